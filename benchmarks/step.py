@@ -1,0 +1,113 @@
+"""Where a step goes, and whether it depends on the number of pictures.
+
+    python benchmarks/step.py [--pictures 500 5000] [--steps 20]
+
+Distils ResNet-18 into ResNet-18 at 128 px from a folder of 500 × 375 JPEGs on the CPU, twice with the same draws: as a
+run does it, and with every batch made beforehand, so that only the model, backward and the optimizer are left. What the
+first takes longer is everything else: draws, crops, resizing, mixing, hand-over, logging. Pairs of runs alternate, so
+that a drift of the machine falls on both.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from funmatch import devices
+from funmatch.data.cache import CachedSplit, open_cache
+from funmatch.data.loader import Loader, prefetch
+from funmatch.data.sources import open_folder
+from funmatch.distances import kl
+from funmatch.fit import Course, fit
+from funmatch.models.frozen import Frozen
+from funmatch.models.load import load
+from funmatch.optim import adam
+from funmatch.views import STRATEGIES
+
+SIDE = 128
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """JPEGs of 500 × 375 pixels with the detail of photographs: smooth noise of several scales."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        layers = [
+            np.asarray(Image.fromarray(rng.integers(0, 256, (s * 3, s * 4, 3), dtype=np.uint8)).resize((500, 375)))
+            for s in (2, 8, 32)
+        ]
+        Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(folder / f"{i:05}.jpg", quality=92)
+
+
+def seconds_a_step(split: CachedSplit, batch: int, steps: int, *, ready: bool) -> float:
+    """Median over `steps` steps after three that warm up; `ready` makes the batches beforehand."""
+    torch.manual_seed(0)
+    teacher, student = Frozen(load("resnet18", classes=37)), load("resnet18", classes=37)
+    course = Course(steps + 3, 1e-3, 0, 1.0, 0, torch.device("cpu"), "fp32")
+    optimizer = adam(student.net, course.lr, 1e-4)
+    loader = Loader(split, 0, batch, SIDE)
+    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads())
+    if ready:
+        batches = list(batches)
+    strategy = STRATEGIES["funmatch"]
+
+    def loss_of(batch):
+        teacher_view, student_view = strategy(batch.crops, batch.lam)
+        return kl(student(student_view), teacher(teacher_view), 2.0).mean()
+
+    scaler = devices.loss_scaler(course.device, course.precision)
+    times = [time.perf_counter()]
+    for _ in fit(course, student, optimizer, scaler, batches, loss_of):
+        times.append(time.perf_counter())
+    return statistics.median(b - a for a, b in pairwise(times[3:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, nargs="+", default=[500, 5000])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_pictures(Path(folder) / "some", 200)
+        some = open_cache(open_folder(Path(folder) / "some"), home=Path(folder) / "cache").splits["train"]
+        for count in options.pictures:
+            # More pictures than were made: the index names them again, which costs a step what other ones would.
+            split = CachedSplit("train", some.pixels, np.resize(some.index, count))
+            outside, whole = [], []
+            for _ in range(options.repeats):
+                run = seconds_a_step(split, options.batch, options.steps, ready=False)
+                model = seconds_a_step(split, options.batch, options.steps, ready=True)
+                whole.append(run)
+                outside.append((run - model) / run)
+            rows.append({"pictures": count, "step_ms": spread(whole, 1e3), "outside_percent": spread(outside, 100)})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
+    print(
+        json.dumps(
+            {"machine": machine, **versions, "batch": options.batch, "peak_mb": round(peak), "rows": rows}, indent=1
+        )
+    )
+
+
+def spread(values: list[float], scale: float) -> str:
+    """Median, and the least and the most of the runs."""
+    low, middle, high = (scale * f(values) for f in (min, statistics.median, max))
+    return f"{middle:.1f} ({low:.1f} … {high:.1f}, n = {len(values)})"
+
+
+if __name__ == "__main__":
+    main()

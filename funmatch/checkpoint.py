@@ -1,0 +1,92 @@
+"""Checkpoints: tensors in safetensors, the rest in JSON, each written whole or not at all.
+
+`checkpoints/step-<n>/` holds the student, its optimizer and `state.json`; the newest two are kept.
+`checkpoints/best-<n>/` holds the student alone, where validation liked it most.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from funmatch.files import folder_atomically
+
+KEPT = 2
+
+
+def save(folder: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Writes the checkpoint of a step and removes those that are no longer needed.
+
+    Args:
+        folder: `checkpoints` of the run.
+        step: updates done.
+        student: its parameters and buffers.
+        optimizer: of the student's parameters; its state must be tensors.
+        state: the rest, JSON; its `best_step` says which best is kept.
+    """
+    with folder_atomically(folder / f"step-{step:09}") as partial:
+        save_file(_dense(student.state_dict()), partial / "student.safetensors")
+        save_file(_dense(_optimizer_tensors(student, optimizer)), partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}))
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old)
+    for best in folder.glob("best-*"):
+        if best.name != f"best-{state.get('best_step') or 0:09}":
+            shutil.rmtree(best)
+
+
+def save_best(folder: Path, step: int, student: nn.Module, figures: dict[str, Any]) -> None:
+    """Keeps a student that validation likes better than any before."""
+    with folder_atomically(folder / f"best-{step:09}") as partial:
+        save_file(_dense(student.state_dict()), partial / "student.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **figures}))
+
+
+def restore(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Puts the newest checkpoint into the student and its optimizer.
+
+    Values are copied into tensors laid out in memory as those of a run that was never stopped: the vector units round
+    differently at the ends of an array, so another layout would give other last bits.
+
+    Returns:
+        what was given to `save` as `state`, with `step`; None where there is no checkpoint.
+    """
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial)
+    found = sorted(folder.glob("step-*"))
+    if not found:
+        return None
+    newest = found[-1]
+    state = json.loads((newest / "state.json").read_text())
+    student.load_state_dict(load_file(newest / "student.safetensors"))
+    parameters = dict(student.named_parameters())
+    with safe_open(newest / "optimizer.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118  (it is no dict)
+            name, _, slot = key.rpartition(":")
+            value = file.get_tensor(key)
+            like = parameters[name]
+            kept = torch.empty_like(like, dtype=value.dtype) if value.shape == like.shape else torch.empty_like(value)
+            optimizer.state[like][slot] = kept.to(like.device).copy_(value)
+    for best in folder.glob("best-*"):
+        if int(best.name.removeprefix("best-")) > state["step"]:
+            shutil.rmtree(best)
+    return state
+
+
+def _optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`<parameter>:<slot>` to its tensor."""
+    tensors = {}
+    for name, parameter in student.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            assert isinstance(value, Tensor), f"{type(optimizer).__name__} keeps {slot}, which is no tensor"
+            tensors[f"{name}:{slot}"] = value
+    return tensors
+
+
+def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,173 @@
+"""The command line: words in, words out. Heavy libraries are imported by the verb that needs them."""
+
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from funmatch.config import Demo, Distill, Evaluate, Knobs, Report, Train
+from funmatch.errors import InputError, unknown
+
+TABLES: dict[str, type[Knobs]] = {
+    "demo": Demo,
+    "distill": Distill,
+    "train": Train,
+    "evaluate": Evaluate,
+    "report": Report,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one verb and exits: 0 when it is done, 2 for input that cannot be used, 128 + n after signal n."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        config = parse(arguments)
+        warnings.filterwarnings("ignore", category=UserWarning, module="timm")
+        figures, show = VERBS[arguments[0]](config)
+        if config.as_json:
+            print(json.dumps(figures))
+        else:
+            show(figures)
+        sys.stdout.flush()
+    except InputError as error:
+        _fail(str(error))
+    except KeyboardInterrupt as stopped:
+        print(stopped or "stopped", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno in (ENOSPC, EDQUOT):
+            _fail(
+                f"the disk is full{_where(error)}; make room, then start the same command again: nothing saved is lost"
+            )
+        if isinstance(error, PermissionError):
+            _fail(f"no permission{_where(error)}; choose another place")
+        raise
+    sys.exit(0)
+
+
+def parse(arguments: list[str]) -> Knobs:
+    """The verb's table from words; help, and whatever tyro finds wrong, end the program."""
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-V", "--version"):
+        import funmatch
+
+        print(f"funmatch {funmatch.__version__}")
+        sys.exit(0)
+    if verb in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0)
+    if verb not in TABLES:
+        raise unknown("verb", verb, TABLES)
+    config = tyro.cli(TABLES[verb], prog=f"funmatch {verb}", args=arguments[1:])
+    config.check()
+    return config
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{(table.__doc__ or '').splitlines()[0]}" for name, table in TABLES.items()]
+    return "\n".join(
+        (
+            "usage: funmatch VERB [OPTIONS]",
+            "",
+            "Knowledge distillation by function matching.",
+            "",
+            *lines,
+            "",
+            "`funmatch VERB --help` explains every option.",
+        )
+    )
+
+
+def _fail(message: str) -> None:
+    print(f"funmatch: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _where(error: OSError) -> str:
+    return f" at {error.filename}" if error.filename else ""
+
+
+def _demo(config: Demo):
+    from funmatch import demo
+
+    figures = demo.run(config)
+
+    def show(figures: dict[str, Any]) -> None:
+        demo.show(figures)
+        print(f"report: {figures['report']}")
+
+    return figures, show
+
+
+def _distill(config: Distill):
+    from funmatch.tasks import distill
+
+    return _taught(distill.run(config), config)
+
+
+def _train(config: Train):
+    from funmatch.tasks import train
+
+    return _taught(train.run(config), config)
+
+
+def _taught(figures: dict[str, Any], config: Train):
+    from funmatch import report
+
+    page = report.run(Report(runs=(config.out,)))
+    return figures | {"report": str(page)}, lambda figures: _show(figures, f"{figures['run']}")
+
+
+def _evaluate(config: Evaluate):
+    from funmatch.tasks import evaluate
+
+    return evaluate.run(config), lambda figures: _show(figures, figures["model"])
+
+
+def _report(config: Report):
+    from funmatch import report
+
+    page = report.run(config)
+    return {"report": str(page), "runs": [str(run) for run in config.runs]}, lambda figures: print(figures["report"])
+
+
+VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]], None]]]] = {
+    "demo": _demo,
+    "distill": _distill,
+    "train": _train,
+    "evaluate": _evaluate,
+    "report": _report,
+}
+"""Each takes its table and gives the figures, and a function that shows them to people."""
+
+
+def _show(figures: dict[str, Any], name: str) -> None:
+    from funmatch.logs import percent, table
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.4f}"
+
+    teacher = figures.get("teacher")
+    rows = [
+        ["top-1", percent(figures["top1"])],
+        ["top-5", percent(figures["top5"])],
+        ["agreement with the teacher", percent(figures["agreement"])],
+        ["KL from the teacher (nats)", number(figures["kl"])],
+        ["expected calibration error", number(figures["ece"])],
+        ["parameters", f"{figures['parameters']:,}"],
+    ]
+    if isinstance(teacher, dict):
+        rows.insert(1, ["teacher's top-1", percent(teacher["top1"])])
+    table(f"{Path(name)} on {figures['pictures']:,} pictures of {figures['split']}", ["figure", "value"], rows)
+    if "report" in figures:
+        print(f"report: {figures['report']}")

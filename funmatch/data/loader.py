@@ -1,0 +1,112 @@
+"""Batches as a function of the step, made a little ahead of the model by threads."""
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funmatch.augment import central_view, crop_resize_flip
+from funmatch.data.cache import CachedSplit
+from funmatch.draws import Draw, draw
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process sees of step `step`, before mixing.
+
+    Attributes:
+        crops: (1 + n, 3, side, side) float32 in [0, 1]; row 0 is row 1's predecessor in the global batch.
+        labels: (1 + n,) int64, -1 where there is none.
+        lam: MixUp weight of the picture itself, in [0.5, 1].
+    """
+
+    crops: Tensor
+    labels: Tensor
+    lam: float
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.crops.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.lam)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Training batches of a split.
+
+    Attributes:
+        split: the pictures.
+        seed: of the run.
+        batch: pictures in the *global* batch; may be larger than the split.
+        side: of the crops, pixels.
+        min_area: the smallest share of a picture that a crop covers.
+        rank, world: which of how many equal slices of the global batch is ours.
+    """
+
+    split: CachedSplit
+    seed: int
+    batch: int
+    side: int
+    min_area: float = 0.05
+    rank: int = 0
+    world: int = 1
+
+    def draw(self, step: int) -> Draw:
+        """The draws of the whole global batch."""
+        return draw(self.seed, step, self.batch, len(self.split), self.split.sizes, min_area=self.min_area)
+
+    def batch_at(self, step: int) -> Batch:
+        """The batch of a step: the same whenever, wherever and in whichever order it is asked for."""
+        drawn = self.draw(step)
+        share = self.batch // self.world
+        rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch
+        indices = drawn.indices[rows]
+        pictures = [self.split.picture(i) for i in indices]
+        crops = crop_resize_flip(pictures, drawn.boxes[rows], drawn.flips[rows], self.side)
+        return Batch(crops, self.split.labels(indices), drawn.lam)
+
+
+def prefetch(loader: Loader, start: int, stop: int, *, workers: int = 1, pin: bool = False) -> Generator[Batch]:
+    """The batches of steps `start` … `stop` − 1 in order, made ahead by threads.
+
+    Args:
+        workers: threads; each keeps to one core, beside those that the model uses.
+        pin: whether batches are put into pinned memory, for a quick copy to an accelerator.
+    """
+
+    def make(step: int) -> Batch:
+        batch = loader.batch_at(step)
+        return Batch(batch.crops.pin_memory(), batch.labels.pin_memory(), batch.lam) if pin else batch
+
+    ahead: deque = deque()
+    pool = ThreadPoolExecutor(workers, "views", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for step in range(start, stop):
+            if not ahead:
+                ahead.extend(pool.submit(make, s) for s in range(step, min(step + 2 * workers, stop)))
+            batch = ahead.popleft().result()
+            following = step + 2 * workers
+            if following < stop:
+                ahead.append(pool.submit(make, following))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def central_batches(split: CachedSplit, side: int, short_side: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A split once through in order, as evaluation sees it.
+
+    Args:
+        side: of the views, pixels.
+        short_side: to which pictures are resized before the central square is cut, pixels.
+        batch: pictures at a time.
+
+    Yields:
+        views (n, 3, side, side) float32 in [0, 1], and labels (n,) int64.
+    """
+    for start in range(0, len(split), batch):
+        indices = range(start, min(start + batch, len(split)))
+        views = torch.stack([central_view(split.picture(i), short_side, side) for i in indices])
+        yield views.contiguous(memory_format=torch.channels_last), split.labels(np.asarray(indices))

@@ -1,0 +1,30 @@
+"""The one error that people see: what was wanted, what came, where, and what to do next."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """Something a person gave us cannot be used. The command line prints it alone and exits with code 2."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> InputError:
+    """An `InputError` for a name that is not known, with the near ones.
+
+    Args:
+        kind: what was looked for, in the words of the field ("model", "data set").
+        name: what came.
+        known: every name that would have done.
+        hint: what else could have been meant, one sentence.
+    """
+    known = sorted(known)
+    lowered = {candidate.lower(): candidate for candidate in known}
+    near = [lowered[match] for match in get_close_matches(name.lower(), lowered, n=5, cutoff=0.6)]
+    words = [f"unknown {kind} {name!r}"]
+    if near:
+        words.append(f"did you mean {', '.join(map(repr, near))}?")
+    if len(known) <= 20:
+        words.append(f"known: {', '.join(known)}")
+    if hint:
+        words.append(hint)
+    return InputError("; ".join(words))

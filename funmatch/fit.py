@@ -1,0 +1,75 @@
+"""The one loop: batches in, (step, loss) out. What is taught is the caller's loss; when to log, judge and save, too."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from funmatch import devices
+from funmatch.data.loader import Batch
+from funmatch.optim import clip_, set_factor
+from funmatch.schedules import cosine
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a student is taught.
+
+    Attributes:
+        steps: length of the whole run.
+        lr: at the top of the schedule.
+        warmup_steps: over which it rises.
+        clip_norm: of all gradients together.
+        seed: of the run.
+        device: on which the student lives.
+        precision: fp32, bf16 or fp16.
+    """
+
+    steps: int
+    lr: float
+    warmup_steps: int
+    clip_norm: float
+    seed: int
+    device: torch.device
+    precision: str
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of the update that leads from `step` to `step` + 1."""
+        return self.lr * cosine(step, self.steps, self.warmup_steps)
+
+
+def fit(
+    course: Course,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Iterable[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    start: int = 0,
+) -> Iterator[tuple[int, Tensor]]:
+    """Updates the student once a batch.
+
+    Args:
+        batches: of steps `start`, `start` + 1, …
+        loss_of: a batch on the student's device to its mean loss, a scalar that reaches the student.
+        start: updates already done.
+
+    Yields:
+        updates done, and the loss of the last one, still on the device so that nothing waits for it.
+    """
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    student.train()
+    for step, batch in enumerate(batches, start):
+        devices.seed_networks(course.seed, step)
+        set_factor(optimizer, course.lr, cosine(step, course.steps, course.warmup_steps))
+        with devices.autocast(course.device, course.precision):
+            loss = loss_of(batch.to(course.device))
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        clip_(parameters, course.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        yield step + 1, loss.detach()
+        student.train()

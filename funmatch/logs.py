@@ -1,0 +1,117 @@
+"""What a run tells: a bar or plain lines for people on standard error, and `metrics.jsonl` as the truth."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from funmatch.files import write_atomically
+
+PLAIN_LINE_SECONDS = 10.0
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False)
+
+
+def say(message: str) -> None:
+    """A line for people."""
+    err.print(message, markup=False)
+
+
+def track(things: Iterable, total: int, what: str) -> Iterator:
+    """The same things, shown as progress: a bar on a terminal, now and then a line elsewhere."""
+    with Bar(what, total) as bar:
+        for done, thing in enumerate(things, 1):
+            yield thing
+            bar.update(done)
+
+
+class Bar:
+    """Progress of one piece of work, with its rate and the time left."""
+
+    def __init__(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
+        self.what, self.total, self.first, self.unit = what, total, done, unit
+        self.started = self.last_line = time.monotonic()
+        self.columns = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err,
+        )  # fmt: skip
+        self.task = self.columns.add_task(what, total=total, completed=done, note="")
+
+    def __enter__(self) -> "Bar":
+        if err.is_terminal:
+            self.columns.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if err.is_terminal:
+            self.columns.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Moves on to `done`; `note` stands beside the bar, or in the next plain line."""
+        if err.is_terminal:
+            self.columns.update(self.task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= PLAIN_LINE_SECONDS:
+            self.last_line = now
+            rate = (done - self.first) / (now - self.started)
+            left = (self.total - done) / rate if rate else 0.0
+            say(f"{self.what} {done}/{self.total} {note} {rate:.1f}/s, {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """`75` to `1:15`, `3700` to `1:01:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table for people on standard output."""
+    shown = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        shown.add_row(*row)
+    out.print(shown)
+
+
+def percent(share: float | None) -> str:
+    """`0.8312` to `83.1 %`; a dash for None."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+class Metrics:
+    """The records of a run: one JSON object a line, each with its `event` and `step`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: str, step: int, **figures: Any) -> None:
+        """Adds a record, whole or not at all as far as a reader is concerned."""
+        line = json.dumps({"event": event, "step": step, **figures})
+        with open(self.path, "a") as file:
+            file.write(line + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records; a last line that a kill cut short is left out."""
+        records = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    continue
+        return records
+
+    def cut(self, step: int) -> None:
+        """Forgets what was recorded after `step`, which will be walked again."""
+        kept = [record for record in self.read() if record["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(record) + os.linesep for record in kept))

@@ -1,0 +1,193 @@
+"""One offline HTML page about runs: figures, curves, the views of a step, and the configuration."""
+
+import base64
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+from matplotlib.figure import Figure
+from PIL import Image
+
+from funmatch import runs
+from funmatch.config import Report
+from funmatch.data.cache import open_cache
+from funmatch.data.catalog import open_source
+from funmatch.data.loader import Loader
+from funmatch.errors import InputError
+from funmatch.files import write_atomically
+from funmatch.logs import duration, percent
+from funmatch.views import STRATEGIES
+
+SHOWN_VIEWS = 12
+THUMBNAIL = 96
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "funmatch",
+    "font.family": ["sans-serif"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+COLORS = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#bf3989", "#57606a", "#0a7d91", "#9a6700")
+
+
+def run(config: Report) -> Path:
+    """Writes the page and returns where it is.
+
+    Raises:
+        InputError: a folder that is no run.
+    """
+    config.check()
+    found = [runs.find(folder) for folder in config.runs]
+    path = config.out.expanduser() if config.out else found[0].folder / "report.html"
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"cannot write the page {path}: {'it is a folder' if path.is_dir() else 'no such folder'}")
+    page = Environment(
+        loader=PackageLoader("funmatch", "templates"), autoescape=select_autoescape(), trim_blocks=True
+    ).get_template("report.html")
+    sheets = [sheet for each in found if (sheet := views_sheet(each, config.view_step))]
+    distilled = [each for each in found if each.config["verb"] == "distill"]
+    best = max((each.result or {}).get("top1") or 0.0 for each in distilled or found)
+    html = page.render(
+        title=" and ".join(each.folder.resolve().name for each in found),
+        best=percent(best) if best else None,
+        rows=[row(each) for each in found],
+        columns=COLUMNS,
+        curves=curves(found),
+        sheets=sheets,
+        configs=[(each.folder.resolve().name, flat(each.config)) for each in found],
+        colors=COLORS,
+    )
+    write_atomically(path, html)
+    return path
+
+
+COLUMNS = (
+    "run",
+    "taught by",
+    "steps",
+    "top-1",
+    "teacher top-1",
+    "agreement",
+    "KL",
+    "ECE",
+    "parameters",
+    "split",
+    "time",
+)
+
+
+def row(run: runs.Run) -> list[str]:
+    """The figures of a run, in the order of `COLUMNS`; dashes where it has none yet."""
+    config, result = run.config, run.result or {}
+    records = run.metrics.read()
+    knobs = config["knobs"]
+    step = result.get("step") or max((record["step"] for record in records), default=0)
+    teacher = result.get("teacher") or {}
+    return [
+        run.folder.resolve().name,
+        (knobs.get("teacher") and Path(knobs["teacher"]).name) or "labels",
+        f"{step:,}" if run.result else f"{step:,} of {knobs['steps']:,}",
+        percent(result.get("top1")),
+        percent(teacher.get("top1")),
+        percent(result.get("agreement")),
+        _number(result.get("kl")),
+        _number(result.get("ece")),
+        f"{config['facts']['parameters']:,}",
+        str(result.get("split", "–")),
+        duration(result["seconds"]) if result else "–",
+    ]
+
+
+def curves(found: list[runs.Run]) -> list[tuple[str, str]]:
+    """(heading, SVG) of accuracy, loss, learning rate and throughput against the step."""
+    panels = [
+        ("Accuracy on the watched split", "eval", "top1", 100.0, "top-1 (%)"),
+        ("Loss on training views", "step", "loss", 1.0, "loss"),
+        ("Learning rate", "step", "lr", 1.0, "learning rate"),
+        ("Throughput", "step", "images_per_second", 1.0, "images/s"),
+    ]
+    if not any(record.get("top1") is not None for each in found for record in each.metrics.read()):
+        panels[0] = ("Agreement with the teacher", "eval", "agreement", 100.0, "agreement (%)")
+    return [(panel[0], plot(found, *panel[1:])) for panel in panels]
+
+
+def plot(found: list[runs.Run], event: str, name: str, scale: float, label: str) -> str:
+    """One panel, as the text of an SVG element: a line a run, and a dashed one for each teacher."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        teachers: dict[float, str] = {}
+        for each, color in zip(found, COLORS * (len(found) // len(COLORS) + 1), strict=False):
+            records = [r for r in each.metrics.read() if r["event"] == event and r.get(name) is not None]
+            steps, values = [r["step"] for r in records], [scale * r[name] for r in records]
+            marker = "o" if len(steps) < 3 else None
+            axes.plot(
+                steps, values, color=color, label=_literal(each.folder.resolve().name), linewidth=1.6, marker=marker
+            )
+            starts = [r for r in each.metrics.read() if r["event"] == "teacher" and r.get(name) is not None]
+            teachers |= {scale * r[name]: r["teacher"] for r in starts}
+        for value, teacher in teachers.items():
+            axes.axhline(
+                value, color="#57606a", linestyle="--", linewidth=1.2, label=_literal(f"teacher {Path(teacher).name}")
+            )
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize=8)
+        text = BytesIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue().decode()
+    return svg[svg.index("<svg") :]
+
+
+def _literal(text: str) -> str:
+    """Text that matplotlib neither hides (leading underscore) nor typesets (dollars)."""
+    return "\u200b" + text.replace("$", r"\$")
+
+
+def views_sheet(run: runs.Run, step: int) -> dict[str, Any] | None:
+    """What a step showed to teacher and student, as a picture; None where the pictures are gone or have changed."""
+    config = run.config
+    knobs = config["knobs"]
+    try:
+        cache = open_cache(open_source(knobs["data"]), cap=knobs["cap"])
+    except (InputError, OSError):
+        return None
+    if cache.key != config["facts"]["data"]:
+        return None
+    loader = Loader(cache.splits["train"], knobs["seed"], knobs["batch"], knobs["side"], knobs["crop_min_area"])
+    batch = loader.batch_at(step)
+    pairs = STRATEGIES[knobs["strategy"]](batch.crops, batch.lam)
+    rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in pairs[(0 if "teacher" in knobs else 1) :]]
+    sheet = np.concatenate([np.concatenate(list(views), axis=1) for views in rows])
+    image = Image.fromarray((sheet * 255).round().astype(np.uint8))
+    enlarge = max(1, THUMBNAIL // knobs["side"])
+    image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
+    png = BytesIO()
+    image.save(png, "PNG")
+    return {
+        "name": run.folder.resolve().name,
+        "step": step,
+        "lam": batch.lam,
+        "strategy": knobs["strategy"],
+        "rows": ["teacher", "student"][-len(rows) :],
+        "png": base64.b64encode(png.getvalue()).decode(),
+    }
+
+
+def flat(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """A run's configuration as (name, value) for reading."""
+    values = {"verb": config["verb"], **config["knobs"], **{f"facts: {k}": v for k, v in config["facts"].items()}}
+    return [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for name, value in values.items()
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,130 @@
+"""A run is a folder: what it was asked, what it recorded, what it came to."""
+
+import fcntl
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from funmatch.config import UNCOMPARED
+from funmatch.errors import InputError
+from funmatch.files import write_atomically
+from funmatch.logs import Metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and what lies in it.
+
+    Attributes:
+        folder: holding `config.json`, `metrics.jsonl`, `checkpoints/`, and at the end `student/`, `result.json` and
+            `report.html`.
+    """
+
+    folder: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`verb`, `knobs` (resolved, complete) and `facts` (data, teacher, versions)."""
+        return json.loads((self.folder / "config.json").read_text())
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The figures of a finished run, None before."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    @property
+    def metrics(self) -> Metrics:
+        return Metrics(self.folder / "metrics.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def student(self) -> Path:
+        return self.folder / "student"
+
+    def finish(self, figures: dict[str, Any]) -> None:
+        """Records that the run is over: the last thing that is written."""
+        write_atomically(self.folder / "result.json", json.dumps(finite(figures), indent=2))
+
+
+def find(folder: Path) -> Run:
+    """The run in a folder, or an `InputError` that says what is there instead."""
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise InputError(f"no run folder {folder}")
+    if not (folder / "config.json").is_file() or "verb" not in Run(folder).config:
+        inside = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.name != "student")
+        hint = f"; did you mean {', '.join(map(str, inside[:3]))}?" if inside else ""
+        raise InputError(f"{folder} is not a run folder: it has no config.json of a run{hint}")
+    return Run(folder)
+
+
+@contextmanager
+def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> Iterator[Run]:
+    """Begins a run in a new folder, or goes on with the one that is there if it was asked the same.
+
+    Args:
+        knobs: resolved.
+        facts: `data` and `teacher` fingerprints, compared; whatever else, kept.
+
+    Raises:
+        InputError: the folder holds something else, a run with another configuration, or one that is running.
+    """
+    folder = folder.expanduser()
+    record = json.loads(json.dumps({"verb": verb, "knobs": knobs, "facts": facts}, default=str))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
+        raise InputError(f"{folder} exists and is no run; choose another --out")
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _begin(Run(folder), record)
+    except BaseException:
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    with open(folder / "config.json") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is at work in {folder}") from None
+        yield Run(folder)
+
+
+def _begin(run: Run, record: dict[str, Any]) -> None:
+    path = run.folder / "config.json"
+    if not path.is_file():
+        write_atomically(path, json.dumps(record, indent=2))
+        return
+    differing = differences(find(run.folder).config, record)
+    if differing:
+        lines = "\n  ".join(differing)
+        raise InputError(
+            f"{run.folder} holds a run with another configuration:\n  {lines}\n"
+            "choose another --out, or give the run's own values to go on with it"
+        )
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two configurations of a run do not agree on, a line each."""
+    found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
+    for part, names in (("knobs", then["knobs"].keys() | now["knobs"].keys()), ("facts", {"data", "teacher"})):
+        for name in sorted(names - UNCOMPARED):
+            before, after = then[part].get(name), now[part].get(name)
+            if before != after:
+                what = f"the {name}'s content" if part == "facts" else name
+                found.append(f"{what}: {before} in the run, {after} now")
+    return found
+
+
+def finite(value: Any) -> Any:
+    """The same figures with None for what is not a finite number, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,81 @@
+"""A run made ready: every default closed, data, student and teacher in place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from funmatch import devices
+from funmatch.config import Train
+from funmatch.data.cache import Cache, open_cache
+from funmatch.data.catalog import CATALOG, open_source
+from funmatch.errors import InputError
+from funmatch.fit import Course
+from funmatch.logs import track
+from funmatch.models import load as models
+from funmatch.models.frozen import Frozen
+from funmatch.models.load import Classifier
+from funmatch.tasks import evaluate
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A run that is ready to begin, but for its loss.
+
+    Attributes:
+        verb: of the command.
+        config: resolved, with no length in epochs and no default left open.
+        cache: the pictures.
+        student: on its device, with its first weights.
+        view: how evaluation looks at pictures.
+        course: how the student is taught.
+        teacher: on its device, or None.
+    """
+
+    verb: str
+    config: Train
+    cache: Cache
+    student: Classifier
+    view: evaluate.View
+    course: Course
+    teacher: Frozen | None = None
+
+
+def open_data(config: Train) -> Cache:
+    """The decoded pictures that a run asks for, a training split among them."""
+    cache = open_cache(open_source(config.data), cap=config.cap, track=track)
+    if "train" not in cache.splits:
+        raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
+    return cache
+
+
+def prepare(verb: str, config: Train, cache: Cache, *, classes: int, teacher: Frozen | None = None) -> Lesson:
+    """Builds the student and closes every default that was left open."""
+    device = devices.pick(config.device)
+    devices.seed_networks(config.seed, 0)
+    student = models.load(config.student, options=config.student_kwargs, classes=classes, side=config.side)
+    if student.num_classes != classes:
+        raise InputError(f"student {config.student} answers {student.num_classes} classes, wanted {classes}")
+    side = config.side or student.card.side
+    resize = config.eval_resize or evaluate.short_side(side, student.card)
+    if resize < side:
+        raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
+    models.check_side(student, side)
+    if teacher:
+        models.check_side(teacher.classifier, side)
+    steps = config.steps or max(1, round((config.epochs or 0) * len(cache.splits["train"]) / config.batch))
+    warmup = min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps
+    precision = devices.resolve_precision(config.precision, device)
+    resolved = {
+        "data": config.data if config.data in CATALOG else str(Path(config.data).expanduser().resolve()),
+        "steps": steps,
+        "epochs": None,
+        "side": side,
+        "eval_resize": resize,
+        "warmup_steps": warmup,
+        "device": str(device),
+        "precision": precision,
+    }
+    view = evaluate.View(side, resize, config.batch, device, precision)
+    course = Course(steps, config.lr, warmup, config.clip_norm, config.seed, device, precision)
+    if teacher:
+        teacher.to(device)
+    return Lesson(verb, config.model_copy(update=resolved), cache, student.to(device), view, course, teacher)

@@ -1,0 +1,30 @@
+"""Training on labels alone: the honest baseline, with the views and the loop of distillation."""
+
+from typing import Any
+
+from torch import Tensor
+
+from funmatch.config import Train
+from funmatch.data.loader import Batch
+from funmatch.distances import cross_entropy, mixed_labels
+from funmatch.errors import InputError
+from funmatch.tasks.lesson import open_data, prepare
+from funmatch.tasks.walk import carry_out
+from funmatch.views import MIXED, STRATEGIES
+
+
+def run(config: Train) -> dict[str, Any]:
+    """Teaches a network the labels, mixed as the views are, and returns the figures of the finished run."""
+    config.check()
+    cache = open_data(config)
+    if not cache.splits["train"].labelled:
+        raise InputError(f"the training pictures of {cache.name} have no labels; wanted train/<class>/*.jpg")
+    lesson = prepare("train", config, cache, classes=len(cache.classes))
+    strategy = STRATEGIES[config.strategy]
+
+    def loss_of(batch: Batch) -> Tensor:
+        _, view = strategy(batch.crops, batch.lam)
+        lam = batch.lam if config.strategy in MIXED else 1.0
+        return cross_entropy(lesson.student(view), mixed_labels(batch.labels, lam, len(cache.classes))).mean()
+
+    return carry_out(lesson, loss_of)

@@ -1,0 +1,204 @@
+"""A run under way: the loop's own `for`, and what is recorded, judged and saved beside it."""
+
+import copy
+import math
+import platform
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+import funmatch
+from funmatch import checkpoint, devices, runs, signals
+from funmatch.data.loader import Batch, Loader, prefetch
+from funmatch.errors import InputError
+from funmatch.files import folder_atomically
+from funmatch.fit import fit
+from funmatch.logs import Bar, percent, say
+from funmatch.models import load as models
+from funmatch.optim import adam
+from funmatch.tasks import evaluate
+from funmatch.tasks.lesson import Lesson
+
+LossOf = Callable[[Batch], Tensor]
+
+
+@dataclass
+class Standing:
+    """Where a run stands besides its tensors: what `state.json` of a checkpoint holds."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_score: float = -1.0
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def carry_out(lesson: Lesson, loss_of: LossOf, teacher_logits: Tensor | None = None) -> dict[str, Any]:
+    """Walks a run from where it stands to its end.
+
+    Args:
+        lesson: what is taught to whom.
+        loss_of: a batch to its mean loss.
+        teacher_logits: the teacher's answers on the watched split, (n, classes), where there is a teacher.
+
+    Returns:
+        the figures that `result.json` holds.
+
+    Raises:
+        InputError: the folder holds something else, or the loss is no longer finite.
+        Stopped: by Ctrl-C or SIGTERM, after saving.
+    """
+    facts = {
+        "data": lesson.cache.key,
+        "teacher": models.fingerprint(lesson.teacher.classifier.net) if lesson.teacher else None,
+        "pictures": {name: len(split) for name, split in lesson.cache.splits.items()},
+        "classes": list(lesson.cache.classes),
+        "parameters": lesson.student.count(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {lesson.course.device}",
+        "versions": {"funmatch": funmatch.__version__, "torch": torch.__version__, "timm": timm.__version__},
+    }
+    knobs = lesson.config.model_dump(mode="json")
+    with runs.opened(lesson.config.out, lesson.verb, knobs, facts) as run:
+        if run.result:
+            say(f"{run.folder} is finished at step {run.result['step']}; nothing to do")
+            return run.result
+        walk = Walk(lesson, run, teacher_logits)
+        walk.go(loss_of)
+        return walk.finish()
+
+
+class Walk:
+    """A run under way: the loop's own `for`, and what is recorded, judged and saved beside it."""
+
+    def __init__(self, lesson: Lesson, run: runs.Run, teacher_logits: Tensor | None) -> None:
+        self.lesson, self.run, self.teacher_logits = lesson, run, teacher_logits
+        self.watched = evaluate.watched(lesson.cache)
+        self.optimizer = adam(lesson.student.net, lesson.config.lr, lesson.config.weight_decay)
+        self.scaler = devices.loss_scaler(lesson.course.device, lesson.course.precision)
+        self.standing = Standing()
+        self.losses: list[Tensor] = []
+        self.clock = time.monotonic()
+        self.notes: dict[str, str] = {}
+        if state := checkpoint.restore(run.checkpoints, lesson.student.net, self.optimizer):
+            self.standing = Standing(**state)
+            self.scaler.load_state_dict(self.standing.scaler)
+            say(f"{run.folder}: going on from step {self.standing.step} of {lesson.course.steps}")
+        run.metrics.cut(self.standing.step)
+        if lesson.teacher and teacher_logits is not None and not self.standing.step:
+            figures = runs.finite(evaluate.judge(teacher_logits, self.watched))
+            name = lesson.teacher.classifier.card.name
+            run.metrics.write("teacher", 0, teacher=name, split=self.watched.name, **figures)
+
+    def go(self, loss_of: LossOf) -> None:
+        """Takes all steps that are left."""
+        config, course, student = self.lesson.config, self.lesson.course, self.lesson.student
+        split = self.lesson.cache.splits["train"]
+        loader = Loader(split, config.seed, config.batch, self.lesson.view.side, config.crop_min_area)
+        start = self.standing.step
+        workers = config.workers or devices.spare_threads()
+        batches = prefetch(loader, start, course.steps, workers=workers, pin=course.device.type != "cpu")
+        with closing(batches), Bar(self.lesson.verb, course.steps, start) as bar, signals.heard() as caught:
+            self.clock = time.monotonic()
+            for step, loss in fit(course, student, self.optimizer, self.scaler, batches, loss_of, start):
+                self.standing.step = step
+                self.losses.append(loss)
+                last = step == course.steps or bool(caught)
+                saving = last or step % config.save_every == 0
+                if saving or step % config.log_every == 0:
+                    self.log()
+                if step % config.eval_every == 0 or step == course.steps:
+                    self.watch()
+                if saving:
+                    self.save()
+                bar.update(step, " ".join(self.notes.values()))
+                if caught and step < course.steps:
+                    told = (
+                        f"saved step {step} of {course.steps} in {self.run.folder}; the same command goes on from there"
+                    )
+                    raise signals.Stopped(caught[0], told)
+
+    def log(self) -> None:
+        """Records the mean loss since the last time."""
+        step, course = self.standing.step, self.lesson.course
+        loss = torch.stack(self.losses).mean().item()  # the only place that waits for the device
+        now = time.monotonic()
+        rate = len(self.losses) * self.lesson.config.batch / (now - self.clock)
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} at step {step}; the last checkpoint in {self.run.folder} is sound. "
+                "Try a lower --lr, a longer --warmup-steps, or --precision fp32"
+            )
+        self.standing.seconds += now - self.clock
+        self.run.metrics.write("step", step, loss=loss, lr=course.lr_at(step - 1), images_per_second=rate)
+        self.notes["loss"] = f"loss {loss:.4f}, {rate:,.0f} images/s"
+        self.losses, self.clock = [], now
+
+    def watch(self) -> None:
+        """Judges the student on the watched split, and keeps it if it is the best so far."""
+        standing = self.standing
+        logits = evaluate.answers(self.lesson.student, self.watched, self.lesson.view)
+        figures = evaluate.judge(logits, self.watched, self.teacher_logits)
+        self.run.metrics.write("eval", standing.step, split=self.watched.name, **runs.finite(figures))
+        name = "agreement" if figures["top1"] is None else "top1"
+        score = figures[name]
+        self.notes["eval"] = f"{name} {percent(score)}"
+        # Test pictures are never chosen on, so without a validation split there is no best.
+        if score is not None and score > standing.best_score and self.watched.name != "test":
+            standing.best_step, standing.best_score = standing.step, score
+            checkpoint.save_best(self.run.checkpoints, standing.step, self.lesson.student.net, runs.finite(figures))
+        self.pause_clock()
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        self.standing.scaler = self.scaler.state_dict()
+        state = asdict(self.standing)
+        checkpoint.save(self.run.checkpoints, state.pop("step"), self.lesson.student.net, self.optimizer, state)
+        self.pause_clock()
+
+    def pause_clock(self) -> None:
+        """Counts the time since the last record, but leaves it out of the rate of the next."""
+        now = time.monotonic()
+        self.standing.seconds += now - self.clock
+        self.clock = now
+
+    def finish(self) -> dict[str, Any]:
+        """Judges the finished student, writes it for use elsewhere, and records that the run is over."""
+        lesson, view = self.lesson, self.lesson.view
+        split = evaluate.final(lesson.cache)
+        teacher = lesson.teacher
+        teacher_logits = self.teacher_logits
+        if teacher and split.name != self.watched.name:
+            teacher_logits = evaluate.answers(teacher, split, view)
+        figures = evaluate.judge(evaluate.answers(lesson.student, split, view), split, teacher_logits)
+        result: dict[str, Any] = figures | {
+            "split": split.name,
+            "pictures": len(split),
+            "step": self.standing.step,
+            "seconds": round(self.standing.seconds, 1),
+            "parameters": lesson.student.count(),
+            "run": str(self.run.folder),
+        }
+        if teacher and teacher_logits is not None:
+            own = evaluate.judge(teacher_logits, split)
+            result["teacher"] = {
+                "name": teacher.classifier.card.name,
+                "parameters": teacher.classifier.count(),
+                "top1": own["top1"],
+            }
+        card = replace(
+            lesson.student.card,
+            side=view.side,
+            crop_fraction=view.side / view.short_side,
+            classes=lesson.cache.classes or (teacher.classifier.card.classes if teacher else None),
+        )
+        with folder_atomically(self.run.student) as folder:
+            portable = copy.deepcopy(lesson.student).cpu().to(memory_format=torch.contiguous_format)
+            models.save(portable, folder, card=card, about={"verb": lesson.verb, "top1": figures["top1"]})
+        self.run.finish(result)
+        return runs.finite(result)

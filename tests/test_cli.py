@@ -1,0 +1,136 @@
+"""The command line: words in, words out, exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import paint
+
+TEACHER = "fashion-mini-teacher"
+MINI = ("--data", "fashion-mini", "--student", "fashion-mini-student", "--batch", "16")
+
+
+def test_help_explains_every_knob(funmatch):
+    overview = funmatch("--help").stdout
+    for verb in ("demo", "distill", "train", "evaluate", "report"):
+        assert verb in overview
+        assert "usage" in funmatch(verb, "--help").stdout
+    text = funmatch("distill", "--help").stdout
+    from funmatch.config import Distill
+
+    for name, field in Distill.model_fields.items():
+        assert field.description, f"{name} has no sentence"
+        assert f"--{'json' if name == 'as_json' else name.replace('_', '-')}" in text
+    assert "-b INT" in text
+    assert "-j" in text
+
+
+def test_version(funmatch):
+    assert re.fullmatch(r"funmatch \d+\.\d+\.\d+\n", funmatch("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("distil",), "did you mean 'distill'"),
+        (("distill", *MINI, "--tacher", "x", "--out", "o"), "--teacher"),
+        (("distill", *MINI, "--teacher", "x", "--steps", "5", "--out", "o", "--precision", "fp8"), "'fp32', 'bf16'"),
+        (("distill", *MINI, "--teacher", "x", "--out", "o"), "either --steps or --epochs"),
+        (("distill", *MINI, "--teacher", "fashion-mini-teecher", "--steps", "5", "--out", "o"), TEACHER),
+        (("distill", *MINI, "--teacher", TEACHER, "--steps", "5", "--out", "o", "--device", "gpu"), "here: cpu"),
+        (("train", *MINI[2:], "--data", "nowhere/at/all", "--steps", "5", "--out", "o"), "no folder nowhere/at/all"),
+        (("train", *MINI, "--lr", "0", "--steps", "0", "--out", "o"), "at least 1, got 0; lr must be above 0"),
+        (("train", *MINI, "--steps", "1", "--out", "o", "--student-kwargs", "chanels=3"), "chanels"),
+        (("evaluate", "fashion-mini-teacher"), "give --data"),
+        (("report", "nowhere"), "no run folder nowhere"),
+        (("report",), "at least one run folder"),
+    ],
+)  # fmt: skip
+def test_bad_words_get_one_message_and_leave_nothing(funmatch, tmp_path, words, message):
+    done = funmatch(*words, check=2)
+    assert message in re.sub(r"[│╭╰╮╯─]|\s+", " ", done.stderr).replace("  ", " ")
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_is_one_object_and_nothing_else(funmatch, tmp_path):
+    words = ("distill", *MINI, "--teacher", "fashion-mini-teacher", "--steps", "3", "--out", tmp_path / "run", "--json")
+    done = funmatch(*words)
+    figures = json.loads(done.stdout)
+    assert {"top1", "agreement", "kl", "step", "run"} <= figures.keys()
+    assert figures["step"] == 3
+    assert figures["run"] == str(tmp_path / "run")
+    again = funmatch(*words)
+    assert json.loads(again.stdout) == figures
+    assert "finished" in again.stderr
+    evaluated = json.loads(funmatch("evaluate", tmp_path / "run", "--json").stdout)
+    assert evaluated["top1"] == pytest.approx(figures["top1"])
+    reported = json.loads(funmatch("report", tmp_path / "run", "--json").stdout)
+    assert reported["report"] == str(tmp_path / "run" / "report.html")
+
+
+def test_tables_for_people(funmatch, tmp_path):
+    done = funmatch("train", *MINI, "--steps", "3", "--out", tmp_path / "run")
+    assert "top-1" in done.stdout
+    assert "report.html" in done.stdout
+
+
+def test_the_demonstration(funmatch, tmp_path):
+    done = funmatch("demo", "--steps", "6", "--json", "--out", tmp_path / "demo")
+    figures = json.loads(done.stdout)
+    assert {"teacher", "labels", "student", "run", "report"} <= figures.keys()
+    assert figures["teacher"]["top1"] > 0.87
+    assert all(0 <= figures[name]["top1"] <= 1 for name in ("labels", "student"))
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "labels" in page
+    table = funmatch("demo", "--steps", "6", "--out", tmp_path / "demo").stdout
+    assert "function matching" in table
+    assert "report:" in table
+
+
+def test_a_full_disk_is_said_and_nothing_is_half_written(funmatch, tmp_path):
+    """A limit on the size of files stands for the full disk: writing beyond it fails in the middle."""
+    code = (
+        "import errno, sys\n"
+        "from funmatch import checkpoint, cli\n"
+        "real = checkpoint.save_file\n"
+        "def full(tensors, path):\n"
+        "    if 'step-000000004' in str(path):\n"
+        "        open(path, 'wb').write(b'half')\n"
+        "        raise OSError(errno.ENOSPC, 'No space left on device', str(path))\n"
+        "    real(tensors, path)\n"
+        "checkpoint.save_file = full\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    words = ["train", *MINI, "--steps", "6", "--save-every", "2", "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000002"]
+    funmatch(*words)
+
+
+def test_unreadable_pictures_are_told_on_the_command_line(funmatch, tmp_path):
+    for name in ("a", "b"):
+        for split in ("train", "val"):
+            paint(tmp_path / "p" / split / name / "1.png", 1)
+    (tmp_path / "p" / "train" / "a" / "1.png").write_bytes(b"PNG?")
+    done = funmatch("train", "--data", tmp_path / "p", *MINI[2:], "--steps", "1", "--out", "o", check=2)
+    assert "1 unreadable pictures" in done.stderr
+    assert "train/a/1.png: not a picture" in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_progress_goes_to_standard_error_in_plain_lines(funmatch, tmp_path):
+    done = funmatch("train", *MINI, "--steps", "3", "--out", tmp_path / "run", "--json")
+    assert "\x1b[" not in done.stderr + done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, funmatch, funmatch.cli; assert 'torch' not in sys.modules and 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,97 @@
+"""The house holds: imports only go down, rooms stay small, names say something."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "funmatch"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the ground up. A module may import those before it in this list, and nothing else of ours.
+LAYERS = [
+    ["errors", "files"],
+    ["config"],
+    ["draws", "augment", "views", "distances", "metrics", "schedules", "optim"],
+    ["data.sources", "data.catalog", "data.cache", "data.loader", "models.load", "models.frozen"],
+    ["devices", "logs", "signals", "checkpoint", "runs", "fit"],
+    ["tasks.evaluate", "tasks.lesson", "tasks.walk", "tasks.train", "tasks.distill"],
+    ["report"],
+    ["demo", "api", "cli", "__main__", "__init__"],
+]
+ORDER = {
+    f"funmatch.{name}".removesuffix(".__init__"): i for i, name in enumerate(name for layer in LAYERS for name in layer)
+}
+LAYER = {f"funmatch.{name}".removesuffix(".__init__"): i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in ORDER else node.module for name in inner]
+        found |= {name for name in names if name.split(".")[0] == "funmatch"}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_only_go_down(path):
+    module = module_of(path)
+    if path.name == "__init__.py" and module != "funmatch":
+        assert not path.read_text().strip(), f"{path}: packages inside hold no code"
+        return
+    upward = {name for name in imports(path) if name != "funmatch" and ORDER[name] >= ORDER[module]}
+    if module == "funmatch.api":
+        upward -= {"funmatch.api"}
+    assert not upward, f"{module} imports {upward}, which lie above it"
+
+
+def test_only_tasks_and_what_stands_on_them_open_a_config():
+    openers = {module_of(path) for path in FILES if "funmatch.config" in imports(path)}
+    low = {name for name in openers if LAYER[name] < LAYER["funmatch.tasks.evaluate"]}
+    assert low <= {"funmatch.runs"}, "runs reads which knobs are compared; nobody else below the tasks knows a knob"
+
+
+def test_math_knows_no_device_no_logger_and_no_file():
+    for name in LAYERS[2]:
+        source = (PACKAGE / f"{name}.py").read_text()
+        for word in ("cuda", "logging", "print(", "open(", "pathlib"):
+            assert word not in source, f"{name} mentions {word}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_no_room_is_too_big(path):
+    source = path.read_text()
+    assert source.count("\n") <= 300, f"{path} is over 300 lines"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 50, f"{path}:{node.lineno} {node.name} is over 50 lines"
+
+
+def test_names_say_something():
+    assert not {path.stem for path in FILES} & {"utils", "common", "helpers", "misc", "base"}
+
+
+def test_no_accelerator_is_hard_coded_and_nothing_is_unpickled():
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        docs = {
+            ast.get_docstring(node, clean=False)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        }
+        strings = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        assert "cuda" not in strings - docs, path
+        assert not {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names} & {
+            "pickle",
+            "joblib",
+        }

@@ -1,0 +1,72 @@
+"""The page stands alone, shows what was seen, and can be read."""
+
+import re
+import xml.dom.minidom
+from base64 import b64decode
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import funmatch
+from funmatch import report
+from funmatch.config import Report
+from funmatch.data.cache import open_cache
+from funmatch.data.catalog import open_source
+from funmatch.data.loader import Loader
+
+
+@pytest.fixture(name="runs")
+def two_runs(tmp_path):
+    knobs = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 16, "steps": 6, "log_every": 2}
+    knobs |= {"eval_every": 2}
+    labels = funmatch.train(out=tmp_path / "labels & <b>", **knobs)
+    student = funmatch.distill(out=tmp_path / "student_$x$", teacher="fashion-mini-teacher", **knobs)
+    return labels.folder, student.folder
+
+
+def test_the_page_needs_nothing_from_outside(runs, tmp_path):
+    page = report.run(Report(runs=runs, out=tmp_path / "page.html")).read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)""", page.replace("xlink:href", "href"))
+    assert "<script" not in page
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    HTMLParser().feed(page)
+
+
+def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
+    page = report.run(Report(runs=runs, out=tmp_path / "page.html")).read_text()
+    assert "labels &amp; &lt;b&gt;" in page
+    assert "<b>" not in page.replace("<b>labels", "").replace("<b>student", "")
+    svgs = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(svgs) == 4
+    for svg in svgs:
+        xml.dom.minidom.parseString(svg)
+    assert "teacher fashion-mini-teacher" in svgs[0]
+    assert "student_$x$" in re.sub(r"\\", "", svgs[0])
+    assert "weight_decay" in page
+    assert "images/s" in page
+
+
+def test_the_sheet_is_what_the_step_showed(runs):
+    sheet = report.views_sheet(funmatch.runs.find(runs[1]), 4)
+    assert sheet["rows"] == ["teacher", "student"]
+    split = open_cache(open_source("fashion-mini")).splits["train"]
+    batch = Loader(split, 0, 16, 32).batch_at(4)
+    mixed = batch.lam * batch.crops[1:] + (1 - batch.lam) * batch.crops[:-1]
+    shown = np.asarray(Image.open(BytesIO(b64decode(sheet["png"]))))
+    factor = shown.shape[0] // 64
+    small = shown[::factor, ::factor]
+    for row in range(2):
+        for i in range(12):
+            tile = small[row * 32 : (row + 1) * 32, i * 32 : (i + 1) * 32]
+            expected = mixed[i].permute(1, 2, 0).numpy() * 255
+            assert np.abs(tile - expected).max() <= 0.51
+
+
+def test_an_unfinished_run_can_be_looked_at(runs):
+    (runs[0] / "result.json").unlink()
+    page = report.run(Report(runs=(runs[0],))).read_text()
+    assert "6 of 6" in page
