@@ -32,7 +32,7 @@ def save(folder: Path, step: int, student: nn.Module, optimizer: torch.optim.Opt
     with folder_atomically(folder / f"step-{step:09}") as partial:
         save_file(_dense(student.state_dict()), partial / "student.safetensors")
         save_file(_dense(_optimizer_tensors(student, optimizer)), partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}))
+        (partial / "state.json").write_text(json.dumps({**state, "step": step}))
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
     for best in folder.glob("best-*"):

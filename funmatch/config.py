@@ -22,6 +22,11 @@ class Knobs(BaseModel):
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object on standard output, and nothing else there."""
 
+    @field_validator("student_kwargs", "teacher_kwargs", "model_kwargs", mode="before", check_fields=False)
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        return tuple(f"{key}={option!r}" for key, option in value.items()) if isinstance(value, dict) else value
+
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each in a sentence."""
         return []
@@ -33,7 +38,7 @@ class Knobs(BaseModel):
             if name not in cls.model_fields:
                 raise unknown("knob", name, cls.model_fields)
         try:
-            table = cls(**knobs)
+            table = cls(**{name: str(knob) if isinstance(knob, Path) else knob for name, knob in knobs.items()})
         except ValidationError as error:
             found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
             raise InputError("; ".join(found)) from None
@@ -103,11 +108,6 @@ class Train(Machine):
     """Steps between evaluations on the validation split."""
     save_every: int = 500
     """Steps between checkpoints."""
-
-    @field_validator("student_kwargs", "teacher_kwargs", mode="before", check_fields=False)
-    @classmethod
-    def _pairs(cls, value: Any) -> Any:
-        return tuple(f"{key}={option!r}" for key, option in value.items()) if isinstance(value, dict) else value
 
     def problems(self) -> list[str]:
         found = [

@@ -13,7 +13,8 @@ from funmatch.config import Evaluate
 from funmatch.data.cache import Cache, CachedSplit, open_cache
 from funmatch.data.catalog import open_source
 from funmatch.data.loader import central_batches
-from funmatch.errors import InputError
+from funmatch.data.sources import SPLIT_NAMES
+from funmatch.errors import InputError, unknown
 from funmatch.logs import track
 from funmatch.models.load import Card, Classifier, check_side, load
 
@@ -159,8 +160,9 @@ def _run_of(name: str) -> runs.Run | None:
 def _split(cache: Cache, name: str) -> CachedSplit:
     if name == "auto":
         return cache.splits.get("test") or cache.splits.get("val") or cache.splits["train"]
+    name = SPLIT_NAMES.get(name, name)
     if name not in cache.splits:
-        raise InputError(f"{cache.name} has no split {name!r}; it has: {', '.join(cache.splits)}")
+        raise unknown("split", name, cache.splits)
     return cache.splits[name]
 
 

@@ -36,6 +36,7 @@ class Standing:
     seconds: float = 0.0
     best_step: int | None = None
     best_score: float = -1.0
+    window: list[float] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,13 +84,14 @@ class Walk:
         self.scaler = devices.loss_scaler(lesson.course.device, lesson.course.precision)
         self.standing = Standing()
         self.losses: list[Tensor] = []
-        self.clock = time.monotonic()
+        self.clock, self.away = time.monotonic(), 0.0
         self.notes: dict[str, str] = {}
         if state := checkpoint.restore(run.checkpoints, lesson.student.net, self.optimizer):
             self.standing = Standing(**state)
             self.scaler.load_state_dict(self.standing.scaler)
+            self.losses = [torch.tensor(loss, device=lesson.course.device) for loss in self.standing.window]
             say(f"{run.folder}: going on from step {self.standing.step} of {lesson.course.steps}")
-        run.metrics.cut(self.standing.step)
+        run.metrics.cut(self.standing.step or -1)
         if lesson.teacher and teacher_logits is not None and not self.standing.step:
             figures = runs.finite(evaluate.judge(teacher_logits, self.watched))
             name = lesson.teacher.classifier.card.name
@@ -108,40 +110,45 @@ class Walk:
             for step, loss in fit(course, student, self.optimizer, self.scaler, batches, loss_of, start):
                 self.standing.step = step
                 self.losses.append(loss)
-                last = step == course.steps or bool(caught)
-                saving = last or step % config.save_every == 0
-                if saving or step % config.log_every == 0:
+                last = step == course.steps
+                if last or step % config.log_every == 0:
                     self.log()
-                if step % config.eval_every == 0 or step == course.steps:
+                if last or step % config.eval_every == 0:
                     self.watch()
-                if saving:
+                if last or step % config.save_every == 0 or caught:
                     self.save()
                 bar.update(step, " ".join(self.notes.values()))
-                if caught and step < course.steps:
-                    told = (
-                        f"saved step {step} of {course.steps} in {self.run.folder}; the same command goes on from there"
-                    )
-                    raise signals.Stopped(caught[0], told)
+                if caught and not last:
+                    told = f"saved step {step} of {course.steps} in {self.run.folder}"
+                    raise signals.Stopped(caught[0], f"{told}; the same command goes on from there")
 
     def log(self) -> None:
         """Records the mean loss since the last time."""
         step, course = self.standing.step, self.lesson.course
-        loss = torch.stack(self.losses).mean().item()  # the only place that waits for the device
+        losses = self.fetched()
+        loss = math.fsum(losses) / len(losses)
         now = time.monotonic()
-        rate = len(self.losses) * self.lesson.config.batch / (now - self.clock)
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} at step {step}; the last checkpoint in {self.run.folder} is sound. "
-                "Try a lower --lr, a longer --warmup-steps, or --precision fp32"
-            )
+        made = (len(losses) - len(self.standing.window)) * self.lesson.config.batch
+        rate = made / (now - self.clock - self.away)
         self.standing.seconds += now - self.clock
+        self.standing.window = []
         self.run.metrics.write("step", step, loss=loss, lr=course.lr_at(step - 1), images_per_second=rate)
         self.notes["loss"] = f"loss {loss:.4f}, {rate:,.0f} images/s"
-        self.losses, self.clock = [], now
+        self.losses, self.clock, self.away = [], now, 0.0
+
+    def fetched(self) -> list[float]:
+        """The losses since the last record: the only place that waits for the device."""
+        losses: list[float] = torch.stack(self.losses).tolist() if self.losses else []
+        if not all(map(math.isfinite, losses)):
+            raise InputError(
+                f"the loss is no longer finite at step {self.standing.step}; the last checkpoint in {self.run.folder} "
+                "is sound. Try a lower --lr, a longer --warmup-steps, or --precision fp32"
+            )
+        return losses
 
     def watch(self) -> None:
         """Judges the student on the watched split, and keeps it if it is the best so far."""
-        standing = self.standing
+        standing, began = self.standing, time.monotonic()
         logits = evaluate.answers(self.lesson.student, self.watched, self.lesson.view)
         figures = evaluate.judge(logits, self.watched, self.teacher_logits)
         self.run.metrics.write("eval", standing.step, split=self.watched.name, **runs.finite(figures))
@@ -152,24 +159,21 @@ class Walk:
         if score is not None and score > standing.best_score and self.watched.name != "test":
             standing.best_step, standing.best_score = standing.step, score
             checkpoint.save_best(self.run.checkpoints, standing.step, self.lesson.student.net, runs.finite(figures))
-        self.pause_clock()
+        self.away += time.monotonic() - began
 
     def save(self) -> None:
         """Writes a checkpoint."""
+        began = time.monotonic()
         self.standing.scaler = self.scaler.state_dict()
-        state = asdict(self.standing)
-        checkpoint.save(self.run.checkpoints, state.pop("step"), self.lesson.student.net, self.optimizer, state)
-        self.pause_clock()
-
-    def pause_clock(self) -> None:
-        """Counts the time since the last record, but leaves it out of the rate of the next."""
-        now = time.monotonic()
-        self.standing.seconds += now - self.clock
-        self.clock = now
+        # Losses that no record holds yet go along, so that a resumed run records what one that never stopped does.
+        state = asdict(self.standing) | {"window": self.fetched()}
+        checkpoint.save(self.run.checkpoints, self.standing.step, self.lesson.student.net, self.optimizer, state)
+        self.away += time.monotonic() - began
 
     def finish(self) -> dict[str, Any]:
         """Judges the finished student, writes it for use elsewhere, and records that the run is over."""
         lesson, view = self.lesson, self.lesson.view
+        self.standing.seconds += time.monotonic() - self.clock
         split = evaluate.final(lesson.cache)
         teacher = lesson.teacher
         teacher_logits = self.teacher_logits

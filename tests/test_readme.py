@@ -1,0 +1,70 @@
+"""What the README tells people to type works."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from funmatch.cli import parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("funmatch")]
+TARGETS = [line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make")]
+
+
+def test_there_is_something_to_test():
+    assert len(COMMANDS) >= 4
+    assert len(TARGETS) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command):
+    parse(shlex.split(command)[1:])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_every_file_that_is_mentioned_exists():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)|`([\w/-]+\.md|funmatch/[\w/.-]+)`", README):
+        assert (ROOT / (path[0] or path[1])).exists(), path
+
+
+def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmatch):
+    """The README's own lines, with a small network in place of BiT's, few epochs, and a teacher made by `train`."""
+    small = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
+    swaps = {
+        "--data ~/pictures": f"--data {pictures}",
+        "--student resnetv2_50x1_bit": small,
+        "--side 128": "--side 32",
+        "--epochs 1000": "--epochs 1",
+        "--teacher resnetv2_101x1_bit": "--teacher resnet10t --teacher-kwargs channels=8,8,16,16 stem_width=8 "
+        "--allow-weak-teacher",
+        "--teacher-weights teacher.safetensors": f"--teacher-weights {tmp_path}/runs/labels/student/model.safetensors",
+    }
+    ordered = sorted(COMMANDS, key=lambda line: "funmatch train" not in line)  # the teacher's weights come from there
+    for command in ordered:
+        for old, new in swaps.items():
+            command = command.replace(old, new)
+        funmatch(*shlex.split(command)[1:])
+    assert (tmp_path / "runs" / "first" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path):
+    for code in blocks("python"):
+        if "runs/first" not in code:
+            subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=os.environ, check=True)
