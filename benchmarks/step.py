@@ -1,8 +1,8 @@
 """Where a step goes, and whether it depends on the number of pictures.
 
-    python benchmarks/step.py [--pictures 500 5000] [--steps 20]
+    python benchmarks/step.py [--pictures 500 5000] [--steps 20] [--device auto]
 
-Distils ResNet-18 into ResNet-18 at 128 px from a folder of 500 × 375 JPEGs on the CPU, twice with the same draws: as a
+Distils ResNet-18 into ResNet-18 at 128 px from a folder of 500 × 375 JPEGs, twice with the same draws: as a
 run does it, and with every batch made beforehand, so that only the model, backward and the optimizer are left. What the
 first takes longer is everything else: draws, crops, resizing, mixing, hand-over, logging. Pairs of runs alternate, so
 that a drift of the machine falls on both.
@@ -49,16 +49,20 @@ def make_pictures(folder: Path, count: int) -> None:
         Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(folder / f"{i:05}.jpg", quality=92)
 
 
-def seconds_a_step(split: CachedSplit, batch: int, steps: int, *, ready: bool) -> float:
+def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bool) -> float:
     """Median over `steps` steps after three that warm up; `ready` makes the batches beforehand."""
     torch.manual_seed(0)
     teacher, student = Frozen(load("resnet18", classes=37)), load("resnet18", classes=37)
-    course = Course(steps + 3, 1e-3, 0, 1.0, 0, torch.device("cpu"), "fp32")
+    device = devices.pick(options.device)
+    precision = devices.resolve_precision("auto", device)
+    course = Course(options.steps + 3, 1e-3, 0, 1.0, 0, device, precision)
+    teacher.to(device)
+    student.to(device)
     optimizer = adam(student.net, course.lr, 1e-4)
-    loader = Loader(split, 0, batch, SIDE)
-    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads())
+    loader = Loader(split, 0, options.batch, SIDE)
+    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), pin=device.type != "cpu")
     if ready:
-        batches = list(batches)
+        batches = [batch.to(device) for batch in batches]
     strategy = STRATEGIES["funmatch"]
 
     def loss_of(batch):
@@ -67,7 +71,8 @@ def seconds_a_step(split: CachedSplit, batch: int, steps: int, *, ready: bool) -
 
     scaler = devices.loss_scaler(course.device, course.precision)
     times = [time.perf_counter()]
-    for _ in fit(course, student, optimizer, scaler, batches, loss_of):
+    for _, loss in fit(course, student, optimizer, scaler, batches, loss_of):
+        loss.item()
         times.append(time.perf_counter())
     return statistics.median(b - a for a, b in pairwise(times[3:]))
 
@@ -78,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="cpu, auto, or as torch names it")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -88,8 +94,8 @@ def main() -> None:
             split = CachedSplit("train", some.pixels, np.resize(some.index, count))
             outside, whole = [], []
             for _ in range(options.repeats):
-                run = seconds_a_step(split, options.batch, options.steps, ready=False)
-                model = seconds_a_step(split, options.batch, options.steps, ready=True)
+                run = seconds_a_step(split, options, ready=False)
+                model = seconds_a_step(split, options, ready=True)
                 whole.append(run)
                 outside.append((run - model) / run)
             rows.append({"pictures": count, "step_ms": spread(whole, 1e3), "outside_percent": spread(outside, 100)})

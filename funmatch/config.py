@@ -17,7 +17,7 @@ UNCOMPARED = {"out", "as_json", "workers", "log_every", "epochs"}
 class Knobs(BaseModel):
     """What all tables share: no unknown key, no change after the making."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object on standard output, and nothing else there."""

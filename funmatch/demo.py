@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from funmatch import report
+from funmatch import report, runs
 from funmatch.config import Demo, Distill, Evaluate, Report, Train
+from funmatch.files import write_atomically
 from funmatch.logs import duration, percent, say, table
 from funmatch.tasks import distill, evaluate, train
 
@@ -44,7 +45,9 @@ def run(config: Demo) -> dict[str, Any]:
     say(f"     top-1 {percent(student['top1'])}")
     for each in (labels, student):
         report.run(Report(runs=(Path(each["run"]),)))
-    page = report.run(Report(runs=(folder / "funmatch", folder / "labels"), out=folder / "report.html"))
+    found = [runs.find(folder / name) for name in ("funmatch", "labels")]
+    page = report.run(Report(runs=tuple(each.folder for each in found), out=folder / "report.html"))
+    write_atomically(folder / "accuracy.svg", report.plot(found, *report.ACCURACY))
     return {"teacher": teacher, "labels": labels, "student": student, "run": student["run"], "report": str(page)}
 
 

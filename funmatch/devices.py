@@ -51,9 +51,13 @@ def loss_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def seed_networks(seed: int, step: int) -> None:
+def seed_networks(seed: int, step: int, device: torch.device) -> None:
     """Makes dropout and its like a function of (seed, step), so that a resumed run drops the same units."""
-    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+    mixed = (seed * 0x9E3779B97F4A7C15 + step) % 2**63
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(mixed)  # without asking every kind of device there could be
+    else:
+        torch.manual_seed(mixed)
 
 
 def spare_threads() -> int:

@@ -141,7 +141,7 @@ def _feistel(places: np.ndarray, keys: np.ndarray, side: int, rounds: int = 8) -
     """A keyed bijection of [0, side²)."""
     left, right = places // side, places % side
     for number in range(rounds):
-        scrambled = _mixed(right.astype(np.uint64) + _mixed(keys + np.uint64(number)))
+        scrambled = _mixed(right.astype(np.uint64) ^ (keys + np.uint64(number << 48)))
         left, right = right, (left + (scrambled % np.uint64(side)).astype(np.int64)) % side
     return left * side + right
 

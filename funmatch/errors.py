@@ -28,3 +28,8 @@ def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> In
     if hint:
         words.append(hint)
     return InputError("; ".join(words))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,17 +1,20 @@
 """Files that are there whole or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small text file: first under another name, then renamed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(partial, "w") as file:
+        with disk_errors(path), open(partial, "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -30,7 +33,8 @@ def folder_atomically(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with disk_errors(folder):
+            yield partial
         for file in partial.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
@@ -39,3 +43,21 @@ def folder_atomically(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Makes an `OSError` that names the place of what goes wrong on the disk inside.
+
+    safetensors reports a full disk as an error of its own, and Python forgets the file's name when a write fails.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
+    except OSError as error:
+        if error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

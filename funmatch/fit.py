@@ -59,9 +59,10 @@ def fit(
         updates done, and the loss of the last one, still on the device so that nothing waits for it.
     """
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    student.train()
     for step, batch in enumerate(batches, start):
-        devices.seed_networks(course.seed, step)
+        if not student.training:  # the caller may have judged it
+            student.train()
+        devices.seed_networks(course.seed, step, course.device)
         set_factor(optimizer, course.lr, cosine(step, course.steps, course.warmup_steps))
         with devices.autocast(course.device, course.precision):
             loss = loss_of(batch.to(course.device))
@@ -72,4 +73,3 @@ def fit(
         scaler.step(optimizer)
         scaler.update()
         yield step + 1, loss.detach()
-        student.train()

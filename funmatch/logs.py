@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from funmatch.files import write_atomically
+from funmatch.files import disk_errors, write_atomically
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -97,7 +97,7 @@ class Metrics:
     def write(self, event: str, step: int, **figures: Any) -> None:
         """Adds a record, whole or not at all as far as a reader is concerned."""
         line = json.dumps({"event": event, "step": step, **figures})
-        with open(self.path, "a") as file:
+        with disk_errors(self.path), open(self.path, "a") as file:
             file.write(line + "\n")
 
     def read(self) -> list[dict[str, Any]]:

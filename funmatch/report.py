@@ -82,6 +82,9 @@ COLUMNS = (
 )
 
 
+ACCURACY = ("eval", "top1", 100.0, "top-1 (%)")
+
+
 def row(run: runs.Run) -> list[str]:
     """The figures of a run, in the order of `COLUMNS`; dashes where it has none yet."""
     config, result = run.config, run.result or {}
@@ -107,7 +110,7 @@ def row(run: runs.Run) -> list[str]:
 def curves(found: list[runs.Run]) -> list[tuple[str, str]]:
     """(heading, SVG) of accuracy, loss, learning rate and throughput against the step."""
     panels = [
-        ("Accuracy on the watched split", "eval", "top1", 100.0, "top-1 (%)"),
+        ("Accuracy on the watched split", *ACCURACY),
         ("Loss on training views", "step", "loss", 1.0, "loss"),
         ("Learning rate", "step", "lr", 1.0, "learning rate"),
         ("Throughput", "step", "images_per_second", 1.0, "images/s"),

@@ -30,6 +30,13 @@ def noise():
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (31, 23, 3), dtype=np.uint8))
 
 
+@pytest.fixture(params=["together", "one by one"], autouse=True)
+def both_ways(request, monkeypatch):
+    """Small pictures of one size are resampled together, others one by one; both must be right."""
+    if request.param == "one by one":
+        monkeypatch.setattr("funmatch.augment.SMALL", 0)
+
+
 @pytest.mark.parametrize("box", [(0, 0, 31, 23), (4, 5, 9, 11), (30, 22, 1, 1), (0, 3, 31, 2)])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("side", [1, 8, 40])

@@ -13,7 +13,7 @@ LAYERS = [
     ["errors", "files"],
     ["config"],
     ["draws", "augment", "views", "distances", "metrics", "schedules", "optim"],
-    ["data.sources", "data.catalog", "data.cache", "data.loader", "models.load", "models.frozen"],
+    ["data.sources", "data.catalog", "data.cache", "data.loader", "models.classifier", "models.load", "models.frozen"],
     ["devices", "logs", "signals", "checkpoint", "runs", "fit"],
     ["tasks.evaluate", "tasks.lesson", "tasks.walk", "tasks.train", "tasks.distill"],
     ["report"],

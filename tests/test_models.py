@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from funmatch.errors import InputError
-from funmatch.models import load as models
+from funmatch.models import classifier as models
 from funmatch.models.frozen import Frozen
-from funmatch.models.load import load
+from funmatch.models.load import load, parse_options
 
 SMALL = ("channels=(8,8,16,16)", "stem_width=8")
 
@@ -41,10 +41,10 @@ def test_fixed_inputs_are_built_for_the_side():
 
 
 def test_options_are_read_as_python_values():
-    parsed = models.parse_options(("channels=16,32", "drop_rate=0.1", "act_layer=gelu", "flag=True"))
+    parsed = parse_options(("channels=16,32", "drop_rate=0.1", "act_layer=gelu", "flag=True"))
     assert parsed == {"channels": (16, 32), "drop_rate": 0.1, "act_layer": "gelu", "flag": True}
     with pytest.raises(InputError, match="key=value"):
-        models.parse_options(("channels",))
+        parse_options(("channels",))
 
 
 @pytest.mark.parametrize(

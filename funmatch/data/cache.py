@@ -22,7 +22,7 @@ from torch import Tensor
 
 from funmatch.data.sources import Source
 from funmatch.errors import InputError
-from funmatch.files import write_atomically
+from funmatch.files import disk_errors, write_atomically
 
 FORMAT = 1
 INDEX = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4")])
@@ -38,7 +38,7 @@ class CachedSplit:
     """The pictures of one split, mapped from disk."""
 
     name: str
-    pixels: np.ndarray
+    pixels: Tensor
     index: np.ndarray
 
     def __len__(self) -> int:
@@ -48,11 +48,16 @@ class CachedSplit:
     def labelled(self) -> bool:
         return bool(self.index["label"][0] >= 0)
 
+    def pictures(self, indices) -> list[Tensor]:
+        """Each (height, width, 3) uint8, a view of the mapped file."""
+        return [
+            self.pixels[offset : offset + height * width * 3].view(height, width, 3)
+            for offset, height, width, _ in self.index[indices].tolist()
+        ]
+
     def picture(self, i: int) -> Tensor:
         """(height, width, 3) uint8, a view of the mapped file."""
-        offset, height, width, _ = self.index[i].item()
-        flat = self.pixels[offset : offset + height * width * 3]
-        return torch.from_numpy(flat.reshape(height, width, 3))
+        return self.pictures([i])[0]
 
     def labels(self, indices) -> Tensor:
         """(n,) int64."""
@@ -114,7 +119,7 @@ def open_cache(source: Source, *, cap: int = 512, home: Path | None = None, trac
 def _open_split(folder: Path, name: str) -> CachedSplit:
     # Mode "c" (copy on write) because torch warns about read-only memory; nothing ever writes there.
     pixels = np.memmap(folder / f"{name}.pixels", np.uint8, mode="c")
-    return CachedSplit(name, pixels, np.load(folder / f"{name}.index.npy", mmap_mode="r"))
+    return CachedSplit(name, torch.from_numpy(pixels), np.load(folder / f"{name}.index.npy", mmap_mode="r"))
 
 
 def _key(source: Source, cap: int, home: Path, track: Track) -> str:
@@ -158,7 +163,8 @@ def _build(source: Source, cap: int, folder: Path, track: Track) -> None:
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        _decode_into(partial, source, cap, track)
+        with disk_errors(folder.parent):
+            _decode_into(partial, source, cap, track)
         try:
             partial.rename(folder)
         except OSError:

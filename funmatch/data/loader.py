@@ -63,8 +63,7 @@ class Loader:
         share = self.batch // self.world
         rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch
         indices = drawn.indices[rows]
-        pictures = [self.split.picture(i) for i in indices]
-        crops = crop_resize_flip(pictures, drawn.boxes[rows], drawn.flips[rows], self.side)
+        crops = crop_resize_flip(self.split.pictures(indices), drawn.boxes[rows], drawn.flips[rows], self.side)
         return Batch(crops, self.split.labels(indices), drawn.lam)
 
 
@@ -107,6 +106,6 @@ def central_batches(split: CachedSplit, side: int, short_side: int, batch: int) 
         views (n, 3, side, side) float32 in [0, 1], and labels (n,) int64.
     """
     for start in range(0, len(split), batch):
-        indices = range(start, min(start + batch, len(split)))
-        views = torch.stack([central_view(split.picture(i), short_side, side) for i in indices])
-        yield views.contiguous(memory_format=torch.channels_last), split.labels(np.asarray(indices))
+        indices = np.arange(start, min(start + batch, len(split)))
+        views = torch.stack([central_view(picture, short_side, side) for picture in split.pictures(indices)])
+        yield views.contiguous(memory_format=torch.channels_last), split.labels(indices)

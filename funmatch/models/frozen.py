@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from funmatch.models.load import Classifier
+from funmatch.models.classifier import Classifier
 
 
 class Frozen(nn.Module):

@@ -1,19 +1,20 @@
-"""A name becomes a classifier on [0, 1] pictures; a classifier becomes a folder that timm loads by itself."""
+"""A name becomes a classifier on [0, 1] pictures."""
 
 import ast
-import hashlib
-import json
-from dataclasses import dataclass
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from funmatch.errors import InputError, unknown
+from funmatch.errors import InputError, first_line, unknown
+from funmatch.models.classifier import Card, Classifier
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
@@ -22,64 +23,8 @@ NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
 }
 """Our own names: a folder with weights, or an architecture and what it is built with."""
 
-# What timm says of an architecture's own weights, and is not true of ours.
-ABOUT_OTHER_WEIGHTS = (
-    "tag",
-    "test_input_size",
-    "test_crop_pct",
-    "pool_size",
-    "license",
-    "origin_url",
-    "paper_ids",
-    "notes",
-)
-
 # What a network without weights of its own reads where nobody says otherwise.
 OWN_CARDS = {"fashion-mini-student": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a classifier wants to see and can say.
-
-    Attributes:
-        name: as a person gave it.
-        side: of the pictures it was made for, pixels.
-        crop_fraction: share of the resized short side that its evaluation view keeps.
-        mean, std: of its normalisation, one number a channel, for pictures in [0, 1].
-        classes: names of its classes, or None where it does not know them.
-    """
-
-    name: str
-    side: int
-    crop_fraction: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: tuple[str, ...] | None = None
-
-
-class Classifier(nn.Module):
-    """A network together with its normalisation: takes (n, 3, side, side) in [0, 1], gives logits (n, classes)."""
-
-    def __init__(self, net: nn.Module, card: Card) -> None:
-        super().__init__()
-        self.net = net.to(memory_format=torch.channels_last)
-        self.card = card
-        self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1), persistent=False)
-
-    def forward(self, views: Tensor) -> Tensor:
-        if len(self.card.mean) == 1:
-            views = views.mean(1, keepdim=True)
-        return self.net((views - self.mean) / self.std)
-
-    @property
-    def num_classes(self) -> int:
-        return vars(self.net)["num_classes"]
-
-    def count(self) -> int:
-        """Parameters."""
-        return sum(parameter.numel() for parameter in self.net.parameters())
 
 
 def load(
@@ -156,61 +101,6 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
-def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, Any]) -> None:
-    """Writes `model.safetensors` and `config.json` in timm's own layout.
-
-    `timm.create_model("local-dir:<folder>", pretrained=True)` then gives the network with the same logits.
-
-    Args:
-        folder: an empty folder.
-        card: what the network is to see and its classes' names.
-        about: where it came from, kept under the key `funmatch`.
-    """
-    timm.models.save_for_hf(classifier.net, str(folder), safe_serialization=True)
-    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for key in ABOUT_OTHER_WEIGHTS:
-        config["pretrained_cfg"].pop(key, None)
-    config["pretrained_cfg"] |= {
-        "input_size": [len(card.mean), card.side, card.side],
-        "crop_pct": card.crop_fraction,
-        "interpolation": "bilinear",
-        "mean": list(card.mean),
-        "std": list(card.std),
-    }
-    if card.classes:
-        config["label_names"] = list(card.classes)
-    config["funmatch"] = about
-    path.write_text(json.dumps(config, indent=2))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A digest of all weights and buffers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-@torch.inference_mode()
-def check_side(classifier: Classifier, side: int) -> None:
-    """Raises `InputError` unless the classifier answers a picture of this side."""
-    training = classifier.training
-    try:
-        logits = classifier.eval()(torch.zeros(1, 3, side, side))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(
-            f"{classifier.card.name} cannot take views of {side} × {side} pixels ({_first_line(error)}); "
-            f"it was made for {classifier.card.side}: choose another --side, or other model options"
-        ) from error
-    finally:
-        classifier.train(training)
-    if logits.ndim != 2:
-        raise InputError(f"{classifier.card.name} is no classifier: it answers with a shape of {tuple(logits.shape)}")
-
-
 def _known(architecture: str, name: str) -> str:
     base, _, tag = architecture.partition(".")
     if not timm.is_model(base):
@@ -221,16 +111,26 @@ def _known(architecture: str, name: str) -> str:
 
 
 def _create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool) -> nn.Module:
+    if pretrained and not architecture.startswith("local-dir:"):
+        _give_up_on_an_unreachable_hub()
     try:
         return timm.create_model(architecture, pretrained=pretrained, **kwargs)
     except OSError as error:
         raise InputError(
-            f"cannot fetch the weights of {architecture} ({_first_line(error)}); "
+            f"cannot fetch the weights of {architecture} ({first_line(error)}); "
             "without a network, give a file by --teacher-weights or --weights"
         ) from error
     except (TypeError, ValueError, AssertionError, RuntimeError, SafetensorError, KeyError) as error:
         asked = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
-        raise InputError(f"timm cannot build {architecture} with {asked}: {_first_line(error)}") from error
+        raise InputError(f"timm cannot build {architecture} with {asked}: {first_line(error)}") from error
+
+
+def _give_up_on_an_unreachable_hub() -> None:
+    """Without a network, what was fetched before is used at once, and anything else fails at once."""
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None)
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def _from_weights(architecture: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
@@ -266,7 +166,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # each format fails in its own many ways
-        raise InputError(f"{path} is no state dict in .safetensors or .pt: {_first_line(error)}") from error
+        raise InputError(f"{path} is no state dict in .safetensors or .pt: {first_line(error)}") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -287,7 +187,3 @@ def _net_config(architecture: str) -> dict[str, Any]:
     config = timm.get_pretrained_cfg(architecture)
     assert config is not None, f"timm lists {architecture} without a configuration"
     return config.to_dict()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -16,7 +16,8 @@ from funmatch.data.loader import central_batches
 from funmatch.data.sources import SPLIT_NAMES
 from funmatch.errors import InputError, unknown
 from funmatch.logs import track
-from funmatch.models.load import Card, Classifier, check_side, load
+from funmatch.models.classifier import Card, Classifier, check_side
+from funmatch.models.load import load
 
 WATCHED_WITHOUT_VALIDATION = 1000
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from funmatch import devices
 from funmatch.config import Train
 from funmatch.data.cache import Cache, open_cache
@@ -10,9 +12,9 @@ from funmatch.data.catalog import CATALOG, open_source
 from funmatch.errors import InputError
 from funmatch.fit import Course
 from funmatch.logs import track
-from funmatch.models import load as models
+from funmatch.models.classifier import Classifier, check_side
 from funmatch.models.frozen import Frozen
-from funmatch.models.load import Classifier
+from funmatch.models.load import load
 from funmatch.tasks import evaluate
 
 
@@ -50,17 +52,17 @@ def open_data(config: Train) -> Cache:
 def prepare(verb: str, config: Train, cache: Cache, *, classes: int, teacher: Frozen | None = None) -> Lesson:
     """Builds the student and closes every default that was left open."""
     device = devices.pick(config.device)
-    devices.seed_networks(config.seed, 0)
-    student = models.load(config.student, options=config.student_kwargs, classes=classes, side=config.side)
+    devices.seed_networks(config.seed, 0, torch.device("cpu"))
+    student = load(config.student, options=config.student_kwargs, classes=classes, side=config.side)
     if student.num_classes != classes:
         raise InputError(f"student {config.student} answers {student.num_classes} classes, wanted {classes}")
     side = config.side or student.card.side
     resize = config.eval_resize or evaluate.short_side(side, student.card)
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
-    models.check_side(student, side)
+    check_side(student, side, batch=config.batch)
     if teacher:
-        models.check_side(teacher.classifier, side)
+        check_side(teacher.classifier, side)
     steps = config.steps or max(1, round((config.epochs or 0) * len(cache.splits["train"]) / config.batch))
     warmup = min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps
     precision = devices.resolve_precision(config.precision, device)

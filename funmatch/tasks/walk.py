@@ -20,7 +20,7 @@ from funmatch.errors import InputError
 from funmatch.files import folder_atomically
 from funmatch.fit import fit
 from funmatch.logs import Bar, percent, say
-from funmatch.models import load as models
+from funmatch.models import classifier as models
 from funmatch.optim import adam
 from funmatch.tasks import evaluate
 from funmatch.tasks.lesson import Lesson

@@ -1,0 +1,124 @@
+"""A network with its normalisation: what it wants to see, and how it becomes a folder that timm loads by itself."""
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from funmatch.errors import InputError, first_line
+
+# What timm says of an architecture's own weights, and is not true of ours.
+ABOUT_OTHER_WEIGHTS = (
+    "tag",
+    "test_input_size",
+    "test_crop_pct",
+    "pool_size",
+    "license",
+    "origin_url",
+    "paper_ids",
+    "notes",
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a classifier wants to see and can say.
+
+    Attributes:
+        name: as a person gave it.
+        side: of the pictures it was made for, pixels.
+        crop_fraction: share of the resized short side that its evaluation view keeps.
+        mean, std: of its normalisation, one number a channel, for pictures in [0, 1].
+        classes: names of its classes, or None where it does not know them.
+    """
+
+    name: str
+    side: int
+    crop_fraction: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] | None = None
+
+
+class Classifier(nn.Module):
+    """A network together with its normalisation: takes (n, 3, side, side) in [0, 1], gives logits (n, classes)."""
+
+    def __init__(self, net: nn.Module, card: Card) -> None:
+        super().__init__()
+        self.net = net.to(memory_format=torch.channels_last)
+        self.card = card
+        self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, views: Tensor) -> Tensor:
+        if len(self.card.mean) == 1:
+            views = views.mean(1, keepdim=True)
+        return self.net((views - self.mean) / self.std)
+
+    @property
+    def num_classes(self) -> int:
+        return vars(self.net)["num_classes"]
+
+    def count(self) -> int:
+        """Parameters."""
+        return sum(parameter.numel() for parameter in self.net.parameters())
+
+
+def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, Any]) -> None:
+    """Writes `model.safetensors` and `config.json` in timm's own layout.
+
+    `timm.create_model("local-dir:<folder>", pretrained=True)` then gives the network with the same logits.
+
+    Args:
+        folder: an empty folder.
+        card: what the network is to see and its classes' names.
+        about: where it came from, kept under the key `funmatch`.
+    """
+    timm.models.save_for_hf(classifier.net, str(folder), safe_serialization=True)
+    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key in ABOUT_OTHER_WEIGHTS:
+        config["pretrained_cfg"].pop(key, None)
+    config["pretrained_cfg"] |= {
+        "input_size": [len(card.mean), card.side, card.side],
+        "crop_pct": card.crop_fraction,
+        "interpolation": "bilinear",
+        "mean": list(card.mean),
+        "std": list(card.std),
+    }
+    if card.classes:
+        config["label_names"] = list(card.classes)
+    config["funmatch"] = about
+    path.write_text(json.dumps(config, indent=2))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of all weights and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def check_side(classifier: Classifier, side: int, *, batch: int | None = None) -> None:
+    """Raises `InputError` unless the classifier answers pictures of this side, and can be taught `batch` at a time."""
+    probe = copy.deepcopy(classifier).train() if batch else classifier.eval()
+    try:
+        logits = probe(torch.zeros(min(batch or 1, 2), 3, side, side))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        batches = f" in batches of {batch}" if batch else ""
+        raise InputError(
+            f"{classifier.card.name} cannot take views of {side} × {side} pixels{batches} ({first_line(error)}); "
+            f"it was made for {classifier.card.side}: choose another --side, or other model options"
+        ) from error
+    if logits.ndim != 2:
+        raise InputError(f"{classifier.card.name} is no classifier: it answers with a shape of {tuple(logits.shape)}")
