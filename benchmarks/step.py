@@ -60,7 +60,7 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
     student.to(device)
     optimizer = adam(student.net, course.lr, 1e-4)
     loader = Loader(split, 0, options.batch, SIDE)
-    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), pin=device.type != "cpu")
+    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=devices.pinner(device))
     if ready:
         batches = [batch.to(device) for batch in batches]
     strategy = STRATEGIES["funmatch"]

@@ -102,6 +102,8 @@ class Train(Machine):
     """Decides the student's first weights and every random choice of every step."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
     """Threads that make views ahead of the model; by default one less than there are cores, at most 8."""
+    threads: int | None = None
+    """Cores that the networks use on the CPU; by default all. Tiny networks are faster on one."""
     log_every: int = 50
     """Steps between records of the loss."""
     eval_every: int = 500
@@ -131,7 +133,7 @@ class Train(Machine):
 
 _AT_LEAST = {
     "steps": 1, "batch": 1, "side": 1, "eval_resize": 1, "cap": 1, "warmup_steps": 0,
-    "seed": 0, "workers": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
+    "seed": 0, "workers": 1, "threads": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
 }  # fmt: skip
 _POSITIVE = ("epochs", "crop_min_area", "lr", "clip_norm", "temperature")
 
@@ -152,6 +154,8 @@ class Distill(Train):
     """Options for timm's constructor of the teacher, key=value."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-T"])] = 1.0
     """Divides both networks' logits before the softmax; the loss is multiplied by its square."""
+    teacher_ahead: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compute the teacher's answers in the threads that make views: for small networks on the CPU."""
     allow_weak_teacher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with a teacher that is near chance on the labelled validation pictures."""
     trust_class_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -214,7 +218,7 @@ class Report(Knobs):
 class Demo(Machine):
     """See it work in minutes: a small student learns from labels, then from a teacher, on embedded pictures."""
 
-    steps: int = 6000
+    steps: int = 5500
     """Updates of each of the two runs."""
     seed: int = 0
     """Decides the student's first weights and every random choice."""

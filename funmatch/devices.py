@@ -1,10 +1,12 @@
 """Processes, devices, precision and the generators that networks draw from."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 
+from funmatch.data.loader import Batch
 from funmatch.errors import InputError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +60,11 @@ def seed_networks(seed: int, step: int, device: torch.device) -> None:
         torch.default_generator.manual_seed(mixed)  # without asking every kind of device there could be
     else:
         torch.manual_seed(mixed)
+
+
+def pinner(device: torch.device) -> Callable[[Batch], Batch] | None:
+    """Copies a batch into pinned memory, from where an accelerator fetches it without being waited for."""
+    return None if device.type == "cpu" else lambda batch: batch.each(torch.Tensor.pin_memory)
 
 
 def spare_threads() -> int:

@@ -197,6 +197,14 @@ def test_reduced_precision_learns_too(tmp_path, precision):
     assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float32}
 
 
+def test_a_teacher_that_answers_ahead_teaches_the_same(tmp_path):
+    knobs = {"teacher": TEACHER, "steps": 5, "threads": 1, "workers": 2, **MINI}
+    plain = funmatch.distill(out=tmp_path / "plain", **knobs)
+    ahead = funmatch.distill(out=tmp_path / "ahead", teacher_ahead=True, **knobs)
+    first, second = (load_file(run.folder / "student" / "model.safetensors") for run in (plain, ahead))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_epochs_become_steps(tmp_path):
     run = funmatch.train(out=tmp_path / "run", epochs=0.5, **MINI)
     assert run.figures["step"] == round(0.5 * 200 / 16)
@@ -218,6 +226,20 @@ def test_evaluation_says_what_the_run_said(taught):
     assert model["run"] is None
     assert model["top1"] == records(taught.folder, "teacher")[0]["top1"]
     assert model["agreement"] is not None
+
+
+def test_a_record_can_be_used_from_anywhere(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = funmatch.train(pictures.name, out="teacher", steps=2, **TINY)
+    run = funmatch.distill(pictures.name, "teacher", out="run", steps=2, allow_weak_teacher=True, **TINY)
+    (tmp_path / "resnet10t").mkdir()  # a folder of the name of a network is not what is meant
+    monkeypatch.chdir(tmp_path / "resnet10t")
+    again = funmatch.evaluate("../run")
+    assert again["agreement"] == run.agreement
+    shutil.rmtree(tmp_path / teacher.folder)
+    alone = funmatch.evaluate("../run")
+    assert alone["top1"] == run.top1
+    assert alone["agreement"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Batches as a function of the step, made a little ahead of the model by threads."""
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,14 +22,21 @@ class Batch:
         crops: (1 + n, 3, side, side) float32 in [0, 1]; row 0 is row 1's predecessor in the global batch.
         labels: (1 + n,) int64, -1 where there is none.
         lam: MixUp weight of the picture itself, in [0.5, 1].
+        answers: (n, classes), the teacher's logits on its view, where they were computed ahead.
     """
 
     crops: Tensor
     labels: Tensor
     lam: float
+    answers: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with every tensor changed."""
+        answers = None if self.answers is None else change(self.answers)
+        return Batch(change(self.crops), change(self.labels), self.lam, answers)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.crops.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.lam)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,19 @@ class Loader:
         return Batch(crops, self.split.labels(indices), drawn.lam)
 
 
-def prefetch(loader: Loader, start: int, stop: int, *, workers: int = 1, pin: bool = False) -> Generator[Batch]:
+def prefetch(
+    loader: Loader, start: int, stop: int, *, workers: int = 1, finish: Callable[[Batch], Batch] | None = None
+) -> Generator[Batch]:
     """The batches of steps `start` … `stop` − 1 in order, made ahead by threads.
 
     Args:
         workers: threads; each keeps to one core, beside those that the model uses.
-        pin: whether batches are put into pinned memory, for a quick copy to an accelerator.
+        finish: what else is done to a batch in its thread, such as a copy into pinned memory.
     """
 
     def make(step: int) -> Batch:
         batch = loader.batch_at(step)
-        return Batch(batch.crops.pin_memory(), batch.labels.pin_memory(), batch.lam) if pin else batch
+        return finish(batch) if finish else batch
 
     ahead: deque = deque()
     pool = ThreadPoolExecutor(workers, "views", initializer=torch.set_num_threads, initargs=(1,))

@@ -19,7 +19,7 @@ from funmatch.models.classifier import Card, Classifier
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
     "fashion-mini-teacher": f"local-dir:{EMBEDDED / 'fashion-mini-teacher'}",
-    "fashion-mini-student": ("resnet10t", {"channels": (16, 16, 16, 24), "stem_width": 8}),
+    "fashion-mini-student": ("resnet10t", {"channels": (16, 20, 20, 16), "stem_width": 8}),
 }
 """Our own names: a folder with weights, or an architecture and what it is built with."""
 
@@ -74,6 +74,8 @@ def load(
 
 def model_folder(name: str) -> Path | None:
     """The folder with `config.json` and `model.safetensors` that a name stands for, if it stands for one."""
+    if timm.is_model(name.partition(".")[0]):
+        return None  # also where a folder here has that name; ./name means the folder
     path = Path(name.removeprefix("local-dir:")).expanduser()
     if not path.is_dir():
         if name.startswith("local-dir:") or ("/" in name and not name.startswith("hf-hub:")):

@@ -1,10 +1,12 @@
 """Function matching: a student learns to be the same function as a teacher, from pictures alone."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from funmatch import devices
 from funmatch.config import Distill
 from funmatch.data.cache import CachedSplit
 from funmatch.data.loader import Batch
@@ -41,9 +43,15 @@ def run(config: Distill) -> dict[str, Any]:
 
     def loss_of(batch: Batch) -> Tensor:
         teacher_view, student_view = strategy(batch.crops, batch.lam)
-        return kl(lesson.student(student_view), teacher(teacher_view), config.temperature).mean()
+        answers = teacher(teacher_view) if batch.answers is None else batch.answers
+        return kl(lesson.student(student_view), answers, config.temperature).mean()
 
-    return carry_out(lesson, loss_of, teacher_logits)
+    def ahead(batch: Batch) -> Batch:
+        teacher_view, _ = strategy(batch.crops, batch.lam)
+        with devices.autocast(lesson.course.device, lesson.course.precision):
+            return replace(batch, answers=teacher(teacher_view.to(lesson.course.device)))
+
+    return carry_out(lesson, loss_of, teacher_logits, ahead if config.teacher_ahead else None)
 
 
 def check_teacher(logits: Tensor, split: CachedSplit, config: Distill) -> None:

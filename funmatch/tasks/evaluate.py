@@ -15,7 +15,7 @@ from funmatch.data.catalog import open_source
 from funmatch.data.loader import central_batches
 from funmatch.data.sources import SPLIT_NAMES
 from funmatch.errors import InputError, unknown
-from funmatch.logs import track
+from funmatch.logs import say, track
 from funmatch.models.classifier import Card, Classifier, check_side
 from funmatch.models.load import load
 
@@ -170,9 +170,13 @@ def _split(cache: Cache, name: str) -> CachedSplit:
 def _teacher(config: Evaluate, knobs: dict[str, Any], device: torch.device) -> Classifier | None:
     if config.teacher:
         name, weights, options = config.teacher, config.teacher_weights, config.teacher_kwargs
-    elif knobs.get("teacher"):
-        weights = knobs["teacher_weights"]
-        name, weights, options = knobs["teacher"], weights and Path(weights), tuple(knobs["teacher_kwargs"])
-    else:
+        return load(name, weights=weights, options=options, pretrained=True, side=config.side).to(device)
+    if not knobs.get("teacher"):
         return None
-    return load(name, weights=weights, options=options, pretrained=True, side=config.side).to(device)
+    weights = knobs["teacher_weights"] and Path(knobs["teacher_weights"])
+    options = tuple(knobs["teacher_kwargs"])
+    try:
+        return load(knobs["teacher"], weights=weights, options=options, pretrained=True, side=config.side).to(device)
+    except InputError as error:
+        say(f"judged without the run's teacher: {error}")
+        return None

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 
 from funmatch import devices
@@ -14,7 +16,7 @@ from funmatch.fit import Course
 from funmatch.logs import track
 from funmatch.models.classifier import Classifier, check_side
 from funmatch.models.frozen import Frozen
-from funmatch.models.load import load
+from funmatch.models.load import NAMED, load
 from funmatch.tasks import evaluate
 
 
@@ -41,6 +43,19 @@ class Lesson:
     teacher: Frozen | None = None
 
 
+def in_full(config: Train) -> dict[str, Any]:
+    """The paths in a configuration from the root, so that the record of a run can be used from anywhere."""
+    found: dict[str, Any] = {}
+    for field in ("data", "student", "teacher"):
+        name = getattr(config, field, None) or ""
+        path = Path(name.removeprefix("local-dir:")).expanduser()
+        if name and path.exists() and not (name in CATALOG or name in NAMED or timm.is_model(name.partition(".")[0])):
+            found[field] = str(path.resolve())
+    if weights := getattr(config, "teacher_weights", None):
+        found["teacher_weights"] = weights.expanduser().resolve()
+    return found
+
+
 def open_data(config: Train) -> Cache:
     """The decoded pictures that a run asks for, a training split among them."""
     cache = open_cache(open_source(config.data), cap=config.cap, track=track)
@@ -52,6 +67,8 @@ def open_data(config: Train) -> Cache:
 def prepare(verb: str, config: Train, cache: Cache, *, classes: int, teacher: Frozen | None = None) -> Lesson:
     """Builds the student and closes every default that was left open."""
     device = devices.pick(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     devices.seed_networks(config.seed, 0, torch.device("cpu"))
     student = load(config.student, options=config.student_kwargs, classes=classes, side=config.side)
     if student.num_classes != classes:
@@ -67,7 +84,7 @@ def prepare(verb: str, config: Train, cache: Cache, *, classes: int, teacher: Fr
     warmup = min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps
     precision = devices.resolve_precision(config.precision, device)
     resolved = {
-        "data": config.data if config.data in CATALOG else str(Path(config.data).expanduser().resolve()),
+        **in_full(config),
         "steps": steps,
         "epochs": None,
         "side": side,

@@ -40,12 +40,18 @@ class Standing:
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def carry_out(lesson: Lesson, loss_of: LossOf, teacher_logits: Tensor | None = None) -> dict[str, Any]:
+def carry_out(
+    lesson: Lesson,
+    loss_of: LossOf,
+    teacher_logits: Tensor | None = None,
+    ahead: Callable[[Batch], Batch] | None = None,
+) -> dict[str, Any]:
     """Walks a run from where it stands to its end.
 
     Args:
         lesson: what is taught to whom.
         loss_of: a batch to its mean loss.
+        ahead: what is done to a batch beforehand, in the threads that make views.
         teacher_logits: the teacher's answers on the watched split, (n, classes), where there is a teacher.
 
     Returns:
@@ -70,7 +76,7 @@ def carry_out(lesson: Lesson, loss_of: LossOf, teacher_logits: Tensor | None = N
             say(f"{run.folder} is finished at step {run.result['step']}; nothing to do")
             return run.result
         walk = Walk(lesson, run, teacher_logits)
-        walk.go(loss_of)
+        walk.go(loss_of, ahead)
         return walk.finish()
 
 
@@ -97,14 +103,14 @@ class Walk:
             name = lesson.teacher.classifier.card.name
             run.metrics.write("teacher", 0, teacher=name, split=self.watched.name, **figures)
 
-    def go(self, loss_of: LossOf) -> None:
+    def go(self, loss_of: LossOf, ahead: Callable[[Batch], Batch] | None) -> None:
         """Takes all steps that are left."""
         config, course, student = self.lesson.config, self.lesson.course, self.lesson.student
         split = self.lesson.cache.splits["train"]
         loader = Loader(split, config.seed, config.batch, self.lesson.view.side, config.crop_min_area)
         start = self.standing.step
         workers = config.workers or devices.spare_threads()
-        batches = prefetch(loader, start, course.steps, workers=workers, pin=course.device.type != "cpu")
+        batches = prefetch(loader, start, course.steps, workers=workers, finish=ahead or devices.pinner(course.device))
         with closing(batches), Bar(self.lesson.verb, course.steps, start) as bar, signals.heard() as caught:
             self.clock = time.monotonic()
             for step, loss in fit(course, student, self.optimizer, self.scaler, batches, loss_of, start):
