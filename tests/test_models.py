@@ -81,7 +81,7 @@ def test_a_saved_classifier_loads_in_timm_with_the_same_logits(tmp_path):
     with torch.no_grad():
         assert torch.equal(alone(views), model.net(views))
     config = timm.data.resolve_model_data_config(alone)
-    assert config["input_size"] == (3, 40, 40)
+    assert tuple(config["input_size"]) == (3, 40, 40)
     assert tuple(config["mean"]) == (0.1, 0.2, 0.3)
     assert config["crop_pct"] == 0.8
     again = load(str(tmp_path))

@@ -49,8 +49,9 @@ class Card:
 class Classifier(nn.Module):
     """A network together with its normalisation: takes (n, 3, side, side) in [0, 1], gives logits (n, classes)."""
 
-    def __init__(self, net: nn.Module, card: Card) -> None:
+    def __init__(self, net: nn.Module, card: Card, options: dict[str, Any] | None = None) -> None:
         super().__init__()
+        self.options = options or {}  # what timm's constructor was given, so that it can be given it again
         self.net = net.to(memory_format=torch.channels_last)
         self.card = card
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
@@ -95,6 +96,7 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
     }
     if card.classes:
         config["label_names"] = list(card.classes)
+    config["model_args"] = config.get("model_args", {}) | classifier.options
     config["funmatch"] = about
     path.write_text(json.dumps(config, indent=2))
 

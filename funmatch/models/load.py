@@ -1,6 +1,7 @@
 """A name becomes a classifier on [0, 1] pictures."""
 
 import ast
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def load(
         if weights:
             raise InputError(f"{name} brings its own weights; leave out {weights}")
         net = _create(f"local-dir:{folder}", kwargs, pretrained=True)
+        kwargs = json.loads((folder / "config.json").read_text()).get("model_args", {}) | kwargs
     elif weights:
         net = _from_weights(_known(own, name), weights, kwargs)
     else:
@@ -69,7 +71,8 @@ def load(
         if classes is not None:
             kwargs["num_classes"] = classes
         net = _create(architecture, kwargs, pretrained=pretrained or hub or "." in architecture)
-    return Classifier(net, _card(name, net))
+    kwargs.pop("num_classes", None)  # it stands beside them
+    return Classifier(net, _card(name, net), kwargs)
 
 
 def model_folder(name: str) -> Path | None:
