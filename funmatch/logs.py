@@ -35,8 +35,8 @@ def track(things: Iterable, total: int, what: str) -> Iterator:
 class Bar:
     """Progress of one piece of work, with its rate and the time left."""
 
-    def __init__(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
-        self.what, self.total, self.first, self.unit = what, total, done, unit
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self.what, self.total, self.first = what, total, done
         self.started = self.last_line = time.monotonic()
         self.columns = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
@@ -55,13 +55,12 @@ class Bar:
 
     def update(self, done: int, note: str = "") -> None:
         """Moves on to `done`; `note` stands beside the bar, or in the next plain line."""
-        if err.is_terminal:
-            self.columns.update(self.task, completed=done, note=note)
-            return
         now = time.monotonic()
-        if now - self.last_line >= PLAIN_LINE_SECONDS:
+        rate = (done - self.first) / (now - self.started)
+        if err.is_terminal:
+            self.columns.update(self.task, completed=done, note=f"{rate:,.0f}/s {note}")
+        elif now - self.last_line >= PLAIN_LINE_SECONDS:
             self.last_line = now
-            rate = (done - self.first) / (now - self.started)
             left = (self.total - done) / rate if rate else 0.0
             say(f"{self.what} {done}/{self.total} {note} {rate:.1f}/s, {duration(left)} left")
 

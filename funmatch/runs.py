@@ -94,6 +94,8 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another process is at work in {folder}") from None
+        except OSError:
+            pass  # some mounted drives know no locks
         yield Run(folder)
 
 
