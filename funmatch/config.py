@@ -218,7 +218,7 @@ class Report(Knobs):
 class Demo(Machine):
     """See it work in minutes: a small student learns from labels, then from a teacher, on embedded pictures."""
 
-    steps: int = 5000
+    steps: int = 7000
     """Updates of each of the two runs."""
     seed: int = 0
     """Decides the student's first weights and every random choice."""

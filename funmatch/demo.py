@@ -12,8 +12,8 @@ from funmatch.tasks import distill, evaluate, train
 KNOBS = {
     "data": "fashion-mini",
     "student": "fashion-mini-student",
-    "batch": 64,
-    "lr": 1.2e-2,
+    "batch": 32,
+    "lr": 8e-3,
     "weight_decay": 1e-4,
     "threads": 1,
 }
