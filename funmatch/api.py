@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from funmatch.config import Distill, Evaluate, Report, Train
+from funmatch.config import Distill, Evaluate, Train
 
 
 @dataclass(frozen=True)
@@ -76,4 +76,4 @@ def _carried_out(task: Any, config: Train) -> Outcome:
 
     figures = task.run(config)
     folder = config.out.expanduser()
-    return Outcome(folder, figures, report.run(Report(runs=(folder,))))
+    return Outcome(folder, figures, report.of_finished(folder))

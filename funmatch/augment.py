@@ -7,6 +7,7 @@ from torch import Tensor
 
 # Pictures of one size up to this many pixels are resampled together: for them the calls cost more than the arithmetic.
 SMALL = 64 * 64
+LONG = 4  # times as long as wide: a strip
 
 
 def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
@@ -49,6 +50,8 @@ def central_view(picture: Tensor, short_side: int, side: int) -> Tensor:
     """
     height, width = picture.shape[:2]
     scale = short_side / min(height, width)
+    if max(height, width) > LONG * min(height, width):
+        return _central_of_strip(picture, scale, side) / 255
     height, width = max(side, round(height * scale)), max(side, round(width * scale))
     top, left = (height - side) // 2, (width - side) // 2
     return _resize(picture, height, width)[:, top : top + side, left : left + side] / 255
@@ -69,6 +72,20 @@ def mixup(views: Tensor, lam: float) -> Tensor:
         (n, ...), λ·x[i] + (1 − λ)·x[i − 1].
     """
     return torch.lerp(views[:-1], views[1:], lam)
+
+
+def _central_of_strip(picture: Tensor, scale: float, side: int) -> Tensor:
+    """`central_view`, in [0, 255], of a picture too long to be resized whole: its middle alone is resampled."""
+    products = []
+    for size in picture.shape[:2]:
+        resized = max(side, round(size * scale))
+        at = (np.arange(side) + (resized - side) // 2 + 0.5) * (size / resized) - 0.5
+        at = np.clip(at, 0, size - 1)
+        first, last = int(at[0]), min(int(at[-1]) + 2, size)
+        weights = np.clip(1 - np.abs(at[:, None] - np.arange(first, last)), 0, 1).astype(np.float32)
+        products.append((slice(first, last), torch.from_numpy(weights)))
+    (rows, down), (columns, across) = products
+    return down @ picture[rows, columns].permute(2, 0, 1).float() @ across.T
 
 
 def _together(pictures: Tensor, boxes, flips, side: int) -> Tensor:

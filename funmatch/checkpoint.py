@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from funmatch.errors import InputError, first_line
 from funmatch.files import folder_atomically
+from funmatch.logs import say
 
 KEPT = 2
 
@@ -55,14 +57,26 @@ def restore(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) 
 
     Returns:
         what was given to `save` as `state`, with `step`; None where there is no checkpoint.
+
+    Raises:
+        InputError: there are checkpoints, but none can be read. (A damaged newest one falls back to the one before.)
     """
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial)
-    found = sorted(folder.glob("step-*"))
-    if not found:
-        return None
-    newest = found[-1]
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for checkpoint in found:
+        try:
+            return _restore(checkpoint, student, optimizer)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            say(f"{checkpoint} is damaged ({first_line(error)})")
+    if found:
+        raise InputError(f"no checkpoint in {folder} can be read; start again with another --out")
+    return None
+
+
+def _restore(newest: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state = json.loads((newest / "state.json").read_text())
+    optimizer.state.clear()
     student.load_state_dict(load_file(newest / "student.safetensors"))
     parameters = dict(student.named_parameters())
     with safe_open(newest / "optimizer.safetensors", "pt") as file:
@@ -72,9 +86,9 @@ def restore(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) 
             like = parameters[name]
             kept = torch.empty_like(like, dtype=value.dtype) if value.shape == like.shape else torch.empty_like(value)
             optimizer.state[like][slot] = kept.to(like.device).copy_(value)
-    for best in folder.glob("best-*"):
-        if int(best.name.removeprefix("best-")) > state["step"]:
-            shutil.rmtree(best)
+    for later in [*newest.parent.glob("best-*"), *newest.parent.glob("step-*")]:
+        if later.name.rpartition("-")[2] > f"{state['step']:09}":
+            shutil.rmtree(later)  # it will be walked again
     return state
 
 

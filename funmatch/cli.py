@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         _fail(str(error))
     except KeyboardInterrupt as stopped:
-        print(stopped or "stopped", file=sys.stderr)
+        print(str(stopped) or "stopped", file=sys.stderr)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,9 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
             _fail(
                 f"the disk is full{_where(error)}; make room, then start the same command again: nothing saved is lost"
             )
-        if isinstance(error, PermissionError):
-            _fail(f"no permission{_where(error)}; choose another place")
-        raise
+        _fail(f"{error.strerror or error}{_where(error)}; choose another place, or put it right")
     sys.exit(0)
 
 
@@ -124,7 +122,7 @@ def _train(config: Train):
 def _taught(figures: dict[str, Any], config: Train):
     from funmatch import report
 
-    page = report.run(Report(runs=(config.out,)))
+    page = report.of_finished(config.out.expanduser())
     return figures | {"report": str(page)}, lambda figures: _show(figures, f"{figures['run']}")
 
 

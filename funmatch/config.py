@@ -1,5 +1,6 @@
 """Every knob of the program: one frozen table a verb, a sentence under each knob, checked together."""
 
+import ast
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,7 +26,9 @@ class Knobs(BaseModel):
     @field_validator("student_kwargs", "teacher_kwargs", "model_kwargs", mode="before", check_fields=False)
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        return tuple(f"{key}={option!r}" for key, option in value.items()) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = [f"{key}={option!r}" for key, option in value.items()]
+        return tuple(map(_canonical, value)) if isinstance(value, list | tuple) else value
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each in a sentence."""
@@ -49,6 +52,16 @@ class Knobs(BaseModel):
         """Raises one `InputError` that holds all problems."""
         if found := self.problems():
             raise InputError("; ".join(found))
+
+
+def _canonical(option: Any) -> Any:
+    """`channels=16,32` as `channels=(16, 32)`: one spelling for each value, so that the same is told to be the same."""
+    key, equals, value = str(option).partition("=")
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return option
+    return f"{key}{equals}{parsed if isinstance(parsed, str) else repr(parsed)}"
 
 
 class Machine(Knobs):
@@ -118,6 +131,11 @@ class Train(Machine):
             if (value := getattr(self, name)) is not None and value < low
         ]
         found += [
+            f"{name} must be at most {high:,}, got {value}"
+            for name, high in _AT_MOST.items()
+            if (value := getattr(self, name)) is not None and value > high
+        ]
+        found += [
             f"{name} must be above 0, got {getattr(self, name)}" for name in _POSITIVE if not _positive(self, name)
         ]
         if (self.steps is None) == (self.epochs is None):
@@ -134,6 +152,10 @@ class Train(Machine):
 _AT_LEAST = {
     "steps": 1, "batch": 1, "side": 1, "eval_resize": 1, "cap": 1, "warmup_steps": 0,
     "seed": 0, "workers": 1, "threads": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
+}  # fmt: skip
+_AT_MOST = {
+    "steps": 10**12, "epochs": 10**9, "batch": 10**6, "side": 10**4, "eval_resize": 10**4, "seed": 2**62,
+    "workers": 256, "threads": 1024,
 }  # fmt: skip
 _POSITIVE = ("epochs", "crop_min_area", "lr", "clip_norm", "temperature")
 
@@ -187,8 +209,9 @@ class Evaluate(Machine):
     """The short side's pixels before the central cut; by default the run's or the model's own."""
     batch: Annotated[int, tyro.conf.arg(aliases=["-b", "--batch-size"])] = 128
     """Pictures at a time."""
-    cap: int = 512
-    """Pictures with a longer short side are kept in the cache scaled down to this, in pixels."""
+    cap: int | None = None
+    """Pictures with a longer short side are kept in the cache scaled down to this, in pixels; by default as in the run,
+    or 512."""
     trust_class_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on although the model's class names differ from the data's, taking both to be in the same order."""
 
@@ -212,7 +235,10 @@ class Report(Knobs):
     """The step whose views are shown."""
 
     def problems(self) -> list[str]:
-        return [] if self.runs else ["give at least one run folder"]
+        found = [] if self.runs else ["give at least one run folder"]
+        if not 0 <= self.view_step <= 10**12:
+            found.append(f"view_step must lie between 0 and {10**12:,}, got {self.view_step}")
+        return found
 
 
 class Demo(Machine):

@@ -44,7 +44,7 @@ def run(config: Demo) -> dict[str, Any]:
     student = distill.run(Distill.checked(out=folder / "funmatch", **DISTILLED, **shared))
     say(f"     top-1 {percent(student['top1'])}")
     for each in (labels, student):
-        report.run(Report(runs=(Path(each["run"]),)))
+        report.of_finished(Path(each["run"]))
     found = [runs.find(folder / name) for name in ("funmatch", "labels")]
     page = report.run(Report(runs=tuple(each.folder for each in found), out=folder / "report.html"))
     write_atomically(folder / "accuracy.svg", report.plot(found, *report.ACCURACY))

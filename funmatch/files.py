@@ -1,20 +1,25 @@
 """Files that are there whole or not at all."""
 
+import fcntl
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small text file: first under another name, then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    partial = Path(name)
     try:
-        with disk_errors(path), open(partial, "w") as file:
+        with disk_errors(path), open(handle, "w") as file:
+            os.fchmod(handle, 0o644)  # a temporary file is made for its owner alone
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -61,3 +66,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def lock_file(path: Path) -> IO[str] | None:
+    """An open file that this process alone holds until it is closed, or the process ends; None where another has it."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass  # some mounted drives know no locks
+    return file

@@ -10,18 +10,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from funmatch.files import disk_errors, write_atomically
 
 PLAIN_LINE_SECONDS = 10.0
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+out = Console(highlight=False, markup=False, emoji=False)
 
 
 def say(message: str) -> None:
     """A line for people."""
-    err.print(message, markup=False)
+    err.print(message)
 
 
 def track(things: Iterable, total: int, what: str) -> Iterator:
@@ -74,7 +75,7 @@ def duration(seconds: float) -> str:
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table for people on standard output."""
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=Text(title), title_justify="left")
     for i, column in enumerate(columns):
         shown.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
@@ -100,14 +101,16 @@ class Metrics:
             file.write(line + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a last line that a kill cut short is left out."""
+        """All records; a line that is damaged, as by a kill in the middle of it, is left out."""
         records = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(errors="replace").splitlines():
                 try:
-                    records.append(json.loads(line))
+                    record = json.loads(line)
                 except ValueError:
                     continue
+                if isinstance(record, dict) and isinstance(record.get("step"), int) and "event" in record:
+                    records.append(record)
         return records
 
     def cut(self, step: int) -> None:

@@ -67,6 +67,14 @@ def run(config: Report) -> Path:
     return path
 
 
+def of_finished(folder: Path) -> Path:
+    """The page of one finished run, written unless it is there."""
+    page, result = folder / "report.html", folder / "result.json"
+    if page.is_file() and page.stat().st_mtime >= result.stat().st_mtime:
+        return page
+    return run(Report(runs=(folder,)))
+
+
 COLUMNS = (
     "run",
     "taught by",

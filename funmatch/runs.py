@@ -1,6 +1,5 @@
 """A run is a folder: what it was asked, what it recorded, what it came to."""
 
-import fcntl
 import json
 import math
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from funmatch.config import UNCOMPARED
 from funmatch.errors import InputError
-from funmatch.files import write_atomically
+from funmatch.files import lock_file, write_atomically
 from funmatch.logs import Metrics
 
 
@@ -29,13 +28,23 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """`verb`, `knobs` (resolved, complete) and `facts` (data, teacher, versions)."""
-        return json.loads((self.folder / "config.json").read_text())
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            if all(isinstance(config[part], dict) for part in ("knobs", "facts")) and config["verb"]:
+                return config
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise InputError(f"{path} is not the configuration of a run, or is damaged")
 
     @property
     def result(self) -> dict[str, Any] | None:
         """The figures of a finished run, None before."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None  # a damaged result is made again from the last checkpoint
 
     @property
     def metrics(self) -> Metrics:
@@ -59,10 +68,11 @@ def find(folder: Path) -> Run:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise InputError(f"no run folder {folder}")
-    if not (folder / "config.json").is_file() or "verb" not in Run(folder).config:
+    if not (folder / "config.json").is_file():
         inside = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.name != "student")
         hint = f"; did you mean {', '.join(map(str, inside[:3]))}?" if inside else ""
         raise InputError(f"{folder} is not a run folder: it has no config.json of a run{hint}")
+    assert Run(folder).config
     return Run(folder)
 
 
@@ -79,8 +89,7 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
     """
     folder = folder.expanduser()
     record = json.loads(json.dumps({"verb": verb, "knobs": knobs, "facts": facts}, default=str))
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
-        raise InputError(f"{folder} exists and is no run; choose another --out")
+    check_place(folder)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -89,14 +98,21 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
         if created and not any(folder.iterdir()):
             folder.rmdir()
         raise
-    with open(folder / "config.json") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is at work in {folder}") from None
-        except OSError:
-            pass  # some mounted drives know no locks
+    lock = lock_file(folder / "config.json")
+    if lock is None:
+        raise InputError(f"another process is at work in {folder}")
+    with lock:
+        for partial in folder.glob(".*.partial"):
+            partial.unlink(missing_ok=True)  # left by a process that was killed
         yield Run(folder)
+
+
+def check_place(folder: Path) -> None:
+    """Raises `InputError` unless a run may begin or go on in a folder."""
+    folder = folder.expanduser()
+    strange = folder.is_dir() and any(not path.name.endswith(".partial") for path in folder.iterdir())
+    if folder.is_file() or (strange and not (folder / "config.json").is_file()):
+        raise InputError(f"{folder} exists and is no run; choose another --out")
 
 
 def _begin(run: Run, record: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def test_pictures_of_different_sizes_make_one_batch(picture):
     assert 0 <= views.min() <= views.max() <= 1
 
 
-@pytest.mark.parametrize(("height", "width"), [(31, 23), (20, 50), (8, 8)])
+@pytest.mark.parametrize(("height", "width"), [(31, 23), (20, 50), (8, 8), (5, 90), (70, 9)])
 def test_the_evaluation_view_is_the_middle_of_the_resized_picture(height, width):
     picture = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
     scale = 10 / min(height, width)

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from funmatch.data.sources import Source
 from funmatch.errors import InputError
-from funmatch.files import disk_errors, write_atomically
+from funmatch.files import disk_errors, lock_file, write_atomically
 
 FORMAT = 1
 INDEX = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4")])
@@ -159,9 +161,10 @@ def _threaded(source: Source, function, track: Track, what: str) -> Iterator[tup
 
 def _build(source: Source, cap: int, folder: Path, track: Track) -> None:
     """Decodes everything into a folder beside `folder`, then gives it its name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    lock = lock_file(partial / ".lock")
     try:
         with disk_errors(folder.parent):
             _decode_into(partial, source, cap, track)
@@ -173,6 +176,8 @@ def _build(source: Source, cap: int, folder: Path, track: Track) -> None:
                 partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock:
+            lock.close()
 
 
 def _decode_into(partial: Path, source: Source, cap: int, track: Track) -> None:
@@ -197,8 +202,10 @@ def _decode_into(partial: Path, source: Source, cap: int, track: Track) -> None:
         lines = "\n  ".join(bad[:NAMED_AT_MOST] + more)
         raise InputError(f"{len(bad)} unreadable pictures in {source.name}; mend or remove them:\n  {lines}")
     for name, index in indices.items():
-        np.save(partial / f"{name}.index.npy", index)
-    sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
+        encoded = BytesIO()  # numpy writing into a file by itself forgets why it failed
+        np.save(encoded, index)
+        (partial / f"{name}.index.npy").write_bytes(encoded.getvalue())
+    sizes = {path.name: path.stat().st_size for path in partial.iterdir() if path.name != ".lock"}
     meta = {"format": FORMAT, "name": source.name, "cap": cap, "classes": source.classes}
     (partial / "meta.json").write_text(json.dumps(meta | {"splits": list(source.splits), "sizes": sizes}))
 
@@ -228,7 +235,6 @@ def _whole(folder: Path) -> bool:
 def _remove_abandoned(folder: Path) -> None:
     """Removes what killed processes left half-written for this key."""
     for partial in folder.parent.glob(f"{folder.name}.partial-*"):
-        try:
-            os.kill(int(partial.name.rpartition("-")[2]), 0)
-        except (OSError, ValueError):
+        if lock := lock_file(partial / ".lock"):  # whoever is at work there holds it
             shutil.rmtree(partial, ignore_errors=True)
+            lock.close()

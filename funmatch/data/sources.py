@@ -78,9 +78,12 @@ class Folder:
         digest = hashlib.blake2b(str(self.root.resolve()).encode(), digest_size=16)
         for split, content in self.splits.items():
             for name, label in zip(content.names, content.labels, strict=True):
-                status = os.stat(self.root / name)
-                entry = (split, name, int(label), status.st_size, status.st_mtime_ns, status.st_ino)
-                digest.update(repr(entry).encode())
+                try:
+                    status = os.stat(self.root / name)
+                    known = (status.st_size, status.st_mtime_ns, status.st_ino)
+                except OSError as error:
+                    known = (error.errno,)  # it will be named when it is read
+                digest.update(repr((split, name, int(label), *known)).encode())
         return digest.hexdigest()
 
     def digest(self, split: str, index: int) -> bytes:
@@ -138,7 +141,7 @@ def _list_split(root: Path, folder: Path, classes: tuple[str, ...]) -> Split:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
 
 
 def _pictures(root: Path, folder: Path, *, deep: bool = True) -> Iterator[str]:
@@ -148,10 +151,16 @@ def _pictures(root: Path, folder: Path, *, deep: bool = True) -> Iterator[str]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                if deep:
+                if deep and not _leads_back(entry):
                     yield from _pictures(root, Path(entry.path))
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                 yield os.path.relpath(entry.path, root)
+
+
+def _leads_back(entry: os.DirEntry) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    target = os.path.realpath(entry.path)
+    return entry.is_symlink() and os.path.realpath(os.path.dirname(entry.path)).startswith(target)
 
 
 @dataclass(frozen=True)

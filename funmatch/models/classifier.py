@@ -120,7 +120,7 @@ def check_side(classifier: Classifier, side: int, *, batch: int | None = None) -
         batches = f" in batches of {batch}" if batch else ""
         raise InputError(
             f"{classifier.card.name} cannot take views of {side} × {side} pixels{batches} ({first_line(error)}); "
-            f"it was made for {classifier.card.side}: choose another --side, or other model options"
+            f"it was made for {classifier.card.side}: choose another --side, a larger --batch, or other model options"
         ) from error
     if logits.ndim != 2:
         raise InputError(f"{classifier.card.name} is no classifier: it answers with a shape of {tuple(logits.shape)}")

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -71,6 +70,8 @@ def load(
         if classes is not None:
             kwargs["num_classes"] = classes
         net = _create(architecture, kwargs, pretrained=pretrained or hub or "." in architecture)
+    if not isinstance(vars(net).get("num_classes"), int):
+        raise InputError(f"{name} with these options is no classifier")
     kwargs.pop("num_classes", None)  # it stands beside them
     return Classifier(net, _card(name, net), kwargs)
 
@@ -123,9 +124,9 @@ def _create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool) -> n
     except OSError as error:
         raise InputError(
             f"cannot fetch the weights of {architecture} ({first_line(error)}); "
-            "without a network, give a file by --teacher-weights or --weights"
+            "without a network, give a file of weights, or a name without a tag for a student from scratch"
         ) from error
-    except (TypeError, ValueError, AssertionError, RuntimeError, SafetensorError, KeyError) as error:
+    except Exception as error:  # constructors fail in as many ways as they can be called wrongly
         asked = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
         raise InputError(f"timm cannot build {architecture} with {asked}: {first_line(error)}") from error
 

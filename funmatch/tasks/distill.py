@@ -60,12 +60,15 @@ def check_teacher(logits: Tensor, split: CachedSplit, config: Distill) -> None:
     Raises:
         InputError: unless `allow_weak_teacher`.
     """
+    if not logits.isfinite().all():
+        raise InputError(f"teacher {config.teacher} answers with values that are not finite; its weights are damaged")
     figures = evaluate.judge(logits, split)
     right = figures["balanced"]
     if right is None:
         return
     say(f"teacher {config.teacher}: top-1 {percent(figures['top1'])} on {len(split)} pictures of {split.name}")
-    needed = above_chance(len(split.labels(slice(None)).unique()), len(split))
+    present = len(split.labels(slice(None)).unique())
+    needed = above_chance(present if present > 1 else logits.shape[-1], len(split))
     if right < needed and not config.allow_weak_teacher:
         raise InputError(
             f"teacher {config.teacher} is near chance: {percent(right)} a class on {split.name}, wanted at least "

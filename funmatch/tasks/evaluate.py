@@ -114,12 +114,12 @@ def run(config: Evaluate) -> dict[str, Any]:
     taught = _run_of(config.model)
     knobs: dict[str, Any] = taught.config["knobs"] if taught else {}
     data = config.data or knobs.get("data")
-    if not data:
-        raise InputError(f"which pictures? {config.model} is no run, so give --data")
     model = load(
         config.model, weights=config.weights, options=config.model_kwargs, pretrained=True, side=config.side
     ).to(device)
-    cache = open_cache(open_source(data), cap=config.cap, track=track)
+    if not data:
+        raise InputError(f"which pictures? {config.model} is no run, so give --data")
+    cache = open_cache(open_source(data), cap=config.cap or knobs.get("cap", 512), track=track)
     check_classes(model, cache, trust_order=config.trust_class_order)
     split = _split(cache, config.split)
     side = config.side or knobs.get("side") or model.card.side
@@ -141,7 +141,7 @@ def run(config: Evaluate) -> dict[str, Any]:
     figures = judge(answers(model, split, view), split, teacher_logits)
     figures.pop("balanced")
     result = (taught.result or {}) if taught else {}
-    return figures | {
+    return runs.finite(figures) | {
         "split": split.name,
         "pictures": len(split),
         "parameters": model.count(),

@@ -17,6 +17,7 @@ from funmatch.logs import track
 from funmatch.models.classifier import Classifier, check_side
 from funmatch.models.frozen import Frozen
 from funmatch.models.load import NAMED, load
+from funmatch.runs import check_place
 from funmatch.tasks import evaluate
 
 
@@ -58,6 +59,7 @@ def in_full(config: Train) -> dict[str, Any]:
 
 def open_data(config: Train) -> Cache:
     """The decoded pictures that a run asks for, a training split among them."""
+    check_place(config.out)
     cache = open_cache(open_source(config.data), cap=config.cap, track=track)
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")

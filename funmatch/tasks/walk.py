@@ -119,9 +119,12 @@ class Walk:
                 last = step == course.steps
                 if last or step % config.log_every == 0:
                     self.log()
-                if last or step % config.eval_every == 0:
+                judged, saved = last or step % config.eval_every == 0, last or step % config.save_every == 0 or caught
+                if judged or saved:
+                    self.check_weights()
+                if judged:
                     self.watch()
-                if last or step % config.save_every == 0 or caught:
+                if saved:
                     self.save()
                 bar.update(step, " ".join(self.notes.values()))
                 if caught and not last:
@@ -146,11 +149,20 @@ class Walk:
         """The losses since the last record: the only place that waits for the device."""
         losses: list[float] = torch.stack(self.losses).tolist() if self.losses else []
         if not all(map(math.isfinite, losses)):
-            raise InputError(
-                f"the loss is no longer finite at step {self.standing.step}; the last checkpoint in {self.run.folder} "
-                "is sound. Try a lower --lr, a longer --warmup-steps, or --precision fp32"
-            )
+            self.give_up("the loss is")
         return losses
+
+    def check_weights(self) -> None:
+        """Raises `InputError` if an update has ruined the student."""
+        if not all(tensor.isfinite().all() for tensor in self.lesson.student.parameters()):
+            self.give_up("the student's weights are")
+
+    def give_up(self, what: str) -> None:
+        """Stops a run that cannot recover, before anything of it is saved."""
+        raise InputError(
+            f"{what} no longer finite at step {self.standing.step}; what {self.run.checkpoints} holds is from before. "
+            "Try a lower --lr, a longer --warmup-steps, or --precision fp32, with another --out"
+        )
 
     def watch(self) -> None:
         """Judges the student on the watched split, and keeps it if it is the best so far."""
