@@ -18,6 +18,7 @@ from funmatch.data.catalog import open_source
 from funmatch.data.loader import Loader, central_batches, prefetch
 from funmatch.data.sources import decode, open_folder
 from funmatch.errors import InputError
+from funmatch.files import lock_file
 
 
 def test_splits_and_classes_of_a_folder(pictures):
@@ -250,3 +251,24 @@ def test_meta_says_what_is_in_a_cache(pictures, cache_home: Path):
     meta = json.loads((cache_home / cache.key / "meta.json").read_text())
     assert meta["splits"] == ["train", "val", "test"]
     assert meta["sizes"]["val.pixels"] == sum(p.numel() for p in map(cache.splits["val"].picture, range(9)))
+
+
+def test_links_that_lead_nowhere_or_back(tmp_path):
+    paint(tmp_path / "p" / "a.png", 0)
+    (tmp_path / "p" / "deep").mkdir()
+    (tmp_path / "p" / "deep" / "back").symlink_to(tmp_path / "p")
+    assert open_folder(tmp_path / "p").splits["train"].names == ["a.png"]
+    (tmp_path / "p" / "b.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match=r"1 unreadable pictures.*\n.*b\.png"):
+        open_cache(open_folder(tmp_path / "p"))
+
+
+def test_what_another_process_is_writing_is_left_alone(pictures, tmp_path):
+    home = tmp_path / "home"
+    key = open_cache(open_folder(pictures), home=home).key
+    shutil.rmtree(home / key)
+    theirs = home / f"{key}.partial-theirs"
+    theirs.mkdir()
+    with lock_file(theirs / ".lock"):
+        open_cache(open_folder(pictures), home=home)
+        assert theirs.exists()

@@ -148,3 +148,67 @@ def test_a_last_line_that_was_cut_short_is_dropped(tmp_path):
         file.write('{"event": "step", "st')
     metrics.cut(2)
     assert [record["step"] for record in metrics.read()] == [1, 2]
+
+
+@pytest.fixture(name="stopped")
+def run_with_two_checkpoints(tmp_path):
+    """A run that has all but its end, and the knobs that go on with it."""
+    knobs = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 8, "steps": 6, "save_every": 2}
+    run = funmatch.train(out=tmp_path / "run", **knobs)
+    (run.folder / "result.json").unlink()
+    before = load_file(run.folder / "student" / "model.safetensors")
+
+    def again():
+        funmatch.train(out=tmp_path / "run", **knobs)
+        after = load_file(run.folder / "student" / "model.safetensors")
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+    return run.folder, again
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda newest: os.truncate(newest / "student.safetensors", 1000),
+        lambda newest: (newest / "optimizer.safetensors").unlink(),
+        lambda newest: (newest / "state.json").write_text("{"),
+        lambda newest: (newest.parent / "best-abc").mkdir(),
+        lambda newest: (newest.parent.parent / "metrics.jsonl").write_bytes(b'\xff\xfe\x00\n5\n{"a": 1}\n'),
+        lambda newest: (newest.parent.parent / "result.json").write_text("{"),
+        lambda newest: (newest.parent.parent / ".config.json.x1.partial").write_text("{"),
+    ],
+)
+def test_a_run_survives_what_a_disk_may_do_to_it(stopped, spoil):
+    folder, again = stopped
+    spoil(folder / "checkpoints" / "step-000000006")
+    again()
+    assert not list(folder.glob(".*.partial"))
+
+
+def test_checkpoints_that_are_all_damaged_are_told(stopped):
+    folder, again = stopped
+    for checkpoint_folder in (folder / "checkpoints").glob("step-*"):
+        (checkpoint_folder / "state.json").write_text("{")
+    with pytest.raises(InputError, match=r"no checkpoint .* can be read"):
+        again()
+
+
+@pytest.mark.parametrize("content", ["{bad", '{"verb": "train"}', "[]"])
+def test_a_damaged_configuration_is_told(stopped, content):
+    folder, again = stopped
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InputError, match="is not the configuration of a run"):
+        again()
+
+
+def test_what_a_kill_left_before_the_first_file_is_no_obstacle(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.abc.partial").write_text("{")
+    funmatch.train("fashion-mini", "fashion-mini-student", tmp_path / "run", steps=1, batch=8)
+
+
+def test_an_update_that_ruins_the_student_is_never_saved(tmp_path):
+    with pytest.raises(InputError, match="weights are no longer finite at step 1"):
+        funmatch.train("fashion-mini", "fashion-mini-student", tmp_path / "run", steps=1, warmup_steps=0, lr=1e38)
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert not list((tmp_path / "run").rglob("*.safetensors"))

@@ -283,3 +283,17 @@ def test_all_problems_are_told_at_once():
         Distill.checked(data="d", student="s", teacher="t", out=Path("o"), temprature=2)
     with pytest.raises(InputError, match="steps"):
         Train.checked(data="d", student="s", out=Path("o"), steps="many")
+
+
+def test_a_judged_run_sees_the_pictures_that_it_was_taught_with(pictures, tmp_path):
+    run = funmatch.train(pictures, out=tmp_path / "run", steps=3, cap=6, **TINY)
+    again = funmatch.evaluate(run.folder)
+    assert again["ece"] == pytest.approx(run.figures["ece"], abs=1e-9)
+
+
+def test_options_are_the_same_however_they_are_spelt():
+    words = Train.checked(
+        data="d", student="s", out=Path("o"), steps=1, student_kwargs=("channels=8,8,16,16", "act=gelu")
+    )
+    values = {"channels": (8, 8, 16, 16), "act": "gelu"}
+    assert words == Train.checked(data="d", student="s", out=Path("o"), steps=1, student_kwargs=values)
