@@ -70,7 +70,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def lock_file(path: Path) -> IO[str] | None:
     """An open file that this process alone holds until it is closed, or the process ends; None where another has it."""
-    file = open(path, "a")
+    file = open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o644))  # a finished run may lie where nothing can be written
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
