@@ -72,8 +72,9 @@ def find(folder: Path) -> Run:
         inside = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.name != "student")
         hint = f"; did you mean {', '.join(map(str, inside[:3]))}?" if inside else ""
         raise InputError(f"{folder} is not a run folder: it has no config.json of a run{hint}")
-    assert Run(folder).config
-    return Run(folder)
+    run = Run(folder)
+    _ = run.config  # raises where it is damaged
+    return run
 
 
 @contextmanager

@@ -258,6 +258,9 @@ def test_links_that_lead_nowhere_or_back(tmp_path):
     (tmp_path / "p" / "deep").mkdir()
     (tmp_path / "p" / "deep" / "back").symlink_to(tmp_path / "p")
     assert open_folder(tmp_path / "p").splits["train"].names == ["a.png"]
+    (tmp_path / "p2").mkdir()
+    (tmp_path / "p2" / "beside").symlink_to(tmp_path / "p")  # its name begins like this one's, but it is no loop
+    assert open_folder(tmp_path / "p2").splits["train"].names == ["beside/a.png"]
     (tmp_path / "p" / "b.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"1 unreadable pictures.*\n.*b\.png"):
         open_cache(open_folder(tmp_path / "p"))

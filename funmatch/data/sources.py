@@ -159,8 +159,8 @@ def _pictures(root: Path, folder: Path, *, deep: bool = True) -> Iterator[str]:
 
 def _leads_back(entry: os.DirEntry) -> bool:
     """Whether a folder is a link to one that it lies in."""
-    target = os.path.realpath(entry.path)
-    return entry.is_symlink() and os.path.realpath(os.path.dirname(entry.path)).startswith(target)
+    target, parent = Path(os.path.realpath(entry.path)), Path(os.path.realpath(os.path.dirname(entry.path)))
+    return entry.is_symlink() and parent.is_relative_to(target)
 
 
 @dataclass(frozen=True)
