@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 
 from funmatch import devices
-from funmatch.data.cache import CachedSplit, open_cache
+from funmatch.data.build import Keeping
+from funmatch.data.cache import open_cache
 from funmatch.data.loader import Loader, prefetch
-from funmatch.data.sources import open_folder
+from funmatch.data.pixels import CachedSplit
 from funmatch.distances import kl
 from funmatch.fit import Course, fit
 from funmatch.models.frozen import Frozen
@@ -88,10 +89,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_pictures(Path(folder) / "some", 200)
-        some = open_cache(open_folder(Path(folder) / "some"), home=Path(folder) / "cache").splits["train"]
+        some = open_cache(f"{folder}/some", keeping=Keeping(home=Path(folder) / "cache")).splits["train"]
         for count in options.pictures:
             # More pictures than were made: the index names them again, which costs a step what other ones would.
-            split = CachedSplit("train", some.pixels, np.resize(some.index, count))
+            split = CachedSplit("train", np.resize(some.index, count), some.store)
             outside, whole = [], []
             for _ in range(options.repeats):
                 run = seconds_a_step(split, options, ready=False)

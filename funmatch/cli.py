@@ -12,8 +12,9 @@ from typing import Any
 
 import tyro
 
-from funmatch.config import Demo, Distill, Evaluate, Knobs, Report, Train
+from funmatch.config import Data, Demo, Distill, Evaluate, Prepare, Report, Train
 from funmatch.errors import InputError, unknown
+from funmatch.knobs import Knobs
 
 TABLES: dict[str, type[Knobs]] = {
     "demo": Demo,
@@ -21,6 +22,8 @@ TABLES: dict[str, type[Knobs]] = {
     "train": Train,
     "evaluate": Evaluate,
     "report": Report,
+    "prepare": Prepare,
+    "data": Data,
 }
 
 
@@ -29,7 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(arguments)
-        warnings.filterwarnings("ignore", category=UserWarning, module="timm")
+        for library in ("timm", "PIL"):  # what these say is for programmers
+            warnings.filterwarnings("ignore", category=UserWarning, module=library)
         figures, show = VERBS[arguments[0]](config)
         if config.as_json:
             print(json.dumps(figures))
@@ -139,12 +143,27 @@ def _report(config: Report):
     return {"report": str(page), "runs": [str(run) for run in config.runs]}, lambda figures: print(figures["report"])
 
 
+def _prepare(config: Prepare):
+    from funmatch.tasks import prepare
+
+    return prepare.run(config), prepare.show
+
+
+def _data(config: Data):
+    from funmatch import sheet
+    from funmatch.tasks import prepare
+
+    return sheet.run(config), prepare.show
+
+
 VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]], None]]]] = {
     "demo": _demo,
     "distill": _distill,
     "train": _train,
     "evaluate": _evaluate,
     "report": _report,
+    "prepare": _prepare,
+    "data": _data,
 }
 """Each takes its table and gives the figures, and a function that shows them to people."""
 

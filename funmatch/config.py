@@ -1,67 +1,21 @@
 """Every knob of the program: one frozen table a verb, a sentence under each knob, checked together."""
 
-import ast
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from funmatch.errors import InputError, unknown
+from funmatch.knobs import Knobs
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Words = tuple[str, ...]
 
 # Knobs that say where things lie or how they are shown, not what is computed: a run may change them and go on.
-UNCOMPARED = {"out", "as_json", "workers", "log_every", "epochs"}
-
-
-class Knobs(BaseModel):
-    """What all tables share: no unknown key, no change after the making."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
-    """Print one JSON object on standard output, and nothing else there."""
-
-    @field_validator("student_kwargs", "teacher_kwargs", "model_kwargs", mode="before", check_fields=False)
-    @classmethod
-    def _pairs(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            value = [f"{key}={option!r}" for key, option in value.items()]
-        return tuple(map(_canonical, value)) if isinstance(value, list | tuple) else value
-
-    def problems(self) -> list[str]:
-        """Everything that is wrong with the values, each in a sentence."""
-        return []
-
-    @classmethod
-    def checked(cls, **knobs: Any) -> Self:
-        """The table with these knobs, or an `InputError` that holds every problem."""
-        for name in knobs:
-            if name not in cls.model_fields:
-                raise unknown("knob", name, cls.model_fields)
-        try:
-            table = cls(**{name: str(knob) if isinstance(knob, Path) else knob for name, knob in knobs.items()})
-        except ValidationError as error:
-            found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
-            raise InputError("; ".join(found)) from None
-        table.check()
-        return table
-
-    def check(self) -> None:
-        """Raises one `InputError` that holds all problems."""
-        if found := self.problems():
-            raise InputError("; ".join(found))
-
-
-def _canonical(option: Any) -> Any:
-    """`channels=16,32` as `channels=(16, 32)`: one spelling for each value, so that the same is told to be the same."""
-    key, equals, value = str(option).partition("=")
-    try:
-        parsed = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return option
-    return f"{key}{equals}{parsed if isinstance(parsed, str) else repr(parsed)}"
+# The pictures themselves are compared by content, so it does not matter where they lie or how they are kept.
+UNCOMPARED = {
+    "out", "as_json", "workers", "log_every", "epochs", "data", "eval_data", "data_dir", "pixels", "resident_gb",
+    "follow_links", "on_bad",
+}  # fmt: skip
 
 
 class Machine(Knobs):
@@ -74,11 +28,59 @@ class Machine(Knobs):
     not, fp32 on the CPU."""
 
 
-class Train(Machine):
+class Pictures(Knobs):
+    """How pictures are read and kept."""
+
+    val: str | None = None
+    """Cut this much of the training pictures off for validation: 10%, or a number of pictures. Which ones depends on
+    their content and on --val-seed only."""
+    val_seed: int = 0
+    """Another seed cuts other pictures off."""
+    unlabelled: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Forget the labels, whatever the folders are called."""
+    image_feature: str | None = None
+    """In shards and tables: the feature, ending or column that holds the picture, by default one of the usual."""
+    label_feature: str | None = None
+    """In shards and tables: the feature, ending or column that holds the class; none for no labels."""
+    first_label: int = 0
+    """In shards: the number of the first class."""
+    class_file: Path | None = None
+    """In shards and tables: a file of class names, a line each."""
+    follow_links: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Allow links that lead out of a folder."""
+    data_dir: Path | None = None
+    """Where the catalog's data sets lie, or are put; by default $FUNMATCH_DATA, or a folder in the user's cache."""
+    cap: int = 512
+    """Pictures with a longer short side are scaled down to this, in pixels."""
+    decoder: Literal["auto", "pillow", "torchcodec"] = "auto"
+    """What decodes JPEGs; auto is torchcodec where it is installed, else Pillow."""
+    pixels: Literal["auto", "resident", "streaming"] = "auto"
+    """resident: decoded once into the cache. streaming: kept encoded, and decoded a step ahead by threads. auto is
+    resident up to --resident-gb."""
+    resident_gb: float = 32.0
+    """Up to how many gigabytes of decoded pixels auto is resident."""
+    max_pixels: int = 178_956_970
+    """Larger pictures are refused as decompression bombs."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do about pictures that cannot be decoded: stop and name all of them, or go on without them."""
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{name} must be at least {low}, got {getattr(self, name)}"
+            for name, low in (("val_seed", 0), ("cap", 1), ("max_pixels", 1), ("resident_gb", 0))
+            if (getattr(self, name) or 0) < low
+        ]
+        return found + super().problems()
+
+
+class Train(Pictures, Machine):
     """Train a model on labels alone: the honest baseline, with the views and the loop of distillation."""
 
-    data: str
-    """A folder of pictures (<split>/<class>/*.jpg, or unlabelled pictures), or fashion-mini."""
+    data: Words
+    """Pictures: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100, fashion-mini),
+    a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are joined."""
+    eval_data: Words = ()
+    """Other pictures to judge on: their validation and test splits, or all of them as a test."""
     student: str
     """The network to teach: any timm name, or fashion-mini-student."""
     out: Path
@@ -98,8 +100,6 @@ class Train(Machine):
     student's own card says; at another side, 32 more than --side, but at most a quarter more."""
     crop_min_area: float = 0.05
     """The smallest share of a picture that a training crop covers."""
-    cap: int = 512
-    """Pictures with a longer short side are kept in the cache scaled down to this, in pixels."""
     strategy: Literal["funmatch", "same/ic"] = "funmatch"
     """What is seen: funmatch is an Inception crop, flipped and mixed; same/ic is not mixed."""
     lr: float = 3e-3
@@ -150,7 +150,7 @@ class Train(Machine):
 
 
 _AT_LEAST = {
-    "steps": 1, "batch": 1, "side": 1, "eval_resize": 1, "cap": 1, "warmup_steps": 0,
+    "steps": 1, "batch": 1, "side": 1, "eval_resize": 1, "warmup_steps": 0,
     "seed": 0, "workers": 1, "threads": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
 }  # fmt: skip
 _AT_MOST = {
@@ -184,7 +184,7 @@ class Distill(Train):
     """Go on although the teacher's class names differ from the data's, taking both to be in the same order."""
 
 
-class Evaluate(Machine):
+class Evaluate(Pictures, Machine):
     """Judge a run or a model: accuracy, calibration, and closeness to a teacher."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -193,7 +193,7 @@ class Evaluate(Machine):
     """A state dict for a model that is a timm name."""
     model_kwargs: tuple[str, ...] = ()
     """Options for timm's constructor, key=value."""
-    data: str | None = None
+    data: Words = ()
     """The pictures; by default those of the run."""
     split: str = "auto"
     """Which split: train, val or test; auto is test, else val, else train."""
@@ -209,19 +209,57 @@ class Evaluate(Machine):
     """The short side's pixels before the central cut; by default the run's or the model's own."""
     batch: Annotated[int, tyro.conf.arg(aliases=["-b", "--batch-size"])] = 128
     """Pictures at a time."""
-    cap: int | None = None
-    """Pictures with a longer short side are kept in the cache scaled down to this, in pixels; by default as in the run,
-    or 512."""
     trust_class_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on although the model's class names differ from the data's, taking both to be in the same order."""
 
     def problems(self) -> list[str]:
-        names = ("side", "eval_resize", "batch", "cap")
-        return [
+        names = ("side", "eval_resize", "batch")
+        found = [
             f"{name} must be at least 1, got {getattr(self, name)}"
             for name in names
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
+        return found + super().problems()
+
+
+class Prepare(Pictures):
+    """Make pictures ready: fetch, check every file, decode once; or write them as TFRecord shards."""
+
+    data: Annotated[Words, tyro.conf.Positional]
+    """Pictures: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME."""
+    to: Literal["cache", "tfrecord"] = "cache"
+    """cache: decoded for runs of this program. tfrecord: shards of tf.train.Example in --out."""
+    out: Path | None = None
+    """The folder for the shards."""
+    side: int | None = None
+    """Shards hold pictures resized to this square, in pixels; by default they are kept as they are."""
+    shard_size: int = 128
+    """Pictures a shard."""
+
+    def problems(self) -> list[str]:
+        found = [] if self.data else ["give the pictures to prepare"]
+        if self.to == "tfrecord" and self.out is None:
+            found.append("--to tfrecord needs --out, the folder for the shards")
+        if self.to == "cache" and (self.out or self.side):
+            found.append("--out and --side belong to --to tfrecord")
+        found += [
+            f"{name} must lie between 1 and {high:,}, got {value}"
+            for name, high in (("side", 16384), ("shard_size", 10**6))
+            if (value := getattr(self, name)) is not None and not 1 <= value <= high
+        ]
+        return found + super().problems()
+
+
+class Data(Pictures):
+    """Show what a data set holds: counts, sizes, what is odd about it, and a sheet of samples."""
+
+    data: Annotated[Words, tyro.conf.Positional]
+    """Pictures: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME."""
+    sheet: Path | None = None
+    """Where the sheet of samples goes (PNG); by default <name>-sheet.png here."""
+
+    def problems(self) -> list[str]:
+        return ([] if self.data else ["give the pictures to show"]) + super().problems()
 
 
 class Report(Knobs):
@@ -255,3 +293,7 @@ class Demo(Machine):
         return [
             f"{name} must be at least {low}" for name, low in (("steps", 1), ("seed", 0)) if getattr(self, name) < low
         ]
+
+
+TAUGHT: dict[str, type[Train]] = {"train": Train, "distill": Distill}
+"""The tables of the verbs that make runs."""

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -79,3 +79,15 @@ def lock_file(path: Path) -> IO[str] | None:
     except OSError:
         pass  # some mounted drives know no locks
     return file
+
+
+@contextmanager
+def exclusively(path: Path) -> Iterator[None]:
+    """Holds a lock while the block runs; whoever comes second waits. The lock's file stays, empty."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with suppress(OSError):  # some mounted drives know no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -12,13 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from funmatch import runs
-from funmatch.config import Report
-from funmatch.data.cache import open_cache
-from funmatch.data.catalog import open_source
+from funmatch.config import TAUGHT, Report
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.files import write_atomically
 from funmatch.logs import duration, percent
+from funmatch.tasks import pictures
 from funmatch.views import STRATEGIES
 
 SHOWN_VIEWS = 12
@@ -167,8 +166,8 @@ def views_sheet(run: runs.Run, step: int) -> dict[str, Any] | None:
     config = run.config
     knobs = config["knobs"]
     try:
-        cache = open_cache(open_source(knobs["data"]), cap=knobs["cap"])
-    except (InputError, OSError):
+        cache = pictures.of_run(TAUGHT[config["verb"]](**knobs))
+    except (InputError, OSError, ValueError, KeyError):
         return None
     if cache.key != config["facts"]["data"]:
         return None

@@ -133,8 +133,11 @@ def _begin(run: Run, record: dict[str, Any]) -> None:
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What two configurations of a run do not agree on, a line each."""
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
-    for part, names in (("knobs", then["knobs"].keys() | now["knobs"].keys()), ("facts", {"data", "teacher"})):
-        for name in sorted(names - UNCOMPARED):
+    for part, names in (
+        ("knobs", (then["knobs"].keys() | now["knobs"].keys()) - UNCOMPARED),
+        ("facts", {"data", "teacher"}),
+    ):
+        for name in sorted(names):
             before, after = then[part].get(name), now[part].get(name)
             if before != after:
                 what = f"the {name}'s content" if part == "facts" else name

@@ -12,11 +12,13 @@ from conftest import paint
 from PIL import Image
 
 from funmatch.augment import crop_resize_flip
-from funmatch.data import cache as caches
+from funmatch.data import build
+from funmatch.data.build import Keeping
 from funmatch.data.cache import open_cache
-from funmatch.data.catalog import open_source
+from funmatch.data.decode import decode
+from funmatch.data.doors import open_source
+from funmatch.data.folders import open_folder
 from funmatch.data.loader import Loader, central_batches, prefetch
-from funmatch.data.sources import decode, open_folder
 from funmatch.errors import InputError
 from funmatch.files import lock_file
 
@@ -105,7 +107,7 @@ def test_pictures_are_decoded_as_a_person_sees_them():
 
 
 def test_the_cache_holds_the_very_pixels(pictures):
-    cache = open_cache(open_folder(pictures))
+    cache = open_cache(str(pictures))
     split = cache.splits["train"]
     assert cache.classes == ("ant", "bee", "cat")
     for i, name in enumerate(open_folder(pictures).splits["train"].names):
@@ -116,35 +118,35 @@ def test_the_cache_holds_the_very_pixels(pictures):
 
 def test_large_pictures_are_kept_smaller(tmp_path):
     paint(tmp_path / "a.png", 0, (90, 60))
-    cache = open_cache(open_folder(tmp_path), cap=30)
+    cache = open_cache(str(tmp_path), keeping=Keeping(cap=30))
     assert cache.splits["train"].picture(0).shape == (30, 45, 3)
 
 
 def test_the_cache_follows_the_content_and_not_the_place(pictures, tmp_path, monkeypatch):
     decoded = []
-    original = caches._build
-    monkeypatch.setattr(caches, "_build", lambda *args: decoded.append(1) or original(*args))
+    original = build._fill
+    monkeypatch.setattr(build, "_fill", lambda *args: decoded.append(1) or original(*args))
     home = tmp_path / "home"
-    key = open_cache(open_folder(pictures), home=home).key
-    assert open_cache(open_folder(pictures), home=home).key == key
+    key = open_cache(str(pictures), keeping=Keeping(home=home)).key
+    assert open_cache(str(pictures), keeping=Keeping(home=home)).key == key
     pictures.rename(tmp_path / "moved")
-    assert open_cache(open_folder(tmp_path / "moved"), home=home).key == key
+    assert open_cache(str(tmp_path / "moved"), keeping=Keeping(home=home)).key == key
     assert len(decoded) == 1
     changed = tmp_path / "moved" / "train" / "ant" / "0.jpg"
     paint(changed, 999)
-    assert open_cache(open_folder(tmp_path / "moved"), home=home).key != key
+    assert open_cache(str(tmp_path / "moved"), keeping=Keeping(home=home)).key != key
     assert len(decoded) == 2
 
 
 def test_a_picture_that_changes_but_keeps_its_size_is_noticed(tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.full((4, 4, 3), ord(name), np.uint8)).save(tmp_path / f"{name}.bmp")
-    before = open_cache(open_folder(tmp_path)).key
+    before = open_cache(str(tmp_path)).key
     a = tmp_path / "a.bmp"
     size = a.stat().st_size
     Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(a)
     assert a.stat().st_size == size
-    assert open_cache(open_folder(tmp_path)).key != before
+    assert open_cache(str(tmp_path)).key != before
 
 
 def test_all_unreadable_pictures_are_named_at_once_and_nothing_is_left(pictures, tmp_path):
@@ -154,35 +156,25 @@ def test_all_unreadable_pictures_are_named_at_once_and_nothing_is_left(pictures,
     (pictures / "test" / "cat" / "2.webp").write_bytes(b"")
     home = tmp_path / "home"
     with pytest.raises(InputError) as error:
-        open_cache(open_folder(pictures), home=home)
+        open_cache(str(pictures), keeping=Keeping(home=home))
     message = str(error.value)
     assert message.startswith("3 unreadable pictures")
     for name in ("train/ant/0.jpg", "val/bee/1.png", "test/cat/2.webp"):
         assert name in message
-    assert [path.name for path in home.iterdir()] == ["stamps"], "nothing half-written"
+    assert not [path for path in home.iterdir() if path.is_dir() and path.name != "surveys"], "nothing half-written"
 
 
 def test_a_cache_that_lost_bytes_is_made_again(pictures, tmp_path):
     home = tmp_path / "home"
-    cache = open_cache(open_folder(pictures), home=home)
+    cache = open_cache(str(pictures), keeping=Keeping(home=home))
     picture = cache.splits["train"].picture(3).clone()
-    file = home / cache.key / "train.pixels"
+    file = cache.folder / "train.pixels"
     os.truncate(file, file.stat().st_size - 1)
-    assert torch.equal(open_cache(open_folder(pictures), home=home).splits["train"].picture(3), picture)
-
-
-def test_what_a_killed_process_left_is_removed(pictures, tmp_path):
-    home = tmp_path / "home"
-    key = open_cache(open_folder(pictures), home=home).key
-    shutil.rmtree(home / key)
-    abandoned = home / f"{key}.partial-999999999"
-    abandoned.mkdir()
-    open_cache(open_folder(pictures), home=home)
-    assert not abandoned.exists()
+    assert torch.equal(open_cache(str(pictures), keeping=Keeping(home=home)).splits["train"].picture(3), picture)
 
 
 def test_the_embedded_set_is_balanced_and_its_splits_are_distinct():
-    cache = open_cache(open_source("fashion-mini"))
+    cache = open_cache("fashion-mini")
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 200, "val": 500, "test": 2000}
     seen: dict[bytes, str] = {}
     for name, split in cache.splits.items():
@@ -194,7 +186,7 @@ def test_the_embedded_set_is_balanced_and_its_splits_are_distinct():
 
 @pytest.fixture(name="loader")
 def small_loader(pictures) -> Loader:
-    return Loader(open_cache(open_folder(pictures)).splits["train"], seed=1, batch=8, side=12)
+    return Loader(open_cache(str(pictures)).splits["train"], seed=1, batch=8, side=12)
 
 
 def test_a_batch_is_what_its_draw_says(loader):
@@ -239,39 +231,27 @@ def test_evaluation_sees_every_picture_once_in_order(loader):
     assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
-def test_a_cache_of_another_format_or_cap_has_another_key(pictures, monkeypatch):
-    keys = {open_cache(open_folder(pictures), cap=cap).key for cap in (512, 10)}
-    monkeypatch.setattr(caches, "FORMAT", 99)
-    keys.add(open_cache(open_folder(pictures)).key)
-    assert len(keys) == 3
+def test_a_cache_of_another_cap_has_another_key(pictures):
+    assert open_cache(str(pictures)).key != open_cache(str(pictures), keeping=Keeping(cap=10)).key
 
 
-def test_meta_says_what_is_in_a_cache(pictures, cache_home: Path):
-    cache = open_cache(open_folder(pictures))
-    meta = json.loads((cache_home / cache.key / "meta.json").read_text())
+def test_meta_says_what_is_in_a_cache(pictures):
+    cache = open_cache(str(pictures))
+    meta = json.loads((cache.folder / "meta.json").read_text())
     assert meta["splits"] == ["train", "val", "test"]
     assert meta["sizes"]["val.pixels"] == sum(p.numel() for p in map(cache.splits["val"].picture, range(9)))
 
 
-def test_links_that_lead_nowhere_or_back(tmp_path):
+def test_links_that_lead_nowhere_or_back_or_out(tmp_path):
     paint(tmp_path / "p" / "a.png", 0)
     (tmp_path / "p" / "deep").mkdir()
     (tmp_path / "p" / "deep" / "back").symlink_to(tmp_path / "p")
     assert open_folder(tmp_path / "p").splits["train"].names == ["a.png"]
     (tmp_path / "p2").mkdir()
     (tmp_path / "p2" / "beside").symlink_to(tmp_path / "p")  # its name begins like this one's, but it is no loop
-    assert open_folder(tmp_path / "p2").splits["train"].names == ["beside/a.png"]
-    (tmp_path / "p" / "b.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(InputError, match=r"1 unreadable pictures.*\n.*b\.png"):
-        open_cache(open_folder(tmp_path / "p"))
-
-
-def test_what_another_process_is_writing_is_left_alone(pictures, tmp_path):
-    home = tmp_path / "home"
-    key = open_cache(open_folder(pictures), home=home).key
-    shutil.rmtree(home / key)
-    theirs = home / f"{key}.partial-theirs"
-    theirs.mkdir()
-    with lock_file(theirs / ".lock"):
-        open_cache(open_folder(pictures), home=home)
-        assert theirs.exists()
+    assert open_folder(tmp_path / "p2", follow_links=True).splits["train"].names == ["beside/a.png"]
+    with pytest.raises(InputError, match=r"p2/beside is a link that leads out of .*--follow-links"):
+        open_folder(tmp_path / "p2")
+    (tmp_path / "p" / "b.png").symlink_to(tmp_path / "p" / "nowhere.png")
+    with pytest.raises(InputError, match=r"1 unreadable pictures.*\n.*b\.png: No such file"):
+        open_cache(str(tmp_path / "p"))

@@ -11,12 +11,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A module may import those before it in this list, and nothing else of ours.
 LAYERS = [
     ["errors", "files"],
-    ["config"],
+    ["knobs", "config"],
     ["draws", "augment", "views", "distances", "metrics", "schedules", "optim"],
-    ["data.sources", "data.catalog", "data.cache", "data.loader", "models.classifier", "models.load", "models.frozen"],
+    ["data.decode", "data.sources", "data.folders", "data.tfrecord", "data.shards", "data.tars", "data.hub"],
+    ["data.layouts", "data.catalog", "data.doors", "data.survey", "data.pixels", "data.build", "data.cache"],
+    ["data.export", "data.loader", "models.classifier", "models.load", "models.frozen"],
     ["devices", "logs", "signals", "checkpoint", "runs", "fit"],
-    ["tasks.evaluate", "tasks.lesson", "tasks.walk", "tasks.train", "tasks.distill"],
-    ["report"],
+    ["tasks.pictures", "tasks.evaluate", "tasks.lesson", "tasks.walk", "tasks.train", "tasks.distill", "tasks.prepare"],
+    ["report", "sheet"],
     ["demo", "api", "cli", "__main__", "__init__"],
 ]
 ORDER = {

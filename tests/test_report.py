@@ -14,7 +14,6 @@ import funmatch
 from funmatch import report
 from funmatch.config import Report
 from funmatch.data.cache import open_cache
-from funmatch.data.catalog import open_source
 from funmatch.data.loader import Loader
 
 
@@ -53,7 +52,7 @@ def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
 def test_the_sheet_is_what_the_step_showed(runs):
     sheet = report.views_sheet(funmatch.runs.find(runs[1]), 4)
     assert sheet["rows"] == ["teacher", "student"]
-    split = open_cache(open_source("fashion-mini")).splits["train"]
+    split = open_cache("fashion-mini").splits["train"]
     batch = Loader(split, 0, 16, 32).batch_at(4)
     mixed = batch.lam * batch.crops[1:] + (1 - batch.lam) * batch.crops[:-1]
     shown = np.asarray(Image.open(BytesIO(b64decode(sheet["png"]))))

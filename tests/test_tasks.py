@@ -15,7 +15,6 @@ import funmatch
 from funmatch.checkpoint import KEPT
 from funmatch.config import Distill, Train
 from funmatch.data.cache import open_cache
-from funmatch.data.catalog import open_source
 from funmatch.errors import InputError
 from funmatch.tasks.distill import above_chance
 
@@ -67,7 +66,7 @@ def test_figures_are_of_the_test_split_and_true(taught):
     figures = taught.figures
     assert figures["split"] == "test"
     assert figures["step"] == 12
-    split = open_cache(open_source("fashion-mini")).splits["test"]
+    split = open_cache("fashion-mini").splits["test"]
     views = torch.stack([split.picture(i) for i in range(len(split))]).permute(0, 3, 1, 2).float() / 255
 
     def probabilities(folder):

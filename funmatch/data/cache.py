@@ -1,91 +1,54 @@
-"""Pictures decoded once: one memory-mapped file of uint8 pixels a split, with an index.
+"""A data set made ready for a run: surveyed, cut into splits, and either decoded once or packed to be decoded often.
 
-A cache is a folder named by its content's key: `meta.json`, and for each split `<split>.pixels` (the pictures of
-(height, width, 3) one after the other) and `<split>.index.npy`. It is written under another name and renamed when it
-is whole, so what has the right name is never partial. Nothing of it is read before it is needed, and processes share
-what is, so memory does not grow with the number of pictures.
+A cache is a folder named by its content's key: `meta.json`, and for each split `<split>.pixels` (decoded pictures of
+(height, width, 3), or encoded ones, one after the other) and `<split>.index.npy`. It is written under another name
+and renamed when it is whole, so what has the right name is never partial; a build that was interrupted goes on.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from io import BytesIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
-from funmatch.data.sources import Source
-from funmatch.errors import InputError
-from funmatch.files import disk_errors, lock_file, write_atomically
+from funmatch.data.build import FORMAT, Keeping, build, unreadable, whole
+from funmatch.data.decode import pick_decoder
+from funmatch.data.doors import open_source, resolved
+from funmatch.data.pixels import CachedSplit, Resident, Streaming
+from funmatch.data.sources import Reading, Source, Track, untracked
+from funmatch.data.survey import Survey, apply_cut, stamp_of_files, survey
+from funmatch.files import write_atomically
 
-FORMAT = 1
-INDEX = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4")])
-CHUNK = 256
-NAMED_AT_MOST = 200
-
-Track = Callable[[Iterable, int, str], Iterable]
-"""(things, how many pictures in all, what is done) to the same things, shown as progress."""
-
-
-@dataclass(frozen=True)
-class CachedSplit:
-    """The pictures of one split, mapped from disk."""
-
-    name: str
-    pixels: Tensor
-    index: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def labelled(self) -> bool:
-        return bool(self.index["label"][0] >= 0)
-
-    def pictures(self, indices) -> list[Tensor]:
-        """Each (height, width, 3) uint8, a view of the mapped file."""
-        return [
-            self.pixels[offset : offset + height * width * 3].view(height, width, 3)
-            for offset, height, width, _ in self.index[indices].tolist()
-        ]
-
-    def picture(self, i: int) -> Tensor:
-        """(height, width, 3) uint8, a view of the mapped file."""
-        return self.pictures([i])[0]
-
-    def labels(self, indices) -> Tensor:
-        """(n,) int64."""
-        return torch.from_numpy(self.index["label"][indices].astype(np.int64))
-
-    def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Heights and widths in pixels, each (n,)."""
-        rows = self.index[indices]
-        return rows["height"], rows["width"]
+WATCHED_AT_MOST = 100_000
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A data set, decoded.
+    """A data set, ready.
 
     Attributes:
-        key: digest of its content, and of how it was decoded.
+        key: digest of its content, and of how it was decoded: the same key gives the same views.
         name: of the data set.
         classes: names by label; empty where nothing is labelled.
         splits: by name: train, val, test, as far as there are.
+        unnamed: whether the classes are only numbers.
+        way: resident or streaming.
+        folder: where it lies.
+        found: what the survey found, see `survey.summary`, with `unreadable` (a list of [name, reason]).
     """
 
     key: str
     name: str
     classes: tuple[str, ...]
     splits: dict[str, CachedSplit]
+    unnamed: bool
+    way: str
+    folder: Path
+    found: dict[str, Any]
 
 
 def cache_home() -> Path:
@@ -95,146 +58,105 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "funmatch"
 
 
-def open_cache(source: Source, *, cap: int = 512, home: Path | None = None, track: Track | None = None) -> Cache:
-    """The decoded pictures of a data set, from the cache or put there now.
+def open_cache(
+    specs: str | Sequence[str],
+    reading: Reading | None = None,
+    keeping: Keeping | None = None,
+    *,
+    track: Track = untracked,
+    tell: Callable[[str], None] = lambda _: None,
+    afresh: bool = False,
+) -> Cache:
+    """The pictures that a person named, from the cache or put there now.
 
     Args:
-        source: the data set.
-        cap: pictures whose short side is longer are scaled down to it, pixels.
-        home: where caches lie, by default `cache_home()`.
+        specs: one data set or several, see `doors.open_source`.
+        reading, keeping: how they are read, and kept.
         track: shows progress while files are read and decoded.
+        tell: says what was chosen, and what is wrong with the data.
+        afresh: reads every file again, and checks what is in the cache.
 
     Raises:
         InputError: some pictures cannot be read; all of them are named.
     """
-    home = home or cache_home()
-    track = track or (lambda things, _total, _what: things)
-    key = _key(source, cap, home, track)
-    folder = home / key
-    if not _whole(folder):
-        _build(source, cap, folder, track)
+    reading, keeping = reading or Reading(), keeping or Keeping()
+    specs = [specs] if isinstance(specs, str) else list(specs)
+    home = keeping.home or cache_home()
+    keeping = replace(keeping, decoder=pick_decoder(keeping.decoder), home=home)
+    ledger = home / "known" / _digest(FORMAT, [resolved(spec) for spec in specs], reading, replace(keeping, on_bad=""))
+    folder = None if afresh else _remembered(ledger)
+    if folder is None:
+        source, found = surveyed(specs, reading, keeping, track, afresh=afresh)
+        folder = build(source, found, keeping, home, track, tell, check=afresh)
+        _remember(ledger, folder, source)
+    cache = _opened(folder, keeping)
+    bad = cache.found["unreadable"]
+    if bad and keeping.on_bad == "stop":
+        raise unreadable(cache.name, bad, home)
+    for line in complaints(cache):
+        tell(line)
+    return cache
+
+
+def surveyed(
+    specs: Sequence[str], reading: Reading, keeping: Keeping, track: Track, *, afresh: bool = False
+) -> tuple[Source, Survey]:
+    """The pictures that a person named, read once and cut into splits."""
+    home = keeping.home or cache_home()
+    source = open_source(specs, reading, track)
+    found = survey(source, home, track, max_pixels=keeping.max_pixels, afresh=afresh)
+    return apply_cut(source, found)
+
+
+def complaints(cache: Cache) -> list[str]:
+    """What a person should know before trusting a data set, a line each."""
+    lines = []
+    for pair, leak in cache.found["leaks"].items():
+        one, other = leak["examples"][0]
+        lines.append(f"WARNING: {leak['pictures']:,} pictures are both in {pair} of {cache.name}, e.g. {one} = {other}")
+    if bad := cache.found["unreadable"]:
+        lines.append(f"WARNING: {len(bad):,} unreadable pictures of {cache.name} are skipped, e.g. {': '.join(bad[0])}")
+    return lines
+
+
+def _opened(folder: Path, keeping: Keeping) -> Cache:
     meta = json.loads((folder / "meta.json").read_text())
-    splits = {name: _open_split(folder, name) for name in meta["splits"]}
-    return Cache(key, source.name, tuple(meta["classes"]), splits)
+    splits = {}
+    for name in meta["splits"]:
+        path = folder / f"{name}.pixels"
+        streaming = Streaming(path, meta["cap"], meta["decoder"], keeping.max_pixels)
+        store = Resident(path) if meta["way"] == "resident" else streaming
+        splits[name] = CachedSplit(name, np.load(folder / f"{name}.index.npy", mmap_mode="r"), store)
+    key, name, unnamed = meta["content"], meta["name"], meta["unnamed"]
+    return Cache(key, name, tuple(meta["classes"]), splits, unnamed, meta["way"], folder, meta["found"])
 
 
-def _open_split(folder: Path, name: str) -> CachedSplit:
-    # Mode "c" (copy on write) because torch warns about read-only memory; nothing ever writes there.
-    pixels = np.memmap(folder / f"{name}.pixels", np.uint8, mode="c")
-    return CachedSplit(name, torch.from_numpy(pixels), np.load(folder / f"{name}.index.npy", mmap_mode="r"))
+def _digest(*parts: object) -> str:
+    return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _key(source: Source, cap: int, home: Path, track: Track) -> str:
-    """Digest of every picture's content. Files whose size, time and place are known are not read again."""
-    stamp = home / "stamps" / f"{source.stamp()}-{cap}-{FORMAT}"
-    if stamp.exists():
-        return stamp.read_text()
-    digest = hashlib.blake2b(repr((FORMAT, cap, source.classes)).encode(), digest_size=16)
-    digests = _threaded(source, source.digest, track, "reading")
-    for split, i, content, error in digests:
-        if error:
-            content = repr(error).encode()  # it will be named when it is decoded
-        digest.update(repr((split, i, int(source.splits[split].labels[i]))).encode() + content)
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(stamp, digest.hexdigest())
-    return digest.hexdigest()
-
-
-def _threaded(source: Source, function, track: Track, what: str) -> Iterator[tuple]:
-    """(split, index, result or None, error or None) of a function of every picture, in order, a few at a time."""
-
-    def attempt(split: str, i: int):
-        try:
-            return split, i, function(split, i), None
-        except Exception as error:  # decoders raise many kinds; each is told to the person with the file's name
-            return split, i, None, error
-
-    jobs = [(split, i) for split, content in source.splits.items() for i in range(len(content.names))]
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-
-        def in_order():
-            for start in range(0, len(jobs), CHUNK):  # in chunks, so that decoded pictures do not pile up
-                yield from pool.map(lambda job: attempt(*job), jobs[start : start + CHUNK])
-
-        yield from track(in_order(), len(jobs), what)
-
-
-def _build(source: Source, cap: int, folder: Path, track: Track) -> None:
-    """Decodes everything into a folder beside `folder`, then gives it its name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-    lock = lock_file(partial / ".lock")
+def _remembered(ledger: Path) -> Path | None:
+    """The cache that the same words meant before, if nothing they mean has changed since."""
     try:
-        with disk_errors(folder.parent):
-            _decode_into(partial, source, cap, track)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not _whole(folder):  # else another process was first
-                shutil.rmtree(folder)
-                partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if lock:
-            lock.close()
-
-
-def _decode_into(partial: Path, source: Source, cap: int, track: Track) -> None:
-    bad: list[str] = []
-    files = {name: open(partial / f"{name}.pixels", "wb") for name in source.splits}
-    indices = {name: np.zeros(len(content.names), INDEX) for name, content in source.splits.items()}
-    try:
-        for split, i, picture, error in _threaded(
-            source, lambda split, i: _capped(source.pixels(split, i), cap), track, "decoding"
-        ):
-            if error:
-                bad.append(f"{source.splits[split].names[i]}: {_reason(error)}")
-            elif not bad:
-                height, width = picture.shape[:2]
-                indices[split][i] = (files[split].tell(), height, width, source.splits[split].labels[i])
-                files[split].write(picture.tobytes())
-    finally:
-        for file in files.values():
-            file.close()
-    if bad:
-        more = [f"… and {len(bad) - NAMED_AT_MOST} more"] if len(bad) > NAMED_AT_MOST else []
-        lines = "\n  ".join(bad[:NAMED_AT_MOST] + more)
-        raise InputError(f"{len(bad)} unreadable pictures in {source.name}; mend or remove them:\n  {lines}")
-    for name, index in indices.items():
-        encoded = BytesIO()  # numpy writing into a file by itself forgets why it failed
-        np.save(encoded, index)
-        (partial / f"{name}.index.npy").write_bytes(encoded.getvalue())
-    sizes = {path.name: path.stat().st_size for path in partial.iterdir() if path.name != ".lock"}
-    meta = {"format": FORMAT, "name": source.name, "cap": cap, "classes": source.classes}
-    (partial / "meta.json").write_text(json.dumps(meta | {"splits": list(source.splits), "sizes": sizes}))
-
-
-def _capped(picture: np.ndarray, cap: int) -> np.ndarray:
-    height, width = picture.shape[:2]
-    if min(height, width) <= cap:
-        return picture
-    scale = cap / min(height, width)
-    size = (max(cap, round(width * scale)), max(cap, round(height * scale)))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
-
-
-def _reason(error: Exception) -> str:
-    return "not a picture" if type(error).__name__ == "UnidentifiedImageError" else str(error) or type(error).__name__
-
-
-def _whole(folder: Path) -> bool:
-    """Whether a cache is there with every file at its full size."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return all((folder / name).stat().st_size == size for name, size in meta["sizes"].items())
+        head, _, paths = ledger.read_bytes().decode(errors="surrogateescape").partition("\n")
+        known = json.loads(head)
+        same = stamp_of_files(paths.split("\0")) == known["stamp"]
+        folder = Path(known["folder"])
     except (OSError, ValueError, KeyError):
-        return False
+        return None
+    return folder if same and whole(folder) else None
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left half-written for this key."""
-    for partial in folder.parent.glob(f"{folder.name}.partial-*"):
-        if lock := lock_file(partial / ".lock"):  # whoever is at work there holds it
-            shutil.rmtree(partial, ignore_errors=True)
-            lock.close()
+def _remember(ledger: Path, folder: Path, source: Source) -> None:
+    """Writes down which files the words meant.
+
+    Of more than 100,000 files, all folders and evenly many of the files are watched, so that a data set like ImageNet
+    is opened at once; `prepare` reads all of them.
+    """
+    watched = list(source.watched)
+    if len(watched) > WATCHED_AT_MOST:
+        folders = sorted({os.path.dirname(path) for path in watched})
+        watched = folders + watched[:: len(watched) // WATCHED_AT_MOST * 10]
+    known = {"folder": str(folder), "stamp": stamp_of_files(watched)}
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(ledger, json.dumps(known) + "\n" + "\0".join(watched))

@@ -4,14 +4,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from funmatch.augment import central_view, crop_resize_flip
-from funmatch.data.cache import CachedSplit
+from funmatch.data.pixels import CachedSplit
 from funmatch.draws import Draw, draw
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -88,33 +91,45 @@ def prefetch(
         batch = loader.batch_at(step)
         return finish(batch) if finish else batch
 
-    ahead: deque = deque()
+    return ahead(make, start, stop, workers)
+
+
+def ahead(make: Callable[[int], Made], start: int, stop: int, workers: int) -> Generator[Made]:
+    """`make(start)` … `make(stop − 1)` in order, made ahead by threads."""
+    waiting: deque = deque()
     pool = ThreadPoolExecutor(workers, "views", initializer=torch.set_num_threads, initargs=(1,))
     try:
         for step in range(start, stop):
-            if not ahead:
-                ahead.extend(pool.submit(make, s) for s in range(step, min(step + 2 * workers, stop)))
-            batch = ahead.popleft().result()
+            if not waiting:
+                waiting.extend(pool.submit(make, s) for s in range(step, min(step + 2 * workers, stop)))
+            made = waiting.popleft().result()
             following = step + 2 * workers
             if following < stop:
-                ahead.append(pool.submit(make, following))
-            yield batch
+                waiting.append(pool.submit(make, following))
+            yield made
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def central_batches(split: CachedSplit, side: int, short_side: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def central_batches(
+    split: CachedSplit, side: int, short_side: int, batch: int, *, workers: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
     """A split once through in order, as evaluation sees it.
 
     Args:
         side: of the views, pixels.
         short_side: to which pictures are resized before the central square is cut, pixels.
         batch: pictures at a time.
+        workers: threads that decode ahead, where pictures have to be decoded.
 
     Yields:
         views (n, 3, side, side) float32 in [0, 1], and labels (n,) int64.
     """
-    for start in range(0, len(split), batch):
-        indices = np.arange(start, min(start + batch, len(split)))
+
+    def make(number: int) -> tuple[Tensor, Tensor]:
+        indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
         views = torch.stack([central_view(picture, short_side, side) for picture in split.pictures(indices)])
-        yield views.contiguous(memory_format=torch.channels_last), split.labels(indices)
+        return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
+
+    count = -(-len(split) // batch)
+    return ahead(make, 0, count, workers) if split.store.decodes else map(make, range(count))

@@ -1,28 +1,37 @@
-"""Where pictures come from: listed once, decoded on demand.
+"""Where pictures come from: listed once, read on demand.
 
-A source names its classes and splits, gives the pixels of one picture, and a key that changes when its content does.
+Every door (folders, shards, the catalog, the Hub) gives the same thing, a `Source`: classes, splits, and a function
+that reads one encoded picture.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from io import BytesIO
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from funmatch.errors import InputError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+ORDER = ("train", "val", "test")
 SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val",
+    "train": "train", "training": "train", "trn": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
 UNLABELLED = -1
+NAMED_AT_MOST = 200
+
+Track = Callable[[Iterable, int, str], Iterable]
+"""(things, how many in all, what is done) to the same things, shown as progress."""
+
+
+def untracked(things: Iterable, total: int, what: str) -> Iterable:  # noqa: ARG001
+    """A `Track` that shows nothing."""
+    return things
 
 
 @dataclass(frozen=True)
@@ -31,198 +40,218 @@ class Split:
 
     Attributes:
         names: how messages call each picture, (n,).
-        labels: index of each picture's class, (n,) int32; all `UNLABELLED` where there are none.
+        labels: index of each picture's class, (n,) int32, `UNLABELLED` where there is none.
     """
 
-    names: list[str]
+    names: Sequence[str]
     labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @property
     def labelled(self) -> bool:
         return bool(len(self.labels)) and bool((self.labels != UNLABELLED).all())
 
 
-class Source(Protocol):
-    """What the cache asks of a data set."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-    @property
-    def splits(self) -> dict[str, Split]: ...
-
-    def stamp(self) -> str:
-        """A digest that is cheap to make and changes whenever the content may have changed."""
-        ...
-
-    def digest(self, split: str, index: int) -> bytes:
-        """A digest of one picture's encoded content."""
-        ...
-
-    def pixels(self, split: str, index: int) -> np.ndarray:
-        """(height, width, 3) uint8, upright; any failure to decode is an exception."""
-        ...
-
-
 @dataclass(frozen=True)
-class Folder:
-    """A folder of pictures: `<split>/<class>/*`, `<split>/*` without labels, or any unlabelled tree of pictures."""
-
-    root: Path
-    name: str
-    classes: tuple[str, ...] = ()
-    splits: dict[str, Split] = field(default_factory=dict)
-
-    def stamp(self) -> str:
-        digest = hashlib.blake2b(str(self.root.resolve()).encode(), digest_size=16)
-        for split, content in self.splits.items():
-            for name, label in zip(content.names, content.labels, strict=True):
-                try:
-                    status = os.stat(self.root / name)
-                    known = (status.st_size, status.st_mtime_ns, status.st_ino)
-                except OSError as error:
-                    known = (error.errno,)  # it will be named when it is read
-                digest.update(repr((split, name, int(label), *known)).encode())
-        return digest.hexdigest()
-
-    def digest(self, split: str, index: int) -> bytes:
-        return hashlib.blake2b((self.root / self.splits[split].names[index]).read_bytes(), digest_size=16).digest()
-
-    def pixels(self, split: str, index: int) -> np.ndarray:
-        return decode((self.root / self.splits[split].names[index]).read_bytes())
-
-
-def open_folder(root: Path) -> Folder:
-    """Lists a folder of pictures.
-
-    Args:
-        root: holding folders named train, val or validation, test (each with a folder a class, or unlabelled
-            pictures); or, with no such folder, pictures at any depth, all unlabelled and all for training.
-
-    Raises:
-        InputError: no folder, no picture, or pictures lying beside class folders.
-    """
-    if not root.is_dir():
-        raise InputError(f"{root} is {'not a folder' if root.exists() else 'missing'}; wanted a folder of pictures")
-    named = {}
-    for entry in _folders(root):
-        split = SPLIT_NAMES.get(entry.name.lower())
-        if split in named:
-            raise InputError(f"{root} has both {named[split].name}/ and {entry.name}/ for one split; keep one")
-        if split:
-            named[split] = entry
-    if not named:
-        names = sorted(_pictures(root, root))
-        if not names:
-            kinds = ", ".join(sorted(EXTENSIONS))
-            raise InputError(f"{root} has no picture ({kinds}); wanted <split>/<class>/*.jpg or a folder of pictures")
-        return Folder(root, root.name, (), {"train": Split(names, np.full(len(names), UNLABELLED, np.int32))})
-    order = [split for split in ("train", "val", "test") if split in named]
-    classes = tuple(sorted({entry.name for split in order for entry in _folders(named[split])}))
-    return Folder(root, root.name, classes, {split: _list_split(root, named[split], classes) for split in order})
-
-
-def _list_split(root: Path, folder: Path, classes: tuple[str, ...]) -> Split:
-    loose = sorted(name for name in _pictures(root, folder, deep=False))
-    entries = _folders(folder)
-    if loose and entries:
-        raise InputError(
-            f"{folder} holds {len(loose)} pictures beside class folders ({loose[0]}, …); move them into a class "
-            "folder, or the class folders out"
-        )
-    names, labels = loose, [UNLABELLED] * len(loose)
-    for entry in entries:
-        found = sorted(_pictures(root, entry))
-        names, labels = names + found, labels + [classes.index(entry.name)] * len(found)
-    if not names:
-        raise InputError(f"{folder} holds no picture; fill this split or remove it")
-    return Split(names, np.array(labels, np.int32))
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-
-
-def _pictures(root: Path, folder: Path, *, deep: bool = True) -> Iterator[str]:
-    """Names relative to `root` of the pictures in a folder."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                if deep and not _leads_back(entry):
-                    yield from _pictures(root, Path(entry.path))
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                yield os.path.relpath(entry.path, root)
-
-
-def _leads_back(entry: os.DirEntry) -> bool:
-    """Whether a folder is a link to one that it lies in."""
-    target, parent = Path(os.path.realpath(entry.path)), Path(os.path.realpath(os.path.dirname(entry.path)))
-    return entry.is_symlink() and parent.is_relative_to(target)
-
-
-@dataclass(frozen=True)
-class Mosaic:
-    """A small data set kept as one grey PNG a split, tiles in rows, equally many a class and sorted by class.
+class Cut:
+    """Which shares of the training pictures become other splits: {"val": 1/10}, or a number of pictures.
 
     Attributes:
+        shares: by split; a Fraction below 1, or an int.
+        seed: another seed cuts elsewhere.
+    """
+
+    shares: dict[str, Fraction | int]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set, listed.
+
+    Attributes:
+        name: of the data set.
+        classes: their names by label; empty where nothing is labelled.
+        splits: by name.
+        read: (split, index) to the encoded picture; any failure is an exception.
+        watched: files and folders whose size and time tell whether anything may have changed.
+        cut: what is still to be cut from the training pictures, by content.
+        unnamed: whether the classes are only numbers, because nothing says their names.
+        counts: pictures a split as published, where the data set is.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    read: Callable[[str, int], bytes]
+    watched: Sequence[str]
+    cut: Cut | None = None
+    unnamed: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def jobs(self) -> list[tuple[str, int]]:
+        """Every picture as (split, index), in order."""
+        return [(name, i) for name, split in self.splits.items() for i in range(len(split))]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a person wants a data set read.
+
+    Attributes:
+        data_dir: where the data sets of the catalog lie, or are put.
+        cut: what to cut from the training pictures.
+        unlabelled: whether labels are to be forgotten.
+        follow_links: whether links may lead out of a folder.
+        image_feature, label_feature: in shards and tables; None tries the usual names, "none" is no label.
+        first_label: the number that shards give the first class.
+        class_file: names of the classes, a line each.
+    """
+
+    data_dir: Path | None = None
+    cut: Cut | None = None
+    unlabelled: bool = False
+    follow_links: bool = False
+    image_feature: str | None = None
+    label_feature: str | None = None
+    first_label: int = 0
+    class_file: Path | None = None
+
+
+def parse_share(text: str) -> Fraction | int:
+    """`10%` or `0.1` to a tenth, `500` to so many pictures.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        share = Fraction(text.rstrip("%")) / 100 if text.endswith("%") else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(-1)
+    if 0 < share < 1:
+        return share
+    if share >= 1 and share.denominator == 1 and not text.endswith("%"):
+        return int(share)
+    raise InputError(f"{text!r} is no share of the training pictures; wanted 10%, 0.1, or a number of pictures")
+
+
+def split_of(words: Sequence[str]) -> str | None:
+    """The split that the first of these words names, if one does."""
+    return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)
+
+
+def in_order(splits: dict[str, Split]) -> dict[str, Split]:
+    """Splits as train, val, test."""
+    return {name: splits[name] for name in ORDER if name in splits}
+
+
+def read_file(path: str | Path) -> bytes:
+    """A regular file's bytes; a pipe or a device, which might never end, is an error."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def check_classes(names: Sequence[str], where: object) -> tuple[str, ...]:
+    """The names as classes, or an `InputError` where two differ in nothing but case, which is always a mistake."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise InputError(f"{where}: the classes {other!r} and {name!r} differ only in case; make them one")
+    if len(seen) != len(names):
+        raise InputError(f"{where}: the same class is named twice")
+    return tuple(names)
+
+
+def read_class_file(path: Path) -> tuple[str, ...]:
+    """The class names in a file, a line each, as TensorFlow Datasets writes them (`label.labels.txt`)."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"class names cannot be read from {path}: {error}") from None
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise InputError(f"{path} names no class; wanted a class a line")
+    return check_classes(names, path)
+
+
+def without_labels(source: Source) -> Source:
+    """The same pictures with their labels forgotten."""
+    splits = {
+        name: Split(split.names, np.full(len(split), UNLABELLED, np.int32)) for name, split in source.splits.items()
+    }
+    return replace(source, classes=(), splits=splits, unnamed=False)
+
+
+def joined(sources: Sequence[Source]) -> Source:
+    """Several data sets as one: splits of one name are joined, classes of one name are one class.
+
+    Raises:
+        InputError: some have names for their classes and some only numbers.
+    """
+    if len(sources) == 1:
+        return sources[0]
+    labelled = [source for source in sources if source.classes]
+    if len({source.unnamed for source in labelled}) > 1:
+        raise InputError("some of these data sets name their classes, some only number them; give --class-file")
+    names = {name for source in labelled for name in source.classes}
+    classes = tuple(sorted(names, key=int if labelled and labelled[0].unnamed else None))
+    check_classes(classes, " + ".join(source.name for source in sources))
+    places = {name: i for i, name in enumerate(classes)}
+    parts: dict[str, list[tuple[Source, int]]] = {}
+    splits: dict[str, Split] = {}
+    for name in ORDER:
+        having = [source for source in sources if name in source.splits]
+        if having:
+            parts[name] = [(source, i) for source in having for i in range(len(source.splits[name]))]
+            called = [f"{source.name}/{each}" for source in having for each in source.splits[name].names]
+            splits[name] = Split(called, np.concatenate([_renumbered(source, name, places) for source in having]))
+
+    def read(split: str, index: int) -> bytes:
+        source, i = parts[split][index]
+        return source.read(split, i)
+
+    cuts = [source.cut for source in sources if source.cut]
+    if any(cut != cuts[0] for cut in cuts) or (cuts and len(cuts) < len(sources) and "val" in splits):
+        raise InputError("these data sets are cut into splits in different ways; prepare them one by one")
+    watched = [path for source in sources for path in source.watched]
+    unnamed = bool(labelled) and labelled[0].unnamed
+    name = " + ".join(source.name for source in sources)
+    return Source(name, classes, splits, read, watched, cuts[0] if cuts else None, unnamed)
+
+
+def _renumbered(source: Source, split: str, places: dict[str, int]) -> np.ndarray:
+    """A split's labels as indices into the joint classes."""
+    table = np.array([places[name] for name in source.classes] + [UNLABELLED], np.int32)  # -1 finds the last
+    return table[source.splits[split].labels]
+
+
+def mosaic(folder: Path, name: str, classes: tuple[str, ...], tile: int) -> Source:
+    """A small data set kept as one grey PNG a split, tiles in rows, equally many a class and sorted by class.
+
+    Args:
         folder: holding `<split>.png`.
         name: of the data set.
         classes: their names.
         tile: side of a tile in pixels.
     """
-
-    folder: Path
-    name: str
-    classes: tuple[str, ...]
-    tile: int
-    splits: dict[str, Split] = field(init=False)
-    tiles: dict[str, np.ndarray] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        tiles = {path.stem: self._cut(path) for path in self.folder.glob("*.png")}
-        ordered = {split: tiles[split] for split in ("train", "val", "test") if split in tiles}
-        object.__setattr__(self, "tiles", ordered)
-        object.__setattr__(self, "splits", {name: self._split(name, len(cut)) for name, cut in ordered.items()})
-
-    def _cut(self, path: Path) -> np.ndarray:
-        """(n, tile, tile) uint8 of a mosaic."""
-        sheet = np.asarray(Image.open(path))
-        rows, columns = sheet.shape[0] // self.tile, sheet.shape[1] // self.tile
-        grid = sheet.reshape(rows, self.tile, columns, self.tile)
-        return grid.swapaxes(1, 2).reshape(-1, self.tile, self.tile)
-
-    def _split(self, name: str, count: int) -> Split:
-        labels = np.repeat(np.arange(len(self.classes), dtype=np.int32), count // len(self.classes))
-        return Split([f"{name}/{self.classes[label]}/{i}" for i, label in enumerate(labels)], labels)
-
-    def stamp(self) -> str:
-        digest = hashlib.blake2b(repr((self.name, self.classes)).encode(), digest_size=16)
-        for split, tiles in self.tiles.items():
-            digest.update(split.encode() + tiles.tobytes())
-        return digest.hexdigest()
-
-    def digest(self, split: str, index: int) -> bytes:
-        return hashlib.blake2b(self.tiles[split][index].tobytes(), digest_size=16).digest()
-
-    def pixels(self, split: str, index: int) -> np.ndarray:
-        return np.repeat(self.tiles[split][index][:, :, None], 3, axis=2)
+    tiles, splits = {}, {}
+    for split in ORDER:
+        if (path := folder / f"{split}.png").exists():
+            sheet = np.asarray(Image.open(path))
+            grid = sheet.reshape(sheet.shape[0] // tile, tile, sheet.shape[1] // tile, tile)
+            tiles[split] = grid.swapaxes(1, 2).reshape(-1, tile, tile)
+            labels = np.repeat(np.arange(len(classes), dtype=np.int32), len(tiles[split]) // len(classes))
+            splits[split] = Split([f"{split}/{classes[label]}/{i}" for i, label in enumerate(labels)], labels)
+    watched = [str(folder / f"{split}.png") for split in splits]
+    return Source(name, classes, splits, lambda split, i: as_pnm(tiles[split][i]), watched)
 
 
-def decode(encoded: bytes) -> np.ndarray:
-    """An encoded picture as a person sees it: upright, RGB, transparency over white, 16 bits scaled to 8.
-
-    Returns:
-        (height, width, 3) uint8.
-    """
-    with Image.open(BytesIO(encoded)) as opened:
-        opened.load()
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+def as_pnm(pixels: np.ndarray) -> bytes:
+    """Pixels, (height, width) or (height, width, 3) uint8, as an encoded picture."""
+    kind = b"P5" if pixels.ndim == 2 else b"P6"
+    return b"%b\n%d %d\n255\n" % (kind, pixels.shape[1], pixels.shape[0]) + pixels.tobytes()

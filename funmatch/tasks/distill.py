@@ -8,8 +8,9 @@ from torch import Tensor
 
 from funmatch import devices
 from funmatch.config import Distill
-from funmatch.data.cache import CachedSplit
+from funmatch.data.cache import Cache
 from funmatch.data.loader import Batch
+from funmatch.data.pixels import CachedSplit
 from funmatch.distances import kl
 from funmatch.errors import InputError
 from funmatch.logs import percent, say
@@ -34,7 +35,7 @@ def run(config: Distill) -> dict[str, Any]:
             pretrained=True,
         )
     )
-    evaluate.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
+    cache = fitting(cache, teacher, config)
     lesson = prepare("distill", config, cache, classes=teacher.classifier.num_classes, teacher=teacher)
     watched = evaluate.watched(cache)
     teacher_logits = evaluate.answers(teacher, watched, lesson.view)
@@ -52,6 +53,23 @@ def run(config: Distill) -> dict[str, Any]:
             return replace(batch, answers=teacher(teacher_view.to(lesson.course.device)))
 
     return carry_out(lesson, loss_of, teacher_logits, ahead if config.teacher_ahead else None)
+
+
+def fitting(cache: Cache, teacher: Frozen, config: Distill) -> Cache:
+    """The pictures, without their labels if these are all for learning and of other classes than the teacher's.
+
+    Distillation needs no label, and pictures of other things teach too (section 5 of the paper); but what is judged
+    on must be of the teacher's classes.
+    """
+    try:
+        evaluate.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
+    except InputError:
+        if set(cache.splits) != {"train"}:
+            raise
+        say(f"{cache.name}: its folders are not the teacher's classes, so it is taken as unlabelled")
+        unlabelled = {name: split.without_labels() for name, split in cache.splits.items()}
+        return replace(cache, classes=(), unnamed=False, splits=unlabelled)
+    return cache
 
 
 def check_teacher(logits: Tensor, split: CachedSplit, config: Distill) -> None:

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from funmatch import devices, metrics, runs
 from funmatch.config import Evaluate
-from funmatch.data.cache import Cache, CachedSplit, open_cache
-from funmatch.data.catalog import open_source
+from funmatch.data.cache import Cache
 from funmatch.data.loader import central_batches
+from funmatch.data.pixels import CachedSplit
 from funmatch.data.sources import SPLIT_NAMES
 from funmatch.errors import InputError, unknown
-from funmatch.logs import say, track
+from funmatch.logs import say
 from funmatch.models.classifier import Card, Classifier, check_side
 from funmatch.models.load import load
+from funmatch.tasks import pictures
 
 WATCHED_WITHOUT_VALIDATION = 1000
 
@@ -45,7 +46,8 @@ def answers(model: nn.Module, split: CachedSplit, view: View) -> Tensor:
     """Logits of every picture of a split, (n, classes) float32 on the CPU."""
     model.eval()
     logits = []
-    for views, _ in central_batches(split, view.side, view.short_side, view.batch):
+    workers = devices.spare_threads()
+    for views, _ in central_batches(split, view.side, view.short_side, view.batch, workers=workers):
         with devices.autocast(view.device, view.precision):
             logits.append(model(views.to(view.device)).float().cpu())
     return torch.cat(logits)
@@ -64,7 +66,7 @@ def watched(cache: Cache) -> CachedSplit:
             return cache.splits[name]
     train = cache.splits["train"]
     some = np.linspace(0, len(train) - 1, min(len(train), WATCHED_WITHOUT_VALIDATION)).astype(int)
-    return CachedSplit("train", train.pixels, train.index[some])
+    return CachedSplit("train", train.index[some], train.store)
 
 
 def final(cache: Cache) -> CachedSplit:
@@ -85,10 +87,13 @@ def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None
     if not cache.classes:
         return
     name, classes = model.card.name, cache.classes
+    if cache.unnamed and model.num_classes >= len(classes):
+        return
     if model.num_classes != len(classes):
         raise InputError(
             f"{name} answers {model.num_classes} classes, {cache.name} has {len(classes)} ({_few(classes)}); "
-            "wanted a model with these classes, or pictures without class folders, which need none"
+            "wanted a model with these classes. To learn from pictures of other things, say --unlabelled, or give "
+            "pictures of the teacher's classes by --eval-data"
         )
     if model.card.classes and model.card.classes != classes and not trust_order:
         pairs = [f"{a} ≠ {b}" for a, b in zip(model.card.classes, classes, strict=True) if a != b]
@@ -113,13 +118,10 @@ def run(config: Evaluate) -> dict[str, Any]:
     device = devices.pick(config.device)
     taught = _run_of(config.model)
     knobs: dict[str, Any] = taught.config["knobs"] if taught else {}
-    data = config.data or knobs.get("data")
     model = load(
         config.model, weights=config.weights, options=config.model_kwargs, pretrained=True, side=config.side
     ).to(device)
-    if not data:
-        raise InputError(f"which pictures? {config.model} is no run, so give --data")
-    cache = open_cache(open_source(data), cap=config.cap or knobs.get("cap", 512), track=track)
+    cache, data = pictures.of_evaluation(config, knobs)
     check_classes(model, cache, trust_order=config.trust_class_order)
     split = _split(cache, config.split)
     side = config.side or knobs.get("side") or model.card.side
@@ -148,7 +150,7 @@ def run(config: Evaluate) -> dict[str, Any]:
         "step": result.get("step"),
         "run": str(taught.folder) if taught else None,
         "model": config.model,
-        "data": data,
+        "data": list(data),
         "teacher": teacher.card.name if teacher else None,
     }
 

@@ -9,16 +9,15 @@ import torch
 
 from funmatch import devices
 from funmatch.config import Train
-from funmatch.data.cache import Cache, open_cache
-from funmatch.data.catalog import CATALOG, open_source
+from funmatch.data.cache import Cache
+from funmatch.data.decode import pick_decoder
 from funmatch.errors import InputError
 from funmatch.fit import Course
-from funmatch.logs import track
 from funmatch.models.classifier import Classifier, check_side
 from funmatch.models.frozen import Frozen
 from funmatch.models.load import NAMED, load
 from funmatch.runs import check_place
-from funmatch.tasks import evaluate
+from funmatch.tasks import evaluate, pictures
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,11 @@ class Lesson:
 
 def in_full(config: Train) -> dict[str, Any]:
     """The paths in a configuration from the root, so that the record of a run can be used from anywhere."""
-    found: dict[str, Any] = {}
-    for field in ("data", "student", "teacher"):
+    found = pictures.in_full(config)
+    for field in ("student", "teacher"):
         name = getattr(config, field, None) or ""
         path = Path(name.removeprefix("local-dir:")).expanduser()
-        if name and path.exists() and not (name in CATALOG or name in NAMED or timm.is_model(name.partition(".")[0])):
+        if name and path.exists() and not (name in NAMED or timm.is_model(name.partition(".")[0])):
             found[field] = str(path.resolve())
     if weights := getattr(config, "teacher_weights", None):
         found["teacher_weights"] = weights.expanduser().resolve()
@@ -60,7 +59,7 @@ def in_full(config: Train) -> dict[str, Any]:
 def open_data(config: Train) -> Cache:
     """The decoded pictures that a run asks for, a training split among them."""
     check_place(config.out)
-    cache = open_cache(open_source(config.data), cap=config.cap, track=track)
+    cache = pictures.of_run(config)
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
     return cache
@@ -94,6 +93,7 @@ def prepare(verb: str, config: Train, cache: Cache, *, classes: int, teacher: Fr
         "warmup_steps": warmup,
         "device": str(device),
         "precision": precision,
+        "decoder": pick_decoder(config.decoder),
     }
     view = evaluate.View(side, resize, config.batch, device, precision)
     course = Course(steps, config.lr, warmup, config.clip_norm, config.seed, device, precision)

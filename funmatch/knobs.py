@@ -1,0 +1,66 @@
+"""What all tables of knobs share: frozen, no unknown key, every problem told at once."""
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import tyro
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from funmatch.errors import InputError, unknown
+
+
+class Knobs(BaseModel):
+    """What all tables share: no unknown key, no change after the making."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    @field_validator("student_kwargs", "teacher_kwargs", "model_kwargs", mode="before", check_fields=False)
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            value = [f"{key}={option!r}" for key, option in value.items()]
+        return tuple(map(_canonical, value)) if isinstance(value, list | tuple) else value
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, each in a sentence."""
+        return []
+
+    @field_validator("data", "eval_data", mode="before", check_fields=False)
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            value = (value,)
+        return tuple(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @classmethod
+    def checked(cls, **knobs: Any) -> Self:
+        """The table with these knobs, or an `InputError` that holds every problem."""
+        for name in knobs:
+            if name not in cls.model_fields:
+                raise unknown("knob", name, cls.model_fields)
+        try:
+            table = cls(**{name: str(knob) if isinstance(knob, Path) else knob for name, knob in knobs.items()})
+        except ValidationError as error:
+            found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+            raise InputError("; ".join(found)) from None
+        table.check()
+        return table
+
+    def check(self) -> None:
+        """Raises one `InputError` that holds all problems."""
+        if found := self.problems():
+            raise InputError("; ".join(found))
+
+
+def _canonical(option: Any) -> Any:
+    """`channels=16,32` as `channels=(16, 32)`: one spelling for each value, so that the same is told to be the same."""
+    key, equals, value = str(option).partition("=")
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return option
+    return f"{key}{equals}{parsed if isinstance(parsed, str) else repr(parsed)}"

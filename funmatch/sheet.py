@@ -1,0 +1,68 @@
+"""A sheet of samples: some pictures of each class, as runs see them, with the names of the classes."""
+
+import math
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from funmatch.config import Data
+from funmatch.data.cache import Cache
+from funmatch.data.pixels import CachedSplit
+from funmatch.errors import InputError
+from funmatch.files import disk_errors
+from funmatch.tasks import pictures, prepare
+
+TILE = 1.5  # inches
+COLUMNS = 8
+MOST = 64
+
+
+def run(config: Data) -> dict[str, Any]:
+    """Writes the sheet, and gives what `prepare.figures` gives, with `sheet`."""
+    config.check()
+    cache = pictures.opened(config, config.data)
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in cache.name)
+    path = (config.sheet or Path(f"{name}-sheet.png")).expanduser()
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--sheet {path} is no name of a PNG file")
+    draw(cache, path)
+    return prepare.figures(cache, config.data) | {"sheet": str(path)}
+
+
+def chosen(cache: Cache) -> tuple[CachedSplit, list[int]]:
+    """A split, and pictures of it spread evenly over its classes: every class once before any twice."""
+    split = cache.splits.get("train") or next(iter(cache.splits.values()))
+    labels = split.labels(slice(None)).numpy()
+    if not split.labelled:
+        return split, np.linspace(0, len(split) - 1, min(len(split), MOST)).astype(int).tolist()
+    present = np.unique(labels)
+    each = max(1, min(COLUMNS, MOST // len(present)))
+    some = present[np.linspace(0, len(present) - 1, min(len(present), MOST)).astype(int)]
+    return split, [int(i) for label in some for i in np.flatnonzero(labels == label)[:each]]
+
+
+def draw(cache: Cache, path: Path) -> None:
+    """Draws the sheet."""
+    split, indices = chosen(cache)
+    rows = math.ceil(len(indices) / COLUMNS)
+    columns = min(COLUMNS, len(indices))
+    labels = split.labels(indices).tolist()
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not
+        figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.35) + 0.4), layout="constrained")
+        figure.suptitle(f"{cache.name}: {len(split):,} pictures of {split.name}", fontsize=10)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis in axes:
+            axis.axis("off")
+        for axis, picture, label in zip(axes, split.pictures(indices), labels, strict=False):
+            axis.imshow(picture.numpy())
+            if label >= 0:
+                axis.set_title("\n".join(textwrap.wrap(cache.classes[label], 18)[:2]), fontsize=7, pad=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path):
+            figure.savefig(path, dpi=100, metadata={"Software": None})

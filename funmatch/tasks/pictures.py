@@ -1,0 +1,98 @@
+"""The pictures that a configuration asks for, opened."""
+
+from dataclasses import replace
+from typing import Any
+
+from funmatch.config import Evaluate, Pictures, Train
+from funmatch.data.build import Keeping
+from funmatch.data.cache import Cache, open_cache
+from funmatch.data.doors import resolved
+from funmatch.data.pixels import CachedSplit
+from funmatch.data.sources import Cut, Reading, parse_share
+from funmatch.errors import InputError
+from funmatch.logs import say, track
+
+JUDGED = ("val", "test")
+OWN = ("as_json", "pixels", "resident_gb", "on_bad")  # knobs for which an evaluation does not follow its run
+
+
+def reading(config: Pictures) -> Reading:
+    """How a configuration wants pictures read."""
+    cut = Cut({"val": parse_share(config.val)} if config.val else {}, config.val_seed)
+    return Reading(
+        data_dir=config.data_dir,
+        cut=cut if config.val or config.val_seed else None,
+        unlabelled=config.unlabelled,
+        follow_links=config.follow_links,
+        image_feature=config.image_feature,
+        label_feature=config.label_feature,
+        first_label=config.first_label,
+        class_file=config.class_file,
+    )
+
+
+def keeping(config: Pictures) -> Keeping:
+    """How a configuration wants pictures kept."""
+    return Keeping(config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad)
+
+
+def opened(config: Pictures, data: tuple[str, ...], *, afresh: bool = False) -> Cache:
+    """A data set, read and kept as the configuration says."""
+    return open_cache(data, reading(config), keeping(config), track=track, tell=say, afresh=afresh)
+
+
+def of_run(config: Train) -> Cache:
+    """The pictures of a run: those to learn from, and those to judge on, which may be of another data set.
+
+    Classes are those of the pictures that are judged on. So with `eval_data`, labels of the training pictures count
+    for nothing unless they are of the same classes.
+    """
+    learnt = opened(config, config.data)
+    if not config.eval_data:
+        return learnt
+    plain = config.model_copy(update={"val": None, "val_seed": 0})
+    judged = opened(plain, config.eval_data)
+    splits = {name: judged.splits[name] for name in JUDGED if name in judged.splits}
+    if not splits:
+        splits = {"test": CachedSplit("test", judged.splits["train"].index, judged.splits["train"].store)}
+    if "train" not in learnt.splits:
+        raise InputError(f"{learnt.name} has no split train to learn from; it has: {', '.join(learnt.splits)}")
+    train = learnt.splits["train"]
+    if learnt.classes != judged.classes:
+        train = train.without_labels()
+    return replace(
+        learnt,
+        key=f"{learnt.key}+{judged.key}",
+        classes=judged.classes,
+        unnamed=judged.unnamed,
+        splits={"train": train, **splits},
+    )
+
+
+def of_evaluation(config: Evaluate, knobs: dict[str, Any]) -> tuple[Cache, tuple[str, ...]]:
+    """The pictures to judge on, and their names: as said, or those of the run with these knobs.
+
+    Raises:
+        InputError: neither says which.
+    """
+    if not config.data and not knobs:
+        raise InputError(f"which pictures? {config.model} is no run, so give --data")
+    if not config.data:
+        other = knobs.get("eval_data")
+        as_in_run = {
+            name: knobs[name]
+            for name, field in Pictures.model_fields.items()
+            if name in knobs and name not in OWN and getattr(config, name) == field.default
+        }
+        cut = {"val": None, "val_seed": 0} if other else {}
+        config = Evaluate.model_validate({**config.model_dump(), **as_in_run, **cut, "data": other or knobs["data"]})
+    return opened(config, config.data), config.data
+
+
+def in_full(config: Train) -> dict[str, Any]:
+    """The words for pictures with their paths from the root, so that a run's record can be used from anywhere."""
+    found: dict[str, Any] = {name: tuple(map(resolved, getattr(config, name))) for name in ("data", "eval_data")}
+    for name in ("data_dir", "class_file"):
+        if path := getattr(config, name):
+            found[name] = path.expanduser().absolute()
+    return found
