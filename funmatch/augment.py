@@ -33,8 +33,8 @@ def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
         views, pictures, boxes.tolist(), flips.tolist(), strict=True
     ):
         resized = _resize(picture[top : top + height, left : left + width], side, side)
-        view.copy_(resized.flip(-1) if flip else resized)
-    return views.div_(255)
+        torch.div(resized.flip(-1) if flip else resized, 255, out=view)
+    return views
 
 
 def central_view(picture: Tensor, short_side: int, side: int) -> Tensor:

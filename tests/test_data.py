@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from funmatch.data.doors import open_source
 from funmatch.data.folders import open_folder
 from funmatch.data.loader import Loader, central_batches, prefetch
 from funmatch.errors import InputError
-from funmatch.files import lock_file
 
 
 def test_splits_and_classes_of_a_folder(pictures):
@@ -78,32 +76,6 @@ def test_unknown_data_sets_name_the_near_ones(tmp_path, monkeypatch):
         open_source("fashion_mini")
     with pytest.raises(InputError, match="no folder"):
         open_source("./nowhere")
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    from io import BytesIO
-
-    file = BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-def test_pictures_are_decoded_as_a_person_sees_them():
-    red = Image.new("RGB", (4, 2), "red")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
-    assert decode(encoded(red, "JPEG", exif=exif)).shape == (4, 2, 3)
-    grey = decode(encoded(Image.new("L", (3, 2), 77)))
-    assert (grey == 77).all()
-    assert grey.shape == (2, 3, 3)
-    clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
-    assert (decode(encoded(clear)) == 255).all(), "transparency is white"
-    deep = Image.fromarray(np.full((2, 2), 65535, np.uint16))
-    assert (decode(encoded(deep)) == 255).all()
-    palette = Image.new("RGB", (2, 2), (1, 2, 3)).convert("P", palette=Image.Palette.ADAPTIVE)
-    assert (decode(encoded(palette)) == (1, 2, 3)).all()
-    cmyk = decode(encoded(Image.new("CMYK", (2, 2), (0, 0, 0, 0)), "JPEG"))
-    assert (cmyk > 250).all()
 
 
 def test_the_cache_holds_the_very_pixels(pictures):

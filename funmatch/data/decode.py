@@ -1,5 +1,6 @@
 """Encoded pictures to pixels, as a person sees them: upright, RGB, transparency over white."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -70,13 +71,22 @@ def header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
             turned in UPRIGHT,
             image.format != "MPO" and getattr(image, "n_frames", 1) > 1,
         )
-    if turned in (5, 6, 7, 8):
+    if turned in (5, 6, 7, 8) and image.format != "TIFF":
         height, width = width, height
     return Header(height, width, sum(1 << bit for bit, true in enumerate(found) if true))
 
 
+Box = tuple[int, int, int, int]
+"""Top, left, height and width in pixels."""
+
+
 def decode(
-    encoded: bytes, *, cap: int | None = None, decoder: str = "pillow", max_pixels: int = MAX_PIXELS
+    encoded: bytes,
+    *,
+    cap: int | None = None,
+    decoder: str = "pillow",
+    max_pixels: int = MAX_PIXELS,
+    box: Box | None = None,
 ) -> np.ndarray:
     """The pixels of an encoded picture.
 
@@ -91,6 +101,8 @@ def decode(
         decoder: `pillow`, or `torchcodec` for what it decodes as Pillow does, JPEGs of ordinary colours; they differ
             by at most 2/255.
         max_pixels: larger pictures are refused as decompression bombs.
+        box: what is wanted of the (upright, scaled) picture. Of a JPEG, rows below are then not decoded, so damage
+            there goes unnoticed.
 
     Returns:
         (height, width, 3) uint8.
@@ -99,18 +111,38 @@ def decode(
         Exception: of many kinds, if it cannot be decoded.
     """
     with _opened(encoded, max_pixels) as image:
-        turn = UPRIGHT.get(_orientation(image))
+        turn = UPRIGHT.get(_orientation(image)) if image.format != "TIFF" else None  # Pillow turns these itself
         size = capped(image.size, cap)
+        plain = image.format == "JPEG" and image.mode == "RGB" and image.size == size and turn is None
+        if plain and decoder == "torchcodec":
+            return _inside(torchcodec_decode(encoded), box)
+        if plain and box:
+            return _boxed(image, box)
         if image.format == "JPEG" and min(image.size) >= 4 * min(size):
             image.draft(image.mode, (2 * size[0], 2 * size[1]))
-        if decoder == "torchcodec" and image.format == "JPEG" and image.mode == "RGB" and image.size == size:
-            picture = torchcodec_decode(encoded)
-            return picture if turn is None else np.asarray(Image.fromarray(picture).transpose(turn))
         image.load()
         upright = _rgb(image)
     if upright.size != size:
         upright = upright.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(upright if turn is None else upright.transpose(turn))
+    return _inside(np.asarray(upright if turn is None else upright.transpose(turn)), box)
+
+
+def _inside(picture: np.ndarray, box: Box | None) -> np.ndarray:
+    if box is None:
+        return picture
+    top, left, height, width = box
+    return picture[top : top + height, left : left + width]
+
+
+def _boxed(image: Image.Image, box: Box) -> np.ndarray:
+    """A box of an ordinary JPEG, decoded as far down as it reaches: a fifth is saved on average, and a copy."""
+    top, left, height, width = box
+    tiles = getattr(image, "tile", [])
+    if top + height < image.height and len(tiles) == 1 and hasattr(tiles[0], "_replace"):  # else an older Pillow's
+        image.tile = [tiles[0]._replace(extents=(0, 0, image.width, top + height))]  # pyrefly: ignore
+        with suppress(OSError):  # libjpeg tells that rows are missing, once all that are wanted are there
+            image.load()
+    return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 def capped(size: tuple[int, int], cap: int | None) -> tuple[int, int]:

@@ -73,7 +73,8 @@ class Loader:
         share = self.batch // self.world
         rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch
         indices = drawn.indices[rows]
-        crops = crop_resize_flip(self.split.pictures(indices), drawn.boxes[rows], drawn.flips[rows], self.side)
+        pictures, boxes = self.split.boxed(indices, drawn.boxes[rows])
+        crops = crop_resize_flip(pictures, boxes, drawn.flips[rows], self.side)
         return Batch(crops, self.split.labels(indices), drawn.lam)
 
 

@@ -5,6 +5,7 @@ Both give the same pixels, and neither lets a process grow with the number of pi
 
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -13,14 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.data.decode import MAX_PIXELS, decode
+from funmatch.data.decode import MAX_PIXELS, Box, decode
+from funmatch.errors import InputError
 
 INDEX = np.dtype(
     [("offset", "<i8"), ("length", "<i4"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4"), ("crc", "<u4")]
 )
 """Where a picture lies in its split's file, the size that views see, its label, and a CRC-32 of its bytes there."""
 
+Row = tuple[int, int, int, int, int, int]
+"""A row of `INDEX`."""
+
 FORGET_AFTER = 32 << 20  # bytes
+SMALL = 64 * 64  # pixels of a picture that is decoded whole even if a box is wanted
 
 
 class Store(Protocol):
@@ -29,8 +35,8 @@ class Store(Protocol):
     decodes: ClassVar[bool]
     """Whether every look costs a decoding."""
 
-    def picture(self, offset: int, length: int, height: int, width: int) -> Tensor:
-        """(height, width, 3) uint8 of the picture that lies there."""
+    def picture(self, row: Row, box: Box | None = None) -> Tensor:
+        """(height, width, 3) uint8 of a picture, or of a box of it."""
         ...
 
 
@@ -50,13 +56,18 @@ class Resident:
         self.pixels = torch.frombuffer(self.map, dtype=torch.uint8)
         self.seen = 0
 
-    def picture(self, offset: int, length: int, height: int, width: int) -> Tensor:
+    def picture(self, row: Row, box: Box | None = None) -> Tensor:
         """A view of the mapped file."""
+        offset, length, height, width, *_ = row
         self.seen += length
         if self.seen > FORGET_AFTER:
             self.seen = 0
             self.map.madvise(mmap.MADV_DONTNEED)
-        return self.pixels[offset : offset + length].view(height, width, 3)
+        picture = self.pixels[offset : offset + length].view(height, width, 3)
+        if box is None:
+            return picture
+        top, left, height, width = box
+        return picture[top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)
@@ -83,12 +94,17 @@ class Streaming:
         if (file := getattr(self, "file", None)) is not None:
             os.close(file)
 
-    def picture(self, offset: int, length: int, height: int, width: int) -> Tensor:
-        """Decoded now; it has the size that the index says."""
+    def picture(self, row: Row, box: Box | None = None) -> Tensor:
+        """Decoded now.
+
+        Raises:
+            InputError: the file is no longer what was written.
+        """
+        offset, length, _, _, _, crc = row
         encoded = os.pread(self.file, length, offset)  # pyrefly: ignore[missing-attribute]
-        pixels = decode(encoded, cap=self.cap, decoder=self.decoder, max_pixels=self.max_pixels)
-        if pixels.shape[:2] != (height, width):
-            raise ValueError(f"{self.path} is damaged: the picture at {offset} has another size than its index says")
+        if zlib.crc32(encoded) != crc:
+            raise InputError(f"{self.path} is damaged; `funmatch prepare` with the same words makes it again")
+        pixels = decode(encoded, cap=self.cap, decoder=self.decoder, max_pixels=self.max_pixels, box=box)
         if not pixels.flags.writeable:
             pixels = pixels.copy()  # torch warns about read-only memory
         return torch.from_numpy(pixels)
@@ -117,7 +133,20 @@ class CachedSplit:
 
     def pictures(self, indices) -> list[Tensor]:
         """Each (height, width, 3) uint8."""
-        return [self.store.picture(*row[:4]) for row in self.index[indices].tolist()]
+        return [self.store.picture(row) for row in self.index[indices].tolist()]
+
+    def boxed(self, indices, boxes: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
+        """What is needed of pictures for these boxes, and the boxes in it: of large ones no more is decoded.
+
+        Args:
+            boxes: (n, 4) top, left, height, width, pixels.
+        """
+        rows = self.index[indices].tolist()
+        if not self.store.decodes or any(height * width <= SMALL for _, _, height, width, _, _ in rows):
+            return [self.store.picture(row) for row in rows], boxes
+        inside = boxes.copy()
+        inside[:, :2] = 0
+        return [self.store.picture(row, tuple(box)) for row, box in zip(rows, boxes.tolist(), strict=True)], inside
 
     def picture(self, i: int) -> Tensor:
         """(height, width, 3) uint8."""

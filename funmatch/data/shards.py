@@ -98,7 +98,7 @@ def open_tfrecords(pattern: str, reading: Reading, track: Track = untracked) -> 
     Raises:
         InputError: naming every damaged shard and the record.
     """
-    paths = shard_paths(pattern, r"\.tfrec(ord)?s?([-.]|$)")
+    paths = shard_paths(pattern, r"\.tfrec(ord)?s?([-.]|$)|-\d{5}-of-\d{5}$")
 
     def list_shard(path: Path) -> list[Record]:
         found = []

@@ -33,9 +33,8 @@ def _list_tar(path: Path, reading: Reading) -> list[Record]:
                 if member.isfile() and "." in parts[-1] and not parts[-1].startswith("."):
                     key, _, ending = parts[-1].partition(".")
                     samples.setdefault("/".join([*parts[:-1], key]), {})[ending.lower()] = member
-            end = tar.offset
-            tar.fileobj.seek(end - tarfile.BLOCKSIZE)  # pyrefly: ignore[missing-attribute]
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0") or end > path.stat().st_size:
+            tar.fileobj.seek(tar.offset)  # pyrefly: ignore[missing-attribute]
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # pyrefly: ignore[missing-attribute]
                 raise DamagedRecord("ends without the mark that closes a tar; it is cut off")
             wanted = (reading.image_feature or ";".join(ending[1:] for ending in EXTENSIONS)).split(";")
             found = []

@@ -225,7 +225,6 @@ def _fields(payload: bytes, start: int, stop: int) -> Iterator[tuple[int, int, i
         wire = key & 7
         if wire == 2:
             length, start = _varint(payload, start, stop)
-            yield key >> 3, start, start + length
         elif wire in (1, 5):
             length = 8 if wire == 1 else 4
         elif wire == 0:
@@ -233,9 +232,11 @@ def _fields(payload: bytes, start: int, stop: int) -> Iterator[tuple[int, int, i
             length = 0
         else:
             raise DamagedRecord("it is no tf.train.Example: unknown wire type")
-        start += length
-        if start > stop:
+        if start + length > stop:
             raise DamagedRecord("it is no tf.train.Example: a field is cut off")
+        if wire == 2:
+            yield key >> 3, start, start + length
+        start += length
 
 
 def _varint(payload: bytes, start: int, stop: int) -> tuple[int, int]:
