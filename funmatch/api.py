@@ -1,5 +1,6 @@
 """The verbs for Python: plain arguments in, a finished run out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,15 @@ class Outcome:
         return self.figures["agreement"]
 
 
-def distill(data: str | Path, teacher: str | Path, student: str, out: str | Path, **knobs: Any) -> Outcome:
+Pictures = str | Path | Sequence[str | Path]
+"""A data set as the command line takes it, or several."""
+
+
+def distill(data: Pictures, teacher: str | Path, student: str, out: str | Path, **knobs: Any) -> Outcome:
     """Teaches a student to be the same function as a teacher, in a run folder.
 
     Args:
-        data: a folder of pictures, or `fashion-mini`.
+        data: a folder of pictures, a name of the catalog, or `tfrecord:…`, `wds:…`, `hf:…`; several are joined.
         teacher: a run folder, a timm name (with `teacher_weights`), or `fashion-mini-teacher`.
         student: any timm name, or `fashion-mini-student`.
         out: the run folder; the same call again goes on where the run stands.
@@ -48,16 +53,14 @@ def distill(data: str | Path, teacher: str | Path, student: str, out: str | Path
     """
     from funmatch.tasks import distill as task
 
-    return _carried_out(
-        task, Distill.checked(data=str(data), teacher=str(teacher), student=student, out=Path(out), **knobs)
-    )
+    return _carried_out(task, Distill.checked(data=data, teacher=str(teacher), student=student, out=Path(out), **knobs))
 
 
-def train(data: str | Path, student: str, out: str | Path, **knobs: Any) -> Outcome:
+def train(data: Pictures, student: str, out: str | Path, **knobs: Any) -> Outcome:
     """Trains a network on labels alone, with the views and the loop of `distill`; knobs of `funmatch.config.Train`."""
     from funmatch.tasks import train as task
 
-    return _carried_out(task, Train.checked(data=str(data), student=student, out=Path(out), **knobs))
+    return _carried_out(task, Train.checked(data=data, student=student, out=Path(out), **knobs))
 
 
 def evaluate(model: str | Path, **knobs: Any) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from funmatch.tasks import pictures, prepare
 
 TILE = 1.5  # inches
 COLUMNS = 8
-MOST = 64
+ROWS = 12
+MOST = COLUMNS * ROWS
 
 
 def run(config: Data) -> dict[str, Any]:
@@ -35,15 +36,19 @@ def run(config: Data) -> dict[str, Any]:
 
 
 def chosen(cache: Cache) -> tuple[CachedSplit, list[int]]:
-    """A split, and pictures of it spread evenly over its classes: every class once before any twice."""
+    """A split, and pictures of it: a row for each of up to 12 classes, else one of each of up to 96."""
     split = cache.splits.get("train") or next(iter(cache.splits.values()))
     labels = split.labels(slice(None)).numpy()
     if not split.labelled:
         return split, np.linspace(0, len(split) - 1, min(len(split), MOST)).astype(int).tolist()
     present = np.unique(labels)
-    each = max(1, min(COLUMNS, MOST // len(present)))
+    each = COLUMNS if len(present) <= ROWS else 1
     some = present[np.linspace(0, len(present) - 1, min(len(present), MOST)).astype(int)]
-    return split, [int(i) for label in some for i in np.flatnonzero(labels == label)[:each]]
+    return split, [int(i) for label in some for i in _spread(np.flatnonzero(labels == label), each)]
+
+
+def _spread(indices: np.ndarray, count: int) -> np.ndarray:
+    return indices[np.linspace(0, len(indices) - 1, min(len(indices), count)).astype(int)]
 
 
 def draw(cache: Cache, path: Path) -> None:

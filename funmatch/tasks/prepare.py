@@ -54,7 +54,8 @@ def show(figures: dict[str, Any]) -> None:
                 "" if expected is None else "as published" if expected == about["pictures"] else f"not {expected:,}",
             ]
         )
-    table(figures["name"], ["split", "pictures", "classes", "published"], rows)
+    columns = ["split", "pictures", "classes", "published"][: 4 if published else 3]
+    table(figures["name"], columns, [row[: len(columns)] for row in rows])
     lines = []
     if classes := figures["classes"]:
         more = f", … ({len(classes)} in all)" if len(classes) > LISTED else ""
