@@ -1,8 +1,13 @@
 """Published data sets, in exactly the layout that their archives have; doors and their words."""
 
 import gzip
+import hashlib
 import json
 import struct
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +27,7 @@ from funmatch.errors import InputError
 @pytest.fixture(name="home")
 def folder_of_data_sets(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(catalog, "SECONDS_OF_SILENCE", 0.2)
+    monkeypatch.setattr(catalog, "SECONDS_OF_SILENCE", 2.0)
     return tmp_path / "data"
 
 
@@ -298,3 +303,60 @@ def test_names_with_quotes_markup_and_more(tmp_path, funmatch):
     assert names[0] in shown
     assert names[2] in shown
     assert Path(tmp_path / "p-sheet.png").stat().st_size > 1000
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture(name="server")
+def a_server(tmp_path):
+    """Serves the folder `server` on this machine alone."""
+    handler = partial(Quiet, directory=str(tmp_path / "server"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+        thread.join()
+
+
+def test_archives_are_fetched_checked_and_unpacked(home, server, tmp_path, monkeypatch, capfd):
+    """torchvision's own fetching, from archives that lie here instead of in Oxford."""
+
+    root = pets(tmp_path / "made", each=4)
+    resources = []
+    for name in ("images", "annotations"):
+        archive = tmp_path / "server" / f"{name}.tar.gz"
+        archive.parent.mkdir(exist_ok=True)
+        with tarfile.open(archive, "w:gz") as file:
+            file.add(root / name, name)
+        resources.append((f"{server}/{name}.tar.gz", hashlib.md5(archive.read_bytes()).hexdigest()))
+    monkeypatch.setattr(torchvision.datasets.OxfordIIITPet, "_RESOURCES", (resources[0], (resources[1][0], "0" * 32)))
+    with pytest.raises(InputError, match="could not be fetched"):
+        open_named("pet37")
+    assert not (home / "oxford-iiit-pet").exists()
+    assert (home / ".pet37.partial" / "oxford-iiit-pet" / "images.tar.gz").exists(), "kept, so that it is fetched once"
+    monkeypatch.setattr(torchvision.datasets.OxfordIIITPet, "_RESOURCES", tuple(resources))
+    (tmp_path / "server" / "images.tar.gz").unlink()
+    source = open_named("pet37")
+    assert len(source.splits["train"]) == 12
+    assert {path.name for path in home.iterdir()} == {"oxford-iiit-pet"}
+    assert "100%" in capfd.readouterr().err, "a bar"
+
+
+def test_archives_that_a_person_put_there_are_used(home, tmp_path, monkeypatch):
+
+    root = pets(tmp_path / "made", each=4)
+    place = home / "oxford-iiit-pet"
+    place.mkdir(parents=True)
+    resources = []
+    for name in ("images", "annotations"):
+        with tarfile.open(place / f"{name}.tar.gz", "w:gz") as file:
+            file.add(root / name, name)
+        digest = hashlib.md5((place / f"{name}.tar.gz").read_bytes()).hexdigest()
+        resources.append((f"file:///nowhere/{name}.tar.gz", digest))
+    monkeypatch.setattr(torchvision.datasets.OxfordIIITPet, "_RESOURCES", tuple(resources))
+    assert len(open_named("pet37").splits["test"]) == 12
+    assert (place / "images.tar.gz").is_file()
