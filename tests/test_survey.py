@@ -152,9 +152,9 @@ def test_both_ways_show_the_same(tmp_path, way):
     assert torch.equal(*views)
 
 
-def test_the_way_is_chosen_by_size(pictures):
+def test_the_way_is_chosen_by_size(pictures, tmp_path):
     told: list[str] = []
-    big = open_cache(str(pictures), keeping=Keeping(resident_gb=1e-9), tell=told.append)
+    big = open_cache(str(pictures), keeping=Keeping(resident_gb=1e-9, home=tmp_path / "home"), tell=told.append)
     assert big.way == "streaming"
     assert any("streaming: 36 pictures, packed" in line for line in told)
     assert open_cache(str(pictures)).way == "resident"
@@ -162,9 +162,9 @@ def test_the_way_is_chosen_by_size(pictures):
 
 def test_known_pictures_are_not_listed_again(pictures, monkeypatch):
     key = open_cache(str(pictures)).key
-    monkeypatch.setattr(caches, "open_source", lambda *_: 1 / 0)
-    assert open_cache(str(pictures)).key == key
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(caches, "open_source", lambda *_: 1 / 0)
+        assert open_cache(str(pictures)).key == key
     paint(pictures / "train" / "bee" / "new.png", 5)
     assert open_cache(str(pictures)).key != key
     (pictures / "train" / "bee" / "new.png").unlink()

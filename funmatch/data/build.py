@@ -15,16 +15,16 @@ import numpy as np
 from funmatch.data.decode import MAX_PIXELS, decode
 from funmatch.data.pixels import INDEX
 from funmatch.data.sources import NAMED_AT_MOST, Source, Track
-from funmatch.data.survey import Survey, chunks, reason_of, recovered, summary
+from funmatch.data.survey import Survey, chunks, reason_of, recovered
 from funmatch.errors import InputError
 from funmatch.files import disk_errors, exclusively, write_atomically
 
-FORMAT = 2
+FORMAT = 3
 ROOM = 256 << 20  # bytes that a disk should keep free beside a cache
 BLOCK = 16 << 20
 
-Bad = list[tuple[str, str]]
-"""Name and reason of pictures that cannot be decoded."""
+Bad = list[tuple[str, int, str]]
+"""Split, index and reason of pictures that cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def build(
             bad = _fill(partial, source, found, keeping, way, track)
             if bad and keeping.on_bad == "stop":
                 shutil.rmtree(partial)
-                raise unreadable(source.name, bad, home)
-            _finish(partial, source, found, keeping, way, content, bad)
+                raise unreadable(source.name, [(source.splits[split].names[i], why) for split, i, why in bad], home)
+            _finish(partial, source, keeping, way, content, bad)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
     return folder
@@ -134,7 +134,7 @@ def _fill(partial: Path, source: Source, found: Survey, keeping: Keeping, way: s
     for split, content in source.splits.items():
         known = {i - begin: reason for i, reason in found.reasons.items() if 0 <= i - begin < len(content)}
         told = _fill_split(partial, source, split, known, keeping, way, track)
-        bad += [(content.names[i], reason) for i, reason in sorted(told.items())]
+        bad += [(split, i, reason) for i, reason in sorted(told.items())]
         begin += len(content)
     return bad
 
@@ -187,7 +187,7 @@ def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
     return len(done), end
 
 
-def _finish(partial: Path, source: Source, found: Survey, keeping: Keeping, way: str, content: str, bad: Bad) -> None:
+def _finish(partial: Path, source: Source, keeping: Keeping, way: str, content: str, bad: Bad) -> None:
     """Turns rows into indices, without the bad pictures, and writes what is in the cache."""
     for split in source.splits:
         rows = np.fromfile(partial / f"{split}.rows", INDEX)
@@ -203,9 +203,8 @@ def _finish(partial: Path, source: Source, found: Survey, keeping: Keeping, way:
             os.fsync(written.fileno())
     sizes = {path.name: path.stat().st_size for path in partial.iterdir() if path.name != "meta.json"}
     meta = {
-        "format": FORMAT, "content": content, "name": source.name, "way": way, "cap": keeping.cap,
-        "decoder": keeping.decoder, "classes": source.classes, "unnamed": source.unnamed,
-        "splits": list(source.splits), "sizes": sizes, "found": summary(source, found) | {"unreadable": bad},
+        "format": FORMAT, "content": content, "way": way, "cap": keeping.cap, "decoder": keeping.decoder,
+        "classes": source.classes, "splits": list(source.splits), "sizes": sizes, "bad": bad,
     }  # fmt: skip
     write_atomically(partial / "meta.json", json.dumps(meta))
 

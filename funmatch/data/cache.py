@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from funmatch.data.build import FORMAT, Keeping, build, unreadable, whole
+from funmatch.data.catalog import data_home
 from funmatch.data.decode import pick_decoder
 from funmatch.data.doors import open_source, resolved
 from funmatch.data.pixels import CachedSplit, Resident, Streaming
 from funmatch.data.sources import Reading, Source, Track, untracked
-from funmatch.data.survey import Survey, apply_cut, stamp_of_files, survey
+from funmatch.data.survey import Survey, apply_cut, stamp_of_files, summary, survey
 from funmatch.files import write_atomically
 
 WATCHED_AT_MOST = 100_000
@@ -79,23 +80,29 @@ def open_cache(
     Raises:
         InputError: some pictures cannot be read; all of them are named.
     """
-    reading, keeping = reading or Reading(), keeping or Keeping()
+    reading, keeping = _settled(reading or Reading()), keeping or Keeping()
     specs = [specs] if isinstance(specs, str) else list(specs)
     home = keeping.home or cache_home()
     keeping = replace(keeping, decoder=pick_decoder(keeping.decoder), home=home)
     ledger = home / "known" / _digest(FORMAT, [resolved(spec) for spec in specs], reading, replace(keeping, on_bad=""))
-    folder = None if afresh else _remembered(ledger)
-    if folder is None:
+    known = None if afresh else _remembered(ledger)
+    if known is None:
         source, found = surveyed(specs, reading, keeping, track, afresh=afresh)
         folder = build(source, found, keeping, home, track, tell, check=afresh)
-        _remember(ledger, folder, source)
-    cache = _opened(folder, keeping)
+        known = _remember(ledger, folder, source, found)
+    cache = _opened(known, keeping)
     bad = cache.found["unreadable"]
     if bad and keeping.on_bad == "stop":
         raise unreadable(cache.name, bad, home)
     for line in complaints(cache):
         tell(line)
     return cache
+
+
+def _settled(reading: Reading) -> Reading:
+    """The same with places from the root: the same words may be said elsewhere, or when a variable has changed."""
+    file = reading.class_file and reading.class_file.expanduser().absolute()
+    return replace(reading, data_dir=data_home(reading.data_dir).absolute(), class_file=file)
 
 
 def surveyed(
@@ -119,7 +126,8 @@ def complaints(cache: Cache) -> list[str]:
     return lines
 
 
-def _opened(folder: Path, keeping: Keeping) -> Cache:
+def _opened(known: dict[str, Any], keeping: Keeping) -> Cache:
+    folder = Path(known["folder"])
     meta = json.loads((folder / "meta.json").read_text())
     splits = {}
     for name in meta["splits"]:
@@ -127,28 +135,27 @@ def _opened(folder: Path, keeping: Keeping) -> Cache:
         streaming = Streaming(path, meta["cap"], meta["decoder"], keeping.max_pixels)
         store = Resident(path) if meta["way"] == "resident" else streaming
         splits[name] = CachedSplit(name, np.load(folder / f"{name}.index.npy", mmap_mode="r"), store)
-    key, name, unnamed = meta["content"], meta["name"], meta["unnamed"]
-    return Cache(key, name, tuple(meta["classes"]), splits, unnamed, meta["way"], folder, meta["found"])
+    classes, name, unnamed = tuple(meta["classes"]), known["name"], known["unnamed"]
+    return Cache(meta["content"], name, classes, splits, unnamed, meta["way"], folder, known["found"])
 
 
 def _digest(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _remembered(ledger: Path) -> Path | None:
-    """The cache that the same words meant before, if nothing they mean has changed since."""
+def _remembered(ledger: Path) -> dict[str, Any] | None:
+    """What the same words meant before, if nothing that they mean has changed since."""
     try:
         head, _, paths = ledger.read_bytes().decode(errors="surrogateescape").partition("\n")
         known = json.loads(head)
         same = stamp_of_files(paths.split("\0")) == known["stamp"]
-        folder = Path(known["folder"])
+        return known if same and whole(Path(known["folder"])) else None
     except (OSError, ValueError, KeyError):
         return None
-    return folder if same and whole(folder) else None
 
 
-def _remember(ledger: Path, folder: Path, source: Source) -> None:
-    """Writes down which files the words meant.
+def _remember(ledger: Path, folder: Path, source: Source, found: Survey) -> dict[str, Any]:
+    """Writes down which files the words meant, and what they are called here: a cache knows only their content.
 
     Of more than 100,000 files, all folders and evenly many of the files are watched, so that a data set like ImageNet
     is opened at once; `prepare` reads all of them.
@@ -157,6 +164,15 @@ def _remember(ledger: Path, folder: Path, source: Source) -> None:
     if len(watched) > WATCHED_AT_MOST:
         folders = sorted({os.path.dirname(path) for path in watched})
         watched = folders + watched[:: len(watched) // WATCHED_AT_MOST * 10]
-    known = {"folder": str(folder), "stamp": stamp_of_files(watched)}
+    bad = json.loads((folder / "meta.json").read_text())["bad"]
+    named = [[source.splits[split].names[i], reason] for split, i, reason in bad]
+    known = {
+        "folder": str(folder),
+        "stamp": stamp_of_files(watched),
+        "name": source.name,
+        "unnamed": source.unnamed,
+        "found": summary(source, found) | {"unreadable": named},
+    }
     ledger.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(ledger, json.dumps(known) + "\n" + "\0".join(watched))
+    return known

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from funmatch.data.build import Bad, Keeping, unreadable
+from funmatch.data.build import Keeping, unreadable
 from funmatch.data.cache import cache_home, surveyed
 from funmatch.data.decode import decode, header
 from funmatch.data.sources import Reading, Source, Track, untracked
@@ -27,6 +27,9 @@ from funmatch.files import disk_errors, write_atomically
 QUALITY = 95
 KEPT_AS_THEY_ARE = {b"\xff\xd8\xff": "JPEG"}
 NOTE = "funmatch.json"
+
+Named = list[tuple[str, str]]
+"""Name and reason of pictures that cannot be decoded."""
 
 
 def write_shards(
@@ -72,10 +75,10 @@ def write_shards(
 
 def _write_all(
     folder: Path, source: Source, found: Survey, keeping: Keeping, side: int | None, size: int, track: Track
-) -> tuple[list[Path], Bad]:
+) -> tuple[list[Path], Named]:
     """Writes every split; gives the shards, and the pictures that cannot be decoded."""
     written: list[Path] = []
-    bad: Bad = []
+    bad: Named = []
     name = re.sub(r"[^A-Za-z0-9.]+", "_", source.name).strip("_") or "pictures"
     begin = 0
     for split, content in source.splits.items():
@@ -125,7 +128,7 @@ def _note(folder: Path) -> Any:
 
 def _write_shard(
     where: Path, stem: str, source: Source, split: str, group: list[int], side: int | None, keeping: Keeping
-) -> tuple[Path | None, Bad]:
+) -> tuple[Path | None, Named]:
     """Writes one shard under another name, and renames it when it is whole; keeps one that is there."""
     there = list(where.glob(f"{stem}-*.tfrec"))
     if len(there) == 1 and _whole(there[0], len(group)):

@@ -67,7 +67,9 @@ def open_hub(spec: str, reading: Reading) -> Source:
 
     splits = {name: _split(spec, name, table, label, classes) for name, table in tables.items()}
     watched = sorted({file["filename"] for table in tables.values() for file in table.cache_files})
-    watched += [str(Path(spec).expanduser())] if Path(spec).expanduser().exists() else []
+    here = Path(spec).expanduser()
+    watched += [str(here), *sorted(str(path) for path in here.rglob("*"))] if here.exists() else []
+    watched += [str(reading.class_file)] if reading.class_file else []
     name = Path(spec.partition(":")[0]).stem if watched else spec
     return Source(name, classes, in_order(splits), read, watched, unnamed=unnamed)
 

@@ -13,6 +13,7 @@ from funmatch.data.cache import Cache
 from funmatch.data.decode import pick_decoder
 from funmatch.errors import InputError
 from funmatch.fit import Course
+from funmatch.logs import say
 from funmatch.models.classifier import Classifier, check_side
 from funmatch.models.frozen import Frozen
 from funmatch.models.load import NAMED, load
@@ -60,6 +61,8 @@ def open_data(config: Train) -> Cache:
     """The decoded pictures that a run asks for, a training split among them."""
     check_place(config.out)
     cache = pictures.of_run(config)
+    counts = ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())
+    say(f"{cache.name}: {counts}; {cache.way} in {cache.folder}")
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
     return cache
