@@ -59,7 +59,7 @@ def header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         ValueError: it is no picture, or larger than `max_pixels`.
     """
     with _opened(encoded, max_pixels) as image:
-        width, height = image.size
+        width, height = _stored_size(image)
         turned = _orientation(image)
         mode, deep_png = image.mode, encoded[:4] == b"\x89PNG" and encoded[24] == 16
         found = (
@@ -71,7 +71,7 @@ def header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
             turned in UPRIGHT,
             image.format != "MPO" and getattr(image, "n_frames", 1) > 1,
         )
-    if turned in (5, 6, 7, 8) and image.format != "TIFF":
+    if turned in (5, 6, 7, 8):
         height, width = width, height
     return Header(height, width, sum(1 << bit for bit, true in enumerate(found) if true))
 
@@ -111,7 +111,10 @@ def decode(
         Exception: of many kinds, if it cannot be decoded.
     """
     with _opened(encoded, max_pixels) as image:
-        turn = UPRIGHT.get(_orientation(image)) if image.format != "TIFF" else None  # Pillow turns these itself
+        turn = UPRIGHT.get(_orientation(image))
+        if image.format == "TIFF":
+            image.load()
+            turn = None  # Pillow turns these itself
         size = capped(image.size, cap)
         plain = image.format == "JPEG" and image.mode == "RGB" and image.size == size and turn is None
         if plain and decoder == "torchcodec":
@@ -196,6 +199,12 @@ def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise ValueError(f"{width:,} × {height:,} pixels are more than --max-pixels {max_pixels:,}")
     return image
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height before EXIF's turn: Pillow's versions differ in whether a TIFF's size is that."""
+    tags = getattr(image, "tag_v2", None)
+    return (tags[256], tags[257]) if image.format == "TIFF" and tags else image.size
 
 
 def _orientation(image: Image.Image) -> int:
