@@ -92,7 +92,7 @@ def main() -> None:
         some = open_cache(f"{folder}/some", keeping=Keeping(home=Path(folder) / "cache")).splits["train"]
         for count in options.pictures:
             # More pictures than were made: the index names them again, which costs a step what other ones would.
-            split = CachedSplit("train", np.resize(some.index, count), some.store)
+            split = some.picked(np.resize(np.arange(len(some)), count))
             outside, whole = [], []
             for _ in range(options.repeats):
                 run = seconds_a_step(split, options, ready=False)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from errno import EDQUOT, ENOSPC
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ TABLES: dict[str, type[Knobs]] = {
 def main(arguments: list[str] | None = None) -> None:
     """Runs one verb and exits: 0 when it is done, 2 for input that cannot be used, 128 + n after signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files are whatever bytes they are
     try:
         config = parse(arguments)
         for library in ("timm", "PIL"):  # what these say is for programmers

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from funmatch.knobs import Knobs
+from funmatch.knobs import Knobs, outside
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Words = tuple[str, ...]
@@ -14,7 +14,7 @@ Words = tuple[str, ...]
 # The pictures themselves are compared by content, so it does not matter where they lie or how they are kept.
 UNCOMPARED = {
     "out", "as_json", "workers", "log_every", "epochs", "data", "eval_data", "data_dir", "pixels", "resident_gb",
-    "follow_links", "on_bad",
+    "follow_links", "on_bad", "class_file",
 }  # fmt: skip
 
 
@@ -65,12 +65,8 @@ class Pictures(Knobs):
     """What to do about pictures that cannot be decoded: stop and name all of them, or go on without them."""
 
     def problems(self) -> list[str]:
-        found = [
-            f"{name} must be at least {low}, got {getattr(self, name)}"
-            for name, low in (("val_seed", 0), ("cap", 1), ("max_pixels", 1), ("resident_gb", 0))
-            if (getattr(self, name) or 0) < low
-        ]
-        return found + super().problems()
+        least = {"val_seed": 0, "cap": 1, "max_pixels": 1, "resident_gb": 0}
+        return outside(self, least, {"val_seed": 2**62}) + super().problems()
 
 
 class Train(Pictures, Machine):
@@ -125,16 +121,11 @@ class Train(Pictures, Machine):
     """Steps between checkpoints."""
 
     def problems(self) -> list[str]:
-        found = [
-            f"{name} must be at least {low}, got {value}"
-            for name, low in _AT_LEAST.items()
-            if (value := getattr(self, name)) is not None and value < low
-        ]
-        found += [
-            f"{name} must be at most {high:,}, got {value}"
-            for name, high in _AT_MOST.items()
-            if (value := getattr(self, name)) is not None and value > high
-        ]
+        found = outside(self, _AT_LEAST, _AT_MOST)
+        if not self.data:
+            found.append("give the pictures to learn from by --data")
+        if self.val is not None and self.eval_data:
+            found.append("--val cuts pictures for validation off --data, but --eval-data is judged on; say one of them")
         found += [
             f"{name} must be above 0, got {getattr(self, name)}" for name in _POSITIVE if not _positive(self, name)
         ]
@@ -213,20 +204,22 @@ class Evaluate(Pictures, Machine):
     """Go on although the model's class names differ from the data's, taking both to be in the same order."""
 
     def problems(self) -> list[str]:
-        names = ("side", "eval_resize", "batch")
-        found = [
-            f"{name} must be at least 1, got {getattr(self, name)}"
-            for name in names
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        return found + super().problems()
+        return outside(self, dict.fromkeys(("side", "eval_resize", "batch"), 1)) + super().problems()
 
 
-class Prepare(Pictures):
+class Named(Pictures):
+    """Pictures that are named without an option."""
+
+    data: Annotated[Words, tyro.conf.Positional, tyro.conf.arg(metavar="DATA [DATA ...]", help_behavior_hint="")]
+    """Pictures: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME."""
+
+    def problems(self) -> list[str]:
+        return ([] if self.data else ["give the pictures, e.g. ~/pictures or pet37"]) + super().problems()
+
+
+class Prepare(Named):
     """Make pictures ready: fetch, check every file, decode once; or write them as TFRecord shards."""
 
-    data: Annotated[Words, tyro.conf.Positional]
-    """Pictures: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME."""
     to: Literal["cache", "tfrecord"] = "cache"
     """cache: decoded for runs of this program. tfrecord: shards of tf.train.Example in --out."""
     out: Path | None = None
@@ -237,29 +230,20 @@ class Prepare(Pictures):
     """Pictures a shard."""
 
     def problems(self) -> list[str]:
-        found = [] if self.data else ["give the pictures to prepare"]
+        found = []
         if self.to == "tfrecord" and self.out is None:
             found.append("--to tfrecord needs --out, the folder for the shards")
         if self.to == "cache" and (self.out or self.side):
             found.append("--out and --side belong to --to tfrecord")
-        found += [
-            f"{name} must lie between 1 and {high:,}, got {value}"
-            for name, high in (("side", 16384), ("shard_size", 10**6))
-            if (value := getattr(self, name)) is not None and not 1 <= value <= high
-        ]
+        found += outside(self, {"side": 1, "shard_size": 1}, {"side": 16384, "shard_size": 10**6})
         return found + super().problems()
 
 
-class Data(Pictures):
+class Data(Named):
     """Show what a data set holds: counts, sizes, what is odd about it, and a sheet of samples."""
 
-    data: Annotated[Words, tyro.conf.Positional]
-    """Pictures: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME."""
     sheet: Path | None = None
     """Where the sheet of samples goes (PNG); by default <name>-sheet.png here."""
-
-    def problems(self) -> list[str]:
-        return ([] if self.data else ["give the pictures to show"]) + super().problems()
 
 
 class Report(Knobs):
@@ -290,9 +274,7 @@ class Demo(Machine):
     """Folder for the two runs and the report; by default runs/demo-<steps>-steps-seed-<seed>."""
 
     def problems(self) -> list[str]:
-        return [
-            f"{name} must be at least {low}" for name, low in (("steps", 1), ("seed", 0)) if getattr(self, name) < low
-        ]
+        return outside(self, {"steps": 1, "seed": 0})
 
 
 TAUGHT: dict[str, type[Train]] = {"train": Train, "distill": Distill}

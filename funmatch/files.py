@@ -18,7 +18,8 @@ def write_atomically(path: Path, text: str) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     partial = Path(name)
     try:
-        with disk_errors(path), open(handle, "w") as file:
+        # Names of files are whatever bytes they are.
+        with disk_errors(path), open(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
             os.fchmod(handle, 0o644)  # a temporary file is made for its owner alone
             file.write(text)
             file.flush()

@@ -1,6 +1,7 @@
 """What all tables of knobs share: frozen, no unknown key, every problem told at once."""
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -28,6 +29,11 @@ class Knobs(BaseModel):
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, each in a sentence."""
         return []
+
+    @field_validator("val", mode="before", check_fields=False)
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) else value
 
     @field_validator("data", "eval_data", mode="before", check_fields=False)
     @classmethod
@@ -64,3 +70,18 @@ def _canonical(option: Any) -> Any:
     except (ValueError, SyntaxError):
         return option
     return f"{key}{equals}{parsed if isinstance(parsed, str) else repr(parsed)}"
+
+
+def outside(table: Knobs, least: Mapping[str, float], most: Mapping[str, float] | None = None) -> list[str]:
+    """A sentence for each knob that is below its least or above its highest value; None is neither."""
+    given = {name: getattr(table, name) for name in {**least, **(most or {})}}
+    low = [
+        f"{name} must be at least {bound}, got {given[name]}"
+        for name, bound in least.items()
+        if given[name] is not None and given[name] < bound
+    ]
+    return low + [
+        f"{name} must be at most {bound:,}, got {given[name]}"
+        for name, bound in (most or {}).items()
+        if given[name] is not None and given[name] > bound
+    ]

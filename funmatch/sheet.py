@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from funmatch.config import Data
-from funmatch.data.cache import Cache
+from funmatch.data.cache import Cache, cache_home
+from funmatch.data.doors import resolved
 from funmatch.data.pixels import CachedSplit
 from funmatch.errors import InputError
 from funmatch.files import disk_errors
@@ -26,13 +27,21 @@ MOST = COLUMNS * ROWS
 def run(config: Data) -> dict[str, Any]:
     """Writes the sheet, and gives what `prepare.figures` gives, with `sheet`."""
     config.check()
+    if config.sheet and config.sheet.suffix.lower() != ".png":
+        raise InputError(f"--sheet {config.sheet} is no name of a PNG file")
     cache = pictures.opened(config, config.data)
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in cache.name)
-    path = (config.sheet or Path(f"{name}-sheet.png")).expanduser()
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--sheet {path} is no name of a PNG file")
+    path = (config.sheet or _beside(config.data) / f"{name}-sheet.png").expanduser()
     draw(cache, path)
     return prepare.figures(cache, config.data) | {"sheet": str(path)}
+
+
+def _beside(data: tuple[str, ...]) -> Path:
+    """This folder; or the one of caches, lest the sheet become one of the pictures."""
+    here = Path.cwd().resolve()
+    places = [Path(resolved(spec).removeprefix("folder:")).resolve() for spec in data]
+    inside = any(place.is_dir() and here.is_relative_to(place) for place in places)
+    return cache_home() if inside else Path()
 
 
 def chosen(cache: Cache) -> tuple[CachedSplit, list[int]]:
@@ -51,6 +60,10 @@ def _spread(indices: np.ndarray, count: int) -> np.ndarray:
     return indices[np.linspace(0, len(indices) - 1, min(len(indices), count)).astype(int)]
 
 
+def _shown(name: str) -> str:
+    return name.encode(errors="replace").decode()
+
+
 def draw(cache: Cache, path: Path) -> None:
     """Draws the sheet."""
     split, indices = chosen(cache)
@@ -60,14 +73,14 @@ def draw(cache: Cache, path: Path) -> None:
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not
         figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.35) + 0.4), layout="constrained")
-        figure.suptitle(f"{cache.name}: {len(split):,} pictures of {split.name}", fontsize=10)
+        figure.suptitle(f"{_shown(cache.name)}: {len(split):,} pictures of {split.name}", fontsize=10)
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes:
             axis.axis("off")
         for axis, picture, label in zip(axes, split.pictures(indices), labels, strict=False):
             axis.imshow(picture.numpy())
             if label >= 0:
-                axis.set_title("\n".join(textwrap.wrap(cache.classes[label], 18)[:2]), fontsize=7, pad=2)
+                axis.set_title("\n".join(textwrap.wrap(_shown(cache.classes[label]), 18)[:2]), fontsize=7, pad=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(path):
             figure.savefig(path, dpi=100, metadata={"Software": None})

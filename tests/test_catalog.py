@@ -280,10 +280,19 @@ def test_layouts_of_folders(tmp_path):
     for name in ("x", "y"):
         paint(tmp_path / "classes" / name / "deep" / "a.png", ord(name))
     assert open_source(str(tmp_path / "classes")).classes == ("x", "y")
-    assert open_source(str(tmp_path / "classes"), Reading(unlabelled=True)).classes == ()
     assert open_source(str(tmp_path / "classes" / "x")).classes == (), "one folder alone is no class"
     paint(tmp_path / "classes" / "loose.png", 1)
-    assert open_source(str(tmp_path / "classes")).classes == ()
+    loose = open_source(str(tmp_path / "classes"))
+    assert loose.classes == ()
+    assert "pictures lie beside folders, e.g. loose.png, so folders are not taken for classes" in loose.notes[0]
+    (tmp_path / "classes" / "x" / "b.heic").write_bytes(b"?")
+    assert "1 files in" in open_source(str(tmp_path / "classes")).notes[1]
+
+
+def test_folders_beside_splits_are_not_forgotten(pictures):
+    paint(pictures / "evaluation" / "ant" / "0.png", 1)
+    with pytest.raises(InputError, match="has pictures in evaluation beside the splits test, train, val"):
+        open_source(str(pictures))
 
 
 def test_names_with_quotes_markup_and_more(tmp_path, funmatch):

@@ -61,7 +61,10 @@ def test_columns(tmp_path):
     assert open_source(spec, Reading(label_feature="kind")).splits["train"].labels.tolist() == [0, 2, 1] * 2
     numbered = open_source(spec, Reading(label_feature="number"))
     assert (numbered.classes, numbered.unnamed) == (("0", "1", "2", "3"), True)
-    assert open_source(spec, Reading(unlabelled=True)).classes == ()
+    assert open_source(spec, Reading(label_feature="none")).classes == ()
+    for wrong in (Reading(image_feature="label"), Reading(label_feature="image")):
+        with pytest.raises(InputError, match=r"holds no (pictures|labels)"):
+            open_source(spec, wrong)
     for reading in (Reading(label_feature="no"), Reading(image_feature="no")):
         with pytest.raises(InputError, match="has no column 'no', but: image, label, kind, number"):
             open_source(spec, reading)

@@ -24,6 +24,7 @@ def test_pictures_of_other_things_teach_too(tmp_path, capfd):
     assert "taken as unlabelled" in capfd.readouterr().err
     assert (run.figures["split"], run.figures["pictures"], run.top1) == ("train", 20, None)
     assert 0 <= run.agreement <= 1
+    assert funmatch.evaluate(run.folder)["agreement"] == pytest.approx(run.agreement, abs=0.1)
 
 
 def test_other_things_with_a_validation_split_are_a_mistake(pictures, tmp_path):
@@ -110,3 +111,40 @@ def test_a_run_is_the_same_either_way(pictures, tmp_path, way):
     again = funmatch.train(data=pictures, out=tmp_path / way, side=16, pixels=way, **TINY)
     weights = [path / "student" / "model.safetensors" for path in (run.folder, again.folder)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_student_of_numbered_shards_has_its_teachers_names(tmp_path):
+    from funmatch.data.doors import open_source
+    from funmatch.data.tfrecord import example, framed
+
+    mini = open_source("fashion-mini")
+    records = [framed(example(mini.read("train", i), int(mini.splits["train"].labels[i]))) for i in range(0, 160, 5)]
+    (tmp_path / "train.tfrecord").write_bytes(b"".join(records))
+    run = funmatch.distill(data=f"tfrecord:{tmp_path}/train.tfrecord", out=tmp_path / "run", **TAUGHT)
+    assert json.loads((run.folder / "student" / "config.json").read_text())["label_names"] == list(mini.classes)
+    assert funmatch.evaluate(run.folder, data="fashion-mini", split="val")["pictures"] == 500
+
+
+def test_a_leak_between_what_is_learnt_and_judged_is_told(pictures, tmp_path, capfd):
+    funmatch.train(data=pictures, eval_data=pictures / "train", out=tmp_path / "run", side=16, **TINY)
+    assert "WARNING: 15 pictures of train's test are also in pictures's train" in capfd.readouterr().err
+
+
+def test_unlabelled_is_of_what_is_learnt(pictures, tmp_path):
+    run = funmatch.distill(data=pictures, unlabelled=True, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT)
+    assert run.top1 is not None
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"val": "10%", "eval_data": "fashion-mini"}, "say one of them"),
+        ({"data": []}, "give the pictures to learn from"),
+        ({"val": "", "data": "fashion-mini"}, "no share"),
+        ({"val": 0.1, "data": "fashion-mini"}, "validation split of its own"),
+        ({"val_seed": 10**30}, "val_seed must be at most"),
+    ],
+)
+def test_words_about_data_that_cannot_be(knobs, message, pictures, tmp_path):
+    with pytest.raises(InputError, match=message):
+        funmatch.distill(**{"data": pictures, "out": tmp_path / "run", **TAUGHT, **knobs})

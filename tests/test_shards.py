@@ -43,7 +43,10 @@ def test_shards_of_the_earlier_project():
     assert greys(source, "test") == [9, 8], "whatever the order of the features"
 
 
-@pytest.mark.parametrize("pattern", ["gzip", "gzip/*/*.tfrec", "gzip/validation/validation_pets37-0{0..3}-4.tfrec"])
+PATTERNS = ("gzip", "gzip/*/*.tfrec", "gzip/validation/validation_{pets37,none*}-0{0..0}-4.tfrec")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_gzip_and_patterns(pattern):
     source = open_source(f"tfrecord:{WRITTEN}/{pattern}")
     assert greys(source, "val") == source.splits["val"].labels.tolist() == [0, 1, 2, 3]
@@ -61,7 +64,10 @@ def test_names_of_features_and_classes():
         open_source(f"tfrecord:{WRITTEN}/tfds", Reading(image_feature="picture"))
     with pytest.raises(InputError, match=r"no feature 'kind'.*--label-feature or --unlabelled"):
         open_source(f"tfrecord:{WRITTEN}/tfds", Reading(label_feature="kind"))
-    assert not open_source(f"tfrecord:{WRITTEN}/tfds", Reading(unlabelled=True)).classes
+    assert not open_source(f"tfrecord:{WRITTEN}/tfds", Reading(label_feature="none")).classes
+    text = Reading(image_feature="image/class/text", label_feature="none", unlabelled=True)
+    without = open_source(f"tfrecord:{WRITTEN}/imagenet", text)
+    assert not without.classes, "no label where none is there"
 
 
 @pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 511, 512, 513, 1000, 66_000])
@@ -224,7 +230,7 @@ def test_webdataset_shards(tmp_path, jpegs):
     )
     tar(tmp_path / "w" / "pets-train-000001.tar", {"c.seg.png": b"?", "c.jpg": jpegs[2], "c.json": b'{"label": 2}'})
     tar(tmp_path / "w" / "pets-val-000000.tar", {"d.jpg": jpegs[3], "d.cls": b"2"})
-    source = open_source(f"wds:{tmp_path}/w/pets-{{train,val}}-{{000000..000009}}.tar")
+    source = open_source(f"wds:{tmp_path}/w/pets-{{train-000000,train-000001,val-000000}}.tar")
     assert source.classes == ("0", "1", "2")
     assert source.splits["train"].labels.tolist() == [1, 0, 2]
     assert [source.read("train", i) for i in range(3)] == jpegs[:3]
@@ -239,9 +245,11 @@ def test_webdataset_shards(tmp_path, jpegs):
         ({"/etc/out.jpg": b"x"}, "leads outside"),
         ({"a.jpg": "/etc/passwd"}, "is a link"),
         ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.cls is b'cat'; wanted a number"),
-        ({"a.jpg": b"x", "a.json": b"[]"}, "a.json holds no JSON object"),
+        ({"a.jpg": b"x", "a.json": b"[]"}, 'a.json is no JSON object with a "label"'),
         ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"y"}, "b.jpg: there is no label"),
-        ({"a.txt": b"x"}, "hold no picture"),
+        ({"a.txt": b"x"}, "sample 'a' has no picture, but: txt"),
+        ({"a.b.jpg": b"x"}, r"sample 'a' has no picture, but: b\.jpg"),
+        ({}, "hold no picture"),
     ],
 )
 def test_tars_that_cannot_be_used(tmp_path, members, message):
@@ -265,9 +273,14 @@ def test_a_tar_that_is_cut_off_or_packed(tmp_path, jpegs):
 
 
 def test_no_shards(tmp_path):
-    for spec in (f"tfrecord:{tmp_path}", f"tfrecord:{tmp_path}/*.tfrec", f"wds:{tmp_path}/x.tar"):
+    for spec in (f"tfrecord:{tmp_path}", f"tfrecord:{tmp_path}/*.tfrec"):
         with pytest.raises(InputError, match="no shard matches"):
             open_source(spec)
+    with pytest.raises(InputError, match="1 of 1 shards are not there"):
+        open_source(f"wds:{tmp_path}/x.tar")
+    for missing in (f"tfrecord:{WRITTEN}/plain/train/train_pets37-0{{0..2}}-3.tfrec",):
+        with pytest.raises(InputError, match=r"2 of 3 shards are not there, e\.g\. .*-01-3"):
+            open_source(missing)
     (tmp_path / "a.tfrec").write_bytes(b"")
     with pytest.raises(InputError, match="shards of train hold no picture"):
         open_source(f"tfrecord:{tmp_path}")
@@ -281,3 +294,56 @@ def test_json_of_labels_by_option(tmp_path, jpegs):
     assert open_source(f"wds:{tmp_path}/a.tar").splits["train"].labels.tolist() == [0]
     by_json = Reading(label_feature="json")
     assert open_source(f"wds:{tmp_path}/a.tar", by_json).splits["train"].labels.tolist() == [1]
+
+
+def test_a_set_of_shards_with_a_gap(tmp_path):
+    for i in (0, 2):
+        (tmp_path / f"train-{i:05}-of-00003").write_bytes(framed(example(b"x", 0)))
+    with pytest.raises(InputError, match=r"of 3 shards train-…, 1 are not there, e\.g\. 00001"):
+        open_source(f"tfrecord:{tmp_path}")
+
+
+def test_a_files_name_says_more_than_its_folders(tmp_path):
+    (tmp_path / "dev").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "dev" / f"{split}_x-00-1.tfrec").write_bytes(framed(example(b"x", 0)))
+    assert list(open_source(f"tfrecord:{tmp_path}/dev").splits) == ["train", "val"]
+
+
+def test_new_shards_and_class_names_are_noticed(tmp_path, jpegs):
+    (tmp_path / "s" / "train").mkdir(parents=True)
+    for i in range(2):
+        (tmp_path / "s" / "train" / f"train_x-{i:02}-1.tfrec").write_bytes(framed(example(jpegs[i], i)))
+    assert open_cache(f"tfrecord:{tmp_path}/s").unnamed
+    (tmp_path / "s" / "class.labels.txt").write_text("ant\nbee\n")
+    assert open_cache(f"tfrecord:{tmp_path}/s").classes == ("ant", "bee")
+    (tmp_path / "s" / "val").mkdir()
+    (tmp_path / "s" / "val" / "val_x-00-1.tfrec").write_bytes(framed(example(jpegs[2], 1)))
+    assert list(open_cache(f"tfrecord:{tmp_path}/s").splits) == ["train", "val"]
+
+
+def test_what_shards_cannot_hold(tmp_path, funmatch):
+    paint(tmp_path / "nc" / "d\ne" / "a.png", 1)
+    paint(tmp_path / "nc" / "z" / "b.png", 2)
+    told = funmatch("prepare", "nc", "--to", "tfrecord", "--out", "o", check=2).stderr
+    assert "cannot hold 'd\\ne'" in told
+    paint(tmp_path / "loose" / "x.png", 3)
+    told = funmatch("prepare", "nc", "loose", "--to", "tfrecord", "--out", "o", check=2).stderr
+    assert "some pictures of train have labels and some have none" in told
+    assert not (tmp_path / "o").exists()
+
+
+def test_finished_shards_are_left_alone(pictures, funmatch, tmp_path):
+    whole = (pictures / "train" / "ant" / "0.jpg").read_bytes()
+    (pictures / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    words = ("--to", "tfrecord", "--shard-size", "4", "--out", "o")
+    assert "1 unreadable" in funmatch("prepare", pictures, *words, check=2).stderr
+    assert not (tmp_path / "o").exists()
+    first = json.loads(funmatch("prepare", pictures, *words, "--on-bad", "skip", "--json").stdout)
+    assert first["splits"]["train"]["pictures"] == 14
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")}
+    again = json.loads(funmatch("prepare", pictures, *words, "--on-bad", "skip", "--json").stdout)
+    assert again == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")} == times
+    pictures.rename(tmp_path / "renamed")
+    assert "of other pictures or of another form" in funmatch("prepare", "renamed", *words, check=2).stderr

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import paint
 
+from funmatch.data import build
 from funmatch.data import cache as caches
 from funmatch.data import survey as surveys
 from funmatch.data.build import Keeping
@@ -46,7 +48,7 @@ def test_shares(text, share):
     assert parse_share(text) == share
 
 
-@pytest.mark.parametrize("text", ["", "0", "100%", "-3", "1.5", "ten", "nan", "1/0", "500%"])
+@pytest.mark.parametrize("text", ["", "0", "100%", "-3", "1.5", "1.0", "ten", "nan", "1/0", "500%", "1e9999999"])
 def test_what_is_no_share(text):
     with pytest.raises(InputError, match="no share of the training pictures"):
         parse_share(text)
@@ -214,12 +216,12 @@ def test_an_interrupted_survey_goes_on(pictures, tmp_path, monkeypatch):
         return read_one
 
     for last in (8, 20, 100):
-        again = surveys.replace(source, read=reading_until(last))
+        again = replace(source, read=reading_until(last))
         if last < 100:
             with pytest.raises(KeyboardInterrupt):
                 surveys.survey(again, tmp_path / "home")
     read.clear()
-    found = surveys.survey(surveys.replace(source, read=reading_until(100)), tmp_path / "home")
+    found = surveys.survey(replace(source, read=reading_until(100)), tmp_path / "home")
     assert 0 < len(read) < 36, "what was read before is not read again"
     assert np.array_equal(found.rows, whole.rows)
     assert found.reasons == whole.reasons
@@ -254,3 +256,73 @@ def test_prepare_goes_on_after_kills(tmp_path):
     ]
     for name in ("train.pixels", "train.index.npy", "meta.json"):
         assert (caches_of[0].folder / name).read_bytes() == (caches_of[1].folder / name).read_bytes()
+
+
+def test_a_limit_does_not_spoil_the_cache_for_others(pictures):
+    small = open_cache(str(pictures), keeping=Keeping(max_pixels=500, on_bad="skip"))
+    assert small.found["unreadable"]
+    assert sum(map(len, open_cache(str(pictures)).splits.values())) == 36
+
+
+@pytest.mark.parametrize("change", ["changed", "gone"])
+def test_what_changes_while_it_is_prepared_is_noticed(pictures, monkeypatch, change):
+    home = pictures.parent / "home"
+    path = pictures / "train" / "cat" / "4.png"
+    decoding = build._fill
+
+    def change_first(*args):
+        paint(path, 999) if change == "changed" else path.rename(pictures.parent / "away.png")
+        return decoding(*args)
+
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_fill", change_first)
+        with pytest.raises(InputError, match=r"train/cat/4\.png.*[Ss]tart"):
+            open_cache(str(pictures), keeping=Keeping(on_bad="skip", home=home))
+    path.write_bytes(before)
+    assert len(open_cache(str(pictures), keeping=Keeping(home=home)).splits["train"]) == 15
+
+
+def test_half_a_line_of_reasons_is_forgotten(tmp_path):
+    path = tmp_path / "reasons"
+    path.write_text('[0, "a"]\n[3, "b"]\n[4, "c')
+    assert surveys.keep_reasons(path, 4) == {0: "a", 3: "b"}
+    path.write_text(path.read_text() + "x" * 5 + '[2, "d"]\n')
+    assert surveys.keep_reasons(path, 3) == {0: "a"}
+
+
+def test_labelled_pictures_are_judged_on(tmp_path):
+    classes_folder(tmp_path / "p", 20)
+    for i in range(40):
+        paint(tmp_path / "loose" / f"{i}.png", 7000 + i)
+    cache = open_cache([str(tmp_path / "p"), str(tmp_path / "loose")], Reading(cut=Cut({"val": Fraction(1, 10)})))
+    assert {name: len(split) for name, split in cache.splits.items()} == {"train": 76, "val": 4}
+    assert cache.splits["val"].labelled
+
+
+def test_the_same_picture_under_two_labels(tmp_path, funmatch):
+    classes_folder(tmp_path / "p", 3)
+    shutil.copy(tmp_path / "p" / "ant" / "000.png", tmp_path / "p" / "bee" / "copy.png")
+    done = funmatch("data", "p")
+    assert "WARNING: 2 pictures of p are the same with different labels, e.g. ant/000.png = bee/copy.png" in done.stderr
+    assert "CONTRADICTION" in done.stdout
+
+
+def test_names_that_are_no_utf8(tmp_path, funmatch):
+    os.makedirs(os.fsencode(tmp_path) + b"/p/caf\xe9")
+    paint(tmp_path / "p" / "ant" / "0.png", 1)
+    paint(tmp_path / "raw.png", 2).rename(os.fsdecode(os.fsencode(tmp_path) + b"/p/caf\xe9/\xff.png"))
+    assert "classes: ant, caf\\udce9" in funmatch("data", "p").stdout
+    assert "classes: ant, caf\\udce9" in funmatch("prepare", "p").stdout
+    funmatch("prepare", "p", "--to", "tfrecord", "--out", "o")
+    assert open_source(f"tfrecord:{tmp_path}/o").classes == ("ant", "caf\udce9")
+
+
+def test_the_sheet_is_not_put_among_the_pictures(tmp_path, funmatch):
+    folder = classes_folder(tmp_path / "p", 3)
+    code = [sys.executable, "-m", "funmatch", "data", "."]
+    for _ in range(2):
+        done = subprocess.run(code, cwd=folder, capture_output=True, text=True, check=True)
+        assert "classes: ant, bee" in done.stdout
+    assert not list(folder.glob("*.png"))
+    assert "no name of a PNG file" in funmatch("data", "p", "--sheet", "x.jpg", check=2).stderr

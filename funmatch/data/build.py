@@ -15,11 +15,11 @@ import numpy as np
 from funmatch.data.decode import MAX_PIXELS, decode
 from funmatch.data.pixels import INDEX
 from funmatch.data.sources import NAMED_AT_MOST, Source, Track
-from funmatch.data.survey import Survey, chunks, reason_of, recovered
+from funmatch.data.survey import Survey, chunks, content_digest, keep_reasons, reason_of, recovered
 from funmatch.errors import InputError
 from funmatch.files import disk_errors, exclusively, write_atomically
 
-FORMAT = 3
+FORMAT = 4
 ROOM = 256 << 20  # bytes that a disk should keep free beside a cache
 BLOCK = 16 << 20
 
@@ -86,10 +86,11 @@ def build(
         partial = folder.with_name(f"{folder.name}.partial")
         with disk_errors(home):
             bad = _fill(partial, source, found, keeping, way, track)
-            if bad and keeping.on_bad == "stop":
+            empty = any(len(split) == sum(where == name for where, *_ in bad) for name, split in source.splits.items())
+            if bad and (keeping.on_bad == "stop" or empty):
                 shutil.rmtree(partial)
                 raise unreadable(source.name, [(source.splits[split].names[i], why) for split, i, why in bad], home)
-            _finish(partial, source, keeping, way, content, bad)
+            _finish(partial, source, found, keeping, way, content, bad)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
     return folder
@@ -100,7 +101,7 @@ def content_key(source: Source, found: Survey, keeping: Keeping) -> str:
     digest = hashlib.blake2b(repr((FORMAT, keeping.cap, keeping.decoder, source.classes)).encode(), digest_size=16)
     for name, split in source.splits.items():
         digest.update(f"{name} {len(split)}\0".encode() + split.labels.tobytes())
-    digest.update(found.rows["digest"].tobytes())
+    digest.update(found.rows["digest"].tobytes() + found.rows["bad"].tobytes())  # a limit makes more of them bad
     return digest.hexdigest()
 
 
@@ -121,8 +122,8 @@ def _check_room(home: Path, size: int, name: str, way: str) -> None:
     if size + ROOM > free:
         other = ", or say --pixels streaming, which keeps them as they are" if way == "resident" else ""
         raise InputError(
-            f"{name} needs {size / 1e9:.1f} GB in {home}, where {free / 1e9:.1f} GB are free; make room, or choose "
-            f"another folder by FUNMATCH_CACHE{other}"
+            f"{name} needs {size / 1e9:.1f} GB in {home}, where {free / 1e9:.1f} GB are free ({ROOM / 1e9:.1f} "
+            f"of them are left to others); make room, or choose another folder by FUNMATCH_CACHE{other}"
         )
 
 
@@ -133,14 +134,22 @@ def _fill(partial: Path, source: Source, found: Survey, keeping: Keeping, way: s
     begin = 0
     for split, content in source.splits.items():
         known = {i - begin: reason for i, reason in found.reasons.items() if 0 <= i - begin < len(content)}
-        told = _fill_split(partial, source, split, known, keeping, way, track)
+        digests = found.rows["digest"][begin : begin + len(content)].tolist()
+        told = _fill_split(partial, source, split, digests, known, keeping, way, track)
         bad += [(split, i, reason) for i, reason in sorted(told.items())]
         begin += len(content)
     return bad
 
 
 def _fill_split(
-    partial: Path, source: Source, split: str, known: dict[int, str], keeping: Keeping, way: str, track: Track
+    partial: Path,
+    source: Source,
+    split: str,
+    digests: list[bytes],
+    known: dict[int, str],
+    keeping: Keeping,
+    way: str,
+    track: Track,
 ) -> dict[int, str]:
     """One split of `_fill`; gives the reasons why pictures are bad, by index."""
     content = source.splits[split]
@@ -153,12 +162,18 @@ def _fill_split(
             return (0, 0), b"", known[i]
         try:
             encoded = source.read(split, i)
+        except Exception as error:  # it could be read a while ago
+            raise InputError(f"{content.names[i]}: {reason_of(error)}; it could be read before. Start again") from None
+        if content_digest(encoded) != digests[i]:
+            raise InputError(f"{content.names[i]} has changed since it was read first; start the same command again")
+        try:
             picture = decode(encoded, cap=keeping.cap, decoder=keeping.decoder, max_pixels=keeping.max_pixels)
         except Exception as error:  # decoders raise many kinds; each is told to the person with the file's name
             return (0, 0), b"", reason_of(error) or "unreadable"
         return (picture.shape[0], picture.shape[1]), picture.tobytes() if way == "resident" else encoded, ""
 
-    with open(rows, "ab") as index, open(pixels, "ab") as data, open(reasons, "a" if done else "w") as told:
+    keep_reasons(reasons, done)
+    with open(rows, "ab") as index, open(pixels, "ab") as data, open(reasons, "a") as told:
         jobs = list(range(done, len(content)))
         for chunk in chunks(jobs, kept, track, done, f"decoding {split}"):
             fresh = np.zeros(len(chunk), INDEX)
@@ -173,7 +188,7 @@ def _fill_split(
             index.write(fresh.tobytes())
             index.flush()
             done += len(chunk)
-    return dict(json.loads(line) for line in reasons.read_text().splitlines() if line.endswith("]"))
+    return keep_reasons(reasons, done)
 
 
 def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
@@ -187,16 +202,17 @@ def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
     return len(done), end
 
 
-def _finish(partial: Path, source: Source, keeping: Keeping, way: str, content: str, bad: Bad) -> None:
+def _finish(partial: Path, source: Source, found: Survey, keeping: Keeping, way: str, content: str, bad: Bad) -> None:
     """Turns rows into indices, without the bad pictures, and writes what is in the cache."""
+    begin = 0
     for split in source.splits:
         rows = np.fromfile(partial / f"{split}.rows", INDEX)
-        rows = rows[rows["length"] > 0]
-        if not len(rows):
-            raise InputError(f"{source.name}: no picture of {split} can be decoded")
-        encoded = BytesIO()  # numpy writing into a file by itself forgets why it failed
-        np.save(encoded, rows)
-        (partial / f"{split}.index.npy").write_bytes(encoded.getvalue())
+        digests = found.rows["digest"][begin : begin + len(rows)][rows["length"] > 0]
+        begin += len(rows)
+        for name, array in (("index", rows[rows["length"] > 0]), ("digest", digests)):
+            encoded = BytesIO()  # numpy writing into a file by itself forgets why it failed
+            np.save(encoded, array)
+            (partial / f"{split}.{name}.npy").write_bytes(encoded.getvalue())
         for done_with in ("rows", "reasons"):
             (partial / f"{split}.{done_with}").unlink()
         with open(partial / f"{split}.pixels", "rb") as written:

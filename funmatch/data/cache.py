@@ -17,11 +17,12 @@ import numpy as np
 
 from funmatch.data.build import FORMAT, Keeping, build, unreadable, whole
 from funmatch.data.catalog import data_home
+from funmatch.data.cut import apply_cut
 from funmatch.data.decode import pick_decoder
 from funmatch.data.doors import open_source, resolved
 from funmatch.data.pixels import CachedSplit, Resident, Streaming
 from funmatch.data.sources import Reading, Source, Track, untracked
-from funmatch.data.survey import Survey, apply_cut, stamp_of_files, summary, survey
+from funmatch.data.survey import Survey, stamp_of_files, summary, survey
 from funmatch.files import write_atomically
 
 WATCHED_AT_MOST = 100_000
@@ -39,7 +40,7 @@ class Cache:
         unnamed: whether the classes are only numbers.
         way: resident or streaming.
         folder: where it lies.
-        found: what the survey found, see `survey.summary`, with `unreadable` (a list of [name, reason]).
+        found: what the survey found, see `survey.summary`, with `unreadable` (a list of [name, reason]) and `notes`.
     """
 
     key: str
@@ -50,6 +51,11 @@ class Cache:
     way: str
     folder: Path
     found: dict[str, Any]
+
+    def without_labels(self) -> "Cache":
+        """The same pictures with their labels forgotten."""
+        splits = {name: split.without_labels() for name, split in self.splits.items()}
+        return replace(self, classes=(), unnamed=False, splits=splits)
 
 
 def cache_home() -> Path:
@@ -87,9 +93,12 @@ def open_cache(
     ledger = home / "known" / _digest(FORMAT, [resolved(spec) for spec in specs], reading, replace(keeping, on_bad=""))
     known = None if afresh else _remembered(ledger)
     if known is None:
-        source, found = surveyed(specs, reading, keeping, track, afresh=afresh)
+        listed = open_source(specs, reading, track)
+        watched = _watched(listed)
+        seen = stamp_of_files(watched)  # before anything is read, so that what changes later is noticed
+        source, found = surveyed(listed, keeping, track, afresh=afresh)
         folder = build(source, found, keeping, home, track, tell, check=afresh)
-        known = _remember(ledger, folder, source, found)
+        known = _remember(ledger, folder, source, found, watched, seen)
     cache = _opened(known, keeping)
     bad = cache.found["unreadable"]
     if bad and keeping.on_bad == "stop":
@@ -105,22 +114,24 @@ def _settled(reading: Reading) -> Reading:
     return replace(reading, data_dir=data_home(reading.data_dir).absolute(), class_file=file)
 
 
-def surveyed(
-    specs: Sequence[str], reading: Reading, keeping: Keeping, track: Track, *, afresh: bool = False
-) -> tuple[Source, Survey]:
-    """The pictures that a person named, read once and cut into splits."""
+def surveyed(source: Source, keeping: Keeping, track: Track, *, afresh: bool = False) -> tuple[Source, Survey]:
+    """The pictures of a source, read once and cut into splits."""
     home = keeping.home or cache_home()
-    source = open_source(specs, reading, track)
     found = survey(source, home, track, max_pixels=keeping.max_pixels, afresh=afresh)
     return apply_cut(source, found)
 
 
 def complaints(cache: Cache) -> list[str]:
     """What a person should know before trusting a data set, a line each."""
-    lines = []
+    lines = [f"note: {note}" for note in cache.found["notes"]]
     for pair, leak in cache.found["leaks"].items():
         one, other = leak["examples"][0]
         lines.append(f"WARNING: {leak['pictures']:,} pictures are both in {pair} of {cache.name}, e.g. {one} = {other}")
+    if twice := cache.found["contradictory"]["pictures"]:
+        one, other = cache.found["contradictory"]["examples"][0]
+        lines.append(
+            f"WARNING: {twice:,} pictures of {cache.name} are the same with different labels, e.g. {one} = {other}"
+        )
     if bad := cache.found["unreadable"]:
         lines.append(f"WARNING: {len(bad):,} unreadable pictures of {cache.name} are skipped, e.g. {': '.join(bad[0])}")
     return lines
@@ -134,7 +145,8 @@ def _opened(known: dict[str, Any], keeping: Keeping) -> Cache:
         path = folder / f"{name}.pixels"
         streaming = Streaming(path, meta["cap"], meta["decoder"], keeping.max_pixels)
         store = Resident(path) if meta["way"] == "resident" else streaming
-        splits[name] = CachedSplit(name, np.load(folder / f"{name}.index.npy", mmap_mode="r"), store)
+        index, digests = (np.load(folder / f"{name}.{what}.npy", mmap_mode="r") for what in ("index", "digest"))
+        splits[name] = CachedSplit(name, index, store, digests)
     classes, name, unnamed = tuple(meta["classes"]), known["name"], known["unnamed"]
     return Cache(meta["content"], name, classes, splits, unnamed, meta["way"], folder, known["found"])
 
@@ -154,24 +166,36 @@ def _remembered(ledger: Path) -> dict[str, Any] | None:
         return None
 
 
-def _remember(ledger: Path, folder: Path, source: Source, found: Survey) -> dict[str, Any]:
-    """Writes down which files the words meant, and what they are called here: a cache knows only their content.
+def _watched(source: Source) -> list[str]:
+    """The files and folders that are looked at when the same words are said again.
 
-    Of more than 100,000 files, all folders and evenly many of the files are watched, so that a data set like ImageNet
-    is opened at once; `prepare` reads all of them.
+    Of more than 100,000 files, all folders and evenly many of the files, so that a data set like ImageNet is opened at
+    once; `prepare` reads all of them.
     """
     watched = list(source.watched)
-    if len(watched) > WATCHED_AT_MOST:
-        folders = sorted({os.path.dirname(path) for path in watched})
-        watched = folders + watched[:: len(watched) // WATCHED_AT_MOST * 10]
+    if len(watched) <= WATCHED_AT_MOST:
+        return watched
+    return sorted({os.path.dirname(path) for path in watched}) + watched[:: len(watched) // WATCHED_AT_MOST * 10]
+
+
+def _remember(
+    ledger: Path, folder: Path, source: Source, found: Survey, watched: list[str], seen: str
+) -> dict[str, Any]:
+    """Writes down which files the words meant, and what they are called here: a cache knows only their content."""
     bad = json.loads((folder / "meta.json").read_text())["bad"]
-    named = [[source.splits[split].names[i], reason] for split, i, reason in bad]
+    notes = source.notes
+    if len(source.watched) > WATCHED_AT_MOST:
+        notes += (
+            f"{source.name} has many files: what changes inside one is surely noticed by `funmatch prepare` only",
+        )
+    about = summary(source, found, {(split, i) for split, i, _ in bad})
+    unreadable = [[source.splits[split].names[i], reason] for split, i, reason in bad]
     known = {
         "folder": str(folder),
-        "stamp": stamp_of_files(watched),
+        "stamp": seen,
         "name": source.name,
         "unnamed": source.unnamed,
-        "found": summary(source, found) | {"unreadable": named},
+        "found": about | {"unreadable": unreadable, "notes": notes},
     }
     ledger.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(ledger, json.dumps(known) + "\n" + "\0".join(watched))

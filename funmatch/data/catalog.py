@@ -6,7 +6,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def open_named(name: str, data_dir: Path | None = None) -> Source:
     if root is None:
         _fetch(name, entry, home)
         root = home / entry.folder
-    return replace(entry.layout(root), name=name, counts=entry.counts)
+    return replace(entry.layout(root), name=name, counts=entry.counts, place=str(root))
 
 
 def _find(entry: Entry, home: Path) -> Path | None:
@@ -167,6 +167,7 @@ def _fetch(name: str, entry: Entry, home: Path) -> None:
     kind, options = entry.torchvision
     arriving = home / f".{name}.partial"
     top = Path(entry.folder).parts[0]
+    made = not home.exists()
     arriving.mkdir(parents=True, exist_ok=True)
     _keep_only_archives(entry, arriving)
     _take_archives(entry, home, arriving)
@@ -176,6 +177,10 @@ def _fetch(name: str, entry: Entry, home: Path) -> None:
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
         if isinstance(error, OSError) and error.filename:
             raise  # the disk's fault, not the network's
+        _keep_only_archives(entry, arriving)
+        for folder in (arriving / top, arriving, *([home] if made else [])):
+            with suppress(OSError):  # it holds archives that are whole, or other things
+                folder.rmdir()
         raise InputError(f"{name} ({entry.title}) could not be fetched: {first_line(error)}. {to_do}") from None
     (home / top).mkdir(exist_ok=True)
     for arrived in (arriving / top).iterdir():

@@ -18,9 +18,9 @@ FORMATS = [
     name for name in ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000") if name in Image.OPEN
 ]
 EXTENSIONS = {
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".avif", ".jp2",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".avif", ".jp2",
 }  # fmt: skip
-KINDS = ("greyscale", "palette", "transparent", "CMYK", "16-bit", "turned by EXIF", "animated")
+KINDS = ("greyscale", "palette", "transparent", "CMYK", "16-bit", "turned by EXIF", "animated", "floating-point")
 DECODERS = ("pillow", "torchcodec")
 MAX_PIXELS = 178_956_970  # what Pillow takes for a decompression bomb
 
@@ -67,9 +67,10 @@ def header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
             mode in ("P", "PA"),
             mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info,
             mode == "CMYK",
-            mode in ("I", "F") or mode.startswith("I;16") or deep_png,
+            mode.startswith("I") or deep_png,
             turned in UPRIGHT,
             image.format != "MPO" and getattr(image, "n_frames", 1) > 1,
+            mode == "F",
         )
     if turned in (5, 6, 7, 8):
         height, width = width, height
@@ -90,8 +91,9 @@ def decode(
 ) -> np.ndarray:
     """The pixels of an encoded picture.
 
-    Colours of CMYK are converted, palettes resolved, transparency laid over white, 16 bits scaled to 8, the first
-    frame of an animation taken, and what EXIF says about the camera's position is carried out.
+    Colours of CMYK are converted, palettes resolved, transparency laid over white, 16 bits scaled to 8, floating-point
+    values up to 1 taken for 0 … 1, the first frame of an animation taken, and what EXIF says about the camera's
+    position is carried out.
 
     Args:
         encoded: the file's bytes.
@@ -118,7 +120,8 @@ def decode(
         size = capped(image.size, cap)
         plain = image.format == "JPEG" and image.mode == "RGB" and image.size == size and turn is None
         if plain and decoder == "torchcodec":
-            return _inside(torchcodec_decode(encoded), box)
+            with suppress(RuntimeError):  # damaged, which Pillow says in clearer words
+                return _inside(torchcodec_decode(encoded), box)
         if plain and box:
             return _boxed(image, box)
         if image.format == "JPEG" and min(image.size) >= 4 * min(size):
@@ -218,6 +221,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        bright = np.nan_to_num(np.asarray(image, np.float64))
+        image = Image.fromarray((bright * (255 if bright.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
     if image.mode.startswith("I"):
         deep = np.asarray(image)
         image = Image.fromarray((deep.clip(0, 65535) // 257).astype(np.uint8))

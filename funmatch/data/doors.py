@@ -9,7 +9,7 @@ from funmatch.data.catalog import CATALOG, open_named
 from funmatch.data.folders import open_folder
 from funmatch.data.hub import open_hub
 from funmatch.data.shards import open_tfrecords
-from funmatch.data.sources import Cut, Reading, Source, Track, joined, untracked, without_labels
+from funmatch.data.sources import Cut, Reading, Source, Track, joined, untracked
 from funmatch.data.tars import open_tars
 from funmatch.errors import InputError, unknown
 
@@ -42,10 +42,7 @@ def open_source(specs: str | Sequence[str], reading: Reading | None = None, trac
     """
     reading = reading or Reading()
     sources = [_open_one(spec, reading, track) for spec in ([specs] if isinstance(specs, str) else specs)]
-    source = joined(sources)
-    if reading.unlabelled:
-        source = without_labels(source)
-    return _with_cut(source, reading.cut)
+    return _with_cut(joined(sources), reading.cut)
 
 
 def resolved(spec: str) -> str:

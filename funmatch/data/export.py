@@ -1,5 +1,6 @@
 """Pictures written as TFRecord shards, in the form of the earlier project, which TensorFlow reads."""
 
+import hashlib
 import json
 import os
 import re
@@ -17,19 +18,20 @@ from PIL import Image
 from funmatch.data.build import Keeping, unreadable
 from funmatch.data.cache import cache_home, surveyed
 from funmatch.data.decode import decode, header
+from funmatch.data.doors import open_source
 from funmatch.data.sources import Reading, Source, Track, untracked
 from funmatch.data.survey import Survey, reason_of, stamp, summary
 from funmatch.data.tfrecord import DamagedRecord, example, framed, records
 from funmatch.draws import shuffled
 from funmatch.errors import InputError
-from funmatch.files import disk_errors, write_atomically
+from funmatch.files import disk_errors, exclusively, write_atomically
 
 QUALITY = 95
 KEPT_AS_THEY_ARE = {b"\xff\xd8\xff": "JPEG"}
 NOTE = "funmatch.json"
 
-Named = list[tuple[str, str]]
-"""Name and reason of pictures that cannot be decoded."""
+Named = list[tuple[str, int, str, str]]
+"""Split, index, name and reason of pictures that cannot be decoded."""
 
 
 def write_shards(
@@ -59,39 +61,58 @@ def write_shards(
     Returns:
         `survey.summary`, with `name`, `data`, `folder`, `shards` and `unreadable`.
     """
-    source, found = surveyed(data, reading, keeping, track)
-    about = {"side": side, "shard_size": size, "content": stamp_of(source, found)}
-    partial = _begin(folder, source, about)
-    with disk_errors(folder):
-        written, bad = _write_all(partial, source, found, keeping, side, size, track)
-        if bad and keeping.on_bad == "stop":
-            raise unreadable(source.name, bad, keeping.home or cache_home())
-        if partial != folder:
-            partial.rename(folder)
-    shards = [str(folder / path.relative_to(partial)) for path in written]
-    figures = {"name": source.name, "data": list(data), "folder": str(folder), "shards": shards}
-    return figures | summary(source, found) | {"unreadable": bad}
+    home = keeping.home or cache_home()
+    folder = Path(os.path.abspath(folder))
+    source, found = surveyed(open_source(data, reading, track), keeping, track)
+    _check_labels(source)
+    about = {"name": source.name, "side": side, "shard_size": size, "content": stamp_of(source, found)}
+    with exclusively(home / f"shards-{hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()}.lock"):
+        if (done := _finished(folder, about)) is not None:
+            written, bad = done
+        else:
+            with disk_errors(folder):
+                partial = _begin(folder, source, about)
+                written, bad = _write_all(partial, source, found, keeping, side, size, track)
+                if bad and keeping.on_bad == "stop":
+                    raise unreadable(source.name, [(name, reason) for _, _, name, reason in bad], home)
+                write_atomically(partial / NOTE, json.dumps(about | {"shards": written, "unreadable": bad}))
+                partial.rename(folder)
+    places = [str(folder / path) for path in written]
+    figures = {"name": source.name, "data": list(data), "folder": str(folder), "shards": places}
+    about_pictures = summary(source, found, {(split, i) for split, i, *_ in bad})
+    unread = [[name, reason] for _, _, name, reason in bad]
+    return figures | about_pictures | {"unreadable": unread, "notes": source.notes}
+
+
+def _check_labels(source: Source) -> None:
+    """Raises `InputError` for what shards cannot hold."""
+    for name, split in source.splits.items():
+        if not split.labelled and (split.labels >= 0).any():
+            raise InputError(f"some pictures of {name} have labels and some have none; write them into shards apart")
+    for name in source.classes:
+        if "\n" in name or "\r" in name or not name.strip():
+            raise InputError(f"a file of class names cannot hold {name!r}, a name with a line break; rename the class")
 
 
 def _write_all(
     folder: Path, source: Source, found: Survey, keeping: Keeping, side: int | None, size: int, track: Track
-) -> tuple[list[Path], Named]:
-    """Writes every split; gives the shards, and the pictures that cannot be decoded."""
-    written: list[Path] = []
+) -> tuple[list[str], Named]:
+    """Writes every split; gives the shards' names, and the pictures that cannot be decoded."""
+    written: list[str] = []
     bad: Named = []
-    name = re.sub(r"[^A-Za-z0-9.]+", "_", source.name).strip("_") or "pictures"
+    stem = re.sub(r"[^A-Za-z0-9.]+", "_", source.name).strip("_") or "pictures"
     begin = 0
     for split, content in source.splits.items():
         known = {i - begin: reason for i, reason in found.reasons.items() if 0 <= i - begin < len(content)}
-        bad += [(content.names[i], reason) for i, reason in sorted(known.items())]
+        bad += [(split, i, content.names[i], reason) for i, reason in sorted(known.items())]
         begin += len(content)
         order = [int(i) for i in shuffled(0, np.arange(len(content)), len(content)) if int(i) not in known]
-        where = folder / split
-        where.mkdir(exist_ok=True)
+        (folder / split).mkdir(exist_ok=True)
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         for number, group in enumerate(track(groups, len(groups), f"writing {split}")):
-            path, failed = _write_shard(where, f"{split}_{name}-{number:02d}", source, split, group, side, keeping)
-            written += [path] if path else []
+            where = folder / split / f"{split}_{stem}-{number:02d}"
+            path, failed = _write_shard(where, source, split, group, side, keeping)
+            written += [path.relative_to(folder).as_posix()] if path else []
             bad += failed
     return written, bad
 
@@ -101,15 +122,26 @@ def stamp_of(source: Source, found: Survey) -> str:
     return stamp(Source("", source.classes, source.splits, source.read, [])) + found.rows["digest"].tobytes().hex()[:32]
 
 
+def _finished(folder: Path, about: dict[str, Any]) -> tuple[list[str], Named] | None:
+    """The shards and the bad pictures of a folder that was written with the same words, if every shard is whole."""
+    note = _note(folder)
+    if note is None:
+        return None
+    if {key: note.get(key) for key in about} != about or "shards" not in note:
+        raise InputError(f"{folder} holds shards of other pictures or of another form; choose another --out")
+    broken = [name for name in note["shards"] if not _whole(folder / name)]
+    if broken:
+        raise InputError(
+            f"{len(broken)} shards in {folder} are damaged, e.g. {broken[0]}; remove the folder, and again"
+        )
+    return note["shards"], [tuple(each) for each in note["unreadable"]]
+
+
 def _begin(folder: Path, source: Source, about: dict[str, Any]) -> Path:
-    """Where to write: a folder beside, until all is there; or the folder itself, if it holds these very shards."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    if (folder / NOTE).is_file():
-        if _note(folder) != about:
-            raise InputError(f"{folder} holds shards of other pictures or of another form; choose another --out")
-        return folder
+    """A folder beside the one that is wanted, to write in until all is there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; choose another --out")
+    partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists() and _note(partial) != about:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
@@ -119,7 +151,7 @@ def _begin(folder: Path, source: Source, about: dict[str, Any]) -> Path:
     return partial
 
 
-def _note(folder: Path) -> Any:
+def _note(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads((folder / NOTE).read_text())
     except (OSError, ValueError):
@@ -127,14 +159,12 @@ def _note(folder: Path) -> Any:
 
 
 def _write_shard(
-    where: Path, stem: str, source: Source, split: str, group: list[int], side: int | None, keeping: Keeping
+    where: Path, source: Source, split: str, group: list[int], side: int | None, keeping: Keeping
 ) -> tuple[Path | None, Named]:
-    """Writes one shard under another name, and renames it when it is whole; keeps one that is there."""
-    there = list(where.glob(f"{stem}-*.tfrec"))
-    if len(there) == 1 and _whole(there[0], len(group)):
-        return there[0], []
-    for path in there:
-        path.unlink()
+    """Writes `<where>-<count>.tfrec` under another name, and renames it when it is whole; keeps one that is there."""
+    there = where.with_name(f"{where.name}-{len(group)}.tfrec")
+    if _whole(there):
+        return there, []
 
     def payload(i: int) -> bytes | str:
         try:
@@ -146,28 +176,30 @@ def _write_shard(
 
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         made = list(pool.map(payload, group))
-    bad = [(source.splits[split].names[i], told) for i, told in zip(group, made, strict=True) if isinstance(told, str)]
+    names = source.splits[split].names
+    bad = [(split, i, names[i], told) for i, told in zip(group, made, strict=True) if isinstance(told, str)]
     good = [record for record in made if isinstance(record, bytes)]
     if not good or (bad and keeping.on_bad == "stop"):
         return None, bad
-    handle, partial = tempfile.mkstemp(prefix=f".{stem}.", suffix=".partial", dir=where)
+    path = where.with_name(f"{where.name}-{len(good)}.tfrec")
+    handle, partial = tempfile.mkstemp(prefix=f".{where.name}.", suffix=".partial", dir=where.parent)
     try:
         with open(handle, "wb") as file:
             os.fchmod(handle, 0o644)
             file.writelines(good)
             file.flush()
             os.fsync(handle)
-        path = where / f"{stem}-{len(good)}.tfrec"
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
     return path, bad
 
 
-def _whole(shard: Path, count: int) -> bool:
+def _whole(shard: Path) -> bool:
+    """Whether a shard is there with as many sound records as its name says."""
     try:
-        return sum(1 for _ in records(shard)) == count
-    except DamagedRecord:
+        return sum(1 for _ in records(shard)) == int(shard.stem.rpartition("-")[2])
+    except (DamagedRecord, OSError):
         return False
 
 

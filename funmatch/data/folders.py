@@ -18,6 +18,7 @@ class Walk:
     root: str
     follow_links: bool = False
     watched: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.real = os.path.realpath(self.root)
@@ -33,23 +34,34 @@ class Walk:
 
     def pictures(self, inside: str = "", *, deep: bool = True) -> list[str]:
         """Names, from the root, of the pictures in a folder, in an order that is the same everywhere."""
-        found, below = [], []
-        place = os.path.join(self.root, inside)
-        prefix = f"{inside}/" if inside else ""
-        self.watched.append(place)
-        with os.scandir(place) as entries:
-            for entry in entries:
-                if entry.name[0] == ".":
-                    continue
-                if entry.is_dir():
-                    if deep and self._allowed(entry) and not _leads_back(entry):
-                        below.append(prefix + entry.name)
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and self._allowed(entry):
-                    found.append(prefix + entry.name)
+        found: list[str] = []
+        waiting = [inside]
+        while waiting:
+            folder = waiting.pop()
+            prefix = f"{folder}/" if folder else ""
+            self.watched.append(os.path.join(self.root, folder))
+            with os.scandir(self.watched[-1]) as entries:
+                for entry in entries:
+                    if entry.name[0] == ".":
+                        continue
+                    if entry.is_dir():
+                        if deep and self._allowed(entry) and not _leads_back(entry):
+                            waiting.append(prefix + entry.name)
+                    elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+                        self.left_out.append(prefix + entry.name)
+                    elif self._allowed(entry):
+                        found.append(prefix + entry.name)
         self.watched += [os.path.join(self.root, name) for name in found]
-        for folder in below:
-            found += self.pictures(folder)
         return sorted(found)
+
+    def notes(self) -> tuple[str, ...]:
+        """What was left out."""
+        known = {".txt", ".md", ".json", ".csv", ".html", ".ini", ".db", ".mat", ".xml"}
+        odd = sorted({name for name in self.left_out if os.path.splitext(name)[1].lower() not in known})
+        kinds = ", ".join(sorted(EXTENSIONS))
+        return (
+            (f"{len(odd):,} files in {self.root} are left out, e.g. {odd[0]}; pictures end in {kinds}",) if odd else ()
+        )
 
     def _allowed(self, entry: os.DirEntry) -> bool:
         """True, unless it is a link that leads out, which is an `InputError`."""
@@ -72,6 +84,7 @@ def open_folder(root: Path, *, follow_links: bool = False) -> Source:
             lie at any depth, or with pictures alone, which are unlabelled.
             `<class>/…`: at least two folders and no picture beside them; all are for training.
             Else pictures at any depth, unlabelled, all for training.
+            Files that are no pictures are left out, with a note.
         follow_links: whether links may lead out of the folder.
 
     Raises:
@@ -90,6 +103,12 @@ def open_folder(root: Path, *, follow_links: bool = False) -> Source:
             named[split] = folder
     walk.watched.append(str(root))
     if named:
+        others = [name for name in walk.folders() if name not in named.values() and Walk(str(root / name)).pictures()]
+        if others:
+            raise InputError(
+                f"{root} has pictures in {', '.join(others[:5])} beside the splits {', '.join(named.values())}; move "
+                "them out, or rename them to train, val or test"
+            )
         inner = {folder: walk.folders(folder) for folder in named.values()}
         classes = check_classes(sorted({name for names in inner.values() for name in names}), root)
         splits = {split: _list_split(walk, folder, inner[folder], classes) for split, folder in named.items()}
@@ -104,7 +123,10 @@ def _without_splits(root: Path, walk: Walk) -> Source:
     if not names:
         raise InputError(f"{root} has no picture; {_hint(root)}wanted <split>/<class>/*.jpg or a folder of pictures")
     if loose or len(inside) < 2:
-        return _source(root, walk, (), {"train": Split(sorted(names), np.full(len(names), UNLABELLED, np.int32))})
+        splits = {"train": Split(sorted(names), np.full(len(names), UNLABELLED, np.int32))}
+        why = f"pictures lie beside folders, e.g. {loose[0]}" if loose else "only one folder has pictures"
+        note = f"{root}: {why}, so folders are not taken for classes and nothing is labelled"
+        return _source(root, walk, (), splits, (note,) if inside else ())
     classes = check_classes(sorted(inside), root)
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(inside[name]) for name in classes])
     return _source(root, walk, classes, {"train": Split([name for c in classes for name in inside[c]], labels)})
@@ -124,11 +146,14 @@ def _hint(root: Path) -> str:
     return ""
 
 
-def _source(root: Path, walk: Walk, classes: tuple[str, ...], splits: dict[str, Split]) -> Source:
+def _source(
+    root: Path, walk: Walk, classes: tuple[str, ...], splits: dict[str, Split], notes: tuple[str, ...] = ()
+) -> Source:
     def read(split: str, index: int) -> bytes:
         return read_file(os.path.join(walk.root, splits[split].names[index]))
 
-    return Source(root.resolve().name, classes, splits, read, walk.watched)
+    notes += walk.notes()
+    return Source(root.resolve().name, classes, splits, read, walk.watched, notes=notes, place=str(root))
 
 
 def _list_split(walk: Walk, folder: str, inner: list[str], classes: tuple[str, ...]) -> Split:

@@ -20,6 +20,7 @@ from funmatch.data.sources import (
 from funmatch.errors import InputError, first_line
 
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
+WHOLE = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 LABELS = ("label", "labels", "class", "cls", "fine_label", "category")
 
 
@@ -37,7 +38,28 @@ def open_hub(spec: str, reading: Reading) -> Source:
         import datasets
     except ImportError:
         raise InputError("hf: needs the library datasets; pip install 'funmatch[hf]'") from None
-    loaded = _load(datasets, spec)
+    tables = _tables(_load(datasets, spec), spec)
+    first = next(iter(tables.values()))
+    image = _image_column(datasets, first, spec, reading)
+    label = _label_column(datasets, first, spec, reading)
+    classes, unnamed = _classes(datasets, tables, label, reading)
+    encoded = {name: _encoded(datasets, table, spec, image) for name, table in tables.items()}
+
+    def read(split: str, index: int) -> bytes:
+        picture = encoded[split][int(index)][image]
+        return picture["bytes"] or read_file(picture["path"])
+
+    splits = {name: _split(spec, name, table, label, classes) for name, table in tables.items()}
+    watched = sorted({file["filename"] for table in tables.values() for file in table.cache_files})
+    here = Path(spec).expanduser()
+    watched += [str(here), *sorted(str(path) for path in here.rglob("*"))] if here.exists() else []
+    watched += [str(reading.class_file)] if reading.class_file else []
+    name = Path(spec.partition(":")[0]).stem if watched else spec
+    return Source(name, classes, in_order(splits), read, watched, unnamed=unnamed, place=spec)
+
+
+def _tables(loaded: Any, spec: str) -> dict[str, Any]:
+    """The tables of a data set by the names of their splits here."""
     if not isinstance(loaded, dict):
         loaded = {str(getattr(loaded, "split", None) or "train"): loaded}
     tables: dict[str, Any] = {}
@@ -52,26 +74,7 @@ def open_hub(spec: str, reading: Reading) -> Source:
     for split, table in tables.items():
         if not len(table):
             raise InputError(f"hf:{spec}: the split {split} holds no picture")
-    first = next(iter(tables.values()))
-    image = _image_column(datasets, first, spec, reading)
-    label = _label_column(datasets, first, spec, reading)
-    classes, unnamed = _classes(datasets, tables, label, reading)
-    encoded = {
-        name: table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        for name, table in tables.items()
-    }
-
-    def read(split: str, index: int) -> bytes:
-        picture = encoded[split][int(index)][image]
-        return picture["bytes"] or read_file(picture["path"])
-
-    splits = {name: _split(spec, name, table, label, classes) for name, table in tables.items()}
-    watched = sorted({file["filename"] for table in tables.values() for file in table.cache_files})
-    here = Path(spec).expanduser()
-    watched += [str(here), *sorted(str(path) for path in here.rglob("*"))] if here.exists() else []
-    watched += [str(reading.class_file)] if reading.class_file else []
-    name = Path(spec.partition(":")[0]).stem if watched else spec
-    return Source(name, classes, in_order(splits), read, watched, unnamed=unnamed)
+    return tables
 
 
 def _load(datasets: Any, spec: str) -> Any:
@@ -96,6 +99,14 @@ def _load(datasets: Any, spec: str) -> Any:
         ) from None
 
 
+def _encoded(datasets: Any, table: Any, spec: str, image: str) -> Any:
+    """The column of pictures alone, as bytes."""
+    try:
+        return table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # arrow's own kinds
+        raise InputError(f"hf:{spec}: the column {image!r} holds no pictures ({first_line(error)})") from None
+
+
 def _image_column(datasets: Any, table: Any, spec: str, reading: Reading) -> str:
     columns = table.features
     if reading.image_feature:
@@ -111,7 +122,7 @@ def _image_column(datasets: Any, table: Any, spec: str, reading: Reading) -> str
 
 def _label_column(datasets: Any, table: Any, spec: str, reading: Reading) -> str | None:
     columns = table.features
-    if reading.unlabelled or reading.label_feature == "none":
+    if reading.label_feature == "none":
         return None
     if reading.label_feature:
         if reading.label_feature not in columns:
@@ -132,15 +143,17 @@ def _classes(
     if reading.class_file:
         return read_class_file(reading.class_file.expanduser()), False
     feature = next(iter(tables.values())).features[label]
+    if not isinstance(feature, datasets.ClassLabel) and getattr(feature, "dtype", "") not in WHOLE | {"string"}:
+        raise InputError(f"hf: the column {label!r} holds no labels but {feature}; choose another by --label-feature")
     if isinstance(feature, datasets.ClassLabel):
         return check_classes(feature.names, "hf"), False
-    values = {value for table in tables.values() if label in table.features for value in table.unique(label)}
+    values = {value for table in tables.values() if label in table.features for value in table.unique(label)} - {None}
     if all(isinstance(value, str) for value in values):
         return check_classes(sorted(values), "hf"), False
-    numbers = [value for value in values if isinstance(value, int)]
-    if len(numbers) < len(values) or max(numbers) > 1_000_000:
-        raise InputError(f"hf: the column {label!r} holds no labels; choose another by --label-feature")
-    return tuple(map(str, range(max(numbers) + 1))), True
+    highest = max(values, default=-1)
+    if highest > 1_000_000:
+        raise InputError(f"hf: the column {label!r} holds {highest:,}, which cannot be the number of a class")
+    return tuple(map(str, range(highest + 1))), True
 
 
 def _split(spec: str, name: str, table: Any, label: str | None, classes: tuple[str, ...]) -> Split:
@@ -149,7 +162,8 @@ def _split(spec: str, name: str, table: Any, label: str | None, classes: tuple[s
         return Split(names, np.full(len(table), UNLABELLED, np.int32))
     values = table[label][:]
     places = {called: i for i, called in enumerate(classes)}
-    labels = np.array([places.get(value, -2) if isinstance(value, str) else value for value in values], np.int64)
+    numbers = [value if isinstance(value, int) else places.get(value, -2) for value in values]  # None has no place
+    labels = np.array(numbers, np.int64)
     if not (labels == UNLABELLED).all() and (labels.min() < 0 or labels.max() >= len(classes)):
         wrong = int(np.flatnonzero((labels < 0) | (labels >= len(classes)))[0])
         raise InputError(f"{names[wrong]}: label {values[wrong]!r} is outside the {len(classes)} classes")

@@ -6,7 +6,7 @@ Both give the same pixels, and neither lets a process grow with the number of pi
 import mmap
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -118,11 +118,13 @@ class CachedSplit:
         name: train, val or test.
         index: a row of `INDEX` for each picture, mapped.
         store: where the pixels come from.
+        digests: of the encoded pictures, (n,) of 16 bytes, mapped.
     """
 
     name: str
     index: np.ndarray
     store: Store
+    digests: np.ndarray
 
     def __len__(self) -> int:
         return len(self.index)
@@ -165,4 +167,8 @@ class CachedSplit:
         """The same pictures with their labels forgotten."""
         index = np.array(self.index)
         index["label"] = -1
-        return CachedSplit(self.name, index, self.store)
+        return replace(self, index=index)
+
+    def picked(self, indices: np.ndarray) -> "CachedSplit":
+        """Some of the pictures."""
+        return replace(self, index=self.index[indices], digests=self.digests[indices])

@@ -4,12 +4,14 @@ import glob
 import gzip
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryFile
+from threading import Lock
 
 import numpy as np
 
@@ -67,11 +69,30 @@ def shard_paths(pattern: str, endings: str) -> list[Path]:
     elif os.path.isfile(expanded):
         found = [expanded]
     else:
-        found = [path for each in _braces(expanded) for path in glob.glob(each, recursive=True)]
+        spelt = list(_braces(expanded))
+        missing = [each for each in spelt if not glob.has_magic(each) and not os.path.isfile(each)]
+        if missing:
+            raise InputError(f"{pattern}: {len(missing)} of {len(spelt)} shards are not there, e.g. {missing[0]}")
+        found = [path for each in spelt for path in glob.glob(each, recursive=True)]
     paths = sorted({Path(path) for path in found if os.path.isfile(path)})
     if not paths:
         raise InputError(f"no shard matches {pattern}; wanted a file, a folder, or a pattern like 'data/*/*.tfrec'")
+    if os.path.isdir(expanded):
+        _check_complete(paths)
     return paths
+
+
+def _check_complete(paths: Sequence[Path]) -> None:
+    """Raises `InputError` unless names like `x-00002-of-00004` are all there."""
+    sets: dict[tuple[Path, str, int], set[int]] = {}
+    for path in paths:
+        if found := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(.*)", path.name):
+            sets.setdefault((path.parent, found[1], int(found[3])), set()).add(int(found[2]))
+    for (folder, stem, count), numbers in sets.items():
+        if missing := sorted(set(range(count)) - numbers):
+            raise InputError(
+                f"{folder}: of {count} shards {stem}-…, {len(missing)} are not there, e.g. {missing[0]:05}"
+            )
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -117,11 +138,11 @@ def open_tfrecords(pattern: str, reading: Reading, track: Track = untracked) -> 
 
 def _picture_and_label(features: Features, payload: bytes, reading: Reading) -> tuple[tuple[int, int], int]:
     pairs = [(reading.image_feature or image, reading.label_feature or label) for image, label in FEATURES]
-    if reading.unlabelled:
-        pairs = [(image, "none") for image, _ in pairs]
     image, label = next(
         (pair for pair in pairs if pair[0] in features and (pair[1] in features or pair[1] == "none")), pairs[0]
     )
+    if label not in features and reading.unlabelled:
+        label = "none"
     for wanted, option in ((image, "--image-feature"), (label, "--label-feature")):
         if wanted not in features and wanted != "none":
             here = ", ".join(sorted(features))
@@ -164,7 +185,7 @@ def open_shards(
         raise InputError(f"{len(problems)} of {len(paths)} shards cannot be used:\n  {lines}")
     shards: dict[str, list[tuple[Path, Record]]] = {}
     for path, found in zip(paths, listed, strict=True):
-        split = split_of([path.parent.name]) or split_of(re.split(r"[-_.]", path.name)) or "train"
+        split = split_of(re.split(r"[-_.]", path.name)) or split_of([path.parent.name]) or "train"
         shards.setdefault(split, []).extend((path, record) for record in found if not isinstance(record, str))
     for split, pictures in shards.items():
         if not pictures:
@@ -177,33 +198,48 @@ def open_shards(
         path, record = shards[split][index]
         return shard_of(path)(record.start, record.length)
 
-    watched = sorted({str(path) for path in paths} | {str(path.parent) for path in paths} | named)
-    return Source(_name(paths, pattern), classes, in_order(splits), read, watched, unnamed=bool(classes) and not named)
+    folders = {folder for path in paths for folder in (path.parent, path.parent.parent)}
+    root = Path(pattern).expanduser()
+    folders |= {root, *(path for path in root.rglob("*") if path.is_dir())} if root.is_dir() else set()
+    watched = sorted({*map(str, paths), *map(str, folders)} | named)
+    unnamed = bool(classes) and not named
+    return Source(_name(paths, pattern), classes, in_order(splits), read, watched, unnamed=unnamed, place=pattern)
 
 
 def _opener() -> Callable[[Path], Callable[[int, int], bytes]]:
-    """A function from a shard's path to its reader. The last few GZIP shards are kept unpacked."""
-
-    @lru_cache(maxsize=4)
-    def unpacked(path: Path) -> bytes:
-        with gzip.open(path) as file:
-            return file.read()
-
-    @cache
-    def packed(path: Path) -> bool:
-        return is_gzip(path)
+    """A function from a shard's path to its reader. GZIP shards are unpacked once, into files without a name."""
+    unpacked: dict[Path, Unpacked | None] = {}
+    one_at_a_time = Lock()
 
     def reader(path: Path) -> Callable[[int, int], bytes]:
+        with one_at_a_time:
+            if path not in unpacked:
+                unpacked[path] = Unpacked(path) if is_gzip(path) else None
+        plain = unpacked[path]
+
         def read(start: int, length: int) -> bytes:
-            if packed(path):
-                return unpacked(path)[start : start + length]
+            if plain:
+                return os.pread(plain.file, length, start)
             with open(path, "rb") as file:
-                file.seek(start)
-                return file.read(length)
+                return os.pread(file.fileno(), length, start)
 
         return read
 
     return reader
+
+
+class Unpacked:
+    """The content of a GZIP file in a file without a name, as long as it is needed."""
+
+    def __init__(self, path: Path) -> None:
+        with TemporaryFile() as plain, gzip.open(path) as packed:
+            shutil.copyfileobj(packed, plain)
+            plain.flush()
+            self.file = os.dup(plain.fileno())
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            os.close(self.file)
 
 
 def _classes(

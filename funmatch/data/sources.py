@@ -5,9 +5,10 @@ that reads one encoded picture.
 """
 
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -80,6 +81,8 @@ class Source:
         cut: what is still to be cut from the training pictures, by content.
         unnamed: whether the classes are only numbers, because nothing says their names.
         counts: pictures a split as published, where the data set is.
+        notes: what a person may not expect of how this was read, a sentence each.
+        place: where it lies, for messages.
     """
 
     name: str
@@ -90,6 +93,8 @@ class Source:
     cut: Cut | None = None
     unnamed: bool = False
     counts: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    place: str = ""
 
     def jobs(self) -> list[tuple[str, int]]:
         """Every picture as (split, index), in order."""
@@ -103,7 +108,7 @@ class Reading:
     Attributes:
         data_dir: where the data sets of the catalog lie, or are put.
         cut: what to cut from the training pictures.
-        unlabelled: whether labels are to be forgotten.
+        unlabelled: whether labels may be missing.
         follow_links: whether links may lead out of a folder.
         image_feature, label_feature: in shards and tables; None tries the usual names, "none" is no label.
         first_label: the number that shards give the first class.
@@ -126,14 +131,12 @@ def parse_share(text: str) -> Fraction | int:
     Raises:
         InputError: it is neither.
     """
-    try:
-        share = Fraction(text.rstrip("%")) / 100 if text.endswith("%") else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        share = Fraction(-1)
-    if 0 < share < 1:
-        return share
-    if share >= 1 and share.denominator == 1 and not text.endswith("%"):
-        return int(share)
+    if re.fullmatch(r"[1-9]\d{0,11}", text):
+        return int(text)
+    if re.fullmatch(r"\d{1,3}(\.\d{1,9})?%?", text):
+        share = Fraction(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+        if 0 < share < 1:
+            return share
     raise InputError(f"{text!r} is no share of the training pictures; wanted 10%, 0.1, or a number of pictures")
 
 
@@ -170,21 +173,13 @@ def check_classes(names: Sequence[str], where: object) -> tuple[str, ...]:
 def read_class_file(path: Path) -> tuple[str, ...]:
     """The class names in a file, a line each, as TensorFlow Datasets writes them (`label.labels.txt`)."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().decode(errors="surrogateescape").split("\n")
+    except OSError as error:
         raise InputError(f"class names cannot be read from {path}: {error}") from None
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.rstrip("\r") for line in lines if line.strip()]
     if not names:
         raise InputError(f"{path} names no class; wanted a class a line")
     return check_classes(names, path)
-
-
-def without_labels(source: Source) -> Source:
-    """The same pictures with their labels forgotten."""
-    splits = {
-        name: Split(split.names, np.full(len(split), UNLABELLED, np.int32)) for name, split in source.splits.items()
-    }
-    return replace(source, classes=(), splits=splits, unnamed=False)
 
 
 def joined(sources: Sequence[Source]) -> Source:
@@ -200,7 +195,10 @@ def joined(sources: Sequence[Source]) -> Source:
         raise InputError("some of these data sets name their classes, some only number them; give --class-file")
     names = {name for source in labelled for name in source.classes}
     classes = tuple(sorted(names, key=int if labelled and labelled[0].unnamed else None))
+    if len({source.classes for source in labelled}) == 1:
+        classes = labelled[0].classes  # in their own order
     check_classes(classes, " + ".join(source.name for source in sources))
+    alike = len({source.name for source in sources}) < len(sources)
     places = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[tuple[Source, int]]] = {}
     splits: dict[str, Split] = {}
@@ -208,7 +206,11 @@ def joined(sources: Sequence[Source]) -> Source:
         having = [source for source in sources if name in source.splits]
         if having:
             parts[name] = [(source, i) for source in having for i in range(len(source.splits[name]))]
-            called = [f"{source.name}/{each}" for source in having for each in source.splits[name].names]
+            called = [
+                f"{source.place if alike else source.name}/{each}"
+                for source in having
+                for each in source.splits[name].names
+            ]
             splits[name] = Split(called, np.concatenate([_renumbered(source, name, places) for source in having]))
 
     def read(split: str, index: int) -> bytes:
@@ -221,7 +223,8 @@ def joined(sources: Sequence[Source]) -> Source:
     watched = [path for source in sources for path in source.watched]
     unnamed = bool(labelled) and labelled[0].unnamed
     name = " + ".join(source.name for source in sources)
-    return Source(name, classes, splits, read, watched, cuts[0] if cuts else None, unnamed)
+    notes = tuple(note for source in sources for note in source.notes)
+    return Source(name, classes, splits, read, watched, cuts[0] if cuts else None, unnamed, notes=notes)
 
 
 def _renumbered(source: Source, split: str, places: dict[str, int]) -> np.ndarray:

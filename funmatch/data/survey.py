@@ -1,4 +1,4 @@
-"""Every picture of a source read once: its digest, size and kind; then the cut into splits, which depends on these.
+"""Every picture of a source read once: its digest, size and kind; and what these tell about the data set.
 
 What is found is written down as it is found, so that an interrupted survey goes on where it was.
 """
@@ -6,21 +6,20 @@ What is found is written down as it is found, so that an interrupted survey goes
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from funmatch.data.decode import KINDS, MAX_PIXELS, header
-from funmatch.data.sources import ORDER, Source, Split, Track, untracked
-from funmatch.errors import InputError
-from funmatch.files import disk_errors, exclusively
+from funmatch.data.sources import UNLABELLED, Source, Track, untracked
+from funmatch.files import disk_errors, exclusively, write_atomically
 
-FORMAT = 2
+FORMAT = 3
 ROW = np.dtype(
     [("digest", "V16"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4"), ("kinds", "<u2"), ("bad", "?")]
 )
@@ -67,7 +66,8 @@ def survey(
         if not whole.exists():
             jobs = source.jobs()
             done = len(recovered(partial, ROW))
-            with open(partial, "ab") as rows, open(reasons, "a" if done else "w") as told:
+            keep_reasons(reasons, done)
+            with open(partial, "ab") as rows, open(reasons, "a") as told:
                 for chunk in chunks(jobs[done:], look, track, done, "reading"):
                     rows_of_chunk = np.array([row for row, _ in chunk], ROW)
                     for i, (_, reason) in enumerate(chunk, done):
@@ -79,16 +79,20 @@ def survey(
                     done += len(chunk)
             partial.replace(whole)
         found = np.fromfile(whole, ROW)
-        lines = [json.loads(line) for line in reasons.read_text().splitlines() if line.endswith("]")]
-        return Survey(found, {i: reason for i, reason in lines if i < len(found)})
+        return Survey(found, keep_reasons(reasons, len(found)))
+
+
+def content_digest(encoded: bytes) -> bytes:
+    """Digest of an encoded picture."""
+    return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
 def _look(source: Source, split: str, i: int, max_pixels: int) -> tuple[tuple, str | None]:
     try:
         encoded = source.read(split, i)
-        digest = hashlib.blake2b(encoded, digest_size=16).digest()
+        digest = content_digest(encoded)
     except Exception as error:  # a row of its own, so that a picture that comes back is noticed
-        return (hashlib.blake2b(repr(error).encode(), digest_size=16).digest(), 0, 0, 0, 0, True), reason_of(error)
+        return (content_digest(repr(error).encode()), 0, 0, 0, 0, True), reason_of(error)
     try:
         head = header(encoded, max_pixels)
     except Exception as error:  # decoders raise many kinds
@@ -110,6 +114,21 @@ def recovered(path: Path, dtype: np.dtype) -> np.ndarray:
     whole = path.stat().st_size // dtype.itemsize
     os.truncate(path, whole * dtype.itemsize)
     return np.fromfile(path, dtype)
+
+
+def keep_reasons(path: Path, done: int) -> dict[int, str]:
+    """The reasons in a file for the first `done` pictures; what a kill or a full disk left of others is cut off."""
+    kept: dict[int, str] = {}
+    if path.exists():
+        for line in path.read_text(errors="replace").split("\n"):
+            try:
+                i, reason = json.loads(line)
+            except (ValueError, TypeError):
+                continue
+            if isinstance(i, int) and i < done:
+                kept[i] = str(reason)
+    write_atomically(path, "".join(json.dumps(each) + "\n" for each in kept.items()))
+    return kept
 
 
 def chunks(jobs: list, function: Callable, track: Track, done: int, what: str) -> Iterator[list]:
@@ -147,95 +166,40 @@ def stamp_of_files(paths) -> str:
     for path in paths:
         try:
             status = os.stat(path)
-            known: tuple[Any, ...] = (status.st_size, status.st_mtime_ns, status.st_ino)
+            known: tuple[Any, ...] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         except OSError as error:
             known = (error.errno,)  # it will be named when it is read
         digest.update(repr((path, *known)).encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def apply_cut(source: Source, found: Survey) -> tuple[Source, Survey]:
-    """Cuts the training pictures as the source asks, by content and seed alone.
-
-    The pictures are ranked by a keyed digest of their content; the first share is test, if one is cut, the next
-    validation. Neither names nor places count, and pictures of the same content stay on one side.
-
-    Raises:
-        InputError: a split would be empty.
-    """
-    if source.cut is None:
-        return source, found
-    count = len(source.splits["train"])
-    start = sum(len(split) for name, split in list(source.splits.items())[: list(source.splits).index("train")])
-    content = found.rows["digest"][start : start + count]
-    ranks = _ranks(content.tolist(), source.cut.seed)
-    order = np.argsort(ranks, kind="stable")
-    chosen: dict[str, np.ndarray] = {}
-    begin = 0
-    for name in ("test", "val"):
-        if share := source.cut.shares.get(name):
-            end = begin + (int(share * count) if isinstance(share, Fraction) else share)
-            while begin < end < count and ranks[order[end]] == ranks[order[end - 1]]:
-                end += 1
-            chosen[name] = np.sort(order[begin:end]) + start
-            begin = end
-    chosen["train"] = np.sort(order[begin:]) + start
-    for name, places in chosen.items():
-        if not len(places):
-            raise InputError(f"of {count} training pictures of {source.name}, the cut leaves none for {name}")
-    return _rearranged(source, found, chosen)
-
-
-def _ranks(digests: list[bytes], seed: int) -> np.ndarray:
-    key = seed.to_bytes(8, "little")
-    keyed = (hashlib.blake2b(digest, digest_size=8, key=key).digest() for digest in digests)
-    return np.frombuffer(b"".join(keyed), "<u8")
-
-
-def _rearranged(source: Source, found: Survey, chosen: dict[str, np.ndarray]) -> tuple[Source, Survey]:
-    """Source and survey with splits made of the pictures at these places of the old order."""
-    jobs = source.jobs()
-    begin = 0
-    for name, split in source.splits.items():
-        if name != "train":
-            chosen[name] = np.arange(begin, begin + len(split))
-        begin += len(split)
-    chosen = {name: chosen[name] for name in ORDER if name in chosen}
-    splits = {name: _picked(source, [jobs[i] for i in places]) for name, places in chosen.items()}
-
-    def read(split: str, index: int) -> bytes:
-        return source.read(*jobs[chosen[split][index]])
-
-    order = np.concatenate(list(chosen.values()))
-    where = {int(old): new for new, old in enumerate(order)} if found.reasons else {}
-    reasons = {where[i]: reason for i, reason in found.reasons.items()}
-    return replace(source, splits=splits, read=read, cut=None), Survey(found.rows[order], reasons)
-
-
-def _picked(source: Source, jobs: list[tuple[str, int]]) -> Split:
-    names = [source.splits[split].names[i] for split, i in jobs]
-    return Split(names, np.array([source.splits[split].labels[i] for split, i in jobs], np.int32))
-
-
-def summary(source: Source, found: Survey) -> dict[str, Any]:
+def summary(source: Source, found: Survey, bad: Collection[tuple[str, int]] = ()) -> dict[str, Any]:
     """What was found, for people: counts a split, classes, sizes, kinds, pictures that are there twice.
+
+    Args:
+        bad: pictures that cannot be decoded, as (split, index): they do not count.
 
     Returns:
         `splits` (pictures, labelled, classes present), `classes`, `published` counts, `kinds`, `short_side` and
         `long_side` (min, median, max), `bytes`, `leaks` (pictures of one split that are also in another: count and
-        examples), `repeated` (pictures that are in a split more than once).
+        examples), `repeated` (pictures that are in a split more than once), `contradictory` (pictures of one content
+        under several labels: count and examples).
     """
-    good = found.rows[~found.rows["bad"]]
+    bad = set(bad)
+    usable = np.array([job not in bad for job in source.jobs()]) if bad else np.ones(len(found.rows), bool)
+    good = found.rows[usable]
     sides = np.sort(np.stack([good["height"], good["width"]]), axis=0) if len(good) else np.zeros((2, 1), int)
     spread = [[int(side.min()), int(np.median(side)), int(side.max())] for side in sides]
     kinds = {name: int((good["kinds"] >> bit & 1).sum()) for bit, name in enumerate(KINDS)}
-    leaks, repeated = _twice(source, found)
+    leaks, repeated, contradictory = _twice(source, found, usable)
+    begins = dict(zip(source.splits, np.cumsum([0, *map(len, source.splits.values())]).tolist(), strict=False))
+    present = {name: usable[begins[name] : begins[name] + len(split)] for name, split in source.splits.items()}
     return {
         "splits": {
             name: {
-                "pictures": len(split),
+                "pictures": int(present[name].sum()),
                 "labelled": split.labelled,
-                "classes": len(set(split.labels.tolist()) - {-1}),
+                "classes": len(set(split.labels[present[name]].tolist()) - {-1}),
             }
             for name, split in source.splits.items()
         },
@@ -247,30 +211,38 @@ def summary(source: Source, found: Survey) -> dict[str, Any]:
         "bytes": int(good["length"].sum()),
         "leaks": leaks,
         "repeated": repeated,
+        "contradictory": contradictory,
     }
 
 
-def _twice(source: Source, found: Survey) -> tuple[dict[str, Any], int]:
-    """Pictures of the same content in two splits, and how many are in one split more than once."""
+def _twice(source: Source, found: Survey, usable: np.ndarray) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """Pictures of the same content: in two splits, more than once in one, and under different labels."""
     split_of = np.repeat(np.arange(len(source.splits)), [len(split) for split in source.splits.values()])
+    labels = np.concatenate([split.labels for split in source.splits.values()])
     content = found.rows["digest"].copy().view("S16")
     order = np.argsort(content, kind="stable")
-    _, counts = np.unique(content, return_counts=True)
-    jobs, names = source.jobs(), list(source.splits)
+    order = order[usable[order]]
+    _, counts = np.unique(content[order], return_counts=True)
+    jobs, splits = source.jobs(), list(source.splits)
     leaks: dict[str, Any] = {}
+    contradictory: dict[str, Any] = {"pictures": 0, "examples": []}
     repeated = 0
-    begins = np.concatenate([[0], np.cumsum(counts)])
-    for begin, end in zip(begins[:-1][counts > 1], begins[1:][counts > 1], strict=True):
-        places = order[begin:end]
-        places = places[~found.rows["bad"][places]]
-        inside = np.bincount(split_of[places], minlength=len(names))
+
+    def named(*places: int) -> list[str]:
+        return [source.splits[split].names[i] for split, i in (jobs[place] for place in places)]
+
+    ends = np.cumsum(counts)
+    for end, count in zip(ends[counts > 1], counts[counts > 1], strict=True):
+        places = order[end - count : end]
+        inside = np.bincount(split_of[places], minlength=len(splits))
         repeated += int(np.maximum(inside - 1, 0).sum())
-        present = np.flatnonzero(inside)
-        for a in range(len(present)):
-            for b in range(a + 1, len(present)):
-                pair = leaks.setdefault(f"{names[present[a]]} and {names[present[b]]}", {"pictures": 0, "examples": []})
-                pair["pictures"] += int(inside[present[b]])
-                if len(pair["examples"]) < EXAMPLES:
-                    one, two = (places[split_of[places] == k][0] for k in (present[a], present[b]))
-                    pair["examples"].append([source.splits[s].names[i] for s, i in (jobs[one], jobs[two])])
-    return leaks, repeated
+        for a, b in combinations(np.flatnonzero(inside), 2):
+            leak = leaks.setdefault(f"{splits[a]} and {splits[b]}", {"pictures": 0, "examples": []})
+            leak["pictures"] += int(inside[b])
+            if len(leak["examples"]) < EXAMPLES:
+                leak["examples"].append(named(*(places[split_of[places] == k][0] for k in (a, b))))
+        if len({int(labels[place]) for place in places} - {UNLABELLED}) > 1:
+            contradictory["pictures"] += len(places)
+            if len(contradictory["examples"]) < EXAMPLES:
+                contradictory["examples"].append(named(*places[:2]))
+    return leaks, repeated, contradictory

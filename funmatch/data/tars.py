@@ -32,16 +32,24 @@ def _list_tar(path: Path, reading: Reading) -> list[Record]:
                     raise DamagedRecord(f"member {member.name!r} is a link or leads outside; pack the files themselves")
                 if member.isfile() and "." in parts[-1] and not parts[-1].startswith("."):
                     key, _, ending = parts[-1].partition(".")
-                    samples.setdefault("/".join([*parts[:-1], key]), {})[ending.lower()] = member
+                    files = samples.setdefault("/".join([*parts[:-1], key]), {})
+                    if ending.lower() in files:
+                        raise DamagedRecord(f"member {member.name!r} is there twice")
+                    files[ending.lower()] = member
             tar.fileobj.seek(tar.offset)  # pyrefly: ignore[missing-attribute]
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # pyrefly: ignore[missing-attribute]
                 raise DamagedRecord("ends without the mark that closes a tar; it is cut off")
             wanted = (reading.image_feature or ";".join(ending[1:] for ending in EXTENSIONS)).split(";")
             found = []
             for key, files in samples.items():
-                if image := next((files[ending] for ending in files if ending in wanted), None):
-                    label = UNLABELLED if reading.unlabelled else _tar_label(tar, key, files, reading)
-                    found.append(Record(image.offset_data, image.size, label, image.name))
+                image = next((files[ending] for ending in files if ending in wanted), None)
+                if image is None:
+                    raise DamagedRecord(
+                        f"sample {key!r} has no picture, but: {', '.join(sorted(files))} (endings begin at the first "
+                        "dot); choose by --image-feature"
+                    )
+                label = _tar_label(tar, key, files, reading)
+                found.append(Record(image.offset_data, image.size, label, image.name))
             return found
     except tarfile.TarError as error:
         raise DamagedRecord(f"is no whole tar ({error}); a compressed one must be unpacked first") from None
@@ -51,13 +59,15 @@ def _tar_label(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo]
     ending = reading.label_feature or next((name for name in ("cls", "json") if name in files), None)
     if ending is None or ending == "none":
         return UNLABELLED
+    if ending not in files and reading.unlabelled:
+        return UNLABELLED
     if ending not in files:
         raise DamagedRecord(f"sample {key!r} has no .{ending}, but: {', '.join(sorted(files))}")
     content = tar.extractfile(files[ending]).read()  # pyrefly: ignore[missing-attribute]
     if ending.endswith("json"):
         try:
             about = json.loads(content)
-            content = str(about.get("label", about.get("cls"))).encode()
-        except (ValueError, AttributeError):
-            raise DamagedRecord(f"{files[ending].name} holds no JSON object") from None
+            content = str(about["label"] if "label" in about else about["cls"]).encode()
+        except (ValueError, KeyError, TypeError):
+            raise DamagedRecord(f'{files[ending].name} is no JSON object with a "label" or "cls"') from None
     return number(content, files[ending].name)

@@ -35,7 +35,7 @@ def run(config: Distill) -> dict[str, Any]:
             pretrained=True,
         )
     )
-    cache = fitting(cache, teacher, config)
+    cache, config = fitting(cache, teacher, config)
     lesson = prepare("distill", config, cache, classes=teacher.classifier.num_classes, teacher=teacher)
     watched = evaluate.watched(cache)
     teacher_logits = evaluate.answers(teacher, watched, lesson.view)
@@ -55,8 +55,8 @@ def run(config: Distill) -> dict[str, Any]:
     return carry_out(lesson, loss_of, teacher_logits, ahead if config.teacher_ahead else None)
 
 
-def fitting(cache: Cache, teacher: Frozen, config: Distill) -> Cache:
-    """The pictures, without their labels if these are all for learning and of other classes than the teacher's.
+def fitting(cache: Cache, teacher: Frozen, config: Distill) -> tuple[Cache, Distill]:
+    """The pictures, and the configuration that is recorded: unlabelled, if all are to learn from and of other classes.
 
     Distillation needs no label, and pictures of other things teach too (section 5 of the paper); but what is judged
     on must be of the teacher's classes.
@@ -64,12 +64,11 @@ def fitting(cache: Cache, teacher: Frozen, config: Distill) -> Cache:
     try:
         evaluate.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
     except InputError:
-        if set(cache.splits) != {"train"}:
+        if config.eval_data or (set(cache.splits) != {"train"} and not config.val):
             raise
         say(f"{cache.name}: its folders are not the teacher's classes, so it is taken as unlabelled")
-        unlabelled = {name: split.without_labels() for name, split in cache.splits.items()}
-        return replace(cache, classes=(), unnamed=False, splits=unlabelled)
-    return cache
+        return cache.without_labels(), config.model_copy(update={"unlabelled": True})
+    return cache, config
 
 
 def check_teacher(logits: Tensor, split: CachedSplit, config: Distill) -> None:

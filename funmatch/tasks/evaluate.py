@@ -66,7 +66,7 @@ def watched(cache: Cache) -> CachedSplit:
             return cache.splits[name]
     train = cache.splits["train"]
     some = np.linspace(0, len(train) - 1, min(len(train), WATCHED_WITHOUT_VALIDATION)).astype(int)
-    return CachedSplit("train", train.index[some], train.store)
+    return train.picked(some)
 
 
 def final(cache: Cache) -> CachedSplit:
@@ -95,8 +95,9 @@ def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None
             "wanted a model with these classes. To learn from pictures of other things, say --unlabelled, or give "
             "pictures of the teacher's classes by --eval-data"
         )
-    if model.card.classes and model.card.classes != classes and not trust_order:
-        pairs = [f"{a} ≠ {b}" for a, b in zip(model.card.classes, classes, strict=True) if a != b]
+    named = model.card.classes or ()
+    if len(named) == len(classes) and named != classes and not trust_order:
+        pairs = [f"{a} ≠ {b}" for a, b in zip(named, classes, strict=True) if a != b]
         raise InputError(
             f"the classes of {name} are not those of {cache.name}, in order: {_few(pairs)}; rename the folders, or "
             "say --trust-class-order if only the names differ"
@@ -121,7 +122,7 @@ def run(config: Evaluate) -> dict[str, Any]:
     model = load(
         config.model, weights=config.weights, options=config.model_kwargs, pretrained=True, side=config.side
     ).to(device)
-    cache, data = pictures.of_evaluation(config, knobs)
+    cache, data = pictures.of_evaluation(config, taught.config["verb"] if taught else "", knobs)
     check_classes(model, cache, trust_order=config.trust_class_order)
     split = _split(cache, config.split)
     side = config.side or knobs.get("side") or model.card.side

@@ -3,25 +3,25 @@
 from dataclasses import replace
 from typing import Any
 
-from funmatch.config import Evaluate, Pictures, Train
+import numpy as np
+
+from funmatch.config import TAUGHT, Evaluate, Pictures, Train
 from funmatch.data.build import Keeping
 from funmatch.data.cache import Cache, open_cache
 from funmatch.data.doors import resolved
-from funmatch.data.pixels import CachedSplit
 from funmatch.data.sources import Cut, Reading, parse_share
 from funmatch.errors import InputError
 from funmatch.logs import say, track
 
 JUDGED = ("val", "test")
-OWN = ("as_json", "pixels", "resident_gb", "on_bad")  # knobs for which an evaluation does not follow its run
 
 
 def reading(config: Pictures) -> Reading:
     """How a configuration wants pictures read."""
-    cut = Cut({"val": parse_share(config.val)} if config.val else {}, config.val_seed)
+    cut = Cut({} if config.val is None else {"val": parse_share(config.val)}, config.val_seed)
     return Reading(
         data_dir=config.data_dir,
-        cut=cut if config.val or config.val_seed else None,
+        cut=cut if config.val is not None or config.val_seed else None,
         unlabelled=config.unlabelled,
         follow_links=config.follow_links,
         image_feature=config.image_feature,
@@ -38,7 +38,8 @@ def keeping(config: Pictures) -> Keeping:
 
 def opened(config: Pictures, data: tuple[str, ...], *, afresh: bool = False) -> Cache:
     """A data set, read and kept as the configuration says."""
-    return open_cache(data, reading(config), keeping(config), track=track, tell=say, afresh=afresh)
+    cache = open_cache(data, reading(config), keeping(config), track=track, tell=say, afresh=afresh)
+    return cache.without_labels() if config.unlabelled else cache
 
 
 def of_run(config: Train) -> Cache:
@@ -50,16 +51,19 @@ def of_run(config: Train) -> Cache:
     learnt = opened(config, config.data)
     if not config.eval_data:
         return learnt
-    plain = config.model_copy(update={"val": None, "val_seed": 0})
+    plain = config.model_copy(update={"unlabelled": False})
     judged = opened(plain, config.eval_data)
     splits = {name: judged.splits[name] for name in JUDGED if name in judged.splits}
     if not splits:
-        splits = {"test": CachedSplit("test", judged.splits["train"].index, judged.splits["train"].store)}
+        splits = {"test": replace(judged.splits["train"], name="test")}
     if "train" not in learnt.splits:
         raise InputError(f"{learnt.name} has no split train to learn from; it has: {', '.join(learnt.splits)}")
     train = learnt.splits["train"]
     if learnt.classes != judged.classes:
         train = train.without_labels()
+    for name, split in splits.items():
+        if leaked := len(np.intersect1d(train.digests, split.digests)):
+            say(f"WARNING: {leaked:,} pictures of {judged.name}'s {name} are also in {learnt.name}'s train")
     return replace(
         learnt,
         key=f"{learnt.key}+{judged.key}",
@@ -69,24 +73,23 @@ def of_run(config: Train) -> Cache:
     )
 
 
-def of_evaluation(config: Evaluate, knobs: dict[str, Any]) -> tuple[Cache, tuple[str, ...]]:
-    """The pictures to judge on, and their names: as said, or those of the run with these knobs.
+def of_evaluation(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, tuple[str, ...]]:
+    """The pictures to judge on, and their names: as said, or those of the run with this verb and these knobs.
 
     Raises:
         InputError: neither says which.
     """
-    if not config.data and not knobs:
+    if config.data:
+        return opened(config, config.data), config.data
+    if not knobs:
         raise InputError(f"which pictures? {config.model} is no run, so give --data")
-    if not config.data:
-        other = knobs.get("eval_data")
-        as_in_run = {
-            name: knobs[name]
-            for name, field in Pictures.model_fields.items()
-            if name in knobs and name not in OWN and getattr(config, name) == field.default
-        }
-        cut = {"val": None, "val_seed": 0} if other else {}
-        config = Evaluate.model_validate({**config.model_dump(), **as_in_run, **cut, "data": other or knobs["data"]})
-    return opened(config, config.data), config.data
+    said = {
+        name: getattr(config, name)
+        for name, field in Pictures.model_fields.items()
+        if name != "as_json" and getattr(config, name) != field.default
+    }
+    run = TAUGHT[verb].model_validate(knobs | said)
+    return of_run(run), run.eval_data or run.data
 
 
 def in_full(config: Train) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from funmatch.config import Prepare
 from funmatch.data.cache import Cache
 from funmatch.data.catalog import CATALOG
 from funmatch.data.export import write_shards
+from funmatch.data.sources import NAMED_AT_MOST
 from funmatch.logs import out, table, track
 from funmatch.tasks import pictures
 
@@ -67,6 +68,9 @@ def show(figures: dict[str, Any]) -> None:
         lines.append("kinds: " + ", ".join(f"{count:,} {kind}" for kind, count in figures["kinds"].items()))
     if figures["repeated"]:
         lines.append(f"repeated inside a split: {figures['repeated']:,} pictures")
+    if twice := figures["contradictory"]["pictures"]:
+        lines.append(f"CONTRADICTION: {twice:,} pictures are the same with different labels:")
+        lines += [f"  {one} = {other}" for one, other in figures["contradictory"]["examples"]]
     if not figures["leaks"] and len(figures["splits"]) > 1:
         lines.append("no picture is in two splits")
     lines += _leaks(figures) + _unreadable(figures)
@@ -96,4 +100,5 @@ def _leaks(figures: dict[str, Any]) -> list[str]:
 def _unreadable(figures: dict[str, Any]) -> list[str]:
     bad = figures["unreadable"]
     lines = [f"unreadable and skipped: {len(bad):,}"] if bad else []
-    return lines + [f"  {name}: {reason}" for name, reason in bad]
+    lines += [f"  {name}: {reason}" for name, reason in bad[:NAMED_AT_MOST]]
+    return lines + ([f"  … and {len(bad) - NAMED_AT_MOST:,} more; --json has all"] if len(bad) > NAMED_AT_MOST else [])

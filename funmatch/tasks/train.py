@@ -18,7 +18,10 @@ def run(config: Train) -> dict[str, Any]:
     config.check()
     cache = open_data(config)
     if not cache.splits["train"].labelled:
-        raise InputError(f"the training pictures of {cache.name} have no labels; wanted train/<class>/*.jpg")
+        labels = cache.splits["train"].labels(slice(None))
+        missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training pictures of {cache.name} have no labels"
+        other = " (they are of other classes than --eval-data)" if config.eval_data else ""
+        raise InputError(f"{missing}{other}; training on labels needs train/<class>/*.jpg, distilling needs none")
     lesson = prepare("train", config, cache, classes=len(cache.classes))
     strategy = STRATEGIES[config.strategy]
 

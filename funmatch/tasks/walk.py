@@ -188,6 +188,13 @@ class Walk:
         checkpoint.save(self.run.checkpoints, self.standing.step, self.lesson.student.net, self.optimizer, state)
         self.away += time.monotonic() - began
 
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of what the student answers: the data's, or the teacher's where the data has numbers or none."""
+        cache, teacher = self.lesson.cache, self.lesson.teacher
+        if teacher and (cache.unnamed or not cache.classes):
+            return teacher.classifier.card.classes
+        return cache.classes or None
+
     def finish(self) -> dict[str, Any]:
         """Judges the finished student, writes it for use elsewhere, and records that the run is over."""
         lesson, view = self.lesson, self.lesson.view
@@ -217,7 +224,7 @@ class Walk:
             lesson.student.card,
             side=view.side,
             crop_fraction=view.side / view.short_side,
-            classes=lesson.cache.classes or (teacher.classifier.card.classes if teacher else None),
+            classes=self.class_names(),
         )
         with folder_atomically(self.run.student) as folder:
             portable = copy.deepcopy(lesson.student).cpu().to(memory_format=torch.contiguous_format)
