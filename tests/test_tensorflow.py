@@ -86,7 +86,7 @@ def test_other_names_and_unusual_values(tf, tmp_path):
         {"image/encoded": picture(tf, 2), "image/class/label": 0, "image/text": b""},
     ]
     write(tf, tmp_path / "validation-00000-of-00001", [example(tf, **row) for row in rows])
-    source = open_source(f"tfrecord:{tmp_path}", Reading(unlabelled=True))
+    source = open_source(f"tfrecord:{tmp_path}", Reading(label_feature="none"))
     assert [source.read("val", i) for i in range(2)] == [picture(tf, 1), picture(tf, 2)]
 
 

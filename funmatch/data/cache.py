@@ -8,10 +8,10 @@ and renamed when it is whole, so what has the right name is never partial; a bui
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -158,12 +158,21 @@ def _digest(*parts: object) -> str:
 def _remembered(ledger: Path) -> dict[str, Any] | None:
     """What the same words meant before, if nothing that they mean has changed since."""
     try:
-        head, _, paths = ledger.read_bytes().decode(errors="surrogateescape").partition("\n")
-        known = json.loads(head)
-        same = stamp_of_files(paths.split("\0")) == known["stamp"]
+        with open(ledger, "rb") as file:
+            known = json.loads(file.readline())
+            same = stamp_of_files(_paths(file)) == known["stamp"]
         return known if same and whole(Path(known["folder"])) else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _paths(file: IO[bytes]) -> Iterator[bytes]:
+    """The paths in a file with a zero between them, never all in memory."""
+    rest = b""
+    while block := file.read(1 << 16):
+        *whole_ones, rest = (rest + block).split(b"\0")
+        yield from whole_ones
+    yield rest
 
 
 def _watched(source: Source) -> list[str]:

@@ -256,7 +256,9 @@ def _classes(
         return read_class_file(file.expanduser()), {str(file)}
     count = max(labels) - reading.first_label + 1
     if count > MOST_CLASSES:
-        raise InputError(f"a label is {max(labels):,}, which cannot be the number of a class")
+        raise InputError(
+            f"a label is {max(labels):,}, which cannot be the number of a class; --label-feature none does without"
+        )
     return tuple(map(str, range(count))), set()
 
 
@@ -274,7 +276,7 @@ def _split(pictures: list[tuple[Path, Record]], classes: tuple[str, ...], readin
         raise InputError(
             f"{names[outside[0]]}: {what} the {len(classes)} classes ({len(outside)} such records){hint}"
             if first != UNLABELLED
-            else f"{names[outside[0]]}: {what} ({len(outside)} such records); say --unlabelled to do without labels"
+            else f"{names[outside[0]]}: {what} ({len(outside)} such records); --label-feature none does without labels"
         )
     return Split(names, labels.astype(np.int32))
 

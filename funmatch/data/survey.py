@@ -6,7 +6,7 @@ What is found is written down as it is found, so that an interrupted survey goes
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -160,16 +160,16 @@ def stamp(source: Source) -> str:
     return digest.hexdigest()
 
 
-def stamp_of_files(paths) -> str:
+def stamp_of_files(paths: Iterable[str | bytes]) -> str:
     """A digest of the sizes and times of files and folders."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
+    for path in map(os.fsencode, paths):
         try:
             status = os.stat(path)
             known: tuple[Any, ...] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         except OSError as error:
             known = (error.errno,)  # it will be named when it is read
-        digest.update(repr((path, *known)).encode(errors="surrogateescape"))
+        digest.update(repr((path, *known)).encode())
     return digest.hexdigest()
 
 
