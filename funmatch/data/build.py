@@ -89,7 +89,7 @@ def build(
             empty = any(len(split) == sum(where == name for where, *_ in bad) for name, split in source.splits.items())
             if bad and (keeping.on_bad == "stop" or empty):
                 shutil.rmtree(partial)
-                raise unreadable(source.name, [(source.splits[split].names[i], why) for split, i, why in bad], home)
+                raise unreadable(source.called, [(source.splits[split].names[i], why) for split, i, why in bad], home)
             _finish(partial, source, found, keeping, way, content, bad)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)

@@ -102,7 +102,7 @@ def open_cache(
     cache = _opened(known, keeping)
     bad = cache.found["unreadable"]
     if bad and keeping.on_bad == "stop":
-        raise unreadable(cache.name, bad, home)
+        raise unreadable(known["called"], bad, home)
     for line in complaints(cache):
         tell(line)
     return cache
@@ -203,6 +203,7 @@ def _remember(
         "folder": str(folder),
         "stamp": seen,
         "name": source.name,
+        "called": source.called,
         "unnamed": source.unnamed,
         "found": about | {"unreadable": unreadable, "notes": notes},
     }

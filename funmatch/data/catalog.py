@@ -181,7 +181,7 @@ def _fetch(name: str, entry: Entry, home: Path) -> None:
         for folder in (arriving / top, arriving, *([home] if made else [])):
             with suppress(OSError):  # it holds archives that are whole, or other things
                 folder.rmdir()
-        raise InputError(f"{name} ({entry.title}) could not be fetched: {first_line(error)}. {to_do}") from None
+        raise InputError(f"{name} ({entry.title}) could not be fetched: {first_line(error)}; {to_do}") from None
     (home / top).mkdir(exist_ok=True)
     for arrived in (arriving / top).iterdir():
         if not arrived.name.endswith((".tar.gz", ".tgz")):
@@ -204,7 +204,7 @@ def _by_hand(entry: Entry, home: Path) -> str:
     place = home / entry.folder
     marks = f", so that {', '.join(str(place / mark) for mark in entry.marks)} are there" if entry.marks else ""
     return (
-        f"Put {' and '.join(entry.files)} into {place}{', unpacked' if entry.marks else ''}{marks}; or say where the "
+        f"put {' and '.join(entry.files)} into {place}{', unpacked' if entry.marks else ''}{marks}; or say where the "
         f"folder {Path(entry.folder).parts[0]} lies by --data-dir"
     )
 

@@ -74,7 +74,7 @@ def write_shards(
                 partial = _begin(folder, source, about)
                 written, bad = _write_all(partial, source, found, keeping, side, size, track)
                 if bad and keeping.on_bad == "stop":
-                    raise unreadable(source.name, [(name, reason) for _, _, name, reason in bad], home)
+                    raise unreadable(source.called, [(name, reason) for _, _, name, reason in bad], home)
                 write_atomically(partial / NOTE, json.dumps(about | {"shards": written, "unreadable": bad}))
                 partial.rename(folder)
     places = [str(folder / path) for path in written]

@@ -96,6 +96,11 @@ class Source:
     notes: tuple[str, ...] = ()
     place: str = ""
 
+    @property
+    def called(self) -> str:
+        """Name and place, for messages."""
+        return f"{self.name} ({self.place})" if self.place else self.name
+
     def jobs(self) -> list[tuple[str, int]]:
         """Every picture as (split, index), in order."""
         return [(name, i) for name, split in self.splits.items() for i in range(len(split))]
