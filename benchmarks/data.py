@@ -78,7 +78,7 @@ def photographs(options: argparse.Namespace) -> list[Image.Image]:
     """Large photographs to cut pictures from."""
     if options.photos:
         return [Image.open(path).convert("RGB") for path in sorted(Path(options.photos).iterdir())]
-    from sklearn.datasets import load_sample_images
+    from sklearn.datasets import load_sample_images  # pyrefly: ignore[missing-import]
 
     return [Image.fromarray(array) for array in load_sample_images().images]
 
