@@ -158,7 +158,7 @@ def plot(found: list[runs.Run], event: str, name: str, scale: float, label: str)
 
 def _literal(text: str) -> str:
     """Text that matplotlib neither hides (leading underscore) nor typesets (dollars)."""
-    return "\u200b" + text.replace("$", r"\$")
+    return "\u200b" + text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def views_sheet(run: runs.Run, step: int) -> dict[str, Any] | None:

@@ -111,6 +111,10 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
 def check_place(folder: Path) -> None:
     """Raises `InputError` unless a run may begin or go on in a folder."""
     folder = folder.expanduser()
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{str(folder)!r} is no name in UTF-8, which others could not load; another --out") from None
     strange = folder.is_dir() and any(not path.name.endswith(".partial") for path in folder.iterdir())
     if folder.is_file() or (strange and not (folder / "config.json").is_file()):
         raise InputError(f"{folder} exists and is no run; choose another --out")

@@ -13,7 +13,16 @@ LAYERS = [
     ["errors", "files"],
     ["knobs", "config"],
     ["draws", "augment", "views", "distances", "metrics", "schedules", "optim"],
-    ["data.decode", "data.sources", "data.folders", "data.tfrecord", "data.shards", "data.tars", "data.hub"],
+    [
+        "data.decode",
+        "data.sources",
+        "data.folders",
+        "data.tfrecord",
+        "data.patterns",
+        "data.shards",
+        "data.tars",
+        "data.hub",
+    ],
     [
         "data.layouts",
         "data.catalog",

@@ -70,6 +70,16 @@ def test_columns(tmp_path):
             open_source(spec, reading)
 
 
+def test_labels_that_cannot_be_used(tmp_path):
+    rows, pictures = table(tmp_path)
+    rows.remove_columns("label").add_column("label", [0, None, 1, None, 0, 1]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"train\[1\]: label None is outside the 2 classes; or --unlabelled"):
+        open_source(f"hf:{tmp_path}/a.parquet")
+    source = open_source(f"hf:{tmp_path}/a.parquet", Reading(unlabelled=True))
+    assert source.classes == ()
+    assert source.read("train", 5) == pictures[5]
+
+
 def test_pictures_that_were_given_as_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     from PIL import Image

@@ -347,3 +347,48 @@ def test_finished_shards_are_left_alone(pictures, funmatch, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")} == times
     pictures.rename(tmp_path / "renamed")
     assert "of other pictures or of another form" in funmatch("prepare", "renamed", *words, check=2).stderr
+
+
+def test_shards_made_under_other_limits_are_other_shards(tmp_path, funmatch):
+    for i in range(6):
+        paint(tmp_path / "p" / f"{i}.png", i, (50, 50) if i % 3 == 0 else (20, 20))
+    words = ("prepare", "p", "--to", "tfrecord", "--out", "o", "--shard-size", "2")
+    limited = (*words, "--max-pixels", "1000")
+    funmatch(*limited, "--on-bad", "skip")
+    assert "of another form" in funmatch(*words, check=2).stderr
+    assert "2 unreadable" in funmatch(*limited, check=2).stderr
+    (tmp_path / "o").rename(tmp_path / ".o.partial")
+    assert json.loads(funmatch(*words, "--json").stdout)["splits"]["train"]["pictures"] == 6
+    assert json.loads(funmatch("data", "tfrecord:o", "--json").stdout)["repeated"] == 0
+
+
+def test_a_finished_set_is_watched_over(pictures, funmatch, tmp_path):
+    words = ("prepare", pictures, "--to", "tfrecord", "--out", "o", "--shard-size", "4")
+    funmatch(*words)
+    (tmp_path / "o" / "class.labels.txt").unlink()
+    funmatch(*words)
+    assert open_source(f"tfrecord:{tmp_path}/o").classes == ("ant", "bee", "cat")
+    (tmp_path / "o" / "train" / "train_pictures-01-4.tfrec").unlink()
+    with pytest.raises(InputError, match=r"1 shards are not there, e\.g\. train/train_pictures-01-4"):
+        open_source(f"tfrecord:{tmp_path}/o")
+
+
+def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
+    import resource
+
+    for i in range(120):
+        (tmp_path / f"train_x-{i:03}-1.tfrec").write_bytes(gzip.compress(framed(example(jpegs[i % 4], 0))))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (110, limits[1]))
+    try:
+        source = open_source(f"tfrecord:{tmp_path}")
+        assert all(source.read("train", i) == jpegs[i % 4] for i in range(120))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_new_shards_of_a_deep_pattern_are_noticed(tmp_path, jpegs):
+    for i, place in enumerate(("x/y", "z/w")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.tfrec").write_bytes(framed(example(jpegs[i], 0)))
+        assert len(open_cache(f"tfrecord:{tmp_path}/**/*.tfrec").splits["train"]) == i + 1

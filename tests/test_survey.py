@@ -1,5 +1,6 @@
 """What is found in a data set, how it is cut, and that nothing partial is taken for whole."""
 
+import errno
 import json
 import os
 import shutil
@@ -326,3 +327,25 @@ def test_the_sheet_is_not_put_among_the_pictures(tmp_path, funmatch):
         assert "classes: ant, bee" in done.stdout
     assert not list(folder.glob("*.png"))
     assert "no name of a PNG file" in funmatch("data", "p", "--sheet", "x.jpg", check=2).stderr
+
+
+def test_unlabelled_copies_of_what_is_judged_are_left_out(tmp_path):
+    classes_folder(tmp_path / "p", 10)
+    (tmp_path / "loose").mkdir()
+    for i, path in enumerate(sorted((tmp_path / "p").rglob("*.png"))):
+        shutil.copy(path, tmp_path / "loose" / f"{i}.png")
+    cache = open_cache([str(tmp_path / "p"), str(tmp_path / "loose")], Reading(cut=Cut({"val": Fraction(3, 10)})))
+    assert {name: len(split) for name, split in cache.splits.items()} == {"train": 28, "val": 6}
+    assert not cache.found["leaks"]
+    assert any("6 unlabelled copies" in note for note in cache.found["notes"])
+
+
+def test_a_full_disk_is_not_a_bad_picture(pictures, tmp_path):
+    source = open_source(str(pictures))
+
+    def full(*_) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        surveys.survey(replace(source, read=full), tmp_path / "home")
+    assert not surveys.survey(source, tmp_path / "home").reasons

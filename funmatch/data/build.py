@@ -122,8 +122,8 @@ def _check_room(home: Path, size: int, name: str, way: str) -> None:
     if size + ROOM > free:
         other = ", or say --pixels streaming, which keeps them as they are" if way == "resident" else ""
         raise InputError(
-            f"{name} needs {size / 1e9:.1f} GB in {home}, where {free / 1e9:.1f} GB are free ({ROOM / 1e9:.1f} "
-            f"of them are left to others); make room, or choose another folder by FUNMATCH_CACHE{other}"
+            f"{name} needs {size / 1e9:.2f} GB in {home}, {(size + ROOM - free) / 1e9:.2f} GB more than can be taken "
+            f"({ROOM / 1e9:.1f} GB are left to others); make room, or choose another folder by FUNMATCH_CACHE{other}"
         )
 
 
@@ -160,12 +160,7 @@ def _fill_split(
     def kept(i: int) -> tuple[tuple[int, int], bytes, str]:
         if i in known:
             return (0, 0), b"", known[i]
-        try:
-            encoded = source.read(split, i)
-        except Exception as error:  # it could be read a while ago
-            raise InputError(f"{content.names[i]}: {reason_of(error)}; it could be read before. Start again") from None
-        if content_digest(encoded) != digests[i]:
-            raise InputError(f"{content.names[i]} has changed since it was read first; start the same command again")
+        encoded = read_again(source, split, i, digests[i])
         try:
             picture = decode(encoded, cap=keeping.cap, decoder=keeping.decoder, max_pixels=keeping.max_pixels)
         except Exception as error:  # decoders raise many kinds; each is told to the person with the file's name
@@ -189,6 +184,22 @@ def _fill_split(
             index.flush()
             done += len(chunk)
     return keep_reasons(reasons, done)
+
+
+def read_again(source: Source, split: str, i: int, digest: bytes) -> bytes:
+    """A picture that was read before.
+
+    Raises:
+        InputError: it is gone, or no longer what it was.
+    """
+    name = source.splits[split].names[i]
+    try:
+        encoded = source.read(split, i)
+    except Exception as error:  # it could be read a while ago
+        raise InputError(f"{name}: {reason_of(error)}; it could be read before. Start the command again") from None
+    if content_digest(encoded) != digest:
+        raise InputError(f"{name} has changed since it was read first; start the same command again")
+    return encoded
 
 
 def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
@@ -217,7 +228,7 @@ def _finish(partial: Path, source: Source, found: Survey, keeping: Keeping, way:
             (partial / f"{split}.{done_with}").unlink()
         with open(partial / f"{split}.pixels", "rb") as written:
             os.fsync(written.fileno())
-    sizes = {path.name: path.stat().st_size for path in partial.iterdir() if path.name != "meta.json"}
+    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.name != "meta.json"}
     meta = {
         "format": FORMAT, "content": content, "way": way, "cap": keeping.cap, "decoder": keeping.decoder,
         "classes": source.classes, "splits": list(source.splits), "sizes": sizes, "bad": bad,

@@ -40,7 +40,12 @@ def apply_cut(source: Source, found: Survey) -> tuple[Source, Survey]:
                 end += 1
             chosen[name] = np.sort(order[begin:end]) + start
             begin = end
-    chosen["train"] = np.sort(order[begin:]) + start
+    rest = order[begin:]
+    copies = np.isin(ranks[rest], ranks[order[:begin]])  # unlabelled ones of what is judged on
+    chosen["train"] = np.sort(rest[~copies]) + start
+    if copies.any():
+        note = f"{source.name}: {copies.sum():,} unlabelled copies of pictures that were cut off are left out"
+        source = replace(source, notes=(*source.notes, note))
     for name, places in chosen.items():
         if not len(places):
             raise InputError(f"of {count} training pictures of {source.name}, the cut leaves none for {name}")

@@ -15,20 +15,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from funmatch.data.build import Keeping, unreadable
+from funmatch.data.build import Keeping, read_again, unreadable
 from funmatch.data.cache import cache_home, surveyed
 from funmatch.data.decode import decode, header
 from funmatch.data.doors import open_source
+from funmatch.data.patterns import NOTE
+from funmatch.data.shards import CLASS_FILES
 from funmatch.data.sources import Reading, Source, Track, untracked
-from funmatch.data.survey import Survey, reason_of, stamp, summary
+from funmatch.data.survey import Survey, content_digest, reason_of, stamp, summary
 from funmatch.data.tfrecord import DamagedRecord, example, framed, records
 from funmatch.draws import shuffled
 from funmatch.errors import InputError
 from funmatch.files import disk_errors, exclusively, write_atomically
 
 QUALITY = 95
+CLASS_FILE = CLASS_FILES[0]
 KEPT_AS_THEY_ARE = {b"\xff\xd8\xff": "JPEG"}
-NOTE = "funmatch.json"
 
 Named = list[tuple[str, int, str, str]]
 """Split, index, name and reason of pictures that cannot be decoded."""
@@ -62,13 +64,22 @@ def write_shards(
         `survey.summary`, with `name`, `data`, `folder`, `shards` and `unreadable`.
     """
     home = keeping.home or cache_home()
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     source, found = surveyed(open_source(data, reading, track), keeping, track)
     _check_labels(source)
-    about = {"name": source.name, "side": side, "shard_size": size, "content": stamp_of(source, found)}
+    labelled = any(split.labelled for split in source.splits.values())
+    about = {
+        "name": source.name,
+        "labelled": labelled,
+        "side": side,
+        "shard_size": size,
+        "content": stamp_of(source, found),
+    }
     with exclusively(home / f"shards-{hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()}.lock"):
-        if (done := _finished(folder, about)) is not None:
+        if (done := _finished(folder, about, source)) is not None:
             written, bad = done
+            if bad and keeping.on_bad == "stop":
+                raise unreadable(source.called, [(name, reason) for _, _, name, reason in bad], home)
         else:
             with disk_errors(folder):
                 partial = _begin(folder, source, about)
@@ -111,7 +122,8 @@ def _write_all(
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         for number, group in enumerate(track(groups, len(groups), f"writing {split}")):
             where = folder / split / f"{split}_{stem}-{number:02d}"
-            path, failed = _write_shard(where, source, split, group, side, keeping)
+            digests = found.rows["digest"][begin - len(content) : begin]
+            path, failed = _write_shard(where, source, split, group, digests, side, keeping)
             written += [path.relative_to(folder).as_posix()] if path else []
             bad += failed
     return written, bad
@@ -119,10 +131,12 @@ def _write_all(
 
 def stamp_of(source: Source, found: Survey) -> str:
     """What the shards hold: contents, labels and splits, wherever the files lie."""
-    return stamp(Source("", source.classes, source.splits, source.read, [])) + found.rows["digest"].tobytes().hex()[:32]
+    listing = stamp(Source("", source.classes, source.splits, source.read, []))
+    rows = content_digest(found.rows["digest"].tobytes() + found.rows["bad"].tobytes())  # limits make more of them bad
+    return listing + rows.hex()
 
 
-def _finished(folder: Path, about: dict[str, Any]) -> tuple[list[str], Named] | None:
+def _finished(folder: Path, about: dict[str, Any], source: Source) -> tuple[list[str], Named] | None:
     """The shards and the bad pictures of a folder that was written with the same words, if every shard is whole."""
     note = _note(folder)
     if note is None:
@@ -134,20 +148,27 @@ def _finished(folder: Path, about: dict[str, Any]) -> tuple[list[str], Named] | 
         raise InputError(
             f"{len(broken)} shards in {folder} are damaged, e.g. {broken[0]}; remove the folder, and again"
         )
+    _name_classes(folder, source)
     return note["shards"], [tuple(each) for each in note["unreadable"]]
+
+
+def _name_classes(folder: Path, source: Source) -> None:
+    if source.classes and not source.unnamed:
+        write_atomically(folder / CLASS_FILE, "".join(f"{name}\n" for name in source.classes))
 
 
 def _begin(folder: Path, source: Source, about: dict[str, Any]) -> Path:
     """A folder beside the one that is wanted, to write in until all is there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; choose another --out")
+    if folder.is_mount():
+        raise InputError(f"{folder} is a mounted disk, which cannot be renamed to; choose a folder in it for --out")
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists() and _note(partial) != about:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     write_atomically(partial / NOTE, json.dumps(about))
-    if source.classes and not source.unnamed:
-        write_atomically(partial / "class.labels.txt", "".join(f"{name}\n" for name in source.classes))
+    _name_classes(partial, source)
     return partial
 
 
@@ -159,7 +180,13 @@ def _note(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_shard(
-    where: Path, source: Source, split: str, group: list[int], side: int | None, keeping: Keeping
+    where: Path,
+    source: Source,
+    split: str,
+    group: list[int],
+    digests: np.ndarray,
+    side: int | None,
+    keeping: Keeping,
 ) -> tuple[Path | None, Named]:
     """Writes `<where>-<count>.tfrec` under another name, and renames it when it is whole; keeps one that is there."""
     there = where.with_name(f"{where.name}-{len(group)}.tfrec")
@@ -167,8 +194,9 @@ def _write_shard(
         return there, []
 
     def payload(i: int) -> bytes | str:
+        encoded = read_again(source, split, i, digests[i].tobytes())
         try:
-            image = jpeg(source.read(split, i), side, keeping)
+            image = jpeg(encoded, side, keeping)
         except Exception as error:  # decoders raise many kinds
             return reason_of(error)
         label = int(source.splits[split].labels[i])

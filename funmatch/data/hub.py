@@ -42,14 +42,22 @@ def open_hub(spec: str, reading: Reading) -> Source:
     first = next(iter(tables.values()))
     image = _image_column(datasets, first, spec, reading)
     label = _label_column(datasets, first, spec, reading)
-    classes, unnamed = _classes(datasets, tables, label, reading)
+    try:
+        classes, unnamed = _classes(datasets, tables, label, reading)
+        splits = {name: _split(spec, name, table, label, classes) for name, table in tables.items()}
+    except InputError:
+        if not reading.unlabelled:
+            raise
+        classes, unnamed = (), False
+        splits = {name: _split(spec, name, table, None, ()) for name, table in tables.items()}
     encoded = {name: _encoded(datasets, table, spec, image) for name, table in tables.items()}
 
     def read(split: str, index: int) -> bytes:
         picture = encoded[split][int(index)][image]
+        if not picture or not (picture["bytes"] or picture["path"]):
+            raise ValueError("there is no picture")
         return picture["bytes"] or read_file(picture["path"])
 
-    splits = {name: _split(spec, name, table, label, classes) for name, table in tables.items()}
     watched = sorted({file["filename"] for table in tables.values() for file in table.cache_files})
     here = Path(spec).expanduser()
     watched += [str(here), *sorted(str(path) for path in here.rglob("*"))] if here.exists() else []
@@ -143,7 +151,10 @@ def _classes(
     if reading.class_file:
         return read_class_file(reading.class_file.expanduser()), False
     feature = next(iter(tables.values())).features[label]
-    if not isinstance(feature, datasets.ClassLabel) and getattr(feature, "dtype", "") not in WHOLE | {"string"}:
+    if not isinstance(feature, datasets.ClassLabel) and getattr(feature, "dtype", "") not in WHOLE | {
+        "string",
+        "large_string",
+    }:
         raise InputError(f"hf: the column {label!r} holds no labels but {feature}; choose another by --label-feature")
     if isinstance(feature, datasets.ClassLabel):
         return check_classes(feature.names, "hf"), False
@@ -166,5 +177,7 @@ def _split(spec: str, name: str, table: Any, label: str | None, classes: tuple[s
     labels = np.array(numbers, np.int64)
     if not (labels == UNLABELLED).all() and (labels.min() < 0 or labels.max() >= len(classes)):
         wrong = int(np.flatnonzero((labels < 0) | (labels >= len(classes)))[0])
-        raise InputError(f"{names[wrong]}: label {values[wrong]!r} is outside the {len(classes)} classes")
+        raise InputError(
+            f"{names[wrong]}: label {values[wrong]!r} is outside the {len(classes)} classes; or --unlabelled"
+        )
     return Split(names, labels.astype(np.int32))

@@ -26,6 +26,7 @@ Row = tuple[int, int, int, int, int, int]
 """A row of `INDEX`."""
 
 FORGET_AFTER = 32 << 20  # bytes
+AROUND = 128 << 10  # bytes: the system maps so much around what is looked at
 SMALL = 64 * 64  # pixels of a picture that is decoded whole even if a box is wanted
 
 
@@ -59,7 +60,7 @@ class Resident:
     def picture(self, row: Row, box: Box | None = None) -> Tensor:
         """A view of the mapped file."""
         offset, length, height, width, *_ = row
-        self.seen += length
+        self.seen += length + AROUND
         if self.seen > FORGET_AFTER:
             self.seen = 0
             self.map.madvise(mmap.MADV_DONTNEED)

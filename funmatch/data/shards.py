@@ -1,20 +1,20 @@
 """Pictures in shards, listed by position and read in place; TFRecord shards here, tars in `tars`."""
 
-import glob
 import gzip
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from threading import Lock
 
 import numpy as np
 
+from funmatch.data.patterns import noted_as_unlabelled, searched, shard_paths
 from funmatch.data.sources import (
     NAMED_AT_MOST,
     UNLABELLED,
@@ -29,11 +29,13 @@ from funmatch.data.sources import (
 )  # fmt: skip
 from funmatch.data.tfrecord import DamagedRecord, Features, is_gzip, parse_example, records
 from funmatch.errors import InputError
+from funmatch.files import disk_errors
 
 # The names under which shards keep a picture and its class, tried in this order.
 FEATURES = (("image", "class"), ("image", "label"), ("image/encoded", "image/class/label"), ("jpg", "cls"))
 CLASS_FILES = ("class.labels.txt", "label.labels.txt", "labels.txt", "classes.txt", "class_names.txt")
 COUNTED = re.compile(r"-(\d+)-(\d+)\.tfrec$")  # <split>_<name>-<shard>-<count>.tfrec
+UNPACKED_AT_MOST = 64
 MOST_CLASSES = 1_000_000
 
 
@@ -53,63 +55,6 @@ class Record:
     number: int | str
 
 
-def shard_paths(pattern: str, endings: str) -> list[Path]:
-    """The files that a pattern means: a file, a folder (searched at any depth), or a glob with `*` and `{a..b}`.
-
-    Args:
-        endings: a regular expression for the files of a folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    expanded = os.path.expanduser(pattern)
-    if os.path.isdir(expanded):
-        inside = glob.glob(os.path.join(glob.escape(expanded), "**", "*"), recursive=True)
-        found = [path for path in inside if re.search(endings, os.path.basename(path))]
-    elif os.path.isfile(expanded):
-        found = [expanded]
-    else:
-        spelt = list(_braces(expanded))
-        missing = [each for each in spelt if not glob.has_magic(each) and not os.path.isfile(each)]
-        if missing:
-            raise InputError(f"{pattern}: {len(missing)} of {len(spelt)} shards are not there, e.g. {missing[0]}")
-        found = [path for each in spelt for path in glob.glob(each, recursive=True)]
-    paths = sorted({Path(path) for path in found if os.path.isfile(path)})
-    if not paths:
-        raise InputError(f"no shard matches {pattern}; wanted a file, a folder, or a pattern like 'data/*/*.tfrec'")
-    if os.path.isdir(expanded):
-        _check_complete(paths)
-    return paths
-
-
-def _check_complete(paths: Sequence[Path]) -> None:
-    """Raises `InputError` unless names like `x-00002-of-00004` are all there."""
-    sets: dict[tuple[Path, str, int], set[int]] = {}
-    for path in paths:
-        if found := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(.*)", path.name):
-            sets.setdefault((path.parent, found[1], int(found[3])), set()).add(int(found[2]))
-    for (folder, stem, count), numbers in sets.items():
-        if missing := sorted(set(range(count)) - numbers):
-            raise InputError(
-                f"{folder}: of {count} shards {stem}-…, {len(missing)} are not there, e.g. {missing[0]:05}"
-            )
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    """`a-{000..002}.tar` and `{train,val}.tar` spelt out."""
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    choices = []
-    for piece in pieces[1::2]:
-        ends = re.fullmatch(r"(\d+)\.\.(\d+)", piece)
-        if ends:
-            width = len(ends[1]) if ends[1].startswith("0") else 0
-            choices.append([f"{i:0{width}}" for i in range(int(ends[1]), int(ends[2]) + 1)])
-        else:
-            choices.append(piece.split(","))
-    for chosen in product(*choices):
-        yield "".join(a + b for a, b in zip(pieces[::2], [*chosen, ""], strict=True))
-
-
 def open_tfrecords(pattern: str, reading: Reading, track: Track = untracked) -> Source:
     """TFRecord shards of `tf.train.Example`s, with every checksum verified.
 
@@ -120,6 +65,9 @@ def open_tfrecords(pattern: str, reading: Reading, track: Track = untracked) -> 
         InputError: naming every damaged shard and the record.
     """
     paths = shard_paths(pattern, r"\.tfrec(ord)?s?([-.]|$)|-\d{5}-of-\d{5}$")
+
+    if noted_as_unlabelled(paths):
+        reading = replace(reading, unlabelled=True)
 
     def list_shard(path: Path) -> list[Record]:
         found = []
@@ -198,24 +146,21 @@ def open_shards(
         path, record = shards[split][index]
         return shard_of(path)(record.start, record.length)
 
-    folders = {folder for path in paths for folder in (path.parent, path.parent.parent)}
-    root = Path(pattern).expanduser()
-    folders |= {root, *(path for path in root.rglob("*") if path.is_dir())} if root.is_dir() else set()
-    watched = sorted({*map(str, paths), *map(str, folders)} | named)
+    around = {folder / name for path in paths for folder in (path.parent, path.parent.parent) for name in CLASS_FILES}
+    watched = sorted({*map(str, paths), *map(str, around), *map(str, searched(pattern, paths))} | named)
     unnamed = bool(classes) and not named
     return Source(_name(paths, pattern), classes, in_order(splits), read, watched, unnamed=unnamed, place=pattern)
 
 
 def _opener() -> Callable[[Path], Callable[[int, int], bytes]]:
-    """A function from a shard's path to its reader. GZIP shards are unpacked once, into files without a name."""
-    unpacked: dict[Path, Unpacked | None] = {}
+    """A function from a shard's path to its reader. GZIP shards are unpacked into files without a name."""
     one_at_a_time = Lock()
+    packed = lru_cache(maxsize=None)(is_gzip)
+    unpacked = lru_cache(maxsize=UNPACKED_AT_MOST)(Unpacked)
 
     def reader(path: Path) -> Callable[[int, int], bytes]:
         with one_at_a_time:
-            if path not in unpacked:
-                unpacked[path] = Unpacked(path) if is_gzip(path) else None
-        plain = unpacked[path]
+            plain = unpacked(path) if packed(path) else None
 
         def read(start: int, length: int) -> bytes:
             if plain:
@@ -232,7 +177,8 @@ class Unpacked:
     """The content of a GZIP file in a file without a name, as long as it is needed."""
 
     def __init__(self, path: Path) -> None:
-        with TemporaryFile() as plain, gzip.open(path) as packed:
+        place = Path(gettempdir())
+        with disk_errors(place), TemporaryFile(dir=place) as plain, gzip.open(path) as packed:
             shutil.copyfileobj(packed, plain)
             plain.flush()
             self.file = os.dup(plain.fileno())

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from errno import EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ ROW = np.dtype(
 )
 CHUNK = 256
 EXAMPLES = 20
+OURS = {ENOSPC, EDQUOT, EMFILE, ENFILE, EIO, ENOMEM}
+"""Troubles of the machine, which say nothing about a picture."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def _look(source: Source, split: str, i: int, max_pixels: int) -> tuple[tuple, s
         encoded = source.read(split, i)
         digest = content_digest(encoded)
     except Exception as error:  # a row of its own, so that a picture that comes back is noticed
+        if isinstance(error, OSError) and error.errno in OURS:
+            raise
         return (content_digest(repr(error).encode()), 0, 0, 0, 0, True), reason_of(error)
     try:
         head = header(encoded, max_pixels)

@@ -5,7 +5,8 @@ import tarfile
 from pathlib import Path
 
 from funmatch.data.decode import EXTENSIONS
-from funmatch.data.shards import Record, number, open_shards, shard_paths
+from funmatch.data.patterns import shard_paths
+from funmatch.data.shards import Record, number, open_shards
 from funmatch.data.sources import UNLABELLED, Reading, Source, Track, untracked
 from funmatch.data.tfrecord import DamagedRecord
 

@@ -122,7 +122,7 @@ def run(config: Evaluate) -> dict[str, Any]:
     model = load(
         config.model, weights=config.weights, options=config.model_kwargs, pretrained=True, side=config.side
     ).to(device)
-    cache, data = pictures.of_evaluation(config, taught.config["verb"] if taught else "", knobs)
+    cache, learnt, judged = pictures.of_evaluation(config, taught.config["verb"] if taught else "", knobs)
     check_classes(model, cache, trust_order=config.trust_class_order)
     split = _split(cache, config.split)
     side = config.side or knobs.get("side") or model.card.side
@@ -151,7 +151,7 @@ def run(config: Evaluate) -> dict[str, Any]:
         "step": result.get("step"),
         "run": str(taught.folder) if taught else None,
         "model": config.model,
-        "data": list(data),
+        "data": list(learnt if split.name == "train" else judged),
         "teacher": teacher.card.name if teacher else None,
     }
 

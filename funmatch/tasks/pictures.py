@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from funmatch.config import TAUGHT, Evaluate, Pictures, Train
+from funmatch.config import TAUGHT, Evaluate, Pictures, Train, Words
 from funmatch.data.build import Keeping
 from funmatch.data.cache import Cache, open_cache
 from funmatch.data.doors import resolved
@@ -73,14 +73,16 @@ def of_run(config: Train) -> Cache:
     )
 
 
-def of_evaluation(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, tuple[str, ...]]:
-    """The pictures to judge on, and their names: as said, or those of the run with this verb and these knobs.
+def of_evaluation(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, Words, Words]:
+    """The pictures to judge on, and the names of those that a run learnt from and of those that it is judged on.
+
+    They are as said, or those of the run with this verb and these knobs.
 
     Raises:
         InputError: neither says which.
     """
     if config.data:
-        return opened(config, config.data), config.data
+        return opened(config, config.data), config.data, config.data
     if not knobs:
         raise InputError(f"which pictures? {config.model} is no run, so give --data")
     said = {
@@ -89,7 +91,7 @@ def of_evaluation(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[C
         if name != "as_json" and getattr(config, name) != field.default
     }
     run = TAUGHT[verb].model_validate(knobs | said)
-    return of_run(run), run.eval_data or run.data
+    return of_run(run), run.data, run.eval_data or run.data
 
 
 def in_full(config: Train) -> dict[str, Any]:
