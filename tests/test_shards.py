@@ -21,7 +21,7 @@ from funmatch.data.sources import Reading
 from funmatch.data.tfrecord import example, framed, parse_example, records
 from funmatch.errors import InputError
 
-WRITTEN = Path(__file__).parent / "tensorflow"
+WRITTEN = Path(__file__).parent / "tfrecords"
 """Shards that TensorFlow 2.21 wrote, in the way of `test_tensorflow.py`: picture i is grey 20·i on the right."""
 
 

@@ -117,7 +117,7 @@ def test_the_committed_shards_are_what_tensorflow_writes(tf, tmp_path):
     """The quick tests read shards that were made like this one."""
     rows = [example(tf, **{"image": picture(tf, i), "class": i}) for i in range(3)]
     write(tf, tmp_path / "a.tfrec", rows)
-    committed = Path(__file__).parent / "tensorflow" / "plain" / "train" / "train_pets37-00-3.tfrec"
+    committed = Path(__file__).parent / "tfrecords" / "plain" / "train" / "train_pets37-00-3.tfrec"
     theirs, ours = (
         [bytes(r.numpy()) for r in tf.data.TFRecordDataset(str(p))] for p in (tmp_path / "a.tfrec", committed)
     )

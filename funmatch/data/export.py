@@ -67,7 +67,7 @@ def write_shards(
     folder = Path(os.path.realpath(folder))
     source, found = surveyed(open_source(data, reading, track), keeping, track)
     _check_labels(source)
-    labelled = any(split.labelled for split in source.splits.values())
+    labelled = bool(source.classes)
     about = {
         "name": source.name,
         "labelled": labelled,
@@ -76,23 +76,31 @@ def write_shards(
         "content": stamp_of(source, found),
     }
     with exclusively(home / f"shards-{hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()}.lock"):
-        if (done := _finished(folder, about, source)) is not None:
-            written, bad = done
-            if bad and keeping.on_bad == "stop":
-                raise unreadable(source.called, [(name, reason) for _, _, name, reason in bad], home)
-        else:
-            with disk_errors(folder):
-                partial = _begin(folder, source, about)
-                written, bad = _write_all(partial, source, found, keeping, side, size, track)
-                if bad and keeping.on_bad == "stop":
-                    raise unreadable(source.called, [(name, reason) for _, _, name, reason in bad], home)
-                write_atomically(partial / NOTE, json.dumps(about | {"shards": written, "unreadable": bad}))
-                partial.rename(folder)
+        done = _finished(folder, about, source)
+        written, bad = done or _write_anew(folder, about, source, found, keeping, track)
+    if bad and keeping.on_bad == "stop":
+        raise unreadable(source.called, [(name, reason) for _, _, name, reason in bad], home)
     places = [str(folder / path) for path in written]
     figures = {"name": source.name, "data": list(data), "folder": str(folder), "shards": places}
-    about_pictures = summary(source, found, {(split, i) for split, i, *_ in bad})
-    unread = [[name, reason] for _, _, name, reason in bad]
-    return figures | about_pictures | {"unreadable": unread, "notes": source.notes}
+    return figures | _told(source, found, bad)
+
+
+def _write_anew(
+    folder: Path, about: dict[str, Any], source: Source, found: Survey, keeping: Keeping, track: Track
+) -> tuple[list[str], Named]:
+    """Writes beside the folder, and gives it its name if all pictures are there that should be."""
+    with disk_errors(folder):
+        partial = _begin(folder, source, about)
+        written, bad = _write_all(partial, source, found, keeping, about["side"], about["shard_size"], track)
+        if not bad or keeping.on_bad == "skip":
+            write_atomically(partial / NOTE, json.dumps(about | {"shards": written, "unreadable": bad}))
+            partial.rename(folder)
+    return written, bad
+
+
+def _told(source: Source, found: Survey, bad: Named) -> dict[str, Any]:
+    about = summary(source, found, {(split, i) for split, i, *_ in bad})
+    return about | {"unreadable": [[name, reason] for _, _, name, reason in bad], "notes": source.notes}
 
 
 def _check_labels(source: Source) -> None:
