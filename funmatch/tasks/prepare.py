@@ -52,10 +52,10 @@ def show(figures: dict[str, Any]) -> None:
                 split,
                 f"{about['pictures']:,}",
                 f"{about['classes']:,}" if about["labelled"] else "unlabelled",
-                "" if expected is None else "as published" if expected == about["pictures"] else f"not {expected:,}",
+                "" if expected is None else "as expected" if expected == about["pictures"] else f"not {expected:,}",
             ]
         )
-    columns = ["split", "pictures", "classes", "published"][: 4 if published else 3]
+    columns = ["split", "pictures", "classes", "expected"][: 4 if published else 3]
     table(figures["name"], columns, [row[: len(columns)] for row in rows])
     lines = []
     if classes := figures["classes"]:
