@@ -143,8 +143,8 @@ def _opened(known: dict[str, Any], keeping: Keeping) -> Cache:
     splits = {}
     for name in meta["splits"]:
         path = folder / f"{name}.pixels"
-        streaming = Streaming(path, meta["cap"], meta["decoder"], keeping.max_pixels)
-        store = Resident(path) if meta["way"] == "resident" else streaming
+        resident = meta["way"] == "resident"
+        store = Resident(path) if resident else Streaming(path, meta["cap"], meta["decoder"], keeping.max_pixels)
         index, digests = (np.load(folder / f"{name}.{what}.npy", mmap_mode="r") for what in ("index", "digest"))
         splits[name] = CachedSplit(name, index, store, digests)
     classes, name, unnamed = tuple(meta["classes"]), known["name"], known["unnamed"]
