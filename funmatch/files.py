@@ -13,15 +13,20 @@ from typing import IO
 from safetensors import SafetensorError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file: first under another name, then renamed."""
+def user_cache() -> Path:
+    """Our folder in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "funmatch"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file: first under another name, then renamed. A text may hold file names, whatever bytes they are."""
+    encoded = content.encode(errors="surrogateescape") if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     partial = Path(name)
     try:
-        # Names of files are whatever bytes they are.
-        with disk_errors(path), open(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
+        with disk_errors(path), open(handle, "wb") as file:
             os.fchmod(handle, 0o644)  # a temporary file is made for its owner alone
-            file.write(text)
+            file.write(encoded)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -190,8 +190,8 @@ def test_damage_in_a_cache_is_mended_by_prepare(pictures, funmatch):
     assert path.read_bytes() == whole
 
 
-def test_damage_in_a_streaming_cache_is_an_error(pictures):
-    cache = open_cache(str(pictures), keeping=Keeping(way="streaming"))
+def test_damage_in_a_streaming_cache_is_an_error(pictures, tmp_path):
+    cache = open_cache(str(pictures), keeping=Keeping(way="streaming", home=tmp_path / "home"))
     path = cache.folder / "train.pixels"
     whole = path.read_bytes()
     path.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])

@@ -15,7 +15,7 @@ import numpy as np
 from funmatch.data.decode import MAX_PIXELS, decode
 from funmatch.data.pixels import INDEX
 from funmatch.data.sources import NAMED_AT_MOST, Source, Track
-from funmatch.data.survey import Survey, chunks, content_digest, keep_reasons, reason_of, recovered
+from funmatch.data.survey import Survey, by_split, chunks, content_digest, keep_reasons, reason_of, recovered
 from funmatch.errors import InputError
 from funmatch.files import disk_errors, exclusively, write_atomically
 
@@ -131,13 +131,9 @@ def _fill(partial: Path, source: Source, found: Survey, keeping: Keeping, way: s
     """Puts every picture into `<split>.pixels` and its row into `<split>.rows`, from where an earlier try left off."""
     partial.mkdir(exist_ok=True)
     bad: Bad = []
-    begin = 0
-    for split, content in source.splits.items():
-        known = {i - begin: reason for i, reason in found.reasons.items() if 0 <= i - begin < len(content)}
-        digests = found.rows["digest"][begin : begin + len(content)].tolist()
-        told = _fill_split(partial, source, split, digests, known, keeping, way, track)
+    for split, rows, known in by_split(source, found):
+        told = _fill_split(partial, source, split, rows["digest"].tolist(), known, keeping, way, track)
         bad += [(split, i, reason) for i, reason in sorted(told.items())]
-        begin += len(content)
     return bad
 
 
@@ -215,12 +211,10 @@ def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
 
 def _finish(partial: Path, source: Source, found: Survey, keeping: Keeping, way: str, content: str, bad: Bad) -> None:
     """Turns rows into indices, without the bad pictures, and writes what is in the cache."""
-    begin = 0
-    for split in source.splits:
+    for split, seen, _ in by_split(source, found):
         rows = np.fromfile(partial / f"{split}.rows", INDEX)
-        digests = found.rows["digest"][begin : begin + len(rows)][rows["length"] > 0]
-        begin += len(rows)
-        for name, array in (("index", rows[rows["length"] > 0]), ("digest", digests)):
+        good = rows["length"] > 0
+        for name, array in (("index", rows[good]), ("digest", seen["digest"][good])):
             encoded = BytesIO()  # numpy writing into a file by itself forgets why it failed
             np.save(encoded, array)
             (partial / f"{split}.{name}.npy").write_bytes(encoded.getvalue())

@@ -13,7 +13,7 @@ from pathlib import Path
 from funmatch.data import layouts
 from funmatch.data.sources import Source, mosaic
 from funmatch.errors import InputError, first_line
-from funmatch.files import disk_errors
+from funmatch.files import disk_errors, user_cache
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 SECONDS_OF_SILENCE = 30.0
@@ -127,7 +127,7 @@ def data_home(data_dir: Path | None = None) -> Path:
     """Where data sets lie: as said, else `$FUNMATCH_DATA`, else `funmatch/data` in the user's cache folder."""
     if data_dir or (os.environ.get("FUNMATCH_DATA")):
         return Path(data_dir or os.environ["FUNMATCH_DATA"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "funmatch" / "data"
+    return user_cache() / "data"
 
 
 def open_named(name: str, data_dir: Path | None = None) -> Source:

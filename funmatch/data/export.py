@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -22,7 +21,7 @@ from funmatch.data.doors import open_source
 from funmatch.data.patterns import NOTE
 from funmatch.data.shards import CLASS_FILES
 from funmatch.data.sources import Reading, Source, Track, untracked
-from funmatch.data.survey import Survey, content_digest, reason_of, stamp, summary
+from funmatch.data.survey import Survey, by_split, content_digest, reason_of, stamp, summary
 from funmatch.data.tfrecord import DamagedRecord, example, framed, records
 from funmatch.draws import shuffled
 from funmatch.errors import InputError
@@ -120,18 +119,15 @@ def _write_all(
     written: list[str] = []
     bad: Named = []
     stem = re.sub(r"[^A-Za-z0-9.]+", "_", source.name).strip("_") or "pictures"
-    begin = 0
-    for split, content in source.splits.items():
-        known = {i - begin: reason for i, reason in found.reasons.items() if 0 <= i - begin < len(content)}
+    for split, rows, known in by_split(source, found):
+        content = source.splits[split]
         bad += [(split, i, content.names[i], reason) for i, reason in sorted(known.items())]
-        begin += len(content)
         order = [int(i) for i in shuffled(0, np.arange(len(content)), len(content)) if int(i) not in known]
         (folder / split).mkdir(exist_ok=True)
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         for number, group in enumerate(track(groups, len(groups), f"writing {split}")):
             where = folder / split / f"{split}_{stem}-{number:02d}"
-            digests = found.rows["digest"][begin - len(content) : begin]
-            path, failed = _write_shard(where, source, split, group, digests, side, keeping)
+            path, failed = _write_shard(where, source, split, group, rows["digest"], side, keeping)
             written += [path.relative_to(folder).as_posix()] if path else []
             bad += failed
     return written, bad
@@ -218,16 +214,7 @@ def _write_shard(
     if not good or (bad and keeping.on_bad == "stop"):
         return None, bad
     path = where.with_name(f"{where.name}-{len(good)}.tfrec")
-    handle, partial = tempfile.mkstemp(prefix=f".{where.name}.", suffix=".partial", dir=where.parent)
-    try:
-        with open(handle, "wb") as file:
-            os.fchmod(handle, 0o644)
-            file.writelines(good)
-            file.flush()
-            os.fsync(handle)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    write_atomically(path, b"".join(good))
     return path, bad
 
 

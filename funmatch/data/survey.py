@@ -85,6 +85,15 @@ def survey(
         return Survey(found, keep_reasons(reasons, len(found)))
 
 
+def by_split(source: Source, found: Survey) -> Iterator[tuple[str, np.ndarray, dict[int, str]]]:
+    """What a survey found, split by split: its name, its rows, and the reasons by index in it."""
+    begin = 0
+    for name, split in source.splits.items():
+        end = begin + len(split)
+        yield name, found.rows[begin:end], {i - begin: why for i, why in found.reasons.items() if begin <= i < end}
+        begin = end
+
+
 def content_digest(encoded: bytes) -> bytes:
     """Digest of an encoded picture."""
     return hashlib.blake2b(encoded, digest_size=16).digest()
