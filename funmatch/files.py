@@ -18,6 +18,13 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "funmatch"
 
 
+def cache_home() -> Path:
+    """Where what can be made again lies: `$FUNMATCH_CACHE`, else our folder in the user's cache folder."""
+    if home := os.environ.get("FUNMATCH_CACHE"):
+        return Path(home).expanduser()
+    return user_cache()
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file: first under another name, then renamed. A text may hold file names, whatever bytes they are."""
     encoded = content.encode(errors="surrogateescape") if isinstance(content, str) else content

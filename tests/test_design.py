@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up. A module may import those before it in this list, and nothing else of ours.
 LAYERS = [
-    ["errors", "files"],
+    ["errors", "files", "crc32c", "protobuf"],
     ["knobs", "config"],
     ["draws", "augment", "views", "distances", "metrics", "schedules", "optim"],
     [
@@ -33,7 +33,20 @@ LAYERS = [
         "data.build",
         "data.cache",
     ],
-    ["data.export", "data.loader", "models.classifier", "models.load", "models.frozen"],
+    [
+        "data.export",
+        "data.loader",
+        "models.classifier",
+        "models.weights",
+        "models.fetch",
+        "models.foreign",
+        "models.build",
+        "models.bundle",
+        "models.savedmodel",
+        "models.bit",
+        "models.load",
+        "models.frozen",
+    ],
     ["devices", "logs", "signals", "checkpoint", "runs", "fit"],
     ["tasks.pictures", "tasks.evaluate", "tasks.lesson", "tasks.walk", "tasks.train", "tasks.distill", "tasks.prepare"],
     ["report", "sheet"],

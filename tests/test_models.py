@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from funmatch.errors import InputError
 from funmatch.models import classifier as models
+from funmatch.models.build import parse_options
 from funmatch.models.frozen import Frozen
-from funmatch.models.load import load, parse_options
+from funmatch.models.load import load
 
 SMALL = ("channels=(8,8,16,16)", "stem_width=8")
 

@@ -23,7 +23,7 @@ from funmatch.data.doors import open_source, resolved
 from funmatch.data.pixels import CachedSplit, Resident, Streaming
 from funmatch.data.sources import Reading, Source, Track, untracked
 from funmatch.data.survey import Survey, stamp_of_files, summary, survey
-from funmatch.files import user_cache, write_atomically
+from funmatch.files import cache_home, write_atomically
 
 WATCHED_AT_MOST = 100_000
 
@@ -56,13 +56,6 @@ class Cache:
         """The same pictures with their labels forgotten."""
         splits = {name: split.without_labels() for name, split in self.splits.items()}
         return replace(self, classes=(), unnamed=False, splits=splits)
-
-
-def cache_home() -> Path:
-    """`$FUNMATCH_CACHE`, else `funmatch` in the user's cache folder."""
-    if home := os.environ.get("FUNMATCH_CACHE"):
-        return Path(home).expanduser()
-    return user_cache()
 
 
 def open_cache(

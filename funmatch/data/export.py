@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from funmatch.data.build import Keeping, read_again, unreadable
-from funmatch.data.cache import cache_home, surveyed
+from funmatch.data.cache import surveyed
 from funmatch.data.decode import decode, header
 from funmatch.data.doors import open_source
 from funmatch.data.patterns import NOTE
@@ -25,7 +25,7 @@ from funmatch.data.survey import Survey, by_split, content_digest, reason_of, st
 from funmatch.data.tfrecord import DamagedRecord, example, framed, records
 from funmatch.draws import shuffled
 from funmatch.errors import InputError
-from funmatch.files import disk_errors, exclusively, write_atomically
+from funmatch.files import cache_home, disk_errors, exclusively, write_atomically
 
 QUALITY = 95
 CLASS_FILE = CLASS_FILES[0]

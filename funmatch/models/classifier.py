@@ -9,6 +9,8 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import save_model
+from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
@@ -25,6 +27,9 @@ ABOUT_OTHER_WEIGHTS = (
     "notes",
 )
 
+PUBLISHED_EPS, TIMM_EPS = 1e-10, 1e-8
+"""Of the weight standardisation in BiT networks: as they were published, and as timm builds them."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -36,6 +41,7 @@ class Card:
         crop_fraction: share of the resized short side that its evaluation view keeps.
         mean, std: of its normalisation, one number a channel, for pictures in [0, 1].
         classes: names of its classes, or None where it does not know them.
+        top1: its accuracy when it was saved, in [0, 1], or None where nobody said.
     """
 
     name: str
@@ -44,14 +50,26 @@ class Card:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] | None = None
+    top1: float | None = None
 
 
 class Classifier(nn.Module):
     """A network together with its normalisation: takes (n, 3, side, side) in [0, 1], gives logits (n, classes)."""
 
-    def __init__(self, net: nn.Module, card: Card, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, card: Card, options: dict[str, Any] | None = None, num_classes: int | None = None
+    ) -> None:
+        """Wraps a network.
+
+        Args:
+            net: takes normalised pictures, gives logits (or an object that has them as `logits`).
+            card: what it wants to see.
+            options: what its constructor was given, so that it can be given it again.
+            num_classes: how many classes it answers; by default as `net.num_classes` says.
+        """
         super().__init__()
-        self.options = options or {}  # what timm's constructor was given, so that it can be given it again
+        self.options = options or {}
+        self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
         self.net = net.to(memory_format=torch.channels_last)
         self.card = card
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
@@ -60,11 +78,8 @@ class Classifier(nn.Module):
     def forward(self, views: Tensor) -> Tensor:
         if len(self.card.mean) == 1:
             views = views.mean(1, keepdim=True)
-        return self.net((views - self.mean) / self.std)
-
-    @property
-    def num_classes(self) -> int:
-        return vars(self.net)["num_classes"]
+        answer = self.net((views - self.mean) / self.std)
+        return getattr(answer, "logits", answer)
 
     def count(self) -> int:
         """Parameters."""
@@ -74,17 +89,25 @@ class Classifier(nn.Module):
 def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, Any]) -> None:
     """Writes `model.safetensors` and `config.json` in timm's own layout.
 
-    `timm.create_model("local-dir:<folder>", pretrained=True)` then gives the network with the same logits.
+    `timm.create_model("local-dir:<folder>", pretrained=True)` then gives the network with the same logits. (A network
+    that is not timm's is written alike, for this package alone to load.)
 
     Args:
+        classifier: on the CPU; it is laid out anew in memory, and its BiT kernels may be scaled, so that timm's own
+            eps gives the same function.
         folder: an empty folder.
         card: what the network is to see and its classes' names.
         about: where it came from, kept under the key `funmatch`.
     """
-    timm.models.save_for_hf(classifier.net, str(folder), safe_serialization=True)
-    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
+    rescale_for_timm(classifier.net.to(memory_format=torch.contiguous_format))
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    if getattr(classifier.net, "pretrained_cfg", None):
+        timm.models.save_for_hf(classifier.net, str(folder), safe_serialization=True)
+        (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
+        config: dict[str, Any] = json.loads(path.read_text())
+    else:
+        save_model(classifier.net, str(folder / "model.safetensors"))
+        config = {"architecture": classifier.card.name, "num_classes": classifier.num_classes, "pretrained_cfg": {}}
     for key in ABOUT_OTHER_WEIGHTS:
         config["pretrained_cfg"].pop(key, None)
     config["pretrained_cfg"] |= {
@@ -99,6 +122,18 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
     config["model_args"] = config.get("model_args", {}) | classifier.options
     config["funmatch"] = about
     path.write_text(json.dumps(config, indent=2))
+
+
+@torch.no_grad()
+def rescale_for_timm(net: nn.Module) -> None:
+    """Scales standardised kernels so that with timm's eps they are the same function as with the published one.
+
+    (c·w − c·μ) / √(c²·σ² + eps) is (w − μ) / √(σ² + eps / c²), so c² is the ratio of the two.
+    """
+    for conv in net.modules():
+        if isinstance(conv, StdConv2d) and conv.eps == PUBLISHED_EPS:
+            conv.weight.mul_((TIMM_EPS / PUBLISHED_EPS) ** 0.5)
+            conv.eps = TIMM_EPS
 
 
 def fingerprint(model: nn.Module) -> str:

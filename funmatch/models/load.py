@@ -1,20 +1,19 @@
 """A name becomes a classifier on [0, 1] pictures."""
 
-import ast
 import json
-import socket
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import huggingface_hub
 import timm
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from funmatch.errors import InputError, first_line, unknown
+from funmatch.errors import InputError, first_line
+from funmatch.models import bit, foreign
+from funmatch.models.build import create, create_empty, known, net_config, parse_options, with_zero_head
 from funmatch.models.classifier import Card, Classifier
+from funmatch.models.fetch import PAPER, paper_file
+from funmatch.models.weights import Lazily, fill, read_state
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
@@ -25,10 +24,33 @@ NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
 
 # What a network without weights of its own reads where nobody says otherwise.
 OWN_CARDS = {"fashion-mini-student": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
+AS_GIVEN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # a network that sees [0, 1] as it is
+SAVEDMODEL, BIT, HUB, LOCAL = "savedmodel:", "bit:", "hf-hub:", "local-dir:"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a network's weights come from, and what is known of them beside what timm knows.
+
+    Attributes:
+        where: for messages.
+        architecture: as timm names it, `local-dir:folder` or a function's name.
+        weights: by the network's own names; None where timm brings them, or there are none.
+        kwargs: of the constructor.
+        card: what overrides timm's `pretrained_cfg`.
+        published: whether the network is a BiT one with the published eps.
+    """
+
+    where: str
+    architecture: str
+    weights: Lazily[Tensor] | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+    published: bool = False
 
 
 def load(
-    name: str,
+    name: str | nn.Module,
     *,
     weights: Path | None = None,
     options: tuple[str, ...] = (),
@@ -40,10 +62,12 @@ def load(
 
     Args:
         name: a timm name, with or without a tag; `hf-hub:user/model`; `local-dir:path` or a folder of a model or of a
-            run; or one of `NAMED`.
-        weights: a `.safetensors` or `.pt` state dict for a timm name; its head decides the number of classes.
-        options: `key=value` pairs for timm's constructor.
-        classes: of a new network; None keeps what the name stands for.
+            run; a BiT checkpoint `path.npz`, or `bit:` and one of `fetch.PAPER`; `savedmodel:path` of a BiT network;
+            `package.module:function`; one of `NAMED`; or a module.
+        weights: a `.safetensors`, `.pt` or `.npz` file for a timm name; its head decides the number of classes.
+        options: `key=value` pairs for the constructor.
+        classes: wanted of a student: pretrained weights with another number get a new head of zeros. None keeps what
+            the name stands for.
         side: pixels of the views; networks with a fixed input are built for it.
         pretrained: whether a bare timm name means its pretrained weights.
 
@@ -51,38 +75,90 @@ def load(
         InputError: an unknown name (with near ones), weights that do not fit, a folder that holds no model.
     """
     kwargs = parse_options(options)
+    if isinstance(name, nn.Module):
+        return foreign.wrapped(foreign.GIVEN + type(name).__name__, name, side)
+    if weights and weights.suffix == ".npz":
+        return _filled(name, _of_npz(weights.expanduser(), kwargs, wanted=name), classes)
+    if weights:
+        return _filled(name, _of_state(name, weights.expanduser(), kwargs), classes)
+    if origin := _with_weights(name, kwargs):
+        return _filled(name, origin, classes)
+    if foreign.is_function(name):
+        return foreign.wrapped(name, foreign.called(name, kwargs, classes), side, kwargs)
+    return _by_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained)
+
+
+def _with_weights(name: str, kwargs: dict[str, Any]) -> Origin | None:
+    """The origin of a name that stands for files with weights; None for any other."""
+    if name.startswith(foreign.GIVEN):
+        raise InputError(f"{name} was given from Python as a module; give it again from there")
+    if name.startswith(BIT):
+        side = PAPER.get(name.removeprefix(BIT))
+        return _of_npz(paper_file(name.removeprefix(BIT)), kwargs, {"input_size": (3, side, side)} if side else {})
+    if name.startswith(SAVEDMODEL):
+        return _of_savedmodel(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs)
+    path = Path(name).expanduser()
+    if path.suffix == ".npz":
+        return _of_npz(path, kwargs)
+    if path.suffix in (".pt", ".pth", ".safetensors", ".bin") and path.is_file():
+        raise InputError(f"{name} holds weights alone; name its architecture, and give the file as its weights")
+    own = NAMED.get(name, name)
+    folder = model_folder(own) if isinstance(own, str) else None
+    return _of_folder(folder, kwargs) if folder else None
+
+
+def _filled(name: str, origin: Origin, classes: int | None) -> Classifier:
+    """The classifier of an origin."""
+    if foreign.is_function(origin.architecture):
+        net = foreign.called(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
+        classifier = foreign.wrapped(name, net, origin.card["input_size"][-1], origin.kwargs)
+        net = classifier.net
+    else:
+        net = create_empty(origin.architecture, origin.kwargs)
+    if origin.published:
+        bit.with_published_eps(net)
+    if origin.weights is not None:
+        fill(net, origin.weights, origin.architecture.removeprefix(LOCAL), origin.where)
+    card = _card(name, net, origin.card)
+    return _with_head(net, card, origin.kwargs, classes)
+
+
+def _with_head(net: nn.Module, card: Card, kwargs: dict[str, Any], classes: int | None) -> Classifier:
+    """The classifier, with a new head where another number of classes is wanted."""
+    has = vars(net).get("num_classes") or foreign.answers(net, card)
+    if classes is not None and has != classes:
+        net, card = with_zero_head(net, classes), replace(card, classes=None, top1=None)
+    kwargs = {key: value for key, value in kwargs.items() if key != "num_classes"}  # it stands beside them
+    return Classifier(net, card, kwargs, classes or has)
+
+
+def _by_timm(
+    name: str, kwargs: dict[str, Any], *, classes: int | None, side: int | None, pretrained: bool
+) -> Classifier:
+    """A network that timm builds, and may bring the weights of."""
     own = NAMED.get(name, name)
     if isinstance(own, tuple):
         own, kwargs = own[0], {**own[1], **kwargs}
-    folder = model_folder(own)
-    if folder:
-        if weights:
-            raise InputError(f"{name} brings its own weights; leave out {weights}")
-        net = _create(f"local-dir:{folder}", kwargs, pretrained=True)
-        kwargs = json.loads((folder / "config.json").read_text()).get("model_args", {}) | kwargs
-    elif weights:
-        net = _from_weights(_known(own, name), weights, kwargs)
-    else:
-        hub = own.startswith("hf-hub:")
-        architecture = own if hub else _known(own, name)
-        if not hub and side and "img_size" not in kwargs and _net_config(architecture).get("fixed_input_size"):
-            kwargs["img_size"] = side
-        if classes is not None:
-            kwargs["num_classes"] = classes
-        net = _create(architecture, kwargs, pretrained=pretrained or hub or "." in architecture)
+    hub = own.startswith(HUB)
+    architecture = own if hub else known(own, name, tuple(NAMED))
+    if not hub and side and "img_size" not in kwargs and net_config(architecture).get("fixed_input_size"):
+        kwargs["img_size"] = side
+    brings = pretrained or hub or "." in architecture
+    if classes is not None and not brings:
+        kwargs["num_classes"] = classes
+    net = create(architecture, kwargs, pretrained=brings)
     if not isinstance(vars(net).get("num_classes"), int):
         raise InputError(f"{name} with these options is no classifier")
-    kwargs.pop("num_classes", None)  # it stands beside them
-    return Classifier(net, _card(name, net), kwargs)
+    return _with_head(net, _card(name, net, OWN_CARDS.get(name, {})), kwargs, classes)
 
 
 def model_folder(name: str) -> Path | None:
     """The folder with `config.json` and `model.safetensors` that a name stands for, if it stands for one."""
     if timm.is_model(name.partition(".")[0]):
         return None  # also where a folder here has that name; ./name means the folder
-    path = Path(name.removeprefix("local-dir:")).expanduser()
+    path = Path(name.removeprefix(LOCAL)).expanduser()
     if not path.is_dir():
-        if name.startswith("local-dir:") or ("/" in name and not name.startswith("hf-hub:")):
+        if name.startswith(LOCAL) or ("/" in name and not name.startswith(HUB)):
             raise InputError(f"{path} is missing; wanted a folder of a run or of a model")
         return None
     for folder in (path / "student", path):
@@ -90,106 +166,84 @@ def model_folder(name: str) -> Path | None:
             return folder
     if (path / "checkpoints").is_dir():
         raise InputError(f"the run {path} is not finished, so it has no student yet; start its command again first")
+    if (path / "saved_model.pb").is_file():
+        raise InputError(f"{path} is a SavedModel of Keras; say {SAVEDMODEL}{path}")
     raise InputError(f"{path} is not a run and not a model: it holds no config.json with model.safetensors")
 
 
-def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
-    """`("channels=16,32", "drop_rate=0.1")` to `{"channels": (16, 32), "drop_rate": 0.1}`, as timm reads them."""
-    parsed = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not (key and equals):
-            raise InputError(f"model option {option!r} is not of the form key=value, e.g. channels=16,32,64,128")
-        try:
-            parsed[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed[key] = value
-    return parsed
-
-
-def _known(architecture: str, name: str) -> str:
-    base, _, tag = architecture.partition(".")
-    if not timm.is_model(base):
-        raise unknown("model", name, [*NAMED, *timm.list_models()], hint="`timm.list_models()` has them all")
-    if tag and architecture not in (tagged := timm.list_pretrained(f"{base}.*")):
-        raise unknown("pretrained tag", name, tagged)
-    return architecture
-
-
-def _create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool) -> nn.Module:
-    if pretrained and not architecture.startswith("local-dir:"):
-        _give_up_on_an_unreachable_hub()
+def _of_folder(folder: Path, kwargs: dict[str, Any]) -> Origin:
+    """A folder in timm's layout."""
+    path = folder / "config.json"
     try:
-        return timm.create_model(architecture, pretrained=pretrained, **kwargs)
-    except OSError as error:
-        raise InputError(
-            f"cannot fetch the weights of {architecture} ({first_line(error)}); "
-            "without a network, give a file of weights, or a name without a tag for a student from scratch"
-        ) from error
-    except Exception as error:  # constructors fail in as many ways as they can be called wrongly
-        asked = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
-        raise InputError(f"timm cannot build {architecture} with {asked}: {first_line(error)}") from error
+        config = json.loads(path.read_text())
+        kwargs = config.get("model_args", {}) | kwargs
+        architecture, about = config["architecture"], config.get("funmatch", {})
+        card = {"top1": about.get("top1")}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is not the configuration of a model: {first_line(error)}") from error
+    if not foreign.is_function(architecture) and not architecture.startswith(foreign.GIVEN):
+        return Origin(str(folder), f"{LOCAL}{folder}", read_state(folder / "model.safetensors"), kwargs, card)
+    card |= config["pretrained_cfg"] | {"num_classes": config["num_classes"], "label_names": config.get("label_names")}
+    if architecture.startswith(foreign.GIVEN):
+        raise InputError(f"{folder} holds the weights of a module that was given from Python; load them from there")
+    return Origin(str(folder), architecture, read_state(folder / "model.safetensors"), kwargs, card)
 
 
-def _give_up_on_an_unreachable_hub() -> None:
-    """Without a network, what was fetched before is used at once, and anything else fails at once."""
-    try:
-        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None)
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+def _of_npz(
+    path: Path, kwargs: dict[str, Any], card: dict[str, Any] | None = None, wanted: str | None = None
+) -> Origin:
+    """A published BiT checkpoint, of the architecture that is wanted."""
+    architecture, state = bit.read_npz(path)
+    return _of_bit(str(path), architecture, state, kwargs, card or {}, wanted)
 
 
-def _from_weights(architecture: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
-    """A timm network with the state dict of a file, every tensor of which must fit."""
-    state = _state_dict(path)
-    heads = _net_config(architecture)["classifier"]
+def _of_savedmodel(folder: Path, kwargs: dict[str, Any]) -> Origin:
+    """A BiT network that Keras saved: the hub's rescales [0, 1] itself, the other was shown [0, 1] as it is."""
+    from funmatch.models.savedmodel import open_savedmodel
+
+    saved = open_savedmodel(folder)
+    architecture, state = bit.assemble(saved.arrays, str(folder))
+    return _of_bit(str(folder), architecture, state, kwargs, {} if saved.kind == "hub" else AS_GIVEN)
+
+
+def _of_bit(
+    where: str,
+    architecture: str,
+    state: Lazily[Tensor],
+    kwargs: dict[str, Any],
+    card: dict[str, Any],
+    wanted: str | None = None,
+) -> Origin:
+    if wanted is not None and known(wanted, wanted).partition(".")[0] != architecture:
+        raise InputError(f"{where} holds weights of {architecture}, not of {wanted}")
+    if "head.fc.bias" not in state:
+        raise InputError(f"{where} has no head/bias, so it is no classifier; wanted a checkpoint with its head")
+    kwargs = {"num_classes": len(state["head.fc.bias"]), **kwargs}
+    return Origin(where, architecture, state, kwargs, card, published=True)
+
+
+def _of_state(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
+    """A state dict for a timm name, whose head decides how many classes there are."""
+    own = NAMED.get(name, name)
+    if isinstance(own, tuple):
+        own, kwargs = own[0], {**own[1], **kwargs}
+    if not timm.is_model(own.partition(".")[0]) and (":" in name or "/" in name or Path(name).exists()):
+        raise InputError(f"{name} brings its own weights; leave out {path}")
+    architecture = known(own, name, tuple(NAMED)).partition(".")[0]
+    state = read_state(path)
+    heads = net_config(architecture)["classifier"]
     head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
     if head not in state:
         raise InputError(f"{path} has no {head}, the head of {architecture}; is it of another architecture?")
-    net = _create(architecture, {"num_classes": state[head].shape[0], **kwargs}, pretrained=False)
-    wanted = net.state_dict()
-    problems = [f"{key} is missing" for key in wanted if key not in state]
-    problems += [f"{key} is not of this model" for key in state if key not in wanted]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, wanted {tuple(tensor.shape)}"
-        for key, tensor in wanted.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    problems += [
-        f"{key} holds values that are not finite" for key, tensor in state.items() if not tensor.isfinite().all()
-    ]
-    if problems:
-        more = f" … and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError(f"{path} does not fit {architecture}: {'; '.join(problems[:5])}{more}")
-    net.load_state_dict(state)
-    return net
+    bias = head.replace("weight", "bias")
+    count = len(state[bias]) if bias in state else state[head].shape[0]
+    return Origin(str(path), architecture, state, {"num_classes": count, **kwargs}, OWN_CARDS.get(name, {}))
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    path = path.expanduser()
-    if not path.is_file():
-        raise InputError(f"no weights file {path}")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # each format fails in its own many ways
-        raise InputError(f"{path} is no state dict in .safetensors or .pt: {first_line(error)}") from error
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"{path} is no state dict: wanted a dict of tensors by name")
-    return state
-
-
-def _card(name: str, net: nn.Module) -> Card:
-    cfg: dict[str, Any] = {**vars(net)["pretrained_cfg"], **OWN_CARDS.get(name, {})}
+def _card(name: str, net: nn.Module, known_of_it: dict[str, Any]) -> Card:
+    cfg: dict[str, Any] = {**(getattr(net, "pretrained_cfg", None) or {}), **known_of_it}
     channels = vars(net).get("in_chans", cfg["input_size"][0])
     mean, std = (tuple(cfg[key])[:channels] for key in ("mean", "std"))
     names = cfg.get("label_names")
-    return Card(name, cfg["input_size"][-1], cfg.get("crop_pct") or 1.0, mean, std, tuple(names) if names else None)
-
-
-def _net_config(architecture: str) -> dict[str, Any]:
-    """What timm knows of an architecture's default weights."""
-    config = timm.get_pretrained_cfg(architecture)
-    assert config is not None, f"timm lists {architecture} without a configuration"
-    return config.to_dict()
+    side, fraction = cfg["input_size"][-1], cfg.get("crop_pct") or 1.0
+    return Card(name, side, fraction, mean, std, tuple(names) if names else None, cfg.get("top1"))

@@ -227,7 +227,7 @@ class Walk:
             classes=self.class_names(),
         )
         with folder_atomically(self.run.student) as folder:
-            portable = copy.deepcopy(lesson.student).cpu().to(memory_format=torch.contiguous_format)
+            portable = copy.deepcopy(lesson.student).cpu()
             models.save(portable, folder, card=card, about={"verb": lesson.verb, "top1": figures["top1"]})
         self.run.finish(result)
         return runs.finite(result)

@@ -1,0 +1,173 @@
+"""BiT checkpoints as they were published: `.npz` files of two layouts become the state of timm's networks.
+
+The older layout calls a kernel `resnet/block1/unit01/a/standardized_conv2d/kernel` (sometimes `standardized_conv2d_7`),
+big_vision's own `block1/unit01/conv1/kernel`, often under `params/`. Both are read as the first, without `resnet/`.
+"""
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.layers.std_conv import StdConv2d
+from torch import Tensor, nn
+
+from funmatch.errors import InputError, first_line
+from funmatch.models.classifier import PUBLISHED_EPS
+from funmatch.models.weights import Lazily
+
+DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+WIDTHS = {50: (1, 3), 101: (1, 3), 152: (2, 4)}
+STEM = "root_block/standardized_conv2d/kernel"
+HEAD = "head/kernel"
+NOT_WEIGHTS = ("opt/", "extra/", "chrono/")  # what big_vision keeps beside `params/` to go on training
+
+# big_vision's names for the parts, as the older layout has them.
+RENAMED = (
+    (r"^root_block/conv_root/", "root_block/standardized_conv2d/"),
+    (r"^norm-pre-head/scale$", "group_norm/gamma"),
+    (r"^norm-pre-head/bias$", "group_norm/beta"),
+    (r"/conv_proj/", "/a/proj/standardized_conv2d/"),
+    (r"/gn1/", "/a/group_norm/"),
+    (r"/gn2/", "/b/group_norm/"),
+    (r"/gn3/", "/c/group_norm/"),
+    (r"/conv1/", "/a/standardized_conv2d/"),
+    (r"/conv2/", "/b/standardized_conv2d/"),
+    (r"/conv3/", "/c/standardized_conv2d/"),
+    (r"/group_norm/scale$", "/group_norm/gamma"),
+    (r"/group_norm/bias$", "/group_norm/beta"),
+    (r"(standardized_conv2d|group_norm)_\d+/", r"\1/"),
+    (r"^head/(conv2d|dense)(_\d+)?/", "head/"),
+)
+
+
+def read_npz(path: Path) -> tuple[str, Lazily[Tensor]]:
+    """Opens a published BiT checkpoint; arrays are read when they are asked for.
+
+    Returns:
+        timm's name of its network, and the state dict for it (see `assemble`).
+
+    Raises:
+        InputError: it is no `.npz`, or of another network.
+    """
+    try:
+        with open(path, "rb") as opened, zipfile.ZipFile(opened):
+            pass  # numpy leaves a file open that is no zip
+        file = np.load(path, allow_pickle=False)
+        names = list(file.files)
+    except FileNotFoundError:
+        raise InputError(f"no weights file {path}") from None
+    except Exception as error:  # a damaged zip fails in many ways
+        raise InputError(f"{path} is no .npz file, or is damaged: {first_line(error)}") from error
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return file[name]
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise InputError(f"{path}: {name} cannot be read: {first_line(error)}") from error
+
+    return assemble(Lazily(names, read), str(path))
+
+
+def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, Lazily[Tensor]]:
+    """Variables of a BiT network by their published names to the state dict of timm's.
+
+    Args:
+        arrays: by name, of either layout, under any prefix. Kernels are (height, width, in, out).
+        where: they come from, for messages.
+
+    Returns:
+        timm's name of the network, such as `resnetv2_101x3_bit`, and its state by timm's names: all that is there,
+        so that what is missing or too much can be told.
+
+    Raises:
+        InputError: it is no BiT network, or one of a size that was never published.
+    """
+    names = canonical(list(arrays), where)
+    units = tuple(len({name.split("/")[1] for name in names if name.startswith(f"block{i}/")}) for i in (1, 2, 3, 4))
+    depth = DEPTHS.get(units)
+    stem = arrays[names[STEM]].shape
+    width = stem[-1] / 64 if len(stem) == 4 else 0
+    if depth is None or width not in WIDTHS[depth]:
+        known = ", ".join(f"R{depth}x{width}" for depth, widths in WIDTHS.items() for width in widths)
+        raise InputError(
+            f"{where} holds a network of {units} units in its blocks and a stem of shape {stem}; wanted one of {known}"
+        )
+    keys = {timm_name(name): published for name, published in names.items()}
+    return f"resnetv2_{depth}x{int(width)}_bit", Lazily(keys, lambda key: as_torch(key, arrays[keys[key]]))
+
+
+def canonical(names: list[str], where: str) -> dict[str, str]:
+    """The older layout's name of each variable, without `resnet/`, to the name that it has.
+
+    Raises:
+        InputError: there is no BiT network, or two variables have the same name.
+    """
+    roots = [
+        name for name in names if re.search(r"(^|/)root_block/(conv_root|standardized_conv2d(_\d+)?)/kernel$", name)
+    ]
+    roots = [name for name in roots if not name.startswith(NOT_WEIGHTS)]
+    if len(roots) != 1:
+        held = f"{', '.join(sorted(names)[:3])}, …" if names else "nothing"
+        raise InputError(f"{where} holds no BiT network, whose first kernel is root_block/…/kernel; it holds {held}")
+    prefix = roots[0][: roots[0].index("root_block/")]
+    found: dict[str, str] = {}
+    for name in names:
+        if prefix.startswith("params/") and name.startswith(NOT_WEIGHTS):
+            continue
+        inner = name.removeprefix(prefix)
+        for pattern, new in RENAMED:
+            inner = re.sub(pattern, new, inner)
+        if inner in found:
+            raise InputError(f"{where}: {name} and {found[inner]} are the same variable; wanted each once")
+        found[inner] = name
+    return found
+
+
+def timm_name(name: str) -> str:
+    """timm's name of a canonical one; a name that is none of a BiT network's stays as it is."""
+    whole = {
+        STEM: "stem.conv.weight",
+        "group_norm/gamma": "norm.weight",
+        "group_norm/beta": "norm.bias",
+        HEAD: "head.fc.weight",
+        "head/bias": "head.fc.bias",
+    }
+    parts = re.fullmatch(r"block([1-4])/unit(\d+)/(?:([abc])/(\w+)/(\w+)|a/proj/standardized_conv2d/(kernel))", name)
+    if parts is None:
+        return whole.get(name, name)
+    block = f"stages.{int(parts[1]) - 1}.blocks.{int(parts[2]) - 1}"
+    if parts[6]:
+        return f"{block}.downsample.conv.weight"
+    kinds = {
+        ("group_norm", "gamma"): "norm{}.weight",
+        ("group_norm", "beta"): "norm{}.bias",
+        ("standardized_conv2d", "kernel"): "conv{}.weight",
+    }
+    kind = kinds.get((parts[4], parts[5]))
+    return f"{block}.{kind.format('abc'.index(parts[3]) + 1)}" if kind else name
+
+
+def as_torch(key: str, array: np.ndarray) -> Tensor:
+    """An array as timm's tensor: kernels (height, width, in, out) to (out, in, height, width), others to one axis.
+
+    Kernels are only seen in another order, not copied: a big network should not need room for a second one.
+    """
+    if array.dtype.kind not in "fiuV":
+        raise InputError(f"{key} holds {array.dtype}, wanted numbers")
+    if key == "head.fc.weight" and array.ndim == 2:
+        array = array[None, None]
+    array = array.transpose(3, 2, 0, 1) if array.ndim == 4 and key.endswith("weight") else array
+    if "norm" in key or key.endswith("bias"):
+        array = array.reshape(-1)
+    return torch.from_numpy(array.astype(np.float32, copy=not array.flags.writeable))
+
+
+def with_published_eps(net: nn.Module) -> nn.Module:
+    """Sets the weight standardisation's eps to the published one: timm's changes logits where kernels are small."""
+    for conv in net.modules():
+        if isinstance(conv, StdConv2d):
+            conv.eps = PUBLISHED_EPS
+    return net

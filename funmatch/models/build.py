@@ -1,0 +1,106 @@
+"""timm's networks, built without weights or with published ones."""
+
+import ast
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import timm
+import torch
+from torch import nn
+
+from funmatch.errors import InputError, first_line, unknown
+
+
+def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
+    """`("channels=16,32", "drop_rate=0.1")` to `{"channels": (16, 32), "drop_rate": 0.1}`, as timm reads them."""
+    parsed = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (key and equals):
+            raise InputError(f"model option {option!r} is not of the form key=value, e.g. channels=16,32,64,128")
+        try:
+            parsed[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[key] = value
+    return parsed
+
+
+def known(architecture: str, name: str, others: tuple[str, ...] = ()) -> str:
+    """The architecture again, if timm has it, and its tag.
+
+    Raises:
+        InputError: with near names.
+    """
+    base, _, tag = architecture.partition(".")
+    if not timm.is_model(base):
+        raise unknown("model", name, [*others, *timm.list_models()], hint="`funmatch models PATTERN` lists them")
+    if tag and architecture not in (tagged := timm.list_pretrained(f"{base}.*")):
+        raise unknown("pretrained tag", name, tagged)
+    return architecture
+
+
+def create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """`timm.create_model`, with errors for people."""
+    if pretrained and not architecture.startswith("local-dir:"):
+        _give_up_on_an_unreachable_hub()
+    try:
+        return timm.create_model(architecture, pretrained=pretrained, **kwargs)
+    except OSError as error:
+        raise InputError(
+            f"cannot fetch the weights of {architecture} ({first_line(error)}); "
+            "without a network, give a file of weights, or a name without a tag for a student from scratch"
+        ) from error
+    except Exception as error:  # constructors fail in as many ways as they can be called wrongly
+        asked = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
+        raise InputError(f"timm cannot build {architecture} with {asked}: {first_line(error)}") from error
+
+
+def create_empty(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
+    """The same without weights, and without memory for them where the network's constructor allows that.
+
+    Tensors that no state dict holds have to be made, so a network that has such is built as usual.
+    """
+    try:
+        with torch.device("meta"):
+            net = timm.create_model(architecture, **kwargs)
+    except Exception:  # some constructors compute with numbers that a device without memory cannot have
+        return create(architecture, kwargs)
+    kept = net.state_dict(keep_vars=True)
+    everything = [*net.named_parameters(), *net.named_buffers()]
+    return net if all(name in kept for name, _ in everything) else create(architecture, kwargs)
+
+
+def net_config(architecture: str) -> dict[str, Any]:
+    """What timm knows of an architecture's default weights."""
+    config = timm.get_pretrained_cfg(architecture)
+    assert config is not None, f"timm lists {architecture} without a configuration"
+    return config.to_dict()
+
+
+def head_names(net: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that turn features into logits."""
+    heads = (getattr(net, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (heads,) if isinstance(heads, str) else tuple(heads)
+
+
+@torch.no_grad()
+def with_zero_head(net: nn.Module, classes: int) -> nn.Module:
+    """Gives a network a new head, all zeros, as the paper's code begins: the first answer favours no class."""
+    vars_of = net.__class__.__name__
+    if not hasattr(net, "reset_classifier"):
+        raise InputError(f"{vars_of} cannot be given a head for {classes} classes; wanted a network of timm")
+    net.reset_classifier(classes)  # pyrefly: ignore[not-callable]
+    for name in head_names(net):
+        for parameter in net.get_submodule(name).parameters():
+            parameter.zero_()
+    return net
+
+
+def _give_up_on_an_unreachable_hub() -> None:
+    """Without a network, what was fetched before is used at once, and anything else fails at once."""
+    try:
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None)
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
