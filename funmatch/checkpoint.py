@@ -21,7 +21,14 @@ from funmatch.logs import say
 KEPT = 2
 
 
-def save(folder: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save(
+    folder: Path,
+    step: int,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    average: nn.Module | None = None,
+) -> None:
     """Writes the checkpoint of a step and removes those that are no longer needed.
 
     Args:
@@ -30,10 +37,13 @@ def save(folder: Path, step: int, student: nn.Module, optimizer: torch.optim.Opt
         student: its parameters and buffers.
         optimizer: of the student's parameters; its state must be tensors.
         state: the rest, JSON; its `best_step` says which best is kept.
+        average: of the student's weights, if one is kept.
     """
     with folder_atomically(folder / f"step-{step:09}") as partial:
         save_file(_dense(student.state_dict()), partial / "student.safetensors")
         save_file(_dense(_optimizer_tensors(student, optimizer)), partial / "optimizer.safetensors")
+        if average is not None:
+            save_file(_dense(average.state_dict()), partial / "average.safetensors")
         (partial / "state.json").write_text(json.dumps({**state, "step": step}))
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
@@ -49,8 +59,10 @@ def save_best(folder: Path, step: int, student: nn.Module, figures: dict[str, An
         (partial / "state.json").write_text(json.dumps({"step": step, **figures}))
 
 
-def restore(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Puts the newest checkpoint into the student and its optimizer.
+def restore(
+    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
+) -> dict[str, Any] | None:
+    """Puts the newest checkpoint into the student, its optimizer and the average of its weights.
 
     Values are copied into tensors laid out in memory as those of a run that was never stopped: the vector units round
     differently at the ends of an array, so another layout would give other last bits.
@@ -66,7 +78,7 @@ def restore(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) 
     found = sorted(folder.glob("step-*"), reverse=True)
     for checkpoint in found:
         try:
-            return _restore(checkpoint, student, optimizer)
+            return _restore(checkpoint, student, optimizer, average)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             say(f"{checkpoint} is damaged ({first_line(error)})")
     if found:
@@ -74,10 +86,14 @@ def restore(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer) 
     return None
 
 
-def _restore(newest: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _restore(
+    newest: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
+) -> dict[str, Any]:
     state = json.loads((newest / "state.json").read_text())
     optimizer.state.clear()
     student.load_state_dict(load_file(newest / "student.safetensors"))
+    if average is not None:
+        average.load_state_dict(load_file(newest / "average.safetensors"))
     parameters = dict(student.named_parameters())
     with safe_open(newest / "optimizer.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118  (it is no dict)

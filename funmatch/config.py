@@ -78,11 +78,21 @@ class Train(Pictures, Machine):
     eval_data: Words = ()
     """Other pictures to judge on: their validation and test splits, or all of them as a test."""
     student: str
-    """The network to teach: any timm name, or fashion-mini-student."""
+    """The network to teach: any timm name, from scratch or, with its tag, from its published weights; a folder or file
+    with weights, as for a teacher; or fashion-mini-student. Another number of classes gives a new head of zeros."""
+    student_weights: Path | None = None
+    """A .safetensors, .pt or BiT .npz file to start from, for a student that is a timm name."""
     out: Path
     """The run folder. The same command again goes on from its newest checkpoint."""
     student_kwargs: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--model-kwargs"])] = ()
-    """Options for timm's constructor, e.g. channels=16,32,64,128 drop_rate=0.1."""
+    """Options for timm's constructor, e.g. channels=16,32,64,128."""
+    drop_rate: float | None = None
+    """Share of features that the student drops before its head (timm's drop_rate)."""
+    drop_path: float | None = None
+    """Share of the student's blocks that are skipped in the mean (timm's drop_path_rate)."""
+    ema: float | None = None
+    """Also keep the average of the student's weights that forgets by this factor a step, e.g. 0.9999; it is judged and
+    saved beside the student."""
     steps: int | None = None
     """Length of the run in updates. Give this or --epochs."""
     epochs: float | None = None
@@ -133,8 +143,9 @@ class Train(Pictures, Machine):
             found.append("give the length by either --steps or --epochs, e.g. --epochs 1000")
         if self.crop_min_area > 1:
             found.append(f"crop_min_area is a share of the picture, at most 1, got {self.crop_min_area}")
-        if not 0 <= self.weight_decay < 1:
-            found.append(f"weight_decay must lie in [0, 1), got {self.weight_decay}")
+        for name in ("weight_decay", "drop_rate", "drop_path", "ema"):
+            if (share := getattr(self, name)) is not None and not 0 <= share < 1:
+                found.append(f"{name} must lie in [0, 1), got {share}")
         if self.side and self.eval_resize and self.eval_resize < self.side:
             found.append(f"eval_resize ({self.eval_resize}) must be at least side ({self.side})")
         return found + super().problems()
@@ -156,52 +167,81 @@ def _positive(table: Train, name: str) -> bool:
     return value is None or value > 0
 
 
-class Distill(Train):
+class Teaching(Knobs):
+    """Who teaches, and how their answers become one."""
+
+    teacher_weights: Words = ()
+    """A .safetensors, .pt or BiT .npz file for each teacher that is a timm name, `none` for one that brings its own.
+    Its head decides the classes."""
+    teacher_kwargs: tuple[str, ...] = ()
+    """Options for the constructor of the teacher, key=value; with several, of each."""
+    teacher_side: tuple[int, ...] = ()
+    """Side of the teacher's views in pixels, one for all or one each; by default the student's. The same crop is
+    sampled at each side."""
+    teacher_share: tuple[float, ...] = ()
+    """Weights of several teachers; by default all are equal."""
+    combine: Literal["mean-logits", "mean-probabilities"] = "mean-logits"
+    """How several teachers become one: the mean of their logits, or of their probabilities at the temperature."""
+    classes: str | None = None
+    """For a teacher with other classes than the pictures': same-names looks each class up by its name; a file
+    map.json says {"our class": "the teacher's", …}, by name, number, or a list of these."""
+    trust_class_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on although the class names of a teacher (or judged model) differ from the data's, taking both to be in the
+    same order."""
+
+    def problems(self) -> list[str]:
+        found = [f"teacher_side must be at least 1, got {side}" for side in self.teacher_side if side < 1]
+        found += [f"teacher_share must be above 0, got {share}" for share in self.teacher_share if not share > 0]
+        teachers = len(getattr(self, "teacher", ()))
+        for name, single in (("teacher_weights", 0), ("teacher_side", 1), ("teacher_share", 0)):
+            given = len(getattr(self, name))
+            if given and given not in (teachers, single) and teachers:
+                found.append(f"{name} has {given} values for {teachers} teachers; give one each, in their order")
+        return found + super().problems()
+
+
+class Distill(Train, Teaching):
     """Teach a student to be the same function as a teacher. No label is used."""
 
-    teacher: str
-    """The network to match: a run folder, a timm name, hf-hub:user/model, local-dir:path, or fashion-mini-teacher."""
-    teacher_weights: Path | None = None
-    """A .safetensors (or .pt) state dict for a teacher that is a timm name; its head decides the classes."""
-    teacher_kwargs: tuple[str, ...] = ()
-    """Options for timm's constructor of the teacher, key=value."""
+    teacher: Words
+    """The network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
+    path.npz or bit:R152x2_T_pet128, savedmodel:path, package.module:function, or fashion-mini-teacher."""
+    teacher_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the frozen teacher: auto is the fastest that answers the first batch as fp32 does."""
+    compile_teacher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compile the frozen teacher: up to a minute at the start for a faster step."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-T"])] = 1.0
     """Divides both networks' logits before the softmax; the loss is multiplied by its square."""
     teacher_ahead: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute the teacher's answers in the threads that make views: for small networks on the CPU."""
     allow_weak_teacher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with a teacher that is near chance on the labelled validation pictures."""
-    trust_class_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on although the teacher's class names differ from the data's, taking both to be in the same order."""
+
+    def problems(self) -> list[str]:
+        return ([] if self.teacher else ["give the network to match by --teacher"]) + super().problems()
 
 
-class Evaluate(Pictures, Machine):
+class Evaluate(Pictures, Teaching, Machine):
     """Judge a run or a model: accuracy, calibration, and closeness to a teacher."""
 
     model: Annotated[str, tyro.conf.Positional]
     """A run folder, or any model that `distill --teacher` takes."""
     weights: Path | None = None
-    """A state dict for a model that is a timm name."""
+    """A .safetensors, .pt or BiT .npz file for a model that is a timm name."""
     model_kwargs: tuple[str, ...] = ()
     """Options for timm's constructor, key=value."""
     data: Words = ()
     """The pictures; by default those of the run."""
     split: str = "auto"
     """Which split: train, val or test; auto is test, else val, else train."""
-    teacher: str | None = None
+    teacher: Words = ()
     """Whom to compare with; by default the run's own teacher."""
-    teacher_weights: Path | None = None
-    """A state dict for a teacher that is a timm name."""
-    teacher_kwargs: tuple[str, ...] = ()
-    """Options for timm's constructor of the teacher, key=value."""
     side: int | None = None
     """Side of the views in pixels; by default the run's or the model's own."""
     eval_resize: int | None = None
     """The short side's pixels before the central cut; by default the run's or the model's own."""
     batch: Annotated[int, tyro.conf.arg(aliases=["-b", "--batch-size"])] = 128
     """Pictures at a time."""
-    trust_class_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on although the model's class names differ from the data's, taking both to be in the same order."""
 
     def problems(self) -> list[str]:
         return outside(self, dict.fromkeys(("side", "eval_resize", "batch"), 1)) + super().problems()
@@ -275,6 +315,44 @@ class Demo(Machine):
 
     def problems(self) -> list[str]:
         return outside(self, {"steps": 1, "seed": 0})
+
+
+class Import(Knobs):
+    """Turn a checkpoint (a Keras SavedModel, a BiT .npz, any model that can be named) into a folder that timm loads."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A folder of a SavedModel, or any model that `distill --teacher` takes."""
+    out: Path
+    """The folder to write: model.safetensors and config.json in timm's layout."""
+    weights: Path | None = None
+    """A .safetensors, .pt or BiT .npz file for a model that is a timm name."""
+    inputs: Literal["auto", "0..1", "-1..1", "imagenet"] = "auto"
+    """The pictures that the network was trained on, where the checkpoint cannot say. auto: -1..1 for BiT files and hub
+    modules (which rescale [0, 1] themselves), 0..1 for other SavedModels, else what timm knows."""
+    side: int | None = None
+    """Side of the pictures that it was trained on, in pixels; by default as the checkpoint's name or timm says."""
+    crop_fraction: float | None = None
+    """Share of the short side that its evaluation view keeps, e.g. 0.8 for 128 of 160 pixels."""
+    class_file: Path | None = None
+    """A file of class names, a line each."""
+
+    def problems(self) -> list[str]:
+        found = outside(self, {"side": 1}, {"side": 10**4})
+        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
+            found.append(f"crop_fraction must lie in (0, 1], got {self.crop_fraction}")
+        return found
+
+
+class Models(Knobs):
+    """List the models that can be named, with parameters, arithmetic and source."""
+
+    pattern: Annotated[str, tyro.conf.Positional] = ""
+    """Part of a name, or a pattern with * and ?; by default our own names, BiT and the paper's files."""
+    side: int | None = None
+    """Count arithmetic for pictures of this side, in pixels; by default each model's own."""
+
+    def problems(self) -> list[str]:
+        return outside(self, {"side": 1}, {"side": 10**4})
 
 
 TAUGHT: dict[str, type[Train]] = {"train": Train, "distill": Distill}

@@ -1,6 +1,7 @@
 """Processes, devices, precision and the generators that networks draw from."""
 
 import os
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -41,6 +42,25 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return "fp32"
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", lambda: True)
     return "bf16" if supported() else "fp16"
+
+
+def teacher_precisions(name: str, device: torch.device) -> tuple[str, ...]:
+    """The arithmetic that a frozen teacher may be computed in: as said, or all that the hardware is fast in."""
+    if name != "auto":
+        return (name,)
+    if device.type == "cpu":
+        fast = {
+            "bf16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+            "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        }
+        return (*(precision for precision, has in fast.items() if has), "fp32")
+    return ("bf16", "fp16", "fp32") if resolve_precision("auto", device) == "bf16" else ("fp16", "fp32")
+
+
+def described(device: torch.device) -> tuple[object, ...]:
+    """What a measurement on a device depends on: the hardware, the library, and how many threads compute."""
+    name = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    return name, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.__version__, torch.get_num_threads()
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

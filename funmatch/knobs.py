@@ -35,12 +35,17 @@ class Knobs(BaseModel):
     def _share(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int | float) else value
 
-    @field_validator("data", "eval_data", mode="before", check_fields=False)
+    @field_validator("data", "eval_data", "teacher", "teacher_weights", mode="before", check_fields=False)
     @classmethod
     def _several(cls, value: Any) -> Any:
-        if isinstance(value, str | Path):
-            value = (value,)
+        if value is None or isinstance(value, str | Path):
+            value = () if value is None else (value,)
         return tuple(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("teacher_side", "teacher_share", mode="before", check_fields=False)
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) else value
 
     @classmethod
     def checked(cls, **knobs: Any) -> Self:

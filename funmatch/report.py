@@ -101,7 +101,7 @@ def row(run: runs.Run) -> list[str]:
     teacher = result.get("teacher") or {}
     return [
         run.folder.resolve().name,
-        (knobs.get("teacher") and Path(knobs["teacher"]).name) or "labels",
+        " + ".join(Path(name).name for name in _several(knobs.get("teacher"))) or "labels",
         f"{step:,}" if run.result else f"{step:,} of {knobs['steps']:,}",
         percent(result.get("top1")),
         percent(teacher.get("top1")),
@@ -197,6 +197,10 @@ def flat(config: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for name, value in values.items()
     ]
+
+
+def _several(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else names or []
 
 
 def _number(value: float | None) -> str:

@@ -77,6 +77,27 @@ def find(folder: Path) -> Run:
     return run
 
 
+def begun(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the run in a folder, if it was asked the same; else nothing."""
+    run = Run(folder.expanduser())
+    if not (run.folder / "config.json").is_file():
+        return {}
+    try:
+        config = run.config
+    except InputError:
+        return {}  # whoever opens the run will say so
+    return {} if differences(config, _record(verb, knobs, facts)) else config["facts"]
+
+
+def finished(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of the run in a folder, if it is over and was asked the same."""
+    return Run(folder.expanduser()).result if begun(folder, verb, knobs, facts) else None
+
+
+def _record(verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({"verb": verb, "knobs": knobs, "facts": facts}, default=str))
+
+
 @contextmanager
 def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> Iterator[Run]:
     """Begins a run in a new folder, or goes on with the one that is there if it was asked the same.
@@ -89,7 +110,7 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
         InputError: the folder holds something else, a run with another configuration, or one that is running.
     """
     folder = folder.expanduser()
-    record = json.loads(json.dumps({"verb": verb, "knobs": knobs, "facts": facts}, default=str))
+    record = _record(verb, knobs, facts)
     check_place(folder)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

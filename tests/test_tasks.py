@@ -16,7 +16,7 @@ from funmatch.checkpoint import KEPT
 from funmatch.config import Distill, Train
 from funmatch.data.cache import open_cache
 from funmatch.errors import InputError
-from funmatch.tasks.distill import above_chance
+from funmatch.tasks.teachers import above_chance
 
 MINI = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 16}
 TINY = {"student": "resnet10t", "student_kwargs": {"channels": (8, 8, 16, 16), "stem_width": 8}, "side": 32}

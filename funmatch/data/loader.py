@@ -26,17 +26,19 @@ class Batch:
         labels: (1 + n,) int64, -1 where there is none.
         lam: MixUp weight of the picture itself, in [0.5, 1].
         answers: (n, classes), the teacher's logits on its view, where they were computed ahead.
+        others: the same crops sampled at other sides.
     """
 
     crops: Tensor
     labels: Tensor
     lam: float
     answers: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor changed."""
         answers = None if self.answers is None else change(self.answers)
-        return Batch(change(self.crops), change(self.labels), self.lam, answers)
+        return Batch(change(self.crops), change(self.labels), self.lam, answers, tuple(map(change, self.others)))
 
     def to(self, device: torch.device) -> "Batch":
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -53,6 +55,7 @@ class Loader:
         side: of the crops, pixels.
         min_area: the smallest share of a picture that a crop covers.
         rank, world: which of how many equal slices of the global batch is ours.
+        other_sides: at which the same crops are wanted too, pixels.
     """
 
     split: CachedSplit
@@ -62,6 +65,7 @@ class Loader:
     min_area: float = 0.05
     rank: int = 0
     world: int = 1
+    other_sides: tuple[int, ...] = ()
 
     def draw(self, step: int) -> Draw:
         """The draws of the whole global batch."""
@@ -74,8 +78,10 @@ class Loader:
         rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch
         indices = drawn.indices[rows]
         pictures, boxes = self.split.boxed(indices, drawn.boxes[rows])
-        crops = crop_resize_flip(pictures, boxes, drawn.flips[rows], self.side)
-        return Batch(crops, self.split.labels(indices), drawn.lam)
+        crops, *others = (
+            crop_resize_flip(pictures, boxes, drawn.flips[rows], side) for side in (self.side, *self.other_sides)
+        )
+        return Batch(crops, self.split.labels(indices), drawn.lam, others=tuple(others))
 
 
 def prefetch(

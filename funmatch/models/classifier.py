@@ -75,10 +75,14 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1), persistent=False)
 
-    def forward(self, views: Tensor) -> Tensor:
+    def normalised(self, views: Tensor) -> Tensor:
+        """Views as the network itself wants them."""
         if len(self.card.mean) == 1:
             views = views.mean(1, keepdim=True)
-        answer = self.net((views - self.mean) / self.std)
+        return (views - self.mean) / self.std
+
+    def forward(self, views: Tensor) -> Tensor:
+        answer = self.net(self.normalised(views))
         return getattr(answer, "logits", answer)
 
     def count(self) -> int:

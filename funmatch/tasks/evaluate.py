@@ -1,164 +1,93 @@
-"""Judging a classifier: accuracy, calibration, and how close it is to a teacher."""
+"""Judging a model or a run: accuracy, calibration, and closeness to a teacher."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from funmatch import devices, metrics, runs
+from funmatch import devices, runs
 from funmatch.config import Evaluate
 from funmatch.data.cache import Cache
-from funmatch.data.loader import central_batches
 from funmatch.data.pixels import CachedSplit
 from funmatch.data.sources import SPLIT_NAMES
 from funmatch.errors import InputError, unknown
 from funmatch.logs import say
-from funmatch.models.classifier import Card, Classifier, check_side
+from funmatch.models.classes import match
+from funmatch.models.classifier import Classifier, check_side
+from funmatch.models.frozen import Frozen
 from funmatch.models.load import load
-from funmatch.tasks import pictures
+from funmatch.models.teachers import Member, Teachers
+from funmatch.tasks import judging, pictures, teachers
 
-WATCHED_WITHOUT_VALIDATION = 1000
-
-
-@dataclass(frozen=True)
-class View:
-    """How evaluation looks at pictures, and where it computes.
-
-    Attributes:
-        side: of the views, pixels.
-        short_side: to which pictures are resized before the central cut, pixels.
-        batch: pictures at a time.
-        device, precision: of the networks.
-    """
-
-    side: int
-    short_side: int
-    batch: int
-    device: torch.device
-    precision: str
+# What a run says of its teachers, and an evaluation may say otherwise.
+OF_TEACHERS = (
+    "teacher", "teacher_weights", "teacher_kwargs", "teacher_side", "teacher_share", "combine", "classes",
+)  # fmt: skip
 
 
-@torch.inference_mode()
-def answers(model: nn.Module, split: CachedSplit, view: View) -> Tensor:
-    """Logits of every picture of a split, (n, classes) float32 on the CPU."""
-    model.eval()
-    logits = []
-    workers = devices.spare_threads()
-    for views, _ in central_batches(split, view.side, view.short_side, view.batch, workers=workers):
-        with devices.autocast(view.device, view.precision):
-            logits.append(model(views.to(view.device)).float().cpu())
-    return torch.cat(logits)
-
-
-def judge(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:
-    """`metrics.summary` of a split's logits, (n, classes)."""
-    labels = split.labels(np.arange(len(split))) if split.labelled else None
-    return metrics.summary(metrics.per_picture(logits, labels, teacher_logits))
-
-
-def watched(cache: Cache) -> CachedSplit:
-    """The split that a run is judged on while it goes on: validation, else test, else some of the training pictures."""
-    for name in ("val", "test"):
-        if name in cache.splits:
-            return cache.splits[name]
-    train = cache.splits["train"]
-    some = np.linspace(0, len(train) - 1, min(len(train), WATCHED_WITHOUT_VALIDATION)).astype(int)
-    return train.picked(some)
-
-
-def final(cache: Cache) -> CachedSplit:
-    """The split that a finished run is judged on: test, else the watched one."""
-    return cache.splits.get("test") or watched(cache)
-
-
-def short_side(side: int, card: Card) -> int:
-    """The short side for evaluation views where nobody said: as the card says at its own side, else as published.
-
-    The paper's views are 128 of 160 and 224 of 256 pixels: 32 more. Small views get at most a quarter more.
-    """
-    return round(side / card.crop_fraction) if side == card.side else min(side + 32, side * 5 // 4)
-
-
-def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None:
-    """Raises `InputError` unless the classes of a classifier are those of the data, in the same order."""
-    if not cache.classes:
-        return
-    name, classes = model.card.name, cache.classes
-    if cache.unnamed and model.num_classes >= len(classes):
-        return
-    if model.num_classes != len(classes):
-        raise InputError(
-            f"{name} answers {model.num_classes} classes, {cache.name} has {len(classes)} ({_few(classes)}); "
-            "wanted a model with these classes. To learn from pictures of other things, say --unlabelled, or give "
-            "pictures of the teacher's classes by --eval-data"
-        )
-    named = model.card.classes or ()
-    if len(named) == len(classes) and named != classes and not trust_order:
-        pairs = [f"{a} ≠ {b}" for a, b in zip(named, classes, strict=True) if a != b]
-        raise InputError(
-            f"the classes of {name} are not those of {cache.name}, in order: {_few(pairs)}; rename the folders, or "
-            "say --trust-class-order if only the names differ"
-        )
-
-
-def _few(names) -> str:
-    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
-
-
-def run(config: Evaluate) -> dict[str, Any]:
+def run(config: Evaluate, given: teachers.Modules | None = None) -> dict[str, Any]:
     """Judges a model or a run on a split of a data set.
+
+    Args:
+        given: modules from Python, by the names that stand for them.
 
     Returns:
         `top1`, `top5`, `agreement`, `kl`, `ece` (None where unknown), `split`, `pictures`, `parameters`, `step` and
         `run` (None for a model that is not a run), `model`, `data`, `teacher`.
     """
     config.check()
+    given = given or {}
     device = devices.pick(config.device)
     taught = _run_of(config.model)
     knobs: dict[str, Any] = taught.config["knobs"] if taught else {}
     model = load(
-        config.model, weights=config.weights, options=config.model_kwargs, pretrained=True, side=config.side
+        given.get(config.model, config.model),
+        weights=config.weights,
+        options=config.model_kwargs,
+        pretrained=True,
+        side=config.side,
     ).to(device)
     cache, learnt, judged = pictures.of_evaluation(config, taught.config["verb"] if taught else "", knobs)
-    check_classes(model, cache, trust_order=config.trust_class_order)
+    parameters, asked = model.count(), teachers.asked(config, cache)
+    picks = match(model, asked, config.classes) if asked and config.classes else None
+    if picks is None:
+        judging.check_classes(model, cache, trust_order=config.trust_class_order)
     split = _split(cache, config.split)
-    side = config.side or knobs.get("side") or model.card.side
-    same_side = side == knobs.get("side")
-    resize = config.eval_resize or (knobs["eval_resize"] if same_side else short_side(side, model.card))
-    if resize < side:
-        raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
-    view = View(side, resize, config.batch, device, devices.resolve_precision(config.precision, device))
-    check_side(model, side)
-    teacher = _teacher(config, knobs, device)
-    teacher_logits = None
-    if teacher:
-        check_side(teacher, side)
-        if teacher.num_classes != model.num_classes:
-            raise InputError(
-                f"teacher {teacher.card.name} answers {teacher.num_classes} classes, {config.model} {model.num_classes}"
-            )
-        teacher_logits = answers(teacher, split, view)
-    figures = judge(answers(model, split, view), split, teacher_logits)
+    view = _view(config, knobs, model, device)
+    check_side(model, view.side)
+    taught_by = _teachers(config, knobs, cache, view.side, given)
+    asked_of = teachers.Picked(Member(Frozen(model), view.side, picks=picks)) if picks else model
+    answers = judging.answers(asked_of, split, view)
+    together = _answers(taught_by, split, view, answers.shape[-1], config.model) if taught_by else None
+    figures = judging.judge(answers, split, together)
     figures.pop("balanced")
     result = (taught.result or {}) if taught else {}
     return runs.finite(figures) | {
         "split": split.name,
         "pictures": len(split),
-        "parameters": model.count(),
+        "parameters": parameters,
         "step": result.get("step"),
         "run": str(taught.folder) if taught else None,
         "model": config.model,
         "data": list(learnt if split.name == "train" else judged),
-        "teacher": teacher.card.name if teacher else None,
+        "teacher": taught_by.name if taught_by else None,
     }
 
 
 def _run_of(name: str) -> runs.Run | None:
     path = Path(name).expanduser()
     return runs.find(path) if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file() else None
+
+
+def _view(config: Evaluate, knobs: dict[str, Any], model: Classifier, device: torch.device) -> judging.View:
+    """How the pictures are looked at: as said, else as the run did, else as the model wants."""
+    side = config.side or knobs.get("side") or model.card.side
+    same_side = side == knobs.get("side")
+    resize = config.eval_resize or (knobs["eval_resize"] if same_side else judging.short_side(side, model.card))
+    if resize < side:
+        raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
+    return judging.View(side, resize, config.batch, device, devices.resolve_precision(config.precision, device))
 
 
 def _split(cache: Cache, name: str) -> CachedSplit:
@@ -170,16 +99,26 @@ def _split(cache: Cache, name: str) -> CachedSplit:
     return cache.splits[name]
 
 
-def _teacher(config: Evaluate, knobs: dict[str, Any], device: torch.device) -> Classifier | None:
+def _teachers(
+    config: Evaluate, knobs: dict[str, Any], cache: Cache, side: int, given: teachers.Modules
+) -> Teachers | None:
+    """The teachers to compare with: as said, or those of the run; None where there are none, or no longer."""
     if config.teacher:
-        name, weights, options = config.teacher, config.teacher_weights, config.teacher_kwargs
-        return load(name, weights=weights, options=options, pretrained=True, side=config.side).to(device)
+        return teachers.plainly(teachers.call(config, cache, side, given), config.combine)
     if not knobs.get("teacher"):
         return None
-    weights = knobs["teacher_weights"] and Path(knobs["teacher_weights"])
-    options = tuple(knobs["teacher_kwargs"])
+    of_run = Evaluate(model=config.model, **{name: knobs[name] for name in OF_TEACHERS if name in knobs})
     try:
-        return load(knobs["teacher"], weights=weights, options=options, pretrained=True, side=config.side).to(device)
+        return teachers.plainly(teachers.call(of_run, cache, side, given), of_run.combine)
     except InputError as error:
         say(f"judged without the run's teacher: {error}")
         return None
+
+
+def _answers(taught_by: Teachers, split: CachedSplit, view: judging.View, classes: int, model: str) -> Tensor:
+    for member in taught_by.members:
+        check_side(member.frozen.classifier, member.side)
+    together, _ = teachers.answers(taught_by.to(view.device), split, view)
+    if together.shape[-1] != classes:
+        raise InputError(f"teacher {taught_by.name} answers {together.shape[-1]} classes, {model} {classes}")
+    return together

@@ -1,6 +1,6 @@
 """A run made ready: every default closed, data, student and teacher in place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +8,20 @@ import timm
 import torch
 
 from funmatch import devices
-from funmatch.config import Train
+from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
 from funmatch.data.decode import pick_decoder
+from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.fit import Course
 from funmatch.logs import say
+from funmatch.models.classes import SAME_NAMES
 from funmatch.models.classifier import Classifier, check_side
-from funmatch.models.frozen import Frozen
 from funmatch.models.load import NAMED, load
+from funmatch.models.teachers import Teachers
 from funmatch.runs import check_place
-from funmatch.tasks import evaluate, pictures
+from funmatch.tasks import judging, pictures
+from funmatch.tasks.teachers import Modules
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,55 @@ class Lesson:
         student: on its device, with its first weights.
         view: how evaluation looks at pictures.
         course: how the student is taught.
-        teacher: on its device, or None.
+        teachers: on the device, or None.
+        asked: names of the classes that are asked of teachers with others, or None.
+        facts: what is recorded of the teachers: `teacher` (their digest) and `teacher_forms`.
+        other_sides: of the views that teachers see beside the student's, pixels.
     """
 
     verb: str
     config: Train
     cache: Cache
     student: Classifier
-    view: evaluate.View
+    view: judging.View
     course: Course
-    teacher: Frozen | None = None
+    teachers: Teachers | None = None
+    asked: tuple[str, ...] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    other_sides: tuple[int, ...] = ()
+
+    @property
+    def loader(self) -> Loader:
+        """Of training batches."""
+        config, split = self.config, self.cache.splits["train"]
+        sides = self.view.side, self.other_sides
+        return Loader(split, config.seed, config.batch, sides[0], config.crop_min_area, other_sides=sides[1])
 
 
 def in_full(config: Train) -> dict[str, Any]:
     """The paths in a configuration from the root, so that the record of a run can be used from anywhere."""
     found = pictures.in_full(config)
-    for field in ("student", "teacher"):
-        name = getattr(config, field, None) or ""
-        path = Path(name.removeprefix("local-dir:")).expanduser()
-        if name and path.exists() and not (name in NAMED or timm.is_model(name.partition(".")[0])):
-            found[field] = str(path.resolve())
-    if weights := getattr(config, "teacher_weights", None):
-        found["teacher_weights"] = weights.expanduser().resolve()
+    found["student"] = _named_in_full(config.student)
+    if config.student_weights:
+        found["student_weights"] = config.student_weights.expanduser().resolve()
+    if isinstance(config, Distill):
+        found["teacher"] = tuple(map(_named_in_full, config.teacher))
+        found["teacher_weights"] = tuple(
+            file if file.lower() == "none" else str(Path(file).expanduser().resolve())
+            for file in config.teacher_weights
+        )
+        if config.classes and config.classes != SAME_NAMES:
+            found["classes"] = str(Path(config.classes).expanduser().resolve())
     return found
+
+
+def _named_in_full(name: str) -> str:
+    """The name of a model, with its path from the root if it is one."""
+    prefix = next((prefix for prefix in ("savedmodel:", "local-dir:") if name.startswith(prefix)), "")
+    path = Path(name.removeprefix(prefix)).expanduser()
+    if name in NAMED or timm.is_model(name.partition(".")[0]) or not path.exists():
+        return name
+    return f"{prefix.replace('local-dir:', '')}{path.resolve()}"
 
 
 def open_data(config: Train) -> Cache:
@@ -68,22 +97,26 @@ def open_data(config: Train) -> Cache:
     return cache
 
 
-def prepare(verb: str, config: Train, cache: Cache, *, classes: int, teacher: Frozen | None = None) -> Lesson:
+def prepare(verb: str, config: Train, cache: Cache, *, classes: int, given: Modules | None = None) -> Lesson:
     """Builds the student and closes every default that was left open."""
     device = devices.pick(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     devices.seed_networks(config.seed, 0, torch.device("cpu"))
-    student = load(config.student, options=config.student_kwargs, classes=classes, side=config.side)
+    student = load(
+        (given or {}).get(config.student, config.student),
+        weights=config.student_weights,
+        options=_options(config),
+        classes=classes,
+        side=config.side,
+    )
     if student.num_classes != classes:
         raise InputError(f"student {config.student} answers {student.num_classes} classes, wanted {classes}")
     side = config.side or student.card.side
-    resize = config.eval_resize or evaluate.short_side(side, student.card)
+    resize = config.eval_resize or judging.short_side(side, student.card)
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
     check_side(student, side, batch=config.batch)
-    if teacher:
-        check_side(teacher.classifier, side)
     steps = config.steps or max(1, round((config.epochs or 0) * len(cache.splits["train"]) / config.batch))
     warmup = min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps
     precision = devices.resolve_precision(config.precision, device)
@@ -98,8 +131,12 @@ def prepare(verb: str, config: Train, cache: Cache, *, classes: int, teacher: Fr
         "precision": precision,
         "decoder": pick_decoder(config.decoder),
     }
-    view = evaluate.View(side, resize, config.batch, device, precision)
+    view = judging.View(side, resize, config.batch, device, precision)
     course = Course(steps, config.lr, warmup, config.clip_norm, config.seed, device, precision)
-    if teacher:
-        teacher.to(device)
-    return Lesson(verb, config.model_copy(update=resolved), cache, student.to(device), view, course, teacher)
+    return Lesson(verb, config.model_copy(update=resolved), cache, student.to(device), view, course)
+
+
+def _options(config: Train) -> tuple[str, ...]:
+    """What the student's constructor is given."""
+    rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
+    return (*config.student_kwargs, *(f"{name}={rate}" for name, rate in rates.items() if rate is not None))

@@ -9,12 +9,17 @@ from funmatch.data.loader import Batch
 from funmatch.distances import cross_entropy, mixed_labels
 from funmatch.errors import InputError
 from funmatch.tasks.lesson import open_data, prepare
+from funmatch.tasks.teachers import Modules
 from funmatch.tasks.walk import carry_out
 from funmatch.views import MIXED, STRATEGIES
 
 
-def run(config: Train) -> dict[str, Any]:
-    """Teaches a network the labels, mixed as the views are, and returns the figures of the finished run."""
+def run(config: Train, given: Modules | None = None) -> dict[str, Any]:
+    """Teaches a network the labels, mixed as the views are, and returns the figures of the finished run.
+
+    Args:
+        given: modules from Python, by the names that stand for them.
+    """
     config.check()
     cache = open_data(config)
     if not cache.splits["train"].labelled:
@@ -22,7 +27,7 @@ def run(config: Train) -> dict[str, Any]:
         missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training pictures of {cache.name} have no labels"
         other = " (they are of other classes than --eval-data)" if config.eval_data else ""
         raise InputError(f"{missing}{other}; training on labels needs train/<class>/*.jpg, distilling needs none")
-    lesson = prepare("train", config, cache, classes=len(cache.classes))
+    lesson = prepare("train", config, cache, classes=len(cache.classes), given=given)
     strategy = STRATEGIES[config.strategy]
 
     def loss_of(batch: Batch) -> Tensor:

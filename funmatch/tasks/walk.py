@@ -7,22 +7,24 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import funmatch
 from funmatch import checkpoint, devices, runs, signals
-from funmatch.data.loader import Batch, Loader, prefetch
+from funmatch.data.loader import Batch, prefetch
 from funmatch.errors import InputError
 from funmatch.files import folder_atomically
 from funmatch.fit import fit
 from funmatch.logs import Bar, percent, say
 from funmatch.models import classifier as models
-from funmatch.optim import adam
-from funmatch.tasks import evaluate
+from funmatch.models.classifier import Classifier
+from funmatch.optim import Average, adam
+from funmatch.tasks import judging, teachers
 from funmatch.tasks.lesson import Lesson
 
 LossOf = Callable[[Batch], Tensor]
@@ -40,10 +42,45 @@ class Standing:
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What the teachers say of the watched split's pictures, (n, classes): together, and each."""
+
+    together: Tensor
+    each: list[Tensor]
+
+
+def record_of(lesson: Lesson) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is asked of a run, and the facts beside: the parts of its `config.json`."""
+    facts = {
+        "data": lesson.cache.key,
+        "teacher": None,
+        **lesson.facts,
+        "pictures": {name: len(split) for name, split in lesson.cache.splits.items()},
+        "classes": list(lesson.asked or lesson.cache.classes),
+        "parameters": lesson.student.count(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {lesson.course.device}",
+        "versions": {"funmatch": funmatch.__version__, "torch": torch.__version__, "timm": timm.__version__},
+    }
+    return lesson.config.model_dump(mode="json"), facts
+
+
+def done(lesson: Lesson) -> dict[str, Any] | None:
+    """The figures of the run, if it is over and was asked the same."""
+    if result := runs.finished(lesson.config.out, lesson.verb, *record_of(lesson)):
+        say(f"{lesson.config.out} is finished at step {result['step']}; nothing to do")
+    return result
+
+
+def remembered_forms(lesson: Lesson) -> list[dict[str, Any]] | None:
+    """The forms in which the teachers of a run that is resumed are computed."""
+    return runs.begun(lesson.config.out, lesson.verb, *record_of(lesson)).get("teacher_forms")
+
+
 def carry_out(
     lesson: Lesson,
     loss_of: LossOf,
-    teacher_logits: Tensor | None = None,
+    taught: Taught | None = None,
     ahead: Callable[[Batch], Batch] | None = None,
 ) -> dict[str, Any]:
     """Walks a run from where it stands to its end.
@@ -52,7 +89,7 @@ def carry_out(
         lesson: what is taught to whom.
         loss_of: a batch to its mean loss.
         ahead: what is done to a batch beforehand, in the threads that make views.
-        teacher_logits: the teacher's answers on the watched split, (n, classes), where there is a teacher.
+        taught: the teachers' answers on the watched split, where there are teachers.
 
     Returns:
         the figures that `result.json` holds.
@@ -61,21 +98,12 @@ def carry_out(
         InputError: the folder holds something else, or the loss is no longer finite.
         Stopped: by Ctrl-C or SIGTERM, after saving.
     """
-    facts = {
-        "data": lesson.cache.key,
-        "teacher": models.fingerprint(lesson.teacher.classifier.net) if lesson.teacher else None,
-        "pictures": {name: len(split) for name, split in lesson.cache.splits.items()},
-        "classes": list(lesson.cache.classes),
-        "parameters": lesson.student.count(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {lesson.course.device}",
-        "versions": {"funmatch": funmatch.__version__, "torch": torch.__version__, "timm": timm.__version__},
-    }
-    knobs = lesson.config.model_dump(mode="json")
+    knobs, facts = record_of(lesson)
     with runs.opened(lesson.config.out, lesson.verb, knobs, facts) as run:
         if run.result:
             say(f"{run.folder} is finished at step {run.result['step']}; nothing to do")
             return run.result
-        walk = Walk(lesson, run, teacher_logits)
+        walk = Walk(lesson, run, taught)
         walk.go(loss_of, ahead)
         return walk.finish()
 
@@ -83,39 +111,57 @@ def carry_out(
 class Walk:
     """A run under way: the loop's own `for`, and what is recorded, judged and saved beside it."""
 
-    def __init__(self, lesson: Lesson, run: runs.Run, teacher_logits: Tensor | None) -> None:
-        self.lesson, self.run, self.teacher_logits = lesson, run, teacher_logits
-        self.watched = evaluate.watched(lesson.cache)
+    def __init__(self, lesson: Lesson, run: runs.Run, taught: Taught | None) -> None:
+        self.lesson, self.run = lesson, run
+        self.teacher_logits = taught.together if taught else None
+        self.watched = judging.watched(lesson.cache)
         self.optimizer = adam(lesson.student.net, lesson.config.lr, lesson.config.weight_decay)
         self.scaler = devices.loss_scaler(lesson.course.device, lesson.course.precision)
+        self.average = Average(lesson.student, lesson.config.ema) if lesson.config.ema is not None else None
         self.standing = Standing()
         self.losses: list[Tensor] = []
         self.clock, self.away = time.monotonic(), 0.0
         self.notes: dict[str, str] = {}
-        if state := checkpoint.restore(run.checkpoints, lesson.student.net, self.optimizer):
+        if state := checkpoint.restore(run.checkpoints, lesson.student.net, self.optimizer, self.average_net):
             self.standing = Standing(**state)
             self.scaler.load_state_dict(self.standing.scaler)
             self.losses = [torch.tensor(loss, device=lesson.course.device) for loss in self.standing.window]
             say(f"{run.folder}: going on from step {self.standing.step} of {lesson.course.steps}")
         run.metrics.cut(self.standing.step or -1)
-        if lesson.teacher and teacher_logits is not None and not self.standing.step:
-            figures = runs.finite(evaluate.judge(teacher_logits, self.watched))
-            name = lesson.teacher.classifier.card.name
-            run.metrics.write("teacher", 0, teacher=name, split=self.watched.name, **figures)
+        if taught and not self.standing.step:
+            self.record_teachers(taught)
+
+    @property
+    def average_net(self) -> nn.Module | None:
+        return self.average.model.net if self.average else None
+
+    def record_teachers(self, taught: Taught) -> None:
+        """Records how good the teachers are on the watched split: each, and together where there are several."""
+        assert self.lesson.teachers
+        members = self.lesson.teachers.members
+        known = zip(members, taught.each, self.lesson.facts["teacher_forms"], strict=True)
+        for member, logits, form in known:
+            figures = runs.finite(judging.judge(logits, self.watched))
+            self.run.metrics.write("teacher", 0, teacher=member.name, split=self.watched.name, **figures, **form)
+        if len(members) > 1:
+            figures = runs.finite(judging.judge(taught.together, self.watched))
+            self.run.metrics.write("teacher", 0, teacher=self.lesson.teachers.name, split=self.watched.name, **figures)
 
     def go(self, loss_of: LossOf, ahead: Callable[[Batch], Batch] | None) -> None:
         """Takes all steps that are left."""
         config, course, student = self.lesson.config, self.lesson.course, self.lesson.student
-        split = self.lesson.cache.splits["train"]
-        loader = Loader(split, config.seed, config.batch, self.lesson.view.side, config.crop_min_area)
         start = self.standing.step
         workers = config.workers or devices.spare_threads()
-        batches = prefetch(loader, start, course.steps, workers=workers, finish=ahead or devices.pinner(course.device))
+        batches = prefetch(
+            self.lesson.loader, start, course.steps, workers=workers, finish=ahead or devices.pinner(course.device)
+        )
         with closing(batches), Bar(self.lesson.verb, course.steps, start) as bar, signals.heard() as caught:
             self.clock = time.monotonic()
             for step, loss in fit(course, student, self.optimizer, self.scaler, batches, loss_of, start):
                 self.standing.step = step
                 self.losses.append(loss)
+                if self.average:
+                    self.average.follow(student, step)
                 last = step == course.steps
                 if last or step % config.log_every == 0:
                     self.log()
@@ -167,9 +213,13 @@ class Walk:
     def watch(self) -> None:
         """Judges the student on the watched split, and keeps it if it is the best so far."""
         standing, began = self.standing, time.monotonic()
-        logits = evaluate.answers(self.lesson.student, self.watched, self.lesson.view)
-        figures = evaluate.judge(logits, self.watched, self.teacher_logits)
+        logits = judging.answers(self.lesson.student, self.watched, self.lesson.view)
+        figures = judging.judge(logits, self.watched, self.teacher_logits)
         self.run.metrics.write("eval", standing.step, split=self.watched.name, **runs.finite(figures))
+        if self.average:
+            averaged = judging.answers(self.average.model, self.watched, self.lesson.view)
+            own = runs.finite(judging.judge(averaged, self.watched, self.teacher_logits))
+            self.run.metrics.write("ema", standing.step, split=self.watched.name, **own)
         name = "agreement" if figures["top1"] is None else "top1"
         score = figures[name]
         self.notes["eval"] = f"{name} {percent(score)}"
@@ -185,26 +235,29 @@ class Walk:
         self.standing.scaler = self.scaler.state_dict()
         # Losses that no record holds yet go along, so that a resumed run records what one that never stopped does.
         state = asdict(self.standing) | {"window": self.fetched()}
-        checkpoint.save(self.run.checkpoints, self.standing.step, self.lesson.student.net, self.optimizer, state)
+        checkpoint.save(
+            self.run.checkpoints, self.standing.step, self.lesson.student.net, self.optimizer, state, self.average_net
+        )
         self.away += time.monotonic() - began
 
     def class_names(self) -> tuple[str, ...] | None:
         """The names of what the student answers: the data's, or the teacher's where the data has numbers or none."""
-        cache, teacher = self.lesson.cache, self.lesson.teacher
-        if teacher and (cache.unnamed or not cache.classes):
-            return teacher.classifier.card.classes
-        return cache.classes or None
+        lesson = self.lesson
+        if lesson.asked:
+            return lesson.asked
+        if lesson.teachers and (lesson.cache.unnamed or not lesson.cache.classes):
+            return lesson.teachers.members[0].frozen.classifier.card.classes
+        return lesson.cache.classes or None
 
     def finish(self) -> dict[str, Any]:
         """Judges the finished student, writes it for use elsewhere, and records that the run is over."""
         lesson, view = self.lesson, self.lesson.view
         self.standing.seconds += time.monotonic() - self.clock
-        split = evaluate.final(lesson.cache)
-        teacher = lesson.teacher
+        split = judging.final(lesson.cache)
         teacher_logits = self.teacher_logits
-        if teacher and split.name != self.watched.name:
-            teacher_logits = evaluate.answers(teacher, split, view)
-        figures = evaluate.judge(evaluate.answers(lesson.student, split, view), split, teacher_logits)
+        if lesson.teachers and split.name != self.watched.name:
+            teacher_logits, _ = teachers.answers(lesson.teachers, split, view)
+        figures = judging.judge(judging.answers(lesson.student, split, view), split, teacher_logits)
         result: dict[str, Any] = figures | {
             "split": split.name,
             "pictures": len(split),
@@ -213,21 +266,26 @@ class Walk:
             "parameters": lesson.student.count(),
             "run": str(self.run.folder),
         }
-        if teacher and teacher_logits is not None:
-            own = evaluate.judge(teacher_logits, split)
+        if lesson.teachers and teacher_logits is not None:
+            own = judging.judge(teacher_logits, split)
             result["teacher"] = {
-                "name": teacher.classifier.card.name,
-                "parameters": teacher.classifier.count(),
+                "name": lesson.teachers.name,
+                "parameters": lesson.teachers.count(),
                 "top1": own["top1"],
             }
-        card = replace(
-            lesson.student.card,
-            side=view.side,
-            crop_fraction=view.side / view.short_side,
-            classes=self.class_names(),
-        )
-        with folder_atomically(self.run.student) as folder:
-            portable = copy.deepcopy(lesson.student).cpu()
-            models.save(portable, folder, card=card, about={"verb": lesson.verb, "top1": figures["top1"]})
+        if self.average:
+            result["ema"] = judging.judge(judging.answers(self.average.model, split, view), split, teacher_logits)
+            self.write(self.average.model, self.run.folder / "student-ema", result["ema"]["top1"])
+        self.write(lesson.student, self.run.student, figures["top1"])
         self.run.finish(result)
         return runs.finite(result)
+
+    def write(self, student: Classifier, folder: Path, top1: float | None) -> None:
+        """Writes a student for use elsewhere."""
+        view = self.lesson.view
+        card = replace(
+            student.card, side=view.side, crop_fraction=view.side / view.short_side, classes=self.class_names()
+        )
+        with folder_atomically(folder) as partial:
+            portable = copy.deepcopy(student).cpu()
+            models.save(portable, partial, card=card, about={"verb": self.lesson.verb, "top1": top1})

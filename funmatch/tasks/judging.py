@@ -1,0 +1,103 @@
+"""Judging a classifier: its answers to a split, and what they are worth."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from funmatch import devices, metrics
+from funmatch.data.cache import Cache
+from funmatch.data.loader import central_batches
+from funmatch.data.pixels import CachedSplit
+from funmatch.errors import InputError
+from funmatch.models.classifier import Card, Classifier
+
+WATCHED_WITHOUT_VALIDATION = 1000
+
+
+@dataclass(frozen=True)
+class View:
+    """How evaluation looks at pictures, and where it computes.
+
+    Attributes:
+        side: of the views, pixels.
+        short_side: to which pictures are resized before the central cut, pixels.
+        batch: pictures at a time.
+        device, precision: of the networks.
+    """
+
+    side: int
+    short_side: int
+    batch: int
+    device: torch.device
+    precision: str
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, split: CachedSplit, view: View) -> Tensor:
+    """Logits of every picture of a split, (n, classes) float32 on the CPU."""
+    model.eval()
+    logits = []
+    workers = devices.spare_threads()
+    for views, _ in central_batches(split, view.side, view.short_side, view.batch, workers=workers):
+        with devices.autocast(view.device, view.precision):
+            logits.append(model(views.to(view.device)).float().cpu())
+    return torch.cat(logits)
+
+
+def judge(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:
+    """`metrics.summary` of a split's logits, (n, classes)."""
+    labels = split.labels(np.arange(len(split))) if split.labelled else None
+    return metrics.summary(metrics.per_picture(logits, labels, teacher_logits))
+
+
+def watched(cache: Cache) -> CachedSplit:
+    """The split that a run is judged on while it goes on: validation, else test, else some of the training pictures."""
+    for name in ("val", "test"):
+        if name in cache.splits:
+            return cache.splits[name]
+    train = cache.splits["train"]
+    some = np.linspace(0, len(train) - 1, min(len(train), WATCHED_WITHOUT_VALIDATION)).astype(int)
+    return train.picked(some)
+
+
+def final(cache: Cache) -> CachedSplit:
+    """The split that a finished run is judged on: test, else the watched one."""
+    return cache.splits.get("test") or watched(cache)
+
+
+def short_side(side: int, card: Card) -> int:
+    """The short side for evaluation views where nobody said: as the card says at its own side, else as published.
+
+    The paper's views are 128 of 160 and 224 of 256 pixels: 32 more. Small views get at most a quarter more.
+    """
+    return round(side / card.crop_fraction) if side == card.side else min(side + 32, side * 5 // 4)
+
+
+def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None:
+    """Raises `InputError` unless the classes of a classifier are those of the data, in the same order."""
+    if not cache.classes:
+        return
+    name, classes = model.card.name, cache.classes
+    if cache.unnamed and model.num_classes >= len(classes):
+        return
+    if model.num_classes != len(classes):
+        raise InputError(
+            f"{name} answers {model.num_classes} classes, {cache.name} has {len(classes)} ({_few(classes)}); "
+            "wanted a model with these classes. If it knows them among others, say --classes same-names or --classes "
+            "map.json. To learn from pictures of other things, say --unlabelled, or give pictures of the teacher's "
+            "classes by --eval-data"
+        )
+    named = model.card.classes or ()
+    if len(named) == len(classes) and named != classes and not trust_order:
+        pairs = [f"{a} ≠ {b}" for a, b in zip(named, classes, strict=True) if a != b]
+        raise InputError(
+            f"the classes of {name} are not those of {cache.name}, in order: {_few(pairs)}; say --classes "
+            "same-names or --classes map.json if it knows them in another order or by other names, or "
+            "--trust-class-order if only the names differ"
+        )
+
+
+def _few(names) -> str:
+    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
