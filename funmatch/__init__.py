@@ -1,7 +1,21 @@
 """Knowledge distillation by function matching: a small image classifier becomes the same function as a big one."""
 
-from funmatch.api import Outcome, distill, evaluate, train
+from typing import TYPE_CHECKING, Any
+
+from funmatch.api import Outcome, distill, evaluate, load, train
 from funmatch.errors import InputError
 
+if TYPE_CHECKING:
+    from funmatch.models.classifier import Card, Classifier
+
 __version__ = "0.1.0"
-__all__ = ["InputError", "Outcome", "distill", "evaluate", "train"]
+__all__ = ["Card", "Classifier", "InputError", "Outcome", "distill", "evaluate", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Card` and `Classifier` need torch, whose import takes seconds; so they are imported when they are asked for."""
+    if name in ("Card", "Classifier"):
+        from funmatch.models import classifier
+
+        return getattr(classifier, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

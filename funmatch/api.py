@@ -1,11 +1,19 @@
 """The verbs for Python: plain arguments in, a finished run out."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from funmatch.config import Distill, Evaluate, Train
+from funmatch.errors import InputError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
+    from torch import nn
+
+    from funmatch.models.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -34,17 +42,23 @@ class Outcome:
         return self.figures["agreement"]
 
 
-Pictures = str | Path | Sequence[str | Path]
+Pictures: TypeAlias = str | Path | Sequence[str | Path]
 """A data set as the command line takes it, or several."""
 
 
-def distill(data: Pictures, teacher: str | Path, student: str, out: str | Path, **knobs: Any) -> Outcome:
-    """Teaches a student to be the same function as a teacher, in a run folder.
+Model: TypeAlias = Union[str, Path, "nn.Module"]
+"""A model as the command line names it, or a module: a `Classifier`, one of timm's, or any that takes (n, 3, side,
+side) in [0, 1] and gives (n, classes)."""
+
+
+def distill(data: Pictures, teacher: Model | Sequence[Model], student: Model, out: str | Path, **knobs: Any) -> Outcome:
+    """Teaches a student to be the same function as a teacher, or as several, in a run folder.
 
     Args:
         data: a folder of pictures, a name of the catalog, or `tfrecord:…`, `wds:…`, `hf:…`; several are joined.
-        teacher: a run folder, a timm name (with `teacher_weights`), or `fashion-mini-teacher`.
-        student: any timm name, or `fashion-mini-student`.
+        teacher: a run folder, a timm name (with `teacher_weights`), a BiT `.npz`, a module, …, or several of these. A
+            module is copied and stays as it is.
+        student: any timm name, or a module, whose copy is taught.
         out: the run folder; the same call again goes on where the run stands.
         **knobs: any other of `funmatch.config.Distill`, e.g. `steps=3000, temperature=2.0, student_kwargs={...}`.
 
@@ -53,17 +67,23 @@ def distill(data: Pictures, teacher: str | Path, student: str, out: str | Path, 
     """
     from funmatch.tasks import distill as task
 
-    return _carried_out(task, Distill.checked(data=data, teacher=str(teacher), student=student, out=Path(out), **knobs))
+    teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+    given: dict[str, nn.Module] = {}
+    names = tuple(_named(each, given) for each in teachers)  # pyrefly: ignore[bad-argument-type]
+    config = Distill.checked(data=data, teacher=names, student=_named(student, given), out=Path(out), **knobs)
+    return _carried_out(task, config, given)
 
 
-def train(data: Pictures, student: str, out: str | Path, **knobs: Any) -> Outcome:
+def train(data: Pictures, student: Model, out: str | Path, **knobs: Any) -> Outcome:
     """Trains a network on labels alone, with the views and the loop of `distill`; knobs of `funmatch.config.Train`."""
     from funmatch.tasks import train as task
 
-    return _carried_out(task, Train.checked(data=data, student=student, out=Path(out), **knobs))
+    given: dict[str, nn.Module] = {}
+    config = Train.checked(data=data, student=_named(student, given), out=Path(out), **knobs)
+    return _carried_out(task, config, given)
 
 
-def evaluate(model: str | Path, **knobs: Any) -> dict[str, Any]:
+def evaluate(model: Model, **knobs: Any) -> dict[str, Any]:
     """Judges a run or a model on a split; knobs of `funmatch.config.Evaluate`.
 
     Returns:
@@ -71,12 +91,34 @@ def evaluate(model: str | Path, **knobs: Any) -> dict[str, Any]:
     """
     from funmatch.tasks import evaluate as task
 
-    return task.run(Evaluate.checked(model=str(model), **knobs))
+    given: dict[str, nn.Module] = {}
+    return task.run(Evaluate.checked(model=_named(model, given), **knobs), given)
 
 
-def _carried_out(task: Any, config: Train) -> Outcome:
+def load(model: Model, **knobs: Any) -> Classifier:
+    """The classifier that a name stands for; arguments of `funmatch.models.load.load`."""
+    from funmatch.models.load import load as loaded
+
+    knobs.setdefault("pretrained", True)
+    return loaded(str(model) if isinstance(model, str | Path) else model, **knobs)
+
+
+def _named(model: Model, given: dict[str, nn.Module]) -> str:
+    """The name of a model; that of a module is made up, and `given` holds the module by it."""
+    if isinstance(model, str | Path):
+        return str(model)
+    if not callable(getattr(model, "state_dict", None)):
+        raise InputError(f"a model is a name or a torch.nn.Module, got {type(model).__name__}")
+    name = f"python:{type(model).__name__}"
+    if name in given and given[name] is not model:
+        name += f"-{len(given)}"
+    given[name] = model
+    return name
+
+
+def _carried_out(task: Any, config: Train, given: dict[str, nn.Module]) -> Outcome:
     from funmatch import report
 
-    figures = task.run(config)
+    figures = task.run(config, given)
     folder = config.out.expanduser()
     return Outcome(folder, figures, report.of_finished(folder))

@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from funmatch.config import Data, Demo, Distill, Evaluate, Prepare, Report, Train
+from funmatch.config import Data, Demo, Distill, Evaluate, Import, Models, Prepare, Report, Train
 from funmatch.errors import InputError, unknown
 from funmatch.knobs import Knobs
 
@@ -25,6 +25,8 @@ TABLES: dict[str, type[Knobs]] = {
     "report": Report,
     "prepare": Prepare,
     "data": Data,
+    "import": Import,
+    "models": Models,
 }
 
 
@@ -74,9 +76,31 @@ def parse(arguments: list[str]) -> Knobs:
         sys.exit(0)
     if verb not in TABLES:
         raise unknown("verb", verb, TABLES)
-    config = tyro.cli(TABLES[verb], prog=f"funmatch {verb}", args=arguments[1:])
+    config = tyro.cli(TABLES[verb], prog=f"funmatch {verb}", args=gathered(arguments[1:], TABLES[verb]))
     config.check()
     return config
+
+
+def gathered(words: list[str], table: type[Knobs]) -> list[str]:
+    """The words with `--teacher a … --teacher b` as `--teacher a b`, of which tyro would see the last alone."""
+    several = {name for name, knob in table.model_fields.items() if "tuple" in str(knob.annotation)}
+    parts: list[list[str]] = [[]]
+    first: dict[str, list[str]] = {}  # the part of each option that takes several values
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
+        if name not in several:
+            if word.startswith("--"):
+                parts.append([])
+            parts[-1].append(word)
+        elif name in first:
+            parts.append(first[name])  # values that follow go there
+            first[name] += [value] if equals else []
+        else:
+            first[name] = [flag, value] if equals else [flag]
+            parts.append(first[name])
+    each = {id(part): part for part in parts}  # a part that was met again stands where it stood first
+    return [word for part in each.values() for word in part]
 
 
 def _overview() -> str:
@@ -140,6 +164,19 @@ def _evaluate(config: Evaluate):
     return evaluate.run(config), lambda figures: _show(figures, figures["model"])
 
 
+def _import(config: Import):
+    from funmatch.tasks import shelf
+
+    figures = shelf.bring(config)
+    return figures, shelf.show_brought
+
+
+def _models(config: Models):
+    from funmatch.tasks import shelf
+
+    return shelf.listed(config), shelf.show_listed
+
+
 def _report(config: Report):
     from funmatch import report
 
@@ -168,6 +205,8 @@ VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]]
     "report": _report,
     "prepare": _prepare,
     "data": _data,
+    "import": _import,
+    "models": _models,
 }
 """Each takes its table and gives the figures, and a function that shows them to people."""
 

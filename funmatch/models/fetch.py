@@ -12,16 +12,16 @@ from funmatch.files import cache_home, disk_errors
 
 PUBLISHED = "https://storage.googleapis.com/bit_models/distill"
 PAPER = {
-    "R152x2_T_flowers128": 128,
-    "R152x2_T_pet128": 128,
-    "R152x2_T_food128": 128,
-    "R152x2_T_sun128": 128,
-    "R152x2_T_224": 224,
-    "R152x2_T_384": 384,
-    "R50x1_224": 224,
-    "R50x1_160": 160,
+    "R152x2_T_flowers128": (128, 102),
+    "R152x2_T_pet128": (128, 37),
+    "R152x2_T_food128": (128, 101),
+    "R152x2_T_sun128": (128, 397),
+    "R152x2_T_224": (224, 1000),
+    "R152x2_T_384": (384, 1000),
+    "R50x1_224": (224, 1000),
+    "R50x1_160": (160, 1000),
 }
-"""Teachers (`T`) and students of the paper, and the side that each was made for, pixels. (Its section 4, Table 4.)"""
+"""Teachers (`T`) and students of the paper (section 4): the side that each was made for, pixels, and its classes."""
 SECONDS_OF_SILENCE = 30.0
 
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ def wrapped(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] 
         InputError: it does not answer pictures with one row of numbers each.
     """
     if isinstance(net, Classifier):
+        net.card = replace(net.card, name=name)  # by which it can be found again
         return net
     cfg: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
     if cfg:

@@ -1,6 +1,5 @@
 """The teacher: a classifier that never changes again, and so may be computed in the fastest form that is as good."""
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -179,7 +178,7 @@ def candidates(make: Callable[[], Classifier], views: Tensor, wish: Wish, *, sma
 
 
 def measured(make: Callable[[], Classifier], forms: list[Form], views: Tensor) -> dict[Form, float]:
-    """Seconds for the views in the faster one of forms that differ in their layout; empty where none can be computed.
+    """Seconds for the views in the faster one of forms that differ in their layout; without end where none can be computed.
 
     The first one is the usual one, and the others have to be clearly faster.
     """
@@ -191,8 +190,10 @@ def measured(make: Callable[[], Classifier], forms: list[Form], views: Tensor) -
             frozen.classifier.net.to(memory_format=LAYOUTS[form.layout])
             frozen(views)
             seconds[form] = statistics.median(_seconds(frozen, views) for _ in range(TURNS))
-    except (RuntimeError, TypeError, NotImplementedError):  # not every network can be computed in every form
-        return {}
+    except InputError:
+        raise
+    except Exception:  # not every network can be computed in every form; who tries it will say why
+        return {forms[0]: float("inf")}
     best = min(forms, key=lambda form: seconds[form] * (1 if form is forms[0] else CLEARLY))
     return {best: seconds[best]}
 
@@ -222,8 +223,3 @@ def _seconds(frozen: Frozen, views: Tensor) -> float:
     began = time.perf_counter()
     frozen(views).sum().item()  # which waits for the device
     return time.perf_counter() - began
-
-
-def again(classifier: Classifier) -> Callable[[], Classifier]:
-    """A function that gives copies of a classifier that must stay as it is."""
-    return lambda: copy.deepcopy(classifier)

@@ -1,5 +1,6 @@
 """A run made ready: every default closed, data, student and teacher in place."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def prepare(verb: str, config: Train, cache: Cache, *, classes: int, given: Modu
         torch.set_num_threads(config.threads)
     devices.seed_networks(config.seed, 0, torch.device("cpu"))
     student = load(
-        (given or {}).get(config.student, config.student),
+        copy.deepcopy((given or {}).get(config.student, config.student)),
         weights=config.student_weights,
         options=_options(config),
         classes=classes,

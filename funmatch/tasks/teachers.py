@@ -1,5 +1,6 @@
 """The teachers that a configuration names: loaded, held against the data's classes, frozen, and judged."""
 
+import copy
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from funmatch.files import cache_home, write_atomically
 from funmatch.logs import percent, say
 from funmatch.models.classes import SAME_NAMES, Picks, match, read_map
 from funmatch.models.classifier import Classifier, check_side, fingerprint
-from funmatch.models.frozen import Form, Frozen, Wish, again, freeze
+from funmatch.models.frozen import Form, Frozen, Wish, freeze
 from funmatch.models.load import load
 from funmatch.models.teachers import Member, Teachers
 from funmatch.tasks import judging
@@ -95,7 +96,7 @@ def call(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modu
         def make(name: str = name, file: str = file, own: int | None = own or side) -> Classifier:
             weights = None if file.lower() == "none" else Path(file)
             if name in given:
-                return again(load(given[name], side=own))()
+                return load(copy.deepcopy(given[name]), side=own)
             return load(name, weights=weights, options=config.teacher_kwargs, pretrained=True, side=own)
 
         classifier = make()
