@@ -178,7 +178,7 @@ def candidates(make: Callable[[], Classifier], views: Tensor, wish: Wish, *, sma
 
 
 def measured(make: Callable[[], Classifier], forms: list[Form], views: Tensor) -> dict[Form, float]:
-    """Seconds for the views in the faster one of forms that differ in their layout; without end where none can be computed.
+    """Seconds for the views in the faster one of forms that differ in their layout; no end of them where both fail.
 
     The first one is the usual one, and the others have to be clearly faster.
     """
