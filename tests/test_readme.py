@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from test_bit import as_second_layout, random_bit
 
 from funmatch.cli import parse
 
@@ -46,7 +48,12 @@ def test_every_file_that_is_mentioned_exists():
 def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmatch):
     """The README's own lines, with a small network in place of BiT's, few epochs, and a teacher made by `train`."""
     small = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
+    np.savez(tmp_path / "bit.npz", **as_second_layout(random_bit(50, 1)))
     swaps = {
+        "pets_teacher_savedmodel": f"{tmp_path}/bit.npz",
+        "--teacher runs/a --teacher runs/b": "--teacher runs/labels --teacher runs/labels --allow-weak-teacher",
+        "--teacher-side 224 384": "--teacher-side 32 48",
+        "--side 160": "--side 32",
         "~/pictures": str(pictures),
         "~/any-photos": f"{pictures}/train",
         "pet37": str(pictures),
