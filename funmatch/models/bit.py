@@ -6,20 +6,26 @@ big_vision's own `block1/unit01/conv1/kernel`, often under `params/`. Both are r
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from timm.layers.std_conv import StdConv2d
+from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.models.classifier import PUBLISHED_EPS
+from funmatch.models.classifier import PUBLISHED_EPS, TIMM_EPS
 from funmatch.models.weights import Lazily
 
 DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 WIDTHS = {50: (1, 3), 101: (1, 3), 152: (2, 4)}
+OTHER_SIZES = f"{__name__}:network"
+"""What stands for the architecture of a network that is built as BiT is, but is of none of timm's sizes."""
+GROUPS = 32  # of GroupNorm
 STEM = "root_block/standardized_conv2d/kernel"
 HEAD = "head/kernel"
 NOT_WEIGHTS = ("opt/", "extra/", "chrono/")  # what big_vision keeps beside `params/` to go on training
@@ -43,11 +49,11 @@ RENAMED = (
 )
 
 
-def read_npz(path: Path) -> tuple[str, Lazily[Tensor]]:
+def read_npz(path: Path) -> tuple[str, dict[str, Any], Lazily[Tensor]]:
     """Opens a published BiT checkpoint; arrays are read when they are asked for.
 
     Returns:
-        timm's name of its network, and the state dict for it (see `assemble`).
+        its architecture, what that is built with, and the state for it (see `assemble`).
 
     Raises:
         InputError: it is no `.npz`, or of another network.
@@ -68,10 +74,14 @@ def read_npz(path: Path) -> tuple[str, Lazily[Tensor]]:
         except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
             raise InputError(f"{path}: {name} cannot be read: {first_line(error)}") from error
 
-    return assemble(Lazily(names, read), str(path))
+    architecture, size, state = assemble(Lazily(names, read), str(path))
+    if architecture == OTHER_SIZES:  # a file that has lost a unit would look like this, too
+        known = ", ".join(f"R{depth}x{width}" for depth, widths in WIDTHS.items() for width in widths)
+        raise InputError(f"{path} holds a network of {size['units']} units in its blocks, wanted one of {known}")
+    return architecture, size, state
 
 
-def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, Lazily[Tensor]]:
+def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, dict[str, Any], Lazily[Tensor]]:
     """Variables of a BiT network by their published names to the state dict of timm's.
 
     Args:
@@ -79,24 +89,45 @@ def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, Lazily[
         where: they come from, for messages.
 
     Returns:
-        timm's name of the network, such as `resnetv2_101x3_bit`, and its state by timm's names: all that is there,
-        so that what is missing or too much can be told.
+        timm's name of the network, such as `resnetv2_101x3_bit`, or `OTHER_SIZES`; what its constructor needs beside
+        `num_classes`; and its state by timm's names: all that is there, so that what is missing or too much can be
+        told.
 
     Raises:
-        InputError: it is no BiT network, or one of a size that was never published.
+        InputError: it is no BiT network.
     """
     names = canonical(list(arrays), where)
     units = tuple(len({name.split("/")[1] for name in names if name.startswith(f"block{i}/")}) for i in (1, 2, 3, 4))
-    depth = DEPTHS.get(units)
     stem = arrays[names[STEM]].shape
-    width = stem[-1] / 64 if len(stem) == 4 else 0
-    if depth is None or width not in WIDTHS[depth]:
-        known = ", ".join(f"R{depth}x{width}" for depth, widths in WIDTHS.items() for width in widths)
+    if len(stem) != 4 or 0 in units or stem[-1] % GROUPS:
         raise InputError(
-            f"{where} holds a network of {units} units in its blocks and a stem of shape {stem}; wanted one of {known}"
+            f"{where} holds a network of {units} units in its blocks and a stem of shape {stem}; wanted some in each "
+            f"of four blocks, and channels in {GROUPS} groups"
         )
     keys = {timm_name(name): published for name, published in names.items()}
-    return f"resnetv2_{depth}x{int(width)}_bit", Lazily(keys, lambda key: as_torch(key, arrays[keys[key]]))
+    state = Lazily(keys, lambda key: as_torch(key, arrays[keys[key]]))
+    depth = DEPTHS.get(units)
+    if depth and stem[-1] / 64 in WIDTHS[depth]:
+        return f"resnetv2_{depth}x{stem[-1] // 64}_bit", {}, state
+    return OTHER_SIZES, {"units": units, "width": stem[-1]}, state
+
+
+def network(units: Sequence[int], width: int, num_classes: int) -> nn.Module:
+    """A BiT network of any size.
+
+    Args:
+        units: in each of the four blocks.
+        width: channels of the stem, in 32 groups; 64 in an R50x1.
+        num_classes: that it answers.
+    """
+    return ResNetV2(
+        layers=list(units),
+        channels=tuple(4 * width << block for block in range(4)),
+        stem_chs=width,
+        num_classes=num_classes,
+        stem_type="fixed",
+        conv_layer=partial(StdConv2d, eps=TIMM_EPS),
+    )
 
 
 def canonical(names: list[str], where: str) -> dict[str, str]:

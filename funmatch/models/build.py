@@ -81,8 +81,11 @@ def net_config(architecture: str) -> dict[str, Any]:
 
 def head_names(net: nn.Module) -> tuple[str, ...]:
     """Names of the modules that turn features into logits."""
-    heads = (getattr(net, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return (heads,) if isinstance(heads, str) else tuple(heads)
+    heads = (getattr(net, "pretrained_cfg", None) or {}).get("classifier")
+    if heads is None and callable(find := getattr(net, "get_classifier", None)):
+        found = find()
+        return tuple(name for name, module in net.named_modules() if module is found)
+    return (heads,) if isinstance(heads, str) else tuple(heads or ())
 
 
 @torch.no_grad()

@@ -57,7 +57,12 @@ class Classifier(nn.Module):
     """A network together with its normalisation: takes (n, 3, side, side) in [0, 1], gives logits (n, classes)."""
 
     def __init__(
-        self, net: nn.Module, card: Card, options: dict[str, Any] | None = None, num_classes: int | None = None
+        self,
+        net: nn.Module,
+        card: Card,
+        options: dict[str, Any] | None = None,
+        num_classes: int | None = None,
+        function: str | None = None,
     ) -> None:
         """Wraps a network.
 
@@ -66,9 +71,10 @@ class Classifier(nn.Module):
             card: what it wants to see.
             options: what its constructor was given, so that it can be given it again.
             num_classes: how many classes it answers; by default as `net.num_classes` says.
+            function: `package.module:function` that makes such a network, if it is not timm's.
         """
         super().__init__()
-        self.options = options or {}
+        self.options, self.function = options or {}, function
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
         self.net = net.to(memory_format=torch.channels_last)
         self.card = card
@@ -111,7 +117,8 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
         config: dict[str, Any] = json.loads(path.read_text())
     else:
         save_model(classifier.net, str(folder / "model.safetensors"))
-        config = {"architecture": classifier.card.name, "num_classes": classifier.num_classes, "pretrained_cfg": {}}
+        architecture = classifier.function or classifier.card.name
+        config = {"architecture": architecture, "num_classes": classifier.num_classes, "pretrained_cfg": {}}
     for key in ABOUT_OTHER_WEIGHTS:
         config["pretrained_cfg"].pop(key, None)
     config["pretrained_cfg"] |= {

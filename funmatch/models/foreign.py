@@ -67,8 +67,9 @@ def wrapped(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] 
     Raises:
         InputError: it does not answer pictures with one row of numbers each.
     """
+    function = name if is_function(name) and not name.startswith(GIVEN) else None
     if isinstance(net, Classifier):
-        net.card = replace(net.card, name=name)  # by which it can be found again
+        net.card, net.options, net.function = replace(net.card, name=name), kwargs or {}, function
         return net
     cfg: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
     if cfg:
@@ -77,7 +78,7 @@ def wrapped(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] 
     else:
         card = Card(name, side or SIDE, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     count = getattr(net, "num_classes", None)
-    return Classifier(net, card, kwargs, count if isinstance(count, int) else answers(net, card))
+    return Classifier(net, card, kwargs, count if isinstance(count, int) else answers(net, card), function)
 
 
 @torch.no_grad()

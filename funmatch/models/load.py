@@ -113,16 +113,16 @@ def _filled(name: str, origin: Origin, classes: int | None) -> Classifier:
     """The classifier of an origin."""
     if foreign.is_function(origin.architecture):
         net = foreign.called(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
-        classifier = foreign.wrapped(name, net, origin.card["input_size"][-1], origin.kwargs)
-        net = classifier.net
+        net = net.net if isinstance(net, Classifier) else net
     else:
         net = create_empty(origin.architecture, origin.kwargs)
     if origin.published:
         bit.with_published_eps(net)
     if origin.weights is not None:
         fill(net, origin.weights, origin.architecture.removeprefix(LOCAL), origin.where)
-    card = _card(name, net, origin.card)
-    return _with_head(net, card, origin.kwargs, classes)
+    made = _with_head(net, _card(name, net, origin.card), origin.kwargs, classes)
+    made.function = origin.architecture if foreign.is_function(origin.architecture) else None
+    return made
 
 
 def _with_head(net: nn.Module, card: Card, kwargs: dict[str, Any], classes: int | None) -> Classifier:
@@ -195,8 +195,7 @@ def _of_npz(
     path: Path, kwargs: dict[str, Any], card: dict[str, Any] | None = None, wanted: str | None = None
 ) -> Origin:
     """A published BiT checkpoint, of the architecture that is wanted."""
-    architecture, state = bit.read_npz(path)
-    return _of_bit(str(path), architecture, state, kwargs, card or {}, wanted)
+    return _of_bit(str(path), *bit.read_npz(path), kwargs, card or {}, wanted)
 
 
 def _of_savedmodel(folder: Path, kwargs: dict[str, Any]) -> Origin:
@@ -204,13 +203,14 @@ def _of_savedmodel(folder: Path, kwargs: dict[str, Any]) -> Origin:
     from funmatch.models.savedmodel import open_savedmodel
 
     saved = open_savedmodel(folder)
-    architecture, state = bit.assemble(saved.arrays, str(folder))
-    return _of_bit(str(folder), architecture, state, kwargs, {} if saved.kind == "hub" else AS_GIVEN)
+    found = bit.assemble(saved.arrays, str(folder))
+    return _of_bit(str(folder), *found, kwargs, {} if saved.kind == "hub" else AS_GIVEN)
 
 
 def _of_bit(
     where: str,
     architecture: str,
+    size: dict[str, Any],
     state: Lazily[Tensor],
     kwargs: dict[str, Any],
     card: dict[str, Any],
@@ -220,8 +220,10 @@ def _of_bit(
         raise InputError(f"{where} holds weights of {architecture}, not of {wanted}")
     if "head.fc.bias" not in state:
         raise InputError(f"{where} has no head/bias, so it is no classifier; wanted a checkpoint with its head")
-    kwargs = {"num_classes": len(state["head.fc.bias"]), **kwargs}
-    return Origin(where, architecture, state, kwargs, card, published=True)
+    kwargs = {"num_classes": len(state["head.fc.bias"]), **size, **kwargs}
+    usual = net_config("resnetv2_50x1_bit")
+    about = {key: usual[key] for key in ("input_size", "crop_pct", "mean", "std")} if size else {}
+    return Origin(where, architecture, state, kwargs, about | card, published=True)
 
 
 def _of_state(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
