@@ -17,6 +17,7 @@ from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.files import write_atomically
 from funmatch.logs import duration, percent
+from funmatch.models.frozen import Form
 from funmatch.tasks import pictures
 from funmatch.views import STRATEGIES
 
@@ -55,8 +56,10 @@ def run(config: Report) -> Path:
     html = page.render(
         title=" and ".join(each.folder.resolve().name for each in found),
         best=percent(best) if best else None,
-        rows=[row(each) for each in found],
+        rows=[line for each in found for line in rows(each)],
         columns=COLUMNS,
+        teachers=[line for each in found for line in teachers(each)],
+        teacher_columns=TEACHER_COLUMNS,
         curves=curves(found),
         sheets=sheets,
         configs=[(each.folder.resolve().name, flat(each.config)) for each in found],
@@ -114,6 +117,42 @@ def row(run: runs.Run) -> list[str]:
     ]
 
 
+def rows(run: runs.Run) -> list[list[str]]:
+    """The row of a run, and one for the average of its student's weights where that was kept."""
+    found = [row(run)]
+    if average := (run.result or {}).get("ema"):
+        own = dict(zip(COLUMNS, found[0], strict=True)) | {
+            "run": f"{found[0][0]}, average of weights",
+            "top-1": percent(average["top1"]),
+            "agreement": percent(average["agreement"]),
+            "KL": _number(average["kl"]),
+            "ECE": _number(average["ece"]),
+        }
+        found.append(list(own.values()))
+    return found
+
+
+TEACHER_COLUMNS = ("run", "teacher", "top-1", "split", "computed in", "KL from fp32", "agreement with fp32")
+
+
+def teachers(run: runs.Run) -> list[list[str]]:
+    """How good each teacher of a run was before it began, and how its fast form answers beside plain fp32."""
+    found = []
+    for record in run.metrics.read():
+        if record["event"] == "teacher":
+            beside = record.get("beside_fp32") or {}
+            found.append([
+                run.folder.resolve().name,
+                " + ".join(Path(name).name for name in record["teacher"].split(" + ")),
+                percent(record.get("top1")),
+                record["split"],
+                str(Form(**record["form"])) if record.get("form") else "–",
+                f"{max(0.0, beside['kl']):.1e}" if beside else "–",
+                percent(beside.get("agreement")),
+            ])  # fmt: skip
+    return found
+
+
 def curves(found: list[runs.Run]) -> list[tuple[str, str]]:
     """(heading, SVG) of accuracy, loss, learning rate and throughput against the step."""
     panels = [
@@ -140,6 +179,11 @@ def plot(found: list[runs.Run], event: str, name: str, scale: float, label: str)
             axes.plot(
                 steps, values, color=color, label=_literal(each.folder.resolve().name), linewidth=1.6, marker=marker
             )
+            if event == "eval":
+                averaged = [r for r in each.metrics.read() if r["event"] == "ema" and r.get(name) is not None]
+                steps, values = [r["step"] for r in averaged], [scale * r[name] for r in averaged]
+                about = _literal(f"{each.folder.resolve().name}, average of weights") if averaged else None
+                axes.plot(steps, values, color=color, linestyle=":", linewidth=1.6, label=about)
             starts = [r for r in each.metrics.read() if r["event"] == "teacher" and r.get(name) is not None]
             teachers |= {scale * r[name]: r["teacher"] for r in starts}
         for value, teacher in teachers.items():

@@ -35,6 +35,22 @@ def test_the_page_needs_nothing_from_outside(runs, tmp_path):
     HTMLParser().feed(page)
 
 
+def test_the_page_shows_several_teachers_and_the_average(tmp_path):
+    teacher = "fashion-mini-teacher"
+    run = funmatch.distill(
+        "fashion-mini", [teacher, teacher], "fashion-mini-student", tmp_path / "run",
+        steps=4, batch=16, eval_every=2, ema=0.9, teacher_side=[32, 48],
+    )  # fmt: skip
+    page = run.report.read_text()
+    assert "run, average of weights" in page
+    assert page.count("folded, fp32, channels last") == 2
+    lines = report.teachers(report.runs.find(run.folder))
+    assert [line[1] for line in lines] == [teacher, teacher, f"{teacher} + {teacher}"]
+    assert float(lines[0][2].removesuffix(" %")) > 85
+    average = report.rows(report.runs.find(run.folder))[1]
+    assert average[3] == f"{100 * run.figures['ema']['top1']:.1f} %"
+
+
 def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
     page = report.run(Report(runs=runs, out=tmp_path / "page.html")).read_text()
     assert "labels &amp; &lt;b&gt;" in page
