@@ -13,7 +13,7 @@ import pytest
 from conftest import paint
 from PIL import Image
 
-from funmatch.data import tfrecord
+from funmatch import crc32c
 from funmatch.data.cache import open_cache
 from funmatch.data.decode import decode
 from funmatch.data.doors import open_source
@@ -73,11 +73,11 @@ def test_names_of_features_and_classes():
 @pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 511, 512, 513, 1000, 66_000])
 def test_the_table_computes_crc32c(length):
     data = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8).tobytes()
-    assert tfrecord.crc32c_by_table(data) == google_crc32c.value(data)
+    assert crc32c.crc32c_by_table(data) == google_crc32c.value(data)
 
 
 def test_checksum_of_the_castagnoli_papers():
-    assert tfrecord.crc32c_by_table(b"123456789") == tfrecord.crc32c(b"123456789") == 0xE3069283
+    assert crc32c.crc32c_by_table(b"123456789") == crc32c.crc32c(b"123456789") == 0xE3069283
 
 
 @pytest.fixture(name="shard")

@@ -8,15 +8,13 @@ is a map entry of name (1) and `Feature` (2), which is one of a list of bytes (1
 import gzip
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
+from funmatch.crc32c import masked_crc32c
+from funmatch.protobuf import Damaged, parts, varint, written, written_varint
 
-BLOCK = 256  # bytes that the table takes a lane at a time
-POLYNOMIAL = 0x82F63B78  # Castagnoli, reflected
-MASK_DELTA = 0xA282EAD8
 GZIP_MAGIC = b"\x1f\x8b"
 LONGEST = 1 << 31  # a protocol buffer is at most 2 GiB
 
@@ -27,82 +25,6 @@ Features = dict[str, list[Span] | list[int] | None]
 
 class DamagedRecord(ValueError):
     """A record that is not what its checksums or its format say."""
-
-
-def _table() -> np.ndarray:
-    """CRC-32C of every byte, (256,) uint32."""
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(POLYNOMIAL), np.uint32(0))
-    return table
-
-
-TABLE = _table()
-
-
-def crc32c_by_table(data: bytes) -> int:
-    """CRC-32C without a library: numpy walks many lanes of the data side by side, then joins their remainders."""
-    crc = 0xFFFFFFFF
-    lanes = len(data) // BLOCK
-    if lanes > 1:
-        block = np.frombuffer(data, np.uint8, lanes * BLOCK).reshape(lanes, BLOCK)
-        remainders = np.zeros(lanes, np.uint32)
-        remainders[0] = crc
-        for column in block.T:
-            remainders = TABLE[(remainders ^ column) & 0xFF] ^ (remainders >> 8)
-        crc = _joined(remainders)
-        data = data[lanes * BLOCK :]
-    for byte in data:
-        crc = int(TABLE[(crc ^ byte) & 0xFF]) ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
-
-
-def _joined(remainders: np.ndarray) -> int:
-    """The remainder of consecutive blocks together: two neighbours at a time, the first moved past the second."""
-    shift = _shift_of_a_block()
-    while len(remainders) > 1:
-        if len(remainders) % 2:  # a block of zeros in front changes nothing
-            remainders = np.concatenate([np.zeros(1, np.uint32), remainders])
-        remainders = _moved(shift, remainders[0::2]) ^ remainders[1::2]
-        shift = _moved(shift, shift)
-    return int(remainders[0])
-
-
-def _shift_of_a_block() -> np.ndarray:
-    """What a block of zeros does to each bit of a remainder, (32,) uint32: the move is linear over bits."""
-    moved = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    for _ in range(BLOCK):
-        moved = TABLE[moved & 0xFF] ^ (moved >> 8)
-    return moved
-
-
-def _moved(shift: np.ndarray, remainders: np.ndarray) -> np.ndarray:
-    bits = (remainders[:, None] >> np.arange(32, dtype=np.uint32)) & 1
-    return np.bitwise_xor.reduce(np.where(bits, shift, np.uint32(0)), axis=1)
-
-
-def _fastest_crc32c() -> Callable[[bytes], int]:
-    try:
-        import google_crc32c
-
-        if google_crc32c.implementation == "c":
-            return lambda data: google_crc32c.value(data)
-    except ImportError:
-        pass
-    try:
-        from crc32c import crc32c  # pyrefly: ignore[missing-import]
-    except ImportError:
-        return crc32c_by_table
-    return crc32c
-
-
-crc32c: Callable[[bytes], int] = _fastest_crc32c()
-
-
-def masked_crc32c(data: bytes) -> int:
-    """The checksum as it stands in a shard: turned and shifted, so that a checksum of checksums is safe."""
-    crc = crc32c(data)
-    return (((crc >> 15) | (crc << 17)) + MASK_DELTA) & 0xFFFFFFFF
 
 
 def is_gzip(path: Path) -> bool:
@@ -167,20 +89,27 @@ def parse_example(payload: bytes) -> Features:
     Raises:
         DamagedRecord: it is none.
     """
+    try:
+        return _features(payload)
+    except Damaged as error:
+        raise DamagedRecord(f"it is no tf.train.Example: {error}") from None
+
+
+def _features(payload: bytes) -> Features:
     features: Features = {}
-    for field, start, stop in _fields(payload, 0, len(payload)):
+    for field, start, stop in parts(payload, 0, len(payload)):
         if field != 1:
             continue
-        for inner, entry_start, entry_stop in _fields(payload, start, stop):
+        for inner, entry_start, entry_stop in parts(payload, start, stop):
             if inner != 1:
                 continue
-            entry = {number: (a, b) for number, a, b in _fields(payload, entry_start, entry_stop)}
+            entry = {number: (a, b) for number, a, b in parts(payload, entry_start, entry_stop)}
             if 1 not in entry:
-                raise DamagedRecord("it is no tf.train.Example: a feature has no name")
+                raise Damaged("a feature has no name")
             a, b = entry[1]
             features[payload[a:b].decode(errors="replace")] = _values(payload, *entry.get(2, (0, 0)))
     if not features:
-        raise DamagedRecord("it is no tf.train.Example: no feature is there")
+        raise Damaged("no feature is there")
     return features
 
 
@@ -189,9 +118,9 @@ def _values(payload: bytes, start: int, stop: int) -> list[Span] | list[int] | N
     spans: list[Span] = []
     numbers: list[int] = []
     kind = 0
-    for kind, a, b in _fields(payload, start, stop):
+    for kind, a, b in parts(payload, start, stop):
         if kind == 1:
-            spans += [(c, d) for _, c, d in _fields(payload, a, b)]
+            spans += [(c, d) for _, c, d in parts(payload, a, b)]
         elif kind == 3:
             numbers += _integers(payload, a, b)
     return spans if kind == 1 else numbers if kind == 3 else None
@@ -201,72 +130,27 @@ def _integers(payload: bytes, start: int, stop: int) -> list[int]:
     """An `Int64List`, packed or not."""
     found = []
     while start < stop:
-        key, start = _varint(payload, start, stop)
+        key, start = varint(payload, start, stop)
         if key == 0x0A:
-            length, start = _varint(payload, start, stop)
+            length, start = varint(payload, start, stop)
             end = start + length
             if end > stop:
-                raise DamagedRecord("it is no tf.train.Example: a list of numbers is cut off")
+                raise Damaged("a list of numbers is cut off")
             while start < end:
-                value, start = _varint(payload, start, end)
+                value, start = varint(payload, start, end)
                 found.append(value)
         elif key == 0x08:
-            value, start = _varint(payload, start, stop)
+            value, start = varint(payload, start, stop)
             found.append(value)
         else:
-            raise DamagedRecord("it is no tf.train.Example: a list of numbers holds something else")
+            raise Damaged("a list of numbers holds something else")
     return [value - (1 << 64) if value >= 1 << 63 else value for value in found]
-
-
-def _fields(payload: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The fields of a protocol buffer message as (number, start, stop), numbers and fixed-width ones passed over."""
-    while start < stop:
-        key, start = _varint(payload, start, stop)
-        wire = key & 7
-        if wire == 2:
-            length, start = _varint(payload, start, stop)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        elif wire == 0:
-            _, start = _varint(payload, start, stop)
-            length = 0
-        else:
-            raise DamagedRecord("it is no tf.train.Example: unknown wire type")
-        if start + length > stop:
-            raise DamagedRecord("it is no tf.train.Example: a field is cut off")
-        if wire == 2:
-            yield key >> 3, start, start + length
-        start += length
-
-
-def _varint(payload: bytes, start: int, stop: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while start < stop and shift < 70:
-        byte = payload[start]
-        value |= (byte & 0x7F) << shift
-        start, shift = start + 1, shift + 7
-        if byte < 0x80:
-            return value, start
-    raise DamagedRecord("it is no tf.train.Example: a number is cut off")
 
 
 def example(image: bytes, label: int | None) -> bytes:
     """A `tf.train.Example` of `image` (bytes) and `class` (int64), the earlier project's form."""
-    entries = [_message(1, _message(1, b"image") + _message(2, _message(1, _message(1, image))))]
+    entries = [written(1, written(1, b"image") + written(2, written(1, written(1, image))))]
     if label is not None:
-        numbers = _message(3, _message(1, _encoded_varint(label)))
-        entries.append(_message(1, _message(1, b"class") + _message(2, numbers)))
-    return _message(1, b"".join(entries))
-
-
-def _message(field: int, content: bytes) -> bytes:
-    return _encoded_varint(field << 3 | 2) + _encoded_varint(len(content)) + content
-
-
-def _encoded_varint(value: int) -> bytes:
-    value &= (1 << 64) - 1
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*encoded, value])
+        numbers = written(3, written(1, written_varint(label)))
+        entries.append(written(1, written(1, b"class") + written(2, numbers)))
+    return written(1, b"".join(entries))

@@ -13,6 +13,7 @@ from funmatch.models import bit, foreign
 from funmatch.models.build import create, create_empty, known, net_config, parse_options, with_zero_head
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.fetch import PAPER, paper_file
+from funmatch.models.savedmodel import open_savedmodel
 from funmatch.models.weights import Lazily, fill, read_state
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -57,6 +58,7 @@ def load(
     classes: int | None = None,
     side: int | None = None,
     pretrained: bool = False,
+    inputs: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
 ) -> Classifier:
     """Loads or builds the classifier that a person named.
 
@@ -70,6 +72,8 @@ def load(
             the name stands for.
         side: pixels of the views; networks with a fixed input are built for it.
         pretrained: whether a bare timm name means its pretrained weights.
+        inputs: mean and standard deviation, for pictures in [0, 1], of what a SavedModel was trained on; by default as
+            its kind was.
 
     Raises:
         InputError: an unknown name (with near ones), weights that do not fit, a folder that holds no model.
@@ -81,6 +85,8 @@ def load(
         return _filled(name, _of_npz(weights.expanduser(), kwargs, wanted=name), classes)
     if weights:
         return _filled(name, _of_state(name, weights.expanduser(), kwargs), classes)
+    if name.startswith(SAVEDMODEL):
+        return _filled(name, _of_savedmodel(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs), classes)
     if origin := _with_weights(name, kwargs):
         return _filled(name, origin, classes)
     if foreign.is_function(name):
@@ -97,8 +103,6 @@ def _with_weights(name: str, kwargs: dict[str, Any]) -> Origin | None:
         side, _ = PAPER[name.removeprefix(BIT)]
         # The paper's evaluation views are 128 of 160 pixels and 224 of 256: 32 more (section 4.1).
         return _of_npz(path, kwargs, {"input_size": (3, side, side), "crop_pct": side / (side + 32)})
-    if name.startswith(SAVEDMODEL):
-        return _of_savedmodel(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs)
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return _of_npz(path, kwargs)
@@ -198,13 +202,17 @@ def _of_npz(
     return _of_bit(str(path), *bit.read_npz(path), kwargs, card or {}, wanted)
 
 
-def _of_savedmodel(folder: Path, kwargs: dict[str, Any]) -> Origin:
+def _of_savedmodel(folder: Path, kwargs: dict[str, Any], inputs: tuple[tuple[float, ...], ...] | None) -> Origin:
     """A BiT network that Keras saved: the hub's rescales [0, 1] itself, the other was shown [0, 1] as it is."""
-    from funmatch.models.savedmodel import open_savedmodel
-
     saved = open_savedmodel(folder)
-    found = bit.assemble(saved.arrays, str(folder))
-    return _of_bit(str(folder), *found, kwargs, {} if saved.kind == "hub" else AS_GIVEN)
+    if saved.kind == "unknown" and not inputs:
+        raise InputError(
+            f"{folder} holds a BiT network of which it cannot be told what pictures it was trained on; say it by "
+            f"`funmatch import {folder} --inputs 0..1` (as they are) or `-1..1` (if it rescales them itself, as the "
+            "modules of TensorFlow Hub do)"
+        )
+    given = {"mean": inputs[0], "std": inputs[1]} if inputs else {} if saved.kind == "hub" else AS_GIVEN
+    return _of_bit(str(folder), *bit.assemble(saved.arrays, str(folder)), kwargs, given)
 
 
 def _of_bit(

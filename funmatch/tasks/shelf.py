@@ -46,10 +46,9 @@ def bring(config: Import) -> dict[str, Any]:
         raise InputError(f"{out} exists; choose another --out")
     path = Path(config.model).expanduser()
     name = f"savedmodel:{config.model}" if (path / "saved_model.pb").is_file() else config.model
-    model = load(name, weights=config.weights, pretrained=True)
-    card = model.card
-    if config.inputs != "auto":
-        card = replace(card, mean=INPUTS[config.inputs][0], std=INPUTS[config.inputs][1])
+    inputs = INPUTS.get(config.inputs)
+    model = load(name, weights=config.weights, pretrained=True, inputs=inputs)
+    card = replace(model.card, mean=inputs[0], std=inputs[1]) if inputs else model.card
     card = replace(card, side=config.side or card.side, crop_fraction=config.crop_fraction or card.crop_fraction)
     if config.class_file:
         card = replace(card, classes=_class_names(config.class_file.expanduser(), model.num_classes))
