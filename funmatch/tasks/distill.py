@@ -42,6 +42,7 @@ def run(config: Distill, given: teachers.Modules | None = None) -> dict[str, Any
 
     first, _ = seen(lesson.loader.batch_at(0).to(device))
     matched, forms = teachers.in_best_form(called, first, config, walk.remembered_forms(lesson))
+    del called  # the plain teachers need not be kept beside the frozen ones
     lesson = replace(lesson, teachers=matched, facts=lesson.facts | {"teacher_forms": forms})
     watched = judging.watched(cache)
     together, each = teachers.answers(matched, watched, lesson.view)
