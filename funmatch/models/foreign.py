@@ -69,7 +69,9 @@ def wrapped(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] 
     """
     function = name if is_function(name) and not name.startswith(GIVEN) else None
     if isinstance(net, Classifier):
-        net.card, net.options, net.function = replace(net.card, name=name), kwargs or {}, function
+        net.card = replace(net.card, name=name)
+        if function:
+            net.options, net.function = kwargs or {}, function
         return net
     cfg: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
     if cfg:

@@ -155,6 +155,9 @@ def _by_timm(
     net = create(architecture, kwargs, pretrained=brings)
     if not isinstance(vars(net).get("num_classes"), int):
         raise InputError(f"{name} with these options is no classifier")
+    cfg = vars(net)["pretrained_cfg"]
+    if brings and "_bit" in (cfg.get("architecture") or "") and (cfg.get("tag") or "").startswith("goog"):
+        bit.with_published_eps(net)  # timm's weights are the published ones
     return _with_head(net, _card(name, net, OWN_CARDS.get(name, {})), kwargs, classes)
 
 
