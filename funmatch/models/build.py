@@ -101,6 +101,23 @@ def with_zero_head(net: nn.Module, classes: int) -> nn.Module:
     return net
 
 
+def for_side(net: nn.Module, side: int) -> dict[str, Any]:
+    """Fits a network of a fixed input, such as a vision transformer, to views of another side, as timm does.
+
+    Returns:
+        what its constructor has to be given to build it so.
+    """
+    cfg = getattr(net, "pretrained_cfg", None) or {}
+    fitted = getattr(net, "set_input_size", None)
+    if not cfg.get("fixed_input_size") or not callable(fitted) or cfg["input_size"][-1] == side:
+        return {}
+    try:
+        fitted(img_size=side)
+    except Exception:  # who tries the network with such views will say why
+        return {}
+    return {"img_size": side}
+
+
 def _give_up_on_an_unreachable_hub() -> None:
     """Without a network, what was fetched before is used at once, and anything else fails at once."""
     try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
 from funmatch.models import bit, foreign
-from funmatch.models.build import create, create_empty, known, net_config, parse_options, with_zero_head
+from funmatch.models.build import create, create_empty, for_side, known, net_config, parse_options, with_zero_head
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.fetch import PAPER, paper_file
 from funmatch.models.savedmodel import open_savedmodel
@@ -82,13 +82,14 @@ def load(
     if isinstance(name, nn.Module):
         return foreign.wrapped(foreign.GIVEN + type(name).__name__, name, side)
     if weights and weights.suffix == ".npz":
-        return _filled(name, _of_npz(weights.expanduser(), kwargs, wanted=name), classes)
+        return _filled(name, _of_npz(weights.expanduser(), kwargs, wanted=name), classes, side)
     if weights:
-        return _filled(name, _of_state(name, weights.expanduser(), kwargs), classes)
+        return _filled(name, _of_state(name, weights.expanduser(), kwargs), classes, side)
     if name.startswith(SAVEDMODEL):
-        return _filled(name, _of_savedmodel(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs), classes)
+        folder = Path(name.removeprefix(SAVEDMODEL)).expanduser()
+        return _filled(name, _of_savedmodel(folder, kwargs, inputs), classes, side)
     if origin := _with_weights(name, kwargs):
-        return _filled(name, origin, classes)
+        return _filled(name, origin, classes, side)
     if foreign.is_function(name):
         return foreign.wrapped(name, foreign.called(name, kwargs, classes), side, kwargs)
     return _by_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained)
@@ -113,8 +114,8 @@ def _with_weights(name: str, kwargs: dict[str, Any]) -> Origin | None:
     return _of_folder(folder, kwargs) if folder else None
 
 
-def _filled(name: str, origin: Origin, classes: int | None) -> Classifier:
-    """The classifier of an origin."""
+def _filled(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:
+    """The classifier of an origin, for views of a side."""
     if foreign.is_function(origin.architecture):
         net = foreign.called(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
         net = net.net if isinstance(net, Classifier) else net
@@ -124,7 +125,8 @@ def _filled(name: str, origin: Origin, classes: int | None) -> Classifier:
         bit.with_published_eps(net)
     if origin.weights is not None:
         fill(net, origin.weights, origin.architecture.removeprefix(LOCAL), origin.where)
-    made = _with_head(net, _card(name, net, origin.card), origin.kwargs, classes)
+    kwargs = origin.kwargs | (for_side(net, side) if side else {})
+    made = _with_head(net, _card(name, net, origin.card), kwargs, classes)
     made.function = origin.architecture if foreign.is_function(origin.architecture) else None
     return made
 
@@ -244,7 +246,7 @@ def _of_state(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
         own, kwargs = own[0], {**own[1], **kwargs}
     if not timm.is_model(own.partition(".")[0]) and (":" in name or "/" in name or Path(name).exists()):
         raise InputError(f"{name} brings its own weights; leave out {path}")
-    architecture = known(own, name, tuple(NAMED)).partition(".")[0]
+    architecture = known(own, name, tuple(NAMED))  # with its tag, which says what it was trained to see
     state = read_state(path)
     heads = net_config(architecture)["classifier"]
     head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
