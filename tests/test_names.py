@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_bit import as_second_layout, assert_same, pictures, random_bit, reference
 from test_tasks import MINI, TEACHER
 
@@ -92,11 +92,24 @@ def test_functions_that_give_no_classifier(module, name, message):
 def test_a_student_of_ones_own_is_taught_saved_and_found_again(module):
     run = funmatch.distill(student=f"{module}:small", teacher=TEACHER, out="run", side=32, steps=3, **_mini())
     assert run.figures["parameters"] == 8 * 27 + 8 + 10 * 8 + 10
-    again = load("run")
+    weights = Path("run/student/model.safetensors")
+    again = load(f"{module}:small", weights=weights)
     assert (again.num_classes, again.card.side) == (10, 32)
-    state = load_file("run/student/model.safetensors")
+    state = load_file(weights)
     assert all(torch.equal(state[name], tensor) for name, tensor in again.net.state_dict().items())
-    assert funmatch.evaluate("run")["top1"] == pytest.approx(run.top1)
+    said = funmatch.evaluate(f"{module}:small", weights=weights, data="fashion-mini")
+    assert said["top1"] == pytest.approx(run.top1)
+
+
+def test_a_file_does_not_decide_which_code_runs(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"architecture": "os:mkdir", "model_args": {"path": str(tmp_path / "harm")}, "num_classes": 2}
+    (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {}}))
+    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="if you trust that code, name it yourself: os:mkdir"):
+        load(str(folder))
+    assert not (tmp_path / "harm").exists()
 
 
 def test_modules_from_python_stay_as_they_are():

@@ -83,6 +83,8 @@ def load(
         return foreign.wrapped(foreign.GIVEN + type(name).__name__, name, side)
     if weights and weights.suffix == ".npz":
         return _filled(name, _of_npz(weights.expanduser(), kwargs, wanted=name), classes, side)
+    if weights and foreign.is_function(name):
+        return _filled(name, _of_function(name, weights.expanduser(), kwargs, side), classes, side)
     if weights:
         return _filled(name, _of_state(name, weights.expanduser(), kwargs), classes, side)
     if name.startswith(SAVEDMODEL):
@@ -192,12 +194,35 @@ def _of_folder(folder: Path, kwargs: dict[str, Any]) -> Origin:
         card = {"top1": about.get("top1")}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is not the configuration of a model: {first_line(error)}") from error
-    if not foreign.is_function(architecture) and not architecture.startswith(foreign.GIVEN):
-        return Origin(str(folder), f"{LOCAL}{folder}", read_state(folder / "model.safetensors"), kwargs, card)
-    card |= config["pretrained_cfg"] | {"num_classes": config["num_classes"], "label_names": config.get("label_names")}
+    weights = folder / "model.safetensors"
     if architecture.startswith(foreign.GIVEN):
         raise InputError(f"{folder} holds the weights of a module that was given from Python; load them from there")
-    return Origin(str(folder), architecture, read_state(folder / "model.safetensors"), kwargs, card)
+    if architecture == bit.OTHER_SIZES:
+        return Origin(str(folder), architecture, read_state(weights), kwargs, card | _of_neighbour(path))
+    if foreign.is_function(architecture):  # a file must not decide which code runs
+        raise InputError(
+            f"{folder} is of a network that the function {architecture} makes; if you trust that code, name it "
+            f"yourself: {architecture}, with the weights {weights}"
+        )
+    return Origin(str(folder), f"{LOCAL}{folder}", read_state(weights), kwargs, card)
+
+
+def _of_function(name: str, path: Path, kwargs: dict[str, Any], side: int | None) -> Origin:
+    """The weights of a network that the user's function makes; a configuration beside them says how it sees."""
+    neighbour = path.parent / "config.json"
+    card = _of_neighbour(neighbour) if neighbour.is_file() else {}
+    plain = {"input_size": (3, side or foreign.SIDE, side or foreign.SIDE), **AS_GIVEN}
+    return Origin(str(path), name, read_state(path), card.pop("model_args", {}) | kwargs, plain | card)
+
+
+def _of_neighbour(path: Path) -> dict[str, Any]:
+    """What the configuration of a network that is not timm's says of it."""
+    try:
+        config = json.loads(path.read_text())
+        found = {key: config["pretrained_cfg"][key] for key in ("input_size", "crop_pct", "mean", "std")}
+        return found | {key: config.get(key) for key in ("num_classes", "label_names", "model_args") if config.get(key)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not the configuration of a model: {first_line(error)}") from error
 
 
 def _of_npz(
