@@ -20,9 +20,8 @@ WORDS = [
     "--log-every", "1", "--lr", "0.001", "--device", "cpu",
 ]  # fmt: skip
 TAUGHT = ["distill", "--teacher", "fashion-mini-teacher", "--teacher-precision", "fp32", *WORDS]
-PLAIN = ["--student", "convnext_atto", "--student-kwargs", "dims=8,16,16,24", "depths=1,1,1,1"]  # no BatchNorm
-BATCHNORM = ["--student", "fashion-mini-student"]
-ACTING = ["--student", "efficientnet_b0", "--student-kwargs", "channel_multiplier=0.2", "depth_multiplier=0.2"]
+RESNET = ["--student", "resnet10t", "--student-kwargs", "channels=8,16,16,24", "stem_width=8"]
+PLAIN, BATCHNORM = [*RESNET, "norm_layer=groupnorm1"], ["--student", "fashion-mini-student"]
 
 
 def free_port() -> int:
@@ -76,60 +75,24 @@ def assert_near(one: Path, two: Path, share: float = 1e-5) -> None:
         error = (second[name].double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-3)
         assert error < share, f"{name}: {error:.1e}"
     losses = [[(record["step"], record["loss"]) for record in records(out, "step")] for out in (one, two)]
-    assert [step for step, _ in losses[0]] == [step for step, _ in losses[1]] == list(range(1, 13))
+    assert [step for step, _ in losses[0]] == [step for step, _ in losses[1]] != []
     for (_, loss), (_, other) in zip(*losses, strict=True):
         assert other == pytest.approx(loss, rel=1e-5)
-    for event in ("eval", "teacher"):
+    for event in ("step", "eval", "ema", "teacher"):
         steps = [[record["step"] for record in records(out, event)] for out in (one, two)]
         assert steps[0] == steps[1], "each is recorded once"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [PLAIN, BATCHNORM, ACTING], ids=["plain", "batchnorm", "batchnorm with activation"])
-def test_two_processes_teach_the_student_of_one(tmp_path, words):
-    one = run(tmp_path / "one", *TAUGHT, *words)
-    two = run(tmp_path / "two", *TAUGHT, *words, world=2)
-    assert_near(one, two)
-    assert any(name.endswith("running_var") for name in student(two)) == (words is not PLAIN)
-    if words is not BATCHNORM:  # which is no architecture of timm's by name
-        timm.create_model(f"local-dir:{two}/student", pretrained=True)
+@pytest.mark.parametrize(("words", "share"), [(PLAIN, 1e-5), (RESNET, 2e-4)], ids=["GroupNorm", "BatchNorm"])
+def test_two_processes_teach_the_student_of_one(tmp_path, words, share):
+    """With BatchNorm, one process on two threads is as far from itself on one: 4e-5 where a bias is near zero."""
+    one = run(tmp_path / "one", *TAUGHT, *words, "--side", "28")
+    two = run(tmp_path / "two", *TAUGHT, *words, "--side", "28", world=2)
+    assert_near(one, two, share)
+    assert any(name.endswith("running_var") for name in student(two)) == (words is RESNET)
+    timm.create_model(f"local-dir:{two}/student", pretrained=True)
     assert (two / "report.html").is_file()
-
-
-@pytest.mark.slow
-def test_labels_and_an_average_are_shared_alike(tmp_path):
-    words = ["train", *WORDS, *BATCHNORM, "--ema", "0.9"]
-    one, two = run(tmp_path / "one", *words), run(tmp_path / "two", *words, world=2)
-    assert_near(one, two)
-    averages = [load_file(out / "student-ema" / "model.safetensors") for out in (one, two)]
-    for name, tensor in averages[0].items():
-        torch.testing.assert_close(averages[1][name], tensor, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """Two, then one, then two: stopped by a signal to only one of the processes."""
-    long = [*TAUGHT, *BATCHNORM, "--steps", "200", "--log-every", "10", "--eval-every", "100"]
-    whole, parts = run(tmp_path / "whole", *long), tmp_path / "parts"
-
-    def steps() -> list[int]:
-        return [int(path.name[5:]) for path in (parts / "checkpoints").glob("step-*")]
-
-    for world in (2, 1):
-        before = max(steps(), default=0)
-        processes = start("-m", "funmatch", *long, "--out", parts, world=world)
-        while max(steps(), default=0) <= before and processes[0].poll() is None:
-            time.sleep(0.01)
-        processes[-1].send_signal(signal.SIGTERM)
-        said = ended(processes, 128 + signal.SIGTERM)
-        assert "".join(said).count("saved step") == 1
-        assert "Traceback" not in "".join(said)
-        assert before < max(steps()) < 200
-    run(parts, *long, world=2)
-    first, second = student(whole), student(parts)
-    for name, tensor in first.items():  # rounding grows over the steps
-        assert (second[name].double() - tensor).norm() <= 1e-2 * tensor.double().norm() + 1e-4, name
-    assert [record["step"] for record in records(parts, "step")] == list(range(10, 201, 10))
 
 
 @pytest.mark.slow
@@ -227,6 +190,7 @@ import sys
 import timm, torch
 from torch import nn
 import funmatch
+from funmatch.errors import told_elsewhere
 
 class Double(nn.Module):
     def __init__(self):
@@ -237,22 +201,48 @@ class Double(nn.Module):
     def forward(self, views):
         return self.net(views.double())
 
-if __name__ == "__main__":
-    verb, out = sys.argv[1:]
-    torch.manual_seed(3)
-    more = {"teacher": "fashion-mini-teacher", "teacher_precision": "fp32"} if verb == "distill" else {}
-    knobs = {"steps": 12, "batch": 16, "log_every": 1, "eval_every": 6, "save_every": 4, "ema": 0.9, "side": 28}
-    getattr(funmatch, verb)("fashion-mini", student=Double(), out=out, device="cpu", **knobs, **more)
+out, steps = sys.argv[1], int(sys.argv[2])
+torch.manual_seed(3)
+knobs = {"batch": 16, "log_every": 3, "eval_every": 60, "save_every": 20, "ema": 0.9, "side": 28, "threads": 1}
+try:
+    funmatch.train("fashion-mini", Double(), out, steps=steps, device="cpu", **knobs)
+except KeyboardInterrupt as stopped:
+    print("" if told_elsewhere(stopped) else stopped)
+    sys.exit(128 + stopped.number)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["train", "distill"])
-def test_in_double_precision_two_processes_are_one_to_nine_digits(tmp_path, verb):
+def test_in_double_precision_two_processes_are_one_to_nine_digits(tmp_path):
     """Adam makes much of rounding where a gradient is near zero; here there is hardly any rounding."""
     for world in (1, 2):
-        ended(start("-c", DOUBLE, verb, tmp_path / str(world), world=world))
-    assert_near(tmp_path / "1", tmp_path / "2", 1e-9 if verb == "train" else 1e-4)
+        ended(start("-c", DOUBLE, tmp_path / str(world), "12", world=world))
+    assert_near(tmp_path / "1", tmp_path / "2", 1e-9)
+    averages = [load_file(tmp_path / name / "student-ema" / "model.safetensors") for name in ("1", "2")]
+    torch.testing.assert_close(averages[1], averages[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """Two, then one, then two, stopped each time by a signal to only one of the processes."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    ended(start("-c", DOUBLE, whole, "240"))
+
+    def reached() -> int:
+        return max((int(path.name[5:]) for path in (parts / "checkpoints").glob("step-*")), default=0)
+
+    for world in (2, 1):
+        before = reached()
+        processes = start("-c", DOUBLE, parts, "240", world=world)
+        while reached() <= before and processes[0].poll() is None:
+            time.sleep(0.01)
+        processes[-1].send_signal(signal.SIGTERM)
+        said = "".join(ended(processes, 128 + signal.SIGTERM))
+        assert said.count(f"saved step {reached()} of 240") == 1
+        assert "Traceback" not in said
+        assert before < reached() < 240
+    ended(start("-c", DOUBLE, parts, "240", world=2))
+    assert_near(whole, parts, 1e-6)
 
 
 FAILING = """
