@@ -119,4 +119,11 @@ def _optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    """Tensors as they can be written: in one piece, and none sharing its memory with another."""
+    dense, seen = {}, set()
+    for name, tensor in tensors.items():
+        dense[name] = tensor.detach().contiguous()
+        if tensor.data_ptr() in seen and dense[name].data_ptr() == tensor.data_ptr():
+            dense[name] = dense[name].clone()
+        seen.add(tensor.data_ptr())
+    return dense

@@ -55,6 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # which is how Python says that there is no such user
+            raise
+        _fail(error, f"a path begins with ~ and the name of a user that does not exist here: {error}")
     except OSError as error:
         if error.errno in (ENOSPC, EDQUOT):
             saved = "then start the same command again: nothing saved is lost"

@@ -190,7 +190,16 @@ class Teaching(Knobs):
     same order."""
 
     def problems(self) -> list[str]:
-        found = [f"teacher_side must be at least 1, got {side}" for side in self.teacher_side if side < 1]
+        found = [
+            f"teacher_side must be between 1 and 10,000, got {side}"
+            for side in self.teacher_side
+            if not 0 < side <= 10**4
+        ]
+        if self.classes == "":
+            found.append("classes is empty; say same-names or give a map.json")
+        found += [
+            f"{name} is empty" for name in ("teacher", "model", "student") if "" in _words(getattr(self, name, ()))
+        ]
         found += [f"teacher_share must be above 0, got {share}" for share in self.teacher_share if not share > 0]
         teachers = len(getattr(self, "teacher", ()))
         for name, single in (("teacher_weights", 0), ("teacher_side", 1), ("teacher_share", 0)):
@@ -198,6 +207,10 @@ class Teaching(Knobs):
             if given and given not in (teachers, single) and teachers:
                 found.append(f"{name} has {given} values for {teachers} teachers; give one each, in their order")
         return found + super().problems()
+
+
+def _words(value: str | Words) -> Words:
+    return (value,) if isinstance(value, str) else value
 
 
 class Distill(Train, Teaching):

@@ -172,7 +172,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
     for part, names in (
         ("knobs", (then["knobs"].keys() | now["knobs"].keys()) - UNCOMPARED),
-        ("facts", {"data", "teacher"}),
+        ("facts", {"data", "teacher", "student"}),
     ):
         for name in sorted(names):
             before, after = then[part].get(name), now[part].get(name)

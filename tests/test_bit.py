@@ -259,3 +259,17 @@ def test_a_flipped_byte_is_noticed(tmp_path, weights):
     path.write_bytes(content)
     with pytest.raises(InputError, match="cannot be read"):
         load(str(path))
+
+
+def test_timms_own_weights_of_bit_have_the_published_eps_too(monkeypatch):
+    from funmatch.models import build
+
+    def without_network(architecture, kwargs, *, pretrained=False):
+        assert pretrained
+        return timm.create_model(architecture, **kwargs)
+
+    monkeypatch.setattr(build, "create", without_network)
+    assert load("resnetv2_50x1_bit.goog_in21k").net.stem.conv.eps == models.PUBLISHED_EPS
+    assert load("resnetv2_50x1_bit", pretrained=True).net.stem.conv.eps == models.PUBLISHED_EPS
+    monkeypatch.undo()
+    assert load("resnetv2_50x1_bit").net.stem.conv.eps == TIMM_EPS

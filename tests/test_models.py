@@ -156,3 +156,28 @@ def test_a_frozen_teacher_stays_as_it_is():
     assert not any(module.training for module in teacher.classifier.modules())
     assert not logits.requires_grad
     assert models.fingerprint(teacher) == before
+
+
+def test_a_transformer_with_weights_is_fitted_to_another_side(tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3).eval()
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    model = load("vit_tiny_patch16_224", weights=tmp_path / "w.safetensors", options=("depth=1",), side=64).eval()
+    views = torch.rand(2, 3, 64, 64)
+    net.set_input_size(img_size=64)
+    with torch.no_grad():
+        wanted = net(views * 2 - 1)
+        torch.testing.assert_close(model(views), wanted)
+    (tmp_path / "out").mkdir()
+    models.save(model, tmp_path / "out", card=replace(model.card, side=64), about={})
+    alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(alone(views * 2 - 1), wanted)
+
+
+def test_a_tag_says_what_given_weights_were_trained_to_see(tmp_path):
+    net = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    for tag in timm.list_pretrained("vit_tiny_patch16_224.*"):
+        model = load(tag, weights=tmp_path / "w.safetensors", options=("depth=1",))
+        assert model.card.mean == tuple(timm.get_pretrained_cfg(tag).mean)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_bit import as_second_layout, assert_same, pictures, random_bit, reference
 from test_tasks import MINI, TEACHER
 
@@ -92,11 +92,24 @@ def test_functions_that_give_no_classifier(module, name, message):
 def test_a_student_of_ones_own_is_taught_saved_and_found_again(module):
     run = funmatch.distill(student=f"{module}:small", teacher=TEACHER, out="run", side=32, steps=3, **_mini())
     assert run.figures["parameters"] == 8 * 27 + 8 + 10 * 8 + 10
-    again = load("run")
+    weights = Path("run/student/model.safetensors")
+    again = load(f"{module}:small", weights=weights)
     assert (again.num_classes, again.card.side) == (10, 32)
-    state = load_file("run/student/model.safetensors")
+    state = load_file(weights)
     assert all(torch.equal(state[name], tensor) for name, tensor in again.net.state_dict().items())
-    assert funmatch.evaluate("run")["top1"] == pytest.approx(run.top1)
+    said = funmatch.evaluate(f"{module}:small", weights=weights, data="fashion-mini")
+    assert said["top1"] == pytest.approx(run.top1)
+
+
+def test_a_file_does_not_decide_which_code_runs(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"architecture": "os:mkdir", "model_args": {"path": str(tmp_path / "harm")}, "num_classes": 2}
+    (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {}}))
+    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="if you trust that code, name it yourself: os:mkdir"):
+        load(str(folder))
+    assert not (tmp_path / "harm").exists()
 
 
 def test_modules_from_python_stay_as_they_are():
@@ -299,3 +312,126 @@ def test_names_of_files(tmp_path, name, message):
     (tmp_path / "folder" / "saved_model.pb").write_bytes(b"")
     with pytest.raises(InputError, match=message):
         load(name)
+
+
+def changed_by_hand() -> torch.nn.Module:
+    """A network of timm's in which every ReLU was replaced."""
+    net = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
+    for owner in list(net.modules()):
+        for name, module in owner.named_children():
+            if isinstance(module, torch.nn.ReLU):
+                setattr(owner, name, torch.nn.Tanh())
+    return net
+
+
+def odd_activation() -> torch.nn.Module:
+    """A network of timm's whose arguments cannot be written down."""
+    return timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), act_layer=torch.nn.SiLU)
+
+
+@pytest.mark.parametrize("make", [changed_by_hand, odd_activation])
+def test_a_student_that_timm_would_build_otherwise_is_not_written_as_timms(make):
+    funmatch.distill(student=make(), teacher=TEACHER, out="run", side=32, steps=2, **_mini())
+    assert json.loads(Path("run/student/config.json").read_text())["architecture"].startswith("python:")
+    with pytest.raises(InputError, match="given from Python"):
+        load("run")
+
+
+def test_a_module_of_timm_that_is_as_timm_builds_it_is_written_as_timms():
+    net = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    run = funmatch.distill(student=net, teacher=TEACHER, out="run", side=32, steps=2, **_mini())
+    assert load("run").net.pretrained_cfg["architecture"] == "resnet10t"
+    assert funmatch.evaluate("run")["kl"] == pytest.approx(run.figures["kl"], rel=1e-4)
+
+
+def test_another_module_of_the_same_name_is_another_student():
+    def student(width):
+        return load("resnet10t", options=(f"channels=({width},{width},16,16)", "stem_width=8"), classes=10)
+
+    funmatch.distill(student=student(8), teacher=TEACHER, out="run", side=32, steps=1, **_mini())
+    with pytest.raises(InputError, match="the student's content"):
+        funmatch.distill(student=student(12), teacher=TEACHER, out="run", side=32, steps=1, **_mini())
+
+
+def test_what_a_module_cannot_be_told():
+    net = load("resnet10t", options=TINY_OPTIONS, classes=10)
+    with pytest.raises(InputError, match=r"a module is taken as it is; leave out drop_rate=0\.5"):
+        funmatch.distill(student=net, teacher=TEACHER, out="run", side=32, steps=1, drop_rate=0.5, **_mini())
+    with pytest.raises(InputError, match="num_classes=5 is said, but there are 10"):
+        load("resnet10t", options=(*TINY_OPTIONS, "num_classes=5"), classes=10)
+
+
+def test_a_head_changed_by_hand_is_counted():
+    net = timm.create_model("resnet10t", num_classes=1000, channels=(8, 8, 16, 16))
+    net.fc = torch.nn.Linear(16, 10)
+    assert load(net).num_classes == 10
+    features = timm.create_model("resnet10t", num_classes=0, channels=(8, 8, 16, 16))
+    assert load(features).num_classes == 16
+
+
+def test_judging_a_module_leaves_it_as_it_is():
+    model = funmatch.load(TEACHER).train()
+    name = model.card.name
+    funmatch.evaluate(model, data="fashion-mini", split="val")
+    assert model.training
+    assert model.card.name == name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Tied(torch.nn.Module):
+    """One whose two layers are the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.head = torch.nn.Linear(3, 10)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x.mean((2, 3)))))
+
+
+def test_tensors_that_share_their_memory_are_written():
+    funmatch.distill(student=Tied(), teacher=TEACHER, out="run", side=32, steps=2, save_every=1, **_mini())
+    state = load_file("run/student/model.safetensors")
+    assert torch.equal(state["first.weight"], state["second.weight"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop_pct": -1}, {"input_size": [3, 0, 0]}, {"std": [0, 0, 0]}, {"mean": None}, {"mean": "abc"},
+        {"mean": [0.5], "std": [0.5]},
+    ],
+)  # fmt: skip
+def test_a_card_that_cannot_be(change):
+    funmatch.distill(teacher=TEACHER, out="run", steps=1, **MINI)
+    path = Path("run/student/config.json")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"pretrained_cfg": config["pretrained_cfg"] | change}))
+    with pytest.raises(InputError, match=r"cannot be|cannot build"):
+        load("run")
+
+
+def test_weights_that_are_not_numbers_as_ours():
+    state = timm.create_model("resnet10t", num_classes=3, channels=(8, 8, 16, 16), stem_width=8).state_dict()
+
+    def refused(message, **changes):
+        torch.save(state | changes, "w.pt")
+        with pytest.raises(InputError, match=message):
+            load("resnet10t", weights="w.pt", options=TINY_OPTIONS)
+
+    refused("not finite", **{"fc.weight": state["fc.weight"].double() * 1e300})
+    refused("no plain tensor", **{"fc.weight": state["fc.weight"].to(torch.complex64)})
+    refused("no fc.weight", **{"fc.weight": torch.tensor(1.0)})
+    torch.save({1: torch.zeros(1)}, "w.pt")
+    with pytest.raises(InputError, match="wanted a dict of tensors by name"):
+        load("resnet10t", weights="w.pt")
+
+
+def test_empty_names(funmatch):
+    words = ["--data", "fashion-mini", "--teacher", "", "--student", "resnet10t", "--steps", "1", "--out", "r"]
+    done = funmatch("distill", *words, check=2)
+    assert "teacher is empty" in done.stderr
+    done = funmatch("evaluate", "~nosuchuser/x", "--data", "fashion-mini", check=2)
+    assert "user that does not exist" in done.stderr

@@ -210,3 +210,21 @@ def test_a_teacher_below_its_own_card_is_loudly_doubted(tmp_path, capsys):
         boastful.net.fc.weight[:2] = boastful.net.fc.weight[:2].flip(0)
     funmatch.distill(out=tmp_path / "run", teacher=boastful, steps=1, side=32, **MINI)
     assert "WARNING: teacher python:Classifier is right on" in capsys.readouterr().err
+
+
+def test_teachers_with_the_same_classes_in_another_order(tmp_path):
+    """Without labels nobody else would notice."""
+    first = classifier(classes=3, names=("a", "b", "c"))
+    second = classifier(classes=3, seed=1, names=("c", "b", "a"))
+    knobs = {
+        "data": "fashion-mini",
+        "unlabelled": True,
+        "student": "fashion-mini-student",
+        "side": 32,
+        "steps": 1,
+        "batch": 4,
+    }
+    with pytest.raises(InputError, match="are not the same in order"):
+        funmatch.distill(out=tmp_path / "run", teacher=[first, second], **knobs)
+    run = funmatch.distill(out=tmp_path / "run", teacher=[classifier(classes=3, seed=2), second], **knobs)
+    assert funmatch.load(run.folder).card.classes == ("c", "b", "a")

@@ -18,13 +18,11 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.models.classifier import PUBLISHED_EPS, TIMM_EPS
+from funmatch.models.classifier import OTHER_SIZES, PUBLISHED_EPS, TIMM_EPS
 from funmatch.models.weights import Lazily
 
 DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 WIDTHS = {50: (1, 3), 101: (1, 3), 152: (2, 4)}
-OTHER_SIZES = f"{__name__}:network"
-"""What stands for the architecture of a network that is built as BiT is, but is of none of timm's sizes."""
 GROUPS = 32  # of GroupNorm
 STEM = "root_block/standardized_conv2d/kernel"
 HEAD = "head/kernel"
@@ -186,13 +184,15 @@ def as_torch(key: str, array: np.ndarray) -> Tensor:
 
     Kernels are only seen in another order, not copied: a big network should not need room for a second one.
     """
-    if array.dtype.kind not in "fiuV":
+    if array.dtype == "V2":  # numpy has no bfloat16, which is the upper half of a float
+        array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if array.dtype.kind not in "fiu":
         raise InputError(f"{key} holds {array.dtype}, wanted numbers")
     if key == "head.fc.weight" and array.ndim == 2:
         array = array[None, None]
     array = array.transpose(3, 2, 0, 1) if array.ndim == 4 and key.endswith("weight") else array
-    if "norm" in key or key.endswith("bias"):
-        array = array.reshape(-1)
+    if ("norm" in key or key.endswith("bias")) and array.size == max(array.shape, default=0):
+        array = array.reshape(-1)  # some have axes of one element around
     return torch.from_numpy(array.astype(np.float32, copy=not array.flags.writeable))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from funmatch.errors import InputError, first_line, unknown
+from funmatch.models.classifier import Card
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
@@ -83,9 +84,39 @@ def head_names(net: nn.Module) -> tuple[str, ...]:
     """Names of the modules that turn features into logits."""
     heads = (getattr(net, "pretrained_cfg", None) or {}).get("classifier")
     if heads is None and callable(find := getattr(net, "get_classifier", None)):
-        found = find()
+        try:
+            found = find()
+        except AttributeError:  # folding may have joined it with something else
+            return ()
         return tuple(name for name, module in net.named_modules() if module is found)
     return (heads,) if isinstance(heads, str) else tuple(heads or ())
+
+
+def card_of(name: str, net: nn.Module, known_of_it: dict[str, Any]) -> Card:
+    """What a network wants to see, as timm says and, before that, as `known_of_it` says in timm's words.
+
+    Raises:
+        InputError: it cannot be so.
+    """
+    cfg: dict[str, Any] = {**(getattr(net, "pretrained_cfg", None) or {}), **known_of_it}
+    try:
+        channels = vars(net).get("in_chans", cfg["input_size"][0])
+        mean, std = (tuple(map(float, cfg[key]))[:channels] for key in ("mean", "std"))
+        names, side, fraction = cfg.get("label_names"), cfg["input_size"][-1], cfg.get("crop_pct") or 1.0
+        named = tuple(map(str, names)) if names else None
+        card = Card(name, side, fraction, mean, std, named, cfg.get("top1"))
+        top1 = 0.0 if card.top1 is None else card.top1
+        count = vars(net).get("num_classes") or len(named or ())
+        sound = side >= 1 and 0 < fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
+        if sound and len(mean) == channels and (named is None or len(named) == count):
+            return card
+    except (KeyError, TypeError, ValueError, IndexError):
+        pass
+    said = {key: cfg.get(key) for key in ("input_size", "crop_pct", "mean", "std", "top1")}
+    raise InputError(
+        f"what is said of {name} cannot be: {said}, {len(cfg.get('label_names') or ())} names of classes; wanted a "
+        "side, a share, as many means and deviations above 0 as channels, and as many names as classes"
+    )
 
 
 @torch.no_grad()
@@ -99,6 +130,23 @@ def with_zero_head(net: nn.Module, classes: int) -> nn.Module:
         for parameter in net.get_submodule(name).parameters():
             parameter.zero_()
     return net
+
+
+def for_side(net: nn.Module, side: int) -> dict[str, Any]:
+    """Fits a network of a fixed input, such as a vision transformer, to views of another side, as timm does.
+
+    Returns:
+        what its constructor has to be given to build it so.
+    """
+    cfg = getattr(net, "pretrained_cfg", None) or {}
+    fitted = getattr(net, "set_input_size", None)
+    if not cfg.get("fixed_input_size") or not callable(fitted) or cfg["input_size"][-1] == side:
+        return {}
+    try:
+        fitted(img_size=side)
+    except Exception:  # who tries the network with such views will say why
+        return {}
+    return {"img_size": side}
 
 
 def _give_up_on_an_unreachable_hub() -> None:

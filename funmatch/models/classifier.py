@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 
@@ -26,6 +26,12 @@ ABOUT_OTHER_WEIGHTS = (
     "paper_ids",
     "notes",
 )
+
+GIVEN = "python:"
+"""Before the class name of a module that was given from Python, where a run's record needs a name for it."""
+
+OTHER_SIZES = "funmatch.models.bit:network"
+"""What stands for the architecture of a network that is built as BiT is, but is of none of timm's sizes."""
 
 PUBLISHED_EPS, TIMM_EPS = 1e-10, 1e-8
 """Of the weight standardisation in BiT networks: as they were published, and as timm builds them."""
@@ -76,7 +82,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.options, self.function = options or {}, function
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
-        self.net = net.to(memory_format=torch.channels_last)
+        self.net = laid_out(net, torch.channels_last)
         self.card = card
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1), persistent=False)
@@ -96,11 +102,19 @@ class Classifier(nn.Module):
         return sum(parameter.numel() for parameter in self.net.parameters())
 
 
+def laid_out(net: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """The network with its kernels laid out anew in memory, in place. (`Module.to` refuses kernels of five axes.)"""
+    for tensor in [*net.parameters(), *net.buffers()]:
+        if tensor.ndim == 4 and not tensor.is_meta:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
+    return net
+
+
 def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, Any]) -> None:
     """Writes `model.safetensors` and `config.json` in timm's own layout.
 
     `timm.create_model("local-dir:<folder>", pretrained=True)` then gives the network with the same logits. (A network
-    that is not timm's is written alike, for this package alone to load.)
+    that is not timm's, or not as timm builds it, is written alike, for this package alone to load.)
 
     Args:
         classifier: on the CPU; it is laid out anew in memory, and its BiT kernels may be scaled, so that timm's own
@@ -109,16 +123,50 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
         card: what the network is to see and its classes' names.
         about: where it came from, kept under the key `funmatch`.
     """
-    rescale_for_timm(classifier.net.to(memory_format=torch.contiguous_format))
-    path = folder / "config.json"
-    if getattr(classifier.net, "pretrained_cfg", None):
-        timm.models.save_for_hf(classifier.net, str(folder), safe_serialization=True)
-        (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
-        config: dict[str, Any] = json.loads(path.read_text())
-    else:
-        save_model(classifier.net, str(folder / "model.safetensors"))
+    laid_out(classifier.net, torch.contiguous_format)
+    _untie(classifier.net)
+    if classifier.function or not _as_timms(classifier, folder, card, about):
+        for file in folder.iterdir():
+            file.unlink()
+        if classifier.function == OTHER_SIZES:
+            rescale_for_timm(classifier.net)
+        save_file(classifier.net.state_dict(), folder / "model.safetensors")
         architecture = classifier.function or classifier.card.name
         config = {"architecture": architecture, "num_classes": classifier.num_classes, "pretrained_cfg": {}}
+        _complete(config, classifier, folder, card, about)
+
+
+def _as_timms(classifier: Classifier, folder: Path, card: Card, about: dict[str, Any]) -> bool:
+    """Writes a network that timm built; False if it is none, or timm would build another."""
+    net = classifier.net
+    if not getattr(net, "pretrained_cfg", None):
+        return False
+    given = classifier.card.name.startswith(GIVEN)  # a module can have been changed by hand
+    before = copy.deepcopy(net) if given else net
+    rescale_for_timm(net)
+    try:
+        timm.models.save_for_hf(net, str(folder), safe_serialization=True)
+        (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
+        _complete(json.loads((folder / "config.json").read_text()), classifier, folder, card, about)
+        if not given or _same(before, timm.create_model(f"local-dir:{folder}", pretrained=True), card):
+            return True
+    except (ValueError, TypeError, RuntimeError):
+        if not given:
+            raise
+    classifier.net = before
+    return False
+
+
+@torch.no_grad()
+def _same(net: nn.Module, other: nn.Module, card: Card) -> bool:
+    """Whether two networks answer alike."""
+    probe = torch.randn(2, len(card.mean), card.side, card.side, generator=torch.Generator().manual_seed(0))
+    wanted, got = net.eval()(probe), other.eval()(probe)
+    return torch.allclose(wanted, got, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def _complete(config: dict[str, Any], classifier: Classifier, folder: Path, card: Card, about: dict[str, Any]) -> None:
+    """Writes the configuration of a network with what its card says."""
     for key in ABOUT_OTHER_WEIGHTS:
         config["pretrained_cfg"].pop(key, None)
     config["pretrained_cfg"] |= {
@@ -132,7 +180,17 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
         config["label_names"] = list(card.classes)
     config["model_args"] = config.get("model_args", {}) | classifier.options
     config["funmatch"] = about
-    path.write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _untie(net: nn.Module) -> None:
+    """Gives tensors that share their memory a place each, since a file of tensors cannot say that they are one."""
+    seen: set[int] = set()
+    for owner in net.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.data_ptr() in seen and parameter.numel():
+                setattr(owner, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(parameter.data_ptr())
 
 
 @torch.no_grad()

@@ -81,6 +81,7 @@ def batch_norms(net: nn.Module) -> list[tuple[str, str]]:
     modules = dict(net.named_modules())
     steps = [node for node in graph.nodes if node.op == "call_module"]
     uses = [node.target for node in steps]
+    apart = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}  # used by themselves
     return [
         (str(before.target), str(node.target))
         for node in steps
@@ -89,6 +90,7 @@ def batch_norms(net: nn.Module) -> list[tuple[str, str]]:
         and before.op == "call_module"
         and isinstance(modules[str(before.target)], nn.Conv2d)
         and len(before.users) == 1
+        and not apart & {str(before.target), str(node.target)}
         and uses.count(before.target) == uses.count(node.target) == 1
         and modules[str(node.target)].running_mean is not None
     ]

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,8 @@ import torch
 from torch import nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.models.classifier import Card, Classifier
+from funmatch.models.classifier import GIVEN, Card, Classifier
 
-GIVEN = "python:"
-"""Before the class name of a module that was given from Python, where a run's record needs a name for it."""
 SIDE = 224  # pixels, where nobody says for which the network was made
 
 
@@ -38,7 +37,8 @@ def called(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.Module:
     module, _, function = name.partition(":")
     sys.path.insert(0, "")
     try:
-        make = getattr(importlib.import_module(module), function)
+        with redirect_stdout(sys.stderr):
+            make = getattr(importlib.import_module(module), function)
     except ImportError as error:
         raise InputError(f"cannot import {module} for the model {name}: {first_line(error)}") from error
     except AttributeError as error:
@@ -51,7 +51,8 @@ def called(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.Module:
         takes = inspect.signature(make).parameters
         if classes is not None and ("num_classes" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())):
             kwargs = {"num_classes": classes, **kwargs}
-        made = make(**kwargs)
+        with redirect_stdout(sys.stderr):  # standard output is for figures
+            made = make(**kwargs)
     except Exception as error:
         raise InputError(f"{name} fails with {kwargs or 'no arguments'}: {first_line(error)}") from error
     if not isinstance(made, nn.Module):
@@ -69,16 +70,19 @@ def wrapped(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] 
     """
     function = name if is_function(name) and not name.startswith(GIVEN) else None
     if isinstance(net, Classifier):
-        net.card, net.options, net.function = replace(net.card, name=name), kwargs or {}, function
+        net.card = replace(net.card, name=name)
+        if function:
+            net.options, net.function = kwargs or {}, function
+        net.num_classes = answers(net.net, net.card)
         return net
     cfg: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
     if cfg:
-        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+        channels = vars(net).get("in_chans", len(cfg["mean"]))
+        mean, std = tuple(cfg["mean"])[:channels], tuple(cfg["std"])[:channels]
         card = Card(name, cfg["input_size"][-1], cfg.get("crop_pct") or 1.0, mean, std)
     else:
         card = Card(name, side or SIDE, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    count = getattr(net, "num_classes", None)
-    return Classifier(net, card, kwargs, count if isinstance(count, int) else answers(net, card), function)
+    return Classifier(net, card, kwargs, answers(net, card), function)
 
 
 @torch.no_grad()

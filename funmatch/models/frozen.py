@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from funmatch.distances import kl
 from funmatch.errors import InputError, first_line
 from funmatch.models.build import head_names
-from funmatch.models.classifier import Classifier
+from funmatch.models.classifier import Classifier, laid_out
 from funmatch.models.fold import fold
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,11 +61,12 @@ class Frozen(nn.Module):
         net = classifier.net
         if form.folded:
             net = classifier.net = fold(net)
-        net.to(DTYPES[form.precision]).to(memory_format=LAYOUTS[form.layout])
+        laid_out(net.to(DTYPES[form.precision]), LAYOUTS[form.layout])
         if form.precision != "fp32":
-            for name in head_names(net):  # logits of 16 bits are too coarse: 10.03 and 10.05 would be the same
-                head = net.get_submodule(name).float()
-                head.register_forward_pre_hook(lambda _, given: tuple(value.float() for value in given))
+            inside = dict(net.named_modules())  # folding may have joined the head with something else
+            for head in (inside[name] for name in head_names(net) if name in inside):
+                # Logits of 16 bits are too coarse: 10.03 and 10.05 would be the same.
+                head.float().register_forward_pre_hook(lambda _, given: tuple(value.float() for value in given))
         self.compiled: tuple[torch.Size, Callable[[Tensor], Any]] | None = None
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002  (the signature is nn.Module's)
@@ -187,7 +188,7 @@ def measured(make: Callable[[], Classifier], forms: list[Form], views: Tensor) -
         frozen = Frozen(make().to(views.device), forms[0])
         for form in forms:
             frozen.form = form
-            frozen.classifier.net.to(memory_format=LAYOUTS[form.layout])
+            laid_out(frozen.classifier.net, LAYOUTS[form.layout])
             frozen(views)
             seconds[form] = statistics.median(_seconds(frozen, views) for _ in range(TURNS))
     except InputError:
@@ -214,7 +215,7 @@ def compared(form: Form, answers: Tensor, truth: Tensor) -> Check:
     """The check of answers (n, classes) against the plain teacher's."""
     if not truth.isfinite().all():
         return Check(form, len(truth), 0.0, 1.0)  # no form is to blame; who judges the teacher will say so
-    distance = kl(answers, truth).mean().item() if answers.isfinite().all() else float("inf")
+    distance = max(0.0, kl(answers, truth).mean().item()) if answers.isfinite().all() else float("inf")
     agreement = (answers.argmax(-1) == truth.argmax(-1)).double().mean().item()
     return Check(form, len(truth), distance, agreement)
 

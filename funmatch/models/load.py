@@ -9,8 +9,7 @@ import timm
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.models import bit, foreign
-from funmatch.models.build import create, create_empty, known, net_config, parse_options, with_zero_head
+from funmatch.models import bit, build, foreign
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.fetch import PAPER, paper_file
 from funmatch.models.savedmodel import open_savedmodel
@@ -78,17 +77,25 @@ def load(
     Raises:
         InputError: an unknown name (with near ones), weights that do not fit, a folder that holds no model.
     """
-    kwargs = parse_options(options)
+    kwargs = build.parse_options(options)
+    weights = Path(weights) if weights else None
     if isinstance(name, nn.Module):
+        if kwargs or weights:
+            raise InputError(f"a module is taken as it is; leave out {weights or ', '.join(options)}")
         return foreign.wrapped(foreign.GIVEN + type(name).__name__, name, side)
+    if classes is not None and kwargs.get("num_classes", classes) != classes:
+        raise InputError(f"{name}: num_classes={kwargs['num_classes']} is said, but there are {classes} classes")
     if weights and weights.suffix == ".npz":
-        return _filled(name, _of_npz(weights.expanduser(), kwargs, wanted=name), classes)
+        return _filled(name, _of_npz(weights.expanduser(), kwargs, wanted=name), classes, side)
+    if weights and foreign.is_function(name):
+        return _filled(name, _of_function(name, weights.expanduser(), kwargs, side), classes, side)
     if weights:
-        return _filled(name, _of_state(name, weights.expanduser(), kwargs), classes)
+        return _filled(name, _of_state(name, weights.expanduser(), kwargs), classes, side)
     if name.startswith(SAVEDMODEL):
-        return _filled(name, _of_savedmodel(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs), classes)
+        folder = Path(name.removeprefix(SAVEDMODEL)).expanduser()
+        return _filled(name, _of_savedmodel(folder, kwargs, inputs), classes, side)
     if origin := _with_weights(name, kwargs):
-        return _filled(name, origin, classes)
+        return _filled(name, origin, classes, side)
     if foreign.is_function(name):
         return foreign.wrapped(name, foreign.called(name, kwargs, classes), side, kwargs)
     return _by_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained)
@@ -113,18 +120,19 @@ def _with_weights(name: str, kwargs: dict[str, Any]) -> Origin | None:
     return _of_folder(folder, kwargs) if folder else None
 
 
-def _filled(name: str, origin: Origin, classes: int | None) -> Classifier:
-    """The classifier of an origin."""
+def _filled(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:
+    """The classifier of an origin, for views of a side."""
     if foreign.is_function(origin.architecture):
         net = foreign.called(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
         net = net.net if isinstance(net, Classifier) else net
     else:
-        net = create_empty(origin.architecture, origin.kwargs)
+        net = build.create_empty(origin.architecture, origin.kwargs)
     if origin.published:
         bit.with_published_eps(net)
     if origin.weights is not None:
         fill(net, origin.weights, origin.architecture.removeprefix(LOCAL), origin.where)
-    made = _with_head(net, _card(name, net, origin.card), origin.kwargs, classes)
+    kwargs = origin.kwargs | (build.for_side(net, side) if side else {})
+    made = _with_head(net, build.card_of(name, net, origin.card), kwargs, classes)
     made.function = origin.architecture if foreign.is_function(origin.architecture) else None
     return made
 
@@ -133,7 +141,7 @@ def _with_head(net: nn.Module, card: Card, kwargs: dict[str, Any], classes: int 
     """The classifier, with a new head where another number of classes is wanted."""
     has = vars(net).get("num_classes") or foreign.answers(net, card)
     if classes is not None and has != classes:
-        net, card = with_zero_head(net, classes), replace(card, classes=None, top1=None)
+        net, card = build.with_zero_head(net, classes), replace(card, classes=None, top1=None)
     kwargs = {key: value for key, value in kwargs.items() if key != "num_classes"}  # it stands beside them
     return Classifier(net, card, kwargs, classes or has)
 
@@ -146,16 +154,25 @@ def _by_timm(
     if isinstance(own, tuple):
         own, kwargs = own[0], {**own[1], **kwargs}
     hub = own.startswith(HUB)
-    architecture = own if hub else known(own, name, tuple(NAMED))
-    if not hub and side and "img_size" not in kwargs and net_config(architecture).get("fixed_input_size"):
+    architecture = own if hub else build.known(own, name, tuple(NAMED))
+    if not hub and side and "img_size" not in kwargs and build.net_config(architecture).get("fixed_input_size"):
         kwargs["img_size"] = side
     brings = pretrained or hub or "." in architecture
     if classes is not None and not brings:
         kwargs["num_classes"] = classes
-    net = create(architecture, kwargs, pretrained=brings)
+    net = build.create(architecture, kwargs, pretrained=brings)
     if not isinstance(vars(net).get("num_classes"), int):
         raise InputError(f"{name} with these options is no classifier")
-    return _with_head(net, _card(name, net, OWN_CARDS.get(name, {})), kwargs, classes)
+    cfg = vars(net)["pretrained_cfg"]
+    if brings and "_bit" in (cfg.get("architecture") or "") and (cfg.get("tag") or "").startswith("goog"):
+        bit.with_published_eps(net)  # timm's weights are the published ones
+    return _with_head(net, build.card_of(name, net, OWN_CARDS.get(name, {})), kwargs, classes)
+
+
+def brings_weights(name: str) -> bool:
+    """Whether a name alone stands for weights, too."""
+    own = NAMED.get(name, name)
+    return isinstance(own, str) and not timm.is_model(own) and not foreign.is_function(own)
 
 
 def model_folder(name: str) -> Path | None:
@@ -183,16 +200,39 @@ def _of_folder(folder: Path, kwargs: dict[str, Any]) -> Origin:
     try:
         config = json.loads(path.read_text())
         kwargs = config.get("model_args", {}) | kwargs
-        architecture, about = config["architecture"], config.get("funmatch", {})
+        architecture, about = str(config["architecture"]), config.get("funmatch", {})
         card = {"top1": about.get("top1")}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is not the configuration of a model: {first_line(error)}") from error
-    if not foreign.is_function(architecture) and not architecture.startswith(foreign.GIVEN):
-        return Origin(str(folder), f"{LOCAL}{folder}", read_state(folder / "model.safetensors"), kwargs, card)
-    card |= config["pretrained_cfg"] | {"num_classes": config["num_classes"], "label_names": config.get("label_names")}
+    weights = folder / "model.safetensors"
     if architecture.startswith(foreign.GIVEN):
         raise InputError(f"{folder} holds the weights of a module that was given from Python; load them from there")
-    return Origin(str(folder), architecture, read_state(folder / "model.safetensors"), kwargs, card)
+    if architecture == bit.OTHER_SIZES:
+        return Origin(str(folder), architecture, read_state(weights), kwargs, card | _of_neighbour(path))
+    if foreign.is_function(architecture):  # a file must not decide which code runs
+        raise InputError(
+            f"{folder} is of a network that the function {architecture} makes; if you trust that code, name it "
+            f"yourself: {architecture}, with the weights {weights}"
+        )
+    return Origin(str(folder), f"{LOCAL}{folder}", read_state(weights), kwargs, card)
+
+
+def _of_function(name: str, path: Path, kwargs: dict[str, Any], side: int | None) -> Origin:
+    """The weights of a network that the user's function makes; a configuration beside them says how it sees."""
+    neighbour = path.parent / "config.json"
+    card = _of_neighbour(neighbour) if neighbour.is_file() else {}
+    plain = {"input_size": (3, side or foreign.SIDE, side or foreign.SIDE), **AS_GIVEN}
+    return Origin(str(path), name, read_state(path), card.pop("model_args", {}) | kwargs, plain | card)
+
+
+def _of_neighbour(path: Path) -> dict[str, Any]:
+    """What the configuration of a network that is not timm's says of it."""
+    try:
+        config = json.loads(path.read_text())
+        found = {key: config["pretrained_cfg"][key] for key in ("input_size", "crop_pct", "mean", "std")}
+        return found | {key: config.get(key) for key in ("num_classes", "label_names", "model_args") if config.get(key)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not the configuration of a model: {first_line(error)}") from error
 
 
 def _of_npz(
@@ -224,12 +264,12 @@ def _of_bit(
     card: dict[str, Any],
     wanted: str | None = None,
 ) -> Origin:
-    if wanted is not None and known(wanted, wanted).partition(".")[0] != architecture:
+    if wanted is not None and build.known(wanted, wanted).partition(".")[0] != architecture:
         raise InputError(f"{where} holds weights of {architecture}, not of {wanted}")
     if "head.fc.bias" not in state:
         raise InputError(f"{where} has no head/bias, so it is no classifier; wanted a checkpoint with its head")
     kwargs = {"num_classes": len(state["head.fc.bias"]), **size, **kwargs}
-    usual = net_config("resnetv2_50x1_bit")
+    usual = build.net_config("resnetv2_50x1_bit")
     about = {key: usual[key] for key in ("input_size", "crop_pct", "mean", "std")} if size else {}
     return Origin(where, architecture, state, kwargs, about | card, published=True)
 
@@ -241,21 +281,13 @@ def _of_state(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
         own, kwargs = own[0], {**own[1], **kwargs}
     if not timm.is_model(own.partition(".")[0]) and (":" in name or "/" in name or Path(name).exists()):
         raise InputError(f"{name} brings its own weights; leave out {path}")
-    architecture = known(own, name, tuple(NAMED)).partition(".")[0]
+    architecture = build.known(own, name, tuple(NAMED))  # with its tag, which says what it was trained to see
     state = read_state(path)
-    heads = net_config(architecture)["classifier"]
+    heads = build.net_config(architecture).get("classifier")
+    if not heads:
+        raise InputError(f"{architecture} is no classifier, so {path} cannot be weights of one")
     head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
-    if head not in state:
+    if head not in state or state[head].ndim == 0:
         raise InputError(f"{path} has no {head}, the head of {architecture}; is it of another architecture?")
-    bias = head.replace("weight", "bias")
-    count = len(state[bias]) if bias in state else state[head].shape[0]
-    return Origin(str(path), architecture, state, {"num_classes": count, **kwargs}, OWN_CARDS.get(name, {}))
-
-
-def _card(name: str, net: nn.Module, known_of_it: dict[str, Any]) -> Card:
-    cfg: dict[str, Any] = {**(getattr(net, "pretrained_cfg", None) or {}), **known_of_it}
-    channels = vars(net).get("in_chans", cfg["input_size"][0])
-    mean, std = (tuple(cfg[key])[:channels] for key in ("mean", "std"))
-    names = cfg.get("label_names")
-    side, fraction = cfg["input_size"][-1], cfg.get("crop_pct") or 1.0
-    return Card(name, side, fraction, mean, std, tuple(names) if names else None, cfg.get("top1"))
+    kwargs = {"num_classes": state[head].shape[0], **kwargs}
+    return Origin(str(path), architecture, state, kwargs, OWN_CARDS.get(name, {}))

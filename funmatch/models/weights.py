@@ -50,7 +50,7 @@ def read_state(path: Path) -> Lazily[Tensor]:
         InputError: the file is missing or holds something else.
     """
     if not path.is_file():
-        raise InputError(f"no weights file {path}")
+        raise InputError(f"no weights file {path}{': it is a folder' if path.is_dir() else ''}")
     try:
         state = _safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # each format fails in its own many ways
@@ -59,11 +59,11 @@ def read_state(path: Path) -> Lazily[Tensor]:
         return state
     while isinstance(state, dict) and (inner := next((key for key in WRAPPERS if key in state), None)):
         state = state[inner]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    good = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not good or not state:
         raise InputError(f"{path} is no state dict: wanted a dict of tensors by name")
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     held: dict[str, Tensor] = dict(state)
     return Lazily(held, held.__getitem__, held.pop)
 
@@ -121,8 +121,11 @@ def _put(key: str, place: Tensor, weights: Lazily[Tensor]) -> list[str]:
     problems = []
     if tensor.shape != place.shape:
         problems.append(f"{key} has shape {tuple(tensor.shape)}, wanted {tuple(place.shape)}")
-    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # which needs no second tensor
-        problems.append(f"{key} holds values that are not finite")
+    if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_complex() or tensor.is_quantized:
+        return [f"{key} is no plain tensor of numbers ({tensor.dtype}, {tensor.layout}, {tensor.device})"]
     if not problems:
         place.copy_(tensor)
+    kept = tensor if problems else place  # what is finite in 64 bits may not be in 32
+    if kept.numel() and not all(bound.isfinite() for bound in kept.aminmax()):  # which needs no second tensor
+        problems.append(f"{key} holds values that are not finite")
     return problems

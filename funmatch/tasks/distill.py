@@ -49,6 +49,7 @@ def _run(config: Distill, given: teachers.Modules | None) -> dict[str, Any]:
 
     first, _ = seen(lesson.loader.batch_at(0).to(device))
     matched, forms = in_one_form(called, first, config, walk.remembered_forms(lesson))
+    del called  # the plain teachers need not be kept beside the frozen ones
     lesson = replace(lesson, teachers=matched, facts=lesson.facts | {"teacher_forms": forms})
     taught = judged(matched, lesson) if launch.is_first() else None
 

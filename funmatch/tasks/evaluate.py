@@ -1,5 +1,6 @@
 """Judging a model or a run: accuracy, calibration, and closeness to a teacher."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def run(config: Evaluate, given: teachers.Modules | None = None) -> dict[str, An
     taught = _run_of(config.model)
     knobs: dict[str, Any] = taught.config["knobs"] if taught else {}
     model = load(
-        given.get(config.model, config.model),
+        copy.deepcopy(given.get(config.model, config.model)),
         weights=config.weights,
         options=config.model_kwargs,
         pretrained=True,
@@ -76,7 +77,7 @@ def run(config: Evaluate, given: teachers.Modules | None = None) -> dict[str, An
 
 
 def _run_of(name: str) -> runs.Run | None:
-    path = Path(name).expanduser()
+    path = Path(name.removeprefix("local-dir:")).expanduser()
     return runs.find(path) if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file() else None
 
 

@@ -17,8 +17,8 @@ from funmatch.errors import InputError
 from funmatch.fit import Course
 from funmatch.logs import say
 from funmatch.models.classes import SAME_NAMES
-from funmatch.models.classifier import Classifier, check_side
-from funmatch.models.load import NAMED, load
+from funmatch.models.classifier import Classifier, check_side, fingerprint
+from funmatch.models.load import NAMED, brings_weights, load
 from funmatch.models.teachers import Teachers
 from funmatch.runs import check_place
 from funmatch.synchronised import synchronised
@@ -40,6 +40,7 @@ class Lesson:
         teachers: on the device, or None.
         asked: names of the classes that are asked of teachers with others, or None.
         facts: what is recorded of the teachers: `teacher` (their digest) and `teacher_forms`.
+        beginning: digest of the student's first weights, where they are not drawn from the seed; else None.
         other_sides: of the views that teachers see beside the student's, pixels.
     """
 
@@ -52,6 +53,7 @@ class Lesson:
     teachers: Teachers | None = None
     asked: tuple[str, ...] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    beginning: str | None = None
     other_sides: tuple[int, ...] = ()
 
     @property
@@ -138,7 +140,10 @@ def prepare(verb: str, config: Train, cache: Cache, *, classes: int, given: Modu
     }
     view = judging.View(side, resize, config.batch // world, device, precision)
     course = Course(steps, config.lr, warmup, config.clip_norm, config.seed, device, precision)
-    return Lesson(verb, config.model_copy(update=resolved), cache, _alike(student.to(device), device), view, course)
+    drawn = config.student not in (given or {}) and not config.student_weights and not brings_weights(config.student)
+    beginning = None if drawn else fingerprint(student.net)
+    config = config.model_copy(update=resolved)
+    return Lesson(verb, config, cache, _alike(student.to(device), device), view, course, beginning=beginning)
 
 
 def _alike(student: Classifier, device: torch.device) -> Classifier:

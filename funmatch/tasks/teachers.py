@@ -112,6 +112,12 @@ def call(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modu
                 f"the teachers' classes clash: {found[0].name} answers {found[0].answered}, {other.name} "
                 f"{other.answered}; say by --classes which of their classes are asked"
             )
+        names = found[0].classifier.card.classes, other.classifier.card.classes
+        if all(names) and names[0] != names[1] and not (other.picks or config.trust_class_order):
+            raise InputError(
+                f"the classes of {found[0].name} and {other.name} are not the same in order; say --classes same-names "
+                "or --classes map.json, or --trust-class-order if only the names differ"
+            )
     return found
 
 

@@ -55,6 +55,7 @@ def record_of(lesson: Lesson) -> tuple[dict[str, Any], dict[str, Any]]:
     facts = {
         "data": lesson.cache.key,
         "teacher": None,
+        "student": lesson.beginning,
         **lesson.facts,
         "pictures": {name: len(split) for name, split in lesson.cache.splits.items()},
         "classes": list(lesson.asked or lesson.cache.classes),
@@ -252,7 +253,8 @@ class Walk:
         if lesson.asked:
             return lesson.asked
         if lesson.teachers and (lesson.cache.unnamed or not lesson.cache.classes):
-            return lesson.teachers.members[0].frozen.classifier.card.classes
+            known = [member.frozen.classifier.card.classes for member in lesson.teachers.members]
+            return next(filter(None, known), None)
         return lesson.cache.classes or None
 
     def finish(self) -> dict[str, Any]:
