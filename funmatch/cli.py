@@ -13,8 +13,9 @@ from typing import Any
 
 import tyro
 
-from funmatch.config import Data, Demo, Distill, Evaluate, Import, Models, Prepare, Report, Train
-from funmatch.errors import InputError, unknown
+from funmatch import launch
+from funmatch.config import TAUGHT, Data, Demo, Distill, Evaluate, Import, Models, Prepare, Report, Train
+from funmatch.errors import InputError, told_elsewhere, unknown
 from funmatch.knobs import Knobs
 
 TABLES: dict[str, type[Knobs]] = {
@@ -41,15 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
         for library in ("timm", "PIL"):  # what these say is for programmers
             warnings.filterwarnings("ignore", category=UserWarning, module=library)
         figures, show = VERBS[arguments[0]](config)
-        if config.as_json:
+        if launch.is_first() and config.as_json:
             print(json.dumps(figures))
-        else:
+        elif launch.is_first():
             show(figures)
         sys.stdout.flush()
     except InputError as error:
-        _fail(str(error))
+        _fail(error, str(error))
     except KeyboardInterrupt as stopped:
-        print(str(stopped) or "stopped", file=sys.stderr)
+        _tell(stopped, str(stopped) or "stopped")
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,13 +58,12 @@ def main(arguments: list[str] | None = None) -> None:
     except RuntimeError as error:
         if "home directory" not in str(error):  # which is how Python says that there is no such user
             raise
-        _fail(f"a path begins with ~ and the name of a user that does not exist here: {error}")
+        _fail(error, f"a path begins with ~ and the name of a user that does not exist here: {error}")
     except OSError as error:
         if error.errno in (ENOSPC, EDQUOT):
-            _fail(
-                f"the disk is full{_where(error)}; make room, then start the same command again: nothing saved is lost"
-            )
-        _fail(f"{error.strerror or error}{_where(error)}; choose another place, or put it right")
+            saved = "then start the same command again: nothing saved is lost"
+            _fail(error, f"the disk is full{_where(error)}; make room, {saved}")
+        _fail(error, f"{error.strerror or error}{_where(error)}; choose another place, or put it right")
     sys.exit(0)
 
 
@@ -80,7 +80,10 @@ def parse(arguments: list[str]) -> Knobs:
         sys.exit(0)
     if verb not in TABLES:
         raise unknown("verb", verb, TABLES)
-    config = tyro.cli(TABLES[verb], prog=f"funmatch {verb}", args=gathered(arguments[1:], TABLES[verb]))
+    if launch.world() > 1 and verb not in TAUGHT:
+        raise InputError(f"{verb} is work for one process; several can share: {', '.join(TAUGHT)}")
+    words, told = gathered(arguments[1:], TABLES[verb]), launch.is_first()
+    config = tyro.cli(TABLES[verb], prog=f"funmatch {verb}", args=words, console_outputs=told)
     config.check()
     return config
 
@@ -122,9 +125,15 @@ def _overview() -> str:
     )
 
 
-def _fail(message: str) -> None:
-    print(f"funmatch: {message}", file=sys.stderr)
+def _fail(error: Exception, message: str) -> None:
+    _tell(error, f"funmatch: {message}")
     sys.exit(2)
+
+
+def _tell(error: BaseException, message: str) -> None:
+    """Says why the program ends, unless another process of the run does."""
+    if not told_elsewhere(error):
+        print(message, file=sys.stderr)
 
 
 def _where(error: OSError) -> str:

@@ -2,15 +2,26 @@
 
 import os
 import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from itertools import count
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
+from funmatch import launch
 from funmatch.data.loader import Batch
-from funmatch.errors import InputError
+from funmatch.errors import InputError, mark_told
 
+Made = TypeVar("Made")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PATIENCE = timedelta(days=30)
+"""For which processes wait for each other: while one of them reads ImageNet. One that ends is noticed at once."""
+JOINED = count()
 
 
 def pick(name: str) -> torch.device:
@@ -31,7 +42,19 @@ def pick(name: str) -> torch.device:
         raise InputError(f"no {device.type} device on this machine; {known}")
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
         raise InputError(f"no device {name}; there are {torch.accelerator.device_count()} of {device.type}")
-    return device
+    return device if device.type == "cpu" or launch.world() == 1 else _own(device)
+
+
+def _own(device: torch.device) -> torch.device:
+    """The accelerator of this process, where several share the work."""
+    if device.index is not None:
+        raise InputError(f"each process takes an accelerator of its own: --device {device.type}, not {device}")
+    if launch.local_world() > torch.accelerator.device_count():
+        raise InputError(
+            f"{launch.local_world()} processes on a machine with {torch.accelerator.device_count()} of {device.type}; "
+            "start one for each, or say --device cpu"
+        )
+    return torch.device(device.type, launch.local_rank())
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -73,9 +96,12 @@ def loss_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def seed_networks(seed: int, step: int, device: torch.device) -> None:
-    """Makes dropout and its like a function of (seed, step), so that a resumed run drops the same units."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step) % 2**63
+def seed_networks(seed: int, step: int, device: torch.device, rank: int = 0) -> None:
+    """Makes dropout and its like a function of (seed, step, rank), so that a resumed run drops the same units.
+
+    Each process has other pictures of the global batch, and drops other units for them.
+    """
+    mixed = (seed * 0x9E3779B97F4A7C15 + step + rank * 0xD1B54A32D192ED03) % 2**63
     if device.type == "cpu":
         torch.default_generator.manual_seed(mixed)  # without asking every kind of device there could be
     else:
@@ -84,9 +110,144 @@ def seed_networks(seed: int, step: int, device: torch.device) -> None:
 
 def pinner(device: torch.device) -> Callable[[Batch], Batch] | None:
     """Copies a batch into pinned memory, from where an accelerator fetches it without being waited for."""
-    return None if device.type == "cpu" else lambda batch: batch.each(torch.Tensor.pin_memory)
+    if device.type == "cpu":
+        return None
+
+    def pinned(batch: Batch) -> Batch:
+        with torch.accelerator.device_index(device.index):  # a thread knows only the machine's first, else
+            return batch.each(torch.Tensor.pin_memory)
+
+    return pinned
 
 
 def spare_threads() -> int:
     """Threads for making views, beside the one that drives the model."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 1))
+    cores = len(os.sched_getaffinity(0)) // launch.local_world() if hasattr(os, "sched_getaffinity") else 2
+    return max(1, min(8, cores - 1))
+
+
+@contextmanager
+def joined(name: str) -> Iterator[None]:
+    """Works with the other processes that torchrun started, if there are any, while the block runs.
+
+    Where the block fails on one process it fails on all: whoever waits for a process that has ended gets an
+    `InputError`. The first to fail says why, the others are silent.
+
+    Args:
+        name: of the device, as a person gave it.
+    """
+    if launch.world() == 1:
+        yield
+        return
+    if dist.is_initialized():
+        raise InputError("torch.distributed is in use already; funmatch joins the processes by itself")
+    store = _meeting_point()
+    try:
+        _join(store, pick(name))
+        yield
+        wait()
+    except BaseException as error:
+        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        told = InputError("another process of this run has ended") if lost else error
+        mark_told(told, elsewhere=not _first_to_tell(store))
+        if lost:
+            raise told from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _meeting_point() -> dist.Store:
+    """Where the processes find each other; under a name of its own each time, since those of before may still be up."""
+    store, _, _ = next(rendezvous("env://"))
+    return dist.PrefixStore(f"funmatch-{next(JOINED)}", store)
+
+
+def _join(store: dist.Store, device: torch.device) -> None:
+    backends = "cpu:gloo"  # for what the processes say to each other, on any machine
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+        backends += f",{device.type}:{dist.get_default_backend_for_device(device)}"
+    dist.init_process_group(backends, store=store, rank=launch.rank(), world_size=launch.world(), timeout=PATIENCE)
+
+
+def _first_to_tell(store: dist.Store) -> bool:
+    try:
+        return store.add("told", 1) == 1
+    except RuntimeError:
+        return False  # whoever kept the store is gone, and has told
+
+
+def greatest(number: int) -> int:
+    """The greatest of the numbers of all processes."""
+    if launch.world() == 1:
+        return number
+    told = torch.tensor(number)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
+
+
+def wait() -> None:
+    """Waits until all processes are here."""
+    greatest(0)
+
+
+def from_first(work: Callable[[], Made]) -> Made:
+    """What `work` gives on the first process, which alone does it; plain values."""
+    made: list[Any] = [work() if launch.is_first() else None]
+    if launch.world() > 1:
+        dist.broadcast_object_list(made, 0, device=torch.device("cpu"))
+    return made[0]
+
+
+def in_turn(work: Callable[[], Made]) -> Made:
+    """What `work` gives on each process: the first does it alone, the others find what it left on the disk."""
+    if not launch.is_first():
+        wait()
+        return work()
+    made = work()
+    wait()
+    return made
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Makes each tensor its mean over all processes, to the same bits in each."""
+    if launch.world() > 1:
+        _in_one_message_(tensors, lambda flat: [dist.all_reduce(flat), flat.div_(launch.world())])
+
+
+def share_(tensors: Sequence[Tensor]) -> None:
+    """Makes each tensor what it is on the first process."""
+    if launch.world() > 1:
+        _in_one_message_(tensors, lambda flat: dist.broadcast(flat, 0))
+
+
+@torch.no_grad()
+def _in_one_message_(tensors: Sequence[Tensor], change_: Callable[[Tensor], object]) -> None:
+    """Changes tensors, all of one kind of number at once."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        change_(flat)
+        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all processes, through which gradients flow to all of them."""
+    return _Sum.apply(tensor)
+
+
+class _Sum(torch.autograd.Function):
+    """Its gradient is the sum of the gradients, since each process's input reaches every process's loss."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
+        return _Sum.forward(None, gradients[0])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from funmatch import devices
+from funmatch import devices, launch
 from funmatch.data.loader import Batch
 from funmatch.optim import clip_, set_factor
 from funmatch.schedules import cosine
@@ -52,7 +52,8 @@ def fit(
 
     Args:
         batches: of steps `start`, `start` + 1, …
-        loss_of: a batch on the student's device to its mean loss, a scalar that reaches the student.
+        loss_of: a batch on the student's device to its mean loss, a scalar that reaches the student. Of several
+            processes each has an equal share of the batch.
         start: updates already done.
 
     Yields:
@@ -62,14 +63,17 @@ def fit(
     for step, batch in enumerate(batches, start):
         if not student.training:  # the caller may have judged it
             student.train()
-        devices.seed_networks(course.seed, step, course.device)
+        devices.seed_networks(course.seed, step, course.device, launch.rank())
         set_factor(optimizer, course.lr, cosine(step, course.steps, course.warmup_steps))
         with devices.autocast(course.device, course.precision):
             loss = loss_of(batch.to(course.device))
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        told = loss.detach().clone()
+        # Before they are unscaled: so a gradient that overflowed on one process is seen by all.
+        devices.average_([told, *(each.grad for each in parameters if each.grad is not None)])
         scaler.unscale_(optimizer)
         clip_(parameters, course.clip_norm)
         scaler.step(optimizer)
         scaler.update()
-        yield step + 1, loss.detach()
+        yield step + 1, told

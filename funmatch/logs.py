@@ -12,12 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from funmatch import launch
 from funmatch.files import disk_errors, write_atomically
 
 PLAIN_LINE_SECONDS = 10.0
 
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not launch.is_first())
+out = Console(highlight=False, markup=False, emoji=False, quiet=not launch.is_first())
 
 
 def say(message: str) -> None:
@@ -89,13 +90,15 @@ def percent(share: float | None) -> str:
 
 
 class Metrics:
-    """The records of a run: one JSON object a line, each with its `event` and `step`."""
+    """The records of a run: one JSON object a line, each with its `event` and `step`; the first process writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, event: str, step: int, **figures: Any) -> None:
         """Adds a record, whole or not at all as far as a reader is concerned."""
+        if not launch.is_first():
+            return
         line = json.dumps({"event": event, "step": step, **figures})
         with disk_errors(self.path), open(self.path, "a") as file:
             file.write(line + "\n")
@@ -115,5 +118,7 @@ class Metrics:
 
     def cut(self, step: int) -> None:
         """Forgets what was recorded after `step`, which will be walked again."""
+        if not launch.is_first():
+            return
         kept = [record for record in self.read() if record["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(record) + os.linesep for record in kept))

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 from PIL import Image
 
-from funmatch import runs
+from funmatch import launch, runs
 from funmatch.config import TAUGHT, Report
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
@@ -70,8 +70,10 @@ def run(config: Report) -> Path:
 
 
 def of_finished(folder: Path) -> Path:
-    """The page of one finished run, written unless it is there."""
+    """The page of one finished run, written by the first process unless it is there."""
     page, result = folder / "report.html", folder / "result.json"
+    if not launch.is_first():
+        return page
     if page.is_file() and page.stat().st_mtime >= result.stat().st_mtime:
         return page
     return run(Report(runs=(folder,)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from funmatch import devices, launch
 from funmatch.config import UNCOMPARED
 from funmatch.errors import InputError
 from funmatch.files import lock_file, write_atomically
@@ -102,6 +103,8 @@ def _record(verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str
 def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> Iterator[Run]:
     """Begins a run in a new folder, or goes on with the one that is there if it was asked the same.
 
+    Of several processes the first does so, and holds the lock; the others wait for it.
+
     Args:
         knobs: resolved.
         facts: `data` and `teacher` fingerprints, compared; whatever else, kept.
@@ -110,6 +113,14 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
         InputError: the folder holds something else, a run with another configuration, or one that is running.
     """
     folder = folder.expanduser()
+    if not launch.is_first():
+        devices.wait()
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"process {launch.rank()} does not see {folder}; --out must lie where all processes see it"
+            )
+        yield Run(folder)
+        return
     record = _record(verb, knobs, facts)
     check_place(folder)
     created = not folder.exists()
@@ -126,6 +137,7 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
     with lock:
         for partial in folder.glob(".*.partial"):
             partial.unlink(missing_ok=True)  # left by a process that was killed
+        devices.wait()
         yield Run(folder)
 
 

@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up. A module may import those before it in this list, and nothing else of ours.
 LAYERS = [
-    ["errors", "files", "crc32c", "protobuf"],
+    ["launch", "errors", "files", "crc32c", "protobuf"],
     ["knobs", "config"],
     ["draws", "augment", "views", "distances", "metrics", "schedules", "optim"],
     [
@@ -50,7 +50,7 @@ LAYERS = [
         "models.classes",
         "models.teachers",
     ],
-    ["devices", "logs", "signals", "checkpoint", "runs", "fit"],
+    ["devices", "synchronised", "logs", "signals", "checkpoint", "runs", "fit"],
     [
         "tasks.pictures",
         "tasks.judging",

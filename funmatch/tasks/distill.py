@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from funmatch import devices, launch
 from funmatch.config import Distill
 from funmatch.data.cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.distances import kl
 from funmatch.errors import InputError
 from funmatch.logs import say
+from funmatch.models.teachers import Teachers
 from funmatch.tasks import judging, teachers, walk
 from funmatch.tasks.lesson import Lesson, open_data, prepare
 from funmatch.views import STRATEGIES
@@ -24,8 +26,13 @@ def run(config: Distill, given: teachers.Modules | None = None) -> dict[str, Any
         given: modules from Python, by the names that stand for them.
     """
     config.check()
+    with devices.joined(config.device):
+        return _run(config, given)
+
+
+def _run(config: Distill, given: teachers.Modules | None) -> dict[str, Any]:
     cache = open_data(config)
-    called = teachers.call(config, cache, config.side, given or {})
+    called = devices.in_turn(lambda: teachers.call(config, cache, config.side, given or {}))
     cache, config = fitting(cache, called, config)
     lesson = prepare("distill", config, cache, classes=called[0].answered, given=given)
     called = [replace(one, side=one.side or lesson.view.side) for one in called]
@@ -41,12 +48,10 @@ def run(config: Distill, given: teachers.Modules | None = None) -> dict[str, Any
         return {side: pair[0] for side, pair in zip(sides, pairs, strict=True)}, pairs[0][1]
 
     first, _ = seen(lesson.loader.batch_at(0).to(device))
-    matched, forms = teachers.in_best_form(called, first, config, walk.remembered_forms(lesson))
+    matched, forms = in_one_form(called, first, config, walk.remembered_forms(lesson))
     del called  # the plain teachers need not be kept beside the frozen ones
     lesson = replace(lesson, teachers=matched, facts=lesson.facts | {"teacher_forms": forms})
-    watched = judging.watched(cache)
-    together, each = teachers.answers(matched, watched, lesson.view)
-    teachers.gate(matched, together, each, watched, config)
+    taught = judged(matched, lesson) if launch.is_first() else None
 
     def loss_of(batch: Batch) -> Tensor:
         views, student_view = seen(batch)
@@ -57,7 +62,27 @@ def run(config: Distill, given: teachers.Modules | None = None) -> dict[str, Any
         views, _ = seen(batch.to(device))
         return replace(batch, answers=matched(views, config.temperature))
 
-    return walk.carry_out(lesson, loss_of, walk.Taught(together, each), ahead if config.teacher_ahead else None)
+    return walk.carry_out(lesson, loss_of, taught, ahead if config.teacher_ahead else None)
+
+
+def in_one_form(
+    called: Sequence[teachers.Called], views: dict[int, Tensor], config: Distill, remembered: list[Any] | None
+) -> tuple[Teachers, list[dict[str, Any]]]:
+    """`teachers.in_best_form` as the first process finds it: all compute the teachers alike."""
+    if launch.is_first():
+        matched, remembered = teachers.in_best_form(called, views, config, remembered)
+        devices.from_first(lambda: remembered)
+        return matched, remembered
+    return teachers.in_best_form(called, views, config, devices.from_first(lambda: remembered))
+
+
+def judged(matched: Teachers, lesson: Lesson) -> walk.Taught:
+    """What the teachers say of the watched split; an `InputError` where that is no better than chance."""
+    watched, config = judging.watched(lesson.cache), lesson.config
+    assert isinstance(config, Distill)
+    together, each = teachers.answers(matched, watched, lesson.view)
+    teachers.gate(matched, together, each, watched, config)
+    return walk.Taught(together, each)
 
 
 def taught_by(lesson: Lesson, called: Sequence[teachers.Called]) -> Lesson:

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 
-from funmatch import devices
+from funmatch import devices, launch
 from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
 from funmatch.data.decode import pick_decoder
@@ -21,6 +21,7 @@ from funmatch.models.classifier import Classifier, check_side, fingerprint
 from funmatch.models.load import NAMED, brings_weights, load
 from funmatch.models.teachers import Teachers
 from funmatch.runs import check_place
+from funmatch.synchronised import synchronised
 from funmatch.tasks import judging, pictures
 from funmatch.tasks.teachers import Modules
 
@@ -57,10 +58,11 @@ class Lesson:
 
     @property
     def loader(self) -> Loader:
-        """Of training batches."""
+        """Of this process's share of the training batches."""
         config, split = self.config, self.cache.splits["train"]
         sides = self.view.side, self.other_sides
-        return Loader(split, config.seed, config.batch, sides[0], config.crop_min_area, other_sides=sides[1])
+        share = launch.rank(), launch.world()
+        return Loader(split, config.seed, config.batch, sides[0], config.crop_min_area, *share, sides[1])
 
 
 def in_full(config: Train) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _named_in_full(name: str) -> str:
 def open_data(config: Train) -> Cache:
     """The decoded pictures that a run asks for, a training split among them."""
     check_place(config.out)
-    cache = pictures.of_run(config)
+    cache = devices.in_turn(lambda: pictures.of_run(config))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())
     say(f"{cache.name}: {counts}; {cache.way} in {cache.folder}")
     if "train" not in cache.splits:
@@ -102,7 +104,9 @@ def open_data(config: Train) -> Cache:
 
 def prepare(verb: str, config: Train, cache: Cache, *, classes: int, given: Modules | None = None) -> Lesson:
     """Builds the student and closes every default that was left open."""
-    device = devices.pick(config.device)
+    device, world = devices.pick(config.device), launch.world()
+    if config.batch % world:
+        raise InputError(f"batch ({config.batch}) is shared by {world} processes, so it must be a multiple of {world}")
     if config.threads:
         torch.set_num_threads(config.threads)
     devices.seed_networks(config.seed, 0, torch.device("cpu"))
@@ -130,16 +134,23 @@ def prepare(verb: str, config: Train, cache: Cache, *, classes: int, given: Modu
         "side": side,
         "eval_resize": resize,
         "warmup_steps": warmup,
-        "device": str(device),
+        "device": str(device) if world == 1 else device.type,  # the number is each process's own
         "precision": precision,
         "decoder": pick_decoder(config.decoder),
     }
-    view = judging.View(side, resize, config.batch, device, precision)
+    view = judging.View(side, resize, config.batch // world, device, precision)
     course = Course(steps, config.lr, warmup, config.clip_norm, config.seed, device, precision)
     drawn = config.student not in (given or {}) and not config.student_weights and not brings_weights(config.student)
     beginning = None if drawn else fingerprint(student.net)
     config = config.model_copy(update=resolved)
-    return Lesson(verb, config, cache, student.to(device), view, course, beginning=beginning)
+    return Lesson(verb, config, cache, _alike(student.to(device), device), view, course, beginning=beginning)
+
+
+def _alike(student: Classifier, device: torch.device) -> Classifier:
+    """The student made ready for several processes: the same weights in each, and batch statistics of all."""
+    devices.share_(list(student.state_dict().values()))
+    student.net = synchronised(student.net, device)
+    return student
 
 
 def _options(config: Train) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from funmatch import devices
 from funmatch.config import Train
 from funmatch.data.loader import Batch
 from funmatch.distances import cross_entropy, mixed_labels
@@ -21,6 +22,11 @@ def run(config: Train, given: Modules | None = None) -> dict[str, Any]:
         given: modules from Python, by the names that stand for them.
     """
     config.check()
+    with devices.joined(config.device):
+        return _run(config, given)
+
+
+def _run(config: Train, given: Modules | None) -> dict[str, Any]:
     cache = open_data(config)
     if not cache.splits["train"].labelled:
         labels = cache.splits["train"].labels(slice(None))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import funmatch
-from funmatch import checkpoint, devices, runs, signals
+from funmatch import checkpoint, devices, launch, runs, signals
 from funmatch.data.loader import Batch, prefetch
 from funmatch.errors import InputError
 from funmatch.files import folder_atomically
@@ -68,14 +68,15 @@ def record_of(lesson: Lesson) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def done(lesson: Lesson) -> dict[str, Any] | None:
     """The figures of the run, if it is over and was asked the same."""
-    if result := runs.finished(lesson.config.out, lesson.verb, *record_of(lesson)):
+    if result := devices.from_first(lambda: runs.finished(lesson.config.out, lesson.verb, *record_of(lesson))):
         say(f"{lesson.config.out} is finished at step {result['step']}; nothing to do")
     return result
 
 
 def remembered_forms(lesson: Lesson) -> list[dict[str, Any]] | None:
     """The forms in which the teachers of a run that is resumed are computed."""
-    return runs.begun(lesson.config.out, lesson.verb, *record_of(lesson)).get("teacher_forms")
+    known = devices.from_first(lambda: runs.begun(lesson.config.out, lesson.verb, *record_of(lesson)))
+    return known.get("teacher_forms")
 
 
 def carry_out(
@@ -90,7 +91,7 @@ def carry_out(
         lesson: what is taught to whom.
         loss_of: a batch to its mean loss.
         ahead: what is done to a batch beforehand, in the threads that make views.
-        taught: the teachers' answers on the watched split, where there are teachers.
+        taught: the teachers' answers on the watched split, where there are teachers; of the first process.
 
     Returns:
         the figures that `result.json` holds.
@@ -101,12 +102,12 @@ def carry_out(
     """
     knobs, facts = record_of(lesson)
     with runs.opened(lesson.config.out, lesson.verb, knobs, facts) as run:
-        if run.result:
-            say(f"{run.folder} is finished at step {run.result['step']}; nothing to do")
-            return run.result
+        if result := devices.from_first(lambda: run.result):
+            say(f"{run.folder} is finished at step {result['step']}; nothing to do")
+            return result
         walk = Walk(lesson, run, taught)
         walk.go(loss_of, ahead)
-        return walk.finish()
+        return devices.from_first(walk.finish)
 
 
 class Walk:
@@ -123,7 +124,10 @@ class Walk:
         self.losses: list[Tensor] = []
         self.clock, self.away = time.monotonic(), 0.0
         self.notes: dict[str, str] = {}
-        if state := checkpoint.restore(run.checkpoints, lesson.student.net, self.optimizer, self.average_net):
+        state = devices.in_turn(
+            lambda: checkpoint.restore(run.checkpoints, lesson.student.net, self.optimizer, self.average_net)
+        )
+        if state:
             self.standing = Standing(**state)
             self.scaler.load_state_dict(self.standing.scaler)
             self.losses = [torch.tensor(loss, device=lesson.course.device) for loss in self.standing.window]
@@ -166,17 +170,18 @@ class Walk:
                 last = step == course.steps
                 if last or step % config.log_every == 0:
                     self.log()
-                judged, saved = last or step % config.eval_every == 0, last or step % config.save_every == 0 or caught
+                stop = devices.greatest(caught[0] if caught else 0)
+                judged, saved = last or step % config.eval_every == 0, last or step % config.save_every == 0 or stop
                 if judged or saved:
                     self.check_weights()
-                if judged:
+                if judged and launch.is_first():
                     self.watch()
                 if saved:
                     self.save()
                 bar.update(step, " ".join(self.notes.values()))
-                if caught and not last:
+                if stop and not last:
                     told = f"saved step {step} of {course.steps} in {self.run.folder}"
-                    raise signals.Stopped(caught[0], f"{told}; the same command goes on from there")
+                    raise signals.Stopped(stop, f"{told}; the same command goes on from there")
 
     def log(self) -> None:
         """Records the mean loss since the last time."""
@@ -231,14 +236,15 @@ class Walk:
         self.away += time.monotonic() - began
 
     def save(self) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint; no process goes on, or ends, before it lies there."""
         began = time.monotonic()
         self.standing.scaler = self.scaler.state_dict()
         # Losses that no record holds yet go along, so that a resumed run records what one that never stopped does.
         state = asdict(self.standing) | {"window": self.fetched()}
-        checkpoint.save(
-            self.run.checkpoints, self.standing.step, self.lesson.student.net, self.optimizer, state, self.average_net
-        )
+        net, step = self.lesson.student.net, self.standing.step
+        if launch.is_first():
+            checkpoint.save(self.run.checkpoints, step, net, self.optimizer, state, self.average_net)
+        devices.wait()
         self.away += time.monotonic() - began
 
     def class_names(self) -> tuple[str, ...] | None:

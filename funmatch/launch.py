@@ -1,0 +1,35 @@
+"""Who this process is among those that torchrun started: read from the environment, without torch."""
+
+import os
+
+SAID = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process; where one is missing, this process is alone."""
+
+
+def rank() -> int:
+    """Which process this is, of 0 … `world()` − 1."""
+    return _told("RANK", 0)
+
+
+def world() -> int:
+    """How many processes teach one student together."""
+    return _told("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Which process of this machine this is: the number of its accelerator."""
+    return _told("LOCAL_RANK", 0)
+
+
+def local_world() -> int:
+    """How many of the processes share this machine."""
+    return _told("LOCAL_WORLD_SIZE", world())
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+def _told(name: str, alone: int) -> int:
+    return int(os.environ.get(name, alone)) if all(word in os.environ for word in SAID) else alone
