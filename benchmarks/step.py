@@ -56,7 +56,7 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
     teacher, student = Frozen(load("resnet18", classes=37)), load("resnet18", classes=37)
     device = devices.pick(options.device)
     precision = devices.resolve_precision("auto", device)
-    course = Course(options.steps + 3, 1e-3, 0, 1.0, 0, device, precision)
+    course = Course(options.steps + 3, 1e-3, lambda _step: 1.0, 1.0, 0, device, precision)
     teacher.to(device)
     student.to(device)
     optimizer = adam(student.net, course.lr, 1e-4)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from funmatch.config import Distill, Evaluate, Train
+from funmatch.config import Distill, Evaluate, Finetune, Train
 from funmatch.errors import InputError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
@@ -81,6 +81,30 @@ def train(data: Pictures, student: Model, out: str | Path, **knobs: Any) -> Outc
     given: dict[str, nn.Module] = {}
     config = Train.checked(data=data, student=_named(student, given), out=Path(out), **knobs)
     return _carried_out(task, config, given)
+
+
+def finetune(data: Pictures, model: Model, out: str | Path, **knobs: Any) -> Outcome:
+    """Teaches a network with pretrained weights the labels, by BiT-HyperRule; knobs of `funmatch.config.Finetune`."""
+    from funmatch.tasks import finetune as task
+
+    given: dict[str, nn.Module] = {}
+    config = Finetune.checked(data=data, student=_named(model, given), out=Path(out), **knobs)
+    return _carried_out(task, config, given)
+
+
+def recipe(name: str, **knobs: Any) -> Outcome:
+    """Carries out a published recipe, such as `pet37-fast`; knobs of its verb's table count before its own."""
+    from importlib import import_module
+
+    from funmatch import recipes
+
+    chosen = recipes.find(name)
+    given: dict[str, nn.Module] = {}
+    for knob in knobs.keys() & {"teacher", "student"}:
+        several = knobs[knob] if isinstance(knobs[knob], list | tuple) else [knobs[knob]]
+        named = tuple(_named(each, given) for each in several)
+        knobs[knob] = named if knob == "teacher" else named[0]
+    return _carried_out(import_module(f"funmatch.tasks.{chosen.verb}"), chosen.table(**knobs), given)
 
 
 def evaluate(model: Model, **knobs: Any) -> dict[str, Any]:

@@ -37,18 +37,56 @@ def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
     return views
 
 
-def central_view(picture: Tensor, short_side: int, side: int) -> Tensor:
+def sample_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
+    """Cuts one box out of each picture *after* resizing it, and mirrors some.
+
+    Unlike `crop_resize_flip` it reads pixels beyond the box where the resized picture would: what
+    `tf.image.resize(picture, …)` and then a crop give.
+
+    Args:
+        pictures: n tensors (height, width, 3) of uint8, of any sizes.
+        boxes: (n, 4) pixels of the pictures, fractional: top, left, height, width.
+        flips: (n,) bool, mirrored left to right.
+        side: of the views, pixels.
+
+    Returns:
+        (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
+    """
+    views = torch.empty(len(pictures), 3, side, side, memory_format=torch.channels_last)
+    for view, picture, (top, left, height, width), flip in zip(
+        views, pictures, boxes.tolist(), flips.tolist(), strict=True
+    ):
+        first, second, share = _sampled(top, height, picture.shape[0], side)
+        rows = torch.lerp(picture[first].float(), picture[second].float(), share[:, None, None])
+        first, second, share = _sampled(left, width, picture.shape[1], side)
+        sampled = torch.lerp(rows[:, first], rows[:, second], share[:, None]).permute(2, 0, 1)
+        torch.div(sampled.flip(-1) if flip else sampled, 255, out=view)
+    return views
+
+
+def _sampled(start: float, length: float, size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which two pixels of a picture's side give each pixel of the view's side, and the share of the second: (side,)."""
+    at = (start + (torch.arange(side, dtype=torch.float64) + 0.5) * (length / side) - 0.5).clamp(0, size - 1)
+    first = at.long()
+    return first, (first + 1).clamp(max=size - 1), (at - first).float()
+
+
+def central_view(picture: Tensor, short_side: int, side: int, *, squash: bool = False) -> Tensor:
     """The evaluation view: the short side resized, then a central square.
 
     Args:
         picture: (height, width, 3) uint8.
         short_side: of the resized picture, pixels, at least `side`.
         side: of the view, pixels.
+        squash: resize both sides to `short_side`, whatever shape that gives things.
 
     Returns:
         (3, side, side) float32 in [0, 1].
     """
     height, width = picture.shape[:2]
+    if squash:
+        corner = (short_side - side) // 2
+        return _resize(picture, short_side, short_side)[:, corner : corner + side, corner : corner + side] / 255
     scale = short_side / min(height, width)
     if max(height, width) > LONG * min(height, width):
         return _central_of_strip(picture, scale, side) / 255

@@ -59,6 +59,21 @@ def save_best(folder: Path, step: int, student: nn.Module, figures: dict[str, An
         (partial / "state.json").write_text(json.dumps({"step": step, **figures}))
 
 
+def load_best(folder: Path, step: int, student: nn.Module) -> None:
+    """Puts the student that `save_best` kept at a step into the network.
+
+    Raises:
+        InputError: it is gone or damaged.
+    """
+    path = folder / f"best-{step:09}" / "student.safetensors"
+    try:
+        student.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"{path} is gone or damaged ({first_line(error)}); say --keep last with another --out"
+        ) from None
+
+
 def restore(
     folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
 ) -> dict[str, Any] | None:

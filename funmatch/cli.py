@@ -13,8 +13,21 @@ from typing import Any
 
 import tyro
 
-from funmatch import launch
-from funmatch.config import TAUGHT, Data, Demo, Distill, Evaluate, Import, Models, Prepare, Report, Train
+from funmatch import launch, recipes
+from funmatch.config import (
+    TAUGHT,
+    Data,
+    Demo,
+    Distill,
+    Evaluate,
+    Finetune,
+    Import,
+    Models,
+    Prepare,
+    Recipes,
+    Report,
+    Train,
+)
 from funmatch.errors import InputError, told_elsewhere, unknown
 from funmatch.knobs import Knobs
 
@@ -22,12 +35,14 @@ TABLES: dict[str, type[Knobs]] = {
     "demo": Demo,
     "distill": Distill,
     "train": Train,
+    "finetune": Finetune,
     "evaluate": Evaluate,
     "report": Report,
     "prepare": Prepare,
     "data": Data,
     "import": Import,
     "models": Models,
+    "recipes": Recipes,
 }
 
 
@@ -83,9 +98,38 @@ def parse(arguments: list[str]) -> Knobs:
     if launch.world() > 1 and verb not in TAUGHT:
         raise InputError(f"{verb} is work for one process; several can share: {', '.join(TAUGHT)}")
     words, told = gathered(arguments[1:], TABLES[verb]), launch.is_first()
-    config = tyro.cli(TABLES[verb], prog=f"funmatch {verb}", args=words, console_outputs=told)
+    table: Any = TABLES[verb]
+    words, default = with_recipe(words, table) if verb in TAUGHT else (words, None)
+    named = f"funmatch {verb}" + (" [RECIPE]" if verb in TAUGHT else "")
+    config = tyro.cli(table, prog=named, args=words, default=default, console_outputs=told)
     config.check()
     return config
+
+
+def with_recipe(words: list[str], table: type[Train]) -> tuple[list[str], Train | None]:
+    """The words without the name of a recipe, and the table that it gives when these words are said; None without one.
+
+    It is the first word, or the value of `--recipe`.
+    """
+    left, names = list(words), []
+    if left and not left[0].startswith("-"):
+        names.append(left.pop(0))
+    for number, word in enumerate(left):
+        if word == "--recipe" and number + 1 < len(left):
+            names.append(left[number + 1])
+        elif word.startswith("--recipe="):
+            names.append(word.partition("=")[2])
+    if not names:
+        return words, None
+    if len(set(names)) > 1:
+        raise InputError(f"two recipes are named, {' and '.join(names)}; a run follows one")
+    verb = next(verb for verb, each in TAUGHT.items() if each is table)
+    flags = {word.partition("=")[0] for word in left if word.startswith("--")}
+    said = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    said |= {"student"} if said & {"model"} else set()
+    open_knobs = dict.fromkeys(name for name, knob in table.model_fields.items() if knob.is_required())
+    closed = recipes.find(names[0], verb).over(dict.fromkeys(said))
+    return left, table.model_construct(**dict.fromkeys(open_knobs, tyro.MISSING) | closed)
 
 
 def gathered(words: list[str], table: type[Knobs]) -> list[str]:
@@ -164,6 +208,12 @@ def _train(config: Train):
     return _taught(train.run(config), config)
 
 
+def _finetune(config: Finetune):
+    from funmatch.tasks import finetune
+
+    return _taught(finetune.run(config), config)
+
+
 def _taught(figures: dict[str, Any], config: Train):
     from funmatch import report
 
@@ -190,6 +240,12 @@ def _models(config: Models):
     return shelf.listed(config), shelf.show_listed
 
 
+def _recipes(config: Recipes):
+    from funmatch.tasks import estimate
+
+    return estimate.run(config), estimate.show
+
+
 def _report(config: Report):
     from funmatch import report
 
@@ -214,12 +270,14 @@ VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]]
     "demo": _demo,
     "distill": _distill,
     "train": _train,
+    "finetune": _finetune,
     "evaluate": _evaluate,
     "report": _report,
     "prepare": _prepare,
     "data": _data,
     "import": _import,
     "models": _models,
+    "recipes": _recipes,
 }
 """Each takes its table and gives the figures, and a function that shows them to people."""
 

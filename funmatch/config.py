@@ -14,7 +14,7 @@ Words = tuple[str, ...]
 # The pictures themselves are compared by content, so it does not matter where they lie or how they are kept.
 UNCOMPARED = {
     "out", "as_json", "workers", "log_every", "epochs", "data", "eval_data", "data_dir", "pixels", "resident_gb",
-    "follow_links", "on_bad", "class_file",
+    "follow_links", "on_bad", "class_file", "recipe",
 }  # fmt: skip
 
 
@@ -84,6 +84,9 @@ class Train(Pictures, Machine):
     """A .safetensors, .pt or BiT .npz file to start from, for a student that is a timm name."""
     out: Path
     """The run folder. The same command again goes on from its newest checkpoint."""
+    recipe: str | None = None
+    """A published recipe (`funmatch recipes` lists them), also as the first word: it gives every knob a value, and
+    what is said beside it counts."""
     student_kwargs: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--model-kwargs"])] = ()
     """Options for timm's constructor, e.g. channels=16,32,64,128."""
     drop_rate: float | None = None
@@ -106,17 +109,47 @@ class Train(Pictures, Machine):
     student's own card says; at another side, 32 more than --side, but at most a quarter more."""
     crop_min_area: float = 0.05
     """The smallest share of a picture that a training crop covers."""
+    crop: Literal["inception", "mild", "squash"] = "inception"
+    """How a picture becomes a training view: an Inception crop; mild, a random square of --side out of the picture
+    whose short side was resized to --resize; squash, the same out of the whole picture resized to a square."""
+    resize: int | None = None
+    """The short side's pixels before a mild crop; by default --eval-resize."""
     strategy: Literal["funmatch", "same/ic"] = "funmatch"
-    """What is seen: funmatch is an Inception crop, flipped and mixed; same/ic is not mixed."""
-    lr: float = 3e-3
-    """Adam's learning rate at the top of the schedule (warm-up, then a cosine down to 0)."""
+    """What is seen: funmatch is a crop, flipped and mixed; same/ic is not mixed."""
+    mixup: float | None = None
+    """MixUp's λ is drawn from Beta(a, a) with this a: 1 is uniform, 0 is off. By default as the strategy says."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes, where labels are used."""
+    optimizer: Annotated[Literal["adamw", "sgd"], tyro.conf.arg(aliases=["--opt"])] = "adamw"
+    """What turns gradients into updates."""
+    momentum: float = 0.9
+    """Of SGD."""
+    lr: float | None = None
+    """The learning rate at the top of the schedule; by default 0.003."""
+    schedule: Literal["cosine", "staircase", "constant"] = "cosine"
+    """The learning rate after its linear warm-up: half a cosine down to 0, by --decay-steps, or always the same."""
+    decay_steps: tuple[int, ...] = ()
+    """Steps at which a staircase goes down."""
+    decay_factors: tuple[float, ...] = ()
+    """The learning rate after each of these steps, as a share of --lr; by default 0.1, 0.01, …"""
     weight_decay: float = 1e-4
     """Share of each kernel that a step takes away at the top of the schedule, whatever the learning rate is. (Decoupled
     and independent: torch's AdamW would call it weight_decay / lr.) Biases and norms do not decay."""
     warmup_steps: int | None = None
     """Steps over which the learning rate rises; by default 1,500, or a tenth of a run shorter than 15,000."""
-    clip_norm: float = 1.0
-    """The global norm beyond which gradients are scaled down."""
+    clip_norm: float | None = 1.0
+    """The global norm beyond which gradients are scaled down; None for never."""
+    freeze_until: str | None = None
+    """The module of the network from which on it is taught, e.g. stages.3 or head; all before stays as it is."""
+    micro_batch: int | None = None
+    """Pictures that go through the student at once; a batch is taught in such pieces, to need less memory. The same
+    crops and λ; only BatchNorm and dropout notice."""
+    grad_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compute activations again on the way back, to need less memory. (BatchNorm's running averages move twice.)"""
+    patience: int | None = None
+    """End the run after so many evaluations on the validation split without an improvement."""
+    keep: Literal["last", "best"] = "last"
+    """Which student is judged and saved at the end: as it is then, or as validation liked it most."""
     seed: int = 0
     """Decides the student's first weights and every random choice of every step."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
@@ -139,25 +172,51 @@ class Train(Pictures, Machine):
         found += [
             f"{name} must be above 0, got {getattr(self, name)}" for name in _POSITIVE if not _positive(self, name)
         ]
-        if (self.steps is None) == (self.epochs is None):
-            found.append("give the length by either --steps or --epochs, e.g. --epochs 1000")
+        found += self._length_problems()
+        found += self._schedule_problems()
         if self.crop_min_area > 1:
             found.append(f"crop_min_area is a share of the picture, at most 1, got {self.crop_min_area}")
-        for name in ("weight_decay", "drop_rate", "drop_path", "ema"):
+        if self.strategy == "same/ic" and self.mixup:
+            found.append(
+                f"strategy same/ic does not mix, but mixup is {self.mixup}; the strategy that mixes is funmatch"
+            )
+        for name in ("weight_decay", "drop_rate", "drop_path", "ema", "momentum", "label_smoothing"):
             if (share := getattr(self, name)) is not None and not 0 <= share < 1:
                 found.append(f"{name} must lie in [0, 1), got {share}")
         if self.side and self.eval_resize and self.eval_resize < self.side:
             found.append(f"eval_resize ({self.eval_resize}) must be at least side ({self.side})")
+        if self.side and self.resize and self.resize < self.side:
+            found.append(f"resize ({self.resize}) must be at least side ({self.side})")
+        if self.resize and self.crop == "inception":
+            found.append("resize belongs to --crop mild or squash; Inception crops are cut out of the whole picture")
         return found + super().problems()
+
+    def _length_problems(self) -> list[str]:
+        if (self.steps is None) == (self.epochs is None):
+            return ["give the length by either --steps or --epochs, e.g. --epochs 1000"]
+        return []
+
+    def _schedule_problems(self) -> list[str]:
+        steps, factors, found = self.decay_steps, self.decay_factors, []
+        if self.schedule == "staircase" and not steps and type(self) is not Finetune:
+            found.append("a staircase needs --decay-steps, e.g. --decay-steps 200 300 400")
+        if steps and self.schedule != "staircase":
+            found.append(f"decay_steps belong to --schedule staircase, not {self.schedule}")
+        if factors and len(factors) != len(steps):
+            found.append(f"{len(factors)} decay_factors for {len(steps)} decay_steps; give one each")
+        if list(steps) != sorted(set(steps)) or (steps and steps[0] < 1):
+            found.append(f"decay_steps must rise from 1 on, got {', '.join(map(str, steps))}")
+        return found + [f"decay_factors must be at least 0, got {factor}" for factor in factors if factor < 0]
 
 
 _AT_LEAST = {
     "steps": 1, "batch": 1, "side": 1, "eval_resize": 1, "warmup_steps": 0,
     "seed": 0, "workers": 1, "threads": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
+    "resize": 1, "mixup": 0, "micro_batch": 1, "patience": 1,
 }  # fmt: skip
 _AT_MOST = {
     "steps": 10**12, "epochs": 10**9, "batch": 10**6, "side": 10**4, "eval_resize": 10**4, "seed": 2**62,
-    "workers": 256, "threads": 1024,
+    "workers": 256, "threads": 1024, "resize": 10**4, "mixup": 10**3,
 }  # fmt: skip
 _POSITIVE = ("epochs", "crop_min_area", "lr", "clip_norm", "temperature")
 
@@ -165,6 +224,55 @@ _POSITIVE = ("epochs", "crop_min_area", "lr", "clip_norm", "temperature")
 def _positive(table: Train, name: str) -> bool:
     value = getattr(table, name, None)
     return value is None or value > 0
+
+
+class Finetune(Train):
+    """Teach a network with pretrained weights the labels of your pictures: a teacher, by BiT-HyperRule."""
+
+    student: Annotated[str, tyro.conf.arg(name="model", aliases=["--student"])]
+    """The network: a timm name with the tag of its weights, a BiT checkpoint, a folder, a run, or an architecture with
+    --weights. Its head begins at zero, unless it already knows these very classes."""
+    student_weights: Annotated[Path | None, tyro.conf.arg(name="weights", aliases=["--student-weights"])] = None
+    """A .safetensors, .pt or BiT .npz file to start from, for a network that is a timm name."""
+    strategy: Annotated[Literal["funmatch"], tyro.conf.Suppress] = "funmatch"
+    """Labels are mixed as the pictures are."""
+    steps: int | None = None
+    """Length of the run in updates; by default 500, 10,000 or 20,000, by the number of training pictures."""
+    epochs: float | None = None
+    """Length of the run in passes over the training pictures, instead."""
+    batch: Annotated[int, tyro.conf.arg(aliases=["-b", "--batch-size"])] = 512
+    """Pictures a step. May be more than there are in the data set."""
+    side: Annotated[int | None, tyro.conf.arg(aliases=["--img-size"])] = None
+    """Side of the views in pixels; by default 128 for pictures of less than 96 × 96 pixels, else 480."""
+    crop: Literal["inception", "mild", "squash"] = "mild"
+    """How a picture becomes a training view: mild, a random square of --side out of the picture whose short side was
+    resized to --resize; squash, the same out of the whole picture resized to a square; or an Inception crop."""
+    resize: int | None = None
+    """The short side's pixels before a mild crop; by default 160 for 128, 512 for 480, and in proportion."""
+    mixup: float | None = None
+    """MixUp's λ is drawn from Beta(a, a) with this a; 0 is off. By default 0.1 from 20,000 training pictures on."""
+    optimizer: Annotated[Literal["adamw", "sgd"], tyro.conf.arg(aliases=["--opt"])] = "sgd"
+    """What turns gradients into updates."""
+    lr: float | None = None
+    """The learning rate at the top of the schedule; by default 0.003 a batch of 512 for SGD, 0.0001 for AdamW."""
+    schedule: Literal["cosine", "staircase", "constant"] = "staircase"
+    """The learning rate after its warm-up: down by --decay-steps, half a cosine to 0, or always the same."""
+    decay_steps: tuple[int, ...] = ()
+    """Steps at which the staircase goes down; by default at 40, 60 and 80 % of 500 steps, 30, 60 and 90 % of more."""
+    weight_decay: float = 0.0
+    """Share of each kernel that a step takes away at the top of the schedule, whatever the learning rate is."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises; by default 100 for fewer than 20,000 pictures, else 500."""
+    clip_norm: float | None = None
+    """The global norm beyond which gradients are scaled down; None for never."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation split. Where there is none, a tenth of the training pictures is cut
+    off for it."""
+    keep: Literal["last", "best"] = "best"
+    """Which network is judged and saved at the end: as it is then, or as validation liked it most."""
+
+    def _length_problems(self) -> list[str]:
+        return [] if self.steps is None or self.epochs is None else ["say the length by --steps or --epochs, not both"]
 
 
 class Teaching(Knobs):
@@ -368,5 +476,14 @@ class Models(Knobs):
         return outside(self, {"side": 1}, {"side": 10**4})
 
 
-TAUGHT: dict[str, type[Train]] = {"train": Train, "distill": Distill}
+class Recipes(Machine):
+    """List the published recipes, or show one: its command, every knob, what was published, and the hours it takes."""
+
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """One recipe, or a pattern with * and ?; by default all."""
+    measure: bool = True
+    """Measure this machine for a minute at most, to estimate the hours that one recipe takes on it."""
+
+
+TAUGHT: dict[str, type[Train]] = {"train": Train, "finetune": Finetune, "distill": Distill}
 """The tables of the verbs that make runs."""

@@ -120,6 +120,12 @@ def pinner(device: torch.device) -> Callable[[Batch], Batch] | None:
     return pinned
 
 
+def finish(device: torch.device) -> None:
+    """Waits until a device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def spare_threads() -> int:
     """Threads for making views, beside the one that drives the model."""
     cores = len(os.sched_getaffinity(0)) // launch.local_world() if hasattr(os, "sched_getaffinity") else 2

@@ -19,9 +19,10 @@ class Draw:
 
     Attributes:
         indices: which picture of the split, (n,) int64.
-        boxes: the crop as (top, left, height, width) in whole pixels of the picture, (n, 4) int64.
+        boxes: the crop as (top, left, height, width) in pixels of the picture, (n, 4): whole ones, int64, for Inception
+            crops; float64 for mild ones, whose corner lies on a pixel of the resized picture.
         flips: whether the crop is mirrored, (n,) bool.
-        lam: the MixUp weight of the picture itself, one number a batch, in [0.5, 1].
+        lam: the MixUp weight of the picture itself, one number a batch, in [0.5, 1]; 1 without MixUp.
     """
 
     indices: np.ndarray
@@ -35,7 +36,7 @@ def generator(seed: int, step: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step))))
 
 
-def draw(seed: int, step: int, batch: int, count: int, sizes, *, min_area: float = 0.05) -> Draw:
+def draw(seed: int, step: int, batch: int, count: int, sizes, *, boxes=None, mixup: float = 1.0) -> Draw:
     """Draws step `step` of a run for the global batch.
 
     Args:
@@ -44,14 +45,49 @@ def draw(seed: int, step: int, batch: int, count: int, sizes, *, min_area: float
         batch: pictures in the global batch; may be larger than `count`.
         count: pictures in the split.
         sizes: a function from indices (n,) to (heights, widths), each (n,), in pixels.
-        min_area: the smallest share of a picture's area that a crop may have.
+        boxes: a function from a generator and these sizes to crops, (n, 4); by default `inception_boxes`.
+        mixup: the a of Beta(a, a), from which λ comes; 1 is uniform, 0 is no MixUp.
     """
     rng = generator(seed, step)
-    lam = rng.random()
+    lam = beta(rng.random(), mixup)
     flips = rng.random(batch) < 0.5
     indices = shuffled(seed, np.arange(step * batch, (step + 1) * batch, dtype=np.int64), count)
-    boxes = inception_boxes(rng, *sizes(indices), min_area=min_area)
-    return Draw(indices, boxes, flips, max(lam, 1 - lam))
+    return Draw(indices, (boxes or inception_boxes)(rng, *sizes(indices)), flips, max(lam, 1 - lam))
+
+
+def beta(uniform: float, a: float) -> float:
+    """The value of Beta(a, a) at a uniform number in [0, 1): its quantile function; 1 for a = 0."""
+    if a == 1:
+        return uniform
+    if a == 0:
+        return 1.0
+    from scipy.special import betaincinv  # takes a tenth of a second to import
+
+    return float(betaincinv(a, a, uniform))
+
+
+def mild_boxes(
+    rng: np.random.Generator, heights, widths, *, side: int, resize: int, squash: bool = False
+) -> np.ndarray:
+    """Mild random crops: pictures resized so that the short side is `resize`, then a random square of `side` cut out.
+
+    Only the corner is random, and uniform over the pixels of the resized picture (paper, section 3: 128 of 160).
+
+    Args:
+        rng: where the uniform numbers come from.
+        heights, widths: of each picture, (n,), pixels.
+        side: of the crop, pixels of the resized picture.
+        resize: its short side, pixels, at least `side`.
+        squash: resize both sides to `resize`, whatever shape that gives things.
+
+    Returns:
+        (top, left, height, width) in pixels of the picture as it is, (n, 4) float64.
+    """
+    size = np.stack([heights, widths], axis=1).astype(np.float64)
+    scale = resize / (size if squash else size.min(axis=1, keepdims=True))
+    resized = np.maximum(np.rint(size * scale), side)
+    corner = np.floor(rng.random(size.shape) * (resized - side + 1))
+    return np.concatenate([corner * size / resized, side * size / resized], axis=1)
 
 
 def inception_boxes(

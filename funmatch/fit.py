@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from funmatch import devices, launch
 from funmatch.data.loader import Batch
 from funmatch.optim import clip_, set_factor
-from funmatch.schedules import cosine
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,9 @@ class Course:
     Attributes:
         steps: length of the whole run.
         lr: at the top of the schedule.
-        warmup_steps: over which it rises.
-        clip_norm: of all gradients together.
+        factor: of the learning rate at each step.
+        clip_norm: of all gradients together, or None.
+        micro_batch: pictures of a batch that go through the student at once, or None for all.
         seed: of the run.
         device: on which the student lives.
         precision: fp32, bf16 or fp16.
@@ -28,15 +28,16 @@ class Course:
 
     steps: int
     lr: float
-    warmup_steps: int
-    clip_norm: float
+    factor: Callable[[int], float]
+    clip_norm: float | None
     seed: int
     device: torch.device
     precision: str
+    micro_batch: int | None = None
 
     def lr_at(self, step: int) -> float:
         """The learning rate of the update that leads from `step` to `step` + 1."""
-        return self.lr * cosine(step, self.steps, self.warmup_steps)
+        return self.lr * self.factor(step)
 
 
 def fit(
@@ -64,16 +65,20 @@ def fit(
         if not student.training:  # the caller may have judged it
             student.train()
         devices.seed_networks(course.seed, step, course.device, launch.rank())
-        set_factor(optimizer, course.lr, cosine(step, course.steps, course.warmup_steps))
-        with devices.autocast(course.device, course.precision):
-            loss = loss_of(batch.to(course.device))
+        set_factor(optimizer, course.lr, course.factor(step))
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        told = loss.detach().clone()
+        losses = []
+        for piece, share in batch.to(course.device).pieces(course.micro_batch):
+            with devices.autocast(course.device, course.precision):
+                loss = loss_of(piece) * share
+            scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        told = torch.stack(losses).sum()
         # Before they are unscaled: so a gradient that overflowed on one process is seen by all.
         devices.average_([told, *(each.grad for each in parameters if each.grad is not None)])
         scaler.unscale_(optimizer)
-        clip_(parameters, course.clip_norm)
+        if course.clip_norm is not None:
+            clip_(parameters, course.clip_norm)
         scaler.step(optimizer)
         scaler.update()
         yield step + 1, told

@@ -13,12 +13,11 @@ from PIL import Image
 
 from funmatch import launch, runs
 from funmatch.config import TAUGHT, Report
-from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.files import write_atomically
 from funmatch.logs import duration, percent
 from funmatch.models.frozen import Form
-from funmatch.tasks import pictures
+from funmatch.tasks import lesson, pictures
 from funmatch.views import STRATEGIES
 
 SHOWN_VIEWS = 12
@@ -212,13 +211,13 @@ def views_sheet(run: runs.Run, step: int) -> dict[str, Any] | None:
     config = run.config
     knobs = config["knobs"]
     try:
-        cache = pictures.of_run(TAUGHT[config["verb"]](**knobs))
+        table = TAUGHT[config["verb"]](**knobs)
+        cache = pictures.of_run(table)
     except (InputError, OSError, ValueError, KeyError):
         return None
     if cache.key != config["facts"]["data"]:
         return None
-    loader = Loader(cache.splits["train"], knobs["seed"], knobs["batch"], knobs["side"], knobs["crop_min_area"])
-    batch = loader.batch_at(step)
+    batch = lesson.loader_of(table, cache).batch_at(step)
     pairs = STRATEGIES[knobs["strategy"]](batch.crops, batch.lam)
     rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in pairs[(0 if "teacher" in knobs else 1) :]]
     sheet = np.concatenate([np.concatenate(list(views), axis=1) for views in rows])

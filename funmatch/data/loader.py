@@ -4,15 +4,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.augment import central_view, crop_resize_flip
+from funmatch.augment import central_view, crop_resize_flip, sample_flip
 from funmatch.data.pixels import CachedSplit
-from funmatch.draws import Draw, draw
+from funmatch.draws import Draw, draw, inception_boxes, mild_boxes
 
 Made = TypeVar("Made")
 
@@ -43,6 +44,16 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pieces(self, size: int | None) -> Iterator[tuple["Batch", float]]:
+        """The batch in pieces of so many pictures, each with its predecessor, and the share of the batch that it is."""
+        count = len(self.labels) - 1
+        for start in range(0, count, size or count):
+            stop = min(start + (size or count), count)
+            rows = slice(start, stop + 1)
+            answers = None if self.answers is None else self.answers[start:stop]
+            others = tuple(crops[rows] for crops in self.others)
+            yield Batch(self.crops[rows], self.labels[rows], self.lam, answers, others), (stop - start) / count
+
 
 @dataclass(frozen=True)
 class Loader:
@@ -56,6 +67,9 @@ class Loader:
         min_area: the smallest share of a picture that a crop covers.
         rank, world: which of how many equal slices of the global batch is ours.
         other_sides: at which the same crops are wanted too, pixels.
+        crop: inception, mild or squash; see `draws.inception_boxes` and `draws.mild_boxes`.
+        resize: the short side of which a mild crop is cut, pixels.
+        mixup: the a of Beta(a, a), from which MixUp's λ is drawn.
     """
 
     split: CachedSplit
@@ -66,10 +80,18 @@ class Loader:
     rank: int = 0
     world: int = 1
     other_sides: tuple[int, ...] = ()
+    crop: str = "inception"
+    resize: int = 0
+    mixup: float = 1.0
 
     def draw(self, step: int) -> Draw:
         """The draws of the whole global batch."""
-        return draw(self.seed, step, self.batch, len(self.split), self.split.sizes, min_area=self.min_area)
+        if self.crop == "inception":
+            boxes = partial(inception_boxes, min_area=self.min_area)
+        else:
+            boxes = partial(mild_boxes, side=self.side, resize=self.resize, squash=self.crop == "squash")
+        split = self.split
+        return draw(self.seed, step, self.batch, len(split), split.sizes, boxes=boxes, mixup=self.mixup)
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step: the same whenever, wherever and in whichever order it is asked for."""
@@ -77,10 +99,12 @@ class Loader:
         share = self.batch // self.world
         rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch
         indices = drawn.indices[rows]
-        pictures, boxes = self.split.boxed(indices, drawn.boxes[rows])
-        crops, *others = (
-            crop_resize_flip(pictures, boxes, drawn.flips[rows], side) for side in (self.side, *self.other_sides)
-        )
+        if self.crop == "inception":
+            pictures, boxes = self.split.boxed(indices, drawn.boxes[rows])
+            cut = crop_resize_flip
+        else:
+            pictures, boxes, cut = self.split.pictures(indices), drawn.boxes[rows], sample_flip
+        crops, *others = (cut(pictures, boxes, drawn.flips[rows], side) for side in (self.side, *self.other_sides))
         return Batch(crops, self.split.labels(indices), drawn.lam, others=tuple(others))
 
 
@@ -119,7 +143,7 @@ def ahead(make: Callable[[int], Made], start: int, stop: int, workers: int) -> G
 
 
 def central_batches(
-    split: CachedSplit, side: int, short_side: int, batch: int, *, workers: int = 1
+    split: CachedSplit, side: int, short_side: int, batch: int, *, squash: bool = False, workers: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A split once through in order, as evaluation sees it.
 
@@ -127,6 +151,7 @@ def central_batches(
         side: of the views, pixels.
         short_side: to which pictures are resized before the central square is cut, pixels.
         batch: pictures at a time.
+        squash: resize both sides to `short_side`.
         workers: threads that decode ahead, where pictures have to be decoded.
 
     Yields:
@@ -135,7 +160,8 @@ def central_batches(
 
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
-        views = torch.stack([central_view(picture, short_side, side) for picture in split.pictures(indices)])
+        pictures = split.pictures(indices)
+        views = torch.stack([central_view(picture, short_side, side, squash=squash) for picture in pictures])
         return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
 
     count = -(-len(split) // batch)

@@ -2,6 +2,7 @@
 
 import ast
 import socket
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from funmatch.errors import InputError, first_line, unknown
-from funmatch.models.classifier import Card
+from funmatch.models.classifier import Card, Classifier
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def card_of(name: str, net: nn.Module, known_of_it: dict[str, Any]) -> Card:
         names, side, fraction = cfg.get("label_names"), cfg["input_size"][-1], cfg.get("crop_pct") or 1.0
         named = tuple(map(str, names)) if names else None
         card = Card(name, side, fraction, mean, std, named, cfg.get("top1"))
+        card = replace(card, squash=cfg.get("crop_mode") == "squash")
         top1 = 0.0 if card.top1 is None else card.top1
         count = vars(net).get("num_classes") or len(named or ())
         sound = side >= 1 and 0 < fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
@@ -147,6 +149,36 @@ def for_side(net: nn.Module, side: int) -> dict[str, Any]:
     except Exception:  # who tries the network with such views will say why
         return {}
     return {"img_size": side}
+
+
+def checkpoint_activations(student: Classifier) -> None:
+    """Has a network of timm compute its activations again on the way back, which needs less memory."""
+    switch = getattr(student.net, "set_grad_checkpointing", None)
+    try:
+        assert callable(switch)
+        switch(True)
+    except (AssertionError, NotImplementedError):
+        raise InputError(f"{student.card.name} has no --grad-checkpointing; try --micro-batch") from None
+
+
+def freeze_until(student: Classifier, name: str) -> None:
+    """Freezes all that comes before a module of the network, in the order in which it was built.
+
+    Raises:
+        InputError: there is no such module.
+    """
+    modules = dict(student.net.named_modules())
+    if not name or name not in modules:
+        short = [each for each in modules if each and each.count(".") < 2]
+        raise unknown("module of the network", name, [*modules] if "." in name else short)
+    order = list(modules)
+    parents = {name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)} | {""}
+    for each in order[: order.index(name)]:
+        for parameter in modules[each].parameters(recurse=False):
+            parameter.requires_grad_(False)
+    student.still = tuple(each for each in order[: order.index(name)] if each not in parents)
+    if not any(parameter.requires_grad for parameter in student.net.parameters()):
+        raise InputError(f"nothing is left to teach with --freeze-until {name}")
 
 
 def _give_up_on_an_unreachable_hub() -> None:

@@ -48,6 +48,7 @@ class Card:
         mean, std: of its normalisation, one number a channel, for pictures in [0, 1].
         classes: names of its classes, or None where it does not know them.
         top1: its accuracy when it was saved, in [0, 1], or None where nobody said.
+        squash: whether evaluation resizes both sides alike, whatever shape that gives things (timm's crop_mode).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Card:
     std: tuple[float, ...]
     classes: tuple[str, ...] | None = None
     top1: float | None = None
+    squash: bool = False
 
 
 class Classifier(nn.Module):
@@ -81,11 +83,19 @@ class Classifier(nn.Module):
         """
         super().__init__()
         self.options, self.function = options or {}, function
+        self.still: tuple[str, ...] = ()
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
         self.net = laid_out(net, torch.channels_last)
         self.card = card
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """As of any module; but the modules of the network that `still` names, which are not taught, stay in eval."""
+        super().train(mode)
+        for name in self.still:
+            self.net.get_submodule(name).eval()
+        return self
 
     def normalised(self, views: Tensor) -> Tensor:
         """Views as the network itself wants them."""
@@ -172,6 +182,7 @@ def _complete(config: dict[str, Any], classifier: Classifier, folder: Path, card
     config["pretrained_cfg"] |= {
         "input_size": [len(card.mean), card.side, card.side],
         "crop_pct": card.crop_fraction,
+        "crop_mode": "squash" if card.squash else "center",
         "interpolation": "bilinear",
         "mean": list(card.mean),
         "std": list(card.std),

@@ -15,7 +15,7 @@ from funmatch.errors import InputError
 from funmatch.logs import say
 from funmatch.models.teachers import Teachers
 from funmatch.tasks import judging, teachers, walk
-from funmatch.tasks.lesson import Lesson, open_data, prepare
+from funmatch.tasks.lesson import Lesson, done, open_data, prepare, remembered_forms
 from funmatch.views import STRATEGIES
 
 
@@ -37,8 +37,8 @@ def _run(config: Distill, given: teachers.Modules | None) -> dict[str, Any]:
     lesson = prepare("distill", config, cache, classes=called[0].answered, given=given)
     called = [replace(one, side=one.side or lesson.view.side) for one in called]
     lesson = taught_by(lesson, called)
-    if done := walk.done(lesson):
-        return done
+    if result := done(lesson):
+        return result
     device, sides = lesson.course.device, (lesson.view.side, *lesson.other_sides)
     strategy = STRATEGIES[config.strategy]
 
@@ -48,7 +48,7 @@ def _run(config: Distill, given: teachers.Modules | None) -> dict[str, Any]:
         return {side: pair[0] for side, pair in zip(sides, pairs, strict=True)}, pairs[0][1]
 
     first, _ = seen(lesson.loader.batch_at(0).to(device))
-    matched, forms = in_one_form(called, first, config, walk.remembered_forms(lesson))
+    matched, forms = in_one_form(called, first, config, remembered_forms(lesson))
     del called  # the plain teachers need not be kept beside the frozen ones
     lesson = replace(lesson, teachers=matched, facts=lesson.facts | {"teacher_forms": forms})
     taught = judged(matched, lesson) if launch.is_first() else None
@@ -93,7 +93,7 @@ def taught_by(lesson: Lesson, called: Sequence[teachers.Called]) -> Lesson:
         lesson,
         config=config.model_copy(update={"teacher_side": tuple(one.side for one in called)}),
         asked=teachers.asked(config, lesson.cache),
-        facts={"teacher": "+".join(one.digest for one in called)},
+        facts=lesson.facts | {"teacher": "+".join(one.digest for one in called)},
         other_sides=tuple(sorted({one.side for one in called} - {side})),
     )
 

@@ -88,7 +88,9 @@ def _view(config: Evaluate, knobs: dict[str, Any], model: Classifier, device: to
     resize = config.eval_resize or (knobs["eval_resize"] if same_side else judging.short_side(side, model.card))
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
-    return judging.View(side, resize, config.batch, device, devices.resolve_precision(config.precision, device))
+    squash = knobs["crop"] == "squash" if "crop" in knobs else model.card.squash
+    precision = devices.resolve_precision(config.precision, device)
+    return judging.View(side, resize, config.batch, device, precision, squash)
 
 
 def _split(cache: Cache, name: str) -> CachedSplit:

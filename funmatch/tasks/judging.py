@@ -25,6 +25,7 @@ class View:
         short_side: to which pictures are resized before the central cut, pixels.
         batch: pictures at a time.
         device, precision: of the networks.
+        squash: whether both sides are resized to `short_side`.
     """
 
     side: int
@@ -32,6 +33,7 @@ class View:
     batch: int
     device: torch.device
     precision: str
+    squash: bool = False
 
 
 @torch.inference_mode()
@@ -39,8 +41,8 @@ def answers(model: nn.Module, split: CachedSplit, view: View) -> Tensor:
     """Logits of every picture of a split, (n, classes) float32 on the CPU."""
     model.eval()
     logits = []
-    workers = devices.spare_threads()
-    for views, _ in central_batches(split, view.side, view.short_side, view.batch, workers=workers):
+    shape = view.side, view.short_side, view.batch
+    for views, _ in central_batches(split, *shape, squash=view.squash, workers=devices.spare_threads()):
         with devices.autocast(view.device, view.precision):
             logits.append(model(views.to(view.device)).float().cpu())
     return torch.cat(logits)

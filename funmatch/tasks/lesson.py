@@ -1,6 +1,7 @@
 """A run made ready: every default closed, data, student and teacher in place."""
 
 import copy
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import timm
 import torch
 
-from funmatch import devices, launch
+import funmatch
+from funmatch import devices, launch, recipes, runs, schedules
 from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
 from funmatch.data.decode import pick_decoder
@@ -16,14 +18,19 @@ from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.fit import Course
 from funmatch.logs import say
+from funmatch.models.build import checkpoint_activations, freeze_until, with_zero_head
 from funmatch.models.classes import SAME_NAMES
 from funmatch.models.classifier import Classifier, check_side, fingerprint
 from funmatch.models.load import NAMED, brings_weights, load
 from funmatch.models.teachers import Teachers
-from funmatch.runs import check_place
+from funmatch.optim import adam, sgd
 from funmatch.synchronised import synchronised
 from funmatch.tasks import judging, pictures
 from funmatch.tasks.teachers import Modules
+from funmatch.views import MIXED
+
+LR = 3e-3
+"""Adam's learning rate at the top of the schedule, where nobody said another."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,31 @@ class Lesson:
     @property
     def loader(self) -> Loader:
         """Of this process's share of the training batches."""
-        config, split = self.config, self.cache.splits["train"]
-        sides = self.view.side, self.other_sides
         share = launch.rank(), launch.world()
-        return Loader(split, config.seed, config.batch, sides[0], config.crop_min_area, *share, sides[1])
+        return loader_of(self.config, self.cache, other_sides=self.other_sides, share=share)
+
+
+def loader_of(
+    config: Train, cache: Cache, *, other_sides: tuple[int, ...] = (), share: tuple[int, int] = (0, 1)
+) -> Loader:
+    """The training batches of a resolved configuration.
+
+    Args:
+        other_sides: at which the same crops are wanted too, pixels.
+        share: which of how many equal slices of each batch.
+    """
+    return Loader(
+        cache.splits["train"],
+        config.seed,
+        config.batch,
+        config.side or 0,
+        config.crop_min_area,
+        *share,
+        other_sides,
+        config.crop,
+        config.resize or 0,
+        config.mixup or 0.0,
+    )
 
 
 def in_full(config: Train) -> dict[str, Any]:
@@ -93,7 +121,7 @@ def _named_in_full(name: str) -> str:
 
 def open_data(config: Train) -> Cache:
     """The decoded pictures that a run asks for, a training split among them."""
-    check_place(config.out)
+    runs.check_place(config.out)
     cache = devices.in_turn(lambda: pictures.of_run(config))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())
     say(f"{cache.name}: {counts}; {cache.way} in {cache.folder}")
@@ -102,16 +130,49 @@ def open_data(config: Train) -> Cache:
     return cache
 
 
-def prepare(verb: str, config: Train, cache: Cache, *, classes: int, given: Modules | None = None) -> Lesson:
-    """Builds the student and closes every default that was left open."""
+def prepare(
+    verb: str,
+    config: Train,
+    cache: Cache,
+    *,
+    classes: int,
+    given: Modules | None = None,
+    asked: Train | None = None,
+) -> Lesson:
+    """Builds the student and closes every default that was left open.
+
+    Args:
+        classes: that the student answers.
+        given: modules from Python, by the names that stand for them.
+        asked: the configuration as a person gave it, if `config` is no longer that.
+    """
     device, world = devices.pick(config.device), launch.world()
     if config.batch % world:
         raise InputError(f"batch ({config.batch}) is shared by {world} processes, so it must be a multiple of {world}")
+    if config.patience and "val" not in cache.splits:
+        raise InputError(f"patience needs pictures for validation, and {cache.name} has none; say --val 10%")
     if config.threads:
         torch.set_num_threads(config.threads)
+    student = student_of(verb, config, cache, classes, given or {})
+    drawn = config.student not in (given or {}) and not config.student_weights and not brings_weights(config.student)
+    if drawn and verb == "finetune":
+        say(f"WARNING: {config.student} begins with random weights; name them by a tag or --weights")
+    beginning = None if drawn else fingerprint(student.net)
+    facts = recipes.facts(asked or config)
+    config = resolved(config, cache, student, device)
+    assert config.side
+    assert config.eval_resize
+    squash = config.crop == "squash"
+    view = judging.View(config.side, config.eval_resize, config.batch // world, device, config.precision, squash)
+    student = _alike(student.to(device), device)
+    return Lesson(verb, config, cache, student, view, course_of(config, device), facts=facts, beginning=beginning)
+
+
+def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modules) -> Classifier:
+    """The network to teach, with its first weights, ready for views of the side that is asked for."""
     devices.seed_networks(config.seed, 0, torch.device("cpu"))
     student = load(
-        copy.deepcopy((given or {}).get(config.student, config.student)),
+        copy.deepcopy(given.get(config.student, config.student)),
         weights=config.student_weights,
         options=_options(config),
         classes=classes,
@@ -119,31 +180,50 @@ def prepare(verb: str, config: Train, cache: Cache, *, classes: int, given: Modu
     )
     if student.num_classes != classes:
         raise InputError(f"student {config.student} answers {student.num_classes} classes, wanted {classes}")
+    if verb == "finetune" and student.card.classes != cache.classes:
+        with_zero_head(student.net, classes)
+    check_side(student, config.side or student.card.side, batch=config.micro_batch or config.batch)
+    if config.grad_checkpointing:
+        checkpoint_activations(student)
+    if config.freeze_until is not None:
+        freeze_until(student, config.freeze_until)
+    return student
+
+
+def resolved(config: Train, cache: Cache, student: Classifier, device: torch.device) -> Train:
+    """The configuration with no default left open, and its length in steps."""
     side = config.side or student.card.side
-    resize = config.eval_resize or judging.short_side(side, student.card)
+    resize = config.eval_resize or config.resize or judging.short_side(side, student.card)
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
-    check_side(student, side, batch=config.batch)
     steps = config.steps or max(1, round((config.epochs or 0) * len(cache.splits["train"]) / config.batch))
-    warmup = min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps
-    precision = devices.resolve_precision(config.precision, device)
-    resolved = {
+    closed = {
         **in_full(config),
         "steps": steps,
         "epochs": None,
         "side": side,
+        "resize": None if config.crop == "inception" else config.resize or resize,
         "eval_resize": resize,
-        "warmup_steps": warmup,
-        "device": str(device) if world == 1 else device.type,  # the number is each process's own
-        "precision": precision,
+        "mixup": float(config.strategy in MIXED) if config.mixup is None else config.mixup,
+        "lr": config.lr or LR,
+        "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
+        "device": str(device) if launch.world() == 1 else device.type,  # the number is each process's own
+        "precision": devices.resolve_precision(config.precision, device),
         "decoder": pick_decoder(config.decoder),
     }
-    view = judging.View(side, resize, config.batch // world, device, precision)
-    course = Course(steps, config.lr, warmup, config.clip_norm, config.seed, device, precision)
-    drawn = config.student not in (given or {}) and not config.student_weights and not brings_weights(config.student)
-    beginning = None if drawn else fingerprint(student.net)
-    config = config.model_copy(update=resolved)
-    return Lesson(verb, config, cache, _alike(student.to(device), device), view, course, beginning=beginning)
+    return config.model_copy(update=closed)
+
+
+def course_of(config: Train, device: torch.device) -> Course:
+    """How a resolved configuration says that the student is taught."""
+    steps, warmup = config.steps or 1, config.warmup_steps or 0
+
+    def factor(step: int) -> float:
+        return schedules.factor(config.schedule, step, steps, warmup, config.decay_steps, config.decay_factors)
+
+    return Course(
+        steps, config.lr or LR, factor, config.clip_norm, config.seed, device, config.precision, config.micro_batch
+    )
 
 
 def _alike(student: Classifier, device: torch.device) -> Classifier:
@@ -157,3 +237,40 @@ def _options(config: Train) -> tuple[str, ...]:
     """What the student's constructor is given."""
     rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
     return (*config.student_kwargs, *(f"{name}={rate}" for name, rate in rates.items() if rate is not None))
+
+
+def optimizer_of(lesson: Lesson) -> torch.optim.Optimizer:
+    """What turns the student's gradients into updates."""
+    config, net = lesson.config, lesson.student.net
+    if config.optimizer == "sgd":
+        return sgd(net, lesson.course.lr, config.weight_decay, config.momentum)
+    return adam(net, lesson.course.lr, config.weight_decay)
+
+
+def record_of(lesson: Lesson) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is asked of a run, and the facts beside: the parts of its `config.json`."""
+    facts = {
+        "data": lesson.cache.key,
+        "teacher": None,
+        "student": lesson.beginning,
+        **lesson.facts,
+        "pictures": {name: len(split) for name, split in lesson.cache.splits.items()},
+        "classes": list(lesson.asked or lesson.cache.classes),
+        "parameters": lesson.student.count(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {lesson.course.device}",
+        "versions": {"funmatch": funmatch.__version__, "torch": torch.__version__, "timm": timm.__version__},
+    }
+    return lesson.config.model_dump(mode="json"), facts
+
+
+def done(lesson: Lesson) -> dict[str, Any] | None:
+    """The figures of the run, if it is over and was asked the same."""
+    if result := devices.from_first(lambda: runs.finished(lesson.config.out, lesson.verb, *record_of(lesson))):
+        say(f"{lesson.config.out} is finished at step {result['step']}; nothing to do")
+    return result
+
+
+def remembered_forms(lesson: Lesson) -> list[dict[str, Any]] | None:
+    """The forms in which the teachers of a run that is resumed are computed."""
+    known = devices.from_first(lambda: runs.begun(lesson.config.out, lesson.verb, *record_of(lesson)))
+    return known.get("teacher_forms")

@@ -6,12 +6,13 @@ from torch import Tensor
 
 from funmatch import devices
 from funmatch.config import Train
+from funmatch.data.cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.distances import cross_entropy, mixed_labels
 from funmatch.errors import InputError
-from funmatch.tasks.lesson import open_data, prepare
+from funmatch.tasks.lesson import Lesson, open_data, prepare
 from funmatch.tasks.teachers import Modules
-from funmatch.tasks.walk import carry_out
+from funmatch.tasks.walk import LossOf, carry_out
 from funmatch.views import MIXED, STRATEGIES
 
 
@@ -27,18 +28,30 @@ def run(config: Train, given: Modules | None = None) -> dict[str, Any]:
 
 
 def _run(config: Train, given: Modules | None) -> dict[str, Any]:
-    cache = open_data(config)
-    if not cache.splits["train"].labelled:
-        labels = cache.splits["train"].labels(slice(None))
-        missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training pictures of {cache.name} have no labels"
-        other = " (they are of other classes than --eval-data)" if config.eval_data else ""
-        raise InputError(f"{missing}{other}; training on labels needs train/<class>/*.jpg, distilling needs none")
+    cache = labelled(config, open_data(config))
     lesson = prepare("train", config, cache, classes=len(cache.classes), given=given)
+    return carry_out(lesson, label_loss(lesson))
+
+
+def label_loss(lesson: Lesson) -> LossOf:
+    """The loss of a batch on its labels, mixed as its views are."""
+    config, classes = lesson.config, len(lesson.cache.classes)
     strategy = STRATEGIES[config.strategy]
 
     def loss_of(batch: Batch) -> Tensor:
         _, view = strategy(batch.crops, batch.lam)
         lam = batch.lam if config.strategy in MIXED else 1.0
-        return cross_entropy(lesson.student(view), mixed_labels(batch.labels, lam, len(cache.classes))).mean()
+        labels = mixed_labels(batch.labels, lam, classes, config.label_smoothing)
+        return cross_entropy(lesson.student(view), labels).mean()
 
-    return carry_out(lesson, loss_of)
+    return loss_of
+
+
+def labelled(config: Train, cache: Cache) -> Cache:
+    """The pictures, if all that are learnt from have labels; else an `InputError`."""
+    if not cache.splits["train"].labelled:
+        labels = cache.splits["train"].labels(slice(None))
+        missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training pictures of {cache.name} have no labels"
+        other = " (they are of other classes than --eval-data)" if config.eval_data else ""
+        raise InputError(f"{missing}{other}; training on labels needs train/<class>/*.jpg, distilling needs none")
+    return cache

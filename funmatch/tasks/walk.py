@@ -2,7 +2,6 @@
 
 import copy
 import math
-import platform
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -10,11 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-import funmatch
 from funmatch import checkpoint, devices, launch, runs, signals
 from funmatch.data.loader import Batch, prefetch
 from funmatch.errors import InputError
@@ -23,9 +20,9 @@ from funmatch.fit import fit
 from funmatch.logs import Bar, percent, say
 from funmatch.models import classifier as models
 from funmatch.models.classifier import Classifier
-from funmatch.optim import Average, adam
+from funmatch.optim import Average
 from funmatch.tasks import judging, teachers
-from funmatch.tasks.lesson import Lesson
+from funmatch.tasks.lesson import Lesson, optimizer_of, record_of
 
 LossOf = Callable[[Batch], Tensor]
 
@@ -38,6 +35,7 @@ class Standing:
     seconds: float = 0.0
     best_step: int | None = None
     best_score: float = -1.0
+    since_best: int = 0
     window: list[float] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)
 
@@ -48,35 +46,6 @@ class Taught:
 
     together: Tensor
     each: list[Tensor]
-
-
-def record_of(lesson: Lesson) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked of a run, and the facts beside: the parts of its `config.json`."""
-    facts = {
-        "data": lesson.cache.key,
-        "teacher": None,
-        "student": lesson.beginning,
-        **lesson.facts,
-        "pictures": {name: len(split) for name, split in lesson.cache.splits.items()},
-        "classes": list(lesson.asked or lesson.cache.classes),
-        "parameters": lesson.student.count(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {lesson.course.device}",
-        "versions": {"funmatch": funmatch.__version__, "torch": torch.__version__, "timm": timm.__version__},
-    }
-    return lesson.config.model_dump(mode="json"), facts
-
-
-def done(lesson: Lesson) -> dict[str, Any] | None:
-    """The figures of the run, if it is over and was asked the same."""
-    if result := devices.from_first(lambda: runs.finished(lesson.config.out, lesson.verb, *record_of(lesson))):
-        say(f"{lesson.config.out} is finished at step {result['step']}; nothing to do")
-    return result
-
-
-def remembered_forms(lesson: Lesson) -> list[dict[str, Any]] | None:
-    """The forms in which the teachers of a run that is resumed are computed."""
-    known = devices.from_first(lambda: runs.begun(lesson.config.out, lesson.verb, *record_of(lesson)))
-    return known.get("teacher_forms")
 
 
 def carry_out(
@@ -117,7 +86,7 @@ class Walk:
         self.lesson, self.run = lesson, run
         self.teacher_logits = taught.together if taught else None
         self.watched = judging.watched(lesson.cache)
-        self.optimizer = adam(lesson.student.net, lesson.config.lr, lesson.config.weight_decay)
+        self.optimizer = optimizer_of(lesson)
         self.scaler = devices.loss_scaler(lesson.course.device, lesson.course.precision)
         self.average = Average(lesson.student, lesson.config.ema) if lesson.config.ema is not None else None
         self.standing = Standing()
@@ -160,6 +129,8 @@ class Walk:
         batches = prefetch(
             self.lesson.loader, start, course.steps, workers=workers, finish=ahead or devices.pinner(course.device)
         )
+        if self.tired:  # it was stopped between its end and its last record
+            return
         with closing(batches), Bar(self.lesson.verb, course.steps, start) as bar, signals.heard() as caught:
             self.clock = time.monotonic()
             for step, loss in fit(course, student, self.optimizer, self.scaler, batches, loss_of, start):
@@ -176,12 +147,23 @@ class Walk:
                     self.check_weights()
                 if judged and launch.is_first():
                     self.watch()
-                if saved:
+                tired = self.tired if judged else False
+                if tired and self.losses:
+                    self.log()
+                if saved or tired:
                     self.save()
                 bar.update(step, " ".join(self.notes.values()))
+                if tired:
+                    break
                 if stop and not last:
                     told = f"saved step {step} of {course.steps} in {self.run.folder}"
                     raise signals.Stopped(stop, f"{told}; the same command goes on from there")
+
+    @property
+    def tired(self) -> bool:
+        """Whether validation has not liked the student better for as long as patience lasts."""
+        patience = self.lesson.config.patience
+        return patience is not None and devices.greatest(self.standing.since_best) >= patience
 
     def log(self) -> None:
         """Records the mean loss since the last time."""
@@ -230,8 +212,9 @@ class Walk:
         score = figures[name]
         self.notes["eval"] = f"{name} {percent(score)}"
         # Test pictures are never chosen on, so without a validation split there is no best.
+        standing.since_best += 1
         if score is not None and score > standing.best_score and self.watched.name != "test":
-            standing.best_step, standing.best_score = standing.step, score
+            standing.best_step, standing.best_score, standing.since_best = standing.step, score, 0
             checkpoint.save_best(self.run.checkpoints, standing.step, self.lesson.student.net, runs.finite(figures))
         self.away += time.monotonic() - began
 
@@ -261,6 +244,8 @@ class Walk:
         """Judges the finished student, writes it for use elsewhere, and records that the run is over."""
         lesson, view = self.lesson, self.lesson.view
         self.standing.seconds += time.monotonic() - self.clock
+        if lesson.config.keep == "best" and self.standing.best_step is not None:
+            checkpoint.load_best(self.run.checkpoints, self.standing.best_step, lesson.student.net)
         split = judging.final(lesson.cache)
         teacher_logits = self.teacher_logits
         if lesson.teachers and split.name != self.watched.name:
@@ -270,6 +255,8 @@ class Walk:
             "split": split.name,
             "pictures": len(split),
             "step": self.standing.step,
+            "best_step": self.standing.best_step,
+            "best_score": self.standing.best_score if self.standing.best_step is not None else None,
             "seconds": round(self.standing.seconds, 1),
             "parameters": lesson.student.count(),
             "run": str(self.run.folder),

@@ -1,0 +1,240 @@
+"""The published recipes as one table: complete configurations, and what was published for them.
+
+Figures are of Beyer et al., "Knowledge distillation: A good teacher is patient and consistent" (CVPR 2022; table 4 for
+the small data sets), and of Paul's TensorFlow project, whose README reports them. A recipe is a complete table of
+`config`; what is said beside it on the command line counts, and stands in the run's record.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from funmatch.config import TAUGHT, UNCOMPARED, Train
+from funmatch.errors import InputError, unknown
+
+PAPER, EARLIER = "Beyer et al., CVPR 2022", "FunMatch-Distillation (TensorFlow)"
+MACHINE = {"device", "precision", "threads", "teacher_precision", "compile_teacher", "teacher_ahead", "seed"}
+"""Knobs that a recipe does not decide."""
+AGAINST = {
+    "steps": ("epochs",),
+    "epochs": ("steps",),
+    "teacher": ("teacher_weights", "teacher_kwargs", "teacher_side", "teacher_share", "classes"),
+    "student": ("student_weights", "student_kwargs"),
+    "crop": ("resize",),
+    "schedule": ("decay_steps", "decay_factors"),
+    "decay_steps": ("decay_factors",),
+}
+"""What a recipe says no longer once a person says this."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published run.
+
+    Attributes:
+        name: to call it by.
+        verb: of the command that carries it out.
+        knobs: what it says; all others are the verb's defaults.
+        top1: published for its student on the test pictures, percent, or None.
+        teacher_top1: published for its teacher, percent, or None.
+        source: who published it.
+        note: what else to know, a sentence or none.
+        space: what `funmatch tune` searches, knob to values.
+    """
+
+    name: str
+    verb: str
+    knobs: Mapping[str, Any]
+    top1: float | None = None
+    teacher_top1: float | None = None
+    source: str = PAPER
+    note: str = ""
+    space: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """What a person types."""
+        return f"funmatch {self.verb} {self.name}"
+
+    def table(self, **said: Any) -> Train:
+        """Its complete configuration, with what a person says instead."""
+        return TAUGHT[self.verb].checked(**self.over(said), **said)
+
+    def over(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """What it says itself when a person says this: that, but for what goes with what they replace."""
+        silent = {name for one in said for name in (one, *AGAINST.get(one, ()))}
+        return {name: value for name, value in self.knobs.items() if name not in silent} | {"recipe": self.name}
+
+
+def find(name: str, verb: str | None = None) -> Recipe:
+    """The recipe with a name.
+
+    Raises:
+        InputError: there is none, or it is one of another verb.
+    """
+    if name not in RECIPES:
+        raise unknown("recipe", name, [each.name for each in RECIPES.values() if verb in (None, each.verb)])
+    recipe = RECIPES[name]
+    if verb not in (None, recipe.verb):
+        raise InputError(f"{name} is a recipe of another verb; say: {recipe.command}")
+    return recipe
+
+
+def matching(pattern: str) -> list[Recipe]:
+    """The recipes whose names hold a pattern, or all."""
+    wide = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    found = [recipe for name, recipe in RECIPES.items() if fnmatch(name, wide)]
+    if not found:
+        raise unknown("recipe", pattern, RECIPES)
+    return found
+
+
+def facts(config: Train) -> dict[str, Any]:
+    """What a run's record says of its recipe: `overridden`, knob to what the recipe says; nothing without a recipe."""
+    if config.recipe is None:
+        return {}
+    recipe = find(config.recipe)
+    own = recipe.table(out=config.out) if "out" not in recipe.knobs else recipe.table()
+    left = {"epochs", "data", "eval_data"}  # not compared in a run that goes on, but part of a recipe
+    names = type(config).model_fields.keys() - (UNCOMPARED - left) - MACHINE
+    differing = {name for name in names if getattr(own, name) != getattr(config, name)}
+    return {"overridden": {name: own.model_dump(mode="json")[name] for name in sorted(differing)}}
+
+
+def words(recipe: Recipe) -> str:
+    """The recipe as a command that names every knob which it sets."""
+    said = [f"funmatch {recipe.verb}"]
+    for name, value in recipe.knobs.items():
+        option = "--" + {"student": "model"}.get(name, name).replace("_", "-") if recipe.verb == "finetune" else ""
+        option = option or "--" + name.replace("_", "-")
+        values = value if isinstance(value, tuple) else (value,)
+        said.append(option if value is True else f"{option} {shlex.join(map(str, values))}")
+    return " ".join(said)
+
+
+DATA = {"pet37": "pet", "flowers102": "flowers", "food101": "food", "sun397": "sun"}
+"""Data sets of the paper, and what its own files call them."""
+TEACHER_TOP1 = {"flowers102": 97.82, "pet37": 91.03, "food101": 86.24, "sun397": 74.22}
+STUDENT = {"student": "resnetv2_50x1_bit", "side": 128, "eval_resize": 160}
+
+# data, name, epochs, lr, weight decay, temperature, top-1 of the student: table 4 of the paper
+ROWS = (
+    ("flowers102", "1000", 1_000, 3e-3, 1e-3, 10, 77.51),
+    ("flowers102", "fast", 10_000, 3e-3, 3e-4, 10, 92.83),
+    ("flowers102", "medium", 100_000, 1e-3, 1e-4, 1, 95.54),
+    ("flowers102", "long", 1_000_000, 3e-4, 1e-5, 1, 96.93),
+    ("pet37", "300", 300, 1e-2, 1e-5, 2, 82.75),
+    ("pet37", "fast", 1_000, 1e-2, 1e-3, 5, 88.01),
+    ("pet37", "medium", 3_000, 3e-3, 3e-4, 10, 90.08),
+    ("pet37", "10000", 10_000, 1e-3, 1e-4, 2, 90.98),
+    ("pet37", "long", 30_000, 3e-3, 1e-5, 2, 91.06),
+    ("food101", "fast", 100, 1e-2, 1e-3, 10, 83.29),
+    ("food101", "medium", 1_000, 1e-3, 3e-4, 10, 86.64),
+    ("food101", "long", 3_000, 1e-2, 1e-4, 5, 87.20),
+    ("sun397", "fast", 100, 1e-2, 1e-3, 10, 68.28),
+    ("sun397", "medium", 1_000, 3e-3, 1e-4, 10, 73.46),
+    ("sun397", "long", 3_000, 1e-2, 3e-5, 10, 74.26),
+)
+SPACE = {"lr": "3e-4,1e-3,3e-3,1e-2", "temperature": "1,2,5,10", "weight_decay": "1e-5,3e-5,1e-4,3e-4,1e-3"}
+"""The values that table 4 of the paper chose from."""
+
+
+def _small_data() -> Iterator[Recipe]:
+    """The paper's students of 128 pixels."""
+    for data, name, epochs, lr, decay, temperature, top1 in ROWS:
+        knobs = {
+            "data": (data,), "teacher": (f"bit:R152x2_T_{DATA[data]}128",), **STUDENT,
+            "out": Path(f"runs/{data}-{name}"), "epochs": float(epochs), "batch": 512, "lr": lr,
+            "weight_decay": decay, "temperature": float(temperature), "warmup_steps": 1500,
+        }  # fmt: skip
+        note = "The paper's own code says lr 0.001." if (data, name) == ("sun397", "medium") else ""
+        yield Recipe(f"{data}-{name}", "distill", knobs, top1, TEACHER_TOP1[data], note=note, space=SPACE)
+
+
+def _teachers() -> Iterator[Recipe]:
+    """The paper's teachers of 128 pixels, which BiT-HyperRule fine-tunes; and the earlier project's network so."""
+    for data, top1 in TEACHER_TOP1.items():
+        for name, network in ((f"teacher-{data}", "152x2"), (f"teacher-{data}-r101x3", "101x3")):
+            knobs = {
+                "data": (data,), "student": f"resnetv2_{network}_bit.goog_in21k", "side": 128, "resize": 160,
+                "out": Path(f"runs/{name}"), "batch": 512, "micro_batch": 64,
+            }  # fmt: skip
+            note = "In pieces of 64 pictures it fits 16 GB; --grad-checkpointing halves that again."
+            published = top1 if network == "152x2" else None
+            yield Recipe(name, "finetune", knobs, published, note=note, space={"lr": "log:3e-4..3e-2"})
+
+
+IMAGENET_TEACHER = "resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k"
+IMAGENET = {
+    "data": ("imagenet",), "batch": 4096, "lr": 0.03, "weight_decay": 3e-4, "temperature": 1.0, "warmup_steps": 5000,
+}  # fmt: skip
+# name, knobs, epochs to top-1 of the student on the validation pictures
+IMAGENET_ROWS = (
+    ("imagenet", {"side": 224, "eval_resize": 256}, {300: 80.30, 1200: 81.54, 4800: 82.18, 9600: 82.31}),
+    ("imagenet-s160", {"side": 160, "teacher_side": (224,)}, {300: 78.17, 1200: 79.61, 9600: 80.49}),
+    ("imagenet-t384",
+     {"side": 224, "eval_resize": 256, "teacher": (f"{IMAGENET_TEACHER}_384",), "teacher_side": (384,)},
+     {300: 80.46, 1200: 81.82, 4800: 82.33, 9600: 82.64}),
+    ("imagenet-two-teachers",
+     {"side": 224, "eval_resize": 256, "teacher": (IMAGENET_TEACHER, f"{IMAGENET_TEACHER}_384"),
+      "teacher_side": (224, 384), "combine": "mean-probabilities"},
+     {1200: 82.12, 4800: 82.71, 9600: 82.82}),
+    ("imagenet-mobilenet",
+     {"student": "funmatch.models.groupnorm:mobilenetv3_large_gn", "side": 224, "eval_resize": 256},
+     {300: 74.60, 1200: 76.31, 4800: 76.84, 9600: 76.97}),
+    ("imagenet-mobilenet-bn", {"student": "mobilenetv3_large_100", "side": 224, "eval_resize": 256}, {1200: 73.51}),
+)  # fmt: skip
+
+
+def _imagenet() -> Iterator[Recipe]:
+    for name, own, published in IMAGENET_ROWS:
+        for epochs, top1 in published.items():
+            knobs = {
+                **IMAGENET, "teacher": (IMAGENET_TEACHER,), "student": "resnetv2_50x1_bit", **own,
+                "epochs": float(epochs), "out": Path(f"runs/{name}-{epochs}"),
+            }  # fmt: skip
+            note = "The number of groups is not published; here 8 channels are one." if name.endswith("lenet") else ""
+            yield Recipe(f"{name}-{epochs}", "distill", knobs, top1, note=note, space=SPACE)
+
+
+# data, epochs, top-1 of the student, of the teacher: the earlier project's README
+EARLIER_ROWS = (
+    ("flowers102", 1000, 81.02, 98.18),
+    ("pet37", 300, 81.3, 90.92),
+    ("pet37", 1000, 86.0, 90.92),
+    ("food101", 100, 76.06, 85.52),
+)
+FAULTS = (
+    "Its settings without its faults: MixUp's partners were mirrored pairs, the loss lacked T², gradients were clipped "
+    "a variable at a time, and weight decay hung on neither the schedule nor the kind of variable."
+)
+
+
+def _earlier() -> Iterator[Recipe]:
+    """The runs of the TensorFlow project that this one succeeds."""
+    tops = {data: top for data, _, _, top in EARLIER_ROWS}
+    for data, top1 in tops.items():
+        knobs = {
+            "data": (data,), "student": "resnetv2_101x3_bit.goog_in21k", "side": 128, "crop": "squash", "resize": 160,
+            "eval_resize": 146, "out": Path(f"runs/tf-teacher-{data}"), "batch": 512, "micro_batch": 64, "lr": 8e-5,
+            "steps": 450, "warmup_steps": 0, "decay_steps": (200, 300, 400), "decay_factors": (0.1, 1e-3, 1e-4),
+            "mixup": 0.0, "eval_every": 10,
+        }  # fmt: skip
+        note = "Evaluated on the central 0.875 of the picture, squashed to 128 pixels. Its lr is 1e-5 a TPU core."
+        space = {"lr": "3e-3,1e-4,1e-5,5e-5"}
+        yield Recipe(f"tf-teacher-{data}", "finetune", knobs, top1, source=EARLIER, note=note, space=space)
+    for data, epochs, top1, teacher_top1 in EARLIER_ROWS:
+        knobs = {
+            "data": (data,), "teacher": (f"runs/tf-teacher-{data}",), **STUDENT, "eval_resize": 146,
+            "out": Path(f"runs/tf-{data}-{epochs}"), "epochs": float(epochs), "batch": 512, "lr": 0.01,
+            "weight_decay": 1e-5, "temperature": 2.0, "warmup_steps": 1500,
+        }  # fmt: skip
+        yield Recipe(f"tf-{data}-{epochs}", "distill", knobs, top1, teacher_top1, EARLIER, FAULTS, SPACE)
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for group in (_teachers, _small_data, _imagenet, _earlier) for recipe in group()
+}
