@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from funmatch import launch, recipes
+from funmatch import launch
 from funmatch.config import (
     TAUGHT,
     Data,
@@ -30,6 +30,7 @@ from funmatch.config import (
 )
 from funmatch.errors import InputError, told_elsewhere, unknown
 from funmatch.knobs import Knobs
+from funmatch.words import gathered, with_recipe
 
 TABLES: dict[str, type[Knobs]] = {
     "demo": Demo,
@@ -104,54 +105,6 @@ def parse(arguments: list[str]) -> Knobs:
     config = tyro.cli(table, prog=named, args=words, default=default, console_outputs=told)
     config.check()
     return config
-
-
-def with_recipe(words: list[str], table: type[Train]) -> tuple[list[str], Train | None]:
-    """The words without the name of a recipe, and the table that it gives when these words are said; None without one.
-
-    It is the first word, or the value of `--recipe`.
-    """
-    left, names = list(words), []
-    if left and not left[0].startswith("-"):
-        names.append(left.pop(0))
-    for number, word in enumerate(left):
-        if word == "--recipe" and number + 1 < len(left):
-            names.append(left[number + 1])
-        elif word.startswith("--recipe="):
-            names.append(word.partition("=")[2])
-    if not names:
-        return words, None
-    if len(set(names)) > 1:
-        raise InputError(f"two recipes are named, {' and '.join(names)}; a run follows one")
-    verb = next(verb for verb, each in TAUGHT.items() if each is table)
-    flags = {word.partition("=")[0] for word in left if word.startswith("--")}
-    said = {flag.removeprefix("--").replace("-", "_") for flag in flags}
-    said |= {"student"} if said & {"model"} else set()
-    open_knobs = dict.fromkeys(name for name, knob in table.model_fields.items() if knob.is_required())
-    closed = recipes.find(names[0], verb).over(dict.fromkeys(said))
-    return left, table.model_construct(**dict.fromkeys(open_knobs, tyro.MISSING) | closed)
-
-
-def gathered(words: list[str], table: type[Knobs]) -> list[str]:
-    """The words with `--teacher a … --teacher b` as `--teacher a b`, of which tyro would see the last alone."""
-    several = {name for name, knob in table.model_fields.items() if "tuple" in str(knob.annotation)}
-    parts: list[list[str]] = [[]]
-    first: dict[str, list[str]] = {}  # the part of each option that takes several values
-    for word in words:
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
-        if name not in several:
-            if word.startswith("--"):
-                parts.append([])
-            parts[-1].append(word)
-        elif name in first:
-            parts.append(first[name])  # values that follow go there
-            first[name] += [value] if equals else []
-        else:
-            first[name] = [flag, value] if equals else [flag]
-            parts.append(first[name])
-    each = {id(part): part for part in parts}  # a part that was met again stands where it stood first
-    return [word for part in each.values() for word in part]
 
 
 def _overview() -> str:

@@ -93,7 +93,7 @@ def matching(pattern: str) -> list[Recipe]:
 
 
 def facts(config: Train) -> dict[str, Any]:
-    """What a run's record says of its recipe: `overridden`, knob to what the recipe says; nothing without a recipe."""
+    """What a run's record says of its recipe: `overridden`, knob to (the recipe's value, its own); {} without one."""
     if config.recipe is None:
         return {}
     recipe = find(config.recipe)
@@ -101,7 +101,8 @@ def facts(config: Train) -> dict[str, Any]:
     left = {"epochs", "data", "eval_data"}  # not compared in a run that goes on, but part of a recipe
     names = type(config).model_fields.keys() - (UNCOMPARED - left) - MACHINE
     differing = {name for name in names if getattr(own, name) != getattr(config, name)}
-    return {"overridden": {name: own.model_dump(mode="json")[name] for name in sorted(differing)}}
+    values = own.model_dump(mode="json"), config.model_dump(mode="json")
+    return {"overridden": {name: [each[name] for each in values] for name in sorted(differing)}}
 
 
 def words(recipe: Recipe) -> str:

@@ -59,6 +59,10 @@ def run(config: Report) -> Path:
         columns=COLUMNS,
         teachers=[line for each in found for line in teachers(each)],
         teacher_columns=TEACHER_COLUMNS,
+        lead="Function matching" if distilled else "Taught by labels",
+        seen=[line for each in found for line in seen(each)],
+        seen_columns=SEEN_COLUMNS,
+        overridden=[line for each in found for line in overridden(each)],
         curves=curves(found),
         sheets=sheets,
         configs=[(each.folder.resolve().name, flat(each.config)) for each in found],
@@ -154,6 +158,43 @@ def teachers(run: runs.Run) -> list[list[str]]:
     return found
 
 
+SEEN_COLUMNS = ("run", "split", "pictures", "during the run", "at its end", "chosen by it")
+
+
+def seen(run: runs.Run) -> list[list[str]]:
+    """How often a run judged its student on each split, and whether anything was chosen by what came out."""
+    evaluations = [record["split"] for record in run.metrics.read() if record["event"] == "eval"]
+    result, knobs = run.result or {}, run.config["knobs"]
+    names = dict.fromkeys([*evaluations, *([result["split"]] if "split" in result else [])])
+    choices = ["the best checkpoint"]
+    choices += ["the student that was kept"] if knobs.get("keep") == "best" else []
+    choices += ["the end of the run"] if knobs.get("patience") else []
+    return [
+        [
+            run.folder.resolve().name,
+            name,
+            f"{run.config['facts']['pictures'].get(name, 0):,}",
+            str(evaluations.count(name)),
+            "once" if name == result.get("split") else "–",
+            ", ".join(choices) if name in evaluations and name != "test" else "nothing",
+        ]
+        for name in names
+    ]
+
+
+def overridden(run: runs.Run) -> list[list[str]]:
+    """What a run did otherwise than the recipe that it followed: knob, the recipe's value, its own."""
+    knobs, others = run.config["knobs"], run.config["facts"].get("overridden", {})
+    told = [(name, *map(_told, values)) for name, values in others.items()]
+    if knobs.get("recipe") and not told:
+        told = [("nothing", "–", "–")]
+    return [[run.folder.resolve().name, str(knobs.get("recipe")), *line] for line in told]
+
+
+def _told(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def curves(found: list[runs.Run]) -> list[tuple[str, str]]:
     """(heading, SVG) of accuracy, loss, learning rate and throughput against the step."""
     panels = [
@@ -239,9 +280,7 @@ def views_sheet(run: runs.Run, step: int) -> dict[str, Any] | None:
 def flat(config: dict[str, Any]) -> list[tuple[str, str]]:
     """A run's configuration as (name, value) for reading."""
     values = {"verb": config["verb"], **config["knobs"], **{f"facts: {k}": v for k, v in config["facts"].items()}}
-    return [
-        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for name, value in values.items()
-    ]
+    return [(name, _told(value)) for name, value in values.items()]
 
 
 def _several(names: str | list[str] | None) -> list[str]:

@@ -67,7 +67,7 @@ LAYERS = [
         "tasks.estimate",
     ],
     ["report", "sheet"],
-    ["demo", "api", "cli", "__main__", "__init__"],
+    ["demo", "api", "words", "cli", "__main__", "__init__"],
 ]
 ORDER = {
     f"funmatch.{name}".removesuffix(".__init__"): i for i, name in enumerate(name for layer in LAYERS for name in layer)
@@ -121,7 +121,7 @@ def test_math_knows_no_device_no_logger_and_no_file():
 def test_no_room_is_too_big(path):
     source = path.read_text()
     # A table of data may be longer: `config` has every knob of the program on one page.
-    assert source.count("\n") <= (450 if module_of(path) == "funmatch.config" else 300), f"{path} is too long"
+    assert source.count("\n") <= (600 if module_of(path) == "funmatch.config" else 300), f"{path} is too long"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 50, f"{path}:{node.lineno} {node.name} is over 50 lines"

@@ -132,7 +132,7 @@ def test_a_run_that_another_process_holds_is_told_once(tmp_path):
 
 def test_other_verbs_are_for_one_process():
     said = ended(start("-m", "funmatch", "models", world=2), 2)
-    assert "".join(said) == "funmatch: models is work for one process; several can share: train, distill\n"
+    assert "".join(said) == "funmatch: models is work for one process; several can share: train, finetune, distill\n"
 
 
 def test_alone_nobody_is_asked(monkeypatch):

@@ -179,6 +179,7 @@ def freeze_until(student: Classifier, name: str) -> None:
     student.still = tuple(each for each in order[: order.index(name)] if each not in parents)
     if not any(parameter.requires_grad for parameter in student.net.parameters()):
         raise InputError(f"nothing is left to teach with --freeze-until {name}")
+    student.train(student.training)  # lets `still` count from the first step on
 
 
 def _give_up_on_an_unreachable_hub() -> None:
