@@ -29,9 +29,8 @@ def written(result: Mapping[str, Any]) -> Path:
     if not path.is_file() or path.stat().st_mtime < source.stat().st_mtime:
         write_atomically(path, page(result, json.loads((folder / "study.json").read_text())))
     if result["best"] is None:
-        why = {trial["error"] for trial in result["trials"] if trial["error"]}
-        told = "; ".join(sorted(why)[:3])
-        raise Fruitless(f"all {len(result['trials'])} trials failed or were given up: {told} (see {path})")
+        why = next((trial["error"] for trial in result["trials"] if trial["error"]), "none came to its end")
+        raise Fruitless(f"all {len(result['trials'])} trials failed, the first so: {why}; {path} has them all")
     report.of_finished(Path(result["best_run"]))
     return path
 

@@ -31,6 +31,10 @@ PATIENCE_SECONDS = 20.0
 """For which a storage may be locked by another process."""
 
 
+BEGINS = b'{"op_code"'
+"""Of a journal."""
+
+
 class Lock:
     """Holds the journal while something is added. The operating system ends it with the process, however that ends."""
 
@@ -121,12 +125,7 @@ def storage_at(place: str) -> BaseStorage:
 
 
 def check_reachable(place: str) -> None:
-    """Raises `InputError` unless the database of a URL answers, before anything is written anywhere."""
-    if not is_url(place):
-        folder = Path(place).parent
-        if Path(place).is_dir() or not folder.is_dir():
-            raise InputError(f"cannot keep a journal at {place}: {'it' if Path(place).is_dir() else folder} is no file")
-        return
+    """Raises `InputError` unless a database answers, before anything is written anywhere."""
     try:
         create_engine(place, connect_args=_patience(place), poolclass=NullPool).connect().close()
     except ImportError as error:
@@ -148,6 +147,11 @@ def _no_driver(place: str, error: ImportError) -> str:
 
 
 def _journal(path: Path) -> JournalStorage:
+    if path.is_file():
+        with open(path, "rb") as file:
+            found = file.read(len(BEGINS))
+        if not BEGINS.startswith(found):
+            raise InputError(f"{path} is no journal of Optuna; choose another --storage")
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=Lock(path)))  # pyrefly: ignore
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -61,16 +61,15 @@ def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
             raise
         raise InputError("funmatch tune needs Optuna: pip install 'funmatch[tune]'") from None
     asked = search.asked(config)
+    if result := verdict.finished(asked):
+        search.begun(asked.folder, search.record_of(asked, studies.shown(asked.place)))
+        say(f"{asked.folder} is finished after {len(result['trials'])} trials; nothing to do")
+        return result
     with studies.at_work(asked.place):
         study = opened(asked)
-        result = verdict.finished(asked)
-        if result is None:
-            work(study, asked, given or {})
-            with exclusively(asked.folder / ".end"):
-                result = verdict.finished(asked) or verdict.ended(study, asked, given or {})
-        else:
-            say(f"{asked.folder} is finished after {len(result['trials'])} trials; nothing to do")
-    return result
+        work(study, asked, given or {})
+        with exclusively(asked.folder / ".end"):
+            return verdict.finished(asked) or verdict.ended(study, asked, given or {})
 
 
 def opened(asked: Asked) -> "optuna.Study":
@@ -90,11 +89,11 @@ def opened(asked: Asked) -> "optuna.Study":
         studies.check_reachable(asked.place)
     with alone(asked.folder):
         record = search.begun(asked.folder, search.record_of(asked, studies.shown(asked.place)))
-        storage = studies.storage_at(asked.place)
-        study = optuna.create_study(
-            storage=storage, sampler=chooser, pruner=pruner, study_name=asked.name, direction="maximize",
-            load_if_exists=True,
-        )  # fmt: skip
+        storage, parts = studies.storage_at(asked.place), {"sampler": chooser, "pruner": pruner}
+        try:
+            study = optuna.load_study(study_name=asked.name, storage=storage, **parts)
+        except KeyError:
+            study = optuna.create_study(storage=storage, study_name=asked.name, direction="maximize", **parts)
         known = study.user_attrs.get("id")
         if known is None and not study.get_trials(deepcopy=False):
             study.set_user_attr("id", record["id"])

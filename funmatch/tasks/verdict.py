@@ -59,8 +59,9 @@ def ended(study: "optuna.Study", asked: Asked, given: Modules) -> dict[str, Any]
     }
     result |= tested(asked, best, given)
     result["seen"] = seen(asked, len(rows))
-    write_atomically(asked.folder / "result.json", json.dumps(runs.finite(result), indent=2))
-    return result
+    text = json.dumps(runs.finite(result), indent=2)
+    write_atomically(asked.folder / "result.json", text)
+    return json.loads(text)
 
 
 def row(frozen: Any, asked: Asked) -> dict[str, Any]:
