@@ -459,6 +459,8 @@ class Import(Knobs):
 
     def problems(self) -> list[str]:
         found = outside(self, {"side": 1}, {"side": 10**4})
+        if not self.model.removeprefix("savedmodel:"):
+            found.append("model is empty; name a folder of a SavedModel, or any model")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             found.append(f"crop_fraction must lie in (0, 1], got {self.crop_fraction}")
         return found

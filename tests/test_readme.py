@@ -50,6 +50,10 @@ def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmat
     small = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
     np.savez(tmp_path / "bit.npz", **as_second_layout(random_bit(50, 1)))
     swaps = {
+        "recipes pet37-fast": "recipes flowers102-fast --no-measure",
+        "distill pet37-fast": "recipes sun397-fast --no-measure",
+        "resnetv2_101x1_bit.goog_in21k": "resnet10t --model-kwargs channels=8,8,16,16 stem_width=8 --steps 2",
+        "--teacher runs/teacher": "--teacher runs/teacher --allow-weak-teacher",
         "pets_teacher_savedmodel": f"{tmp_path}/bit.npz",
         "--teacher runs/a --teacher runs/b": "--teacher runs/labels --teacher runs/labels --allow-weak-teacher",
         "--teacher-side 224 384": "--teacher-side 32 48",
@@ -65,7 +69,8 @@ def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmat
         "--allow-weak-teacher",
         "--teacher-weights teacher.safetensors": f"--teacher-weights {tmp_path}/runs/labels/student/model.safetensors",
     }
-    ordered = sorted(COMMANDS, key=lambda line: "funmatch train" not in line)  # the teacher's weights come from there
+    # What teachers are made by comes first.
+    ordered = sorted(COMMANDS, key=lambda line: not line.startswith(("funmatch train", "funmatch finetune")))
     for command in ordered:
         for old, new in swaps.items():
             command = command.replace(old, new)

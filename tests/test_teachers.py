@@ -1,10 +1,12 @@
 """Several teachers, at their own sides, with their own classes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import paint
 from test_tasks import MINI, TEACHER, TINY, records
 
 import funmatch
@@ -13,7 +15,7 @@ from funmatch.data.cache import open_cache
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.models.classes import match, picked, read_map
-from funmatch.models.classifier import Card, Classifier
+from funmatch.models.classifier import Card, Classifier, save
 from funmatch.models.frozen import Frozen
 from funmatch.models.teachers import Member, Teachers, mean_logits, mean_probabilities
 
@@ -228,3 +230,41 @@ def test_teachers_with_the_same_classes_in_another_order(tmp_path):
         funmatch.distill(out=tmp_path / "run", teacher=[first, second], **knobs)
     run = funmatch.distill(out=tmp_path / "run", teacher=[classifier(classes=3, seed=2), second], **knobs)
     assert funmatch.load(run.folder).card.classes == ("c", "b", "a")
+
+
+def test_teachers_that_know_their_classes_are_held_against_each_other(tmp_path):
+    own = funmatch.load("fashion-mini-teacher")
+    names = own.card.classes
+    assert names
+    folders = {"silent": None, "named": names, "reversed": names[::-1]}
+    for name, classes in folders.items():
+        (tmp_path / name).mkdir()
+        card = replace(own.card, classes=classes)
+        save(funmatch.load("fashion-mini-teacher"), tmp_path / name, card=card, about={})
+    for i in range(4):
+        paint(tmp_path / "pictures" / f"{i}.png", i)
+    knobs = {"student": "fashion-mini-student", "steps": 1, "batch": 4}
+    teachers = [tmp_path / name for name in folders]
+    with pytest.raises(funmatch.InputError, match="not the same in order"):
+        funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", **knobs)
+    funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", trust_class_order=True, **knobs)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ['{"precision": ["fp32"]}', '{"layout": 3}', '{"compiled": true}', '{"precision": "fp64"}', "[]", "folder"],
+)
+def test_a_damaged_record_of_a_form_counts_for_nothing(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    knobs = {"data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
+    knobs |= {"steps": 1, "batch": 4}
+    funmatch.distill(out=tmp_path / "a", **knobs)
+    (record,) = (tmp_path / "cache" / "forms").iterdir()
+    if damage == "folder":
+        record.unlink()
+        record.mkdir()
+    else:
+        record.write_text(damage)
+    funmatch.distill(out=tmp_path / "b", **knobs)
+    forms = [json.loads((tmp_path / run / "config.json").read_text())["facts"]["teacher_forms"] for run in "ab"]
+    assert forms[0][0]["form"] == forms[1][0]["form"]

@@ -45,6 +45,12 @@ class Form:
         words = [self.precision, self.layout.replace("_", " ")]
         return ", ".join([*(["folded"] if self.folded else []), *words, *(["compiled"] if self.compiled else [])])
 
+    def fits(self, precisions: tuple[str, ...], *, compiled: bool) -> bool:
+        """Whether this is a form at all, and one that is allowed: a record of it may have been damaged."""
+        flags = isinstance(self.folded, bool) and isinstance(self.compiled, bool)
+        words = isinstance(self.precision, str) and isinstance(self.layout, str)
+        return flags and words and self.precision in precisions and self.layout in LAYOUTS and self.compiled <= compiled
+
 
 PLAIN = Form(folded=False)
 

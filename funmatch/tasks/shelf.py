@@ -125,7 +125,7 @@ def matching(pattern: str) -> list[str]:
     tagged = "." in pattern
     everything = [*GROUPS, *(timm.list_pretrained() if tagged else timm.list_models())]
     wide = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
-    names = [name for name in everything if fnmatch(name, wide)]
+    names = [name for name in everything if fnmatch(name.lower(), wide.lower())]
     if not names:
         raise unknown("model", pattern, everything)
     return names
@@ -141,9 +141,11 @@ def _entry(name: str, side: int | None) -> dict[str, Any]:
     else:
         architecture = f"resnetv2_{name[5:].split('_')[0]}_bit" if paper else known(name, name)
         kwargs: dict[str, Any] = {"num_classes": paper[1]} if paper else {}
-        if side and net_config(architecture).get("fixed_input_size"):
-            kwargs["img_size"] = side
-        net = create_empty(architecture, kwargs)
+        fixed = {"img_size": side} if side and net_config(architecture).get("fixed_input_size") else {}
+        try:
+            net = create_empty(architecture, kwargs | fixed)
+        except InputError:  # its arithmetic at this side is then not counted
+            net = create_empty(architecture, kwargs)
         cfg: dict[str, Any] = vars(net)["pretrained_cfg"]
         wanted, classes = paper[0] if paper else cfg["input_size"][-1], vars(net)["num_classes"]
     return {

@@ -106,19 +106,25 @@ def call(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modu
             digest += "-" + hashlib.blake2b(json.dumps(picks).encode(), digest_size=8).hexdigest()
         seen = own or side or 0
         found.append(Called(make, classifier, digest, picks, seen, share / sum(shares)))
-    for other in found[1:]:
-        if other.answered != found[0].answered:
+    _agree(found, trust_order=config.trust_class_order)
+    return found
+
+
+def _agree(called: Sequence[Called], *, trust_order: bool) -> None:
+    """Raises `InputError` unless all teachers are asked the same classes, as far as they know their names."""
+    named = [one for one in called if one.classifier.card.classes and not one.picks]
+    for other in called[1:]:
+        if other.answered != called[0].answered:
             raise InputError(
-                f"the teachers' classes clash: {found[0].name} answers {found[0].answered}, {other.name} "
+                f"the teachers' classes clash: {called[0].name} answers {called[0].answered}, {other.name} "
                 f"{other.answered}; say by --classes which of their classes are asked"
             )
-        names = found[0].classifier.card.classes, other.classifier.card.classes
-        if all(names) and names[0] != names[1] and not (other.picks or config.trust_class_order):
+    for other in named[1:]:
+        if other.classifier.card.classes != named[0].classifier.card.classes and not trust_order:
             raise InputError(
-                f"the classes of {found[0].name} and {other.name} are not the same in order; say --classes same-names "
+                f"the classes of {named[0].name} and {other.name} are not the same in order; say --classes same-names "
                 "or --classes map.json, or --trust-class-order if only the names differ"
             )
-    return found
 
 
 def plainly(called: Sequence[Called], combine: str) -> Teachers:
@@ -157,7 +163,8 @@ def in_best_form(
 def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
     precisions = devices.teacher_precisions(config.teacher_precision, shown.device)
     place = cache_home() / "forms" / f"{_machine(one, shown, config, precisions)}.json"
-    frozen, tried = freeze(one.make, shown, Wish(precisions, config.compile_teacher, _known_form(place)))
+    known = _known_form(place, precisions, config)
+    frozen, tried = freeze(one.make, shown, Wish(precisions, config.compile_teacher, known))
     for check in tried[:-1]:
         say(f"teacher {one.name} is not computed as {check}")
     taken = tried[-1]
@@ -165,8 +172,11 @@ def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[s
         say(f"WARNING: teacher {one.name} is computed as told, though it is not the same: {taken}")
     else:
         say(f"teacher {one.name} is computed as {taken}")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(place, json.dumps(asdict(taken.form)))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, json.dumps(asdict(taken.form)))
+    except OSError as error:
+        say(f"the next run will measure this teacher again: {place.parent} cannot be written ({error.strerror})")
     return frozen, {
         "form": asdict(taken.form),
         "beside_fp32": {"kl": taken.kl, "agreement": taken.agreement, "pictures": taken.pictures},
@@ -179,12 +189,14 @@ def _machine(one: Called, shown: Tensor, config: Distill, precisions: tuple[str,
     return hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()
 
 
-def _known_form(place: Path) -> Form | None:
+def _known_form(place: Path, precisions: tuple[str, ...], config: Distill) -> Form | None:
     """The form that was taken on this machine before: so that two runs alike are computed alike."""
     try:
-        return Form(**json.loads(place.read_text()))
+        form = Form(**json.loads(place.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+    allowed = precisions if len(precisions) == 1 else ("fp32", *precisions)
+    return form if form.fits(allowed, compiled=config.compile_teacher) else None
 
 
 def answers(teachers: Teachers, split: CachedSplit, view: judging.View) -> tuple[Tensor, list[Tensor]]:
