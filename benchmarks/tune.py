@@ -4,8 +4,8 @@
 
 Distils the embedded student from the embedded teacher, learning rate × temperature × weight decay at random, trial 0
 being the defaults. Measured: the best trial beside trial 0; the time of one worker and of two, each held to a core of
-its own with one thread; what of the time lies outside the trials, in a process that has imported everything; and the final
-table of one that was killed (SIGKILL) five times at random beside that of one that was not.
+its own with one thread; what of the time lies outside the trials, in a process that has imported everything; and the
+final table of one that was killed (SIGKILL) five times at random beside that of one that was not.
 """
 
 import argparse
