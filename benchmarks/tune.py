@@ -4,8 +4,9 @@
 
 Distils the embedded student from the embedded teacher, learning rate × temperature × weight decay at random, trial 0
 being the defaults. Measured: the best trial beside trial 0; the time of one worker and of two, each held to a core of
-its own with one thread; what of the time lies outside the trials, in a process that has imported everything; and the
-final table of one that was killed (SIGKILL) five times at random beside that of one that was not.
+its own with one thread, by the clock and in CPU seconds (which a busy machine disturbs less); what of the time lies
+outside the trials, in a process that has imported everything; and the final table of one that was killed (SIGKILL) five
+times at random beside that of one that was not.
 """
 
 import argparse
@@ -52,12 +53,16 @@ def lengths(options: argparse.Namespace) -> dict[str, int]:
     return {"steps": options.steps, "eval_every": max(1, options.steps // 5), "save_every": max(1, options.steps // 5)}
 
 
-def seconds(workers: Sequence[subprocess.Popen], began: float) -> float:
-    """Since the beginning, when all workers have ended well."""
+def seconds(workers: Sequence[subprocess.Popen], began: float) -> tuple[float, float]:
+    """(since the beginning, of computing by the worker that computed most) when all workers have ended well."""
+    computed = []
     for worker in workers:
-        if worker.wait():
+        _, status, usage = os.wait4(worker.pid, 0)
+        worker.returncode = os.waitstatus_to_exitcode(status)
+        if worker.returncode:
             sys.exit(f"a worker ended with {worker.returncode}; see its log")
-    return time.monotonic() - began
+        computed.append(usage.ru_utime + usage.ru_stime)
+    return time.monotonic() - began, max(computed)
 
 
 def table(out: Path) -> dict[str, Any]:
@@ -99,9 +104,9 @@ def main() -> None:
     out = options.out or Path(tempfile.mkdtemp(prefix="funmatch-tune-"))
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    one = seconds([started(out / "one", options, 0)], began)
+    one, one_computed = seconds([started(out / "one", options, 0)], began)
     began = time.monotonic()
-    two = seconds([started(out / "two", options, core) for core in (0, 1)], began)
+    two, two_computed = seconds([started(out / "two", options, core) for core in (0, 1)], began)
     dice, workers, began = (
         random.Random(0),
         [started(out / "killed", options, core) for core in (0, 1)],
@@ -113,7 +118,7 @@ def main() -> None:
         workers[core].kill()
         workers[core].wait()
         workers[core] = started(out / "killed", options, core)
-    killed = seconds(workers, began)
+    killed, _ = seconds(workers, began)
     inside, whole = outside(out, options)
     result = table(out / "one")
     versions = f"torch {torch.__version__}, optuna {optuna.__version__}, Python {platform.python_version()}"
@@ -122,6 +127,8 @@ def main() -> None:
         "best": {name: result[name] for name in ("best", "value", "spread", "knobs", "test")},
         "as_said": {name: result["trials"][0][name] for name in ("value", "spread", "knobs")},
         "one_worker_seconds": round(one, 1), "two_workers_seconds": round(two, 1), "ratio": round(two / one, 3),
+        "one_worker_cpu_seconds": round(one_computed, 1), "busier_of_two_cpu_seconds": round(two_computed, 1),
+        "cpu_ratio": round(two_computed / one_computed, 3),
         "same_with_two": table(out / "two") == result,
         "killed_seconds": round(killed, 1), "same_when_killed": table(out / "killed") == result,
         "trials_seconds": round(inside, 2), "search_seconds": round(whole, 2),
