@@ -2,14 +2,26 @@
 
 from typing import TYPE_CHECKING, Any
 
-from funmatch.api import Outcome, distill, evaluate, finetune, load, recipe, train
+from funmatch.api import Outcome, distill, evaluate, finetune, load, prepare, recipe, train
 from funmatch.errors import InputError
 
 if TYPE_CHECKING:
     from funmatch.models.classifier import Card, Classifier
 
 __version__ = "0.1.0"
-__all__ = ["Card", "Classifier", "InputError", "Outcome", "distill", "evaluate", "finetune", "load", "recipe", "train"]
+__all__ = [
+    "Card",
+    "Classifier",
+    "InputError",
+    "Outcome",
+    "distill",
+    "evaluate",
+    "finetune",
+    "load",
+    "prepare",
+    "recipe",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

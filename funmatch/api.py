@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from funmatch.config import Distill, Evaluate, Finetune, Train
+from funmatch.config import Distill, Evaluate, Finetune, Prepare, Train
 from funmatch.errors import InputError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
@@ -105,6 +105,17 @@ def recipe(name: str, **knobs: Any) -> Outcome:
         named = tuple(_named(each, given) for each in several)
         knobs[knob] = named if knob == "teacher" else named[0]
     return _carried_out(import_module(f"funmatch.tasks.{chosen.verb}"), chosen.table(**knobs), given)
+
+
+def prepare(data: Pictures, **knobs: Any) -> dict[str, Any]:
+    """Fetches, checks and decodes pictures, or writes them as shards; knobs of `funmatch.config.Prepare`.
+
+    Returns:
+        `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and of shards `shards`, their paths.
+    """
+    from funmatch.tasks import prepare as task
+
+    return task.run(Prepare.checked(data=data, **knobs))
 
 
 def evaluate(model: Model, **knobs: Any) -> dict[str, Any]:
