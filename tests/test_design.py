@@ -67,7 +67,7 @@ LAYERS = [
         "tasks.estimate",
     ],
     ["report", "sheet"],
-    ["demo", "api", "words", "cli", "__main__", "__init__"],
+    ["demo", "notebook", "api", "words", "cli", "__main__", "__init__"],
 ]
 ORDER = {
     f"funmatch.{name}".removesuffix(".__init__"): i for i, name in enumerate(name for layer in LAYERS for name in layer)
