@@ -1,5 +1,6 @@
 """The frozen teacher: the same function, computed in whatever form is the fastest that is as good."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -253,7 +254,8 @@ def test_a_head_that_folding_joins_with_its_norm():
     torch.manual_seed(0)
     model = load("levit_128s", classes=5)
     views = torch.rand(2, 3, 224, 224)
-    wanted = Frozen(model)(views)
+    # A copy, since an older timm keeps what it computed in fp32 for the next time.
+    wanted = Frozen(copy.deepcopy(model))(views)
     model = Frozen(model, Form(precision="bf16"))
     assert (model(views) - wanted).abs().max() < 0.1 * wanted.abs().max() + 0.05
 

@@ -182,7 +182,8 @@ print("good")
 
 
 def test_statistics_and_gradients_are_those_of_the_global_batch():
-    assert ended(start("-c", TOGETHER, world=2)) == ["good\n"] * 2
+    said = ended(start("-c", TOGETHER, world=2))
+    assert [each.splitlines()[0] for each in said] == ["good"] * 2, "an older torch may add a remark of its own"
 
 
 DOUBLE = """

@@ -69,7 +69,8 @@ def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmat
         "--allow-weak-teacher",
         "--teacher-weights teacher.safetensors": f"--teacher-weights {tmp_path}/runs/labels/student/model.safetensors",
     }
-    ordered = sorted(COMMANDS, key=lambda line: not line.startswith(("funmatch train", "funmatch finetune")))  # the teacher's weights come from there
+    # What teachers are made by comes first.
+    ordered = sorted(COMMANDS, key=lambda line: not line.startswith(("funmatch train", "funmatch finetune")))
     for command in ordered:
         for old, new in swaps.items():
             command = command.replace(old, new)
