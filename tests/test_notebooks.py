@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import runpy
 import shutil
 import time
@@ -13,11 +14,12 @@ import pytest
 import timm
 from nbclient import NotebookClient
 from safetensors.torch import save_file
-from test_catalog import pets
+from test_catalog import flowers, food, pets
 
 import funmatch
 from funmatch import notebook
 from funmatch.errors import InputError
+from funmatch.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 TEXTS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -117,6 +119,30 @@ def test_the_story_twice(tmp_path, monkeypatch):
         assert "Warning" not in first[name] + second[name], name
     assert "nothing to do" in second["02_finetune_teacher"]
     assert "nothing to do" in second["04_distill"]
+
+
+@pytest.mark.parametrize(("data", "make"), [("flowers102", flowers), ("food101", food)])
+def test_the_switch(data, make, tmp_path, monkeypatch):
+    """The cells of all notebooks for another data set, without a kernel."""
+    monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "data")
+    for text in TEXTS:
+        names: dict[str, object] = {}
+        for cell in code_cells(text):
+            if not cell.source.startswith("%"):
+                exec(cell.source, names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= SETTINGS[text.stem] | {"DATA": data}
+    assert {f"tf-teacher-{data}", names["STUDENTS"][data]} <= {path.name for path in (tmp_path / "runs").iterdir()}
+
+
+def test_every_recipe_that_is_named_exists():
+    for text in TEXTS:
+        source = text.read_text()
+        named = set(re.findall(r'"((?:tf-)?teacher-[^"]*)"', source))
+        assert {name.format(data) for name in named for data in ("pet37", "flowers102", "food101")} <= RECIPES.keys()
+        assert set(re.findall(r'"(tf-\w+-\d+)"', source)) <= RECIPES.keys()
 
 
 @pytest.fixture(name="hosts")
