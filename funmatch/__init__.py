@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from funmatch.api import Outcome, distill, evaluate, finetune, load, prepare, recipe, train
+from funmatch.api import Outcome, Tuned, distill, evaluate, finetune, load, prepare, recipe, train, tune
 from funmatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -10,18 +10,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Card",
-    "Classifier",
-    "InputError",
-    "Outcome",
-    "distill",
-    "evaluate",
-    "finetune",
-    "load",
-    "prepare",
-    "recipe",
-    "train",
-]
+    "Card", "Classifier", "InputError", "Outcome", "Tuned", "distill", "evaluate", "finetune", "load", "prepare",
+    "recipe", "train", "tune",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

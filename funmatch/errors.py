@@ -14,6 +14,10 @@ class InputError(ValueError):
         return [f"funmatch: {self}"]
 
 
+class Fruitless(Exception):
+    """The work was done, and nothing came of it. The command line prints it alone and exits with code 1."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> InputError:
     """An `InputError` for a name that is not known, with the near ones.
 

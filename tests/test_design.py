@@ -65,8 +65,13 @@ LAYERS = [
         "tasks.prepare",
         "tasks.shelf",
         "tasks.estimate",
+        "tasks.spaces",
+        "tasks.search",
+        "tasks.studies",
+        "tasks.verdict",
+        "tasks.tune",
     ],
-    ["report", "sheet"],
+    ["report", "plots", "study", "sheet"],
     ["demo", "notebook", "api", "words", "cli", "__main__", "__init__"],
 ]
 ORDER = {

@@ -2,7 +2,8 @@
 
 import copy
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ LR = 3e-3
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What a search asks of a run: to leave the test pictures alone, and to say how it goes.
+
+    Attributes:
+        told: called with the step and the score of each evaluation; what it raises ends the run.
+    """
+
+    told: Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
 class Lesson:
     """A run that is ready to begin, but for its loss.
 
@@ -49,6 +61,7 @@ class Lesson:
         facts: what is recorded of the teachers: `teacher` (their digest) and `teacher_forms`.
         beginning: digest of the student's first weights, where they are not drawn from the seed; else None.
         other_sides: of the views that teachers see beside the student's, pixels.
+        trial: what a search asks of this run, or None.
     """
 
     verb: str
@@ -62,6 +75,7 @@ class Lesson:
     facts: dict[str, Any] = field(default_factory=dict)
     beginning: str | None = None
     other_sides: tuple[int, ...] = ()
+    trial: Trial | None = None
 
     @property
     def loader(self) -> Loader:
@@ -119,14 +133,16 @@ def _named_in_full(name: str) -> str:
     return f"{prefix.replace('local-dir:', '')}{path.resolve()}"
 
 
-def open_data(config: Train) -> Cache:
-    """The decoded pictures that a run asks for, a training split among them."""
+def open_data(config: Train, trial: Trial | None = None) -> Cache:
+    """The decoded pictures that a run asks for, a training split among them; without a test split for a trial."""
     runs.check_place(config.out)
     cache = devices.in_turn(lambda: pictures.of_run(config))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())
     say(f"{cache.name}: {counts}; {cache.way} in {cache.folder}")
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
+    if trial:
+        return replace(cache, splits={name: split for name, split in cache.splits.items() if name != "test"})
     return cache
 
 
@@ -138,6 +154,7 @@ def prepare(
     classes: int,
     given: Modules | None = None,
     asked: Train | None = None,
+    trial: Trial | None = None,
 ) -> Lesson:
     """Builds the student and closes every default that was left open.
 
@@ -145,6 +162,7 @@ def prepare(
         classes: that the student answers.
         given: modules from Python, by the names that stand for them.
         asked: the configuration as a person gave it, if `config` is no longer that.
+        trial: what a search asks of the run, if it is part of one.
     """
     device, world = devices.pick(config.device), launch.world()
     if config.batch % world:
@@ -165,7 +183,8 @@ def prepare(
     squash = config.crop == "squash"
     view = judging.View(config.side, config.eval_resize, config.batch // world, device, config.precision, squash)
     student = _alike(student.to(device), device)
-    return Lesson(verb, config, cache, student, view, course_of(config, device), facts=facts, beginning=beginning)
+    course = course_of(config, device)
+    return Lesson(verb, config, cache, student, view, course, facts=facts, beginning=beginning, trial=trial)
 
 
 def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modules) -> Classifier:
