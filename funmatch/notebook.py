@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from funmatch import report, runs, sheet
+from funmatch import plots, report, runs, sheet, study
 from funmatch.config import Data, Evaluate, Recipes
 from funmatch.data import catalog
 from funmatch.errors import InputError
@@ -230,11 +230,30 @@ def figures(*folders: Path) -> Shown:
 def curves(*folders: Path) -> Shown:
     """Accuracy, loss, learning rate and throughput of runs against the step, as far as they are."""
     panels = report.curves([runs.find(folder) for folder in folders])
+    return Shown(_panels(panels), f"curves of {', '.join(folder.name for folder in folders)}")
+
+
+def searched(folder: Path) -> Shown:
+    """What came of a search: its trials, the figures of the best one, plots, and how often which split was seen."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except OSError:
+        words = f"{folder} is not finished, so nothing is chosen yet: run this notebook again to go on"
+        return Shown(f"<p>{escape(words)}</p>", words)
+    columns, rows = study.columns(result), study.trial_rows(result)
+    best = [[name, value, spread] for name, value, spread in study.figures(result)]
+    seen = _table(["split", "during the runs", "at the end", "chosen by it"], study.seen(result))
+    html = _table(columns, rows) + _table(["the best trial", "", "spread"], best) + seen + _panels(plots.of(result))
+    command = f"<p>The best one again, in full:</p><pre>{escape(result['command'] or '–')}</pre>"
+    return Shown(html + command, _text(columns, rows))
+
+
+def _panels(panels: list[tuple[str, str]]) -> str:
+    """Plots, (heading, SVG), beside one another where there is room."""
     each = "".join(
         f"<figure style='margin:0'><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in panels
     )
-    html = f"<div style='display:grid;grid-template-columns:repeat(auto-fit,minmax(26em,1fr));gap:1em'>{each}</div>"
-    return Shown(html, f"curves of {', '.join(folder.name for folder in folders)}")
+    return f"<div style='display:grid;grid-template-columns:repeat(auto-fit,minmax(26em,1fr));gap:1em'>{each}</div>"
 
 
 def views(folder: Path, step: int = 0) -> Shown:

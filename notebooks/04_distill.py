@@ -24,7 +24,7 @@
 
 # %% tags=["parameters"]
 DATA = "pet37"  # or "flowers102", "food101"
-TEACHER = "tf-teacher-{}"  # a run of notebook 2, or a search of notebook 3: "tune-{}"
+TEACHER = "tf-teacher-{}"  # a run of notebook 2, or the search of notebook 3: "tune-teacher-{}"
 STUDENTS = {"pet37": "tf-pet37-300", "flowers102": "tf-flowers102-1000", "food101": "tf-food101-100"}
 KNOBS = {}  # what is said beside the recipe, e.g. {"epochs": 1000, "micro_batch": 128}
 MEASURE = True  # how many hours it takes here, which takes some seconds

@@ -23,7 +23,7 @@ from funmatch.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 TEXTS = sorted((ROOT / "notebooks").glob("*.py"))
-NAMES = ["01_prepare_data", "02_finetune_teacher", "04_distill"]
+NAMES = ["01_prepare_data", "02_finetune_teacher", "03_tune_teacher", "04_distill"]
 LOGIC = (
     ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While, ast.If, ast.IfExp, ast.Try,
     ast.comprehension, ast.Match,
@@ -65,6 +65,7 @@ TAUGHT = {**MODEL, **SMALL, "resize": 40, "steps": 4, "decay_steps": [2], "eval_
 SETTINGS = {
     "01_prepare_data": {"SIDE": 32, "SHARD_SIZE": 8},
     "02_finetune_teacher": {"KNOBS": TAUGHT, "MEASURE": False},
+    "03_tune_teacher": {"KNOBS": {**TAUGHT, "steps": 8}, "TRIALS": 2, "PATIENCE": 2},
     "04_distill": {"KNOBS": {**MODEL, **SMALL, "steps": 4, "allow_weak_teacher": True}, "MEASURE": False},
 }
 
@@ -90,8 +91,9 @@ def told(whole: nbformat.NotebookNode) -> str:
 
 
 def written(folder: Path) -> dict[str, int]:
-    """When each file was written, but for the names of classes beside shards, which are written each time."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "class.labels.txt"]
+    """When each file was written, but for those that are written each time: class names, and a search's journal."""
+    each_time = ("class.labels.txt", "journal.log")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in each_time]
     return {str(path): path.stat().st_mtime_ns for path in files}
 
 
