@@ -123,6 +123,7 @@ def test_the_story_twice(tmp_path, monkeypatch):
     assert "nothing to do" in second["04_distill"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "make"), [("flowers102", flowers), ("food101", food)])
 def test_the_switch(data, make, tmp_path, monkeypatch):
     """The cells of all notebooks for another data set, without a kernel."""
