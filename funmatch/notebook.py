@@ -190,16 +190,21 @@ def _steps(folder: Path) -> int:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a folder, whole or not at all: contents and times, but no permissions, since inputs are read-only."""
+    """Copies a run or a study, whole or not at all; contents and times, but no permissions: inputs are read-only."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for path in sorted(source.rglob("*")):
-        if path.is_file():
+        if path.is_file() and not _is_of_the_past(path):
             copied = partial / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
             os.utime(copied, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
     partial.rename(target)
+
+
+def _is_of_the_past(path: Path) -> bool:
+    """Whether a file is part of a checkpoint of a finished run: most of what it holds, and nobody needs it."""
+    return any(each.name == "checkpoints" and (each.parent / "result.json").is_file() for each in path.parents)
 
 
 def facts(found: dict[str, Any]) -> None:

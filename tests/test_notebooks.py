@@ -212,6 +212,7 @@ def test_runs_of_earlier_sessions_go_on(hosts, monkeypatch):
     shutil.rmtree(run)
     assert notebook.bring_runs(here) == ["mine"]
     assert (run / "metrics.jsonl").read_text() == whole
+    assert not (run / "checkpoints").exists(), "of a finished run nobody needs them"
     assert (run / "result.json").stat().st_mode & 0o200
     before = written(run)
     assert funmatch.train(**TINY, steps=2, log_every=1, out=run).figures["step"] == 2

@@ -165,9 +165,15 @@ def found_under(name: str, top: Path, levels: int) -> Path | None:
 def folders_under(top: Path, levels: int) -> Iterator[Path]:
     """A folder and the folders in it, so many levels deep, those above first."""
     inside = [top] if top.is_dir() else []
-    for _ in range(levels + 1):
+    yield from inside
+    for _ in range(levels):
+        inside = [path for folder in inside for path in _folders_in(folder)]
         yield from inside
-        inside = [path for folder in inside for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:  # which knows folders without a look at each of many files
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir())
 
 
 def _lies_in(entry: Entry, place: Path) -> bool:
