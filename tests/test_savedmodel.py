@@ -561,12 +561,16 @@ def difference(folder: Path) -> float:
 
 
 @pytest.mark.slow
-def test_logits_are_tensorflows(made):
+def test_logits_are_tensorflows(made, capsys):
     folder = made("--units", "2", "1", "1", "1", "--width", "32", "--groups", "32", "--classes", "7")
     ways = sorted(path.stem for path in folder.glob("*.npz"))
     assert len(ways) == 27
     differences = {way: difference(folder / way) for way in ways}
     assert max(differences.values()) < 1e-4, differences
+    shelf.bring(Import(model=f"{folder}/hub-softmax", out=folder / "ours"))
+    said = capsys.readouterr().err
+    assert "the original applies Softmax" in said
+    assert "timm has no network of this size; funmatch alone can load it" in said
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ SAME = {"Identity", "StopGradient", "PreventGradient", "Snapshot", "EnsureShape"
 
 SERVED = ("serving_default", "serve")  # names of signatures, the first first
 DEEPEST = 64  # calls in one another
+MOST_CALLS = 5000
 LONGEST_NAME = 2000  # characters
 MOST_STEPS = 500_000  # an R152 of Keras 2 needs a fifth of them
 
@@ -154,8 +155,8 @@ class Graph:
         """The number of a call that a node makes."""
         around = self._calls[call]
         if node_name not in around.inner:
-            if around.depth >= DEEPEST:
-                raise Unclear("the functions of its graph call each other too deeply")
+            if around.depth >= DEEPEST or len(self._calls) > MOST_CALLS:
+                raise Unclear("the functions of its graph call each other too deeply, or too often")
             node = around.function.nodes[node_name]
             given = [self._named(call, name) for name in node.inputs if not name.startswith("^")]
             function = self._function(protobuf.text(inner(attribute(node, "f"), 10), 1))
