@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Train
+from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Prepare, Train
 from funmatch.errors import InputError, unknown
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
@@ -128,6 +128,17 @@ def recipe(name: str, **knobs: Any) -> Outcome:
     given: dict[str, nn.Module] = {}
     _name_all(knobs, given)
     return _carried_out(import_module(f"funmatch.tasks.{chosen.verb}"), chosen.table(**knobs), given)
+
+
+def prepare(data: Pictures, **knobs: Any) -> dict[str, Any]:
+    """Fetches, checks and decodes pictures, or writes them as shards; knobs of `funmatch.config.Prepare`.
+
+    Returns:
+        `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and of shards `shards`, their paths.
+    """
+    from funmatch.tasks import prepare as task
+
+    return task.run(Prepare.checked(data=data, **knobs))
 
 
 def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str] = (), **knobs: Any) -> Tuned:

@@ -43,8 +43,12 @@ LAYERS = [
         "models.groupnorm",
         "models.build",
         "models.bundle",
-        "models.savedmodel",
+        "models.nodes",
+        "models.graph",
+        "models.affine",
+        "models.sight",
         "models.bit",
+        "models.savedmodel",
         "models.load",
         "models.fold",
         "models.frozen",
@@ -72,7 +76,7 @@ LAYERS = [
         "tasks.tune",
     ],
     ["report", "plots", "study", "sheet"],
-    ["demo", "api", "words", "cli", "__main__", "__init__"],
+    ["demo", "notebook", "api", "words", "cli", "__main__", "__init__"],
 ]
 ORDER = {
     f"funmatch.{name}".removesuffix(".__init__"): i for i, name in enumerate(name for layer in LAYERS for name in layer)
