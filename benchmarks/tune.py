@@ -76,7 +76,7 @@ def table(out: Path) -> dict[str, Any]:
 
 def outside(out: Path, options: argparse.Namespace) -> tuple[float, float]:
     """(seconds in the trials, seconds of the whole search) in this process, which has imported everything."""
-    funmatch.tune("distill", out / "warm", space=SPACE, trials=1, **KNOBS, steps=1)
+    funmatch.tune("distill", out / "warm", space=SPACE, trials=4, **KNOBS, steps=1)
     real, inside = distill.run, 0.0
 
     def timed(*given: Any) -> dict[str, Any]:
