@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from funmatch.report import COLORS, STYLE
 from funmatch.tasks.spaces import told
@@ -121,7 +122,12 @@ def _slice(axes: Axes, name: str, span: Mapping[str, Any], trials: Trials, best:
         axes.set_xticks(range(len(span["choices"])), list(map(told, span["choices"])))
         axes.margins(x=0.2)
     elif span["log"]:
+        low, high = span["low"], span["high"]
         axes.set_xscale("log")
+        ticks = (low, math.sqrt(low * high), high)
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
     axes.set_xlabel(name)
 
 

@@ -248,6 +248,23 @@ def test_a_trial_that_another_worker_is_at_is_left_to_it(tmp_path, monkeypatch, 
     assert "waiting for trial 0" in capsys.readouterr().err
 
 
+def test_a_trial_that_ends_while_we_look_is_left_alone(tmp_path, monkeypatch):
+    asked = search.asked(SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=1, out=tmp_path / "study"))
+    with studies.at_work(asked.place):
+        study = tune.opened(asked)
+        (trial, lock), _ = tune.next_trial(study, asked)
+        real = tune.held
+
+        def just_then(*which):
+            if trial.number == 0 and not lock.closed:
+                study.tell(trial, 0.5)
+                lock.close()
+            return real(*which)
+
+        monkeypatch.setattr(tune, "held", just_then)
+        assert tune.next_trial(study, asked) == (None, [])
+
+
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
     done = funmatch.tune(
         "train", tmp_path / "study", **TINY, space={"lr": [1e-3, 1e38]}, sampler="grid", warmup_steps=0

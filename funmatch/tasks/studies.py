@@ -211,12 +211,13 @@ def pruner_of(name: str, evaluations: int) -> optuna.pruners.BasePruner:
     """What gives trials up.
 
     Args:
-        evaluations: of a run.
+        evaluations: of a run; 0 where that is not known before it begins.
     """
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
     if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max(2, evaluations), reduction_factor=3)
+        most = max(2, evaluations) if evaluations else "auto"
+        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=most, reduction_factor=3)
     return optuna.pruners.NopPruner()
 
 

@@ -149,14 +149,16 @@ def next_trial(study: "optuna.Study", asked: Asked) -> tuple[tuple["optuna.Trial
     with exclusively(asked.folder / ".lock"):
         trials = study.get_trials(deepcopy=False)
         others = []
-        for frozen in trials:
-            if frozen.state.name in ENDED:
-                continue
-            if lock := held(asked, frozen.number):
-                trial = studies.taken_up(study, frozen.number)
+        for number in [frozen.number for frozen in trials if frozen.state.name not in ENDED]:
+            lock = held(asked, number)
+            if lock is None:
+                others.append(number)
+            elif study.get_trials(deepcopy=False)[number].state.name in ENDED:
+                lock.close()  # its worker let go of it after we had read the storage
+            else:
+                trial = studies.taken_up(study, number)
                 studies.suggested(trial, asked.space)
                 return (trial, lock), others
-            others.append(frozen.number)
         if len(trials) >= asked.trials:
             return None, others
         trial = study.ask()
