@@ -448,8 +448,8 @@ class Import(Knobs):
     weights: Path | None = None
     """A .safetensors, .pt or BiT .npz file for a model that is a timm name."""
     inputs: Literal["auto", "0..1", "-1..1", "imagenet"] = "auto"
-    """The pictures that the network was trained on, where the checkpoint cannot say. auto: -1..1 for BiT files and hub
-    modules (which rescale [0, 1] themselves), 0..1 for other SavedModels, else what timm knows."""
+    """The pictures that the network was trained on, where the checkpoint cannot say. auto: -1..1 for BiT files; for
+    SavedModels as their graph rescales pictures (hub modules: -1..1), or 0..1 if it does not; else what timm knows."""
     side: int | None = None
     """Side of the pictures that it was trained on, in pixels; by default as the checkpoint's name or timm says."""
     crop_fraction: float | None = None

@@ -26,6 +26,12 @@ def say(message: str) -> None:
     err.print(message)
 
 
+def say_notes(model: str, notes: Iterable[str]) -> None:
+    """What should be known of a model that was loaded, a line each."""
+    for note in notes:
+        say(f"{model}: {note}")
+
+
 def track(things: Iterable, total: int, what: str) -> Iterator:
     """The same things, shown as progress: a bar on a terminal, now and then a line elsewhere."""
     with Bar(what, total) as bar:

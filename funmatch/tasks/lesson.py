@@ -18,7 +18,7 @@ from funmatch.data.decode import pick_decoder
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.fit import Course
-from funmatch.logs import say
+from funmatch.logs import say, say_notes
 from funmatch.models.build import checkpoint_activations, freeze_until, with_zero_head
 from funmatch.models.classes import SAME_NAMES
 from funmatch.models.classifier import Classifier, check_side, fingerprint
@@ -197,6 +197,7 @@ def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modu
         classes=classes,
         side=config.side,
     )
+    say_notes(config.student, student.notes)
     if student.num_classes != classes:
         raise InputError(f"student {config.student} answers {student.num_classes} classes, wanted {classes}")
     if verb == "finetune" and student.card.classes != cache.classes:
