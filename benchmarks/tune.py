@@ -1,6 +1,6 @@
 """What a search costs and finds: 12 trials × 2 executions on the embedded pictures.
 
-    python benchmarks/tune.py [--steps 500] [--trials 12] [--out FOLDER]
+    python benchmarks/tune.py [--steps 300] [--trials 12] [--out FOLDER]
 
 Distils the embedded student from the embedded teacher, learning rate × temperature × weight decay at random, trial 0
 being the defaults. Measured: the best trial beside trial 0; the time of one worker and of two, each held to a core of
@@ -89,7 +89,9 @@ def outside(out: Path, options: argparse.Namespace) -> tuple[float, float]:
 
     distill.run = timed  # pyrefly: ignore[bad-assignment]
     began = time.monotonic()
-    funmatch.tune("distill", out / "timed", space=SPACE, trials=4, executions=2, **KNOBS, **lengths(options))
+    funmatch.tune(
+        "distill", out / "timed", space=SPACE, trials=options.trials, executions=2, **KNOBS, **lengths(options)
+    )
     whole = time.monotonic() - began
     distill.run = real
     return inside, whole
@@ -97,7 +99,7 @@ def outside(out: Path, options: argparse.Namespace) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()

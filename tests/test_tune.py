@@ -248,6 +248,13 @@ def test_a_trial_that_another_worker_is_at_is_left_to_it(tmp_path, monkeypatch, 
     assert "waiting for trial 0" in capsys.readouterr().err
 
 
+def test_what_another_worker_has_just_begun_is_no_obstacle(tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / ".lock").touch()
+    (tmp_path / "study" / ".study.json.x1.partial").write_text("{")
+    assert funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=1).figures["best"] == 0
+
+
 def test_a_trial_that_ends_while_we_look_is_left_alone(tmp_path, monkeypatch):
     asked = search.asked(SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=1, out=tmp_path / "study"))
     with studies.at_work(asked.place):

@@ -148,7 +148,9 @@ def with_validation(asked: Asked) -> Asked:
 
 def check_place(folder: Path) -> None:
     """Raises `InputError` unless a study may begin or go on in a folder."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "study.json").is_file()):
+    # Hidden files are the locks of a worker that is just beginning, or was killed while it did.
+    strange = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if folder.is_file() or (strange and not (folder / "study.json").is_file()):
         raise InputError(f"{folder} exists and is no study; choose another --out")
 
 

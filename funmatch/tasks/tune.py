@@ -67,7 +67,10 @@ def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
         return result
     with studies.at_work(asked.place):
         study = opened(asked)
-        work(study, asked, given or {})
+        try:
+            work(study, asked, given or {})
+        finally:
+            gc.unfreeze()
         with exclusively(asked.folder / ".end"):
             return verdict.finished(asked) or verdict.ended(study, asked, given or {})
 
@@ -138,6 +141,7 @@ def work(study: "optuna.Study", asked: Asked, given: Modules) -> None:
         with lock:
             carry_out(trial, study, asked, given)
         gc.collect()
+        gc.freeze()  # what has outlived a trial need not be looked through after the next
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
