@@ -1,6 +1,8 @@
 """Fine-tuning: BiT-HyperRule, mild crops, the staircase, and what a run may be told besides."""
 
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import paint
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
@@ -16,7 +20,7 @@ import funmatch
 from funmatch import hyperrule
 from funmatch.augment import central_view, sample_flip
 from funmatch.config import Finetune
-from funmatch.data.loader import Batch
+from funmatch.data.loader import Batch, cuts
 from funmatch.distances import cross_entropy, mixed_labels
 from funmatch.draws import beta, draw, generator, mild_boxes
 from funmatch.errors import InputError
@@ -151,9 +155,9 @@ def test_pieces_of_a_batch_hold_every_picture_with_its_predecessor():
         torch.arange(8.0).view(8, 1, 1, 1), torch.arange(8), 0.75, torch.arange(7.0)[:, None], (torch.zeros(8),)
     )
     pieces = list(batch.pieces(3))
-    assert [len(piece.labels) for piece, _ in pieces] == [4, 4, 2]
-    assert [share for _, share in pieces] == [3 / 7, 3 / 7, 1 / 7]
-    assert [int(piece.labels[0]) for piece, _ in pieces] == [0, 3, 6]
+    assert [len(piece.labels) for piece, _ in pieces] == [3, 3, 4]
+    assert [share for _, share in pieces] == [2 / 7, 2 / 7, 3 / 7]
+    assert [int(piece.labels[0]) for piece, _ in pieces] == [0, 2, 4]
     assert torch.cat([piece.answers for piece, _ in pieces]).flatten().tolist() == list(range(7))
     assert next(batch.pieces(None))[1] == 1
 
@@ -310,3 +314,18 @@ def test_it_resumes_to_the_bit(tmp_path):
     for name, wanted in weights(whole).items():
         assert torch.equal(weights(resumed)[name], wanted), name
     assert resumed.figures["top1"] == whole.figures["top1"]
+
+
+@given(st.integers(1, 500), st.integers(1, 500))
+def test_pieces_are_even(count, size):
+    lengths = [stop - start for start, stop in pairwise(cuts(count, size))]
+    assert sum(lengths) == count
+    assert max(lengths) <= size
+    assert max(lengths) - min(lengths) <= 1
+    assert len(lengths) == math.ceil(count / size)
+
+
+def test_a_piece_that_batch_norm_cannot_take_is_refused_at_once(tmp_path):
+    with pytest.raises(InputError, match="in batches of 1 "):
+        finetuned(tmp_path / "run", micro_batch=1)
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -45,14 +46,22 @@ class Batch:
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pieces(self, size: int | None) -> Iterator[tuple["Batch", float]]:
-        """The batch in pieces of so many pictures, each with its predecessor, and the share of the batch that it is."""
+        """The batch in even pieces of at most so many pictures, each with its predecessor, and the share that it is."""
         count = len(self.labels) - 1
-        for start in range(0, count, size or count):
-            stop = min(start + (size or count), count)
+        for start, stop in pairwise(cuts(count, size)):
             rows = slice(start, stop + 1)
             answers = None if self.answers is None else self.answers[start:stop]
             others = tuple(crops[rows] for crops in self.others)
             yield Batch(self.crops[rows], self.labels[rows], self.lam, answers, others), (stop - start) / count
+
+
+def cuts(count: int, size: int | None) -> list[int]:
+    """Where so many pictures are cut into the fewest pieces of at most `size`, as even as can be: 0, …, count.
+
+    Even, since BatchNorm has no statistics of a last piece of one picture.
+    """
+    pieces = -(-count // (size or count))
+    return [count * number // pieces for number in range(pieces + 1)]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import copy
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from funmatch import devices, launch, recipes, runs, schedules
 from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
 from funmatch.data.decode import pick_decoder
-from funmatch.data.loader import Loader
+from funmatch.data.loader import Loader, cuts
 from funmatch.errors import InputError
 from funmatch.fit import Course
 from funmatch.logs import say, say_notes
@@ -202,7 +203,8 @@ def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modu
         raise InputError(f"student {config.student} answers {student.num_classes} classes, wanted {classes}")
     if verb == "finetune" and student.card.classes != cache.classes:
         with_zero_head(student.net, classes)
-    check_side(student, config.side or student.card.side, batch=config.micro_batch or config.batch)
+    least = min(stop - start for start, stop in pairwise(cuts(config.batch // launch.world(), config.micro_batch)))
+    check_side(student, config.side or student.card.side, batch=least)
     if config.grad_checkpointing:
         checkpoint_activations(student)
     if config.freeze_until is not None:
