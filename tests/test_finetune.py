@@ -216,6 +216,11 @@ def test_the_rule_gives_what_nobody_said(tmp_path):
     assert (rule.steps, rule.batch, rule.weight_decay, rule.keep) == (None, 512, 0.0, "best")
 
 
+def test_the_side_follows_a_smaller_resize(tmp_path):
+    knobs = knobs_of(finetuned(tmp_path / "run", side=None, resize=40, steps=2, eval_every=2).folder)
+    assert (knobs["side"], knobs["resize"], knobs["eval_resize"]) == (32, 40, 40)
+
+
 def test_without_a_validation_split_one_is_cut_and_test_is_judged_once(tmp_path):
     for split, count in (("train", 20), ("test", 4)):
         for c, name in enumerate(("ant", "bee")):

@@ -57,11 +57,12 @@ def by_rule(config: Finetune, cache: Cache) -> Finetune:
     count = len(train)
     heights, widths = train.sizes(np.arange(count))
     resize, side = hyperrule.sides(float(np.median(heights.astype(np.int64) * widths)))
+    fitting = min(side, round((config.resize or resize) * side / resize))  # pictures resized to less give less
     steps = config.steps
     if config.epochs is not None:
         steps = max(1, round(config.epochs * count / config.batch))
     ruled: dict[str, Any] = {
-        "side": config.side or side,
+        "side": config.side or fitting,
         "mixup": hyperrule.mixup(count) if config.mixup is None else config.mixup,
         "lr": config.lr or (hyperrule.lr(config.batch) if config.optimizer == "sgd" else ADAMW_LR),
         "steps": steps or hyperrule.steps(count),
