@@ -8,7 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from funmatch.optim import adam, clip_, kernels, set_factor
+from funmatch.optim import clip_, kernels, set_factor
+from funmatch.optimizers import make
 from funmatch.schedules import cosine
 
 
@@ -53,7 +54,7 @@ def test_an_update_is_the_papers(lr):
     torch.manual_seed(0)
     model = Tiny().double()
     weight_decay = 0.01
-    optimizer = adam(model, lr, weight_decay)
+    optimizer = make("adamw", model, lr, weight_decay)
     w = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
     first = {name: np.zeros_like(value) for name, value in w.items()}
     second = {name: np.zeros_like(value) for name, value in w.items()}
