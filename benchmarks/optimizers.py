@@ -2,9 +2,9 @@
 
     python benchmarks/optimizers.py [--model resnet50] [--turns 3] [--device auto]
 
-Both precondition the parameters of a network with blocks of 128, compute every root in each step, and are given the same
-random gradients; turns alternate, so that a drift of the machine falls on both. No forward, no backward. ScalableShampoo
-computes roots by iterations of matrix products, as published, or by singular values.
+Both precondition the parameters of a network with blocks of 128, compute every root in each step, and are given the
+same random gradients; turns alternate, so that a drift of the machine falls on both. No forward, no backward.
+ScalableShampoo computes roots by iterations of matrix products, as published, or by singular values.
 """
 
 import argparse
