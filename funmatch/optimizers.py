@@ -3,7 +3,8 @@
 Whatever the optimizer, a step is Δw = −s·(lr·update + weight_decay·w), with s the schedule's factor: the user's number
 is the share of a kernel that is lost in a step at the top of the schedule. Kernels decay first. So an update that looks
 at its kernel (the trust ratios of LAMB and LARS, the projections of AdamP) sees what is left of it, as in timm's
-decoupled optimizers; and those of timm that differ only in how they decay (`lamb`, `lambw`) are the same here.
+decoupled optimizers; and those of timm that differ only in how they decay (`lamb`, `lambw`) are the same here. MADGRAD
+takes the mean of what is left and a point that it reckons from the first weights: with it, kernels decay towards them.
 """
 
 import inspect

@@ -57,7 +57,7 @@ def _pack(name: str, value: Any, device: torch.device) -> dict[str, Tensor]:
     def outline(value: Any) -> Any:
         if isinstance(value, Tensor):
             inside.append(value)
-            return {"tensor": len(inside) - 1}
+            return {"tensor": len(inside) - 1, "strides": value.clone().stride()}
         return [outline(each) for each in value] if isinstance(value, list | tuple) else value
 
     written = json.dumps(outline(value)).encode()
@@ -74,7 +74,9 @@ def _unpack(parts: dict[str, Tensor], like: Tensor | None = None) -> Any:
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
-            return _placed(parts[str(value["tensor"])], like)
+            found = parts[str(value["tensor"])]
+            device = found.device if like is None else like.device
+            return torch.empty_strided(found.shape, value["strides"], dtype=found.dtype, device=device).copy_(found)
         return [filled(each) for each in value] if isinstance(value, list) else value
 
     return filled(json.loads(bytes(parts["json"].tolist())))
