@@ -157,7 +157,7 @@ class Stacks:
                 side, span = self.spans[block, axis]
                 old, unfolded = self.statistics[side][span], gradients.movedim(1 + axis, 1).flatten(2)
                 new = torch.baddbmm(old, unfolded, unfolded.mT, beta=decay, alpha=1 - decay if decay < 1 else 1)
-                old.copy_(torch.where(_finite(new), new, old))
+                torch.where(_finite(new), new, old, out=old)
 
     def solve_(self, ridge: float, share: Share) -> None:
         """Computes the roots of all statistics."""
@@ -208,5 +208,5 @@ def _eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _finite(stack: Tensor) -> Tensor:
-    """[n, 1, 1]: whether all numbers of a matrix are finite."""
-    return stack.isfinite().all(-1).all(-1)[:, None, None]
+    """[n, 1, 1]: whether all numbers of a matrix are finite, and so is their sum, which is looked at: it is quicker."""
+    return stack.sum((-2, -1), keepdim=True).isfinite()
