@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint notebooks clean
 
 demo: .venv/installed
 	$(BIN)/funmatch demo
@@ -31,6 +31,10 @@ lint: .venv/installed-test
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+# The notebooks, from the texts beside them.
+notebooks: .venv/installed-test
+	$(BIN)/python scripts/notebooks.py
 
 clean:
 	rm -rf .venv

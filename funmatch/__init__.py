@@ -2,14 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from funmatch.api import Outcome, distill, evaluate, finetune, load, recipe, train
+from funmatch.api import Outcome, Tuned, distill, evaluate, finetune, load, prepare, recipe, train, tune
 from funmatch.errors import InputError
 
 if TYPE_CHECKING:
     from funmatch.models.classifier import Card, Classifier
 
 __version__ = "0.1.0"
-__all__ = ["Card", "Classifier", "InputError", "Outcome", "distill", "evaluate", "finetune", "load", "recipe", "train"]
+__all__ = [
+    "Card", "Classifier", "InputError", "Outcome", "Tuned", "distill", "evaluate", "finetune", "load", "prepare",
+    "recipe", "train", "tune",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from funmatch.config import Distill, Evaluate, Finetune, Train
-from funmatch.errors import InputError
+from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Prepare, Train
+from funmatch.errors import InputError, unknown
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
     from torch import nn
@@ -40,6 +40,32 @@ class Outcome:
     def agreement(self) -> float | None:
         """Share of the split's pictures on which the student's first class is the teacher's, in [0, 1]."""
         return self.figures["agreement"]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A finished search.
+
+    Attributes:
+        folder: of the study.
+        figures: what its `result.json` holds: `trials`, `best`, `value`, `knobs`, `best_run`, `importance`, `test`,
+            `seen`, `command`, …
+        report: the HTML page.
+    """
+
+    folder: Path
+    figures: dict[str, Any]
+    report: Path
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The values of the best trial."""
+        return self.figures["knobs"]
+
+    @property
+    def best_run(self) -> Path:
+        """The run folder of the best trial's first execution."""
+        return Path(self.figures["best_run"])
 
 
 Pictures: TypeAlias = str | Path | Sequence[str | Path]
@@ -100,11 +126,53 @@ def recipe(name: str, **knobs: Any) -> Outcome:
 
     chosen = recipes.find(name)
     given: dict[str, nn.Module] = {}
-    for knob in knobs.keys() & {"teacher", "student"}:
-        several = knobs[knob] if isinstance(knobs[knob], list | tuple) else [knobs[knob]]
-        named = tuple(_named(each, given) for each in several)
-        knobs[knob] = named if knob == "teacher" else named[0]
+    _name_all(knobs, given)
     return _carried_out(import_module(f"funmatch.tasks.{chosen.verb}"), chosen.table(**knobs), given)
+
+
+def prepare(data: Pictures, **knobs: Any) -> dict[str, Any]:
+    """Fetches, checks and decodes pictures, or writes them as shards; knobs of `funmatch.config.Prepare`.
+
+    Returns:
+        `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and of shards `shards`, their paths.
+    """
+    from funmatch.tasks import prepare as task
+
+    return task.run(Prepare.checked(data=data, **knobs))
+
+
+def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str] = (), **knobs: Any) -> Tuned:
+    """Searches knobs of a verb (train, finetune, distill) or of a recipe, chosen by validation alone.
+
+    Args:
+        what: the verb, or the name of a recipe.
+        out: the folder of the study; the same call again goes on, in another process it helps.
+        space: knob to values, as the command line has them: `{"lr": "log:1e-5..3e-3", "temperature": [1, 2, 5]}`.
+        **knobs: of the search (`trials=20, executions=2, sampler="tpe", …`) and of the runs (`data`, `teacher`, …).
+
+    Raises:
+        funmatch.InputError: what was wanted, what came, and what to do.
+        funmatch.errors.Fruitless: all trials failed.
+    """
+    from funmatch import recipes, study
+    from funmatch.tasks import tune as task
+
+    if what not in SEARCHED and what not in recipes.RECIPES:
+        raise unknown("verb or recipe", what, [*SEARCHED, *recipes.RECIPES])
+    if isinstance(space, Mapping):
+        space = [f"{name}={_listed(values)}" for name, values in space.items()]
+    given: dict[str, nn.Module] = {}
+    _name_all(knobs, given)
+    own = {} if what in SEARCHED else recipes.find(what).over(knobs)
+    verb = what if what in SEARCHED else recipes.find(what).verb
+    config = SEARCHED[verb].checked(**own | knobs | {"out": Path(out), "space": tuple(space)})
+    figures = task.run(config, given)
+    return Tuned(Path(figures["study"]), figures, study.written(figures))
+
+
+def _listed(values: Any) -> str:
+    """The values of a knob as the command line has them."""
+    return ",".join(map(str, values)) if isinstance(values, list | tuple) else str(values)
 
 
 def evaluate(model: Model, **knobs: Any) -> dict[str, Any]:
@@ -125,6 +193,14 @@ def load(model: Model, **knobs: Any) -> Classifier:
 
     knobs.setdefault("pretrained", True)
     return loaded(str(model) if isinstance(model, str | Path) else model, **knobs)
+
+
+def _name_all(knobs: dict[str, Any], given: dict[str, nn.Module]) -> None:
+    """Puts names in the place of the models among some knobs."""
+    for knob in knobs.keys() & {"teacher", "student"}:
+        several = knobs[knob] if isinstance(knobs[knob], list | tuple) else [knobs[knob]]
+        named = tuple(_named(each, given) for each in several)
+        knobs[knob] = named if knob == "teacher" else named[0]
 
 
 def _named(model: Model, given: dict[str, nn.Module]) -> str:

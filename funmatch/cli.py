@@ -15,6 +15,7 @@ import tyro
 
 from funmatch import launch
 from funmatch.config import (
+    SEARCHED,
     TAUGHT,
     Data,
     Demo,
@@ -26,17 +27,19 @@ from funmatch.config import (
     Prepare,
     Recipes,
     Report,
+    Search,
     Train,
 )
-from funmatch.errors import InputError, told_elsewhere, unknown
+from funmatch.errors import Fruitless, InputError, told_elsewhere, unknown
 from funmatch.knobs import Knobs
-from funmatch.words import gathered, with_recipe
+from funmatch.words import gathered, of_search, with_recipe
 
 TABLES: dict[str, type[Knobs]] = {
     "demo": Demo,
     "distill": Distill,
     "train": Train,
     "finetune": Finetune,
+    "tune": Search,
     "evaluate": Evaluate,
     "report": Report,
     "prepare": Prepare,
@@ -48,7 +51,8 @@ TABLES: dict[str, type[Knobs]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one verb and exits: 0 when it is done, 2 for input that cannot be used, 128 + n after signal n."""
+    """Runs one verb and exits: 0 when it is done, 1 when nothing came of it, 2 for input that cannot be used, 128 + n
+    after signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -65,6 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
     except InputError as error:
         _fail(error, str(error))
+    except Fruitless as error:
+        _tell(error, f"funmatch: {error}")
+        sys.exit(1)
     except KeyboardInterrupt as stopped:
         _tell(stopped, str(stopped) or "stopped")
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
@@ -98,10 +105,15 @@ def parse(arguments: list[str]) -> Knobs:
         raise unknown("verb", verb, TABLES)
     if launch.world() > 1 and verb not in TAUGHT:
         raise InputError(f"{verb} is work for one process; several can share: {', '.join(TAUGHT)}")
-    words, told = gathered(arguments[1:], TABLES[verb]), launch.is_first()
+    words, told, taught = arguments[1:], launch.is_first(), verb
     table: Any = TABLES[verb]
-    words, default = with_recipe(words, table) if verb in TAUGHT else (words, None)
-    named = f"funmatch {verb}" + (" [RECIPE]" if verb in TAUGHT else "")
+    if verb == "tune":
+        words, taught = of_search(words)
+        table = SEARCHED[taught]
+    words, default = gathered(words, table), None
+    named = f"funmatch {verb}" + (" VERB|RECIPE" if verb == "tune" else " [RECIPE]" if verb in TAUGHT else "")
+    if taught in TAUGHT:
+        words, default = with_recipe(words, taught, table)
     config = tyro.cli(table, prog=named, args=words, default=default, console_outputs=told)
     config.check()
     return config
@@ -174,6 +186,14 @@ def _taught(figures: dict[str, Any], config: Train):
     return figures | {"report": str(page)}, lambda figures: _show(figures, f"{figures['run']}")
 
 
+def _tune(config: Search):
+    from funmatch import study
+    from funmatch.tasks import tune
+
+    figures = tune.run(config)
+    return figures | {"report": str(study.written(figures))}, study.show
+
+
 def _evaluate(config: Evaluate):
     from funmatch.tasks import evaluate
 
@@ -224,6 +244,7 @@ VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]]
     "distill": _distill,
     "train": _train,
     "finetune": _finetune,
+    "tune": _tune,
     "evaluate": _evaluate,
     "report": _report,
     "prepare": _prepare,

@@ -208,7 +208,7 @@ class Train(Pictures, Machine):
 
     def _schedule_problems(self) -> list[str]:
         steps, factors, found = self.decay_steps, self.decay_factors, []
-        if self.schedule == "staircase" and not steps and type(self) is not Finetune:
+        if self.schedule == "staircase" and not steps and not isinstance(self, Finetune):
             found.append("a staircase needs --decay-steps, e.g. --decay-steps 200 300 400")
         if steps and self.schedule != "staircase":
             found.append(f"decay_steps belong to --schedule staircase, not {self.schedule}")
@@ -463,8 +463,8 @@ class Import(Knobs):
     weights: Path | None = None
     """A .safetensors, .pt or BiT .npz file for a model that is a timm name."""
     inputs: Literal["auto", "0..1", "-1..1", "imagenet"] = "auto"
-    """The pictures that the network was trained on, where the checkpoint cannot say. auto: -1..1 for BiT files and hub
-    modules (which rescale [0, 1] themselves), 0..1 for other SavedModels, else what timm knows."""
+    """The pictures that the network was trained on, where the checkpoint cannot say. auto: -1..1 for BiT files; for
+    SavedModels as their graph rescales pictures (hub modules: -1..1), or 0..1 if it does not; else what timm knows."""
     side: int | None = None
     """Side of the pictures that it was trained on, in pixels; by default as the checkpoint's name or timm says."""
     crop_fraction: float | None = None
@@ -504,3 +504,58 @@ class Recipes(Machine):
 
 TAUGHT: dict[str, type[Train]] = {"train": Train, "finetune": Finetune, "distill": Distill}
 """The tables of the verbs that make runs."""
+
+
+class Search(Knobs):
+    """Search knobs of a verb or a recipe (funmatch tune distill …): trials by Optuna, chosen by validation only."""
+
+    out: Path
+    """The study's folder, a run folder for each trial in it. The same command again goes on; the same command on
+    another processor, or on another machine that sees the folder, helps."""
+    space: Words = ()
+    """What to search: lr=log:1e-5..3e-3, drop_rate=0..0.5, temperature=1,2,5,10. A recipe brings its own, of which this
+    replaces the knobs that it names."""
+    trials: int | None = None
+    """Configurations to try; by default 20, or all of a grid."""
+    executions: int = 1
+    """Runs of each configuration, with the seeds --seed, --seed + 1, …; what counts is their mean."""
+    sampler: Literal["random", "grid", "tpe"] = "random"
+    """How configurations are chosen: at random; grid, each combination of listed values once, in random order; or TPE,
+    which learns from finished trials (so with several processes it depends on who finishes when)."""
+    sampler_seed: int = 0
+    """Another seed chooses other configurations."""
+    pruner: Literal["none", "asha", "hyperband"] = "none"
+    """Whether trials that fall behind are ended early. none, since in distillation what is ahead after a short time is
+    often not ahead after a long one."""
+    storage: str | None = None
+    """Where Optuna keeps the study: a journal file, or the URL of a database (sqlite:///study.db, postgresql+psycopg://…);
+    by default journal.log in --out."""
+    study_name: str | None = None
+    """What the study is called in the storage; by default as the folder --out."""
+
+    def problems(self) -> list[str]:
+        least = {"trials": 1, "executions": 1, "sampler_seed": 0}
+        most = {"trials": 10**6, "executions": 1000, "sampler_seed": 2**62}
+        found = [f"{name} is empty" for name in ("storage", "study_name") if getattr(self, name) == ""]
+        return found + outside(self, least, most) + super().problems()
+
+
+class SearchTrain(Search, Train):
+    """Search knobs of `funmatch train`."""
+
+
+class SearchFinetune(Search, Finetune):
+    """Search knobs of `funmatch finetune`."""
+
+
+class SearchDistill(Search, Distill):
+    """Search knobs of `funmatch distill`."""
+
+
+SEARCHED: dict[str, type[Search]] = {"train": SearchTrain, "finetune": SearchFinetune, "distill": SearchDistill}
+"""The tables of a search among the runs of a verb."""
+STILL = {
+    *Pictures.model_fields, *Machine.model_fields, *UNCOMPARED, *Search.model_fields, "seed", "threads", "eval_every",
+    "save_every", "compile_teacher", "teacher_ahead", "teacher_precision", "allow_weak_teacher", "trust_class_order",
+} - {"epochs"}  # fmt: skip
+"""Knobs that no search may move: they decide what is judged, or change nothing but the place and the speed."""

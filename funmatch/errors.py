@@ -9,6 +9,14 @@ from funmatch import launch
 class InputError(ValueError):
     """Something a person gave us cannot be used. The command line prints it alone and exits with code 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What notebooks show: the message alone too. (A method that IPython asks for.)"""
+        return [f"funmatch: {self}"]
+
+
+class Fruitless(Exception):
+    """The work was done, and nothing came of it. The command line prints it alone and exits with code 1."""
+
 
 def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> InputError:
     """An `InputError` for a name that is not known, with the near ones.

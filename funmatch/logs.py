@@ -15,7 +15,7 @@ from rich.text import Text
 from funmatch import launch
 from funmatch.files import disk_errors, write_atomically
 
-PLAIN_LINE_SECONDS = 10.0
+PLAIN_LINE_SECONDS, LIVE_LINE_SECONDS = 10.0, 1.0
 
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not launch.is_first())
 out = Console(highlight=False, markup=False, emoji=False, quiet=not launch.is_first())
@@ -24,6 +24,12 @@ out = Console(highlight=False, markup=False, emoji=False, quiet=not launch.is_fi
 def say(message: str) -> None:
     """A line for people."""
     err.print(message)
+
+
+def say_notes(model: str, notes: Iterable[str]) -> None:
+    """What should be known of a model that was loaded, a line each."""
+    for note in notes:
+        say(f"{model}: {note}")
 
 
 def track(things: Iterable, total: int, what: str) -> Iterator:
@@ -40,6 +46,7 @@ class Bar:
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self.what, self.total, self.first = what, total, done
         self.started = self.last_line = time.monotonic()
+        self.shown: Any = None  # the line in a notebook
         self.columns = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err,
@@ -61,10 +68,22 @@ class Bar:
         rate = (done - self.first) / (now - self.started)
         if err.is_terminal:
             self.columns.update(self.task, completed=done, note=f"{rate:,.0f}/s {note}")
-        elif now - self.last_line >= PLAIN_LINE_SECONDS:
+        elif now - self.last_line >= (LIVE_LINE_SECONDS if err.is_jupyter else PLAIN_LINE_SECONDS):
             self.last_line = now
             left = (self.total - done) / rate if rate else 0.0
-            say(f"{self.what} {done}/{self.total} {note} {rate:.1f}/s, {duration(left)} left")
+            self.line(f"{self.what} {done}/{self.total} {note} {rate:.1f}/s, {duration(left)} left")
+
+    def line(self, text: str) -> None:
+        """A plain line; in a notebook, which keeps every line, one that is written anew."""
+        if not err.is_jupyter:
+            say(text)
+            return
+        from IPython.display import display
+
+        if self.shown is None:
+            self.shown = display({"text/plain": text}, raw=True, display_id=True)
+        else:
+            self.shown.update({"text/plain": text}, raw=True)
 
 
 def duration(seconds: float) -> str:

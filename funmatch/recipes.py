@@ -108,13 +108,16 @@ def facts(config: Train) -> dict[str, Any]:
 
 def words(recipe: Recipe) -> str:
     """The recipe as a command that names every knob which it sets."""
-    said = [f"funmatch {recipe.verb}"]
-    for name, value in recipe.knobs.items():
-        option = "--" + {"student": "model"}.get(name, name).replace("_", "-") if recipe.verb == "finetune" else ""
-        option = option or "--" + name.replace("_", "-")
+    return " ".join([f"funmatch {recipe.verb}", *options(recipe.verb, recipe.knobs)])
+
+
+def options(verb: str, knobs: Mapping[str, Any]) -> Iterator[str]:
+    """Knobs as a person types them, an option each with its values."""
+    typed = {"student": "model", "student_weights": "weights"} if verb == "finetune" else {}
+    for name, value in knobs.items():
+        option = "--" + typed.get(name, name).replace("_", "-")
         values = value if isinstance(value, tuple) else (value,)
-        said.append(option if value is True else f"{option} {shlex.join(map(str, values))}")
-    return " ".join(said)
+        yield option if value is True else f"{option} {shlex.join(map(str, values))}"
 
 
 DATA = {"pet37": "pet", "flowers102": "flowers", "food101": "food", "sun397": "sun"}

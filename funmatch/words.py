@@ -1,14 +1,35 @@
 """What a person types, made ready for the parser: options that are said twice, and the names of recipes."""
 
+from typing import Any
+
 import tyro
 
 from funmatch import recipes
-from funmatch.config import TAUGHT, Train
-from funmatch.errors import InputError
+from funmatch.config import SEARCHED, TAUGHT
+from funmatch.errors import InputError, unknown
 from funmatch.knobs import Knobs
 
 
-def with_recipe(words: list[str], table: type[Train]) -> tuple[list[str], Train | None]:
+def of_search(words: list[str]) -> tuple[list[str], str]:
+    """The words of `funmatch tune WHAT …` for the table of a verb, and this verb.
+
+    Raises:
+        InputError: what is to be searched is neither a verb nor a recipe.
+    """
+    what = words[0] if words and not words[0].startswith("-") else ""
+    if what in SEARCHED:
+        return words[1:], what
+    if what in recipes.RECIPES:
+        return words, recipes.RECIPES[what].verb
+    if not what and not {"-h", "--help"} & {*words}:
+        raise InputError(f"say what to tune: {', '.join(SEARCHED)}, or the name of a recipe, e.g. pet37-fast")
+    if what:
+        hint = "`funmatch recipes` lists the recipes"
+        raise unknown("verb or recipe", what, [*SEARCHED, *recipes.RECIPES], hint=hint)
+    return words, "distill"
+
+
+def with_recipe(words: list[str], verb: str, table: type[Knobs]) -> tuple[list[str], Any]:
     """The words without the name of a recipe, and the table that it gives when these words are said; None without one.
 
     It is the first word, or the value of `--recipe`.
@@ -25,12 +46,13 @@ def with_recipe(words: list[str], table: type[Train]) -> tuple[list[str], Train 
         return words, None
     if len(set(names)) > 1:
         raise InputError(f"two recipes are named, {' and '.join(names)}; a run follows one")
-    verb = next(verb for verb, each in TAUGHT.items() if each is table)
     flags = {word.partition("=")[0] for word in left if word.startswith("--")}
     said = {flag.removeprefix("--").replace("-", "_") for flag in flags}
     said |= {"student"} if said & {"model"} else set()
     open_knobs = dict.fromkeys(name for name, knob in table.model_fields.items() if knob.is_required())
     closed = recipes.find(names[0], verb).over(dict.fromkeys(said))
+    if table not in TAUGHT.values() and "out" in closed:
+        closed["out"] = closed["out"].with_name(f"tune-{names[0]}")  # the recipe's own is a run's
     return left, table.model_construct(**dict.fromkeys(open_knobs, tyro.MISSING) | closed)
 
 

@@ -5,7 +5,8 @@
     python scripts/make_savedmodel.py FOLDER [--ways …]   # others, each with its pictures and logits
 
 A variable's values depend on its published name alone, so that a test knows what must be found. The committed folders
-are without what the reader does not open: `saved_model.pb` is empty there, because graphs are far larger than weights.
+are without what the reader does not open: graphs are far larger than weights, so that of one `saved_model.pb` only what
+is served is left, and of the others nothing.
 """
 
 import argparse
@@ -25,9 +26,18 @@ import numpy as np
 import tensorflow as tf  # pyrefly: ignore[missing-import]
 import tensorflow_hub as hub  # pyrefly: ignore[missing-import]
 import tf_keras as keras2  # pyrefly: ignore[missing-import]
+from tensorflow.core.protobuf import saved_model_pb2  # pyrefly: ignore[missing-import]
 
 COMMITTED = Path(__file__).parent.parent / "tests" / "savedmodels"
-KEPT = {"hub": "hub", "student": "student-fitted", "keras3": "keras3", "keras3-export": "keras3-export"}
+KEPT = {
+    "hub": "hub",
+    "module": "module-255",
+    "student": "student-fitted",
+    "keras3": "keras3",
+    "keras3-export": "keras3-export",
+}
+READ = {"f", "value", "dtype", "DstT", "strides", "padding", "explicit_paddings", "data_format"}  # of attributes
+WITH_GRAPH = ("module",)
 EPS = 1e-10  # of weight standardisation
 
 
@@ -222,13 +232,46 @@ def fitted(model: Any, optimizer: Any) -> Any:
     return model
 
 
+class Served(tf.Module):
+    """A body and its head without any Keras, which see pictures by a mean and a standard deviation."""
+
+    def __init__(self, body: Body, classes: int) -> None:
+        super().__init__()
+        self.named = list(body.named.values())
+        features = 32 * body.width
+        self.kernel = tf.Variable(value("head/kernel", (features, classes)), name="resnet/head/kernel")
+        self.bias = tf.Variable(value("head/bias", (classes,)), name="resnet/head/bias")
+        self.features = body.features
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3])])
+    def __call__(self, x: Any) -> Any:
+        x = (x / 255.0 - tf.constant([0.485, 0.456, 0.406])) / tf.constant([0.229, 0.224, 0.225])
+        return tf.matmul(self.features((x + 1) / 2), self.kernel) + self.bias  # the body rescales [0, 1] to [-1, 1]
+
+
+def behind(net: Any, *fronts: Any) -> Any:
+    """A Keras model behind layers that change pictures."""
+    keras = keras3 if isinstance(net, keras3.Model) else keras2
+    inputs = x = keras.Input((None, None, 3))
+    for front in fronts:
+        x = front(x)
+    return keras.Model(inputs, net(x))
+
+
+def normalization(keras: Any, largest: float) -> Any:
+    """A layer that has learnt the statistics of pictures whose channels differ."""
+    layer = keras.layers.Normalization(axis=-1)
+    layer.adapt(pictures(64) * largest * np.array([1, 0.5, 0.25], np.float32))
+    return layer
+
+
 def hub_model(way: str, folder: Path, args: argparse.Namespace) -> Any:
     """A module, saved and loaded again, under a head."""
     body = Body(args.units, args.width, args.groups, way == "hub-numbered")
     tf.saved_model.save(body.module(), str(folder / "module"))
     head = keras2.layers.Dense(args.classes)
     layer = hub.KerasLayer(str(folder / "module"), trainable=True)
-    if way == "hub-sequential":
+    if way.startswith(("hub-sequential", "hub-softmax")):
         model = keras2.Sequential([layer, head])
     elif way == "hub-functional":
         inputs = keras2.Input((None, None, 3))
@@ -252,6 +295,31 @@ WAYS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, str], Any]]] = {
     "hub-functional": (lambda net: net, tf.saved_model.save),
     "hub-loaded": (lambda net: net, lambda net, to: net.save(to)),
     "hub-export": (lambda net: net, export),
+    "hub-sequential-255": (
+        lambda net: keras2.Sequential([keras2.layers.Rescaling(1 / 255), *net.layers]),
+        lambda net, to: net.save(to),
+    ),
+    "hub-normalized": (lambda net: behind(net, normalization(keras2, 1)), lambda net, to: net.save(to)),
+    "hub-softmax": (
+        lambda net: keras2.Sequential([*net.layers, keras2.layers.Softmax()]),
+        lambda net, to: net.save(to),
+    ),
+    "module-255": (lambda net: net, tf.saved_model.save),
+    "student-nested": (lambda net: keras2.Sequential([net]), lambda net, to: net.save(to)),
+    "student-rescaled": (lambda net: behind(net, lambda x: x * 2 - 1), lambda net, to: net.save(to)),
+    "student-rescaled-export": (lambda net: behind(net, keras2.layers.Rescaling(2.0, -1.0)), export),
+    "student-lambda-255": (
+        lambda net: behind(net, keras2.layers.Lambda(lambda x: x / 127.5 - 1)),
+        tf.saved_model.save,
+    ),
+    "student-normalized-255": (
+        lambda net: behind(net, normalization(keras2, 255)),
+        lambda net, to: net.save(to),
+    ),
+    "student-normalized-export": (lambda net: behind(net, normalization(keras2, 1)), export),
+    "keras3-rescaled": (lambda net: behind(net, keras3.layers.Rescaling(2.0, -1.0)), tf.saved_model.save),
+    "keras3-rescaled-255-export": (lambda net: behind(net, keras3.layers.Rescaling(1 / 127.5, -1.0)), export),
+    "keras3-normalized-255-export": (lambda net: behind(net, normalization(keras3, 255)), export),
     "student": (lambda net: net, lambda net, to: net.save(to)),
     "student-fitted": (lambda net: fitted(net, keras2.optimizers.Adam(0.0)), lambda net, to: net.save(to)),
     "student-low": (lambda net: fitted(net, keras2.optimizers.legacy.Adam(0.0)), tf.saved_model.save),
@@ -261,12 +329,16 @@ WAYS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, str], Any]]] = {
     "keras3-export": (lambda net: net, export),
     "keras3-fitted-export": (lambda net: fitted(net, keras3.optimizers.Adam(0.0)), export),
 }
-"""What is done with a network, and how it is saved, by the way's name, which begins with what is built."""
+"""What is done with a network, and how it is saved, by the way's name, which begins with what is built.
+
+With 255 in its name, a network is shown pictures in 0 … 255."""
 
 
 def make(way: str, folder: Path, args: argparse.Namespace) -> None:
     """Saves a network one way as `folder`, and its pictures and logits beside it."""
-    if way.startswith("hub"):
+    if way.startswith("module"):
+        model = Served(Body(args.units, args.width, args.groups, False), args.classes)
+    elif way.startswith("hub"):
         model = hub_model(way, folder.parent, args)
     else:
         keras = keras3 if way.startswith("keras3") else keras2
@@ -276,12 +348,46 @@ def make(way: str, folder: Path, args: argparse.Namespace) -> None:
     model(pictures(64))
     save(model, str(folder))
     x = pictures(args.side)
-    np.savez(folder.with_suffix(".npz"), pictures=x, logits=np.asarray(model(x)))
+    shown = x * np.float32(255) if "255" in way else x
+    np.savez(folder.with_suffix(".npz"), pictures=x, logits=np.asarray(model(shown)))
+
+
+def pruned(content: bytes) -> bytes:
+    """A `saved_model.pb` with nothing but what is served and what fills variables, and of that what is read."""
+    model = saved_model_pb2.SavedModel.FromString(content)
+    meta = model.meta_graphs[0]
+    meta.ClearField("object_graph_def")
+    meta.meta_info_def.ClearField("stripped_op_list")
+    graph = meta.graph_def
+    saving = meta.saver_def.save_tensor_name.split(":")[0]
+    kept = [node for node in graph.node if node.name != saving and not node.name.endswith("Read/ReadVariableOp")]
+    functions = {function.signature.name: function for function in graph.library.function}
+    called: dict[str, Any] = {}
+    waiting = list(kept)
+    while waiting:
+        node = waiting.pop()
+        name = node.attr["f"].func.name if "f" in node.attr else ""
+        if name and name not in called:
+            called[name] = functions[name]
+            for unread in ("arg_attr", "control_ret", "resource_arg_unique_id"):
+                called[name].ClearField(unread)
+            waiting += called[name].node_def
+        for attribute in set(node.attr) - READ:
+            del node.attr[attribute]
+        inputs = [each for each in node.input if not each.startswith("^")]
+        del node.input[:]
+        node.input.extend(inputs)
+    for field, values in ((graph.node, kept), (graph.library.function, called.values())):
+        values = [type(value).FromString(value.SerializeToString()) for value in values]
+        del field[:]
+        field.extend(values)
+    return model.SerializeToString(deterministic=True)
 
 
 def strip(folder: Path) -> None:
     """Leaves what is read, and the file by which a SavedModel is known."""
-    (folder / "saved_model.pb").write_bytes(b"")
+    path = folder / "saved_model.pb"
+    path.write_bytes(pruned(path.read_bytes()) if folder.name in WITH_GRAPH else b"")
     for path in folder.iterdir():
         if path.name == "assets":
             path.rmdir()
@@ -306,6 +412,7 @@ def main() -> None:
         return
     work = COMMITTED.with_name("savedmodels.partial")
     for name, way in KEPT.items():
+        args.units = [1, 1, 1, 1] if name in WITH_GRAPH else [2, 1, 1, 1]
         make(way, work / name, args)
         strip(work / name)
         shutil.rmtree(COMMITTED / name, ignore_errors=True)

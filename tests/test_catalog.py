@@ -58,13 +58,18 @@ def test_pets(home):
     assert len(open_cache("pet37", Reading(cut=Cut({"val": 9}))).splits["val"]) == 9
 
 
-def test_flowers(home, monkeypatch):
+def flowers(home: Path) -> Path:
     root = home / "flowers-102"
     for i in range(1, 13):
         paint(root / "jpg" / f"image_{i:05}.jpg", i)
     labels = np.array([1, 2, 102] * 4, np.uint8)
     savemat(root / "imagelabels.mat", {"labels": labels[None]})
     savemat(root / "setid.mat", {"trnid": [[3, 1, 2]], "valid": [[4, 5]], "tstid": [[6, 7, 8, 9, 10, 11, 12]]})
+    return root
+
+
+def test_flowers(home, monkeypatch):
+    root = flowers(home)
     source = open_named("flowers102")
     assert source.classes[:2] == ("pink primrose", "hard-leaved pocket orchid")
     assert len(source.classes) == 102
@@ -80,7 +85,7 @@ def test_flowers(home, monkeypatch):
         open_named("flowers102")
 
 
-def test_food(home):
+def food(home: Path) -> Path:
     root = home / "food-101"
     (root / "meta").mkdir(parents=True)
     for split, first in (("train", 0), ("test", 50)):
@@ -88,6 +93,11 @@ def test_food(home):
         (root / "meta" / f"{split}.json").write_text(json.dumps(meta))
         for i, picture in enumerate(picture for found in meta.values() for picture in found):
             paint(root / "images" / f"{picture}.jpg", first + i)
+    return root
+
+
+def test_food(home):
+    root = food(home)
     source = open_named("food101")
     theirs = torchvision.datasets.Food101(str(home), split="test")
     assert list(source.classes) == theirs.classes == ["apple_pie", "waffles"]

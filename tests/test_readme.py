@@ -50,6 +50,7 @@ def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmat
     small = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
     np.savez(tmp_path / "bit.npz", **as_second_layout(random_bit(50, 1)))
     swaps = {
+        "--trials 20": "--trials 2",
         "recipes pet37-fast": "recipes flowers102-fast --no-measure",
         "distill pet37-fast": "recipes sun397-fast --no-measure",
         "resnetv2_101x1_bit.goog_in21k": "resnet10t --model-kwargs channels=8,8,16,16 stem_width=8 --steps 2",

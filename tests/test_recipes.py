@@ -106,7 +106,9 @@ def test_the_list_and_one_in_full(funmatch):
 
 def test_an_estimate_is_the_measured_time_of_all_pictures(monkeypatch):
     monkeypatch.setattr(estimate, "SECONDS", 0.01)
-    monkeypatch.setattr(estimate, "network", lambda _name, classes: timm.create_model("resnet10t", num_classes=classes))
+    monkeypatch.setattr(
+        estimate, "network", lambda _name, classes, **_: timm.create_model("resnet10t", num_classes=classes)
+    )
     (one,) = estimate.run(Recipes(name="flowers102-fast"))["recipes"]
     assert one["hours"] == pytest.approx(one["images"] / one["images_per_second"] / 3600)
 

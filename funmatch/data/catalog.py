@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,6 +149,31 @@ def _find(entry: Entry, home: Path) -> Path | None:
     """Where a data set lies: under the folder of data sets, in it, or elsewhere."""
     places = [home / entry.folder, home] if entry.folder else []
     return next((place for place in [*places, *map(Path, entry.elsewhere)] if _lies_in(entry, place)), None)
+
+
+def found_under(name: str, top: Path, levels: int) -> Path | None:
+    """The folder somewhere under `top` in which a data set lies and can be read, whatever the folder is called."""
+    entry = CATALOG[name]
+    for folder in folders_under(top, levels):
+        if _lies_in(entry, folder):
+            with suppress(InputError):  # other data sets have folders of the same names
+                entry.layout(folder)
+                return folder
+    return None
+
+
+def folders_under(top: Path, levels: int) -> Iterator[Path]:
+    """A folder and the folders in it, so many levels deep, those above first."""
+    inside = [top] if top.is_dir() else []
+    yield from inside
+    for _ in range(levels):
+        inside = [path for folder in inside for path in _folders_in(folder)]
+        yield from inside
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:  # which knows folders without a look at each of many files
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir())
 
 
 def _lies_in(entry: Entry, place: Path) -> bool:

@@ -110,6 +110,32 @@ def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, dict[st
     return OTHER_SIZES, {"units": units, "width": stem[-1]}, state
 
 
+def layout(units: tuple[int, ...], width: int, classes: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a BiT network's variables by name, in the order of definition.
+
+    Args:
+        units: in each of the four blocks.
+        width: channels of the stem.
+        classes: outputs of the head.
+    """
+    shapes: dict[str, tuple[int, ...]] = {STEM: (7, 7, 3, width)}
+    into = width
+    for block, count in enumerate(units):
+        middle = width << block
+        for unit in range(1, count + 1):
+            kernels = {"a": (1, 1, into, middle), "b": (3, 3, middle, middle), "c": (1, 1, middle, 4 * middle)}
+            if unit == 1:
+                kernels["a/proj"] = (1, 1, into, 4 * middle)
+            for part, shape in kernels.items():
+                place = f"block{block + 1}/unit{unit:02}/{part}"
+                if part in ("a", "b", "c"):
+                    shapes |= dict.fromkeys((f"{place}/group_norm/gamma", f"{place}/group_norm/beta"), shape[2:3])
+                shapes[f"{place}/standardized_conv2d/kernel"] = shape
+            into = 4 * middle
+    shapes |= dict.fromkeys(("group_norm/gamma", "group_norm/beta"), (into,))
+    return shapes | {"head/kernel": (into, classes), "head/bias": (classes,)}
+
+
 def network(units: Sequence[int], width: int, num_classes: int) -> nn.Module:
     """A BiT network of any size.
 

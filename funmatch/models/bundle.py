@@ -181,7 +181,8 @@ def _entry(key: bytes, value: bytes, index: Path) -> Entry:
     if protobuf.messages(found, 7):
         name = key.decode(errors="replace")
         raise InputError(
-            f"{index}: {name} is stored in slices; load the model and save it without partitioned variables"
+            f"{index}: {name} is stored in slices; load the model and save it without partitions and without "
+            "a sharding callback such as MaxShardSizePolicy"
         )
     shape = []
     for axis in protobuf.messages(protobuf.parse(b"".join(protobuf.messages(found, 2))), 2):

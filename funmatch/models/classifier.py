@@ -84,6 +84,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.options, self.function = options or {}, function
         self.still: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()  # what a person should know of it
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
         self.net = laid_out(net, torch.channels_last)
         self.card = card

@@ -13,6 +13,7 @@ from funmatch.models import bit, build, foreign
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.fetch import PAPER, paper_file
 from funmatch.models.savedmodel import open_savedmodel
+from funmatch.models.sight import AS_GIVEN, Inputs
 from funmatch.models.weights import Lazily, fill, read_state
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -24,7 +25,6 @@ NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
 
 # What a network without weights of its own reads where nobody says otherwise.
 OWN_CARDS = {"fashion-mini-student": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
-AS_GIVEN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # a network that sees [0, 1] as it is
 SAVEDMODEL, BIT, HUB, LOCAL = "savedmodel:", "bit:", "hf-hub:", "local-dir:"
 
 
@@ -39,6 +39,7 @@ class Origin:
         kwargs: of the constructor.
         card: what overrides timm's `pretrained_cfg`.
         published: whether the network is a BiT one with the published eps.
+        notes: what a person should know of it.
     """
 
     where: str
@@ -47,6 +48,7 @@ class Origin:
     kwargs: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     published: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -57,7 +59,7 @@ def load(
     classes: int | None = None,
     side: int | None = None,
     pretrained: bool = False,
-    inputs: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    inputs: Inputs | None = None,
 ) -> Classifier:
     """Loads or builds the classifier that a person named.
 
@@ -72,7 +74,7 @@ def load(
         side: pixels of the views; networks with a fixed input are built for it.
         pretrained: whether a bare timm name means its pretrained weights.
         inputs: mean and standard deviation, for pictures in [0, 1], of what a SavedModel was trained on; by default as
-            its kind was.
+            its graph says.
 
     Raises:
         InputError: an unknown name (with near ones), weights that do not fit, a folder that holds no model.
@@ -134,6 +136,7 @@ def _filled(name: str, origin: Origin, classes: int | None, side: int | None) ->
     kwargs = origin.kwargs | (build.for_side(net, side) if side else {})
     made = _with_head(net, build.card_of(name, net, origin.card), kwargs, classes)
     made.function = origin.architecture if foreign.is_function(origin.architecture) else None
+    made.notes = origin.notes
     return made
 
 
@@ -221,7 +224,7 @@ def _of_function(name: str, path: Path, kwargs: dict[str, Any], side: int | None
     """The weights of a network that the user's function makes; a configuration beside them says how it sees."""
     neighbour = path.parent / "config.json"
     card = _of_neighbour(neighbour) if neighbour.is_file() else {}
-    plain = {"input_size": (3, side or foreign.SIDE, side or foreign.SIDE), **AS_GIVEN}
+    plain = {"input_size": (3, side or foreign.SIDE, side or foreign.SIDE), "mean": AS_GIVEN[0], "std": AS_GIVEN[1]}
     return Origin(str(path), name, read_state(path), card.pop("model_args", {}) | kwargs, plain | card)
 
 
@@ -242,17 +245,20 @@ def _of_npz(
     return _of_bit(str(path), *bit.read_npz(path), kwargs, card or {}, wanted)
 
 
-def _of_savedmodel(folder: Path, kwargs: dict[str, Any], inputs: tuple[tuple[float, ...], ...] | None) -> Origin:
-    """A BiT network that Keras saved: the hub's rescales [0, 1] itself, the other was shown [0, 1] as it is."""
+def _of_savedmodel(folder: Path, kwargs: dict[str, Any], inputs: Inputs | None) -> Origin:
+    """A BiT network that Keras saved. It sees what its graph says, where that is all that was done to pictures."""
     saved = open_savedmodel(folder)
-    if saved.kind == "unknown" and not inputs:
+    given = inputs or saved.inputs
+    if given is None:
         raise InputError(
-            f"{folder} holds a BiT network of which it cannot be told what pictures it was trained on; say it by "
-            f"`funmatch import {folder} --inputs 0..1` (as they are) or `-1..1` (if it rescales them itself, as the "
-            "modules of TensorFlow Hub do)"
+            f"{folder} holds a BiT network of which it cannot be told what pictures it was trained on: {saved.why}; "
+            f"say it by `funmatch import {folder} --inputs 0..1` (as they are) or `-1..1` (if it rescales them itself)"
         )
-    given = {"mean": inputs[0], "std": inputs[1]} if inputs else {} if saved.kind == "hub" else AS_GIVEN
-    return _of_bit(str(folder), *bit.assemble(saved.arrays, str(folder)), kwargs, given)
+    notes = saved.notes
+    if given != saved.inputs and not saved.is_plain:
+        notes += (f"its inputs are taken as said, though {saved.why or f'its graph has mean and std {saved.inputs}'}",)
+    origin = _of_bit(str(folder), *bit.assemble(saved.arrays, str(folder)), kwargs, {"mean": given[0], "std": given[1]})
+    return replace(origin, notes=notes)
 
 
 def _of_bit(

@@ -6,24 +6,26 @@ each other, and which of them are variables. Who saved decides what can be known
 - a model of `bit_tf2.models.ResnetV2` is known by its attributes, such as `_blocks/0/…/_unit_a_conv/kernel`;
 - a module of TensorFlow Hub has attributes of any kind, but whole names, `resnet/block1/unit01/a/…/kernel`;
 - an export of Keras has a list alone. It is read if it lists what BiT has, shape by shape, in the order of definition.
+
+What is done to pictures before the first kernel is read from the graph of operations, by `sight`.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from funmatch import protobuf
 from funmatch.errors import InputError
+from funmatch.models.bit import STEM, layout
 from funmatch.models.bundle import Bundle, open_bundle, read, read_strings
+from funmatch.models.sight import AS_GIVEN, Inputs, after_head, sight
 from funmatch.models.weights import Lazily
 from funmatch.protobuf import Damaged
 
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
-STEM = "root_block/standardized_conv2d/kernel"
 BODY = re.compile(
     rf"{STEM}|(block[1-4]/unit\d\d/[abc]/)?group_norm/(gamma|beta)"
     r"|block[1-4]/unit\d\d/([abc]|a/proj)/standardized_conv2d/kernel"
@@ -59,7 +61,6 @@ class Node:
 
 
 Graph = list[Node]
-Kind = Literal["hub", "bit_tf2", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,21 @@ class Savedmodel:
     Attributes:
         arrays: by the names of published checkpoints, without `resnet/`; each is read when it is asked for. Kernels are
             (height, width, in, out), `head/kernel` is (in, classes).
-        kind: `hub` for a module of TensorFlow Hub with a head, which takes pictures in [0, 1] and rescales them to
-            [-1, 1] itself; `bit_tf2` for a network that sees pictures as they are given; `unknown` for one that names
-            its variables as a module does but has its head among them, and may be either.
+        inputs: mean and standard deviation of what it sees, for pictures in [0, 1]; None where that cannot be told.
+        is_plain: whether it sees pictures as they are given, so that it may have been trained on any range.
+        why: it cannot be told what it sees.
+        notes: what else a person should know.
     """
 
     arrays: Mapping[str, np.ndarray]
-    kind: Kind
+    inputs: Inputs | None
+    is_plain: bool = False
+    why: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def open_savedmodel(folder: Path) -> Savedmodel:
-    """Finds the BiT network in a SavedModel. What a Keras model does to pictures before its first kernel is not seen.
+    """Finds the BiT network in a SavedModel, and what it sees.
 
     Raises:
         InputError: it is no SavedModel, is damaged, or holds anything else than one whole BiT network.
@@ -93,39 +98,22 @@ def open_savedmodel(folder: Path) -> Savedmodel:
         graph = _graph(b"".join(read_strings(bundle, GRAPH)))
     except Damaged as error:
         raise InputError(f"{folder} holds a graph of objects that cannot be read: {error}; copy it again") from None
-    beside = _beside(graph)
+    seen = sight(folder, bundle)
+    beside = _beside(graph) | seen.before
+    if seen.used is not None:
+        beside |= set(bundle.entries) - seen.used  # what the answer is not computed from
     weights = {key: name for key, name in _variables(graph, bundle, folder).items() if key not in beside}
-    kind, found = _network(graph, bundle, weights, str(folder))
+    is_alone, found = _network(graph, bundle, weights, str(folder))
     shapes = _checked(found, bundle, str(folder))
     if left := {key for key, entry in bundle.entries.items() if entry.is_weight} - beside - set(found.values()):
         raise InputError(f"{folder} holds more than a BiT network: {_some(left)}; {SAVE_AGAIN}")
-    return Savedmodel(Lazily(found, lambda name: read(bundle, found[name]).reshape(shapes[name])), kind)
-
-
-def layout(units: tuple[int, ...], width: int, classes: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a BiT network's variables by name, in the order of definition.
-
-    Args:
-        units: in each of the four blocks.
-        width: channels of the stem.
-        classes: outputs of the head.
-    """
-    shapes: dict[str, tuple[int, ...]] = {STEM: (7, 7, 3, width)}
-    into = width
-    for block, count in enumerate(units):
-        middle = width << block
-        for unit in range(1, count + 1):
-            kernels = {"a": (1, 1, into, middle), "b": (3, 3, middle, middle), "c": (1, 1, middle, 4 * middle)}
-            if unit == 1:
-                kernels["a/proj"] = (1, 1, into, 4 * middle)
-            for part, shape in kernels.items():
-                place = f"block{block + 1}/unit{unit:02}/{part}"
-                if part in ("a", "b", "c"):
-                    shapes |= dict.fromkeys((f"{place}/group_norm/gamma", f"{place}/group_norm/beta"), shape[2:3])
-                shapes[f"{place}/standardized_conv2d/kernel"] = shape
-            into = 4 * middle
-    shapes |= dict.fromkeys(("group_norm/gamma", "group_norm/beta"), (into,))
-    return shapes | {"head/kernel": (into, classes), "head/bias": (classes,)}
+    arrays = Lazily(found, lambda name: read(bundle, found[name]).reshape(shapes[name]))
+    if seen.is_missing and is_alone:  # nothing is around it that could do anything to pictures
+        return Savedmodel(arrays, AS_GIVEN, is_plain=True)
+    if seen.stem and found[STEM] not in seen.stem:
+        return Savedmodel(arrays, None, why="its graph uses another network")
+    notes = after_head(seen, found["head/kernel"], found["head/bias"], str(folder))
+    return Savedmodel(arrays, seen.inputs, seen.is_plain, seen.why, notes)
 
 
 def _graph(message: bytes) -> Graph:
@@ -177,20 +165,20 @@ def _variables(graph: Graph, bundle: Bundle, folder: Path) -> dict[str, str]:
     return found
 
 
-def _network(graph: Graph, bundle: Bundle, weights: dict[str, str], where: str) -> tuple[Kind, dict[str, str]]:
-    """Which kind of network it is, and the keys of its variables by their published names."""
+def _network(graph: Graph, bundle: Bundle, weights: dict[str, str], where: str) -> tuple[bool, dict[str, str]]:
+    """Whether the model is the network and nothing more, and the keys of its variables by their published names."""
     nets = [node for node in graph if set(node.children) >= NETWORK]
     if len(nets) > 1:
         raise InputError(f"{where} holds {len(nets)} BiT networks; wanted one: {SAVE_AGAIN}")
     if nets and not any("_func" in node.children for node in graph):  # in a module of the Hub it would not stand alone
-        return "bit_tf2", _by_attributes(graph, nets[0], where)
+        return nets[0] is graph[0], _by_attributes(graph, nets[0], where)
     names = {key: re.sub(NUMBERED, r"\1/", name.removesuffix(":0")) for key, name in weights.items()}
     prefixes = {name.removesuffix(STEM) for name in names.values() if f"/{name}".endswith(f"/{STEM}")}
     if any(f"{prefix}block1/unit01/a/{PLACES['kernel']}" in names.values() for prefix in prefixes):
         if len(prefixes) > 1:
             raise InputError(f"{where} holds {len(prefixes)} BiT networks, {_some(prefixes)}; wanted one: {SAVE_AGAIN}")
-        return _by_names(names, prefixes.pop(), bundle, where)
-    return "bit_tf2", _by_order(graph, bundle, names, where)
+        return False, _by_names(names, prefixes.pop(), bundle, where)
+    return False, _by_order(graph, bundle, names, where)
 
 
 def _by_attributes(graph: Graph, net: Node, where: str) -> dict[str, str]:
@@ -231,8 +219,8 @@ def _leaves(graph: Graph, top: int) -> list[tuple[str, str]]:
     return [(leaf, key) for key, leaf in found.items()]
 
 
-def _by_names(names: dict[str, str], prefix: str, bundle: Bundle, where: str) -> tuple[Kind, dict[str, str]]:
-    """The variables of a network that names them in full, and of its head, which stands outside if it is the Hub's."""
+def _by_names(names: dict[str, str], prefix: str, bundle: Bundle, where: str) -> dict[str, str]:
+    """The variables of a network that names them in full, and of its head."""
     body = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
     body = {key: name for key, name in body.items() if BODY.fullmatch(name)}
     rest = {key: name for key, name in names.items() if key not in body}
@@ -240,8 +228,7 @@ def _by_names(names: dict[str, str], prefix: str, bundle: Bundle, where: str) ->
     for leaf, ranks in (("kernel", (2, 4)), ("bias", (1,))):
         of_head = [key for key, name in rest.items() if name.split("/")[-1] == leaf]
         found += [(f"head/{leaf}", key) for key in of_head if len(bundle.entries[key].shape) in ranks]
-    nested = bool(prefix) and not any(name.startswith(prefix) for name in rest.values())
-    return "hub" if nested else "unknown", _once(found, where)
+    return _once(found, where)
 
 
 def _by_order(graph: Graph, bundle: Bundle, names: dict[str, str], where: str) -> dict[str, str]:

@@ -15,26 +15,27 @@ from funmatch.errors import InputError
 from funmatch.logs import say
 from funmatch.models.teachers import Teachers
 from funmatch.tasks import judging, teachers, walk
-from funmatch.tasks.lesson import Lesson, done, open_data, prepare, remembered_forms
+from funmatch.tasks.lesson import Lesson, Trial, done, open_data, prepare, remembered_forms
 from funmatch.views import STRATEGIES
 
 
-def run(config: Distill, given: teachers.Modules | None = None) -> dict[str, Any]:
+def run(config: Distill, given: teachers.Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
     """Distils a student and returns the figures of the finished run.
 
     Args:
         given: modules from Python, by the names that stand for them.
+        trial: what a search asks of the run, if it is part of one.
     """
     config.check()
     with devices.joined(config.device):
-        return _run(config, given)
+        return _run(config, given, trial)
 
 
-def _run(config: Distill, given: teachers.Modules | None) -> dict[str, Any]:
-    cache = open_data(config)
+def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -> dict[str, Any]:
+    cache = open_data(config, trial)
     called = devices.in_turn(lambda: teachers.call(config, cache, config.side, given or {}))
     cache, config = fitting(cache, called, config)
-    lesson = prepare("distill", config, cache, classes=called[0].answered, given=given)
+    lesson = prepare("distill", config, cache, classes=called[0].answered, given=given, trial=trial)
     called = [replace(one, side=one.side or lesson.view.side) for one in called]
     lesson = taught_by(lesson, called)
     if result := done(lesson):

@@ -13,7 +13,7 @@ from funmatch.config import Distill, Recipes, Train
 from funmatch.data.catalog import CATALOG
 from funmatch.logs import percent, say, table
 from funmatch.models import foreign
-from funmatch.models.build import create
+from funmatch.models.build import create, create_empty
 from funmatch.models.classifier import Classifier
 from funmatch.models.frozen import Form, Frozen
 from funmatch.recipes import Recipe
@@ -65,10 +65,10 @@ def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
     by_epochs = round((knobs.epochs or 0) * count / knobs.batch)
     steps = knobs.steps or by_epochs or hyperrule.steps(count)
     classes = CATALOG[knobs.data[0]].classes
-    student = network(knobs.student, classes)
+    student = network(knobs.student, classes, counted=not config.measure)
     sides = knobs.teacher_side if isinstance(knobs, Distill) else ()
     taught_by = [
-        (network(name, classes), sides[number] if sides else knobs.side or 0)
+        (network(name, classes, counted=not config.measure), sides[number] if sides else knobs.side or 0)
         for number, name in enumerate(knobs.teacher if isinstance(knobs, Distill) else ())
     ]
     figures: dict[str, Any] = {
@@ -93,13 +93,14 @@ def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
     }
 
 
-def network(name: str, classes: int) -> nn.Module:
-    """The architecture that a recipe names, with weights that do not matter here."""
+def network(name: str, classes: int, *, counted: bool = False) -> nn.Module:
+    """The architecture that a recipe names, with weights that do not matter here; with none, if it is only counted."""
     if foreign.is_function(name) and not name.startswith("bit:"):
         return foreign.called(name, {}, classes)
     if name.startswith("bit:"):
         name = f"resnetv2_{name.removeprefix('bit:R').partition('_')[0]}_bit"
-    return create(OF_A_RUN if name.startswith("runs/") else name.partition(".")[0], {"num_classes": classes})
+    made = create_empty if counted else create
+    return made(OF_A_RUN if name.startswith("runs/") else name.partition(".")[0], {"num_classes": classes})
 
 
 def taught(net: nn.Module, knobs: Train, device: torch.device, precision: str) -> float:

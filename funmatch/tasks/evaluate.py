@@ -13,7 +13,7 @@ from funmatch.data.cache import Cache
 from funmatch.data.pixels import CachedSplit
 from funmatch.data.sources import SPLIT_NAMES
 from funmatch.errors import InputError, unknown
-from funmatch.logs import say
+from funmatch.logs import say, say_notes
 from funmatch.models.classes import match
 from funmatch.models.classifier import Classifier, check_side
 from funmatch.models.frozen import Frozen
@@ -49,6 +49,7 @@ def run(config: Evaluate, given: teachers.Modules | None = None) -> dict[str, An
         pretrained=True,
         side=config.side,
     ).to(device)
+    say_notes(config.model, model.notes)
     cache, learnt, judged = pictures.of_evaluation(config, taught.config["verb"] if taught else "", knobs)
     parameters, asked = model.count(), teachers.asked(config, cache)
     picks = match(model, asked, config.classes) if asked and config.classes else None

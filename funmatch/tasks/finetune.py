@@ -9,7 +9,7 @@ from funmatch.config import Finetune
 from funmatch.data.cache import Cache
 from funmatch.errors import InputError
 from funmatch.logs import say
-from funmatch.tasks.lesson import open_data, prepare
+from funmatch.tasks.lesson import Trial, open_data, prepare
 from funmatch.tasks.teachers import Modules
 from funmatch.tasks.train import label_loss, labelled
 from funmatch.tasks.walk import carry_out
@@ -19,27 +19,28 @@ CUT = "10%"
 ADAMW_LR = 1e-4
 
 
-def run(config: Finetune, given: Modules | None = None) -> dict[str, Any]:
+def run(config: Finetune, given: Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
     """Fine-tunes a network and returns the figures of the finished run.
 
     Args:
         given: modules from Python, by the names that stand for them.
+        trial: what a search asks of the run, if it is part of one.
     """
     config.check()
     with devices.joined(config.device):
-        return _run(config, given)
+        return _run(config, given, trial)
 
 
-def _run(config: Finetune, given: Modules | None) -> dict[str, Any]:
-    cache, cut = with_validation(config)
+def _run(config: Finetune, given: Modules | None, trial: Trial | None) -> dict[str, Any]:
+    cache, cut = with_validation(config, trial)
     ruled = by_rule(cut, labelled(cut, cache))
-    lesson = prepare("finetune", ruled, cache, classes=len(cache.classes), given=given, asked=config)
+    lesson = prepare("finetune", ruled, cache, classes=len(cache.classes), given=given, asked=config, trial=trial)
     return carry_out(lesson, label_loss(lesson))
 
 
-def with_validation(config: Finetune) -> tuple[Cache, Finetune]:
+def with_validation(config: Finetune, trial: Trial | None = None) -> tuple[Cache, Finetune]:
     """The pictures, with some for validation: which network is kept must not be chosen on the test pictures."""
-    cache = open_data(config)
+    cache = open_data(config, trial)
     if "val" in cache.splits or config.val is not None:
         return cache, config
     if config.eval_data:
@@ -47,7 +48,7 @@ def with_validation(config: Finetune) -> tuple[Cache, Finetune]:
         return cache, config.model_copy(update={"keep": "last"})
     say(f"{cache.name} has no split val: {CUT} of the training pictures are cut off for it (--val says how many)")
     config = config.model_copy(update={"val": CUT})
-    return open_data(config), config
+    return open_data(config, trial), config
 
 
 def by_rule(config: Finetune, cache: Cache) -> Finetune:

@@ -2,7 +2,8 @@
 
 import copy
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from funmatch.data.decode import pick_decoder
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.fit import Course
-from funmatch.logs import say
+from funmatch.logs import say, say_notes
 from funmatch.models.build import checkpoint_activations, freeze_until, parse_options, with_zero_head
 from funmatch.models.classes import SAME_NAMES
 from funmatch.models.classifier import Classifier, check_side, fingerprint
@@ -30,6 +31,17 @@ from funmatch.views import MIXED
 
 LR = 3e-3
 """Adam's learning rate at the top of the schedule, where nobody said another."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a search asks of a run: to leave the test pictures alone, and to say how it goes.
+
+    Attributes:
+        told: called with the step and the score of each evaluation; what it raises ends the run.
+    """
+
+    told: Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Lesson:
         facts: what is recorded of the teachers: `teacher` (their digest) and `teacher_forms`.
         beginning: digest of the student's first weights, where they are not drawn from the seed; else None.
         other_sides: of the views that teachers see beside the student's, pixels.
+        trial: what a search asks of this run, or None.
     """
 
     verb: str
@@ -61,6 +74,7 @@ class Lesson:
     facts: dict[str, Any] = field(default_factory=dict)
     beginning: str | None = None
     other_sides: tuple[int, ...] = ()
+    trial: Trial | None = None
 
     @property
     def loader(self) -> Loader:
@@ -118,14 +132,16 @@ def _named_in_full(name: str) -> str:
     return f"{prefix.replace('local-dir:', '')}{path.resolve()}"
 
 
-def open_data(config: Train) -> Cache:
-    """The decoded pictures that a run asks for, a training split among them."""
+def open_data(config: Train, trial: Trial | None = None) -> Cache:
+    """The decoded pictures that a run asks for, a training split among them; without a test split for a trial."""
     runs.check_place(config.out)
     cache = devices.in_turn(lambda: pictures.of_run(config))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())
     say(f"{cache.name}: {counts}; {cache.way} in {cache.folder}")
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
+    if trial:
+        return replace(cache, splits={name: split for name, split in cache.splits.items() if name != "test"})
     return cache
 
 
@@ -137,6 +153,7 @@ def prepare(
     classes: int,
     given: Modules | None = None,
     asked: Train | None = None,
+    trial: Trial | None = None,
 ) -> Lesson:
     """Builds the student and closes every default that was left open.
 
@@ -144,6 +161,7 @@ def prepare(
         classes: that the student answers.
         given: modules from Python, by the names that stand for them.
         asked: the configuration as a person gave it, if `config` is no longer that.
+        trial: what a search asks of the run, if it is part of one.
     """
     device, world = devices.pick(config.device), launch.world()
     optimizers.check(config.optimizer)
@@ -165,7 +183,8 @@ def prepare(
     squash = config.crop == "squash"
     view = judging.View(config.side, config.eval_resize, config.batch // world, device, config.precision, squash)
     student = _alike(student.to(device), device)
-    return Lesson(verb, config, cache, student, view, course_of(config, device), facts=facts, beginning=beginning)
+    course = course_of(config, device)
+    return Lesson(verb, config, cache, student, view, course, facts=facts, beginning=beginning, trial=trial)
 
 
 def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modules) -> Classifier:
@@ -178,6 +197,7 @@ def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modu
         classes=classes,
         side=config.side,
     )
+    say_notes(config.student, student.notes)
     if student.num_classes != classes:
         raise InputError(f"student {config.student} answers {student.num_classes} classes, wanted {classes}")
     if verb == "finetune" and student.card.classes != cache.classes:

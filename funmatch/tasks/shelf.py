@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from funmatch.config import Import, Models
 from funmatch.errors import InputError, unknown
 from funmatch.files import cache_home, folder_atomically
-from funmatch.logs import Bar, table
+from funmatch.logs import Bar, say_notes, table
 from funmatch.models.build import create_empty, known, net_config
-from funmatch.models.classifier import check_side, save
+from funmatch.models.classifier import OTHER_SIZES, check_side, save
 from funmatch.models.fetch import PAPER
 from funmatch.models.load import NAMED, load
 
@@ -56,6 +56,9 @@ def bring(config: Import) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with folder_atomically(out) as partial:
         save(model, partial, card=card, about={"imported": config.model, "top1": card.top1})
+    say_notes(config.model, model.notes)
+    if model.function == OTHER_SIZES:
+        say_notes(str(out), ["timm has no network of this size; funmatch alone can load it"])
     return {
         "out": str(out),
         "model": config.model,

@@ -17,7 +17,7 @@ from funmatch.data.cache import Cache
 from funmatch.data.pixels import CachedSplit
 from funmatch.errors import InputError
 from funmatch.files import cache_home, write_atomically
-from funmatch.logs import percent, say
+from funmatch.logs import percent, say, say_notes
 from funmatch.models.classes import SAME_NAMES, Picks, match, read_map
 from funmatch.models.classifier import Classifier, check_side, fingerprint
 from funmatch.models.frozen import Form, Frozen, Wish, freeze
@@ -100,6 +100,7 @@ def call(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modu
             return load(name, weights=weights, options=config.teacher_kwargs, pretrained=True, side=own)
 
         classifier = make()
+        say_notes(name, classifier.notes)
         picks = match(classifier, wanted, config.classes) if wanted and config.classes else None
         digest = fingerprint(classifier.net)
         if picks:

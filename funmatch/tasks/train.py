@@ -10,26 +10,27 @@ from funmatch.data.cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.distances import cross_entropy, mixed_labels
 from funmatch.errors import InputError
-from funmatch.tasks.lesson import Lesson, open_data, prepare
+from funmatch.tasks.lesson import Lesson, Trial, open_data, prepare
 from funmatch.tasks.teachers import Modules
 from funmatch.tasks.walk import LossOf, carry_out
 from funmatch.views import MIXED, STRATEGIES
 
 
-def run(config: Train, given: Modules | None = None) -> dict[str, Any]:
+def run(config: Train, given: Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
     """Teaches a network the labels, mixed as the views are, and returns the figures of the finished run.
 
     Args:
         given: modules from Python, by the names that stand for them.
+        trial: what a search asks of the run, if it is part of one.
     """
     config.check()
     with devices.joined(config.device):
-        return _run(config, given)
+        return _run(config, given, trial)
 
 
-def _run(config: Train, given: Modules | None) -> dict[str, Any]:
-    cache = labelled(config, open_data(config))
-    lesson = prepare("train", config, cache, classes=len(cache.classes), given=given)
+def _run(config: Train, given: Modules | None, trial: Trial | None) -> dict[str, Any]:
+    cache = labelled(config, open_data(config, trial))
+    lesson = prepare("train", config, cache, classes=len(cache.classes), given=given, trial=trial)
     return carry_out(lesson, label_loss(lesson))
 
 

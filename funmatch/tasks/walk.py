@@ -216,6 +216,8 @@ class Walk:
         if score is not None and score > standing.best_score and self.watched.name != "test":
             standing.best_step, standing.best_score, standing.since_best = standing.step, score, 0
             checkpoint.save_best(self.run.checkpoints, standing.step, self.lesson.student.net, runs.finite(figures))
+        if self.lesson.trial and score is not None:
+            self.lesson.trial.told(standing.step, score)
         self.away += time.monotonic() - began
 
     def save(self) -> None:

@@ -1,0 +1,142 @@
+"""What a search costs and finds: 12 trials × 2 executions on the embedded pictures.
+
+    python benchmarks/tune.py [--steps 300] [--trials 12] [--out FOLDER]
+
+Distils the embedded student from the embedded teacher, learning rate × temperature × weight decay at random, trial 0
+being the defaults. Measured: the best trial beside trial 0; the time of one worker and of two, each held to a core of
+its own with one thread, by the clock and in CPU seconds (which a busy machine disturbs less); what of the time lies
+outside the trials, in a process that has imported everything; and the final table of one that was killed (SIGKILL) five
+times at random beside that of one that was not.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+
+import funmatch
+from funmatch.tasks import distill
+
+KNOBS: dict[str, Any] = {
+    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 32,
+    "threads": 1, "workers": 1,
+}  # fmt: skip
+SPACE = {"lr": "log:1e-3..3e-2", "temperature": "1,2,5,10", "weight_decay": "1e-5,1e-4,1e-3"}
+KILLS = 5
+UNLIKE = ("study", "best_run", "command", "storage", "name")
+
+
+def started(out: Path, options: argparse.Namespace, core: int) -> subprocess.Popen:
+    """A worker on a core of its own."""
+    words = [sys.executable, "-m", "funmatch", "tune", "distill", "--json", "--out", str(out)]
+    for name, value in {**KNOBS, **lengths(options), "executions": 2, "trials": options.trials}.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--space", *(f"{name}={values}" for name, values in SPACE.items())]
+    with open(f"{out}-{core}.log", "a") as log:
+        return subprocess.Popen(
+            ["taskset", "-c", str(core), *words], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+
+def lengths(options: argparse.Namespace) -> dict[str, int]:
+    return {"steps": options.steps, "eval_every": max(1, options.steps // 5), "save_every": max(1, options.steps // 5)}
+
+
+def seconds(workers: Sequence[subprocess.Popen], began: float) -> tuple[float, float]:
+    """(since the beginning, of computing by the worker that computed most) when all workers have ended well."""
+    computed = []
+    for worker in workers:
+        _, status, usage = os.wait4(worker.pid, 0)
+        worker.returncode = os.waitstatus_to_exitcode(status)
+        if worker.returncode:
+            sys.exit(f"a worker ended with {worker.returncode}; see its log")
+        computed.append(usage.ru_utime + usage.ru_stime)
+    return time.monotonic() - began, max(computed)
+
+
+def table(out: Path) -> dict[str, Any]:
+    """The final table without times and places."""
+    result = json.loads((out / "result.json").read_text())
+    trials = [
+        {name: value for name, value in trial.items() if name not in ("seconds", "runs")} for trial in result["trials"]
+    ]
+    return {name: value for name, value in result.items() if name not in UNLIKE} | {"trials": trials}
+
+
+def outside(out: Path, options: argparse.Namespace) -> tuple[float, float]:
+    """(seconds in the trials, seconds of the whole search) in this process, which has imported everything."""
+    funmatch.tune("distill", out / "warm", space=SPACE, trials=1, **KNOBS, steps=1)
+    real, inside = distill.run, 0.0
+
+    def timed(*given: Any) -> dict[str, Any]:
+        nonlocal inside
+        began = time.monotonic()
+        try:
+            return real(*given)
+        finally:
+            inside += time.monotonic() - began
+
+    distill.run = timed  # pyrefly: ignore[bad-assignment]
+    began = time.monotonic()
+    funmatch.tune(
+        "distill", out / "timed", space=SPACE, trials=options.trials, executions=2, **KNOBS, **lengths(options)
+    )
+    whole = time.monotonic() - began
+    distill.run = real
+    return inside, whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    out = options.out or Path(tempfile.mkdtemp(prefix="funmatch-tune-"))
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    one, one_computed = seconds([started(out / "one", options, 0)], began)
+    began = time.monotonic()
+    two, two_computed = seconds([started(out / "two", options, core) for core in (0, 1)], began)
+    dice, workers, began = (
+        random.Random(0),
+        [started(out / "killed", options, core) for core in (0, 1)],
+        time.monotonic(),
+    )
+    for _ in range(KILLS):
+        time.sleep(dice.uniform(0.05, 0.2) * two)
+        core = dice.randrange(2)
+        workers[core].kill()
+        workers[core].wait()
+        workers[core] = started(out / "killed", options, core)
+    killed, _ = seconds(workers, began)
+    inside, whole = outside(out, options)
+    result = table(out / "one")
+    versions = f"torch {torch.__version__}, optuna {optuna.__version__}, Python {platform.python_version()}"
+    print(json.dumps({
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions,
+        "best": {name: result[name] for name in ("best", "value", "spread", "knobs", "test")},
+        "as_said": {name: result["trials"][0][name] for name in ("value", "spread", "knobs")},
+        "one_worker_seconds": round(one, 1), "two_workers_seconds": round(two, 1), "ratio": round(two / one, 3),
+        "one_worker_cpu_seconds": round(one_computed, 1), "busier_of_two_cpu_seconds": round(two_computed, 1),
+        "cpu_ratio": round(two_computed / one_computed, 3),
+        "same_with_two": table(out / "two") == result,
+        "killed_seconds": round(killed, 1), "same_when_killed": table(out / "killed") == result,
+        "trials_seconds": round(inside, 2), "search_seconds": round(whole, 2),
+        "outside_percent": round(100 * (whole - inside) / inside, 2),
+    }, indent=1))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The notebooks: in step with their texts, without logic, and each runs twice on a tiny data set of the real layout."""
+
+import ast
+import os
+import re
+import runpy
+import shutil
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+import timm
+from nbclient import NotebookClient
+from safetensors.torch import save_file
+from test_catalog import flowers, food, pets
+
+import funmatch
+from funmatch import notebook
+from funmatch.errors import InputError
+from funmatch.recipes import RECIPES
+
+ROOT = Path(__file__).parent.parent
+TEXTS = sorted((ROOT / "notebooks").glob("*.py"))
+NAMES = ["01_prepare_data", "02_finetune_teacher", "03_tune_teacher", "04_distill"]
+LOGIC = (
+    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For, ast.While, ast.If, ast.IfExp, ast.Try,
+    ast.comprehension, ast.Match,
+)  # fmt: skip
+generated = runpy.run_path(str(ROOT / "scripts" / "notebooks.py"))["generated"]
+
+
+def code_cells(text: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in jupytext.read(text, fmt="py:percent").cells if cell.cell_type == "code"]
+
+
+def test_all_are_there():
+    assert [text.stem for text in TEXTS] == NAMES
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
+def test_a_notebook_is_in_step_with_its_text(text):
+    told = "run `make notebooks`, and commit what it writes"
+    assert text.with_suffix(".ipynb").read_text() == generated(text.read_text()), told
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
+def test_a_notebook_calls_and_holds_no_logic(text):
+    cells = code_cells(text)
+    settings = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(settings) == 1
+    assert 'DATA = "pet37"' in settings[0].source
+    for cell in cells:
+        code = "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
+        assert len(code.splitlines()) <= 8, code
+        found = [type(node).__name__ for node in ast.walk(ast.parse(code)) if isinstance(node, LOGIC)]
+        assert not found, f"{text.stem} has {found}: it belongs into the package\n{code}"
+
+
+NETWORK = {"channels": [8, 8, 16, 16], "stem_width": 8}
+SMALL = {"side": 32, "eval_resize": 36, "batch": 8, "threads": 1, "workers": 1}
+MODEL = {"student": "resnet10t", "student_kwargs": NETWORK}
+TAUGHT = {**MODEL, **SMALL, "resize": 40, "steps": 4, "decay_steps": [2], "eval_every": 2, "micro_batch": 4}
+SETTINGS = {
+    "01_prepare_data": {"SIDE": 32, "SHARD_SIZE": 8},
+    "02_finetune_teacher": {"KNOBS": TAUGHT, "MEASURE": False},
+    "03_tune_teacher": {"KNOBS": {**TAUGHT, "steps": 8}, "TRIALS": 2, "PATIENCE": 2},
+    "04_distill": {"KNOBS": {**MODEL, **SMALL, "steps": 4, "allow_weak_teacher": True}, "MEASURE": False},
+}
+
+
+def carried_out(name: str, folder: Path, **settings: object) -> nbformat.NotebookNode:
+    """A notebook run by a kernel in a folder, with settings said after its own, as papermill does."""
+    whole = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    (place,) = (i for i, cell in enumerate(whole.cells) if "parameters" in cell.metadata.get("tags", []))
+    said = "".join(f"{key} = {value!r}\n" for key, value in settings.items())
+    whole.cells.insert(place + 1, nbformat.v4.new_code_cell(said))
+    client = NotebookClient(whole, kernel_name="python3", timeout=120, resources={"metadata": {"path": str(folder)}})
+    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    if kept := os.environ.get("FUNMATCH_KEEP_NOTEBOOKS"):  # to look at them
+        nbformat.write(whole, Path(kept) / f"{name}.ipynb")
+    return whole
+
+
+def told(whole: nbformat.NotebookNode) -> str:
+    """All that the cells put out, as text."""
+    outputs = [output for cell in whole.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    return "\n".join(str(output.get("text") or output.get("data")) for output in outputs)
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each file was written, but for those that are written each time: class names, and a search's journal."""
+    each_time = ("class.labels.txt", "journal.log")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in each_time]
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.slow
+def test_the_story_twice(tmp_path, monkeypatch):
+    """In their order on pictures in the layout of Oxford's archives; the second time nothing is done again."""
+    monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
+    pets(tmp_path / "data")
+    work = tmp_path / "work"
+    work.mkdir()
+    net = timm.create_model("resnet10t", num_classes=5, channels=(8, 8, 16, 16), stem_width=8)
+    save_file(net.state_dict(), tmp_path / "pretrained.safetensors")
+    pretrained = {"KNOBS": {**TAUGHT, "student_weights": str(tmp_path / "pretrained.safetensors")}}
+    settings = {**SETTINGS, "02_finetune_teacher": {**SETTINGS["02_finetune_teacher"], **pretrained}}
+    first = {name: told(carried_out(name, work, **settings[name])) for name in NAMES}
+    assert (work / "shards" / "pet37-32" / "train" / "train_pet37-00-8.tfrec").is_file()
+    for run in ("tf-teacher-pet37", "tf-pet37-300"):
+        assert (work / "runs" / run / "result.json").is_file()
+    assert "random weights" not in first["02_finetune_teacher"]
+    assert "teacher above, student below" in first["04_distill"]
+    before = written(work)
+    second = {name: told(carried_out(name, work, **settings[name])) for name in NAMES}
+    assert written(work) == before
+    for name in NAMES:
+        assert "Warning" not in first[name] + second[name], name
+    assert "nothing to do" in second["02_finetune_teacher"]
+    assert "nothing to do" in second["04_distill"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "make"), [("flowers102", flowers), ("food101", food)])
+def test_the_switch(data, make, tmp_path, monkeypatch):
+    """The cells of all notebooks for another data set, without a kernel."""
+    monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "data")
+    for text in TEXTS:
+        names: dict[str, object] = {}
+        for cell in code_cells(text):
+            if not cell.source.startswith("%"):
+                exec(cell.source, names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= SETTINGS[text.stem] | {"DATA": data}
+    assert {f"tf-teacher-{data}", names["STUDENTS"][data]} <= {path.name for path in (tmp_path / "runs").iterdir()}
+
+
+def test_every_recipe_that_is_named_exists():
+    for text in TEXTS:
+        source = text.read_text()
+        named = set(re.findall(r'"((?:tf-)?teacher-[^"]*)"', source))
+        assert {name.format(data) for name in named for data in ("pet37", "flowers102", "food101")} <= RECIPES.keys()
+        assert set(re.findall(r'"(tf-\w+-\d+)"', source)) <= RECIPES.keys()
+
+
+@pytest.fixture(name="hosts")
+def folders_of_hosts(tmp_path, monkeypatch) -> Path:
+    """A machine on which Kaggle's and Colab's folders would lie in `tmp_path`, and which is neither."""
+    for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(notebook, "KAGGLE", tmp_path / "kaggle")
+    monkeypatch.setattr(notebook, "COLAB", tmp_path / "content")
+    monkeypatch.setattr(notebook, "DRIVE", tmp_path / "content" / "drive" / "MyDrive")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_place_of_ones_own(hosts):
+    here = notebook.place("pet37")
+    assert (here.host, here.data, here.runs, here.hours) == ("local", hosts / "data", hosts / "runs", None)
+    assert notebook.bring_runs(here) == []
+    assert "no limit" in here._repr_html_()
+
+
+def test_colab_with_its_drive_and_without(hosts, monkeypatch, capsys):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab-external")
+    here = notebook.place("pet37")
+    assert (here.host, here.runs, here.hours) == ("colab", hosts / "content" / "runs", 12)
+    assert "drive.mount" in capsys.readouterr().err
+    (hosts / "content" / "drive" / "MyDrive").mkdir(parents=True)
+    assert notebook.place("pet37").runs == hosts / "content" / "drive" / "MyDrive" / "funmatch" / "runs"
+    assert not capsys.readouterr().err
+
+
+def test_kaggle_and_a_data_set_among_its_inputs(hosts, monkeypatch):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "their images are Colab's")
+    here = notebook.place("pet37")
+    assert (here.host, here.data, here.runs) == ("kaggle", hosts / "data", hosts / "kaggle" / "working" / "runs")
+    inputs = hosts / "kaggle" / "input"
+    for name in ("images", "annotations"):
+        (inputs / "another-with-boxes" / name).mkdir(parents=True)
+    made = pets(hosts / "made")
+    made.rename(inputs / "the-pets")
+    here = notebook.place("pet37")
+    assert here.data == inputs / "the-pets"
+    assert funmatch.prepare("pet37", data_dir=here.data)["splits"]["test"]["pictures"] == 30
+    assert notebook.place("flowers102").data == hosts / "data"
+
+
+TINY = {"data": "fashion-mini", "student": "resnet10t", "student_kwargs": NETWORK, "side": 28, "batch": 8, "threads": 1}
+
+
+def test_runs_of_earlier_sessions_go_on(hosts, monkeypatch):
+    """Of two copies the one that got further is brought; read-only inputs; a run that is here stays."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    here = notebook.place("pet37")
+    run = funmatch.train(**TINY, steps=2, log_every=1, out=here.runs / "mine").folder
+    inputs, whole = hosts / "kaggle" / "input", (run / "metrics.jsonl").read_text()
+    for name, lines in (("a", 1), ("b", None), ("c", 1)):
+        copy = inputs / "owner" / name / "runs" / "mine"
+        shutil.copytree(run, copy)
+        (copy / "metrics.jsonl").write_text("".join(whole.splitlines(keepends=True)[:lines]))
+        (copy / "result.json").chmod(0o444)
+    assert notebook.bring_runs(here) == []
+    shutil.rmtree(run)
+    assert notebook.bring_runs(here) == ["mine"]
+    assert (run / "metrics.jsonl").read_text() == whole
+    assert not (run / "checkpoints").exists(), "of a finished run nobody needs them"
+    assert (run / "result.json").stat().st_mode & 0o200
+    before = written(run)
+    assert funmatch.train(**TINY, steps=2, log_every=1, out=run).figures["step"] == 2
+    assert written(run) == before
+
+
+def test_a_session_ends_in_time_and_the_next_goes_on(hosts, monkeypatch):
+    monkeypatch.setattr(notebook, "BEGAN", time.monotonic())
+    here = notebook.Place("kaggle", hosts / "data", hosts, notebook.MARGIN_HOURS + 4 / 3600)
+    with here.session():
+        funmatch.train(**TINY, steps=100_000, out=here.runs / "long")
+    steps = [int(path.name.partition("-")[2]) for path in (here.runs / "long" / "checkpoints").glob("step-*")]
+    assert 0 < max(steps) < 100_000
+    assert "not finished" in repr(notebook.judged(here.runs / "long"))
+    assert "of 100,000" in repr(notebook.figures(here.runs / "long"))
+    assert "<svg" in notebook.curves(here.runs / "long").html
+    with notebook.Place("local", hosts, hosts).session():
+        pass
+    with pytest.raises(KeyboardInterrupt), notebook.Place("kaggle", hosts, hosts, 12).session():
+        raise KeyboardInterrupt
+
+
+def test_a_message_is_all_that_a_notebook_shows():
+    assert InputError("what to do")._render_traceback_() == ["funmatch: what to do"]
+
+
+def test_a_search_stands_for_its_best_run(tmp_path):
+    here = notebook.Place("local", tmp_path, tmp_path)
+    study = here.runs / "tune-teacher"
+    study.mkdir(parents=True)
+    (study / "study.json").write_text("{}")
+    with pytest.raises(InputError, match="no best run yet"):
+        here.run("tune-teacher")
+    (study / "result.json").write_text('{"best_run": "/elsewhere/runs/tune-teacher/trials/0002/0"}')
+    assert here.run("tune-teacher") == study / "trials" / "0002" / "0"
+    assert here.run("teacher") == here.runs / "teacher"
