@@ -41,9 +41,11 @@ def check(name: str) -> None:
         raise unknown("optimizer", name, names())
 
 
-def usual_momentum(name: str) -> float:
-    """The momentum of an optimizer where nobody said another."""
-    return 0.95 if "muon" in name else 0.9
+def momentum_of(name: str, asked: float | None) -> float:
+    """The momentum that was asked for, or is usual; an `InputError` where no optimizer has this name."""
+    check(name)
+    usual = 0.95 if "muon" in name else 0.9
+    return usual if asked is None else asked
 
 
 def make(
@@ -72,10 +74,9 @@ def make(
     Raises:
         InputError: no such optimizer or option, or a library that it needs is not here.
     """
-    check(name)
+    momentum = momentum_of(name, momentum)
     if momentum_dtype != "fp32" and name != "adamw":
         raise InputError(f"momentum_dtype {momentum_dtype} belongs to optimizer adamw, not {name}")
-    momentum = usual_momentum(name) if momentum is None else momentum
     decaying, others = _groups(model, name)
     own = {"adamw": {"dtype": momentum_dtype}, "shampoo": {"share": share}}.get(name, {})
     if name == "adamw":

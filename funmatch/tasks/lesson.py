@@ -164,7 +164,6 @@ def prepare(
         trial: what a search asks of the run, if it is part of one.
     """
     device, world = devices.pick(config.device), launch.world()
-    optimizers.check(config.optimizer)
     if config.batch % world:
         raise InputError(f"batch ({config.batch}) is shared by {world} processes, so it must be a multiple of {world}")
     if config.patience and "val" not in cache.splits:
@@ -226,7 +225,7 @@ def resolved(config: Train, cache: Cache, student: Classifier, device: torch.dev
         "eval_resize": resize,
         "mixup": float(config.strategy in MIXED) if config.mixup is None else config.mixup,
         "lr": config.lr or LR,
-        "momentum": optimizers.usual_momentum(config.optimizer) if config.momentum is None else config.momentum,
+        "momentum": optimizers.momentum_of(config.optimizer, config.momentum),
         "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
         "device": str(device) if launch.world() == 1 else device.type,  # the number is each process's own
         "precision": devices.resolve_precision(config.precision, device),
@@ -265,15 +264,10 @@ def optimizer_of(lesson: Lesson) -> torch.optim.Optimizer:
     """What turns the student's gradients into updates."""
     config = lesson.config
     return optimizers.make(
-        config.optimizer,
-        lesson.student.net,
-        lesson.course.lr,
-        config.weight_decay,
-        momentum=config.momentum,
-        momentum_dtype=config.momentum_dtype,
-        options=parse_options(config.optimizer_kwargs),
-        share=devices.shared_out,
-    )
+        config.optimizer, lesson.student.net, lesson.course.lr, config.weight_decay,
+        momentum=config.momentum, momentum_dtype=config.momentum_dtype,
+        options=parse_options(config.optimizer_kwargs), share=devices.shared_out,
+    )  # fmt: skip
 
 
 def record_of(lesson: Lesson) -> tuple[dict[str, Any], dict[str, Any]]:
