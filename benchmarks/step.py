@@ -32,7 +32,7 @@ from funmatch.distances import kl
 from funmatch.fit import Course, fit
 from funmatch.models.frozen import Frozen
 from funmatch.models.load import load
-from funmatch.optim import adam
+from funmatch.optimizers import make
 from funmatch.views import STRATEGIES
 
 SIDE = 128
@@ -59,7 +59,7 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
     course = Course(options.steps + 3, 1e-3, lambda _step: 1.0, 1.0, 0, device, precision)
     teacher.to(device)
     student.to(device)
-    optimizer = adam(student.net, course.lr, 1e-4)
+    optimizer = make("adamw", student.net, course.lr, 1e-4)
     loader = Loader(split, 0, options.batch, SIDE)
     batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=devices.pinner(device))
     if ready:

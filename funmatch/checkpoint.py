@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
 from funmatch.files import folder_atomically
 from funmatch.logs import say
+from funmatch.slots import packed, unpack_
 
 KEPT = 2
 
@@ -35,13 +36,13 @@ def save(
         folder: `checkpoints` of the run.
         step: updates done.
         student: its parameters and buffers.
-        optimizer: of the student's parameters; its state must be tensors.
+        optimizer: of the student's parameters.
         state: the rest, JSON; its `best_step` says which best is kept.
         average: of the student's weights, if one is kept.
     """
     with folder_atomically(folder / f"step-{step:09}") as partial:
         save_file(_dense(student.state_dict()), partial / "student.safetensors")
-        save_file(_dense(_optimizer_tensors(student, optimizer)), partial / "optimizer.safetensors")
+        save_file(_dense(packed(student, optimizer)), partial / "optimizer.safetensors")
         if average is not None:
             save_file(_dense(average.state_dict()), partial / "average.safetensors")
         (partial / "state.json").write_text(json.dumps({**state, "step": step}))
@@ -79,9 +80,6 @@ def restore(
 ) -> dict[str, Any] | None:
     """Puts the newest checkpoint into the student, its optimizer and the average of its weights.
 
-    Values are copied into tensors laid out in memory as those of a run that was never stopped: the vector units round
-    differently at the ends of an array, so another layout would give other last bits.
-
     Returns:
         what was given to `save` as `state`, with `step`; None where there is no checkpoint.
 
@@ -94,7 +92,7 @@ def restore(
     for checkpoint in found:
         try:
             return _restore(checkpoint, student, optimizer, average)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
             say(f"{checkpoint} is damaged ({first_line(error)})")
     if found:
         raise InputError(f"no checkpoint in {folder} can be read; start again with another --out")
@@ -105,32 +103,14 @@ def _restore(
     newest: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
 ) -> dict[str, Any]:
     state = json.loads((newest / "state.json").read_text())
-    optimizer.state.clear()
     student.load_state_dict(load_file(newest / "student.safetensors"))
     if average is not None:
         average.load_state_dict(load_file(newest / "average.safetensors"))
-    parameters = dict(student.named_parameters())
-    with safe_open(newest / "optimizer.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118  (it is no dict)
-            name, _, slot = key.rpartition(":")
-            value = file.get_tensor(key)
-            like = parameters[name]
-            kept = torch.empty_like(like, dtype=value.dtype) if value.shape == like.shape else torch.empty_like(value)
-            optimizer.state[like][slot] = kept.to(like.device).copy_(value)
+    unpack_(student, optimizer, load_file(newest / "optimizer.safetensors"))
     for later in [*newest.parent.glob("best-*"), *newest.parent.glob("step-*")]:
         if later.name.rpartition("-")[2] > f"{state['step']:09}":
             shutil.rmtree(later)  # it will be walked again
     return state
-
-
-def _optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`<parameter>:<slot>` to its tensor."""
-    tensors = {}
-    for name, parameter in student.named_parameters():
-        for slot, value in optimizer.state.get(parameter, {}).items():
-            assert isinstance(value, Tensor), f"{type(optimizer).__name__} keeps {slot}, which is no tensor"
-            tensors[f"{name}:{slot}"] = value
-    return tensors
 
 
 def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import tyro
 from funmatch.knobs import Knobs, outside
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "linear", "quadratic", "wsd", "staircase", "constant"]
 Words = tuple[str, ...]
 
 # Knobs that say where things lie or how they are shown, not what is computed: a run may change them and go on.
@@ -120,14 +121,23 @@ class Train(Pictures, Machine):
     """MixUp's λ is drawn from Beta(a, a) with this a: 1 is uniform, 0 is off. By default as the strategy says."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes, where labels are used."""
-    optimizer: Annotated[Literal["adamw", "sgd"], tyro.conf.arg(aliases=["--opt"])] = "adamw"
-    """What turns gradients into updates."""
-    momentum: float = 0.9
-    """Of SGD."""
+    optimizer: Annotated[str, tyro.conf.arg(aliases=["--opt"])] = "adamw"
+    """What turns gradients into updates: adamw, sgd, lamb, lars, muon, shampoo, soap, or any of timm's."""
+    optimizer_kwargs: tuple[str, ...] = ()
+    """Options for the optimizer, e.g. eps=1e-6 or, for Shampoo, block_size=128 graft_type=rmsprop."""
+    momentum: float | None = None
+    """Of the optimizers that have one; by default 0.9, Muon's 0.95."""
+    momentum_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In what AdamW keeps the mean of its gradients; the paper's code takes bf16."""
     lr: float | None = None
     """The learning rate at the top of the schedule; by default 0.003."""
-    schedule: Literal["cosine", "staircase", "constant"] = "cosine"
-    """The learning rate after its linear warm-up: half a cosine down to 0, by --decay-steps, or always the same."""
+    schedule: Schedule = "cosine"
+    """The learning rate after its linear warm-up: down to 0 by half a cosine, a line or a parabola; the same until it
+    falls over the last --cooldown-steps (wsd); down by --decay-steps (staircase); or always the same."""
+    cooldown_steps: int | None = None
+    """Steps at the end of wsd over which the learning rate falls to 0; by default a fifth of the run."""
+    cooldown_shape: Literal["sqrt", "linear"] = "sqrt"
+    """How it falls: as 1 − √t, or on a line."""
     decay_steps: tuple[int, ...] = ()
     """Steps at which a staircase goes down."""
     decay_factors: tuple[float, ...] = ()
@@ -202,6 +212,10 @@ class Train(Pictures, Machine):
             found.append("a staircase needs --decay-steps, e.g. --decay-steps 200 300 400")
         if steps and self.schedule != "staircase":
             found.append(f"decay_steps belong to --schedule staircase, not {self.schedule}")
+        if self.cooldown_steps is not None and self.schedule != "wsd":
+            found.append(f"cooldown_steps belong to --schedule wsd, not {self.schedule}")
+        if self.momentum_dtype != "fp32" and self.optimizer != "adamw":
+            found.append(f"momentum_dtype {self.momentum_dtype} belongs to --optimizer adamw, not {self.optimizer}")
         if factors and len(factors) != len(steps):
             found.append(f"{len(factors)} decay_factors for {len(steps)} decay_steps; give one each")
         if list(steps) != sorted(set(steps)) or (steps and steps[0] < 1):
@@ -212,7 +226,7 @@ class Train(Pictures, Machine):
 _AT_LEAST = {
     "steps": 1, "batch": 1, "side": 1, "eval_resize": 1, "warmup_steps": 0,
     "seed": 0, "workers": 1, "threads": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
-    "resize": 1, "mixup": 0, "micro_batch": 1, "patience": 1,
+    "resize": 1, "mixup": 0, "micro_batch": 1, "patience": 1, "cooldown_steps": 0,
 }  # fmt: skip
 _AT_MOST = {
     "steps": 10**12, "epochs": 10**9, "batch": 10**6, "side": 10**4, "eval_resize": 10**4, "seed": 2**62,
@@ -251,12 +265,13 @@ class Finetune(Train):
     """The short side's pixels before a mild crop; by default 160 for 128, 512 for 480, and in proportion."""
     mixup: float | None = None
     """MixUp's λ is drawn from Beta(a, a) with this a; 0 is off. By default 0.1 from 20,000 training pictures on."""
-    optimizer: Annotated[Literal["adamw", "sgd"], tyro.conf.arg(aliases=["--opt"])] = "sgd"
-    """What turns gradients into updates."""
+    optimizer: Annotated[str, tyro.conf.arg(aliases=["--opt"])] = "sgd"
+    """What turns gradients into updates: sgd, adamw, lamb, lars, muon, shampoo, soap, or any of timm's."""
     lr: float | None = None
     """The learning rate at the top of the schedule; by default 0.003 a batch of 512 for SGD, 0.0001 for AdamW."""
-    schedule: Literal["cosine", "staircase", "constant"] = "staircase"
-    """The learning rate after its warm-up: down by --decay-steps, half a cosine to 0, or always the same."""
+    schedule: Schedule = "staircase"
+    """The learning rate after its warm-up: down by --decay-steps; down to 0 by half a cosine, a line or a parabola; the
+    same until it falls over the last --cooldown-steps (wsd); or always the same."""
     decay_steps: tuple[int, ...] = ()
     """Steps at which the staircase goes down; by default at 40, 60 and 80 % of 500 steps, 30, 60 and 90 % of more."""
     weight_decay: float = 0.0

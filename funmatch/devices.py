@@ -223,6 +223,20 @@ def average_(tensors: Sequence[Tensor]) -> None:
         _in_one_message_(tensors, lambda flat: [dist.all_reduce(flat), flat.div_(launch.world())])
 
 
+def shared_out(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+    """What `work` makes of stacks, one of each at a time, where every process does an equal part of it."""
+    if launch.world() == 1:
+        return work(*stacks)
+    count = len(stacks[0])
+    most = -(-count // launch.world())
+    part = work(*(stack[launch.rank() * most : (launch.rank() + 1) * most] for stack in stacks))
+    mine = part.new_zeros(most, *part.shape[1:])
+    mine[: len(part)] = part
+    made = mine.new_empty(launch.world() * most, *part.shape[1:])
+    dist.all_gather_into_tensor(made, mine)
+    return made[:count]
+
+
 def share_(tensors: Sequence[Tensor]) -> None:
     """Makes each tensor what it is on the first process."""
     if launch.world() > 1:

@@ -19,7 +19,9 @@ class Knobs(BaseModel):
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object on standard output, and nothing else there."""
 
-    @field_validator("student_kwargs", "teacher_kwargs", "model_kwargs", mode="before", check_fields=False)
+    @field_validator(
+        "student_kwargs", "teacher_kwargs", "model_kwargs", "optimizer_kwargs", mode="before", check_fields=False
+    )
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         if isinstance(value, dict):

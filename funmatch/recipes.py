@@ -24,7 +24,8 @@ AGAINST = {
     "teacher": ("teacher_weights", "teacher_kwargs", "teacher_side", "teacher_share", "classes"),
     "student": ("student_weights", "student_kwargs"),
     "crop": ("resize",),
-    "schedule": ("decay_steps", "decay_factors"),
+    "optimizer": ("optimizer_kwargs", "momentum", "momentum_dtype"),
+    "schedule": ("decay_steps", "decay_factors", "cooldown_steps"),
     "decay_steps": ("decay_factors",),
 }
 """What a recipe says no longer once a person says this."""

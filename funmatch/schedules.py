@@ -9,6 +9,11 @@ def risen(step: int, warmup_steps: int) -> float:
     return min(step / warmup_steps, 1.0) if warmup_steps else 1.0
 
 
+def gone(step: int, steps: int, since: int) -> float:
+    """The share of the way from step `since` to the end that is behind, in [0, 1]."""
+    return min(max((step - since) / max(steps - since, 1), 0.0), 1.0)
+
+
 def cosine(step: int, steps: int, warmup_steps: int) -> float:
     """Linear warm-up from 0, then half a cosine down to 0 at `steps`.
 
@@ -17,8 +22,27 @@ def cosine(step: int, steps: int, warmup_steps: int) -> float:
         steps: length of the run.
         warmup_steps: during which the factor also rises linearly.
     """
-    progress = min(max((step - warmup_steps) / max(steps - warmup_steps, 1), 0.0), 1.0)
-    return risen(step, warmup_steps) * (1 + math.cos(math.pi * progress)) / 2
+    return risen(step, warmup_steps) * (1 + math.cos(math.pi * gone(step, steps, warmup_steps))) / 2
+
+
+def power(step: int, steps: int, warmup_steps: int, exponent: int) -> float:
+    """Linear warm-up from 0, then (1 − t)^exponent with t from 0 to 1: a line, or the paper's parabola for Shampoo."""
+    return risen(step, warmup_steps) * (1 - gone(step, steps, warmup_steps)) ** exponent
+
+
+def wsd(step: int, steps: int, warmup_steps: int, cooldown_steps: int | None, shape: str = "sqrt") -> float:
+    """Warm-up, stable, decay: linear warm-up from 0, then 1, then a cool-down to 0 at `steps`.
+
+    Zhai et al., "Scaling vision transformers" (2022), cool down on a line; Hägele et al., "Scaling laws and
+    compute-optimal training beyond fixed training durations" (2024), find 1 − √t better, over a fifth of the run.
+
+    Args:
+        cooldown_steps: at the end of the run; None for a fifth of it.
+        shape: sqrt or linear.
+    """
+    length = steps // 5 if cooldown_steps is None else cooldown_steps
+    behind = gone(step, steps, steps - length) if length else 0.0
+    return risen(step, warmup_steps) * (1 - (math.sqrt(behind) if shape == "sqrt" else behind))
 
 
 def staircase(step: int, warmup_steps: int, decay_steps: Sequence[int], factors: Sequence[float] = ()) -> float:
@@ -33,9 +57,20 @@ def staircase(step: int, warmup_steps: int, decay_steps: Sequence[int], factors:
 
 
 def factor(
-    name: str, step: int, steps: int, warmup_steps: int, decay_steps: Sequence[int] = (), factors: Sequence[float] = ()
+    name: str,
+    step: int,
+    steps: int,
+    warmup_steps: int,
+    decay_steps: Sequence[int] = (),
+    factors: Sequence[float] = (),
+    cooldown_steps: int | None = None,
+    cooldown_shape: str = "sqrt",
 ) -> float:
-    """The factor at a step of the schedule with this name: cosine, staircase or constant."""
+    """The factor at a step of the schedule with this name: cosine, linear, quadratic, wsd, staircase or constant."""
     if name == "cosine":
         return cosine(step, steps, warmup_steps)
+    if name in ("linear", "quadratic"):
+        return power(step, steps, warmup_steps, 1 if name == "linear" else 2)
+    if name == "wsd":
+        return wsd(step, steps, warmup_steps, cooldown_steps, cooldown_shape)
     return staircase(step, warmup_steps, decay_steps if name == "staircase" else (), factors)

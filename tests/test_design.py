@@ -12,7 +12,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["launch", "errors", "files", "crc32c", "protobuf"],
     ["knobs", "config", "recipes"],
-    ["draws", "augment", "views", "distances", "metrics", "schedules", "hyperrule", "optim"],
+    [
+        "draws",
+        "augment",
+        "views",
+        "distances",
+        "metrics",
+        "schedules",
+        "hyperrule",
+        "optim",
+        "blocks",
+        "shampoo",
+        "optimizers",
+        "slots",
+    ],
     [
         "data.decode",
         "data.sources",

@@ -24,7 +24,8 @@ from funmatch.data.loader import Batch, cuts
 from funmatch.distances import cross_entropy, mixed_labels
 from funmatch.draws import beta, draw, generator, mild_boxes
 from funmatch.errors import InputError
-from funmatch.optim import set_factor, sgd
+from funmatch.optim import set_factor
+from funmatch.optimizers import make
 from funmatch.schedules import factor, staircase
 
 TINY = {"student_kwargs": {"channels": (8, 8, 16, 16), "stem_width": 8}, "side": 32, "batch": 16}
@@ -134,7 +135,10 @@ def test_sgd_is_torchs_but_for_its_decay():
     torch.manual_seed(0)
     ours = torch.nn.Linear(4, 3).double()
     weight, bias = ours.weight.detach().clone(), ours.bias.detach().clone()
-    optimizer, momentum = sgd(ours, lr=0.1, weight_decay=0.01, momentum=0.9), [torch.zeros_like(weight), torch.zeros(3)]
+    optimizer, momentum = (
+        make("sgd", ours, lr=0.1, weight_decay=0.01, momentum=0.9),
+        [torch.zeros_like(weight), torch.zeros(3)],
+    )
     for step in range(4):
         share = (1.0, 0.5, 0.0, 0.25)[step]
         set_factor(optimizer, 0.1, share)
@@ -295,6 +299,10 @@ def test_a_head_begins_at_zero_unless_it_knows_these_classes(tmp_path):
         ({"resize": 20}, "at least side"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"momentum": 1.5}, "momentum"),
+        ({"momentum_dtype": "bf16"}, "belongs to --optimizer adamw, not sgd"),
+        ({"cooldown_steps": 5}, "belong to --schedule wsd, not staircase"),
+        ({"optimizer": "shampo"}, "did you mean 'shampoo'"),
+        ({"optimizer": "kron"}, "cannot be used: it draws"),
         ({"micro_batch": 0}, "micro_batch"),
         ({"patience": 0}, "patience"),
     ],

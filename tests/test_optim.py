@@ -8,8 +8,9 @@ import timm
 import torch
 from torch import nn
 
-from funmatch.optim import adam, clip_, kernels, set_factor
-from funmatch.schedules import cosine
+from funmatch.optim import clip_, kernels, set_factor
+from funmatch.optimizers import make
+from funmatch.schedules import cosine, factor
 
 
 def test_the_schedule_rises_then_falls_to_zero():
@@ -20,6 +21,29 @@ def test_the_schedule_rises_then_falls_to_zero():
     assert cosine(32, 100, 10) == pytest.approx((1 + math.cos(math.pi * 22 / 90)) / 2)
     assert cosine(0, 10, 0) == 1, "without warm-up it begins at the top"
     assert cosine(0, 1, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("linear", {0: 0, 5: 0.5, 10: 1, 55: 0.5, 100: 0}),
+        ("quadratic", {0: 0, 5: 0.5, 10: 1, 55: 0.25, 82: 0.04, 100: 0}),
+        ("wsd", {0: 0, 5: 0.5, 10: 1, 80: 1, 85: 0.5, 100: 0}),
+        ("constant", {0: 0, 5: 0.5, 10: 1, 100: 1}),
+    ],
+)
+def test_other_schedules_rise_and_fall_too(name, expected):
+    assert {step: factor(name, step, 100, 10) for step in expected} == pytest.approx(expected)
+
+
+def test_the_cool_down_is_as_long_and_of_the_shape_that_was_said():
+    def last(step, **cooldown):
+        return factor("wsd", step, 100, 0, **cooldown)
+
+    assert [last(step, cooldown_steps=4) for step in (95, 96, 97, 100)] == pytest.approx([1, 1, 0.5, 0])
+    shaped = [last(step, cooldown_steps=4, cooldown_shape="linear") for step in (96, 97, 98, 99, 100)]
+    assert shaped == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert last(100, cooldown_steps=0) == 1
 
 
 class Tiny(nn.Module):
@@ -53,7 +77,7 @@ def test_an_update_is_the_papers(lr):
     torch.manual_seed(0)
     model = Tiny().double()
     weight_decay = 0.01
-    optimizer = adam(model, lr, weight_decay)
+    optimizer = make("adamw", model, lr, weight_decay)
     w = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
     first = {name: np.zeros_like(value) for name, value in w.items()}
     second = {name: np.zeros_like(value) for name, value in w.items()}

@@ -96,6 +96,14 @@ def test_two_processes_teach_the_student_of_one(tmp_path, words, share):
 
 
 @pytest.mark.slow
+def test_two_processes_share_the_roots_of_shampoo(tmp_path):
+    words = [*TAUGHT, *PLAIN, "--side", "28", "--optimizer", "shampoo", "--lr", "0.1", "--optimizer-kwargs"]
+    words += ["block_size=16", "start_preconditioning_step=2"]
+    one, two = (run(tmp_path / str(world), *words, world=world) for world in (1, 2))
+    assert_near(one, two, 1e-3)
+
+
+@pytest.mark.slow
 def test_torchrun_itself(tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     command = ["--master-port", str(free_port()), "-m", "funmatch", *TAUGHT, *BATCHNORM, "--out", str(tmp_path / "run")]
@@ -175,6 +183,11 @@ with devices.joined("cpu"):
     own = [torch.full((2, 2), launch.rank()), torch.full((3,), float(launch.rank()))]
     devices.share_(own)
     assert not any(each.any() for each in own)
+    for count in (5, 2, 1):  # one process has less to do than the other, or nothing
+        stacks, begun = torch.arange(count * 4.0).view(count, 2, 2), []
+        made = devices.shared_out(lambda *some: begun.append(len(some[0])) or some[0] + some[1], stacks, 10 * stacks)
+        assert torch.equal(made, 11 * stacks)
+        assert begun == [-(-count // 2) if launch.is_first() else count // 2]
 with devices.joined("cpu"):  # again, in the same processes
     devices.wait()
 print("good")

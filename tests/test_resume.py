@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,31 @@ def test_a_stop_in_the_middle_of_writing(tmp_path, monkeypatch, moment):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     assert not (tmp_path / "run" / "result.json").exists()
     funmatch.distill(out=tmp_path / "run", **knobs)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"optimizer": "shampoo", "optimizer_kwargs": {"block_size": 16, "start_preconditioning_step": 3}},
+        {"optimizer": "lamb", "schedule": "wsd", "cooldown_steps": 3},
+        {"momentum_dtype": "bf16", "schedule": "quadratic"},
+    ],
+    ids=["shampoo", "lamb", "bf16"],
+)
+def test_a_stop_changes_no_bit_with_another_optimizer(tmp_path, monkeypatch, knobs):
+    knobs = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 8, "steps": 8, **knobs}
+    knobs |= {"save_every": 3, "eval_every": 4, "log_every": 2}
+    funmatch.train(out=tmp_path / "whole", **knobs)
+    monkeypatch.setattr("timm.models.save_for_hf", dies_at_once)
+    with pytest.raises(Power):
+        funmatch.train(out=tmp_path / "run", **knobs)
+    monkeypatch.undo()
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(max(checkpoints.glob("step-*")))
+    assert reached(tmp_path / "run") == 6
+    funmatch.train(out=tmp_path / "run", **knobs)
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 

@@ -21,7 +21,7 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     for option in options:
         key, equals, value = option.partition("=")
         if not (key and equals):
-            raise InputError(f"model option {option!r} is not of the form key=value, e.g. channels=16,32,64,128")
+            raise InputError(f"option {option!r} is not of the form key=value, e.g. channels=16,32,64,128")
         try:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -12,7 +12,7 @@ import timm
 import torch
 
 import funmatch
-from funmatch import devices, launch, recipes, runs, schedules
+from funmatch import devices, launch, optimizers, recipes, runs, schedules
 from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
 from funmatch.data.decode import pick_decoder
@@ -20,12 +20,11 @@ from funmatch.data.loader import Loader, cuts
 from funmatch.errors import InputError
 from funmatch.fit import Course
 from funmatch.logs import say, say_notes
-from funmatch.models.build import checkpoint_activations, freeze_until, with_zero_head
+from funmatch.models.build import checkpoint_activations, freeze_until, parse_options, with_zero_head
 from funmatch.models.classes import SAME_NAMES
 from funmatch.models.classifier import Classifier, check_side, fingerprint
 from funmatch.models.load import NAMED, brings_weights, load
 from funmatch.models.teachers import Teachers
-from funmatch.optim import adam, sgd
 from funmatch.synchronised import synchronised
 from funmatch.tasks import judging, pictures
 from funmatch.tasks.teachers import Modules
@@ -228,6 +227,7 @@ def resolved(config: Train, cache: Cache, student: Classifier, device: torch.dev
         "eval_resize": resize,
         "mixup": float(config.strategy in MIXED) if config.mixup is None else config.mixup,
         "lr": config.lr or LR,
+        "momentum": optimizers.momentum_of(config.optimizer, config.momentum),
         "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
         "device": str(device) if launch.world() == 1 else device.type,  # the number is each process's own
         "precision": devices.resolve_precision(config.precision, device),
@@ -241,7 +241,8 @@ def course_of(config: Train, device: torch.device) -> Course:
     steps, warmup = config.steps or 1, config.warmup_steps or 0
 
     def factor(step: int) -> float:
-        return schedules.factor(config.schedule, step, steps, warmup, config.decay_steps, config.decay_factors)
+        falls, cooldown = (config.decay_steps, config.decay_factors), (config.cooldown_steps, config.cooldown_shape)
+        return schedules.factor(config.schedule, step, steps, warmup, *falls, *cooldown)
 
     return Course(
         steps, config.lr or LR, factor, config.clip_norm, config.seed, device, config.precision, config.micro_batch
@@ -263,10 +264,12 @@ def _options(config: Train) -> tuple[str, ...]:
 
 def optimizer_of(lesson: Lesson) -> torch.optim.Optimizer:
     """What turns the student's gradients into updates."""
-    config, net = lesson.config, lesson.student.net
-    if config.optimizer == "sgd":
-        return sgd(net, lesson.course.lr, config.weight_decay, config.momentum)
-    return adam(net, lesson.course.lr, config.weight_decay)
+    config = lesson.config
+    return optimizers.make(
+        config.optimizer, lesson.student.net, lesson.course.lr, config.weight_decay,
+        momentum=config.momentum, momentum_dtype=config.momentum_dtype,
+        options=parse_options(config.optimizer_kwargs), share=devices.shared_out,
+    )  # fmt: skip
 
 
 def record_of(lesson: Lesson) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,91 @@
+"""How long a step of Shampoo takes, beside pytorch-optimizer's `ScalableShampoo`.
+
+    python benchmarks/optimizers.py [--model resnet50] [--turns 3] [--device auto]
+
+Both precondition the parameters of a network with blocks of 128, compute every root in each step, and are given the
+same random gradients; turns alternate, so that a drift of the machine falls on both. No forward, no backward.
+ScalableShampoo computes roots by iterations of matrix products, as published, or by singular values.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+from pytorch_optimizer import ScalableShampoo
+from torch import nn
+
+from funmatch import devices
+from funmatch.blocks import grids, merged
+from funmatch.shampoo import Shampoo
+
+BLOCK = 128
+
+
+def parameters(name: str, device: torch.device) -> list[nn.Parameter]:
+    """Those of a network, with gradients."""
+    torch.manual_seed(0)
+    found = [nn.Parameter(p.detach().to(device)) for p in timm.create_model(name).parameters()]
+    for p in found:
+        p.grad = torch.randn_like(p)
+    return found
+
+
+def seconds(step: Callable[[], object], device: torch.device) -> float:
+    """That a step takes."""
+    devices.finish(device)
+    began = time.perf_counter()
+    step()
+    devices.finish(device)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu, auto, or as torch names it")
+    options = parser.parse_args()
+    device = devices.pick(options.device)
+    shapes = [merged(p.shape, BLOCK) for p in parameters(options.model, device)]
+    cuts = [grid for shape in shapes if len(shape) > 1 for grid in grids(shape, BLOCK)]
+    usual = {"lr": 1e-3, "block_size": BLOCK, "preconditioning_compute_steps": 1}
+    contenders = {
+        "ours": Shampoo(parameters(options.model, device), **usual),
+        "ScalableShampoo, iterations": ScalableShampoo(parameters(options.model, device), **usual),
+        "ScalableShampoo, singular values": ScalableShampoo(parameters(options.model, device), use_svd=True, **usual),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(options.turns + 1):
+        for name, optimizer in contenders.items():
+            taken = seconds(optimizer.step, device)
+            if turn:  # the first makes the state
+                times[name].append(taken)
+    told = {
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        "torch": torch.__version__,
+        "model": options.model,
+        "blocks": sum(grid.total for grid in cuts),
+        "matrices": sum(grid.total * len(grid.block) for grid in cuts),
+        "largest": max(math.prod(grid.block) for grid in cuts),
+        "seconds a step": {name: spread(each) for name, each in times.items()},
+        "times ours": {
+            name: spread([one / ours for one, ours in zip(each, times["ours"], strict=True)])
+            for name, each in times.items()
+        },
+    }
+    print(json.dumps(told, indent=1))
+
+
+def spread(values: list[float]) -> str:
+    """Median, and the least and the most of the turns."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} … {max(values):.2f}, n = {len(values)})"
+
+
+if __name__ == "__main__":
+    main()
