@@ -80,8 +80,8 @@ def dist(
     """T² · (β · (1 − ρ(qᵢ, pᵢ)) + γ · mean over classes k of (1 − ρ(q₍ₖ₎, p₍ₖ₎))), with ρ Pearson's correlation.
 
     qᵢ is what is said of picture i (a row), q₍ₖ₎ what is said of class k over the batch (a column), so the second term
-    is the same for all pictures of a batch: Huang et al., "Knowledge distillation from a stronger teacher", NeurIPS 2022,
-    equations 6 to 9.
+    is the same for all pictures of a batch: Huang et al., "Knowledge distillation from a stronger teacher" (NeurIPS
+    2022), equations 6 to 9.
 
     Args:
         student_logits, teacher_logits: (n, classes).
