@@ -1,11 +1,21 @@
-"""Distances between what the student says and what it should say, one number a picture."""
+"""Distances between what the student says and what it should say, one number a picture.
 
+Here p = softmax(t / T) is the teacher and q = softmax(s / T) the student, for logits t and s of (n, classes) at the
+temperature T.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Distance = Callable[[Tensor, Tensor, float], Tensor]
+
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · KL(softmax(t / T) ‖ softmax(s / T)), the distance of function matching (paper, section 3).
+    """T² · KL(p ‖ q) = T² Σ p · (log p − log q), the distance of function matching (paper, section 3).
 
     The factor T² keeps the gradient's size independent of the temperature (Hinton et al., 2015, section 2).
 
@@ -16,9 +26,130 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
     Returns:
         (n,) float32, at least 0.
     """
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    student, teacher = _logs(student_logits, teacher_logits, temperature)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · KL(q ‖ p) = T² Σ q · (log q − log p); arguments as of `kl`."""
+    return kl(teacher_logits, student_logits, temperature)
+
+
+def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · (KL(p ‖ m) + KL(q ‖ m)) / 2 with m = (p + q) / 2; arguments as of `kl`. At most T² · log 2."""
+    student, teacher = _logs(student_logits, teacher_logits, temperature)
+    middle = torch.logaddexp(student, teacher) - math.log(2)
+    each = [F.kl_div(middle, log, reduction="none", log_target=True).sum(-1) for log in (student, teacher)]
+    return (each[0] + each[1]) / 2 * temperature**2
+
+
+def hard(student_logits: Tensor, teacher_logits: Tensor, smoothing: float = 0.0) -> Tensor:
+    """−Σ y · log softmax(s), with y the teacher's first class, a share `smoothing` of it spread over all classes.
+
+    Args:
+        student_logits, teacher_logits: (n, classes).
+        smoothing: in [0, 1).
+    """
+    labels = teacher_logits.argmax(-1)
+    return F.cross_entropy(student_logits.float(), labels, reduction="none", label_smoothing=smoothing)
+
+
+def l2(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """‖s − t‖² = Σ (s − t)², (n,)."""
+    return (student_logits.float() - teacher_logits.float()).square().sum(-1)
+
+
+def euclidean(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """‖s − t‖, (n,); its gradient is 0 where the two are equal."""
+    return torch.linalg.vector_norm(student_logits.float() - teacher_logits.float(), dim=-1)
+
+
+def log_softmax_l2(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """‖log q − log p‖² at T = 1, (n,): unlike `l2` it does not mind a number that is added to all logits."""
+    return l2(*_logs(student_logits, teacher_logits, 1.0))
+
+
+def log_softmax_euclidean(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """‖log q − log p‖ at T = 1, (n,)."""
+    return euclidean(*_logs(student_logits, teacher_logits, 1.0))
+
+
+def dist(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, inter: float = 1.0, intra: float = 1.0
+) -> Tensor:
+    """T² · (β · (1 − ρ(qᵢ, pᵢ)) + γ · mean over classes k of (1 − ρ(q₍ₖ₎, p₍ₖ₎))), with ρ Pearson's correlation.
+
+    qᵢ is what is said of picture i (a row), q₍ₖ₎ what is said of class k over the batch (a column), so the second term
+    is the same for all pictures of a batch: Huang et al., "Knowledge distillation from a stronger teacher" (NeurIPS
+    2022), equations 6 to 9.
+
+    Args:
+        student_logits, teacher_logits: (n, classes).
+        temperature: T > 0.
+        inter, intra: β and γ.
+    """
+    student, teacher = (log.exp() for log in _logs(student_logits, teacher_logits, temperature))
+    rows, columns = 1 - _correlation(student, teacher), 1 - _correlation(student.mT, teacher.mT)
+    return (inter * rows + intra * columns.mean()) * temperature**2
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """(z − mean of z) / standard deviation of z, of each row: only the shape of the logits is to be matched.
+
+    Sun et al., "Logit standardization in knowledge distillation", CVPR 2024, equation 12; the temperature comes after.
+    """
+    logits = logits.float()
+    deviation = logits.std(-1, correction=0, keepdim=True)
+    return (logits - logits.mean(-1, keepdim=True)) / deviation.clamp_min(1e-6)
+
+
+def _logs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log q and log p."""
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    return student, F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's, of each row with its own: (n,) in [-1, 1]; 0 where one of them is constant."""
+    return F.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1, eps=1e-8)
+
+
+TEMPERED: dict[str, Distance] = {"kl": kl, "reverse-kl": reverse_kl, "js": jensen_shannon, "dist": dist}
+"""Distances of probabilities at a temperature."""
+PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hard": hard,
+    "l2": l2,
+    "euclidean": euclidean,
+    "log-softmax-l2": log_softmax_l2,
+    "log-softmax-euclidean": log_softmax_euclidean,
+}
+"""Distances without a temperature."""
+
+
+def distance(
+    name: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    squared: bool = True,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """The distance of a name, (n,) float32.
+
+    Args:
+        name: of `TEMPERED` or `PLAIN`.
+        student_logits, teacher_logits: (n, classes).
+        temperature: T > 0, of those at a temperature.
+        squared: whether these are multiplied by T².
+        smoothing: of `hard`.
+    """
+    if name == "hard":
+        return hard(student_logits, teacher_logits, smoothing)
+    if name in PLAIN:
+        return PLAIN[name](student_logits, teacher_logits)
+    found = TEMPERED[name](student_logits, teacher_logits, temperature)
+    return found if squared else found / temperature**2
 
 
 def cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:

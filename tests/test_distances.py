@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from funmatch.distances import cross_entropy, kl, mixed_labels
+from funmatch.distances import cross_entropy, dist, distance, kl, mixed_labels, standardised
 
 
 def softmax(logits):
@@ -58,3 +58,88 @@ def test_cross_entropy_of_one_hot_labels_is_minus_the_log_probability():
     found = cross_entropy(logits, mixed_labels(torch.tensor([0, 1, 2]), 1.0, 3))
     for i, label in enumerate((1, 2)):
         assert found[i].item() == pytest.approx(-math.log(softmax(logits[i].tolist())[label]), rel=1e-5)
+
+
+def said(kind, student, teacher, temperature):
+    """The equations, one picture at a time in float64."""
+    p, q = softmax([x / temperature for x in teacher]), softmax([x / temperature for x in student])
+    if kind == "reverse-kl":
+        return temperature**2 * sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
+    if kind == "js":
+        middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+        terms = [a * math.log(a / m) + b * math.log(b / m) for a, b, m in zip(p, q, middle, strict=True)]
+        return temperature**2 * sum(terms) / 2
+    if kind == "hard":
+        return -math.log(softmax(student)[max(range(len(teacher)), key=teacher.__getitem__)])
+    if kind.startswith("log-softmax"):
+        student, teacher = ([math.log(x) for x in softmax(z)] for z in (student, teacher))
+    squares = sum((a - b) ** 2 for a, b in zip(student, teacher, strict=True))
+    return squares if kind.endswith("l2") else math.sqrt(squares)
+
+
+KINDS = ["reverse-kl", "js", "hard", "l2", "euclidean", "log-softmax-l2", "log-softmax-euclidean"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_every_distance_is_its_equation(kind, temperature):
+    rng = np.random.default_rng(1)
+    student, teacher = rng.normal(0, 3, (5, 7)), rng.normal(0, 3, (5, 7))
+    found = distance(kind, torch.tensor(student), torch.tensor(teacher), temperature)
+    for i in range(5):
+        wanted = said(kind, list(student[i]), list(teacher[i]), temperature)
+        assert found[i].item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dist_is_one_minus_pearsons_correlations(temperature):
+    rng = np.random.default_rng(2)
+    student, teacher = rng.normal(0, 3, (6, 5)), rng.normal(0, 3, (6, 5))
+    p, q = (np.array([softmax(list(row / temperature)) for row in z]) for z in (teacher, student))
+    columns = np.mean([1 - np.corrcoef(q[:, k], p[:, k])[0, 1] for k in range(5)])
+    found = dist(torch.tensor(student), torch.tensor(teacher), temperature, 2.0, 3.0)
+    for i in range(6):
+        wanted = temperature**2 * (2 * (1 - np.corrcoef(q[i], p[i])[0, 1]) + 3 * columns)
+        assert found[i].item() == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kl", *KINDS[:2], *KINDS[3:], "dist"])
+def test_distances_vanish_and_have_a_gradient_where_the_functions_agree(kind):
+    teacher = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
+    student = teacher.clone().requires_grad_()
+    found = distance(kind, student, teacher, 2.0)
+    assert found.abs().max() < 1e-5
+    found.sum().backward()
+    assert student.grad.abs().max() < 1e-3
+    assert student.grad.isfinite().all()
+    assert distance(kind, teacher.flip(1), teacher, 2.0).min() > 0.01
+
+
+def test_extreme_logits_give_finite_distances():
+    student, teacher = torch.tensor([[1e4, -1e4, 0.0]]).requires_grad_(), torch.tensor([[-1e4, 1e4, 0.0]])
+    for kind in ("kl", "js", "hard", "l2", "euclidean", "dist"):
+        (gradient,) = torch.autograd.grad(distance(kind, student, teacher).sum(), student)
+        assert gradient.isfinite().all(), kind
+    assert distance("js", student, teacher).item() == pytest.approx(math.log(2))
+
+
+def test_the_factor_of_the_temperature_is_said():
+    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+    for kind in ("kl", "reverse-kl", "js", "dist"):
+        with_it, without = (distance(kind, student, teacher, 3.0, squared=squared) for squared in (True, False))
+        torch.testing.assert_close(with_it, 9 * without)
+
+
+def test_smoothing_of_hard_labels_is_torchs():
+    student, teacher = torch.randn(6, 4), torch.randn(6, 4)
+    wanted = torch.nn.functional.cross_entropy(student, teacher.argmax(-1), label_smoothing=0.2)
+    torch.testing.assert_close(distance("hard", student, teacher, smoothing=0.2).mean(), wanted)
+
+
+def test_standardised_logits_have_mean_0_and_deviation_1():
+    logits = torch.randn(5, 9) * 7 + 3
+    found = standardised(logits).double()
+    assert found.mean(-1).abs().max() < 1e-6
+    torch.testing.assert_close(found.square().mean(-1), torch.ones(5, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(standardised(logits * 5 - 2), standardised(logits))
+    assert standardised(torch.ones(2, 3)).abs().max() == 0
