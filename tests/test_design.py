@@ -73,6 +73,7 @@ LAYERS = [
         "tasks.pictures",
         "tasks.judging",
         "tasks.teachers",
+        "tasks.resolved",
         "tasks.lesson",
         "tasks.walk",
         "tasks.evaluate",

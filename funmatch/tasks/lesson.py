@@ -5,7 +5,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,25 +12,20 @@ import torch
 
 import funmatch
 from funmatch import devices, launch, optimizers, recipes, runs, schedules
-from funmatch.config import Distill, Train
+from funmatch.config import Train
 from funmatch.data.cache import Cache
-from funmatch.data.decode import pick_decoder
 from funmatch.data.loader import Loader, cuts
 from funmatch.errors import InputError
 from funmatch.fit import Course
 from funmatch.logs import say, say_notes
 from funmatch.models.build import checkpoint_activations, freeze_until, parse_options, with_zero_head
-from funmatch.models.classes import SAME_NAMES
 from funmatch.models.classifier import Classifier, check_side, fingerprint
-from funmatch.models.load import NAMED, brings_weights, load
+from funmatch.models.load import brings_weights, load
 from funmatch.models.teachers import Teachers
 from funmatch.synchronised import synchronised
 from funmatch.tasks import judging, pictures
+from funmatch.tasks.resolved import LR, resolved
 from funmatch.tasks.teachers import Modules
-from funmatch.views import MIXED
-
-LR = 3e-3
-"""Adam's learning rate at the top of the schedule, where nobody said another."""
 
 
 @dataclass(frozen=True)
@@ -105,32 +99,6 @@ def loader_of(
         config.resize or 0,
         config.mixup or 0.0,
     )
-
-
-def in_full(config: Train) -> dict[str, Any]:
-    """The paths in a configuration from the root, so that the record of a run can be used from anywhere."""
-    found = pictures.in_full(config)
-    found["student"] = _named_in_full(config.student)
-    if config.student_weights:
-        found["student_weights"] = config.student_weights.expanduser().resolve()
-    if isinstance(config, Distill):
-        found["teacher"] = tuple(map(_named_in_full, config.teacher))
-        found["teacher_weights"] = tuple(
-            file if file.lower() == "none" else str(Path(file).expanduser().resolve())
-            for file in config.teacher_weights
-        )
-        if config.classes and config.classes != SAME_NAMES:
-            found["classes"] = str(Path(config.classes).expanduser().resolve())
-    return found
-
-
-def _named_in_full(name: str) -> str:
-    """The name of a model, with its path from the root if it is one."""
-    prefix = next((prefix for prefix in ("savedmodel:", "local-dir:") if name.startswith(prefix)), "")
-    path = Path(name.removeprefix(prefix)).expanduser()
-    if name in NAMED or timm.is_model(name.partition(".")[0]) or not path.exists():
-        return name
-    return f"{prefix.replace('local-dir:', '')}{path.resolve()}"
 
 
 def open_data(config: Train, trial: Trial | None = None) -> Cache:
@@ -209,31 +177,6 @@ def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modu
     if config.freeze_until is not None:
         freeze_until(student, config.freeze_until)
     return student
-
-
-def resolved(config: Train, cache: Cache, student: Classifier, device: torch.device) -> Train:
-    """The configuration with no default left open, and its length in steps."""
-    side = config.side or student.card.side
-    resize = config.eval_resize or config.resize or judging.short_side(side, student.card)
-    if resize < side:
-        raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
-    steps = config.steps or max(1, round((config.epochs or 0) * len(cache.splits["train"]) / config.batch))
-    closed = {
-        **in_full(config),
-        "steps": steps,
-        "epochs": None,
-        "side": side,
-        "resize": None if config.crop == "inception" else config.resize or resize,
-        "eval_resize": resize,
-        "mixup": float(config.strategy in MIXED) if config.mixup is None else config.mixup,
-        "lr": config.lr or LR,
-        "momentum": optimizers.momentum_of(config.optimizer, config.momentum),
-        "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
-        "device": str(device) if launch.world() == 1 else device.type,  # the number is each process's own
-        "precision": devices.resolve_precision(config.precision, device),
-        "decoder": pick_decoder(config.decoder),
-    }
-    return config.model_copy(update=closed)
 
 
 def course_of(config: Train, device: torch.device) -> Course:

@@ -14,7 +14,7 @@ from funmatch.errors import InputError
 from funmatch.files import write_atomically
 from funmatch.logs import say
 from funmatch.tasks import pictures, spaces
-from funmatch.tasks.lesson import LR
+from funmatch.tasks.resolved import LR
 from funmatch.tasks.spaces import Space, Value
 
 CUT = "10%"
