@@ -33,7 +33,7 @@ from funmatch.fit import Course, fit
 from funmatch.models.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.optimizers import make
-from funmatch.views import STRATEGIES
+from funmatch.views import seen
 
 SIDE = 128
 
@@ -64,10 +64,9 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
     batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=devices.pinner(device))
     if ready:
         batches = [batch.to(device) for batch in batches]
-    strategy = STRATEGIES["funmatch"]
 
     def loss_of(batch):
-        teacher_view, student_view = strategy(batch.crops, batch.lam)
+        (teacher_view,), student_view = seen(batch.crops, (batch.crops,), batch.lam)
         return kl(student(student_view), teacher(teacher_view), 2.0).mean()
 
     scaler = devices.loss_scaler(course.device, course.precision)

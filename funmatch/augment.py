@@ -95,8 +95,8 @@ def central_view(picture: Tensor, short_side: int, side: int, *, squash: bool = 
     return _resize(picture, height, width)[:, top : top + side, left : left + side] / 255
 
 
-def mixup(views: Tensor, lam: float) -> Tensor:
-    """Mixes every picture with the one before it in the global batch, all with one weight.
+def mixup(views: Tensor, lam: float | Tensor) -> Tensor:
+    """Mixes every picture with the one before it in the global batch.
 
     Rolling by one pairs each picture with another than its partner pairs with; reversing the batch, as is
     often done, makes mirrored pairs of the same two.
@@ -104,12 +104,14 @@ def mixup(views: Tensor, lam: float) -> Tensor:
     Args:
         views: (1 + n, ...), whose row 0 is the predecessor of row 1 (the last of the global batch, where row
             1 is its first).
-        lam: weight of the picture itself, in [0.5, 1].
+        lam: weight of the picture itself, in [0, 1]: one for all, or one each, (n,).
 
     Returns:
         (n, ...), λ·x[i] + (1 − λ)·x[i − 1].
     """
-    return torch.lerp(views[:-1], views[1:], lam)
+    if isinstance(lam, Tensor):
+        return torch.lerp(views[:-1], views[1:], lam.view(-1, *[1] * (views.ndim - 1)))
+    return views[1:] if lam == 1 else torch.lerp(views[:-1], views[1:], lam)
 
 
 def _central_of_strip(picture: Tensor, scale: float, side: int) -> Tensor:

@@ -1,11 +1,13 @@
 """Every knob of the program: one frozen table a verb, a sentence under each knob, checked together."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from funmatch import contradictions
 from funmatch.knobs import Knobs, outside
+from funmatch.strategies import STRATEGIES, Crop
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "quadratic", "wsd", "staircase", "constant"]
@@ -73,6 +75,9 @@ class Pictures(Knobs):
 class Train(Pictures, Machine):
     """Train a model on labels alone: the honest baseline, with the views and the loop of distillation."""
 
+    by_rule: ClassVar[bool] = False
+    """Whether a rule decides the length and the staircase where nobody does."""
+
     data: Words
     """Pictures: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100, fashion-mini),
     a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are joined."""
@@ -110,15 +115,20 @@ class Train(Pictures, Machine):
     student's own card says; at another side, 32 more than --side, but at most a quarter more."""
     crop_min_area: float = 0.05
     """The smallest share of a picture that a training crop covers."""
-    crop: Literal["inception", "mild", "squash"] = "inception"
-    """How a picture becomes a training view: an Inception crop; mild, a random square of --side out of the picture
-    whose short side was resized to --resize; squash, the same out of the whole picture resized to a square."""
+    crop: Crop | None = None
+    """How a picture becomes a training view: inception, a crop of any size and place, by default; mild, a random square
+    of --side out of the picture whose short side was resized to --resize; squash, the same out of the whole picture
+    resized to a square; whole, all of it, never mirrored."""
     resize: int | None = None
     """The short side's pixels before a mild crop; by default --eval-resize."""
-    strategy: Literal["funmatch", "same/ic"] = "funmatch"
-    """What is seen: funmatch is a crop, flipped and mixed; same/ic is not mixed."""
     mixup: float | None = None
-    """MixUp's λ is drawn from Beta(a, a) with this a: 1 is uniform, 0 is off. By default as the strategy says."""
+    """MixUp's λ is drawn from Beta(a, a) with this a: 1, the default, is uniform, 0 is no MixUp."""
+    mixup_mode: Literal["batch", "image"] = "batch"
+    """One λ for a whole batch, or one for each picture."""
+    mixup_max: bool = True
+    """Take max(λ, 1 − λ), so that no picture counts less than the one that it is mixed with."""
+    mixup_lam: float | None = None
+    """Mix with this λ at every step, in [0, 1], instead of a drawn one."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes, where labels are used."""
     optimizer: Annotated[str, tyro.conf.arg(aliases=["--opt"])] = "adamw"
@@ -182,45 +192,19 @@ class Train(Pictures, Machine):
         found += [
             f"{name} must be above 0, got {getattr(self, name)}" for name in _POSITIVE if not _positive(self, name)
         ]
-        found += self._length_problems()
-        found += self._schedule_problems()
-        if self.crop_min_area > 1:
-            found.append(f"crop_min_area is a share of the picture, at most 1, got {self.crop_min_area}")
-        if self.strategy == "same/ic" and self.mixup:
-            found.append(
-                f"strategy same/ic does not mix, but mixup is {self.mixup}; the strategy that mixes is funmatch"
-            )
-        for name in ("weight_decay", "drop_rate", "drop_path", "ema", "momentum", "label_smoothing"):
-            if (share := getattr(self, name)) is not None and not 0 <= share < 1:
-                found.append(f"{name} must lie in [0, 1), got {share}")
-        if self.side and self.eval_resize and self.eval_resize < self.side:
-            found.append(f"eval_resize ({self.eval_resize}) must be at least side ({self.side})")
-        if self.side and self.resize and self.resize < self.side:
-            found.append(f"resize ({self.resize}) must be at least side ({self.side})")
-        if self.resize and self.crop == "inception":
-            found.append("resize belongs to --crop mild or squash; Inception crops are cut out of the whole picture")
+        found += contradictions.of_length(self) + contradictions.of_schedule(self)
+        found += contradictions.of_sizes(self) + contradictions.of_mixing(self)
         return found + super().problems()
 
-    def _length_problems(self) -> list[str]:
-        if (self.steps is None) == (self.epochs is None):
-            return ["give the length by either --steps or --epochs, e.g. --epochs 1000"]
-        return []
+    @property
+    def cropped(self) -> Crop:
+        """How pictures become training views."""
+        return self.crop or "inception"
 
-    def _schedule_problems(self) -> list[str]:
-        steps, factors, found = self.decay_steps, self.decay_factors, []
-        if self.schedule == "staircase" and not steps and not isinstance(self, Finetune):
-            found.append("a staircase needs --decay-steps, e.g. --decay-steps 200 300 400")
-        if steps and self.schedule != "staircase":
-            found.append(f"decay_steps belong to --schedule staircase, not {self.schedule}")
-        if self.cooldown_steps is not None and self.schedule != "wsd":
-            found.append(f"cooldown_steps belong to --schedule wsd, not {self.schedule}")
-        if self.momentum_dtype != "fp32" and self.optimizer != "adamw":
-            found.append(f"momentum_dtype {self.momentum_dtype} belongs to --optimizer adamw, not {self.optimizer}")
-        if factors and len(factors) != len(steps):
-            found.append(f"{len(factors)} decay_factors for {len(steps)} decay_steps; give one each")
-        if list(steps) != sorted(set(steps)) or (steps and steps[0] < 1):
-            found.append(f"decay_steps must rise from 1 on, got {', '.join(map(str, steps))}")
-        return found + [f"decay_factors must be at least 0, got {factor}" for factor in factors if factor < 0]
+    @property
+    def mixes(self) -> bool:
+        """Whether MixUp is asked for, as far as is known without the data."""
+        return self.mixup != 0
 
 
 _AT_LEAST = {
@@ -243,13 +227,13 @@ def _positive(table: Train, name: str) -> bool:
 class Finetune(Train):
     """Teach a network with pretrained weights the labels of your pictures: a teacher, by BiT-HyperRule."""
 
+    by_rule: ClassVar[bool] = True
+
     student: Annotated[str, tyro.conf.arg(name="model", aliases=["--student"])]
     """The network: a timm name with the tag of its weights, a BiT checkpoint, a folder, a run, or an architecture with
     --weights. Its head begins at zero, unless it already knows these very classes."""
     student_weights: Annotated[Path | None, tyro.conf.arg(name="weights", aliases=["--student-weights"])] = None
     """A .safetensors, .pt or BiT .npz file to start from, for a network that is a timm name."""
-    strategy: Annotated[Literal["funmatch"], tyro.conf.Suppress] = "funmatch"
-    """Labels are mixed as the pictures are."""
     steps: int | None = None
     """Length of the run in updates; by default 500, 10,000 or 20,000, by the number of training pictures."""
     epochs: float | None = None
@@ -258,9 +242,10 @@ class Finetune(Train):
     """Pictures a step. May be more than there are in the data set."""
     side: Annotated[int | None, tyro.conf.arg(aliases=["--img-size"])] = None
     """Side of the views in pixels; by default 128 for pictures of less than 96 × 96 pixels, else 480."""
-    crop: Literal["inception", "mild", "squash"] = "mild"
+    crop: Crop | None = "mild"
     """How a picture becomes a training view: mild, a random square of --side out of the picture whose short side was
-    resized to --resize; squash, the same out of the whole picture resized to a square; or an Inception crop."""
+    resized to --resize; squash, the same out of the whole picture resized to a square; whole, all of it; or inception,
+    a crop of any size and place."""
     resize: int | None = None
     """The short side's pixels before a mild crop; by default 160 for 128, 512 for 480, and in proportion."""
     mixup: float | None = None
@@ -285,9 +270,6 @@ class Finetune(Train):
     off for it."""
     keep: Literal["last", "best"] = "best"
     """Which network is judged and saved at the end: as it is then, or as validation liked it most."""
-
-    def _length_problems(self) -> list[str]:
-        return [] if self.steps is None or self.epochs is None else ["say the length by --steps or --epochs, not both"]
 
 
 class Teaching(Knobs):
@@ -346,15 +328,49 @@ class Distill(Train, Teaching):
     """Arithmetic of the frozen teacher: auto is the fastest that answers the first batch as fp32 does."""
     compile_teacher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compile the frozen teacher: up to a minute at the start for a faster step."""
+    strategy: str = "funmatch"
+    """What the two see of a picture. funmatch: one shared Inception crop, mixed. same/ic, same/rc: one shared Inception
+    or mild random crop. ind/ic, ind/rc: each a crop of its own. fix/rs, fix/cc, fix/ic_ens: the teacher always the
+    whole picture, its middle, or many Inception crops of which the mean counts; the student the whole picture, mild
+    random or Inception crops."""
+    teacher_crops: int = 1000
+    """fix/ic_ens: Inception crops of each picture, of which the teacher's mean probabilities are taken beforehand."""
+    crop: Crop | None = None
+    """The student's crop, by default as the strategy says. Those of */rc may be squash: random squares of the whole
+    picture resized to a square."""
+    mixup: float | None = None
+    """MixUp's λ is drawn from Beta(a, a) with this a: 1 is uniform, 0 is off. By default 1 for funmatch, else 0."""
+    distance: Annotated[str, tyro.conf.arg(aliases=["--loss"])] = "kl"
+    """Between the student's answer and the teacher's. Of probabilities at the temperature: kl, reverse-kl, js
+    (Jensen–Shannon), dist (Huang et al., 2022). Of logits: l2, euclidean, log-softmax-l2, log-softmax-euclidean. hard:
+    cross-entropy on the teacher's first class."""
+    standardise: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Bring each picture's logits to mean 0 and deviation 1 before the distance (Sun et al., 2024)."""
+    label_weight: float = 0.0
+    """Share of the loss that is cross-entropy on the pictures' labels, mixed as the views are, in [0, 1]; function
+    matching uses none."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-T"])] = 1.0
-    """Divides both networks' logits before the softmax; the loss is multiplied by its square."""
+    """Divides both networks' logits before the softmax."""
+    t_squared: bool = True
+    """Multiply the distance by the square of the temperature, so that this does not change the size of gradients."""
     teacher_ahead: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute the teacher's answers in the threads that make views: for small networks on the CPU."""
     allow_weak_teacher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with a teacher that is near chance on the labelled validation pictures."""
 
+    @property
+    def cropped(self) -> Crop:
+        row = STRATEGIES.get(self.strategy)
+        return self.crop or (row.crop if row else "inception")
+
+    @property
+    def mixes(self) -> bool:
+        row = STRATEGIES.get(self.strategy)
+        return self.mixup != 0 if row is None or row.mixup else bool(self.mixup)
+
     def problems(self) -> list[str]:
-        return ([] if self.teacher else ["give the network to match by --teacher"]) + super().problems()
+        found = [] if self.teacher else ["give the network to match by --teacher"]
+        return found + contradictions.of_views(self) + contradictions.of_distance(self) + super().problems()
 
 
 class Evaluate(Pictures, Teaching, Machine):

@@ -165,12 +165,12 @@ def cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
     return -(probabilities * F.log_softmax(logits.float(), dim=-1)).sum(-1)
 
 
-def mixed_labels(labels: Tensor, lam: float, classes: int, smoothing: float = 0.0) -> Tensor:
+def mixed_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
     """One-hot labels mixed as `augment.mixup` mixes views.
 
     Args:
         labels: (1 + n,) int64, row 0 being row 1's predecessor in the global batch.
-        lam: weight of the picture's own label; 1 leaves the labels as they are.
+        lam: weight of the picture's own label, one for all or one each, (n,); 1 leaves the labels as they are.
         classes: how many there are.
         smoothing: the share of each label that is spread over all classes (Szegedy et al., 2016, section 7).
 
@@ -180,4 +180,5 @@ def mixed_labels(labels: Tensor, lam: float, classes: int, smoothing: float = 0.
     one_hot = F.one_hot(labels, classes).float()
     if smoothing:
         one_hot = (1 - smoothing) * one_hot + smoothing / classes
-    return lam * one_hot[1:] + (1 - lam) * one_hot[:-1]
+    share = lam[:, None] if isinstance(lam, Tensor) else lam
+    return share * one_hot[1:] + (1 - share) * one_hot[:-1]

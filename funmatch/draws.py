@@ -6,6 +6,7 @@ walks the same path.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,21 +23,65 @@ class Draw:
         boxes: the crop as (top, left, height, width) in pixels of the picture, (n, 4): whole ones, int64, for Inception
             crops; float64 for mild ones, whose corner lies on a pixel of the resized picture.
         flips: whether the crop is mirrored, (n,) bool.
-        lam: the MixUp weight of the picture itself, one number a batch, in [0.5, 1]; 1 without MixUp.
+        lam: the MixUp weight of the picture itself: one number a batch, or one a picture, (n,) float64; 1 without.
+        own: boxes and flips of the teacher's own view of the same pictures, or None where it is shown the student's.
     """
 
     indices: np.ndarray
     boxes: np.ndarray
     flips: np.ndarray
-    lam: float
+    lam: float | np.ndarray
+    own: tuple[np.ndarray, np.ndarray] | None = None
 
 
-def generator(seed: int, step: int) -> np.random.Generator:
+@dataclass(frozen=True)
+class Mixing:
+    """How MixUp's λ is drawn.
+
+    Attributes:
+        a: of Beta(a, a), from which λ comes; 1 is uniform, 0 is no MixUp.
+        each: one λ a picture, not one a batch.
+        larger: take max(λ, 1 − λ), so that no picture counts less than its partner.
+        lam: this λ at every step, not a drawn one; as it is.
+    """
+
+    a: float = 1.0
+    each: bool = False
+    larger: bool = True
+    lam: float | None = None
+
+    def of(self, uniforms):
+        """λ at uniform numbers in [0, 1)."""
+        if self.a == 0:
+            return np.ones_like(uniforms)
+        if self.lam is not None:
+            return np.full_like(uniforms, self.lam)
+        lam = beta(uniforms, self.a)
+        return np.maximum(lam, 1 - lam) if self.larger else lam
+
+
+# Streams of a step's random numbers: what is drawn from one does not move what is drawn from another.
+STEP, OWN, LAMBDAS, ENSEMBLE = range(4)
+
+
+def generator(seed: int, step: int, stream: int = STEP) -> np.random.Generator:
     """The generator of one step. Only its uniform doubles are used, whose stream numpy keeps stable."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step))))
+    entropy = np.random.SeedSequence((seed, step), spawn_key=(stream,) if stream else ())
+    return np.random.Generator(np.random.Philox(entropy))
 
 
-def draw(seed: int, step: int, batch: int, count: int, sizes, *, boxes=None, mixup: float = 1.0) -> Draw:
+def draw(
+    seed: int,
+    step: int,
+    batch: int,
+    count: int,
+    sizes,
+    *,
+    boxes=None,
+    mixing: Mixing = Mixing(),
+    mirrored: bool = True,
+    own: bool = False,
+) -> Draw:
     """Draws step `step` of a run for the global batch.
 
     Args:
@@ -46,24 +91,52 @@ def draw(seed: int, step: int, batch: int, count: int, sizes, *, boxes=None, mix
         count: pictures in the split.
         sizes: a function from indices (n,) to (heights, widths), each (n,), in pixels.
         boxes: a function from a generator and these sizes to crops, (n, 4); by default `inception_boxes`.
-        mixup: the a of Beta(a, a), from which λ comes; 1 is uniform, 0 is no MixUp.
+        mixing: of MixUp.
+        mirrored: whether half of the views are.
+        own: whether the teacher's view has draws of its own, from the same distribution.
     """
+    boxes = boxes or inception_boxes
     rng = generator(seed, step)
-    lam = beta(rng.random(), mixup)
-    flips = rng.random(batch) < 0.5
+    uniform = np.asarray(rng.random())
+    lam = mixing.of(generator(seed, step, LAMBDAS).random(batch)) if mixing.each else float(mixing.of(uniform))
     indices = shuffled(seed, np.arange(step * batch, (step + 1) * batch, dtype=np.int64), count)
-    return Draw(indices, (boxes or inception_boxes)(rng, *sizes(indices)), flips, max(lam, 1 - lam))
+    shape = sizes(indices)
+
+    def looked(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        flips = rng.random(batch) < 0.5
+        return boxes(rng, *shape), flips & mirrored
+
+    crops, flips = looked(rng)
+    return Draw(indices, crops, flips, lam, looked(generator(seed, step, OWN)) if own else None)
 
 
-def beta(uniform: float, a: float) -> float:
-    """The value of Beta(a, a) at a uniform number in [0, 1): its quantile function; 1 for a = 0."""
+def beta(uniforms, a: float):
+    """The values of Beta(a, a), a > 0, at uniform numbers in [0, 1): its quantile function."""
     if a == 1:
-        return uniform
-    if a == 0:
-        return 1.0
+        return uniforms
     from scipy.special import betaincinv  # takes a tenth of a second to import
 
-    return float(betaincinv(a, a, uniform))
+    return betaincinv(a, a, uniforms)
+
+
+def whole_boxes(_rng: np.random.Generator, heights, widths) -> np.ndarray:
+    """Each picture from edge to edge: (n, 4) int64, top, left, height, width."""
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
+
+
+def boxes_of(crop: str, *, min_area: float = 0.05, side: int = 0, resize: int = 0):
+    """The function from a generator and sizes to crops of a name: inception, mild, squash or whole.
+
+    Args:
+        min_area: of Inception crops.
+        side, resize: of mild ones (squash: of both sides resized).
+    """
+    if crop == "whole":
+        return whole_boxes
+    if crop == "inception":
+        return partial(inception_boxes, min_area=min_area)
+    return partial(mild_boxes, side=side, resize=resize, squash=crop == "squash")
 
 
 def mild_boxes(

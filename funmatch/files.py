@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import fcntl
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from safetensors import SafetensorError
 
 
@@ -25,7 +27,7 @@ def cache_home() -> Path:
     return user_cache()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Writes a file: first under another name, then renamed. A text may hold file names, whatever bytes they are."""
     encoded = content.encode(errors="surrogateescape") if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -39,6 +41,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array as .npy, whole or not at all."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    write_atomically(path, file.getbuffer())
 
 
 @contextmanager

@@ -11,14 +11,14 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 from PIL import Image
 
-from funmatch import launch, runs
+from funmatch import launch, runs, views
 from funmatch.config import TAUGHT, Report
 from funmatch.errors import InputError
 from funmatch.files import write_atomically
 from funmatch.logs import duration, percent
 from funmatch.models.frozen import Form
+from funmatch.strategies import STRATEGIES
 from funmatch.tasks import lesson, pictures
-from funmatch.views import STRATEGIES
 
 SHOWN_VIEWS = 12
 THUMBNAIL = 96
@@ -258,10 +258,12 @@ def views_sheet(run: runs.Run, step: int) -> dict[str, Any] | None:
         return None
     if cache.key != config["facts"]["data"]:
         return None
-    batch = lesson.loader_of(table, cache).batch_at(step)
-    pairs = STRATEGIES[knobs["strategy"]](batch.crops, batch.lam)
-    rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in pairs[(0 if "teacher" in knobs else 1) :]]
-    sheet = np.concatenate([np.concatenate(list(views), axis=1) for views in rows])
+    strategy = STRATEGIES[knobs["strategy"]] if "strategy" in knobs else None
+    sides = (knobs["side"],) if strategy and not strategy.fixed else ()
+    batch = lesson.loader_of(table, cache, sides).batch_at(step)
+    shown, student = views.seen(batch.crops, batch.shown, batch.lam)
+    rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in (*shown, student)]
+    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     image = Image.fromarray((sheet * 255).round().astype(np.uint8))
     enlarge = max(1, THUMBNAIL // knobs["side"])
     image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
@@ -270,8 +272,8 @@ def views_sheet(run: runs.Run, step: int) -> dict[str, Any] | None:
     return {
         "name": run.folder.resolve().name,
         "step": step,
-        "lam": batch.lam,
-        "strategy": knobs["strategy"],
+        "lam": batch.lam if isinstance(batch.lam, float) else None,
+        "strategy": knobs.get("strategy", "labels"),
         "rows": ["teacher", "student"][-len(rows) :],
         "png": base64.b64encode(png.getvalue()).decode(),
     }

@@ -1,29 +1,25 @@
-"""Teaching strategies: what the teacher and what the student see of a batch (paper, section 3, figure 3)."""
+"""What the teachers and the student see of a batch: its crops, mixed."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from funmatch.augment import mixup
 
-Strategy = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
+def seen(crops: Tensor, shown: Sequence[Tensor], lam: float | Tensor) -> tuple[list[Tensor], Tensor]:
+    """The teachers' views and the student's.
 
-def funmatch(crops: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """Function matching: one shared Inception crop, mixed; both see the very same pixels."""
-    shared = mixup(crops, lam)
-    return shared, shared
+    A teacher that is shown the student's own crops gets the student's own view, the very same pixels: that is
+    consistency, and with MixUp it is function matching (paper, section 3).
 
+    Args:
+        crops: the student's, (1 + n, 3, side, side) in [0, 1], row 0 being row 1's predecessor in the global batch.
+        shown: the teachers', alike, each at its own side; `crops` itself where they are shared.
+        lam: the MixUp weight of the picture itself, one or (n,); 1 is no MixUp.
 
-def same_inception_crop(crops: Tensor, _lam: float) -> tuple[Tensor, Tensor]:
-    """Consistent teaching without mixing: one shared Inception crop."""
-    shared = crops[1:]
-    return shared, shared
-
-
-STRATEGIES: dict[str, Strategy] = {"funmatch": funmatch, "same/ic": same_inception_crop}
-"""Each takes crops (1 + n, 3, side, side), row 0 being row 1's predecessor in the global batch, and the MixUp
-weight, and gives (teacher's view, student's view), each (n, 3, side, side) in [0, 1]."""
-
-MIXED = {"funmatch"}
-"""The strategies whose labels, where labels are used, are mixed as the views are."""
+    Returns:
+        views of (n, 3, side, side) in [0, 1]: one for each of `shown`, and the student's.
+    """
+    student = mixup(crops, lam)
+    return [student if each is crops else mixup(each, lam) for each in shown], student

@@ -32,7 +32,7 @@ TEACHER = {
     "student_kwargs": {"channels": (16, 32, 48, 48), "stem_width": 16},
     "side": 32,
     "eval_resize": 32,
-    "strategy": "same/ic",
+    "mixup": 0.0,
     "crop_min_area": 0.25,
     "batch": 128,
     "lr": 4e-3,

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A module may import those before it in this list, and nothing else of ours.
 LAYERS = [
     ["launch", "errors", "files", "crc32c", "protobuf"],
-    ["knobs", "config", "recipes"],
+    ["knobs", "strategies", "contradictions", "config", "recipes"],
     [
         "draws",
         "augment",
@@ -75,6 +75,7 @@ LAYERS = [
         "tasks.teachers",
         "tasks.resolved",
         "tasks.lesson",
+        "tasks.answers",
         "tasks.walk",
         "tasks.evaluate",
         "tasks.train",

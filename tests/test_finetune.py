@@ -22,7 +22,7 @@ from funmatch.augment import central_view, sample_flip
 from funmatch.config import Finetune
 from funmatch.data.loader import Batch, cuts
 from funmatch.distances import cross_entropy, mixed_labels
-from funmatch.draws import beta, draw, generator, mild_boxes
+from funmatch.draws import Mixing, beta, draw, generator, mild_boxes
 from funmatch.errors import InputError
 from funmatch.optim import set_factor
 from funmatch.optimizers import make
@@ -115,7 +115,7 @@ def test_mixup_moves_nothing_but_lambda():
     def sizes(indices):
         return np.full(len(indices), 40), np.full(len(indices), 50)
 
-    plain, off, mild = (draw(3, 17, 8, 100, sizes, mixup=a) for a in (1.0, 0.0, 0.1))
+    plain, off, mild = (draw(3, 17, 8, 100, sizes, mixing=Mixing(a)) for a in (1.0, 0.0, 0.1))
     assert off.lam == 1
     assert mild.lam == pytest.approx(
         max(beta(generator(3, 17).random(), 0.1), 1 - beta(generator(3, 17).random(), 0.1))

@@ -75,16 +75,17 @@ def test_each_teacher_sees_its_own_side_in_its_own_way():
 
 def test_the_same_crop_at_two_sides(pictures):
     split = open_cache(str(pictures)).splits["train"]
-    loader = Loader(split, seed=1, batch=6, side=12, other_sides=(20, 31))
+    loader = Loader(split, seed=1, batch=6, side=12, teacher_sides=(12, 20, 31))
     batch, drawn = loader.batch_at(3), loader.draw(3)
-    assert [each.shape[-1] for each in (batch.crops, *batch.others)] == [12, 20, 31]
+    assert [each.shape[-1] for each in batch.shown] == [12, 20, 31]
     assert torch.equal(batch.crops, Loader(split, seed=1, batch=6, side=12).batch_at(3).crops)
     rows = [-1, 0, 1, 2, 3, 4, 5]
     taken = [split.picture(i) for i in drawn.indices[rows]]
-    for crops in batch.others:
+    assert batch.shown[0] is batch.crops
+    for crops in batch.shown:
         assert torch.equal(crops, crop_resize_flip(taken, drawn.boxes[rows], drawn.flips[rows], crops.shape[-1]))
     # A view at another side is the same picture: shrunk to the same, they are alike.
-    small, large = (F.adaptive_avg_pool2d(mixup(crops, batch.lam), 4) for crops in (batch.crops, batch.others[1]))
+    small, large = (F.adaptive_avg_pool2d(mixup(crops, batch.lam), 4) for crops in (batch.crops, batch.shown[2]))
     assert (small - large).abs().mean() < 0.03
 
 

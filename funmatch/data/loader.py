@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from funmatch.augment import central_view, crop_resize_flip, sample_flip
 from funmatch.data.pixels import CachedSplit
-from funmatch.draws import Draw, draw, inception_boxes, mild_boxes
+from funmatch.draws import Draw, Mixing, boxes_of, draw
 
 Made = TypeVar("Made")
 
@@ -26,21 +25,24 @@ class Batch:
     Attributes:
         crops: (1 + n, 3, side, side) float32 in [0, 1]; row 0 is row 1's predecessor in the global batch.
         labels: (1 + n,) int64, -1 where there is none.
-        lam: MixUp weight of the picture itself, in [0.5, 1].
-        answers: (n, classes), the teacher's logits on its view, where they were computed ahead.
-        others: the same crops sampled at other sides.
+        lam: MixUp weight of the picture itself, in [0, 1]: one, or one a picture, (n,) float32.
+        answers: (n, classes), the teacher's logits on its view, where they were computed before.
+        shown: the teachers' crops, one for each of the loader's `teacher_sides`: `crops` itself where it is the same.
     """
 
     crops: Tensor
     labels: Tensor
-    lam: float
+    lam: float | Tensor
     answers: Tensor | None = None
-    others: tuple[Tensor, ...] = ()
+    shown: tuple[Tensor, ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same batch with every tensor changed."""
+        """The same batch with every tensor changed; what is shared stays shared."""
+        crops = change(self.crops)
         answers = None if self.answers is None else change(self.answers)
-        return Batch(change(self.crops), change(self.labels), self.lam, answers, tuple(map(change, self.others)))
+        lam = change(self.lam) if isinstance(self.lam, Tensor) else self.lam
+        shown = tuple(crops if each is self.crops else change(each) for each in self.shown)
+        return Batch(crops, change(self.labels), lam, answers, shown)
 
     def to(self, device: torch.device) -> "Batch":
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -49,10 +51,11 @@ class Batch:
         """The batch in even pieces of at most so many pictures, each with its predecessor, and the share that it is."""
         count = len(self.labels) - 1
         for start, stop in pairwise(cuts(count, size)):
-            rows = slice(start, stop + 1)
-            answers = None if self.answers is None else self.answers[start:stop]
-            others = tuple(crops[rows] for crops in self.others)
-            yield Batch(self.crops[rows], self.labels[rows], self.lam, answers, others), (stop - start) / count
+            crops, rows = self.crops[start : stop + 1], slice(start, stop)
+            answers = None if self.answers is None else self.answers[rows]
+            lam = self.lam[rows] if isinstance(self.lam, Tensor) else self.lam
+            shown = tuple(crops if each is self.crops else each[start : stop + 1] for each in self.shown)
+            yield Batch(crops, self.labels[start : stop + 1], lam, answers, shown), (stop - start) / count
 
 
 def cuts(count: int, size: int | None) -> list[int]:
@@ -75,10 +78,12 @@ class Loader:
         side: of the crops, pixels.
         min_area: the smallest share of a picture that a crop covers.
         rank, world: which of how many equal slices of the global batch is ours.
-        other_sides: at which the same crops are wanted too, pixels.
-        crop: inception, mild or squash; see `draws.inception_boxes` and `draws.mild_boxes`.
+        crop: of `draws.boxes_of`.
         resize: the short side of which a mild crop is cut, pixels.
-        mixup: the a of Beta(a, a), from which MixUp's λ is drawn.
+        mixing: how MixUp's λ is drawn.
+        teacher_sides: at which teachers are shown crops, pixels.
+        own: whether these are drawn for themselves, not the student's.
+        known: what is known beforehand of the teacher's answers: to each picture of the split, (pictures, classes).
     """
 
     split: CachedSplit
@@ -88,19 +93,20 @@ class Loader:
     min_area: float = 0.05
     rank: int = 0
     world: int = 1
-    other_sides: tuple[int, ...] = ()
     crop: str = "inception"
     resize: int = 0
-    mixup: float = 1.0
+    mixing: Mixing = Mixing()  # noqa: RUF009
+    teacher_sides: tuple[int, ...] = ()
+    own: bool = False
+    known: Tensor | None = None
 
     def draw(self, step: int) -> Draw:
         """The draws of the whole global batch."""
-        if self.crop == "inception":
-            boxes = partial(inception_boxes, min_area=self.min_area)
-        else:
-            boxes = partial(mild_boxes, side=self.side, resize=self.resize, squash=self.crop == "squash")
-        split = self.split
-        return draw(self.seed, step, self.batch, len(split), split.sizes, boxes=boxes, mixup=self.mixup)
+        boxes = boxes_of(self.crop, min_area=self.min_area, side=self.side, resize=self.resize)
+        return draw(
+            self.seed, step, self.batch, len(self.split), self.split.sizes,
+            boxes=boxes, mixing=self.mixing, mirrored=self.crop != "whole", own=self.own,
+        )  # fmt: skip
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step: the same whenever, wherever and in whichever order it is asked for."""
@@ -108,13 +114,29 @@ class Loader:
         share = self.batch // self.world
         rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch
         indices = drawn.indices[rows]
-        if self.crop == "inception":
-            pictures, boxes = self.split.boxed(indices, drawn.boxes[rows])
-            cut = crop_resize_flip
-        else:
-            pictures, boxes, cut = self.split.pictures(indices), drawn.boxes[rows], sample_flip
-        crops, *others = (cut(pictures, boxes, drawn.flips[rows], side) for side in (self.side, *self.other_sides))
-        return Batch(crops, self.split.labels(indices), drawn.lam, others=tuple(others))
+        boxes, flips = drawn.boxes[rows], drawn.flips[rows]
+        sides = () if self.own else tuple(side for side in self.teacher_sides if side != self.side)
+        crops, *others = self.cut(indices, boxes, flips, (self.side, *sides))
+        shown = dict(zip((self.side, *sides), (crops, *others), strict=True))
+        if drawn.own:
+            boxes, flips = drawn.own[0][rows], drawn.own[1][rows]
+            own = self.cut(indices, boxes, flips, self.teacher_sides)
+            shown = dict(zip(self.teacher_sides, own, strict=True))
+        return Batch(
+            crops,
+            self.split.labels(indices),
+            drawn.lam if isinstance(drawn.lam, float) else torch.from_numpy(drawn.lam[rows[1:]]).float(),
+            None if self.known is None else self.known[torch.from_numpy(indices[1:])],
+            tuple(shown[side] for side in self.teacher_sides),
+        )
+
+    def cut(self, indices, boxes, flips, sides: tuple[int, ...]) -> list[Tensor]:
+        """Crops of pictures, (n, 3, side, side) at each of several sides."""
+        if self.crop in ("inception", "whole"):
+            pictures, boxes = self.split.boxed(indices, boxes)
+            return [crop_resize_flip(pictures, boxes, flips, side) for side in sides]
+        pictures = self.split.pictures(indices)
+        return [sample_flip(pictures, boxes, flips, side) for side in sides]
 
 
 def prefetch(

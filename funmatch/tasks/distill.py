@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,13 +11,14 @@ from funmatch import devices, launch
 from funmatch.config import Distill
 from funmatch.data.cache import Cache
 from funmatch.data.loader import Batch
-from funmatch.distances import kl
+from funmatch.distances import cross_entropy, distance, mixed_labels, standardised
 from funmatch.errors import InputError
 from funmatch.logs import say
 from funmatch.models.teachers import Teachers
-from funmatch.tasks import judging, teachers, walk
+from funmatch.strategies import STRATEGIES
+from funmatch.tasks import answers, judging, teachers, walk
 from funmatch.tasks.lesson import Lesson, Trial, done, open_data, prepare, remembered_forms
-from funmatch.views import STRATEGIES
+from funmatch.views import seen
 
 
 def run(config: Distill, given: teachers.Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
@@ -40,30 +42,55 @@ def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -
     lesson = taught_by(lesson, called)
     if result := done(lesson):
         return result
-    device, sides = lesson.course.device, (lesson.view.side, *lesson.other_sides)
-    strategy = STRATEGIES[config.strategy]
-
-    def seen(batch: Batch) -> tuple[dict[int, Tensor], Tensor]:
-        """The teachers' views by side, and the student's."""
-        pairs = [strategy(crops, batch.lam) for crops in (batch.crops, *batch.others)]
-        return {side: pair[0] for side, pair in zip(sides, pairs, strict=True)}, pairs[0][1]
-
-    first, _ = seen(lesson.loader.batch_at(0).to(device))
+    fixed = STRATEGIES[config.strategy].fixed
+    seen = partial(views_by_side, sides=lesson.teacher_sides)
+    first = answers.first_views(lesson, called) if fixed else seen(lesson.loader.batch_at(0))[0]
+    first = {side: views.to(lesson.course.device) for side, views in first.items()}
     matched, forms = in_one_form(called, first, config, remembered_forms(lesson))
     del called  # the plain teachers need not be kept beside the frozen ones
     lesson = replace(lesson, teachers=matched, facts=lesson.facts | {"teacher_forms": forms})
     taught = judged(matched, lesson) if launch.is_first() else None
-
-    def loss_of(batch: Batch) -> Tensor:
-        views, student_view = seen(batch)
-        answers = matched(views, config.temperature) if batch.answers is None else batch.answers
-        return kl(lesson.student(student_view), answers, config.temperature).mean()
+    if fixed:
+        lesson = answers.computed_before(lesson, matched)
 
     def ahead(batch: Batch) -> Batch:
-        views, _ = seen(batch.to(device))
+        if batch.answers is not None:
+            return batch
+        views, _ = seen(batch.to(lesson.course.device))
         return replace(batch, answers=matched(views, config.temperature))
 
-    return walk.carry_out(lesson, loss_of, taught, ahead if config.teacher_ahead else None)
+    def both(batch: Batch) -> tuple[Tensor, Tensor]:
+        """What student and teachers say of a batch."""
+        views, student_view = seen(batch)
+        told = matched(views, config.temperature) if batch.answers is None else batch.answers
+        return lesson.student(student_view), told
+
+    def loss_of(batch: Batch) -> Tensor:
+        return loss(*both(batch), batch, config)
+
+    return walk.carry_out(lesson, loss_of, taught, ahead if config.teacher_ahead else None, both)
+
+
+def views_by_side(batch: Batch, sides: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """The teachers' views, (n, 3, side, side) by their side, and the student's."""
+    shown, student = seen(batch.crops, batch.shown, batch.lam)
+    return dict(zip(sides, shown, strict=True)) if shown else {}, student
+
+
+def loss(student: Tensor, told: Tensor, batch: Batch, config: Distill) -> Tensor:
+    """(1 − w) · distance + w · cross-entropy on labels, the mean over a batch; w is the label weight, by default 0.
+
+    Args:
+        student, told: logits, (n, classes), of the student and of the teachers together.
+    """
+    logits, target = (standardised(student), standardised(told)) if config.standardise else (student, told)
+    found = distance(
+        config.distance, logits, target, config.temperature, squared=config.t_squared, smoothing=config.label_smoothing
+    )
+    if config.label_weight:
+        labels = mixed_labels(batch.labels, batch.lam, student.shape[-1], config.label_smoothing)
+        found = (1 - config.label_weight) * found + config.label_weight * cross_entropy(student, labels)
+    return found.mean()
 
 
 def in_one_form(
@@ -88,14 +115,14 @@ def judged(matched: Teachers, lesson: Lesson) -> walk.Taught:
 
 def taught_by(lesson: Lesson, called: Sequence[teachers.Called]) -> Lesson:
     """The lesson with what its teachers decide: the sides that they see, and what is recorded of them."""
-    side, config = lesson.view.side, lesson.config
+    config = lesson.config
     assert isinstance(config, Distill)
     return replace(
         lesson,
         config=config.model_copy(update={"teacher_side": tuple(one.side for one in called)}),
         asked=teachers.asked(config, lesson.cache),
         facts=lesson.facts | {"teacher": "+".join(one.digest for one in called)},
-        other_sides=tuple(sorted({one.side for one in called} - {side})),
+        teacher_sides=() if STRATEGIES[config.strategy].fixed else tuple(sorted({one.side for one in called})),
     )
 
 

@@ -68,7 +68,7 @@ def by_rule(config: Finetune, cache: Cache) -> Finetune:
         "steps": steps or hyperrule.steps(count),
         "epochs": None,
     }
-    if config.crop != "inception" and config.resize is None:
+    if config.cropped in ("mild", "squash") and config.resize is None:
         ruled["resize"] = round(ruled["side"] * resize / side)
     if config.eval_resize is None:
         ruled["eval_resize"] = ruled.get("resize", config.resize) or round(ruled["side"] * resize / side)

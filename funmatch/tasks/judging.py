@@ -1,5 +1,6 @@
 """Judging a classifier: its answers to a split, and what they are worth."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +9,14 @@ from torch import Tensor, nn
 
 from funmatch import devices, metrics
 from funmatch.data.cache import Cache
-from funmatch.data.loader import central_batches
+from funmatch.data.loader import Batch, Loader, central_batches
 from funmatch.data.pixels import CachedSplit
 from funmatch.errors import InputError
 from funmatch.models.classifier import Card, Classifier
 
 WATCHED_WITHOUT_VALIDATION = 1000
+VIEWS = 256
+"""Training views on which a student is judged, about."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,38 @@ def answers(model: nn.Module, split: CachedSplit, view: View) -> Tensor:
     return torch.cat(logits)
 
 
+@torch.inference_mode()
+def on_views(
+    both: Callable[[Batch], tuple[Tensor, Tensor]], student: nn.Module, loader: Loader, step: int, view: View
+) -> dict[str, float | None]:
+    """How close the student is to its teachers on the *training* views of the next steps, as it would be in use.
+
+    A student that is close here and far on pictures that it has never seen has learnt the answers, not the function.
+
+    Args:
+        both: a batch to what student and teachers say of it, (n, classes) each.
+        loader: of the training batches.
+        step: whose views are the first; as many steps as give `VIEWS` views.
+
+    Returns:
+        `metrics.summary`, and `teacher_top1`; of a mixed view the right class is that of the picture with more weight.
+    """
+    student.eval()
+    told: list[tuple[Tensor, Tensor, Tensor]] = []
+    for number in range(step, step - (-VIEWS // (loader.batch // loader.world))):
+        batch = loader.batch_at(number).to(view.device)
+        with devices.autocast(view.device, view.precision):
+            logits, answers = both(batch)
+        lam = torch.as_tensor(batch.lam, device=view.device)
+        labels = torch.where(lam >= 0.5, batch.labels[1:], batch.labels[:-1])
+        told.append((logits.float().cpu(), answers.float().cpu(), labels.cpu()))
+    logits, answers, labels = map(torch.cat, zip(*told, strict=True))
+    known = labels if bool((labels >= 0).all()) else None
+    figures = metrics.summary(metrics.per_picture(logits, known, answers))
+    right = None if known is None else (answers.argmax(-1) == known).double().mean().item()
+    return figures | {"teacher_top1": right, "views": len(logits)}
+
+
 def judge(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:
     """`metrics.summary` of a split's logits, (n, classes)."""
     labels = split.labels(np.arange(len(split))) if split.labelled else None
@@ -70,11 +105,16 @@ def final(cache: Cache) -> CachedSplit:
 
 
 def short_side(side: int, card: Card) -> int:
-    """The short side for evaluation views where nobody said: as the card says at its own side, else as published.
+    """The short side for evaluation views where nobody said: as the card says at its own side, else as published."""
+    return round(side / card.crop_fraction) if side == card.side else grown(side)
 
-    The paper's views are 128 of 160 and 224 of 256 pixels: 32 more. Small views get at most a quarter more.
+
+def grown(side: int) -> int:
+    """The short side of which views are cut, both in pixels: 128 of 160 and 224 of 256 in the paper, so 32 more.
+
+    Small views get at most a quarter more.
     """
-    return round(side / card.crop_fraction) if side == card.side else min(side + 32, side * 5 // 4)
+    return min(side + 32, side * 5 // 4)
 
 
 def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import timm
 import torch
+from torch import Tensor
 
 import funmatch
 from funmatch import devices, launch, optimizers, recipes, runs, schedules
-from funmatch.config import Train
+from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
 from funmatch.data.loader import Loader, cuts
+from funmatch.draws import Mixing
 from funmatch.errors import InputError
 from funmatch.fit import Course
 from funmatch.logs import say, say_notes
@@ -22,6 +24,7 @@ from funmatch.models.build import checkpoint_activations, freeze_until, parse_op
 from funmatch.models.classifier import Classifier, check_side, fingerprint
 from funmatch.models.load import brings_weights, load
 from funmatch.models.teachers import Teachers
+from funmatch.strategies import STRATEGIES
 from funmatch.synchronised import synchronised
 from funmatch.tasks import judging, pictures
 from funmatch.tasks.resolved import LR, resolved
@@ -54,7 +57,8 @@ class Lesson:
         asked: names of the classes that are asked of teachers with others, or None.
         facts: what is recorded of the teachers: `teacher` (their digest) and `teacher_forms`.
         beginning: digest of the student's first weights, where they are not drawn from the seed; else None.
-        other_sides: of the views that teachers see beside the student's, pixels.
+        teacher_sides: of the crops that teachers are shown in training, pixels, each once.
+        known: the fixed teachers' answers to the training pictures, (pictures, classes), or None.
         trial: what a search asks of this run, or None.
     """
 
@@ -68,23 +72,24 @@ class Lesson:
     asked: tuple[str, ...] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     beginning: str | None = None
-    other_sides: tuple[int, ...] = ()
+    teacher_sides: tuple[int, ...] = ()
+    known: Tensor | None = None
     trial: Trial | None = None
 
     @property
     def loader(self) -> Loader:
         """Of this process's share of the training batches."""
         share = launch.rank(), launch.world()
-        return loader_of(self.config, self.cache, other_sides=self.other_sides, share=share)
+        return replace(loader_of(self.config, self.cache, self.teacher_sides, share), known=self.known)
 
 
 def loader_of(
-    config: Train, cache: Cache, *, other_sides: tuple[int, ...] = (), share: tuple[int, int] = (0, 1)
+    config: Train, cache: Cache, teacher_sides: tuple[int, ...] = (), share: tuple[int, int] = (0, 1)
 ) -> Loader:
     """The training batches of a resolved configuration.
 
     Args:
-        other_sides: at which the same crops are wanted too, pixels.
+        teacher_sides: at which teachers are shown crops, pixels.
         share: which of how many equal slices of each batch.
     """
     return Loader(
@@ -94,10 +99,11 @@ def loader_of(
         config.side or 0,
         config.crop_min_area,
         *share,
-        other_sides,
-        config.crop,
-        config.resize or 0,
-        config.mixup or 0.0,
+        crop=config.cropped,
+        resize=config.resize or 0,
+        mixing=Mixing(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
+        teacher_sides=teacher_sides,
+        own=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
     )
 
 

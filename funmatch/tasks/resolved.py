@@ -14,8 +14,8 @@ from funmatch.errors import InputError
 from funmatch.models.classes import SAME_NAMES
 from funmatch.models.classifier import Classifier
 from funmatch.models.load import NAMED
+from funmatch.strategies import STRATEGIES
 from funmatch.tasks import judging, pictures
-from funmatch.views import MIXED
 
 LR = 3e-3
 """Adam's learning rate at the top of the schedule, where nobody said another."""
@@ -33,9 +33,10 @@ def resolved(config: Train, cache: Cache, student: Classifier, device: torch.dev
         "steps": steps,
         "epochs": None,
         "side": side,
-        "resize": None if config.crop == "inception" else config.resize or resize,
+        "crop": config.cropped,
+        "resize": _short_side(config, side, resize),
         "eval_resize": resize,
-        "mixup": float(config.strategy in MIXED) if config.mixup is None else config.mixup,
+        "mixup": _mixup(config) if config.mixup is None else config.mixup,
         "lr": config.lr or LR,
         "momentum": optimizers.momentum_of(config.optimizer, config.momentum),
         "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
@@ -44,6 +45,18 @@ def resolved(config: Train, cache: Cache, student: Classifier, device: torch.dev
         "decoder": pick_decoder(config.decoder),
     }
     return config.model_copy(update=closed)
+
+
+def _mixup(config: Train) -> float:
+    """The a of MixUp's Beta(a, a) where nobody said it: uniform, as in function matching, or as the strategy does."""
+    return STRATEGIES[config.strategy].mixup if isinstance(config, Distill) else 1.0
+
+
+def _short_side(config: Train, side: int, eval_resize: int) -> int | None:
+    """The short side of which mild crops are cut: as evaluation has it, but so that there is something to cut."""
+    if config.cropped not in ("mild", "squash"):
+        return None
+    return config.resize or (eval_resize if eval_resize > side else judging.grown(side))
 
 
 def in_full(config: Train) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from funmatch.errors import InputError
 from funmatch.tasks.lesson import Lesson, Trial, open_data, prepare
 from funmatch.tasks.teachers import Modules
 from funmatch.tasks.walk import LossOf, carry_out
-from funmatch.views import MIXED, STRATEGIES
+from funmatch.views import seen
 
 
 def run(config: Train, given: Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
@@ -37,12 +37,10 @@ def _run(config: Train, given: Modules | None, trial: Trial | None) -> dict[str,
 def label_loss(lesson: Lesson) -> LossOf:
     """The loss of a batch on its labels, mixed as its views are."""
     config, classes = lesson.config, len(lesson.cache.classes)
-    strategy = STRATEGIES[config.strategy]
 
     def loss_of(batch: Batch) -> Tensor:
-        _, view = strategy(batch.crops, batch.lam)
-        lam = batch.lam if config.strategy in MIXED else 1.0
-        labels = mixed_labels(batch.labels, lam, classes, config.label_smoothing)
+        _, view = seen(batch.crops, (), batch.lam)
+        labels = mixed_labels(batch.labels, batch.lam, classes, config.label_smoothing)
         return cross_entropy(lesson.student(view), labels).mean()
 
     return loss_of

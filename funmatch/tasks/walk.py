@@ -53,6 +53,7 @@ def carry_out(
     loss_of: LossOf,
     taught: Taught | None = None,
     ahead: Callable[[Batch], Batch] | None = None,
+    both: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Walks a run from where it stands to its end.
 
@@ -61,6 +62,7 @@ def carry_out(
         loss_of: a batch to its mean loss.
         ahead: what is done to a batch beforehand, in the threads that make views.
         taught: the teachers' answers on the watched split, where there are teachers; of the first process.
+        both: a batch to what student and teachers say of it, where there are teachers.
 
     Returns:
         the figures that `result.json` holds.
@@ -74,7 +76,7 @@ def carry_out(
         if result := devices.from_first(lambda: run.result):
             say(f"{run.folder} is finished at step {result['step']}; nothing to do")
             return result
-        walk = Walk(lesson, run, taught)
+        walk = Walk(lesson, run, taught, both)
         walk.go(loss_of, ahead)
         return devices.from_first(walk.finish)
 
@@ -82,8 +84,14 @@ def carry_out(
 class Walk:
     """A run under way: the loop's own `for`, and what is recorded, judged and saved beside it."""
 
-    def __init__(self, lesson: Lesson, run: runs.Run, taught: Taught | None) -> None:
-        self.lesson, self.run = lesson, run
+    def __init__(
+        self,
+        lesson: Lesson,
+        run: runs.Run,
+        taught: Taught | None,
+        both: Callable[[Batch], tuple[Tensor, Tensor]] | None,
+    ) -> None:
+        self.lesson, self.run, self.both = lesson, run, both
         self.teacher_logits = taught.together if taught else None
         self.watched = judging.watched(lesson.cache)
         self.optimizer = optimizer_of(lesson)
@@ -200,14 +208,17 @@ class Walk:
 
     def watch(self) -> None:
         """Judges the student on the watched split, and keeps it if it is the best so far."""
-        standing, began = self.standing, time.monotonic()
-        logits = judging.answers(self.lesson.student, self.watched, self.lesson.view)
+        standing, view, began = self.standing, self.lesson.view, time.monotonic()
+        logits = judging.answers(self.lesson.student, self.watched, view)
         figures = judging.judge(logits, self.watched, self.teacher_logits)
         self.run.metrics.write("eval", standing.step, split=self.watched.name, **runs.finite(figures))
         if self.average:
             averaged = judging.answers(self.average.model, self.watched, self.lesson.view)
             own = runs.finite(judging.judge(averaged, self.watched, self.teacher_logits))
             self.run.metrics.write("ema", standing.step, split=self.watched.name, **own)
+        if self.both:
+            on_views = judging.on_views(self.both, self.lesson.student, self.lesson.loader, standing.step, view)
+            self.run.metrics.write("views", standing.step, **runs.finite(on_views))
         name = "agreement" if figures["top1"] is None else "top1"
         score = figures[name]
         self.notes["eval"] = f"{name} {percent(score)}"
