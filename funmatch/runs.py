@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch import devices, launch
-from funmatch.config import UNCOMPARED
+from funmatch.config import TAUGHT, UNCOMPARED
 from funmatch.errors import InputError
 from funmatch.files import lock_file, write_atomically
 from funmatch.logs import Metrics
@@ -168,14 +168,20 @@ def _begin(run: Run, record: dict[str, Any]) -> None:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two configurations of a run do not agree on, a line each."""
+    """What two configurations of a run do not agree on, a line each.
+
+    A run that is older than a knob was made with what is its default now.
+    """
+    table = TAUGHT.get(now["verb"])
+    young = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
     for part, names in (
         ("knobs", (then["knobs"].keys() | now["knobs"].keys()) - UNCOMPARED),
         ("facts", {"data", "teacher", "student"}),
     ):
         for name in sorted(names):
-            before, after = then[part].get(name), now[part].get(name)
+            default = young.get(name) if part == "knobs" else None
+            before, after = then[part].get(name, default), now[part].get(name)
             if before != after:
                 what = f"the {name}'s content" if part == "facts" else name
                 found.append(f"{what}: {before} in the run, {after} now")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import funmatch
+import funmatch.runs
 from funmatch import checkpoint
 from funmatch.errors import InputError
 

@@ -37,6 +37,8 @@ def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -
     cache = open_data(config, trial)
     called = devices.in_turn(lambda: teachers.call(config, cache, config.side, given or {}))
     cache, config = fitting(cache, called, config)
+    if config.label_weight and not cache.splits["train"].labelled:
+        raise InputError(f"label_weight ({config.label_weight}) needs labels, and {cache.name} has no labels for all")
     lesson = prepare("distill", config, cache, classes=called[0].answered, given=given, trial=trial)
     called = [replace(one, side=one.side or lesson.view.side) for one in called]
     lesson = taught_by(lesson, called)
