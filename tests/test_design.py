@@ -15,6 +15,8 @@ LAYERS = [
     [
         "draws",
         "augment",
+        "mixing",
+        "randaugment",
         "views",
         "distances",
         "metrics",
