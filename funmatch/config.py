@@ -124,11 +124,16 @@ class Train(Pictures, Machine):
     mixup: float | None = None
     """MixUp's λ is drawn from Beta(a, a) with this a: 1, the default, is uniform, 0 is no MixUp."""
     mixup_mode: Literal["batch", "image"] = "batch"
-    """One λ for a whole batch, or one for each picture."""
+    """One λ (and one box of CutMix) for a whole batch, or one for each picture."""
     mixup_max: bool = True
     """Take max(λ, 1 − λ), so that no picture counts less than the one that it is mixed with."""
     mixup_lam: float | None = None
     """Mix with this λ at every step, in [0, 1], instead of a drawn one."""
+    cutmix: float = 0.0
+    """CutMix, beyond the paper: λ is drawn from Beta(a, a) with this a; 0 is off. With MixUp too, a coin decides."""
+    randaugment: tuple[int, int] | None = None
+    """RandAugment, beyond the paper, of the view that both see: operations on each picture, and their magnitude of 30,
+    e.g. 2 9."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes, where labels are used."""
     optimizer: Annotated[str, tyro.conf.arg(aliases=["--opt"])] = "adamw"
@@ -210,11 +215,11 @@ class Train(Pictures, Machine):
 _AT_LEAST = {
     "steps": 1, "batch": 1, "side": 1, "eval_resize": 1, "warmup_steps": 0,
     "seed": 0, "workers": 1, "threads": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
-    "resize": 1, "mixup": 0, "micro_batch": 1, "patience": 1, "cooldown_steps": 0,
+    "resize": 1, "mixup": 0, "cutmix": 0, "micro_batch": 1, "patience": 1, "cooldown_steps": 0,
 }  # fmt: skip
 _AT_MOST = {
     "steps": 10**12, "epochs": 10**9, "batch": 10**6, "side": 10**4, "eval_resize": 10**4, "seed": 2**62,
-    "workers": 256, "threads": 1024, "resize": 10**4, "mixup": 10**3,
+    "workers": 256, "threads": 1024, "resize": 10**4, "mixup": 10**3, "cutmix": 10**3,
 }  # fmt: skip
 _POSITIVE = ("epochs", "crop_min_area", "lr", "clip_norm", "temperature")
 

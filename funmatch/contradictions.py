@@ -60,8 +60,15 @@ def of_mixing(config: Any) -> list[str]:
         found.append(f"mixup_lam is the share of the picture itself, in [0, 1], got {config.mixup_lam}")
     if config.mixup_lam is not None and not config.mixup_max:
         found.append("mixup_lam is taken as it is, so mixup_max has no use; say one of them")
+    if config.randaugment and not (config.randaugment[0] >= 1 and 0 <= config.randaugment[1] <= 30):
+        found.append(
+            "randaugment is a number of operations from 1 on and a magnitude from 0 to 30, e.g. 2 9, got "
+            f"{' '.join(map(str, config.randaugment))}"
+        )
     if not config.mixes:
         idle = [name for name in ("mixup_mode", "mixup_max", "mixup_lam") if moved(config, name)]
+        if config.cutmix and "mixup_mode" in idle:
+            idle.remove("mixup_mode")  # it says how boxes are drawn, too
         found += [f"{name} belongs to MixUp, which is off; say --mixup 1 too" for name in idle]
     return found
 
@@ -76,6 +83,13 @@ def of_views(config: Any) -> list[str]:
             f"mixup ({config.mixup}) needs a teacher that sees the mixed pictures, but that of {config.strategy} is "
             "fixed: its answers are those to each picture alone. Leave --mixup out, or say a strategy of same/ or ind/"
         )
+    if row.teacher != "same":
+        found += [
+            f"{name} changes the view that both see, but in {config.strategy} the teacher sees another; say a strategy "
+            "of same/, or funmatch"
+            for name in ("cutmix", "randaugment")
+            if getattr(config, name)
+        ]
     if row.mixup and config.mixup == 0:
         found.append(f"{config.strategy} is same/ic with MixUp; without (mixup 0) say --strategy same/ic")
     if config.crop and config.crop not in row.crops:

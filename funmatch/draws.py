@@ -61,7 +61,7 @@ class Mixing:
 
 
 # Streams of a step's random numbers: what is drawn from one does not move what is drawn from another.
-STEP, OWN, LAMBDAS, ENSEMBLE = range(4)
+STEP, OWN, LAMBDAS, ENSEMBLE, CUTS, CHANGES = range(6)
 
 
 def generator(seed: int, step: int, stream: int = STEP) -> np.random.Generator:

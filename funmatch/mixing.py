@@ -30,7 +30,30 @@ def cut_boxes(uniforms: np.ndarray, a: float = 1.0) -> np.ndarray:
     return np.concatenate([corner, np.minimum(uniforms[:, 1:] + half, 1) - corner], axis=1)
 
 
-def cutmix(views: Tensor, boxes: Tensor) -> Tensor:
+def cuts(
+    rng: np.random.Generator, n: int, a: float, lam: float | np.ndarray, *, each: bool = False, mixed: bool = False
+) -> tuple[np.ndarray, float | np.ndarray]:
+    """Draws the boxes of a global batch, and which pictures are cut and which are mixed where both are asked for.
+
+    Args:
+        rng: where the uniform numbers come from.
+        n: pictures.
+        a: of `cut_boxes`.
+        lam: of MixUp, one or (n,).
+        each: a box of its own for each picture.
+        mixed: whether MixUp is asked for too; then a coin decides for a batch, or for each picture, as timm does.
+
+    Returns:
+        boxes, (n, 4) or (1, 4), without area where nothing is cut; and λ, which is 1 where something is.
+    """
+    uniforms = rng.random((n if each else 1, 4))
+    boxes = cut_boxes(uniforms[:, :3], a)
+    cut = uniforms[:, 3] < 0.5 if mixed else np.full(len(boxes), fill_value=True)
+    left = np.where(cut, 1.0, lam)
+    return boxes * cut[:, None], left if each else float(left[0])
+
+
+def cutmix(views: Tensor, boxes: Tensor, own: Tensor | None = None) -> Tensor:
     """Fills a box of every picture with the same box of the one before it in the global batch.
 
     Args:
@@ -38,6 +61,7 @@ def cutmix(views: Tensor, boxes: Tensor) -> Tensor:
             where row 1 is its first).
         boxes: one for all or one each, (1 or n, 4): top, left, height, width, as fractions of the side. Floating,
             and on the device of the views.
+        own: what is outside of the boxes, (n, ..., height, width); by default the picture itself.
 
     Returns:
         (n, ..., height, width): x[i − 1] in the box, x[i] elsewhere.
@@ -45,7 +69,9 @@ def cutmix(views: Tensor, boxes: Tensor) -> Tensor:
     height, width = views.shape[-2:]
     rows, columns = _inside(boxes[:, 0], boxes[:, 2], height), _inside(boxes[:, 1], boxes[:, 3], width)
     box = rows[:, :, None] & columns[:, None, :]
-    return torch.where(box.view(-1, *[1] * (views.ndim - 3), height, width), views[:-1], views[1:])
+    return torch.where(
+        box.view(-1, *[1] * (views.ndim - 3), height, width), views[:-1], views[1:] if own is None else own
+    )
 
 
 def kept(boxes: Tensor, side: int) -> Tensor:

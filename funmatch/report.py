@@ -261,7 +261,7 @@ def views_sheet(run: runs.Run, step: int) -> dict[str, Any] | None:
     strategy = STRATEGIES[knobs["strategy"]] if "strategy" in knobs else None
     sides = (knobs["side"],) if strategy and not strategy.fixed else ()
     batch = lesson.loader_of(table, cache, sides).batch_at(step)
-    shown, student = views.seen(batch.crops, batch.shown, batch.lam)
+    shown, student = views.seen(batch.crops, batch.shown, batch.lam, batch.cuts)
     rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in (*shown, student)]
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     image = Image.fromarray((sheet * 255).round().astype(np.uint8))

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from scipy import stats
 
 import funmatch
-from funmatch import distances
+from funmatch import distances, randaugment
 from funmatch.augment import central_view, crop_resize_flip, mixup
 from funmatch.config import Distill
 from funmatch.data.cache import open_cache
 from funmatch.data.loader import Batch, Loader
-from funmatch.draws import ENSEMBLE, LAMBDAS, OWN, Mixing, beta, draw, generator, inception_boxes
+from funmatch.draws import CHANGES, ENSEMBLE, LAMBDAS, OWN, Mixing, beta, draw, generator, inception_boxes
 from funmatch.errors import InputError
 from funmatch.models.frozen import Frozen
 from funmatch.models.load import load
@@ -119,6 +119,49 @@ def test_mixing_with_one_lambda_each():
     torch.testing.assert_close(mixed[2], lam[2] * F.one_hot(labels[3], 3) + (1 - lam[2]) * F.one_hot(labels[2], 3))
     pieces = [piece for piece, _ in Batch(views, labels, lam).pieces(2)]
     assert torch.equal(torch.cat([mixup(piece.crops, piece.lam) for piece in pieces]), mixup(views, lam))
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("a", [0.0, 1.0])
+def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
+    knobs = {
+        "side": 12,
+        "mixing": Mixing(a, each=each),
+        "cutmix": 1.0,
+        "randaugment": (2, 9),
+        "teacher_sides": (12, 20),
+    }
+    loader = Loader(split, 1, 8, **knobs)
+    batches = [loader.batch_at(step) for step in range(40)]
+    for step, batch in enumerate(batches):
+        (same, large), student = seen(batch.crops, batch.shown, batch.lam, batch.cuts)
+        assert same is student
+        assert large.shape[-1] == 20
+        plain = Loader(split, 1, 8, 12).batch_at(step).crops
+        ops, strengths = randaugment.draw(generator(1, step, CHANGES), 8, 2, 9)
+        changed = randaugment.apply(plain[1:], ops, strengths)
+        assert torch.equal(batch.crops[1:], changed)
+        assert torch.equal(batch.crops[0], changed[-1])
+        share, lam = torch.as_tensor(batch.own_share).expand(8), torch.as_tensor(batch.lam).expand(8)
+        for i in range(8):
+            box = batch.cuts[i if each else 0]
+            edges = [int(edge * 12 + 0.5) for edge in (box[0], box[0] + box[2], box[1], box[1] + box[3])]
+            wanted = lam[i] * batch.crops[i + 1] + (1 - lam[i]) * batch.crops[i]
+            wanted[:, edges[0] : edges[1], edges[2] : edges[3]] = batch.crops[i][
+                :, edges[0] : edges[1], edges[2] : edges[3]
+            ]
+            torch.testing.assert_close(student[i], wanted)
+            area = (edges[1] - edges[0]) * (edges[3] - edges[2])
+            assert share[i] == pytest.approx(float(lam[i]) * (1 - area / 144))
+            assert lam[i] == 1 or area == 0, "a picture is cut or mixed"
+        for rank in range(2):
+            part = Loader(split, 1, 8, rank=rank, world=2, **knobs).batch_at(step)
+            _, own = seen(part.crops, part.shown, part.lam, part.cuts)
+            assert torch.equal(own, student[rank * 4 : rank * 4 + 4])
+        pieces = [seen(piece.crops, piece.shown, piece.lam, piece.cuts)[1] for piece, _ in batch.pieces(3)]
+        assert torch.equal(torch.cat(pieces), student)
+    cut = np.mean([float((batch.cuts[:, 2:].prod(-1) > 0).float().mean()) for batch in batches])
+    assert cut > 0.85 if a == 0 else 0.2 < cut < 0.8
 
 
 def student_of(outcome) -> dict[str, torch.Tensor]:
@@ -295,6 +338,11 @@ BASE = {"data": "d", "teacher": "t", "student": "s", "out": "o", "steps": 3}
         ({"strategy": "same/ic", "teacher_crops": 10}, "teacher_crops belongs to strategy fix/ic_ens"),
         ({"strategy": "fix/ic_ens", "teacher_crops": 0}, "teacher_crops must be at least 1"),
         ({"strategy": "same/ic", "mixup_mode": "image"}, "mixup_mode belongs to MixUp, which is off"),
+        ({"strategy": "ind/ic", "cutmix": 1.0}, "cutmix changes the view that both see"),
+        ({"strategy": "fix/cc", "randaugment": (2, 9)}, "randaugment changes the view that both see"),
+        ({"randaugment": (0, 9)}, "from 1 on"),
+        ({"randaugment": (2, 31)}, "from 0 to 30"),
+        ({"cutmix": -1.0}, "cutmix must be at least 0"),
         ({"mixup_lam": 1.5}, r"mixup_lam is the share of the picture itself, in \[0, 1\], got 1.5"),
         ({"mixup_lam": 0.5, "mixup_max": False}, "say one of them"),
         ({"temperature": 0.0}, "temperature must be above 0"),

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funmatch import randaugment
 from funmatch.augment import central_view, crop_resize_flip, sample_flip
 from funmatch.data.pixels import CachedSplit
-from funmatch.draws import Draw, Mixing, boxes_of, draw
+from funmatch.draws import CHANGES, CUTS, Draw, Mixing, boxes_of, draw, generator
+from funmatch.mixing import cuts as cuts_of
+from funmatch.views import own_share
 
 Made = TypeVar("Made")
 
@@ -27,6 +30,7 @@ class Batch:
         labels: (1 + n,) int64, -1 where there is none.
         lam: MixUp weight of the picture itself, in [0, 1]: one, or one a picture, (n,) float32.
         answers: (n, classes), the teacher's logits on its view, where they were computed before.
+        cuts: of CutMix, (1 or n, 4) float32 as `mixing.cutmix` takes them, or None.
         shown: the teachers' crops, one for each of the loader's `teacher_sides`: `crops` itself where it is the same.
     """
 
@@ -35,14 +39,20 @@ class Batch:
     lam: float | Tensor
     answers: Tensor | None = None
     shown: tuple[Tensor, ...] = ()
+    cuts: Tensor | None = None
+
+    @property
+    def own_share(self) -> float | Tensor:
+        """How much of each view is its own picture, one or (n,): the λ of its label."""
+        return own_share(self.lam, self.cuts, self.crops.shape[-1])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor changed; what is shared stays shared."""
         crops = change(self.crops)
-        answers = None if self.answers is None else change(self.answers)
+        answers, cuts = (None if given is None else change(given) for given in (self.answers, self.cuts))
         lam = change(self.lam) if isinstance(self.lam, Tensor) else self.lam
         shown = tuple(crops if each is self.crops else change(each) for each in self.shown)
-        return Batch(crops, change(self.labels), lam, answers, shown)
+        return Batch(crops, change(self.labels), lam, answers, shown, cuts)
 
     def to(self, device: torch.device) -> "Batch":
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -55,7 +65,8 @@ class Batch:
             answers = None if self.answers is None else self.answers[rows]
             lam = self.lam[rows] if isinstance(self.lam, Tensor) else self.lam
             shown = tuple(crops if each is self.crops else each[start : stop + 1] for each in self.shown)
-            yield Batch(crops, self.labels[start : stop + 1], lam, answers, shown), (stop - start) / count
+            cut = self.cuts if self.cuts is None or len(self.cuts) == 1 else self.cuts[rows]
+            yield Batch(crops, self.labels[start : stop + 1], lam, answers, shown, cut), (stop - start) / count
 
 
 def cuts(count: int, size: int | None) -> list[int]:
@@ -81,6 +92,8 @@ class Loader:
         crop: of `draws.boxes_of`.
         resize: the short side of which a mild crop is cut, pixels.
         mixing: how MixUp's λ is drawn.
+        cutmix: the a of Beta(a, a), from which CutMix's λ is drawn; 0 is no CutMix.
+        randaugment: operations on each picture, and their magnitude; or None.
         teacher_sides: at which teachers are shown crops, pixels.
         own: whether these are drawn for themselves, not the student's.
         known: what is known beforehand of the teacher's answers: to each picture of the split, (pictures, classes).
@@ -96,6 +109,8 @@ class Loader:
     crop: str = "inception"
     resize: int = 0
     mixing: Mixing = Mixing()  # noqa: RUF009
+    cutmix: float = 0.0
+    randaugment: tuple[int, int] | None = None
     teacher_sides: tuple[int, ...] = ()
     own: bool = False
     known: Tensor | None = None
@@ -117,18 +132,27 @@ class Loader:
         boxes, flips = drawn.boxes[rows], drawn.flips[rows]
         sides = () if self.own else tuple(side for side in self.teacher_sides if side != self.side)
         crops, *others = self.cut(indices, boxes, flips, (self.side, *sides))
+        if self.randaugment:
+            ops, strengths = randaugment.draw(generator(self.seed, step, CHANGES), self.batch, *self.randaugment)
+            crops, *others = (randaugment.apply(each, ops[rows], strengths[rows]) for each in (crops, *others))
         shown = dict(zip((self.side, *sides), (crops, *others), strict=True))
         if drawn.own:
             boxes, flips = drawn.own[0][rows], drawn.own[1][rows]
             own = self.cut(indices, boxes, flips, self.teacher_sides)
             shown = dict(zip(self.teacher_sides, own, strict=True))
-        return Batch(
-            crops,
-            self.split.labels(indices),
-            drawn.lam if isinstance(drawn.lam, float) else torch.from_numpy(drawn.lam[rows[1:]]).float(),
-            None if self.known is None else self.known[torch.from_numpy(indices[1:])],
-            tuple(shown[side] for side in self.teacher_sides),
-        )
+        lam, cut = self.mixed(step, drawn.lam, rows[1:])
+        answers = None if self.known is None else self.known[torch.from_numpy(indices[1:])]
+        shown = tuple(shown[side] for side in self.teacher_sides)
+        return Batch(crops, self.split.labels(indices), lam, answers, shown, cut)
+
+    def mixed(self, step: int, lam: float | np.ndarray, rows: np.ndarray) -> tuple[float | Tensor, Tensor | None]:
+        """λ of MixUp and boxes of CutMix, of the rows of a global batch that are ours."""
+        cut = None
+        if self.cutmix:
+            rng, each = generator(self.seed, step, CUTS), self.mixing.each
+            cut, lam = cuts_of(rng, self.batch, self.cutmix, lam, each=each, mixed=self.mixing.a > 0)
+            cut = torch.from_numpy(cut[rows] if each else cut).float()
+        return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), cut
 
     def cut(self, indices, boxes, flips, sides: tuple[int, ...]) -> list[Tensor]:
         """Crops of pictures, (n, 3, side, side) at each of several sides."""

@@ -75,7 +75,7 @@ def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -
 
 def views_by_side(batch: Batch, sides: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
     """The teachers' views, (n, 3, side, side) by their side, and the student's."""
-    shown, student = seen(batch.crops, batch.shown, batch.lam)
+    shown, student = seen(batch.crops, batch.shown, batch.lam, batch.cuts)
     return dict(zip(sides, shown, strict=True)) if shown else {}, student
 
 
@@ -90,7 +90,7 @@ def loss(student: Tensor, told: Tensor, batch: Batch, config: Distill) -> Tensor
         config.distance, logits, target, config.temperature, squared=config.t_squared, smoothing=config.label_smoothing
     )
     if config.label_weight:
-        labels = mixed_labels(batch.labels, batch.lam, student.shape[-1], config.label_smoothing)
+        labels = mixed_labels(batch.labels, batch.own_share, student.shape[-1], config.label_smoothing)
         found = (1 - config.label_weight) * found + config.label_weight * cross_entropy(student, labels)
     return found.mean()
 

@@ -65,7 +65,7 @@ def on_views(
         step: whose views are the first; as many steps as give `VIEWS` views.
 
     Returns:
-        `metrics.summary`, and `teacher_top1`; of a mixed view the right class is that of the picture with more weight.
+        `metrics.summary`, and `teacher_top1`; the right class of a mixed view is that of the picture with more weight.
     """
     student.eval()
     told: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -73,8 +73,8 @@ def on_views(
         batch = loader.batch_at(number).to(view.device)
         with devices.autocast(view.device, view.precision):
             logits, answers = both(batch)
-        lam = torch.as_tensor(batch.lam, device=view.device)
-        labels = torch.where(lam >= 0.5, batch.labels[1:], batch.labels[:-1])
+        own = torch.as_tensor(batch.own_share, device=view.device)
+        labels = torch.where(own >= 0.5, batch.labels[1:], batch.labels[:-1])
         told.append((logits.float().cpu(), answers.float().cpu(), labels.cpu()))
     logits, answers, labels = map(torch.cat, zip(*told, strict=True))
     known = labels if bool((labels >= 0).all()) else None

@@ -102,6 +102,8 @@ def loader_of(
         crop=config.cropped,
         resize=config.resize or 0,
         mixing=Mixing(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
+        cutmix=config.cutmix,
+        randaugment=config.randaugment,
         teacher_sides=teacher_sides,
         own=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
     )

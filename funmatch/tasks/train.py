@@ -39,8 +39,8 @@ def label_loss(lesson: Lesson) -> LossOf:
     config, classes = lesson.config, len(lesson.cache.classes)
 
     def loss_of(batch: Batch) -> Tensor:
-        _, view = seen(batch.crops, (), batch.lam)
-        labels = mixed_labels(batch.labels, batch.lam, classes, config.label_smoothing)
+        _, view = seen(batch.crops, (), batch.lam, batch.cuts)
+        labels = mixed_labels(batch.labels, batch.own_share, classes, config.label_smoothing)
         return cross_entropy(lesson.student(view), labels).mean()
 
     return loss_of
