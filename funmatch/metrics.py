@@ -6,6 +6,7 @@ from torch import Tensor
 from funmatch.distances import kl
 
 ECE_BINS = 15
+FIGURES = ("top1", "top5", "agreement", "agreement5", "kl", "ece", "balanced")
 
 
 def per_picture(
@@ -19,8 +20,9 @@ def per_picture(
         teacher_logits: (n, classes), or None where there is no teacher.
 
     Returns:
-        columns of (n,) float32: `confidence`; with labels `label`, `top1` and `top5`; with a teacher `agreement` (is
-        the teacher's first class the student's first?) and `kl` (KL(teacher ‖ student) at T = 1, in nats).
+        columns of (n,) float32: `confidence`; with labels `label`, `top1` and `top5`; with a teacher `agreement` and
+        `agreement5` (is the teacher's first class the student's first, or one of its first five?) and `kl`
+        (KL(teacher ‖ student) at T = 1, in nats).
     """
     logits = logits.float()
     ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
@@ -29,8 +31,8 @@ def per_picture(
         hits = (ranked == labels[:, None]).float()
         columns |= {"label": labels.float(), "top1": hits[:, 0], "top5": hits.sum(-1)}
     if teacher_logits is not None:
-        agrees = ranked[:, 0] == teacher_logits.argmax(-1)
-        columns |= {"agreement": agrees.float(), "kl": kl(logits, teacher_logits)}
+        agrees = (ranked == teacher_logits.argmax(-1, keepdim=True)).float()
+        columns |= {"agreement": agrees[:, 0], "agreement5": agrees.sum(-1), "kl": kl(logits, teacher_logits)}
     return columns
 
 
@@ -38,12 +40,12 @@ def summary(columns: dict[str, Tensor]) -> dict[str, float | None]:
     """The figures of a split, each None where it could not be known.
 
     Returns:
-        `top1`, `top5`, `agreement` in [0, 1]; `kl` in nats; `ece` in [0, 1] (`calibration_error`); and
+        `top1`, `top5`, `agreement`, `agreement5` in [0, 1]; `kl` in nats; `ece` in [0, 1] (`calibration_error`); and
         `balanced`, the mean over classes of the share of their pictures that are right, which a constant
         answer cannot lift above 1 / classes however uneven the classes are.
     """
-    figures: dict[str, float | None] = dict.fromkeys(("top1", "top5", "agreement", "kl", "ece", "balanced"))
-    for name in ("top1", "top5", "agreement", "kl"):
+    figures: dict[str, float | None] = dict.fromkeys(FIGURES)
+    for name in ("top1", "top5", "agreement", "agreement5", "kl"):
         if name in columns:
             figures[name] = columns[name].double().mean().item()
     if "top1" in columns:
