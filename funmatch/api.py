@@ -154,7 +154,7 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
         funmatch.InputError: what was wanted, what came, and what to do.
         funmatch.errors.Fruitless: all trials failed.
     """
-    from funmatch import recipes, study
+    from funmatch import recipes, search_page
     from funmatch.tasks import tune as task
 
     if what not in SEARCHED and what not in recipes.RECIPES:
@@ -167,7 +167,7 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
     verb = what if what in SEARCHED else recipes.find(what).verb
     config = SEARCHED[verb].checked(**own | knobs | {"out": Path(out), "space": tuple(space)})
     figures = task.run(config, given)
-    return Tuned(Path(figures["study"]), figures, study.written(figures))
+    return Tuned(Path(figures["study"]), figures, search_page.written(figures))
 
 
 def _listed(values: Any) -> str:

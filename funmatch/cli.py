@@ -187,11 +187,11 @@ def _taught(figures: dict[str, Any], config: Train):
 
 
 def _tune(config: Search):
-    from funmatch import study
+    from funmatch import search_page
     from funmatch.tasks import tune
 
     figures = tune.run(config)
-    return figures | {"report": str(study.written(figures))}, study.show
+    return figures | {"report": str(search_page.written(figures))}, search_page.show
 
 
 def _evaluate(config: Evaluate):

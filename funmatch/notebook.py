@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from funmatch import plots, report, runs, sheet, study
+from funmatch import report, runs, search_page, search_plots, sheet
 from funmatch.config import Data, Evaluate, Recipes
 from funmatch.data import catalog
 from funmatch.errors import InputError
@@ -245,10 +245,12 @@ def searched(folder: Path) -> Shown:
     except OSError:
         words = f"{folder} is not finished, so nothing is chosen yet: run this notebook again to go on"
         return Shown(f"<p>{escape(words)}</p>", words)
-    columns, rows = study.columns(result), study.trial_rows(result)
-    best = [[name, value, spread] for name, value, spread in study.figures(result)]
-    seen = _table(["split", "during the runs", "at the end", "chosen by it"], study.seen(result))
-    html = _table(columns, rows) + _table(["the best trial", "", "spread"], best) + seen + _panels(plots.of(result))
+    columns, rows = search_page.columns(result), search_page.trial_rows(result)
+    best = [[name, value, spread] for name, value, spread in search_page.figures(result)]
+    seen = _table(["split", "during the runs", "at the end", "chosen by it"], search_page.seen(result))
+    html = (
+        _table(columns, rows) + _table(["the best trial", "", "spread"], best) + seen + _panels(search_plots.of(result))
+    )
     command = f"<p>The best one again, in full:</p><pre>{escape(result['command'] or '–')}</pre>"
     return Shown(html + command, _text(columns, rows))
 

@@ -88,11 +88,11 @@ LAYERS = [
         "tasks.estimate",
         "tasks.spaces",
         "tasks.search",
-        "tasks.studies",
+        "tasks.optuna_study",
         "tasks.verdict",
         "tasks.tune",
     ],
-    ["report", "plots", "study", "sheet"],
+    ["report", "search_plots", "search_page", "sheet"],
     ["demo", "notebook", "api", "words", "cli", "__main__", "__init__"],
 ]
 ORDER = {

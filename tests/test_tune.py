@@ -22,7 +22,7 @@ import funmatch
 from funmatch import cli, runs
 from funmatch.config import SEARCHED, Distill, Finetune, Train
 from funmatch.errors import Fruitless, InputError
-from funmatch.tasks import search, spaces, studies, train, tune, verdict
+from funmatch.tasks import optuna_study, search, spaces, train, tune, verdict
 
 TINY = {
     "data": "fashion-mini",
@@ -117,9 +117,9 @@ def drawn(way: str, numbers: list[int], values: dict[int, float]) -> dict[int, d
     study = optuna.create_study(direction="maximize")
     given = {}
     for number in range(max(numbers) + 1):
-        study.sampler = studies.Chooser(way, 3, space, None)
+        study.sampler = optuna_study.Chooser(way, 3, space, None)
         trial = study.ask()
-        given[number] = studies.suggested(trial, space)
+        given[number] = optuna_study.suggested(trial, space)
         if number in values:
             study.tell(trial, values[number])
     return {number: given[number] for number in numbers}
@@ -139,12 +139,13 @@ def test_what_a_trial_is_given_is_a_function_of_the_seed_and_its_number(way):
 def test_a_trial_that_was_left_half_chosen_gets_the_rest():
     space = spaces.read(["lr=log:1e-5..1e-1", "temperature=1..10"], Distill)
     whole, half = (
-        optuna.create_study(sampler=studies.Chooser("random", 0, space, None), direction="maximize") for _ in range(2)
+        optuna.create_study(sampler=optuna_study.Chooser("random", 0, space, None), direction="maximize")
+        for _ in range(2)
     )
-    wanted = studies.suggested(whole.ask(), space)
-    studies.suggested(half.ask(), {"lr": space["lr"]})
-    half.sampler = studies.Chooser("random", 0, space, None)
-    assert studies.suggested(studies.taken_up(half, 0), space) == wanted
+    wanted = optuna_study.suggested(whole.ask(), space)
+    optuna_study.suggested(half.ask(), {"lr": space["lr"]})
+    half.sampler = optuna_study.Chooser("random", 0, space, None)
+    assert optuna_study.suggested(optuna_study.taken_up(half, 0), space) == wanted
 
 
 def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
@@ -231,7 +232,7 @@ def test_a_stop_at_any_run_changes_nothing(tmp_path, monkeypatch):
 
 def test_a_trial_that_another_worker_is_at_is_left_to_it(tmp_path, monkeypatch, capsys):
     asked = search.asked(SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=2, out=tmp_path / "study"))
-    with studies.at_work(asked.place):
+    with optuna_study.at_work(asked.place):
         study = tune.opened(asked)
         (trial, lock), others = tune.next_trial(study, asked)
         assert (trial.number, others) == (0, [])
@@ -257,7 +258,7 @@ def test_what_another_worker_has_just_begun_is_no_obstacle(tmp_path):
 
 def test_a_trial_that_ends_while_we_look_is_left_alone(tmp_path, monkeypatch):
     asked = search.asked(SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=1, out=tmp_path / "study"))
-    with studies.at_work(asked.place):
+    with optuna_study.at_work(asked.place):
         study = tune.opened(asked)
         (trial, lock), _ = tune.next_trial(study, asked)
         real = tune.held
@@ -332,14 +333,14 @@ def test_bad_words_get_one_message_and_leave_nothing(tmp_path, monkeypatch, caps
 
 def test_without_optuna_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "funmatch.tasks.studies")
-    monkeypatch.delattr(funmatch.tasks, "studies")
+    monkeypatch.delitem(sys.modules, "funmatch.tasks.optuna_study")
+    monkeypatch.delattr(funmatch.tasks, "optuna_study")
     with pytest.raises(InputError, match=r"pip install 'funmatch\[tune\]'"):
         funmatch.tune("train", tmp_path / "study", **TINY, space=LR)
 
 
 def test_a_study_of_something_else_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(optuna_study, "PATIENCE_SECONDS", 0.3)
     place = f"sqlite:///{tmp_path}/all.db"
     knobs = TINY | {"space": LR, "trials": 1, "storage": place}
     funmatch.tune("train", tmp_path / "study", **knobs)
@@ -363,10 +364,10 @@ def test_a_study_of_something_else_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_a_journal_that_is_locked_is_told_and_half_a_line_is_mended(tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(optuna_study, "PATIENCE_SECONDS", 0.3)
     funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=1)
     journal = tmp_path / "study" / "journal.log"
-    with studies.lock_file(journal), pytest.raises(InputError, match="locked by another process"):
+    with optuna_study.lock_file(journal), pytest.raises(InputError, match="locked by another process"):
         funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=2)
     with open(journal, "a") as file:
         file.write('{"op_code":4,"wor')
@@ -376,9 +377,9 @@ def test_a_journal_that_is_locked_is_told_and_half_a_line_is_mended(tmp_path, mo
 
 
 def test_passwords_are_written_nowhere():
-    assert "secret" not in studies.shown("postgresql+psycopg://me:secret@host/db")
+    assert "secret" not in optuna_study.shown("postgresql+psycopg://me:secret@host/db")
     with pytest.raises(InputError) as end:
-        studies.check_reachable("postgresql+psycopg://me:secret@127.0.0.1:1/db")
+        optuna_study.check_reachable("postgresql+psycopg://me:secret@127.0.0.1:1/db")
     assert "secret" not in str(end.value)
 
 

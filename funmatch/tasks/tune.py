@@ -55,17 +55,17 @@ def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
     """
     config.check()
     try:
-        from funmatch.tasks import studies
+        from funmatch.tasks import optuna_study
     except ImportError as error:
         if error.name not in ("optuna", "sqlalchemy"):
             raise
         raise InputError("funmatch tune needs Optuna: pip install 'funmatch[tune]'") from None
     asked = search.asked(config)
     if result := verdict.finished(asked):
-        search.begun(asked.folder, search.record_of(asked, studies.shown(asked.place)))
+        search.begun(asked.folder, search.record_of(asked, optuna_study.shown(asked.place)))
         say(f"{asked.folder} is finished after {len(result['trials'])} trials; nothing to do")
         return result
-    with studies.at_work(asked.place):
+    with optuna_study.at_work(asked.place):
         study = opened(asked)
         try:
             work(study, asked, given or {})
@@ -83,16 +83,16 @@ def opened(asked: Asked) -> "optuna.Study":
     """
     import optuna
 
-    from funmatch.tasks import studies
+    from funmatch.tasks import optuna_study
 
-    chooser = studies.Chooser(asked.search.sampler, asked.search.sampler_seed, asked.space, asked.first)
+    chooser = optuna_study.Chooser(asked.search.sampler, asked.search.sampler_seed, asked.space, asked.first)
     evaluations = math.ceil((asked.base.steps or 0) / asked.base.eval_every)
-    pruner = studies.pruner_of(asked.search.pruner, evaluations)
-    if studies.is_url(asked.place):
-        studies.check_reachable(asked.place)
+    pruner = optuna_study.pruner_of(asked.search.pruner, evaluations)
+    if optuna_study.is_url(asked.place):
+        optuna_study.check_reachable(asked.place)
     with alone(asked.folder):
-        record = search.begun(asked.folder, search.record_of(asked, studies.shown(asked.place)))
-        storage, parts = studies.storage_at(asked.place), {"sampler": chooser, "pruner": pruner}
+        record = search.begun(asked.folder, search.record_of(asked, optuna_study.shown(asked.place)))
+        storage, parts = optuna_study.storage_at(asked.place), {"sampler": chooser, "pruner": pruner}
         try:
             study = optuna.load_study(study_name=asked.name, storage=storage, **parts)
         except KeyError:
@@ -101,7 +101,9 @@ def opened(asked: Asked) -> "optuna.Study":
         if known is None and not study.get_trials(deepcopy=False):
             study.set_user_attr("id", record["id"])
         elif known != record["id"]:
-            where = f"{studies.shown(asked.place)} holds a study {asked.name!r} that is not the one of {asked.folder}"
+            where = (
+                f"{optuna_study.shown(asked.place)} holds a study {asked.name!r} that is not the one of {asked.folder}"
+            )
             raise InputError(f"{where}; say --study-name with a name of its own, or another --storage")
     return study
 
@@ -148,7 +150,7 @@ def work(study: "optuna.Study", asked: Asked, given: Modules) -> None:
 
 def next_trial(study: "optuna.Study", asked: Asked) -> tuple[tuple["optuna.Trial", IO[str]] | None, list[int]]:
     """A trial to carry out, with its lock: one that was left, else a new one; and those that others are at."""
-    from funmatch.tasks import studies
+    from funmatch.tasks import optuna_study
 
     with exclusively(asked.folder / ".lock"):
         trials = study.get_trials(deepcopy=False)
@@ -160,15 +162,15 @@ def next_trial(study: "optuna.Study", asked: Asked) -> tuple[tuple["optuna.Trial
             elif study.get_trials(deepcopy=False)[number].state.name in ENDED:
                 lock.close()  # its worker let go of it after we had read the storage
             else:
-                trial = studies.taken_up(study, number)
-                studies.suggested(trial, asked.space)
+                trial = optuna_study.taken_up(study, number)
+                optuna_study.suggested(trial, asked.space)
                 return (trial, lock), others
         if len(trials) >= asked.trials:
             return None, others
         trial = study.ask()
         lock = held(asked, trial.number)
         assert lock, "a new trial is nobody else's"
-        studies.suggested(trial, asked.space)
+        optuna_study.suggested(trial, asked.space)
         return (trial, lock), others
 
 

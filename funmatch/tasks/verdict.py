@@ -31,7 +31,7 @@ def finished(asked: Asked) -> dict[str, Any] | None:
 
 def ended(study: "optuna.Study", asked: Asked, given: Modules) -> dict[str, Any]:
     """Sums a study up: the test pictures are looked at once, by the students of the best trial."""
-    from funmatch.tasks import studies
+    from funmatch.tasks import optuna_study
 
     rows = [row(frozen, asked) for frozen in study.get_trials(deepcopy=False)]
     complete = [each for each in rows if each["value"] is not None]
@@ -51,10 +51,10 @@ def ended(study: "optuna.Study", asked: Asked, given: Modules) -> dict[str, Any]
         "sampler": asked.search.sampler,
         "executions": asked.search.executions,
         "said": asked.first is not None,
-        "importance": studies.importance(study),
+        "importance": optuna_study.importance(study),
         "command": best and command(asked, best["knobs"]),
         "cut": search.CUT if asked.cut else None,
-        "storage": studies.shown(asked.place),
+        "storage": optuna_study.shown(asked.place),
         "name": asked.name,
     }
     result |= tested(asked, best, given)

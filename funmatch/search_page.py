@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from funmatch import plots, report
+from funmatch import report, search_plots
 from funmatch.errors import Fruitless
 from funmatch.files import write_atomically
 from funmatch.logs import duration, percent, table
@@ -53,7 +53,7 @@ def page(result: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """The whole page as text."""
     template = Environment(
         loader=PackageLoader("funmatch", "templates"), autoescape=select_autoescape(), trim_blocks=True
-    ).get_template("study.html")
+    ).get_template("search.html")
     return template.render(
         title=f"{Path(result['study']).name}: a search",
         lead=_lead(result),
@@ -63,7 +63,7 @@ def page(result: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
         columns=columns(result),
         rows=trial_rows(result),
         best=str(result["best"]),
-        plots=plots.of(result),
+        plots=search_plots.of(result),
         honesty=_honesty(result),
         seen=seen(result),
         failed=[[trial["number"], trial["error"]] for trial in result["trials"] if trial["error"]],
