@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from funmatch.api import Outcome, Tuned, distill, evaluate, finetune, load, prepare, recipe, train, tune
+from funmatch.api import Outcome, Tuned, distill, evaluate, finetune, load, prepare, recipe, study, train, tune
 from funmatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Card", "Classifier", "InputError", "Outcome", "Tuned", "distill", "evaluate", "finetune", "load", "prepare",
-    "recipe", "train", "tune",
+    "recipe", "study", "train", "tune",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Prepare, Train
+from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Prepare, Study, Train
 from funmatch.errors import InputError, unknown
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
@@ -168,6 +168,26 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
     config = SEARCHED[verb].checked(**own | knobs | {"out": Path(out), "space": tuple(space)})
     figures = task.run(config, given)
     return Tuned(Path(figures["study"]), figures, search_page.written(figures))
+
+
+def study(name: str | Path, out: str | Path | None = None, **knobs: Any) -> dict[str, Any]:
+    """Carries out a table of runs with several seeds, and draws what came of it; knobs of `funmatch.config.Study`.
+
+    Args:
+        name: of a study that comes with the package (consistency, patience, …), or a file of your own (.toml).
+        out: its folder; the same call again goes on and repeats no finished run.
+        **knobs: `seeds=(0, 1, 2), jobs=2, only=("same/*",), set=("epochs=10",)`.
+
+    Returns:
+        `study`, `runs`, `finished`, `failed`, `seconds`, `report`, `table`.
+
+    Raises:
+        funmatch.InputError: every problem of the file.
+        funmatch.errors.Fruitless: runs failed.
+    """
+    from funmatch import findings
+
+    return findings.run(Study.checked(name=str(name), out=Path(out) if out else None, **knobs))
 
 
 def _listed(values: Any) -> str:

@@ -28,6 +28,7 @@ from funmatch.config import (
     Recipes,
     Report,
     Search,
+    Study,
     Train,
 )
 from funmatch.errors import Fruitless, InputError, told_elsewhere, unknown
@@ -40,6 +41,7 @@ TABLES: dict[str, type[Knobs]] = {
     "train": Train,
     "finetune": Finetune,
     "tune": Search,
+    "study": Study,
     "evaluate": Evaluate,
     "report": Report,
     "prepare": Prepare,
@@ -194,6 +196,14 @@ def _tune(config: Search):
     return figures | {"report": str(search_page.written(figures))}, search_page.show
 
 
+def _study(config: Study):
+    from funmatch import findings
+
+    if not config.name:
+        return findings.listed(), findings.show_listed
+    return findings.run(config), findings.show
+
+
 def _evaluate(config: Evaluate):
     from funmatch.tasks import evaluate
 
@@ -245,6 +255,7 @@ VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]]
     "train": _train,
     "finetune": _finetune,
     "tune": _tune,
+    "study": _study,
     "evaluate": _evaluate,
     "report": _report,
     "prepare": _prepare,

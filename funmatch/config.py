@@ -474,6 +474,29 @@ class Demo(Machine):
         return outside(self, {"steps": 1, "seed": 0})
 
 
+class Study(Knobs):
+    """Carry out a table of runs with several seeds, and draw what came of it: consistency, patience, or your own."""
+
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """A study that comes with the program, a file of your own (.toml), or the folder of one; by default all are
+    listed."""
+    out: Path | None = None
+    """The study's folder; by default studies/NAME. The same command again goes on, and repeats no finished run."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of each run; by default those of the file."""
+    jobs: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    """Runs at a time; by default one a core, or one where there is an accelerator."""
+    only: Words = ()
+    """Only the runs with these names; * and ? stand for anything."""
+    set: Words = ()
+    """Knobs that all runs take instead of the file's, e.g. epochs=10."""
+    draw: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only draw the page again, from results.jsonl."""
+
+    def problems(self) -> list[str]:
+        return outside(self, {"jobs": 1}) + [f"a seed is at least 0, got {seed}" for seed in self.seeds if seed < 0]
+
+
 class Import(Knobs):
     """Turn a checkpoint (a Keras SavedModel, a BiT .npz, any model that can be named) into a folder that timm loads."""
 

@@ -117,7 +117,11 @@ def options(verb: str, knobs: Mapping[str, Any]) -> Iterator[str]:
     for name, value in knobs.items():
         option = "--" + typed.get(name, name).replace("_", "-")
         values = value if isinstance(value, tuple) else (value,)
-        yield option if value is True else f"{option} {shlex.join(map(str, values))}"
+        if value is False:
+            if TAUGHT[verb].model_fields[name].default is True:
+                yield option.replace("--", "--no-", 1)
+        else:
+            yield option if value is True else f"{option} {shlex.join(map(str, values))}"
 
 
 DATA = {"pet37": "pet", "flowers102": "flowers", "food101": "food", "sun397": "sun"}

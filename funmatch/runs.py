@@ -141,16 +141,16 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
         yield Run(folder)
 
 
-def check_place(folder: Path) -> None:
-    """Raises `InputError` unless a run may begin or go on in a folder."""
+def check_place(folder: Path, mark: str = "config.json", what: str = "run") -> None:
+    """Raises `InputError` unless a run (a study) may begin or go on in a folder: it is new, or holds `mark`."""
     folder = folder.expanduser()
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError:
         raise InputError(f"{str(folder)!r} is no name in UTF-8, which others could not load; another --out") from None
-    strange = folder.is_dir() and any(not path.name.endswith(".partial") for path in folder.iterdir())
-    if folder.is_file() or (strange and not (folder / "config.json").is_file()):
-        raise InputError(f"{folder} exists and is no run; choose another --out")
+    strange = folder.is_dir() and any(not path.name.endswith((".partial", ".lock")) for path in folder.iterdir())
+    if folder.is_file() or (strange and not (folder / mark).is_file()):
+        raise InputError(f"{folder} exists and is no {what}; choose another --out")
 
 
 def _begin(run: Run, record: dict[str, Any]) -> None:

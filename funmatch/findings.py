@@ -1,0 +1,167 @@
+"""What a study came to, for people: a table, figures, and one offline HTML page; all from `results.jsonl`."""
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from funmatch import charts
+from funmatch.charts import by, spread, value_of
+from funmatch.config import Study
+from funmatch.errors import InputError
+from funmatch.files import write_atomically
+from funmatch.logs import duration, table
+from funmatch.tasks import plans, series
+from funmatch.tasks.plans import Plan
+
+COLUMNS = ("top1", "agreement", "kl", "views_kl", "loss")
+"""Final figures in the table."""
+HEADS = ("top-1", "agreement", "KL", "KL on training views", "training loss")
+
+
+def written(folder: Path) -> dict[str, str]:
+    """Writes `report.html`, `table.md` and `figures/*.svg` of a study's folder; where they are.
+
+    Raises:
+        InputError: the folder holds no results.
+    """
+    plan, results = _read(folder)
+    drawings = []
+    (folder / "figures").mkdir(exist_ok=True)
+    for number, figure in enumerate(plan.figures, 1):
+        if svg := charts.drawn(figure, results):
+            path = folder / "figures" / f"{number}-{figure['kind']}-{figure['value']}.svg"
+            write_atomically(path, svg)
+            drawings.append((charts.heading(figure), svg, path.name))
+    write_atomically(folder / "table.md", markdown(plan, results, [(head, name) for head, _, name in drawings]))
+    template = Environment(
+        loader=PackageLoader("funmatch", "templates"), autoescape=select_autoescape(), trim_blocks=True
+    ).get_template("study.html")
+    page = template.render(
+        title=plan.title,
+        question=plan.question,
+        note=plan.note,
+        columns=columns(results),
+        rows=rows(results),
+        drawings=drawings,
+        made=made(folder, results),
+        text=plan.text,
+    )
+    write_atomically(folder / "report.html", page)
+    return {"report": str(folder / "report.html"), "table": str(folder / "table.md")}
+
+
+def _read(folder: Path) -> tuple[Plan, list[dict[str, Any]]]:
+    source, results = folder / "study.toml", series.results(folder)
+    if not source.is_file() or not results:
+        raise InputError(
+            f"{folder} holds no results of a study; its runs come first: funmatch study NAME --out {folder}"
+        )
+    return plans.parsed(source.read_text(), str(source)), results
+
+
+def columns(results: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The heads of the table; what no run has is left out."""
+    heads = (head for name, head in zip(COLUMNS, HEADS, strict=True) if _known(results, name))
+    return ("run", "runs", *heads, "time")
+
+
+def _known(results: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return any(value_of(result, name) is not None for result in results)
+
+
+def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A line for the runs of each name: how many, then mean ± standard deviation over their seeds."""
+    shown = [name for name in COLUMNS if _known(results, name)]
+    return [
+        [
+            name,
+            str(len(group)),
+            *(_told(group, figure) for figure in shown),
+            duration(float(np.mean([each["figures"]["seconds"] for each in group]))),
+        ]
+        for name, group in by(results, "name").items()
+    ]
+
+
+def _told(group: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = [value for each in group if (value := value_of(each, name)) is not None]
+    if not values:
+        return "–"
+    digits = 2 if charts.is_share(name) else 4
+    around = f" ± {spread(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{around}{' %' if charts.is_share(name) else ''}"
+
+
+def made(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(what, value) of how a study was made: command, machine, versions, seeds, hours, teachers."""
+    command = folder / "command.txt"
+    told: dict[str, list[str]] = {}
+    for result in results:
+        facts, figures = result["facts"], result["figures"]
+        told.setdefault("machine", []).append(facts["machine"])
+        told.setdefault("versions", []).append(", ".join(f"{name} {v}" for name, v in facts["versions"].items()))
+        pictures = ", ".join(f"{count:,} {split}" for split, count in facts["pictures"].items())
+        told.setdefault("pictures", []).append(f"{', '.join(result['knobs']['data'])}: {pictures}")
+        told.setdefault("student", []).append(f"{result['knobs']['student']}, {facts['parameters']:,} parameters")
+        if result["knobs"].get("teacher"):
+            top1 = "" if figures["teacher_top1"] is None else f", top-1 {100 * figures['teacher_top1']:.2f} %"
+            told.setdefault("teacher", []).append(" + ".join(Path(n).name for n in result["knobs"]["teacher"]) + top1)
+    lines = [(what, "; ".join(dict.fromkeys(values))) for what, values in told.items()]
+    seconds = sum(result["figures"]["seconds"] for result in results)
+    seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
+    begun = [("command", command.read_text().strip())] if command.is_file() else []
+    hours = f"{seconds / 3600:.1f} hours of runs ({timedelta(seconds=round(seconds))}), {len(results)} runs"
+    return [*begun, *lines, ("seeds", seeds), ("time", hours)]
+
+
+def markdown(plan: Plan, results: Sequence[Mapping[str, Any]], drawings: Sequence[tuple[str, str]]) -> str:
+    """The findings as Markdown, its figures beside it under figures/."""
+    heads = columns(results)
+    lines = [f"# {plan.title}", "", plan.question.strip(), ""]
+    lines += [f"| {' | '.join(heads)} |", f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
+    lines += ["", "Means ± standard deviations over seeds.", ""]
+    lines += [f"{plan.note.strip()}\n"] if plan.note else []
+    for heading, name in drawings:
+        lines += [f"**{heading}**", "", f"![{heading}](figures/{name})", ""]
+    return "\n".join(lines)
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    """The table of a study on the terminal."""
+    plan, results = _read(Path(figures["study"]))
+    table(plan.title, list(columns(results)), rows(results))
+    print(f"report: {figures['report']}")
+
+
+def run(config: Study) -> dict[str, Any]:
+    """Carries out a study (or only draws it again) and writes its page.
+
+    Returns:
+        as `series.run`, and `report` and `table`.
+
+    Raises:
+        Fruitless: runs failed; the page shows the others.
+    """
+    if config.draw:
+        folder = (config.out or series.default_folder(config)).expanduser().resolve()
+        return {"study": str(folder), **written(folder)}
+    figures = series.run(config)
+    if figures["finished"]:
+        figures |= written(Path(figures["study"]))
+    series.check_all_came_to_an_end(figures)
+    return figures
+
+
+def listed() -> dict[str, str]:
+    """The studies that come with the program, and their titles."""
+    return plans.built_in()
+
+
+def show_listed(found: Mapping[str, str]) -> None:
+    table("studies", ["name", "about"], [[name, title] for name, title in found.items()])
+    print("funmatch study NAME carries one out; a file of your own (.toml) will do, too")

@@ -1,0 +1,297 @@
+"""Study files: a plain list of runs in TOML, read and checked as a whole before any of them begins."""
+
+import ast
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import funmatch
+from funmatch.config import TAUGHT, Study
+from funmatch.errors import InputError, unknown
+
+BUILT_IN = Path(funmatch.__file__).parent / "studies"
+ENDING = ".toml"
+REFERENCE = "run:"
+"""Begins the value of a knob that stands for another run of the study, by its name: its folder is meant."""
+KEYS = ("title", "question", "note", "verb", "seeds", "common", "run", "figure")
+ENTRY_KEYS = ("name", "group", "verb", "seeds", "each")
+NOT_KNOBS = {"out", "seed", "as_json"}
+"""What a study decides itself."""
+FIGURES: Mapping[str, tuple[str, ...]] = {
+    "curves": ("value", "event"),
+    "ends": ("value",),
+    "against": ("value", "knob"),
+    "scatter": ("value", "across"),
+}
+"""The kinds of figures, and what each must be told beside its kind."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run of a study.
+
+    Attributes:
+        name: what it shares with the runs of other seeds.
+        group: the line of a figure to which it belongs.
+        seed: of the run.
+        verb: train, finetune or distill.
+        knobs: as the verb's table takes them, but for `out` and `seed`; some may refer to other runs.
+        needs: places of the runs that come first.
+    """
+
+    name: str
+    group: str
+    seed: int
+    verb: str
+    knobs: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """The name of its folder."""
+        return _place(self.name, self.seed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study file that was checked.
+
+    Attributes:
+        title, question, note: for people.
+        figures: what is drawn; see `FIGURES`.
+        entries: its runs.
+        text: of the file.
+    """
+
+    title: str
+    question: str
+    note: str
+    figures: tuple[dict[str, Any], ...]
+    entries: tuple[Entry, ...]
+    text: str
+
+
+def built_in() -> dict[str, str]:
+    """The studies that come with the package, and the title of each."""
+    files = sorted(BUILT_IN.glob(f"*{ENDING}"))
+    return {file.stem: tomllib.loads(file.read_text())["title"] for file in files}
+
+
+def plan_of(config: Study) -> Plan:
+    """The study that is asked for.
+
+    Raises:
+        InputError: every problem of the file, a line each.
+    """
+    return parsed(*_source(config.name), config.seeds, config.only, _said(config.set))
+
+
+def _source(name: str) -> tuple[str, str]:
+    """A study file's text, and what to call it."""
+    path = Path(name).expanduser()
+    if name in built_in():
+        path = BUILT_IN / f"{name}{ENDING}"
+    elif path.is_dir() and (path / f"study{ENDING}").is_file():
+        path = path / f"study{ENDING}"
+    elif not path.is_file():
+        raise unknown("study", name, built_in(), hint=f"or give a file, my-study{ENDING}")
+    try:
+        return path.read_text(), name
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text in UTF-8; a study is a TOML file") from None
+
+
+def _said(words: tuple[str, ...]) -> dict[str, Any]:
+    """`lr=0.01 data=a,b` as knobs."""
+    said = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set takes knob=value, e.g. --set epochs=10, got {word!r}")
+        values = [_value(part) for part in value.split(",")]
+        said[name.replace("-", "_")] = values if len(values) > 1 else values[0]
+    return said
+
+
+def _value(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(word, word)
+
+
+def parsed(
+    text: str,
+    where: str,
+    seeds: tuple[int, ...] = (),
+    only: tuple[str, ...] = (),
+    said: Mapping[str, Any] | None = None,
+) -> Plan:
+    """A study from its text.
+
+    Args:
+        where: what to call it in messages.
+        seeds: instead of those that the file says.
+        only: patterns of names; other runs are left out, unless these need them.
+        said: knobs that every run takes instead of its own.
+
+    Raises:
+        InputError: every problem, a line each.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where} is no TOML: {error}") from None
+    found = [str(unknown("key", key, KEYS)) for key in table if key not in KEYS]
+    found += [f"{key} is missing" for key in ("title", "run") if not table.get(key)]
+    shapes = {"run": "[[run]]", "figure": "[[figure]]", "common": "[common]", "seeds": "a list"}
+    for key, what in shapes.items():
+        kind = dict if key == "common" else list
+        if not isinstance(table.get(key, kind()), kind):
+            found.append(f"{key} must be {what}")
+    if found:
+        raise _refused(where, found)
+    entries = list(_entries(table, seeds, dict(said or {}), found))
+    figures = tuple(table.get("figure", ()))
+    for number, figure in enumerate(figures, 1):
+        found += [f"figure {number}: {problem}" for problem in _figure_problems(figure)]
+    found += _problems(entries, dict(table.get("common", {})), dict(said or {}))
+    if not found and only:
+        entries = _chosen(entries, only)
+        found += [] if entries else [f"no run is called {', '.join(only)}; there are {_names(entries, table)}"]
+    if found:
+        raise _refused(where, found)
+    words = [str(table.get(key, "")) for key in ("title", "question", "note")]
+    return Plan(words[0], words[1], words[2], figures, tuple(entries), text)
+
+
+def _refused(where: str, found: list[str]) -> InputError:
+    return InputError(f"the study {where} cannot be run:\n  " + "\n  ".join(dict.fromkeys(found)))
+
+
+def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any], found: list[str]) -> Iterator[Entry]:
+    """The runs that a file lists; what is wrong with a line of it goes to `found`."""
+    common, verb = table.get("common", {}), table.get("verb", "distill")
+    verbs = {run.get("verb", verb) for run in table["run"]}
+    known = {knob for each in verbs if each in TAUGHT for knob in TAUGHT[each].model_fields}
+    found += [
+        str(unknown("knob in [common] or --set", knob, known)) for knob in {**common, **said} if knob not in known
+    ]
+    for number, run in enumerate(table["run"], 1):
+        own = run.get("verb", verb)
+        each, name = run.get("each", {}), run.get("name")
+        if own not in TAUGHT:
+            found.append(f"run {number}: {unknown('verb', str(own), TAUGHT)}")
+            continue
+        if not isinstance(name, str) or not name:
+            found.append(f"run {number} has no name")
+            continue
+        if not all(isinstance(values, list) and values for values in each.values()):
+            found.append(f"{name}: each must give a list for every knob, e.g. each = {{ epochs = [100, 300] }}")
+            continue
+        shared = {knob: value for knob, value in common.items() if knob in TAUGHT[own].model_fields}
+        over = {knob: value for knob, value in said.items() if knob in TAUGHT[own].model_fields}
+        found += [f"{name}: --set {knob} would make runs alike that differ in it" for knob in each if knob in over]
+        knobs = {key: value for key, value in run.items() if key not in ENTRY_KEYS}
+        for values in product(*each.values()):
+            chosen = dict(zip(each, values, strict=True))
+            full = _named(name, chosen)
+            whole = shared | knobs | chosen | over
+            for seed in seeds if seeds and "seeds" not in run else run.get("seeds", table.get("seeds", [0])):
+                yield Entry(full, str(run.get("group", name if each else full)), seed, own, whole)
+
+
+def _named(name: str, chosen: Mapping[str, Any]) -> str:
+    """The name of one of several runs: with its values in the place of {knob}, or behind it."""
+    full = name
+    for knob, value in chosen.items():
+        full = full.replace(f"{{{knob}}}", str(value))
+    return full if full != name or not chosen else " ".join([name, *(f"{knob} {v}" for knob, v in chosen.items())])
+
+
+def _problems(entries: list[Entry], common: dict[str, Any], said: dict[str, Any]) -> list[str]:
+    """What is wrong with the runs, each by itself and together; fills in what they need."""
+    found, places = [], [entry.place for entry in entries]
+    found += [f"{place}: two runs have this name" for place in sorted({p for p in places if places.count(p) > 1})]
+    for number, entry in enumerate(entries):
+        if not isinstance(entry.seed, int) or entry.seed < 0:
+            found.append(f"{entry.name}: a seed is a whole number from 0 on, got {entry.seed!r}")
+        kept = NOT_KNOBS & {*entry.knobs, *common, *said}
+        found += [f"{entry.name}: {knob} is decided by the study" for knob in sorted(kept)]
+        knobs = {knob: value for knob, value in entry.knobs.items() if knob not in NOT_KNOBS}
+        try:
+            table = TAUGHT[entry.verb].checked(**knobs, out="out", seed=0)
+            knobs = {knob: getattr(table, knob) for knob in knobs}
+        except InputError as error:
+            found.append(f"{entry.name}: {error}")
+        needs = []
+        for name in _references(entry.knobs):
+            others = [each for each in entries if each.name == name]
+            alike = next((each for each in others if each.seed == entry.seed), others[0] if others else None)
+            if alike is None or alike.name == entry.name:
+                found.append(f"{entry.name}: {REFERENCE}{name} is no other run of the study")
+            else:
+                needs.append(alike.place)
+        entries[number] = Entry(entry.name, entry.group, entry.seed, entry.verb, knobs, tuple(needs))
+    return found + _circles(entries)
+
+
+def _references(knobs: Mapping[str, Any]) -> list[str]:
+    """Names of the runs to which knobs refer."""
+    values = [each for value in knobs.values() for each in (value if isinstance(value, list | tuple) else [value])]
+    return [str(value).removeprefix(REFERENCE) for value in values if _refers(value)]
+
+
+def _refers(value: Any) -> bool:
+    return isinstance(value, str | Path) and str(value).startswith(REFERENCE)
+
+
+def _circles(entries: list[Entry]) -> list[str]:
+    done: set[str] = set()
+    left = list(entries)
+    while ready := [entry for entry in left if done.issuperset(entry.needs)]:
+        done |= {entry.place for entry in ready}
+        left = [entry for entry in left if entry.place not in done]
+    return [f"{entry.name}: the runs that it needs need it" for entry in left]
+
+
+def _chosen(entries: list[Entry], only: tuple[str, ...]) -> list[Entry]:
+    """The runs whose names fit a pattern, and those that they need."""
+    wanted = {each.place for each in entries if any(fnmatch(each.name, pattern) for pattern in only)}
+    while more := {need for each in entries if each.place in wanted for need in each.needs} - wanted:
+        wanted |= more
+    return [entry for entry in entries if entry.place in wanted]
+
+
+def _names(entries: list[Entry], table: dict[str, Any]) -> str:
+    return ", ".join(dict.fromkeys([each.name for each in entries] or [str(run.get("name")) for run in table["run"]]))
+
+
+def _figure_problems(figure: dict[str, Any]) -> list[str]:
+    kind = figure.get("kind")
+    if kind not in FIGURES:
+        return [str(unknown("kind", str(kind), FIGURES))]
+    allowed = {"kind", "title", "log", *FIGURES[kind]}
+    found = [f"{kind} needs {key}" for key in FIGURES[kind] if not isinstance(figure.get(key), str)]
+    return found + [str(unknown("key", key, allowed)) for key in figure if key not in allowed]
+
+
+def _place(name: str, seed: int) -> str:
+    safe = "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in name)
+    return f"{safe}-seed-{seed}"
+
+
+def resolved(entry: Entry, folder: Path) -> dict[str, Any]:
+    """The knobs of a run with the folders of the runs that it needs in the place of their names."""
+    names = dict(zip(_references(entry.knobs), entry.needs, strict=True))
+
+    def told(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(told, value))
+        return str(folder / names[str(value).removeprefix(REFERENCE)]) if _refers(value) else value
+
+    return {knob: told(value) for knob, value in entry.knobs.items()}

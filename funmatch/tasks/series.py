@@ -1,0 +1,279 @@
+"""A study carried out: its runs as processes, a few at a time, and `results.jsonl`, from which everything is drawn."""
+
+import ctypes
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from funmatch import devices, recipes, runs, signals
+from funmatch.config import Study
+from funmatch.errors import Fruitless, InputError
+from funmatch.files import lock_file, write_atomically
+from funmatch.logs import Bar, duration, percent, say
+from funmatch.tasks import plans
+from funmatch.tasks.plans import Entry, Plan
+
+PAUSE_SECONDS = 0.2
+"""Between two looks at the runs."""
+POINTS = 200
+"""Of a curve that are kept, at most."""
+LAST = 0.1
+"""Share of a run's records at its end whose mean is the final training loss."""
+
+
+@dataclass
+class Series:
+    """A study under way.
+
+    Attributes:
+        plan: its runs.
+        folder: where they lie.
+        jobs: how many run at a time.
+        at_work: processes, and the runs that they carry out.
+        failed: places of runs that ended without a result, and why.
+    """
+
+    plan: Plan
+    folder: Path
+    jobs: int
+    at_work: dict[subprocess.Popen, Entry] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def at(self, entry: Entry) -> Path:
+        """A run's folder."""
+        return self.folder / "runs" / entry.place
+
+    def done(self, entry: Entry) -> bool:
+        return (self.at(entry) / "result.json").is_file()
+
+    def waiting(self) -> list[Entry]:
+        """Runs that are neither over nor at work."""
+        busy = {entry.place for entry in self.at_work.values()} | self.failed.keys()
+        return [entry for entry in self.plan.entries if entry.place not in busy and not self.done(entry)]
+
+    def ready(self) -> list[Entry]:
+        """Waiting runs that can begin: what they need is there, and nobody else is at work on them."""
+        done = {entry.place for entry in self.plan.entries if self.done(entry)}
+        return [entry for entry in self.waiting() if done.issuperset(entry.needs) and not _locked(self.at(entry))]
+
+
+def run(config: Study) -> dict[str, Any]:
+    """Carries out all runs of a study that are not over yet.
+
+    Returns:
+        `study` (its folder), `runs`, `finished`, `failed` (places to reasons), `seconds`.
+
+    Raises:
+        InputError: the file is wrong, or the folder holds runs that were asked otherwise.
+        Stopped: by Ctrl-C or SIGTERM; the runs have saved.
+    """
+    plan = plans.plan_of(config)
+    folder = (config.out or default_folder(config)).expanduser().resolve()
+    series = Series(plan, folder, config.jobs or (os.cpu_count() or 1 if devices.pick("auto").type == "cpu" else 1))
+    runs.check_place(folder, "study.toml", "study")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(folder / ".lock")
+    if lock is None:
+        raise InputError(f"another process is at work in {folder}")
+    with lock:
+        _begin(series, config)
+        try:
+            _carry_out(series)
+        finally:
+            for process in series.at_work:
+                process.terminate()
+            for process in series.at_work:
+                process.wait()
+            record(series)
+    return {
+        "study": str(folder),
+        "runs": len(plan.entries),
+        "finished": sum(map(series.done, plan.entries)),
+        "failed": series.failed,
+        "seconds": sum(result["figures"]["seconds"] for result in results(folder)),
+    }
+
+
+def default_folder(config: Study) -> Path:
+    """Where a study goes if nobody says: a folder that is one already, or studies/NAME."""
+    given = Path(config.name).expanduser()
+    return given if given.is_dir() else Path("studies") / given.stem
+
+
+def check_all_came_to_an_end(figures: Mapping[str, Any]) -> None:
+    """Raises `Fruitless` if runs failed."""
+    if failed := figures["failed"]:
+        why = "\n  ".join(f"{place}: {reason}" for place, reason in failed.items())
+        folder = Path(figures["study"])
+        raise Fruitless(
+            f"{len(failed)} of {figures['runs']} runs failed; the same command tries them again\n  {why}\n"
+            f"what they said lies in {folder / 'logs'}, what came of the others in {folder / 'report.html'}"
+        )
+
+
+def _begin(series: Series, config: Study) -> None:
+    """Records what is asked; an `InputError` where runs of the folder were asked otherwise."""
+    path = series.folder / "plan.json"
+    asked = {entry.place: {"verb": entry.verb, **entry.knobs} for entry in series.plan.entries}
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    found = []
+    for place, knobs in json.loads(json.dumps(asked, default=str)).items():
+        then = before.get(place, knobs)
+        if (series.folder / "runs" / place / "config.json").is_file():
+            found += [
+                f"{place}: {name} was {then.get(name)}, is {knobs.get(name)}"
+                for name in sorted(then.keys() | knobs.keys())
+                if then.get(name) != knobs.get(name)
+            ]
+    if found:
+        lines = "\n  ".join(found)
+        raise InputError(
+            f"{series.folder} holds runs that were asked otherwise:\n  {lines}\n"
+            "choose another --out, say the old values, or remove these runs' folders"
+        )
+    for name in ("runs", "logs"):
+        (series.folder / name).mkdir(exist_ok=True)
+    command = ["funmatch", "study", config.name]
+    command += [word for name, value in _given(config) for word in (f"--{name}", *map(str, value))]
+    write_atomically(series.folder / "study.toml", series.plan.text)
+    write_atomically(path, json.dumps(before | asked, indent=1, default=str))
+    write_atomically(series.folder / "command.txt", shlex.join(command) + "\n")
+
+
+def _given(config: Study) -> list[tuple[str, tuple[Any, ...]]]:
+    """The options that change what a study computes."""
+    return [(name, value) for name in ("seeds", "only", "set") if (value := getattr(config, name))]
+
+
+def _carry_out(series: Series) -> None:
+    """Starts runs and waits for them until none is left that could be run."""
+    total = len(series.plan.entries)
+    finished = total - len(series.waiting())
+    if finished:
+        say(f"{finished} of {total} runs are finished already")
+    with Bar("study", total, finished) as bar, signals.heard() as caught:
+        while series.at_work or series.waiting():
+            for entry in series.ready()[: series.jobs - len(series.at_work)]:
+                series.at_work[_started(series, entry)] = entry
+            for process in [each for each in series.at_work if each.poll() is not None]:
+                _ended(series, series.at_work.pop(process), process.returncode)
+            _give_up_what_needs_failed_runs(series)
+            over = total - len(series.waiting()) - len(series.at_work)
+            bar.update(over, ", ".join(f"{each.name} ({each.seed})" for each in series.at_work.values()))
+            if caught:
+                told = f"{over} of {total} runs are over, the others saved in {series.folder}"
+                raise signals.Stopped(caught[0], f"{told}; the same command goes on from there")
+            time.sleep(PAUSE_SECONDS)
+
+
+def _started(series: Series, entry: Entry) -> subprocess.Popen:
+    """A process that carries out a run; it stops, and saves, when this one dies."""
+    knobs = plans.resolved(entry, series.folder / "runs")
+    words = [word for option in recipes.options(entry.verb, knobs) for word in shlex.split(option)]
+    place = ["--seed", str(entry.seed), "--out", str(series.at(entry))]
+    cores = max(1, (os.cpu_count() or 1) // series.jobs)
+    with open(series.folder / "logs" / f"{entry.place}.log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "funmatch", entry.verb, *words, *place],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={"OMP_NUM_THREADS": str(cores), **os.environ},
+            start_new_session=True,  # Ctrl-C is for us, and we tell them once
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _die_with_parent() -> None:
+    """Asks Linux for SIGTERM when the process that started this one ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def _ended(series: Series, entry: Entry, code: int) -> None:
+    """Records what became of a run."""
+    if series.done(entry):
+        record(series)
+        result = json.loads((series.at(entry) / "result.json").read_text())
+        figure = f"top-1 {percent(result['top1'])}" if result["top1"] is not None else f"KL {result['kl']:.3f}"
+        say(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
+        return
+    lines = (series.folder / "logs" / f"{entry.place}.log").read_text(errors="replace").splitlines()
+    said = next((line for line in reversed(lines) if line.strip()), "nothing")
+    series.failed[entry.place] = f"exit {code}: {said.removeprefix('funmatch: ')}"
+    say(f"{entry.name}, seed {entry.seed} failed, {series.failed[entry.place]}")
+
+
+def _give_up_what_needs_failed_runs(series: Series) -> None:
+    for entry in series.waiting():
+        if bad := next((need for need in entry.needs if need in series.failed), None):
+            series.failed[entry.place] = f"it needs {bad}, which failed"
+
+
+def _locked(folder: Path) -> bool:
+    """Whether another process is at work in a run folder, such as one that a killed study left behind."""
+    if not (folder / "config.json").is_file():
+        return False
+    lock = lock_file(folder / "config.json")
+    if lock is None:
+        return True
+    lock.close()
+    return False
+
+
+def record(series: Series) -> None:
+    """Writes what came of the runs that are over, in the order of the study; what others left there stays."""
+    known = {result["place"]: result for result in results(series.folder)}
+    own = {entry.place: result_of(entry, series.at(entry)) for entry in series.plan.entries if series.done(entry)}
+    left = {place: result for place, result in known.items() if place not in own}
+    lines = [json.dumps(result) for result in (*own.values(), *left.values())]
+    write_atomically(series.folder / "results.jsonl", "".join(line + "\n" for line in lines))
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """What `record` wrote."""
+    path = folder / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def result_of(entry: Entry, folder: Path) -> dict[str, Any]:
+    """All that is to be known of a finished run without its folder.
+
+    Returns:
+        `place`, `name`, `group`, `seed`, `verb`, `asked`, `knobs`, `facts`, `figures` and `curves`: event to columns.
+    """
+    done = runs.find(folder)
+    records, result = done.metrics.read(), done.result or {}
+    figures = {name: value for name, value in result.items() if isinstance(value, int | float) or value is None}
+    figures["teacher_top1"] = (result.get("teacher") or {}).get("top1")
+    losses = [each["loss"] for each in records if each["event"] == "step"]
+    figures["loss"] = math.fsum(tail := losses[-max(1, round(LAST * len(losses))) :]) / len(tail) if losses else None
+    for event in ("views", "ema"):
+        last = next((each for each in reversed(records) if each["event"] == event), {})
+        figures |= {f"{event}_{name}": value for name, value in last.items() if name not in ("event", "step", "split")}
+    figures |= {f"ema_{name}": value for name, value in (result.get("ema") or {}).items()}
+    return {
+        "place": entry.place, "name": entry.name, "group": entry.group, "seed": entry.seed, "verb": entry.verb,
+        "asked": {name: str(value) if isinstance(value, Path) else value for name, value in entry.knobs.items()},
+        "knobs": done.config["knobs"],
+        "facts": {name: done.config["facts"][name] for name in ("machine", "versions", "pictures", "parameters")},
+        "figures": runs.finite(figures),
+        "curves": {event: columns(records, event) for event in ("step", "eval", "views", "ema")},
+    }  # fmt: skip
+
+
+def columns(records: list[dict[str, Any]], event: str) -> dict[str, list[Any]]:
+    """The records of one event, a list a figure; of many records as many as a plot can show, the last among them."""
+    own = [each for each in records if each["event"] == event]
+    every = max(1, math.ceil(len(own) / POINTS))
+    own = own[::-1][::every][::-1]
+    names = [name for name, value in (own[0] if own else {}).items() if name != "event" and not isinstance(value, str)]
+    return {name: [each.get(name) for each in own] for name in names}
