@@ -8,6 +8,7 @@ import torch
 from timm.optim import list_optimizers
 from torch import nn
 
+import funmatch
 from funmatch import checkpoint, devices
 from funmatch.data.loader import Batch
 from funmatch.distances import kl
@@ -226,6 +227,13 @@ def test_a_library_that_is_missing_is_told(name):
 def test_wrong_names_and_options_are_told(name, options, told):
     with pytest.raises(InputError, match=told):
         make(name, network(), 0.1, options=options)
+
+
+def test_wrong_options_leave_no_folder(tmp_path):
+    given = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 8, "threads": 1, "steps": 2}
+    with pytest.raises(InputError, match=r"optimizer lamb: it cannot work with betas=0\.9"):
+        funmatch.train(out=tmp_path / "run", optimizer="lamb", optimizer_kwargs=("betas=0.9",), **given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_options_are_tried_without_a_trace():
