@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
 
 from funmatch.blocks import Share, alone
-from funmatch.errors import InputError, unknown
+from funmatch.errors import InputError, first_line, unknown
 from funmatch.optim import kernels
 from funmatch.shampoo import Shampoo
 
@@ -26,6 +26,8 @@ TWICE = "it differentiates the gradient once more, which the loop here does not 
 DRAWS = "it draws from a generator of its own, so that a run that was stopped would not end with the same bits"
 REFUSED = {"adahessian": TWICE, "kron": DRAWS, "kronc": DRAWS, "kronw": DRAWS}
 """The optimizers of timm that cannot be used, and why."""
+KNOBS = {"params", "lr", "weight_decay", "momentum", "share"}
+"""What an optimizer is given otherwise than as an option."""
 
 
 def names() -> list[str]:
@@ -77,20 +79,52 @@ def make(
     momentum = momentum_of(name, momentum)
     if momentum_dtype != "fp32" and name != "adamw":
         raise InputError(f"momentum_dtype {momentum_dtype} belongs to optimizer adamw, not {name}")
-    decaying, others = _groups(model, name)
     own = {"adamw": {"dtype": momentum_dtype}, "shampoo": {"share": share}}.get(name, {})
-    if name == "adamw":
-        decaying["weight_decay"] = weight_decay / lr
+    options = dict(options or {})
     try:
-        maker = OWN.get(name) or partial(_of_timm, name)
-        optimizer = maker(
-            [group for group in (decaying, others) if group["params"]], lr, momentum, **own, **(options or {})
-        )
+        _check_options(name, options)
+        if options:
+            _try_out(name, model, lr, momentum, options)
+        return _made(name, model, lr, weight_decay, momentum, {**own, **options})
     except (TypeError, ValueError, ImportError, AssertionError) as error:  # timm asserts that its libraries are here
         raise InputError(f"optimizer {name}: {error}") from None
+
+
+def _made(
+    name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float, options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """The optimizer, with the weight decay hung on it."""
+    decaying, others = _groups(model, name)
+    if name == "adamw":
+        decaying["weight_decay"] = weight_decay / lr
+    maker = OWN.get(name) or partial(_of_timm, name)
+    optimizer = maker([group for group in (decaying, others) if group["params"]], lr, momentum, **options)
     if name != "adamw":
         optimizer.register_step_pre_hook(partial(_decay_, kernels=decaying["params"], share=weight_decay / lr))
     return optimizer
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises an `InputError` where an optimizer has no such option, or we a knob for it: else some are passed over."""
+    known = inspect.signature(_class_of(name)).parameters.keys() - KNOBS
+    for option in options:
+        if option in KNOBS:
+            raise InputError(f"{option} is not among its options: it has a knob of its own")
+        if option not in known:
+            raise unknown("option", option, known)
+
+
+def _try_out(name: str, model: nn.Module, lr: float, momentum: float, options: Mapping[str, Any]) -> None:
+    """Raises an `InputError` where an optimizer cannot work with its options, which some find out at the first step."""
+    small = nn.utils.skip_init(nn.Linear, 2, 2, device=next(model.parameters()).device)  # nothing random is drawn
+    for parameter in small.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        _made(name, small, lr, 0.0, momentum, options).step()
+    except Exception as error:  # whatever it comes to
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise InputError(f"it cannot work with {given}: {first_line(error)}") from None
 
 
 def _groups(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,7 +169,7 @@ class AdamW(torch.optim.AdamW):
             slots["exp_avg"] = slots["exp_avg"].to(dtype)
 
 
-def _adamw(groups: Groups, lr: float, _momentum: float, dtype: str, **options: Any) -> torch.optim.Optimizer:
+def _adamw(groups: Groups, lr: float, _momentum: float, dtype: str = "fp32", **options: Any) -> torch.optim.Optimizer:
     fused = options.pop("fused", True)  # it leaves weights and decay alone where gradients in fp16 overflowed
     return (AdamW if dtype == "bf16" else torch.optim.AdamW)(groups, lr=lr, fused=fused, **options)
 
@@ -150,13 +184,19 @@ def _shampoo(groups: Groups, lr: float, momentum: float, **options: Any) -> torc
 
 
 def _soap(groups: Groups, lr: float, _momentum: float, **options: Any) -> torch.optim.Optimizer:
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError:
-        raise ImportError("it is pytorch-optimizer's; pip install 'funmatch[soap]'") from None
-    if strange := options.keys() - inspect.signature(SOAP).parameters.keys():  # it would pass over them
-        raise TypeError(f"no option is called {', '.join(sorted(strange))}")
-    return SOAP(groups, lr=lr, weight_decay=0.0, **options)
+    return _class_of("soap")(groups, lr=lr, weight_decay=0.0, **options)
+
+
+def _class_of(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """What an optimizer is an instance of; raises as its library does where that is not here."""
+    if name == "soap":
+        try:
+            from pytorch_optimizer import SOAP
+        except ImportError:
+            raise ImportError("it is pytorch-optimizer's; pip install 'funmatch[soap]'") from None
+        return SOAP
+    ours = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "shampoo": Shampoo}
+    return ours.get(name) or get_optimizer_class(name, bind_defaults=False)
 
 
 def _of_timm(name: str, groups: Groups, lr: float, momentum: float, **options: Any) -> torch.optim.Optimizer:

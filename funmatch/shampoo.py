@@ -63,6 +63,8 @@ class Shampoo(torch.optim.Optimizer):
             raise ValueError(f"graft_type {graft_type!r} is none of {', '.join(GRAFTS)}")
         if least := [n for n in (block_size, statistics_compute_steps, preconditioning_compute_steps) if n < 1]:
             raise ValueError(f"block_size and the steps between computations must be at least 1, got {least[0]}")
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] <= 1):
+            raise ValueError(f"betas must lie in [0, 1) and [0, 1], got {betas}")
         self.block_size, self.graft_type, self.nesterov = block_size, graft_type, nesterov
         self.start, self.longest = start_preconditioning_step, no_preconditioning_for_layers_with_dim_gt
         self.statistics_every, self.roots_every = statistics_compute_steps, preconditioning_compute_steps

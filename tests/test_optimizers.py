@@ -8,6 +8,7 @@ import torch
 from timm.optim import list_optimizers
 from torch import nn
 
+import funmatch
 from funmatch import checkpoint, devices
 from funmatch.data.loader import Batch
 from funmatch.distances import kl
@@ -208,14 +209,41 @@ def test_a_library_that_is_missing_is_told(name):
         ("shampo", {}, "'shampoo'"),
         ("shampoo", {"blocksize": 3}, "blocksize"),
         ("shampoo", {"graft_type": "adam"}, "graft_type 'adam' is none of"),
-        ("soap", {"beta": 3}, "no option is called beta"),
-        ("lamb", {"beta": 3}, "beta"),
+        ("shampoo", {"betas": (0.9, 1.1)}, r"betas must lie in .* got \(0.9, 1.1\)"),
+        ("shampoo", {"betas": 0.9}, r"optimizer shampoo: it cannot work with betas=0.9: "),
+        ("soap", {"beta": 3}, "optimizer soap: unknown option 'beta'; did you mean 'betas'"),
+        ("lamb", {"beta": 3}, "optimizer lamb: unknown option 'beta'; did you mean 'betas'"),
+        ("lamb", {"betas": 0.9, "eps": 1e-6}, r"optimizer lamb: it cannot work with betas=0.9, eps=1e-06: "),
+        ("lars", {"betas": (0.9, 0.99)}, "optimizer lars: unknown option 'betas'"),
+        ("lars", {"eps": "small"}, "optimizer lars: it cannot work with eps='small': "),
+        ("muon", {"layer_decay": 0.9}, "optimizer muon: unknown option 'layer_decay'"),
         ("adamw", {"eps": -1.0}, "epsilon"),
+        ("adamw", {"betas": (0.9,)}, r"optimizer adamw: it cannot work with betas=\(0.9,\): "),
+        ("adamw", {"foreach": True}, "optimizer adamw: it cannot work with foreach=True: "),
+        *[(name, {"weight_decay": 0.1}, "weight_decay is not among its options") for name in CHOSEN],
+        ("sgd", {"momentum": 0.8}, "optimizer sgd: momentum is not among its options: it has a knob of its own"),
     ],
 )
 def test_wrong_names_and_options_are_told(name, options, told):
     with pytest.raises(InputError, match=told):
         make(name, network(), 0.1, options=options)
+
+
+def test_wrong_options_leave_no_folder(tmp_path):
+    given = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 8, "threads": 1, "steps": 2}
+    with pytest.raises(InputError, match=r"optimizer lamb: it cannot work with betas=0\.9"):
+        funmatch.train(out=tmp_path / "run", optimizer="lamb", optimizer_kwargs=("betas=0.9",), **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_are_tried_without_a_trace():
+    """Nothing random is drawn, and the model is what it was."""
+    model = network()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    optimizer = make("lamb", model, 0.01, 0.1, options={"eps": 1e-5})
+    assert not optimizer.state
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one, other) for one, other in zip(before.values(), model.state_dict().values(), strict=True))
 
 
 def test_only_adamw_keeps_a_mean_in_bf16():

@@ -160,7 +160,9 @@ def prepare(
     view = judging.View(config.side, config.eval_resize, config.batch // world, device, config.precision, squash)
     student = _alike(student.to(device), device)
     course = course_of(config, device)
-    return Lesson(verb, config, cache, student, view, course, facts=facts, beginning=beginning, trial=trial)
+    lesson = Lesson(verb, config, cache, student, view, course, facts=facts, beginning=beginning, trial=trial)
+    optimizer_of(lesson)  # what is wrong with its options is told before there is a folder
+    return lesson
 
 
 def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modules) -> Classifier:
