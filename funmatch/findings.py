@@ -19,7 +19,11 @@ from funmatch.tasks.plans import Plan
 
 COLUMNS = ("top1", "agreement", "kl", "views_kl", "loss")
 """Final figures in the table."""
-HEADS = ("top-1", "agreement", "KL", "KL on training views", "training loss")
+LEGEND = (
+    "Top-1, agreement with the teacher and KL from it are on test pictures where there are some; of the training "
+    "views, the KL is at T = 1 in evaluation mode, the loss is the mean over the last tenth of the run."
+)
+HEADS = ("top-1", "agreement", "KL", "views: KL", "views: loss")
 
 
 def written(folder: Path) -> dict[str, str]:
@@ -43,6 +47,7 @@ def written(folder: Path) -> dict[str, str]:
     page = template.render(
         title=plan.title,
         question=plan.question,
+        legend=LEGEND,
         note=plan.note,
         columns=columns(results),
         rows=rows(results),
@@ -91,7 +96,7 @@ def _told(group: Sequence[Mapping[str, Any]], name: str) -> str:
     values = [value for each in group if (value := value_of(each, name)) is not None]
     if not values:
         return "–"
-    digits = 2 if charts.is_share(name) else 4
+    digits = 2 if charts.is_share(name) else 3
     around = f" ± {spread(values):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{around}{' %' if charts.is_share(name) else ''}"
 
@@ -124,7 +129,7 @@ def markdown(plan: Plan, results: Sequence[Mapping[str, Any]], drawings: Sequenc
     lines = [f"# {plan.title}", "", plan.question.strip(), ""]
     lines += [f"| {' | '.join(heads)} |", f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(results)]
-    lines += ["", "Means ± standard deviations over seeds.", ""]
+    lines += ["", f"Means ± standard deviations over seeds. {LEGEND}", ""]
     lines += [f"{plan.note.strip()}\n"] if plan.note else []
     for heading, name in drawings:
         lines += [f"**{heading}**", "", f"![{heading}](figures/{name})", ""]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import funmatch
+from funmatch import recipes
 from funmatch.config import TAUGHT, Study
 from funmatch.errors import InputError, unknown
 
@@ -200,7 +201,9 @@ def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any]
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
             full = _named(name, chosen)
-            whole = shared | knobs | chosen | over
+            whole = shared | knobs | chosen
+            silent = {name for knob in over for name in recipes.AGAINST.get(knob, ()) if name not in over}
+            whole = {knob: value for knob, value in whole.items() if knob not in silent} | over
             for seed in seeds if seeds and "seeds" not in run else run.get("seeds", table.get("seeds", [0])):
                 yield Entry(full, str(run.get("group", name if each else full)), seed, own, whole)
 

@@ -61,9 +61,11 @@ class Series:
         return [entry for entry in self.plan.entries if entry.place not in busy and not self.done(entry)]
 
     def ready(self) -> list[Entry]:
-        """Waiting runs that can begin: what they need is there, and nobody else is at work on them."""
+        """Waiting runs that can begin: what they need is there, and nobody else is at work on them; by their seeds, so
+        that a study which is stopped half-way can be compared."""
         done = {entry.place for entry in self.plan.entries if self.done(entry)}
-        return [entry for entry in self.waiting() if done.issuperset(entry.needs) and not _locked(self.at(entry))]
+        able = [each for each in self.waiting() if done.issuperset(each.needs) and not _locked(self.at(each))]
+        return sorted(able, key=lambda entry: entry.seed)
 
 
 def run(config: Study) -> dict[str, Any]:
