@@ -23,7 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images  # pyrefly: ignore[missing-import]
 
 import funmatch
-from funmatch import report, runs
+from funmatch import curves, runs
 
 CLASSES = {
     "airplane": ["airliner", "warplane"],
@@ -94,7 +94,7 @@ def main() -> None:
         student="mobilenetv3_small_050", temperature=2.0, batch=32, lr=0.003, out=options.out / "photographs", **common,
     )  # fmt: skip
     found = [runs.find(options.out / name) for name in ("cifar", "photographs")]
-    svg = report.plot(found, "eval", "agreement", 100.0, "agreement with the teacher (%)")
+    svg = curves.plot(found, curves.AGREEMENT)
     (options.out / "agreement.svg").write_text(svg)
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from funmatch.report import COLORS, STYLE
+from funmatch.curves import COLORS, STYLE
 
 Results = Sequence[Mapping[str, Any]]
 SHARES = ("top1", "top5", "agreement", "agreement5", "balanced")

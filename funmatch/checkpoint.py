@@ -1,7 +1,8 @@
 """Checkpoints: tensors in safetensors, the rest in JSON, each written whole or not at all.
 
 `checkpoints/step-<n>/` holds the student, its optimizer and `state.json`; the newest two are kept.
-`checkpoints/best-<n>/` holds the student alone, where validation liked it most.
+`checkpoints/best-<n>/` holds the student alone, where validation liked it most. `checkpoints/stable-<n>/` is that of
+a step before the learning rate cools down, from which a run can be prolonged.
 """
 
 import json
@@ -48,9 +49,41 @@ def save(
         (partial / "state.json").write_text(json.dumps({**state, "step": step}))
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
+    wanted = {state.get("best_step"), *(_state(stable).get("best_step") for stable in folder.glob("stable-*"))}
     for best in folder.glob("best-*"):
-        if best.name != f"best-{state.get('best_step') or 0:09}":
+        if step_of(best) not in wanted:
             shutil.rmtree(best)
+
+
+def keep_stable(folder: Path, step: int) -> None:
+    """Keeps the checkpoint of a step for good, in the place of any that was kept before."""
+    kept = folder / f"stable-{step:09}"
+    if not kept.is_dir():
+        with folder_atomically(kept) as partial:
+            shutil.copytree(folder / f"step-{step:09}", partial, dirs_exist_ok=True)
+    for older in folder.glob("stable-*"):
+        if older != kept:
+            shutil.rmtree(older)
+
+
+def go_back(folder: Path, step: int) -> None:
+    """Removes the checkpoints of later steps; the newest of the others is where a run goes on."""
+    for path in [*folder.glob("step-*"), *folder.glob("best-*")]:
+        if step_of(path) > step:
+            shutil.rmtree(path)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.rpartition("-")[2])
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """The rest of a checkpoint, nothing where it is damaged."""
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def save_best(folder: Path, step: int, student: nn.Module, figures: dict[str, Any]) -> None:
@@ -88,7 +121,7 @@ def restore(
     """
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial)
-    found = sorted(folder.glob("step-*"), reverse=True)
+    found = sorted([*folder.glob("step-*"), *folder.glob("stable-*")], key=step_of, reverse=True)
     for checkpoint in found:
         try:
             return _restore(checkpoint, student, optimizer, average)
@@ -107,9 +140,7 @@ def _restore(
     if average is not None:
         average.load_state_dict(load_file(newest / "average.safetensors"))
     unpack_(student, optimizer, load_file(newest / "optimizer.safetensors"))
-    for later in [*newest.parent.glob("best-*"), *newest.parent.glob("step-*")]:
-        if later.name.rpartition("-")[2] > f"{state['step']:09}":
-            shutil.rmtree(later)  # it will be walked again
+    go_back(newest.parent, state["step"])  # what is later will be walked again
     return state
 
 

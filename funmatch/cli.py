@@ -278,6 +278,7 @@ def _show(figures: dict[str, Any], name: str) -> None:
         ["top-1", percent(figures["top1"])],
         ["top-5", percent(figures["top5"])],
         ["agreement with the teacher", percent(figures["agreement"])],
+        ["the same among its first five", percent(figures["agreement5"])],
         ["KL from the teacher (nats)", number(figures["kl"])],
         ["expected calibration error", number(figures["ece"])],
         ["parameters", f"{figures['parameters']:,}"],

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from funmatch import report, runs
+from funmatch import curves, report, runs
 from funmatch.config import Demo, Distill, Evaluate, Report, Train
 from funmatch.files import write_atomically
 from funmatch.logs import duration, percent, say, table
@@ -47,7 +47,7 @@ def run(config: Demo) -> dict[str, Any]:
         report.of_finished(Path(each["run"]))
     found = [runs.find(folder / name) for name in ("funmatch", "labels")]
     page = report.run(Report(runs=tuple(each.folder for each in found), out=folder / "report.html"))
-    write_atomically(folder / "accuracy.svg", report.plot(found, *report.ACCURACY))
+    write_atomically(folder / "accuracy.svg", curves.plot(found, curves.ACCURACY))
     return {"teacher": teacher, "labels": labels, "student": student, "run": student["run"], "report": str(page)}
 
 

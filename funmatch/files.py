@@ -62,7 +62,7 @@ def folder_atomically(folder: Path) -> Iterator[Path]:
     try:
         with disk_errors(folder):
             yield partial
-        for file in partial.iterdir():
+        for file in filter(Path.is_file, partial.rglob("*")):
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         if folder.exists():

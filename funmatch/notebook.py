@@ -24,6 +24,7 @@ from PIL import Image
 
 from funmatch import report, runs, search_page, search_plots, sheet
 from funmatch.config import Data, Evaluate, Recipes
+from funmatch.curves import panels as plotted
 from funmatch.data import catalog
 from funmatch.errors import InputError
 from funmatch.logs import percent, say
@@ -234,7 +235,7 @@ def figures(*folders: Path) -> Shown:
 
 def curves(*folders: Path) -> Shown:
     """Accuracy, loss, learning rate and throughput of runs against the step, as far as they are."""
-    panels = report.curves([runs.find(folder) for folder in folders])
+    panels = plotted([runs.find(folder) for folder in folders])
     return Shown(_panels(panels), f"curves of {', '.join(folder.name for folder in folders)}")
 
 

@@ -5,13 +5,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
-from matplotlib.figure import Figure
 from PIL import Image
 
-from funmatch import launch, runs, views
+from funmatch import curves, ends, launch, runs, views
 from funmatch.config import TAUGHT, Report
 from funmatch.errors import InputError
 from funmatch.files import write_atomically
@@ -22,17 +20,6 @@ from funmatch.tasks import lesson, pictures
 
 SHOWN_VIEWS = 12
 THUMBNAIL = 96
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "funmatch",
-    "font.family": ["sans-serif"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
-COLORS = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#bf3989", "#57606a", "#0a7d91", "#9a6700")
 
 
 def run(config: Report) -> Path:
@@ -60,13 +47,15 @@ def run(config: Report) -> Path:
         teachers=[line for each in found for line in teachers(each)],
         teacher_columns=TEACHER_COLUMNS,
         lead="Function matching" if distilled else "Taught by labels",
+        closeness=[line for each in found for line in closeness(each)],
+        closeness_columns=CLOSENESS_COLUMNS,
         seen=[line for each in found for line in seen(each)],
         seen_columns=SEEN_COLUMNS,
         overridden=[line for each in found for line in overridden(each)],
-        curves=curves(found),
+        curves=curves.panels(found),
         sheets=sheets,
         configs=[(each.folder.resolve().name, flat(each.config)) for each in found],
-        colors=COLORS,
+        colors=curves.COLORS,
     )
     write_atomically(path, html)
     return path
@@ -88,16 +77,14 @@ COLUMNS = (
     "steps",
     "top-1",
     "teacher top-1",
-    "agreement",
+    "agree@1",
+    "agree@5",
     "KL",
     "ECE",
     "parameters",
     "split",
     "time",
 )
-
-
-ACCURACY = ("eval", "top1", 100.0, "top-1 (%)")
 
 
 def row(run: runs.Run) -> list[str]:
@@ -114,6 +101,7 @@ def row(run: runs.Run) -> list[str]:
         percent(result.get("top1")),
         percent(teacher.get("top1")),
         percent(result.get("agreement")),
+        percent(result.get("agreement5")),
         _number(result.get("kl")),
         _number(result.get("ece")),
         f"{config['facts']['parameters']:,}",
@@ -123,18 +111,58 @@ def row(run: runs.Run) -> list[str]:
 
 
 def rows(run: runs.Run) -> list[list[str]]:
-    """The row of a run, and one for the average of its student's weights where that was kept."""
+    """The row of a run, of each end that it has gone beyond, and of the average of its weights where that was kept."""
     found = [row(run)]
+    for end in ends.kept(run):
+        result = end.result or {}
+        own = dict(zip(COLUMNS, found[0], strict=True)) | _judged(result)
+        steps = {"run": f"{found[0][0]}, end at step {result['step']:,}", "steps": f"{result['step']:,}"}
+        found.append(list((own | steps | {"time": duration(result["seconds"])}).values()))
     if average := (run.result or {}).get("ema"):
-        own = dict(zip(COLUMNS, found[0], strict=True)) | {
-            "run": f"{found[0][0]}, average of weights",
-            "top-1": percent(average["top1"]),
-            "agreement": percent(average["agreement"]),
-            "KL": _number(average["kl"]),
-            "ECE": _number(average["ece"]),
-        }
+        own = (
+            dict(zip(COLUMNS, found[0], strict=True))
+            | {
+                "run": f"{found[0][0]}, average of weights",
+            }
+            | _judged(average)
+        )
         found.append(list(own.values()))
     return found
+
+
+def _judged(figures: dict[str, Any]) -> dict[str, str]:
+    """The figures of a student, by their columns."""
+    return {
+        "top-1": percent(figures["top1"]),
+        "agree@1": percent(figures["agreement"]),
+        "agree@5": percent(figures.get("agreement5")),
+        "KL": _number(figures["kl"]),
+        "ECE": _number(figures["ece"]),
+    }
+
+
+CLOSENESS_COLUMNS = ("run", "step", "pictures", "top-1", "teacher's", "agree@1", "agree@5", "KL", "distance")
+
+
+def closeness(run: runs.Run) -> list[list[str]]:
+    """How close the student is to its teacher on training views, and beside them on pictures it has never seen.
+
+    A teacher that is fixed is matched ever better on the views of the training, and ever worse elsewhere.
+    """
+    records = run.metrics.read()
+    last = {each["event"]: each for each in records if each["event"] in ("views", "eval", "step", "teacher")}
+    if "views" not in last or "eval" not in last:
+        return []
+    name, teacher = run.folder.resolve().name, last.get("teacher", {}).get("top1")
+    rows = []
+    for event, what, right, distance in (
+        ("views", "training views", last["views"].get("teacher_top1"), last.get("step", {}).get("loss")),
+        ("eval", last["eval"]["split"], teacher, None),
+    ):
+        own = last[event]
+        shares = [own.get("top1"), right, own.get("agreement"), own.get("agreement5")]
+        rows.append([name, f"{own['step']:,}", what, *map(percent, shares), _number(own.get("kl")), _number(distance)])
+    return rows
 
 
 TEACHER_COLUMNS = ("run", "teacher", "top-1", "split", "computed in", "KL from fp32", "agreement with fp32")
@@ -193,58 +221,6 @@ def overridden(run: runs.Run) -> list[list[str]]:
 
 def _told(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def curves(found: list[runs.Run]) -> list[tuple[str, str]]:
-    """(heading, SVG) of accuracy, loss, learning rate and throughput against the step."""
-    panels = [
-        ("Accuracy on the watched split", *ACCURACY),
-        ("Loss on training views", "step", "loss", 1.0, "loss"),
-        ("Learning rate", "step", "lr", 1.0, "learning rate"),
-        ("Throughput", "step", "images_per_second", 1.0, "images/s"),
-    ]
-    if not any(record.get("top1") is not None for each in found for record in each.metrics.read()):
-        panels[0] = ("Agreement with the teacher", "eval", "agreement", 100.0, "agreement (%)")
-    return [(panel[0], plot(found, *panel[1:])) for panel in panels]
-
-
-def plot(found: list[runs.Run], event: str, name: str, scale: float, label: str) -> str:
-    """One panel, as the text of an SVG element: a line a run, and a dashed one for each teacher."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.subplots()
-        teachers: dict[float, str] = {}
-        for each, color in zip(found, COLORS * (len(found) // len(COLORS) + 1), strict=False):
-            records = [r for r in each.metrics.read() if r["event"] == event and r.get(name) is not None]
-            steps, values = [r["step"] for r in records], [scale * r[name] for r in records]
-            marker = "o" if len(steps) < 3 else None
-            axes.plot(
-                steps, values, color=color, label=_literal(each.folder.resolve().name), linewidth=1.6, marker=marker
-            )
-            if event == "eval":
-                averaged = [r for r in each.metrics.read() if r["event"] == "ema" and r.get(name) is not None]
-                steps, values = [r["step"] for r in averaged], [scale * r[name] for r in averaged]
-                about = _literal(f"{each.folder.resolve().name}, average of weights") if averaged else None
-                axes.plot(steps, values, color=color, linestyle=":", linewidth=1.6, label=about)
-            starts = [r for r in each.metrics.read() if r["event"] == "teacher" and r.get(name) is not None]
-            teachers |= {scale * r[name]: r["teacher"] for r in starts}
-        for value, teacher in teachers.items():
-            axes.axhline(
-                value, color="#57606a", linestyle="--", linewidth=1.2, label=_literal(f"teacher {Path(teacher).name}")
-            )
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best", fontsize=8)
-        text = BytesIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue().decode()
-    return svg[svg.index("<svg") :]
-
-
-def _literal(text: str) -> str:
-    """Text that matplotlib neither hides (leading underscore) nor typesets (dollars)."""
-    return "\u200b" + text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def views_sheet(run: runs.Run, step: int) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ def begun(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any])
         config = run.config
     except InputError:
         return {}  # whoever opens the run will say so
-    return {} if differences(config, _record(verb, knobs, facts)) else config["facts"]
+    return {} if differences(config, record_of(verb, knobs, facts)) else config["facts"]
 
 
 def finished(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
@@ -95,7 +95,8 @@ def finished(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, An
     return Run(folder.expanduser()).result if begun(folder, verb, knobs, facts) else None
 
 
-def _record(verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def record_of(verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What `config.json` holds of a run."""
     return json.loads(json.dumps({"verb": verb, "knobs": knobs, "facts": facts}, default=str))
 
 
@@ -121,7 +122,7 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
             )
         yield Run(folder)
         return
-    record = _record(verb, knobs, facts)
+    record = record_of(verb, knobs, facts)
     check_place(folder)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,9 +162,11 @@ def _begin(run: Run, record: dict[str, Any]) -> None:
     differing = differences(find(run.folder).config, record)
     if differing:
         lines = "\n  ".join(differing)
+        longer = any(line.startswith("steps:") for line in differing) and record["knobs"].get("schedule") != "wsd"
+        hint = "; only runs of --schedule wsd can be prolonged" if longer else ""
         raise InputError(
             f"{run.folder} holds a run with another configuration:\n  {lines}\n"
-            "choose another --out, or give the run's own values to go on with it"
+            f"choose another --out, or give the run's own values to go on with it{hint}"
         )
 
 

@@ -40,9 +40,14 @@ def wsd(step: int, steps: int, warmup_steps: int, cooldown_steps: int | None, sh
         cooldown_steps: at the end of the run; None for a fifth of it.
         shape: sqrt or linear.
     """
-    length = steps // 5 if cooldown_steps is None else cooldown_steps
+    length = cooldown_length(steps, cooldown_steps)
     behind = gone(step, steps, steps - length) if length else 0.0
     return risen(step, warmup_steps) * (1 - (math.sqrt(behind) if shape == "sqrt" else behind))
+
+
+def cooldown_length(steps: int, cooldown_steps: int | None) -> int:
+    """How many of a run's steps its cool-down takes: as said, at most all; by default a fifth."""
+    return steps // 5 if cooldown_steps is None else min(cooldown_steps, steps)
 
 
 def staircase(step: int, warmup_steps: int, decay_steps: Sequence[int], factors: Sequence[float] = ()) -> float:

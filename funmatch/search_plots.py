@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from funmatch.report import COLORS, STYLE
+from funmatch.curves import COLORS, STYLE
 from funmatch.tasks.spaces import told
 
 BEST = COLORS[1]

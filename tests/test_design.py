@@ -70,13 +70,14 @@ LAYERS = [
         "models.classes",
         "models.teachers",
     ],
-    ["devices", "synchronised", "logs", "signals", "checkpoint", "runs", "fit"],
+    ["devices", "synchronised", "logs", "signals", "checkpoint", "runs", "ends", "fit"],
     [
         "tasks.pictures",
         "tasks.judging",
         "tasks.teachers",
         "tasks.resolved",
         "tasks.lesson",
+        "tasks.delivery",
         "tasks.answers",
         "tasks.walk",
         "tasks.evaluate",
@@ -94,7 +95,7 @@ LAYERS = [
         "tasks.plans",
         "tasks.series",
     ],
-    ["report", "search_plots", "search_page", "sheet", "charts", "findings"],
+    ["curves", "report", "search_plots", "search_page", "sheet", "charts", "findings"],
     ["demo", "notebook", "api", "words", "cli", "__main__", "__init__"],
 ]
 ORDER = {

@@ -15,6 +15,7 @@ from funmatch import report
 from funmatch.config import Report
 from funmatch.data.cache import open_cache
 from funmatch.data.loader import Loader
+from funmatch.logs import percent
 
 
 @pytest.fixture(name="runs")
@@ -56,7 +57,7 @@ def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
     assert "labels &amp; &lt;b&gt;" in page
     assert "<b>" not in page.replace("<b>labels", "").replace("<b>student", "")
     svgs = re.findall(r"<svg.*?</svg>", page, re.S)
-    assert len(svgs) == 4
+    assert len(svgs) == 6, "accuracy, agreement, KL, loss, learning rate, throughput"
     for svg in svgs:
         xml.dom.minidom.parseString(svg)
     assert "teacher fashion-mini-teacher" in svgs[0]
@@ -85,3 +86,19 @@ def test_an_unfinished_run_can_be_looked_at(runs):
     (runs[0] / "result.json").unlink()
     page = report.run(Report(runs=(runs[0],))).read_text()
     assert "6 of 6" in page
+
+
+def test_closeness_on_training_views_stands_beside_that_on_unseen_pictures(runs):
+    _, folder = runs
+    found = funmatch.runs.find(folder)
+    last = {each["event"]: each for each in found.metrics.read()}
+    views, unseen = report.closeness(found)
+    assert views[2:] == [
+        "training views", percent(last["views"]["top1"]), percent(last["views"]["teacher_top1"]),
+        percent(last["views"]["agreement"]), percent(last["views"]["agreement5"]), f"{last['views']['kl']:.3f}",
+        f"{last['step']['loss']:.3f}",
+    ]  # fmt: skip
+    assert unseen[2] == "val"
+    assert unseen[4] == percent(last["teacher"]["top1"])
+    assert unseen[7] == f"{last['eval']['kl']:.3f}"
+    assert report.closeness(funmatch.runs.find(runs[0])) == [], "labels have no teacher"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import funmatch
-from funmatch import devices, launch, optimizers, recipes, runs, schedules
+from funmatch import devices, ends, launch, optimizers, recipes, runs, schedules
 from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
 from funmatch.data.loader import Loader, cuts
@@ -153,6 +153,9 @@ def prepare(
         say(f"WARNING: {config.student} begins with random weights; name them by a tag or --weights")
     beginning = None if drawn else fingerprint(student.net)
     facts = recipes.facts(asked or config)
+    if config.schedule == "wsd" and (asked or config).warmup_steps is None:
+        warmup = devices.from_first(lambda: ends.warmup_of(config.out))
+        config = config if warmup is None else config.model_copy(update={"warmup_steps": warmup})
     config = resolved(config, cache, student, device)
     assert config.side
     assert config.eval_resize
@@ -241,8 +244,14 @@ def record_of(lesson: Lesson) -> tuple[dict[str, Any], dict[str, Any]]:
     return lesson.config.model_dump(mode="json"), facts
 
 
+def prolong(lesson: Lesson) -> None:
+    """Makes the run of a lesson longer where that is what is asked; see `ends.prolong`."""
+    devices.in_turn(lambda: launch.is_first() and ends.prolong(lesson.config.out, lesson.verb, *record_of(lesson)))
+
+
 def done(lesson: Lesson) -> dict[str, Any] | None:
     """The figures of the run, if it is over and was asked the same."""
+    prolong(lesson)
     if result := devices.from_first(lambda: runs.finished(lesson.config.out, lesson.verb, *record_of(lesson))):
         say(f"{lesson.config.out} is finished at step {result['step']}; nothing to do")
     return result

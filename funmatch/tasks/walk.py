@@ -1,28 +1,24 @@
 """A run under way: the loop's own `for`, and what is recorded, judged and saved beside it."""
 
-import copy
 import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from funmatch import checkpoint, devices, launch, runs, signals
+from funmatch import checkpoint, devices, ends, launch, runs, signals
 from funmatch.data.loader import Batch, prefetch
 from funmatch.errors import InputError
-from funmatch.files import folder_atomically
 from funmatch.fit import fit
 from funmatch.logs import Bar, percent, say
-from funmatch.models import classifier as models
-from funmatch.models.classifier import Classifier
 from funmatch.optim import Average
 from funmatch.tasks import judging, teachers
-from funmatch.tasks.lesson import Lesson, optimizer_of, record_of
+from funmatch.tasks.delivery import written
+from funmatch.tasks.lesson import Lesson, optimizer_of, prolong, record_of
 
 LossOf = Callable[[Batch], Tensor]
 
@@ -71,6 +67,7 @@ def carry_out(
         InputError: the folder holds something else, or the loss is no longer finite.
         Stopped: by Ctrl-C or SIGTERM, after saving.
     """
+    prolong(lesson)
     knobs, facts = record_of(lesson)
     with runs.opened(lesson.config.out, lesson.verb, knobs, facts) as run:
         if result := devices.from_first(lambda: run.result):
@@ -109,6 +106,9 @@ class Walk:
             self.scaler.load_state_dict(self.standing.scaler)
             self.losses = [torch.tensor(loss, device=lesson.course.device) for loss in self.standing.window]
             say(f"{run.folder}: going on from step {self.standing.step} of {lesson.course.steps}")
+        self.stable = ends.stable_step(lesson.config.model_dump())
+        if self.standing.step and self.standing.step == self.stable:
+            self.keep_stable()
         run.metrics.cut(self.standing.step or -1)
         if taught and not self.standing.step:
             self.record_teachers(taught)
@@ -150,7 +150,8 @@ class Walk:
                 if last or step % config.log_every == 0:
                     self.log()
                 stop = devices.greatest(caught[0] if caught else 0)
-                judged, saved = last or step % config.eval_every == 0, last or step % config.save_every == 0 or stop
+                judged = last or step % config.eval_every == 0
+                saved = last or step % config.save_every == 0 or step == self.stable or stop
                 if judged or saved:
                     self.check_weights()
                 if judged and launch.is_first():
@@ -160,6 +161,8 @@ class Walk:
                     self.log()
                 if saved or tired:
                     self.save()
+                if step == self.stable:
+                    self.keep_stable()
                 bar.update(step, " ".join(self.notes.values()))
                 if tired:
                     break
@@ -243,15 +246,11 @@ class Walk:
         devices.wait()
         self.away += time.monotonic() - began
 
-    def class_names(self) -> tuple[str, ...] | None:
-        """The names of what the student answers: the data's, or the teacher's where the data has numbers or none."""
-        lesson = self.lesson
-        if lesson.asked:
-            return lesson.asked
-        if lesson.teachers and (lesson.cache.unnamed or not lesson.cache.classes):
-            known = [member.frozen.classifier.card.classes for member in lesson.teachers.members]
-            return next(filter(None, known), None)
-        return lesson.cache.classes or None
+    def keep_stable(self) -> None:
+        """Keeps the checkpoint of this step, from which the run can be prolonged."""
+        if launch.is_first():
+            checkpoint.keep_stable(self.run.checkpoints, self.standing.step)
+        devices.wait()
 
     def finish(self) -> dict[str, Any]:
         """Judges the finished student, writes it for use elsewhere, and records that the run is over."""
@@ -283,17 +282,7 @@ class Walk:
             }
         if self.average:
             result["ema"] = judging.judge(judging.answers(self.average.model, split, view), split, teacher_logits)
-            self.write(self.average.model, self.run.folder / "student-ema", result["ema"]["top1"])
-        self.write(lesson.student, self.run.student, figures["top1"])
+            written(lesson, self.average.model, self.run.folder / "student-ema", result["ema"]["top1"])
+        written(lesson, lesson.student, self.run.student, figures["top1"])
         self.run.finish(result)
         return runs.finite(result)
-
-    def write(self, student: Classifier, folder: Path, top1: float | None) -> None:
-        """Writes a student for use elsewhere."""
-        view = self.lesson.view
-        card = replace(
-            student.card, side=view.side, crop_fraction=view.side / view.short_side, classes=self.class_names()
-        )
-        with folder_atomically(folder) as partial:
-            portable = copy.deepcopy(student).cpu()
-            models.save(portable, partial, card=card, about={"verb": self.lesson.verb, "top1": top1})
