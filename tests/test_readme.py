@@ -12,6 +12,7 @@ import pytest
 from test_bit import as_second_layout, random_bit
 
 from funmatch.cli import parse
+from funmatch.tasks.plans import parsed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,6 +34,11 @@ def test_there_is_something_to_test():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_understood(command):
     parse(shlex.split(command)[1:])
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_every_study_can_be_run(text):
+    assert len(parsed(text, "README.md").entries) > 1
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -66,6 +72,8 @@ def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmat
         "--student resnetv2_50x1_bit": small,
         "--side 128": "--side 32",
         "--epochs 1000": "--epochs 1",
+        "--epochs 3000": "--epochs 3",
+        "study consistency": "study consistency --set steps=2 --only same/ic --seeds 0",
         "--teacher resnetv2_101x1_bit": "--teacher resnet10t --teacher-kwargs channels=8,8,16,16 stem_width=8 "
         "--allow-weak-teacher",
         "--teacher-weights teacher.safetensors": f"--teacher-weights {tmp_path}/runs/labels/student/model.safetensors",
