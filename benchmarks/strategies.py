@@ -1,0 +1,105 @@
+"""What each teaching strategy costs: its arithmetic, counted, and the time of its step, as ratios to function matching.
+
+    python benchmarks/strategies.py [--rounds 5] [--steps 12] [--side 96] [--batch 16] [--device cpu]
+
+Each strategy is run by `funmatch.distill` in turn, round after round, on pictures that it makes; a step's time is the
+median of a run's steps but the first three. Arithmetic is counted by torch's FlopCounterMode: that of a longer run
+minus that of a shorter one, a step.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import funmatch
+from funmatch.strategies import STRATEGIES
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """Coloured noise of several scales, 160 × 160 pixels, of two classes."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", count), ("val", 8)):
+        for i in range(number):
+            path = folder / split / "ab"[i % 2] / f"{i:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            layers = [
+                np.asarray(Image.fromarray(rng.integers(0, 256, (s, s, 3), dtype=np.uint8)).resize((160, 160)))
+                for s in (4, 16, 64)
+            ]
+            Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(path)
+
+
+def carried_out(folder: Path, strategy: str, steps: int, options: argparse.Namespace, name: str) -> Path:
+    """The folder of a run."""
+    more = {"teacher_crops": 4} if strategy == "fix/ic_ens" else {}
+    return funmatch.distill(
+        data=str(folder / "pictures"), teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
+        student=options.student, side=options.side, batch=options.batch, steps=steps, strategy=strategy,
+        out=folder / "runs" / name, log_every=1, eval_every=10**6, save_every=10**6, device=options.device,
+        teacher_precision="fp32", precision="fp32", allow_weak_teacher=True, **more,
+    ).folder  # fmt: skip
+
+
+def flops_a_step(folder: Path, strategy: str, options: argparse.Namespace) -> float:
+    """Counted: (a run of five steps − a run of two) / 3."""
+    counted = []
+    for steps in (2, 5):
+        with FlopCounterMode(display=False) as counter:
+            carried_out(folder, strategy, steps, options, f"count-{strategy.replace('/', '-')}-{steps}")
+        counted.append(counter.get_total_flops())
+    return (counted[1] - counted[0]) / 3
+
+
+def seconds_a_step(run: Path, batch: int) -> float:
+    """The median of a run's steps but the first three."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rates = [record["images_per_second"] for record in records if record["event"] == "step"]
+    return batch / statistics.median(rates[3:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--side", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--teacher", default="resnet50")
+    parser.add_argument("--student", default="resnet18")
+    parser.add_argument("--device", default="cpu", help="cpu, auto, or as torch names it")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
+        make_pictures(folder / "pictures", 64)
+        # Random weights cost what others do; its head says how many classes it knows.
+        weights = folder / "teacher.pt"
+        torch.save(timm.create_model(options.teacher, num_classes=2).state_dict(), weights)
+        flops = {name: flops_a_step(folder, name, options) for name in STRATEGIES}
+        times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+        for number in range(options.rounds):
+            for name in STRATEGIES:
+                run = carried_out(folder, name, options.steps, options, f"time-{name.replace('/', '-')}-{number}")
+                times[name].append(seconds_a_step(run, options.batch))
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, timm {timm.__version__}\n")
+    print("| strategy | GFLOP a step | of funmatch's | time, of funmatch's (lowest … highest) | time / arithmetic |")
+    print("|---|---:|---:|---:|---:|")
+    for name in STRATEGIES:
+        ratios = [mine / whole for mine, whole in zip(times[name], times["funmatch"], strict=True)]
+        share, middle = flops[name] / flops["funmatch"], statistics.median(ratios)
+        spread = f"{middle:.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
+        print(f"| {name} | {flops[name] / 1e9:.1f} | {share:.2f} | {spread} | {middle / share:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
