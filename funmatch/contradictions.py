@@ -30,7 +30,9 @@ def of_schedule(config: Any) -> list[str]:
         found.append(f"cooldown_steps belong to --schedule wsd, not {config.schedule}")
     if config.momentum_dtype != "fp32" and config.optimizer != "adamw":
         found.append(f"momentum_dtype {config.momentum_dtype} belongs to --optimizer adamw, not {config.optimizer}")
-    if factors and len(factors) != len(steps):
+    if moved(config, "cooldown_shape") and config.schedule != "wsd":
+        found.append(f"cooldown_shape belongs to --schedule wsd, not {config.schedule}")
+    if factors and len(factors) != len(steps) and not (config.by_rule and not steps):
         found.append(f"{len(factors)} decay_factors for {len(steps)} decay_steps; give one each")
     if list(steps) != sorted(set(steps)) or (steps and steps[0] < 1):
         found.append(f"decay_steps must rise from 1 on, got {', '.join(map(str, steps))}")
@@ -48,6 +50,8 @@ def of_sizes(config: Any) -> list[str]:
     for name in ("eval_resize", "resize"):
         if config.side and (size := getattr(config, name)) and size < config.side:
             found.append(f"{name} ({size}) must be at least side ({config.side})")
+    if moved(config, "crop_min_area") and config.cropped != "inception":
+        found.append(f"crop_min_area belongs to Inception crops, not to {config.cropped} ones")
     if config.resize and config.cropped not in ("mild", "squash"):
         found.append(f"resize belongs to mild crops (--crop mild or squash), not to {config.cropped} ones")
     return found
@@ -58,6 +62,8 @@ def of_mixing(config: Any) -> list[str]:
     found = []
     if config.mixup_lam is not None and not 0 <= config.mixup_lam <= 1:
         found.append(f"mixup_lam is the share of the picture itself, in [0, 1], got {config.mixup_lam}")
+    if config.mixup_lam is not None and config.mixup not in (None, 0, 1):
+        found.append(f"mixup_lam is taken as it is, so mixup {config.mixup} has no use; say one of them")
     if config.mixup_lam is not None and not config.mixup_max:
         found.append("mixup_lam is taken as it is, so mixup_max has no use; say one of them")
     if config.randaugment and not (config.randaugment[0] >= 1 and 0 <= config.randaugment[1] <= 30):
@@ -115,6 +121,8 @@ def of_distance(config: Any) -> list[str]:
             for name in ("temperature", "t_squared")
             if moved(config, name)
         ]
+    if config.distance == "dist" and config.micro_batch and config.micro_batch < config.batch:
+        found.append("distance dist compares the pictures of a batch with each other, so micro_batch would change it")
     if config.distance == "hard" and config.standardise:
         found.append("standardise does not change which class is the first, so distance hard has no use for it")
     if not 0 <= config.label_weight <= 1:

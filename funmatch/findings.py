@@ -96,9 +96,10 @@ def _told(group: Sequence[Mapping[str, Any]], name: str) -> str:
     values = [value for each in group if (value := value_of(each, name)) is not None]
     if not values:
         return "–"
-    digits = 2 if charts.is_share(name) else 3
+    mean, sign = float(np.mean(values)), " %" if charts.is_share(name) else ""
+    digits = 2 if sign else 3 if abs(mean) >= 0.01 else 5
     around = f" ± {spread(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{around}{' %' if charts.is_share(name) else ''}"
+    return f"{mean:.{digits}f}{around}{sign}"
 
 
 def made(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

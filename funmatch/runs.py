@@ -14,6 +14,14 @@ from funmatch.errors import InputError
 from funmatch.files import lock_file, write_atomically
 from funmatch.logs import Metrics
 
+TOLD = {
+    "data": "the data's content",
+    "teacher": "the teacher's content",
+    "student": "the student's content",
+    "teacher_function": "the teacher's normalisation or architecture",
+}
+"""Facts that are compared when a run goes on."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -173,20 +181,19 @@ def _begin(run: Run, record: dict[str, Any]) -> None:
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What two configurations of a run do not agree on, a line each.
 
-    A run that is older than a knob was made with what is its default now.
+    A run that is older than a knob was made with what is its default now; a knob that is no more decides nothing.
     """
     table = TAUGHT.get(now["verb"])
     young = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
-    for part, names in (
-        ("knobs", (then["knobs"].keys() | now["knobs"].keys()) - UNCOMPARED),
-        ("facts", {"data", "teacher", "student"}),
-    ):
+    known = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
+    facts = {"data", "teacher", "student"} | (TOLD.keys() & then["facts"].keys())
+    for part, names in (("knobs", known - UNCOMPARED), ("facts", facts)):
         for name in sorted(names):
             default = young.get(name) if part == "knobs" else None
             before, after = then[part].get(name, default), now[part].get(name)
             if before != after:
-                what = f"the {name}'s content" if part == "facts" else name
+                what = TOLD.get(name, name) if part == "facts" else name
                 found.append(f"{what}: {before} in the run, {after} now")
     return found
 

@@ -277,3 +277,31 @@ except InputError as error:
 def test_whoever_waits_for_a_process_that_failed_is_told():
     said = ended(start("-c", FAILING, world=2))
     assert said == ["0 True another process of this run has ended True\n", "1 False no room here True\n"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--strategy", "ind/ic", "--mixup", "1", "--mixup-mode", "image"],
+        ["--strategy", "fix/ic_ens", "--teacher-crops", "10"],
+        ["--strategy", "same/ic", "--cutmix", "1", "--mixup", "1", "--randaugment", "2", "9", "--distance", "js"],
+    ],
+)
+def test_every_strategy_is_the_same_for_two_processes(tmp_path, words):
+    # Adam divides small gradients by their own size, and so makes much of their rounding.
+    plain = [*TAUGHT, *PLAIN, "--optimizer", "sgd", "--lr", "0.02", *words]
+    one, two = (run(tmp_path / str(world), *plain, world=world) for world in (1, 2))
+    assert_near(one, two)
+    for mine, other in zip(records(one, "views"), records(two, "views"), strict=True):
+        assert mine["kl"] == pytest.approx(other["kl"], rel=1e-4), "the same views, with however many processes"
+
+
+@pytest.mark.slow
+def test_two_processes_prolong_a_run(tmp_path):
+    words = [*TAUGHT, *PLAIN, "--schedule", "wsd", "--warmup-steps", "2", "--cooldown-steps", "4"]
+    long = run(tmp_path / "long", *words, "--steps", "18", world=2)
+    run(tmp_path / "run", *words, world=2)
+    again = run(tmp_path / "run", *words, "--steps", "18", world=2)
+    assert_near(long, again, 1e-12)
+    assert (again / "ends" / "step-000000012" / "result.json").is_file()

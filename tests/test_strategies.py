@@ -1,6 +1,7 @@
 """The paper's strategies: what each of the two sees, what a fixed teacher says, and what contradicts what."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from funmatch.errors import InputError
 from funmatch.models.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.strategies import DISTANCES, STRATEGIES
-from funmatch.tasks import answers, distill
+from funmatch.tasks import answers, distill, judging
 from funmatch.views import seen
 
 MINI = {
@@ -355,6 +356,10 @@ BASE = {"data": "d", "teacher": "t", "student": "s", "out": "o", "steps": 3}
         ({"label_weight": 0.5, "unlabelled": True}, "needs labels"),
         ({"label_smoothing": 0.1}, "neither is used"),
         ({"resize": 200}, "resize belongs to mild crops"),
+        ({"strategy": "same/rc", "crop_min_area": 0.5}, "crop_min_area belongs to Inception crops"),
+        ({"mixup": 0.5, "mixup_lam": 0.3}, "mixup 0.5 has no use"),
+        ({"distance": "dist", "batch": 8, "micro_batch": 4}, "micro_batch would change it"),
+        ({"cooldown_shape": "linear"}, "cooldown_shape belongs to --schedule wsd"),
     ],
 )
 def test_contradictions_are_refused(knobs, words):
@@ -393,3 +398,85 @@ def test_a_run_from_before_a_knob_goes_on(tmp_path):
     assert funmatch.distill(out=tmp_path / "run", steps=2, **MINI).figures["step"] == 2
     with pytest.raises(InputError, match="distance: kl in the run, l2 now"):
         funmatch.distill(out=tmp_path / "run", steps=2, distance="l2", **MINI)
+
+
+def test_a_teacher_that_reads_pictures_otherwise_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    teacher = tmp_path / "teacher"
+    shutil.copytree(funmatch.distill(out=tmp_path / "first", steps=2, **MINI).folder / "student", teacher)
+    knobs = MINI | {"teacher": str(teacher), "strategy": "fix/rs", "allow_weak_teacher": True}
+    funmatch.distill(out=tmp_path / "a", steps=2, **knobs)
+    card = json.loads((teacher / "config.json").read_text())
+    card["pretrained_cfg"]["mean"] = [0.9] * 3
+    (teacher / "config.json").write_text(json.dumps(card))
+    with pytest.raises(InputError, match="the teacher's normalisation or architecture"):
+        funmatch.distill(out=tmp_path / "a", steps=2, **knobs)
+    funmatch.distill(out=tmp_path / "b", steps=2, **knobs)
+    first, second = (tmp_path / "cache" / "answers").iterdir()
+    assert not np.array_equal(np.load(first / "answers.npy"), np.load(second / "answers.npy"))
+
+
+def test_damaged_answers_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(answers, "PART", 50)
+    knobs = MINI | {"strategy": "fix/rs", "steps": 2}
+    whole = funmatch.distill(out=tmp_path / "run", **knobs)
+    (place,) = (tmp_path / "cache" / "answers").iterdir()
+    content = (place / "answers.npy").read_bytes()
+    for number, damage in enumerate((content[:3000], b"", b"no array")):
+        (place / "answers.npy").write_bytes(damage)
+        (place / "part-000000050.npy").write_bytes(damage)
+        again = funmatch.distill(out=tmp_path / f"again-{number}", **knobs)
+        assert (place / "answers.npy").read_bytes() == content
+        for name, tensor in student_of(whole).items():
+            assert torch.equal(tensor, student_of(again)[name])
+
+
+def test_a_squashed_middle_is_not_a_central_cut(split):
+    looks = [answers.Looks(split, "central", 1, 12, 16, squash, 0.05) for squash in (False, True)]
+    plain, squashed = (each.views(0, slice(1), [12])[12] for each in looks)
+    picture = split.picture(0)
+    torch.testing.assert_close(squashed[0], central_view(picture, 16, 12, squash=True))
+    torch.testing.assert_close(plain[0], central_view(picture, 16, 12))
+    assert not torch.equal(plain, squashed)
+
+
+def test_training_views_are_judged_alike_with_however_many_processes(split):
+    def both(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        pooled = F.adaptive_avg_pool2d(batch.crops[1:], 1).flatten(1)
+        return pooled, pooled.flip(-1)
+
+    view = judging.View(12, 12, 4, torch.device("cpu"), "fp32")
+    net = torch.nn.Identity()
+    one = judging.on_views(both, net, Loader(split, 1, 8, 12), 3, view)
+    two = judging.on_views(both, net, Loader(split, 1, 8, 12, rank=1, world=2), 3, view)
+    assert one == two
+    loader = Loader(split, 1, 8, 12)
+    crops = torch.cat([loader.batch_at(step).crops[1:] for step in range(3, 35)]).mean((2, 3))
+    labels = torch.cat([loader.batch_at(step).labels[1:] for step in range(3, 35)])
+    assert one["views"] == 256
+    assert one["top1"] == pytest.approx((crops.argmax(-1) == labels).double().mean().item())
+    assert one["agreement"] == pytest.approx((crops.argmax(-1) == crops.flip(-1).argmax(-1)).double().mean().item())
+
+
+def test_runs_of_a_knob_that_is_no_more_go_on(tmp_path):
+    knobs = {name: value for name, value in MINI.items() if name != "teacher"}
+    outcome = funmatch.train(out=tmp_path / "run", steps=2, **knobs)
+    record = outcome.folder / "config.json"
+    config = json.loads(record.read_text())
+    config["knobs"]["strategy"] = "funmatch"
+    record.write_text(json.dumps(config))
+    assert funmatch.train(out=tmp_path / "run", steps=2, **knobs).figures["step"] == 2
+
+
+def test_what_contradicts_the_rule_of_fine_tuning_is_refused(tmp_path):
+    knobs = {"data": "fashion-mini", "model": "fashion-mini-student", "batch": 8, "steps": 4, "threads": 1}
+    with pytest.raises(InputError, match="mixup_lam belongs to MixUp, which is off"):
+        funmatch.finetune(out=tmp_path / "run", mixup_lam=0.3, **knobs)
+    outcome = funmatch.finetune(out=tmp_path / "run", decay_factors=(0.5, 0.2, 0.1), **knobs | {"steps": 10})
+    assert json.loads((outcome.folder / "config.json").read_text())["knobs"]["decay_factors"] == [0.5, 0.2, 0.1]
+
+
+def test_a_schedule_that_the_run_is_too_short_for_is_told(tmp_path, capsys):
+    funmatch.distill(out=tmp_path / "run", steps=4, warmup_steps=10, **MINI)
+    assert "WARNING: the warm-up of 10 steps is not over" in capsys.readouterr().err

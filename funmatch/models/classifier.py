@@ -226,6 +226,20 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+TOLD = ("eps", "kernel_size", "stride", "padding", "dilation", "groups", "num_groups", "negative_slope", "approximate")
+"""What modules say of themselves that changes what they compute, beside their weights."""
+
+
+def function_of(classifier: Classifier) -> str:
+    """A digest of what a classifier computes beside its weights: its normalisation, its modules and their settings."""
+    told = [
+        (name, type(module).__name__, *((key, str(getattr(module, key))) for key in TOLD if hasattr(module, key)))
+        for name, module in classifier.net.named_modules()
+    ]
+    words = repr((classifier.card.mean, classifier.card.std, told))
+    return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
+
+
 @torch.inference_mode()
 def check_side(classifier: Classifier, side: int, *, batch: int | None = None) -> None:
     """Raises `InputError` unless the classifier answers pictures of this side, and can be taught `batch` at a time."""

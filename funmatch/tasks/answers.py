@@ -21,6 +21,7 @@ from funmatch.config import Distill
 from funmatch.data.loader import ahead
 from funmatch.data.pixels import CachedSplit
 from funmatch.draws import ENSEMBLE, generator, inception_boxes, whole_boxes
+from funmatch.errors import InputError
 from funmatch.files import cache_home, lock_file, write_array
 from funmatch.logs import Bar, say
 from funmatch.models.teachers import Teachers
@@ -41,6 +42,7 @@ class Looks:
         look: whole, central or ensemble; see `Strategy.teacher`.
         crops: of each picture.
         side, resize: of the student's mild crops, pixels: the central view has their proportions.
+        squash: whether mild crops are cut out of the whole picture resized to a square.
         min_area: of the ensemble's Inception crops.
     """
 
@@ -49,6 +51,7 @@ class Looks:
     crops: int
     side: int
     resize: int
+    squash: bool
     min_area: float
 
     def views(self, picture: int, which: slice, sides: Sequence[int]) -> dict[int, Tensor]:
@@ -60,7 +63,7 @@ class Looks:
         pixels = self.split.picture(picture)
         if self.look == "central":
             shapes = {side: round(self.resize * side / self.side) for side in sides}
-            return {side: central_view(pixels, short, side)[None] for side, short in shapes.items()}
+            return {side: central_view(pixels, short, side, squash=self.squash)[None] for side, short in shapes.items()}
         size = np.full(self.crops, pixels.shape[0]), np.full(self.crops, pixels.shape[1])
         rng = generator(0, picture, ENSEMBLE)
         if self.look == "whole":
@@ -81,7 +84,9 @@ def looks_of(lesson: Lesson) -> Looks:
     look = STRATEGIES[config.strategy].teacher
     crops = config.teacher_crops if look == "ensemble" else 1
     split = lesson.cache.splits["train"]
-    return Looks(split, look, crops, lesson.view.side, config.resize or 0, config.crop_min_area)
+    return Looks(
+        split, look, crops, lesson.view.side, config.resize or 0, config.crop == "squash", config.crop_min_area
+    )
 
 
 def first_views(lesson: Lesson, called: Sequence[Called]) -> dict[int, Tensor]:
@@ -104,24 +109,46 @@ def computed_before(lesson: Lesson, teachers: Teachers) -> Lesson:
         "sides": [member.side for member in teachers.members],
         "look": looks.look,
         "crops": looks.crops,
-        "central": looks.resize / looks.side if looks.look == "central" else None,
+        "function": lesson.facts["teacher_function"],
+        "central": [looks.resize / looks.side, looks.squash] if looks.look == "central" else None,
         "min_area": looks.min_area if looks.look == "ensemble" else None,
     }
     name = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
     folder = cache_home() / "answers" / name
-    if not (folder / "answers.npy").is_file():
+    shape = (len(looks.split), len(teachers.members), lesson.student.num_classes)
+    if _read(folder / "answers.npy", shape) is None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "about.json").write_text(json.dumps(asked, indent=1))
         views = len(looks.split) * looks.crops * len(teachers.members)
         say(f"the teacher is fixed: it answers {views:,} views once, kept in {folder}")
-        _compute(folder, looks, teachers, sides, lesson)
-    each = torch.from_numpy(np.load(folder / "answers.npy", mmap_mode="c")).unbind(1)
+        _compute(folder, looks, teachers, sides, lesson, shape)
+    whole = _read(folder / "answers.npy", shape)
+    if whole is None:
+        raise InputError(f"{folder / 'answers.npy'} was damaged while it was read; start the same command again")
+    each = torch.from_numpy(whole).unbind(1)
     assert isinstance(lesson.config, Distill)
     known = teachers.combined(each, lesson.config.temperature)
     return replace(lesson, known=known, facts=lesson.facts | {"answers": name})
 
 
-def _compute(folder: Path, looks: Looks, teachers: Teachers, sides: list[int], lesson: Lesson) -> None:
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """An array that was written before; None where it is not there, or damaged, and then it is removed."""
+    try:
+        array = np.load(path, mmap_mode="c")
+        if array.shape == shape:
+            return array
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):
+        pass
+    say(f"{path} is damaged and is made again")
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _compute(
+    folder: Path, looks: Looks, teachers: Teachers, sides: list[int], lesson: Lesson, shape: tuple[int, ...]
+) -> None:
     """Answers part after part, leaving out those that other processes are at, until all are there."""
     count = len(looks.split)
     size = max(1, PART // looks.crops)
@@ -132,7 +159,7 @@ def _compute(folder: Path, looks: Looks, teachers: Teachers, sides: list[int], l
             missing = {path: pictures for path, pictures in parts.items() if not path.is_file()}
             bar.update(count - sum(map(len, missing.values())))
             if not missing:
-                _join(whole, list(parts))
+                _join(whole, parts, shape)
                 continue
             claimed = next(((path, lock) for path in missing if (lock := lock_file(path.with_suffix(".lock")))), None)
             if claimed is None:
@@ -146,15 +173,19 @@ def _compute(folder: Path, looks: Looks, teachers: Teachers, sides: list[int], l
         left.unlink(missing_ok=True)
 
 
-def _join(whole: Path, parts: list[Path]) -> None:
+def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None:
     """Puts the parts together, unless another process has done so meanwhile."""
     lock = lock_file(whole.with_suffix(".lock"))
     if lock is None:
         time.sleep(0.2)
         return
     with lock:
-        if not whole.is_file():
-            write_array(whole, np.concatenate([np.load(path) for path in parts]))
+        if whole.is_file():
+            return
+        read = [_read(path, (len(pictures), *shape[1:])) for path, pictures in parts.items()]
+        sound = [part for part in read if part is not None]
+        if len(sound) == len(parts):  # else what was damaged, or taken away by who was faster, is looked for again
+            write_array(whole, np.concatenate(sound))
 
 
 @torch.inference_mode()

@@ -20,6 +20,9 @@ from funmatch.tasks import answers, judging, teachers, walk
 from funmatch.tasks.lesson import Lesson, Trial, done, open_data, prepare, remembered_forms
 from funmatch.views import seen
 
+FACTS = {"teacher": "digest", "teacher_function": "function"}
+"""What is recorded of the teachers, and compared when the run goes on."""
+
 
 def run(config: Distill, given: teachers.Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
     """Distils a student and returns the figures of the finished run.
@@ -29,6 +32,8 @@ def run(config: Distill, given: teachers.Modules | None = None, trial: Trial | N
         trial: what a search asks of the run, if it is part of one.
     """
     config.check()
+    if config.distance == "dist" and launch.world() > 1:
+        raise InputError("distance dist compares the pictures of a batch with each other, so one process must see all")
     with devices.joined(config.device):
         return _run(config, given, trial)
 
@@ -123,7 +128,7 @@ def taught_by(lesson: Lesson, called: Sequence[teachers.Called]) -> Lesson:
         lesson,
         config=config.model_copy(update={"teacher_side": tuple(one.side for one in called)}),
         asked=teachers.asked(config, lesson.cache),
-        facts=lesson.facts | {"teacher": "+".join(one.digest for one in called)},
+        facts=lesson.facts | {name: "+".join(getattr(one, part) for one in called) for name, part in FACTS.items()},
         teacher_sides=() if STRATEGIES[config.strategy].fixed else tuple(sorted({one.side for one in called})),
     )
 

@@ -34,6 +34,7 @@ def run(config: Finetune, given: Modules | None = None, trial: Trial | None = No
 def _run(config: Finetune, given: Modules | None, trial: Trial | None) -> dict[str, Any]:
     cache, cut = with_validation(config, trial)
     ruled = by_rule(cut, labelled(cut, cache))
+    ruled.check()  # what contradicts the rule
     lesson = prepare("finetune", ruled, cache, classes=len(cache.classes), given=given, asked=config, trial=trial)
     return carry_out(lesson, label_loss(lesson))
 

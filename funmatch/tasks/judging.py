@@ -1,7 +1,7 @@
 """Judging a classifier: its answers to a split, and what they are worth."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,8 +68,9 @@ def on_views(
         `metrics.summary`, and `teacher_top1`; the right class of a mixed view is that of the picture with more weight.
     """
     student.eval()
+    loader = replace(loader, rank=0, world=1)  # the same views with however many processes
     told: list[tuple[Tensor, Tensor, Tensor]] = []
-    for number in range(step, step - (-VIEWS // (loader.batch // loader.world))):
+    for number in range(step, step - (-VIEWS // loader.batch)):
         batch = loader.batch_at(number).to(view.device)
         with devices.autocast(view.device, view.precision):
             logits, answers = both(batch)

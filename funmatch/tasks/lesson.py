@@ -111,6 +111,8 @@ def loader_of(
 
 def open_data(config: Train, trial: Trial | None = None) -> Cache:
     """The decoded pictures that a run asks for, a training split among them; without a test split for a trial."""
+    optimizers.check(config.optimizer)
+    parse_options(config.optimizer_kwargs)
     runs.check_place(config.out)
     cache = devices.in_turn(lambda: pictures.of_run(config))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())
@@ -157,6 +159,7 @@ def prepare(
         warmup = devices.from_first(lambda: ends.warmup_of(config.out))
         config = config if warmup is None else config.model_copy(update={"warmup_steps": warmup})
     config = resolved(config, cache, student, device)
+    warn_of_steps_beyond(config)
     assert config.side
     assert config.eval_resize
     squash = config.crop == "squash"
@@ -166,6 +169,18 @@ def prepare(
     lesson = Lesson(verb, config, cache, student, view, course, facts=facts, beginning=beginning, trial=trial)
     optimizer_of(lesson)  # what is wrong with its options is told before there is a folder
     return lesson
+
+
+def warn_of_steps_beyond(config: Train) -> None:
+    """Warns of a schedule that the run is too short for: nearly always a run that was shortened to be tried."""
+    steps, warmup = config.steps or 1, config.warmup_steps or 0
+    late = [step for step in config.decay_steps if step >= steps]
+    if warmup >= steps > 1:
+        say(f"WARNING: the warm-up of {warmup:,} steps is not over at the run's end, {steps:,}; see --warmup-steps")
+    if late:
+        say(f"WARNING: the learning rate would fall at {', '.join(map(str, late))}, but the run ends at {steps:,}")
+    if config.cooldown_steps and config.cooldown_steps > steps - warmup:
+        say(f"WARNING: the cool-down of {config.cooldown_steps:,} steps begins before the learning rate is at its top")
 
 
 def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modules) -> Classifier:

@@ -19,7 +19,7 @@ from funmatch.errors import InputError
 from funmatch.files import cache_home, write_atomically
 from funmatch.logs import percent, say, say_notes
 from funmatch.models.classes import SAME_NAMES, Picks, match, read_map
-from funmatch.models.classifier import Classifier, check_side, fingerprint
+from funmatch.models.classifier import Classifier, check_side, fingerprint, function_of
 from funmatch.models.frozen import Form, Frozen, Wish, freeze
 from funmatch.models.load import load
 from funmatch.models.teachers import Member, Teachers
@@ -39,6 +39,7 @@ class Called:
         make: gives it again.
         classifier: itself.
         digest: of its weights and of the classes that are asked of it.
+        function: digest of what else it computes.
         picks: which of its classes are asked, None for all.
         side: of its views, pixels; 0 where it is to be the student's.
         share: its weight among all.
@@ -47,6 +48,7 @@ class Called:
     make: Callable[[], Classifier]
     classifier: Classifier
     digest: str
+    function: str
     picks: Picks | None
     side: int
     share: float
@@ -106,7 +108,7 @@ def call(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modu
         if picks:
             digest += "-" + hashlib.blake2b(json.dumps(picks).encode(), digest_size=8).hexdigest()
         seen = own or side or 0
-        found.append(Called(make, classifier, digest, picks, seen, share / sum(shares)))
+        found.append(Called(make, classifier, digest, function_of(classifier), picks, seen, share / sum(shares)))
     _agree(found, trust_order=config.trust_class_order)
     return found
 
@@ -186,7 +188,7 @@ def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[s
 
 def _machine(one: Called, shown: Tensor, config: Distill, precisions: tuple[str, ...]) -> str:
     """A name for what decides which form is the fastest."""
-    words = (one.digest, shown.shape, precisions, config.compile_teacher, devices.described(shown.device))
+    words = (one.digest, one.function, shown.shape, precisions, config.compile_teacher, devices.described(shown.device))
     return hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()
 
 
