@@ -265,7 +265,7 @@ def result_of(entry: Entry, folder: Path) -> dict[str, Any]:
     return {
         "place": entry.place, "name": entry.name, "group": entry.group, "seed": entry.seed, "verb": entry.verb,
         "asked": {name: str(value) if isinstance(value, Path) else value for name, value in entry.knobs.items()},
-        "knobs": done.config["knobs"],
+        "knobs": {name: value for name, value in done.config["knobs"].items() if name != "out"},
         "facts": {name: done.config["facts"][name] for name in ("machine", "versions", "pictures", "parameters")},
         "figures": runs.finite(figures),
         "curves": {event: columns(records, event) for event in ("step", "eval", "views", "ema")},
