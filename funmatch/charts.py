@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from funmatch.curves import COLORS, STYLE
+from funmatch.curves import COLORS, GREY, STYLE
 
 Results = Sequence[Mapping[str, Any]]
 SHARES = ("top1", "top5", "agreement", "agreement5", "balanced")
@@ -138,6 +137,8 @@ def _ends(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
     _label(axes, "x", value)
     if value == "top1":
         _teacher(axes, results, across=True)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
     return bool(places)
 
 
@@ -191,14 +192,10 @@ def _scatter(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
 
 def _teacher(axes: Axes, results: Results, *, across: bool = False) -> None:
     """A dashed line for each teacher."""
-    known = {}
-    for each in results:
-        if (top1 := each["figures"].get("teacher_top1")) is not None:
-            names = each["knobs"].get("teacher") or ["teacher"]
-            known[round(100 * top1, 3)] = " + ".join(Path(name).name for name in names)
-    for top1 in known:
+    tops = (each["figures"].get("teacher_top1") for each in results)
+    for top1 in sorted({round(100 * top1, 2) for top1 in tops if top1 is not None}):
         line = axes.axvline if across else axes.axhline
-        line(top1, color="#57606a", linestyle="--", linewidth=1.2, label=f"teacher ({top1:.1f} %)")
+        line(top1, color=GREY, linestyle="--", linewidth=1.2, label=f"teacher ({top1:.1f} %)")
 
 
 def _legend(axes: Axes) -> None:
