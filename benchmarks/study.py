@@ -1,0 +1,81 @@
+"""What a study of 24 short runs costs with one run at a time and with two, and after kills.
+
+    python benchmarks/study.py [--steps 300] [--rounds 3] [--kills 4]
+
+The built-in consistency study, three seeds, each run so many steps. Turns alternate. Then one is killed (-9) at random
+instants and started again until it ends: its figures must be those of the one that never was, and no run repeated.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def words(out: Path, steps: int, jobs: int) -> list[str]:
+    told = ["--set", f"steps={steps}", "--jobs", str(jobs), "--out", str(out)]
+    return [sys.executable, "-m", "funmatch", "study", "consistency", *told]
+
+
+def seconds(out: Path, steps: int, jobs: int) -> float:
+    began = time.monotonic()
+    subprocess.run(words(out, steps, jobs), check=True, capture_output=True)
+    return time.monotonic() - began
+
+
+def told(out: Path) -> list[dict]:
+    """What a study says of its runs, but for times."""
+    found = []
+    for line in (out / "results.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        figures = {name: value for name, value in result["figures"].items() if name != "seconds"}
+        found.append({"place": result["place"], "figures": figures, "eval": result["curves"]["eval"]})
+    return found
+
+
+def killed(out: Path, steps: int, kills: int, typical: float) -> int:
+    """Carries a study out with kills on the way; how many finished runs were made again."""
+    rng, repeated = random.Random(0), 0
+    for number in range(kills + 1):
+        before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+        process = subprocess.Popen(words(out, steps, 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if number < kills:
+            time.sleep(rng.uniform(0.1, 0.9) * typical / kills)
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        repeated += sum(path.stat().st_mtime_ns != stamp for path, stamp in before.items())
+    return repeated
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=4)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
+        seconds(folder / "warm", 2, 2)  # decodes the pictures, and computes what fixed teachers say
+        pairs = [
+            (seconds(folder / f"one-{n}", options.steps, 1), seconds(folder / f"two-{n}", options.steps, 2))
+            for n in range(options.rounds)
+        ]
+        ratios = [two / one for one, two in pairs]
+        repeated = killed(folder / "killed", options.steps, options.kills, pairs[0][1])
+        same = told(folder / "killed") == told(folder / "two-0")
+    print(f"24 runs of {options.steps} steps: {statistics.median(one for one, _ in pairs):.0f} s one at a time,")
+    print(f"{statistics.median(two for _, two in pairs):.0f} s two at a time: {statistics.median(ratios):.2f} ", end="")
+    print(f"({min(ratios):.2f} … {max(ratios):.2f}) of it")
+    print(f"after {options.kills} kills: {repeated} finished runs repeated, figures {'the same' if same else 'OTHERS'}")
+
+
+if __name__ == "__main__":
+    main()
