@@ -63,6 +63,7 @@ mixup = 0.2
 crop_min_area = 0.25
 lr = 2e-3
 seeds = [0]
+shown = false
 """
     ]
     for name in STRATEGIES:

@@ -489,7 +489,7 @@ class Study(Knobs):
     only: Words = ()
     """Only the runs with these names; * and ? stand for anything."""
     set: Words = ()
-    """Knobs that all runs take instead of the file's, e.g. epochs=10."""
+    """Knobs that all runs take instead of the file's, e.g. epochs=10; with a name before a dot, that run's."""
     draw: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only draw the page again, from results.jsonl."""
 

@@ -14,7 +14,7 @@ from funmatch.config import Study
 from funmatch.errors import InputError
 from funmatch.files import write_atomically
 from funmatch.logs import duration, table
-from funmatch.tasks import plans, series
+from funmatch.tasks import plans, series, study_files
 from funmatch.tasks.plans import Plan
 
 COLUMNS = ("top1", "agreement", "kl", "views_kl", "loss")
@@ -32,7 +32,8 @@ def written(folder: Path) -> dict[str, str]:
     Raises:
         InputError: the folder holds no results.
     """
-    plan, results = _read(folder)
+    plan, all_of_them = _read(folder)
+    results = shown(all_of_them)
     drawings = []
     (folder / "figures").mkdir(exist_ok=True)
     for number, figure in enumerate(plan.figures, 1):
@@ -52,7 +53,7 @@ def written(folder: Path) -> dict[str, str]:
         columns=columns(results),
         rows=rows(results),
         drawings=drawings,
-        made=made(folder, results),
+        made=made(folder, all_of_them),
         text=plan.text,
     )
     write_atomically(folder / "report.html", page)
@@ -66,6 +67,11 @@ def _read(folder: Path) -> tuple[Plan, list[dict[str, Any]]]:
             f"{folder} holds no results of a study; its runs come first: funmatch study NAME --out {folder}"
         )
     return plans.parsed(source.read_text(), str(source)), results
+
+
+def shown(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The results of runs that are not only there for others."""
+    return [result for result in results if result.get("shown", True)]
 
 
 def columns(results: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -140,6 +146,7 @@ def markdown(plan: Plan, results: Sequence[Mapping[str, Any]], drawings: Sequenc
 def show(figures: Mapping[str, Any]) -> None:
     """The table of a study on the terminal."""
     plan, results = _read(Path(figures["study"]))
+    results = shown(results)
     table(plan.title, list(columns(results)), rows(results))
     print(f"report: {figures['report']}")
 
@@ -165,7 +172,7 @@ def run(config: Study) -> dict[str, Any]:
 
 def listed() -> dict[str, str]:
     """The studies that come with the program, and their titles."""
-    return plans.built_in()
+    return study_files.built_in()
 
 
 def show_listed(found: Mapping[str, str]) -> None:

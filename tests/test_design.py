@@ -93,6 +93,7 @@ LAYERS = [
         "tasks.verdict",
         "tasks.tune",
         "tasks.plans",
+        "tasks.study_files",
         "tasks.series",
     ],
     ["curves", "report", "search_plots", "search_page", "sheet", "charts", "findings"],

@@ -15,7 +15,7 @@ import funmatch
 from funmatch import charts, findings
 from funmatch.config import Study
 from funmatch.errors import Fruitless, InputError
-from funmatch.tasks import plans, series
+from funmatch.tasks import plans, series, study_files
 
 COMMON = """
 [common]
@@ -77,9 +77,9 @@ def file_of(folder: Path, text: str) -> str:
     return str(folder / "tiny.toml")
 
 
-@pytest.mark.parametrize("name", plans.built_in())
+@pytest.mark.parametrize("name", study_files.built_in())
 def test_the_studies_that_come_along_can_be_run(name):
-    plan = plans.plan_of(Study.checked(name=name))
+    plan = study_files.plan_of(Study.checked(name=name))
     assert len({entry.seed for entry in plan.entries}) >= 3
     assert plan.title
     assert plan.question
@@ -87,13 +87,13 @@ def test_the_studies_that_come_along_can_be_run(name):
 
 
 def test_consistency_has_all_strategies_and_nothing_else_differs():
-    plan = plans.plan_of(Study.checked(name="consistency"))
+    plan = study_files.plan_of(Study.checked(name="consistency"))
     assert {entry.name for entry in plan.entries} == set(funmatch.strategies.STRATEGIES)
     assert len({json.dumps({**entry.knobs, "strategy": ""}, default=str) for entry in plan.entries}) == 1
 
 
 def test_a_file_becomes_runs(tmp_path):
-    plan = plans.plan_of(Study.checked(name=file_of(tmp_path, TINY), set=("epochs=2", "lr=0.5"), seeds=(3, 4)))
+    plan = study_files.plan_of(Study.checked(name=file_of(tmp_path, TINY), set=("epochs=2", "lr=0.5"), seeds=(3, 4)))
     names = list(dict.fromkeys(entry.name for entry in plan.entries))
     assert names == ["same/ic", "T = 1.0", "T = 2.0", "labels", "from labels"]
     assert [entry.place for entry in plan.entries][:2] == ["same-ic-seed-3", "same-ic-seed-4"]
@@ -105,7 +105,7 @@ def test_a_file_becomes_runs(tmp_path):
     last = plan.entries[-1]
     assert last.needs == ("labels-seed-4",)
     assert plans.resolved(last, Path("/s/runs"))["student"] == "/s/runs/labels-seed-4"
-    chosen = plans.plan_of(Study.checked(name=file_of(tmp_path, TINY), only=("from*",)))
+    chosen = study_files.plan_of(Study.checked(name=file_of(tmp_path, TINY), only=("from*",)))
     assert [entry.place for entry in chosen.entries] == [
         "labels-seed-0", "labels-seed-1", "from-labels-seed-0", "from-labels-seed-1",
     ]  # fmt: skip
@@ -131,12 +131,28 @@ def test_a_file_becomes_runs(tmp_path):
         (('kind = "ends"', 'kind = "end"'), "figure 1: unknown kind 'end'; did you mean 'ends'"),
         (('across = "views_kl"', ""), "figure 4: scatter needs across"),
         (("seeds = [0, 1]", "seeds = [0, -1]"), "a seed is a whole number"),
+        (("each = { temperature = [1.0, 2.0] }", "each = 3"), "each must give a list"),
+        (('name = "labels"', 'name = "labels"\nseeds = 3'), "seeds must be a list, got 3"),
         (("threads = 1", 'out = "x"'), "unknown knob|decided by the study"),
     ],
 )
 def test_a_file_that_is_wrong(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
-        plans.plan_of(Study.checked(name=file_of(tmp_path, TINY.replace(*change, 1))))
+        study_files.plan_of(Study.checked(name=file_of(tmp_path, TINY.replace(*change, 1))))
+
+
+def test_knobs_of_one_run_and_runs_that_are_not_shown(tmp_path):
+    text = TINY.replace('name = "labels"', 'name = "labels"\nshown = false')
+    plan = study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("labels.lr=0.25", "lr=0.5")))
+    rates = {entry.name: entry.knobs["lr"] for entry in plan.entries}
+    assert rates == {"same/ic": 0.5, "T = 1.0": 0.5, "T = 2.0": 0.5, "labels": 0.25, "from labels": 0.5}
+    assert [entry.name for entry in plan.entries if not entry.shown] == ["labels"] * 2
+    kept = findings.shown([{"name": "a", "shown": False}, {"name": "b", "shown": True}, {"name": "c"}])
+    assert [each["name"] for each in kept] == ["b", "c"]
+    with pytest.raises(InputError, match="unknown run in --set 'label'; did you mean 'labels'"):
+        study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("label.lr=1",)))
+    with pytest.raises(InputError, match="'lrr'; did you mean 'lr'"):
+        study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("labels.lrr=1",)))
 
 
 def test_all_problems_are_told_before_anything_begins(tmp_path):
@@ -150,11 +166,11 @@ def test_all_problems_are_told_before_anything_begins(tmp_path):
 
 def test_names_of_studies(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="unknown study 'consistancy'; did you mean 'consistency'"):
-        plans.plan_of(Study.checked(name="consistancy"))
+        study_files.plan_of(Study.checked(name="consistancy"))
     with pytest.raises(InputError, match="knob=value"):
-        plans.plan_of(Study.checked(name="consistency", set=("epochs",)))
+        study_files.plan_of(Study.checked(name="consistency", set=("epochs",)))
     with pytest.raises(InputError, match="no run is called nobody"):
-        plans.plan_of(Study.checked(name="consistency", only=("nobody",)))
+        study_files.plan_of(Study.checked(name="consistency", only=("nobody",)))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="holds no results"):
         funmatch.study("consistency", draw=True)
@@ -181,7 +197,7 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
     assert (done["runs"], done["finished"], done["failed"]) == (10, 10, {})
     results = series.results(folder)
     assert [each["place"] for each in results] == [
-        entry.place for entry in plans.plan_of(Study.checked(name=name)).entries
+        entry.place for entry in study_files.plan_of(Study.checked(name=name)).entries
     ]
     for each in results:
         result = json.loads((folder / "runs" / each["place"] / "result.json").read_text())

@@ -1,25 +1,21 @@
 """Study files: a plain list of runs in TOML, read and checked as a whole before any of them begins."""
 
-import ast
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import funmatch
 from funmatch import recipes
-from funmatch.config import TAUGHT, Study
+from funmatch.config import TAUGHT
 from funmatch.errors import InputError, unknown
 
-BUILT_IN = Path(funmatch.__file__).parent / "studies"
-ENDING = ".toml"
 REFERENCE = "run:"
 """Begins the value of a knob that stands for another run of the study, by its name: its folder is meant."""
 KEYS = ("title", "question", "note", "verb", "seeds", "common", "run", "figure")
-ENTRY_KEYS = ("name", "group", "verb", "seeds", "each")
+ENTRY_KEYS = ("name", "group", "verb", "seeds", "each", "shown")
 NOT_KNOBS = {"out", "seed", "as_json"}
 """What a study decides itself."""
 FIGURES: Mapping[str, tuple[str, ...]] = {
@@ -41,6 +37,7 @@ class Entry:
         seed: of the run.
         verb: train, finetune or distill.
         knobs: as the verb's table takes them, but for `out` and `seed`; some may refer to other runs.
+        shown: whether it is in the table and the figures, or only there for others.
         needs: places of the runs that come first.
     """
 
@@ -49,6 +46,7 @@ class Entry:
     seed: int
     verb: str
     knobs: Mapping[str, Any]
+    shown: bool = True
     needs: tuple[str, ...] = ()
 
     @property
@@ -74,55 +72,6 @@ class Plan:
     figures: tuple[dict[str, Any], ...]
     entries: tuple[Entry, ...]
     text: str
-
-
-def built_in() -> dict[str, str]:
-    """The studies that come with the package, and the title of each."""
-    files = sorted(BUILT_IN.glob(f"*{ENDING}"))
-    return {file.stem: tomllib.loads(file.read_text())["title"] for file in files}
-
-
-def plan_of(config: Study) -> Plan:
-    """The study that is asked for.
-
-    Raises:
-        InputError: every problem of the file, a line each.
-    """
-    return parsed(*_source(config.name), config.seeds, config.only, _said(config.set))
-
-
-def _source(name: str) -> tuple[str, str]:
-    """A study file's text, and what to call it."""
-    path = Path(name).expanduser()
-    if name in built_in():
-        path = BUILT_IN / f"{name}{ENDING}"
-    elif path.is_dir() and (path / f"study{ENDING}").is_file():
-        path = path / f"study{ENDING}"
-    elif not path.is_file():
-        raise unknown("study", name, built_in(), hint=f"or give a file, my-study{ENDING}")
-    try:
-        return path.read_text(), name
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no text in UTF-8; a study is a TOML file") from None
-
-
-def _said(words: tuple[str, ...]) -> dict[str, Any]:
-    """`lr=0.01 data=a,b` as knobs."""
-    said = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not name:
-            raise InputError(f"--set takes knob=value, e.g. --set epochs=10, got {word!r}")
-        values = [_value(part) for part in value.split(",")]
-        said[name.replace("-", "_")] = values if len(values) > 1 else values[0]
-    return said
-
-
-def _value(word: str) -> Any:
-    try:
-        return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False}.get(word, word)
 
 
 def parsed(
@@ -152,7 +101,9 @@ def parsed(
     shapes = {"run": "[[run]]", "figure": "[[figure]]", "common": "[common]", "seeds": "a list"}
     for key, what in shapes.items():
         kind = dict if key == "common" else list
-        if not isinstance(table.get(key, kind()), kind):
+        value = table.get(key, kind())
+        rows = value if key in ("run", "figure") and isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(row, dict) for row in rows):
             found.append(f"{key} must be {what}")
     if found:
         raise _refused(where, found)
@@ -179,9 +130,11 @@ def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any]
     common, verb = table.get("common", {}), table.get("verb", "distill")
     verbs = {run.get("verb", verb) for run in table["run"]}
     known = {knob for each in verbs if each in TAUGHT for knob in TAUGHT[each].model_fields}
-    found += [
-        str(unknown("knob in [common] or --set", knob, known)) for knob in {**common, **said} if knob not in known
-    ]
+    names = [str(run.get("name")) for run in table["run"]]
+    of_one = {key: (key.rpartition(".")[0], key.rpartition(".")[2]) for key in said if "." in key}
+    found += [str(unknown("run in --set", name, names)) for name, _ in of_one.values() if name not in names]
+    told = [*common, *(of_one[key][1] if key in of_one else key for key in said)]
+    found += [str(unknown("knob in [common] or --set", knob, known)) for knob in told if knob not in known]
     for number, run in enumerate(table["run"], 1):
         own = run.get("verb", verb)
         each, name = run.get("each", {}), run.get("name")
@@ -191,21 +144,30 @@ def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any]
         if not isinstance(name, str) or not name:
             found.append(f"run {number} has no name")
             continue
-        if not all(isinstance(values, list) and values for values in each.values()):
+        if not isinstance(each, dict) or not all(isinstance(values, list) and values for values in each.values()):
             found.append(f"{name}: each must give a list for every knob, e.g. each = {{ epochs = [100, 300] }}")
+            continue
+        if not isinstance(run.get("seeds", []), list):
+            found.append(f"{name}: seeds must be a list, got {run['seeds']!r}")
             continue
         shared = {knob: value for knob, value in common.items() if knob in TAUGHT[own].model_fields}
         over = {knob: value for knob, value in said.items() if knob in TAUGHT[own].model_fields}
+        over |= {knob: said[key] for key, (of, knob) in of_one.items() if of == name}
         found += [f"{name}: --set {knob} would make runs alike that differ in it" for knob in each if knob in over]
         knobs = {key: value for key, value in run.items() if key not in ENTRY_KEYS}
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
             full = _named(name, chosen)
-            whole = shared | knobs | chosen
-            silent = {name for knob in over for name in recipes.AGAINST.get(knob, ()) if name not in over}
-            whole = {knob: value for knob, value in whole.items() if knob not in silent} | over
+            whole = _over(_over(shared, knobs | chosen), over)
             for seed in seeds if seeds and "seeds" not in run else run.get("seeds", table.get("seeds", [0])):
-                yield Entry(full, str(run.get("group", name if each else full)), seed, own, whole)
+                group = str(run.get("group", name if each else full))
+                yield Entry(full, group, seed, own, whole, bool(run.get("shown", True)))
+
+
+def _over(knobs: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Knobs with others in their place, and without what goes with those that these replace."""
+    silent = {name for knob in said for name in recipes.AGAINST.get(knob, ())}
+    return {knob: value for knob, value in knobs.items() if knob not in silent} | dict(said)
 
 
 def _named(name: str, chosen: Mapping[str, Any]) -> str:
@@ -239,7 +201,7 @@ def _problems(entries: list[Entry], common: dict[str, Any], said: dict[str, Any]
                 found.append(f"{entry.name}: {REFERENCE}{name} is no other run of the study")
             else:
                 needs.append(alike.place)
-        entries[number] = Entry(entry.name, entry.group, entry.seed, entry.verb, knobs, tuple(needs))
+        entries[number] = replace(entry, knobs=knobs, needs=tuple(needs))
     return found + _circles(entries)
 
 

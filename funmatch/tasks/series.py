@@ -19,7 +19,7 @@ from funmatch.config import Study
 from funmatch.errors import Fruitless, InputError
 from funmatch.files import lock_file, write_atomically
 from funmatch.logs import Bar, duration, percent, say
-from funmatch.tasks import plans
+from funmatch.tasks import plans, study_files
 from funmatch.tasks.plans import Entry, Plan
 
 PAUSE_SECONDS = 0.2
@@ -78,7 +78,7 @@ def run(config: Study) -> dict[str, Any]:
         InputError: the file is wrong, or the folder holds runs that were asked otherwise.
         Stopped: by Ctrl-C or SIGTERM; the runs have saved.
     """
-    plan = plans.plan_of(config)
+    plan = study_files.plan_of(config)
     folder = (config.out or default_folder(config)).expanduser().resolve()
     series = Series(plan, folder, config.jobs or (os.cpu_count() or 1 if devices.pick("auto").type == "cpu" else 1))
     runs.check_place(folder, "study.toml", "study")
@@ -264,6 +264,7 @@ def result_of(entry: Entry, folder: Path) -> dict[str, Any]:
     figures |= {f"ema_{name}": value for name, value in (result.get("ema") or {}).items()}
     return {
         "place": entry.place, "name": entry.name, "group": entry.group, "seed": entry.seed, "verb": entry.verb,
+        "shown": entry.shown,
         "asked": {name: str(value) if isinstance(value, Path) else value for name, value in entry.knobs.items()},
         "knobs": {name: value for name, value in done.config["knobs"].items() if name != "out"},
         "facts": {name: done.config["facts"][name] for name in ("machine", "versions", "pictures", "parameters")},
