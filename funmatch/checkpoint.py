@@ -69,13 +69,14 @@ def keep_stable(folder: Path, step: int) -> None:
 def go_back(folder: Path, step: int) -> None:
     """Removes the checkpoints of later steps; the newest of the others is where a run goes on."""
     for path in [*folder.glob("step-*"), *folder.glob("best-*")]:
-        if step_of(path) > step:
+        if not 0 <= step_of(path) <= step:
             shutil.rmtree(path)
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder."""
-    return int(path.name.rpartition("-")[2])
+    """The step of a checkpoint's folder; -1 where it has the name of none."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _state(path: Path) -> dict[str, Any]:
