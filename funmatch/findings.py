@@ -66,7 +66,7 @@ def _read(folder: Path) -> tuple[Plan, list[dict[str, Any]]]:
         raise InputError(
             f"{folder} holds no results of a study; its runs come first: funmatch study NAME --out {folder}"
         )
-    return plans.parsed(source.read_text(), str(source)), results
+    return plans.told(source.read_text(), str(source)), results
 
 
 def shown(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -132,6 +133,8 @@ def test_a_file_becomes_runs(tmp_path):
         (('across = "views_kl"', ""), "figure 4: scatter needs across"),
         (("seeds = [0, 1]", "seeds = [0, -1]"), "a seed is a whole number"),
         (("each = { temperature = [1.0, 2.0] }", "each = 3"), "each must give a list"),
+        (("seeds = [0, 1]", "seeds = [true]"), "a seed is a whole number"),
+        (('verb = "train"', 'verb = ["train"]'), "unknown verb"),
         (('name = "labels"', 'name = "labels"\nseeds = 3'), "seeds must be a list, got 3"),
         (("threads = 1", 'out = "x"'), "unknown knob|decided by the study"),
     ],
@@ -294,6 +297,25 @@ student = "run:no such teacher"
     assert "it needs no-such-teacher-seed-0, which failed" in str(error.value)
     assert finished(tmp_path / "out") == {"sound-seed-0"}
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_what_is_damaged_or_gone_is_made_again(tmp_path):
+    name = file_of(tmp_path, TINY.replace('student = "fashion-mini-student"\n', ""))
+    knobs = {"out": tmp_path / "out", "only": ("same/ic",), "set": ("student=fashion-mini-student",), "seeds": (0, 1)}
+    funmatch.study(name, **knobs)
+    before = told(tmp_path / "out")
+    first, second = (tmp_path / "out" / "runs" / f"same-ic-seed-{seed}" for seed in (0, 1))
+    (first / "result.json").write_text("{")
+    shutil.rmtree(second)
+    (tmp_path / "out" / "results.jsonl").write_text("{")
+    (tmp_path / "out" / "plan.json").write_text("{")
+    assert funmatch.study(name, **knobs)["finished"] == 2
+    assert told(tmp_path / "out") == before
+    shutil.rmtree(second)
+    second.write_text("in the way")
+    with pytest.raises(Fruitless, match="exists and is no run"):
+        funmatch.study(name, **knobs)
+    assert [each["place"] for each in series.results(tmp_path / "out")] == ["same-ic-seed-0"]
 
 
 def test_long_curves_are_thinned_and_keep_their_end():

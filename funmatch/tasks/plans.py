@@ -121,6 +121,17 @@ def parsed(
     return Plan(words[0], words[1], words[2], figures, tuple(entries), text)
 
 
+def told(text: str, where: str) -> Plan:
+    """What a study file says for people, without its runs: enough to draw what came of them."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where} is no TOML: {error}") from None
+    words = [str(table.get(key, "")) for key in ("title", "question", "note")]
+    figures = [figure for figure in table.get("figure", ()) if not _figure_problems(figure)]
+    return Plan(words[0], words[1], words[2], tuple(figures), (), text)
+
+
 def _refused(where: str, found: list[str]) -> InputError:
     return InputError(f"the study {where} cannot be run:\n  " + "\n  ".join(dict.fromkeys(found)))
 
@@ -128,8 +139,8 @@ def _refused(where: str, found: list[str]) -> InputError:
 def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any], found: list[str]) -> Iterator[Entry]:
     """The runs that a file lists; what is wrong with a line of it goes to `found`."""
     common, verb = table.get("common", {}), table.get("verb", "distill")
-    verbs = {run.get("verb", verb) for run in table["run"]}
-    known = {knob for each in verbs if each in TAUGHT for knob in TAUGHT[each].model_fields}
+    verbs = [run.get("verb", verb) for run in table["run"]]
+    known = {knob for name, each in TAUGHT.items() if name in verbs for knob in each.model_fields}
     names = [str(run.get("name")) for run in table["run"]]
     of_one = {key: (key.rpartition(".")[0], key.rpartition(".")[2]) for key in said if "." in key}
     found += [str(unknown("run in --set", name, names)) for name, _ in of_one.values() if name not in names]
@@ -138,7 +149,7 @@ def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any]
     for number, run in enumerate(table["run"], 1):
         own = run.get("verb", verb)
         each, name = run.get("each", {}), run.get("name")
-        if own not in TAUGHT:
+        if not isinstance(own, str) or own not in TAUGHT:
             found.append(f"run {number}: {unknown('verb', str(own), TAUGHT)}")
             continue
         if not isinstance(name, str) or not name:
@@ -183,7 +194,7 @@ def _problems(entries: list[Entry], common: dict[str, Any], said: dict[str, Any]
     found, places = [], [entry.place for entry in entries]
     found += [f"{place}: two runs have this name" for place in sorted({p for p in places if places.count(p) > 1})]
     for number, entry in enumerate(entries):
-        if not isinstance(entry.seed, int) or entry.seed < 0:
+        if type(entry.seed) is not int or entry.seed < 0:
             found.append(f"{entry.name}: a seed is a whole number from 0 on, got {entry.seed!r}")
         kept = NOT_KNOBS & {*entry.knobs, *common, *said}
         found += [f"{entry.name}: {knob} is decided by the study" for knob in sorted(kept)]

@@ -53,7 +53,8 @@ class Series:
         return self.folder / "runs" / entry.place
 
     def done(self, entry: Entry) -> bool:
-        return (self.at(entry) / "result.json").is_file()
+        """Whether a run is over; a damaged result is made again from its last checkpoint."""
+        return runs.Run(self.at(entry)).result is not None
 
     def waiting(self) -> list[Entry]:
         """Runs that are neither over nor at work."""
@@ -126,7 +127,10 @@ def _begin(series: Series, config: Study) -> None:
     """Records what is asked; an `InputError` where runs of the folder were asked otherwise."""
     path = series.folder / "plan.json"
     asked = {entry.place: {"verb": entry.verb, **entry.knobs} for entry in series.plan.entries}
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        before = {}  # each run's own folder says what it was asked, too
     found = []
     for place, knobs in json.loads(json.dumps(asked, default=str)).items():
         then = before.get(place, knobs)
@@ -209,7 +213,9 @@ def _ended(series: Series, entry: Entry, code: int) -> None:
         say(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
         return
     lines = (series.folder / "logs" / f"{entry.place}.log").read_text(errors="replace").splitlines()
-    said = next((line for line in reversed(lines) if line.strip()), "nothing")
+    told = [number for number, line in enumerate(lines) if line.startswith("funmatch: ")]
+    words = lines[told[-1] :] if told else [line for line in lines[-8:] if line.strip(" ─╭╮╰╯│")]
+    said = " ".join(line.strip(" │") for line in words) or "it said nothing"
     series.failed[entry.place] = f"exit {code}: {said.removeprefix('funmatch: ')}"
     say(f"{entry.name}, seed {entry.seed} failed, {series.failed[entry.place]}")
 
@@ -235,15 +241,21 @@ def record(series: Series) -> None:
     """Writes what came of the runs that are over, in the order of the study; what others left there stays."""
     known = {result["place"]: result for result in results(series.folder)}
     own = {entry.place: result_of(entry, series.at(entry)) for entry in series.plan.entries if series.done(entry)}
-    left = {place: result for place, result in known.items() if place not in own}
+    planned = {entry.place for entry in series.plan.entries}
+    left = {place: result for place, result in known.items() if place not in planned}
     lines = [json.dumps(result) for result in (*own.values(), *left.values())]
     write_atomically(series.folder / "results.jsonl", "".join(line + "\n" for line in lines))
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """What `record` wrote."""
-    path = folder / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """What `record` wrote; a line that is damaged is left out."""
+    path, found = folder / "results.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            say(f"a line of {path} is damaged; `funmatch study` with the same words makes it again")
+    return found
 
 
 def result_of(entry: Entry, folder: Path) -> dict[str, Any]:
