@@ -1,9 +1,10 @@
 """Runs that are prolonged: a warm-up-stable-decay run goes on from before its cool-down, and every end is kept.
 
 Before its cool-down such a run does not know its length, so a run that is asked to be longer takes the same path as one
-that was so from the start. `checkpoints/stable-<step>` is where the cool-down begins; `ends/step-<n>/` holds the
-student, the figures and the records of the cool-down of an end that was gone beyond. (Hägele et al., "Scaling laws and
-compute-optimal training beyond fixed training durations", 2024, section 3.)
+that was so from the start, with the same warm-up. `checkpoints/stable-<step>` is where the cool-down begins. A folder of
+`ends/`, `step-<n>` (or `step-<n>-of-<length>`, where patience ended it), holds the student, the figures and the records
+of the cool-down of an end that was gone beyond. (Hägele et al., "Scaling laws and compute-optimal training beyond fixed
+training durations", 2024, section 3.)
 """
 
 import json
@@ -59,16 +60,17 @@ def prolong(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any
         raise InputError(f"another process is at work in {run.folder}")
     with lock:
         _check(run, then["knobs"]["steps"], knobs["steps"], old, new)
-        _branch_off(run, old)
+        _branch_off(run, old, then["knobs"]["steps"])
         write_atomically(run.folder / "config.json", json.dumps(then | {"knobs": now["knobs"]}, indent=2))
-    say(f"{run.folder}: prolonged from {then['knobs']['steps']:,} to {knobs['steps']:,} steps")
+    lengths = f"from {then['knobs']['steps']:,} to {knobs['steps']:,} steps"
+    say(f"{run.folder}: prolonged {lengths}; its warm-up stays {knobs['warmup_steps']:,} steps long")
 
 
 def _check(run: runs.Run, before: int, after: int, old: int, new: int) -> None:
     """Raises `InputError` unless a run can become so long: `old` and `new` are the steps where the cool-downs begin."""
     if after < before:
-        kept = run.folder / "ends" / _name(after)
-        also = f"; its end at step {after:,} is kept in {kept}" if kept.is_dir() else ""
+        places = [each.folder for each in kept(run) if each.folder.name.endswith(f"-{after:09}")]
+        also = f"; its end at step {after:,} is kept in {places[0]}" if places else ""
         raise InputError(f"{run.folder} holds a run of {before:,} steps, which can be made longer, not {after:,}{also}")
     if new < old:
         raise InputError(
@@ -77,15 +79,16 @@ def _check(run: runs.Run, before: int, after: int, old: int, new: int) -> None:
         )
     beyond = [path for path in run.checkpoints.glob("step-*") if checkpoint.step_of(path) > old]
     stable = run.checkpoints / f"stable-{old:09}"
-    if (beyond or run.result) and not stable.is_dir() and not (run.checkpoints / f"step-{old:09}").is_dir():
+    cooled = bool(beyond) or (run.result or {"step": 0})["step"] > old > 0
+    if cooled and old and not stable.is_dir() and not (run.checkpoints / f"step-{old:09}").is_dir():
         raise InputError(f"{stable} is gone, so the run cannot go on from before its cool-down; begin another --out")
 
 
-def _branch_off(run: runs.Run, step: int) -> None:
-    """Keeps the end that the run came to, if it did, and takes the run back to a step before it."""
+def _branch_off(run: runs.Run, step: int, length: int) -> None:
+    """Keeps the end that a run of this length came to, if it did, and takes the run back to a step before it."""
     result = run.result
     if result is not None:
-        place = run.folder / "ends" / _name(result["step"])
+        place = run.folder / "ends" / _name(result["step"], length)
         if not (place / "result.json").is_file():
             with folder_atomically(place) as partial:
                 for name in ("student", "student-ema"):
@@ -106,5 +109,6 @@ def kept(run: runs.Run) -> list[runs.Run]:
     return [runs.Run(path) for path in sorted((run.folder / "ends").glob("step-*")) if (path / "result.json").is_file()]
 
 
-def _name(step: int) -> str:
-    return f"step-{step:09}"
+def _name(step: int, length: int) -> str:
+    """What an end is called: a run that patience ended may come to the same step at several lengths."""
+    return f"step-{step:09}" if step == length else f"step-{step:09}-of-{length:09}"

@@ -162,6 +162,21 @@ def test_what_cannot_be_prolonged(tmp_path, length, words):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def test_ends_that_patience_made_are_all_kept(tmp_path):
+    knobs = KNOBS | {"patience": 1, "eval_every": 2, "lr": 1e-9, "cooldown_steps": 4}
+    for steps in (20, 30, 40):
+        figures = funmatch.distill(out=tmp_path / "run", **knobs, steps=steps).figures
+        assert figures["step"] == 4, "validation has nothing to like"
+    names = [each.folder.name for each in ends.kept(runs.Run(tmp_path / "run"))]
+    assert names == ["step-000000004-of-000000020", "step-000000004-of-000000030"]
+
+
+def test_a_run_that_cools_down_from_its_first_step_begins_again(tmp_path):
+    first = funmatch.distill(out=tmp_path / "run", **KNOBS, steps=6, cooldown_steps=6)
+    again = funmatch.distill(out=tmp_path / "run", **KNOBS, steps=9, cooldown_steps=9)
+    assert (first.figures["step"], again.figures["step"]) == (6, 9)
+
+
 def test_an_end_that_was_gone_beyond_is_named(tmp_path):
     folder = funmatch.distill(out=tmp_path / "run", **KNOBS, **SHORT).folder
     funmatch.distill(out=folder, **KNOBS, **LONG)

@@ -181,3 +181,22 @@ def test_a_tag_says_what_given_weights_were_trained_to_see(tmp_path):
     for tag in timm.list_pretrained("vit_tiny_patch16_224.*"):
         model = load(tag, weights=tmp_path / "w.safetensors", options=("depth=1",))
         assert model.card.mean == tuple(timm.get_pretrained_cfg(tag).mean)
+
+
+def test_settings_that_are_no_weights_are_told_apart():
+    def vit(**options):
+        net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, **options)
+        return models.Classifier(net, models.Card("vit", 32, 1.0, (0.5,) * 3, (0.5,) * 3, None))
+
+    class Cooled(torch.nn.Module):
+        def __init__(self, tau):
+            super().__init__()
+            self.tau, self.num_classes = tau, 2
+
+    card = models.Card("cooled", 8, 1.0, (0.0,) * 3, (1.0,) * 3, None)
+    several = [vit(num_heads=3), vit(num_heads=6), vit(num_heads=3, global_pool="avg")]
+    several += [models.Classifier(Cooled(tau), card) for tau in (1, 4)]
+    digests = list(map(models.function_of, several))
+    assert len(set(digests)) == 5
+    taught = vit(num_heads=3).train()
+    assert models.function_of(taught) == digests[0] == models.function_of(taught.eval())

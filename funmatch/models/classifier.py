@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,18 +227,28 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-TOLD = ("eps", "kernel_size", "stride", "padding", "dilation", "groups", "num_groups", "negative_slope", "approximate")
-"""What modules say of themselves that changes what they compute, beside their weights."""
+PLAIN = (bool, int, float, str, type(None))
 
 
 def function_of(classifier: Classifier) -> str:
-    """A digest of what a classifier computes beside its weights: its normalisation, its modules and their settings."""
+    """A digest of what a classifier computes beside its weights: its normalisation, its modules and their settings.
+
+    Settings are the public attributes of modules that are plain values: a stride, an eps, a number of heads.
+    """
     told = [
-        (name, type(module).__name__, *((key, str(getattr(module, key))) for key in TOLD if hasattr(module, key)))
+        (name, f"{type(module).__module__}.{type(module).__qualname__}", sorted(_settings(module)))
         for name, module in classifier.net.named_modules()
     ]
     words = repr((classifier.card.mean, classifier.card.std, told))
     return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names and values; whether it is being taught, and who listens to it, is no setting."""
+    for name, value in vars(module).items():
+        parts = value if isinstance(value, tuple) else (value,)
+        if not name.startswith("_") and name != "training" and all(isinstance(part, PLAIN) for part in parts):
+            yield name, repr(value)
 
 
 @torch.inference_mode()
