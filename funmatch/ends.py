@@ -1,8 +1,8 @@
 """Runs that are prolonged: a warm-up-stable-decay run goes on from before its cool-down, and every end is kept.
 
 Before its cool-down such a run does not know its length, so a run that is asked to be longer takes the same path as one
-that was so from the start, with the same warm-up. `checkpoints/stable-<step>` is where the cool-down begins. A folder of
-`ends/`, `step-<n>` (or `step-<n>-of-<length>`, where patience ended it), holds the student, the figures and the records
+that was so from the start, with the same warm-up. `checkpoints/stable-<step>` is where the cool-down begins. A folder
+of `ends/`, `step-<n>` (or `step-<n>-of-<length>`, where patience ended it), holds the student, figures and the records
 of the cool-down of an end that was gone beyond. (Hägele et al., "Scaling laws and compute-optimal training beyond fixed
 training durations", 2024, section 3.)
 """
