@@ -26,6 +26,7 @@ class Knobs(BaseModel):
     def _pairs(cls, value: Any) -> Any:
         if isinstance(value, dict):
             value = [f"{key}={option!r}" for key, option in value.items()]
+        value = [value] if isinstance(value, str) else value
         return tuple(map(_canonical, value)) if isinstance(value, list | tuple) else value
 
     def problems(self) -> list[str]:

@@ -111,23 +111,23 @@ def row(run: runs.Run) -> list[str]:
 
 
 def rows(run: runs.Run) -> list[list[str]]:
-    """The row of a run, of each end that it has gone beyond, and of the average of its weights where that was kept."""
+    """The row of a run, of each end that it has gone beyond, and of the averages of weights where these were kept."""
     found = [row(run)]
     for end in ends.kept(run):
         result = end.result or {}
         own = dict(zip(COLUMNS, found[0], strict=True)) | _judged(result)
         steps = {"run": f"{found[0][0]}, end at step {result['step']:,}", "steps": f"{result['step']:,}"}
         found.append(list((own | steps | {"time": duration(result["seconds"])}).values()))
-    if average := (run.result or {}).get("ema"):
-        own = (
-            dict(zip(COLUMNS, found[0], strict=True))
-            | {
-                "run": f"{found[0][0]}, average of weights",
-            }
-            | _judged(average)
-        )
-        found.append(list(own.values()))
-    return found
+        found += _row_of_average(found[-1], result)
+    return found + _row_of_average(found[0], run.result or {})
+
+
+def _row_of_average(row: list[str], result: dict[str, Any]) -> list[list[str]]:
+    """The row below that of a student: the average of its weights, where that was kept."""
+    if not (average := result.get("ema")):
+        return []
+    own = dict(zip(COLUMNS, row, strict=True)) | {"run": f"{row[0]}, average of weights"} | _judged(average)
+    return [list(own.values())]
 
 
 def _judged(figures: dict[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ TOLD = {
     "teacher_function": "the teacher's normalisation or architecture",
 }
 """Facts that are compared when a run goes on."""
+PLACES = {"teacher": "teacher", "teacher_weights": "teacher", "student": "student", "student_weights": "student"}
+"""Knobs that may name another folder or file when the fact says that what lies there is the same."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     young = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
     known = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
+    known = known - {name for name, fact in PLACES.items() if _moved(name, fact, then, now)}
     facts = {"data", "teacher", "student"} | (TOLD.keys() & then["facts"].keys())
     for part, names in (("knobs", known - UNCOMPARED), ("facts", facts)):
         for name in sorted(names):
@@ -196,6 +200,18 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 what = TOLD.get(name, name) if part == "facts" else name
                 found.append(f"{what}: {before} in the run, {after} now")
     return found
+
+
+def _moved(name: str, fact: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a knob names two places at which the same lies."""
+    before, after = then["facts"].get(fact), now["facts"].get(fact)
+    values = [each for one in (then, now) for each in _listed(one["knobs"].get(name))]
+    return after is not None and before == after and all(os.sep in value for value in values)
+
+
+def _listed(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [str(each) for each in values if each is not None]
 
 
 def finite(value: Any) -> Any:

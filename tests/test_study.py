@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import funmatch
-from funmatch import charts, findings
+from funmatch import charts, findings, recipes, runs
+from funmatch.cli import parse
 from funmatch.config import Study
 from funmatch.errors import Fruitless, InputError
 from funmatch.tasks import plans, series, study_files
@@ -131,6 +133,11 @@ def test_a_file_becomes_runs(tmp_path):
         (("temperature = [1.0, 2.0]", "temperature = [1.0, 0.0]"), "T = 0.0: temperature must be above 0"),
         (('kind = "ends"', 'kind = "end"'), "figure 1: unknown kind 'end'; did you mean 'ends'"),
         (('across = "views_kl"', ""), "figure 4: scatter needs across"),
+        (('across = "views_kl"', 'across = "view_kl"'), "figure 4: unknown across 'view_kl'; did you mean 'views_kl'"),
+        (('value = "top1"', 'value = "top-1"'), "figure 1: unknown value 'top-1'; did you mean 'top1'"),
+        (('knob = "temperature"', 'knob = "temprature"'), "figure 2: unknown knob 'temprature'"),
+        (('value = "loss"', 'value = "kl"'), "figure 3: unknown value 'kl'; known: images_per_second, loss, lr"),
+        (('event = "step"', 'event = "steps"'), "figure 3: unknown event 'steps'; did you mean 'step'"),
         (("seeds = [0, 1]", "seeds = [0, -1]"), "a seed is a whole number"),
         (("each = { temperature = [1.0, 2.0] }", "each = 3"), "each must give a list"),
         (("seeds = [0, 1]", "seeds = [true]"), "a seed is a whole number"),
@@ -158,6 +165,36 @@ def test_knobs_of_one_run_and_runs_that_are_not_shown(tmp_path):
         study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("labels.lrr=1",)))
 
 
+@pytest.mark.parametrize(
+    ("words", "knob", "value"),
+    [
+        ("optimizer-kwargs=eps=1e-7", "optimizer_kwargs", ("eps=1e-07",)),
+        ("optimizer_kwargs=betas=(0.8,0.9),eps=1e-7", "optimizer_kwargs", ("betas=(0.8, 0.9)", "eps=1e-07")),
+        (
+            "student_kwargs=channels=8,8,16,16,stem_width=8",
+            "student_kwargs",
+            ("channels=(8, 8, 16, 16)", "stem_width=8"),
+        ),
+        ('student_kwargs={"stem_width": 8}', "student_kwargs", ("stem_width=8",)),
+        ("data=a,b", "data", ("a", "b")),
+        ("data='a,b'", "data", ("a,b",)),
+        ("teacher-ahead=false", "teacher_ahead", False),
+        ("steps=10", "steps", 10),
+    ],
+)
+def test_knobs_as_they_are_typed(tmp_path, words, knob, value):
+    text = TINY.replace('student = "run:labels"\n', "")
+    plan = study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=(words,), only=("same/ic",)))
+    assert plan.entries[0].knobs[knob] == value
+
+
+def test_words_that_look_like_options_come_through_the_command_line(tmp_path):
+    knobs = {"data": ("-pictures",), "teacher": ("fashion-mini-teacher",), "lr": 1e-3, "student": "--strange"}
+    words = [word for option in recipes.options("distill", knobs) for word in shlex.split(option)]
+    table = parse(["distill", *words, "--out", str(tmp_path)])
+    assert {name: getattr(table, name) for name in knobs} == knobs
+
+
 def test_all_problems_are_told_before_anything_begins(tmp_path):
     text = TINY.replace("same/ic", "same/id").replace("run:labels", "run:nobody").replace('kind = "ends"', 'kind = "x"')
     with pytest.raises(InputError) as error:
@@ -172,7 +209,7 @@ def test_names_of_studies(tmp_path, monkeypatch):
         study_files.plan_of(Study.checked(name="consistancy"))
     with pytest.raises(InputError, match="knob=value"):
         study_files.plan_of(Study.checked(name="consistency", set=("epochs",)))
-    with pytest.raises(InputError, match="no run is called nobody"):
+    with pytest.raises(InputError, match=r"no run is called nobody; there are fix/rs, fix/cc.*, funmatch$"):
         study_files.plan_of(Study.checked(name="consistency", only=("nobody",)))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="holds no results"):
@@ -316,6 +353,37 @@ def test_what_is_damaged_or_gone_is_made_again(tmp_path):
     with pytest.raises(Fruitless, match="exists and is no run"):
         funmatch.study(name, **knobs)
     assert [each["place"] for each in series.results(tmp_path / "out")] == ["same-ic-seed-0"]
+
+
+def test_a_study_whose_folder_moved_goes_on(tmp_path):
+    text = f"""
+title = "Moved"
+{COMMON}
+save_every = 2
+
+[[run]]
+name = "labels"
+verb = "train"
+
+[[run]]
+name = "distilled"
+teacher = "run:labels"
+allow_weak_teacher = true
+student = "run:labels"
+"""
+    name = file_of(tmp_path, text)
+    funmatch.study(name, out=tmp_path / "whole", jobs=1)
+    begun = tmp_path / "whole" / "runs" / "distilled-seed-0"
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    (tmp_path / "moved" / "runs" / "distilled-seed-0" / "result.json").unlink()
+    (tmp_path / "whole").rename(tmp_path / "gone")
+    assert funmatch.study(name, out=tmp_path / "moved", jobs=1)["finished"] == 2
+    assert told(tmp_path / "moved") == told(tmp_path / "gone")
+    # Another teacher under a name that was moved is another teacher.
+    knobs = runs.find(tmp_path / "gone" / "runs" / begun.name).config
+    other = knobs | {"facts": knobs["facts"] | {"teacher": "another"}}
+    other["knobs"] = other["knobs"] | {"teacher": ["/elsewhere/labels"]}
+    assert len(runs.differences(knobs, other)) == 2
 
 
 def test_long_curves_are_thinned_and_keep_their_end():

@@ -1,14 +1,14 @@
 """Study files: a plain list of runs in TOML, read and checked as a whole before any of them begins."""
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from funmatch import recipes
+from funmatch import metrics, recipes
 from funmatch.config import TAUGHT
 from funmatch.errors import InputError, unknown
 
@@ -25,6 +25,18 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
     "scatter": ("value", "across"),
 }
 """The kinds of figures, and what each must be told beside its kind."""
+CURVES: Mapping[str, tuple[str, ...]] = {
+    "step": ("loss", "lr", "images_per_second"),
+    "eval": metrics.FIGURES,
+    "ema": metrics.FIGURES,
+    "views": (*metrics.FIGURES, "teacher_top1"),
+}
+"""What a run records while it goes on, by event."""
+ENDS = (
+    *metrics.FIGURES, *(f"{each}_{name}" for each in ("views", "ema") for name in metrics.FIGURES), "loss", "seconds",
+    "step", "best_step", "best_score", "parameters", "pictures", "teacher_top1", "views_teacher_top1",
+)  # fmt: skip
+"""What a run comes to."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,9 @@ def parsed(
         found += [f"figure {number}: {problem}" for problem in _figure_problems(figure)]
     found += _problems(entries, dict(table.get("common", {})), dict(said or {}))
     if not found and only:
+        names = ", ".join(dict.fromkeys(each.name for each in entries))
         entries = _chosen(entries, only)
-        found += [] if entries else [f"no run is called {', '.join(only)}; there are {_names(entries, table)}"]
+        found += [] if entries else [f"no run is called {', '.join(only)}; there are {names}"]
     if found:
         raise _refused(where, found)
     words = [str(table.get(key, "")) for key in ("title", "question", "note")]
@@ -243,17 +256,22 @@ def _chosen(entries: list[Entry], only: tuple[str, ...]) -> list[Entry]:
     return [entry for entry in entries if entry.place in wanted]
 
 
-def _names(entries: list[Entry], table: dict[str, Any]) -> str:
-    return ", ".join(dict.fromkeys([each.name for each in entries] or [str(run.get("name")) for run in table["run"]]))
-
-
 def _figure_problems(figure: dict[str, Any]) -> list[str]:
     kind = figure.get("kind")
     if kind not in FIGURES:
         return [str(unknown("kind", str(kind), FIGURES))]
     allowed = {"kind", "title", "log", *FIGURES[kind]}
     found = [f"{kind} needs {key}" for key in FIGURES[kind] if not isinstance(figure.get(key), str)]
-    return found + [str(unknown("key", key, allowed)) for key in figure if key not in allowed]
+    found += [str(unknown("key", key, allowed)) for key in figure if key not in allowed]
+    if found:
+        return found
+    known: Mapping[str, Iterable[str]] = {
+        "value": CURVES.get(figure.get("event", ""), ENDS),
+        "across": ENDS,
+        "event": CURVES,
+        "knob": {knob for table in TAUGHT.values() for knob in table.model_fields},
+    }
+    return [str(unknown(key, figure[key], known[key])) for key in FIGURES[kind] if figure[key] not in known[key]]
 
 
 def _place(name: str, seed: int) -> str:

@@ -1,6 +1,7 @@
 """Which study is asked for: a file by its name or place, and what is said instead of what it says."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from funmatch.tasks.plans import Plan, parsed
 
 BUILT_IN = Path(funmatch.__file__).parent / "studies"
 ENDING = ".toml"
+PAIRS = r",(?=[A-Za-z_]\w*=)"
+"""Between two options of a network or an optimizer, whose values may hold commas: channels=16,32,stem_width=8."""
 
 
 def built_in() -> dict[str, str]:
@@ -51,14 +54,19 @@ def _said(words: tuple[str, ...]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise InputError(f"--set takes knob=value, e.g. --set epochs=10, got {word!r}")
-        values = [_value(part) for part in value.split(",")]
         run, dot, knob = name.rpartition(".")
-        said[run + dot + knob.replace("-", "_")] = values if len(values) > 1 else values[0]
+        knob = knob.replace("-", "_")
+        said[run + dot + knob] = _value(value, PAIRS if knob.endswith("_kwargs") else ",")
     return said
 
 
-def _value(word: str) -> Any:
+def _value(text: str, between: str) -> Any:
+    """What a person typed: a value as Python writes it, or words, of which several become a list."""
     try:
-        return ast.literal_eval(word)
+        value = ast.literal_eval(text)
+        return list(value) if isinstance(value, tuple) else value
     except (ValueError, SyntaxError):
-        return {"true": True, "false": False}.get(word, word)
+        words = re.split(between, text)
+    if len(words) > 1:
+        return [_value(word, "(?!)") for word in words]
+    return {"true": True, "false": False}.get(text, text)
