@@ -92,7 +92,8 @@ def test_the_studies_that_come_along_can_be_run(name):
 def test_consistency_has_all_strategies_and_nothing_else_differs():
     plan = study_files.plan_of(Study.checked(name="consistency"))
     assert {entry.name for entry in plan.entries} == set(funmatch.strategies.STRATEGIES)
-    assert len({json.dumps({**entry.knobs, "strategy": ""}, default=str) for entry in plan.entries}) == 1
+    others = {json.dumps({**entry.knobs, "strategy": ""}, default=str) for entry in plan.entries if "λ" not in entry.name}
+    assert len(others) == 1
 
 
 def test_a_file_becomes_runs(tmp_path):
