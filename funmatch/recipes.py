@@ -121,10 +121,7 @@ def options(verb: str, knobs: Mapping[str, Any]) -> Iterator[str]:
             if TAUGHT[verb].model_fields[name].default is True:
                 yield option.replace("--", "--no-", 1)
         else:
-            words = list(map(str, values))
-            alone = len(words) == 1 and words[0].startswith("-") and not isinstance(values[0], int | float)
-            join = "=" if alone else " "  # or the word would be taken for an option
-            yield option if value is True else f"{option}{join}{shlex.join(words)}"
+            yield option if value is True else f"{option} {shlex.join(map(str, values))}"
 
 
 DATA = {"pet37": "pet", "flowers102": "flowers", "food101": "food", "sun397": "sun"}

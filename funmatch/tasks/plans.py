@@ -217,6 +217,12 @@ def _problems(entries: list[Entry], common: dict[str, Any], said: dict[str, Any]
             knobs = {knob: getattr(table, knob) for knob in knobs}
         except InputError as error:
             found.append(f"{entry.name}: {error}")
+        found += [
+            f"{entry.name}: {knob} {word} begins with a dash, as options do; a path can begin with ./"
+            for knob, value in knobs.items()
+            for word in (value if isinstance(value, tuple) else (value,))
+            if isinstance(word, str) and word.startswith("-")
+        ]
         needs = []
         for name in _references(entry.knobs):
             others = [each for each in entries if each.name == name]
