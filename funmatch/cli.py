@@ -29,6 +29,7 @@ from funmatch.config import (
     Report,
     Search,
     Study,
+    Tape,
     Train,
 )
 from funmatch.errors import Fruitless, InputError, told_elsewhere, unknown
@@ -42,6 +43,7 @@ TABLES: dict[str, type[Knobs]] = {
     "finetune": Finetune,
     "tune": Search,
     "study": Study,
+    "tape": Tape,
     "evaluate": Evaluate,
     "report": Report,
     "prepare": Prepare,
@@ -204,6 +206,12 @@ def _study(config: Study):
     return findings.run(config), findings.show
 
 
+def _tape(config: Tape):
+    from funmatch.tasks import tape_check
+
+    return tape_check.run(config), tape_check.show
+
+
 def _evaluate(config: Evaluate):
     from funmatch.tasks import evaluate
 
@@ -256,6 +264,7 @@ VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]]
     "finetune": _finetune,
     "tune": _tune,
     "study": _study,
+    "tape": _tape,
     "evaluate": _evaluate,
     "report": _report,
     "prepare": _prepare,

@@ -17,7 +17,7 @@ Words = tuple[str, ...]
 # The pictures themselves are compared by content, so it does not matter where they lie or how they are kept.
 UNCOMPARED = {
     "out", "as_json", "workers", "log_every", "epochs", "data", "eval_data", "data_dir", "pixels", "resident_gb",
-    "follow_links", "on_bad", "class_file", "recipe",
+    "follow_links", "on_bad", "class_file", "recipe", "tape", "tape_full",
 }  # fmt: skip
 
 
@@ -362,6 +362,13 @@ class Distill(Train, Teaching):
     """Compute the teacher's answers in the threads that make views: for small networks on the CPU."""
     allow_weak_teacher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with a teacher that is near chance on the labelled validation pictures."""
+    tape: Path | None = None
+    """A folder for what the teacher says of every view, in half precision: the first run records it, every further one
+    with the same pictures, seed, batch, views and teacher takes it from there, at no cost of a teacher."""
+    tape_top: int | None = None
+    """Keep only the teacher's first so many classes on the tape, and the others as one mass."""
+    tape_full: Literal["stop", "go-on"] = "stop"
+    """When the disk is full in the middle of a recording: stop the run, or go on without recording."""
 
     @property
     def cropped(self) -> Crop:
@@ -375,7 +382,8 @@ class Distill(Train, Teaching):
 
     def problems(self) -> list[str]:
         found = [] if self.teacher else ["give the network to match by --teacher"]
-        return found + contradictions.of_views(self) + contradictions.of_distance(self) + super().problems()
+        found += contradictions.of_views(self) + contradictions.of_distance(self) + contradictions.of_tape(self)
+        return found + super().problems()
 
 
 class Evaluate(Pictures, Teaching, Machine):
@@ -495,6 +503,18 @@ class Study(Knobs):
 
     def problems(self) -> list[str]:
         return outside(self, {"jobs": 1}) + [f"a seed is at least 0, got {seed}" for seed in self.seeds if seed < 0]
+
+
+class Tape(Knobs):
+    """Show a teacher tape: whose answers it holds, which steps are there, and whether every row is sound."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """What `distill --tape` was given."""
+    recompute: int = 0
+    """Let the teacher answer this many of its steps again, and compare."""
+
+    def problems(self) -> list[str]:
+        return outside(self, {"recompute": 0})
 
 
 class Import(Knobs):

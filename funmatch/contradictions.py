@@ -134,6 +134,21 @@ def of_distance(config: Any) -> list[str]:
     return found
 
 
+def of_tape(config: Any) -> list[str]:
+    """A tape of answers that are kept anyway, or of too little for the distance."""
+    row, found = STRATEGIES.get(config.strategy), []
+    if config.tape is None:
+        found += [f"{name} belongs to --tape" for name in ("tape_top", "tape_full") if moved(config, name)]
+    elif row and row.fixed:
+        found.append(f"the teacher of {config.strategy} is fixed: its answers are kept anyway. Leave --tape out")
+    if config.tape_top is not None:
+        if not DISTANCES.get(config.distance, True) or config.distance == "dist" or config.standardise:
+            said = "standardise" if config.standardise else f"distance {config.distance}"
+            found.append(f"{said} needs all of the teacher's logits, and tape_top keeps some; leave one of them out")
+        found += outside(config, {"tape_top": 1}, {"tape_top": 1 << 16})
+    return found
+
+
 def moved(config: Any, name: str) -> bool:
     """Whether a knob is not at its default."""
     return getattr(config, name) != type(config).model_fields[name].default

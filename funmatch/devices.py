@@ -120,6 +120,17 @@ def pinner(device: torch.device) -> Callable[[Batch], Batch] | None:
     return pinned
 
 
+def fetched_later(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
+    """A tensor on the CPU, and a wait until it is there: an accelerator goes on meanwhile."""
+    if tensor.device.type == "cpu":
+        return tensor, lambda: None
+    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    there.copy_(tensor, non_blocking=True)
+    event = torch.Event(tensor.device)
+    event.record()
+    return there, event.synchronize
+
+
 def finish(device: torch.device) -> None:
     """Waits until a device has done all that it was given."""
     if device.type != "cpu":

@@ -10,6 +10,8 @@ from functools import partial
 
 import numpy as np
 
+VERSION = 1
+"""Of all that is drawn here: what was computed for the views of another version is not for these."""
 ASPECT_RANGE = (3 / 4, 4 / 3)
 CROP_TRIES = 100
 

@@ -20,6 +20,7 @@ TOLD = {
     "teacher": "the teacher's content",
     "student": "the student's content",
     "teacher_function": "the teacher's normalisation or architecture",
+    "rounded": "the teacher's answers, as --tape rounds them",
 }
 """Facts that are compared when a run goes on."""
 PLACES = {"teacher": "teacher", "teacher_weights": "teacher", "student": "student", "student_weights": "student"}
@@ -191,7 +192,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
     known = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
     known = known - {name for name, fact in PLACES.items() if _moved(name, fact, then, now)}
-    facts = {"data", "teacher", "student"} | (TOLD.keys() & then["facts"].keys())
+    facts = {"data", "teacher", "student", "rounded"} | (TOLD.keys() & then["facts"].keys())
     for part, names in (("knobs", known - UNCOMPARED), ("facts", facts)):
         for name in sorted(names):
             default = young.get(name) if part == "knobs" else None

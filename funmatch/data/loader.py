@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ class Batch:
         answers: (n, classes), the teacher's logits on its view, where they were computed before.
         cuts: of CutMix, (1 or n, 4) float32 as `mixing.cutmix` takes them, or None.
         shown: the teachers' crops, one for each of the loader's `teacher_sides`: `crops` itself where it is the same.
+        step, first: of which step these are, and the place of row 1 in the batch of all processes.
     """
 
     crops: Tensor
@@ -40,6 +41,8 @@ class Batch:
     answers: Tensor | None = None
     shown: tuple[Tensor, ...] = ()
     cuts: Tensor | None = None
+    step: int = 0
+    first: int = 0
 
     @property
     def own_share(self) -> float | Tensor:
@@ -52,7 +55,7 @@ class Batch:
         answers, cuts = (None if given is None else change(given) for given in (self.answers, self.cuts))
         lam = change(self.lam) if isinstance(self.lam, Tensor) else self.lam
         shown = tuple(crops if each is self.crops else change(each) for each in self.shown)
-        return Batch(crops, change(self.labels), lam, answers, shown, cuts)
+        return replace(self, crops=crops, labels=change(self.labels), lam=lam, answers=answers, shown=shown, cuts=cuts)
 
     def to(self, device: torch.device) -> "Batch":
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -66,7 +69,8 @@ class Batch:
             lam = self.lam[rows] if isinstance(self.lam, Tensor) else self.lam
             shown = tuple(crops if each is self.crops else each[start : stop + 1] for each in self.shown)
             cut = self.cuts if self.cuts is None or len(self.cuts) == 1 else self.cuts[rows]
-            yield Batch(crops, self.labels[start : stop + 1], lam, answers, shown, cut), (stop - start) / count
+            labels, first = self.labels[start : stop + 1], self.first + start
+            yield Batch(crops, labels, lam, answers, shown, cut, self.step, first), (stop - start) / count
 
 
 def cuts(count: int, size: int | None) -> list[int]:
@@ -97,6 +101,7 @@ class Loader:
         teacher_sides: at which teachers are shown crops, pixels.
         own: whether these are drawn for themselves, not the student's.
         known: what is known beforehand of the teacher's answers: to each picture of the split, (pictures, classes).
+        told: what is known of them by step, first row and number of rows, (rows, classes), or None where nothing is.
     """
 
     split: CachedSplit
@@ -114,6 +119,7 @@ class Loader:
     teacher_sides: tuple[int, ...] = ()
     own: bool = False
     known: Tensor | None = None
+    told: Callable[[int, int, int], Tensor | None] | None = None
 
     def draw(self, step: int) -> Draw:
         """The draws of the whole global batch."""
@@ -130,20 +136,23 @@ class Loader:
         rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch
         indices = drawn.indices[rows]
         boxes, flips = drawn.boxes[rows], drawn.flips[rows]
-        sides = () if self.own else tuple(side for side in self.teacher_sides if side != self.side)
+        answers = None if self.known is None else self.known[torch.from_numpy(indices[1:])]
+        if self.told:
+            answers = self.told(step, self.rank * share, share)
+        teacher_sides = self.teacher_sides if answers is None else ()  # what is known needs no look
+        sides = () if self.own else tuple(side for side in teacher_sides if side != self.side)
         crops, *others = self.cut(indices, boxes, flips, (self.side, *sides))
         if self.randaugment:
             ops, strengths = randaugment.draw(generator(self.seed, step, CHANGES), self.batch, *self.randaugment)
             crops, *others = (randaugment.apply(each, ops[rows], strengths[rows]) for each in (crops, *others))
         shown = dict(zip((self.side, *sides), (crops, *others), strict=True))
-        if drawn.own:
+        if drawn.own and teacher_sides:
             boxes, flips = drawn.own[0][rows], drawn.own[1][rows]
-            own = self.cut(indices, boxes, flips, self.teacher_sides)
-            shown = dict(zip(self.teacher_sides, own, strict=True))
+            own = self.cut(indices, boxes, flips, teacher_sides)
+            shown = dict(zip(teacher_sides, own, strict=True))
         lam, cut = self.mixed(step, drawn.lam, rows[1:])
-        answers = None if self.known is None else self.known[torch.from_numpy(indices[1:])]
-        shown = tuple(shown[side] for side in self.teacher_sides)
-        return Batch(crops, self.split.labels(indices), lam, answers, shown, cut)
+        shown = tuple(shown[side] for side in teacher_sides)
+        return Batch(crops, self.split.labels(indices), lam, answers, shown, cut, step, self.rank * share)
 
     def mixed(self, step: int, lam: float | np.ndarray, rows: np.ndarray) -> tuple[float | Tensor, Tensor | None]:
         """λ of MixUp and boxes of CutMix, of the rows of a global batch that are ours."""

@@ -16,7 +16,8 @@ from funmatch.errors import InputError
 from funmatch.logs import say
 from funmatch.models.teachers import Teachers
 from funmatch.strategies import STRATEGIES
-from funmatch.tasks import answers, judging, teachers, walk
+from funmatch.tape import rest_as_one
+from funmatch.tasks import answers, judging, tapes, teachers, walk
 from funmatch.tasks.lesson import Lesson, Trial, done, open_data, prepare, remembered_forms
 from funmatch.views import seen
 
@@ -39,6 +40,52 @@ def run(config: Distill, given: teachers.Modules | None = None, trial: Trial | N
 
 
 def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -> dict[str, Any]:
+    lesson, called = begun(config, given, trial)
+    if result := done(lesson):
+        return result
+    fixed = STRATEGIES[config.strategy].fixed
+    remembered = remembered_forms(lesson) or tapes.forms_of(config, lesson.course.device)
+    lesson, matched, first = matched_in(lesson, called, remembered)
+    assert isinstance(lesson.config, Distill)
+    config = lesson.config
+    del called  # the plain teachers need not be kept beside the frozen ones
+    taught = judged(matched, lesson) if launch.is_first() else None
+    if fixed:
+        lesson = answers.computed_before(lesson, matched)
+    seen = partial(views_by_side, sides=lesson.teacher_sides)
+    with tapes.at(lesson, matched) as recorder:
+        lesson = tapes.taped(lesson, recorder)
+        if config.tape_top is not None and launch.is_first():
+            tapes.say_what_is_lost(matched(first, config.temperature), config)
+
+        def answered(batch: Batch, views: dict[int, Tensor], *, record: bool) -> Tensor:
+            """What the teachers say of a batch, (n, classes): known before, or computed now."""
+            if batch.answers is not None:
+                return batch.answers
+            told = matched(views, config.temperature)
+            return recorder(batch, told, record=record) if recorder else told
+
+        def ahead(batch: Batch) -> Batch:
+            if batch.answers is not None:
+                return batch
+            views, _ = seen(batch.to(lesson.course.device))
+            return replace(batch, answers=answered(batch, views, record=True))
+
+        def both(batch: Batch, *, record: bool = False) -> tuple[Tensor, Tensor]:
+            """What student and teachers say of a batch."""
+            views, student_view = seen(batch)
+            return lesson.student(student_view), answered(batch, views, record=record)
+
+        def loss_of(batch: Batch) -> Tensor:
+            return loss(*both(batch, record=True), batch, config)
+
+        return walk.carry_out(lesson, loss_of, taught, ahead if config.teacher_ahead else None, both)
+
+
+def begun(
+    config: Distill, given: teachers.Modules | None = None, trial: Trial | None = None
+) -> tuple[Lesson, list[teachers.Called]]:
+    """A distillation made ready but for its teachers, and these as they were called."""
     cache = open_data(config, trial)
     called = devices.in_turn(lambda: teachers.call(config, cache, config.side, given or {}))
     cache, config = fitting(cache, called, config)
@@ -46,36 +93,22 @@ def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -
         raise InputError(f"label_weight ({config.label_weight}) needs labels, and {cache.name} has no labels for all")
     lesson = prepare("distill", config, cache, classes=called[0].answered, given=given, trial=trial)
     called = [replace(one, side=one.side or lesson.view.side) for one in called]
-    lesson = taught_by(lesson, called)
-    if result := done(lesson):
-        return result
-    fixed = STRATEGIES[config.strategy].fixed
-    seen = partial(views_by_side, sides=lesson.teacher_sides)
-    first = answers.first_views(lesson, called) if fixed else seen(lesson.loader.batch_at(0))[0]
+    return taught_by(lesson, called), called
+
+
+def matched_in(
+    lesson: Lesson, called: list[teachers.Called], remembered: list[Any] | None
+) -> tuple[Lesson, Teachers, dict[int, Tensor]]:
+    """The lesson with its teachers frozen in their best (or remembered) forms, these, and the views that decided."""
+    config = lesson.config
+    assert isinstance(config, Distill)
+    if STRATEGIES[config.strategy].fixed:
+        first = answers.first_views(lesson, called)
+    else:
+        first, _ = views_by_side(lesson.loader.batch_at(0), lesson.teacher_sides)
     first = {side: views.to(lesson.course.device) for side, views in first.items()}
-    matched, forms = in_one_form(called, first, config, remembered_forms(lesson))
-    del called  # the plain teachers need not be kept beside the frozen ones
-    lesson = replace(lesson, teachers=matched, facts=lesson.facts | {"teacher_forms": forms})
-    taught = judged(matched, lesson) if launch.is_first() else None
-    if fixed:
-        lesson = answers.computed_before(lesson, matched)
-
-    def ahead(batch: Batch) -> Batch:
-        if batch.answers is not None:
-            return batch
-        views, _ = seen(batch.to(lesson.course.device))
-        return replace(batch, answers=matched(views, config.temperature))
-
-    def both(batch: Batch) -> tuple[Tensor, Tensor]:
-        """What student and teachers say of a batch."""
-        views, student_view = seen(batch)
-        told = matched(views, config.temperature) if batch.answers is None else batch.answers
-        return lesson.student(student_view), told
-
-    def loss_of(batch: Batch) -> Tensor:
-        return loss(*both(batch), batch, config)
-
-    return walk.carry_out(lesson, loss_of, taught, ahead if config.teacher_ahead else None, both)
+    matched, forms = in_one_form(called, first, config, remembered)
+    return replace(lesson, teachers=matched, facts=lesson.facts | {"teacher_forms": forms}), matched, first
 
 
 def views_by_side(batch: Batch, sides: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
@@ -90,7 +123,11 @@ def loss(student: Tensor, told: Tensor, batch: Batch, config: Distill) -> Tensor
     Args:
         student, told: logits, (n, classes), of the student and of the teachers together.
     """
-    logits, target = (standardised(student), standardised(told)) if config.standardise else (student, told)
+    logits, target = student, told
+    if config.tape_top is not None:
+        logits, target = rest_as_one(student, told, config.tape_top, config.temperature)
+    if config.standardise:
+        logits, target = standardised(student), standardised(told)
     found = distance(
         config.distance, logits, target, config.temperature, squared=config.t_squared, smoothing=config.label_smoothing
     )
@@ -128,7 +165,9 @@ def taught_by(lesson: Lesson, called: Sequence[teachers.Called]) -> Lesson:
         lesson,
         config=config.model_copy(update={"teacher_side": tuple(one.side for one in called)}),
         asked=teachers.asked(config, lesson.cache),
-        facts=lesson.facts | {name: "+".join(getattr(one, part) for one in called) for name, part in FACTS.items()},
+        facts=lesson.facts
+        | {name: "+".join(getattr(one, part) for one in called) for name, part in FACTS.items()}
+        | {"rounded": tapes.rounding(config)},
         teacher_sides=() if STRATEGIES[config.strategy].fixed else tuple(sorted({one.side for one in called})),
     )
 

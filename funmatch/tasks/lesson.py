@@ -59,6 +59,7 @@ class Lesson:
         beginning: digest of the student's first weights, where they are not drawn from the seed; else None.
         teacher_sides: of the crops that teachers are shown in training, pixels, each once.
         known: the fixed teachers' answers to the training pictures, (pictures, classes), or None.
+        told: what a tape holds of the teachers' answers; see `Loader.told`.
         trial: what a search asks of this run, or None.
     """
 
@@ -74,13 +75,15 @@ class Lesson:
     beginning: str | None = None
     teacher_sides: tuple[int, ...] = ()
     known: Tensor | None = None
+    told: Callable[[int, int, int], Tensor | None] | None = None
     trial: Trial | None = None
 
     @property
     def loader(self) -> Loader:
         """Of this process's share of the training batches."""
         share = launch.rank(), launch.world()
-        return replace(loader_of(self.config, self.cache, self.teacher_sides, share), known=self.known)
+        loader = loader_of(self.config, self.cache, self.teacher_sides, share)
+        return replace(loader, known=self.known, told=self.told)
 
 
 def loader_of(

@@ -1,0 +1,189 @@
+"""A distillation and the teacher tape: whose answers it holds, what is recorded, and what a full disk means."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funmatch import devices, launch, tape
+from funmatch.config import Distill
+from funmatch.data.loader import Batch
+from funmatch.draws import VERSION
+from funmatch.errors import InputError
+from funmatch.files import lock_file
+from funmatch.logs import percent, say
+from funmatch.models.teachers import Teachers
+from funmatch.tape import Layout, Tape
+from funmatch.tasks.lesson import Lesson
+
+BEHIND = 2
+"""Steps after which answers of an accelerator are fetched: by then they are there, and nobody waits."""
+
+
+def asked(lesson: Lesson, teachers: Teachers) -> dict[str, Any]:
+    """All that the answers of a run's teachers to its views depend on."""
+    config, loader = lesson.config, lesson.loader
+    assert isinstance(config, Distill)
+    several = len(teachers.members) > 1
+    digest = hashlib.blake2b(loader.split.digests.tobytes(), digest_size=16).hexdigest()
+    mixing = loader.mixing
+    return {
+        "pictures": digest,
+        "draws": VERSION,
+        "seed": loader.seed,
+        "batch": loader.batch,
+        "side": loader.side,
+        "crop": loader.crop,
+        "resize": loader.resize if loader.crop in ("mild", "squash") else None,
+        "min_area": loader.min_area if loader.crop == "inception" else None,
+        "mixup": [mixing.a, mixing.each, mixing.larger, mixing.lam],
+        "cutmix": loader.cutmix,
+        "randaugment": loader.randaugment,
+        "teacher_sees": "its own view" if loader.own else "the student's",
+        "teacher": lesson.facts["teacher"],
+        "teacher_function": lesson.facts["teacher_function"],
+        "teacher_sides": [member.side for member in teachers.members],
+        "teacher_classes": _digest([member.picks for member in teachers.members]),
+        "combine": [teachers.combine, *(member.share for member in teachers.members)] if several else None,
+        "teacher_precision": config.teacher_precision,
+        "temperature": config.temperature
+        if config.tape_top or (several and teachers.combine != "mean-logits")
+        else None,
+        "top": config.tape_top,
+    }
+
+
+def forms_of(config: Distill, device: torch.device) -> list[dict[str, Any]] | None:
+    """The forms in which the teachers of a tape are computed, so that what is added to it is computed alike."""
+    if config.tape is None or not (config.tape.expanduser() / tape.HEADER).is_file():
+        return None
+    header = tape.found(config.tape).header
+    return header["forms"] if header["device"] == device.type else None
+
+
+def layout_of(lesson: Lesson) -> Layout:
+    """The rows of a run's tape."""
+    config, classes = lesson.config, lesson.student.num_classes
+    assert isinstance(config, Distill)
+    if config.tape_top is not None and config.tape_top > classes - 2:
+        raise InputError(f"tape_top ({config.tape_top}) must leave some of {classes} classes; leave it out to keep all")
+    return Layout(config.batch, classes, config.tape_top, config.temperature)
+
+
+def rounding(config: Distill) -> str | None:
+    """What a run that uses a tape does to its teachers' answers, live or not."""
+    if config.tape is None:
+        return None
+    return "fp16" if config.tape_top is None else f"fp16, the first {config.tape_top} classes and the rest as one"
+
+
+@contextmanager
+def at(lesson: Lesson, teachers: Teachers) -> Iterator["Recorder | None"]:
+    """The run's tape while the block runs; None where it has none."""
+    config = lesson.config
+    assert isinstance(config, Distill)
+    if config.tape is None:
+        yield None
+        return
+    layout = layout_of(lesson)
+    found = devices.in_turn(lambda: tape.opened(config.tape, layout, asked(lesson, teachers), _about(lesson)))
+    lock = lock_file(found.folder / ".lock") if launch.is_first() else None
+    try:
+        found.recording = bool(devices.from_first(lambda: lock is not None))
+        if launch.is_first():
+            _told_before(found, lesson.course.steps)
+        recorder = Recorder(found, config.tape_full)
+        yield recorder
+        recorder.flush()
+    finally:
+        found.close()
+        if lock:
+            lock.close()
+
+
+def _told_before(found: Tape, steps: int) -> None:
+    """Says what a tape will take and what it gives; an `InputError` where there is no room for it."""
+    size, have = found.layout.bytes_of(steps), found.size
+    if not found.recording:
+        say(f"tape {found.folder}: another run records it; this one takes from it what is there, and what comes")
+        return
+    tape.check_space(found, steps)
+    if have < size:
+        has = f", {tape.size_of(have)} of it are there" if have else ""
+        say(f"tape {found.folder}: {tape.size_of(size)} for {steps:,} steps{has}; what the teacher says is recorded")
+    else:
+        say(f"tape {found.folder}: {tape.size_of(size)}; it holds what the teacher says in {steps:,} steps")
+
+
+def say_what_is_lost(told: Tensor, config: Distill) -> None:
+    """Says how much of the teachers' probability a tape of some classes does not tell apart."""
+    assert config.tape_top is not None
+    rest = tape.mass_of_the_rest(told, config.tape_top, config.temperature)
+    say(
+        f"tape: the first {config.tape_top} of {told.shape[-1]:,} classes hold {percent(1 - rest)} of the teacher's "
+        f"probability at T = {config.temperature:g}; how the student shares out the other {percent(rest)} is lost"
+    )
+
+
+class Recorder:
+    """Rounds what teachers say to what a tape can hold, and records it."""
+
+    def __init__(self, found: Tape, full: Literal["stop", "go-on"]) -> None:
+        self.tape, self.full = found, full
+        self.waiting: deque[tuple[int, int, Tensor, Tensor | None, Callable[[], None]]] = deque()
+
+    def __call__(self, batch: Batch, logits: Tensor, *, record: bool = True) -> Tensor:
+        """The logits (n, classes) of a batch's views as the tape gives them back."""
+        half, picks = self.tape.layout.packed(logits)
+        if record and self.tape.recording:
+            fetched, wait = devices.fetched_later(half)
+            fetched_picks = None if picks is None else devices.fetched_later(picks)[0]
+            if half.device.type == "cpu":
+                self.write(batch.step, batch.first, fetched, fetched_picks)
+            else:
+                self.waiting.append((batch.step, batch.first, fetched, fetched_picks, wait))
+                self.flush(BEHIND)
+        return self.tape.layout.unpacked(half, picks)
+
+    def flush(self, behind: int = 0) -> None:
+        """Writes all but the latest answers."""
+        while len(self.waiting) > behind:
+            step, first, half, picks, wait = self.waiting.popleft()
+            wait()
+            self.write(step, first, half, picks)
+
+    def write(self, step: int, first: int, half: Tensor, picks: Tensor | None) -> None:
+        """Records some rows; an `OSError` ends the recording, and the run unless it was told to go on without."""
+        if not self.tape.recording:
+            return
+        try:
+            self.tape.record(step, first, half, picks)
+        except OSError as error:
+            if self.full == "stop":
+                raise
+            self.tape.recording = False
+            say(f"WARNING: {error}; the run goes on, and the tape {self.tape.folder} ends at step {step}")
+
+
+def taped(lesson: Lesson, recorder: "Recorder | None") -> Lesson:
+    """The lesson with what its tape holds."""
+    return lesson if recorder is None else replace(lesson, told=recorder.tape.told)
+
+
+def _about(lesson: Lesson) -> dict[str, Any]:
+    """What a tape keeps beside, to be shown and to be computed again."""
+    return {
+        "device": lesson.course.device.type,
+        "forms": lesson.facts["teacher_forms"],
+        "run": lesson.config.model_dump(mode="json"),
+        "versions": {"torch": torch.__version__},
+    }
+
+
+def _digest(value: Any) -> str | None:
+    return hashlib.blake2b(repr(value).encode(), digest_size=12).hexdigest() if any(value) else None
