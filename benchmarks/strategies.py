@@ -1,10 +1,12 @@
-"""What each teaching strategy costs: its arithmetic, counted, and the time of its step, as ratios to function matching.
+"""What each teaching strategy costs: its arithmetic, counted, and its step's time, beside those of its networks alone.
 
     python benchmarks/strategies.py [--rounds 5] [--steps 12] [--side 96] [--batch 16] [--device cpu]
 
-Each strategy is run by `funmatch.distill` in turn, round after round, on pictures that it makes; a step's time is the
-median of a run's steps but the first three. Arithmetic is counted by torch's FlopCounterMode: that of a longer run
-minus that of a shorter one, a step.
+Each strategy is run by `funmatch.distill` in turn, round after round, on pictures that it makes; a step's time is
+the median of a run's steps but the first three. Arithmetic is counted by torch's FlopCounterMode: that of a longer run
+minus that of a shorter one, a step; beside it what teacher (once forward) and student (forward and back) cost alone.
+The same of times: networks differ in what they make of a machine, so a step is held against the sum of its parts,
+measured in the same round on a ready batch. A fixed teacher has no part in a step.
 """
 
 import argparse
@@ -13,6 +15,9 @@ import os
 import platform
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise, repeat
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +27,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import funmatch
+from funmatch import devices
+from funmatch.data.loader import Batch
+from funmatch.distances import kl
+from funmatch.fit import Course, fit
+from funmatch.models.frozen import Form, Frozen
+from funmatch.models.load import load
+from funmatch.optimizers import make
 from funmatch.strategies import STRATEGIES
 
 
@@ -51,13 +63,46 @@ def carried_out(folder: Path, strategy: str, steps: int, options: argparse.Names
 
 
 def flops_a_step(folder: Path, strategy: str, options: argparse.Namespace) -> float:
-    """Counted: (a run of five steps − a run of two) / 3."""
+    """Counted: (a run of five steps − a run of two) / 3. Before, what a fixed teacher says is computed once for all."""
+    label = strategy.replace("/", "-")
+    carried_out(folder, strategy, 1, options, f"before-{label}")
     counted = []
     for steps in (2, 5):
         with FlopCounterMode(display=False) as counter:
-            carried_out(folder, strategy, steps, options, f"count-{strategy.replace('/', '-')}-{steps}")
+            carried_out(folder, strategy, steps, options, f"count-{label}-{steps}")
         counted.append(counter.get_total_flops())
     return (counted[1] - counted[0]) / 3
+
+
+def parts(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What a teacher does in a step, and what a student does, on a ready batch."""
+    device = devices.pick(options.device)
+    teacher = Frozen(load(options.teacher, weights=folder / "teacher.pt"), Form()).to(device)
+    student = load(options.student, classes=2).to(device)
+    batch = torch.rand(options.batch, 3, options.side, options.side, device=device)
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    course = Course(10**6, 1e-3, lambda _step: 1.0, 1.0, 0, device, "fp32")
+    labels = torch.zeros(options.batch + 1, dtype=torch.long)
+    ready = repeat(Batch(torch.cat([batch[:1], batch]), labels, 1.0))
+    truth = torch.randn(options.batch, 2, device=device)
+    optimizer, scaler = make("adamw", student.net, 1e-3, 1e-4), devices.loss_scaler(device, "fp32")
+    steps = fit(course, student, optimizer, scaler, ready, lambda one: kl(student(one.crops[1:]), truth).mean())
+    return lambda: teacher(batch).sum().item(), lambda: next(steps)[1].item()
+
+
+def flops_of(work: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def seconds_of(work: Callable[[], object], steps: int) -> float:
+    """The median over so many turns but the first three."""
+    times = [time.perf_counter()]
+    for _ in range(steps):
+        work()
+        times.append(time.perf_counter())
+    return statistics.median(after - before for before, after in pairwise(times[3:]))
 
 
 def seconds_a_step(run: Path, batch: int) -> float:
@@ -85,20 +130,29 @@ def main() -> None:
         weights = folder / "teacher.pt"
         torch.save(timm.create_model(options.teacher, num_classes=2).state_dict(), weights)
         flops = {name: flops_a_step(folder, name, options) for name in STRATEGIES}
+        asked, taught = parts(folder, options)
+        alone = flops_of(asked), flops_of(taught)
         times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+        of_parts: list[tuple[float, float]] = []
         for number in range(options.rounds):
+            of_parts.append((seconds_of(asked, options.steps), seconds_of(taught, options.steps)))
             for name in STRATEGIES:
                 run = carried_out(folder, name, options.steps, options, f"time-{name.replace('/', '-')}-{number}")
                 times[name].append(seconds_a_step(run, options.batch))
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, timm {timm.__version__}\n")
-    print("| strategy | GFLOP a step | of funmatch's | time, of funmatch's (lowest … highest) | time / arithmetic |")
+    print(f"alone: teacher {alone[0] / 1e9:.2f} GFLOP, student {alone[1] / 1e9:.2f} GFLOP\n")
+    print("| strategy | GFLOP a step | of its networks alone | ms a step | of its networks alone (least … most) |")
     print("|---|---:|---:|---:|---:|")
-    for name in STRATEGIES:
-        ratios = [mine / whole for mine, whole in zip(times[name], times["funmatch"], strict=True)]
-        share, middle = flops[name] / flops["funmatch"], statistics.median(ratios)
-        spread = f"{middle:.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
-        print(f"| {name} | {flops[name] / 1e9:.1f} | {share:.2f} | {spread} | {middle / share:.2f} |")
+    for name, strategy in STRATEGIES.items():
+        wanted = alone[1] + (0 if strategy.fixed else alone[0])
+        ratios = [
+            mine / (student + (0 if strategy.fixed else teacher))
+            for mine, (teacher, student) in zip(times[name], of_parts, strict=True)
+        ]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
+        middle = 1e3 * statistics.median(times[name])
+        print(f"| {name} | {flops[name] / 1e9:.2f} | {flops[name] / wanted:.3f} | {middle:.0f} | {spread} |")
 
 
 if __name__ == "__main__":

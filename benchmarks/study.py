@@ -1,4 +1,4 @@
-"""What a study of 24 short runs costs with one run at a time and with two, and after kills.
+"""What a study of 27 short runs costs with one run at a time and with two, and after kills.
 
     python benchmarks/study.py [--steps 300] [--rounds 3] [--kills 4]
 
@@ -71,7 +71,7 @@ def main() -> None:
         ratios = [two / one for one, two in pairs]
         repeated = killed(folder / "killed", options.steps, options.kills, pairs[0][1])
         same = told(folder / "killed") == told(folder / "two-0")
-    print(f"24 runs of {options.steps} steps: {statistics.median(one for one, _ in pairs):.0f} s one at a time,")
+    print(f"27 runs of {options.steps} steps: {statistics.median(one for one, _ in pairs):.0f} s one at a time,")
     print(f"{statistics.median(two for _, two in pairs):.0f} s two at a time: {statistics.median(ratios):.2f} ", end="")
     print(f"({min(ratios):.2f} … {max(ratios):.2f}) of it")
     print(f"after {options.kills} kills: {repeated} finished runs repeated, figures {'the same' if same else 'OTHERS'}")

@@ -498,6 +498,8 @@ class Study(Knobs):
     """Only the runs with these names; * and ? stand for anything."""
     set: Words = ()
     """Knobs that all runs take instead of the file's, e.g. epochs=10; with a name before a dot, that run's."""
+    tapes: bool = True
+    """Let distillations that show the same teacher the same views share what it says (`distill --tape`)."""
     draw: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only draw the page again, from results.jsonl."""
 
@@ -596,6 +598,8 @@ class Search(Knobs):
     by default journal.log in --out."""
     study_name: str | None = None
     """What the study is called in the storage; by default as the folder --out."""
+    tapes: bool = True
+    """Let trials share what the teacher says (`distill --tape`), where the searched knobs do not change its views."""
 
     def problems(self) -> list[str]:
         least = {"trials": 1, "executions": 1, "sampler_seed": 0}

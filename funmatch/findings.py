@@ -14,7 +14,7 @@ from funmatch.config import Study
 from funmatch.errors import InputError
 from funmatch.files import write_atomically
 from funmatch.logs import duration, table
-from funmatch.tasks import plans, series, study_files
+from funmatch.tasks import outcomes, plans, series, study_files
 from funmatch.tasks.plans import Plan
 
 COLUMNS = ("top1", "agreement", "kl", "views_kl", "loss")
@@ -61,7 +61,7 @@ def written(folder: Path) -> dict[str, str]:
 
 
 def _read(folder: Path) -> tuple[Plan, list[dict[str, Any]]]:
-    source, results = folder / "study.toml", series.results(folder)
+    source, results = folder / "study.toml", outcomes.results(folder)
     if not source.is_file() or not results:
         raise InputError(
             f"{folder} holds no results of a study; its runs come first: funmatch study NAME --out {folder}"

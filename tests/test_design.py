@@ -96,6 +96,7 @@ LAYERS = [
         "tasks.tune",
         "tasks.plans",
         "tasks.study_files",
+        "tasks.outcomes",
         "tasks.series",
     ],
     ["curves", "report", "search_plots", "search_page", "sheet", "charts", "findings"],

@@ -16,7 +16,7 @@ import funmatch
 from funmatch import charts, findings, runs
 from funmatch.config import Study
 from funmatch.errors import Fruitless, InputError
-from funmatch.tasks import plans, series, study_files
+from funmatch.tasks import outcomes, plans, series, study_files, tapes
 
 COMMON = """
 [common]
@@ -218,7 +218,7 @@ def test_names_of_studies(tmp_path, monkeypatch):
 def told(folder: Path) -> list[dict]:
     """What is said of each run, but for times."""
     kept = []
-    for result in series.results(folder):
+    for result in outcomes.results(folder):
         figures = {k: v for k, v in result["figures"].items() if k not in ("seconds",)}
         curves = {k: {n: v for n, v in c.items() if n != "images_per_second"} for k, c in result["curves"].items()}
         kept.append({"place": result["place"], "figures": figures, "curves": curves})
@@ -230,7 +230,7 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
     done = funmatch.study(name, out=tmp_path / "out", jobs=2)
     folder = tmp_path / "out"
     assert (done["runs"], done["finished"], done["failed"]) == (10, 10, {})
-    results = series.results(folder)
+    results = outcomes.results(folder)
     assert [each["place"] for each in results] == [
         entry.place for entry in study_files.plan_of(Study.checked(name=name)).entries
     ]
@@ -266,6 +266,71 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
     (tmp_path / "gone-runs").rename(folder / "runs")
     with pytest.raises(InputError, match="same-ic-seed-0: batch was 8, is 16"):
         funmatch.study(name, out=folder, set=("batch=16",))
+
+
+def test_runs_that_agree_on_draws_and_teacher_share_a_tape(tmp_path):
+    name = file_of(tmp_path, TINY.replace("seeds = [0, 1]", "seeds = [0]"))
+    plan = study_files.plan_of(Study.checked(name=name))
+    shared = series.shared_tapes(series.Series(plan, tmp_path / "out", 1))
+    assert {place: path.parent.name for place, path in shared.items()} == dict.fromkeys(
+        ["T---1.0-seed-0", "T---2.0-seed-0"], "tapes"
+    ), "other views, and labels, have none"
+    assert len(set(shared.values())) == 1
+
+    funmatch.study(name, out=tmp_path / "out", jobs=2)
+    first, second = ((tmp_path / "out" / "logs" / f"T---{t}.0-seed-0.log").read_text() for t in (1, 2))
+    assert "what the teacher says is recorded" in first
+    assert "it holds what the teacher says in 4 steps" in second
+    assert not any((tmp_path / "out" / "tapes").iterdir()), "needed by none any more"
+    live = funmatch.distill(
+        data="fashion-mini", teacher="fashion-mini-teacher", student="fashion-mini-student", steps=4, batch=8,
+        threads=1, eval_every=2, temperature=2.0, tape=tmp_path / "own", out=tmp_path / "live",
+    )  # fmt: skip
+    weights = "student/model.safetensors"
+    replayed = tmp_path / "out" / "runs" / "T---2.0-seed-0" / weights
+    assert replayed.read_bytes() == (live.folder / weights).read_bytes()
+
+    funmatch.study(name, out=tmp_path / "without", jobs=2, tapes=False)
+    assert not (tmp_path / "without" / "tapes").exists()
+    with_tape = json.loads((tmp_path / "out/runs/T---2.0-seed-0/config.json").read_text())
+    without = json.loads((tmp_path / "without/runs/T---2.0-seed-0/config.json").read_text())
+    assert (with_tape["facts"]["rounded"], without["facts"]["rounded"]) == ("fp16", None)
+
+
+def test_a_run_that_began_without_a_tape_goes_on_without(tmp_path):
+    name = file_of(tmp_path, TINY)
+    plan = study_files.plan_of(Study.checked(name=name))
+    own = tmp_path / "out" / "runs" / "T---1.0-seed-0"
+    own.mkdir(parents=True)
+    (own / "config.json").write_text(json.dumps({"knobs": {"tape": None}}))
+    shared = series.shared_tapes(series.Series(plan, tmp_path / "out", 1))
+    assert sorted(shared) == ["T---1.0-seed-1", "T---2.0-seed-0", "T---2.0-seed-1"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"lr": 0.1, "side": 32, "student": "a"}, {"steps": 9, "side": 32, "student": "b"}, True),
+        ({"student": "a"}, {"student": "b"}, False),  # whose own sides may differ
+        ({"temperature": 1.0}, {"temperature": 2.0}, True),
+        (
+            {"teacher": ("a", "b"), "combine": "mean-probabilities", "temperature": 1.0},
+            {"teacher": ("a", "b"), "combine": "mean-probabilities", "temperature": 2.0},
+            False,
+        ),
+        ({"batch": 8}, {"batch": 16}, False),
+        ({"mixup_mode": "image"}, {}, False),
+        ({"val": 0.1}, {}, False),  # other pictures are left to learn from
+        ({"teacher": "a"}, {"teacher": "b"}, False),
+    ],
+)
+def test_what_a_tape_can_be_shared_by(one, other, same):
+    assert (tapes.shared_by(one) == tapes.shared_by(other)) is same
+
+
+def test_what_has_no_tape():
+    assert tapes.shared_by({"strategy": "fix/rs"}) is None
+    assert tapes.shared_by({"tape": "mine"}) is None
 
 
 def started(name: str, out: Path, **options) -> subprocess.Popen:
@@ -347,7 +412,7 @@ def test_what_is_damaged_or_gone_is_made_again(tmp_path):
     second.write_text("in the way")
     with pytest.raises(Fruitless, match="exists and is no run"):
         funmatch.study(name, **knobs)
-    assert [each["place"] for each in series.results(tmp_path / "out")] == ["same-ic-seed-0"]
+    assert [each["place"] for each in outcomes.results(tmp_path / "out")] == ["same-ic-seed-0"]
 
 
 def test_a_study_whose_folder_moved_goes_on(tmp_path):
@@ -383,10 +448,10 @@ student = "run:labels"
 
 def test_long_curves_are_thinned_and_keep_their_end():
     records = [{"event": "step", "step": step, "loss": float(step)} for step in range(1, 1204)]
-    columns = series.columns(records, "step")
-    assert len(columns["step"]) <= series.POINTS
+    columns = outcomes.columns(records, "step")
+    assert len(columns["step"]) <= outcomes.POINTS
     assert columns["step"][-1] == columns["loss"][-1] == 1203
-    assert series.columns([], "eval") == {}
+    assert outcomes.columns([], "eval") == {}
 
 
 def test_lines_are_told_apart():

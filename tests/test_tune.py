@@ -191,6 +191,21 @@ def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
     assert loaded.best_value == result["value"], "other programs of Optuna's family read it"
 
 
+def test_trials_share_what_the_teacher_says(tmp_path, capsys):
+    knobs = {
+        "data": ("fashion-mini",), "teacher": ("fashion-mini-teacher",), "student": "fashion-mini-student", "steps": 4,
+        "batch": 8, "eval_every": 2, "trials": 2, "executions": 2, "threads": 1,
+    }  # fmt: skip
+    funmatch.tune("distill", **knobs, space=["lr=1e-3,1e-2", "temperature=1,2"], out=tmp_path / "shared")
+    told = capsys.readouterr().err
+    assert told.count("what the teacher says is recorded") == 2, "once a seed"
+    assert told.count("it holds what the teacher says in 4 steps") == 2
+    assert not (tmp_path / "shared" / "tapes").exists(), "needed by none any more"
+    for words in ({"space": ["lr=1e-3,1e-2", "mixup_mode=batch,image"]}, {"space": ["lr=1e-3,1e-2"], "tapes": False}):
+        funmatch.tune("distill", **knobs, **words, out=tmp_path / "-".join(words))
+        assert "tape" not in capsys.readouterr().err
+
+
 def test_more_trials_go_on_and_say_who_was_tested(tmp_path):
     first = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=2)
     more = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=3)

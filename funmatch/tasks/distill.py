@@ -44,8 +44,11 @@ def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -
     if result := done(lesson):
         return result
     fixed = STRATEGIES[config.strategy].fixed
-    remembered = remembered_forms(lesson) or tapes.forms_of(config, lesson.course.device)
-    lesson, matched, first = matched_in(lesson, called, remembered)
+    with tapes.alone_to_begin(config):
+        remembered = remembered_forms(lesson) or tapes.forms_of(config, lesson.course.device)
+        lesson, matched, first = matched_in(lesson, called, remembered)
+        if config.tape:
+            tapes.begun(lesson, matched)
     assert isinstance(lesson.config, Distill)
     config = lesson.config
     del called  # the plain teachers need not be kept beside the frozen ones

@@ -13,7 +13,7 @@ from funmatch.config import SEARCHED, TAUGHT, UNCOMPARED, Search, Train
 from funmatch.errors import InputError
 from funmatch.files import write_atomically
 from funmatch.logs import say
-from funmatch.tasks import pictures, spaces
+from funmatch.tasks import pictures, spaces, tapes
 from funmatch.tasks.resolved import LR
 from funmatch.tasks.spaces import Space, Value
 
@@ -71,6 +71,18 @@ class Asked:
         inside = all(value in self.space[name] for name, value in own.items())
         return own if inside and self.search.sampler != "grid" else None
 
+    @property
+    def tapes(self) -> Path:
+        """Where what teachers say is kept, a tape a seed."""
+        return self.folder / "tapes"
+
+    @property
+    def shares_tapes(self) -> bool:
+        """Whether all trials show the same teachers the same views, so that one can record for all."""
+        knobs = self.base.model_dump()
+        own = self.search.tapes and self.verb == "distill" and tapes.shared_by(knobs) is not None
+        return own and self.trials > 1 and self.space.keys() <= tapes.own_of_the_student(knobs)
+
     def run_folder(self, number: int, execution: int) -> Path:
         """Of an execution of a trial."""
         return self.trial_folder(number) / str(execution)
@@ -87,6 +99,8 @@ class Asked:
         """
         knobs = spaces.settled(self.base, chosen)
         knobs |= {"seed": self.base.seed + execution, "out": self.run_folder(number, execution)}
+        if self.shares_tapes:
+            knobs |= {"tape": self.tapes / f"seed-{knobs['seed']}", "tape_full": "go-on"}
         return type(self.base).checked(**knobs)
 
 

@@ -2,13 +2,14 @@
 
 import ctypes
 import json
-import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +20,12 @@ from funmatch.config import Study
 from funmatch.errors import Fruitless, InputError
 from funmatch.files import lock_file, write_atomically
 from funmatch.logs import Bar, duration, percent, say
-from funmatch.tasks import plans, study_files
+from funmatch.tasks import plans, study_files, tapes
+from funmatch.tasks.outcomes import result_of, results
 from funmatch.tasks.plans import Entry, Plan
 
 PAUSE_SECONDS = 0.2
 """Between two looks at the runs."""
-POINTS = 200
-"""Of a curve that are kept, at most."""
-LAST = 0.1
-"""Share of a run's records at its end whose mean is the final training loss."""
 
 
 @dataclass
@@ -38,6 +36,7 @@ class Series:
         plan: its runs.
         folder: where they lie.
         jobs: how many run at a time.
+        tapes: of teachers' answers that several runs share, by the places of the runs.
         at_work: processes, and the runs that they carry out.
         failed: places of runs that ended without a result, and why.
     """
@@ -45,6 +44,7 @@ class Series:
     plan: Plan
     folder: Path
     jobs: int
+    tapes: Mapping[str, Path] = field(default_factory=dict)
     at_work: dict[subprocess.Popen, Entry] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -89,6 +89,7 @@ def run(config: Study) -> dict[str, Any]:
         raise InputError(f"another process is at work in {folder}")
     with lock:
         _begin(series, config)
+        series.tapes = shared_tapes(series) if config.tapes else {}
         try:
             _carry_out(series)
         finally:
@@ -104,6 +105,34 @@ def run(config: Study) -> dict[str, Any]:
         "failed": series.failed,
         "seconds": sum(result["figures"]["seconds"] for result in results(folder)),
     }
+
+
+def shared_tapes(series: Series) -> dict[str, Path]:
+    """Where runs that show the same teachers the same views share what these say; by the runs' places.
+
+    A run that has begun goes on as it began, since a tape rounds.
+    """
+    names = {
+        entry.place: (tapes.shared_by(entry.knobs), entry.seed)
+        for entry in series.plan.entries
+        if entry.verb == "distill"
+    }
+    count = Counter(names.values())
+    found = {}
+    for place, (name, seed) in names.items():
+        own = series.folder / "runs" / place / "config.json"
+        begun = json.loads(own.read_text())["knobs"] if own.is_file() else None
+        if name and (begun.get("tape") if begun else count[name, seed] > 1):
+            found[place] = series.folder / "tapes" / f"{name}-seed-{seed}"
+    return found
+
+
+def _remove_needless(series: Series) -> None:
+    """Removes tapes whose runs are over."""
+    wanted = {series.tapes.get(entry.place) for entry in (*series.waiting(), *series.at_work.values())}
+    for folder in set(series.tapes.values()) - wanted:
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
 
 def default_folder(config: Study) -> Path:
@@ -172,6 +201,7 @@ def _carry_out(series: Series) -> None:
                 series.at_work[_started(series, entry)] = entry
             for process in [each for each in series.at_work if each.poll() is not None]:
                 _ended(series, series.at_work.pop(process), process.returncode)
+                _remove_needless(series)
             _give_up_what_needs_failed_runs(series)
             over = total - len(series.waiting()) - len(series.at_work)
             bar.update(over, ", ".join(f"{each.name} ({each.seed})" for each in series.at_work.values()))
@@ -186,6 +216,8 @@ def _started(series: Series, entry: Entry) -> subprocess.Popen:
     knobs = plans.resolved(entry, series.folder / "runs")
     words = [word for option in recipes.options(entry.verb, knobs) for word in shlex.split(option)]
     place = ["--seed", str(entry.seed), "--out", str(series.at(entry))]
+    if shared := series.tapes.get(entry.place):
+        place += ["--tape", str(shared), "--tape-full", "go-on"]
     cores = max(1, (os.cpu_count() or 1) // series.jobs)
     with open(series.folder / "logs" / f"{entry.place}.log", "a") as log:
         return subprocess.Popen(
@@ -245,50 +277,3 @@ def record(series: Series) -> None:
     left = {place: result for place, result in known.items() if place not in planned}
     lines = [json.dumps(result) for result in (*own.values(), *left.values())]
     write_atomically(series.folder / "results.jsonl", "".join(line + "\n" for line in lines))
-
-
-def results(folder: Path) -> list[dict[str, Any]]:
-    """What `record` wrote; a line that is damaged is left out."""
-    path, found = folder / "results.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            say(f"a line of {path} is damaged; `funmatch study` with the same words makes it again")
-    return found
-
-
-def result_of(entry: Entry, folder: Path) -> dict[str, Any]:
-    """All that is to be known of a finished run without its folder.
-
-    Returns:
-        `place`, `name`, `group`, `seed`, `verb`, `asked`, `knobs`, `facts`, `figures` and `curves`: event to columns.
-    """
-    done = runs.find(folder)
-    records, result = done.metrics.read(), done.result or {}
-    figures = {name: value for name, value in result.items() if isinstance(value, int | float) or value is None}
-    figures["teacher_top1"] = (result.get("teacher") or {}).get("top1")
-    losses = [each["loss"] for each in records if each["event"] == "step"]
-    figures["loss"] = math.fsum(tail := losses[-max(1, round(LAST * len(losses))) :]) / len(tail) if losses else None
-    for event in ("views", "ema"):
-        last = next((each for each in reversed(records) if each["event"] == event), {})
-        figures |= {f"{event}_{name}": value for name, value in last.items() if name not in ("event", "step", "split")}
-    figures |= {f"ema_{name}": value for name, value in (result.get("ema") or {}).items()}
-    return {
-        "place": entry.place, "name": entry.name, "group": entry.group, "seed": entry.seed, "verb": entry.verb,
-        "shown": entry.shown,
-        "asked": {name: str(value) if isinstance(value, Path) else value for name, value in entry.knobs.items()},
-        "knobs": {name: value for name, value in done.config["knobs"].items() if name != "out"},
-        "facts": {name: done.config["facts"][name] for name in ("machine", "versions", "pictures", "parameters")},
-        "figures": runs.finite(figures),
-        "curves": {event: columns(records, event) for event in ("step", "eval", "views", "ema")},
-    }  # fmt: skip
-
-
-def columns(records: list[dict[str, Any]], event: str) -> dict[str, list[Any]]:
-    """The records of one event, a list a figure; of many records as many as a plot can show, the last among them."""
-    own = [each for each in records if each["event"] == event]
-    every = max(1, math.ceil(len(own) / POINTS))
-    own = own[::-1][::every][::-1]
-    names = [name for name, value in (own[0] if own else {}).items() if name != "event" and not isinstance(value, str)]
-    return {name: [each.get(name) for each in own] for name in names}

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,12 +15,21 @@ from funmatch.config import Distill
 from funmatch.data.loader import Batch
 from funmatch.draws import VERSION
 from funmatch.errors import InputError
-from funmatch.files import lock_file
+from funmatch.files import exclusively, lock_file
 from funmatch.logs import percent, say
 from funmatch.models.teachers import Teachers
+from funmatch.strategies import STRATEGIES
 from funmatch.tape import Layout, Tape
 from funmatch.tasks.lesson import Lesson
 
+STUDENTS_OWN = {
+    "student_weights", "student_kwargs", "drop_rate", "drop_path", "ema", "steps", "epochs", "label_smoothing",
+    "optimizer", "optimizer_kwargs", "momentum", "momentum_dtype", "lr", "schedule", "cooldown_steps", "cooldown_shape",
+    "decay_steps", "decay_factors", "weight_decay", "warmup_steps", "clip_norm", "freeze_until", "micro_batch",
+    "grad_checkpointing", "patience", "keep", "workers", "threads", "log_every", "eval_every", "save_every", "distance",
+    "standardise", "label_weight", "t_squared", "teacher_ahead", "precision", "eval_data", "out",
+}  # fmt: skip
+"""Knobs that change nothing of what teachers are shown and say."""
 BEHIND = 2
 """Steps after which answers of an accelerator are fetched: by then they are there, and nobody waits."""
 
@@ -58,6 +67,42 @@ def asked(lesson: Lesson, teachers: Teachers) -> dict[str, Any]:
     }
 
 
+def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:
+    """Knobs of a distillation that can be others without its tape being another.
+
+    Args:
+        knobs: of `config.Distill`, as far as they are given.
+    """
+    own = set(STUDENTS_OWN)
+    if knobs.get("side"):
+        own.add("student")  # else it decides the side of the views
+    several = not isinstance(knobs.get("teacher"), str) and len(knobs.get("teacher") or ()) > 1
+    if not several or knobs.get("combine", "mean-logits") == "mean-logits":
+        own.add("temperature")
+    return own
+
+
+def shared_by(knobs: Mapping[str, Any]) -> str | None:
+    """A name for the tape that a distillation can share with all others that give the same name; None if with none."""
+    if knobs.get("tape") or knobs.get("tape_top") or STRATEGIES[knobs.get("strategy", "funmatch")].fixed:
+        return None
+    own = own_of_the_student(knobs)
+    decides = sorted((name, str(value)) for name, value in knobs.items() if name not in own)
+    return hashlib.blake2b(repr(decides).encode(), digest_size=8).hexdigest()
+
+
+@contextmanager
+def alone_to_begin(config: Distill) -> Iterator[None]:
+    """Keeps other runs from beginning the same tape, so that the first alone decides how its teacher is computed."""
+    folder = config.tape.expanduser() if config.tape else None
+    if folder is None or not launch.is_first() or folder.is_file() or (folder / tape.HEADER).is_file():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusively(folder / ".begin"):
+        yield
+
+
 def forms_of(config: Distill, device: torch.device) -> list[dict[str, Any]] | None:
     """The forms in which the teachers of a tape are computed, so that what is added to it is computed alike."""
     if config.tape is None or not (config.tape.expanduser() / tape.HEADER).is_file():
@@ -82,6 +127,15 @@ def rounding(config: Distill) -> str | None:
     return "fp16" if config.tape_top is None else f"fp16, the first {config.tape_top} classes and the rest as one"
 
 
+def begun(lesson: Lesson, teachers: Teachers) -> Tape:
+    """The run's tape, new if it is not there yet."""
+    config, layout = lesson.config, layout_of(lesson)
+    assert isinstance(config, Distill)
+    assert config.tape is not None
+    place = config.tape
+    return devices.in_turn(lambda: tape.opened(place, layout, asked(lesson, teachers), _about(lesson)))
+
+
 @contextmanager
 def at(lesson: Lesson, teachers: Teachers) -> Iterator["Recorder | None"]:
     """The run's tape while the block runs; None where it has none."""
@@ -90,13 +144,12 @@ def at(lesson: Lesson, teachers: Teachers) -> Iterator["Recorder | None"]:
     if config.tape is None:
         yield None
         return
-    layout = layout_of(lesson)
-    found = devices.in_turn(lambda: tape.opened(config.tape, layout, asked(lesson, teachers), _about(lesson)))
+    found = begun(lesson, teachers)
     lock = lock_file(found.folder / ".lock") if launch.is_first() else None
     try:
         found.recording = bool(devices.from_first(lambda: lock is not None))
         if launch.is_first():
-            _told_before(found, lesson.course.steps)
+            _told_before(found, lesson.course.steps, config.tape_full)
         recorder = Recorder(found, config.tape_full)
         yield recorder
         recorder.flush()
@@ -106,13 +159,20 @@ def at(lesson: Lesson, teachers: Teachers) -> Iterator["Recorder | None"]:
             lock.close()
 
 
-def _told_before(found: Tape, steps: int) -> None:
-    """Says what a tape will take and what it gives; an `InputError` where there is no room for it."""
+def _told_before(found: Tape, steps: int, full: Literal["stop", "go-on"]) -> None:
+    """Says what a tape will take and what it gives; without room for it, an `InputError`, or nothing is recorded."""
     size, have = found.layout.bytes_of(steps), found.size
     if not found.recording:
         say(f"tape {found.folder}: another run records it; this one takes from it what is there, and what comes")
         return
-    tape.check_space(found, steps)
+    try:
+        tape.check_space(found, steps)
+    except InputError as error:
+        if full == "stop":
+            raise
+        found.recording = False
+        say(f"WARNING: {error}; the run goes on, and records nothing")
+        return
     if have < size:
         has = f", {tape.size_of(have)} of it are there" if have else ""
         say(f"tape {found.folder}: {tape.size_of(size)} for {steps:,} steps{has}; what the teacher says is recorded")

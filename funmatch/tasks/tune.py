@@ -7,6 +7,7 @@ goes on with it where its runs stand.
 
 import gc
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -72,7 +73,9 @@ def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
         finally:
             gc.unfreeze()
         with exclusively(asked.folder / ".end"):
-            return verdict.finished(asked) or verdict.ended(study, asked, given or {})
+            result = verdict.finished(asked) or verdict.ended(study, asked, given or {})
+            shutil.rmtree(asked.tapes, ignore_errors=True)  # nobody needs them any more
+            return result
 
 
 def opened(asked: Asked) -> "optuna.Study":

@@ -1,0 +1,204 @@
+"""Whole distillation from a folder of JPEGs beside timm's own pieces, put together as its train.py does.
+
+    python benchmarks/versus_timm.py [--rounds 5] [--steps 8] [--only funmatch timm-bf16]
+
+Each turn is a process of its own: `funmatch distill`, or timm's loader (two workers, FastCollateMixup), its
+`LogitDistillationTask` (no label term), its AdamW, clipping by the norm. Turns alternate, ratios are within a round. A
+step's time is the median of a turn's steps but the first three. Before, the losses of both on an identical batch are
+compared.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from funmatch.distances import kl
+
+CLASSES, WARM = 10, 3
+TIMM = {
+    "timm-fp32": (),
+    "timm-bf16": ("bf16",),
+    "timm-bf16-last": ("bf16", "last"),
+    "timm-bf16-last-compiled": ("bf16", "last", "compiled"),
+}
+"""Whether under autocast, with --channels-last, with --torchcompile."""
+OURS = {
+    "funmatch": [],
+    "funmatch-fp32": ["--precision", "fp32"],
+    "funmatch-off": ["--compile", "off"],
+    "funmatch-max": ["--compile", "max"],
+}
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """JPEGs of 384 × 384 pixels with the detail of photographs: smooth noise of several scales."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        layers = [
+            np.asarray(Image.fromarray(rng.integers(0, 256, (s, s, 3), dtype=np.uint8)).resize((384, 384)))
+            for s in (6, 24, 96)
+        ]
+        place = folder / "train" / f"{i % CLASSES}" / f"{i:05}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(place, quality=92)
+
+
+def network(name: str, seed: int) -> Any:
+    """With random weights, a head that is not zero among them."""
+    torch.manual_seed(seed)
+    net: Any = timm.create_model(name, num_classes=CLASSES)
+    torch.nn.init.normal_(net.get_classifier().weight, std=0.05)
+    return net
+
+
+def timm_turn(folder: Path, options: argparse.Namespace, how: tuple[str, ...]) -> float:
+    """Seconds a step of timm's pieces."""
+    from timm.data import FastCollateMixup, create_dataset, create_loader
+    from timm.optim import create_optimizer_v2
+    from timm.task import LogitDistillationTask
+    from timm.utils import dispatch_clip_grad
+
+    teacher, student = network(options.teacher, 0), network(options.student, 1)
+    if "last" in how:
+        teacher, student = (net.to(memory_format=torch.channels_last) for net in (teacher, student))
+    dataset = create_dataset(
+        "", root=str(folder / "pictures"), split="train", is_training=True, batch_size=options.batch
+    )
+    cpu = torch.device("cpu")
+    card: Any = student.pretrained_cfg
+    unchanged: Any = None
+    loader = create_loader(
+        dataset, (3, options.side, options.side), options.batch, is_training=True, use_prefetcher=True,
+        scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=unchanged, interpolation="bilinear",
+        mean=card["mean"], std=card["std"], num_workers=2, device=cpu,
+        collate_fn=FastCollateMixup(mixup_alpha=1.0, num_classes=CLASSES), persistent_workers=True,
+    )  # fmt: skip
+    task = LogitDistillationTask(
+        student, teacher, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0,
+        temperature=options.temperature, device=cpu, verbose=False,
+    )  # fmt: skip
+    task.train()
+    if "compiled" in how:
+        task.compile()
+    optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=1e-4)
+    amp = torch.autocast("cpu", torch.bfloat16) if "bf16" in how else contextlib.nullcontext()
+    times: list[float] = []
+    while len(times) <= options.steps + WARM:
+        for pictures, target in loader:
+            if "last" in how:
+                pictures = pictures.contiguous(memory_format=torch.channels_last)
+            with amp:
+                loss = task(pictures, target)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            dispatch_clip_grad(student.parameters(), 1.0, mode="norm")
+            optimizer.step()
+            times.append(time.perf_counter())
+            if len(times) > options.steps + WARM:
+                break
+    return statistics.median(after - before for before, after in zip(times[WARM:], times[WARM + 1 :], strict=False))
+
+
+def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Path) -> tuple[float, dict]:
+    """Seconds a step of `funmatch distill`, and what its config.json says."""
+    words = [
+        *("--data", folder / "pictures", "--teacher", options.teacher, "--teacher-weights", folder / "teacher.pt"),
+        *("--student", options.student, "--side", options.side, "--batch", options.batch, "--allow-weak-teacher"),
+        *("--temperature", options.temperature, "--optimizer", "adamw", "--lr", "1e-3", "--weight-decay", "1e-4"),
+        *("--clip-norm", "1", "--steps", options.steps + WARM, "--log-every", 1, "--eval-every", 10**6),
+        *("--save-every", 10**6, "--out", out, "--unlabelled", "--mixup", "1", *more),
+    ]
+    told = subprocess.run(
+        [sys.executable, "-m", "funmatch", "distill", *map(str, words)], capture_output=True, text=True, check=False
+    )
+    if told.returncode:
+        sys.exit(told.stderr)
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    rates = [record["images_per_second"] for record in records if record["event"] == "step"]
+    return options.batch / statistics.median(rates[WARM:]), json.loads((out / "config.json").read_text())
+
+
+@torch.no_grad()
+def losses_agree(options: argparse.Namespace) -> tuple[float, float]:
+    """Ours and timm's loss of one batch."""
+    from timm.task import LogitDistillationTask
+
+    teacher, student = network(options.teacher, 0).eval(), network(options.student, 1).eval()
+    task = LogitDistillationTask(
+        student, teacher, torch.nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0,
+        temperature=options.temperature, verbose=False,
+    )  # fmt: skip
+    batch = torch.randn(8, 3, options.side, options.side)
+    theirs = task.eval()(batch, torch.zeros(8, dtype=torch.long))["loss"]
+    ours = options.temperature**2 * kl(student(batch), teacher(batch), options.temperature).mean()
+    return ours.item(), theirs.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="timed of a turn")
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--pictures", type=int, default=320)
+    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--teacher", default="resnetv2_101x1_bit")
+    parser.add_argument("--student", default="resnetv2_50x1_bit")
+    parser.add_argument("--only", nargs="+", default=[*OURS, *TIMM], choices=[*OURS, *TIMM])
+    parser.add_argument("--turn", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.turn:
+        print(timm_turn(Path(options.turn), options, TIMM[options.only[0]]))
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
+        make_pictures(folder / "pictures", options.pictures)
+        torch.save(network(options.teacher, 0).state_dict(), folder / "teacher.pt")
+        print("loss of a batch: ours {:.6f}, timm's {:.6f}".format(*losses_agree(options)), flush=True)
+        times: dict[str, list[float]] = {name: [] for name in options.only}
+        for number in range(options.rounds):
+            for name in options.only:
+                if name in OURS:
+                    seconds, told = our_turn(folder, options, OURS[name], folder / "runs" / f"{name}-{number}")
+                    if number == 0:
+                        print(name, told.get("precision"), told.get("teacher_forms"), flush=True)
+                else:
+                    words = [sys.executable, __file__, "--turn", str(folder), "--only", name]
+                    for knob in ("steps", "side", "batch", "temperature", "teacher", "student"):
+                        words += [f"--{knob}", str(getattr(options, knob))]
+                    done = subprocess.run(words, capture_output=True, text=True, check=True)
+                    seconds = float(done.stdout.split()[-1])
+                times[name].append(seconds)
+                print(f"round {number}: {name} {seconds:.3f} s a step", flush=True)
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"\n{machine}, torch {torch.__version__}, timm {timm.__version__}\n")
+    theirs = [name for name in options.only if name in TIMM]
+    print("| | s a step (least … most) | images/s |", *(f"times {name} |" for name in theirs))
+    print("|---|---|---:|" + "---|" * len(theirs))
+    for name, mine in times.items():
+        middle = statistics.median(mine)
+        cells = []
+        for other in theirs:
+            ratios = [their / own for their, own in zip(times[other], mine, strict=True)]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})")
+        rate = f"{middle:.3f} ({min(mine):.3f} … {max(mine):.3f}) | {options.batch / middle:.1f}"
+        print(f"| {name} | {rate} |", " | ".join(cells), "|")
+
+
+if __name__ == "__main__":
+    main()
