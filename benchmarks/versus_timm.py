@@ -38,10 +38,11 @@ TIMM = {
 """Whether under autocast, with --channels-last, with --torchcompile."""
 OURS = {
     "funmatch": [],
-    "funmatch-fp32": ["--precision", "fp32"],
-    "funmatch-off": ["--compile", "off"],
-    "funmatch-max": ["--compile", "max"],
+    "funmatch-eager": ["--compile", "off"],
+    "funmatch-fp32": ["--precision", "fp32", "--compile", "off"],
 }
+LONG = 10_000
+"""Steps of our runs, which are stopped when enough of them are measured: short ones are neither compiled nor tuned."""
 
 
 def make_pictures(folder: Path, count: int) -> None:
@@ -113,23 +114,37 @@ def timm_turn(folder: Path, options: argparse.Namespace, how: tuple[str, ...]) -
     return statistics.median(after - before for before, after in zip(times[WARM:], times[WARM + 1 :], strict=False))
 
 
-def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Path) -> tuple[float, dict]:
-    """Seconds a step of `funmatch distill`, and what its config.json says."""
+def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Path) -> tuple[float, str]:
+    """Seconds a step of `funmatch distill`, and what it says of how it computes."""
     words = [
         *("--data", folder / "pictures", "--teacher", options.teacher, "--teacher-weights", folder / "teacher.pt"),
         *("--student", options.student, "--side", options.side, "--batch", options.batch, "--allow-weak-teacher"),
         *("--temperature", options.temperature, "--optimizer", "adamw", "--lr", "1e-3", "--weight-decay", "1e-4"),
-        *("--clip-norm", "1", "--steps", options.steps + WARM, "--log-every", 1, "--eval-every", 10**6),
-        *("--save-every", 10**6, "--out", out, "--unlabelled", "--mixup", "1", *more),
+        *("--clip-norm", "1", "--steps", LONG, "--log-every", 1, "--eval-every", LONG, "--save-every", LONG),
+        *("--out", out, "--unlabelled", "--mixup", "1", *more),
     ]
-    told = subprocess.run(
-        [sys.executable, "-m", "funmatch", "distill", *map(str, words)], capture_output=True, text=True, check=False
-    )
-    if told.returncode:
-        sys.exit(told.stderr)
-    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    rates = [record["images_per_second"] for record in records if record["event"] == "step"]
-    return options.batch / statistics.median(rates[WARM:]), json.loads((out / "config.json").read_text())
+    log = out.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as told:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "funmatch", "distill", *map(str, words)], stdout=told, stderr=told
+        )
+        rates: list[float] = []
+        while len(rates) <= options.steps + WARM:
+            if process.poll() is not None:
+                sys.exit(log.read_text())
+            time.sleep(0.5)
+            metrics = out / "metrics.jsonl"
+            records = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else ()
+            rates = [record["images_per_second"] for record in records if record["event"] == "step"]
+        process.kill()
+        process.wait()
+    said = [
+        line
+        for line in log.read_text().splitlines()
+        if "computed as" in line or "taught in" in line or "compil" in line
+    ]
+    return options.batch / statistics.median(rates[WARM : WARM + options.steps]), "; ".join(said)
 
 
 @torch.no_grad()
@@ -144,7 +159,7 @@ def losses_agree(options: argparse.Namespace) -> tuple[float, float]:
     )  # fmt: skip
     batch = torch.randn(8, 3, options.side, options.side)
     theirs = task.eval()(batch, torch.zeros(8, dtype=torch.long))["loss"]
-    ours = options.temperature**2 * kl(student(batch), teacher(batch), options.temperature).mean()
+    ours = kl(student(batch), teacher(batch), options.temperature).mean()
     return ours.item(), theirs.item()
 
 
@@ -176,7 +191,7 @@ def main() -> None:
                 if name in OURS:
                     seconds, told = our_turn(folder, options, OURS[name], folder / "runs" / f"{name}-{number}")
                     if number == 0:
-                        print(name, told.get("precision"), told.get("teacher_forms"), flush=True)
+                        print(f"{name}: {told}", flush=True)
                 else:
                     words = [sys.executable, __file__, "--turn", str(folder), "--only", name]
                     for knob in ("steps", "side", "batch", "temperature", "teacher", "student"):

@@ -32,7 +32,7 @@ from funmatch.config import (
     Tape,
     Train,
 )
-from funmatch.errors import Fruitless, InputError, told_elsewhere, unknown
+from funmatch.errors import Fruitless, InputError, lacks_memory, told_elsewhere, unknown
 from funmatch.knobs import Knobs
 from funmatch.words import gathered, of_search, with_recipe
 
@@ -82,14 +82,15 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except RuntimeError as error:
-        if "home directory" not in str(error):  # which is how Python says that there is no such user
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
+            _fail(error, "out of memory; --micro-batch, --teacher-batch or --grad-checkpointing needs less")
+        if "home directory" not in str(error):  # as Python says that there is no such user
             raise
         _fail(error, f"a path begins with ~ and the name of a user that does not exist here: {error}")
     except OSError as error:
         if error.errno in (ENOSPC, EDQUOT):
-            saved = "then start the same command again: nothing saved is lost"
-            _fail(error, f"the disk is full{_where(error)}; make room, {saved}")
+            _fail(error, f"the disk is full{_where(error)}; make room, then start the same command again")
         _fail(error, f"{error.strerror or error}{_where(error)}; choose another place, or put it right")
     sys.exit(0)
 

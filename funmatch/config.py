@@ -28,7 +28,7 @@ class Machine(Knobs):
     """Where to compute: auto, cpu, or an accelerator as torch names it (cuda, cuda:1, mps, xpu)."""
     precision: Precision = "auto"
     """Arithmetic of the networks: auto is bf16 on accelerators that have it, fp16 with loss scaling on those that do
-    not, fp32 on the CPU."""
+    not; on the CPU fp32, or bf16 for a run whose student is clearly faster in it."""
 
 
 class Pictures(Knobs):
@@ -169,6 +169,9 @@ class Train(Pictures, Machine):
     micro_batch: int | None = None
     """Pictures that go through the student at once; a batch is taught in such pieces, to need less memory. The same
     crops and λ; only BatchNorm and dropout notice."""
+    compile: Literal["auto", "off", "on", "max"] = "auto"
+    """Compile the networks, a minute or two at the start for faster steps: auto does so for larger networks in runs of
+    2,000 steps or more; max tries more kernels for longer. The same mathematics, rounded elsewhere."""
     grad_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute activations again on the way back, to need less memory. (BatchNorm's running averages move twice.)"""
     patience: int | None = None
@@ -200,6 +203,11 @@ class Train(Pictures, Machine):
         found += contradictions.of_length(self) + contradictions.of_schedule(self)
         found += contradictions.of_sizes(self) + contradictions.of_mixing(self)
         return found + super().problems()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether networks are compiled, as far as it is known."""
+        return self.compile in ("on", "max")
 
     @property
     def cropped(self) -> Crop:
@@ -331,8 +339,8 @@ class Distill(Train, Teaching):
     path.npz or bit:R152x2_T_pet128, savedmodel:path, package.module:function, or fashion-mini-teacher."""
     teacher_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the frozen teacher: auto is the fastest that answers the first batch as fp32 does."""
-    compile_teacher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Compile the frozen teacher: up to a minute at the start for a faster step."""
+    teacher_batch: int | None = None
+    """Pictures that go through the teacher at once, to need less memory; by default all that the student sees."""
     strategy: str = "funmatch"
     """What the two see of a picture. funmatch: one shared Inception crop, mixed. same/ic, same/rc: one shared Inception
     or mild random crop. ind/ic, ind/rc: each a crop of its own. fix/rs, fix/cc, fix/ic_ens: the teacher always the
@@ -369,6 +377,11 @@ class Distill(Train, Teaching):
     """Keep only the teacher's first so many classes on the tape, and the others as one mass."""
     tape_full: Literal["stop", "go-on"] = "stop"
     """When the disk is full in the middle of a recording: stop the run, or go on without recording."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether networks are compiled, as far as it is known."""
+        return self.compile in ("on", "max")
 
     @property
     def cropped(self) -> Crop:
@@ -624,6 +637,6 @@ SEARCHED: dict[str, type[Search]] = {"train": SearchTrain, "finetune": SearchFin
 """The tables of a search among the runs of a verb."""
 STILL = {
     *Pictures.model_fields, *Machine.model_fields, *UNCOMPARED, *Search.model_fields, "seed", "threads", "eval_every",
-    "save_every", "compile_teacher", "teacher_ahead", "teacher_precision", "allow_weak_teacher", "trust_class_order",
+    "save_every", "compile", "teacher_ahead", "teacher_precision", "allow_weak_teacher", "trust_class_order",
 } - {"epochs"}  # fmt: skip
 """Knobs that no search may move: they decide what is judged, or change nothing but the place and the speed."""

@@ -106,7 +106,7 @@ def of_views(config: Any) -> list[str]:
         )
     if row.teacher != "ensemble" and moved(config, "teacher_crops"):
         found.append(f"teacher_crops belongs to strategy fix/ic_ens, not {config.strategy}")
-    return found + outside(config, {"teacher_crops": 1}, {"teacher_crops": 10**6})
+    return found + outside(config, {"teacher_crops": 1, "teacher_batch": 1}, {"teacher_crops": 10**6})
 
 
 def of_distance(config: Any) -> list[str]:

@@ -131,6 +131,18 @@ def fetched_later(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None
     return there, event.synchronize
 
 
+def empty_cache(device: torch.device) -> None:
+    """Gives memory that is kept for later back, and begins a new peak."""
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that were in use at once on an accelerator; 0 for the CPU, where this is not known."""
+    return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
+
+
 def finish(device: torch.device) -> None:
     """Waits until a device has done all that it was given."""
     if device.type != "cpu":

@@ -16,7 +16,7 @@ from funmatch.config import TAUGHT, UNCOMPARED, Train
 from funmatch.errors import InputError, unknown
 
 PAPER, EARLIER = "Beyer et al., CVPR 2022", "FunMatch-Distillation (TensorFlow)"
-MACHINE = {"device", "precision", "threads", "teacher_precision", "compile_teacher", "teacher_ahead", "seed"}
+MACHINE = {"device", "precision", "threads", "teacher_precision", "compile", "teacher_ahead", "seed"}
 """Knobs that a recipe does not decide."""
 AGAINST = {
     "steps": ("epochs",),

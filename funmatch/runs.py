@@ -102,6 +102,15 @@ def begun(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any])
     return {} if differences(config, record_of(verb, knobs, facts)) else config["facts"]
 
 
+def knobs_of(folder: Path) -> dict[str, Any]:
+    """What the run in a folder was begun with; nothing where there is none."""
+    run = Run(folder.expanduser())
+    try:
+        return run.config["knobs"] if (run.folder / "config.json").is_file() else {}
+    except (InputError, KeyError):
+        return {}  # whoever opens the run will say so
+
+
 def finished(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
     """The figures of the run in a folder, if it is over and was asked the same."""
     return Run(folder.expanduser()).result if begun(folder, verb, knobs, facts) else None

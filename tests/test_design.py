@@ -70,11 +70,12 @@ LAYERS = [
         "models.classes",
         "models.teachers",
     ],
-    ["devices", "synchronised", "logs", "signals", "checkpoint", "runs", "ends", "fit", "tape"],
+    ["devices", "synchronised", "logs", "signals", "checkpoint", "runs", "ends", "fit", "memory", "tape"],
     [
         "tasks.pictures",
         "tasks.judging",
         "tasks.teachers",
+        "tasks.fastest",
         "tasks.resolved",
         "tasks.lesson",
         "tasks.delivery",

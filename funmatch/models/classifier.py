@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.options, self.function = options or {}, function
         self.still: tuple[str, ...] = ()
+        self.taught: Callable[[Tensor], Any] | None = None  # the network compiled, for training
         self.notes: tuple[str, ...] = ()  # what a person should know of it
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
         self.net = laid_out(net, torch.channels_last)
@@ -106,7 +107,8 @@ class Classifier(nn.Module):
         return (views - self.mean) / self.std
 
     def forward(self, views: Tensor) -> Tensor:
-        answer = self.net(self.normalised(views))
+        net = self.taught if self.taught and self.training else self.net
+        answer = net(self.normalised(views))
         return getattr(answer, "logits", answer)
 
     def count(self) -> int:

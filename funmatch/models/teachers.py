@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from funmatch.data.loader import cuts
 from funmatch.models.classes import Picks, picked
 from funmatch.models.frozen import Frozen
 
@@ -59,11 +61,13 @@ COMBINED = {"mean-logits": mean_logits, "mean-probabilities": mean_probabilities
 class Teachers(nn.Module):
     """What a student matches: one frozen teacher, or several combined."""
 
-    def __init__(self, members: Sequence[Member], combine: str = "mean-logits") -> None:
+    def __init__(self, members: Sequence[Member], combine: str = "mean-logits", at_once: int | None = None) -> None:
+        """`at_once` is how many pictures are asked about at a time, None for all that are shown."""
         super().__init__()
         self.members = tuple(members)
         self.frozen = nn.ModuleList(member.frozen for member in members)
         self.combine = combine
+        self.at_once = at_once
 
     @property
     def name(self) -> str:
@@ -71,7 +75,12 @@ class Teachers(nn.Module):
 
     def forward(self, views: Mapping[int, Tensor], temperature: float = 1.0) -> Tensor:
         """Logits (n, classes) for views by their side, each (n, 3, side, side) of the same pictures."""
-        return self.combined([member.answers(views[member.side]) for member in self.members], temperature)
+        return self.combined([self.asked(member, views[member.side]) for member in self.members], temperature)
+
+    def asked(self, member: Member, views: Tensor) -> Tensor:
+        """What one of them says, (n, classes), of views (n, 3, side, side): in even pieces, if they are many."""
+        ends = cuts(len(views), self.at_once)
+        return torch.cat([member.answers(views[start:stop]) for start, stop in pairwise(ends)])
 
     def combined(self, answers: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """What the teachers say together, when each says (n, classes)."""

@@ -6,7 +6,7 @@ from typing import Any
 import timm
 import torch
 
-from funmatch import devices, launch, optimizers
+from funmatch import launch, optimizers
 from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
 from funmatch.data.decode import pick_decoder
@@ -15,7 +15,7 @@ from funmatch.models.classes import SAME_NAMES
 from funmatch.models.classifier import Classifier
 from funmatch.models.load import NAMED
 from funmatch.strategies import STRATEGIES
-from funmatch.tasks import judging, pictures
+from funmatch.tasks import fastest, judging, pictures
 
 LR = 3e-3
 """Adam's learning rate at the top of the schedule, where nobody said another."""
@@ -41,7 +41,7 @@ def resolved(config: Train, cache: Cache, student: Classifier, device: torch.dev
         "momentum": optimizers.momentum_of(config.optimizer, config.momentum),
         "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
         "device": str(device) if launch.world() == 1 else device.type,  # the number is each process's own
-        "precision": devices.resolve_precision(config.precision, device),
+        **fastest.settled(config, steps, side, student, device),
         "decoder": pick_decoder(config.decoder),
     }
     return config.model_copy(update=closed)

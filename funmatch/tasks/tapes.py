@@ -26,8 +26,9 @@ STUDENTS_OWN = {
     "student_weights", "student_kwargs", "drop_rate", "drop_path", "ema", "steps", "epochs", "label_smoothing",
     "optimizer", "optimizer_kwargs", "momentum", "momentum_dtype", "lr", "schedule", "cooldown_steps", "cooldown_shape",
     "decay_steps", "decay_factors", "weight_decay", "warmup_steps", "clip_norm", "freeze_until", "micro_batch",
-    "grad_checkpointing", "patience", "keep", "workers", "threads", "log_every", "eval_every", "save_every", "distance",
-    "standardise", "label_weight", "t_squared", "teacher_ahead", "precision", "eval_data", "out",
+    "grad_checkpointing", "teacher_batch", "patience", "keep", "workers", "threads", "log_every", "eval_every",
+    "save_every", "distance", "standardise", "label_weight", "t_squared", "teacher_ahead", "precision", "eval_data",
+    "out",
 }  # fmt: skip
 """Knobs that change nothing of what teachers are shown and say."""
 BEHIND = 2

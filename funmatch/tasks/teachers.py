@@ -150,7 +150,7 @@ def in_best_form(
     """
     records, members = [], []
     for number, one in enumerate(called):
-        shown = views[one.side][: None if config.compile_teacher else CHECKED]
+        shown = views[one.side][: config.teacher_batch if config.compiles else config.teacher_batch or CHECKED]
         check_side(one.classifier, one.side)
         if remembered:
             record = remembered[number]
@@ -160,14 +160,14 @@ def in_best_form(
             frozen, record = _frozen(one, shown, config)
         records.append(record)
         members.append(Member(frozen, one.side, one.share, one.picks))
-    return Teachers(members, config.combine), records
+    return Teachers(members, config.combine, config.teacher_batch), records
 
 
 def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
     precisions = devices.teacher_precisions(config.teacher_precision, shown.device)
     place = cache_home() / "forms" / f"{_machine(one, shown, config, precisions)}.json"
     known = _known_form(place, precisions, config)
-    frozen, tried = freeze(one.make, shown, Wish(precisions, config.compile_teacher, known))
+    frozen, tried = freeze(one.make, shown, Wish(precisions, config.compiles, known))
     for check in tried[:-1]:
         say(f"teacher {one.name} is not computed as {check}")
     taken = tried[-1]
@@ -188,7 +188,7 @@ def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[s
 
 def _machine(one: Called, shown: Tensor, config: Distill, precisions: tuple[str, ...]) -> str:
     """A name for what decides which form is the fastest."""
-    words = (one.digest, one.function, shown.shape, precisions, config.compile_teacher, devices.described(shown.device))
+    words = (one.digest, one.function, shown.shape, precisions, config.compiles, devices.described(shown.device))
     return hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()
 
 
@@ -199,7 +199,7 @@ def _known_form(place: Path, precisions: tuple[str, ...], config: Distill) -> Fo
     except (OSError, ValueError, TypeError):
         return None
     allowed = precisions if len(precisions) == 1 else ("fp32", *precisions)
-    return form if form.fits(allowed, compiled=config.compile_teacher) else None
+    return form if form.fits(allowed, compiled=config.compiles) else None
 
 
 def answers(teachers: Teachers, split: CachedSplit, view: judging.View) -> tuple[Tensor, list[Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funmatch import checkpoint, devices, ends, launch, runs, signals
+from funmatch import checkpoint, devices, ends, launch, memory, runs, signals
 from funmatch.data.loader import Batch, prefetch
 from funmatch.errors import InputError
 from funmatch.fit import fit
@@ -18,6 +18,7 @@ from funmatch.logs import Bar, percent, say
 from funmatch.optim import Average
 from funmatch.tasks import judging, teachers
 from funmatch.tasks.delivery import written
+from funmatch.tasks.fastest import compile_student
 from funmatch.tasks.lesson import Lesson, optimizer_of, prolong, record_of
 
 LossOf = Callable[[Batch], Tensor]
@@ -137,9 +138,16 @@ class Walk:
         batches = prefetch(
             self.lesson.loader, start, course.steps, workers=workers, finish=ahead or devices.pinner(course.device)
         )
+        if start < course.steps:
+            compile_student(student, course, config, config.side or 0)
         if self.tired:  # it was stopped between its end and its last record
             return
-        with closing(batches), Bar(self.lesson.verb, course.steps, start) as bar, signals.heard() as caught:
+        with (
+            memory.told(self.lesson.loader, course, student, self.optimizer, loss_of),
+            closing(batches),
+            Bar(self.lesson.verb, course.steps, start) as bar,
+            signals.heard() as caught,
+        ):
             self.clock = time.monotonic()
             for step, loss in fit(course, student, self.optimizer, self.scaler, batches, loss_of, start):
                 self.standing.step = step
