@@ -62,7 +62,7 @@ def network(name: str, seed: int) -> Any:
     """With random weights, a head that is not zero among them."""
     torch.manual_seed(seed)
     net: Any = timm.create_model(name, num_classes=CLASSES)
-    torch.nn.init.normal_(net.get_classifier().weight, std=0.05)
+    torch.nn.init.normal_(net.get_classifier().weight, std=0.01)
     return net
 
 

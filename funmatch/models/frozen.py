@@ -19,6 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 CLOSE = 1e-3  # nats of KL from the plain teacher, in the mean, up to which a faster form is as good
 AGREEING = 0.995  # share of pictures on which both have the same first class
+TIED = (CLOSE / 2) ** 0.5
+"""Of probability, up to which two classes are equally the first: so far a KL of `CLOSE` may move one (Pinsker)."""
 AT_ONCE = 64  # pictures that the plain teacher is asked at a time
 TIMED, TURNS = 16, 3
 CLEARLY = 1.1  # times as fast, for a layout to be preferred to the usual one
@@ -107,7 +109,7 @@ class Check:
         form: which.
         pictures: compared.
         kl: KL(plain ‖ form), mean over pictures, nats.
-        agreement: share of pictures with the same first class.
+        agreement: share of pictures with the same first class, or one that is as likely within `TIED`.
         failed: why it could not be computed, or None.
     """
 
@@ -222,7 +224,9 @@ def compared(form: Form, answers: Tensor, truth: Tensor) -> Check:
     if not truth.isfinite().all():
         return Check(form, len(truth), 0.0, 1.0)  # no form is to blame; who judges the teacher will say so
     distance = max(0.0, kl(answers, truth).mean().item()) if answers.isfinite().all() else float("inf")
-    agreement = (answers.argmax(-1) == truth.argmax(-1)).double().mean().item()
+    likely = truth.double().softmax(-1)
+    first = likely.gather(-1, answers.argmax(-1, keepdim=True)).squeeze(-1)
+    agreement = (first >= likely.amax(-1) - TIED).double().mean().item()
     return Check(form, len(truth), distance, agreement)
 
 
