@@ -3,8 +3,9 @@
     python benchmarks/tape.py [--rounds 5] [--steps 8] [--teacher resnetv2_101x1_bit] [--student resnetv2_50x1_bit]
 
 In each round a run with its teacher live (recording nothing), a run that replays a tape, and the student alone on a
-ready batch. The ideal is told twice: by arithmetic (what the teacher's share of a step's FLOPs is), and by time (a replayed
-step that costs what the student alone does). Different networks make different use of a machine, so these differ.
+ready batch. The ideal is told twice: by arithmetic (what the teacher's share of a step's FLOPs is), and by time (a
+replayed step that costs what the student alone does). Different networks make different use of a machine, so these
+differ.
 """
 
 import argparse

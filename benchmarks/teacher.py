@@ -22,9 +22,9 @@ from torch import Tensor
 
 from funmatch import devices
 from funmatch.distances import kl
+from funmatch.models.arithmetic import gflop
 from funmatch.models.frozen import Form, Frozen
 from funmatch.models.load import load
-from funmatch.tasks.shelf import gflop
 
 
 def timed(run: Callable[[], Tensor]) -> float:

@@ -17,7 +17,7 @@ Words = tuple[str, ...]
 # The pictures themselves are compared by content, so it does not matter where they lie or how they are kept.
 UNCOMPARED = {
     "out", "as_json", "workers", "log_every", "epochs", "data", "eval_data", "data_dir", "pixels", "resident_gb",
-    "follow_links", "on_bad", "class_file", "recipe", "tape", "tape_full",
+    "follow_links", "on_bad", "class_file", "recipe", "tape", "tape_full", "profile",
 }  # fmt: skip
 
 
@@ -184,6 +184,8 @@ class Train(Pictures, Machine):
     """Threads that make views ahead of the model; by default one less than there are cores, at most 8."""
     threads: int | None = None
     """Cores that the networks use on the CPU; by default all. Tiny networks are faster on one."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Say where the first steps go, part by part, and write a trace of some of them into the run folder."""
     log_every: int = 50
     """Steps between records of the loss."""
     eval_every: int = 500

@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up. A module may import those before it in this list, and nothing else of ours.
 LAYERS = [
-    ["launch", "errors", "files", "crc32c", "protobuf"],
+    ["launch", "errors", "files", "crc32c", "protobuf", "spans"],
     ["knobs", "strategies", "contradictions", "config", "recipes"],
     [
         "draws",
@@ -56,6 +56,7 @@ LAYERS = [
         "models.fetch",
         "models.foreign",
         "models.groupnorm",
+        "models.arithmetic",
         "models.build",
         "models.bundle",
         "models.nodes",
@@ -81,6 +82,8 @@ LAYERS = [
         "tasks.delivery",
         "tasks.answers",
         "tasks.tapes",
+        "tasks.profile",
+        "tasks.standing",
         "tasks.walk",
         "tasks.evaluate",
         "tasks.train",

@@ -16,6 +16,7 @@ from funmatch.augment import central_view, crop_resize_flip, sample_flip
 from funmatch.data.pixels import CachedSplit
 from funmatch.draws import CHANGES, CUTS, Draw, Mixing, boxes_of, draw, generator
 from funmatch.mixing import cuts as cuts_of
+from funmatch.spans import span
 from funmatch.views import own_share
 
 Made = TypeVar("Made")
@@ -183,8 +184,9 @@ def prefetch(
     """
 
     def make(step: int) -> Batch:
-        batch = loader.batch_at(step)
-        return finish(batch) if finish else batch
+        with span("views"):
+            batch = loader.batch_at(step)
+            return finish(batch) if finish else batch
 
     return ahead(make, start, stop, workers)
 

@@ -15,10 +15,12 @@ from funmatch.distances import cross_entropy, distance, mixed_labels, standardis
 from funmatch.errors import InputError
 from funmatch.logs import say
 from funmatch.models.teachers import Teachers
+from funmatch.spans import span
 from funmatch.strategies import STRATEGIES
 from funmatch.tape import rest_as_one
 from funmatch.tasks import answers, judging, tapes, teachers, walk
 from funmatch.tasks.lesson import Lesson, Trial, done, open_data, prepare, remembered_forms
+from funmatch.tasks.standing import Taught
 from funmatch.views import seen
 
 FACTS = {"teacher": "digest", "teacher_function": "function"}
@@ -65,7 +67,8 @@ def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -
             """What the teachers say of a batch, (n, classes): known before, or computed now."""
             if batch.answers is not None:
                 return batch.answers
-            told = matched(views, config.temperature)
+            with span("teacher"):
+                told = matched(views, config.temperature)
             return recorder(batch, told, record=record) if recorder else told
 
         def ahead(batch: Batch) -> Batch:
@@ -77,7 +80,9 @@ def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -
         def both(batch: Batch, *, record: bool = False) -> tuple[Tensor, Tensor]:
             """What student and teachers say of a batch."""
             views, student_view = seen(batch)
-            return lesson.student(student_view), answered(batch, views, record=record)
+            with span("student"):
+                said = lesson.student(student_view)
+            return said, answered(batch, views, record=record)
 
         def loss_of(batch: Batch) -> Tensor:
             return loss(*both(batch, record=True), batch, config)
@@ -151,13 +156,13 @@ def in_one_form(
     return teachers.in_best_form(called, views, config, devices.from_first(lambda: remembered))
 
 
-def judged(matched: Teachers, lesson: Lesson) -> walk.Taught:
+def judged(matched: Teachers, lesson: Lesson) -> Taught:
     """What the teachers say of the watched split; an `InputError` where that is no better than chance."""
     watched, config = judging.watched(lesson.cache), lesson.config
     assert isinstance(config, Distill)
     together, each = teachers.answers(matched, watched, lesson.view)
     teachers.gate(matched, together, each, watched, config)
-    return walk.Taught(together, each)
+    return Taught(together, each)
 
 
 def taught_by(lesson: Lesson, called: Sequence[teachers.Called]) -> Lesson:

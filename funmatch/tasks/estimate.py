@@ -13,11 +13,11 @@ from funmatch.config import Distill, Recipes, Train
 from funmatch.data.catalog import CATALOG
 from funmatch.logs import percent, say, table
 from funmatch.models import foreign
+from funmatch.models.arithmetic import gflop
 from funmatch.models.build import create, create_empty
 from funmatch.models.classifier import Classifier
 from funmatch.models.frozen import Form, Frozen
 from funmatch.recipes import Recipe
-from funmatch.tasks.shelf import gflop
 
 SECONDS = 8.0  # of measurement for each network, about
 PICTURES = {"cpu": 8}  # at a time on a device; elsewhere 128

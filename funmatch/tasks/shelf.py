@@ -1,6 +1,5 @@
 """The shelf of models: what can be named, and checkpoints turned into folders that timm loads."""
 
-import copy
 import warnings
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -8,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from funmatch.config import Import, Models
 from funmatch.errors import InputError, unknown
 from funmatch.files import cache_home, folder_atomically
 from funmatch.logs import Bar, say_notes, table
+from funmatch.models.arithmetic import gflop
 from funmatch.models.build import create_empty, known, net_config
 from funmatch.models.classifier import OTHER_SIZES, check_side, save
 from funmatch.models.fetch import PAPER
@@ -169,16 +166,3 @@ def _source(name: str) -> str:
         return GROUPS[name] + ("" if isinstance(NAMED[name], str) else ", no weights")
     tags = timm.list_pretrained(f"{name}.*") if "." not in name else [name]
     return f"timm, {len(tags)} with weights" if len(tags) > 1 else "timm, with weights" if tags else "timm, no weights"
-
-
-@torch.no_grad()
-def gflop(net: nn.Module, side: int) -> float | None:
-    """Arithmetic of one forward pass for one picture, in 10⁹ operations, a multiply-add being two."""
-    try:
-        shadow = copy.deepcopy(net).to("meta").eval()
-        channels = vars(net).get("in_chans", 3)
-        with FlopCounterMode(display=False) as counter:
-            shadow(torch.zeros(1, channels, side, side, device="meta"))
-    except Exception:  # not every network can be followed without numbers, nor takes every side
-        return None
-    return counter.get_total_flops() / 1e9

@@ -10,6 +10,7 @@ from funmatch.data.cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.distances import cross_entropy, mixed_labels
 from funmatch.errors import InputError
+from funmatch.spans import span
 from funmatch.tasks.lesson import Lesson, Trial, open_data, prepare
 from funmatch.tasks.teachers import Modules
 from funmatch.tasks.walk import LossOf, carry_out
@@ -41,7 +42,9 @@ def label_loss(lesson: Lesson) -> LossOf:
     def loss_of(batch: Batch) -> Tensor:
         _, view = seen(batch.crops, (), batch.lam, batch.cuts)
         labels = mixed_labels(batch.labels, batch.own_share, classes, config.label_smoothing)
-        return cross_entropy(lesson.student(view), labels).mean()
+        with span("student"):
+            said = lesson.student(view)
+        return cross_entropy(said, labels).mean()
 
     return loss_of
 

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,33 +16,15 @@ from funmatch.errors import InputError
 from funmatch.fit import fit
 from funmatch.logs import Bar, percent, say
 from funmatch.optim import Average
+from funmatch.spans import span
 from funmatch.tasks import judging, teachers
 from funmatch.tasks.delivery import written
 from funmatch.tasks.fastest import compile_student
 from funmatch.tasks.lesson import Lesson, optimizer_of, prolong, record_of
+from funmatch.tasks.profile import watched
+from funmatch.tasks.standing import Standing, Taught
 
 LossOf = Callable[[Batch], Tensor]
-
-
-@dataclass
-class Standing:
-    """Where a run stands besides its tensors: what `state.json` of a checkpoint holds."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best_step: int | None = None
-    best_score: float = -1.0
-    since_best: int = 0
-    window: list[float] = field(default_factory=list)
-    scaler: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Taught:
-    """What the teachers say of the watched split's pictures, (n, classes): together, and each."""
-
-    together: Tensor
-    each: list[Tensor]
 
 
 def carry_out(
@@ -147,6 +129,7 @@ class Walk:
             closing(batches),
             Bar(self.lesson.verb, course.steps, start) as bar,
             signals.heard() as caught,
+            watched(self.lesson, self.run.folder) as seen,
         ):
             self.clock = time.monotonic()
             for step, loss in fit(course, student, self.optimizer, self.scaler, batches, loss_of, start):
@@ -156,7 +139,8 @@ class Walk:
                     self.average.follow(student, step)
                 last = step == course.steps
                 if last or step % config.log_every == 0:
-                    self.log()
+                    with span("logging"):
+                        self.log()
                 stop = devices.greatest(caught[0] if caught else 0)
                 judged = last or step % config.eval_every == 0
                 saved = last or step % config.save_every == 0 or step == self.stable or stop
@@ -172,6 +156,7 @@ class Walk:
                 if step == self.stable:
                     self.keep_stable()
                 bar.update(step, " ".join(self.notes.values()))
+                seen()
                 if tired:
                     break
                 if stop and not last:
