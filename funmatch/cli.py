@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from errno import EDQUOT, ENOSPC
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -24,6 +23,7 @@ from funmatch.config import (
     Finetune,
     Import,
     Models,
+    Plan,
     Prepare,
     Recipes,
     Report,
@@ -34,13 +34,14 @@ from funmatch.config import (
 )
 from funmatch.errors import Fruitless, InputError, lacks_memory, told_elsewhere, unknown
 from funmatch.knobs import Knobs
-from funmatch.words import gathered, of_search, with_recipe
+from funmatch.words import about, gathered, with_recipe
 
 TABLES: dict[str, type[Knobs]] = {
     "demo": Demo,
     "distill": Distill,
     "train": Train,
     "finetune": Finetune,
+    "plan": Plan,
     "tune": Search,
     "study": Study,
     "tape": Tape,
@@ -112,11 +113,11 @@ def parse(arguments: list[str]) -> Knobs:
         raise InputError(f"{verb} is work for one process; several can share: {', '.join(TAUGHT)}")
     words, told, taught = arguments[1:], launch.is_first(), verb
     table: Any = TABLES[verb]
-    if verb == "tune":
-        words, taught = of_search(words)
-        table = SEARCHED[taught]
+    if verb in ("tune", "plan"):
+        words, taught = about(words, verb)
+        table = (SEARCHED if verb == "tune" else TAUGHT)[taught]
     words, default = gathered(words, table), None
-    named = f"funmatch {verb}" + (" VERB|RECIPE" if verb == "tune" else " [RECIPE]" if verb in TAUGHT else "")
+    named = f"funmatch {verb}" + (" VERB|RECIPE" if verb in ("tune", "plan") else " [RECIPE]" if verb in TAUGHT else "")
     if taught in TAUGHT:
         words, default = with_recipe(words, taught, table)
     config = tyro.cli(table, prog=named, args=words, default=default, console_outputs=told)
@@ -185,10 +186,16 @@ def _finetune(config: Finetune):
 
 
 def _taught(figures: dict[str, Any], config: Train):
-    from funmatch import report
+    from funmatch import report, shown
 
     page = report.of_finished(config.out.expanduser())
-    return figures | {"report": str(page)}, lambda figures: _show(figures, f"{figures['run']}")
+    return figures | {"report": str(page)}, lambda figures: shown.show(figures, f"{figures['run']}")
+
+
+def _plan(config: Train):
+    from funmatch.tasks import forecast
+
+    return forecast.run(config), forecast.show
 
 
 def _tune(config: Search):
@@ -214,9 +221,10 @@ def _tape(config: Tape):
 
 
 def _evaluate(config: Evaluate):
+    from funmatch import shown
     from funmatch.tasks import evaluate
 
-    return evaluate.run(config), lambda figures: _show(figures, figures["model"])
+    return evaluate.run(config), lambda figures: shown.show(figures, figures["model"])
 
 
 def _import(config: Import):
@@ -263,6 +271,7 @@ VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]]
     "distill": _distill,
     "train": _train,
     "finetune": _finetune,
+    "plan": _plan,
     "tune": _tune,
     "study": _study,
     "tape": _tape,
@@ -275,26 +284,3 @@ VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]]
     "recipes": _recipes,
 }
 """Each takes its table and gives the figures, and a function that shows them to people."""
-
-
-def _show(figures: dict[str, Any], name: str) -> None:
-    from funmatch.logs import percent, table
-
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.4f}"
-
-    teacher = figures.get("teacher")
-    rows = [
-        ["top-1", percent(figures["top1"])],
-        ["top-5", percent(figures["top5"])],
-        ["agreement with the teacher", percent(figures["agreement"])],
-        ["the same among its first five", percent(figures["agreement5"])],
-        ["KL from the teacher (nats)", number(figures["kl"])],
-        ["expected calibration error", number(figures["ece"])],
-        ["parameters", f"{figures['parameters']:,}"],
-    ]
-    if isinstance(teacher, dict):
-        rows.insert(1, ["teacher's top-1", percent(teacher["top1"])])
-    table(f"{Path(name)} on {figures['pictures']:,} pictures of {figures['split']}", ["figure", "value"], rows)
-    if "report" in figures:
-        print(f"report: {figures['report']}")

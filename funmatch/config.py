@@ -522,6 +522,10 @@ class Study(Knobs):
         return outside(self, {"jobs": 1}) + [f"a seed is at least 0, got {seed}" for seed in self.seeds if seed < 0]
 
 
+class Plan(Knobs):
+    """Say what a run will take on this machine: plan, and then the words of the run."""
+
+
 class Tape(Knobs):
     """Show a teacher tape: whose answers it holds, which steps are there, and whether every row is sound."""
 

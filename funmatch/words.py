@@ -10,11 +10,11 @@ from funmatch.errors import InputError, unknown
 from funmatch.knobs import Knobs
 
 
-def of_search(words: list[str]) -> tuple[list[str], str]:
-    """The words of `funmatch tune WHAT …` for the table of a verb, and this verb.
+def about(words: list[str], verb: str) -> tuple[list[str], str]:
+    """The words of `funmatch tune WHAT …` or `funmatch plan WHAT …` for the table of a verb, and this verb.
 
     Raises:
-        InputError: what is to be searched is neither a verb nor a recipe.
+        InputError: what is to be searched or planned is neither a verb nor a recipe.
     """
     what = words[0] if words and not words[0].startswith("-") else ""
     if what in SEARCHED:
@@ -22,7 +22,7 @@ def of_search(words: list[str]) -> tuple[list[str], str]:
     if what in recipes.RECIPES:
         return words, recipes.RECIPES[what].verb
     if not what and not {"-h", "--help"} & {*words}:
-        raise InputError(f"say what to tune: {', '.join(SEARCHED)}, or the name of a recipe, e.g. pet37-fast")
+        raise InputError(f"say what to {verb}: {', '.join(SEARCHED)}, or the name of a recipe, e.g. pet37-fast")
     if what:
         hint = "`funmatch recipes` lists the recipes"
         raise unknown("verb or recipe", what, [*SEARCHED, *recipes.RECIPES], hint=hint)

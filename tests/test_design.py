@@ -90,6 +90,7 @@ LAYERS = [
         "tasks.finetune",
         "tasks.distill",
         "tasks.tape_check",
+        "tasks.forecast",
         "tasks.prepare",
         "tasks.shelf",
         "tasks.estimate",
@@ -104,7 +105,7 @@ LAYERS = [
         "tasks.series",
     ],
     ["curves", "report", "search_plots", "search_page", "sheet", "charts", "findings"],
-    ["demo", "notebook", "api", "words", "cli", "__main__", "__init__"],
+    ["shown", "demo", "notebook", "api", "words", "cli", "__main__", "__init__"],
 ]
 ORDER = {
     f"funmatch.{name}".removesuffix(".__init__"): i for i, name in enumerate(name for layer in LAYERS for name in layer)

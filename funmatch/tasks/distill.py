@@ -1,7 +1,8 @@
 """Function matching: a student learns to be the same function as a teacher, from pictures alone."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from funmatch.strategies import STRATEGIES
 from funmatch.tape import rest_as_one
 from funmatch.tasks import answers, judging, tapes, teachers, walk
 from funmatch.tasks.lesson import Lesson, Trial, done, open_data, prepare, remembered_forms
-from funmatch.tasks.standing import Taught
+from funmatch.tasks.standing import Judged
 from funmatch.views import seen
 
 FACTS = {"teacher": "digest", "teacher_function": "function"}
@@ -45,17 +46,44 @@ def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -
     lesson, called = begun(config, given, trial)
     if result := done(lesson):
         return result
-    fixed = STRATEGIES[config.strategy].fixed
+    with taught(lesson, called) as made:
+        return walk.carry_out(made.lesson, made.loss_of, made.judged, made.ahead, made.both)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A distillation that is ready to begin, its teachers in place.
+
+    Attributes:
+        lesson: with them.
+        loss_of: a batch to its mean loss.
+        both: a batch to what student and teachers say of it.
+        ahead: what is done to a batch beforehand, in the threads that make views; None for nothing.
+        judged: what the teachers say of the watched split; None on all processes but the first.
+    """
+
+    lesson: Lesson
+    loss_of: Callable[[Batch], Tensor]
+    both: Callable[[Batch], tuple[Tensor, Tensor]]
+    ahead: Callable[[Batch], Batch] | None
+    judged: Judged | None
+
+
+@contextmanager
+def taught(lesson: Lesson, called: list[teachers.Called]) -> Iterator[Taught]:
+    """The lesson with its teachers frozen, judged, and, where there is one, with its tape open."""
+    config = lesson.config
+    assert isinstance(config, Distill)
     with tapes.alone_to_begin(config):
         remembered = remembered_forms(lesson) or tapes.forms_of(config, lesson.course.device)
         lesson, matched, first = matched_in(lesson, called, remembered)
         if config.tape:
             tapes.begun(lesson, matched)
+    called.clear()  # the plain teachers need not be kept beside the frozen ones
     assert isinstance(lesson.config, Distill)
     config = lesson.config
-    del called  # the plain teachers need not be kept beside the frozen ones
-    taught = judged(matched, lesson) if launch.is_first() else None
-    if fixed:
+    judged = judged_by(matched, lesson) if launch.is_first() else None
+    if STRATEGIES[config.strategy].fixed:
         lesson = answers.computed_before(lesson, matched)
     seen = partial(views_by_side, sides=lesson.teacher_sides)
     with tapes.at(lesson, matched) as recorder:
@@ -87,7 +115,7 @@ def _run(config: Distill, given: teachers.Modules | None, trial: Trial | None) -
         def loss_of(batch: Batch) -> Tensor:
             return loss(*both(batch, record=True), batch, config)
 
-        return walk.carry_out(lesson, loss_of, taught, ahead if config.teacher_ahead else None, both)
+        yield Taught(lesson, loss_of, both, ahead if config.teacher_ahead else None, judged)
 
 
 def begun(
@@ -156,13 +184,13 @@ def in_one_form(
     return teachers.in_best_form(called, views, config, devices.from_first(lambda: remembered))
 
 
-def judged(matched: Teachers, lesson: Lesson) -> Taught:
+def judged_by(matched: Teachers, lesson: Lesson) -> Judged:
     """What the teachers say of the watched split; an `InputError` where that is no better than chance."""
     watched, config = judging.watched(lesson.cache), lesson.config
     assert isinstance(config, Distill)
     together, each = teachers.answers(matched, watched, lesson.view)
     teachers.gate(matched, together, each, watched, config)
-    return Taught(together, each)
+    return Judged(together, each)
 
 
 def taught_by(lesson: Lesson, called: Sequence[teachers.Called]) -> Lesson:

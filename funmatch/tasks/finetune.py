@@ -9,7 +9,7 @@ from funmatch.config import Finetune
 from funmatch.data.cache import Cache
 from funmatch.errors import InputError
 from funmatch.logs import say
-from funmatch.tasks.lesson import Trial, open_data, prepare
+from funmatch.tasks.lesson import Lesson, Trial, open_data, prepare
 from funmatch.tasks.teachers import Modules
 from funmatch.tasks.train import label_loss, labelled
 from funmatch.tasks.walk import carry_out
@@ -28,15 +28,16 @@ def run(config: Finetune, given: Modules | None = None, trial: Trial | None = No
     """
     config.check()
     with devices.joined(config.device):
-        return _run(config, given, trial)
+        lesson = lesson_of(config, given, trial)
+        return carry_out(lesson, label_loss(lesson))
 
 
-def _run(config: Finetune, given: Modules | None, trial: Trial | None) -> dict[str, Any]:
+def lesson_of(config: Finetune, given: Modules | None = None, trial: Trial | None = None) -> Lesson:
+    """The run made ready, with what nobody said as the rule says it."""
     cache, cut = with_validation(config, trial)
     ruled = by_rule(cut, labelled(cut, cache))
     ruled.check()  # what contradicts the rule
-    lesson = prepare("finetune", ruled, cache, classes=len(cache.classes), given=given, asked=config, trial=trial)
-    return carry_out(lesson, label_loss(lesson))
+    return prepare("finetune", ruled, cache, classes=len(cache.classes), given=given, asked=config, trial=trial)
 
 
 def with_validation(config: Finetune, trial: Trial | None = None) -> tuple[Cache, Finetune]:

@@ -20,7 +20,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Taught:
+class Judged:
     """What the teachers say of the watched split's pictures, (n, classes): together, and each."""
 
     together: Tensor

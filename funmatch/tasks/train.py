@@ -26,13 +26,14 @@ def run(config: Train, given: Modules | None = None, trial: Trial | None = None)
     """
     config.check()
     with devices.joined(config.device):
-        return _run(config, given, trial)
+        lesson = lesson_of(config, given, trial)
+        return carry_out(lesson, label_loss(lesson))
 
 
-def _run(config: Train, given: Modules | None, trial: Trial | None) -> dict[str, Any]:
+def lesson_of(config: Train, given: Modules | None = None, trial: Trial | None = None) -> Lesson:
+    """The run made ready."""
     cache = labelled(config, open_data(config, trial))
-    lesson = prepare("train", config, cache, classes=len(cache.classes), given=given, trial=trial)
-    return carry_out(lesson, label_loss(lesson))
+    return prepare("train", config, cache, classes=len(cache.classes), given=given, trial=trial)
 
 
 def label_loss(lesson: Lesson) -> LossOf:

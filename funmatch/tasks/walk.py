@@ -22,7 +22,7 @@ from funmatch.tasks.delivery import written
 from funmatch.tasks.fastest import compile_student
 from funmatch.tasks.lesson import Lesson, optimizer_of, prolong, record_of
 from funmatch.tasks.profile import watched
-from funmatch.tasks.standing import Standing, Taught
+from funmatch.tasks.standing import Judged, Standing
 
 LossOf = Callable[[Batch], Tensor]
 
@@ -30,7 +30,7 @@ LossOf = Callable[[Batch], Tensor]
 def carry_out(
     lesson: Lesson,
     loss_of: LossOf,
-    taught: Taught | None = None,
+    taught: Judged | None = None,
     ahead: Callable[[Batch], Batch] | None = None,
     both: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Walk:
         self,
         lesson: Lesson,
         run: runs.Run,
-        taught: Taught | None,
+        taught: Judged | None,
         both: Callable[[Batch], tuple[Tensor, Tensor]] | None,
     ) -> None:
         self.lesson, self.run, self.both = lesson, run, both
@@ -100,7 +100,7 @@ class Walk:
     def average_net(self) -> nn.Module | None:
         return self.average.model.net if self.average else None
 
-    def record_teachers(self, taught: Taught) -> None:
+    def record_teachers(self, taught: Judged) -> None:
         """Records how good the teachers are on the watched split: each, and together where there are several."""
         assert self.lesson.teachers
         members = self.lesson.teachers.members
