@@ -2,7 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
-from funmatch.api import Outcome, Tuned, distill, evaluate, finetune, load, prepare, recipe, study, train, tune
+from funmatch.api import (
+    Outcome,
+    Tuned,
+    distill,
+    distill_several,
+    evaluate,
+    finetune,
+    load,
+    prepare,
+    recipe,
+    study,
+    train,
+    tune,
+)
 from funmatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -10,8 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Card", "Classifier", "InputError", "Outcome", "Tuned", "distill", "evaluate", "finetune", "load", "prepare",
-    "recipe", "study", "train", "tune",
+    "Card", "Classifier", "InputError", "Outcome", "Tuned", "distill", "distill_several", "evaluate", "finetune",
+    "load", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
 
 

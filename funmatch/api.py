@@ -77,6 +77,28 @@ Model: TypeAlias = Union[str, Path, "nn.Module"]
 side) in [0, 1] and gives (n, classes)."""
 
 
+def distill_several(
+    data: Pictures, teacher: str | Sequence[str], students: Sequence[str], out: str | Path, **knobs: Any
+) -> list[Outcome]:
+    """Teaches several students of the same teacher beside each other: views are made, and the teacher is asked, once.
+
+    Args:
+        students: timm names, each taught in a run folder of its name within `out`.
+        **knobs: of all, as `distill` takes them.
+
+    Raises:
+        funmatch.InputError: as `distill` does; or a student came to no end, while the others did.
+    """
+    from funmatch import report
+    from funmatch.tasks import several
+
+    config = Distill.checked(data=data, teacher=teacher, student=students[0], out=Path(out), **knobs)
+    configs = several.configs_of(config, students)
+    told = several.run(configs)["runs"]
+    folders = [each.out.expanduser() for each in configs]
+    return [Outcome(at, figures, report.of_finished(at)) for at, figures in zip(folders, told, strict=True)]
+
+
 def distill(data: Pictures, teacher: Model | Sequence[Model], student: Model, out: str | Path, **knobs: Any) -> Outcome:
     """Teaches a student to be the same function as a teacher, or as several, in a run folder.
 

@@ -34,7 +34,7 @@ from funmatch.config import (
 )
 from funmatch.errors import Fruitless, InputError, lacks_memory, told_elsewhere, unknown
 from funmatch.knobs import Knobs
-from funmatch.words import about, gathered, with_recipe
+from funmatch.words import Beside, about, gathered, with_recipe, without_others
 
 TABLES: dict[str, type[Knobs]] = {
     "demo": Demo,
@@ -116,13 +116,14 @@ def parse(arguments: list[str]) -> Knobs:
     if verb in ("tune", "plan"):
         words, taught = about(words, verb)
         table = (SEARCHED if verb == "tune" else TAUGHT)[taught]
+    words, students = without_others(words) if verb == "distill" else (words, ())
     words, default = gathered(words, table), None
     named = f"funmatch {verb}" + (" VERB|RECIPE" if verb in ("tune", "plan") else " [RECIPE]" if verb in TAUGHT else "")
     if taught in TAUGHT:
         words, default = with_recipe(words, taught, table)
     config = tyro.cli(table, prog=named, args=words, default=default, console_outputs=told)
     config.check()
-    return config
+    return Beside(**config.model_dump(), students=students) if len(students) > 1 else config
 
 
 def _overview() -> str:
@@ -168,7 +169,18 @@ def _demo(config: Demo):
 
 
 def _distill(config: Distill):
-    from funmatch.tasks import distill
+    from funmatch.tasks import distill, several
+
+    if isinstance(config, Beside):
+        configs = several.configs_of(config, config.students)
+        told = several.run(configs)["runs"]
+        made = [_taught(figures, each) for figures, each in zip(told, configs, strict=True)]
+
+        def show(_: dict[str, Any]) -> None:
+            for figures, show_one in made:
+                show_one(figures)
+
+        return {"runs": [figures for figures, _ in made]}, show
 
     return _taught(distill.run(config), config)
 

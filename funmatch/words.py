@@ -5,9 +5,30 @@ from typing import Any
 import tyro
 
 from funmatch import recipes
-from funmatch.config import SEARCHED, TAUGHT
+from funmatch.config import SEARCHED, TAUGHT, Distill
 from funmatch.errors import InputError, unknown
 from funmatch.knobs import Knobs
+
+
+class Beside(Distill):
+    """A distillation of several students in one process."""
+
+    students: tuple[str, ...]
+
+
+def without_others(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The words with the first `--student` alone, and all students that were said."""
+    left, students = [], []
+    following = iter(words)
+    for word in following:
+        flag, equals, value = word.partition("=")
+        if flag != "--student":
+            left.append(word)
+            continue
+        students.append(value if equals else next(following, ""))
+        if len(students) == 1:
+            left += [flag, students[0]]
+    return left, tuple(students)
 
 
 def about(words: list[str], verb: str) -> tuple[list[str], str]:

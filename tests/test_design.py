@@ -91,6 +91,7 @@ LAYERS = [
         "tasks.distill",
         "tasks.tape_check",
         "tasks.forecast",
+        "tasks.several",
         "tasks.prepare",
         "tasks.shelf",
         "tasks.estimate",

@@ -2,10 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeVar
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -83,6 +84,30 @@ def cuts(count: int, size: int | None) -> list[int]:
     return [count * number // pieces for number in range(pieces + 1)]
 
 
+class Latest:
+    """The last things that were made, for those who ask for the same a little later; from several threads."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.things: dict[Any, Future] = {}
+        self.lock = Lock()
+
+    def __call__(self, name: Any, make: Callable[[], Made]) -> Made:
+        """What was made by this name, or what `make` makes; who asks while it is made waits."""
+        mine: Future = Future()
+        with self.lock:
+            found = self.things.setdefault(name, mine)
+            while len(self.things) > self.most:
+                del self.things[next(iter(self.things))]
+        if found is mine:
+            try:
+                mine.set_result(make())
+            except BaseException as error:
+                mine.set_exception(error)
+                raise
+        return found.result()
+
+
 @dataclass(frozen=True)
 class Loader:
     """Training batches of a split.
@@ -103,6 +128,7 @@ class Loader:
         own: whether these are drawn for themselves, not the student's.
         known: what is known beforehand of the teacher's answers: to each picture of the split, (pictures, classes).
         told: what is known of them by step, first row and number of rows, (rows, classes), or None where nothing is.
+        latest: where batches are kept for others who want the same.
     """
 
     split: CachedSplit
@@ -121,6 +147,7 @@ class Loader:
     own: bool = False
     known: Tensor | None = None
     told: Callable[[int, int, int], Tensor | None] | None = None
+    latest: "Latest | None" = None
 
     def draw(self, step: int) -> Draw:
         """The draws of the whole global batch."""
@@ -132,6 +159,12 @@ class Loader:
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step: the same whenever, wherever and in whichever order it is asked for."""
+        if self.latest:
+            return self.latest((step, self.rank, self.world), lambda: self.made(step))
+        return self.made(step)
+
+    def made(self, step: int) -> Batch:
+        """`batch_at`, made now."""
         drawn = self.draw(step)
         share = self.batch // self.world
         rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch

@@ -11,7 +11,7 @@ from torch import Tensor
 from funmatch import devices, launch
 from funmatch.config import Distill
 from funmatch.data.cache import Cache
-from funmatch.data.loader import Batch
+from funmatch.data.loader import Batch, Latest
 from funmatch.distances import cross_entropy, distance, mixed_labels, standardised
 from funmatch.errors import InputError
 from funmatch.logs import say
@@ -70,33 +70,35 @@ class Taught:
 
 
 @contextmanager
-def taught(lesson: Lesson, called: list[teachers.Called]) -> Iterator[Taught]:
-    """The lesson with its teachers frozen, judged, and, where there is one, with its tape open."""
-    config = lesson.config
-    assert isinstance(config, Distill)
-    with tapes.alone_to_begin(config):
-        remembered = remembered_forms(lesson) or tapes.forms_of(config, lesson.course.device)
-        lesson, matched, first = matched_in(lesson, called, remembered)
-        if config.tape:
-            tapes.begun(lesson, matched)
+def taught(
+    lesson: Lesson, called: list[teachers.Called], beside: Taught | None = None, said: Latest | None = None
+) -> Iterator[Taught]:
+    """The lesson with its teachers frozen, judged, and, where there is one, with its tape open.
+
+    Args:
+        called: its teachers; this list is emptied when they are frozen.
+        beside: another student's, whose teachers and views are the same.
+        said: where what the teachers say is kept for students that are taught beside each other.
+    """
+    if beside:
+        lesson, judged = with_teachers_of(beside, lesson)
+    else:
+        lesson, judged = with_teachers(lesson, called)
     called.clear()  # the plain teachers need not be kept beside the frozen ones
-    assert isinstance(lesson.config, Distill)
-    config = lesson.config
-    judged = judged_by(matched, lesson) if launch.is_first() else None
-    if STRATEGIES[config.strategy].fixed:
-        lesson = answers.computed_before(lesson, matched)
+    config, matched = lesson.config, lesson.teachers
+    assert isinstance(config, Distill)
+    assert matched
     seen = partial(views_by_side, sides=lesson.teacher_sides)
     with tapes.at(lesson, matched) as recorder:
         lesson = tapes.taped(lesson, recorder)
-        if config.tape_top is not None and launch.is_first():
-            tapes.say_what_is_lost(matched(first, config.temperature), config)
 
         def answered(batch: Batch, views: dict[int, Tensor], *, record: bool) -> Tensor:
             """What the teachers say of a batch, (n, classes): known before, or computed now."""
             if batch.answers is not None:
                 return batch.answers
             with span("teacher"):
-                told = matched(views, config.temperature)
+                ask = partial(matched, views, config.temperature)
+                told = said((batch.step, batch.first, len(batch.labels)), ask) if said else ask()
             return recorder(batch, told, record=record) if recorder else told
 
         def ahead(batch: Batch) -> Batch:
@@ -109,13 +111,46 @@ def taught(lesson: Lesson, called: list[teachers.Called]) -> Iterator[Taught]:
             """What student and teachers say of a batch."""
             views, student_view = seen(batch)
             with span("student"):
-                said = lesson.student(student_view)
-            return said, answered(batch, views, record=record)
+                own = lesson.student(student_view)
+            return own, answered(batch, views, record=record)
 
         def loss_of(batch: Batch) -> Tensor:
             return loss(*both(batch, record=True), batch, config)
 
         yield Taught(lesson, loss_of, both, ahead if config.teacher_ahead else None, judged)
+
+
+def with_teachers(lesson: Lesson, called: list[teachers.Called]) -> tuple[Lesson, Judged | None]:
+    """The lesson with its teachers frozen, and what they say of the watched split, on the first process."""
+    config = lesson.config
+    assert isinstance(config, Distill)
+    with tapes.alone_to_begin(config):
+        remembered = remembered_forms(lesson) or tapes.forms_of(config, lesson.course.device)
+        lesson, matched, first = matched_in(lesson, called, remembered)
+        if config.tape:
+            tapes.begun(lesson, matched)
+    if config.tape_top is not None and launch.is_first():
+        tapes.say_what_is_lost(matched(first, config.temperature), config)
+    judged = judged_by(matched, lesson) if launch.is_first() else None
+    if STRATEGIES[config.strategy].fixed:
+        lesson = answers.computed_before(lesson, matched)
+    return lesson, judged
+
+
+def with_teachers_of(other: Taught, lesson: Lesson) -> tuple[Lesson, Judged | None]:
+    """The lesson with the teachers of another student, and what they say of the watched split.
+
+    Raises:
+        InputError: the run was begun with its teachers computed otherwise.
+    """
+    forms, remembered = other.lesson.facts["teacher_forms"], remembered_forms(lesson)
+    if remembered and [each["form"] for each in remembered] != [each["form"] for each in forms]:
+        raise InputError(f"{lesson.config.out} was begun with its teacher in another form; go on with it alone")
+    facts = lesson.facts | {"teacher_forms": forms}
+    lesson = replace(lesson, teachers=other.lesson.teachers, facts=facts, known=other.lesson.known)
+    if other.lesson.view == lesson.view or other.judged is None or lesson.teachers is None:
+        return lesson, other.judged
+    return lesson, judged_by(lesson.teachers, lesson)  # pictures to judge on are cut as the student wants
 
 
 def begun(

@@ -15,7 +15,7 @@ import funmatch
 from funmatch import devices, ends, launch, optimizers, recipes, runs, schedules
 from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
-from funmatch.data.loader import Loader, cuts
+from funmatch.data.loader import Latest, Loader, cuts
 from funmatch.draws import Mixing
 from funmatch.errors import InputError
 from funmatch.fit import Course
@@ -61,6 +61,7 @@ class Lesson:
         known: the fixed teachers' answers to the training pictures, (pictures, classes), or None.
         told: what a tape holds of the teachers' answers; see `Loader.told`.
         trial: what a search asks of this run, or None.
+        latest: where batches are kept for other students that are taught beside this one.
     """
 
     verb: str
@@ -77,13 +78,14 @@ class Lesson:
     known: Tensor | None = None
     told: Callable[[int, int, int], Tensor | None] | None = None
     trial: Trial | None = None
+    latest: Latest | None = None
 
     @property
     def loader(self) -> Loader:
         """Of this process's share of the training batches."""
         share = launch.rank(), launch.world()
         loader = loader_of(self.config, self.cache, self.teacher_sides, share)
-        return replace(loader, known=self.known, told=self.told)
+        return replace(loader, known=self.known, told=self.told, latest=self.latest)
 
 
 def loader_of(

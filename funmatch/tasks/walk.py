@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -114,21 +114,34 @@ class Walk:
 
     def go(self, loss_of: LossOf, ahead: Callable[[Batch], Batch] | None) -> None:
         """Takes all steps that are left."""
+        self.compile()
+        with Bar(self.lesson.verb, self.lesson.course.steps, self.standing.step) as bar, signals.heard() as caught:
+            for step in self.steps(loss_of, ahead, caught):
+                bar.update(step, " ".join(self.notes.values()))
+
+    def compile(self) -> None:
+        """Compiles the student, if it is to be and has steps to go."""
+        config, course = self.lesson.config, self.lesson.course
+        if self.standing.step < course.steps:
+            compile_student(self.lesson.student, course, config, config.side or 0)
+
+    def steps(self, loss_of: LossOf, ahead: Callable[[Batch], Batch] | None, caught: Sequence[int]) -> Iterator[int]:
+        """Takes a step each time it is asked for one, and gives its number.
+
+        Args:
+            caught: the signals that came until now; after one the run is saved, and `Stopped` raised.
+        """
         config, course, student = self.lesson.config, self.lesson.course, self.lesson.student
         start = self.standing.step
         workers = config.workers or devices.spare_threads()
         batches = prefetch(
             self.lesson.loader, start, course.steps, workers=workers, finish=ahead or devices.pinner(course.device)
         )
-        if start < course.steps:
-            compile_student(student, course, config, config.side or 0)
         if self.tired:  # it was stopped between its end and its last record
             return
         with (
             memory.told(self.lesson.loader, course, student, self.optimizer, loss_of),
             closing(batches),
-            Bar(self.lesson.verb, course.steps, start) as bar,
-            signals.heard() as caught,
             watched(self.lesson, self.run.folder) as seen,
         ):
             self.clock = time.monotonic()
@@ -155,8 +168,8 @@ class Walk:
                     self.save()
                 if step == self.stable:
                     self.keep_stable()
-                bar.update(step, " ".join(self.notes.values()))
                 seen()
+                yield step
                 if tired:
                     break
                 if stop and not last:
