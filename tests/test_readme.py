@@ -56,6 +56,8 @@ def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmat
     small = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
     np.savez(tmp_path / "bit.npz", **as_second_layout(random_bit(50, 1)))
     swaps = {
+        "--student resnetv2_50x1_bit --student mobilenetv3_large_100": "--student resnet10t --student resnet14t "
+        "--student-kwargs channels=8,8,16,16 stem_width=8",
         "--trials 20": "--trials 2",
         "recipes pet37-fast": "recipes flowers102-fast --no-measure",
         "distill pet37-fast": "recipes sun397-fast --no-measure",
