@@ -23,7 +23,7 @@ import timm
 import torch
 from PIL import Image
 
-from funmatch import devices
+from funmatch import devices, transfers
 from funmatch.data.build import Keeping
 from funmatch.data.cache import open_cache
 from funmatch.data.loader import Loader, prefetch
@@ -61,7 +61,7 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
     student.to(device)
     optimizer = make("adamw", student.net, course.lr, 1e-4)
     loader = Loader(split, 0, options.batch, SIDE)
-    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=devices.pinner(device))
+    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=transfers.pinner(device))
     if ready:
         batches = [batch.to(device) for batch in batches]
 

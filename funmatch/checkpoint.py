@@ -7,6 +7,7 @@ a step before the learning rate cools down, from which a run can be prolonged.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,35 @@ from funmatch.logs import say
 from funmatch.slots import packed, unpack_
 
 KEPT = 2
+STUDENT, OPTIMIZER, AVERAGE = "student.safetensors", "optimizer.safetensors", "average.safetensors"
+
+Files = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by the file that they lie in."""
+
+
+def tensors_of(student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None) -> Files:
+    """What is saved of a student, of its optimizer, and of the average of its weights: as they are, not copied."""
+    files = {STUDENT: student.state_dict(), OPTIMIZER: packed(student, optimizer)}
+    return files if average is None else files | {AVERAGE: average.state_dict()}
 
 
 def save(
     folder: Path,
     step: int,
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    tensors: Files,
     state: dict[str, Any],
-    average: nn.Module | None = None,
 ) -> None:
     """Writes the checkpoint of a step and removes those that are no longer needed.
 
     Args:
         folder: `checkpoints` of the run.
         step: updates done.
-        student: its parameters and buffers.
-        optimizer: of the student's parameters.
+        tensors: of `tensors_of`.
         state: the rest, JSON; its `best_step` says which best is kept.
-        average: of the student's weights, if one is kept.
     """
     with folder_atomically(folder / f"step-{step:09}") as partial:
-        save_file(_dense(student.state_dict()), partial / "student.safetensors")
-        save_file(_dense(packed(student, optimizer)), partial / "optimizer.safetensors")
-        if average is not None:
-            save_file(_dense(average.state_dict()), partial / "average.safetensors")
+        for name, each in tensors.items():
+            save_file(_dense(each), partial / name)
         (partial / "state.json").write_text(json.dumps({**state, "step": step}))
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
@@ -87,10 +92,11 @@ def _state(path: Path) -> dict[str, Any]:
         return {}
 
 
-def save_best(folder: Path, step: int, student: nn.Module, figures: dict[str, Any]) -> None:
+def save_best(folder: Path, step: int, tensors: Files, figures: dict[str, Any]) -> None:
     """Keeps a student that validation likes better than any before."""
     with folder_atomically(folder / f"best-{step:09}") as partial:
-        save_file(_dense(student.state_dict()), partial / "student.safetensors")
+        for name, each in tensors.items():
+            save_file(_dense(each), partial / name)
         (partial / "state.json").write_text(json.dumps({"step": step, **figures}))
 
 
@@ -100,7 +106,7 @@ def load_best(folder: Path, step: int, student: nn.Module) -> None:
     Raises:
         InputError: it is gone or damaged.
     """
-    path = folder / f"best-{step:09}" / "student.safetensors"
+    path = folder / f"best-{step:09}" / STUDENT
     try:
         student.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -137,15 +143,15 @@ def _restore(
     newest: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
 ) -> dict[str, Any]:
     state = json.loads((newest / "state.json").read_text())
-    student.load_state_dict(load_file(newest / "student.safetensors"))
+    student.load_state_dict(load_file(newest / STUDENT))
     if average is not None:
-        average.load_state_dict(load_file(newest / "average.safetensors"))
-    unpack_(student, optimizer, load_file(newest / "optimizer.safetensors"))
+        average.load_state_dict(load_file(newest / AVERAGE))
+    unpack_(student, optimizer, load_file(newest / OPTIMIZER))
     go_back(newest.parent, state["step"])  # what is later will be walked again
     return state
 
 
-def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as they can be written: in one piece, and none sharing its memory with another."""
     dense, seen = {}, set()
     for name, tensor in tensors.items():

@@ -17,7 +17,7 @@ Words = tuple[str, ...]
 # The pictures themselves are compared by content, so it does not matter where they lie or how they are kept.
 UNCOMPARED = {
     "out", "as_json", "workers", "log_every", "epochs", "data", "eval_data", "data_dir", "pixels", "resident_gb",
-    "follow_links", "on_bad", "class_file", "recipe", "tape", "tape_full", "profile",
+    "follow_links", "on_bad", "class_file", "recipe", "tape", "tape_full", "profile", "device_gb",
 }  # fmt: skip
 
 
@@ -167,8 +167,7 @@ class Train(Pictures, Machine):
     freeze_until: str | None = None
     """The module of the network from which on it is taught, e.g. stages.3 or head; all before stays as it is."""
     micro_batch: int | None = None
-    """Pictures that go through the student at once; a batch is taught in such pieces, to need less memory. The same
-    crops and λ; only BatchNorm and dropout notice."""
+    """Pictures that the student takes at once, to need less memory. The same crops and λ; only BatchNorm notices."""
     compile: Literal["auto", "off", "on", "max"] = "auto"
     """Compile the networks, a minute or two at the start for faster steps: auto does so for larger networks in runs of
     2,000 steps or more; max tries more kernels for longer. The same mathematics, rounded elsewhere."""
@@ -184,6 +183,8 @@ class Train(Pictures, Machine):
     """Threads that make views ahead of the model; by default one less than there are cores, at most 8."""
     threads: int | None = None
     """Cores that the networks use on the CPU; by default all. Tiny networks are faster on one."""
+    device_gb: float | None = None
+    """Up to so many GB of decoded pictures an accelerator keeps and cuts views itself; by default ¼ of its memory."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Say where the first steps go, part by part, and write a trace of some of them into the run folder."""
     log_every: int = 50
@@ -224,7 +225,7 @@ class Train(Pictures, Machine):
 
 _AT_LEAST = {
     "steps": 1, "batch": 1, "side": 1, "eval_resize": 1, "warmup_steps": 0,
-    "seed": 0, "workers": 1, "threads": 1, "log_every": 1, "eval_every": 1, "save_every": 1,
+    "seed": 0, "workers": 1, "threads": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "device_gb": 0,
     "resize": 1, "mixup": 0, "cutmix": 0, "micro_batch": 1, "patience": 1, "cooldown_steps": 0,
 }  # fmt: skip
 _AT_MOST = {

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from funmatch import launch
-from funmatch.data.loader import Batch
 from funmatch.errors import InputError, mark_told
 
 Made = TypeVar("Made")
@@ -108,29 +107,6 @@ def seed_networks(seed: int, step: int, device: torch.device, rank: int = 0) -> 
         torch.manual_seed(mixed)
 
 
-def pinner(device: torch.device) -> Callable[[Batch], Batch] | None:
-    """Copies a batch into pinned memory, from where an accelerator fetches it without being waited for."""
-    if device.type == "cpu":
-        return None
-
-    def pinned(batch: Batch) -> Batch:
-        with torch.accelerator.device_index(device.index):  # a thread knows only the machine's first, else
-            return batch.each(torch.Tensor.pin_memory)
-
-    return pinned
-
-
-def fetched_later(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
-    """A tensor on the CPU, and a wait until it is there: an accelerator goes on meanwhile."""
-    if tensor.device.type == "cpu":
-        return tensor, lambda: None
-    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    there.copy_(tensor, non_blocking=True)
-    event = torch.Event(tensor.device)
-    event.record()
-    return there, event.synchronize
-
-
 def empty_cache(device: torch.device) -> None:
     """Gives memory that is kept for later back, and begins a new peak."""
     if device.type != "cpu":
@@ -141,6 +117,12 @@ def empty_cache(device: torch.device) -> None:
 def peak(device: torch.device) -> int:
     """The most bytes that were in use at once on an accelerator; 0 for the CPU, where this is not known."""
     return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that an accelerator has of its own; 0 for the CPU, and where nobody says."""
+    asked = getattr(torch.get_device_module(device), "mem_get_info", None) if device.type != "cpu" else None
+    return asked(device)[1] if asked else 0
 
 
 def finish(device: torch.device) -> None:

@@ -15,6 +15,8 @@ LAYERS = [
     [
         "draws",
         "augment",
+        "resample",
+        "kernels",
         "mixing",
         "randaugment",
         "views",
@@ -49,6 +51,7 @@ LAYERS = [
         "data.cache",
     ],
     [
+        "data.aboard",
         "data.export",
         "data.loader",
         "models.classifier",
@@ -71,7 +74,7 @@ LAYERS = [
         "models.classes",
         "models.teachers",
     ],
-    ["devices", "synchronised", "logs", "signals", "checkpoint", "runs", "ends", "fit", "memory", "tape"],
+    ["devices", "transfers", "synchronised", "logs", "signals", "checkpoint", "runs", "ends", "fit", "memory", "tape"],
     [
         "tasks.pictures",
         "tasks.judging",
@@ -84,6 +87,8 @@ LAYERS = [
         "tasks.tapes",
         "tasks.profile",
         "tasks.standing",
+        "tasks.losses",
+        "tasks.keeping",
         "tasks.walk",
         "tasks.evaluate",
         "tasks.train",

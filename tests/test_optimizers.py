@@ -119,7 +119,7 @@ def assert_resumes(build, tmp_path) -> None:
     taught(whole, optimizer, range(11))
     stopped = build(first)
     taught(first, stopped, range(6))
-    checkpoint.save(tmp_path, 6, first, stopped, {"step": 6})
+    checkpoint.save(tmp_path, 6, checkpoint.tensors_of(first, stopped), {"step": 6})
     resumed = build(second)
     checkpoint.restore(tmp_path, second, resumed)
     taught(second, resumed, range(6, 11))

@@ -51,6 +51,7 @@ def test_every_file_that_is_mentioned_exists():
         assert (ROOT / (path[0] or path[1])).exists(), path
 
 
+@pytest.mark.slow
 def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmatch):
     """The README's own lines, with a small network in place of BiT's, few epochs, and a teacher made by `train`."""
     small = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"

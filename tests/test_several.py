@@ -63,6 +63,7 @@ def test_one_that_is_behind_catches_up(tmp_path):
     assert weights(alone.folder) == weights(both[1].folder)
 
 
+@pytest.mark.slow
 def test_a_kill_and_a_signal_change_nothing(tmp_path):
     words = [f"--{name.replace('_', '-')}={value}" for name, value in TOLD.items() if name != "steps"]
     words += ["--student", STUDENTS[0], f"--student={STUDENTS[1]}", "--steps", "60", "--out", str(tmp_path / "both")]

@@ -268,6 +268,7 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
         funmatch.study(name, out=folder, set=("batch=16",))
 
 
+@pytest.mark.slow
 def test_runs_that_agree_on_draws_and_teacher_share_a_tape(tmp_path):
     name = file_of(tmp_path, TINY.replace("seeds = [0, 1]", "seeds = [0]"))
     plan = study_files.plan_of(Study.checked(name=name))
@@ -396,6 +397,7 @@ student = "run:no such teacher"
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_what_is_damaged_or_gone_is_made_again(tmp_path):
     name = file_of(tmp_path, TINY.replace('student = "fashion-mini-student"\n', ""))
     knobs = {"out": tmp_path / "out", "only": ("same/ic",), "set": ("student=fashion-mini-student",), "seeds": (0, 1)}

@@ -211,6 +211,7 @@ def test_a_longer_run_makes_it_longer(tmp_path, calls):
     assert same(tmp_path / "long", alone.folder)
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_gone_on(tmp_path):
     """Killed at random while it records, a run ends as one that never was, and so does its tape."""
     knobs = [f"--{name.replace('_', '-')}={value}" for name, value in KNOBS.items() if name != "steps"]

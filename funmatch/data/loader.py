@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funmatch import randaugment
 from funmatch.augment import central_view, crop_resize_flip, sample_flip
+from funmatch.data.aboard import Aboard
 from funmatch.data.pixels import CachedSplit
 from funmatch.draws import CHANGES, CUTS, Draw, Mixing, boxes_of, draw, generator
 from funmatch.mixing import cuts as cuts_of
@@ -198,8 +199,11 @@ class Loader:
         return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), cut
 
     def cut(self, indices, boxes, flips, sides: tuple[int, ...]) -> list[Tensor]:
-        """Crops of pictures, (n, 3, side, side) at each of several sides."""
-        if self.crop in ("inception", "whole"):
+        """Crops of pictures, (n, 3, side, side) at each of several sides; where the pixels are, there they are cut."""
+        alone = self.crop in ("inception", "whole")
+        if isinstance(self.split.store, Aboard):
+            return self.split.store.crops(self.split.index[indices], boxes, flips, sides, alone=alone)
+        if alone:
             pictures, boxes = self.split.boxed(indices, boxes)
             return [crop_resize_flip(pictures, boxes, flips, side) for side in sides]
         pictures = self.split.pictures(indices)
@@ -259,6 +263,8 @@ def central_batches(
 
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
+        if isinstance(split.store, Aboard):
+            return split.store.central(split.index[indices], short_side, side, squash=squash), split.labels(indices)
         pictures = split.pictures(indices)
         views = torch.stack([central_view(picture, short_side, side, squash=squash) for picture in pictures])
         return views.contiguous(memory_format=torch.channels_last), split.labels(indices)

@@ -51,6 +51,7 @@ class Resident:
     decodes: ClassVar[bool] = False
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         with open(path, "rb") as file:
             # Copy on write, because torch warns about read-only memory; nothing ever writes there.
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funmatch import checkpoint, devices, launch
+from funmatch import checkpoint, devices, launch, transfers
 from funmatch.config import Distill, Finetune, Train
 from funmatch.data.loader import Batch, prefetch
 from funmatch.data.pixels import CachedSplit
@@ -24,7 +24,7 @@ from funmatch.strategies import STRATEGIES
 from funmatch.tape import HEADER, size_of
 from funmatch.tasks import distill, finetune, judging, profile, tapes, train
 from funmatch.tasks.fastest import compile_student
-from funmatch.tasks.lesson import Lesson, optimizer_of
+from funmatch.tasks.lesson import Lesson, optimizer_of, workers_of
 from funmatch.tasks.standing import Standing
 from funmatch.tasks.walk import LossOf
 
@@ -149,9 +149,8 @@ def seconds_a_step(made: Ready, optimizer: torch.optim.Optimizer) -> float:
     lesson = made.lesson
     course, config = lesson.course, lesson.config
     steps = min(course.steps, WARM + TIMED)
-    workers = config.workers or devices.spare_threads()
-    finish = made.ahead or devices.pinner(course.device)
-    batches = prefetch(lesson.loader, 0, steps, workers=workers, finish=finish)
+    finish = made.ahead or transfers.pinner(course.device)
+    batches = prefetch(lesson.loader, 0, steps, workers=workers_of(lesson), finish=finish)
     scaler = devices.loss_scaler(course.device, course.precision)
     average = Average(lesson.student, config.ema) if config.ema is not None else None
     warm, start = min(WARM, steps - 1), time.perf_counter()
@@ -196,7 +195,8 @@ def seconds_to_save(lesson: Lesson, optimizer: torch.optim.Optimizer) -> tuple[f
     average = Average(lesson.student, lesson.config.ema).model.net if lesson.config.ema is not None else None
     with tempfile.TemporaryDirectory(dir=place, prefix=".funmatch-plan-") as folder:
         began = time.perf_counter()
-        checkpoint.save(Path(folder), 1, lesson.student.net, optimizer, asdict(Standing()), average)
+        tensors = transfers.snapshot(checkpoint.tensors_of(lesson.student.net, optimizer, average))
+        checkpoint.save(Path(folder), 1, tensors, asdict(Standing()))
         took = time.perf_counter() - began
         return took, sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 

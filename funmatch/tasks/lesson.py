@@ -14,6 +14,7 @@ from torch import Tensor
 import funmatch
 from funmatch import devices, ends, launch, optimizers, recipes, runs, schedules
 from funmatch.config import Distill, Train
+from funmatch.data.aboard import Aboard
 from funmatch.data.cache import Cache
 from funmatch.data.loader import Latest, Loader, cuts
 from funmatch.draws import Mixing
@@ -86,6 +87,12 @@ class Lesson:
         share = launch.rank(), launch.world()
         loader = loader_of(self.config, self.cache, self.teacher_sides, share)
         return replace(loader, known=self.known, told=self.told, latest=self.latest)
+
+
+def workers_of(lesson: Lesson) -> int:
+    """Threads that make views ahead; one drives a device that cuts them itself."""
+    cut_there = isinstance(lesson.cache.splits["train"].store, Aboard)
+    return lesson.config.workers or (1 if cut_there else devices.spare_threads())
 
 
 def loader_of(
@@ -164,6 +171,7 @@ def prepare(
         warmup = devices.from_first(lambda: ends.warmup_of(config.out))
         config = config if warmup is None else config.model_copy(update={"warmup_steps": warmup})
     config = resolved(config, cache, student, device)
+    cache = pictures.aboard(cache, device, config.device_gb or 0)
     warn_of_steps_beyond(config)
     assert config.side
     assert config.eval_resize

@@ -4,13 +4,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from funmatch.config import TAUGHT, Evaluate, Pictures, Train, Words
+from funmatch.data.aboard import size_aboard, taken_aboard
 from funmatch.data.build import Keeping
 from funmatch.data.cache import Cache, open_cache
 from funmatch.data.doors import resolved
 from funmatch.data.sources import Cut, Reading, parse_share
-from funmatch.errors import InputError
+from funmatch.errors import InputError, lacks_memory
 from funmatch.logs import say, track
 
 JUDGED = ("val", "test")
@@ -71,6 +73,35 @@ def of_run(config: Train) -> Cache:
         unnamed=judged.unnamed,
         splits={"train": train, **splits},
     )
+
+
+def aboard(cache: Cache, device: torch.device, gigabytes: float) -> Cache:
+    """The pictures to learn from and to watch on with their pixels on the device, as far as they are resident and fit.
+
+    Args:
+        gigabytes: 10⁹ bytes that they may take there.
+    """
+    left, splits = int(gigabytes * 1e9), dict(cache.splits)
+    for name in ("train", "val"):
+        split = splits.get(name)
+        if split is None or split.store.decodes or not left:
+            continue
+        size = size_aboard(split)
+        if size > left:
+            say(f"{name}: {size / 1e9:.1f} GB of pixels stay on the host, since --device-gb is {gigabytes:g}")
+            continue
+        try:
+            splits[name], note = taken_aboard(split, device)
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            say(f"WARNING: {device} has no room for {size / 1e9:.1f} GB of {name} pixels; they stay on the host")
+            continue
+        left -= size
+        if note:
+            say(f"WARNING: {note}")
+        say(f"{name}: {size / 1e9:.2f} GB of pixels are on {device}, which cuts the views itself")
+    return replace(cache, splits=splits)
 
 
 def of_evaluation(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, Words, Words]:

@@ -6,7 +6,7 @@ from typing import Any
 import timm
 import torch
 
-from funmatch import launch, optimizers
+from funmatch import devices, launch, optimizers, runs
 from funmatch.config import Distill, Train
 from funmatch.data.cache import Cache
 from funmatch.data.decode import pick_decoder
@@ -19,6 +19,8 @@ from funmatch.tasks import fastest, judging, pictures
 
 LR = 3e-3
 """Adam's learning rate at the top of the schedule, where nobody said another."""
+SHARE = 1 / 4
+"""Of an accelerator's memory, for pixels."""
 
 
 def resolved(config: Train, cache: Cache, student: Classifier, device: torch.device) -> Train:
@@ -41,10 +43,18 @@ def resolved(config: Train, cache: Cache, student: Classifier, device: torch.dev
         "momentum": optimizers.momentum_of(config.optimizer, config.momentum),
         "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
         "device": str(device) if launch.world() == 1 else device.type,  # the number is each process's own
+        "device_gb": _on_device(config, device),
         **fastest.settled(config, steps, side, student, device),
         "decoder": pick_decoder(config.decoder),
     }
     return config.model_copy(update=closed)
+
+
+def _on_device(config: Train, device: torch.device) -> float:
+    """GB of pixels that may lie on the device; a run that has begun goes on as it began, to the same bits."""
+    before = devices.from_first(lambda: runs.knobs_of(config.out)).get("device_gb")
+    given = before if config.device_gb is None else config.device_gb
+    return round(SHARE * devices.memory_of(device) / 1e9, 1) if given is None else given
 
 
 def _mixup(config: Train) -> float:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funmatch import devices, launch, tape
+from funmatch import devices, launch, tape, transfers
 from funmatch.config import Distill
 from funmatch.data.loader import Batch
 from funmatch.draws import VERSION
@@ -196,27 +196,23 @@ class Recorder:
 
     def __init__(self, found: Tape, full: Literal["stop", "go-on"]) -> None:
         self.tape, self.full = found, full
-        self.waiting: deque[tuple[int, int, Tensor, Tensor | None, Callable[[], None]]] = deque()
+        self.waiting: deque[tuple[int, int, transfers.Fetched]] = deque()
 
     def __call__(self, batch: Batch, logits: Tensor, *, record: bool = True) -> Tensor:
         """The logits (n, classes) of a batch's views as the tape gives them back."""
         half, picks = self.tape.layout.packed(logits)
         if record and self.tape.recording:
-            fetched, wait = devices.fetched_later(half)
-            fetched_picks = None if picks is None else devices.fetched_later(picks)[0]
-            if half.device.type == "cpu":
-                self.write(batch.step, batch.first, fetched, fetched_picks)
-            else:
-                self.waiting.append((batch.step, batch.first, fetched, fetched_picks, wait))
-                self.flush(BEHIND)
+            fetched = transfers.fetched(half) if picks is None else transfers.fetched(half, picks)
+            self.waiting.append((batch.step, batch.first, fetched))
+            self.flush(0 if half.device.type == "cpu" else BEHIND)
         return self.tape.layout.unpacked(half, picks)
 
     def flush(self, behind: int = 0) -> None:
         """Writes all but the latest answers."""
         while len(self.waiting) > behind:
-            step, first, half, picks, wait = self.waiting.popleft()
-            wait()
-            self.write(step, first, half, picks)
+            step, first, fetched = self.waiting.popleft()
+            half, *picks = fetched.wait()
+            self.write(step, first, half, picks[0] if picks else None)
 
     def write(self, step: int, first: int, half: Tensor, picks: Tensor | None) -> None:
         """Records some rows; an `OSError` ends the recording, and the run unless it was told to go on without."""

@@ -1,18 +1,17 @@
 """A run under way: the loop's own `for`, and what is recorded, judged and saved beside it."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from funmatch import checkpoint, devices, ends, launch, memory, runs, signals
+from funmatch import checkpoint, devices, ends, launch, memory, runs, signals, transfers
 from funmatch.data.loader import Batch, prefetch
-from funmatch.errors import InputError
 from funmatch.fit import fit
 from funmatch.logs import Bar, percent, say
 from funmatch.optim import Average
@@ -20,7 +19,9 @@ from funmatch.spans import span
 from funmatch.tasks import judging, teachers
 from funmatch.tasks.delivery import written
 from funmatch.tasks.fastest import compile_student
-from funmatch.tasks.lesson import Lesson, optimizer_of, prolong, record_of
+from funmatch.tasks.keeping import Keeper
+from funmatch.tasks.lesson import Lesson, optimizer_of, prolong, record_of, workers_of
+from funmatch.tasks.losses import Losses, ruined
 from funmatch.tasks.profile import watched
 from funmatch.tasks.standing import Judged, Standing
 
@@ -78,7 +79,7 @@ class Walk:
         self.scaler = devices.loss_scaler(lesson.course.device, lesson.course.precision)
         self.average = Average(lesson.student, lesson.config.ema) if lesson.config.ema is not None else None
         self.standing = Standing()
-        self.losses: list[Tensor] = []
+        self.keeper = Keeper()
         self.clock, self.away = time.monotonic(), 0.0
         self.notes: dict[str, str] = {}
         state = devices.in_turn(
@@ -87,8 +88,8 @@ class Walk:
         if state:
             self.standing = Standing(**state)
             self.scaler.load_state_dict(self.standing.scaler)
-            self.losses = [torch.tensor(loss, device=lesson.course.device) for loss in self.standing.window]
             say(f"{run.folder}: going on from step {self.standing.step} of {lesson.course.steps}")
+        self.losses = Losses(self.standing.window, lesson.course.device)
         self.stable = ends.stable_step(lesson.config.model_dump())
         if self.standing.step and self.standing.step == self.stable:
             self.keep_stable()
@@ -133,37 +134,35 @@ class Walk:
         """
         config, course, student = self.lesson.config, self.lesson.course, self.lesson.student
         start = self.standing.step
-        workers = config.workers or devices.spare_threads()
-        batches = prefetch(
-            self.lesson.loader, start, course.steps, workers=workers, finish=ahead or devices.pinner(course.device)
-        )
+        finish = ahead or transfers.pinner(course.device)
+        batches = prefetch(self.lesson.loader, start, course.steps, workers=workers_of(self.lesson), finish=finish)
         if self.tired:  # it was stopped between its end and its last record
             return
         with (
             memory.told(self.lesson.loader, course, student, self.optimizer, loss_of),
+            self.keeper,
             closing(batches),
             watched(self.lesson, self.run.folder) as seen,
         ):
             self.clock = time.monotonic()
             for step, loss in fit(course, student, self.optimizer, self.scaler, batches, loss_of, start):
                 self.standing.step = step
-                self.losses.append(loss)
+                self.losses.add(loss)
                 if self.average:
                     self.average.follow(student, step)
                 last = step == course.steps
-                if last or step % config.log_every == 0:
-                    with span("logging"):
-                        self.log()
                 stop = devices.greatest(caught[0] if caught else 0)
                 judged = last or step % config.eval_every == 0
-                saved = last or step % config.save_every == 0 or step == self.stable or stop
+                saved = last or step % config.save_every == 0 or step == self.stable or stop > 0
+                with span("logging"):
+                    self.record(due=last or step % config.log_every == 0, wait=judged or saved)
                 if judged or saved:
                     self.check_weights()
                 if judged and launch.is_first():
                     self.watch()
                 tired = self.tired if judged else False
-                if tired and self.losses:
-                    self.log()
+                if tired:
+                    self.record(due=True, wait=True)
                 if saved or tired:
                     self.save()
                 if step == self.stable:
@@ -173,6 +172,7 @@ class Walk:
                 if tired:
                     break
                 if stop and not last:
+                    self.settle()
                     told = f"saved step {step} of {course.steps} in {self.run.folder}"
                     raise signals.Stopped(stop, f"{told}; the same command goes on from there")
 
@@ -182,38 +182,34 @@ class Walk:
         patience = self.lesson.config.patience
         return patience is not None and devices.greatest(self.standing.since_best) >= patience
 
-    def log(self) -> None:
-        """Records the mean loss since the last time."""
-        step, course = self.standing.step, self.lesson.course
-        losses = self.fetched()
-        loss = math.fsum(losses) / len(losses)
-        now = time.monotonic()
-        made = (len(losses) - len(self.standing.window)) * self.lesson.config.batch
-        rate = made / (now - self.clock - self.away)
-        self.standing.seconds += now - self.clock
-        self.standing.window = []
-        self.run.metrics.write("step", step, loss=loss, lr=course.lr_at(step - 1), images_per_second=rate)
-        self.notes["loss"] = f"loss {loss:.4f}, {rate:,.0f} images/s"
-        self.losses, self.clock, self.away = [], now, 0.0
+    def record(self, *, due: bool, wait: bool) -> None:
+        """Records the mean loss since the last time.
 
-    def fetched(self) -> list[float]:
-        """The losses since the last record: the only place that waits for the device."""
-        losses: list[float] = torch.stack(self.losses).tolist() if self.losses else []
-        if not all(map(math.isfinite, losses)):
-            self.give_up("the loss is")
-        return losses
+        Args:
+            due: whether it is time to: the losses begin to be fetched, and are recorded when they have arrived.
+            wait: record now what was to be recorded.
+        """
+        if due and self.losses.new:
+            self.write_record(wait=True)
+            self.losses.ask(self.standing.step)
+            self.standing.window = []
+        self.write_record(wait=wait)
+
+    def write_record(self, *, wait: bool) -> None:
+        told = self.losses.told(wait=wait)
+        if told is None:
+            return
+        now, lr = time.monotonic(), self.lesson.course.lr_at(told.step - 1)
+        rate = told.steps * self.lesson.config.batch / (now - self.clock - self.away)
+        self.standing.seconds += now - self.clock
+        self.run.metrics.write("step", told.step, loss=told.loss, lr=lr, images_per_second=rate)
+        self.notes["loss"] = f"loss {told.loss:.4f}, {rate:,.0f} images/s"
+        self.clock, self.away = now, 0.0
 
     def check_weights(self) -> None:
         """Raises `InputError` if an update has ruined the student."""
-        if not all(tensor.isfinite().all() for tensor in self.lesson.student.parameters()):
-            self.give_up("the student's weights are")
-
-    def give_up(self, what: str) -> None:
-        """Stops a run that cannot recover, before anything of it is saved."""
-        raise InputError(
-            f"{what} no longer finite at step {self.standing.step}; what {self.run.checkpoints} holds is from before. "
-            "Try a lower --lr, a longer --warmup-steps, or --precision fp32, with another --out"
-        )
+        if not torch.stack([tensor.isfinite().all() for tensor in self.lesson.student.parameters()]).all():
+            raise ruined("the student's weights are", self.standing.step)
 
     def watch(self) -> None:
         """Judges the student on the watched split, and keeps it if it is the best so far."""
@@ -235,32 +231,42 @@ class Walk:
         standing.since_best += 1
         if score is not None and score > standing.best_score and self.watched.name != "test":
             standing.best_step, standing.best_score, standing.since_best = standing.step, score, 0
-            checkpoint.save_best(self.run.checkpoints, standing.step, self.lesson.student.net, runs.finite(figures))
+            self.save_best(runs.finite(figures))
         if self.lesson.trial and score is not None:
             self.lesson.trial.told(standing.step, score)
         self.away += time.monotonic() - began
 
+    def save_best(self, figures: dict[str, Any]) -> None:
+        """Has the student kept as the one that validation likes most."""
+        tensors = transfers.snapshot({checkpoint.STUDENT: self.lesson.student.net.state_dict()})
+        self.keeper.later(partial(checkpoint.save_best, self.run.checkpoints, self.standing.step, tensors, figures))
+
     def save(self) -> None:
-        """Writes a checkpoint; no process goes on, or ends, before it lies there."""
+        """Has a checkpoint written."""
         began = time.monotonic()
         self.standing.scaler = self.scaler.state_dict()
         # Losses that no record holds yet go along, so that a resumed run records what one that never stopped does.
-        state = asdict(self.standing) | {"window": self.fetched()}
-        net, step = self.lesson.student.net, self.standing.step
+        state, step = asdict(self.standing) | {"window": self.losses.window(self.standing.step)}, self.standing.step
         if launch.is_first():
-            checkpoint.save(self.run.checkpoints, step, net, self.optimizer, state, self.average_net)
-        devices.wait()
+            net = self.lesson.student.net
+            tensors = transfers.snapshot(checkpoint.tensors_of(net, self.optimizer, self.average_net))
+            self.keeper.later(lambda: checkpoint.save(self.run.checkpoints, step, tensors, state))
         self.away += time.monotonic() - began
 
     def keep_stable(self) -> None:
         """Keeps the checkpoint of this step, from which the run can be prolonged."""
         if launch.is_first():
-            checkpoint.keep_stable(self.run.checkpoints, self.standing.step)
+            self.keeper.later(partial(checkpoint.keep_stable, self.run.checkpoints, self.standing.step))
+
+    def settle(self) -> None:
+        """Waits until all checkpoints lie there; no process ends before."""
+        self.keeper.settle()
         devices.wait()
 
     def finish(self) -> dict[str, Any]:
         """Judges the finished student, writes it for use elsewhere, and records that the run is over."""
         lesson, view = self.lesson, self.lesson.view
+        self.keeper.settle()
         self.standing.seconds += time.monotonic() - self.clock
         if lesson.config.keep == "best" and self.standing.best_step is not None:
             checkpoint.load_best(self.run.checkpoints, self.standing.best_step, lesson.student.net)
