@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -139,6 +140,7 @@ def main() -> None:
             for name in STRATEGIES:
                 run = carried_out(folder, name, options.steps, options, f"time-{name.replace('/', '-')}-{number}")
                 times[name].append(seconds_a_step(run, options.batch))
+                shutil.rmtree(run)
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, timm {timm.__version__}\n")
     print(f"alone: teacher {alone[0] / 1e9:.2f} GFLOP, student {alone[1] / 1e9:.2f} GFLOP\n")

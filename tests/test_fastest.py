@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import funmatch
-from funmatch import memory, runs
+from funmatch import checkpoint, memory, runs
 from funmatch.config import Distill
 from funmatch.errors import InputError, lacks_memory
 from funmatch.models.classifier import Classifier
@@ -165,6 +165,25 @@ def test_compiled_networks_compute_the_same_and_twice_to_the_same_bits(tmp_path)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     again = funmatch.distill(**told, steps=6, schedule="constant", warmup_steps=0, out=tmp_path / "again")
+    assert weights(whole.folder) == weights(again.folder)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
+    told = TINY | {"compile": "on", "save_every": 2, "log_every": 1, "precision": "fp32", "steps": 6}
+    whole = funmatch.distill(**told, out=tmp_path / "whole")
+    real = checkpoint.save
+
+    def stopping(place, step, *rest):
+        real(place, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            funmatch.distill(**told, out=tmp_path / "run")
+    again = funmatch.distill(**told, out=tmp_path / "run")
     assert weights(whole.folder) == weights(again.folder)
 
 

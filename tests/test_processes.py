@@ -104,6 +104,20 @@ def test_two_processes_share_the_roots_of_shampoo(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_record_one_tape(tmp_path):
+    """Each records its share; whoever replays it learns what they learnt, alone or together."""
+    words = [*TAUGHT, *PLAIN, "--side", "28", "--tape", tmp_path / "tape"]
+    live = run(tmp_path / "live", *words, world=2)
+    for world in (1, 2):
+        replayed = run(tmp_path / str(world), *words, world=world)
+        assert_near(live, replayed)
+        if world == 2:
+            assert all(torch.equal(tensor, student(replayed)[name]) for name, tensor in student(live).items())
+    said = ended(start("-m", "funmatch", "tape", tmp_path / "tape"))
+    assert "12 of 12 steps" in said[0] or "12 steps" in said[0]
+
+
+@pytest.mark.slow
 def test_torchrun_itself(tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     command = ["--master-port", str(free_port()), "-m", "funmatch", *TAUGHT, *BATCHNORM, "--out", str(tmp_path / "run")]

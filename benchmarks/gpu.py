@@ -1,0 +1,360 @@
+"""The step on an accelerator: views, whole runs, what else there is, and who waits for whom.
+
+    python benchmarks/gpu.py [--only crops numbers pairs timm waits] [--out results.jsonl]
+
+Five parts, each a few minutes on a large GPU:
+
+crops    views of a batch cut by the kernel, by indexing and (pictures of one size) by two matrix products, beside
+         those of the CPU: the greatest difference, and milliseconds.
+numbers  losses of some steps on the accelerator in its own arithmetic beside the same steps on the CPU in fp32.
+pairs    images/s of distillation as a run does it (JPEGs decoded into the cache, pixels resident or streamed,
+         compiled or not), its step against the same on one fixed batch, the share of views and of the matrix peak.
+timm     timm's pieces on the same pairs: its task with AMP and compile on tensors that are there already, and end
+         to end with its loader from JPEGs.
+waits    how often a run's steps make the CPU wait for the accelerator, and where.
+
+Everything is written as a line of JSON, too. With `--device cpu --quick` all of it runs in a minute on small networks,
+to see that it runs.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from funmatch import devices, resample, transfers
+from funmatch.config import Distill
+from funmatch.data.aboard import fastest_cut
+from funmatch.data.loader import Batch, prefetch
+from funmatch.draws import boxes_of
+from funmatch.fit import fit
+from funmatch.tasks import distill, profile
+from funmatch.tasks.fastest import compile_student
+from funmatch.tasks.lesson import optimizer_of, workers_of
+
+CLASSES = 10
+PAIRS = [
+    ("resnetv2_101x3_bit", "resnetv2_50x1_bit"),
+    ("resnetv2_152x2_bit", "resnetv2_50x1_bit"),
+    ("resnetv2_50x1_bit", "mobilenetv3_large_100"),
+]
+QUICK = [("resnet10t", "resnet10t")]
+ROUNDS = 5
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """JPEGs of about 384 pixels, of several shapes, with the detail of photographs: smooth noise of several scales."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        size = [(384, 384), (500, 375), (375, 500), (448, 336)][i % 4]
+        layers = [
+            np.asarray(Image.fromarray(rng.integers(0, 256, (s, s, 3), dtype=np.uint8)).resize(size))
+            for s in (6, 24, 96)
+        ]
+        place = folder / "train" / f"{i % CLASSES}" / f"{i:05}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(place, quality=92)
+
+
+def network(name: str, seed: int) -> nn.Module:
+    """With random weights, a head that is not zero among them."""
+    torch.manual_seed(seed)
+    net: Any = timm.create_model(name, num_classes=CLASSES)
+    torch.nn.init.normal_(net.get_classifier().weight, std=0.01)
+    return net
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Of one call, the mean of so many, after some that warm up."""
+    for _ in range(3):
+        work()
+    devices.finish(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    devices.finish(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values), "n": len(values)}
+
+
+class Bench:
+    """What all parts share, and where their figures go."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.device = devices.pick(options.device)
+        self.pairs = QUICK if options.quick else PAIRS
+        self.side, self.batch = (32, 8) if options.quick else (options.side, options.batch)
+        self.steps = 4 if options.quick else options.steps
+        os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
+        make_pictures(folder / "pictures", 40 if options.quick else options.pictures)
+
+    def say(self, part: str, **figures: object) -> None:
+        line = json.dumps({"part": part, **figures})
+        print(line, flush=True)
+        if self.options.out:
+            with open(self.options.out, "a") as file:
+                file.write(line + "\n")
+
+    def config(self, **more: Any) -> Distill:
+        knobs: dict[str, Any] = {
+            "data": (str(self.folder / "pictures"),), "teacher": ("t",), "student": "s", "side": self.side,
+            "batch": self.batch, "steps": 10_000, "device": self.options.device, "unlabelled": True, "mixup": 1.0,
+            "allow_weak_teacher": True, "temperature": 2.0, "clip_norm": 1.0, "out": self.folder / "run",
+        }  # fmt: skip
+        return Distill.checked(**knobs | more)
+
+    def crops(self) -> None:
+        rng = np.random.default_rng(0)
+        for sizes in ("several", "one"):
+            count = 2 * self.batch
+            shape = rng.integers(300, 640, (count, 2)) if sizes == "several" else np.full((count, 2), 448)
+            lengths = 3 * shape.prod(1)
+            starts = np.cumsum(lengths) - lengths
+            flat = torch.from_numpy(rng.integers(0, 256, int(lengths.sum()), dtype=np.uint8))
+            boxes = boxes_of("inception")(rng, *shape[: self.batch].T)
+            flips = rng.random(self.batch) < 0.5
+            looks = resample.cut_alone(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
+            looks = looks.flipped(flips, self.side)
+            given = [torch.from_numpy(each) for each in (looks.corners, looks.axes)]
+            expected = resample.gathered(flat, *given, self.side)
+            there = flat.to(self.device)
+            moved = [each.to(self.device) for each in given]
+            cut, note = fastest_cut(there)
+            found = cut(there, *moved, self.side).cpu()
+            ways = {
+                "kernel" if cut is not resample.gathered else "indexing (no kernel)": cut,
+                "indexing": resample.gathered,
+            }
+            works = {name: partial(way, there, *moved, self.side) for name, way in ways.items()}
+            times = {
+                name: [1e3 * seconds(work, self.device, 20) for _ in range(ROUNDS)] for name, work in works.items()
+            }
+            if sizes == "one":
+                times["matrices"] = [1e3 * self.by_matrices(there, moved[1], boxes) for _ in range(ROUNDS)]
+            written = found.numel() * found.element_size()
+            self.say(
+                "crops", sizes=sizes, batch=self.batch, side=self.side, note=note, written_mb=written / 1e6,
+                difference_of_255=float((found - expected).abs().max() * 255),
+                ms={name: spread(each) for name, each in times.items()},
+            )  # fmt: skip
+
+    def by_matrices(self, flat: torch.Tensor, axes: torch.Tensor, boxes: np.ndarray) -> float:
+        """Seconds for the same by two matrix products a picture, which only pictures of one size allow together."""
+        pictures = flat.view(-1, 448, 448, 3)[: self.batch].permute(0, 3, 1, 2)
+        corner = torch.from_numpy(np.asarray(boxes, np.float32)[:, :2]).to(flat.device)
+        place = torch.arange(448, device=flat.device)
+        step = torch.arange(self.side, device=flat.device)
+
+        def work() -> torch.Tensor:
+            at = (axes[..., :1] + step * axes[..., 1:2]).clamp(axes[..., 2:3], axes[..., 3:]) + corner[..., None]
+            weights = (1 - (at[..., None] - place).abs()).clamp_(min=0)
+            planes = pictures.float().div_(255)
+            views = weights[:, None, 0] @ planes @ weights[:, None, 1].mT
+            return views.contiguous(memory_format=torch.channels_last)
+
+        return seconds(work, flat.device, 5)
+
+    def losses(self, teacher: str, student: str, steps: int, **more: Any) -> list[float]:
+        given = {"t": network(teacher, 0), "s": network(student, 1)}
+        found = []
+        config = self.config(batch=min(self.batch, 32), compile="off", **more)
+        with distill.taught(*distill.begun(config, given)) as made:
+            lesson, optimizer = made.lesson, optimizer_of(made.lesson)
+            scaler = devices.loss_scaler(lesson.course.device, lesson.course.precision)
+            batches = (lesson.loader.batch_at(step) for step in range(steps))
+            for _, loss in fit(lesson.course, lesson.student, optimizer, scaler, batches, made.loss_of):
+                found.append(loss.item())
+        return found
+
+    def numbers(self) -> None:
+        teacher, student = self.pairs[-1]
+        here = self.losses(teacher, student, 4)
+        cpu = self.losses(teacher, student, 4, device="cpu", precision="fp32", teacher_precision="fp32")
+        self.say("numbers", pair=f"{teacher} > {student}", accelerator=here, cpu_fp32=cpu)
+
+    def pair(self, teacher: str, student: str, **more: Any) -> dict[str, Any]:
+        """Seconds a step of a run, of the same on one batch, of its views alone; and its arithmetic."""
+        given = {"t": network(teacher, 0), "s": network(student, 1)}
+        with distill.taught(*distill.begun(self.config(**more), given)) as made:
+            lesson, config = made.lesson, made.lesson.config
+            course = lesson.course
+            compile_student(lesson.student, course, config, config.side or 0)
+            optimizer = optimizer_of(lesson)
+            scaler = devices.loss_scaler(course.device, course.precision)
+
+            def timed(batches: Iterable[Batch]) -> float:
+                began = 0.0
+                for number, _ in fit(course, lesson.student, optimizer, scaler, batches, made.loss_of):
+                    if number in (5, 5 + self.steps):
+                        devices.finish(course.device)
+                        began = time.perf_counter() - began
+                return began / self.steps
+
+            def streamed() -> Iterator[Batch]:
+                pin = made.ahead or transfers.pinner(course.device)
+                with closing(
+                    prefetch(lesson.loader, 0, 5 + self.steps, workers=workers_of(lesson), finish=pin)
+                ) as given:
+                    yield from given
+
+            fixed = lesson.loader.batch_at(0).to(course.device)
+            rounds = range(2 if self.options.quick else ROUNDS)
+            turns = [(timed(streamed()), timed(itertools.repeat(fixed, 5 + self.steps))) for _ in rounds]
+            views = seconds(lambda: lesson.loader.batch_at(3).to(course.device), course.device, 10)
+            used = profile.arithmetic(lesson)
+        whole, alone = zip(*turns, strict=True)
+        step = statistics.median(whole)
+        gflop = sum(used["gflop"].values())
+        return {
+            "precision": course.precision, "compile": config.compile,
+            "teacher_form": lesson.facts["teacher_forms"][0]["form"],
+            "images_per_second": spread([self.batch / each for each in whole]),
+            "against_fixed_batch": spread([a / b for a, b in turns]),
+            "step_ms": 1e3 * step, "fixed_ms": 1e3 * statistics.median(alone), "views_ms": 1e3 * views,
+            "views_share": views / step, "gflop_a_step": gflop, "of_matrix_peak": gflop / step / used["peak_gflops"],
+            "peak_tflops": used["peak_gflops"] / 1e3, "memory_gb": devices.peak(course.device) / 1e9,
+        }  # fmt: skip
+
+    def runs_of_pairs(self) -> None:
+        there = 1.0 if self.device.type == "cpu" else None
+        for teacher, student in self.pairs:
+            for name, more in (
+                ("as it is", {"compile": "off" if self.options.quick else "on", "device_gb": there}),
+                ("not compiled", {"compile": "off", "device_gb": there}),
+                ("streamed", {"compile": "off" if self.options.quick else "on", "device_gb": 0.0}),
+                ("with graphs", {"compile": "off" if self.options.quick else "max", "device_gb": there}),
+            ):
+                devices.empty_cache(self.device)
+                try:
+                    figures = self.pair(teacher, student, **more)
+                except Exception as error:  # what one way cannot do says nothing of the others
+                    figures = {"failed": f"{type(error).__name__}: {error}"[:300]}
+                self.say("pairs", pair=f"{teacher} > {student}", way=name, batch=self.batch, side=self.side, **figures)
+
+    def timm(self) -> None:
+        for teacher, student in self.pairs:
+            for compiled in (True, False):
+                if self.options.quick and compiled:
+                    continue
+                devices.empty_cache(self.device)
+                step = self.timm_step(teacher, student, compiled)
+                self.say("timm", pair=f"{teacher} > {student}", compiled=compiled, images_per_second=spread(step))
+            devices.empty_cache(self.device)
+            rates = self.timm_step(teacher, student, not self.options.quick, self.jpegs())
+            self.say("timm", pair=f"{teacher} > {student}", end_to_end=True, images_per_second=spread(rates))
+
+    def jpegs(self) -> Any:
+        """timm's loader, endless."""
+        from timm.data import FastCollateMixup, create_dataset, create_loader
+
+        root = str(self.folder / "pictures")
+        dataset = create_dataset("", root=root, split="train", is_training=True, batch_size=self.batch)
+        unchanged: Any = None
+        loader = create_loader(
+            dataset, (3, self.side, self.side), self.batch, is_training=True, use_prefetcher=True, scale=(0.05, 1.0),
+            ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=unchanged, interpolation="bilinear",
+            num_workers=2 if self.options.quick else 16, device=self.device, persistent_workers=True,
+            collate_fn=FastCollateMixup(mixup_alpha=1.0, num_classes=CLASSES),
+        )  # fmt: skip
+        return itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def timm_step(self, teacher: str, student: str, compiled: bool, batches: Any = None) -> list[float]:
+        """Images/s of timm's task under AMP, on one batch that is there already or on these."""
+        from timm.optim import create_optimizer_v2
+        from timm.task import LogitDistillationTask
+        from timm.utils import dispatch_clip_grad
+
+        last = torch.channels_last
+        nets = [network(name, seed).to(self.device, memory_format=last) for seed, name in enumerate((teacher, student))]
+        task = LogitDistillationTask(
+            nets[1], nets[0], nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0, temperature=2.0,
+            device=self.device, verbose=False,
+        )  # fmt: skip
+        task.train()
+        if compiled:
+            task.compile()
+        optimizer = create_optimizer_v2(nets[1], opt="adamw", lr=1e-3, weight_decay=1e-4)
+        pictures = torch.randn(self.batch, 3, self.side, self.side, device=self.device).contiguous(memory_format=last)
+        there = itertools.repeat((pictures, torch.zeros(self.batch, dtype=torch.long, device=self.device)))
+        given = iter(batches or there)
+
+        def step() -> None:
+            pictures, target = next(given)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                loss = task(pictures.contiguous(memory_format=last), target)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            dispatch_clip_grad(nets[1].parameters(), 1.0, mode="norm")
+            optimizer.step()
+
+        rounds, repeats = (1, 2) if self.options.quick else (ROUNDS, 10)
+        return [self.batch / seconds(step, self.device, repeats) for _ in range(rounds)]
+
+    def waits(self) -> None:
+        if not torch.cuda.is_available() or self.device.type != "cuda":
+            self.say("waits", skipped="only CUDA counts them")
+            return
+        teacher, student = self.pairs[-1]
+        given = {"t": network(teacher, 0), "s": network(student, 1)}
+        config = self.config(compile="off")
+        with distill.taught(*distill.begun(config, given)) as made, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            lesson, optimizer = made.lesson, optimizer_of(made.lesson)
+            scaler = devices.loss_scaler(lesson.course.device, lesson.course.precision)
+            pin = transfers.pinner(lesson.course.device)
+            with closing(prefetch(lesson.loader, 0, 30, workers=workers_of(lesson), finish=pin)) as batches:
+                for number, _ in fit(lesson.course, lesson.student, optimizer, scaler, batches, made.loss_of):
+                    torch.cuda.set_sync_debug_mode("warn" if 10 <= number < 29 else "default")
+        found = collections.Counter(
+            f"{Path(each.filename).name}:{each.lineno}" for each in said if "synchroniz" in str(each.message)
+        )
+        self.say("waits", steps=19, waits=sum(found.values()), where=dict(found))
+
+
+def main() -> None:
+    parts = ("crops", "numbers", "pairs", "timm", "waits")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=40, help="timed of a turn")
+    parser.add_argument("--pictures", type=int, default=2048)
+    parser.add_argument("--pair", nargs="+", type=int, help="only these of the pairs, from 0")
+    parser.add_argument("--quick", action="store_true", help="small networks, a few steps: does it run?")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, Path(folder))
+        bench.pairs = [bench.pairs[i] for i in options.pair] if options.pair else bench.pairs
+        versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
+        name = platform.processor() if bench.device.type == "cpu" else devices.described(bench.device)[0]
+        bench.say("machine", device=name, cores=os.cpu_count(), command=" ".join(sys.argv), **versions)
+        for part in options.only:
+            getattr(bench, "runs_of_pairs" if part == "pairs" else part)()
+
+
+if __name__ == "__main__":
+    main()
