@@ -137,22 +137,21 @@ class Bench:
             flips = rng.random(self.batch) < 0.5
             looks = resample.cut_alone(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
             looks = looks.flipped(flips, self.side)
-            given = [torch.from_numpy(each) for each in (looks.corners, looks.axes)]
-            expected = resample.gathered(flat, *given, self.side)
-            there = flat.to(self.device)
-            moved = [each.to(self.device) for each in given]
+            corners, axes = torch.from_numpy(looks.corners), torch.from_numpy(looks.axes)
+            expected = resample.gathered(flat, corners, axes, self.side)
+            there, corners, axes = flat.to(self.device), corners.to(self.device), axes.to(self.device)
             cut, note = fastest_cut(there)
-            found = cut(there, *moved, self.side).cpu()
+            found = cut(there, corners, axes, self.side).cpu()
             ways = {
                 "kernel" if cut is not resample.gathered else "indexing (no kernel)": cut,
                 "indexing": resample.gathered,
             }
-            works = {name: partial(way, there, *moved, self.side) for name, way in ways.items()}
+            works = {name: partial(way, there, corners, axes, self.side) for name, way in ways.items()}
             times = {
                 name: [1e3 * seconds(work, self.device, 20) for _ in range(ROUNDS)] for name, work in works.items()
             }
             if sizes == "one":
-                times["matrices"] = [1e3 * self.by_matrices(there, moved[1], boxes) for _ in range(ROUNDS)]
+                times["matrices"] = [1e3 * self.by_matrices(there, axes, boxes) for _ in range(ROUNDS)]
             written = found.numel() * found.element_size()
             self.say(
                 "crops", sizes=sizes, batch=self.batch, side=self.side, note=note, written_mb=written / 1e6,
@@ -287,7 +286,8 @@ class Bench:
         from timm.utils import dispatch_clip_grad
 
         last = torch.channels_last
-        nets = [network(name, seed).to(self.device, memory_format=last) for seed, name in enumerate((teacher, student))]
+        nets: list[Any] = [network(name, seed).to(self.device) for seed, name in enumerate((teacher, student))]
+        nets = [net.to(memory_format=last) for net in nets]
         task = LogitDistillationTask(
             nets[1], nets[0], nn.CrossEntropyLoss(), task_loss_weight=0.0, distill_loss_weight=1.0, temperature=2.0,
             device=self.device, verbose=False,

@@ -21,6 +21,13 @@ def pinner(device: torch.device) -> Callable[[Batch], Batch] | None:
     return pinned
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, by way of pinned memory if it has a way to go: nobody waits for it."""
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Fetched:
     """Tensors on their way to the CPU; an accelerator goes on meanwhile.

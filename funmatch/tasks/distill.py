@@ -98,7 +98,8 @@ def taught(
                 return batch.answers
             with span("teacher"):
                 ask = partial(matched, views, config.temperature)
-                told = said((batch.step, batch.first, len(batch.labels)), ask) if said else ask()
+                # Kept answers are copies: what a graph of launches gives is overwritten when it is replayed.
+                told = said((batch.step, batch.first, len(batch.labels)), lambda: ask().clone()) if said else ask()
             return recorder(batch, told, record=record) if recorder else told
 
         def ahead(batch: Batch) -> Batch:

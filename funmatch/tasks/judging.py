@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from funmatch import devices, metrics
+from funmatch import devices, metrics, transfers
 from funmatch.data.cache import Cache
 from funmatch.data.loader import Batch, Loader, central_batches
 from funmatch.data.pixels import CachedSplit
@@ -47,8 +47,8 @@ def answers(model: nn.Module, split: CachedSplit, view: View) -> Tensor:
     shape = view.side, view.short_side, view.batch
     for views, _ in central_batches(split, *shape, squash=view.squash, workers=devices.spare_threads()):
         with devices.autocast(view.device, view.precision):
-            logits.append(model(views.to(view.device)).float().cpu())
-    return torch.cat(logits)
+            logits.append(transfers.fetched(model(transfers.sent(views, view.device)).float()))
+    return torch.cat([each.wait()[0] for each in logits])
 
 
 @torch.inference_mode()
