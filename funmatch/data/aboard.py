@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import Lock
 from typing import ClassVar
@@ -79,8 +80,14 @@ class Aboard:
         return starts, (rows["height"], rows["width"])
 
     def _seen(self, looks: resample.Looks, side: int) -> Tensor:
-        corners, axes = _moved(looks, self.flat.device)
-        return self.cut(self.flat, corners, axes, side)
+        with _current(self.flat.device):
+            corners, axes = _moved(looks, self.flat.device)
+            return self.cut(self.flat, corners, axes, side)
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a device the current one of this thread: kernels go there, and a thread knows only the machine's first."""
+    return nullcontext() if device.index is None else torch.accelerator.device_index(device.index)
 
 
 def _moved(looks: resample.Looks, device: torch.device) -> tuple[Tensor, Tensor]:
