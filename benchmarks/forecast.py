@@ -41,8 +41,8 @@ def wanted(folder: Path) -> dict[str, list[str]]:
         ],
         "large": [
             *photos, "--teacher", "resnetv2_101x1_bit", "--teacher-weights", f"{folder}/resnetv2_101x1_bit.pt",
-            "--student", "resnetv2_50x1_bit", "--side", "128", "--batch", "32", "--steps", "60", "--eval-every", "60",
-            "--save-every", "60", "--precision", "bf16", "--compile", "on",
+            "--student", "resnetv2_50x1_bit", "--side", "128", "--batch", "32", "--steps", "40", "--eval-every", "40",
+            "--save-every", "40", "--precision", "bf16", "--compile", "on",
         ],
     }  # fmt: skip
 
