@@ -168,9 +168,10 @@ class Train(Pictures, Machine):
     """The module of the network from which on it is taught, e.g. stages.3 or head; all before stays as it is."""
     micro_batch: int | None = None
     """Pictures that the student takes at once, to need less memory. The same crops and λ; only BatchNorm notices."""
-    compile: Literal["auto", "off", "on", "max"] = "auto"
-    """Compile the networks, a minute or two at the start for faster steps: auto does so for larger networks in runs of
-    2,000 steps or more; max tries more kernels for longer. The same mathematics, rounded elsewhere."""
+    compile: Literal["auto", "off", "native", "on", "max"] = "auto"
+    """Compile the networks, a minute or two for faster steps; max tries more kernels for longer. native: on a CPU, our
+    own kernels for GroupNorm and standardised convolutions. auto: native on a CPU, elsewhere on for larger networks in
+    runs of 2,000 steps or more. The same mathematics, rounded elsewhere."""
     grad_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute activations again on the way back, to need less memory. (BatchNorm's running averages move twice.)"""
     patience: int | None = None

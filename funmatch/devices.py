@@ -238,7 +238,7 @@ def shared_out(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
     mine = part.new_zeros(most, *part.shape[1:])
     mine[: len(part)] = part
     made = mine.new_empty(launch.world() * most, *part.shape[1:])
-    dist.all_gather_into_tensor(made, mine)
+    dist.all_gather([*made.chunk(launch.world())], mine)
     return made[:count]
 
 

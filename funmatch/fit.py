@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from funmatch import devices, launch
+from funmatch import devices, heap, launch
 from funmatch.data.loader import Batch
 from funmatch.optim import clip_, set_factor
 from funmatch.spans import span, waited
@@ -62,26 +62,27 @@ def fit(
         updates done, and the loss of the last one, still on the device so that nothing waits for it.
     """
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    for step, batch in enumerate(waited(batches, "waiting for views"), start):
-        if not student.training:  # the caller may have judged it
-            student.train()
-        devices.seed_networks(course.seed, step, course.device, launch.rank())
-        set_factor(optimizer, course.lr, course.factor(step))
-        optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for piece, share in batch.to(course.device).pieces(course.micro_batch):
-            with span("mixing and distance"), devices.autocast(course.device, course.precision):
-                loss = loss_of(piece) * share
-            with span("backward"):
-                scaler.scale(loss).backward()
-            losses.append(loss.detach())
-        told = torch.stack(losses).sum()
-        with span("optimizer"):
-            # Before they are unscaled: so a gradient that overflowed on one process is seen by all.
-            devices.average_([told, *(each.grad for each in parameters if each.grad is not None)])
-            scaler.unscale_(optimizer)
-            if course.clip_norm is not None:
-                clip_(parameters, course.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-        yield step + 1, told
+    with heap.kept(course.device):
+        for step, batch in enumerate(waited(batches, "waiting for views"), start):
+            if not student.training:  # the caller may have judged it
+                student.train()
+            devices.seed_networks(course.seed, step, course.device, launch.rank())
+            set_factor(optimizer, course.lr, course.factor(step))
+            optimizer.zero_grad(set_to_none=True)
+            losses = []
+            for piece, share in batch.to(course.device).pieces(course.micro_batch):
+                with span("mixing and distance"), devices.autocast(course.device, course.precision):
+                    loss = loss_of(piece) * share
+                with span("backward"):
+                    scaler.scale(loss).backward()
+                losses.append(loss.detach())
+            told = torch.stack(losses).sum()
+            with span("optimizer"):
+                # Before they are unscaled: so a gradient that overflowed on one process is seen by all.
+                devices.average_([told, *(each.grad for each in parameters if each.grad is not None)])
+                scaler.unscale_(optimizer)
+                if course.clip_norm is not None:
+                    clip_(parameters, course.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
+            yield step + 1, told

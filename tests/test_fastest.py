@@ -89,33 +89,44 @@ def test_a_teacher_in_pieces_says_the_same(tmp_path):
         Distill.checked(**told | {"teacher": ("x",), "data": ("x",), "student": "x"}, teacher_batch=0, out=tmp_path)
 
 
-def settled(out: Path, student: Classifier, **knobs) -> dict[str, str]:
+def settled(out: Path, student: Classifier, device: str = "cpu", **knobs) -> dict[str, str]:
     config = Distill(data=("x",), teacher=("x",), student="x", steps=knobs.get("steps", 5000), out=out, **{
         name: value for name, value in knobs.items() if name != "steps"
     })  # fmt: skip
-    return fastest.settled(config, config.steps or 0, 32, student, CPU)
+    return fastest.settled(config, config.steps or 0, 32, student, torch.device(device))
 
 
 def test_what_auto_means(tmp_path, monkeypatch):
     monkeypatch.setattr(fastest.devices, "teacher_precisions", lambda *_: ("bf16", "fp32"))
-    monkeypatch.setattr(fastest, "known", lambda *_: {"fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(fastest, "known", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(fastest.native, "compiler", lambda: "c++")
     grouped = load("resnetv2_50x1_bit", classes=10)
-    assert settled(tmp_path, grouped) == {"precision": "bf16", "compile": "on"}
-    assert settled(tmp_path, grouped, steps=1000) == {"precision": "bf16", "compile": "off"}, "too short to be won back"
-    assert settled(tmp_path, grouped, steps=100)["precision"] == "fp32", "too short to be measured"
+    assert settled(tmp_path, grouped) == {"precision": "bf16", "compile": "native"}
+    assert settled(tmp_path, grouped, steps=100) == {"precision": "fp32", "compile": "native"}, (
+        "too short to be measured"
+    )
     assert settled(tmp_path, grouped, precision="fp32", compile="off") == {}, "said is said"
-    batched = load("resnet18", classes=10)
-    assert settled(tmp_path, batched)["compile"] == "off", "on a CPU it is GroupNorm that gains"
     small = load("fashion-mini-student")
-    assert settled(tmp_path, small) == {"precision": "fp32", "compile": "off"}
-    monkeypatch.setattr(fastest, "known", lambda *_: {"fp32": 1.05, "bf16": 1.0})
+    assert settled(tmp_path, small)["precision"] == "fp32"
+    monkeypatch.setattr(fastest, "known", lambda *_, **_quick: {"fp32": 1.05, "bf16": 1.0})
     assert settled(tmp_path, grouped)["precision"] == "fp32", "not clearly faster"
+    monkeypatch.setattr(fastest.native, "compiler", lambda: None)
+    assert settled(tmp_path, grouped)["compile"] == "off"
+
+
+def test_what_auto_means_on_an_accelerator(tmp_path):
+    batched, small = load("resnet18", classes=10), load("fashion-mini-student")
+    told = {"precision": "bf16", "device": "cuda"}
+    assert settled(tmp_path, batched, **told)["compile"] == "on"
+    assert settled(tmp_path, batched, steps=1000, **told)["compile"] == "off", "too short to be won back"
+    assert settled(tmp_path, small, **told)["compile"] == "off"
 
 
 def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
-    monkeypatch.setattr(fastest, "known", lambda *_: {"fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(fastest, "known", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
     grouped = load("resnetv2_50x1_bit", classes=10)
     for then, now in (
+        ({"precision": "bf16", "compile": "on"}, {"precision": "bf16", "compile": "on"}),
         ({"precision": "fp32", "compile": "off"}, {"precision": "fp32", "compile": "off"}),
         ({"precision": "bf16"}, {"precision": "bf16", "compile": "auto"}),  # older than that knob: not compiled
     ):

@@ -189,15 +189,19 @@ def test_one_overflow_does_not_spoil_what_comes_after():
 
 
 def test_roots_may_be_shared_out():
-    """Whoever does the work, a matrix at a time or all at once, gives the same bits."""
+    """Whoever does the work, a matrix at a time or all at once, gives the same up to rounding.
+
+    Not to the bit everywhere: on some processors LAPACK rounds by where in memory a matrix begins. In double precision
+    rounding is so small that it hides nothing.
+    """
 
     def one_by_one(work, *stacks):
         return torch.cat([work(*(stack[i : i + 1] for stack in stacks)) for i in range(len(stacks[0]))])
 
-    ours, others = pair(SHAPES.values(), torch.float32)
+    ours, others = pair(SHAPES.values(), torch.float64)
     options = {"block_size": 8, "start_preconditioning_step": 1}
     walk(ours, others, Shampoo(ours, 0.01, **options), Shampoo(others, 0.01, share=one_by_one, **options), 4)
-    assert all(torch.equal(p, q) for p, q in zip(ours, others, strict=True))
+    assert max(float((p - q).detach().abs().max()) for p, q in zip(ours, others, strict=True)) < 1e-9
 
 
 def test_parameters_may_come_later():

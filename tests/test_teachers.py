@@ -163,7 +163,8 @@ def test_a_run_with_two_teachers_at_two_sides(tmp_path):
     found = records(run.folder, "teacher")
     assert [each["teacher"] for each in found] == [TEACHER, TEACHER, f"{TEACHER} + {TEACHER}"]
     assert found[0]["top1"] > 0.85
-    assert found[0]["form"] == {"folded": True, "precision": "fp32", "layout": "channels_last", "compiled": False}
+    form = {"folded": True, "precision": "fp32", "layout": "channels_last", "compiled": False, "native": False}
+    assert found[0]["form"] == form
     assert found[0]["beside_fp32"]["agreement"] == 1.0
     config = json.loads((run.folder / "config.json").read_text())
     assert config["knobs"]["teacher_side"] == [32, 40]

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from funmatch.distances import kl
 from funmatch.errors import InputError, first_line
+from funmatch.models import native
 from funmatch.models.build import head_names
 from funmatch.models.classifier import Classifier, laid_out
 from funmatch.models.fold import fold
+from funmatch.models.quick import norms, quicken
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -36,22 +38,29 @@ class Form:
         precision: of its arithmetic: fp32, bf16 or fp16. The head is fp32 in any.
         layout: of pictures in memory: channels_last or contiguous.
         compiled: whether by `torch.compile`, for batches of the size that comes first.
+        native: whether its GroupNorms are computed by our own kernels, as far as they can be had.
     """
 
     folded: bool = True
     precision: str = "fp32"
     layout: str = "channels_last"
     compiled: bool = False
+    native: bool = False
 
     def __str__(self) -> str:
         words = [self.precision, self.layout.replace("_", " ")]
-        return ", ".join([*(["folded"] if self.folded else []), *words, *(["compiled"] if self.compiled else [])])
+        how = {"compiled": self.compiled, "own kernels": self.native}
+        return ", ".join(
+            [*(["folded"] if self.folded else []), *words, *(name for name, is_so in how.items() if is_so)]
+        )
 
-    def fits(self, precisions: tuple[str, ...], *, compiled: bool) -> bool:
+    def fits(self, wish: "Wish") -> bool:
         """Whether this is a form at all, and one that is allowed: a record of it may have been damaged."""
-        flags = isinstance(self.folded, bool) and isinstance(self.compiled, bool)
+        flags = all(isinstance(flag, bool) for flag in (self.folded, self.compiled, self.native))
         words = isinstance(self.precision, str) and isinstance(self.layout, str)
-        return flags and words and self.precision in precisions and self.layout in LAYOUTS and self.compiled <= compiled
+        precisions = wish.precisions if len(wish.precisions) == 1 else ("fp32", *wish.precisions)
+        allowed = self.compiled <= wish.compiled and self.native <= wish.native
+        return flags and words and allowed and self.precision in precisions and self.layout in LAYOUTS
 
 
 PLAIN = Form(folded=False)
@@ -70,6 +79,9 @@ class Frozen(nn.Module):
         if form.folded:
             net = classifier.net = fold(net)
         laid_out(net.to(DTYPES[form.precision]), LAYOUTS[form.layout])
+        if form.native and not native.why_not():
+            for norm in norms(quicken(net, taught_only=False)):
+                norm.float()  # few numbers, which the kernels read as they are
         if form.precision != "fp32":
             inside = dict(net.named_modules())  # folding may have joined the head with something else
             for head in (inside[name] for name in head_names(net) if name in inside):
@@ -135,11 +147,13 @@ class Wish:
     Attributes:
         precisions: that the machine has; the fastest that answers well is taken. One alone is taken whatever it costs.
         compiled: whether to compile.
+        native: whether GroupNorm by our own kernels.
         first: the form that was best on this machine before, which is tried first.
     """
 
     precisions: tuple[str, ...] = ("fp32",)
     compiled: bool = False
+    native: bool = False
     first: Form | None = None
 
 
@@ -156,8 +170,13 @@ def freeze(make: Callable[[], Classifier], views: Tensor, wish: Wish) -> tuple[F
     plain = Frozen(make().to(views.device))
     truth = torch.cat([plain(part) for part in views.split(AT_ONCE)])
     small = plain.size < SMALL
-    del plain
     tried: list[Check] = []
+    if wish.native and (small or not any(norms(plain.classifier.net))):
+        wish = replace(wish, native=False, first=None)
+    elif wish.native and (why := native.why_not()):
+        tried.append(Check(Form(native=True), len(views), 0.0, 0.0, why))
+        wish = replace(wish, native=False, first=None)
+    del plain
     for form in candidates(make, views[:TIMED], wish, small=small):
         frozen, check = attempt(make, form, views, truth)
         tried.append(check)
@@ -182,6 +201,8 @@ def candidates(make: Callable[[], Classifier], views: Tensor, wish: Wish, *, sma
     for form in ranked:
         if wish.compiled:
             yield replace(form, compiled=True)
+        if wish.native:
+            yield replace(form, native=True)
         if seconds[form] <= least:
             yield form
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from funmatch import devices, launch, runs
 from funmatch.config import Train
@@ -18,8 +18,10 @@ from funmatch.errors import first_line, lacks_memory
 from funmatch.files import cache_home, write_atomically
 from funmatch.fit import Course
 from funmatch.logs import duration, say
+from funmatch.models import native
 from funmatch.models.classifier import Classifier
 from funmatch.models.frozen import CLEARLY, SMALL
+from funmatch.models.quick import gains, quicken
 
 MEASURED_FROM = 200
 """Steps of a run from which it is worth a few seconds to find the faster arithmetic."""
@@ -34,15 +36,20 @@ def settled(config: Train, steps: int, side: int, student: Classifier, device: t
     """`precision` and `compile` with no `auto` left; a run that has begun goes on as it began, to the same bits."""
     before = devices.from_first(lambda: runs.knobs_of(config.out))
     found: dict[str, str] = {}
-    if config.precision == "auto":
-        found["precision"] = before.get("precision") or precision(config, steps, side, student, device)
     if config.compile == "auto":
-        earned = steps >= COMPILED_FROM and student.count() >= SMALL and launch.world() == 1
-        # On a CPU it is GroupNorm that gains; networks without gain little or nothing there.
-        earned &= device.type != "cpu" or any(isinstance(each, nn.GroupNorm) for each in student.modules())
         # A run that is older than this knob was not compiled, and says nothing of it.
-        found["compile"] = before.get("compile", "auto") if before else ("on" if earned else "off")
+        found["compile"] = before.get("compile", "auto") if before else _compiled(steps, student, device)
+    if config.precision == "auto":
+        config = config.model_copy(update=found)
+        found["precision"] = before.get("precision") or precision(config, steps, side, student, device)
     return found
+
+
+def _compiled(steps: int, student: Classifier, device: torch.device) -> str:
+    """`compile` where nobody said another. On a CPU our own kernels gain more than a compiler does."""
+    if device.type == "cpu":
+        return devices.from_first(lambda: "native" if native.compiler() else "off")
+    return "on" if steps >= COMPILED_FROM and student.count() >= SMALL and launch.world() == 1 else "off"
 
 
 def precision(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> str:
@@ -54,7 +61,8 @@ def precision(config: Train, steps: int, side: int, student: Classifier, device:
     fast = "bf16" in devices.teacher_precisions("auto", device)
     if device.type != "cpu" or not fast or student.count() < SMALL or steps < MEASURED_FROM:
         return usual
-    seconds = devices.from_first(lambda: known(student, side, min(PICTURES, config.micro_batch or config.batch)))
+    pictures, quick = min(PICTURES, config.micro_batch or config.batch), quickens(student, config)
+    seconds = devices.from_first(lambda: known(student, side, pictures, quick=quick))
     gain = seconds["fp32"] / seconds["bf16"]
     if gain < CLEARLY:
         return usual
@@ -62,15 +70,15 @@ def precision(config: Train, steps: int, side: int, student: Classifier, device:
     return "bf16"
 
 
-def known(student: Classifier, side: int, pictures: int) -> dict[str, float]:
+def known(student: Classifier, side: int, pictures: int, *, quick: bool = False) -> dict[str, float]:
     """Seconds a step in each arithmetic, measured once on a machine, so that two runs alike are computed alike."""
-    words = (repr(student.net), side, pictures, devices.described(torch.device("cpu")))
+    words = (repr(student.net), side, pictures, quick, devices.described(torch.device("cpu")))
     place = cache_home() / "steps" / f"{hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()}.json"
     try:
         found = json.loads(place.read_text())
         return {name: max(float(found[name]), 1e-9) for name in ("fp32", "bf16")}
     except (OSError, ValueError, TypeError, KeyError):
-        found = measured(student, side, pictures)
+        found = measured(student, side, pictures, quick=quick)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, json.dumps(found))
@@ -79,13 +87,15 @@ def known(student: Classifier, side: int, pictures: int) -> dict[str, float]:
     return found
 
 
-def measured(student: Classifier, side: int, pictures: int) -> dict[str, float]:
+def measured(student: Classifier, side: int, pictures: int, *, quick: bool) -> dict[str, float]:
     """Seconds for a student's way there and back on the CPU, in fp32 and in bf16; endless where it cannot be done."""
     device, seconds = torch.device("cpu"), {}
     with torch.random.fork_rng(devices=[]):
         views = torch.rand(pictures, 3, side, side).contiguous(memory_format=torch.channels_last)
         for name in ("fp32", "bf16"):
             own = copy.deepcopy(student).to(device).train()
+            if quick:
+                quicken(own.net, taught_only=True)
             try:
                 times = [_seconds(own, views, device, name) for _ in range(1 + TURNS)]
                 seconds[name] = min(times[1:])
@@ -102,6 +112,23 @@ def _seconds(student: Classifier, views: Tensor, device: torch.device, name: str
         loss = student(views).float().square().mean()
     loss.backward()
     return time.perf_counter() - began
+
+
+def quickens(student: Classifier, config: Train) -> bool:
+    """Whether our own kernels compute some of a student while it is taught."""
+    wanted = config.compile == "native" and student.count() >= SMALL and gains(student.net)
+    return wanted and not native.why_not()
+
+
+def hasten(student: Classifier, course: Course, config: Train, side: int) -> None:
+    """Has a student computed as the run's configuration says: by our own kernels, compiled, or as it is."""
+    if config.compile != "native":
+        compile_student(student, course, config, side)
+    elif quickens(student, config):
+        quicken(student.net, taught_only=True)
+        say(f"GroupNorm and standardised kernels of {config.student} are computed by kernels of our own")
+    elif student.count() >= SMALL and gains(student.net):
+        say(f"WARNING: our own kernels cannot be had here, and torch's are slower: {native.why_not()}")
 
 
 def compile_student(student: Classifier, course: Course, config: Train, side: int) -> None:

@@ -23,7 +23,7 @@ from funmatch.optim import Average
 from funmatch.strategies import STRATEGIES
 from funmatch.tape import HEADER, size_of
 from funmatch.tasks import distill, finetune, judging, profile, tapes, train
-from funmatch.tasks.fastest import compile_student
+from funmatch.tasks.fastest import hasten
 from funmatch.tasks.lesson import Lesson, optimizer_of, workers_of
 from funmatch.tasks.standing import Standing
 from funmatch.tasks.walk import LossOf
@@ -112,7 +112,7 @@ def forecast(made: Ready, began: float) -> dict[str, Any]:
     lesson = made.lesson
     config, course, student = lesson.config, lesson.course, lesson.student
     devices.empty_cache(course.device)
-    compile_student(student, course, config, config.side or 0)
+    hasten(student, course, config, config.side or 0)
     begin = time.monotonic() - began
     optimizer = optimizer_of(lesson)
     step = seconds_a_step(made, optimizer)

@@ -18,6 +18,7 @@ from funmatch.data.pixels import CachedSplit
 from funmatch.errors import InputError
 from funmatch.files import cache_home, write_atomically
 from funmatch.logs import percent, say, say_notes
+from funmatch.models import native
 from funmatch.models.classes import SAME_NAMES, Picks, match, read_map
 from funmatch.models.classifier import Classifier, check_side, fingerprint, function_of
 from funmatch.models.frozen import Form, Frozen, Wish, freeze
@@ -154,7 +155,10 @@ def in_best_form(
         check_side(one.classifier, one.side)
         if remembered:
             record = remembered[number]
-            frozen = Frozen(one.make().to(shown.device), Form(**record["form"]))
+            form = Form(**record["form"])
+            if form.native and (why := native.why_not()):
+                say(f"WARNING: teacher {one.name} was computed by our own kernels, which cannot be had now: {why}")
+            frozen = Frozen(one.make().to(shown.device), form)
             frozen(shown)  # compiles it for batches of this size, where it is compiled
         else:
             frozen, record = _frozen(one, shown, config)
@@ -165,9 +169,9 @@ def in_best_form(
 
 def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
     precisions = devices.teacher_precisions(config.teacher_precision, shown.device)
-    place = cache_home() / "forms" / f"{_machine(one, shown, config, precisions)}.json"
-    known = _known_form(place, precisions, config)
-    frozen, tried = freeze(one.make, shown, Wish(precisions, config.compiles, known))
+    wish = Wish(precisions, config.compiles, config.compile == "native")
+    place = cache_home() / "forms" / f"{_machine(one, shown, wish)}.json"
+    frozen, tried = freeze(one.make, shown, replace(wish, first=_known_form(place, wish)))
     for check in tried[:-1]:
         say(f"teacher {one.name} is not computed as {check}")
     taken = tried[-1]
@@ -186,20 +190,19 @@ def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[s
     }
 
 
-def _machine(one: Called, shown: Tensor, config: Distill, precisions: tuple[str, ...]) -> str:
+def _machine(one: Called, shown: Tensor, wish: Wish) -> str:
     """A name for what decides which form is the fastest."""
-    words = (one.digest, one.function, shown.shape, precisions, config.compiles, devices.described(shown.device))
+    words = (one.digest, one.function, shown.shape, wish, devices.described(shown.device))
     return hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()
 
 
-def _known_form(place: Path, precisions: tuple[str, ...], config: Distill) -> Form | None:
+def _known_form(place: Path, wish: Wish) -> Form | None:
     """The form that was taken on this machine before: so that two runs alike are computed alike."""
     try:
         form = Form(**json.loads(place.read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    allowed = precisions if len(precisions) == 1 else ("fp32", *precisions)
-    return form if form.fits(allowed, compiled=config.compiles) else None
+    return form if form.fits(wish) else None
 
 
 def answers(teachers: Teachers, split: CachedSplit, view: judging.View) -> tuple[Tensor, list[Tensor]]:

@@ -18,7 +18,7 @@ from funmatch.optim import Average
 from funmatch.spans import span
 from funmatch.tasks import judging, teachers
 from funmatch.tasks.delivery import written
-from funmatch.tasks.fastest import compile_student
+from funmatch.tasks.fastest import hasten
 from funmatch.tasks.keeping import Keeper
 from funmatch.tasks.lesson import Lesson, optimizer_of, prolong, record_of, workers_of
 from funmatch.tasks.losses import Losses, ruined
@@ -124,7 +124,7 @@ class Walk:
         """Compiles the student, if it is to be and has steps to go."""
         config, course = self.lesson.config, self.lesson.course
         if self.standing.step < course.steps:
-            compile_student(self.lesson.student, course, config, config.side or 0)
+            hasten(self.lesson.student, course, config, config.side or 0)
 
     def steps(self, loss_of: LossOf, ahead: Callable[[Batch], Batch] | None, caught: Sequence[int]) -> Iterator[int]:
         """Takes a step each time it is asked for one, and gives its number.
