@@ -1,9 +1,14 @@
-"""Pixels to views: crop, resize, flip, mix. Bilinear without antialias throughout, as in the paper's code."""
+"""Pixels to views: crop, resize, flip, mix. Bilinear without antialias throughout, as in the paper's code.
+
+Larger pictures are resampled by our own kernel (`resample`) where it can be had, else by torch.
+"""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from funmatch import resample
 
 # Pictures of one size up to this many pixels are resampled together: for them the calls cost more than the arithmetic.
 SMALL = 64 * 64
@@ -28,6 +33,10 @@ def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
     shape = pictures[0].shape
     if shape[0] * shape[1] <= SMALL and all(picture.shape == shape for picture in pictures):
         return _together(torch.stack(pictures), boxes, flips, side)
+    if _native(pictures):
+        return resample.looked(
+            pictures, lambda starts, sizes: resample.cut_alone(starts, sizes, boxes, side).flipped(flips, side), side
+        )
     views = torch.empty(len(pictures), 3, side, side, memory_format=torch.channels_last)
     for view, picture, (top, left, height, width), flip in zip(
         views, pictures, boxes.tolist(), flips.tolist(), strict=True
@@ -52,6 +61,10 @@ def sample_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
+    if _native(pictures):
+        return resample.looked(
+            pictures, lambda starts, sizes: resample.cut_after(starts, sizes, boxes, side).flipped(flips, side), side
+        )
     views = torch.empty(len(pictures), 3, side, side, memory_format=torch.channels_last)
     for view, picture, (top, left, height, width), flip in zip(
         views, pictures, boxes.tolist(), flips.tolist(), strict=True
@@ -62,6 +75,11 @@ def sample_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
         sampled = torch.lerp(rows[:, first], rows[:, second], share[:, None]).permute(2, 0, 1)
         torch.div(sampled.flip(-1) if flip else sampled, 255, out=view)
     return views
+
+
+def _native(pictures: list[Tensor]) -> bool:
+    """Whether our own kernel resamples these: if any is not small, and it can be had."""
+    return any(picture.shape[0] * picture.shape[1] > SMALL for picture in pictures) and not resample.why_not()
 
 
 def _sampled(start: float, length: float, size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +101,10 @@ def central_view(picture: Tensor, short_side: int, side: int, *, squash: bool = 
     Returns:
         (3, side, side) float32 in [0, 1].
     """
+    if _native([picture]):
+        return resample.looked(
+            [picture], lambda starts, sizes: resample.central(starts, sizes, short_side, side, squash=squash), side
+        )[0]
     height, width = picture.shape[:2]
     if squash:
         corner = (short_side - side) // 2

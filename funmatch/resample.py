@@ -1,15 +1,21 @@
-"""Crops of many pictures at once, of any sizes, out of one piece of memory: what an accelerator wants.
+"""Crops of many pictures at once, of any sizes: what an accelerator wants, and the CPU's own kernel.
 
 The same bilinear resampling as `augment`, said in numbers: on each axis pixel i of a view is read at
 clip(start + i · step, least, most) of its picture. With that one formula go crops that are resized alone, crops of
 resized pictures, mirrored ones (a step below 0), and the central view of evaluation.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from funmatch import native
+
+CLOSE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Looks:
 
     Attributes:
         corners: (n, 2) int64: where in the memory the pixel lies from which places are counted, and the bytes of a row.
-        axes: (n, 2, 4) float32: of rows and of columns start, step, least, most; in pixels, counted from that pixel.
+        axes: (n, 2, 4) float64: of rows and of columns start, step, least, most; in pixels, counted from that pixel.
     """
 
     corners: np.ndarray
@@ -96,7 +102,7 @@ def _looks(starts, sizes, corner, rest, lengths, least, ends, side: int) -> Look
     corners = np.stack([starts + corner[:, 0] * row + 3 * corner[:, 1], row], 1)
     step = lengths / side
     axes = np.stack([rest + 0.5 * step - 0.5, step, least, ends - 1], -1)
-    return Looks(corners, axes.astype(np.float32))
+    return Looks(corners, axes)
 
 
 def gathered(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
@@ -113,7 +119,7 @@ def gathered(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
     start, step, least, most = axes[..., None].unbind(2)
     at = torch.minimum(torch.maximum(start + torch.arange(side, device=axes.device) * step, least), most)
     first = at.floor()
-    share = at - first
+    share = (at - first).float()
     near, far = first.long(), torch.minimum(first + 1, most).long()
     row = corners[:, 1:]
     rows = [corners[:, :1] + each[:, 0] * row for each in (near, far)]
@@ -126,3 +132,48 @@ def gathered(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
     down, across = share[:, 0, :, None, None], share[:, 1, None, :, None]
     left, right = (torch.lerp(read(rows[0], each), read(rows[1], each), down) for each in columns)
     return (torch.lerp(left, right, across) / 255).permute(0, 3, 1, 2)
+
+
+@cache
+def why_not() -> str:
+    """Why the CPU's own kernel cannot be had here; empty where it can."""
+    return native.why_not() or ("" if _computes() else "what the compiler made of it computes something else")
+
+
+def _computes() -> bool:
+    """Whether the kernel reads what indexing reads, of a mirrored crop and of one that reaches beyond its picture."""
+    picture = torch.arange(0, 180, 2, dtype=torch.uint8)[:60].view(4, 5, 3)
+    for cut, box in ((cut_alone, (1, 1, 3, 4)), (cut_after, (-0.5, 0.25, 3.5, 4.5))):
+
+        def looks(starts: np.ndarray, sizes: np.ndarray, cut: Callable[..., Looks] = cut, box: tuple = box) -> Looks:
+            return cut(starts, sizes, np.array([box]), 7).flipped(np.array([True]), 7)
+
+        wanted = looks(np.zeros(1, np.int64), np.array([[4], [5]]))
+        numbers = torch.from_numpy(wanted.corners), torch.from_numpy(wanted.axes)
+        if (looked([picture], looks, 7) - gathered(picture.flatten(), *numbers, 7)).abs().max() > CLOSE:
+            return False
+    return True
+
+
+def _look(looks: Looks, side: int) -> Tensor:
+    """The views of pictures whose corners are addresses."""
+    views = torch.empty(len(looks.corners), side, side, 3)
+    corners, axes = np.ascontiguousarray(looks.corners), np.ascontiguousarray(looks.axes)
+    native.library().look(corners.ctypes.data, axes.ctypes.data, views.data_ptr(), len(views), side)
+    return views.permute(0, 3, 1, 2)
+
+
+def looked(pictures: Sequence[Tensor], cut: Callable[..., Looks], side: int) -> Tensor:
+    """The views of pictures wherever they lie, by the CPU's own kernel.
+
+    Args:
+        pictures: each (height, width, 3) of uint8.
+        cut: what is looked at, given where the pictures begin, and their heights and widths.
+        side: of the views, pixels.
+
+    Returns:
+        (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
+    """
+    pictures = [picture.contiguous() for picture in pictures]
+    starts = np.array([picture.data_ptr() for picture in pictures], np.int64)
+    return _look(cut(starts, np.array([picture.shape[:2] for picture in pictures]).T), side)

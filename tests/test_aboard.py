@@ -88,7 +88,7 @@ def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
 def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
     flat = torch.zeros(10, dtype=torch.uint8, device="meta")  # any device but the CPU
     monkeypatch.setattr(
-        aboard, "_moved", lambda looks, _: (torch.from_numpy(looks.corners), torch.from_numpy(looks.axes))
+        aboard, "_moved", lambda looks, _: (torch.from_numpy(looks.corners), torch.from_numpy(looks.axes).float())
     )
     monkeypatch.setattr(
         torch, "arange", lambda *given, real=torch.arange, **more: real(*given, **more | {"device": CPU})

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from funmatch import native
 from funmatch.augment import _resize, central_view, crop_resize_flip, mixup
 from funmatch.views import seen
 
@@ -30,11 +31,15 @@ def noise():
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (31, 23, 3), dtype=np.uint8))
 
 
-@pytest.fixture(params=["together", "one by one"], autouse=True)
-def both_ways(request, monkeypatch):
-    """Small pictures of one size are resampled together, others one by one; both must be right."""
-    if request.param == "one by one":
+@pytest.fixture(params=["together", "one by one", "by torch"], autouse=True)
+def each_way(request, monkeypatch):
+    """Small pictures of one size are resampled together, others one by one, by our kernel or torch: all are right."""
+    if request.param != "together":
         monkeypatch.setattr("funmatch.augment.SMALL", 0)
+    if request.param == "by torch":
+        monkeypatch.setattr("funmatch.resample.why_not", lambda: "unwanted")
+    elif native.compiler() is None:
+        pytest.skip("there is no C++ compiler here")
 
 
 @pytest.mark.parametrize("box", [(0, 0, 31, 23), (4, 5, 9, 11), (30, 22, 1, 1), (0, 3, 31, 2)])

@@ -10,16 +10,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up. A module may import those before it in this list, and nothing else of ours.
 LAYERS = [
-    ["launch", "errors", "files", "crc32c", "protobuf", "spans"],
+    ["launch", "errors", "files", "crc32c", "protobuf", "spans", "native"],
     ["knobs", "strategies", "contradictions", "config", "recipes"],
     [
         "draws",
-        "augment",
         "resample",
+        "augment",
         "kernels",
         "mixing",
         "randaugment",
         "views",
+        "norms",
         "distances",
         "metrics",
         "schedules",
@@ -59,7 +60,6 @@ LAYERS = [
         "models.fetch",
         "models.foreign",
         "models.groupnorm",
-        "models.native",
         "models.quick",
         "models.arithmetic",
         "models.build",

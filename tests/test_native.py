@@ -13,7 +13,8 @@ from timm.layers import GroupNormAct
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import nn
 
-from funmatch.models import native, quick
+from funmatch import native, norms, resample
+from funmatch.models import quick
 from funmatch.models.classifier import Classifier
 from funmatch.models.frozen import Form, Frozen, Wish, freeze
 from funmatch.models.load import load
@@ -25,9 +26,14 @@ LAST = torch.channels_last
 @pytest.fixture(autouse=True)
 def fresh():
     """What was opened in another test's cache is not known."""
-    native._opened.cache_clear()
+    forget()
     yield
-    native._opened.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    for known in (native._opened, norms.why_not, resample.why_not):
+        known.cache_clear()
 
 
 def errors(got: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
@@ -67,7 +73,7 @@ def test_group_norm_there_and_back(dtype, relu, n, channels, groups, height, wid
         return y.relu() if relu else y
 
     truth = answered(plain, torch.float64)
-    ours = answered(lambda x, w, b: native.group_norm(x, w, b, groups, 1e-5, relu=relu), None)
+    ours = answered(lambda x, w, b: norms.group_norm(x, w, b, groups, 1e-5, relu=relu), None)
     theirs = answered(plain, None)
     assert ours[0].is_contiguous(memory_format=LAST)
     assert ours[1].dtype == dtype
@@ -88,7 +94,7 @@ def test_standardised_filters_there_and_back(dtype, shape, layout):
     exact = weight.detach().double().requires_grad_()
     rows = F.batch_norm(exact.reshape(1, shape[0], -1), None, None, training=True, eps=1e-8).reshape(shape)
     truth = [rows, *torch.autograd.grad(rows, exact, given.double())]
-    made = native.standardised(weight, 1e-8, dtype)
+    made = norms.standardised(weight, 1e-8, dtype)
     assert made.dtype == dtype
     assert made.stride() == weight.stride()
     found = [made, *torch.autograd.grad(made, weight, given)]
@@ -100,8 +106,8 @@ def test_standardised_filters_there_and_back(dtype, shape, layout):
 def test_what_is_not_a_number_stays_none():
     x = torch.randn(2, 4, 3, 3).contiguous(memory_format=LAST)
     x[0, 1, 1, 1] = float("nan")
-    for dtype in native.DTYPES:
-        y = native.group_norm(x.to(dtype), torch.ones(4), torch.zeros(4), 2, 1e-5, relu=True)
+    for dtype in norms.DTYPES:
+        y = norms.group_norm(x.to(dtype), torch.ones(4), torch.zeros(4), 2, 1e-5, relu=True)
         assert y[0, :2].isnan().all(), "all of its group"
         assert y[0, 2:].isfinite().all()
         assert y[1].isfinite().all()
@@ -114,7 +120,7 @@ def test_the_number_of_threads_changes_no_bit(threads):
     weight, bias = torch.randn(32, requires_grad=True), torch.randn(32, requires_grad=True)
 
     def answered():
-        y = native.group_norm(x, weight, bias, 8, 1e-5)
+        y = norms.group_norm(x, weight, bias, 8, 1e-5)
         return [y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))]
 
     first = answered()
@@ -216,7 +222,7 @@ def test_a_teacher_takes_them_and_answers_the_same():
     assert frozen.form.native
     assert tried[-1].good
     assert "own kernels" in str(frozen.form)
-    assert all(norm.weight.dtype == torch.float32 for norm in quick.norms(frozen.classifier.net))
+    assert all(norm.weight.dtype == torch.float32 for norm in quick.group_norms(frozen.classifier.net))
     plain = Frozen(made())(views)
     exact = Frozen(made(), Form(native=True))(views)
     assert (exact - plain).abs().max() < 1e-4 * plain.abs().max()
@@ -243,12 +249,18 @@ def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeyp
     monkeypatch.setenv("CXX", str(failing))
     assert native.why_not() == f"{failing} cannot compile them: no such instruction"
     assert not list((tmp_path / "cache").rglob("*.so"))
-    native._opened.cache_clear()
+    forget()
     wrong = tmp_path / "wrong.cpp"
-    wrong.write_text(native.SOURCE.read_text().replace("value * value", "value"))
+    source = native.SOURCE.read_text()
+    wrong.write_text(source.replace("value * value", "value"))
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(native, "SOURCE", wrong)
-    assert "computes something else" in native.why_not()
+    assert "computes something else" in norms.why_not()
+    assert resample.why_not() == ""
+    forget()
+    wrong.write_text(source.replace("* down", "* 2"))
+    assert "computes something else" in resample.why_not()
+    assert norms.why_not() == ""
 
 
 def test_it_is_made_once(tmp_path, monkeypatch):
@@ -256,6 +268,6 @@ def test_it_is_made_once(tmp_path, monkeypatch):
     assert native.why_not() == ""
     (made,) = Path(tmp_path, "kernels").iterdir()
     before = os.stat(made).st_mtime_ns
-    native._opened.cache_clear()
+    forget()
     assert native.why_not() == ""
     assert os.stat(made).st_mtime_ns == before

@@ -93,7 +93,8 @@ def test_the_kernel_computes_the_same(flat, tmp_path):
         for crop, cut in (("inception", resample.cut_alone), ("mild", resample.cut_after)):
             boxes, flips = drawn(crop, side)
             found = cut(starts(), SIZES.T, boxes, side).flipped(flips, side)
-            looks.append((*map(torch.from_numpy, (found.corners, found.axes)), side, seen(flat, found, side)))
+            given = torch.from_numpy(found.corners), torch.from_numpy(found.axes).float()  # as a device gets them
+            looks.append((*given, side, seen(flat, found, side)))
     torch.save({"flat": flat, "looks": looks}, tmp_path / "looks.pt")
     words = [sys.executable, "-W", "ignore", "-c", INTERPRETED, str(tmp_path / "looks.pt")]
     done = subprocess.run(words, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)

@@ -92,7 +92,7 @@ def _current(device: torch.device) -> AbstractContextManager:
 
 def _moved(looks: resample.Looks, device: torch.device) -> tuple[Tensor, Tensor]:
     """The numbers of looks on a device, which is not waited for."""
-    corners, axes = torch.from_numpy(looks.corners), torch.from_numpy(looks.axes)
+    corners, axes = torch.from_numpy(looks.corners), torch.from_numpy(looks.axes).float()
     if device.type == "cpu":
         return corners, axes
     return corners.pin_memory().to(device, non_blocking=True), axes.pin_memory().to(device, non_blocking=True)

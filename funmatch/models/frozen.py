@@ -9,13 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from funmatch import norms
 from funmatch.distances import kl
 from funmatch.errors import InputError, first_line
-from funmatch.models import native
 from funmatch.models.build import head_names
 from funmatch.models.classifier import Classifier, laid_out
 from funmatch.models.fold import fold
-from funmatch.models.quick import norms, quicken
+from funmatch.models.quick import group_norms, quicken
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -79,8 +79,8 @@ class Frozen(nn.Module):
         if form.folded:
             net = classifier.net = fold(net)
         laid_out(net.to(DTYPES[form.precision]), LAYOUTS[form.layout])
-        if form.native and not native.why_not():
-            for norm in norms(quicken(net, taught_only=False)):
+        if form.native and not norms.why_not():
+            for norm in group_norms(quicken(net, taught_only=False)):
                 norm.float()  # few numbers, which the kernels read as they are
         if form.precision != "fp32":
             inside = dict(net.named_modules())  # folding may have joined the head with something else
@@ -171,9 +171,9 @@ def freeze(make: Callable[[], Classifier], views: Tensor, wish: Wish) -> tuple[F
     truth = torch.cat([plain(part) for part in views.split(AT_ONCE)])
     small = plain.size < SMALL
     tried: list[Check] = []
-    if wish.native and (small or not any(norms(plain.classifier.net))):
+    if wish.native and (small or not any(group_norms(plain.classifier.net))):
         wish = replace(wish, native=False, first=None)
-    elif wish.native and (why := native.why_not()):
+    elif wish.native and (why := norms.why_not()):
         tried.append(Check(Form(native=True), len(views), 0.0, 0.0, why))
         wish = replace(wish, native=False, first=None)
     del plain

@@ -14,9 +14,9 @@ from timm.layers import GroupNorm1, GroupNormAct, pad_same  # pyrefly: ignore[mi
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-from funmatch.models import native
+from funmatch import norms
 
-PRECISIONS = tuple(native.DTYPES)
+PRECISIONS = tuple(norms.DTYPES)
 
 
 def _wanted(module: Any) -> bool:
@@ -38,7 +38,7 @@ def _known(norm: Any, x: Tensor) -> bool:
 
 
 def _normed(norm: Any, x: Tensor, *, relu: bool = False) -> Tensor:
-    return native.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, relu=relu)
+    return norms.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, relu=relu)
 
 
 class _Normal:
@@ -77,7 +77,7 @@ def _kernel(conv: Any) -> Tensor | None:
     weight = conv.weight
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     known = weight.dtype == torch.float32 and weight.device.type == "cpu" and dtype in PRECISIONS and dense
-    return native.standardised(weight, conv.eps, dtype) if known and _wanted(conv) else None
+    return norms.standardised(weight, conv.eps, dtype) if known and _wanted(conv) else None
 
 
 class QuickStdConv2d(StdConv2d):
@@ -117,7 +117,7 @@ def gains(net: nn.Module) -> bool:
     return any(type(module) in QUICK for module in net.modules())
 
 
-def norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
+def group_norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
     """The GroupNorms of a network that our kernels compute, or could."""
     known = {*QUICK, *QUICK.values()}
     return (module for module in net.modules() if isinstance(module, nn.GroupNorm) and type(module) in known)

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funmatch import devices, launch, runs
+from funmatch import devices, launch, native, norms, runs
 from funmatch.config import Train
 from funmatch.data.loader import cuts
 from funmatch.errors import first_line, lacks_memory
 from funmatch.files import cache_home, write_atomically
 from funmatch.fit import Course
 from funmatch.logs import duration, say
-from funmatch.models import native
 from funmatch.models.classifier import Classifier
 from funmatch.models.frozen import CLEARLY, SMALL
 from funmatch.models.quick import gains, quicken
@@ -117,7 +116,7 @@ def _seconds(student: Classifier, views: Tensor, device: torch.device, name: str
 def quickens(student: Classifier, config: Train) -> bool:
     """Whether our own kernels compute some of a student while it is taught."""
     wanted = config.compile == "native" and student.count() >= SMALL and gains(student.net)
-    return wanted and not native.why_not()
+    return wanted and not norms.why_not()
 
 
 def hasten(student: Classifier, course: Course, config: Train, side: int) -> None:
@@ -128,7 +127,7 @@ def hasten(student: Classifier, course: Course, config: Train, side: int) -> Non
         quicken(student.net, taught_only=True)
         say(f"GroupNorm and standardised kernels of {config.student} are computed by kernels of our own")
     elif student.count() >= SMALL and gains(student.net):
-        say(f"WARNING: our own kernels cannot be had here, and torch's are slower: {native.why_not()}")
+        say(f"WARNING: our own kernels cannot be had here, and torch's are slower: {norms.why_not()}")
 
 
 def compile_student(student: Classifier, course: Course, config: Train, side: int) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from funmatch import devices
+from funmatch import devices, norms
 from funmatch.config import Distill, Evaluate
 from funmatch.data.cache import Cache
 from funmatch.data.pixels import CachedSplit
 from funmatch.errors import InputError
 from funmatch.files import cache_home, write_atomically
 from funmatch.logs import percent, say, say_notes
-from funmatch.models import native
 from funmatch.models.classes import SAME_NAMES, Picks, match, read_map
 from funmatch.models.classifier import Classifier, check_side, fingerprint, function_of
 from funmatch.models.frozen import Form, Frozen, Wish, freeze
@@ -156,7 +155,7 @@ def in_best_form(
         if remembered:
             record = remembered[number]
             form = Form(**record["form"])
-            if form.native and (why := native.why_not()):
+            if form.native and (why := norms.why_not()):
                 say(f"WARNING: teacher {one.name} was computed by our own kernels, which cannot be had now: {why}")
             frozen = Frozen(one.make().to(shown.device), form)
             frozen(shown)  # compiles it for batches of this size, where it is compiled

@@ -1,8 +1,8 @@
-// GroupNorm and weight standardisation on the CPU, there and back, each in two looks at its memory.
+// Views, GroupNorm and weight standardisation on the CPU, each in as few looks at its memory as can be.
 //
-// Pictures lie in memory with their channels last, so every inner loop runs along the channels, which lie side by side,
-// with a sum for each: compilers turn that into the widest instructions there are. What a picture sums to does not depend
-// on the number of threads.
+// Pictures lie in memory with their channels last, so inner loops run along what lies side by side, with a sum for each
+// channel: compilers turn that into the widest instructions there are. What a picture sums to does not depend on the
+// number of threads.
 
 #include <cmath>
 #include <cstdint>
@@ -214,6 +214,56 @@ void standardise_back(const T* dy, const float* w, float* dw, const float* mean,
     }
 }
 
+// Where the pixels of one axis of a view are read: at clip(start + i · step, least, most), between two that lie side by side.
+struct Axis {
+    double start, step, least, most;
+    double at(int64_t i) const {
+        const double place = start + static_cast<double>(i) * step;
+        return place < least ? least : (place > most ? most : place);
+    }
+};
+
+// A view of a picture of bytes, (side, side, 3) in [0, 1]: its rows first, over the columns that are needed, then these.
+void look(const uint8_t* picture, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side) {
+    const int64_t values = 3 * side;
+    std::vector<int32_t> near(values), far(values);
+    std::vector<float> share(values);
+    const double one = columns.at(0), other = columns.at(side - 1);
+    const int64_t leftmost = static_cast<int64_t>(std::floor(one < other ? one : other));
+    const int64_t rightmost = static_cast<int64_t>(std::fmin(std::floor(one < other ? other : one) + 1, columns.most));
+    for (int64_t i = 0; i < side; ++i) {
+        const double place = columns.at(i), left = std::floor(place), right = std::fmin(left + 1, columns.most);
+        for (int64_t channel = 0; channel < 3; ++channel) {
+            near[3 * i + channel] = static_cast<int32_t>(3 * (static_cast<int64_t>(left) - leftmost) + channel);
+            far[3 * i + channel] = static_cast<int32_t>(3 * (static_cast<int64_t>(right) - leftmost) + channel);
+            share[3 * i + channel] = static_cast<float>(place - left);
+        }
+    }
+    const int64_t length = 3 * (rightmost - leftmost + 1);
+    std::vector<float> between(length);
+    const int32_t* __restrict before = near.data();
+    const int32_t* __restrict after = far.data();
+    const float* __restrict part = share.data();
+    float* __restrict row = between.data();
+    for (int64_t i = 0; i < side; ++i) {
+        const double place = rows.at(i), above = std::floor(place), below = std::fmin(above + 1, rows.most);
+        const uint8_t* __restrict upper = picture + static_cast<int64_t>(above) * row_bytes + 3 * leftmost;
+        const uint8_t* __restrict lower = picture + static_cast<int64_t>(below) * row_bytes + 3 * leftmost;
+        const float down = static_cast<float>(place - above);
+#pragma omp simd
+        for (int64_t k = 0; k < length; ++k) {
+            const float value = upper[k];
+            row[k] = value + (static_cast<float>(lower[k]) - value) * down;
+        }
+        float* __restrict to = view + i * values;
+#pragma omp simd
+        for (int64_t k = 0; k < values; ++k) {
+            const float value = row[before[k]];
+            to[k] = (value + (row[after[k]] - value) * part[k]) / 255.0f;
+        }
+    }
+}
+
 }  // namespace
 
 #define KERNELS(T, NAME)                                                                                                   \
@@ -236,6 +286,16 @@ void standardise_back(const T* dy, const float* w, float* dw, const float* mean,
     }
 
 extern "C" {
+// As `resample.Looks` has them: addresses of the pixels that places are counted from, and bytes of a row; rows and columns.
+void look(const int64_t* corners, const double* axes, float* views, int64_t n, int64_t side) {
+    for (int64_t i = 0; i < n; ++i) {
+        Axis both[2];
+        std::memcpy(both, axes + 8 * i, sizeof both);
+        look(reinterpret_cast<const uint8_t*>(corners[2 * i]), corners[2 * i + 1], both[0], both[1],
+             views + i * 3 * side * side, side);
+    }
+}
+
 KERNELS(float, float32)
 KERNELS(bfloat16, bfloat16)
 }
