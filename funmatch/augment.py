@@ -15,7 +15,7 @@ SMALL = 64 * 64
 LONG = 4  # times as long as wide: a strip
 
 
-def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
+def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int, *, native: bool = True) -> Tensor:
     """Cuts one box out of each picture, resizes it to a square and mirrors some.
 
     The crop is cut first and resized alone, so no pixel beyond its edge is read, with half-pixel centres and
@@ -26,6 +26,7 @@ def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
         boxes: (n, 4) whole pixels: top, left, height, width.
         flips: (n,) bool, mirrored left to right.
         side: of the views, pixels.
+        native: whether by our own kernel, where it can be had.
 
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
@@ -33,7 +34,7 @@ def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
     shape = pictures[0].shape
     if shape[0] * shape[1] <= SMALL and all(picture.shape == shape for picture in pictures):
         return _together(torch.stack(pictures), boxes, flips, side)
-    if _native(pictures):
+    if native and _resampled(pictures):
         return resample.looked(
             pictures, lambda starts, sizes: resample.cut_alone(starts, sizes, boxes, side).flipped(flips, side), side
         )
@@ -46,7 +47,7 @@ def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
     return views
 
 
-def sample_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
+def sample_flip(pictures: list[Tensor], boxes, flips, side: int, *, native: bool = True) -> Tensor:
     """Cuts one box out of each picture *after* resizing it, and mirrors some.
 
     Unlike `crop_resize_flip` it reads pixels beyond the box where the resized picture would: what
@@ -57,11 +58,12 @@ def sample_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
         boxes: (n, 4) pixels of the pictures, fractional: top, left, height, width.
         flips: (n,) bool, mirrored left to right.
         side: of the views, pixels.
+        native: whether by our own kernel, where it can be had.
 
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
-    if _native(pictures):
+    if native and _resampled(pictures):
         return resample.looked(
             pictures, lambda starts, sizes: resample.cut_after(starts, sizes, boxes, side).flipped(flips, side), side
         )
@@ -77,8 +79,8 @@ def sample_flip(pictures: list[Tensor], boxes, flips, side: int) -> Tensor:
     return views
 
 
-def _native(pictures: list[Tensor]) -> bool:
-    """Whether our own kernel resamples these: if any is not small, and it can be had."""
+def _resampled(pictures: list[Tensor]) -> bool:
+    """Whether our own kernel can resample these, and is worth it: if any is not small, and it can be had."""
     return any(picture.shape[0] * picture.shape[1] > SMALL for picture in pictures) and not resample.why_not()
 
 
@@ -101,7 +103,7 @@ def central_view(picture: Tensor, short_side: int, side: int, *, squash: bool = 
     Returns:
         (3, side, side) float32 in [0, 1].
     """
-    if _native([picture]):
+    if _resampled([picture]):
         return resample.looked(
             [picture], lambda starts, sizes: resample.central(starts, sizes, short_side, side, squash=squash), side
         )[0]

@@ -205,9 +205,10 @@ def _taught(figures: dict[str, Any], config: Train):
 
 
 def _plan(config: Train):
+    from funmatch import report  # noqa: F401  (a run draws one in the end, so what its import takes is planned)
     from funmatch.tasks import forecast
 
-    return forecast.run(config), forecast.show
+    return forecast.run(config, loading=launch.alive()), forecast.show
 
 
 def _tune(config: Search):

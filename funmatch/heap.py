@@ -1,16 +1,21 @@
 """What is freed between two steps, and needed again in the next one."""
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Of glibc's mallopt, as its malloc.h numbers them."""
-KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
+KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
 USUAL = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
+SAID = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+"""Where people say it otherwise."""
+_lock, _keepers = Lock(), 0
 
 
 @contextmanager
@@ -18,20 +23,26 @@ def kept(device: torch.device) -> Iterator[None]:
     """Has the C library keep what is freed while the block runs, if the CPU computes.
 
     A step needs the same gigabytes as the one before. Given back each time, they come back page by page, each of them
-    cleared by the system. (glibc alone can be told so; others do as they do.)
+    cleared by the system. (glibc alone can be told so; others do as they do, and so does one that was told otherwise.)
     """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SAID):
         yield
         return
     library = ctypes.CDLL(None)
-    _told(library, KEPT)
+    _count(library, 1)
     try:
         yield
     finally:
-        _told(library, USUAL)
-        library.malloc_trim(0)
+        _count(library, -1)
 
 
-def _told(library: ctypes.CDLL, options: dict[int, int]) -> None:
-    for option, value in options.items():
-        library.mallopt(option, value)
+def _count(library: ctypes.CDLL, more: int) -> None:
+    """Counts the blocks that run, and tells the library when the first begins and the last ends."""
+    global _keepers
+    with _lock:
+        _keepers += more
+        if _keepers == max(more, 0):
+            for option, value in (KEPT if more > 0 else USUAL).items():
+                library.mallopt(option, value)
+            if more < 0:
+                library.malloc_trim(0)

@@ -1,7 +1,9 @@
 """Who this process is among those that torchrun started: read from the environment, without torch."""
 
 import os
+import time
 
+BEGAN = time.monotonic()
 SAID = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process; where one is missing, this process is alone."""
 
@@ -29,6 +31,11 @@ def local_world() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return rank() == 0
+
+
+def alive() -> float:
+    """Seconds since this program began."""
+    return time.monotonic() - BEGAN
 
 
 def _told(name: str, alone: int) -> int:

@@ -4,6 +4,7 @@
 // channel: compilers turn that into the widest instructions there are. What a picture sums to does not depend on the
 // number of threads.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -41,6 +42,12 @@ struct Shape {
     double count() const { return static_cast<double>(width()) * static_cast<double>(places); }
 };
 
+// The line that normalises a channel; both ways take it from here, so that they agree on where a ReLU cuts off.
+inline float scale_of(float inverse, float weight) { return inverse * weight; }
+inline float shift_of(float bias, float mean, float scale) { return bias - mean * scale; }
+
+constexpr int64_t AT_ONCE = 128;  // places whose sums float32 holds; sums of these are in float64
+
 // y = x · scale + shift, cut off below 0 if there is a ReLU; mean and 1 / deviation of each group are kept for the way back.
 template <typename T>
 void norm(const T* x, T* y, float* mean, float* inverse, const float* weight, const float* bias, Shape shape, double eps) {
@@ -48,6 +55,9 @@ void norm(const T* x, T* y, float* mean, float* inverse, const float* weight, co
 #pragma omp parallel num_threads(shape.threads)
     {
         std::vector<float> memory(5 * channels);
+        std::vector<double> totals(2 * channels);
+        double* __restrict sums = totals.data();
+        double* __restrict squares = sums + channels;
         float* __restrict first = memory.data();
         float* __restrict sum = first + channels;
         float* __restrict square = sum + channels;
@@ -60,7 +70,7 @@ void norm(const T* x, T* y, float* mean, float* inverse, const float* weight, co
             // Counted from each channel's first value: squares of what lies far from 0 would lose the deviation.
             for (int64_t c = 0; c < channels; ++c) {
                 first[c] = read(from + c);
-                sum[c] = square[c] = 0;
+                sums[c] = squares[c] = sum[c] = square[c] = 0;
             }
             for (int64_t place = 0; place < places; ++place) {
                 const T* __restrict row = from + place * channels;
@@ -70,21 +80,28 @@ void norm(const T* x, T* y, float* mean, float* inverse, const float* weight, co
                     sum[c] += value;
                     square[c] += value * value;
                 }
+                if (place % AT_ONCE != AT_ONCE - 1 && place != places - 1) continue;
+#pragma omp simd
+                for (int64_t c = 0; c < channels; ++c) {
+                    sums[c] += sum[c];
+                    squares[c] += square[c];
+                    sum[c] = square[c] = 0;
+                }
             }
             for (int64_t g = 0; g < shape.groups; ++g) {
                 double total = 0, spread = 0;
-                for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sum[c] + places * static_cast<double>(first[c]);
+                for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sums[c] + places * static_cast<double>(first[c]);
                 const double centre = total / shape.count();
                 for (int64_t c = g * width; c < (g + 1) * width; ++c) {
                     const double off = first[c] - centre;
-                    spread += square[c] + off * (2.0 * sum[c] + places * off);
+                    spread += squares[c] + off * (2.0 * sums[c] + places * off);
                 }
                 const double steep = 1 / std::sqrt((spread > 0 ? spread : spread * 0) / shape.count() + eps);
-                mean[picture * shape.groups + g] = static_cast<float>(centre);
-                inverse[picture * shape.groups + g] = static_cast<float>(steep);
+                const float middle = mean[picture * shape.groups + g] = static_cast<float>(centre);
+                const float slope = inverse[picture * shape.groups + g] = static_cast<float>(steep);
                 for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-                    scale[c] = static_cast<float>(steep * weight[c]);
-                    shift[c] = static_cast<float>(bias[c] - centre * steep * weight[c]);
+                    scale[c] = scale_of(slope, weight[c]);
+                    shift[c] = shift_of(bias[c], middle, scale[c]);
                 }
             }
             for (int64_t place = 0; place < places; ++place) {
@@ -109,12 +126,17 @@ void norm_back(const T* dy, const T* x, T* dx, float* dweight, float* dbias, con
     const int64_t channels = shape.channels, places = shape.places, width = shape.width();
 #pragma omp parallel num_threads(shape.threads)
     {
-        std::vector<float> memory(5 * channels);
+        std::vector<float> memory(7 * channels);
+        std::vector<double> totals(2 * channels);
+        double* __restrict plains = totals.data();
+        double* __restrict slopes = plains + channels;
         float* __restrict scale = memory.data();
         float* __restrict shift = scale + channels;
         float* __restrict centre = shift + channels;
         float* __restrict along = centre + channels;
         float* __restrict rest = along + channels;
+        float* __restrict plain_part = rest + channels;
+        float* __restrict sloped_part = plain_part + channels;
 #pragma omp for schedule(static)
         for (int64_t picture = 0; picture < shape.pictures; ++picture) {
             const T* from = x + picture * places * channels;
@@ -126,9 +148,9 @@ void norm_back(const T* dy, const T* x, T* dx, float* dweight, float* dbias, con
             for (int64_t c = 0; c < channels; ++c) {
                 const int64_t g = picture * shape.groups + c / width;
                 centre[c] = mean[g];
-                scale[c] = inverse[g] * weight[c];
-                shift[c] = bias[c] - mean[g] * scale[c];
-                dw[c] = db[c] = 0;
+                scale[c] = scale_of(inverse[g], weight[c]);
+                shift[c] = shift_of(bias[c], mean[g], scale[c]);
+                plains[c] = slopes[c] = plain_part[c] = sloped_part[c] = 0;
             }
             for (int64_t place = 0; place < places; ++place) {
                 const T* __restrict row = from + place * channels;
@@ -137,17 +159,26 @@ void norm_back(const T* dy, const T* x, T* dx, float* dweight, float* dbias, con
                 for (int64_t c = 0; c < channels; ++c) {
                     const float value = read(row + c);
                     const float gradient = relu && value * scale[c] + shift[c] <= 0 ? 0.0f : read(up + c);
-                    db[c] += gradient;
-                    dw[c] += gradient * (value - centre[c]);
+                    plain_part[c] += gradient;
+                    sloped_part[c] += gradient * (value - centre[c]);
+                }
+                if (place % AT_ONCE != AT_ONCE - 1 && place != places - 1) continue;
+#pragma omp simd
+                for (int64_t c = 0; c < channels; ++c) {
+                    plains[c] += plain_part[c];
+                    slopes[c] += sloped_part[c];
+                    plain_part[c] = sloped_part[c] = 0;
                 }
             }
             for (int64_t g = 0; g < shape.groups; ++g) {
                 const double steep = inverse[picture * shape.groups + g], middle = mean[picture * shape.groups + g];
                 double plain = 0, sloped = 0;
                 for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-                    dw[c] = static_cast<float>(dw[c] * steep);
-                    plain += static_cast<double>(weight[c]) * db[c];
-                    sloped += static_cast<double>(weight[c]) * dw[c];
+                    slopes[c] *= steep;
+                    dw[c] = static_cast<float>(slopes[c]);
+                    db[c] = static_cast<float>(plains[c]);
+                    plain += weight[c] * plains[c];
+                    sloped += weight[c] * slopes[c];
                 }
                 const double slope = -steep * steep * sloped / shape.count();
                 const double offset = -steep * plain / shape.count() - slope * middle;
@@ -228,18 +259,22 @@ void look(const uint8_t* picture, int64_t row_bytes, const Axis rows, const Axis
     const int64_t values = 3 * side;
     std::vector<int32_t> near(values), far(values);
     std::vector<float> share(values);
-    const double one = columns.at(0), other = columns.at(side - 1);
-    const int64_t leftmost = static_cast<int64_t>(std::floor(one < other ? one : other));
-    const int64_t rightmost = static_cast<int64_t>(std::fmin(std::floor(one < other ? other : one) + 1, columns.most));
+    int32_t leftmost = INT32_MAX, rightmost = INT32_MIN;
     for (int64_t i = 0; i < side; ++i) {
         const double place = columns.at(i), left = std::floor(place), right = std::fmin(left + 1, columns.most);
         for (int64_t channel = 0; channel < 3; ++channel) {
-            near[3 * i + channel] = static_cast<int32_t>(3 * (static_cast<int64_t>(left) - leftmost) + channel);
-            far[3 * i + channel] = static_cast<int32_t>(3 * (static_cast<int64_t>(right) - leftmost) + channel);
+            near[3 * i + channel] = static_cast<int32_t>(left);
+            far[3 * i + channel] = static_cast<int32_t>(right);
             share[3 * i + channel] = static_cast<float>(place - left);
         }
+        leftmost = std::min(leftmost, near[3 * i]);
+        rightmost = std::max(rightmost, far[3 * i]);
     }
-    const int64_t length = 3 * (rightmost - leftmost + 1);
+    for (int64_t k = 0; k < values; ++k) {
+        near[k] = 3 * (near[k] - leftmost) + static_cast<int32_t>(k % 3);
+        far[k] = 3 * (far[k] - leftmost) + static_cast<int32_t>(k % 3);
+    }
+    const int64_t length = 3 * (static_cast<int64_t>(rightmost) - leftmost + 1);
     std::vector<float> between(length);
     const int32_t* __restrict before = near.data();
     const int32_t* __restrict after = far.data();

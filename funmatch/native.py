@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from funmatch.errors import first_line
@@ -22,6 +23,7 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 FASTEST = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
 """What else a compiler may understand, the fastest first."""
 CPU = Path("/proc/cpuinfo")
+MAKING = Lock()
 NUMBERS = ("float32", "bfloat16")
 
 
@@ -59,7 +61,8 @@ def compiler() -> str | None:
 
 def why_not() -> str:
     """Why it cannot be had here; empty where it can. The first time this takes a second or two: it is compiled."""
-    return _opened()[1]
+    with MAKING:  # threads that make views ask at once
+        return _opened()[1]
 
 
 def library() -> Any:
@@ -73,8 +76,13 @@ def library() -> Any:
 def _opened() -> tuple[Any, str]:
     """The library, made if it is not there; or why there is none."""
     try:
-        return _bound(ctypes.CDLL(str(_built()))), ""
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        place = _built()
+        try:
+            return _bound(ctypes.CDLL(str(place))), ""
+        except (OSError, AttributeError):  # it was damaged
+            place.unlink()
+            return _bound(ctypes.CDLL(str(_built()))), ""
+    except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError) as error:
         return None, first_line(error)
 
 
@@ -90,8 +98,8 @@ def _built() -> Path:
     name = compiler()
     if name is None:
         raise OSError("there is no C++ compiler; install g++, or say by CXX where one is")
-    version = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=60).stdout
-    words = (SOURCE.read_text(), FLAGS, FASTEST, version, platform.machine(), _processor())
+    version = subprocess.run([name, "--version"], capture_output=True, timeout=60).stdout
+    words = (SOURCE.read_bytes(), FLAGS, FASTEST, version, platform.machine(), _processor())
     place = cache_home() / "kernels" / f"{hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()}.so"
     if place.is_file():
         return place
@@ -100,8 +108,10 @@ def _built() -> Path:
         made, said = Path(folder) / place.name, ""
         for more in FASTEST:
             words = [name, *FLAGS, *more, str(SOURCE), "-o", str(made)]
-            done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=600)
             if done.returncode == 0:
+                with open(made, "rb") as file:
+                    os.fsync(file.fileno())
                 made.replace(place)
                 return place
             said = done.stderr

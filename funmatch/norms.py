@@ -16,6 +16,7 @@ from funmatch import native
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 CLOSE = 1e-3
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 @cache
@@ -26,15 +27,15 @@ def why_not() -> str:
 
 def _computes() -> bool:
     """Whether the kernels give what torch gives, there and back, on a few numbers."""
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 6, 3, 4, generator=random).contiguous(memory_format=torch.channels_last)
-    given = torch.randn(2, 6, 3, 4, generator=random).contiguous(memory_format=torch.channels_last)
-    weight, bias, kernel = (torch.randn(*shape, generator=random) for shape in ((6,), (6,), (4, 2, 3, 3)))
+    random = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(2, 6, 3, 4, generator=random, **FLOATS).contiguous(memory_format=torch.channels_last)
+    given = torch.randn(2, 6, 3, 4, generator=random, **FLOATS).contiguous(memory_format=torch.channels_last)
+    weight, bias, kernel = (torch.randn(*shape, generator=random, **FLOATS) for shape in ((6,), (6,), (4, 2, 3, 3)))
     y, kept = _norm(x, weight, bias, 3, 1e-5, relu=True)
     got = (y, *_norm_back(given, x, weight, bias, kept, 3, relu=True))
     made, known = _standardise(kernel, 1e-6, torch.float32)
     got = (*got, made, _standardise_back(given.flatten()[:72].view(4, 2, 3, 3), kernel, known))
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias, kernel)]
         wanted = F.group_norm(leaves[0], 3, leaves[1], leaves[2], 1e-5).relu()
         filters = F.batch_norm(leaves[3].view(1, 4, 18), None, None, training=True, eps=1e-6).view(4, 2, 3, 3)
@@ -49,7 +50,7 @@ def _addresses(*tensors: Tensor) -> list[int]:
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, relu: bool) -> tuple[Tensor, Tensor]:
     """The normalised pictures, and the mean and 1 / deviation of each group: (2, n, groups)."""
-    y, kept = torch.empty_like(x), torch.empty(2, len(x), groups)
+    y, kept = torch.empty_like(x), torch.empty(2, len(x), groups, **FLOATS)
     call = getattr(native.library(), f"norm_{DTYPES[x.dtype]}")
     call(*_addresses(x, y, kept[0], kept[1], weight, bias), _shape(x, groups, relu=relu), eps)
     return y, kept
@@ -60,7 +61,7 @@ def _norm_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the pictures, of weight, and of bias."""
     given = given.contiguous(memory_format=torch.channels_last)
-    back, shares = torch.empty_like(x), torch.empty(2, len(x), x.shape[1])
+    back, shares = torch.empty_like(x), torch.empty(2, len(x), x.shape[1], **FLOATS)
     call = getattr(native.library(), f"norm_back_{DTYPES[x.dtype]}")
     addresses = _addresses(given, x, back, shares[0], shares[1], kept[0], kept[1], weight, bias)
     call(*addresses, _shape(x, groups, relu=relu))
@@ -75,7 +76,7 @@ def _shape(x: Tensor, groups: int, *, relu: bool) -> native.Shape:
 
 def _standardise(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The standardised filters, and the mean and 1 / deviation of each: (2, filters)."""
-    made, kept = torch.empty_like(weight, dtype=dtype), torch.empty(2, len(weight))
+    made, kept = torch.empty_like(weight, dtype=dtype), torch.empty(2, len(weight), **FLOATS)
     call = getattr(native.library(), f"standardise_{DTYPES[dtype]}")
     call(*_addresses(weight, made, kept[0], kept[1]), len(weight), weight[0].numel(), eps, torch.get_num_threads())
     return made, kept

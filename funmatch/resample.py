@@ -98,7 +98,10 @@ def _looks(starts, sizes, corner, rest, lengths, least, ends, side: int) -> Look
     Args:
         least, ends: the first pixel that may be read and the one after the last, counted from the corner.
     """
-    row = 3 * np.asarray(sizes[1], np.int64)
+    inside = np.stack(sizes, 1)
+    if not ((corner + least >= 0) & (ends > least) & (corner + ends <= inside)).all():
+        raise ValueError("a box is empty, or lies beyond its picture")
+    row = 3 * inside[:, 1].astype(np.int64)
     corners = np.stack([starts + corner[:, 0] * row + 3 * corner[:, 1], row], 1)
     step = lengths / side
     axes = np.stack([rest + 0.5 * step - 0.5, step, least, ends - 1], -1)
@@ -157,7 +160,7 @@ def _computes() -> bool:
 
 def _look(looks: Looks, side: int) -> Tensor:
     """The views of pictures whose corners are addresses."""
-    views = torch.empty(len(looks.corners), side, side, 3)
+    views = torch.empty(len(looks.corners), side, side, 3, dtype=torch.float32, device="cpu")
     corners, axes = np.ascontiguousarray(looks.corners), np.ascontiguousarray(looks.axes)
     native.library().look(corners.ctypes.data, axes.ctypes.data, views.data_ptr(), len(views), side)
     return views.permute(0, 3, 1, 2)

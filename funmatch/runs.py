@@ -104,9 +104,18 @@ def begun(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any])
 
 def knobs_of(folder: Path) -> dict[str, Any]:
     """What the run in a folder was begun with; nothing where there is none."""
+    return _part_of(folder, "knobs")
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What was found when the run in a folder was begun; nothing where there is none."""
+    return _part_of(folder, "facts")
+
+
+def _part_of(folder: Path, name: str) -> dict[str, Any]:
     run = Run(folder.expanduser())
     try:
-        return run.config["knobs"] if (run.folder / "config.json").is_file() else {}
+        return run.config[name] if (run.folder / "config.json").is_file() else {}
     except (InputError, KeyError):
         return {}  # whoever opens the run will say so
 

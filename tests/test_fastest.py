@@ -3,19 +3,23 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import GroupNormAct
+from timm.layers.std_conv import StdConv2d
 from torch import nn
 
 import funmatch
-from funmatch import checkpoint, memory, runs
+from funmatch import checkpoint, memory, native, runs
 from funmatch.config import Distill
 from funmatch.errors import InputError, lacks_memory
+from funmatch.models import frozen
 from funmatch.models.classifier import Classifier
 from funmatch.models.load import load
 from funmatch.models.teachers import Teachers
-from funmatch.tasks import fastest
+from funmatch.tasks import fastest, teachers
 
 CPU = torch.device("cpu")
 TINY = {
@@ -24,8 +28,49 @@ TINY = {
 }  # fmt: skip
 
 
+class Grouped(nn.Module):
+    """A small network of what our own kernels compute."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = (
+            StdConv2d(3, 16, 3, stride=2),
+            GroupNormAct(16, 4),
+            StdConv2d(16, 32, 3, stride=2),
+            GroupNormAct(32, 8),
+        )
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(32, 10)
+
+    def forward(self, views):
+        return self.head(self.body(views.contiguous(memory_format=torch.channels_last)).mean((2, 3)))
+
+
+NATIVE = TINY | {
+    "student": Grouped(), "side": 32, "steps": 6, "compile": "native", "log_every": 1, "save_every": 2,
+    "precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.fixture(name="small_ones_too")
+def nothing_is_small(monkeypatch):
+    """What our own kernels are for is too large for a test."""
+    for module in (fastest, teachers, frozen):
+        monkeypatch.setattr(module, "SMALL", 0)
+
+
+COMPILED = TINY | {"compile": "on", "save_every": 2, "log_every": 1, "precision": "fp32", "steps": 6}
+compiler = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler here")
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "student" / "model.safetensors").read_bytes()
+
+
+def losses(run: funmatch.Outcome) -> list[float]:
+    return [record["loss"] for record in runs.Run(run.folder).metrics.read() if record["event"] == "step"]
 
 
 class Greedy(nn.Module):
@@ -99,7 +144,7 @@ def settled(out: Path, student: Classifier, device: str = "cpu", **knobs) -> dic
 def test_what_auto_means(tmp_path, monkeypatch):
     monkeypatch.setattr(fastest.devices, "teacher_precisions", lambda *_: ("bf16", "fp32"))
     monkeypatch.setattr(fastest, "known", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
-    monkeypatch.setattr(fastest.native, "compiler", lambda: "c++")
+    monkeypatch.setattr(fastest.norms, "why_not", lambda: "")
     grouped = load("resnetv2_50x1_bit", classes=10)
     assert settled(tmp_path, grouped) == {"precision": "bf16", "compile": "native"}
     assert settled(tmp_path, grouped, steps=100) == {"precision": "fp32", "compile": "native"}, (
@@ -110,7 +155,7 @@ def test_what_auto_means(tmp_path, monkeypatch):
     assert settled(tmp_path, small)["precision"] == "fp32"
     monkeypatch.setattr(fastest, "known", lambda *_, **_quick: {"fp32": 1.05, "bf16": 1.0})
     assert settled(tmp_path, grouped)["precision"] == "fp32", "not clearly faster"
-    monkeypatch.setattr(fastest.native, "compiler", lambda: None)
+    monkeypatch.setattr(fastest.norms, "why_not", lambda: "no compiler")
     assert settled(tmp_path, grouped)["compile"] == "off"
 
 
@@ -133,6 +178,51 @@ def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
         (tmp_path / "config.json").write_text(json.dumps({"verb": "distill", "knobs": then, "facts": {}}))
         assert settled(tmp_path, grouped) == now
     assert runs.knobs_of(tmp_path / "none") == {}
+
+
+def test_who_cuts_views_stays_who_it_was(tmp_path, monkeypatch, capsys):
+    class Split:
+        index = np.array([(80, 80)], [("height", "<i4"), ("width", "<i4")])
+
+    config = Distill(data=("x",), teacher=("x",), student="x", steps=1, out=tmp_path)
+    monkeypatch.setattr(fastest.resample, "why_not", lambda: "")
+    assert fastest.views(config, Split) == {"views": "native"}
+    for facts, wanted in (({}, "torch"), ({"views": "torch"}, "torch"), ({"views": "native"}, "native")):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"verb": "distill", "knobs": {}, "facts": {"data": "x"} | facts})
+        )
+        assert fastest.views(config, Split) == {"views": wanted}
+    monkeypatch.setattr(fastest.resample, "why_not", lambda: "no compiler")
+    assert fastest.views(config, Split) == {"views": "native"}
+    assert "cannot be had now (no compiler)" in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    assert fastest.views(config, Split) == {"views": "torch"}
+    monkeypatch.setattr(fastest.resample, "why_not", lambda: pytest.fail("small pictures are cut by torch"))
+    Split.index = np.array([(64, 64)], Split.index.dtype)
+    assert fastest.views(config, Split) == {"views": "torch"}
+
+
+@compiler
+@pytest.mark.usefixtures("small_ones_too")
+def test_a_teacher_by_our_own_kernels_is_recorded_and_missed(tmp_path, monkeypatch, capsys):
+    told = TINY | {
+        "teacher": Grouped(),
+        "side": 32,
+        "steps": 4,
+        "allow_weak_teacher": True,
+        "teacher_precision": "fp32",
+    }
+    whole = funmatch.distill(**told, out=tmp_path / "whole")
+    (form,) = (record["form"] for record in runs.Run(whole.folder).metrics.read() if record["event"] == "teacher")
+    assert form["native"]
+    plain = funmatch.distill(**told, compile="off", out=tmp_path / "plain")
+    (form,) = (record["form"] for record in runs.Run(plain.folder).metrics.read() if record["event"] == "teacher")
+    assert not form["native"]
+    (whole.folder / "result.json").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(fastest.norms, "why_not", lambda: "gone")
+    funmatch.distill(**told, out=tmp_path / "whole")
+    assert "was computed by our own kernels, which cannot be had now (gone)" in capsys.readouterr().err
 
 
 def test_measuring_leaves_no_trace(monkeypatch, tmp_path):
@@ -166,22 +256,19 @@ def test_what_cannot_be_compiled_is_computed_as_it_is(tmp_path, monkeypatch, cap
 
 @pytest.mark.slow
 def test_compiled_networks_compute_the_same_and_twice_to_the_same_bits(tmp_path):
-    told = TINY | {"compile": "on", "save_every": 2, "log_every": 1, "precision": "fp32"}
-    whole = funmatch.distill(**told, steps=6, schedule="constant", warmup_steps=0, out=tmp_path / "whole")
-    plain = funmatch.distill(
-        **told | {"compile": "off"}, steps=6, schedule="constant", warmup_steps=0, out=tmp_path / "x"
-    )
-    losses = [
-        [r["loss"] for r in runs.Run(run.folder).metrics.read() if r["event"] == "step"] for run in (whole, plain)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    again = funmatch.distill(**told, steps=6, schedule="constant", warmup_steps=0, out=tmp_path / "again")
+    told = COMPILED | {"schedule": "constant", "warmup_steps": 0}
+    whole = funmatch.distill(**told, out=tmp_path / "whole")
+    plain = funmatch.distill(**told | {"compile": "off"}, out=tmp_path / "x")
+    assert losses(whole) == pytest.approx(losses(plain), rel=1e-4)
+    again = funmatch.distill(**told, out=tmp_path / "again")
     assert weights(whole.folder) == weights(again.folder)
 
 
-@pytest.mark.slow
-def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
-    told = TINY | {"compile": "on", "save_every": 2, "log_every": 1, "precision": "fp32", "steps": 6}
+@pytest.mark.parametrize(
+    "told", [pytest.param(COMPILED, marks=pytest.mark.slow), pytest.param(NATIVE, marks=compiler)], ids=["on", "native"]
+)
+@pytest.mark.usefixtures("small_ones_too")
+def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch, told):
     whole = funmatch.distill(**told, out=tmp_path / "whole")
     real = checkpoint.save
 
@@ -194,7 +281,7 @@ def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monke
         patched.setattr(checkpoint, "save", stopping)
         with pytest.raises(KeyboardInterrupt):
             funmatch.distill(**told, out=tmp_path / "run")
-    again = funmatch.distill(**told, out=tmp_path / "run")
+    again = funmatch.distill(**told | {"compile": "auto"}, out=tmp_path / "run")
     assert weights(whole.folder) == weights(again.folder)
 
 
@@ -210,3 +297,28 @@ def test_teachers_in_pieces():
             return views.mean((2, 3))
 
     assert torch.equal(Teachers([Member()], at_once=3)(views), views[32].mean((2, 3)))  # pyrefly: ignore
+
+
+@compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.usefixtures("small_ones_too")
+def test_our_own_kernels_teach_what_torch_does_and_twice_to_the_same_bits(tmp_path, capsys, precision):
+    told = NATIVE | {"precision": precision, "schedule": "constant", "warmup_steps": 0}
+    own = funmatch.distill(**told, out=tmp_path / "own")
+    assert "computed by our own kernels" in capsys.readouterr().err
+    again = funmatch.distill(**told, out=tmp_path / "again")
+    assert weights(own.folder) == weights(again.folder)
+    plain = funmatch.distill(**told | {"compile": "off"}, out=tmp_path / "plain")
+    assert len(losses(own)) == 6
+    assert losses(own) == pytest.approx(losses(plain), rel={"fp32": 1e-3, "bf16": 2e-2}[precision])
+    assert weights(own.folder) != weights(plain.folder), "they round otherwise"
+
+
+@pytest.mark.usefixtures("small_ones_too")
+def test_without_a_compiler_a_student_is_computed_by_torch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fastest.norms, "why_not", lambda: "no compiler")
+    funmatch.distill(**NATIVE | {"precision": "fp32", "steps": 1}, out=tmp_path / "run")
+    assert (
+        "our own kernels cannot be had here, torch's are slower and round otherwise: no compiler"
+        in capsys.readouterr().err
+    )

@@ -5,6 +5,7 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,6 +15,7 @@ from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import nn
 
 from funmatch import native, norms, resample
+from funmatch.augment import crop_resize_flip
 from funmatch.models import quick
 from funmatch.models.classifier import Classifier
 from funmatch.models.frozen import Form, Frozen, Wish, freeze
@@ -226,19 +228,61 @@ def test_a_teacher_takes_them_and_answers_the_same():
     plain = Frozen(made())(views)
     exact = Frozen(made(), Form(native=True))(views)
     assert (exact - plain).abs().max() < 1e-4 * plain.abs().max()
-    batched, _ = freeze(lambda: load("resnet18", classes=10), views, Wish(native=True))
-    assert not batched.form.native, "it has no GroupNorm"
 
 
 def test_without_a_compiler_all_is_as_ever(tmp_path, monkeypatch):
+    picture = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8)
+    box, flip = np.array([[3, 5, 60, 70]]), np.array([True])
+    views = crop_resize_flip([picture], box, flip, 32)
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    forget()
     assert native.compiler() is None
-    assert "no C++ compiler" in native.why_not()
-    frozen, tried = freeze(lambda: load("resnetv2_50x1_bit", classes=10), torch.rand(2, 3, 32, 32), Wish(native=True))
-    assert not frozen.form.native
-    assert "no C++ compiler" in str(tried[0])
+    for told in (native.why_not(), norms.why_not(), resample.why_not()):
+        assert "no C++ compiler" in told
+    torch.testing.assert_close(crop_resize_flip([picture], box, flip, 32), views, atol=1e-5, rtol=0)
+    student = quick.quicken(load("resnetv2_50x1_bit", classes=10).net, taught_only=False)
+    frozen = Frozen(load("resnetv2_50x1_bit", classes=10), Form(native=True))
+    assert not any(type(norm) in quick.QUICK.values() for norm in quick.group_norms(frozen.classifier.net))
+    assert quick.gains(load("resnetv2_50x1_bit", classes=10).net)
+    assert not quick.gains(student), "it has them already"
+
+
+def test_what_torch_takes_by_default_does_not_matter():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert norms.why_not() == ""
+        assert resample.why_not() == ""
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
+    made = native._built()
+    content = made.read_bytes()
+    made.write_bytes(content[:100])
+    assert native.why_not() == ""
+    assert made.stat().st_size == len(content)
+
+
+def test_boxes_beyond_their_picture_are_refused():
+    picture = torch.full((100, 100, 3), 200, dtype=torch.uint8)
+    for box in ([90, 0, 40, 100], [10, 10, 5, 0], [-1, 0, 20, 20]):
+        with pytest.raises(ValueError, match="a box is empty, or lies beyond its picture"):
+            crop_resize_flip([picture], np.array([box]), np.array([False]), 8)
+
+
+def test_an_outlier_in_a_corner_costs_no_precision():
+    x = torch.randn(2, 8, 240, 240, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0, 0] = 10
+    x = x.contiguous(memory_format=LAST)
+    weight, bias = torch.ones(8), torch.zeros(8)
+    truth = F.group_norm(x.double(), 4, weight.double(), bias.double(), 1e-5)
+    theirs = (F.group_norm(x, 4, weight, bias, 1e-5) - truth).abs().max()
+    assert (norms.group_norm(x, weight, bias, 4, 1e-5) - truth).abs().max() <= max(1.5 * theirs, 2e-5)
 
 
 def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeypatch):

@@ -130,6 +130,7 @@ class Loader:
         known: what is known beforehand of the teacher's answers: to each picture of the split, (pictures, classes).
         told: what is known of them by step, first row and number of rows, (rows, classes), or None where nothing is.
         latest: where batches are kept for others who want the same.
+        native: whether the CPU's own kernel cuts crops, where it can be had.
     """
 
     split: CachedSplit
@@ -149,6 +150,7 @@ class Loader:
     known: Tensor | None = None
     told: Callable[[int, int, int], Tensor | None] | None = None
     latest: "Latest | None" = None
+    native: bool = True
 
     def draw(self, step: int) -> Draw:
         """The draws of the whole global batch."""
@@ -205,9 +207,9 @@ class Loader:
             return self.split.store.crops(self.split.index[indices], boxes, flips, sides, alone=alone)
         if alone:
             pictures, boxes = self.split.boxed(indices, boxes)
-            return [crop_resize_flip(pictures, boxes, flips, side) for side in sides]
+            return [crop_resize_flip(pictures, boxes, flips, side, native=self.native) for side in sides]
         pictures = self.split.pictures(indices)
-        return [sample_flip(pictures, boxes, flips, side) for side in sides]
+        return [sample_flip(pictures, boxes, flips, side, native=self.native) for side in sides]
 
 
 def prefetch(

@@ -15,7 +15,7 @@ from funmatch.errors import InputError, first_line
 from funmatch.models.build import head_names
 from funmatch.models.classifier import Classifier, laid_out
 from funmatch.models.fold import fold
-from funmatch.models.quick import group_norms, quicken
+from funmatch.models.quick import PRECISIONS, group_norms, quicken
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -171,11 +171,6 @@ def freeze(make: Callable[[], Classifier], views: Tensor, wish: Wish) -> tuple[F
     truth = torch.cat([plain(part) for part in views.split(AT_ONCE)])
     small = plain.size < SMALL
     tried: list[Check] = []
-    if wish.native and (small or not any(group_norms(plain.classifier.net))):
-        wish = replace(wish, native=False, first=None)
-    elif wish.native and (why := norms.why_not()):
-        tried.append(Check(Form(native=True), len(views), 0.0, 0.0, why))
-        wish = replace(wish, native=False, first=None)
     del plain
     for form in candidates(make, views[:TIMED], wish, small=small):
         frozen, check = attempt(make, form, views, truth)
@@ -201,8 +196,8 @@ def candidates(make: Callable[[], Classifier], views: Tensor, wish: Wish, *, sma
     for form in ranked:
         if wish.compiled:
             yield replace(form, compiled=True)
-        if wish.native:
-            yield replace(form, native=True)
+        if wish.native and form.precision in PRECISIONS:
+            yield replace(form, layout="channels_last", native=True)  # the only one that the kernels know
         if seconds[form] <= least:
             yield form
 

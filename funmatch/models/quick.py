@@ -11,28 +11,35 @@ import torch
 import torch.nn.functional as F
 from timm.layers import GroupNorm as TimmGroupNorm  # pyrefly: ignore[missing-module-attribute]
 from timm.layers import GroupNorm1, GroupNormAct, pad_same  # pyrefly: ignore[missing-module-attribute]
+from timm.layers.norm_act import GroupNorm1Act
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
 from funmatch import norms
 
-PRECISIONS = tuple(norms.DTYPES)
+PRECISIONS = ("fp32", "bf16")
+SHARED = 4
+"""Threads of which one may be the only one to have a picture: memory, which is what it waits for, is shared anyway."""
 
 
 def _wanted(module: Any) -> bool:
     return module.training or not module._taught_only
 
 
+def _plain(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.dtype == torch.float32 and parameter.is_contiguous()
+
+
 def _known(norm: Any, x: Tensor) -> bool:
     """Whether a kernel normalises this: pictures with their channels last, enough of them to share out."""
     return (
         _wanted(norm)
-        and norm.affine
-        and norm.weight.dtype == torch.float32
+        and all(_plain(parameter) for parameter in (norm.weight, norm.bias))
         and x.ndim == 4
-        and x.dtype in PRECISIONS
+        and x.dtype in norms.DTYPES
         and x.device.type == "cpu"
-        and len(x) >= torch.get_num_threads()
+        and x.numel() > 0
+        and SHARED * len(x) >= torch.get_num_threads()
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
@@ -60,15 +67,24 @@ class QuickGroupNorm1(_Normal, GroupNorm1):  # pyrefly: ignore[inconsistent-inhe
     """timm's, of one group."""
 
 
-class QuickGroupNormAct(GroupNormAct):
-    """timm's with an activation: a ReLU is done by the kernel."""
+class _Active:
+    """With an activation: a ReLU is done by the kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _known(self, x):
-            return super().forward(x)
-        if type(self.act) is nn.ReLU and isinstance(self.drop, nn.Identity):
-            return _normed(self, x, relu=True)
-        return self.act(self.drop(_normed(self, x)))
+        own: Any = self
+        if not _known(own, x):
+            return super().forward(x)  # pyrefly: ignore[missing-attribute]
+        if type(own.act) is nn.ReLU and isinstance(own.drop, nn.Identity):
+            return _normed(own, x, relu=True)
+        return own.act(own.drop(_normed(own, x)))
+
+
+class QuickGroupNormAct(_Active, GroupNormAct):  # pyrefly: ignore[inconsistent-inheritance]
+    """timm's."""
+
+
+class QuickGroupNorm1Act(_Active, GroupNorm1Act):  # pyrefly: ignore[inconsistent-inheritance]
+    """timm's, of one group."""
 
 
 def _kernel(conv: Any) -> Tensor | None:
@@ -76,7 +92,7 @@ def _kernel(conv: Any) -> Tensor | None:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     weight = conv.weight
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    known = weight.dtype == torch.float32 and weight.device.type == "cpu" and dtype in PRECISIONS and dense
+    known = weight.dtype == torch.float32 and weight.device.type == "cpu" and dtype in norms.DTYPES and dense
     return norms.standardised(weight, conv.eps, dtype) if known and _wanted(conv) else None
 
 
@@ -107,6 +123,7 @@ QUICK: dict[type[nn.Module], type[nn.Module]] = {
     TimmGroupNorm: QuickTimmGroupNorm,
     GroupNorm1: QuickGroupNorm1,
     GroupNormAct: QuickGroupNormAct,
+    GroupNorm1Act: QuickGroupNorm1Act,
     StdConv2d: QuickStdConv2d,
     StdConv2dSame: QuickStdConv2dSame,
 }

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funmatch import devices, launch, native, norms, runs
+from funmatch import augment, devices, launch, native, norms, resample, runs
 from funmatch.config import Train
 from funmatch.data.loader import cuts
+from funmatch.data.pixels import CachedSplit
 from funmatch.errors import first_line, lacks_memory
 from funmatch.files import cache_home, write_atomically
 from funmatch.fit import Course
@@ -27,6 +28,7 @@ MEASURED_FROM = 200
 COMPILED_FROM = 2000
 """Steps of a run from which a minute or two of compiling are won back."""
 PICTURES, TURNS = 32, 2
+NATIVE = "native"
 MODES = {"on": None, "max": "max-autotune"}
 """Of `torch.compile`; max tries many kernels, and replays graphs of an accelerator's launches."""
 
@@ -47,8 +49,24 @@ def settled(config: Train, steps: int, side: int, student: Classifier, device: t
 def _compiled(steps: int, student: Classifier, device: torch.device) -> str:
     """`compile` where nobody said another. On a CPU our own kernels gain more than a compiler does."""
     if device.type == "cpu":
-        return devices.from_first(lambda: "native" if native.compiler() else "off")
+        used = student.count() >= SMALL and gains(student.net)
+        return devices.from_first(lambda: "native" if (not norms.why_not() if used else native.compiler()) else "off")
     return "on" if steps >= COMPILED_FROM and student.count() >= SMALL and launch.world() == 1 else "off"
+
+
+def views(config: Train, split: CachedSplit) -> dict[str, str]:
+    """The fact of who cuts the crops of a run on the CPU: our own kernel, or torch. A run goes on as it began."""
+
+    def found() -> str:
+        before = runs.facts_of(config.out)
+        if not before:
+            sizes = split.index["height"].astype("int64") * split.index["width"]
+            return NATIVE if (sizes > augment.SMALL).any() and not resample.why_not() else "torch"
+        if before.get("views") == NATIVE and (why := resample.why_not()):
+            say(f"WARNING: views were cut by our own kernel, which cannot be had now ({why}): the bits will be others")
+        return before.get("views", "torch")  # a run that is older than the kernel
+
+    return {"views": devices.from_first(found)}
 
 
 def precision(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> str:
@@ -60,7 +78,8 @@ def precision(config: Train, steps: int, side: int, student: Classifier, device:
     fast = "bf16" in devices.teacher_precisions("auto", device)
     if device.type != "cpu" or not fast or student.count() < SMALL or steps < MEASURED_FROM:
         return usual
-    pictures, quick = min(PICTURES, config.micro_batch or config.batch), quickens(student, config)
+    pictures = min(PICTURES, config.micro_batch or config.batch)
+    quick = quickens(student, config, device) and not norms.why_not()
     seconds = devices.from_first(lambda: known(student, side, pictures, quick=quick))
     gain = seconds["fp32"] / seconds["bf16"]
     if gain < CLEARLY:
@@ -113,21 +132,21 @@ def _seconds(student: Classifier, views: Tensor, device: torch.device, name: str
     return time.perf_counter() - began
 
 
-def quickens(student: Classifier, config: Train) -> bool:
-    """Whether our own kernels compute some of a student while it is taught."""
-    wanted = config.compile == "native" and student.count() >= SMALL and gains(student.net)
-    return wanted and not norms.why_not()
+def quickens(student: Classifier, config: Train, device: torch.device) -> bool:
+    """Whether our own kernels are to compute some of a student while it is taught."""
+    wanted = config.compile == "native" and device.type == "cpu"
+    return wanted and student.count() >= SMALL and gains(student.net)
 
 
 def hasten(student: Classifier, course: Course, config: Train, side: int) -> None:
     """Has a student computed as the run's configuration says: by our own kernels, compiled, or as it is."""
     if config.compile != "native":
         compile_student(student, course, config, side)
-    elif quickens(student, config):
+    elif quickens(student, config, course.device) and (why := norms.why_not()):
+        say(f"WARNING: our own kernels cannot be had here, torch's are slower and round otherwise: {why}")
+    elif quickens(student, config, course.device):
         quicken(student.net, taught_only=True)
-        say(f"GroupNorm and standardised kernels of {config.student} are computed by kernels of our own")
-    elif student.count() >= SMALL and gains(student.net):
-        say(f"WARNING: our own kernels cannot be had here, and torch's are slower: {norms.why_not()}")
+        say(f"GroupNorm and standardised convolutions of {config.student} are computed by our own kernels")
 
 
 def compile_student(student: Classifier, course: Course, config: Train, side: int) -> None:

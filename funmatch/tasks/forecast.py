@@ -51,7 +51,7 @@ class Parts:
     """Seconds of what a run consists of.
 
     Attributes:
-        begin: of making ready: teachers looked at, networks compiled.
+        begin: of making ready: the program loaded, teachers looked at, networks compiled.
         step: of one update.
         evaluation: of one look at the validation pictures, the training views among it.
         save: of one checkpoint.
@@ -76,8 +76,11 @@ class Parts:
         }
 
 
-def run(config: Train) -> dict[str, Any]:
+def run(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
     """Makes a run ready as it would be, takes a few steps, and throws these away.
+
+    Args:
+        loading: seconds that this process took to load the program, as the run's will.
 
     Returns:
         `seconds` (of the whole run, and `parts` of it), `hours`, `steps`, `step_ms`, `images_per_second`, `gflop` (of a
@@ -87,7 +90,7 @@ def run(config: Train) -> dict[str, Any]:
     config.check()
     if launch.world() > 1:
         raise InputError("plan is work for one process")
-    began = time.monotonic()
+    began = time.monotonic() - loading
     with ready(config) as made:
         steps = made.lesson.course.steps
         say(f"measuring {min(steps, WARM + TIMED)} steps of {steps:,} on {made.lesson.course.device}")

@@ -27,7 +27,7 @@ from funmatch.models.load import brings_weights, load
 from funmatch.models.teachers import Teachers
 from funmatch.strategies import STRATEGIES
 from funmatch.synchronised import synchronised
-from funmatch.tasks import judging, pictures
+from funmatch.tasks import fastest, judging, pictures
 from funmatch.tasks.resolved import LR, resolved
 from funmatch.tasks.teachers import Modules
 
@@ -56,7 +56,7 @@ class Lesson:
         course: how the student is taught.
         teachers: on the device, or None.
         asked: names of the classes that are asked of teachers with others, or None.
-        facts: what is recorded of the teachers: `teacher` (their digest) and `teacher_forms`.
+        facts: what is recorded: `teacher` (the teachers' digest), `teacher_forms`, and who cuts the `views`.
         beginning: digest of the student's first weights, where they are not drawn from the seed; else None.
         teacher_sides: of the crops that teachers are shown in training, pixels, each once.
         known: the fixed teachers' answers to the training pictures, (pictures, classes), or None.
@@ -86,7 +86,8 @@ class Lesson:
         """Of this process's share of the training batches."""
         share = launch.rank(), launch.world()
         loader = loader_of(self.config, self.cache, self.teacher_sides, share)
-        return replace(loader, known=self.known, told=self.told, latest=self.latest)
+        native = self.facts.get("views") == fastest.NATIVE
+        return replace(loader, known=self.known, told=self.told, latest=self.latest, native=native)
 
 
 def workers_of(lesson: Lesson) -> int:
@@ -166,7 +167,7 @@ def prepare(
     if drawn and verb == "finetune":
         say(f"WARNING: {config.student} begins with random weights; name them by a tag or --weights")
     beginning = None if drawn else fingerprint(student.net)
-    facts = recipes.facts(asked or config)
+    facts = recipes.facts(asked or config) | fastest.views(config, cache.splits["train"])
     if config.schedule == "wsd" and (asked or config).warmup_steps is None:
         warmup = devices.from_first(lambda: ends.warmup_of(config.out))
         config = config if warmup is None else config.model_copy(update={"warmup_steps": warmup})

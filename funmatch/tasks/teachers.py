@@ -20,8 +20,9 @@ from funmatch.files import cache_home, write_atomically
 from funmatch.logs import percent, say, say_notes
 from funmatch.models.classes import SAME_NAMES, Picks, match, read_map
 from funmatch.models.classifier import Classifier, check_side, fingerprint, function_of
-from funmatch.models.frozen import Form, Frozen, Wish, freeze
+from funmatch.models.frozen import SMALL, Form, Frozen, Wish, freeze
 from funmatch.models.load import load
+from funmatch.models.quick import group_norms
 from funmatch.models.teachers import Member, Teachers
 from funmatch.tasks import judging
 
@@ -156,7 +157,8 @@ def in_best_form(
             record = remembered[number]
             form = Form(**record["form"])
             if form.native and (why := norms.why_not()):
-                say(f"WARNING: teacher {one.name} was computed by our own kernels, which cannot be had now: {why}")
+                told = f"teacher {one.name} was computed by our own kernels, which cannot be had now ({why})"
+                say(f"WARNING: {told}; the run will not end with the same bits")
             frozen = Frozen(one.make().to(shown.device), form)
             frozen(shown)  # compiles it for batches of this size, where it is compiled
         else:
@@ -168,7 +170,7 @@ def in_best_form(
 
 def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
     precisions = devices.teacher_precisions(config.teacher_precision, shown.device)
-    wish = Wish(precisions, config.compiles, config.compile == "native")
+    wish = Wish(precisions, config.compiles, _by_our_kernels(one, shown, config))
     place = cache_home() / "forms" / f"{_machine(one, shown, wish)}.json"
     frozen, tried = freeze(one.make, shown, replace(wish, first=_known_form(place, wish)))
     for check in tried[:-1]:
@@ -187,6 +189,16 @@ def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[s
         "form": asdict(taken.form),
         "beside_fp32": {"kl": taken.kl, "agreement": taken.agreement, "pictures": taken.pictures},
     }
+
+
+def _by_our_kernels(one: Called, shown: Tensor, config: Distill) -> bool:
+    """Whether our own kernels are to compute a teacher's GroupNorms, and can."""
+    wanted = config.compile == "native" and shown.device.type == "cpu" and one.classifier.count() >= SMALL
+    if not wanted or not any(group_norms(one.classifier.net)):
+        return False
+    if why := norms.why_not():
+        say(f"teacher {one.name} is not computed by our own kernels: {why}")
+    return not why
 
 
 def _machine(one: Called, shown: Tensor, wish: Wish) -> str:
