@@ -3,7 +3,7 @@
     python benchmarks/forecast.py [--rounds 5] [--only embedded small large]
 
 Each turn is a process of its own: plan, run, plan, run, … of three distillations: the embedded pictures on one thread,
-ResNet-50 into ResNet-18 at 96 px, and R101x1 into R50x1 at 128 px as `versus_timm.py` has them (compiled, in bf16). The
+ResNet-50 into ResNet-18 at 96 px, and R101x1 into R50x1 at 128 px as `versus_timm.py` has them (in bf16). The
 run profiles itself (`--profile`): what of its step is neither teacher nor student, its way back nor its optimizer, is
 told beside.
 """
@@ -42,7 +42,7 @@ def wanted(folder: Path) -> dict[str, list[str]]:
         "large": [
             *photos, "--teacher", "resnetv2_101x1_bit", "--teacher-weights", f"{folder}/resnetv2_101x1_bit.pt",
             "--student", "resnetv2_50x1_bit", "--side", "128", "--batch", "32", "--steps", "40", "--eval-every", "40",
-            "--save-every", "40", "--precision", "bf16", "--compile", "on",
+            "--save-every", "40", "--precision", "bf16",
         ],
     }  # fmt: skip
 

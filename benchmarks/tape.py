@@ -1,6 +1,6 @@
 """What a student costs that learns from a teacher tape, beside one with a live teacher, and beside a student alone.
 
-    python benchmarks/tape.py [--rounds 5] [--steps 8] [--teacher resnetv2_101x1_bit] [--student resnetv2_50x1_bit]
+    python benchmarks/tape.py [--rounds 5] [--steps 8] [--precision fp32] [--compile off] [--teacher …] [--student …]
 
 In each round a run with its teacher live (recording nothing), a run that replays a tape, and the student alone on a
 ready batch. The ideal is told twice: by arithmetic (what the teacher's share of a step's FLOPs is), and by time (a
@@ -29,7 +29,7 @@ def carried_out(folder: Path, name: str, options: argparse.Namespace, **more) ->
         data=str(folder / "pictures"), teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
         student=options.student, side=options.side, batch=options.batch, steps=options.steps + 3, unlabelled=True,
         out=folder / "runs" / name, log_every=1, eval_every=10**6, save_every=10**6, allow_weak_teacher=True,
-        precision=options.precision, teacher_precision=options.precision, compile="off", **more,
+        precision=options.precision, teacher_precision=options.precision, compile=options.compile, **more,
     ).folder  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--compile", default="off")
     parser.add_argument("--teacher", default="resnetv2_101x1_bit")
     parser.add_argument("--student", default="resnetv2_50x1_bit")
     options = parser.parse_args()

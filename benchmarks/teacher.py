@@ -73,8 +73,7 @@ def contenders(name: str, views: Tensor, options: argparse.Namespace) -> dict[st
         last = fresh().to(memory_format=torch.channels_last)
         found["timm, autocast bf16, channels last"] = theirs(last, autocast=True)
     forms = [Form(), Form(precision="bf16"), Form(precision="bf16", layout="contiguous")]
-    if device.type != "cpu":
-        forms.append(Form(precision="fp16"))
+    forms.append(Form(precision="fp16") if device.type != "cpu" else Form(precision="bf16", native=True))
     if options.compile:
         found["timm, autocast bf16, compiled"] = theirs(torch.compile(fresh(), dynamic=False), autocast=True)
         forms.append(Form(precision="bf16", compiled=True))
