@@ -3,6 +3,7 @@
 Each function takes a table of `config`, which asks them, and gives a sentence for each thing that is wrong.
 """
 
+from pathlib import Path
 from typing import Any
 
 from funmatch.errors import unknown
@@ -75,7 +76,9 @@ def of_mixing(config: Any) -> list[str]:
         idle = [name for name in ("mixup_mode", "mixup_max", "mixup_lam") if moved(config, name)]
         if config.cutmix and "mixup_mode" in idle:
             idle.remove("mixup_mode")  # it says how boxes are drawn, too
-        found += [f"{name} belongs to MixUp, which is off; say --mixup 1 too" for name in idle]
+        row = STRATEGIES.get(getattr(config, "strategy", ""))
+        hint = "leave it out" if row and row.fixed else "say --mixup 1 too"
+        found += [f"{name} belongs to MixUp, which is off; {hint}" for name in idle]
     return found
 
 
@@ -141,6 +144,10 @@ def of_tape(config: Any) -> list[str]:
         found += [f"{name} belongs to --tape" for name in ("tape_top", "tape_full") if moved(config, name)]
     elif row and row.fixed:
         found.append(f"the teacher of {config.strategy} is fixed: its answers are kept anyway. Leave --tape out")
+    if config.tape is not None and config.out is not None:
+        places = [Path(each).expanduser().absolute() for each in (config.tape, config.out)]
+        if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+            found.append(f"tape {config.tape} and out {config.out} must be apart: each is a folder of its own")
     if config.tape_top is not None:
         if not DISTANCES.get(config.distance, True) or config.distance == "dist" or config.standardise:
             said = "standardise" if config.standardise else f"distance {config.distance}"

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Distance = Callable[[Tensor, Tensor, float], Tensor]
+CONSTANT = 1e-3
+"""As a share of its size, how much a row differs from its mean that is as good as constant."""
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -110,8 +112,21 @@ def _logs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's, of each row with its own: (n,) in [-1, 1]; 0 where one of them is constant."""
-    return F.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1, eps=1e-8)
+    """Pearson's, of each row with its own: (n,) in [-1, 1].
+
+    What differs from its mean by less than a thousandth is taken for as good as constant, whose correlation is 0: there
+    is little but rounding in it, and it would have gradients without bound (a student with a head of zeros begins so).
+    """
+    return (_centred(a) * _centred(b)).sum(-1)
+
+
+def _centred(rows: Tensor) -> Tensor:
+    """Rows less their mean, at length 1 unless they are as good as constant."""
+    tiny = torch.finfo(rows.dtype).tiny
+    rows = rows / rows.detach().abs().amax(-1, keepdim=True).clamp_min(tiny)  # squares of small numbers would vanish
+    rest = rows - rows.mean(-1, keepdim=True)
+    least = (CONSTANT * rows.detach().norm(dim=-1, keepdim=True)).square().clamp_min(tiny)
+    return rest / rest.square().sum(-1, keepdim=True).clamp_min(least).sqrt()
 
 
 TEMPERED: dict[str, Distance] = {"kl": kl, "reverse-kl": reverse_kl, "js": jensen_shannon, "dist": dist}

@@ -1,6 +1,7 @@
 """What all tables of knobs share: frozen, no unknown key, every problem told at once."""
 
 import ast
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -14,7 +15,7 @@ from funmatch.errors import InputError, unknown
 class Knobs(BaseModel):
     """What all tables share: no unknown key, no change after the making."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=True)
 
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object on standard output, and nothing else there."""
@@ -66,8 +67,20 @@ class Knobs(BaseModel):
 
     def check(self) -> None:
         """Raises one `InputError` that holds all problems."""
-        if found := self.problems():
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        odd = [name for name, value in values.items() if not all(map(_finite, value if _many(value) else (value,)))]
+        found = [f"{name} must be a finite number, got {values[name]}" for name in odd]
+        usual = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in odd}
+        if found := found + self.model_copy(update=usual).problems():
             raise InputError("; ".join(found))
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, tuple)
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _canonical(option: Any) -> Any:

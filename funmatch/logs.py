@@ -141,3 +141,11 @@ class Metrics:
             return
         kept = [record for record in self.read() if record["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(record) + os.linesep for record in kept))
+
+
+def size_of(count: int) -> str:
+    """Bytes in words."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1000:,.1f} kB"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from funmatch.errors import InputError
 from funmatch.files import disk_errors, write_atomically
+from funmatch.logs import size_of
 
 FORMAT = 1
 HEADER, ANSWERS = "tape.json", "answers.bin"
@@ -127,6 +128,11 @@ class Tape:
         return self.folder / ANSWERS
 
     @property
+    def whose(self) -> int:
+        """What ties the rows to the header; nothing does on tapes that are older than its checksum."""
+        return self.header.get("check", 0)
+
+    @property
     def size(self) -> int:
         """Bytes of the rows, up to the last."""
         return self.path.stat().st_size if self.path.is_file() else 0
@@ -158,7 +164,7 @@ class Tape:
         if picks is not None:
             rows["picks"] = picks.numpy()
         start = step * self.layout.batch + first
-        rows["check"] = _checks(rows, start)
+        rows["check"] = _checks(rows, start, self.whose)
         content, place = rows.tobytes(), start * self.layout.row.itemsize
         with disk_errors(self.path):
             while content:
@@ -209,15 +215,20 @@ class Tape:
         return np.frombuffer(content, self.layout.row, len(content) // size)
 
     def _sound(self, rows: np.ndarray, start: int) -> np.ndarray:
-        return rows["check"] == _checks(rows, start)
+        return rows["check"] == _checks(rows, start, self.whose)
 
 
-def _checks(rows: np.ndarray, start: int) -> np.ndarray:
-    """A checksum of each row that knows its place, so that what was written elsewhere does not pass for it."""
+def _check_of(header: Mapping[str, Any]) -> int:
+    """A checksum of what a header says of the rows."""
+    return zlib.crc32(json.dumps([header["layout"], header["asked"]], sort_keys=True).encode())
+
+
+def _checks(rows: np.ndarray, start: int, whose: int) -> np.ndarray:
+    """A checksum of each row that knows its tape and its place: what was written elsewhere does not pass for it."""
     size = rows.dtype.itemsize
     content = memoryview(rows.tobytes())
     found = (
-        zlib.crc32(content[at * size : (at + 1) * size - 4], zlib.crc32((start + at).to_bytes(8, "little")))
+        zlib.crc32(content[at * size : (at + 1) * size - 4], zlib.crc32((start + at).to_bytes(8, "little"), whose))
         for at in range(len(rows))
     )
     return np.fromiter(found, np.uint32, len(rows))
@@ -248,8 +259,8 @@ def opened(folder: Path, layout: Layout, asked: Mapping[str, Any], about: Mappin
         raise InputError(f"{folder} exists and is no tape; choose another --tape")
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name: getattr(layout, name) for name in ("batch", "classes", "top", "temperature")}
-    header = {"format": FORMAT, "layout": kept, "asked": dict(asked), **about}
-    write_atomically(path, json.dumps(header, indent=1, default=str))
+    header = json.loads(json.dumps({"format": FORMAT, "layout": kept, "asked": dict(asked), **about}, default=str))
+    write_atomically(path, json.dumps(header | {"check": _check_of(header)}, indent=1))
     return found(folder)
 
 
@@ -266,6 +277,8 @@ def found(folder: Path) -> Tape:
         header = json.loads(path.read_text())
         layout = Layout(**header["layout"])
         if header["format"] == FORMAT and isinstance(header["asked"], dict):
+            if header.get("check") not in (None, _check_of(header)):
+                raise ValueError("changed since it was written")
             return Tape(path.parent, layout, header)
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is damaged; remove {folder}, and the next run records it again") from None
@@ -282,11 +295,3 @@ def check_space(tape: Tape, steps: int) -> None:
             f"the tape of {steps:,} steps takes {size_of(wanted)} more in {tape.folder}, where {size_of(free)} are "
             "free; choose another --tape, keep fewer classes (--tape-top), or leave it out"
         )
-
-
-def size_of(count: int) -> str:
-    """Bytes in words."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 1000:,.1f} kB"

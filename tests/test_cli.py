@@ -134,3 +134,14 @@ def test_progress_goes_to_standard_error_in_plain_lines(funmatch, tmp_path):
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, funmatch, funmatch.cli; assert 'torch' not in sys.modules and 'timm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numbers_that_are_none_are_told_with_all_else(tmp_path, funmatch):
+    words = ["--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
+    words += ["--steps", "5", "--lr", "nan", "--label-weight", "inf", "--temperature", "-3", "--out", tmp_path / "run"]
+    done = funmatch("distill", *words, check=2)
+    for told in ("lr must be a finite number, got nan", "label_weight must be a finite", "temperature must be above 0"):
+        assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "pydantic" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -120,6 +120,7 @@ LAYERS = [
         "tasks.optuna_study",
         "tasks.verdict",
         "tasks.tune",
+        "tasks.figures",
         "tasks.plans",
         "tasks.study_files",
         "tasks.outcomes",

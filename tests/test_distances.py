@@ -115,6 +115,29 @@ def test_distances_vanish_and_have_a_gradient_where_the_functions_agree(kind):
     assert distance(kind, teacher.flip(1), teacher, 2.0).min() > 0.01
 
 
+@pytest.mark.parametrize(("n", "classes"), [(8, 10), (8, 8), (16, 7), (4, 1000)])
+def test_dist_from_a_student_that_says_nothing_yet(n, classes):
+    """A head of zeros: no correlation, and a gradient that is not beyond all bounds."""
+    teacher = torch.randn(n, classes, generator=torch.Generator().manual_seed(0)) * 3
+    student = torch.zeros(n, classes, requires_grad=True)
+    for temperature in (1.0, 10.0):
+        found = dist(student, teacher, temperature)
+        assert found.tolist() == pytest.approx([2 * temperature**2] * n, rel=1e-2)
+        (gradient,) = torch.autograd.grad(found.mean(), student)
+        assert 0 < gradient.norm() < 1e4
+    assert dist(torch.zeros(n, classes), torch.zeros(n, classes)).tolist() == pytest.approx([2.0] * n, rel=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 30.0])
+def test_dist_is_exact_where_classes_are_hardly_likely(scale):
+    rng = np.random.default_rng(3)
+    student, teacher = rng.normal(0, scale, (16, 40)), rng.normal(0, scale, (16, 40))
+    p, q = (np.array([softmax(list(row)) for row in z]) for z in (teacher, student))
+    columns = np.mean([1 - np.corrcoef(q[:, k], p[:, k])[0, 1] for k in range(40)])
+    wanted = [1 - np.corrcoef(q[i], p[i])[0, 1] + columns for i in range(16)]
+    assert dist(torch.tensor(student), torch.tensor(teacher)).tolist() == pytest.approx(wanted, rel=1e-3)
+
+
 def test_extreme_logits_give_finite_distances():
     student, teacher = torch.tensor([[1e4, -1e4, 0.0]]).requires_grad_(), torch.tensor([[-1e4, 1e4, 0.0]])
     for kind in ("kl", "js", "hard", "l2", "euclidean", "dist"):

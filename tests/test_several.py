@@ -116,7 +116,7 @@ def test_bad_words(tmp_path):
         tried(students=["test_resnet", "a/test_resnet"])
     with pytest.raises(InputError, match="would see different views: side 32 and 160"):
         tried(side=None)
-    with pytest.raises(InputError, match="--profile and --student-weights are for one student"):
+    with pytest.raises(InputError, match="--profile: for one student alone"):
         tried(profile=True)
     assert not (tmp_path / "x").exists()
 

@@ -143,7 +143,7 @@ def test_a_file_becomes_runs(tmp_path):
         (("each = { temperature = [1.0, 2.0] }", "each = 3"), "each must give a list"),
         (("seeds = [0, 1]", "seeds = [true]"), "a seed is a whole number"),
         (('verb = "train"', 'verb = ["train"]'), "unknown verb"),
-        (('name = "labels"', 'name = "labels"\nseeds = 3'), "seeds must be a list, got 3"),
+        (('name = "labels"', 'name = "labels"\nseeds = 3'), "seeds must be a list, of one or more, got 3"),
         (("threads = 1", 'out = "x"'), "unknown knob|decided by the study"),
         (('data = "fashion-mini"', 'data = "-mini"'), "same/ic: data -mini begins with a dash"),
     ],
@@ -196,6 +196,23 @@ def test_all_problems_are_told_before_anything_begins(tmp_path):
         funmatch.study(file_of(tmp_path, text), out=tmp_path / "out")
     for words in ("unknown strategy 'same/id'", "run:nobody is no other run", "figure 1: unknown kind 'x'"):
         assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = [0, 1]", "seeds = []", "seeds must be a list, of one or more"),
+        ('name = "labels"', 'name = "labels {temprature}"', "{temprature} stands for nothing; each gives nothing"),
+        ('verb = "train"', 'verb = "eat"', "unknown verb 'eat'"),
+    ],
+)
+def test_lines_that_say_nothing_are_told_and_leave_no_folder(tmp_path, old, new, words):
+    assert old in TINY
+    with pytest.raises(InputError) as error:
+        funmatch.study(file_of(tmp_path, TINY.replace(old, new, 1)), out=tmp_path / "out")
+    assert words in str(error.value)
+    assert "unknown knob in [common]" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

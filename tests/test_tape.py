@@ -298,12 +298,16 @@ def test_a_tape_of_another_teacher_is_refused(recorded, tmp_path):
         ({"tape": "t", "tape_top": 3, "distance": "l2"}, "needs all of the teacher's logits"),
         ({"tape": "t", "tape_top": 3, "standardise": True}, "standardise needs all of the teacher's logits"),
         ({"tape": "t", "tape_top": 9}, r"tape_top \(9\) must leave some of 10 classes"),
+        ({"tape": "run"}, "must be apart"),
+        ({"tape": "run/tape"}, "must be apart"),
+        ({"tape": "."}, "must be apart"),
     ],
 )
 def test_knobs_that_contradict_each_other(tmp_path, change, words):
     change = {name: tmp_path / value if name == "tape" else value for name, value in change.items()}
     with pytest.raises(InputError, match=words):
         funmatch.distill(out=tmp_path / "run", **KNOBS | change)
+    assert not any(tmp_path.iterdir()), "nothing came of it, so nothing is left of it"
 
 
 def test_a_run_that_began_without_a_tape_does_not_go_on_with_one(recorded, tmp_path):
@@ -327,9 +331,32 @@ def test_a_folder_that_is_no_tape(recorded, tmp_path):
         header.write_text(content)
         with pytest.raises(InputError, match="damaged"):
             funmatch.distill(out=tmp_path / "run", tape=tmp_path / "tape", **KNOBS)
+    sound = json.loads((recorded / "tape" / "tape.json").read_text())
+    for part, name in (("layout", "batch"), ("layout", "classes"), ("asked", "seed")):
+        header.write_text(json.dumps(sound | {part: sound[part] | {name: sound[part][name] + 1}}))
+        with pytest.raises(InputError, match="damaged"):
+            tape.found(tmp_path / "tape")
     header.write_text(json.dumps(json.loads((recorded / "tape" / "tape.json").read_text()) | {"format": 99}))
     with pytest.raises(InputError, match="format 99"):
         tape.found(tmp_path / "tape")
+
+
+def test_rows_of_another_tape_are_no_answers(recorded, tmp_path):
+    other = opened(tmp_path / "other", Layout(8, 10), seed=1)
+    for step in range(14):
+        other.record(step, 0, *other.layout.packed(logits_of(8, 10, step)))
+    shutil.copytree(recorded / "tape", tmp_path / "tape")
+    shutil.copy(tmp_path / "other" / "answers.bin", tmp_path / "tape")
+    found = tape.found(tmp_path / "tape")
+    assert found.counts() == (0, 112, [])
+    assert found.told(0, 0, 8) is None
+    header = json.loads((tmp_path / "other" / "tape.json").read_text())
+    del header["check"]  # as on tapes that are older than it
+    (tmp_path / "other" / "tape.json").write_text(json.dumps(header))
+    older = opened(tmp_path / "older", Layout(8, 10), seed=1)
+    older.header.pop("check")
+    older.record(0, 0, *older.layout.packed(logits_of(8, 10)))
+    assert older.told(0, 0, 8) is not None
 
 
 @pytest.mark.parametrize("full", ["stop", "go-on"])

@@ -50,8 +50,15 @@ def _compiled(steps: int, student: Classifier, device: torch.device) -> str:
     """`compile` where nobody said another. On a CPU our own kernels gain more than a compiler does."""
     if device.type == "cpu":
         used = student.count() >= SMALL and gains(student.net)
-        return devices.from_first(lambda: "native" if (not norms.why_not() if used else native.compiler()) else "off")
+        return devices.from_first(lambda: "native" if (_had() if used else native.compiler()) else "off")
     return "on" if steps >= COMPILED_FROM and student.count() >= SMALL and launch.world() == 1 else "off"
+
+
+def _had() -> bool:
+    """Whether our own kernels can be had; says so where they cannot."""
+    if why := norms.why_not():
+        say(f"our own kernels cannot be had here, torch's are slower: {why}")
+    return not why
 
 
 def views(config: Train, split: CachedSplit) -> dict[str, str]:

@@ -18,10 +18,10 @@ from funmatch.data.loader import Batch, prefetch
 from funmatch.data.pixels import CachedSplit
 from funmatch.errors import InputError
 from funmatch.fit import fit
-from funmatch.logs import duration, percent, say, table
+from funmatch.logs import duration, percent, say, size_of, table
 from funmatch.optim import Average
 from funmatch.strategies import STRATEGIES
-from funmatch.tape import HEADER, size_of
+from funmatch.tape import HEADER
 from funmatch.tasks import distill, finetune, judging, profile, tapes, train
 from funmatch.tasks.fastest import hasten
 from funmatch.tasks.lesson import Lesson, optimizer_of, workers_of

@@ -1,42 +1,26 @@
 """Study files: a plain list of runs in TOML, read and checked as a whole before any of them begins."""
 
+import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from funmatch import metrics, recipes
+from funmatch import recipes
 from funmatch.config import TAUGHT
 from funmatch.errors import InputError, unknown
+from funmatch.tasks.figures import problems as figure_problems
 
 REFERENCE = "run:"
 """Begins the value of a knob that stands for another run of the study, by its name: its folder is meant."""
+PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 KEYS = ("title", "question", "note", "verb", "seeds", "common", "run", "figure")
 ENTRY_KEYS = ("name", "group", "verb", "seeds", "each", "shown")
 NOT_KNOBS = {"out", "seed", "as_json"}
 """What a study decides itself."""
-FIGURES: Mapping[str, tuple[str, ...]] = {
-    "curves": ("value", "event"),
-    "ends": ("value",),
-    "against": ("value", "knob"),
-    "scatter": ("value", "across"),
-}
-"""The kinds of figures, and what each must be told beside its kind."""
-CURVES: Mapping[str, tuple[str, ...]] = {
-    "step": ("loss", "lr", "images_per_second"),
-    "eval": metrics.FIGURES,
-    "ema": metrics.FIGURES,
-    "views": (*metrics.FIGURES, "teacher_top1"),
-}
-"""What a run records while it goes on, by event."""
-ENDS = (
-    *metrics.FIGURES, *(f"{each}_{name}" for each in ("views", "ema") for name in metrics.FIGURES), "loss", "seconds",
-    "step", "best_step", "best_score", "parameters", "pictures", "teacher_top1", "views_teacher_top1",
-)  # fmt: skip
-"""What a run comes to."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +57,7 @@ class Plan:
 
     Attributes:
         title, question, note: for people.
-        figures: what is drawn; see `FIGURES`.
+        figures: what is drawn; see `figures.KINDS`.
         entries: its runs.
         text: of the file.
     """
@@ -122,7 +106,7 @@ def parsed(
     entries = list(_entries(table, seeds, dict(said or {}), found))
     figures = tuple(table.get("figure", ()))
     for number, figure in enumerate(figures, 1):
-        found += [f"figure {number}: {problem}" for problem in _figure_problems(figure)]
+        found += [f"figure {number}: {problem}" for problem in figure_problems(figure)]
     found += _problems(entries, dict(table.get("common", {})), dict(said or {}))
     if not found and only:
         names = ", ".join(dict.fromkeys(each.name for each in entries))
@@ -141,7 +125,7 @@ def told(text: str, where: str) -> Plan:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{where} is no TOML: {error}") from None
     words = [str(table.get(key, "")) for key in ("title", "question", "note")]
-    figures = [figure for figure in table.get("figure", ()) if not _figure_problems(figure)]
+    figures = [figure for figure in table.get("figure", ()) if not figure_problems(figure)]
     return Plan(words[0], words[1], words[2], tuple(figures), (), text)
 
 
@@ -154,6 +138,7 @@ def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any]
     common, verb = table.get("common", {}), table.get("verb", "distill")
     verbs = [run.get("verb", verb) for run in table["run"]]
     known = {knob for name, each in TAUGHT.items() if name in verbs for knob in each.model_fields}
+    known = known or {knob for each in TAUGHT.values() for knob in each.model_fields}  # no verb is one: told below
     names = [str(run.get("name")) for run in table["run"]]
     of_one = {key: (key.rpartition(".")[0], key.rpartition(".")[2]) for key in said if "." in key}
     found += [str(unknown("run in --set", name, names)) for name, _ in of_one.values() if name not in names]
@@ -171,8 +156,13 @@ def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any]
         if not isinstance(each, dict) or not all(isinstance(values, list) and values for values in each.values()):
             found.append(f"{name}: each must give a list for every knob, e.g. each = {{ epochs = [100, 300] }}")
             continue
-        if not isinstance(run.get("seeds", []), list):
-            found.append(f"{name}: seeds must be a list, got {run['seeds']!r}")
+        own_seeds = run.get("seeds", table.get("seeds", [0]))
+        if not isinstance(own_seeds, list) or not own_seeds:
+            found.append(f"{name}: seeds must be a list, of one or more, got {own_seeds!r}")
+            continue
+        if odd := [part for part in PLACEHOLDER.findall(name) if part[1:-1] not in each]:
+            told = ", ".join(map(str, each)) or "nothing"
+            found.append(f"{name}: {', '.join(odd)} stands for nothing; each gives {told}")
             continue
         shared = {knob: value for knob, value in common.items() if knob in TAUGHT[own].model_fields}
         over = {knob: value for knob, value in said.items() if knob in TAUGHT[own].model_fields}
@@ -183,7 +173,7 @@ def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any]
             chosen = dict(zip(each, values, strict=True))
             full = _named(name, chosen)
             whole = _over(_over(shared, knobs | chosen), over)
-            for seed in seeds if seeds and "seeds" not in run else run.get("seeds", table.get("seeds", [0])):
+            for seed in seeds if seeds and "seeds" not in run else own_seeds:
                 group = str(run.get("group", name if each else full))
                 yield Entry(full, group, seed, own, whole, bool(run.get("shown", True)))
 
@@ -260,24 +250,6 @@ def _chosen(entries: list[Entry], only: tuple[str, ...]) -> list[Entry]:
     while more := {need for each in entries if each.place in wanted for need in each.needs} - wanted:
         wanted |= more
     return [entry for entry in entries if entry.place in wanted]
-
-
-def _figure_problems(figure: dict[str, Any]) -> list[str]:
-    kind = figure.get("kind")
-    if kind not in FIGURES:
-        return [str(unknown("kind", str(kind), FIGURES))]
-    allowed = {"kind", "title", "log", *FIGURES[kind]}
-    found = [f"{kind} needs {key}" for key in FIGURES[kind] if not isinstance(figure.get(key), str)]
-    found += [str(unknown("key", key, allowed)) for key in figure if key not in allowed]
-    if found:
-        return found
-    known: Mapping[str, Iterable[str]] = {
-        "value": CURVES.get(figure.get("event", ""), ENDS),
-        "across": ENDS,
-        "event": CURVES,
-        "knob": {knob for table in TAUGHT.values() for knob in table.model_fields},
-    }
-    return [str(unknown(key, figure[key], known[key])) for key in FIGURES[kind] if figure[key] not in known[key]]
 
 
 def _place(name: str, seed: int) -> str:

@@ -32,8 +32,9 @@ def configs_of(config: Distill, students: Sequence[str]) -> list[Distill]:
     names = [name_of(student) for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two students are called {', '.join(twice)}; each needs a folder of its own")
-    if config.profile or config.student_weights:
-        raise InputError("--profile and --student-weights are for one student; give one, or leave them out")
+    given = {"--profile": config.profile, "--student-weights": config.student_weights}
+    if alone := " and ".join(name for name, value in given.items() if value):
+        raise InputError(f"{alone}: for one student alone; give one student, or leave it out")
     return [
         config.model_copy(update={"student": student, "out": config.out / name})
         for student, name in zip(students, names, strict=True)

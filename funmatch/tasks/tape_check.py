@@ -9,7 +9,7 @@ import torch
 from funmatch import config, devices, metrics, tape
 from funmatch.config import Distill
 from funmatch.errors import Fruitless, InputError
-from funmatch.logs import Bar, percent, table
+from funmatch.logs import Bar, percent, size_of, table
 from funmatch.tape import Tape
 from funmatch.tasks import distill
 
@@ -81,7 +81,7 @@ def show(figures: dict[str, Any]) -> None:
         ["a row", f"{kept}, half precision"],
         ["steps", f"{figures['steps']:,} ({first})" if first else "none"],
         ["rows", f"{figures['rows']:,} sound, {figures['damaged']:,} damaged"],
-        ["size", tape.size_of(figures["bytes"])],
+        ["size", size_of(figures["bytes"])],
     ]
     if "recomputed" in figures:
         told = f"{percent(figures['equal'])} of logits equal, KL {figures['kl']:.1e}, agreement"

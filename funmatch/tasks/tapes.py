@@ -3,7 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from funmatch.data.loader import Batch
 from funmatch.draws import VERSION
 from funmatch.errors import InputError
 from funmatch.files import exclusively, lock_file
-from funmatch.logs import percent, say
+from funmatch.logs import percent, say, size_of
 from funmatch.models.teachers import Teachers
 from funmatch.strategies import STRATEGIES
 from funmatch.tape import Layout, Tape
@@ -100,8 +100,15 @@ def alone_to_begin(config: Distill) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusively(folder / ".begin"):
-        yield
+    try:
+        with exclusively(folder / ".begin"):
+            yield
+    except BaseException:
+        if {each.name for each in folder.iterdir()} <= {".begin"}:  # nothing came of it, so nothing is left of it
+            (folder / ".begin").unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def forms_of(config: Distill, device: torch.device) -> list[dict[str, Any]] | None:
@@ -175,10 +182,10 @@ def _told_before(found: Tape, steps: int, full: Literal["stop", "go-on"]) -> Non
         say(f"WARNING: {error}; the run goes on, and records nothing")
         return
     if have < size:
-        has = f", {tape.size_of(have)} of it are there" if have else ""
-        say(f"tape {found.folder}: {tape.size_of(size)} for {steps:,} steps{has}; what the teacher says is recorded")
+        has = f", {size_of(have)} of it are there" if have else ""
+        say(f"tape {found.folder}: {size_of(size)} for {steps:,} steps{has}; what the teacher says is recorded")
     else:
-        say(f"tape {found.folder}: {tape.size_of(size)}; it holds what the teacher says in {steps:,} steps")
+        say(f"tape {found.folder}: {size_of(size)}; it holds what the teacher says in {steps:,} steps")
 
 
 def say_what_is_lost(told: Tensor, config: Distill) -> None:
@@ -224,7 +231,8 @@ class Recorder:
             if self.full == "stop":
                 raise
             self.tape.recording = False
-            say(f"WARNING: {error}; the run goes on, and the tape {self.tape.folder} ends at step {step}")
+            why = error.strerror or error
+            say(f"WARNING: {why}; the run goes on, and the tape {self.tape.folder} ends at step {step}")
 
 
 def taped(lesson: Lesson, recorder: "Recorder | None") -> Lesson:
