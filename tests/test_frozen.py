@@ -232,7 +232,8 @@ def test_compiled_it_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     views = torch.rand(4, 3, 32, 32)
     frozen, tried = freeze(teacher, views, Wish(compiled=True))
-    assert frozen.form == replace(Form(), compiled=True), [str(check) for check in tried]
+    measured = replace(Form(), layout=frozen.form.layout)  # whichever is faster here
+    assert frozen.form == replace(measured, compiled=True), [str(check) for check in tried]
     wanted = Frozen(teacher())(views)
     torch.testing.assert_close(frozen(views), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(frozen(views[:3]), wanted[:3], rtol=1e-4, atol=1e-4)
