@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from itertools import count
@@ -138,7 +138,7 @@ def spare_threads() -> int:
 
 
 @contextmanager
-def joined(name: str) -> Iterator[None]:
+def joined(name: str) -> Generator[None]:
     """Works with the other processes that torchrun started, if there are any, while the block runs.
 
     Where the block fails on one process it fails on all: whoever waits for a process that has ended gets an

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -51,7 +51,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 @contextmanager
-def folder_atomically(folder: Path) -> Iterator[Path]:
+def folder_atomically(folder: Path) -> Generator[Path]:
     """Gives an empty folder to fill, which becomes `folder` when the block ends well and vanishes when it does not.
 
     A folder that already had the name makes way at the very end.
@@ -73,7 +73,7 @@ def folder_atomically(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Generator[None]:
     """Makes an `OSError` that names the place of what goes wrong on the disk inside.
 
     safetensors reports a full disk as an error of its own, and Python forgets the file's name when a write fails.
@@ -104,7 +104,7 @@ def lock_file(path: Path) -> IO[str] | None:
 
 
 @contextmanager
-def exclusively(path: Path) -> Iterator[None]:
+def exclusively(path: Path) -> Generator[None]:
     """Holds a lock while the block runs; whoever comes second waits. The lock's file stays, empty."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from threading import Lock
 
@@ -19,7 +19,7 @@ _lock, _keepers = Lock(), 0
 
 
 @contextmanager
-def kept(device: torch.device) -> Iterator[None]:
+def kept(device: torch.device) -> Generator[None]:
     """Has the C library keep what is freed while the block runs, if the CPU computes.
 
     A step needs the same gigabytes as the one before. Given back each time, they come back page by page, each of them

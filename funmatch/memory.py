@@ -1,6 +1,6 @@
 """When memory does not suffice: how much of a batch would fit, measured."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ GENERAL = "--micro-batch (pieces of a batch for the student), --teacher-batch (f
 def told(
     loader: Loader, course: Course, student: nn.Module, optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Batch], Tensor],
-) -> Iterator[None]:  # fmt: skip
+) -> Generator[None]:  # fmt: skip
     """Turns what a lack of memory raises in the block into an `InputError` that names what would fit.
 
     Args:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from html import escape
@@ -80,7 +80,7 @@ class Place:
             raise InputError(f"the search {folder} has no best run yet; go on with it, or name a run") from None
 
     @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self) -> Generator[None]:
         """Stops what runs inside, which saves, shortly before the session ends; the notebook goes on after it."""
         left = None if self.hours is None else 3600 * (self.hours - MARGIN_HOURS) - (time.monotonic() - BEGAN)
         if left is None:

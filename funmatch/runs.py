@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +131,7 @@ def record_of(verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[s
 
 
 @contextmanager
-def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> Iterator[Run]:
+def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> Generator[Run]:
     """Begins a run in a new folder, or goes on with the one that is there if it was asked the same.
 
     Of several processes the first does so, and holds the lock; the others wait for it.

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from funmatch.logs import say
@@ -17,7 +17,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def heard() -> Iterator[list[int]]:
+def heard() -> Generator[list[int]]:
     """Gives a list that the first Ctrl-C or SIGTERM is put into; a second one acts as if nobody listened."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():

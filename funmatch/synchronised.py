@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm  # pyrefly: ignore[missing-module-attribute]
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

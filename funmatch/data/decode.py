@@ -186,7 +186,7 @@ def torchcodec_decode(encoded: bytes) -> np.ndarray:
 
 @cache
 def _torchcodec():
-    from torchcodec.decoders import decode_image  # pyrefly: ignore[missing-import]
+    from torchcodec.decoders import decode_image
 
     return decode_image
 

@@ -103,7 +103,7 @@ class Streaming:
             InputError: the file is no longer what was written.
         """
         offset, length, _, _, _, crc = row
-        encoded = os.pread(self.file, length, offset)  # pyrefly: ignore[missing-attribute]
+        encoded = os.pread(self.file, length, offset)
         if zlib.crc32(encoded) != crc:
             raise InputError(f"{self.path} is damaged; `funmatch prepare` with the same words makes it again")
         pixels = decode(encoded, cap=self.cap, decoder=self.decoder, max_pixels=self.max_pixels, box=box)

@@ -37,8 +37,8 @@ def _list_tar(path: Path, reading: Reading) -> list[Record]:
                     if ending.lower() in files:
                         raise DamagedRecord(f"member {member.name!r} is there twice")
                     files[ending.lower()] = member
-            tar.fileobj.seek(tar.offset)  # pyrefly: ignore[missing-attribute]
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # pyrefly: ignore[missing-attribute]
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise DamagedRecord("ends without the mark that closes a tar; it is cut off")
             wanted = (reading.image_feature or ";".join(ending[1:] for ending in EXTENSIONS)).split(";")
             found = []

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from funmatch.errors import InputError, first_line, unknown
-from funmatch.models.classifier import Card, Classifier
+from funmatch.models.classifier import Card, Classifier, timm_config
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def net_config(architecture: str) -> dict[str, Any]:
 
 def head_names(net: nn.Module) -> tuple[str, ...]:
     """Names of the modules that turn features into logits."""
-    heads = (getattr(net, "pretrained_cfg", None) or {}).get("classifier")
+    heads = timm_config(net).get("classifier")
     if heads is None and callable(find := getattr(net, "get_classifier", None)):
         try:
             found = find()
@@ -99,7 +99,7 @@ def card_of(name: str, net: nn.Module, known_of_it: dict[str, Any]) -> Card:
     Raises:
         InputError: it cannot be so.
     """
-    cfg: dict[str, Any] = {**(getattr(net, "pretrained_cfg", None) or {}), **known_of_it}
+    cfg: dict[str, Any] = {**timm_config(net), **known_of_it}
     try:
         channels = vars(net).get("in_chans", cfg["input_size"][0])
         mean, std = (tuple(map(float, cfg[key]))[:channels] for key in ("mean", "std"))
@@ -140,7 +140,7 @@ def for_side(net: nn.Module, side: int) -> dict[str, Any]:
     Returns:
         what its constructor has to be given to build it so.
     """
-    cfg = getattr(net, "pretrained_cfg", None) or {}
+    cfg = timm_config(net)
     fitted = getattr(net, "set_input_size", None)
     if not cfg.get("fixed_input_size") or not callable(fitted) or cfg["input_size"][-1] == side:
         return {}

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,12 @@ class Classifier(nn.Module):
         return sum(parameter.numel() for parameter in self.net.parameters())
 
 
+def timm_config(net: nn.Module) -> Mapping[str, Any]:
+    """What timm wrote on a network that it built; empty for any other."""
+    found: Any = getattr(net, "pretrained_cfg", None)
+    return found or {}
+
+
 def laid_out(net: nn.Module, layout: torch.memory_format) -> nn.Module:
     """The network with its kernels laid out anew in memory, in place. (`Module.to` refuses kernels of five axes.)"""
     for tensor in [*net.parameters(), *net.buffers()]:
@@ -153,7 +159,7 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
 def _as_timms(classifier: Classifier, folder: Path, card: Card, about: dict[str, Any]) -> bool:
     """Writes a network that timm built; False if it is none, or timm would build another."""
     net = classifier.net
-    if not getattr(net, "pretrained_cfg", None):
+    if not timm_config(net):
         return False
     given = classifier.card.name.startswith(GIVEN)  # a module can have been changed by hand
     before = copy.deepcopy(net) if given else net

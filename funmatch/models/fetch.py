@@ -38,7 +38,7 @@ def paper_file(name: str) -> Path:
         url = f"{PUBLISHED}/{name}.npz"
         try:
             fetch(url, path)
-        except (OSError, urllib.error.URLError) as error:
+        except OSError as error:
             if isinstance(error, urllib.error.URLError) or not getattr(error, "filename", None):
                 raise InputError(
                     f"cannot fetch {url} ({first_line(error)}); fetch it elsewhere and put it at {path}"

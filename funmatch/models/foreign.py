@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.models.classifier import GIVEN, Card, Classifier
+from funmatch.models.classifier import GIVEN, Card, Classifier, timm_config
 
 SIDE = 224  # pixels, where nobody says for which the network was made
 
@@ -75,7 +74,7 @@ def wrapped(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] 
             net.options, net.function = kwargs or {}, function
         net.num_classes = answers(net.net, net.card)
         return net
-    cfg: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    cfg = timm_config(net)
     if cfg:
         channels = vars(net).get("in_chans", len(cfg["mean"]))
         mean, std = tuple(cfg["mean"])[:channels], tuple(cfg["std"])[:channels]

@@ -1,7 +1,7 @@
 """MobileNetV3 with GroupNorm: the small student of the paper, which timm builds with BatchNorm alone."""
 
 import timm
-from timm.layers import BatchNormAct2d, GroupNormAct  # pyrefly: ignore[missing-module-attribute]
+from timm.layers import BatchNormAct2d, GroupNormAct
 from torch import nn
 
 CHANNELS = 8

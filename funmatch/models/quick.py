@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GroupNorm as TimmGroupNorm  # pyrefly: ignore[missing-module-attribute]
-from timm.layers import GroupNorm1, GroupNormAct, pad_same  # pyrefly: ignore[missing-module-attribute]
+from timm.layers import GroupNorm as TimmGroupNorm
+from timm.layers import GroupNorm1, GroupNormAct, pad_same
 from timm.layers.norm_act import GroupNorm1Act
 from timm.layers.std_conv import StdConv2d, StdConv2dSame
 from torch import Tensor, nn
@@ -59,11 +59,11 @@ class QuickGroupNorm(_Normal, nn.GroupNorm):  # pyrefly: ignore[inconsistent-inh
     """torch's."""
 
 
-class QuickTimmGroupNorm(_Normal, TimmGroupNorm):  # pyrefly: ignore[inconsistent-inheritance]
+class QuickTimmGroupNorm(_Normal, TimmGroupNorm):
     """timm's."""
 
 
-class QuickGroupNorm1(_Normal, GroupNorm1):  # pyrefly: ignore[inconsistent-inheritance]
+class QuickGroupNorm1(_Normal, GroupNorm1):
     """timm's, of one group."""
 
 
@@ -79,11 +79,11 @@ class _Active:
         return own.act(own.drop(_normed(own, x)))
 
 
-class QuickGroupNormAct(_Active, GroupNormAct):  # pyrefly: ignore[inconsistent-inheritance]
+class QuickGroupNormAct(_Active, GroupNormAct):
     """timm's."""
 
 
-class QuickGroupNorm1Act(_Active, GroupNorm1Act):  # pyrefly: ignore[inconsistent-inheritance]
+class QuickGroupNorm1Act(_Active, GroupNorm1Act):
     """timm's, of one group."""
 
 

@@ -1,6 +1,6 @@
 """Function matching: a student learns to be the same function as a teacher, from pictures alone."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,7 +72,7 @@ class Taught:
 @contextmanager
 def taught(
     lesson: Lesson, called: list[teachers.Called], beside: Taught | None = None, said: Latest | None = None
-) -> Iterator[Taught]:
+) -> Generator[Taught]:
     """The lesson with its teachers frozen, judged, and, where there is one, with its tape open.
 
     Args:

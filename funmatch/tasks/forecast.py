@@ -3,7 +3,7 @@
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -98,7 +98,7 @@ def run(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
 
 
 @contextmanager
-def ready(config: Train) -> Iterator[Ready]:
+def ready(config: Train) -> Generator[Ready]:
     """A run made ready as its verb does it, but for its folder, and for a tape that is not there yet."""
     if isinstance(config, Distill):
         if config.tape and not (config.tape.expanduser() / HEADER).is_file():

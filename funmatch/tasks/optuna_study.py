@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -72,7 +72,7 @@ def _mend(journal: Path) -> None:
 
 
 @contextmanager
-def at_work(place: str) -> Iterator[None]:
+def at_work(place: str) -> Generator[None]:
     """Keeps Optuna silent, and makes what goes wrong with the storage an `InputError` that names it."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ REST = "all else"
 
 
 @contextmanager
-def watched(lesson: Lesson, folder: Path) -> Iterator[Callable[[], None]]:
+def watched(lesson: Lesson, folder: Path) -> Generator[Callable[[], None]]:
     """Gives what is to be called after each step: it profiles the first ones, if the run was asked to."""
     if not lesson.config.profile or not launch.is_first():
         yield lambda: None

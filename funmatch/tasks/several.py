@@ -1,7 +1,7 @@
 """Many students, one teacher pass: each has its own run folder, and what they are all shown is made and asked once."""
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +95,7 @@ def run(configs: Sequence[Distill]) -> dict[str, Any]:
 
 
 @contextmanager
-def begun(made: Taught) -> Iterator[Walk]:
+def begun(made: Taught) -> Generator[Walk]:
     """A walk in its run folder, which is locked while the block runs."""
     knobs, facts = record_of(made.lesson)
     with runs.opened(made.lesson.config.out, made.lesson.verb, knobs, facts) as run:

@@ -14,7 +14,7 @@ from funmatch.files import cache_home, folder_atomically
 from funmatch.logs import Bar, say_notes, table
 from funmatch.models.arithmetic import gflop
 from funmatch.models.build import create_empty, known, net_config
-from funmatch.models.classifier import OTHER_SIZES, check_side, save
+from funmatch.models.classifier import OTHER_SIZES, check_side, save, timm_config
 from funmatch.models.fetch import PAPER
 from funmatch.models.load import NAMED, load
 
@@ -59,7 +59,7 @@ def bring(config: Import) -> dict[str, Any]:
     return {
         "out": str(out),
         "model": config.model,
-        "architecture": (getattr(model.net, "pretrained_cfg", None) or {}).get("architecture"),
+        "architecture": timm_config(model.net).get("architecture"),
         "parameters": model.count(),
         "classes": model.num_classes,
         "side": card.side,

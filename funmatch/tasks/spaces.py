@@ -129,7 +129,7 @@ def told(value: Value) -> str:
     """A value as people write it: numbers to four digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "none" if value is None else str(value)
+    return "none" if value is None else f"{value}"
 
 
 def _span(name: str, values: str, table: type[Train]) -> Span:

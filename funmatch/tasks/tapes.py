@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
@@ -93,7 +93,7 @@ def shared_by(knobs: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def alone_to_begin(config: Distill) -> Iterator[None]:
+def alone_to_begin(config: Distill) -> Generator[None]:
     """Keeps other runs from beginning the same tape, so that the first alone decides how its teacher is computed."""
     folder = config.tape.expanduser() if config.tape else None
     if folder is None or not launch.is_first() or folder.is_file() or (folder / tape.HEADER).is_file():
@@ -145,7 +145,7 @@ def begun(lesson: Lesson, teachers: Teachers) -> Tape:
 
 
 @contextmanager
-def at(lesson: Lesson, teachers: Teachers) -> Iterator["Recorder | None"]:
+def at(lesson: Lesson, teachers: Teachers) -> Generator["Recorder | None"]:
     """The run's tape while the block runs; None where it has none."""
     config = lesson.config
     assert isinstance(config, Distill)
@@ -155,7 +155,7 @@ def at(lesson: Lesson, teachers: Teachers) -> Iterator["Recorder | None"]:
     found = begun(lesson, teachers)
     lock = lock_file(found.folder / ".lock") if launch.is_first() else None
     try:
-        found.recording = bool(devices.from_first(lambda: lock is not None))
+        found.recording = devices.from_first(lambda: lock is not None)
         if launch.is_first():
             _told_before(found, lesson.course.steps, config.tape_full)
         recorder = Recorder(found, config.tape_full)

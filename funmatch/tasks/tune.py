@@ -10,7 +10,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -112,7 +112,7 @@ def opened(asked: Asked) -> "optuna.Study":
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Generator[None]:
     """Keeps other workers of the study out; a folder that was not there vanishes again if nothing comes of it."""
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
