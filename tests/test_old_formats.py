@@ -1,0 +1,208 @@
+"""Run folders, tapes and caches of an earlier version still work: evaluated, resumed, extended, replayed, opened."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models.resnet import ResNet
+
+import funmatch
+from funmatch import cli
+
+FIXTURES = Path(__file__).parent / "fixtures"
+OPTIONS = {
+    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "resnet10t",
+    "student_kwargs": {"channels": (4, 4, 4, 4), "stem_width": 4}, "side": 32, "batch": 32, "device": "cpu",
+    "precision": "fp32", "teacher_precision": "fp32", "compile": "off", "decoder": "pillow", "threads": 1,
+    "log_every": 2, "eval_every": 4, "save_every": 4,
+}  # fmt: skip
+"""Of all fixtures; `fixtures/README.md` has the same as commands."""
+RUN = OPTIONS | {"schedule": "wsd", "cooldown_steps": 2, "ema": 0.9}
+STEPS = 8
+TEACHER_FEATURES = 48
+"""Features before the head of the embedded teacher, by which its forward passes are told from the student's."""
+
+
+@pytest.fixture(scope="module")
+def same_libraries(tmp_path_factory) -> None:
+    """Skips where torch or timm changed what the teacher's digest is taken of: such runs are rightly refused.
+
+    With the versions that wrote the fixtures nothing is skipped, so a digest that we changed ourselves is noticed.
+    """
+    facts = json.loads((FIXTURES / "old_run" / "config.json").read_text())["facts"]
+    ours = {"torch": torch.__version__, "timm": timm.__version__}
+    if all(facts["versions"][name].partition("+")[0] == ours[name].partition("+")[0] for name in ours):
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FUNMATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        run = funmatch.distill(**OPTIONS, steps=1, out=tmp_path_factory.mktemp("runs") / "run")
+    now = json.loads((run.folder / "config.json").read_text())["facts"]["teacher_function"]
+    if now != facts["teacher_function"]:
+        pytest.skip(f"the teacher's modules have other settings in {ours}")
+
+
+@pytest.fixture
+def old_run(tmp_path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "old_run", tmp_path / "old_run"))
+
+
+@pytest.fixture
+def old_tape(tmp_path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "old_tape", tmp_path / "old_tape"))
+
+
+@pytest.fixture
+def old_cache(tmp_path, monkeypatch) -> Path:
+    """A copy of the old cache and of its images, at another place than where it was written."""
+    folder = Path(shutil.copytree(FIXTURES / "old_cache", tmp_path / "old_cache"))
+    monkeypatch.setenv("FUNMATCH_CACHE", str(folder / "cache"))
+    return folder
+
+
+@contextmanager
+def teacher_batches() -> Iterator[list[int]]:
+    """Collects the forward passes of teacher networks over whole batches while the block runs, by their size.
+
+    Evaluations are among them, so only the difference between two runs says who computed the training steps.
+    """
+    sizes: list[int] = []
+
+    def note(module, inputs, _) -> None:
+        if isinstance(module, ResNet) and module.num_features == TEACHER_FEATURES:
+            sizes.extend(len(each) for each in inputs if len(each) == OPTIONS["batch"])
+
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """When each file below a folder was written, and what it holds."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".html", ".lock"))
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def lines_until(folder: Path, step: int) -> list[dict]:
+    """The records of a run up to a step."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["step"] <= step]
+
+
+def assert_near(one: Path, other: Path, share: float) -> None:
+    """Two students are the same up to a share of their weights; no machine promises the bits of another."""
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        error = (second[name].double() - tensor.double()).norm()
+        assert error <= share * tensor.double().norm().clamp(min=1e-2), name
+
+
+@pytest.mark.usefixtures("same_libraries")
+def test_a_finished_run_is_recognised(old_run):
+    before = contents(old_run)
+    again = funmatch.distill(**RUN, steps=STEPS, out=old_run)
+    assert again.figures == json.loads((FIXTURES / "old_run" / "result.json").read_text())
+    assert contents(old_run) == before
+
+
+@pytest.mark.usefixtures("same_libraries")
+def test_another_option_is_still_compared(old_run):
+    with pytest.raises(funmatch.InputError, match=r"lr: 0\.003 .*0\.01 "):
+        funmatch.distill(**RUN, steps=STEPS, lr=0.01, out=old_run)
+
+
+def test_a_run_is_evaluated(old_run):
+    told = json.loads((old_run / "result.json").read_text())
+    figures = funmatch.evaluate(old_run)
+    assert (figures["split"], figures["pictures"]) == ("test", 2000)
+    assert figures["top1"] == pytest.approx(told["top1"], abs=2e-3)
+    assert figures["agreement"] == pytest.approx(told["agreement"], abs=2e-3)
+    assert figures["kl"] == pytest.approx(told["kl"], rel=1e-4)
+    assert funmatch.load(old_run).num_classes == 10
+
+
+def test_a_run_is_reported(old_run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(old_run), "--json"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["report"] == str(old_run / "report.html")
+    assert "old_run" in (old_run / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("same_libraries")
+@pytest.mark.parametrize("lost", [0, 2], ids=["only the result", "two steps"])
+def test_a_run_is_resumed_from_its_checkpoint(old_run, lost):
+    """From step 8 only the student is written, to the bit; from step 6 two steps are computed again."""
+    for name in ("student", "student-ema", *(["checkpoints/step-000000008"] if lost else [])):
+        shutil.rmtree(old_run / name)
+    (old_run / "result.json").unlink()
+    again = funmatch.distill(**RUN, steps=STEPS, out=old_run)
+    assert again.figures["step"] == STEPS
+    for name in ("student", "student-ema"):
+        assert_near(FIXTURES / "old_run" / name, old_run / name, 1e-2 if lost else 0)
+    assert lines_until(old_run, STEPS - lost) == lines_until(FIXTURES / "old_run", STEPS - lost)
+    assert [line["step"] for line in lines_until(old_run, STEPS) if line["event"] == "step"] == [2, 4, 6, 8]
+
+
+@pytest.mark.usefixtures("same_libraries")
+def test_a_run_is_extended(old_run):
+    longer = funmatch.distill(**RUN, steps=12, out=old_run)
+    assert longer.figures["step"] == 12
+    # It goes on from before the cool-down; the first end stays as it was.
+    assert lines_until(old_run, 6) == lines_until(FIXTURES / "old_run", 6)
+    for name in ("student", "student-ema"):
+        assert_near(FIXTURES / "old_run" / name, old_run / "ends" / "step-000000008" / name, 0)
+    assert [line["step"] for line in lines_until(old_run, 12) if line["event"] == "step"] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_tape_is_shown(old_tape, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["tape", str(old_tape), "--json"])
+    assert ended.value.code == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["steps"], figures["rows"], figures["damaged"]) == (STEPS, STEPS * OPTIONS["batch"], 0)
+
+
+@pytest.mark.usefixtures("same_libraries")
+def test_a_tape_is_replayed_without_its_teacher_and_extended(tmp_path, old_tape):
+    answers, longer = (old_tape / "answers.bin").read_bytes(), STEPS + 2
+    options = OPTIONS | {"steps": longer, "eval_every": longer}
+    with teacher_batches() as live:
+        recorded = funmatch.distill(**options, tape=tmp_path / "new_tape", out=tmp_path / "recorded")
+    with teacher_batches() as rest:
+        replayed = funmatch.distill(**options, tape=old_tape, out=tmp_path / "replayed")
+    assert len(live) - len(rest) >= STEPS, "the teacher computes only the two steps that the tape does not hold"
+    assert_near(recorded.folder / "student", replayed.folder / "student", 1e-2)
+    grown = (old_tape / "answers.bin").read_bytes()
+    assert grown[: len(answers)] == answers
+    assert len(grown) == len(answers) // STEPS * longer
+    with pytest.raises(funmatch.InputError, match=r"seed: 0 .*1 "):
+        funmatch.distill(**OPTIONS, steps=STEPS, seed=1, tape=old_tape, out=tmp_path / "other")
+
+
+@pytest.mark.parametrize("pixels", ["resident", "streaming"])
+def test_a_cache_is_not_built_again(tmp_path, old_cache, pixels):
+    (folder,) = (old_cache / "cache").glob(f"*-{pixels}")
+    before = contents(folder)
+    options = {"data": str(old_cache / "images"), "decoder": "pillow", "pixels": pixels}
+    common = {name: OPTIONS[name] for name in ("student", "student_kwargs", "side", "batch", "device", "threads")}
+    funmatch.train(**common, **options, steps=1, out=tmp_path / "run")
+    assert contents(folder) == before
+    funmatch.prepare(**options)  # reads every image again, and finds the checksums right
+    assert contents(folder) == before
+    assert len(list((old_cache / "cache").glob(f"*-{pixels}"))) == 1
+
+
+@pytest.mark.usefixtures("same_libraries")
+def test_the_logits_of_a_fixed_teacher_are_not_computed_again(tmp_path, old_cache):
+    before = contents(old_cache / "cache" / "answers")
+    funmatch.distill(**OPTIONS, strategy="fix/rs", steps=2, out=tmp_path / "run")
+    assert contents(old_cache / "cache" / "answers") == before
