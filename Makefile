@@ -1,40 +1,66 @@
 # `make demo` and `make test` need nothing but Python (3.11 or newer), pip and make.
 PYTHON ?= python3
-BIN := .venv/bin
+# Processes that run tests at once.
+JOBS ?= 2
+# Words for `uv pip compile`, when pins are moved.
+WORDS ?=
+# Which versions VENV gets: pinned by constraints.txt, the floors of pyproject.toml, or the newest.
+VERSIONS ?= pinned
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(JOBS)
+SAY = echo "lint and types: $$lint; tests: $$tests"; [ "$$lint$$tests" = okok ]
 
-.PHONY: demo test test-slow lint notebooks clean
+.PHONY: demo test test-slow test-floors test-newest lint pins notebooks clean
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/funmatch demo
 
-# Lint, types, and every test that is not slow.
-test: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+# Lint, types, and every test that is not slow: all are run, whichever of them fails.
+test: $(VENV)/installed-test
+	@lint=ok; tests=ok; $(MAKE) -s lint || lint=failed; $(PYTEST) -m "not slow" || tests=failed; $(SAY)
 
 # Every test.
-test-slow: lint
-	$(BIN)/python -m pytest -n 2
+test-slow: $(VENV)/installed-test
+	@lint=ok; tests=ok; $(MAKE) -s lint || lint=failed; $(PYTEST) || tests=failed; $(SAY)
 
-lint: .venv/installed-test
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/pyrefly check
+# The quick tests with the oldest versions that pyproject.toml allows, and with the newest there are.
+test-floors:
+	@$(MAKE) -s VENV=.venv-floors VERSIONS=floors .venv-floors/installed-test
+	.venv-floors/bin/python -m pytest -n $(JOBS) -m "not slow"
 
-.venv/bin/python:
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "funmatch needs Python 3.11 or newer; say PYTHON=python3.12"'
-	$(PYTHON) -m venv .venv
+test-newest:
+	@rm -f .venv-newest/installed*
+	@$(MAKE) -s VENV=.venv-newest VERSIONS=newest .venv-newest/installed-test
+	.venv-newest/bin/python -m pytest -n $(JOBS) -m "not slow"
 
-.venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+lint: $(VENV)/installed-test
+	@code=0; \
+	$(BIN)/ruff format --check . || code=1; \
+	$(BIN)/ruff check . || code=1; \
+	$(BIN)/pyrefly check || code=1; \
+	exit $$code
 
-.venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	touch $@
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "funmatch needs Python 3.11 or newer; say PYTHON=python3.12"'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt scripts/install.py | $(VENV)/bin/python
+	@$(BIN)/python scripts/install.py --versions $(VERSIONS)
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt scripts/install.py | $(VENV)/bin/python
+	@$(BIN)/python scripts/install.py --versions $(VERSIONS) --extras test
+	@touch $(VENV)/installed $@
+
+# New versions of everything into constraints.txt and of what judges into pyproject.toml, for all platforms at once.
+pins:
+	@test -x .venv-pins/bin/uv || { $(PYTHON) -m venv .venv-pins && .venv-pins/bin/python -m pip install -qq uv packaging; }
+	.venv-pins/bin/python scripts/pins.py $(WORDS)
 
 # The notebooks, from the texts beside them.
-notebooks: .venv/installed-test
+notebooks: $(VENV)/installed-test
 	$(BIN)/python scripts/notebooks.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-floors .venv-newest .venv-pins

@@ -1,0 +1,113 @@
+"""Installs funmatch, editable, into the environment whose Python runs this; `make` calls it.
+
+pip prints a line or more for each of 130 packages, and errors drown in that. So all of it goes to install.log in the
+environment; shown is what pip is at, and its last words if it fails.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUILD = ("hatchling", "editables")  # the build backend; installed first, so that it is pinned as the rest is
+ARRIVES = re.compile(r"(?:Downloading|Using cached) (\S+?)-\d\S* \(([\d.]+) (kB|MB|GB)\)")
+MB = {"kB": 1e-3, "MB": 1.0, "GB": 1e3}
+
+
+class Progress:
+    """What pip is at: a line that is rewritten twice a second on a terminal, elsewhere one every half minute."""
+
+    def __init__(self) -> None:
+        self.began, self.total, self.now = time.monotonic(), 0.0, "looking up versions"
+        self.drawn, self.over = sys.stdout.isatty(), threading.Event()
+        self.clock = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        self.clock.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.clock.join()
+        if self.drawn:
+            print("\r\033[K", end="", flush=True)
+
+    def see(self, line: str) -> None:
+        """Takes a line of pip's."""
+        if found := ARRIVES.search(line):
+            size = float(found[2]) * MB[found[3]]
+            self.total += size
+            self.now = f"{found[1]} ({size:,.0f} MB)" if size >= 1 else found[1]
+        elif line.startswith(("Collecting ", "Processing ")):  # the second is of a file on this machine
+            self.now = Path(line.split()[1]).name
+        elif line.startswith("Installing collected packages"):
+            self.now = "unpacking"
+
+    def _tick(self) -> None:
+        while not self.over.wait(0.5 if self.drawn else 30):
+            minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+            told = f"  {minutes}:{seconds:02d}  {self.total / 1e3:.1f} GB  {self.now}"
+            if self.drawn:
+                print(f"\r\033[K{told}"[: os.get_terminal_size().columns], end="", flush=True)
+            else:
+                print(told, flush=True)
+
+
+def main() -> None:
+    """Installs, and exits with pip's code."""
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("--extras", default="", help="of pyproject.toml, such as test")
+    words.add_argument("--versions", choices=("pinned", "floors", "newest"), default="pinned")
+    given = words.parse_args()
+    log = Path(sys.prefix) / "install.log"
+    log.write_text("")
+    constraints = None if given.versions == "newest" else ROOT / "constraints.txt"
+    if given.versions == "floors":
+        constraints = Path(sys.prefix) / "floors.txt"
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in floors(ROOT / "pyproject.toml")))
+    size = "5 GB on Linux, most of it CUDA's" if sys.platform == "linux" else "1.5 GB"
+    print(f"Installing funmatch into {Path(sys.prefix).name} ({given.versions} versions): the first time up to {size};")
+    print(f"about ten minutes at 100 Mbit/s, and seconds from pip's cache. All that pip says is in {log}", flush=True)
+    target = f"{ROOT}[{given.extras}]" if given.extras else str(ROOT)
+    with Progress() as progress:
+        code = pip(BUILD, constraints, log, progress) or pip(
+            ("--no-build-isolation", "--editable", target), constraints, log, progress
+        )
+    if code:
+        said = [line for line in log.read_text().splitlines() if not line.startswith("WARNING:")]
+        print("\n".join(said[-25:]))
+        print(f"pip failed with exit code {code}; all that it said is in {log}")
+    else:
+        print(f"Installed in {int(time.monotonic() - progress.began)} s.")
+    sys.exit(code)
+
+
+def floors(project: Path) -> list[tuple[str, str]]:
+    """The lower bounds that pyproject.toml names: (package, version)."""
+    table = tomllib.loads(project.read_text())["project"]
+    wanted = [*table["dependencies"], *(each for extra in table["optional-dependencies"].values() for each in extra)]
+    return [tuple(each.split(">=")) for each in wanted if ">=" in each]
+
+
+def pip(words: tuple[str, ...], constraints: Path | None, log: Path, progress: Progress) -> int:
+    """Runs `pip install`, its lines to the log and to `progress`; its exit code."""
+    command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", "--no-input", *words]
+    command += ["--constraint", str(constraints)] if constraints else ["--upgrade", "--upgrade-strategy", "eager"]
+    with (
+        log.open("a") as kept,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as run,
+    ):
+        for line in run.stdout or ():
+            kept.write(line)
+            progress.see(line)
+    return run.returncode
+
+
+if __name__ == "__main__":
+    main()

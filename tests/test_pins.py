@@ -1,0 +1,109 @@
+"""What is installed is fixed: every judge to the version, and a pin for all that pyproject.toml asks for."""
+
+import importlib.util
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+TESTED = ("fast", "hf", "notebooks", "soap", "tune")
+
+
+def name_of(requirement: Requirement) -> str:
+    return re.sub(r"[-_.]+", "-", requirement.name).lower()
+
+
+def pins() -> dict[str, list[Requirement]]:
+    found: dict[str, list[Requirement]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            found.setdefault(name_of(Requirement(line)), []).append(Requirement(line))
+    return found
+
+
+def test_what_judges_is_exact_and_pinned_alike():
+    judges = [Requirement(each) for each in EXTRAS["test"] if not each.startswith("funmatch[")]
+    assert {judge.name for judge in judges} == {
+        "pytest", "pytest-xdist", "hypothesis", "ruff", "pyrefly", "jupytext", "nbclient",
+    }  # fmt: skip
+    for judge in judges:
+        assert re.fullmatch(r"==[\d.]+", str(judge.specifier)), judge
+        assert [str(pin.specifier) for pin in pins()[judge.name]] == [str(judge.specifier)]
+
+
+def test_there_is_a_pin_within_bounds_for_all_that_is_asked_for():
+    asked = [*PROJECT["dependencies"], *(each for extra in TESTED for each in EXTRAS[extra])]
+    for each in map(Requirement, asked):
+        for pin in pins()[name_of(each)]:
+            (version,) = pin.specifier
+            assert each.specifier.contains(version.version), f"{pin} is not {each}"
+
+
+def test_a_pin_is_a_version_and_names_no_place():
+    for several in pins().values():
+        for pin in several:
+            assert pin.url is None
+            assert [each.operator for each in pin.specifier] == ["=="]
+            assert str(pin.marker or "").count("extra") == 0
+
+
+def test_of_several_pins_of_a_package_exactly_one_holds_anywhere():
+    for several in pins().values():
+        for python in ("3.11", "3.12", "3.13"):
+            for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")):
+                here = {
+                    "sys_platform": system, "platform_machine": machine, "python_full_version": f"{python}.0",
+                    "python_version": python, "implementation_name": "cpython",
+                }  # fmt: skip
+                held = [pin for pin in several if pin.marker is None or pin.marker.evaluate(here)]
+                assert len(held) <= 1, held
+                assert held or all("sys_platform" in str(pin.marker) for pin in several), several
+
+
+@pytest.fixture(name="install")
+def install_script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location("install", ROOT / "scripts" / "install.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_floors_are_the_lower_bounds(install):
+    floors = dict(install.floors(ROOT / "pyproject.toml"))
+    assert set(PROJECT["dependencies"]) <= {f"{name}>={version}" for name, version in floors.items()}
+    assert not set(floors) & {"pytest", "ruff", "pyrefly"}
+
+
+def test_what_pip_says_is_kept_and_shown_only_if_it_fails(install, tmp_path, monkeypatch, capsys):
+    said = "WARNING: Location is ignored\nCollecting torch\n  Downloading torch-2.14.whl (900.5 MB)\nERROR: no room\n"
+    fake = tmp_path / "fake"
+    fake.write_text(f"#!{sys.executable}\nprint({said!r}, end='')\nraise SystemExit(3)\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["install.py", "--extras", "test"])
+    with pytest.raises(SystemExit) as stopped:
+        install.main()
+    assert stopped.value.code == 3
+    shown = capsys.readouterr().out
+    assert "ERROR: no room" in shown
+    assert "WARNING" not in shown
+    assert "GB" in shown.splitlines()[0]
+    assert (tmp_path / "install.log").read_text() == said
+
+
+def test_progress_counts_what_arrives(install):
+    progress = install.Progress()
+    progress.see("  Downloading torch-2.14-cp311.whl (900.5 MB)")
+    progress.see("  Using cached tiny_thing-1.0-py3-none-any.whl (63 kB)")
+    assert progress.total == pytest.approx(900.563)
+    assert progress.now == "tiny_thing"
+    progress.see("Installing collected packages: a, b")
+    assert progress.now == "unpacking"
