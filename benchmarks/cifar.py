@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 import funmatch
-from funmatch.data.cache import open_cache
-from funmatch.strategies import STRATEGIES
+from funmatch.config.choices import STRATEGIES
+from funmatch.data.cache.open_cache import open_cache
 
 SMALL, VALIDATION = 50, 100
 """Pictures a class of the small training set, and of the validation set."""

@@ -40,15 +40,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from funmatch import devices, resample, transfers
 from funmatch.config import Distill
-from funmatch.data.aboard import fastest_cut
-from funmatch.data.loader import Batch, prefetch
-from funmatch.draws import boxes_of
-from funmatch.fit import fit
-from funmatch.tasks import distill, profile
-from funmatch.tasks.fastest import compile_student
-from funmatch.tasks.lesson import optimizer_of, workers_of
+from funmatch.data.batch import Batch
+from funmatch.data.cache.device_store import fastest_cut
+from funmatch.data.loader import prefetch
+from funmatch.ops import resample
+from funmatch.ops.sampling import boxes_of
+from funmatch.runtime import devices, transfers
+from funmatch.training import distill, profiling
+from funmatch.training.acceleration import compile_student
+from funmatch.training.loop import fit
+from funmatch.training.setup import optimizer_of, workers_of
 
 CLASSES = 10
 PAIRS = [
@@ -222,7 +224,7 @@ class Bench:
             rounds = range(2 if self.options.quick else ROUNDS)
             turns = [(timed(streamed()), timed(itertools.repeat(fixed, 5 + self.steps))) for _ in rounds]
             views = seconds(lambda: lesson.loader.batch_at(3).to(course.device), course.device, 10)
-            used = profile.arithmetic(lesson)
+            used = profiling.arithmetic(lesson)
         whole, alone = zip(*turns, strict=True)
         step = statistics.median(whole)
         gflop = sum(used["gflop"].values())

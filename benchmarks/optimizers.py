@@ -20,9 +20,9 @@ import torch
 from pytorch_optimizer import ScalableShampoo
 from torch import nn
 
-from funmatch import devices
-from funmatch.blocks import grids, merged
-from funmatch.shampoo import Shampoo
+from funmatch.ops.optim.shampoo import Shampoo
+from funmatch.ops.optim.shampoo_blocks import grids, merged
+from funmatch.runtime import devices
 
 BLOCK = 128
 

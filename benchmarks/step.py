@@ -23,17 +23,17 @@ import timm
 import torch
 from PIL import Image
 
-from funmatch import devices, transfers
-from funmatch.data.build import Keeping
-from funmatch.data.cache import open_cache
+from funmatch.data.cache.build import Keeping
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import Loader, prefetch
-from funmatch.data.pixels import CachedSplit
-from funmatch.distances import kl
-from funmatch.fit import Course, fit
-from funmatch.models.frozen import Frozen
+from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
-from funmatch.optimizers import make
-from funmatch.views import seen
+from funmatch.ops.distances import kl
+from funmatch.ops.mixing import seen
+from funmatch.ops.optim.factory import make
+from funmatch.runtime import devices, transfers
+from funmatch.training.loop import Course, fit
 
 SIDE = 128
 

@@ -28,14 +28,14 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import funmatch
-from funmatch import devices
-from funmatch.data.loader import Batch
-from funmatch.distances import kl
-from funmatch.fit import Course, fit
-from funmatch.models.frozen import Form, Frozen
+from funmatch.config.choices import STRATEGIES
+from funmatch.data.batch import Batch
+from funmatch.models.inference.frozen import Form, Frozen
 from funmatch.models.load import load
-from funmatch.optimizers import make
-from funmatch.strategies import STRATEGIES
+from funmatch.ops.distances import kl
+from funmatch.ops.optim.factory import make
+from funmatch.runtime import devices
+from funmatch.training.loop import Course, fit
 
 
 def make_pictures(folder: Path, count: int) -> None:

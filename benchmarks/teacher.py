@@ -20,11 +20,11 @@ import timm
 import torch
 from torch import Tensor
 
-from funmatch import devices
-from funmatch.distances import kl
-from funmatch.models.arithmetic import gflop
-from funmatch.models.frozen import Form, Frozen
+from funmatch.models.flops import gflop
+from funmatch.models.inference.frozen import Form, Frozen
 from funmatch.models.load import load
+from funmatch.ops.distances import kl
+from funmatch.runtime import devices
 
 
 def timed(run: Callable[[], Tensor]) -> float:

@@ -26,7 +26,7 @@ import optuna
 import torch
 
 import funmatch
-from funmatch.tasks import distill
+from funmatch.training import distill
 
 KNOBS: dict[str, Any] = {
     "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 32,

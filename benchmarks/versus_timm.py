@@ -26,7 +26,7 @@ import timm
 import torch
 from PIL import Image
 
-from funmatch.distances import kl
+from funmatch.ops.distances import kl
 
 CLASSES, WARM = 10, 3
 TIMM = {

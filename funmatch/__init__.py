@@ -17,13 +17,14 @@ from funmatch.api import (
     tune,
 )
 from funmatch.errors import InputError
+from funmatch.version import __version__
 
 if TYPE_CHECKING:
     from funmatch.models.classifier import Card, Classifier
 
-__version__ = "0.1.0"
 __all__ = [
-    "Card", "Classifier", "InputError", "Outcome", "Tuned", "distill", "distill_several", "evaluate", "finetune",
+    "Card", "Classifier", "InputError", "Outcome", "Tuned", "__version__",
+    "distill", "distill_several", "evaluate", "finetune",
     "load", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
 

@@ -89,14 +89,14 @@ def distill_several(
     Raises:
         funmatch.InputError: as `distill` does; or a student came to no end, while the others did.
     """
-    from funmatch import report
-    from funmatch.tasks import several
+    from funmatch.reports import run_page
+    from funmatch.training import distill_many
 
     config = Distill.checked(data=data, teacher=teacher, student=students[0], out=Path(out), **knobs)
-    configs = several.configs_of(config, students)
-    told = several.run(configs)["runs"]
+    configs = distill_many.configs_of(config, students)
+    told = distill_many.run(configs)["runs"]
     folders = [each.out.expanduser() for each in configs]
-    return [Outcome(at, figures, report.of_finished(at)) for at, figures in zip(folders, told, strict=True)]
+    return [Outcome(at, figures, run_page.of_finished(at)) for at, figures in zip(folders, told, strict=True)]
 
 
 def distill(data: Pictures, teacher: Model | Sequence[Model], student: Model, out: str | Path, **knobs: Any) -> Outcome:
@@ -113,7 +113,7 @@ def distill(data: Pictures, teacher: Model | Sequence[Model], student: Model, ou
     Raises:
         funmatch.InputError: what was wanted, what came, and what to do.
     """
-    from funmatch.tasks import distill as task
+    from funmatch.training import distill as task
 
     teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     given: dict[str, nn.Module] = {}
@@ -124,7 +124,7 @@ def distill(data: Pictures, teacher: Model | Sequence[Model], student: Model, ou
 
 def train(data: Pictures, student: Model, out: str | Path, **knobs: Any) -> Outcome:
     """Trains a network on labels alone, with the views and the loop of `distill`; knobs of `funmatch.config.Train`."""
-    from funmatch.tasks import train as task
+    from funmatch.training import train as task
 
     given: dict[str, nn.Module] = {}
     config = Train.checked(data=data, student=_named(student, given), out=Path(out), **knobs)
@@ -133,7 +133,7 @@ def train(data: Pictures, student: Model, out: str | Path, **knobs: Any) -> Outc
 
 def finetune(data: Pictures, model: Model, out: str | Path, **knobs: Any) -> Outcome:
     """Teaches a network with pretrained weights the labels, by BiT-HyperRule; knobs of `funmatch.config.Finetune`."""
-    from funmatch.tasks import finetune as task
+    from funmatch.training import finetune as task
 
     given: dict[str, nn.Module] = {}
     config = Finetune.checked(data=data, student=_named(model, given), out=Path(out), **knobs)
@@ -144,12 +144,12 @@ def recipe(name: str, **knobs: Any) -> Outcome:
     """Carries out a published recipe, such as `pet37-fast`; knobs of its verb's table count before its own."""
     from importlib import import_module
 
-    from funmatch import recipes
+    from funmatch.config import recipes
 
     chosen = recipes.find(name)
     given: dict[str, nn.Module] = {}
     _name_all(knobs, given)
-    return _carried_out(import_module(f"funmatch.tasks.{chosen.verb}"), chosen.table(**knobs), given)
+    return _carried_out(import_module(f"funmatch.training.{chosen.verb}"), chosen.table(**knobs), given)
 
 
 def prepare(data: Pictures, **knobs: Any) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def prepare(data: Pictures, **knobs: Any) -> dict[str, Any]:
     Returns:
         `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and of shards `shards`, their paths.
     """
-    from funmatch.tasks import prepare as task
+    from funmatch.commands import prepare as task
 
     return task.run(Prepare.checked(data=data, **knobs))
 
@@ -176,8 +176,9 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
         funmatch.InputError: what was wanted, what came, and what to do.
         funmatch.errors.Fruitless: all trials failed.
     """
-    from funmatch import recipes, search_page
-    from funmatch.tasks import tune as task
+    from funmatch.commands.tune import run as tune_run
+    from funmatch.commands.tune import worker as task
+    from funmatch.config import recipes
 
     if what not in SEARCHED and what not in recipes.RECIPES:
         raise unknown("verb or recipe", what, [*SEARCHED, *recipes.RECIPES])
@@ -189,7 +190,7 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
     verb = what if what in SEARCHED else recipes.find(what).verb
     config = SEARCHED[verb].checked(**own | knobs | {"out": Path(out), "space": tuple(space)})
     figures = task.run(config, given)
-    return Tuned(Path(figures["study"]), figures, search_page.written(figures))
+    return Tuned(Path(figures["study"]), figures, tune_run.written(figures))
 
 
 def study(name: str | Path, out: str | Path | None = None, **knobs: Any) -> dict[str, Any]:
@@ -207,9 +208,9 @@ def study(name: str | Path, out: str | Path | None = None, **knobs: Any) -> dict
         funmatch.InputError: every problem of the file.
         funmatch.errors.Fruitless: runs failed.
     """
-    from funmatch import findings
+    from funmatch.commands.study import run as study_run
 
-    return findings.run(Study.checked(name=str(name), out=Path(out) if out else None, **knobs))
+    return study_run.run(Study.checked(name=str(name), out=Path(out) if out else None, **knobs))
 
 
 def _listed(values: Any) -> str:
@@ -223,7 +224,7 @@ def evaluate(model: Model, **knobs: Any) -> dict[str, Any]:
     Returns:
         `top1`, `top5`, `agreement`, `kl`, `ece`, `split`, `pictures`, `parameters`, `step`, `run`, …
     """
-    from funmatch.tasks import evaluate as task
+    from funmatch.training import evaluate as task
 
     given: dict[str, nn.Module] = {}
     return task.run(Evaluate.checked(model=_named(model, given), **knobs), given)
@@ -259,8 +260,8 @@ def _named(model: Model, given: dict[str, nn.Module]) -> str:
 
 
 def _carried_out(task: Any, config: Train, given: dict[str, nn.Module]) -> Outcome:
-    from funmatch import report
+    from funmatch.reports import run_page
 
     figures = task.run(config, given)
     folder = config.out.expanduser()
-    return Outcome(folder, figures, report.of_finished(folder))
+    return Outcome(folder, figures, run_page.of_finished(folder))

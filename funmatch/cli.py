@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from funmatch import launch
+from funmatch.argv import Beside, about, gathered, with_recipe, without_others
 from funmatch.config import (
     SEARCHED,
     TAUGHT,
@@ -32,9 +32,11 @@ from funmatch.config import (
     Tape,
     Train,
 )
-from funmatch.errors import Fruitless, InputError, lacks_memory, told_elsewhere, unknown
-from funmatch.knobs import Knobs
-from funmatch.words import Beside, about, gathered, with_recipe, without_others
+from funmatch.config.options import Knobs
+from funmatch.errors import Fruitless, InputError, lacks_memory, unknown
+from funmatch.runtime import env
+from funmatch.runtime.env import told_elsewhere
+from funmatch.version import __version__
 
 TABLES: dict[str, type[Knobs]] = {
     "demo": Demo,
@@ -67,9 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
         for library in ("timm", "PIL"):  # what these say is for programmers
             warnings.filterwarnings("ignore", category=UserWarning, module=library)
         figures, show = VERBS[arguments[0]](config)
-        if launch.is_first() and config.as_json:
+        if env.is_first() and config.as_json:
             print(json.dumps(figures))
-        elif launch.is_first():
+        elif env.is_first():
             show(figures)
         sys.stdout.flush()
     except InputError as error:
@@ -100,18 +102,16 @@ def parse(arguments: list[str]) -> Knobs:
     """The verb's table from words; help, and whatever tyro finds wrong, end the program."""
     verb = arguments[0] if arguments else "--help"
     if verb in ("-V", "--version"):
-        import funmatch
-
-        print(f"funmatch {funmatch.__version__}")
+        print(f"funmatch {__version__}")
         sys.exit(0)
     if verb in ("-h", "--help"):
         print(_overview())
         sys.exit(0)
     if verb not in TABLES:
         raise unknown("verb", verb, TABLES)
-    if launch.world() > 1 and verb not in TAUGHT:
+    if env.world() > 1 and verb not in TAUGHT:
         raise InputError(f"{verb} is work for one process; several can share: {', '.join(TAUGHT)}")
-    words, told, taught = arguments[1:], launch.is_first(), verb
+    words, told, taught = arguments[1:], env.is_first(), verb
     table: Any = TABLES[verb]
     if verb in ("tune", "plan"):
         words, taught = about(words, verb)
@@ -157,7 +157,7 @@ def _where(error: OSError) -> str:
 
 
 def _demo(config: Demo):
-    from funmatch import demo
+    from funmatch.commands import demo
 
     figures = demo.run(config)
 
@@ -169,11 +169,11 @@ def _demo(config: Demo):
 
 
 def _distill(config: Distill):
-    from funmatch.tasks import distill, several
+    from funmatch.training import distill, distill_many
 
     if isinstance(config, Beside):
-        configs = several.configs_of(config, config.students)
-        told = several.run(configs)["runs"]
+        configs = distill_many.configs_of(config, config.students)
+        told = distill_many.run(configs)["runs"]
         made = [_taught(figures, each) for figures, each in zip(told, configs, strict=True)]
 
         def show(_: dict[str, Any]) -> None:
@@ -186,97 +186,97 @@ def _distill(config: Distill):
 
 
 def _train(config: Train):
-    from funmatch.tasks import train
+    from funmatch.training import train
 
     return _taught(train.run(config), config)
 
 
 def _finetune(config: Finetune):
-    from funmatch.tasks import finetune
+    from funmatch.training import finetune
 
     return _taught(finetune.run(config), config)
 
 
 def _taught(figures: dict[str, Any], config: Train):
-    from funmatch import report, shown
+    from funmatch.reports import run_page, tables
 
-    page = report.of_finished(config.out.expanduser())
-    return figures | {"report": str(page)}, lambda figures: shown.show(figures, f"{figures['run']}")
+    page = run_page.of_finished(config.out.expanduser())
+    return figures | {"report": str(page)}, lambda figures: tables.show(figures, f"{figures['run']}")
 
 
 def _plan(config: Train):
-    from funmatch import report  # noqa: F401  (a run draws one in the end, so what its import takes is planned)
-    from funmatch.tasks import forecast
+    from funmatch.commands import plan
+    from funmatch.reports import run_page  # noqa: F401  (a run draws one in the end, so what its import takes is planned)
 
-    return forecast.run(config, loading=launch.alive()), forecast.show
+    return plan.run(config, loading=env.alive()), plan.show
 
 
 def _tune(config: Search):
-    from funmatch import search_page
-    from funmatch.tasks import tune
+    from funmatch.commands.tune import run as tune_run
+    from funmatch.commands.tune import worker
 
-    figures = tune.run(config)
-    return figures | {"report": str(search_page.written(figures))}, search_page.show
+    figures = worker.run(config)
+    return figures | {"report": str(tune_run.written(figures))}, tune_run.show
 
 
 def _study(config: Study):
-    from funmatch import findings
+    from funmatch.commands.study import run as study_run
 
     if not config.name:
-        return findings.listed(), findings.show_listed
-    return findings.run(config), findings.show
+        return study_run.listed(), study_run.show_listed
+    return study_run.run(config), study_run.show
 
 
 def _tape(config: Tape):
-    from funmatch.tasks import tape_check
+    from funmatch.commands import tape as tape_command
 
-    return tape_check.run(config), tape_check.show
+    return tape_command.run(config), tape_command.show
 
 
 def _evaluate(config: Evaluate):
-    from funmatch import shown
-    from funmatch.tasks import evaluate
+    from funmatch.reports import tables
+    from funmatch.training import evaluate
 
-    return evaluate.run(config), lambda figures: shown.show(figures, figures["model"])
+    return evaluate.run(config), lambda figures: tables.show(figures, figures["model"])
 
 
 def _import(config: Import):
-    from funmatch.tasks import shelf
+    from funmatch.commands import models
 
-    figures = shelf.bring(config)
-    return figures, shelf.show_brought
+    figures = models.bring(config)
+    return figures, models.show_brought
 
 
 def _models(config: Models):
-    from funmatch.tasks import shelf
+    from funmatch.commands import models
 
-    return shelf.listed(config), shelf.show_listed
+    return models.listed(config), models.show_listed
 
 
 def _recipes(config: Recipes):
-    from funmatch.tasks import estimate
+    from funmatch.commands import recipes
 
-    return estimate.run(config), estimate.show
+    return recipes.run(config), recipes.show
 
 
 def _report(config: Report):
-    from funmatch import report
+    from funmatch.reports import run_page
 
-    page = report.run(config)
+    page = run_page.run(config)
     return {"report": str(page), "runs": [str(run) for run in config.runs]}, lambda figures: print(figures["report"])
 
 
 def _prepare(config: Prepare):
-    from funmatch.tasks import prepare
+    from funmatch.commands import prepare
 
     return prepare.run(config), prepare.show
 
 
 def _data(config: Data):
-    from funmatch import sheet
-    from funmatch.tasks import prepare
+    from funmatch.commands import data as data_command
+    from funmatch.commands import prepare
 
-    return sheet.run(config), prepare.show
+    return data_command.run(config), prepare.show
 
 
 VERBS: dict[str, Callable[[Any], tuple[dict[str, Any], Callable[[dict[str, Any]], None]]]] = {

@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from funmatch import launch
-
 
 class InputError(ValueError):
     """Something a person gave us cannot be used. The command line prints it alone and exits with code 2."""
@@ -38,16 +36,6 @@ def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> In
     if hint:
         words.append(hint)
     return InputError("; ".join(words))
-
-
-def mark_told(error: BaseException, *, elsewhere: bool) -> None:
-    """Marks an error as one that another process of the run tells, or that nobody else does."""
-    vars(error)["told_elsewhere"] = elsewhere
-
-
-def told_elsewhere(error: BaseException) -> bool:
-    """Whether another process of the run tells this error: one that is not marked is met by all, so the first does."""
-    return vars(error).get("told_elsewhere", not launch.is_first())
 
 
 def first_line(error: Exception) -> str:

@@ -22,13 +22,17 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from funmatch import report, runs, search_page, search_plots, sheet
+from funmatch.commands import data as data_command
+from funmatch.commands import prepare, recipes
 from funmatch.config import Data, Evaluate, Recipes
-from funmatch.curves import panels as plotted
-from funmatch.data import catalog
+from funmatch.data.readers import catalog
 from funmatch.errors import InputError
-from funmatch.logs import percent, say
-from funmatch.tasks import estimate, evaluate, pictures, prepare
+from funmatch.reports import run_page, tune_page, tune_plots
+from funmatch.reports.run_plots import panels as plotted
+from funmatch.runtime.log import say
+from funmatch.runtime.text import percent
+from funmatch.training import datasets, evaluate
+from funmatch.training.run import folder as run_folder
 
 KAGGLE, COLAB = Path("/kaggle"), Path("/content")
 DRIVE = COLAB / "drive" / "MyDrive"
@@ -186,7 +190,7 @@ def _is_run_or_study(folder: Path) -> bool:
 
 def _steps(folder: Path) -> int:
     """The steps that a run has taken, or those of all runs of a study."""
-    records = [runs.Run(path.parent).metrics.read() for path in folder.rglob("metrics.jsonl")]
+    records = [run_folder.Run(path.parent).metrics.read() for path in folder.rglob("metrics.jsonl")]
     return sum(max((record["step"] for record in each), default=0) for each in records)
 
 
@@ -218,24 +222,24 @@ def samples(data: str, **knobs: Any) -> Image.Image:
     config = Data.checked(data=data, **knobs)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "sheet.png"
-        sheet.draw(pictures.opened(config, config.data), path)
+        data_command.draw(datasets.opened(config, config.data), path)
         return Image.open(BytesIO(path.read_bytes()))
 
 
 def about(recipe: str, *, measure: bool = True) -> None:
     """Shows a recipe: its command in full, what was published for it, and the hours that it takes on this machine."""
-    estimate.show(estimate.run(Recipes(name=recipe, measure=measure)))
+    recipes.show(recipes.run(Recipes(name=recipe, measure=measure)))
 
 
 def figures(*folders: Path) -> Shown:
     """The figures of runs, a line each; dashes for what an unfinished one has not got yet."""
-    rows = [line for folder in folders for line in report.rows(runs.find(folder))]
-    return Shown(_table(report.COLUMNS, rows), _text(report.COLUMNS, rows))
+    rows = [line for folder in folders for line in run_page.rows(run_folder.find(folder))]
+    return Shown(_table(run_page.COLUMNS, rows), _text(run_page.COLUMNS, rows))
 
 
 def curves(*folders: Path) -> Shown:
     """Accuracy, loss, learning rate and throughput of runs against the step, as far as they are."""
-    panels = plotted([runs.find(folder) for folder in folders])
+    panels = plotted([run_folder.find(folder) for folder in folders])
     return Shown(_panels(panels), f"curves of {', '.join(folder.name for folder in folders)}")
 
 
@@ -246,11 +250,11 @@ def searched(folder: Path) -> Shown:
     except OSError:
         words = f"{folder} is not finished, so nothing is chosen yet: run this notebook again to go on"
         return Shown(f"<p>{escape(words)}</p>", words)
-    columns, rows = search_page.columns(result), search_page.trial_rows(result)
-    best = [[name, value, spread] for name, value, spread in search_page.figures(result)]
-    seen = _table(["split", "during the runs", "at the end", "chosen by it"], search_page.seen(result))
+    columns, rows = tune_page.columns(result), tune_page.trial_rows(result)
+    best = [[name, value, spread] for name, value, spread in tune_page.figures(result)]
+    seen = _table(["split", "during the runs", "at the end", "chosen by it"], tune_page.seen(result))
     html = (
-        _table(columns, rows) + _table(["the best trial", "", "spread"], best) + seen + _panels(search_plots.of(result))
+        _table(columns, rows) + _table(["the best trial", "", "spread"], best) + seen + _panels(tune_plots.of(result))
     )
     command = f"<p>The best one again, in full:</p><pre>{escape(result['command'] or '–')}</pre>"
     return Shown(html + command, _text(columns, rows))
@@ -266,7 +270,7 @@ def _panels(panels: list[tuple[str, str]]) -> str:
 
 def views(folder: Path, step: int = 0) -> Shown:
     """What a step of a run showed to its teacher, above, and to its student, below."""
-    seen = report.views_sheet(runs.find(folder), step)
+    seen = run_page.views_sheet(run_folder.find(folder), step)
     if seen is None:
         raise InputError(f"the pictures of {folder} are gone or have changed, so its views cannot be shown")
     both = f" ({seen['strategy']}): teacher above, student below" if "teacher" in seen["rows"] else ""
@@ -277,7 +281,7 @@ def views(folder: Path, step: int = 0) -> Shown:
 
 def judged(folder: Path, **knobs: Any) -> Shown:
     """The figures of a finished run on a split of its pictures; knobs of `funmatch.config.Evaluate`."""
-    run = runs.find(folder)
+    run = run_folder.find(folder)
     if run.result is None:
         words = f"{folder} is not finished, so there is nothing to judge yet: run this notebook again to go on"
         return Shown(f"<p>{escape(words)}</p>", words)

@@ -1,7 +1,7 @@
 """Saves small BiT networks with TensorFlow in the ways in which people did, for the tests of what is read.
 
     pip install tensorflow-cpu tf_keras tensorflow_hub
-    python scripts/make_savedmodel.py                     # those that are committed, tests/savedmodels
+    python scripts/make_savedmodel.py                     # those that are committed, tests/models/savedmodels
     python scripts/make_savedmodel.py FOLDER [--ways …]   # others, each with its pictures and logits
 
 A variable's values depend on its published name alone, so that a test knows what must be found. The committed folders
@@ -28,7 +28,7 @@ import tensorflow_hub as hub  # pyrefly: ignore[missing-import]
 import tf_keras as keras2  # pyrefly: ignore[missing-import]
 from tensorflow.core.protobuf import saved_model_pb2  # pyrefly: ignore[missing-import]
 
-COMMITTED = Path(__file__).parent.parent / "tests" / "savedmodels"
+COMMITTED = Path(__file__).parent.parent / "tests" / "models" / "savedmodels"
 KEPT = {
     "hub": "hub",
     "module": "module-255",

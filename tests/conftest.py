@@ -5,9 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from make_images import paint
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,14 +18,6 @@ def cache_home(tmp_path_factory, monkeypatch) -> Path:
     home = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("FUNMATCH_CACHE", str(home))
     return home
-
-
-def paint(path: Path, seed: int, size=(24, 20)) -> Path:
-    """A small picture of coloured blocks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC).save(path)
-    return path
 
 
 @pytest.fixture(name="pictures")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import paint
+from make_images import paint
 
 TEACHER = "fashion-mini-teacher"
 MINI = ("--data", "fashion-mini", "--student", "fashion-mini-student", "--batch", "16")

@@ -18,8 +18,8 @@ from test_catalog import flowers, food, pets
 
 import funmatch
 from funmatch import notebook
+from funmatch.config.recipes import RECIPES
 from funmatch.errors import InputError
-from funmatch.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 TEXTS = sorted((ROOT / "notebooks").glob("*.py"))

@@ -12,7 +12,7 @@ import pytest
 from test_bit import as_second_layout, random_bit
 
 from funmatch.cli import parse
-from funmatch.tasks.plans import parsed
+from funmatch.commands.study.spec import parsed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -1,112 +1,21 @@
 """Batches as a function of the step, made a little ahead of the model by threads."""
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from threading import Lock
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch import randaugment
-from funmatch.augment import central_view, crop_resize_flip, sample_flip
-from funmatch.data.aboard import Aboard
-from funmatch.data.pixels import CachedSplit
-from funmatch.draws import CHANGES, CUTS, Draw, Mixing, boxes_of, draw, generator
-from funmatch.mixing import cuts as cuts_of
-from funmatch.spans import span
-from funmatch.views import own_share
-
-Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one process sees of step `step`, before mixing.
-
-    Attributes:
-        crops: (1 + n, 3, side, side) float32 in [0, 1]; row 0 is row 1's predecessor in the global batch.
-        labels: (1 + n,) int64, -1 where there is none.
-        lam: MixUp weight of the picture itself, in [0, 1]: one, or one a picture, (n,) float32.
-        answers: (n, classes), the teacher's logits on its view, where they were computed before.
-        cuts: of CutMix, (1 or n, 4) float32 as `mixing.cutmix` takes them, or None.
-        shown: the teachers' crops, one for each of the loader's `teacher_sides`: `crops` itself where it is the same.
-        step, first: of which step these are, and the place of row 1 in the batch of all processes.
-    """
-
-    crops: Tensor
-    labels: Tensor
-    lam: float | Tensor
-    answers: Tensor | None = None
-    shown: tuple[Tensor, ...] = ()
-    cuts: Tensor | None = None
-    step: int = 0
-    first: int = 0
-
-    @property
-    def own_share(self) -> float | Tensor:
-        """How much of each view is its own picture, one or (n,): the λ of its label."""
-        return own_share(self.lam, self.cuts, self.crops.shape[-1])
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same batch with every tensor changed; what is shared stays shared."""
-        crops = change(self.crops)
-        answers, cuts = (None if given is None else change(given) for given in (self.answers, self.cuts))
-        lam = change(self.lam) if isinstance(self.lam, Tensor) else self.lam
-        shown = tuple(crops if each is self.crops else change(each) for each in self.shown)
-        return replace(self, crops=crops, labels=change(self.labels), lam=lam, answers=answers, shown=shown, cuts=cuts)
-
-    def to(self, device: torch.device) -> "Batch":
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pieces(self, size: int | None) -> Iterator[tuple["Batch", float]]:
-        """The batch in even pieces of at most so many pictures, each with its predecessor, and the share that it is."""
-        count = len(self.labels) - 1
-        for start, stop in pairwise(cuts(count, size)):
-            crops, rows = self.crops[start : stop + 1], slice(start, stop)
-            answers = None if self.answers is None else self.answers[rows]
-            lam = self.lam[rows] if isinstance(self.lam, Tensor) else self.lam
-            shown = tuple(crops if each is self.crops else each[start : stop + 1] for each in self.shown)
-            cut = self.cuts if self.cuts is None or len(self.cuts) == 1 else self.cuts[rows]
-            labels, first = self.labels[start : stop + 1], self.first + start
-            yield Batch(crops, labels, lam, answers, shown, cut, self.step, first), (stop - start) / count
-
-
-def cuts(count: int, size: int | None) -> list[int]:
-    """Where so many pictures are cut into the fewest pieces of at most `size`, as even as can be: 0, …, count.
-
-    Even, since BatchNorm has no statistics of a last piece of one picture.
-    """
-    pieces = -(-count // (size or count))
-    return [count * number // pieces for number in range(pieces + 1)]
-
-
-class Latest:
-    """The last things that were made, for those who ask for the same a little later; from several threads."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.things: dict[Any, Future] = {}
-        self.lock = Lock()
-
-    def __call__(self, name: Any, make: Callable[[], Made]) -> Made:
-        """What was made by this name, or what `make` makes; who asks while it is made waits."""
-        mine: Future = Future()
-        with self.lock:
-            found = self.things.setdefault(name, mine)
-            while len(self.things) > self.most:
-                del self.things[next(iter(self.things))]
-        if found is mine:
-            try:
-                mine.set_result(make())
-            except BaseException as error:
-                mine.set_exception(error)
-                raise
-        return found.result()
+from funmatch.data.batch import Batch
+from funmatch.data.cache.device_store import Aboard
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.ops import randaugment
+from funmatch.ops.crops import central_view, crop_resize_flip, sample_flip
+from funmatch.ops.mixing import cuts as cuts_of
+from funmatch.ops.sampling import CHANGES, CUTS, Draw, Mixing, boxes_of, draw, generator
+from funmatch.runtime.prefetch import Latest, ahead
+from funmatch.runtime.timing import span
 
 
 @dataclass(frozen=True)
@@ -228,23 +137,6 @@ def prefetch(
             return finish(batch) if finish else batch
 
     return ahead(make, start, stop, workers)
-
-
-def ahead(make: Callable[[int], Made], start: int, stop: int, workers: int) -> Generator[Made]:
-    """`make(start)` … `make(stop − 1)` in order, made ahead by threads."""
-    waiting: deque = deque()
-    pool = ThreadPoolExecutor(workers, "views", initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        for step in range(start, stop):
-            if not waiting:
-                waiting.extend(pool.submit(make, s) for s in range(step, min(step + 2 * workers, stop)))
-            made = waiting.popleft().result()
-            following = step + 2 * workers
-            if following < stop:
-                waiting.append(pool.submit(make, following))
-            yield made
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def central_batches(

@@ -9,11 +9,11 @@ import timm
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.models import bit, build, foreign
+from funmatch.models import bit, custom, timm_models
 from funmatch.models.classifier import Card, Classifier
-from funmatch.models.fetch import PAPER, paper_file
-from funmatch.models.savedmodel import open_savedmodel
-from funmatch.models.sight import AS_GIVEN, Inputs
+from funmatch.models.download import PAPER, paper_file
+from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
+from funmatch.models.tensorflow.savedmodel import open_savedmodel
 from funmatch.models.weights import Lazily, fill, read_state
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -79,17 +79,17 @@ def load(
     Raises:
         InputError: an unknown name (with near ones), weights that do not fit, a folder that holds no model.
     """
-    kwargs = build.parse_options(options)
+    kwargs = timm_models.parse_options(options)
     weights = Path(weights) if weights else None
     if isinstance(name, nn.Module):
         if kwargs or weights:
             raise InputError(f"a module is taken as it is; leave out {weights or ', '.join(options)}")
-        return foreign.wrapped(foreign.GIVEN + type(name).__name__, name, side)
+        return custom.wrapped(custom.GIVEN + type(name).__name__, name, side)
     if classes is not None and kwargs.get("num_classes", classes) != classes:
         raise InputError(f"{name}: num_classes={kwargs['num_classes']} is said, but there are {classes} classes")
     if weights and weights.suffix == ".npz":
         return _filled(name, _of_npz(weights.expanduser(), kwargs, wanted=name), classes, side)
-    if weights and foreign.is_function(name):
+    if weights and custom.is_function(name):
         return _filled(name, _of_function(name, weights.expanduser(), kwargs, side), classes, side)
     if weights:
         return _filled(name, _of_state(name, weights.expanduser(), kwargs), classes, side)
@@ -98,14 +98,14 @@ def load(
         return _filled(name, _of_savedmodel(folder, kwargs, inputs), classes, side)
     if origin := _with_weights(name, kwargs):
         return _filled(name, origin, classes, side)
-    if foreign.is_function(name):
-        return foreign.wrapped(name, foreign.called(name, kwargs, classes), side, kwargs)
+    if custom.is_function(name):
+        return custom.wrapped(name, custom.called(name, kwargs, classes), side, kwargs)
     return _by_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained)
 
 
 def _with_weights(name: str, kwargs: dict[str, Any]) -> Origin | None:
     """The origin of a name that stands for files with weights; None for any other."""
-    if name.startswith(foreign.GIVEN):
+    if name.startswith(custom.GIVEN):
         raise InputError(f"{name} was given from Python as a module; give it again from there")
     if name.startswith(BIT):
         path = paper_file(name.removeprefix(BIT))
@@ -124,27 +124,27 @@ def _with_weights(name: str, kwargs: dict[str, Any]) -> Origin | None:
 
 def _filled(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:
     """The classifier of an origin, for views of a side."""
-    if foreign.is_function(origin.architecture):
-        net = foreign.called(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
+    if custom.is_function(origin.architecture):
+        net = custom.called(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
         net = net.net if isinstance(net, Classifier) else net
     else:
-        net = build.create_empty(origin.architecture, origin.kwargs)
+        net = timm_models.create_empty(origin.architecture, origin.kwargs)
     if origin.published:
         bit.with_published_eps(net)
     if origin.weights is not None:
         fill(net, origin.weights, origin.architecture.removeprefix(LOCAL), origin.where)
-    kwargs = origin.kwargs | (build.for_side(net, side) if side else {})
-    made = _with_head(net, build.card_of(name, net, origin.card), kwargs, classes)
-    made.function = origin.architecture if foreign.is_function(origin.architecture) else None
+    kwargs = origin.kwargs | (timm_models.for_side(net, side) if side else {})
+    made = _with_head(net, timm_models.card_of(name, net, origin.card), kwargs, classes)
+    made.function = origin.architecture if custom.is_function(origin.architecture) else None
     made.notes = origin.notes
     return made
 
 
 def _with_head(net: nn.Module, card: Card, kwargs: dict[str, Any], classes: int | None) -> Classifier:
     """The classifier, with a new head where another number of classes is wanted."""
-    has = vars(net).get("num_classes") or foreign.answers(net, card)
+    has = vars(net).get("num_classes") or custom.answers(net, card)
     if classes is not None and has != classes:
-        net, card = build.with_zero_head(net, classes), replace(card, classes=None, top1=None)
+        net, card = timm_models.with_zero_head(net, classes), replace(card, classes=None, top1=None)
     kwargs = {key: value for key, value in kwargs.items() if key != "num_classes"}  # it stands beside them
     return Classifier(net, card, kwargs, classes or has)
 
@@ -157,25 +157,25 @@ def _by_timm(
     if isinstance(own, tuple):
         own, kwargs = own[0], {**own[1], **kwargs}
     hub = own.startswith(HUB)
-    architecture = own if hub else build.known(own, name, tuple(NAMED))
-    if not hub and side and "img_size" not in kwargs and build.net_config(architecture).get("fixed_input_size"):
+    architecture = own if hub else timm_models.known(own, name, tuple(NAMED))
+    if not hub and side and "img_size" not in kwargs and timm_models.net_config(architecture).get("fixed_input_size"):
         kwargs["img_size"] = side
     brings = pretrained or hub or "." in architecture
     if classes is not None and not brings:
         kwargs["num_classes"] = classes
-    net = build.create(architecture, kwargs, pretrained=brings)
+    net = timm_models.create(architecture, kwargs, pretrained=brings)
     if not isinstance(vars(net).get("num_classes"), int):
         raise InputError(f"{name} with these options is no classifier")
     cfg = vars(net)["pretrained_cfg"]
     if brings and "_bit" in (cfg.get("architecture") or "") and (cfg.get("tag") or "").startswith("goog"):
         bit.with_published_eps(net)  # timm's weights are the published ones
-    return _with_head(net, build.card_of(name, net, OWN_CARDS.get(name, {})), kwargs, classes)
+    return _with_head(net, timm_models.card_of(name, net, OWN_CARDS.get(name, {})), kwargs, classes)
 
 
 def brings_weights(name: str) -> bool:
     """Whether a name alone stands for weights, too."""
     own = NAMED.get(name, name)
-    return isinstance(own, str) and not timm.is_model(own) and not foreign.is_function(own)
+    return isinstance(own, str) and not timm.is_model(own) and not custom.is_function(own)
 
 
 def model_folder(name: str) -> Path | None:
@@ -208,11 +208,11 @@ def _of_folder(folder: Path, kwargs: dict[str, Any]) -> Origin:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is not the configuration of a model: {first_line(error)}") from error
     weights = folder / "model.safetensors"
-    if architecture.startswith(foreign.GIVEN):
+    if architecture.startswith(custom.GIVEN):
         raise InputError(f"{folder} holds the weights of a module that was given from Python; load them from there")
     if architecture == bit.OTHER_SIZES:
         return Origin(str(folder), architecture, read_state(weights), kwargs, card | _of_neighbour(path))
-    if foreign.is_function(architecture):  # a file must not decide which code runs
+    if custom.is_function(architecture):  # a file must not decide which code runs
         raise InputError(
             f"{folder} is of a network that the function {architecture} makes; if you trust that code, name it "
             f"yourself: {architecture}, with the weights {weights}"
@@ -224,7 +224,7 @@ def _of_function(name: str, path: Path, kwargs: dict[str, Any], side: int | None
     """The weights of a network that the user's function makes; a configuration beside them says how it sees."""
     neighbour = path.parent / "config.json"
     card = _of_neighbour(neighbour) if neighbour.is_file() else {}
-    plain = {"input_size": (3, side or foreign.SIDE, side or foreign.SIDE), "mean": AS_GIVEN[0], "std": AS_GIVEN[1]}
+    plain = {"input_size": (3, side or custom.SIDE, side or custom.SIDE), "mean": AS_GIVEN[0], "std": AS_GIVEN[1]}
     return Origin(str(path), name, read_state(path), card.pop("model_args", {}) | kwargs, plain | card)
 
 
@@ -270,12 +270,12 @@ def _of_bit(
     card: dict[str, Any],
     wanted: str | None = None,
 ) -> Origin:
-    if wanted is not None and build.known(wanted, wanted).partition(".")[0] != architecture:
+    if wanted is not None and timm_models.known(wanted, wanted).partition(".")[0] != architecture:
         raise InputError(f"{where} holds weights of {architecture}, not of {wanted}")
     if "head.fc.bias" not in state:
         raise InputError(f"{where} has no head/bias, so it is no classifier; wanted a checkpoint with its head")
     kwargs = {"num_classes": len(state["head.fc.bias"]), **size, **kwargs}
-    usual = build.net_config("resnetv2_50x1_bit")
+    usual = timm_models.net_config("resnetv2_50x1_bit")
     about = {key: usual[key] for key in ("input_size", "crop_pct", "mean", "std")} if size else {}
     return Origin(where, architecture, state, kwargs, about | card, published=True)
 
@@ -287,9 +287,9 @@ def _of_state(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
         own, kwargs = own[0], {**own[1], **kwargs}
     if not timm.is_model(own.partition(".")[0]) and (":" in name or "/" in name or Path(name).exists()):
         raise InputError(f"{name} brings its own weights; leave out {path}")
-    architecture = build.known(own, name, tuple(NAMED))  # with its tag, which says what it was trained to see
+    architecture = timm_models.known(own, name, tuple(NAMED))  # with its tag, which says what it was trained to see
     state = read_state(path)
-    heads = build.net_config(architecture).get("classifier")
+    heads = timm_models.net_config(architecture).get("classifier")
     if not heads:
         raise InputError(f"{architecture} is no classifier, so {path} cannot be weights of one")
     head = f"{heads if isinstance(heads, str) else heads[0]}.weight"

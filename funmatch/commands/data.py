@@ -1,0 +1,87 @@
+"""A sheet of samples: some pictures of each class, as runs see them, with the names of the classes."""
+
+import math
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from funmatch.commands import prepare
+from funmatch.config import Data
+from funmatch.data.cache.open_cache import Cache, cache_home
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.readers.open import resolved
+from funmatch.errors import InputError
+from funmatch.runtime.files import disk_errors
+from funmatch.training import datasets
+
+TILE = 1.5  # inches
+COLUMNS = 8
+ROWS = 12
+MOST = COLUMNS * ROWS
+
+
+def run(config: Data) -> dict[str, Any]:
+    """Writes the sheet, and gives what `prepare.figures` gives, with `sheet`."""
+    config.check()
+    if config.sheet and config.sheet.suffix.lower() != ".png":
+        raise InputError(f"--sheet {config.sheet} is no name of a PNG file")
+    cache = datasets.opened(config, config.data)
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in cache.name)
+    path = (config.sheet or _beside(config.data) / f"{name}-sheet.png").expanduser()
+    draw(cache, path)
+    return prepare.figures(cache, config.data) | {"sheet": str(path)}
+
+
+def _beside(data: tuple[str, ...]) -> Path:
+    """This folder; or the one of caches, lest the sheet become one of the pictures."""
+    here = Path.cwd().resolve()
+    places = [Path(resolved(spec).removeprefix("folder:")).resolve() for spec in data]
+    inside = any(place.is_dir() and here.is_relative_to(place) for place in places)
+    return cache_home() if inside else Path()
+
+
+def chosen(cache: Cache) -> tuple[CachedSplit, list[int]]:
+    """A split, and pictures of it: a row for each of up to 12 classes, else one of each of up to 96."""
+    split = cache.splits.get("train") or next(iter(cache.splits.values()))
+    labels = split.labels(slice(None)).numpy()
+    if not split.labelled:
+        return split, np.linspace(0, len(split) - 1, min(len(split), MOST)).astype(int).tolist()
+    present = np.unique(labels)
+    each = COLUMNS if len(present) <= ROWS else 1
+    some = present[np.linspace(0, len(present) - 1, min(len(present), MOST)).astype(int)]
+    return split, [int(i) for label in some for i in _spread(np.flatnonzero(labels == label), each)]
+
+
+def _spread(indices: np.ndarray, count: int) -> np.ndarray:
+    return indices[np.linspace(0, len(indices) - 1, min(len(indices), count)).astype(int)]
+
+
+def _shown(name: str) -> str:
+    return name.encode(errors="replace").decode()
+
+
+def draw(cache: Cache, path: Path) -> None:
+    """Draws the sheet."""
+    split, indices = chosen(cache)
+    rows = math.ceil(len(indices) / COLUMNS)
+    columns = min(COLUMNS, len(indices))
+    labels = split.labels(indices).tolist()
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not
+        figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.35) + 0.4), layout="constrained")
+        figure.suptitle(f"{_shown(cache.name)}: {len(split):,} pictures of {split.name}", fontsize=10)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis in axes:
+            axis.axis("off")
+        for axis, picture, label in zip(axes, split.pictures(indices), labels, strict=False):
+            axis.imshow(picture.numpy())
+            if label >= 0:
+                axis.set_title("\n".join(textwrap.wrap(_shown(cache.classes[label]), 18)[:2]), fontsize=7, pad=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path):
+            figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -1,0 +1,74 @@
+"""The demonstration: the same student taught by labels and by a teacher, for the same number of steps."""
+
+from pathlib import Path
+from typing import Any
+
+from funmatch.config import Demo, Distill, Evaluate, Report, Train
+from funmatch.reports import run_page, run_plots
+from funmatch.runtime.files import write_atomically
+from funmatch.runtime.log import say, table
+from funmatch.runtime.text import duration, percent
+from funmatch.training import distill, evaluate, train
+from funmatch.training.run import folder as run_folder
+
+KNOBS = {
+    "data": "fashion-mini",
+    "student": "fashion-mini-student",
+    "batch": 32,
+    "lr": 8e-3,
+    "weight_decay": 1e-4,
+    "threads": 1,
+}
+"""What both runs share; everything else is the default of `config`. Networks this small are fastest on one core, with
+views, and the teacher's answers, made on another."""
+DISTILLED = {"teacher": "fashion-mini-teacher", "temperature": 2.0, "teacher_ahead": True}
+
+
+def run(config: Demo) -> dict[str, Any]:
+    """Judges the teacher, trains the student on labels, distils it, and writes a report about both.
+
+    Returns:
+        `teacher`, `labels`, `student`: the figures of each on the 2,000 test pictures; `run`: the distilled run's
+        folder; `report`: the page.
+    """
+    config.check()
+    folder = config.out or Path("runs") / f"demo-{config.steps}-steps-seed-{config.seed}"
+    machine = {"device": config.device, "precision": config.precision}
+    shared = KNOBS | machine | {"steps": config.steps, "seed": config.seed}
+    shared |= {"eval_every": max(1, config.steps // 12), "save_every": max(1, config.steps // 6)}
+    say("1/3  the teacher, on 2,000 test pictures that it has never seen")
+    teacher = evaluate.run(Evaluate.checked(model="fashion-mini-teacher", data="fashion-mini", split="test", **machine))
+    say(f"     top-1 {percent(teacher['top1'])}")
+    say(f"2/3  the student learns from 200 labelled pictures, {config.steps:,} steps")
+    labels = train.run(Train.checked(out=folder / "labels", **shared))
+    say(f"     top-1 {percent(labels['top1'])}")
+    say(f"3/3  the same student matches the teacher's function on the same pictures, {config.steps:,} steps, no labels")
+    student = distill.run(Distill.checked(out=folder / "funmatch", **DISTILLED, **shared))
+    say(f"     top-1 {percent(student['top1'])}")
+    for each in (labels, student):
+        run_page.of_finished(Path(each["run"]))
+    found = [run_folder.find(folder / name) for name in ("funmatch", "labels")]
+    page = run_page.run(Report(runs=tuple(each.folder for each in found), out=folder / "report.html"))
+    write_atomically(folder / "accuracy.svg", run_plots.plot(found, run_plots.ACCURACY))
+    return {"teacher": teacher, "labels": labels, "student": student, "run": student["run"], "report": str(page)}
+
+
+def show(figures: dict[str, Any]) -> None:
+    """The demonstration's table for people."""
+    rows = [
+        [name, percent(each["top1"]), percent(each["agreement"]), f"{each['parameters']:,}", _seconds(each)]
+        for name, each in (
+            ("teacher", figures["teacher"] | {"agreement": 1.0}),
+            ("student, labels alone", figures["labels"]),
+            ("student, function matching", figures["student"]),
+        )
+    ]
+    table(
+        "Fashion-MNIST, 200 training pictures, 2,000 test pictures",
+        ["", "top-1", "agreement", "parameters", "time"],
+        rows,
+    )
+
+
+def _seconds(figures: dict[str, Any]) -> str:
+    return duration(figures["seconds"]) if "seconds" in figures else "–"

@@ -1,0 +1,239 @@
+"""What a run will take on this machine, before it begins: its arithmetic, and a few of its own steps, measured."""
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funmatch.config import Distill, Finetune, Train
+from funmatch.config.choices import STRATEGIES
+from funmatch.data.batch import Batch
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.loader import prefetch
+from funmatch.errors import InputError
+from funmatch.ops.optim.updates import Average
+from funmatch.runtime import devices, env, transfers
+from funmatch.runtime.log import say, table
+from funmatch.runtime.text import duration, percent, size_of
+from funmatch.training import distill, finetune, profiling, scoring, train
+from funmatch.training.acceleration import hasten
+from funmatch.training.loop import fit
+from funmatch.training.run import checkpoint
+from funmatch.training.run.state import Standing
+from funmatch.training.setup import Lesson, optimizer_of, workers_of
+from funmatch.training.teachers import recording
+from funmatch.training.teachers.tape import HEADER
+from funmatch.training.trainer import LossOf
+
+WARM, TIMED = 3, 20
+"""Steps that are let by, and that are measured."""
+JUDGED = 512
+"""Pictures, at most, on which an evaluation is measured."""
+
+Both = Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that could begin: as `distill.Taught`, of any verb."""
+
+    lesson: Lesson
+    loss_of: LossOf
+    both: Both | None = None
+    ahead: Callable[[Batch], Batch] | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of what a run consists of.
+
+    Attributes:
+        begin: of making ready: the program loaded, teachers looked at, networks compiled.
+        step: of one update.
+        evaluation: of one look at the validation pictures, the training views among it.
+        save: of one checkpoint.
+        end: of judging and writing the student.
+    """
+
+    begin: float
+    step: float
+    evaluation: float
+    save: float
+    end: float
+
+    def of_run(self, config: Train) -> dict[str, float]:
+        """Seconds of a whole run, by part."""
+        steps = config.steps or 1
+        return {
+            "begin": self.begin,
+            "steps": steps * self.step,
+            "evaluations": (steps // config.eval_every + (steps % config.eval_every > 0)) * self.evaluation,
+            "checkpoints": (steps // config.save_every + (steps % config.save_every > 0)) * self.save,
+            "end": self.end,
+        }
+
+
+def run(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
+    """Makes a run ready as it would be, takes a few steps, and throws these away.
+
+    Args:
+        loading: seconds that this process took to load the program, as the run's will.
+
+    Returns:
+        `seconds` (of the whole run, and `parts` of it), `hours`, `steps`, `step_ms`, `images_per_second`, `gflop` (of a
+        step, by part), `of_peak` (share of the device's measured peak), `memory_bytes` (most in use at once),
+        `disk_bytes` (`pictures`, `run`, `tape`), `device`, `precision`, `compile`.
+    """
+    config.check()
+    if env.world() > 1:
+        raise InputError("plan is work for one process")
+    began = time.monotonic() - loading
+    with ready(config) as made:
+        steps = made.lesson.course.steps
+        say(f"measuring {min(steps, WARM + TIMED)} steps of {steps:,} on {made.lesson.course.device}")
+        return forecast(made, began)
+
+
+@contextmanager
+def ready(config: Train) -> Generator[Ready]:
+    """A run made ready as its verb does it, but for its folder, and for a tape that is not there yet."""
+    if isinstance(config, Distill):
+        if config.tape and not (config.tape.expanduser() / HEADER).is_file():
+            config = config.model_copy(update={"tape": None, "tape_full": "stop"})
+        with distill.taught(*distill.begun(config)) as made:
+            yield Ready(made.lesson, made.loss_of, made.both, made.ahead)
+        return
+    lesson = finetune.lesson_of(config) if isinstance(config, Finetune) else train.lesson_of(config)
+    yield Ready(lesson, train.label_loss(lesson))
+
+
+def forecast(made: Ready, began: float) -> dict[str, Any]:
+    """The figures of `run`, of which making ready began at a time."""
+    lesson = made.lesson
+    config, course, student = lesson.config, lesson.course, lesson.student
+    devices.empty_cache(course.device)
+    hasten(student, course, config, config.side or 0)
+    begin = time.monotonic() - began
+    optimizer = optimizer_of(lesson)
+    step = seconds_a_step(made, optimizer)
+    evaluation, end = seconds_to_judge(lesson, made.both)
+    save, size = seconds_to_save(lesson, optimizer)
+    whole = Parts(begin, step, evaluation, save, end).of_run(config)
+    used = profiling.arithmetic(lesson)
+    gflop = sum(used["gflop"].values()) if "student" in used["gflop"] else None
+    seconds = sum(whole.values())
+    return {
+        "run": str(config.out),
+        "steps": course.steps,
+        "step_ms": 1e3 * step,
+        "images_per_second": config.batch / step,
+        "seconds": seconds,
+        "hours": seconds / 3600,
+        "parts": whole,
+        "gflop": gflop,
+        "of_peak": None if gflop is None else gflop / step / used["peak_gflops"],
+        "memory_bytes": devices.peak(course.device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "disk_bytes": {
+            "pictures": sum(path.stat().st_size for path in lesson.cache.folder.rglob("*") if path.is_file()),
+            "run": checkpoint.KEPT * size + 2 * parameter_bytes(lesson),
+            "tape": tape_bytes(lesson),
+        },
+        "device": str(course.device),
+        "precision": course.precision,
+        "compile": config.compile,
+    }
+
+
+def seconds_a_step(made: Ready, optimizer: torch.optim.Optimizer) -> float:
+    """The mean over `TIMED` of a run's own steps, with views that are made beside them."""
+    lesson = made.lesson
+    course, config = lesson.course, lesson.config
+    steps = min(course.steps, WARM + TIMED)
+    finish = made.ahead or transfers.pinner(course.device)
+    batches = prefetch(lesson.loader, 0, steps, workers=workers_of(lesson), finish=finish)
+    scaler = devices.loss_scaler(course.device, course.precision)
+    average = Average(lesson.student, config.ema) if config.ema is not None else None
+    warm, start = min(WARM, steps - 1), time.perf_counter()
+    with closing(batches):
+        for number, _ in fit(course, lesson.student, optimizer, scaler, batches, made.loss_of):
+            if average:
+                average.follow(lesson.student, number)
+            if number == warm:
+                devices.finish(course.device)
+                start = time.perf_counter()
+        devices.finish(course.device)
+    return (time.perf_counter() - start) / (steps - warm)
+
+
+def seconds_to_judge(lesson: Lesson, both: Both | None) -> tuple[float, float]:
+    """Seconds of an evaluation on the way, and of the last one."""
+    watched, final = scoring.watched(lesson.cache), scoring.final(lesson.cache)
+    each = seconds_a_picture(lesson, watched)
+    networks = 1 + (lesson.config.ema is not None)
+    began = time.perf_counter()
+    if both:
+        scoring.on_views(both, lesson.student, lesson.loader, 0, lesson.view)
+    views = time.perf_counter() - began
+    asked = networks + (lesson.teachers is not None and final.name != watched.name)
+    return networks * each * len(watched) + views, asked * each * len(final)
+
+
+def seconds_a_picture(lesson: Lesson, split: CachedSplit) -> float:
+    """Of judging the student, measured on some of a split."""
+    some = split.picked(torch.arange(min(JUDGED, len(split))).numpy())
+    scoring.answers(lesson.student, some.picked(torch.arange(min(len(some), 8)).numpy()), lesson.view)
+    began = time.perf_counter()
+    scoring.judge(scoring.answers(lesson.student, some, lesson.view), some)
+    return (time.perf_counter() - began) / len(some)
+
+
+def seconds_to_save(lesson: Lesson, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
+    """Seconds and bytes of a checkpoint, on the disk where the run will lie."""
+    place = lesson.config.out.expanduser().absolute()
+    while not place.is_dir():
+        place = place.parent
+    average = Average(lesson.student, lesson.config.ema).model.net if lesson.config.ema is not None else None
+    with tempfile.TemporaryDirectory(dir=place, prefix=".funmatch-plan-") as folder:
+        began = time.perf_counter()
+        tensors = transfers.snapshot(checkpoint.tensors_of(lesson.student.net, optimizer, average))
+        checkpoint.save(Path(folder), 1, tensors, asdict(Standing()))
+        took = time.perf_counter() - began
+        return took, sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def parameter_bytes(lesson: Lesson) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in lesson.student.net.state_dict().values())
+
+
+def tape_bytes(lesson: Lesson) -> int | None:
+    """Of the tape that the run could record, or None where it has none to record."""
+    config = lesson.config
+    if not isinstance(config, Distill) or STRATEGIES[config.strategy].fixed:
+        return None
+    return recording.layout_of(replace(lesson, config=config)).bytes_of(lesson.course.steps)
+
+
+def show(figures: dict[str, Any]) -> None:
+    """For people."""
+    parts = figures["parts"]
+    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)
+    disk = figures["disk_bytes"]
+    tape = "" if disk["tape"] is None else f"; a tape of what the teacher says {size_of(disk['tape'])}"
+    peak = "" if figures["of_peak"] is None else f", {percent(figures['of_peak'])} of the measured peak"
+    how = f"{figures['device']}, {figures['precision']}, compile {figures['compile']}"
+    rows = [
+        ["time", f"{duration(figures['seconds'])} ({figures['hours']:,.2f} hours of {how})"],
+        ["of it", told],
+        ["step", f"{figures['step_ms']:,.1f} ms, {figures['images_per_second']:,.1f} images/s{peak}"],
+        ["length", f"{figures['steps']:,} steps"],
+        ["memory", f"{size_of(figures['memory_bytes'])} at most"],
+        ["disk", f"run {size_of(disk['run'])}, pictures {size_of(disk['pictures'])} (there already){tape}"],
+    ]
+    table(f"what {figures['run']} will take", ["", ""], rows)

@@ -1,0 +1,47 @@
+"""Figures of a study: what kinds there are, and what each can show."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from funmatch.config import TAUGHT
+from funmatch.errors import unknown
+from funmatch.ops import metrics
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "curves": ("value", "event"),
+    "ends": ("value",),
+    "against": ("value", "knob"),
+    "scatter": ("value", "across"),
+}
+"""The kinds of figures, and what each must be told beside its kind."""
+CURVES: Mapping[str, tuple[str, ...]] = {
+    "step": ("loss", "lr", "images_per_second"),
+    "eval": metrics.FIGURES,
+    "ema": metrics.FIGURES,
+    "views": (*metrics.FIGURES, "teacher_top1"),
+}
+"""What a run records while it goes on, by event."""
+ENDS = (
+    *metrics.FIGURES, *(f"{each}_{name}" for each in ("views", "ema") for name in metrics.FIGURES), "loss", "seconds",
+    "step", "best_step", "best_score", "parameters", "pictures", "teacher_top1", "views_teacher_top1",
+)  # fmt: skip
+"""What a run comes to."""
+
+
+def problems(figure: dict[str, Any]) -> list[str]:
+    """What is wrong with a figure of a study file, a sentence each."""
+    kind = figure.get("kind")
+    if kind not in KINDS:
+        return [str(unknown("kind", str(kind), KINDS))]
+    allowed = {"kind", "title", "log", *KINDS[kind]}
+    found = [f"{kind} needs {key}" for key in KINDS[kind] if not isinstance(figure.get(key), str)]
+    found += [str(unknown("key", key, allowed)) for key in figure if key not in allowed]
+    if found:
+        return found
+    known: Mapping[str, Iterable[str]] = {
+        "value": CURVES.get(figure.get("event", ""), ENDS),
+        "across": ENDS,
+        "event": CURVES,
+        "knob": {knob for table in TAUGHT.values() for knob in table.model_fields},
+    }
+    return [str(unknown(key, figure[key], known[key])) for key in KINDS[kind] if figure[key] not in known[key]]

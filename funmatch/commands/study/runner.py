@@ -1,0 +1,283 @@
+"""A study carried out: its runs as processes, a few at a time, and `results.jsonl`, from which everything is drawn."""
+
+import ctypes
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from funmatch.commands.study import files as study_files
+from funmatch.commands.study import spec
+from funmatch.commands.study.results import result_of, results
+from funmatch.commands.study.spec import Entry, Plan
+from funmatch.config import Study, recipes
+from funmatch.errors import Fruitless, InputError
+from funmatch.runtime import devices, signals
+from funmatch.runtime.files import lock_file, write_atomically
+from funmatch.runtime.log import Bar, say
+from funmatch.runtime.text import duration, percent
+from funmatch.training.run import folder as run_folder
+from funmatch.training.teachers import recording
+
+PAUSE_SECONDS = 0.2
+"""Between two looks at the runs."""
+
+
+@dataclass
+class Series:
+    """A study under way.
+
+    Attributes:
+        plan: its runs.
+        folder: where they lie.
+        jobs: how many run at a time.
+        tapes: of teachers' answers that several runs share, by the places of the runs.
+        at_work: processes, and the runs that they carry out.
+        failed: places of runs that ended without a result, and why.
+    """
+
+    plan: Plan
+    folder: Path
+    jobs: int
+    tapes: Mapping[str, Path] = field(default_factory=dict)
+    at_work: dict[subprocess.Popen, Entry] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def at(self, entry: Entry) -> Path:
+        """A run's folder."""
+        return self.folder / "runs" / entry.place
+
+    def done(self, entry: Entry) -> bool:
+        """Whether a run is over; a damaged result is made again from its last checkpoint."""
+        return run_folder.Run(self.at(entry)).result is not None
+
+    def waiting(self) -> list[Entry]:
+        """Runs that are neither over nor at work."""
+        busy = {entry.place for entry in self.at_work.values()} | self.failed.keys()
+        return [entry for entry in self.plan.entries if entry.place not in busy and not self.done(entry)]
+
+    def ready(self) -> list[Entry]:
+        """Waiting runs that can begin: what they need is there, and nobody else is at work on them; by their seeds, so
+        that a study which is stopped half-way can be compared."""
+        done = {entry.place for entry in self.plan.entries if self.done(entry)}
+        able = [each for each in self.waiting() if done.issuperset(each.needs) and not _locked(self.at(each))]
+        return sorted(able, key=lambda entry: entry.seed)
+
+
+def run(config: Study) -> dict[str, Any]:
+    """Carries out all runs of a study that are not over yet.
+
+    Returns:
+        `study` (its folder), `runs`, `finished`, `failed` (places to reasons), `seconds`.
+
+    Raises:
+        InputError: the file is wrong, or the folder holds runs that were asked otherwise.
+        Stopped: by Ctrl-C or SIGTERM; the runs have saved.
+    """
+    plan = study_files.plan_of(config)
+    folder = (config.out or default_folder(config)).expanduser().resolve()
+    series = Series(plan, folder, config.jobs or (os.cpu_count() or 1 if devices.pick("auto").type == "cpu" else 1))
+    run_folder.check_place(folder, "study.toml", "study")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(folder / ".lock")
+    if lock is None:
+        raise InputError(f"another process is at work in {folder}")
+    with lock:
+        _begin(series, config)
+        series.tapes = shared_tapes(series) if config.tapes else {}
+        try:
+            _carry_out(series)
+        finally:
+            for process in series.at_work:
+                process.terminate()
+            for process in series.at_work:
+                process.wait()
+            record(series)
+    return {
+        "study": str(folder),
+        "runs": len(plan.entries),
+        "finished": sum(map(series.done, plan.entries)),
+        "failed": series.failed,
+        "seconds": sum(result["figures"]["seconds"] for result in results(folder)),
+    }
+
+
+def shared_tapes(series: Series) -> dict[str, Path]:
+    """Where runs that show the same teachers the same views share what these say; by the runs' places.
+
+    A run that has begun goes on as it began, since a tape rounds.
+    """
+    names = {
+        entry.place: (recording.shared_by(entry.knobs), entry.seed)
+        for entry in series.plan.entries
+        if entry.verb == "distill"
+    }
+    count = Counter(names.values())
+    found = {}
+    for place, (name, seed) in names.items():
+        own = series.folder / "runs" / place / "config.json"
+        begun = json.loads(own.read_text())["knobs"] if own.is_file() else None
+        if name and (begun.get("tape") if begun else count[name, seed] > 1):
+            found[place] = series.folder / "tapes" / f"{name}-seed-{seed}"
+    return found
+
+
+def _remove_needless(series: Series) -> None:
+    """Removes tapes whose runs are over."""
+    wanted = {series.tapes.get(entry.place) for entry in (*series.waiting(), *series.at_work.values())}
+    for folder in set(series.tapes.values()) - wanted:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+
+def default_folder(config: Study) -> Path:
+    """Where a study goes if nobody says: a folder that is one already, or studies/NAME."""
+    given = Path(config.name).expanduser()
+    return given if given.is_dir() else Path("studies") / given.stem
+
+
+def check_all_came_to_an_end(figures: Mapping[str, Any]) -> None:
+    """Raises `Fruitless` if runs failed."""
+    if failed := figures["failed"]:
+        why = "\n  ".join(f"{place}: {reason}" for place, reason in failed.items())
+        folder = Path(figures["study"])
+        raise Fruitless(
+            f"{len(failed)} of {figures['runs']} runs failed; the same command tries them again\n  {why}\n"
+            f"what they said lies in {folder / 'logs'}, what came of the others in {folder / 'report.html'}"
+        )
+
+
+def _begin(series: Series, config: Study) -> None:
+    """Records what is asked; an `InputError` where runs of the folder were asked otherwise."""
+    path = series.folder / "plan.json"
+    asked = {entry.place: {"verb": entry.verb, **entry.knobs} for entry in series.plan.entries}
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        before = {}  # each run's own folder says what it was asked, too
+    found = []
+    for place, knobs in json.loads(json.dumps(asked, default=str)).items():
+        then = before.get(place, knobs)
+        if (series.folder / "runs" / place / "config.json").is_file():
+            found += [
+                f"{place}: {name} was {then.get(name)}, is {knobs.get(name)}"
+                for name in sorted(then.keys() | knobs.keys())
+                if then.get(name) != knobs.get(name)
+            ]
+    if found:
+        lines = "\n  ".join(found)
+        raise InputError(
+            f"{series.folder} holds runs that were asked otherwise:\n  {lines}\n"
+            "choose another --out, say the old values, or remove these runs' folders"
+        )
+    for name in ("runs", "logs"):
+        (series.folder / name).mkdir(exist_ok=True)
+    command = ["funmatch", "study", config.name]
+    command += [word for name, value in _given(config) for word in (f"--{name}", *map(str, value))]
+    write_atomically(series.folder / "study.toml", series.plan.text)
+    write_atomically(path, json.dumps(before | asked, indent=1, default=str))
+    write_atomically(series.folder / "command.txt", shlex.join(command) + "\n")
+
+
+def _given(config: Study) -> list[tuple[str, tuple[Any, ...]]]:
+    """The options that change what a study computes."""
+    return [(name, value) for name in ("seeds", "only", "set") if (value := getattr(config, name))]
+
+
+def _carry_out(series: Series) -> None:
+    """Starts runs and waits for them until none is left that could be run."""
+    total = len(series.plan.entries)
+    finished = total - len(series.waiting())
+    if finished:
+        say(f"{finished} of {total} runs are finished already")
+    with Bar("study", total, finished) as bar, signals.heard() as caught:
+        while series.at_work or series.waiting():
+            for entry in series.ready()[: series.jobs - len(series.at_work)]:
+                series.at_work[_started(series, entry)] = entry
+            for process in [each for each in series.at_work if each.poll() is not None]:
+                _ended(series, series.at_work.pop(process), process.returncode)
+                _remove_needless(series)
+            _give_up_what_needs_failed_runs(series)
+            over = total - len(series.waiting()) - len(series.at_work)
+            bar.update(over, ", ".join(f"{each.name} ({each.seed})" for each in series.at_work.values()))
+            if caught:
+                told = f"{over} of {total} runs are over, the others saved in {series.folder}"
+                raise signals.Stopped(caught[0], f"{told}; the same command goes on from there")
+            time.sleep(PAUSE_SECONDS)
+
+
+def _started(series: Series, entry: Entry) -> subprocess.Popen:
+    """A process that carries out a run; it stops, and saves, when this one dies."""
+    knobs = spec.resolved(entry, series.folder / "runs")
+    words = [word for option in recipes.options(entry.verb, knobs) for word in shlex.split(option)]
+    place = ["--seed", str(entry.seed), "--out", str(series.at(entry))]
+    if shared := series.tapes.get(entry.place):
+        place += ["--tape", str(shared), "--tape-full", "go-on"]
+    cores = max(1, (os.cpu_count() or 1) // series.jobs)
+    with open(series.folder / "logs" / f"{entry.place}.log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "funmatch", entry.verb, *words, *place],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={"OMP_NUM_THREADS": str(cores), **os.environ},
+            start_new_session=True,  # Ctrl-C is for us, and we tell them once
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _die_with_parent() -> None:
+    """Asks Linux for SIGTERM when the process that started this one ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def _ended(series: Series, entry: Entry, code: int) -> None:
+    """Records what became of a run."""
+    if series.done(entry):
+        record(series)
+        result = json.loads((series.at(entry) / "result.json").read_text())
+        figure = f"top-1 {percent(result['top1'])}" if result["top1"] is not None else f"KL {result['kl']:.3f}"
+        say(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
+        return
+    lines = (series.folder / "logs" / f"{entry.place}.log").read_text(errors="replace").splitlines()
+    told = [number for number, line in enumerate(lines) if line.startswith("funmatch: ")]
+    words = lines[told[-1] :] if told else [line for line in lines[-8:] if line.strip(" ─╭╮╰╯│")]
+    said = " ".join(line.strip(" │") for line in words) or "it said nothing"
+    series.failed[entry.place] = f"exit {code}: {said.removeprefix('funmatch: ')}"
+    say(f"{entry.name}, seed {entry.seed} failed, {series.failed[entry.place]}")
+
+
+def _give_up_what_needs_failed_runs(series: Series) -> None:
+    for entry in series.waiting():
+        if bad := next((need for need in entry.needs if need in series.failed), None):
+            series.failed[entry.place] = f"it needs {bad}, which failed"
+
+
+def _locked(folder: Path) -> bool:
+    """Whether another process is at work in a run folder, such as one that a killed study left behind."""
+    if not (folder / "config.json").is_file():
+        return False
+    lock = lock_file(folder / "config.json")
+    if lock is None:
+        return True
+    lock.close()
+    return False
+
+
+def record(series: Series) -> None:
+    """Writes what came of the runs that are over, in the order of the study; what others left there stays."""
+    known = {result["place"]: result for result in results(series.folder)}
+    own = {entry.place: result_of(entry, series.at(entry)) for entry in series.plan.entries if series.done(entry)}
+    planned = {entry.place for entry in series.plan.entries}
+    left = {place: result for place, result in known.items() if place not in planned}
+    lines = [json.dumps(result) for result in (*own.values(), *left.values())]
+    write_atomically(series.folder / "results.jsonl", "".join(line + "\n" for line in lines))

@@ -1,0 +1,248 @@
+"""Optuna as a search uses it: where a study is kept, how the values of a trial are chosen, when one is given up.
+
+The values of trial n are a function of the seed and of n (TPE's also of the trials that are finished), so that it does
+not matter which process asks, when, or how often.
+"""
+
+import os
+import time
+import warnings
+import zlib
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy import create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from funmatch.commands.tune.space import Space, Value, combinations
+from funmatch.errors import InputError, first_line
+from funmatch.runtime.files import lock_file
+
+PATIENCE_SECONDS = 20.0
+"""For which a storage may be locked by another process."""
+
+
+BEGINS = b'{"op_code"'
+"""Of a journal."""
+
+
+class Lock:
+    """Holds the journal while something is added. The operating system ends it with the process, however that ends."""
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self.held: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while (held := lock_file(self.journal)) is None:
+            if time.monotonic() > until:
+                raise InputError(f"{self.journal} has been locked by another process for {PATIENCE_SECONDS:.0f} s")
+            time.sleep(0.005)
+        self.held = held
+        _mend(self.journal)
+        return True
+
+    def release(self) -> None:
+        if self.held:
+            self.held.close()
+        self.held = None
+
+
+def _mend(journal: Path) -> None:
+    """Takes away the beginning of a line, left by a process that was killed: the next would be glued to it."""
+    with open(journal, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if not end:
+            return
+        file.seek(end - 1)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+@contextmanager
+def at_work(place: str) -> Generator[None]:
+    """Keeps Optuna silent, and makes what goes wrong with the storage an `InputError` that names it."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise InputError(f"the storage {shown(place)} cannot be used: {_reason(error)}") from None
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _reason(error: BaseException) -> str:
+    """What the database itself says, in one line."""
+    deepest = error
+    while deepest.__cause__ is not None or getattr(deepest, "orig", None) is not None:
+        deepest = deepest.__cause__ or vars(deepest)["orig"]
+    reason = " ".join(str(deepest).split())
+    return f"{reason} (another program holds it)" if "is locked" in reason else reason or type(deepest).__name__
+
+
+def is_url(place: str) -> bool:
+    """Whether a storage is named as a database."""
+    return "://" in place
+
+
+def shown(place: str) -> str:
+    """The name of a storage without its password."""
+    try:
+        return make_url(place).render_as_string(hide_password=True) if is_url(place) else place
+    except SQLAlchemyError:
+        return place.split("@")[-1]
+
+
+def storage_at(place: str) -> BaseStorage:
+    """The storage of a name: a journal file, or the URL of a database.
+
+    Raises:
+        InputError: it cannot be reached, or is something else.
+    """
+    if not is_url(place):
+        return _journal(Path(place))
+    try:
+        return RDBStorage(place, engine_kwargs={"connect_args": _patience(place)})
+    except ImportError as error:
+        raise InputError(_no_driver(place, error)) from None
+    except RuntimeError as error:
+        raise InputError(f"the storage {shown(place)} is of another version of Optuna: {first_line(error)}") from None
+
+
+def check_reachable(place: str) -> None:
+    """Raises `InputError` unless a database answers, before anything is written anywhere."""
+    try:
+        create_engine(place, connect_args=_patience(place), poolclass=NullPool).connect().close()
+    except ImportError as error:
+        raise InputError(_no_driver(place, error)) from None
+    except SQLAlchemyError as error:
+        raise InputError(f"the storage {shown(place)} cannot be reached: {_reason(error)}") from None
+
+
+def _patience(place: str) -> dict[str, Any]:
+    """How long a driver waits, in its own words."""
+    if place.startswith("sqlite"):
+        return {"timeout": PATIENCE_SECONDS}
+    return {"connect_timeout": int(PATIENCE_SECONDS)} if place.startswith(("postgresql", "mysql")) else {}
+
+
+def _no_driver(place: str, error: ImportError) -> str:
+    hint = " (pip install 'psycopg[binary]', and write postgresql+psycopg://…)" if place.startswith("postgres") else ""
+    return f"the storage {shown(place)} needs a library that is not here: {error}{hint}"
+
+
+def _journal(path: Path) -> JournalStorage:
+    if path.is_file():
+        with open(path, "rb") as file:
+            found = file.read(len(BEGINS))
+        if not BEGINS.startswith(found):
+            raise InputError(f"{path} is no journal of Optuna; choose another --storage")
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=Lock(path)))  # pyrefly: ignore
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no journal of Optuna, or is damaged: {first_line(error)}") from None
+
+
+class Chooser(optuna.samplers.BaseSampler):
+    """Chooses the values of trial n by the seed and n, as one of Optuna's samplers would that is made for it alone.
+
+    Optuna's own are made once a process: two processes with one seed would choose the same, and one that is killed and
+    started again something else.
+    """
+
+    def __init__(self, way: str, seed: int, space: Space, first: Mapping[str, Value] | None) -> None:
+        """Makes a sampler.
+
+        Args:
+            way: random, grid or tpe.
+            first: the values of trial 0, or None to choose them like any other.
+        """
+        self.way, self.seed, self.space, self.first = way, seed, space, first
+        self.order = np.random.default_rng(seed).permutation(combinations(space)) if way == "grid" else None
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
+        if self.way != "tpe" or (self.first and trial.number == 0):
+            return {}
+        return self._made(trial.number).infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Any, trial: Any, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        return self._made(trial.number).sample_relative(study, trial, search_space) if search_space else {}
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: BaseDistribution) -> Any:
+        if self.order is not None:
+            return self._at(int(self.order[trial.number]))[param_name]
+        if self.first and trial.number == 0:
+            return self.first[param_name]
+        return self._made(trial.number, param_name).sample_independent(study, trial, param_name, param_distribution)
+
+    def _made(self, number: int, name: str = "") -> optuna.samplers.BaseSampler:
+        seed = int(np.random.SeedSequence([self.seed, number, zlib.crc32(name.encode())]).generate_state(1)[0])
+        if self.way == "tpe":
+            return optuna.samplers.TPESampler(seed=seed)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    def _at(self, place: int) -> dict[str, Value]:
+        """The combination at a place of the grid."""
+        values = {}
+        for name, span in self.space.items():
+            place, which = divmod(place, len(span.choices))
+            values[name] = span.choices[which]
+        return values
+
+
+def pruner_of(name: str, evaluations: int) -> optuna.pruners.BasePruner:
+    """What gives trials up.
+
+    Args:
+        evaluations: of a run; 0 where that is not known before it begins.
+    """
+    if name == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    if name == "hyperband":
+        most = max(2, evaluations) if evaluations else "auto"
+        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=most, reduction_factor=3)
+    return optuna.pruners.NopPruner()
+
+
+def suggested(trial: optuna.Trial, space: Space) -> dict[str, Value]:
+    """The values of a trial: as the storage has them, and chosen where it has none."""
+    values: dict[str, Value] = {}
+    for name, span in space.items():
+        if span.choices:
+            values[name] = trial.suggest_categorical(name, span.choices)
+        elif span.whole:
+            values[name] = trial.suggest_int(name, int(span.low), int(span.high), log=span.log)
+        else:
+            values[name] = trial.suggest_float(name, span.low, span.high, log=span.log)
+    return values
+
+
+def taken_up(study: optuna.Study, number: int) -> optuna.Trial:
+    """A trial of the storage, as if it had just been asked for."""
+    frozen = study.get_trials(deepcopy=False)[number]
+    return optuna.Trial(study, frozen._trial_id)
+
+
+def importance(study: optuna.Study) -> dict[str, float]:
+    """Share of each knob in how good a trial is (PED-ANOVA), largest first; {} where that cannot be told yet."""
+    finished = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    if len(finished) < 4 or len({trial.value for trial in finished}) < 2:
+        return {}
+    return dict(optuna.importance.get_param_importances(study))

@@ -1,0 +1,47 @@
+"""Runs a search and writes its page."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from funmatch.errors import Fruitless
+from funmatch.reports import run_page, tune_page
+from funmatch.runtime.files import write_atomically
+from funmatch.runtime.log import table
+
+SHOWN = 20
+"""Trials in the table on a terminal; the page has all."""
+
+
+def written(result: Mapping[str, Any]) -> Path:
+    """Writes the page of a study, unless it is there, and that of its best run.
+
+    Raises:
+        Fruitless: all trials failed.
+    """
+    folder = Path(result["study"])
+    path, source = folder / "report.html", folder / "result.json"
+    if not path.is_file() or path.stat().st_mtime < source.stat().st_mtime:
+        write_atomically(path, tune_page.page(result, json.loads((folder / "study.json").read_text())))
+    if result["best"] is None:
+        why = next((trial["error"] for trial in result["trials"] if trial["error"]), "none came to its end")
+        raise Fruitless(f"all {len(result['trials'])} trials failed, the first so: {why}; {path} has them all")
+    run_page.of_finished(Path(result["best_run"]))
+    return path
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """The table of a search on the terminal, and what to do next."""
+    rows = tune_page.trial_rows(result)
+    more = f", the best {SHOWN} of {len(rows)}" if len(rows) > SHOWN else ""
+    table(
+        f"{Path(result['study']).name}: {tune_page.lead(result)}{more}", list(tune_page.columns(result)), rows[:SHOWN]
+    )
+    for name, value, spread in tune_page.figures(result):
+        print(f"{name}: {value}{f' ± {spread}' if spread != '–' else ''}")
+    if result["importance"]:
+        print("importance: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["importance"].items()))
+    print(f"best run: {result['best_run']}")
+    print(f"in full: {result['command']}")
+    print(f"report: {Path(result['study']) / 'report.html'}")

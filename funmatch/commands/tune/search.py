@@ -1,0 +1,228 @@
+"""What is asked of a search, and its folder: `study.json`, the journal, a run folder for each execution of a trial."""
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from funmatch.commands.tune import space as search_space
+from funmatch.commands.tune.space import Space, Value
+from funmatch.config import SEARCHED, TAUGHT, UNCOMPARED, Search, Train, recipes
+from funmatch.errors import InputError
+from funmatch.runtime.files import write_atomically
+from funmatch.runtime.log import say
+from funmatch.training import datasets
+from funmatch.training.defaults import LR
+from funmatch.training.teachers import recording
+from funmatch.version import __version__
+
+CUT = "10%"
+"""Of the training pictures, for validation, where there are no pictures for it."""
+TRIALS = 20
+"""Where nobody said how many."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A search that is ready to begin.
+
+    Attributes:
+        verb: of its runs.
+        base: their configuration, but for the knobs that are searched.
+        space: the values of these.
+        search: how it goes on.
+        folder: of the study.
+        trials: how many there shall be.
+        cut: whether `base` has validation pictures cut off that nobody asked for.
+        tested: whether there are test pictures.
+        data: key of the pictures' content.
+    """
+
+    verb: str
+    base: Train
+    space: Space
+    search: Search
+    folder: Path
+    trials: int
+    cut: bool = False
+    tested: bool = False
+    data: str = ""
+
+    @property
+    def place(self) -> str:
+        """The storage: a file or a URL."""
+        storage = self.search.storage
+        if storage is None:
+            return str(self.folder / "journal.log")
+        return storage if "://" in storage else str(Path(storage).expanduser().absolute())
+
+    @property
+    def name(self) -> str:
+        """Of the study in the storage."""
+        return self.search.study_name or self.folder.name
+
+    @property
+    def first(self) -> dict[str, Value] | None:
+        """The configuration as it was said, which is trial 0 if it lies in the space: the one to beat."""
+        known: dict[str, Any] = {"lr": LR} if self.verb != "finetune" else {}
+        own = {name: getattr(self.base, name) for name in self.space}
+        own = {name: known.get(name) if value is None and name in known else value for name, value in own.items()}
+        inside = all(value in self.space[name] for name, value in own.items())
+        return own if inside and self.search.sampler != "grid" else None
+
+    @property
+    def tapes(self) -> Path:
+        """Where what teachers say is kept, a tape a seed."""
+        return self.folder / "tapes"
+
+    @property
+    def shares_tapes(self) -> bool:
+        """Whether all trials show the same teachers the same views, so that one can record for all."""
+        knobs = self.base.model_dump()
+        own = self.search.tapes and self.verb == "distill" and recording.shared_by(knobs) is not None
+        return own and self.trials > 1 and self.space.keys() <= recording.own_of_the_student(knobs)
+
+    def run_folder(self, number: int, execution: int) -> Path:
+        """Of an execution of a trial."""
+        return self.trial_folder(number) / str(execution)
+
+    def trial_folder(self, number: int) -> Path:
+        """Of all executions of a trial."""
+        return self.folder / "trials" / f"{number:04}"
+
+    def run(self, number: int, execution: int, chosen: Mapping[str, Value]) -> Train:
+        """The configuration of an execution of a trial.
+
+        Raises:
+            InputError: the chosen values do not go together.
+        """
+        knobs = search_space.settled(self.base, chosen)
+        knobs |= {"seed": self.base.seed + execution, "out": self.run_folder(number, execution)}
+        if self.shares_tapes:
+            knobs |= {"tape": self.tapes / f"seed-{knobs['seed']}", "tape_full": "go-on"}
+        return type(self.base).checked(**knobs)
+
+
+def asked(config: Search) -> Asked:
+    """What a configuration asks for, its space read and its pictures looked at.
+
+    Raises:
+        InputError: nothing to search, a space that cannot be, pictures that are missing, or none to choose by.
+    """
+    verb = next(verb for verb, table in SEARCHED.items() if isinstance(config, table))
+    base = TAUGHT[verb].model_validate({name: getattr(config, name) for name in TAUGHT[verb].model_fields})
+    space = search_space.read(_words(config, base), TAUGHT[verb])
+    if not space:
+        raise InputError("say what to search, e.g. --space lr=log:1e-4..1e-2 temperature=1,2,5,10")
+    search_space.check(space, base)
+    trials = config.trials or TRIALS
+    if config.sampler == "grid":
+        size = search_space.combinations(space)
+        if config.trials and config.trials > size:
+            say(f"the grid has {size:,} combinations, so there are no more trials than that")
+        trials = min(size, config.trials or size)
+    found = Asked(verb, base, space, config, config.out.expanduser().resolve(), trials)
+    check_place(found.folder)
+    return with_validation(found)
+
+
+def _words(config: Search, base: Train) -> list[str]:
+    """The space as it was said, and that of the recipe for knobs of which nothing was said."""
+    if base.recipe is None:
+        return list(config.space)
+    recipe = recipes.find(base.recipe)
+    said = {search_space.knob(word.partition("=")[0], type(base)) for word in config.space}
+    said |= {name for name in recipe.space if getattr(base, name) != recipe.knobs.get(name, getattr(base, name))}
+    return [*config.space, *(f"{name}={values}" for name, values in recipe.space.items() if name not in said)]
+
+
+def with_validation(asked: Asked) -> Asked:
+    """The same with pictures for validation, cut off the training ones where there are none.
+
+    Raises:
+        InputError: there are none, and none can be cut off.
+    """
+    base = asked.base
+    cache = datasets.of_run(base)
+    if "train" not in cache.splits:
+        raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
+    tested, cut = "test" in cache.splits, "val" not in cache.splits
+    if cut and base.eval_data:
+        raise InputError(
+            f"--eval-data {' '.join(base.eval_data)} has no split val, and a search must not choose by test pictures; "
+            "give pictures with a split val"
+        )
+    if cut:
+        say(f"{cache.name} has no split val: {CUT} of the training pictures are cut off for it (--val says how many)")
+        base = base.model_copy(update={"val": CUT})
+        cache = datasets.of_run(base)
+    return replace(asked, base=base, cut=cut, tested=tested, data=cache.key)
+
+
+def check_place(folder: Path) -> None:
+    """Raises `InputError` unless a study may begin or go on in a folder."""
+    # Hidden files are the locks of a worker that is just beginning, or was killed while it did.
+    strange = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if folder.is_file() or (strange and not (folder / "study.json").is_file()):
+        raise InputError(f"{folder} exists and is no study; choose another --out")
+
+
+def record_of(asked: Asked, place: str) -> dict[str, Any]:
+    """What `study.json` holds: compared when the same command is given again."""
+    search = asked.search
+    return json.loads(
+        json.dumps({
+            "verb": asked.verb,
+            "knobs": asked.base.model_dump(mode="json"),
+            "space": {name: _described(span) for name, span in asked.space.items()},
+            "search": {name: getattr(search, name) for name in ("sampler", "sampler_seed", "executions", "pruner")},
+            "storage": place,
+            "name": asked.name,
+            "data": asked.data,
+            "versions": {"funmatch": __version__},
+        }, default=str)
+    )  # fmt: skip
+
+
+def _described(span: search_space.Span) -> str:
+    """A span as it is written on the command line."""
+    if span.choices:
+        return ",".join(map(str, span.choices))
+    return f"{'log:' if span.log else ''}{span.low:.10g}..{span.high:.10g}"
+
+
+def begun(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What `study.json` holds, written if it is not there; its `id` tells this study from others of its name.
+
+    Raises:
+        InputError: it is of a study that was asked something else.
+    """
+    path = folder / "study.json"
+    if not path.is_file():
+        write_atomically(path, json.dumps(record | {"id": uuid.uuid4().hex}, indent=2))
+    try:
+        then = json.loads(path.read_text())
+        found = differences(then, record)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is not the record of a study, or is damaged") from None
+    if found:
+        lines = "\n  ".join(found)
+        raise InputError(
+            f"{folder} holds a study that was asked something else:\n  {lines}\n"
+            "choose another --out, or say what the study was asked to go on with it"
+        )
+    return then
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two records of a study do not agree on, a line each. The number of trials is in neither: it may grow."""
+    whole = ("verb", "storage", "name", "data")
+    found = [f"{name}: {then[name]} then, {now[name]} now" for name in whole if then[name] != now[name]]
+    for part in ("knobs", "space", "search"):
+        for name in sorted((then[part].keys() | now[part].keys()) - UNCOMPARED):
+            before, after = then[part].get(name), now[part].get(name)
+            if before != after:
+                found.append(f"{name}: {before} then, {after} now")
+    return found

@@ -1,0 +1,132 @@
+"""What a search came to: a row for each trial, the best, its figures on the test pictures, how often what was seen."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from funmatch.commands.tune import search
+from funmatch.commands.tune import space as search_space
+from funmatch.commands.tune.search import Asked
+from funmatch.commands.tune.space import Value
+from funmatch.config import Evaluate, recipes
+from funmatch.runtime.files import write_atomically
+from funmatch.runtime.log import say
+from funmatch.training import evaluate
+from funmatch.training.run import folder as run_folder
+from funmatch.training.teachers.loading import Modules
+
+if TYPE_CHECKING:  # Optuna is an extra
+    import optuna
+
+
+def finished(asked: Asked) -> dict[str, Any] | None:
+    """What came of the study, if it is over and had as many trials as are asked for now."""
+    try:
+        result = json.loads((asked.folder / "result.json").read_text())
+        return result if len(result["trials"]) >= asked.trials else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def ended(study: "optuna.Study", asked: Asked, given: Modules) -> dict[str, Any]:
+    """Sums a study up: the test pictures are looked at once, by the students of the best trial."""
+    from funmatch.commands.tune import optuna_storage
+
+    rows = [row(frozen, asked) for frozen in study.get_trials(deepcopy=False)]
+    complete = [each for each in rows if each["value"] is not None]
+    best = max(complete, key=lambda each: (each["value"], -each["number"]), default=None)
+    result: dict[str, Any] = {
+        "study": str(asked.folder),
+        "verb": asked.verb,
+        "recipe": asked.base.recipe,
+        "score": next((each["metric"] for each in complete), None),
+        "trials": rows,
+        "best": best and best["number"],
+        "value": best and best["value"],
+        "spread": best and best["spread"],
+        "knobs": best and best["knobs"],
+        "best_run": best and best["runs"][0],
+        "space": {name: asdict(span) for name, span in asked.space.items()},
+        "sampler": asked.search.sampler,
+        "executions": asked.search.executions,
+        "said": asked.first is not None,
+        "importance": optuna_storage.importance(study),
+        "command": best and command(asked, best["knobs"]),
+        "cut": search.CUT if asked.cut else None,
+        "storage": optuna_storage.shown(asked.place),
+        "name": asked.name,
+    }
+    result |= tested(asked, best, given)
+    result["seen"] = seen(asked, len(rows))
+    text = json.dumps(run_folder.finite(result), indent=2)
+    write_atomically(asked.folder / "result.json", text)
+    return json.loads(text)
+
+
+def row(frozen: Any, asked: Asked) -> dict[str, Any]:
+    """What is told of a trial."""
+    scores = frozen.user_attrs.get("scores", [])
+    return {
+        "number": frozen.number,
+        "state": frozen.state.name.lower(),
+        "knobs": {name: frozen.params.get(name) for name in asked.space},
+        "value": frozen.value if frozen.state.name == "COMPLETE" else None,
+        "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+        "scores": scores,
+        "metric": frozen.user_attrs.get("metric"),
+        "seconds": frozen.user_attrs.get("seconds"),
+        "error": frozen.user_attrs.get("error"),
+        "runs": [str(asked.run_folder(frozen.number, each)) for each in range(asked.search.executions)],
+    }
+
+
+def tested(asked: Asked, best: dict[str, Any] | None, given: Modules) -> dict[str, Any]:
+    """`test`: what the students of the best trial come to on the test pictures, which no trial has seen; and
+    `tested`: the trials that were judged on them, this one and those that were best before there were more."""
+    before: list[int] = []
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        before = json.loads((asked.folder / "result.json").read_text())["tested"]
+    if best is None or not asked.tested:
+        return {"test": None, "tested": before}
+    say(f"trial {best['number']} is the best; its students are judged on the test pictures")
+    figures = [
+        evaluate.run(
+            Evaluate(model=folder, split="test", device=asked.base.device, precision=asked.base.precision), given
+        )
+        for folder in best["runs"]
+    ]
+    means: dict[str, Any] = {"pictures": figures[0]["pictures"], "students": len(figures)}
+    for name in ("top1", "top5", "agreement", "kl", "ece"):
+        values = [each[name] for each in figures if each[name] is not None]
+        means[name] = statistics.fmean(values) if values else None
+        means[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+    return {"test": means, "tested": [*(one for one in before if one != best["number"]), best["number"]]}
+
+
+def seen(asked: Asked, trials: int) -> dict[str, int]:
+    """How often students were judged on each split while they were taught, over all runs of the study."""
+    counts: dict[str, int] = {}
+    for number in range(trials):
+        for execution in range(asked.search.executions):
+            for record in run_folder.Run(asked.run_folder(number, execution)).metrics.read():
+                if record["event"] == "eval":
+                    counts[record["split"]] = counts.get(record["split"], 0) + 1
+    return counts
+
+
+def command(asked: Asked, chosen: Mapping[str, Value]) -> str:
+    """The command that trains with these values in full: for a recipe's own length, on all training pictures."""
+    base, recipe = asked.base, recipes.find(asked.base.recipe) if asked.base.recipe else None
+    plain: dict[str, Any] = {name: field.default for name, field in type(base).model_fields.items()}
+    plain |= dict(recipe.over({})) if recipe else {}
+    silent = {"out", "as_json", "recipe", "patience"} | ({"val"} if asked.cut else set())
+    if recipe and {"steps", "epochs"} & recipe.knobs.keys() and not {"steps", "epochs"} & chosen.keys():
+        silent |= {"steps", "epochs"}
+    knobs = {name: value for name, value in search_space.settled(base, chosen).items() if name not in silent}
+    said = {name: value for name, value in knobs.items() if value != plain[name] and value is not False}
+    out = asked.folder.with_name(f"{asked.folder.name}-best")
+    words = [f"funmatch {asked.verb}", *([recipe.name] if recipe else []), *recipes.options(asked.verb, said)]
+    return " ".join([*words, f"--out {out}"])

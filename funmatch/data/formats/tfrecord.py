@@ -1,0 +1,156 @@
+"""TFRecord shards, byte by byte: framing, checksums, and the `tf.train.Example` inside. Nobody else knows these.
+
+A shard is a row of records, each: length (8 bytes, little endian), masked CRC-32C of the length (4), payload, masked
+CRC-32C of the payload (4). A payload is a `tf.train.Example`, a protocol buffer: field 1 is `Features`, whose field 1
+is a map entry of name (1) and `Feature` (2), which is one of a list of bytes (1), floats (2) or integers (3).
+"""
+
+import gzip
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from funmatch.data.formats.crc32c import masked_crc32c
+from funmatch.data.formats.protobuf import Damaged, parts, varint, written, written_varint
+
+GZIP_MAGIC = b"\x1f\x8b"
+LONGEST = 1 << 31  # a protocol buffer is at most 2 GiB
+
+Span = tuple[int, int]
+Features = dict[str, list[Span] | list[int] | None]
+"""Features by name: where each value of a list of bytes begins and ends, integers, or None for floats."""
+
+
+class DamagedRecord(ValueError):
+    """A record that is not what its checksums or its format say."""
+
+
+def is_gzip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == GZIP_MAGIC
+
+
+def records(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The records of a shard, plain or GZIP, every checksum verified.
+
+    Yields:
+        where the payload begins (in the plain or unpacked shard), and the payload.
+
+    Raises:
+        DamagedRecord: naming the record, counted from 0.
+    """
+    with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
+        number, at = 0, 0
+        while True:
+            try:
+                payload = _next_record(file)
+            except DamagedRecord as error:
+                raise DamagedRecord(f"record {number}: {error}") from None
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise DamagedRecord(f"record {number}: the GZIP stream is damaged ({error})") from None
+            if payload is None:
+                return
+            yield at + 12, payload
+            at += 16 + len(payload)
+            number += 1
+
+
+def _next_record(file: BinaryIO | gzip.GzipFile) -> bytes | None:
+    head = file.read(12)
+    if not head:
+        return None
+    if len(head) < 12:
+        raise DamagedRecord("the shard ends in the middle of a record's length")
+    length, check = struct.unpack("<QI", head)
+    if masked_crc32c(head[:8]) != check:
+        raise DamagedRecord("the checksum of its length is wrong")
+    if length > LONGEST:
+        raise DamagedRecord(f"its length of {length:,} bytes cannot be")
+    payload = file.read(length)
+    tail = file.read(4)
+    if len(payload) < length or len(tail) < 4:
+        raise DamagedRecord("the shard ends in the middle of it")
+    if masked_crc32c(payload) != struct.unpack("<I", tail)[0]:
+        raise DamagedRecord("the checksum of its payload is wrong")
+    return payload
+
+
+def framed(payload: bytes) -> bytes:
+    """A payload as a record."""
+    head = struct.pack("<Q", len(payload))
+    return head + struct.pack("<I", masked_crc32c(head)) + payload + struct.pack("<I", masked_crc32c(payload))
+
+
+def parse_example(payload: bytes) -> Features:
+    """The features of a `tf.train.Example`, in whichever order they stand.
+
+    Raises:
+        DamagedRecord: it is none.
+    """
+    try:
+        return _features(payload)
+    except Damaged as error:
+        raise DamagedRecord(f"it is no tf.train.Example: {error}") from None
+
+
+def _features(payload: bytes) -> Features:
+    features: Features = {}
+    for field, start, stop in parts(payload, 0, len(payload)):
+        if field != 1:
+            continue
+        for inner, entry_start, entry_stop in parts(payload, start, stop):
+            if inner != 1:
+                continue
+            entry = {number: (a, b) for number, a, b in parts(payload, entry_start, entry_stop)}
+            if 1 not in entry:
+                raise Damaged("a feature has no name")
+            a, b = entry[1]
+            features[payload[a:b].decode(errors="replace")] = _values(payload, *entry.get(2, (0, 0)))
+    if not features:
+        raise Damaged("no feature is there")
+    return features
+
+
+def _values(payload: bytes, start: int, stop: int) -> list[Span] | list[int] | None:
+    """The values of a `Feature`."""
+    spans: list[Span] = []
+    numbers: list[int] = []
+    kind = 0
+    for kind, a, b in parts(payload, start, stop):
+        if kind == 1:
+            spans += [(c, d) for _, c, d in parts(payload, a, b)]
+        elif kind == 3:
+            numbers += _integers(payload, a, b)
+    return spans if kind == 1 else numbers if kind == 3 else None
+
+
+def _integers(payload: bytes, start: int, stop: int) -> list[int]:
+    """An `Int64List`, packed or not."""
+    found = []
+    while start < stop:
+        key, start = varint(payload, start, stop)
+        if key == 0x0A:
+            length, start = varint(payload, start, stop)
+            end = start + length
+            if end > stop:
+                raise Damaged("a list of numbers is cut off")
+            while start < end:
+                value, start = varint(payload, start, end)
+                found.append(value)
+        elif key == 0x08:
+            value, start = varint(payload, start, stop)
+            found.append(value)
+        else:
+            raise Damaged("a list of numbers holds something else")
+    return [value - (1 << 64) if value >= 1 << 63 else value for value in found]
+
+
+def example(image: bytes, label: int | None) -> bytes:
+    """A `tf.train.Example` of `image` (bytes) and `class` (int64), the earlier project's form."""
+    entries = [written(1, written(1, b"image") + written(2, written(1, written(1, image))))]
+    if label is not None:
+        numbers = written(3, written(1, written_varint(label)))
+        entries.append(written(1, written(1, b"class") + written(2, numbers)))
+    return written(1, b"".join(entries))

@@ -1,0 +1,291 @@
+"""TensorFlow's tensor bundles, byte by byte: a sorted table of what is there, and shards with the values.
+
+`<prefix>.index` is a table in LevelDB's format. Its last 48 bytes say where the index block lies, which says where the
+data blocks lie. A block is a row of entries, each the lengths of what its key shares with the last key, of the rest of
+the key, and of the value; then the places where sharing restarts. After a block stand its compression (1 byte) and a
+masked CRC-32C of both (4 bytes). The key "" holds a `BundleHeaderProto`, each other key a `BundleEntryProto`: kind,
+shape, shard, offset, size and masked CRC-32C of a tensor in `<prefix>.data-<shard>-of-<shards>`.
+"""
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from funmatch.data.formats import protobuf
+from funmatch.data.formats.crc32c import crc32c, masked, masked_crc32c
+from funmatch.data.formats.protobuf import Damaged
+from funmatch.errors import InputError
+
+FOOTER = 48  # bytes
+MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
+PLAIN, SNAPPY = 0, 1  # compressions of a block
+BIG_ENDIAN = 1
+VERSION = 1  # of the format
+PIECE = 16 << 20  # bytes that are read and checked at once
+LONGEST_AXIS = 1 << 40
+
+STRING, BFLOAT16 = 7, 14
+DTYPES = {
+    1: np.dtype("<f4"),
+    2: np.dtype("<f8"),
+    3: np.dtype("<i4"),
+    4: np.dtype("u1"),
+    5: np.dtype("<i2"),
+    6: np.dtype("i1"),
+    9: np.dtype("<i8"),
+    10: np.dtype("?"),
+    BFLOAT16: np.dtype("<u2"),  # numpy has none: the upper halves of float32
+    17: np.dtype("<u2"),
+    19: np.dtype("<f2"),
+    22: np.dtype("<u4"),
+    23: np.dtype("<u8"),
+}
+"""TensorFlow's numbers of kinds of tensors, and how their values lie in a file."""
+
+NO_FLOATS = {STRING} | {kind for kind, dtype in DTYPES.items() if dtype.kind != "f" and kind != BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the index has it.
+
+    Attributes:
+        kind: TensorFlow's number of it, see `DTYPES`.
+        shard, offset, size: the file, and where its bytes lie in there.
+        checksum: masked CRC-32C of them.
+    """
+
+    kind: int
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    size: int
+    checksum: int
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is more than a counter or the sum of a metric: those are no floats, or single ones."""
+        return bool(self.shape) and self.kind not in NO_FLOATS
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Tensors by name, none of them read yet.
+
+    Attributes:
+        entries: by the name of the tensor.
+        shards: the files with their values.
+    """
+
+    entries: dict[str, Entry]
+    shards: list[Path]
+
+
+def open_bundle(prefix: Path) -> Bundle:
+    """Reads the index of a bundle, every checksum verified.
+
+    Args:
+        prefix: what its files' names begin with, such as `variables/variables`.
+
+    Raises:
+        InputError: a file is missing, cut off, damaged, or of a form that is not read.
+    """
+    index = prefix.with_name(f"{prefix.name}.index")
+    try:
+        content = index.read_bytes()
+    except OSError as error:
+        raise InputError(f"{index} cannot be read ({error.strerror}); wanted the list of a model's variables") from None
+    try:
+        rows = dict(_rows(content))
+        count = _shards(rows.pop(b"", b""), index)
+        entries = {key.decode(errors="replace"): _entry(key, value, index) for key, value in rows.items()}
+    except Damaged as error:
+        raise InputError(f"{index} is damaged, or no index of TensorFlow: {error}; copy it again") from None
+    shards = [prefix.with_name(f"{prefix.name}.data-{i:05}-of-{count:05}") for i in range(count)]
+    _check_places(entries, shards)
+    return Bundle(entries, shards)
+
+
+def _rows(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The keys and values of a table."""
+    footer = content[-FOOTER:]
+    if len(footer) < FOOTER or not footer.endswith(MAGIC):
+        raise Damaged("it has not the end of a table, and may be cut off")
+    meta, at = _place(footer, 0)
+    places, _ = _place(footer, at)
+    _block(content, *meta)  # nothing that is needed, but a part of the file
+    for _, value in _block_rows(_block(content, *places)):
+        place, _ = _place(value, 0)
+        yield from _block_rows(_block(content, *place))
+
+
+def _place(data: bytes, at: int) -> tuple[tuple[int, int], int]:
+    """Offset and size of a block, and where these two numbers end."""
+    offset, at = protobuf.varint(data, at, len(data))
+    size, at = protobuf.varint(data, at, len(data))
+    return (offset, size), at
+
+
+def _block(content: bytes, offset: int, size: int) -> bytes:
+    """A block without what stands after it."""
+    end = offset + size
+    if end + 5 > len(content):
+        raise Damaged("it ends in the middle of a block")
+    if masked_crc32c(content[offset : end + 1]) != int.from_bytes(content[end + 1 : end + 5], "little"):
+        raise Damaged(f"the checksum of the block at byte {offset} is wrong")
+    compression = content[end]
+    if compression != PLAIN:
+        name = "Snappy" if compression == SNAPPY else f"method {compression}"
+        raise Damaged(f"its blocks are compressed by {name}, wanted plain ones as TensorFlow's own savers write them")
+    return content[offset:end]
+
+
+def _block_rows(block: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The entries of a block, keys made whole."""
+    restarts = int.from_bytes(block[-4:], "little")
+    stop = len(block) - 4 * (restarts + 1)
+    if stop < 0:
+        raise Damaged("a block is too short")
+    key, at = b"", 0
+    while at < stop:
+        shared, at = protobuf.varint(block, at, stop)
+        rest, at = protobuf.varint(block, at, stop)
+        length, at = protobuf.varint(block, at, stop)
+        if shared > len(key) or at + rest + length > stop:
+            raise Damaged("an entry reaches over the end of its block")
+        key = key[:shared] + block[at : at + rest]
+        yield key, block[at + rest : at + rest + length]
+        at += rest + length
+
+
+def _shards(header: bytes, index: Path) -> int:
+    """How many files of values there are."""
+    found = protobuf.parse(header)
+    if protobuf.number(found, 2) == BIG_ENDIAN:
+        raise InputError(f"{index} was written on a big-endian machine; load and save the model on another one")
+    version = protobuf.parse(b"".join(protobuf.messages(found, 3)))
+    if protobuf.number(version, 2) > VERSION:
+        raise InputError(f"{index} is of a newer format than {VERSION}; save the model with an older TensorFlow")
+    count = protobuf.number(found, 1)
+    if not 0 < count < 100_000:
+        raise Damaged(f"it names {count} files of values")
+    return count
+
+
+def _entry(key: bytes, value: bytes, index: Path) -> Entry:
+    found = protobuf.parse(value)
+    if protobuf.messages(found, 7):
+        name = key.decode(errors="replace")
+        raise InputError(
+            f"{index}: {name} is stored in slices; load the model and save it without partitions and without "
+            "a sharding callback such as MaxShardSizePolicy"
+        )
+    shape = []
+    for axis in protobuf.messages(protobuf.parse(b"".join(protobuf.messages(found, 2))), 2):
+        shape.append(protobuf.number(protobuf.parse(axis), 1))
+    if len(shape) > 32 or max(shape, default=0) > LONGEST_AXIS:
+        raise Damaged(f"{key.decode(errors='replace')} has a shape that cannot be")
+    kind, shard, offset, size, checksum = (protobuf.number(found, field) for field in (1, 3, 4, 5, 6))
+    return Entry(kind, tuple(shape), shard, offset, size, checksum)
+
+
+def _check_places(entries: dict[str, Entry], shards: list[Path]) -> None:
+    """Raises `InputError` unless all shards are there and long enough, and sizes are those of the shapes."""
+    sizes = []
+    for path in shards:
+        if not path.is_file():
+            raise InputError(f"{path} is missing; copy the folder again, with all of its files")
+        sizes.append(path.stat().st_size)
+    for name, entry in entries.items():
+        if entry.shard >= len(shards):
+            raise InputError(
+                f"{shards[0].parent}: {name} is in file {entry.shard} of {len(shards)}; save the model again"
+            )
+        if entry.offset + entry.size > sizes[entry.shard]:
+            raise InputError(
+                f"{shards[entry.shard]} has {sizes[entry.shard]:,} bytes, {name} ends at byte "
+                f"{entry.offset + entry.size:,}; the file is cut off: copy it again"
+            )
+        dtype = DTYPES.get(entry.kind)
+        if dtype and math.prod(entry.shape) * dtype.itemsize != entry.size:
+            raise InputError(
+                f"{shards[entry.shard]}: {name} has {entry.size:,} bytes, not those of {entry.shape} {dtype}"
+            )
+
+
+def read(bundle: Bundle, name: str) -> np.ndarray:
+    """A tensor of numbers, its checksum verified. bfloat16 is given as float32, everything else as it is stored.
+
+    Raises:
+        InputError: it is damaged, or of another kind.
+    """
+    entry = bundle.entries[name]
+    path = bundle.shards[entry.shard]
+    dtype = DTYPES.get(entry.kind)
+    if dtype is None:
+        raise InputError(f"{path}: {name} is of TensorFlow's kind {entry.kind}; wanted numbers")
+    raw = np.empty(entry.size, np.uint8)
+    _check(_copied(path, entry, raw), entry, path, name)
+    array = raw.view(dtype).reshape(entry.shape)
+    return (array.astype(np.uint32) << 16).view(np.float32) if entry.kind == BFLOAT16 else array
+
+
+def _copied(path: Path, entry: Entry, into: np.ndarray) -> int:
+    """Reads the bytes of a tensor, a piece at a time, and gives their checksum."""
+    crc = 0
+    try:
+        with open(path, "rb") as file:
+            file.seek(entry.offset)
+            for start in range(0, entry.size, PIECE):
+                piece = file.read(min(PIECE, entry.size - start))
+                into[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
+                crc = crc32c(piece, crc)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    return masked(crc)
+
+
+def _check(checksum: int, entry: Entry, path: Path, name: str) -> None:
+    if checksum != entry.checksum:
+        raise InputError(f"{path}: the checksum of {name} is wrong, the file is damaged; copy it again")
+
+
+def read_strings(bundle: Bundle, name: str) -> list[bytes]:
+    """A tensor of strings, in order, checksums verified.
+
+    Their lengths stand first, as varints, then the masked CRC-32C of the lengths as fixed-width numbers, then they
+    themselves; the tensor's checksum is that of these numbers, of that checksum and of the strings.
+
+    Raises:
+        InputError: it is damaged, or of another kind.
+    """
+    entry = bundle.entries[name]
+    path = bundle.shards[entry.shard]
+    if entry.kind != STRING:
+        raise InputError(f"{path}: {name} is of TensorFlow's kind {entry.kind}; wanted strings")
+    raw = np.empty(entry.size, np.uint8)
+    _copied(path, entry, raw)
+    content = raw.tobytes()
+    try:
+        lengths, at = [], 0
+        for _ in range(math.prod(entry.shape)):
+            length, at = protobuf.varint(content, at, len(content))
+            lengths.append(length)
+    except Damaged as error:
+        raise InputError(f"{path}: {name} is damaged: {error}; copy it again") from None
+    crc = 0
+    for length in lengths:
+        crc = crc32c(struct.pack("<I" if length < 1 << 32 else "<Q", length), crc)
+    if len(content) != at + 4 + sum(lengths) or content[at : at + 4] != struct.pack("<I", masked(crc)):
+        raise InputError(f"{path}: the checksum of the lengths of {name} is wrong, the file is damaged; copy it again")
+    _check(masked(crc32c(content[at:], crc)), entry, path, name)
+    strings = []
+    at += 4
+    for length in lengths:
+        strings.append(content[at : at + length])
+        at += length
+    return strings

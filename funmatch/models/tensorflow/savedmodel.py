@@ -1,0 +1,285 @@
+"""BiT networks in TensorFlow's SavedModels: which of the variables is which kernel.
+
+Variables lie in a bundle, and so does a `TrackableObjectGraph`: the model's objects, the attributes by which they hold
+each other, and which of them are variables. Who saved decides what can be known from it:
+
+- a model of `bit_tf2.models.ResnetV2` is known by its attributes, such as `_blocks/0/…/_unit_a_conv/kernel`;
+- a module of TensorFlow Hub has attributes of any kind, but whole names, `resnet/block1/unit01/a/…/kernel`;
+- an export of Keras has a list alone. It is read if it lists what BiT has, shape by shape, in the order of definition.
+
+What is done to pictures before the first kernel is read from the graph of operations, by `sight`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from funmatch.data.formats import protobuf
+from funmatch.data.formats.protobuf import Damaged
+from funmatch.errors import InputError
+from funmatch.models.bit import STEM, layout
+from funmatch.models.tensorflow.bundle import Bundle, open_bundle, read, read_strings
+from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs, after_head, sight
+from funmatch.models.weights import Lazily
+
+GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+BODY = re.compile(
+    rf"{STEM}|(block[1-4]/unit\d\d/[abc]/)?group_norm/(gamma|beta)"
+    r"|block[1-4]/unit\d\d/([abc]|a/proj)/standardized_conv2d/kernel"
+)
+NUMBERED = r"(standardized_conv2d|group_norm)_\d+/"
+NETWORK = {"_root", "_blocks", "_pre_head", "_head"}
+UNIT = {"_unit_a": "a", "_unit_a_conv": "a", "_unit_b": "b", "_unit_c": "c", "_proj": "a/proj"}
+"""Attributes of `bit_tf2.models.ResnetV2` and of its units, these with the names of their variables."""
+
+PLACES = {"gamma": "group_norm/gamma", "beta": "group_norm/beta", "kernel": "standardized_conv2d/kernel"}
+
+# Under these lie states of training, and second references to what a model holds anyway.
+BESIDE = {"optimizer", "_optimizer", "keras_api", "metrics", "_metrics", "compiled_metrics", "_all_variables"}
+
+SAVE_AGAIN = "in TensorFlow, load the model and save that network alone with tf.saved_model.save(network, folder)"
+
+
+@dataclass(frozen=True)
+class Node:
+    """An object of the graph.
+
+    Attributes:
+        children: which objects it holds, by attribute.
+        keys: of the tensors in the bundle that are its state.
+        name: of the variable that it is, if it is one.
+        slots: objects that an optimizer keeps for a variable.
+    """
+
+    children: dict[str, int]
+    keys: list[str]
+    name: str | None
+    slots: list[int]
+
+
+Graph = list[Node]
+
+
+@dataclass(frozen=True)
+class Savedmodel:
+    """A BiT network.
+
+    Attributes:
+        arrays: by the names of published checkpoints, without `resnet/`; each is read when it is asked for. Kernels are
+            (height, width, in, out), `head/kernel` is (in, classes).
+        inputs: mean and standard deviation of what it sees, for pictures in [0, 1]; None where that cannot be told.
+        is_plain: whether it sees pictures as they are given, so that it may have been trained on any range.
+        why: it cannot be told what it sees.
+        notes: what else a person should know.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    inputs: Inputs | None
+    is_plain: bool = False
+    why: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def open_savedmodel(folder: Path) -> Savedmodel:
+    """Finds the BiT network in a SavedModel, and what it sees.
+
+    Raises:
+        InputError: it is no SavedModel, is damaged, or holds anything else than one whole BiT network.
+    """
+    if not (folder / "saved_model.pb").is_file():
+        raise InputError(f"{folder} holds no saved_model.pb; wanted a SavedModel, a folder that TensorFlow saved")
+    bundle = open_bundle(folder / "variables" / "variables")
+    if GRAPH not in bundle.entries:
+        raise InputError(f"{folder} holds no graph of objects; wanted a SavedModel of TensorFlow 2, not of 1")
+    try:
+        graph = _graph(b"".join(read_strings(bundle, GRAPH)))
+    except Damaged as error:
+        raise InputError(f"{folder} holds a graph of objects that cannot be read: {error}; copy it again") from None
+    seen = sight(folder, bundle)
+    beside = _beside(graph) | seen.before
+    if seen.used is not None:
+        beside |= set(bundle.entries) - seen.used  # what the answer is not computed from
+    weights = {key: name for key, name in _variables(graph, bundle, folder).items() if key not in beside}
+    is_alone, found = _network(graph, bundle, weights, str(folder))
+    shapes = _checked(found, bundle, str(folder))
+    if left := {key for key, entry in bundle.entries.items() if entry.is_weight} - beside - set(found.values()):
+        raise InputError(f"{folder} holds more than a BiT network: {_some(left)}; {SAVE_AGAIN}")
+    arrays = Lazily(found, lambda name: read(bundle, found[name]).reshape(shapes[name]))
+    if seen.is_missing and is_alone:  # nothing is around it that could do anything to pictures
+        return Savedmodel(arrays, AS_GIVEN, is_plain=True)
+    if seen.stem and found[STEM] not in seen.stem:
+        return Savedmodel(arrays, None, why="its graph uses another network")
+    notes = after_head(seen, found["head/kernel"], found["head/bias"], str(folder))
+    return Savedmodel(arrays, seen.inputs, seen.is_plain, seen.why, notes)
+
+
+def _graph(message: bytes) -> Graph:
+    graph = [_node(part) for part in protobuf.messages(protobuf.parse(message), 1)]
+    if not graph or any(not 0 <= i < len(graph) for node in graph for i in [*node.children.values(), *node.slots]):
+        raise Damaged("an object is named that is not there")
+    return graph
+
+
+def _node(message: bytes) -> Node:
+    found = protobuf.parse(message)
+    children = [protobuf.parse(child) for child in protobuf.messages(found, 1)]
+    attributes = [protobuf.parse(attribute) for attribute in protobuf.messages(found, 2)]
+    names = [protobuf.text(a, 2) for a in attributes if protobuf.text(a, 1) == "VARIABLE_VALUE"]
+    return Node(
+        children={protobuf.text(child, 2): protobuf.number(child, 1) for child in children},
+        keys=[protobuf.text(attribute, 3) for attribute in attributes],
+        name=names[0] if names else None,
+        slots=[protobuf.number(protobuf.parse(slot), 3) for slot in protobuf.messages(found, 3)],
+    )
+
+
+def _reached(graph: Graph, without: set[str]) -> set[int]:
+    """The objects that hang together with the first one, attributes of some names passed over."""
+    reached, waiting = {0}, [0]
+    while waiting:
+        for edge, child in graph[waiting.pop()].children.items():
+            if edge not in without and child not in reached:
+                reached.add(child)
+                waiting.append(child)
+    return reached
+
+
+def _beside(graph: Graph) -> set[str]:
+    """The tensors that are only states of training: what an optimizer or a metric holds, and nobody else."""
+    model = _reached(graph, BESIDE)
+    slots = {slot for node in graph for slot in node.slots}
+    return {key for i in (_reached(graph, set()) - model) | slots for key in graph[i].keys}
+
+
+def _variables(graph: Graph, bundle: Bundle, folder: Path) -> dict[str, str]:
+    """The weights' names by their keys in the bundle."""
+    found = {}
+    for name, key in ((node.name, key) for node in graph if node.name is not None for key in node.keys):
+        if key not in bundle.entries:
+            raise InputError(f"{folder}: the variable {key} is missing from its index; save the model again")
+        if bundle.entries[key].is_weight:
+            found[key] = name
+    return found
+
+
+def _network(graph: Graph, bundle: Bundle, weights: dict[str, str], where: str) -> tuple[bool, dict[str, str]]:
+    """Whether the model is the network and nothing more, and the keys of its variables by their published names."""
+    nets = [node for node in graph if set(node.children) >= NETWORK]
+    if len(nets) > 1:
+        raise InputError(f"{where} holds {len(nets)} BiT networks; wanted one: {SAVE_AGAIN}")
+    if nets and not any("_func" in node.children for node in graph):  # in a module of the Hub it would not stand alone
+        return nets[0] is graph[0], _by_attributes(graph, nets[0], where)
+    names = {key: re.sub(NUMBERED, r"\1/", name.removesuffix(":0")) for key, name in weights.items()}
+    prefixes = {name.removesuffix(STEM) for name in names.values() if f"/{name}".endswith(f"/{STEM}")}
+    if any(f"{prefix}block1/unit01/a/{PLACES['kernel']}" in names.values() for prefix in prefixes):
+        if len(prefixes) > 1:
+            raise InputError(f"{where} holds {len(prefixes)} BiT networks, {_some(prefixes)}; wanted one: {SAVE_AGAIN}")
+        return False, _by_names(names, prefixes.pop(), bundle, where)
+    return False, _by_order(graph, bundle, names, where)
+
+
+def _by_attributes(graph: Graph, net: Node, where: str) -> dict[str, str]:
+    """The variables of a `bit_tf2.models.ResnetV2`."""
+    tops = {"root_block/": net.children["_root"], "": net.children["_pre_head"]}
+    found = [
+        (f"{part}{PLACES.get(leaf, leaf)}", key) for part, top in tops.items() for leaf, key in _leaves(graph, top)
+    ]
+    for b, block in enumerate(_stack(graph, net.children["_blocks"]), 1):
+        units = [graph[i].children for i in _stack(graph, block) if "_unit_a" in graph[i].children]
+        for u, unit in enumerate(units, 1):
+            parts = [(part, leaf) for edge, part in UNIT.items() if edge in unit for leaf in _leaves(graph, unit[edge])]
+            found += [(f"block{b}/unit{u:02}/{part}/{PLACES.get(leaf, leaf)}", key) for part, (leaf, key) in parts]
+    found += [(f"head/{leaf}", key) for leaf, key in _leaves(graph, net.children["_head"])]
+    return _once(found, where)
+
+
+def _stack(graph: Graph, top: int) -> list[int]:
+    """The layers of a Sequential or the items of a list, in order."""
+    children = graph[top].children
+    inner = [graph[children[edge]].children for edge in ("_layers", "layers") if edge in children]
+    for pattern in (r"layer_with_weights-(\d{1,6})", r"(\d{1,6})"):
+        for held in (children, *inner):
+            numbered = [(int(match[1]), i) for edge, i in held.items() if (match := re.fullmatch(pattern, edge))]
+            if numbered:
+                return [i for _, i in sorted(numbered)]
+    return []
+
+
+def _leaves(graph: Graph, top: int) -> list[tuple[str, str]]:
+    """The variables of a layer, or of the layers that it stacks, as (attribute, key in the bundle)."""
+    found = {}
+    for i in (top, *_stack(graph, top)):
+        for edge, child in graph[i].children.items():
+            node = graph[child]
+            if node.name is not None and not edge.isdigit():  # one key may be held twice, as kernel and as _kernel
+                found |= dict.fromkeys(node.keys, edge.lstrip("_"))
+    return [(leaf, key) for key, leaf in found.items()]
+
+
+def _by_names(names: dict[str, str], prefix: str, bundle: Bundle, where: str) -> dict[str, str]:
+    """The variables of a network that names them in full, and of its head."""
+    body = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
+    body = {key: name for key, name in body.items() if BODY.fullmatch(name)}
+    rest = {key: name for key, name in names.items() if key not in body}
+    found = [(name, key) for key, name in body.items()]
+    for leaf, ranks in (("kernel", (2, 4)), ("bias", (1,))):
+        of_head = [key for key, name in rest.items() if name.split("/")[-1] == leaf]
+        found += [(f"head/{leaf}", key) for key in of_head if len(bundle.entries[key].shape) in ranks]
+    return _once(found, where)
+
+
+def _by_order(graph: Graph, bundle: Bundle, names: dict[str, str], where: str) -> dict[str, str]:
+    """The variables of a Keras export, which are a list in the order in which the model's layers hold them."""
+    held = graph[0].children
+    is_export = "non_trainable_variables" in held and "keras_api" not in held
+    top = held.get("variables") if is_export else None
+    listed = [key for i in _stack(graph, top) for key in graph[i].keys if key in names] if top is not None else []
+    shapes = [bundle.entries[key].shape for key in listed]
+    if shapes and len(shapes[0]) == 4:
+        units = tuple(shapes.count((3, 3, n, n)) for n in (shapes[0][-1] << block for block in range(4)))
+        wanted = layout(units, shapes[0][-1], shapes[-1][0])
+        places = [(name.split("/")[-1], shape) for name, shape in wanted.items()]
+        if places == [(names[key].split("/")[-1], shape) for key, shape in zip(listed, shapes, strict=True)]:
+            return dict(zip(wanted, listed, strict=True))
+    raise InputError(
+        f"{where} holds no BiT network that can be told; its variables are {_some(names.values())}; wanted a module of "
+        f"TensorFlow Hub with a Dense head, or a bit_tf2.models.ResnetV2; if it is one, {SAVE_AGAIN}"
+    )
+
+
+def _once(found: list[tuple[str, str]], where: str) -> dict[str, str]:
+    """Raises `InputError` if two variables have the same place."""
+    keys: dict[str, str] = {}
+    for name, key in found:
+        if name in keys:
+            raise InputError(f"{where} holds two variables for {name}: {keys[name]} and {key}; {SAVE_AGAIN}")
+        keys[name] = key
+    return keys
+
+
+def _checked(found: dict[str, str], bundle: Bundle, where: str) -> dict[str, tuple[int, ...]]:
+    """The shapes by name, if all variables of a BiT network are there, of its shapes, and nothing else."""
+    entries = {name: bundle.entries[key] for name, key in found.items()}
+    places = [(int(m[1]), int(m[2])) for name in found if (m := re.match(r"block(\d)/unit(\d+)/", name))]
+    units = tuple(max((unit for block, unit in places if block == b), default=1) for b in (1, 2, 3, 4))
+    width, classes = (entries[name].shape[-1:] if name in entries else () for name in (STEM, "head/bias"))
+    wanted = layout(units, *width or (64,), *classes or (1,))
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{key} stands where BiT has nothing" for name, key in found.items() if name not in wanted]
+    for name, entry in entries.items():
+        # Axes of one element are of no matter: some heads are convolutions, some norms have four axes.
+        if name in wanted and [n for n in entry.shape if n != 1] != [n for n in wanted[name] if n != 1]:
+            problems.append(f"{name} has shape {entry.shape}, wanted {wanted[name]}")
+        elif not entry.is_weight:
+            problems.append(f"{name} holds no floats")
+    if problems:
+        raise InputError(f"{where} is no whole BiT network: {_some(problems)}; {SAVE_AGAIN}")
+    return wanted
+
+
+def _some(words: Iterable[str]) -> str:
+    first, *rest = sorted(words) or ["none"]
+    return ", ".join([first, *rest[:3]]) + (f" … and {len(rest) - 3} more" if len(rest) > 3 else "")

@@ -1,0 +1,158 @@
+"""Shampoo: the gradient of a kernel is whitened along each of its axes.
+
+Gupta et al., "Shampoo: Preconditioned stochastic tensor optimization" (2018), as Anil et al. made it fit for deep
+networks ("Scalable second order optimization for deep learning", 2020): a tensor whose small axes are merged is cut
+into blocks. A block G with k axes keeps for each the statistic L ← β₂·L + (1 − β₂)·G·Gᵀ of its unfolding, and is
+multiplied along it by L^(−1/2k). The tensor as a whole then gets the length of another optimizer's update: grafting.
+
+Blocks of one shape, of whatever parameters, are one tensor here, and so are matrices of one side: a ResNet-50 is a few
+dozen matrix products and eigenvalue problems instead of some ten thousand.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funmatch.ops.optim.shampoo_blocks import Share, Stacks, alone, merged
+
+GRAFTS = ("none", "sgd", "sqrtn", "adagrad", "adagrad-normalized", "rmsprop", "rmsprop-normalized")
+
+
+class Shampoo(torch.optim.Optimizer):
+    """Shampoo with momentum and grafting. It knows no weight decay.
+
+    Options are called as in the published code. A parameter that is a vector, or is one after merging, has no
+    preconditioner and is updated as its graft says.
+
+    Args:
+        params: as for any optimizer of torch.
+        lr: learning rate.
+        betas: of the momentum, m ← β₁·m + update, and of the statistics; a β₂ of 1 sums them up.
+        block_size: the longest side of a block, and of what small axes are merged to.
+        graft_type: whose length an update has, one of `GRAFTS`. The default, the plain gradient's, is that of the
+            published code.
+        nesterov: look ahead by a step of the momentum.
+        start_preconditioning_step: the first, counted from 1, whose update is not the graft's.
+        statistics_compute_steps: steps between updates of the statistics.
+        preconditioning_compute_steps: steps between computations of the roots.
+        no_preconditioning_for_layers_with_dim_gt: parameters with a longer axis have no preconditioner.
+        matrix_eps: what statistics begin at, and, as a share of their largest eigenvalue, what is added under the root.
+        diagonal_eps: added to the square roots of AdaGrad's and RMSProp's statistics.
+        share: how the computation of the roots is shared out.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        *,
+        block_size: int = 128,
+        graft_type: str = "sgd",
+        nesterov: bool = True,
+        start_preconditioning_step: int = 25,
+        statistics_compute_steps: int = 1,
+        preconditioning_compute_steps: int = 1,
+        no_preconditioning_for_layers_with_dim_gt: int = 8192,
+        matrix_eps: float = 1e-6,
+        diagonal_eps: float = 1e-10,
+        share: Share = alone,
+    ) -> None:
+        if graft_type not in GRAFTS:
+            raise ValueError(f"graft_type {graft_type!r} is none of {', '.join(GRAFTS)}")
+        if least := [n for n in (block_size, statistics_compute_steps, preconditioning_compute_steps) if n < 1]:
+            raise ValueError(f"block_size and the steps between computations must be at least 1, got {least[0]}")
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] <= 1):
+            raise ValueError(f"betas must lie in [0, 1) and [0, 1], got {betas}")
+        self.block_size, self.graft_type, self.nesterov = block_size, graft_type, nesterov
+        self.start, self.longest = start_preconditioning_step, no_preconditioning_for_layers_with_dim_gt
+        self.statistics_every, self.roots_every = statistics_compute_steps, preconditioning_compute_steps
+        self.matrix_eps, self.diagonal_eps, self.share = matrix_eps, diagonal_eps, share
+        self.stacks: dict[int, Stacks] = {}
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update. A group counts its steps in `step`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, group in enumerate(self.param_groups):
+            group.setdefault("step", torch.zeros(()))
+            group["step"] += 1
+            if taught := [p for p in group["params"] if p.grad is not None]:
+                self._update_(number, group, taught)
+        return loss
+
+    def _update_(self, number: int, group: dict[str, Any], taught: list[Tensor]) -> None:
+        (beta1, beta2), step = group["betas"], int(group["step"])
+        grafted = [self._graft(p, beta2) for p in taught]
+        white = self._whitened(number, taught, beta2, step)
+        if white and self.graft_type != "none":
+            _lengthen_(list(white.values()), [graft for p, graft in zip(taught, grafted, strict=True) if p in white])
+        updates = [white.get(p, graft) for p, graft in zip(taught, grafted, strict=True)]
+        moments = self._moved(taught, "momentum", updates, beta1)
+        if step < self.start:
+            moments, updates = self._moved(taught, "graft_momentum", grafted, beta1), grafted
+        else:
+            for p in taught:
+                self.state[p].pop("graft_momentum", None)  # never asked for again
+        if self.nesterov:
+            moments = list(torch._foreach_add(torch._foreach_mul(moments, beta1), updates))
+        torch._foreach_add_(taught, moments, alpha=-group["lr"])
+
+    def _whitened(self, number: int, taught: list[Tensor], beta2: float, step: int) -> dict[Tensor, Tensor]:
+        """The gradients of those parameters that have preconditioners, preconditioned."""
+        matrices = [p for p in taught if len(merged(p.shape, self.block_size)) > 1 and max(p.shape) <= self.longest]
+        if not matrices:
+            return {}
+        stacks = self.stacks.get(number)
+        if stacks is None or [*map(id, stacks.tensors)] != [*map(id, matrices)]:
+            stacks = self.stacks[number] = Stacks(matrices, self.block_size, self.matrix_eps)
+        stacks.bind(self.state)
+        blocks = stacks.cut([p.grad for p in matrices if p.grad is not None])
+        if step % self.statistics_every == 0:
+            stacks.follow_(blocks, beta2)
+        if step % self.roots_every == 0:
+            stacks.solve_(self.matrix_eps, self.share)
+        return dict(zip(matrices, stacks.paste(stacks.whitened(blocks)), strict=True))
+
+    def _graft(self, p: Tensor, beta2: float) -> Tensor:
+        """The update whose length is taken."""
+        gradient = p.grad
+        assert gradient is not None
+        if self.graft_type in ("none", "sgd"):
+            return gradient
+        if self.graft_type == "sqrtn":
+            return gradient.sign()
+        if self.graft_type.endswith("-normalized"):
+            gradient = gradient / (gradient.norm() + 1e-16)
+        squares = self._slot(p, "squares")
+        summed = self.graft_type.startswith("adagrad")
+        squares.mul_(1 if summed else beta2).addcmul_(gradient, gradient, value=1 if summed else 1 - beta2)
+        return gradient / (squares.sqrt() + self.diagonal_eps)
+
+    def _moved(self, taught: list[Tensor], slot: str, updates: list[Tensor], beta: float) -> list[Tensor]:
+        """The momentum that is kept in a slot, after these updates."""
+        moments = [self._slot(p, slot) for p in taught]
+        torch._foreach_mul_(moments, beta)
+        torch._foreach_add_(moments, updates)
+        return moments
+
+    def _slot(self, p: Tensor, slot: str) -> Tensor:
+        """Of a parameter's state; zeros at first."""
+        if slot not in self.state[p]:
+            self.state[p][slot] = torch.zeros_like(p)
+        return self.state[p][slot]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.stacks = {}
+        super().__setstate__(state)
+
+
+def _lengthen_(updates: list[Tensor], like: list[Tensor]) -> None:
+    """Gives each update the norm of another."""
+    wanted, had = (torch.stack(list(torch._foreach_norm(each))) for each in (like, updates))
+    torch._foreach_mul_(updates, list((wanted / (had + 1e-16)).unbind()))

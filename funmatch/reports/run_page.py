@@ -1,0 +1,273 @@
+"""One offline HTML page about runs: figures, curves, the views of a step, and the configuration."""
+
+import base64
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+
+from funmatch.config import TAUGHT, Report
+from funmatch.config.choices import STRATEGIES
+from funmatch.errors import InputError
+from funmatch.models.inference.frozen import Form
+from funmatch.ops import mixing
+from funmatch.reports import run_plots
+from funmatch.runtime import env
+from funmatch.runtime.files import write_atomically
+from funmatch.runtime.text import duration, percent
+from funmatch.training import datasets, setup
+from funmatch.training.run import extend
+from funmatch.training.run import folder as run_folder
+
+SHOWN_VIEWS = 12
+THUMBNAIL = 96
+
+
+def run(config: Report) -> Path:
+    """Writes the page and returns where it is.
+
+    Raises:
+        InputError: a folder that is no run.
+    """
+    config.check()
+    found = [run_folder.find(folder) for folder in config.runs]
+    path = config.out.expanduser() if config.out else found[0].folder / "report.html"
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"cannot write the page {path}: {'it is a folder' if path.is_dir() else 'no such folder'}")
+    page = Environment(
+        loader=PackageLoader("funmatch.reports", "templates"), autoescape=select_autoescape(), trim_blocks=True
+    ).get_template("report.html")
+    sheets = [sheet for each in found if (sheet := views_sheet(each, config.view_step))]
+    distilled = [each for each in found if each.config["verb"] == "distill"]
+    best = max((each.result or {}).get("top1") or 0.0 for each in distilled or found)
+    html = page.render(
+        title=" and ".join(each.folder.resolve().name for each in found),
+        best=percent(best) if best else None,
+        rows=[line for each in found for line in rows(each)],
+        columns=COLUMNS,
+        teachers=[line for each in found for line in teachers(each)],
+        teacher_columns=TEACHER_COLUMNS,
+        lead="Function matching" if distilled else "Taught by labels",
+        closeness=[line for each in found for line in closeness(each)],
+        closeness_columns=CLOSENESS_COLUMNS,
+        seen=[line for each in found for line in seen(each)],
+        seen_columns=SEEN_COLUMNS,
+        overridden=[line for each in found for line in overridden(each)],
+        curves=run_plots.panels(found),
+        sheets=sheets,
+        configs=[(each.folder.resolve().name, flat(each.config)) for each in found],
+        colors=run_plots.COLORS,
+    )
+    write_atomically(path, html)
+    return path
+
+
+def of_finished(folder: Path) -> Path:
+    """The page of one finished run, written by the first process unless it is there."""
+    page, result = folder / "report.html", folder / "result.json"
+    if not env.is_first():
+        return page
+    if page.is_file() and page.stat().st_mtime >= result.stat().st_mtime:
+        return page
+    return run(Report(runs=(folder,)))
+
+
+COLUMNS = (
+    "run",
+    "taught by",
+    "steps",
+    "top-1",
+    "teacher top-1",
+    "agree@1",
+    "agree@5",
+    "KL",
+    "ECE",
+    "parameters",
+    "split",
+    "time",
+)
+
+
+def row(run: run_folder.Run) -> list[str]:
+    """The figures of a run, in the order of `COLUMNS`; dashes where it has none yet."""
+    config, result = run.config, run.result or {}
+    records = run.metrics.read()
+    knobs = config["knobs"]
+    step = result.get("step") or max((record["step"] for record in records), default=0)
+    teacher = result.get("teacher") or {}
+    return [
+        run.folder.resolve().name,
+        " + ".join(Path(name).name for name in _several(knobs.get("teacher"))) or "labels",
+        f"{step:,}" if run.result else f"{step:,} of {knobs['steps']:,}",
+        percent(result.get("top1")),
+        percent(teacher.get("top1")),
+        percent(result.get("agreement")),
+        percent(result.get("agreement5")),
+        _number(result.get("kl")),
+        _number(result.get("ece")),
+        f"{config['facts']['parameters']:,}",
+        str(result.get("split", "–")),
+        duration(result["seconds"]) if result else "–",
+    ]
+
+
+def rows(run: run_folder.Run) -> list[list[str]]:
+    """The row of a run, of each end that it has gone beyond, and of the averages of weights where these were kept."""
+    found = [row(run)]
+    for end in extend.kept(run):
+        result = end.result or {}
+        own = dict(zip(COLUMNS, found[0], strict=True)) | _judged(result)
+        steps = {"run": f"{found[0][0]}, end at step {result['step']:,}", "steps": f"{result['step']:,}"}
+        found.append(list((own | steps | {"time": duration(result["seconds"])}).values()))
+        found += _row_of_average(found[-1], result)
+    return found + _row_of_average(found[0], run.result or {})
+
+
+def _row_of_average(row: list[str], result: dict[str, Any]) -> list[list[str]]:
+    """The row below that of a student: the average of its weights, where that was kept."""
+    if not (average := result.get("ema")):
+        return []
+    own = dict(zip(COLUMNS, row, strict=True)) | {"run": f"{row[0]}, average of weights"} | _judged(average)
+    return [list(own.values())]
+
+
+def _judged(figures: dict[str, Any]) -> dict[str, str]:
+    """The figures of a student, by their columns."""
+    return {
+        "top-1": percent(figures["top1"]),
+        "agree@1": percent(figures["agreement"]),
+        "agree@5": percent(figures.get("agreement5")),
+        "KL": _number(figures["kl"]),
+        "ECE": _number(figures["ece"]),
+    }
+
+
+CLOSENESS_COLUMNS = ("run", "step", "pictures", "top-1", "teacher's", "agree@1", "agree@5", "KL", "distance")
+
+
+def closeness(run: run_folder.Run) -> list[list[str]]:
+    """How close the student is to its teacher on training views, and beside them on pictures it has never seen.
+
+    A teacher that is fixed is matched ever better on the views of the training, and ever worse elsewhere.
+    """
+    records = run.metrics.read()
+    last = {each["event"]: each for each in records if each["event"] in ("views", "eval", "step", "teacher")}
+    if "views" not in last or "eval" not in last:
+        return []
+    name, teacher = run.folder.resolve().name, last.get("teacher", {}).get("top1")
+    rows = []
+    for event, what, right, distance in (
+        ("views", "training views", last["views"].get("teacher_top1"), last.get("step", {}).get("loss")),
+        ("eval", last["eval"]["split"], teacher, None),
+    ):
+        own = last[event]
+        shares = [own.get("top1"), right, own.get("agreement"), own.get("agreement5")]
+        rows.append([name, f"{own['step']:,}", what, *map(percent, shares), _number(own.get("kl")), _number(distance)])
+    return rows
+
+
+TEACHER_COLUMNS = ("run", "teacher", "top-1", "split", "computed in", "KL from fp32", "agreement with fp32")
+
+
+def teachers(run: run_folder.Run) -> list[list[str]]:
+    """How good each teacher of a run was before it began, and how its fast form answers beside plain fp32."""
+    found = []
+    for record in run.metrics.read():
+        if record["event"] == "teacher":
+            beside = record.get("beside_fp32") or {}
+            found.append([
+                run.folder.resolve().name,
+                " + ".join(Path(name).name for name in record["teacher"].split(" + ")),
+                percent(record.get("top1")),
+                record["split"],
+                str(Form(**record["form"])) if record.get("form") else "–",
+                f"{max(0.0, beside['kl']):.1e}" if beside else "–",
+                percent(beside.get("agreement")),
+            ])  # fmt: skip
+    return found
+
+
+SEEN_COLUMNS = ("run", "split", "pictures", "during the run", "at its end", "chosen by it")
+
+
+def seen(run: run_folder.Run) -> list[list[str]]:
+    """How often a run judged its student on each split, and whether anything was chosen by what came out."""
+    evaluations = [record["split"] for record in run.metrics.read() if record["event"] == "eval"]
+    result, knobs = run.result or {}, run.config["knobs"]
+    names = dict.fromkeys([*evaluations, *([result["split"]] if "split" in result else [])])
+    choices = ["the best checkpoint"]
+    choices += ["the student that was kept"] if knobs.get("keep") == "best" else []
+    choices += ["the end of the run"] if knobs.get("patience") else []
+    return [
+        [
+            run.folder.resolve().name,
+            name,
+            f"{run.config['facts']['pictures'].get(name, 0):,}",
+            str(evaluations.count(name)),
+            "once" if name == result.get("split") else "–",
+            ", ".join(choices) if name in evaluations and name != "test" else "nothing",
+        ]
+        for name in names
+    ]
+
+
+def overridden(run: run_folder.Run) -> list[list[str]]:
+    """What a run did otherwise than the recipe that it followed: knob, the recipe's value, its own."""
+    knobs, others = run.config["knobs"], run.config["facts"].get("overridden", {})
+    told = [(name, *map(_told, values)) for name, values in others.items()]
+    if knobs.get("recipe") and not told:
+        told = [("nothing", "–", "–")]
+    return [[run.folder.resolve().name, str(knobs.get("recipe")), *line] for line in told]
+
+
+def _told(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
+    """What a step showed to teacher and student, as a picture; None where the pictures are gone or have changed."""
+    config = run.config
+    knobs = config["knobs"]
+    try:
+        table = TAUGHT[config["verb"]](**knobs)
+        cache = datasets.of_run(table)
+    except (InputError, OSError, ValueError, KeyError):
+        return None
+    if cache.key != config["facts"]["data"]:
+        return None
+    strategy = STRATEGIES[knobs["strategy"]] if "strategy" in knobs else None
+    sides = (knobs["side"],) if strategy and not strategy.fixed else ()
+    batch = setup.loader_of(table, cache, sides).batch_at(step)
+    shown, student = mixing.seen(batch.crops, batch.shown, batch.lam, batch.cuts)
+    rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in (*shown, student)]
+    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    image = Image.fromarray((sheet * 255).round().astype(np.uint8))
+    enlarge = max(1, THUMBNAIL // knobs["side"])
+    image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
+    png = BytesIO()
+    image.save(png, "PNG")
+    return {
+        "name": run.folder.resolve().name,
+        "step": step,
+        "lam": batch.lam if isinstance(batch.lam, float) else None,
+        "strategy": knobs.get("strategy", "labels"),
+        "rows": ["teacher", "student"][-len(rows) :],
+        "png": base64.b64encode(png.getvalue()).decode(),
+    }
+
+
+def flat(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """A run's configuration as (name, value) for reading."""
+    values = {"verb": config["verb"], **config["knobs"], **{f"facts: {k}": v for k, v in config["facts"].items()}}
+    return [(name, _told(value)) for name, value in values.items()]
+
+
+def _several(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else names or []
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,124 @@
+"""The curves of runs: figures against the step, as SVG."""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from funmatch.training.run import extend
+from funmatch.training.run import folder as run_folder
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "funmatch",
+    "font.family": ["sans-serif"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+COLORS = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#bf3989", "#57606a", "#0a7d91", "#9a6700")
+GREY = "#57606a"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one plot shows.
+
+    Attributes:
+        heading: above it.
+        event, name: of the records in `metrics.jsonl`.
+        label: of the axis.
+        scale: by which values are multiplied.
+        views: whether the same figure on training views is drawn beside it.
+    """
+
+    heading: str
+    event: str
+    name: str
+    label: str
+    scale: float = 1.0
+    views: bool = False
+
+
+ACCURACY = Panel("Accuracy on the watched split", "eval", "top1", "top-1 (%)", 100.0)
+AGREEMENT = Panel("Agreement with the teacher", "eval", "agreement", "agreement (%)", 100.0, views=True)
+KL = Panel("KL from the teacher", "eval", "kl", "KL (nats)", views=True)
+LOSS = Panel("Loss on training views", "step", "loss", "loss")
+OTHERS = (
+    LOSS,
+    Panel("Learning rate", "step", "lr", "learning rate"),
+    Panel("Throughput", "step", "images_per_second", "images/s"),
+)
+
+
+def panels(found: list[run_folder.Run]) -> list[tuple[str, str]]:
+    """(heading, SVG) of accuracy, closeness to the teacher, loss, learning rate and throughput against the step."""
+    known = {name for run in found for each in run.metrics.read() if each["event"] == "eval" for name in _given(each)}
+    judged = [panel for panel in (ACCURACY, AGREEMENT, KL) if panel.name in known]
+    return [(panel.heading, plot(found, panel)) for panel in (*judged, *OTHERS)]
+
+
+def _given(record: dict) -> set[str]:
+    return {name for name, value in record.items() if value is not None}
+
+
+def plot(found: list[run_folder.Run], panel: Panel) -> str:
+    """One panel, as the text of an SVG element.
+
+    A line a run; thin ones for the cool-downs of ends that it has gone beyond, dotted ones for the average of its
+    weights, dash-dotted ones for training views; and a dashed one for each teacher.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        teachers: dict[float, str] = {}
+        for each, color in zip(found, COLORS * (len(found) // len(COLORS) + 1), strict=False):
+            _lines(axes, each, panel, color)
+            starts = [r for r in each.metrics.read() if r["event"] == "teacher" and r.get(panel.name) is not None]
+            if panel.name == "top1":
+                teachers |= {panel.scale * r[panel.name]: r["teacher"] for r in starts}
+        for value, teacher in teachers.items():
+            axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=_literal(f"teacher {_short(teacher)}"))
+        axes.set_xlabel("step")
+        axes.set_ylabel(panel.label)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize=8)
+        text = BytesIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue().decode()
+    return svg[svg.index("<svg") :]
+
+
+def _lines(axes: Axes, run: run_folder.Run, panel: Panel, color: str) -> None:
+    """All lines of one run."""
+    name = run.folder.resolve().name
+    marker = "o" if len(_points(run, panel.event, panel)[0]) < 3 else None
+    axes.plot(*_points(run, panel.event, panel), color=color, label=_literal(name), linewidth=1.6, marker=marker)
+    for end in extend.kept(run):
+        axes.plot(*_points(end, panel.event, panel), color=color, linewidth=0.9, marker=marker)
+    beside = [("ema", ":", "average of weights")] if panel.event == "eval" else []
+    beside += [("views", "-.", "training views")] if panel.views else []
+    for event, style, about in beside:
+        if points := _points(run, event, panel):
+            label = _literal(f"{name}, {about}") if points[0] else None
+            axes.plot(*points, color=color, linestyle=style, linewidth=1.6, label=label)
+
+
+def _points(run: run_folder.Run, event: str, panel: Panel) -> tuple[list[int], list[float]]:
+    """Steps and values of the records of an event."""
+    known = [each for each in run.metrics.read() if each["event"] == event and each.get(panel.name) is not None]
+    return [each["step"] for each in known], [panel.scale * each[panel.name] for each in known]
+
+
+def _short(teachers: str) -> str:
+    return " + ".join(Path(name).name for name in teachers.split(" + "))
+
+
+def _literal(text: str) -> str:
+    """Text that matplotlib neither hides (leading underscore) nor typesets (dollars)."""
+    return "\u200b" + text.encode(errors="replace").decode().replace("$", r"\$")

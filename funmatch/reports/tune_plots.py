@@ -1,0 +1,139 @@
+"""Plots of a search: parallel coordinates, slices, importance."""
+
+import math
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from funmatch.reports.run_plots import COLORS, STYLE
+from funmatch.runtime.text import told
+
+BEST = COLORS[1]
+SHADES = colormaps["viridis"]
+Result = Mapping[str, Any]
+Trials = list[dict[str, Any]]
+
+
+def of(result: Result) -> list[tuple[str, str]]:
+    """(heading, SVG) of the trials that have a figure; nothing for fewer than two."""
+    complete = [trial for trial in result["trials"] if trial["value"] is not None]
+    if len(complete) < 2:
+        return []
+    wide = max(6.4, 2.4 * len(result["space"]) + 1.6)
+    found = [
+        ("Parallel coordinates: a line a trial, the best in orange", _drawn(_parallel, complete, result, (wide, 3.6))),
+        ("Slices: a dot a trial, with the spread of its executions", _drawn(_slices, complete, result, (wide, 3.0))),
+    ]
+    if result["importance"]:
+        heading = "Importance: share of each knob in how good a trial is (PED-ANOVA)"
+        found.append((heading, _drawn(_bars, complete, result, (6.4, 0.6 + 0.4 * len(result["importance"])))))
+    return found
+
+
+def _drawn(draw: Callable[[Figure, Trials, Result], None], trials: Trials, result: Result, size: tuple) -> str:
+    """A plot as the text of an SVG element."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, trials, result)
+        text = BytesIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue().decode()
+    return svg[svg.index("<svg") :]
+
+
+def _parallel(figure: Figure, trials: Trials, result: Result) -> None:
+    axes = figure.subplots()
+    space = result["space"]
+    values = [trial["value"] for trial in trials]
+    low, high = min(values), max(values)
+    for trial in sorted(trials, key=lambda each: (each["number"] == result["best"], each["value"])):
+        heights = [_height(space[name], trial["knobs"][name]) for name in space]
+        heights.append((trial["value"] - low) / ((high - low) or 1.0))
+        best = trial["number"] == result["best"]
+        color = BEST if best else SHADES(0.9 * heights[-1])
+        axes.plot(range(len(heights)), heights, color=color, linewidth=2.4 if best else 1.1, alpha=1 if best else 0.7)
+    for place, name in enumerate(space):
+        for height, word in _marks(space[name]):
+            axes.annotate(
+                word,
+                (place, height),
+                xytext=(-4, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
+            )
+    for height, value in ((0.0, low), (1.0, high)):
+        axes.annotate(
+            f"{100 * value:.1f} %",
+            (len(space), height),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_xticks(range(len(space) + 1), [*space, "validation"])
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=True, axis="x", alpha=0.6)
+    axes.set_xlim(-0.4, len(space) + 0.4)
+
+
+def _height(span: Mapping[str, Any], value: Any) -> float:
+    """Where a value stands between the first and the last of its knob, in [0, 1]."""
+    if span["choices"]:
+        return list(span["choices"]).index(value) / max(1, len(span["choices"]) - 1)
+    scale = math.log if span["log"] else float
+    low, high = scale(span["low"]), scale(span["high"])
+    return (scale(value) - low) / (high - low)
+
+
+def _marks(span: Mapping[str, Any]) -> list[tuple[float, str]]:
+    """(height, word) of the values that an axis names."""
+    ends = span["choices"] or (span["low"], span["high"])
+    return [(_height(span, value), told(value)) for value in ends]
+
+
+def _slices(figure: Figure, trials: Trials, result: Result) -> None:
+    space = result["space"]
+    panels = figure.subplots(1, len(space), sharey=True, squeeze=False)[0]
+    for axes, (name, span) in zip(panels, space.items(), strict=True):
+        _slice(axes, name, span, trials, result["best"])
+    panels[0].set_ylabel("validation (%)")
+
+
+def _slice(axes: Axes, name: str, span: Mapping[str, Any], trials: Trials, best: int) -> None:
+    """One knob's values against the figure that was chosen by."""
+    for trial in trials:
+        value = trial["knobs"][name]
+        place = list(span["choices"]).index(value) if span["choices"] else value
+        axes.errorbar(
+            place, 100 * trial["value"], yerr=100 * (trial["spread"] or 0.0) or None, fmt="o", markersize=5,
+            color=BEST if trial["number"] == best else COLORS[0], elinewidth=0.8, alpha=0.85,
+        )  # fmt: skip
+    if span["choices"]:
+        axes.set_xticks(range(len(span["choices"])), list(map(told, span["choices"])))
+        axes.margins(x=0.2)
+    elif span["log"]:
+        low, high = span["low"], span["high"]
+        axes.set_xscale("log")
+        ticks = (low, math.sqrt(low * high), high)
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+    axes.set_xlabel(name)
+
+
+def _bars(figure: Figure, _trials: Trials, result: Result) -> None:
+    axes = figure.subplots()
+    shares = list(reversed(result["importance"].items()))
+    axes.barh([name for name, _ in shares], [100 * share for _, share in shares], color=COLORS[0], height=0.6)
+    axes.set_xlabel("importance (%)")
+    axes.grid(visible=False, axis="y")

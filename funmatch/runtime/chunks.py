@@ -1,0 +1,10 @@
+"""Cuts a number of rows into even chunks."""
+
+
+def cuts(count: int, size: int | None) -> list[int]:
+    """Where so many pictures are cut into the fewest pieces of at most `size`, as even as can be: 0, …, count.
+
+    Even, since BatchNorm has no statistics of a last piece of one picture.
+    """
+    pieces = -(-count // (size or count))
+    return [count * number // pieces for number in range(pieces + 1)]

@@ -1,0 +1,212 @@
+"""How a student is computed: in the arithmetic that is faster on this machine, and compiled where a run earns it."""
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funmatch.config import Train
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.errors import first_line, lacks_memory
+from funmatch.models.classifier import Classifier
+from funmatch.models.inference.frozen import CLEARLY, SMALL
+from funmatch.models.inference.native_layers import gains, quicken
+from funmatch.ops import crops, resample
+from funmatch.ops.native import library, norms
+from funmatch.runtime import devices, distributed, env
+from funmatch.runtime.chunks import cuts
+from funmatch.runtime.files import cache_home, write_atomically
+from funmatch.runtime.log import say
+from funmatch.runtime.text import duration
+from funmatch.training.loop import Course
+from funmatch.training.run import folder as run_folder
+
+MEASURED_FROM = 200
+"""Steps of a run from which it is worth a few seconds to find the faster arithmetic."""
+COMPILED_FROM = 2000
+"""Steps of a run from which a minute or two of compiling are won back."""
+PICTURES, TURNS = 32, 2
+NATIVE = "native"
+MODES = {"on": None, "max": "max-autotune"}
+"""Of `torch.compile`; max tries many kernels, and replays graphs of an accelerator's launches."""
+
+
+def settled(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> dict[str, str]:
+    """`precision` and `compile` with no `auto` left; a run that has begun goes on as it began, to the same bits."""
+    before = distributed.from_first(lambda: run_folder.knobs_of(config.out))
+    found: dict[str, str] = {}
+    if config.compile == "auto":
+        # A run that is older than this knob was not compiled, and says nothing of it.
+        found["compile"] = before.get("compile", "auto") if before else _compiled(steps, student, device)
+    if config.precision == "auto":
+        config = config.model_copy(update=found)
+        found["precision"] = before.get("precision") or precision(config, steps, side, student, device)
+    return found
+
+
+def _compiled(steps: int, student: Classifier, device: torch.device) -> str:
+    """`compile` where nobody said another. On a CPU our own kernels gain more than a compiler does."""
+    if device.type == "cpu":
+        used = student.count() >= SMALL and gains(student.net)
+        return distributed.from_first(lambda: "native" if (_had() if used else library.compiler()) else "off")
+    return "on" if steps >= COMPILED_FROM and student.count() >= SMALL and env.world() == 1 else "off"
+
+
+def _had() -> bool:
+    """Whether our own kernels can be had; says so where they cannot."""
+    if why := norms.why_not():
+        say(f"our own kernels cannot be had here, torch's are slower: {why}")
+    return not why
+
+
+def views(config: Train, split: CachedSplit) -> dict[str, str]:
+    """The fact of who cuts the crops of a run on the CPU: our own kernel, or torch. A run goes on as it began."""
+
+    def found() -> str:
+        before = run_folder.facts_of(config.out)
+        if not before:
+            sizes = split.index["height"].astype("int64") * split.index["width"]
+            return NATIVE if (sizes > crops.SMALL).any() and not resample.why_not() else "torch"
+        if before.get("views") == NATIVE and (why := resample.why_not()):
+            say(f"WARNING: views were cut by our own kernel, which cannot be had now ({why}): the bits will be others")
+        return before.get("views", "torch")  # a run that is older than the kernel
+
+    return {"views": distributed.from_first(found)}
+
+
+def precision(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> str:
+    """The student's arithmetic where nobody said another.
+
+    On a CPU with instructions for bf16 this is measured: networks of large kernels gain, those of depthwise ones lose.
+    """
+    usual = devices.resolve_precision("auto", device)
+    fast = "bf16" in devices.teacher_precisions("auto", device)
+    if device.type != "cpu" or not fast or student.count() < SMALL or steps < MEASURED_FROM:
+        return usual
+    pictures = min(PICTURES, config.micro_batch or config.batch)
+    quick = quickens(student, config, device) and not norms.why_not()
+    seconds = distributed.from_first(lambda: known(student, side, pictures, quick=quick))
+    gain = seconds["fp32"] / seconds["bf16"]
+    if gain < CLEARLY:
+        return usual
+    say(f"{config.student} is taught in bf16, {gain:.1f} times as fast here as fp32 (--precision says it otherwise)")
+    return "bf16"
+
+
+def known(student: Classifier, side: int, pictures: int, *, quick: bool = False) -> dict[str, float]:
+    """Seconds a step in each arithmetic, measured once on a machine, so that two runs alike are computed alike."""
+    words = (repr(student.net), side, pictures, quick, devices.described(torch.device("cpu")))
+    place = cache_home() / "steps" / f"{hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()}.json"
+    try:
+        found = json.loads(place.read_text())
+        return {name: max(float(found[name]), 1e-9) for name in ("fp32", "bf16")}
+    except (OSError, ValueError, TypeError, KeyError):
+        found = measured(student, side, pictures, quick=quick)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, json.dumps(found))
+    except OSError as error:
+        say(f"the next run will measure this student again: {place.parent} cannot be written ({error.strerror})")
+    return found
+
+
+def measured(student: Classifier, side: int, pictures: int, *, quick: bool) -> dict[str, float]:
+    """Seconds for a student's way there and back on the CPU, in fp32 and in bf16; endless where it cannot be done."""
+    device, seconds = torch.device("cpu"), {}
+    with torch.random.fork_rng(devices=[]):
+        views = torch.rand(pictures, 3, side, side).contiguous(memory_format=torch.channels_last)
+        for name in ("fp32", "bf16"):
+            own = copy.deepcopy(student).to(device).train()
+            if quick:
+                quicken(own.net, taught_only=True)
+            try:
+                times = [_seconds(own, views, device, name) for _ in range(1 + TURNS)]
+                seconds[name] = min(times[1:])
+            except Exception as error:  # a network may lack an operation in bf16
+                if lacks_memory(error):
+                    raise
+                seconds[name] = 1e9
+    return seconds
+
+
+def _seconds(student: Classifier, views: Tensor, device: torch.device, name: str) -> float:
+    began = time.perf_counter()
+    with devices.autocast(device, name):
+        loss = student(views).float().square().mean()
+    loss.backward()
+    return time.perf_counter() - began
+
+
+def quickens(student: Classifier, config: Train, device: torch.device) -> bool:
+    """Whether our own kernels are to compute some of a student while it is taught."""
+    wanted = config.compile == "native" and device.type == "cpu"
+    return wanted and student.count() >= SMALL and gains(student.net)
+
+
+def hasten(student: Classifier, course: Course, config: Train, side: int) -> None:
+    """Has a student computed as the run's configuration says: by our own kernels, compiled, or as it is."""
+    if config.compile != "native":
+        compile_student(student, course, config, side)
+    elif quickens(student, config, course.device) and (why := norms.why_not()):
+        say(f"WARNING: our own kernels cannot be had here, torch's are slower and round otherwise: {why}")
+    elif quickens(student, config, course.device):
+        quicken(student.net, taught_only=True)
+        say(f"GroupNorm and standardised convolutions of {config.student} are computed by our own kernels")
+
+
+def compile_student(student: Classifier, course: Course, config: Train, side: int) -> None:
+    """Compiles what a student does while it is taught, if the run's configuration says so.
+
+    It is tried on views of each size that will come, there and back. Where that fails, the student is computed as it
+    is: the same mathematics, only slower.
+    """
+    if not config.compiles:
+        return
+    share = config.batch // env.world()
+    ends = cuts(share, config.micro_batch)
+    sizes = sorted({stop - start for start, stop in pairwise(ends)})
+    began, net = time.monotonic(), student.net
+    say(f"compiling {config.student}, a minute or two; --compile off does without")
+    student.taught = torch.compile(lambda views: net(views), dynamic=False, mode=MODES[config.compile])
+    try:
+        for size in sizes:
+            views = torch.rand(size, 3, side, side, device=course.device)
+            tried(student, course, views.contiguous(memory_format=torch.channels_last))
+    except Exception as error:  # compilers fail in as many ways as machines can be set up
+        if lacks_memory(error):
+            raise
+        student.taught = None
+        say(f"WARNING: {config.student} cannot be compiled here and is computed as it is: {first_line(error)}")
+        return
+    say(f"compiled {config.student} in {duration(time.monotonic() - began)}")
+
+
+def tried(student: Classifier, course: Course, views: Tensor) -> None:
+    """A way there and back that leaves no trace: the averages of BatchNorm and all random numbers stay as they were."""
+    kept = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    was, states = student.training, _random_states(course.device)
+    try:
+        with devices.autocast(course.device, course.precision):
+            loss = student.train()(views).float().square().mean()
+        loss.backward()
+    finally:
+        for name, buffer in student.named_buffers():
+            buffer.copy_(kept[name])
+        student.zero_grad(set_to_none=True)
+        student.train(was)
+        for restore, state in states:
+            restore(state)
+
+
+def _random_states(device: torch.device) -> list[tuple[Callable[[Any], object], Any]]:
+    states: list[tuple[Callable[[Any], object], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        states.append((module.set_rng_state, module.get_rng_state()))
+    return states

@@ -1,0 +1,134 @@
+"""The pictures that a configuration asks for, opened."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from funmatch.config import TAUGHT, Evaluate, Pictures, Train, Words
+from funmatch.data.cache.build import Keeping
+from funmatch.data.cache.device_store import size_aboard, taken_aboard
+from funmatch.data.cache.open_cache import Cache, open_cache
+from funmatch.data.dataset import Cut, Reading, parse_share
+from funmatch.data.readers.open import resolved
+from funmatch.errors import InputError, lacks_memory
+from funmatch.runtime.log import say, track
+
+JUDGED = ("val", "test")
+
+
+def reading(config: Pictures) -> Reading:
+    """How a configuration wants pictures read."""
+    cut = Cut({} if config.val is None else {"val": parse_share(config.val)}, config.val_seed)
+    return Reading(
+        data_dir=config.data_dir,
+        cut=cut if config.val is not None or config.val_seed else None,
+        unlabelled=config.unlabelled,
+        follow_links=config.follow_links,
+        image_feature=config.image_feature,
+        label_feature=config.label_feature,
+        first_label=config.first_label,
+        class_file=config.class_file,
+    )
+
+
+def keeping(config: Pictures) -> Keeping:
+    """How a configuration wants pictures kept."""
+    return Keeping(config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad)
+
+
+def opened(config: Pictures, data: tuple[str, ...], *, afresh: bool = False) -> Cache:
+    """A data set, read and kept as the configuration says."""
+    cache = open_cache(data, reading(config), keeping(config), track=track, tell=say, afresh=afresh)
+    return cache.without_labels() if config.unlabelled else cache
+
+
+def of_run(config: Train) -> Cache:
+    """The pictures of a run: those to learn from, and those to judge on, which may be of another data set.
+
+    Classes are those of the pictures that are judged on. So with `eval_data`, labels of the training pictures count
+    for nothing unless they are of the same classes.
+    """
+    learnt = opened(config, config.data)
+    if not config.eval_data:
+        return learnt
+    plain = config.model_copy(update={"unlabelled": False})
+    judged = opened(plain, config.eval_data)
+    splits = {name: judged.splits[name] for name in JUDGED if name in judged.splits}
+    if not splits:
+        splits = {"test": replace(judged.splits["train"], name="test")}
+    if "train" not in learnt.splits:
+        raise InputError(f"{learnt.name} has no split train to learn from; it has: {', '.join(learnt.splits)}")
+    train = learnt.splits["train"]
+    if learnt.classes != judged.classes:
+        train = train.without_labels()
+    for name, split in splits.items():
+        if leaked := len(np.intersect1d(train.digests, split.digests)):
+            say(f"WARNING: {leaked:,} pictures of {judged.name}'s {name} are also in {learnt.name}'s train")
+    return replace(
+        learnt,
+        key=f"{learnt.key}+{judged.key}",
+        classes=judged.classes,
+        unnamed=judged.unnamed,
+        splits={"train": train, **splits},
+    )
+
+
+def aboard(cache: Cache, device: torch.device, gigabytes: float) -> Cache:
+    """The pictures to learn from and to watch on with their pixels on the device, as far as they are resident and fit.
+
+    Args:
+        gigabytes: 10⁹ bytes that they may take there.
+    """
+    left, splits = int(gigabytes * 1e9), dict(cache.splits)
+    for name in ("train", "val"):
+        split = splits.get(name)
+        if split is None or split.store.decodes or not left:
+            continue
+        size = size_aboard(split)
+        if size > left:
+            say(f"{name}: {size / 1e9:.1f} GB of pixels stay on the host, since --device-gb is {gigabytes:g}")
+            continue
+        try:
+            splits[name], note = taken_aboard(split, device)
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            say(f"WARNING: {device} has no room for {size / 1e9:.1f} GB of {name} pixels; they stay on the host")
+            continue
+        left -= size
+        if note:
+            say(f"WARNING: {note}")
+        say(f"{name}: {size / 1e9:.2f} GB of pixels are on {device}, which cuts the views itself")
+    return replace(cache, splits=splits)
+
+
+def of_evaluation(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, Words, Words]:
+    """The pictures to judge on, and the names of those that a run learnt from and of those that it is judged on.
+
+    They are as said, or those of the run with this verb and these knobs.
+
+    Raises:
+        InputError: neither says which.
+    """
+    if config.data:
+        return opened(config, config.data), config.data, config.data
+    if not knobs:
+        raise InputError(f"which pictures? {config.model} is no run, so give --data")
+    said = {
+        name: getattr(config, name)
+        for name, field in Pictures.model_fields.items()
+        if name != "as_json" and getattr(config, name) != field.default
+    }
+    run = TAUGHT[verb].model_validate(knobs | said)
+    return of_run(run), run.data, run.eval_data or run.data
+
+
+def in_full(config: Train) -> dict[str, Any]:
+    """The words for pictures with their paths from the root, so that a run's record can be used from anywhere."""
+    found: dict[str, Any] = {name: tuple(map(resolved, getattr(config, name))) for name in ("data", "eval_data")}
+    for name in ("data_dir", "class_file"):
+        if path := getattr(config, name):
+            found[name] = path.expanduser().absolute()
+    return found

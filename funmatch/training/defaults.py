@@ -1,0 +1,97 @@
+"""A configuration with every default closed: what the record of a run holds, usable from anywhere."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from funmatch.config import Distill, Train
+from funmatch.config.choices import STRATEGIES
+from funmatch.data.cache.open_cache import Cache
+from funmatch.data.decode import pick_decoder
+from funmatch.errors import InputError
+from funmatch.models.class_map import SAME_NAMES
+from funmatch.models.classifier import Classifier
+from funmatch.models.load import NAMED
+from funmatch.ops.optim import factory
+from funmatch.runtime import devices, distributed, env
+from funmatch.training import acceleration, datasets, scoring
+from funmatch.training.run import folder as run_folder
+
+LR = 3e-3
+"""Adam's learning rate at the top of the schedule, where nobody said another."""
+SHARE = 1 / 4
+"""Of an accelerator's memory, for pixels."""
+
+
+def resolved(config: Train, cache: Cache, student: Classifier, device: torch.device) -> Train:
+    """The configuration with no default left open, and its length in steps."""
+    side = config.side or student.card.side
+    resize = config.eval_resize or config.resize or scoring.short_side(side, student.card)
+    if resize < side:
+        raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
+    steps = config.steps or max(1, round((config.epochs or 0) * len(cache.splits["train"]) / config.batch))
+    closed = {
+        **in_full(config),
+        "steps": steps,
+        "epochs": None,
+        "side": side,
+        "crop": config.cropped,
+        "resize": _short_side(config, side, resize),
+        "eval_resize": resize,
+        "mixup": _mixup(config) if config.mixup is None else config.mixup,
+        "lr": config.lr or LR,
+        "momentum": factory.momentum_of(config.optimizer, config.momentum),
+        "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
+        "device": str(device) if env.world() == 1 else device.type,  # the number is each process's own
+        "device_gb": _on_device(config, device),
+        **acceleration.settled(config, steps, side, student, device),
+        "decoder": pick_decoder(config.decoder),
+    }
+    return config.model_copy(update=closed)
+
+
+def _on_device(config: Train, device: torch.device) -> float:
+    """GB of pixels that may lie on the device; a run that has begun goes on as it began, to the same bits."""
+    before = distributed.from_first(lambda: run_folder.knobs_of(config.out)).get("device_gb")
+    given = before if config.device_gb is None else config.device_gb
+    return round(SHARE * devices.memory_of(device) / 1e9, 1) if given is None else given
+
+
+def _mixup(config: Train) -> float:
+    """The a of MixUp's Beta(a, a) where nobody said it: uniform, as in function matching, or as the strategy does."""
+    return STRATEGIES[config.strategy].mixup if isinstance(config, Distill) else 1.0
+
+
+def _short_side(config: Train, side: int, eval_resize: int) -> int | None:
+    """The short side of which mild crops are cut: as evaluation has it, but so that there is something to cut."""
+    if config.cropped not in ("mild", "squash"):
+        return None
+    return config.resize or (eval_resize if eval_resize > side else scoring.grown(side))
+
+
+def in_full(config: Train) -> dict[str, Any]:
+    """The paths in a configuration from the root, so that the record of a run can be used from anywhere."""
+    found = datasets.in_full(config)
+    found["student"] = _named_in_full(config.student)
+    if config.student_weights:
+        found["student_weights"] = config.student_weights.expanduser().resolve()
+    if isinstance(config, Distill):
+        found["teacher"] = tuple(map(_named_in_full, config.teacher))
+        found["teacher_weights"] = tuple(
+            file if file.lower() == "none" else str(Path(file).expanduser().resolve())
+            for file in config.teacher_weights
+        )
+        if config.classes and config.classes != SAME_NAMES:
+            found["classes"] = str(Path(config.classes).expanduser().resolve())
+    return found
+
+
+def _named_in_full(name: str) -> str:
+    """The name of a model, with its path from the root if it is one."""
+    prefix = next((prefix for prefix in ("savedmodel:", "local-dir:") if name.startswith(prefix)), "")
+    path = Path(name.removeprefix(prefix)).expanduser()
+    if name in NAMED or timm.is_model(name.partition(".")[0]) or not path.exists():
+        return name
+    return f"{prefix.replace('local-dir:', '')}{path.resolve()}"

@@ -1,0 +1,88 @@
+"""When memory does not suffice: how much of a batch would fit, measured."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from funmatch.data.batch import Batch
+from funmatch.data.loader import Loader
+from funmatch.errors import InputError, lacks_memory
+from funmatch.runtime import devices, env
+from funmatch.training.loop import Course
+
+GENERAL = "--micro-batch (pieces of a batch for the student), --teacher-batch (for the teacher), --grad-checkpointing"
+
+
+@contextmanager
+def told(
+    loader: Loader, course: Course, student: nn.Module, optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Batch], Tensor],
+) -> Generator[None]:  # fmt: skip
+    """Turns what a lack of memory raises in the block into an `InputError` that names what would fit.
+
+    Args:
+        loader: of the batches.
+        loss_of: one of them to its mean loss.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+    else:
+        return
+    # Only here, since the error holds on to the activations for which there was no room.
+    optimizer.zero_grad(set_to_none=True)
+    now = course.micro_batch or loader.batch // loader.world
+    if env.world() > 1:  # the others are not there to compute with
+        raise InputError(f"out of memory on {course.device}; what helps: {GENERAL}") from None
+    fitting = next((size for size in halves(now) if fits(loader, course, student, optimizer, loss_of, size)), None)
+    if fitting is None:
+        raise InputError(
+            f"out of memory on {course.device}, even with one picture at a time; a smaller network or --side needs "
+            "less, and so does --grad-checkpointing"
+        ) from None
+    taken = devices.peak(course.device)
+    used = f", where a step took {taken / 1e9:.1f} GB at most" if taken else ""
+    raise InputError(
+        f"out of memory on {course.device} with {now} pictures at once; --micro-batch {fitting} fits (tried{used}): "
+        "the same crops, λ and batch, in pieces. What also helps: --teacher-batch, --grad-checkpointing"
+    ) from None
+
+
+def halves(size: int) -> list[int]:
+    """What is left of a batch that is halved, and halved again: …, 2, 1."""
+    found = []
+    while size > 1:
+        size = -(-size // 2)
+        found.append(size)
+    return found
+
+
+def fits(
+    loader: Loader, course: Course, student: nn.Module, optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Batch], Tensor], size: int,
+) -> bool:  # fmt: skip
+    """Whether a step in pieces of so many pictures has room, its gradients and the optimizer's state among them."""
+    devices.empty_cache(course.device)
+    student.train()
+    kept: Sequence[Tensor] = ()
+    try:
+        taught = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        if not optimizer.state:
+            kept = [torch.empty_like(parameter) for parameter in taught for _ in range(2)]
+        for piece, share in loader.batch_at(0).to(course.device).pieces(size):
+            with devices.autocast(course.device, course.precision):
+                loss = loss_of(piece) * share
+            loss.backward()
+        devices.finish(course.device)
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        return False
+    finally:
+        del kept
+        optimizer.zero_grad(set_to_none=True)
+    return True

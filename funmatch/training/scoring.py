@@ -1,0 +1,148 @@
+"""Judging a classifier: its answers to a split, and what they are worth."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from funmatch.data.batch import Batch
+from funmatch.data.cache.open_cache import Cache
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.loader import Loader, central_batches
+from funmatch.errors import InputError
+from funmatch.models.classifier import Card, Classifier
+from funmatch.ops import metrics
+from funmatch.runtime import devices, transfers
+
+WATCHED_WITHOUT_VALIDATION = 1000
+VIEWS = 256
+"""Training views on which a student is judged, about."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How evaluation looks at pictures, and where it computes.
+
+    Attributes:
+        side: of the views, pixels.
+        short_side: to which pictures are resized before the central cut, pixels.
+        batch: pictures at a time.
+        device, precision: of the networks.
+        squash: whether both sides are resized to `short_side`.
+    """
+
+    side: int
+    short_side: int
+    batch: int
+    device: torch.device
+    precision: str
+    squash: bool = False
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, split: CachedSplit, view: View) -> Tensor:
+    """Logits of every picture of a split, (n, classes) float32 on the CPU."""
+    model.eval()
+    logits = []
+    shape = view.side, view.short_side, view.batch
+    for views, _ in central_batches(split, *shape, squash=view.squash, workers=devices.spare_threads()):
+        with devices.autocast(view.device, view.precision):
+            logits.append(transfers.fetched(model(transfers.sent(views, view.device)).float()))
+    return torch.cat([each.wait()[0] for each in logits])
+
+
+@torch.inference_mode()
+def on_views(
+    both: Callable[[Batch], tuple[Tensor, Tensor]], student: nn.Module, loader: Loader, step: int, view: View
+) -> dict[str, float | None]:
+    """How close the student is to its teachers on the *training* views of the next steps, as it would be in use.
+
+    A student that is close here and far on pictures that it has never seen has learnt the answers, not the function.
+
+    Args:
+        both: a batch to what student and teachers say of it, (n, classes) each.
+        loader: of the training batches.
+        step: whose views are the first; as many steps as give `VIEWS` views.
+
+    Returns:
+        `metrics.summary`, and `teacher_top1`; the right class of a mixed view is that of the picture with more weight.
+    """
+    student.eval()
+    loader = replace(loader, rank=0, world=1)  # the same views with however many processes
+    told: list[tuple[Tensor, Tensor, Tensor]] = []
+    for number in range(step, step - (-VIEWS // loader.batch)):
+        batch = loader.batch_at(number).to(view.device)
+        with devices.autocast(view.device, view.precision):
+            logits, answers = both(batch)
+        own = torch.as_tensor(batch.own_share, device=view.device)
+        labels = torch.where(own >= 0.5, batch.labels[1:], batch.labels[:-1])
+        told.append((logits.float().cpu(), answers.float().cpu(), labels.cpu()))
+    logits, answers, labels = map(torch.cat, zip(*told, strict=True))
+    known = labels if bool((labels >= 0).all()) else None
+    figures = metrics.summary(metrics.per_picture(logits, known, answers))
+    right = None if known is None else (answers.argmax(-1) == known).double().mean().item()
+    return figures | {"teacher_top1": right, "views": len(logits)}
+
+
+def judge(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:
+    """`metrics.summary` of a split's logits, (n, classes)."""
+    labels = split.labels(np.arange(len(split))) if split.labelled else None
+    return metrics.summary(metrics.per_picture(logits, labels, teacher_logits))
+
+
+def watched(cache: Cache) -> CachedSplit:
+    """The split that a run is judged on while it goes on: validation, else test, else some of the training pictures."""
+    for name in ("val", "test"):
+        if name in cache.splits:
+            return cache.splits[name]
+    train = cache.splits["train"]
+    some = np.linspace(0, len(train) - 1, min(len(train), WATCHED_WITHOUT_VALIDATION)).astype(int)
+    return train.picked(some)
+
+
+def final(cache: Cache) -> CachedSplit:
+    """The split that a finished run is judged on: test, else the watched one."""
+    return cache.splits.get("test") or watched(cache)
+
+
+def short_side(side: int, card: Card) -> int:
+    """The short side for evaluation views where nobody said: as the card says at its own side, else as published."""
+    return round(side / card.crop_fraction) if side == card.side else grown(side)
+
+
+def grown(side: int) -> int:
+    """The short side of which views are cut, both in pixels: 128 of 160 and 224 of 256 in the paper, so 32 more.
+
+    Small views get at most a quarter more.
+    """
+    return min(side + 32, side * 5 // 4)
+
+
+def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None:
+    """Raises `InputError` unless the classes of a classifier are those of the data, in the same order."""
+    if not cache.classes:
+        return
+    name, classes = model.card.name, cache.classes
+    if cache.unnamed and model.num_classes >= len(classes):
+        return
+    if model.num_classes != len(classes):
+        raise InputError(
+            f"{name} answers {model.num_classes} classes, {cache.name} has {len(classes)} ({_few(classes)}); "
+            "wanted a model with these classes. If it knows them among others, say --classes same-names or --classes "
+            "map.json. To learn from pictures of other things, say --unlabelled, or give pictures of the teacher's "
+            "classes by --eval-data"
+        )
+    named = model.card.classes or ()
+    if len(named) == len(classes) and named != classes and not trust_order:
+        pairs = [f"{a} ≠ {b}" for a, b in zip(named, classes, strict=True) if a != b]
+        raise InputError(
+            f"the classes of {name} are not those of {cache.name}, in order: {_few(pairs)}; say --classes "
+            "same-names or --classes map.json if it knows them in another order or by other names, or "
+            "--trust-class-order if only the names differ"
+        )
+
+
+def _few(names) -> str:
+    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")

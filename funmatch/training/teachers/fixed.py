@@ -1,0 +1,215 @@
+"""What fixed teachers say of each training picture: computed once, kept under a fingerprint, looked up ever after.
+
+Processes that want the same answers share the work, a part of the pictures at a time; killed ones leave their finished
+parts behind.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funmatch.config import Distill
+from funmatch.config.choices import STRATEGIES
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.errors import InputError
+from funmatch.models.ensemble import Teachers
+from funmatch.ops.crops import central_view, crop_resize_flip
+from funmatch.ops.sampling import ENSEMBLE, generator, inception_boxes, whole_boxes
+from funmatch.runtime import devices
+from funmatch.runtime.files import cache_home, lock_file, write_array
+from funmatch.runtime.log import Bar, say
+from funmatch.runtime.prefetch import ahead
+from funmatch.training.setup import Lesson
+from funmatch.training.teachers.loading import CHECKED, Called
+
+PART = 1024
+"""Views that are answered between two writes to the disk, about."""
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How a fixed teacher looks at pictures.
+
+    Attributes:
+        split: of the pictures.
+        look: whole, central or ensemble; see `Strategy.teacher`.
+        crops: of each picture.
+        side, resize: of the student's mild crops, pixels: the central view has their proportions.
+        squash: whether mild crops are cut out of the whole picture resized to a square.
+        min_area: of the ensemble's Inception crops.
+    """
+
+    split: CachedSplit
+    look: str
+    crops: int
+    side: int
+    resize: int
+    squash: bool
+    min_area: float
+
+    def views(self, picture: int, which: slice, sides: Sequence[int]) -> dict[int, Tensor]:
+        """Some of the views of a picture, (n, 3, side, side) float32 in [0, 1], by their side.
+
+        The crops of an ensemble depend on the picture's number alone, so they are the same for each student; half of
+        them are mirrored, as training views are.
+        """
+        pixels = self.split.picture(picture)
+        if self.look == "central":
+            shapes = {side: round(self.resize * side / self.side) for side in sides}
+            return {side: central_view(pixels, short, side, squash=self.squash)[None] for side, short in shapes.items()}
+        size = np.full(self.crops, pixels.shape[0]), np.full(self.crops, pixels.shape[1])
+        rng = generator(0, picture, ENSEMBLE)
+        if self.look == "whole":
+            boxes, flips = whole_boxes(rng, *size), np.zeros(self.crops, bool)
+        else:
+            flips = rng.random(self.crops) < 0.5
+            boxes = inception_boxes(rng, *size, min_area=self.min_area)
+        boxes, flips = boxes[which], flips[which]
+        taken = [pixels[top : top + height, left : left + width] for top, left, height, width in boxes.tolist()]
+        boxes[:, :2] = 0
+        return {side: crop_resize_flip(taken, boxes, flips, side) for side in sides}
+
+
+def looks_of(lesson: Lesson) -> Looks:
+    """How the teachers of a resolved configuration look at pictures."""
+    config = lesson.config
+    assert isinstance(config, Distill)
+    look = STRATEGIES[config.strategy].teacher
+    crops = config.teacher_crops if look == "ensemble" else 1
+    split = lesson.cache.splits["train"]
+    return Looks(
+        split, look, crops, lesson.view.side, config.resize or 0, config.crop == "squash", config.crop_min_area
+    )
+
+
+def first_views(lesson: Lesson, called: Sequence[Called]) -> dict[int, Tensor]:
+    """Views of the first training pictures by side, to hold a teacher's fast forms against the plain one."""
+    looks, sides = looks_of(lesson), {one.side for one in called}
+    pictures = range(min(CHECKED, lesson.view.batch, len(looks.split)))
+    each = [looks.views(picture, slice(1), sorted(sides)) for picture in pictures]
+    return {side: torch.cat([views[side] for views in each]) for side in sides}
+
+
+def computed_before(lesson: Lesson, teachers: Teachers) -> Lesson:
+    """The lesson with what its teachers say of each training picture, alone and always."""
+    looks = looks_of(lesson)
+    sides = sorted({member.side for member in teachers.members})
+    asked = {
+        "data": lesson.cache.key,
+        "pictures": hashlib.blake2b(looks.split.digests.tobytes(), digest_size=16).hexdigest(),
+        "teacher": lesson.facts["teacher"],
+        "forms": [record["form"] for record in lesson.facts["teacher_forms"]],
+        "sides": [member.side for member in teachers.members],
+        "look": looks.look,
+        "crops": looks.crops,
+        "function": lesson.facts["teacher_function"],
+        "central": [looks.resize / looks.side, looks.squash] if looks.look == "central" else None,
+        "min_area": looks.min_area if looks.look == "ensemble" else None,
+    }
+    name = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
+    folder = cache_home() / "answers" / name
+    shape = (len(looks.split), len(teachers.members), lesson.student.num_classes)
+    if _read(folder / "answers.npy", shape) is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "about.json").write_text(json.dumps(asked, indent=1))
+        views = len(looks.split) * looks.crops * len(teachers.members)
+        say(f"the teacher is fixed: it answers {views:,} views once, kept in {folder}")
+        _compute(folder, looks, teachers, sides, lesson, shape)
+    whole = _read(folder / "answers.npy", shape)
+    if whole is None:
+        raise InputError(f"{folder / 'answers.npy'} was damaged while it was read; start the same command again")
+    each = torch.from_numpy(whole).unbind(1)
+    assert isinstance(lesson.config, Distill)
+    known = teachers.combined(each, lesson.config.temperature)
+    return replace(lesson, known=known, facts=lesson.facts | {"answers": name})
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """An array that was written before; None where it is not there, or damaged, and then it is removed."""
+    try:
+        array = np.load(path, mmap_mode="c")
+        if array.shape == shape:
+            return array
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):
+        pass
+    say(f"{path} is damaged and is made again")
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _compute(
+    folder: Path, looks: Looks, teachers: Teachers, sides: list[int], lesson: Lesson, shape: tuple[int, ...]
+) -> None:
+    """Answers part after part, leaving out those that other processes are at, until all are there."""
+    count = len(looks.split)
+    size = max(1, PART // looks.crops)
+    parts = {folder / f"part-{start:09}.npy": range(start, min(start + size, count)) for start in range(0, count, size)}
+    whole = folder / "answers.npy"
+    with Bar("teacher", count) as bar:
+        while not whole.is_file():
+            missing = {path: pictures for path, pictures in parts.items() if not path.is_file()}
+            bar.update(count - sum(map(len, missing.values())))
+            if not missing:
+                _join(whole, parts, shape)
+                continue
+            claimed = next(((path, lock) for path in missing if (lock := lock_file(path.with_suffix(".lock")))), None)
+            if claimed is None:
+                time.sleep(0.2)  # all that is missing is being made by others
+                continue
+            path, lock = claimed
+            with lock:
+                if not path.is_file() and not whole.is_file():
+                    write_array(path, _answered(looks, teachers, parts[path], sides, lesson))
+    for left in folder.glob("part-*"):
+        left.unlink(missing_ok=True)
+
+
+def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None:
+    """Puts the parts together, unless another process has done so meanwhile."""
+    lock = lock_file(whole.with_suffix(".lock"))
+    if lock is None:
+        time.sleep(0.2)
+        return
+    with lock:
+        if whole.is_file():
+            return
+        read = [_read(path, (len(pictures), *shape[1:])) for path, pictures in parts.items()]
+        sound = [part for part in read if part is not None]
+        if len(sound) == len(parts):  # else what was damaged, or taken away by who was faster, is looked for again
+            write_array(whole, np.concatenate(sound))
+
+
+@torch.inference_mode()
+def _answered(looks: Looks, teachers: Teachers, pictures: range, sides: list[int], lesson: Lesson) -> np.ndarray:
+    """What each teacher says of some pictures, (pictures, teachers, classes) float32.
+
+    Of one view these are its logits; of several log Σ softmax(logits) / n, whose softmax are the mean probabilities.
+    """
+    batch = lesson.view.batch
+    each = [(picture, start) for picture in pictures for start in range(0, looks.crops, batch)]
+    # Views of one picture fill a batch by themselves where there are many, else those of several do.
+    together = max(1, batch // looks.crops)
+
+    def make(number: int) -> dict[int, Tensor]:
+        some = each[number * together : (number + 1) * together]
+        made = [looks.views(picture, slice(start, start + batch), sides) for picture, start in some]
+        return {side: torch.cat([views[side] for views in made]) for side in sides}
+
+    device, told = lesson.course.device, []
+    for views in ahead(make, 0, -(-len(each) // together), devices.spare_threads()):
+        shown = {side: view.to(device) for side, view in views.items()}
+        told.append(torch.stack([member.answers(shown[member.side]).float().cpu() for member in teachers.members], 1))
+    answers = torch.cat(told).view(len(pictures), looks.crops, len(teachers.members), -1)
+    if looks.crops == 1:
+        return answers[:, 0].numpy()
+    summed = answers.double().log_softmax(-1).logsumexp(1)
+    return (summed - np.log(looks.crops)).float().numpy()

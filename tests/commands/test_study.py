@@ -1,0 +1,482 @@
+"""Studies: files that are read as a whole, runs that are carried out once, and figures from what they left."""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import funmatch
+from funmatch.commands.study import files as study_files
+from funmatch.commands.study import results as study_results
+from funmatch.commands.study import runner, spec
+from funmatch.config import Study
+from funmatch.errors import Fruitless, InputError
+from funmatch.reports import study_page, study_plots
+from funmatch.training.run import folder as run_folder
+from funmatch.training.teachers import recording
+
+COMMON = """
+[common]
+data = "fashion-mini"
+teacher = "fashion-mini-teacher"
+student = "fashion-mini-student"
+steps = 4
+batch = 8
+threads = 1
+log_every = 2
+eval_every = 2
+"""
+TINY = f"""
+title = "Tiny"
+question = "Does it work?"
+seeds = [0, 1]
+{COMMON}
+[[run]]
+name = "same/ic"
+strategy = "same/ic"
+
+[[run]]
+name = "T = {{temperature}}"
+group = "funmatch"
+each = {{ temperature = [1.0, 2.0] }}
+
+[[run]]
+name = "labels"
+verb = "train"
+
+[[run]]
+name = "from labels"
+student = "run:labels"
+mixup_max = false
+
+[[figure]]
+kind = "ends"
+value = "top1"
+
+[[figure]]
+kind = "against"
+value = "kl"
+knob = "temperature"
+
+[[figure]]
+kind = "curves"
+event = "step"
+value = "loss"
+
+[[figure]]
+kind = "scatter"
+value = "top1"
+across = "views_kl"
+"""
+
+
+def file_of(folder: Path, text: str) -> str:
+    (folder / "tiny.toml").write_text(text)
+    return str(folder / "tiny.toml")
+
+
+@pytest.mark.parametrize("name", study_files.built_in())
+def test_the_studies_that_come_along_can_be_run(name):
+    plan = study_files.plan_of(Study.checked(name=name))
+    assert len({entry.seed for entry in plan.entries}) >= 3
+    assert plan.title
+    assert plan.question
+    assert plan.figures
+
+
+def test_consistency_has_all_strategies_and_nothing_else_differs():
+    plan = study_files.plan_of(Study.checked(name="consistency"))
+    assert {each.name for each in plan.entries} == {*funmatch.strategies.STRATEGIES, "funmatch (λ a picture)"}
+    others = {
+        json.dumps({**entry.knobs, "strategy": ""}, default=str) for entry in plan.entries if "λ" not in entry.name
+    }
+    assert len(others) == 1
+
+
+def test_a_file_becomes_runs(tmp_path):
+    plan = study_files.plan_of(Study.checked(name=file_of(tmp_path, TINY), set=("epochs=2", "lr=0.5"), seeds=(3, 4)))
+    names = list(dict.fromkeys(entry.name for entry in plan.entries))
+    assert names == ["same/ic", "T = 1.0", "T = 2.0", "labels", "from labels"]
+    assert [entry.place for entry in plan.entries][:2] == ["same-ic-seed-3", "same-ic-seed-4"]
+    assert {entry.group for entry in plan.entries} == {"same/ic", "funmatch", "labels", "from labels"}
+    for entry in plan.entries:
+        assert (entry.knobs["epochs"], entry.knobs["lr"]) == (2, 0.5)
+        assert "steps" not in entry.knobs
+        assert ("teacher" in entry.knobs) == (entry.verb == "distill")
+    last = plan.entries[-1]
+    assert last.needs == ("labels-seed-4",)
+    assert spec.resolved(last, Path("/s/runs"))["student"] == "/s/runs/labels-seed-4"
+    chosen = study_files.plan_of(Study.checked(name=file_of(tmp_path, TINY), only=("from*",)))
+    assert [entry.place for entry in chosen.entries] == [
+        "labels-seed-0", "labels-seed-1", "from-labels-seed-0", "from-labels-seed-1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("seeds = [0, 1]", "seeds = [0"), "no TOML"),
+        (("title", "titel"), "unknown key 'titel'; did you mean 'title'"),
+        (('strategy = "same/ic"', 'strategy = "same/id"'), "same/ic: unknown strategy 'same/id'"),
+        (
+            ('strategy = "same/ic"', 'strategie = "same/ic"'),
+            "same/ic: unknown knob 'strategie'; did you mean 'strategy'",
+        ),
+        (("batch = 8", "batchs = 8"), "unknown knob in .common. or --set 'batchs'; did you mean 'batch'"),
+        (('name = "labels"', 'name = "same/ic"'), "same-ic-seed-0: two runs have this name"),
+        (('name = "labels"', ""), "run 3 has no name"),
+        (("run:labels", "run:label"), "run:label is no other run of the study"),
+        (('verb = "train"', 'verb = "trian"'), "unknown verb 'trian'"),
+        (("temperature = [1.0, 2.0]", "temperature = 1.0"), "each must give a list"),
+        (("temperature = [1.0, 2.0]", "temperature = [1.0, 0.0]"), "T = 0.0: temperature must be above 0"),
+        (('kind = "ends"', 'kind = "end"'), "figure 1: unknown kind 'end'; did you mean 'ends'"),
+        (('across = "views_kl"', ""), "figure 4: scatter needs across"),
+        (('across = "views_kl"', 'across = "view_kl"'), "figure 4: unknown across 'view_kl'; did you mean 'views_kl'"),
+        (('value = "top1"', 'value = "top-1"'), "figure 1: unknown value 'top-1'; did you mean 'top1'"),
+        (('knob = "temperature"', 'knob = "temprature"'), "figure 2: unknown knob 'temprature'"),
+        (('value = "loss"', 'value = "kl"'), "figure 3: unknown value 'kl'; known: images_per_second, loss, lr"),
+        (('event = "step"', 'event = "steps"'), "figure 3: unknown event 'steps'; did you mean 'step'"),
+        (("seeds = [0, 1]", "seeds = [0, -1]"), "a seed is a whole number"),
+        (("each = { temperature = [1.0, 2.0] }", "each = 3"), "each must give a list"),
+        (("seeds = [0, 1]", "seeds = [true]"), "a seed is a whole number"),
+        (('verb = "train"', 'verb = ["train"]'), "unknown verb"),
+        (('name = "labels"', 'name = "labels"\nseeds = 3'), "seeds must be a list, of one or more, got 3"),
+        (("threads = 1", 'out = "x"'), "unknown knob|decided by the study"),
+        (('data = "fashion-mini"', 'data = "-mini"'), "same/ic: data -mini begins with a dash"),
+    ],
+)
+def test_a_file_that_is_wrong(tmp_path, change, words):
+    with pytest.raises(InputError, match=words):
+        study_files.plan_of(Study.checked(name=file_of(tmp_path, TINY.replace(*change, 1))))
+
+
+def test_knobs_of_one_run_and_runs_that_are_not_shown(tmp_path):
+    text = TINY.replace('name = "labels"', 'name = "labels"\nshown = false')
+    plan = study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("labels.lr=0.25", "lr=0.5")))
+    rates = {entry.name: entry.knobs["lr"] for entry in plan.entries}
+    assert rates == {"same/ic": 0.5, "T = 1.0": 0.5, "T = 2.0": 0.5, "labels": 0.25, "from labels": 0.5}
+    assert [entry.name for entry in plan.entries if not entry.shown] == ["labels"] * 2
+    kept = study_page.shown([{"name": "a", "shown": False}, {"name": "b", "shown": True}, {"name": "c"}])
+    assert [each["name"] for each in kept] == ["b", "c"]
+    with pytest.raises(InputError, match="unknown run in --set 'label'; did you mean 'labels'"):
+        study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("label.lr=1",)))
+    with pytest.raises(InputError, match="'lrr'; did you mean 'lr'"):
+        study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("labels.lrr=1",)))
+
+
+@pytest.mark.parametrize(
+    ("words", "knob", "value"),
+    [
+        ("optimizer-kwargs=eps=1e-7", "optimizer_kwargs", ("eps=1e-07",)),
+        ("optimizer_kwargs=betas=(0.8,0.9),eps=1e-7", "optimizer_kwargs", ("betas=(0.8, 0.9)", "eps=1e-07")),
+        (
+            "student_kwargs=channels=8,8,16,16,stem_width=8",
+            "student_kwargs",
+            ("channels=(8, 8, 16, 16)", "stem_width=8"),
+        ),
+        ('student_kwargs={"stem_width": 8}', "student_kwargs", ("stem_width=8",)),
+        ("data=a,b", "data", ("a", "b")),
+        ("data='a,b'", "data", ("a,b",)),
+        ("teacher-ahead=false", "teacher_ahead", False),
+        ("steps=10", "steps", 10),
+    ],
+)
+def test_knobs_as_they_are_typed(tmp_path, words, knob, value):
+    text = TINY.replace('student = "run:labels"\n', "")
+    plan = study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=(words,), only=("same/ic",)))
+    assert plan.entries[0].knobs[knob] == value
+
+
+def test_all_problems_are_told_before_anything_begins(tmp_path):
+    text = TINY.replace("same/ic", "same/id").replace("run:labels", "run:nobody").replace('kind = "ends"', 'kind = "x"')
+    with pytest.raises(InputError) as error:
+        funmatch.study(file_of(tmp_path, text), out=tmp_path / "out")
+    for words in ("unknown strategy 'same/id'", "run:nobody is no other run", "figure 1: unknown kind 'x'"):
+        assert words in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = [0, 1]", "seeds = []", "seeds must be a list, of one or more"),
+        ('name = "labels"', 'name = "labels {temprature}"', "{temprature} stands for nothing; each gives nothing"),
+        ('verb = "train"', 'verb = "eat"', "unknown verb 'eat'"),
+    ],
+)
+def test_lines_that_say_nothing_are_told_and_leave_no_folder(tmp_path, old, new, words):
+    assert old in TINY
+    with pytest.raises(InputError) as error:
+        funmatch.study(file_of(tmp_path, TINY.replace(old, new, 1)), out=tmp_path / "out")
+    assert words in str(error.value)
+    assert "unknown knob in [common]" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_studies(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="unknown study 'consistancy'; did you mean 'consistency'"):
+        study_files.plan_of(Study.checked(name="consistancy"))
+    with pytest.raises(InputError, match="knob=value"):
+        study_files.plan_of(Study.checked(name="consistency", set=("epochs",)))
+    with pytest.raises(InputError, match=r"no run is called nobody; there are fix/rs, fix/cc.*, funmatch, funmatch"):
+        study_files.plan_of(Study.checked(name="consistency", only=("nobody",)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="holds no results"):
+        funmatch.study("consistency", draw=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    with pytest.raises(InputError, match="exists and is no study"):
+        funmatch.study("consistency", out=tmp_path / "mine")
+
+
+def told(folder: Path) -> list[dict]:
+    """What is said of each run, but for times."""
+    kept = []
+    for result in study_results.results(folder):
+        figures = {k: v for k, v in result["figures"].items() if k not in ("seconds",)}
+        curves = {k: {n: v for n, v in c.items() if n != "images_per_second"} for k, c in result["curves"].items()}
+        kept.append({"place": result["place"], "figures": figures, "curves": curves})
+    return kept
+
+
+def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
+    name = file_of(tmp_path, TINY)
+    done = funmatch.study(name, out=tmp_path / "out", jobs=2)
+    folder = tmp_path / "out"
+    assert (done["runs"], done["finished"], done["failed"]) == (10, 10, {})
+    results = study_results.results(folder)
+    assert [each["place"] for each in results] == [
+        entry.place for entry in study_files.plan_of(Study.checked(name=name)).entries
+    ]
+    for each in results:
+        result = json.loads((folder / "runs" / each["place"] / "result.json").read_text())
+        assert each["figures"]["top1"] == result["top1"]
+        assert each["curves"]["step"]["step"] == [2, 4]
+    config = json.loads((folder / "runs" / "from-labels-seed-1" / "config.json").read_text())
+    assert config["knobs"]["student"].endswith("labels-seed-1")
+    assert config["knobs"]["mixup_max"] is False
+
+    rows = dict(zip((row[0] for row in study_page.rows(results)), study_page.rows(results), strict=True))
+    own = [100 * each["figures"]["top1"] for each in results if each["name"] == "same/ic"]
+    assert rows["same/ic"][:3] == ["same/ic", "2", f"{statistics.mean(own):.2f} ± {statistics.stdev(own):.2f} %"]
+    assert rows["labels"][3] == "–", "who is taught by labels agrees with nobody"
+
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+    again = funmatch.study(name, out=folder, jobs=2)
+    assert again["finished"] == 10
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
+
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert "http" not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", ""), "nothing is fetched"
+    for part in ("runs", "logs", "report.html", "table.md"):
+        path = folder / part
+        os.rename(path, tmp_path / f"gone-{part}")
+    drawn = funmatch.study(str(folder), draw=True)
+    assert Path(drawn["report"]).read_text() == page
+    assert (folder / "table.md").read_text() == (tmp_path / "gone-table.md").read_text()
+    (tmp_path / "gone-runs").rename(folder / "runs")
+    with pytest.raises(InputError, match="same-ic-seed-0: batch was 8, is 16"):
+        funmatch.study(name, out=folder, set=("batch=16",))
+
+
+@pytest.mark.slow
+def test_runs_that_agree_on_draws_and_teacher_share_a_tape(tmp_path):
+    name = file_of(tmp_path, TINY.replace("seeds = [0, 1]", "seeds = [0]"))
+    plan = study_files.plan_of(Study.checked(name=name))
+    shared = runner.shared_tapes(runner.Series(plan, tmp_path / "out", 1))
+    assert {place: path.parent.name for place, path in shared.items()} == dict.fromkeys(
+        ["T---1.0-seed-0", "T---2.0-seed-0"], "tapes"
+    ), "other views, and labels, have none"
+    assert len(set(shared.values())) == 1
+
+    funmatch.study(name, out=tmp_path / "out", jobs=2)
+    first, second = ((tmp_path / "out" / "logs" / f"T---{t}.0-seed-0.log").read_text() for t in (1, 2))
+    assert "what the teacher says is recorded" in first
+    assert "it holds what the teacher says in 4 steps" in second
+    assert not any((tmp_path / "out" / "tapes").iterdir()), "needed by none any more"
+    live = funmatch.distill(
+        data="fashion-mini", teacher="fashion-mini-teacher", student="fashion-mini-student", steps=4, batch=8,
+        threads=1, eval_every=2, temperature=2.0, tape=tmp_path / "own", out=tmp_path / "live",
+    )  # fmt: skip
+    weights = "student/model.safetensors"
+    replayed = tmp_path / "out" / "runs" / "T---2.0-seed-0" / weights
+    assert replayed.read_bytes() == (live.folder / weights).read_bytes()
+
+    funmatch.study(name, out=tmp_path / "without", jobs=2, tapes=False)
+    assert not (tmp_path / "without" / "tapes").exists()
+    with_tape = json.loads((tmp_path / "out/runs/T---2.0-seed-0/config.json").read_text())
+    without = json.loads((tmp_path / "without/runs/T---2.0-seed-0/config.json").read_text())
+    assert (with_tape["facts"]["rounded"], without["facts"]["rounded"]) == ("fp16", None)
+
+
+def test_a_run_that_began_without_a_tape_goes_on_without(tmp_path):
+    name = file_of(tmp_path, TINY)
+    plan = study_files.plan_of(Study.checked(name=name))
+    own = tmp_path / "out" / "runs" / "T---1.0-seed-0"
+    own.mkdir(parents=True)
+    (own / "config.json").write_text(json.dumps({"knobs": {"tape": None}}))
+    shared = runner.shared_tapes(runner.Series(plan, tmp_path / "out", 1))
+    assert sorted(shared) == ["T---1.0-seed-1", "T---2.0-seed-0", "T---2.0-seed-1"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"lr": 0.1, "side": 32, "student": "a"}, {"steps": 9, "side": 32, "student": "b"}, True),
+        ({"student": "a"}, {"student": "b"}, False),  # whose own sides may differ
+        ({"temperature": 1.0}, {"temperature": 2.0}, True),
+        (
+            {"teacher": ("a", "b"), "combine": "mean-probabilities", "temperature": 1.0},
+            {"teacher": ("a", "b"), "combine": "mean-probabilities", "temperature": 2.0},
+            False,
+        ),
+        ({"batch": 8}, {"batch": 16}, False),
+        ({"mixup_mode": "image"}, {}, False),
+        ({"val": 0.1}, {}, False),  # other pictures are left to learn from
+        ({"teacher": "a"}, {"teacher": "b"}, False),
+    ],
+)
+def test_what_a_tape_can_be_shared_by(one, other, same):
+    assert (recording.shared_by(one) == recording.shared_by(other)) is same
+
+
+def test_what_has_no_tape():
+    assert recording.shared_by({"strategy": "fix/rs"}) is None
+    assert recording.shared_by({"tape": "mine"}) is None
+
+
+def started(name: str, out: Path, **options) -> subprocess.Popen:
+    words = [sys.executable, "-m", "funmatch", "study", name, "--out", str(out), "--jobs", "2"]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def finished(folder: Path) -> set[str]:
+    return {path.parent.name for path in folder.glob("runs/*/result.json")}
+
+
+def wait_for(count: int, folder: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 300
+    while len(finished(folder)) < count and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.05)
+    assert len(finished(folder)) >= count
+
+
+@pytest.mark.slow
+def test_kills_repeat_no_finished_run_and_change_no_figure(tmp_path):
+    name = file_of(tmp_path, TINY.replace("steps = 4", "steps = 30"))
+    whole = funmatch.study(name, out=tmp_path / "whole", jobs=2)
+    assert whole["finished"] == 10
+    out = tmp_path / "killed"
+    for count, number in ((2, signal.SIGKILL), (5, signal.SIGINT), (7, signal.SIGTERM)):
+        process = started(name, out)
+        wait_for(count, out, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
+        if number != signal.SIGKILL:
+            assert "the same command goes on from there" in output
+    done = finished(out)
+    before = {place: (out / "runs" / place / "result.json").stat().st_mtime_ns for place in done}
+    last = funmatch.study(name, out=out, jobs=2)
+    assert last["finished"] == 10
+    for place, stamp in before.items():
+        assert (out / "runs" / place / "result.json").stat().st_mtime_ns == stamp
+    assert told(out) == told(tmp_path / "whole")
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path):
+    text = f"""
+title = "Half of it fails"
+{COMMON}
+[[run]]
+name = "sound"
+
+[[run]]
+name = "no such teacher"
+teacher = "nobody"
+
+[[run]]
+name = "needs it"
+student = "run:no such teacher"
+"""
+    with pytest.raises(Fruitless, match="2 of 3 runs failed") as error:
+        funmatch.study(file_of(tmp_path, text), out=tmp_path / "out", jobs=2)
+    assert "exit 2" in str(error.value)
+    assert "unknown model 'nobody'" in str(error.value) or "nobody" in str(error.value)
+    assert "it needs no-such-teacher-seed-0, which failed" in str(error.value)
+    assert finished(tmp_path / "out") == {"sound-seed-0"}
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_what_is_damaged_or_gone_is_made_again(tmp_path):
+    name = file_of(tmp_path, TINY.replace('student = "fashion-mini-student"\n', ""))
+    knobs = {"out": tmp_path / "out", "only": ("same/ic",), "set": ("student=fashion-mini-student",), "seeds": (0, 1)}
+    funmatch.study(name, **knobs)
+    before = told(tmp_path / "out")
+    first, second = (tmp_path / "out" / "runs" / f"same-ic-seed-{seed}" for seed in (0, 1))
+    (first / "result.json").write_text("{")
+    shutil.rmtree(second)
+    (tmp_path / "out" / "results.jsonl").write_text("{")
+    (tmp_path / "out" / "plan.json").write_text("{")
+    assert funmatch.study(name, **knobs)["finished"] == 2
+    assert told(tmp_path / "out") == before
+    shutil.rmtree(second)
+    second.write_text("in the way")
+    with pytest.raises(Fruitless, match="exists and is no run"):
+        funmatch.study(name, **knobs)
+    assert [each["place"] for each in study_results.results(tmp_path / "out")] == ["same-ic-seed-0"]
+
+
+def test_a_study_whose_folder_moved_goes_on(tmp_path):
+    text = f"""
+title = "Moved"
+{COMMON}
+save_every = 2
+
+[[run]]
+name = "labels"
+verb = "train"
+
+[[run]]
+name = "distilled"
+teacher = "run:labels"
+allow_weak_teacher = true
+student = "run:labels"
+"""
+    name = file_of(tmp_path, text)
+    funmatch.study(name, out=tmp_path / "whole", jobs=1)
+    begun = tmp_path / "whole" / "runs" / "distilled-seed-0"
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    (tmp_path / "moved" / "runs" / "distilled-seed-0" / "result.json").unlink()
+    (tmp_path / "whole").rename(tmp_path / "gone")
+    assert funmatch.study(name, out=tmp_path / "moved", jobs=1)["finished"] == 2
+    assert told(tmp_path / "moved") == told(tmp_path / "gone")
+    # Another teacher under a name that was moved is another teacher.
+    knobs = run_folder.find(tmp_path / "gone" / "runs" / begun.name).config
+    other = knobs | {"facts": knobs["facts"] | {"teacher": "another"}}
+    other["knobs"] = other["knobs"] | {"teacher": ["/elsewhere/labels"]}
+    assert len(run_folder.differences(knobs, other)) == 2
+
+
+def test_long_curves_are_thinned_and_keep_their_end():
+    records = [{"event": "step", "step": step, "loss": float(step)} for step in range(1, 1204)]
+    columns = study_results.columns(records, "step")
+    assert len(columns["step"]) <= study_results.POINTS
+    assert columns["step"][-1] == columns["loss"][-1] == 1203
+    assert study_results.columns([], "eval") == {}
+
+
+def test_lines_are_told_apart():
+    looks = [tuple(map(str, study_plots.look_of(number).values())) for number in range(24)]
+    assert len(set(looks)) == 24

@@ -1,0 +1,167 @@
+"""Pixels on the device, which cuts the views itself: the same views, the same run but for rounding."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import funmatch
+from funmatch.data.cache import device_store
+from funmatch.data.cache.build import Keeping
+from funmatch.data.cache.device_store import size_aboard, taken_aboard
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.loader import Loader, central_batches
+from funmatch.ops import resample
+from funmatch.training import datasets as of_tasks
+from funmatch.training.run.checkpoint_writer import Keeper
+from funmatch.training.run.folder import Run
+from tests.conftest import paint
+
+CPU = torch.device("cpu")
+CLOSE = 0.01 / 255
+KNOBS = {
+    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
+    "steps": 9, "save_every": 4, "eval_every": 3, "log_every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(name="cache")
+def pictures_of_many_sizes(tmp_path):
+    for split in ("train", "val"):
+        for number, size in enumerate([(40, 31), (90, 70), (33, 200), (70, 70), (64, 80), (128, 65), (31, 31)]):
+            paint(tmp_path / "p" / split / "ab"[number % 2] / f"{number}.png", number, size)
+    return open_cache(str(tmp_path / "p"), keeping=Keeping(home=tmp_path / "kept"))
+
+
+@pytest.mark.parametrize("crop", ["inception", "mild", "squash", "whole"])
+def test_batches_are_the_same(cache, crop):
+    host = Loader(cache.splits["train"], 3, 8, 24, crop=crop, resize=30, teacher_sides=(24, 32))
+    there = replace(host, split=taken_aboard(host.split, CPU)[0])
+    for step in (0, 1, 7):
+        one, other = host.batch_at(step), there.batch_at(step)
+        torch.testing.assert_close(other.crops, one.crops, atol=CLOSE, rtol=0)
+        assert torch.equal(other.labels, one.labels)
+        assert other.lam == one.lam
+        assert other.shown[0] is other.crops, "shared crops are one tensor"
+        torch.testing.assert_close(other.shown[1], one.shown[1], atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_evaluation_sees_the_same_of_any_part_of_a_split(cache, squash):
+    host = cache.splits["val"]
+    there, _ = taken_aboard(host, CPU)
+    some = np.array([5, 0, 0, 3])
+    for one, other in ((host, there), (host.picked(some), there.picked(some))):
+        views = [torch.cat([v for v, _ in central_batches(split, 24, 30, 3, squash=squash)]) for split in (one, other)]
+        torch.testing.assert_close(views[1], views[0], atol=CLOSE, rtol=0)
+
+
+def test_pixels_lie_there_once(cache):
+    split = cache.splits["train"]
+    first, _ = taken_aboard(split, CPU)
+    second, _ = taken_aboard(replace(split, name="other"), CPU)
+    assert first.store is second.store
+    twice = split.picked(np.array([0, 0, 1]))
+    lone, _ = taken_aboard(twice, CPU)
+    rows = split.index[[0, 1]]
+    assert size_aboard(twice) == len(lone.store.flat) == int((rows["height"] * rows["width"] * 3).sum())
+
+
+def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
+    size = size_aboard(cache.splits["train"])
+    some = of_tasks.aboard(cache, CPU, (size + 10) / 1e9)
+    assert some.splits["train"].store is not cache.splits["train"].store
+    assert some.splits["val"].store is cache.splits["val"].store
+    assert "val: 0.0 GB of pixels stay on the host, since --device-gb is" in capsys.readouterr().err
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr("funmatch.training.datasets.taken_aboard", full)
+    assert of_tasks.aboard(cache, CPU, 1).splits == cache.splits
+    assert "has no room for" in capsys.readouterr().err
+
+
+def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
+    flat = torch.zeros(10, dtype=torch.uint8, device="meta")  # any device but the CPU
+    monkeypatch.setattr(
+        device_store, "_moved", lambda looks, _: (torch.from_numpy(looks.corners), torch.from_numpy(looks.axes).float())
+    )
+    monkeypatch.setattr(
+        torch, "arange", lambda *given, real=torch.arange, **more: real(*given, **more | {"device": CPU})
+    )
+    kernels = pytest.importorskip("funmatch.ops.native.triton_crops")
+    monkeypatch.setattr(kernels, "looked", resample.gathered)
+    assert device_store.fastest_cut(flat) == (resample.gathered, "")
+    monkeypatch.setattr(kernels, "looked", lambda *given: resample.gathered(*given) + 0.1)
+    assert "it computes something else" in device_store.fastest_cut(flat)[1]
+
+    def fails(*_):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(kernels, "looked", fails)
+    cut, note = device_store.fastest_cut(flat)
+    assert cut is resample.gathered
+    assert "does not work here (no compiler)" in note
+
+
+def losses(folder):
+    return [record["loss"] for record in Run(folder).metrics.read() if record["event"] == "step"]
+
+
+def test_a_run_with_its_pixels_there(tmp_path, capsys):
+    host = funmatch.distill(out=tmp_path / "host", **KNOBS)
+    there = funmatch.distill(out=tmp_path / "there", device_gb=1, **KNOBS)
+    assert "GB of pixels are on cpu, which cuts the views itself" in capsys.readouterr().err
+    one, other = losses(host.folder), losses(there.folder)
+    assert other[0] == pytest.approx(one[0], rel=1e-5)
+    np.testing.assert_allclose(other, one, rtol=0.01)  # Adam's first updates make much of a last bit
+    assert there.figures["top1"] == pytest.approx(host.figures["top1"], abs=0.03)
+
+
+def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
+    whole = funmatch.distill(out=tmp_path / "whole", device_gb=1, **KNOBS)
+
+    def dies(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("timm.models.save_for_hf", dies)
+    with pytest.raises(KeyboardInterrupt):
+        funmatch.distill(out=tmp_path / "run", device_gb=1, **KNOBS)
+    monkeypatch.undo()
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for path in (checkpoints / "step-000000009", checkpoints / "step-000000008"):
+        path.rename(tmp_path / path.name)
+    (tmp_path / "step-000000008").rename(checkpoints / "step-000000008")
+    again = funmatch.distill(out=tmp_path / "run", **KNOBS)  # nothing is said of it this time
+    assert losses(again.folder) == losses(whole.folder)
+    assert json.loads((again.folder / "config.json").read_text())["knobs"]["device_gb"] == 1
+    first, second = (load_file(run.folder / "student" / "model.safetensors") for run in (whole, again))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_what_is_written_beside_is_written_in_order_and_nothing_after_a_failure():
+    written = []
+
+    def write(name):
+        if name == "bad":
+            raise OSError("disk")
+        written.append(name)
+
+    def asked(*names):
+        with Keeper() as keeper:
+            for name in names:
+                if name == "stop":
+                    raise ValueError("of the block")
+                keeper.later(lambda name=name: write(name))
+
+    with pytest.raises(OSError, match="disk"):
+        asked("a", "b", "bad", "c", "d", "e")
+    assert written == ["a", "b"]
+    with pytest.raises(ValueError, match="of the block"):
+        asked("f", "stop")
+    assert written == ["a", "b", "f"], "what was asked for is there, whatever ends the training"

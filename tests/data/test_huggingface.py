@@ -1,0 +1,108 @@
+"""Data sets of the Hub's library, from files on disk."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+from make_images import paint
+
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.dataset import Reading
+from funmatch.data.readers.open import open_source
+from funmatch.errors import InputError
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    datasets.disable_progress_bars()
+
+
+def table(tmp_path, count=6, names=("ant", "bee"), first=0, **columns):
+    pictures = [paint(tmp_path / "raw" / f"{first + i}.jpg", first + i).read_bytes() for i in range(count)]
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))}
+    features |= {name: datasets.Value("string" if isinstance(v[0], str) else "int64") for name, v in columns.items()}
+    rows = {"image": [{"bytes": p, "path": None} for p in pictures], "label": [i % len(names) for i in range(count)]}
+    return datasets.Dataset.from_dict(rows | columns, features=datasets.Features(features)), pictures
+
+
+def test_a_parquet_file(tmp_path):
+    rows, pictures = table(tmp_path)
+    rows.to_parquet(tmp_path / "pets.parquet")
+    source = open_source(f"hf:{tmp_path}/pets.parquet")
+    assert source.name == "pets"
+    assert source.classes == ("ant", "bee")
+    assert source.splits["train"].labels.tolist() == [0, 1] * 3
+    assert [source.read("train", i) for i in range(6)] == pictures
+    assert open_cache(f"hf:{tmp_path}/pets.parquet").splits["train"].labels(slice(None)).tolist() == [0, 1] * 3
+
+
+def test_a_folder_of_splits_and_one_that_was_saved(tmp_path):
+    train, pictures = table(tmp_path)
+    test, others = table(tmp_path, 4, first=50)
+    (tmp_path / "files").mkdir()
+    train.to_parquet(tmp_path / "files" / "train-00000-of-00001.parquet")
+    test.to_parquet(tmp_path / "files" / "validation-00000-of-00001.parquet")
+    source = open_source(f"hf:{tmp_path}/files")
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 6, "val": 4}
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
+    source = open_source(f"hf:{tmp_path}/saved")
+    assert [source.read("train", i) for i in range(6)] == pictures
+    assert [source.read("test", i) for i in range(4)] == others
+
+
+def test_columns(tmp_path):
+    rows, _ = table(tmp_path, kind=["x", "z", "y"] * 2, number=[3, 1, 2] * 2)
+    rows.to_parquet(tmp_path / "a.parquet")
+    spec = f"hf:{tmp_path}/a.parquet"
+    assert open_source(spec, Reading(label_feature="kind")).classes == ("x", "y", "z")
+    assert open_source(spec, Reading(label_feature="kind")).splits["train"].labels.tolist() == [0, 2, 1] * 2
+    numbered = open_source(spec, Reading(label_feature="number"))
+    assert (numbered.classes, numbered.unnamed) == (("0", "1", "2", "3"), True)
+    assert open_source(spec, Reading(label_feature="none")).classes == ()
+    for wrong in (Reading(image_feature="label"), Reading(label_feature="image")):
+        with pytest.raises(InputError, match=r"holds no (pictures|labels)"):
+            open_source(spec, wrong)
+    for reading in (Reading(label_feature="no"), Reading(image_feature="no")):
+        with pytest.raises(InputError, match="has no column 'no', but: image, label, kind, number"):
+            open_source(spec, reading)
+
+
+def test_labels_that_cannot_be_used(tmp_path):
+    rows, pictures = table(tmp_path)
+    rows.remove_columns("label").add_column("label", [0, None, 1, None, 0, 1]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"train\[1\]: label None is outside the 2 classes; or --unlabelled"):
+        open_source(f"hf:{tmp_path}/a.parquet")
+    source = open_source(f"hf:{tmp_path}/a.parquet", Reading(unlabelled=True))
+    assert source.classes == ()
+    assert source.read("train", 5) == pictures[5]
+
+
+def test_pictures_that_were_given_as_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    from PIL import Image
+
+    rows = datasets.Dataset.from_dict({"img": [Image.fromarray(pixels)]}, datasets.Features({"img": datasets.Image()}))
+    rows.to_parquet(tmp_path / "a.parquet")
+    source = open_source(f"hf:{tmp_path}/a.parquet")
+    assert np.array_equal(np.asarray(Image.open(BytesIO(source.read("train", 0)))), pixels)
+    assert not source.splits["train"].labelled
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(InputError, match="there is nothing at"):
+        open_source(f"hf:{tmp_path}/nowhere.parquet")
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(InputError, match=r"hf:.*a\.parquet cannot be loaded"):
+        open_source(f"hf:{tmp_path}/a.parquet")
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="no column of pictures, but: text"):
+        open_source(f"hf:{tmp_path}/b.parquet")
+
+
+def test_a_name_without_a_network(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"hf:user/nothing cannot be loaded: .*with a network, or fetched before"):
+        open_source("hf:user/nothing")

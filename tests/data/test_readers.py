@@ -1,0 +1,229 @@
+"""From files to batches: every layout, every kind of file, nothing partial, nothing read twice."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from make_images import paint
+from PIL import Image
+
+from funmatch.data.cache import build
+from funmatch.data.cache.build import Keeping
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.decode import decode
+from funmatch.data.loader import Loader, central_batches, prefetch
+from funmatch.data.readers.folder import open_folder
+from funmatch.data.readers.open import open_source
+from funmatch.errors import InputError
+from funmatch.ops.crops import crop_resize_flip
+
+
+def test_splits_and_classes_of_a_folder(pictures):
+    folder = open_folder(pictures)
+    assert folder.classes == ("ant", "bee", "cat")
+    assert {name: len(split.names) for name, split in folder.splits.items()} == {"train": 15, "val": 9, "test": 12}
+    assert folder.splits["val"].labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert folder.splits["val"].names[3] == "val/bee/0.jpg"
+
+
+def test_a_folder_without_splits_is_unlabelled_at_any_depth(tmp_path):
+    paint(tmp_path / "a.JPG", 0)
+    paint(tmp_path / "deep" / "er" / "b.png", 1)
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / ".hidden").mkdir()
+    paint(tmp_path / ".hidden" / "c.png", 2)
+    folder = open_folder(tmp_path)
+    assert folder.splits["train"].names == ["a.JPG", "deep/er/b.png"]
+    assert not folder.splits["train"].labelled
+    assert folder.classes == ()
+
+
+def test_an_unlabelled_split_beside_labelled_ones(pictures):
+    shutil.rmtree(pictures / "train")
+    paint(pictures / "train" / "x.png", 5)
+    folder = open_folder(pictures)
+    assert not folder.splits["train"].labelled
+    assert folder.splits["val"].labelled
+
+
+def test_long_names_of_splits(pictures):
+    (pictures / "val").rename(pictures / "Validation")
+    assert list(open_folder(pictures).splits) == ["train", "val", "test"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: shutil.rmtree(root), "missing"),
+        (lambda root: [shutil.rmtree(path) for path in root.iterdir()], "no picture"),
+        (lambda root: [path.unlink() for path in (root / "val").rglob("*.*")], "val holds no picture"),
+        (lambda root: paint(root / "train" / "loose.png", 0), "beside class folders"),
+        (lambda root: shutil.copytree(root / "val", root / "valid"), "both"),
+    ],
+)
+def test_folders_that_cannot_be_used(pictures, spoil, message):
+    spoil(pictures)
+    with pytest.raises(InputError, match=message):
+        open_folder(pictures)
+
+
+def test_unknown_data_sets_name_the_near_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="did you mean 'fashion-mini'"):
+        open_source("fashion_mini")
+    with pytest.raises(InputError, match="no folder"):
+        open_source("./nowhere")
+
+
+def test_the_cache_holds_the_very_pixels(pictures):
+    cache = open_cache(str(pictures))
+    split = cache.splits["train"]
+    assert cache.classes == ("ant", "bee", "cat")
+    for i, name in enumerate(open_folder(pictures).splits["train"].names):
+        expected = decode((pictures / name).read_bytes())
+        assert torch.equal(split.picture(i), torch.from_numpy(expected.copy()))
+    assert split.labels(np.arange(15)).tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_large_pictures_are_kept_smaller(tmp_path):
+    paint(tmp_path / "a.png", 0, (90, 60))
+    cache = open_cache(str(tmp_path), keeping=Keeping(cap=30))
+    assert cache.splits["train"].picture(0).shape == (30, 45, 3)
+
+
+def test_the_cache_follows_the_content_and_not_the_place(pictures, tmp_path, monkeypatch):
+    decoded = []
+    original = build._fill
+    monkeypatch.setattr(build, "_fill", lambda *args: decoded.append(1) or original(*args))
+    home = tmp_path / "home"
+    key = open_cache(str(pictures), keeping=Keeping(home=home)).key
+    assert open_cache(str(pictures), keeping=Keeping(home=home)).key == key
+    pictures.rename(tmp_path / "moved")
+    assert open_cache(str(tmp_path / "moved"), keeping=Keeping(home=home)).key == key
+    assert len(decoded) == 1
+    changed = tmp_path / "moved" / "train" / "ant" / "0.jpg"
+    paint(changed, 999)
+    assert open_cache(str(tmp_path / "moved"), keeping=Keeping(home=home)).key != key
+    assert len(decoded) == 2
+
+
+def test_a_picture_that_changes_but_keeps_its_size_is_noticed(tmp_path):
+    for name in ("a", "b"):
+        Image.fromarray(np.full((4, 4, 3), ord(name), np.uint8)).save(tmp_path / f"{name}.bmp")
+    before = open_cache(str(tmp_path)).key
+    a = tmp_path / "a.bmp"
+    size = a.stat().st_size
+    Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(a)
+    assert a.stat().st_size == size
+    assert open_cache(str(tmp_path)).key != before
+
+
+def test_all_unreadable_pictures_are_named_at_once_and_nothing_is_left(pictures, tmp_path):
+    whole = (pictures / "train" / "ant" / "0.jpg").read_bytes()
+    (pictures / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    (pictures / "val" / "bee" / "1.png").write_text("not a picture at all")
+    (pictures / "test" / "cat" / "2.webp").write_bytes(b"")
+    home = tmp_path / "home"
+    with pytest.raises(InputError) as error:
+        open_cache(str(pictures), keeping=Keeping(home=home))
+    message = str(error.value)
+    assert message.startswith("3 unreadable pictures")
+    for name in ("train/ant/0.jpg", "val/bee/1.png", "test/cat/2.webp"):
+        assert name in message
+    assert not [path for path in home.iterdir() if path.is_dir() and path.name != "surveys"], "nothing half-written"
+
+
+def test_a_cache_that_lost_bytes_is_made_again(pictures, tmp_path):
+    home = tmp_path / "home"
+    cache = open_cache(str(pictures), keeping=Keeping(home=home))
+    picture = cache.splits["train"].picture(3).clone()
+    file = cache.folder / "train.pixels"
+    os.truncate(file, file.stat().st_size - 1)
+    assert torch.equal(open_cache(str(pictures), keeping=Keeping(home=home)).splits["train"].picture(3), picture)
+
+
+def test_the_embedded_set_is_balanced_and_its_splits_are_distinct():
+    cache = open_cache("fashion-mini")
+    assert {name: len(split) for name, split in cache.splits.items()} == {"train": 200, "val": 500, "test": 2000}
+    seen: dict[bytes, str] = {}
+    for name, split in cache.splits.items():
+        assert split.labels(slice(None)).bincount().tolist() == [len(split) // 10] * 10
+        for i in range(len(split)):
+            assert seen.setdefault(split.picture(i).numpy().tobytes(), name) == name, "a picture in two splits"
+    assert len(seen) == 2700
+
+
+@pytest.fixture(name="loader")
+def small_loader(pictures) -> Loader:
+    return Loader(open_cache(str(pictures)).splits["train"], seed=1, batch=8, side=12)
+
+
+def test_a_batch_is_what_its_draw_says(loader):
+    drawn, batch = loader.draw(5), loader.batch_at(5)
+    pictures = [loader.split.picture(i) for i in drawn.indices]
+    expected = crop_resize_flip(pictures, drawn.boxes, drawn.flips, 12)
+    assert torch.equal(batch.crops[1:], expected)
+    assert torch.equal(batch.crops[0], expected[-1]), "the first picture's partner is the last of the batch"
+    assert torch.equal(batch.labels[1:], loader.split.labels(drawn.indices))
+    assert batch.lam == drawn.lam
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_slices_of_processes_are_the_global_batch(loader, world):
+    whole = loader.batch_at(3)
+    share = 8 // world
+    for rank in range(world):
+        part = Loader(loader.split, 1, 8, 12, rank=rank, world=world).batch_at(3)
+        rows = [(rank * share - 1) % 8, *range(rank * share, (rank + 1) * share)]
+        assert torch.equal(part.crops, whole.crops[1:][rows])
+        assert torch.equal(part.labels, whole.labels[1:][rows])
+        assert part.lam == whole.lam
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_prefetching_changes_nothing(loader, workers):
+    expected = [loader.batch_at(step).crops for step in range(2, 9)]
+    found = [batch.crops for batch in prefetch(loader, 2, 9, workers=workers)]
+    assert len(found) == 7
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_an_error_in_a_thread_reaches_the_loop(loader, monkeypatch):
+    monkeypatch.setattr(Loader, "batch_at", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(prefetch(loader, 0, 4))
+
+
+def test_evaluation_sees_every_picture_once_in_order(loader):
+    batches = list(central_batches(loader.split, 12, 15, 4))
+    assert [len(views) for views, _ in batches] == [4, 4, 4, 3]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_a_cache_of_another_cap_has_another_key(pictures):
+    assert open_cache(str(pictures)).key != open_cache(str(pictures), keeping=Keeping(cap=10)).key
+
+
+def test_meta_says_what_is_in_a_cache(pictures):
+    cache = open_cache(str(pictures))
+    meta = json.loads((cache.folder / "meta.json").read_text())
+    assert meta["splits"] == ["train", "val", "test"]
+    assert meta["sizes"]["val.pixels"] == sum(p.numel() for p in map(cache.splits["val"].picture, range(9)))
+
+
+def test_links_that_lead_nowhere_or_back_or_out(tmp_path):
+    paint(tmp_path / "p" / "a.png", 0)
+    (tmp_path / "p" / "deep").mkdir()
+    (tmp_path / "p" / "deep" / "back").symlink_to(tmp_path / "p")
+    assert open_folder(tmp_path / "p").splits["train"].names == ["a.png"]
+    (tmp_path / "p2").mkdir()
+    (tmp_path / "p2" / "beside").symlink_to(tmp_path / "p")  # its name begins like this one's, but it is no loop
+    assert open_folder(tmp_path / "p2", follow_links=True).splits["train"].names == ["beside/a.png"]
+    with pytest.raises(InputError, match=r"p2/beside is a link that leads out of .*--follow-links"):
+        open_folder(tmp_path / "p2")
+    (tmp_path / "p" / "b.png").symlink_to(tmp_path / "p" / "nowhere.png")
+    with pytest.raises(InputError, match=r"1 unreadable pictures.*\n.*b\.png: No such file"):
+        open_cache(str(tmp_path / "p"))

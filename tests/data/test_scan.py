@@ -1,0 +1,351 @@
+"""What is found in a data set, how it is cut, and that nothing partial is taken for whole."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from make_images import paint
+
+from funmatch.data.cache import build
+from funmatch.data.cache import open_cache as caches
+from funmatch.data.cache import scan as surveys
+from funmatch.data.cache.build import Keeping
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.dataset import Cut, Reading, parse_share
+from funmatch.data.loader import Loader, central_batches
+from funmatch.data.readers.open import open_source
+from funmatch.errors import InputError
+
+
+def classes_folder(root, count=30, classes=("ant", "bee")):
+    """`<class>/*.png` without splits."""
+    for c, name in enumerate(classes):
+        for i in range(count):
+            paint(root / name / f"{i:03}.png", 1000 * c + i)
+    return root
+
+
+def contents(cache) -> dict[str, set[bytes]]:
+    return {
+        name: {split.picture(i).numpy().tobytes() for i in range(len(split))} for name, split in cache.splits.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("10%", Fraction(1, 10)), ("0.1", Fraction(1, 10)), ("33.3%", Fraction(333, 1000)), ("500", 500), ("1", 1)],
+)
+def test_shares(text, share):
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize("text", ["", "0", "100%", "-3", "1.5", "1.0", "ten", "nan", "1/0", "500%", "1e9999999"])
+def test_what_is_no_share(text):
+    with pytest.raises(InputError, match="no share of the training pictures"):
+        parse_share(text)
+
+
+def test_a_cut_depends_on_content_and_seed_only(tmp_path):
+    root = classes_folder(tmp_path / "one")
+    tenth = Reading(cut=Cut({"val": Fraction(1, 10)}))
+    first = open_cache(str(root), tenth)
+    assert {name: len(split) for name, split in first.splits.items()} == {"train": 54, "val": 6}
+    moved = tmp_path / "elsewhere"
+    for i, path in enumerate(sorted(root.rglob("*.png"))):  # other names, in another order, at other times
+        place = moved / path.parent.name / f"{hash((i, 7)) % 10**9}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    assert contents(open_cache(str(moved), tenth)) == contents(first)
+    other = open_cache(str(root), Reading(cut=Cut({"val": Fraction(1, 10)}, seed=1)))
+    assert contents(other)["val"] != contents(first)["val"]
+    assert contents(other)["val"] | contents(other)["train"] == contents(first)["val"] | contents(first)["train"]
+    assert len(open_cache(str(root), Reading(cut=Cut({"val": 17}))).splits["val"]) == 17
+    labels = first.splits["val"].labels(slice(None))
+    assert set(labels.tolist()) <= {0, 1}
+
+
+def test_copies_stay_on_one_side_of_a_cut(tmp_path):
+    root = classes_folder(tmp_path / "p", 10)
+    for path in sorted(root.rglob("*.png")):
+        for copy in range(3):
+            shutil.copyfile(path, path.with_name(f"{path.stem}-{copy}.png"))
+    for count in (5, 6, 7):
+        cache = open_cache(str(root), Reading(cut=Cut({"val": count})))
+        assert not contents(cache)["train"] & contents(cache)["val"]
+        assert not cache.found["leaks"]
+        assert len(cache.splits["val"]) == 8
+
+
+def test_cuts_that_cannot_be(tmp_path, pictures):
+    with pytest.raises(InputError, match="has a validation split of its own"):
+        open_cache(str(pictures), Reading(cut=Cut({"val": 3})))
+    root = classes_folder(tmp_path / "p", 3)
+    with pytest.raises(InputError, match="leaves none for val"):
+        open_cache(str(root), Reading(cut=Cut({"val": Fraction(1, 10)})))
+    with pytest.raises(InputError, match="leaves none for train"):
+        open_cache(str(root), Reading(cut=Cut({"val": 6})))
+
+
+def test_a_leak_is_told_loudly(pictures, funmatch):
+    shutil.copy(pictures / "train" / "ant" / "0.jpg", pictures / "test" / "bee" / "same.jpg")
+    shutil.copy(pictures / "train" / "ant" / "0.jpg", pictures / "train" / "ant" / "again.jpg")
+    done = funmatch("prepare", pictures)
+    assert "WARNING: 1 pictures are both in train and test of pictures" in done.stderr
+    assert "LEAK: 1 pictures are both in train and test:" in done.stdout
+    assert "train/ant/0.jpg = test/bee/same.jpg" in done.stdout
+    found = json.loads(funmatch("prepare", pictures, "--json").stdout)
+    assert found["leaks"]["train and test"]["pictures"] == 1
+    assert found["repeated"] == 1
+    assert found["splits"]["train"] == {"pictures": 16, "labelled": True, "classes": 3}
+    assert found["short_side"] == [20, 21, 22]
+
+
+def test_unreadable_pictures_can_be_skipped(pictures, funmatch):
+    whole = (pictures / "train" / "ant" / "0.jpg").read_bytes()
+    (pictures / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    (pictures / "val" / "bee" / "1.png").write_text("no picture")
+    stopped = funmatch("prepare", pictures, check=2)
+    assert "2 unreadable pictures" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    found = json.loads(funmatch("prepare", pictures, "--on-bad", "skip", "--json").stdout)
+    assert [name for name, _ in found["unreadable"]] == ["train/ant/0.jpg", "val/bee/1.png"]
+    cache = open_cache(str(pictures), keeping=Keeping(on_bad="skip"))
+    assert {name: len(split) for name, split in cache.splits.items()} == {"train": 14, "val": 8, "test": 12}
+    with pytest.raises(InputError, match="2 unreadable"):
+        open_cache(str(pictures))
+
+
+def test_many_unreadable_pictures_are_all_written_down(tmp_path):
+    for i in range(300):
+        (tmp_path / "p").mkdir(exist_ok=True)
+        (tmp_path / "p" / f"{i:03}.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"300 unreadable pictures") as error:
+        open_cache(str(tmp_path / "p"), keeping=Keeping(home=tmp_path / "home"))
+    assert "and 100 more, all in" in str(error.value)
+    (listed,) = (tmp_path / "home").glob("unreadable-*.txt")
+    assert len(listed.read_text().splitlines()) == 300
+
+
+@pytest.mark.parametrize("way", ["resident", "streaming"])
+def test_both_ways_show_the_same(tmp_path, way):
+    for i in range(12):
+        paint(tmp_path / "p" / f"{i}.jpg", i, (100 + 7 * i, 90))
+    paint(tmp_path / "p" / "large.png", 99, (400, 300))
+    reference = open_cache(str(tmp_path / "p"), keeping=Keeping(cap=95, way="resident", decoder="pillow"))
+    cache = open_cache(str(tmp_path / "p"), keeping=Keeping(cap=95, way=way))
+    split = cache.splits["train"]
+    assert cache.way == way
+    assert min(split.picture(12).shape[:2]) <= 95
+    for step in range(4):
+        batches = [Loader(each, 3, 16, 32).batch_at(step).crops for each in (split, reference.splits["train"])]
+        assert torch.equal(*batches)
+    views = [
+        torch.cat([view for view, _ in central_batches(each.splits["train"], 32, 36, 5)]) for each in (cache, reference)
+    ]
+    assert torch.equal(*views)
+
+
+def test_the_way_is_chosen_by_size(pictures, tmp_path):
+    told: list[str] = []
+    big = open_cache(str(pictures), keeping=Keeping(resident_gb=1e-9, home=tmp_path / "home"), tell=told.append)
+    assert big.way == "streaming"
+    assert any("streaming: 36 pictures, packed" in line for line in told)
+    assert open_cache(str(pictures)).way == "resident"
+
+
+def test_known_pictures_are_not_listed_again(pictures, monkeypatch):
+    key = open_cache(str(pictures)).key
+    with monkeypatch.context() as patch:
+        patch.setattr(caches, "open_source", lambda *_: 1 / 0)
+        assert open_cache(str(pictures)).key == key
+    paint(pictures / "train" / "bee" / "new.png", 5)
+    assert open_cache(str(pictures)).key != key
+    (pictures / "train" / "bee" / "new.png").unlink()
+    assert open_cache(str(pictures)).key == key
+
+
+def test_of_very_many_files_some_are_watched(pictures, monkeypatch):
+    monkeypatch.setattr(caches, "WATCHED_AT_MOST", 20)
+    key = open_cache(str(pictures), keeping=Keeping(cap=40)).key
+    paint(pictures / "test" / "cat" / "new.png", 5)
+    assert open_cache(str(pictures), keeping=Keeping(cap=40)).key != key, "folders tell of new files"
+
+
+def test_damage_in_a_cache_is_mended_by_prepare(pictures, funmatch):
+    cache = open_cache(str(pictures))
+    path = cache.folder / "train.pixels"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    assert "is damaged on the disk" in funmatch("prepare", pictures).stderr
+    assert path.read_bytes() == whole
+
+
+def test_damage_in_a_streaming_cache_is_an_error(pictures, tmp_path):
+    cache = open_cache(str(pictures), keeping=Keeping(way="streaming", home=tmp_path / "home"))
+    path = cache.folder / "train.pixels"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
+    with pytest.raises(InputError, match="is damaged; `funmatch prepare`"):
+        cache.splits["train"].pictures(range(15))
+
+
+def test_an_interrupted_survey_goes_on(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(surveys, "CHUNK", 5)
+    source = open_source(str(pictures))
+    (pictures / "train" / "bee" / "0.jpg").write_bytes(b"")
+    source = open_source(str(pictures))
+    whole = surveys.survey(source, tmp_path / "whole")
+    read = []
+
+    def reading_until(last: int):
+        def read_one(split: str, index: int) -> bytes:
+            read.append((split, index))
+            if len(read) > last:
+                raise KeyboardInterrupt
+            return source.read(split, index)
+
+        return read_one
+
+    for last in (8, 20, 100):
+        again = replace(source, read=reading_until(last))
+        if last < 100:
+            with pytest.raises(KeyboardInterrupt):
+                surveys.survey(again, tmp_path / "home")
+    read.clear()
+    found = surveys.survey(replace(source, read=reading_until(100)), tmp_path / "home")
+    assert 0 < len(read) < 36, "what was read before is not read again"
+    assert np.array_equal(found.rows, whole.rows)
+    assert found.reasons == whole.reasons
+    assert list(found.reasons.values()) == ["the file is empty"]
+
+
+@pytest.mark.slow
+def test_prepare_goes_on_after_kills(tmp_path):
+    """SIGKILL at many instants; in the end the cache is that of a run that was never killed."""
+    rng = np.random.default_rng(0)
+    for i in range(1500):
+        paint(tmp_path / "p" / f"{i:04}.jpg", i, (200, 150))
+    words = [sys.executable, "-m", "funmatch", "prepare", str(tmp_path / "p")]
+    straight = {**os.environ, "FUNMATCH_CACHE": str(tmp_path / "straight")}
+    subprocess.run(words, check=True, capture_output=True, env=straight)
+    killed = {**os.environ, "FUNMATCH_CACHE": str(tmp_path / "killed")}
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=killed)
+        try:
+            process.wait(timeout=rng.uniform(0.3, 1.5))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            time.sleep(0.01)
+    subprocess.run(words, check=True, capture_output=True, env=killed)
+    assert kills
+    caches_of = [
+        open_cache(str(tmp_path / "p"), keeping=Keeping(home=tmp_path / home)) for home in ("straight", "killed")
+    ]
+    for name in ("train.pixels", "train.index.npy", "meta.json"):
+        assert (caches_of[0].folder / name).read_bytes() == (caches_of[1].folder / name).read_bytes()
+
+
+def test_a_limit_does_not_spoil_the_cache_for_others(pictures):
+    small = open_cache(str(pictures), keeping=Keeping(max_pixels=500, on_bad="skip"))
+    assert small.found["unreadable"]
+    assert sum(map(len, open_cache(str(pictures)).splits.values())) == 36
+
+
+@pytest.mark.parametrize("change", ["changed", "gone"])
+def test_what_changes_while_it_is_prepared_is_noticed(pictures, monkeypatch, change):
+    home = pictures.parent / "home"
+    path = pictures / "train" / "cat" / "4.png"
+    decoding = build._fill
+
+    def change_first(*args):
+        paint(path, 999) if change == "changed" else path.rename(pictures.parent / "away.png")
+        return decoding(*args)
+
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_fill", change_first)
+        with pytest.raises(InputError, match=r"train/cat/4\.png.*[Ss]tart"):
+            open_cache(str(pictures), keeping=Keeping(on_bad="skip", home=home))
+    path.write_bytes(before)
+    assert len(open_cache(str(pictures), keeping=Keeping(home=home)).splits["train"]) == 15
+
+
+def test_half_a_line_of_reasons_is_forgotten(tmp_path):
+    path = tmp_path / "reasons"
+    path.write_text('[0, "a"]\n[3, "b"]\n[4, "c')
+    assert surveys.keep_reasons(path, 4) == {0: "a", 3: "b"}
+    path.write_text(path.read_text() + "x" * 5 + '[2, "d"]\n')
+    assert surveys.keep_reasons(path, 3) == {0: "a"}
+
+
+def test_labelled_pictures_are_judged_on(tmp_path):
+    classes_folder(tmp_path / "p", 20)
+    for i in range(40):
+        paint(tmp_path / "loose" / f"{i}.png", 7000 + i)
+    cache = open_cache([str(tmp_path / "p"), str(tmp_path / "loose")], Reading(cut=Cut({"val": Fraction(1, 10)})))
+    assert {name: len(split) for name, split in cache.splits.items()} == {"train": 76, "val": 4}
+    assert cache.splits["val"].labelled
+
+
+def test_the_same_picture_under_two_labels(tmp_path, funmatch):
+    classes_folder(tmp_path / "p", 3)
+    shutil.copy(tmp_path / "p" / "ant" / "000.png", tmp_path / "p" / "bee" / "copy.png")
+    done = funmatch("data", "p")
+    assert "WARNING: 2 pictures of p are the same with different labels, e.g. ant/000.png = bee/copy.png" in done.stderr
+    assert "CONTRADICTION" in done.stdout
+
+
+def test_names_that_are_no_utf8(tmp_path, funmatch):
+    os.makedirs(os.fsencode(tmp_path) + b"/p/caf\xe9")
+    paint(tmp_path / "p" / "ant" / "0.png", 1)
+    paint(tmp_path / "raw.png", 2).rename(os.fsdecode(os.fsencode(tmp_path) + b"/p/caf\xe9/\xff.png"))
+    assert "classes: ant, caf\\udce9" in funmatch("data", "p").stdout
+    assert "classes: ant, caf\\udce9" in funmatch("prepare", "p").stdout
+    funmatch("prepare", "p", "--to", "tfrecord", "--out", "o")
+    assert open_source(f"tfrecord:{tmp_path}/o").classes == ("ant", "caf\udce9")
+
+
+def test_the_sheet_is_not_put_among_the_pictures(tmp_path, funmatch):
+    folder = classes_folder(tmp_path / "p", 3)
+    code = [sys.executable, "-m", "funmatch", "data", "."]
+    for _ in range(2):
+        done = subprocess.run(code, cwd=folder, capture_output=True, text=True, check=True)
+        assert "classes: ant, bee" in done.stdout
+    assert not list(folder.glob("*.png"))
+    assert "no name of a PNG file" in funmatch("data", "p", "--sheet", "x.jpg", check=2).stderr
+
+
+def test_unlabelled_copies_of_what_is_judged_are_left_out(tmp_path):
+    classes_folder(tmp_path / "p", 10)
+    (tmp_path / "loose").mkdir()
+    for i, path in enumerate(sorted((tmp_path / "p").rglob("*.png"))):
+        shutil.copy(path, tmp_path / "loose" / f"{i}.png")
+    cache = open_cache([str(tmp_path / "p"), str(tmp_path / "loose")], Reading(cut=Cut({"val": Fraction(3, 10)})))
+    assert {name: len(split) for name, split in cache.splits.items()} == {"train": 28, "val": 6}
+    assert not cache.found["leaks"]
+    assert any("6 unlabelled copies" in note for note in cache.found["notes"])
+
+
+def test_a_full_disk_is_not_a_bad_picture(pictures, tmp_path):
+    source = open_source(str(pictures))
+
+    def full(*_) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        surveys.survey(replace(source, read=full), tmp_path / "home")
+    assert not surveys.survey(source, tmp_path / "home").reasons

@@ -1,0 +1,394 @@
+"""TFRecord and tar shards: what TensorFlow wrote is read, what we write is whole, what is damaged is named."""
+
+import gzip
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+from make_images import paint
+from PIL import Image
+
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.dataset import Reading
+from funmatch.data.decode import decode
+from funmatch.data.formats import crc32c
+from funmatch.data.formats.tfrecord import example, framed, parse_example, records
+from funmatch.data.readers.open import open_source
+from funmatch.errors import InputError
+
+WRITTEN = Path(__file__).parent / "tfrecords"
+"""Shards that TensorFlow 2.21 wrote, in the way of `test_tensorflow.py`: picture i is grey 20·i on the right."""
+
+
+def greys(source, split: str) -> list[int]:
+    """Which picture each is, by its right half."""
+    return [round(decode(source.read(split, i))[:, 5:].mean() / 20) for i in range(len(source.splits[split]))]
+
+
+def test_shards_of_the_earlier_project():
+    source = open_source(f"tfrecord:{WRITTEN}/plain")
+    assert source.name == "pets37"
+    assert source.classes == ("0", "1", "2", "3", "4")
+    assert source.unnamed
+    assert {name: split.labels.tolist() for name, split in source.splits.items()} == {
+        "train": [0, 1, 2, 3, 4],
+        "test": [2, 4],
+    }
+    assert greys(source, "train") == [0, 1, 2, 3, 4]
+    assert greys(source, "test") == [9, 8], "whatever the order of the features"
+
+
+PATTERNS = ("gzip", "gzip/*/*.tfrec", "gzip/validation/validation_{pets37,none*}-0{0..0}-4.tfrec")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gzip_and_patterns(pattern):
+    source = open_source(f"tfrecord:{WRITTEN}/{pattern}")
+    assert greys(source, "val") == source.splits["val"].labels.tolist() == [0, 1, 2, 3]
+
+
+def test_names_of_features_and_classes():
+    with pytest.raises(InputError, match=r"--first-label 1"):
+        open_source(f"tfrecord:{WRITTEN}/imagenet", Reading(class_file=WRITTEN / "three.txt"))
+    source = open_source(f"tfrecord:{WRITTEN}/imagenet", Reading(first_label=1))
+    assert source.splits["val"].labels.tolist() == [0, 1, 2]
+    source = open_source(f"tfrecord:{WRITTEN}/tfds")
+    assert source.classes == ("Abyssinian", "Beagle")
+    assert source.splits["train"].labels.tolist() == [0, 1, 0]
+    with pytest.raises(InputError, match=r"record 0: has no feature 'picture', but: file_name, image, label"):
+        open_source(f"tfrecord:{WRITTEN}/tfds", Reading(image_feature="picture"))
+    with pytest.raises(InputError, match=r"no feature 'kind'.*--label-feature or --unlabelled"):
+        open_source(f"tfrecord:{WRITTEN}/tfds", Reading(label_feature="kind"))
+    assert not open_source(f"tfrecord:{WRITTEN}/tfds", Reading(label_feature="none")).classes
+    text = Reading(image_feature="image/class/text", label_feature="none", unlabelled=True)
+    without = open_source(f"tfrecord:{WRITTEN}/imagenet", text)
+    assert not without.classes, "no label where none is there"
+
+
+@pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 511, 512, 513, 1000, 66_000])
+def test_the_table_computes_crc32c(length):
+    data = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8).tobytes()
+    assert crc32c.crc32c_by_table(data) == google_crc32c.value(data)
+
+
+def test_checksum_of_the_castagnoli_papers():
+    assert crc32c.crc32c_by_table(b"123456789") == crc32c.crc32c(b"123456789") == 0xE3069283
+
+
+@pytest.fixture(name="shard")
+def one_shard(tmp_path) -> Path:
+    path = tmp_path / "s" / "train" / "train_pets37-00-3.tfrec"
+    path.parent.mkdir(parents=True)
+    shutil.copy(WRITTEN / "plain" / "train" / path.name, path)
+    return path
+
+
+def test_every_flipped_bit_and_every_cut_is_found(shard):
+    whole = shard.read_bytes()
+    rng = np.random.default_rng(0)
+    for at in [0, 7, 8, 11, 12, len(whole) - 1, *rng.integers(0, len(whole), 40)]:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        shard.write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"{shard.name}: record \d"):
+            open_source(f"tfrecord:{shard.parent}")
+    for end in [1, 11, 12, 13, len(whole) // 2, len(whole) - 1]:
+        shard.write_bytes(whole[:end])
+        with pytest.raises(InputError, match=r"record \d: the (shard ends|checksum)"):
+            open_source(f"tfrecord:{shard.parent}")
+
+
+def test_a_wrong_count_and_damaged_gzip(shard):
+    short = shard.with_name("train_pets37-00-4.tfrec")
+    shard.rename(short)
+    with pytest.raises(InputError, match="holds 3 records, its name says 4"):
+        open_source(f"tfrecord:{short}")
+    packed = gzip.compress(short.read_bytes())
+    short.rename(shard)
+    for damaged in (packed[:-30], packed[:40] + bytes([packed[40] ^ 255]) + packed[41:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"record \d: "):
+            open_source(f"tfrecord:{shard}")
+
+
+def test_all_bad_shards_are_named_at_once(tmp_path):
+    for i in range(30):
+        (tmp_path / f"train_x-{i:02}-1.tfrec").write_bytes(b"nonsense that is no record")
+    with pytest.raises(InputError, match=r"30 of 30 shards cannot be used:(\n.*){30}$"):
+        open_source(f"tfrecord:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"", "no feature is there"),
+        (b"\x0a\x05hello", "no tf.train.Example"),
+        (example(b"x", 3)[:-3], "cut off"),
+        (example(b"x", None), "has no feature 'class'"),
+    ],
+)
+def test_records_that_are_no_examples(tmp_path, payload, message):
+    (tmp_path / "a.tfrecord").write_bytes(framed(payload))
+    with pytest.raises(InputError, match=f"record 0: .*{message}"):
+        open_source(f"tfrecord:{tmp_path}/a.tfrecord")
+
+
+def test_an_example_is_what_it_was():
+    payload = example(b"bytes" * 100, 2**40)
+    features = parse_example(payload)
+    assert payload[slice(*features["image"][0])] == b"bytes" * 100
+    assert features["class"] == [2**40]
+    assert parse_example(example(b"", -1))["class"] == [-1]
+
+
+def test_labels_outside_the_classes_are_named(tmp_path):
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    (tmp_path / "a.tfrec").write_bytes(framed(example(b"x", 0)) + framed(example(b"x", 7)))
+    with pytest.raises(InputError, match=r"a.tfrec, record 1: label 7 is outside the 2 classes \(1 such"):
+        open_source(f"tfrecord:{tmp_path}")
+    (tmp_path / "classes.txt").write_text("ant\nAnt\n")
+    with pytest.raises(InputError, match="'ant' and 'Ant' differ only in case"):
+        open_source(f"tfrecord:{tmp_path}")
+
+
+def test_prepared_shards_are_the_pictures(pictures, funmatch, tmp_path):
+    funmatch("prepare", pictures, "--to", "tfrecord", "--side", "16", "--shard-size", "4", "--out", "shards")
+    names = sorted(path.relative_to(tmp_path / "shards").as_posix() for path in tmp_path.glob("shards/*/*"))
+    assert names[:2] == ["test/test_pictures-00-4.tfrec", "test/test_pictures-01-4.tfrec"]
+    assert names[-1] == "val/val_pictures-02-1.tfrec"
+    source = open_source(f"tfrecord:{tmp_path / 'shards'}")
+    assert source.classes == ("ant", "bee", "cat")
+    original = open_source(str(pictures))
+    for split in ("train", "val", "test"):
+        assert sorted(source.splits[split].labels) == sorted(original.splits[split].labels)
+        for i, label in enumerate(source.splits[split].labels):
+            encoded = source.read(split, i)
+            image = Image.open(io.BytesIO(encoded))
+            assert (image.format, image.size) == ("JPEG", (16, 16))
+            assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3, "no chroma subsampling"
+            expected = [
+                Image.fromarray(decode(original.read(split, j))).resize((16, 16), Image.Resampling.BILINEAR)
+                for j in range(len(original.splits[split]))
+                if original.splits[split].labels[j] == label
+            ]
+            nearest = min(np.abs(np.asarray(image, float) - np.asarray(each, float)).mean() for each in expected)
+            assert nearest < 3, "only JPEG's own loss"
+
+
+def test_interrupted_shards_are_gone_on_with(pictures, funmatch, tmp_path):
+    words = ("prepare", pictures, "--to", "tfrecord", "--shard-size", "4", "--out", "shards")
+    funmatch(*words)
+    before = {path: path.read_bytes() for path in tmp_path.glob("shards/*/*.tfrec")}
+    (tmp_path / "shards").rename(tmp_path / ".shards.partial")
+    lost, damaged, *_ = sorted(tmp_path.glob(".shards.partial/train/*.tfrec"))
+    lost.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    funmatch(*words)
+    assert {path: path.read_bytes() for path in tmp_path.glob("shards/*/*.tfrec")} == before
+    assert "another form" in funmatch(*words, "--side", "8", check=2).stderr
+
+
+def test_ordinary_jpegs_are_kept_to_the_byte(tmp_path, funmatch):
+    paint(tmp_path / "p" / "a.jpg", 1)
+    paint(tmp_path / "p" / "b.png", 2)
+    funmatch("prepare", "p", "--to", "tfrecord", "--out", "shards")
+    (shard,) = tmp_path.glob("shards/train/*.tfrec")
+    pictures = {payload[slice(*parse_example(payload)["image"][0])] for _, payload in records(shard)}
+    assert (tmp_path / "p" / "a.jpg").read_bytes() in pictures
+    assert len(pictures) == 2
+
+
+def tar(path: Path, members: dict[str, bytes | str]) -> Path:
+    """A tar of files, or of links where the content is a text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+                file.addfile(info)
+            else:
+                info.size = len(content)
+                file.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(name="jpegs")
+def some_jpegs(tmp_path) -> list[bytes]:
+    return [paint(tmp_path / "raw" / f"{i}.jpg", i).read_bytes() for i in range(4)]
+
+
+def test_webdataset_shards(tmp_path, jpegs):
+    tar(
+        tmp_path / "w" / "pets-train-000000.tar",
+        {"a/0.jpg": jpegs[0], "a/0.cls": b"1", "b/0.jpg": jpegs[1], "b/0.cls": b"0\n"},
+    )
+    tar(tmp_path / "w" / "pets-train-000001.tar", {"c.seg.png": b"?", "c.jpg": jpegs[2], "c.json": b'{"label": 2}'})
+    tar(tmp_path / "w" / "pets-val-000000.tar", {"d.jpg": jpegs[3], "d.cls": b"2"})
+    source = open_source(f"wds:{tmp_path}/w/pets-{{train-000000,train-000001,val-000000}}.tar")
+    assert source.classes == ("0", "1", "2")
+    assert source.splits["train"].labels.tolist() == [1, 0, 2]
+    assert [source.read("train", i) for i in range(3)] == jpegs[:3]
+    assert source.read("val", 0) == jpegs[3]
+    assert open_cache(f"wds:{tmp_path}/w").splits["train"].labels(slice(None)).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"../out.jpg": b"x"}, r"'../out.jpg' is a link or leads outside"),
+        ({"/etc/out.jpg": b"x"}, "leads outside"),
+        ({"a.jpg": "/etc/passwd"}, "is a link"),
+        ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.cls is b'cat'; wanted a number"),
+        ({"a.jpg": b"x", "a.json": b"[]"}, 'a.json is no JSON object with a "label"'),
+        ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"y"}, "b.jpg: there is no label"),
+        ({"a.txt": b"x"}, "sample 'a' has no picture, but: txt"),
+        ({"a.b.jpg": b"x"}, r"sample 'a' has no picture, but: b\.jpg"),
+        ({}, "hold no picture"),
+    ],
+)
+def test_tars_that_cannot_be_used(tmp_path, members, message):
+    path = tar(tmp_path / "a.tar", members)
+    with pytest.raises(InputError, match=message):
+        open_source(f"wds:{path}")
+
+
+def test_a_tar_that_is_cut_off_or_packed(tmp_path, jpegs):
+    path = tar(tmp_path / "a.tar", {f"{i}.jpg": jpeg for i, jpeg in enumerate(jpegs)})
+    whole = path.read_bytes()
+    with tarfile.open(path) as file:
+        between = file.getmembers()[2].offset
+    for end in (0, 100, 600, between, between + 512, between + 600):
+        path.write_bytes(whole[:end])
+        with pytest.raises(InputError, match=r"a\.tar"):
+            open_source(f"wds:{path}")
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(InputError, match="compressed one must be unpacked first"):
+        open_source(f"wds:{path}")
+
+
+def test_no_shards(tmp_path):
+    for spec in (f"tfrecord:{tmp_path}", f"tfrecord:{tmp_path}/*.tfrec"):
+        with pytest.raises(InputError, match="no shard matches"):
+            open_source(spec)
+    with pytest.raises(InputError, match="1 of 1 shards are not there"):
+        open_source(f"wds:{tmp_path}/x.tar")
+    for missing in (f"tfrecord:{WRITTEN}/plain/train/train_pets37-0{{0..2}}-3.tfrec",):
+        with pytest.raises(InputError, match=r"2 of 3 shards are not there, e\.g\. .*-01-3"):
+            open_source(missing)
+    (tmp_path / "a.tfrec").write_bytes(b"")
+    with pytest.raises(InputError, match="shards of train hold no picture"):
+        open_source(f"tfrecord:{tmp_path}")
+    with pytest.raises(InputError, match=f"say tfrecord:{tmp_path}"):
+        open_source(str(tmp_path))
+
+
+def test_json_of_labels_by_option(tmp_path, jpegs):
+    about = json.dumps({"label": 1}).encode()
+    tar(tmp_path / "a.tar", {"a.jpg": jpegs[0], "a.cls": b"0", "a.json": about})
+    assert open_source(f"wds:{tmp_path}/a.tar").splits["train"].labels.tolist() == [0]
+    by_json = Reading(label_feature="json")
+    assert open_source(f"wds:{tmp_path}/a.tar", by_json).splits["train"].labels.tolist() == [1]
+
+
+def test_a_set_of_shards_with_a_gap(tmp_path):
+    for i in (0, 2):
+        (tmp_path / f"train-{i:05}-of-00003").write_bytes(framed(example(b"x", 0)))
+    with pytest.raises(InputError, match=r"of 3 shards train-…, 1 are not there, e\.g\. 00001"):
+        open_source(f"tfrecord:{tmp_path}")
+
+
+def test_a_files_name_says_more_than_its_folders(tmp_path):
+    (tmp_path / "dev").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "dev" / f"{split}_x-00-1.tfrec").write_bytes(framed(example(b"x", 0)))
+    assert list(open_source(f"tfrecord:{tmp_path}/dev").splits) == ["train", "val"]
+
+
+def test_new_shards_and_class_names_are_noticed(tmp_path, jpegs):
+    (tmp_path / "s" / "train").mkdir(parents=True)
+    for i in range(2):
+        (tmp_path / "s" / "train" / f"train_x-{i:02}-1.tfrec").write_bytes(framed(example(jpegs[i], i)))
+    assert open_cache(f"tfrecord:{tmp_path}/s").unnamed
+    (tmp_path / "s" / "class.labels.txt").write_text("ant\nbee\n")
+    assert open_cache(f"tfrecord:{tmp_path}/s").classes == ("ant", "bee")
+    (tmp_path / "s" / "val").mkdir()
+    (tmp_path / "s" / "val" / "val_x-00-1.tfrec").write_bytes(framed(example(jpegs[2], 1)))
+    assert list(open_cache(f"tfrecord:{tmp_path}/s").splits) == ["train", "val"]
+
+
+def test_what_shards_cannot_hold(tmp_path, funmatch):
+    paint(tmp_path / "nc" / "d\ne" / "a.png", 1)
+    paint(tmp_path / "nc" / "z" / "b.png", 2)
+    told = funmatch("prepare", "nc", "--to", "tfrecord", "--out", "o", check=2).stderr
+    assert "cannot hold 'd\\ne'" in told
+    paint(tmp_path / "loose" / "x.png", 3)
+    told = funmatch("prepare", "nc", "loose", "--to", "tfrecord", "--out", "o", check=2).stderr
+    assert "some pictures of train have labels and some have none" in told
+    assert not (tmp_path / "o").exists()
+
+
+def test_finished_shards_are_left_alone(pictures, funmatch, tmp_path):
+    whole = (pictures / "train" / "ant" / "0.jpg").read_bytes()
+    (pictures / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    words = ("--to", "tfrecord", "--shard-size", "4", "--out", "o")
+    assert "1 unreadable" in funmatch("prepare", pictures, *words, check=2).stderr
+    assert not (tmp_path / "o").exists()
+    first = json.loads(funmatch("prepare", pictures, *words, "--on-bad", "skip", "--json").stdout)
+    assert first["splits"]["train"]["pictures"] == 14
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")}
+    again = json.loads(funmatch("prepare", pictures, *words, "--on-bad", "skip", "--json").stdout)
+    assert again == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")} == times
+    pictures.rename(tmp_path / "renamed")
+    assert "of other pictures or of another form" in funmatch("prepare", "renamed", *words, check=2).stderr
+
+
+def test_shards_made_under_other_limits_are_other_shards(tmp_path, funmatch):
+    for i in range(6):
+        paint(tmp_path / "p" / f"{i}.png", i, (50, 50) if i % 3 == 0 else (20, 20))
+    words = ("prepare", "p", "--to", "tfrecord", "--out", "o", "--shard-size", "2")
+    limited = (*words, "--max-pixels", "1000")
+    funmatch(*limited, "--on-bad", "skip")
+    assert "of another form" in funmatch(*words, check=2).stderr
+    assert "2 unreadable" in funmatch(*limited, check=2).stderr
+    (tmp_path / "o").rename(tmp_path / ".o.partial")
+    assert json.loads(funmatch(*words, "--json").stdout)["splits"]["train"]["pictures"] == 6
+    assert json.loads(funmatch("data", "tfrecord:o", "--json").stdout)["repeated"] == 0
+
+
+def test_a_finished_set_is_watched_over(pictures, funmatch, tmp_path):
+    words = ("prepare", pictures, "--to", "tfrecord", "--out", "o", "--shard-size", "4")
+    funmatch(*words)
+    (tmp_path / "o" / "class.labels.txt").unlink()
+    funmatch(*words)
+    assert open_source(f"tfrecord:{tmp_path}/o").classes == ("ant", "bee", "cat")
+    (tmp_path / "o" / "train" / "train_pictures-01-4.tfrec").unlink()
+    with pytest.raises(InputError, match=r"1 shards are not there, e\.g\. train/train_pictures-01-4"):
+        open_source(f"tfrecord:{tmp_path}/o")
+
+
+def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
+    import resource
+
+    for i in range(120):
+        (tmp_path / f"train_x-{i:03}-1.tfrec").write_bytes(gzip.compress(framed(example(jpegs[i % 4], 0))))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (110, limits[1]))
+    try:
+        source = open_source(f"tfrecord:{tmp_path}")
+        assert all(source.read("train", i) == jpegs[i % 4] for i in range(120))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_new_shards_of_a_deep_pattern_are_noticed(tmp_path, jpegs):
+    for i, place in enumerate(("x/y", "z/w")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.tfrec").write_bytes(framed(example(jpegs[i], 0)))
+        assert len(open_cache(f"tfrecord:{tmp_path}/**/*.tfrec").splits["train"]) == i + 1

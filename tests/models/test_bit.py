@@ -1,0 +1,275 @@
+"""BiT checkpoints: both published layouts against a forward pass written out with torch's functions alone."""
+
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from funmatch.errors import InputError
+from funmatch.models import classifier as models
+from funmatch.models.classifier import TIMM_EPS, rescale_for_timm
+from funmatch.models.load import load
+
+CLASSES = 5
+UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+def random_bit(depth: int, width: int, seed: int = 0, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """Weights of a BiT network by the names of the first layout, without `resnet/`.
+
+    Their kernels' spread is `scale` / √fan-in, so that a small scale makes the standardisation's eps matter.
+    """
+    rng = np.random.default_rng(seed)
+    weights: dict[str, np.ndarray] = {}
+
+    def conv(name: str, size: int, inner: int, outer: int) -> None:
+        spread = scale / (size * size * inner) ** 0.5
+        weights[f"{name}/kernel"] = rng.normal(0, spread, (size, size, inner, outer)).astype(np.float32)
+
+    def norm(name: str, channels: int) -> None:
+        weights[f"{name}/gamma"] = rng.uniform(0.5, 1.5, channels).astype(np.float32)
+        weights[f"{name}/beta"] = rng.normal(0, 0.2, channels).astype(np.float32)
+
+    conv("root_block/standardized_conv2d", 7, 3, 64 * width)
+    inner = 64 * width
+    for block, units in enumerate(UNITS[depth]):
+        middle = 64 * width * 2**block
+        for unit in range(units):
+            name = f"block{block + 1}/unit{unit + 1:02}"
+            if unit == 0:
+                conv(f"{name}/a/proj/standardized_conv2d", 1, inner, 4 * middle)
+            for part, size, a, b in (("a", 1, inner, middle), ("b", 3, middle, middle), ("c", 1, middle, 4 * middle)):
+                norm(f"{name}/{part}/group_norm", a)
+                conv(f"{name}/{part}/standardized_conv2d", size, a, b)
+            inner = 4 * middle
+    norm("group_norm", inner)
+    weights["head/conv2d/kernel"] = rng.normal(0, 0.05, (1, 1, inner, CLASSES)).astype(np.float32)
+    weights["head/conv2d/bias"] = rng.normal(0, 0.1, CLASSES).astype(np.float32)
+    return weights
+
+
+def as_first_layout(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"resnet/{name}": array for name, array in weights.items()}
+
+
+def with_numbers(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As some of the published files have it: `standardized_conv2d_17`."""
+    return {
+        re.sub("standardized_conv2d/", f"standardized_conv2d_{i}/", f"resnet/{name}"): array
+        for i, (name, array) in enumerate(weights.items())
+    }
+
+
+def as_second_layout(weights: dict[str, np.ndarray], prefix: str = "") -> dict[str, np.ndarray]:
+    """As big_vision writes it: scales and biases of shape (1, 1, 1, channels), a head of two axes."""
+    changed = {}
+    for name, array in weights.items():
+        name = name.replace("root_block/standardized_conv2d", "root_block/conv_root")
+        name = name.replace("a/proj/standardized_conv2d", "conv_proj")
+        for number, part in enumerate("abc", 1):
+            name = name.replace(f"/{part}/standardized_conv2d", f"/conv{number}")
+            name = name.replace(f"/{part}/group_norm/", f"/gn{number}/")
+        name = re.sub("^group_norm/", "norm-pre-head/", name).replace("gamma", "scale").replace("beta", "bias")
+        if "/gn" in name or "norm-pre-head" in name:
+            array = array[None, None, None]
+        if name.startswith("head"):
+            name, array = name.replace("conv2d/", ""), array[0, 0] if array.ndim == 4 else array
+        changed[prefix + name] = array
+    return changed
+
+
+def reference(weights: dict[str, np.ndarray], pictures: torch.Tensor) -> torch.Tensor:
+    """Logits of [0, 1] pictures: the network as section 4 of its paper and its published code describe it."""
+
+    def conv(x, name, stride=1):
+        kernel = torch.from_numpy(weights[f"{name}/kernel"].astype(np.float64))
+        mean, variance = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2), correction=0)
+        kernel = ((kernel - mean) / (variance + 1e-10).sqrt()).float().permute(3, 2, 0, 1)
+        return F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+
+    def norm(x, name):
+        gamma, beta = (torch.from_numpy(weights[f"{name}/{part}"]) for part in ("gamma", "beta"))
+        return F.relu(F.group_norm(x, 32, gamma, beta, 1e-5))
+
+    x = conv(pictures * 2 - 1, "root_block/standardized_conv2d", 2)
+    x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2)
+    units = sorted({name.rsplit("/", 3)[0] for name in weights if "/c/" in name})
+    for unit in units:
+        ahead = norm(x, f"{unit}/a/group_norm")
+        first = unit.endswith("unit01")
+        stride = 2 if first and not unit.startswith("block1") else 1
+        shortcut = conv(ahead, f"{unit}/a/proj/standardized_conv2d", stride) if first else x
+        y = conv(ahead, f"{unit}/a/standardized_conv2d")
+        y = conv(norm(y, f"{unit}/b/group_norm"), f"{unit}/b/standardized_conv2d", stride)
+        x = conv(norm(y, f"{unit}/c/group_norm"), f"{unit}/c/standardized_conv2d") + shortcut
+    features = norm(x, "group_norm").mean((2, 3))
+    kernel, bias = (torch.from_numpy(weights[f"head/conv2d/{part}"]) for part in ("kernel", "bias"))
+    return features @ kernel[0, 0] + bias
+
+
+def pictures(side: int = 48) -> torch.Tensor:
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def assert_same(model: torch.nn.Module, wanted: torch.Tensor, side: int = 48) -> None:
+    got = model.eval()(pictures(side))
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.fixture(name="weights", scope="module")
+def weights_of_r50() -> dict[str, np.ndarray]:
+    return random_bit(50, 1)
+
+
+@pytest.fixture(name="wanted", scope="module")
+def logits_of_r50(weights) -> torch.Tensor:
+    with torch.inference_mode():
+        return reference(weights, pictures())
+
+
+LAYOUTS = {
+    "first": as_first_layout,
+    "first with numbers": with_numbers,
+    "second": as_second_layout,
+    "second under params/": lambda weights: as_second_layout(weights, "params/") | {"opt/step": np.zeros(1)},
+    "neither with a prefix": dict,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_layouts_give_the_published_logits(tmp_path, weights, wanted, layout):
+    path = tmp_path / "w.npz"
+    np.savez(path, **LAYOUTS[layout](weights))
+    model = load(str(path))
+    assert (model.num_classes, model.card.mean, model.card.std) == (CLASSES, (0.5,) * 3, (0.5,) * 3)
+    assert_same(model, wanted)
+    assert_same(load("resnetv2_50x1_bit", weights=path), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "width"), [(50, 3), (101, 1), (101, 3), (152, 2), (152, 4)])
+def test_every_published_size(tmp_path, depth, width):
+    weights = random_bit(depth, width)
+    with torch.inference_mode():
+        wanted = reference(weights, pictures(32))
+    np.savez(tmp_path / "w.npz", **as_second_layout(weights))
+    model = load(str(tmp_path / "w.npz"))
+    assert model.net.pretrained_cfg["architecture"] == f"resnetv2_{depth}x{width}_bit"
+    assert_same(model, wanted, 32)
+
+
+def test_small_kernels_need_the_published_eps(tmp_path):
+    """With kernels this small timm's eps gives other logits; what is saved for timm gives the right ones again."""
+    weights = random_bit(50, 1, scale=2e-3)
+    with torch.inference_mode():
+        wanted = reference(weights, pictures())
+    np.savez(tmp_path / "w.npz", **as_first_layout(weights))
+    model = load(str(tmp_path / "w.npz"))
+    assert_same(model, wanted)
+    with_timm = load(str(tmp_path / "w.npz"))
+    for module in with_timm.modules():
+        if hasattr(module, "eps") and hasattr(module, "kernel_size"):
+            module.eps = TIMM_EPS
+    with pytest.raises(AssertionError):
+        assert_same(with_timm, wanted)
+    rescale_for_timm(model.net)
+    assert_same(model, wanted)
+    (tmp_path / "out").mkdir()
+    models.save(load(str(tmp_path / "w.npz")), tmp_path / "out", card=model.card, about={})
+    assert_same(load(str(tmp_path / "out")), wanted)
+    alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(alone(pictures() * 2 - 1), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_student_gets_the_body_and_a_new_head_of_zeros(tmp_path, weights):
+    np.savez(tmp_path / "w.npz", **as_second_layout(weights))
+    model = load(str(tmp_path / "w.npz"), classes=37)
+    assert model.count() == 23_576_165
+    assert not model(pictures()).any()
+    kernel = torch.from_numpy(weights["root_block/standardized_conv2d/kernel"]).permute(3, 2, 0, 1)
+    assert torch.equal(model.net.stem.conv.weight, kernel)
+
+
+def changed(weights: dict[str, np.ndarray], **changes) -> dict[str, np.ndarray]:
+    return {name: array for name, array in {**weights, **changes}.items() if array is not None}
+
+
+BAD = {
+    "one is missing": ({"block2/unit03/b/group_norm/beta": None}, "stages.1.blocks.2.norm2.bias is missing"),
+    "one is too much": ({"block2/unit03/b/moving": np.zeros(3)}, "block2/unit03/b/moving is not of this model"),
+    "one has another shape": ({"group_norm/gamma": np.zeros(7, np.float32)}, r"norm.weight has shape \(7,\)"),
+    "one is not finite": (
+        {"head/conv2d/bias": np.full(5, np.nan, np.float32)},
+        "head.fc.bias holds values that are not",
+    ),
+    "it has no head": ({"head/conv2d/bias": None, "head/conv2d/kernel": None}, "no head/bias"),
+    "a unit is missing": (
+        {name: None for name in random_bit(50, 1) if name.startswith("block4/unit03")},
+        "units in its blocks, wanted one of R50x1",
+    ),
+    "one is twice": (
+        {"root_block/standardized_conv2d_3/bias": np.zeros(1), "root_block/standardized_conv2d/bias": np.zeros(1)},
+        "the same variable",
+    ),
+    "one is an object": ({"group_norm/beta": np.array([{}], object)}, "cannot be read"),
+    "one is text": ({"group_norm/beta": np.array(["a"] * 2048)}, "wanted numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_nothing_is_silent(tmp_path, weights, case):
+    changes, message = BAD[case]
+    np.savez(tmp_path / "w.npz", **changed(weights, **changes))
+    with pytest.raises(InputError, match=message):
+        load(str(tmp_path / "w.npz"))
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path, weights):
+    np.savez(tmp_path / "w.npz", **weights)
+    with pytest.raises(InputError, match="weights of resnetv2_50x1_bit, not of resnetv2_101x1_bit"):
+        load("resnetv2_101x1_bit", weights=tmp_path / "w.npz")
+    np.savez(tmp_path / "vit.npz", **{"embedding/kernel": np.zeros(3)})
+    with pytest.raises(InputError, match="holds no BiT network"):
+        load(str(tmp_path / "vit.npz"))
+
+
+def test_files_that_are_no_npz(tmp_path, weights):
+    path = tmp_path / "w.npz"
+    with pytest.raises(InputError, match="no weights file"):
+        load(str(path))
+    path.write_bytes(b"not a zip")
+    with pytest.raises(InputError, match=r"no \.npz file"):
+        load(str(path))
+    np.savez(path, **weights)
+    path.write_bytes(path.read_bytes()[:5_000_000])
+    with pytest.raises(InputError, match=r"no \.npz file"):
+        load(str(path))
+
+
+def test_a_flipped_byte_is_noticed(tmp_path, weights):
+    path = tmp_path / "w.npz"
+    np.savez(path, **weights)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        load(str(path))
+
+
+def test_timms_own_weights_of_bit_have_the_published_eps_too(monkeypatch):
+    from funmatch.models import timm_models
+
+    def without_network(architecture, kwargs, *, pretrained=False):
+        assert pretrained
+        return timm.create_model(architecture, **kwargs)
+
+    monkeypatch.setattr(timm_models, "create", without_network)
+    assert load("resnetv2_50x1_bit.goog_in21k").net.stem.conv.eps == models.PUBLISHED_EPS
+    assert load("resnetv2_50x1_bit", pretrained=True).net.stem.conv.eps == models.PUBLISHED_EPS
+    monkeypatch.undo()
+    assert load("resnetv2_50x1_bit").net.stem.conv.eps == TIMM_EPS

@@ -1,0 +1,202 @@
+"""Models: one grammar, nothing silent, and a student that timm loads by itself."""
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from funmatch.errors import InputError
+from funmatch.models import classifier as models
+from funmatch.models.inference.frozen import Frozen
+from funmatch.models.load import load
+from funmatch.models.timm_models import parse_options
+
+SMALL = ("channels=(8,8,16,16)", "stem_width=8")
+
+
+def test_a_classifier_normalises_as_its_card_says():
+    model = load("resnet10t", options=SMALL, classes=4).eval()
+    views = torch.rand(2, 3, 32, 32)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(views), model.net((views - mean) / std))
+    assert model.card.mean == (0.485, 0.456, 0.406)
+    assert load("resnetv2_50x1_bit", classes=2).card.mean == (0.5, 0.5, 0.5)
+
+
+def test_bit_r50_has_the_published_number_of_parameters():
+    assert load("resnetv2_50x1_bit", classes=37).count() == 23_576_165
+
+
+def test_grey_networks_read_grey_pictures():
+    model = load("resnet10t", options=(*SMALL, "in_chans=1"), classes=3).eval()
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_fixed_inputs_are_built_for_the_side():
+    vit = load("vit_tiny_patch16_224", options=("depth=1",), classes=3, side=64).eval()
+    assert vit(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_options_are_read_as_python_values():
+    parsed = parse_options(("channels=16,32", "drop_rate=0.1", "act_layer=gelu", "flag=True"))
+    assert parsed == {"channels": (16, 32), "drop_rate": 0.1, "act_layer": "gelu", "flag": True}
+    with pytest.raises(InputError, match="key=value"):
+        parse_options(("channels",))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet5O", "did you mean .*'resnet50'"),
+        ("resnetv2_50x1_bitt", "did you mean 'resnetv2_50x1_bit'"),
+        ("fashion-mini-techer", "did you mean 'fashion-mini-teacher'"),
+        ("resnetv2_50x1_bit.goog_in21", "did you mean .*'resnetv2_50x1_bit.goog_in21k'"),
+        ("some/where", "missing"),
+        ("local-dir:nowhere", "missing"),
+    ],
+)
+def test_names_that_are_not_known(name, message):
+    with pytest.raises(InputError, match=message):
+        load(name)
+
+
+def test_options_that_timm_does_not_take():
+    with pytest.raises(InputError, match="chanels"):
+        load("resnet10t", options=("chanels=1",))
+
+
+def test_a_saved_classifier_loads_in_timm_with_the_same_logits(tmp_path):
+    torch.manual_seed(0)
+    model = load("resnet10t", options=SMALL, classes=4).eval()
+    for buffer in model.net.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    card = replace(model.card, side=40, crop_fraction=0.8, mean=(0.1, 0.2, 0.3), classes=("a", "b", "c", "d"))
+    models.save(model.to(memory_format=torch.contiguous_format), tmp_path, card=card, about={"verb": "test"})
+    views = torch.randn(2, 3, 40, 40)
+    alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(alone(views), model.net(views))
+    config = timm.data.resolve_model_data_config(alone)
+    assert tuple(config["input_size"]) == (3, 40, 40)
+    assert tuple(config["mean"]) == (0.1, 0.2, 0.3)
+    assert config["crop_pct"] == 0.8
+    again = load(str(tmp_path))
+    assert again.card == replace(card, name=str(tmp_path))
+    assert models.fingerprint(again.net) == models.fingerprint(model.net)
+
+
+@pytest.fixture(name="state")
+def resnet_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return timm.create_model("resnet10t", num_classes=7, channels=(8, 8, 16, 16), stem_width=8).state_dict()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_of_a_named_architecture_decide_its_classes(tmp_path, state, suffix):
+    path = tmp_path / f"w.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
+    model = load("resnet10t", weights=path, options=SMALL)
+    assert model.num_classes == 7
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.net.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_refused_in_full(tmp_path, state):
+    def refused(change, message):
+        changed = dict(state)
+        change(changed)
+        save_file(changed, tmp_path / "w.safetensors")
+        with pytest.raises(InputError, match=message):
+            load("resnet10t", weights=tmp_path / "w.safetensors", options=SMALL)
+
+    refused(lambda s: s.pop("bn1.bias"), "bn1.bias is missing")
+    refused(lambda s: s.update(extra=torch.zeros(1)), "extra is not of this model")
+    refused(lambda s: s.update({"bn1.bias": torch.zeros(3)}), r"has shape \(3,\)")
+    refused(lambda s: s.update({"bn1.bias": torch.full((8,), float("nan"))}), "not finite")
+    refused(lambda s: s.pop("fc.weight"), "another architecture")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_files_that_are_no_state_dict(tmp_path, suffix):
+    path = tmp_path / f"w.{suffix}"
+    with pytest.raises(InputError, match="no weights file"):
+        load("resnet10t", weights=path)
+    path.write_bytes(b"\x80\x04garbage")
+    with pytest.raises(InputError, match="no state dict"):
+        load("resnet10t", weights=path)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_nothing_is_unpickled(tmp_path, capsys):
+    torch.save({"fc.weight": Evil()}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="no state dict"):
+        load("resnet10t", weights=tmp_path / "w.pt")
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_a_side_that_a_network_cannot_take():
+    vit = load("vit_tiny_patch16_224", options=("depth=1",), classes=3)
+    with pytest.raises(InputError, match="made for 224"):
+        models.check_side(vit, 100)
+
+
+def test_a_frozen_teacher_stays_as_it_is():
+    teacher = Frozen(load("resnet10t", options=SMALL, classes=3))
+    parent = torch.nn.ModuleList([teacher]).train()
+    before = models.fingerprint(teacher)
+    logits = parent[0](torch.rand(4, 3, 32, 32, requires_grad=True))
+    assert not any(module.training for module in teacher.classifier.modules())
+    assert not logits.requires_grad
+    assert models.fingerprint(teacher) == before
+
+
+def test_a_transformer_with_weights_is_fitted_to_another_side(tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3).eval()
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    model = load("vit_tiny_patch16_224", weights=tmp_path / "w.safetensors", options=("depth=1",), side=64).eval()
+    views = torch.rand(2, 3, 64, 64)
+    net.set_input_size(img_size=64)
+    with torch.no_grad():
+        wanted = net(views * 2 - 1)
+        torch.testing.assert_close(model(views), wanted)
+    (tmp_path / "out").mkdir()
+    models.save(model, tmp_path / "out", card=replace(model.card, side=64), about={})
+    alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(alone(views * 2 - 1), wanted)
+
+
+def test_a_tag_says_what_given_weights_were_trained_to_see(tmp_path):
+    net = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    for tag in timm.list_pretrained("vit_tiny_patch16_224.*"):
+        model = load(tag, weights=tmp_path / "w.safetensors", options=("depth=1",))
+        assert model.card.mean == tuple(timm.get_pretrained_cfg(tag).mean)
+
+
+def test_settings_that_are_no_weights_are_told_apart():
+    def vit(**options):
+        net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, **options)
+        return models.Classifier(net, models.Card("vit", 32, 1.0, (0.5,) * 3, (0.5,) * 3, None))
+
+    class Cooled(torch.nn.Module):
+        def __init__(self, tau):
+            super().__init__()
+            self.tau, self.num_classes = tau, 2
+
+    card = models.Card("cooled", 8, 1.0, (0.0,) * 3, (1.0,) * 3, None)
+    several = [vit(num_heads=3), vit(num_heads=6), vit(num_heads=3, global_pool="avg")]
+    several += [models.Classifier(Cooled(tau), card) for tau in (1, 4)]
+    digests = list(map(models.function_of, several))
+    assert len(set(digests)) == 5
+    taught = vit(num_heads=3).train()
+    assert models.function_of(taught) == digests[0] == models.function_of(taught.eval())

@@ -1,0 +1,321 @@
+"""What is read from the graph of a SavedModel: small graphs, written here, in which everything can be wrong."""
+
+import shutil
+import struct
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from funmatch.data.formats.protobuf import written, written_varint
+from funmatch.errors import InputError
+from funmatch.models.load import _of_savedmodel
+from funmatch.models.tensorflow.bundle import Bundle, Entry
+from funmatch.models.tensorflow.preprocessing import AS_GIVEN, after_head, sight
+from funmatch.models.tensorflow.savedmodel import open_savedmodel
+
+MODULE = Path(__file__).parent / "savedmodels" / "module"
+ENTRIES = {key: Entry(1, shape, 0, 0, 4, 0) for key, shape in {"stem": (7, 7, 3, 2), "k": (2, 5), "b": (5,)}.items()}
+TF_FLOAT, TF_UINT8, TF_INT32 = 1, 4, 3
+
+
+def number(field: int, n: int) -> bytes:
+    return written_varint(field << 3) + written_varint(n)
+
+
+def text(field: int, value: str) -> bytes:
+    return written(field, value.encode())
+
+
+def pair(field: int, key: str, value: bytes) -> bytes:
+    return written(field, text(1, key) + written(2, value))
+
+
+def node(name: str, op: str, *inputs: str, **attributes: bytes) -> bytes:
+    given = b"".join(text(3, each) for each in inputs)
+    return text(1, name) + text(2, op) + given + b"".join(pair(5, key, value) for key, value in attributes.items())
+
+
+def const(name: str, values) -> bytes:
+    array = np.asarray(values, None if np.asarray(values).dtype.kind == "i" else np.float32)
+    array = array.astype(np.int32) if array.dtype.kind == "i" else array
+    shape = b"".join(written(2, number(1, n)) for n in array.shape)
+    kind = TF_INT32 if array.dtype == np.int32 else TF_FLOAT
+    return node(name, "Const", value=written(8, number(1, kind) + written(2, shape) + written(4, array.tobytes())))
+
+
+def call(name: str, function: str, *inputs: str) -> bytes:
+    return node(name, "StatefulPartitionedCall", *inputs, f=written(10, text(1, function)))
+
+
+def function(name: str, arguments: list[str], results: dict[str, str], nodes: list[bytes]) -> bytes:
+    signature = text(1, name) + b"".join(written(2, text(1, each)) for each in arguments)
+    signature += b"".join(written(3, text(1, each)) for each in results)
+    body = b"".join(written(3, each) for each in nodes)
+    return written(1, signature) + body + b"".join(written(4, text(1, k) + text(2, v)) for k, v in results.items())
+
+
+def ints(values: list[int]) -> bytes:
+    return written(1, written(3, b"".join(map(written_varint, values))))
+
+
+def network(
+    x: str, *, border: int = 3, padding: bytes = b"VALID", strides: tuple[int, ...] = (1, 2, 2, 1)
+) -> list[bytes]:
+    """The nodes of a network of a single kernel and a head, in a function whose picture is an output of this name."""
+    return [
+        const("border", np.array([[0, 0], [border, border], [border, border], [0, 0]])),
+        node("Pad", "Pad", x, "border:output:0"),
+        node("kernel", "ReadVariableOp", "stem"),
+        const("tiny", 1e-10),
+        node("standardized", "Mul", "kernel:value:0", "tiny:output:0"),
+        node(
+            "Conv2D",
+            "Conv2D",
+            "Pad:output:0",
+            "standardized:z:0",
+            padding=written(2, padding),
+            strides=ints(list(strides)),
+        ),
+        node("Relu", "Relu", "Conv2D:output:0"),
+        const("axes", np.array([1, 2])),
+        node("Mean", "Mean", "Relu:activations:0", "axes:output:0"),
+        node("k/read", "ReadVariableOp", "k"),
+        node("MatMul", "MatMul", "Mean:output:0", "k/read:value:0"),
+        node("b/read", "ReadVariableOp", "b"),
+        node("BiasAdd", "BiasAdd", "MatMul:product:0", "b/read:value:0"),
+    ]
+
+
+HELD = list(ENTRIES)
+
+
+def model(
+    nodes: list[bytes], answer: str = "BiasAdd:output:0", kind: int = TF_FLOAT, more: list[bytes] | None = None
+) -> bytes:
+    """A SavedModel that serves a function of these nodes."""
+    names = written(8, b"".join(text(8, key) for key in HELD))
+    restore = [
+        node("keys", "Const", value=names),
+        node("RestoreV2", "RestoreV2", "file", "keys:output:0"),
+        *(node(f"set_{k}", "AssignVariableOp", k, f"RestoreV2:tensors:{i}") for i, k in enumerate(HELD)),
+    ]
+    library = [
+        function("served", ["x", *HELD], {"y": answer}, nodes),
+        function("restore", ["file", *HELD], {"done": "file"}, restore),
+        *(more or []),
+    ]
+    outside = [
+        node("picture", "Placeholder", dtype=number(6, kind)),
+        node("file", "Placeholder"),
+        *(node(key, "VarHandleOp") for key in HELD),
+        call("call", "served", "picture", *HELD),
+        call("restored", "restore", "file", *HELD),
+    ]
+    graph = b"".join(written(1, each) for each in outside) + written(2, b"".join(written(1, each) for each in library))
+    signature = pair(2, "logits", text(1, "call:0"))
+    meta = written(2, graph) + written(3, text(3, "restored")) + pair(5, "serving_default", signature)
+    return number(1, 1) + written(2, meta)
+
+
+@pytest.fixture(name="seen")
+def seen_of_a_graph(tmp_path):
+    def seen(content: bytes):
+        (tmp_path / "saved_model.pb").write_bytes(content)
+        return sight(tmp_path, Bundle(ENTRIES, []))
+
+    return seen
+
+
+def chain(*steps) -> list[bytes]:
+    """Operations on pictures, in order, as (operation, constant) or (constant, operation)."""
+    nodes, last = [], "x"
+    for i, step in enumerate(steps):
+        words = [each for each in step if not isinstance(each, str)]
+        nodes += [const(f"c{i}", each) for each in words]
+        inputs = [last, *([f"c{i}:output:0"] if words else [])]
+        op = next(each for each in step if isinstance(each, str))
+        attributes = {"DstT": number(6, TF_FLOAT)} if op == "Cast" else {}
+        nodes.append(node(f"n{i}", op, *(inputs if isinstance(step[0], str) else inputs[::-1]), **attributes))
+        last = f"n{i}:z:0"
+    return [*nodes, *network(last)]
+
+
+HALF = (0.5,) * 3, (0.5,) * 3
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (np.array(each) for each in IMAGENET)
+SEEN = {
+    "as given": ([], AS_GIVEN),
+    "2 x - 1": ([("Mul", 2.0), ("Sub", 1.0)], HALF),
+    "1 - (2 - 2 x)": ([("Mul", 2.0), (2.0, "Sub"), (1.0, "Sub")], HALF),
+    "-(1 - 2 x)": ([(2.0, "Mul"), (1.0, "Sub"), ("Neg",)], HALF),
+    "x / 255": ([("RealDiv", 255.0)], AS_GIVEN),
+    "x / 127.5 - 1": ([("Mul", 1 / 127.5), ("AddV2", -1.0)], HALF),
+    "of each channel": ([("Sub", MEAN), ("RealDiv", STD)], IMAGENET),
+    "of each channel of 255": ([("Sub", (255 * MEAN)[None, None, None]), ("Mul", 1 / (255 * STD))], IMAGENET),
+    "a mean of 255 alone": ([("Sub", [123.675, 116.28, 103.53])], (IMAGENET[0], (1 / 255,) * 3)),
+    "resized": ([("ResizeBilinear", [128, 128]), ("Mul", 2.0), ("Sub", 1.0), ("Identity",)], HALF),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_arithmetic_is_a_mean_and_a_standard_deviation(seen, name):
+    steps, (mean, std) = SEEN[name]
+    found = seen(model(chain(*steps)))
+    assert not found.why
+    np.testing.assert_allclose(found.inputs, [mean, std], rtol=1e-6)
+    assert found.is_plain == (not steps)
+    assert (found.stem, found.used, found.before) == ({"stem"}, {"stem", "k", "b"}, set())
+    assert after_head(found, "k", "b", "m") == ()
+
+
+def test_whole_numbers_are_of_255(seen):
+    found = seen(model(chain(("Cast",), ("Mul", 2 / 255), ("Sub", 1.0)), kind=TF_UINT8))
+    np.testing.assert_allclose(found.inputs, HALF, rtol=1e-6)
+    found = seen(model(chain(("Cast",)), kind=TF_UINT8))
+    np.testing.assert_allclose(found.inputs, [[0] * 3, [1 / 255] * 3], rtol=1e-6)
+    assert not found.is_plain
+
+
+UNCLEAR = {
+    r"applies Square \(n0\)": [("Square",)],
+    r"applies ReverseV2 \(n1\)": [("Mul", 2.0), ("ReverseV2", [3])],
+    r"applies Floor \(n0\)": [("Floor",), ("Mul", 2.0)],
+    r"applies AddV2 \(n1\)": [("Pad", np.array([[0, 0], [1, 1], [1, 1], [0, 0]])), ("AddV2", 1.0)],
+    r"applies Sub \(n0\)": [("Sub", np.ones((8, 8, 3)))],
+    r"applies Mul \(n0\)": [("Mul", np.ones((1, 2)))],
+    "another than BiT's": [("Pad", np.array([[0, 0], [1, 1], [1, 1], [0, 0]]))],
+    r"maps pictures x to 0\.5 · x \+ 0\.5, .* odd range": [("Mul", 0.5), ("AddV2", 0.5)],
+    r"maps pictures x to 0\.3": [("Mul", 0.3)],
+    "maps pictures x to -1": [(1.0, "Sub")],
+    "maps pictures x to inf": [("RealDiv", 0.0)],
+    "more than 150 things": [("Neg",)] * 200,
+}
+
+
+@pytest.mark.parametrize("why", UNCLEAR)
+def test_what_is_none_is_named(seen, why):
+    found = seen(model(chain(*UNCLEAR[why])))
+    assert found.inputs is None
+    with pytest.raises(AssertionError, match=why):
+        raise AssertionError(found.why)
+
+
+def test_other_first_convolutions(seen):
+    for form in ({"border": 2}, {"padding": b"SAME"}, {"strides": (1, 1, 1, 1)}, {"border": 0, "padding": b"EXPLICIT"}):
+        assert "another than BiT's" in seen(model(network("x", **form))).why
+    twice = [
+        *network("x"),
+        node("again", "Conv2D", "x", "kernel:value:0"),
+        node("sum", "AddN", "again:o:0", "BiasAdd:o:0"),
+    ]
+    assert seen(model(twice, "sum:sum:0")).why == "its graph uses a first kernel of BiT 2 times"
+    assert "0 times" in seen(model([], "x")).why
+
+
+def test_what_follows_the_head(seen):
+    soft = node("Softmax", "Softmax", "BiasAdd:output:0")
+    found = seen(model([*network("x"), soft], "Softmax:softmax:0"))
+    assert found.inputs == AS_GIVEN
+    told = "the original applies Softmax to the logits of its head; here they are left as they are"
+    assert after_head(found, "k", "b", "m") == (told,)
+    nodes = [
+        *network("x"),
+        const("ten", 10.0),
+        node("Mul", "Mul", "ten:output:0", "BiasAdd:o:0"),
+        node("S", "Sigmoid", "Mul"),
+    ]
+    nodes[-1] = node("S", "Sigmoid", "Mul:z:0")
+    assert "applies Mul, Sigmoid to" in after_head(seen(model(nodes, "S:y:0")), "k", "b", "m")[0]
+    assert "does not answer with its head" in after_head(seen(model(network("x"), "Mean:output:0")), "k", "b", "m")[0]
+    nodes = [each for each in network("x") if not each.startswith(text(1, "MatMul"))]
+    nodes += [node("L2", "Square", "Mean:output:0"), node("MatMul", "MatMul", "L2:y:0", "k/read:value:0")]
+    with pytest.raises(InputError, match="m applies Square to what its network gives to its head"):
+        after_head(seen(model(nodes)), "k", "b", "m")
+
+
+def test_functions_in_functions_and_in_circles(seen):
+    def nested(depth: int, last: str) -> bytes:
+        inner = [
+            function(f"f{i}", ["x"], {"y": "c:output:0"}, [call("c", f"f{i + 1}" if i < depth else last, "x")])
+            for i in range(depth + 1)
+        ]
+        double = function("double", ["x"], {"y": "m:z:0"}, [const("two", 2.0), node("m", "Mul", "x", "two:output:0")])
+        return model([call("c", "f0", "x"), const("o", 1.0), *SUB], more=[*inner, double])
+
+    SUB = [node("s", "Sub", "c:output:0", "o:output:0"), *network("s:z:0")]
+    assert seen(nested(5, "double")).inputs == HALF
+    assert "too deeply" in seen(nested(100, "double")).why
+    assert "too deeply" in seen(nested(3, "f0")).why
+    with pytest.raises(InputError, match="has no function nothing"):
+        seen(nested(3, "nothing"))
+    # Each function calls the next one twice: 2^40 calls.
+    doubling = [
+        function(f"f{i}", ["x"], {"y": "s:z:0"}, [call("a", f"f{i + 1}", "x"), call("b", f"f{i + 1}", "x"), ADD])
+        for i in range(40)
+        for ADD in [node("s", "Sub", "a:output:0", "b:output:0")]
+    ]
+    doubling.append(function("f40", ["x"], {"y": "x"}, []))
+    started = time.perf_counter()
+    assert "too often" in seen(model([call("c", "f0", "x"), *network("c:output:0")], more=doubling)).why
+    circle = [node("a", "Identity", "b:output:0"), node("b", "Identity", "a:output:0"), *network("a:output:0")]
+    assert "in circles" in seen(model(circle)).why
+    loop = [node("a", "Neg", "b:output:0"), node("b", "Neg", "a:output:0"), *network("a:output:0")]
+    assert seen(model(loop)).inputs is None
+    assert time.perf_counter() - started < 20
+
+
+def test_graphs_that_are_missing_or_damaged(seen):
+    assert seen(b"").why == "its saved_model.pb holds no graph"
+    assert seen(number(1, 1) + written(2, b"")).why == "its graph serves no function"
+    whole = model(chain(("Mul", 2.0), ("Sub", 1.0)))
+    for cut in range(1, len(whole), 37):
+        with suppress(InputError):
+            assert seen(whole[:cut]).inputs is None
+    for change, why in (
+        ((b"stem", b"step"), None),
+        ((b"AssignVariableOp", b"assignvariableop"), "is none of its variables"),
+        ((b"c0:output:0", b"cx:output:0"), None),
+        ((struct.pack("<f", 2), b""), None),
+    ):
+        with suppress(InputError):
+            found = seen(whole.replace(*change))
+            assert why is None or why in found.why
+
+
+@pytest.fixture(name="copy")
+def copy_of_the_module(tmp_path):
+    return Path(shutil.copytree(MODULE, tmp_path / "m"))
+
+
+def test_no_damage_crashes_the_reader(copy):
+    """A graph has no checksum, so that a constant may become another; that happens to none of these."""
+    path = copy / "saved_model.pb"
+    content = path.read_bytes()
+    wanted = open_savedmodel(copy).inputs
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        changed = bytearray(content[: rng.integers(len(content))] if i % 3 == 0 else content)
+        for at in rng.integers(0, len(changed), 0 if i % 3 == 0 else rng.integers(1, 4)):
+            changed[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        with suppress(InputError):
+            assert open_savedmodel(copy).inputs in (None, wanted)
+
+
+def test_what_a_person_says_is_taken_and_told(copy, monkeypatch):
+    monkeypatch.setattr("funmatch.models.bit.GROUPS", 2)  # of the committed network, which is too thin for BiT's
+    told = _of_savedmodel(copy, {}, HALF)
+    assert (told.card["mean"], told.card["std"]) == HALF
+    assert "its inputs are taken as said, though its graph has mean and std ((0.485," in told.notes[0]
+    read = _of_savedmodel(copy, {}, None)
+    assert (read.card["mean"], read.card["std"], read.notes) == (*IMAGENET, ())
+    assert _of_savedmodel(copy, {}, IMAGENET).notes == ()
+    (copy / "saved_model.pb").write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"cannot be told what pictures it was trained on: its saved_model\.pb holds no"
+    ):
+        _of_savedmodel(copy, {}, None)
+    assert "holds no graph" in _of_savedmodel(copy, {}, HALF).notes[0]

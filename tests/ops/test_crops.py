@@ -1,0 +1,103 @@
+"""Views against a resampler written out pixel by pixel, and against numbers from TensorFlow."""
+
+import numpy as np
+import pytest
+import torch
+
+from funmatch.ops.crops import _resize, central_view, crop_resize_flip
+from funmatch.ops.mixing import mixup, seen
+from funmatch.ops.native import library
+
+
+def resampled(picture, height, width):
+    """Bilinear, half-pixel centres, no antialias, edges repeated: the definition, one pixel at a time in float64."""
+    h, w = picture.shape[:2]
+    result = np.zeros((height, width, 3))
+    for i in range(height):
+        for j in range(width):
+            y = min(max((i + 0.5) * h / height - 0.5, 0), h - 1)
+            x = min(max((j + 0.5) * w / width - 0.5, 0), w - 1)
+            y0, x0 = int(y), int(x)
+            y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+            dy, dx = y - y0, x - x0
+            upper = picture[y0, x0] * (1 - dx) + picture[y0, x1] * dx
+            lower = picture[y1, x0] * (1 - dx) + picture[y1, x1] * dx
+            result[i, j] = upper * (1 - dy) + lower * dy
+    return result
+
+
+@pytest.fixture(name="picture")
+def noise():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (31, 23, 3), dtype=np.uint8))
+
+
+@pytest.fixture(params=["together", "one by one", "by torch"], autouse=True)
+def each_way(request, monkeypatch):
+    """Small pictures of one size are resampled together, others one by one, by our kernel or torch: all are right."""
+    if request.param != "together":
+        monkeypatch.setattr("funmatch.ops.crops.SMALL", 0)
+    if request.param == "by torch":
+        monkeypatch.setattr("funmatch.ops.resample.why_not", lambda: "unwanted")
+    elif library.compiler() is None:
+        pytest.skip("there is no C++ compiler here")
+
+
+@pytest.mark.parametrize("box", [(0, 0, 31, 23), (4, 5, 9, 11), (30, 22, 1, 1), (0, 3, 31, 2)])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("side", [1, 8, 40])
+def test_a_view_is_the_crop_resampled_alone(picture, box, flip, side):
+    (view,) = crop_resize_flip([picture], np.array([box]), np.array([flip]), side)
+    top, left, h, w = box
+    expected = resampled(picture[top : top + h, left : left + w].numpy().astype(float), side, side)
+    expected = expected[:, ::-1] if flip else expected
+    np.testing.assert_allclose(view.permute(1, 2, 0).numpy() * 255, expected, atol=2e-3)
+
+
+def test_views_equal_tensorflows():
+    """`tf.image.resize(x[1:6, 2:8], (4, 10), method="bilinear")` of TensorFlow 2.21, rows 0 and 3 of channel 0."""
+    x = torch.from_numpy((np.arange(7 * 9 * 3).reshape(7, 9, 3) * 37 % 251).astype(np.uint8))
+    tensorflow = {
+        0: [216.375, 160.375, 76.375, 142.975, 159.375, 75.375, 91.775, 158.375, 74.3749, 18.375],
+        3: [197.625, 141.625, 57.625, 124.225, 140.625, 56.625, 73.025, 139.625, 187.4, 219.25],
+    }
+    exact = _resize(x[1:6, 2:8], 4, 10)[0]
+    for row, values in tensorflow.items():
+        np.testing.assert_allclose(exact[row], values, atol=2e-3)
+
+
+def test_pictures_of_different_sizes_make_one_batch(picture):
+    other = picture[:10, :10].contiguous()
+    views = crop_resize_flip([picture, other], np.array([[0, 0, 31, 23], [0, 0, 10, 10]]), np.array([False, False]), 6)
+    assert views.shape == (2, 3, 6, 6)
+    assert views.dtype == torch.float32
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    assert 0 <= views.min() <= views.max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(31, 23), (20, 50), (8, 8), (5, 90), (70, 9)])
+def test_the_evaluation_view_is_the_middle_of_the_resized_picture(height, width):
+    picture = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    scale = 10 / min(height, width)
+    h, w = round(height * scale), round(width * scale)
+    whole = resampled(picture.numpy().astype(float), h, w)
+    top, left = (h - 8) // 2, (w - 8) // 2
+    view = central_view(picture, 10, 8).permute(1, 2, 0).numpy() * 255
+    np.testing.assert_allclose(view, whole[top : top + 8, left : left + 8], atol=2e-3)
+
+
+def test_mixup_partners_every_picture_with_the_one_before_it():
+    views = torch.rand(5, 3, 2, 2)
+    crops = torch.cat([views[-1:], views])
+    mixed = mixup(crops, 0.7)
+    for i in range(5):
+        torch.testing.assert_close(mixed[i], 0.7 * views[i] + 0.3 * views[i - 1])
+
+
+def test_function_matching_shows_both_the_very_same_pixels():
+    crops = torch.rand(5, 3, 2, 2)
+    (teacher,), student = seen(crops, (crops,), 0.6)
+    assert teacher is student
+    torch.testing.assert_close(teacher, 0.6 * crops[1:] + 0.4 * crops[:-1])
+    (teacher,), student = seen(crops, (crops,), 1.0)
+    assert teacher is student
+    assert torch.equal(teacher, crops[1:])

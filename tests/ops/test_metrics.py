@@ -1,0 +1,56 @@
+"""Figures against counts by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from funmatch.ops.metrics import calibration_error, per_picture, summary
+
+
+def test_accuracy_agreement_and_kl_by_hand():
+    student = torch.tensor([[3.0, 1, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])
+    teacher = torch.tensor([[3.0, 1, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0], [9, 4, 3, 2, 1, 0], [0, 0, 9, 0, 0, 0]])
+    labels = torch.tensor([0, 0, 5, 1])
+    figures = summary(per_picture(student, labels, teacher))
+    assert figures["top1"] == 0.5
+    assert figures["top5"] == 0.5, "picture 1's label is its last of six, picture 2's too"
+    assert figures["agreement"] == 0.5
+    p, q = torch.softmax(teacher.double(), -1), torch.softmax(student.double(), -1)
+    assert figures["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_what_is_not_known_is_none():
+    figures = summary(per_picture(torch.randn(3, 4)))
+    assert set(figures.values()) == {None}
+    figures = summary(per_picture(torch.randn(3, 4), teacher_logits=torch.randn(3, 4)))
+    assert figures["top1"] is None
+    assert figures["agreement"] is not None
+
+
+def test_fewer_classes_than_five_make_top5_certain():
+    assert summary(per_picture(torch.randn(9, 3), torch.zeros(9, dtype=torch.long)))["top5"] == 1.0
+
+
+def test_balanced_accuracy_does_not_reward_a_constant_answer():
+    logits = torch.tensor([[1.0, 0.0]]).expand(10, 2)
+    labels = torch.tensor([0] * 9 + [1])
+    figures = summary(per_picture(logits, labels))
+    assert figures["top1"] == pytest.approx(0.9)
+    assert figures["balanced"] == 0.5
+
+
+def test_calibration_error_equals_its_definition():
+    rng = np.random.default_rng(0)
+    confidence, correct = rng.random(500), rng.integers(0, 2, 500)
+    expected = 0.0
+    for b in range(15):
+        inside = [i for i in range(500) if b / 15 < confidence[i] <= (b + 1) / 15]
+        if inside:
+            gap = sum(correct[i] for i in inside) / len(inside) - sum(confidence[i] for i in inside) / len(inside)
+            expected += len(inside) / 500 * abs(gap)
+    found = calibration_error(torch.tensor(confidence), torch.tensor(correct))
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert calibration_error(torch.ones(4), torch.ones(4)) == 0
+    assert math.isclose(calibration_error(torch.full((4,), 0.9), torch.tensor([1, 1, 0, 0])), 0.4, abs_tol=1e-6)

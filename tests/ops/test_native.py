@@ -1,0 +1,320 @@
+"""Our own kernels for the CPU: they compute what torch does, in double precision where rounding could hide a fault."""
+
+import copy
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import GroupNormAct
+from timm.layers.std_conv import StdConv2d, StdConv2dSame
+from torch import nn
+
+from funmatch.models.classifier import Classifier
+from funmatch.models.inference import native_layers
+from funmatch.models.inference.frozen import Form, Frozen, Wish, freeze
+from funmatch.models.load import load
+from funmatch.ops import resample
+from funmatch.ops.crops import crop_resize_flip
+from funmatch.ops.native import library, norms
+
+pytestmark = pytest.mark.skipif(library.compiler() is None, reason="there is no C++ compiler here")
+LAST = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """What was opened in another test's cache is not known."""
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    for known in (library._opened, norms.why_not, resample.why_not):
+        known.cache_clear()
+
+
+def errors(got: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
+    """Relative to the largest value of each."""
+    return [
+        float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max().clamp_min(1e-30))
+        for a, b in zip(got, truth, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("n", "channels", "groups", "height", "width", "off"),
+    [
+        (4, 64, 32, 7, 9, 0.0), (3, 8, 1, 5, 5, 0.0), (2, 6, 6, 4, 3, 0.0), (5, 33, 3, 1, 1, 0.0),
+        (2, 256, 32, 32, 32, 0.0), (4, 16, 4, 12, 12, 1000.0),
+    ],
+)  # fmt: skip
+def test_group_norm_there_and_back(dtype, relu, n, channels, groups, height, width, off):
+    random = torch.Generator().manual_seed(n + channels)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=random)
+
+    x = (drawn(n, channels, height, width) + off).to(dtype).contiguous(memory_format=LAST)
+    given = drawn(n, channels, height, width).to(dtype).contiguous(memory_format=LAST)
+    weight, bias = drawn(channels), drawn(channels)
+
+    def answered(norm, precision):
+        leaves = [tensor.clone().to(precision or tensor.dtype).requires_grad_() for tensor in (x, weight, bias)]
+        y = norm(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, given.to(y.dtype))]
+
+    def plain(x, weight, bias):
+        y = F.group_norm(x, groups, weight, bias, 1e-5)
+        return y.relu() if relu else y
+
+    truth = answered(plain, torch.float64)
+    ours = answered(lambda x, w, b: norms.group_norm(x, w, b, groups, 1e-5, relu=relu), None)
+    theirs = answered(plain, None)
+    assert ours[0].is_contiguous(memory_format=LAST)
+    assert ours[1].dtype == dtype
+    assert ours[2].dtype == torch.float32
+    # A value that lies on the ReLU's edge may be let through by one rounding and not by the other.
+    least = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    for own, other in zip(errors(ours, truth), errors(theirs, truth), strict=True):
+        assert own <= max(least, 1.5 * other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 3, 7, 7), (5, 16, 1, 1), (64, 64, 3, 3), (2, 1, 3, 1)])
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
+def test_standardised_filters_there_and_back(dtype, shape, layout):
+    random = torch.Generator().manual_seed(sum(shape))
+    weight = (0.1 * torch.randn(shape, generator=random) + 0.05).contiguous(memory_format=layout).requires_grad_()
+    given = torch.randn(shape, generator=random).to(dtype)  # laid out otherwise than the weight
+    exact = weight.detach().double().requires_grad_()
+    rows = F.batch_norm(exact.reshape(1, shape[0], -1), None, None, training=True, eps=1e-8).reshape(shape)
+    truth = [rows, *torch.autograd.grad(rows, exact, given.double())]
+    made = norms.standardised(weight, 1e-8, dtype)
+    assert made.dtype == dtype
+    assert made.stride() == weight.stride()
+    found = [made, *torch.autograd.grad(made, weight, given)]
+    assert found[1].dtype == torch.float32
+    assert max(errors(found[1:], truth[1:])) < 1e-4
+    assert errors(found[:1], truth[:1])[0] < {torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
+
+
+def test_what_is_not_a_number_stays_none():
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=LAST)
+    x[0, 1, 1, 1] = float("nan")
+    for dtype in norms.DTYPES:
+        y = norms.group_norm(x.to(dtype), torch.ones(4), torch.zeros(4), 2, 1e-5, relu=True)
+        assert y[0, :2].isnan().all(), "all of its group"
+        assert y[0, 2:].isfinite().all()
+        assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_changes_no_bit(threads):
+    before = torch.get_num_threads()
+    x = torch.randn(6, 32, 8, 8).contiguous(memory_format=LAST).requires_grad_()
+    weight, bias = torch.randn(32, requires_grad=True), torch.randn(32, requires_grad=True)
+
+    def answered():
+        y = norms.group_norm(x, weight, bias, 8, 1e-5)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))]
+
+    first = answered()
+    torch.set_num_threads(threads)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(first, answered(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def gradients(net: nn.Module, views: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    net.zero_grad()
+    logits = net(views)
+    logits.square().mean().backward()
+    return logits.detach(), {name: parameter.grad.double() for name, parameter in net.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "name", ["resnetv2_50x1_bit", "resnetv2_50d_gn", "vit_small_r26_s32_224", "poolformer_s12", "test_resnet"]
+)
+def test_a_network_is_the_same_function_with_the_same_names(name):
+    kwargs = {"img_size": 64} if name.startswith("vit") else {}
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=5, drop_path_rate=0.0, **kwargs).train()
+    nn.init.normal_(plain.get_classifier().weight, std=0.1)
+    plain.to(memory_format=LAST)
+    own = native_layers.quicken(copy.deepcopy(plain), taught_only=True)
+    views = torch.rand(4, 3, 64, 64).contiguous(memory_format=LAST)
+    exact = copy.deepcopy(plain).double()
+    truth, wanted = gradients(exact, views.double())
+    (logits, found), (theirs, usual) = gradients(own, views), gradients(plain, views)
+    scale = truth.abs().max()
+    assert (logits - truth).abs().max() <= max(1e-4 * scale, 2 * (theirs - truth).abs().max())
+    size = sum(float(gradient.square().sum()) for gradient in wanted.values()) ** 0.5
+
+    def off(answer):
+        return sum(float((answer[key] - wanted[key]).square().sum()) for key in wanted) ** 0.5 / size
+
+    assert off(found) <= max(1e-4, 2 * off(usual))
+    assert own.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(own.eval()(views), plain.eval()(views)), "it is judged as whoever loads it computes it"
+    quickened = sum(type(module) in native_layers.QUICK.values() for module in own.modules())
+    assert (quickened > 0) == (name != "test_resnet") == native_layers.gains(plain)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(4, 8), GroupNormAct(8, 4, act_layer=nn.SiLU), GroupNormAct(8, 4, affine=False)]
+)
+def test_what_a_kernel_does_not_know_is_computed_as_ever(norm):
+    own = native_layers.quicken(copy.deepcopy(norm), taught_only=False)
+    for x in (
+        torch.randn(4, 8, 5, 5),  # channels first
+        torch.randn(4, 8, 5),
+        torch.randn(4, 8, 5, 5).contiguous(memory_format=LAST),
+        torch.randn(4, 8, 5, 5, dtype=torch.float64).contiguous(memory_format=LAST),
+    ):
+        layers = (module.to(x.dtype) for module in (own, norm))
+        torch.testing.assert_close(*(layer(x.clone()) for layer in layers), rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_follow_autocast_and_padding():
+    x = torch.rand(4, 3, 15, 15).contiguous(memory_format=LAST)
+    for conv in (StdConv2d(3, 8, 3, stride=2), StdConv2dSame(3, 8, 3, stride=2)):
+        own = native_layers.quicken(copy.deepcopy(conv), taught_only=True)
+        assert torch.allclose(own(x), conv(x), atol=1e-5)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                assert own(x).dtype == dtype
+                assert torch.allclose(own(x), conv(x), atol=2e-2)
+
+
+def test_frozen_parameters_get_no_gradient_and_checkpointed_ones_do():
+    net = native_layers.quicken(
+        timm.create_model("resnetv2_50x1_bit", num_classes=3).to(memory_format=LAST).train(), taught_only=True
+    )
+    nn.init.normal_(net.get_classifier().weight, std=0.1)
+    views = torch.rand(2, 3, 32, 32).contiguous(memory_format=LAST)
+    _, whole = gradients(net, views)
+    net.set_grad_checkpointing()
+    _, again = gradients(net, views)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    net.stem.requires_grad_(False)
+    net.stages[0].requires_grad_(False)
+    net.zero_grad()
+    net(views).sum().backward()
+    assert net.stages[0].blocks[0].norm1.weight.grad is None
+    assert net.stages[1].blocks[0].norm1.weight.grad is not None
+
+
+def test_a_teacher_takes_them_and_answers_the_same():
+    def made() -> Classifier:
+        torch.manual_seed(0)
+        classifier = load("resnetv2_50x1_bit", classes=10)
+        nn.init.normal_(classifier.net.get_classifier().weight, std=0.1)
+        return classifier
+
+    views = torch.rand(8, 3, 64, 64)
+    frozen, tried = freeze(made, views, Wish(("bf16", "fp32"), native=True))
+    assert frozen.form.native
+    assert tried[-1].good
+    assert "own kernels" in str(frozen.form)
+    assert all(norm.weight.dtype == torch.float32 for norm in native_layers.group_norms(frozen.classifier.net))
+    plain = Frozen(made())(views)
+    exact = Frozen(made(), Form(native=True))(views)
+    assert (exact - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+def test_without_a_compiler_all_is_as_ever(tmp_path, monkeypatch):
+    picture = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8)
+    box, flip = np.array([[3, 5, 60, 70]]), np.array([True])
+    views = crop_resize_flip([picture], box, flip, 32)
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    forget()
+    assert library.compiler() is None
+    for told in (library.why_not(), norms.why_not(), resample.why_not()):
+        assert "no C++ compiler" in told
+    torch.testing.assert_close(crop_resize_flip([picture], box, flip, 32), views, atol=1e-5, rtol=0)
+    student = native_layers.quicken(load("resnetv2_50x1_bit", classes=10).net, taught_only=False)
+    frozen = Frozen(load("resnetv2_50x1_bit", classes=10), Form(native=True))
+    assert not any(
+        type(norm) in native_layers.QUICK.values() for norm in native_layers.group_norms(frozen.classifier.net)
+    )
+    assert native_layers.gains(load("resnetv2_50x1_bit", classes=10).net)
+    assert not native_layers.gains(student), "it has them already"
+
+
+def test_what_torch_takes_by_default_does_not_matter():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert norms.why_not() == ""
+        assert resample.why_not() == ""
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
+    made = library._built()
+    content = made.read_bytes()
+    made.write_bytes(content[:100])
+    assert library.why_not() == ""
+    assert made.stat().st_size == len(content)
+
+
+def test_boxes_beyond_their_picture_are_refused():
+    picture = torch.full((100, 100, 3), 200, dtype=torch.uint8)
+    for box in ([90, 0, 40, 100], [10, 10, 5, 0], [-1, 0, 20, 20]):
+        with pytest.raises(ValueError, match="a box is empty, or lies beyond its picture"):
+            crop_resize_flip([picture], np.array([box]), np.array([False]), 8)
+
+
+def test_an_outlier_in_a_corner_costs_no_precision():
+    x = torch.randn(2, 8, 240, 240, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0, 0] = 10
+    x = x.contiguous(memory_format=LAST)
+    weight, bias = torch.ones(8), torch.zeros(8)
+    truth = F.group_norm(x.double(), 4, weight.double(), bias.double(), 1e-5)
+    theirs = (F.group_norm(x, 4, weight, bias, 1e-5) - truth).abs().max()
+    assert (norms.group_norm(x, weight, bias, 4, 1e-5) - truth).abs().max() <= max(1.5 * theirs, 2e-5)
+
+
+def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/sh\necho 'no such instruction' >&2; exit 1\n")
+    failing.chmod(failing.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(failing))
+    assert library.why_not() == f"{failing} cannot compile them: no such instruction"
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    forget()
+    wrong = tmp_path / "wrong.cpp"
+    source = library.SOURCE.read_text()
+    wrong.write_text(source.replace("value * value", "value"))
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(library, "SOURCE", wrong)
+    assert "computes something else" in norms.why_not()
+    assert resample.why_not() == ""
+    forget()
+    wrong.write_text(source.replace("* down", "* 2"))
+    assert "computes something else" in resample.why_not()
+    assert norms.why_not() == ""
+
+
+def test_it_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
+    assert library.why_not() == ""
+    (made,) = Path(tmp_path, "kernels").iterdir()
+    before = os.stat(made).st_mtime_ns
+    forget()
+    assert library.why_not() == ""
+    assert os.stat(made).st_mtime_ns == before

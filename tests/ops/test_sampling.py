@@ -1,0 +1,155 @@
+"""Draws: TensorFlow's crop, an order without memory, and nothing but (seed, step)."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from funmatch.ops.sampling import draw, generator, inception_boxes, shuffled
+
+# Deciles of 200,000 boxes of TensorFlow 2.21's `tf.image.sample_distorted_bounding_box` (aspect 3/4 … 4/3, area
+# 5 … 100 %, 100 attempts): the box's share of the picture's area, its aspect, its centre as a share of the sides.
+TENSORFLOW = {
+    (375, 500): {
+        "area": [0.082, 0.1233, 0.1743, 0.2329, 0.3001, 0.3756, 0.4596, 0.5528, 0.6701],
+        "aspect": [0.8087, 0.8675, 0.9256, 0.9838, 1.0424, 1.1006, 1.158, 1.2165, 1.2749],
+        "middle_y": [0.3347, 0.404, 0.4493, 0.48, 0.4987, 0.5173, 0.548, 0.5933, 0.6627],
+        "middle_x": [0.289, 0.36, 0.413, 0.459, 0.499, 0.54, 0.585, 0.64, 0.709],
+    },
+    (40, 300): {
+        "area": [0.0556, 0.0625, 0.0698, 0.0775, 0.087, 0.096, 0.1048, 0.117, 0.1333],
+        "aspect": [0.8065, 0.8649, 0.9231, 0.9744, 1.0385, 1.1, 1.1579, 1.2174, 1.2727],
+        "middle_y": [0.4, 0.4375, 0.4625, 0.475, 0.4875, 0.5, 0.5125, 0.5375, 0.575],
+        "middle_x": [0.1433, 0.2317, 0.3217, 0.41, 0.4992, 0.5883, 0.6767, 0.765, 0.855],
+    },
+    (28, 28): {
+        "area": [0.0804, 0.1263, 0.1824, 0.2487, 0.3265, 0.4286, 0.5281, 0.6378, 0.7577],
+        "aspect": [0.8095, 0.8667, 0.9231, 1.0, 1.0417, 1.1, 1.1579, 1.2174, 1.2778],
+        "middle_y": [0.3036, 0.375, 0.4286, 0.4643, 0.4821, 0.5, 0.5536, 0.5893, 0.6607],
+        "middle_x": [0.3036, 0.375, 0.4286, 0.4643, 0.4821, 0.5, 0.5357, 0.5893, 0.6607],
+    },
+}
+
+
+def measures(boxes, height, width):
+    top, left, h, w = boxes.T
+    return {
+        "area": h * w / (height * width),
+        "aspect": w / h,
+        "middle_y": (top + h / 2) / height,
+        "middle_x": (left + w / 2) / width,
+    }
+
+
+@pytest.mark.parametrize("size", TENSORFLOW)
+def test_crops_have_tensorflows_distribution(size):
+    """Whether the share of our boxes at or below each of TensorFlow's deciles is that decile, ties allowed for."""
+    n = 100_000
+    found = measures(inception_boxes(generator(1, 0), np.full(n, size[0]), np.full(n, size[1])), *size)
+    critical = 1.63 * math.sqrt(1 / n + 1 / 200_000)  # Kolmogorov-Smirnov, p = 0.01
+    for name, deciles in TENSORFLOW[size].items():
+        for share, value in zip(np.arange(0.1, 0.95, 0.1), deciles, strict=True):
+            below, upto = np.mean(found[name] < value - 6e-5), np.mean(found[name] <= value + 6e-5)
+            assert below - critical <= share <= upto + critical, f"{name} of {size} at its decile {share:.1f}"
+
+
+def one_by_one(uniforms, height, width, low_area, high_area):
+    """One try of the sampler in plain words, for one picture."""
+    aspect = 0.75 + uniforms[0] * (4 / 3 - 0.75)
+    shortest = round(math.sqrt(low_area * height * width / aspect))
+    tallest = round(math.sqrt(high_area * height * width / aspect))
+    if round(tallest * aspect) > width:
+        tallest = math.floor((width + 0.5 - 1e-7) / aspect)
+    tallest = min(tallest, height)
+    shortest = min(shortest, tallest)
+    h = shortest + math.floor(uniforms[1] * (tallest - shortest + 1))
+    w = round(h * aspect)
+    if h * w < low_area * height * width:
+        h += 1
+        w = round(h * aspect)
+    if h * w > high_area * height * width:
+        h -= 1
+        w = round(h * aspect)
+    if not (low_area * height * width <= h * w <= high_area * height * width and 0 < w <= width and 0 < h <= height):
+        return None
+    return math.floor(uniforms[2] * (height - h)), math.floor(uniforms[3] * (width - w)), h, w
+
+
+@given(st.integers(0, 2**32), st.integers(1, 700), st.integers(1, 700), st.floats(0.01, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_boxes_equal_the_same_rules_one_picture_at_a_time(seed, height, width, low_area):
+    n = 20
+    boxes = inception_boxes(generator(seed, 3), np.full(n, height), np.full(n, width), min_area=low_area)
+    rng = generator(seed, 3)
+    for box, first in zip(boxes, rng.random((n, 4)), strict=True):
+        expected = one_by_one(first, height, width, low_area, 1.0)
+        if expected is None:
+            later = (one_by_one(u, height, width, low_area, 1.0) for u in rng.random((99, 4)))
+            expected = next((found for found in later if found), (0, 0, height, width))
+        assert tuple(box) == expected
+
+
+def test_the_whole_picture_is_taken_where_no_crop_fits():
+    assert inception_boxes(generator(0, 0), [10], [1000]).tolist() == [[0, 0, 10, 1000]]
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 50))
+@settings(max_examples=60, deadline=None)
+def test_every_epoch_shows_every_picture_once(count, seed, epoch):
+    order = shuffled(seed, np.arange(epoch * count, (epoch + 1) * count), count)
+    assert sorted(order) == list(range(count))
+
+
+def test_orders_are_uniform_and_differ_between_epochs_and_seeds():
+    count, epochs = 7, 20_000
+    orders = shuffled(5, np.arange(count * epochs), count).reshape(epochs, count)
+    expected = epochs / count
+    for place in range(count):
+        seen = np.bincount(orders[:, place], minlength=count)
+        assert ((seen - expected) ** 2 / expected).sum() < 22.5, "chi-square, 6 degrees of freedom, p = 0.001"
+    pairs = np.bincount(orders[:, 0] * count + orders[:, 1], minlength=count * count)
+    expected = epochs / (count * (count - 1))
+    off_diagonal = pairs[~np.eye(count, dtype=bool).ravel()]
+    assert ((off_diagonal - expected) ** 2 / expected).sum() < 76, "41 degrees of freedom, p < 0.001"
+    assert not np.array_equal(shuffled(1, np.arange(50), 50), shuffled(2, np.arange(50), 50))
+
+
+def test_a_place_in_the_order_costs_no_memory_and_no_pass_over_the_data():
+    far = np.arange(10**15, 10**15 + 4)
+    assert len(set(shuffled(0, far, 10**9).tolist())) == 4
+
+
+def sizes(indices):
+    return 20 + indices % 5, 30 + indices % 7
+
+
+def test_a_step_is_a_function_of_seed_and_step_alone():
+    first = draw(3, 17, 8, 100, sizes)
+    for step in (0, 16, 18):
+        draw(3, step, 8, 100, sizes)
+    again = draw(3, 17, 8, 100, sizes)
+    for name in ("indices", "boxes", "flips"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+    assert first.lam == again.lam
+    assert draw(4, 17, 8, 100, sizes).lam != first.lam != draw(3, 18, 8, 100, sizes).lam
+
+
+def test_a_batch_may_be_larger_than_the_data_and_cross_epochs():
+    drawn = draw(0, 0, 25, 10, sizes)
+    assert sorted(drawn.indices[:10]) == sorted(drawn.indices[10:20]) == list(range(10))
+    assert len(set(drawn.indices[20:])) == 5
+    following = draw(0, 1, 25, 10, sizes)
+    assert sorted([*drawn.indices[20:], *following.indices[:5]]) == list(range(10)), "the third epoch goes on"
+
+
+def test_lambda_is_uniform_folded_and_flips_are_fair():
+    draws = [draw(0, step, 50, 50, sizes) for step in range(2000)]
+    lams = np.sort([drawn.lam for drawn in draws])
+    assert lams[0] >= 0.5
+    assert np.abs(lams - np.linspace(0.5, 1, 2000)).max() < 0.5 * 1.95 / math.sqrt(2000), (
+        "Kolmogorov-Smirnov, p = 0.001"
+    )
+    flips = np.mean([drawn.flips for drawn in draws])
+    assert abs(flips - 0.5) < 3.3 * 0.5 / math.sqrt(100_000)

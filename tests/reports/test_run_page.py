@@ -1,0 +1,105 @@
+"""The page stands alone, shows what was seen, and can be read."""
+
+import re
+import xml.dom.minidom
+from base64 import b64decode
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import funmatch
+from funmatch.config import Report
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.loader import Loader
+from funmatch.reports import run_page
+from funmatch.runtime.text import percent
+from funmatch.training.run import folder as run_folder
+
+
+@pytest.fixture(name="runs")
+def two_runs(tmp_path):
+    knobs = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 16, "steps": 6, "log_every": 2}
+    knobs |= {"eval_every": 2}
+    labels = funmatch.train(out=tmp_path / "labels & <b>", **knobs)
+    student = funmatch.distill(out=tmp_path / "student_$x$", teacher="fashion-mini-teacher", **knobs)
+    return labels.folder, student.folder
+
+
+def test_the_page_needs_nothing_from_outside(runs, tmp_path):
+    page = run_page.run(Report(runs=runs, out=tmp_path / "page.html")).read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)""", page.replace("xlink:href", "href"))
+    assert "<script" not in page
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    HTMLParser().feed(page)
+
+
+def test_the_page_shows_several_teachers_and_the_average(tmp_path):
+    teacher = "fashion-mini-teacher"
+    run = funmatch.distill(
+        "fashion-mini", [teacher, teacher], "fashion-mini-student", tmp_path / "run",
+        steps=4, batch=16, eval_every=2, ema=0.9, teacher_side=[32, 48],
+    )  # fmt: skip
+    page = run.report.read_text()
+    assert "run, average of weights" in page
+    assert page.count("folded, fp32, channels last") == 2
+    lines = run_page.teachers(run_page.runs.find(run.folder))
+    assert [line[1] for line in lines] == [teacher, teacher, f"{teacher} + {teacher}"]
+    assert float(lines[0][2].removesuffix(" %")) > 85
+    average = run_page.rows(run_page.runs.find(run.folder))[1]
+    assert average[3] == f"{100 * run.figures['ema']['top1']:.1f} %"
+
+
+def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
+    page = run_page.run(Report(runs=runs, out=tmp_path / "page.html")).read_text()
+    assert "labels &amp; &lt;b&gt;" in page
+    assert "<b>" not in page.replace("<b>labels", "").replace("<b>student", "")
+    svgs = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(svgs) == 6, "accuracy, agreement, KL, loss, learning rate, throughput"
+    for svg in svgs:
+        xml.dom.minidom.parseString(svg)
+    assert "teacher fashion-mini-teacher" in svgs[0]
+    assert "student_$x$" in re.sub(r"\\", "", svgs[0])
+    assert "weight_decay" in page
+    assert "images/s" in page
+
+
+def test_the_sheet_is_what_the_step_showed(runs):
+    sheet = run_page.views_sheet(run_folder.find(runs[1]), 4)
+    assert sheet["rows"] == ["teacher", "student"]
+    split = open_cache("fashion-mini").splits["train"]
+    batch = Loader(split, 0, 16, 32).batch_at(4)
+    mixed = batch.lam * batch.crops[1:] + (1 - batch.lam) * batch.crops[:-1]
+    shown = np.asarray(Image.open(BytesIO(b64decode(sheet["png"]))))
+    factor = shown.shape[0] // 64
+    small = shown[::factor, ::factor]
+    for row in range(2):
+        for i in range(12):
+            tile = small[row * 32 : (row + 1) * 32, i * 32 : (i + 1) * 32]
+            expected = mixed[i].permute(1, 2, 0).numpy() * 255
+            assert np.abs(tile - expected).max() <= 0.51
+
+
+def test_an_unfinished_run_can_be_looked_at(runs):
+    (runs[0] / "result.json").unlink()
+    page = run_page.run(Report(runs=(runs[0],))).read_text()
+    assert "6 of 6" in page
+
+
+def test_closeness_on_training_views_stands_beside_that_on_unseen_pictures(runs):
+    _, folder = runs
+    found = run_folder.find(folder)
+    last = {each["event"]: each for each in found.metrics.read()}
+    views, unseen = run_page.closeness(found)
+    assert views[2:] == [
+        "training views", percent(last["views"]["top1"]), percent(last["views"]["teacher_top1"]),
+        percent(last["views"]["agreement"]), percent(last["views"]["agreement5"]), f"{last['views']['kl']:.3f}",
+        f"{last['step']['loss']:.3f}",
+    ]  # fmt: skip
+    assert unseen[2] == "val"
+    assert unseen[4] == percent(last["teacher"]["top1"])
+    assert unseen[7] == f"{last['eval']['kl']:.3f}"
+    assert run_page.closeness(run_folder.find(runs[0])) == [], "labels have no teacher"

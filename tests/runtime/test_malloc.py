@@ -1,0 +1,73 @@
+"""Freed memory is kept between steps, for as long as anybody takes steps."""
+
+import platform
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from funmatch.runtime import malloc
+
+CPU = torch.device("cpu")
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+
+
+@GLIBC
+def test_the_first_to_begin_and_the_last_to_end_tell_the_library(monkeypatch):
+    told: list[str] = []
+
+    class Library:
+        def mallopt(self, option: int, value: int) -> None:
+            told.append(f"{option} {value}")
+
+        def malloc_trim(self, _pad: int) -> None:
+            told.append("trim")
+
+    for name in malloc.SAID:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: Library())
+    one, other = malloc.kept(CPU), malloc.kept(CPU)
+    one.__enter__()
+    assert told == ["-4 0", "-1 -1"]
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert len(told) == 2
+    other.__exit__(None, None, None)
+    assert told[2:] == ["-4 65536", "-1 131072", "trim"]
+    with malloc.kept(torch.device("cuda")):
+        pass
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=5")
+    with malloc.kept(CPU):
+        pass
+    assert len(told) == 5, "what people say counts"
+
+
+STEPS = """
+import resource, sys, torch
+from funmatch import heap
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        kept = [torch.zeros(10_000_000) for _ in range(10)]
+        del kept
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+plain = faults()
+with heap.kept(torch.device("cpu")):
+    faults()
+    own = faults()
+print(plain, own)
+"""
+
+
+@GLIBC
+def test_pages_are_not_cleared_again():
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    plain, own = map(int, done.stdout.split())
+    page = resource.getpagesize()
+    assert plain * page > 10**7, "each time they come back page by page (or huge page)"
+    assert own < plain / 10

@@ -1,0 +1,327 @@
+"""How networks are computed: what is compiled, in which arithmetic, and what happens where memory does not suffice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers import GroupNormAct
+from timm.layers.std_conv import StdConv2d
+from torch import nn
+
+import funmatch
+from funmatch.config import Distill
+from funmatch.errors import InputError, lacks_memory
+from funmatch.models.classifier import Classifier
+from funmatch.models.ensemble import Teachers
+from funmatch.models.inference import frozen
+from funmatch.models.load import load
+from funmatch.ops.native import library
+from funmatch.training import acceleration, oom
+from funmatch.training.run import checkpoint
+from funmatch.training.run import folder as run_folder
+from funmatch.training.teachers import loading
+
+CPU = torch.device("cpu")
+TINY = {
+    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "threads": 1,
+    "eval_every": 4, "batch": 16,
+}  # fmt: skip
+
+
+class Grouped(nn.Module):
+    """A small network of what our own kernels compute."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = (
+            StdConv2d(3, 16, 3, stride=2),
+            GroupNormAct(16, 4),
+            StdConv2d(16, 32, 3, stride=2),
+            GroupNormAct(32, 8),
+        )
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(32, 10)
+
+    def forward(self, views):
+        return self.head(self.body(views.contiguous(memory_format=torch.channels_last)).mean((2, 3)))
+
+
+NATIVE = TINY | {
+    "student": Grouped(), "side": 32, "steps": 6, "compile": "native", "log_every": 1, "save_every": 2,
+    "precision": "fp32",
+}  # fmt: skip
+
+
+@pytest.fixture(name="small_ones_too")
+def nothing_is_small(monkeypatch):
+    """What our own kernels are for is too large for a test."""
+    for module in (acceleration, loading, frozen):
+        monkeypatch.setattr(module, "SMALL", 0)
+
+
+COMPILED = TINY | {"compile": "on", "save_every": 2, "log_every": 1, "precision": "fp32", "steps": 6}
+compiler = pytest.mark.skipif(library.compiler() is None, reason="there is no C++ compiler here")
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "student" / "model.safetensors").read_bytes()
+
+
+def losses(run: funmatch.Outcome) -> list[float]:
+    return [record["loss"] for record in run_folder.Run(run.folder).metrics.read() if record["event"] == "step"]
+
+
+class Greedy(nn.Module):
+    """A network that has no room for more than eight pictures at once while it is taught."""
+
+    num_classes = 10
+
+    def __init__(self, most: int = 8) -> None:
+        super().__init__()
+        self.net, self.most = timm.create_model("test_resnet", num_classes=10), most
+
+    def forward(self, views):
+        if self.training and torch.is_grad_enabled() and len(views) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return self.net(views)
+
+
+@pytest.mark.parametrize(("batch", "micro", "fits"), [(32, None, 8), (20, None, 5), (64, 16, 8)])
+def test_a_lack_of_memory_names_what_fits(tmp_path, batch, micro, fits):
+    told = TINY | {"batch": batch, "side": 32, "steps": 2, "student": Greedy()}
+    with pytest.raises(InputError, match=rf"with {micro or batch} pictures at once; --micro-batch {fits} fits \(tried"):
+        funmatch.distill(**told, micro_batch=micro, out=tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/step-*")), "nothing of it is saved"
+    done = funmatch.distill(**told, micro_batch=fits, out=tmp_path / "other")
+    assert done.figures["step"] == 2
+
+
+def test_where_nothing_fits_it_says_so(tmp_path):
+    with pytest.raises(InputError, match="even with one picture at a time"):
+        funmatch.distill(**TINY | {"side": 32, "steps": 2, "student": Greedy(0)}, out=tmp_path / "run")
+
+
+def test_other_errors_are_no_lack_of_memory():
+    assert lacks_memory(torch.OutOfMemoryError("x"))
+    assert lacks_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not lacks_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert oom.halves(20) == [10, 5, 3, 2, 1]
+
+
+def test_a_teacher_in_pieces_says_the_same(tmp_path):
+    sizes = []
+
+    class Asked(nn.Module):
+        num_classes = 10
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = load("fashion-mini-teacher").net
+
+        def forward(self, views):
+            sizes.append(len(views))
+            return self.net(views)
+
+    told = TINY | {"steps": 3, "teacher": Asked(), "side": 32, "teacher_precision": "fp32"}
+    whole = funmatch.distill(**told, out=tmp_path / "whole")
+    sizes.clear()
+    pieces = funmatch.distill(**told, teacher_batch=6, out=tmp_path / "pieces")
+    assert sizes.count(5) + sizes.count(6) >= 3 * 3, "16 pictures are 5, 5 and 6"
+    assert abs(whole.figures["kl"] - pieces.figures["kl"]) < 1e-4
+    with pytest.raises(InputError, match="teacher_batch must be at least 1"):
+        Distill.checked(**told | {"teacher": ("x",), "data": ("x",), "student": "x"}, teacher_batch=0, out=tmp_path)
+
+
+def settled(out: Path, student: Classifier, device: str = "cpu", **knobs) -> dict[str, str]:
+    config = Distill(data=("x",), teacher=("x",), student="x", steps=knobs.get("steps", 5000), out=out, **{
+        name: value for name, value in knobs.items() if name != "steps"
+    })  # fmt: skip
+    return acceleration.settled(config, config.steps or 0, 32, student, torch.device(device))
+
+
+def test_what_auto_means(tmp_path, monkeypatch):
+    monkeypatch.setattr(acceleration.devices, "teacher_precisions", lambda *_: ("bf16", "fp32"))
+    monkeypatch.setattr(acceleration, "known", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(acceleration.norms, "why_not", lambda: "")
+    grouped = load("resnetv2_50x1_bit", classes=10)
+    assert settled(tmp_path, grouped) == {"precision": "bf16", "compile": "native"}
+    assert settled(tmp_path, grouped, steps=100) == {"precision": "fp32", "compile": "native"}, (
+        "too short to be measured"
+    )
+    assert settled(tmp_path, grouped, precision="fp32", compile="off") == {}, "said is said"
+    small = load("fashion-mini-student")
+    assert settled(tmp_path, small)["precision"] == "fp32"
+    monkeypatch.setattr(acceleration, "known", lambda *_, **_quick: {"fp32": 1.05, "bf16": 1.0})
+    assert settled(tmp_path, grouped)["precision"] == "fp32", "not clearly faster"
+    monkeypatch.setattr(acceleration.norms, "why_not", lambda: "no compiler")
+    assert settled(tmp_path, grouped)["compile"] == "off"
+
+
+def test_what_auto_means_on_an_accelerator(tmp_path):
+    batched, small = load("resnet18", classes=10), load("fashion-mini-student")
+    told = {"precision": "bf16", "device": "cuda"}
+    assert settled(tmp_path, batched, **told)["compile"] == "on"
+    assert settled(tmp_path, batched, steps=1000, **told)["compile"] == "off", "too short to be won back"
+    assert settled(tmp_path, small, **told)["compile"] == "off"
+
+
+def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(acceleration, "known", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
+    grouped = load("resnetv2_50x1_bit", classes=10)
+    for then, now in (
+        ({"precision": "bf16", "compile": "on"}, {"precision": "bf16", "compile": "on"}),
+        ({"precision": "fp32", "compile": "off"}, {"precision": "fp32", "compile": "off"}),
+        ({"precision": "bf16"}, {"precision": "bf16", "compile": "auto"}),  # older than that knob: not compiled
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"verb": "distill", "knobs": then, "facts": {}}))
+        assert settled(tmp_path, grouped) == now
+    assert run_folder.knobs_of(tmp_path / "none") == {}
+
+
+def test_who_cuts_views_stays_who_it_was(tmp_path, monkeypatch, capsys):
+    class Split:
+        index = np.array([(80, 80)], [("height", "<i4"), ("width", "<i4")])
+
+    config = Distill(data=("x",), teacher=("x",), student="x", steps=1, out=tmp_path)
+    monkeypatch.setattr(acceleration.resample, "why_not", lambda: "")
+    assert acceleration.views(config, Split) == {"views": "native"}
+    for facts, wanted in (({}, "torch"), ({"views": "torch"}, "torch"), ({"views": "native"}, "native")):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"verb": "distill", "knobs": {}, "facts": {"data": "x"} | facts})
+        )
+        assert acceleration.views(config, Split) == {"views": wanted}
+    monkeypatch.setattr(acceleration.resample, "why_not", lambda: "no compiler")
+    assert acceleration.views(config, Split) == {"views": "native"}
+    assert "cannot be had now (no compiler)" in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    assert acceleration.views(config, Split) == {"views": "torch"}
+    monkeypatch.setattr(acceleration.resample, "why_not", lambda: pytest.fail("small pictures are cut by torch"))
+    Split.index = np.array([(64, 64)], Split.index.dtype)
+    assert acceleration.views(config, Split) == {"views": "torch"}
+
+
+@compiler
+@pytest.mark.usefixtures("small_ones_too")
+def test_a_teacher_by_our_own_kernels_is_recorded_and_missed(tmp_path, monkeypatch, capsys):
+    told = TINY | {
+        "teacher": Grouped(),
+        "side": 32,
+        "steps": 4,
+        "allow_weak_teacher": True,
+        "teacher_precision": "fp32",
+    }
+    whole = funmatch.distill(**told, out=tmp_path / "whole")
+    (form,) = (record["form"] for record in run_folder.Run(whole.folder).metrics.read() if record["event"] == "teacher")
+    assert form["native"]
+    plain = funmatch.distill(**told, compile="off", out=tmp_path / "plain")
+    (form,) = (record["form"] for record in run_folder.Run(plain.folder).metrics.read() if record["event"] == "teacher")
+    assert not form["native"]
+    (whole.folder / "result.json").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(acceleration.norms, "why_not", lambda: "gone")
+    funmatch.distill(**told, out=tmp_path / "whole")
+    assert "was computed by our own kernels, which cannot be had now (gone)" in capsys.readouterr().err
+
+
+def test_measuring_leaves_no_trace(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
+    student = load("test_resnet", classes=10)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    state = torch.get_rng_state()
+    seconds = acceleration.known(student, 32, 4)
+    assert seconds == acceleration.known(student, 32, 4), "measured once"
+    assert set(seconds) == {"fp32", "bf16"}
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_what_cannot_be_compiled_is_computed_as_it_is(tmp_path, monkeypatch, capsys):
+    def failing(*_, **__):
+        def call(_views):
+            raise RuntimeError("no compiler here\nand much more")
+
+        return call
+
+    plain = funmatch.distill(**TINY, steps=3, compile="off", out=tmp_path / "off", teacher_precision="fp32")
+    monkeypatch.setattr(torch, "compile", failing)
+    capsys.readouterr()
+    on = funmatch.distill(**TINY, steps=3, compile="on", out=tmp_path / "on", teacher_precision="fp32")
+    told = capsys.readouterr().err
+    assert told.count("cannot be compiled here and is computed as it is: no compiler here") == 1
+    assert weights(plain.folder) == weights(on.folder)
+
+
+@pytest.mark.slow
+def test_compiled_networks_compute_the_same_and_twice_to_the_same_bits(tmp_path):
+    told = COMPILED | {"schedule": "constant", "warmup_steps": 0}
+    whole = funmatch.distill(**told, out=tmp_path / "whole")
+    plain = funmatch.distill(**told | {"compile": "off"}, out=tmp_path / "x")
+    assert losses(whole) == pytest.approx(losses(plain), rel=1e-4)
+    again = funmatch.distill(**told, out=tmp_path / "again")
+    assert weights(whole.folder) == weights(again.folder)
+
+
+@pytest.mark.parametrize(
+    "told", [pytest.param(COMPILED, marks=pytest.mark.slow), pytest.param(NATIVE, marks=compiler)], ids=["on", "native"]
+)
+@pytest.mark.usefixtures("small_ones_too")
+def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch, told):
+    whole = funmatch.distill(**told, out=tmp_path / "whole")
+    real = checkpoint.save
+
+    def stopping(place, step, *rest):
+        real(place, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            funmatch.distill(**told, out=tmp_path / "run")
+    again = funmatch.distill(**told | {"compile": "auto"}, out=tmp_path / "run")
+    assert weights(whole.folder) == weights(again.folder)
+
+
+def test_teachers_in_pieces():
+    views = {32: torch.rand(7, 3, 32, 32)}
+
+    class Member:
+        side, share = 32, 1.0
+        frozen = nn.Identity()
+
+        def answers(self, views):
+            assert len(views) <= 3
+            return views.mean((2, 3))
+
+    assert torch.equal(Teachers([Member()], at_once=3)(views), views[32].mean((2, 3)))  # pyrefly: ignore
+
+
+@compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.usefixtures("small_ones_too")
+def test_our_own_kernels_teach_what_torch_does_and_twice_to_the_same_bits(tmp_path, capsys, precision):
+    told = NATIVE | {"precision": precision, "schedule": "constant", "warmup_steps": 0}
+    own = funmatch.distill(**told, out=tmp_path / "own")
+    assert "computed by our own kernels" in capsys.readouterr().err
+    again = funmatch.distill(**told, out=tmp_path / "again")
+    assert weights(own.folder) == weights(again.folder)
+    plain = funmatch.distill(**told | {"compile": "off"}, out=tmp_path / "plain")
+    assert len(losses(own)) == 6
+    assert losses(own) == pytest.approx(losses(plain), rel={"fp32": 1e-3, "bf16": 2e-2}[precision])
+    assert weights(own.folder) != weights(plain.folder), "they round otherwise"
+
+
+@pytest.mark.usefixtures("small_ones_too")
+def test_without_a_compiler_a_student_is_computed_by_torch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(acceleration.norms, "why_not", lambda: "no compiler")
+    funmatch.distill(**NATIVE | {"precision": "fp32", "steps": 1}, out=tmp_path / "run")
+    assert (
+        "our own kernels cannot be had here, torch's are slower and round otherwise: no compiler"
+        in capsys.readouterr().err
+    )

@@ -1,0 +1,150 @@
+"""Runs on data of every kind: unlabelled, of other things, cut, joined, in shards; judged on what they should be."""
+
+import json
+
+import pytest
+from make_images import paint
+
+import funmatch
+from funmatch.errors import InputError
+
+TINY = {"student": "fashion-mini-student", "steps": 2, "batch": 8, "threads": 1}
+TAUGHT = {**TINY, "teacher": "fashion-mini-teacher"}
+
+
+def folder(root, classes=("ant", "bee"), count=10):
+    for c, name in enumerate(classes):
+        for i in range(count):
+            paint(root / name / f"{i:02}.png", 100 * c + i)
+    return root
+
+
+def test_pictures_of_other_things_teach_too(tmp_path, capfd):
+    run = funmatch.distill(data=folder(tmp_path / "insects"), out=tmp_path / "run", **TAUGHT)
+    assert "taken as unlabelled" in capfd.readouterr().err
+    assert (run.figures["split"], run.figures["pictures"], run.top1) == ("train", 20, None)
+    assert 0 <= run.agreement <= 1
+    assert funmatch.evaluate(run.folder)["agreement"] == pytest.approx(run.agreement, abs=0.1)
+
+
+def test_other_things_with_a_validation_split_are_a_mistake(pictures, tmp_path):
+    with pytest.raises(InputError, match=r"10 classes, pictures has 3 .*--unlabelled, or give .*--eval-data"):
+        funmatch.distill(data=pictures, out=tmp_path / "run", **TAUGHT)
+    run = funmatch.distill(data=pictures, out=tmp_path / "run", unlabelled=True, **TAUGHT)
+    assert run.top1 is None
+    assert run.figures["split"] == "test"
+
+
+def test_judged_on_other_pictures(pictures, tmp_path):
+    run = funmatch.distill(data=pictures, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT)
+    assert (run.figures["split"], run.figures["pictures"]) == ("test", 2000)
+    assert run.figures["teacher"]["top1"] > 0.9
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["facts"]["pictures"] == {"train": 15, "val": 500, "test": 2000}
+    again = funmatch.evaluate(run.folder)
+    assert (again["pictures"], again["data"]) == (2000, ["fashion-mini"])
+    assert again["top1"] == pytest.approx(run.top1)
+    assert "data:image/png;base64," in run.report.read_text(), "the views of a step"
+    assert (
+        funmatch.distill(data=pictures, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT).figures == run.figures
+    )
+
+
+def test_judged_on_a_folder_without_splits(pictures, tmp_path):
+    other = folder(tmp_path / "other", ("ant", "bee", "cat"), 4)
+    run = funmatch.train(data=pictures, eval_data=other, out=tmp_path / "run", side=16, **TINY)
+    assert (run.figures["split"], run.figures["pictures"]) == ("test", 12)
+    insects = folder(tmp_path / "insects")
+    with pytest.raises(InputError, match="no labels"):
+        funmatch.train(data=pictures, eval_data=insects, out=tmp_path / "other-run", side=16, **TINY)
+
+
+def test_a_run_with_a_cut_is_judged_by_the_same_cut(tmp_path):
+    data = folder(tmp_path / "insects", count=20)
+    run = funmatch.train(data=data, val="20%", out=tmp_path / "run", side=16, **TINY)
+    assert (run.figures["split"], run.figures["pictures"]) == ("val", 8)
+    assert funmatch.evaluate(run.folder)["pictures"] == 8
+    assert funmatch.evaluate(run.folder, split="train")["pictures"] == 32
+    with pytest.raises(InputError, match="val_seed"):
+        funmatch.train(data=data, val="20%", val_seed=1, out=tmp_path / "run", side=16, **TINY)
+
+
+def test_a_run_goes_on_where_its_pictures_went(pictures, tmp_path):
+    knobs = {**TINY, "side": 16}
+    before = funmatch.train(data=pictures, out=tmp_path / "run", **knobs)
+    pictures.rename(tmp_path / "moved")
+    assert funmatch.train(data=tmp_path / "moved", out=tmp_path / "run", **knobs).figures == before.figures
+
+
+def test_a_run_on_shards_is_the_run_on_their_pictures(pictures, tmp_path, funmatch):
+    import funmatch as api
+
+    funmatch("prepare", pictures, "--to", "tfrecord", "--shard-size", "5", "--out", "shards")
+    spec = f"tfrecord:{tmp_path}/shards"
+    run = api.train(data=spec, out=tmp_path / "run", side=16, **TINY)
+    assert run.figures["pictures"] == 12
+    assert api.evaluate(run.folder, split="val")["pictures"] == 9
+    taught = api.distill(
+        data=[spec, pictures], teacher=run.folder, allow_weak_teacher=True, out=tmp_path / "t", side=16, **TINY
+    )
+    facts = json.loads((taught.folder / "config.json").read_text())["facts"]
+    assert facts["pictures"] == {"train": 30, "val": 18, "test": 24}
+    assert facts["classes"] == ["ant", "bee", "cat"]
+
+
+def test_numbered_classes_fit_a_named_teacher(tmp_path):
+    """Shards without class names: labels are taken to be in the teacher's order."""
+    from funmatch.data.formats.tfrecord import example, framed
+    from funmatch.data.readers.open import open_source
+
+    mini = open_source("fashion-mini")
+    records = [framed(example(mini.read("test", i), int(mini.splits["test"].labels[i]))) for i in range(0, 2000, 100)]
+    (tmp_path / "test.tfrecord").write_bytes(b"".join(records))
+    figures = funmatch.evaluate("fashion-mini-teacher", data=f"tfrecord:{tmp_path}/test.tfrecord")
+    assert figures["pictures"] == 20
+    assert figures["top1"] > 0.7
+
+
+@pytest.mark.parametrize("way", ["resident", "streaming"])
+def test_a_run_is_the_same_either_way(pictures, tmp_path, way):
+    run = funmatch.train(data=pictures, out=tmp_path / "run", side=16, **TINY)
+    again = funmatch.train(data=pictures, out=tmp_path / way, side=16, pixels=way, **TINY)
+    weights = [path / "student" / "model.safetensors" for path in (run.folder, again.folder)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_student_of_numbered_shards_has_its_teachers_names(tmp_path):
+    from funmatch.data.formats.tfrecord import example, framed
+    from funmatch.data.readers.open import open_source
+
+    mini = open_source("fashion-mini")
+    records = [framed(example(mini.read("train", i), int(mini.splits["train"].labels[i]))) for i in range(0, 160, 5)]
+    (tmp_path / "train.tfrecord").write_bytes(b"".join(records))
+    run = funmatch.distill(data=f"tfrecord:{tmp_path}/train.tfrecord", out=tmp_path / "run", **TAUGHT)
+    assert json.loads((run.folder / "student" / "config.json").read_text())["label_names"] == list(mini.classes)
+    assert funmatch.evaluate(run.folder, data="fashion-mini", split="val")["pictures"] == 500
+
+
+def test_a_leak_between_what_is_learnt_and_judged_is_told(pictures, tmp_path, capfd):
+    funmatch.train(data=pictures, eval_data=pictures / "train", out=tmp_path / "run", side=16, **TINY)
+    assert "WARNING: 15 pictures of train's test are also in pictures's train" in capfd.readouterr().err
+
+
+def test_unlabelled_is_of_what_is_learnt(pictures, tmp_path):
+    run = funmatch.distill(data=pictures, unlabelled=True, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT)
+    assert run.top1 is not None
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"val": "10%", "eval_data": "fashion-mini"}, "say one of them"),
+        ({"data": []}, "give the pictures to learn from"),
+        ({"val": "", "data": "fashion-mini"}, "no share"),
+        ({"val": 0.1, "data": "fashion-mini"}, "validation split of its own"),
+        ({"val_seed": 10**30}, "val_seed must be at most"),
+    ],
+)
+def test_words_about_data_that_cannot_be(knobs, message, pictures, tmp_path):
+    with pytest.raises(InputError, match=message):
+        funmatch.distill(**{"data": pictures, "out": tmp_path / "run", **TAUGHT, **knobs})

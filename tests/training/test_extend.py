@@ -1,0 +1,228 @@
+"""Runs that are prolonged: the same path as one that was long from the start, and nothing of the old end lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import funmatch
+from funmatch.config import Report
+from funmatch.errors import InputError
+from funmatch.reports import run_page
+from funmatch.training.run import checkpoint, extend
+from funmatch.training.run import folder as run_folder
+
+KNOBS = {
+    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
+    "threads": 1, "schedule": "wsd", "log_every": 3, "eval_every": 6, "save_every": 5, "ema": 0.9,
+}  # fmt: skip
+SHORT, LONG = {"steps": 20, "cooldown_steps": 6}, {"steps": 34, "cooldown_steps": 9}
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").glob("step-*"))
+    names = ("student", "optimizer", "average")
+    return {f"{name}.{key}": t for name in names for key, t in load_file(newest / f"{name}.safetensors").items()}
+
+
+def records(folder: Path) -> list[dict]:
+    return [
+        {name: value for name, value in each.items() if name != "images_per_second"}
+        for each in run_folder.Run(folder).metrics.read()
+    ]
+
+
+def same(one: Path, other: Path) -> None:
+    first, second = state_of(one), state_of(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert records(one) == records(other)
+    results = [run_folder.Run(folder).result or {} for folder in (one, other)]
+    for result in results:
+        result.pop("seconds")
+        result.pop("run")
+    assert results[0] == results[1]
+
+
+@pytest.fixture(name="long", scope="module")
+def long_from_the_start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FUNMATCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return funmatch.distill(out=folder, **KNOBS, **LONG, warmup_steps=2).folder
+
+
+def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long):
+    short = funmatch.distill(out=tmp_path / "run", **KNOBS, **SHORT)
+    folder, figures = short.folder, short.figures
+    assert json.loads((folder / "config.json").read_text())["knobs"]["warmup_steps"] == 2
+    student = load_file(folder / "student" / "model.safetensors")
+    tail = [each for each in records(folder) if each["step"] > 14]
+    again = funmatch.distill(out=folder, **KNOBS, **LONG)
+    assert again.figures["step"] == 34
+    same(folder, long)
+    end = folder / "ends" / "step-000000020"
+    kept = json.loads((end / "result.json").read_text())
+    assert kept | {"run": figures["run"]} == figures
+    for name, tensor in load_file(end / "student" / "model.safetensors").items():
+        assert torch.equal(tensor, student[name])
+    assert (end / "student-ema" / "model.safetensors").is_file()
+    assert records(end) == tail
+    assert timm.create_model(f"local-dir:{end / 'student'}", pretrained=True)
+
+    page = run_page.run(Report(runs=(folder,))).read_text()
+    assert "run, end at step 20" in page
+    assert "run, end at step 20, average of weights" in page
+    assert "run, average of weights" in page
+    assert run_folder.Run(folder).result == again.figures
+    # A third time, by default a fifth of the run long; and a fourth, which has nothing to do.
+    more = funmatch.distill(out=folder, **KNOBS, steps=50)
+    assert more.figures["step"] == 50
+    assert [path.folder.name for path in extend.kept(run_folder.Run(folder))] == ["step-000000020", "step-000000034"]
+    assert [path.name for path in (folder / "checkpoints").glob("stable-*")] == ["stable-000000040"]
+    stamp = (folder / "result.json").stat().st_mtime_ns
+    funmatch.distill(out=folder, **KNOBS, steps=50)
+    assert (folder / "result.json").stat().st_mtime_ns == stamp
+
+
+def test_a_run_that_is_not_over_is_prolonged_too(tmp_path, long, monkeypatch):
+    for stop in (8, 17):  # before and in its cool-down
+        folder = tmp_path / f"stopped-{stop}"
+        real = checkpoint.save
+
+        def stopping(place, step, *rest, stop=stop, real=real, **more):
+            real(place, step, *rest, **more)
+            if step >= stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoint, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            funmatch.distill(out=folder, **KNOBS, **SHORT)
+        monkeypatch.setattr(checkpoint, "save", real)
+        assert funmatch.distill(out=folder, **KNOBS, **LONG).figures["step"] == 34
+        same(folder, long)
+        assert not (folder / "ends").exists(), "it had come to no end"
+
+
+def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch):
+    first = funmatch.distill(out=tmp_path / "short", **KNOBS, **SHORT).folder
+    before = state_of(first)
+    for number in range(5):
+        folder = tmp_path / f"cut-{number}"
+        shutil.copytree(first, folder)
+        calls = []
+
+        def cut(*given, calls=calls, number=number, real, **more):
+            calls.append(1)
+            if len(calls) > number:
+                raise KeyboardInterrupt
+            return real(*given, **more)
+
+        patches = [
+            (extend, "folder_atomically"),
+            (extend, "write_atomically"),
+            (checkpoint, "go_back"),
+            (shutil, "rmtree"),
+        ]
+        with monkeypatch.context() as patched:
+            for module, name in patches:
+                real = getattr(module, name)
+                patched.setattr(module, name, lambda *a, real=real, **k: cut(*a, real=real, **k))
+            with pytest.raises(KeyboardInterrupt):
+                extend.prolong(folder, *_asked(folder, LONG))
+        if number % 2:  # the old command ends as it did
+            funmatch.distill(out=folder, **KNOBS, **SHORT)
+            for name, tensor in state_of(folder).items():
+                assert torch.equal(tensor, before[name])
+        assert funmatch.distill(out=folder, **KNOBS, **LONG).figures["step"] == 34
+        same(folder, long)
+        assert (folder / "ends" / "step-000000020" / "student" / "model.safetensors").is_file()
+
+
+def _asked(folder: Path, length: dict) -> tuple[str, dict, dict]:
+    config = run_folder.Run(folder).config
+    return config["verb"], config["knobs"] | length, config["facts"]
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [
+        ({"steps": 10}, "can be made longer, not 10"),
+        ({"steps": 22, "cooldown_steps": 12}, "would cool down from step 10, before the 14 .* say --cooldown-steps 8"),
+        ({"steps": 30, "lr": 1e-2}, "steps: 20 in the run, 30 now"),
+        ({"steps": 30, "warmup_steps": 5}, "warmup_steps: 2 in the run, 5 now"),
+    ],
+)
+def test_what_cannot_be_prolonged(tmp_path, length, words):
+    folder = funmatch.distill(out=tmp_path / "run", **KNOBS, **SHORT).folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(InputError, match=words):
+        funmatch.distill(out=folder, **KNOBS | length)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_ends_that_patience_made_are_all_kept(tmp_path):
+    knobs = KNOBS | {"patience": 1, "eval_every": 2, "lr": 1e-9, "cooldown_steps": 4}
+    for steps in (20, 30, 40):
+        figures = funmatch.distill(out=tmp_path / "run", **knobs, steps=steps).figures
+        assert figures["step"] == 4, "validation has nothing to like"
+    names = [each.folder.name for each in extend.kept(run_folder.Run(tmp_path / "run"))]
+    assert names == ["step-000000004-of-000000020", "step-000000004-of-000000030"]
+
+
+def test_a_run_that_cools_down_from_its_first_step_begins_again(tmp_path):
+    first = funmatch.distill(out=tmp_path / "run", **KNOBS, steps=6, cooldown_steps=6)
+    again = funmatch.distill(out=tmp_path / "run", **KNOBS, steps=9, cooldown_steps=9)
+    assert (first.figures["step"], again.figures["step"]) == (6, 9)
+
+
+def test_an_end_that_was_gone_beyond_is_named(tmp_path):
+    folder = funmatch.distill(out=tmp_path / "run", **KNOBS, **SHORT).folder
+    funmatch.distill(out=folder, **KNOBS, **LONG)
+    with pytest.raises(InputError, match=r"its end at step 20 is kept in .*step-000000020"):
+        funmatch.distill(out=folder, **KNOBS, **SHORT)
+
+
+def test_other_schedules_are_not_prolonged(tmp_path):
+    knobs = KNOBS | {"schedule": "cosine"}
+    folder = funmatch.distill(out=tmp_path / "run", **knobs, steps=6).folder
+    with pytest.raises(InputError, match="only runs of --schedule wsd can be prolonged"):
+        funmatch.distill(out=folder, **knobs, steps=8)
+
+
+def test_labels_and_the_best_student_are_prolonged(tmp_path):
+    knobs = {name: value for name, value in KNOBS.items() if name not in ("teacher", "ema")}
+    knobs |= {"keep": "best", "eval_every": 2}
+    long = funmatch.train(out=tmp_path / "long", **knobs, **LONG, warmup_steps=2).folder
+    folder = funmatch.train(out=tmp_path / "run", **knobs, **SHORT).folder
+    assert funmatch.train(out=folder, **knobs, **LONG).figures["step"] == 34
+    assert records(folder) == records(long)
+    for name, tensor in load_file(folder / "student" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(long / "student" / "model.safetensors")[name])
+
+
+@pytest.mark.slow
+def test_kills_at_random_instants(tmp_path, long):
+    words = [sys.executable, "-m", "funmatch", "distill", "--out", str(tmp_path / "run"), "--warmup-steps", "2"]
+    options = [word for name, value in KNOBS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for length, kills in ((SHORT, 2), (LONG, 8)):
+        more = [word for name, value in length.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        for number in range(kills):
+            process = subprocess.Popen([*words, *options, *more], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            time.sleep(3 + 0.7 * number)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        subprocess.run([*words, *options, *more], check=True, capture_output=True)
+    same(tmp_path / "run", long)
+    assert (tmp_path / "run" / "ends" / "step-000000020" / "result.json").is_file()

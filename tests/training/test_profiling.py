@@ -1,0 +1,69 @@
+"""Where a step goes: parts that are named, timed, and told."""
+
+import json
+import threading
+import time
+
+import pytest
+
+import funmatch
+from funmatch.runtime import timing
+from funmatch.training import profiling
+
+TINY = {
+    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "threads": 1,
+    "batch": 16,
+}  # fmt: skip
+
+
+def test_parts_do_not_count_what_is_within(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    with timing.Watch(lambda: None) as watch, timing.span("whole"):  # 0
+        with timing.span("one"), timing.span("inner"):  # 1, 2 … 3, 4
+            pass
+        with timing.span("two"):  # 5 … 6
+            pass
+    assert dict(watch.seconds) == {"inner": 1, "one": 2, "two": 1, "whole": 7 - 3 - 1}
+
+
+def test_other_threads_are_beside_and_nothing_is_kept_when_nobody_watches():
+    with timing.Watch(lambda: None) as watch:
+        thread = threading.Thread(target=lambda: list(timing.waited([1, 2], "views")))
+        thread.start()
+        thread.join()
+        assert list(timing.waited([1, 2], "wait")) == [1, 2]
+    assert set(watch.beside) == {"views"}
+    assert set(watch.seconds) == {"wait"}
+    with timing.span("late"):
+        time.sleep(0)
+    assert "late" not in watch.seconds
+
+
+@pytest.mark.parametrize("verb", ["distill", "train"])
+def test_a_profile_of_the_first_steps(tmp_path, capfd, monkeypatch, verb):
+    monkeypatch.setattr(profiling, "PEAK_SECONDS", 0.05)
+    told = {name: value for name, value in TINY.items() if verb == "distill" or name != "teacher"}
+    plain = getattr(funmatch, verb)(**told, steps=30, out=tmp_path / "plain")
+    done = getattr(funmatch, verb)(**told, steps=30, profile=True, out=tmp_path / "run")
+    figures = json.loads((tmp_path / "run" / "profile.json").read_text())
+    parts = figures["parts_ms"]
+    assert {"student", "backward", "optimizer", "waiting for views", "all else"} <= parts.keys()
+    assert ("teacher" in parts) == (verb == "distill")
+    assert sum(parts.values()) == pytest.approx(figures["step_ms"])
+    assert parts["all else"] > 0
+    assert "views" in figures["beside_ms"]
+    assert figures["gflop"]["backward"] == 2 * figures["gflop"]["student"]
+    assert figures["peak_gflops"] > 1
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert {"student", "backward"} <= {event.get("name") for event in events}
+    assert "where a step goes, of 20" in capfd.readouterr().out
+    weights = "student/model.safetensors"
+    assert (done.folder / weights).read_bytes() == (plain.folder / weights).read_bytes(), "watching changes nothing"
+
+
+def test_a_run_too_short_to_be_profiled_says_so(tmp_path, capsys):
+    funmatch.distill(**TINY, steps=3, profile=True, out=tmp_path / "run")
+    assert "--profile needs more than 5 steps, and there were 3" in capsys.readouterr().err
+    funmatch.distill(**TINY, steps=10, profile=True, out=tmp_path / "ten")
+    assert json.loads((tmp_path / "ten" / "profile.json").read_text())["steps"] == 5

@@ -1,0 +1,484 @@
+"""The paper's strategies: what each of the two sees, what a fixed teacher says, and what contradicts what."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from scipy import stats
+
+import funmatch
+from funmatch.config import Distill
+from funmatch.config.choices import DISTANCES, STRATEGIES
+from funmatch.data.batch import Batch
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.loader import Loader
+from funmatch.errors import InputError
+from funmatch.models.inference.frozen import Frozen
+from funmatch.models.load import load
+from funmatch.ops import distances, randaugment
+from funmatch.ops.crops import central_view, crop_resize_flip
+from funmatch.ops.mixing import mixup, seen
+from funmatch.ops.sampling import CHANGES, ENSEMBLE, LAMBDAS, OWN, Mixing, beta, draw, generator, inception_boxes
+from funmatch.training import distill, scoring
+from funmatch.training.teachers import fixed
+
+MINI = {
+    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student",
+    "batch": 16, "threads": 1,
+}  # fmt: skip
+
+
+def sizes(indices):
+    return 40 + indices % 5, 50 + indices % 7
+
+
+def test_the_table_is_the_papers():
+    assert list(STRATEGIES) == [
+        "fix/rs", "fix/cc", "fix/ic_ens", "ind/rc", "ind/ic", "same/rc", "same/ic", "funmatch",
+    ]  # fmt: skip
+    assert [name for name, row in STRATEGIES.items() if row.fixed] == ["fix/rs", "fix/cc", "fix/ic_ens"]
+    assert set(DISTANCES) == {*distances.TEMPERED, *distances.PLAIN}
+    assert {name for name, tempered in DISTANCES.items() if tempered} == set(distances.TEMPERED)
+
+
+@pytest.fixture(name="split")
+def some_pictures(pictures):
+    return open_cache(str(pictures)).splits["train"]
+
+
+def test_a_shared_view_is_the_very_same_tensor(split):
+    batch = Loader(split, 1, 8, 12, teacher_sides=(12,)).batch_at(3)
+    (teacher,), student = seen(batch.crops, batch.shown, batch.lam)
+    assert teacher is student
+    assert torch.equal(student, mixup(batch.crops, batch.lam))
+    for moved in (batch.to(torch.device("cpu")), *(piece for piece, _ in batch.pieces(3))):
+        assert moved.shown[0] is moved.crops
+
+
+@pytest.mark.parametrize("crop", ["inception", "mild"])
+def test_own_views_are_of_the_same_pictures_and_drawn_alike_but_independently(split, crop):
+    knobs = {"crop": crop, "resize": 16, "side": 12}
+    shared, own = Loader(split, 1, 8, **knobs), Loader(split, 1, 8, **knobs, own=True, teacher_sides=(12, 20))
+    drawn, batch = own.draw(3), own.batch_at(3)
+    assert torch.equal(batch.crops, shared.batch_at(3).crops), "the student's are not moved by the teacher's"
+    assert [each.shape[-1] for each in batch.shown] == [12, 20]
+    assert drawn.own is not None
+    rng = generator(1, 3, OWN)
+    assert np.array_equal(drawn.own[1], rng.random(8) < 0.5)
+    assert not np.array_equal(drawn.own[0], drawn.boxes)
+    small = F.adaptive_avg_pool2d(batch.shown[1], 4) - F.adaptive_avg_pool2d(batch.shown[0], 4)
+    assert small.abs().mean() < 0.05, "the teachers share one view, each at its side"
+
+
+def test_own_draws_do_not_depend_on_the_shared_ones():
+    draws = [draw(0, step, 64, 64, sizes, own=True) for step in range(300)]
+    mine, theirs = (np.concatenate(list(each)) for each in zip(*((d.boxes[:, 2], d.own[0][:, 2]) for d in draws)))  # noqa: B905
+    assert abs(np.corrcoef(mine, theirs)[0, 1]) < 0.05
+    assert stats.ks_2samp(mine, theirs).pvalue > 1e-3
+    flips, others = (np.concatenate(list(each)) for each in zip(*((d.flips, d.own[1]) for d in draws)))  # noqa: B905
+    assert abs(np.corrcoef(flips, others)[0, 1]) < 0.05
+
+
+def test_slices_of_own_views_and_lambdas_are_the_global_batch(split):
+    knobs = {"own": True, "teacher_sides": (12,), "mixing": Mixing(each=True), "side": 12}
+    whole = Loader(split, 1, 8, **knobs).batch_at(3)
+    for rank in range(2):
+        part = Loader(split, 1, 8, rank=rank, world=2, **knobs).batch_at(3)
+        rows = [(rank * 4 - 1) % 8, *range(rank * 4, rank * 4 + 4)]
+        assert torch.equal(part.shown[0], whole.shown[0][1:][rows])
+        assert torch.equal(part.lam, whole.lam[rank * 4 : rank * 4 + 4])
+
+
+def test_the_whole_picture_is_never_mirrored(split):
+    batch, drawn = Loader(split, 1, 8, 12, crop="whole").batch_at(3), Loader(split, 1, 8, 12, crop="whole").draw(3)
+    for view, index in zip(batch.crops[1:], drawn.indices, strict=True):
+        picture = split.picture(index).permute(2, 0, 1)[None].float()
+        torch.testing.assert_close(view, F.interpolate(picture, (12, 12), mode="bilinear")[0] / 255)
+
+
+def test_one_lambda_a_picture():
+    draws = [draw(0, step, 50, 50, sizes, mixing=Mixing(each=True)) for step in range(60)]
+    lams = np.concatenate([each.lam for each in draws])
+    assert stats.kstest(lams, stats.uniform(0.5, 0.5).cdf).pvalue > 1e-3
+    plain = draw(0, 7, 50, 50, sizes)
+    assert np.array_equal(plain.boxes, draws[7].boxes), "the mode of MixUp moves no crop"
+    small = Mixing(0.2, each=True, larger=False).of(generator(3, 1, LAMBDAS).random(4000))
+    assert stats.kstest(small, stats.beta(0.2, 0.2).cdf).pvalue > 1e-3
+    assert np.array_equal(small, beta(generator(3, 1, LAMBDAS).random(4000), 0.2))
+    assert draw(0, 7, 50, 50, sizes, mixing=Mixing(lam=0.3)).lam == 0.3
+
+
+def test_mixing_with_one_lambda_each():
+    views, lam = torch.rand(6, 3, 4, 4), torch.rand(5)
+    wanted = torch.stack([lam[i] * views[i + 1] + (1 - lam[i]) * views[i] for i in range(5)])
+    torch.testing.assert_close(mixup(views, lam), wanted)
+    assert torch.equal(mixup(views, torch.full((5,), 0.7)), mixup(views, 0.7))
+    labels = torch.tensor([0, 1, 2, 1, 0, 2])
+    mixed = distances.mixed_labels(labels, lam, 3)
+    torch.testing.assert_close(mixed[2], lam[2] * F.one_hot(labels[3], 3) + (1 - lam[2]) * F.one_hot(labels[2], 3))
+    pieces = [piece for piece, _ in Batch(views, labels, lam).pieces(2)]
+    assert torch.equal(torch.cat([mixup(piece.crops, piece.lam) for piece in pieces]), mixup(views, lam))
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("a", [0.0, 1.0])
+def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
+    knobs = {
+        "side": 12,
+        "mixing": Mixing(a, each=each),
+        "cutmix": 1.0,
+        "randaugment": (2, 9),
+        "teacher_sides": (12, 20),
+    }
+    loader = Loader(split, 1, 8, **knobs)
+    batches = [loader.batch_at(step) for step in range(40)]
+    for step, batch in enumerate(batches):
+        (same, large), student = seen(batch.crops, batch.shown, batch.lam, batch.cuts)
+        assert same is student
+        assert large.shape[-1] == 20
+        plain = Loader(split, 1, 8, 12).batch_at(step).crops
+        ops, strengths = randaugment.draw(generator(1, step, CHANGES), 8, 2, 9)
+        changed = randaugment.apply(plain[1:], ops, strengths)
+        assert torch.equal(batch.crops[1:], changed)
+        assert torch.equal(batch.crops[0], changed[-1])
+        share, lam = torch.as_tensor(batch.own_share).expand(8), torch.as_tensor(batch.lam).expand(8)
+        for i in range(8):
+            box = batch.cuts[i if each else 0]
+            edges = [int(edge * 12 + 0.5) for edge in (box[0], box[0] + box[2], box[1], box[1] + box[3])]
+            wanted = lam[i] * batch.crops[i + 1] + (1 - lam[i]) * batch.crops[i]
+            wanted[:, edges[0] : edges[1], edges[2] : edges[3]] = batch.crops[i][
+                :, edges[0] : edges[1], edges[2] : edges[3]
+            ]
+            torch.testing.assert_close(student[i], wanted)
+            area = (edges[1] - edges[0]) * (edges[3] - edges[2])
+            assert share[i] == pytest.approx(float(lam[i]) * (1 - area / 144))
+            assert lam[i] == 1 or area == 0, "a picture is cut or mixed"
+        for rank in range(2):
+            part = Loader(split, 1, 8, rank=rank, world=2, **knobs).batch_at(step)
+            _, own = seen(part.crops, part.shown, part.lam, part.cuts)
+            assert torch.equal(own, student[rank * 4 : rank * 4 + 4])
+        pieces = [seen(piece.crops, piece.shown, piece.lam, piece.cuts)[1] for piece, _ in batch.pieces(3)]
+        assert torch.equal(torch.cat(pieces), student)
+    cut = np.mean([float((batch.cuts[:, 2:].prod(-1) > 0).float().mean()) for batch in batches])
+    assert cut > 0.85 if a == 0 else 0.2 < cut < 0.8
+
+
+def student_of(outcome) -> dict[str, torch.Tensor]:
+    return load_file(outcome.folder / "student" / "model.safetensors")
+
+
+def test_consistency_with_mixup_is_function_matching(tmp_path):
+    one = funmatch.distill(out=tmp_path / "a", steps=6, **MINI)
+    other = funmatch.distill(out=tmp_path / "b", steps=6, strategy="same/ic", mixup=1.0, **MINI)
+    for name, tensor in student_of(one).items():
+        assert torch.equal(tensor, student_of(other)[name]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_teaches(tmp_path, strategy):
+    more = {"teacher_crops": 8} if strategy == "fix/ic_ens" else {}
+    outcome = funmatch.distill(
+        out=tmp_path / "run", steps=40, lr=8e-3, strategy=strategy, eval_every=20, **more, **MINI
+    )
+    lines = list(map(json.loads, (outcome.folder / "metrics.jsonl").read_text().splitlines()))
+    first, last = (next(e for e in lines if e["event"] == "views" and e["step"] == step) for step in (20, 40))
+    assert last["kl"] < first["kl"] * 1.1
+    assert last["views"] == 256
+    assert 0 <= last["teacher_top1"] <= 1
+    resolved = json.loads((outcome.folder / "config.json").read_text())["knobs"]
+    assert resolved["crop"] == STRATEGIES[strategy].crop
+    assert resolved["resize"] == (40 if resolved["crop"] == "mild" else None), "a mild crop has something to cut"
+
+
+@pytest.fixture(name="teacher")
+def embedded_teacher():
+    return load("fashion-mini-teacher").eval()
+
+
+@torch.inference_mode()
+def expected(strategy: str, split, teacher, pictures, crops: int) -> torch.Tensor:
+    """Probabilities of a fixed teacher, (n, classes), computed one by one."""
+    found = []
+    for number in pictures:
+        picture = split.picture(number)
+        if strategy == "fix/rs":
+            views = F.interpolate(picture.permute(2, 0, 1)[None].float(), (32, 32), mode="bilinear") / 255
+        elif strategy == "fix/cc":
+            views = central_view(picture, 40, 32)[None]
+        else:
+            rng = generator(0, number, ENSEMBLE)
+            flips = rng.random(crops) < 0.5
+            boxes = inception_boxes(rng, np.full(crops, picture.shape[0]), np.full(crops, picture.shape[1]))
+            views = crop_resize_flip([picture] * crops, boxes, flips, 32)
+        found.append(teacher(views).softmax(-1).mean(0))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("strategy", ["fix/rs", "fix/cc", "fix/ic_ens"])
+def test_a_fixed_teacher_answers_once_and_is_looked_up(tmp_path, monkeypatch, strategy, teacher):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fixed, "PART", 200)
+    asked: list[int] = []
+    real = Frozen.forward
+    monkeypatch.setattr(Frozen, "forward", lambda self, views: (asked.append(len(views)), real(self, views))[1])
+    crops = 20 if strategy == "fix/ic_ens" else 1
+    more = {"teacher_crops": 20} if crops > 1 else {}
+    knobs = MINI | {"strategy": strategy, "steps": 5, "eval_every": 100, **more}
+    outcome = funmatch.distill(out=tmp_path / "run", **knobs)
+    split = open_cache("fashion-mini").splits["train"]
+    (place,) = (tmp_path / "cache" / "answers").iterdir()
+    assert sorted(path.name for path in place.iterdir()) == ["about.json", "answers.lock", "answers.npy"]
+    found = torch.from_numpy(np.load(place / "answers.npy"))
+    assert found.shape == (200, 1, 10)
+    some = range(0, 200, 17)
+    wanted = expected(strategy, split, teacher, some, crops)
+    torch.testing.assert_close(found[list(some), 0].softmax(-1), wanted, rtol=1e-4, atol=1e-6)
+
+    loader = Loader(split, 0, 16, 32, crop=STRATEGIES[strategy].crop, resize=40, known=found[:, 0])
+    batch, drawn = loader.batch_at(4), loader.draw(4)
+    assert batch.shown == ()
+    assert batch.answers is not None
+    assert torch.equal(batch.answers, found[drawn.indices, 0])
+
+    asked.clear()
+    again = funmatch.distill(out=tmp_path / "again", **knobs)
+    assert sum(asked) <= 2 * 32 + 500 + 2000, "the first batch, validation and test pictures: none for training"
+    for name, tensor in student_of(outcome).items():
+        assert torch.equal(tensor, student_of(again)[name])
+    changed = knobs | (
+        {"teacher_crops": 21} if crops > 1 else {"strategy": "fix/cc" if strategy == "fix/rs" else "fix/rs"}
+    )
+    funmatch.distill(out=tmp_path / "other", **changed)
+    assert len(list((tmp_path / "cache" / "answers").iterdir())) == 2, "other looks are other answers"
+
+
+def test_answers_go_on_where_a_killed_process_left_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fixed, "PART", 100)
+    knobs = MINI | {"strategy": "fix/ic_ens", "teacher_crops": 10, "steps": 2}
+    real, done = fixed._answered, []
+
+    def killed(looks, teachers, pictures, *rest):
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(pictures.start)
+        return real(looks, teachers, pictures, *rest)
+
+    monkeypatch.setattr(fixed, "_answered", killed)
+    with pytest.raises(KeyboardInterrupt):
+        funmatch.distill(out=tmp_path / "run", **knobs)
+    (place,) = (tmp_path / "cache" / "answers").iterdir()
+    parts = sorted(place.glob("part-*.npy"))
+    assert [int(path.stem.removeprefix("part-")) for path in parts] == done == list(range(0, 70, 10))
+    # Somebody else, who is alive, is at the next part: it is left to them, and taken when they let it go.
+    lock = fixed.lock_file(place / "part-000000070.lock")
+    assert lock
+    rest: list[int] = []
+
+    def counted(looks, teachers, pictures, *more):
+        rest.append(pictures.start)
+        if len(rest) == 12:
+            lock.close()
+        return real(looks, teachers, pictures, *more)
+
+    monkeypatch.setattr(fixed, "_answered", counted)
+    funmatch.distill(out=tmp_path / "run", **knobs)
+    assert rest == [*range(80, 200, 10), 70]
+    whole = np.load(place / "answers.npy")
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "fresh"))
+    monkeypatch.setattr(fixed, "_answered", real)
+    funmatch.distill(out=tmp_path / "fresh-run", **knobs)
+    (fresh,) = (tmp_path / "fresh" / "answers").iterdir()
+    assert np.array_equal(whole, np.load(fresh / "answers.npy"))
+
+
+def test_the_loss_of_a_batch():
+    config = Distill.checked(**MINI, out="o", steps=1, temperature=3.0, label_weight=0.25, label_smoothing=0.1)
+    rng = torch.Generator().manual_seed(0)
+    student, told = (torch.randn(5, 10, generator=rng) for _ in range(2))
+    labels = torch.tensor([3, 1, 2, 0, 9, 9])
+    batch = Batch(torch.rand(6, 3, 4, 4), labels, 0.8)
+    p, q = (told / 3).softmax(-1), (student / 3).softmax(-1)
+    kl = (p * (p / q).log()).sum(-1) * 9
+    one_hot = 0.9 * F.one_hot(labels, 10) + 0.01
+    mixed = 0.8 * one_hot[1:] + 0.2 * one_hot[:-1]
+    wanted = (0.75 * kl - 0.25 * (mixed * student.log_softmax(-1)).sum(-1)).mean()
+    torch.testing.assert_close(distill.loss(student, told, batch, config), wanted)
+
+    plain = config.model_copy(update={"label_weight": 0.0, "t_squared": False, "standardise": True})
+    shaped = [(x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True) / 3 for x in (told, student)]
+    p, q = (each.softmax(-1) for each in shaped)
+    torch.testing.assert_close(distill.loss(student, told, batch, plain), (p * (p / q).log()).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_every_distance_teaches_and_is_recorded(tmp_path, name):
+    outcome = funmatch.distill(out=tmp_path / "run", steps=3, distance=name, **MINI)
+    assert json.loads((outcome.folder / "config.json").read_text())["knobs"]["distance"] == name
+
+
+@pytest.fixture(name="run_words")
+def command_of_words(request):
+    return request.getfixturevalue("funmatch")
+
+
+BASE = {"data": "d", "teacher": "t", "student": "s", "out": "o", "steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"strategy": "fix/cc", "mixup": 1.0}, "needs a teacher that sees the mixed pictures"),
+        ({"strategy": "fix/rs", "mixup": 0.2}, "fixed"),
+        ({"strategy": "funmatch", "mixup": 0.0}, "say --strategy same/ic"),
+        ({"strategy": "same/id"}, "unknown strategy 'same/id'; did you mean 'same/ic'"),
+        ({"strategy": "same/ic", "crop": "mild"}, "mild ones are seen in fix/cc, ind/rc, same/rc"),
+        ({"strategy": "fix/rs", "crop": "inception"}, "whose student sees whole crops"),
+        ({"strategy": "same/ic", "teacher_crops": 10}, "teacher_crops belongs to strategy fix/ic_ens"),
+        ({"strategy": "fix/ic_ens", "teacher_crops": 0}, "teacher_crops must be at least 1"),
+        ({"strategy": "same/ic", "mixup_mode": "image"}, "mixup_mode belongs to MixUp, which is off"),
+        ({"strategy": "ind/ic", "cutmix": 1.0}, "cutmix changes the view that both see"),
+        ({"strategy": "fix/cc", "randaugment": (2, 9)}, "randaugment changes the view that both see"),
+        ({"randaugment": (0, 9)}, "from 1 on"),
+        ({"randaugment": (2, 31)}, "from 0 to 30"),
+        ({"cutmix": -1.0}, "cutmix must be at least 0"),
+        ({"mixup_lam": 1.5}, r"mixup_lam is the share of the picture itself, in \[0, 1\], got 1.5"),
+        ({"mixup_lam": 0.5, "mixup_max": False}, "say one of them"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": -1.0}, "temperature must be above 0"),
+        ({"distance": "cl"}, "unknown distance 'cl'"),
+        ({"distance": "l2", "temperature": 2.0}, "temperature belongs to distances of probabilities"),
+        ({"distance": "hard", "t_squared": False}, "t_squared belongs"),
+        ({"distance": "hard", "standardise": True}, "standardise does not change which class is the first"),
+        ({"label_weight": 1.2}, "label_weight is a share of the loss"),
+        ({"label_weight": 0.5, "unlabelled": True}, "needs labels"),
+        ({"label_smoothing": 0.1}, "neither is used"),
+        ({"resize": 200}, "resize belongs to mild crops"),
+        ({"strategy": "same/rc", "crop_min_area": 0.5}, "crop_min_area belongs to Inception crops"),
+        ({"mixup": 0.5, "mixup_lam": 0.3}, "mixup 0.5 has no use"),
+        ({"distance": "dist", "batch": 8, "micro_batch": 4}, "micro_batch would change it"),
+        ({"cooldown_shape": "linear"}, "cooldown_shape belongs to --schedule wsd"),
+    ],
+)
+def test_contradictions_are_refused(knobs, words):
+    with pytest.raises(InputError, match=words):
+        Distill.checked(**BASE | knobs)
+
+
+def test_all_contradictions_are_told_at_once_before_anything_is_loaded(run_words):
+    words = "distill --data nowhere --teacher nobody --student no_model --out run --steps 3 --temperature".split()  # noqa: SIM905
+    told = run_words(*words, 0, "--strategy", "fix/xx", "--mixup-lam", 2, "--distance", "far", check=2).stderr
+    for part in ("temperature must be above 0", "unknown strategy 'fix/xx'", "mixup_lam is", "unknown distance 'far'"):
+        assert part in told, told
+    told = run_words(*words, 1, "--strategy", "fix/rs", "--mixup", 1, check=2).stderr
+    assert "fixed" in told
+    assert "nowhere" not in told
+
+
+def test_labels_beside_the_teacher_need_labels(tmp_path, pictures):
+    (tmp_path / "bare").mkdir()
+    for number, path in enumerate((pictures / "train").rglob("*.png")):
+        path.rename(tmp_path / "bare" / f"{number}.png")
+    with pytest.raises(InputError, match="no labels"):
+        funmatch.distill(
+            data=str(tmp_path / "bare"), teacher="fashion-mini-teacher", student="fashion-mini-student",
+            steps=1, label_weight=0.5, out=tmp_path / "run",
+        )  # fmt: skip
+
+
+def test_a_run_from_before_a_knob_goes_on(tmp_path):
+    outcome = funmatch.distill(out=tmp_path / "run", steps=2, **MINI)
+    record = outcome.folder / "config.json"
+    config = json.loads(record.read_text())
+    for name in ("mixup_mode", "mixup_max", "t_squared", "label_weight", "distance", "teacher_crops"):
+        del config["knobs"][name]
+    record.write_text(json.dumps(config))
+    assert funmatch.distill(out=tmp_path / "run", steps=2, **MINI).figures["step"] == 2
+    with pytest.raises(InputError, match="distance: kl in the run, l2 now"):
+        funmatch.distill(out=tmp_path / "run", steps=2, distance="l2", **MINI)
+
+
+def test_a_teacher_that_reads_pictures_otherwise_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    teacher = tmp_path / "teacher"
+    shutil.copytree(funmatch.distill(out=tmp_path / "first", steps=2, **MINI).folder / "student", teacher)
+    knobs = MINI | {"teacher": str(teacher), "strategy": "fix/rs", "allow_weak_teacher": True}
+    funmatch.distill(out=tmp_path / "a", steps=2, **knobs)
+    card = json.loads((teacher / "config.json").read_text())
+    card["pretrained_cfg"]["mean"] = [0.9] * 3
+    (teacher / "config.json").write_text(json.dumps(card))
+    with pytest.raises(InputError, match="the teacher's normalisation or architecture"):
+        funmatch.distill(out=tmp_path / "a", steps=2, **knobs)
+    funmatch.distill(out=tmp_path / "b", steps=2, **knobs)
+    first, second = (tmp_path / "cache" / "answers").iterdir()
+    assert not np.array_equal(np.load(first / "answers.npy"), np.load(second / "answers.npy"))
+
+
+def test_damaged_answers_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fixed, "PART", 50)
+    knobs = MINI | {"strategy": "fix/rs", "steps": 2}
+    whole = funmatch.distill(out=tmp_path / "run", **knobs)
+    (place,) = (tmp_path / "cache" / "answers").iterdir()
+    content = (place / "answers.npy").read_bytes()
+    for number, damage in enumerate((content[:3000], b"", b"no array")):
+        (place / "answers.npy").write_bytes(damage)
+        (place / "part-000000050.npy").write_bytes(damage)
+        again = funmatch.distill(out=tmp_path / f"again-{number}", **knobs)
+        assert (place / "answers.npy").read_bytes() == content
+        for name, tensor in student_of(whole).items():
+            assert torch.equal(tensor, student_of(again)[name])
+
+
+def test_a_squashed_middle_is_not_a_central_cut(split):
+    looks = [fixed.Looks(split, "central", 1, 12, 16, squash, 0.05) for squash in (False, True)]
+    plain, squashed = (each.views(0, slice(1), [12])[12] for each in looks)
+    picture = split.picture(0)
+    torch.testing.assert_close(squashed[0], central_view(picture, 16, 12, squash=True))
+    torch.testing.assert_close(plain[0], central_view(picture, 16, 12))
+    assert not torch.equal(plain, squashed)
+
+
+def test_training_views_are_judged_alike_with_however_many_processes(split):
+    def both(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        pooled = F.adaptive_avg_pool2d(batch.crops[1:], 1).flatten(1)
+        return pooled, pooled.flip(-1)
+
+    view = scoring.View(12, 12, 4, torch.device("cpu"), "fp32")
+    net = torch.nn.Identity()
+    one = scoring.on_views(both, net, Loader(split, 1, 8, 12), 3, view)
+    two = scoring.on_views(both, net, Loader(split, 1, 8, 12, rank=1, world=2), 3, view)
+    assert one == two
+    loader = Loader(split, 1, 8, 12)
+    crops = torch.cat([loader.batch_at(step).crops[1:] for step in range(3, 35)]).mean((2, 3))
+    labels = torch.cat([loader.batch_at(step).labels[1:] for step in range(3, 35)])
+    assert one["views"] == 256
+    assert one["top1"] == pytest.approx((crops.argmax(-1) == labels).double().mean().item())
+    assert one["agreement"] == pytest.approx((crops.argmax(-1) == crops.flip(-1).argmax(-1)).double().mean().item())
+
+
+def test_runs_of_a_knob_that_is_no_more_go_on(tmp_path):
+    knobs = {name: value for name, value in MINI.items() if name != "teacher"}
+    outcome = funmatch.train(out=tmp_path / "run", steps=2, **knobs)
+    record = outcome.folder / "config.json"
+    config = json.loads(record.read_text())
+    config["knobs"]["strategy"] = "funmatch"
+    record.write_text(json.dumps(config))
+    assert funmatch.train(out=tmp_path / "run", steps=2, **knobs).figures["step"] == 2
+
+
+def test_what_contradicts_the_rule_of_fine_tuning_is_refused(tmp_path):
+    knobs = {"data": "fashion-mini", "model": "fashion-mini-student", "batch": 8, "steps": 4, "threads": 1}
+    with pytest.raises(InputError, match="mixup_lam belongs to MixUp, which is off"):
+        funmatch.finetune(out=tmp_path / "run", mixup_lam=0.3, **knobs)
+    outcome = funmatch.finetune(out=tmp_path / "run", decay_factors=(0.5, 0.2, 0.1), **knobs | {"steps": 10})
+    assert json.loads((outcome.folder / "config.json").read_text())["knobs"]["decay_factors"] == [0.5, 0.2, 0.1]
+
+
+def test_a_schedule_that_the_run_is_too_short_for_is_told(tmp_path, capsys):
+    funmatch.distill(out=tmp_path / "run", steps=4, warmup_steps=10, **MINI)
+    assert "WARNING: the warm-up of 10 steps is not over" in capsys.readouterr().err

@@ -1,0 +1,429 @@
+"""Teacher tapes: what is kept is what was said, whatever is cut off or damaged; replayed, the student is the same."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import funmatch
+from funmatch.commands import tape as tape_command
+from funmatch.config import Tape as Asked
+from funmatch.errors import Fruitless, InputError
+from funmatch.models.ensemble import Teachers
+from funmatch.runtime.files import lock_file
+from funmatch.training.run import folder as run_folder
+from funmatch.training.teachers import tape
+from funmatch.training.teachers.tape import Layout
+
+KNOBS = {
+    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "steps": 14,
+    "batch": 8, "threads": 1, "log_every": 2, "eval_every": 6, "save_every": 5, "lr": 0.01,
+}  # fmt: skip
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student" / "model.safetensors")
+
+
+def same(first, second) -> bool:
+    one, other = weights(first), weights(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def logits_of(count: int, classes: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, 4, (count, classes)).astype(np.float32))
+
+
+def opened(folder, layout: Layout, **asked) -> tape.Tape:
+    found = tape.opened(folder, layout, asked, {"run": {}})
+    found.recording = True
+    return found
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often teachers were asked about views of the training."""
+    counted = SimpleNamespace(count=0)
+    real = Teachers.forward
+
+    def forward(self, views, temperature=1.0):
+        counted.count += 1
+        return real(self, views, temperature)
+
+    monkeypatch.setattr(Teachers, "forward", forward)
+    return counted
+
+
+def test_what_is_kept_of_all_classes_is_what_half_precision_holds(tmp_path):
+    layout, logits = Layout(4, 7), logits_of(8, 7)
+    found = opened(tmp_path, layout)
+    for step in (0, 1):
+        found.record(step, 0, *layout.packed(logits[4 * step : 4 * step + 4]))
+    expected = logits.numpy().astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(torch.cat([found.told(0, 0, 4), found.told(1, 0, 4)]).numpy(), expected)
+    np.testing.assert_array_equal(found.told(1, 1, 2).numpy(), expected[5:7])
+    assert found.told(2, 0, 4) is None
+    assert (tmp_path / "answers.bin").stat().st_size == 8 * (7 * 2 + 4) == layout.bytes_of(2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_rest_is_one_mass(temperature):
+    top, classes = 3, 12
+    layout = Layout(1, classes, top, temperature)
+    told, student = logits_of(50, classes), logits_of(50, classes, 1)
+    kept = layout.unpacked(*layout.packed(told))
+
+    def probabilities(logits, order):
+        """Of the first classes by the teacher, and of all the others together, in double precision."""
+        each = logits.double().numpy() / temperature
+        each = np.exp(each - each.max(1, keepdims=True))
+        each = np.take_along_axis(each / each.sum(1, keepdims=True), order, 1)
+        return np.concatenate([each[:, :top], each[:, top:].sum(1, keepdims=True)], 1)
+
+    order = np.argsort(-told.numpy(), 1)
+    teacher, learner = probabilities(told, order), probabilities(student, order)
+    np.testing.assert_allclose(probabilities(kept, order), teacher, atol=2e-3)
+    narrow = tape.rest_as_one(student, kept, top, temperature)
+    np.testing.assert_allclose((narrow[0] / temperature).softmax(-1).numpy(), learner, atol=1e-6)
+    np.testing.assert_allclose((narrow[1] / temperature).softmax(-1).numpy(), teacher, atol=2e-3)
+    kl = (teacher * np.log(teacher / learner)).sum(1)
+    whole = (told.double() / temperature).softmax(-1)
+    other = (student.double() / temperature).softmax(-1)
+    assert (kl <= (whole * (whole / other).log()).sum(-1).numpy() + 1e-9).all(), "it lacks what the rest shares out"
+    mass = tape.mass_of_the_rest(told, top, temperature)
+    assert mass == pytest.approx(teacher[:, -1].mean(), abs=1e-6)
+
+
+def test_too_large_for_half_precision(tmp_path):
+    found = opened(tmp_path, Layout(1, 2))
+    with pytest.raises(InputError, match="65,504"):
+        found.record(0, 0, *found.layout.packed(torch.tensor([[1e5, 0.0]])))
+
+
+@pytest.mark.parametrize("top", [None, 2])
+def test_what_is_cut_off_or_damaged_is_not_there(tmp_path, top):
+    layout = Layout(3, 5, top)
+    found = opened(tmp_path, layout)
+    for step in range(6):
+        found.record(step, 0, *layout.packed(logits_of(3, 5, step)))
+    whole = (tmp_path / "answers.bin").read_bytes()
+    size = layout.row.itemsize
+    expected = [found.told(step, 0, 3) for step in range(6)]
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        content = bytearray(whole)
+        what = rng.integers(3)
+        if what == 0:  # cut off somewhere
+            bad = int(rng.integers(len(content)))
+            del content[bad:]
+            lost = set(range(bad // (3 * size), 6))
+        elif what == 1:  # a bit
+            bad = int(rng.integers(len(content)))
+            content[bad] ^= 1 << int(rng.integers(8))
+            lost = {bad // (3 * size)}
+        else:  # a row in the place of another
+            one, other = rng.choice(18, 2, replace=False)
+            content[one * size : (one + 1) * size] = whole[other * size : (other + 1) * size]
+            lost = {int(one) // 3}
+        (tmp_path / "answers.bin").write_bytes(content)
+        for step in range(6):
+            told = found.told(step, 0, 3)
+            assert (told is None) == (step in lost)
+            assert told is None or torch.equal(told, expected[step])
+        rows, damaged, ranges = found.counts()
+        assert [step for each in ranges for step in each] == sorted(set(range(6)) - lost)
+        if what:
+            assert (rows, damaged) == (17, 1)
+
+
+def test_holes_are_not_damage(tmp_path):
+    layout = Layout(2, 3)
+    found = opened(tmp_path, layout)
+    for step in (0, 3, 4):
+        found.record(step, 0, *layout.packed(logits_of(2, 3)))
+    found.record(6, 1, *layout.packed(logits_of(1, 3)))  # another process has yet to write the first row
+    assert found.counts() == (7, 0, [range(1), range(3, 5)])
+    assert found.told(6, 0, 2) is None
+    assert found.told(6, 1, 1) is not None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"teacher_ahead": True},
+        {"micro_batch": 3},
+        {"strategy": "ind/ic"},
+        {"mixup_mode": "image", "cutmix": 1.0, "randaugment": (1, 5)},
+        {"tape_top": 3, "temperature": 2.0},
+        {"teacher": ("fashion-mini-teacher", "fashion-mini-teacher"), "teacher_side": (32, 40), "temperature": 2.0,
+         "combine": "mean-probabilities"},
+    ],
+    ids=["plain", "ahead", "pieces", "own", "mixed", "top", "two"],
+)  # fmt: skip
+def test_replayed_is_as_taught(tmp_path, calls, more):
+    knobs = KNOBS | more
+    live = funmatch.distill(out=tmp_path / "live", tape=tmp_path / "tape", **knobs)
+    before = calls.count
+    again = funmatch.distill(out=tmp_path / "again", tape=tmp_path / "tape", **knobs)
+    asked = calls.count - before
+    assert same(live.folder, again.folder)
+    strip = ("seconds", "run", "report")
+    assert {k: v for k, v in again.figures.items() if k not in strip} == {
+        k: v for k, v in live.figures.items() if k not in strip
+    }
+    # To be judged on validation and test pictures, and on views of steps beyond the run's end.
+    assert before - asked >= 14 - 1
+    losses = [
+        [each["loss"] for each in run_folder.find(run.folder).metrics.read() if each["event"] == "step"]
+        for run in (live, again)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_another_student_learns_what_it_would_have_learnt(tmp_path):
+    """A tape that one student recorded teaches another as a tape of its own would."""
+    small = {"student": "resnet10t", "student_kwargs": ("channels=8,8,16,16", "stem_width=8"), "lr": 0.003, "side": 32}
+    funmatch.distill(out=tmp_path / "first", tape=tmp_path / "tape", **KNOBS | {"side": 32})
+    taken = funmatch.distill(out=tmp_path / "taken", tape=tmp_path / "tape", **KNOBS | small)
+    own = funmatch.distill(out=tmp_path / "own", tape=tmp_path / "other", **KNOBS | small)
+    assert same(taken.folder, own.folder)
+    assert (tmp_path / "tape" / "answers.bin").read_bytes() == (tmp_path / "other" / "answers.bin").read_bytes()
+
+
+def test_a_longer_run_makes_it_longer(tmp_path, calls):
+    funmatch.distill(out=tmp_path / "short", tape=tmp_path / "tape", **KNOBS)
+    before = calls.count
+    funmatch.distill(out=tmp_path / "long", tape=tmp_path / "tape", **KNOBS | {"steps": 20})
+    assert tape.found(tmp_path / "tape").counts()[2] == [range(20)]
+    alone = funmatch.distill(out=tmp_path / "alone", tape=tmp_path / "alone-tape", **KNOBS | {"steps": 20})
+    assert calls.count - before > 20 - 14
+    assert same(tmp_path / "long", alone.folder)
+
+
+@pytest.mark.slow
+def test_stopped_anywhere_and_gone_on(tmp_path):
+    """Killed at random while it records, a run ends as one that never was, and so does its tape."""
+    knobs = [f"--{name.replace('_', '-')}={value}" for name, value in KNOBS.items() if name != "steps"]
+    command = [sys.executable, "-m", "funmatch", "distill", *knobs, "--steps=150"]
+    whole = funmatch.distill(out=tmp_path / "whole", tape=tmp_path / "whole-tape", **KNOBS | {"steps": 150})
+    killed = 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            [*command, f"--out={tmp_path / 'run'}", f"--tape={tmp_path / 'tape'}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        path, before = tmp_path / "tape" / "answers.bin", tape_size(tmp_path)
+        until = time.monotonic() + 60
+        while tape_size(tmp_path) <= before and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        if path.is_file():
+            with open(path, "r+b") as file:  # and what was written last is lost with the power
+                file.truncate(max(0, path.stat().st_size - 7))
+    assert killed
+    funmatch.distill(out=tmp_path / "run", tape=tmp_path / "tape", **KNOBS | {"steps": 150})
+    assert same(tmp_path / "run", whole.folder)
+    # What was lost although its step was over is missing, until another run fills the gap.
+    ranges = tape.found(tmp_path / "tape").counts()[2]
+    assert sum(map(len, ranges)) >= 150 - killed
+    third = funmatch.distill(out=tmp_path / "third", tape=tmp_path / "tape", **KNOBS | {"steps": 150})
+    assert same(third.folder, whole.folder)
+    assert (tmp_path / "tape" / "answers.bin").read_bytes() == (tmp_path / "whole-tape" / "answers.bin").read_bytes()
+
+
+def tape_size(folder) -> int:
+    path = folder / "tape" / "answers.bin"
+    return path.stat().st_size if path.is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded")
+    funmatch.distill(out=folder / "run", tape=folder / "tape", **KNOBS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed: 0 on the tape, 1 now"),
+        ({"batch": 4}, "batch: 8 on the tape, 4 now"),
+        ({"mixup_mode": "image"}, "mixup: "),
+        ({"strategy": "same/ic"}, "mixup: "),
+        ({"strategy": "same/rc"}, "crop: inception on the tape, mild now"),
+        ({"strategy": "ind/ic"}, "teacher_sees: the student's on the tape, its own view now"),
+        ({"crop_min_area": 0.3}, "min_area: 0.05 on the tape, 0.3 now"),
+        ({"side": 40}, "side: 32 on the tape, 40 now"),
+        ({"data": ("fashion-mini", "fashion-mini")}, "pictures: "),
+        ({"tape_top": 3}, "top: None on the tape, 3 now"),
+        ({"teacher_precision": "fp32"}, "teacher_precision: auto on the tape, fp32 now"),
+    ],
+)
+def test_a_tape_of_other_answers_is_refused(recorded, tmp_path, change, words):
+    content = (recorded / "tape" / "answers.bin").read_bytes()
+    with pytest.raises(InputError, match=f"is a tape of other answers:\n(.*\n)*.*{words}"):
+        funmatch.distill(out=tmp_path / "run", tape=recorded / "tape", **KNOBS | change)
+    assert not (tmp_path / "run").exists()
+    assert (recorded / "tape" / "answers.bin").read_bytes() == content
+
+
+def test_a_tape_of_another_teacher_is_refused(recorded, tmp_path):
+    with pytest.raises(InputError, match="teacher: "):
+        funmatch.distill(
+            out=tmp_path / "run", tape=recorded / "tape",
+            **KNOBS | {"teacher": recorded / "run", "allow_weak_teacher": True},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"strategy": "fix/ic_ens", "tape": "t"}, "is fixed: its answers are kept anyway"),
+        ({"tape_top": 3}, "tape_top belongs to --tape"),
+        ({"tape_full": "go-on"}, "tape_full belongs to --tape"),
+        ({"tape": "t", "tape_top": 0}, "tape_top must be at least 1"),
+        ({"tape": "t", "tape_top": 3, "distance": "l2"}, "needs all of the teacher's logits"),
+        ({"tape": "t", "tape_top": 3, "standardise": True}, "standardise needs all of the teacher's logits"),
+        ({"tape": "t", "tape_top": 9}, r"tape_top \(9\) must leave some of 10 classes"),
+        ({"tape": "run"}, "must be apart"),
+        ({"tape": "run/tape"}, "must be apart"),
+        ({"tape": "."}, "must be apart"),
+    ],
+)
+def test_knobs_that_contradict_each_other(tmp_path, change, words):
+    change = {name: tmp_path / value if name == "tape" else value for name, value in change.items()}
+    with pytest.raises(InputError, match=words):
+        funmatch.distill(out=tmp_path / "run", **KNOBS | change)
+    assert not any(tmp_path.iterdir()), "nothing came of it, so nothing is left of it"
+
+
+def test_a_run_that_began_without_a_tape_does_not_go_on_with_one(recorded, tmp_path):
+    funmatch.distill(out=tmp_path / "run", **KNOBS)
+    with pytest.raises(InputError, match="the teacher's answers, as --tape rounds them: None in the run, fp16 now"):
+        funmatch.distill(out=tmp_path / "run", tape=recorded / "tape", **KNOBS)
+    shutil.copytree(recorded, tmp_path / "moved")
+    funmatch.distill(out=tmp_path / "moved" / "run", tape=tmp_path / "moved" / "tape", **KNOBS)
+
+
+def test_a_folder_that_is_no_tape(recorded, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("")
+    with pytest.raises(InputError, match="exists and is no tape"):
+        funmatch.distill(out=tmp_path / "run", tape=tmp_path / "full", **KNOBS)
+    with pytest.raises(InputError, match="is no tape"):
+        tape_command.run(Asked.checked(folder=tmp_path))
+    shutil.copytree(recorded / "tape", tmp_path / "tape")
+    header = tmp_path / "tape" / "tape.json"
+    for content in ("{", "[]", json.dumps({"format": 1})):
+        header.write_text(content)
+        with pytest.raises(InputError, match="damaged"):
+            funmatch.distill(out=tmp_path / "run", tape=tmp_path / "tape", **KNOBS)
+    sound = json.loads((recorded / "tape" / "tape.json").read_text())
+    for part, name in (("layout", "batch"), ("layout", "classes"), ("asked", "seed")):
+        header.write_text(json.dumps(sound | {part: sound[part] | {name: sound[part][name] + 1}}))
+        with pytest.raises(InputError, match="damaged"):
+            tape.found(tmp_path / "tape")
+    header.write_text(json.dumps(json.loads((recorded / "tape" / "tape.json").read_text()) | {"format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        tape.found(tmp_path / "tape")
+
+
+def test_rows_of_another_tape_are_no_answers(recorded, tmp_path):
+    other = opened(tmp_path / "other", Layout(8, 10), seed=1)
+    for step in range(14):
+        other.record(step, 0, *other.layout.packed(logits_of(8, 10, step)))
+    shutil.copytree(recorded / "tape", tmp_path / "tape")
+    shutil.copy(tmp_path / "other" / "answers.bin", tmp_path / "tape")
+    found = tape.found(tmp_path / "tape")
+    assert found.counts() == (0, 112, [])
+    assert found.told(0, 0, 8) is None
+    header = json.loads((tmp_path / "other" / "tape.json").read_text())
+    del header["check"]  # as on tapes that are older than it
+    (tmp_path / "other" / "tape.json").write_text(json.dumps(header))
+    older = opened(tmp_path / "older", Layout(8, 10), seed=1)
+    older.header.pop("check")
+    older.record(0, 0, *older.layout.packed(logits_of(8, 10)))
+    assert older.told(0, 0, 8) is not None
+
+
+@pytest.mark.parametrize("full", ["stop", "go-on"])
+def test_a_disk_that_is_full_in_the_middle(tmp_path, monkeypatch, full):
+    real, written = os.pwrite, []
+
+    def pwrite(handle, content, place):
+        if len(written) == 6:
+            real(handle, content[:5], place)  # what still fits
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(place)
+        return real(handle, content, place)
+
+    knobs = KNOBS | {"tape": tmp_path / "tape", "tape_full": full}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", pwrite)
+        if full == "stop":
+            with pytest.raises(OSError, match="No space") as error:
+                funmatch.distill(out=tmp_path / "run", **knobs)
+            assert error.value.filename == str(tmp_path / "tape" / "answers.bin")
+        else:
+            funmatch.distill(out=tmp_path / "run", **knobs)
+    found = tape.found(tmp_path / "tape")
+    assert found.counts()[2] == [range(6)]
+    run = funmatch.distill(out=tmp_path / "run", **knobs)
+    other = funmatch.distill(out=tmp_path / "other", **KNOBS | {"tape": tmp_path / "tape"})
+    assert same(run.folder, other.folder)
+    assert found.counts()[2] == [range(14)]
+
+
+def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"the tape of 14 steps takes 2\.7 kB more in .* where 1\.0 kB are free"):
+        funmatch.distill(out=tmp_path / "run", tape=tmp_path / "tape", **KNOBS)
+
+
+def test_two_runs_at_a_time_share_one(tmp_path):
+    """One records; the other takes what is there, and asks the teacher for the rest."""
+    layout = Layout(8, 10)
+    funmatch.distill(out=tmp_path / "first", tape=tmp_path / "tape", **KNOBS)
+    lock = lock_file(tmp_path / "tape" / ".lock")
+    longer = KNOBS | {"steps": 20}
+    run = funmatch.distill(out=tmp_path / "second", tape=tmp_path / "tape", **longer)
+    assert tape.found(tmp_path / "tape").counts()[2] == [range(14)], "it did not record"
+    lock.close()
+    assert same(run.folder, funmatch.distill(out=tmp_path / "third", tape=tmp_path / "tape", **longer).folder)
+    assert (tmp_path / "tape" / "answers.bin").stat().st_size == layout.bytes_of(20)
+
+
+def test_a_tape_is_shown_and_held_against_its_teacher(recorded, tmp_path, capsys):
+    shutil.copytree(recorded / "tape", tmp_path / "tape")
+    figures = tape_command.run(Asked.checked(folder=tmp_path / "tape", recompute=3))
+    assert (figures["steps"], figures["rows"], figures["damaged"], figures["recomputed"]) == (14, 112, 0, 3)
+    assert figures["kl"] < 1e-6
+    assert figures["agreement"] == 1
+    tape_command.show(figures)
+    assert "0 … 13" in capsys.readouterr().out
+    # Answers of another teacher, each in its place and sound.
+    found = tape.found(tmp_path / "tape")
+    found = replace(found, recording=True, _file=None)
+    for step in range(14):
+        found.record(step, 0, *found.layout.packed(logits_of(8, 10, step)))
+    with pytest.raises(Fruitless, match="says something else"):
+        tape_command.show(tape_command.run(Asked.checked(folder=tmp_path / "tape", recompute=2)))
+    content = bytearray((tmp_path / "tape" / "answers.bin").read_bytes())
+    content[40] ^= 1
+    (tmp_path / "tape" / "answers.bin").write_bytes(content)
+    with pytest.raises(Fruitless, match=r"1 rows of .* are damaged"):
+        tape_command.show(tape_command.run(Asked.checked(folder=tmp_path / "tape")))

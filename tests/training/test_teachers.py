@@ -1,0 +1,273 @@
+"""Several teachers, at their own sides, with their own classes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from make_images import paint
+from test_distill import MINI, TEACHER, TINY, records
+
+import funmatch
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.loader import Loader
+from funmatch.errors import InputError
+from funmatch.models.class_map import match, picked, read_map
+from funmatch.models.classifier import Card, Classifier, save
+from funmatch.models.ensemble import Member, Teachers, mean_logits, mean_probabilities
+from funmatch.models.inference.frozen import Frozen
+from funmatch.ops.crops import crop_resize_flip
+from funmatch.ops.mixing import mixup
+
+
+class Fixed(torch.nn.Module):
+    """A network that answers with the mean of its view, weighted."""
+
+    def __init__(self, classes: int, seed: int) -> None:
+        super().__init__()
+        weight = torch.randn(classes, 3, generator=torch.Generator().manual_seed(seed))
+        self.weight = torch.nn.Parameter(weight)
+        self.num_classes = classes
+
+    def forward(self, x):
+        return F.linear(x.mean((2, 3)), self.weight)
+
+
+def classifier(classes: int = 4, seed: int = 0, names=None, **card) -> Classifier:
+    made = Card("fixed", 8, 1.0, card.get("mean", (0.0,) * 3), card.get("std", (1.0,) * 3), names)
+    return Classifier(Fixed(classes, seed), made)
+
+
+def logits(count: int, classes: int = 5) -> list[torch.Tensor]:
+    return list(3 * torch.randn(count, 6, classes, generator=torch.Generator().manual_seed(1)))
+
+
+def test_the_mean_of_logits():
+    a, b = logits(2)
+    torch.testing.assert_close(mean_logits([a, b], [0.25, 0.75], 2.0), 0.25 * a + 0.75 * b)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_mean_of_probabilities_has_the_gradient_of_the_sum_of_kls(temperature):
+    a, b, student = logits(3)
+    together = mean_probabilities([a, b], [0.3, 0.7], temperature)
+    p, q = (each.div(temperature).softmax(-1) for each in (a, b))
+    torch.testing.assert_close((together / temperature).softmax(-1), 0.3 * p + 0.7 * q)
+    one, other = student.clone().requires_grad_(), student.clone().requires_grad_()
+
+    def kl(probabilities, s):
+        return (probabilities * (probabilities.log() - (s / temperature).log_softmax(-1))).sum()
+
+    kl((together / temperature).softmax(-1), one).backward()
+    (0.3 * kl(p, other) + 0.7 * kl(q, other)).backward()
+    torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_each_teacher_sees_its_own_side_in_its_own_way():
+    near = classifier(mean=(0.5,) * 3, std=(0.25,) * 3)
+    far = classifier(seed=1)
+    teachers = Teachers([Member(Frozen(near), 8, 0.5), Member(Frozen(far), 16, 0.5)])
+    views = {8: torch.rand(2, 3, 8, 8), 16: torch.rand(2, 3, 16, 16)}
+    wanted = 0.5 * F.linear(views[8].sub(0.5).div(0.25).mean((2, 3)), near.net.weight)
+    wanted += 0.5 * F.linear(views[16].mean((2, 3)), far.net.weight)
+    torch.testing.assert_close(teachers(views), wanted)
+
+
+def test_the_same_crop_at_two_sides(pictures):
+    split = open_cache(str(pictures)).splits["train"]
+    loader = Loader(split, seed=1, batch=6, side=12, teacher_sides=(12, 20, 31))
+    batch, drawn = loader.batch_at(3), loader.draw(3)
+    assert [each.shape[-1] for each in batch.shown] == [12, 20, 31]
+    assert torch.equal(batch.crops, Loader(split, seed=1, batch=6, side=12).batch_at(3).crops)
+    rows = [-1, 0, 1, 2, 3, 4, 5]
+    taken = [split.picture(i) for i in drawn.indices[rows]]
+    assert batch.shown[0] is batch.crops
+    for crops in batch.shown:
+        assert torch.equal(crops, crop_resize_flip(taken, drawn.boxes[rows], drawn.flips[rows], crops.shape[-1]))
+    # A view at another side is the same picture: shrunk to the same, they are alike.
+    small, large = (F.adaptive_avg_pool2d(mixup(crops, batch.lam), 4) for crops in (batch.crops, batch.shown[2]))
+    assert (small - large).abs().mean() < 0.03
+
+
+def test_picked_classes_share_what_the_others_had():
+    (given,) = logits(1)
+    assert picked(given, None) is given
+    assert torch.equal(picked(given, ((3,), (0,))), given[:, [3, 0]])
+    got = picked(given, ((3, 1), (0,))).softmax(-1)
+    p = given.softmax(-1)
+    wanted = torch.stack([p[:, 3] + p[:, 1], p[:, 0]], 1)
+    torch.testing.assert_close(got, wanted / wanted.sum(-1, keepdim=True))
+
+
+def test_classes_by_the_same_names():
+    model = classifier(names=("Cat", "big_dog", "eel", "eel "))
+    assert match(model, ("big dog", "cat"), "same-names") == ((1,), (0,))
+    assert match(model, ("eel",), "same-names") == ((2,),)
+    with pytest.raises(InputError, match="unknown class of fixed 'cta'; did you mean 'Cat'"):
+        match(model, ("cta",), "same-names")
+    with pytest.raises(InputError, match=r"several classes 'EEL': 2, 3; give the number"):
+        match(model, ("EEL",), "same-names")
+    with pytest.raises(InputError, match="does not know the names of its 4 classes"):
+        match(classifier(), ("cat",), "same-names")
+
+
+def test_imagenets_names_are_known():
+    model = classifier(classes=1000)
+    assert match(model, ("tench", "n01443537", "Egyptian cat"), "same-names") == ((0,), (1,), (285,))
+    with pytest.raises(InputError, match="several classes 'crane': 134, 517"):
+        match(model, ("crane",), "same-names")
+
+
+def test_classes_by_a_map(tmp_path):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"pet": ["cat", 3], "fish": "eel"}))
+    model = classifier(names=("cat", "dog", "eel", "fox"))
+    assert match(model, ("fish", "pet"), str(path)) == ((2,), (0, 3))
+    for wanted, message in {
+        ("fish", "pet", "bird"): "says nothing of bird",
+        ("fish",): "unknown class in .* 'pet'",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            match(model, wanted, str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "holds no map of classes"),
+        ('{"a": []}', "wanted a name, a number, or a list"),
+        ('{"a": {"b": 1}}', "wanted a name, a number, or a list"),
+        ('{"a": true}', "wanted a name, a number, or a list"),
+    ],
+)
+def test_maps_that_are_none(tmp_path, text, message):
+    (tmp_path / "map.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_map(tmp_path / "map.json")
+    with pytest.raises(InputError, match="cannot read the map"):
+        read_map(tmp_path / "none.json")
+
+
+def test_a_number_that_is_no_class(tmp_path):
+    (tmp_path / "map.json").write_text('{"a": 4}')
+    with pytest.raises(InputError, match="no class 4; its classes are 0 … 3"):
+        match(classifier(), ("a",), str(tmp_path / "map.json"))
+
+
+def test_a_run_with_two_teachers_at_two_sides(tmp_path):
+    knobs = {**MINI, "teacher": [TEACHER, TEACHER], "teacher_side": [32, 40], "teacher_share": [3, 1], "steps": 4}
+    run = funmatch.distill(out=tmp_path / "run", combine="mean-probabilities", save_every=2, **knobs)
+    assert run.figures["teacher"]["name"] == f"{TEACHER} + {TEACHER}"
+    assert run.figures["teacher"]["parameters"] == 2 * 109_766
+    found = records(run.folder, "teacher")
+    assert [each["teacher"] for each in found] == [TEACHER, TEACHER, f"{TEACHER} + {TEACHER}"]
+    assert found[0]["top1"] > 0.85
+    form = {"folded": True, "precision": "fp32", "layout": "channels_last", "compiled": False, "native": False}
+    assert found[0]["form"] == form
+    assert found[0]["beside_fp32"]["agreement"] == 1.0
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["knobs"]["teacher_side"] == [32, 40]
+    said = funmatch.evaluate(run.folder)
+    assert said["agreement"] == pytest.approx(run.agreement, abs=2e-3)
+    assert said["kl"] == pytest.approx(run.figures["kl"], rel=1e-2)
+
+
+def test_a_teacher_of_other_classes(tmp_path, pictures):
+    """A teacher of five things, in another order, teaches about three of them; without labels it keeps its five."""
+    torch.manual_seed(0)
+    teacher = funmatch.load("resnet10t", options=("channels=(8,8,16,16)", "stem_width=8"), classes=5, pretrained=False)
+    common = {**TINY, "batch": 8, "steps": 2, "teacher": teacher, "allow_weak_teacher": True}
+    with pytest.raises(InputError, match=r"answers 5 classes, .* has 3 .*--classes same-names"):
+        funmatch.distill(data=pictures, out=tmp_path / "refused", **common)
+    assert not (tmp_path / "refused").exists()
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"bee": 4, "ant": [0, 2], "cat": 1}))
+    run = funmatch.distill(data=pictures, out=tmp_path / "run", classes=str(path), **common)
+    assert funmatch.load(run.folder).card.classes == ("ant", "bee", "cat")
+    again = funmatch.evaluate(teacher, data=pictures, classes=str(path), side=32)
+    assert again["top1"] == pytest.approx(run.figures["teacher"]["top1"])
+    path.write_text(json.dumps({"bee": 3, "ant": [0, 2], "cat": 1}))
+    with pytest.raises(InputError, match="the teacher's content"):
+        funmatch.distill(data=pictures, out=tmp_path / "run", classes=str(path), **common)
+    free = funmatch.distill(data=pictures, out=tmp_path / "free", unlabelled=True, **common)
+    assert funmatch.load(free.folder).num_classes == 5
+    named = funmatch.distill(data=pictures, out=tmp_path / "named", unlabelled=True, classes=str(path), **common)
+    assert funmatch.load(named.folder).card.classes == ("bee", "ant", "cat")
+
+
+def test_teachers_that_clash(tmp_path):
+    other = classifier(classes=7)
+    with pytest.raises(InputError, match=r"the teachers' classes clash: .* answers 10, .* 7"):
+        funmatch.distill(out=tmp_path / "run", teacher=[TEACHER, other], steps=1, side=32, **MINI)
+    with pytest.raises(InputError, match="teacher_side has 3 values for 2 teachers"):
+        funmatch.distill(out=tmp_path / "run", teacher=[TEACHER] * 2, teacher_side=(1, 2, 3), steps=1, **MINI)
+    with pytest.raises(InputError, match="give the network to match"):
+        funmatch.distill(out=tmp_path / "run", teacher=[], steps=1, **MINI)
+
+
+def test_a_teacher_below_its_own_card_is_loudly_doubted(tmp_path, capsys):
+    """The embedded teacher's own card says 91 %; with its answers in another order it is near chance."""
+    boastful = funmatch.load(TEACHER)
+    boastful.card = type(boastful.card)(**{**vars(boastful.card), "top1": 0.999, "classes": None})
+    with torch.no_grad():
+        boastful.net.fc.weight[:2] = boastful.net.fc.weight[:2].flip(0)
+    funmatch.distill(out=tmp_path / "run", teacher=boastful, steps=1, side=32, **MINI)
+    assert "WARNING: teacher python:Classifier is right on" in capsys.readouterr().err
+
+
+def test_teachers_with_the_same_classes_in_another_order(tmp_path):
+    """Without labels nobody else would notice."""
+    first = classifier(classes=3, names=("a", "b", "c"))
+    second = classifier(classes=3, seed=1, names=("c", "b", "a"))
+    knobs = {
+        "data": "fashion-mini",
+        "unlabelled": True,
+        "student": "fashion-mini-student",
+        "side": 32,
+        "steps": 1,
+        "batch": 4,
+    }
+    with pytest.raises(InputError, match="are not the same in order"):
+        funmatch.distill(out=tmp_path / "run", teacher=[first, second], **knobs)
+    run = funmatch.distill(out=tmp_path / "run", teacher=[classifier(classes=3, seed=2), second], **knobs)
+    assert funmatch.load(run.folder).card.classes == ("c", "b", "a")
+
+
+def test_teachers_that_know_their_classes_are_held_against_each_other(tmp_path):
+    own = funmatch.load("fashion-mini-teacher")
+    names = own.card.classes
+    assert names
+    folders = {"silent": None, "named": names, "reversed": names[::-1]}
+    for name, classes in folders.items():
+        (tmp_path / name).mkdir()
+        card = replace(own.card, classes=classes)
+        save(funmatch.load("fashion-mini-teacher"), tmp_path / name, card=card, about={})
+    for i in range(4):
+        paint(tmp_path / "pictures" / f"{i}.png", i)
+    knobs = {"student": "fashion-mini-student", "steps": 1, "batch": 4}
+    teachers = [tmp_path / name for name in folders]
+    with pytest.raises(funmatch.InputError, match="not the same in order"):
+        funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", **knobs)
+    funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", trust_class_order=True, **knobs)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ['{"precision": ["fp32"]}', '{"layout": 3}', '{"compiled": true}', '{"precision": "fp64"}', "[]", "folder"],
+)
+def test_a_damaged_record_of_a_form_counts_for_nothing(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    knobs = {"data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
+    knobs |= {"steps": 1, "batch": 4}
+    funmatch.distill(out=tmp_path / "a", **knobs)
+    (record,) = (tmp_path / "cache" / "forms").iterdir()
+    if damage == "folder":
+        record.unlink()
+        record.mkdir()
+    else:
+        record.write_text(damage)
+    funmatch.distill(out=tmp_path / "b", **knobs)
+    forms = [json.loads((tmp_path / run / "config.json").read_text())["facts"]["teacher_forms"] for run in "ab"]
+    assert forms[0][0]["form"] == forms[1][0]["form"]
