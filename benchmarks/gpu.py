@@ -42,15 +42,15 @@ from torch import nn
 
 from funmatch.config import Distill
 from funmatch.data.batch import Batch
-from funmatch.data.cache.device_store import fastest_cut
+from funmatch.data.cache.device_store import fastest_crop_kernel
 from funmatch.data.loader import prefetch
 from funmatch.ops import resample
-from funmatch.ops.sampling import boxes_of
+from funmatch.ops.sampling import sample_boxes
 from funmatch.runtime import devices, transfers
 from funmatch.training import distill, profiling
 from funmatch.training.acceleration import compile_student
 from funmatch.training.loop import fit
-from funmatch.training.setup import optimizer_of, workers_of
+from funmatch.training.setup import build_optimizer, count_workers
 
 CLASSES = 10
 PAIRS = [
@@ -88,11 +88,11 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
     """Of one call, the mean of so many, after some that warm up."""
     for _ in range(3):
         work()
-    devices.finish(device)
+    devices.synchronize(device)
     began = time.perf_counter()
     for _ in range(repeats):
         work()
-    devices.finish(device)
+    devices.synchronize(device)
     return (time.perf_counter() - began) / repeats
 
 
@@ -105,7 +105,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
-        self.device = devices.pick(options.device)
+        self.device = devices.pick_device(options.device)
         self.pairs = QUICK if options.quick else PAIRS
         self.side, self.batch = (32, 8) if options.quick else (options.side, options.batch)
         self.steps = 4 if options.quick else options.steps
@@ -135,18 +135,18 @@ class Bench:
             lengths = 3 * shape.prod(1)
             starts = np.cumsum(lengths) - lengths
             flat = torch.from_numpy(rng.integers(0, 256, int(lengths.sum()), dtype=np.uint8))
-            boxes = boxes_of("inception")(rng, *shape[: self.batch].T)
+            boxes = sample_boxes("inception")(rng, *shape[: self.batch].T)
             flips = rng.random(self.batch) < 0.5
-            looks = resample.cut_alone(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
+            looks = resample.crop_then_resize(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
             looks = looks.flipped(flips, self.side)
             corners, axes = torch.from_numpy(looks.corners), torch.from_numpy(looks.axes)
-            expected = resample.gathered(flat, corners, axes, self.side)
+            expected = resample.sample_by_gather(flat, corners, axes, self.side)
             there, corners, axes = flat.to(self.device), corners.to(self.device), axes.to(self.device)
-            cut, note = fastest_cut(there)
+            cut, note = fastest_crop_kernel(there)
             found = cut(there, corners, axes, self.side).cpu()
             ways = {
-                "kernel" if cut is not resample.gathered else "indexing (no kernel)": cut,
-                "indexing": resample.gathered,
+                "kernel" if cut is not resample.sample_by_gather else "indexing (no kernel)": cut,
+                "indexing": resample.sample_by_gather,
             }
             works = {name: partial(way, there, corners, axes, self.side) for name, way in ways.items()}
             times = {
@@ -182,10 +182,10 @@ class Bench:
         found = []
         config = self.config(batch=min(self.batch, 32), compile="off", **more)
         with distill.taught(*distill.begun(config, given)) as made:
-            lesson, optimizer = made.lesson, optimizer_of(made.lesson)
-            scaler = devices.loss_scaler(lesson.course.device, lesson.course.precision)
+            lesson, optimizer = made.lesson, build_optimizer(made.lesson)
+            scaler = devices.loss_scaler(lesson.loop.device, lesson.loop.precision)
             batches = (lesson.loader.batch_at(step) for step in range(steps))
-            for _, loss in fit(lesson.course, lesson.student, optimizer, scaler, batches, made.loss_of):
+            for _, loss in fit(lesson.loop, lesson.student, optimizer, scaler, batches, made.loss_of):
                 found.append(loss.item())
         return found
 
@@ -200,23 +200,23 @@ class Bench:
         given = {"t": network(teacher, 0), "s": network(student, 1)}
         with distill.taught(*distill.begun(self.config(**more), given)) as made:
             lesson, config = made.lesson, made.lesson.config
-            course = lesson.course
+            course = lesson.loop
             compile_student(lesson.student, course, config, config.side or 0)
-            optimizer = optimizer_of(lesson)
+            optimizer = build_optimizer(lesson)
             scaler = devices.loss_scaler(course.device, course.precision)
 
             def timed(batches: Iterable[Batch]) -> float:
                 began = 0.0
                 for number, _ in fit(course, lesson.student, optimizer, scaler, batches, made.loss_of):
                     if number in (5, 5 + self.steps):
-                        devices.finish(course.device)
+                        devices.synchronize(course.device)
                         began = time.perf_counter() - began
                 return began / self.steps
 
             def streamed() -> Iterator[Batch]:
-                pin = made.ahead or transfers.pinner(course.device)
+                pin = made.ahead or transfers.pin_batch(course.device)
                 with closing(
-                    prefetch(lesson.loader, 0, 5 + self.steps, workers=workers_of(lesson), finish=pin)
+                    prefetch(lesson.loader, 0, 5 + self.steps, workers=count_workers(lesson), finish=pin)
                 ) as given:
                     yield from given
 
@@ -230,12 +230,12 @@ class Bench:
         gflop = sum(used["gflop"].values())
         return {
             "precision": course.precision, "compile": config.compile,
-            "teacher_form": lesson.facts["teacher_forms"][0]["form"],
+            "teacher_form": lesson.provenance["teacher_forms"][0]["form"],
             "images_per_second": spread([self.batch / each for each in whole]),
             "against_fixed_batch": spread([a / b for a, b in turns]),
             "step_ms": 1e3 * step, "fixed_ms": 1e3 * statistics.median(alone), "views_ms": 1e3 * views,
             "views_share": views / step, "gflop_a_step": gflop, "of_matrix_peak": gflop / step / used["peak_gflops"],
-            "peak_tflops": used["peak_gflops"] / 1e3, "memory_gb": devices.peak(course.device) / 1e9,
+            "peak_tflops": used["peak_gflops"] / 1e3, "memory_gb": devices.peak_memory(course.device) / 1e9,
         }  # fmt: skip
 
     def runs_of_pairs(self) -> None:
@@ -323,11 +323,11 @@ class Bench:
         config = self.config(compile="off")
         with distill.taught(*distill.begun(config, given)) as made, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            lesson, optimizer = made.lesson, optimizer_of(made.lesson)
-            scaler = devices.loss_scaler(lesson.course.device, lesson.course.precision)
-            pin = transfers.pinner(lesson.course.device)
-            with closing(prefetch(lesson.loader, 0, 30, workers=workers_of(lesson), finish=pin)) as batches:
-                for number, _ in fit(lesson.course, lesson.student, optimizer, scaler, batches, made.loss_of):
+            lesson, optimizer = made.lesson, build_optimizer(made.lesson)
+            scaler = devices.loss_scaler(lesson.loop.device, lesson.loop.precision)
+            pin = transfers.pin_batch(lesson.loop.device)
+            with closing(prefetch(lesson.loader, 0, 30, workers=count_workers(lesson), finish=pin)) as batches:
+                for number, _ in fit(lesson.loop, lesson.student, optimizer, scaler, batches, made.loss_of):
                     torch.cuda.set_sync_debug_mode("warn" if 10 <= number < 29 else "default")
         found = collections.Counter(
             f"{Path(each.filename).name}:{each.lineno}" for each in said if "synchroniz" in str(each.message)
@@ -352,7 +352,7 @@ def main() -> None:
         bench = Bench(options, Path(folder))
         bench.pairs = [bench.pairs[i] for i in options.pair] if options.pair else bench.pairs
         versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
-        name = platform.processor() if bench.device.type == "cpu" else devices.described(bench.device)[0]
+        name = platform.processor() if bench.device.type == "cpu" else devices.machine_signature(bench.device)[0]
         bench.say("machine", device=name, cores=os.cpu_count(), command=" ".join(sys.argv), **versions)
         for part in options.only:
             getattr(bench, "runs_of_pairs" if part == "pairs" else part)()

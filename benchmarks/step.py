@@ -23,17 +23,17 @@ import timm
 import torch
 from PIL import Image
 
-from funmatch.data.cache.build import Keeping
+from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import Loader, prefetch
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.ops.distances import kl
-from funmatch.ops.mixing import seen
-from funmatch.ops.optim.factory import make
+from funmatch.ops.mixing import mix_views
+from funmatch.ops.optim.factory import create_optimizer
 from funmatch.runtime import devices, transfers
-from funmatch.training.loop import Course, fit
+from funmatch.training.loop import LoopOptions, fit
 
 SIDE = 128
 
@@ -54,19 +54,19 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
     """Median over `steps` steps after three that warm up; `ready` makes the batches beforehand."""
     torch.manual_seed(0)
     teacher, student = Frozen(load("resnet18", classes=37)), load("resnet18", classes=37)
-    device = devices.pick(options.device)
+    device = devices.pick_device(options.device)
     precision = devices.resolve_precision("auto", device)
-    course = Course(options.steps + 3, 1e-3, lambda _step: 1.0, 1.0, 0, device, precision)
+    course = LoopOptions(options.steps + 3, 1e-3, lambda _step: 1.0, 1.0, 0, device, precision)
     teacher.to(device)
     student.to(device)
-    optimizer = make("adamw", student.net, course.lr, 1e-4)
+    optimizer = create_optimizer("adamw", student.net, course.lr, 1e-4)
     loader = Loader(split, 0, options.batch, SIDE)
-    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=transfers.pinner(device))
+    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=transfers.pin_batch(device))
     if ready:
         batches = [batch.to(device) for batch in batches]
 
     def loss_of(batch):
-        (teacher_view,), student_view = seen(batch.crops, (batch.crops,), batch.lam)
+        (teacher_view,), student_view = mix_views(batch.crops, (batch.crops,), batch.lam)
         return kl(student(student_view), teacher(teacher_view), 2.0).mean()
 
     scaler = devices.loss_scaler(course.device, course.precision)
@@ -88,10 +88,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_pictures(Path(folder) / "some", 200)
-        some = open_cache(f"{folder}/some", keeping=Keeping(home=Path(folder) / "cache")).splits["train"]
+        some = open_cache(f"{folder}/some", keeping=CacheOptions(home=Path(folder) / "cache")).splits["train"]
         for count in options.pictures:
             # More pictures than were made: the index names them again, which costs a step what other ones would.
-            split = some.picked(np.resize(np.arange(len(some)), count))
+            split = some.subset(np.resize(np.arange(len(some)), count))
             outside, whole = [], []
             for _ in range(options.repeats):
                 run = seconds_a_step(split, options, ready=False)

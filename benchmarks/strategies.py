@@ -30,12 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import funmatch
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.batch import Batch
-from funmatch.models.inference.frozen import Form, Frozen
+from funmatch.models.inference.frozen import Frozen, InferenceMode
 from funmatch.models.load import load
 from funmatch.ops.distances import kl
-from funmatch.ops.optim.factory import make
+from funmatch.ops.optim.factory import create_optimizer
 from funmatch.runtime import devices
-from funmatch.training.loop import Course, fit
+from funmatch.training.loop import LoopOptions, fit
 
 
 def make_pictures(folder: Path, count: int) -> None:
@@ -77,16 +77,16 @@ def flops_a_step(folder: Path, strategy: str, options: argparse.Namespace) -> fl
 
 def parts(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], object], Callable[[], object]]:
     """What a teacher does in a step, and what a student does, on a ready batch."""
-    device = devices.pick(options.device)
-    teacher = Frozen(load(options.teacher, weights=folder / "teacher.pt"), Form()).to(device)
+    device = devices.pick_device(options.device)
+    teacher = Frozen(load(options.teacher, weights=folder / "teacher.pt"), InferenceMode()).to(device)
     student = load(options.student, classes=teacher.classifier.num_classes).to(device)
     batch = torch.rand(options.batch, 3, options.side, options.side, device=device)
     batch = batch.contiguous(memory_format=torch.channels_last)
-    course = Course(10**6, 1e-3, lambda _step: 1.0, 1.0, 0, device, "fp32")
+    course = LoopOptions(10**6, 1e-3, lambda _step: 1.0, 1.0, 0, device, "fp32")
     labels = torch.zeros(options.batch + 1, dtype=torch.long)
     ready = repeat(Batch(torch.cat([batch[:1], batch]), labels, 1.0))
     truth = torch.randn(options.batch, student.num_classes, device=device)
-    optimizer, scaler = make("adamw", student.net, 1e-3, 1e-4), devices.loss_scaler(device, "fp32")
+    optimizer, scaler = create_optimizer("adamw", student.net, 1e-3, 1e-4), devices.loss_scaler(device, "fp32")
     steps = fit(course, student, optimizer, scaler, ready, lambda one: kl(student(one.crops[1:]), truth).mean())
     return lambda: teacher(batch).sum().item(), lambda: next(steps)[1].item()
 

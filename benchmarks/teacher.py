@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from funmatch.models.flops import gflop
-from funmatch.models.inference.frozen import Form, Frozen
+from funmatch.models.inference.frozen import Frozen, InferenceMode
 from funmatch.models.load import load
 from funmatch.ops.distances import kl
 from funmatch.runtime import devices
@@ -61,7 +61,7 @@ def contenders(name: str, views: Tensor, options: argparse.Namespace) -> dict[st
 
         return run
 
-    def ours(form: Form) -> Callable[[], Tensor]:
+    def ours(form: InferenceMode) -> Callable[[], Tensor]:
         model = load(name, classes=options.classes)
         model.net.load_state_dict(state)
         frozen = Frozen(model.to(device), form)
@@ -72,11 +72,13 @@ def contenders(name: str, views: Tensor, options: argparse.Namespace) -> dict[st
     if device.type != "cpu":
         last = fresh().to(memory_format=torch.channels_last)
         found["timm, autocast bf16, channels last"] = theirs(last, autocast=True)
-    forms = [Form(), Form(precision="bf16"), Form(precision="bf16", layout="contiguous")]
-    forms.append(Form(precision="fp16") if device.type != "cpu" else Form(precision="bf16", native=True))
+    forms = [InferenceMode(), InferenceMode(precision="bf16"), InferenceMode(precision="bf16", layout="contiguous")]
+    forms.append(
+        InferenceMode(precision="fp16") if device.type != "cpu" else InferenceMode(precision="bf16", native=True)
+    )
     if options.compile:
         found["timm, autocast bf16, compiled"] = theirs(torch.compile(fresh(), dynamic=False), autocast=True)
-        forms.append(Form(precision="bf16", compiled=True))
+        forms.append(InferenceMode(precision="bf16", compiled=True))
     return found | {f"frozen: {form}": ours(form) for form in forms}
 
 
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
-    device = devices.pick(options.device)
+    device = devices.pick_device(options.device)
     peak = None if device.type == "cpu" else matrix_peak(device)
     versions = f"torch {torch.__version__}, timm {timm.__version__}"
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, {device}, {versions}")

@@ -93,10 +93,10 @@ def distill_several(
     from funmatch.training import distill_many
 
     config = Distill.checked(data=data, teacher=teacher, student=students[0], out=Path(out), **knobs)
-    configs = distill_many.configs_of(config, students)
+    configs = distill_many.split_by_student(config, students)
     told = distill_many.run(configs)["runs"]
     folders = [each.out.expanduser() for each in configs]
-    return [Outcome(at, figures, run_page.of_finished(at)) for at, figures in zip(folders, told, strict=True)]
+    return [Outcome(at, figures, run_page.write_if_finished(at)) for at, figures in zip(folders, told, strict=True)]
 
 
 def distill(data: Pictures, teacher: Model | Sequence[Model], student: Model, out: str | Path, **knobs: Any) -> Outcome:
@@ -174,7 +174,7 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
 
     Raises:
         funmatch.InputError: what was wanted, what came, and what to do.
-        funmatch.errors.Fruitless: all trials failed.
+        funmatch.errors.WorkFailed: all trials failed.
     """
     from funmatch.commands.tune import run as tune_run
     from funmatch.commands.tune import worker as task
@@ -190,7 +190,7 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
     verb = what if what in SEARCHED else recipes.find(what).verb
     config = SEARCHED[verb].checked(**own | knobs | {"out": Path(out), "space": tuple(space)})
     figures = task.run(config, given)
-    return Tuned(Path(figures["study"]), figures, tune_run.written(figures))
+    return Tuned(Path(figures["study"]), figures, tune_run.write_page(figures))
 
 
 def study(name: str | Path, out: str | Path | None = None, **knobs: Any) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def study(name: str | Path, out: str | Path | None = None, **knobs: Any) -> dict
 
     Raises:
         funmatch.InputError: every problem of the file.
-        funmatch.errors.Fruitless: runs failed.
+        funmatch.errors.WorkFailed: runs failed.
     """
     from funmatch.commands.study import run as study_run
 
@@ -264,4 +264,4 @@ def _carried_out(task: Any, config: Train, given: dict[str, nn.Module]) -> Outco
 
     figures = task.run(config, given)
     folder = config.out.expanduser()
-    return Outcome(folder, figures, run_page.of_finished(folder))
+    return Outcome(folder, figures, run_page.write_if_finished(folder))

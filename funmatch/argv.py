@@ -5,17 +5,17 @@ from typing import Any
 import tyro
 
 from funmatch.config import SEARCHED, TAUGHT, Distill, recipes
-from funmatch.config.options import Knobs
+from funmatch.config.options import Options
 from funmatch.errors import InputError, unknown
 
 
-class Beside(Distill):
+class DistillMany(Distill):
     """A distillation of several students in one process."""
 
     students: tuple[str, ...]
 
 
-def without_others(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
+def split_students(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """The words with the first `--student` alone, and all students that were said."""
     left, students = [], []
     following = iter(words)
@@ -30,7 +30,7 @@ def without_others(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
     return left, tuple(students)
 
 
-def about(words: list[str], verb: str) -> tuple[list[str], str]:
+def split_subject(words: list[str], verb: str) -> tuple[list[str], str]:
     """The words of `funmatch tune WHAT …` or `funmatch plan WHAT …` for the table of a verb, and this verb.
 
     Raises:
@@ -49,7 +49,7 @@ def about(words: list[str], verb: str) -> tuple[list[str], str]:
     return words, "distill"
 
 
-def with_recipe(words: list[str], verb: str, table: type[Knobs]) -> tuple[list[str], Any]:
+def apply_recipe(words: list[str], verb: str, table: type[Options]) -> tuple[list[str], Any]:
     """The words without the name of a recipe, and the table that it gives when these words are said; None without one.
 
     It is the first word, or the value of `--recipe`.
@@ -76,7 +76,7 @@ def with_recipe(words: list[str], verb: str, table: type[Knobs]) -> tuple[list[s
     return left, table.model_construct(**dict.fromkeys(open_knobs, tyro.MISSING) | closed)
 
 
-def gathered(words: list[str], table: type[Knobs]) -> list[str]:
+def merge_repeated(words: list[str], table: type[Options]) -> list[str]:
     """The words with `--teacher a … --teacher b` as `--teacher a b`, of which tyro would see the last alone."""
     several = {name for name, knob in table.model_fields.items() if "tuple" in str(knob.annotation)}
     parts: list[list[str]] = [[]]

@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from funmatch.argv import Beside, about, gathered, with_recipe, without_others
+from funmatch.argv import DistillMany, apply_recipe, merge_repeated, split_students, split_subject
 from funmatch.config import (
     SEARCHED,
     TAUGHT,
@@ -32,13 +32,13 @@ from funmatch.config import (
     Tape,
     Train,
 )
-from funmatch.config.options import Knobs
-from funmatch.errors import Fruitless, InputError, lacks_memory, unknown
+from funmatch.config.options import Options
+from funmatch.errors import InputError, WorkFailed, lacks_memory, unknown
 from funmatch.runtime import env
-from funmatch.runtime.env import told_elsewhere
+from funmatch.runtime.env import reported_elsewhere
 from funmatch.version import __version__
 
-TABLES: dict[str, type[Knobs]] = {
+TABLES: dict[str, type[Options]] = {
     "demo": Demo,
     "distill": Distill,
     "train": Train,
@@ -69,14 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
         for library in ("timm", "PIL"):  # what these say is for programmers
             warnings.filterwarnings("ignore", category=UserWarning, module=library)
         figures, show = VERBS[arguments[0]](config)
-        if env.is_first() and config.as_json:
+        if env.is_main_process() and config.as_json:
             print(json.dumps(figures))
-        elif env.is_first():
+        elif env.is_main_process():
             show(figures)
         sys.stdout.flush()
     except InputError as error:
         _fail(error, str(error))
-    except Fruitless as error:
+    except WorkFailed as error:
         _tell(error, f"funmatch: {error}")
         sys.exit(1)
     except KeyboardInterrupt as stopped:
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(0)
 
 
-def parse(arguments: list[str]) -> Knobs:
+def parse(arguments: list[str]) -> Options:
     """The verb's table from words; help, and whatever tyro finds wrong, end the program."""
     verb = arguments[0] if arguments else "--help"
     if verb in ("-V", "--version"):
@@ -109,21 +109,21 @@ def parse(arguments: list[str]) -> Knobs:
         sys.exit(0)
     if verb not in TABLES:
         raise unknown("verb", verb, TABLES)
-    if env.world() > 1 and verb not in TAUGHT:
+    if env.world_size() > 1 and verb not in TAUGHT:
         raise InputError(f"{verb} is work for one process; several can share: {', '.join(TAUGHT)}")
-    words, told, taught = arguments[1:], env.is_first(), verb
+    words, told, taught = arguments[1:], env.is_main_process(), verb
     table: Any = TABLES[verb]
     if verb in ("tune", "plan"):
-        words, taught = about(words, verb)
+        words, taught = split_subject(words, verb)
         table = (SEARCHED if verb == "tune" else TAUGHT)[taught]
-    words, students = without_others(words) if verb == "distill" else (words, ())
-    words, default = gathered(words, table), None
+    words, students = split_students(words) if verb == "distill" else (words, ())
+    words, default = merge_repeated(words, table), None
     named = f"funmatch {verb}" + (" VERB|RECIPE" if verb in ("tune", "plan") else " [RECIPE]" if verb in TAUGHT else "")
     if taught in TAUGHT:
-        words, default = with_recipe(words, taught, table)
+        words, default = apply_recipe(words, taught, table)
     config = tyro.cli(table, prog=named, args=words, default=default, console_outputs=told)
     config.check()
-    return Beside(**config.model_dump(), students=students) if len(students) > 1 else config
+    return DistillMany(**config.model_dump(), students=students) if len(students) > 1 else config
 
 
 def _overview() -> str:
@@ -148,7 +148,7 @@ def _fail(error: Exception, message: str) -> None:
 
 def _tell(error: BaseException, message: str) -> None:
     """Says why the program ends, unless another process of the run does."""
-    if not told_elsewhere(error):
+    if not reported_elsewhere(error):
         print(message, file=sys.stderr)
 
 
@@ -171,8 +171,8 @@ def _demo(config: Demo):
 def _distill(config: Distill):
     from funmatch.training import distill, distill_many
 
-    if isinstance(config, Beside):
-        configs = distill_many.configs_of(config, config.students)
+    if isinstance(config, DistillMany):
+        configs = distill_many.split_by_student(config, config.students)
         told = distill_many.run(configs)["runs"]
         made = [_taught(figures, each) for figures, each in zip(told, configs, strict=True)]
 
@@ -200,7 +200,7 @@ def _finetune(config: Finetune):
 def _taught(figures: dict[str, Any], config: Train):
     from funmatch.reports import run_page, tables
 
-    page = run_page.of_finished(config.out.expanduser())
+    page = run_page.write_if_finished(config.out.expanduser())
     return figures | {"report": str(page)}, lambda figures: tables.show(figures, f"{figures['run']}")
 
 
@@ -208,7 +208,7 @@ def _plan(config: Train):
     from funmatch.commands import plan
     from funmatch.reports import run_page  # noqa: F401  (a run draws one in the end, so what its import takes is planned)
 
-    return plan.run(config, loading=env.alive()), plan.show
+    return plan.run(config, loading=env.seconds_since_start()), plan.show
 
 
 def _tune(config: Search):
@@ -216,14 +216,14 @@ def _tune(config: Search):
     from funmatch.commands.tune import worker
 
     figures = worker.run(config)
-    return figures | {"report": str(tune_run.written(figures))}, tune_run.show
+    return figures | {"report": str(tune_run.write_page(figures))}, tune_run.show
 
 
 def _study(config: Study):
     from funmatch.commands.study import run as study_run
 
     if not config.name:
-        return study_run.listed(), study_run.show_listed
+        return study_run.list_studies(), study_run.show_studies
     return study_run.run(config), study_run.show
 
 
@@ -243,14 +243,14 @@ def _evaluate(config: Evaluate):
 def _import(config: Import):
     from funmatch.commands import models
 
-    figures = models.bring(config)
-    return figures, models.show_brought
+    figures = models.import_model(config)
+    return figures, models.show_imported
 
 
 def _models(config: Models):
     from funmatch.commands import models
 
-    return models.listed(config), models.show_listed
+    return models.list_models(config), models.show_models
 
 
 def _recipes(config: Recipes):

@@ -12,8 +12,12 @@ class InputError(ValueError):
         return [f"funmatch: {self}"]
 
 
-class Fruitless(Exception):
+class WorkFailed(Exception):
     """The work was done, and nothing came of it. The command line prints it alone and exits with code 1."""
+
+
+Fruitless = WorkFailed
+"""The name that this error had first."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> InputError:

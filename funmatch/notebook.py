@@ -28,8 +28,8 @@ from funmatch.config import Data, Evaluate, Recipes
 from funmatch.data.readers import catalog
 from funmatch.errors import InputError
 from funmatch.reports import run_page, tune_page, tune_plots
-from funmatch.reports.run_plots import panels as plotted
-from funmatch.runtime.log import say
+from funmatch.reports.run_plots import build_panels as plotted
+from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.training import datasets, evaluate
 from funmatch.training.run import folder as run_folder
@@ -104,7 +104,7 @@ class Place:
         except KeyboardInterrupt:
             if not over.is_set():
                 raise
-            say(f"the session's {self.hours:g} hours are nearly over; all is saved: run this notebook again to go on")
+            info(f"the session's {self.hours:g} hours are nearly over; all is saved: run this notebook again to go on")
         finally:
             timer.cancel()
 
@@ -144,7 +144,7 @@ def place(data: str) -> Place:
         return Place(host, given or home, KAGGLE / "working", HOURS[host])
     if host == "colab":
         if not DRIVE.is_dir():
-            say(
+            info(
                 f"WARNING: Google Drive is not mounted, so what is written to {COLAB} is lost when the session ends; "
                 "mount it: from google.colab import drive; drive.mount('/content/drive')"
             )
@@ -179,7 +179,7 @@ def bring_runs(here: Place) -> list[str]:
                 found[folder.name] = folder
     brought = [name for name in found if not (here.runs / name).exists()]
     for name in brought:
-        say(f"{name}: brought from {found[name]}")
+        info(f"{name}: brought from {found[name]}")
         _copy(found[name], here.runs / name)
     return brought
 
@@ -222,7 +222,7 @@ def samples(data: str, **knobs: Any) -> Image.Image:
     config = Data.checked(data=data, **knobs)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "sheet.png"
-        data_command.draw(datasets.opened(config, config.data), path)
+        data_command.draw(datasets.open_data_set(config, config.data), path)
         return Image.open(BytesIO(path.read_bytes()))
 
 
@@ -233,13 +233,13 @@ def about(recipe: str, *, measure: bool = True) -> None:
 
 def figures(*folders: Path) -> Shown:
     """The figures of runs, a line each; dashes for what an unfinished one has not got yet."""
-    rows = [line for folder in folders for line in run_page.rows(run_folder.find(folder))]
+    rows = [line for folder in folders for line in run_page.rows(run_folder.find_run(folder))]
     return Shown(_table(run_page.COLUMNS, rows), _text(run_page.COLUMNS, rows))
 
 
 def curves(*folders: Path) -> Shown:
     """Accuracy, loss, learning rate and throughput of runs against the step, as far as they are."""
-    panels = plotted([run_folder.find(folder) for folder in folders])
+    panels = plotted([run_folder.find_run(folder) for folder in folders])
     return Shown(_panels(panels), f"curves of {', '.join(folder.name for folder in folders)}")
 
 
@@ -251,10 +251,13 @@ def searched(folder: Path) -> Shown:
         words = f"{folder} is not finished, so nothing is chosen yet: run this notebook again to go on"
         return Shown(f"<p>{escape(words)}</p>", words)
     columns, rows = tune_page.columns(result), tune_page.trial_rows(result)
-    best = [[name, value, spread] for name, value, spread in tune_page.figures(result)]
-    seen = _table(["split", "during the runs", "at the end", "chosen by it"], tune_page.seen(result))
+    best = [[name, value, spread] for name, value, spread in tune_page.best_rows(result)]
+    seen = _table(["split", "during the runs", "at the end", "chosen by it"], tune_page.evaluation_counts(result))
     html = (
-        _table(columns, rows) + _table(["the best trial", "", "spread"], best) + seen + _panels(tune_plots.of(result))
+        _table(columns, rows)
+        + _table(["the best trial", "", "spread"], best)
+        + seen
+        + _panels(tune_plots.draw_plots(result))
     )
     command = f"<p>The best one again, in full:</p><pre>{escape(result['command'] or '–')}</pre>"
     return Shown(html + command, _text(columns, rows))
@@ -270,7 +273,7 @@ def _panels(panels: list[tuple[str, str]]) -> str:
 
 def views(folder: Path, step: int = 0) -> Shown:
     """What a step of a run showed to its teacher, above, and to its student, below."""
-    seen = run_page.views_sheet(run_folder.find(folder), step)
+    seen = run_page.views_sheet(run_folder.find_run(folder), step)
     if seen is None:
         raise InputError(f"the pictures of {folder} are gone or have changed, so its views cannot be shown")
     both = f" ({seen['strategy']}): teacher above, student below" if "teacher" in seen["rows"] else ""
@@ -281,7 +284,7 @@ def views(folder: Path, step: int = 0) -> Shown:
 
 def judged(folder: Path, **knobs: Any) -> Shown:
     """The figures of a finished run on a split of its pictures; knobs of `funmatch.config.Evaluate`."""
-    run = run_folder.find(folder)
+    run = run_folder.find_run(folder)
     if run.result is None:
         words = f"{folder} is not finished, so there is nothing to judge yet: run this notebook again to go on"
         return Shown(f"<p>{escape(words)}</p>", words)

@@ -12,7 +12,7 @@ import pytest
 from test_bit import as_second_layout, random_bit
 
 from funmatch.cli import parse
-from funmatch.commands.study.spec import parsed
+from funmatch.commands.study.spec import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,7 +38,7 @@ def test_every_command_is_understood(command):
 
 @pytest.mark.parametrize("text", blocks("toml"))
 def test_every_study_can_be_run(text):
-    assert len(parsed(text, "README.md").entries) > 1
+    assert len(parse(text, "README.md").entries) > 1
 
 
 @pytest.mark.parametrize("target", TARGETS)

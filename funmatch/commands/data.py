@@ -14,7 +14,7 @@ from funmatch.commands import prepare
 from funmatch.config import Data
 from funmatch.data.cache.open_cache import Cache, cache_home
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.readers.open import resolved
+from funmatch.data.readers.open import resolve_names
 from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors
 from funmatch.training import datasets
@@ -30,22 +30,22 @@ def run(config: Data) -> dict[str, Any]:
     config.check()
     if config.sheet and config.sheet.suffix.lower() != ".png":
         raise InputError(f"--sheet {config.sheet} is no name of a PNG file")
-    cache = datasets.opened(config, config.data)
+    cache = datasets.open_data_set(config, config.data)
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in cache.name)
     path = (config.sheet or _beside(config.data) / f"{name}-sheet.png").expanduser()
     draw(cache, path)
-    return prepare.figures(cache, config.data) | {"sheet": str(path)}
+    return prepare.summarize(cache, config.data) | {"sheet": str(path)}
 
 
 def _beside(data: tuple[str, ...]) -> Path:
     """This folder; or the one of caches, lest the sheet become one of the pictures."""
     here = Path.cwd().resolve()
-    places = [Path(resolved(spec).removeprefix("folder:")).resolve() for spec in data]
+    places = [Path(resolve_names(spec).removeprefix("folder:")).resolve() for spec in data]
     inside = any(place.is_dir() and here.is_relative_to(place) for place in places)
     return cache_home() if inside else Path()
 
 
-def chosen(cache: Cache) -> tuple[CachedSplit, list[int]]:
+def choose_images(cache: Cache) -> tuple[CachedSplit, list[int]]:
     """A split, and pictures of it: a row for each of up to 12 classes, else one of each of up to 96."""
     split = cache.splits.get("train") or next(iter(cache.splits.values()))
     labels = split.labels(slice(None)).numpy()
@@ -67,7 +67,7 @@ def _shown(name: str) -> str:
 
 def draw(cache: Cache, path: Path) -> None:
     """Draws the sheet."""
-    split, indices = chosen(cache)
+    split, indices = choose_images(cache)
     rows = math.ceil(len(indices) / COLUMNS)
     columns = min(COLUMNS, len(indices))
     labels = split.labels(indices).tolist()

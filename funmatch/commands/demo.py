@@ -6,7 +6,7 @@ from typing import Any
 from funmatch.config import Demo, Distill, Evaluate, Report, Train
 from funmatch.reports import run_page, run_plots
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.log import say, table
+from funmatch.runtime.log import info, table
 from funmatch.runtime.text import duration, percent
 from funmatch.training import distill, evaluate, train
 from funmatch.training.run import folder as run_folder
@@ -36,18 +36,20 @@ def run(config: Demo) -> dict[str, Any]:
     machine = {"device": config.device, "precision": config.precision}
     shared = KNOBS | machine | {"steps": config.steps, "seed": config.seed}
     shared |= {"eval_every": max(1, config.steps // 12), "save_every": max(1, config.steps // 6)}
-    say("1/3  the teacher, on 2,000 test pictures that it has never seen")
+    info("1/3  the teacher, on 2,000 test pictures that it has never seen")
     teacher = evaluate.run(Evaluate.checked(model="fashion-mini-teacher", data="fashion-mini", split="test", **machine))
-    say(f"     top-1 {percent(teacher['top1'])}")
-    say(f"2/3  the student learns from 200 labelled pictures, {config.steps:,} steps")
+    info(f"     top-1 {percent(teacher['top1'])}")
+    info(f"2/3  the student learns from 200 labelled pictures, {config.steps:,} steps")
     labels = train.run(Train.checked(out=folder / "labels", **shared))
-    say(f"     top-1 {percent(labels['top1'])}")
-    say(f"3/3  the same student matches the teacher's function on the same pictures, {config.steps:,} steps, no labels")
+    info(f"     top-1 {percent(labels['top1'])}")
+    info(
+        f"3/3  the same student matches the teacher's function on the same pictures, {config.steps:,} steps, no labels"
+    )
     student = distill.run(Distill.checked(out=folder / "funmatch", **DISTILLED, **shared))
-    say(f"     top-1 {percent(student['top1'])}")
+    info(f"     top-1 {percent(student['top1'])}")
     for each in (labels, student):
-        run_page.of_finished(Path(each["run"]))
-    found = [run_folder.find(folder / name) for name in ("funmatch", "labels")]
+        run_page.write_if_finished(Path(each["run"]))
+    found = [run_folder.find_run(folder / name) for name in ("funmatch", "labels")]
     page = run_page.run(Report(runs=tuple(each.folder for each in found), out=folder / "report.html"))
     write_atomically(folder / "accuracy.svg", run_plots.plot(found, run_plots.ACCURACY))
     return {"teacher": teacher, "labels": labels, "student": student, "run": student["run"], "report": str(page)}

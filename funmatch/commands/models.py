@@ -14,9 +14,9 @@ from funmatch.models.classifier import OTHER_SIZES, check_side, save, timm_confi
 from funmatch.models.download import PAPER
 from funmatch.models.flops import gflop
 from funmatch.models.load import NAMED, load
-from funmatch.models.timm_models import create_empty, known, net_config
+from funmatch.models.timm_models import create_empty, is_known, net_config
 from funmatch.runtime.files import cache_home, folder_atomically
-from funmatch.runtime.log import Bar, say_notes, table
+from funmatch.runtime.log import ProgressBar, info_notes, table
 
 INPUTS = {
     "0..1": ((0.0,) * 3, (1.0,) * 3),
@@ -28,7 +28,7 @@ BIT = [f"resnetv2_{size}_bit" for size in ("50x1", "50x3", "101x1", "101x3", "15
 GROUPS = {**dict.fromkeys(NAMED, "embedded"), **{f"bit:{name}": "the paper's own file" for name in PAPER}}
 
 
-def bring(config: Import) -> dict[str, Any]:
+def import_model(config: Import) -> dict[str, Any]:
     """Writes a model as a folder in timm's own layout.
 
     Returns:
@@ -53,14 +53,14 @@ def bring(config: Import) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with folder_atomically(out) as partial:
         save(model, partial, card=card, about={"imported": config.model, "top1": card.top1})
-    say_notes(config.model, model.notes)
+    info_notes(config.model, model.notes)
     if model.function == OTHER_SIZES:
-        say_notes(str(out), ["timm has no network of this size; funmatch alone can load it"])
+        info_notes(str(out), ["timm has no network of this size; funmatch alone can load it"])
     return {
         "out": str(out),
         "model": config.model,
         "architecture": timm_config(model.net).get("architecture"),
-        "parameters": model.count(),
+        "parameters": model.count_parameters(),
         "classes": model.num_classes,
         "side": card.side,
         "mean": list(card.mean),
@@ -68,7 +68,7 @@ def bring(config: Import) -> dict[str, Any]:
     }
 
 
-def show_brought(figures: dict[str, Any]) -> None:
+def show_imported(figures: dict[str, Any]) -> None:
     rows = [[name, f"{value:,}" if isinstance(value, int) else str(value)] for name, value in figures.items()]
     table(f"{figures['model']}, imported", ["what", "value"], rows)
     print(f"name it as {figures['out']}")
@@ -84,7 +84,7 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
     return names
 
 
-def listed(config: Models) -> dict[str, Any]:
+def list_models(config: Models) -> dict[str, Any]:
     """What can be named, with what it costs.
 
     Returns:
@@ -95,9 +95,9 @@ def listed(config: Models) -> dict[str, Any]:
         InputError: nothing matches the pattern.
     """
     config.check()
-    names = matching(config.pattern)
+    names = match_names(config.pattern)
     found = []
-    with Bar("models", len(names), 0) as bar, warnings.catch_warnings(action="ignore"):
+    with ProgressBar("models", len(names), 0) as bar, warnings.catch_warnings(action="ignore"):
         for number, name in enumerate(names, 1):
             found.append(_entry(name, config.side))
             bar.update(number, name)
@@ -105,7 +105,7 @@ def listed(config: Models) -> dict[str, Any]:
     return {"models": found, "more": 0 if config.pattern else every - len(BIT)}
 
 
-def show_listed(figures: dict[str, Any]) -> None:
+def show_models(figures: dict[str, Any]) -> None:
     """A line a model, names in full so that they can be copied."""
     models = figures["models"]
     width = max(len(each["name"]) for each in models)
@@ -118,7 +118,7 @@ def show_listed(figures: dict[str, Any]) -> None:
         print(f"and {figures['more']:,} more of timm: give a part of their name, e.g. funmatch models mobilenetv3")
 
 
-def matching(pattern: str) -> list[str]:
+def match_names(pattern: str) -> list[str]:
     """Names that hold a pattern, ours first. Without one: ours, the paper's files and BiT."""
     if not pattern:
         return [*GROUPS, *BIT]
@@ -139,7 +139,7 @@ def _entry(name: str, side: int | None) -> dict[str, Any]:
         model = load(name, classes=10)
         net, wanted, classes = model.net, model.card.side, model.num_classes
     else:
-        architecture = f"resnetv2_{name[5:].split('_')[0]}_bit" if paper else known(name, name)
+        architecture = f"resnetv2_{name[5:].split('_')[0]}_bit" if paper else is_known(name, name)
         kwargs: dict[str, Any] = {"num_classes": paper[1]} if paper else {}
         fixed = {"img_size": side} if side and net_config(architecture).get("fixed_input_size") else {}
         try:

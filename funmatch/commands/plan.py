@@ -18,16 +18,16 @@ from funmatch.data.batch import Batch
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import prefetch
 from funmatch.errors import InputError
-from funmatch.ops.optim.updates import Average
+from funmatch.ops.optim.updates import EMA
 from funmatch.runtime import devices, env, transfers
-from funmatch.runtime.log import say, table
-from funmatch.runtime.text import duration, percent, size_of
+from funmatch.runtime.log import info, table
+from funmatch.runtime.text import duration, format_bytes, percent
 from funmatch.training import distill, finetune, profiling, scoring, train
-from funmatch.training.acceleration import hasten
+from funmatch.training.acceleration import accelerate_student
 from funmatch.training.loop import fit
 from funmatch.training.run import checkpoint
-from funmatch.training.run.state import Standing
-from funmatch.training.setup import Lesson, optimizer_of, workers_of
+from funmatch.training.run.state import TrainState
+from funmatch.training.setup import TrainSetup, build_optimizer, count_workers
 from funmatch.training.teachers import recording
 from funmatch.training.teachers.tape import HEADER
 from funmatch.training.trainer import LossOf
@@ -44,7 +44,7 @@ Both = Callable[[Batch], tuple[Tensor, Tensor]]
 class Ready:
     """A run that could begin: as `distill.Taught`, of any verb."""
 
-    lesson: Lesson
+    lesson: TrainSetup
     loss_of: LossOf
     both: Both | None = None
     ahead: Callable[[Batch], Batch] | None = None
@@ -92,17 +92,17 @@ def run(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
         `disk_bytes` (`pictures`, `run`, `tape`), `device`, `precision`, `compile`.
     """
     config.check()
-    if env.world() > 1:
+    if env.world_size() > 1:
         raise InputError("plan is work for one process")
     began = time.monotonic() - loading
-    with ready(config) as made:
-        steps = made.lesson.course.steps
-        say(f"measuring {min(steps, WARM + TIMED)} steps of {steps:,} on {made.lesson.course.device}")
+    with build_ready(config) as made:
+        steps = made.lesson.loop.steps
+        info(f"measuring {min(steps, WARM + TIMED)} steps of {steps:,} on {made.lesson.loop.device}")
         return forecast(made, began)
 
 
 @contextmanager
-def ready(config: Train) -> Generator[Ready]:
+def build_ready(config: Train) -> Generator[Ready]:
     """A run made ready as its verb does it, but for its folder, and for a tape that is not there yet."""
     if isinstance(config, Distill):
         if config.tape and not (config.tape.expanduser() / HEADER).is_file():
@@ -110,18 +110,18 @@ def ready(config: Train) -> Generator[Ready]:
         with distill.taught(*distill.begun(config)) as made:
             yield Ready(made.lesson, made.loss_of, made.both, made.ahead)
         return
-    lesson = finetune.lesson_of(config) if isinstance(config, Finetune) else train.lesson_of(config)
+    lesson = finetune.build_finetune_setup(config) if isinstance(config, Finetune) else train.build_train_setup(config)
     yield Ready(lesson, train.label_loss(lesson))
 
 
 def forecast(made: Ready, began: float) -> dict[str, Any]:
     """The figures of `run`, of which making ready began at a time."""
     lesson = made.lesson
-    config, course, student = lesson.config, lesson.course, lesson.student
+    config, course, student = lesson.config, lesson.loop, lesson.student
     devices.empty_cache(course.device)
-    hasten(student, course, config, config.side or 0)
+    accelerate_student(student, course, config, config.side or 0)
     begin = time.monotonic() - began
-    optimizer = optimizer_of(lesson)
+    optimizer = build_optimizer(lesson)
     step = seconds_a_step(made, optimizer)
     evaluation, end = seconds_to_judge(lesson, made.both)
     save, size = seconds_to_save(lesson, optimizer)
@@ -139,7 +139,7 @@ def forecast(made: Ready, began: float) -> dict[str, Any]:
         "parts": whole,
         "gflop": gflop,
         "of_peak": None if gflop is None else gflop / step / used["peak_gflops"],
-        "memory_bytes": devices.peak(course.device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory_bytes": devices.peak_memory(course.device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "disk_bytes": {
             "pictures": sum(path.stat().st_size for path in lesson.cache.folder.rglob("*") if path.is_file()),
             "run": checkpoint.KEPT * size + 2 * parameter_bytes(lesson),
@@ -154,70 +154,70 @@ def forecast(made: Ready, began: float) -> dict[str, Any]:
 def seconds_a_step(made: Ready, optimizer: torch.optim.Optimizer) -> float:
     """The mean over `TIMED` of a run's own steps, with views that are made beside them."""
     lesson = made.lesson
-    course, config = lesson.course, lesson.config
+    course, config = lesson.loop, lesson.config
     steps = min(course.steps, WARM + TIMED)
-    finish = made.ahead or transfers.pinner(course.device)
-    batches = prefetch(lesson.loader, 0, steps, workers=workers_of(lesson), finish=finish)
+    finish = made.ahead or transfers.pin_batch(course.device)
+    batches = prefetch(lesson.loader, 0, steps, workers=count_workers(lesson), finish=finish)
     scaler = devices.loss_scaler(course.device, course.precision)
-    average = Average(lesson.student, config.ema) if config.ema is not None else None
+    average = EMA(lesson.student, config.ema) if config.ema is not None else None
     warm, start = min(WARM, steps - 1), time.perf_counter()
     with closing(batches):
         for number, _ in fit(course, lesson.student, optimizer, scaler, batches, made.loss_of):
             if average:
-                average.follow(lesson.student, number)
+                average.update(lesson.student, number)
             if number == warm:
-                devices.finish(course.device)
+                devices.synchronize(course.device)
                 start = time.perf_counter()
-        devices.finish(course.device)
+        devices.synchronize(course.device)
     return (time.perf_counter() - start) / (steps - warm)
 
 
-def seconds_to_judge(lesson: Lesson, both: Both | None) -> tuple[float, float]:
+def seconds_to_judge(lesson: TrainSetup, both: Both | None) -> tuple[float, float]:
     """Seconds of an evaluation on the way, and of the last one."""
-    watched, final = scoring.watched(lesson.cache), scoring.final(lesson.cache)
+    watched, final = scoring.validation_split(lesson.cache), scoring.test_split(lesson.cache)
     each = seconds_a_picture(lesson, watched)
     networks = 1 + (lesson.config.ema is not None)
     began = time.perf_counter()
     if both:
-        scoring.on_views(both, lesson.student, lesson.loader, 0, lesson.view)
+        scoring.score_training_views(both, lesson.student, lesson.loader, 0, lesson.view)
     views = time.perf_counter() - began
     asked = networks + (lesson.teachers is not None and final.name != watched.name)
     return networks * each * len(watched) + views, asked * each * len(final)
 
 
-def seconds_a_picture(lesson: Lesson, split: CachedSplit) -> float:
+def seconds_a_picture(lesson: TrainSetup, split: CachedSplit) -> float:
     """Of judging the student, measured on some of a split."""
-    some = split.picked(torch.arange(min(JUDGED, len(split))).numpy())
-    scoring.answers(lesson.student, some.picked(torch.arange(min(len(some), 8)).numpy()), lesson.view)
+    some = split.subset(torch.arange(min(JUDGED, len(split))).numpy())
+    scoring.predict(lesson.student, some.subset(torch.arange(min(len(some), 8)).numpy()), lesson.view)
     began = time.perf_counter()
-    scoring.judge(scoring.answers(lesson.student, some, lesson.view), some)
+    scoring.score(scoring.predict(lesson.student, some, lesson.view), some)
     return (time.perf_counter() - began) / len(some)
 
 
-def seconds_to_save(lesson: Lesson, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
+def seconds_to_save(lesson: TrainSetup, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
     """Seconds and bytes of a checkpoint, on the disk where the run will lie."""
     place = lesson.config.out.expanduser().absolute()
     while not place.is_dir():
         place = place.parent
-    average = Average(lesson.student, lesson.config.ema).model.net if lesson.config.ema is not None else None
+    average = EMA(lesson.student, lesson.config.ema).model.net if lesson.config.ema is not None else None
     with tempfile.TemporaryDirectory(dir=place, prefix=".funmatch-plan-") as folder:
         began = time.perf_counter()
         tensors = transfers.snapshot(checkpoint.tensors_of(lesson.student.net, optimizer, average))
-        checkpoint.save(Path(folder), 1, tensors, asdict(Standing()))
+        checkpoint.save(Path(folder), 1, tensors, asdict(TrainState()))
         took = time.perf_counter() - began
         return took, sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def parameter_bytes(lesson: Lesson) -> int:
+def parameter_bytes(lesson: TrainSetup) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in lesson.student.net.state_dict().values())
 
 
-def tape_bytes(lesson: Lesson) -> int | None:
+def tape_bytes(lesson: TrainSetup) -> int | None:
     """Of the tape that the run could record, or None where it has none to record."""
     config = lesson.config
     if not isinstance(config, Distill) or STRATEGIES[config.strategy].fixed:
         return None
-    return recording.layout_of(replace(lesson, config=config)).bytes_of(lesson.course.steps)
+    return recording.layout_of(replace(lesson, config=config)).bytes_of(lesson.loop.steps)
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ def show(figures: dict[str, Any]) -> None:
     parts = figures["parts"]
     told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)
     disk = figures["disk_bytes"]
-    tape = "" if disk["tape"] is None else f"; a tape of what the teacher says {size_of(disk['tape'])}"
+    tape = "" if disk["tape"] is None else f"; a tape of what the teacher says {format_bytes(disk['tape'])}"
     peak = "" if figures["of_peak"] is None else f", {percent(figures['of_peak'])} of the measured peak"
     how = f"{figures['device']}, {figures['precision']}, compile {figures['compile']}"
     rows = [
@@ -233,7 +233,7 @@ def show(figures: dict[str, Any]) -> None:
         ["of it", told],
         ["step", f"{figures['step_ms']:,.1f} ms, {figures['images_per_second']:,.1f} images/s{peak}"],
         ["length", f"{figures['steps']:,} steps"],
-        ["memory", f"{size_of(figures['memory_bytes'])} at most"],
-        ["disk", f"run {size_of(disk['run'])}, pictures {size_of(disk['pictures'])} (there already){tape}"],
+        ["memory", f"{format_bytes(figures['memory_bytes'])} at most"],
+        ["disk", f"run {format_bytes(disk['run'])}, pictures {format_bytes(disk['pictures'])} (there already){tape}"],
     ]
     table(f"what {figures['run']} will take", ["", ""], rows)

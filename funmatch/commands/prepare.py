@@ -24,17 +24,17 @@ def run(config: Prepare) -> dict[str, Any]:
         assert config.out is not None  # checked above
         return write_shards(
             config.data,
-            datasets.reading(config),
-            datasets.keeping(config),
+            datasets.read_options(config),
+            datasets.cache_options(config),
             config.out.expanduser(),
             side=config.side,
             size=config.shard_size,
             track=track,
         )  # fmt: skip
-    return figures(datasets.opened(config, config.data, afresh=True), config.data)
+    return summarize(datasets.open_data_set(config, config.data, afresh=True), config.data)
 
 
-def figures(cache: Cache, data: tuple[str, ...]) -> dict[str, Any]:
+def summarize(cache: Cache, data: tuple[str, ...]) -> dict[str, Any]:
     """What a data set holds, as `survey.summary` says, with `name`, `data`, `way`, `folder` and `gigabytes`."""
     size = sum(path.stat().st_size for path in cache.folder.iterdir())
     place = {"name": cache.name, "data": list(data), "way": cache.way, "folder": str(cache.folder)}

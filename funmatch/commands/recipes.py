@@ -14,11 +14,11 @@ from funmatch.data.readers.catalog import CATALOG
 from funmatch.models import custom
 from funmatch.models.classifier import Classifier
 from funmatch.models.flops import gflop
-from funmatch.models.inference.frozen import Form, Frozen
+from funmatch.models.inference.frozen import Frozen, InferenceMode
 from funmatch.models.timm_models import create, create_empty
 from funmatch.ops.optim import hyperrule
 from funmatch.runtime import devices
-from funmatch.runtime.log import say, table
+from funmatch.runtime.log import info, table
 from funmatch.runtime.text import percent
 
 SECONDS = 8.0  # of measurement for each network, about
@@ -82,11 +82,11 @@ def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
     }
     if not config.measure:
         return figures
-    device = devices.pick(config.device)
-    say(f"measuring {knobs.student} and its teachers on {device}, about {SECONDS * (1 + len(taught_by)):.0f} s")
+    device = devices.pick_device(config.device)
+    info(f"measuring {knobs.student} and its teachers on {device}, about {SECONDS * (1 + len(taught_by)):.0f} s")
     precision = devices.resolve_precision(config.precision, device)
-    seconds = taught(student, knobs, device, precision)
-    seconds += sum(asked(net, side, device) for net, side in taught_by)
+    seconds = student_seconds(student, knobs, device, precision)
+    seconds += sum(teacher_seconds(net, side, device) for net, side in taught_by)
     return figures | {
         "images_per_second": 1 / seconds,
         "hours": figures["images"] * seconds / 3600,
@@ -98,14 +98,14 @@ def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
 def network(name: str, classes: int, *, counted: bool = False) -> nn.Module:
     """The architecture that a recipe names, with weights that do not matter here; with none, if it is only counted."""
     if custom.is_function(name) and not name.startswith("bit:"):
-        return custom.called(name, {}, classes)
+        return custom.call_function(name, {}, classes)
     if name.startswith("bit:"):
         name = f"resnetv2_{name.removeprefix('bit:R').partition('_')[0]}_bit"
     made = create_empty if counted else create
     return made(OF_A_RUN if name.startswith("runs/") else name.partition(".")[0], {"num_classes": classes})
 
 
-def taught(net: nn.Module, knobs: Train, device: torch.device, precision: str) -> float:
+def student_seconds(net: nn.Module, knobs: Train, device: torch.device, precision: str) -> float:
     """Seconds a picture to teach a network: forward, backward and update, on views of the recipe's side."""
     student = _classifier(net).to(device).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
@@ -121,10 +121,10 @@ def taught(net: nn.Module, knobs: Train, device: torch.device, precision: str) -
     return median(step, device) / len(pictures)
 
 
-def asked(net: nn.Module, side: int, device: torch.device) -> float:
+def teacher_seconds(net: nn.Module, side: int, device: torch.device) -> float:
     """Seconds a picture to ask a frozen teacher, in the usual form: folded, in the fastest arithmetic of the device."""
     precision = devices.teacher_precisions("auto", device)[0]
-    teacher = Frozen(_classifier(net).to(device), Form(precision=precision))
+    teacher = Frozen(_classifier(net).to(device), InferenceMode(precision=precision))
     pictures = _pictures(side, device)
     return median(lambda: teacher(pictures), device) / len(pictures)
 
@@ -136,7 +136,7 @@ def median(work: Callable[[], object], device: torch.device) -> float:
     while len(times) < 3 or time.monotonic() - begun < SECONDS:
         start = time.perf_counter()
         work()
-        devices.finish(device)
+        devices.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -146,7 +146,7 @@ def _pictures(side: int, device: torch.device) -> Tensor:
 
 
 def _classifier(net: nn.Module) -> Classifier:
-    return custom.wrapped("estimated", net, None)
+    return custom.wrap_module("estimated", net, None)
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ import torch
 
 from funmatch import config
 from funmatch.config import Distill
-from funmatch.errors import Fruitless, InputError
+from funmatch.errors import InputError, WorkFailed
 from funmatch.ops import metrics
 from funmatch.runtime import devices
-from funmatch.runtime.log import Bar, table
-from funmatch.runtime.text import percent, size_of
+from funmatch.runtime.log import ProgressBar, table
+from funmatch.runtime.text import format_bytes, percent
 from funmatch.training import distill
 from funmatch.training.teachers import tape
 from funmatch.training.teachers.tape import Tape
@@ -31,7 +31,7 @@ def run(asked: config.Tape) -> dict[str, Any]:
     Raises:
         InputError: there is no tape.
     """
-    found = tape.found(asked.folder)
+    found = tape.find_tape(asked.folder)
     rows, damaged, whole = found.counts()
     figures: dict[str, Any] = {
         "tape": str(found.folder),
@@ -54,14 +54,14 @@ def run(asked: config.Tape) -> dict[str, Any]:
 
 
 def check_sound(figures: dict[str, Any]) -> None:
-    """Raises `Fruitless` where rows are damaged, or the teacher says something else now."""
+    """Raises `WorkFailed` where rows are damaged, or the teacher says something else now."""
     if figures["damaged"]:
-        raise Fruitless(
+        raise WorkFailed(
             f"{figures['damaged']:,} rows of {figures['tape']} are damaged; runs compute these again, "
             "and those that record put them right"
         )
     if figures.get("kl", 0) > ALIKE:
-        raise Fruitless(
+        raise WorkFailed(
             f"the teacher now says something else than {figures['tape']} holds: KL {figures['kl']:.2g} nats, "
             f"agreement {percent(figures['agreement'])}"
         )
@@ -71,7 +71,7 @@ def show(figures: dict[str, Any]) -> None:
     """The same for people.
 
     Raises:
-        Fruitless: the tape is not sound.
+        WorkFailed: the tape is not sound.
     """
     layout, asked = figures["layout"], figures["asked"]
     first = ", ".join(f"{start:,} … {stop - 1:,}" for start, stop in figures["ranges"])
@@ -85,7 +85,7 @@ def show(figures: dict[str, Any]) -> None:
         ["a row", f"{kept}, half precision"],
         ["steps", f"{figures['steps']:,} ({first})" if first else "none"],
         ["rows", f"{figures['rows']:,} sound, {figures['damaged']:,} damaged"],
-        ["size", size_of(figures["bytes"])],
+        ["size", format_bytes(figures["bytes"])],
     ]
     if "recomputed" in figures:
         told = f"{percent(figures['equal'])} of logits equal, KL {figures['kl']:.1e}, agreement"
@@ -100,24 +100,24 @@ def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
     knobs = {name: value for name, value in found.header["run"].items() if name in Distill.model_fields}
     asked = Distill.checked(**knobs | {"tape": None, "tape_top": None})
     lesson, called = distill.begun(asked)
-    same = found.header["device"] == lesson.course.device.type
+    same = found.header["device"] == lesson.loop.device.type
     lesson, matched, _ = distill.matched_in(lesson, called, found.header["forms"] if same else None)
     chosen = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(count, len(steps)))})]
     layout, told, now = found.layout, [], []
-    with Bar("teacher", len(chosen)) as bar:
+    with ProgressBar("teacher", len(chosen)) as bar:
         for number, step in enumerate(chosen, 1):
-            batch = lesson.loader.batch_at(step).to(lesson.course.device)
+            batch = lesson.loader.batch_at(step).to(lesson.loop.device)
             views, _ = distill.views_by_side(batch, lesson.teacher_sides)
-            with devices.autocast(lesson.course.device, "fp32"):
+            with devices.autocast(lesson.loop.device, "fp32"):
                 answers = matched(views, asked.temperature)
-            kept = found.told(step, 0, layout.batch)
+            kept = found.read(step, 0, layout.batch)
             if kept is None:
                 raise InputError(f"step {step} of {found.folder} was damaged meanwhile; start the same command again")
             now.append(layout.unpacked(*layout.packed(answers)).cpu())
             told.append(kept)
             bar.update(number)
     there, again = torch.cat(told), torch.cat(now)
-    figures = metrics.summary(metrics.per_picture(again, None, there))
+    figures = metrics.summary(metrics.per_image(again, None, there))
     equal = (there == again).double().mean().item()
     return {
         "recomputed": len(chosen), "equal": equal, "kl": figures["kl"], "agreement": figures["agreement"],

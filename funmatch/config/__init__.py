@@ -7,7 +7,7 @@ import tyro
 
 from funmatch.config import contradictions
 from funmatch.config.choices import STRATEGIES, Crop
-from funmatch.config.options import Knobs, outside
+from funmatch.config.options import Options, outside
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "quadratic", "wsd", "staircase", "constant"]
@@ -21,7 +21,7 @@ UNCOMPARED = {
 }  # fmt: skip
 
 
-class Machine(Knobs):
+class Machine(Options):
     """How the arithmetic is done."""
 
     device: str = "auto"
@@ -31,7 +31,7 @@ class Machine(Knobs):
     not; on the CPU fp32, or bf16 for a run whose student is clearly faster in it."""
 
 
-class Pictures(Knobs):
+class Pictures(Options):
     """How pictures are read and kept."""
 
     val: str | None = None
@@ -289,7 +289,7 @@ class Finetune(Train):
     """Which network is judged and saved at the end: as it is then, or as validation liked it most."""
 
 
-class Teaching(Knobs):
+class Teaching(Options):
     """Who teaches, and how their answers become one."""
 
     teacher_weights: Words = ()
@@ -468,7 +468,7 @@ class Data(Named):
     """Where the sheet of samples goes (PNG); by default <name>-sheet.png here."""
 
 
-class Report(Knobs):
+class Report(Options):
     """Write one HTML page about one run or several: curves, figures, configuration and views."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -499,7 +499,7 @@ class Demo(Machine):
         return outside(self, {"steps": 1, "seed": 0})
 
 
-class Study(Knobs):
+class Study(Options):
     """Carry out a table of runs with several seeds, and draw what came of it: consistency, patience, or your own."""
 
     name: Annotated[str, tyro.conf.Positional] = ""
@@ -524,11 +524,11 @@ class Study(Knobs):
         return outside(self, {"jobs": 1}) + [f"a seed is at least 0, got {seed}" for seed in self.seeds if seed < 0]
 
 
-class Plan(Knobs):
+class Plan(Options):
     """Say what a run will take on this machine: plan, and then the words of the run."""
 
 
-class Tape(Knobs):
+class Tape(Options):
     """Show a teacher tape: whose answers it holds, which steps are there, and whether every row is sound."""
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -540,7 +540,7 @@ class Tape(Knobs):
         return outside(self, {"recompute": 0})
 
 
-class Import(Knobs):
+class Import(Options):
     """Turn a checkpoint (a Keras SavedModel, a BiT .npz, any model that can be named) into a folder that timm loads."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -568,7 +568,7 @@ class Import(Knobs):
         return found
 
 
-class Models(Knobs):
+class Models(Options):
     """List the models that can be named, with parameters, arithmetic and source."""
 
     pattern: Annotated[str, tyro.conf.Positional] = ""
@@ -593,7 +593,7 @@ TAUGHT: dict[str, type[Train]] = {"train": Train, "finetune": Finetune, "distill
 """The tables of the verbs that make runs."""
 
 
-class Search(Knobs):
+class Search(Options):
     """Search knobs of a verb or a recipe (funmatch tune distill …): trials by Optuna, chosen by validation only."""
 
     out: Path

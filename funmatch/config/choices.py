@@ -8,7 +8,7 @@ from typing import Literal
 Crop = Literal["inception", "mild", "squash", "whole"]
 """How a picture becomes a view: an Inception crop, a random square of the resized picture (keeping its shape, or of
 the whole picture resized to a square), or the whole picture resized, never mirrored."""
-Look = Literal["same", "own", "whole", "central", "ensemble"]
+TeacherInput = Literal["same", "own", "whole", "central", "ensemble"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Strategy:
     """
 
     crop: Crop
-    teacher: Look
+    teacher: TeacherInput
     mixup: float = 0.0
 
     @property

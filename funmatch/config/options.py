@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from funmatch.errors import InputError, unknown
 
 
-class Knobs(BaseModel):
+class Options(BaseModel):
     """What all tables share: no unknown key, no change after the making."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=True)
@@ -93,7 +93,7 @@ def _canonical(option: Any) -> Any:
     return f"{key}{equals}{parsed if isinstance(parsed, str) else repr(parsed)}"
 
 
-def outside(table: Knobs, least: Mapping[str, float], most: Mapping[str, float] | None = None) -> list[str]:
+def outside(table: Options, least: Mapping[str, float], most: Mapping[str, float] | None = None) -> list[str]:
     """A sentence for each knob that is below its least or above its highest value; None is neither."""
     given = {name: getattr(table, name) for name in {**least, **(most or {})}}
     low = [

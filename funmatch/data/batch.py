@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from funmatch.ops.mixing import own_share
-from funmatch.runtime.chunks import cuts
+from funmatch.ops.mixing import own_weight
+from funmatch.runtime.chunks import even_chunks
 
 
 @dataclass(frozen=True)
@@ -28,36 +28,48 @@ class Batch:
     crops: Tensor
     labels: Tensor
     lam: float | Tensor
-    answers: Tensor | None = None
-    shown: tuple[Tensor, ...] = ()
-    cuts: Tensor | None = None
+    teacher_logits: Tensor | None = None
+    teacher_crops: tuple[Tensor, ...] = ()
+    cutmix_boxes: Tensor | None = None
     step: int = 0
-    first: int = 0
+    first_row: int = 0
 
     @property
-    def own_share(self) -> float | Tensor:
+    def own_weight(self) -> float | Tensor:
         """How much of each view is its own picture, one or (n,): the λ of its label."""
-        return own_share(self.lam, self.cuts, self.crops.shape[-1])
+        return own_weight(self.lam, self.cutmix_boxes, self.crops.shape[-1])
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor changed; what is shared stays shared."""
         crops = change(self.crops)
-        answers, cuts = (None if given is None else change(given) for given in (self.answers, self.cuts))
+        answers, cuts = (None if given is None else change(given) for given in (self.teacher_logits, self.cutmix_boxes))
         lam = change(self.lam) if isinstance(self.lam, Tensor) else self.lam
-        shown = tuple(crops if each is self.crops else change(each) for each in self.shown)
-        return replace(self, crops=crops, labels=change(self.labels), lam=lam, answers=answers, shown=shown, cuts=cuts)
+        shown = tuple(crops if each is self.crops else change(each) for each in self.teacher_crops)
+        return replace(
+            self,
+            crops=crops,
+            labels=change(self.labels),
+            lam=lam,
+            teacher_logits=answers,
+            teacher_crops=shown,
+            cutmix_boxes=cuts,
+        )
 
     def to(self, device: torch.device) -> "Batch":
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pieces(self, size: int | None) -> Iterator[tuple["Batch", float]]:
         """The batch in even pieces of at most so many pictures, each with its predecessor, and the share that it is."""
         count = len(self.labels) - 1
-        for start, stop in pairwise(cuts(count, size)):
+        for start, stop in pairwise(even_chunks(count, size)):
             crops, rows = self.crops[start : stop + 1], slice(start, stop)
-            answers = None if self.answers is None else self.answers[rows]
+            answers = None if self.teacher_logits is None else self.teacher_logits[rows]
             lam = self.lam[rows] if isinstance(self.lam, Tensor) else self.lam
-            shown = tuple(crops if each is self.crops else each[start : stop + 1] for each in self.shown)
-            cut = self.cuts if self.cuts is None or len(self.cuts) == 1 else self.cuts[rows]
-            labels, first = self.labels[start : stop + 1], self.first + start
+            shown = tuple(crops if each is self.crops else each[start : stop + 1] for each in self.teacher_crops)
+            cut = (
+                self.cutmix_boxes
+                if self.cutmix_boxes is None or len(self.cutmix_boxes) == 1
+                else self.cutmix_boxes[rows]
+            )
+            labels, first = self.labels[start : stop + 1], self.first_row + start
             yield Batch(crops, labels, lam, answers, shown, cut, self.step, first), (stop - start) / count

@@ -36,7 +36,7 @@ def untracked(things: Iterable, total: int, what: str) -> Iterable:  # noqa: ARG
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitListing:
     """The pictures of one split.
 
     Attributes:
@@ -56,7 +56,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Cut:
+class SplitSpec:
     """Which shares of the training pictures become other splits: {"val": 1/10}, or a number of pictures.
 
     Attributes:
@@ -69,7 +69,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Source:
+class Dataset:
     """A data set, listed.
 
     Attributes:
@@ -87,10 +87,10 @@ class Source:
 
     name: str
     classes: tuple[str, ...]
-    splits: dict[str, Split]
+    splits: dict[str, SplitListing]
     read: Callable[[str, int], bytes]
     watched: Sequence[str]
-    cut: Cut | None = None
+    cut: SplitSpec | None = None
     unnamed: bool = False
     counts: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How a person wants a data set read.
 
     Attributes:
@@ -121,7 +121,7 @@ class Reading:
     """
 
     data_dir: Path | None = None
-    cut: Cut | None = None
+    cut: SplitSpec | None = None
     unlabelled: bool = False
     follow_links: bool = False
     image_feature: str | None = None
@@ -150,7 +150,7 @@ def split_of(words: Sequence[str]) -> str | None:
     return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)
 
 
-def in_order(splits: dict[str, Split]) -> dict[str, Split]:
+def sort_splits(splits: dict[str, SplitListing]) -> dict[str, SplitListing]:
     """Splits as train, val, test."""
     return {name: splits[name] for name in ORDER if name in splits}
 
@@ -187,7 +187,7 @@ def read_class_file(path: Path) -> tuple[str, ...]:
     return check_classes(names, path)
 
 
-def joined(sources: Sequence[Source]) -> Source:
+def join_datasets(sources: Sequence[Dataset]) -> Dataset:
     """Several data sets as one: splits of one name are joined, classes of one name are one class.
 
     Raises:
@@ -205,8 +205,8 @@ def joined(sources: Sequence[Source]) -> Source:
     check_classes(classes, " + ".join(source.name for source in sources))
     alike = len({source.name for source in sources}) < len(sources)
     places = {name: i for i, name in enumerate(classes)}
-    parts: dict[str, list[tuple[Source, int]]] = {}
-    splits: dict[str, Split] = {}
+    parts: dict[str, list[tuple[Dataset, int]]] = {}
+    splits: dict[str, SplitListing] = {}
     for name in ORDER:
         having = [source for source in sources if name in source.splits]
         if having:
@@ -216,7 +216,9 @@ def joined(sources: Sequence[Source]) -> Source:
                 for source in having
                 for each in source.splits[name].names
             ]
-            splits[name] = Split(called, np.concatenate([_renumbered(source, name, places) for source in having]))
+            splits[name] = SplitListing(
+                called, np.concatenate([_renumbered(source, name, places) for source in having])
+            )
 
     def read(split: str, index: int) -> bytes:
         source, i = parts[split][index]
@@ -229,16 +231,16 @@ def joined(sources: Sequence[Source]) -> Source:
     unnamed = bool(labelled) and labelled[0].unnamed
     name = " + ".join(source.name for source in sources)
     notes = tuple(note for source in sources for note in source.notes)
-    return Source(name, classes, splits, read, watched, cuts[0] if cuts else None, unnamed, notes=notes)
+    return Dataset(name, classes, splits, read, watched, cuts[0] if cuts else None, unnamed, notes=notes)
 
 
-def _renumbered(source: Source, split: str, places: dict[str, int]) -> np.ndarray:
+def _renumbered(source: Dataset, split: str, places: dict[str, int]) -> np.ndarray:
     """A split's labels as indices into the joint classes."""
     table = np.array([places[name] for name in source.classes] + [UNLABELLED], np.int32)  # -1 finds the last
     return table[source.splits[split].labels]
 
 
-def mosaic(folder: Path, name: str, classes: tuple[str, ...], tile: int) -> Source:
+def mosaic(folder: Path, name: str, classes: tuple[str, ...], tile: int) -> Dataset:
     """A small data set kept as one grey PNG a split, tiles in rows, equally many a class and sorted by class.
 
     Args:
@@ -254,12 +256,12 @@ def mosaic(folder: Path, name: str, classes: tuple[str, ...], tile: int) -> Sour
             grid = sheet.reshape(sheet.shape[0] // tile, tile, sheet.shape[1] // tile, tile)
             tiles[split] = grid.swapaxes(1, 2).reshape(-1, tile, tile)
             labels = np.repeat(np.arange(len(classes), dtype=np.int32), len(tiles[split]) // len(classes))
-            splits[split] = Split([f"{split}/{classes[label]}/{i}" for i, label in enumerate(labels)], labels)
+            splits[split] = SplitListing([f"{split}/{classes[label]}/{i}" for i, label in enumerate(labels)], labels)
     watched = [str(folder / f"{split}.png") for split in splits]
-    return Source(name, classes, splits, lambda split, i: as_pnm(tiles[split][i]), watched)
+    return Dataset(name, classes, splits, lambda split, i: encode_pnm(tiles[split][i]), watched)
 
 
-def as_pnm(pixels: np.ndarray) -> bytes:
+def encode_pnm(pixels: np.ndarray) -> bytes:
     """Pixels, (height, width) or (height, width, 3) uint8, as an encoded picture."""
     kind = b"P5" if pixels.ndim == 2 else b"P6"
     return b"%b\n%d %d\n255\n" % (kind, pixels.shape[1], pixels.shape[0]) + pixels.tobytes()

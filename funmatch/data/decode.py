@@ -117,7 +117,7 @@ def decode(
         if image.format == "TIFF":
             image.load()
             turn = None  # Pillow turns these itself
-        size = capped(image.size, cap)
+        size = cap_size(image.size, cap)
         plain = image.format == "JPEG" and image.mode == "RGB" and image.size == size and turn is None
         if plain and decoder == "torchcodec":
             with suppress(RuntimeError):  # damaged, which Pillow says in clearer words
@@ -151,7 +151,7 @@ def _boxed(image: Image.Image, box: Box) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
-def capped(size: tuple[int, int], cap: int | None) -> tuple[int, int]:
+def cap_size(size: tuple[int, int], cap: int | None) -> tuple[int, int]:
     """A size scaled down so that its shorter side is at most `cap`."""
     if cap is None or min(size) <= cap:
         return size

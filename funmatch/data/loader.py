@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from funmatch.data.batch import Batch
-from funmatch.data.cache.device_store import Aboard
+from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops import randaugment
-from funmatch.ops.crops import central_view, crop_resize_flip, sample_flip
-from funmatch.ops.mixing import cuts as cuts_of
-from funmatch.ops.sampling import CHANGES, CUTS, Draw, Mixing, boxes_of, draw, generator
-from funmatch.runtime.prefetch import Latest, ahead
-from funmatch.runtime.timing import span
+from funmatch.ops.crops import central_view, crop_of_resized_flip, crop_resize_flip
+from funmatch.ops.mixing import draw_cutmix_boxes as cuts_of
+from funmatch.ops.sampling import CHANGES, CUTS, MixupOptions, StepSample, generator, sample_boxes, sample_step
+from funmatch.runtime.prefetch import SharedCache, prefetch_map
+from funmatch.runtime.timing import timed
 
 
 @dataclass(frozen=True)
@@ -51,33 +51,33 @@ class Loader:
     world: int = 1
     crop: str = "inception"
     resize: int = 0
-    mixing: Mixing = Mixing()  # noqa: RUF009
+    mixing: MixupOptions = MixupOptions()  # noqa: RUF009
     cutmix: float = 0.0
     randaugment: tuple[int, int] | None = None
     teacher_sides: tuple[int, ...] = ()
-    own: bool = False
+    own_teacher_view: bool = False
     known: Tensor | None = None
     told: Callable[[int, int, int], Tensor | None] | None = None
-    latest: "Latest | None" = None
+    latest: "SharedCache | None" = None
     native: bool = True
 
-    def draw(self, step: int) -> Draw:
+    def sample(self, step: int) -> StepSample:
         """The draws of the whole global batch."""
-        boxes = boxes_of(self.crop, min_area=self.min_area, side=self.side, resize=self.resize)
-        return draw(
+        boxes = sample_boxes(self.crop, min_area=self.min_area, side=self.side, resize=self.resize)
+        return sample_step(
             self.seed, step, self.batch, len(self.split), self.split.sizes,
-            boxes=boxes, mixing=self.mixing, mirrored=self.crop != "whole", own=self.own,
+            boxes=boxes, mixing=self.mixing, mirrored=self.crop != "whole", own=self.own_teacher_view,
         )  # fmt: skip
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step: the same whenever, wherever and in whichever order it is asked for."""
         if self.latest:
-            return self.latest((step, self.rank, self.world), lambda: self.made(step))
-        return self.made(step)
+            return self.latest((step, self.rank, self.world), lambda: self.make_batch(step))
+        return self.make_batch(step)
 
-    def made(self, step: int) -> Batch:
+    def make_batch(self, step: int) -> Batch:
         """`batch_at`, made now."""
-        drawn = self.draw(step)
+        drawn = self.sample(step)
         share = self.batch // self.world
         rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch
         indices = drawn.indices[rows]
@@ -86,39 +86,41 @@ class Loader:
         if self.told:
             answers = self.told(step, self.rank * share, share)
         teacher_sides = self.teacher_sides if answers is None else ()  # what is known needs no look
-        sides = () if self.own else tuple(side for side in teacher_sides if side != self.side)
-        crops, *others = self.cut(indices, boxes, flips, (self.side, *sides))
+        sides = () if self.own_teacher_view else tuple(side for side in teacher_sides if side != self.side)
+        crops, *others = self.cut_views(indices, boxes, flips, (self.side, *sides))
         if self.randaugment:
             ops, strengths = randaugment.draw(generator(self.seed, step, CHANGES), self.batch, *self.randaugment)
             crops, *others = (randaugment.apply(each, ops[rows], strengths[rows]) for each in (crops, *others))
         shown = dict(zip((self.side, *sides), (crops, *others), strict=True))
-        if drawn.own and teacher_sides:
-            boxes, flips = drawn.own[0][rows], drawn.own[1][rows]
-            own = self.cut(indices, boxes, flips, teacher_sides)
+        if drawn.teacher_view and teacher_sides:
+            boxes, flips = drawn.teacher_view[0][rows], drawn.teacher_view[1][rows]
+            own = self.cut_views(indices, boxes, flips, teacher_sides)
             shown = dict(zip(teacher_sides, own, strict=True))
-        lam, cut = self.mixed(step, drawn.lam, rows[1:])
+        lam, cut = self.sample_mixing(step, drawn.lam, rows[1:])
         shown = tuple(shown[side] for side in teacher_sides)
         return Batch(crops, self.split.labels(indices), lam, answers, shown, cut, step, self.rank * share)
 
-    def mixed(self, step: int, lam: float | np.ndarray, rows: np.ndarray) -> tuple[float | Tensor, Tensor | None]:
+    def sample_mixing(
+        self, step: int, lam: float | np.ndarray, rows: np.ndarray
+    ) -> tuple[float | Tensor, Tensor | None]:
         """λ of MixUp and boxes of CutMix, of the rows of a global batch that are ours."""
         cut = None
         if self.cutmix:
-            rng, each = generator(self.seed, step, CUTS), self.mixing.each
+            rng, each = generator(self.seed, step, CUTS), self.mixing.per_image
             cut, lam = cuts_of(rng, self.batch, self.cutmix, lam, each=each, mixed=self.mixing.a > 0)
             cut = torch.from_numpy(cut[rows] if each else cut).float()
         return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), cut
 
-    def cut(self, indices, boxes, flips, sides: tuple[int, ...]) -> list[Tensor]:
+    def cut_views(self, indices, boxes, flips, sides: tuple[int, ...]) -> list[Tensor]:
         """Crops of pictures, (n, 3, side, side) at each of several sides; where the pixels are, there they are cut."""
         alone = self.crop in ("inception", "whole")
-        if isinstance(self.split.store, Aboard):
+        if isinstance(self.split.store, DeviceStore):
             return self.split.store.crops(self.split.index[indices], boxes, flips, sides, alone=alone)
         if alone:
-            pictures, boxes = self.split.boxed(indices, boxes)
+            pictures, boxes = self.split.read_boxes(indices, boxes)
             return [crop_resize_flip(pictures, boxes, flips, side, native=self.native) for side in sides]
         pictures = self.split.pictures(indices)
-        return [sample_flip(pictures, boxes, flips, side, native=self.native) for side in sides]
+        return [crop_of_resized_flip(pictures, boxes, flips, side, native=self.native) for side in sides]
 
 
 def prefetch(
@@ -132,11 +134,11 @@ def prefetch(
     """
 
     def make(step: int) -> Batch:
-        with span("views"):
+        with timed("views"):
             batch = loader.batch_at(step)
             return finish(batch) if finish else batch
 
-    return ahead(make, start, stop, workers)
+    return prefetch_map(make, start, stop, workers)
 
 
 def central_batches(
@@ -157,11 +159,11 @@ def central_batches(
 
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
-        if isinstance(split.store, Aboard):
+        if isinstance(split.store, DeviceStore):
             return split.store.central(split.index[indices], short_side, side, squash=squash), split.labels(indices)
         pictures = split.pictures(indices)
         views = torch.stack([central_view(picture, short_side, side, squash=squash) for picture in pictures])
         return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
 
     count = -(-len(split) // batch)
-    return ahead(make, 0, count, workers) if split.store.decodes else map(make, range(count))
+    return prefetch_map(make, 0, count, workers) if split.store.decodes else map(make, range(count))

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from funmatch.data.cache.build import Keeping, read_again, unreadable
-from funmatch.data.cache.open_cache import surveyed
-from funmatch.data.cache.scan import Survey, by_split, content_digest, reason_of, stamp, summary
-from funmatch.data.dataset import Reading, Source, Track, untracked
+from funmatch.data.cache.build import CacheOptions, read_again, unreadable
+from funmatch.data.cache.open_cache import scan_dataset
+from funmatch.data.cache.scan import Scan, by_split, content_digest, fingerprint, reason_of, summary
+from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import decode, header
-from funmatch.data.formats.tfrecord import DamagedRecord, example, framed, records
+from funmatch.data.formats.tfrecord import DamagedRecord, example, frame, records
 from funmatch.data.readers.open import open_source
 from funmatch.data.readers.shard_paths import NOTE
 from funmatch.data.readers.tfrecords import CLASS_FILES
@@ -37,8 +37,8 @@ Named = list[tuple[str, int, str, str]]
 
 def write_shards(
     data: Sequence[str],
-    reading: Reading,
-    keeping: Keeping,
+    reading: ReadOptions,
+    keeping: CacheOptions,
     folder: Path,
     *,
     side: int | None = None,
@@ -64,7 +64,7 @@ def write_shards(
     """
     home = keeping.home or cache_home()
     folder = Path(os.path.realpath(folder))
-    source, found = surveyed(open_source(data, reading, track), keeping, track)
+    source, found = scan_dataset(open_source(data, reading, track), keeping, track)
     _check_labels(source)
     labelled = bool(source.classes)
     about = {
@@ -72,7 +72,7 @@ def write_shards(
         "labelled": labelled,
         "side": side,
         "shard_size": size,
-        "content": stamp_of(source, found),
+        "content": fingerprint_of(source, found),
     }
     with exclusively(home / f"shards-{hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()}.lock"):
         done = _finished(folder, about, source)
@@ -85,7 +85,7 @@ def write_shards(
 
 
 def _write_anew(
-    folder: Path, about: dict[str, Any], source: Source, found: Survey, keeping: Keeping, track: Track
+    folder: Path, about: dict[str, Any], source: Dataset, found: Scan, keeping: CacheOptions, track: Track
 ) -> tuple[list[str], Named]:
     """Writes beside the folder, and gives it its name if all pictures are there that should be."""
     with disk_errors(folder):
@@ -97,12 +97,12 @@ def _write_anew(
     return written, bad
 
 
-def _told(source: Source, found: Survey, bad: Named) -> dict[str, Any]:
+def _told(source: Dataset, found: Scan, bad: Named) -> dict[str, Any]:
     about = summary(source, found, {(split, i) for split, i, *_ in bad})
     return about | {"unreadable": [[name, reason] for _, _, name, reason in bad], "notes": source.notes}
 
 
-def _check_labels(source: Source) -> None:
+def _check_labels(source: Dataset) -> None:
     """Raises `InputError` for what shards cannot hold."""
     for name, split in source.splits.items():
         if not split.labelled and (split.labels >= 0).any():
@@ -113,7 +113,7 @@ def _check_labels(source: Source) -> None:
 
 
 def _write_all(
-    folder: Path, source: Source, found: Survey, keeping: Keeping, side: int | None, size: int, track: Track
+    folder: Path, source: Dataset, found: Scan, keeping: CacheOptions, side: int | None, size: int, track: Track
 ) -> tuple[list[str], Named]:
     """Writes every split; gives the shards' names, and the pictures that cannot be decoded."""
     written: list[str] = []
@@ -133,14 +133,14 @@ def _write_all(
     return written, bad
 
 
-def stamp_of(source: Source, found: Survey) -> str:
+def fingerprint_of(source: Dataset, found: Scan) -> str:
     """What the shards hold: contents, labels and splits, wherever the files lie."""
-    listing = stamp(Source("", source.classes, source.splits, source.read, []))
+    listing = fingerprint(Dataset("", source.classes, source.splits, source.read, []))
     rows = content_digest(found.rows["digest"].tobytes() + found.rows["bad"].tobytes())  # limits make more of them bad
     return listing + rows.hex()
 
 
-def _finished(folder: Path, about: dict[str, Any], source: Source) -> tuple[list[str], Named] | None:
+def _finished(folder: Path, about: dict[str, Any], source: Dataset) -> tuple[list[str], Named] | None:
     """The shards and the bad pictures of a folder that was written with the same words, if every shard is whole."""
     note = _note(folder)
     if note is None:
@@ -156,12 +156,12 @@ def _finished(folder: Path, about: dict[str, Any], source: Source) -> tuple[list
     return note["shards"], [tuple(each) for each in note["unreadable"]]
 
 
-def _name_classes(folder: Path, source: Source) -> None:
+def _name_classes(folder: Path, source: Dataset) -> None:
     if source.classes and not source.unnamed:
         write_atomically(folder / CLASS_FILE, "".join(f"{name}\n" for name in source.classes))
 
 
-def _begin(folder: Path, source: Source, about: dict[str, Any]) -> Path:
+def _begin(folder: Path, source: Dataset, about: dict[str, Any]) -> Path:
     """A folder beside the one that is wanted, to write in until all is there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; choose another --out")
@@ -185,12 +185,12 @@ def _note(folder: Path) -> dict[str, Any] | None:
 
 def _write_shard(
     where: Path,
-    source: Source,
+    source: Dataset,
     split: str,
     group: list[int],
     digests: np.ndarray,
     side: int | None,
-    keeping: Keeping,
+    keeping: CacheOptions,
 ) -> tuple[Path | None, Named]:
     """Writes `<where>-<count>.tfrec` under another name, and renames it when it is whole; keeps one that is there."""
     there = where.with_name(f"{where.name}-{len(group)}.tfrec")
@@ -204,7 +204,7 @@ def _write_shard(
         except Exception as error:  # decoders raise many kinds
             return reason_of(error)
         label = int(source.splits[split].labels[i])
-        return framed(example(image, label if label >= 0 else None))
+        return frame(example(image, label if label >= 0 else None))
 
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         made = list(pool.map(payload, group))
@@ -226,7 +226,7 @@ def _whole(shard: Path) -> bool:
         return False
 
 
-def jpeg(encoded: bytes, side: int | None, keeping: Keeping) -> bytes:
+def jpeg(encoded: bytes, side: int | None, keeping: CacheOptions) -> bytes:
     """A picture as a JPEG: as it is where that will do, else decoded, resized and encoded again."""
     if side is None and encoded[:3] in KEPT_AS_THEY_ARE and not header(encoded, keeping.max_pixels).kinds:
         decode(encoded, decoder=keeping.decoder, max_pixels=keeping.max_pixels)  # whether it can be

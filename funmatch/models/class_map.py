@@ -13,11 +13,11 @@ from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.classifier import Classifier
 
 SAME_NAMES = "same-names"
-Picks = tuple[tuple[int, ...], ...]
+ClassMap = tuple[tuple[int, ...], ...]
 """For each class that is asked, the classes of the teacher that it stands for."""
 
 
-def picked(logits: Tensor, picks: Picks | None) -> Tensor:
+def select_classes(logits: Tensor, picks: ClassMap | None) -> Tensor:
     """Logits of the classes that are asked; what a teacher gives to others is shared out among them by the softmax.
 
     Args:
@@ -72,7 +72,7 @@ def read_map(path: Path) -> dict[str, list[str | int]]:
     return found
 
 
-def match(classifier: Classifier, wanted: Sequence[str], rule: str) -> Picks:
+def map_classes(classifier: Classifier, wanted: Sequence[str], rule: str) -> ClassMap:
     """The picks for classes that are asked.
 
     Args:

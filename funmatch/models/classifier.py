@@ -84,11 +84,11 @@ class Classifier(nn.Module):
         """
         super().__init__()
         self.options, self.function = options or {}, function
-        self.still: tuple[str, ...] = ()
-        self.taught: Callable[[Tensor], Any] | None = None  # the network compiled, for training
+        self.frozen_modules: tuple[str, ...] = ()
+        self.compiled_net: Callable[[Tensor], Any] | None = None  # the network compiled, for training
         self.notes: tuple[str, ...] = ()  # what a person should know of it
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
-        self.net = laid_out(net, torch.channels_last)
+        self.net = to_memory_format(net, torch.channels_last)
         self.card = card
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1), persistent=False)
@@ -96,22 +96,22 @@ class Classifier(nn.Module):
     def train(self, mode: bool = True) -> "Classifier":
         """As of any module; but the modules of the network that `still` names, which are not taught, stay in eval."""
         super().train(mode)
-        for name in self.still:
+        for name in self.frozen_modules:
             self.net.get_submodule(name).eval()
         return self
 
-    def normalised(self, views: Tensor) -> Tensor:
+    def normalize(self, views: Tensor) -> Tensor:
         """Views as the network itself wants them."""
         if len(self.card.mean) == 1:
             views = views.mean(1, keepdim=True)
         return (views - self.mean) / self.std
 
     def forward(self, views: Tensor) -> Tensor:
-        net = self.taught if self.taught and self.training else self.net
-        answer = net(self.normalised(views))
+        net = self.compiled_net if self.compiled_net and self.training else self.net
+        answer = net(self.normalize(views))
         return getattr(answer, "logits", answer)
 
-    def count(self) -> int:
+    def count_parameters(self) -> int:
         """Parameters."""
         return sum(parameter.numel() for parameter in self.net.parameters())
 
@@ -122,7 +122,7 @@ def timm_config(net: nn.Module) -> Mapping[str, Any]:
     return found or {}
 
 
-def laid_out(net: nn.Module, layout: torch.memory_format) -> nn.Module:
+def to_memory_format(net: nn.Module, layout: torch.memory_format) -> nn.Module:
     """The network with its kernels laid out anew in memory, in place. (`Module.to` refuses kernels of five axes.)"""
     for tensor in [*net.parameters(), *net.buffers()]:
         if tensor.ndim == 4 and not tensor.is_meta:
@@ -143,7 +143,7 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
         card: what the network is to see and its classes' names.
         about: where it came from, kept under the key `funmatch`.
     """
-    laid_out(classifier.net, torch.contiguous_format)
+    to_memory_format(classifier.net, torch.contiguous_format)
     _untie(classifier.net)
     if classifier.function or not _as_timms(classifier, folder, card, about):
         for file in folder.iterdir():

@@ -22,7 +22,7 @@ def is_function(name: str) -> bool:
     return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def called(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.Module:
+def call_function(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.Module:
     """What the user's function returns.
 
     Args:
@@ -59,7 +59,7 @@ def called(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.Module:
     return made
 
 
-def wrapped(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] | None = None) -> Classifier:
+def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] | None = None) -> Classifier:
     """A module as a classifier: as its card says if it is one, as timm says if it is timm's, else plain.
 
     A plain network sees pictures as they are, in [0, 1]; `funmatch.Classifier(net, funmatch.Card(...))` says more.
@@ -72,7 +72,7 @@ def wrapped(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] 
         net.card = replace(net.card, name=name)
         if function:
             net.options, net.function = kwargs or {}, function
-        net.num_classes = answers(net.net, net.card)
+        net.num_classes = count_classes(net.net, net.card)
         return net
     cfg = timm_config(net)
     if cfg:
@@ -81,11 +81,11 @@ def wrapped(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] 
         card = Card(name, cfg["input_size"][-1], cfg.get("crop_pct") or 1.0, mean, std)
     else:
         card = Card(name, side or SIDE, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return Classifier(net, card, kwargs, answers(net, card), function)
+    return Classifier(net, card, kwargs, count_classes(net, card), function)
 
 
 @torch.no_grad()
-def answers(net: nn.Module, card: Card) -> int:
+def count_classes(net: nn.Module, card: Card) -> int:
     """How many numbers a network answers a picture with."""
     training = net.training
     try:

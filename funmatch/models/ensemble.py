@@ -7,13 +7,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from funmatch.models.class_map import Picks, picked
+from funmatch.models.class_map import ClassMap, select_classes
 from funmatch.models.inference.frozen import Frozen
-from funmatch.runtime.chunks import cuts
+from funmatch.runtime.chunks import even_chunks
 
 
 @dataclass(frozen=True)
-class Member:
+class EnsembleMember:
     """One of the teachers.
 
     Attributes:
@@ -26,15 +26,15 @@ class Member:
     frozen: Frozen
     side: int
     share: float = 1.0
-    picks: Picks | None = None
+    class_map: ClassMap | None = None
 
     @property
     def name(self) -> str:
         return self.frozen.classifier.card.name
 
-    def answers(self, views: Tensor) -> Tensor:
+    def logits(self, views: Tensor) -> Tensor:
         """Logits (n, classes that are asked) of views (n, 3, side, side)."""
-        return picked(self.frozen(views), self.picks)
+        return select_classes(self.frozen(views), self.class_map)
 
 
 def mean_logits(answers: Sequence[Tensor], shares: Sequence[float], temperature: float) -> Tensor:  # noqa: ARG001
@@ -55,13 +55,15 @@ def mean_probabilities(answers: Sequence[Tensor], shares: Sequence[float], tempe
     return torch.stack(logs).logsumexp(0) * temperature
 
 
-COMBINED = {"mean-logits": mean_logits, "mean-probabilities": mean_probabilities}
+COMBINE = {"mean-logits": mean_logits, "mean-probabilities": mean_probabilities}
 
 
-class Teachers(nn.Module):
+class TeacherEnsemble(nn.Module):
     """What a student matches: one frozen teacher, or several combined."""
 
-    def __init__(self, members: Sequence[Member], combine: str = "mean-logits", at_once: int | None = None) -> None:
+    def __init__(
+        self, members: Sequence[EnsembleMember], combine: str = "mean-logits", at_once: int | None = None
+    ) -> None:
         """`at_once` is how many pictures are asked about at a time, None for all that are shown."""
         super().__init__()
         self.members = tuple(members)
@@ -75,19 +77,21 @@ class Teachers(nn.Module):
 
     def forward(self, views: Mapping[int, Tensor], temperature: float = 1.0) -> Tensor:
         """Logits (n, classes) for views by their side, each (n, 3, side, side) of the same pictures."""
-        return self.combined([self.asked(member, views[member.side]) for member in self.members], temperature)
+        return self.combine_logits(
+            [self.forward_chunked(member, views[member.side]) for member in self.members], temperature
+        )
 
-    def asked(self, member: Member, views: Tensor) -> Tensor:
+    def forward_chunked(self, member: EnsembleMember, views: Tensor) -> Tensor:
         """What one of them says, (n, classes), of views (n, 3, side, side): in even pieces, if they are many."""
-        ends = cuts(len(views), self.at_once)
-        return torch.cat([member.answers(views[start:stop]) for start, stop in pairwise(ends)])
+        ends = even_chunks(len(views), self.at_once)
+        return torch.cat([member.logits(views[start:stop]) for start, stop in pairwise(ends)])
 
-    def combined(self, answers: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    def combine_logits(self, answers: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """What the teachers say together, when each says (n, classes)."""
         if len(answers) == 1:
             return answers[0]
-        return COMBINED[self.combine](answers, [member.share for member in self.members], temperature)
+        return COMBINE[self.combine](answers, [member.share for member in self.members], temperature)
 
-    def count(self) -> int:
+    def count_classes(self) -> int:
         """Parameters of all."""
         return sum(member.frozen.size for member in self.members)

@@ -84,7 +84,7 @@ def load(
     if isinstance(name, nn.Module):
         if kwargs or weights:
             raise InputError(f"a module is taken as it is; leave out {weights or ', '.join(options)}")
-        return custom.wrapped(custom.GIVEN + type(name).__name__, name, side)
+        return custom.wrap_module(custom.GIVEN + type(name).__name__, name, side)
     if classes is not None and kwargs.get("num_classes", classes) != classes:
         raise InputError(f"{name}: num_classes={kwargs['num_classes']} is said, but there are {classes} classes")
     if weights and weights.suffix == ".npz":
@@ -99,7 +99,7 @@ def load(
     if origin := _with_weights(name, kwargs):
         return _filled(name, origin, classes, side)
     if custom.is_function(name):
-        return custom.wrapped(name, custom.called(name, kwargs, classes), side, kwargs)
+        return custom.wrap_module(name, custom.call_function(name, kwargs, classes), side, kwargs)
     return _by_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained)
 
 
@@ -125,7 +125,7 @@ def _with_weights(name: str, kwargs: dict[str, Any]) -> Origin | None:
 def _filled(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:
     """The classifier of an origin, for views of a side."""
     if custom.is_function(origin.architecture):
-        net = custom.called(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
+        net = custom.call_function(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
         net = net.net if isinstance(net, Classifier) else net
     else:
         net = timm_models.create_empty(origin.architecture, origin.kwargs)
@@ -142,7 +142,7 @@ def _filled(name: str, origin: Origin, classes: int | None, side: int | None) ->
 
 def _with_head(net: nn.Module, card: Card, kwargs: dict[str, Any], classes: int | None) -> Classifier:
     """The classifier, with a new head where another number of classes is wanted."""
-    has = vars(net).get("num_classes") or custom.answers(net, card)
+    has = vars(net).get("num_classes") or custom.count_classes(net, card)
     if classes is not None and has != classes:
         net, card = timm_models.with_zero_head(net, classes), replace(card, classes=None, top1=None)
     kwargs = {key: value for key, value in kwargs.items() if key != "num_classes"}  # it stands beside them
@@ -157,7 +157,7 @@ def _by_timm(
     if isinstance(own, tuple):
         own, kwargs = own[0], {**own[1], **kwargs}
     hub = own.startswith(HUB)
-    architecture = own if hub else timm_models.known(own, name, tuple(NAMED))
+    architecture = own if hub else timm_models.is_known(own, name, tuple(NAMED))
     if not hub and side and "img_size" not in kwargs and timm_models.net_config(architecture).get("fixed_input_size"):
         kwargs["img_size"] = side
     brings = pretrained or hub or "." in architecture
@@ -270,7 +270,7 @@ def _of_bit(
     card: dict[str, Any],
     wanted: str | None = None,
 ) -> Origin:
-    if wanted is not None and timm_models.known(wanted, wanted).partition(".")[0] != architecture:
+    if wanted is not None and timm_models.is_known(wanted, wanted).partition(".")[0] != architecture:
         raise InputError(f"{where} holds weights of {architecture}, not of {wanted}")
     if "head.fc.bias" not in state:
         raise InputError(f"{where} has no head/bias, so it is no classifier; wanted a checkpoint with its head")
@@ -287,7 +287,7 @@ def _of_state(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
         own, kwargs = own[0], {**own[1], **kwargs}
     if not timm.is_model(own.partition(".")[0]) and (":" in name or "/" in name or Path(name).exists()):
         raise InputError(f"{name} brings its own weights; leave out {path}")
-    architecture = timm_models.known(own, name, tuple(NAMED))  # with its tag, which says what it was trained to see
+    architecture = timm_models.is_known(own, name, tuple(NAMED))  # with its tag, which says what it was trained to see
     state = read_state(path)
     heads = timm_models.net_config(architecture).get("classifier")
     if not heads:

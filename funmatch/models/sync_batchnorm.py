@@ -10,13 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from funmatch.runtime import distributed, env
 
 
-def synchronised(net: nn.Module, device: torch.device) -> nn.Module:
+def sync_batchnorm(net: nn.Module, device: torch.device) -> nn.Module:
     """The network with every BatchNorm made one of the global batch, if there are several processes.
 
     Parameters and buffers are the very same, under the same names, so checkpoints and the saved student are those of
     the network as it was given. On accelerators it is torch's own `SyncBatchNorm`, which the CPU does not have.
     """
-    if env.world() == 1:
+    if env.world_size() == 1:
         return net
     return _converted(net) if device.type == "cpu" else convert_sync_batchnorm(net)
 
@@ -56,10 +56,10 @@ class BatchNorm(_BatchNorm):
         """The input normalised by the mean and the variance of all processes' inputs together, which are tracked."""
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         over = [d for d in range(wide.ndim) if d != 1]
-        count = env.world() * wide.numel() // wide.shape[1]
-        mean = distributed.summed(wide.sum(over, keepdim=True)) / count
+        count = env.world_size() * wide.numel() // wide.shape[1]
+        mean = distributed.all_reduce_sum(wide.sum(over, keepdim=True)) / count
         centred = wide - mean  # the variance in a second pass: a difference of big sums would lose its digits
-        variance = distributed.summed(centred.square().sum(over, keepdim=True)) / count
+        variance = distributed.all_reduce_sum(centred.square().sum(over, keepdim=True)) / count
         self.track(mean.detach().flatten(), variance.detach().flatten() * (count / max(count - 1, 1)))
         answer = centred * (variance + self.eps).rsqrt()
         if self.affine:

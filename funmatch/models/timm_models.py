@@ -29,7 +29,7 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
-def known(architecture: str, name: str, others: tuple[str, ...] = ()) -> str:
+def is_known(architecture: str, name: str, others: tuple[str, ...] = ()) -> str:
     """The architecture again, if timm has it, and its tag.
 
     Raises:
@@ -176,7 +176,7 @@ def freeze_until(student: Classifier, name: str) -> None:
     for each in order[: order.index(name)]:
         for parameter in modules[each].parameters(recurse=False):
             parameter.requires_grad_(False)
-    student.still = tuple(each for each in order[: order.index(name)] if each not in parents)
+    student.frozen_modules = tuple(each for each in order[: order.index(name)] if each not in parents)
     if not any(parameter.requires_grad for parameter in student.net.parameters()):
         raise InputError(f"nothing is left to teach with --freeze-until {name}")
     student.train(student.training)  # lets `still` count from the first step on

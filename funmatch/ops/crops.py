@@ -35,8 +35,10 @@ def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int, *, native:
     if shape[0] * shape[1] <= SMALL and all(picture.shape == shape for picture in pictures):
         return _together(torch.stack(pictures), boxes, flips, side)
     if native and _resampled(pictures):
-        return resample.looked(
-            pictures, lambda starts, sizes: resample.cut_alone(starts, sizes, boxes, side).flipped(flips, side), side
+        return resample.sample(
+            pictures,
+            lambda starts, sizes: resample.crop_then_resize(starts, sizes, boxes, side).flipped(flips, side),
+            side,
         )
     views = torch.empty(len(pictures), 3, side, side, memory_format=torch.channels_last)
     for view, picture, (top, left, height, width), flip in zip(
@@ -47,7 +49,7 @@ def crop_resize_flip(pictures: list[Tensor], boxes, flips, side: int, *, native:
     return views
 
 
-def sample_flip(pictures: list[Tensor], boxes, flips, side: int, *, native: bool = True) -> Tensor:
+def crop_of_resized_flip(pictures: list[Tensor], boxes, flips, side: int, *, native: bool = True) -> Tensor:
     """Cuts one box out of each picture *after* resizing it, and mirrors some.
 
     Unlike `crop_resize_flip` it reads pixels beyond the box where the resized picture would: what
@@ -64,8 +66,10 @@ def sample_flip(pictures: list[Tensor], boxes, flips, side: int, *, native: bool
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
     if native and _resampled(pictures):
-        return resample.looked(
-            pictures, lambda starts, sizes: resample.cut_after(starts, sizes, boxes, side).flipped(flips, side), side
+        return resample.sample(
+            pictures,
+            lambda starts, sizes: resample.resize_then_crop(starts, sizes, boxes, side).flipped(flips, side),
+            side,
         )
     views = torch.empty(len(pictures), 3, side, side, memory_format=torch.channels_last)
     for view, picture, (top, left, height, width), flip in zip(
@@ -81,7 +85,7 @@ def sample_flip(pictures: list[Tensor], boxes, flips, side: int, *, native: bool
 
 def _resampled(pictures: list[Tensor]) -> bool:
     """Whether our own kernel can resample these, and is worth it: if any is not small, and it can be had."""
-    return any(picture.shape[0] * picture.shape[1] > SMALL for picture in pictures) and not resample.why_not()
+    return any(picture.shape[0] * picture.shape[1] > SMALL for picture in pictures) and not resample.why_unavailable()
 
 
 def _sampled(start: float, length: float, size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +108,8 @@ def central_view(picture: Tensor, short_side: int, side: int, *, squash: bool = 
         (3, side, side) float32 in [0, 1].
     """
     if _resampled([picture]):
-        return resample.looked(
-            [picture], lambda starts, sizes: resample.central(starts, sizes, short_side, side, squash=squash), side
+        return resample.sample(
+            [picture], lambda starts, sizes: resample.central_grid(starts, sizes, short_side, side, squash=squash), side
         )[0]
     height, width = picture.shape[:2]
     if squash:

@@ -95,7 +95,7 @@ def dist(
     return (inter * rows + intra * columns.mean()) * temperature**2
 
 
-def standardised(logits: Tensor) -> Tensor:
+def standardize_logits(logits: Tensor) -> Tensor:
     """(z − mean of z) / standard deviation of z, of each row: only the shape of the logits is to be matched.
 
     Sun et al., "Logit standardization in knowledge distillation", CVPR 2024, equation 12; the temperature comes after.

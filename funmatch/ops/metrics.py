@@ -9,9 +9,7 @@ ECE_BINS = 15
 FIGURES = ("top1", "top5", "agreement", "agreement5", "kl", "ece", "balanced")
 
 
-def per_picture(
-    logits: Tensor, labels: Tensor | None = None, teacher_logits: Tensor | None = None
-) -> dict[str, Tensor]:
+def per_image(logits: Tensor, labels: Tensor | None = None, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
     """What each picture contributes to `summary`.
 
     Args:

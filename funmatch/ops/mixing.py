@@ -32,7 +32,7 @@ def cut_boxes(uniforms: np.ndarray, a: float = 1.0) -> np.ndarray:
     return np.concatenate([corner, np.minimum(uniforms[:, 1:] + half, 1) - corner], axis=1)
 
 
-def cuts(
+def draw_cutmix_boxes(
     rng: np.random.Generator, n: int, a: float, lam: float | np.ndarray, *, each: bool = False, mixed: bool = False
 ) -> tuple[np.ndarray, float | np.ndarray]:
     """Draws the boxes of a global batch, and which pictures are cut and which are mixed where both are asked for.
@@ -76,7 +76,7 @@ def cutmix(views: Tensor, boxes: Tensor, own: Tensor | None = None) -> Tensor:
     )
 
 
-def kept(boxes: Tensor, side: int) -> Tensor:
+def kept_fraction(boxes: Tensor, side: int) -> Tensor:
     """The share of its own pixels that each picture keeps under `cutmix`: λ for `distances.mixed_labels`.
 
     Args:
@@ -116,7 +116,7 @@ def mixup(views: Tensor, lam: float | Tensor) -> Tensor:
     return views[1:] if lam == 1 else torch.lerp(views[:-1], views[1:], lam)
 
 
-def seen(
+def mix_views(
     crops: Tensor, shown: Sequence[Tensor], lam: float | Tensor, cuts: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """The teachers' views and the student's.
@@ -142,6 +142,6 @@ def seen(
     return [student if each is crops else mixed(each) for each in shown], student
 
 
-def own_share(lam: float | Tensor, cuts: Tensor | None, side: int) -> float | Tensor:
+def own_weight(lam: float | Tensor, cuts: Tensor | None, side: int) -> float | Tensor:
     """How much of each view is its own picture, one or (n,): the λ of its label."""
-    return lam if cuts is None else lam * kept(cuts, side)
+    return lam if cuts is None else lam * kept_fraction(cuts, side)

@@ -19,7 +19,7 @@ CLOSE = 1e-5
 
 
 @dataclass(frozen=True)
-class Looks:
+class SamplingGrid:
     """Where n views are read from.
 
     Attributes:
@@ -30,7 +30,7 @@ class Looks:
     corners: np.ndarray
     axes: np.ndarray
 
-    def flipped(self, flips: np.ndarray, side: int) -> "Looks":
+    def flipped(self, flips: np.ndarray, side: int) -> "SamplingGrid":
         """The same, some of them mirrored left to right.
 
         Args:
@@ -40,10 +40,10 @@ class Looks:
         axes = self.axes.copy()
         start, step = axes[flips, 1, 0], axes[flips, 1, 1]
         axes[flips, 1, 0], axes[flips, 1, 1] = start + (side - 1) * step, -step
-        return Looks(self.corners, axes)
+        return SamplingGrid(self.corners, axes)
 
 
-def cut_alone(starts, sizes, boxes, side: int) -> Looks:
+def crop_then_resize(starts, sizes, boxes, side: int) -> SamplingGrid:
     """Boxes that are cut out and resized alone, as `augment.crop_resize_flip` does: nothing beyond their edge is read.
 
     Args:
@@ -59,7 +59,7 @@ def cut_alone(starts, sizes, boxes, side: int) -> Looks:
     )
 
 
-def cut_after(starts, sizes, boxes, side: int) -> Looks:
+def resize_then_crop(starts, sizes, boxes, side: int) -> SamplingGrid:
     """Boxes that are cut out of resized pictures, as `augment.sample_flip` does.
 
     Args:
@@ -73,7 +73,7 @@ def cut_after(starts, sizes, boxes, side: int) -> Looks:
     return _looks(starts, sizes, inside, boxes[:, :2] - inside, boxes[:, 2:], -inside, ends, side)
 
 
-def central(starts, sizes, short_side: int, side: int, *, squash: bool = False) -> Looks:
+def central_grid(starts, sizes, short_side: int, side: int, *, squash: bool = False) -> SamplingGrid:
     """The evaluation views, as `augment.central_view` sees them.
 
     Args:
@@ -89,10 +89,10 @@ def central(starts, sizes, short_side: int, side: int, *, squash: bool = False) 
         resized = np.maximum(side, np.rint(given * (short_side / given.min(1))[:, None]))
     scale = given / resized
     corner = (resized - side) // 2 * scale
-    return cut_after(starts, sizes, np.concatenate([corner, side * scale], 1), side)
+    return resize_then_crop(starts, sizes, np.concatenate([corner, side * scale], 1), side)
 
 
-def _looks(starts, sizes, corner, rest, lengths, least, ends, side: int) -> Looks:
+def _looks(starts, sizes, corner, rest, lengths, least, ends, side: int) -> SamplingGrid:
     """Looks at boxes that begin `rest` beyond a whole pixel `corner` of their pictures, (n, 2) each.
 
     Args:
@@ -105,10 +105,10 @@ def _looks(starts, sizes, corner, rest, lengths, least, ends, side: int) -> Look
     corners = np.stack([starts + corner[:, 0] * row + 3 * corner[:, 1], row], 1)
     step = lengths / side
     axes = np.stack([rest + 0.5 * step - 0.5, step, least, ends - 1], -1)
-    return Looks(corners, axes)
+    return SamplingGrid(corners, axes)
 
 
-def gathered(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
+def sample_by_gather(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
     """The views, by indexing: slow, but for any device, and what a kernel is held against.
 
     Args:
@@ -138,35 +138,37 @@ def gathered(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
 
 
 @cache
-def why_not() -> str:
+def why_unavailable() -> str:
     """Why the CPU's own kernel cannot be had here; empty where it can."""
-    return library.why_not() or ("" if _computes() else "what the compiler made of it computes something else")
+    return library.why_unavailable() or ("" if _computes() else "what the compiler made of it computes something else")
 
 
 def _computes() -> bool:
     """Whether the kernel reads what indexing reads, of a mirrored crop and of one that reaches beyond its picture."""
     picture = torch.arange(0, 180, 2, dtype=torch.uint8)[:60].view(4, 5, 3)
-    for cut, box in ((cut_alone, (1, 1, 3, 4)), (cut_after, (-0.5, 0.25, 3.5, 4.5))):
+    for cut, box in ((crop_then_resize, (1, 1, 3, 4)), (resize_then_crop, (-0.5, 0.25, 3.5, 4.5))):
 
-        def looks(starts: np.ndarray, sizes: np.ndarray, cut: Callable[..., Looks] = cut, box: tuple = box) -> Looks:
+        def looks(
+            starts: np.ndarray, sizes: np.ndarray, cut: Callable[..., SamplingGrid] = cut, box: tuple = box
+        ) -> SamplingGrid:
             return cut(starts, sizes, np.array([box]), 7).flipped(np.array([True]), 7)
 
         wanted = looks(np.zeros(1, np.int64), np.array([[4], [5]]))
         numbers = torch.from_numpy(wanted.corners), torch.from_numpy(wanted.axes)
-        if (looked([picture], looks, 7) - gathered(picture.flatten(), *numbers, 7)).abs().max() > CLOSE:
+        if (sample([picture], looks, 7) - sample_by_gather(picture.flatten(), *numbers, 7)).abs().max() > CLOSE:
             return False
     return True
 
 
-def _look(looks: Looks, side: int) -> Tensor:
+def _look(looks: SamplingGrid, side: int) -> Tensor:
     """The views of pictures whose corners are addresses."""
     views = torch.empty(len(looks.corners), side, side, 3, dtype=torch.float32, device="cpu")
     corners, axes = np.ascontiguousarray(looks.corners), np.ascontiguousarray(looks.axes)
-    library.library().look(corners.ctypes.data, axes.ctypes.data, views.data_ptr(), len(views), side)
+    library.load_library().look(corners.ctypes.data, axes.ctypes.data, views.data_ptr(), len(views), side)
     return views.permute(0, 3, 1, 2)
 
 
-def looked(pictures: Sequence[Tensor], cut: Callable[..., Looks], side: int) -> Tensor:
+def sample(pictures: Sequence[Tensor], cut: Callable[..., SamplingGrid], side: int) -> Tensor:
     """The views of pictures wherever they lie, by the CPU's own kernel.
 
     Args:

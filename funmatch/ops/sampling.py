@@ -10,14 +10,14 @@ from functools import partial
 
 import numpy as np
 
-VERSION = 1
+SAMPLING_VERSION = 1
 """Of all that is drawn here: what was computed for the views of another version is not for these."""
 ASPECT_RANGE = (3 / 4, 4 / 3)
 CROP_TRIES = 100
 
 
 @dataclass(frozen=True)
-class Draw:
+class StepSample:
     """What step `step` does to each of its `n` pictures.
 
     Attributes:
@@ -33,11 +33,11 @@ class Draw:
     boxes: np.ndarray
     flips: np.ndarray
     lam: float | np.ndarray
-    own: tuple[np.ndarray, np.ndarray] | None = None
+    teacher_view: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixupOptions:
     """How MixUp's λ is drawn.
 
     Attributes:
@@ -48,18 +48,18 @@ class Mixing:
     """
 
     a: float = 1.0
-    each: bool = False
-    larger: bool = True
+    per_image: bool = False
+    take_max: bool = True
     lam: float | None = None
 
-    def of(self, uniforms):
+    def lam_at(self, uniforms):
         """λ at uniform numbers in [0, 1)."""
         if self.a == 0:
             return np.ones_like(uniforms)
         if self.lam is not None:
             return np.full_like(uniforms, self.lam)
         lam = beta(uniforms, self.a)
-        return np.maximum(lam, 1 - lam) if self.larger else lam
+        return np.maximum(lam, 1 - lam) if self.take_max else lam
 
 
 # Streams of a step's random numbers: what is drawn from one does not move what is drawn from another.
@@ -72,7 +72,7 @@ def generator(seed: int, step: int, stream: int = STEP) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(entropy))
 
 
-def draw(
+def sample_step(
     seed: int,
     step: int,
     batch: int,
@@ -80,10 +80,10 @@ def draw(
     sizes,
     *,
     boxes=None,
-    mixing: Mixing = Mixing(),
+    mixing: MixupOptions = MixupOptions(),
     mirrored: bool = True,
     own: bool = False,
-) -> Draw:
+) -> StepSample:
     """Draws step `step` of a run for the global batch.
 
     Args:
@@ -97,10 +97,14 @@ def draw(
         mirrored: whether half of the views are.
         own: whether the teacher's view has draws of its own, from the same distribution.
     """
-    boxes = boxes or inception_boxes
+    boxes = boxes or sample_inception_boxes
     rng = generator(seed, step)
     uniform = np.asarray(rng.random())
-    lam = mixing.of(generator(seed, step, LAMBDAS).random(batch)) if mixing.each else float(mixing.of(uniform))
+    lam = (
+        mixing.lam_at(generator(seed, step, LAMBDAS).random(batch))
+        if mixing.per_image
+        else float(mixing.lam_at(uniform))
+    )
     indices = shuffled(seed, np.arange(step * batch, (step + 1) * batch, dtype=np.int64), count)
     shape = sizes(indices)
 
@@ -109,7 +113,7 @@ def draw(
         return boxes(rng, *shape), flips & mirrored
 
     crops, flips = looked(rng)
-    return Draw(indices, crops, flips, lam, looked(generator(seed, step, OWN)) if own else None)
+    return StepSample(indices, crops, flips, lam, looked(generator(seed, step, OWN)) if own else None)
 
 
 def beta(uniforms, a: float):
@@ -121,13 +125,13 @@ def beta(uniforms, a: float):
     return betaincinv(a, a, uniforms)
 
 
-def whole_boxes(_rng: np.random.Generator, heights, widths) -> np.ndarray:
+def sample_whole_boxes(_rng: np.random.Generator, heights, widths) -> np.ndarray:
     """Each picture from edge to edge: (n, 4) int64, top, left, height, width."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
 
 
-def boxes_of(crop: str, *, min_area: float = 0.05, side: int = 0, resize: int = 0):
+def sample_boxes(crop: str, *, min_area: float = 0.05, side: int = 0, resize: int = 0):
     """The function from a generator and sizes to crops of a name: inception, mild, squash or whole.
 
     Args:
@@ -135,13 +139,13 @@ def boxes_of(crop: str, *, min_area: float = 0.05, side: int = 0, resize: int = 
         side, resize: of mild ones (squash: of both sides resized).
     """
     if crop == "whole":
-        return whole_boxes
+        return sample_whole_boxes
     if crop == "inception":
-        return partial(inception_boxes, min_area=min_area)
-    return partial(mild_boxes, side=side, resize=resize, squash=crop == "squash")
+        return partial(sample_inception_boxes, min_area=min_area)
+    return partial(sample_mild_boxes, side=side, resize=resize, squash=crop == "squash")
 
 
-def mild_boxes(
+def sample_mild_boxes(
     rng: np.random.Generator, heights, widths, *, side: int, resize: int, squash: bool = False
 ) -> np.ndarray:
     """Mild random crops: pictures resized so that the short side is `resize`, then a random square of `side` cut out.
@@ -165,7 +169,7 @@ def mild_boxes(
     return np.concatenate([corner * size / resized, side * size / resized], axis=1)
 
 
-def inception_boxes(
+def sample_inception_boxes(
     rng: np.random.Generator, heights, widths, *, min_area: float = 0.05, max_area: float = 1.0
 ) -> np.ndarray:
     """Inception crops with the distribution of TensorFlow's `sample_distorted_bounding_box`.

@@ -12,7 +12,7 @@ from PIL import Image
 from funmatch.config import TAUGHT, Report
 from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError
-from funmatch.models.inference.frozen import Form
+from funmatch.models.inference.frozen import InferenceMode
 from funmatch.ops import mixing
 from funmatch.reports import run_plots
 from funmatch.runtime import env
@@ -33,7 +33,7 @@ def run(config: Report) -> Path:
         InputError: a folder that is no run.
     """
     config.check()
-    found = [run_folder.find(folder) for folder in config.runs]
+    found = [run_folder.find_run(folder) for folder in config.runs]
     path = config.out.expanduser() if config.out else found[0].folder / "report.html"
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"cannot write the page {path}: {'it is a folder' if path.is_dir() else 'no such folder'}")
@@ -51,12 +51,12 @@ def run(config: Report) -> Path:
         teachers=[line for each in found for line in teachers(each)],
         teacher_columns=TEACHER_COLUMNS,
         lead="Function matching" if distilled else "Taught by labels",
-        closeness=[line for each in found for line in closeness(each)],
+        closeness=[line for each in found for line in agreement_rows(each)],
         closeness_columns=CLOSENESS_COLUMNS,
-        seen=[line for each in found for line in seen(each)],
+        seen=[line for each in found for line in evaluation_counts(each)],
         seen_columns=SEEN_COLUMNS,
-        overridden=[line for each in found for line in overridden(each)],
-        curves=run_plots.panels(found),
+        overridden=[line for each in found for line in overridden_options(each)],
+        curves=run_plots.build_panels(found),
         sheets=sheets,
         configs=[(each.folder.resolve().name, flat(each.config)) for each in found],
         colors=run_plots.COLORS,
@@ -65,10 +65,10 @@ def run(config: Report) -> Path:
     return path
 
 
-def of_finished(folder: Path) -> Path:
+def write_if_finished(folder: Path) -> Path:
     """The page of one finished run, written by the first process unless it is there."""
     page, result = folder / "report.html", folder / "result.json"
-    if not env.is_first():
+    if not env.is_main_process():
         return page
     if page.is_file() and page.stat().st_mtime >= result.stat().st_mtime:
         return page
@@ -117,7 +117,7 @@ def row(run: run_folder.Run) -> list[str]:
 def rows(run: run_folder.Run) -> list[list[str]]:
     """The row of a run, of each end that it has gone beyond, and of the averages of weights where these were kept."""
     found = [row(run)]
-    for end in extend.kept(run):
+    for end in extend.earlier_ends(run):
         result = end.result or {}
         own = dict(zip(COLUMNS, found[0], strict=True)) | _judged(result)
         steps = {"run": f"{found[0][0]}, end at step {result['step']:,}", "steps": f"{result['step']:,}"}
@@ -148,7 +148,7 @@ def _judged(figures: dict[str, Any]) -> dict[str, str]:
 CLOSENESS_COLUMNS = ("run", "step", "pictures", "top-1", "teacher's", "agree@1", "agree@5", "KL", "distance")
 
 
-def closeness(run: run_folder.Run) -> list[list[str]]:
+def agreement_rows(run: run_folder.Run) -> list[list[str]]:
     """How close the student is to its teacher on training views, and beside them on pictures it has never seen.
 
     A teacher that is fixed is matched ever better on the views of the training, and ever worse elsewhere.
@@ -183,7 +183,7 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
                 " + ".join(Path(name).name for name in record["teacher"].split(" + ")),
                 percent(record.get("top1")),
                 record["split"],
-                str(Form(**record["form"])) if record.get("form") else "–",
+                str(InferenceMode(**record["form"])) if record.get("form") else "–",
                 f"{max(0.0, beside['kl']):.1e}" if beside else "–",
                 percent(beside.get("agreement")),
             ])  # fmt: skip
@@ -193,7 +193,7 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
 SEEN_COLUMNS = ("run", "split", "pictures", "during the run", "at its end", "chosen by it")
 
 
-def seen(run: run_folder.Run) -> list[list[str]]:
+def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
     """How often a run judged its student on each split, and whether anything was chosen by what came out."""
     evaluations = [record["split"] for record in run.metrics.read() if record["event"] == "eval"]
     result, knobs = run.result or {}, run.config["knobs"]
@@ -214,7 +214,7 @@ def seen(run: run_folder.Run) -> list[list[str]]:
     ]
 
 
-def overridden(run: run_folder.Run) -> list[list[str]]:
+def overridden_options(run: run_folder.Run) -> list[list[str]]:
     """What a run did otherwise than the recipe that it followed: knob, the recipe's value, its own."""
     knobs, others = run.config["knobs"], run.config["facts"].get("overridden", {})
     told = [(name, *map(_told, values)) for name, values in others.items()]
@@ -233,15 +233,15 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
     knobs = config["knobs"]
     try:
         table = TAUGHT[config["verb"]](**knobs)
-        cache = datasets.of_run(table)
+        cache = datasets.open_run_data(table)
     except (InputError, OSError, ValueError, KeyError):
         return None
     if cache.key != config["facts"]["data"]:
         return None
     strategy = STRATEGIES[knobs["strategy"]] if "strategy" in knobs else None
     sides = (knobs["side"],) if strategy and not strategy.fixed else ()
-    batch = setup.loader_of(table, cache, sides).batch_at(step)
-    shown, student = mixing.seen(batch.crops, batch.shown, batch.lam, batch.cuts)
+    batch = setup.build_loader(table, cache, sides).batch_at(step)
+    shown, student = mixing.mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
     rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in (*shown, student)]
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     image = Image.fromarray((sheet * 255).round().astype(np.uint8))

@@ -56,7 +56,7 @@ OTHERS = (
 )
 
 
-def panels(found: list[run_folder.Run]) -> list[tuple[str, str]]:
+def build_panels(found: list[run_folder.Run]) -> list[tuple[str, str]]:
     """(heading, SVG) of accuracy, closeness to the teacher, loss, learning rate and throughput against the step."""
     known = {name for run in found for each in run.metrics.read() if each["event"] == "eval" for name in _given(each)}
     judged = [panel for panel in (ACCURACY, AGREEMENT, KL) if panel.name in known]
@@ -99,7 +99,7 @@ def _lines(axes: Axes, run: run_folder.Run, panel: Panel, color: str) -> None:
     name = run.folder.resolve().name
     marker = "o" if len(_points(run, panel.event, panel)[0]) < 3 else None
     axes.plot(*_points(run, panel.event, panel), color=color, label=_literal(name), linewidth=1.6, marker=marker)
-    for end in extend.kept(run):
+    for end in extend.earlier_ends(run):
         axes.plot(*_points(end, panel.event, panel), color=color, linewidth=0.9, marker=marker)
     beside = [("ema", ":", "average of weights")] if panel.event == "eval" else []
     beside += [("views", "-.", "training views")] if panel.views else []

@@ -37,13 +37,13 @@ class Plan(Protocol):
     def figures(self) -> Sequence[Mapping[str, Any]]: ...
 
 
-def written(folder: Path, plan: Plan, all_of_them: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def write_page(folder: Path, plan: Plan, all_of_them: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Writes `report.html`, `table.md` and `figures/*.svg` of a study's folder; where they are."""
-    results = shown(all_of_them)
+    results = visible(all_of_them)
     drawings = []
     (folder / "figures").mkdir(exist_ok=True)
     for number, figure in enumerate(plan.figures, 1):
-        if svg := study_plots.drawn(figure, results):
+        if svg := study_plots.draw_svg(figure, results):
             path = folder / "figures" / f"{number}-{figure['kind']}-{figure['value']}.svg"
             write_atomically(path, svg)
             drawings.append((study_plots.heading(figure), svg, path.name))
@@ -59,14 +59,14 @@ def written(folder: Path, plan: Plan, all_of_them: Sequence[Mapping[str, Any]]) 
         columns=columns(results),
         rows=rows(results),
         drawings=drawings,
-        made=made(folder, all_of_them),
+        made=how_made(folder, all_of_them),
         text=plan.text,
     )
     write_atomically(folder / "report.html", page)
     return {"report": str(folder / "report.html"), "table": str(folder / "table.md")}
 
 
-def shown(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def visible(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The results of runs that are not only there for others."""
     return [result for result in results if result.get("shown", True)]
 
@@ -105,7 +105,7 @@ def _told(group: Sequence[Mapping[str, Any]], name: str) -> str:
     return f"{mean:.{digits}f}{around}{sign}"
 
 
-def made(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def how_made(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(what, value) of how a study was made: command, machine, versions, seeds, hours, teachers."""
     command = folder / "command.txt"
     told: dict[str, list[str]] = {}

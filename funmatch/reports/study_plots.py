@@ -30,7 +30,7 @@ def is_share(name: str) -> bool:
     return name.removeprefix("views_").removeprefix("ema_").removeprefix("teacher_") in SHARES
 
 
-def drawn(figure: Mapping[str, Any], results: Results) -> str:
+def draw_svg(figure: Mapping[str, Any], results: Results) -> str:
     """A figure as the text of an SVG element; '' where no run has what it shows."""
     kinds: dict[str, Callable[..., bool]] = {"curves": _curves, "ends": _ends, "against": _against, "scatter": _scatter}
     with matplotlib.rc_context(STYLE):

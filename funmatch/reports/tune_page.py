@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from funmatch.reports import tune_plots
-from funmatch.runtime.text import duration, percent, told
+from funmatch.runtime.text import duration, format_value, percent
 
 NAMES = {"top1": "top-1", "agreement": "agreement"}
 
@@ -20,15 +20,15 @@ def page(result: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     return template.render(
         title=f"{Path(result['study']).name}: a search",
         lead=lead(result),
-        figures=figures(result),
+        figures=best_rows(result),
         run=result["best_run"],
         command=result["command"],
         columns=columns(result),
         rows=trial_rows(result),
         best=str(result["best"]),
-        plots=tune_plots.of(result),
+        plots=tune_plots.draw_plots(result),
         honesty=_honesty(result),
-        seen=seen(result),
+        seen=evaluation_counts(result),
         failed=[[trial["number"], trial["error"]] for trial in result["trials"] if trial["error"]],
         asked=[(name, value) for part in asked.values() if isinstance(part, dict) for name, value in part.items()],
     )
@@ -57,7 +57,7 @@ def trial_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return [
         [
             str(trial["number"]),
-            *(told(value) for value in trial["knobs"].values()),
+            *(format_value(value) for value in trial["knobs"].values()),
             percent(trial["value"]),
             percent(trial["spread"]),
             duration(trial["seconds"]) if trial["seconds"] is not None else "–",
@@ -74,13 +74,13 @@ def _remark(trial: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return ", ".join([*words, *(["as said"] if trial["number"] == 0 and result["said"] else [])])
 
 
-def figures(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def best_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, spread) of the best trial."""
     if result["best"] is None:
         return []
     name, test = NAMES[result["score"]], result["test"]
     lines = [("trial", str(result["best"]), "–")]
-    lines += [(knob, told(value), "–") for knob, value in result["knobs"].items()]
+    lines += [(knob, format_value(value), "–") for knob, value in result["knobs"].items()]
     lines.append((f"{name} on validation (chosen by it)", percent(result["value"]), percent(result["spread"])))
     if result["said"] and result["best"] != 0:
         said = result["trials"][0]
@@ -107,7 +107,7 @@ def _honesty(result: Mapping[str, Any]) -> str:
     return best + "The test pictures were kept from all trials."
 
 
-def seen(result: Mapping[str, Any]) -> list[list[str]]:
+def evaluation_counts(result: Mapping[str, Any]) -> list[list[str]]:
     """How often students were judged on each split, and what was chosen by that."""
     rows = [
         [name, f"{count:,}", "–", "the best checkpoint of each run, the best trial" if name == "val" else "nothing"]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from funmatch.reports.run_plots import COLORS, STYLE
-from funmatch.runtime.text import told
+from funmatch.runtime.text import format_value
 
 BEST = COLORS[1]
 SHADES = colormaps["viridis"]
@@ -20,7 +20,7 @@ Result = Mapping[str, Any]
 Trials = list[dict[str, Any]]
 
 
-def of(result: Result) -> list[tuple[str, str]]:
+def draw_plots(result: Result) -> list[tuple[str, str]]:
     """(heading, SVG) of the trials that have a figure; nothing for fewer than two."""
     complete = [trial for trial in result["trials"] if trial["value"] is not None]
     if len(complete) < 2:
@@ -98,7 +98,7 @@ def _height(span: Mapping[str, Any], value: Any) -> float:
 def _marks(span: Mapping[str, Any]) -> list[tuple[float, str]]:
     """(height, word) of the values that an axis names."""
     ends = span["choices"] or (span["low"], span["high"])
-    return [(_height(span, value), told(value)) for value in ends]
+    return [(_height(span, value), format_value(value)) for value in ends]
 
 
 def _slices(figure: Figure, trials: Trials, result: Result) -> None:
@@ -119,7 +119,7 @@ def _slice(axes: Axes, name: str, span: Mapping[str, Any], trials: Trials, best:
             color=BEST if trial["number"] == best else COLORS[0], elinewidth=0.8, alpha=0.85,
         )  # fmt: skip
     if span["choices"]:
-        axes.set_xticks(range(len(span["choices"])), list(map(told, span["choices"])))
+        axes.set_xticks(range(len(span["choices"])), list(map(format_value, span["choices"])))
         axes.margins(x=0.2)
     elif span["log"]:
         low, high = span["low"], span["high"]

@@ -1,7 +1,7 @@
 """Cuts a number of rows into even chunks."""
 
 
-def cuts(count: int, size: int | None) -> list[int]:
+def even_chunks(count: int, size: int | None) -> list[int]:
     """Where so many pictures are cut into the fewest pieces of at most `size`, as even as can be: 0, …, count.
 
     Even, since BatchNorm has no statistics of a last piece of one picture.

@@ -12,7 +12,7 @@ from funmatch.runtime import env
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
     """The device that a person named; `auto` is the accelerator, if there is one.
 
     Raises:
@@ -30,17 +30,17 @@ def pick(name: str) -> torch.device:
         raise InputError(f"no {device.type} device on this machine; {known}")
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
         raise InputError(f"no device {name}; there are {torch.accelerator.device_count()} of {device.type}")
-    return device if device.type == "cpu" or env.world() == 1 else _own(device)
+    return device if device.type == "cpu" or env.world_size() == 1 else _own_accelerator(device)
 
 
-def _own(device: torch.device) -> torch.device:
+def _own_accelerator(device: torch.device) -> torch.device:
     """The accelerator of this process, where several share the work."""
     if device.index is not None:
         raise InputError(f"each process takes an accelerator of its own: --device {device.type}, not {device}")
-    if env.local_world() > torch.accelerator.device_count():
+    if env.local_world_size() > torch.accelerator.device_count():
         raise InputError(
-            f"{env.local_world()} processes on a machine with {torch.accelerator.device_count()} of {device.type}; "
-            "start one for each, or say --device cpu"
+            f"{env.local_world_size()} processes, but this machine has {torch.accelerator.device_count()} of "
+            f"{device.type}; start one for each, or say --device cpu"
         )
     return torch.device(device.type, env.local_rank())
 
@@ -68,7 +68,7 @@ def teacher_precisions(name: str, device: torch.device) -> tuple[str, ...]:
     return ("bf16", "fp16", "fp32") if resolve_precision("auto", device) == "bf16" else ("fp16", "fp32")
 
 
-def described(device: torch.device) -> tuple[object, ...]:
+def machine_signature(device: torch.device) -> tuple[object, ...]:
     """What a measurement on a device depends on: the hardware, the library, and how many threads compute."""
     name = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
     return name, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.__version__, torch.get_num_threads()
@@ -103,18 +103,18 @@ def empty_cache(device: torch.device) -> None:
         torch.accelerator.reset_peak_memory_stats(device)
 
 
-def peak(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """The most bytes that were in use at once on an accelerator; 0 for the CPU, where this is not known."""
     return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
 
 
-def memory_of(device: torch.device) -> int:
+def device_memory(device: torch.device) -> int:
     """Bytes of memory that an accelerator has of its own; 0 for the CPU, and where nobody says."""
     asked = getattr(torch.get_device_module(device), "mem_get_info", None) if device.type != "cpu" else None
     return asked(device)[1] if asked else 0
 
 
-def finish(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Waits until a device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -122,5 +122,5 @@ def finish(device: torch.device) -> None:
 
 def spare_threads() -> int:
     """Threads for making views, beside the one that drives the model."""
-    cores = len(os.sched_getaffinity(0)) // env.local_world() if hasattr(os, "sched_getaffinity") else 2
+    cores = len(os.sched_getaffinity(0)) // env.local_world_size() if hasattr(os, "sched_getaffinity") else 2
     return max(1, min(8, cores - 1))

@@ -5,50 +5,50 @@ import time
 
 from funmatch.runtime import env
 
-BEGAN = time.monotonic()
-SAID = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+STARTED = time.monotonic()
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process; where one is missing, this process is alone."""
 
 
 def rank() -> int:
     """Which process this is, of 0 … `world()` − 1."""
-    return _told("RANK", 0)
+    return _read("RANK", 0)
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes teach one student together."""
-    return _told("WORLD_SIZE", 1)
+    return _read("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Which process of this machine this is: the number of its accelerator."""
-    return _told("LOCAL_RANK", 0)
+    return _read("LOCAL_RANK", 0)
 
 
-def local_world() -> int:
+def local_world_size() -> int:
     """How many of the processes share this machine."""
-    return _told("LOCAL_WORLD_SIZE", world())
+    return _read("LOCAL_WORLD_SIZE", world_size())
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes and speaks."""
     return rank() == 0
 
 
-def alive() -> float:
+def seconds_since_start() -> float:
     """Seconds since this program began."""
-    return time.monotonic() - BEGAN
+    return time.monotonic() - STARTED
 
 
-def _told(name: str, alone: int) -> int:
-    return int(os.environ.get(name, alone)) if all(word in os.environ for word in SAID) else alone
+def _read(name: str, alone: int) -> int:
+    return int(os.environ.get(name, alone)) if all(word in os.environ for word in TORCHRUN_VARIABLES) else alone
 
 
-def mark_told(error: BaseException, *, elsewhere: bool) -> None:
+def mark_reported(error: BaseException, *, elsewhere: bool) -> None:
     """Marks an error as one that another process of the run tells, or that nobody else does."""
     vars(error)["told_elsewhere"] = elsewhere
 
 
-def told_elsewhere(error: BaseException) -> bool:
+def reported_elsewhere(error: BaseException) -> bool:
     """Whether another process of the run tells this error: one that is not marked is met by all, so the first does."""
-    return vars(error).get("told_elsewhere", not env.is_first())
+    return vars(error).get("told_elsewhere", not env.is_main_process())

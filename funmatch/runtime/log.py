@@ -14,30 +14,30 @@ from funmatch.runtime.text import duration
 
 PLAIN_LINE_SECONDS, LIVE_LINE_SECONDS = 10.0, 1.0
 
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not env.is_first())
-out = Console(highlight=False, markup=False, emoji=False, quiet=not env.is_first())
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not env.is_main_process())
+out = Console(highlight=False, markup=False, emoji=False, quiet=not env.is_main_process())
 
 
-def say(message: str) -> None:
+def info(message: str) -> None:
     """A line for people."""
     err.print(message)
 
 
-def say_notes(model: str, notes: Iterable[str]) -> None:
+def info_notes(model: str, notes: Iterable[str]) -> None:
     """What should be known of a model that was loaded, a line each."""
     for note in notes:
-        say(f"{model}: {note}")
+        info(f"{model}: {note}")
 
 
 def track(things: Iterable, total: int, what: str) -> Iterator:
     """The same things, shown as progress: a bar on a terminal, now and then a line elsewhere."""
-    with Bar(what, total) as bar:
+    with ProgressBar(what, total) as bar:
         for done, thing in enumerate(things, 1):
             yield thing
             bar.update(done)
 
 
-class Bar:
+class ProgressBar:
     """Progress of one piece of work, with its rate and the time left."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
@@ -50,7 +50,7 @@ class Bar:
         )  # fmt: skip
         self.task = self.columns.add_task(what, total=total, completed=done, note="")
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "ProgressBar":
         if err.is_terminal:
             self.columns.start()
         return self
@@ -73,7 +73,7 @@ class Bar:
     def line(self, text: str) -> None:
         """A plain line; in a notebook, which keeps every line, one that is written anew."""
         if not err.is_jupyter:
-            say(text)
+            info(text)
             return
         from IPython.display import display
 

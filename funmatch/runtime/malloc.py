@@ -19,7 +19,7 @@ _lock, _keepers = Lock(), 0
 
 
 @contextmanager
-def kept(device: torch.device) -> Generator[None]:
+def keep_freed_memory(device: torch.device) -> Generator[None]:
     """Has the C library keep what is freed while the block runs, if the CPU computes.
 
     A step needs the same gigabytes as the one before. Given back each time, they come back page by page, each of them

@@ -11,7 +11,7 @@ import torch
 Made = TypeVar("Made")
 
 
-class Latest:
+class SharedCache:
     """The last things that were made, for those who ask for the same a little later; from several threads."""
 
     def __init__(self, most: int) -> None:
@@ -35,7 +35,7 @@ class Latest:
         return found.result()
 
 
-def ahead(make: Callable[[int], Made], start: int, stop: int, workers: int) -> Generator[Made]:
+def prefetch_map(make: Callable[[int], Made], start: int, stop: int, workers: int) -> Generator[Made]:
     """`make(start)` … `make(stop − 1)` in order, made ahead by threads."""
     waiting: deque = deque()
     pool = ThreadPoolExecutor(workers, "views", initializer=torch.set_num_threads, initargs=(1,))

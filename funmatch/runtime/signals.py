@@ -5,10 +5,10 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from funmatch.runtime.log import say
+from funmatch.runtime.log import info
 
 
-class Stopped(KeyboardInterrupt):
+class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; everything up to here is saved."""
 
     def __init__(self, number: int, message: str) -> None:
@@ -17,7 +17,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def heard() -> Generator[list[int]]:
+def catch_signals() -> Generator[list[int]]:
     """Gives a list that the first Ctrl-C or SIGTERM is put into; a second one acts as if nobody listened."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -28,7 +28,7 @@ def heard() -> Generator[list[int]]:
     def listen(number: int, _frame: object) -> None:
         caught.append(number)
         restore()
-        say("stopping after this step; once more to stop at once")
+        info("stopping after this step; once more to stop at once")
 
     def restore() -> None:
         for number, handler in before.items():

@@ -13,7 +13,7 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def size_of(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes in words."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if count >= size:
@@ -21,7 +21,7 @@ def size_of(count: int) -> str:
     return f"{count / 1000:,.1f} kB"
 
 
-def told(value: str | float | bool | None) -> str:
+def format_value(value: str | float | bool | None) -> str:
     """A value as people write it: numbers to four digits."""
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 Given = TypeVar("Given")
-_watching: "Watch | None" = None
+_watching: "StepTimer | None" = None
 _within = threading.local()
 
 
-class Watch:
+class StepTimer:
     """The seconds of each named part, those of parts within it not counted.
 
     Attributes:
@@ -36,7 +36,7 @@ class Watch:
     def add(self, name: str, seconds: float) -> None:
         (self.seconds if threading.get_ident() == self.thread else self.beside)[name] += seconds
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "StepTimer":
         global _watching
         _watching = self
         return self
@@ -47,7 +47,7 @@ class Watch:
 
 
 @contextmanager
-def span(name: str) -> Generator[None]:
+def timed(name: str) -> Generator[None]:
     """Names a part of the program; costs nothing to speak of while nobody watches."""
     watch = _watching
     if watch is None:
@@ -68,11 +68,11 @@ def span(name: str) -> Generator[None]:
             inner[-1] += took
 
 
-def waited(items: Iterable[Given], name: str) -> Iterator[Given]:
+def timed_iter(items: Iterable[Given], name: str) -> Iterator[Given]:
     """The same items; the time until each is there is a part of its own."""
     iterator = iter(items)
     while True:
-        with span(name):
+        with timed(name):
             item = next(iterator, None)
         if item is None:
             return

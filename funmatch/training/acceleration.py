@@ -16,15 +16,15 @@ from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import first_line, lacks_memory
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference.frozen import CLEARLY, SMALL
-from funmatch.models.inference.native_layers import gains, quicken
+from funmatch.models.inference.native_layers import gains_from_native, use_native_kernels
 from funmatch.ops import crops, resample
 from funmatch.ops.native import library, norms
 from funmatch.runtime import devices, distributed, env
-from funmatch.runtime.chunks import cuts
+from funmatch.runtime.chunks import even_chunks
 from funmatch.runtime.files import cache_home, write_atomically
-from funmatch.runtime.log import say
+from funmatch.runtime.log import info
 from funmatch.runtime.text import duration
-from funmatch.training.loop import Course
+from funmatch.training.loop import LoopOptions
 from funmatch.training.run import folder as run_folder
 
 MEASURED_FROM = 200
@@ -37,86 +37,88 @@ MODES = {"on": None, "max": "max-autotune"}
 """Of `torch.compile`; max tries many kernels, and replays graphs of an accelerator's launches."""
 
 
-def settled(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> dict[str, str]:
+def resolve_auto(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> dict[str, str]:
     """`precision` and `compile` with no `auto` left; a run that has begun goes on as it began, to the same bits."""
-    before = distributed.from_first(lambda: run_folder.knobs_of(config.out))
+    before = distributed.broadcast_from_main(lambda: run_folder.options_of(config.out))
     found: dict[str, str] = {}
     if config.compile == "auto":
         # A run that is older than this knob was not compiled, and says nothing of it.
         found["compile"] = before.get("compile", "auto") if before else _compiled(steps, student, device)
     if config.precision == "auto":
         config = config.model_copy(update=found)
-        found["precision"] = before.get("precision") or precision(config, steps, side, student, device)
+        found["precision"] = before.get("precision") or pick_precision(config, steps, side, student, device)
     return found
 
 
 def _compiled(steps: int, student: Classifier, device: torch.device) -> str:
     """`compile` where nobody said another. On a CPU our own kernels gain more than a compiler does."""
     if device.type == "cpu":
-        used = student.count() >= SMALL and gains(student.net)
-        return distributed.from_first(lambda: "native" if (_had() if used else library.compiler()) else "off")
-    return "on" if steps >= COMPILED_FROM and student.count() >= SMALL and env.world() == 1 else "off"
+        used = student.count_parameters() >= SMALL and gains_from_native(student.net)
+        return distributed.broadcast_from_main(
+            lambda: "native" if (_had() if used else library.find_compiler()) else "off"
+        )
+    return "on" if steps >= COMPILED_FROM and student.count_parameters() >= SMALL and env.world_size() == 1 else "off"
 
 
 def _had() -> bool:
     """Whether our own kernels can be had; says so where they cannot."""
-    if why := norms.why_not():
-        say(f"our own kernels cannot be had here, torch's are slower: {why}")
+    if why := norms.why_unavailable():
+        info(f"our own kernels cannot be had here, torch's are slower: {why}")
     return not why
 
 
-def views(config: Train, split: CachedSplit) -> dict[str, str]:
+def crop_kernel(config: Train, split: CachedSplit) -> dict[str, str]:
     """The fact of who cuts the crops of a run on the CPU: our own kernel, or torch. A run goes on as it began."""
 
     def found() -> str:
-        before = run_folder.facts_of(config.out)
+        before = run_folder.provenance_of(config.out)
         if not before:
             sizes = split.index["height"].astype("int64") * split.index["width"]
-            return NATIVE if (sizes > crops.SMALL).any() and not resample.why_not() else "torch"
-        if before.get("views") == NATIVE and (why := resample.why_not()):
-            say(f"WARNING: views were cut by our own kernel, which cannot be had now ({why}): the bits will be others")
+            return NATIVE if (sizes > crops.SMALL).any() and not resample.why_unavailable() else "torch"
+        if before.get("views") == NATIVE and (why := resample.why_unavailable()):
+            info(f"WARNING: views were cut by our own kernel, which cannot be had now ({why}): the bits will be others")
         return before.get("views", "torch")  # a run that is older than the kernel
 
-    return {"views": distributed.from_first(found)}
+    return {"views": distributed.broadcast_from_main(found)}
 
 
-def precision(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> str:
+def pick_precision(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> str:
     """The student's arithmetic where nobody said another.
 
     On a CPU with instructions for bf16 this is measured: networks of large kernels gain, those of depthwise ones lose.
     """
     usual = devices.resolve_precision("auto", device)
     fast = "bf16" in devices.teacher_precisions("auto", device)
-    if device.type != "cpu" or not fast or student.count() < SMALL or steps < MEASURED_FROM:
+    if device.type != "cpu" or not fast or student.count_parameters() < SMALL or steps < MEASURED_FROM:
         return usual
     pictures = min(PICTURES, config.micro_batch or config.batch)
-    quick = quickens(student, config, device) and not norms.why_not()
-    seconds = distributed.from_first(lambda: known(student, side, pictures, quick=quick))
+    quick = uses_native_kernels(student, config, device) and not norms.why_unavailable()
+    seconds = distributed.broadcast_from_main(lambda: known_step_seconds(student, side, pictures, quick=quick))
     gain = seconds["fp32"] / seconds["bf16"]
     if gain < CLEARLY:
         return usual
-    say(f"{config.student} is taught in bf16, {gain:.1f} times as fast here as fp32 (--precision says it otherwise)")
+    info(f"{config.student} is taught in bf16, {gain:.1f} times as fast here as fp32 (--precision says it otherwise)")
     return "bf16"
 
 
-def known(student: Classifier, side: int, pictures: int, *, quick: bool = False) -> dict[str, float]:
+def known_step_seconds(student: Classifier, side: int, pictures: int, *, quick: bool = False) -> dict[str, float]:
     """Seconds a step in each arithmetic, measured once on a machine, so that two runs alike are computed alike."""
-    words = (repr(student.net), side, pictures, quick, devices.described(torch.device("cpu")))
+    words = (repr(student.net), side, pictures, quick, devices.machine_signature(torch.device("cpu")))
     place = cache_home() / "steps" / f"{hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()}.json"
     try:
         found = json.loads(place.read_text())
         return {name: max(float(found[name]), 1e-9) for name in ("fp32", "bf16")}
     except (OSError, ValueError, TypeError, KeyError):
-        found = measured(student, side, pictures, quick=quick)
+        found = measure_step_seconds(student, side, pictures, quick=quick)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, json.dumps(found))
     except OSError as error:
-        say(f"the next run will measure this student again: {place.parent} cannot be written ({error.strerror})")
+        info(f"the next run will measure this student again: {place.parent} cannot be written ({error.strerror})")
     return found
 
 
-def measured(student: Classifier, side: int, pictures: int, *, quick: bool) -> dict[str, float]:
+def measure_step_seconds(student: Classifier, side: int, pictures: int, *, quick: bool) -> dict[str, float]:
     """Seconds for a student's way there and back on the CPU, in fp32 and in bf16; endless where it cannot be done."""
     device, seconds = torch.device("cpu"), {}
     with torch.random.fork_rng(devices=[]):
@@ -124,7 +126,7 @@ def measured(student: Classifier, side: int, pictures: int, *, quick: bool) -> d
         for name in ("fp32", "bf16"):
             own = copy.deepcopy(student).to(device).train()
             if quick:
-                quicken(own.net, taught_only=True)
+                use_native_kernels(own.net, taught_only=True)
             try:
                 times = [_seconds(own, views, device, name) for _ in range(1 + TURNS)]
                 seconds[name] = min(times[1:])
@@ -143,24 +145,24 @@ def _seconds(student: Classifier, views: Tensor, device: torch.device, name: str
     return time.perf_counter() - began
 
 
-def quickens(student: Classifier, config: Train, device: torch.device) -> bool:
+def uses_native_kernels(student: Classifier, config: Train, device: torch.device) -> bool:
     """Whether our own kernels are to compute some of a student while it is taught."""
     wanted = config.compile == "native" and device.type == "cpu"
-    return wanted and student.count() >= SMALL and gains(student.net)
+    return wanted and student.count_parameters() >= SMALL and gains_from_native(student.net)
 
 
-def hasten(student: Classifier, course: Course, config: Train, side: int) -> None:
+def accelerate_student(student: Classifier, course: LoopOptions, config: Train, side: int) -> None:
     """Has a student computed as the run's configuration says: by our own kernels, compiled, or as it is."""
     if config.compile != "native":
         compile_student(student, course, config, side)
-    elif quickens(student, config, course.device) and (why := norms.why_not()):
-        say(f"WARNING: our own kernels cannot be had here, torch's are slower and round otherwise: {why}")
-    elif quickens(student, config, course.device):
-        quicken(student.net, taught_only=True)
-        say(f"GroupNorm and standardised convolutions of {config.student} are computed by our own kernels")
+    elif uses_native_kernels(student, config, course.device) and (why := norms.why_unavailable()):
+        info(f"WARNING: our own kernels cannot be had here, torch's are slower and round otherwise: {why}")
+    elif uses_native_kernels(student, config, course.device):
+        use_native_kernels(student.net, taught_only=True)
+        info(f"GroupNorm and standardised convolutions of {config.student} are computed by our own kernels")
 
 
-def compile_student(student: Classifier, course: Course, config: Train, side: int) -> None:
+def compile_student(student: Classifier, course: LoopOptions, config: Train, side: int) -> None:
     """Compiles what a student does while it is taught, if the run's configuration says so.
 
     It is tried on views of each size that will come, there and back. Where that fails, the student is computed as it
@@ -168,26 +170,26 @@ def compile_student(student: Classifier, course: Course, config: Train, side: in
     """
     if not config.compiles:
         return
-    share = config.batch // env.world()
-    ends = cuts(share, config.micro_batch)
+    share = config.batch // env.world_size()
+    ends = even_chunks(share, config.micro_batch)
     sizes = sorted({stop - start for start, stop in pairwise(ends)})
     began, net = time.monotonic(), student.net
-    say(f"compiling {config.student}, a minute or two; --compile off does without")
-    student.taught = torch.compile(lambda views: net(views), dynamic=False, mode=MODES[config.compile])
+    info(f"compiling {config.student}, a minute or two; --compile off does without")
+    student.compiled_net = torch.compile(lambda views: net(views), dynamic=False, mode=MODES[config.compile])
     try:
         for size in sizes:
             views = torch.rand(size, 3, side, side, device=course.device)
-            tried(student, course, views.contiguous(memory_format=torch.channels_last))
+            try_step(student, course, views.contiguous(memory_format=torch.channels_last))
     except Exception as error:  # compilers fail in as many ways as machines can be set up
         if lacks_memory(error):
             raise
-        student.taught = None
-        say(f"WARNING: {config.student} cannot be compiled here and is computed as it is: {first_line(error)}")
+        student.compiled_net = None
+        info(f"WARNING: {config.student} cannot be compiled here and is computed as it is: {first_line(error)}")
         return
-    say(f"compiled {config.student} in {duration(time.monotonic() - began)}")
+    info(f"compiled {config.student} in {duration(time.monotonic() - began)}")
 
 
-def tried(student: Classifier, course: Course, views: Tensor) -> None:
+def try_step(student: Classifier, course: LoopOptions, views: Tensor) -> None:
     """A way there and back that leaves no trace: the averages of BatchNorm and all random numbers stay as they were."""
     kept = {name: buffer.clone() for name, buffer in student.named_buffers()}
     was, states = student.training, _random_states(course.device)

@@ -7,21 +7,21 @@ import numpy as np
 import torch
 
 from funmatch.config import TAUGHT, Evaluate, Pictures, Train, Words
-from funmatch.data.cache.build import Keeping
-from funmatch.data.cache.device_store import size_aboard, taken_aboard
+from funmatch.data.cache.build import CacheOptions
+from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import Cache, open_cache
-from funmatch.data.dataset import Cut, Reading, parse_share
-from funmatch.data.readers.open import resolved
+from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
+from funmatch.data.readers.open import resolve_names
 from funmatch.errors import InputError, lacks_memory
-from funmatch.runtime.log import say, track
+from funmatch.runtime.log import info, track
 
 JUDGED = ("val", "test")
 
 
-def reading(config: Pictures) -> Reading:
+def read_options(config: Pictures) -> ReadOptions:
     """How a configuration wants pictures read."""
-    cut = Cut({} if config.val is None else {"val": parse_share(config.val)}, config.val_seed)
-    return Reading(
+    cut = SplitSpec({} if config.val is None else {"val": parse_share(config.val)}, config.val_seed)
+    return ReadOptions(
         data_dir=config.data_dir,
         cut=cut if config.val is not None or config.val_seed else None,
         unlabelled=config.unlabelled,
@@ -33,28 +33,28 @@ def reading(config: Pictures) -> Reading:
     )
 
 
-def keeping(config: Pictures) -> Keeping:
+def cache_options(config: Pictures) -> CacheOptions:
     """How a configuration wants pictures kept."""
-    return Keeping(config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad)
+    return CacheOptions(config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad)
 
 
-def opened(config: Pictures, data: tuple[str, ...], *, afresh: bool = False) -> Cache:
+def open_data_set(config: Pictures, data: tuple[str, ...], *, afresh: bool = False) -> Cache:
     """A data set, read and kept as the configuration says."""
-    cache = open_cache(data, reading(config), keeping(config), track=track, tell=say, afresh=afresh)
+    cache = open_cache(data, read_options(config), cache_options(config), track=track, tell=info, afresh=afresh)
     return cache.without_labels() if config.unlabelled else cache
 
 
-def of_run(config: Train) -> Cache:
+def open_run_data(config: Train) -> Cache:
     """The pictures of a run: those to learn from, and those to judge on, which may be of another data set.
 
     Classes are those of the pictures that are judged on. So with `eval_data`, labels of the training pictures count
     for nothing unless they are of the same classes.
     """
-    learnt = opened(config, config.data)
+    learnt = open_data_set(config, config.data)
     if not config.eval_data:
         return learnt
     plain = config.model_copy(update={"unlabelled": False})
-    judged = opened(plain, config.eval_data)
+    judged = open_data_set(plain, config.eval_data)
     splits = {name: judged.splits[name] for name in JUDGED if name in judged.splits}
     if not splits:
         splits = {"test": replace(judged.splits["train"], name="test")}
@@ -65,7 +65,7 @@ def of_run(config: Train) -> Cache:
         train = train.without_labels()
     for name, split in splits.items():
         if leaked := len(np.intersect1d(train.digests, split.digests)):
-            say(f"WARNING: {leaked:,} pictures of {judged.name}'s {name} are also in {learnt.name}'s train")
+            info(f"WARNING: {leaked:,} pictures of {judged.name}'s {name} are also in {learnt.name}'s train")
     return replace(
         learnt,
         key=f"{learnt.key}+{judged.key}",
@@ -75,7 +75,7 @@ def of_run(config: Train) -> Cache:
     )
 
 
-def aboard(cache: Cache, device: torch.device, gigabytes: float) -> Cache:
+def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) -> Cache:
     """The pictures to learn from and to watch on with their pixels on the device, as far as they are resident and fit.
 
     Args:
@@ -86,25 +86,25 @@ def aboard(cache: Cache, device: torch.device, gigabytes: float) -> Cache:
         split = splits.get(name)
         if split is None or split.store.decodes or not left:
             continue
-        size = size_aboard(split)
+        size = device_bytes(split)
         if size > left:
-            say(f"{name}: {size / 1e9:.1f} GB of pixels stay on the host, since --device-gb is {gigabytes:g}")
+            info(f"{name}: {size / 1e9:.1f} GB of pixels stay on the host, since --device-gb is {gigabytes:g}")
             continue
         try:
-            splits[name], note = taken_aboard(split, device)
+            splits[name], note = move_to_device(split, device)
         except Exception as error:
             if not lacks_memory(error):
                 raise
-            say(f"WARNING: {device} has no room for {size / 1e9:.1f} GB of {name} pixels; they stay on the host")
+            info(f"WARNING: {device} has no room for {size / 1e9:.1f} GB of {name} pixels; they stay on the host")
             continue
         left -= size
         if note:
-            say(f"WARNING: {note}")
-        say(f"{name}: {size / 1e9:.2f} GB of pixels are on {device}, which cuts the views itself")
+            info(f"WARNING: {note}")
+        info(f"{name}: {size / 1e9:.2f} GB of pixels are on {device}, which cuts the views itself")
     return replace(cache, splits=splits)
 
 
-def of_evaluation(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, Words, Words]:
+def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, Words, Words]:
     """The pictures to judge on, and the names of those that a run learnt from and of those that it is judged on.
 
     They are as said, or those of the run with this verb and these knobs.
@@ -113,7 +113,7 @@ def of_evaluation(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[C
         InputError: neither says which.
     """
     if config.data:
-        return opened(config, config.data), config.data, config.data
+        return open_data_set(config, config.data), config.data, config.data
     if not knobs:
         raise InputError(f"which pictures? {config.model} is no run, so give --data")
     said = {
@@ -122,12 +122,12 @@ def of_evaluation(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[C
         if name != "as_json" and getattr(config, name) != field.default
     }
     run = TAUGHT[verb].model_validate(knobs | said)
-    return of_run(run), run.data, run.eval_data or run.data
+    return open_run_data(run), run.data, run.eval_data or run.data
 
 
-def in_full(config: Train) -> dict[str, Any]:
+def absolute_paths(config: Train) -> dict[str, Any]:
     """The words for pictures with their paths from the root, so that a run's record can be used from anywhere."""
-    found: dict[str, Any] = {name: tuple(map(resolved, getattr(config, name))) for name in ("data", "eval_data")}
+    found: dict[str, Any] = {name: tuple(map(resolve_names, getattr(config, name))) for name in ("data", "eval_data")}
     for name in ("data_dir", "class_file"):
         if path := getattr(config, name):
             found[name] = path.expanduser().absolute()

@@ -25,15 +25,15 @@ SHARE = 1 / 4
 """Of an accelerator's memory, for pixels."""
 
 
-def resolved(config: Train, cache: Cache, student: Classifier, device: torch.device) -> Train:
+def resolve_defaults(config: Train, cache: Cache, student: Classifier, device: torch.device) -> Train:
     """The configuration with no default left open, and its length in steps."""
     side = config.side or student.card.side
-    resize = config.eval_resize or config.resize or scoring.short_side(side, student.card)
+    resize = config.eval_resize or config.resize or scoring.default_eval_resize(side, student.card)
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
     steps = config.steps or max(1, round((config.epochs or 0) * len(cache.splits["train"]) / config.batch))
     closed = {
-        **in_full(config),
+        **absolute_paths(config),
         "steps": steps,
         "epochs": None,
         "side": side,
@@ -42,11 +42,11 @@ def resolved(config: Train, cache: Cache, student: Classifier, device: torch.dev
         "eval_resize": resize,
         "mixup": _mixup(config) if config.mixup is None else config.mixup,
         "lr": config.lr or LR,
-        "momentum": factory.momentum_of(config.optimizer, config.momentum),
+        "momentum": factory.resolve_momentum(config.optimizer, config.momentum),
         "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
-        "device": str(device) if env.world() == 1 else device.type,  # the number is each process's own
+        "device": str(device) if env.world_size() == 1 else device.type,  # the number is each process's own
         "device_gb": _on_device(config, device),
-        **acceleration.settled(config, steps, side, student, device),
+        **acceleration.resolve_auto(config, steps, side, student, device),
         "decoder": pick_decoder(config.decoder),
     }
     return config.model_copy(update=closed)
@@ -54,9 +54,9 @@ def resolved(config: Train, cache: Cache, student: Classifier, device: torch.dev
 
 def _on_device(config: Train, device: torch.device) -> float:
     """GB of pixels that may lie on the device; a run that has begun goes on as it began, to the same bits."""
-    before = distributed.from_first(lambda: run_folder.knobs_of(config.out)).get("device_gb")
+    before = distributed.broadcast_from_main(lambda: run_folder.options_of(config.out)).get("device_gb")
     given = before if config.device_gb is None else config.device_gb
-    return round(SHARE * devices.memory_of(device) / 1e9, 1) if given is None else given
+    return round(SHARE * devices.device_memory(device) / 1e9, 1) if given is None else given
 
 
 def _mixup(config: Train) -> float:
@@ -68,17 +68,17 @@ def _short_side(config: Train, side: int, eval_resize: int) -> int | None:
     """The short side of which mild crops are cut: as evaluation has it, but so that there is something to cut."""
     if config.cropped not in ("mild", "squash"):
         return None
-    return config.resize or (eval_resize if eval_resize > side else scoring.grown(side))
+    return config.resize or (eval_resize if eval_resize > side else scoring.enlarged_side(side))
 
 
-def in_full(config: Train) -> dict[str, Any]:
+def absolute_paths(config: Train) -> dict[str, Any]:
     """The paths in a configuration from the root, so that the record of a run can be used from anywhere."""
-    found = datasets.in_full(config)
-    found["student"] = _named_in_full(config.student)
+    found = datasets.absolute_paths(config)
+    found["student"] = _absolute_name(config.student)
     if config.student_weights:
         found["student_weights"] = config.student_weights.expanduser().resolve()
     if isinstance(config, Distill):
-        found["teacher"] = tuple(map(_named_in_full, config.teacher))
+        found["teacher"] = tuple(map(_absolute_name, config.teacher))
         found["teacher_weights"] = tuple(
             file if file.lower() == "none" else str(Path(file).expanduser().resolve())
             for file in config.teacher_weights
@@ -88,7 +88,7 @@ def in_full(config: Train) -> dict[str, Any]:
     return found
 
 
-def _named_in_full(name: str) -> str:
+def _absolute_name(name: str) -> str:
     """The name of a model, with its path from the root if it is one."""
     prefix = next((prefix for prefix in ("savedmodel:", "local-dir:") if name.startswith(prefix)), "")
     path = Path(name.removeprefix(prefix)).expanduser()

@@ -11,14 +11,14 @@ from funmatch.config import Distill
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.runtime import devices, distributed, env, signals
-from funmatch.runtime.log import Bar, say
-from funmatch.runtime.prefetch import Latest
+from funmatch.runtime.log import ProgressBar, info
+from funmatch.runtime.prefetch import SharedCache
 from funmatch.training import distill, scoring
 from funmatch.training.distill import Taught
 from funmatch.training.run import folder as run_folder
-from funmatch.training.setup import Lesson, done, record_of
+from funmatch.training.setup import TrainSetup, finished_result, run_record
 from funmatch.training.teachers import loading
-from funmatch.training.trainer import Walk
+from funmatch.training.trainer import Trainer
 
 SHARED = (
     "seed", "batch", "side", "min_area", "crop", "resize", "mixing", "cutmix", "randaugment", "teacher_sides", "own",
@@ -26,13 +26,13 @@ SHARED = (
 """What must be alike in the loaders of students that are taught beside each other."""
 
 
-def configs_of(config: Distill, students: Sequence[str]) -> list[Distill]:
+def split_by_student(config: Distill, students: Sequence[str]) -> list[Distill]:
     """A configuration for each student: the run in a folder of its name within `out`.
 
     Raises:
         InputError: two of them have the same name, or a knob is for one student alone.
     """
-    names = [name_of(student) for student in students]
+    names = [folder_name(student) for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two students are called {', '.join(twice)}; each needs a folder of its own")
     given = {"--profile": config.profile, "--student-weights": config.student_weights}
@@ -44,7 +44,7 @@ def configs_of(config: Distill, students: Sequence[str]) -> list[Distill]:
     ]
 
 
-def name_of(student: str) -> str:
+def folder_name(student: str) -> str:
     """What the folder of a student is called: its name, of a path the last part."""
     return Path(student).name.replace(":", "-") or "student"
 
@@ -64,24 +64,24 @@ def run(configs: Sequence[Distill]) -> dict[str, Any]:
     """
     for config in configs:
         config.check()
-    if env.world() > 1:
+    if env.world_size() > 1:
         raise InputError("several students are work for one process; with several processes give one --student")
-    with distributed.joined(configs[0].device), ExitStack() as stack:
+    with distributed.process_group(configs[0].device), ExitStack() as stack:
         figures: dict[str, Any] = {}
-        walking: dict[str, tuple[Walk, Taught]] = {}
-        lessons: list[Lesson] = []
-        plain: list[loading.Called] = []
+        walking: dict[str, tuple[Trainer, Taught]] = {}
+        lessons: list[TrainSetup] = []
+        plain: list[loading.LoadedTeacher] = []
         for config in configs:
             lesson, called = distill.begun(config)
-            if result := done(lesson):
+            if result := finished_result(lesson):
                 figures[str(config.out)] = result
                 continue
             if lessons:
-                check_alike(lessons[0], lesson)
+                check_same_views(lessons[0], lesson)
             lessons, plain = [*lessons, lesson], plain or called
         # As many as all of them make ahead, or look at together when they are judged.
         ahead, views = configs[0].workers or devices.spare_threads(), -(-scoring.VIEWS // configs[0].batch)
-        batches, said = (Latest(4 + 2 * ahead + views) for _ in range(2))
+        batches, said = (SharedCache(4 + 2 * ahead + views) for _ in range(2))
         first: Taught | None = None
         for lesson in lessons:
             made = distill.taught(replace(lesson, latest=batches), plain, first, said)
@@ -90,7 +90,7 @@ def run(configs: Sequence[Distill]) -> dict[str, Any]:
             walking[str(lesson.config.out)] = stack.enter_context(begun(made)), made
         for walk, _ in walking.values():
             walk.compile()
-        failed = side_by_side(walking, figures)
+        failed = step_together(walking, figures)
     if failed:
         lines = "\n  ".join(f"{name}: {error}" for name, error in failed.items())
         raise InputError(f"{len(failed)} of {len(configs)} students came to no end:\n  {lines}")
@@ -98,22 +98,22 @@ def run(configs: Sequence[Distill]) -> dict[str, Any]:
 
 
 @contextmanager
-def begun(made: Taught) -> Generator[Walk]:
+def begun(made: Taught) -> Generator[Trainer]:
     """A walk in its run folder, which is locked while the block runs."""
-    knobs, facts = record_of(made.lesson)
-    with run_folder.opened(made.lesson.config.out, made.lesson.verb, knobs, facts) as run:
-        yield Walk(made.lesson, run, made.judged, made.both)
+    knobs, facts = run_record(made.lesson)
+    with run_folder.open_run(made.lesson.config.out, made.lesson.verb, knobs, facts) as run:
+        yield Trainer(made.lesson, run, made.judged, made.both)
 
 
-def side_by_side(walking: dict[str, tuple[Walk, Taught]], figures: dict[str, Any]) -> dict[str, InputError]:
+def step_together(walking: dict[str, tuple[Trainer, Taught]], figures: dict[str, Any]) -> dict[str, InputError]:
     """Takes all steps of all students, and puts the figures of those that come to their end in; why others did not."""
     failed: dict[str, InputError] = {}
-    stopped: signals.Stopped | None = None
-    total = sum(walk.lesson.course.steps for walk, _ in walking.values())
-    start = sum(walk.standing.step for walk, _ in walking.values())
-    with Bar(f"distill {len(walking)}", total, start) as bar, signals.heard() as caught:
+    stopped: signals.Interrupted | None = None
+    total = sum(walk.lesson.loop.steps for walk, _ in walking.values())
+    start = sum(walk.state.step for walk, _ in walking.values())
+    with ProgressBar(f"distill {len(walking)}", total, start) as bar, signals.catch_signals() as caught:
         steps = {name: walk.steps(made.loss_of, made.ahead, caught) for name, (walk, made) in walking.items()}
-        waiting = [(walk.standing.step, number, name) for number, (name, (walk, _)) in enumerate(walking.items())]
+        waiting = [(walk.state.step, number, name) for number, (name, (walk, _)) in enumerate(walking.items())]
         heapq.heapify(waiting)
         while waiting:
             _, number, name = heapq.heappop(waiting)
@@ -122,22 +122,22 @@ def side_by_side(walking: dict[str, tuple[Walk, Taught]], figures: dict[str, Any
                 step = next(steps[name], None)
                 if step is None:
                     figures[name] = walk.finish()
-                    say(f"{name} is finished at step {walk.standing.step}")
+                    info(f"{name} is finished at step {walk.state.step}")
                 else:
                     heapq.heappush(waiting, (step, number, name))
-            except signals.Stopped as signal:
+            except signals.Interrupted as signal:
                 stopped = signal  # the others save, too, and then it is told
             except InputError as error:
-                say(f"{name} ends: {error}")
+                info(f"{name} ends: {error}")
                 failed[name] = error
             notes = [one.notes.get("loss", "").partition(",")[0] for one, _ in walking.values()]
-            bar.update(sum(one.standing.step for one, _ in walking.values()), "; ".join(filter(None, notes)))
+            bar.update(sum(one.state.step for one, _ in walking.values()), "; ".join(filter(None, notes)))
     if stopped:
-        raise signals.Stopped(stopped.number, "all students are saved; the same command goes on from there")
+        raise signals.Interrupted(stopped.number, "all students are saved; the same command goes on from there")
     return failed
 
 
-def check_alike(one: Lesson, other: Lesson) -> None:
+def check_same_views(one: TrainSetup, other: TrainSetup) -> None:
     """Raises `InputError` unless two students are shown the same."""
     first, second = one.loader, other.loader
     differing = [name for name in SHARED if getattr(first, name) != getattr(second, name)]
@@ -150,8 +150,8 @@ def check_alike(one: Lesson, other: Lesson) -> None:
         )
 
 
-def same_teachers(one: Lesson, other: Lesson) -> bool:
-    return all(one.facts[name] == other.facts[name] for name in distill.FACTS)
+def same_teachers(one: TrainSetup, other: TrainSetup) -> bool:
+    return all(one.provenance[name] == other.provenance[name] for name in distill.FACTS)
 
 
 def _of(loader: Loader, name: str) -> Any:

@@ -9,11 +9,11 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
 from funmatch.ops.optim import hyperrule
 from funmatch.runtime import distributed
-from funmatch.runtime.log import say
-from funmatch.training.setup import Lesson, Trial, open_data, prepare
+from funmatch.runtime.log import info
+from funmatch.training.setup import TrainSetup, Trial, build_setup, open_data
 from funmatch.training.teachers.loading import Modules
-from funmatch.training.train import label_loss, labelled
-from funmatch.training.trainer import carry_out
+from funmatch.training.train import check_labels, label_loss
+from funmatch.training.trainer import run_training
 
 CUT = "10%"
 """Of the training pictures, for validation, where there are no pictures for it."""
@@ -28,17 +28,17 @@ def run(config: Finetune, given: Modules | None = None, trial: Trial | None = No
         trial: what a search asks of the run, if it is part of one.
     """
     config.check()
-    with distributed.joined(config.device):
-        lesson = lesson_of(config, given, trial)
-        return carry_out(lesson, label_loss(lesson))
+    with distributed.process_group(config.device):
+        lesson = build_finetune_setup(config, given, trial)
+        return run_training(lesson, label_loss(lesson))
 
 
-def lesson_of(config: Finetune, given: Modules | None = None, trial: Trial | None = None) -> Lesson:
+def build_finetune_setup(config: Finetune, given: Modules | None = None, trial: Trial | None = None) -> TrainSetup:
     """The run made ready, with what nobody said as the rule says it."""
     cache, cut = with_validation(config, trial)
-    ruled = by_rule(cut, labelled(cut, cache))
+    ruled = apply_hyperrule(cut, check_labels(cut, cache))
     ruled.check()  # what contradicts the rule
-    return prepare("finetune", ruled, cache, classes=len(cache.classes), given=given, asked=config, trial=trial)
+    return build_setup("finetune", ruled, cache, classes=len(cache.classes), given=given, asked=config, trial=trial)
 
 
 def with_validation(config: Finetune, trial: Trial | None = None) -> tuple[Cache, Finetune]:
@@ -47,14 +47,14 @@ def with_validation(config: Finetune, trial: Trial | None = None) -> tuple[Cache
     if "val" in cache.splits or config.val is not None:
         return cache, config
     if config.eval_data:
-        say(f"{cache.name} has no split val, so the network is kept as it is at the end")
+        info(f"{cache.name} has no split val, so the network is kept as it is at the end")
         return cache, config.model_copy(update={"keep": "last"})
-    say(f"{cache.name} has no split val: {CUT} of the training pictures are cut off for it (--val says how many)")
+    info(f"{cache.name} has no split val: {CUT} of the training pictures are cut off for it (--val says how many)")
     config = config.model_copy(update={"val": CUT})
     return open_data(config, trial), config
 
 
-def by_rule(config: Finetune, cache: Cache) -> Finetune:
+def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
     """The configuration with what nobody said as BiT-HyperRule says it for these pictures."""
     train = cache.splits["train"]
     count = len(train)

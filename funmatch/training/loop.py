@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from funmatch.data.batch import Batch
-from funmatch.ops.optim.updates import clip_, set_factor
+from funmatch.ops.optim.updates import clip_grad_norm_, set_lr
 from funmatch.runtime import devices, distributed, env, malloc
-from funmatch.runtime.timing import span, waited
+from funmatch.runtime.timing import timed, timed_iter
 
 
 @dataclass(frozen=True)
-class Course:
+class LoopOptions:
     """How a student is taught.
 
     Attributes:
@@ -42,7 +42,7 @@ class Course:
 
 
 def fit(
-    course: Course,
+    course: LoopOptions,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -62,27 +62,27 @@ def fit(
         updates done, and the loss of the last one, still on the device so that nothing waits for it.
     """
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    with malloc.kept(course.device):
-        for step, batch in enumerate(waited(batches, "waiting for views"), start):
+    with malloc.keep_freed_memory(course.device):
+        for step, batch in enumerate(timed_iter(batches, "waiting for views"), start):
             if not student.training:  # the caller may have judged it
                 student.train()
             devices.seed_networks(course.seed, step, course.device, env.rank())
-            set_factor(optimizer, course.lr, course.factor(step))
+            set_lr(optimizer, course.lr, course.factor(step))
             optimizer.zero_grad(set_to_none=True)
             losses = []
             for piece, share in batch.to(course.device).pieces(course.micro_batch):
-                with span("mixing and distance"), devices.autocast(course.device, course.precision):
+                with timed("mixing and distance"), devices.autocast(course.device, course.precision):
                     loss = loss_of(piece) * share
-                with span("backward"):
+                with timed("backward"):
                     scaler.scale(loss).backward()
                 losses.append(loss.detach())
             told = torch.stack(losses).sum()
-            with span("optimizer"):
+            with timed("optimizer"):
                 # Before they are unscaled: so a gradient that overflowed on one process is seen by all.
-                distributed.average_([told, *(each.grad for each in parameters if each.grad is not None)])
+                distributed.all_reduce_mean_([told, *(each.grad for each in parameters if each.grad is not None)])
                 scaler.unscale_(optimizer)
                 if course.clip_norm is not None:
-                    clip_(parameters, course.clip_norm)
+                    clip_grad_norm_(parameters, course.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
             yield step + 1, told

@@ -10,14 +10,14 @@ from funmatch.data.batch import Batch
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError, lacks_memory
 from funmatch.runtime import devices, env
-from funmatch.training.loop import Course
+from funmatch.training.loop import LoopOptions
 
 GENERAL = "--micro-batch (pieces of a batch for the student), --teacher-batch (for the teacher), --grad-checkpointing"
 
 
 @contextmanager
-def told(
-    loader: Loader, course: Course, student: nn.Module, optimizer: torch.optim.Optimizer,
+def explain_out_of_memory(
+    loader: Loader, course: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Batch], Tensor],
 ) -> Generator[None]:  # fmt: skip
     """Turns what a lack of memory raises in the block into an `InputError` that names what would fit.
@@ -36,15 +36,17 @@ def told(
     # Only here, since the error holds on to the activations for which there was no room.
     optimizer.zero_grad(set_to_none=True)
     now = course.micro_batch or loader.batch // loader.world
-    if env.world() > 1:  # the others are not there to compute with
+    if env.world_size() > 1:  # the others are not there to compute with
         raise InputError(f"out of memory on {course.device}; what helps: {GENERAL}") from None
-    fitting = next((size for size in halves(now) if fits(loader, course, student, optimizer, loss_of, size)), None)
+    fitting = next(
+        (size for size in halves(now) if find_fitting_size(loader, course, student, optimizer, loss_of, size)), None
+    )
     if fitting is None:
         raise InputError(
             f"out of memory on {course.device}, even with one picture at a time; a smaller network or --side needs "
             "less, and so does --grad-checkpointing"
         ) from None
-    taken = devices.peak(course.device)
+    taken = devices.peak_memory(course.device)
     used = f", where a step took {taken / 1e9:.1f} GB at most" if taken else ""
     raise InputError(
         f"out of memory on {course.device} with {now} pictures at once; --micro-batch {fitting} fits (tried{used}): "
@@ -61,8 +63,8 @@ def halves(size: int) -> list[int]:
     return found
 
 
-def fits(
-    loader: Loader, course: Course, student: nn.Module, optimizer: torch.optim.Optimizer,
+def find_fitting_size(
+    loader: Loader, course: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Batch], Tensor], size: int,
 ) -> bool:  # fmt: skip
     """Whether a step in pieces of so many pictures has room, its gradients and the optimizer's state among them."""
@@ -77,7 +79,7 @@ def fits(
             with devices.autocast(course.device, course.precision):
                 loss = loss_of(piece) * share
             loss.backward()
-        devices.finish(course.device)
+        devices.synchronize(course.device)
     except Exception as error:
         if not lacks_memory(error):
             raise

@@ -13,9 +13,9 @@ from torch.profiler import profile, record_function
 from funmatch.models.flops import gflop
 from funmatch.runtime import devices, env
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.log import say, table
-from funmatch.runtime.timing import Watch
-from funmatch.training.setup import Lesson
+from funmatch.runtime.log import info, table
+from funmatch.runtime.timing import StepTimer
+from funmatch.training.setup import TrainSetup
 
 WARM, TIMED, TRACED = 5, 20, 3
 """Steps that are let by, that are timed, and that the trace shows."""
@@ -27,9 +27,9 @@ REST = "all else"
 
 
 @contextmanager
-def watched(lesson: Lesson, folder: Path) -> Generator[Callable[[], None]]:
+def profile_training(lesson: TrainSetup, folder: Path) -> Generator[Callable[[], None]]:
     """Gives what is to be called after each step: it profiles the first ones, if the run was asked to."""
-    if not lesson.config.profile or not env.is_first():
+    if not lesson.config.profile or not env.is_main_process():
         yield lambda: None
         return
     seen = Profile(lesson, folder)
@@ -45,10 +45,10 @@ class Profile:
     The trace is that of `torch.profiler`: Perfetto (ui.perfetto.dev) and Chrome's about:tracing show it.
     """
 
-    def __init__(self, lesson: Lesson, folder: Path) -> None:
+    def __init__(self, lesson: TrainSetup, folder: Path) -> None:
         self.lesson, self.folder, self.steps = lesson, folder, 0
-        self.device = lesson.course.device
-        self.watch = Watch(lambda: devices.finish(self.device))
+        self.device = lesson.loop.device
+        self.watch = StepTimer(lambda: devices.synchronize(self.device))
         self.began = 0.0
         self.trace: profile | None = None
 
@@ -56,14 +56,14 @@ class Profile:
         """To be called when a step is over."""
         self.steps += 1
         if self.steps == WARM:
-            devices.finish(self.device)
+            devices.synchronize(self.device)
             self.began = time.perf_counter()
             self.watch.__enter__()
         elif self.steps == WARM + TIMED:
-            self.told(TIMED)
+            self.report(TIMED)
             self.trace = profile()
             self.trace.__enter__()
-            self.watch = Watch(lambda: None, record_function)
+            self.watch = StepTimer(lambda: None, record_function)
             self.watch.__enter__()
         elif self.steps == WARM + TIMED + TRACED:
             self.traced()
@@ -71,13 +71,13 @@ class Profile:
     def close(self) -> None:
         """Tells what is known when a run ends before all was seen."""
         if WARM < self.steps < WARM + TIMED:
-            self.told(self.steps - WARM)
+            self.report(self.steps - WARM)
         elif self.trace:
             self.traced()
         elif self.steps <= WARM:
-            say(f"--profile needs more than {WARM} steps, and there were {self.steps}")
+            info(f"--profile needs more than {WARM} steps, and there were {self.steps}")
 
-    def told(self, steps: int) -> None:
+    def report(self, steps: int) -> None:
         """Says where the timed steps went, and keeps it."""
         whole = time.perf_counter() - self.began
         self.watch.__exit__()
@@ -85,7 +85,7 @@ class Profile:
         write_atomically(self.folder / FIGURES, json.dumps(figures, indent=1))
         if not self.lesson.config.as_json:
             shown(figures)
-        say(f"profile: {self.folder / FIGURES}")
+        info(f"profile: {self.folder / FIGURES}")
 
     def traced(self) -> None:
         assert self.trace
@@ -93,10 +93,10 @@ class Profile:
         self.trace.__exit__(None, None, None)
         self.trace.export_chrome_trace(str(self.folder / TRACE))
         self.trace = None
-        say(f"trace of {TRACED} steps: {self.folder / TRACE} (ui.perfetto.dev shows it)")
+        info(f"trace of {TRACED} steps: {self.folder / TRACE} (ui.perfetto.dev shows it)")
 
 
-def shares(watch: Watch, whole: float, steps: int) -> dict[str, Any]:
+def shares(watch: StepTimer, whole: float, steps: int) -> dict[str, Any]:
     """Milliseconds of a step by part: of the loop, and of the threads beside it."""
     own = {name: 1e3 * seconds / steps for name, seconds in watch.seconds.items()}
     own[REST] = 1e3 * whole / steps - sum(own.values())
@@ -104,7 +104,7 @@ def shares(watch: Watch, whole: float, steps: int) -> dict[str, Any]:
     return {"steps": steps, "step_ms": 1e3 * whole / steps, "parts_ms": own, "beside_ms": beside}
 
 
-def arithmetic(lesson: Lesson) -> dict[str, Any]:
+def arithmetic(lesson: TrainSetup) -> dict[str, Any]:
     """GFLOP of a step by part, and the device's measured peak in GFLOP a second; without what cannot be counted."""
     config = lesson.config
     pictures = lesson.view.batch
@@ -113,10 +113,10 @@ def arithmetic(lesson: Lesson) -> dict[str, Any]:
     taught = _teachers(lesson)
     if taught is not None:
         found["teacher"] = taught * pictures
-    return {"gflop": found, "peak_gflops": peak(lesson.course.device, lesson.course.precision)}
+    return {"gflop": found, "peak_gflops": peak(lesson.loop.device, lesson.loop.precision)}
 
 
-def _teachers(lesson: Lesson) -> float | None:
+def _teachers(lesson: TrainSetup) -> float | None:
     """GFLOP of the teachers for one picture."""
     if lesson.teachers is None:
         return None
@@ -134,7 +134,7 @@ def peak(device: torch.device, precision: str) -> float:
     while len(times) < AT_LEAST or time.perf_counter() < until:
         began = time.perf_counter()
         one @ other
-        devices.finish(device)
+        devices.synchronize(device)
         times.append(time.perf_counter() - began)
     return 2 * size**3 / min(times) / 1e9
 

@@ -22,7 +22,7 @@ VIEWS = 256
 
 
 @dataclass(frozen=True)
-class View:
+class EvalView:
     """How evaluation looks at pictures, and where it computes.
 
     Attributes:
@@ -42,20 +42,20 @@ class View:
 
 
 @torch.inference_mode()
-def answers(model: nn.Module, split: CachedSplit, view: View) -> Tensor:
+def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
     """Logits of every picture of a split, (n, classes) float32 on the CPU."""
     model.eval()
     logits = []
     shape = view.side, view.short_side, view.batch
     for views, _ in central_batches(split, *shape, squash=view.squash, workers=devices.spare_threads()):
         with devices.autocast(view.device, view.precision):
-            logits.append(transfers.fetched(model(transfers.sent(views, view.device)).float()))
+            logits.append(transfers.copy_to_host(model(transfers.to_device(views, view.device)).float()))
     return torch.cat([each.wait()[0] for each in logits])
 
 
 @torch.inference_mode()
-def on_views(
-    both: Callable[[Batch], tuple[Tensor, Tensor]], student: nn.Module, loader: Loader, step: int, view: View
+def score_training_views(
+    both: Callable[[Batch], tuple[Tensor, Tensor]], student: nn.Module, loader: Loader, step: int, view: EvalView
 ) -> dict[str, float | None]:
     """How close the student is to its teachers on the *training* views of the next steps, as it would be in use.
 
@@ -76,43 +76,43 @@ def on_views(
         batch = loader.batch_at(number).to(view.device)
         with devices.autocast(view.device, view.precision):
             logits, answers = both(batch)
-        own = torch.as_tensor(batch.own_share, device=view.device)
+        own = torch.as_tensor(batch.own_weight, device=view.device)
         labels = torch.where(own >= 0.5, batch.labels[1:], batch.labels[:-1])
         told.append((logits.float().cpu(), answers.float().cpu(), labels.cpu()))
     logits, answers, labels = map(torch.cat, zip(*told, strict=True))
     known = labels if bool((labels >= 0).all()) else None
-    figures = metrics.summary(metrics.per_picture(logits, known, answers))
+    figures = metrics.summary(metrics.per_image(logits, known, answers))
     right = None if known is None else (answers.argmax(-1) == known).double().mean().item()
     return figures | {"teacher_top1": right, "views": len(logits)}
 
 
-def judge(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:
+def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:
     """`metrics.summary` of a split's logits, (n, classes)."""
     labels = split.labels(np.arange(len(split))) if split.labelled else None
-    return metrics.summary(metrics.per_picture(logits, labels, teacher_logits))
+    return metrics.summary(metrics.per_image(logits, labels, teacher_logits))
 
 
-def watched(cache: Cache) -> CachedSplit:
+def validation_split(cache: Cache) -> CachedSplit:
     """The split that a run is judged on while it goes on: validation, else test, else some of the training pictures."""
     for name in ("val", "test"):
         if name in cache.splits:
             return cache.splits[name]
     train = cache.splits["train"]
     some = np.linspace(0, len(train) - 1, min(len(train), WATCHED_WITHOUT_VALIDATION)).astype(int)
-    return train.picked(some)
+    return train.subset(some)
 
 
-def final(cache: Cache) -> CachedSplit:
+def test_split(cache: Cache) -> CachedSplit:
     """The split that a finished run is judged on: test, else the watched one."""
-    return cache.splits.get("test") or watched(cache)
+    return cache.splits.get("test") or validation_split(cache)
 
 
-def short_side(side: int, card: Card) -> int:
+def default_eval_resize(side: int, card: Card) -> int:
     """The short side for evaluation views where nobody said: as the card says at its own side, else as published."""
-    return round(side / card.crop_fraction) if side == card.side else grown(side)
+    return round(side / card.crop_fraction) if side == card.side else enlarged_side(side)
 
 
-def grown(side: int) -> int:
+def enlarged_side(side: int) -> int:
     """The short side of which views are cut, both in pixels: 128 of 160 and 224 of 256 in the paper, so 32 more.
 
     Small views get at most a quarter more.

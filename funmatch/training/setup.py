@@ -13,24 +13,24 @@ from torch import Tensor
 
 from funmatch.config import Distill, Train, recipes
 from funmatch.config.choices import STRATEGIES
-from funmatch.data.cache.device_store import Aboard
+from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier, check_side, fingerprint
-from funmatch.models.ensemble import Teachers
+from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.load import brings_weights, load
-from funmatch.models.sync_batchnorm import synchronised
+from funmatch.models.sync_batchnorm import sync_batchnorm
 from funmatch.models.timm_models import checkpoint_activations, freeze_until, parse_options, with_zero_head
 from funmatch.ops.optim import factory, schedules
-from funmatch.ops.sampling import Mixing
+from funmatch.ops.sampling import MixupOptions
 from funmatch.runtime import devices, distributed, env
-from funmatch.runtime.chunks import cuts
-from funmatch.runtime.log import say, say_notes
-from funmatch.runtime.prefetch import Latest
+from funmatch.runtime.chunks import even_chunks
+from funmatch.runtime.log import info, info_notes
+from funmatch.runtime.prefetch import SharedCache
 from funmatch.training import acceleration, datasets, scoring
-from funmatch.training.defaults import LR, resolved
-from funmatch.training.loop import Course
+from funmatch.training.defaults import LR, resolve_defaults
+from funmatch.training.loop import LoopOptions
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers.loading import Modules
@@ -45,11 +45,11 @@ class Trial:
         told: called with the step and the score of each evaluation; what it raises ends the run.
     """
 
-    told: Callable[[int, float], None]
+    report: Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainSetup:
     """A run that is ready to begin, but for its loss.
 
     Attributes:
@@ -74,34 +74,34 @@ class Lesson:
     config: Train
     cache: Cache
     student: Classifier
-    view: scoring.View
-    course: Course
-    teachers: Teachers | None = None
-    asked: tuple[str, ...] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    beginning: str | None = None
+    view: scoring.EvalView
+    loop: LoopOptions
+    teachers: TeacherEnsemble | None = None
+    class_names: tuple[str, ...] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    init_digest: str | None = None
     teacher_sides: tuple[int, ...] = ()
     known: Tensor | None = None
     told: Callable[[int, int, int], Tensor | None] | None = None
     trial: Trial | None = None
-    latest: Latest | None = None
+    latest: SharedCache | None = None
 
     @property
     def loader(self) -> Loader:
         """Of this process's share of the training batches."""
-        share = env.rank(), env.world()
-        loader = loader_of(self.config, self.cache, self.teacher_sides, share)
-        native = self.facts.get("views") == acceleration.NATIVE
+        share = env.rank(), env.world_size()
+        loader = build_loader(self.config, self.cache, self.teacher_sides, share)
+        native = self.provenance.get("views") == acceleration.NATIVE
         return replace(loader, known=self.known, told=self.told, latest=self.latest, native=native)
 
 
-def workers_of(lesson: Lesson) -> int:
+def count_workers(lesson: TrainSetup) -> int:
     """Threads that make views ahead; one drives a device that cuts them itself."""
-    cut_there = isinstance(lesson.cache.splits["train"].store, Aboard)
+    cut_there = isinstance(lesson.cache.splits["train"].store, DeviceStore)
     return lesson.config.workers or (1 if cut_there else devices.spare_threads())
 
 
-def loader_of(
+def build_loader(
     config: Train, cache: Cache, teacher_sides: tuple[int, ...] = (), share: tuple[int, int] = (0, 1)
 ) -> Loader:
     """The training batches of a resolved configuration.
@@ -119,22 +119,22 @@ def loader_of(
         *share,
         crop=config.cropped,
         resize=config.resize or 0,
-        mixing=Mixing(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
+        mixing=MixupOptions(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
         cutmix=config.cutmix,
         randaugment=config.randaugment,
         teacher_sides=teacher_sides,
-        own=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
+        own_teacher_view=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
     )
 
 
 def open_data(config: Train, trial: Trial | None = None) -> Cache:
     """The decoded pictures that a run asks for, a training split among them; without a test split for a trial."""
-    factory.check(config.optimizer)
+    factory.check_name(config.optimizer)
     parse_options(config.optimizer_kwargs)
     run_folder.check_place(config.out)
-    cache = distributed.in_turn(lambda: datasets.of_run(config))
+    cache = distributed.main_process_first(lambda: datasets.open_run_data(config))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())
-    say(f"{cache.name}: {counts}; {cache.way} in {cache.folder}")
+    info(f"{cache.name}: {counts}; {cache.way} in {cache.folder}")
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
     if trial:
@@ -142,7 +142,7 @@ def open_data(config: Train, trial: Trial | None = None) -> Cache:
     return cache
 
 
-def prepare(
+def build_setup(
     verb: str,
     config: Train,
     cache: Cache,
@@ -151,7 +151,7 @@ def prepare(
     given: Modules | None = None,
     asked: Train | None = None,
     trial: Trial | None = None,
-) -> Lesson:
+) -> TrainSetup:
     """Builds the student and closes every default that was left open.
 
     Args:
@@ -160,49 +160,51 @@ def prepare(
         asked: the configuration as a person gave it, if `config` is no longer that.
         trial: what a search asks of the run, if it is part of one.
     """
-    device, world = devices.pick(config.device), env.world()
+    device, world = devices.pick_device(config.device), env.world_size()
     if config.batch % world:
         raise InputError(f"batch ({config.batch}) is shared by {world} processes, so it must be a multiple of {world}")
     if config.patience and "val" not in cache.splits:
         raise InputError(f"patience needs pictures for validation, and {cache.name} has none; say --val 10%")
     if config.threads:
         torch.set_num_threads(config.threads)
-    student = student_of(verb, config, cache, classes, given or {})
+    student = build_student(verb, config, cache, classes, given or {})
     drawn = config.student not in (given or {}) and not config.student_weights and not brings_weights(config.student)
     if drawn and verb == "finetune":
-        say(f"WARNING: {config.student} begins with random weights; name them by a tag or --weights")
+        info(f"WARNING: {config.student} begins with random weights; name them by a tag or --weights")
     beginning = None if drawn else fingerprint(student.net)
-    facts = recipes.facts(asked or config) | acceleration.views(config, cache.splits["train"])
+    facts = recipes.facts(asked or config) | acceleration.crop_kernel(config, cache.splits["train"])
     if config.schedule == "wsd" and (asked or config).warmup_steps is None:
-        warmup = distributed.from_first(lambda: extend.warmup_of(config.out))
+        warmup = distributed.broadcast_from_main(lambda: extend.warmup_of(config.out))
         config = config if warmup is None else config.model_copy(update={"warmup_steps": warmup})
-    config = resolved(config, cache, student, device)
-    cache = datasets.aboard(cache, device, config.device_gb or 0)
-    warn_of_steps_beyond(config)
+    config = resolve_defaults(config, cache, student, device)
+    cache = datasets.move_data_to_device(cache, device, config.device_gb or 0)
+    warn_of_late_steps(config)
     assert config.side
     assert config.eval_resize
     squash = config.crop == "squash"
-    view = scoring.View(config.side, config.eval_resize, config.batch // world, device, config.precision, squash)
-    student = _alike(student.to(device), device)
-    course = course_of(config, device)
-    lesson = Lesson(verb, config, cache, student, view, course, facts=facts, beginning=beginning, trial=trial)
-    optimizer_of(lesson)  # what is wrong with its options is told before there is a folder
+    view = scoring.EvalView(config.side, config.eval_resize, config.batch // world, device, config.precision, squash)
+    student = sync_across_processes(student.to(device), device)
+    course = loop_options(config, device)
+    lesson = TrainSetup(
+        verb, config, cache, student, view, course, provenance=facts, init_digest=beginning, trial=trial
+    )
+    build_optimizer(lesson)  # what is wrong with its options is told before there is a folder
     return lesson
 
 
-def warn_of_steps_beyond(config: Train) -> None:
+def warn_of_late_steps(config: Train) -> None:
     """Warns of a schedule that the run is too short for: nearly always a run that was shortened to be tried."""
     steps, warmup = config.steps or 1, config.warmup_steps or 0
     late = [step for step in config.decay_steps if step >= steps]
     if warmup >= steps > 1:
-        say(f"WARNING: the warm-up of {warmup:,} steps is not over at the run's end, {steps:,}; see --warmup-steps")
+        info(f"WARNING: the warm-up of {warmup:,} steps is not over at the run's end, {steps:,}; see --warmup-steps")
     if late:
-        say(f"WARNING: the learning rate would fall at {', '.join(map(str, late))}, but the run ends at {steps:,}")
+        info(f"WARNING: the learning rate would fall at {', '.join(map(str, late))}, but the run ends at {steps:,}")
     if config.cooldown_steps and config.cooldown_steps > steps - warmup:
-        say(f"WARNING: the cool-down of {config.cooldown_steps:,} steps begins before the learning rate is at its top")
+        info(f"WARNING: the cool-down of {config.cooldown_steps:,} steps begins before the learning rate is at its top")
 
 
-def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modules) -> Classifier:
+def build_student(verb: str, config: Train, cache: Cache, classes: int, given: Modules) -> Classifier:
     """The network to teach, with its first weights, ready for views of the side that is asked for."""
     devices.seed_networks(config.seed, 0, torch.device("cpu"))
     student = load(
@@ -212,12 +214,14 @@ def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modu
         classes=classes,
         side=config.side,
     )
-    say_notes(config.student, student.notes)
+    info_notes(config.student, student.notes)
     if student.num_classes != classes:
         raise InputError(f"student {config.student} answers {student.num_classes} classes, wanted {classes}")
     if verb == "finetune" and student.card.classes != cache.classes:
         with_zero_head(student.net, classes)
-    least = min(stop - start for start, stop in pairwise(cuts(config.batch // env.world(), config.micro_batch)))
+    least = min(
+        stop - start for start, stop in pairwise(even_chunks(config.batch // env.world_size(), config.micro_batch))
+    )
     check_side(student, config.side or student.card.side, batch=least)
     if config.grad_checkpointing:
         checkpoint_activations(student)
@@ -226,7 +230,7 @@ def student_of(verb: str, config: Train, cache: Cache, classes: int, given: Modu
     return student
 
 
-def course_of(config: Train, device: torch.device) -> Course:
+def loop_options(config: Train, device: torch.device) -> LoopOptions:
     """How a resolved configuration says that the student is taught."""
     steps, warmup = config.steps or 1, config.warmup_steps or 0
 
@@ -234,15 +238,15 @@ def course_of(config: Train, device: torch.device) -> Course:
         falls, cooldown = (config.decay_steps, config.decay_factors), (config.cooldown_steps, config.cooldown_shape)
         return schedules.factor(config.schedule, step, steps, warmup, *falls, *cooldown)
 
-    return Course(
+    return LoopOptions(
         steps, config.lr or LR, factor, config.clip_norm, config.seed, device, config.precision, config.micro_batch
     )
 
 
-def _alike(student: Classifier, device: torch.device) -> Classifier:
+def sync_across_processes(student: Classifier, device: torch.device) -> Classifier:
     """The student made ready for several processes: the same weights in each, and batch statistics of all."""
-    distributed.share_(list(student.state_dict().values()))
-    student.net = synchronised(student.net, device)
+    distributed.broadcast_(list(student.state_dict().values()))
+    student.net = sync_batchnorm(student.net, device)
     return student
 
 
@@ -252,48 +256,52 @@ def _options(config: Train) -> tuple[str, ...]:
     return (*config.student_kwargs, *(f"{name}={rate}" for name, rate in rates.items() if rate is not None))
 
 
-def optimizer_of(lesson: Lesson) -> torch.optim.Optimizer:
+def build_optimizer(lesson: TrainSetup) -> torch.optim.Optimizer:
     """What turns the student's gradients into updates."""
     config = lesson.config
-    return factory.make(
-        config.optimizer, lesson.student.net, lesson.course.lr, config.weight_decay,
+    return factory.create_optimizer(
+        config.optimizer, lesson.student.net, lesson.loop.lr, config.weight_decay,
         momentum=config.momentum, momentum_dtype=config.momentum_dtype,
-        options=parse_options(config.optimizer_kwargs), share=distributed.shared_out,
+        options=parse_options(config.optimizer_kwargs), share=distributed.sharded_map,
     )  # fmt: skip
 
 
-def record_of(lesson: Lesson) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_record(lesson: TrainSetup) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is asked of a run, and the facts beside: the parts of its `config.json`."""
     facts = {
         "data": lesson.cache.key,
         "teacher": None,
-        "student": lesson.beginning,
-        **lesson.facts,
+        "student": lesson.init_digest,
+        **lesson.provenance,
         "pictures": {name: len(split) for name, split in lesson.cache.splits.items()},
-        "classes": list(lesson.asked or lesson.cache.classes),
-        "parameters": lesson.student.count(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {lesson.course.device}",
+        "classes": list(lesson.class_names or lesson.cache.classes),
+        "parameters": lesson.student.count_parameters(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {lesson.loop.device}",
         "versions": {"funmatch": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
     return lesson.config.model_dump(mode="json"), facts
 
 
-def prolong(lesson: Lesson) -> None:
+def extend_run(lesson: TrainSetup) -> None:
     """Makes the run of a lesson longer where that is what is asked; see `ends.prolong`."""
-    distributed.in_turn(lambda: env.is_first() and extend.prolong(lesson.config.out, lesson.verb, *record_of(lesson)))
+    distributed.main_process_first(
+        lambda: env.is_main_process() and extend.extend(lesson.config.out, lesson.verb, *run_record(lesson))
+    )
 
 
-def done(lesson: Lesson) -> dict[str, Any] | None:
+def finished_result(lesson: TrainSetup) -> dict[str, Any] | None:
     """The figures of the run, if it is over and was asked the same."""
-    prolong(lesson)
-    if result := distributed.from_first(
-        lambda: run_folder.finished(lesson.config.out, lesson.verb, *record_of(lesson))
+    extend_run(lesson)
+    if result := distributed.broadcast_from_main(
+        lambda: run_folder.result_if_same(lesson.config.out, lesson.verb, *run_record(lesson))
     ):
-        say(f"{lesson.config.out} is finished at step {result['step']}; nothing to do")
+        info(f"{lesson.config.out} is finished at step {result['step']}; nothing to do")
     return result
 
 
-def remembered_forms(lesson: Lesson) -> list[dict[str, Any]] | None:
+def recorded_modes(lesson: TrainSetup) -> list[dict[str, Any]] | None:
     """The forms in which the teachers of a run that is resumed are computed."""
-    known = distributed.from_first(lambda: run_folder.begun(lesson.config.out, lesson.verb, *record_of(lesson)))
+    known = distributed.broadcast_from_main(
+        lambda: run_folder.provenance_if_same(lesson.config.out, lesson.verb, *run_record(lesson))
+    )
     return known.get("teacher_forms")

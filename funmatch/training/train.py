@@ -9,12 +9,12 @@ from funmatch.data.batch import Batch
 from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
 from funmatch.ops.distances import cross_entropy, mixed_labels
-from funmatch.ops.mixing import seen
+from funmatch.ops.mixing import mix_views
 from funmatch.runtime import distributed
-from funmatch.runtime.timing import span
-from funmatch.training.setup import Lesson, Trial, open_data, prepare
+from funmatch.runtime.timing import timed
+from funmatch.training.setup import TrainSetup, Trial, build_setup, open_data
 from funmatch.training.teachers.loading import Modules
-from funmatch.training.trainer import LossOf, carry_out
+from funmatch.training.trainer import LossOf, run_training
 
 
 def run(config: Train, given: Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
@@ -25,32 +25,32 @@ def run(config: Train, given: Modules | None = None, trial: Trial | None = None)
         trial: what a search asks of the run, if it is part of one.
     """
     config.check()
-    with distributed.joined(config.device):
-        lesson = lesson_of(config, given, trial)
-        return carry_out(lesson, label_loss(lesson))
+    with distributed.process_group(config.device):
+        lesson = build_train_setup(config, given, trial)
+        return run_training(lesson, label_loss(lesson))
 
 
-def lesson_of(config: Train, given: Modules | None = None, trial: Trial | None = None) -> Lesson:
+def build_train_setup(config: Train, given: Modules | None = None, trial: Trial | None = None) -> TrainSetup:
     """The run made ready."""
-    cache = labelled(config, open_data(config, trial))
-    return prepare("train", config, cache, classes=len(cache.classes), given=given, trial=trial)
+    cache = check_labels(config, open_data(config, trial))
+    return build_setup("train", config, cache, classes=len(cache.classes), given=given, trial=trial)
 
 
-def label_loss(lesson: Lesson) -> LossOf:
+def label_loss(lesson: TrainSetup) -> LossOf:
     """The loss of a batch on its labels, mixed as its views are."""
     config, classes = lesson.config, len(lesson.cache.classes)
 
     def loss_of(batch: Batch) -> Tensor:
-        _, view = seen(batch.crops, (), batch.lam, batch.cuts)
-        labels = mixed_labels(batch.labels, batch.own_share, classes, config.label_smoothing)
-        with span("student"):
+        _, view = mix_views(batch.crops, (), batch.lam, batch.cutmix_boxes)
+        labels = mixed_labels(batch.labels, batch.own_weight, classes, config.label_smoothing)
+        with timed("student"):
             said = lesson.student(view)
         return cross_entropy(said, labels).mean()
 
     return loss_of
 
 
-def labelled(config: Train, cache: Cache) -> Cache:
+def check_labels(config: Train, cache: Cache) -> Cache:
     """The pictures, if all that are learnt from have labels; else an `InputError`."""
     if not cache.splits["train"].labelled:
         labels = cache.splits["train"].labels(slice(None))

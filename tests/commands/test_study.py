@@ -17,7 +17,7 @@ from funmatch.commands.study import files as study_files
 from funmatch.commands.study import results as study_results
 from funmatch.commands.study import runner, spec
 from funmatch.config import Study
-from funmatch.errors import Fruitless, InputError
+from funmatch.errors import InputError, WorkFailed
 from funmatch.reports import study_page, study_plots
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import recording
@@ -84,7 +84,7 @@ def file_of(folder: Path, text: str) -> str:
 
 @pytest.mark.parametrize("name", study_files.built_in())
 def test_the_studies_that_come_along_can_be_run(name):
-    plan = study_files.plan_of(Study.checked(name=name))
+    plan = study_files.load_spec(Study.checked(name=name))
     assert len({entry.seed for entry in plan.entries}) >= 3
     assert plan.title
     assert plan.question
@@ -92,7 +92,7 @@ def test_the_studies_that_come_along_can_be_run(name):
 
 
 def test_consistency_has_all_strategies_and_nothing_else_differs():
-    plan = study_files.plan_of(Study.checked(name="consistency"))
+    plan = study_files.load_spec(Study.checked(name="consistency"))
     assert {each.name for each in plan.entries} == {*funmatch.strategies.STRATEGIES, "funmatch (λ a picture)"}
     others = {
         json.dumps({**entry.knobs, "strategy": ""}, default=str) for entry in plan.entries if "λ" not in entry.name
@@ -101,7 +101,7 @@ def test_consistency_has_all_strategies_and_nothing_else_differs():
 
 
 def test_a_file_becomes_runs(tmp_path):
-    plan = study_files.plan_of(Study.checked(name=file_of(tmp_path, TINY), set=("epochs=2", "lr=0.5"), seeds=(3, 4)))
+    plan = study_files.load_spec(Study.checked(name=file_of(tmp_path, TINY), set=("epochs=2", "lr=0.5"), seeds=(3, 4)))
     names = list(dict.fromkeys(entry.name for entry in plan.entries))
     assert names == ["same/ic", "T = 1.0", "T = 2.0", "labels", "from labels"]
     assert [entry.place for entry in plan.entries][:2] == ["same-ic-seed-3", "same-ic-seed-4"]
@@ -112,8 +112,8 @@ def test_a_file_becomes_runs(tmp_path):
         assert ("teacher" in entry.knobs) == (entry.verb == "distill")
     last = plan.entries[-1]
     assert last.needs == ("labels-seed-4",)
-    assert spec.resolved(last, Path("/s/runs"))["student"] == "/s/runs/labels-seed-4"
-    chosen = study_files.plan_of(Study.checked(name=file_of(tmp_path, TINY), only=("from*",)))
+    assert spec.resolve_references(last, Path("/s/runs"))["student"] == "/s/runs/labels-seed-4"
+    chosen = study_files.load_spec(Study.checked(name=file_of(tmp_path, TINY), only=("from*",)))
     assert [entry.place for entry in chosen.entries] == [
         "labels-seed-0", "labels-seed-1", "from-labels-seed-0", "from-labels-seed-1",
     ]  # fmt: skip
@@ -154,21 +154,21 @@ def test_a_file_becomes_runs(tmp_path):
 )
 def test_a_file_that_is_wrong(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
-        study_files.plan_of(Study.checked(name=file_of(tmp_path, TINY.replace(*change, 1))))
+        study_files.load_spec(Study.checked(name=file_of(tmp_path, TINY.replace(*change, 1))))
 
 
 def test_knobs_of_one_run_and_runs_that_are_not_shown(tmp_path):
     text = TINY.replace('name = "labels"', 'name = "labels"\nshown = false')
-    plan = study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("labels.lr=0.25", "lr=0.5")))
+    plan = study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=("labels.lr=0.25", "lr=0.5")))
     rates = {entry.name: entry.knobs["lr"] for entry in plan.entries}
     assert rates == {"same/ic": 0.5, "T = 1.0": 0.5, "T = 2.0": 0.5, "labels": 0.25, "from labels": 0.5}
     assert [entry.name for entry in plan.entries if not entry.shown] == ["labels"] * 2
-    kept = study_page.shown([{"name": "a", "shown": False}, {"name": "b", "shown": True}, {"name": "c"}])
+    kept = study_page.visible([{"name": "a", "shown": False}, {"name": "b", "shown": True}, {"name": "c"}])
     assert [each["name"] for each in kept] == ["b", "c"]
     with pytest.raises(InputError, match="unknown run in --set 'label'; did you mean 'labels'"):
-        study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("label.lr=1",)))
+        study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=("label.lr=1",)))
     with pytest.raises(InputError, match="'lrr'; did you mean 'lr'"):
-        study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=("labels.lrr=1",)))
+        study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=("labels.lrr=1",)))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_knobs_of_one_run_and_runs_that_are_not_shown(tmp_path):
 )
 def test_knobs_as_they_are_typed(tmp_path, words, knob, value):
     text = TINY.replace('student = "run:labels"\n', "")
-    plan = study_files.plan_of(Study.checked(name=file_of(tmp_path, text), set=(words,), only=("same/ic",)))
+    plan = study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=(words,), only=("same/ic",)))
     assert plan.entries[0].knobs[knob] == value
 
 
@@ -222,11 +222,11 @@ def test_lines_that_say_nothing_are_told_and_leave_no_folder(tmp_path, old, new,
 
 def test_names_of_studies(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="unknown study 'consistancy'; did you mean 'consistency'"):
-        study_files.plan_of(Study.checked(name="consistancy"))
+        study_files.load_spec(Study.checked(name="consistancy"))
     with pytest.raises(InputError, match="knob=value"):
-        study_files.plan_of(Study.checked(name="consistency", set=("epochs",)))
+        study_files.load_spec(Study.checked(name="consistency", set=("epochs",)))
     with pytest.raises(InputError, match=r"no run is called nobody; there are fix/rs, fix/cc.*, funmatch, funmatch"):
-        study_files.plan_of(Study.checked(name="consistency", only=("nobody",)))
+        study_files.load_spec(Study.checked(name="consistency", only=("nobody",)))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="holds no results"):
         funmatch.study("consistency", draw=True)
@@ -253,7 +253,7 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
     assert (done["runs"], done["finished"], done["failed"]) == (10, 10, {})
     results = study_results.results(folder)
     assert [each["place"] for each in results] == [
-        entry.place for entry in study_files.plan_of(Study.checked(name=name)).entries
+        entry.place for entry in study_files.load_spec(Study.checked(name=name)).entries
     ]
     for each in results:
         result = json.loads((folder / "runs" / each["place"] / "result.json").read_text())
@@ -292,8 +292,8 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
 @pytest.mark.slow
 def test_runs_that_agree_on_draws_and_teacher_share_a_tape(tmp_path):
     name = file_of(tmp_path, TINY.replace("seeds = [0, 1]", "seeds = [0]"))
-    plan = study_files.plan_of(Study.checked(name=name))
-    shared = runner.shared_tapes(runner.Series(plan, tmp_path / "out", 1))
+    plan = study_files.load_spec(Study.checked(name=name))
+    shared = runner.shared_tapes(runner.StudyRunner(plan, tmp_path / "out", 1))
     assert {place: path.parent.name for place, path in shared.items()} == dict.fromkeys(
         ["T---1.0-seed-0", "T---2.0-seed-0"], "tapes"
     ), "other views, and labels, have none"
@@ -321,11 +321,11 @@ def test_runs_that_agree_on_draws_and_teacher_share_a_tape(tmp_path):
 
 def test_a_run_that_began_without_a_tape_goes_on_without(tmp_path):
     name = file_of(tmp_path, TINY)
-    plan = study_files.plan_of(Study.checked(name=name))
+    plan = study_files.load_spec(Study.checked(name=name))
     own = tmp_path / "out" / "runs" / "T---1.0-seed-0"
     own.mkdir(parents=True)
     (own / "config.json").write_text(json.dumps({"knobs": {"tape": None}}))
-    shared = runner.shared_tapes(runner.Series(plan, tmp_path / "out", 1))
+    shared = runner.shared_tapes(runner.StudyRunner(plan, tmp_path / "out", 1))
     assert sorted(shared) == ["T---1.0-seed-1", "T---2.0-seed-0", "T---2.0-seed-1"]
 
 
@@ -409,7 +409,7 @@ teacher = "nobody"
 name = "needs it"
 student = "run:no such teacher"
 """
-    with pytest.raises(Fruitless, match="2 of 3 runs failed") as error:
+    with pytest.raises(WorkFailed, match="2 of 3 runs failed") as error:
         funmatch.study(file_of(tmp_path, text), out=tmp_path / "out", jobs=2)
     assert "exit 2" in str(error.value)
     assert "unknown model 'nobody'" in str(error.value) or "nobody" in str(error.value)
@@ -433,7 +433,7 @@ def test_what_is_damaged_or_gone_is_made_again(tmp_path):
     assert told(tmp_path / "out") == before
     shutil.rmtree(second)
     second.write_text("in the way")
-    with pytest.raises(Fruitless, match="exists and is no run"):
+    with pytest.raises(WorkFailed, match="exists and is no run"):
         funmatch.study(name, **knobs)
     assert [each["place"] for each in study_results.results(tmp_path / "out")] == ["same-ic-seed-0"]
 
@@ -463,7 +463,7 @@ student = "run:labels"
     assert funmatch.study(name, out=tmp_path / "moved", jobs=1)["finished"] == 2
     assert told(tmp_path / "moved") == told(tmp_path / "gone")
     # Another teacher under a name that was moved is another teacher.
-    knobs = run_folder.find(tmp_path / "gone" / "runs" / begun.name).config
+    knobs = run_folder.find_run(tmp_path / "gone" / "runs" / begun.name).config
     other = knobs | {"facts": knobs["facts"] | {"teacher": "another"}}
     other["knobs"] = other["knobs"] | {"teacher": ["/elsewhere/labels"]}
     assert len(run_folder.differences(knobs, other)) == 2

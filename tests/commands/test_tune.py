@@ -23,7 +23,7 @@ from funmatch import cli
 from funmatch.commands.tune import optuna_storage, search, summary, worker
 from funmatch.commands.tune import space as search_space
 from funmatch.config import SEARCHED, Distill, Finetune, Train
-from funmatch.errors import Fruitless, InputError
+from funmatch.errors import InputError, WorkFailed
 from funmatch.training import train
 from funmatch.training.run import folder as run_folder
 
@@ -70,7 +70,7 @@ def told(folder: Path) -> dict:
     ],
 )
 def test_the_grammar_of_spaces(word, span):
-    assert search_space.read([word], Distill) == {span[0]: search_space.Span(*span[1:])}
+    assert search_space.read([word], Distill) == {span[0]: search_space.Range(*span[1:])}
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def drawn(way: str, numbers: list[int], values: dict[int, float]) -> dict[int, d
     study = optuna.create_study(direction="maximize")
     given = {}
     for number in range(max(numbers) + 1):
-        study.sampler = optuna_storage.Chooser(way, 3, space, None)
+        study.sampler = optuna_storage.SeededSampler(way, 3, space, None)
         trial = study.ask()
-        given[number] = optuna_storage.suggested(trial, space)
+        given[number] = optuna_storage.suggest(trial, space)
         if number in values:
             study.tell(trial, values[number])
     return {number: given[number] for number in numbers}
@@ -142,13 +142,13 @@ def test_what_a_trial_is_given_is_a_function_of_the_seed_and_its_number(way):
 def test_a_trial_that_was_left_half_chosen_gets_the_rest():
     space = search_space.read(["lr=log:1e-5..1e-1", "temperature=1..10"], Distill)
     whole, half = (
-        optuna.create_study(sampler=optuna_storage.Chooser("random", 0, space, None), direction="maximize")
+        optuna.create_study(sampler=optuna_storage.SeededSampler("random", 0, space, None), direction="maximize")
         for _ in range(2)
     )
-    wanted = optuna_storage.suggested(whole.ask(), space)
-    optuna_storage.suggested(half.ask(), {"lr": space["lr"]})
-    half.sampler = optuna_storage.Chooser("random", 0, space, None)
-    assert optuna_storage.suggested(optuna_storage.taken_up(half, 0), space) == wanted
+    wanted = optuna_storage.suggest(whole.ask(), space)
+    optuna_storage.suggest(half.ask(), {"lr": space["lr"]})
+    half.sampler = optuna_storage.SeededSampler("random", 0, space, None)
+    assert optuna_storage.suggest(optuna_storage.resume_trial(half, 0), space) == wanted
 
 
 def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
@@ -157,7 +157,7 @@ def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
     result = done.figures
     assert [trial["number"] for trial in result["trials"]] == [0, 1]
     for trial in result["trials"]:
-        found = [run_folder.find(Path(folder)) for folder in trial["runs"]]
+        found = [run_folder.find_run(Path(folder)) for folder in trial["runs"]]
         assert [run.config["knobs"]["seed"] for run in found] == [5, 6]
         assert {run.config["knobs"]["lr"] for run in found} == {trial["knobs"]["lr"]}
         for run in found:
@@ -249,9 +249,11 @@ def test_a_stop_at_any_run_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_trial_that_another_worker_is_at_is_left_to_it(tmp_path, monkeypatch, capsys):
-    asked = search.asked(SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=2, out=tmp_path / "study"))
-    with optuna_storage.at_work(asked.place):
-        study = worker.opened(asked)
+    asked = search.read_spec(
+        SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=2, out=tmp_path / "study")
+    )
+    with optuna_storage.working_trials(asked.place):
+        study = worker.open_study(asked)
         (trial, lock), others = worker.next_trial(study, asked)
         assert (trial.number, others) == (0, [])
         (other, second), others = worker.next_trial(study, asked)
@@ -275,11 +277,13 @@ def test_what_another_worker_has_just_begun_is_no_obstacle(tmp_path):
 
 
 def test_a_trial_that_ends_while_we_look_is_left_alone(tmp_path, monkeypatch):
-    asked = search.asked(SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=1, out=tmp_path / "study"))
-    with optuna_storage.at_work(asked.place):
-        study = worker.opened(asked)
+    asked = search.read_spec(
+        SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=1, out=tmp_path / "study")
+    )
+    with optuna_storage.working_trials(asked.place):
+        study = worker.open_study(asked)
         (trial, lock), _ = worker.next_trial(study, asked)
-        real = worker.held
+        real = worker.hold_trial
 
         def just_then(*which):
             if trial.number == 0 and not lock.closed:
@@ -307,7 +311,7 @@ def test_if_all_fail_it_says_why(tmp_path, monkeypatch, capsys):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(train, "run", full)
-    with pytest.raises(Fruitless, match="all 2 trials failed, the first so: RuntimeError: out of memory"):
+    with pytest.raises(WorkFailed, match="all 2 trials failed, the first so: RuntimeError: out of memory"):
         funmatch.tune("train", tmp_path / "study", **TINY, space={"lr": [1e-3, 1e-2]}, sampler="grid")
     words = [word for word in WORDS if "teacher" not in word][1:]
     with pytest.raises(SystemExit) as end:
@@ -395,7 +399,7 @@ def test_a_journal_that_is_locked_is_told_and_half_a_line_is_mended(tmp_path, mo
 
 
 def test_passwords_are_written_nowhere():
-    assert "secret" not in optuna_storage.shown("postgresql+psycopg://me:secret@host/db")
+    assert "secret" not in optuna_storage.display_url("postgresql+psycopg://me:secret@host/db")
     with pytest.raises(InputError) as end:
         optuna_storage.check_reachable("postgresql+psycopg://me:secret@127.0.0.1:1/db")
     assert "secret" not in str(end.value)
@@ -413,7 +417,7 @@ def test_without_validation_pictures_some_are_cut_off(tmp_path, capsys):
     data = some_pictures(tmp_path / "pictures", {"train": 20, "test": 3})
     done = funmatch.tune("train", tmp_path / "study", **TINY | {"data": data}, space=LR, trials=2)
     assert "10% of the training pictures are cut off" in capsys.readouterr().err
-    assert run_folder.find(done.best_run).config["knobs"]["val"] == "10%"
+    assert run_folder.find_run(done.best_run).config["knobs"]["val"] == "10%"
     assert done.figures["seen"] == {"val": 4}
     assert done.figures["test"]["pictures"] == 6
     assert "--val" not in done.figures["command"], "in full is with all training pictures"
@@ -437,7 +441,7 @@ def test_a_pruner_ends_trials_that_fall_behind(tmp_path, monkeypatch):
     real = train.run
 
     def as_good_as_its_rate(config, given, trial):
-        return real(config, given, replace(trial, told=lambda step, _score: trial.told(step, config.lr)))
+        return real(config, given, replace(trial, report=lambda step, _score: trial.report(step, config.lr)))
 
     monkeypatch.setattr(train, "run", as_good_as_its_rate)
     knobs = TINY | {"eval_every": 1, "lr": 1e-3}
@@ -456,7 +460,7 @@ def test_a_recipe_brings_its_space(tmp_path):
         "--eval-resize 28 --steps 2 --batch 8 --weight-decay 1e-4 --space lr=1e-3,1e-2 --sampler grid"
     ))  # fmt: skip
     assert config.out == Path("runs/tune-pet37-fast")
-    asked = search.asked(config)
+    asked = search.read_spec(config)
     assert asked.space["lr"].choices == (1e-3, 1e-2)
     assert asked.space["temperature"].choices == (1.0, 2.0, 5.0, 10.0)
     assert "weight_decay" not in asked.space, "what was said is not searched"
@@ -472,7 +476,7 @@ def test_a_recipe_brings_its_space(tmp_path):
 
 def test_what_is_told_of_a_run_in_full():
     base = Train.checked(**TINY | {"val": "10%", "patience": 3}, out="x")
-    asked = search.Asked("train", base, search_space.read(["steps=2,3"], Train), None, Path("/s"), 1)
+    asked = search.SearchSpec("train", base, search_space.read(["steps=2,3"], Train), None, Path("/s"), 1)
     words = summary.command(asked, {"steps": 3})
     assert words.startswith("funmatch train ")
     assert "--steps 3" in words

@@ -17,10 +17,10 @@ from make_images import paint
 from scipy.io import savemat
 
 from funmatch.data.cache.open_cache import open_cache
-from funmatch.data.dataset import Cut, Reading
+from funmatch.data.dataset import ReadOptions, SplitSpec
 from funmatch.data.readers import catalog
 from funmatch.data.readers.catalog import CATALOG, open_named
-from funmatch.data.readers.open import open_source, resolved
+from funmatch.data.readers.open import open_source, resolve_names
 from funmatch.errors import InputError
 
 
@@ -55,7 +55,7 @@ def test_pets(home):
     )
     cache = open_cache("pet37")
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 27, "val": 3, "test": 30}
-    assert len(open_cache("pet37", Reading(cut=Cut({"val": 9}))).splits["val"]) == 9
+    assert len(open_cache("pet37", ReadOptions(cut=SplitSpec({"val": 9}))).splits["val"]) == 9
 
 
 def flowers(home: Path) -> Path:
@@ -252,11 +252,11 @@ def test_every_entry_says_what_it_is():
 def test_doors(tmp_path, pictures, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_source(f"folder:{pictures}").classes == ("ant", "bee", "cat")
-    assert resolved("folder:pictures") == f"folder:{tmp_path}/pictures"
-    assert resolved("pictures") == f"{tmp_path}/pictures"
-    assert resolved("pet37") == "pet37"
-    assert resolved("hf:user/name") == "hf:user/name"
-    assert resolved("tfrecord:a/*.tfrec") == f"tfrecord:{tmp_path}/a/*.tfrec"
+    assert resolve_names("folder:pictures") == f"folder:{tmp_path}/pictures"
+    assert resolve_names("pictures") == f"{tmp_path}/pictures"
+    assert resolve_names("pet37") == "pet37"
+    assert resolve_names("hf:user/name") == "hf:user/name"
+    assert resolve_names("tfrecord:a/*.tfrec") == f"tfrecord:{tmp_path}/a/*.tfrec"
     with pytest.raises(InputError, match="names no place"):
         open_source("folder:")
     with pytest.raises(InputError, match="did you mean 'pet37'"):

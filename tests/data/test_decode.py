@@ -164,7 +164,7 @@ def test_large_jpegs_are_scaled_while_they_are_decoded():
         image = photograph(width, height, seed)
         picture = encoded(image, "JPEG", quality=95)
         fast = decode(picture, cap=100).astype(int)
-        size = decoding.capped((width, height), 100)
+        size = decoding.cap_size((width, height), 100)
         slow = np.asarray(Image.fromarray(decode(picture)).resize(size, Image.Resampling.BILINEAR)).astype(int)
         assert fast.shape == slow.shape
         assert min(fast.shape[:2]) == 100
@@ -172,10 +172,10 @@ def test_large_jpegs_are_scaled_while_they_are_decoded():
 
 
 def test_capped_sizes():
-    assert decoding.capped((640, 480), None) == (640, 480)
-    assert decoding.capped((640, 480), 480) == (640, 480)
-    assert decoding.capped((640, 480), 48) == (64, 48)
-    assert decoding.capped((480, 641), 48) == (48, 64)
+    assert decoding.cap_size((640, 480), None) == (640, 480)
+    assert decoding.cap_size((640, 480), 480) == (640, 480)
+    assert decoding.cap_size((640, 480), 48) == (64, 48)
+    assert decoding.cap_size((480, 641), 48) == (48, 64)
 
 
 def test_decoders_that_are_not_there(monkeypatch):

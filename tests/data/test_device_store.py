@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 import funmatch
 from funmatch.data.cache import device_store
-from funmatch.data.cache.build import Keeping
-from funmatch.data.cache.device_store import size_aboard, taken_aboard
+from funmatch.data.cache.build import CacheOptions
+from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader, central_batches
 from funmatch.ops import resample
 from funmatch.training import datasets as of_tasks
-from funmatch.training.run.checkpoint_writer import Keeper
+from funmatch.training.run.checkpoint_writer import CheckpointWriter
 from funmatch.training.run.folder import Run
 from tests.conftest import paint
 
@@ -33,46 +33,46 @@ def pictures_of_many_sizes(tmp_path):
     for split in ("train", "val"):
         for number, size in enumerate([(40, 31), (90, 70), (33, 200), (70, 70), (64, 80), (128, 65), (31, 31)]):
             paint(tmp_path / "p" / split / "ab"[number % 2] / f"{number}.png", number, size)
-    return open_cache(str(tmp_path / "p"), keeping=Keeping(home=tmp_path / "kept"))
+    return open_cache(str(tmp_path / "p"), keeping=CacheOptions(home=tmp_path / "kept"))
 
 
 @pytest.mark.parametrize("crop", ["inception", "mild", "squash", "whole"])
 def test_batches_are_the_same(cache, crop):
     host = Loader(cache.splits["train"], 3, 8, 24, crop=crop, resize=30, teacher_sides=(24, 32))
-    there = replace(host, split=taken_aboard(host.split, CPU)[0])
+    there = replace(host, split=move_to_device(host.split, CPU)[0])
     for step in (0, 1, 7):
         one, other = host.batch_at(step), there.batch_at(step)
         torch.testing.assert_close(other.crops, one.crops, atol=CLOSE, rtol=0)
         assert torch.equal(other.labels, one.labels)
         assert other.lam == one.lam
-        assert other.shown[0] is other.crops, "shared crops are one tensor"
-        torch.testing.assert_close(other.shown[1], one.shown[1], atol=CLOSE, rtol=0)
+        assert other.teacher_crops[0] is other.crops, "shared crops are one tensor"
+        torch.testing.assert_close(other.teacher_crops[1], one.teacher_crops[1], atol=CLOSE, rtol=0)
 
 
 @pytest.mark.parametrize("squash", [False, True])
 def test_evaluation_sees_the_same_of_any_part_of_a_split(cache, squash):
     host = cache.splits["val"]
-    there, _ = taken_aboard(host, CPU)
+    there, _ = move_to_device(host, CPU)
     some = np.array([5, 0, 0, 3])
-    for one, other in ((host, there), (host.picked(some), there.picked(some))):
+    for one, other in ((host, there), (host.picked(some), there.subset(some))):
         views = [torch.cat([v for v, _ in central_batches(split, 24, 30, 3, squash=squash)]) for split in (one, other)]
         torch.testing.assert_close(views[1], views[0], atol=CLOSE, rtol=0)
 
 
 def test_pixels_lie_there_once(cache):
     split = cache.splits["train"]
-    first, _ = taken_aboard(split, CPU)
-    second, _ = taken_aboard(replace(split, name="other"), CPU)
+    first, _ = move_to_device(split, CPU)
+    second, _ = move_to_device(replace(split, name="other"), CPU)
     assert first.store is second.store
     twice = split.picked(np.array([0, 0, 1]))
-    lone, _ = taken_aboard(twice, CPU)
+    lone, _ = move_to_device(twice, CPU)
     rows = split.index[[0, 1]]
-    assert size_aboard(twice) == len(lone.store.flat) == int((rows["height"] * rows["width"] * 3).sum())
+    assert device_bytes(twice) == len(lone.store.flat) == int((rows["height"] * rows["width"] * 3).sum())
 
 
 def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
-    size = size_aboard(cache.splits["train"])
-    some = of_tasks.aboard(cache, CPU, (size + 10) / 1e9)
+    size = device_bytes(cache.splits["train"])
+    some = of_tasks.move_to_device(cache, CPU, (size + 10) / 1e9)
     assert some.splits["train"].store is not cache.splits["train"].store
     assert some.splits["val"].store is cache.splits["val"].store
     assert "val: 0.0 GB of pixels stay on the host, since --device-gb is" in capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr("funmatch.training.datasets.taken_aboard", full)
-    assert of_tasks.aboard(cache, CPU, 1).splits == cache.splits
+    assert of_tasks.move_to_device(cache, CPU, 1).splits == cache.splits
     assert "has no room for" in capsys.readouterr().err
 
 
@@ -94,17 +94,17 @@ def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
         torch, "arange", lambda *given, real=torch.arange, **more: real(*given, **more | {"device": CPU})
     )
     kernels = pytest.importorskip("funmatch.ops.native.triton_crops")
-    monkeypatch.setattr(kernels, "looked", resample.gathered)
-    assert device_store.fastest_cut(flat) == (resample.gathered, "")
-    monkeypatch.setattr(kernels, "looked", lambda *given: resample.gathered(*given) + 0.1)
-    assert "it computes something else" in device_store.fastest_cut(flat)[1]
+    monkeypatch.setattr(kernels, "looked", resample.sample_by_gather)
+    assert device_store.fastest_crop_kernel(flat) == (resample.sample_by_gather, "")
+    monkeypatch.setattr(kernels, "looked", lambda *given: resample.sample_by_gather(*given) + 0.1)
+    assert "it computes something else" in device_store.fastest_crop_kernel(flat)[1]
 
     def fails(*_):
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(kernels, "looked", fails)
-    cut, note = device_store.fastest_cut(flat)
-    assert cut is resample.gathered
+    cut, note = device_store.fastest_crop_kernel(flat)
+    assert cut is resample.sample_by_gather
     assert "does not work here (no compiler)" in note
 
 
@@ -153,11 +153,11 @@ def test_what_is_written_beside_is_written_in_order_and_nothing_after_a_failure(
         written.append(name)
 
     def asked(*names):
-        with Keeper() as keeper:
+        with CheckpointWriter() as keeper:
             for name in names:
                 if name == "stop":
                     raise ValueError("of the block")
-                keeper.later(lambda name=name: write(name))
+                keeper.submit(lambda name=name: write(name))
 
     with pytest.raises(OSError, match="disk"):
         asked("a", "b", "bad", "c", "d", "e")

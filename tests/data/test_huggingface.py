@@ -7,7 +7,7 @@ import pytest
 from make_images import paint
 
 from funmatch.data.cache.open_cache import open_cache
-from funmatch.data.dataset import Reading
+from funmatch.data.dataset import ReadOptions
 from funmatch.data.readers.open import open_source
 from funmatch.errors import InputError
 
@@ -57,15 +57,15 @@ def test_columns(tmp_path):
     rows, _ = table(tmp_path, kind=["x", "z", "y"] * 2, number=[3, 1, 2] * 2)
     rows.to_parquet(tmp_path / "a.parquet")
     spec = f"hf:{tmp_path}/a.parquet"
-    assert open_source(spec, Reading(label_feature="kind")).classes == ("x", "y", "z")
-    assert open_source(spec, Reading(label_feature="kind")).splits["train"].labels.tolist() == [0, 2, 1] * 2
-    numbered = open_source(spec, Reading(label_feature="number"))
+    assert open_source(spec, ReadOptions(label_feature="kind")).classes == ("x", "y", "z")
+    assert open_source(spec, ReadOptions(label_feature="kind")).splits["train"].labels.tolist() == [0, 2, 1] * 2
+    numbered = open_source(spec, ReadOptions(label_feature="number"))
     assert (numbered.classes, numbered.unnamed) == (("0", "1", "2", "3"), True)
-    assert open_source(spec, Reading(label_feature="none")).classes == ()
-    for wrong in (Reading(image_feature="label"), Reading(label_feature="image")):
+    assert open_source(spec, ReadOptions(label_feature="none")).classes == ()
+    for wrong in (ReadOptions(image_feature="label"), ReadOptions(label_feature="image")):
         with pytest.raises(InputError, match=r"holds no (pictures|labels)"):
             open_source(spec, wrong)
-    for reading in (Reading(label_feature="no"), Reading(image_feature="no")):
+    for reading in (ReadOptions(label_feature="no"), ReadOptions(image_feature="no")):
         with pytest.raises(InputError, match="has no column 'no', but: image, label, kind, number"):
             open_source(spec, reading)
 
@@ -75,7 +75,7 @@ def test_labels_that_cannot_be_used(tmp_path):
     rows.remove_columns("label").add_column("label", [0, None, 1, None, 0, 1]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"train\[1\]: label None is outside the 2 classes; or --unlabelled"):
         open_source(f"hf:{tmp_path}/a.parquet")
-    source = open_source(f"hf:{tmp_path}/a.parquet", Reading(unlabelled=True))
+    source = open_source(f"hf:{tmp_path}/a.parquet", ReadOptions(unlabelled=True))
     assert source.classes == ()
     assert source.read("train", 5) == pictures[5]
 

@@ -11,7 +11,7 @@ from make_images import paint
 from PIL import Image
 
 from funmatch.data.cache import build
-from funmatch.data.cache.build import Keeping
+from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.decode import decode
 from funmatch.data.loader import Loader, central_batches, prefetch
@@ -90,7 +90,7 @@ def test_the_cache_holds_the_very_pixels(pictures):
 
 def test_large_pictures_are_kept_smaller(tmp_path):
     paint(tmp_path / "a.png", 0, (90, 60))
-    cache = open_cache(str(tmp_path), keeping=Keeping(cap=30))
+    cache = open_cache(str(tmp_path), keeping=CacheOptions(cap=30))
     assert cache.splits["train"].picture(0).shape == (30, 45, 3)
 
 
@@ -99,14 +99,14 @@ def test_the_cache_follows_the_content_and_not_the_place(pictures, tmp_path, mon
     original = build._fill
     monkeypatch.setattr(build, "_fill", lambda *args: decoded.append(1) or original(*args))
     home = tmp_path / "home"
-    key = open_cache(str(pictures), keeping=Keeping(home=home)).key
-    assert open_cache(str(pictures), keeping=Keeping(home=home)).key == key
+    key = open_cache(str(pictures), keeping=CacheOptions(home=home)).key
+    assert open_cache(str(pictures), keeping=CacheOptions(home=home)).key == key
     pictures.rename(tmp_path / "moved")
-    assert open_cache(str(tmp_path / "moved"), keeping=Keeping(home=home)).key == key
+    assert open_cache(str(tmp_path / "moved"), keeping=CacheOptions(home=home)).key == key
     assert len(decoded) == 1
     changed = tmp_path / "moved" / "train" / "ant" / "0.jpg"
     paint(changed, 999)
-    assert open_cache(str(tmp_path / "moved"), keeping=Keeping(home=home)).key != key
+    assert open_cache(str(tmp_path / "moved"), keeping=CacheOptions(home=home)).key != key
     assert len(decoded) == 2
 
 
@@ -128,7 +128,7 @@ def test_all_unreadable_pictures_are_named_at_once_and_nothing_is_left(pictures,
     (pictures / "test" / "cat" / "2.webp").write_bytes(b"")
     home = tmp_path / "home"
     with pytest.raises(InputError) as error:
-        open_cache(str(pictures), keeping=Keeping(home=home))
+        open_cache(str(pictures), keeping=CacheOptions(home=home))
     message = str(error.value)
     assert message.startswith("3 unreadable pictures")
     for name in ("train/ant/0.jpg", "val/bee/1.png", "test/cat/2.webp"):
@@ -138,11 +138,11 @@ def test_all_unreadable_pictures_are_named_at_once_and_nothing_is_left(pictures,
 
 def test_a_cache_that_lost_bytes_is_made_again(pictures, tmp_path):
     home = tmp_path / "home"
-    cache = open_cache(str(pictures), keeping=Keeping(home=home))
+    cache = open_cache(str(pictures), keeping=CacheOptions(home=home))
     picture = cache.splits["train"].picture(3).clone()
     file = cache.folder / "train.pixels"
     os.truncate(file, file.stat().st_size - 1)
-    assert torch.equal(open_cache(str(pictures), keeping=Keeping(home=home)).splits["train"].picture(3), picture)
+    assert torch.equal(open_cache(str(pictures), keeping=CacheOptions(home=home)).splits["train"].picture(3), picture)
 
 
 def test_the_embedded_set_is_balanced_and_its_splits_are_distinct():
@@ -204,7 +204,7 @@ def test_evaluation_sees_every_picture_once_in_order(loader):
 
 
 def test_a_cache_of_another_cap_has_another_key(pictures):
-    assert open_cache(str(pictures)).key != open_cache(str(pictures), keeping=Keeping(cap=10)).key
+    assert open_cache(str(pictures)).key != open_cache(str(pictures), keeping=CacheOptions(cap=10)).key
 
 
 def test_meta_says_what_is_in_a_cache(pictures):

@@ -19,9 +19,9 @@ from make_images import paint
 from funmatch.data.cache import build
 from funmatch.data.cache import open_cache as caches
 from funmatch.data.cache import scan as surveys
-from funmatch.data.cache.build import Keeping
+from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
-from funmatch.data.dataset import Cut, Reading, parse_share
+from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.loader import Loader, central_batches
 from funmatch.data.readers.open import open_source
 from funmatch.errors import InputError
@@ -57,7 +57,7 @@ def test_what_is_no_share(text):
 
 def test_a_cut_depends_on_content_and_seed_only(tmp_path):
     root = classes_folder(tmp_path / "one")
-    tenth = Reading(cut=Cut({"val": Fraction(1, 10)}))
+    tenth = ReadOptions(cut=SplitSpec({"val": Fraction(1, 10)}))
     first = open_cache(str(root), tenth)
     assert {name: len(split) for name, split in first.splits.items()} == {"train": 54, "val": 6}
     moved = tmp_path / "elsewhere"
@@ -66,10 +66,10 @@ def test_a_cut_depends_on_content_and_seed_only(tmp_path):
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
     assert contents(open_cache(str(moved), tenth)) == contents(first)
-    other = open_cache(str(root), Reading(cut=Cut({"val": Fraction(1, 10)}, seed=1)))
+    other = open_cache(str(root), ReadOptions(cut=SplitSpec({"val": Fraction(1, 10)}, seed=1)))
     assert contents(other)["val"] != contents(first)["val"]
     assert contents(other)["val"] | contents(other)["train"] == contents(first)["val"] | contents(first)["train"]
-    assert len(open_cache(str(root), Reading(cut=Cut({"val": 17}))).splits["val"]) == 17
+    assert len(open_cache(str(root), ReadOptions(cut=SplitSpec({"val": 17}))).splits["val"]) == 17
     labels = first.splits["val"].labels(slice(None))
     assert set(labels.tolist()) <= {0, 1}
 
@@ -80,7 +80,7 @@ def test_copies_stay_on_one_side_of_a_cut(tmp_path):
         for copy in range(3):
             shutil.copyfile(path, path.with_name(f"{path.stem}-{copy}.png"))
     for count in (5, 6, 7):
-        cache = open_cache(str(root), Reading(cut=Cut({"val": count})))
+        cache = open_cache(str(root), ReadOptions(cut=SplitSpec({"val": count})))
         assert not contents(cache)["train"] & contents(cache)["val"]
         assert not cache.found["leaks"]
         assert len(cache.splits["val"]) == 8
@@ -88,12 +88,12 @@ def test_copies_stay_on_one_side_of_a_cut(tmp_path):
 
 def test_cuts_that_cannot_be(tmp_path, pictures):
     with pytest.raises(InputError, match="has a validation split of its own"):
-        open_cache(str(pictures), Reading(cut=Cut({"val": 3})))
+        open_cache(str(pictures), ReadOptions(cut=SplitSpec({"val": 3})))
     root = classes_folder(tmp_path / "p", 3)
     with pytest.raises(InputError, match="leaves none for val"):
-        open_cache(str(root), Reading(cut=Cut({"val": Fraction(1, 10)})))
+        open_cache(str(root), ReadOptions(cut=SplitSpec({"val": Fraction(1, 10)})))
     with pytest.raises(InputError, match="leaves none for train"):
-        open_cache(str(root), Reading(cut=Cut({"val": 6})))
+        open_cache(str(root), ReadOptions(cut=SplitSpec({"val": 6})))
 
 
 def test_a_leak_is_told_loudly(pictures, funmatch):
@@ -119,7 +119,7 @@ def test_unreadable_pictures_can_be_skipped(pictures, funmatch):
     assert "Traceback" not in stopped.stderr
     found = json.loads(funmatch("prepare", pictures, "--on-bad", "skip", "--json").stdout)
     assert [name for name, _ in found["unreadable"]] == ["train/ant/0.jpg", "val/bee/1.png"]
-    cache = open_cache(str(pictures), keeping=Keeping(on_bad="skip"))
+    cache = open_cache(str(pictures), keeping=CacheOptions(on_bad="skip"))
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 14, "val": 8, "test": 12}
     with pytest.raises(InputError, match="2 unreadable"):
         open_cache(str(pictures))
@@ -130,7 +130,7 @@ def test_many_unreadable_pictures_are_all_written_down(tmp_path):
         (tmp_path / "p").mkdir(exist_ok=True)
         (tmp_path / "p" / f"{i:03}.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"300 unreadable pictures") as error:
-        open_cache(str(tmp_path / "p"), keeping=Keeping(home=tmp_path / "home"))
+        open_cache(str(tmp_path / "p"), keeping=CacheOptions(home=tmp_path / "home"))
     assert "and 100 more, all in" in str(error.value)
     (listed,) = (tmp_path / "home").glob("unreadable-*.txt")
     assert len(listed.read_text().splitlines()) == 300
@@ -141,8 +141,8 @@ def test_both_ways_show_the_same(tmp_path, way):
     for i in range(12):
         paint(tmp_path / "p" / f"{i}.jpg", i, (100 + 7 * i, 90))
     paint(tmp_path / "p" / "large.png", 99, (400, 300))
-    reference = open_cache(str(tmp_path / "p"), keeping=Keeping(cap=95, way="resident", decoder="pillow"))
-    cache = open_cache(str(tmp_path / "p"), keeping=Keeping(cap=95, way=way))
+    reference = open_cache(str(tmp_path / "p"), keeping=CacheOptions(cap=95, way="resident", decoder="pillow"))
+    cache = open_cache(str(tmp_path / "p"), keeping=CacheOptions(cap=95, way=way))
     split = cache.splits["train"]
     assert cache.way == way
     assert min(split.picture(12).shape[:2]) <= 95
@@ -157,7 +157,7 @@ def test_both_ways_show_the_same(tmp_path, way):
 
 def test_the_way_is_chosen_by_size(pictures, tmp_path):
     told: list[str] = []
-    big = open_cache(str(pictures), keeping=Keeping(resident_gb=1e-9, home=tmp_path / "home"), tell=told.append)
+    big = open_cache(str(pictures), keeping=CacheOptions(resident_gb=1e-9, home=tmp_path / "home"), tell=told.append)
     assert big.way == "streaming"
     assert any("streaming: 36 pictures, packed" in line for line in told)
     assert open_cache(str(pictures)).way == "resident"
@@ -176,9 +176,9 @@ def test_known_pictures_are_not_listed_again(pictures, monkeypatch):
 
 def test_of_very_many_files_some_are_watched(pictures, monkeypatch):
     monkeypatch.setattr(caches, "WATCHED_AT_MOST", 20)
-    key = open_cache(str(pictures), keeping=Keeping(cap=40)).key
+    key = open_cache(str(pictures), keeping=CacheOptions(cap=40)).key
     paint(pictures / "test" / "cat" / "new.png", 5)
-    assert open_cache(str(pictures), keeping=Keeping(cap=40)).key != key, "folders tell of new files"
+    assert open_cache(str(pictures), keeping=CacheOptions(cap=40)).key != key, "folders tell of new files"
 
 
 def test_damage_in_a_cache_is_mended_by_prepare(pictures, funmatch):
@@ -191,7 +191,7 @@ def test_damage_in_a_cache_is_mended_by_prepare(pictures, funmatch):
 
 
 def test_damage_in_a_streaming_cache_is_an_error(pictures, tmp_path):
-    cache = open_cache(str(pictures), keeping=Keeping(way="streaming", home=tmp_path / "home"))
+    cache = open_cache(str(pictures), keeping=CacheOptions(way="streaming", home=tmp_path / "home"))
     path = cache.folder / "train.pixels"
     whole = path.read_bytes()
     path.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
@@ -204,7 +204,7 @@ def test_an_interrupted_survey_goes_on(pictures, tmp_path, monkeypatch):
     source = open_source(str(pictures))
     (pictures / "train" / "bee" / "0.jpg").write_bytes(b"")
     source = open_source(str(pictures))
-    whole = surveys.survey(source, tmp_path / "whole")
+    whole = surveys.scan(source, tmp_path / "whole")
     read = []
 
     def reading_until(last: int):
@@ -220,9 +220,9 @@ def test_an_interrupted_survey_goes_on(pictures, tmp_path, monkeypatch):
         again = replace(source, read=reading_until(last))
         if last < 100:
             with pytest.raises(KeyboardInterrupt):
-                surveys.survey(again, tmp_path / "home")
+                surveys.scan(again, tmp_path / "home")
     read.clear()
-    found = surveys.survey(replace(source, read=reading_until(100)), tmp_path / "home")
+    found = surveys.scan(replace(source, read=reading_until(100)), tmp_path / "home")
     assert 0 < len(read) < 36, "what was read before is not read again"
     assert np.array_equal(found.rows, whole.rows)
     assert found.reasons == whole.reasons
@@ -253,14 +253,14 @@ def test_prepare_goes_on_after_kills(tmp_path):
     subprocess.run(words, check=True, capture_output=True, env=killed)
     assert kills
     caches_of = [
-        open_cache(str(tmp_path / "p"), keeping=Keeping(home=tmp_path / home)) for home in ("straight", "killed")
+        open_cache(str(tmp_path / "p"), keeping=CacheOptions(home=tmp_path / home)) for home in ("straight", "killed")
     ]
     for name in ("train.pixels", "train.index.npy", "meta.json"):
         assert (caches_of[0].folder / name).read_bytes() == (caches_of[1].folder / name).read_bytes()
 
 
 def test_a_limit_does_not_spoil_the_cache_for_others(pictures):
-    small = open_cache(str(pictures), keeping=Keeping(max_pixels=500, on_bad="skip"))
+    small = open_cache(str(pictures), keeping=CacheOptions(max_pixels=500, on_bad="skip"))
     assert small.found["unreadable"]
     assert sum(map(len, open_cache(str(pictures)).splits.values())) == 36
 
@@ -279,9 +279,9 @@ def test_what_changes_while_it_is_prepared_is_noticed(pictures, monkeypatch, cha
     with monkeypatch.context() as patch:
         patch.setattr(build, "_fill", change_first)
         with pytest.raises(InputError, match=r"train/cat/4\.png.*[Ss]tart"):
-            open_cache(str(pictures), keeping=Keeping(on_bad="skip", home=home))
+            open_cache(str(pictures), keeping=CacheOptions(on_bad="skip", home=home))
     path.write_bytes(before)
-    assert len(open_cache(str(pictures), keeping=Keeping(home=home)).splits["train"]) == 15
+    assert len(open_cache(str(pictures), keeping=CacheOptions(home=home)).splits["train"]) == 15
 
 
 def test_half_a_line_of_reasons_is_forgotten(tmp_path):
@@ -296,7 +296,9 @@ def test_labelled_pictures_are_judged_on(tmp_path):
     classes_folder(tmp_path / "p", 20)
     for i in range(40):
         paint(tmp_path / "loose" / f"{i}.png", 7000 + i)
-    cache = open_cache([str(tmp_path / "p"), str(tmp_path / "loose")], Reading(cut=Cut({"val": Fraction(1, 10)})))
+    cache = open_cache(
+        [str(tmp_path / "p"), str(tmp_path / "loose")], ReadOptions(cut=SplitSpec({"val": Fraction(1, 10)}))
+    )
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 76, "val": 4}
     assert cache.splits["val"].labelled
 
@@ -334,7 +336,9 @@ def test_unlabelled_copies_of_what_is_judged_are_left_out(tmp_path):
     (tmp_path / "loose").mkdir()
     for i, path in enumerate(sorted((tmp_path / "p").rglob("*.png"))):
         shutil.copy(path, tmp_path / "loose" / f"{i}.png")
-    cache = open_cache([str(tmp_path / "p"), str(tmp_path / "loose")], Reading(cut=Cut({"val": Fraction(3, 10)})))
+    cache = open_cache(
+        [str(tmp_path / "p"), str(tmp_path / "loose")], ReadOptions(cut=SplitSpec({"val": Fraction(3, 10)}))
+    )
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 28, "val": 6}
     assert not cache.found["leaks"]
     assert any("6 unlabelled copies" in note for note in cache.found["notes"])
@@ -347,5 +351,5 @@ def test_a_full_disk_is_not_a_bad_picture(pictures, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        surveys.survey(replace(source, read=full), tmp_path / "home")
-    assert not surveys.survey(source, tmp_path / "home").reasons
+        surveys.scan(replace(source, read=full), tmp_path / "home")
+    assert not surveys.scan(source, tmp_path / "home").reasons

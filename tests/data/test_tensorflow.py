@@ -11,7 +11,7 @@ import pytest
 from make_images import paint
 from PIL import Image
 
-from funmatch.data.dataset import Reading
+from funmatch.data.dataset import ReadOptions
 from funmatch.data.decode import decode
 from funmatch.data.readers.open import open_source
 
@@ -86,7 +86,7 @@ def test_other_names_and_unusual_values(tf, tmp_path):
         {"image/encoded": picture(tf, 2), "image/class/label": 0, "image/text": b""},
     ]
     write(tf, tmp_path / "validation-00000-of-00001", [example(tf, **row) for row in rows])
-    source = open_source(f"tfrecord:{tmp_path}", Reading(label_feature="none"))
+    source = open_source(f"tfrecord:{tmp_path}", ReadOptions(label_feature="none"))
     assert [source.read("val", i) for i in range(2)] == [picture(tf, 1), picture(tf, 2)]
 
 
@@ -128,10 +128,10 @@ def test_crops_have_tensorflows_distribution(tf):
     """Two-sample Kolmogorov-Smirnov on area, aspect and centre, 100,000 draws."""
     from scipy.stats import ks_2samp
 
-    from funmatch.ops.sampling import generator, inception_boxes
+    from funmatch.ops.sampling import generator, sample_inception_boxes
 
     n, height, width = 100_000, 375, 500
-    ours = inception_boxes(generator(0, 0), np.full(n, height), np.full(n, width))
+    ours = sample_inception_boxes(generator(0, 0), np.full(n, height), np.full(n, width))
 
     @tf.function
     def draw(_):

@@ -14,10 +14,10 @@ from make_images import paint
 from PIL import Image
 
 from funmatch.data.cache.open_cache import open_cache
-from funmatch.data.dataset import Reading
+from funmatch.data.dataset import ReadOptions
 from funmatch.data.decode import decode
 from funmatch.data.formats import crc32c
-from funmatch.data.formats.tfrecord import example, framed, parse_example, records
+from funmatch.data.formats.tfrecord import example, frame, parse_example, records
 from funmatch.data.readers.open import open_source
 from funmatch.errors import InputError
 
@@ -54,18 +54,18 @@ def test_gzip_and_patterns(pattern):
 
 def test_names_of_features_and_classes():
     with pytest.raises(InputError, match=r"--first-label 1"):
-        open_source(f"tfrecord:{WRITTEN}/imagenet", Reading(class_file=WRITTEN / "three.txt"))
-    source = open_source(f"tfrecord:{WRITTEN}/imagenet", Reading(first_label=1))
+        open_source(f"tfrecord:{WRITTEN}/imagenet", ReadOptions(class_file=WRITTEN / "three.txt"))
+    source = open_source(f"tfrecord:{WRITTEN}/imagenet", ReadOptions(first_label=1))
     assert source.splits["val"].labels.tolist() == [0, 1, 2]
     source = open_source(f"tfrecord:{WRITTEN}/tfds")
     assert source.classes == ("Abyssinian", "Beagle")
     assert source.splits["train"].labels.tolist() == [0, 1, 0]
     with pytest.raises(InputError, match=r"record 0: has no feature 'picture', but: file_name, image, label"):
-        open_source(f"tfrecord:{WRITTEN}/tfds", Reading(image_feature="picture"))
+        open_source(f"tfrecord:{WRITTEN}/tfds", ReadOptions(image_feature="picture"))
     with pytest.raises(InputError, match=r"no feature 'kind'.*--label-feature or --unlabelled"):
-        open_source(f"tfrecord:{WRITTEN}/tfds", Reading(label_feature="kind"))
-    assert not open_source(f"tfrecord:{WRITTEN}/tfds", Reading(label_feature="none")).classes
-    text = Reading(image_feature="image/class/text", label_feature="none", unlabelled=True)
+        open_source(f"tfrecord:{WRITTEN}/tfds", ReadOptions(label_feature="kind"))
+    assert not open_source(f"tfrecord:{WRITTEN}/tfds", ReadOptions(label_feature="none")).classes
+    text = ReadOptions(image_feature="image/class/text", label_feature="none", unlabelled=True)
     without = open_source(f"tfrecord:{WRITTEN}/imagenet", text)
     assert not without.classes, "no label where none is there"
 
@@ -133,7 +133,7 @@ def test_all_bad_shards_are_named_at_once(tmp_path):
     ],
 )
 def test_records_that_are_no_examples(tmp_path, payload, message):
-    (tmp_path / "a.tfrecord").write_bytes(framed(payload))
+    (tmp_path / "a.tfrecord").write_bytes(frame(payload))
     with pytest.raises(InputError, match=f"record 0: .*{message}"):
         open_source(f"tfrecord:{tmp_path}/a.tfrecord")
 
@@ -148,7 +148,7 @@ def test_an_example_is_what_it_was():
 
 def test_labels_outside_the_classes_are_named(tmp_path):
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
-    (tmp_path / "a.tfrec").write_bytes(framed(example(b"x", 0)) + framed(example(b"x", 7)))
+    (tmp_path / "a.tfrec").write_bytes(frame(example(b"x", 0)) + frame(example(b"x", 7)))
     with pytest.raises(InputError, match=r"a.tfrec, record 1: label 7 is outside the 2 classes \(1 such"):
         open_source(f"tfrecord:{tmp_path}")
     (tmp_path / "classes.txt").write_text("ant\nAnt\n")
@@ -292,13 +292,13 @@ def test_json_of_labels_by_option(tmp_path, jpegs):
     about = json.dumps({"label": 1}).encode()
     tar(tmp_path / "a.tar", {"a.jpg": jpegs[0], "a.cls": b"0", "a.json": about})
     assert open_source(f"wds:{tmp_path}/a.tar").splits["train"].labels.tolist() == [0]
-    by_json = Reading(label_feature="json")
+    by_json = ReadOptions(label_feature="json")
     assert open_source(f"wds:{tmp_path}/a.tar", by_json).splits["train"].labels.tolist() == [1]
 
 
 def test_a_set_of_shards_with_a_gap(tmp_path):
     for i in (0, 2):
-        (tmp_path / f"train-{i:05}-of-00003").write_bytes(framed(example(b"x", 0)))
+        (tmp_path / f"train-{i:05}-of-00003").write_bytes(frame(example(b"x", 0)))
     with pytest.raises(InputError, match=r"of 3 shards train-…, 1 are not there, e\.g\. 00001"):
         open_source(f"tfrecord:{tmp_path}")
 
@@ -306,19 +306,19 @@ def test_a_set_of_shards_with_a_gap(tmp_path):
 def test_a_files_name_says_more_than_its_folders(tmp_path):
     (tmp_path / "dev").mkdir()
     for split in ("train", "val"):
-        (tmp_path / "dev" / f"{split}_x-00-1.tfrec").write_bytes(framed(example(b"x", 0)))
+        (tmp_path / "dev" / f"{split}_x-00-1.tfrec").write_bytes(frame(example(b"x", 0)))
     assert list(open_source(f"tfrecord:{tmp_path}/dev").splits) == ["train", "val"]
 
 
 def test_new_shards_and_class_names_are_noticed(tmp_path, jpegs):
     (tmp_path / "s" / "train").mkdir(parents=True)
     for i in range(2):
-        (tmp_path / "s" / "train" / f"train_x-{i:02}-1.tfrec").write_bytes(framed(example(jpegs[i], i)))
+        (tmp_path / "s" / "train" / f"train_x-{i:02}-1.tfrec").write_bytes(frame(example(jpegs[i], i)))
     assert open_cache(f"tfrecord:{tmp_path}/s").unnamed
     (tmp_path / "s" / "class.labels.txt").write_text("ant\nbee\n")
     assert open_cache(f"tfrecord:{tmp_path}/s").classes == ("ant", "bee")
     (tmp_path / "s" / "val").mkdir()
-    (tmp_path / "s" / "val" / "val_x-00-1.tfrec").write_bytes(framed(example(jpegs[2], 1)))
+    (tmp_path / "s" / "val" / "val_x-00-1.tfrec").write_bytes(frame(example(jpegs[2], 1)))
     assert list(open_cache(f"tfrecord:{tmp_path}/s").splits) == ["train", "val"]
 
 
@@ -377,7 +377,7 @@ def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
     import resource
 
     for i in range(120):
-        (tmp_path / f"train_x-{i:03}-1.tfrec").write_bytes(gzip.compress(framed(example(jpegs[i % 4], 0))))
+        (tmp_path / f"train_x-{i:03}-1.tfrec").write_bytes(gzip.compress(frame(example(jpegs[i % 4], 0))))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (110, limits[1]))
     try:
@@ -390,5 +390,5 @@ def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
 def test_new_shards_of_a_deep_pattern_are_noticed(tmp_path, jpegs):
     for i, place in enumerate(("x/y", "z/w")):
         (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "a.tfrec").write_bytes(framed(example(jpegs[i], 0)))
+        (tmp_path / place / "a.tfrec").write_bytes(frame(example(jpegs[i], 0)))
         assert len(open_cache(f"tfrecord:{tmp_path}/**/*.tfrec").splits["train"]) == i + 1

@@ -189,7 +189,7 @@ def test_small_kernels_need_the_published_eps(tmp_path):
 def test_a_student_gets_the_body_and_a_new_head_of_zeros(tmp_path, weights):
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
     model = load(str(tmp_path / "w.npz"), classes=37)
-    assert model.count() == 23_576_165
+    assert model.count_parameters() == 23_576_165
     assert not model(pictures()).any()
     kernel = torch.from_numpy(weights["root_block/standardized_conv2d/kernel"]).permute(3, 2, 0, 1)
     assert torch.equal(model.net.stem.conv.weight, kernel)

@@ -12,8 +12,8 @@ from torch import nn
 
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.inference import frozen as frozen_models
-from funmatch.models.inference.fold import batch_norms, fold, plain
-from funmatch.models.inference.frozen import PLAIN, Check, Form, Frozen, Wish, freeze
+from funmatch.models.inference.fold import batch_norms, fold, plain_module
+from funmatch.models.inference.frozen import PLAIN, AllowedModes, Frozen, InferenceMode, ParityCheck, freeze
 from funmatch.models.load import load
 
 
@@ -65,7 +65,7 @@ def test_standardised_convolutions_of_each_kind(kind):
     conv = kind(3, 8, 3, stride=2).eval()
     views = torch.randn(2, 3, 15, 15)
     with torch.no_grad():
-        torch.testing.assert_close(plain(conv)(views), conv(views), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(plain_module(conv)(views), conv(views), rtol=1e-5, atol=1e-5)
 
 
 class Shared(nn.Module):
@@ -128,14 +128,14 @@ def teacher(name: str = "resnet10t", **knobs) -> Classifier:
 def test_a_form_answers_in_fp32_and_stays_frozen(precision):
     views = torch.rand(8, 3, 64, 64)
     wanted = Frozen(teacher())(views)
-    frozen = Frozen(teacher(), Form(precision=precision))
+    frozen = Frozen(teacher(), InferenceMode(precision=precision))
     parent = nn.ModuleList([frozen]).train()
     with torch.autocast("cpu", torch.bfloat16):
         got = parent[0](views.requires_grad_())
     assert got.dtype == torch.float32
     assert not got.requires_grad
     assert not any(module.training for module in frozen.classifier.modules())
-    assert frozen.size == teacher().count()
+    assert frozen.size == teacher().count_parameters()
     tolerance = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
     assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
     distinct = (got * 2**8).frac().unique().numel()
@@ -152,7 +152,7 @@ def test_what_is_as_good_is_taken(monkeypatch):
     monkeypatch.setattr(frozen_models, "SMALL", 0)
     monkeypatch.setattr(frozen_models, "measured", as_fast_as({"bf16": 1.0, "fp16": 2.0, "fp32": 9.0}))
     views = torch.rand(32, 3, 32, 32)
-    frozen, tried = freeze(teacher, views, Wish(("bf16", "fp16", "fp32")))
+    frozen, tried = freeze(teacher, views, AllowedModes(("bf16", "fp16", "fp32")))
     assert [check.form.precision for check in tried] == ["bf16", "fp16", "fp32"][: len(tried)]
     assert frozen.form == tried[-1].form
     assert tried[-1].good
@@ -171,17 +171,17 @@ def test_a_form_that_answers_otherwise_is_refused(monkeypatch):
     monkeypatch.setattr(
         frozen_models, "measured", lambda _make, forms, _views: {forms[0]: 9.0 if forms[0].precision == "fp32" else 1.0}
     )
-    frozen, tried = freeze(teacher, torch.rand(16, 3, 32, 32), Wish(("bf16", "fp32")))
+    frozen, tried = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16", "fp32")))
     assert frozen.form.precision == "fp32"
     assert [check.good for check in tried] == [False, True]
-    alone, tried = freeze(teacher, torch.rand(16, 3, 32, 32), Wish(("bf16",)))
+    alone, tried = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16",)))
     assert alone.form.precision == "bf16", "who says it gets it"
     assert [check.good for check in tried] == [False]
 
 
 def test_folding_that_goes_wrong_leaves_the_plain_teacher(monkeypatch):
     monkeypatch.setattr(frozen_models, "fold", lambda _: 1 / 0)
-    frozen, tried = freeze(teacher, torch.rand(4, 3, 32, 32), Wish())
+    frozen, tried = freeze(teacher, torch.rand(4, 3, 32, 32), AllowedModes())
     assert frozen.form == PLAIN
     assert "division by zero" in str(tried[0])
     assert tried[-1].good
@@ -190,20 +190,22 @@ def test_folding_that_goes_wrong_leaves_the_plain_teacher(monkeypatch):
 def test_the_check_is_what_it_says():
     truth = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.9]])
     answers = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.9, 1.0]])
-    check = frozen_models.compared(Form(), answers, truth)
+    check = frozen_models.compare(InferenceMode(), answers, truth)
     p, q = truth.double().softmax(-1), answers.double().softmax(-1)
     assert check.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     assert check.agreement == pytest.approx(2 / 3)
     assert not check.good
-    assert Check(Form(), 9, 1e-3, 0.995).good
-    assert not Check(Form(), 9, 1.1e-3, 1.0).good
-    assert not Check(Form(), 9, 0.0, 0.994).good
-    assert not frozen_models.compared(Form(), answers * float("nan"), truth).good
+    assert ParityCheck(InferenceMode(), 9, 1e-3, 0.995).good
+    assert not ParityCheck(InferenceMode(), 9, 1.1e-3, 1.0).good
+    assert not ParityCheck(InferenceMode(), 9, 0.0, 0.994).good
+    assert not frozen_models.compare(InferenceMode(), answers * float("nan"), truth).good
 
 
 def test_the_form_that_was_best_before_comes_first():
-    first = Form(layout="contiguous")
-    forms = list(frozen_models.candidates(teacher, torch.rand(2, 3, 32, 32), Wish(("fp32",), first=first), small=False))
+    first = InferenceMode(layout="contiguous")
+    forms = list(
+        frozen_models.candidates(teacher, torch.rand(2, 3, 32, 32), AllowedModes(("fp32",), first=first), small=False)
+    )
     assert forms[0] == first
 
 
@@ -224,15 +226,15 @@ def test_answers_with_logits_inside():
     with torch.no_grad():
         wanted = model.net.linear(views.mean((2, 3)))
     assert torch.equal(model(views), wanted)
-    torch.testing.assert_close(Frozen(model, Form())(views), wanted)
+    torch.testing.assert_close(Frozen(model, InferenceMode())(views), wanted)
 
 
 @pytest.mark.slow
 def test_compiled_it_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     views = torch.rand(4, 3, 32, 32)
-    frozen, tried = freeze(teacher, views, Wish(compiled=True))
-    measured = replace(Form(), layout=frozen.form.layout)  # whichever is faster here
+    frozen, tried = freeze(teacher, views, AllowedModes(compiled=True))
+    measured = replace(InferenceMode(), layout=frozen.form.layout)  # whichever is faster here
     assert frozen.form == replace(measured, compiled=True), [str(check) for check in tried]
     wanted = Frozen(teacher())(views)
     torch.testing.assert_close(frozen(views), wanted, rtol=1e-4, atol=1e-4)
@@ -257,9 +259,9 @@ def test_a_head_that_folding_joins_with_its_norm():
     views = torch.rand(2, 3, 224, 224)
     # A copy, since an older timm keeps what it computed in fp32 for the next time.
     wanted = Frozen(copy.deepcopy(model))(views)
-    model = Frozen(model, Form(precision="bf16"))
+    model = Frozen(model, InferenceMode(precision="bf16"))
     assert (model(views) - wanted).abs().max() < 0.1 * wanted.abs().max() + 0.05
 
 
 def test_kernels_of_five_axes():
-    assert Frozen(load("lambda_resnet26t", classes=3), Form()).form.folded
+    assert Frozen(load("lambda_resnet26t", classes=3), InferenceMode()).form.folded

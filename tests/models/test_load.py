@@ -28,7 +28,7 @@ def test_a_classifier_normalises_as_its_card_says():
 
 
 def test_bit_r50_has_the_published_number_of_parameters():
-    assert load("resnetv2_50x1_bit", classes=37).count() == 23_576_165
+    assert load("resnetv2_50x1_bit", classes=37).count_parameters() == 23_576_165
 
 
 def test_grey_networks_read_grey_pictures():

@@ -16,7 +16,7 @@ from test_bit import as_second_layout, assert_same, pictures, random_bit, refere
 from test_distill import MINI, TEACHER
 
 import funmatch
-from funmatch.cli import gathered
+from funmatch.cli import merge_repeated
 from funmatch.commands import models
 from funmatch.config import Distill, Import, Models, Report
 from funmatch.errors import InputError
@@ -66,7 +66,7 @@ def module_in_the_current_folder(tmp_path, monkeypatch):
 
 def test_a_function_of_ones_own(module):
     model = load(f"{module}:small", options=("width=12",), classes=3, side=20)
-    assert (model.num_classes, model.card.side, model.count()) == (3, 20, 12 * 27 + 12 + 3 * 12 + 3)
+    assert (model.num_classes, model.card.side, model.count_parameters()) == (3, 20, 12 * 27 + 12 + 3 * 12 + 3)
     views = torch.rand(2, 3, 20, 20)
     assert torch.equal(model(views), model.net(views)), "a plain network sees pictures as they are"
     other = load(f"{module}:normalised")
@@ -248,7 +248,7 @@ def test_import_writes_what_timm_loads(tmp_path):
     weights = random_bit(50, 1)
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
     (tmp_path / "names.txt").write_text("\n".join("abcde"))
-    found = models.bring(
+    found = models.import_model(
         Import(model="w.npz", out=tmp_path / "out", side=128, crop_fraction=0.8, class_file=Path("names.txt"))
     )
     assert (found["classes"], found["side"], found["mean"]) == (5, 128, [0.5] * 3)
@@ -257,30 +257,30 @@ def test_import_writes_what_timm_loads(tmp_path):
     with torch.inference_mode():
         assert_same(model, reference(weights, pictures()))
     with pytest.raises(InputError, match="exists; choose another"):
-        models.bring(Import(model="w.npz", out=tmp_path / "out"))
-    shown = models.bring(Import(model="w.npz", out=tmp_path / "other", inputs="0..1"))
+        models.import_model(Import(model="w.npz", out=tmp_path / "out"))
+    shown = models.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1"))
     assert (shown["mean"], shown["std"]) == ([0.0] * 3, [1.0] * 3)
     (tmp_path / "names.txt").write_text("a\nb")
     with pytest.raises(InputError, match="2 names, the network 5 classes"):
-        models.bring(Import(model="w.npz", out=tmp_path / "third", class_file=Path("names.txt")))
+        models.import_model(Import(model="w.npz", out=tmp_path / "third", class_file=Path("names.txt")))
     assert not (tmp_path / "third").exists()
 
 
 def test_the_list_of_models():
-    found = {each["name"]: each for each in models.listed(Models(pattern="resnetv2_50x1_bit", side=128))["models"]}
+    found = {each["name"]: each for each in models.list_models(Models(pattern="resnetv2_50x1_bit", side=128))["models"]}
     assert found["resnetv2_50x1_bit"]["gflop"] == pytest.approx(2.67, abs=0.01)
     assert found["resnetv2_50x1_bit"]["parameters"] == 25_549_352
-    tagged = models.listed(Models(pattern="resnetv2_50x1_bit.goog_in21k*"))["models"]
+    tagged = models.list_models(Models(pattern="resnetv2_50x1_bit.goog_in21k*"))["models"]
     assert [each["classes"] for each in tagged] == [21843, 1000]
-    assert models.matching("")[0] == "fashion-mini-teacher"
-    assert "bit:R152x2_T_pet128" in models.matching("pet128")
+    assert models.match_names("")[0] == "fashion-mini-teacher"
+    assert "bit:R152x2_T_pet128" in models.match_names("pet128")
     with pytest.raises(InputError, match="did you mean"):
-        models.listed(Models(pattern="resnetv3"))
+        models.list_models(Models(pattern="resnetv3"))
 
 
 def test_repeated_options_are_gathered():
     words = ["--teacher", "a", "--side", "3", "--teacher", "b", "c", "--out", "x", "--teacher=d", "--temperature", "-1"]
-    assert gathered(words, Distill) == [
+    assert merge_repeated(words, Distill) == [
         "--teacher",
         "a",
         "b",
@@ -293,8 +293,8 @@ def test_repeated_options_are_gathered():
         "--temperature",
         "-1",
     ]
-    assert gathered(["one", "two", "--out", "x"], Report) == ["one", "two", "--out", "x"]
-    assert gathered(["--teacher-side", "3", "--teacher_side", "4"], Distill) == ["--teacher-side", "3", "4"]
+    assert merge_repeated(["one", "two", "--out", "x"], Report) == ["one", "two", "--out", "x"]
+    assert merge_repeated(["--teacher-side", "3", "--teacher_side", "4"], Distill) == ["--teacher-side", "3", "4"]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from funmatch.data.formats.protobuf import written, written_varint
+from funmatch.data.formats.protobuf import write_fields, write_varint
 from funmatch.errors import InputError
 from funmatch.models.load import _of_savedmodel
 from funmatch.models.tensorflow.bundle import Bundle, Entry
-from funmatch.models.tensorflow.preprocessing import AS_GIVEN, after_head, sight
+from funmatch.models.tensorflow.preprocessing import AS_GIVEN, after_head, input_preprocessing
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
 
 MODULE = Path(__file__).parent / "savedmodels" / "module"
@@ -22,15 +22,15 @@ TF_FLOAT, TF_UINT8, TF_INT32 = 1, 4, 3
 
 
 def number(field: int, n: int) -> bytes:
-    return written_varint(field << 3) + written_varint(n)
+    return write_varint(field << 3) + write_varint(n)
 
 
 def text(field: int, value: str) -> bytes:
-    return written(field, value.encode())
+    return write_fields(field, value.encode())
 
 
 def pair(field: int, key: str, value: bytes) -> bytes:
-    return written(field, text(1, key) + written(2, value))
+    return write_fields(field, text(1, key) + write_fields(2, value))
 
 
 def node(name: str, op: str, *inputs: str, **attributes: bytes) -> bytes:
@@ -41,24 +41,32 @@ def node(name: str, op: str, *inputs: str, **attributes: bytes) -> bytes:
 def const(name: str, values) -> bytes:
     array = np.asarray(values, None if np.asarray(values).dtype.kind == "i" else np.float32)
     array = array.astype(np.int32) if array.dtype.kind == "i" else array
-    shape = b"".join(written(2, number(1, n)) for n in array.shape)
+    shape = b"".join(write_fields(2, number(1, n)) for n in array.shape)
     kind = TF_INT32 if array.dtype == np.int32 else TF_FLOAT
-    return node(name, "Const", value=written(8, number(1, kind) + written(2, shape) + written(4, array.tobytes())))
+    return node(
+        name,
+        "Const",
+        value=write_fields(8, number(1, kind) + write_fields(2, shape) + write_fields(4, array.tobytes())),
+    )
 
 
 def call(name: str, function: str, *inputs: str) -> bytes:
-    return node(name, "StatefulPartitionedCall", *inputs, f=written(10, text(1, function)))
+    return node(name, "StatefulPartitionedCall", *inputs, f=write_fields(10, text(1, function)))
 
 
 def function(name: str, arguments: list[str], results: dict[str, str], nodes: list[bytes]) -> bytes:
-    signature = text(1, name) + b"".join(written(2, text(1, each)) for each in arguments)
-    signature += b"".join(written(3, text(1, each)) for each in results)
-    body = b"".join(written(3, each) for each in nodes)
-    return written(1, signature) + body + b"".join(written(4, text(1, k) + text(2, v)) for k, v in results.items())
+    signature = text(1, name) + b"".join(write_fields(2, text(1, each)) for each in arguments)
+    signature += b"".join(write_fields(3, text(1, each)) for each in results)
+    body = b"".join(write_fields(3, each) for each in nodes)
+    return (
+        write_fields(1, signature)
+        + body
+        + b"".join(write_fields(4, text(1, k) + text(2, v)) for k, v in results.items())
+    )
 
 
 def ints(values: list[int]) -> bytes:
-    return written(1, written(3, b"".join(map(written_varint, values))))
+    return write_fields(1, write_fields(3, b"".join(map(write_varint, values))))
 
 
 def network(
@@ -76,7 +84,7 @@ def network(
             "Conv2D",
             "Pad:output:0",
             "standardized:z:0",
-            padding=written(2, padding),
+            padding=write_fields(2, padding),
             strides=ints(list(strides)),
         ),
         node("Relu", "Relu", "Conv2D:output:0"),
@@ -96,7 +104,7 @@ def model(
     nodes: list[bytes], answer: str = "BiasAdd:output:0", kind: int = TF_FLOAT, more: list[bytes] | None = None
 ) -> bytes:
     """A SavedModel that serves a function of these nodes."""
-    names = written(8, b"".join(text(8, key) for key in HELD))
+    names = write_fields(8, b"".join(text(8, key) for key in HELD))
     restore = [
         node("keys", "Const", value=names),
         node("RestoreV2", "RestoreV2", "file", "keys:output:0"),
@@ -114,17 +122,19 @@ def model(
         call("call", "served", "picture", *HELD),
         call("restored", "restore", "file", *HELD),
     ]
-    graph = b"".join(written(1, each) for each in outside) + written(2, b"".join(written(1, each) for each in library))
+    graph = b"".join(write_fields(1, each) for each in outside) + write_fields(
+        2, b"".join(write_fields(1, each) for each in library)
+    )
     signature = pair(2, "logits", text(1, "call:0"))
-    meta = written(2, graph) + written(3, text(3, "restored")) + pair(5, "serving_default", signature)
-    return number(1, 1) + written(2, meta)
+    meta = write_fields(2, graph) + write_fields(3, text(3, "restored")) + pair(5, "serving_default", signature)
+    return number(1, 1) + write_fields(2, meta)
 
 
 @pytest.fixture(name="seen")
 def seen_of_a_graph(tmp_path):
     def seen(content: bytes):
         (tmp_path / "saved_model.pb").write_bytes(content)
-        return sight(tmp_path, Bundle(ENTRIES, []))
+        return input_preprocessing(tmp_path, Bundle(ENTRIES, []))
 
     return seen
 
@@ -269,7 +279,7 @@ def test_functions_in_functions_and_in_circles(seen):
 
 def test_graphs_that_are_missing_or_damaged(seen):
     assert seen(b"").why == "its saved_model.pb holds no graph"
-    assert seen(number(1, 1) + written(2, b"")).why == "its graph serves no function"
+    assert seen(number(1, 1) + write_fields(2, b"")).why == "its graph serves no function"
     whole = model(chain(("Mul", 2.0), ("Sub", 1.0)))
     for cut in range(1, len(whole), 37):
         with suppress(InputError):

@@ -18,7 +18,7 @@ import torch
 
 from funmatch.commands import models
 from funmatch.config import Import
-from funmatch.data.formats.protobuf import written, written_varint
+from funmatch.data.formats.protobuf import write_fields, write_varint
 from funmatch.errors import InputError
 from funmatch.models.load import load
 from funmatch.models.tensorflow.bundle import Entry, open_bundle, read, read_strings
@@ -80,7 +80,7 @@ def masked(data: bytes) -> int:
 
 
 def number(field: int, n: int) -> bytes:
-    return written_varint(field << 3) + written_varint(n)
+    return write_varint(field << 3) + write_varint(n)
 
 
 def table(rows: dict[bytes, bytes], *, blocks: int = 1, compression: int = 0) -> bytes:
@@ -96,10 +96,10 @@ def table(rows: dict[bytes, bytes], *, blocks: int = 1, compression: int = 0) ->
             shared = next(
                 (i for i, (a, b) in enumerate(zip(key, last, strict=False)) if a != b), min(len(key), len(last))
             )
-            block += b"".join(map(written_varint, (shared, len(key) - shared, len(held)))) + key[shared:] + held
+            block += b"".join(map(write_varint, (shared, len(key) - shared, len(held)))) + key[shared:] + held
             last = key
         block += struct.pack("<II", 0, 1)
-        place = written_varint(len(content)) + written_varint(len(block))
+        place = write_varint(len(content)) + write_varint(len(block))
         block += bytes([compression])
         content += block + struct.pack("<I", masked(block))
         return place
@@ -112,21 +112,21 @@ def table(rows: dict[bytes, bytes], *, blocks: int = 1, compression: int = 0) ->
 
 
 def proto(entry: Entry, more: bytes = b"") -> bytes:
-    shape = b"".join(written(2, number(1, n)) for n in entry.shape)
-    numbers = number(1, entry.kind) + written(2, shape) + number(3, entry.shard) + number(4, entry.offset)
-    checksum = written_varint(6 << 3 | 5) + struct.pack("<I", entry.checksum)
+    shape = b"".join(write_fields(2, number(1, n)) for n in entry.shape)
+    numbers = number(1, entry.kind) + write_fields(2, shape) + number(3, entry.shard) + number(4, entry.offset)
+    checksum = write_varint(6 << 3 | 5) + struct.pack("<I", entry.checksum)
     return numbers + number(5, entry.size) + checksum + more
 
 
 def header(shards: int = 1, more: bytes = b"") -> bytes:
-    return number(1, shards) + written(3, number(1, 1)) + more
+    return number(1, shards) + write_fields(3, number(1, 1)) + more
 
 
 def strings(values: list[bytes]) -> tuple[bytes, int]:
     """Strings as they lie in a bundle, and their checksum."""
     lengths = b"".join(struct.pack("<I", len(value)) for value in values)
     check = struct.pack("<I", masked(lengths))
-    return b"".join(written_varint(len(v)) for v in values) + check + b"".join(values), masked(
+    return b"".join(write_varint(len(v)) for v in values) + check + b"".join(values), masked(
         lengths + check + b"".join(values)
     )
 
@@ -202,10 +202,10 @@ FORMS = {
     "compressed by Snappy": {"rows": lambda rows: rows, "compression": 1},
     "compressed by method 3": {"rows": lambda rows: rows, "compression": 3},
     "big-endian machine": {"rows": lambda rows: rows | {b"": header(more=number(2, 1))}},
-    "a newer format": {"rows": lambda rows: rows | {b"": header(more=written(3, number(2, 2)))}},
+    "a newer format": {"rows": lambda rows: rows | {b"": header(more=write_fields(3, number(2, 2)))}},
     "it names 0 files": {"rows": lambda rows: {key: row for key, row in rows.items() if key}},
     "data-00000-of-00002 is missing": {"rows": lambda rows: rows | {b"": header(2)}},
-    "a is stored in slices": {"rows": lambda rows: rows | {b"a": rows[b"a"] + written(7, b"")}},
+    "a is stored in slices": {"rows": lambda rows: rows | {b"a": rows[b"a"] + write_fields(7, b"")}},
     "a has a shape that cannot be": {"rows": lambda rows: rows | {b"a": proto(Entry(1, (1 << 50,), 0, 0, 4, 0))}},
     "a has 8 bytes, not those of": {"rows": lambda rows: rows | {b"a": proto(Entry(1, (3,), 0, 0, 8, 0))}},
     "a ends at byte 12": {"rows": lambda rows: rows | {b"a": proto(Entry(1, (2,), 0, 4, 8, 0))}},
@@ -357,7 +357,7 @@ class Objects:
         self.tensors: dict[str, tuple[int, np.ndarray | list[bytes]]] = {}
 
     def add(self, children: dict[str, int] | None = None, more: bytes = b"") -> int:
-        edges = [written(1, number(1, i) + written(2, name.encode())) for name, i in (children or {}).items()]
+        edges = [write_fields(1, number(1, i) + write_fields(2, name.encode())) for name, i in (children or {}).items()]
         self.nodes.append(b"".join(edges) + more)
         return len(self.nodes) - 1
 
@@ -365,7 +365,7 @@ class Objects:
         key = f"v{len(self.tensors)}"
         self.tensors[key] = (kind, values)
         texts = ((1, "VARIABLE_VALUE"), (2, name), (3, key))
-        return self.add(more=written(2, b"".join(written(field, text.encode()) for field, text in texts)))
+        return self.add(more=write_fields(2, b"".join(write_fields(field, text.encode()) for field, text in texts)))
 
     def network(self, prefix: str, skip: str = "", rename=lambda name: name) -> dict[str, int]:
         """The variables of a network, named under a prefix, heads excluded."""
@@ -380,7 +380,7 @@ class Objects:
     def save(self, folder: Path, children: dict[str, int], message: bytes | None = None) -> Path:
         self.add(children)
         self.nodes[0] = self.nodes.pop()
-        graph = b"".join(written(1, node) for node in self.nodes) if message is None else message
+        graph = b"".join(write_fields(1, node) for node in self.nodes) if message is None else message
         write_bundle(folder / "variables" / "variables", {**self.tensors, GRAPH: (7, [graph])})
         (folder / "saved_model.pb").touch()
         return folder
@@ -394,7 +394,9 @@ def test_a_module_of_any_name_and_what_lies_beside_it(tmp_path, prefix):
     slot = objects.variable("momentum", np.ones(5, np.float32))
     training = {"m": objects.variable("resnet/m", np.ones(4, np.float32)), "0": net["0"]}
     children = {
-        "optimizer": objects.add(training, more=written(3, number(1, net["1"]) + written(2, b"m") + number(3, slot))),
+        "optimizer": objects.add(
+            training, more=write_fields(3, number(1, net["1"]) + write_fields(2, b"m") + number(3, slot))
+        ),
         "head": objects.add(objects.head("my_bi_t_model/dense_4")),
         "bit_model": objects.add({"variables": objects.add(net)}),
         "loss": objects.add({"total": objects.variable("total", np.ones((), np.float32))}),
@@ -455,9 +457,9 @@ def test_networks_of_keras_that_are_not_read(tmp_path):
     dense = {"variables": objects.add({str(i): node for i, node in enumerate(objects.head().values())})}
     with pytest.raises(InputError, match="its variables are dense/bias, dense/kernel; wanted a module"):
         open_savedmodel(objects.save(tmp_path / "dense", dense))
-    for nodes in ([written(1, number(1, 5))], []):
+    for nodes in ([write_fields(1, number(1, 5))], []):
         objects = Objects()
-        message = b"".join(written(1, node) for node in nodes)
+        message = b"".join(write_fields(1, node) for node in nodes)
         with pytest.raises(InputError, match="graph of objects that cannot be read"):
             open_savedmodel(objects.save(tmp_path / f"graph{len(nodes)}", {}, message))
 
@@ -567,7 +569,7 @@ def test_logits_are_tensorflows(made, capsys):
     assert len(ways) == 27
     differences = {way: difference(folder / way) for way in ways}
     assert max(differences.values()) < 1e-4, differences
-    models.bring(Import(model=f"{folder}/hub-softmax", out=folder / "ours"))
+    models.import_model(Import(model=f"{folder}/hub-softmax", out=folder / "ours"))
     said = capsys.readouterr().err
     assert "the original applies Softmax" in said
     assert "timm has no network of this size; funmatch alone can load it" in said
@@ -577,9 +579,9 @@ def test_logits_are_tensorflows(made, capsys):
 def test_a_whole_r50x1(made):
     form = ("--units", "3", "4", "6", "3", "--width", "64", "--groups", "32", "--classes", "37", "--side", "128")
     folder = made(*form, "--ways", "student")
-    assert load(f"savedmodel:{folder}/student").count() == 23_576_165
+    assert load(f"savedmodel:{folder}/student").count_parameters() == 23_576_165
     assert difference(folder / "student") < 1e-4
-    found = models.bring(Import(model=f"{folder}/student", out=folder / "ours", side=128))
+    found = models.import_model(Import(model=f"{folder}/student", out=folder / "ours", side=128))
     assert (found["architecture"], found["mean"], found["std"]) == ("resnetv2_50x1_bit", [0.0] * 3, [1.0] * 3)
     net = timm.create_model(f"local-dir:{folder}/ours", pretrained=True).eval()
     with np.load(folder / "student.npz") as known, torch.inference_mode():

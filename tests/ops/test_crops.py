@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from funmatch.ops.crops import _resize, central_view, crop_resize_flip
-from funmatch.ops.mixing import mixup, seen
+from funmatch.ops.mixing import mix_views, mixup
 from funmatch.ops.native import library
 
 
@@ -38,7 +38,7 @@ def each_way(request, monkeypatch):
         monkeypatch.setattr("funmatch.ops.crops.SMALL", 0)
     if request.param == "by torch":
         monkeypatch.setattr("funmatch.ops.resample.why_not", lambda: "unwanted")
-    elif library.compiler() is None:
+    elif library.find_compiler() is None:
         pytest.skip("there is no C++ compiler here")
 
 
@@ -95,9 +95,9 @@ def test_mixup_partners_every_picture_with_the_one_before_it():
 
 def test_function_matching_shows_both_the_very_same_pixels():
     crops = torch.rand(5, 3, 2, 2)
-    (teacher,), student = seen(crops, (crops,), 0.6)
+    (teacher,), student = mix_views(crops, (crops,), 0.6)
     assert teacher is student
     torch.testing.assert_close(teacher, 0.6 * crops[1:] + 0.4 * crops[:-1])
-    (teacher,), student = seen(crops, (crops,), 1.0)
+    (teacher,), student = mix_views(crops, (crops,), 1.0)
     assert teacher is student
     assert torch.equal(teacher, crops[1:])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from funmatch.ops.distances import cross_entropy, dist, distance, kl, mixed_labels, standardised
+from funmatch.ops.distances import cross_entropy, dist, distance, kl, mixed_labels, standardize_logits
 
 
 def softmax(logits):
@@ -161,8 +161,8 @@ def test_smoothing_of_hard_labels_is_torchs():
 
 def test_standardised_logits_have_mean_0_and_deviation_1():
     logits = torch.randn(5, 9) * 7 + 3
-    found = standardised(logits).double()
+    found = standardize_logits(logits).double()
     assert found.mean(-1).abs().max() < 1e-6
     torch.testing.assert_close(found.square().mean(-1), torch.ones(5, dtype=torch.float64), atol=1e-5, rtol=0)
-    torch.testing.assert_close(standardised(logits * 5 - 2), standardised(logits))
-    assert standardised(torch.ones(2, 3)).abs().max() == 0
+    torch.testing.assert_close(standardize_logits(logits * 5 - 2), standardize_logits(logits))
+    assert standardize_logits(torch.ones(2, 3)).abs().max() == 0

@@ -4,27 +4,27 @@ import copy
 import importlib.util
 
 import pytest
+import timm.optim
 import torch
-from timm.optim import list_optimizers
 from torch import nn
 
 import funmatch
 from funmatch.data.batch import Batch
 from funmatch.errors import InputError
 from funmatch.ops.distances import kl
-from funmatch.ops.optim.factory import OWN, REFUSED, make, names
+from funmatch.ops.optim.factory import OWN, REFUSED, create_optimizer, list_optimizers
 from funmatch.ops.optim.schedules import factor
-from funmatch.ops.optim.state import packed, unpack_
-from funmatch.ops.optim.updates import kernels, set_factor
+from funmatch.ops.optim.state import load_optimizer_state_, optimizer_state_dict
+from funmatch.ops.optim.updates import decayed_parameters, set_lr
 from funmatch.runtime import devices
-from funmatch.training.loop import Course, fit
+from funmatch.training.loop import LoopOptions, fit
 from funmatch.training.run import checkpoint
 
 CHOSEN = [*OWN, "lamb", "lars", "muon"]
-ELSEWHERE = [name for name in list_optimizers() if name.startswith(("bnb", "fused"))]
+ELSEWHERE = [name for name in timm.optim.list_optimizers() if name.startswith(("bnb", "fused"))]
 ALL = [
     *CHOSEN,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in names() if name not in {*CHOSEN, *ELSEWHERE}),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in list_optimizers() if name not in {*CHOSEN, *ELSEWHERE}),
 ]
 LR = {"lars": 3.0, "larc": 0.3, "nlars": 3.0, "nlarc": 0.3, "adadelta": 10.0, "sgd": 0.1, "adafactor": 0.1}
 EARLY = {"shampoo": {"start_preconditioning_step": 3, "block_size": 8}, "soap": {"precondition_frequency": 2}}
@@ -37,7 +37,7 @@ def network(seed: int = 0) -> nn.Module:
 
 
 def made(name: str, model: nn.Module, weight_decay: float = 0.0, **options):
-    return make(name, model, LR.get(name, 0.01), weight_decay, options={**EARLY.get(name, {}), **options})
+    return create_optimizer(name, model, LR.get(name, 0.01), weight_decay, options={**EARLY.get(name, {}), **options})
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -47,7 +47,7 @@ def test_it_descends_a_quadratic(name):
     wanted, curvature = torch.randn(10, 12), torch.logspace(0, -1, 12)
     optimizer, losses = made(name, model), []
     for step in range(120):
-        set_factor(optimizer, LR.get(name, 0.01), factor("cosine", step, 120, 10))
+        set_lr(optimizer, LR.get(name, 0.01), factor("cosine", step, 120, 10))
         optimizer.zero_grad()
         loss = (curvature * (model.weight - wanted) ** 2).mean() + model.bias.square().mean()
         loss.backward()
@@ -60,7 +60,9 @@ def distilled(name: str, precision: str, steps: int = 24) -> list[float]:
     """The losses of a small student that learns from a random teacher."""
     teacher, student = network(1), network(2)
     lr = LR.get(name, 0.01)
-    course = Course(steps, lr, lambda step: factor("linear", step, steps, 3), 1.0, 0, torch.device("cpu"), precision)
+    course = LoopOptions(
+        steps, lr, lambda step: factor("linear", step, steps, 3), 1.0, 0, torch.device("cpu"), precision
+    )
     generator = torch.Generator().manual_seed(0)
     crops = torch.rand(16, 3, 8, 8, generator=generator)
     targets = teacher(crops).detach() * 5
@@ -89,25 +91,25 @@ def test_its_decay_does_not_depend_on_the_learning_rate(name, lr):
     """Where gradients are zero only the decay is left, of kernels alone: 0.01 times the schedule's factor."""
     model = network().double()
     before = {each: parameter.detach().clone() for each, parameter in model.named_parameters()}
-    optimizer = make(name, model, lr, 0.01, options=EARLY.get(name))
+    optimizer = create_optimizer(name, model, lr, 0.01, options=EARLY.get(name))
     left = 1.0
     for share in (0.5, 1.0, 0.0):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        set_factor(optimizer, lr, share)
+        set_lr(optimizer, lr, share)
         optimizer.step()
         left *= 1 - 0.01 * share
         if name.startswith("madgrad"):
             left = 0.9 * left + 0.1 * 0.995  # its mean with the weights that it first saw
     for each, parameter in model.named_parameters():
-        expected = before[each] * (left if each in kernels(model) else 1)
+        expected = before[each] * (left if each in decayed_parameters(model) else 1)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-7, atol=1e-9, msg=each)
 
 
 def taught(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        set_factor(optimizer, 0.01, factor("quadratic", step, 20, 2))
+        set_lr(optimizer, 0.01, factor("quadratic", step, 20, 2))
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
@@ -126,7 +128,7 @@ def assert_resumes(build, tmp_path) -> None:
     taught(second, resumed, range(6, 11))
     for (name, one), other in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
-    one, other = packed(whole, optimizer), packed(second, resumed)
+    one, other = optimizer_state_dict(whole, optimizer), optimizer_state_dict(second, resumed)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -150,10 +152,10 @@ def test_options_resume_too(name, options, tmp_path):
 
 def test_the_mean_of_gradients_in_bf16(tmp_path):
     """As optax's scale_by_adam with mu_dtype: the update takes the mean as it is, and what is kept is rounded."""
-    assert_resumes(lambda model: make("adamw", model, 0.01, 1e-3, momentum_dtype="bf16"), tmp_path)
+    assert_resumes(lambda model: create_optimizer("adamw", model, 0.01, 1e-3, momentum_dtype="bf16"), tmp_path)
     torch.manual_seed(0)
     model = nn.Linear(5, 4, bias=False)
-    optimizer = make("adamw", model, 0.1, momentum_dtype="bf16")
+    optimizer = create_optimizer("adamw", model, 0.1, momentum_dtype="bf16")
     w, m, v = model.weight.detach().double(), torch.zeros(4, 5), torch.zeros(4, 5, dtype=torch.float64)
     for t in range(1, 6):
         g = torch.randn(4, 5)
@@ -172,18 +174,18 @@ def test_trust_ratios_look_at_kernels_only():
     """LAMB's update of a kernel is as long as the kernel, whether it decays or not; that of a bias is Adam's."""
     model = network()
     before = copy.deepcopy(model.state_dict())
-    optimizer = make("lamb", model, 0.01)
+    optimizer = create_optimizer("lamb", model, 0.01)
     taught(model, optimizer, range(2, 3))
     for name, parameter in model.named_parameters():
         moved = (parameter.detach() - before[name]).norm() / 0.01
-        length = before[name].norm() if name in kernels(model) else parameter.numel() ** 0.5
+        length = before[name].norm() if name in decayed_parameters(model) else parameter.numel() ** 0.5
         torch.testing.assert_close(moved, torch.as_tensor(length), rtol=1e-2, atol=1e-2, msg=name)
 
 
 def test_gradients_are_clipped_by_the_loop_alone():
     """LAMB would clip them once more, to a norm of 1; so what it remembers of them would be shorter."""
     model = network()
-    optimizer = make("lamb", model, 0.01)
+    optimizer = create_optimizer("lamb", model, 0.01)
     taught(model, optimizer, range(1))
     for parameter in model.parameters():
         torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], 0.1 * parameter.grad)
@@ -192,7 +194,7 @@ def test_gradients_are_clipped_by_the_loop_alone():
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_resumed_is_refused(name):
     with pytest.raises(InputError, match=rf"optimizer {name} cannot be used: it (draws|differentiates)"):
-        make(name, network(), 0.1)
+        create_optimizer(name, network(), 0.1)
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
@@ -200,7 +202,7 @@ def test_a_library_that_is_missing_is_told(name):
     if importlib.util.find_spec("bitsandbytes" if name.startswith("bnb") else "apex"):
         pytest.skip("it is here")
     with pytest.raises(InputError, match=f"optimizer {name}: "):
-        make(name, network(), 0.1)
+        create_optimizer(name, network(), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_a_library_that_is_missing_is_told(name):
 )
 def test_wrong_names_and_options_are_told(name, options, told):
     with pytest.raises(InputError, match=told):
-        make(name, network(), 0.1, options=options)
+        create_optimizer(name, network(), 0.1, options=options)
 
 
 def test_wrong_options_leave_no_folder(tmp_path):
@@ -241,7 +243,7 @@ def test_options_are_tried_without_a_trace():
     """Nothing random is drawn, and the model is what it was."""
     model = network()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    optimizer = make("lamb", model, 0.01, 0.1, options={"eps": 1e-5})
+    optimizer = create_optimizer("lamb", model, 0.01, 0.1, options={"eps": 1e-5})
     assert not optimizer.state
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(one, other) for one, other in zip(before.values(), model.state_dict().values(), strict=True))
@@ -249,7 +251,7 @@ def test_options_are_tried_without_a_trace():
 
 def test_only_adamw_keeps_a_mean_in_bf16():
     with pytest.raises(InputError, match="momentum_dtype bf16 belongs to optimizer adamw, not sgd"):
-        make("sgd", network(), 0.1, momentum_dtype="bf16")
+        create_optimizer("sgd", network(), 0.1, momentum_dtype="bf16")
 
 
 def test_what_an_optimizer_remembers_comes_back_as_it_was():
@@ -258,7 +260,7 @@ def test_what_an_optimizer_remembers_comes_back_as_it_was():
     first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
     first.state[model.weight] = dict(kept)
     first.param_groups[0]["step"] = torch.tensor(5.0)
-    unpack_(model, second, packed(model, first))
+    load_optimizer_state_(model, second, optimizer_state_dict(model, first))
     again = second.state[model.weight]
     assert {name: again[name] for name in ("n", "x", "on", "none")} == {
         name: kept[name] for name in ("n", "x", "on", "none")

@@ -6,7 +6,7 @@ import timm.data.mixup
 import torch
 
 from funmatch.ops.distances import mixed_labels
-from funmatch.ops.mixing import cut_boxes, cutmix, kept, mixup
+from funmatch.ops.mixing import cut_boxes, cutmix, kept_fraction, mixup
 from funmatch.ops.sampling import beta, generator
 
 
@@ -34,7 +34,7 @@ def test_a_box_within_the_picture_covers_one_minus_lambda():
     uniforms = np.array([[0.75, 0.5, 0.5], [0.0, 0.5, 0.5], [0.0, 0.0, 0.0], [1 - 1e-16, 0.3, 0.9]])
     boxes = cut_boxes(uniforms)
     np.testing.assert_allclose(boxes[:3], [[0.25, 0.25, 0.5, 0.5], [0, 0, 1, 1], [0, 0, 0.5, 0.5]])
-    found = kept(torch.from_numpy(boxes).float(), 32)
+    found = kept_fraction(torch.from_numpy(boxes).float(), 32)
     assert found.dtype == torch.float32
     assert found.tolist() == [0.75, 0, 0.75, 1]
 
@@ -42,7 +42,7 @@ def test_a_box_within_the_picture_covers_one_minus_lambda():
 def test_boxes_have_the_distribution_of_timms():
     """The shares kept of 4,000 pictures, by Kolmogorov and Smirnov at p = 0.001; its pixels are whole, ours rounded."""
     n, side, state = 4000, 512, np.random.RandomState(0)
-    ours = np.sort(kept(boxed(n), side).numpy())
+    ours = np.sort(kept_fraction(boxed(n), side).numpy())
     np.random.seed(1)
     theirs = [timm.data.mixup.cutmix_bbox_and_lam((3, side, side), lam)[1] for lam in state.rand(n)]
     both = np.concatenate([ours, theirs])
@@ -53,7 +53,7 @@ def test_boxes_have_the_distribution_of_timms():
 @pytest.mark.parametrize("side", [1, 7, 32])
 def test_cutmix_pixel_by_pixel(side):
     views, boxes = batch(6, side), boxed(6)
-    found, shares = cutmix(views, boxes), kept(boxes, side)
+    found, shares = cutmix(views, boxes), kept_fraction(boxes, side)
     assert found.is_contiguous(memory_format=torch.channels_last)
     for i, (top, left, height, width) in enumerate(boxes.double().tolist()):
         own = 0
@@ -69,7 +69,7 @@ def test_one_box_may_be_that_of_all():
     views, box = batch(5, 16), boxed(1)
     assert torch.equal(cutmix(views, box), cutmix(views, box.expand(5, 4)))
     labels = torch.tensor([2, 0, 1, 1, 0, 2])
-    share = kept(box, 16)
+    share = kept_fraction(box, 16)
     assert torch.equal(mixed_labels(labels, share, 3), mixed_labels(labels, share.expand(5), 3))
 
 
@@ -78,7 +78,7 @@ def test_a_box_without_area_leaves_the_picture_as_it_is():
     for box in ([0.3, 0.4, 0, 0], [0, 0, 0, 1], [0.5, 0.5, 0.01, 0.01]):
         boxes = torch.tensor([box])
         assert torch.equal(cutmix(views, boxes), views[1:])
-        assert kept(boxes, 8).item() == 1
+        assert kept_fraction(boxes, 8).item() == 1
     assert torch.equal(cutmix(views, torch.tensor([[0.0, 0, 1, 1]])), views[:-1])
 
 
@@ -93,7 +93,7 @@ def test_a_box_is_the_same_part_of_a_view_at_every_side():
     boxes = boxed(50)
     exact = 1 - boxes[:, 2] * boxes[:, 3]
     for side in (32, 128, 224):
-        assert (kept(boxes, side) - exact).abs().max() < 2.1 / side
+        assert (kept_fraction(boxes, side) - exact).abs().max() < 2.1 / side
 
 
 @pytest.mark.parametrize("kind", ["cutmix", "mixup"])
@@ -119,7 +119,7 @@ def test_two_pictures_are_mixed_as_by_timm(kind, monkeypatch):
         if kind == "cutmix":
             edges = [(top, left, bottom - top, right - left) for top, bottom, left, right in cut]
             boxes = torch.tensor(edges) / side
-            ours, lam = cutmix(views, boxes), kept(boxes, side)
+            ours, lam = cutmix(views, boxes), kept_fraction(boxes, side)
             assert torch.equal(ours, wanted)
         else:
             lam = (targets[:, [1, 3]].diagonal() - 0.02) / 0.9  # what they were mixed by shows in their labels

@@ -16,13 +16,13 @@ from torch import nn
 
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference import native_layers
-from funmatch.models.inference.frozen import Form, Frozen, Wish, freeze
+from funmatch.models.inference.frozen import AllowedModes, Frozen, InferenceMode, freeze
 from funmatch.models.load import load
 from funmatch.ops import resample
 from funmatch.ops.crops import crop_resize_flip
 from funmatch.ops.native import library, norms
 
-pytestmark = pytest.mark.skipif(library.compiler() is None, reason="there is no C++ compiler here")
+pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler here")
 LAST = torch.channels_last
 
 
@@ -35,7 +35,7 @@ def fresh():
 
 
 def forget() -> None:
-    for known in (library._opened, norms.why_not, resample.why_not):
+    for known in (library._opened, norms.why_unavailable, resample.why_unavailable):
         known.cache_clear()
 
 
@@ -97,7 +97,7 @@ def test_standardised_filters_there_and_back(dtype, shape, layout):
     exact = weight.detach().double().requires_grad_()
     rows = F.batch_norm(exact.reshape(1, shape[0], -1), None, None, training=True, eps=1e-8).reshape(shape)
     truth = [rows, *torch.autograd.grad(rows, exact, given.double())]
-    made = norms.standardised(weight, 1e-8, dtype)
+    made = norms.standardized_weight(weight, 1e-8, dtype)
     assert made.dtype == dtype
     assert made.stride() == weight.stride()
     found = [made, *torch.autograd.grad(made, weight, given)]
@@ -150,7 +150,7 @@ def test_a_network_is_the_same_function_with_the_same_names(name):
     plain = timm.create_model(name, num_classes=5, drop_path_rate=0.0, **kwargs).train()
     nn.init.normal_(plain.get_classifier().weight, std=0.1)
     plain.to(memory_format=LAST)
-    own = native_layers.quicken(copy.deepcopy(plain), taught_only=True)
+    own = native_layers.use_native_kernels(copy.deepcopy(plain), taught_only=True)
     views = torch.rand(4, 3, 64, 64).contiguous(memory_format=LAST)
     exact = copy.deepcopy(plain).double()
     truth, wanted = gradients(exact, views.double())
@@ -166,14 +166,14 @@ def test_a_network_is_the_same_function_with_the_same_names(name):
     assert own.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(own.eval()(views), plain.eval()(views)), "it is judged as whoever loads it computes it"
     quickened = sum(type(module) in native_layers.QUICK.values() for module in own.modules())
-    assert (quickened > 0) == (name != "test_resnet") == native_layers.gains(plain)
+    assert (quickened > 0) == (name != "test_resnet") == native_layers.gains_from_native(plain)
 
 
 @pytest.mark.parametrize(
     "norm", [nn.GroupNorm(4, 8), GroupNormAct(8, 4, act_layer=nn.SiLU), GroupNormAct(8, 4, affine=False)]
 )
 def test_what_a_kernel_does_not_know_is_computed_as_ever(norm):
-    own = native_layers.quicken(copy.deepcopy(norm), taught_only=False)
+    own = native_layers.use_native_kernels(copy.deepcopy(norm), taught_only=False)
     for x in (
         torch.randn(4, 8, 5, 5),  # channels first
         torch.randn(4, 8, 5),
@@ -187,7 +187,7 @@ def test_what_a_kernel_does_not_know_is_computed_as_ever(norm):
 def test_convolutions_follow_autocast_and_padding():
     x = torch.rand(4, 3, 15, 15).contiguous(memory_format=LAST)
     for conv in (StdConv2d(3, 8, 3, stride=2), StdConv2dSame(3, 8, 3, stride=2)):
-        own = native_layers.quicken(copy.deepcopy(conv), taught_only=True)
+        own = native_layers.use_native_kernels(copy.deepcopy(conv), taught_only=True)
         assert torch.allclose(own(x), conv(x), atol=1e-5)
         for dtype in (torch.bfloat16, torch.float16):
             with torch.autocast("cpu", dtype):
@@ -196,7 +196,7 @@ def test_convolutions_follow_autocast_and_padding():
 
 
 def test_frozen_parameters_get_no_gradient_and_checkpointed_ones_do():
-    net = native_layers.quicken(
+    net = native_layers.use_native_kernels(
         timm.create_model("resnetv2_50x1_bit", num_classes=3).to(memory_format=LAST).train(), taught_only=True
     )
     nn.init.normal_(net.get_classifier().weight, std=0.1)
@@ -221,13 +221,13 @@ def test_a_teacher_takes_them_and_answers_the_same():
         return classifier
 
     views = torch.rand(8, 3, 64, 64)
-    frozen, tried = freeze(made, views, Wish(("bf16", "fp32"), native=True))
+    frozen, tried = freeze(made, views, AllowedModes(("bf16", "fp32"), native=True))
     assert frozen.form.native
     assert tried[-1].good
     assert "own kernels" in str(frozen.form)
-    assert all(norm.weight.dtype == torch.float32 for norm in native_layers.group_norms(frozen.classifier.net))
+    assert all(norm.weight.dtype == torch.float32 for norm in native_layers.count_group_norms(frozen.classifier.net))
     plain = Frozen(made())(views)
-    exact = Frozen(made(), Form(native=True))(views)
+    exact = Frozen(made(), InferenceMode(native=True))(views)
     assert (exact - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
@@ -239,25 +239,25 @@ def test_without_a_compiler_all_is_as_ever(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     forget()
-    assert library.compiler() is None
-    for told in (library.why_not(), norms.why_not(), resample.why_not()):
+    assert library.find_compiler() is None
+    for told in (library.why_unavailable(), norms.why_unavailable(), resample.why_unavailable()):
         assert "no C++ compiler" in told
     torch.testing.assert_close(crop_resize_flip([picture], box, flip, 32), views, atol=1e-5, rtol=0)
-    student = native_layers.quicken(load("resnetv2_50x1_bit", classes=10).net, taught_only=False)
-    frozen = Frozen(load("resnetv2_50x1_bit", classes=10), Form(native=True))
+    student = native_layers.use_native_kernels(load("resnetv2_50x1_bit", classes=10).net, taught_only=False)
+    frozen = Frozen(load("resnetv2_50x1_bit", classes=10), InferenceMode(native=True))
     assert not any(
-        type(norm) in native_layers.QUICK.values() for norm in native_layers.group_norms(frozen.classifier.net)
+        type(norm) in native_layers.QUICK.values() for norm in native_layers.count_group_norms(frozen.classifier.net)
     )
-    assert native_layers.gains(load("resnetv2_50x1_bit", classes=10).net)
-    assert not native_layers.gains(student), "it has them already"
+    assert native_layers.gains_from_native(load("resnetv2_50x1_bit", classes=10).net)
+    assert not native_layers.gains_from_native(student), "it has them already"
 
 
 def test_what_torch_takes_by_default_does_not_matter():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        assert norms.why_not() == ""
-        assert resample.why_not() == ""
+        assert norms.why_unavailable() == ""
+        assert resample.why_unavailable() == ""
     finally:
         torch.set_default_dtype(before)
 
@@ -267,7 +267,7 @@ def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
     made = library._built()
     content = made.read_bytes()
     made.write_bytes(content[:100])
-    assert library.why_not() == ""
+    assert library.why_unavailable() == ""
     assert made.stat().st_size == len(content)
 
 
@@ -294,7 +294,7 @@ def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeyp
     failing.write_text("#!/bin/sh\necho 'no such instruction' >&2; exit 1\n")
     failing.chmod(failing.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(failing))
-    assert library.why_not() == f"{failing} cannot compile them: no such instruction"
+    assert library.why_unavailable() == f"{failing} cannot compile them: no such instruction"
     assert not list((tmp_path / "cache").rglob("*.so"))
     forget()
     wrong = tmp_path / "wrong.cpp"
@@ -302,19 +302,19 @@ def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeyp
     wrong.write_text(source.replace("value * value", "value"))
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(library, "SOURCE", wrong)
-    assert "computes something else" in norms.why_not()
-    assert resample.why_not() == ""
+    assert "computes something else" in norms.why_unavailable()
+    assert resample.why_unavailable() == ""
     forget()
     wrong.write_text(source.replace("* down", "* 2"))
-    assert "computes something else" in resample.why_not()
-    assert norms.why_not() == ""
+    assert "computes something else" in resample.why_unavailable()
+    assert norms.why_unavailable() == ""
 
 
 def test_it_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
-    assert library.why_not() == ""
+    assert library.why_unavailable() == ""
     (made,) = Path(tmp_path, "kernels").iterdir()
     before = os.stat(made).st_mtime_ns
     forget()
-    assert library.why_not() == ""
+    assert library.why_unavailable() == ""
     assert os.stat(made).st_mtime_ns == before

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from funmatch.ops import resample
-from funmatch.ops.crops import central_view, crop_resize_flip, sample_flip
-from funmatch.ops.sampling import boxes_of
+from funmatch.ops.crops import central_view, crop_of_resized_flip, crop_resize_flip
+from funmatch.ops.sampling import sample_boxes
 
 SIZES = np.array([[31, 23], [64, 64], [8, 90], [200, 130], [1, 1], [2, 300], [375, 500]])
 CLOSE = 0.01 / 255
@@ -33,12 +33,12 @@ def starts():
 
 
 def seen(flat, looks, side):
-    return resample.gathered(flat, torch.from_numpy(looks.corners), torch.from_numpy(looks.axes), side)
+    return resample.sample_by_gather(flat, torch.from_numpy(looks.corners), torch.from_numpy(looks.axes), side)
 
 
 def drawn(crop, side, seed=0):
     rng = np.random.default_rng(seed)
-    boxes = boxes_of(crop, side=side, resize=side * 5 // 4)(rng, *SIZES.T)
+    boxes = sample_boxes(crop, side=side, resize=side * 5 // 4)(rng, *SIZES.T)
     return boxes, rng.random(len(SIZES)) < 0.5
 
 
@@ -47,7 +47,7 @@ def drawn(crop, side, seed=0):
 def test_crops_that_are_cut_alone(pictures, flat, crop, side):
     for seed in range(5):
         boxes, flips = drawn(crop, side, seed)
-        found = seen(flat, resample.cut_alone(starts(), SIZES.T, boxes, side).flipped(flips, side), side)
+        found = seen(flat, resample.crop_then_resize(starts(), SIZES.T, boxes, side).flipped(flips, side), side)
         torch.testing.assert_close(found, crop_resize_flip(pictures, boxes, flips, side), atol=CLOSE, rtol=0)
         assert found.is_contiguous(memory_format=torch.channels_last)
 
@@ -57,19 +57,21 @@ def test_crops_that_are_cut_alone(pictures, flat, crop, side):
 def test_crops_of_resized_pictures(pictures, flat, crop, side):
     for seed in range(5):
         boxes, flips = drawn(crop, side, seed)
-        found = seen(flat, resample.cut_after(starts(), SIZES.T, boxes, side).flipped(flips, side), side)
-        torch.testing.assert_close(found, sample_flip(pictures, boxes, flips, side), atol=CLOSE, rtol=0)
+        found = seen(flat, resample.resize_then_crop(starts(), SIZES.T, boxes, side).flipped(flips, side), side)
+        torch.testing.assert_close(found, crop_of_resized_flip(pictures, boxes, flips, side), atol=CLOSE, rtol=0)
 
 
 @pytest.mark.parametrize("squash", [False, True])
 def test_evaluation_views(pictures, flat, squash):
-    found = seen(flat, resample.central(starts(), SIZES.T, 40, 32, squash=squash), 32)
+    found = seen(flat, resample.central_grid(starts(), SIZES.T, 40, 32, squash=squash), 32)
     expected = torch.stack([central_view(picture, 40, 32, squash=squash) for picture in pictures])
     torch.testing.assert_close(found, expected, atol=CLOSE, rtol=0)
 
 
 def test_beyond_two_gigabytes_places_are_still_exact():
-    looks = resample.cut_alone(np.array([3 * 2**40]), np.array([[4000], [6000]]), np.array([[3999, 5999, 1, 1]]), 2)
+    looks = resample.crop_then_resize(
+        np.array([3 * 2**40]), np.array([[4000], [6000]]), np.array([[3999, 5999, 1, 1]]), 2
+    )
     assert looks.corners.tolist() == [[3 * 2**40 + 3 * (3999 * 6000 + 5999), 18000]]
 
 
@@ -90,7 +92,7 @@ def test_the_kernel_computes_the_same(flat, tmp_path):
     pytest.importorskip("triton")
     looks = []
     for side in (1, 7, 32):
-        for crop, cut in (("inception", resample.cut_alone), ("mild", resample.cut_after)):
+        for crop, cut in (("inception", resample.crop_then_resize), ("mild", resample.resize_then_crop)):
             boxes, flips = drawn(crop, side)
             found = cut(starts(), SIZES.T, boxes, side).flipped(flips, side)
             given = torch.from_numpy(found.corners), torch.from_numpy(found.axes).float()  # as a device gets them

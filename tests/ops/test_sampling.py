@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funmatch.ops.sampling import draw, generator, inception_boxes, shuffled
+from funmatch.ops.sampling import generator, sample_inception_boxes, sample_step, shuffled
 
 # Deciles of 200,000 boxes of TensorFlow 2.21's `tf.image.sample_distorted_bounding_box` (aspect 3/4 … 4/3, area
 # 5 … 100 %, 100 attempts): the box's share of the picture's area, its aspect, its centre as a share of the sides.
@@ -47,7 +47,7 @@ def measures(boxes, height, width):
 def test_crops_have_tensorflows_distribution(size):
     """Whether the share of our boxes at or below each of TensorFlow's deciles is that decile, ties allowed for."""
     n = 100_000
-    found = measures(inception_boxes(generator(1, 0), np.full(n, size[0]), np.full(n, size[1])), *size)
+    found = measures(sample_inception_boxes(generator(1, 0), np.full(n, size[0]), np.full(n, size[1])), *size)
     critical = 1.63 * math.sqrt(1 / n + 1 / 200_000)  # Kolmogorov-Smirnov, p = 0.01
     for name, deciles in TENSORFLOW[size].items():
         for share, value in zip(np.arange(0.1, 0.95, 0.1), deciles, strict=True):
@@ -81,7 +81,7 @@ def one_by_one(uniforms, height, width, low_area, high_area):
 @settings(max_examples=60, deadline=None)
 def test_boxes_equal_the_same_rules_one_picture_at_a_time(seed, height, width, low_area):
     n = 20
-    boxes = inception_boxes(generator(seed, 3), np.full(n, height), np.full(n, width), min_area=low_area)
+    boxes = sample_inception_boxes(generator(seed, 3), np.full(n, height), np.full(n, width), min_area=low_area)
     rng = generator(seed, 3)
     for box, first in zip(boxes, rng.random((n, 4)), strict=True):
         expected = one_by_one(first, height, width, low_area, 1.0)
@@ -92,7 +92,7 @@ def test_boxes_equal_the_same_rules_one_picture_at_a_time(seed, height, width, l
 
 
 def test_the_whole_picture_is_taken_where_no_crop_fits():
-    assert inception_boxes(generator(0, 0), [10], [1000]).tolist() == [[0, 0, 10, 1000]]
+    assert sample_inception_boxes(generator(0, 0), [10], [1000]).tolist() == [[0, 0, 10, 1000]]
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 50))
@@ -126,26 +126,26 @@ def sizes(indices):
 
 
 def test_a_step_is_a_function_of_seed_and_step_alone():
-    first = draw(3, 17, 8, 100, sizes)
+    first = sample_step(3, 17, 8, 100, sizes)
     for step in (0, 16, 18):
-        draw(3, step, 8, 100, sizes)
-    again = draw(3, 17, 8, 100, sizes)
+        sample_step(3, step, 8, 100, sizes)
+    again = sample_step(3, 17, 8, 100, sizes)
     for name in ("indices", "boxes", "flips"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
     assert first.lam == again.lam
-    assert draw(4, 17, 8, 100, sizes).lam != first.lam != draw(3, 18, 8, 100, sizes).lam
+    assert sample_step(4, 17, 8, 100, sizes).lam != first.lam != sample_step(3, 18, 8, 100, sizes).lam
 
 
 def test_a_batch_may_be_larger_than_the_data_and_cross_epochs():
-    drawn = draw(0, 0, 25, 10, sizes)
+    drawn = sample_step(0, 0, 25, 10, sizes)
     assert sorted(drawn.indices[:10]) == sorted(drawn.indices[10:20]) == list(range(10))
     assert len(set(drawn.indices[20:])) == 5
-    following = draw(0, 1, 25, 10, sizes)
+    following = sample_step(0, 1, 25, 10, sizes)
     assert sorted([*drawn.indices[20:], *following.indices[:5]]) == list(range(10)), "the third epoch goes on"
 
 
 def test_lambda_is_uniform_folded_and_flips_are_fair():
-    draws = [draw(0, step, 50, 50, sizes) for step in range(2000)]
+    draws = [sample_step(0, step, 50, 50, sizes) for step in range(2000)]
     lams = np.sort([drawn.lam for drawn in draws])
     assert lams[0] >= 0.5
     assert np.abs(lams - np.linspace(0.5, 1, 2000)).max() < 0.5 * 1.95 / math.sqrt(2000), (

@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import nn
 
-from funmatch.ops.optim.factory import make
+from funmatch.ops.optim.factory import create_optimizer
 from funmatch.ops.optim.schedules import cosine, factor
-from funmatch.ops.optim.updates import clip_, kernels, set_factor
+from funmatch.ops.optim.updates import clip_grad_norm_, decayed_parameters, set_lr
 
 
 def test_the_schedule_rises_then_falls_to_zero():
@@ -57,13 +57,13 @@ class Tiny(nn.Module):
 
 
 def test_only_kernels_decay():
-    assert kernels(Tiny()) == {"conv.weight", "head.weight"}
+    assert decayed_parameters(Tiny()) == {"conv.weight", "head.weight"}
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_050"])
 def test_kernels_of_real_networks_have_no_bias_norm_or_position(name):
     model = timm.create_model(name)
-    found = kernels(model)
+    found = decayed_parameters(model)
     modules = dict(model.named_modules())
     for parameter, _ in model.named_parameters():
         owner = modules[parameter.rpartition(".")[0]]
@@ -77,13 +77,13 @@ def test_an_update_is_the_papers(lr):
     torch.manual_seed(0)
     model = Tiny().double()
     weight_decay = 0.01
-    optimizer = make("adamw", model, lr, weight_decay)
+    optimizer = create_optimizer("adamw", model, lr, weight_decay)
     w = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
     first = {name: np.zeros_like(value) for name, value in w.items()}
     second = {name: np.zeros_like(value) for name, value in w.items()}
     rng = np.random.default_rng(0)
     for t, s in enumerate((0.3, 1.0, 0.6), 1):
-        set_factor(optimizer, lr, s)
+        set_lr(optimizer, lr, s)
         for name, parameter in model.named_parameters():
             g = rng.normal(size=w[name].shape)
             parameter.grad = torch.tensor(g)
@@ -100,8 +100,8 @@ def test_an_update_is_the_papers(lr):
 def test_clipping_looks_at_all_gradients_together():
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert clip_([a, b], 1.0).item() == pytest.approx(5)
+    assert clip_grad_norm_([a, b], 1.0).item() == pytest.approx(5)
     torch.testing.assert_close(torch.cat([a.grad, b.grad]), torch.tensor([0.6, 0.0, 0.8]), atol=1e-5, rtol=1e-5)
     before = a.grad.clone()
-    clip_([a, b], 10.0)
+    clip_grad_norm_([a, b], 10.0)
     assert torch.equal(a.grad, before)

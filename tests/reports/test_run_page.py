@@ -68,7 +68,7 @@ def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
 
 
 def test_the_sheet_is_what_the_step_showed(runs):
-    sheet = run_page.views_sheet(run_folder.find(runs[1]), 4)
+    sheet = run_page.views_sheet(run_folder.find_run(runs[1]), 4)
     assert sheet["rows"] == ["teacher", "student"]
     split = open_cache("fashion-mini").splits["train"]
     batch = Loader(split, 0, 16, 32).batch_at(4)
@@ -91,9 +91,9 @@ def test_an_unfinished_run_can_be_looked_at(runs):
 
 def test_closeness_on_training_views_stands_beside_that_on_unseen_pictures(runs):
     _, folder = runs
-    found = run_folder.find(folder)
+    found = run_folder.find_run(folder)
     last = {each["event"]: each for each in found.metrics.read()}
-    views, unseen = run_page.closeness(found)
+    views, unseen = run_page.agreement_rows(found)
     assert views[2:] == [
         "training views", percent(last["views"]["top1"]), percent(last["views"]["teacher_top1"]),
         percent(last["views"]["agreement"]), percent(last["views"]["agreement5"]), f"{last['views']['kl']:.3f}",
@@ -102,4 +102,4 @@ def test_closeness_on_training_views_stands_beside_that_on_unseen_pictures(runs)
     assert unseen[2] == "val"
     assert unseen[4] == percent(last["teacher"]["top1"])
     assert unseen[7] == f"{last['eval']['kl']:.3f}"
-    assert run_page.closeness(run_folder.find(runs[0])) == [], "labels have no teacher"
+    assert run_page.agreement_rows(run_folder.find_run(runs[0])) == [], "labels have no teacher"

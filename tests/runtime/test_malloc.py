@@ -28,7 +28,7 @@ def test_the_first_to_begin_and_the_last_to_end_tell_the_library(monkeypatch):
     for name in malloc.SAID:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: Library())
-    one, other = malloc.kept(CPU), malloc.kept(CPU)
+    one, other = malloc.keep_freed_memory(CPU), malloc.keep_freed_memory(CPU)
     one.__enter__()
     assert told == ["-4 0", "-1 -1"]
     other.__enter__()
@@ -36,10 +36,10 @@ def test_the_first_to_begin_and_the_last_to_end_tell_the_library(monkeypatch):
     assert len(told) == 2
     other.__exit__(None, None, None)
     assert told[2:] == ["-4 65536", "-1 131072", "trim"]
-    with malloc.kept(torch.device("cuda")):
+    with malloc.keep_freed_memory(torch.device("cuda")):
         pass
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=5")
-    with malloc.kept(CPU):
+    with malloc.keep_freed_memory(CPU):
         pass
     assert len(told) == 5, "what people say counts"
 

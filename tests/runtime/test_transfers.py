@@ -20,8 +20,8 @@ def test_a_snapshot_is_what_was_then():
 
 def test_what_is_on_the_cpu_has_arrived():
     tensors = torch.ones(2), torch.zeros(1, dtype=torch.int64)
-    fetched = transfers.fetched(*tensors)
+    fetched = transfers.copy_to_host(*tensors)
     assert fetched.arrived
     assert all(there is tensor for there, tensor in zip(fetched.wait(), tensors, strict=True))
-    assert transfers.sent(tensors[0], CPU) is tensors[0]
-    assert transfers.pinner(CPU) is None
+    assert transfers.to_device(tensors[0], CPU) is tensors[0]
+    assert transfers.pin_batch(CPU) is None

@@ -15,7 +15,7 @@ import funmatch
 from funmatch.config import Distill
 from funmatch.errors import InputError, lacks_memory
 from funmatch.models.classifier import Classifier
-from funmatch.models.ensemble import Teachers
+from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.inference import frozen
 from funmatch.models.load import load
 from funmatch.ops.native import library
@@ -65,7 +65,7 @@ def nothing_is_small(monkeypatch):
 
 
 COMPILED = TINY | {"compile": "on", "save_every": 2, "log_every": 1, "precision": "fp32", "steps": 6}
-compiler = pytest.mark.skipif(library.compiler() is None, reason="there is no C++ compiler here")
+compiler = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler here")
 
 
 def weights(folder: Path) -> bytes:
@@ -141,7 +141,7 @@ def settled(out: Path, student: Classifier, device: str = "cpu", **knobs) -> dic
     config = Distill(data=("x",), teacher=("x",), student="x", steps=knobs.get("steps", 5000), out=out, **{
         name: value for name, value in knobs.items() if name != "steps"
     })  # fmt: skip
-    return acceleration.settled(config, config.steps or 0, 32, student, torch.device(device))
+    return acceleration.resolve_auto(config, config.steps or 0, 32, student, torch.device(device))
 
 
 def test_what_auto_means(tmp_path, monkeypatch):
@@ -180,7 +180,7 @@ def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
     ):
         (tmp_path / "config.json").write_text(json.dumps({"verb": "distill", "knobs": then, "facts": {}}))
         assert settled(tmp_path, grouped) == now
-    assert run_folder.knobs_of(tmp_path / "none") == {}
+    assert run_folder.options_of(tmp_path / "none") == {}
 
 
 def test_who_cuts_views_stays_who_it_was(tmp_path, monkeypatch, capsys):
@@ -189,20 +189,20 @@ def test_who_cuts_views_stays_who_it_was(tmp_path, monkeypatch, capsys):
 
     config = Distill(data=("x",), teacher=("x",), student="x", steps=1, out=tmp_path)
     monkeypatch.setattr(acceleration.resample, "why_not", lambda: "")
-    assert acceleration.views(config, Split) == {"views": "native"}
+    assert acceleration.crop_kernel(config, Split) == {"views": "native"}
     for facts, wanted in (({}, "torch"), ({"views": "torch"}, "torch"), ({"views": "native"}, "native")):
         (tmp_path / "config.json").write_text(
             json.dumps({"verb": "distill", "knobs": {}, "facts": {"data": "x"} | facts})
         )
-        assert acceleration.views(config, Split) == {"views": wanted}
+        assert acceleration.crop_kernel(config, Split) == {"views": wanted}
     monkeypatch.setattr(acceleration.resample, "why_not", lambda: "no compiler")
-    assert acceleration.views(config, Split) == {"views": "native"}
+    assert acceleration.crop_kernel(config, Split) == {"views": "native"}
     assert "cannot be had now (no compiler)" in capsys.readouterr().err
     (tmp_path / "config.json").unlink()
-    assert acceleration.views(config, Split) == {"views": "torch"}
+    assert acceleration.crop_kernel(config, Split) == {"views": "torch"}
     monkeypatch.setattr(acceleration.resample, "why_not", lambda: pytest.fail("small pictures are cut by torch"))
     Split.index = np.array([(64, 64)], Split.index.dtype)
-    assert acceleration.views(config, Split) == {"views": "torch"}
+    assert acceleration.crop_kernel(config, Split) == {"views": "torch"}
 
 
 @compiler
@@ -233,8 +233,8 @@ def test_measuring_leaves_no_trace(monkeypatch, tmp_path):
     student = load("test_resnet", classes=10)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     state = torch.get_rng_state()
-    seconds = acceleration.known(student, 32, 4)
-    assert seconds == acceleration.known(student, 32, 4), "measured once"
+    seconds = acceleration.known_step_seconds(student, 32, 4)
+    assert seconds == acceleration.known_step_seconds(student, 32, 4), "measured once"
     assert set(seconds) == {"fp32", "bf16"}
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
@@ -299,7 +299,7 @@ def test_teachers_in_pieces():
             assert len(views) <= 3
             return views.mean((2, 3))
 
-    assert torch.equal(Teachers([Member()], at_once=3)(views), views[32].mean((2, 3)))  # pyrefly: ignore
+    assert torch.equal(TeacherEnsemble([Member()], at_once=3)(views), views[32].mean((2, 3)))  # pyrefly: ignore
 
 
 @compiler

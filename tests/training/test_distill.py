@@ -16,7 +16,7 @@ from funmatch.config import Distill, Train
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.errors import InputError
 from funmatch.training.run.checkpoint import KEPT
-from funmatch.training.teachers.loading import above_chance
+from funmatch.training.teachers.loading import chance_threshold
 
 MINI = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 16}
 TINY = {"student": "resnet10t", "student_kwargs": {"channels": (8, 8, 16, 16), "stem_width": 8}, "side": 32}
@@ -181,10 +181,10 @@ def test_a_teacher_near_chance_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_what_counts_as_chance():
-    assert 0.14 < above_chance(10, 500) < 0.2
-    assert 0.5 < above_chance(2, 1000) < 0.6
-    assert 0.001 < above_chance(1000, 50_000) < 0.003
-    assert above_chance(2, 4) == 0.75, "four pictures tell little, so only a clear guesser is refused"
+    assert 0.14 < chance_threshold(10, 500) < 0.2
+    assert 0.5 < chance_threshold(2, 1000) < 0.6
+    assert 0.001 < chance_threshold(1000, 50_000) < 0.003
+    assert chance_threshold(2, 4) == 0.75, "four pictures tell little, so only a clear guesser is refused"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

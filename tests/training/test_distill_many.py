@@ -13,12 +13,12 @@ import timm
 import torch
 
 import funmatch
-from funmatch.argv import without_others
+from funmatch.argv import split_students
 from funmatch.errors import InputError
-from funmatch.models.ensemble import Teachers
-from funmatch.runtime.prefetch import Latest
+from funmatch.models.ensemble import TeacherEnsemble
+from funmatch.runtime.prefetch import SharedCache
 from funmatch.training import distill_many
-from funmatch.training.trainer import Walk
+from funmatch.training.trainer import Trainer
 
 TOLD = {
     "data": "fashion-mini", "teacher": "fashion-mini-teacher", "side": 32, "batch": 16, "eval_every": 4,
@@ -41,8 +41,8 @@ def figures_of(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("more", [{}, {"teacher_ahead": True, "mixup_mode": "image"}, {"strategy": "ind/rc"}])
 def test_each_is_as_it_would_be_alone_and_the_teacher_is_asked_once(tmp_path, monkeypatch, more):
     asked: list[int] = []
-    forward = Teachers.forward
-    monkeypatch.setattr(Teachers, "forward", lambda self, *given: (asked.append(1), forward(self, *given))[1])
+    forward = TeacherEnsemble.forward
+    monkeypatch.setattr(TeacherEnsemble, "forward", lambda self, *given: (asked.append(1), forward(self, *given))[1])
     both = funmatch.distill_several(**TOLD, **more, students=STUDENTS, out=tmp_path / "both")
     together = len(asked)
     assert [run.folder.name for run in both] == STUDENTS
@@ -93,7 +93,7 @@ def test_a_kill_and_a_signal_change_nothing(tmp_path):
 
 
 def test_one_that_fails_stops_no_other(tmp_path, monkeypatch):
-    check = Walk.check_weights
+    check = Trainer.check_weights
 
     def broken(self):
         if self.lesson.config.student == "test_resnet":
@@ -101,7 +101,7 @@ def test_one_that_fails_stops_no_other(tmp_path, monkeypatch):
                 next(self.lesson.student.parameters()).fill_(torch.nan)
         check(self)
 
-    monkeypatch.setattr(Walk, "check_weights", broken)
+    monkeypatch.setattr(Trainer, "check_weights", broken)
     with pytest.raises(InputError, match=r"1 of 2 students came to no end:\n.*test_resnet: .*no longer finite"):
         funmatch.distill_several(**TOLD, students=["test_resnet", STUDENTS[0]], out=tmp_path / "x")
     assert (tmp_path / "x" / STUDENTS[0] / "result.json").is_file()
@@ -123,14 +123,14 @@ def test_bad_words(tmp_path):
 
 def test_students_among_the_words():
     words = ["--data", "x", "--student", "a", "--lr", "1", "--student=b"]
-    assert without_others(words) == (["--data", "x", "--student", "a", "--lr", "1"], ("a", "b"))
-    assert distill_many.name_of("runs/one/") == "one"
-    assert distill_many.name_of("hf-hub:me/net") == "net"
+    assert split_students(words) == (["--data", "x", "--student", "a", "--lr", "1"], ("a", "b"))
+    assert distill_many.folder_name("runs/one/") == "one"
+    assert distill_many.folder_name("hf-hub:me/net") == "net"
     assert timm.is_model("test_resnet")
 
 
 def test_the_latest_is_made_once_and_forgotten_in_turn():
-    made, latest = [], Latest(2)
+    made, latest = [], SharedCache(2)
     for name in "aabaca":
         assert latest(name, lambda name=name: made.append(name) or name.upper()) == name.upper()
     assert made == ["a", "b", "c", "a"], "a was the first to come, so it went when c came"

@@ -88,7 +88,10 @@ def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long):
     # A third time, by default a fifth of the run long; and a fourth, which has nothing to do.
     more = funmatch.distill(out=folder, **KNOBS, steps=50)
     assert more.figures["step"] == 50
-    assert [path.folder.name for path in extend.kept(run_folder.Run(folder))] == ["step-000000020", "step-000000034"]
+    assert [path.folder.name for path in extend.earlier_ends(run_folder.Run(folder))] == [
+        "step-000000020",
+        "step-000000034",
+    ]
     assert [path.name for path in (folder / "checkpoints").glob("stable-*")] == ["stable-000000040"]
     stamp = (folder / "result.json").stat().st_mtime_ns
     funmatch.distill(out=folder, **KNOBS, steps=50)
@@ -139,7 +142,7 @@ def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch)
                 real = getattr(module, name)
                 patched.setattr(module, name, lambda *a, real=real, **k: cut(*a, real=real, **k))
             with pytest.raises(KeyboardInterrupt):
-                extend.prolong(folder, *_asked(folder, LONG))
+                extend.extend(folder, *_asked(folder, LONG))
         if number % 2:  # the old command ends as it did
             funmatch.distill(out=folder, **KNOBS, **SHORT)
             for name, tensor in state_of(folder).items():
@@ -176,7 +179,7 @@ def test_ends_that_patience_made_are_all_kept(tmp_path):
     for steps in (20, 30, 40):
         figures = funmatch.distill(out=tmp_path / "run", **knobs, steps=steps).figures
         assert figures["step"] == 4, "validation has nothing to like"
-    names = [each.folder.name for each in extend.kept(run_folder.Run(tmp_path / "run"))]
+    names = [each.folder.name for each in extend.earlier_ends(run_folder.Run(tmp_path / "run"))]
     assert names == ["step-000000004-of-000000020", "step-000000004-of-000000030"]
 
 

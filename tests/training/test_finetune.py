@@ -20,14 +20,14 @@ import funmatch
 from funmatch.config import Finetune
 from funmatch.data.batch import Batch
 from funmatch.errors import InputError
-from funmatch.ops.crops import central_view, sample_flip
+from funmatch.ops.crops import central_view, crop_of_resized_flip
 from funmatch.ops.distances import cross_entropy, mixed_labels
 from funmatch.ops.optim import hyperrule
-from funmatch.ops.optim.factory import make
+from funmatch.ops.optim.factory import create_optimizer
 from funmatch.ops.optim.schedules import factor, staircase
-from funmatch.ops.optim.updates import set_factor
-from funmatch.ops.sampling import Mixing, beta, draw, generator, mild_boxes
-from funmatch.runtime.chunks import cuts
+from funmatch.ops.optim.updates import set_lr
+from funmatch.ops.sampling import MixupOptions, beta, generator, sample_mild_boxes, sample_step
+from funmatch.runtime.chunks import even_chunks
 
 TINY = {"student_kwargs": {"channels": (8, 8, 16, 16), "stem_width": 8}, "side": 32, "batch": 16}
 MODEL = "resnet10t"
@@ -81,9 +81,9 @@ def test_a_mild_crop_is_a_crop_of_the_resized_picture(size, squash):
     picture = torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
     height, width = (20, 20) if squash else (max(16, round(20 * s / min(size))) for s in size)
     resized = F.interpolate(picture.permute(2, 0, 1)[None].double(), (height, width), mode="bilinear")[0] / 255
-    boxes = mild_boxes(generator(0, 0), [size[0]] * 40, [size[1]] * 40, side=16, resize=20, squash=squash)
+    boxes = sample_mild_boxes(generator(0, 0), [size[0]] * 40, [size[1]] * 40, side=16, resize=20, squash=squash)
     flips = rng.random(40) < 0.5
-    views = sample_flip([picture] * 40, boxes, flips, 16)
+    views = crop_of_resized_flip([picture] * 40, boxes, flips, 16)
     for view, box, flip in zip(views, boxes, flips, strict=True):
         top, left = round(box[0] * height / size[0]), round(box[1] * width / size[1])
         wanted = resized[:, top : top + 16, left : left + 16]
@@ -91,7 +91,7 @@ def test_a_mild_crop_is_a_crop_of_the_resized_picture(size, squash):
 
 
 def test_a_mild_corner_is_uniform_over_the_resized_picture():
-    boxes = mild_boxes(generator(1, 0), np.full(20_000, 64), np.full(20_000, 128), side=12, resize=16)
+    boxes = sample_mild_boxes(generator(1, 0), np.full(20_000, 64), np.full(20_000, 128), side=12, resize=16)
     tops, lefts = boxes[:, 0] / 4, boxes[:, 1] / 4
     assert set(tops) == set(range(5))
     assert set(lefts) == set(range(21))
@@ -116,7 +116,7 @@ def test_mixup_moves_nothing_but_lambda():
     def sizes(indices):
         return np.full(len(indices), 40), np.full(len(indices), 50)
 
-    plain, off, mild = (draw(3, 17, 8, 100, sizes, mixing=Mixing(a)) for a in (1.0, 0.0, 0.1))
+    plain, off, mild = (sample_step(3, 17, 8, 100, sizes, mixing=MixupOptions(a)) for a in (1.0, 0.0, 0.1))
     assert off.lam == 1
     assert mild.lam == pytest.approx(
         max(beta(generator(3, 17).random(), 0.1), 1 - beta(generator(3, 17).random(), 0.1))
@@ -137,12 +137,12 @@ def test_sgd_is_torchs_but_for_its_decay():
     ours = torch.nn.Linear(4, 3).double()
     weight, bias = ours.weight.detach().clone(), ours.bias.detach().clone()
     optimizer, momentum = (
-        make("sgd", ours, lr=0.1, weight_decay=0.01, momentum=0.9),
+        create_optimizer("sgd", ours, lr=0.1, weight_decay=0.01, momentum=0.9),
         [torch.zeros_like(weight), torch.zeros(3)],
     )
     for step in range(4):
         share = (1.0, 0.5, 0.0, 0.25)[step]
-        set_factor(optimizer, 0.1, share)
+        set_lr(optimizer, 0.1, share)
         inputs = torch.randn(5, 4, dtype=torch.float64)
         ours(inputs).square().sum().backward()
         gradients = [ours.weight.grad.clone(), ours.bias.grad.clone()]
@@ -163,7 +163,7 @@ def test_pieces_of_a_batch_hold_every_picture_with_its_predecessor():
     assert [len(piece.labels) for piece, _ in pieces] == [3, 3, 4]
     assert [share for _, share in pieces] == [2 / 7, 2 / 7, 3 / 7]
     assert [int(piece.labels[0]) for piece, _ in pieces] == [0, 2, 4]
-    assert torch.cat([piece.answers for piece, _ in pieces]).flatten().tolist() == list(range(7))
+    assert torch.cat([piece.teacher_logits for piece, _ in pieces]).flatten().tolist() == list(range(7))
     assert next(batch.pieces(None))[1] == 1
 
 
@@ -332,7 +332,7 @@ def test_it_resumes_to_the_bit(tmp_path):
 
 @given(st.integers(1, 500), st.integers(1, 500))
 def test_pieces_are_even(count, size):
-    lengths = [stop - start for start, stop in pairwise(cuts(count, size))]
+    lengths = [stop - start for start, stop in pairwise(even_chunks(count, size))]
     assert sum(lengths) == count
     assert max(lengths) <= size
     assert max(lengths) - min(lengths) <= 1

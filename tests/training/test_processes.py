@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_ends_all(tmp_path):
 def test_a_run_that_another_process_holds_is_told_once(tmp_path):
     out = tmp_path / "run"
     words = ["train", *WORDS, *BATCHNORM, "--out", out]
-    with run_folder.opened(out, "train", {}, {}):
+    with run_folder.open_run(out, "train", {}, {}):
         (out / "config.json").write_text("{")
         said = ended(start("-m", "funmatch", *words, world=2), 2)
     assert "".join(said).count("funmatch: ") == 1
@@ -160,7 +160,7 @@ def test_other_verbs_are_for_one_process():
 
 def test_alone_nobody_is_asked(monkeypatch):
     monkeypatch.setenv("RANK", "3")  # left by something else: torchrun says more
-    assert (env.rank(), env.world(), env.local_world(), env.is_first()) == (0, 1, 1, True)
+    assert (env.rank(), env.world_size(), env.local_world_size(), env.is_main_process()) == (0, 1, 1, True)
 
 
 TOGETHER = """

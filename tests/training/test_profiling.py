@@ -19,23 +19,23 @@ TINY = {
 def test_parts_do_not_count_what_is_within(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    with timing.Watch(lambda: None) as watch, timing.span("whole"):  # 0
-        with timing.span("one"), timing.span("inner"):  # 1, 2 … 3, 4
+    with timing.StepTimer(lambda: None) as watch, timing.timed("whole"):  # 0
+        with timing.timed("one"), timing.timed("inner"):  # 1, 2 … 3, 4
             pass
-        with timing.span("two"):  # 5 … 6
+        with timing.timed("two"):  # 5 … 6
             pass
     assert dict(watch.seconds) == {"inner": 1, "one": 2, "two": 1, "whole": 7 - 3 - 1}
 
 
 def test_other_threads_are_beside_and_nothing_is_kept_when_nobody_watches():
-    with timing.Watch(lambda: None) as watch:
-        thread = threading.Thread(target=lambda: list(timing.waited([1, 2], "views")))
+    with timing.StepTimer(lambda: None) as watch:
+        thread = threading.Thread(target=lambda: list(timing.timed_iter([1, 2], "views")))
         thread.start()
         thread.join()
-        assert list(timing.waited([1, 2], "wait")) == [1, 2]
+        assert list(timing.timed_iter([1, 2], "wait")) == [1, 2]
     assert set(watch.beside) == {"views"}
     assert set(watch.seconds) == {"wait"}
-    with timing.span("late"):
+    with timing.timed("late"):
         time.sleep(0)
     assert "late" not in watch.seconds
 

@@ -153,8 +153,8 @@ def test_a_stop_changes_no_bit_with_another_optimizer(tmp_path, monkeypatch, kno
 
 
 def test_two_processes_do_not_share_a_run(tmp_path):
-    with funmatch.training.run.folder.opened(tmp_path / "run", "train", {}, {}):
-        second = funmatch.training.run.folder.opened(tmp_path / "run", "train", {}, {})
+    with funmatch.training.run.folder.open_run(tmp_path / "run", "train", {}, {}):
+        second = funmatch.training.run.folder.open_run(tmp_path / "run", "train", {}, {})
         with pytest.raises(InputError, match="another process is at work"):
             second.__enter__()
 
@@ -173,7 +173,7 @@ def test_a_last_line_that_was_cut_short_is_dropped(tmp_path):
         metrics.write("step", step, loss=0.5)
     with open(metrics.path, "a") as file:
         file.write('{"event": "step", "st')
-    metrics.cut(2)
+    metrics.truncate(2)
     assert [record["step"] for record in metrics.read()] == [1, 2]
 
 

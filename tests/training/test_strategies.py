@@ -21,8 +21,18 @@ from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.ops import distances, randaugment
 from funmatch.ops.crops import central_view, crop_resize_flip
-from funmatch.ops.mixing import mixup, seen
-from funmatch.ops.sampling import CHANGES, ENSEMBLE, LAMBDAS, OWN, Mixing, beta, draw, generator, inception_boxes
+from funmatch.ops.mixing import mix_views, mixup
+from funmatch.ops.sampling import (
+    CHANGES,
+    ENSEMBLE,
+    LAMBDAS,
+    OWN,
+    MixupOptions,
+    beta,
+    generator,
+    sample_inception_boxes,
+    sample_step,
+)
 from funmatch.training import distill, scoring
 from funmatch.training.teachers import fixed
 
@@ -52,64 +62,69 @@ def some_pictures(pictures):
 
 def test_a_shared_view_is_the_very_same_tensor(split):
     batch = Loader(split, 1, 8, 12, teacher_sides=(12,)).batch_at(3)
-    (teacher,), student = seen(batch.crops, batch.shown, batch.lam)
+    (teacher,), student = mix_views(batch.crops, batch.teacher_crops, batch.lam)
     assert teacher is student
     assert torch.equal(student, mixup(batch.crops, batch.lam))
     for moved in (batch.to(torch.device("cpu")), *(piece for piece, _ in batch.pieces(3))):
-        assert moved.shown[0] is moved.crops
+        assert moved.teacher_crops[0] is moved.crops
 
 
 @pytest.mark.parametrize("crop", ["inception", "mild"])
 def test_own_views_are_of_the_same_pictures_and_drawn_alike_but_independently(split, crop):
     knobs = {"crop": crop, "resize": 16, "side": 12}
-    shared, own = Loader(split, 1, 8, **knobs), Loader(split, 1, 8, **knobs, own=True, teacher_sides=(12, 20))
-    drawn, batch = own.draw(3), own.batch_at(3)
+    shared, own = (
+        Loader(split, 1, 8, **knobs),
+        Loader(split, 1, 8, **knobs, own_teacher_view=True, teacher_sides=(12, 20)),
+    )
+    drawn, batch = own.sample(3), own.batch_at(3)
     assert torch.equal(batch.crops, shared.batch_at(3).crops), "the student's are not moved by the teacher's"
-    assert [each.shape[-1] for each in batch.shown] == [12, 20]
-    assert drawn.own is not None
+    assert [each.shape[-1] for each in batch.teacher_crops] == [12, 20]
+    assert drawn.teacher_view is not None
     rng = generator(1, 3, OWN)
-    assert np.array_equal(drawn.own[1], rng.random(8) < 0.5)
-    assert not np.array_equal(drawn.own[0], drawn.boxes)
-    small = F.adaptive_avg_pool2d(batch.shown[1], 4) - F.adaptive_avg_pool2d(batch.shown[0], 4)
+    assert np.array_equal(drawn.teacher_view[1], rng.random(8) < 0.5)
+    assert not np.array_equal(drawn.teacher_view[0], drawn.boxes)
+    small = F.adaptive_avg_pool2d(batch.teacher_crops[1], 4) - F.adaptive_avg_pool2d(batch.teacher_crops[0], 4)
     assert small.abs().mean() < 0.05, "the teachers share one view, each at its side"
 
 
 def test_own_draws_do_not_depend_on_the_shared_ones():
-    draws = [draw(0, step, 64, 64, sizes, own=True) for step in range(300)]
-    mine, theirs = (np.concatenate(list(each)) for each in zip(*((d.boxes[:, 2], d.own[0][:, 2]) for d in draws)))  # noqa: B905
+    draws = [sample_step(0, step, 64, 64, sizes, own=True) for step in range(300)]
+    mine, theirs = (
+        np.concatenate(list(each)) for each in zip(*((d.boxes[:, 2], d.teacher_view[0][:, 2]) for d in draws))
+    )  # noqa: B905
     assert abs(np.corrcoef(mine, theirs)[0, 1]) < 0.05
     assert stats.ks_2samp(mine, theirs).pvalue > 1e-3
-    flips, others = (np.concatenate(list(each)) for each in zip(*((d.flips, d.own[1]) for d in draws)))  # noqa: B905
+    flips, others = (np.concatenate(list(each)) for each in zip(*((d.flips, d.teacher_view[1]) for d in draws)))  # noqa: B905
     assert abs(np.corrcoef(flips, others)[0, 1]) < 0.05
 
 
 def test_slices_of_own_views_and_lambdas_are_the_global_batch(split):
-    knobs = {"own": True, "teacher_sides": (12,), "mixing": Mixing(each=True), "side": 12}
+    knobs = {"own": True, "teacher_sides": (12,), "mixing": MixupOptions(per_image=True), "side": 12}
     whole = Loader(split, 1, 8, **knobs).batch_at(3)
     for rank in range(2):
         part = Loader(split, 1, 8, rank=rank, world=2, **knobs).batch_at(3)
         rows = [(rank * 4 - 1) % 8, *range(rank * 4, rank * 4 + 4)]
-        assert torch.equal(part.shown[0], whole.shown[0][1:][rows])
+        assert torch.equal(part.teacher_crops[0], whole.teacher_crops[0][1:][rows])
         assert torch.equal(part.lam, whole.lam[rank * 4 : rank * 4 + 4])
 
 
 def test_the_whole_picture_is_never_mirrored(split):
-    batch, drawn = Loader(split, 1, 8, 12, crop="whole").batch_at(3), Loader(split, 1, 8, 12, crop="whole").draw(3)
+    batch, drawn = Loader(split, 1, 8, 12, crop="whole").batch_at(3), Loader(split, 1, 8, 12, crop="whole").sample(3)
     for view, index in zip(batch.crops[1:], drawn.indices, strict=True):
         picture = split.picture(index).permute(2, 0, 1)[None].float()
         torch.testing.assert_close(view, F.interpolate(picture, (12, 12), mode="bilinear")[0] / 255)
 
 
 def test_one_lambda_a_picture():
-    draws = [draw(0, step, 50, 50, sizes, mixing=Mixing(each=True)) for step in range(60)]
+    draws = [sample_step(0, step, 50, 50, sizes, mixing=MixupOptions(per_image=True)) for step in range(60)]
     lams = np.concatenate([each.lam for each in draws])
     assert stats.kstest(lams, stats.uniform(0.5, 0.5).cdf).pvalue > 1e-3
-    plain = draw(0, 7, 50, 50, sizes)
+    plain = sample_step(0, 7, 50, 50, sizes)
     assert np.array_equal(plain.boxes, draws[7].boxes), "the mode of MixUp moves no crop"
-    small = Mixing(0.2, each=True, larger=False).of(generator(3, 1, LAMBDAS).random(4000))
+    small = MixupOptions(0.2, per_image=True, take_max=False).lam_at(generator(3, 1, LAMBDAS).random(4000))
     assert stats.kstest(small, stats.beta(0.2, 0.2).cdf).pvalue > 1e-3
     assert np.array_equal(small, beta(generator(3, 1, LAMBDAS).random(4000), 0.2))
-    assert draw(0, 7, 50, 50, sizes, mixing=Mixing(lam=0.3)).lam == 0.3
+    assert sample_step(0, 7, 50, 50, sizes, mixing=MixupOptions(lam=0.3)).lam == 0.3
 
 
 def test_mixing_with_one_lambda_each():
@@ -129,7 +144,7 @@ def test_mixing_with_one_lambda_each():
 def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
     knobs = {
         "side": 12,
-        "mixing": Mixing(a, each=each),
+        "mixing": MixupOptions(a, per_image=each),
         "cutmix": 1.0,
         "randaugment": (2, 9),
         "teacher_sides": (12, 20),
@@ -137,7 +152,7 @@ def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
     loader = Loader(split, 1, 8, **knobs)
     batches = [loader.batch_at(step) for step in range(40)]
     for step, batch in enumerate(batches):
-        (same, large), student = seen(batch.crops, batch.shown, batch.lam, batch.cuts)
+        (same, large), student = mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
         assert same is student
         assert large.shape[-1] == 20
         plain = Loader(split, 1, 8, 12).batch_at(step).crops
@@ -145,9 +160,9 @@ def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
         changed = randaugment.apply(plain[1:], ops, strengths)
         assert torch.equal(batch.crops[1:], changed)
         assert torch.equal(batch.crops[0], changed[-1])
-        share, lam = torch.as_tensor(batch.own_share).expand(8), torch.as_tensor(batch.lam).expand(8)
+        share, lam = torch.as_tensor(batch.own_weight).expand(8), torch.as_tensor(batch.lam).expand(8)
         for i in range(8):
-            box = batch.cuts[i if each else 0]
+            box = batch.cutmix_boxes[i if each else 0]
             edges = [int(edge * 12 + 0.5) for edge in (box[0], box[0] + box[2], box[1], box[1] + box[3])]
             wanted = lam[i] * batch.crops[i + 1] + (1 - lam[i]) * batch.crops[i]
             wanted[:, edges[0] : edges[1], edges[2] : edges[3]] = batch.crops[i][
@@ -159,11 +174,14 @@ def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
             assert lam[i] == 1 or area == 0, "a picture is cut or mixed"
         for rank in range(2):
             part = Loader(split, 1, 8, rank=rank, world=2, **knobs).batch_at(step)
-            _, own = seen(part.crops, part.shown, part.lam, part.cuts)
+            _, own = mix_views(part.crops, part.teacher_crops, part.lam, part.cutmix_boxes)
             assert torch.equal(own, student[rank * 4 : rank * 4 + 4])
-        pieces = [seen(piece.crops, piece.shown, piece.lam, piece.cuts)[1] for piece, _ in batch.pieces(3)]
+        pieces = [
+            mix_views(piece.crops, piece.teacher_crops, piece.lam, piece.cutmix_boxes)[1]
+            for piece, _ in batch.pieces(3)
+        ]
         assert torch.equal(torch.cat(pieces), student)
-    cut = np.mean([float((batch.cuts[:, 2:].prod(-1) > 0).float().mean()) for batch in batches])
+    cut = np.mean([float((batch.cutmix_boxes[:, 2:].prod(-1) > 0).float().mean()) for batch in batches])
     assert cut > 0.85 if a == 0 else 0.2 < cut < 0.8
 
 
@@ -212,7 +230,7 @@ def expected(strategy: str, split, teacher, pictures, crops: int) -> torch.Tenso
         else:
             rng = generator(0, number, ENSEMBLE)
             flips = rng.random(crops) < 0.5
-            boxes = inception_boxes(rng, np.full(crops, picture.shape[0]), np.full(crops, picture.shape[1]))
+            boxes = sample_inception_boxes(rng, np.full(crops, picture.shape[0]), np.full(crops, picture.shape[1]))
             views = crop_resize_flip([picture] * crops, boxes, flips, 32)
         found.append(teacher(views).softmax(-1).mean(0))
     return torch.stack(found)
@@ -239,10 +257,10 @@ def test_a_fixed_teacher_answers_once_and_is_looked_up(tmp_path, monkeypatch, st
     torch.testing.assert_close(found[list(some), 0].softmax(-1), wanted, rtol=1e-4, atol=1e-6)
 
     loader = Loader(split, 0, 16, 32, crop=STRATEGIES[strategy].crop, resize=40, known=found[:, 0])
-    batch, drawn = loader.batch_at(4), loader.draw(4)
-    assert batch.shown == ()
-    assert batch.answers is not None
-    assert torch.equal(batch.answers, found[drawn.indices, 0])
+    batch, drawn = loader.batch_at(4), loader.sample(4)
+    assert batch.teacher_crops == ()
+    assert batch.teacher_logits is not None
+    assert torch.equal(batch.teacher_logits, found[drawn.indices, 0])
 
     asked.clear()
     again = funmatch.distill(out=tmp_path / "again", **knobs)
@@ -435,7 +453,7 @@ def test_damaged_answers_are_made_again(tmp_path, monkeypatch):
 
 
 def test_a_squashed_middle_is_not_a_central_cut(split):
-    looks = [fixed.Looks(split, "central", 1, 12, 16, squash, 0.05) for squash in (False, True)]
+    looks = [fixed.FixedViews(split, "central", 1, 12, 16, squash, 0.05) for squash in (False, True)]
     plain, squashed = (each.views(0, slice(1), [12])[12] for each in looks)
     picture = split.picture(0)
     torch.testing.assert_close(squashed[0], central_view(picture, 16, 12, squash=True))
@@ -448,10 +466,10 @@ def test_training_views_are_judged_alike_with_however_many_processes(split):
         pooled = F.adaptive_avg_pool2d(batch.crops[1:], 1).flatten(1)
         return pooled, pooled.flip(-1)
 
-    view = scoring.View(12, 12, 4, torch.device("cpu"), "fp32")
+    view = scoring.EvalView(12, 12, 4, torch.device("cpu"), "fp32")
     net = torch.nn.Identity()
-    one = scoring.on_views(both, net, Loader(split, 1, 8, 12), 3, view)
-    two = scoring.on_views(both, net, Loader(split, 1, 8, 12, rank=1, world=2), 3, view)
+    one = scoring.score_training_views(both, net, Loader(split, 1, 8, 12), 3, view)
+    two = scoring.score_training_views(both, net, Loader(split, 1, 8, 12, rank=1, world=2), 3, view)
     assert one == two
     loader = Loader(split, 1, 8, 12)
     crops = torch.cat([loader.batch_at(step).crops[1:] for step in range(3, 35)]).mean((2, 3))

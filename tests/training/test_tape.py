@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 import funmatch
 from funmatch.commands import tape as tape_command
 from funmatch.config import Tape as Asked
-from funmatch.errors import Fruitless, InputError
-from funmatch.models.ensemble import Teachers
+from funmatch.errors import InputError, WorkFailed
+from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.runtime.files import lock_file
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import tape
@@ -46,7 +46,7 @@ def logits_of(count: int, classes: int, seed: int = 0) -> torch.Tensor:
 
 
 def opened(folder, layout: Layout, **asked) -> tape.Tape:
-    found = tape.opened(folder, layout, asked, {"run": {}})
+    found = tape.open_tape(folder, layout, asked, {"run": {}})
     found.recording = True
     return found
 
@@ -55,13 +55,13 @@ def opened(folder, layout: Layout, **asked) -> tape.Tape:
 def calls(monkeypatch):
     """How often teachers were asked about views of the training."""
     counted = SimpleNamespace(count=0)
-    real = Teachers.forward
+    real = TeacherEnsemble.forward
 
     def forward(self, views, temperature=1.0):
         counted.count += 1
         return real(self, views, temperature)
 
-    monkeypatch.setattr(Teachers, "forward", forward)
+    monkeypatch.setattr(TeacherEnsemble, "forward", forward)
     return counted
 
 
@@ -69,11 +69,11 @@ def test_what_is_kept_of_all_classes_is_what_half_precision_holds(tmp_path):
     layout, logits = Layout(4, 7), logits_of(8, 7)
     found = opened(tmp_path, layout)
     for step in (0, 1):
-        found.record(step, 0, *layout.packed(logits[4 * step : 4 * step + 4]))
+        found.write(step, 0, *layout.packed(logits[4 * step : 4 * step + 4]))
     expected = logits.numpy().astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(torch.cat([found.told(0, 0, 4), found.told(1, 0, 4)]).numpy(), expected)
-    np.testing.assert_array_equal(found.told(1, 1, 2).numpy(), expected[5:7])
-    assert found.told(2, 0, 4) is None
+    np.testing.assert_array_equal(torch.cat([found.read(0, 0, 4), found.read(1, 0, 4)]).numpy(), expected)
+    np.testing.assert_array_equal(found.read(1, 1, 2).numpy(), expected[5:7])
+    assert found.read(2, 0, 4) is None
     assert (tmp_path / "answers.bin").stat().st_size == 8 * (7 * 2 + 4) == layout.bytes_of(2)
 
 
@@ -94,21 +94,21 @@ def test_the_rest_is_one_mass(temperature):
     order = np.argsort(-told.numpy(), 1)
     teacher, learner = probabilities(told, order), probabilities(student, order)
     np.testing.assert_allclose(probabilities(kept, order), teacher, atol=2e-3)
-    narrow = tape.rest_as_one(student, kept, top, temperature)
+    narrow = tape.fold_dropped_classes(student, kept, top, temperature)
     np.testing.assert_allclose((narrow[0] / temperature).softmax(-1).numpy(), learner, atol=1e-6)
     np.testing.assert_allclose((narrow[1] / temperature).softmax(-1).numpy(), teacher, atol=2e-3)
     kl = (teacher * np.log(teacher / learner)).sum(1)
     whole = (told.double() / temperature).softmax(-1)
     other = (student.double() / temperature).softmax(-1)
     assert (kl <= (whole * (whole / other).log()).sum(-1).numpy() + 1e-9).all(), "it lacks what the rest shares out"
-    mass = tape.mass_of_the_rest(told, top, temperature)
+    mass = tape.dropped_mass(told, top, temperature)
     assert mass == pytest.approx(teacher[:, -1].mean(), abs=1e-6)
 
 
 def test_too_large_for_half_precision(tmp_path):
     found = opened(tmp_path, Layout(1, 2))
     with pytest.raises(InputError, match="65,504"):
-        found.record(0, 0, *found.layout.packed(torch.tensor([[1e5, 0.0]])))
+        found.write(0, 0, *found.layout.packed(torch.tensor([[1e5, 0.0]])))
 
 
 @pytest.mark.parametrize("top", [None, 2])
@@ -116,10 +116,10 @@ def test_what_is_cut_off_or_damaged_is_not_there(tmp_path, top):
     layout = Layout(3, 5, top)
     found = opened(tmp_path, layout)
     for step in range(6):
-        found.record(step, 0, *layout.packed(logits_of(3, 5, step)))
+        found.write(step, 0, *layout.packed(logits_of(3, 5, step)))
     whole = (tmp_path / "answers.bin").read_bytes()
     size = layout.row.itemsize
-    expected = [found.told(step, 0, 3) for step in range(6)]
+    expected = [found.read(step, 0, 3) for step in range(6)]
     rng = np.random.default_rng(0)
     for _ in range(60):
         content = bytearray(whole)
@@ -138,7 +138,7 @@ def test_what_is_cut_off_or_damaged_is_not_there(tmp_path, top):
             lost = {int(one) // 3}
         (tmp_path / "answers.bin").write_bytes(content)
         for step in range(6):
-            told = found.told(step, 0, 3)
+            told = found.read(step, 0, 3)
             assert (told is None) == (step in lost)
             assert told is None or torch.equal(told, expected[step])
         rows, damaged, ranges = found.counts()
@@ -151,11 +151,11 @@ def test_holes_are_not_damage(tmp_path):
     layout = Layout(2, 3)
     found = opened(tmp_path, layout)
     for step in (0, 3, 4):
-        found.record(step, 0, *layout.packed(logits_of(2, 3)))
-    found.record(6, 1, *layout.packed(logits_of(1, 3)))  # another process has yet to write the first row
+        found.write(step, 0, *layout.packed(logits_of(2, 3)))
+    found.write(6, 1, *layout.packed(logits_of(1, 3)))  # another process has yet to write the first row
     assert found.counts() == (7, 0, [range(1), range(3, 5)])
-    assert found.told(6, 0, 2) is None
-    assert found.told(6, 1, 1) is not None
+    assert found.read(6, 0, 2) is None
+    assert found.read(6, 1, 1) is not None
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_replayed_is_as_taught(tmp_path, calls, more):
     # To be judged on validation and test pictures, and on views of steps beyond the run's end.
     assert before - asked >= 14 - 1
     losses = [
-        [each["loss"] for each in run_folder.find(run.folder).metrics.read() if each["event"] == "step"]
+        [each["loss"] for each in run_folder.find_run(run.folder).metrics.read() if each["event"] == "step"]
         for run in (live, again)
     ]
     assert losses[0] == losses[1]
@@ -206,7 +206,7 @@ def test_a_longer_run_makes_it_longer(tmp_path, calls):
     funmatch.distill(out=tmp_path / "short", tape=tmp_path / "tape", **KNOBS)
     before = calls.count
     funmatch.distill(out=tmp_path / "long", tape=tmp_path / "tape", **KNOBS | {"steps": 20})
-    assert tape.found(tmp_path / "tape").counts()[2] == [range(20)]
+    assert tape.find_tape(tmp_path / "tape").counts()[2] == [range(20)]
     alone = funmatch.distill(out=tmp_path / "alone", tape=tmp_path / "alone-tape", **KNOBS | {"steps": 20})
     assert calls.count - before > 20 - 14
     assert same(tmp_path / "long", alone.folder)
@@ -238,7 +238,7 @@ def test_stopped_anywhere_and_gone_on(tmp_path):
     funmatch.distill(out=tmp_path / "run", tape=tmp_path / "tape", **KNOBS | {"steps": 150})
     assert same(tmp_path / "run", whole.folder)
     # What was lost although its step was over is missing, until another run fills the gap.
-    ranges = tape.found(tmp_path / "tape").counts()[2]
+    ranges = tape.find_tape(tmp_path / "tape").counts()[2]
     assert sum(map(len, ranges)) >= 150 - killed
     third = funmatch.distill(out=tmp_path / "third", tape=tmp_path / "tape", **KNOBS | {"steps": 150})
     assert same(third.folder, whole.folder)
@@ -336,28 +336,28 @@ def test_a_folder_that_is_no_tape(recorded, tmp_path):
     for part, name in (("layout", "batch"), ("layout", "classes"), ("asked", "seed")):
         header.write_text(json.dumps(sound | {part: sound[part] | {name: sound[part][name] + 1}}))
         with pytest.raises(InputError, match="damaged"):
-            tape.found(tmp_path / "tape")
+            tape.find_tape(tmp_path / "tape")
     header.write_text(json.dumps(json.loads((recorded / "tape" / "tape.json").read_text()) | {"format": 99}))
     with pytest.raises(InputError, match="format 99"):
-        tape.found(tmp_path / "tape")
+        tape.find_tape(tmp_path / "tape")
 
 
 def test_rows_of_another_tape_are_no_answers(recorded, tmp_path):
     other = opened(tmp_path / "other", Layout(8, 10), seed=1)
     for step in range(14):
-        other.record(step, 0, *other.layout.packed(logits_of(8, 10, step)))
+        other.write(step, 0, *other.layout.packed(logits_of(8, 10, step)))
     shutil.copytree(recorded / "tape", tmp_path / "tape")
     shutil.copy(tmp_path / "other" / "answers.bin", tmp_path / "tape")
-    found = tape.found(tmp_path / "tape")
+    found = tape.find_tape(tmp_path / "tape")
     assert found.counts() == (0, 112, [])
-    assert found.told(0, 0, 8) is None
+    assert found.read(0, 0, 8) is None
     header = json.loads((tmp_path / "other" / "tape.json").read_text())
     del header["check"]  # as on tapes that are older than it
     (tmp_path / "other" / "tape.json").write_text(json.dumps(header))
     older = opened(tmp_path / "older", Layout(8, 10), seed=1)
     older.header.pop("check")
-    older.record(0, 0, *older.layout.packed(logits_of(8, 10)))
-    assert older.told(0, 0, 8) is not None
+    older.write(0, 0, *older.layout.packed(logits_of(8, 10)))
+    assert older.read(0, 0, 8) is not None
 
 
 @pytest.mark.parametrize("full", ["stop", "go-on"])
@@ -380,7 +380,7 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path, monkeypatch, full):
             assert error.value.filename == str(tmp_path / "tape" / "answers.bin")
         else:
             funmatch.distill(out=tmp_path / "run", **knobs)
-    found = tape.found(tmp_path / "tape")
+    found = tape.find_tape(tmp_path / "tape")
     assert found.counts()[2] == [range(6)]
     run = funmatch.distill(out=tmp_path / "run", **knobs)
     other = funmatch.distill(out=tmp_path / "other", **KNOBS | {"tape": tmp_path / "tape"})
@@ -401,7 +401,7 @@ def test_two_runs_at_a_time_share_one(tmp_path):
     lock = lock_file(tmp_path / "tape" / ".lock")
     longer = KNOBS | {"steps": 20}
     run = funmatch.distill(out=tmp_path / "second", tape=tmp_path / "tape", **longer)
-    assert tape.found(tmp_path / "tape").counts()[2] == [range(14)], "it did not record"
+    assert tape.find_tape(tmp_path / "tape").counts()[2] == [range(14)], "it did not record"
     lock.close()
     assert same(run.folder, funmatch.distill(out=tmp_path / "third", tape=tmp_path / "tape", **longer).folder)
     assert (tmp_path / "tape" / "answers.bin").stat().st_size == layout.bytes_of(20)
@@ -416,14 +416,14 @@ def test_a_tape_is_shown_and_held_against_its_teacher(recorded, tmp_path, capsys
     tape_command.show(figures)
     assert "0 … 13" in capsys.readouterr().out
     # Answers of another teacher, each in its place and sound.
-    found = tape.found(tmp_path / "tape")
+    found = tape.find_tape(tmp_path / "tape")
     found = replace(found, recording=True, _file=None)
     for step in range(14):
-        found.record(step, 0, *found.layout.packed(logits_of(8, 10, step)))
-    with pytest.raises(Fruitless, match="says something else"):
+        found.write(step, 0, *found.layout.packed(logits_of(8, 10, step)))
+    with pytest.raises(WorkFailed, match="says something else"):
         tape_command.show(tape_command.run(Asked.checked(folder=tmp_path / "tape", recompute=2)))
     content = bytearray((tmp_path / "tape" / "answers.bin").read_bytes())
     content[40] ^= 1
     (tmp_path / "tape" / "answers.bin").write_bytes(content)
-    with pytest.raises(Fruitless, match=r"1 rows of .* are damaged"):
+    with pytest.raises(WorkFailed, match=r"1 rows of .* are damaged"):
         tape_command.show(tape_command.run(Asked.checked(folder=tmp_path / "tape")))

@@ -13,9 +13,9 @@ import funmatch
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
-from funmatch.models.class_map import match, picked, read_map
+from funmatch.models.class_map import map_classes, read_map, select_classes
 from funmatch.models.classifier import Card, Classifier, save
-from funmatch.models.ensemble import Member, Teachers, mean_logits, mean_probabilities
+from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble, mean_logits, mean_probabilities
 from funmatch.models.inference.frozen import Frozen
 from funmatch.ops.crops import crop_resize_flip
 from funmatch.ops.mixing import mixup
@@ -67,7 +67,7 @@ def test_the_mean_of_probabilities_has_the_gradient_of_the_sum_of_kls(temperatur
 def test_each_teacher_sees_its_own_side_in_its_own_way():
     near = classifier(mean=(0.5,) * 3, std=(0.25,) * 3)
     far = classifier(seed=1)
-    teachers = Teachers([Member(Frozen(near), 8, 0.5), Member(Frozen(far), 16, 0.5)])
+    teachers = TeacherEnsemble([EnsembleMember(Frozen(near), 8, 0.5), EnsembleMember(Frozen(far), 16, 0.5)])
     views = {8: torch.rand(2, 3, 8, 8), 16: torch.rand(2, 3, 16, 16)}
     wanted = 0.5 * F.linear(views[8].sub(0.5).div(0.25).mean((2, 3)), near.net.weight)
     wanted += 0.5 * F.linear(views[16].mean((2, 3)), far.net.weight)
@@ -77,24 +77,26 @@ def test_each_teacher_sees_its_own_side_in_its_own_way():
 def test_the_same_crop_at_two_sides(pictures):
     split = open_cache(str(pictures)).splits["train"]
     loader = Loader(split, seed=1, batch=6, side=12, teacher_sides=(12, 20, 31))
-    batch, drawn = loader.batch_at(3), loader.draw(3)
-    assert [each.shape[-1] for each in batch.shown] == [12, 20, 31]
+    batch, drawn = loader.batch_at(3), loader.sample(3)
+    assert [each.shape[-1] for each in batch.teacher_crops] == [12, 20, 31]
     assert torch.equal(batch.crops, Loader(split, seed=1, batch=6, side=12).batch_at(3).crops)
     rows = [-1, 0, 1, 2, 3, 4, 5]
     taken = [split.picture(i) for i in drawn.indices[rows]]
-    assert batch.shown[0] is batch.crops
-    for crops in batch.shown:
+    assert batch.teacher_crops[0] is batch.crops
+    for crops in batch.teacher_crops:
         assert torch.equal(crops, crop_resize_flip(taken, drawn.boxes[rows], drawn.flips[rows], crops.shape[-1]))
     # A view at another side is the same picture: shrunk to the same, they are alike.
-    small, large = (F.adaptive_avg_pool2d(mixup(crops, batch.lam), 4) for crops in (batch.crops, batch.shown[2]))
+    small, large = (
+        F.adaptive_avg_pool2d(mixup(crops, batch.lam), 4) for crops in (batch.crops, batch.teacher_crops[2])
+    )
     assert (small - large).abs().mean() < 0.03
 
 
 def test_picked_classes_share_what_the_others_had():
     (given,) = logits(1)
-    assert picked(given, None) is given
-    assert torch.equal(picked(given, ((3,), (0,))), given[:, [3, 0]])
-    got = picked(given, ((3, 1), (0,))).softmax(-1)
+    assert select_classes(given, None) is given
+    assert torch.equal(select_classes(given, ((3,), (0,))), given[:, [3, 0]])
+    got = select_classes(given, ((3, 1), (0,))).softmax(-1)
     p = given.softmax(-1)
     wanted = torch.stack([p[:, 3] + p[:, 1], p[:, 0]], 1)
     torch.testing.assert_close(got, wanted / wanted.sum(-1, keepdim=True))
@@ -102,34 +104,34 @@ def test_picked_classes_share_what_the_others_had():
 
 def test_classes_by_the_same_names():
     model = classifier(names=("Cat", "big_dog", "eel", "eel "))
-    assert match(model, ("big dog", "cat"), "same-names") == ((1,), (0,))
-    assert match(model, ("eel",), "same-names") == ((2,),)
+    assert map_classes(model, ("big dog", "cat"), "same-names") == ((1,), (0,))
+    assert map_classes(model, ("eel",), "same-names") == ((2,),)
     with pytest.raises(InputError, match="unknown class of fixed 'cta'; did you mean 'Cat'"):
-        match(model, ("cta",), "same-names")
+        map_classes(model, ("cta",), "same-names")
     with pytest.raises(InputError, match=r"several classes 'EEL': 2, 3; give the number"):
-        match(model, ("EEL",), "same-names")
+        map_classes(model, ("EEL",), "same-names")
     with pytest.raises(InputError, match="does not know the names of its 4 classes"):
-        match(classifier(), ("cat",), "same-names")
+        map_classes(classifier(), ("cat",), "same-names")
 
 
 def test_imagenets_names_are_known():
     model = classifier(classes=1000)
-    assert match(model, ("tench", "n01443537", "Egyptian cat"), "same-names") == ((0,), (1,), (285,))
+    assert map_classes(model, ("tench", "n01443537", "Egyptian cat"), "same-names") == ((0,), (1,), (285,))
     with pytest.raises(InputError, match="several classes 'crane': 134, 517"):
-        match(model, ("crane",), "same-names")
+        map_classes(model, ("crane",), "same-names")
 
 
 def test_classes_by_a_map(tmp_path):
     path = tmp_path / "map.json"
     path.write_text(json.dumps({"pet": ["cat", 3], "fish": "eel"}))
     model = classifier(names=("cat", "dog", "eel", "fox"))
-    assert match(model, ("fish", "pet"), str(path)) == ((2,), (0, 3))
+    assert map_classes(model, ("fish", "pet"), str(path)) == ((2,), (0, 3))
     for wanted, message in {
         ("fish", "pet", "bird"): "says nothing of bird",
         ("fish",): "unknown class in .* 'pet'",
     }.items():
         with pytest.raises(InputError, match=message):
-            match(model, wanted, str(path))
+            map_classes(model, wanted, str(path))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_maps_that_are_none(tmp_path, text, message):
 def test_a_number_that_is_no_class(tmp_path):
     (tmp_path / "map.json").write_text('{"a": 4}')
     with pytest.raises(InputError, match="no class 4; its classes are 0 … 3"):
-        match(classifier(), ("a",), str(tmp_path / "map.json"))
+        map_classes(classifier(), ("a",), str(tmp_path / "map.json"))
 
 
 def test_a_run_with_two_teachers_at_two_sides(tmp_path):

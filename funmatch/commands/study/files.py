@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from funmatch.commands.study.spec import Plan, parsed
+from funmatch.commands.study.spec import StudySpec, parse
 from funmatch.config import Study
 from funmatch.errors import InputError, unknown
 
@@ -22,13 +22,13 @@ def built_in() -> dict[str, str]:
     return {file.stem: tomllib.loads(file.read_text())["title"] for file in files}
 
 
-def plan_of(config: Study) -> Plan:
+def load_spec(config: Study) -> StudySpec:
     """The study that is asked for.
 
     Raises:
         InputError: every problem of the file, a line each.
     """
-    return parsed(*_source(config.name), config.seeds, config.only, _said(config.set))
+    return parse(*_source(config.name), config.seeds, config.only, _said(config.set))
 
 
 def _source(name: str) -> tuple[str, str]:

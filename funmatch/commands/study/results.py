@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from funmatch.commands.study.spec import Entry
-from funmatch.runtime.log import say
+from funmatch.commands.study.spec import RunSpec
+from funmatch.runtime.log import info
 from funmatch.training.run import folder as run_folder
 
 POINTS = 200
@@ -22,17 +22,17 @@ def results(folder: Path) -> list[dict[str, Any]]:
         try:
             found.append(json.loads(line))
         except ValueError:
-            say(f"a line of {path} is damaged; `funmatch study` with the same words makes it again")
+            info(f"a line of {path} is damaged; `funmatch study` with the same words makes it again")
     return found
 
 
-def result_of(entry: Entry, folder: Path) -> dict[str, Any]:
+def result_of(entry: RunSpec, folder: Path) -> dict[str, Any]:
     """All that is to be known of a finished run without its folder.
 
     Returns:
         `place`, `name`, `group`, `seed`, `verb`, `asked`, `knobs`, `facts`, `figures` and `curves`: event to columns.
     """
-    done = run_folder.find(folder)
+    done = run_folder.find_run(folder)
     records, result = done.metrics.read(), done.result or {}
     figures = {name: value for name, value in result.items() if isinstance(value, int | float) or value is None}
     figures["teacher_top1"] = (result.get("teacher") or {}).get("top1")

@@ -18,12 +18,12 @@ from typing import Any
 from funmatch.commands.study import files as study_files
 from funmatch.commands.study import spec
 from funmatch.commands.study.results import result_of, results
-from funmatch.commands.study.spec import Entry, Plan
+from funmatch.commands.study.spec import RunSpec, StudySpec
 from funmatch.config import Study, recipes
-from funmatch.errors import Fruitless, InputError
+from funmatch.errors import InputError, WorkFailed
 from funmatch.runtime import devices, signals
 from funmatch.runtime.files import lock_file, write_atomically
-from funmatch.runtime.log import Bar, say
+from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import duration, percent
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import recording
@@ -33,7 +33,7 @@ PAUSE_SECONDS = 0.2
 
 
 @dataclass
-class Series:
+class StudyRunner:
     """A study under way.
 
     Attributes:
@@ -45,27 +45,27 @@ class Series:
         failed: places of runs that ended without a result, and why.
     """
 
-    plan: Plan
+    plan: StudySpec
     folder: Path
     jobs: int
     tapes: Mapping[str, Path] = field(default_factory=dict)
-    at_work: dict[subprocess.Popen, Entry] = field(default_factory=dict)
+    at_work: dict[subprocess.Popen, RunSpec] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def at(self, entry: Entry) -> Path:
+    def at(self, entry: RunSpec) -> Path:
         """A run's folder."""
         return self.folder / "runs" / entry.place
 
-    def done(self, entry: Entry) -> bool:
+    def done(self, entry: RunSpec) -> bool:
         """Whether a run is over; a damaged result is made again from its last checkpoint."""
         return run_folder.Run(self.at(entry)).result is not None
 
-    def waiting(self) -> list[Entry]:
+    def waiting(self) -> list[RunSpec]:
         """Runs that are neither over nor at work."""
         busy = {entry.place for entry in self.at_work.values()} | self.failed.keys()
         return [entry for entry in self.plan.entries if entry.place not in busy and not self.done(entry)]
 
-    def ready(self) -> list[Entry]:
+    def ready(self) -> list[RunSpec]:
         """Waiting runs that can begin: what they need is there, and nobody else is at work on them; by their seeds, so
         that a study which is stopped half-way can be compared."""
         done = {entry.place for entry in self.plan.entries if self.done(entry)}
@@ -83,9 +83,11 @@ def run(config: Study) -> dict[str, Any]:
         InputError: the file is wrong, or the folder holds runs that were asked otherwise.
         Stopped: by Ctrl-C or SIGTERM; the runs have saved.
     """
-    plan = study_files.plan_of(config)
+    plan = study_files.load_spec(config)
     folder = (config.out or default_folder(config)).expanduser().resolve()
-    series = Series(plan, folder, config.jobs or (os.cpu_count() or 1 if devices.pick("auto").type == "cpu" else 1))
+    series = StudyRunner(
+        plan, folder, config.jobs or (os.cpu_count() or 1 if devices.pick_device("auto").type == "cpu" else 1)
+    )
     run_folder.check_place(folder, "study.toml", "study")
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_file(folder / ".lock")
@@ -111,7 +113,7 @@ def run(config: Study) -> dict[str, Any]:
     }
 
 
-def shared_tapes(series: Series) -> dict[str, Path]:
+def shared_tapes(series: StudyRunner) -> dict[str, Path]:
     """Where runs that show the same teachers the same views share what these say; by the runs' places.
 
     A run that has begun goes on as it began, since a tape rounds.
@@ -131,7 +133,7 @@ def shared_tapes(series: Series) -> dict[str, Path]:
     return found
 
 
-def _remove_needless(series: Series) -> None:
+def _remove_needless(series: StudyRunner) -> None:
     """Removes tapes whose runs are over."""
     wanted = {series.tapes.get(entry.place) for entry in (*series.waiting(), *series.at_work.values())}
     for folder in set(series.tapes.values()) - wanted:
@@ -145,18 +147,18 @@ def default_folder(config: Study) -> Path:
     return given if given.is_dir() else Path("studies") / given.stem
 
 
-def check_all_came_to_an_end(figures: Mapping[str, Any]) -> None:
-    """Raises `Fruitless` if runs failed."""
+def check_all_finished(figures: Mapping[str, Any]) -> None:
+    """Raises `WorkFailed` if runs failed."""
     if failed := figures["failed"]:
         why = "\n  ".join(f"{place}: {reason}" for place, reason in failed.items())
         folder = Path(figures["study"])
-        raise Fruitless(
+        raise WorkFailed(
             f"{len(failed)} of {figures['runs']} runs failed; the same command tries them again\n  {why}\n"
             f"what they said lies in {folder / 'logs'}, what came of the others in {folder / 'report.html'}"
         )
 
 
-def _begin(series: Series, config: Study) -> None:
+def _begin(series: StudyRunner, config: Study) -> None:
     """Records what is asked; an `InputError` where runs of the folder were asked otherwise."""
     path = series.folder / "plan.json"
     asked = {entry.place: {"verb": entry.verb, **entry.knobs} for entry in series.plan.entries}
@@ -193,13 +195,13 @@ def _given(config: Study) -> list[tuple[str, tuple[Any, ...]]]:
     return [(name, value) for name in ("seeds", "only", "set") if (value := getattr(config, name))]
 
 
-def _carry_out(series: Series) -> None:
+def _carry_out(series: StudyRunner) -> None:
     """Starts runs and waits for them until none is left that could be run."""
     total = len(series.plan.entries)
     finished = total - len(series.waiting())
     if finished:
-        say(f"{finished} of {total} runs are finished already")
-    with Bar("study", total, finished) as bar, signals.heard() as caught:
+        info(f"{finished} of {total} runs are finished already")
+    with ProgressBar("study", total, finished) as bar, signals.catch_signals() as caught:
         while series.at_work or series.waiting():
             for entry in series.ready()[: series.jobs - len(series.at_work)]:
                 series.at_work[_started(series, entry)] = entry
@@ -211,13 +213,13 @@ def _carry_out(series: Series) -> None:
             bar.update(over, ", ".join(f"{each.name} ({each.seed})" for each in series.at_work.values()))
             if caught:
                 told = f"{over} of {total} runs are over, the others saved in {series.folder}"
-                raise signals.Stopped(caught[0], f"{told}; the same command goes on from there")
+                raise signals.Interrupted(caught[0], f"{told}; the same command goes on from there")
             time.sleep(PAUSE_SECONDS)
 
 
-def _started(series: Series, entry: Entry) -> subprocess.Popen:
+def _started(series: StudyRunner, entry: RunSpec) -> subprocess.Popen:
     """A process that carries out a run; it stops, and saves, when this one dies."""
-    knobs = spec.resolved(entry, series.folder / "runs")
+    knobs = spec.resolve_references(entry, series.folder / "runs")
     words = [word for option in recipes.options(entry.verb, knobs) for word in shlex.split(option)]
     place = ["--seed", str(entry.seed), "--out", str(series.at(entry))]
     if shared := series.tapes.get(entry.place):
@@ -240,23 +242,23 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
-def _ended(series: Series, entry: Entry, code: int) -> None:
+def _ended(series: StudyRunner, entry: RunSpec, code: int) -> None:
     """Records what became of a run."""
     if series.done(entry):
         record(series)
         result = json.loads((series.at(entry) / "result.json").read_text())
         figure = f"top-1 {percent(result['top1'])}" if result["top1"] is not None else f"KL {result['kl']:.3f}"
-        say(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
+        info(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
         return
     lines = (series.folder / "logs" / f"{entry.place}.log").read_text(errors="replace").splitlines()
     told = [number for number, line in enumerate(lines) if line.startswith("funmatch: ")]
     words = lines[told[-1] :] if told else [line for line in lines[-8:] if line.strip(" ─╭╮╰╯│")]
     said = " ".join(line.strip(" │") for line in words) or "it said nothing"
     series.failed[entry.place] = f"exit {code}: {said.removeprefix('funmatch: ')}"
-    say(f"{entry.name}, seed {entry.seed} failed, {series.failed[entry.place]}")
+    info(f"{entry.name}, seed {entry.seed} failed, {series.failed[entry.place]}")
 
 
-def _give_up_what_needs_failed_runs(series: Series) -> None:
+def _give_up_what_needs_failed_runs(series: StudyRunner) -> None:
     for entry in series.waiting():
         if bad := next((need for need in entry.needs if need in series.failed), None):
             series.failed[entry.place] = f"it needs {bad}, which failed"
@@ -273,7 +275,7 @@ def _locked(folder: Path) -> bool:
     return False
 
 
-def record(series: Series) -> None:
+def record(series: StudyRunner) -> None:
     """Writes what came of the runs that are over, in the order of the study; what others left there stays."""
     known = {result["place"]: result for result in results(series.folder)}
     own = {entry.place: result_of(entry, series.at(entry)) for entry in series.plan.entries if series.done(entry)}

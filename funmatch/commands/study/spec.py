@@ -23,7 +23,7 @@ NOT_KNOBS = {"out", "seed", "as_json"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunSpec:
     """A run of a study.
 
     Attributes:
@@ -51,7 +51,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudySpec:
     """A study file that was checked.
 
     Attributes:
@@ -65,17 +65,17 @@ class Plan:
     question: str
     note: str
     figures: tuple[dict[str, Any], ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[RunSpec, ...]
     text: str
 
 
-def parsed(
+def parse(
     text: str,
     where: str,
     seeds: tuple[int, ...] = (),
     only: tuple[str, ...] = (),
     said: Mapping[str, Any] | None = None,
-) -> Plan:
+) -> StudySpec:
     """A study from its text.
 
     Args:
@@ -114,10 +114,10 @@ def parsed(
     if found:
         raise _refused(where, found)
     words = [str(table.get(key, "")) for key in ("title", "question", "note")]
-    return Plan(words[0], words[1], words[2], figures, tuple(entries), text)
+    return StudySpec(words[0], words[1], words[2], figures, tuple(entries), text)
 
 
-def told(text: str, where: str) -> Plan:
+def read_spec(text: str, where: str) -> StudySpec:
     """What a study file says for people, without its runs: enough to draw what came of them."""
     try:
         table = tomllib.loads(text)
@@ -125,14 +125,16 @@ def told(text: str, where: str) -> Plan:
         raise InputError(f"{where} is no TOML: {error}") from None
     words = [str(table.get(key, "")) for key in ("title", "question", "note")]
     figures = [figure for figure in table.get("figure", ()) if not figure_problems(figure)]
-    return Plan(words[0], words[1], words[2], tuple(figures), (), text)
+    return StudySpec(words[0], words[1], words[2], tuple(figures), (), text)
 
 
 def _refused(where: str, found: list[str]) -> InputError:
     return InputError(f"the study {where} cannot be run:\n  " + "\n  ".join(dict.fromkeys(found)))
 
 
-def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any], found: list[str]) -> Iterator[Entry]:
+def _entries(
+    table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any], found: list[str]
+) -> Iterator[RunSpec]:
     """The runs that a file lists; what is wrong with a line of it goes to `found`."""
     common, verb = table.get("common", {}), table.get("verb", "distill")
     verbs = [run.get("verb", verb) for run in table["run"]]
@@ -174,7 +176,7 @@ def _entries(table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any]
             whole = _over(_over(shared, knobs | chosen), over)
             for seed in seeds if seeds and "seeds" not in run else own_seeds:
                 group = str(run.get("group", name if each else full))
-                yield Entry(full, group, seed, own, whole, bool(run.get("shown", True)))
+                yield RunSpec(full, group, seed, own, whole, bool(run.get("shown", True)))
 
 
 def _over(knobs: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def _named(name: str, chosen: Mapping[str, Any]) -> str:
     return full if full != name or not chosen else " ".join([name, *(f"{knob} {v}" for knob, v in chosen.items())])
 
 
-def _problems(entries: list[Entry], common: dict[str, Any], said: dict[str, Any]) -> list[str]:
+def _problems(entries: list[RunSpec], common: dict[str, Any], said: dict[str, Any]) -> list[str]:
     """What is wrong with the runs, each by itself and together; fills in what they need."""
     found, places = [], [entry.place for entry in entries]
     found += [f"{place}: two runs have this name" for place in sorted({p for p in places if places.count(p) > 1})]
@@ -234,7 +236,7 @@ def _refers(value: Any) -> bool:
     return isinstance(value, str | Path) and str(value).startswith(REFERENCE)
 
 
-def _circles(entries: list[Entry]) -> list[str]:
+def _circles(entries: list[RunSpec]) -> list[str]:
     done: set[str] = set()
     left = list(entries)
     while ready := [entry for entry in left if done.issuperset(entry.needs)]:
@@ -243,7 +245,7 @@ def _circles(entries: list[Entry]) -> list[str]:
     return [f"{entry.name}: the runs that it needs need it" for entry in left]
 
 
-def _chosen(entries: list[Entry], only: tuple[str, ...]) -> list[Entry]:
+def _chosen(entries: list[RunSpec], only: tuple[str, ...]) -> list[RunSpec]:
     """The runs whose names fit a pattern, and those that they need."""
     wanted = {each.place for each in entries if any(fnmatch(each.name, pattern) for pattern in only)}
     while more := {need for each in entries if each.place in wanted for need in each.needs} - wanted:
@@ -256,7 +258,7 @@ def _place(name: str, seed: int) -> str:
     return f"{safe}-seed-{seed}"
 
 
-def resolved(entry: Entry, folder: Path) -> dict[str, Any]:
+def resolve_references(entry: RunSpec, folder: Path) -> dict[str, Any]:
     """The knobs of a run with the folders of the runs that it needs in the place of their names."""
     names = dict(zip(_references(entry.knobs), entry.needs, strict=True))
 

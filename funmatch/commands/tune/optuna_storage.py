@@ -72,7 +72,7 @@ def _mend(journal: Path) -> None:
 
 
 @contextmanager
-def at_work(place: str) -> Generator[None]:
+def working_trials(place: str) -> Generator[None]:
     """Keeps Optuna silent, and makes what goes wrong with the storage an `InputError` that names it."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -81,7 +81,7 @@ def at_work(place: str) -> Generator[None]:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise InputError(f"the storage {shown(place)} cannot be used: {_reason(error)}") from None
+        raise InputError(f"the storage {display_url(place)} cannot be used: {_reason(error)}") from None
     finally:
         optuna.logging.set_verbosity(before)
 
@@ -100,7 +100,7 @@ def is_url(place: str) -> bool:
     return "://" in place
 
 
-def shown(place: str) -> str:
+def display_url(place: str) -> str:
     """The name of a storage without its password."""
     try:
         return make_url(place).render_as_string(hide_password=True) if is_url(place) else place
@@ -121,7 +121,9 @@ def storage_at(place: str) -> BaseStorage:
     except ImportError as error:
         raise InputError(_no_driver(place, error)) from None
     except RuntimeError as error:
-        raise InputError(f"the storage {shown(place)} is of another version of Optuna: {first_line(error)}") from None
+        raise InputError(
+            f"the storage {display_url(place)} is of another version of Optuna: {first_line(error)}"
+        ) from None
 
 
 def check_reachable(place: str) -> None:
@@ -131,7 +133,7 @@ def check_reachable(place: str) -> None:
     except ImportError as error:
         raise InputError(_no_driver(place, error)) from None
     except SQLAlchemyError as error:
-        raise InputError(f"the storage {shown(place)} cannot be reached: {_reason(error)}") from None
+        raise InputError(f"the storage {display_url(place)} cannot be reached: {_reason(error)}") from None
 
 
 def _patience(place: str) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def _patience(place: str) -> dict[str, Any]:
 
 def _no_driver(place: str, error: ImportError) -> str:
     hint = " (pip install 'psycopg[binary]', and write postgresql+psycopg://…)" if place.startswith("postgres") else ""
-    return f"the storage {shown(place)} needs a library that is not here: {error}{hint}"
+    return f"the storage {display_url(place)} needs a library that is not here: {error}{hint}"
 
 
 def _journal(path: Path) -> JournalStorage:
@@ -160,7 +162,7 @@ def _journal(path: Path) -> JournalStorage:
         raise InputError(f"{path} is no journal of Optuna, or is damaged: {first_line(error)}") from None
 
 
-class Chooser(optuna.samplers.BaseSampler):
+class SeededSampler(optuna.samplers.BaseSampler):
     """Chooses the values of trial n by the seed and n, as one of Optuna's samplers would that is made for it alone.
 
     Optuna's own are made once a process: two processes with one seed would choose the same, and one that is killed and
@@ -221,7 +223,7 @@ def pruner_of(name: str, evaluations: int) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def suggested(trial: optuna.Trial, space: Space) -> dict[str, Value]:
+def suggest(trial: optuna.Trial, space: Space) -> dict[str, Value]:
     """The values of a trial: as the storage has them, and chosen where it has none."""
     values: dict[str, Value] = {}
     for name, span in space.items():
@@ -234,7 +236,7 @@ def suggested(trial: optuna.Trial, space: Space) -> dict[str, Value]:
     return values
 
 
-def taken_up(study: optuna.Study, number: int) -> optuna.Trial:
+def resume_trial(study: optuna.Study, number: int) -> optuna.Trial:
     """A trial of the storage, as if it had just been asked for."""
     frozen = study.get_trials(deepcopy=False)[number]
     return optuna.Trial(study, frozen._trial_id)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from funmatch.errors import Fruitless
+from funmatch.errors import WorkFailed
 from funmatch.reports import run_page, tune_page
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.log import table
@@ -14,11 +14,11 @@ SHOWN = 20
 """Trials in the table on a terminal; the page has all."""
 
 
-def written(result: Mapping[str, Any]) -> Path:
+def write_page(result: Mapping[str, Any]) -> Path:
     """Writes the page of a study, unless it is there, and that of its best run.
 
     Raises:
-        Fruitless: all trials failed.
+        WorkFailed: all trials failed.
     """
     folder = Path(result["study"])
     path, source = folder / "report.html", folder / "result.json"
@@ -26,8 +26,8 @@ def written(result: Mapping[str, Any]) -> Path:
         write_atomically(path, tune_page.page(result, json.loads((folder / "study.json").read_text())))
     if result["best"] is None:
         why = next((trial["error"] for trial in result["trials"] if trial["error"]), "none came to its end")
-        raise Fruitless(f"all {len(result['trials'])} trials failed, the first so: {why}; {path} has them all")
-    run_page.of_finished(Path(result["best_run"]))
+        raise WorkFailed(f"all {len(result['trials'])} trials failed, the first so: {why}; {path} has them all")
+    run_page.write_if_finished(Path(result["best_run"]))
     return path
 
 
@@ -38,7 +38,7 @@ def show(result: Mapping[str, Any]) -> None:
     table(
         f"{Path(result['study']).name}: {tune_page.lead(result)}{more}", list(tune_page.columns(result)), rows[:SHOWN]
     )
-    for name, value, spread in tune_page.figures(result):
+    for name, value, spread in tune_page.best_rows(result):
         print(f"{name}: {value}{f' ± {spread}' if spread != '–' else ''}")
     if result["importance"]:
         print("importance: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["importance"].items()))

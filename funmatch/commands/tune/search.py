@@ -12,7 +12,7 @@ from funmatch.commands.tune.space import Space, Value
 from funmatch.config import SEARCHED, TAUGHT, UNCOMPARED, Search, Train, recipes
 from funmatch.errors import InputError
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.log import say
+from funmatch.runtime.log import info
 from funmatch.training import datasets
 from funmatch.training.defaults import LR
 from funmatch.training.teachers import recording
@@ -25,7 +25,7 @@ TRIALS = 20
 
 
 @dataclass(frozen=True)
-class Asked:
+class SearchSpec:
     """A search that is ready to begin.
 
     Attributes:
@@ -98,14 +98,14 @@ class Asked:
         Raises:
             InputError: the chosen values do not go together.
         """
-        knobs = search_space.settled(self.base, chosen)
+        knobs = search_space.apply_choices(self.base, chosen)
         knobs |= {"seed": self.base.seed + execution, "out": self.run_folder(number, execution)}
         if self.shares_tapes:
             knobs |= {"tape": self.tapes / f"seed-{knobs['seed']}", "tape_full": "go-on"}
         return type(self.base).checked(**knobs)
 
 
-def asked(config: Search) -> Asked:
+def read_spec(config: Search) -> SearchSpec:
     """What a configuration asks for, its space read and its pictures looked at.
 
     Raises:
@@ -121,9 +121,9 @@ def asked(config: Search) -> Asked:
     if config.sampler == "grid":
         size = search_space.combinations(space)
         if config.trials and config.trials > size:
-            say(f"the grid has {size:,} combinations, so there are no more trials than that")
+            info(f"the grid has {size:,} combinations, so there are no more trials than that")
         trials = min(size, config.trials or size)
-    found = Asked(verb, base, space, config, config.out.expanduser().resolve(), trials)
+    found = SearchSpec(verb, base, space, config, config.out.expanduser().resolve(), trials)
     check_place(found.folder)
     return with_validation(found)
 
@@ -133,19 +133,19 @@ def _words(config: Search, base: Train) -> list[str]:
     if base.recipe is None:
         return list(config.space)
     recipe = recipes.find(base.recipe)
-    said = {search_space.knob(word.partition("=")[0], type(base)) for word in config.space}
+    said = {search_space.option_name(word.partition("=")[0], type(base)) for word in config.space}
     said |= {name for name in recipe.space if getattr(base, name) != recipe.knobs.get(name, getattr(base, name))}
     return [*config.space, *(f"{name}={values}" for name, values in recipe.space.items() if name not in said)]
 
 
-def with_validation(asked: Asked) -> Asked:
+def with_validation(asked: SearchSpec) -> SearchSpec:
     """The same with pictures for validation, cut off the training ones where there are none.
 
     Raises:
         InputError: there are none, and none can be cut off.
     """
     base = asked.base
-    cache = datasets.of_run(base)
+    cache = datasets.open_run_data(base)
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
     tested, cut = "test" in cache.splits, "val" not in cache.splits
@@ -155,9 +155,9 @@ def with_validation(asked: Asked) -> Asked:
             "give pictures with a split val"
         )
     if cut:
-        say(f"{cache.name} has no split val: {CUT} of the training pictures are cut off for it (--val says how many)")
+        info(f"{cache.name} has no split val: {CUT} of the training pictures are cut off for it (--val says how many)")
         base = base.model_copy(update={"val": CUT})
-        cache = datasets.of_run(base)
+        cache = datasets.open_run_data(base)
     return replace(asked, base=base, cut=cut, tested=tested, data=cache.key)
 
 
@@ -169,7 +169,7 @@ def check_place(folder: Path) -> None:
         raise InputError(f"{folder} exists and is no study; choose another --out")
 
 
-def record_of(asked: Asked, place: str) -> dict[str, Any]:
+def record_of(asked: SearchSpec, place: str) -> dict[str, Any]:
     """What `study.json` holds: compared when the same command is given again."""
     search = asked.search
     return json.loads(
@@ -186,14 +186,14 @@ def record_of(asked: Asked, place: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _described(span: search_space.Span) -> str:
+def _described(span: search_space.Range) -> str:
     """A span as it is written on the command line."""
     if span.choices:
         return ",".join(map(str, span.choices))
     return f"{'log:' if span.log else ''}{span.low:.10g}..{span.high:.10g}"
 
 
-def begun(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+def begin_search(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What `study.json` holds, written if it is not there; its `id` tells this study from others of its name.
 
     Raises:

@@ -21,7 +21,7 @@ LARGEST, LARGEST_GRID = 10_000, 10**6
 
 
 @dataclass(frozen=True)
-class Span:
+class Range:
     """The values of one knob.
 
     Attributes:
@@ -48,10 +48,10 @@ class Span:
         return self.choices or (self.low, self.high)
 
 
-Space = Mapping[str, Span]
+Space = Mapping[str, Range]
 
 
-def read(words: Iterable[str], table: type[Train]) -> dict[str, Span]:
+def read(words: Iterable[str], table: type[Train]) -> dict[str, Range]:
     """The space that words such as `lr=log:1e-5..3e-3` describe, in alphabetical order of its knobs.
 
     Args:
@@ -60,10 +60,10 @@ def read(words: Iterable[str], table: type[Train]) -> dict[str, Span]:
     Raises:
         InputError: a knob that does not exist, that cannot be searched or comes twice; values that it cannot have.
     """
-    found: dict[str, Span] = {}
+    found: dict[str, Range] = {}
     for word in words:
         typed, equals, values = word.partition("=")
-        name = knob(typed, table)
+        name = option_name(typed, table)
         if not equals or not values.strip():
             raise InputError(f"--space {word}: no values; write {name}=1,2,5, {name}=0.1..0.5 or {name}=log:1e-4..1e-2")
         if name in found:
@@ -72,7 +72,7 @@ def read(words: Iterable[str], table: type[Train]) -> dict[str, Span]:
     return dict(sorted(found.items()))
 
 
-def knob(typed: str, table: type[Train]) -> str:
+def option_name(typed: str, table: type[Train]) -> str:
     """The knob that a person means: `optim.lr` and `lr`, `weight-decay` and `weight_decay`.
 
     Raises:
@@ -87,7 +87,7 @@ def knob(typed: str, table: type[Train]) -> str:
     return name
 
 
-def settled(base: Train, chosen: Mapping[str, Value]) -> dict[str, Any]:
+def apply_choices(base: Train, chosen: Mapping[str, Value]) -> dict[str, Any]:
     """The knobs of a configuration with those that a search chose in their place."""
     knobs: dict[str, Any] = base.model_dump()
     for name, value in chosen.items():
@@ -103,7 +103,7 @@ def check(space: Space, base: Train) -> None:
     found = []
     for name, span in space.items():
         for value in span.ends:
-            table = type(base).model_validate(settled(base, {name: value}))
+            table = type(base).model_validate(apply_choices(base, {name: value}))
             told = (f"{name} must", f"{name} is a share", f"{name} is empty")
             found += [problem for problem in table.problems() if problem.startswith(told)]
     if found:
@@ -125,7 +125,7 @@ def combinations(space: Space) -> int:
     return size
 
 
-def _span(name: str, values: str, table: type[Train]) -> Span:
+def _span(name: str, values: str, table: type[Train]) -> Range:
     words = [word.strip() for word in values.split(",")]
     log = values.startswith("log:")
     ends = values.removeprefix("log:").split("..")
@@ -139,10 +139,10 @@ def _span(name: str, values: str, table: type[Train]) -> Span:
         raise InputError(f"--space {name}={values} names a value twice")
     if len(choices) > LARGEST:
         raise InputError(f"--space {name} lists {len(choices):,} values, more than {LARGEST:,}; give a range")
-    return Span(choices)
+    return Range(choices)
 
 
-def _range(name: str, values: str, ends: list[str], kind: Any, *, log: bool) -> Span:
+def _range(name: str, values: str, ends: list[str], kind: Any, *, log: bool) -> Range:
     parsed = [_number(name, end, kind) for end in ends]
     if None in parsed or not {int, float} & set(_members(kind)):
         raise InputError(f"--space {name}={values}: a range is of numbers; list the values, e.g. {name}=a,b,c")
@@ -151,7 +151,7 @@ def _range(name: str, values: str, ends: list[str], kind: Any, *, log: bool) -> 
         raise InputError(f"--space {name}={values} is an empty range: it goes from {low:g} to {high:g}")
     if log and low <= 0:
         raise InputError(f"--space {name}={values}: a range in the logarithm begins above 0, got {low:g}")
-    return Span((), low, high, log, whole=float not in _members(kind))
+    return Range((), low, high, log, whole=float not in _members(kind))
 
 
 def _number(name: str, word: str, kind: Any) -> float | None:

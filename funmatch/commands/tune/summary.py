@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from funmatch.commands.tune import search
 from funmatch.commands.tune import space as search_space
-from funmatch.commands.tune.search import Asked
+from funmatch.commands.tune.search import SearchSpec
 from funmatch.commands.tune.space import Value
 from funmatch.config import Evaluate, recipes
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.log import say
+from funmatch.runtime.log import info
 from funmatch.training import evaluate
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers.loading import Modules
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # Optuna is an extra
     import optuna
 
 
-def finished(asked: Asked) -> dict[str, Any] | None:
+def finish_summary(asked: SearchSpec) -> dict[str, Any] | None:
     """What came of the study, if it is over and had as many trials as are asked for now."""
     try:
         result = json.loads((asked.folder / "result.json").read_text())
@@ -31,7 +31,7 @@ def finished(asked: Asked) -> dict[str, Any] | None:
         return None
 
 
-def ended(study: "optuna.Study", asked: Asked, given: Modules) -> dict[str, Any]:
+def end_summary(study: "optuna.Study", asked: SearchSpec, given: Modules) -> dict[str, Any]:
     """Sums a study up: the test pictures are looked at once, by the students of the best trial."""
     from funmatch.commands.tune import optuna_storage
 
@@ -56,17 +56,17 @@ def ended(study: "optuna.Study", asked: Asked, given: Modules) -> dict[str, Any]
         "importance": optuna_storage.importance(study),
         "command": best and command(asked, best["knobs"]),
         "cut": search.CUT if asked.cut else None,
-        "storage": optuna_storage.shown(asked.place),
+        "storage": optuna_storage.display_url(asked.place),
         "name": asked.name,
     }
-    result |= tested(asked, best, given)
-    result["seen"] = seen(asked, len(rows))
+    result |= test_metrics(asked, best, given)
+    result["seen"] = evaluation_counts(asked, len(rows))
     text = json.dumps(run_folder.finite(result), indent=2)
     write_atomically(asked.folder / "result.json", text)
     return json.loads(text)
 
 
-def row(frozen: Any, asked: Asked) -> dict[str, Any]:
+def row(frozen: Any, asked: SearchSpec) -> dict[str, Any]:
     """What is told of a trial."""
     scores = frozen.user_attrs.get("scores", [])
     return {
@@ -83,7 +83,7 @@ def row(frozen: Any, asked: Asked) -> dict[str, Any]:
     }
 
 
-def tested(asked: Asked, best: dict[str, Any] | None, given: Modules) -> dict[str, Any]:
+def test_metrics(asked: SearchSpec, best: dict[str, Any] | None, given: Modules) -> dict[str, Any]:
     """`test`: what the students of the best trial come to on the test pictures, which no trial has seen; and
     `tested`: the trials that were judged on them, this one and those that were best before there were more."""
     before: list[int] = []
@@ -91,7 +91,7 @@ def tested(asked: Asked, best: dict[str, Any] | None, given: Modules) -> dict[st
         before = json.loads((asked.folder / "result.json").read_text())["tested"]
     if best is None or not asked.tested:
         return {"test": None, "tested": before}
-    say(f"trial {best['number']} is the best; its students are judged on the test pictures")
+    info(f"trial {best['number']} is the best; its students are judged on the test pictures")
     figures = [
         evaluate.run(
             Evaluate(model=folder, split="test", device=asked.base.device, precision=asked.base.precision), given
@@ -106,7 +106,7 @@ def tested(asked: Asked, best: dict[str, Any] | None, given: Modules) -> dict[st
     return {"test": means, "tested": [*(one for one in before if one != best["number"]), best["number"]]}
 
 
-def seen(asked: Asked, trials: int) -> dict[str, int]:
+def evaluation_counts(asked: SearchSpec, trials: int) -> dict[str, int]:
     """How often students were judged on each split while they were taught, over all runs of the study."""
     counts: dict[str, int] = {}
     for number in range(trials):
@@ -117,7 +117,7 @@ def seen(asked: Asked, trials: int) -> dict[str, int]:
     return counts
 
 
-def command(asked: Asked, chosen: Mapping[str, Value]) -> str:
+def command(asked: SearchSpec, chosen: Mapping[str, Value]) -> str:
     """The command that trains with these values in full: for a recipe's own length, on all training pictures."""
     base, recipe = asked.base, recipes.find(asked.base.recipe) if asked.base.recipe else None
     plain: dict[str, Any] = {name: field.default for name, field in type(base).model_fields.items()}
@@ -125,7 +125,7 @@ def command(asked: Asked, chosen: Mapping[str, Value]) -> str:
     silent = {"out", "as_json", "recipe", "patience"} | ({"val"} if asked.cut else set())
     if recipe and {"steps", "epochs"} & recipe.knobs.keys() and not {"steps", "epochs"} & chosen.keys():
         silent |= {"steps", "epochs"}
-    knobs = {name: value for name, value in search_space.settled(base, chosen).items() if name not in silent}
+    knobs = {name: value for name, value in search_space.apply_choices(base, chosen).items() if name not in silent}
     said = {name: value for name, value in knobs.items() if value != plain[name] and value is not False}
     out = asked.folder.with_name(f"{asked.folder.name}-best")
     words = [f"funmatch {asked.verb}", *([recipe.name] if recipe else []), *recipes.options(asked.verb, said)]

@@ -19,13 +19,13 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from funmatch.commands.tune import search, summary
-from funmatch.commands.tune.search import Asked
+from funmatch.commands.tune.search import SearchSpec
 from funmatch.commands.tune.space import Value
 from funmatch.config import Search
 from funmatch.errors import InputError, first_line
 from funmatch.runtime import text
 from funmatch.runtime.files import exclusively, lock_file
-from funmatch.runtime.log import say
+from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.training.setup import Trial
 from funmatch.training.teachers.loading import Modules
@@ -38,7 +38,7 @@ POLL_SECONDS = 0.5
 ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
 
-class GivenUp(Exception):
+class Pruned(Exception):
     """The pruner has seen enough of a trial."""
 
 
@@ -63,24 +63,24 @@ def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
         if error.name not in ("optuna", "sqlalchemy"):
             raise
         raise InputError("funmatch tune needs Optuna: pip install 'funmatch[tune]'") from None
-    asked = search.asked(config)
-    if result := summary.finished(asked):
-        search.begun(asked.folder, search.record_of(asked, optuna_storage.shown(asked.place)))
-        say(f"{asked.folder} is finished after {len(result['trials'])} trials; nothing to do")
+    asked = search.read_spec(config)
+    if result := summary.finish_summary(asked):
+        search.begin_search(asked.folder, search.record_of(asked, optuna_storage.display_url(asked.place)))
+        info(f"{asked.folder} is finished after {len(result['trials'])} trials; nothing to do")
         return result
-    with optuna_storage.at_work(asked.place):
-        study = opened(asked)
+    with optuna_storage.working_trials(asked.place):
+        study = open_study(asked)
         try:
             work(study, asked, given or {})
         finally:
             gc.unfreeze()
         with exclusively(asked.folder / ".end"):
-            result = summary.finished(asked) or summary.ended(study, asked, given or {})
+            result = summary.finish_summary(asked) or summary.end_summary(study, asked, given or {})
             shutil.rmtree(asked.tapes, ignore_errors=True)  # nobody needs them any more
             return result
 
 
-def opened(asked: Asked) -> "optuna.Study":
+def open_study(asked: SearchSpec) -> "optuna.Study":
     """The study in its folder and storage: the one that is there if it was asked the same, or a new one.
 
     Raises:
@@ -90,13 +90,13 @@ def opened(asked: Asked) -> "optuna.Study":
 
     from funmatch.commands.tune import optuna_storage
 
-    chooser = optuna_storage.Chooser(asked.search.sampler, asked.search.sampler_seed, asked.space, asked.first)
+    chooser = optuna_storage.SeededSampler(asked.search.sampler, asked.search.sampler_seed, asked.space, asked.first)
     evaluations = math.ceil((asked.base.steps or 0) / asked.base.eval_every)
     pruner = optuna_storage.pruner_of(asked.search.pruner, evaluations)
     if optuna_storage.is_url(asked.place):
         optuna_storage.check_reachable(asked.place)
-    with alone(asked.folder):
-        record = search.begun(asked.folder, search.record_of(asked, optuna_storage.shown(asked.place)))
+    with lock_first(asked.folder):
+        record = search.begin_search(asked.folder, search.record_of(asked, optuna_storage.display_url(asked.place)))
         storage, parts = optuna_storage.storage_at(asked.place), {"sampler": chooser, "pruner": pruner}
         try:
             study = optuna.load_study(study_name=asked.name, storage=storage, **parts)
@@ -106,7 +106,7 @@ def opened(asked: Asked) -> "optuna.Study":
         if known is None and not study.get_trials(deepcopy=False):
             study.set_user_attr("id", record["id"])
         elif known != record["id"]:
-            where = f"{optuna_storage.shown(asked.place)} holds a study {asked.name!r}"
+            where = f"{optuna_storage.display_url(asked.place)} holds a study {asked.name!r}"
             raise InputError(
                 f"{where} that is not the one of {asked.folder}; pass --study-name with a name of its own, "
                 "or another --storage"
@@ -115,7 +115,7 @@ def opened(asked: Asked) -> "optuna.Study":
 
 
 @contextmanager
-def alone(folder: Path) -> Generator[None]:
+def lock_first(folder: Path) -> Generator[None]:
     """Keeps other workers of the study out; a folder that was not there vanishes again if nothing comes of it."""
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def alone(folder: Path) -> Generator[None]:
         raise
 
 
-def work(study: "optuna.Study", asked: Asked, given: Modules) -> None:
+def work(study: "optuna.Study", asked: SearchSpec, given: Modules) -> None:
     """Carries out trials until none is left to begin or to take up, and waits for those of other workers."""
     waiting = False
     while True:
@@ -140,21 +140,21 @@ def work(study: "optuna.Study", asked: Asked, given: Modules) -> None:
             if not others:
                 return
             if not waiting:
-                say(f"no trial is left to begin; waiting for {_listed(others)}, which other workers are at")
+                info(f"no trial is left to begin; waiting for {_listed(others)}, which other workers are at")
             waiting = True
             time.sleep(POLL_SECONDS)
             continue
         trial, lock = taken
         waiting = False
         with lock:
-            carry_out(trial, study, asked, given)
+            run_trial(trial, study, asked, given)
         gc.collect()
         gc.freeze()  # what has outlived a trial need not be looked through after the next
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
 
-def next_trial(study: "optuna.Study", asked: Asked) -> tuple[tuple["optuna.Trial", IO[str]] | None, list[int]]:
+def next_trial(study: "optuna.Study", asked: SearchSpec) -> tuple[tuple["optuna.Trial", IO[str]] | None, list[int]]:
     """A trial to carry out, with its lock: one that was left, else a new one; and those that others are at."""
     from funmatch.commands.tune import optuna_storage
 
@@ -162,32 +162,32 @@ def next_trial(study: "optuna.Study", asked: Asked) -> tuple[tuple["optuna.Trial
         trials = study.get_trials(deepcopy=False)
         others = []
         for number in [frozen.number for frozen in trials if frozen.state.name not in ENDED]:
-            lock = held(asked, number)
+            lock = hold_trial(asked, number)
             if lock is None:
                 others.append(number)
             elif study.get_trials(deepcopy=False)[number].state.name in ENDED:
                 lock.close()  # its worker let go of it after we had read the storage
             else:
-                trial = optuna_storage.taken_up(study, number)
-                optuna_storage.suggested(trial, asked.space)
+                trial = optuna_storage.resume_trial(study, number)
+                optuna_storage.suggest(trial, asked.space)
                 return (trial, lock), others
         if len(trials) >= asked.trials:
             return None, others
         trial = study.ask()
-        lock = held(asked, trial.number)
+        lock = hold_trial(asked, trial.number)
         assert lock, "a new trial is nobody else's"
-        optuna_storage.suggested(trial, asked.space)
+        optuna_storage.suggest(trial, asked.space)
         return (trial, lock), others
 
 
-def held(asked: Asked, number: int) -> IO[str] | None:
+def hold_trial(asked: SearchSpec, number: int) -> IO[str] | None:
     """The lock of a trial, None where another worker has it."""
     folder = asked.trial_folder(number)
     folder.mkdir(parents=True, exist_ok=True)
     return lock_file(folder / ".lock")
 
 
-def carry_out(trial: "optuna.Trial", study: "optuna.Study", asked: Asked, given: Modules) -> None:
+def run_trial(trial: "optuna.Trial", study: "optuna.Study", asked: SearchSpec, given: Modules) -> None:
     """Runs a trial, as often as executions are asked for, and records how it ended.
 
     What goes wrong in it is the trial's own end, unless it is the disk or a person who stops it.
@@ -196,20 +196,20 @@ def carry_out(trial: "optuna.Trial", study: "optuna.Study", asked: Asked, given:
 
     chosen: Mapping[str, Value] = trial.params
     number, scores, seconds = trial.number, [], 0.0
-    told = ", ".join(f"{name} {text.told(value)}" for name, value in chosen.items())
+    told = ", ".join(f"{name} {text.format_value(value)}" for name, value in chosen.items())
     try:
         for execution in range(asked.search.executions):
             which = f", execution {execution + 1} of {asked.search.executions}" if asked.search.executions > 1 else ""
-            say(f"trial {number} of {asked.trials}{which}: {told}")
+            info(f"trial {number} of {asked.trials}{which}: {told}")
             reporter = Trial(lambda step, score, first=not execution: _report(trial, asked, step, score, first=first))
             task = import_module(f"funmatch.training.{asked.verb}")
             result = task.run(asked.run(number, execution, chosen), given, reporter)
             scores.append(float(result["best_score"]))
             seconds += result["seconds"]
             trial.set_user_attr("metric", "top1" if result["top1"] is not None else "agreement")
-    except GivenUp:
+    except Pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        say(f"trial {number} is given up: others were ahead at this step")
+        info(f"trial {number} is given up: others were ahead at this step")
         return
     except OSError:
         raise
@@ -220,7 +220,7 @@ def carry_out(trial: "optuna.Trial", study: "optuna.Study", asked: Asked, given:
     trial.set_user_attr("seconds", round(seconds, 1))
     value = statistics.fmean(scores)
     study.tell(trial, value)
-    say(
+    info(
         f"trial {number}: {percent(value)}; best so far is trial {study.best_trial.number}, {percent(study.best_value)}"
     )
 
@@ -235,10 +235,10 @@ def fail(trial: "optuna.Trial", study: "optuna.Study", error: Exception) -> None
     reason = first_line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
     trial.set_user_attr("error", reason[:1000])
     study.tell(trial, state=optuna.trial.TrialState.FAIL)
-    say(f"trial {trial.number} failed: {reason}")
+    info(f"trial {trial.number} failed: {reason}")
 
 
-def _report(trial: "optuna.Trial", asked: Asked, step: int, score: float, *, first: bool) -> None:
+def _report(trial: "optuna.Trial", asked: SearchSpec, step: int, score: float, *, first: bool) -> None:
     """Tells the storage how a trial goes, in its first execution, and ends it if the pruner says so."""
     number = math.ceil(step / asked.base.eval_every)
     if not first:
@@ -247,7 +247,7 @@ def _report(trial: "optuna.Trial", asked: Asked, step: int, score: float, *, fir
     if number not in frozen.intermediate_values:  # else the step is walked again after a stop
         trial.report(score, number)
     if asked.search.pruner != "none" and trial.should_prune():
-        raise GivenUp
+        raise Pruned
 
 
 def _listed(numbers: list[int]) -> str:

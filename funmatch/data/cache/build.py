@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from funmatch.data.cache.scan import Survey, by_split, chunks, content_digest, keep_reasons, reason_of, recovered
+from funmatch.data.cache.scan import Scan, by_split, chunks, content_digest, keep_reasons, reason_of, recovered
 from funmatch.data.cache.stores import INDEX
-from funmatch.data.dataset import NAMED_AT_MOST, Source, Track
+from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
 from funmatch.data.decode import MAX_PIXELS, decode
 from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors, exclusively, write_atomically
@@ -28,7 +28,7 @@ Bad = list[tuple[str, int, str]]
 
 
 @dataclass(frozen=True)
-class Keeping:
+class CacheOptions:
     """How pictures are kept.
 
     Attributes:
@@ -51,9 +51,9 @@ class Keeping:
 
 
 def build(
-    source: Source,
-    found: Survey,
-    keeping: Keeping,
+    source: Dataset,
+    found: Scan,
+    keeping: CacheOptions,
     home: Path,
     track: Track,
     tell: Callable[[str], None],
@@ -74,10 +74,10 @@ def build(
         InputError: pictures that cannot be decoded, all of them named; or too little room.
     """
     content = content_key(source, found, keeping)
-    way, size = choose(found, keeping)
+    way, size = choose_way(found, keeping)
     folder = home / f"{content}-{way}"
     with exclusively(home / f"{folder.name}.lock"):
-        if whole(folder) and not (check and _damaged(folder, track, tell)):
+        if is_complete(folder) and not (check and _damaged(folder, track, tell)):
             return folder
         _check_room(home, size, source.name, way)
         what = "decoded once" if way == "resident" else "packed as they are and decoded in every step"
@@ -96,7 +96,7 @@ def build(
     return folder
 
 
-def content_key(source: Source, found: Survey, keeping: Keeping) -> str:
+def content_key(source: Dataset, found: Scan, keeping: CacheOptions) -> str:
     """Digest of what views depend on: every picture's content, its split, its label, and how it is decoded."""
     digest = hashlib.blake2b(repr((FORMAT, keeping.cap, keeping.decoder, source.classes)).encode(), digest_size=16)
     for name, split in source.splits.items():
@@ -105,7 +105,7 @@ def content_key(source: Source, found: Survey, keeping: Keeping) -> str:
     return digest.hexdigest()
 
 
-def choose(found: Survey, keeping: Keeping) -> tuple[str, int]:
+def choose_way(found: Scan, keeping: CacheOptions) -> tuple[str, int]:
     """Resident or streaming, and the bytes that it takes."""
     rows = found.rows[~found.rows["bad"]]
     short = np.minimum(rows["height"], rows["width"]).clip(1)
@@ -127,7 +127,7 @@ def _check_room(home: Path, size: int, name: str, way: str) -> None:
         )
 
 
-def _fill(partial: Path, source: Source, found: Survey, keeping: Keeping, way: str, track: Track) -> Bad:
+def _fill(partial: Path, source: Dataset, found: Scan, keeping: CacheOptions, way: str, track: Track) -> Bad:
     """Puts every picture into `<split>.pixels` and its row into `<split>.rows`, from where an earlier try left off."""
     partial.mkdir(exist_ok=True)
     bad: Bad = []
@@ -139,11 +139,11 @@ def _fill(partial: Path, source: Source, found: Survey, keeping: Keeping, way: s
 
 def _fill_split(
     partial: Path,
-    source: Source,
+    source: Dataset,
     split: str,
     digests: list[bytes],
     known: dict[int, str],
-    keeping: Keeping,
+    keeping: CacheOptions,
     way: str,
     track: Track,
 ) -> dict[int, str]:
@@ -182,7 +182,7 @@ def _fill_split(
     return keep_reasons(reasons, done)
 
 
-def read_again(source: Source, split: str, i: int, digest: bytes) -> bytes:
+def read_again(source: Dataset, split: str, i: int, digest: bytes) -> bytes:
     """A picture that was read before.
 
     Raises:
@@ -209,7 +209,9 @@ def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
     return len(done), end
 
 
-def _finish(partial: Path, source: Source, found: Survey, keeping: Keeping, way: str, content: str, bad: Bad) -> None:
+def _finish(
+    partial: Path, source: Dataset, found: Scan, keeping: CacheOptions, way: str, content: str, bad: Bad
+) -> None:
     """Turns rows into indices, without the bad pictures, and writes what is in the cache."""
     for split, seen, _ in by_split(source, found):
         rows = np.fromfile(partial / f"{split}.rows", INDEX)
@@ -230,7 +232,7 @@ def _finish(partial: Path, source: Source, found: Survey, keeping: Keeping, way:
     write_atomically(partial / "meta.json", json.dumps(meta))
 
 
-def whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a cache is there with every file at its full size."""
     try:
         meta = json.loads((folder / "meta.json").read_text())

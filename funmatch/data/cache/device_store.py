@@ -27,7 +27,7 @@ Cut = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """As `resample.gathered`."""
 
 
-class Aboard:
+class DeviceStore:
     """The pictures of a split in one piece of a device's memory.
 
     Attributes:
@@ -53,7 +53,7 @@ class Aboard:
             if rows:
                 taken = torch.cat([self.host.picture(row).reshape(-1) for row in rows])
                 self.flat[int(self.starts[begin]) : int(ends[end - 1])].copy_(taken)
-        self.cut, self.note = fastest_cut(self.flat)
+        self.cut, self.note = fastest_crop_kernel(self.flat)
 
     def picture(self, row: Row, box: Box | None = None) -> Tensor:
         return self.host.picture(row, box)
@@ -68,18 +68,18 @@ class Aboard:
             boxes, flips: as `augment` takes them.
             alone: whether boxes are cut before they are resized.
         """
-        cut = resample.cut_alone if alone else resample.cut_after
+        cut = resample.crop_then_resize if alone else resample.resize_then_crop
         return [self._seen(cut(*self._places(rows), boxes, side).flipped(flips, side), side) for side in sides]
 
     def central(self, rows: np.ndarray, short_side: int, side: int, *, squash: bool) -> Tensor:
         """Evaluation views, (n, 3, side, side), on the device."""
-        return self._seen(resample.central(*self._places(rows), short_side, side, squash=squash), side)
+        return self._seen(resample.central_grid(*self._places(rows), short_side, side, squash=squash), side)
 
     def _places(self, rows: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
         starts = self.starts[np.searchsorted(self.offsets, rows["offset"])]
         return starts, (rows["height"], rows["width"])
 
-    def _seen(self, looks: resample.Looks, side: int) -> Tensor:
+    def _seen(self, looks: resample.SamplingGrid, side: int) -> Tensor:
         with _current(self.flat.device):
             corners, axes = _moved(looks, self.flat.device)
             return self.cut(self.flat, corners, axes, side)
@@ -90,7 +90,7 @@ def _current(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.index is None else torch.accelerator.device_index(device.index)
 
 
-def _moved(looks: resample.Looks, device: torch.device) -> tuple[Tensor, Tensor]:
+def _moved(looks: resample.SamplingGrid, device: torch.device) -> tuple[Tensor, Tensor]:
     """The numbers of looks on a device, which is not waited for."""
     corners, axes = torch.from_numpy(looks.corners), torch.from_numpy(looks.axes).float()
     if device.type == "cpu":
@@ -98,39 +98,44 @@ def _moved(looks: resample.Looks, device: torch.device) -> tuple[Tensor, Tensor]
     return corners.pin_memory().to(device, non_blocking=True), axes.pin_memory().to(device, non_blocking=True)
 
 
-def taken_aboard(split: CachedSplit, device: torch.device) -> tuple[CachedSplit, str]:
+def move_to_device(split: CachedSplit, device: torch.device) -> tuple[CachedSplit, str]:
     """A split with its pixels on a device, shared with whoever has them there already; and what is to be said of it."""
     assert isinstance(split.store, Resident)
     name = str(split.store.path), str(device), hashlib.blake2b(split.index["offset"].tobytes()).digest()
     with _TAKING:
-        store = _ABOARD.get(name) or Aboard(split, device)
+        store = _ABOARD.get(name) or DeviceStore(split, device)
         _ABOARD[name] = store
     return replace(split, store=store), store.note
 
 
-def size_aboard(split: CachedSplit) -> int:
+def device_bytes(split: CachedSplit) -> int:
     """Bytes that a split takes on a device."""
     _, first = np.unique(split.index["offset"], return_index=True)
     return int(split.index["length"][first].astype(np.int64).sum())
 
 
-def fastest_cut(flat: Tensor) -> tuple[Cut, str]:
+def fastest_crop_kernel(flat: Tensor) -> tuple[Cut, str]:
     """How crops are cut out of this memory: by a kernel where one can be made that does it right, else by indexing.
 
     Returns:
         and why not by a kernel; empty where it is, and on the CPU, which has none.
     """
     if flat.device.type == "cpu":
-        return resample.gathered, ""
-    looks = resample.cut_alone(np.zeros(1, np.int64), (np.array([2]), np.array([3])), np.array([[0, 1, 2, 2]]), 5)
+        return resample.sample_by_gather, ""
+    looks = resample.crop_then_resize(
+        np.zeros(1, np.int64), (np.array([2]), np.array([3])), np.array([[0, 1, 2, 2]]), 5
+    )
     some = torch.arange(0, 180, 10, dtype=torch.uint8, device=flat.device)
     corners, axes = _moved(looks, flat.device)
     try:
-        from funmatch.ops.native.triton_crops import looked
+        from funmatch.ops.native.triton_crops import sample
 
-        if (looked(some, corners, axes, 5) - resample.gathered(some, corners, axes, 5)).abs().max() < CLOSE:
-            return looked, ""
+        if (sample(some, corners, axes, 5) - resample.sample_by_gather(some, corners, axes, 5)).abs().max() < CLOSE:
+            return sample, ""
         why = "it computes something else"
     except Exception as error:  # compilers fail in as many ways as machines can be set up
         why = first_line(error)
-    return resample.gathered, f"the kernel that cuts crops does not work here ({why}); they are cut by indexing, slower"
+    return (
+        resample.sample_by_gather,
+        f"the kernel that cuts crops does not work here ({why}); they are cut by indexing, slower",
+    )

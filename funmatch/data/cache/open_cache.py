@@ -15,16 +15,19 @@ from typing import IO, Any
 
 import numpy as np
 
-from funmatch.data.cache.build import FORMAT, Keeping, build, unreadable, whole
-from funmatch.data.cache.scan import Survey, stamp_of_files, summary, survey
-from funmatch.data.cache.splits import apply_cut
+from funmatch.data.cache.build import FORMAT, CacheOptions, build, is_complete, unreadable
+from funmatch.data.cache.scan import Scan, fingerprint_files, scan, summary
+from funmatch.data.cache.splits import apply_split
 from funmatch.data.cache.stores import CachedSplit, Resident, Streaming
-from funmatch.data.dataset import Reading, Source, Track, untracked
+from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import pick_decoder
 from funmatch.data.readers.catalog import data_home
-from funmatch.data.readers.open import open_source, resolved
+from funmatch.data.readers.open import open_source, resolve_names
 from funmatch.runtime.files import cache_home, write_atomically
 
+NAMES_IN_DIGESTS = {"ReadOptions": "Reading", "CacheOptions": "Keeping", "SplitSpec": "Cut"}
+"""Names that these classes had when digests were first written: the same options keep the same digest, so that no
+data set is listed again only because a class was renamed."""
 WATCHED_AT_MOST = 100_000
 
 
@@ -60,8 +63,8 @@ class Cache:
 
 def open_cache(
     specs: str | Sequence[str],
-    reading: Reading | None = None,
-    keeping: Keeping | None = None,
+    reading: ReadOptions | None = None,
+    keeping: CacheOptions | None = None,
     *,
     track: Track = untracked,
     tell: Callable[[str], None] = lambda _: None,
@@ -79,42 +82,44 @@ def open_cache(
     Raises:
         InputError: some pictures cannot be read; all of them are named.
     """
-    reading, keeping = _settled(reading or Reading()), keeping or Keeping()
+    reading, keeping = _settled(reading or ReadOptions()), keeping or CacheOptions()
     specs = [specs] if isinstance(specs, str) else list(specs)
     home = keeping.home or cache_home()
     keeping = replace(keeping, decoder=pick_decoder(keeping.decoder), home=home)
-    ledger = home / "known" / _digest(FORMAT, [resolved(spec) for spec in specs], reading, replace(keeping, on_bad=""))
+    ledger = (
+        home / "known" / _digest(FORMAT, [resolve_names(spec) for spec in specs], reading, replace(keeping, on_bad=""))
+    )
     known = None if afresh else _remembered(ledger)
     if known is None:
         listed = open_source(specs, reading, track)
         watched = _watched(listed)
-        seen = stamp_of_files(watched)  # before anything is read, so that what changes later is noticed
-        source, found = surveyed(listed, keeping, track, afresh=afresh)
+        seen = fingerprint_files(watched)  # before anything is read, so that what changes later is noticed
+        source, found = scan_dataset(listed, keeping, track, afresh=afresh)
         folder = build(source, found, keeping, home, track, tell, check=afresh)
         known = _remember(ledger, folder, source, found, watched, seen)
     cache = _opened(known, keeping)
     bad = cache.found["unreadable"]
     if bad and keeping.on_bad == "stop":
         raise unreadable(known["called"], bad, home)
-    for line in complaints(cache):
+    for line in list_complaints(cache):
         tell(line)
     return cache
 
 
-def _settled(reading: Reading) -> Reading:
+def _settled(reading: ReadOptions) -> ReadOptions:
     """The same with places from the root: the same words may be said elsewhere, or when a variable has changed."""
     file = reading.class_file and reading.class_file.expanduser().absolute()
     return replace(reading, data_dir=data_home(reading.data_dir).absolute(), class_file=file)
 
 
-def surveyed(source: Source, keeping: Keeping, track: Track, *, afresh: bool = False) -> tuple[Source, Survey]:
+def scan_dataset(source: Dataset, keeping: CacheOptions, track: Track, *, afresh: bool = False) -> tuple[Dataset, Scan]:
     """The pictures of a source, read once and cut into splits."""
     home = keeping.home or cache_home()
-    found = survey(source, home, track, max_pixels=keeping.max_pixels, afresh=afresh)
-    return apply_cut(source, found)
+    found = scan(source, home, track, max_pixels=keeping.max_pixels, afresh=afresh)
+    return apply_split(source, found)
 
 
-def complaints(cache: Cache) -> list[str]:
+def list_complaints(cache: Cache) -> list[str]:
     """What a person should know before trusting a data set, a line each."""
     lines = [f"note: {note}" for note in cache.found["notes"]]
     for pair, leak in cache.found["leaks"].items():
@@ -130,7 +135,7 @@ def complaints(cache: Cache) -> list[str]:
     return lines
 
 
-def _opened(known: dict[str, Any], keeping: Keeping) -> Cache:
+def _opened(known: dict[str, Any], keeping: CacheOptions) -> Cache:
     folder = Path(known["folder"])
     meta = json.loads((folder / "meta.json").read_text())
     splits = {}
@@ -145,7 +150,10 @@ def _opened(known: dict[str, Any], keeping: Keeping) -> Cache:
 
 
 def _digest(*parts: object) -> str:
-    return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    words = repr(parts)
+    for now, before in NAMES_IN_DIGESTS.items():
+        words = words.replace(f"{now}(", f"{before}(")
+    return hashlib.blake2b(words.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def _remembered(ledger: Path) -> dict[str, Any] | None:
@@ -153,8 +161,8 @@ def _remembered(ledger: Path) -> dict[str, Any] | None:
     try:
         with open(ledger, "rb") as file:
             known = json.loads(file.readline())
-            same = stamp_of_files(_paths(file)) == known["stamp"]
-        return known if same and whole(Path(known["folder"])) else None
+            same = fingerprint_files(_paths(file)) == known["stamp"]
+        return known if same and is_complete(Path(known["folder"])) else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -168,7 +176,7 @@ def _paths(file: IO[bytes]) -> Iterator[bytes]:
     yield rest
 
 
-def _watched(source: Source) -> list[str]:
+def _watched(source: Dataset) -> list[str]:
     """The files and folders that are looked at when the same words are said again.
 
     Of more than 100,000 files, all folders and evenly many of the files, so that a data set like ImageNet is opened at
@@ -181,7 +189,7 @@ def _watched(source: Source) -> list[str]:
 
 
 def _remember(
-    ledger: Path, folder: Path, source: Source, found: Survey, watched: list[str], seen: str
+    ledger: Path, folder: Path, source: Dataset, found: Scan, watched: list[str], seen: str
 ) -> dict[str, Any]:
     """Writes down which files the words meant, and what they are called here: a cache knows only their content."""
     bad = json.loads((folder / "meta.json").read_text())["bad"]

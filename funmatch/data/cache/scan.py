@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from funmatch.data.dataset import UNLABELLED, Source, Track, untracked
+from funmatch.data.dataset import UNLABELLED, Dataset, Track, untracked
 from funmatch.data.decode import KINDS, MAX_PIXELS, header
 from funmatch.runtime.files import disk_errors, exclusively, write_atomically
 
@@ -31,7 +31,7 @@ OURS = {ENOSPC, EDQUOT, EMFILE, ENFILE, EIO, ENOMEM}
 
 
 @dataclass(frozen=True)
-class Survey:
+class Scan:
     """What reading every picture found.
 
     Attributes:
@@ -43,9 +43,9 @@ class Survey:
     reasons: dict[int, str]
 
 
-def survey(
-    source: Source, home: Path, track: Track = untracked, *, max_pixels: int = MAX_PIXELS, afresh: bool = False
-) -> Survey:
+def scan(
+    source: Dataset, home: Path, track: Track = untracked, *, max_pixels: int = MAX_PIXELS, afresh: bool = False
+) -> Scan:
     """Reads every picture, or what an earlier survey of the same files wrote down.
 
     Args:
@@ -55,7 +55,7 @@ def survey(
         max_pixels: larger pictures are bad.
         afresh: reads again although nothing seems to have changed; an interrupted survey is still gone on with.
     """
-    name = f"{stamp(source)}-{max_pixels}-{FORMAT}"
+    name = f"{fingerprint(source)}-{max_pixels}-{FORMAT}"
     folder = home / "surveys"
     folder.mkdir(parents=True, exist_ok=True)
     whole, partial, reasons = (folder / f"{name}{end}" for end in (".rows", ".partial", ".reasons"))
@@ -82,10 +82,10 @@ def survey(
                     done += len(chunk)
             partial.replace(whole)
         found = np.fromfile(whole, ROW)
-        return Survey(found, keep_reasons(reasons, len(found)))
+        return Scan(found, keep_reasons(reasons, len(found)))
 
 
-def by_split(source: Source, found: Survey) -> Iterator[tuple[str, np.ndarray, dict[int, str]]]:
+def by_split(source: Dataset, found: Scan) -> Iterator[tuple[str, np.ndarray, dict[int, str]]]:
     """What a survey found, split by split: its name, its rows, and the reasons by index in it."""
     begin = 0
     for name, split in source.splits.items():
@@ -99,7 +99,7 @@ def content_digest(encoded: bytes) -> bytes:
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
-def _look(source: Source, split: str, i: int, max_pixels: int) -> tuple[tuple, str | None]:
+def _look(source: Dataset, split: str, i: int, max_pixels: int) -> tuple[tuple, str | None]:
     try:
         encoded = source.read(split, i)
         digest = content_digest(encoded)
@@ -164,17 +164,17 @@ def chunks(jobs: list, function: Callable, track: Track, done: int, what: str) -
                 chunk = []
 
 
-def stamp(source: Source) -> str:
+def fingerprint(source: Dataset) -> str:
     """A digest that is cheap to make and changes whenever the listing, a size or a time of change does."""
     digest = hashlib.blake2b(repr((source.name, source.classes)).encode(), digest_size=16)
     for name, split in source.splits.items():
         digest.update(f"{name} {len(split)}\0".encode() + split.labels.tobytes())
         digest.update("\0".join(split.names).encode(errors="surrogateescape"))
-    digest.update(stamp_of_files(source.watched).encode())
+    digest.update(fingerprint_files(source.watched).encode())
     return digest.hexdigest()
 
 
-def stamp_of_files(paths: Iterable[str | bytes]) -> str:
+def fingerprint_files(paths: Iterable[str | bytes]) -> str:
     """A digest of the sizes and times of files and folders."""
     digest = hashlib.blake2b(digest_size=16)
     for path in map(os.fsencode, paths):
@@ -187,7 +187,7 @@ def stamp_of_files(paths: Iterable[str | bytes]) -> str:
     return digest.hexdigest()
 
 
-def summary(source: Source, found: Survey, bad: Collection[tuple[str, int]] = ()) -> dict[str, Any]:
+def summary(source: Dataset, found: Scan, bad: Collection[tuple[str, int]] = ()) -> dict[str, Any]:
     """What was found, for people: counts a split, classes, sizes, kinds, pictures that are there twice.
 
     Args:
@@ -229,7 +229,7 @@ def summary(source: Source, found: Survey, bad: Collection[tuple[str, int]] = ()
     }
 
 
-def _twice(source: Source, found: Survey, usable: np.ndarray) -> tuple[dict[str, Any], int, dict[str, Any]]:
+def _twice(source: Dataset, found: Scan, usable: np.ndarray) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """Pictures of the same content: in two splits, more than once in one, and under different labels."""
     split_of = np.repeat(np.arange(len(source.splits)), [len(split) for split in source.splits.values()])
     labels = np.concatenate([split.labels for split in source.splits.values()])

@@ -6,12 +6,12 @@ from fractions import Fraction
 
 import numpy as np
 
-from funmatch.data.cache.scan import Survey
-from funmatch.data.dataset import ORDER, Source, Split
+from funmatch.data.cache.scan import Scan
+from funmatch.data.dataset import ORDER, Dataset, SplitListing
 from funmatch.errors import InputError
 
 
-def apply_cut(source: Source, found: Survey) -> tuple[Source, Survey]:
+def apply_split(source: Dataset, found: Scan) -> tuple[Dataset, Scan]:
     """Cuts the training pictures as the source asks, by content and seed alone.
 
     The pictures are ranked by a keyed digest of their content; the first share is test, if one is cut, the next
@@ -58,7 +58,7 @@ def _ranks(digests: list[bytes], seed: int) -> np.ndarray:
     return np.frombuffer(b"".join(keyed), "<u8")
 
 
-def _rearranged(source: Source, found: Survey, chosen: dict[str, np.ndarray]) -> tuple[Source, Survey]:
+def _rearranged(source: Dataset, found: Scan, chosen: dict[str, np.ndarray]) -> tuple[Dataset, Scan]:
     """Source and survey with splits made of the pictures at these places of the old order."""
     jobs = source.jobs()
     begin = 0
@@ -75,9 +75,9 @@ def _rearranged(source: Source, found: Survey, chosen: dict[str, np.ndarray]) ->
     order = np.concatenate(list(chosen.values()))
     where = {int(old): new for new, old in enumerate(order)} if found.reasons else {}
     reasons = {where[i]: reason for i, reason in found.reasons.items()}
-    return replace(source, splits=splits, read=read, cut=None), Survey(found.rows[order], reasons)
+    return replace(source, splits=splits, read=read, cut=None), Scan(found.rows[order], reasons)
 
 
-def _picked(source: Source, jobs: list[tuple[str, int]]) -> Split:
+def _picked(source: Dataset, jobs: list[tuple[str, int]]) -> SplitListing:
     names = [source.splits[split].names[i] for split, i in jobs]
-    return Split(names, np.array([source.splits[split].labels[i] for split, i in jobs], np.int32))
+    return SplitListing(names, np.array([source.splits[split].labels[i] for split, i in jobs], np.int32))

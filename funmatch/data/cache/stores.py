@@ -139,7 +139,7 @@ class CachedSplit:
         """Each (height, width, 3) uint8."""
         return [self.store.picture(row) for row in self.index[indices].tolist()]
 
-    def boxed(self, indices, boxes: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
+    def read_boxes(self, indices, boxes: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
         """What is needed of pictures for these boxes, and the boxes in it: of large ones no more is decoded.
 
         Args:
@@ -171,6 +171,6 @@ class CachedSplit:
         index["label"] = -1
         return replace(self, index=index)
 
-    def picked(self, indices: np.ndarray) -> "CachedSplit":
+    def subset(self, indices: np.ndarray) -> "CachedSplit":
         """Some of the pictures."""
         return replace(self, index=self.index[indices], digests=self.digests[indices])

@@ -89,11 +89,11 @@ def crc32c(data: bytes, crc: int = 0) -> int:
     return _extended(data, crc)
 
 
-def masked(crc: int) -> int:
+def mask(crc: int) -> int:
     """A checksum as it stands in a file: turned and shifted, so that a checksum of checksums is safe."""
     return (((crc >> 15) | (crc << 17)) + MASK_DELTA) & 0xFFFFFFFF
 
 
 def masked_crc32c(data: bytes) -> int:
     """The checksum of some bytes as it stands in a file."""
-    return masked(crc32c(data))
+    return mask(crc32c(data))

@@ -100,12 +100,12 @@ def number(found: Fields, field: int) -> int:
     return value
 
 
-def written(field: int, content: bytes) -> bytes:
+def write_fields(field: int, content: bytes) -> bytes:
     """A field that holds a string or a message."""
-    return written_varint(field << 3 | BYTES) + written_varint(len(content)) + content
+    return write_varint(field << 3 | BYTES) + write_varint(len(content)) + content
 
 
-def written_varint(value: int) -> bytes:
+def write_varint(value: int) -> bytes:
     value &= (1 << 64) - 1
     encoded = bytearray()
     while value >= 0x80:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from funmatch.data.formats.crc32c import masked_crc32c
-from funmatch.data.formats.protobuf import Damaged, parts, varint, written, written_varint
+from funmatch.data.formats.protobuf import Damaged, parts, varint, write_fields, write_varint
 
 GZIP_MAGIC = b"\x1f\x8b"
 LONGEST = 1 << 31  # a protocol buffer is at most 2 GiB
@@ -77,7 +77,7 @@ def _next_record(file: BinaryIO | gzip.GzipFile) -> bytes | None:
     return payload
 
 
-def framed(payload: bytes) -> bytes:
+def frame(payload: bytes) -> bytes:
     """A payload as a record."""
     head = struct.pack("<Q", len(payload))
     return head + struct.pack("<I", masked_crc32c(head)) + payload + struct.pack("<I", masked_crc32c(payload))
@@ -149,8 +149,8 @@ def _integers(payload: bytes, start: int, stop: int) -> list[int]:
 
 def example(image: bytes, label: int | None) -> bytes:
     """A `tf.train.Example` of `image` (bytes) and `class` (int64), the earlier project's form."""
-    entries = [written(1, written(1, b"image") + written(2, written(1, written(1, image))))]
+    entries = [write_fields(1, write_fields(1, b"image") + write_fields(2, write_fields(1, write_fields(1, image))))]
     if label is not None:
-        numbers = written(3, written(1, written_varint(label)))
-        entries.append(written(1, written(1, b"class") + written(2, numbers)))
-    return written(1, b"".join(entries))
+        numbers = write_fields(3, write_fields(1, write_varint(label)))
+        entries.append(write_fields(1, write_fields(1, b"class") + write_fields(2, numbers)))
+    return write_fields(1, b"".join(entries))

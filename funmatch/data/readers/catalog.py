@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from funmatch.data.dataset import Source, mosaic
+from funmatch.data.dataset import Dataset, mosaic
 from funmatch.data.readers import published
 from funmatch.errors import InputError, first_line
 from funmatch.runtime.files import disk_errors, user_cache
@@ -20,7 +20,7 @@ SECONDS_OF_SILENCE = 30.0
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogEntry:
     """A published data set.
 
     Attributes:
@@ -39,7 +39,7 @@ class Entry:
     """
 
     title: str
-    layout: Callable[[Path], Source]
+    layout: Callable[[Path], Dataset]
     counts: dict[str, int]
     classes: int
     licence: str
@@ -51,7 +51,7 @@ class Entry:
     elsewhere: tuple[str, ...] = field(default=())
 
 
-def fashion_mini(folder: Path) -> Source:
+def fashion_mini(folder: Path) -> Dataset:
     """2,700 pictures of Fashion-MNIST: 200 for training, 500 for validation, 2,000 for test.
 
     The training pictures are the first 20 of each class in Fashion-MNIST's training set. Validation and test are the
@@ -66,55 +66,55 @@ FASHION_FILES = tuple(
     f"{split}-{part}-ubyte.gz" for split in ("train", "t10k") for part in ("images-idx3", "labels-idx1")
 )
 
-CATALOG: dict[str, Entry] = {
-    "fashion-mini": Entry(
+CATALOG: dict[str, CatalogEntry] = {
+    "fashion-mini": CatalogEntry(
         "2,700 pictures of Fashion-MNIST, embedded", fashion_mini, {"train": 200, "val": 500, "test": 2000}, 10,
         "MIT", "Xiao, Rasul & Vollgraf, Fashion-MNIST, arXiv 1708.07747, 2017",
         elsewhere=(str(EMBEDDED / "fashion-mini"),), marks=("train.png",),
     ),
-    "pet37": Entry(
+    "pet37": CatalogEntry(
         "The Oxford-IIIT Pet Dataset", published.pet37, {"train": 3312, "val": 368, "test": 3669}, 37,
         "CC BY-SA 4.0", "Parkhi, Vedaldi, Zisserman & Jawahar, Cats and Dogs, CVPR 2012",
         "oxford-iiit-pet", ("images", "annotations"),
         (f"{OXFORD}/pets/data/images.tar.gz", f"{OXFORD}/pets/data/annotations.tar.gz"),
         ("OxfordIIITPet", {"split": "trainval"}),
     ),
-    "flowers102": Entry(
+    "flowers102": CatalogEntry(
         "102 Category Flower Dataset", published.flowers102, {"train": 1020, "val": 1020, "test": 6149}, 102,
         "not stated; for research", "Nilsback & Zisserman, Automated Flower Classification, ICVGIP 2008",
         "flowers-102", ("jpg", "imagelabels.mat", "setid.mat"),
         tuple(f"{OXFORD}/flowers/102/{file}" for file in ("102flowers.tgz", "imagelabels.mat", "setid.mat")),
         ("Flowers102", {"split": "train"}),
     ),
-    "food101": Entry(
+    "food101": CatalogEntry(
         "Food-101", published.food101, {"train": 68175, "val": 7575, "test": 25250}, 101,
         "not stated; pictures of foodspotting.com, for research", "Bossard, Guillaumin & Van Gool, Food-101, ECCV 2014",
         "food-101", ("images", "meta"), ("http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",),
         ("Food101", {"split": "train"}),
     ),
-    "sun397": Entry(
+    "sun397": CatalogEntry(
         "SUN397 Scene Benchmark", published.sun397, {"train": 76128, "val": 10875, "test": 21750}, 397,
         "not stated; for research", "Xiao, Hays, Ehinger, Oliva & Torralba, SUN Database, CVPR 2010",
         "SUN397", ("ClassName.txt",), ("SUN397.tar.gz (its first address is dead; 37 GB, 108,753 pictures)",),
     ),
-    "imagenet": Entry(
+    "imagenet": CatalogEntry(
         "ImageNet (ILSVRC 2012)", published.imagenet, {"train": 1281167, "val": 50000}, 1000,
         "for research, by agreement with its authors", "Russakovsky et al., ImageNet Challenge, IJCV 2015",
         "imagenet", ("train", "val"), ("the folders train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, from image-net.org",),
     ),
-    "fashion-mnist": Entry(
+    "fashion-mnist": CatalogEntry(
         "Fashion-MNIST", published.fashion_mnist, {"train": 54000, "val": 6000, "test": 10000}, 10,
         "MIT", "Xiao, Rasul & Vollgraf, Fashion-MNIST, arXiv 1708.07747, 2017",
         "FashionMNIST/raw", (), tuple(f"{FASHION}/{file}" for file in FASHION_FILES),
         ("FashionMNIST", {}), ("/usr/share/datasets/fashion-mnist",),
     ),
-    "cifar10": Entry(
+    "cifar10": CatalogEntry(
         "CIFAR-10", published.cifar10, {"train": 45000, "val": 5000, "test": 10000}, 10,
         "not stated", "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
         "cifar-10-batches-py", ("batches.meta",), ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
         ("CIFAR10", {}),
     ),
-    "cifar100": Entry(
+    "cifar100": CatalogEntry(
         "CIFAR-100", published.cifar100, {"train": 45000, "val": 5000, "test": 10000}, 100,
         "not stated", "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
         "cifar-100-python", ("meta",), ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",),
@@ -130,7 +130,7 @@ def data_home(data_dir: Path | None = None) -> Path:
     return user_cache() / "data"
 
 
-def open_named(name: str, data_dir: Path | None = None) -> Source:
+def open_named(name: str, data_dir: Path | None = None) -> Dataset:
     """A data set of the catalog, fetched if it is not there.
 
     Raises:
@@ -145,7 +145,7 @@ def open_named(name: str, data_dir: Path | None = None) -> Source:
     return replace(entry.layout(root), name=name, counts=entry.counts, place=str(root))
 
 
-def _find(entry: Entry, home: Path) -> Path | None:
+def _find(entry: CatalogEntry, home: Path) -> Path | None:
     """Where a data set lies: under the folder of data sets, in it, or elsewhere."""
     places = [home / entry.folder, home] if entry.folder else []
     return next((place for place in [*places, *map(Path, entry.elsewhere)] if _lies_in(entry, place)), None)
@@ -176,13 +176,13 @@ def _folders_in(folder: Path) -> list[Path]:
         return sorted(Path(entry.path) for entry in entries if entry.is_dir())
 
 
-def _lies_in(entry: Entry, place: Path) -> bool:
+def _lies_in(entry: CatalogEntry, place: Path) -> bool:
     if not entry.marks:  # four files, plain or packed
         return all((place / f).is_file() or (place / f.removesuffix(".gz")).is_file() for f in FASHION_FILES)
     return all((place / mark).exists() for mark in entry.marks)
 
 
-def _fetch(name: str, entry: Entry, home: Path) -> None:
+def _fetch(name: str, entry: CatalogEntry, home: Path) -> None:
     """Fetches a data set into a folder beside its place, and moves it there when it is whole."""
     to_do = _by_hand(entry, home)
     if entry.torchvision is None:
@@ -214,7 +214,7 @@ def _fetch(name: str, entry: Entry, home: Path) -> None:
     shutil.rmtree(arriving)
 
 
-def _keep_only_archives(entry: Entry, arriving: Path) -> None:
+def _keep_only_archives(entry: CatalogEntry, arriving: Path) -> None:
     """Removes what an earlier try unpacked, perhaps not wholly; archives are checked before they are used again."""
     archives = {Path(address).name for address in entry.files}
     for path in sorted(arriving.rglob("*"), reverse=True):
@@ -225,7 +225,7 @@ def _keep_only_archives(entry: Entry, arriving: Path) -> None:
             path.unlink()
 
 
-def _by_hand(entry: Entry, home: Path) -> str:
+def _by_hand(entry: CatalogEntry, home: Path) -> str:
     place = home / entry.folder
     marks = f", so that {', '.join(str(place / mark) for mark in entry.marks)} are there" if entry.marks else ""
     return (
@@ -234,7 +234,7 @@ def _by_hand(entry: Entry, home: Path) -> str:
     )
 
 
-def _take_archives(entry: Entry, home: Path, arriving: Path) -> None:
+def _take_archives(entry: CatalogEntry, home: Path, arriving: Path) -> None:
     """Archives that a person put there are used, so that nothing is fetched twice."""
     inside = Path(entry.folder) if Path(entry.folder).parts[0] in ("oxford-iiit-pet", "flowers-102") else Path()
     for file in (Path(address).name for address in entry.files if "/" in address):

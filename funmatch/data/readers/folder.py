@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from funmatch.data.dataset import SPLIT_NAMES, UNLABELLED, Source, Split, check_classes, in_order, read_file
+from funmatch.data.dataset import SPLIT_NAMES, UNLABELLED, Dataset, SplitListing, check_classes, read_file, sort_splits
 from funmatch.data.decode import EXTENSIONS
 from funmatch.errors import InputError
 
 
 @dataclass
-class Walk:
+class FolderWalk:
     """One walk over a folder: what was seen on the way, and whether links may lead out."""
 
     root: str
@@ -75,7 +75,7 @@ class Walk:
         return True
 
 
-def open_folder(root: Path, *, follow_links: bool = False) -> Source:
+def open_folder(root: Path, *, follow_links: bool = False) -> Dataset:
     """Lists a folder of pictures.
 
     Args:
@@ -93,7 +93,7 @@ def open_folder(root: Path, *, follow_links: bool = False) -> Source:
     """
     if not root.is_dir():
         raise InputError(f"{root} is {'not a folder' if root.exists() else 'missing'}; wanted a folder of pictures")
-    walk = Walk(str(root), follow_links)
+    walk = FolderWalk(str(root), follow_links)
     named: dict[str, str] = {}
     for folder in walk.folders():
         split = SPLIT_NAMES.get(folder.lower())
@@ -103,7 +103,9 @@ def open_folder(root: Path, *, follow_links: bool = False) -> Source:
             named[split] = folder
     walk.watched.append(str(root))
     if named:
-        others = [name for name in walk.folders() if name not in named.values() and Walk(str(root / name)).pictures()]
+        others = [
+            name for name in walk.folders() if name not in named.values() and FolderWalk(str(root / name)).pictures()
+        ]
         if others:
             raise InputError(
                 f"{root} has pictures in {', '.join(others[:5])} beside the splits {', '.join(named.values())}; move "
@@ -112,24 +114,24 @@ def open_folder(root: Path, *, follow_links: bool = False) -> Source:
         inner = {folder: walk.folders(folder) for folder in named.values()}
         classes = check_classes(sorted({name for names in inner.values() for name in names}), root)
         splits = {split: _list_split(walk, folder, inner[folder], classes) for split, folder in named.items()}
-        return _source(root, walk, classes, in_order(splits))
+        return _source(root, walk, classes, sort_splits(splits))
     return _without_splits(root, walk)
 
 
-def _without_splits(root: Path, walk: Walk) -> Source:
+def _without_splits(root: Path, walk: FolderWalk) -> Dataset:
     loose = walk.pictures(deep=False)
     inside = {folder: names for folder in walk.folders() if (names := walk.pictures(folder))}
     names = loose + [name for found in inside.values() for name in found]
     if not names:
         raise InputError(f"{root} has no picture; {_hint(root)}wanted <split>/<class>/*.jpg or a folder of pictures")
     if loose or len(inside) < 2:
-        splits = {"train": Split(sorted(names), np.full(len(names), UNLABELLED, np.int32))}
+        splits = {"train": SplitListing(sorted(names), np.full(len(names), UNLABELLED, np.int32))}
         why = f"pictures lie beside folders, e.g. {loose[0]}" if loose else "only one folder has pictures"
         note = f"{root}: {why}, so folders are not taken for classes and nothing is labelled"
         return _source(root, walk, (), splits, (note,) if inside else ())
     classes = check_classes(sorted(inside), root)
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(inside[name]) for name in classes])
-    return _source(root, walk, classes, {"train": Split([name for c in classes for name in inside[c]], labels)})
+    return _source(root, walk, classes, {"train": SplitListing([name for c in classes for name in inside[c]], labels)})
 
 
 def _leads_back(entry: os.DirEntry) -> bool:
@@ -147,16 +149,16 @@ def _hint(root: Path) -> str:
 
 
 def _source(
-    root: Path, walk: Walk, classes: tuple[str, ...], splits: dict[str, Split], notes: tuple[str, ...] = ()
-) -> Source:
+    root: Path, walk: FolderWalk, classes: tuple[str, ...], splits: dict[str, SplitListing], notes: tuple[str, ...] = ()
+) -> Dataset:
     def read(split: str, index: int) -> bytes:
         return read_file(os.path.join(walk.root, splits[split].names[index]))
 
     notes += walk.notes()
-    return Source(root.resolve().name, classes, splits, read, walk.watched, notes=notes, place=str(root))
+    return Dataset(root.resolve().name, classes, splits, read, walk.watched, notes=notes, place=str(root))
 
 
-def _list_split(walk: Walk, folder: str, inner: list[str], classes: tuple[str, ...]) -> Split:
+def _list_split(walk: FolderWalk, folder: str, inner: list[str], classes: tuple[str, ...]) -> SplitListing:
     where = os.path.join(walk.root, folder)
     loose = walk.pictures(folder, deep=False)
     if loose and inner:
@@ -170,4 +172,4 @@ def _list_split(walk: Walk, folder: str, inner: list[str], classes: tuple[str, .
         names, labels = names + found, labels + [classes.index(name)] * len(found)
     if not names:
         raise InputError(f"{where} holds no picture; fill this split or remove it")
-    return Split(names, np.array(labels, np.int32))
+    return SplitListing(names, np.array(labels, np.int32))

@@ -9,13 +9,13 @@ import numpy as np
 from funmatch.data.dataset import (
     SPLIT_NAMES,
     UNLABELLED,
-    Reading,
-    Source,
-    Split,
+    Dataset,
+    ReadOptions,
+    SplitListing,
     check_classes,
-    in_order,
     read_class_file,
     read_file,
+    sort_splits,
 )
 from funmatch.errors import InputError, first_line
 
@@ -24,7 +24,7 @@ WHOLE = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 LABELS = ("label", "labels", "class", "cls", "fine_label", "category")
 
 
-def open_hub(spec: str, reading: Reading) -> Source:
+def open_hub(spec: str, reading: ReadOptions) -> Dataset:
     """A data set with a column of pictures.
 
     Args:
@@ -63,7 +63,7 @@ def open_hub(spec: str, reading: Reading) -> Source:
     watched += [str(here), *sorted(str(path) for path in here.rglob("*"))] if here.exists() else []
     watched += [str(reading.class_file)] if reading.class_file else []
     name = Path(spec.partition(":")[0]).stem if watched else spec
-    return Source(name, classes, in_order(splits), read, watched, unnamed=unnamed, place=spec)
+    return Dataset(name, classes, sort_splits(splits), read, watched, unnamed=unnamed, place=spec)
 
 
 def _tables(loaded: Any, spec: str) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _encoded(datasets: Any, table: Any, spec: str, image: str) -> Any:
         raise InputError(f"hf:{spec}: the column {image!r} holds no pictures ({first_line(error)})") from None
 
 
-def _image_column(datasets: Any, table: Any, spec: str, reading: Reading) -> str:
+def _image_column(datasets: Any, table: Any, spec: str, reading: ReadOptions) -> str:
     columns = table.features
     if reading.image_feature:
         if reading.image_feature not in columns:
@@ -128,7 +128,7 @@ def _image_column(datasets: Any, table: Any, spec: str, reading: Reading) -> str
     return found[0]
 
 
-def _label_column(datasets: Any, table: Any, spec: str, reading: Reading) -> str | None:
+def _label_column(datasets: Any, table: Any, spec: str, reading: ReadOptions) -> str | None:
     columns = table.features
     if reading.label_feature == "none":
         return None
@@ -143,7 +143,7 @@ def _label_column(datasets: Any, table: Any, spec: str, reading: Reading) -> str
 
 
 def _classes(
-    datasets: Any, tables: dict[str, Any], label: str | None, reading: Reading
+    datasets: Any, tables: dict[str, Any], label: str | None, reading: ReadOptions
 ) -> tuple[tuple[str, ...], bool]:
     """The classes, and whether they are only numbers."""
     if label is None:
@@ -167,10 +167,10 @@ def _classes(
     return tuple(map(str, range(highest + 1))), True
 
 
-def _split(spec: str, name: str, table: Any, label: str | None, classes: tuple[str, ...]) -> Split:
+def _split(spec: str, name: str, table: Any, label: str | None, classes: tuple[str, ...]) -> SplitListing:
     names = [f"hf:{spec} {name}[{i}]" for i in range(len(table))]
     if label is None or label not in table.features:
-        return Split(names, np.full(len(table), UNLABELLED, np.int32))
+        return SplitListing(names, np.full(len(table), UNLABELLED, np.int32))
     values = table[label][:]
     places = {called: i for i, called in enumerate(classes)}
     numbers = [value if isinstance(value, int) else places.get(value, -2) for value in values]  # None has no place
@@ -180,4 +180,4 @@ def _split(spec: str, name: str, table: Any, label: str | None, classes: tuple[s
         raise InputError(
             f"{names[wrong]}: label {values[wrong]!r} is outside the {len(classes)} classes; or --unlabelled"
         )
-    return Split(names, labels.astype(np.int32))
+    return SplitListing(names, labels.astype(np.int32))

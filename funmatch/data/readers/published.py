@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from funmatch.data.dataset import Cut, Source, Split, as_pnm, check_classes, in_order, read_file
+from funmatch.data.dataset import Dataset, SplitListing, SplitSpec, check_classes, encode_pnm, read_file, sort_splits
 from funmatch.data.readers.folder import open_folder
 from funmatch.errors import InputError, first_line
 
-TENTH = Cut({"val": Fraction(1, 10)})
+TENTH = SplitSpec({"val": Fraction(1, 10)})
 # Sun397 has no official splits. TensorFlow Datasets drew 70, 10 and 20 %; these are its lists, used where they lie
 # beside the pictures.
 SUN_LISTS = {"train": "sun397_tfds_tr.txt", "val": "sun397_tfds_va.txt", "test": "sun397_tfds_te.txt"}
-SUN_CUT = Cut({"test": Fraction(2, 10), "val": Fraction(1, 10)})
+SUN_CUT = SplitSpec({"test": Fraction(2, 10), "val": Fraction(1, 10)})
 
 
-def pet37(root: Path) -> Source:
+def pet37(root: Path) -> Dataset:
     """`images/*.jpg`, and `annotations/trainval.txt` and `test.txt` of lines `<image> <class, from 1> …`."""
     listed: dict[str, list[tuple[str, int]]] = {}
     for split, file in (("train", "trainval.txt"), ("test", "test.txt")):
@@ -40,7 +40,7 @@ def pet37(root: Path) -> Source:
     return _of_files("pet37", root, classes, pictures, ["annotations/trainval.txt", "annotations/test.txt"], TENTH)
 
 
-def flowers102(root: Path) -> Source:
+def flowers102(root: Path) -> Dataset:
     """`jpg/image_*.jpg`, `imagelabels.mat` (a class from 1 for each) and `setid.mat` (the pictures of each split)."""
     from scipy.io import loadmat
     from torchvision.datasets import Flowers102
@@ -65,7 +65,7 @@ def flowers102(root: Path) -> Source:
 _FLOWER_SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}
 
 
-def food101(root: Path) -> Source:
+def food101(root: Path) -> Dataset:
     """`images/<class>/*.jpg`, and `meta/train.json` and `test.json` of {class: [class/picture, …]}."""
     listed = {}
     for split in ("train", "test"):
@@ -82,7 +82,7 @@ def food101(root: Path) -> Source:
     return _of_files("food101", root, classes, pictures, ["meta/train.json", "meta/test.json"], TENTH)
 
 
-def sun397(root: Path) -> Source:
+def sun397(root: Path) -> Dataset:
     """`ClassName.txt` of lines `/<letter>/<class>`, and `<letter>/<class>/sun_*.jpg`; splits as `SUN_LISTS` say."""
     names = [line.strip() for line in _lines(root / "ClassName.txt") if line.strip()]
     classes = [name.lstrip("/").partition("/")[2] for name in names]
@@ -107,12 +107,12 @@ def sun397(root: Path) -> Source:
     return _of_files("sun397", root, classes, pictures, ["ClassName.txt", *extra, *places], cut)
 
 
-def imagenet(root: Path) -> Source:
+def imagenet(root: Path) -> Dataset:
     """`train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`."""
     return open_folder(root, follow_links=True)
 
 
-def fashion_mnist(root: Path) -> Source:
+def fashion_mnist(root: Path) -> Dataset:
     """The four IDX files, plain or GZIP, as torchvision and Debian's `dataset-fashion-mnist` leave them."""
     from torchvision.datasets import FashionMNIST
 
@@ -125,17 +125,17 @@ def fashion_mnist(root: Path) -> Source:
     return _of_arrays("fashion-mnist", root, FashionMNIST.classes, images, labels)
 
 
-def cifar10(root: Path) -> Source:
+def cifar10(root: Path) -> Dataset:
     """`cifar-10-batches-py/`, whose files torchvision checks before they are opened."""
     return _cifar("cifar10", "CIFAR10", root)
 
 
-def cifar100(root: Path) -> Source:
+def cifar100(root: Path) -> Dataset:
     """`cifar-100-python/`, whose files torchvision checks before they are opened."""
     return _cifar("cifar100", "CIFAR100", root)
 
 
-def _cifar(name: str, kind: str, root: Path) -> Source:
+def _cifar(name: str, kind: str, root: Path) -> Dataset:
     import torchvision.datasets
 
     try:
@@ -156,8 +156,8 @@ def _of_files(
     classes: Sequence[str],
     pictures: dict[str, list[tuple[str, int]]],
     watched: Sequence[str],
-    cut: Cut | None,
-) -> Source:
+    cut: SplitSpec | None,
+) -> Dataset:
     """A source of (file, label) pairs, the files relative to `root`."""
     splits = {}
     for split, found in pictures.items():
@@ -166,7 +166,7 @@ def _of_files(
         labels = np.array([label for _, label in found], np.int32)
         if labels.min() < 0 or labels.max() >= len(classes):
             raise InputError(f"{root}: a label of {split} is outside the {len(classes)} classes")
-        splits[split] = Split([file for file, _ in found], labels)
+        splits[split] = SplitListing([file for file, _ in found], labels)
     files = [file for found in pictures.values() for file, _ in found]
     folders = {Path(file).parent.as_posix() for file in files}
     seen = [str(root / file) for file in (*watched, *sorted(folders), *files)]
@@ -174,20 +174,21 @@ def _of_files(
     def read(split: str, index: int) -> bytes:
         return read_file(root / splits[split].names[index])
 
-    return Source(name, check_classes(classes, root), in_order(splits), read, seen, cut)
+    return Dataset(name, check_classes(classes, root), sort_splits(splits), read, seen, cut)
 
 
 def _of_arrays(
     name: str, root: Path, classes: Sequence[str], images: dict[str, np.ndarray], labels: dict[str, np.ndarray]
-) -> Source:
+) -> Dataset:
     for split, found in labels.items():
         if len(found) and found.max() >= len(classes):
             raise InputError(f"{root}: a label of {split} is outside the {len(classes)} classes")
     splits = {
-        split: Split([f"{name} {split}[{i}]" for i in range(len(found))], found) for split, found in labels.items()
+        split: SplitListing([f"{name} {split}[{i}]" for i in range(len(found))], found)
+        for split, found in labels.items()
     }
     watched = [str(root), *(str(path) for path in sorted(root.iterdir()))]
-    return Source(name, tuple(classes), splits, lambda split, i: as_pnm(images[split][i]), watched, TENTH)
+    return Dataset(name, tuple(classes), splits, lambda split, i: encode_pnm(images[split][i]), watched, TENTH)
 
 
 def _idx(root: Path, file: str, dimensions: int) -> np.ndarray:

@@ -63,7 +63,7 @@ def _check_complete(paths: Sequence[Path]) -> None:
             )
 
 
-def noted_as_unlabelled(paths: Sequence[Path]) -> bool:
+def is_noted_unlabelled(paths: Sequence[Path]) -> bool:
     """Whether notes beside all of these shards say that their pictures have no labels."""
     notes = {path.parent.parent / NOTE for path in paths}
     return all(note.is_file() and json.loads(note.read_text()).get("labelled") is False for note in notes)
@@ -84,7 +84,7 @@ def _braces(pattern: str) -> Iterator[str]:
         yield "".join(a + b for a, b in zip(pieces[::2], [*chosen, ""], strict=True))
 
 
-def searched(pattern: str, paths: Sequence[Path]) -> set[Path]:
+def search_folder(pattern: str, paths: Sequence[Path]) -> set[Path]:
     """The folders in which a new shard of this pattern could appear."""
     parts = Path(os.path.expanduser(pattern)).parts
     magic = next((i for i, part in enumerate(parts) if glob.has_magic(part) or "{" in part), len(parts))

@@ -17,17 +17,17 @@ import numpy as np
 from funmatch.data.dataset import (  # fmt: skip
     NAMED_AT_MOST,
     UNLABELLED,
-    Reading,
-    Source,
-    Split,
+    Dataset,
+    ReadOptions,
+    SplitListing,
     Track,
-    in_order,
     read_class_file,
+    sort_splits,
     split_of,
     untracked,
 )
 from funmatch.data.formats.tfrecord import DamagedRecord, Features, is_gzip, parse_example, records
-from funmatch.data.readers.shard_paths import noted_as_unlabelled, searched, shard_paths
+from funmatch.data.readers.shard_paths import is_noted_unlabelled, search_folder, shard_paths
 from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors
 
@@ -55,7 +55,7 @@ class Record:
     number: int | str
 
 
-def open_tfrecords(pattern: str, reading: Reading, track: Track = untracked) -> Source:
+def open_tfrecords(pattern: str, reading: ReadOptions, track: Track = untracked) -> Dataset:
     """TFRecord shards of `tf.train.Example`s, with every checksum verified.
 
     Splits come from the folder or the file's name (`train/…`, `train_…`, `…-validation.tfrecord-00000-of-00004`); the
@@ -66,7 +66,7 @@ def open_tfrecords(pattern: str, reading: Reading, track: Track = untracked) -> 
     """
     paths = shard_paths(pattern, r"\.tfrec(ord)?s?([-.]|$)|-\d{5}-of-\d{5}$")
 
-    if noted_as_unlabelled(paths):
+    if is_noted_unlabelled(paths):
         reading = replace(reading, unlabelled=True)
 
     def list_shard(path: Path) -> list[Record]:
@@ -84,7 +84,7 @@ def open_tfrecords(pattern: str, reading: Reading, track: Track = untracked) -> 
     return open_shards(pattern, paths, list_shard, reading, track)
 
 
-def _picture_and_label(features: Features, payload: bytes, reading: Reading) -> tuple[tuple[int, int], int]:
+def _picture_and_label(features: Features, payload: bytes, reading: ReadOptions) -> tuple[tuple[int, int], int]:
     pairs = [(reading.image_feature or image, reading.label_feature or label) for image, label in FEATURES]
     image, label = next(
         (pair for pair in pairs if pair[0] in features and (pair[1] in features or pair[1] == "none")), pairs[0]
@@ -115,8 +115,8 @@ def number(text: bytes, where: str) -> int:
 
 
 def open_shards(
-    pattern: str, paths: list[Path], list_shard: Callable[[Path], list[Record]], reading: Reading, track: Track
-) -> Source:
+    pattern: str, paths: list[Path], list_shard: Callable[[Path], list[Record]], reading: ReadOptions, track: Track
+) -> Dataset:
     """Lists shards, all problems told at once, and gives their pictures as a source."""
 
     def attempt(path: Path) -> list[Record] | str:
@@ -147,9 +147,9 @@ def open_shards(
         return shard_of(path)(record.start, record.length)
 
     around = {folder / name for path in paths for folder in (path.parent, path.parent.parent) for name in CLASS_FILES}
-    watched = sorted({*map(str, paths), *map(str, around), *map(str, searched(pattern, paths))} | named)
+    watched = sorted({*map(str, paths), *map(str, around), *map(str, search_folder(pattern, paths))} | named)
     unnamed = bool(classes) and not named
-    return Source(_name(paths, pattern), classes, in_order(splits), read, watched, unnamed=unnamed, place=pattern)
+    return Dataset(_name(paths, pattern), classes, sort_splits(splits), read, watched, unnamed=unnamed, place=pattern)
 
 
 def _opener() -> Callable[[Path], Callable[[int, int], bytes]]:
@@ -189,7 +189,7 @@ class Unpacked:
 
 
 def _classes(
-    paths: Sequence[Path], shards: dict[str, list[tuple[Path, Record]]], reading: Reading
+    paths: Sequence[Path], shards: dict[str, list[tuple[Path, Record]]], reading: ReadOptions
 ) -> tuple[tuple[str, ...], set[str]]:
     """The classes, and the files that name them: else they are called by their numbers."""
     labels = [record.label for pictures in shards.values() for _, record in pictures]
@@ -208,11 +208,11 @@ def _classes(
     return tuple(map(str, range(count))), set()
 
 
-def _split(pictures: list[tuple[Path, Record]], classes: tuple[str, ...], reading: Reading) -> Split:
+def _split(pictures: list[tuple[Path, Record]], classes: tuple[str, ...], reading: ReadOptions) -> SplitListing:
     names = [f"{path}, record {record.number}" for path, record in pictures]
     labels = np.array([record.label for _, record in pictures], np.int64)
     if (labels == UNLABELLED).all():
-        return Split(names, labels.astype(np.int32))
+        return SplitListing(names, labels.astype(np.int32))
     labels -= reading.first_label
     outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(outside):
@@ -224,7 +224,7 @@ def _split(pictures: list[tuple[Path, Record]], classes: tuple[str, ...], readin
             if first != UNLABELLED
             else f"{names[outside[0]]}: {what} ({len(outside)} such records); --label-feature none does without labels"
         )
-    return Split(names, labels.astype(np.int32))
+    return SplitListing(names, labels.astype(np.int32))
 
 
 def _name(paths: Sequence[Path], pattern: str) -> str:

@@ -4,14 +4,14 @@ import json
 import tarfile
 from pathlib import Path
 
-from funmatch.data.dataset import UNLABELLED, Reading, Source, Track, untracked
+from funmatch.data.dataset import UNLABELLED, Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import EXTENSIONS
 from funmatch.data.formats.tfrecord import DamagedRecord
 from funmatch.data.readers.shard_paths import shard_paths
 from funmatch.data.readers.tfrecords import Record, number, open_shards
 
 
-def open_tars(pattern: str, reading: Reading, track: Track = untracked) -> Source:
+def open_tars(pattern: str, reading: ReadOptions, track: Track = untracked) -> Dataset:
     """WebDataset shards: tars in which the files of a sample share all of their name up to the first dot.
 
     A label is in `.cls`, or under "label" or "cls" in `.json`. Nothing is unpacked.
@@ -23,7 +23,7 @@ def open_tars(pattern: str, reading: Reading, track: Track = untracked) -> Sourc
     return open_shards(pattern, paths, lambda path: _list_tar(path, reading), reading, track)
 
 
-def _list_tar(path: Path, reading: Reading) -> list[Record]:
+def _list_tar(path: Path, reading: ReadOptions) -> list[Record]:
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -56,7 +56,7 @@ def _list_tar(path: Path, reading: Reading) -> list[Record]:
         raise DamagedRecord(f"is no whole tar ({error}); a compressed one must be unpacked first") from None
 
 
-def _tar_label(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], reading: Reading) -> int:
+def _tar_label(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], reading: ReadOptions) -> int:
     ending = reading.label_feature or next((name for name in ("cls", "json") if name in files), None)
     if ending is None or ending == "none":
         return UNLABELLED

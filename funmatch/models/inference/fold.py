@@ -34,13 +34,13 @@ def fold(net: nn.Module) -> nn.Module:
     for owner in list(net.modules()):
         for name, conv in owner.named_children():
             if isinstance(conv, STANDARDISED):
-                setattr(owner, name, plain(conv))
+                setattr(owner, name, plain_module(conv))
     for conv, norm in batch_norms(net):
         fold_batch_norm(net, conv, norm)
     return net
 
 
-def plain(conv: Any) -> nn.Conv2d:
+def plain_module(conv: Any) -> nn.Conv2d:
     """The convolution with the standardised kernel of one that standardises (Qiao et al., 2019; Brock et al., 2021)."""
     gain = (
         (conv.gain * conv.scale).flatten().double() if isinstance(conv, ScaledStdConv2d | ScaledStdConv2dSame) else None

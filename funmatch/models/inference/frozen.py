@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.models.classifier import Classifier, laid_out
+from funmatch.models.classifier import Classifier, to_memory_format
 from funmatch.models.inference.fold import fold
-from funmatch.models.inference.native_layers import PRECISIONS, group_norms, quicken
+from funmatch.models.inference.native_layers import PRECISIONS, count_group_norms, use_native_kernels
 from funmatch.models.timm_models import head_names
 from funmatch.ops.distances import kl
 from funmatch.ops.native import norms
@@ -30,7 +30,7 @@ SMALL = 1_000_000  # parameters below which no other form is worth its rounding
 
 
 @dataclass(frozen=True)
-class Form:
+class InferenceMode:
     """How a frozen classifier computes.
 
     Attributes:
@@ -54,7 +54,7 @@ class Form:
             [*(["folded"] if self.folded else []), *words, *(name for name, is_so in how.items() if is_so)]
         )
 
-    def fits(self, wish: "Wish") -> bool:
+    def fits(self, wish: "AllowedModes") -> bool:
         """Whether this is a form at all, and one that is allowed: a record of it may have been damaged."""
         flags = all(isinstance(flag, bool) for flag in (self.folded, self.compiled, self.native))
         words = isinstance(self.precision, str) and isinstance(self.layout, str)
@@ -63,24 +63,24 @@ class Form:
         return flags and words and allowed and self.precision in precisions and self.layout in LAYOUTS
 
 
-PLAIN = Form(folded=False)
+PLAIN = InferenceMode(folded=False)
 
 
 class Frozen(nn.Module):
     """A classifier in evaluation mode for good, also after `.train()` on a parent, and without gradients."""
 
-    def __init__(self, classifier: Classifier, form: Form = PLAIN) -> None:
+    def __init__(self, classifier: Classifier, form: InferenceMode = PLAIN) -> None:
         """Takes a classifier over: any other form than `PLAIN` changes its network for ever."""
         super().__init__()
         self.classifier = classifier.requires_grad_(False).eval()
         self.form = form
-        self.size = classifier.count()  # before what is fixed is folded away
+        self.size = classifier.count_parameters()  # before what is fixed is folded away
         net = classifier.net
         if form.folded:
             net = classifier.net = fold(net)
-        laid_out(net.to(DTYPES[form.precision]), LAYOUTS[form.layout])
-        if form.native and not norms.why_not():
-            for norm in group_norms(quicken(net, taught_only=False)):
+        to_memory_format(net.to(DTYPES[form.precision]), LAYOUTS[form.layout])
+        if form.native and not norms.why_unavailable():
+            for norm in count_group_norms(use_native_kernels(net, taught_only=False)):
                 norm.float()  # few numbers, which the kernels read as they are
         if form.precision != "fp32":
             inside = dict(net.named_modules())  # folding may have joined the head with something else
@@ -96,7 +96,7 @@ class Frozen(nn.Module):
     def forward(self, views: Tensor) -> Tensor:
         """Logits (n, classes) in fp32 of views (n, 3, side, side) in [0, 1], whatever autocast is on outside."""
         with torch.autocast(views.device.type, enabled=False):
-            seen = self.classifier.normalised(views.float()).to(DTYPES[self.form.precision])
+            seen = self.classifier.normalize(views.float()).to(DTYPES[self.form.precision])
             seen = seen.contiguous(memory_format=LAYOUTS[self.form.layout])
             answer = self.net_for(seen)(seen)
         return getattr(answer, "logits", answer).float()
@@ -114,7 +114,7 @@ class Frozen(nn.Module):
 
 
 @dataclass(frozen=True)
-class Check:
+class ParityCheck:
     """How a form answers beside the plain one.
 
     Attributes:
@@ -125,7 +125,7 @@ class Check:
         failed: why it could not be computed, or None.
     """
 
-    form: Form
+    form: InferenceMode
     pictures: int
     kl: float
     agreement: float
@@ -141,7 +141,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Wish:
+class AllowedModes:
     """What form a teacher should take.
 
     Attributes:
@@ -154,10 +154,10 @@ class Wish:
     precisions: tuple[str, ...] = ("fp32",)
     compiled: bool = False
     native: bool = False
-    first: Form | None = None
+    first: InferenceMode | None = None
 
 
-def freeze(make: Callable[[], Classifier], views: Tensor, wish: Wish) -> tuple[Frozen, list[Check]]:
+def freeze(make: Callable[[], Classifier], views: Tensor, wish: AllowedModes) -> tuple[Frozen, list[ParityCheck]]:
     """Freezes a teacher in the fastest form that answers the first views as the plain one does.
 
     Args:
@@ -170,25 +170,27 @@ def freeze(make: Callable[[], Classifier], views: Tensor, wish: Wish) -> tuple[F
     plain = Frozen(make().to(views.device))
     truth = torch.cat([plain(part) for part in views.split(AT_ONCE)])
     small = plain.size < SMALL
-    tried: list[Check] = []
+    tried: list[ParityCheck] = []
     del plain
     for form in candidates(make, views[:TIMED], wish, small=small):
         frozen, check = attempt(make, form, views, truth)
         tried.append(check)
         if frozen is not None and (check.good or (len(wish.precisions) == 1 and not check.failed)):
             return frozen, tried
-    return Frozen(make().to(views.device)), [*tried, Check(PLAIN, len(views), 0.0, 1.0)]
+    return Frozen(make().to(views.device)), [*tried, ParityCheck(PLAIN, len(views), 0.0, 1.0)]
 
 
-def candidates(make: Callable[[], Classifier], views: Tensor, wish: Wish, *, small: bool) -> Iterator[Form]:
+def candidates(
+    make: Callable[[], Classifier], views: Tensor, wish: AllowedModes, *, small: bool
+) -> Iterator[InferenceMode]:
     """The forms to try, the fastest first; each is measured, since machines differ."""
     if wish.first:
         yield wish.first
     precisions = ("fp32",) if small and len(wish.precisions) > 1 else wish.precisions
-    seconds: dict[Form, float] = {}
+    seconds: dict[InferenceMode, float] = {}
     for precision in precisions:
-        forms = [Form(precision=precision, layout=layout) for layout in LAYOUTS]
-        seconds |= {forms[0]: 0.0} if small else measured(make, forms, views)
+        forms = [InferenceMode(precision=precision, layout=layout) for layout in LAYOUTS]
+        seconds |= {forms[0]: 0.0} if small else measure(make, forms, views)
     usual = [form for form in seconds if form.precision == "fp32"]
     least = CLEARLY * min((seconds[form] for form in usual), default=float("inf"))
     # Others round more than fp32 does, so they have to be clearly faster.
@@ -202,7 +204,7 @@ def candidates(make: Callable[[], Classifier], views: Tensor, wish: Wish, *, sma
             yield form
 
 
-def measured(make: Callable[[], Classifier], forms: list[Form], views: Tensor) -> dict[Form, float]:
+def measure(make: Callable[[], Classifier], forms: list[InferenceMode], views: Tensor) -> dict[InferenceMode, float]:
     """Seconds for the views in the faster one of forms that differ in their layout; no end of them where both fail.
 
     The first one is the usual one, and the others have to be clearly faster.
@@ -212,7 +214,7 @@ def measured(make: Callable[[], Classifier], forms: list[Form], views: Tensor) -
         frozen = Frozen(make().to(views.device), forms[0])
         for form in forms:
             frozen.form = form
-            laid_out(frozen.classifier.net, LAYOUTS[form.layout])
+            to_memory_format(frozen.classifier.net, LAYOUTS[form.layout])
             frozen(views)
             seconds[form] = statistics.median(_seconds(frozen, views) for _ in range(TURNS))
     except InputError:
@@ -223,7 +225,9 @@ def measured(make: Callable[[], Classifier], forms: list[Form], views: Tensor) -
     return {best: seconds[best]}
 
 
-def attempt(make: Callable[[], Classifier], form: Form, views: Tensor, truth: Tensor) -> tuple[Frozen | None, Check]:
+def attempt(
+    make: Callable[[], Classifier], form: InferenceMode, views: Tensor, truth: Tensor
+) -> tuple[Frozen | None, ParityCheck]:
     """A teacher in a form, and how it answers views whose plain answers are `truth`."""
     try:
         frozen = Frozen(make().to(views.device), form)
@@ -231,19 +235,19 @@ def attempt(make: Callable[[], Classifier], form: Form, views: Tensor, truth: Te
     except InputError:
         raise
     except Exception as error:  # compilers fail in as many ways as machines can be set up
-        return None, Check(form, len(views), 0.0, 0.0, first_line(error))
-    return frozen, compared(form, answers, truth)
+        return None, ParityCheck(form, len(views), 0.0, 0.0, first_line(error))
+    return frozen, compare(form, answers, truth)
 
 
-def compared(form: Form, answers: Tensor, truth: Tensor) -> Check:
+def compare(form: InferenceMode, answers: Tensor, truth: Tensor) -> ParityCheck:
     """The check of answers (n, classes) against the plain teacher's."""
     if not truth.isfinite().all():
-        return Check(form, len(truth), 0.0, 1.0)  # no form is to blame; who judges the teacher will say so
+        return ParityCheck(form, len(truth), 0.0, 1.0)  # no form is to blame; who judges the teacher will say so
     distance = max(0.0, kl(answers, truth).mean().item()) if answers.isfinite().all() else float("inf")
     likely = truth.double().softmax(-1)
     first = likely.gather(-1, answers.argmax(-1, keepdim=True)).squeeze(-1)
     agreement = (first >= likely.amax(-1) - TIED).double().mean().item()
-    return Check(form, len(truth), distance, agreement)
+    return ParityCheck(form, len(truth), distance, agreement)
 
 
 def _seconds(frozen: Frozen, views: Tensor) -> float:

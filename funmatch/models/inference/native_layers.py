@@ -93,7 +93,7 @@ def _kernel(conv: Any) -> Tensor | None:
     weight = conv.weight
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     known = weight.dtype == torch.float32 and weight.device.type == "cpu" and dtype in norms.DTYPES and dense
-    return norms.standardised(weight, conv.eps, dtype) if known and _wanted(conv) else None
+    return norms.standardized_weight(weight, conv.eps, dtype) if known and _wanted(conv) else None
 
 
 class QuickStdConv2d(StdConv2d):
@@ -129,18 +129,18 @@ QUICK: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def gains(net: nn.Module) -> bool:
+def gains_from_native(net: nn.Module) -> bool:
     """Whether a network has something that our kernels compute."""
     return any(type(module) in QUICK for module in net.modules())
 
 
-def group_norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
+def count_group_norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
     """The GroupNorms of a network that our kernels compute, or could."""
     known = {*QUICK, *QUICK.values()}
     return (module for module in net.modules() if isinstance(module, nn.GroupNorm) and type(module) in known)
 
 
-def quicken(net: nn.Module, *, taught_only: bool) -> nn.Module:
+def use_native_kernels(net: nn.Module, *, taught_only: bool) -> nn.Module:
     """Has a network's norms and standardised kernels computed by ours, in place.
 
     Args:

@@ -62,7 +62,7 @@ class Picture:
     are_whole: bool = False
 
 
-class Walk:
+class GraphWalk:
     """The values in a graph, as far as they are needed: constants, and what is done to pictures."""
 
     def __init__(self, graph: Graph, bundle: Bundle) -> None:

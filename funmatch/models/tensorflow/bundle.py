@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from funmatch.data.formats import protobuf
-from funmatch.data.formats.crc32c import crc32c, masked, masked_crc32c
+from funmatch.data.formats.crc32c import crc32c, mask, masked_crc32c
 from funmatch.data.formats.protobuf import Damaged
 from funmatch.errors import InputError
 
@@ -246,7 +246,7 @@ def _copied(path: Path, entry: Entry, into: np.ndarray) -> int:
                 crc = crc32c(piece, crc)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    return masked(crc)
+    return mask(crc)
 
 
 def _check(checksum: int, entry: Entry, path: Path, name: str) -> None:
@@ -280,9 +280,9 @@ def read_strings(bundle: Bundle, name: str) -> list[bytes]:
     crc = 0
     for length in lengths:
         crc = crc32c(struct.pack("<I" if length < 1 << 32 else "<Q", length), crc)
-    if len(content) != at + 4 + sum(lengths) or content[at : at + 4] != struct.pack("<I", masked(crc)):
+    if len(content) != at + 4 + sum(lengths) or content[at : at + 4] != struct.pack("<I", mask(crc)):
         raise InputError(f"{path}: the checksum of the lengths of {name} is wrong, the file is damaged; copy it again")
-    _check(masked(crc32c(content[at:], crc)), entry, path, name)
+    _check(mask(crc32c(content[at:], crc)), entry, path, name)
     strings = []
     at += 4
     for length in lengths:

@@ -11,7 +11,7 @@ import numpy as np
 
 from funmatch.data.formats.protobuf import Damaged, text
 from funmatch.errors import InputError
-from funmatch.models.tensorflow.affine import Picture, Walk
+from funmatch.models.tensorflow.affine import GraphWalk, Picture
 from funmatch.models.tensorflow.bundle import Bundle
 from funmatch.models.tensorflow.graph import Graph, Output, open_graph
 from funmatch.models.tensorflow.nodes import Missing, Node, Unclear, attribute, numbers
@@ -31,7 +31,7 @@ class Strange(ValueError):
 
 
 @dataclass(frozen=True)
-class Sight:
+class Preprocessing:
     """What a graph says of a network.
 
     Attributes:
@@ -55,7 +55,7 @@ class Sight:
     graph: Graph | None = field(default=None, repr=False)
 
 
-def sight(folder: Path, bundle: Bundle) -> Sight:
+def input_preprocessing(folder: Path, bundle: Bundle) -> Preprocessing:
     """What the graph of a SavedModel says of its network.
 
     Raises:
@@ -64,15 +64,15 @@ def sight(folder: Path, bundle: Bundle) -> Sight:
     path = folder / "saved_model.pb"
     try:
         graph = open_graph(path)
-        found = Sight(graph=graph, used=_keys(graph, graph.answers))
+        found = Preprocessing(graph=graph, used=_keys(graph, graph.answers))
         return _seen(found, graph, bundle)
     except Damaged as error:
         raise InputError(f"{path} is damaged: {error}; copy it again") from None
     except Unclear as error:
-        return Sight(why=str(error), is_missing=isinstance(error, Missing))
+        return Preprocessing(why=str(error), is_missing=isinstance(error, Missing))
 
 
-def _seen(found: Sight, graph: Graph, bundle: Bundle) -> Sight:
+def _seen(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preprocessing:
     """What is done to pictures before the one convolution with a kernel of BiT's first shape."""
     first = [
         (output, stem)
@@ -87,7 +87,7 @@ def _seen(found: Sight, graph: Graph, bundle: Bundle) -> Sight:
     found = replace(found, stem=frozenset(stem))
     given = graph.inputs(convolution)[:1]
     try:
-        picture = Walk(graph, bundle).of(given[0])
+        picture = GraphWalk(graph, bundle).of(given[0])
         if not isinstance(picture, Picture):
             raise Unclear("its graph shows the network no pictures")
         _check_border(graph.node(convolution), picture)
@@ -155,7 +155,7 @@ def _written(values: np.ndarray) -> str:
     return ", ".join(f"{value:.4g}" for value in dict.fromkeys(values.tolist()))
 
 
-def after_head(seen: Sight, kernel: str, bias: str, where: str) -> tuple[str, ...]:
+def after_head(seen: Preprocessing, kernel: str, bias: str, where: str) -> tuple[str, ...]:
     """What a person should know of what a graph does to the logits of its head.
 
     Args:

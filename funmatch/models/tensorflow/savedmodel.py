@@ -22,7 +22,7 @@ from funmatch.data.formats.protobuf import Damaged
 from funmatch.errors import InputError
 from funmatch.models.bit import STEM, layout
 from funmatch.models.tensorflow.bundle import Bundle, open_bundle, read, read_strings
-from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs, after_head, sight
+from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs, after_head, input_preprocessing
 from funmatch.models.weights import Lazily
 
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
@@ -98,7 +98,7 @@ def open_savedmodel(folder: Path) -> Savedmodel:
         graph = _graph(b"".join(read_strings(bundle, GRAPH)))
     except Damaged as error:
         raise InputError(f"{folder} holds a graph of objects that cannot be read: {error}; copy it again") from None
-    seen = sight(folder, bundle)
+    seen = input_preprocessing(folder, bundle)
     beside = _beside(graph) | seen.before
     if seen.used is not None:
         beside |= set(bundle.entries) - seen.used  # what the answer is not computed from

@@ -52,20 +52,20 @@ SIGNATURES = {
 }
 
 
-def compiler() -> str | None:
+def find_compiler() -> str | None:
     """The C++ compiler of this machine, `$CXX` or one of the usual names."""
     return next(
         (found for name in (os.environ.get("CXX"), "c++", "g++") if name and (found := shutil.which(name))), None
     )
 
 
-def why_not() -> str:
+def why_unavailable() -> str:
     """Why it cannot be had here; empty where it can. The first time this takes a second or two: it is compiled."""
     with MAKING:  # threads that make views ask at once
         return _opened()[1]
 
 
-def library() -> Any:
+def load_library() -> Any:
     """The functions of `native.cpp`, where `why_not` says nothing."""
     opened, why = _opened()
     assert opened is not None, why
@@ -95,7 +95,7 @@ def _bound(opened: Any) -> Any:
 
 def _built() -> Path:
     """The compiled library in our cache: one for each source, compiler, and kind of processor."""
-    name = compiler()
+    name = find_compiler()
     if name is None:
         raise OSError("there is no C++ compiler; install g++, or say by CXX where one is")
     version = subprocess.run([name, "--version"], capture_output=True, timeout=60).stdout

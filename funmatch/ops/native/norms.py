@@ -20,9 +20,11 @@ FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever t
 
 
 @cache
-def why_not() -> str:
+def why_unavailable() -> str:
     """Why these kernels cannot be had here; empty where they can."""
-    return library.why_not() or ("" if _computes() else "what the compiler made of them computes something else")
+    return library.why_unavailable() or (
+        "" if _computes() else "what the compiler made of them computes something else"
+    )
 
 
 def _computes() -> bool:
@@ -51,7 +53,7 @@ def _addresses(*tensors: Tensor) -> list[int]:
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, relu: bool) -> tuple[Tensor, Tensor]:
     """The normalised pictures, and the mean and 1 / deviation of each group: (2, n, groups)."""
     y, kept = torch.empty_like(x), torch.empty(2, len(x), groups, **FLOATS)
-    call = getattr(library.library(), f"norm_{DTYPES[x.dtype]}")
+    call = getattr(library.load_library(), f"norm_{DTYPES[x.dtype]}")
     call(*_addresses(x, y, kept[0], kept[1], weight, bias), _shape(x, groups, relu=relu), eps)
     return y, kept
 
@@ -62,7 +64,7 @@ def _norm_back(
     """Gradients of the pictures, of weight, and of bias."""
     given = given.contiguous(memory_format=torch.channels_last)
     back, shares = torch.empty_like(x), torch.empty(2, len(x), x.shape[1], **FLOATS)
-    call = getattr(library.library(), f"norm_back_{DTYPES[x.dtype]}")
+    call = getattr(library.load_library(), f"norm_back_{DTYPES[x.dtype]}")
     addresses = _addresses(given, x, back, shares[0], shares[1], kept[0], kept[1], weight, bias)
     call(*addresses, _shape(x, groups, relu=relu))
     own, shift = shares.sum(1)
@@ -77,7 +79,7 @@ def _shape(x: Tensor, groups: int, *, relu: bool) -> library.Shape:
 def _standardise(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The standardised filters, and the mean and 1 / deviation of each: (2, filters)."""
     made, kept = torch.empty_like(weight, dtype=dtype), torch.empty(2, len(weight), **FLOATS)
-    call = getattr(library.library(), f"standardise_{DTYPES[dtype]}")
+    call = getattr(library.load_library(), f"standardise_{DTYPES[dtype]}")
     call(*_addresses(weight, made, kept[0], kept[1]), len(weight), weight[0].numel(), eps, torch.get_num_threads())
     return made, kept
 
@@ -86,7 +88,7 @@ def _standardise_back(given: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
     if given.stride() != weight.stride():
         given = torch.empty_like(weight, dtype=given.dtype).copy_(given)
     back = torch.empty_like(weight)
-    call = getattr(library.library(), f"standardise_back_{DTYPES[given.dtype]}")
+    call = getattr(library.load_library(), f"standardise_back_{DTYPES[given.dtype]}")
     addresses = _addresses(given, weight, back, kept[0], kept[1])
     call(*addresses, len(weight), weight[0].numel(), torch.get_num_threads())
     return back
@@ -130,7 +132,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
     return _Norm.apply(x, weight, bias, groups, eps, relu)
 
 
-def standardised(weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def standardized_weight(weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Filters with mean 0 and deviation 1 (Qiao et al., 2019), in the precision in which they are multiplied.
 
     Args:

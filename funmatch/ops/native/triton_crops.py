@@ -46,7 +46,7 @@ def _look(flat, corners, axes, views, side, BLOCK: tl.constexpr):
     tl.store(views + picture.to(tl.int64) * values + place, value / 255, mask=inside)
 
 
-def looked(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
+def sample(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
     """As `resample.gathered`."""
     views = torch.empty(len(corners), side, side, 3, device=flat.device)
     grid = len(corners), triton.cdiv(3 * side * side, BLOCK)

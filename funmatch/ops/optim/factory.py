@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import timm.optim
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.ops.optim.shampoo import Shampoo
-from funmatch.ops.optim.shampoo_blocks import Share, alone
-from funmatch.ops.optim.updates import kernels
+from funmatch.ops.optim.shampoo_blocks import Share, whole_shape
+from funmatch.ops.optim.updates import decayed_parameters
 
 Groups = list[dict[str, Any]]
 TWICE = "it differentiates the gradient once more, which the loop here does not prepare"
@@ -30,27 +31,27 @@ KNOBS = {"params", "lr", "weight_decay", "momentum", "share"}
 """What an optimizer is given otherwise than as an option."""
 
 
-def names() -> list[str]:
+def list_optimizers() -> list[str]:
     """All optimizers that `make` knows: those of this module, and timm's."""
-    return sorted({*OWN, *map(str, list_optimizers())} - REFUSED.keys())
+    return sorted({*OWN, *map(str, timm.optim.list_optimizers())} - REFUSED.keys())
 
 
-def check(name: str) -> None:
+def check_name(name: str) -> None:
     """Raises an `InputError` where no optimizer has this name."""
     if name in REFUSED:
         raise InputError(f"optimizer {name} cannot be used: {REFUSED[name]}")
-    if name not in names():
-        raise unknown("optimizer", name, names())
+    if name not in list_optimizers():
+        raise unknown("optimizer", name, list_optimizers())
 
 
-def momentum_of(name: str, asked: float | None) -> float:
+def resolve_momentum(name: str, asked: float | None) -> float:
     """The momentum that was asked for, or is usual; an `InputError` where no optimizer has this name."""
-    check(name)
+    check_name(name)
     usual = 0.95 if "muon" in name else 0.9
     return usual if asked is None else asked
 
 
-def make(
+def create_optimizer(
     name: str,
     model: nn.Module,
     lr: float,
@@ -59,7 +60,7 @@ def make(
     momentum: float | None = None,
     momentum_dtype: str = "fp32",
     options: Mapping[str, Any] | None = None,
-    share: Share = alone,
+    share: Share = whole_shape,
 ) -> torch.optim.Optimizer:
     """The optimizer with this name, of the parameters of a model that are taught.
 
@@ -76,7 +77,7 @@ def make(
     Raises:
         InputError: no such optimizer or option, or a library that it needs is not here.
     """
-    momentum = momentum_of(name, momentum)
+    momentum = resolve_momentum(name, momentum)
     if momentum_dtype != "fp32" and name != "adamw":
         raise InputError(f"momentum_dtype {momentum_dtype} belongs to optimizer adamw, not {name}")
     own = {"adamw": {"dtype": momentum_dtype}, "shampoo": {"share": share}}.get(name, {})
@@ -129,7 +130,7 @@ def _try_out(name: str, model: nn.Module, lr: float, momentum: float, options: M
 
 def _groups(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The kernels that are taught, and the other parameters; timm's optimizers have no weight decay of their own."""
-    decaying = kernels(model)
+    decaying = decayed_parameters(model)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     first: dict[str, Any] = {"params": [p for name, p in named if name in decaying], "weight_decay": 0.0}
     second: dict[str, Any] = {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0}

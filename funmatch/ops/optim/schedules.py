@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 
 
-def risen(step: int, warmup_steps: int) -> float:
+def warmup(step: int, warmup_steps: int) -> float:
     """Linear warm-up: from 0 at step 0 to 1 at `warmup_steps`."""
     return min(step / warmup_steps, 1.0) if warmup_steps else 1.0
 
 
-def gone(step: int, steps: int, since: int) -> float:
+def progress(step: int, steps: int, since: int) -> float:
     """The share of the way from step `since` to the end that is behind, in [0, 1]."""
     return min(max((step - since) / max(steps - since, 1), 0.0), 1.0)
 
@@ -22,12 +22,12 @@ def cosine(step: int, steps: int, warmup_steps: int) -> float:
         steps: length of the run.
         warmup_steps: during which the factor also rises linearly.
     """
-    return risen(step, warmup_steps) * (1 + math.cos(math.pi * gone(step, steps, warmup_steps))) / 2
+    return warmup(step, warmup_steps) * (1 + math.cos(math.pi * progress(step, steps, warmup_steps))) / 2
 
 
 def power(step: int, steps: int, warmup_steps: int, exponent: int) -> float:
     """Linear warm-up from 0, then (1 − t)^exponent with t from 0 to 1: a line, or the paper's parabola for Shampoo."""
-    return risen(step, warmup_steps) * (1 - gone(step, steps, warmup_steps)) ** exponent
+    return warmup(step, warmup_steps) * (1 - progress(step, steps, warmup_steps)) ** exponent
 
 
 def wsd(step: int, steps: int, warmup_steps: int, cooldown_steps: int | None, shape: str = "sqrt") -> float:
@@ -41,8 +41,8 @@ def wsd(step: int, steps: int, warmup_steps: int, cooldown_steps: int | None, sh
         shape: sqrt or linear.
     """
     length = cooldown_length(steps, cooldown_steps)
-    behind = gone(step, steps, steps - length) if length else 0.0
-    return risen(step, warmup_steps) * (1 - (math.sqrt(behind) if shape == "sqrt" else behind))
+    behind = progress(step, steps, steps - length) if length else 0.0
+    return warmup(step, warmup_steps) * (1 - (math.sqrt(behind) if shape == "sqrt" else behind))
 
 
 def cooldown_length(steps: int, cooldown_steps: int | None) -> int:
@@ -58,7 +58,7 @@ def staircase(step: int, warmup_steps: int, decay_steps: Sequence[int], factors:
         factors: after each of these steps; by default 0.1, 0.01, …
     """
     levels = (1.0, *(factors or [0.1 ** (i + 1) for i in range(len(decay_steps))]))
-    return risen(step, warmup_steps) * levels[sum(step >= each for each in decay_steps)]
+    return warmup(step, warmup_steps) * levels[sum(step >= each for each in decay_steps)]
 
 
 def factor(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funmatch.ops.optim.shampoo_blocks import Share, Stacks, alone, merged
+from funmatch.ops.optim.shampoo_blocks import Share, Stacks, merged, whole_shape
 
 GRAFTS = ("none", "sgd", "sqrtn", "adagrad", "adagrad-normalized", "rmsprop", "rmsprop-normalized")
 
@@ -57,7 +57,7 @@ class Shampoo(torch.optim.Optimizer):
         no_preconditioning_for_layers_with_dim_gt: int = 8192,
         matrix_eps: float = 1e-6,
         diagonal_eps: float = 1e-10,
-        share: Share = alone,
+        share: Share = whole_shape,
     ) -> None:
         if graft_type not in GRAFTS:
             raise ValueError(f"graft_type {graft_type!r} is none of {', '.join(GRAFTS)}")
@@ -114,7 +114,7 @@ class Shampoo(torch.optim.Optimizer):
         stacks.bind(self.state)
         blocks = stacks.cut([p.grad for p in matrices if p.grad is not None])
         if step % self.statistics_every == 0:
-            stacks.follow_(blocks, beta2)
+            stacks.update_statistics_(blocks, beta2)
         if step % self.roots_every == 0:
             stacks.solve_(self.matrix_eps, self.share)
         return dict(zip(matrices, stacks.paste(stacks.whitened(blocks)), strict=True))

@@ -17,7 +17,7 @@ Share = Callable[..., Tensor]
 processes may each do a part of it and tell each other."""
 
 
-def alone(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+def whole_shape(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
     """All of the work, here."""
     return work(*stacks)
 
@@ -150,7 +150,7 @@ class Stacks:
                 grid.paste_(made[number], part)
         return [tensor.view(like.shape) for tensor, like in zip(made, self.tensors, strict=True)]
 
-    def follow_(self, blocks: dict[Shape, Tensor], decay: float) -> None:
+    def update_statistics_(self, blocks: dict[Shape, Tensor], decay: float) -> None:
         """Takes G·Gᵀ of each unfolding into the statistics, but where it overflows; a decay of 1 sums up."""
         for block, gradients in blocks.items():
             for axis in range(len(block)):

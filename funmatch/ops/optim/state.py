@@ -17,7 +17,7 @@ SET = {"params", "lr"}
 """What a group has from its maker or from the schedule."""
 
 
-def packed(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that an optimizer of a model's parameters remembers."""
     tensors: dict[str, Tensor] = {}
     for i, group in enumerate(optimizer.param_groups):
@@ -29,7 +29,7 @@ def packed(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return tensors
 
 
-def unpack_(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_state_(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Makes an optimizer remember what was packed.
 
     Values are copied into tensors laid out in memory as those of an optimizer that was never packed: the vector units

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def kernels(model: nn.Module) -> set[str]:
+def decayed_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that decay: weights of convolutions and linear maps, no bias, norm or embedding."""
     return {
         f"{prefix}.{name}" if prefix else name
@@ -19,18 +19,18 @@ def kernels(model: nn.Module) -> set[str]:
     }
 
 
-def set_factor(optimizer: torch.optim.Optimizer, lr: float, factor: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, factor: float) -> None:
     """Puts the schedule's factor into every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
 
 
-def clip_(parameters: list[nn.Parameter], norm: float) -> Tensor:
+def clip_grad_norm_(parameters: list[nn.Parameter], norm: float) -> Tensor:
     """Scales all gradients together so that their global norm is at most `norm`; returns the norm before."""
     return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
 
-class Average(Generic[Model]):
+class EMA(Generic[Model]):
     """The exponential moving average of a model's weights and statistics.
 
     Early on it forgets faster, by (1 + t) / (10 + t) at step t, so that the random beginning has no share in it.
@@ -44,7 +44,7 @@ class Average(Generic[Model]):
         self.model: Model = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def follow(self, model: Model, step: int) -> None:
+    def update(self, model: Model, step: int) -> None:
         """Takes the model's weights after `step` updates into the average."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         kept, now = (dict(each.state_dict()) for each in (self.model, model))

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.ops.optim.state import packed, unpack_
+from funmatch.ops.optim.state import load_optimizer_state_, optimizer_state_dict
 from funmatch.runtime.files import folder_atomically
-from funmatch.runtime.log import say
+from funmatch.runtime.log import info
 
 KEPT = 2
 STUDENT, OPTIMIZER, AVERAGE = "student.safetensors", "optimizer.safetensors", "average.safetensors"
@@ -30,7 +30,7 @@ Files = Mapping[str, Mapping[str, Tensor]]
 
 def tensors_of(student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None) -> Files:
     """What is saved of a student, of its optimizer, and of the average of its weights: as they are, not copied."""
-    files = {STUDENT: student.state_dict(), OPTIMIZER: packed(student, optimizer)}
+    files = {STUDENT: student.state_dict(), OPTIMIZER: optimizer_state_dict(student, optimizer)}
     return files if average is None else files | {AVERAGE: average.state_dict()}
 
 
@@ -133,7 +133,7 @@ def restore(
         try:
             return _restore(checkpoint, student, optimizer, average)
         except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
-            say(f"{checkpoint} is damaged ({first_line(error)})")
+            info(f"{checkpoint} is damaged ({first_line(error)})")
     if found:
         raise InputError(f"no checkpoint in {folder} can be read; start again with another --out")
     return None
@@ -146,7 +146,7 @@ def _restore(
     student.load_state_dict(load_file(newest / STUDENT))
     if average is not None:
         average.load_state_dict(load_file(newest / AVERAGE))
-    unpack_(student, optimizer, load_file(newest / OPTIMIZER))
+    load_optimizer_state_(student, optimizer, load_file(newest / OPTIMIZER))
     go_back(newest.parent, state["step"])  # what is later will be walked again
     return state
 

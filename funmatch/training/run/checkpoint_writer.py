@@ -9,7 +9,7 @@ WAITING = 2
 """Checkpoints that may wait to be written: each is a copy of the student and its optimizer in memory."""
 
 
-class Keeper:
+class CheckpointWriter:
     """Writes one thing after another in a thread of its own.
 
     What fails is raised where the next thing is asked for, or at the end; nothing more is written after it.
@@ -20,7 +20,7 @@ class Keeper:
         self.waiting: deque[Future[None]] = deque()
         self.failed = False
 
-    def later(self, write: Callable[[], object]) -> None:
+    def submit(self, write: Callable[[], object]) -> None:
         """Has something written; waits where too much waits already."""
 
         def written() -> None:
@@ -32,7 +32,7 @@ class Keeper:
         self._await(WAITING - 1)
         self.waiting.append(self.pool.submit(written))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Waits until all is written."""
         self._await(0)
 
@@ -40,10 +40,10 @@ class Keeper:
         while self.waiting and (len(self.waiting) > most or self.waiting[0].done()):
             self.waiting.popleft().result()
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
         self.pool.shutdown()  # waits
         if kind is None:
-            self.settle()
+            self.flush()

@@ -16,7 +16,7 @@ from typing import Any
 from funmatch.errors import InputError
 from funmatch.ops.optim import schedules
 from funmatch.runtime.files import folder_atomically, lock_file, write_atomically
-from funmatch.runtime.log import say
+from funmatch.runtime.log import info
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
 
@@ -40,7 +40,7 @@ def warmup_of(folder: Path) -> int | None:
     return knobs.get("warmup_steps") if knobs.get("schedule") == "wsd" else None
 
 
-def prolong(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> None:
+def extend(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> None:
     """Makes a run longer if all that is asked otherwise is its length; else leaves it as it is.
 
     Whenever this is interrupted, the same command does the rest, and the old command still ends as it did.
@@ -65,13 +65,13 @@ def prolong(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any
         _branch_off(run, old, then["knobs"]["steps"])
         write_atomically(run.folder / "config.json", json.dumps(then | {"knobs": now["knobs"]}, indent=2))
     lengths = f"from {then['knobs']['steps']:,} to {knobs['steps']:,} steps"
-    say(f"{run.folder}: prolonged {lengths}; its warm-up stays {knobs['warmup_steps']:,} steps long")
+    info(f"{run.folder}: prolonged {lengths}; its warm-up stays {knobs['warmup_steps']:,} steps long")
 
 
 def _check(run: run_folder.Run, before: int, after: int, old: int, new: int) -> None:
     """Raises `InputError` unless a run can become so long: `old` and `new` are the steps where the cool-downs begin."""
     if after < before:
-        places = [each.folder for each in kept(run) if each.folder.name.endswith(f"-{after:09}")]
+        places = [each.folder for each in earlier_ends(run) if each.folder.name.endswith(f"-{after:09}")]
         also = f"; its end at step {after:,} is kept in {places[0]}" if places else ""
         raise InputError(f"{run.folder} holds a run of {before:,} steps, which can be made longer, not {after:,}{also}")
     if new < old:
@@ -106,7 +106,7 @@ def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
         shutil.rmtree(run.folder / name, ignore_errors=True)
 
 
-def kept(run: run_folder.Run) -> list[run_folder.Run]:
+def earlier_ends(run: run_folder.Run) -> list[run_folder.Run]:
     """The ends that a run has gone beyond, the first one first; each has a result and the records of its cool-down."""
     return [
         run_folder.Run(path)

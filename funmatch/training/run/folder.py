@@ -13,7 +13,7 @@ from funmatch.config import TAUGHT, UNCOMPARED
 from funmatch.errors import InputError
 from funmatch.runtime import distributed, env
 from funmatch.runtime.files import lock_file, write_atomically
-from funmatch.training.run.metrics_log import Metrics
+from funmatch.training.run.metrics_log import MetricsLog
 
 TOLD = {
     "data": "the data's content",
@@ -60,8 +60,8 @@ class Run:
             return None  # a damaged result is made again from the last checkpoint
 
     @property
-    def metrics(self) -> Metrics:
-        return Metrics(self.folder / "metrics.jsonl")
+    def metrics(self) -> MetricsLog:
+        return MetricsLog(self.folder / "metrics.jsonl")
 
     @property
     def checkpoints(self) -> Path:
@@ -76,7 +76,7 @@ class Run:
         write_atomically(self.folder / "result.json", json.dumps(finite(figures), indent=2))
 
 
-def find(folder: Path) -> Run:
+def find_run(folder: Path) -> Run:
     """The run in a folder, or an `InputError` that says what is there instead."""
     folder = folder.expanduser()
     if not folder.is_dir():
@@ -90,7 +90,7 @@ def find(folder: Path) -> Run:
     return run
 
 
-def begun(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def provenance_if_same(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """The facts of the run in a folder, if it was asked the same; else nothing."""
     run = Run(folder.expanduser())
     if not (run.folder / "config.json").is_file():
@@ -102,12 +102,12 @@ def begun(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any])
     return {} if differences(config, record_of(verb, knobs, facts)) else config["facts"]
 
 
-def knobs_of(folder: Path) -> dict[str, Any]:
+def options_of(folder: Path) -> dict[str, Any]:
     """What the run in a folder was begun with; nothing where there is none."""
     return _part_of(folder, "knobs")
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
+def provenance_of(folder: Path) -> dict[str, Any]:
     """What was found when the run in a folder was begun; nothing where there is none."""
     return _part_of(folder, "facts")
 
@@ -120,9 +120,9 @@ def _part_of(folder: Path, name: str) -> dict[str, Any]:
         return {}  # whoever opens the run will say so
 
 
-def finished(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
+def result_if_same(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
     """The figures of the run in a folder, if it is over and was asked the same."""
-    return Run(folder.expanduser()).result if begun(folder, verb, knobs, facts) else None
+    return Run(folder.expanduser()).result if provenance_if_same(folder, verb, knobs, facts) else None
 
 
 def record_of(verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def record_of(verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[s
 
 
 @contextmanager
-def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> Generator[Run]:
+def open_run(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> Generator[Run]:
     """Begins a run in a new folder, or goes on with the one that is there if it was asked the same.
 
     Of several processes the first does so, and holds the lock; the others wait for it.
@@ -144,8 +144,8 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
         InputError: the folder holds something else, a run with another configuration, or one that is running.
     """
     folder = folder.expanduser()
-    if not env.is_first():
-        distributed.wait()
+    if not env.is_main_process():
+        distributed.barrier()
         if not (folder / "config.json").is_file():
             raise InputError(f"process {env.rank()} does not see {folder}; --out must lie where all processes see it")
         yield Run(folder)
@@ -166,7 +166,7 @@ def opened(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
     with lock:
         for partial in folder.glob(".*.partial"):
             partial.unlink(missing_ok=True)  # left by a process that was killed
-        distributed.wait()
+        distributed.barrier()
         yield Run(folder)
 
 
@@ -187,7 +187,7 @@ def _begin(run: Run, record: dict[str, Any]) -> None:
     if not path.is_file():
         write_atomically(path, json.dumps(record, indent=2))
         return
-    differing = differences(find(run.folder).config, record)
+    differing = differences(find_run(run.folder).config, record)
     if differing:
         lines = "\n  ".join(differing)
         longer = any(line.startswith("steps:") for line in differing) and record["knobs"].get("schedule") != "wsd"

@@ -9,7 +9,7 @@ from funmatch.runtime import env
 from funmatch.runtime.files import disk_errors, write_atomically
 
 
-class Metrics:
+class MetricsLog:
     """The records of a run: one JSON object a line, each with its `event` and `step`; the first process writes them."""
 
     def __init__(self, path: Path) -> None:
@@ -17,7 +17,7 @@ class Metrics:
 
     def write(self, event: str, step: int, **figures: Any) -> None:
         """Adds a record, whole or not at all as far as a reader is concerned."""
-        if not env.is_first():
+        if not env.is_main_process():
             return
         line = json.dumps({"event": event, "step": step, **figures})
         with disk_errors(self.path), open(self.path, "a") as file:
@@ -36,9 +36,9 @@ class Metrics:
                     records.append(record)
         return records
 
-    def cut(self, step: int) -> None:
+    def truncate(self, step: int) -> None:
         """Forgets what was recorded after `step`, which will be walked again."""
-        if not env.is_first():
+        if not env.is_main_process():
             return
         kept = [record for record in self.read() if record["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(record) + os.linesep for record in kept))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass
-class Standing:
+class TrainState:
     """Where a run stands besides its tensors: what `state.json` of a checkpoint holds."""
 
     step: int = 0
@@ -20,8 +20,8 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Judged:
+class TeacherLogits:
     """What the teachers say of the watched split's pictures, (n, classes): together, and each."""
 
-    together: Tensor
-    each: list[Tensor]
+    combined: Tensor
+    members: list[Tensor]

@@ -19,22 +19,22 @@ from funmatch.config import Distill
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import InputError
-from funmatch.models.ensemble import Teachers
+from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
-from funmatch.ops.sampling import ENSEMBLE, generator, inception_boxes, whole_boxes
+from funmatch.ops.sampling import ENSEMBLE, generator, sample_inception_boxes, sample_whole_boxes
 from funmatch.runtime import devices
 from funmatch.runtime.files import cache_home, lock_file, write_array
-from funmatch.runtime.log import Bar, say
-from funmatch.runtime.prefetch import ahead
-from funmatch.training.setup import Lesson
-from funmatch.training.teachers.loading import CHECKED, Called
+from funmatch.runtime.log import ProgressBar, info
+from funmatch.runtime.prefetch import prefetch_map
+from funmatch.training.setup import TrainSetup
+from funmatch.training.teachers.loading import CHECKED, LoadedTeacher
 
 PART = 1024
 """Views that are answered between two writes to the disk, about."""
 
 
 @dataclass(frozen=True)
-class Looks:
+class FixedViews:
     """How a fixed teacher looks at pictures.
 
     Attributes:
@@ -67,49 +67,49 @@ class Looks:
         size = np.full(self.crops, pixels.shape[0]), np.full(self.crops, pixels.shape[1])
         rng = generator(0, picture, ENSEMBLE)
         if self.look == "whole":
-            boxes, flips = whole_boxes(rng, *size), np.zeros(self.crops, bool)
+            boxes, flips = sample_whole_boxes(rng, *size), np.zeros(self.crops, bool)
         else:
             flips = rng.random(self.crops) < 0.5
-            boxes = inception_boxes(rng, *size, min_area=self.min_area)
+            boxes = sample_inception_boxes(rng, *size, min_area=self.min_area)
         boxes, flips = boxes[which], flips[which]
         taken = [pixels[top : top + height, left : left + width] for top, left, height, width in boxes.tolist()]
         boxes[:, :2] = 0
         return {side: crop_resize_flip(taken, boxes, flips, side) for side in sides}
 
 
-def looks_of(lesson: Lesson) -> Looks:
+def fixed_views(lesson: TrainSetup) -> FixedViews:
     """How the teachers of a resolved configuration look at pictures."""
     config = lesson.config
     assert isinstance(config, Distill)
     look = STRATEGIES[config.strategy].teacher
     crops = config.teacher_crops if look == "ensemble" else 1
     split = lesson.cache.splits["train"]
-    return Looks(
+    return FixedViews(
         split, look, crops, lesson.view.side, config.resize or 0, config.crop == "squash", config.crop_min_area
     )
 
 
-def first_views(lesson: Lesson, called: Sequence[Called]) -> dict[int, Tensor]:
+def first_views(lesson: TrainSetup, called: Sequence[LoadedTeacher]) -> dict[int, Tensor]:
     """Views of the first training pictures by side, to hold a teacher's fast forms against the plain one."""
-    looks, sides = looks_of(lesson), {one.side for one in called}
+    looks, sides = fixed_views(lesson), {one.side for one in called}
     pictures = range(min(CHECKED, lesson.view.batch, len(looks.split)))
     each = [looks.views(picture, slice(1), sorted(sides)) for picture in pictures]
     return {side: torch.cat([views[side] for views in each]) for side in sides}
 
 
-def computed_before(lesson: Lesson, teachers: Teachers) -> Lesson:
+def compute_fixed_logits(lesson: TrainSetup, teachers: TeacherEnsemble) -> TrainSetup:
     """The lesson with what its teachers say of each training picture, alone and always."""
-    looks = looks_of(lesson)
+    looks = fixed_views(lesson)
     sides = sorted({member.side for member in teachers.members})
     asked = {
         "data": lesson.cache.key,
         "pictures": hashlib.blake2b(looks.split.digests.tobytes(), digest_size=16).hexdigest(),
-        "teacher": lesson.facts["teacher"],
-        "forms": [record["form"] for record in lesson.facts["teacher_forms"]],
+        "teacher": lesson.provenance["teacher"],
+        "forms": [record["form"] for record in lesson.provenance["teacher_forms"]],
         "sides": [member.side for member in teachers.members],
         "look": looks.look,
         "crops": looks.crops,
-        "function": lesson.facts["teacher_function"],
+        "function": lesson.provenance["teacher_function"],
         "central": [looks.resize / looks.side, looks.squash] if looks.look == "central" else None,
         "min_area": looks.min_area if looks.look == "ensemble" else None,
     }
@@ -120,15 +120,15 @@ def computed_before(lesson: Lesson, teachers: Teachers) -> Lesson:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "about.json").write_text(json.dumps(asked, indent=1))
         views = len(looks.split) * looks.crops * len(teachers.members)
-        say(f"the teacher is fixed: it answers {views:,} views once, kept in {folder}")
+        info(f"the teacher is fixed: it answers {views:,} views once, kept in {folder}")
         _compute(folder, looks, teachers, sides, lesson, shape)
     whole = _read(folder / "answers.npy", shape)
     if whole is None:
         raise InputError(f"{folder / 'answers.npy'} was damaged while it was read; start the same command again")
     each = torch.from_numpy(whole).unbind(1)
     assert isinstance(lesson.config, Distill)
-    known = teachers.combined(each, lesson.config.temperature)
-    return replace(lesson, known=known, facts=lesson.facts | {"answers": name})
+    known = teachers.combine_logits(each, lesson.config.temperature)
+    return replace(lesson, known=known, provenance=lesson.provenance | {"answers": name})
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -141,20 +141,25 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
     except (OSError, ValueError, EOFError):
         pass
-    say(f"{path} is damaged and is made again")
+    info(f"{path} is damaged and is made again")
     path.unlink(missing_ok=True)
     return None
 
 
 def _compute(
-    folder: Path, looks: Looks, teachers: Teachers, sides: list[int], lesson: Lesson, shape: tuple[int, ...]
+    folder: Path,
+    looks: FixedViews,
+    teachers: TeacherEnsemble,
+    sides: list[int],
+    lesson: TrainSetup,
+    shape: tuple[int, ...],
 ) -> None:
     """Answers part after part, leaving out those that other processes are at, until all are there."""
     count = len(looks.split)
     size = max(1, PART // looks.crops)
     parts = {folder / f"part-{start:09}.npy": range(start, min(start + size, count)) for start in range(0, count, size)}
     whole = folder / "answers.npy"
-    with Bar("teacher", count) as bar:
+    with ProgressBar("teacher", count) as bar:
         while not whole.is_file():
             missing = {path: pictures for path, pictures in parts.items() if not path.is_file()}
             bar.update(count - sum(map(len, missing.values())))
@@ -189,7 +194,9 @@ def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None
 
 
 @torch.inference_mode()
-def _answered(looks: Looks, teachers: Teachers, pictures: range, sides: list[int], lesson: Lesson) -> np.ndarray:
+def _answered(
+    looks: FixedViews, teachers: TeacherEnsemble, pictures: range, sides: list[int], lesson: TrainSetup
+) -> np.ndarray:
     """What each teacher says of some pictures, (pictures, teachers, classes) float32.
 
     Of one view these are its logits; of several log Σ softmax(logits) / n, whose softmax are the mean probabilities.
@@ -204,10 +211,10 @@ def _answered(looks: Looks, teachers: Teachers, pictures: range, sides: list[int
         made = [looks.views(picture, slice(start, start + batch), sides) for picture, start in some]
         return {side: torch.cat([views[side] for views in made]) for side in sides}
 
-    device, told = lesson.course.device, []
-    for views in ahead(make, 0, -(-len(each) // together), devices.spare_threads()):
+    device, told = lesson.loop.device, []
+    for views in prefetch_map(make, 0, -(-len(each) // together), devices.spare_threads()):
         shown = {side: view.to(device) for side, view in views.items()}
-        told.append(torch.stack([member.answers(shown[member.side]).float().cpu() for member in teachers.members], 1))
+        told.append(torch.stack([member.logits(shown[member.side]).float().cpu() for member in teachers.members], 1))
     answers = torch.cat(told).view(len(pictures), looks.crops, len(teachers.members), -1)
     if looks.crops == 1:
         return answers[:, 0].numpy()

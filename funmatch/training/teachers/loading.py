@@ -15,27 +15,27 @@ from funmatch.config import Distill, Evaluate
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import InputError
-from funmatch.models.class_map import SAME_NAMES, Picks, match, read_map
+from funmatch.models.class_map import SAME_NAMES, ClassMap, map_classes, read_map
 from funmatch.models.classifier import Classifier, check_side, fingerprint, function_of
-from funmatch.models.ensemble import Member, Teachers
-from funmatch.models.inference.frozen import SMALL, Form, Frozen, Wish, freeze
-from funmatch.models.inference.native_layers import group_norms
+from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
+from funmatch.models.inference.frozen import SMALL, AllowedModes, Frozen, InferenceMode, freeze
+from funmatch.models.inference.native_layers import count_group_norms
 from funmatch.models.load import load
 from funmatch.ops.native import norms
 from funmatch.runtime import devices
 from funmatch.runtime.files import cache_home, write_atomically
-from funmatch.runtime.log import say, say_notes
+from funmatch.runtime.log import info, info_notes
 from funmatch.runtime.text import percent
 from funmatch.training import scoring
 
 Modules = dict[str, nn.Module]
 """Modules that were given from Python, by the names that stand for them."""
 CHECKED = 256  # pictures of the first batch, at most, on which a form is held against the plain teacher
-BELOW_ITS_CARD = 0.1  # of accuracy, from which a teacher is loudly doubted
+BELOW_CARD_WARNING = 0.1  # of accuracy, from which a teacher is loudly doubted
 
 
 @dataclass(frozen=True)
-class Called:
+class LoadedTeacher:
     """A teacher that was loaded, in training's plain form.
 
     Attributes:
@@ -48,11 +48,11 @@ class Called:
         share: its weight among all.
     """
 
-    make: Callable[[], Classifier]
+    load_again: Callable[[], Classifier]
     classifier: Classifier
     digest: str
     function: str
-    picks: Picks | None
+    class_map: ClassMap | None
     side: int
     share: float
 
@@ -61,12 +61,12 @@ class Called:
         return self.classifier.card.name
 
     @property
-    def answered(self) -> int:
+    def num_classes(self) -> int:
         """Classes that are asked of it."""
-        return self.classifier.num_classes if self.picks is None else len(self.picks)
+        return self.classifier.num_classes if self.class_map is None else len(self.class_map)
 
 
-def asked(config: Distill | Evaluate, cache: Cache) -> tuple[str, ...] | None:
+def wanted_classes(config: Distill | Evaluate, cache: Cache) -> tuple[str, ...] | None:
     """The classes that are asked of teachers with others, or None where each is asked its own.
 
     They are those of the pictures; of pictures without labels, those that the map speaks of.
@@ -80,7 +80,7 @@ def asked(config: Distill | Evaluate, cache: Cache) -> tuple[str, ...] | None:
     return tuple(read_map(Path(config.classes)))
 
 
-def call(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modules) -> list[Called]:
+def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modules) -> list[LoadedTeacher]:
     """Loads the teachers that a configuration names.
 
     Args:
@@ -89,7 +89,7 @@ def call(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modu
     Raises:
         InputError: one cannot be loaded, does not know a class, or answers another number than the first.
     """
-    wanted = asked(config, cache)
+    wanted = wanted_classes(config, cache)
     names = config.teacher
     sides = config.teacher_side or (None,)
     shares = config.teacher_share or (1.0,) * len(names)
@@ -105,25 +105,25 @@ def call(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modu
             return load(name, weights=weights, options=config.teacher_kwargs, pretrained=True, side=own)
 
         classifier = make()
-        say_notes(name, classifier.notes)
-        picks = match(classifier, wanted, config.classes) if wanted and config.classes else None
+        info_notes(name, classifier.notes)
+        picks = map_classes(classifier, wanted, config.classes) if wanted and config.classes else None
         digest = fingerprint(classifier.net)
         if picks:
             digest += "-" + hashlib.blake2b(json.dumps(picks).encode(), digest_size=8).hexdigest()
         seen = own or side or 0
-        found.append(Called(make, classifier, digest, function_of(classifier), picks, seen, share / sum(shares)))
+        found.append(LoadedTeacher(make, classifier, digest, function_of(classifier), picks, seen, share / sum(shares)))
     _agree(found, trust_order=config.trust_class_order)
     return found
 
 
-def _agree(called: Sequence[Called], *, trust_order: bool) -> None:
+def _agree(called: Sequence[LoadedTeacher], *, trust_order: bool) -> None:
     """Raises `InputError` unless all teachers are asked the same classes, as far as they know their names."""
-    named = [one for one in called if one.classifier.card.classes and not one.picks]
+    named = [one for one in called if one.classifier.card.classes and not one.class_map]
     for other in called[1:]:
-        if other.answered != called[0].answered:
+        if other.num_classes != called[0].num_classes:
             raise InputError(
-                f"the teachers' classes clash: {called[0].name} answers {called[0].answered}, {other.name} "
-                f"{other.answered}; say by --classes which of their classes are asked"
+                f"the teachers' classes clash: {called[0].name} answers {called[0].num_classes}, {other.name} "
+                f"{other.num_classes}; say by --classes which of their classes are asked"
             )
     for other in named[1:]:
         if other.classifier.card.classes != named[0].classifier.card.classes and not trust_order:
@@ -133,14 +133,16 @@ def _agree(called: Sequence[Called], *, trust_order: bool) -> None:
             )
 
 
-def plainly(called: Sequence[Called], combine: str) -> Teachers:
+def ensemble_fp32(called: Sequence[LoadedTeacher], combine: str) -> TeacherEnsemble:
     """The teachers in fp32, as they were loaded."""
-    return Teachers([Member(Frozen(one.classifier), one.side, one.share, one.picks) for one in called], combine)
+    return TeacherEnsemble(
+        [EnsembleMember(Frozen(one.classifier), one.side, one.share, one.class_map) for one in called], combine
+    )
 
 
-def in_best_form(
-    called: Sequence[Called], views: dict[int, Tensor], config: Distill, remembered: list[dict[str, Any]] | None
-) -> tuple[Teachers, list[dict[str, Any]]]:
+def freeze_fastest(
+    called: Sequence[LoadedTeacher], views: dict[int, Tensor], config: Distill, remembered: list[dict[str, Any]] | None
+) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
     """The teachers, each frozen in the fastest form that answers the first batch as the plain one does.
 
     Args:
@@ -157,92 +159,97 @@ def in_best_form(
         check_side(one.classifier, one.side)
         if remembered:
             record = remembered[number]
-            form = Form(**record["form"])
-            if form.native and (why := norms.why_not()):
+            form = InferenceMode(**record["form"])
+            if form.native and (why := norms.why_unavailable()):
                 told = f"teacher {one.name} was computed by our own kernels, which cannot be had now ({why})"
-                say(f"WARNING: {told}; the run will not end with the same bits")
-            frozen = Frozen(one.make().to(shown.device), form)
+                info(f"WARNING: {told}; the run will not end with the same bits")
+            frozen = Frozen(one.load_again().to(shown.device), form)
             frozen(shown)  # compiles it for batches of this size, where it is compiled
         else:
             frozen, record = _frozen(one, shown, config)
         records.append(record)
-        members.append(Member(frozen, one.side, one.share, one.picks))
-    return Teachers(members, config.combine, config.teacher_batch), records
+        members.append(EnsembleMember(frozen, one.side, one.share, one.class_map))
+    return TeacherEnsemble(members, config.combine, config.teacher_batch), records
 
 
-def _frozen(one: Called, shown: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
+def _frozen(one: LoadedTeacher, shown: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
     precisions = devices.teacher_precisions(config.teacher_precision, shown.device)
-    wish = Wish(precisions, config.compiles, _by_our_kernels(one, shown, config))
+    wish = AllowedModes(precisions, config.compiles, _by_our_kernels(one, shown, config))
     place = cache_home() / "forms" / f"{_machine(one, shown, wish)}.json"
-    frozen, tried = freeze(one.make, shown, replace(wish, first=_known_form(place, wish)))
+    frozen, tried = freeze(one.load_again, shown, replace(wish, first=_known_form(place, wish)))
     for check in tried[:-1]:
-        say(f"teacher {one.name} is not computed as {check}")
+        info(f"teacher {one.name} is not computed as {check}")
     taken = tried[-1]
     if not taken.good:
-        say(f"WARNING: teacher {one.name} is computed as told, though it is not the same: {taken}")
+        info(f"WARNING: teacher {one.name} is computed as told, though it is not the same: {taken}")
     else:
-        say(f"teacher {one.name} is computed as {taken}")
+        info(f"teacher {one.name} is computed as {taken}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, json.dumps(asdict(taken.form)))
     except OSError as error:
-        say(f"the next run will measure this teacher again: {place.parent} cannot be written ({error.strerror})")
+        info(f"the next run will measure this teacher again: {place.parent} cannot be written ({error.strerror})")
     return frozen, {
         "form": asdict(taken.form),
         "beside_fp32": {"kl": taken.kl, "agreement": taken.agreement, "pictures": taken.pictures},
     }
 
 
-def _by_our_kernels(one: Called, shown: Tensor, config: Distill) -> bool:
+def _by_our_kernels(one: LoadedTeacher, shown: Tensor, config: Distill) -> bool:
     """Whether our own kernels are to compute a teacher's GroupNorms, and can."""
-    wanted = config.compile == "native" and shown.device.type == "cpu" and one.classifier.count() >= SMALL
-    if not wanted or not any(group_norms(one.classifier.net)):
+    wanted = config.compile == "native" and shown.device.type == "cpu" and one.classifier.count_parameters() >= SMALL
+    if not wanted or not any(count_group_norms(one.classifier.net)):
         return False
-    if why := norms.why_not():
-        say(f"teacher {one.name} is not computed by our own kernels: {why}")
+    if why := norms.why_unavailable():
+        info(f"teacher {one.name} is not computed by our own kernels: {why}")
     return not why
 
 
-def _machine(one: Called, shown: Tensor, wish: Wish) -> str:
+def _machine(one: LoadedTeacher, shown: Tensor, wish: AllowedModes) -> str:
     """A name for what decides which form is the fastest."""
-    words = (one.digest, one.function, shown.shape, wish, devices.described(shown.device))
-    return hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()
+    words = repr((one.digest, one.function, shown.shape, wish, devices.machine_signature(shown.device)))
+    words = words.replace("AllowedModes(", "Wish(")  # its first name, so that what was measured under it stays known
+    return hashlib.blake2b(words.encode(), digest_size=12).hexdigest()
 
 
-def _known_form(place: Path, wish: Wish) -> Form | None:
+def _known_form(place: Path, wish: AllowedModes) -> InferenceMode | None:
     """The form that was taken on this machine before: so that two runs alike are computed alike."""
     try:
-        form = Form(**json.loads(place.read_text()))
+        form = InferenceMode(**json.loads(place.read_text()))
     except (OSError, ValueError, TypeError):
         return None
     return form if form.fits(wish) else None
 
 
-def answers(teachers: Teachers, split: CachedSplit, view: scoring.View) -> tuple[Tensor, list[Tensor]]:
+def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView) -> tuple[Tensor, list[Tensor]]:
     """What all teachers say together of a split's pictures, and what each says: (n, classes) float32 on the CPU."""
-    each = [scoring.answers(Picked(member), split, seen_by(member, view)) for member in teachers.members]
-    return teachers.combined(each), each
+    each = [scoring.predict(Picked(member), split, seen_by(member, view)) for member in teachers.members]
+    return teachers.combine_logits(each), each
 
 
-def seen_by(member: Member, view: scoring.View) -> scoring.View:
+def seen_by(member: EnsembleMember, view: scoring.EvalView) -> scoring.EvalView:
     """How a teacher sees pictures that are judged on: as the student does, at its own side."""
     if member.side == view.side:
         return view
-    return replace(view, side=member.side, short_side=scoring.short_side(member.side, member.frozen.classifier.card))
+    return replace(
+        view, side=member.side, short_side=scoring.default_eval_resize(member.side, member.frozen.classifier.card)
+    )
 
 
 class Picked(nn.Module):
     """A classifier that answers what is asked."""
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: EnsembleMember) -> None:
         super().__init__()
         self.member, self.frozen = member, member.frozen
 
     def forward(self, views: Tensor) -> Tensor:
-        return self.member.answers(views)
+        return self.member.logits(views)
 
 
-def gate(teachers: Teachers, together: Tensor, each: list[Tensor], split: CachedSplit, config: Distill) -> None:
+def check_teachers(
+    teachers: TeacherEnsemble, together: Tensor, each: list[Tensor], split: CachedSplit, config: Distill
+) -> None:
     """Says how good the teachers are, and refuses those that are near chance: nearly always a wrong head.
 
     Args:
@@ -256,22 +263,22 @@ def gate(teachers: Teachers, together: Tensor, each: list[Tensor], split: Cached
         name = member.name if member else "all teachers together"
         if not logits.isfinite().all():
             raise InputError(f"teacher {name} answers with values that are not finite; its weights are damaged")
-        figures = scoring.judge(logits, split)
+        figures = scoring.score(logits, split)
         if figures["balanced"] is None or figures["top1"] is None:
             continue
-        say(f"teacher {name}: top-1 {percent(figures['top1'])} on {len(split)} pictures of {split.name}")
+        info(f"teacher {name}: top-1 {percent(figures['top1'])} on {len(split)} pictures of {split.name}")
         promised = member.frozen.classifier.card.top1 if member else None
-        if promised is not None and figures["top1"] < promised - BELOW_ITS_CARD:
-            say(
+        if promised is not None and figures["top1"] < promised - BELOW_CARD_WARNING:
+            info(
                 f"WARNING: teacher {name} is right on {percent(figures['top1'])} here, but its own card says "
                 f"{percent(promised)}: are these its pictures, its classes in order, its side (--teacher-side)?"
             )
-        _refuse_chance(name, figures["balanced"], logits, split, config)
+        check_above_chance(name, figures["balanced"], logits, split, config)
 
 
-def _refuse_chance(name: str, right: float, logits: Tensor, split: CachedSplit, config: Distill) -> None:
+def check_above_chance(name: str, right: float, logits: Tensor, split: CachedSplit, config: Distill) -> None:
     present = len(split.labels(slice(None)).unique())
-    needed = above_chance(present if present > 1 else logits.shape[-1], len(split))
+    needed = chance_threshold(present if present > 1 else logits.shape[-1], len(split))
     if right < needed and not config.allow_weak_teacher:
         raise InputError(
             f"teacher {name} is near chance: {percent(right)} a class on {split.name}, wanted at least "
@@ -281,7 +288,7 @@ def _refuse_chance(name: str, right: float, logits: Tensor, split: CachedSplit, 
         )
 
 
-def above_chance(classes: int, pictures: int) -> float:
+def chance_threshold(classes: int, pictures: int) -> float:
     """The mean accuracy a class below which a classifier is taken to guess.
 
     Two standard deviations of a guess, or a tenth of the way to being right (a chance's worth of it, where that is

@@ -14,13 +14,13 @@ from funmatch.config import Distill
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.batch import Batch
 from funmatch.errors import InputError
-from funmatch.models.ensemble import Teachers
-from funmatch.ops.sampling import VERSION
+from funmatch.models.ensemble import TeacherEnsemble
+from funmatch.ops.sampling import SAMPLING_VERSION
 from funmatch.runtime import distributed, env, transfers
 from funmatch.runtime.files import exclusively, lock_file
-from funmatch.runtime.log import say
-from funmatch.runtime.text import percent, size_of
-from funmatch.training.setup import Lesson
+from funmatch.runtime.log import info
+from funmatch.runtime.text import format_bytes, percent
+from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers import tape
 from funmatch.training.teachers.tape import Layout, Tape
 
@@ -37,7 +37,7 @@ BEHIND = 2
 """Steps after which answers of an accelerator are fetched: by then they are there, and nobody waits."""
 
 
-def asked(lesson: Lesson, teachers: Teachers) -> dict[str, Any]:
+def tape_key(lesson: TrainSetup, teachers: TeacherEnsemble) -> dict[str, Any]:
     """All that the answers of a run's teachers to its views depend on."""
     config, loader = lesson.config, lesson.loader
     assert isinstance(config, Distill)
@@ -46,21 +46,21 @@ def asked(lesson: Lesson, teachers: Teachers) -> dict[str, Any]:
     mixing = loader.mixing
     return {
         "pictures": digest,
-        "draws": VERSION,
+        "draws": SAMPLING_VERSION,
         "seed": loader.seed,
         "batch": loader.batch,
         "side": loader.side,
         "crop": loader.crop,
         "resize": loader.resize if loader.crop in ("mild", "squash") else None,
         "min_area": loader.min_area if loader.crop == "inception" else None,
-        "mixup": [mixing.a, mixing.each, mixing.larger, mixing.lam],
+        "mixup": [mixing.a, mixing.per_image, mixing.take_max, mixing.lam],
         "cutmix": loader.cutmix,
         "randaugment": loader.randaugment,
-        "teacher_sees": "its own view" if loader.own else "the student's",
-        "teacher": lesson.facts["teacher"],
-        "teacher_function": lesson.facts["teacher_function"],
+        "teacher_sees": "its own view" if loader.own_teacher_view else "the student's",
+        "teacher": lesson.provenance["teacher"],
+        "teacher_function": lesson.provenance["teacher_function"],
         "teacher_sides": [member.side for member in teachers.members],
-        "teacher_classes": _digest([member.picks for member in teachers.members]),
+        "teacher_classes": _digest([member.class_map for member in teachers.members]),
         "combine": [teachers.combine, *(member.share for member in teachers.members)] if several else None,
         "teacher_precision": config.teacher_precision,
         "temperature": config.temperature
@@ -95,10 +95,10 @@ def shared_by(knobs: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def alone_to_begin(config: Distill) -> Generator[None]:
+def lock_beginning(config: Distill) -> Generator[None]:
     """Keeps other runs from beginning the same tape, so that the first alone decides how its teacher is computed."""
     folder = config.tape.expanduser() if config.tape else None
-    if folder is None or not env.is_first() or folder.is_file() or (folder / tape.HEADER).is_file():
+    if folder is None or not env.is_main_process() or folder.is_file() or (folder / tape.HEADER).is_file():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,15 +113,15 @@ def alone_to_begin(config: Distill) -> Generator[None]:
         raise
 
 
-def forms_of(config: Distill, device: torch.device) -> list[dict[str, Any]] | None:
+def recorded_modes(config: Distill, device: torch.device) -> list[dict[str, Any]] | None:
     """The forms in which the teachers of a tape are computed, so that what is added to it is computed alike."""
     if config.tape is None or not (config.tape.expanduser() / tape.HEADER).is_file():
         return None
-    header = tape.found(config.tape).header
+    header = tape.find_tape(config.tape).header
     return header["forms"] if header["device"] == device.type else None
 
 
-def layout_of(lesson: Lesson) -> Layout:
+def layout_of(lesson: TrainSetup) -> Layout:
     """The rows of a run's tape."""
     config, classes = lesson.config, lesson.student.num_classes
     assert isinstance(config, Distill)
@@ -137,29 +137,31 @@ def rounding(config: Distill) -> str | None:
     return "fp16" if config.tape_top is None else f"fp16, the first {config.tape_top} classes and the rest as one"
 
 
-def begun(lesson: Lesson, teachers: Teachers) -> Tape:
+def begin_tape(lesson: TrainSetup, teachers: TeacherEnsemble) -> Tape:
     """The run's tape, new if it is not there yet."""
     config, layout = lesson.config, layout_of(lesson)
     assert isinstance(config, Distill)
     assert config.tape is not None
     place = config.tape
-    return distributed.in_turn(lambda: tape.opened(place, layout, asked(lesson, teachers), _about(lesson)))
+    return distributed.main_process_first(
+        lambda: tape.open_tape(place, layout, tape_key(lesson, teachers), _about(lesson))
+    )
 
 
 @contextmanager
-def at(lesson: Lesson, teachers: Teachers) -> Generator["Recorder | None"]:
+def open_tape(lesson: TrainSetup, teachers: TeacherEnsemble) -> Generator["Recorder | None"]:
     """The run's tape while the block runs; None where it has none."""
     config = lesson.config
     assert isinstance(config, Distill)
     if config.tape is None:
         yield None
         return
-    found = begun(lesson, teachers)
-    lock = lock_file(found.folder / ".lock") if env.is_first() else None
+    found = begin_tape(lesson, teachers)
+    lock = lock_file(found.folder / ".lock") if env.is_main_process() else None
     try:
-        found.recording = distributed.from_first(lambda: lock is not None)
-        if env.is_first():
-            _told_before(found, lesson.course.steps, config.tape_full)
+        found.recording = distributed.broadcast_from_main(lambda: lock is not None)
+        if env.is_main_process():
+            _told_before(found, lesson.loop.steps, config.tape_full)
         recorder = Recorder(found, config.tape_full)
         yield recorder
         recorder.flush()
@@ -173,7 +175,7 @@ def _told_before(found: Tape, steps: int, full: Literal["stop", "go-on"]) -> Non
     """Says what a tape will take and what it gives; without room for it, an `InputError`, or nothing is recorded."""
     size, have = found.layout.bytes_of(steps), found.size
     if not found.recording:
-        say(f"tape {found.folder}: another run records it; this one takes from it what is there, and what comes")
+        info(f"tape {found.folder}: another run records it; this one takes from it what is there, and what comes")
         return
     try:
         tape.check_space(found, steps)
@@ -181,20 +183,20 @@ def _told_before(found: Tape, steps: int, full: Literal["stop", "go-on"]) -> Non
         if full == "stop":
             raise
         found.recording = False
-        say(f"WARNING: {error}; the run goes on, and records nothing")
+        info(f"WARNING: {error}; the run goes on, and records nothing")
         return
     if have < size:
-        has = f", {size_of(have)} of it are there" if have else ""
-        say(f"tape {found.folder}: {size_of(size)} for {steps:,} steps{has}; what the teacher says is recorded")
+        has = f", {format_bytes(have)} of it are there" if have else ""
+        info(f"tape {found.folder}: {format_bytes(size)} for {steps:,} steps{has}; what the teacher says is recorded")
     else:
-        say(f"tape {found.folder}: {size_of(size)}; it holds what the teacher says in {steps:,} steps")
+        info(f"tape {found.folder}: {format_bytes(size)}; it holds what the teacher says in {steps:,} steps")
 
 
-def say_what_is_lost(told: Tensor, config: Distill) -> None:
+def report_dropped_mass(told: Tensor, config: Distill) -> None:
     """Says how much of the teachers' probability a tape of some classes does not tell apart."""
     assert config.tape_top is not None
-    rest = tape.mass_of_the_rest(told, config.tape_top, config.temperature)
-    say(
+    rest = tape.dropped_mass(told, config.tape_top, config.temperature)
+    info(
         f"tape: the first {config.tape_top} of {told.shape[-1]:,} classes hold {percent(1 - rest)} of the teacher's "
         f"probability at T = {config.temperature:g}; how the student shares out the other {percent(rest)} is lost"
     )
@@ -205,14 +207,14 @@ class Recorder:
 
     def __init__(self, found: Tape, full: Literal["stop", "go-on"]) -> None:
         self.tape, self.full = found, full
-        self.waiting: deque[tuple[int, int, transfers.Fetched]] = deque()
+        self.waiting: deque[tuple[int, int, transfers.HostCopy]] = deque()
 
     def __call__(self, batch: Batch, logits: Tensor, *, record: bool = True) -> Tensor:
         """The logits (n, classes) of a batch's views as the tape gives them back."""
         half, picks = self.tape.layout.packed(logits)
         if record and self.tape.recording:
-            fetched = transfers.fetched(half) if picks is None else transfers.fetched(half, picks)
-            self.waiting.append((batch.step, batch.first, fetched))
+            fetched = transfers.copy_to_host(half) if picks is None else transfers.copy_to_host(half, picks)
+            self.waiting.append((batch.step, batch.first_row, fetched))
             self.flush(0 if half.device.type == "cpu" else BEHIND)
         return self.tape.layout.unpacked(half, picks)
 
@@ -228,25 +230,25 @@ class Recorder:
         if not self.tape.recording:
             return
         try:
-            self.tape.record(step, first, half, picks)
+            self.tape.write(step, first, half, picks)
         except OSError as error:
             if self.full == "stop":
                 raise
             self.tape.recording = False
             why = error.strerror or error
-            say(f"WARNING: {why}; the run goes on, and the tape {self.tape.folder} ends at step {step}")
+            info(f"WARNING: {why}; the run goes on, and the tape {self.tape.folder} ends at step {step}")
 
 
-def taped(lesson: Lesson, recorder: "Recorder | None") -> Lesson:
+def reuse_recorded(lesson: TrainSetup, recorder: "Recorder | None") -> TrainSetup:
     """The lesson with what its tape holds."""
-    return lesson if recorder is None else replace(lesson, told=recorder.tape.told)
+    return lesson if recorder is None else replace(lesson, told=recorder.tape.read)
 
 
-def _about(lesson: Lesson) -> dict[str, Any]:
+def _about(lesson: TrainSetup) -> dict[str, Any]:
     """What a tape keeps beside, to be shown and to be computed again."""
     return {
-        "device": lesson.course.device.type,
-        "forms": lesson.facts["teacher_forms"],
+        "device": lesson.loop.device.type,
+        "forms": lesson.provenance["teacher_forms"],
         "run": lesson.config.model_dump(mode="json"),
         "versions": {"torch": torch.__version__},
     }

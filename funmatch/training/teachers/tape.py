@@ -25,7 +25,7 @@ from torch import Tensor
 
 from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors, write_atomically
-from funmatch.runtime.text import size_of
+from funmatch.runtime.text import format_bytes
 
 FORMAT = 1
 HEADER, ANSWERS = "tape.json", "answers.bin"
@@ -83,7 +83,7 @@ class Layout:
         return each.expand(-1, self.classes).scatter(1, picks, logits[:, :-1])
 
 
-def rest_as_one(student: Tensor, told: Tensor, top: int, temperature: float) -> tuple[Tensor, Tensor]:
+def fold_dropped_classes(student: Tensor, told: Tensor, top: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Both logits, (n, classes), among the teacher's first `top` classes and the rest as one: (n, top + 1).
 
     At the temperature the last has the probability of all the rest, so that a distance between probabilities is that
@@ -100,7 +100,7 @@ def rest_as_one(student: Tensor, told: Tensor, top: int, temperature: float) -> 
     return among(student), among(told)
 
 
-def mass_of_the_rest(logits: Tensor, top: int, temperature: float) -> float:
+def dropped_mass(logits: Tensor, top: int, temperature: float) -> float:
     """The mean probability that logits, (n, classes), give to all but their first `top` classes."""
     return 1 - (logits.float() / temperature).softmax(-1).topk(top).values.sum(-1).mean().item()
 
@@ -137,7 +137,7 @@ class Tape:
         """Bytes of the rows, up to the last."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
-    def told(self, step: int, first: int, count: int) -> Tensor | None:
+    def read(self, step: int, first: int, count: int) -> Tensor | None:
         """What was said of some rows of a step, (count, classes) float32; None unless all of them are there, sound.
 
         Args:
@@ -150,7 +150,7 @@ class Tape:
         picks = None if self.layout.top is None else torch.from_numpy(rows["picks"].astype(np.int64))
         return self.layout.unpacked(torch.from_numpy(rows["logits"].copy()), picks)
 
-    def record(self, step: int, first: int, half: Tensor, picks: Tensor | None) -> None:
+    def write(self, step: int, first: int, half: Tensor, picks: Tensor | None) -> None:
         """Writes what is said of some rows of a step, as the layout packs it.
 
         Raises:
@@ -234,7 +234,7 @@ def _checks(rows: np.ndarray, start: int, whose: int) -> np.ndarray:
     return np.fromiter(found, np.uint32, len(rows))
 
 
-def opened(folder: Path, layout: Layout, asked: Mapping[str, Any], about: Mapping[str, Any]) -> Tape:
+def open_tape(folder: Path, layout: Layout, asked: Mapping[str, Any], about: Mapping[str, Any]) -> Tape:
     """The tape in a folder, or a new one there.
 
     Args:
@@ -247,7 +247,7 @@ def opened(folder: Path, layout: Layout, asked: Mapping[str, Any], about: Mappin
     folder = folder.expanduser()
     path = folder / HEADER
     if path.is_file():
-        tape = found(folder)
+        tape = find_tape(folder)
         then = tape.header["asked"]
         now = json.loads(json.dumps(asked))
         differing = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
@@ -261,10 +261,10 @@ def opened(folder: Path, layout: Layout, asked: Mapping[str, Any], about: Mappin
     kept = {name: getattr(layout, name) for name in ("batch", "classes", "top", "temperature")}
     header = json.loads(json.dumps({"format": FORMAT, "layout": kept, "asked": dict(asked), **about}, default=str))
     write_atomically(path, json.dumps(header | {"check": _check_of(header)}, indent=1))
-    return found(folder)
+    return find_tape(folder)
 
 
-def found(folder: Path) -> Tape:
+def find_tape(folder: Path) -> Tape:
     """The tape in a folder.
 
     Raises:
@@ -292,6 +292,6 @@ def check_space(tape: Tape, steps: int) -> None:
     free = shutil.disk_usage(tape.folder).free
     if wanted > free:
         raise InputError(
-            f"the tape of {steps:,} steps takes {size_of(wanted)} more in {tape.folder}, where {size_of(free)} are "
-            "free; choose another --tape, keep fewer classes (--tape-top), or leave it out"
+            f"the tape of {steps:,} steps takes {format_bytes(wanted)} more in {tape.folder}, where "
+            f"{format_bytes(free)} are free; choose another --tape, keep fewer classes (--tape-top), or leave it out"
         )
