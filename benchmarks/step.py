@@ -1,4 +1,4 @@
-"""Where a step goes, and whether it depends on the number of pictures.
+"""Where a step goes, and whether it depends on the number of images.
 
     python benchmarks/step.py [--pictures 500 5000] [--steps 20] [--device auto]
 
@@ -38,7 +38,7 @@ from funmatch.training.loop import LoopOptions, fit
 SIDE = 128
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """JPEGs of 500 × 375 pixels with the detail of photographs: smooth noise of several scales."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
@@ -87,10 +87,10 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_pictures(Path(folder) / "some", 200)
+        make_images(Path(folder) / "some", 200)
         some = open_cache(f"{folder}/some", keeping=CacheOptions(home=Path(folder) / "cache")).splits["train"]
         for count in options.pictures:
-            # More pictures than were made: the index names them again, which costs a step what other ones would.
+            # More images than were made: the index names them again, which costs a step what other ones would.
             split = some.subset(np.resize(np.arange(len(some)), count))
             outside, whole = [], []
             for _ in range(options.repeats):

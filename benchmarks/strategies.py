@@ -2,7 +2,7 @@
 
     python benchmarks/strategies.py [--rounds 5] [--steps 12] [--side 96] [--batch 16] [--device cpu]
 
-Each strategy is run by `funmatch.distill` in turn, round after round, on pictures that it makes; a step's time is
+Each strategy is run by `funmatch.distill` in turn, round after round, on images that it makes; a step's time is
 the median of a run's steps but the first three. Arithmetic is counted by torch's FlopCounterMode: that of a longer run
 minus that of a shorter one, a step; beside it what teacher (once forward) and student (forward and back) cost alone.
 The same of times: networks differ in what they make of a machine, so a step is held against the sum of its parts,
@@ -38,7 +38,7 @@ from funmatch.runtime import devices
 from funmatch.training.loop import LoopOptions, fit
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """Coloured noise of several scales, 160 × 160 pixels, of two classes."""
     rng = np.random.default_rng(0)
     for split, number in (("train", count), ("val", 8)):
@@ -126,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_pictures(folder / "pictures", 64)
+        make_images(folder / "pictures", 64)
         # Random weights cost what others do; its head says how many classes it knows.
         weights = folder / "teacher.pt"
         torch.save(timm.create_model(options.teacher, num_classes=2).state_dict(), weights)

@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        seconds(folder / "warm", 2, 2)  # decodes the pictures, and computes what fixed teachers say
+        seconds(folder / "warm", 2, 2)  # decodes the images, and computes what fixed teachers say
         pairs = [
             (seconds(folder / f"one-{n}", options.steps, 1), seconds(folder / f"two-{n}", options.steps, 2))
             for n in range(options.rounds)

@@ -19,7 +19,7 @@ from pathlib import Path
 import timm
 import torch
 from strategies import flops_of, parts, seconds_a_step, seconds_of  # pyrefly: ignore[missing-import]
-from versus_timm import make_pictures, network  # pyrefly: ignore[missing-import]
+from versus_timm import make_images, network  # pyrefly: ignore[missing-import]
 
 import funmatch
 
@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_pictures(folder / "pictures", 128)
+        make_images(folder / "pictures", 128)
         torch.save(network(options.teacher, 0).state_dict(), folder / "teacher.pt")
         asked, taught = parts(folder, options)
         flops = flops_of(asked), flops_of(taught)

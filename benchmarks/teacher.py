@@ -127,7 +127,7 @@ def main() -> None:
     for name in options.models:
         found[name] = measure(name, options, device)
         operations = gflop(load(name, classes=options.classes).net, options.side) or 0.0
-        print(f"\n{name}, {options.side} px, batch {options.batch}, {operations:.1f} GFLOP a picture\n")
+        print(f"\n{name}, {options.side} px, batch {options.batch}, {operations:.1f} GFLOP an image\n")
         print(
             "| | ms (least … most) | images/s | times timm fp32 (least … most) | KL |" + (" of peak |" if peak else "")
         )

@@ -1,4 +1,4 @@
-"""What a search costs and finds: 12 trials × 2 executions on the embedded pictures.
+"""What a search costs and finds: 12 trials × 2 executions on the embedded images.
 
     python benchmarks/tune.py [--steps 300] [--trials 12] [--out FOLDER]
 

@@ -45,7 +45,7 @@ LONG = 10_000
 """Steps of our runs, which are stopped when enough of them are measured: short ones are neither compiled nor tuned."""
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """JPEGs of 384 × 384 pixels with the detail of photographs: smooth noise of several scales."""
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -99,11 +99,11 @@ def timm_turn(folder: Path, options: argparse.Namespace, how: tuple[str, ...]) -
     amp = torch.autocast("cpu", torch.bfloat16) if "bf16" in how else contextlib.nullcontext()
     times: list[float] = []
     while len(times) <= options.steps + WARM:
-        for pictures, target in loader:
+        for images, target in loader:
             if "last" in how:
-                pictures = pictures.contiguous(memory_format=torch.channels_last)
+                images = images.contiguous(memory_format=torch.channels_last)
             with amp:
-                loss = task(pictures, target)["loss"]
+                loss = task(images, target)["loss"]
             optimizer.zero_grad()
             loss.backward()
             dispatch_clip_grad(student.parameters(), 1.0, mode="norm")
@@ -182,7 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_pictures(folder / "pictures", options.pictures)
+        make_images(folder / "pictures", options.pictures)
         torch.save(network(options.teacher, 0).state_dict(), folder / "teacher.pt")
         print("loss of a batch: ours {:.6f}, timm's {:.6f}".format(*losses_agree(options)), flush=True)
         times: dict[str, list[float]] = {name: [] for name in options.only}

@@ -33,12 +33,12 @@ class Outcome:
 
     @property
     def top1(self) -> float | None:
-        """Share of the split's pictures whose first class is right, in [0, 1]."""
+        """Share of the split's images whose first class is right, in [0, 1]."""
         return self.figures["top1"]
 
     @property
     def agreement(self) -> float | None:
-        """Share of the split's pictures on which the student's first class is the teacher's, in [0, 1]."""
+        """Share of the split's images on which the student's first class is the teacher's, in [0, 1]."""
         return self.figures["agreement"]
 
 
@@ -68,7 +68,7 @@ class Tuned:
         return Path(self.figures["best_run"])
 
 
-Pictures: TypeAlias = str | Path | Sequence[str | Path]
+Images: TypeAlias = str | Path | Sequence[str | Path]
 """A data set as the command line takes it, or several."""
 
 
@@ -78,7 +78,7 @@ side) in [0, 1] and gives (n, classes)."""
 
 
 def distill_several(
-    data: Pictures, teacher: str | Sequence[str], students: Sequence[str], out: str | Path, **knobs: Any
+    data: Images, teacher: str | Sequence[str], students: Sequence[str], out: str | Path, **knobs: Any
 ) -> list[Outcome]:
     """Teaches several students of the same teacher beside each other: views are made, and the teacher is asked, once.
 
@@ -99,11 +99,11 @@ def distill_several(
     return [Outcome(at, figures, run_page.write_if_finished(at)) for at, figures in zip(folders, told, strict=True)]
 
 
-def distill(data: Pictures, teacher: Model | Sequence[Model], student: Model, out: str | Path, **knobs: Any) -> Outcome:
+def distill(data: Images, teacher: Model | Sequence[Model], student: Model, out: str | Path, **knobs: Any) -> Outcome:
     """Teaches a student to be the same function as a teacher, or as several, in a run folder.
 
     Args:
-        data: a folder of pictures, a name of the catalog, or `tfrecord:…`, `wds:…`, `hf:…`; several are joined.
+        data: a folder of images, a name of the catalog, or `tfrecord:…`, `wds:…`, `hf:…`; several are joined.
         teacher: a run folder, a timm name (with `teacher_weights`), a BiT `.npz`, a module, …, or several of these. A
             module is copied and stays as it is.
         student: any timm name, or a module, whose copy is taught.
@@ -122,7 +122,7 @@ def distill(data: Pictures, teacher: Model | Sequence[Model], student: Model, ou
     return _carried_out(task, config, given)
 
 
-def train(data: Pictures, student: Model, out: str | Path, **knobs: Any) -> Outcome:
+def train(data: Images, student: Model, out: str | Path, **knobs: Any) -> Outcome:
     """Trains a network on labels alone, with the views and the loop of `distill`; knobs of `funmatch.config.Train`."""
     from funmatch.training import train as task
 
@@ -131,7 +131,7 @@ def train(data: Pictures, student: Model, out: str | Path, **knobs: Any) -> Outc
     return _carried_out(task, config, given)
 
 
-def finetune(data: Pictures, model: Model, out: str | Path, **knobs: Any) -> Outcome:
+def finetune(data: Images, model: Model, out: str | Path, **knobs: Any) -> Outcome:
     """Teaches a network with pretrained weights the labels, by BiT-HyperRule; knobs of `funmatch.config.Finetune`."""
     from funmatch.training import finetune as task
 
@@ -152,8 +152,8 @@ def recipe(name: str, **knobs: Any) -> Outcome:
     return _carried_out(import_module(f"funmatch.training.{chosen.verb}"), chosen.table(**knobs), given)
 
 
-def prepare(data: Pictures, **knobs: Any) -> dict[str, Any]:
-    """Fetches, checks and decodes pictures, or writes them as shards; knobs of `funmatch.config.Prepare`.
+def prepare(data: Images, **knobs: Any) -> dict[str, Any]:
+    """Fetches, checks and decodes images, or writes them as shards; knobs of `funmatch.config.Prepare`.
 
     Returns:
         `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and of shards `shards`, their paths.

@@ -275,7 +275,7 @@ def views(folder: Path, step: int = 0) -> Shown:
     """What a step of a run showed to its teacher, above, and to its student, below."""
     seen = run_page.views_sheet(run_folder.find_run(folder), step)
     if seen is None:
-        raise InputError(f"the pictures of {folder} are gone or have changed, so its views cannot be shown")
+        raise InputError(f"the images of {folder} are gone or have changed, so its views cannot be shown")
     both = f" ({seen['strategy']}): teacher above, student below" if "teacher" in seen["rows"] else ""
     caption = f"Step {step}, λ = {seen['lam']:.2f}{both}"
     image = f"<img style='max-width:100%' src='data:image/png;base64,{seen['png']}' alt=''>"
@@ -283,7 +283,7 @@ def views(folder: Path, step: int = 0) -> Shown:
 
 
 def judged(folder: Path, **knobs: Any) -> Shown:
-    """The figures of a finished run on a split of its pictures; knobs of `funmatch.config.Evaluate`."""
+    """The figures of a finished run on a split of its images; knobs of `funmatch.config.Evaluate`."""
     run = run_folder.find_run(folder)
     if run.result is None:
         words = f"{folder} is not finished, so there is nothing to judge yet: run this notebook again to go on"

@@ -4,7 +4,7 @@
 # The first of four notebooks that tell the story of [function matching](https://arxiv.org/abs/2106.05237) on a small
 # data set: **data**, a fine-tuned teacher, a search for a better one, and a student that becomes the same function.
 #
-# Here the pictures are fetched, every file is read and checked, and they are written as TFRecord shards in the form of
+# Here the images are fetched, every file is read and checked, and they are written as TFRecord shards in the form of
 # [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation): 384 × 384 JPEGs, 128 a shard. The later
 # notebooks do not need the shards; TensorFlow, or another machine, may.
 
@@ -17,8 +17,8 @@
 
 # %% tags=["parameters"]
 DATA = "pet37"  # or "flowers102", "food101"
-SIDE = 384  # of the pictures in the shards, pixels
-SHARD_SIZE = 128  # pictures
+SIDE = 384  # of the images in the shards, pixels
+SHARD_SIZE = 128  # images
 
 # %%
 import funmatch
@@ -28,11 +28,11 @@ place = notebook.place(DATA)
 place
 
 # %% [markdown]
-# ## What the pictures are
+# ## What the images are
 #
 # Every file is read once: counts beside the published ones, sizes, odd kinds (CMYK, transparency, turned by EXIF, …),
-# pictures that are in two splits, and files that cannot be decoded. A data set without a validation split gets one: a
-# tenth of the training pictures, chosen by content.
+# images that are in two splits, and files that cannot be decoded. A data set without a validation split gets one: a
+# tenth of the training images, chosen by content.
 
 # %%
 notebook.facts(funmatch.prepare(DATA, data_dir=place.data))
@@ -54,8 +54,8 @@ written["shards"][:3]
 # %% [markdown]
 # ## Read back
 #
-# Every checksum is verified. Resized to a square, the pictures have lost their aspect: that is how the earlier project
-# saw them, and why its recipes evaluate on squashed pictures.
+# Every checksum is verified. Resized to a square, the images have lost their aspect: that is how the earlier project
+# saw them, and why its recipes evaluate on squashed images.
 
 # %%
 notebook.facts(funmatch.prepare(f"tfrecord:{shards}/*/*.tfrec"))

@@ -3,7 +3,7 @@
 #
 # A network with pretrained weights is taught the labels: a teacher. The recipe is that of
 # [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation) (BiT-R101x3, 128 pixels, 450 steps of 512
-# pictures; it reports 90.92 % on the test pictures of Pet37), or BiT-HyperRule as in
+# images; it reports 90.92 % on the test images of Pet37), or BiT-HyperRule as in
 # [the paper](https://arxiv.org/abs/2106.05237), whose BiT-R152x2 has 91.03 %.
 #
 # It needs an accelerator. **Run the notebook again after a session's end, and it goes on where it was.**
@@ -47,7 +47,7 @@ notebook.about(recipe, measure=MEASURE)
 # %% [markdown]
 # ## The run
 #
-# The network that the validation pictures like most is kept. Shortly before the session ends it stops and saves.
+# The network that the validation images like most is kept. Shortly before the session ends it stops and saves.
 
 # %%
 teacher = place.runs / recipe
@@ -58,7 +58,7 @@ with place.session():
 notebook.curves(teacher)
 
 # %% [markdown]
-# The test pictures are looked at once, at the end:
+# The test images are looked at once, at the end:
 
 # %%
 notebook.figures(teacher)

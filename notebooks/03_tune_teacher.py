@@ -3,9 +3,9 @@
 #
 # A search for the teacher's learning rate, as [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation)
 # made it: at random among four values, three trials of two executions each, each ended when validation likes it no
-# better for a while. Its best network came to 90.32 % on the test pictures of Pet37, its hand-tuned teacher to 90.92 %.
+# better for a while. Its best network came to 90.32 % on the test images of Pet37, its hand-tuned teacher to 90.92 %.
 #
-# Chosen is by the validation pictures alone; the test pictures are looked at once, by the best trial.
+# Chosen is by the validation images alone; the test images are looked at once, by the best trial.
 #
 # It needs an accelerator. **Run the notebook again after a session's end, and it goes on where it was**: a trial that
 # was cut off, from its last checkpoint.
@@ -55,7 +55,7 @@ with place.session():
 # %% [markdown]
 # ## What came of it
 #
-# Every trial, the best first; the best one's figures, with the spread over its executions; and how often which pictures
+# Every trial, the best first; the best one's figures, with the spread over its executions; and how often which images
 # were looked at.
 
 # %%

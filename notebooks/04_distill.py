@@ -53,7 +53,7 @@ notebook.about(recipe, measure=MEASURE)
 # %% [markdown]
 # ## The run
 #
-# The teacher is judged on the validation pictures first, and refused near chance. Shortly before the session ends the
+# The teacher is judged on the validation images first, and refused near chance. Shortly before the session ends the
 # run stops and saves.
 
 # %%
@@ -84,7 +84,7 @@ notebook.curves(student)
 # %% [markdown]
 # ## Evaluation
 #
-# Agreement is the share of pictures on which the student's first class is the teacher's; KL, in nats, is how far its
+# Agreement is the share of images on which the student's first class is the teacher's; KL, in nats, is how far its
 # probabilities are from the teacher's; ECE is the error of its confidence.
 
 # %%

@@ -2,7 +2,7 @@
 
     pip install tensorflow-cpu tf_keras tensorflow_hub
     python scripts/make_savedmodel.py                     # those that are committed, tests/models/savedmodels
-    python scripts/make_savedmodel.py FOLDER [--ways …]   # others, each with its pictures and logits
+    python scripts/make_savedmodel.py FOLDER [--ways …]   # others, each with its images and logits
 
 A variable's values depend on its published name alone, so that a test knows what must be found. The committed folders
 are without what the reader does not open: graphs are far larger than weights, so that of one `saved_model.pb` only what
@@ -47,7 +47,7 @@ def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return (noise + name.endswith("gamma")).astype(np.float32)
 
 
-def pictures(side: int) -> np.ndarray:
+def images(side: int) -> np.ndarray:
     return np.random.default_rng(0).random((3, side, side, 3), dtype=np.float32)
 
 
@@ -225,7 +225,7 @@ def teacher(body: Any, head: Any) -> Any:
 
 def fitted(model: Any, optimizer: Any) -> Any:
     """The model after a step of no length, which leaves an optimizer's states and metrics behind."""
-    x = pictures(64)
+    x = images(64)
     labels = np.zeros(len(x), int)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(x, labels, verbose=0)
@@ -233,7 +233,7 @@ def fitted(model: Any, optimizer: Any) -> Any:
 
 
 class Served(tf.Module):
-    """A body and its head without any Keras, which see pictures by a mean and a standard deviation."""
+    """A body and its head without any Keras, which see images by a mean and a standard deviation."""
 
     def __init__(self, body: Body, classes: int) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class Served(tf.Module):
 
 
 def behind(net: Any, *fronts: Any) -> Any:
-    """A Keras model behind layers that change pictures."""
+    """A Keras model behind layers that change images."""
     keras = keras3 if isinstance(net, keras3.Model) else keras2
     inputs = x = keras.Input((None, None, 3))
     for front in fronts:
@@ -259,9 +259,9 @@ def behind(net: Any, *fronts: Any) -> Any:
 
 
 def normalization(keras: Any, largest: float) -> Any:
-    """A layer that has learnt the statistics of pictures whose channels differ."""
+    """A layer that has learnt the statistics of images whose channels differ."""
     layer = keras.layers.Normalization(axis=-1)
-    layer.adapt(pictures(64) * largest * np.array([1, 0.5, 0.25], np.float32))
+    layer.adapt(images(64) * largest * np.array([1, 0.5, 0.25], np.float32))
     return layer
 
 
@@ -278,7 +278,7 @@ def hub_model(way: str, folder: Path, args: argparse.Namespace) -> Any:
         model = keras2.Model(inputs, head(layer(inputs)))
     else:
         model = teacher(tf.saved_model.load(str(folder / "module")) if way == "hub-loaded" else layer, head)
-    model(pictures(64))
+    model(images(64))
     for name, variable in zip(("head/kernel", "head/bias"), head.variables, strict=True):
         variable.assign(value(name, tuple(variable.shape)))
     return model
@@ -331,11 +331,11 @@ WAYS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, str], Any]]] = {
 }
 """What is done with a network, and how it is saved, by the way's name, which begins with what is built.
 
-With 255 in its name, a network is shown pictures in 0 … 255."""
+With 255 in its name, a network is shown images in 0 … 255."""
 
 
 def make(way: str, folder: Path, args: argparse.Namespace) -> None:
-    """Saves a network one way as `folder`, and its pictures and logits beside it."""
+    """Saves a network one way as `folder`, and its images and logits beside it."""
     if way.startswith("module"):
         model = Served(Body(args.units, args.width, args.groups, False), args.classes)
     elif way.startswith("hub"):
@@ -345,11 +345,11 @@ def make(way: str, folder: Path, args: argparse.Namespace) -> None:
         model = student(keras, args.units, args.width, args.groups, args.classes)
     prepare, save = WAYS[way]
     model = prepare(model)
-    model(pictures(64))
+    model(images(64))
     save(model, str(folder))
-    x = pictures(args.side)
+    x = images(args.side)
     shown = x * np.float32(255) if "255" in way else x
-    np.savez(folder.with_suffix(".npz"), pictures=x, logits=np.asarray(model(shown)))
+    np.savez(folder.with_suffix(".npz"), images=x, logits=np.asarray(model(shown)))
 
 
 def pruned(content: bytes) -> bytes:
@@ -403,7 +403,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2, help="channels of the stem")
     parser.add_argument("--groups", type=int, default=2, help="of the norms; BiT has 32")
     parser.add_argument("--classes", type=int, default=3)
-    parser.add_argument("--side", type=int, default=64, help="of the pictures, pixels")
+    parser.add_argument("--side", type=int, default=64, help="of the images, pixels")
     args = parser.parse_args()
     if args.folder:
         args.folder.mkdir(parents=True)

@@ -20,8 +20,8 @@ def cache_home(tmp_path_factory, monkeypatch) -> Path:
     return home
 
 
-@pytest.fixture(name="pictures")
-def folder_of_pictures(tmp_path) -> Path:
+@pytest.fixture(name="images")
+def folder_of_images(tmp_path) -> Path:
     """train, val and test of three classes, in three formats and several sizes."""
     root = tmp_path / "pictures"
     for s, (split, count) in enumerate((("train", 5), ("val", 3), ("test", 4))):

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def paint(path: Path, seed: int, size=(24, 20)) -> Path:
-    """A small picture of coloured blocks."""
+    """A small image of coloured blocks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC).save(path)

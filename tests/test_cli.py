@@ -114,14 +114,14 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(funmatch, tmp_path):
     funmatch(*words)
 
 
-def test_unreadable_pictures_are_told_on_the_command_line(funmatch, tmp_path):
+def test_unreadable_images_are_told_on_the_command_line(funmatch, tmp_path):
     for name in ("a", "b"):
         for split in ("train", "val"):
             paint(tmp_path / "p" / split / name / "1.png", 1)
     (tmp_path / "p" / "train" / "a" / "1.png").write_bytes(b"PNG?")
     done = funmatch("train", "--data", tmp_path / "p", *MINI[2:], "--steps", "1", "--out", "o", check=2)
-    assert "1 unreadable pictures" in done.stderr
-    assert "train/a/1.png: not a picture" in done.stderr
+    assert "1 unreadable images" in done.stderr
+    assert "train/a/1.png: not an image" in done.stderr
     assert not (tmp_path / "o").exists()
 
 

@@ -99,7 +99,7 @@ def written(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_the_story_twice(tmp_path, monkeypatch):
-    """In their order on pictures in the layout of Oxford's archives; the second time nothing is done again."""
+    """In their order on images in the layout of Oxford's archives; the second time nothing is done again."""
     monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
     pets(tmp_path / "data")
     work = tmp_path / "work"

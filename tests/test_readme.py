@@ -12,7 +12,7 @@ import pytest
 from test_bit import as_second_layout, random_bit
 
 from funmatch.cli import parse
-from funmatch.commands.study.spec import parse
+from funmatch.commands.study.spec import parse as parse_study
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,7 +38,7 @@ def test_every_command_is_understood(command):
 
 @pytest.mark.parametrize("text", blocks("toml"))
 def test_every_study_can_be_run(text):
-    assert len(parse(text, "README.md").entries) > 1
+    assert len(parse_study(text, "README.md").entries) > 1
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -52,7 +52,7 @@ def test_every_file_that_is_mentioned_exists():
 
 
 @pytest.mark.slow
-def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmatch):
+def test_the_commands_do_their_work_on_small_images(images, tmp_path, funmatch):
     """The README's own lines, with a small network in place of BiT's, few epochs, and a teacher made by `train`."""
     small = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
     np.savez(tmp_path / "bit.npz", **as_second_layout(random_bit(50, 1)))
@@ -68,9 +68,9 @@ def test_the_commands_do_their_work_on_small_pictures(pictures, tmp_path, funmat
         "--teacher runs/a --teacher runs/b": "--teacher runs/labels --teacher runs/labels --allow-weak-teacher",
         "--teacher-side 224 384": "--teacher-side 32 48",
         "--side 160": "--side 32",
-        "~/pictures": str(pictures),
-        "~/any-photos": f"{pictures}/train",
-        "pet37": str(pictures),
+        "~/pictures": str(images),
+        "~/any-photos": f"{images}/train",
+        "pet37": str(images),
         "pets.safetensors": "teacher.safetensors",
         "--student resnetv2_50x1_bit": small,
         "--side 128": "--side 32",

@@ -1,4 +1,4 @@
-"""A sheet of samples: some pictures of each class, as runs see them, with the names of the classes."""
+"""A sheet of samples: some images of each class, as runs see them, with the names of the classes."""
 
 import math
 import textwrap
@@ -38,7 +38,7 @@ def run(config: Data) -> dict[str, Any]:
 
 
 def _beside(data: tuple[str, ...]) -> Path:
-    """This folder; or the one of caches, lest the sheet become one of the pictures."""
+    """This folder; or the one of caches, lest the sheet become one of the images."""
     here = Path.cwd().resolve()
     places = [Path(resolve_names(spec).removeprefix("folder:")).resolve() for spec in data]
     inside = any(place.is_dir() and here.is_relative_to(place) for place in places)
@@ -46,7 +46,7 @@ def _beside(data: tuple[str, ...]) -> Path:
 
 
 def choose_images(cache: Cache) -> tuple[CachedSplit, list[int]]:
-    """A split, and pictures of it: a row for each of up to 12 classes, else one of each of up to 96."""
+    """A split, and images of it: a row for each of up to 12 classes, else one of each of up to 96."""
     split = cache.splits.get("train") or next(iter(cache.splits.values()))
     labels = split.labels(slice(None)).numpy()
     if not split.labelled:
@@ -74,12 +74,12 @@ def draw(cache: Cache, path: Path) -> None:
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not
         figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.35) + 0.4), layout="constrained")
-        figure.suptitle(f"{_shown(cache.name)}: {len(split):,} pictures of {split.name}", fontsize=10)
+        figure.suptitle(f"{_shown(cache.name)}: {len(split):,} images of {split.name}", fontsize=10)
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes:
             axis.axis("off")
-        for axis, picture, label in zip(axes, split.pictures(indices), labels, strict=False):
-            axis.imshow(picture.numpy())
+        for axis, image, label in zip(axes, split.images(indices), labels, strict=False):
+            axis.imshow(image.numpy())
             if label >= 0:
                 axis.set_title("\n".join(textwrap.wrap(_shown(cache.classes[label]), 18)[:2]), fontsize=7, pad=2)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def run(config: Demo) -> dict[str, Any]:
     """Judges the teacher, trains the student on labels, distils it, and writes a report about both.
 
     Returns:
-        `teacher`, `labels`, `student`: the figures of each on the 2,000 test pictures; `run`: the distilled run's
+        `teacher`, `labels`, `student`: the figures of each on the 2,000 test images; `run`: the distilled run's
         folder; `report`: the page.
     """
     config.check()
@@ -36,15 +36,13 @@ def run(config: Demo) -> dict[str, Any]:
     machine = {"device": config.device, "precision": config.precision}
     shared = KNOBS | machine | {"steps": config.steps, "seed": config.seed}
     shared |= {"eval_every": max(1, config.steps // 12), "save_every": max(1, config.steps // 6)}
-    info("1/3  the teacher, on 2,000 test pictures that it has never seen")
+    info("1/3  the teacher, on 2,000 test images that it has never seen")
     teacher = evaluate.run(Evaluate.checked(model="fashion-mini-teacher", data="fashion-mini", split="test", **machine))
     info(f"     top-1 {percent(teacher['top1'])}")
-    info(f"2/3  the student learns from 200 labelled pictures, {config.steps:,} steps")
+    info(f"2/3  the student learns from 200 labelled images, {config.steps:,} steps")
     labels = train.run(Train.checked(out=folder / "labels", **shared))
     info(f"     top-1 {percent(labels['top1'])}")
-    info(
-        f"3/3  the same student matches the teacher's function on the same pictures, {config.steps:,} steps, no labels"
-    )
+    info(f"3/3  the same student matches the teacher's function on the same images, {config.steps:,} steps, no labels")
     student = distill.run(Distill.checked(out=folder / "funmatch", **DISTILLED, **shared))
     info(f"     top-1 {percent(student['top1'])}")
     for each in (labels, student):
@@ -66,7 +64,7 @@ def show(figures: dict[str, Any]) -> None:
         )
     ]
     table(
-        "Fashion-MNIST, 200 training pictures, 2,000 test pictures",
+        "Fashion-MNIST, 200 training images, 2,000 test images",
         ["", "top-1", "agreement", "parameters", "time"],
         rows,
     )

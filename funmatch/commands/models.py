@@ -23,7 +23,7 @@ INPUTS = {
     "-1..1": ((0.5,) * 3, (0.5,) * 3),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-"""Mean and standard deviation, for pictures in [0, 1], of what networks are trained on."""
+"""Mean and standard deviation, for images in [0, 1], of what networks are trained on."""
 BIT = [f"resnetv2_{size}_bit" for size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")]
 GROUPS = {**dict.fromkeys(NAMED, "embedded"), **{f"bit:{name}": "the paper's own file" for name in PAPER}}
 
@@ -88,7 +88,7 @@ def list_models(config: Models) -> dict[str, Any]:
     """What can be named, with what it costs.
 
     Returns:
-        `models`: for each its `name`, `parameters`, `gflop` (forward, one picture, a multiply-add is two; None where
+        `models`: for each its `name`, `parameters`, `gflop` (forward, one image, a multiply-add is two; None where
         it cannot be counted), `side` (pixels), `classes`, and `source`; `more`: how many names are left out.
 
     Raises:

@@ -35,7 +35,7 @@ from funmatch.training.trainer import LossOf
 WARM, TIMED = 3, 20
 """Steps that are let by, and that are measured."""
 JUDGED = 512
-"""Pictures, at most, on which an evaluation is measured."""
+"""Images, at most, on which an evaluation is measured."""
 
 Both = Callable[[Batch], tuple[Tensor, Tensor]]
 
@@ -57,7 +57,7 @@ class Parts:
     Attributes:
         begin: of making ready: the program loaded, teachers looked at, networks compiled.
         step: of one update.
-        evaluation: of one look at the validation pictures, the training views among it.
+        evaluation: of one look at the validation images, the training views among it.
         save: of one checkpoint.
         end: of judging and writing the student.
     """
@@ -175,7 +175,7 @@ def seconds_a_step(made: Ready, optimizer: torch.optim.Optimizer) -> float:
 def seconds_to_judge(lesson: TrainSetup, both: Both | None) -> tuple[float, float]:
     """Seconds of an evaluation on the way, and of the last one."""
     watched, final = scoring.validation_split(lesson.cache), scoring.test_split(lesson.cache)
-    each = seconds_a_picture(lesson, watched)
+    each = seconds_a_image(lesson, watched)
     networks = 1 + (lesson.config.ema is not None)
     began = time.perf_counter()
     if both:
@@ -185,7 +185,7 @@ def seconds_to_judge(lesson: TrainSetup, both: Both | None) -> tuple[float, floa
     return networks * each * len(watched) + views, asked * each * len(final)
 
 
-def seconds_a_picture(lesson: TrainSetup, split: CachedSplit) -> float:
+def seconds_a_image(lesson: TrainSetup, split: CachedSplit) -> float:
     """Of judging the student, measured on some of a split."""
     some = split.subset(torch.arange(min(JUDGED, len(split))).numpy())
     scoring.predict(lesson.student, some.subset(torch.arange(min(len(some), 8)).numpy()), lesson.view)
@@ -234,6 +234,6 @@ def show(figures: dict[str, Any]) -> None:
         ["step", f"{figures['step_ms']:,.1f} ms, {figures['images_per_second']:,.1f} images/s{peak}"],
         ["length", f"{figures['steps']:,} steps"],
         ["memory", f"{format_bytes(figures['memory_bytes'])} at most"],
-        ["disk", f"run {format_bytes(disk['run'])}, pictures {format_bytes(disk['pictures'])} (there already){tape}"],
+        ["disk", f"run {format_bytes(disk['run'])}, images {format_bytes(disk['pictures'])} (there already){tape}"],
     ]
     table(f"what {figures['run']} will take", ["", ""], rows)

@@ -1,4 +1,4 @@
-"""Making pictures ready before a run needs them, and saying what they are."""
+"""Making images ready before a run needs them, and saying what they are."""
 
 from typing import Any
 
@@ -67,12 +67,12 @@ def show(figures: dict[str, Any]) -> None:
     if figures["kinds"]:
         lines.append("kinds: " + ", ".join(f"{count:,} {kind}" for kind, count in figures["kinds"].items()))
     if figures["repeated"]:
-        lines.append(f"repeated inside a split: {figures['repeated']:,} pictures")
+        lines.append(f"repeated inside a split: {figures['repeated']:,} images")
     if twice := figures["contradictory"]["pictures"]:
-        lines.append(f"CONTRADICTION: {twice:,} pictures are the same with different labels:")
+        lines.append(f"CONTRADICTION: {twice:,} images are the same with different labels:")
         lines += [f"  {one} = {other}" for one, other in figures["contradictory"]["examples"]]
     if not figures["leaks"] and len(figures["splits"]) > 1:
-        lines.append("no picture is in two splits")
+        lines.append("no image is in two splits")
     lines += _leaks(figures) + _unreadable(figures)
     for spec in figures["data"]:
         if spec in CATALOG:
@@ -92,7 +92,7 @@ def show(figures: dict[str, Any]) -> None:
 def _leaks(figures: dict[str, Any]) -> list[str]:
     lines = []
     for pair, leak in figures["leaks"].items():
-        lines.append(f"LEAK: {leak['pictures']:,} pictures are both in {pair}:")
+        lines.append(f"LEAK: {leak['pictures']:,} images are both in {pair}:")
         lines += [f"  {one} = {other}" for one, other in leak["examples"]]
     return lines
 

@@ -22,7 +22,7 @@ from funmatch.runtime.log import info, table
 from funmatch.runtime.text import percent
 
 SECONDS = 8.0  # of measurement for each network, about
-PICTURES = {"cpu": 8}  # at a time on a device; elsewhere 128
+IMAGES = {"cpu": 8}  # at a time on a device; elsewhere 128
 OF_A_RUN = "resnetv2_101x3_bit"
 """The architecture of the teachers that a recipe names by their run folders: the earlier project's."""
 
@@ -33,7 +33,7 @@ def run(config: Recipes) -> dict[str, Any]:
     Returns:
         `recipes`: for each its `name`, `command`, `top1` and `teacher_top1` as published (in [0, 1] or None), `source`,
         `note`; for one alone also `knobs` (complete), `words` (the command in full), `steps`, `images`, `gflop` (of
-        each network's forward pass for one picture) and, if it is measured, `hours` and `images_per_second`.
+        each network's forward pass for one image) and, if it is measured, `hours` and `images_per_second`.
 
     Raises:
         InputError: there is no such recipe.
@@ -106,27 +106,27 @@ def network(name: str, classes: int, *, counted: bool = False) -> nn.Module:
 
 
 def student_seconds(net: nn.Module, knobs: Train, device: torch.device, precision: str) -> float:
-    """Seconds a picture to teach a network: forward, backward and update, on views of the recipe's side."""
+    """Seconds an image to teach a network: forward, backward and update, on views of the recipe's side."""
     student = _classifier(net).to(device).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-    pictures = _pictures(knobs.side or 0, device)
+    images = _images(knobs.side or 0, device)
 
     def step() -> None:
         with devices.autocast(device, precision):
-            loss = student(pictures).float().square().mean()
+            loss = student(images).float().square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return median(step, device) / len(pictures)
+    return median(step, device) / len(images)
 
 
 def teacher_seconds(net: nn.Module, side: int, device: torch.device) -> float:
-    """Seconds a picture to ask a frozen teacher, in the usual form: folded, in the fastest arithmetic of the device."""
+    """Seconds an image to ask a frozen teacher, in the usual form: folded, in the fastest arithmetic of the device."""
     precision = devices.teacher_precisions("auto", device)[0]
     teacher = Frozen(_classifier(net).to(device), InferenceMode(precision=precision))
-    pictures = _pictures(side, device)
-    return median(lambda: teacher(pictures), device) / len(pictures)
+    images = _images(side, device)
+    return median(lambda: teacher(images), device) / len(images)
 
 
 def median(work: Callable[[], object], device: torch.device) -> float:
@@ -141,8 +141,8 @@ def median(work: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times)
 
 
-def _pictures(side: int, device: torch.device) -> Tensor:
-    return torch.rand(PICTURES.get(device.type, 128), 3, side, side, device=device)
+def _images(side: int, device: torch.device) -> Tensor:
+    return torch.rand(IMAGES.get(device.type, 128), 3, side, side, device=device)
 
 
 def _classifier(net: nn.Module) -> Classifier:
@@ -164,8 +164,8 @@ def show(figures: dict[str, Any]) -> None:
     gigas = [one["gflop"]["student"], *one["gflop"]["teachers"]]
     rows = [
         ["published", f"top-1 {percent(one['top1'])}, teacher {percent(one['teacher_top1'])} ({one['source']})"],
-        ["length", f"{one['steps']:,} steps, {one['images']:,} pictures"],
-        ["arithmetic", " + ".join(f"{giga:.3g}" for giga in gigas) + " GFLOP a picture (student + teachers, forward)"],
+        ["length", f"{one['steps']:,} steps, {one['images']:,} images"],
+        ["arithmetic", " + ".join(f"{giga:.3g}" for giga in gigas) + " GFLOP an image (student + teachers, forward)"],
     ]
     if "hours" in one:
         rate = f"{one['images_per_second']:,.3g} pictures/s on {one['device']} in {one['precision']}"

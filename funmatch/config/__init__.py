@@ -14,7 +14,7 @@ Schedule = Literal["cosine", "linear", "quadratic", "wsd", "staircase", "constan
 Words = tuple[str, ...]
 
 # Knobs that say where things lie or how they are shown, not what is computed: a run may change them and go on.
-# The pictures themselves are compared by content, so it does not matter where they lie or how they are kept.
+# The images themselves are compared by content, so it does not matter where they lie or how they are kept.
 UNCOMPARED = {
     "out", "as_json", "workers", "log_every", "epochs", "data", "eval_data", "data_dir", "pixels", "resident_gb",
     "follow_links", "on_bad", "class_file", "recipe", "tape", "tape_full", "profile", "device_gb",
@@ -31,18 +31,18 @@ class Machine(Options):
     not; on the CPU fp32, or bf16 for a run whose student is clearly faster in it."""
 
 
-class Pictures(Options):
-    """How pictures are read and kept."""
+class Images(Options):
+    """How images are read and kept."""
 
     val: str | None = None
-    """Cut this much of the training pictures off for validation: 10%, or a number of pictures. Which ones depends on
+    """Cut this much of the training images off for validation: 10%, or a number of images. Which ones depends on
     their content and on --val-seed only."""
     val_seed: int = 0
-    """Another seed cuts other pictures off."""
+    """Another seed cuts other images off."""
     unlabelled: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Forget the labels, whatever the folders are called."""
     image_feature: str | None = None
-    """In shards and tables: the feature, ending or column that holds the picture, by default one of the usual."""
+    """In shards and tables: the feature, ending or column that holds the image, by default one of the usual."""
     label_feature: str | None = None
     """In shards and tables: the feature, ending or column that holds the class; none for no labels."""
     first_label: int = 0
@@ -54,7 +54,7 @@ class Pictures(Options):
     data_dir: Path | None = None
     """Where the catalog's data sets lie, or are put; by default $FUNMATCH_DATA, or a folder in the user's cache."""
     cap: int = 512
-    """Pictures with a longer short side are scaled down to this, in pixels."""
+    """Images with a longer short side are scaled down to this, in pixels."""
     decoder: Literal["auto", "pillow", "torchcodec"] = "auto"
     """What decodes JPEGs; auto is torchcodec where it is installed, else Pillow."""
     pixels: Literal["auto", "resident", "streaming"] = "auto"
@@ -63,26 +63,26 @@ class Pictures(Options):
     resident_gb: float = 32.0
     """Up to how many gigabytes of decoded pixels auto is resident."""
     max_pixels: int = 178_956_970
-    """Larger pictures are refused as decompression bombs."""
+    """Larger images are refused as decompression bombs."""
     on_bad: Literal["stop", "skip"] = "stop"
-    """What to do about pictures that cannot be decoded: stop and name all of them, or go on without them."""
+    """What to do about images that cannot be decoded: stop and name all of them, or go on without them."""
 
     def problems(self) -> list[str]:
         least = {"val_seed": 0, "cap": 1, "max_pixels": 1, "resident_gb": 0}
         return outside(self, least, {"val_seed": 2**62}) + super().problems()
 
 
-class Train(Pictures, Machine):
+class Train(Images, Machine):
     """Train a model on labels alone: the honest baseline, with the views and the loop of distillation."""
 
     by_rule: ClassVar[bool] = False
     """Whether a rule decides the length and the staircase where nobody does."""
 
     data: Words
-    """Pictures: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100, fashion-mini),
+    """Images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100, fashion-mini),
     a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are joined."""
     eval_data: Words = ()
-    """Other pictures to judge on: their validation and test splits, or all of them as a test."""
+    """Other images to judge on: their validation and test splits, or all of them as a test."""
     student: str
     """The network to teach: any timm name, from scratch or, with its tag, from its published weights; a folder or file
     with weights, as for a teacher; or fashion-mini-student. Another number of classes gives a new head of zeros."""
@@ -105,34 +105,34 @@ class Train(Pictures, Machine):
     steps: int | None = None
     """Length of the run in updates. Give this or --epochs."""
     epochs: float | None = None
-    """Length of the run in passes over the training pictures. Function matching gains from thousands."""
+    """Length of the run in passes over the training images. Function matching gains from thousands."""
     batch: Annotated[int, tyro.conf.arg(aliases=["-b", "--batch-size"])] = 128
-    """Pictures a step. May be more than there are in the data set."""
+    """Images a step. May be more than there are in the data set."""
     side: Annotated[int | None, tyro.conf.arg(aliases=["--img-size"])] = None
     """Side of the views in pixels; by default the one that the student was made for."""
     eval_resize: int | None = None
     """Evaluation resizes the short side to this many pixels, then cuts the central square of --side. By default as the
     student's own card says; at another side, 32 more than --side, but at most a quarter more."""
     crop_min_area: float = 0.05
-    """The smallest share of a picture that a training crop covers."""
+    """The smallest share of an image that a training crop covers."""
     crop: Crop | None = None
-    """How a picture becomes a training view: inception, a crop of any size and place, by default; mild, a random square
-    of --side out of the picture whose short side was resized to --resize; squash, the same out of the whole picture
+    """How an image becomes a training view: inception, a crop of any size and place, by default; mild, a random square
+    of --side out of the image whose short side was resized to --resize; squash, the same out of the whole image
     resized to a square; whole, all of it, never mirrored."""
     resize: int | None = None
     """The short side's pixels before a mild crop; by default --eval-resize."""
     mixup: float | None = None
     """MixUp's λ is drawn from Beta(a, a) with this a: 1, the default, is uniform, 0 is no MixUp."""
     mixup_mode: Literal["batch", "image"] = "batch"
-    """One λ (and one box of CutMix) for a whole batch, or one for each picture."""
+    """One λ (and one box of CutMix) for a whole batch, or one for each image."""
     mixup_max: bool = True
-    """Take max(λ, 1 − λ), so that no picture counts less than the one that it is mixed with."""
+    """Take max(λ, 1 − λ), so that no image counts less than the one that it is mixed with."""
     mixup_lam: float | None = None
     """Mix with this λ at every step, in [0, 1], instead of a drawn one."""
     cutmix: float = 0.0
     """CutMix, beyond the paper: λ is drawn from Beta(a, a) with this a; 0 is off. With MixUp too, a coin decides."""
     randaugment: tuple[int, int] | None = None
-    """RandAugment, beyond the paper, of the view that both see: operations on each picture, and their magnitude of 30,
+    """RandAugment, beyond the paper, of the view that both see: operations on each image, and their magnitude of 30,
     e.g. 2 9."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes, where labels are used."""
@@ -167,7 +167,7 @@ class Train(Pictures, Machine):
     freeze_until: str | None = None
     """The module of the network from which on it is taught, e.g. stages.3 or head; all before stays as it is."""
     micro_batch: int | None = None
-    """Pictures that the student takes at once, to need less memory. The same crops and λ; only BatchNorm notices."""
+    """Images that the student takes at once, to need less memory. The same crops and λ; only BatchNorm notices."""
     compile: Literal["auto", "off", "native", "on", "max"] = "auto"
     """Compile the networks, a minute or two for faster steps; max tries more kernels for longer. native: on a CPU, our
     own kernels for GroupNorm and standardised convolutions. auto: native on a CPU, elsewhere on for larger networks in
@@ -185,7 +185,7 @@ class Train(Pictures, Machine):
     threads: int | None = None
     """Cores that the networks use on the CPU; by default all. Tiny networks are faster on one."""
     device_gb: float | None = None
-    """Up to so many GB of decoded pictures an accelerator keeps and cuts views itself; by default ¼ of its memory."""
+    """Up to so many GB of decoded images an accelerator keeps and cuts views itself; by default ¼ of its memory."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Say where the first steps go, part by part, and write a trace of some of them into the run folder."""
     log_every: int = 50
@@ -198,9 +198,9 @@ class Train(Pictures, Machine):
     def problems(self) -> list[str]:
         found = outside(self, _AT_LEAST, _AT_MOST)
         if not self.data:
-            found.append("give the pictures to learn from by --data")
+            found.append("give the images to learn from by --data")
         if self.val is not None and self.eval_data:
-            found.append("--val cuts pictures for validation off --data, but --eval-data is judged on; say one of them")
+            found.append("--val cuts images for validation off --data, but --eval-data is judged on; say one of them")
         found += [
             f"{name} must be above 0, got {getattr(self, name)}" for name in _POSITIVE if not _positive(self, name)
         ]
@@ -215,7 +215,7 @@ class Train(Pictures, Machine):
 
     @property
     def cropped(self) -> Crop:
-        """How pictures become training views."""
+        """How images become training views."""
         return self.crop or "inception"
 
     @property
@@ -242,7 +242,7 @@ def _positive(table: Train, name: str) -> bool:
 
 
 class Finetune(Train):
-    """Teach a network with pretrained weights the labels of your pictures: a teacher, by BiT-HyperRule."""
+    """Teach a network with pretrained weights the labels of your images: a teacher, by BiT-HyperRule."""
 
     by_rule: ClassVar[bool] = True
 
@@ -252,21 +252,21 @@ class Finetune(Train):
     student_weights: Annotated[Path | None, tyro.conf.arg(name="weights", aliases=["--student-weights"])] = None
     """A .safetensors, .pt or BiT .npz file to start from, for a network that is a timm name."""
     steps: int | None = None
-    """Length of the run in updates; by default 500, 10,000 or 20,000, by the number of training pictures."""
+    """Length of the run in updates; by default 500, 10,000 or 20,000, by the number of training images."""
     epochs: float | None = None
-    """Length of the run in passes over the training pictures, instead."""
+    """Length of the run in passes over the training images, instead."""
     batch: Annotated[int, tyro.conf.arg(aliases=["-b", "--batch-size"])] = 512
-    """Pictures a step. May be more than there are in the data set."""
+    """Images a step. May be more than there are in the data set."""
     side: Annotated[int | None, tyro.conf.arg(aliases=["--img-size"])] = None
-    """Side of the views in pixels; by default 128 for pictures of less than 96 × 96 pixels, else 480."""
+    """Side of the views in pixels; by default 128 for images of less than 96 × 96 pixels, else 480."""
     crop: Crop | None = "mild"
-    """How a picture becomes a training view: mild, a random square of --side out of the picture whose short side was
-    resized to --resize; squash, the same out of the whole picture resized to a square; whole, all of it; or inception,
+    """How an image becomes a training view: mild, a random square of --side out of the image whose short side was
+    resized to --resize; squash, the same out of the whole image resized to a square; whole, all of it; or inception,
     a crop of any size and place."""
     resize: int | None = None
     """The short side's pixels before a mild crop; by default 160 for 128, 512 for 480, and in proportion."""
     mixup: float | None = None
-    """MixUp's λ is drawn from Beta(a, a) with this a; 0 is off. By default 0.1 from 20,000 training pictures on."""
+    """MixUp's λ is drawn from Beta(a, a) with this a; 0 is off. By default 0.1 from 20,000 training images on."""
     optimizer: Annotated[str, tyro.conf.arg(aliases=["--opt"])] = "sgd"
     """What turns gradients into updates: sgd, adamw, lamb, lars, muon, shampoo, soap, or any of timm's."""
     lr: float | None = None
@@ -279,11 +279,11 @@ class Finetune(Train):
     weight_decay: float = 0.0
     """Share of each kernel that a step takes away at the top of the schedule, whatever the learning rate is."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate rises; by default 100 for fewer than 20,000 pictures, else 500."""
+    """Steps over which the learning rate rises; by default 100 for fewer than 20,000 images, else 500."""
     clip_norm: float | None = None
     """The global norm beyond which gradients are scaled down; None for never."""
     eval_every: int = 100
-    """Steps between evaluations on the validation split. Where there is none, a tenth of the training pictures is cut
+    """Steps between evaluations on the validation split. Where there is none, a tenth of the training images is cut
     off for it."""
     keep: Literal["last", "best"] = "best"
     """Which network is judged and saved at the end: as it is then, or as validation liked it most."""
@@ -305,7 +305,7 @@ class Teaching(Options):
     combine: Literal["mean-logits", "mean-probabilities"] = "mean-logits"
     """How several teachers become one: the mean of their logits, or of their probabilities at the temperature."""
     classes: str | None = None
-    """For a teacher with other classes than the pictures': same-names looks each class up by its name; a file
+    """For a teacher with other classes than the images': same-names looks each class up by its name; a file
     map.json says {"our class": "the teacher's", …}, by name, number, or a list of these."""
     trust_class_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on although the class names of a teacher (or judged model) differ from the data's, taking both to be in the
@@ -344,17 +344,17 @@ class Distill(Train, Teaching):
     teacher_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the frozen teacher: auto is the fastest that answers the first batch as fp32 does."""
     teacher_batch: int | None = None
-    """Pictures that go through the teacher at once, to need less memory; by default all that the student sees."""
+    """Images that go through the teacher at once, to need less memory; by default all that the student sees."""
     strategy: str = "funmatch"
-    """What the two see of a picture. funmatch: one shared Inception crop, mixed. same/ic, same/rc: one shared Inception
+    """What the two see of an image. funmatch: one shared Inception crop, mixed. same/ic, same/rc: one shared Inception
     or mild random crop. ind/ic, ind/rc: each a crop of its own. fix/rs, fix/cc, fix/ic_ens: the teacher always the
-    whole picture, its middle, or many Inception crops of which the mean counts; the student the whole picture, mild
+    whole image, its middle, or many Inception crops of which the mean counts; the student the whole image, mild
     random or Inception crops."""
     teacher_crops: int = 1000
-    """fix/ic_ens: Inception crops of each picture, of which the teacher's mean probabilities are taken beforehand."""
+    """fix/ic_ens: Inception crops of each image, of which the teacher's mean probabilities are taken beforehand."""
     crop: Crop | None = None
     """The student's crop, by default as the strategy says. Those of */rc may be squash: random squares of the whole
-    picture resized to a square."""
+    image resized to a square."""
     mixup: float | None = None
     """MixUp's λ is drawn from Beta(a, a) with this a: 1 is uniform, 0 is off. By default 1 for funmatch, else 0."""
     distance: Annotated[str, tyro.conf.arg(aliases=["--loss"])] = "kl"
@@ -362,9 +362,9 @@ class Distill(Train, Teaching):
     (Jensen–Shannon), dist (Huang et al., 2022). Of logits: l2, euclidean, log-softmax-l2, log-softmax-euclidean. hard:
     cross-entropy on the teacher's first class."""
     standardise: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Bring each picture's logits to mean 0 and deviation 1 before the distance (Sun et al., 2024)."""
+    """Bring each image's logits to mean 0 and deviation 1 before the distance (Sun et al., 2024)."""
     label_weight: float = 0.0
-    """Share of the loss that is cross-entropy on the pictures' labels, mixed as the views are, in [0, 1]; function
+    """Share of the loss that is cross-entropy on the images' labels, mixed as the views are, in [0, 1]; function
     matching uses none."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-T"])] = 1.0
     """Divides both networks' logits before the softmax."""
@@ -373,10 +373,10 @@ class Distill(Train, Teaching):
     teacher_ahead: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute the teacher's answers in the threads that make views: for small networks on the CPU."""
     allow_weak_teacher: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with a teacher that is near chance on the labelled validation pictures."""
+    """Go on with a teacher that is near chance on the labelled validation images."""
     tape: Path | None = None
     """A folder for what the teacher says of every view, in half precision: the first run records it, every further one
-    with the same pictures, seed, batch, views and teacher takes it from there, at no cost of a teacher."""
+    with the same images, seed, batch, views and teacher takes it from there, at no cost of a teacher."""
     tape_top: int | None = None
     """Keep only the teacher's first so many classes on the tape, and the others as one mass."""
     tape_full: Literal["stop", "go-on"] = "stop"
@@ -403,7 +403,7 @@ class Distill(Train, Teaching):
         return found + super().problems()
 
 
-class Evaluate(Pictures, Teaching, Machine):
+class Evaluate(Images, Teaching, Machine):
     """Judge a run or a model: accuracy, calibration, and closeness to a teacher."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -413,7 +413,7 @@ class Evaluate(Pictures, Teaching, Machine):
     model_kwargs: tuple[str, ...] = ()
     """Options for timm's constructor, key=value."""
     data: Words = ()
-    """The pictures; by default those of the run."""
+    """The images; by default those of the run."""
     split: str = "auto"
     """Which split: train, val or test; auto is test, else val, else train."""
     teacher: Words = ()
@@ -423,33 +423,33 @@ class Evaluate(Pictures, Teaching, Machine):
     eval_resize: int | None = None
     """The short side's pixels before the central cut; by default the run's or the model's own."""
     batch: Annotated[int, tyro.conf.arg(aliases=["-b", "--batch-size"])] = 128
-    """Pictures at a time."""
+    """Images at a time."""
 
     def problems(self) -> list[str]:
         return outside(self, dict.fromkeys(("side", "eval_resize", "batch"), 1)) + super().problems()
 
 
-class Named(Pictures):
-    """Pictures that are named without an option."""
+class Named(Images):
+    """Images that are named without an option."""
 
     data: Annotated[Words, tyro.conf.Positional, tyro.conf.arg(metavar="DATA [DATA ...]", help_behavior_hint="")]
-    """Pictures: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME."""
+    """Images: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME."""
 
     def problems(self) -> list[str]:
-        return ([] if self.data else ["give the pictures, e.g. ~/pictures or pet37"]) + super().problems()
+        return ([] if self.data else ["give the images, e.g. ~/pictures or pet37"]) + super().problems()
 
 
 class Prepare(Named):
-    """Make pictures ready: fetch, check every file, decode once; or write them as TFRecord shards."""
+    """Make images ready: fetch, check every file, decode once; or write them as TFRecord shards."""
 
     to: Literal["cache", "tfrecord"] = "cache"
     """cache: decoded for runs of this program. tfrecord: shards of tf.train.Example in --out."""
     out: Path | None = None
     """The folder for the shards."""
     side: int | None = None
-    """Shards hold pictures resized to this square, in pixels; by default they are kept as they are."""
+    """Shards hold images resized to this square, in pixels; by default they are kept as they are."""
     shard_size: int = 128
-    """Pictures a shard."""
+    """Images a shard."""
 
     def problems(self) -> list[str]:
         found = []
@@ -486,7 +486,7 @@ class Report(Options):
 
 
 class Demo(Machine):
-    """See it work in minutes: a small student learns from labels, then from a teacher, on embedded pictures."""
+    """See it work in minutes: a small student learns from labels, then from a teacher, on embedded images."""
 
     steps: int = 7000
     """Updates of each of the two runs."""
@@ -550,10 +550,10 @@ class Import(Options):
     weights: Path | None = None
     """A .safetensors, .pt or BiT .npz file for a model that is a timm name."""
     inputs: Literal["auto", "0..1", "-1..1", "imagenet"] = "auto"
-    """The pictures that the network was trained on, where the checkpoint cannot say. auto: -1..1 for BiT files; for
-    SavedModels as their graph rescales pictures (hub modules: -1..1), or 0..1 if it does not; else what timm knows."""
+    """The images that the network was trained on, where the checkpoint cannot say. auto: -1..1 for BiT files; for
+    SavedModels as their graph rescales images (hub modules: -1..1), or 0..1 if it does not; else what timm knows."""
     side: int | None = None
-    """Side of the pictures that it was trained on, in pixels; by default as the checkpoint's name or timm says."""
+    """Side of the images that it was trained on, in pixels; by default as the checkpoint's name or timm says."""
     crop_fraction: float | None = None
     """Share of the short side that its evaluation view keeps, e.g. 0.8 for 128 of 160 pixels."""
     class_file: Path | None = None
@@ -574,7 +574,7 @@ class Models(Options):
     pattern: Annotated[str, tyro.conf.Positional] = ""
     """Part of a name, or a pattern with * and ?; by default our own names, BiT and the paper's files."""
     side: int | None = None
-    """Count arithmetic for pictures of this side, in pixels; by default each model's own."""
+    """Count arithmetic for images of this side, in pixels; by default each model's own."""
 
     def problems(self) -> list[str]:
         return outside(self, {"side": 1}, {"side": 10**4})
@@ -644,7 +644,7 @@ class SearchDistill(Search, Distill):
 SEARCHED: dict[str, type[Search]] = {"train": SearchTrain, "finetune": SearchFinetune, "distill": SearchDistill}
 """The tables of a search among the runs of a verb."""
 STILL = {
-    *Pictures.model_fields, *Machine.model_fields, *UNCOMPARED, *Search.model_fields, "seed", "threads", "eval_every",
+    *Images.model_fields, *Machine.model_fields, *UNCOMPARED, *Search.model_fields, "seed", "threads", "eval_every",
     "save_every", "compile", "teacher_ahead", "teacher_precision", "allow_weak_teacher", "trust_class_order",
 } - {"epochs"}  # fmt: skip
 """Knobs that no search may move: they decide what is judged, or change nothing but the place and the speed."""

@@ -1,4 +1,4 @@
-"""Ways to teach as tables: what student and teacher see of a picture, and between which answers distance is."""
+"""Ways to teach as tables: what student and teacher see of an image, and between which answers distance is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from types import MappingProxyType
 from typing import Literal
 
 Crop = Literal["inception", "mild", "squash", "whole"]
-"""How a picture becomes a view: an Inception crop, a random square of the resized picture (keeping its shape, or of
-the whole picture resized to a square), or the whole picture resized, never mirrored."""
+"""How an image becomes a view: an Inception crop, a random square of the resized image (keeping its shape, or of
+the whole image resized to a square), or the whole image resized, never mirrored."""
 TeacherInput = Literal["same", "own", "whole", "central", "ensemble"]
 
 
@@ -18,7 +18,7 @@ class Strategy:
     Attributes:
         crop: of the student's view.
         teacher: what the teacher sees: the same view; its own, drawn alike but independently; or always the same
-            (fixed): the whole picture, a central crop, or the mean of what it says of many Inception crops.
+            (fixed): the whole image, a central crop, or the mean of what it says of many Inception crops.
         mixup: the a of Beta(a, a) of MixUp's λ, where nobody said another; 0 is no MixUp.
     """
 
@@ -28,7 +28,7 @@ class Strategy:
 
     @property
     def fixed(self) -> bool:
-        """Whether the teacher's answer to a picture never changes, so that it is computed once."""
+        """Whether the teacher's answer to an image never changes, so that it is computed once."""
         return self.teacher not in ("same", "own")
 
     @property

@@ -44,7 +44,7 @@ def of_sizes(config: Any) -> list[str]:
     """Views that are cut out of something smaller, and shares beyond their bounds."""
     found = []
     if config.crop_min_area > 1:
-        found.append(f"crop_min_area is a share of the picture, at most 1, got {config.crop_min_area}")
+        found.append(f"crop_min_area is a share of the image, at most 1, got {config.crop_min_area}")
     for name in ("weight_decay", "drop_rate", "drop_path", "ema", "momentum", "label_smoothing"):
         if (share := getattr(config, name)) is not None and not 0 <= share < 1:
             found.append(f"{name} must lie in [0, 1), got {share}")
@@ -62,7 +62,7 @@ def of_mixing(config: Any) -> list[str]:
     """Knobs of MixUp without MixUp, and a λ that is no share."""
     found = []
     if config.mixup_lam is not None and not 0 <= config.mixup_lam <= 1:
-        found.append(f"mixup_lam is the share of the picture itself, in [0, 1], got {config.mixup_lam}")
+        found.append(f"mixup_lam is the share of the image itself, in [0, 1], got {config.mixup_lam}")
     if config.mixup_lam is not None and config.mixup not in (None, 0, 1):
         found.append(f"mixup_lam is taken as it is, so mixup {config.mixup} has no use; say one of them")
     if config.mixup_lam is not None and not config.mixup_max:
@@ -89,8 +89,8 @@ def of_views(config: Any) -> list[str]:
         return [str(unknown("strategy", config.strategy, STRATEGIES))]
     if row.fixed and config.mixup:
         found.append(
-            f"mixup ({config.mixup}) needs a teacher that sees the mixed pictures, but that of {config.strategy} is "
-            "fixed: its answers are those to each picture alone. Leave --mixup out, or say a strategy of same/ or ind/"
+            f"mixup ({config.mixup}) needs a teacher that sees the mixed images, but that of {config.strategy} is "
+            "fixed: its answers are those to each image alone. Leave --mixup out, or say a strategy of same/ or ind/"
         )
     if row.teacher != "same":
         found += [
@@ -125,7 +125,7 @@ def of_distance(config: Any) -> list[str]:
             if moved(config, name)
         ]
     if config.distance == "dist" and config.micro_batch and config.micro_batch < config.batch:
-        found.append("distance dist compares the pictures of a batch with each other, so micro_batch would change it")
+        found.append("distance dist compares the images of a batch with each other, so micro_batch would change it")
     if config.distance == "hard" and config.standardise:
         found.append("standardise does not change which class is the first, so distance hard has no use for it")
     if not 0 <= config.label_weight <= 1:

@@ -39,7 +39,7 @@ class Recipe:
         name: to call it by.
         verb: of the command that carries it out.
         knobs: what it says; all others are the verb's defaults.
-        top1: published for its student on the test pictures, percent, or None.
+        top1: published for its student on the test images, percent, or None.
         teacher_top1: published for its teacher, percent, or None.
         source: who published it.
         note: what else to know, a sentence or none.
@@ -171,7 +171,7 @@ def _teachers() -> Iterator[Recipe]:
                 "data": (data,), "student": f"resnetv2_{network}_bit.goog_in21k", "side": 128, "resize": 160,
                 "out": Path(f"runs/{name}"), "batch": 512, "micro_batch": 64,
             }  # fmt: skip
-            note = "In pieces of 64 pictures it fits 16 GB; --grad-checkpointing halves that again."
+            note = "In pieces of 64 images it fits 16 GB; --grad-checkpointing halves that again."
             published = top1 if network == "152x2" else None
             yield Recipe(name, "finetune", knobs, published, note=note, space={"lr": "log:3e-4..3e-2"})
 
@@ -180,7 +180,7 @@ IMAGENET_TEACHER = "resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k"
 IMAGENET = {
     "data": ("imagenet",), "batch": 4096, "lr": 0.03, "weight_decay": 3e-4, "temperature": 1.0, "warmup_steps": 5000,
 }  # fmt: skip
-# name, knobs, epochs to top-1 of the student on the validation pictures
+# name, knobs, epochs to top-1 of the student on the validation images
 IMAGENET_ROWS = (
     ("imagenet", {"side": 224, "eval_resize": 256}, {300: 80.30, 1200: 81.54, 4800: 82.18, 9600: 82.31}),
     ("imagenet-s160", {"side": 160, "teacher_side": (224,)}, {300: 78.17, 1200: 79.61, 9600: 80.49}),
@@ -232,7 +232,7 @@ def _earlier() -> Iterator[Recipe]:
             "steps": 450, "warmup_steps": 0, "decay_steps": (200, 300, 400), "decay_factors": (0.1, 1e-3, 1e-4),
             "mixup": 0.0, "eval_every": 10,
         }  # fmt: skip
-        note = "Evaluated on the central 0.875 of the picture, squashed to 128 pixels. Its lr is 1e-5 a TPU core."
+        note = "Evaluated on the central 0.875 of the image, squashed to 128 pixels. Its lr is 1e-5 a TPU core."
         space = {"lr": "3e-3,1e-4,1e-5,5e-5"}
         yield Recipe(f"tf-teacher-{data}", "finetune", knobs, top1, source=EARLIER, note=note, space=space)
     for data, epochs, top1, teacher_top1 in EARLIER_ROWS:

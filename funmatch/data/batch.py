@@ -18,7 +18,7 @@ class Batch:
     Attributes:
         crops: (1 + n, 3, side, side) float32 in [0, 1]; row 0 is row 1's predecessor in the global batch.
         labels: (1 + n,) int64, -1 where there is none.
-        lam: MixUp weight of the picture itself, in [0, 1]: one, or one a picture, (n,) float32.
+        lam: MixUp weight of the image itself, in [0, 1]: one, or one an image, (n,) float32.
         answers: (n, classes), the teacher's logits on its view, where they were computed before.
         cuts: of CutMix, (1 or n, 4) float32 as `mixing.cutmix` takes them, or None.
         shown: the teachers' crops, one for each of the loader's `teacher_sides`: `crops` itself where it is the same.
@@ -36,7 +36,7 @@ class Batch:
 
     @property
     def own_weight(self) -> float | Tensor:
-        """How much of each view is its own picture, one or (n,): the λ of its label."""
+        """How much of each view is its own image, one or (n,): the λ of its label."""
         return own_weight(self.lam, self.cutmix_boxes, self.crops.shape[-1])
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -59,7 +59,7 @@ class Batch:
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pieces(self, size: int | None) -> Iterator[tuple["Batch", float]]:
-        """The batch in even pieces of at most so many pictures, each with its predecessor, and the share that it is."""
+        """The batch in even pieces of at most so many images, each with its predecessor, and the share that it is."""
         count = len(self.labels) - 1
         for start, stop in pairwise(even_chunks(count, size)):
             crops, rows = self.crops[start : stop + 1], slice(start, stop)

@@ -1,7 +1,7 @@
-"""Where pictures come from: listed once, read on demand.
+"""Where images come from: listed once, read on demand.
 
 Every door (folders, shards, the catalog, the Hub) gives the same thing, a `Source`: classes, splits, and a function
-that reads one encoded picture.
+that reads one encoded image.
 """
 
 import os
@@ -37,11 +37,11 @@ def untracked(things: Iterable, total: int, what: str) -> Iterable:  # noqa: ARG
 
 @dataclass(frozen=True)
 class SplitListing:
-    """The pictures of one split.
+    """The images of one split.
 
     Attributes:
-        names: how messages call each picture, (n,).
-        labels: index of each picture's class, (n,) int32, `UNLABELLED` where there is none.
+        names: how messages call each image, (n,).
+        labels: index of each image's class, (n,) int32, `UNLABELLED` where there is none.
     """
 
     names: Sequence[str]
@@ -57,7 +57,7 @@ class SplitListing:
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """Which shares of the training pictures become other splits: {"val": 1/10}, or a number of pictures.
+    """Which shares of the training images become other splits: {"val": 1/10}, or a number of images.
 
     Attributes:
         shares: by split; a Fraction below 1, or an int.
@@ -76,11 +76,11 @@ class Dataset:
         name: of the data set.
         classes: their names by label; empty where nothing is labelled.
         splits: by name.
-        read: (split, index) to the encoded picture; any failure is an exception.
+        read: (split, index) to the encoded image; any failure is an exception.
         watched: files and folders whose size and time tell whether anything may have changed.
-        cut: what is still to be cut from the training pictures, by content.
+        cut: what is still to be cut from the training images, by content.
         unnamed: whether the classes are only numbers, because nothing says their names.
-        counts: pictures a split as published, where the data set is.
+        counts: images a split as published, where the data set is.
         notes: what a person may not expect of how this was read, a sentence each.
         place: where it lies, for messages.
     """
@@ -102,7 +102,7 @@ class Dataset:
         return f"{self.name} ({self.place})" if self.place else self.name
 
     def jobs(self) -> list[tuple[str, int]]:
-        """Every picture as (split, index), in order."""
+        """Every image as (split, index), in order."""
         return [(name, i) for name, split in self.splits.items() for i in range(len(split))]
 
 
@@ -112,7 +112,7 @@ class ReadOptions:
 
     Attributes:
         data_dir: where the data sets of the catalog lie, or are put.
-        cut: what to cut from the training pictures.
+        cut: what to cut from the training images.
         unlabelled: whether labels may be missing.
         follow_links: whether links may lead out of a folder.
         image_feature, label_feature: in shards and tables; None tries the usual names, "none" is no label.
@@ -131,7 +131,7 @@ class ReadOptions:
 
 
 def parse_share(text: str) -> Fraction | int:
-    """`10%` or `0.1` to a tenth, `500` to so many pictures.
+    """`10%` or `0.1` to a tenth, `500` to so many images.
 
     Raises:
         InputError: it is neither.
@@ -142,7 +142,7 @@ def parse_share(text: str) -> Fraction | int:
         share = Fraction(text.rstrip("%")) / (100 if text.endswith("%") else 1)
         if 0 < share < 1:
             return share
-    raise InputError(f"{text!r} is no share of the training pictures; wanted 10%, 0.1, or a number of pictures")
+    raise InputError(f"{text!r} is no share of the training images; wanted 10%, 0.1, or a number of images")
 
 
 def split_of(words: Sequence[str]) -> str | None:
@@ -262,6 +262,6 @@ def mosaic(folder: Path, name: str, classes: tuple[str, ...], tile: int) -> Data
 
 
 def encode_pnm(pixels: np.ndarray) -> bytes:
-    """Pixels, (height, width) or (height, width, 3) uint8, as an encoded picture."""
+    """Pixels, (height, width) or (height, width, 3) uint8, as an encoded image."""
     kind = b"P5" if pixels.ndim == 2 else b"P6"
     return b"%b\n%d %d\n255\n" % (kind, pixels.shape[1], pixels.shape[0]) + pixels.tobytes()

@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels, as a person sees them: upright, RGB, transparency over white."""
+"""Encoded images to pixels, as a person sees them: upright, RGB, transparency over white."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from PIL import Image
 
 from funmatch.errors import InputError
 
-# Only what is a picture (Pillow would also start an interpreter for PostScript), as far as Pillow has it here.
+# Only what is an image (Pillow would also start an interpreter for PostScript), as far as Pillow has it here.
 Image.init()
 FORMATS = [
     name for name in ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000") if name in Image.OPEN
@@ -40,7 +40,7 @@ Image.MAX_IMAGE_PIXELS = None  # the limit is ours, see `_opened`; Pillow's woul
 
 @dataclass(frozen=True)
 class Header:
-    """What a picture's header says.
+    """What an image's header says.
 
     Attributes:
         height, width: upright, pixels.
@@ -53,10 +53,10 @@ class Header:
 
 
 def header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Reads a picture's header alone.
+    """Reads an image's header alone.
 
     Raises:
-        ValueError: it is no picture, or larger than `max_pixels`.
+        ValueError: it is no image, or larger than `max_pixels`.
     """
     with _opened(encoded, max_pixels) as image:
         width, height = _stored_size(image)
@@ -89,7 +89,7 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     box: Box | None = None,
 ) -> np.ndarray:
-    """The pixels of an encoded picture.
+    """The pixels of an encoded image.
 
     Colours of CMYK are converted, palettes resolved, transparency laid over white, 16 bits scaled to 8, floating-point
     values up to 1 taken for 0 … 1, the first frame of an animation taken, and what EXIF says about the camera's
@@ -97,13 +97,13 @@ def decode(
 
     Args:
         encoded: the file's bytes.
-        cap: a picture whose short side is longer is scaled down to it (bilinear, antialiased), pixels. A JPEG of at
+        cap: an image whose short side is longer is scaled down to it (bilinear, antialiased), pixels. A JPEG of at
             least four times as many is first decoded at 1/2, 1/4 or 1/8 of its size, which is left at least twice
             as large as needed: a few times faster, and on photographs within 1/255 on average of the slow way.
         decoder: `pillow`, or `torchcodec` for what it decodes as Pillow does, JPEGs of ordinary colours; they differ
             by at most 2/255.
-        max_pixels: larger pictures are refused as decompression bombs.
-        box: what is wanted of the (upright, scaled) picture. Of a JPEG, rows below are then not decoded, so damage
+        max_pixels: larger images are refused as decompression bombs.
+        box: what is wanted of the (upright, scaled) image. Of a JPEG, rows below are then not decoded, so damage
             there goes unnoticed.
 
     Returns:
@@ -133,11 +133,11 @@ def decode(
     return _inside(np.asarray(upright if turn is None else upright.transpose(turn)), box)
 
 
-def _inside(picture: np.ndarray, box: Box | None) -> np.ndarray:
+def _inside(image: np.ndarray, box: Box | None) -> np.ndarray:
     if box is None:
-        return picture
+        return image
     top, left, height, width = box
-    return picture[top : top + height, left : left + width]
+    return image[top : top + height, left : left + width]
 
 
 def _boxed(image: Image.Image, box: Box) -> np.ndarray:
@@ -197,7 +197,7 @@ def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(BytesIO(encoded), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise ValueError("not a picture") from None
+        raise ValueError("not an image") from None
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(f"{width:,} × {height:,} pixels are more than --max-pixels {max_pixels:,}")
@@ -213,10 +213,10 @@ def _stored_size(image: Image.Image) -> tuple[int, int]:
 def _orientation(image: Image.Image) -> int:
     """EXIF's word on how the camera was held, 1 where there is none or it cannot be read."""
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # else Pillow would decode the whole picture in search of one
+        return 1  # else Pillow would decode the whole image in search of one
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF is common, and no reason to lose a picture
+    except Exception:  # damaged EXIF is common, and no reason to lose an image
         return 1
 
 

@@ -23,20 +23,20 @@ class Loader:
     """Training batches of a split.
 
     Attributes:
-        split: the pictures.
+        split: the images.
         seed: of the run.
-        batch: pictures in the *global* batch; may be larger than the split.
+        batch: images in the *global* batch; may be larger than the split.
         side: of the crops, pixels.
-        min_area: the smallest share of a picture that a crop covers.
+        min_area: the smallest share of an image that a crop covers.
         rank, world: which of how many equal slices of the global batch is ours.
         crop: of `draws.boxes_of`.
         resize: the short side of which a mild crop is cut, pixels.
         mixing: how MixUp's λ is drawn.
         cutmix: the a of Beta(a, a), from which CutMix's λ is drawn; 0 is no CutMix.
-        randaugment: operations on each picture, and their magnitude; or None.
+        randaugment: operations on each image, and their magnitude; or None.
         teacher_sides: at which teachers are shown crops, pixels.
         own: whether these are drawn for themselves, not the student's.
-        known: what is known beforehand of the teacher's answers: to each picture of the split, (pictures, classes).
+        known: what is known beforehand of the teacher's answers: to each image of the split, (images, classes).
         told: what is known of them by step, first row and number of rows, (rows, classes), or None where nothing is.
         latest: where batches are kept for others who want the same.
         native: whether the CPU's own kernel cuts crops, where it can be had.
@@ -112,15 +112,15 @@ class Loader:
         return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), cut
 
     def cut_views(self, indices, boxes, flips, sides: tuple[int, ...]) -> list[Tensor]:
-        """Crops of pictures, (n, 3, side, side) at each of several sides; where the pixels are, there they are cut."""
+        """Crops of images, (n, 3, side, side) at each of several sides; where the pixels are, there they are cut."""
         alone = self.crop in ("inception", "whole")
         if isinstance(self.split.store, DeviceStore):
             return self.split.store.crops(self.split.index[indices], boxes, flips, sides, alone=alone)
         if alone:
-            pictures, boxes = self.split.read_boxes(indices, boxes)
-            return [crop_resize_flip(pictures, boxes, flips, side, native=self.native) for side in sides]
-        pictures = self.split.pictures(indices)
-        return [crop_of_resized_flip(pictures, boxes, flips, side, native=self.native) for side in sides]
+            images, boxes = self.split.read_boxes(indices, boxes)
+            return [crop_resize_flip(images, boxes, flips, side, native=self.native) for side in sides]
+        images = self.split.images(indices)
+        return [crop_of_resized_flip(images, boxes, flips, side, native=self.native) for side in sides]
 
 
 def prefetch(
@@ -148,10 +148,10 @@ def central_batches(
 
     Args:
         side: of the views, pixels.
-        short_side: to which pictures are resized before the central square is cut, pixels.
-        batch: pictures at a time.
+        short_side: to which images are resized before the central square is cut, pixels.
+        batch: images at a time.
         squash: resize both sides to `short_side`.
-        workers: threads that decode ahead, where pictures have to be decoded.
+        workers: threads that decode ahead, where images have to be decoded.
 
     Yields:
         views (n, 3, side, side) float32 in [0, 1], and labels (n,) int64.
@@ -161,8 +161,8 @@ def central_batches(
         indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
         if isinstance(split.store, DeviceStore):
             return split.store.central(split.index[indices], short_side, side, squash=squash), split.labels(indices)
-        pictures = split.pictures(indices)
-        views = torch.stack([central_view(picture, short_side, side, squash=squash) for picture in pictures])
+        images = split.images(indices)
+        views = torch.stack([central_view(image, short_side, side, squash=squash) for image in images])
         return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
 
     count = -(-len(split) // batch)

@@ -1,4 +1,4 @@
-"""Pictures written as TFRecord shards, in the form of the earlier project, which TensorFlow reads."""
+"""Images written as TFRecord shards, in the form of the earlier project, which TensorFlow reads."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ CLASS_FILE = CLASS_FILES[0]
 KEPT_AS_THEY_ARE = {b"\xff\xd8\xff": "JPEG"}
 
 Named = list[tuple[str, int, str, str]]
-"""Split, index, name and reason of pictures that cannot be decoded."""
+"""Split, index, name and reason of images that cannot be decoded."""
 
 
 def write_shards(
@@ -53,11 +53,11 @@ def write_shards(
 
     Args:
         data: what to write.
-        reading, keeping: how it is read; of `keeping`, the decoder, the limits and what to do about bad pictures.
+        reading, keeping: how it is read; of `keeping`, the decoder, the limits and what to do about bad images.
         folder: for the shards, the class names (`class.labels.txt`) and a note of what they are (`funmatch.json`).
-        side: pictures are resized to this square whatever their aspect (bilinear, antialiased), pixels; None keeps
+        side: images are resized to this square whatever their aspect (bilinear, antialiased), pixels; None keeps
             size, and upright ordinary JPEGs to the byte.
-        size: pictures a shard.
+        size: images a shard.
 
     Returns:
         `survey.summary`, with `name`, `data`, `folder`, `shards` and `unreadable`.
@@ -87,7 +87,7 @@ def write_shards(
 def _write_anew(
     folder: Path, about: dict[str, Any], source: Dataset, found: Scan, keeping: CacheOptions, track: Track
 ) -> tuple[list[str], Named]:
-    """Writes beside the folder, and gives it its name if all pictures are there that should be."""
+    """Writes beside the folder, and gives it its name if all images are there that should be."""
     with disk_errors(folder):
         partial = _begin(folder, source, about)
         written, bad = _write_all(partial, source, found, keeping, about["side"], about["shard_size"], track)
@@ -106,7 +106,7 @@ def _check_labels(source: Dataset) -> None:
     """Raises `InputError` for what shards cannot hold."""
     for name, split in source.splits.items():
         if not split.labelled and (split.labels >= 0).any():
-            raise InputError(f"some pictures of {name} have labels and some have none; write them into shards apart")
+            raise InputError(f"some images of {name} have labels and some have none; write them into shards apart")
     for name in source.classes:
         if "\n" in name or "\r" in name or not name.strip():
             raise InputError(f"a file of class names cannot hold {name!r}, a name with a line break; rename the class")
@@ -115,7 +115,7 @@ def _check_labels(source: Dataset) -> None:
 def _write_all(
     folder: Path, source: Dataset, found: Scan, keeping: CacheOptions, side: int | None, size: int, track: Track
 ) -> tuple[list[str], Named]:
-    """Writes every split; gives the shards' names, and the pictures that cannot be decoded."""
+    """Writes every split; gives the shards' names, and the images that cannot be decoded."""
     written: list[str] = []
     bad: Named = []
     stem = re.sub(r"[^A-Za-z0-9.]+", "_", source.name).strip("_") or "pictures"
@@ -141,12 +141,12 @@ def fingerprint_of(source: Dataset, found: Scan) -> str:
 
 
 def _finished(folder: Path, about: dict[str, Any], source: Dataset) -> tuple[list[str], Named] | None:
-    """The shards and the bad pictures of a folder that was written with the same words, if every shard is whole."""
+    """The shards and the bad images of a folder that was written with the same words, if every shard is whole."""
     note = _note(folder)
     if note is None:
         return None
     if {key: note.get(key) for key in about} != about or "shards" not in note:
-        raise InputError(f"{folder} holds shards of other pictures or of another form; choose another --out")
+        raise InputError(f"{folder} holds shards of other images or of another form; choose another --out")
     broken = [name for name in note["shards"] if not _whole(folder / name)]
     if broken:
         raise InputError(
@@ -227,13 +227,13 @@ def _whole(shard: Path) -> bool:
 
 
 def jpeg(encoded: bytes, side: int | None, keeping: CacheOptions) -> bytes:
-    """A picture as a JPEG: as it is where that will do, else decoded, resized and encoded again."""
+    """An image as a JPEG: as it is where that will do, else decoded, resized and encoded again."""
     if side is None and encoded[:3] in KEPT_AS_THEY_ARE and not header(encoded, keeping.max_pixels).kinds:
         decode(encoded, decoder=keeping.decoder, max_pixels=keeping.max_pixels)  # whether it can be
         return encoded
-    picture = Image.fromarray(decode(encoded, decoder=keeping.decoder, max_pixels=keeping.max_pixels))
+    image = Image.fromarray(decode(encoded, decoder=keeping.decoder, max_pixels=keeping.max_pixels))
     if side is not None:
-        picture = picture.resize((side, side), Image.Resampling.BILINEAR)
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
     file = BytesIO()
-    picture.save(file, "JPEG", quality=QUALITY, subsampling=0)
+    image.save(file, "JPEG", quality=QUALITY, subsampling=0)
     return file.getvalue()

@@ -89,7 +89,7 @@ def map_classes(classifier: Classifier, wanted: Sequence[str], rule: str) -> Cla
         mapped = read_map(Path(rule))
         missing = [name for name in wanted if name not in mapped]
         if missing:
-            raise InputError(f"{rule} says nothing of {', '.join(missing[:5])}; wanted every class of the pictures")
+            raise InputError(f"{rule} says nothing of {', '.join(missing[:5])}; wanted every class of the images")
         extra = [name for name in mapped if name not in wanted]
         if extra:
             raise unknown(f"class in {rule}", extra[0], wanted)

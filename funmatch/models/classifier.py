@@ -44,9 +44,9 @@ class Card:
 
     Attributes:
         name: as a person gave it.
-        side: of the pictures it was made for, pixels.
+        side: of the images it was made for, pixels.
         crop_fraction: share of the resized short side that its evaluation view keeps.
-        mean, std: of its normalisation, one number a channel, for pictures in [0, 1].
+        mean, std: of its normalisation, one number a channel, for images in [0, 1].
         classes: names of its classes, or None where it does not know them.
         top1: its accuracy when it was saved, in [0, 1], or None where nobody said.
         squash: whether evaluation resizes both sides alike, whatever shape that gives things (timm's crop_mode).
@@ -76,7 +76,7 @@ class Classifier(nn.Module):
         """Wraps a network.
 
         Args:
-            net: takes normalised pictures, gives logits (or an object that has them as `logits`).
+            net: takes normalised images, gives logits (or an object that has them as `logits`).
             card: what it wants to see.
             options: what its constructor was given, so that it can be given it again.
             num_classes: how many classes it answers; by default as `net.num_classes` says.
@@ -261,7 +261,7 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 @torch.inference_mode()
 def check_side(classifier: Classifier, side: int, *, batch: int | None = None) -> None:
-    """Raises `InputError` unless the classifier answers pictures of this side, and can be taught `batch` at a time."""
+    """Raises `InputError` unless the classifier answers images of this side, and can be taught `batch` at a time."""
     probe = copy.deepcopy(classifier).train() if batch else classifier.eval()
     try:
         logits = probe(torch.zeros(min(batch or 1, 2), 3, side, side))

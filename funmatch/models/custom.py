@@ -62,10 +62,10 @@ def call_function(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.
 def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] | None = None) -> Classifier:
     """A module as a classifier: as its card says if it is one, as timm says if it is timm's, else plain.
 
-    A plain network sees pictures as they are, in [0, 1]; `funmatch.Classifier(net, funmatch.Card(...))` says more.
+    A plain network sees images as they are, in [0, 1]; `funmatch.Classifier(net, funmatch.Card(...))` says more.
 
     Raises:
-        InputError: it does not answer pictures with one row of numbers each.
+        InputError: it does not answer images with one row of numbers each.
     """
     function = name if is_function(name) and not name.startswith(GIVEN) else None
     if isinstance(net, Classifier):
@@ -86,12 +86,12 @@ def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, A
 
 @torch.no_grad()
 def count_classes(net: nn.Module, card: Card) -> int:
-    """How many numbers a network answers a picture with."""
+    """How many numbers a network answers an image with."""
     training = net.training
     try:
         made = net.eval()(torch.zeros(1, len(card.mean), card.side, card.side))
     except Exception as error:  # networks fail in as many ways as they can be built wrongly
-        raise InputError(f"{card.name} cannot take a picture of {card.side} pixels: {first_line(error)}") from error
+        raise InputError(f"{card.name} cannot take an image of {card.side} pixels: {first_line(error)}") from error
     finally:
         net.train(training)
     logits = getattr(made, "logits", made)

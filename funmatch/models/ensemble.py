@@ -1,4 +1,4 @@
-"""Several teachers that speak as one, each with its own pictures, normalisation and classes."""
+"""Several teachers that speak as one, each with its own images, normalisation and classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class TeacherEnsemble(nn.Module):
     def __init__(
         self, members: Sequence[EnsembleMember], combine: str = "mean-logits", at_once: int | None = None
     ) -> None:
-        """`at_once` is how many pictures are asked about at a time, None for all that are shown."""
+        """`at_once` is how many images are asked about at a time, None for all that are shown."""
         super().__init__()
         self.members = tuple(members)
         self.frozen = nn.ModuleList(member.frozen for member in members)
@@ -76,7 +76,7 @@ class TeacherEnsemble(nn.Module):
         return " + ".join(member.name for member in self.members)
 
     def forward(self, views: Mapping[int, Tensor], temperature: float = 1.0) -> Tensor:
-        """Logits (n, classes) for views by their side, each (n, 3, side, side) of the same pictures."""
+        """Logits (n, classes) for views by their side, each (n, 3, side, side) of the same images."""
         return self.combine_logits(
             [self.forward_chunked(member, views[member.side]) for member in self.members], temperature
         )

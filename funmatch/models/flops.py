@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @torch.no_grad()
 def gflop(net: nn.Module, side: int) -> float | None:
-    """Arithmetic of one forward pass for one picture, in 10⁹ operations, a multiply-add being two."""
+    """Arithmetic of one forward pass for one image, in 10⁹ operations, a multiply-add being two."""
     try:
         shadow = copy.deepcopy(net).to("meta").float().eval()
         channels = vars(net).get("in_chans", 3)

@@ -1,4 +1,4 @@
-"""A name becomes a classifier on [0, 1] pictures."""
+"""A name becomes a classifier on [0, 1] images."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -73,7 +73,7 @@ def load(
             the name stands for.
         side: pixels of the views; networks with a fixed input are built for it.
         pretrained: whether a bare timm name means its pretrained weights.
-        inputs: mean and standard deviation, for pictures in [0, 1], of what a SavedModel was trained on; by default as
+        inputs: mean and standard deviation, for images in [0, 1], of what a SavedModel was trained on; by default as
             its graph says.
 
     Raises:
@@ -246,12 +246,12 @@ def _of_npz(
 
 
 def _of_savedmodel(folder: Path, kwargs: dict[str, Any], inputs: Inputs | None) -> Origin:
-    """A BiT network that Keras saved. It sees what its graph says, where that is all that was done to pictures."""
+    """A BiT network that Keras saved. It sees what its graph says, where that is all that was done to images."""
     saved = open_savedmodel(folder)
     given = inputs or saved.inputs
     if given is None:
         raise InputError(
-            f"{folder} holds a BiT network of which it cannot be told what pictures it was trained on: {saved.why}; "
+            f"{folder} holds a BiT network of which it cannot be told what images it was trained on: {saved.why}; "
             f"say it by `funmatch import {folder} --inputs 0..1` (as they are) or `-1..1` (if it rescales them itself)"
         )
     notes = saved.notes

@@ -1,4 +1,4 @@
-"""Distances between what the student says and what it should say, one number a picture.
+"""Distances between what the student says and what it should say, one number an image.
 
 Here p = softmax(t / T) is the teacher and q = softmax(s / T) the student, for logits t and s of (n, classes) at the
 temperature T.
@@ -81,8 +81,8 @@ def dist(
 ) -> Tensor:
     """T² · (β · (1 − ρ(qᵢ, pᵢ)) + γ · mean over classes k of (1 − ρ(q₍ₖ₎, p₍ₖ₎))), with ρ Pearson's correlation.
 
-    qᵢ is what is said of picture i (a row), q₍ₖ₎ what is said of class k over the batch (a column), so the second term
-    is the same for all pictures of a batch: Huang et al., "Knowledge distillation from a stronger teacher" (NeurIPS
+    qᵢ is what is said of image i (a row), q₍ₖ₎ what is said of class k over the batch (a column), so the second term
+    is the same for all images of a batch: Huang et al., "Knowledge distillation from a stronger teacher" (NeurIPS
     2022), equations 6 to 9.
 
     Args:
@@ -185,7 +185,7 @@ def mixed_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: f
 
     Args:
         labels: (1 + n,) int64, row 0 being row 1's predecessor in the global batch.
-        lam: weight of the picture's own label, one for all or one each, (n,); 1 leaves the labels as they are.
+        lam: weight of the image's own label, one for all or one each, (n,); 1 leaves the labels as they are.
         classes: how many there are.
         smoothing: the share of each label that is spread over all classes (Szegedy et al., 2016, section 7).
 

@@ -1,4 +1,4 @@
-"""How good and how faithful a classifier is: figures of each picture, then their summary."""
+"""How good and how faithful a classifier is: figures of each image, then their summary."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ FIGURES = ("top1", "top5", "agreement", "agreement5", "kl", "ece", "balanced")
 
 
 def per_image(logits: Tensor, labels: Tensor | None = None, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
-    """What each picture contributes to `summary`.
+    """What each image contributes to `summary`.
 
     Args:
         logits: (n, classes).
@@ -39,7 +39,7 @@ def summary(columns: dict[str, Tensor]) -> dict[str, float | None]:
 
     Returns:
         `top1`, `top5`, `agreement`, `agreement5` in [0, 1]; `kl` in nats; `ece` in [0, 1] (`calibration_error`); and
-        `balanced`, the mean over classes of the share of their pictures that are right, which a constant
+        `balanced`, the mean over classes of the share of their images that are right, which a constant
         answer cannot lift above 1 / classes however uneven the classes are.
     """
     figures: dict[str, float | None] = dict.fromkeys(FIGURES)

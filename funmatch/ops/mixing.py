@@ -1,9 +1,9 @@
-"""CutMix: a box of every picture is filled from the picture before it in the global batch.
+"""CutMix: a box of every image is filled from the image before it in the global batch.
 
 Yun et al., "CutMix: Regularization strategy to train strong classifiers with localizable features" (2019). Teacher and
 student see the very same result. A box is given as fractions of the side, so that it is the same part of a view at
-every side; one without area leaves its picture as it is, as a λ of 1 does in `mixup`: so a batch, or each
-picture of one, can be cut or mixed by its draws alone.
+every side; one without area leaves its image as it is, as a λ of 1 does in `mixup`: so a batch, or each
+image of one, can be cut or mixed by its draws alone.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from funmatch.ops.sampling import beta
 
 
 def cut_boxes(uniforms: np.ndarray, a: float = 1.0) -> np.ndarray:
-    """Boxes whose share of a picture is 1 − λ with λ from Beta(a, a), around centres that are uniform.
+    """Boxes whose share of an image is 1 − λ with λ from Beta(a, a), around centres that are uniform.
 
     What lies beyond the border is clipped, so that less than 1 − λ may be left; `kept` says what is. (section 3.2)
 
@@ -35,15 +35,15 @@ def cut_boxes(uniforms: np.ndarray, a: float = 1.0) -> np.ndarray:
 def draw_cutmix_boxes(
     rng: np.random.Generator, n: int, a: float, lam: float | np.ndarray, *, each: bool = False, mixed: bool = False
 ) -> tuple[np.ndarray, float | np.ndarray]:
-    """Draws the boxes of a global batch, and which pictures are cut and which are mixed where both are asked for.
+    """Draws the boxes of a global batch, and which images are cut and which are mixed where both are asked for.
 
     Args:
         rng: where the uniform numbers come from.
-        n: pictures.
+        n: images.
         a: of `cut_boxes`.
         lam: of MixUp, one or (n,).
-        each: a box of its own for each picture.
-        mixed: whether MixUp is asked for too; then a coin decides for a batch, or for each picture, as timm does.
+        each: a box of its own for each image.
+        mixed: whether MixUp is asked for too; then a coin decides for a batch, or for each image, as timm does.
 
     Returns:
         boxes, (n, 4) or (1, 4), without area where nothing is cut; and λ, which is 1 where something is.
@@ -56,14 +56,14 @@ def draw_cutmix_boxes(
 
 
 def cutmix(views: Tensor, boxes: Tensor, own: Tensor | None = None) -> Tensor:
-    """Fills a box of every picture with the same box of the one before it in the global batch.
+    """Fills a box of every image with the same box of the one before it in the global batch.
 
     Args:
         views: (1 + n, ..., height, width), whose row 0 is the predecessor of row 1 (the last of the global batch,
             where row 1 is its first).
         boxes: one for all or one each, (1 or n, 4): top, left, height, width, as fractions of the side. Floating,
             and on the device of the views.
-        own: what is outside of the boxes, (n, ..., height, width); by default the picture itself.
+        own: what is outside of the boxes, (n, ..., height, width); by default the image itself.
 
     Returns:
         (n, ..., height, width): x[i − 1] in the box, x[i] elsewhere.
@@ -77,7 +77,7 @@ def cutmix(views: Tensor, boxes: Tensor, own: Tensor | None = None) -> Tensor:
 
 
 def kept_fraction(boxes: Tensor, side: int) -> Tensor:
-    """The share of its own pixels that each picture keeps under `cutmix`: λ for `distances.mixed_labels`.
+    """The share of its own pixels that each image keeps under `cutmix`: λ for `distances.mixed_labels`.
 
     Args:
         boxes: (k, 4), as of `cutmix`.
@@ -98,15 +98,15 @@ def _inside(start: Tensor, length: Tensor, side: int) -> Tensor:
 
 
 def mixup(views: Tensor, lam: float | Tensor) -> Tensor:
-    """Mixes every picture with the one before it in the global batch.
+    """Mixes every image with the one before it in the global batch.
 
-    Rolling by one pairs each picture with another than its partner pairs with; reversing the batch, as is
+    Rolling by one pairs each image with another than its partner pairs with; reversing the batch, as is
     often done, makes mirrored pairs of the same two.
 
     Args:
         views: (1 + n, ...), whose row 0 is the predecessor of row 1 (the last of the global batch, where row
             1 is its first).
-        lam: weight of the picture itself, in [0, 1]: one for all, or one each, (n,).
+        lam: weight of the image itself, in [0, 1]: one for all, or one each, (n,).
 
     Returns:
         (n, ...), λ·x[i] + (1 − λ)·x[i − 1].
@@ -127,7 +127,7 @@ def mix_views(
     Args:
         crops: the student's, (1 + n, 3, side, side) in [0, 1], row 0 being row 1's predecessor in the global batch.
         shown: the teachers', alike, each at its own side; `crops` itself where they are shared.
-        lam: the MixUp weight of the picture itself, one or (n,); 1 is no MixUp.
+        lam: the MixUp weight of the image itself, one or (n,); 1 is no MixUp.
         cuts: of CutMix, (1 or n, 4), or None.
 
     Returns:
@@ -143,5 +143,5 @@ def mix_views(
 
 
 def own_weight(lam: float | Tensor, cuts: Tensor | None, side: int) -> float | Tensor:
-    """How much of each view is its own picture, one or (n,): the λ of its label."""
+    """How much of each view is its own image, one or (n,): the λ of its label."""
     return lam if cuts is None else lam * kept_fraction(cuts, side)

@@ -1,9 +1,9 @@
-"""RandAugment: a few operations drawn for every picture, all equally strong.
+"""RandAugment: a few operations drawn for every image, all equally strong.
 
 Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space" (2019), with the
-operations and ranges of torchvision. What is done to which picture is drawn as everything else is, on the CPU for the
-global batch; `apply` is a pure function of pictures and draws. So each process takes its rows of both, that of its
-first picture's predecessor among them, and changes that picture as the process does whose own it is.
+operations and ranges of torchvision. What is done to which image is drawn as everything else is, on the CPU for the
+global batch; `apply` is a pure function of images and draws. So each process takes its rows of both, that of its
+first image's predecessor among them, and changes that image as the process does whose own it is.
 """
 
 import math
@@ -22,10 +22,10 @@ GREY = [0.5] * 3
 
 @dataclass(frozen=True)
 class Operation:
-    """One way to change pictures.
+    """One way to change images.
 
     Attributes:
-        change: pictures (k, 3, side, side) and a strength to pictures.
+        change: images (k, 3, side, side) and a strength to images.
         weakest, strongest: the strengths at magnitudes 0 and `STRONGEST`; between them it is linear.
         signed: whether half of the strengths are negative.
     """
@@ -36,36 +36,34 @@ class Operation:
     signed: bool = False
 
 
-def _moved(
-    pictures: Tensor, *, across: float = 0.0, down: float = 0.0, lean: tuple[float, float] = (0.0, 0.0)
-) -> Tensor:
-    """Pictures moved by whole pixels, or sheared about their upper left corner by angles whose tangents are given."""
-    side = pictures.shape[-1]
+def _moved(images: Tensor, *, across: float = 0.0, down: float = 0.0, lean: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+    """Images moved by whole pixels, or sheared about their upper left corner by angles whose tangents are given."""
+    side = images.shape[-1]
     shear = [math.degrees(math.atan(tangent)) for tangent in lean]
     shift = [float(int(share * side)) for share in (across, down)]
-    return F.affine(pictures, 0.0, shift, 1.0, shear, fill=GREY, center=[0, 0])
+    return F.affine(images, 0.0, shift, 1.0, shear, fill=GREY, center=[0, 0])
 
 
-def _posterized(pictures: Tensor, bits: float) -> Tensor:
-    """Pictures of which each channel has so many bits; 8 are all that they have."""
-    return pictures if round(bits) == 8 else F.posterize(pictures, round(bits))
+def _posterized(images: Tensor, bits: float) -> Tensor:
+    """Images of which each channel has so many bits; 8 are all that they have."""
+    return images if round(bits) == 8 else F.posterize(images, round(bits))
 
 
 OPERATIONS: dict[str, Operation] = {
-    "identity": Operation(lambda pictures, _: pictures),
-    "shear-x": Operation(lambda pictures, s: _moved(pictures, lean=(s, 0.0)), 0, 0.3, signed=True),
-    "shear-y": Operation(lambda pictures, s: _moved(pictures, lean=(0.0, s)), 0, 0.3, signed=True),
-    "translate-x": Operation(lambda pictures, s: _moved(pictures, across=s), 0, 150 / 331, signed=True),
-    "translate-y": Operation(lambda pictures, s: _moved(pictures, down=s), 0, 150 / 331, signed=True),
-    "rotate": Operation(lambda pictures, s: F.rotate(pictures, s, fill=GREY), 0, 30, signed=True),
-    "brightness": Operation(lambda pictures, s: F.adjust_brightness(pictures, 1 + s), 0, 0.9, signed=True),
-    "color": Operation(lambda pictures, s: F.adjust_saturation(pictures, 1 + s), 0, 0.9, signed=True),
-    "contrast": Operation(lambda pictures, s: F.adjust_contrast(pictures, 1 + s), 0, 0.9, signed=True),
-    "sharpness": Operation(lambda pictures, s: F.adjust_sharpness(pictures, 1 + s), 0, 0.9, signed=True),
+    "identity": Operation(lambda images, _: images),
+    "shear-x": Operation(lambda images, s: _moved(images, lean=(s, 0.0)), 0, 0.3, signed=True),
+    "shear-y": Operation(lambda images, s: _moved(images, lean=(0.0, s)), 0, 0.3, signed=True),
+    "translate-x": Operation(lambda images, s: _moved(images, across=s), 0, 150 / 331, signed=True),
+    "translate-y": Operation(lambda images, s: _moved(images, down=s), 0, 150 / 331, signed=True),
+    "rotate": Operation(lambda images, s: F.rotate(images, s, fill=GREY), 0, 30, signed=True),
+    "brightness": Operation(lambda images, s: F.adjust_brightness(images, 1 + s), 0, 0.9, signed=True),
+    "color": Operation(lambda images, s: F.adjust_saturation(images, 1 + s), 0, 0.9, signed=True),
+    "contrast": Operation(lambda images, s: F.adjust_contrast(images, 1 + s), 0, 0.9, signed=True),
+    "sharpness": Operation(lambda images, s: F.adjust_sharpness(images, 1 + s), 0, 0.9, signed=True),
     "posterize": Operation(_posterized, 8, 4),
-    "solarize": Operation(lambda pictures, s: F.solarize(pictures, s), 1, 0),
-    "autocontrast": Operation(lambda pictures, _: F.autocontrast(pictures)),
-    "equalize": Operation(lambda pictures, _: F.equalize(pictures)),
+    "solarize": Operation(lambda images, s: F.solarize(images, s), 1, 0),
+    "autocontrast": Operation(lambda images, _: F.autocontrast(images)),
+    "equalize": Operation(lambda images, _: F.equalize(images)),
 }
 """All of them, and in what a strength is said: a tangent (shear), a share of the side (translate), degrees, counter-
 clockwise (rotate), what is added to a factor of 1 (brightness to sharpness), bits (posterize), the value from which on
@@ -74,17 +72,17 @@ the paper, and what comes in from beyond the border is mid-grey."""
 
 
 def draw(rng: np.random.Generator, n: int, operations: int, magnitude: float) -> tuple[np.ndarray, np.ndarray]:
-    """Draws what is done to each of n pictures, the global batch.
+    """Draws what is done to each of n images, the global batch.
 
     Args:
         rng: where the uniform numbers come from.
-        n: pictures.
+        n: images.
         operations: how many one after another on each.
         magnitude: how strong they are, in [0, `STRONGEST`].
 
     Returns:
         which operations, (n, operations) int64, by their place in `OPERATIONS`, and the strengths, (n, operations)
-        float64. Row i is of picture i, so both are sliced as the pictures are.
+        float64. Row i is of image i, so both are sliced as the images are.
     """
     ops = (rng.random((n, operations)) * len(OPERATIONS)).astype(np.int64)
     negative = rng.random((n, operations)) < 0.5
@@ -95,14 +93,14 @@ def draw(rng: np.random.Generator, n: int, operations: int, magnitude: float) ->
 
 
 def apply(views: Tensor, ops: np.ndarray, strengths: np.ndarray) -> Tensor:
-    """Changes every picture as was drawn for it.
+    """Changes every image as was drawn for it.
 
-    Pictures that share an operation and its strength are changed together; what becomes of one does not depend on
+    Images that share an operation and its strength are changed together; what becomes of one does not depend on
     which others there are.
 
     Args:
         views: (m, 3, side, side) float32 in [0, 1], on any device.
-        ops, strengths: of these pictures, (m, operations) each, from `draw`.
+        ops, strengths: of these images, (m, operations) each, from `draw`.
 
     Returns:
         as the views.

@@ -1,8 +1,8 @@
-"""Crops of many pictures at once, of any sizes: what an accelerator wants, and the CPU's own kernel.
+"""Crops of many images at once, of any sizes: what an accelerator wants, and the CPU's own kernel.
 
 The same bilinear resampling as `augment`, said in numbers: on each axis pixel i of a view is read at
-clip(start + i · step, least, most) of its picture. With that one formula go crops that are resized alone, crops of
-resized pictures, mirrored ones (a step below 0), and the central view of evaluation.
+clip(start + i · step, least, most) of its image. With that one formula go crops that are resized alone, crops of
+resized images, mirrored ones (a step below 0), and the central view of evaluation.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ def crop_then_resize(starts, sizes, boxes, side: int) -> SamplingGrid:
     """Boxes that are cut out and resized alone, as `augment.crop_resize_flip` does: nothing beyond their edge is read.
 
     Args:
-        starts: (n,) where each picture begins.
+        starts: (n,) where each image begins.
         sizes: heights and widths, (n,) each.
         boxes: (n, 4) whole pixels: top, left, height, width.
         side: of the views, pixels.
@@ -60,14 +60,14 @@ def crop_then_resize(starts, sizes, boxes, side: int) -> SamplingGrid:
 
 
 def resize_then_crop(starts, sizes, boxes, side: int) -> SamplingGrid:
-    """Boxes that are cut out of resized pictures, as `augment.sample_flip` does.
+    """Boxes that are cut out of resized images, as `augment.sample_flip` does.
 
     Args:
-        boxes: (n, 4) pixels of the pictures, fractional: top, left, height, width.
+        boxes: (n, 4) pixels of the images, fractional: top, left, height, width.
     """
     boxes = np.asarray(boxes, np.float64)
     whole = np.floor(boxes[:, :2]).astype(np.int64)
-    # A box may begin before the picture does; the pixel from which places are counted must lie in it.
+    # A box may begin before the image does; the pixel from which places are counted must lie in it.
     inside = np.clip(whole, 0, np.stack(sizes, 1) - 1)
     ends = np.stack(sizes, 1) - inside
     return _looks(starts, sizes, inside, boxes[:, :2] - inside, boxes[:, 2:], -inside, ends, side)
@@ -77,7 +77,7 @@ def central_grid(starts, sizes, short_side: int, side: int, *, squash: bool = Fa
     """The evaluation views, as `augment.central_view` sees them.
 
     Args:
-        short_side: of the resized pictures, pixels.
+        short_side: of the resized images, pixels.
         side: of the views, pixels.
         squash: resize both sides to `short_side`.
     """
@@ -85,7 +85,7 @@ def central_grid(starts, sizes, short_side: int, side: int, *, squash: bool = Fa
     if squash:
         resized = np.full_like(given, short_side)
     else:
-        # Python's round, to even, as the view of one picture has it.
+        # Python's round, to even, as the view of one image has it.
         resized = np.maximum(side, np.rint(given * (short_side / given.min(1))[:, None]))
     scale = given / resized
     corner = (resized - side) // 2 * scale
@@ -93,14 +93,14 @@ def central_grid(starts, sizes, short_side: int, side: int, *, squash: bool = Fa
 
 
 def _looks(starts, sizes, corner, rest, lengths, least, ends, side: int) -> SamplingGrid:
-    """Looks at boxes that begin `rest` beyond a whole pixel `corner` of their pictures, (n, 2) each.
+    """Looks at boxes that begin `rest` beyond a whole pixel `corner` of their images, (n, 2) each.
 
     Args:
         least, ends: the first pixel that may be read and the one after the last, counted from the corner.
     """
     inside = np.stack(sizes, 1)
     if not ((corner + least >= 0) & (ends > least) & (corner + ends <= inside)).all():
-        raise ValueError("a box is empty, or lies beyond its picture")
+        raise ValueError("a box is empty, or lies beyond its image")
     row = 3 * inside[:, 1].astype(np.int64)
     corners = np.stack([starts + corner[:, 0] * row + 3 * corner[:, 1], row], 1)
     step = lengths / side
@@ -112,7 +112,7 @@ def sample_by_gather(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> 
     """The views, by indexing: slow, but for any device, and what a kernel is held against.
 
     Args:
-        flat: pictures as they lie in memory one after another, each (height, width, 3) of uint8.
+        flat: images as they lie in memory one after another, each (height, width, 3) of uint8.
         corners, axes: as `Looks` has them, on the device of `flat`.
         side: of the views, pixels.
 
@@ -144,8 +144,8 @@ def why_unavailable() -> str:
 
 
 def _computes() -> bool:
-    """Whether the kernel reads what indexing reads, of a mirrored crop and of one that reaches beyond its picture."""
-    picture = torch.arange(0, 180, 2, dtype=torch.uint8)[:60].view(4, 5, 3)
+    """Whether the kernel reads what indexing reads, of a mirrored crop and of one that reaches beyond its image."""
+    image = torch.arange(0, 180, 2, dtype=torch.uint8)[:60].view(4, 5, 3)
     for cut, box in ((crop_then_resize, (1, 1, 3, 4)), (resize_then_crop, (-0.5, 0.25, 3.5, 4.5))):
 
         def looks(
@@ -155,30 +155,30 @@ def _computes() -> bool:
 
         wanted = looks(np.zeros(1, np.int64), np.array([[4], [5]]))
         numbers = torch.from_numpy(wanted.corners), torch.from_numpy(wanted.axes)
-        if (sample([picture], looks, 7) - sample_by_gather(picture.flatten(), *numbers, 7)).abs().max() > CLOSE:
+        if (sample([image], looks, 7) - sample_by_gather(image.flatten(), *numbers, 7)).abs().max() > CLOSE:
             return False
     return True
 
 
 def _look(looks: SamplingGrid, side: int) -> Tensor:
-    """The views of pictures whose corners are addresses."""
+    """The views of images whose corners are addresses."""
     views = torch.empty(len(looks.corners), side, side, 3, dtype=torch.float32, device="cpu")
     corners, axes = np.ascontiguousarray(looks.corners), np.ascontiguousarray(looks.axes)
     library.load_library().look(corners.ctypes.data, axes.ctypes.data, views.data_ptr(), len(views), side)
     return views.permute(0, 3, 1, 2)
 
 
-def sample(pictures: Sequence[Tensor], cut: Callable[..., SamplingGrid], side: int) -> Tensor:
-    """The views of pictures wherever they lie, by the CPU's own kernel.
+def sample(images: Sequence[Tensor], cut: Callable[..., SamplingGrid], side: int) -> Tensor:
+    """The views of images wherever they lie, by the CPU's own kernel.
 
     Args:
-        pictures: each (height, width, 3) of uint8.
-        cut: what is looked at, given where the pictures begin, and their heights and widths.
+        images: each (height, width, 3) of uint8.
+        cut: what is looked at, given where the images begin, and their heights and widths.
         side: of the views, pixels.
 
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
-    pictures = [picture.contiguous() for picture in pictures]
-    starts = np.array([picture.data_ptr() for picture in pictures], np.int64)
-    return _look(cut(starts, np.array([picture.shape[:2] for picture in pictures]).T), side)
+    images = [image.contiguous() for image in images]
+    starts = np.array([image.data_ptr() for image in images], np.int64)
+    return _look(cut(starts, np.array([image.shape[:2] for image in images]).T), side)

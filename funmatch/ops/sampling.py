@@ -18,15 +18,15 @@ CROP_TRIES = 100
 
 @dataclass(frozen=True)
 class StepSample:
-    """What step `step` does to each of its `n` pictures.
+    """What step `step` does to each of its `n` images.
 
     Attributes:
-        indices: which picture of the split, (n,) int64.
-        boxes: the crop as (top, left, height, width) in pixels of the picture, (n, 4): whole ones, int64, for Inception
-            crops; float64 for mild ones, whose corner lies on a pixel of the resized picture.
+        indices: which image of the split, (n,) int64.
+        boxes: the crop as (top, left, height, width) in pixels of the image, (n, 4): whole ones, int64, for Inception
+            crops; float64 for mild ones, whose corner lies on a pixel of the resized image.
         flips: whether the crop is mirrored, (n,) bool.
-        lam: the MixUp weight of the picture itself: one number a batch, or one a picture, (n,) float64; 1 without.
-        own: boxes and flips of the teacher's own view of the same pictures, or None where it is shown the student's.
+        lam: the MixUp weight of the image itself: one number a batch, or one an image, (n,) float64; 1 without.
+        own: boxes and flips of the teacher's own view of the same images, or None where it is shown the student's.
     """
 
     indices: np.ndarray
@@ -42,8 +42,8 @@ class MixupOptions:
 
     Attributes:
         a: of Beta(a, a), from which λ comes; 1 is uniform, 0 is no MixUp.
-        each: one λ a picture, not one a batch.
-        larger: take max(λ, 1 − λ), so that no picture counts less than its partner.
+        each: one λ an image, not one a batch.
+        larger: take max(λ, 1 − λ), so that no image counts less than its partner.
         lam: this λ at every step, not a drawn one; as it is.
     """
 
@@ -89,8 +89,8 @@ def sample_step(
     Args:
         seed: the run's seed.
         step: counted from 0.
-        batch: pictures in the global batch; may be larger than `count`.
-        count: pictures in the split.
+        batch: images in the global batch; may be larger than `count`.
+        count: images in the split.
         sizes: a function from indices (n,) to (heights, widths), each (n,), in pixels.
         boxes: a function from a generator and these sizes to crops, (n, 4); by default `inception_boxes`.
         mixing: of MixUp.
@@ -126,7 +126,7 @@ def beta(uniforms, a: float):
 
 
 def sample_whole_boxes(_rng: np.random.Generator, heights, widths) -> np.ndarray:
-    """Each picture from edge to edge: (n, 4) int64, top, left, height, width."""
+    """Each image from edge to edge: (n, 4) int64, top, left, height, width."""
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
 
@@ -148,19 +148,19 @@ def sample_boxes(crop: str, *, min_area: float = 0.05, side: int = 0, resize: in
 def sample_mild_boxes(
     rng: np.random.Generator, heights, widths, *, side: int, resize: int, squash: bool = False
 ) -> np.ndarray:
-    """Mild random crops: pictures resized so that the short side is `resize`, then a random square of `side` cut out.
+    """Mild random crops: images resized so that the short side is `resize`, then a random square of `side` cut out.
 
-    Only the corner is random, and uniform over the pixels of the resized picture (paper, section 3: 128 of 160).
+    Only the corner is random, and uniform over the pixels of the resized image (paper, section 3: 128 of 160).
 
     Args:
         rng: where the uniform numbers come from.
-        heights, widths: of each picture, (n,), pixels.
-        side: of the crop, pixels of the resized picture.
+        heights, widths: of each image, (n,), pixels.
+        side: of the crop, pixels of the resized image.
         resize: its short side, pixels, at least `side`.
         squash: resize both sides to `resize`, whatever shape that gives things.
 
     Returns:
-        (top, left, height, width) in pixels of the picture as it is, (n, 4) float64.
+        (top, left, height, width) in pixels of the image as it is, (n, 4) float64.
     """
     size = np.stack([heights, widths], axis=1).astype(np.float64)
     scale = resize / (size if squash else size.min(axis=1, keepdims=True))
@@ -176,15 +176,15 @@ def sample_inception_boxes(
 
     An aspect ratio is uniform in [3/4, 4/3]; the crop's *height* is uniform between those that give the
     smallest and the largest area at that aspect and still fit; the corner is uniform. Up to 100 tries, each
-    with an aspect of its own, else the whole picture. (`torchvision`'s `RandomResizedCrop` draws the *area*
-    uniformly, which gives larger crops: about 0.53 of the picture on average, against 0.34 for 375 × 500 pixels.)
+    with an aspect of its own, else the whole image. (`torchvision`'s `RandomResizedCrop` draws the *area*
+    uniformly, which gives larger crops: about 0.53 of the image on average, against 0.34 for 375 × 500 pixels.)
 
-    As there, the last corner that would fit is never drawn, which shows on small pictures only.
+    As there, the last corner that would fit is never drawn, which shows on small images only.
 
     Args:
         rng: where the uniform numbers come from.
-        heights, widths: of each picture, (n,), pixels.
-        min_area, max_area: share of the picture's area, in (0, 1].
+        heights, widths: of each image, (n,), pixels.
+        min_area, max_area: share of the image's area, in (0, 1].
 
     Returns:
         (top, left, height, width), (n, 4) int64.
@@ -199,16 +199,16 @@ def sample_inception_boxes(
     return boxes
 
 
-def _try_boxes(uniforms, picture_h, picture_w, min_area, max_area):
+def _try_boxes(uniforms, image_h, image_w, min_area, max_area):
     """One try a row: boxes (n, 4) and whether each is valid (n,). `uniforms` is (n, 4) in [0, 1)."""
     u_aspect, u_height, u_top, u_left = uniforms.T
     aspect = ASPECT_RANGE[0] + u_aspect * (ASPECT_RANGE[1] - ASPECT_RANGE[0])
-    area = picture_h * picture_w
+    area = image_h * image_w
     low = np.rint(np.sqrt(min_area * area / aspect)).astype(np.int64)
     high = np.rint(np.sqrt(max_area * area / aspect)).astype(np.int64)
     # The tallest crop whose rounded width still fits beside it.
-    high = np.where(np.rint(high * aspect) > picture_w, ((picture_w + 0.5 - 1e-7) / aspect).astype(np.int64), high)
-    high = np.minimum(high, picture_h)
+    high = np.where(np.rint(high * aspect) > image_w, ((image_w + 0.5 - 1e-7) / aspect).astype(np.int64), high)
+    high = np.minimum(high, image_h)
     low = np.minimum(low, high)
     h = low + (u_height * (high - low + 1)).astype(np.int64)
     w = np.rint(h * aspect).astype(np.int64)
@@ -218,24 +218,24 @@ def _try_boxes(uniforms, picture_h, picture_w, min_area, max_area):
     h = h - (h * w > max_area * area)
     w = np.rint(h * aspect).astype(np.int64)
     fits = (h * w >= min_area * area) & (h * w <= max_area * area)
-    fits &= (w <= picture_w) & (h <= picture_h) & (w > 0) & (h > 0)
-    top = (u_top * np.maximum(picture_h - h, 0)).astype(np.int64)
-    left = (u_left * np.maximum(picture_w - w, 0)).astype(np.int64)
+    fits &= (w <= image_w) & (h <= image_h) & (w > 0) & (h > 0)
+    top = (u_top * np.maximum(image_h - h, 0)).astype(np.int64)
+    left = (u_left * np.maximum(image_w - w, 0)).astype(np.int64)
     return np.stack([top, left, h, w], axis=1), fits
 
 
 def shuffled(seed: int, positions, count: int) -> np.ndarray:
-    """The picture at each position of an endless run of epochs, each epoch in an order of its own.
+    """The image at each position of an endless run of epochs, each epoch in an order of its own.
 
     Position p lies in epoch p // count. Within an epoch the order is a keyed permutation that is *computed*,
     a Feistel network on the smallest square grid that holds `count`, walked until it lands inside
     (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002). So no order is stored, no epoch begins
-    with a pause, and any step can be asked for at once, whatever the number of pictures.
+    with a pause, and any step can be asked for at once, whatever the number of images.
 
     Args:
         seed: the run's seed.
         positions: (n,) int64, counted from 0.
-        count: pictures in the split, at least 1.
+        count: images in the split, at least 1.
 
     Returns:
         (n,) int64 in [0, count).

@@ -149,7 +149,7 @@ CLOSENESS_COLUMNS = ("run", "step", "pictures", "top-1", "teacher's", "agree@1",
 
 
 def agreement_rows(run: run_folder.Run) -> list[list[str]]:
-    """How close the student is to its teacher on training views, and beside them on pictures it has never seen.
+    """How close the student is to its teacher on training views, and beside them on images it has never seen.
 
     A teacher that is fixed is matched ever better on the views of the training, and ever worse elsewhere.
     """
@@ -228,7 +228,7 @@ def _told(value: Any) -> str:
 
 
 def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
-    """What a step showed to teacher and student, as a picture; None where the pictures are gone or have changed."""
+    """What a step showed to teacher and student, as an image; None where the images are gone or have changed."""
     config = run.config
     knobs = config["knobs"]
     try:

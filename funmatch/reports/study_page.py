@@ -16,7 +16,7 @@ from funmatch.runtime.text import duration
 COLUMNS = ("top1", "agreement", "kl", "views_kl", "loss")
 """Final figures in the table."""
 LEGEND = (
-    "Top-1, agreement with the teacher and KL from it are on test pictures where there are some; of the training "
+    "Top-1, agreement with the teacher and KL from it are on test images where there are some; of the training "
     "views, the KL is at T = 1 in evaluation mode, the loss is the mean over the last tenth of the run."
 )
 HEADS = ("top-1", "agreement", "KL", "views: KL", "views: loss")
@@ -113,8 +113,8 @@ def how_made(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple[s
         facts, figures = result["facts"], result["figures"]
         told.setdefault("machine", []).append(facts["machine"])
         told.setdefault("versions", []).append(", ".join(f"{name} {v}" for name, v in facts["versions"].items()))
-        pictures = ", ".join(f"{count:,} {split}" for split, count in facts["pictures"].items())
-        told.setdefault("pictures", []).append(f"{', '.join(result['knobs']['data'])}: {pictures}")
+        images = ", ".join(f"{count:,} {split}" for split, count in facts["pictures"].items())
+        told.setdefault("pictures", []).append(f"{', '.join(result['knobs']['data'])}: {images}")
         told.setdefault("student", []).append(f"{result['knobs']['student']}, {facts['parameters']:,} parameters")
         if result["knobs"].get("teacher"):
             top1 = "" if figures["teacher_top1"] is None else f", top-1 {100 * figures['teacher_top1']:.2f} %"

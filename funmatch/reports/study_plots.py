@@ -15,7 +15,7 @@ from funmatch.reports.run_plots import COLORS, GREY, STYLE
 Results = Sequence[Mapping[str, Any]]
 SHARES = ("top1", "top5", "agreement", "agreement5", "balanced")
 NAMES = {
-    "top1": "top-1 on test pictures", "agreement": "agreement with the teacher", "agreement5": "agreement among five",
+    "top1": "top-1 on test images", "agreement": "agreement with the teacher", "agreement5": "agreement among five",
     "kl": "KL from the teacher (nats)", "loss": "loss on training views", "views_kl": "KL on training views (nats)",
     "views_agreement": "agreement on training views", "ece": "calibration error", "seconds": "seconds",
     "ema_top1": "top-1 of the average of weights", "steps": "steps", "epochs": "epochs", "temperature": "temperature",
@@ -90,7 +90,7 @@ def value_of(result: Mapping[str, Any], name: str) -> float | None:
 def _label(axes: Axes, side: str, name: str, *, curve: bool = False) -> None:
     words = NAMES.get(name, name)
     if curve:
-        words = words.removesuffix(" on test pictures")
+        words = words.removesuffix(" on test images")
     getattr(axes, f"set_{side}label")(f"{words} (%)" if is_share(name) else words)
 
 

@@ -41,7 +41,7 @@ def lead(result: Mapping[str, Any]) -> str:
 
 
 def _score(result: Mapping[str, Any]) -> str:
-    return f"{NAMES.get(result['score'], 'the figures')} on the validation pictures"
+    return f"{NAMES.get(result['score'], 'the figures')} on the validation images"
 
 
 def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def best_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             if test[key] is not None:
                 lines.append(
                     (
-                        f"{label} on {test['pictures']:,} test pictures",
+                        f"{label} on {test['pictures']:,} test images",
                         percent(test[key]),
                         percent(test[f"{key}_spread"]),
                     )
@@ -101,10 +101,10 @@ def best_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _honesty(result: Mapping[str, Any]) -> str:
     best = f"The best trial was chosen by {_score(result)}, so its figure there flatters it. "
     if result["cut"]:
-        best += f"The data had no validation split: {result['cut']} of the training pictures were cut off for it. "
+        best += f"The data had no validation split: {result['cut']} of the training images were cut off for it. "
     if not result["tested"]:
-        return best + "There are no test pictures, so no figure is free of that choice."
-    return best + "The test pictures were kept from all trials."
+        return best + "There are no test images, so no figure is free of that choice."
+    return best + "The test images were kept from all trials."
 
 
 def evaluation_counts(result: Mapping[str, Any]) -> list[list[str]]:

@@ -87,7 +87,7 @@ def loss_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
 def seed_networks(seed: int, step: int, device: torch.device, rank: int = 0) -> None:
     """Makes dropout and its like a function of (seed, step, rank), so that a resumed run drops the same units.
 
-    Each process has other pictures of the global batch, and drops other units for them.
+    Each process has other images of the global batch, and drops other units for them.
     """
     mixed = (seed * 0x9E3779B97F4A7C15 + step + rank * 0xD1B54A32D192ED03) % 2**63
     if device.type == "cpu":

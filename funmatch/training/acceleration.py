@@ -31,7 +31,7 @@ MEASURED_FROM = 200
 """Steps of a run from which it is worth a few seconds to find the faster arithmetic."""
 COMPILED_FROM = 2000
 """Steps of a run from which a minute or two of compiling are won back."""
-PICTURES, TURNS = 32, 2
+IMAGES, TURNS = 32, 2
 NATIVE = "native"
 MODES = {"on": None, "max": "max-autotune"}
 """Of `torch.compile`; max tries many kernels, and replays graphs of an accelerator's launches."""
@@ -91,9 +91,9 @@ def pick_precision(config: Train, steps: int, side: int, student: Classifier, de
     fast = "bf16" in devices.teacher_precisions("auto", device)
     if device.type != "cpu" or not fast or student.count_parameters() < SMALL or steps < MEASURED_FROM:
         return usual
-    pictures = min(PICTURES, config.micro_batch or config.batch)
+    images = min(IMAGES, config.micro_batch or config.batch)
     quick = uses_native_kernels(student, config, device) and not norms.why_unavailable()
-    seconds = distributed.broadcast_from_main(lambda: known_step_seconds(student, side, pictures, quick=quick))
+    seconds = distributed.broadcast_from_main(lambda: known_step_seconds(student, side, images, quick=quick))
     gain = seconds["fp32"] / seconds["bf16"]
     if gain < CLEARLY:
         return usual
@@ -101,15 +101,15 @@ def pick_precision(config: Train, steps: int, side: int, student: Classifier, de
     return "bf16"
 
 
-def known_step_seconds(student: Classifier, side: int, pictures: int, *, quick: bool = False) -> dict[str, float]:
+def known_step_seconds(student: Classifier, side: int, images: int, *, quick: bool = False) -> dict[str, float]:
     """Seconds a step in each arithmetic, measured once on a machine, so that two runs alike are computed alike."""
-    words = (repr(student.net), side, pictures, quick, devices.machine_signature(torch.device("cpu")))
+    words = (repr(student.net), side, images, quick, devices.machine_signature(torch.device("cpu")))
     place = cache_home() / "steps" / f"{hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()}.json"
     try:
         found = json.loads(place.read_text())
         return {name: max(float(found[name]), 1e-9) for name in ("fp32", "bf16")}
     except (OSError, ValueError, TypeError, KeyError):
-        found = measure_step_seconds(student, side, pictures, quick=quick)
+        found = measure_step_seconds(student, side, images, quick=quick)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, json.dumps(found))
@@ -118,11 +118,11 @@ def known_step_seconds(student: Classifier, side: int, pictures: int, *, quick: 
     return found
 
 
-def measure_step_seconds(student: Classifier, side: int, pictures: int, *, quick: bool) -> dict[str, float]:
+def measure_step_seconds(student: Classifier, side: int, images: int, *, quick: bool) -> dict[str, float]:
     """Seconds for a student's way there and back on the CPU, in fp32 and in bf16; endless where it cannot be done."""
     device, seconds = torch.device("cpu"), {}
     with torch.random.fork_rng(devices=[]):
-        views = torch.rand(pictures, 3, side, side).contiguous(memory_format=torch.channels_last)
+        views = torch.rand(images, 3, side, side).contiguous(memory_format=torch.channels_last)
         for name in ("fp32", "bf16"):
             own = copy.deepcopy(student).to(device).train()
             if quick:

@@ -1,4 +1,4 @@
-"""The pictures that a configuration asks for, opened."""
+"""The images that a configuration asks for, opened."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from funmatch.config import TAUGHT, Evaluate, Pictures, Train, Words
+from funmatch.config import TAUGHT, Evaluate, Images, Train, Words
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import Cache, open_cache
@@ -18,8 +18,8 @@ from funmatch.runtime.log import info, track
 JUDGED = ("val", "test")
 
 
-def read_options(config: Pictures) -> ReadOptions:
-    """How a configuration wants pictures read."""
+def read_options(config: Images) -> ReadOptions:
+    """How a configuration wants images read."""
     cut = SplitSpec({} if config.val is None else {"val": parse_share(config.val)}, config.val_seed)
     return ReadOptions(
         data_dir=config.data_dir,
@@ -33,21 +33,21 @@ def read_options(config: Pictures) -> ReadOptions:
     )
 
 
-def cache_options(config: Pictures) -> CacheOptions:
-    """How a configuration wants pictures kept."""
+def cache_options(config: Images) -> CacheOptions:
+    """How a configuration wants images kept."""
     return CacheOptions(config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad)
 
 
-def open_data_set(config: Pictures, data: tuple[str, ...], *, afresh: bool = False) -> Cache:
+def open_data_set(config: Images, data: tuple[str, ...], *, afresh: bool = False) -> Cache:
     """A data set, read and kept as the configuration says."""
     cache = open_cache(data, read_options(config), cache_options(config), track=track, tell=info, afresh=afresh)
     return cache.without_labels() if config.unlabelled else cache
 
 
 def open_run_data(config: Train) -> Cache:
-    """The pictures of a run: those to learn from, and those to judge on, which may be of another data set.
+    """The images of a run: those to learn from, and those to judge on, which may be of another data set.
 
-    Classes are those of the pictures that are judged on. So with `eval_data`, labels of the training pictures count
+    Classes are those of the images that are judged on. So with `eval_data`, labels of the training images count
     for nothing unless they are of the same classes.
     """
     learnt = open_data_set(config, config.data)
@@ -65,7 +65,7 @@ def open_run_data(config: Train) -> Cache:
         train = train.without_labels()
     for name, split in splits.items():
         if leaked := len(np.intersect1d(train.digests, split.digests)):
-            info(f"WARNING: {leaked:,} pictures of {judged.name}'s {name} are also in {learnt.name}'s train")
+            info(f"WARNING: {leaked:,} images of {judged.name}'s {name} are also in {learnt.name}'s train")
     return replace(
         learnt,
         key=f"{learnt.key}+{judged.key}",
@@ -76,7 +76,7 @@ def open_run_data(config: Train) -> Cache:
 
 
 def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) -> Cache:
-    """The pictures to learn from and to watch on with their pixels on the device, as far as they are resident and fit.
+    """The images to learn from and to watch on with their pixels on the device, as far as they are resident and fit.
 
     Args:
         gigabytes: 10⁹ bytes that they may take there.
@@ -105,7 +105,7 @@ def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) ->
 
 
 def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, Words, Words]:
-    """The pictures to judge on, and the names of those that a run learnt from and of those that it is judged on.
+    """The images to judge on, and the names of those that a run learnt from and of those that it is judged on.
 
     They are as said, or those of the run with this verb and these knobs.
 
@@ -115,10 +115,10 @@ def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> 
     if config.data:
         return open_data_set(config, config.data), config.data, config.data
     if not knobs:
-        raise InputError(f"which pictures? {config.model} is no run, so give --data")
+        raise InputError(f"which images? {config.model} is no run, so give --data")
     said = {
         name: getattr(config, name)
-        for name, field in Pictures.model_fields.items()
+        for name, field in Images.model_fields.items()
         if name != "as_json" and getattr(config, name) != field.default
     }
     run = TAUGHT[verb].model_validate(knobs | said)
@@ -126,7 +126,7 @@ def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> 
 
 
 def absolute_paths(config: Train) -> dict[str, Any]:
-    """The words for pictures with their paths from the root, so that a run's record can be used from anywhere."""
+    """The words for images with their paths from the root, so that a run's record can be used from anywhere."""
     found: dict[str, Any] = {name: tuple(map(resolve_names, getattr(config, name))) for name in ("data", "eval_data")}
     for name in ("data_dir", "class_file"):
         if path := getattr(config, name):

@@ -1,4 +1,4 @@
-"""Function matching: a student learns to be the same function as a teacher, from pictures alone."""
+"""Function matching: a student learns to be the same function as a teacher, from images alone."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ def run(config: Distill, given: loading.Modules | None = None, trial: Trial | No
     """
     config.check()
     if config.distance == "dist" and env.world_size() > 1:
-        raise InputError("distance dist compares the pictures of a batch with each other, so one process must see all")
+        raise InputError("distance dist compares the images of a batch with each other, so one process must see all")
     with distributed.process_group(config.device):
         return _run(config, given, trial)
 
@@ -156,7 +156,7 @@ def with_teachers_of(other: Taught, lesson: TrainSetup) -> tuple[TrainSetup, Tea
     lesson = replace(lesson, teachers=other.lesson.teachers, provenance=facts, known=other.lesson.known)
     if other.lesson.view == lesson.view or other.judged is None or lesson.teachers is None:
         return lesson, other.judged
-    return lesson, judged_by(lesson.teachers, lesson)  # pictures to judge on are cut as the student wants
+    return lesson, judged_by(lesson.teachers, lesson)  # images to judge on are cut as the student wants
 
 
 def begun(
@@ -250,9 +250,9 @@ def taught_by(lesson: TrainSetup, called: Sequence[loading.LoadedTeacher]) -> Tr
 
 
 def fitting(cache: Cache, called: Sequence[loading.LoadedTeacher], config: Distill) -> tuple[Cache, Distill]:
-    """The pictures, and the configuration that is recorded: unlabelled, if all are to learn from and of other classes.
+    """The images, and the configuration that is recorded: unlabelled, if all are to learn from and of other classes.
 
-    Distillation needs no label, and pictures of other things teach too (section 5 of the paper); but what is judged
+    Distillation needs no label, and images of other things teach too (section 5 of the paper); but what is judged
     on must be of the teacher's classes.
     """
     try:

@@ -85,7 +85,7 @@ def _run_of(name: str) -> run_folder.Run | None:
 
 
 def _view(config: Evaluate, knobs: dict[str, Any], model: Classifier, device: torch.device) -> scoring.EvalView:
-    """How the pictures are looked at: as said, else as the run did, else as the model wants."""
+    """How the images are looked at: as said, else as the run did, else as the model wants."""
     side = config.side or knobs.get("side") or model.card.side
     same_side = side == knobs.get("side")
     resize = config.eval_resize or (

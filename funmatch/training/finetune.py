@@ -1,4 +1,4 @@
-"""Fine-tuning: a network with pretrained weights is taught the labels of some pictures, as BiT-HyperRule says."""
+"""Fine-tuning: a network with pretrained weights is taught the labels of some images, as BiT-HyperRule says."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from funmatch.training.train import check_labels, label_loss
 from funmatch.training.trainer import run_training
 
 CUT = "10%"
-"""Of the training pictures, for validation, where there are no pictures for it."""
+"""Of the training images, for validation, where there are no images for it."""
 ADAMW_LR = 1e-4
 
 
@@ -42,25 +42,25 @@ def build_finetune_setup(config: Finetune, given: Modules | None = None, trial: 
 
 
 def with_validation(config: Finetune, trial: Trial | None = None) -> tuple[Cache, Finetune]:
-    """The pictures, with some for validation: which network is kept must not be chosen on the test pictures."""
+    """The images, with some for validation: which network is kept must not be chosen on the test images."""
     cache = open_data(config, trial)
     if "val" in cache.splits or config.val is not None:
         return cache, config
     if config.eval_data:
         info(f"{cache.name} has no split val, so the network is kept as it is at the end")
         return cache, config.model_copy(update={"keep": "last"})
-    info(f"{cache.name} has no split val: {CUT} of the training pictures are cut off for it (--val says how many)")
+    info(f"{cache.name} has no split val: {CUT} of the training images are cut off for it (--val says how many)")
     config = config.model_copy(update={"val": CUT})
     return open_data(config, trial), config
 
 
 def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
-    """The configuration with what nobody said as BiT-HyperRule says it for these pictures."""
+    """The configuration with what nobody said as BiT-HyperRule says it for these images."""
     train = cache.splits["train"]
     count = len(train)
     heights, widths = train.sizes(np.arange(count))
     resize, side = hyperrule.sides(float(np.median(heights.astype(np.int64) * widths)))
-    fitting = min(side, round((config.resize or resize) * side / resize))  # pictures resized to less give less
+    fitting = min(side, round((config.resize or resize) * side / resize))  # images resized to less give less
     steps = config.steps
     if config.epochs is not None:
         steps = max(1, round(config.epochs * count / config.batch))

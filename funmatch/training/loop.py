@@ -21,7 +21,7 @@ class LoopOptions:
         lr: at the top of the schedule.
         factor: of the learning rate at each step.
         clip_norm: of all gradients together, or None.
-        micro_batch: pictures of a batch that go through the student at once, or None for all.
+        micro_batch: images of a batch that go through the student at once, or None for all.
         seed: of the run.
         device: on which the student lives.
         precision: fp32, bf16 or fp16.

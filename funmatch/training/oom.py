@@ -43,13 +43,13 @@ def explain_out_of_memory(
     )
     if fitting is None:
         raise InputError(
-            f"out of memory on {course.device}, even with one picture at a time; a smaller network or --side needs "
+            f"out of memory on {course.device}, even with one image at a time; a smaller network or --side needs "
             "less, and so does --grad-checkpointing"
         ) from None
     taken = devices.peak_memory(course.device)
     used = f", where a step took {taken / 1e9:.1f} GB at most" if taken else ""
     raise InputError(
-        f"out of memory on {course.device} with {now} pictures at once; --micro-batch {fitting} fits (tried{used}): "
+        f"out of memory on {course.device} with {now} images at once; --micro-batch {fitting} fits (tried{used}): "
         "the same crops, λ and batch, in pieces. What also helps: --teacher-batch, --grad-checkpointing"
     ) from None
 
@@ -67,7 +67,7 @@ def find_fitting_size(
     loader: Loader, course: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Batch], Tensor], size: int,
 ) -> bool:  # fmt: skip
-    """Whether a step in pieces of so many pictures has room, its gradients and the optimizer's state among them."""
+    """Whether a step in pieces of so many images has room, its gradients and the optimizer's state among them."""
     devices.empty_cache(course.device)
     student.train()
     kept: Sequence[Tensor] = ()

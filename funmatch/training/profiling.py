@@ -107,17 +107,17 @@ def shares(watch: StepTimer, whole: float, steps: int) -> dict[str, Any]:
 def arithmetic(lesson: TrainSetup) -> dict[str, Any]:
     """GFLOP of a step by part, and the device's measured peak in GFLOP a second; without what cannot be counted."""
     config = lesson.config
-    pictures = lesson.view.batch
+    images = lesson.view.batch
     student = gflop(lesson.student.net, config.side or 0)
-    found = {} if student is None else {"student": student * pictures, "backward": 2 * student * pictures}
+    found = {} if student is None else {"student": student * images, "backward": 2 * student * images}
     taught = _teachers(lesson)
     if taught is not None:
-        found["teacher"] = taught * pictures
+        found["teacher"] = taught * images
     return {"gflop": found, "peak_gflops": peak(lesson.loop.device, lesson.loop.precision)}
 
 
 def _teachers(lesson: TrainSetup) -> float | None:
-    """GFLOP of the teachers for one picture."""
+    """GFLOP of the teachers for one image."""
     if lesson.teachers is None:
         return None
     each = [gflop(member.frozen.classifier.net, member.side) for member in lesson.teachers.members]

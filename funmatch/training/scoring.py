@@ -23,12 +23,12 @@ VIEWS = 256
 
 @dataclass(frozen=True)
 class EvalView:
-    """How evaluation looks at pictures, and where it computes.
+    """How evaluation looks at images, and where it computes.
 
     Attributes:
         side: of the views, pixels.
-        short_side: to which pictures are resized before the central cut, pixels.
-        batch: pictures at a time.
+        short_side: to which images are resized before the central cut, pixels.
+        batch: images at a time.
         device, precision: of the networks.
         squash: whether both sides are resized to `short_side`.
     """
@@ -43,7 +43,7 @@ class EvalView:
 
 @torch.inference_mode()
 def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
-    """Logits of every picture of a split, (n, classes) float32 on the CPU."""
+    """Logits of every image of a split, (n, classes) float32 on the CPU."""
     model.eval()
     logits = []
     shape = view.side, view.short_side, view.batch
@@ -59,7 +59,7 @@ def score_training_views(
 ) -> dict[str, float | None]:
     """How close the student is to its teachers on the *training* views of the next steps, as it would be in use.
 
-    A student that is close here and far on pictures that it has never seen has learnt the answers, not the function.
+    A student that is close here and far on images that it has never seen has learnt the answers, not the function.
 
     Args:
         both: a batch to what student and teachers say of it, (n, classes) each.
@@ -67,7 +67,7 @@ def score_training_views(
         step: whose views are the first; as many steps as give `VIEWS` views.
 
     Returns:
-        `metrics.summary`, and `teacher_top1`; the right class of a mixed view is that of the picture with more weight.
+        `metrics.summary`, and `teacher_top1`; the right class of a mixed view is that of the image with more weight.
     """
     student.eval()
     loader = replace(loader, rank=0, world=1)  # the same views with however many processes
@@ -93,7 +93,7 @@ def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = No
 
 
 def validation_split(cache: Cache) -> CachedSplit:
-    """The split that a run is judged on while it goes on: validation, else test, else some of the training pictures."""
+    """The split that a run is judged on while it goes on: validation, else test, else some of the training images."""
     for name in ("val", "test"):
         if name in cache.splits:
             return cache.splits[name]
@@ -131,7 +131,7 @@ def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None
         raise InputError(
             f"{name} answers {model.num_classes} classes, {cache.name} has {len(classes)} ({_few(classes)}); "
             "wanted a model with these classes. If it knows them among others, say --classes same-names or --classes "
-            "map.json. To learn from pictures of other things, say --unlabelled, or give pictures of the teacher's "
+            "map.json. To learn from images of other things, say --unlabelled, or give images of the teacher's "
             "classes by --eval-data"
         )
     named = model.card.classes or ()

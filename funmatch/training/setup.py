@@ -39,7 +39,7 @@ from funmatch.version import __version__
 
 @dataclass(frozen=True)
 class Trial:
-    """What a search asks of a run: to leave the test pictures alone, and to say how it goes.
+    """What a search asks of a run: to leave the test images alone, and to say how it goes.
 
     Attributes:
         told: called with the step and the score of each evaluation; what it raises ends the run.
@@ -55,16 +55,16 @@ class TrainSetup:
     Attributes:
         verb: of the command.
         config: resolved, with no length in epochs and no default left open.
-        cache: the pictures.
+        cache: the images.
         student: on its device, with its first weights.
-        view: how evaluation looks at pictures.
+        view: how evaluation looks at images.
         course: how the student is taught.
         teachers: on the device, or None.
         asked: names of the classes that are asked of teachers with others, or None.
         facts: what is recorded: `teacher` (the teachers' digest), `teacher_forms`, and who cuts the `views`.
         beginning: digest of the student's first weights, where they are not drawn from the seed; else None.
         teacher_sides: of the crops that teachers are shown in training, pixels, each once.
-        known: the fixed teachers' answers to the training pictures, (pictures, classes), or None.
+        known: the fixed teachers' answers to the training images, (images, classes), or None.
         told: what a tape holds of the teachers' answers; see `Loader.told`.
         trial: what a search asks of this run, or None.
         latest: where batches are kept for other students that are taught beside this one.
@@ -128,7 +128,7 @@ def build_loader(
 
 
 def open_data(config: Train, trial: Trial | None = None) -> Cache:
-    """The decoded pictures that a run asks for, a training split among them; without a test split for a trial."""
+    """The decoded images that a run asks for, a training split among them; without a test split for a trial."""
     factory.check_name(config.optimizer)
     parse_options(config.optimizer_kwargs)
     run_folder.check_place(config.out)
@@ -164,7 +164,7 @@ def build_setup(
     if config.batch % world:
         raise InputError(f"batch ({config.batch}) is shared by {world} processes, so it must be a multiple of {world}")
     if config.patience and "val" not in cache.splits:
-        raise InputError(f"patience needs pictures for validation, and {cache.name} has none; say --val 10%")
+        raise InputError(f"patience needs images for validation, and {cache.name} has none; say --val 10%")
     if config.threads:
         torch.set_num_threads(config.threads)
     student = build_student(verb, config, cache, classes, given or {})

@@ -51,10 +51,10 @@ def label_loss(lesson: TrainSetup) -> LossOf:
 
 
 def check_labels(config: Train, cache: Cache) -> Cache:
-    """The pictures, if all that are learnt from have labels; else an `InputError`."""
+    """The images, if all that are learnt from have labels; else an `InputError`."""
     if not cache.splits["train"].labelled:
         labels = cache.splits["train"].labels(slice(None))
-        missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training pictures of {cache.name} have no labels"
+        missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training images of {cache.name} have no labels"
         other = " (they are of other classes than --eval-data)" if config.eval_data else ""
         raise InputError(f"{missing}{other}; training on labels needs train/<class>/*.jpg, distilling needs none")
     return cache

@@ -237,7 +237,7 @@ class Trainer:
         name = "agreement" if figures["top1"] is None else "top1"
         score = figures[name]
         self.notes["eval"] = f"{name} {percent(score)}"
-        # Test pictures are never chosen on, so without a validation split there is no best.
+        # Test images are never chosen on, so without a validation split there is no best.
         standing.since_best += 1
         if score is not None and score > standing.best_score and self.watched.name != "test":
             standing.best_step, standing.best_score, standing.since_best = standing.step, score, 0

@@ -93,7 +93,7 @@ def test_the_studies_that_come_along_can_be_run(name):
 
 def test_consistency_has_all_strategies_and_nothing_else_differs():
     plan = study_files.load_spec(Study.checked(name="consistency"))
-    assert {each.name for each in plan.entries} == {*funmatch.strategies.STRATEGIES, "funmatch (λ a picture)"}
+    assert {each.name for each in plan.entries} == {*funmatch.strategies.STRATEGIES, "funmatch (λ an image)"}
     others = {
         json.dumps({**entry.knobs, "strategy": ""}, default=str) for entry in plan.entries if "λ" not in entry.name
     }
@@ -342,7 +342,7 @@ def test_a_run_that_began_without_a_tape_goes_on_without(tmp_path):
         ),
         ({"batch": 8}, {"batch": 16}, False),
         ({"mixup_mode": "image"}, {}, False),
-        ({"val": 0.1}, {}, False),  # other pictures are left to learn from
+        ({"val": 0.1}, {}, False),  # other images are left to learn from
         ({"teacher": "a"}, {"teacher": "b"}, False),
     ],
 )

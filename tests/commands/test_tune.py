@@ -162,7 +162,7 @@ def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
         assert {run.config["knobs"]["lr"] for run in found} == {trial["knobs"]["lr"]}
         for run in found:
             figures = [record["top1"] for record in run.metrics.read() if record["event"] == "eval"]
-            assert run.result["split"] == "val", "trials have no test pictures"
+            assert run.result["split"] == "val", "trials have no test images"
             assert max(figures) == run.result["best_score"]
         assert trial["value"] == pytest.approx(statistics.fmean(run.result["best_score"] for run in found))
     assert result["value"] == max(trial["value"] for trial in result["trials"])
@@ -215,7 +215,7 @@ def test_more_trials_go_on_and_say_who_was_tested(tmp_path):
     assert more.figures["trials"][:2] == first.figures["trials"]
     assert len(more.figures["trials"]) == 3
     tested = {first.figures["best"], more.figures["best"]}
-    assert set(more.figures["tested"]) == tested, "each look at the test pictures is counted"
+    assert set(more.figures["tested"]) == tested, "each look at the test images is counted"
 
 
 class Power(BaseException):
@@ -291,7 +291,7 @@ def test_a_trial_that_ends_while_we_look_is_left_alone(tmp_path, monkeypatch):
                 lock.close()
             return real(*which)
 
-        monkeypatch.setattr(worker, "held", just_then)
+        monkeypatch.setattr(worker, "hold_trial", just_then)
         assert worker.next_trial(study, asked) == (None, [])
 
 
@@ -405,7 +405,7 @@ def test_passwords_are_written_nowhere():
     assert "secret" not in str(end.value)
 
 
-def some_pictures(root: Path, splits: dict[str, int]) -> Path:
+def some_images(root: Path, splits: dict[str, int]) -> Path:
     for s, (split, count) in enumerate(splits.items()):
         for c, name in enumerate(("ant", "bee")):
             for i in range(count):
@@ -413,20 +413,20 @@ def some_pictures(root: Path, splits: dict[str, int]) -> Path:
     return root
 
 
-def test_without_validation_pictures_some_are_cut_off(tmp_path, capsys):
-    data = some_pictures(tmp_path / "pictures", {"train": 20, "test": 3})
+def test_without_validation_images_some_are_cut_off(tmp_path, capsys):
+    data = some_images(tmp_path / "pictures", {"train": 20, "test": 3})
     done = funmatch.tune("train", tmp_path / "study", **TINY | {"data": data}, space=LR, trials=2)
-    assert "10% of the training pictures are cut off" in capsys.readouterr().err
+    assert "10% of the training images are cut off" in capsys.readouterr().err
     assert run_folder.find_run(done.best_run).config["knobs"]["val"] == "10%"
     assert done.figures["seen"] == {"val": 4}
     assert done.figures["test"]["pictures"] == 6
-    assert "--val" not in done.figures["command"], "in full is with all training pictures"
-    assert "10% of the training pictures were cut off" in done.report.read_text()
+    assert "--val" not in done.figures["command"], "in full is with all training images"
+    assert "10% of the training images were cut off" in done.report.read_text()
 
 
-def test_test_pictures_are_never_chosen_by(tmp_path):
-    judged = some_pictures(tmp_path / "judged", {"test": 3})
-    with pytest.raises(InputError, match="must not choose by test pictures"):
+def test_test_images_are_never_chosen_by(tmp_path):
+    judged = some_images(tmp_path / "judged", {"test": 3})
+    with pytest.raises(InputError, match="must not choose by test images"):
         funmatch.tune("distill", tmp_path / "study", **TAUGHT, eval_data=judged, space=LR)
 
 

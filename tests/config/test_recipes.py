@@ -104,7 +104,7 @@ def test_the_list_and_one_in_full(funmatch):
     assert "unknown recipe" in funmatch("recipes", "nothing-like-it", check=2).stderr
 
 
-def test_an_estimate_is_the_measured_time_of_all_pictures(monkeypatch):
+def test_an_estimate_is_the_measured_time_of_all_images(monkeypatch):
     monkeypatch.setattr(recipes, "SECONDS", 0.01)
     monkeypatch.setattr(
         recipes, "network", lambda _name, classes, **_: timm.create_model("resnet10t", num_classes=classes)

@@ -91,8 +91,8 @@ def food(home: Path) -> Path:
     for split, first in (("train", 0), ("test", 50)):
         meta = {name: [f"{name}/{first + i}" for i in range(10)] for name in ("waffles", "apple_pie")}
         (root / "meta" / f"{split}.json").write_text(json.dumps(meta))
-        for i, picture in enumerate(picture for found in meta.values() for picture in found):
-            paint(root / "images" / f"{picture}.jpg", first + i)
+        for i, image in enumerate(image for found in meta.values() for image in found):
+            paint(root / "images" / f"{image}.jpg", first + i)
     return root
 
 
@@ -111,7 +111,7 @@ def test_food(home):
         "test": 20,
     }
     (root / "images" / "waffles" / "3.jpg").unlink()
-    with pytest.raises(InputError, match=r"1 unreadable pictures in food101.*\n.*waffles/3\.jpg: No such file"):
+    with pytest.raises(InputError, match=r"1 unreadable images in food101.*\n.*waffles/3\.jpg: No such file"):
         open_cache("food101")
 
 
@@ -143,12 +143,12 @@ def test_the_shares_of_sun_are_the_published_counts():
 
 def test_sun_by_its_lists(home):
     root = sun(home)
-    for file, pictures in (
+    for file, images in (
         ("tr", ["/a/abbey/sun_001.jpg", "/z/zoo/sun_000.jpg"]),
         ("va", ["a/abbey/sun_002.jpg"]),
         ("te", ["z/zoo/sun_009.jpg"]),
     ):
-        (root / f"sun397_tfds_{file}.txt").write_text("\n".join(pictures) + "\n")
+        (root / f"sun397_tfds_{file}.txt").write_text("\n".join(images) + "\n")
     source = open_named("sun397")
     assert {name: list(split.names) for name, split in source.splits.items()} == {
         "train": ["a/abbey/sun_001.jpg", "z/zoo/sun_000.jpg"],
@@ -183,7 +183,7 @@ def test_fashion_mnist(home, packed, monkeypatch):
     if not packed:
         theirs = torchvision.datasets.FashionMNIST(str(home), train=False)
         cache = open_cache("fashion-mnist")
-        assert np.array_equal(cache.splits["test"].picture(3)[:, :, 0].numpy(), theirs.data[3].numpy())
+        assert np.array_equal(cache.splits["test"].image(3)[:, :, 0].numpy(), theirs.data[3].numpy())
         file = raw / "t10k-labels-idx1-ubyte"
         file.write_bytes(file.read_bytes()[:-1])
         with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte is damaged"):
@@ -249,9 +249,9 @@ def test_every_entry_says_what_it_is():
         assert set(entry.counts) <= {"train", "val", "test"}
 
 
-def test_doors(tmp_path, pictures, monkeypatch):
+def test_doors(tmp_path, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert open_source(f"folder:{pictures}").classes == ("ant", "bee", "cat")
+    assert open_source(f"folder:{images}").classes == ("ant", "bee", "cat")
     assert resolve_names("folder:pictures") == f"folder:{tmp_path}/pictures"
     assert resolve_names("pictures") == f"{tmp_path}/pictures"
     assert resolve_names("pet37") == "pet37"
@@ -263,27 +263,27 @@ def test_doors(tmp_path, pictures, monkeypatch):
         open_source("pet38")
 
 
-def test_several_folders_are_one(tmp_path, pictures):
+def test_several_folders_are_one(tmp_path, images):
     for i in range(3):
         paint(tmp_path / "more" / "train" / "dog" / f"{i}.png", 500 + i)
         paint(tmp_path / "more" / "train" / "bee" / f"{i}.png", 600 + i)
-    source = open_source([str(pictures), str(tmp_path / "more")])
+    source = open_source([str(images), str(tmp_path / "more")])
     assert source.classes == ("ant", "bee", "cat", "dog")
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 21, "val": 9, "test": 12}
     assert np.bincount(source.splits["train"].labels).tolist() == [5, 8, 5, 3]
     assert source.splits["train"].names[-1] == "more/train/dog/2.png"
     assert source.read("train", 20) == (tmp_path / "more" / "train" / "dog" / "2.png").read_bytes()
     paint(tmp_path / "loose" / "x.png", 1)
-    mixed = open_source([str(pictures), str(tmp_path / "loose")])
+    mixed = open_source([str(images), str(tmp_path / "loose")])
     assert mixed.splits["train"].labels.tolist()[-1] == -1
     assert not mixed.splits["train"].labelled
     assert mixed.splits["val"].labelled
 
 
-def test_classes_that_differ_only_in_case(pictures):
-    paint(pictures / "val" / "Ant" / "0.png", 1)
+def test_classes_that_differ_only_in_case(images):
+    paint(images / "val" / "Ant" / "0.png", 1)
     with pytest.raises(InputError, match="'Ant' and 'ant' differ only in case"):
-        open_source(str(pictures))
+        open_source(str(images))
 
 
 def test_layouts_of_folders(tmp_path):
@@ -294,15 +294,15 @@ def test_layouts_of_folders(tmp_path):
     paint(tmp_path / "classes" / "loose.png", 1)
     loose = open_source(str(tmp_path / "classes"))
     assert loose.classes == ()
-    assert "pictures lie beside folders, e.g. loose.png, so folders are not taken for classes" in loose.notes[0]
+    assert "images lie beside folders, e.g. loose.png, so folders are not taken for classes" in loose.notes[0]
     (tmp_path / "classes" / "x" / "b.heic").write_bytes(b"?")
     assert "1 files in" in open_source(str(tmp_path / "classes")).notes[1]
 
 
-def test_folders_beside_splits_are_not_forgotten(pictures):
-    paint(pictures / "evaluation" / "ant" / "0.png", 1)
-    with pytest.raises(InputError, match="has pictures in evaluation beside the splits test, train, val"):
-        open_source(str(pictures))
+def test_folders_beside_splits_are_not_forgotten(images):
+    paint(images / "evaluation" / "ant" / "0.png", 1)
+    with pytest.raises(InputError, match="has images in evaluation beside the splits test, train, val"):
+        open_source(str(images))
 
 
 def test_names_with_quotes_markup_and_more(tmp_path, funmatch):

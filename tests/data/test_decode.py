@@ -1,4 +1,4 @@
-"""Pictures of every kind are seen as a person sees them, and all ways of decoding agree."""
+"""Images of every kind are seen as a person sees them, and all ways of decoding agree."""
 
 from io import BytesIO
 
@@ -32,14 +32,14 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.mean([np.asarray(layer, float) for layer in layers], axis=0).astype(np.uint8))
 
 
-def kinds(picture: bytes) -> set[str]:
-    found = header(picture).kinds
+def kinds(image: bytes) -> set[str]:
+    found = header(image).kinds
     return {name for bit, name in enumerate(KINDS) if found >> bit & 1}
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(orientation, form):
+def test_images_are_turned_upright(orientation, form):
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :16], upright[8:, :16], upright[:8, 16:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     stored = {
@@ -50,14 +50,14 @@ def test_pictures_are_turned_upright(orientation, form):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
-    picture = encoded(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif, **options)
+    image = encoded(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif, **options)
     for decoder in ("pillow", pick_decoder("auto")):
-        assert np.abs(decode(picture, decoder=decoder).astype(int) - upright).max() <= 3
-    assert (header(picture).height, header(picture).width) == (16, 32)
-    assert kinds(picture) == ({"turned by EXIF"} if orientation > 1 else set())
+        assert np.abs(decode(image, decoder=decoder).astype(int) - upright).max() <= 3
+    assert (header(image).height, header(image).width) == (16, 32)
+    assert kinds(image) == ({"turned by EXIF"} if orientation > 1 else set())
 
 
-def test_kinds_of_pictures():
+def test_kinds_of_images():
     image = photograph(8, 6)
     deep = Image.fromarray(np.full((6, 8), 40_000, np.uint16))
     clear = image.copy().convert("RGBA")
@@ -98,12 +98,12 @@ def test_16_bits_of_colour():
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xe1\x00\x10Exif\x00\x00garbage!", b"\xff\xe1\x00\x08Exif\x00\x00"])
-def test_damaged_exif_loses_no_picture(damage):
+def test_damaged_exif_loses_no_image(damage):
     jpeg = encoded(photograph(8, 6), "JPEG")
     assert decode(jpeg[:2] + damage + jpeg[2:]).shape == (6, 8, 3)
 
 
-def test_bombs_and_what_is_no_picture():
+def test_bombs_and_what_is_no_image():
     flat = encoded(Image.new("1", (5000, 4000)))
     with pytest.raises(ValueError, match=r"5,000 × 4,000 pixels are more than --max-pixels 1,000,000"):
         decode(flat, max_pixels=10**6)
@@ -111,19 +111,19 @@ def test_bombs_and_what_is_no_picture():
         header(flat, max_pixels=10**6)
     assert header(flat).width == 5000
     for nothing in (b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\xff\xd8\xff"):
-        with pytest.raises(ValueError, match=r"not a picture|empty"):
+        with pytest.raises(ValueError, match=r"not an image|empty"):
             decode(nothing)
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "torchcodec"])
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_truncated_pictures_are_errors(form, decoder):
+def test_truncated_images_are_errors(form, decoder):
     if decoder == "torchcodec":
         needs_torchcodec()
-    picture = encoded(photograph(120, 90), form)
+    image = encoded(photograph(120, 90), form)
     for share in (0.3, 0.6, 0.95):
         with pytest.raises(Exception, match=r"(?i)trunc|premature|end|decode|broken"):
-            decode(picture[: int(len(picture) * share)], decoder=decoder)
+            decode(image[: int(len(image) * share)], decoder=decoder)
 
 
 JPEGS = {
@@ -136,8 +136,8 @@ JPEGS = {
 def test_torchcodec_decodes_as_pillow_does(options):
     needs_torchcodec()
     for seed in range(3):
-        picture = encoded(photograph(117, 83, seed), "JPEG", **options)
-        difference = np.abs(decode(picture, decoder="torchcodec").astype(int) - decode(picture))
+        image = encoded(photograph(117, 83, seed), "JPEG", **options)
+        difference = np.abs(decode(image, decoder="torchcodec").astype(int) - decode(image))
         assert difference.max() <= 2, "as the docstring of `decode` says"
 
 
@@ -146,26 +146,26 @@ def test_torchcodec_decodes_as_pillow_does(options):
 def test_a_box_is_a_box_of_the_whole(options, decoder):
     if decoder == "torchcodec":
         needs_torchcodec()
-    picture = encoded(photograph(117, 183), "JPEG", **options)
-    whole = decode(picture, decoder=decoder)
+    image = encoded(photograph(117, 183), "JPEG", **options)
+    whole = decode(image, decoder=decoder)
     for box in [(0, 0, 183, 117), (0, 0, 1, 1), (3, 5, 17, 100), (100, 50, 83, 67), (90, 0, 92, 10), (180, 116, 1, 1)]:
         top, left, height, width = box
         expected = whole[top : top + height, left : left + width]
-        assert np.array_equal(decode(picture, decoder=decoder, box=box), expected)
+        assert np.array_equal(decode(image, decoder=decoder, box=box), expected)
     turned = Image.Exif()
     turned[0x0112] = 6
-    picture = encoded(photograph(117, 83), "JPEG", exif=turned, **options)
-    assert np.array_equal(decode(picture, decoder=decoder, box=(2, 3, 50, 40)), decode(picture)[2:52, 3:43])
+    image = encoded(photograph(117, 83), "JPEG", exif=turned, **options)
+    assert np.array_equal(decode(image, decoder=decoder, box=(2, 3, 50, 40)), decode(image)[2:52, 3:43])
 
 
 def test_large_jpegs_are_scaled_while_they_are_decoded():
     """The stated tolerance: 1/255 on average."""
     for seed, (width, height) in enumerate([(1600, 1200), (1203, 1811), (900, 2700)]):
         image = photograph(width, height, seed)
-        picture = encoded(image, "JPEG", quality=95)
-        fast = decode(picture, cap=100).astype(int)
+        image = encoded(image, "JPEG", quality=95)
+        fast = decode(image, cap=100).astype(int)
         size = decoding.cap_size((width, height), 100)
-        slow = np.asarray(Image.fromarray(decode(picture)).resize(size, Image.Resampling.BILINEAR)).astype(int)
+        slow = np.asarray(Image.fromarray(decode(image)).resize(size, Image.Resampling.BILINEAR)).astype(int)
         assert fast.shape == slow.shape
         assert min(fast.shape[:2]) == 100
         assert np.abs(fast - slow).mean() <= 1

@@ -29,7 +29,7 @@ KNOBS = {
 
 
 @pytest.fixture(name="cache")
-def pictures_of_many_sizes(tmp_path):
+def images_of_many_sizes(tmp_path):
     for split in ("train", "val"):
         for number, size in enumerate([(40, 31), (90, 70), (33, 200), (70, 70), (64, 80), (128, 65), (31, 31)]):
             paint(tmp_path / "p" / split / "ab"[number % 2] / f"{number}.png", number, size)
@@ -80,7 +80,7 @@ def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr("funmatch.training.datasets.taken_aboard", full)
+    monkeypatch.setattr("funmatch.training.datasets.move_to_device", full)
     assert of_tasks.move_to_device(cache, CPU, 1).splits == cache.splits
     assert "has no room for" in capsys.readouterr().err
 
@@ -94,15 +94,15 @@ def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
         torch, "arange", lambda *given, real=torch.arange, **more: real(*given, **more | {"device": CPU})
     )
     kernels = pytest.importorskip("funmatch.ops.native.triton_crops")
-    monkeypatch.setattr(kernels, "looked", resample.sample_by_gather)
+    monkeypatch.setattr(kernels, "sample", resample.sample_by_gather)
     assert device_store.fastest_crop_kernel(flat) == (resample.sample_by_gather, "")
-    monkeypatch.setattr(kernels, "looked", lambda *given: resample.sample_by_gather(*given) + 0.1)
+    monkeypatch.setattr(kernels, "sample", lambda *given: resample.sample_by_gather(*given) + 0.1)
     assert "it computes something else" in device_store.fastest_crop_kernel(flat)[1]
 
     def fails(*_):
         raise RuntimeError("no compiler\nat all")
 
-    monkeypatch.setattr(kernels, "looked", fails)
+    monkeypatch.setattr(kernels, "sample", fails)
     cut, note = device_store.fastest_crop_kernel(flat)
     assert cut is resample.sample_by_gather
     assert "does not work here (no compiler)" in note

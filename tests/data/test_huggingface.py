@@ -21,26 +21,26 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def table(tmp_path, count=6, names=("ant", "bee"), first=0, **columns):
-    pictures = [paint(tmp_path / "raw" / f"{first + i}.jpg", first + i).read_bytes() for i in range(count)]
+    images = [paint(tmp_path / "raw" / f"{first + i}.jpg", first + i).read_bytes() for i in range(count)]
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))}
     features |= {name: datasets.Value("string" if isinstance(v[0], str) else "int64") for name, v in columns.items()}
-    rows = {"image": [{"bytes": p, "path": None} for p in pictures], "label": [i % len(names) for i in range(count)]}
-    return datasets.Dataset.from_dict(rows | columns, features=datasets.Features(features)), pictures
+    rows = {"image": [{"bytes": p, "path": None} for p in images], "label": [i % len(names) for i in range(count)]}
+    return datasets.Dataset.from_dict(rows | columns, features=datasets.Features(features)), images
 
 
 def test_a_parquet_file(tmp_path):
-    rows, pictures = table(tmp_path)
+    rows, images = table(tmp_path)
     rows.to_parquet(tmp_path / "pets.parquet")
     source = open_source(f"hf:{tmp_path}/pets.parquet")
     assert source.name == "pets"
     assert source.classes == ("ant", "bee")
     assert source.splits["train"].labels.tolist() == [0, 1] * 3
-    assert [source.read("train", i) for i in range(6)] == pictures
+    assert [source.read("train", i) for i in range(6)] == images
     assert open_cache(f"hf:{tmp_path}/pets.parquet").splits["train"].labels(slice(None)).tolist() == [0, 1] * 3
 
 
 def test_a_folder_of_splits_and_one_that_was_saved(tmp_path):
-    train, pictures = table(tmp_path)
+    train, images = table(tmp_path)
     test, others = table(tmp_path, 4, first=50)
     (tmp_path / "files").mkdir()
     train.to_parquet(tmp_path / "files" / "train-00000-of-00001.parquet")
@@ -49,7 +49,7 @@ def test_a_folder_of_splits_and_one_that_was_saved(tmp_path):
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 6, "val": 4}
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
     source = open_source(f"hf:{tmp_path}/saved")
-    assert [source.read("train", i) for i in range(6)] == pictures
+    assert [source.read("train", i) for i in range(6)] == images
     assert [source.read("test", i) for i in range(4)] == others
 
 
@@ -63,7 +63,7 @@ def test_columns(tmp_path):
     assert (numbered.classes, numbered.unnamed) == (("0", "1", "2", "3"), True)
     assert open_source(spec, ReadOptions(label_feature="none")).classes == ()
     for wrong in (ReadOptions(image_feature="label"), ReadOptions(label_feature="image")):
-        with pytest.raises(InputError, match=r"holds no (pictures|labels)"):
+        with pytest.raises(InputError, match=r"holds no (images|labels)"):
             open_source(spec, wrong)
     for reading in (ReadOptions(label_feature="no"), ReadOptions(image_feature="no")):
         with pytest.raises(InputError, match="has no column 'no', but: image, label, kind, number"):
@@ -71,16 +71,16 @@ def test_columns(tmp_path):
 
 
 def test_labels_that_cannot_be_used(tmp_path):
-    rows, pictures = table(tmp_path)
+    rows, images = table(tmp_path)
     rows.remove_columns("label").add_column("label", [0, None, 1, None, 0, 1]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"train\[1\]: label None is outside the 2 classes; or --unlabelled"):
         open_source(f"hf:{tmp_path}/a.parquet")
     source = open_source(f"hf:{tmp_path}/a.parquet", ReadOptions(unlabelled=True))
     assert source.classes == ()
-    assert source.read("train", 5) == pictures[5]
+    assert source.read("train", 5) == images[5]
 
 
-def test_pictures_that_were_given_as_pixels(tmp_path):
+def test_images_that_were_given_as_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     from PIL import Image
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(InputError, match=r"hf:.*a\.parquet cannot be loaded"):
         open_source(f"hf:{tmp_path}/a.parquet")
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "b.parquet")
-    with pytest.raises(InputError, match="no column of pictures, but: text"):
+    with pytest.raises(InputError, match="no column of images, but: text"):
         open_source(f"hf:{tmp_path}/b.parquet")
 
 

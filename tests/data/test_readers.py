@@ -21,8 +21,8 @@ from funmatch.errors import InputError
 from funmatch.ops.crops import crop_resize_flip
 
 
-def test_splits_and_classes_of_a_folder(pictures):
-    folder = open_folder(pictures)
+def test_splits_and_classes_of_a_folder(images):
+    folder = open_folder(images)
     assert folder.classes == ("ant", "bee", "cat")
     assert {name: len(split.names) for name, split in folder.splits.items()} == {"train": 15, "val": 9, "test": 12}
     assert folder.splits["val"].labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -32,7 +32,7 @@ def test_splits_and_classes_of_a_folder(pictures):
 def test_a_folder_without_splits_is_unlabelled_at_any_depth(tmp_path):
     paint(tmp_path / "a.JPG", 0)
     paint(tmp_path / "deep" / "er" / "b.png", 1)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden").mkdir()
     paint(tmp_path / ".hidden" / "c.png", 2)
     folder = open_folder(tmp_path)
@@ -41,33 +41,33 @@ def test_a_folder_without_splits_is_unlabelled_at_any_depth(tmp_path):
     assert folder.classes == ()
 
 
-def test_an_unlabelled_split_beside_labelled_ones(pictures):
-    shutil.rmtree(pictures / "train")
-    paint(pictures / "train" / "x.png", 5)
-    folder = open_folder(pictures)
+def test_an_unlabelled_split_beside_labelled_ones(images):
+    shutil.rmtree(images / "train")
+    paint(images / "train" / "x.png", 5)
+    folder = open_folder(images)
     assert not folder.splits["train"].labelled
     assert folder.splits["val"].labelled
 
 
-def test_long_names_of_splits(pictures):
-    (pictures / "val").rename(pictures / "Validation")
-    assert list(open_folder(pictures).splits) == ["train", "val", "test"]
+def test_long_names_of_splits(images):
+    (images / "val").rename(images / "Validation")
+    assert list(open_folder(images).splits) == ["train", "val", "test"]
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda root: shutil.rmtree(root), "missing"),
-        (lambda root: [shutil.rmtree(path) for path in root.iterdir()], "no picture"),
-        (lambda root: [path.unlink() for path in (root / "val").rglob("*.*")], "val holds no picture"),
+        (lambda root: [shutil.rmtree(path) for path in root.iterdir()], "no image"),
+        (lambda root: [path.unlink() for path in (root / "val").rglob("*.*")], "val holds no image"),
         (lambda root: paint(root / "train" / "loose.png", 0), "beside class folders"),
         (lambda root: shutil.copytree(root / "val", root / "valid"), "both"),
     ],
 )
-def test_folders_that_cannot_be_used(pictures, spoil, message):
-    spoil(pictures)
+def test_folders_that_cannot_be_used(images, spoil, message):
+    spoil(images)
     with pytest.raises(InputError, match=message):
-        open_folder(pictures)
+        open_folder(images)
 
 
 def test_unknown_data_sets_name_the_near_ones(tmp_path, monkeypatch):
@@ -78,30 +78,30 @@ def test_unknown_data_sets_name_the_near_ones(tmp_path, monkeypatch):
         open_source("./nowhere")
 
 
-def test_the_cache_holds_the_very_pixels(pictures):
-    cache = open_cache(str(pictures))
+def test_the_cache_holds_the_very_pixels(images):
+    cache = open_cache(str(images))
     split = cache.splits["train"]
     assert cache.classes == ("ant", "bee", "cat")
-    for i, name in enumerate(open_folder(pictures).splits["train"].names):
-        expected = decode((pictures / name).read_bytes())
-        assert torch.equal(split.picture(i), torch.from_numpy(expected.copy()))
+    for i, name in enumerate(open_folder(images).splits["train"].names):
+        expected = decode((images / name).read_bytes())
+        assert torch.equal(split.image(i), torch.from_numpy(expected.copy()))
     assert split.labels(np.arange(15)).tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
-def test_large_pictures_are_kept_smaller(tmp_path):
+def test_large_images_are_kept_smaller(tmp_path):
     paint(tmp_path / "a.png", 0, (90, 60))
     cache = open_cache(str(tmp_path), keeping=CacheOptions(cap=30))
-    assert cache.splits["train"].picture(0).shape == (30, 45, 3)
+    assert cache.splits["train"].image(0).shape == (30, 45, 3)
 
 
-def test_the_cache_follows_the_content_and_not_the_place(pictures, tmp_path, monkeypatch):
+def test_the_cache_follows_the_content_and_not_the_place(images, tmp_path, monkeypatch):
     decoded = []
     original = build._fill
     monkeypatch.setattr(build, "_fill", lambda *args: decoded.append(1) or original(*args))
     home = tmp_path / "home"
-    key = open_cache(str(pictures), keeping=CacheOptions(home=home)).key
-    assert open_cache(str(pictures), keeping=CacheOptions(home=home)).key == key
-    pictures.rename(tmp_path / "moved")
+    key = open_cache(str(images), keeping=CacheOptions(home=home)).key
+    assert open_cache(str(images), keeping=CacheOptions(home=home)).key == key
+    images.rename(tmp_path / "moved")
     assert open_cache(str(tmp_path / "moved"), keeping=CacheOptions(home=home)).key == key
     assert len(decoded) == 1
     changed = tmp_path / "moved" / "train" / "ant" / "0.jpg"
@@ -110,7 +110,7 @@ def test_the_cache_follows_the_content_and_not_the_place(pictures, tmp_path, mon
     assert len(decoded) == 2
 
 
-def test_a_picture_that_changes_but_keeps_its_size_is_noticed(tmp_path):
+def test_a_image_that_changes_but_keeps_its_size_is_noticed(tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.full((4, 4, 3), ord(name), np.uint8)).save(tmp_path / f"{name}.bmp")
     before = open_cache(str(tmp_path)).key
@@ -121,28 +121,28 @@ def test_a_picture_that_changes_but_keeps_its_size_is_noticed(tmp_path):
     assert open_cache(str(tmp_path)).key != before
 
 
-def test_all_unreadable_pictures_are_named_at_once_and_nothing_is_left(pictures, tmp_path):
-    whole = (pictures / "train" / "ant" / "0.jpg").read_bytes()
-    (pictures / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
-    (pictures / "val" / "bee" / "1.png").write_text("not a picture at all")
-    (pictures / "test" / "cat" / "2.webp").write_bytes(b"")
+def test_all_unreadable_images_are_named_at_once_and_nothing_is_left(images, tmp_path):
+    whole = (images / "train" / "ant" / "0.jpg").read_bytes()
+    (images / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "val" / "bee" / "1.png").write_text("not an image at all")
+    (images / "test" / "cat" / "2.webp").write_bytes(b"")
     home = tmp_path / "home"
     with pytest.raises(InputError) as error:
-        open_cache(str(pictures), keeping=CacheOptions(home=home))
+        open_cache(str(images), keeping=CacheOptions(home=home))
     message = str(error.value)
-    assert message.startswith("3 unreadable pictures")
+    assert message.startswith("3 unreadable images")
     for name in ("train/ant/0.jpg", "val/bee/1.png", "test/cat/2.webp"):
         assert name in message
     assert not [path for path in home.iterdir() if path.is_dir() and path.name != "surveys"], "nothing half-written"
 
 
-def test_a_cache_that_lost_bytes_is_made_again(pictures, tmp_path):
+def test_a_cache_that_lost_bytes_is_made_again(images, tmp_path):
     home = tmp_path / "home"
-    cache = open_cache(str(pictures), keeping=CacheOptions(home=home))
-    picture = cache.splits["train"].picture(3).clone()
+    cache = open_cache(str(images), keeping=CacheOptions(home=home))
+    image = cache.splits["train"].image(3).clone()
     file = cache.folder / "train.pixels"
     os.truncate(file, file.stat().st_size - 1)
-    assert torch.equal(open_cache(str(pictures), keeping=CacheOptions(home=home)).splits["train"].picture(3), picture)
+    assert torch.equal(open_cache(str(images), keeping=CacheOptions(home=home)).splits["train"].image(3), image)
 
 
 def test_the_embedded_set_is_balanced_and_its_splits_are_distinct():
@@ -152,21 +152,21 @@ def test_the_embedded_set_is_balanced_and_its_splits_are_distinct():
     for name, split in cache.splits.items():
         assert split.labels(slice(None)).bincount().tolist() == [len(split) // 10] * 10
         for i in range(len(split)):
-            assert seen.setdefault(split.picture(i).numpy().tobytes(), name) == name, "a picture in two splits"
+            assert seen.setdefault(split.image(i).numpy().tobytes(), name) == name, "an image in two splits"
     assert len(seen) == 2700
 
 
 @pytest.fixture(name="loader")
-def small_loader(pictures) -> Loader:
-    return Loader(open_cache(str(pictures)).splits["train"], seed=1, batch=8, side=12)
+def small_loader(images) -> Loader:
+    return Loader(open_cache(str(images)).splits["train"], seed=1, batch=8, side=12)
 
 
 def test_a_batch_is_what_its_draw_says(loader):
     drawn, batch = loader.draw(5), loader.batch_at(5)
-    pictures = [loader.split.picture(i) for i in drawn.indices]
-    expected = crop_resize_flip(pictures, drawn.boxes, drawn.flips, 12)
+    images = [loader.split.image(i) for i in drawn.indices]
+    expected = crop_resize_flip(images, drawn.boxes, drawn.flips, 12)
     assert torch.equal(batch.crops[1:], expected)
-    assert torch.equal(batch.crops[0], expected[-1]), "the first picture's partner is the last of the batch"
+    assert torch.equal(batch.crops[0], expected[-1]), "the first image's partner is the last of the batch"
     assert torch.equal(batch.labels[1:], loader.split.labels(drawn.indices))
     assert batch.lam == drawn.lam
 
@@ -197,21 +197,21 @@ def test_an_error_in_a_thread_reaches_the_loop(loader, monkeypatch):
         next(prefetch(loader, 0, 4))
 
 
-def test_evaluation_sees_every_picture_once_in_order(loader):
+def test_evaluation_sees_every_image_once_in_order(loader):
     batches = list(central_batches(loader.split, 12, 15, 4))
     assert [len(views) for views, _ in batches] == [4, 4, 4, 3]
     assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
-def test_a_cache_of_another_cap_has_another_key(pictures):
-    assert open_cache(str(pictures)).key != open_cache(str(pictures), keeping=CacheOptions(cap=10)).key
+def test_a_cache_of_another_cap_has_another_key(images):
+    assert open_cache(str(images)).key != open_cache(str(images), keeping=CacheOptions(cap=10)).key
 
 
-def test_meta_says_what_is_in_a_cache(pictures):
-    cache = open_cache(str(pictures))
+def test_meta_says_what_is_in_a_cache(images):
+    cache = open_cache(str(images))
     meta = json.loads((cache.folder / "meta.json").read_text())
     assert meta["splits"] == ["train", "val", "test"]
-    assert meta["sizes"]["val.pixels"] == sum(p.numel() for p in map(cache.splits["val"].picture, range(9)))
+    assert meta["sizes"]["val.pixels"] == sum(p.numel() for p in map(cache.splits["val"].image, range(9)))
 
 
 def test_links_that_lead_nowhere_or_back_or_out(tmp_path):
@@ -225,5 +225,5 @@ def test_links_that_lead_nowhere_or_back_or_out(tmp_path):
     with pytest.raises(InputError, match=r"p2/beside is a link that leads out of .*--follow-links"):
         open_folder(tmp_path / "p2")
     (tmp_path / "p" / "b.png").symlink_to(tmp_path / "p" / "nowhere.png")
-    with pytest.raises(InputError, match=r"1 unreadable pictures.*\n.*b\.png: No such file"):
+    with pytest.raises(InputError, match=r"1 unreadable images.*\n.*b\.png: No such file"):
         open_cache(str(tmp_path / "p"))

@@ -36,9 +36,7 @@ def classes_folder(root, count=30, classes=("ant", "bee")):
 
 
 def contents(cache) -> dict[str, set[bytes]]:
-    return {
-        name: {split.picture(i).numpy().tobytes() for i in range(len(split))} for name, split in cache.splits.items()
-    }
+    return {name: {split.image(i).numpy().tobytes() for i in range(len(split))} for name, split in cache.splits.items()}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,7 @@ def test_shares(text, share):
 
 @pytest.mark.parametrize("text", ["", "0", "100%", "-3", "1.5", "1.0", "ten", "nan", "1/0", "500%", "1e9999999"])
 def test_what_is_no_share(text):
-    with pytest.raises(InputError, match="no share of the training pictures"):
+    with pytest.raises(InputError, match="no share of the training images"):
         parse_share(text)
 
 
@@ -86,9 +84,9 @@ def test_copies_stay_on_one_side_of_a_cut(tmp_path):
         assert len(cache.splits["val"]) == 8
 
 
-def test_cuts_that_cannot_be(tmp_path, pictures):
+def test_cuts_that_cannot_be(tmp_path, images):
     with pytest.raises(InputError, match="has a validation split of its own"):
-        open_cache(str(pictures), ReadOptions(cut=SplitSpec({"val": 3})))
+        open_cache(str(images), ReadOptions(cut=SplitSpec({"val": 3})))
     root = classes_folder(tmp_path / "p", 3)
     with pytest.raises(InputError, match="leaves none for val"):
         open_cache(str(root), ReadOptions(cut=SplitSpec({"val": Fraction(1, 10)})))
@@ -96,40 +94,40 @@ def test_cuts_that_cannot_be(tmp_path, pictures):
         open_cache(str(root), ReadOptions(cut=SplitSpec({"val": 6})))
 
 
-def test_a_leak_is_told_loudly(pictures, funmatch):
-    shutil.copy(pictures / "train" / "ant" / "0.jpg", pictures / "test" / "bee" / "same.jpg")
-    shutil.copy(pictures / "train" / "ant" / "0.jpg", pictures / "train" / "ant" / "again.jpg")
-    done = funmatch("prepare", pictures)
-    assert "WARNING: 1 pictures are both in train and test of pictures" in done.stderr
-    assert "LEAK: 1 pictures are both in train and test:" in done.stdout
+def test_a_leak_is_told_loudly(images, funmatch):
+    shutil.copy(images / "train" / "ant" / "0.jpg", images / "test" / "bee" / "same.jpg")
+    shutil.copy(images / "train" / "ant" / "0.jpg", images / "train" / "ant" / "again.jpg")
+    done = funmatch("prepare", images)
+    assert "WARNING: 1 images are both in train and test of images" in done.stderr
+    assert "LEAK: 1 images are both in train and test:" in done.stdout
     assert "train/ant/0.jpg = test/bee/same.jpg" in done.stdout
-    found = json.loads(funmatch("prepare", pictures, "--json").stdout)
+    found = json.loads(funmatch("prepare", images, "--json").stdout)
     assert found["leaks"]["train and test"]["pictures"] == 1
     assert found["repeated"] == 1
     assert found["splits"]["train"] == {"pictures": 16, "labelled": True, "classes": 3}
     assert found["short_side"] == [20, 21, 22]
 
 
-def test_unreadable_pictures_can_be_skipped(pictures, funmatch):
-    whole = (pictures / "train" / "ant" / "0.jpg").read_bytes()
-    (pictures / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
-    (pictures / "val" / "bee" / "1.png").write_text("no picture")
-    stopped = funmatch("prepare", pictures, check=2)
-    assert "2 unreadable pictures" in stopped.stderr
+def test_unreadable_images_can_be_skipped(images, funmatch):
+    whole = (images / "train" / "ant" / "0.jpg").read_bytes()
+    (images / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "val" / "bee" / "1.png").write_text("no image")
+    stopped = funmatch("prepare", images, check=2)
+    assert "2 unreadable images" in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    found = json.loads(funmatch("prepare", pictures, "--on-bad", "skip", "--json").stdout)
+    found = json.loads(funmatch("prepare", images, "--on-bad", "skip", "--json").stdout)
     assert [name for name, _ in found["unreadable"]] == ["train/ant/0.jpg", "val/bee/1.png"]
-    cache = open_cache(str(pictures), keeping=CacheOptions(on_bad="skip"))
+    cache = open_cache(str(images), keeping=CacheOptions(on_bad="skip"))
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 14, "val": 8, "test": 12}
     with pytest.raises(InputError, match="2 unreadable"):
-        open_cache(str(pictures))
+        open_cache(str(images))
 
 
-def test_many_unreadable_pictures_are_all_written_down(tmp_path):
+def test_many_unreadable_images_are_all_written_down(tmp_path):
     for i in range(300):
         (tmp_path / "p").mkdir(exist_ok=True)
-        (tmp_path / "p" / f"{i:03}.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"300 unreadable pictures") as error:
+        (tmp_path / "p" / f"{i:03}.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"300 unreadable images") as error:
         open_cache(str(tmp_path / "p"), keeping=CacheOptions(home=tmp_path / "home"))
     assert "and 100 more, all in" in str(error.value)
     (listed,) = (tmp_path / "home").glob("unreadable-*.txt")
@@ -145,7 +143,7 @@ def test_both_ways_show_the_same(tmp_path, way):
     cache = open_cache(str(tmp_path / "p"), keeping=CacheOptions(cap=95, way=way))
     split = cache.splits["train"]
     assert cache.way == way
-    assert min(split.picture(12).shape[:2]) <= 95
+    assert min(split.image(12).shape[:2]) <= 95
     for step in range(4):
         batches = [Loader(each, 3, 16, 32).batch_at(step).crops for each in (split, reference.splits["train"])]
         assert torch.equal(*batches)
@@ -155,55 +153,55 @@ def test_both_ways_show_the_same(tmp_path, way):
     assert torch.equal(*views)
 
 
-def test_the_way_is_chosen_by_size(pictures, tmp_path):
+def test_the_way_is_chosen_by_size(images, tmp_path):
     told: list[str] = []
-    big = open_cache(str(pictures), keeping=CacheOptions(resident_gb=1e-9, home=tmp_path / "home"), tell=told.append)
+    big = open_cache(str(images), keeping=CacheOptions(resident_gb=1e-9, home=tmp_path / "home"), tell=told.append)
     assert big.way == "streaming"
-    assert any("streaming: 36 pictures, packed" in line for line in told)
-    assert open_cache(str(pictures)).way == "resident"
+    assert any("streaming: 36 images, packed" in line for line in told)
+    assert open_cache(str(images)).way == "resident"
 
 
-def test_known_pictures_are_not_listed_again(pictures, monkeypatch):
-    key = open_cache(str(pictures)).key
+def test_known_images_are_not_listed_again(images, monkeypatch):
+    key = open_cache(str(images)).key
     with monkeypatch.context() as patch:
         patch.setattr(caches, "open_source", lambda *_: 1 / 0)
-        assert open_cache(str(pictures)).key == key
-    paint(pictures / "train" / "bee" / "new.png", 5)
-    assert open_cache(str(pictures)).key != key
-    (pictures / "train" / "bee" / "new.png").unlink()
-    assert open_cache(str(pictures)).key == key
+        assert open_cache(str(images)).key == key
+    paint(images / "train" / "bee" / "new.png", 5)
+    assert open_cache(str(images)).key != key
+    (images / "train" / "bee" / "new.png").unlink()
+    assert open_cache(str(images)).key == key
 
 
-def test_of_very_many_files_some_are_watched(pictures, monkeypatch):
+def test_of_very_many_files_some_are_watched(images, monkeypatch):
     monkeypatch.setattr(caches, "WATCHED_AT_MOST", 20)
-    key = open_cache(str(pictures), keeping=CacheOptions(cap=40)).key
-    paint(pictures / "test" / "cat" / "new.png", 5)
-    assert open_cache(str(pictures), keeping=CacheOptions(cap=40)).key != key, "folders tell of new files"
+    key = open_cache(str(images), keeping=CacheOptions(cap=40)).key
+    paint(images / "test" / "cat" / "new.png", 5)
+    assert open_cache(str(images), keeping=CacheOptions(cap=40)).key != key, "folders tell of new files"
 
 
-def test_damage_in_a_cache_is_mended_by_prepare(pictures, funmatch):
-    cache = open_cache(str(pictures))
+def test_damage_in_a_cache_is_mended_by_prepare(images, funmatch):
+    cache = open_cache(str(images))
     path = cache.folder / "train.pixels"
     whole = path.read_bytes()
     path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    assert "is damaged on the disk" in funmatch("prepare", pictures).stderr
+    assert "is damaged on the disk" in funmatch("prepare", images).stderr
     assert path.read_bytes() == whole
 
 
-def test_damage_in_a_streaming_cache_is_an_error(pictures, tmp_path):
-    cache = open_cache(str(pictures), keeping=CacheOptions(way="streaming", home=tmp_path / "home"))
+def test_damage_in_a_streaming_cache_is_an_error(images, tmp_path):
+    cache = open_cache(str(images), keeping=CacheOptions(way="streaming", home=tmp_path / "home"))
     path = cache.folder / "train.pixels"
     whole = path.read_bytes()
     path.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
     with pytest.raises(InputError, match="is damaged; `funmatch prepare`"):
-        cache.splits["train"].pictures(range(15))
+        cache.splits["train"].images(range(15))
 
 
-def test_an_interrupted_survey_goes_on(pictures, tmp_path, monkeypatch):
+def test_an_interrupted_survey_goes_on(images, tmp_path, monkeypatch):
     monkeypatch.setattr(surveys, "CHUNK", 5)
-    source = open_source(str(pictures))
-    (pictures / "train" / "bee" / "0.jpg").write_bytes(b"")
-    source = open_source(str(pictures))
+    source = open_source(str(images))
+    (images / "train" / "bee" / "0.jpg").write_bytes(b"")
+    source = open_source(str(images))
     whole = surveys.scan(source, tmp_path / "whole")
     read = []
 
@@ -259,29 +257,29 @@ def test_prepare_goes_on_after_kills(tmp_path):
         assert (caches_of[0].folder / name).read_bytes() == (caches_of[1].folder / name).read_bytes()
 
 
-def test_a_limit_does_not_spoil_the_cache_for_others(pictures):
-    small = open_cache(str(pictures), keeping=CacheOptions(max_pixels=500, on_bad="skip"))
+def test_a_limit_does_not_spoil_the_cache_for_others(images):
+    small = open_cache(str(images), keeping=CacheOptions(max_pixels=500, on_bad="skip"))
     assert small.found["unreadable"]
-    assert sum(map(len, open_cache(str(pictures)).splits.values())) == 36
+    assert sum(map(len, open_cache(str(images)).splits.values())) == 36
 
 
 @pytest.mark.parametrize("change", ["changed", "gone"])
-def test_what_changes_while_it_is_prepared_is_noticed(pictures, monkeypatch, change):
-    home = pictures.parent / "home"
-    path = pictures / "train" / "cat" / "4.png"
+def test_what_changes_while_it_is_prepared_is_noticed(images, monkeypatch, change):
+    home = images.parent / "home"
+    path = images / "train" / "cat" / "4.png"
     decoding = build._fill
 
     def change_first(*args):
-        paint(path, 999) if change == "changed" else path.rename(pictures.parent / "away.png")
+        paint(path, 999) if change == "changed" else path.rename(images.parent / "away.png")
         return decoding(*args)
 
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(build, "_fill", change_first)
         with pytest.raises(InputError, match=r"train/cat/4\.png.*[Ss]tart"):
-            open_cache(str(pictures), keeping=CacheOptions(on_bad="skip", home=home))
+            open_cache(str(images), keeping=CacheOptions(on_bad="skip", home=home))
     path.write_bytes(before)
-    assert len(open_cache(str(pictures), keeping=CacheOptions(home=home)).splits["train"]) == 15
+    assert len(open_cache(str(images), keeping=CacheOptions(home=home)).splits["train"]) == 15
 
 
 def test_half_a_line_of_reasons_is_forgotten(tmp_path):
@@ -292,7 +290,7 @@ def test_half_a_line_of_reasons_is_forgotten(tmp_path):
     assert surveys.keep_reasons(path, 3) == {0: "a"}
 
 
-def test_labelled_pictures_are_judged_on(tmp_path):
+def test_labelled_images_are_judged_on(tmp_path):
     classes_folder(tmp_path / "p", 20)
     for i in range(40):
         paint(tmp_path / "loose" / f"{i}.png", 7000 + i)
@@ -303,11 +301,11 @@ def test_labelled_pictures_are_judged_on(tmp_path):
     assert cache.splits["val"].labelled
 
 
-def test_the_same_picture_under_two_labels(tmp_path, funmatch):
+def test_the_same_image_under_two_labels(tmp_path, funmatch):
     classes_folder(tmp_path / "p", 3)
     shutil.copy(tmp_path / "p" / "ant" / "000.png", tmp_path / "p" / "bee" / "copy.png")
     done = funmatch("data", "p")
-    assert "WARNING: 2 pictures of p are the same with different labels, e.g. ant/000.png = bee/copy.png" in done.stderr
+    assert "WARNING: 2 images of p are the same with different labels, e.g. ant/000.png = bee/copy.png" in done.stderr
     assert "CONTRADICTION" in done.stdout
 
 
@@ -321,7 +319,7 @@ def test_names_that_are_no_utf8(tmp_path, funmatch):
     assert open_source(f"tfrecord:{tmp_path}/o").classes == ("ant", "caf\udce9")
 
 
-def test_the_sheet_is_not_put_among_the_pictures(tmp_path, funmatch):
+def test_the_sheet_is_not_put_among_the_images(tmp_path, funmatch):
     folder = classes_folder(tmp_path / "p", 3)
     code = [sys.executable, "-m", "funmatch", "data", "."]
     for _ in range(2):
@@ -344,8 +342,8 @@ def test_unlabelled_copies_of_what_is_judged_are_left_out(tmp_path):
     assert any("6 unlabelled copies" in note for note in cache.found["notes"])
 
 
-def test_a_full_disk_is_not_a_bad_picture(pictures, tmp_path):
-    source = open_source(str(pictures))
+def test_a_full_disk_is_not_a_bad_image(images, tmp_path):
+    source = open_source(str(images))
 
     def full(*_) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -27,7 +27,7 @@ def real_tensorflow():
         return pytest.importorskip("tensorflow")
 
 
-def picture(tf, i: int) -> bytes:
+def image(tf, i: int) -> bytes:
     pixels = np.full((6, 8, 3), i * 20, np.uint8)
     pixels[:, :4] = (i * 7, 255 - i * 9, 90)
     return tf.io.encode_jpeg(pixels, quality=100, chroma_downsampling=False).numpy()
@@ -57,7 +57,7 @@ def write(tf, path: Path, records: list[bytes], compression: str = "") -> None:
 @pytest.mark.parametrize("compression", ["", "GZIP"])
 def test_what_tensorflow_writes_is_read(tf, tmp_path, compression):
     rng = np.random.default_rng(0)
-    pictures = [picture(tf, i) for i in range(12)]
+    images = [image(tf, i) for i in range(12)]
     rows = [
         {
             "image": jpeg,
@@ -65,7 +65,7 @@ def test_what_tensorflow_writes_is_read(tf, tmp_path, compression):
             "id": rng.bytes(int(rng.integers(0, 400))),
             "score": [0.5] * int(rng.integers(0, 9)),
         }
-        for i, jpeg in enumerate(pictures)
+        for i, jpeg in enumerate(images)
     ]
     for row in rows:  # any order of features
         names = list(row)
@@ -76,18 +76,18 @@ def test_what_tensorflow_writes_is_read(tf, tmp_path, compression):
         write(tf, tmp_path / "train" / f"train_pets37-{shard:02}-4.tfrec", part, compression)
     source = open_source(f"tfrecord:{tmp_path}/*/*.tfrec")
     assert source.splits["train"].labels.tolist() == list(range(12))
-    assert [source.read("train", i) for i in range(12)] == pictures
+    assert [source.read("train", i) for i in range(12)] == images
 
 
 def test_other_names_and_unusual_values(tf, tmp_path):
     long = bytes(range(256)) * 1000
     rows = [
-        {"image/encoded": picture(tf, 1), "image/class/label": 2**31 - 1, "image/text": long},
-        {"image/encoded": picture(tf, 2), "image/class/label": 0, "image/text": b""},
+        {"image/encoded": image(tf, 1), "image/class/label": 2**31 - 1, "image/text": long},
+        {"image/encoded": image(tf, 2), "image/class/label": 0, "image/text": b""},
     ]
     write(tf, tmp_path / "validation-00000-of-00001", [example(tf, **row) for row in rows])
     source = open_source(f"tfrecord:{tmp_path}", ReadOptions(label_feature="none"))
-    assert [source.read("val", i) for i in range(2)] == [picture(tf, 1), picture(tf, 2)]
+    assert [source.read("val", i) for i in range(2)] == [image(tf, 1), image(tf, 2)]
 
 
 @pytest.mark.parametrize("side", [None, 32])
@@ -115,7 +115,7 @@ def test_what_we_write_tensorflow_reads(tf, tmp_path, funmatch, side):
 
 def test_the_committed_shards_are_what_tensorflow_writes(tf, tmp_path):
     """The quick tests read shards that were made like this one."""
-    rows = [example(tf, **{"image": picture(tf, i), "class": i}) for i in range(3)]
+    rows = [example(tf, **{"image": image(tf, i), "class": i}) for i in range(3)]
     write(tf, tmp_path / "a.tfrec", rows)
     committed = Path(__file__).parent / "tfrecords" / "plain" / "train" / "train_pets37-00-3.tfrec"
     theirs, ours = (

@@ -22,11 +22,11 @@ from funmatch.data.readers.open import open_source
 from funmatch.errors import InputError
 
 WRITTEN = Path(__file__).parent / "tfrecords"
-"""Shards that TensorFlow 2.21 wrote, in the way of `test_tensorflow.py`: picture i is grey 20·i on the right."""
+"""Shards that TensorFlow 2.21 wrote, in the way of `test_tensorflow.py`: image i is grey 20·i on the right."""
 
 
 def greys(source, split: str) -> list[int]:
-    """Which picture each is, by its right half."""
+    """Which image each is, by its right half."""
     return [round(decode(source.read(split, i))[:, 5:].mean() / 20) for i in range(len(source.splits[split]))]
 
 
@@ -156,14 +156,14 @@ def test_labels_outside_the_classes_are_named(tmp_path):
         open_source(f"tfrecord:{tmp_path}")
 
 
-def test_prepared_shards_are_the_pictures(pictures, funmatch, tmp_path):
-    funmatch("prepare", pictures, "--to", "tfrecord", "--side", "16", "--shard-size", "4", "--out", "shards")
+def test_prepared_shards_are_the_images(images, funmatch, tmp_path):
+    funmatch("prepare", images, "--to", "tfrecord", "--side", "16", "--shard-size", "4", "--out", "shards")
     names = sorted(path.relative_to(tmp_path / "shards").as_posix() for path in tmp_path.glob("shards/*/*"))
     assert names[:2] == ["test/test_pictures-00-4.tfrec", "test/test_pictures-01-4.tfrec"]
     assert names[-1] == "val/val_pictures-02-1.tfrec"
     source = open_source(f"tfrecord:{tmp_path / 'shards'}")
     assert source.classes == ("ant", "bee", "cat")
-    original = open_source(str(pictures))
+    original = open_source(str(images))
     for split in ("train", "val", "test"):
         assert sorted(source.splits[split].labels) == sorted(original.splits[split].labels)
         for i, label in enumerate(source.splits[split].labels):
@@ -180,8 +180,8 @@ def test_prepared_shards_are_the_pictures(pictures, funmatch, tmp_path):
             assert nearest < 3, "only JPEG's own loss"
 
 
-def test_interrupted_shards_are_gone_on_with(pictures, funmatch, tmp_path):
-    words = ("prepare", pictures, "--to", "tfrecord", "--shard-size", "4", "--out", "shards")
+def test_interrupted_shards_are_gone_on_with(images, funmatch, tmp_path):
+    words = ("prepare", images, "--to", "tfrecord", "--shard-size", "4", "--out", "shards")
     funmatch(*words)
     before = {path: path.read_bytes() for path in tmp_path.glob("shards/*/*.tfrec")}
     (tmp_path / "shards").rename(tmp_path / ".shards.partial")
@@ -198,9 +198,9 @@ def test_ordinary_jpegs_are_kept_to_the_byte(tmp_path, funmatch):
     paint(tmp_path / "p" / "b.png", 2)
     funmatch("prepare", "p", "--to", "tfrecord", "--out", "shards")
     (shard,) = tmp_path.glob("shards/train/*.tfrec")
-    pictures = {payload[slice(*parse_example(payload)["image"][0])] for _, payload in records(shard)}
-    assert (tmp_path / "p" / "a.jpg").read_bytes() in pictures
-    assert len(pictures) == 2
+    images = {payload[slice(*parse_example(payload)["image"][0])] for _, payload in records(shard)}
+    assert (tmp_path / "p" / "a.jpg").read_bytes() in images
+    assert len(images) == 2
 
 
 def tar(path: Path, members: dict[str, bytes | str]) -> Path:
@@ -247,9 +247,9 @@ def test_webdataset_shards(tmp_path, jpegs):
         ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.cls is b'cat'; wanted a number"),
         ({"a.jpg": b"x", "a.json": b"[]"}, 'a.json is no JSON object with a "label"'),
         ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"y"}, "b.jpg: there is no label"),
-        ({"a.txt": b"x"}, "sample 'a' has no picture, but: txt"),
-        ({"a.b.jpg": b"x"}, r"sample 'a' has no picture, but: b\.jpg"),
-        ({}, "hold no picture"),
+        ({"a.txt": b"x"}, "sample 'a' has no image, but: txt"),
+        ({"a.b.jpg": b"x"}, r"sample 'a' has no image, but: b\.jpg"),
+        ({}, "hold no image"),
     ],
 )
 def test_tars_that_cannot_be_used(tmp_path, members, message):
@@ -282,7 +282,7 @@ def test_no_shards(tmp_path):
         with pytest.raises(InputError, match=r"2 of 3 shards are not there, e\.g\. .*-01-3"):
             open_source(missing)
     (tmp_path / "a.tfrec").write_bytes(b"")
-    with pytest.raises(InputError, match="shards of train hold no picture"):
+    with pytest.raises(InputError, match="shards of train hold no image"):
         open_source(f"tfrecord:{tmp_path}")
     with pytest.raises(InputError, match=f"say tfrecord:{tmp_path}"):
         open_source(str(tmp_path))
@@ -329,24 +329,24 @@ def test_what_shards_cannot_hold(tmp_path, funmatch):
     assert "cannot hold 'd\\ne'" in told
     paint(tmp_path / "loose" / "x.png", 3)
     told = funmatch("prepare", "nc", "loose", "--to", "tfrecord", "--out", "o", check=2).stderr
-    assert "some pictures of train have labels and some have none" in told
+    assert "some images of train have labels and some have none" in told
     assert not (tmp_path / "o").exists()
 
 
-def test_finished_shards_are_left_alone(pictures, funmatch, tmp_path):
-    whole = (pictures / "train" / "ant" / "0.jpg").read_bytes()
-    (pictures / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+def test_finished_shards_are_left_alone(images, funmatch, tmp_path):
+    whole = (images / "train" / "ant" / "0.jpg").read_bytes()
+    (images / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
     words = ("--to", "tfrecord", "--shard-size", "4", "--out", "o")
-    assert "1 unreadable" in funmatch("prepare", pictures, *words, check=2).stderr
+    assert "1 unreadable" in funmatch("prepare", images, *words, check=2).stderr
     assert not (tmp_path / "o").exists()
-    first = json.loads(funmatch("prepare", pictures, *words, "--on-bad", "skip", "--json").stdout)
+    first = json.loads(funmatch("prepare", images, *words, "--on-bad", "skip", "--json").stdout)
     assert first["splits"]["train"]["pictures"] == 14
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")}
-    again = json.loads(funmatch("prepare", pictures, *words, "--on-bad", "skip", "--json").stdout)
+    again = json.loads(funmatch("prepare", images, *words, "--on-bad", "skip", "--json").stdout)
     assert again == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")} == times
-    pictures.rename(tmp_path / "renamed")
-    assert "of other pictures or of another form" in funmatch("prepare", "renamed", *words, check=2).stderr
+    images.rename(tmp_path / "renamed")
+    assert "of other images or of another form" in funmatch("prepare", "renamed", *words, check=2).stderr
 
 
 def test_shards_made_under_other_limits_are_other_shards(tmp_path, funmatch):
@@ -362,8 +362,8 @@ def test_shards_made_under_other_limits_are_other_shards(tmp_path, funmatch):
     assert json.loads(funmatch("data", "tfrecord:o", "--json").stdout)["repeated"] == 0
 
 
-def test_a_finished_set_is_watched_over(pictures, funmatch, tmp_path):
-    words = ("prepare", pictures, "--to", "tfrecord", "--out", "o", "--shard-size", "4")
+def test_a_finished_set_is_watched_over(images, funmatch, tmp_path):
+    words = ("prepare", images, "--to", "tfrecord", "--out", "o", "--shard-size", "4")
     funmatch(*words)
     (tmp_path / "o" / "class.labels.txt").unlink()
     funmatch(*words)

@@ -81,8 +81,8 @@ def as_second_layout(weights: dict[str, np.ndarray], prefix: str = "") -> dict[s
     return changed
 
 
-def reference(weights: dict[str, np.ndarray], pictures: torch.Tensor) -> torch.Tensor:
-    """Logits of [0, 1] pictures: the network as section 4 of its paper and its published code describe it."""
+def reference(weights: dict[str, np.ndarray], images: torch.Tensor) -> torch.Tensor:
+    """Logits of [0, 1] images: the network as section 4 of its paper and its published code describe it."""
 
     def conv(x, name, stride=1):
         kernel = torch.from_numpy(weights[f"{name}/kernel"].astype(np.float64))
@@ -94,7 +94,7 @@ def reference(weights: dict[str, np.ndarray], pictures: torch.Tensor) -> torch.T
         gamma, beta = (torch.from_numpy(weights[f"{name}/{part}"]) for part in ("gamma", "beta"))
         return F.relu(F.group_norm(x, 32, gamma, beta, 1e-5))
 
-    x = conv(pictures * 2 - 1, "root_block/standardized_conv2d", 2)
+    x = conv(images * 2 - 1, "root_block/standardized_conv2d", 2)
     x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2)
     units = sorted({name.rsplit("/", 3)[0] for name in weights if "/c/" in name})
     for unit in units:
@@ -110,13 +110,13 @@ def reference(weights: dict[str, np.ndarray], pictures: torch.Tensor) -> torch.T
     return features @ kernel[0, 0] + bias
 
 
-def pictures(side: int = 48) -> torch.Tensor:
+def images(side: int = 48) -> torch.Tensor:
     return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 @torch.inference_mode()
 def assert_same(model: torch.nn.Module, wanted: torch.Tensor, side: int = 48) -> None:
-    got = model.eval()(pictures(side))
+    got = model.eval()(images(side))
     assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
@@ -128,7 +128,7 @@ def weights_of_r50() -> dict[str, np.ndarray]:
 @pytest.fixture(name="wanted", scope="module")
 def logits_of_r50(weights) -> torch.Tensor:
     with torch.inference_mode():
-        return reference(weights, pictures())
+        return reference(weights, images())
 
 
 LAYOUTS = {
@@ -155,7 +155,7 @@ def test_both_layouts_give_the_published_logits(tmp_path, weights, wanted, layou
 def test_every_published_size(tmp_path, depth, width):
     weights = random_bit(depth, width)
     with torch.inference_mode():
-        wanted = reference(weights, pictures(32))
+        wanted = reference(weights, images(32))
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
     model = load(str(tmp_path / "w.npz"))
     assert model.net.pretrained_cfg["architecture"] == f"resnetv2_{depth}x{width}_bit"
@@ -166,7 +166,7 @@ def test_small_kernels_need_the_published_eps(tmp_path):
     """With kernels this small timm's eps gives other logits; what is saved for timm gives the right ones again."""
     weights = random_bit(50, 1, scale=2e-3)
     with torch.inference_mode():
-        wanted = reference(weights, pictures())
+        wanted = reference(weights, images())
     np.savez(tmp_path / "w.npz", **as_first_layout(weights))
     model = load(str(tmp_path / "w.npz"))
     assert_same(model, wanted)
@@ -183,14 +183,14 @@ def test_small_kernels_need_the_published_eps(tmp_path):
     assert_same(load(str(tmp_path / "out")), wanted)
     alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.inference_mode():
-        torch.testing.assert_close(alone(pictures() * 2 - 1), wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(alone(images() * 2 - 1), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_student_gets_the_body_and_a_new_head_of_zeros(tmp_path, weights):
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
     model = load(str(tmp_path / "w.npz"), classes=37)
     assert model.count_parameters() == 23_576_165
-    assert not model(pictures()).any()
+    assert not model(images()).any()
     kernel = torch.from_numpy(weights["root_block/standardized_conv2d/kernel"]).permute(3, 2, 0, 1)
     assert torch.equal(model.net.stem.conv.weight, kernel)
 

@@ -150,7 +150,7 @@ def as_fast_as(seconds: dict[str, float]):
 def test_what_is_as_good_is_taken(monkeypatch):
     """Whatever is faster here, 16 bits are only taken if they answer as fp32 does."""
     monkeypatch.setattr(frozen_models, "SMALL", 0)
-    monkeypatch.setattr(frozen_models, "measured", as_fast_as({"bf16": 1.0, "fp16": 2.0, "fp32": 9.0}))
+    monkeypatch.setattr(frozen_models, "measure", as_fast_as({"bf16": 1.0, "fp16": 2.0, "fp32": 9.0}))
     views = torch.rand(32, 3, 32, 32)
     frozen, tried = freeze(teacher, views, AllowedModes(("bf16", "fp16", "fp32")))
     assert [check.form.precision for check in tried] == ["bf16", "fp16", "fp32"][: len(tried)]
@@ -169,7 +169,7 @@ def test_a_form_that_answers_otherwise_is_refused(monkeypatch):
 
     monkeypatch.setattr(frozen_models.Frozen, "forward", off)
     monkeypatch.setattr(
-        frozen_models, "measured", lambda _make, forms, _views: {forms[0]: 9.0 if forms[0].precision == "fp32" else 1.0}
+        frozen_models, "measure", lambda _make, forms, _views: {forms[0]: 9.0 if forms[0].precision == "fp32" else 1.0}
     )
     frozen, tried = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16", "fp32")))
     assert frozen.form.precision == "fp32"

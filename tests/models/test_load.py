@@ -31,7 +31,7 @@ def test_bit_r50_has_the_published_number_of_parameters():
     assert load("resnetv2_50x1_bit", classes=37).count_parameters() == 23_576_165
 
 
-def test_grey_networks_read_grey_pictures():
+def test_grey_networks_read_grey_images():
     model = load("resnet10t", options=(*SMALL, "in_chans=1"), classes=3).eval()
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
 

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from test_bit import as_second_layout, assert_same, pictures, random_bit, reference
+from test_bit import as_second_layout, assert_same, images, random_bit, reference
 from test_distill import MINI, TEACHER
 
 import funmatch
@@ -68,7 +68,7 @@ def test_a_function_of_ones_own(module):
     model = load(f"{module}:small", options=("width=12",), classes=3, side=20)
     assert (model.num_classes, model.card.side, model.count_parameters()) == (3, 20, 12 * 27 + 12 + 3 * 12 + 3)
     views = torch.rand(2, 3, 20, 20)
-    assert torch.equal(model(views), model.net(views)), "a plain network sees pictures as they are"
+    assert torch.equal(model(views), model.net(views)), "a plain network sees images as they are"
     other = load(f"{module}:normalised")
     assert (other.card.classes, other.card.side, other.num_classes) == (("a", "b"), 16, 2)
     assert torch.equal(other(views), other.net((views - 0.5) / 0.25))
@@ -218,7 +218,7 @@ def test_the_papers_file_is_fetched_once_and_held_against_its_checksum(tmp_path)
     model = load("bit:R50x1_160")
     assert (model.card.side, model.card.crop_fraction) == (160, 160 / 192)
     with torch.inference_mode():
-        assert_same(model, reference(weights, pictures()))
+        assert_same(model, reference(weights, images()))
     Server.content = b""
     load("bit:R50x1_160")
     assert not list((tmp_path / "cache").rglob("*.partial"))
@@ -255,7 +255,7 @@ def test_import_writes_what_timm_loads(tmp_path):
     model = load(str(tmp_path / "out"))
     assert (model.card.side, model.card.crop_fraction, model.card.classes) == (128, 0.8, tuple("abcde"))
     with torch.inference_mode():
-        assert_same(model, reference(weights, pictures()))
+        assert_same(model, reference(weights, images()))
     with pytest.raises(InputError, match="exists; choose another"):
         models.import_model(Import(model="w.npz", out=tmp_path / "out"))
     shown = models.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1"))

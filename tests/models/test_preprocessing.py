@@ -72,7 +72,7 @@ def ints(values: list[int]) -> bytes:
 def network(
     x: str, *, border: int = 3, padding: bytes = b"VALID", strides: tuple[int, ...] = (1, 2, 2, 1)
 ) -> list[bytes]:
-    """The nodes of a network of a single kernel and a head, in a function whose picture is an output of this name."""
+    """The nodes of a network of a single kernel and a head, in a function whose image is an output of this name."""
     return [
         const("border", np.array([[0, 0], [border, border], [border, border], [0, 0]])),
         node("Pad", "Pad", x, "border:output:0"),
@@ -140,7 +140,7 @@ def seen_of_a_graph(tmp_path):
 
 
 def chain(*steps) -> list[bytes]:
-    """Operations on pictures, in order, as (operation, constant) or (constant, operation)."""
+    """Operations on images, in order, as (operation, constant) or (constant, operation)."""
     nodes, last = [], "x"
     for i, step in enumerate(steps):
         words = [each for each in step if not isinstance(each, str)]
@@ -197,10 +197,10 @@ UNCLEAR = {
     r"applies Sub \(n0\)": [("Sub", np.ones((8, 8, 3)))],
     r"applies Mul \(n0\)": [("Mul", np.ones((1, 2)))],
     "another than BiT's": [("Pad", np.array([[0, 0], [1, 1], [1, 1], [0, 0]]))],
-    r"maps pictures x to 0\.5 · x \+ 0\.5, .* odd range": [("Mul", 0.5), ("AddV2", 0.5)],
-    r"maps pictures x to 0\.3": [("Mul", 0.3)],
-    "maps pictures x to -1": [(1.0, "Sub")],
-    "maps pictures x to inf": [("RealDiv", 0.0)],
+    r"maps images x to 0\.5 · x \+ 0\.5, .* odd range": [("Mul", 0.5), ("AddV2", 0.5)],
+    r"maps images x to 0\.3": [("Mul", 0.3)],
+    "maps images x to -1": [(1.0, "Sub")],
+    "maps images x to inf": [("RealDiv", 0.0)],
     "more than 150 things": [("Neg",)] * 200,
 }
 
@@ -324,8 +324,6 @@ def test_what_a_person_says_is_taken_and_told(copy, monkeypatch):
     assert (read.card["mean"], read.card["std"], read.notes) == (*IMAGENET, ())
     assert _of_savedmodel(copy, {}, IMAGENET).notes == ()
     (copy / "saved_model.pb").write_bytes(b"")
-    with pytest.raises(
-        InputError, match=r"cannot be told what pictures it was trained on: its saved_model\.pb holds no"
-    ):
+    with pytest.raises(InputError, match=r"cannot be told what images it was trained on: its saved_model\.pb holds no"):
         _of_savedmodel(copy, {}, None)
     assert "holds no graph" in _of_savedmodel(copy, {}, HALF).notes[0]

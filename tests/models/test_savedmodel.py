@@ -29,7 +29,7 @@ WRITTEN = Path(__file__).parent / "savedmodels"
 """What `scripts/make_savedmodel.py` wrote with TensorFlow 2.21, Keras 2.21 and 3.15; units 2, 1, 1, 1; width 2."""
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SEEN = {"hub": None, "student": AS_GIVEN, "keras3": AS_GIVEN, "keras3-export": None, "module": IMAGENET}
-"""What can be told of the pictures they see: of a network that is the whole model even without a graph."""
+"""What can be told of the images they see: of a network that is the whole model even without a graph."""
 STEM = "root_block/standardized_conv2d/kernel"
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 
@@ -410,13 +410,13 @@ def test_a_module_of_any_name_and_what_lies_beside_it(tmp_path, prefix):
 
 
 @pytest.mark.parametrize(("prefix", "head"), [("resnet/", "resnet/head/dense"), ("", "dense")])
-def test_a_network_that_may_or_may_not_rescale_pictures(tmp_path, prefix, head):
+def test_a_network_that_may_or_may_not_rescale_images(tmp_path, prefix, head):
     """What names its variables as the Hub's modules do may be either."""
     objects = Objects()
     children = {"body": objects.add(objects.network(prefix)), "head": objects.add(objects.head(head))}
     folder = objects.save(tmp_path / "m", children)
     assert open_savedmodel(folder).inputs is None
-    with pytest.raises(InputError, match=r"cannot be told what pictures .* holds no graph.*--inputs 0\.\.1.*-1\.\.1"):
+    with pytest.raises(InputError, match=r"cannot be told what images .* holds no graph.*--inputs 0\.\.1.*-1\.\.1"):
         load(f"savedmodel:{folder}")
 
 
@@ -547,9 +547,9 @@ def made_by_tensorflow(tmp_path_factory):
 def difference(folder: Path) -> float:
     """How far our answers are from TensorFlow's, against the largest of these."""
     with np.load(folder.with_suffix(".npz")) as known:
-        pictures, logits = torch.from_numpy(known["pictures"]).permute(0, 3, 1, 2), known["logits"]
+        images, logits = torch.from_numpy(known["pictures"]).permute(0, 3, 1, 2), known["logits"]
     model = load(f"savedmodel:{folder}").eval()
-    ours = model(pictures)
+    ours = model(images)
     if "softmax" in folder.name:
         assert model.notes == (
             "the original applies Softmax to the logits of its head; here they are left as they are",
@@ -558,7 +558,7 @@ def difference(folder: Path) -> float:
     else:
         assert not model.notes
     ours = ours.numpy()
-    assert np.abs(logits - logits[:1]).max() > 0.1 * np.abs(logits).max(), "pictures differ"
+    assert np.abs(logits - logits[:1]).max() > 0.1 * np.abs(logits).max(), "images differ"
     return float(np.abs(ours - logits).max() / np.abs(logits).max())
 
 

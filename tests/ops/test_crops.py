@@ -9,9 +9,9 @@ from funmatch.ops.mixing import mix_views, mixup
 from funmatch.ops.native import library
 
 
-def resampled(picture, height, width):
+def resampled(image, height, width):
     """Bilinear, half-pixel centres, no antialias, edges repeated: the definition, one pixel at a time in float64."""
-    h, w = picture.shape[:2]
+    h, w = image.shape[:2]
     result = np.zeros((height, width, 3))
     for i in range(height):
         for j in range(width):
@@ -20,24 +20,24 @@ def resampled(picture, height, width):
             y0, x0 = int(y), int(x)
             y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
             dy, dx = y - y0, x - x0
-            upper = picture[y0, x0] * (1 - dx) + picture[y0, x1] * dx
-            lower = picture[y1, x0] * (1 - dx) + picture[y1, x1] * dx
+            upper = image[y0, x0] * (1 - dx) + image[y0, x1] * dx
+            lower = image[y1, x0] * (1 - dx) + image[y1, x1] * dx
             result[i, j] = upper * (1 - dy) + lower * dy
     return result
 
 
-@pytest.fixture(name="picture")
+@pytest.fixture(name="image")
 def noise():
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (31, 23, 3), dtype=np.uint8))
 
 
 @pytest.fixture(params=["together", "one by one", "by torch"], autouse=True)
 def each_way(request, monkeypatch):
-    """Small pictures of one size are resampled together, others one by one, by our kernel or torch: all are right."""
+    """Small images of one size are resampled together, others one by one, by our kernel or torch: all are right."""
     if request.param != "together":
         monkeypatch.setattr("funmatch.ops.crops.SMALL", 0)
     if request.param == "by torch":
-        monkeypatch.setattr("funmatch.ops.resample.why_not", lambda: "unwanted")
+        monkeypatch.setattr("funmatch.ops.resample.why_unavailable", lambda: "unwanted")
     elif library.find_compiler() is None:
         pytest.skip("there is no C++ compiler here")
 
@@ -45,10 +45,10 @@ def each_way(request, monkeypatch):
 @pytest.mark.parametrize("box", [(0, 0, 31, 23), (4, 5, 9, 11), (30, 22, 1, 1), (0, 3, 31, 2)])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("side", [1, 8, 40])
-def test_a_view_is_the_crop_resampled_alone(picture, box, flip, side):
-    (view,) = crop_resize_flip([picture], np.array([box]), np.array([flip]), side)
+def test_a_view_is_the_crop_resampled_alone(image, box, flip, side):
+    (view,) = crop_resize_flip([image], np.array([box]), np.array([flip]), side)
     top, left, h, w = box
-    expected = resampled(picture[top : top + h, left : left + w].numpy().astype(float), side, side)
+    expected = resampled(image[top : top + h, left : left + w].numpy().astype(float), side, side)
     expected = expected[:, ::-1] if flip else expected
     np.testing.assert_allclose(view.permute(1, 2, 0).numpy() * 255, expected, atol=2e-3)
 
@@ -65,9 +65,9 @@ def test_views_equal_tensorflows():
         np.testing.assert_allclose(exact[row], values, atol=2e-3)
 
 
-def test_pictures_of_different_sizes_make_one_batch(picture):
-    other = picture[:10, :10].contiguous()
-    views = crop_resize_flip([picture, other], np.array([[0, 0, 31, 23], [0, 0, 10, 10]]), np.array([False, False]), 6)
+def test_images_of_different_sizes_make_one_batch(image):
+    other = image[:10, :10].contiguous()
+    views = crop_resize_flip([image, other], np.array([[0, 0, 31, 23], [0, 0, 10, 10]]), np.array([False, False]), 6)
     assert views.shape == (2, 3, 6, 6)
     assert views.dtype == torch.float32
     assert views.is_contiguous(memory_format=torch.channels_last)
@@ -75,17 +75,17 @@ def test_pictures_of_different_sizes_make_one_batch(picture):
 
 
 @pytest.mark.parametrize(("height", "width"), [(31, 23), (20, 50), (8, 8), (5, 90), (70, 9)])
-def test_the_evaluation_view_is_the_middle_of_the_resized_picture(height, width):
-    picture = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+def test_the_evaluation_view_is_the_middle_of_the_resized_image(height, width):
+    image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
     scale = 10 / min(height, width)
     h, w = round(height * scale), round(width * scale)
-    whole = resampled(picture.numpy().astype(float), h, w)
+    whole = resampled(image.numpy().astype(float), h, w)
     top, left = (h - 8) // 2, (w - 8) // 2
-    view = central_view(picture, 10, 8).permute(1, 2, 0).numpy() * 255
+    view = central_view(image, 10, 8).permute(1, 2, 0).numpy() * 255
     np.testing.assert_allclose(view, whole[top : top + 8, left : left + 8], atol=2e-3)
 
 
-def test_mixup_partners_every_picture_with_the_one_before_it():
+def test_mixup_partners_every_image_with_the_one_before_it():
     views = torch.rand(5, 3, 2, 2)
     crops = torch.cat([views[-1:], views])
     mixed = mixup(crops, 0.7)

@@ -61,7 +61,7 @@ def test_cross_entropy_of_one_hot_labels_is_minus_the_log_probability():
 
 
 def said(kind, student, teacher, temperature):
-    """The equations, one picture at a time in float64."""
+    """The equations, one image at a time in float64."""
     p, q = softmax([x / temperature for x in teacher]), softmax([x / temperature for x in student])
     if kind == "reverse-kl":
         return temperature**2 * sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))

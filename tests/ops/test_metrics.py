@@ -15,7 +15,7 @@ def test_accuracy_agreement_and_kl_by_hand():
     labels = torch.tensor([0, 0, 5, 1])
     figures = summary(per_image(student, labels, teacher))
     assert figures["top1"] == 0.5
-    assert figures["top5"] == 0.5, "picture 1's label is its last of six, picture 2's too"
+    assert figures["top5"] == 0.5, "image 1's label is its last of six, image 2's too"
     assert figures["agreement"] == 0.5
     p, q = torch.softmax(teacher.double(), -1), torch.softmax(student.double(), -1)
     assert figures["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""CutMix and MixUp against timm's, and against loops over pictures and pixels."""
+"""CutMix and MixUp against timm's, and against loops over images and pixels."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from funmatch.ops.sampling import beta, generator
 
 
 def batch(n: int, side: int, seed: int = 0) -> torch.Tensor:
-    """A whole batch with its last picture before its first, (1 + n, 3, side, side)."""
+    """A whole batch with its last image before its first, (1 + n, 3, side, side)."""
     views = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
     return torch.cat([views[-1:], views]).contiguous(memory_format=torch.channels_last)
 
@@ -30,7 +30,7 @@ def test_a_box_is_its_centre_and_lambda_written_out(a):
         np.testing.assert_allclose(box, [top, left, bottom - top, right - left], atol=1e-12)
 
 
-def test_a_box_within_the_picture_covers_one_minus_lambda():
+def test_a_box_within_the_image_covers_one_minus_lambda():
     uniforms = np.array([[0.75, 0.5, 0.5], [0.0, 0.5, 0.5], [0.0, 0.0, 0.0], [1 - 1e-16, 0.3, 0.9]])
     boxes = cut_boxes(uniforms)
     np.testing.assert_allclose(boxes[:3], [[0.25, 0.25, 0.5, 0.5], [0, 0, 1, 1], [0, 0, 0.5, 0.5]])
@@ -40,7 +40,7 @@ def test_a_box_within_the_picture_covers_one_minus_lambda():
 
 
 def test_boxes_have_the_distribution_of_timms():
-    """The shares kept of 4,000 pictures, by Kolmogorov and Smirnov at p = 0.001; its pixels are whole, ours rounded."""
+    """The shares kept of 4,000 images, by Kolmogorov and Smirnov at p = 0.001; its pixels are whole, ours rounded."""
     n, side, state = 4000, 512, np.random.RandomState(0)
     ours = np.sort(kept_fraction(boxed(n), side).numpy())
     np.random.seed(1)
@@ -73,7 +73,7 @@ def test_one_box_may_be_that_of_all():
     assert torch.equal(mixed_labels(labels, share, 3), mixed_labels(labels, share.expand(5), 3))
 
 
-def test_a_box_without_area_leaves_the_picture_as_it_is():
+def test_a_box_without_area_leaves_the_image_as_it_is():
     views = batch(3, 8)
     for box in ([0.3, 0.4, 0, 0], [0, 0, 0, 1], [0.5, 0.5, 0.01, 0.01]):
         boxes = torch.tensor([box])
@@ -97,8 +97,8 @@ def test_a_box_is_the_same_part_of_a_view_at_every_side():
 
 
 @pytest.mark.parametrize("kind", ["cutmix", "mixup"])
-def test_two_pictures_are_mixed_as_by_timm(kind, monkeypatch):
-    """timm pairs the first with the last: of two pictures each with the one before it."""
+def test_two_images_are_mixed_as_by_timm(kind, monkeypatch):
+    """timm pairs the first with the last: of two images each with the one before it."""
     side, cut, found = 24, [], timm.data.mixup.cutmix_bbox_and_lam
 
     def noted(*words, **options):
@@ -136,7 +136,7 @@ def test_equal_lambdas_are_one_lambda_to_the_last_bit(side, lam):
     torch.testing.assert_close(mixed_labels(labels, torch.full((5,), lam), 3), mixed_labels(labels, lam, 3))
 
 
-def test_every_picture_may_have_a_lambda_of_its_own():
+def test_every_image_may_have_a_lambda_of_its_own():
     views, lam = batch(5, 6), torch.linspace(0, 1, 5)
     labels = torch.tensor([2, 0, 1, 1, 0, 2])
     pixels, classes = views.numpy().astype(float), np.eye(3)[labels.numpy()]

@@ -232,9 +232,9 @@ def test_a_teacher_takes_them_and_answers_the_same():
 
 
 def test_without_a_compiler_all_is_as_ever(tmp_path, monkeypatch):
-    picture = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8)
+    image = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8)
     box, flip = np.array([[3, 5, 60, 70]]), np.array([True])
-    views = crop_resize_flip([picture], box, flip, 32)
+    views = crop_resize_flip([image], box, flip, 32)
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -242,7 +242,7 @@ def test_without_a_compiler_all_is_as_ever(tmp_path, monkeypatch):
     assert library.find_compiler() is None
     for told in (library.why_unavailable(), norms.why_unavailable(), resample.why_unavailable()):
         assert "no C++ compiler" in told
-    torch.testing.assert_close(crop_resize_flip([picture], box, flip, 32), views, atol=1e-5, rtol=0)
+    torch.testing.assert_close(crop_resize_flip([image], box, flip, 32), views, atol=1e-5, rtol=0)
     student = native_layers.use_native_kernels(load("resnetv2_50x1_bit", classes=10).net, taught_only=False)
     frozen = Frozen(load("resnetv2_50x1_bit", classes=10), InferenceMode(native=True))
     assert not any(
@@ -271,11 +271,11 @@ def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
     assert made.stat().st_size == len(content)
 
 
-def test_boxes_beyond_their_picture_are_refused():
-    picture = torch.full((100, 100, 3), 200, dtype=torch.uint8)
+def test_boxes_beyond_their_image_are_refused():
+    image = torch.full((100, 100, 3), 200, dtype=torch.uint8)
     for box in ([90, 0, 40, 100], [10, 10, 5, 0], [-1, 0, 20, 20]):
-        with pytest.raises(ValueError, match="a box is empty, or lies beyond its picture"):
-            crop_resize_flip([picture], np.array([box]), np.array([False]), 8)
+        with pytest.raises(ValueError, match="a box is empty, or lies beyond its image"):
+            crop_resize_flip([image], np.array([box]), np.array([False]), 8)
 
 
 def test_an_outlier_in_a_corner_costs_no_precision():

@@ -21,7 +21,7 @@ TRUNCATED = {"brightness", "color", "contrast", "sharpness"}
 
 
 def bytes_of(n: int, side: int, seed: int = 0) -> torch.Tensor:
-    """Pictures with structure: noise that is smoother from one picture to the next, and not of the full range."""
+    """Images with structure: noise that is smoother from one image to the next, and not of the full range."""
     coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     noise = torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed + 1))
     smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")
@@ -29,15 +29,15 @@ def bytes_of(n: int, side: int, seed: int = 0) -> torch.Tensor:
     return ((1 - share) * smooth + share * noise).mul(230).add(10).to(torch.uint8)
 
 
-def torchvisions(picture: torch.Tensor, name: str, magnitude: int, sign: int) -> torch.Tensor:
+def torchvisions(image: torch.Tensor, name: str, magnitude: int, sign: int) -> torch.Tensor:
     """What torchvision's RandAugment does when it has drawn this."""
-    grey = [0.5] * 3 if picture.is_floating_point() else [127.5] * 3
+    grey = [0.5] * 3 if image.is_floating_point() else [127.5] * 3
     theirs = v2.RandAugment(interpolation=InterpolationMode.NEAREST, fill=grey)
     of, signed = theirs._AUGMENTATION_SPACE[NAMES[name]]
-    strengths = of(STRONGEST + 1, *picture.shape[-2:])
+    strengths = of(STRONGEST + 1, *image.shape[-2:])
     strength = 0.0 if strengths is None else float(strengths[magnitude]) * (sign if signed else 1)
     return theirs._apply_image_or_video_transform(
-        picture, NAMES[name], strength, interpolation=theirs.interpolation, fill=theirs._fill
+        image, NAMES[name], strength, interpolation=theirs.interpolation, fill=theirs._fill
     )
 
 
@@ -52,13 +52,13 @@ def ours(views: torch.Tensor, name: str, magnitude: float, sign: int = 1) -> tor
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("side", [3, 32, 57])
 def test_every_operation_is_torchvisions(name, side):
-    pictures = bytes_of(6, side)
+    images = bytes_of(6, side)
     for magnitude in (0, 1, 9, 17, 30):
         for sign in (1, -1):
-            found = ours(pictures / 255, name, magnitude, sign)
-            wanted = torch.stack([torchvisions(picture / 255, name, magnitude, sign) for picture in pictures])
+            found = ours(images / 255, name, magnitude, sign)
+            wanted = torch.stack([torchvisions(image / 255, name, magnitude, sign) for image in images])
             assert (found - wanted).abs().max() <= (1 / 255 if name == "posterize" else 1e-5), (magnitude, sign)
-            wanted = torch.stack([torchvisions(picture, name, magnitude, sign) for picture in pictures]) / 255
+            wanted = torch.stack([torchvisions(image, name, magnitude, sign) for image in images]) / 255
             limit = (2 if name in TRUNCATED else 1) / 255 + 1e-6
             assert (found - wanted).abs().max() <= limit, (magnitude, sign)
 
@@ -110,7 +110,7 @@ def test_draws_are_a_function_of_their_generator():
 
 @pytest.mark.parametrize("side", [8, 33])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_picture_does_not_depend_on_its_batch(side, layout):
+def test_a_image_does_not_depend_on_its_batch(side, layout):
     """Whichever rows a process has, each comes out with the same bits; and nothing else is random or changed."""
     views = torch.rand(40, 3, side, side).contiguous(memory_format=layout)
     before = views.clone()

@@ -16,15 +16,15 @@ SIZES = np.array([[31, 23], [64, 64], [8, 90], [200, 130], [1, 1], [2, 300], [37
 CLOSE = 0.01 / 255
 
 
-@pytest.fixture(name="pictures", scope="module")
+@pytest.fixture(name="images", scope="module")
 def noise():
     rng = np.random.default_rng(0)
     return [torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
 
 
 @pytest.fixture(name="flat", scope="module")
-def in_one_piece(pictures):
-    return torch.cat([picture.reshape(-1) for picture in pictures])
+def in_one_piece(images):
+    return torch.cat([image.reshape(-1) for image in images])
 
 
 def starts():
@@ -44,27 +44,27 @@ def drawn(crop, side, seed=0):
 
 @pytest.mark.parametrize("side", [1, 7, 32])
 @pytest.mark.parametrize("crop", ["inception", "whole"])
-def test_crops_that_are_cut_alone(pictures, flat, crop, side):
+def test_crops_that_are_cut_alone(images, flat, crop, side):
     for seed in range(5):
         boxes, flips = drawn(crop, side, seed)
         found = seen(flat, resample.crop_then_resize(starts(), SIZES.T, boxes, side).flipped(flips, side), side)
-        torch.testing.assert_close(found, crop_resize_flip(pictures, boxes, flips, side), atol=CLOSE, rtol=0)
+        torch.testing.assert_close(found, crop_resize_flip(images, boxes, flips, side), atol=CLOSE, rtol=0)
         assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("side", [1, 7, 32])
 @pytest.mark.parametrize("crop", ["mild", "squash"])
-def test_crops_of_resized_pictures(pictures, flat, crop, side):
+def test_crops_of_resized_images(images, flat, crop, side):
     for seed in range(5):
         boxes, flips = drawn(crop, side, seed)
         found = seen(flat, resample.resize_then_crop(starts(), SIZES.T, boxes, side).flipped(flips, side), side)
-        torch.testing.assert_close(found, crop_of_resized_flip(pictures, boxes, flips, side), atol=CLOSE, rtol=0)
+        torch.testing.assert_close(found, crop_of_resized_flip(images, boxes, flips, side), atol=CLOSE, rtol=0)
 
 
 @pytest.mark.parametrize("squash", [False, True])
-def test_evaluation_views(pictures, flat, squash):
+def test_evaluation_views(images, flat, squash):
     found = seen(flat, resample.central_grid(starts(), SIZES.T, 40, 32, squash=squash), 32)
-    expected = torch.stack([central_view(picture, 40, 32, squash=squash) for picture in pictures])
+    expected = torch.stack([central_view(image, 40, 32, squash=squash) for image in images])
     torch.testing.assert_close(found, expected, atol=CLOSE, rtol=0)
 
 

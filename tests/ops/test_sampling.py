@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from funmatch.ops.sampling import generator, sample_inception_boxes, sample_step, shuffled
 
 # Deciles of 200,000 boxes of TensorFlow 2.21's `tf.image.sample_distorted_bounding_box` (aspect 3/4 … 4/3, area
-# 5 … 100 %, 100 attempts): the box's share of the picture's area, its aspect, its centre as a share of the sides.
+# 5 … 100 %, 100 attempts): the box's share of the image's area, its aspect, its centre as a share of the sides.
 TENSORFLOW = {
     (375, 500): {
         "area": [0.082, 0.1233, 0.1743, 0.2329, 0.3001, 0.3756, 0.4596, 0.5528, 0.6701],
@@ -56,7 +56,7 @@ def test_crops_have_tensorflows_distribution(size):
 
 
 def one_by_one(uniforms, height, width, low_area, high_area):
-    """One try of the sampler in plain words, for one picture."""
+    """One try of the sampler in plain words, for one image."""
     aspect = 0.75 + uniforms[0] * (4 / 3 - 0.75)
     shortest = round(math.sqrt(low_area * height * width / aspect))
     tallest = round(math.sqrt(high_area * height * width / aspect))
@@ -79,7 +79,7 @@ def one_by_one(uniforms, height, width, low_area, high_area):
 
 @given(st.integers(0, 2**32), st.integers(1, 700), st.integers(1, 700), st.floats(0.01, 1.0))
 @settings(max_examples=60, deadline=None)
-def test_boxes_equal_the_same_rules_one_picture_at_a_time(seed, height, width, low_area):
+def test_boxes_equal_the_same_rules_one_image_at_a_time(seed, height, width, low_area):
     n = 20
     boxes = sample_inception_boxes(generator(seed, 3), np.full(n, height), np.full(n, width), min_area=low_area)
     rng = generator(seed, 3)
@@ -91,13 +91,13 @@ def test_boxes_equal_the_same_rules_one_picture_at_a_time(seed, height, width, l
         assert tuple(box) == expected
 
 
-def test_the_whole_picture_is_taken_where_no_crop_fits():
+def test_the_whole_image_is_taken_where_no_crop_fits():
     assert sample_inception_boxes(generator(0, 0), [10], [1000]).tolist() == [[0, 0, 10, 1000]]
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 50))
 @settings(max_examples=60, deadline=None)
-def test_every_epoch_shows_every_picture_once(count, seed, epoch):
+def test_every_epoch_shows_every_image_once(count, seed, epoch):
     order = shuffled(seed, np.arange(epoch * count, (epoch + 1) * count), count)
     assert sorted(order) == list(range(count))
 

@@ -89,7 +89,7 @@ def test_an_unfinished_run_can_be_looked_at(runs):
     assert "6 of 6" in page
 
 
-def test_closeness_on_training_views_stands_beside_that_on_unseen_pictures(runs):
+def test_closeness_on_training_views_stands_beside_that_on_unseen_images(runs):
     _, folder = runs
     found = run_folder.find_run(folder)
     last = {each["event"]: each for each in found.metrics.read()}

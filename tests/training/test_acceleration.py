@@ -77,7 +77,7 @@ def losses(run: funmatch.Outcome) -> list[float]:
 
 
 class Greedy(nn.Module):
-    """A network that has no room for more than eight pictures at once while it is taught."""
+    """A network that has no room for more than eight images at once while it is taught."""
 
     num_classes = 10
 
@@ -94,7 +94,7 @@ class Greedy(nn.Module):
 @pytest.mark.parametrize(("batch", "micro", "fits"), [(32, None, 8), (20, None, 5), (64, 16, 8)])
 def test_a_lack_of_memory_names_what_fits(tmp_path, batch, micro, fits):
     told = TINY | {"batch": batch, "side": 32, "steps": 2, "student": Greedy()}
-    with pytest.raises(InputError, match=rf"with {micro or batch} pictures at once; --micro-batch {fits} fits \(tried"):
+    with pytest.raises(InputError, match=rf"with {micro or batch} images at once; --micro-batch {fits} fits \(tried"):
         funmatch.distill(**told, micro_batch=micro, out=tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/step-*")), "nothing of it is saved"
     done = funmatch.distill(**told, micro_batch=fits, out=tmp_path / "other")
@@ -102,7 +102,7 @@ def test_a_lack_of_memory_names_what_fits(tmp_path, batch, micro, fits):
 
 
 def test_where_nothing_fits_it_says_so(tmp_path):
-    with pytest.raises(InputError, match="even with one picture at a time"):
+    with pytest.raises(InputError, match="even with one image at a time"):
         funmatch.distill(**TINY | {"side": 32, "steps": 2, "student": Greedy(0)}, out=tmp_path / "run")
 
 
@@ -131,7 +131,7 @@ def test_a_teacher_in_pieces_says_the_same(tmp_path):
     whole = funmatch.distill(**told, out=tmp_path / "whole")
     sizes.clear()
     pieces = funmatch.distill(**told, teacher_batch=6, out=tmp_path / "pieces")
-    assert sizes.count(5) + sizes.count(6) >= 3 * 3, "16 pictures are 5, 5 and 6"
+    assert sizes.count(5) + sizes.count(6) >= 3 * 3, "16 images are 5, 5 and 6"
     assert abs(whole.figures["kl"] - pieces.figures["kl"]) < 1e-4
     with pytest.raises(InputError, match="teacher_batch must be at least 1"):
         Distill.checked(**told | {"teacher": ("x",), "data": ("x",), "student": "x"}, teacher_batch=0, out=tmp_path)
@@ -146,8 +146,8 @@ def settled(out: Path, student: Classifier, device: str = "cpu", **knobs) -> dic
 
 def test_what_auto_means(tmp_path, monkeypatch):
     monkeypatch.setattr(acceleration.devices, "teacher_precisions", lambda *_: ("bf16", "fp32"))
-    monkeypatch.setattr(acceleration, "known", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
-    monkeypatch.setattr(acceleration.norms, "why_not", lambda: "")
+    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "")
     grouped = load("resnetv2_50x1_bit", classes=10)
     assert settled(tmp_path, grouped) == {"precision": "bf16", "compile": "native"}
     assert settled(tmp_path, grouped, steps=100) == {"precision": "fp32", "compile": "native"}, (
@@ -156,9 +156,9 @@ def test_what_auto_means(tmp_path, monkeypatch):
     assert settled(tmp_path, grouped, precision="fp32", compile="off") == {}, "said is said"
     small = load("fashion-mini-student")
     assert settled(tmp_path, small)["precision"] == "fp32"
-    monkeypatch.setattr(acceleration, "known", lambda *_, **_quick: {"fp32": 1.05, "bf16": 1.0})
+    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_quick: {"fp32": 1.05, "bf16": 1.0})
     assert settled(tmp_path, grouped)["precision"] == "fp32", "not clearly faster"
-    monkeypatch.setattr(acceleration.norms, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "no compiler")
     assert settled(tmp_path, grouped)["compile"] == "off"
 
 
@@ -171,7 +171,7 @@ def test_what_auto_means_on_an_accelerator(tmp_path):
 
 
 def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
-    monkeypatch.setattr(acceleration, "known", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
     grouped = load("resnetv2_50x1_bit", classes=10)
     for then, now in (
         ({"precision": "bf16", "compile": "on"}, {"precision": "bf16", "compile": "on"}),
@@ -188,19 +188,19 @@ def test_who_cuts_views_stays_who_it_was(tmp_path, monkeypatch, capsys):
         index = np.array([(80, 80)], [("height", "<i4"), ("width", "<i4")])
 
     config = Distill(data=("x",), teacher=("x",), student="x", steps=1, out=tmp_path)
-    monkeypatch.setattr(acceleration.resample, "why_not", lambda: "")
+    monkeypatch.setattr(acceleration.resample, "why_unavailable", lambda: "")
     assert acceleration.crop_kernel(config, Split) == {"views": "native"}
     for facts, wanted in (({}, "torch"), ({"views": "torch"}, "torch"), ({"views": "native"}, "native")):
         (tmp_path / "config.json").write_text(
             json.dumps({"verb": "distill", "knobs": {}, "facts": {"data": "x"} | facts})
         )
         assert acceleration.crop_kernel(config, Split) == {"views": wanted}
-    monkeypatch.setattr(acceleration.resample, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(acceleration.resample, "why_unavailable", lambda: "no compiler")
     assert acceleration.crop_kernel(config, Split) == {"views": "native"}
     assert "cannot be had now (no compiler)" in capsys.readouterr().err
     (tmp_path / "config.json").unlink()
     assert acceleration.crop_kernel(config, Split) == {"views": "torch"}
-    monkeypatch.setattr(acceleration.resample, "why_not", lambda: pytest.fail("small pictures are cut by torch"))
+    monkeypatch.setattr(acceleration.resample, "why_unavailable", lambda: pytest.fail("small images are cut by torch"))
     Split.index = np.array([(64, 64)], Split.index.dtype)
     assert acceleration.crop_kernel(config, Split) == {"views": "torch"}
 
@@ -223,7 +223,7 @@ def test_a_teacher_by_our_own_kernels_is_recorded_and_missed(tmp_path, monkeypat
     assert not form["native"]
     (whole.folder / "result.json").unlink()
     capsys.readouterr()
-    monkeypatch.setattr(acceleration.norms, "why_not", lambda: "gone")
+    monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "gone")
     funmatch.distill(**told, out=tmp_path / "whole")
     assert "was computed by our own kernels, which cannot be had now (gone)" in capsys.readouterr().err
 
@@ -319,7 +319,7 @@ def test_our_own_kernels_teach_what_torch_does_and_twice_to_the_same_bits(tmp_pa
 
 @pytest.mark.usefixtures("small_ones_too")
 def test_without_a_compiler_a_student_is_computed_by_torch(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(acceleration.norms, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "no compiler")
     funmatch.distill(**NATIVE | {"precision": "fp32", "steps": 1}, out=tmp_path / "run")
     assert (
         "our own kernels cannot be had here, torch's are slower and round otherwise: no compiler"

@@ -19,7 +19,7 @@ def folder(root, classes=("ant", "bee"), count=10):
     return root
 
 
-def test_pictures_of_other_things_teach_too(tmp_path, capfd):
+def test_images_of_other_things_teach_too(tmp_path, capfd):
     run = funmatch.distill(data=folder(tmp_path / "insects"), out=tmp_path / "run", **TAUGHT)
     assert "taken as unlabelled" in capfd.readouterr().err
     assert (run.figures["split"], run.figures["pictures"], run.top1) == ("train", 20, None)
@@ -27,16 +27,16 @@ def test_pictures_of_other_things_teach_too(tmp_path, capfd):
     assert funmatch.evaluate(run.folder)["agreement"] == pytest.approx(run.agreement, abs=0.1)
 
 
-def test_other_things_with_a_validation_split_are_a_mistake(pictures, tmp_path):
-    with pytest.raises(InputError, match=r"10 classes, pictures has 3 .*--unlabelled, or give .*--eval-data"):
-        funmatch.distill(data=pictures, out=tmp_path / "run", **TAUGHT)
-    run = funmatch.distill(data=pictures, out=tmp_path / "run", unlabelled=True, **TAUGHT)
+def test_other_things_with_a_validation_split_are_a_mistake(images, tmp_path):
+    with pytest.raises(InputError, match=r"10 classes, images has 3 .*--unlabelled, or give .*--eval-data"):
+        funmatch.distill(data=images, out=tmp_path / "run", **TAUGHT)
+    run = funmatch.distill(data=images, out=tmp_path / "run", unlabelled=True, **TAUGHT)
     assert run.top1 is None
     assert run.figures["split"] == "test"
 
 
-def test_judged_on_other_pictures(pictures, tmp_path):
-    run = funmatch.distill(data=pictures, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT)
+def test_judged_on_other_images(images, tmp_path):
+    run = funmatch.distill(data=images, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT)
     assert (run.figures["split"], run.figures["pictures"]) == ("test", 2000)
     assert run.figures["teacher"]["top1"] > 0.9
     config = json.loads((run.folder / "config.json").read_text())
@@ -46,17 +46,17 @@ def test_judged_on_other_pictures(pictures, tmp_path):
     assert again["top1"] == pytest.approx(run.top1)
     assert "data:image/png;base64," in run.report.read_text(), "the views of a step"
     assert (
-        funmatch.distill(data=pictures, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT).figures == run.figures
+        funmatch.distill(data=images, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT).figures == run.figures
     )
 
 
-def test_judged_on_a_folder_without_splits(pictures, tmp_path):
+def test_judged_on_a_folder_without_splits(images, tmp_path):
     other = folder(tmp_path / "other", ("ant", "bee", "cat"), 4)
-    run = funmatch.train(data=pictures, eval_data=other, out=tmp_path / "run", side=16, **TINY)
+    run = funmatch.train(data=images, eval_data=other, out=tmp_path / "run", side=16, **TINY)
     assert (run.figures["split"], run.figures["pictures"]) == ("test", 12)
     insects = folder(tmp_path / "insects")
     with pytest.raises(InputError, match="no labels"):
-        funmatch.train(data=pictures, eval_data=insects, out=tmp_path / "other-run", side=16, **TINY)
+        funmatch.train(data=images, eval_data=insects, out=tmp_path / "other-run", side=16, **TINY)
 
 
 def test_a_run_with_a_cut_is_judged_by_the_same_cut(tmp_path):
@@ -69,23 +69,23 @@ def test_a_run_with_a_cut_is_judged_by_the_same_cut(tmp_path):
         funmatch.train(data=data, val="20%", val_seed=1, out=tmp_path / "run", side=16, **TINY)
 
 
-def test_a_run_goes_on_where_its_pictures_went(pictures, tmp_path):
+def test_a_run_goes_on_where_its_images_went(images, tmp_path):
     knobs = {**TINY, "side": 16}
-    before = funmatch.train(data=pictures, out=tmp_path / "run", **knobs)
-    pictures.rename(tmp_path / "moved")
+    before = funmatch.train(data=images, out=tmp_path / "run", **knobs)
+    images.rename(tmp_path / "moved")
     assert funmatch.train(data=tmp_path / "moved", out=tmp_path / "run", **knobs).figures == before.figures
 
 
-def test_a_run_on_shards_is_the_run_on_their_pictures(pictures, tmp_path, funmatch):
+def test_a_run_on_shards_is_the_run_on_their_images(images, tmp_path, funmatch):
     import funmatch as api
 
-    funmatch("prepare", pictures, "--to", "tfrecord", "--shard-size", "5", "--out", "shards")
+    funmatch("prepare", images, "--to", "tfrecord", "--shard-size", "5", "--out", "shards")
     spec = f"tfrecord:{tmp_path}/shards"
     run = api.train(data=spec, out=tmp_path / "run", side=16, **TINY)
     assert run.figures["pictures"] == 12
     assert api.evaluate(run.folder, split="val")["pictures"] == 9
     taught = api.distill(
-        data=[spec, pictures], teacher=run.folder, allow_weak_teacher=True, out=tmp_path / "t", side=16, **TINY
+        data=[spec, images], teacher=run.folder, allow_weak_teacher=True, out=tmp_path / "t", side=16, **TINY
     )
     facts = json.loads((taught.folder / "config.json").read_text())["facts"]
     assert facts["pictures"] == {"train": 30, "val": 18, "test": 24}
@@ -106,9 +106,9 @@ def test_numbered_classes_fit_a_named_teacher(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["resident", "streaming"])
-def test_a_run_is_the_same_either_way(pictures, tmp_path, way):
-    run = funmatch.train(data=pictures, out=tmp_path / "run", side=16, **TINY)
-    again = funmatch.train(data=pictures, out=tmp_path / way, side=16, pixels=way, **TINY)
+def test_a_run_is_the_same_either_way(images, tmp_path, way):
+    run = funmatch.train(data=images, out=tmp_path / "run", side=16, **TINY)
+    again = funmatch.train(data=images, out=tmp_path / way, side=16, pixels=way, **TINY)
     weights = [path / "student" / "model.safetensors" for path in (run.folder, again.folder)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
@@ -125,13 +125,13 @@ def test_a_student_of_numbered_shards_has_its_teachers_names(tmp_path):
     assert funmatch.evaluate(run.folder, data="fashion-mini", split="val")["pictures"] == 500
 
 
-def test_a_leak_between_what_is_learnt_and_judged_is_told(pictures, tmp_path, capfd):
-    funmatch.train(data=pictures, eval_data=pictures / "train", out=tmp_path / "run", side=16, **TINY)
-    assert "WARNING: 15 pictures of train's test are also in pictures's train" in capfd.readouterr().err
+def test_a_leak_between_what_is_learnt_and_judged_is_told(images, tmp_path, capfd):
+    funmatch.train(data=images, eval_data=images / "train", out=tmp_path / "run", side=16, **TINY)
+    assert "WARNING: 15 images of train's test are also in images's train" in capfd.readouterr().err
 
 
-def test_unlabelled_is_of_what_is_learnt(pictures, tmp_path):
-    run = funmatch.distill(data=pictures, unlabelled=True, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT)
+def test_unlabelled_is_of_what_is_learnt(images, tmp_path):
+    run = funmatch.distill(data=images, unlabelled=True, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT)
     assert run.top1 is not None
 
 
@@ -139,12 +139,12 @@ def test_unlabelled_is_of_what_is_learnt(pictures, tmp_path):
     ("knobs", "message"),
     [
         ({"val": "10%", "eval_data": "fashion-mini"}, "say one of them"),
-        ({"data": []}, "give the pictures to learn from"),
+        ({"data": []}, "give the images to learn from"),
         ({"val": "", "data": "fashion-mini"}, "no share"),
         ({"val": 0.1, "data": "fashion-mini"}, "validation split of its own"),
         ({"val_seed": 10**30}, "val_seed must be at most"),
     ],
 )
-def test_words_about_data_that_cannot_be(knobs, message, pictures, tmp_path):
+def test_words_about_data_that_cannot_be(knobs, message, images, tmp_path):
     with pytest.raises(InputError, match=message):
-        funmatch.distill(**{"data": pictures, "out": tmp_path / "run", **TAUGHT, **knobs})
+        funmatch.distill(**{"data": images, "out": tmp_path / "run", **TAUGHT, **knobs})

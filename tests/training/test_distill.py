@@ -67,7 +67,7 @@ def test_figures_are_of_the_test_split_and_true(taught):
     assert figures["split"] == "test"
     assert figures["step"] == 12
     split = open_cache("fashion-mini").splits["test"]
-    views = torch.stack([split.picture(i) for i in range(len(split))]).permute(0, 3, 1, 2).float() / 255
+    views = torch.stack([split.image(i) for i in range(len(split))]).permute(0, 3, 1, 2).float() / 255
 
     def probabilities(folder):
         net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -112,15 +112,15 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(t
     assert (taught.folder / "config.json").read_text() == before
 
 
-def test_changed_pictures_and_a_changed_teacher_are_refused(pictures, tmp_path):
-    common = {**TINY, "data": pictures, "batch": 8, "steps": 2}
+def test_changed_images_and_a_changed_teacher_are_refused(images, tmp_path):
+    common = {**TINY, "data": images, "batch": 8, "steps": 2}
     teacher = funmatch.train(out=tmp_path / "teacher", **common)
     knobs = {**common, "out": tmp_path / "run", "teacher": teacher.folder, "allow_weak_teacher": True}
     funmatch.distill(**knobs)
-    paint(pictures / "train" / "ant" / "new.png", 77)
+    paint(images / "train" / "ant" / "new.png", 77)
     with pytest.raises(InputError, match="the data's content"):
         funmatch.distill(**knobs)
-    (pictures / "train" / "ant" / "new.png").unlink()
+    (images / "train" / "ant" / "new.png").unlink()
     shutil.rmtree(tmp_path / "teacher")
     funmatch.train(out=tmp_path / "teacher", **{**common, "seed": 5})
     with pytest.raises(InputError, match="the teacher's content"):
@@ -135,9 +135,9 @@ def test_training_on_labels_learns_them(tmp_path):
     assert losses[-1] < losses[0] < 2 * math.log(10)
 
 
-def test_distillation_needs_no_label(tmp_path, pictures):
+def test_distillation_needs_no_label(tmp_path, images):
     flat = tmp_path / "flat"
-    for i, path in enumerate(sorted((pictures / "train").rglob("*.*"))):
+    for i, path in enumerate(sorted((images / "train").rglob("*.*"))):
         flat.mkdir(exist_ok=True)
         shutil.copy(path, flat / f"{i}{path.suffix}")
     run = funmatch.distill(flat, TEACHER, "fashion-mini-student", tmp_path / "run", steps=4, batch=8)
@@ -152,21 +152,21 @@ def test_distillation_needs_no_label(tmp_path, pictures):
     assert student.num_classes == 10
 
 
-def test_a_run_is_a_teacher(tmp_path, pictures):
-    common = {**TINY, "data": pictures, "batch": 8, "steps": 3}
+def test_a_run_is_a_teacher(tmp_path, images):
+    common = {**TINY, "data": images, "batch": 8, "steps": 3}
     teacher = funmatch.train(out=tmp_path / "teacher", **common)
     run = funmatch.distill(out=tmp_path / "run", teacher=teacher.folder, allow_weak_teacher=True, **common)
     assert run.figures["teacher"]["parameters"] == run.figures["parameters"]
     assert json.loads((run.folder / "student" / "config.json").read_text())["label_names"] == ["ant", "bee", "cat"]
 
 
-def test_a_teacher_of_other_classes_is_refused(tmp_path, pictures):
-    with pytest.raises(InputError, match="answers 10 classes, pictures has 3"):
-        funmatch.distill(pictures, TEACHER, "fashion-mini-student", tmp_path / "run", steps=1)
-    teacher = funmatch.train(pictures, out=tmp_path / "teacher", steps=1, **TINY)
+def test_a_teacher_of_other_classes_is_refused(tmp_path, images):
+    with pytest.raises(InputError, match="answers 10 classes, images has 3"):
+        funmatch.distill(images, TEACHER, "fashion-mini-student", tmp_path / "run", steps=1)
+    teacher = funmatch.train(images, out=tmp_path / "teacher", steps=1, **TINY)
     for split in ("train", "val", "test"):
-        (pictures / split / "ant").rename(pictures / split / "dog")
-    knobs = {**TINY, "data": pictures, "steps": 1, "teacher": teacher.folder, "out": tmp_path / "run"}
+        (images / split / "ant").rename(images / split / "dog")
+    knobs = {**TINY, "data": images, "steps": 1, "teacher": teacher.folder, "out": tmp_path / "run"}
     with pytest.raises(InputError, match="ant ≠ bee"):
         funmatch.distill(**knobs)
     funmatch.distill(**knobs, trust_class_order=True, allow_weak_teacher=True)
@@ -184,7 +184,7 @@ def test_what_counts_as_chance():
     assert 0.14 < chance_threshold(10, 500) < 0.2
     assert 0.5 < chance_threshold(2, 1000) < 0.6
     assert 0.001 < chance_threshold(1000, 50_000) < 0.003
-    assert chance_threshold(2, 4) == 0.75, "four pictures tell little, so only a clear guesser is refused"
+    assert chance_threshold(2, 4) == 0.75, "four images tell little, so only a clear guesser is refused"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -211,8 +211,8 @@ def test_epochs_become_steps(tmp_path):
     assert again.figures == run.figures, "the same length in other words is the same run"
 
 
-def test_a_batch_may_be_larger_than_the_data(tmp_path, pictures):
-    run = funmatch.train(pictures, out=tmp_path / "run", steps=2, batch=40, **TINY)
+def test_a_batch_may_be_larger_than_the_data(tmp_path, images):
+    run = funmatch.train(images, out=tmp_path / "run", steps=2, batch=40, **TINY)
     assert run.figures["step"] == 2
 
 
@@ -227,10 +227,10 @@ def test_evaluation_says_what_the_run_said(taught):
     assert model["agreement"] is not None
 
 
-def test_a_record_can_be_used_from_anywhere(pictures, tmp_path, monkeypatch):
+def test_a_record_can_be_used_from_anywhere(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    teacher = funmatch.train(pictures.name, out="teacher", steps=2, **TINY)
-    run = funmatch.distill(pictures.name, "teacher", out="run", steps=2, allow_weak_teacher=True, **TINY)
+    teacher = funmatch.train(images.name, out="teacher", steps=2, **TINY)
+    run = funmatch.distill(images.name, "teacher", out="run", steps=2, allow_weak_teacher=True, **TINY)
     (tmp_path / "resnet10t").mkdir()  # a folder of the name of a network is not what is meant
     monkeypatch.chdir(tmp_path / "resnet10t")
     again = funmatch.evaluate("../run")
@@ -284,8 +284,8 @@ def test_all_problems_are_told_at_once():
         Train.checked(data="d", student="s", out=Path("o"), steps="many")
 
 
-def test_a_judged_run_sees_the_pictures_that_it_was_taught_with(pictures, tmp_path):
-    run = funmatch.train(pictures, out=tmp_path / "run", steps=3, cap=6, **TINY)
+def test_a_judged_run_sees_the_images_that_it_was_taught_with(images, tmp_path):
+    run = funmatch.train(images, out=tmp_path / "run", steps=3, cap=6, **TINY)
     again = funmatch.evaluate(run.folder)
     assert again["ece"] == pytest.approx(run.figures["ece"], abs=1e-9)
 

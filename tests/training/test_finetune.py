@@ -51,7 +51,7 @@ def knobs_of(folder: Path) -> dict:
         (500_000, 20_000, (6_000, 12_000, 18_000), 500, 0.1),
     ],
 )
-def test_the_hyper_rule_by_the_number_of_pictures(images, steps, decay, warmup, mixup):
+def test_the_hyper_rule_by_the_number_of_images(images, steps, decay, warmup, mixup):
     assert hyperrule.steps(images) == steps
     assert hyperrule.decay_steps(images) == decay
     assert hyperrule.warmup_steps(images) == warmup
@@ -76,21 +76,21 @@ def test_a_staircase_falls_at_its_steps():
 
 @pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize("size", [(40, 56), (71, 33), (30, 30), (400, 30)])
-def test_a_mild_crop_is_a_crop_of_the_resized_picture(size, squash):
+def test_a_mild_crop_is_a_crop_of_the_resized_image(size, squash):
     rng = np.random.default_rng(0)
-    picture = torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    image = torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
     height, width = (20, 20) if squash else (max(16, round(20 * s / min(size))) for s in size)
-    resized = F.interpolate(picture.permute(2, 0, 1)[None].double(), (height, width), mode="bilinear")[0] / 255
+    resized = F.interpolate(image.permute(2, 0, 1)[None].double(), (height, width), mode="bilinear")[0] / 255
     boxes = sample_mild_boxes(generator(0, 0), [size[0]] * 40, [size[1]] * 40, side=16, resize=20, squash=squash)
     flips = rng.random(40) < 0.5
-    views = crop_of_resized_flip([picture] * 40, boxes, flips, 16)
+    views = crop_of_resized_flip([image] * 40, boxes, flips, 16)
     for view, box, flip in zip(views, boxes, flips, strict=True):
         top, left = round(box[0] * height / size[0]), round(box[1] * width / size[1])
         wanted = resized[:, top : top + 16, left : left + 16]
         torch.testing.assert_close(view.double(), wanted.flip(-1) if flip else wanted, atol=1e-6, rtol=0)
 
 
-def test_a_mild_corner_is_uniform_over_the_resized_picture():
+def test_a_mild_corner_is_uniform_over_the_resized_image():
     boxes = sample_mild_boxes(generator(1, 0), np.full(20_000, 64), np.full(20_000, 128), side=12, resize=16)
     tops, lefts = boxes[:, 0] / 4, boxes[:, 1] / 4
     assert set(tops) == set(range(5))
@@ -99,10 +99,10 @@ def test_a_mild_corner_is_uniform_over_the_resized_picture():
         assert stats.chisquare(np.unique(corner, return_counts=True)[1]).pvalue > 1e-3
 
 
-def test_a_squashed_evaluation_view_keeps_the_middle_of_the_whole_picture():
-    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8))
-    view = central_view(picture, 20, 16, squash=True)
-    whole = F.interpolate(picture.permute(2, 0, 1)[None].float(), (20, 20), mode="bilinear")[0] / 255
+def test_a_squashed_evaluation_view_keeps_the_middle_of_the_whole_image():
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8))
+    view = central_view(image, 20, 16, squash=True)
+    whole = F.interpolate(image.permute(2, 0, 1)[None].float(), (20, 20), mode="bilinear")[0] / 255
     torch.testing.assert_close(view, whole[:, 2:18, 2:18])
 
 
@@ -155,7 +155,7 @@ def test_sgd_is_torchs_but_for_its_decay():
         torch.testing.assert_close(ours.bias.detach(), bias)
 
 
-def test_pieces_of_a_batch_hold_every_picture_with_its_predecessor():
+def test_pieces_of_a_batch_hold_every_image_with_its_predecessor():
     batch = Batch(
         torch.arange(8.0).view(8, 1, 1, 1), torch.arange(8), 0.75, torch.arange(7.0)[:, None], (torch.zeros(8),)
     )
@@ -266,10 +266,10 @@ def test_patience_ends_a_run(tmp_path):
     assert finetuned(tmp_path / "run", **knobs).figures["step"] == run.figures["step"]
     assert (run.folder / "metrics.jsonl").read_text() == before
     with pytest.raises(InputError, match="--val 10%"):
-        funmatch.train(_pictures(tmp_path), MODEL, tmp_path / "no", **{**TINY, "steps": 2, "patience": 1})
+        funmatch.train(_images(tmp_path), MODEL, tmp_path / "no", **{**TINY, "steps": 2, "patience": 1})
 
 
-def _pictures(folder: Path) -> Path:
+def _images(folder: Path) -> Path:
     for c in "ab":
         for i in range(4):
             paint(folder / "two" / "train" / c / f"{i}.png", i + 10 * (c == "b"))

@@ -115,7 +115,7 @@ def test_two_processes_record_one_tape(tmp_path):
         if world == 2:
             assert all(torch.equal(tensor, student(replayed)[name]) for name, tensor in student(live).items())
     said = ended(start("-m", "funmatch", "tape", tmp_path / "tape"))
-    assert "192 sound, 0 damaged" in said[0], "12 steps of 16 pictures"
+    assert "192 sound, 0 damaged" in said[0], "12 steps of 16 images"
 
 
 @pytest.mark.slow

@@ -56,8 +56,8 @@ def test_the_table_is_the_papers():
 
 
 @pytest.fixture(name="split")
-def some_pictures(pictures):
-    return open_cache(str(pictures)).splits["train"]
+def some_images(images):
+    return open_cache(str(images)).splits["train"]
 
 
 def test_a_shared_view_is_the_very_same_tensor(split):
@@ -70,7 +70,7 @@ def test_a_shared_view_is_the_very_same_tensor(split):
 
 
 @pytest.mark.parametrize("crop", ["inception", "mild"])
-def test_own_views_are_of_the_same_pictures_and_drawn_alike_but_independently(split, crop):
+def test_own_views_are_of_the_same_images_and_drawn_alike_but_independently(split, crop):
     knobs = {"crop": crop, "resize": 16, "side": 12}
     shared, own = (
         Loader(split, 1, 8, **knobs),
@@ -89,9 +89,8 @@ def test_own_views_are_of_the_same_pictures_and_drawn_alike_but_independently(sp
 
 def test_own_draws_do_not_depend_on_the_shared_ones():
     draws = [sample_step(0, step, 64, 64, sizes, own=True) for step in range(300)]
-    mine, theirs = (
-        np.concatenate(list(each)) for each in zip(*((d.boxes[:, 2], d.teacher_view[0][:, 2]) for d in draws))
-    )  # noqa: B905
+    mine = np.concatenate([draw.boxes[:, 2] for draw in draws])
+    theirs = np.concatenate([draw.teacher_view[0][:, 2] for draw in draws])
     assert abs(np.corrcoef(mine, theirs)[0, 1]) < 0.05
     assert stats.ks_2samp(mine, theirs).pvalue > 1e-3
     flips, others = (np.concatenate(list(each)) for each in zip(*((d.flips, d.teacher_view[1]) for d in draws)))  # noqa: B905
@@ -108,14 +107,14 @@ def test_slices_of_own_views_and_lambdas_are_the_global_batch(split):
         assert torch.equal(part.lam, whole.lam[rank * 4 : rank * 4 + 4])
 
 
-def test_the_whole_picture_is_never_mirrored(split):
+def test_the_whole_image_is_never_mirrored(split):
     batch, drawn = Loader(split, 1, 8, 12, crop="whole").batch_at(3), Loader(split, 1, 8, 12, crop="whole").sample(3)
     for view, index in zip(batch.crops[1:], drawn.indices, strict=True):
-        picture = split.picture(index).permute(2, 0, 1)[None].float()
-        torch.testing.assert_close(view, F.interpolate(picture, (12, 12), mode="bilinear")[0] / 255)
+        image = split.image(index).permute(2, 0, 1)[None].float()
+        torch.testing.assert_close(view, F.interpolate(image, (12, 12), mode="bilinear")[0] / 255)
 
 
-def test_one_lambda_a_picture():
+def test_one_lambda_a_image():
     draws = [sample_step(0, step, 50, 50, sizes, mixing=MixupOptions(per_image=True)) for step in range(60)]
     lams = np.concatenate([each.lam for each in draws])
     assert stats.kstest(lams, stats.uniform(0.5, 0.5).cdf).pvalue > 1e-3
@@ -171,7 +170,7 @@ def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
             torch.testing.assert_close(student[i], wanted)
             area = (edges[1] - edges[0]) * (edges[3] - edges[2])
             assert share[i] == pytest.approx(float(lam[i]) * (1 - area / 144))
-            assert lam[i] == 1 or area == 0, "a picture is cut or mixed"
+            assert lam[i] == 1 or area == 0, "an image is cut or mixed"
         for rank in range(2):
             part = Loader(split, 1, 8, rank=rank, world=2, **knobs).batch_at(step)
             _, own = mix_views(part.crops, part.teacher_crops, part.lam, part.cutmix_boxes)
@@ -218,20 +217,20 @@ def embedded_teacher():
 
 
 @torch.inference_mode()
-def expected(strategy: str, split, teacher, pictures, crops: int) -> torch.Tensor:
+def expected(strategy: str, split, teacher, images, crops: int) -> torch.Tensor:
     """Probabilities of a fixed teacher, (n, classes), computed one by one."""
     found = []
-    for number in pictures:
-        picture = split.picture(number)
+    for number in images:
+        image = split.image(number)
         if strategy == "fix/rs":
-            views = F.interpolate(picture.permute(2, 0, 1)[None].float(), (32, 32), mode="bilinear") / 255
+            views = F.interpolate(image.permute(2, 0, 1)[None].float(), (32, 32), mode="bilinear") / 255
         elif strategy == "fix/cc":
-            views = central_view(picture, 40, 32)[None]
+            views = central_view(image, 40, 32)[None]
         else:
             rng = generator(0, number, ENSEMBLE)
             flips = rng.random(crops) < 0.5
-            boxes = sample_inception_boxes(rng, np.full(crops, picture.shape[0]), np.full(crops, picture.shape[1]))
-            views = crop_resize_flip([picture] * crops, boxes, flips, 32)
+            boxes = sample_inception_boxes(rng, np.full(crops, image.shape[0]), np.full(crops, image.shape[1]))
+            views = crop_resize_flip([image] * crops, boxes, flips, 32)
         found.append(teacher(views).softmax(-1).mean(0))
     return torch.stack(found)
 
@@ -264,7 +263,7 @@ def test_a_fixed_teacher_answers_once_and_is_looked_up(tmp_path, monkeypatch, st
 
     asked.clear()
     again = funmatch.distill(out=tmp_path / "again", **knobs)
-    assert sum(asked) <= 2 * 32 + 500 + 2000, "the first batch, validation and test pictures: none for training"
+    assert sum(asked) <= 2 * 32 + 500 + 2000, "the first batch, validation and test images: none for training"
     for name, tensor in student_of(outcome).items():
         assert torch.equal(tensor, student_of(again)[name])
     changed = knobs | (
@@ -280,11 +279,11 @@ def test_answers_go_on_where_a_killed_process_left_them(tmp_path, monkeypatch):
     knobs = MINI | {"strategy": "fix/ic_ens", "teacher_crops": 10, "steps": 2}
     real, done = fixed._answered, []
 
-    def killed(looks, teachers, pictures, *rest):
+    def killed(looks, teachers, images, *rest):
         if len(done) == 7:
             raise KeyboardInterrupt
-        done.append(pictures.start)
-        return real(looks, teachers, pictures, *rest)
+        done.append(images.start)
+        return real(looks, teachers, images, *rest)
 
     monkeypatch.setattr(fixed, "_answered", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -297,11 +296,11 @@ def test_answers_go_on_where_a_killed_process_left_them(tmp_path, monkeypatch):
     assert lock
     rest: list[int] = []
 
-    def counted(looks, teachers, pictures, *more):
-        rest.append(pictures.start)
+    def counted(looks, teachers, images, *more):
+        rest.append(images.start)
         if len(rest) == 12:
             lock.close()
-        return real(looks, teachers, pictures, *more)
+        return real(looks, teachers, images, *more)
 
     monkeypatch.setattr(fixed, "_answered", counted)
     funmatch.distill(out=tmp_path / "run", **knobs)
@@ -350,7 +349,7 @@ BASE = {"data": "d", "teacher": "t", "student": "s", "out": "o", "steps": 3}
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"strategy": "fix/cc", "mixup": 1.0}, "needs a teacher that sees the mixed pictures"),
+        ({"strategy": "fix/cc", "mixup": 1.0}, "needs a teacher that sees the mixed images"),
         ({"strategy": "fix/rs", "mixup": 0.2}, "fixed"),
         ({"strategy": "funmatch", "mixup": 0.0}, "say --strategy same/ic"),
         ({"strategy": "same/id"}, "unknown strategy 'same/id'; did you mean 'same/ic'"),
@@ -364,7 +363,7 @@ BASE = {"data": "d", "teacher": "t", "student": "s", "out": "o", "steps": 3}
         ({"randaugment": (0, 9)}, "from 1 on"),
         ({"randaugment": (2, 31)}, "from 0 to 30"),
         ({"cutmix": -1.0}, "cutmix must be at least 0"),
-        ({"mixup_lam": 1.5}, r"mixup_lam is the share of the picture itself, in \[0, 1\], got 1.5"),
+        ({"mixup_lam": 1.5}, r"mixup_lam is the share of the image itself, in \[0, 1\], got 1.5"),
         ({"mixup_lam": 0.5, "mixup_max": False}, "say one of them"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"temperature": -1.0}, "temperature must be above 0"),
@@ -397,9 +396,9 @@ def test_all_contradictions_are_told_at_once_before_anything_is_loaded(run_words
     assert "nowhere" not in told
 
 
-def test_labels_beside_the_teacher_need_labels(tmp_path, pictures):
+def test_labels_beside_the_teacher_need_labels(tmp_path, images):
     (tmp_path / "bare").mkdir()
-    for number, path in enumerate((pictures / "train").rglob("*.png")):
+    for number, path in enumerate((images / "train").rglob("*.png")):
         path.rename(tmp_path / "bare" / f"{number}.png")
     with pytest.raises(InputError, match="no labels"):
         funmatch.distill(
@@ -420,7 +419,7 @@ def test_a_run_from_before_a_knob_goes_on(tmp_path):
         funmatch.distill(out=tmp_path / "run", steps=2, distance="l2", **MINI)
 
 
-def test_a_teacher_that_reads_pictures_otherwise_is_another_one(tmp_path, monkeypatch):
+def test_a_teacher_that_reads_images_otherwise_is_another_one(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     teacher = tmp_path / "teacher"
     shutil.copytree(funmatch.distill(out=tmp_path / "first", steps=2, **MINI).folder / "student", teacher)
@@ -455,9 +454,9 @@ def test_damaged_answers_are_made_again(tmp_path, monkeypatch):
 def test_a_squashed_middle_is_not_a_central_cut(split):
     looks = [fixed.FixedViews(split, "central", 1, 12, 16, squash, 0.05) for squash in (False, True)]
     plain, squashed = (each.views(0, slice(1), [12])[12] for each in looks)
-    picture = split.picture(0)
-    torch.testing.assert_close(squashed[0], central_view(picture, 16, 12, squash=True))
-    torch.testing.assert_close(plain[0], central_view(picture, 16, 12))
+    image = split.image(0)
+    torch.testing.assert_close(squashed[0], central_view(image, 16, 12, squash=True))
+    torch.testing.assert_close(plain[0], central_view(image, 16, 12))
     assert not torch.equal(plain, squashed)
 
 

@@ -183,7 +183,7 @@ def test_replayed_is_as_taught(tmp_path, calls, more):
     assert {k: v for k, v in again.figures.items() if k not in strip} == {
         k: v for k, v in live.figures.items() if k not in strip
     }
-    # To be judged on validation and test pictures, and on views of steps beyond the run's end.
+    # To be judged on validation and test images, and on views of steps beyond the run's end.
     assert before - asked >= 14 - 1
     losses = [
         [each["loss"] for each in run_folder.find_run(run.folder).metrics.read() if each["event"] == "step"]
@@ -268,7 +268,7 @@ def recorded(tmp_path_factory):
         ({"strategy": "ind/ic"}, "teacher_sees: the student's on the tape, its own view now"),
         ({"crop_min_area": 0.3}, "min_area: 0.05 on the tape, 0.3 now"),
         ({"side": 40}, "side: 32 on the tape, 40 now"),
-        ({"data": ("fashion-mini", "fashion-mini")}, "pictures: "),
+        ({"data": ("fashion-mini", "fashion-mini")}, "images: "),
         ({"tape_top": 3}, "top: None on the tape, 3 now"),
         ({"teacher_precision": "fp32"}, "teacher_precision: auto on the tape, fp32 now"),
     ],

@@ -74,18 +74,18 @@ def test_each_teacher_sees_its_own_side_in_its_own_way():
     torch.testing.assert_close(teachers(views), wanted)
 
 
-def test_the_same_crop_at_two_sides(pictures):
-    split = open_cache(str(pictures)).splits["train"]
+def test_the_same_crop_at_two_sides(images):
+    split = open_cache(str(images)).splits["train"]
     loader = Loader(split, seed=1, batch=6, side=12, teacher_sides=(12, 20, 31))
     batch, drawn = loader.batch_at(3), loader.sample(3)
     assert [each.shape[-1] for each in batch.teacher_crops] == [12, 20, 31]
     assert torch.equal(batch.crops, Loader(split, seed=1, batch=6, side=12).batch_at(3).crops)
     rows = [-1, 0, 1, 2, 3, 4, 5]
-    taken = [split.picture(i) for i in drawn.indices[rows]]
+    taken = [split.image(i) for i in drawn.indices[rows]]
     assert batch.teacher_crops[0] is batch.crops
     for crops in batch.teacher_crops:
         assert torch.equal(crops, crop_resize_flip(taken, drawn.boxes[rows], drawn.flips[rows], crops.shape[-1]))
-    # A view at another side is the same picture: shrunk to the same, they are alike.
+    # A view at another side is the same image: shrunk to the same, they are alike.
     small, large = (
         F.adaptive_avg_pool2d(mixup(crops, batch.lam), 4) for crops in (batch.crops, batch.teacher_crops[2])
     )
@@ -176,26 +176,26 @@ def test_a_run_with_two_teachers_at_two_sides(tmp_path):
     assert said["kl"] == pytest.approx(run.figures["kl"], rel=1e-2)
 
 
-def test_a_teacher_of_other_classes(tmp_path, pictures):
+def test_a_teacher_of_other_classes(tmp_path, images):
     """A teacher of five things, in another order, teaches about three of them; without labels it keeps its five."""
     torch.manual_seed(0)
     teacher = funmatch.load("resnet10t", options=("channels=(8,8,16,16)", "stem_width=8"), classes=5, pretrained=False)
     common = {**TINY, "batch": 8, "steps": 2, "teacher": teacher, "allow_weak_teacher": True}
     with pytest.raises(InputError, match=r"answers 5 classes, .* has 3 .*--classes same-names"):
-        funmatch.distill(data=pictures, out=tmp_path / "refused", **common)
+        funmatch.distill(data=images, out=tmp_path / "refused", **common)
     assert not (tmp_path / "refused").exists()
     path = tmp_path / "map.json"
     path.write_text(json.dumps({"bee": 4, "ant": [0, 2], "cat": 1}))
-    run = funmatch.distill(data=pictures, out=tmp_path / "run", classes=str(path), **common)
+    run = funmatch.distill(data=images, out=tmp_path / "run", classes=str(path), **common)
     assert funmatch.load(run.folder).card.classes == ("ant", "bee", "cat")
-    again = funmatch.evaluate(teacher, data=pictures, classes=str(path), side=32)
+    again = funmatch.evaluate(teacher, data=images, classes=str(path), side=32)
     assert again["top1"] == pytest.approx(run.figures["teacher"]["top1"])
     path.write_text(json.dumps({"bee": 3, "ant": [0, 2], "cat": 1}))
     with pytest.raises(InputError, match="the teacher's content"):
-        funmatch.distill(data=pictures, out=tmp_path / "run", classes=str(path), **common)
-    free = funmatch.distill(data=pictures, out=tmp_path / "free", unlabelled=True, **common)
+        funmatch.distill(data=images, out=tmp_path / "run", classes=str(path), **common)
+    free = funmatch.distill(data=images, out=tmp_path / "free", unlabelled=True, **common)
     assert funmatch.load(free.folder).num_classes == 5
-    named = funmatch.distill(data=pictures, out=tmp_path / "named", unlabelled=True, classes=str(path), **common)
+    named = funmatch.distill(data=images, out=tmp_path / "named", unlabelled=True, classes=str(path), **common)
     assert funmatch.load(named.folder).card.classes == ("bee", "ant", "cat")
 
 

@@ -19,7 +19,7 @@ from funmatch.training.teachers import recording
 from funmatch.version import __version__
 
 CUT = "10%"
-"""Of the training pictures, for validation, where there are no pictures for it."""
+"""Of the training images, for validation, where there are no images for it."""
 TRIALS = 20
 """Where nobody said how many."""
 
@@ -35,9 +35,9 @@ class SearchSpec:
         search: how it goes on.
         folder: of the study.
         trials: how many there shall be.
-        cut: whether `base` has validation pictures cut off that nobody asked for.
-        tested: whether there are test pictures.
-        data: key of the pictures' content.
+        cut: whether `base` has validation images cut off that nobody asked for.
+        tested: whether there are test images.
+        data: key of the images' content.
     """
 
     verb: str
@@ -106,10 +106,10 @@ class SearchSpec:
 
 
 def read_spec(config: Search) -> SearchSpec:
-    """What a configuration asks for, its space read and its pictures looked at.
+    """What a configuration asks for, its space read and its images looked at.
 
     Raises:
-        InputError: nothing to search, a space that cannot be, pictures that are missing, or none to choose by.
+        InputError: nothing to search, a space that cannot be, images that are missing, or none to choose by.
     """
     verb = next(verb for verb, table in SEARCHED.items() if isinstance(config, table))
     base = TAUGHT[verb].model_validate({name: getattr(config, name) for name in TAUGHT[verb].model_fields})
@@ -139,7 +139,7 @@ def _words(config: Search, base: Train) -> list[str]:
 
 
 def with_validation(asked: SearchSpec) -> SearchSpec:
-    """The same with pictures for validation, cut off the training ones where there are none.
+    """The same with images for validation, cut off the training ones where there are none.
 
     Raises:
         InputError: there are none, and none can be cut off.
@@ -151,11 +151,11 @@ def with_validation(asked: SearchSpec) -> SearchSpec:
     tested, cut = "test" in cache.splits, "val" not in cache.splits
     if cut and base.eval_data:
         raise InputError(
-            f"--eval-data {' '.join(base.eval_data)} has no split val, and a search must not choose by test pictures; "
-            "give pictures with a split val"
+            f"--eval-data {' '.join(base.eval_data)} has no split val, and a search must not choose by test images; "
+            "give images with a split val"
         )
     if cut:
-        info(f"{cache.name} has no split val: {CUT} of the training pictures are cut off for it (--val says how many)")
+        info(f"{cache.name} has no split val: {CUT} of the training images are cut off for it (--val says how many)")
         base = base.model_copy(update={"val": CUT})
         cache = datasets.open_run_data(base)
     return replace(asked, base=base, cut=cut, tested=tested, data=cache.key)

@@ -1,4 +1,4 @@
-"""What a search came to: a row for each trial, the best, its figures on the test pictures, how often what was seen."""
+"""What a search came to: a row for each trial, the best, its figures on the test images, how often what was seen."""
 
 import json
 import statistics
@@ -32,7 +32,7 @@ def finish_summary(asked: SearchSpec) -> dict[str, Any] | None:
 
 
 def end_summary(study: "optuna.Study", asked: SearchSpec, given: Modules) -> dict[str, Any]:
-    """Sums a study up: the test pictures are looked at once, by the students of the best trial."""
+    """Sums a study up: the test images are looked at once, by the students of the best trial."""
     from funmatch.commands.tune import optuna_storage
 
     rows = [row(frozen, asked) for frozen in study.get_trials(deepcopy=False)]
@@ -84,14 +84,14 @@ def row(frozen: Any, asked: SearchSpec) -> dict[str, Any]:
 
 
 def test_metrics(asked: SearchSpec, best: dict[str, Any] | None, given: Modules) -> dict[str, Any]:
-    """`test`: what the students of the best trial come to on the test pictures, which no trial has seen; and
+    """`test`: what the students of the best trial come to on the test images, which no trial has seen; and
     `tested`: the trials that were judged on them, this one and those that were best before there were more."""
     before: list[int] = []
     with suppress(OSError, ValueError, KeyError, TypeError):
         before = json.loads((asked.folder / "result.json").read_text())["tested"]
     if best is None or not asked.tested:
         return {"test": None, "tested": before}
-    info(f"trial {best['number']} is the best; its students are judged on the test pictures")
+    info(f"trial {best['number']} is the best; its students are judged on the test images")
     figures = [
         evaluate.run(
             Evaluate(model=folder, split="test", device=asked.base.device, precision=asked.base.precision), given
@@ -118,7 +118,7 @@ def evaluation_counts(asked: SearchSpec, trials: int) -> dict[str, int]:
 
 
 def command(asked: SearchSpec, chosen: Mapping[str, Value]) -> str:
-    """The command that trains with these values in full: for a recipe's own length, on all training pictures."""
+    """The command that trains with these values in full: for a recipe's own length, on all training images."""
     base, recipe = asked.base, recipes.find(asked.base.recipe) if asked.base.recipe else None
     plain: dict[str, Any] = {name: field.default for name, field in type(base).model_fields.items()}
     plain |= dict(recipe.over({})) if recipe else {}

@@ -1,4 +1,4 @@
-"""Filling a cache: every picture decoded once and kept as runs will read it; an interrupted build goes on."""
+"""Filling a cache: every image decoded once and kept as runs will read it; an interrupted build goes on."""
 
 import hashlib
 import json
@@ -24,20 +24,20 @@ ROOM = 256 << 20  # bytes that a disk should keep free beside a cache
 BLOCK = 16 << 20
 
 Bad = list[tuple[str, int, str]]
-"""Split, index and reason of pictures that cannot be decoded."""
+"""Split, index and reason of images that cannot be decoded."""
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How pictures are kept.
+    """How images are kept.
 
     Attributes:
-        cap: pictures whose short side is longer are scaled down to it, pixels.
+        cap: images whose short side is longer are scaled down to it, pixels.
         decoder: `pillow`, `torchcodec`, or `auto`, which is torchcodec where it is installed.
         way: `resident`, `streaming`, or `auto`, which is resident up to `resident_gb`.
         resident_gb: of decoded pixels, 10⁹ bytes.
-        max_pixels: larger pictures are bad.
-        on_bad: `stop` at pictures that cannot be decoded, or `skip` them.
+        max_pixels: larger images are bad.
+        on_bad: `stop` at images that cannot be decoded, or `skip` them.
         home: where caches lie, by default `cache.cache_home()`.
     """
 
@@ -71,7 +71,7 @@ def build(
         check: holds what is there against its checksums, and makes it again where it is damaged.
 
     Raises:
-        InputError: pictures that cannot be decoded, all of them named; or too little room.
+        InputError: images that cannot be decoded, all of them named; or too little room.
     """
     content = content_key(source, found, keeping)
     way, size = choose_way(found, keeping)
@@ -82,7 +82,7 @@ def build(
         _check_room(home, size, source.name, way)
         what = "decoded once" if way == "resident" else "packed as they are and decoded in every step"
         count = sum(map(len, source.splits.values()))
-        tell(f"{source.name}: {way}: {count:,} pictures, {what}; {size / 1e9:.2g} GB in {home}")
+        tell(f"{source.name}: {way}: {count:,} images, {what}; {size / 1e9:.2g} GB in {home}")
         partial = folder.with_name(f"{folder.name}.partial")
         with disk_errors(home):
             bad = _fill(partial, source, found, keeping, way, track)
@@ -97,7 +97,7 @@ def build(
 
 
 def content_key(source: Dataset, found: Scan, keeping: CacheOptions) -> str:
-    """Digest of what views depend on: every picture's content, its split, its label, and how it is decoded."""
+    """Digest of what views depend on: every image's content, its split, its label, and how it is decoded."""
     digest = hashlib.blake2b(repr((FORMAT, keeping.cap, keeping.decoder, source.classes)).encode(), digest_size=16)
     for name, split in source.splits.items():
         digest.update(f"{name} {len(split)}\0".encode() + split.labels.tobytes())
@@ -128,7 +128,7 @@ def _check_room(home: Path, size: int, name: str, way: str) -> None:
 
 
 def _fill(partial: Path, source: Dataset, found: Scan, keeping: CacheOptions, way: str, track: Track) -> Bad:
-    """Puts every picture into `<split>.pixels` and its row into `<split>.rows`, from where an earlier try left off."""
+    """Puts every image into `<split>.pixels` and its row into `<split>.rows`, from where an earlier try left off."""
     partial.mkdir(exist_ok=True)
     bad: Bad = []
     for split, rows, known in by_split(source, found):
@@ -147,7 +147,7 @@ def _fill_split(
     way: str,
     track: Track,
 ) -> dict[int, str]:
-    """One split of `_fill`; gives the reasons why pictures are bad, by index."""
+    """One split of `_fill`; gives the reasons why images are bad, by index."""
     content = source.splits[split]
     rows, pixels, reasons = (partial / f"{split}.{end}" for end in ("rows", "pixels", "reasons"))
     pixels.touch()
@@ -158,10 +158,10 @@ def _fill_split(
             return (0, 0), b"", known[i]
         encoded = read_again(source, split, i, digests[i])
         try:
-            picture = decode(encoded, cap=keeping.cap, decoder=keeping.decoder, max_pixels=keeping.max_pixels)
+            image = decode(encoded, cap=keeping.cap, decoder=keeping.decoder, max_pixels=keeping.max_pixels)
         except Exception as error:  # decoders raise many kinds; each is told to the person with the file's name
             return (0, 0), b"", reason_of(error) or "unreadable"
-        return (picture.shape[0], picture.shape[1]), picture.tobytes() if way == "resident" else encoded, ""
+        return (image.shape[0], image.shape[1]), image.tobytes() if way == "resident" else encoded, ""
 
     keep_reasons(reasons, done)
     with open(rows, "ab") as index, open(pixels, "ab") as data, open(reasons, "a") as told:
@@ -183,7 +183,7 @@ def _fill_split(
 
 
 def read_again(source: Dataset, split: str, i: int, digest: bytes) -> bytes:
-    """A picture that was read before.
+    """An image that was read before.
 
     Raises:
         InputError: it is gone, or no longer what it was.
@@ -199,7 +199,7 @@ def read_again(source: Dataset, split: str, i: int, digest: bytes) -> bytes:
 
 
 def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
-    """How many rows an earlier try left that can be trusted, and where the next picture goes."""
+    """How many rows an earlier try left that can be trusted, and where the next image goes."""
     done = recovered(rows, INDEX)
     end = int((done["offset"] + done["length"]).max(initial=0))
     if pixels.stat().st_size < end:  # a machine that lost its power may have lost these
@@ -212,7 +212,7 @@ def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
 def _finish(
     partial: Path, source: Dataset, found: Scan, keeping: CacheOptions, way: str, content: str, bad: Bad
 ) -> None:
-    """Turns rows into indices, without the bad pictures, and writes what is in the cache."""
+    """Turns rows into indices, without the bad images, and writes what is in the cache."""
     for split, seen, _ in by_split(source, found):
         rows = np.fromfile(partial / f"{split}.rows", INDEX)
         good = rows["length"] > 0
@@ -242,7 +242,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def _damaged(folder: Path, track: Track, tell: Callable[[str], None]) -> bool:
-    """Holds every picture in a cache against its checksum."""
+    """Holds every image in a cache against its checksum."""
     for path in sorted(folder.glob("*.index.npy")):
         rows = np.load(path)
         with open(folder / path.name.replace(".index.npy", ".pixels"), "rb") as file:
@@ -255,13 +255,11 @@ def _damaged(folder: Path, track: Track, tell: Callable[[str], None]) -> bool:
 
 
 def unreadable(name: str, bad: Sequence[Sequence[str]], home: Path) -> InputError:
-    """The error that names all pictures that cannot be decoded: the first in words, all of them in a file."""
-    lines = [f"{picture}: {reason}" for picture, reason in bad]
+    """The error that names all images that cannot be decoded: the first in words, all of them in a file."""
+    lines = [f"{image}: {reason}" for image, reason in bad]
     text = "\n  ".join(lines[:NAMED_AT_MOST])
     if len(lines) > NAMED_AT_MOST:
         listed = home / f"unreadable-{hashlib.blake2b(text.encode(errors='replace'), digest_size=6).hexdigest()}.txt"
         write_atomically(listed, "".join(line.encode(errors="replace").decode() + "\n" for line in lines))
         text += f"\n  … and {len(lines) - NAMED_AT_MOST} more, all in {listed}"
-    return InputError(
-        f"{len(lines)} unreadable pictures in {name}; mend or remove them, or say --on-bad skip:\n  {text}"
-    )
+    return InputError(f"{len(lines)} unreadable images in {name}; mend or remove them, or say --on-bad skip:\n  {text}")

@@ -1,4 +1,4 @@
-"""Decoded pictures kept on the device, where the crops of a batch are cut all at once."""
+"""Decoded images kept on the device, where the crops of a batch are cut all at once."""
 
 import hashlib
 from collections.abc import Callable
@@ -28,10 +28,10 @@ Cut = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 class DeviceStore:
-    """The pictures of a split in one piece of a device's memory.
+    """The images of a split in one piece of a device's memory.
 
     Attributes:
-        flat: the pictures one after another, uint8.
+        flat: the images one after another, uint8.
         cut, note: of `fastest_cut`.
         host: the same in the mapped file, for whoever wants to look at one.
     """
@@ -39,7 +39,7 @@ class DeviceStore:
     decodes: ClassVar[bool] = False
 
     def __init__(self, split: CachedSplit, device: torch.device) -> None:
-        """Copies a split's pictures; each once, however often the split has it."""
+        """Copies a split's images; each once, however often the split has it."""
         assert isinstance(split.store, Resident)
         self.host = split.store
         self.offsets, first = np.unique(split.index["offset"], return_index=True)
@@ -51,17 +51,17 @@ class DeviceStore:
         for begin, end in zip(pieces, [*pieces[1:], len(lengths)], strict=True):
             rows = split.index[first[begin:end]].tolist()
             if rows:
-                taken = torch.cat([self.host.picture(row).reshape(-1) for row in rows])
+                taken = torch.cat([self.host.image(row).reshape(-1) for row in rows])
                 self.flat[int(self.starts[begin]) : int(ends[end - 1])].copy_(taken)
         self.cut, self.note = fastest_crop_kernel(self.flat)
 
-    def picture(self, row: Row, box: Box | None = None) -> Tensor:
-        return self.host.picture(row, box)
+    def image(self, row: Row, box: Box | None = None) -> Tensor:
+        return self.host.image(row, box)
 
     def crops(
         self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sides: tuple[int, ...], *, alone: bool
     ) -> list[Tensor]:
-        """Crops of pictures, (n, 3, side, side) at each of several sides, on the device.
+        """Crops of images, (n, 3, side, side) at each of several sides, on the device.
 
         Args:
             rows: of `INDEX`.

@@ -1,6 +1,6 @@
 """A data set made ready for a run: surveyed, cut into splits, and either decoded once or packed to be decoded often.
 
-A cache is a folder named by its content's key: `meta.json`, and for each split `<split>.pixels` (decoded pictures of
+A cache is a folder named by its content's key: `meta.json`, and for each split `<split>.pixels` (decoded images of
 (height, width, 3), or encoded ones, one after the other) and `<split>.index.npy`. It is written under another name
 and renamed when it is whole, so what has the right name is never partial; a build that was interrupted goes on.
 """
@@ -56,7 +56,7 @@ class Cache:
     found: dict[str, Any]
 
     def without_labels(self) -> "Cache":
-        """The same pictures with their labels forgotten."""
+        """The same images with their labels forgotten."""
         splits = {name: split.without_labels() for name, split in self.splits.items()}
         return replace(self, classes=(), unnamed=False, splits=splits)
 
@@ -70,7 +70,7 @@ def open_cache(
     tell: Callable[[str], None] = lambda _: None,
     afresh: bool = False,
 ) -> Cache:
-    """The pictures that a person named, from the cache or put there now.
+    """The images that a person named, from the cache or put there now.
 
     Args:
         specs: one data set or several, see `doors.open_source`.
@@ -80,7 +80,7 @@ def open_cache(
         afresh: reads every file again, and checks what is in the cache.
 
     Raises:
-        InputError: some pictures cannot be read; all of them are named.
+        InputError: some images cannot be read; all of them are named.
     """
     reading, keeping = _settled(reading or ReadOptions()), keeping or CacheOptions()
     specs = [specs] if isinstance(specs, str) else list(specs)
@@ -113,7 +113,7 @@ def _settled(reading: ReadOptions) -> ReadOptions:
 
 
 def scan_dataset(source: Dataset, keeping: CacheOptions, track: Track, *, afresh: bool = False) -> tuple[Dataset, Scan]:
-    """The pictures of a source, read once and cut into splits."""
+    """The images of a source, read once and cut into splits."""
     home = keeping.home or cache_home()
     found = scan(source, home, track, max_pixels=keeping.max_pixels, afresh=afresh)
     return apply_split(source, found)
@@ -124,14 +124,14 @@ def list_complaints(cache: Cache) -> list[str]:
     lines = [f"note: {note}" for note in cache.found["notes"]]
     for pair, leak in cache.found["leaks"].items():
         one, other = leak["examples"][0]
-        lines.append(f"WARNING: {leak['pictures']:,} pictures are both in {pair} of {cache.name}, e.g. {one} = {other}")
+        lines.append(f"WARNING: {leak['pictures']:,} images are both in {pair} of {cache.name}, e.g. {one} = {other}")
     if twice := cache.found["contradictory"]["pictures"]:
         one, other = cache.found["contradictory"]["examples"][0]
         lines.append(
-            f"WARNING: {twice:,} pictures of {cache.name} are the same with different labels, e.g. {one} = {other}"
+            f"WARNING: {twice:,} images of {cache.name} are the same with different labels, e.g. {one} = {other}"
         )
     if bad := cache.found["unreadable"]:
-        lines.append(f"WARNING: {len(bad):,} unreadable pictures of {cache.name} are skipped, e.g. {': '.join(bad[0])}")
+        lines.append(f"WARNING: {len(bad):,} unreadable images of {cache.name} are skipped, e.g. {': '.join(bad[0])}")
     return lines
 
 

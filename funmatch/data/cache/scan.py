@@ -1,4 +1,4 @@
-"""Every picture of a source read once: its digest, size and kind; and what these tell about the data set.
+"""Every image of a source read once: its digest, size and kind; and what these tell about the data set.
 
 What is found is written down as it is found, so that an interrupted survey goes on where it was.
 """
@@ -27,16 +27,16 @@ ROW = np.dtype(
 CHUNK = 256
 EXAMPLES = 20
 OURS = {ENOSPC, EDQUOT, EMFILE, ENFILE, EIO, ENOMEM}
-"""Troubles of the machine, which say nothing about a picture."""
+"""Troubles of the machine, which say nothing about an image."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading every picture found.
+    """What reading every image found.
 
     Attributes:
         rows: of `ROW`, in the order of `Source.jobs`.
-        reasons: why a picture cannot be used, by its place in `rows`.
+        reasons: why an image cannot be used, by its place in `rows`.
     """
 
     rows: np.ndarray
@@ -46,13 +46,13 @@ class Scan:
 def scan(
     source: Dataset, home: Path, track: Track = untracked, *, max_pixels: int = MAX_PIXELS, afresh: bool = False
 ) -> Scan:
-    """Reads every picture, or what an earlier survey of the same files wrote down.
+    """Reads every image, or what an earlier survey of the same files wrote down.
 
     Args:
         source: the data set.
         home: folder of the caches.
         track: shows progress.
-        max_pixels: larger pictures are bad.
+        max_pixels: larger images are bad.
         afresh: reads again although nothing seems to have changed; an interrupted survey is still gone on with.
     """
     name = f"{fingerprint(source)}-{max_pixels}-{FORMAT}"
@@ -95,7 +95,7 @@ def by_split(source: Dataset, found: Scan) -> Iterator[tuple[str, np.ndarray, di
 
 
 def content_digest(encoded: bytes) -> bytes:
-    """Digest of an encoded picture."""
+    """Digest of an encoded image."""
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
@@ -103,7 +103,7 @@ def _look(source: Dataset, split: str, i: int, max_pixels: int) -> tuple[tuple, 
     try:
         encoded = source.read(split, i)
         digest = content_digest(encoded)
-    except Exception as error:  # a row of its own, so that a picture that comes back is noticed
+    except Exception as error:  # a row of its own, so that an image that comes back is noticed
         if isinstance(error, OSError) and error.errno in OURS:
             raise
         return (content_digest(repr(error).encode()), 0, 0, 0, 0, True), reason_of(error)
@@ -115,7 +115,7 @@ def _look(source: Dataset, split: str, i: int, max_pixels: int) -> tuple[tuple, 
 
 
 def reason_of(error: Exception) -> str:
-    """What is wrong with a picture, in a line."""
+    """What is wrong with an image, in a line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -131,7 +131,7 @@ def recovered(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def keep_reasons(path: Path, done: int) -> dict[int, str]:
-    """The reasons in a file for the first `done` pictures; what a kill or a full disk left of others is cut off."""
+    """The reasons in a file for the first `done` images; what a kill or a full disk left of others is cut off."""
     kept: dict[int, str] = {}
     if path.exists():
         for line in path.read_text(errors="replace").split("\n"):
@@ -188,15 +188,15 @@ def fingerprint_files(paths: Iterable[str | bytes]) -> str:
 
 
 def summary(source: Dataset, found: Scan, bad: Collection[tuple[str, int]] = ()) -> dict[str, Any]:
-    """What was found, for people: counts a split, classes, sizes, kinds, pictures that are there twice.
+    """What was found, for people: counts a split, classes, sizes, kinds, images that are there twice.
 
     Args:
-        bad: pictures that cannot be decoded, as (split, index): they do not count.
+        bad: images that cannot be decoded, as (split, index): they do not count.
 
     Returns:
-        `splits` (pictures, labelled, classes present), `classes`, `published` counts, `kinds`, `short_side` and
-        `long_side` (min, median, max), `bytes`, `leaks` (pictures of one split that are also in another: count and
-        examples), `repeated` (pictures that are in a split more than once), `contradictory` (pictures of one content
+        `splits` (images, labelled, classes present), `classes`, `published` counts, `kinds`, `short_side` and
+        `long_side` (min, median, max), `bytes`, `leaks` (images of one split that are also in another: count and
+        examples), `repeated` (images that are in a split more than once), `contradictory` (images of one content
         under several labels: count and examples).
     """
     bad = set(bad)
@@ -230,7 +230,7 @@ def summary(source: Dataset, found: Scan, bad: Collection[tuple[str, int]] = ())
 
 
 def _twice(source: Dataset, found: Scan, usable: np.ndarray) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """Pictures of the same content: in two splits, more than once in one, and under different labels."""
+    """Images of the same content: in two splits, more than once in one, and under different labels."""
     split_of = np.repeat(np.arange(len(source.splits)), [len(split) for split in source.splits.values()])
     labels = np.concatenate([split.labels for split in source.splits.values()])
     content = found.rows["digest"].copy().view("S16")

@@ -1,4 +1,4 @@
-"""Cutting splits off the training pictures, by content and seed alone."""
+"""Cutting splits off the training images, by content and seed alone."""
 
 import hashlib
 from dataclasses import replace
@@ -12,10 +12,10 @@ from funmatch.errors import InputError
 
 
 def apply_split(source: Dataset, found: Scan) -> tuple[Dataset, Scan]:
-    """Cuts the training pictures as the source asks, by content and seed alone.
+    """Cuts the training images as the source asks, by content and seed alone.
 
-    The pictures are ranked by a keyed digest of their content; the first share is test, if one is cut, the next
-    validation. Neither names nor places count, and pictures of the same content stay on one side.
+    The images are ranked by a keyed digest of their content; the first share is test, if one is cut, the next
+    validation. Neither names nor places count, and images of the same content stay on one side.
 
     Raises:
         InputError: a split would be empty.
@@ -44,11 +44,11 @@ def apply_split(source: Dataset, found: Scan) -> tuple[Dataset, Scan]:
     copies = np.isin(ranks[rest], ranks[order[:begin]])  # unlabelled ones of what is judged on
     chosen["train"] = np.sort(rest[~copies]) + start
     if copies.any():
-        note = f"{source.name}: {copies.sum():,} unlabelled copies of pictures that were cut off are left out"
+        note = f"{source.name}: {copies.sum():,} unlabelled copies of images that were cut off are left out"
         source = replace(source, notes=(*source.notes, note))
     for name, places in chosen.items():
         if not len(places):
-            raise InputError(f"of {count} training pictures of {source.name}, the cut leaves none for {name}")
+            raise InputError(f"of {count} training images of {source.name}, the cut leaves none for {name}")
     return _rearranged(source, found, chosen)
 
 
@@ -59,7 +59,7 @@ def _ranks(digests: list[bytes], seed: int) -> np.ndarray:
 
 
 def _rearranged(source: Dataset, found: Scan, chosen: dict[str, np.ndarray]) -> tuple[Dataset, Scan]:
-    """Source and survey with splits made of the pictures at these places of the old order."""
+    """Source and survey with splits made of the images at these places of the old order."""
     jobs = source.jobs()
     begin = 0
     for name, split in source.splits.items():

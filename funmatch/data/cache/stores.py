@@ -1,6 +1,6 @@
-"""Two ways to a picture's pixels: resident, decoded once and mapped; or streaming, encoded and decoded when asked for.
+"""Two ways to an image's pixels: resident, decoded once and mapped; or streaming, encoded and decoded when asked for.
 
-Both give the same pixels, and neither lets a process grow with the number of pictures.
+Both give the same pixels, and neither lets a process grow with the number of images.
 """
 
 import mmap
@@ -20,29 +20,29 @@ from funmatch.errors import InputError
 INDEX = np.dtype(
     [("offset", "<i8"), ("length", "<i4"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4"), ("crc", "<u4")]
 )
-"""Where a picture lies in its split's file, the size that views see, its label, and a CRC-32 of its bytes there."""
+"""Where an image lies in its split's file, the size that views see, its label, and a CRC-32 of its bytes there."""
 
 Row = tuple[int, int, int, int, int, int]
 """A row of `INDEX`."""
 
 FORGET_AFTER = 32 << 20  # bytes
 AROUND = 128 << 10  # bytes: the system maps so much around what is looked at
-SMALL = 64 * 64  # pixels of a picture that is decoded whole even if a box is wanted
+SMALL = 64 * 64  # pixels of an image that is decoded whole even if a box is wanted
 
 
 class Store(Protocol):
-    """The pictures of a split."""
+    """The images of a split."""
 
     decodes: ClassVar[bool]
     """Whether every look costs a decoding."""
 
-    def picture(self, row: Row, box: Box | None = None) -> Tensor:
-        """(height, width, 3) uint8 of a picture, or of a box of it."""
+    def image(self, row: Row, box: Box | None = None) -> Tensor:
+        """(height, width, 3) uint8 of an image, or of a box of it."""
         ...
 
 
 class Resident:
-    """Decoded pictures in one mapped file. Processes share what is read of it.
+    """Decoded images in one mapped file. Processes share what is read of it.
 
     What was looked at is given back to the system every 32 MB: it stays in the system's cache, but the process does
     not seem to grow to the size of its data.
@@ -58,29 +58,29 @@ class Resident:
         self.pixels = torch.frombuffer(self.map, dtype=torch.uint8)
         self.seen = 0
 
-    def picture(self, row: Row, box: Box | None = None) -> Tensor:
+    def image(self, row: Row, box: Box | None = None) -> Tensor:
         """A view of the mapped file."""
         offset, length, height, width, *_ = row
         self.seen += length + AROUND
         if self.seen > FORGET_AFTER:
             self.seen = 0
             self.map.madvise(mmap.MADV_DONTNEED)
-        picture = self.pixels[offset : offset + length].view(height, width, 3)
+        image = self.pixels[offset : offset + length].view(height, width, 3)
         if box is None:
-            return picture
+            return image
         top, left, height, width = box
-        return picture[top : top + height, left : left + width]
+        return image[top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)
 class Streaming:
-    """Encoded pictures in one file, decoded when asked for.
+    """Encoded images in one file, decoded when asked for.
 
     Attributes:
         path: of the file.
-        cap: pictures with a longer short side are scaled down to it, as resident ones are.
+        cap: images with a longer short side are scaled down to it, as resident ones are.
         decoder: of `decode.DECODERS`.
-        max_pixels: larger pictures are refused.
+        max_pixels: larger images are refused.
     """
 
     path: Path
@@ -96,7 +96,7 @@ class Streaming:
         if (file := getattr(self, "file", None)) is not None:
             os.close(file)
 
-    def picture(self, row: Row, box: Box | None = None) -> Tensor:
+    def image(self, row: Row, box: Box | None = None) -> Tensor:
         """Decoded now.
 
         Raises:
@@ -114,13 +114,13 @@ class Streaming:
 
 @dataclass(frozen=True)
 class CachedSplit:
-    """The pictures of one split.
+    """The images of one split.
 
     Attributes:
         name: train, val or test.
-        index: a row of `INDEX` for each picture, mapped.
+        index: a row of `INDEX` for each image, mapped.
         store: where the pixels come from.
-        digests: of the encoded pictures, (n,) of 16 bytes, mapped.
+        digests: of the encoded images, (n,) of 16 bytes, mapped.
     """
 
     name: str
@@ -135,26 +135,26 @@ class CachedSplit:
     def labelled(self) -> bool:
         return bool((self.index["label"] >= 0).all())
 
-    def pictures(self, indices) -> list[Tensor]:
+    def images(self, indices) -> list[Tensor]:
         """Each (height, width, 3) uint8."""
-        return [self.store.picture(row) for row in self.index[indices].tolist()]
+        return [self.store.image(row) for row in self.index[indices].tolist()]
 
     def read_boxes(self, indices, boxes: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
-        """What is needed of pictures for these boxes, and the boxes in it: of large ones no more is decoded.
+        """What is needed of images for these boxes, and the boxes in it: of large ones no more is decoded.
 
         Args:
             boxes: (n, 4) top, left, height, width, pixels.
         """
         rows = self.index[indices].tolist()
         if not self.store.decodes or any(height * width <= SMALL for _, _, height, width, _, _ in rows):
-            return [self.store.picture(row) for row in rows], boxes
+            return [self.store.image(row) for row in rows], boxes
         inside = boxes.copy()
         inside[:, :2] = 0
-        return [self.store.picture(row, tuple(box)) for row, box in zip(rows, boxes.tolist(), strict=True)], inside
+        return [self.store.image(row, tuple(box)) for row, box in zip(rows, boxes.tolist(), strict=True)], inside
 
-    def picture(self, i: int) -> Tensor:
+    def image(self, i: int) -> Tensor:
         """(height, width, 3) uint8."""
-        return self.pictures([i])[0]
+        return self.images([i])[0]
 
     def labels(self, indices) -> Tensor:
         """(n,) int64."""
@@ -166,11 +166,11 @@ class CachedSplit:
         return rows["height"], rows["width"]
 
     def without_labels(self) -> "CachedSplit":
-        """The same pictures with their labels forgotten."""
+        """The same images with their labels forgotten."""
         index = np.array(self.index)
         index["label"] = -1
         return replace(self, index=index)
 
     def subset(self, indices: np.ndarray) -> "CachedSplit":
-        """Some of the pictures."""
+        """Some of the images."""
         return replace(self, index=self.index[indices], digests=self.digests[indices])

@@ -26,10 +26,10 @@ class CatalogEntry:
     Attributes:
         title: as its authors call it.
         layout: reads its folder.
-        counts: pictures a split, ours: where its authors have no validation split, a tenth of the training pictures
+        counts: images a split, ours: where its authors have no validation split, a tenth of the training images
             is cut by content, as the paper cuts `train[90%:]` (section 4.1).
         classes: how many.
-        licence: of the pictures.
+        licence: of the images.
         citation: of its paper.
         folder: under the folder of data sets, as torchvision leaves it.
         marks: what must lie in that folder.
@@ -52,9 +52,9 @@ class CatalogEntry:
 
 
 def fashion_mini(folder: Path) -> Dataset:
-    """2,700 pictures of Fashion-MNIST: 200 for training, 500 for validation, 2,000 for test.
+    """2,700 images of Fashion-MNIST: 200 for training, 500 for validation, 2,000 for test.
 
-    The training pictures are the first 20 of each class in Fashion-MNIST's training set. Validation and test are the
+    The training images are the first 20 of each class in Fashion-MNIST's training set. Validation and test are the
     first 50 and the next 200 of each class in its *test* set, none of which the embedded teacher has seen.
     """
     return mosaic(folder, "fashion-mini", tuple(json.loads((folder / "classes.json").read_text())), 28)
@@ -68,7 +68,7 @@ FASHION_FILES = tuple(
 
 CATALOG: dict[str, CatalogEntry] = {
     "fashion-mini": CatalogEntry(
-        "2,700 pictures of Fashion-MNIST, embedded", fashion_mini, {"train": 200, "val": 500, "test": 2000}, 10,
+        "2,700 images of Fashion-MNIST, embedded", fashion_mini, {"train": 200, "val": 500, "test": 2000}, 10,
         "MIT", "Xiao, Rasul & Vollgraf, Fashion-MNIST, arXiv 1708.07747, 2017",
         elsewhere=(str(EMBEDDED / "fashion-mini"),), marks=("train.png",),
     ),
@@ -88,14 +88,14 @@ CATALOG: dict[str, CatalogEntry] = {
     ),
     "food101": CatalogEntry(
         "Food-101", published.food101, {"train": 68175, "val": 7575, "test": 25250}, 101,
-        "not stated; pictures of foodspotting.com, for research", "Bossard, Guillaumin & Van Gool, Food-101, ECCV 2014",
+        "not stated; images of foodspotting.com, for research", "Bossard, Guillaumin & Van Gool, Food-101, ECCV 2014",
         "food-101", ("images", "meta"), ("http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",),
         ("Food101", {"split": "train"}),
     ),
     "sun397": CatalogEntry(
         "SUN397 Scene Benchmark", published.sun397, {"train": 76128, "val": 10875, "test": 21750}, 397,
         "not stated; for research", "Xiao, Hays, Ehinger, Oliva & Torralba, SUN Database, CVPR 2010",
-        "SUN397", ("ClassName.txt",), ("SUN397.tar.gz (its first address is dead; 37 GB, 108,753 pictures)",),
+        "SUN397", ("ClassName.txt",), ("SUN397.tar.gz (its first address is dead; 37 GB, 108,753 images)",),
     ),
     "imagenet": CatalogEntry(
         "ImageNet (ILSVRC 2012)", published.imagenet, {"train": 1281167, "val": 50000}, 1000,

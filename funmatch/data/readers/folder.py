@@ -1,4 +1,4 @@
-"""Folders of pictures, in every common layout."""
+"""Folders of images, in every common layout."""
 
 import os
 from dataclasses import dataclass, field
@@ -32,8 +32,8 @@ class FolderWalk:
                 if entry.name[0] != "." and entry.is_dir() and self._allowed(entry) and not _leads_back(entry)
             )
 
-    def pictures(self, inside: str = "", *, deep: bool = True) -> list[str]:
-        """Names, from the root, of the pictures in a folder, in an order that is the same everywhere."""
+    def images(self, inside: str = "", *, deep: bool = True) -> list[str]:
+        """Names, from the root, of the images in a folder, in an order that is the same everywhere."""
         found: list[str] = []
         waiting = [inside]
         while waiting:
@@ -59,9 +59,7 @@ class FolderWalk:
         known = {".txt", ".md", ".json", ".csv", ".html", ".ini", ".db", ".mat", ".xml"}
         odd = sorted({name for name in self.left_out if os.path.splitext(name)[1].lower() not in known})
         kinds = ", ".join(sorted(EXTENSIONS))
-        return (
-            (f"{len(odd):,} files in {self.root} are left out, e.g. {odd[0]}; pictures end in {kinds}",) if odd else ()
-        )
+        return (f"{len(odd):,} files in {self.root} are left out, e.g. {odd[0]}; images end in {kinds}",) if odd else ()
 
     def _allowed(self, entry: os.DirEntry) -> bool:
         """True, unless it is a link that leads out, which is an `InputError`."""
@@ -76,23 +74,23 @@ class FolderWalk:
 
 
 def open_folder(root: Path, *, follow_links: bool = False) -> Dataset:
-    """Lists a folder of pictures.
+    """Lists a folder of images.
 
     Args:
         root: in one of these layouts.
-            `<split>/<class>/…`: splits train, val or validation, test; each with a folder a class, in which pictures
-            lie at any depth, or with pictures alone, which are unlabelled.
-            `<class>/…`: at least two folders and no picture beside them; all are for training.
-            Else pictures at any depth, unlabelled, all for training.
-            Files that are no pictures are left out, with a note.
+            `<split>/<class>/…`: splits train, val or validation, test; each with a folder a class, in which images
+            lie at any depth, or with images alone, which are unlabelled.
+            `<class>/…`: at least two folders and no image beside them; all are for training.
+            Else images at any depth, unlabelled, all for training.
+            Files that are no images are left out, with a note.
         follow_links: whether links may lead out of the folder.
 
     Raises:
-        InputError: no folder, no picture, pictures lying beside class folders, classes that differ only in case, a
+        InputError: no folder, no image, images lying beside class folders, classes that differ only in case, a
             link that leads out.
     """
     if not root.is_dir():
-        raise InputError(f"{root} is {'not a folder' if root.exists() else 'missing'}; wanted a folder of pictures")
+        raise InputError(f"{root} is {'not a folder' if root.exists() else 'missing'}; wanted a folder of images")
     walk = FolderWalk(str(root), follow_links)
     named: dict[str, str] = {}
     for folder in walk.folders():
@@ -104,11 +102,11 @@ def open_folder(root: Path, *, follow_links: bool = False) -> Dataset:
     walk.watched.append(str(root))
     if named:
         others = [
-            name for name in walk.folders() if name not in named.values() and FolderWalk(str(root / name)).pictures()
+            name for name in walk.folders() if name not in named.values() and FolderWalk(str(root / name)).images()
         ]
         if others:
             raise InputError(
-                f"{root} has pictures in {', '.join(others[:5])} beside the splits {', '.join(named.values())}; move "
+                f"{root} has images in {', '.join(others[:5])} beside the splits {', '.join(named.values())}; move "
                 "them out, or rename them to train, val or test"
             )
         inner = {folder: walk.folders(folder) for folder in named.values()}
@@ -119,14 +117,14 @@ def open_folder(root: Path, *, follow_links: bool = False) -> Dataset:
 
 
 def _without_splits(root: Path, walk: FolderWalk) -> Dataset:
-    loose = walk.pictures(deep=False)
-    inside = {folder: names for folder in walk.folders() if (names := walk.pictures(folder))}
+    loose = walk.images(deep=False)
+    inside = {folder: names for folder in walk.folders() if (names := walk.images(folder))}
     names = loose + [name for found in inside.values() for name in found]
     if not names:
-        raise InputError(f"{root} has no picture; {_hint(root)}wanted <split>/<class>/*.jpg or a folder of pictures")
+        raise InputError(f"{root} has no image; {_hint(root)}wanted <split>/<class>/*.jpg or a folder of images")
     if loose or len(inside) < 2:
         splits = {"train": SplitListing(sorted(names), np.full(len(names), UNLABELLED, np.int32))}
-        why = f"pictures lie beside folders, e.g. {loose[0]}" if loose else "only one folder has pictures"
+        why = f"images lie beside folders, e.g. {loose[0]}" if loose else "only one folder has images"
         note = f"{root}: {why}, so folders are not taken for classes and nothing is labelled"
         return _source(root, walk, (), splits, (note,) if inside else ())
     classes = check_classes(sorted(inside), root)
@@ -141,7 +139,7 @@ def _leads_back(entry: os.DirEntry) -> bool:
 
 
 def _hint(root: Path) -> str:
-    """What to say about a folder that holds shards instead of pictures."""
+    """What to say about a folder that holds shards instead of images."""
     for door, pattern in (("tfrecord", "*.tfrec*"), ("wds", "*.tar")):
         if next(root.rglob(pattern), None):
             return f"but {pattern} are there, so say {door}:{root}; otherwise "
@@ -160,16 +158,16 @@ def _source(
 
 def _list_split(walk: FolderWalk, folder: str, inner: list[str], classes: tuple[str, ...]) -> SplitListing:
     where = os.path.join(walk.root, folder)
-    loose = walk.pictures(folder, deep=False)
+    loose = walk.images(folder, deep=False)
     if loose and inner:
         raise InputError(
-            f"{where} holds {len(loose)} pictures beside class folders ({loose[0]}, …); move them into a class "
+            f"{where} holds {len(loose)} images beside class folders ({loose[0]}, …); move them into a class "
             "folder, or the class folders out"
         )
     names, labels = list(loose), [UNLABELLED] * len(loose)
     for name in inner:
-        found = walk.pictures(f"{folder}/{name}")
+        found = walk.images(f"{folder}/{name}")
         names, labels = names + found, labels + [classes.index(name)] * len(found)
     if not names:
-        raise InputError(f"{where} holds no picture; fill this split or remove it")
+        raise InputError(f"{where} holds no image; fill this split or remove it")
     return SplitListing(names, np.array(labels, np.int32))

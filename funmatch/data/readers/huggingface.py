@@ -25,14 +25,14 @@ LABELS = ("label", "labels", "class", "cls", "fine_label", "category")
 
 
 def open_hub(spec: str, reading: ReadOptions) -> Dataset:
-    """A data set with a column of pictures.
+    """A data set with a column of images.
 
     Args:
         spec: `user/name`, `user/name:config`, a parquet or arrow file, a folder of such files, or one that
             `save_to_disk` wrote.
 
     Raises:
-        InputError: the library is missing, there is no such data set, or it has no pictures.
+        InputError: the library is missing, there is no such data set, or it has no images.
     """
     try:
         import datasets
@@ -53,10 +53,10 @@ def open_hub(spec: str, reading: ReadOptions) -> Dataset:
     encoded = {name: _encoded(datasets, table, spec, image) for name, table in tables.items()}
 
     def read(split: str, index: int) -> bytes:
-        picture = encoded[split][int(index)][image]
-        if not picture or not (picture["bytes"] or picture["path"]):
-            raise ValueError("there is no picture")
-        return picture["bytes"] or read_file(picture["path"])
+        found = encoded[split][int(index)][image]
+        if not found or not (found["bytes"] or found["path"]):
+            raise ValueError("there is no image")
+        return found["bytes"] or read_file(found["path"])
 
     watched = sorted({file["filename"] for table in tables.values() for file in table.cache_files})
     here = Path(spec).expanduser()
@@ -81,7 +81,7 @@ def _tables(loaded: Any, spec: str) -> dict[str, Any]:
         raise InputError(f"hf:{spec} has the splits {', '.join(loaded)}; wanted train, validation or test")
     for split, table in tables.items():
         if not len(table):
-            raise InputError(f"hf:{spec}: the split {split} holds no picture")
+            raise InputError(f"hf:{spec}: the split {split} holds no image")
     return tables
 
 
@@ -108,11 +108,11 @@ def _load(datasets: Any, spec: str) -> Any:
 
 
 def _encoded(datasets: Any, table: Any, spec: str, image: str) -> Any:
-    """The column of pictures alone, as bytes."""
+    """The column of images alone, as bytes."""
     try:
         return table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     except Exception as error:  # arrow's own kinds
-        raise InputError(f"hf:{spec}: the column {image!r} holds no pictures ({first_line(error)})") from None
+        raise InputError(f"hf:{spec}: the column {image!r} holds no images ({first_line(error)})") from None
 
 
 def _image_column(datasets: Any, table: Any, spec: str, reading: ReadOptions) -> str:
@@ -124,7 +124,7 @@ def _image_column(datasets: Any, table: Any, spec: str, reading: ReadOptions) ->
     found = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
     found += [name for name in ("image", "img", "jpg") if name in columns and name not in found]
     if not found:
-        raise InputError(f"hf:{spec} has no column of pictures, but: {', '.join(columns)}; choose by --image-feature")
+        raise InputError(f"hf:{spec} has no column of images, but: {', '.join(columns)}; choose by --image-feature")
     return found[0]
 
 

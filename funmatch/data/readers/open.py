@@ -29,7 +29,7 @@ READERS: dict[str, Reader] = {
 
 
 def open_source(specs: str | Sequence[str], reading: ReadOptions | None = None, track: Track = untracked) -> Dataset:
-    """The pictures that a person named, listed but not read.
+    """The images that a person named, listed but not read.
 
     Args:
         specs: one data set or several, which are joined: a name of `CATALOG`; a folder; or `folder:PATH`,
@@ -70,7 +70,7 @@ def _open_one(spec: str, reading: ReadOptions, track: Track) -> Dataset:
     if path.exists():
         return open_folder(path, follow_links=reading.follow_links)
     if "/" in spec or spec.startswith((".", "~")):
-        raise InputError(f"no folder {spec}; wanted a folder of pictures, or one of: {', '.join(CATALOG)}")
+        raise InputError(f"no folder {spec}; wanted a folder of images, or one of: {', '.join(CATALOG)}")
     doors = ", ".join(f"{name}:…" for name in READERS)
     raise unknown("data set", spec, CATALOG, hint=f"there is no folder {spec!r} here; other doors: {doors}")
 
@@ -84,5 +84,5 @@ def _with_cut(source: Dataset, cut: SplitSpec | None) -> Dataset:
     if "val" in source.splits:
         raise InputError(f"{source.name} has a validation split of its own, so --val cannot cut one")
     if "train" not in source.splits:
-        raise InputError(f"{source.name} has no training pictures to cut --val from")
+        raise InputError(f"{source.name} has no training images to cut --val from")
     return replace(source, cut=SplitSpec({**(source.cut.shares if source.cut else {}), **cut.shares}, cut.seed))

@@ -17,7 +17,7 @@ from funmatch.errors import InputError, first_line
 
 TENTH = SplitSpec({"val": Fraction(1, 10)})
 # Sun397 has no official splits. TensorFlow Datasets drew 70, 10 and 20 %; these are its lists, used where they lie
-# beside the pictures.
+# beside the images.
 SUN_LISTS = {"train": "sun397_tfds_tr.txt", "val": "sun397_tfds_va.txt", "test": "sun397_tfds_te.txt"}
 SUN_CUT = SplitSpec({"test": Fraction(2, 10), "val": Fraction(1, 10)})
 
@@ -31,17 +31,17 @@ def pet37(root: Path) -> Dataset:
             listed[split] = [(line.split()[0], int(line.split()[1])) for line in lines if line.strip()]
         except (IndexError, ValueError):
             raise InputError(f"{root / 'annotations' / file} is damaged; wanted lines '<image> <class> …'") from None
-    breeds = {label: name.rsplit("_", 1)[0] for pictures in listed.values() for name, label in pictures}
+    breeds = {label: name.rsplit("_", 1)[0] for images in listed.values() for name, label in images}
     order = sorted(breeds)
     classes = [" ".join(word.title() for word in breeds[label].split("_")) for label in order]
-    pictures = {
+    images = {
         split: [(f"images/{name}.jpg", order.index(label)) for name, label in found] for split, found in listed.items()
     }
-    return _of_files("pet37", root, classes, pictures, ["annotations/trainval.txt", "annotations/test.txt"], TENTH)
+    return _of_files("pet37", root, classes, images, ["annotations/trainval.txt", "annotations/test.txt"], TENTH)
 
 
 def flowers102(root: Path) -> Dataset:
-    """`jpg/image_*.jpg`, `imagelabels.mat` (a class from 1 for each) and `setid.mat` (the pictures of each split)."""
+    """`jpg/image_*.jpg`, `imagelabels.mat` (a class from 1 for each) and `setid.mat` (the images of each split)."""
     from scipy.io import loadmat
     from torchvision.datasets import Flowers102
 
@@ -54,12 +54,12 @@ def flowers102(root: Path) -> Dataset:
     try:
         labels = found["labels"].ravel().astype(int) - 1
         ids = {split: found[key].ravel().astype(int) for split, key in _FLOWER_SPLITS.items()}
-        pictures = {
+        images = {
             split: [(f"jpg/image_{i:05}.jpg", int(labels[i - 1])) for i in numbers] for split, numbers in ids.items()
         }
     except (KeyError, IndexError):
         raise InputError(f"{root}: imagelabels.mat and setid.mat do not belong together") from None
-    return _of_files("flowers102", root, Flowers102.classes, pictures, ["imagelabels.mat", "setid.mat"], None)
+    return _of_files("flowers102", root, Flowers102.classes, images, ["imagelabels.mat", "setid.mat"], None)
 
 
 _FLOWER_SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}
@@ -75,11 +75,11 @@ def food101(root: Path) -> Dataset:
         except (ValueError, AttributeError, TypeError):
             raise InputError(f"{file} is damaged; wanted an object of lists by class") from None
     classes = sorted(listed["train"].keys() | listed["test"].keys())
-    pictures = {
+    images = {
         split: [(f"images/{name}.jpg", classes.index(c)) for c in classes for name in found.get(c, [])]
         for split, found in listed.items()
     }
-    return _of_files("food101", root, classes, pictures, ["meta/train.json", "meta/test.json"], TENTH)
+    return _of_files("food101", root, classes, images, ["meta/train.json", "meta/test.json"], TENTH)
 
 
 def sun397(root: Path) -> Dataset:
@@ -101,10 +101,10 @@ def sun397(root: Path) -> Dataset:
         found = [f.relative_to(root).as_posix() for name in places for f in sorted((root / name).glob("sun_*.jpg"))]
         files, extra, cut = {"train": found}, [], SUN_CUT
     try:
-        pictures = {split: [(file, places[file.rpartition("/")[0]]) for file in each] for split, each in files.items()}
+        images = {split: [(file, places[file.rpartition("/")[0]]) for file in each] for split, each in files.items()}
     except KeyError as error:
         raise InputError(f"{root}: ClassName.txt has no class {error}, which a list of splits names") from None
-    return _of_files("sun397", root, classes, pictures, ["ClassName.txt", *extra, *places], cut)
+    return _of_files("sun397", root, classes, images, ["ClassName.txt", *extra, *places], cut)
 
 
 def imagenet(root: Path) -> Dataset:
@@ -121,7 +121,7 @@ def fashion_mnist(root: Path) -> Dataset:
         images[split] = _idx(root, f"{prefix}-images-idx3-ubyte", 3)
         labels[split] = _idx(root, f"{prefix}-labels-idx1-ubyte", 1).astype(np.int32)
         if len(images[split]) != len(labels[split]):
-            raise InputError(f"{root}: {len(images[split])} pictures and {len(labels[split])} labels of {split}")
+            raise InputError(f"{root}: {len(images[split])} images and {len(labels[split])} labels of {split}")
     return _of_arrays("fashion-mnist", root, FashionMNIST.classes, images, labels)
 
 
@@ -154,20 +154,20 @@ def _of_files(
     name: str,
     root: Path,
     classes: Sequence[str],
-    pictures: dict[str, list[tuple[str, int]]],
+    images: dict[str, list[tuple[str, int]]],
     watched: Sequence[str],
     cut: SplitSpec | None,
 ) -> Dataset:
     """A source of (file, label) pairs, the files relative to `root`."""
     splits = {}
-    for split, found in pictures.items():
+    for split, found in images.items():
         if not found:
             raise InputError(f"{root}: nothing is listed for {split}")
         labels = np.array([label for _, label in found], np.int32)
         if labels.min() < 0 or labels.max() >= len(classes):
             raise InputError(f"{root}: a label of {split} is outside the {len(classes)} classes")
         splits[split] = SplitListing([file for file, _ in found], labels)
-    files = [file for found in pictures.values() for file, _ in found]
+    files = [file for found in images.values() for file, _ in found]
     folders = {Path(file).parent.as_posix() for file in files}
     seen = [str(root / file) for file in (*watched, *sorted(folders), *files)]
 

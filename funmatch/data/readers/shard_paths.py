@@ -64,7 +64,7 @@ def _check_complete(paths: Sequence[Path]) -> None:
 
 
 def is_noted_unlabelled(paths: Sequence[Path]) -> bool:
-    """Whether notes beside all of these shards say that their pictures have no labels."""
+    """Whether notes beside all of these shards say that their images have no labels."""
     notes = {path.parent.parent / NOTE for path in paths}
     return all(note.is_file() and json.loads(note.read_text()).get("labelled") is False for note in notes)
 

@@ -1,4 +1,4 @@
-"""Pictures in shards, listed by position and read in place; TFRecord shards here, tars in `tars`."""
+"""Images in shards, listed by position and read in place; TFRecord shards here, tars in `tars`."""
 
 import gzip
 import os
@@ -31,7 +31,7 @@ from funmatch.data.readers.shard_paths import is_noted_unlabelled, search_folder
 from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors
 
-# The names under which shards keep a picture and its class, tried in this order.
+# The names under which shards keep an image and its class, tried in this order.
 FEATURES = (("image", "class"), ("image", "label"), ("image/encoded", "image/class/label"), ("jpg", "cls"))
 CLASS_FILES = ("class.labels.txt", "label.labels.txt", "labels.txt", "classes.txt", "class_names.txt")
 COUNTED = re.compile(r"-(\d+)-(\d+)\.tfrec$")  # <split>_<name>-<shard>-<count>.tfrec
@@ -41,7 +41,7 @@ MOST_CLASSES = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where one picture lies.
+    """Where one image lies.
 
     Attributes:
         start, length: its bytes, in the shard (unpacked, if it is GZIP).
@@ -73,7 +73,7 @@ def open_tfrecords(pattern: str, reading: ReadOptions, track: Track = untracked)
         found = []
         for number, (start, payload) in enumerate(records(path)):
             try:
-                (a, b), label = _picture_and_label(parse_example(payload), payload, reading)
+                (a, b), label = _image_and_label(parse_example(payload), payload, reading)
             except DamagedRecord as error:
                 raise DamagedRecord(f"record {number}: {error}") from None
             found.append(Record(start + a, b - a, label, number))
@@ -84,7 +84,7 @@ def open_tfrecords(pattern: str, reading: ReadOptions, track: Track = untracked)
     return open_shards(pattern, paths, list_shard, reading, track)
 
 
-def _picture_and_label(features: Features, payload: bytes, reading: ReadOptions) -> tuple[tuple[int, int], int]:
+def _image_and_label(features: Features, payload: bytes, reading: ReadOptions) -> tuple[tuple[int, int], int]:
     pairs = [(reading.image_feature or image, reading.label_feature or label) for image, label in FEATURES]
     image, label = next(
         (pair for pair in pairs if pair[0] in features and (pair[1] in features or pair[1] == "none")), pairs[0]
@@ -98,7 +98,7 @@ def _picture_and_label(features: Features, payload: bytes, reading: ReadOptions)
             raise DamagedRecord(f"has no feature {wanted!r}, but: {here}; choose by {option}{none}")
     spans, numbers = features[image], features.get(label)
     if not spans or not isinstance(spans[0], tuple):
-        raise DamagedRecord(f"feature {image!r} holds no picture; wanted its encoded bytes")
+        raise DamagedRecord(f"feature {image!r} holds no image; wanted its encoded bytes")
     if label == "none":
         return spans[0], UNLABELLED
     if not numbers or len(numbers) > 1:
@@ -117,7 +117,7 @@ def number(text: bytes, where: str) -> int:
 def open_shards(
     pattern: str, paths: list[Path], list_shard: Callable[[Path], list[Record]], reading: ReadOptions, track: Track
 ) -> Dataset:
-    """Lists shards, all problems told at once, and gives their pictures as a source."""
+    """Lists shards, all problems told at once, and gives their images as a source."""
 
     def attempt(path: Path) -> list[Record] | str:
         try:
@@ -135,11 +135,11 @@ def open_shards(
     for path, found in zip(paths, listed, strict=True):
         split = split_of(re.split(r"[-_.]", path.name)) or split_of([path.parent.name]) or "train"
         shards.setdefault(split, []).extend((path, record) for record in found if not isinstance(record, str))
-    for split, pictures in shards.items():
-        if not pictures:
-            raise InputError(f"{pattern}: the shards of {split} hold no picture; fill this split or remove it")
+    for split, images in shards.items():
+        if not images:
+            raise InputError(f"{pattern}: the shards of {split} hold no image; fill this split or remove it")
     classes, named = _classes(paths, shards, reading)
-    splits = {split: _split(pictures, classes, reading) for split, pictures in shards.items()}
+    splits = {split: _split(images, classes, reading) for split, images in shards.items()}
     shard_of = _opener()
 
     def read(split: str, index: int) -> bytes:
@@ -192,7 +192,7 @@ def _classes(
     paths: Sequence[Path], shards: dict[str, list[tuple[Path, Record]]], reading: ReadOptions
 ) -> tuple[tuple[str, ...], set[str]]:
     """The classes, and the files that name them: else they are called by their numbers."""
-    labels = [record.label for pictures in shards.values() for _, record in pictures]
+    labels = [record.label for images in shards.values() for _, record in images]
     if max(labels) == UNLABELLED:
         return (), set()
     folders = list(dict.fromkeys(folder for path in paths for folder in (path.parent, path.parent.parent)))
@@ -208,15 +208,15 @@ def _classes(
     return tuple(map(str, range(count))), set()
 
 
-def _split(pictures: list[tuple[Path, Record]], classes: tuple[str, ...], reading: ReadOptions) -> SplitListing:
-    names = [f"{path}, record {record.number}" for path, record in pictures]
-    labels = np.array([record.label for _, record in pictures], np.int64)
+def _split(images: list[tuple[Path, Record]], classes: tuple[str, ...], reading: ReadOptions) -> SplitListing:
+    names = [f"{path}, record {record.number}" for path, record in images]
+    labels = np.array([record.label for _, record in images], np.int64)
     if (labels == UNLABELLED).all():
         return SplitListing(names, labels.astype(np.int32))
     labels -= reading.first_label
     outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(outside):
-        first = pictures[outside[0]][1].label
+        first = images[outside[0]][1].label
         what = "there is no label, though others have one" if first == UNLABELLED else f"label {first} is outside"
         hint = "; if the first class is 1 there, say --first-label 1" if first == len(classes) else ""
         raise InputError(

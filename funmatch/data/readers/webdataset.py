@@ -46,7 +46,7 @@ def _list_tar(path: Path, reading: ReadOptions) -> list[Record]:
                 image = next((files[ending] for ending in files if ending in wanted), None)
                 if image is None:
                     raise DamagedRecord(
-                        f"sample {key!r} has no picture, but: {', '.join(sorted(files))} (endings begin at the first "
+                        f"sample {key!r} has no image, but: {', '.join(sorted(files))} (endings begin at the first "
                         "dot); choose by --image-feature"
                     )
                 label = _tar_label(tar, key, files, reading)

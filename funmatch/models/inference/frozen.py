@@ -20,10 +20,10 @@ from funmatch.ops.native import norms
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 CLOSE = 1e-3  # nats of KL from the plain teacher, in the mean, up to which a faster form is as good
-AGREEING = 0.995  # share of pictures on which both have the same first class
+AGREEING = 0.995  # share of images on which both have the same first class
 TIED = (CLOSE / 2) ** 0.5
 """Of probability, up to which two classes are equally the first: so far a KL of `CLOSE` may move one (Pinsker)."""
-AT_ONCE = 64  # pictures that the plain teacher is asked at a time
+AT_ONCE = 64  # images that the plain teacher is asked at a time
 TIMED, TURNS = 16, 3
 CLEARLY = 1.1  # times as fast, for a layout to be preferred to the usual one
 SMALL = 1_000_000  # parameters below which no other form is worth its rounding
@@ -36,7 +36,7 @@ class InferenceMode:
     Attributes:
         folded: whether weight standardisation and BatchNorm are in its kernels.
         precision: of its arithmetic: fp32, bf16 or fp16. The head is fp32 in any.
-        layout: of pictures in memory: channels_last or contiguous.
+        layout: of images in memory: channels_last or contiguous.
         compiled: whether by `torch.compile`, for batches of the size that comes first.
         native: whether its GroupNorms are computed by our own kernels, as far as they can be had.
     """
@@ -119,14 +119,14 @@ class ParityCheck:
 
     Attributes:
         form: which.
-        pictures: compared.
-        kl: KL(plain ‖ form), mean over pictures, nats.
-        agreement: share of pictures with the same first class, or one that is as likely within `TIED`.
+        images: compared.
+        kl: KL(plain ‖ form), mean over images, nats.
+        agreement: share of images with the same first class, or one that is as likely within `TIED`.
         failed: why it could not be computed, or None.
     """
 
     form: InferenceMode
-    pictures: int
+    images: int
     kl: float
     agreement: float
     failed: str | None = None
@@ -136,7 +136,7 @@ class ParityCheck:
         return not self.failed and self.kl <= CLOSE and self.agreement >= AGREEING
 
     def __str__(self) -> str:
-        told = self.failed or f"KL {self.kl:.1e}, agreement {100 * self.agreement:.1f} % on {self.pictures} pictures"
+        told = self.failed or f"KL {self.kl:.1e}, agreement {100 * self.agreement:.1f} % on {self.images} images"
         return f"{self.form}: {told}"
 
 

@@ -19,7 +19,7 @@ from funmatch.ops.native import norms
 
 PRECISIONS = ("fp32", "bf16")
 SHARED = 4
-"""Threads of which one may be the only one to have a picture: memory, which is what it waits for, is shared anyway."""
+"""Threads of which one may be the only one to have an image: memory, which is what it waits for, is shared anyway."""
 
 
 def _wanted(module: Any) -> bool:
@@ -31,7 +31,7 @@ def _plain(parameter: Tensor | None) -> bool:
 
 
 def _known(norm: Any, x: Tensor) -> bool:
-    """Whether a kernel normalises this: pictures with their channels last, enough of them to share out."""
+    """Whether a kernel normalises this: images with their channels last, enough of them to share out."""
     return (
         _wanted(norm)
         and all(_plain(parameter) for parameter in (norm.weight, norm.bias))

@@ -1,4 +1,4 @@
-"""What a graph does to pictures, where that is a scale and an offset for each channel.
+"""What a graph does to images, where that is a scale and an offset for each channel.
 
 What it computes from constants and small variables on the way are constants. Anything else that it does is named.
 """
@@ -48,8 +48,8 @@ OF_CONSTANTS: dict[str, Callable[..., Any]] = ARITHMETIC | {
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Pictures after what was done to them: scale · picture + offset, by channel.
+class AffineImage:
+    """Images after what was done to them: scale · image + offset, by channel.
 
     Attributes:
         border: pixels of zeros above, below, left and right.
@@ -63,14 +63,14 @@ class Picture:
 
 
 class GraphWalk:
-    """The values in a graph, as far as they are needed: constants, and what is done to pictures."""
+    """The values in a graph, as far as they are needed: constants, and what is done to images."""
 
     def __init__(self, graph: Graph, bundle: Bundle) -> None:
         self.graph, self.bundle = graph, bundle
-        self.known: dict[Output, Picture | np.ndarray] = {}
+        self.known: dict[Output, AffineImage | np.ndarray] = {}
         self.shown: set[Output] = set()
 
-    def of(self, output: Output, depth: int = 0) -> Picture | np.ndarray:
+    def of(self, output: Output, depth: int = 0) -> AffineImage | np.ndarray:
         """The value of an output.
 
         Raises:
@@ -78,7 +78,7 @@ class GraphWalk:
         """
         if output not in self.known:
             if depth > LONGEST:
-                raise Unclear(f"its graph does more than {LONGEST} things to pictures before the first kernel")
+                raise Unclear(f"its graph does more than {LONGEST} things to images before the first kernel")
             try:
                 with np.errstate(all="ignore"):
                     self.known[output] = self._computed(output, self.graph.node(output), depth + 1)
@@ -88,7 +88,7 @@ class GraphWalk:
                 raise _strange(output, self.graph.node(output)) from None
         return self.known[output]
 
-    def _computed(self, output: Output, node: Node, depth: int) -> Picture | np.ndarray:
+    def _computed(self, output: Output, node: Node, depth: int) -> AffineImage | np.ndarray:
         if node.op in SHOWN:
             return self._shown(output, node)
         if node.op == "Const":
@@ -101,19 +101,19 @@ class GraphWalk:
         if output.number or node.op not in {*OF_CONSTANTS, "Pad", "PadV2"}:
             raise _strange(output, node)
         values = [self.of(each, depth) for each in into]
-        if any(isinstance(value, Picture) for value in values):
-            return _of_pictures(output, node, values)
+        if any(isinstance(value, AffineImage) for value in values):
+            return _of_images(output, node, values)
         arrays = [value for value in values if isinstance(value, np.ndarray)]
         if node.op in ARITHMETIC and np.prod(np.broadcast_shapes(*(array.shape for array in arrays))) > MOST_VALUES:
             raise _strange(output, node)
         return np.asarray(OF_CONSTANTS[node.op](*arrays), float)
 
-    def _shown(self, output: Output, node: Node) -> Picture:
+    def _shown(self, output: Output, node: Node) -> AffineImage:
         self.shown.add(output)
         if len(self.shown) > 1:
-            raise Unclear("its graph is given more than pictures")
+            raise Unclear("its graph is given more than images")
         kind = number(attribute(node, "dtype"), 6)
-        return Picture(np.ones(3), np.zeros(3), are_whole=kind in WHOLE)
+        return AffineImage(np.ones(3), np.zeros(3), are_whole=kind in WHOLE)
 
     def _variable(self, output: Output) -> np.ndarray:
         key = min(self.graph.keys.get(output.node, ()), default="")
@@ -123,35 +123,35 @@ class GraphWalk:
 
 
 def _strange(output: Output, node: Node) -> Unclear:
-    return Unclear(f"its graph applies {node.op} ({output.node}) to pictures before the first kernel")
+    return Unclear(f"its graph applies {node.op} ({output.node}) to images before the first kernel")
 
 
-def _unpadded(value: Picture | np.ndarray, output: Output, node: Node) -> Picture:
-    """Pictures that may be resized, or have something added: those without a border."""
-    if not isinstance(value, Picture) or any(value.border):
+def _unpadded(value: AffineImage | np.ndarray, output: Output, node: Node) -> AffineImage:
+    """Images that may be resized, or have something added: those without a border."""
+    if not isinstance(value, AffineImage) or any(value.border):
         raise _strange(output, node)
     return value
 
 
-def _of_pictures(output: Output, node: Node, values: list[Picture | np.ndarray]) -> Picture:
-    """What an operation makes of pictures."""
+def _of_images(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -> AffineImage:
+    """What an operation makes of images."""
     if node.op in ("Pad", "PadV2"):
         return _padded(output, node, values)
-    if node.op == "Cast" and isinstance(values[0], Picture) and number(attribute(node, "DstT"), 6) in FLOATS:
+    if node.op == "Cast" and isinstance(values[0], AffineImage) and number(attribute(node, "DstT"), 6) in FLOATS:
         return values[0]
-    if node.op == "Neg" and isinstance(values[0], Picture):
+    if node.op == "Neg" and isinstance(values[0], AffineImage):
         return replace(values[0], scale=-values[0].scale, offset=-values[0].offset)
     if node.op not in ARITHMETIC or len(values) != 2:
         raise _strange(output, node)
     left, right = values
     does = ARITHMETIC[node.op]
-    if isinstance(left, Picture) and isinstance(right, np.ndarray):
+    if isinstance(left, AffineImage) and isinstance(right, np.ndarray):
         by = _by_channel(right, output, node)
         if node.op in ("Mul", "RealDiv"):
             return replace(left, scale=does(left.scale, by), offset=does(left.offset, by))
         left = _unpadded(left, output, node)
         return replace(left, offset=does(left.offset, by))
-    if isinstance(right, Picture) and isinstance(left, np.ndarray) and node.op != "RealDiv":
+    if isinstance(right, AffineImage) and isinstance(left, np.ndarray) and node.op != "RealDiv":
         by = _by_channel(left, output, node)
         if node.op == "Mul":
             return replace(right, scale=by * right.scale, offset=by * right.offset)
@@ -167,12 +167,12 @@ def _by_channel(value: np.ndarray, output: Output, node: Node) -> np.ndarray:
     return np.broadcast_to(value.reshape(-1), 3)
 
 
-def _padded(output: Output, node: Node, values: list[Picture | np.ndarray]) -> Picture:
-    """Pictures with more zeros around them."""
-    picture, widths, *filled = values
-    if not isinstance(picture, Picture) or not isinstance(widths, np.ndarray) or widths.shape != (4, 2):
+def _padded(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -> AffineImage:
+    """Images with more zeros around them."""
+    image, widths, *filled = values
+    if not isinstance(image, AffineImage) or not isinstance(widths, np.ndarray) or widths.shape != (4, 2):
         raise _strange(output, node)
-    if any(isinstance(value, Picture) or value.any() for value in filled) or widths[[0, 3]].any():
+    if any(isinstance(value, AffineImage) or value.any() for value in filled) or widths[[0, 3]].any():
         raise _strange(output, node)
-    top, bottom, left, right = (int(a + b) for a, b in zip(picture.border, widths[1:3].flat, strict=True))
-    return replace(picture, border=(top, bottom, left, right))
+    top, bottom, left, right = (int(a + b) for a, b in zip(image.border, widths[1:3].flat, strict=True))
+    return replace(image, border=(top, bottom, left, right))

@@ -1,7 +1,7 @@
-"""The graph in a SavedModel: operations, followed from what is served back to the pictures.
+"""The graph in a SavedModel: operations, followed from what is served back to the images.
 
 `saved_model.pb` is a `SavedModel` with a `MetaGraphDef`: a `GraphDef` of nodes, the functions that they call, and
-signatures, which say where pictures go in and answers come out. A node outside of functions names its inputs
+signatures, which say where images go in and answers come out. A node outside of functions names its inputs
 `node:number`, one in a function `node:output:number`, or an argument alone. Calls are followed into their functions, so
 that what is seen from outside is one graph of operations. A function is read when it is first called.
 """

@@ -1,6 +1,6 @@
-"""What a network in a SavedModel sees: what its graph does to pictures before the first kernel, and after the head.
+"""What a network in a SavedModel sees: what its graph does to images before the first kernel, and after the head.
 
-The graph is followed from the first convolution back to the pictures. `scale · picture + offset` for each channel is a
+The graph is followed from the first convolution back to the images. `scale · image + offset` for each channel is a
 mean and a standard deviation; whatever else is done to them cannot be written as these.
 """
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from funmatch.data.formats.protobuf import Damaged, text
 from funmatch.errors import InputError
-from funmatch.models.tensorflow.affine import GraphWalk, Picture
+from funmatch.models.tensorflow.affine import AffineImage, GraphWalk
 from funmatch.models.tensorflow.bundle import Bundle
 from funmatch.models.tensorflow.graph import Graph, Output, open_graph
 from funmatch.models.tensorflow.nodes import Missing, Node, Unclear, attribute, numbers
 
 Inputs = tuple[tuple[float, ...], tuple[float, ...]]
 AS_GIVEN: Inputs = (0.0,) * 3, (1.0,) * 3
-"""Mean and standard deviation of what networks see, for pictures in [0, 1]; and of one that sees [0, 1] as it is."""
+"""Mean and standard deviation of what networks see, for images in [0, 1]; and of one that sees [0, 1] as it is."""
 
 BORDER = 3  # pixels of zeros that BiT's first convolution sees on each side
 MULTIPLY = {"MatMul", "Conv2D", "BatchMatMulV2", "Einsum"}
@@ -35,8 +35,8 @@ class Preprocessing:
     """What a graph says of a network.
 
     Attributes:
-        inputs: mean and standard deviation for pictures in [0, 1]; None where they cannot be told.
-        is_plain: whether the network sees pictures as they are given, so that they may have been of any range.
+        inputs: mean and standard deviation for images in [0, 1]; None where they cannot be told.
+        is_plain: whether the network sees images as they are given, so that they may have been of any range.
         why: they cannot be told.
         stem: the keys of the first kernel; none where it was not found.
         used: keys of all variables that the answer is computed from; None where that is not known.
@@ -73,7 +73,7 @@ def input_preprocessing(folder: Path, bundle: Bundle) -> Preprocessing:
 
 
 def _seen(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preprocessing:
-    """What is done to pictures before the one convolution with a kernel of BiT's first shape."""
+    """What is done to images before the one convolution with a kernel of BiT's first shape."""
     first = [
         (output, stem)
         for output in graph.before(graph.answers)
@@ -87,11 +87,11 @@ def _seen(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preprocessing:
     found = replace(found, stem=frozenset(stem))
     given = graph.inputs(convolution)[:1]
     try:
-        picture = GraphWalk(graph, bundle).of(given[0])
-        if not isinstance(picture, Picture):
-            raise Unclear("its graph shows the network no pictures")
-        _check_border(graph.node(convolution), picture)
-        inputs, is_plain = _as_inputs(picture)
+        image = GraphWalk(graph, bundle).of(given[0])
+        if not isinstance(image, AffineImage):
+            raise Unclear("its graph shows the network no images")
+        _check_border(graph.node(convolution), image)
+        inputs, is_plain = _as_inputs(image)
     except Unclear as error:
         return replace(found, why=str(error))
     return replace(found, inputs=inputs, is_plain=is_plain, before=_keys(graph, given))
@@ -101,10 +101,10 @@ def _keys(graph: Graph, outputs: list[Output]) -> frozenset[str]:
     return frozenset(key for keys in graph.variables(outputs) for key in keys)
 
 
-def _check_border(convolution: Node, picture: Picture) -> None:
-    """Raises `Unclear` unless the first convolution stands on its pictures as BiT's does."""
+def _check_border(convolution: Node, image: AffineImage) -> None:
+    """Raises `Unclear` unless the first convolution stands on its images as BiT's does."""
     form = text(attribute(convolution, "padding"), 2)
-    border = list(picture.border)
+    border = list(image.border)
     if form == "EXPLICIT":
         more = numbers(attribute(convolution, "explicit_paddings"))[2:6]
         border = [a + b for a, b in zip(border, more, strict=False)]
@@ -116,32 +116,32 @@ def _check_border(convolution: Node, picture: Picture) -> None:
         )
 
 
-def _as_inputs(picture: Picture) -> tuple[Inputs, bool]:
-    """Mean and standard deviation for pictures in [0, 1], and whether nothing was done to pictures at all.
+def _as_inputs(image: AffineImage) -> tuple[Inputs, bool]:
+    """Mean and standard deviation for images in [0, 1], and whether nothing was done to images at all.
 
-    Whether the network was shown pictures in [0, 1] or in 0 … 255 is told by where it puts these: the middle of what it
+    Whether the network was shown images in [0, 1] or in 0 … 255 is told by where it puts these: the middle of what it
     sees must lie in the range, and the range must then be of the size that networks are shown.
     """
-    scale, offset = picture.scale, picture.offset
+    scale, offset = image.scale, image.offset
     with np.errstate(all="ignore"):
         zero, width = -offset / scale, 1 / scale
     if not (np.isfinite([scale, offset, zero, width]).all() and (scale > 0).all()):
-        raise Unclear(f"its graph maps pictures x to {_written(scale)} · x + {_written(offset)}")
+        raise Unclear(f"its graph maps images x to {_written(scale)} · x + {_written(offset)}")
 
     def fits(largest: float) -> bool:
         spans = (scale * largest >= 0.5).all() and (scale * largest <= 50).all()
         return bool(spans and (zero >= -0.05 * largest).all() and (zero <= 1.05 * largest).all())
 
-    ranges = [255.0] if picture.are_whole else [largest for largest in (1.0, 255.0) if fits(largest)]
+    ranges = [255.0] if image.are_whole else [largest for largest in (1.0, 255.0) if fits(largest)]
     if not ranges and (zero > 1.05).all() and (zero <= 255 * 1.05).all():
         ranges = [255.0]  # nothing but a mean is subtracted
     if len(ranges) != 1:
         raise Unclear(
-            f"its graph maps pictures x to {_written(scale)} · x + {_written(offset)}, for x in [0, 1] as well as in "
+            f"its graph maps images x to {_written(scale)} · x + {_written(offset)}, for x in [0, 1] as well as in "
             "0 … 255 an odd range"
         )
     mean, std = zero / ranges[0], width / ranges[0]
-    plain = not picture.are_whole and bool((scale == 1).all() and (offset == 0).all())
+    plain = not image.are_whole and bool((scale == 1).all() and (offset == 0).all())
     return (tuple(map(_near, mean)), tuple(map(_near, std))), plain
 
 

@@ -7,7 +7,7 @@ each other, and which of them are variables. Who saved decides what can be known
 - a module of TensorFlow Hub has attributes of any kind, but whole names, `resnet/block1/unit01/a/…/kernel`;
 - an export of Keras has a list alone. It is read if it lists what BiT has, shape by shape, in the order of definition.
 
-What is done to pictures before the first kernel is read from the graph of operations, by `sight`.
+What is done to images before the first kernel is read from the graph of operations, by `sight`.
 """
 
 import re
@@ -70,8 +70,8 @@ class Savedmodel:
     Attributes:
         arrays: by the names of published checkpoints, without `resnet/`; each is read when it is asked for. Kernels are
             (height, width, in, out), `head/kernel` is (in, classes).
-        inputs: mean and standard deviation of what it sees, for pictures in [0, 1]; None where that cannot be told.
-        is_plain: whether it sees pictures as they are given, so that it may have been trained on any range.
+        inputs: mean and standard deviation of what it sees, for images in [0, 1]; None where that cannot be told.
+        is_plain: whether it sees images as they are given, so that it may have been trained on any range.
         why: it cannot be told what it sees.
         notes: what else a person should know.
     """
@@ -108,7 +108,7 @@ def open_savedmodel(folder: Path) -> Savedmodel:
     if left := {key for key, entry in bundle.entries.items() if entry.is_weight} - beside - set(found.values()):
         raise InputError(f"{folder} holds more than a BiT network: {_some(left)}; {SAVE_AGAIN}")
     arrays = Lazily(found, lambda name: read(bundle, found[name]).reshape(shapes[name]))
-    if seen.is_missing and is_alone:  # nothing is around it that could do anything to pictures
+    if seen.is_missing and is_alone:  # nothing is around it that could do anything to images
         return Savedmodel(arrays, AS_GIVEN, is_plain=True)
     if seen.stem and found[STEM] not in seen.stem:
         return Savedmodel(arrays, None, why="its graph uses another network")

@@ -51,7 +51,7 @@ def _addresses(*tensors: Tensor) -> list[int]:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, relu: bool) -> tuple[Tensor, Tensor]:
-    """The normalised pictures, and the mean and 1 / deviation of each group: (2, n, groups)."""
+    """The normalised images, and the mean and 1 / deviation of each group: (2, n, groups)."""
     y, kept = torch.empty_like(x), torch.empty(2, len(x), groups, **FLOATS)
     call = getattr(library.load_library(), f"norm_{DTYPES[x.dtype]}")
     call(*_addresses(x, y, kept[0], kept[1], weight, bias), _shape(x, groups, relu=relu), eps)
@@ -61,7 +61,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, r
 def _norm_back(
     given: Tensor, x: Tensor, weight: Tensor, bias: Tensor, kept: Tensor, groups: int, *, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the pictures, of weight, and of bias."""
+    """Gradients of the images, of weight, and of bias."""
     given = given.contiguous(memory_format=torch.channels_last)
     back, shares = torch.empty_like(x), torch.empty(2, len(x), x.shape[1], **FLOATS)
     call = getattr(library.load_library(), f"norm_back_{DTYPES[x.dtype]}")

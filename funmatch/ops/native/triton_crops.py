@@ -10,7 +10,7 @@ BLOCK = 1024
 
 @triton.jit
 def _read(flat, axes, pixel, row_bytes, row, column, channel, inside):
-    """The bilinear value of a picture at a place of its view."""
+    """The bilinear value of an image at a place of its view."""
     y = tl.load(axes) + row * tl.load(axes + 1)
     lowest = tl.load(axes + 3)
     y = tl.minimum(tl.maximum(y, tl.load(axes + 2)), lowest)
@@ -34,16 +34,16 @@ def _read(flat, axes, pixel, row_bytes, row, column, channel, inside):
 
 @triton.jit
 def _look(flat, corners, axes, views, side, BLOCK: tl.constexpr):
-    picture = tl.program_id(0)
+    image = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = side * side * 3
     inside = place < values
     channel = place % 3
     column = (place // 3) % side
     row = place // (3 * side)
-    pixel, row_bytes = tl.load(corners + 2 * picture), tl.load(corners + 2 * picture + 1)
-    value = _read(flat, axes + 8 * picture, pixel, row_bytes, row, column, channel, inside)
-    tl.store(views + picture.to(tl.int64) * values + place, value / 255, mask=inside)
+    pixel, row_bytes = tl.load(corners + 2 * image), tl.load(corners + 2 * image + 1)
+    value = _read(flat, axes + 8 * image, pixel, row_bytes, row, column, channel, inside)
+    tl.store(views + image.to(tl.int64) * values + place, value / 255, mask=inside)
 
 
 def sample(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:

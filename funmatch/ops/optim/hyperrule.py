@@ -1,17 +1,17 @@
-"""BiT-HyperRule: how to fine-tune, from how many pictures there are and how large they are.
+"""BiT-HyperRule: how to fine-tune, from how many images there are and how large they are.
 
 Kolesnikov et al., "Big Transfer (BiT): General visual representation learning", ECCV 2020 (arXiv 1912.11370), section
 3.3: one rule instead of a search. The steps are those of its published code.
 """
 
 BATCH = 512
-"""Pictures a step for which the rule's learning rate was made."""
+"""Images a step for which the rule's learning rate was made."""
 SMALL, MEDIUM = 20_000, 500_000
-"""Training pictures below which a data set is small, or of medium size."""
+"""Training images below which a data set is small, or of medium size."""
 
 
 def steps(images: int) -> int:
-    """Length of the run in updates, for so many training pictures."""
+    """Length of the run in updates, for so many training images."""
     return _by_size(images, 500, 10_000, 20_000)
 
 
@@ -31,15 +31,15 @@ def mixup(images: int) -> float:
 
 
 def lr(batch: int) -> float:
-    """SGD's learning rate at the top of the schedule, for so many pictures a step."""
+    """SGD's learning rate at the top of the schedule, for so many images a step."""
     return 0.003 * batch / BATCH
 
 
 def sides(area: float) -> tuple[int, int]:
-    """To which short side pictures are resized, and the side of the crop, in pixels.
+    """To which short side images are resized, and the side of the crop, in pixels.
 
     Args:
-        area: of the pictures, pixels.
+        area: of the images, pixels.
     """
     return (160, 128) if area < 96 * 96 else (512, 480)
 

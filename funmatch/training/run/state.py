@@ -21,7 +21,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """What the teachers say of the watched split's pictures, (n, classes): together, and each."""
+    """What the teachers say of the watched split's images, (n, classes): together, and each."""
 
     combined: Tensor
     members: list[Tensor]

@@ -1,6 +1,6 @@
-"""What fixed teachers say of each training picture: computed once, kept under a fingerprint, looked up ever after.
+"""What fixed teachers say of each training image: computed once, kept under a fingerprint, looked up ever after.
 
-Processes that want the same answers share the work, a part of the pictures at a time; killed ones leave their finished
+Processes that want the same answers share the work, a part of the images at a time; killed ones leave their finished
 parts behind.
 """
 
@@ -35,14 +35,14 @@ PART = 1024
 
 @dataclass(frozen=True)
 class FixedViews:
-    """How a fixed teacher looks at pictures.
+    """How a fixed teacher looks at images.
 
     Attributes:
-        split: of the pictures.
+        split: of the images.
         look: whole, central or ensemble; see `Strategy.teacher`.
-        crops: of each picture.
+        crops: of each image.
         side, resize: of the student's mild crops, pixels: the central view has their proportions.
-        squash: whether mild crops are cut out of the whole picture resized to a square.
+        squash: whether mild crops are cut out of the whole image resized to a square.
         min_area: of the ensemble's Inception crops.
     """
 
@@ -54,18 +54,18 @@ class FixedViews:
     squash: bool
     min_area: float
 
-    def views(self, picture: int, which: slice, sides: Sequence[int]) -> dict[int, Tensor]:
-        """Some of the views of a picture, (n, 3, side, side) float32 in [0, 1], by their side.
+    def views(self, image: int, which: slice, sides: Sequence[int]) -> dict[int, Tensor]:
+        """Some of the views of an image, (n, 3, side, side) float32 in [0, 1], by their side.
 
-        The crops of an ensemble depend on the picture's number alone, so they are the same for each student; half of
+        The crops of an ensemble depend on the image's number alone, so they are the same for each student; half of
         them are mirrored, as training views are.
         """
-        pixels = self.split.picture(picture)
+        pixels = self.split.image(image)
         if self.look == "central":
             shapes = {side: round(self.resize * side / self.side) for side in sides}
             return {side: central_view(pixels, short, side, squash=self.squash)[None] for side, short in shapes.items()}
         size = np.full(self.crops, pixels.shape[0]), np.full(self.crops, pixels.shape[1])
-        rng = generator(0, picture, ENSEMBLE)
+        rng = generator(0, image, ENSEMBLE)
         if self.look == "whole":
             boxes, flips = sample_whole_boxes(rng, *size), np.zeros(self.crops, bool)
         else:
@@ -78,7 +78,7 @@ class FixedViews:
 
 
 def fixed_views(lesson: TrainSetup) -> FixedViews:
-    """How the teachers of a resolved configuration look at pictures."""
+    """How the teachers of a resolved configuration look at images."""
     config = lesson.config
     assert isinstance(config, Distill)
     look = STRATEGIES[config.strategy].teacher
@@ -90,15 +90,15 @@ def fixed_views(lesson: TrainSetup) -> FixedViews:
 
 
 def first_views(lesson: TrainSetup, called: Sequence[LoadedTeacher]) -> dict[int, Tensor]:
-    """Views of the first training pictures by side, to hold a teacher's fast forms against the plain one."""
+    """Views of the first training images by side, to hold a teacher's fast forms against the plain one."""
     looks, sides = fixed_views(lesson), {one.side for one in called}
-    pictures = range(min(CHECKED, lesson.view.batch, len(looks.split)))
-    each = [looks.views(picture, slice(1), sorted(sides)) for picture in pictures]
+    images = range(min(CHECKED, lesson.view.batch, len(looks.split)))
+    each = [looks.views(image, slice(1), sorted(sides)) for image in images]
     return {side: torch.cat([views[side] for views in each]) for side in sides}
 
 
 def compute_fixed_logits(lesson: TrainSetup, teachers: TeacherEnsemble) -> TrainSetup:
-    """The lesson with what its teachers say of each training picture, alone and always."""
+    """The lesson with what its teachers say of each training image, alone and always."""
     looks = fixed_views(lesson)
     sides = sorted({member.side for member in teachers.members})
     asked = {
@@ -161,7 +161,7 @@ def _compute(
     whole = folder / "answers.npy"
     with ProgressBar("teacher", count) as bar:
         while not whole.is_file():
-            missing = {path: pictures for path, pictures in parts.items() if not path.is_file()}
+            missing = {path: images for path, images in parts.items() if not path.is_file()}
             bar.update(count - sum(map(len, missing.values())))
             if not missing:
                 _join(whole, parts, shape)
@@ -187,7 +187,7 @@ def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None
     with lock:
         if whole.is_file():
             return
-        read = [_read(path, (len(pictures), *shape[1:])) for path, pictures in parts.items()]
+        read = [_read(path, (len(images), *shape[1:])) for path, images in parts.items()]
         sound = [part for part in read if part is not None]
         if len(sound) == len(parts):  # else what was damaged, or taken away by who was faster, is looked for again
             write_array(whole, np.concatenate(sound))
@@ -195,27 +195,27 @@ def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None
 
 @torch.inference_mode()
 def _answered(
-    looks: FixedViews, teachers: TeacherEnsemble, pictures: range, sides: list[int], lesson: TrainSetup
+    looks: FixedViews, teachers: TeacherEnsemble, images: range, sides: list[int], lesson: TrainSetup
 ) -> np.ndarray:
-    """What each teacher says of some pictures, (pictures, teachers, classes) float32.
+    """What each teacher says of some images, (images, teachers, classes) float32.
 
     Of one view these are its logits; of several log Σ softmax(logits) / n, whose softmax are the mean probabilities.
     """
     batch = lesson.view.batch
-    each = [(picture, start) for picture in pictures for start in range(0, looks.crops, batch)]
-    # Views of one picture fill a batch by themselves where there are many, else those of several do.
+    each = [(image, start) for image in images for start in range(0, looks.crops, batch)]
+    # Views of one image fill a batch by themselves where there are many, else those of several do.
     together = max(1, batch // looks.crops)
 
     def make(number: int) -> dict[int, Tensor]:
         some = each[number * together : (number + 1) * together]
-        made = [looks.views(picture, slice(start, start + batch), sides) for picture, start in some]
+        made = [looks.views(image, slice(start, start + batch), sides) for image, start in some]
         return {side: torch.cat([views[side] for views in made]) for side in sides}
 
     device, told = lesson.loop.device, []
     for views in prefetch_map(make, 0, -(-len(each) // together), devices.spare_threads()):
         shown = {side: view.to(device) for side, view in views.items()}
         told.append(torch.stack([member.logits(shown[member.side]).float().cpu() for member in teachers.members], 1))
-    answers = torch.cat(told).view(len(pictures), looks.crops, len(teachers.members), -1)
+    answers = torch.cat(told).view(len(images), looks.crops, len(teachers.members), -1)
     if looks.crops == 1:
         return answers[:, 0].numpy()
     summed = answers.double().log_softmax(-1).logsumexp(1)

@@ -30,7 +30,7 @@ from funmatch.training import scoring
 
 Modules = dict[str, nn.Module]
 """Modules that were given from Python, by the names that stand for them."""
-CHECKED = 256  # pictures of the first batch, at most, on which a form is held against the plain teacher
+CHECKED = 256  # images of the first batch, at most, on which a form is held against the plain teacher
 BELOW_CARD_WARNING = 0.1  # of accuracy, from which a teacher is loudly doubted
 
 
@@ -69,7 +69,7 @@ class LoadedTeacher:
 def wanted_classes(config: Distill | Evaluate, cache: Cache) -> tuple[str, ...] | None:
     """The classes that are asked of teachers with others, or None where each is asked its own.
 
-    They are those of the pictures; of pictures without labels, those that the map speaks of.
+    They are those of the images; of images without labels, those that the map speaks of.
     """
     if config.classes is None:
         return None
@@ -191,7 +191,7 @@ def _frozen(one: LoadedTeacher, shown: Tensor, config: Distill) -> tuple[Frozen,
         info(f"the next run will measure this teacher again: {place.parent} cannot be written ({error.strerror})")
     return frozen, {
         "form": asdict(taken.form),
-        "beside_fp32": {"kl": taken.kl, "agreement": taken.agreement, "pictures": taken.pictures},
+        "beside_fp32": {"kl": taken.kl, "agreement": taken.agreement, "pictures": taken.images},
     }
 
 
@@ -222,13 +222,13 @@ def _known_form(place: Path, wish: AllowedModes) -> InferenceMode | None:
 
 
 def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView) -> tuple[Tensor, list[Tensor]]:
-    """What all teachers say together of a split's pictures, and what each says: (n, classes) float32 on the CPU."""
+    """What all teachers say together of a split's images, and what each says: (n, classes) float32 on the CPU."""
     each = [scoring.predict(Picked(member), split, seen_by(member, view)) for member in teachers.members]
     return teachers.combine_logits(each), each
 
 
 def seen_by(member: EnsembleMember, view: scoring.EvalView) -> scoring.EvalView:
-    """How a teacher sees pictures that are judged on: as the student does, at its own side."""
+    """How a teacher sees images that are judged on: as the student does, at its own side."""
     if member.side == view.side:
         return view
     return replace(
@@ -266,12 +266,12 @@ def check_teachers(
         figures = scoring.score(logits, split)
         if figures["balanced"] is None or figures["top1"] is None:
             continue
-        info(f"teacher {name}: top-1 {percent(figures['top1'])} on {len(split)} pictures of {split.name}")
+        info(f"teacher {name}: top-1 {percent(figures['top1'])} on {len(split)} images of {split.name}")
         promised = member.frozen.classifier.card.top1 if member else None
         if promised is not None and figures["top1"] < promised - BELOW_CARD_WARNING:
             info(
                 f"WARNING: teacher {name} is right on {percent(figures['top1'])} here, but its own card says "
-                f"{percent(promised)}: are these its pictures, its classes in order, its side (--teacher-side)?"
+                f"{percent(promised)}: are these its images, its classes in order, its side (--teacher-side)?"
             )
         check_above_chance(name, figures["balanced"], logits, split, config)
 
@@ -288,12 +288,12 @@ def check_above_chance(name: str, right: float, logits: Tensor, split: CachedSpl
         )
 
 
-def chance_threshold(classes: int, pictures: int) -> float:
+def chance_threshold(classes: int, images: int) -> float:
     """The mean accuracy a class below which a classifier is taken to guess.
 
     Two standard deviations of a guess, or a tenth of the way to being right (a chance's worth of it, where that is
     less), whichever is more; but never beyond the middle between guessing and being right.
     """
     chance = 1 / classes
-    deviation = math.sqrt(chance * (1 - chance) / pictures)
+    deviation = math.sqrt(chance * (1 - chance) / images)
     return min(chance + max(2 * deviation, min(chance, 0.1) * (1 - chance)), (1 + chance) / 2)

@@ -238,7 +238,7 @@ def open_tape(folder: Path, layout: Layout, asked: Mapping[str, Any], about: Map
     """The tape in a folder, or a new one there.
 
     Args:
-        asked: what its answers depend on: pictures, draws, views, teachers.
+        asked: what its answers depend on: images, draws, views, teachers.
         about: what else is kept of its beginning.
 
     Raises:
