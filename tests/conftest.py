@@ -23,7 +23,7 @@ def cache_home(tmp_path_factory, monkeypatch) -> Path:
 @pytest.fixture(name="images")
 def folder_of_images(tmp_path) -> Path:
     """train, val and test of three classes, in three formats and several sizes."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for s, (split, count) in enumerate((("train", 5), ("val", 3), ("test", 4))):
         for c, name in enumerate(("ant", "bee", "cat")):
             for i in range(count):

@@ -135,7 +135,7 @@ def test_sun(home):
 
 
 def test_the_shares_of_sun_are_the_published_counts():
-    (test, val), n = (catalog.layouts.SUN_CUT.shares[name] for name in ("test", "val")), 108_753
+    (test, val), n = (catalog.published.SUN_CUT.shares[name] for name in ("test", "val")), 108_753
     assert {"train": n - int(test * n) - int(val * n), "val": int(val * n), "test": int(test * n)} == CATALOG[
         "sun397"
     ].counts

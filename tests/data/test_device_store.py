@@ -54,7 +54,7 @@ def test_evaluation_sees_the_same_of_any_part_of_a_split(cache, squash):
     host = cache.splits["val"]
     there, _ = move_to_device(host, CPU)
     some = np.array([5, 0, 0, 3])
-    for one, other in ((host, there), (host.picked(some), there.subset(some))):
+    for one, other in ((host, there), (host.subset(some), there.subset(some))):
         views = [torch.cat([v for v, _ in central_batches(split, 24, 30, 3, squash=squash)]) for split in (one, other)]
         torch.testing.assert_close(views[1], views[0], atol=CLOSE, rtol=0)
 
@@ -64,7 +64,7 @@ def test_pixels_lie_there_once(cache):
     first, _ = move_to_device(split, CPU)
     second, _ = move_to_device(replace(split, name="other"), CPU)
     assert first.store is second.store
-    twice = split.picked(np.array([0, 0, 1]))
+    twice = split.subset(np.array([0, 0, 1]))
     lone, _ = move_to_device(twice, CPU)
     rows = split.index[[0, 1]]
     assert device_bytes(twice) == len(lone.store.flat) == int((rows["height"] * rows["width"] * 3).sum())
@@ -72,7 +72,7 @@ def test_pixels_lie_there_once(cache):
 
 def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
     size = device_bytes(cache.splits["train"])
-    some = of_tasks.move_to_device(cache, CPU, (size + 10) / 1e9)
+    some = of_tasks.move_data_to_device(cache, CPU, (size + 10) / 1e9)
     assert some.splits["train"].store is not cache.splits["train"].store
     assert some.splits["val"].store is cache.splits["val"].store
     assert "val: 0.0 GB of pixels stay on the host, since --device-gb is" in capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr("funmatch.training.datasets.move_to_device", full)
-    assert of_tasks.move_to_device(cache, CPU, 1).splits == cache.splits
+    assert of_tasks.move_data_to_device(cache, CPU, 1).splits == cache.splits
     assert "has no room for" in capsys.readouterr().err
 
 

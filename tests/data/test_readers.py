@@ -162,7 +162,7 @@ def small_loader(images) -> Loader:
 
 
 def test_a_batch_is_what_its_draw_says(loader):
-    drawn, batch = loader.draw(5), loader.batch_at(5)
+    drawn, batch = loader.sample(5), loader.batch_at(5)
     images = [loader.split.image(i) for i in drawn.indices]
     expected = crop_resize_flip(images, drawn.boxes, drawn.flips, 12)
     assert torch.equal(batch.crops[1:], expected)

@@ -295,7 +295,7 @@ def test_teachers_in_pieces():
         side, share = 32, 1.0
         frozen = nn.Identity()
 
-        def answers(self, views):
+        def logits(self, views):
             assert len(views) <= 3
             return views.mean((2, 3))
 
