@@ -21,7 +21,8 @@ from funmatch.training.teachers import loading
 from funmatch.training.trainer import Trainer
 
 SHARED = (
-    "seed", "batch", "side", "min_area", "crop", "resize", "mixing", "cutmix", "randaugment", "teacher_sides", "own_teacher_view",
+    "seed", "batch", "side", "min_area", "crop", "resize", "mixing", "cutmix", "randaugment", "teacher_sides",
+    "own_teacher_view",
 )  # fmt: skip
 """What must be alike in the loaders of students that are taught beside each other."""
 
