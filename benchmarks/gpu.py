@@ -45,7 +45,7 @@ from funmatch.data.batch import Batch
 from funmatch.data.cache.device_store import fastest_crop_kernel
 from funmatch.data.loader import prefetch
 from funmatch.ops import resample
-from funmatch.ops.sampling import sample_boxes
+from funmatch.ops.sampling import box_sampler
 from funmatch.runtime import devices, transfers
 from funmatch.training import distill, profiling
 from funmatch.training.acceleration import compile_student
@@ -135,7 +135,7 @@ class Bench:
             lengths = 3 * shape.prod(1)
             starts = np.cumsum(lengths) - lengths
             flat = torch.from_numpy(rng.integers(0, 256, int(lengths.sum()), dtype=np.uint8))
-            boxes = sample_boxes("inception")(rng, *shape[: self.batch].T)
+            boxes = box_sampler("inception")(rng, *shape[: self.batch].T)
             flips = rng.random(self.batch) < 0.5
             looks = resample.crop_then_resize(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
             looks = looks.flipped(flips, self.side)

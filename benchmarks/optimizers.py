@@ -21,7 +21,7 @@ from pytorch_optimizer import ScalableShampoo
 from torch import nn
 
 from funmatch.ops.optim.shampoo import Shampoo
-from funmatch.ops.optim.shampoo_blocks import grids, merged
+from funmatch.ops.optim.shampoo_blocks import block_grids, merge_axes
 from funmatch.runtime import devices
 
 BLOCK = 128
@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, auto, or as torch names it")
     options = parser.parse_args()
     device = devices.pick_device(options.device)
-    shapes = [merged(p.shape, BLOCK) for p in parameters(options.model, device)]
-    cuts = [grid for shape in shapes if len(shape) > 1 for grid in grids(shape, BLOCK)]
+    shapes = [merge_axes(p.shape, BLOCK) for p in parameters(options.model, device)]
+    cuts = [grid for shape in shapes if len(shape) > 1 for grid in block_grids(shape, BLOCK)]
     usual = {"lr": 1e-3, "block_size": BLOCK, "preconditioning_compute_steps": 1}
     contenders = {
         "ours": Shampoo(parameters(options.model, device), **usual),

@@ -33,7 +33,7 @@ from funmatch.config import (
     Train,
 )
 from funmatch.config.options import Options
-from funmatch.errors import InputError, WorkFailed, lacks_memory, unknown
+from funmatch.errors import InputError, WorkFailed, is_out_of_memory, unknown
 from funmatch.runtime import env
 from funmatch.runtime.env import reported_elsewhere
 from funmatch.version import __version__
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             _fail(error, "out of memory; --micro-batch, --teacher-batch or --grad-checkpointing needs less")
         if "home directory" not in str(error):  # as Python says that there is no such user
             raise

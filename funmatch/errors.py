@@ -47,7 +47,7 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def lacks_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, of an accelerator or of the machine."""
     named = type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be imported for this
     return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -95,7 +95,8 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(funmatch, tmp_path):
     """A limit on the size of files stands for the full disk: writing beyond it fails in the middle."""
     code = (
         "import errno, sys\n"
-        "from funmatch import checkpoint, cli\n"
+        "from funmatch import cli\n"
+        "from funmatch.training.run import checkpoint\n"
         "real = checkpoint.save_file\n"
         "def full(tensors, path):\n"
         "    if 'step-000000004' in str(path):\n"

@@ -6,7 +6,7 @@ from typing import Any
 from funmatch.config import Demo, Distill, Evaluate, Report, Train
 from funmatch.reports import run_page, run_plots
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.log import info, table
+from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import duration, percent
 from funmatch.training import distill, evaluate, train
 from funmatch.training.run import folder as run_folder
@@ -56,14 +56,20 @@ def run(config: Demo) -> dict[str, Any]:
 def show(figures: dict[str, Any]) -> None:
     """The demonstration's table for people."""
     rows = [
-        [name, percent(each["top1"]), percent(each["agreement"]), f"{each['parameters']:,}", _seconds(each)]
+        [
+            name,
+            percent(each["top1"]),
+            percent(each["agreement"]),
+            f"{each['parameters']:,}",
+            _seconds(each),
+        ]
         for name, each in (
             ("teacher", figures["teacher"] | {"agreement": 1.0}),
             ("student, labels alone", figures["labels"]),
             ("student, function matching", figures["student"]),
         )
     ]
-    table(
+    print_table(
         "Fashion-MNIST, 200 training images, 2,000 test images",
         ["", "top-1", "agreement", "parameters", "time"],
         rows,

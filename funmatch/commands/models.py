@@ -11,12 +11,12 @@ import timm
 from funmatch.config import Import, Models
 from funmatch.errors import InputError, unknown
 from funmatch.models.classifier import OTHER_SIZES, check_side, save, timm_config
-from funmatch.models.download import PAPER
+from funmatch.models.download import PAPER_FILES
 from funmatch.models.flops import gflop
 from funmatch.models.load import NAMED, load
 from funmatch.models.timm_models import create_empty, is_known, net_config
-from funmatch.runtime.files import cache_home, folder_atomically
-from funmatch.runtime.log import ProgressBar, info_notes, table
+from funmatch.runtime.files import cache_home, write_folder_atomically
+from funmatch.runtime.log import ProgressBar, info_notes, print_table
 
 INPUTS = {
     "0..1": ((0.0,) * 3, (1.0,) * 3),
@@ -25,7 +25,7 @@ INPUTS = {
 }
 """Mean and standard deviation, for images in [0, 1], of what networks are trained on."""
 BIT = [f"resnetv2_{size}_bit" for size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")]
-GROUPS = {**dict.fromkeys(NAMED, "embedded"), **{f"bit:{name}": "the paper's own file" for name in PAPER}}
+GROUPS = {**dict.fromkeys(NAMED, "embedded"), **{f"bit:{name}": "the paper's own file" for name in PAPER_FILES}}
 
 
 def import_model(config: Import) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def import_model(config: Import) -> dict[str, Any]:
         card = replace(card, classes=_class_names(config.class_file.expanduser(), model.num_classes))
     check_side(model, card.side)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with folder_atomically(out) as partial:
+    with write_folder_atomically(out) as partial:
         save(model, partial, card=card, about={"imported": config.model, "top1": card.top1})
     info_notes(config.model, model.notes)
     if model.function == OTHER_SIZES:
@@ -70,7 +70,7 @@ def import_model(config: Import) -> dict[str, Any]:
 
 def show_imported(figures: dict[str, Any]) -> None:
     rows = [[name, f"{value:,}" if isinstance(value, int) else str(value)] for name, value in figures.items()]
-    table(f"{figures['model']}, imported", ["what", "value"], rows)
+    print_table(f"{figures['model']}, imported", ["what", "value"], rows)
     print(f"name it as {figures['out']}")
 
 
@@ -134,7 +134,7 @@ def match_names(pattern: str) -> list[str]:
 def _entry(name: str, side: int | None) -> dict[str, Any]:
     """One line of the list, computed without memory for weights where the network allows that."""
     own = NAMED.get(name)
-    paper = PAPER.get(name.removeprefix("bit:")) if name.startswith("bit:") else None
+    paper = PAPER_FILES.get(name.removeprefix("bit:")) if name.startswith("bit:") else None
     if own:
         model = load(name, classes=10)
         net, wanted, classes = model.net, model.card.side, model.num_classes

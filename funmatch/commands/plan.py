@@ -20,7 +20,7 @@ from funmatch.data.loader import prefetch
 from funmatch.errors import InputError
 from funmatch.ops.optim.updates import EMA
 from funmatch.runtime import devices, env, transfers
-from funmatch.runtime.log import info, table
+from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import duration, format_bytes, percent
 from funmatch.training import distill, finetune, profiling, scoring, train
 from funmatch.training.acceleration import accelerate_student
@@ -236,4 +236,4 @@ def show(figures: dict[str, Any]) -> None:
         ["memory", f"{format_bytes(figures['memory_bytes'])} at most"],
         ["disk", f"run {format_bytes(disk['run'])}, images {format_bytes(disk['pictures'])} (there already){tape}"],
     ]
-    table(f"what {figures['run']} will take", ["", ""], rows)
+    print_table(f"what {figures['run']} will take", ["", ""], rows)

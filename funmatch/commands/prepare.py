@@ -7,7 +7,7 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.dataset import NAMED_AT_MOST
 from funmatch.data.readers.catalog import CATALOG
 from funmatch.data.write_tfrecords import write_shards
-from funmatch.runtime.log import out, table, track
+from funmatch.runtime.log import out, print_table, track
 from funmatch.training import datasets
 
 LISTED = 20
@@ -56,7 +56,7 @@ def show(figures: dict[str, Any]) -> None:
             ]
         )
     columns = ["split", "pictures", "classes", "expected"][: 4 if published else 3]
-    table(figures["name"], columns, [row[: len(columns)] for row in rows])
+    print_table(figures["name"], columns, [row[: len(columns)] for row in rows])
     lines = []
     if classes := figures["classes"]:
         more = f", … ({len(classes)} in all)" if len(classes) > LISTED else ""

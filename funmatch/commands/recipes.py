@@ -18,7 +18,7 @@ from funmatch.models.inference.frozen import Frozen, InferenceMode
 from funmatch.models.timm_models import create, create_empty
 from funmatch.ops.optim import hyperrule
 from funmatch.runtime import devices
-from funmatch.runtime.log import info, table
+from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import percent
 
 SECONDS = 8.0  # of measurement for each network, about
@@ -163,7 +163,10 @@ def show(figures: dict[str, Any]) -> None:
     one = found[0]
     gigas = [one["gflop"]["student"], *one["gflop"]["teachers"]]
     rows = [
-        ["published", f"top-1 {percent(one['top1'])}, teacher {percent(one['teacher_top1'])} ({one['source']})"],
+        [
+            "published",
+            f"top-1 {percent(one['top1'])}, teacher {percent(one['teacher_top1'])} ({one['source']})",
+        ],
         ["length", f"{one['steps']:,} steps, {one['images']:,} images"],
         ["arithmetic", " + ".join(f"{giga:.3g}" for giga in gigas) + " GFLOP an image (student + teachers, forward)"],
     ]
@@ -172,5 +175,5 @@ def show(figures: dict[str, Any]) -> None:
         rows.append(["on this machine", f"{one['hours']:,.1f} hours at {rate}, views not counted"])
     if one["note"]:
         rows.append(["note", one["note"]])
-    table(one["command"], ["", ""], rows)
+    print_table(one["command"], ["", ""], rows)
     print(f"which is short for\n  {one['words']}")

@@ -11,7 +11,7 @@ from funmatch.config import Distill
 from funmatch.errors import InputError, WorkFailed
 from funmatch.ops import metrics
 from funmatch.runtime import devices
-from funmatch.runtime.log import ProgressBar, table
+from funmatch.runtime.log import ProgressBar, print_table
 from funmatch.runtime.text import format_bytes, percent
 from funmatch.training import distill
 from funmatch.training.teachers import tape
@@ -90,7 +90,7 @@ def show(figures: dict[str, Any]) -> None:
     if "recomputed" in figures:
         told = f"{percent(figures['equal'])} of logits equal, KL {figures['kl']:.1e}, agreement"
         rows.append([f"{figures['recomputed']} steps computed again", f"{told} {percent(figures['agreement'])}"])
-    table(figures["tape"], ["", ""], rows)
+    print_table(figures["tape"], ["", ""], rows)
     check_sound(figures)
 
 
@@ -117,7 +117,7 @@ def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
             told.append(kept)
             bar.update(number)
     there, again = torch.cat(told), torch.cat(now)
-    figures = metrics.summary(metrics.per_image(again, None, there))
+    figures = metrics.summarize(metrics.per_image(again, None, there))
     equal = (there == again).double().mean().item()
     return {
         "recomputed": len(chosen), "equal": equal, "kl": figures["kl"], "agreement": figures["agreement"],

@@ -13,7 +13,15 @@ from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops import randaugment
 from funmatch.ops.crops import central_view, crop_of_resized_flip, crop_resize_flip
 from funmatch.ops.mixing import draw_cutmix_boxes as cuts_of
-from funmatch.ops.sampling import CHANGES, CUTS, MixupOptions, StepSample, generator, sample_boxes, sample_step
+from funmatch.ops.sampling import (
+    CUTMIX_STREAM,
+    RANDAUGMENT_STREAM,
+    MixupOptions,
+    StepSample,
+    box_sampler,
+    sample_step,
+    step_generator,
+)
 from funmatch.runtime.prefetch import SharedCache, prefetch_map
 from funmatch.runtime.timing import timed
 
@@ -63,7 +71,7 @@ class Loader:
 
     def sample(self, step: int) -> StepSample:
         """The draws of the whole global batch."""
-        boxes = sample_boxes(self.crop, min_area=self.min_area, side=self.side, resize=self.resize)
+        boxes = box_sampler(self.crop, min_area=self.min_area, side=self.side, resize=self.resize)
         return sample_step(
             self.seed, step, self.batch, len(self.split), self.split.sizes,
             boxes=boxes, mixing=self.mixing, mirrored=self.crop != "whole", own=self.own_teacher_view,
@@ -89,8 +97,12 @@ class Loader:
         sides = () if self.own_teacher_view else tuple(side for side in teacher_sides if side != self.side)
         crops, *others = self.cut_views(indices, boxes, flips, (self.side, *sides))
         if self.randaugment:
-            ops, strengths = randaugment.draw(generator(self.seed, step, CHANGES), self.batch, *self.randaugment)
-            crops, *others = (randaugment.apply(each, ops[rows], strengths[rows]) for each in (crops, *others))
+            ops, strengths = randaugment.draw_operations(
+                step_generator(self.seed, step, RANDAUGMENT_STREAM), self.batch, *self.randaugment
+            )
+            crops, *others = (
+                randaugment.apply_operations(each, ops[rows], strengths[rows]) for each in (crops, *others)
+            )
         shown = dict(zip((self.side, *sides), (crops, *others), strict=True))
         if drawn.teacher_view and teacher_sides:
             boxes, flips = drawn.teacher_view[0][rows], drawn.teacher_view[1][rows]
@@ -106,7 +118,7 @@ class Loader:
         """λ of MixUp and boxes of CutMix, of the rows of a global batch that are ours."""
         cut = None
         if self.cutmix:
-            rng, each = generator(self.seed, step, CUTS), self.mixing.per_image
+            rng, each = step_generator(self.seed, step, CUTMIX_STREAM), self.mixing.per_image
             cut, lam = cuts_of(rng, self.batch, self.cutmix, lam, each=each, mixed=self.mixing.a > 0)
             cut = torch.from_numpy(cut[rows] if each else cut).float()
         return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), cut

@@ -24,8 +24,8 @@ from funmatch.data.readers.open import open_source
 from funmatch.data.readers.shard_paths import NOTE
 from funmatch.data.readers.tfrecords import CLASS_FILES
 from funmatch.errors import InputError
-from funmatch.ops.sampling import shuffled
-from funmatch.runtime.files import cache_home, disk_errors, exclusively, write_atomically
+from funmatch.ops.sampling import shuffle_positions
+from funmatch.runtime.files import cache_home, disk_errors, file_lock, write_atomically
 
 QUALITY = 95
 CLASS_FILE = CLASS_FILES[0]
@@ -74,7 +74,7 @@ def write_shards(
         "shard_size": size,
         "content": fingerprint_of(source, found),
     }
-    with exclusively(home / f"shards-{hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()}.lock"):
+    with file_lock(home / f"shards-{hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()}.lock"):
         done = _finished(folder, about, source)
         written, bad = done or _write_anew(folder, about, source, found, keeping, track)
     if bad and keeping.on_bad == "stop":
@@ -122,7 +122,7 @@ def _write_all(
     for split, rows, known in by_split(source, found):
         content = source.splits[split]
         bad += [(split, i, content.names[i], reason) for i, reason in sorted(known.items())]
-        order = [int(i) for i in shuffled(0, np.arange(len(content)), len(content)) if int(i) not in known]
+        order = [int(i) for i in shuffle_positions(0, np.arange(len(content)), len(content)) if int(i) not in known]
         (folder / split).mkdir(exist_ok=True)
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         for number, group in enumerate(track(groups, len(groups), f"writing {split}")):

@@ -34,7 +34,7 @@ def select_classes(logits: Tensor, picks: ClassMap | None) -> Tensor:
     return torch.stack([logits[:, list(pick)].logsumexp(-1) for pick in picks], 1)
 
 
-def names_of(classifier: Classifier) -> list[tuple[str, ...]] | None:
+def class_names(classifier: Classifier) -> list[tuple[str, ...]] | None:
     """The names of each class: its own, or ImageNet's identifiers and words where the head is one of ImageNet's."""
     if classifier.card.classes:
         return [(name,) for name in classifier.card.classes]
@@ -49,7 +49,7 @@ def names_of(classifier: Classifier) -> list[tuple[str, ...]] | None:
     return names
 
 
-def read_map(path: Path) -> dict[str, list[str | int]]:
+def read_class_map(path: Path) -> dict[str, list[str | int]]:
     """A file `{"cat": "tabby", "dog": ["n02085620", 152]}`: each class to the teacher's, by name or by number.
 
     Raises:
@@ -86,7 +86,7 @@ def map_classes(classifier: Classifier, wanted: Sequence[str], rule: str) -> Cla
     if rule == SAME_NAMES:
         mapped: dict[str, list[str | int]] = {name: [name] for name in wanted}
     else:
-        mapped = read_map(Path(rule))
+        mapped = read_class_map(Path(rule))
         missing = [name for name in wanted if name not in mapped]
         if missing:
             raise InputError(f"{rule} says nothing of {', '.join(missing[:5])}; wanted every class of the images")
@@ -100,7 +100,7 @@ def map_classes(classifier: Classifier, wanted: Sequence[str], rule: str) -> Cla
 def _lookup(classifier: Classifier) -> dict[str, list[int]]:
     """The classes of each name, as it is written and, after a space that no name begins with, however it is written."""
     found: dict[str, list[int]] = {}
-    for index, known in enumerate(names_of(classifier) or []):
+    for index, known in enumerate(class_names(classifier) or []):
         for name in {*known, *(f" {_plain(name)}" for name in known)}:
             found.setdefault(name, []).append(index)
     return found

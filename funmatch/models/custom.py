@@ -13,7 +13,7 @@ from torch import nn
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import GIVEN, Card, Classifier, timm_config
 
-SIDE = 224  # pixels, where nobody says for which the network was made
+DEFAULT_SIDE = 224  # pixels, where nobody says for which the network was made
 
 
 def is_function(name: str) -> bool:
@@ -80,7 +80,7 @@ def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, A
         mean, std = tuple(cfg["mean"])[:channels], tuple(cfg["std"])[:channels]
         card = Card(name, cfg["input_size"][-1], cfg.get("crop_pct") or 1.0, mean, std)
     else:
-        card = Card(name, side or SIDE, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        card = Card(name, side or DEFAULT_SIDE, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     return Classifier(net, card, kwargs, count_classes(net, card), function)
 
 

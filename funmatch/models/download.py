@@ -10,8 +10,8 @@ from pathlib import Path
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.runtime.files import cache_home, disk_errors
 
-PUBLISHED = "https://storage.googleapis.com/bit_models/distill"
-PAPER = {
+BASE_URL = "https://storage.googleapis.com/bit_models/distill"
+PAPER_FILES = {
     "R152x2_T_flowers128": (128, 102),
     "R152x2_T_pet128": (128, 37),
     "R152x2_T_food128": (128, 101),
@@ -22,7 +22,7 @@ PAPER = {
     "R50x1_160": (160, 1000),
 }
 """Teachers (`T`) and students of the paper (section 4): the side that each was made for, pixels, and its classes."""
-SECONDS_OF_SILENCE = 30.0
+TIMEOUT_SECONDS = 30.0
 
 
 def paper_file(name: str) -> Path:
@@ -31,13 +31,13 @@ def paper_file(name: str) -> Path:
     Raises:
         InputError: no such name, no network, or what came is not what was sent.
     """
-    if name not in PAPER:
-        raise unknown("file of the paper", name, PAPER)
+    if name not in PAPER_FILES:
+        raise unknown("file of the paper", name, PAPER_FILES)
     path = cache_home() / "weights" / f"{name}.npz"
     if not path.is_file():
-        url = f"{PUBLISHED}/{name}.npz"
+        url = f"{BASE_URL}/{name}.npz"
         try:
-            fetch(url, path)
+            download(url, path)
         except OSError as error:
             if isinstance(error, urllib.error.URLError) or not getattr(error, "filename", None):
                 raise InputError(
@@ -47,7 +47,7 @@ def paper_file(name: str) -> Path:
     return path
 
 
-def fetch(url: str, path: Path) -> None:
+def download(url: str, path: Path) -> None:
     """Downloads a file whole or not at all.
 
     Raises:
@@ -57,7 +57,7 @@ def fetch(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with urllib.request.urlopen(url, timeout=SECONDS_OF_SILENCE) as answer:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
             with disk_errors(path), open(partial, "wb") as file:
                 shutil.copyfileobj(answer, file, 1 << 20)
             length, hashes = answer.headers.get("Content-Length"), answer.headers.get_all("x-goog-hash") or []

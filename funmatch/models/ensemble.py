@@ -25,7 +25,7 @@ class EnsembleMember:
 
     frozen: Frozen
     side: int
-    share: float = 1.0
+    weight: float = 1.0
     class_map: ClassMap | None = None
 
     @property
@@ -69,7 +69,7 @@ class TeacherEnsemble(nn.Module):
         self.members = tuple(members)
         self.frozen = nn.ModuleList(member.frozen for member in members)
         self.combine = combine
-        self.at_once = at_once
+        self.chunk = at_once
 
     @property
     def name(self) -> str:
@@ -83,15 +83,15 @@ class TeacherEnsemble(nn.Module):
 
     def forward_chunked(self, member: EnsembleMember, views: Tensor) -> Tensor:
         """What one of them says, (n, classes), of views (n, 3, side, side): in even pieces, if they are many."""
-        ends = even_chunks(len(views), self.at_once)
+        ends = even_chunks(len(views), self.chunk)
         return torch.cat([member.logits(views[start:stop]) for start, stop in pairwise(ends)])
 
     def combine_logits(self, answers: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """What the teachers say together, when each says (n, classes)."""
         if len(answers) == 1:
             return answers[0]
-        return COMBINE[self.combine](answers, [member.share for member in self.members], temperature)
+        return COMBINE[self.combine](answers, [member.weight for member in self.members], temperature)
 
-    def count_classes(self) -> int:
+    def count_parameters(self) -> int:
         """Parameters of all."""
         return sum(member.frozen.size for member in self.members)

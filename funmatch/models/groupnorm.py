@@ -4,7 +4,7 @@ import timm
 from timm.layers import BatchNormAct2d, GroupNormAct
 from torch import nn
 
-CHANNELS = 8
+GROUP_CHANNELS = 8
 """A group of: the largest number that divides all widths of MobileNetV3-Large."""
 
 
@@ -27,6 +27,6 @@ def mobilenetv3_large_gn(num_classes: int = 1000, **kwargs) -> nn.Module:
 
 def _grouped(norm: BatchNormAct2d) -> nn.Module:
     """A GroupNorm in a BatchNorm's place, with its activation."""
-    made = GroupNormAct(norm.num_features, norm.num_features // CHANNELS, eps=1e-5)
+    made = GroupNormAct(norm.num_features, norm.num_features // GROUP_CHANNELS, eps=1e-5)
     made.drop, made.act = norm.drop, norm.act
     return made

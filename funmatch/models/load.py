@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from funmatch.errors import InputError, first_line
 from funmatch.models import bit, custom, timm_models
 from funmatch.models.classifier import Card, Classifier
-from funmatch.models.download import PAPER, paper_file
+from funmatch.models.download import PAPER_FILES, paper_file
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
 from funmatch.models.weights import Lazily, fill, read_state
@@ -109,7 +109,7 @@ def _with_weights(name: str, kwargs: dict[str, Any]) -> Origin | None:
         raise InputError(f"{name} was given from Python as a module; give it again from there")
     if name.startswith(BIT):
         path = paper_file(name.removeprefix(BIT))
-        side, _ = PAPER[name.removeprefix(BIT)]
+        side, _ = PAPER_FILES[name.removeprefix(BIT)]
         # The paper's evaluation views are 128 of 160 pixels and 224 of 256: 32 more (section 4.1).
         return _of_npz(path, kwargs, {"input_size": (3, side, side), "crop_pct": side / (side + 32)})
     path = Path(name).expanduser()
@@ -224,7 +224,11 @@ def _of_function(name: str, path: Path, kwargs: dict[str, Any], side: int | None
     """The weights of a network that the user's function makes; a configuration beside them says how it sees."""
     neighbour = path.parent / "config.json"
     card = _of_neighbour(neighbour) if neighbour.is_file() else {}
-    plain = {"input_size": (3, side or custom.SIDE, side or custom.SIDE), "mean": AS_GIVEN[0], "std": AS_GIVEN[1]}
+    plain = {
+        "input_size": (3, side or custom.DEFAULT_SIDE, side or custom.DEFAULT_SIDE),
+        "mean": AS_GIVEN[0],
+        "std": AS_GIVEN[1],
+    }
     return Origin(str(path), name, read_state(path), card.pop("model_args", {}) | kwargs, plain | card)
 
 

@@ -22,13 +22,13 @@ def sync_batchnorm(net: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _converted(module: nn.Module) -> nn.Module:
-    made = BatchNorm(module) if isinstance(module, _BatchNorm) else module
+    made = GlobalBatchNorm(module) if isinstance(module, _BatchNorm) else module
     for name, child in module.named_children():
         made.add_module(name, _converted(child))
     return made
 
 
-class BatchNorm(_BatchNorm):
+class GlobalBatchNorm(_BatchNorm):
     """A BatchNorm of the global batch, of which every process has an equal share; for CPUs."""
 
     def __init__(self, given: _BatchNorm) -> None:
@@ -47,12 +47,12 @@ class BatchNorm(_BatchNorm):
         """Any number of dimensions will do."""
 
     def forward(self, input: Tensor) -> Tensor:
-        answer = self.of_the_global_batch(input) if self.training else super().forward(input)
+        answer = self.normalize_global(input) if self.training else super().forward(input)
         for name in self.after:
             answer = getattr(self, name)(answer)
         return answer
 
-    def of_the_global_batch(self, input: Tensor) -> Tensor:
+    def normalize_global(self, input: Tensor) -> Tensor:
         """The input normalised by the mean and the variance of all processes' inputs together, which are tracked."""
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         over = [d for d in range(wide.ndim) if d != 1]
@@ -60,14 +60,14 @@ class BatchNorm(_BatchNorm):
         mean = distributed.all_reduce_sum(wide.sum(over, keepdim=True)) / count
         centred = wide - mean  # the variance in a second pass: a difference of big sums would lose its digits
         variance = distributed.all_reduce_sum(centred.square().sum(over, keepdim=True)) / count
-        self.track(mean.detach().flatten(), variance.detach().flatten() * (count / max(count - 1, 1)))
+        self.update_running_stats(mean.detach().flatten(), variance.detach().flatten() * (count / max(count - 1, 1)))
         answer = centred * (variance + self.eps).rsqrt()
         if self.affine:
             shape: Any = [-1 if d == 1 else 1 for d in range(wide.ndim)]
             answer = answer * self.weight.view(shape) + self.bias.view(shape)
         return answer.to(input.dtype)
 
-    def track(self, mean: Tensor, variance: Tensor) -> None:
+    def update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics as torch does: by the momentum, or to the mean of all where there is none."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return

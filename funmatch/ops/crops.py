@@ -11,8 +11,8 @@ from torch import Tensor
 from funmatch.ops import resample
 
 # Images of one size up to this many pixels are resampled together: for them the calls cost more than the arithmetic.
-SMALL = 64 * 64
-LONG = 4  # times as long as wide: a strip
+MAX_BATCHED_PIXELS = 64 * 64
+STRIP_ASPECT = 4  # times as long as wide: a strip
 
 
 def crop_resize_flip(images: list[Tensor], boxes, flips, side: int, *, native: bool = True) -> Tensor:
@@ -32,7 +32,7 @@ def crop_resize_flip(images: list[Tensor], boxes, flips, side: int, *, native: b
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
     shape = images[0].shape
-    if shape[0] * shape[1] <= SMALL and all(image.shape == shape for image in images):
+    if shape[0] * shape[1] <= MAX_BATCHED_PIXELS and all(image.shape == shape for image in images):
         return _together(torch.stack(images), boxes, flips, side)
     if native and _resampled(images):
         return resample.sample(
@@ -85,7 +85,9 @@ def crop_of_resized_flip(images: list[Tensor], boxes, flips, side: int, *, nativ
 
 def _resampled(images: list[Tensor]) -> bool:
     """Whether our own kernel can resample these, and is worth it: if any is not small, and it can be had."""
-    return any(image.shape[0] * image.shape[1] > SMALL for image in images) and not resample.why_unavailable()
+    return (
+        any(image.shape[0] * image.shape[1] > MAX_BATCHED_PIXELS for image in images) and not resample.why_unavailable()
+    )
 
 
 def _sampled(start: float, length: float, size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +118,7 @@ def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = Fa
         corner = (short_side - side) // 2
         return _resize(image, short_side, short_side)[:, corner : corner + side, corner : corner + side] / 255
     scale = short_side / min(height, width)
-    if max(height, width) > LONG * min(height, width):
+    if max(height, width) > STRIP_ASPECT * min(height, width):
         return _central_of_strip(image, scale, side) / 255
     height, width = max(side, round(height * scale)), max(side, round(width * scale))
     top, left = (height - side) // 2, (width - side) // 2

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Distance = Callable[[Tensor, Tensor, float], Tensor]
-CONSTANT = 1e-3
+NEARLY_CONSTANT = 1e-3
 """As a share of its size, how much a row differs from its mean that is as good as constant."""
 
 
@@ -125,7 +125,7 @@ def _centred(rows: Tensor) -> Tensor:
     tiny = torch.finfo(rows.dtype).tiny
     rows = rows / rows.detach().abs().amax(-1, keepdim=True).clamp_min(tiny)  # squares of small numbers would vanish
     rest = rows - rows.mean(-1, keepdim=True)
-    least = (CONSTANT * rows.detach().norm(dim=-1, keepdim=True)).square().clamp_min(tiny)
+    least = (NEARLY_CONSTANT * rows.detach().norm(dim=-1, keepdim=True)).square().clamp_min(tiny)
     return rest / rest.square().sum(-1, keepdim=True).clamp_min(least).sqrt()
 
 
@@ -180,7 +180,7 @@ def cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
     return -(probabilities * F.log_softmax(logits.float(), dim=-1)).sum(-1)
 
 
-def mixed_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
+def mix_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
     """One-hot labels mixed as `augment.mixup` mixes views.
 
     Args:

@@ -6,7 +6,7 @@ from torch import Tensor
 from funmatch.ops.distances import kl
 
 ECE_BINS = 15
-FIGURES = ("top1", "top5", "agreement", "agreement5", "kl", "ece", "balanced")
+METRICS = ("top1", "top5", "agreement", "agreement5", "kl", "ece", "balanced")
 
 
 def per_image(logits: Tensor, labels: Tensor | None = None, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def per_image(logits: Tensor, labels: Tensor | None = None, teacher_logits: Tens
     return columns
 
 
-def summary(columns: dict[str, Tensor]) -> dict[str, float | None]:
+def summarize(columns: dict[str, Tensor]) -> dict[str, float | None]:
     """The figures of a split, each None where it could not be known.
 
     Returns:
@@ -42,7 +42,7 @@ def summary(columns: dict[str, Tensor]) -> dict[str, float | None]:
         `balanced`, the mean over classes of the share of their images that are right, which a constant
         answer cannot lift above 1 / classes however uneven the classes are.
     """
-    figures: dict[str, float | None] = dict.fromkeys(FIGURES)
+    figures: dict[str, float | None] = dict.fromkeys(METRICS)
     for name in ("top1", "top5", "agreement", "agreement5", "kl"):
         if name in columns:
             figures[name] = columns[name].double().mean().item()

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.ops.sampling import beta
+from funmatch.ops.sampling import beta_quantile
 
 
-def cut_boxes(uniforms: np.ndarray, a: float = 1.0) -> np.ndarray:
+def boxes_from_uniforms(uniforms: np.ndarray, a: float = 1.0) -> np.ndarray:
     """Boxes whose share of an image is 1 − λ with λ from Beta(a, a), around centres that are uniform.
 
     What lies beyond the border is clipped, so that less than 1 − λ may be left; `kept` says what is. (section 3.2)
@@ -27,7 +27,7 @@ def cut_boxes(uniforms: np.ndarray, a: float = 1.0) -> np.ndarray:
     Returns:
         (k, 4) float64: top, left, height, width, as fractions of the side, in [0, 1].
     """
-    half = np.sqrt(1 - beta(uniforms[:, :1], a)) / 2
+    half = np.sqrt(1 - beta_quantile(uniforms[:, :1], a)) / 2
     corner = np.maximum(uniforms[:, 1:] - half, 0)
     return np.concatenate([corner, np.minimum(uniforms[:, 1:] + half, 1) - corner], axis=1)
 
@@ -49,7 +49,7 @@ def draw_cutmix_boxes(
         boxes, (n, 4) or (1, 4), without area where nothing is cut; and λ, which is 1 where something is.
     """
     uniforms = rng.random((n if each else 1, 4))
-    boxes = cut_boxes(uniforms[:, :3], a)
+    boxes = boxes_from_uniforms(uniforms[:, :3], a)
     cut = uniforms[:, 3] < 0.5 if mixed else np.full(len(boxes), fill_value=True)
     left = np.where(cut, 1.0, lam)
     return boxes * cut[:, None], left if each else float(left[0])

@@ -14,9 +14,9 @@ import numpy as np
 import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
-STRONGEST = 30
+MAX_MAGNITUDE = 30
 """The magnitude at which an operation is as strong as it can be."""
-GREY = [0.5] * 3
+FILL = [0.5] * 3
 """What is moved in from beyond the border."""
 
 
@@ -41,7 +41,7 @@ def _moved(images: Tensor, *, across: float = 0.0, down: float = 0.0, lean: tupl
     side = images.shape[-1]
     shear = [math.degrees(math.atan(tangent)) for tangent in lean]
     shift = [float(int(share * side)) for share in (across, down)]
-    return F.affine(images, 0.0, shift, 1.0, shear, fill=GREY, center=[0, 0])
+    return F.affine(images, 0.0, shift, 1.0, shear, fill=FILL, center=[0, 0])
 
 
 def _posterized(images: Tensor, bits: float) -> Tensor:
@@ -55,7 +55,7 @@ OPERATIONS: dict[str, Operation] = {
     "shear-y": Operation(lambda images, s: _moved(images, lean=(0.0, s)), 0, 0.3, signed=True),
     "translate-x": Operation(lambda images, s: _moved(images, across=s), 0, 150 / 331, signed=True),
     "translate-y": Operation(lambda images, s: _moved(images, down=s), 0, 150 / 331, signed=True),
-    "rotate": Operation(lambda images, s: F.rotate(images, s, fill=GREY), 0, 30, signed=True),
+    "rotate": Operation(lambda images, s: F.rotate(images, s, fill=FILL), 0, 30, signed=True),
     "brightness": Operation(lambda images, s: F.adjust_brightness(images, 1 + s), 0, 0.9, signed=True),
     "color": Operation(lambda images, s: F.adjust_saturation(images, 1 + s), 0, 0.9, signed=True),
     "contrast": Operation(lambda images, s: F.adjust_contrast(images, 1 + s), 0, 0.9, signed=True),
@@ -71,7 +71,9 @@ a channel is inverted (solarize; at magnitude 0 what is quite white). Where pixe
 the paper, and what comes in from beyond the border is mid-grey."""
 
 
-def draw(rng: np.random.Generator, n: int, operations: int, magnitude: float) -> tuple[np.ndarray, np.ndarray]:
+def draw_operations(
+    rng: np.random.Generator, n: int, operations: int, magnitude: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws what is done to each of n images, the global batch.
 
     Args:
@@ -86,13 +88,13 @@ def draw(rng: np.random.Generator, n: int, operations: int, magnitude: float) ->
     """
     ops = (rng.random((n, operations)) * len(OPERATIONS)).astype(np.int64)
     negative = rng.random((n, operations)) < 0.5
-    share = magnitude / STRONGEST
+    share = magnitude / MAX_MAGNITUDE
     strengths = np.array([each.weakest + (each.strongest - each.weakest) * share for each in OPERATIONS.values()])
     signed = np.array([each.signed for each in OPERATIONS.values()])
     return ops, np.where(negative & signed[ops], -strengths[ops], strengths[ops])
 
 
-def apply(views: Tensor, ops: np.ndarray, strengths: np.ndarray) -> Tensor:
+def apply_operations(views: Tensor, ops: np.ndarray, strengths: np.ndarray) -> Tensor:
     """Changes every image as was drawn for it.
 
     Images that share an operation and its strength are changed together; what becomes of one does not depend on

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funmatch.ops.native import library
 
-CLOSE = 1e-5
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _computes() -> bool:
 
         wanted = looks(np.zeros(1, np.int64), np.array([[4], [5]]))
         numbers = torch.from_numpy(wanted.corners), torch.from_numpy(wanted.axes)
-        if (sample([image], looks, 7) - sample_by_gather(image.flatten(), *numbers, 7)).abs().max() > CLOSE:
+        if (sample([image], looks, 7) - sample_by_gather(image.flatten(), *numbers, 7)).abs().max() > TOLERANCE:
             return False
     return True
 

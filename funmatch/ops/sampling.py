@@ -58,15 +58,15 @@ class MixupOptions:
             return np.ones_like(uniforms)
         if self.lam is not None:
             return np.full_like(uniforms, self.lam)
-        lam = beta(uniforms, self.a)
+        lam = beta_quantile(uniforms, self.a)
         return np.maximum(lam, 1 - lam) if self.take_max else lam
 
 
 # Streams of a step's random numbers: what is drawn from one does not move what is drawn from another.
-STEP, OWN, LAMBDAS, ENSEMBLE, CUTS, CHANGES = range(6)
+STEP_STREAM, TEACHER_STREAM, LAMBDA_STREAM, ENSEMBLE_STREAM, CUTMIX_STREAM, RANDAUGMENT_STREAM = range(6)
 
 
-def generator(seed: int, step: int, stream: int = STEP) -> np.random.Generator:
+def step_generator(seed: int, step: int, stream: int = STEP_STREAM) -> np.random.Generator:
     """The generator of one step. Only its uniform doubles are used, whose stream numpy keeps stable."""
     entropy = np.random.SeedSequence((seed, step), spawn_key=(stream,) if stream else ())
     return np.random.Generator(np.random.Philox(entropy))
@@ -98,14 +98,14 @@ def sample_step(
         own: whether the teacher's view has draws of its own, from the same distribution.
     """
     boxes = boxes or sample_inception_boxes
-    rng = generator(seed, step)
+    rng = step_generator(seed, step)
     uniform = np.asarray(rng.random())
     lam = (
-        mixing.lam_at(generator(seed, step, LAMBDAS).random(batch))
+        mixing.lam_at(step_generator(seed, step, LAMBDA_STREAM).random(batch))
         if mixing.per_image
         else float(mixing.lam_at(uniform))
     )
-    indices = shuffled(seed, np.arange(step * batch, (step + 1) * batch, dtype=np.int64), count)
+    indices = shuffle_positions(seed, np.arange(step * batch, (step + 1) * batch, dtype=np.int64), count)
     shape = sizes(indices)
 
     def looked(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -113,10 +113,10 @@ def sample_step(
         return boxes(rng, *shape), flips & mirrored
 
     crops, flips = looked(rng)
-    return StepSample(indices, crops, flips, lam, looked(generator(seed, step, OWN)) if own else None)
+    return StepSample(indices, crops, flips, lam, looked(step_generator(seed, step, TEACHER_STREAM)) if own else None)
 
 
-def beta(uniforms, a: float):
+def beta_quantile(uniforms, a: float):
     """The values of Beta(a, a), a > 0, at uniform numbers in [0, 1): its quantile function."""
     if a == 1:
         return uniforms
@@ -131,7 +131,7 @@ def sample_whole_boxes(_rng: np.random.Generator, heights, widths) -> np.ndarray
     return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
 
 
-def sample_boxes(crop: str, *, min_area: float = 0.05, side: int = 0, resize: int = 0):
+def box_sampler(crop: str, *, min_area: float = 0.05, side: int = 0, resize: int = 0):
     """The function from a generator and sizes to crops of a name: inception, mild, squash or whole.
 
     Args:
@@ -224,7 +224,7 @@ def _try_boxes(uniforms, image_h, image_w, min_area, max_area):
     return np.stack([top, left, h, w], axis=1), fits
 
 
-def shuffled(seed: int, positions, count: int) -> np.ndarray:
+def shuffle_positions(seed: int, positions, count: int) -> np.ndarray:
     """The image at each position of an endless run of epochs, each epoch in an order of its own.
 
     Position p lies in epoch p // count. Within an epoch the order is a keyed permutation that is *computed*,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from funmatch.runtime.log import table
+from funmatch.runtime.log import print_table
 from funmatch.runtime.text import percent
 
 
@@ -25,6 +25,6 @@ def show(figures: dict[str, Any], name: str) -> None:
     ]
     if isinstance(teacher, dict):
         rows.insert(1, ["teacher's top-1", percent(teacher["top1"])])
-    table(f"{Path(name)} on {figures['pictures']:,} images of {figures['split']}", ["figure", "value"], rows)
+    print_table(f"{Path(name)} on {figures['pictures']:,} images of {figures['split']}", ["figure", "value"], rows)
     if "report" in figures:
         print(f"report: {figures['report']}")

@@ -51,7 +51,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 @contextmanager
-def folder_atomically(folder: Path) -> Generator[Path]:
+def write_folder_atomically(folder: Path) -> Generator[Path]:
     """Gives an empty folder to fill, which becomes `folder` when the block ends well and vanishes when it does not.
 
     A folder that already had the name makes way at the very end.
@@ -90,7 +90,7 @@ def disk_errors(path: Path) -> Generator[None]:
         raise
 
 
-def lock_file(path: Path) -> IO[str] | None:
+def try_lock_file(path: Path) -> IO[str] | None:
     """An open file that this process alone holds until it is closed, or the process ends; None where another has it."""
     file = open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o644))  # a finished run may lie where nothing can be written
     try:
@@ -104,7 +104,7 @@ def lock_file(path: Path) -> IO[str] | None:
 
 
 @contextmanager
-def exclusively(path: Path) -> Generator[None]:
+def file_lock(path: Path) -> Generator[None]:
     """Holds a lock while the block runs; whoever comes second waits. The lock's file stays, empty."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

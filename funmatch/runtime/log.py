@@ -83,7 +83,7 @@ class ProgressBar:
             self.shown.update({"text/plain": text}, raw=True)
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table for people on standard output."""
     shown = Table(title=Text(title), title_justify="left")
     for i, column in enumerate(columns):

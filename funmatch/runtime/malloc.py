@@ -11,9 +11,9 @@ import torch
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Of glibc's mallopt, as its malloc.h numbers them."""
-KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
-USUAL = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
-SAID = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+KEEP_SETTINGS = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
+DEFAULT_SETTINGS = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
+OVERRIDE_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 """Where people say it otherwise."""
 _lock, _keepers = Lock(), 0
 
@@ -25,7 +25,11 @@ def keep_freed_memory(device: torch.device) -> Generator[None]:
     A step needs the same gigabytes as the one before. Given back each time, they come back page by page, each of them
     cleared by the system. (glibc alone can be told so; others do as they do, and so does one that was told otherwise.)
     """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SAID):
+    if (
+        device.type != "cpu"
+        or platform.libc_ver()[0] != "glibc"
+        or any(name in os.environ for name in OVERRIDE_VARIABLES)
+    ):
         yield
         return
     library = ctypes.CDLL(None)
@@ -42,7 +46,7 @@ def _count(library: ctypes.CDLL, more: int) -> None:
     with _lock:
         _keepers += more
         if _keepers == max(more, 0):
-            for option, value in (KEPT if more > 0 else USUAL).items():
+            for option, value in (KEEP_SETTINGS if more > 0 else DEFAULT_SETTINGS).items():
                 library.mallopt(option, value)
             if more < 0:
                 library.malloc_trim(0)

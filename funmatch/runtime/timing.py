@@ -31,10 +31,10 @@ class StepTimer:
         """
         self.finish, self.label, self.thread = finish, label, threading.get_ident()
         self.seconds: dict[str, float] = defaultdict(float)
-        self.beside: dict[str, float] = defaultdict(float)
+        self.background_seconds: dict[str, float] = defaultdict(float)
 
     def add(self, name: str, seconds: float) -> None:
-        (self.seconds if threading.get_ident() == self.thread else self.beside)[name] += seconds
+        (self.seconds if threading.get_ident() == self.thread else self.background_seconds)[name] += seconds
 
     def __enter__(self) -> "StepTimer":
         global _watching

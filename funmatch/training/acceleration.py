@@ -13,9 +13,9 @@ from torch import Tensor
 
 from funmatch.config import Train
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.errors import first_line, lacks_memory
+from funmatch.errors import first_line, is_out_of_memory
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference.frozen import CLEARLY, SMALL
+from funmatch.models.inference.frozen import CLEARLY_FASTER, SMALL_NETWORK
 from funmatch.models.inference.native_layers import gains_from_native, use_native_kernels
 from funmatch.ops import crops, resample
 from funmatch.ops.native import library, norms
@@ -53,11 +53,15 @@ def resolve_auto(config: Train, steps: int, side: int, student: Classifier, devi
 def _compiled(steps: int, student: Classifier, device: torch.device) -> str:
     """`compile` where nobody said another. On a CPU our own kernels gain more than a compiler does."""
     if device.type == "cpu":
-        used = student.count_parameters() >= SMALL and gains_from_native(student.net)
+        used = student.count_parameters() >= SMALL_NETWORK and gains_from_native(student.net)
         return distributed.broadcast_from_main(
             lambda: "native" if (_had() if used else library.find_compiler()) else "off"
         )
-    return "on" if steps >= COMPILED_FROM and student.count_parameters() >= SMALL and env.world_size() == 1 else "off"
+    return (
+        "on"
+        if steps >= COMPILED_FROM and student.count_parameters() >= SMALL_NETWORK and env.world_size() == 1
+        else "off"
+    )
 
 
 def _had() -> bool:
@@ -74,7 +78,7 @@ def crop_kernel(config: Train, split: CachedSplit) -> dict[str, str]:
         before = run_folder.provenance_of(config.out)
         if not before:
             sizes = split.index["height"].astype("int64") * split.index["width"]
-            return NATIVE if (sizes > crops.SMALL).any() and not resample.why_unavailable() else "torch"
+            return NATIVE if (sizes > crops.MAX_BATCHED_PIXELS).any() and not resample.why_unavailable() else "torch"
         if before.get("views") == NATIVE and (why := resample.why_unavailable()):
             info(f"WARNING: views were cut by our own kernel, which cannot be had now ({why}): the bits will be others")
         return before.get("views", "torch")  # a run that is older than the kernel
@@ -89,13 +93,13 @@ def pick_precision(config: Train, steps: int, side: int, student: Classifier, de
     """
     usual = devices.resolve_precision("auto", device)
     fast = "bf16" in devices.teacher_precisions("auto", device)
-    if device.type != "cpu" or not fast or student.count_parameters() < SMALL or steps < MEASURED_FROM:
+    if device.type != "cpu" or not fast or student.count_parameters() < SMALL_NETWORK or steps < MEASURED_FROM:
         return usual
     images = min(IMAGES, config.micro_batch or config.batch)
     quick = uses_native_kernels(student, config, device) and not norms.why_unavailable()
     seconds = distributed.broadcast_from_main(lambda: known_step_seconds(student, side, images, quick=quick))
     gain = seconds["fp32"] / seconds["bf16"]
-    if gain < CLEARLY:
+    if gain < CLEARLY_FASTER:
         return usual
     info(f"{config.student} is taught in bf16, {gain:.1f} times as fast here as fp32 (--precision says it otherwise)")
     return "bf16"
@@ -131,7 +135,7 @@ def measure_step_seconds(student: Classifier, side: int, images: int, *, quick: 
                 times = [_seconds(own, views, device, name) for _ in range(1 + TURNS)]
                 seconds[name] = min(times[1:])
             except Exception as error:  # a network may lack an operation in bf16
-                if lacks_memory(error):
+                if is_out_of_memory(error):
                     raise
                 seconds[name] = 1e9
     return seconds
@@ -148,7 +152,7 @@ def _seconds(student: Classifier, views: Tensor, device: torch.device, name: str
 def uses_native_kernels(student: Classifier, config: Train, device: torch.device) -> bool:
     """Whether our own kernels are to compute some of a student while it is taught."""
     wanted = config.compile == "native" and device.type == "cpu"
-    return wanted and student.count_parameters() >= SMALL and gains_from_native(student.net)
+    return wanted and student.count_parameters() >= SMALL_NETWORK and gains_from_native(student.net)
 
 
 def accelerate_student(student: Classifier, course: LoopOptions, config: Train, side: int) -> None:
@@ -181,7 +185,7 @@ def compile_student(student: Classifier, course: LoopOptions, config: Train, sid
             views = torch.rand(size, 3, side, side, device=course.device)
             try_step(student, course, views.contiguous(memory_format=torch.channels_last))
     except Exception as error:  # compilers fail in as many ways as machines can be set up
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise
         student.compiled_net = None
         info(f"WARNING: {config.student} cannot be compiled here and is computed as it is: {first_line(error)}")

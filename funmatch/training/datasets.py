@@ -12,7 +12,7 @@ from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import Cache, open_cache
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.readers.open import resolve_names
-from funmatch.errors import InputError, lacks_memory
+from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime.log import info, track
 
 JUDGED = ("val", "test")
@@ -93,7 +93,7 @@ def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) ->
         try:
             splits[name], note = move_to_device(split, device)
         except Exception as error:
-            if not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             info(f"WARNING: {device} has no room for {size / 1e9:.1f} GB of {name} pixels; they stay on the host")
             continue

@@ -14,7 +14,7 @@ from funmatch.data.batch import Batch
 from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.ops.distances import cross_entropy, distance, mixed_labels, standardize_logits
+from funmatch.ops.distances import cross_entropy, distance, mix_labels, standardize_logits
 from funmatch.ops.mixing import mix_views
 from funmatch.runtime import distributed, env
 from funmatch.runtime.log import info
@@ -209,7 +209,7 @@ def loss(student: Tensor, told: Tensor, batch: Batch, config: Distill) -> Tensor
         config.distance, logits, target, config.temperature, squared=config.t_squared, smoothing=config.label_smoothing
     )
     if config.label_weight:
-        labels = mixed_labels(batch.labels, batch.own_weight, student.shape[-1], config.label_smoothing)
+        labels = mix_labels(batch.labels, batch.own_weight, student.shape[-1], config.label_smoothing)
         found = (1 - config.label_weight) * found + config.label_weight * cross_entropy(student, labels)
     return found.mean()
 

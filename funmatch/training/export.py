@@ -6,7 +6,7 @@ from pathlib import Path
 
 from funmatch.models import classifier as models
 from funmatch.models.classifier import Classifier
-from funmatch.runtime.files import folder_atomically
+from funmatch.runtime.files import write_folder_atomically
 from funmatch.training.setup import TrainSetup
 
 
@@ -20,7 +20,7 @@ def export_student(lesson: TrainSetup, student: Classifier, folder: Path, top1: 
     card = replace(
         student.card, side=view.side, crop_fraction=view.side / view.short_side, classes=student_class_names(lesson)
     )
-    with folder_atomically(folder) as partial:
+    with write_folder_atomically(folder) as partial:
         portable = copy.deepcopy(student).cpu()
         models.save(portable, partial, card=card, about={"verb": lesson.verb, "top1": top1})
 

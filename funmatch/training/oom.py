@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from funmatch.data.batch import Batch
 from funmatch.data.loader import Loader
-from funmatch.errors import InputError, lacks_memory
+from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime import devices, env
 from funmatch.training.loop import LoopOptions
 
@@ -29,7 +29,7 @@ def explain_out_of_memory(
     try:
         yield
     except Exception as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
     else:
         return
@@ -81,7 +81,7 @@ def find_fitting_size(
             loss.backward()
         devices.synchronize(course.device)
     except Exception as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
         return False
     finally:

@@ -13,7 +13,7 @@ from torch.profiler import profile, record_function
 from funmatch.models.flops import gflop
 from funmatch.runtime import devices, env
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.log import info, table
+from funmatch.runtime.log import info, print_table
 from funmatch.runtime.timing import StepTimer
 from funmatch.training.setup import TrainSetup
 
@@ -100,7 +100,7 @@ def shares(watch: StepTimer, whole: float, steps: int) -> dict[str, Any]:
     """Milliseconds of a step by part: of the loop, and of the threads beside it."""
     own = {name: 1e3 * seconds / steps for name, seconds in watch.seconds.items()}
     own[REST] = 1e3 * whole / steps - sum(own.values())
-    beside = {name: 1e3 * seconds / steps for name, seconds in watch.beside.items()}
+    beside = {name: 1e3 * seconds / steps for name, seconds in watch.background_seconds.items()}
     return {"steps": steps, "step_ms": 1e3 * whole / steps, "parts_ms": own, "beside_ms": beside}
 
 
@@ -151,4 +151,4 @@ def shown(figures: dict[str, Any]) -> None:
         rows.append([f"{name}, in threads beside", f"{took:,.1f}", "", ""])
     rows.append(["a step", f"{figures['step_ms']:,.1f}", "100 %", ""])
     peak_told = f"{figures['peak_gflops'] / 1e3:,.2f} TFLOP/s"
-    table(f"where a step goes, of {figures['steps']}", ["part", "ms", "of the step", f"of {peak_told}"], rows)
+    print_table(f"where a step goes, of {figures['steps']}", ["part", "ms", "of the step", f"of {peak_told}"], rows)

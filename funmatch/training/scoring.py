@@ -81,7 +81,7 @@ def score_training_views(
         told.append((logits.float().cpu(), answers.float().cpu(), labels.cpu()))
     logits, answers, labels = map(torch.cat, zip(*told, strict=True))
     known = labels if bool((labels >= 0).all()) else None
-    figures = metrics.summary(metrics.per_image(logits, known, answers))
+    figures = metrics.summarize(metrics.per_image(logits, known, answers))
     right = None if known is None else (answers.argmax(-1) == known).double().mean().item()
     return figures | {"teacher_top1": right, "views": len(logits)}
 
@@ -89,7 +89,7 @@ def score_training_views(
 def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:
     """`metrics.summary` of a split's logits, (n, classes)."""
     labels = split.labels(np.arange(len(split))) if split.labelled else None
-    return metrics.summary(metrics.per_image(logits, labels, teacher_logits))
+    return metrics.summarize(metrics.per_image(logits, labels, teacher_logits))
 
 
 def validation_split(cache: Cache) -> CachedSplit:

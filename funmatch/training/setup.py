@@ -129,7 +129,7 @@ def build_loader(
 
 def open_data(config: Train, trial: Trial | None = None) -> Cache:
     """The decoded images that a run asks for, a training split among them; without a test split for a trial."""
-    factory.check_name(config.optimizer)
+    factory.check_optimizer_name(config.optimizer)
     parse_options(config.optimizer_kwargs)
     run_folder.check_place(config.out)
     cache = distributed.main_process_first(lambda: datasets.open_run_data(config))

@@ -8,7 +8,7 @@ from funmatch.config import Train
 from funmatch.data.batch import Batch
 from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
-from funmatch.ops.distances import cross_entropy, mixed_labels
+from funmatch.ops.distances import cross_entropy, mix_labels
 from funmatch.ops.mixing import mix_views
 from funmatch.runtime import distributed
 from funmatch.runtime.timing import timed
@@ -42,7 +42,7 @@ def label_loss(lesson: TrainSetup) -> LossOf:
 
     def loss_of(batch: Batch) -> Tensor:
         _, view = mix_views(batch.crops, (), batch.lam, batch.cutmix_boxes)
-        labels = mixed_labels(batch.labels, batch.own_weight, classes, config.label_smoothing)
+        labels = mix_labels(batch.labels, batch.own_weight, classes, config.label_smoothing)
         with timed("student"):
             said = lesson.student(view)
         return cross_entropy(said, labels).mean()

@@ -299,7 +299,7 @@ class Trainer:
             own = scoring.score(teacher_logits, split)
             result["teacher"] = {
                 "name": lesson.teachers.name,
-                "parameters": lesson.teachers.count_classes(),
+                "parameters": lesson.teachers.count_parameters(),
                 "top1": own["top1"],
             }
         if self.average:

@@ -389,7 +389,7 @@ def test_a_journal_that_is_locked_is_told_and_half_a_line_is_mended(tmp_path, mo
     monkeypatch.setattr(optuna_storage, "PATIENCE_SECONDS", 0.3)
     funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=1)
     journal = tmp_path / "study" / "journal.log"
-    with optuna_storage.lock_file(journal), pytest.raises(InputError, match="locked by another process"):
+    with optuna_storage.try_lock_file(journal), pytest.raises(InputError, match="locked by another process"):
         funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=2)
     with open(journal, "a") as file:
         file.write('{"op_code":4,"wor')

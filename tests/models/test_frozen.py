@@ -12,7 +12,7 @@ from torch import nn
 
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.inference import frozen as frozen_models
-from funmatch.models.inference.fold import batch_norms, fold, plain_module
+from funmatch.models.inference.fold import fold, foldable_batch_norms, to_plain_conv
 from funmatch.models.inference.frozen import PLAIN, AllowedModes, Frozen, InferenceMode, ParityCheck, freeze
 from funmatch.models.load import load
 
@@ -65,7 +65,7 @@ def test_standardised_convolutions_of_each_kind(kind):
     conv = kind(3, 8, 3, stride=2).eval()
     views = torch.randn(2, 3, 15, 15)
     with torch.no_grad():
-        torch.testing.assert_close(plain_module(conv)(views), conv(views), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(to_plain_conv(conv)(views), conv(views), rtol=1e-5, atol=1e-5)
 
 
 class Shared(nn.Module):
@@ -98,7 +98,7 @@ class Branching(Shared):
 @pytest.mark.parametrize("kind", [Shared, Twice, Branching])
 def test_a_batch_norm_that_cannot_be_folded_stays(kind):
     net = shaken(kind())
-    assert batch_norms(net) == []
+    assert foldable_batch_norms(net) == []
     views = torch.rand(2, 3, 12, 12)
     with torch.no_grad():
         wanted = net(views)
@@ -149,40 +149,42 @@ def as_fast_as(seconds: dict[str, float]):
 
 def test_what_is_as_good_is_taken(monkeypatch):
     """Whatever is faster here, 16 bits are only taken if they answer as fp32 does."""
-    monkeypatch.setattr(frozen_models, "SMALL", 0)
-    monkeypatch.setattr(frozen_models, "measure", as_fast_as({"bf16": 1.0, "fp16": 2.0, "fp32": 9.0}))
+    monkeypatch.setattr(frozen_models, "SMALL_NETWORK", 0)
+    monkeypatch.setattr(frozen_models, "time_layouts", as_fast_as({"bf16": 1.0, "fp16": 2.0, "fp32": 9.0}))
     views = torch.rand(32, 3, 32, 32)
     frozen, tried = freeze(teacher, views, AllowedModes(("bf16", "fp16", "fp32")))
     assert [check.form.precision for check in tried] == ["bf16", "fp16", "fp32"][: len(tried)]
-    assert frozen.form == tried[-1].form
+    assert frozen.mode == tried[-1].form
     assert tried[-1].good
     assert not any(check.good for check in tried[:-1])
     torch.testing.assert_close(frozen(views), Frozen(teacher())(views), rtol=5e-2, atol=5e-2)
 
 
 def test_a_form_that_answers_otherwise_is_refused(monkeypatch):
-    monkeypatch.setattr(frozen_models, "SMALL", 0)
+    monkeypatch.setattr(frozen_models, "SMALL_NETWORK", 0)
     honest = frozen_models.Frozen.forward
 
     def off(self, views):
-        return honest(self, views) + (torch.randn(len(views), 5) if self.form.precision != "fp32" else 0)
+        return honest(self, views) + (torch.randn(len(views), 5) if self.mode.precision != "fp32" else 0)
 
     monkeypatch.setattr(frozen_models.Frozen, "forward", off)
     monkeypatch.setattr(
-        frozen_models, "measure", lambda _make, forms, _views: {forms[0]: 9.0 if forms[0].precision == "fp32" else 1.0}
+        frozen_models,
+        "time_layouts",
+        lambda _make, forms, _views: {forms[0]: 9.0 if forms[0].precision == "fp32" else 1.0},
     )
     frozen, tried = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16", "fp32")))
-    assert frozen.form.precision == "fp32"
+    assert frozen.mode.precision == "fp32"
     assert [check.good for check in tried] == [False, True]
     alone, tried = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16",)))
-    assert alone.form.precision == "bf16", "who says it gets it"
+    assert alone.mode.precision == "bf16", "who says it gets it"
     assert [check.good for check in tried] == [False]
 
 
 def test_folding_that_goes_wrong_leaves_the_plain_teacher(monkeypatch):
     monkeypatch.setattr(frozen_models, "fold", lambda _: 1 / 0)
     frozen, tried = freeze(teacher, torch.rand(4, 3, 32, 32), AllowedModes())
-    assert frozen.form == PLAIN
+    assert frozen.mode == PLAIN
     assert "division by zero" in str(tried[0])
     assert tried[-1].good
 
@@ -190,7 +192,7 @@ def test_folding_that_goes_wrong_leaves_the_plain_teacher(monkeypatch):
 def test_the_check_is_what_it_says():
     truth = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.9]])
     answers = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.9, 1.0]])
-    check = frozen_models.compare(InferenceMode(), answers, truth)
+    check = frozen_models.check_parity(InferenceMode(), answers, truth)
     p, q = truth.double().softmax(-1), answers.double().softmax(-1)
     assert check.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     assert check.agreement == pytest.approx(2 / 3)
@@ -198,13 +200,15 @@ def test_the_check_is_what_it_says():
     assert ParityCheck(InferenceMode(), 9, 1e-3, 0.995).good
     assert not ParityCheck(InferenceMode(), 9, 1.1e-3, 1.0).good
     assert not ParityCheck(InferenceMode(), 9, 0.0, 0.994).good
-    assert not frozen_models.compare(InferenceMode(), answers * float("nan"), truth).good
+    assert not frozen_models.check_parity(InferenceMode(), answers * float("nan"), truth).good
 
 
 def test_the_form_that_was_best_before_comes_first():
     first = InferenceMode(layout="contiguous")
     forms = list(
-        frozen_models.candidates(teacher, torch.rand(2, 3, 32, 32), AllowedModes(("fp32",), first=first), small=False)
+        frozen_models.candidate_modes(
+            teacher, torch.rand(2, 3, 32, 32), AllowedModes(("fp32",), first=first), small=False
+        )
     )
     assert forms[0] == first
 
@@ -234,8 +238,8 @@ def test_compiled_it_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     views = torch.rand(4, 3, 32, 32)
     frozen, tried = freeze(teacher, views, AllowedModes(compiled=True))
-    measured = replace(InferenceMode(), layout=frozen.form.layout)  # whichever is faster here
-    assert frozen.form == replace(measured, compiled=True), [str(check) for check in tried]
+    measured = replace(InferenceMode(), layout=frozen.mode.layout)  # whichever is faster here
+    assert frozen.mode == replace(measured, compiled=True), [str(check) for check in tried]
     wanted = Frozen(teacher())(views)
     torch.testing.assert_close(frozen(views), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(frozen(views[:3]), wanted[:3], rtol=1e-4, atol=1e-4)
@@ -249,7 +253,7 @@ class Lending(Shared):
 
 
 def test_a_kernel_that_is_used_by_itself_is_left_alone():
-    assert batch_norms(shaken(Lending())) == []
+    assert foldable_batch_norms(shaken(Lending())) == []
 
 
 def test_a_head_that_folding_joins_with_its_norm():
@@ -264,4 +268,4 @@ def test_a_head_that_folding_joins_with_its_norm():
 
 
 def test_kernels_of_five_axes():
-    assert Frozen(load("lambda_resnet26t", classes=3), InferenceMode()).form.folded
+    assert Frozen(load("lambda_resnet26t", classes=3), InferenceMode()).mode.folded

@@ -204,7 +204,7 @@ def server_of_one_file(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     server = HTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(download, "PUBLISHED", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(download, "BASE_URL", f"http://127.0.0.1:{server.server_port}")
     yield server
     server.shutdown()
     server.server_close()
@@ -235,7 +235,7 @@ def test_a_damaged_download_is_not_kept(tmp_path):
 
 def test_without_a_network_it_says_where_to_put_the_file(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(download, "PUBLISHED", "http://127.0.0.1:9")
+    monkeypatch.setattr(download, "BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(
         InputError, match=r"cannot fetch .*R152x2_T_pet128.npz .*put it at .*weights/R152x2_T_pet128.npz"
     ):

@@ -35,7 +35,7 @@ def noise():
 def each_way(request, monkeypatch):
     """Small images of one size are resampled together, others one by one, by our kernel or torch: all are right."""
     if request.param != "together":
-        monkeypatch.setattr("funmatch.ops.crops.SMALL", 0)
+        monkeypatch.setattr("funmatch.ops.crops.MAX_BATCHED_PIXELS", 0)
     if request.param == "by torch":
         monkeypatch.setattr("funmatch.ops.resample.why_unavailable", lambda: "unwanted")
     elif library.find_compiler() is None:

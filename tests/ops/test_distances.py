@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from funmatch.ops.distances import cross_entropy, dist, distance, kl, mixed_labels, standardize_logits
+from funmatch.ops.distances import cross_entropy, dist, distance, kl, mix_labels, standardize_logits
 
 
 def softmax(logits):
@@ -48,14 +48,14 @@ def test_half_precision_logits_lose_nothing_in_the_loss():
 
 
 def test_labels_are_mixed_as_views_are():
-    found = mixed_labels(torch.tensor([2, 0, 1]), 0.75, 3)
+    found = mix_labels(torch.tensor([2, 0, 1]), 0.75, 3)
     assert found.tolist() == [[0.75, 0, 0.25], [0.25, 0.75, 0]]
-    assert mixed_labels(torch.tensor([2, 0, 1]), 1.0, 3).tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert mix_labels(torch.tensor([2, 0, 1]), 1.0, 3).tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
 def test_cross_entropy_of_one_hot_labels_is_minus_the_log_probability():
     logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 3.0]])
-    found = cross_entropy(logits, mixed_labels(torch.tensor([0, 1, 2]), 1.0, 3))
+    found = cross_entropy(logits, mix_labels(torch.tensor([0, 1, 2]), 1.0, 3))
     for i, label in enumerate((1, 2)):
         assert found[i].item() == pytest.approx(-math.log(softmax(logits[i].tolist())[label]), rel=1e-5)
 

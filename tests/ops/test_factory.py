@@ -12,7 +12,7 @@ import funmatch
 from funmatch.data.batch import Batch
 from funmatch.errors import InputError
 from funmatch.ops.distances import kl
-from funmatch.ops.optim.factory import OWN, REFUSED, create_optimizer, list_optimizers
+from funmatch.ops.optim.factory import FACTORIES, REFUSED, create_optimizer, list_optimizers
 from funmatch.ops.optim.schedules import factor
 from funmatch.ops.optim.state import load_optimizer_state_, optimizer_state_dict
 from funmatch.ops.optim.updates import decayed_parameters, set_lr
@@ -20,7 +20,7 @@ from funmatch.runtime import devices
 from funmatch.training.loop import LoopOptions, fit
 from funmatch.training.run import checkpoint
 
-CHOSEN = [*OWN, "lamb", "lars", "muon"]
+CHOSEN = [*FACTORIES, "lamb", "lars", "muon"]
 ELSEWHERE = [name for name in timm.optim.list_optimizers() if name.startswith(("bnb", "fused"))]
 ALL = [
     *CHOSEN,

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from funmatch.ops.metrics import calibration_error, per_image, summary
+from funmatch.ops.metrics import calibration_error, per_image, summarize
 
 
 def test_accuracy_agreement_and_kl_by_hand():
     student = torch.tensor([[3.0, 1, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])
     teacher = torch.tensor([[3.0, 1, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0], [9, 4, 3, 2, 1, 0], [0, 0, 9, 0, 0, 0]])
     labels = torch.tensor([0, 0, 5, 1])
-    figures = summary(per_image(student, labels, teacher))
+    figures = summarize(per_image(student, labels, teacher))
     assert figures["top1"] == 0.5
     assert figures["top5"] == 0.5, "image 1's label is its last of six, image 2's too"
     assert figures["agreement"] == 0.5
@@ -22,21 +22,21 @@ def test_accuracy_agreement_and_kl_by_hand():
 
 
 def test_what_is_not_known_is_none():
-    figures = summary(per_image(torch.randn(3, 4)))
+    figures = summarize(per_image(torch.randn(3, 4)))
     assert set(figures.values()) == {None}
-    figures = summary(per_image(torch.randn(3, 4), teacher_logits=torch.randn(3, 4)))
+    figures = summarize(per_image(torch.randn(3, 4), teacher_logits=torch.randn(3, 4)))
     assert figures["top1"] is None
     assert figures["agreement"] is not None
 
 
 def test_fewer_classes_than_five_make_top5_certain():
-    assert summary(per_image(torch.randn(9, 3), torch.zeros(9, dtype=torch.long)))["top5"] == 1.0
+    assert summarize(per_image(torch.randn(9, 3), torch.zeros(9, dtype=torch.long)))["top5"] == 1.0
 
 
 def test_balanced_accuracy_does_not_reward_a_constant_answer():
     logits = torch.tensor([[1.0, 0.0]]).expand(10, 2)
     labels = torch.tensor([0] * 9 + [1])
-    figures = summary(per_image(logits, labels))
+    figures = summarize(per_image(logits, labels))
     assert figures["top1"] == pytest.approx(0.9)
     assert figures["balanced"] == 0.5
 

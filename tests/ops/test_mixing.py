@@ -5,9 +5,9 @@ import pytest
 import timm.data.mixup
 import torch
 
-from funmatch.ops.distances import mixed_labels
-from funmatch.ops.mixing import cut_boxes, cutmix, kept_fraction, mixup
-from funmatch.ops.sampling import beta, generator
+from funmatch.ops.distances import mix_labels
+from funmatch.ops.mixing import boxes_from_uniforms, cutmix, kept_fraction, mixup
+from funmatch.ops.sampling import beta_quantile, step_generator
 
 
 def batch(n: int, side: int, seed: int = 0) -> torch.Tensor:
@@ -17,14 +17,14 @@ def batch(n: int, side: int, seed: int = 0) -> torch.Tensor:
 
 
 def boxed(n: int, a: float = 1.0, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(cut_boxes(generator(seed, 0).random((n, 3)), a)).float()
+    return torch.from_numpy(boxes_from_uniforms(step_generator(seed, 0).random((n, 3)), a)).float()
 
 
 @pytest.mark.parametrize("a", [0.2, 1.0, 4.0])
 def test_a_box_is_its_centre_and_lambda_written_out(a):
-    uniforms = generator(1, 0).random((200, 3))
-    for (u, y, x), box in zip(uniforms, cut_boxes(uniforms, a), strict=True):
-        side = (1 - float(beta(u, a))) ** 0.5
+    uniforms = step_generator(1, 0).random((200, 3))
+    for (u, y, x), box in zip(uniforms, boxes_from_uniforms(uniforms, a), strict=True):
+        side = (1 - float(beta_quantile(u, a))) ** 0.5
         top, bottom = max(y - side / 2, 0), min(y + side / 2, 1)
         left, right = max(x - side / 2, 0), min(x + side / 2, 1)
         np.testing.assert_allclose(box, [top, left, bottom - top, right - left], atol=1e-12)
@@ -32,7 +32,7 @@ def test_a_box_is_its_centre_and_lambda_written_out(a):
 
 def test_a_box_within_the_image_covers_one_minus_lambda():
     uniforms = np.array([[0.75, 0.5, 0.5], [0.0, 0.5, 0.5], [0.0, 0.0, 0.0], [1 - 1e-16, 0.3, 0.9]])
-    boxes = cut_boxes(uniforms)
+    boxes = boxes_from_uniforms(uniforms)
     np.testing.assert_allclose(boxes[:3], [[0.25, 0.25, 0.5, 0.5], [0, 0, 1, 1], [0, 0, 0.5, 0.5]])
     found = kept_fraction(torch.from_numpy(boxes).float(), 32)
     assert found.dtype == torch.float32
@@ -70,7 +70,7 @@ def test_one_box_may_be_that_of_all():
     assert torch.equal(cutmix(views, box), cutmix(views, box.expand(5, 4)))
     labels = torch.tensor([2, 0, 1, 1, 0, 2])
     share = kept_fraction(box, 16)
-    assert torch.equal(mixed_labels(labels, share, 3), mixed_labels(labels, share.expand(5), 3))
+    assert torch.equal(mix_labels(labels, share, 3), mix_labels(labels, share.expand(5), 3))
 
 
 def test_a_box_without_area_leaves_the_image_as_it_is():
@@ -124,7 +124,7 @@ def test_two_images_are_mixed_as_by_timm(kind, monkeypatch):
         else:
             lam = (targets[:, [1, 3]].diagonal() - 0.02) / 0.9  # what they were mixed by shows in their labels
             torch.testing.assert_close(mixup(views, lam), wanted, rtol=0, atol=1e-6)
-        torch.testing.assert_close(mixed_labels(labels, lam, 5, 0.1), targets, rtol=0, atol=1e-6)
+        torch.testing.assert_close(mix_labels(labels, lam, 5, 0.1), targets, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", [1, 7, 32])
@@ -133,14 +133,14 @@ def test_equal_lambdas_are_one_lambda_to_the_last_bit(side, lam):
     views = batch(5, side)
     assert torch.equal(mixup(views, torch.full((5,), lam)), mixup(views, lam))
     labels = torch.tensor([2, 0, 1, 1, 0, 2])
-    torch.testing.assert_close(mixed_labels(labels, torch.full((5,), lam), 3), mixed_labels(labels, lam, 3))
+    torch.testing.assert_close(mix_labels(labels, torch.full((5,), lam), 3), mix_labels(labels, lam, 3))
 
 
 def test_every_image_may_have_a_lambda_of_its_own():
     views, lam = batch(5, 6), torch.linspace(0, 1, 5)
     labels = torch.tensor([2, 0, 1, 1, 0, 2])
     pixels, classes = views.numpy().astype(float), np.eye(3)[labels.numpy()]
-    mixed, softened = mixup(views, lam), mixed_labels(labels, lam, 3)
+    mixed, softened = mixup(views, lam), mix_labels(labels, lam, 3)
     for i, share in enumerate(lam.tolist()):
         np.testing.assert_allclose(mixed[i], share * pixels[i + 1] + (1 - share) * pixels[i], atol=1e-6)
         np.testing.assert_allclose(softened[i], share * classes[i + 1] + (1 - share) * classes[i], atol=1e-6)

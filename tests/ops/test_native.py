@@ -97,7 +97,7 @@ def test_standardised_filters_there_and_back(dtype, shape, layout):
     exact = weight.detach().double().requires_grad_()
     rows = F.batch_norm(exact.reshape(1, shape[0], -1), None, None, training=True, eps=1e-8).reshape(shape)
     truth = [rows, *torch.autograd.grad(rows, exact, given.double())]
-    made = norms.standardized_weight(weight, 1e-8, dtype)
+    made = norms.standardize_weight(weight, 1e-8, dtype)
     assert made.dtype == dtype
     assert made.stride() == weight.stride()
     found = [made, *torch.autograd.grad(made, weight, given)]
@@ -165,7 +165,7 @@ def test_a_network_is_the_same_function_with_the_same_names(name):
     assert off(found) <= max(1e-4, 2 * off(usual))
     assert own.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(own.eval()(views), plain.eval()(views)), "it is judged as whoever loads it computes it"
-    quickened = sum(type(module) in native_layers.QUICK.values() for module in own.modules())
+    quickened = sum(type(module) in native_layers.NATIVE_CLASSES.values() for module in own.modules())
     assert (quickened > 0) == (name != "test_resnet") == native_layers.gains_from_native(plain)
 
 
@@ -222,10 +222,10 @@ def test_a_teacher_takes_them_and_answers_the_same():
 
     views = torch.rand(8, 3, 64, 64)
     frozen, tried = freeze(made, views, AllowedModes(("bf16", "fp32"), native=True))
-    assert frozen.form.native
+    assert frozen.mode.native
     assert tried[-1].good
-    assert "own kernels" in str(frozen.form)
-    assert all(norm.weight.dtype == torch.float32 for norm in native_layers.count_group_norms(frozen.classifier.net))
+    assert "own kernels" in str(frozen.mode)
+    assert all(norm.weight.dtype == torch.float32 for norm in native_layers.native_group_norms(frozen.classifier.net))
     plain = Frozen(made())(views)
     exact = Frozen(made(), InferenceMode(native=True))(views)
     assert (exact - plain).abs().max() < 1e-4 * plain.abs().max()
@@ -246,7 +246,8 @@ def test_without_a_compiler_all_is_as_ever(tmp_path, monkeypatch):
     student = native_layers.use_native_kernels(load("resnetv2_50x1_bit", classes=10).net, taught_only=False)
     frozen = Frozen(load("resnetv2_50x1_bit", classes=10), InferenceMode(native=True))
     assert not any(
-        type(norm) in native_layers.QUICK.values() for norm in native_layers.count_group_norms(frozen.classifier.net)
+        type(norm) in native_layers.NATIVE_CLASSES.values()
+        for norm in native_layers.native_group_norms(frozen.classifier.net)
     )
     assert native_layers.gains_from_native(load("resnetv2_50x1_bit", classes=10).net)
     assert not native_layers.gains_from_native(student), "it has them already"

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from funmatch.ops.randaugment import OPERATIONS, STRONGEST, apply, draw
-from funmatch.ops.sampling import generator
+from funmatch.ops.randaugment import MAX_MAGNITUDE, OPERATIONS, apply_operations, draw_operations
+from funmatch.ops.sampling import step_generator
 
 NAMES = dict(
     zip(
@@ -34,7 +34,7 @@ def torchvisions(image: torch.Tensor, name: str, magnitude: int, sign: int) -> t
     grey = [0.5] * 3 if image.is_floating_point() else [127.5] * 3
     theirs = v2.RandAugment(interpolation=InterpolationMode.NEAREST, fill=grey)
     of, signed = theirs._AUGMENTATION_SPACE[NAMES[name]]
-    strengths = of(STRONGEST + 1, *image.shape[-2:])
+    strengths = of(MAX_MAGNITUDE + 1, *image.shape[-2:])
     strength = 0.0 if strengths is None else float(strengths[magnitude]) * (sign if signed else 1)
     return theirs._apply_image_or_video_transform(
         image, NAMES[name], strength, interpolation=theirs.interpolation, fill=theirs._fill
@@ -43,10 +43,10 @@ def torchvisions(image: torch.Tensor, name: str, magnitude: int, sign: int) -> t
 
 def ours(views: torch.Tensor, name: str, magnitude: float, sign: int = 1) -> torch.Tensor:
     operation = OPERATIONS[name]
-    strength = operation.weakest + (operation.strongest - operation.weakest) * magnitude / STRONGEST
+    strength = operation.weakest + (operation.strongest - operation.weakest) * magnitude / MAX_MAGNITUDE
     shape = len(views), 1
     strengths = np.full(shape, strength * (sign if operation.signed else 1))
-    return apply(views, np.full(shape, list(OPERATIONS).index(name)), strengths)
+    return apply_operations(views, np.full(shape, list(OPERATIONS).index(name)), strengths)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -78,14 +78,14 @@ def test_magnitude_0_is_the_identity(name):
 
 def test_what_comes_in_from_beyond_the_border_is_grey():
     views = torch.ones(1, 3, 331, 331)
-    found = ours(views, "translate-x", STRONGEST)
+    found = ours(views, "translate-x", MAX_MAGNITUDE)
     assert (found[..., :149] == 0.5).all()
     assert (found[..., 151:] == 1).all()
-    assert (ours(views, "rotate", STRONGEST)[..., 0, 0] == 0.5).all()
+    assert (ours(views, "rotate", MAX_MAGNITUDE)[..., 0, 0] == 0.5).all()
 
 
 def drawn(n: int, operations: int, magnitude: float, seed: int = 0):
-    return draw(generator(seed, 0), n, operations, magnitude)
+    return draw_operations(step_generator(seed, 0), n, operations, magnitude)
 
 
 def test_draws_are_uniform_and_signs_are_fair():
@@ -115,9 +115,9 @@ def test_a_image_does_not_depend_on_its_batch(side, layout):
     views = torch.rand(40, 3, side, side).contiguous(memory_format=layout)
     before = views.clone()
     ops, strengths = drawn(40, 2, 14)
-    whole, state = apply(views, ops, strengths), torch.get_rng_state()
+    whole, state = apply_operations(views, ops, strengths), torch.get_rng_state()
     for rows in (np.arange(40), np.arange(9, 20) - 10, np.array([7]), np.arange(40)[::-1].copy()):
-        found = apply(views[torch.from_numpy(rows % 40)], ops[rows], strengths[rows])
+        found = apply_operations(views[torch.from_numpy(rows % 40)], ops[rows], strengths[rows])
         assert torch.equal(found, whole[torch.from_numpy(rows % 40)])
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(views, before)
@@ -128,7 +128,7 @@ def test_a_image_does_not_depend_on_its_batch(side, layout):
 def test_views_stay_in_their_range(magnitude):
     ops, strengths = drawn(64, 4, magnitude)
     for views in (torch.rand(64, 3, 16, 16), torch.zeros(64, 3, 16, 16), torch.ones(64, 3, 16, 16)):
-        found = apply(views, ops, strengths)
+        found = apply_operations(views, ops, strengths)
         assert found.shape == views.shape
         assert found.dtype == torch.float32
         assert 0 <= found.min() <= found.max() <= 1
@@ -137,5 +137,5 @@ def test_views_stay_in_their_range(magnitude):
 def test_operations_follow_one_another():
     views = torch.rand(1, 3, 16, 16)
     places = [list(OPERATIONS).index(name) for name in ("rotate", "solarize")]
-    found = apply(views, np.array([places]), np.array([[10.0, 0.4]]))
+    found = apply_operations(views, np.array([places]), np.array([[10.0, 0.4]]))
     assert torch.equal(found, OPERATIONS["solarize"].change(OPERATIONS["rotate"].change(views, 10.0), 0.4))

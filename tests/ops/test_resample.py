@@ -10,7 +10,7 @@ import torch
 
 from funmatch.ops import resample
 from funmatch.ops.crops import central_view, crop_of_resized_flip, crop_resize_flip
-from funmatch.ops.sampling import sample_boxes
+from funmatch.ops.sampling import box_sampler
 
 SIZES = np.array([[31, 23], [64, 64], [8, 90], [200, 130], [1, 1], [2, 300], [375, 500]])
 CLOSE = 0.01 / 255
@@ -38,7 +38,7 @@ def seen(flat, looks, side):
 
 def drawn(crop, side, seed=0):
     rng = np.random.default_rng(seed)
-    boxes = sample_boxes(crop, side=side, resize=side * 5 // 4)(rng, *SIZES.T)
+    boxes = box_sampler(crop, side=side, resize=side * 5 // 4)(rng, *SIZES.T)
     return boxes, rng.random(len(SIZES)) < 0.5
 
 
@@ -77,11 +77,11 @@ def test_beyond_two_gigabytes_places_are_still_exact():
 
 INTERPRETED = """
 import sys, numpy as np, torch
-from funmatch import resample
-from funmatch.kernels import looked
+from funmatch.ops import resample
+from funmatch.ops.native.triton_crops import sample
 given = torch.load(sys.argv[1], weights_only=True)
 for corners, axes, side, expected in given["looks"]:
-    found = looked(given["flat"], corners, axes, side)
+    found = sample(given["flat"], corners, axes, side)
     assert found.is_contiguous(memory_format=torch.channels_last), found.stride()
     torch.testing.assert_close(found, expected, atol=0.01 / 255, rtol=0)
 print(len(given["looks"]), "alike")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funmatch.ops.sampling import generator, sample_inception_boxes, sample_step, shuffled
+from funmatch.ops.sampling import sample_inception_boxes, sample_step, shuffle_positions, step_generator
 
 # Deciles of 200,000 boxes of TensorFlow 2.21's `tf.image.sample_distorted_bounding_box` (aspect 3/4 … 4/3, area
 # 5 … 100 %, 100 attempts): the box's share of the image's area, its aspect, its centre as a share of the sides.
@@ -47,7 +47,7 @@ def measures(boxes, height, width):
 def test_crops_have_tensorflows_distribution(size):
     """Whether the share of our boxes at or below each of TensorFlow's deciles is that decile, ties allowed for."""
     n = 100_000
-    found = measures(sample_inception_boxes(generator(1, 0), np.full(n, size[0]), np.full(n, size[1])), *size)
+    found = measures(sample_inception_boxes(step_generator(1, 0), np.full(n, size[0]), np.full(n, size[1])), *size)
     critical = 1.63 * math.sqrt(1 / n + 1 / 200_000)  # Kolmogorov-Smirnov, p = 0.01
     for name, deciles in TENSORFLOW[size].items():
         for share, value in zip(np.arange(0.1, 0.95, 0.1), deciles, strict=True):
@@ -81,8 +81,8 @@ def one_by_one(uniforms, height, width, low_area, high_area):
 @settings(max_examples=60, deadline=None)
 def test_boxes_equal_the_same_rules_one_image_at_a_time(seed, height, width, low_area):
     n = 20
-    boxes = sample_inception_boxes(generator(seed, 3), np.full(n, height), np.full(n, width), min_area=low_area)
-    rng = generator(seed, 3)
+    boxes = sample_inception_boxes(step_generator(seed, 3), np.full(n, height), np.full(n, width), min_area=low_area)
+    rng = step_generator(seed, 3)
     for box, first in zip(boxes, rng.random((n, 4)), strict=True):
         expected = one_by_one(first, height, width, low_area, 1.0)
         if expected is None:
@@ -92,19 +92,19 @@ def test_boxes_equal_the_same_rules_one_image_at_a_time(seed, height, width, low
 
 
 def test_the_whole_image_is_taken_where_no_crop_fits():
-    assert sample_inception_boxes(generator(0, 0), [10], [1000]).tolist() == [[0, 0, 10, 1000]]
+    assert sample_inception_boxes(step_generator(0, 0), [10], [1000]).tolist() == [[0, 0, 10, 1000]]
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 50))
 @settings(max_examples=60, deadline=None)
 def test_every_epoch_shows_every_image_once(count, seed, epoch):
-    order = shuffled(seed, np.arange(epoch * count, (epoch + 1) * count), count)
+    order = shuffle_positions(seed, np.arange(epoch * count, (epoch + 1) * count), count)
     assert sorted(order) == list(range(count))
 
 
 def test_orders_are_uniform_and_differ_between_epochs_and_seeds():
     count, epochs = 7, 20_000
-    orders = shuffled(5, np.arange(count * epochs), count).reshape(epochs, count)
+    orders = shuffle_positions(5, np.arange(count * epochs), count).reshape(epochs, count)
     expected = epochs / count
     for place in range(count):
         seen = np.bincount(orders[:, place], minlength=count)
@@ -113,12 +113,12 @@ def test_orders_are_uniform_and_differ_between_epochs_and_seeds():
     expected = epochs / (count * (count - 1))
     off_diagonal = pairs[~np.eye(count, dtype=bool).ravel()]
     assert ((off_diagonal - expected) ** 2 / expected).sum() < 76, "41 degrees of freedom, p < 0.001"
-    assert not np.array_equal(shuffled(1, np.arange(50), 50), shuffled(2, np.arange(50), 50))
+    assert not np.array_equal(shuffle_positions(1, np.arange(50), 50), shuffle_positions(2, np.arange(50), 50))
 
 
 def test_a_place_in_the_order_costs_no_memory_and_no_pass_over_the_data():
     far = np.arange(10**15, 10**15 + 4)
-    assert len(set(shuffled(0, far, 10**9).tolist())) == 4
+    assert len(set(shuffle_positions(0, far, 10**9).tolist())) == 4
 
 
 def sizes(indices):

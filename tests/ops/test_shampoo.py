@@ -11,7 +11,7 @@ from torch import nn
 
 from funmatch.ops.optim import shampoo_blocks
 from funmatch.ops.optim.shampoo import GRAFTS, Shampoo
-from funmatch.ops.optim.shampoo_blocks import grids, inverse_roots, merged
+from funmatch.ops.optim.shampoo_blocks import block_grids, inverse_roots, merge_axes
 
 EPS = 1e-6
 SHAPES = {
@@ -105,17 +105,17 @@ def test_it_walks_near_scalable_shampoo_as_it_comes():
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (1, 300), (257, 129), (1, 1), (64, 3, 7, 7)])
 @pytest.mark.parametrize("size", [8, 128])
 def test_blocks_cover_a_tensor_once(shape, size):
-    assert list(merged(shape, size)) == published_merging(shape, size)
-    if len(flat := merged(shape, size)) < 2:
+    assert list(merge_axes(shape, size)) == published_merging(shape, size)
+    if len(flat := merge_axes(shape, size)) < 2:
         return
     tensor = torch.randn(flat)
     again = torch.full_like(tensor, torch.nan)
-    for grid in grids(flat, size):
+    for grid in block_grids(flat, size):
         assert max(grid.block) <= size
-        pieces = grid.cut(tensor)
+        pieces = grid.split(tensor)
         first = tuple(slice(begin, begin + length) for begin, length in zip(grid.corner, grid.block, strict=True))
         assert torch.equal(pieces[0], tensor[first])
-        grid.paste_(again, pieces)
+        grid.join_(again, pieces)
     assert torch.equal(again, tensor)
 
 

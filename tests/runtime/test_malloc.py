@@ -25,7 +25,7 @@ def test_the_first_to_begin_and_the_last_to_end_tell_the_library(monkeypatch):
         def malloc_trim(self, _pad: int) -> None:
             told.append("trim")
 
-    for name in malloc.SAID:
+    for name in malloc.OVERRIDE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: Library())
     one, other = malloc.keep_freed_memory(CPU), malloc.keep_freed_memory(CPU)
@@ -46,7 +46,7 @@ def test_the_first_to_begin_and_the_last_to_end_tell_the_library(monkeypatch):
 
 STEPS = """
 import resource, sys, torch
-from funmatch import heap
+from funmatch.runtime import malloc
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -57,7 +57,7 @@ def faults():
 
 faults()
 plain = faults()
-with heap.kept(torch.device("cpu")):
+with malloc.keep_freed_memory(torch.device("cpu")):
     faults()
     own = faults()
 print(plain, own)

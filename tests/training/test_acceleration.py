@@ -13,7 +13,7 @@ from torch import nn
 
 import funmatch
 from funmatch.config import Distill
-from funmatch.errors import InputError, lacks_memory
+from funmatch.errors import InputError, is_out_of_memory
 from funmatch.models.classifier import Classifier
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.inference import frozen
@@ -61,7 +61,7 @@ NATIVE = TINY | {
 def nothing_is_small(monkeypatch):
     """What our own kernels are for is too large for a test."""
     for module in (acceleration, loading, frozen):
-        monkeypatch.setattr(module, "SMALL", 0)
+        monkeypatch.setattr(module, "SMALL_NETWORK", 0)
 
 
 COMPILED = TINY | {"compile": "on", "save_every": 2, "log_every": 1, "precision": "fp32", "steps": 6}
@@ -107,9 +107,9 @@ def test_where_nothing_fits_it_says_so(tmp_path):
 
 
 def test_other_errors_are_no_lack_of_memory():
-    assert lacks_memory(torch.OutOfMemoryError("x"))
-    assert lacks_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert not lacks_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert oom.halves(20) == [10, 5, 3, 2, 1]
 
 

@@ -132,7 +132,7 @@ def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch)
             return real(*given, **more)
 
         patches = [
-            (extend, "folder_atomically"),
+            (extend, "write_folder_atomically"),
             (extend, "write_atomically"),
             (checkpoint, "go_back"),
             (shutil, "rmtree"),

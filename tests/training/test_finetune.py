@@ -21,12 +21,12 @@ from funmatch.config import Finetune
 from funmatch.data.batch import Batch
 from funmatch.errors import InputError
 from funmatch.ops.crops import central_view, crop_of_resized_flip
-from funmatch.ops.distances import cross_entropy, mixed_labels
+from funmatch.ops.distances import cross_entropy, mix_labels
 from funmatch.ops.optim import hyperrule
 from funmatch.ops.optim.factory import create_optimizer
 from funmatch.ops.optim.schedules import factor, staircase
 from funmatch.ops.optim.updates import set_lr
-from funmatch.ops.sampling import MixupOptions, beta, generator, sample_mild_boxes, sample_step
+from funmatch.ops.sampling import MixupOptions, beta_quantile, sample_mild_boxes, sample_step, step_generator
 from funmatch.runtime.chunks import even_chunks
 
 TINY = {"student_kwargs": {"channels": (8, 8, 16, 16), "stem_width": 8}, "side": 32, "batch": 16}
@@ -81,7 +81,7 @@ def test_a_mild_crop_is_a_crop_of_the_resized_image(size, squash):
     image = torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
     height, width = (20, 20) if squash else (max(16, round(20 * s / min(size))) for s in size)
     resized = F.interpolate(image.permute(2, 0, 1)[None].double(), (height, width), mode="bilinear")[0] / 255
-    boxes = sample_mild_boxes(generator(0, 0), [size[0]] * 40, [size[1]] * 40, side=16, resize=20, squash=squash)
+    boxes = sample_mild_boxes(step_generator(0, 0), [size[0]] * 40, [size[1]] * 40, side=16, resize=20, squash=squash)
     flips = rng.random(40) < 0.5
     views = crop_of_resized_flip([image] * 40, boxes, flips, 16)
     for view, box, flip in zip(views, boxes, flips, strict=True):
@@ -91,7 +91,7 @@ def test_a_mild_crop_is_a_crop_of_the_resized_image(size, squash):
 
 
 def test_a_mild_corner_is_uniform_over_the_resized_image():
-    boxes = sample_mild_boxes(generator(1, 0), np.full(20_000, 64), np.full(20_000, 128), side=12, resize=16)
+    boxes = sample_mild_boxes(step_generator(1, 0), np.full(20_000, 64), np.full(20_000, 128), side=12, resize=16)
     tops, lefts = boxes[:, 0] / 4, boxes[:, 1] / 4
     assert set(tops) == set(range(5))
     assert set(lefts) == set(range(21))
@@ -108,7 +108,7 @@ def test_a_squashed_evaluation_view_keeps_the_middle_of_the_whole_image():
 
 @pytest.mark.parametrize("a", [0.1, 0.5, 2.0])
 def test_lambda_follows_its_beta(a):
-    values = [beta(u, a) for u in generator(0, 0).random(3000)]
+    values = [beta_quantile(u, a) for u in step_generator(0, 0).random(3000)]
     assert stats.kstest(values, stats.beta(a, a).cdf).pvalue > 1e-3
 
 
@@ -119,7 +119,7 @@ def test_mixup_moves_nothing_but_lambda():
     plain, off, mild = (sample_step(3, 17, 8, 100, sizes, mixing=MixupOptions(a)) for a in (1.0, 0.0, 0.1))
     assert off.lam == 1
     assert mild.lam == pytest.approx(
-        max(beta(generator(3, 17).random(), 0.1), 1 - beta(generator(3, 17).random(), 0.1))
+        max(beta_quantile(step_generator(3, 17).random(), 0.1), 1 - beta_quantile(step_generator(3, 17).random(), 0.1))
     )
     for other in (off, mild):
         assert (plain.indices == other.indices).all()
@@ -128,7 +128,7 @@ def test_mixup_moves_nothing_but_lambda():
 
 def test_smoothed_labels_are_torchs():
     logits, labels = torch.randn(7, 5), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
-    own = cross_entropy(logits, mixed_labels(labels, 1.0, 5, 0.1)).mean()
+    own = cross_entropy(logits, mix_labels(labels, 1.0, 5, 0.1)).mean()
     torch.testing.assert_close(own, F.cross_entropy(logits, labels[1:], label_smoothing=0.1))
 
 

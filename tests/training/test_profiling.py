@@ -33,7 +33,7 @@ def test_other_threads_are_beside_and_nothing_is_kept_when_nobody_watches():
         thread.start()
         thread.join()
         assert list(timing.timed_iter([1, 2], "wait")) == [1, 2]
-    assert set(watch.beside) == {"views"}
+    assert set(watch.background_seconds) == {"views"}
     assert set(watch.seconds) == {"wait"}
     with timing.timed("late"):
         time.sleep(0)

@@ -23,15 +23,15 @@ from funmatch.ops import distances, randaugment
 from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.mixing import mix_views, mixup
 from funmatch.ops.sampling import (
-    CHANGES,
-    ENSEMBLE,
-    LAMBDAS,
-    OWN,
+    ENSEMBLE_STREAM,
+    LAMBDA_STREAM,
+    RANDAUGMENT_STREAM,
+    TEACHER_STREAM,
     MixupOptions,
-    beta,
-    generator,
+    beta_quantile,
     sample_inception_boxes,
     sample_step,
+    step_generator,
 )
 from funmatch.training import distill, scoring
 from funmatch.training.teachers import fixed
@@ -80,7 +80,7 @@ def test_own_views_are_of_the_same_images_and_drawn_alike_but_independently(spli
     assert torch.equal(batch.crops, shared.batch_at(3).crops), "the student's are not moved by the teacher's"
     assert [each.shape[-1] for each in batch.teacher_crops] == [12, 20]
     assert drawn.teacher_view is not None
-    rng = generator(1, 3, OWN)
+    rng = step_generator(1, 3, TEACHER_STREAM)
     assert np.array_equal(drawn.teacher_view[1], rng.random(8) < 0.5)
     assert not np.array_equal(drawn.teacher_view[0], drawn.boxes)
     small = F.adaptive_avg_pool2d(batch.teacher_crops[1], 4) - F.adaptive_avg_pool2d(batch.teacher_crops[0], 4)
@@ -120,9 +120,9 @@ def test_one_lambda_a_image():
     assert stats.kstest(lams, stats.uniform(0.5, 0.5).cdf).pvalue > 1e-3
     plain = sample_step(0, 7, 50, 50, sizes)
     assert np.array_equal(plain.boxes, draws[7].boxes), "the mode of MixUp moves no crop"
-    small = MixupOptions(0.2, per_image=True, take_max=False).lam_at(generator(3, 1, LAMBDAS).random(4000))
+    small = MixupOptions(0.2, per_image=True, take_max=False).lam_at(step_generator(3, 1, LAMBDA_STREAM).random(4000))
     assert stats.kstest(small, stats.beta(0.2, 0.2).cdf).pvalue > 1e-3
-    assert np.array_equal(small, beta(generator(3, 1, LAMBDAS).random(4000), 0.2))
+    assert np.array_equal(small, beta_quantile(step_generator(3, 1, LAMBDA_STREAM).random(4000), 0.2))
     assert sample_step(0, 7, 50, 50, sizes, mixing=MixupOptions(lam=0.3)).lam == 0.3
 
 
@@ -132,7 +132,7 @@ def test_mixing_with_one_lambda_each():
     torch.testing.assert_close(mixup(views, lam), wanted)
     assert torch.equal(mixup(views, torch.full((5,), 0.7)), mixup(views, 0.7))
     labels = torch.tensor([0, 1, 2, 1, 0, 2])
-    mixed = distances.mixed_labels(labels, lam, 3)
+    mixed = distances.mix_labels(labels, lam, 3)
     torch.testing.assert_close(mixed[2], lam[2] * F.one_hot(labels[3], 3) + (1 - lam[2]) * F.one_hot(labels[2], 3))
     pieces = [piece for piece, _ in Batch(views, labels, lam).pieces(2)]
     assert torch.equal(torch.cat([mixup(piece.crops, piece.lam) for piece in pieces]), mixup(views, lam))
@@ -155,8 +155,8 @@ def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
         assert same is student
         assert large.shape[-1] == 20
         plain = Loader(split, 1, 8, 12).batch_at(step).crops
-        ops, strengths = randaugment.draw(generator(1, step, CHANGES), 8, 2, 9)
-        changed = randaugment.apply(plain[1:], ops, strengths)
+        ops, strengths = randaugment.draw_operations(step_generator(1, step, RANDAUGMENT_STREAM), 8, 2, 9)
+        changed = randaugment.apply_operations(plain[1:], ops, strengths)
         assert torch.equal(batch.crops[1:], changed)
         assert torch.equal(batch.crops[0], changed[-1])
         share, lam = torch.as_tensor(batch.own_weight).expand(8), torch.as_tensor(batch.lam).expand(8)
@@ -227,7 +227,7 @@ def expected(strategy: str, split, teacher, images, crops: int) -> torch.Tensor:
         elif strategy == "fix/cc":
             views = central_view(image, 40, 32)[None]
         else:
-            rng = generator(0, number, ENSEMBLE)
+            rng = step_generator(0, number, ENSEMBLE_STREAM)
             flips = rng.random(crops) < 0.5
             boxes = sample_inception_boxes(rng, np.full(crops, image.shape[0]), np.full(crops, image.shape[1]))
             views = crop_resize_flip([image] * crops, boxes, flips, 32)
@@ -292,7 +292,7 @@ def test_answers_go_on_where_a_killed_process_left_them(tmp_path, monkeypatch):
     parts = sorted(place.glob("part-*.npy"))
     assert [int(path.stem.removeprefix("part-")) for path in parts] == done == list(range(0, 70, 10))
     # Somebody else, who is alive, is at the next part: it is left to them, and taken when they let it go.
-    lock = fixed.lock_file(place / "part-000000070.lock")
+    lock = fixed.try_lock_file(place / "part-000000070.lock")
     assert lock
     rest: list[int] = []
 

@@ -21,7 +21,7 @@ from funmatch.commands import tape as tape_command
 from funmatch.config import Tape as Asked
 from funmatch.errors import InputError, WorkFailed
 from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.runtime.files import lock_file
+from funmatch.runtime.files import try_lock_file
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import tape
 from funmatch.training.teachers.tape import Layout
@@ -398,7 +398,7 @@ def test_two_runs_at_a_time_share_one(tmp_path):
     """One records; the other takes what is there, and asks the teacher for the rest."""
     layout = Layout(8, 10)
     funmatch.distill(out=tmp_path / "first", tape=tmp_path / "tape", **KNOBS)
-    lock = lock_file(tmp_path / "tape" / ".lock")
+    lock = try_lock_file(tmp_path / "tape" / ".lock")
     longer = KNOBS | {"steps": 20}
     run = funmatch.distill(out=tmp_path / "second", tape=tmp_path / "tape", **longer)
     assert tape.find_tape(tmp_path / "tape").counts()[2] == [range(14)], "it did not record"

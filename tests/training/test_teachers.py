@@ -13,7 +13,7 @@ import funmatch
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
-from funmatch.models.class_map import map_classes, read_map, select_classes
+from funmatch.models.class_map import map_classes, read_class_map, select_classes
 from funmatch.models.classifier import Card, Classifier, save
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble, mean_logits, mean_probabilities
 from funmatch.models.inference.frozen import Frozen
@@ -147,9 +147,9 @@ def test_classes_by_a_map(tmp_path):
 def test_maps_that_are_none(tmp_path, text, message):
     (tmp_path / "map.json").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_map(tmp_path / "map.json")
+        read_class_map(tmp_path / "map.json")
     with pytest.raises(InputError, match="cannot read the map"):
-        read_map(tmp_path / "none.json")
+        read_class_map(tmp_path / "none.json")
 
 
 def test_a_number_that_is_no_class(tmp_path):

@@ -16,13 +16,13 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 """The kinds of figures, and what each must be told beside its kind."""
 CURVES: Mapping[str, tuple[str, ...]] = {
     "step": ("loss", "lr", "images_per_second"),
-    "eval": metrics.FIGURES,
-    "ema": metrics.FIGURES,
-    "views": (*metrics.FIGURES, "teacher_top1"),
+    "eval": metrics.METRICS,
+    "ema": metrics.METRICS,
+    "views": (*metrics.METRICS, "teacher_top1"),
 }
 """What a run records while it goes on, by event."""
 ENDS = (
-    *metrics.FIGURES, *(f"{each}_{name}" for each in ("views", "ema") for name in metrics.FIGURES), "loss", "seconds",
+    *metrics.METRICS, *(f"{each}_{name}" for each in ("views", "ema") for name in metrics.METRICS), "loss", "seconds",
     "step", "best_step", "best_score", "parameters", "pictures", "teacher_top1", "views_teacher_top1",
 )  # fmt: skip
 """What a run comes to."""

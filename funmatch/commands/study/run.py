@@ -11,7 +11,7 @@ from funmatch.commands.study.spec import StudySpec
 from funmatch.config import Study
 from funmatch.errors import InputError
 from funmatch.reports import study_page
-from funmatch.runtime.log import table
+from funmatch.runtime.log import print_table
 
 
 def read(folder: Path) -> tuple[StudySpec, list[dict[str, Any]]]:
@@ -27,7 +27,7 @@ def show(figures: Mapping[str, Any]) -> None:
     """The table of a study on the terminal."""
     plan, results = read(Path(figures["study"]))
     results = study_page.visible(results)
-    table(plan.title, list(study_page.columns(results)), study_page.rows(results))
+    print_table(plan.title, list(study_page.columns(results)), study_page.rows(results))
     print(f"report: {figures['report']}")
 
 
@@ -56,5 +56,5 @@ def list_studies() -> dict[str, str]:
 
 
 def show_studies(found: Mapping[str, str]) -> None:
-    table("studies", ["name", "about"], [[name, title] for name, title in found.items()])
+    print_table("studies", ["name", "about"], [[name, title] for name, title in found.items()])
     print("funmatch study NAME carries one out; a file of your own (.toml) will do, too")

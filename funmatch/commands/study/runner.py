@@ -22,7 +22,7 @@ from funmatch.commands.study.spec import RunSpec, StudySpec
 from funmatch.config import Study, recipes
 from funmatch.errors import InputError, WorkFailed
 from funmatch.runtime import devices, signals
-from funmatch.runtime.files import lock_file, write_atomically
+from funmatch.runtime.files import try_lock_file, write_atomically
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import duration, percent
 from funmatch.training.run import folder as run_folder
@@ -90,7 +90,7 @@ def run(config: Study) -> dict[str, Any]:
     )
     run_folder.check_place(folder, "study.toml", "study")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_file(folder / ".lock")
+    lock = try_lock_file(folder / ".lock")
     if lock is None:
         raise InputError(f"another process is at work in {folder}")
     with lock:
@@ -268,7 +268,7 @@ def _locked(folder: Path) -> bool:
     """Whether another process is at work in a run folder, such as one that a killed study left behind."""
     if not (folder / "config.json").is_file():
         return False
-    lock = lock_file(folder / "config.json")
+    lock = try_lock_file(folder / "config.json")
     if lock is None:
         return True
     lock.close()

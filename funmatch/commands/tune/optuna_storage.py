@@ -25,7 +25,7 @@ from sqlalchemy.pool import NullPool
 
 from funmatch.commands.tune.space import Space, Value, combinations
 from funmatch.errors import InputError, first_line
-from funmatch.runtime.files import lock_file
+from funmatch.runtime.files import try_lock_file
 
 PATIENCE_SECONDS = 20.0
 """For which a storage may be locked by another process."""
@@ -44,7 +44,7 @@ class Lock:
 
     def acquire(self) -> bool:
         until = time.monotonic() + PATIENCE_SECONDS
-        while (held := lock_file(self.journal)) is None:
+        while (held := try_lock_file(self.journal)) is None:
             if time.monotonic() > until:
                 raise InputError(f"{self.journal} has been locked by another process for {PATIENCE_SECONDS:.0f} s")
             time.sleep(0.005)

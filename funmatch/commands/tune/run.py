@@ -8,7 +8,7 @@ from typing import Any
 from funmatch.errors import WorkFailed
 from funmatch.reports import run_page, tune_page
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.log import table
+from funmatch.runtime.log import print_table
 
 SHOWN = 20
 """Trials in the table on a terminal; the page has all."""
@@ -35,7 +35,7 @@ def show(result: Mapping[str, Any]) -> None:
     """The table of a search on the terminal, and what to do next."""
     rows = tune_page.trial_rows(result)
     more = f", the best {SHOWN} of {len(rows)}" if len(rows) > SHOWN else ""
-    table(
+    print_table(
         f"{Path(result['study']).name}: {tune_page.lead(result)}{more}", list(tune_page.columns(result)), rows[:SHOWN]
     )
     for name, value, spread in tune_page.best_rows(result):

@@ -24,7 +24,7 @@ from funmatch.commands.tune.space import Value
 from funmatch.config import Search
 from funmatch.errors import InputError, first_line
 from funmatch.runtime import text
-from funmatch.runtime.files import exclusively, lock_file
+from funmatch.runtime.files import file_lock, try_lock_file
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.training.setup import Trial
@@ -74,7 +74,7 @@ def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
             work(study, asked, given or {})
         finally:
             gc.unfreeze()
-        with exclusively(asked.folder / ".end"):
+        with file_lock(asked.folder / ".end"):
             result = summary.finish_summary(asked) or summary.end_summary(study, asked, given or {})
             shutil.rmtree(asked.tapes, ignore_errors=True)  # nobody needs them any more
             return result
@@ -120,7 +120,7 @@ def lock_first(folder: Path) -> Generator[None]:
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with exclusively(folder / ".lock"):
+        with file_lock(folder / ".lock"):
             yield
     except BaseException:
         if created:
@@ -158,7 +158,7 @@ def next_trial(study: "optuna.Study", asked: SearchSpec) -> tuple[tuple["optuna.
     """A trial to carry out, with its lock: one that was left, else a new one; and those that others are at."""
     from funmatch.commands.tune import optuna_storage
 
-    with exclusively(asked.folder / ".lock"):
+    with file_lock(asked.folder / ".lock"):
         trials = study.get_trials(deepcopy=False)
         others = []
         for number in [frozen.number for frozen in trials if frozen.state.name not in ENDED]:
@@ -184,7 +184,7 @@ def hold_trial(asked: SearchSpec, number: int) -> IO[str] | None:
     """The lock of a trial, None where another worker has it."""
     folder = asked.trial_folder(number)
     folder.mkdir(parents=True, exist_ok=True)
-    return lock_file(folder / ".lock")
+    return try_lock_file(folder / ".lock")
 
 
 def run_trial(trial: "optuna.Trial", study: "optuna.Study", asked: SearchSpec, given: Modules) -> None:

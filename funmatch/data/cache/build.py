@@ -17,7 +17,7 @@ from funmatch.data.cache.stores import INDEX
 from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
 from funmatch.data.decode import MAX_PIXELS, decode
 from funmatch.errors import InputError
-from funmatch.runtime.files import disk_errors, exclusively, write_atomically
+from funmatch.runtime.files import disk_errors, file_lock, write_atomically
 
 FORMAT = 4
 ROOM = 256 << 20  # bytes that a disk should keep free beside a cache
@@ -76,7 +76,7 @@ def build(
     content = content_key(source, found, keeping)
     way, size = choose_way(found, keeping)
     folder = home / f"{content}-{way}"
-    with exclusively(home / f"{folder.name}.lock"):
+    with file_lock(home / f"{folder.name}.lock"):
         if is_complete(folder) and not (check and _damaged(folder, track, tell)):
             return folder
         _check_room(home, size, source.name, way)

@@ -18,7 +18,7 @@ import numpy as np
 
 from funmatch.data.dataset import UNLABELLED, Dataset, Track, untracked
 from funmatch.data.decode import KINDS, MAX_PIXELS, header
-from funmatch.runtime.files import disk_errors, exclusively, write_atomically
+from funmatch.runtime.files import disk_errors, file_lock, write_atomically
 
 FORMAT = 3
 ROW = np.dtype(
@@ -63,7 +63,7 @@ def scan(
     def look(job: tuple[str, int]) -> tuple[tuple, str | None]:
         return _look(source, job[0], job[1], max_pixels)
 
-    with exclusively(folder / f"{name}.lock"), disk_errors(folder):
+    with file_lock(folder / f"{name}.lock"), disk_errors(folder):
         if afresh:
             whole.unlink(missing_ok=True)
         if not whole.exists():

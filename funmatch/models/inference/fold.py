@@ -34,13 +34,13 @@ def fold(net: nn.Module) -> nn.Module:
     for owner in list(net.modules()):
         for name, conv in owner.named_children():
             if isinstance(conv, STANDARDISED):
-                setattr(owner, name, plain_module(conv))
-    for conv, norm in batch_norms(net):
+                setattr(owner, name, to_plain_conv(conv))
+    for conv, norm in foldable_batch_norms(net):
         fold_batch_norm(net, conv, norm)
     return net
 
 
-def plain_module(conv: Any) -> nn.Conv2d:
+def to_plain_conv(conv: Any) -> nn.Conv2d:
     """The convolution with the standardised kernel of one that standardises (Qiao et al., 2019; Brock et al., 2021)."""
     gain = (
         (conv.gain * conv.scale).flatten().double() if isinstance(conv, ScaledStdConv2d | ScaledStdConv2dSame) else None
@@ -69,7 +69,7 @@ class _Follower(fx.Tracer):
         return isinstance(m, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-def batch_norms(net: nn.Module) -> list[tuple[str, str]]:
+def foldable_batch_norms(net: nn.Module) -> list[tuple[str, str]]:
     """Names of each convolution whose answer goes to one BatchNorm and nowhere else, and of that BatchNorm."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
         return []

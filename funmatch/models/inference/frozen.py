@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Classifier, to_memory_format
 from funmatch.models.inference.fold import fold
-from funmatch.models.inference.native_layers import PRECISIONS, count_group_norms, use_native_kernels
+from funmatch.models.inference.native_layers import PRECISIONS, native_group_norms, use_native_kernels
 from funmatch.models.timm_models import head_names
 from funmatch.ops.distances import kl
 from funmatch.ops.native import norms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-CLOSE = 1e-3  # nats of KL from the plain teacher, in the mean, up to which a faster form is as good
-AGREEING = 0.995  # share of images on which both have the same first class
-TIED = (CLOSE / 2) ** 0.5
+MAX_KL = 1e-3  # nats of KL from the plain teacher, in the mean, up to which a faster form is as good
+MIN_AGREEMENT = 0.995  # share of images on which both have the same first class
+TIE_MARGIN = (MAX_KL / 2) ** 0.5
 """Of probability, up to which two classes are equally the first: so far a KL of `CLOSE` may move one (Pinsker)."""
-AT_ONCE = 64  # images that the plain teacher is asked at a time
-TIMED, TURNS = 16, 3
-CLEARLY = 1.1  # times as fast, for a layout to be preferred to the usual one
-SMALL = 1_000_000  # parameters below which no other form is worth its rounding
+CHUNK_IMAGES = 64  # images that the plain teacher is asked at a time
+TIMED_IMAGES, TIMING_REPEATS = 16, 3
+CLEARLY_FASTER = 1.1  # times as fast, for a layout to be preferred to the usual one
+SMALL_NETWORK = 1_000_000  # parameters below which no other form is worth its rounding
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class InferenceMode:
             [*(["folded"] if self.folded else []), *words, *(name for name, is_so in how.items() if is_so)]
         )
 
-    def fits(self, wish: "AllowedModes") -> bool:
+    def is_allowed(self, wish: "AllowedModes") -> bool:
         """Whether this is a form at all, and one that is allowed: a record of it may have been damaged."""
         flags = all(isinstance(flag, bool) for flag in (self.folded, self.compiled, self.native))
         words = isinstance(self.precision, str) and isinstance(self.layout, str)
@@ -73,14 +73,14 @@ class Frozen(nn.Module):
         """Takes a classifier over: any other form than `PLAIN` changes its network for ever."""
         super().__init__()
         self.classifier = classifier.requires_grad_(False).eval()
-        self.form = form
+        self.mode = form
         self.size = classifier.count_parameters()  # before what is fixed is folded away
         net = classifier.net
         if form.folded:
             net = classifier.net = fold(net)
         to_memory_format(net.to(DTYPES[form.precision]), LAYOUTS[form.layout])
         if form.native and not norms.why_unavailable():
-            for norm in count_group_norms(use_native_kernels(net, taught_only=False)):
+            for norm in native_group_norms(use_native_kernels(net, taught_only=False)):
                 norm.float()  # few numbers, which the kernels read as they are
         if form.precision != "fp32":
             inside = dict(net.named_modules())  # folding may have joined the head with something else
@@ -96,14 +96,14 @@ class Frozen(nn.Module):
     def forward(self, views: Tensor) -> Tensor:
         """Logits (n, classes) in fp32 of views (n, 3, side, side) in [0, 1], whatever autocast is on outside."""
         with torch.autocast(views.device.type, enabled=False):
-            seen = self.classifier.normalize(views.float()).to(DTYPES[self.form.precision])
-            seen = seen.contiguous(memory_format=LAYOUTS[self.form.layout])
+            seen = self.classifier.normalize(views.float()).to(DTYPES[self.mode.precision])
+            seen = seen.contiguous(memory_format=LAYOUTS[self.mode.layout])
             answer = self.net_for(seen)(seen)
         return getattr(answer, "logits", answer).float()
 
     def net_for(self, seen: Tensor) -> Callable[[Tensor], Any]:
         """The network, compiled where batches of this size are."""
-        if not self.form.compiled:
+        if not self.mode.compiled:
             return self.classifier.net
         if self.compiled is None:
             # "freezing" lets the compiler lay kernels out for the machine, since nobody will change them.
@@ -133,7 +133,7 @@ class ParityCheck:
 
     @property
     def good(self) -> bool:
-        return not self.failed and self.kl <= CLOSE and self.agreement >= AGREEING
+        return not self.failed and self.kl <= MAX_KL and self.agreement >= MIN_AGREEMENT
 
     def __str__(self) -> str:
         told = self.failed or f"KL {self.kl:.1e}, agreement {100 * self.agreement:.1f} % on {self.images} images"
@@ -168,19 +168,19 @@ def freeze(make: Callable[[], Classifier], views: Tensor, wish: AllowedModes) ->
         the frozen teacher, and the forms that were tried, in order; the last one is what was taken.
     """
     plain = Frozen(make().to(views.device))
-    truth = torch.cat([plain(part) for part in views.split(AT_ONCE)])
-    small = plain.size < SMALL
+    truth = torch.cat([plain(part) for part in views.split(CHUNK_IMAGES)])
+    small = plain.size < SMALL_NETWORK
     tried: list[ParityCheck] = []
     del plain
-    for form in candidates(make, views[:TIMED], wish, small=small):
-        frozen, check = attempt(make, form, views, truth)
+    for form in candidate_modes(make, views[:TIMED_IMAGES], wish, small=small):
+        frozen, check = try_mode(make, form, views, truth)
         tried.append(check)
         if frozen is not None and (check.good or (len(wish.precisions) == 1 and not check.failed)):
             return frozen, tried
     return Frozen(make().to(views.device)), [*tried, ParityCheck(PLAIN, len(views), 0.0, 1.0)]
 
 
-def candidates(
+def candidate_modes(
     make: Callable[[], Classifier], views: Tensor, wish: AllowedModes, *, small: bool
 ) -> Iterator[InferenceMode]:
     """The forms to try, the fastest first; each is measured, since machines differ."""
@@ -190,11 +190,11 @@ def candidates(
     seconds: dict[InferenceMode, float] = {}
     for precision in precisions:
         forms = [InferenceMode(precision=precision, layout=layout) for layout in LAYOUTS]
-        seconds |= {forms[0]: 0.0} if small else measure(make, forms, views)
+        seconds |= {forms[0]: 0.0} if small else time_layouts(make, forms, views)
     usual = [form for form in seconds if form.precision == "fp32"]
-    least = CLEARLY * min((seconds[form] for form in usual), default=float("inf"))
+    least = CLEARLY_FASTER * min((seconds[form] for form in usual), default=float("inf"))
     # Others round more than fp32 does, so they have to be clearly faster.
-    ranked = sorted(seconds, key=lambda form: seconds[form] * (1 if form.precision == "fp32" else CLEARLY))
+    ranked = sorted(seconds, key=lambda form: seconds[form] * (1 if form.precision == "fp32" else CLEARLY_FASTER))
     for form in ranked:
         if wish.compiled:
             yield replace(form, compiled=True)
@@ -204,7 +204,9 @@ def candidates(
             yield form
 
 
-def measure(make: Callable[[], Classifier], forms: list[InferenceMode], views: Tensor) -> dict[InferenceMode, float]:
+def time_layouts(
+    make: Callable[[], Classifier], forms: list[InferenceMode], views: Tensor
+) -> dict[InferenceMode, float]:
     """Seconds for the views in the faster one of forms that differ in their layout; no end of them where both fail.
 
     The first one is the usual one, and the others have to be clearly faster.
@@ -213,40 +215,40 @@ def measure(make: Callable[[], Classifier], forms: list[InferenceMode], views: T
     try:
         frozen = Frozen(make().to(views.device), forms[0])
         for form in forms:
-            frozen.form = form
+            frozen.mode = form
             to_memory_format(frozen.classifier.net, LAYOUTS[form.layout])
             frozen(views)
-            seconds[form] = statistics.median(_seconds(frozen, views) for _ in range(TURNS))
+            seconds[form] = statistics.median(_seconds(frozen, views) for _ in range(TIMING_REPEATS))
     except InputError:
         raise
     except Exception:  # not every network can be computed in every form; who tries it will say why
         return {forms[0]: float("inf")}
-    best = min(forms, key=lambda form: seconds[form] * (1 if form is forms[0] else CLEARLY))
+    best = min(forms, key=lambda form: seconds[form] * (1 if form is forms[0] else CLEARLY_FASTER))
     return {best: seconds[best]}
 
 
-def attempt(
+def try_mode(
     make: Callable[[], Classifier], form: InferenceMode, views: Tensor, truth: Tensor
 ) -> tuple[Frozen | None, ParityCheck]:
     """A teacher in a form, and how it answers views whose plain answers are `truth`."""
     try:
         frozen = Frozen(make().to(views.device), form)
-        answers = torch.cat([frozen(part) for part in views.split(len(views) if form.compiled else AT_ONCE)])
+        answers = torch.cat([frozen(part) for part in views.split(len(views) if form.compiled else CHUNK_IMAGES)])
     except InputError:
         raise
     except Exception as error:  # compilers fail in as many ways as machines can be set up
         return None, ParityCheck(form, len(views), 0.0, 0.0, first_line(error))
-    return frozen, compare(form, answers, truth)
+    return frozen, check_parity(form, answers, truth)
 
 
-def compare(form: InferenceMode, answers: Tensor, truth: Tensor) -> ParityCheck:
+def check_parity(form: InferenceMode, answers: Tensor, truth: Tensor) -> ParityCheck:
     """The check of answers (n, classes) against the plain teacher's."""
     if not truth.isfinite().all():
         return ParityCheck(form, len(truth), 0.0, 1.0)  # no form is to blame; who judges the teacher will say so
     distance = max(0.0, kl(answers, truth).mean().item()) if answers.isfinite().all() else float("inf")
     likely = truth.double().softmax(-1)
     first = likely.gather(-1, answers.argmax(-1, keepdim=True)).squeeze(-1)
-    agreement = (first >= likely.amax(-1) - TIED).double().mean().item()
+    agreement = (first >= likely.amax(-1) - TIE_MARGIN).double().mean().item()
     return ParityCheck(form, len(truth), distance, agreement)
 
 

@@ -55,15 +55,15 @@ class _Normal:
         return super().forward(x)  # pyrefly: ignore[missing-attribute]
 
 
-class QuickGroupNorm(_Normal, nn.GroupNorm):  # pyrefly: ignore[inconsistent-inheritance]
+class NativeGroupNorm(_Normal, nn.GroupNorm):  # pyrefly: ignore[inconsistent-inheritance]
     """torch's."""
 
 
-class QuickTimmGroupNorm(_Normal, TimmGroupNorm):
+class NativeTimmGroupNorm(_Normal, TimmGroupNorm):
     """timm's."""
 
 
-class QuickGroupNorm1(_Normal, GroupNorm1):
+class NativeGroupNorm1(_Normal, GroupNorm1):
     """timm's, of one group."""
 
 
@@ -79,11 +79,11 @@ class _Active:
         return own.act(own.drop(_normed(own, x)))
 
 
-class QuickGroupNormAct(_Active, GroupNormAct):
+class NativeGroupNormAct(_Active, GroupNormAct):
     """timm's."""
 
 
-class QuickGroupNorm1Act(_Active, GroupNorm1Act):
+class NativeGroupNorm1Act(_Active, GroupNorm1Act):
     """timm's, of one group."""
 
 
@@ -93,10 +93,10 @@ def _kernel(conv: Any) -> Tensor | None:
     weight = conv.weight
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     known = weight.dtype == torch.float32 and weight.device.type == "cpu" and dtype in norms.DTYPES and dense
-    return norms.standardized_weight(weight, conv.eps, dtype) if known and _wanted(conv) else None
+    return norms.standardize_weight(weight, conv.eps, dtype) if known and _wanted(conv) else None
 
 
-class QuickStdConv2d(StdConv2d):
+class NativeStdConv2d(StdConv2d):
     """timm's, of BiT networks."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class QuickStdConv2d(StdConv2d):
         return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-class QuickStdConv2dSame(StdConv2dSame):
+class NativeStdConv2dSame(StdConv2dSame):
     """timm's, with TensorFlow's padding."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,25 +118,25 @@ class QuickStdConv2dSame(StdConv2dSame):
         return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-QUICK: dict[type[nn.Module], type[nn.Module]] = {
-    nn.GroupNorm: QuickGroupNorm,
-    TimmGroupNorm: QuickTimmGroupNorm,
-    GroupNorm1: QuickGroupNorm1,
-    GroupNormAct: QuickGroupNormAct,
-    GroupNorm1Act: QuickGroupNorm1Act,
-    StdConv2d: QuickStdConv2d,
-    StdConv2dSame: QuickStdConv2dSame,
+NATIVE_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GroupNorm: NativeGroupNorm,
+    TimmGroupNorm: NativeTimmGroupNorm,
+    GroupNorm1: NativeGroupNorm1,
+    GroupNormAct: NativeGroupNormAct,
+    GroupNorm1Act: NativeGroupNorm1Act,
+    StdConv2d: NativeStdConv2d,
+    StdConv2dSame: NativeStdConv2dSame,
 }
 
 
 def gains_from_native(net: nn.Module) -> bool:
     """Whether a network has something that our kernels compute."""
-    return any(type(module) in QUICK for module in net.modules())
+    return any(type(module) in NATIVE_CLASSES for module in net.modules())
 
 
-def count_group_norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
+def native_group_norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
     """The GroupNorms of a network that our kernels compute, or could."""
-    known = {*QUICK, *QUICK.values()}
+    known = {*NATIVE_CLASSES, *NATIVE_CLASSES.values()}
     return (module for module in net.modules() if isinstance(module, nn.GroupNorm) and type(module) in known)
 
 
@@ -147,7 +147,7 @@ def use_native_kernels(net: nn.Module, *, taught_only: bool) -> nn.Module:
         taught_only: only while it is in training mode; so that it is judged as whoever loads it will compute it.
     """
     for module in net.modules():
-        if own := QUICK.get(type(module)):
+        if own := NATIVE_CLASSES.get(type(module)):
             module.__class__ = own
             vars(module)["_taught_only"] = taught_only
     return net

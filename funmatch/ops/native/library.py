@@ -20,14 +20,14 @@ from funmatch.runtime.files import cache_home
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
-FASTEST = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
+CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
 """What else a compiler may understand, the fastest first."""
-CPU = Path("/proc/cpuinfo")
-MAKING = Lock()
-NUMBERS = ("float32", "bfloat16")
+CPU_INFO = Path("/proc/cpuinfo")
+BUILD_LOCK = Lock()
+DTYPES = ("float32", "bfloat16")
 
 
-class Shape(ctypes.Structure):
+class NormShape(ctypes.Structure):
     """As in `native.cpp`."""
 
     _fields_ = [
@@ -41,10 +41,10 @@ SIGNATURES = {
     "look": [*[POINTER] * 3, COUNT, COUNT],
     **{
         f"{name}_{number}": arguments
-        for number in NUMBERS
+        for number in DTYPES
         for name, arguments in {
-            "norm": [*[POINTER] * 6, ctypes.POINTER(Shape), NUMBER],
-            "norm_back": [*[POINTER] * 9, ctypes.POINTER(Shape)],
+            "norm": [*[POINTER] * 6, ctypes.POINTER(NormShape), NUMBER],
+            "norm_back": [*[POINTER] * 9, ctypes.POINTER(NormShape)],
             "standardise": [*[POINTER] * 4, COUNT, COUNT, NUMBER, ctypes.c_int],
             "standardise_back": [*[POINTER] * 5, COUNT, COUNT, ctypes.c_int],
         }.items()
@@ -61,7 +61,7 @@ def find_compiler() -> str | None:
 
 def why_unavailable() -> str:
     """Why it cannot be had here; empty where it can. The first time this takes a second or two: it is compiled."""
-    with MAKING:  # threads that make views ask at once
+    with BUILD_LOCK:  # threads that make views ask at once
         return _opened()[1]
 
 
@@ -99,14 +99,14 @@ def _built() -> Path:
     if name is None:
         raise OSError("there is no C++ compiler; install g++, or say by CXX where one is")
     version = subprocess.run([name, "--version"], capture_output=True, timeout=60).stdout
-    words = (SOURCE.read_bytes(), FLAGS, FASTEST, version, platform.machine(), _processor())
+    words = (SOURCE.read_bytes(), FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
     place = cache_home() / "kernels" / f"{hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()}.so"
     if place.is_file():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made, said = Path(folder) / place.name, ""
-        for more in FASTEST:
+        for more in CPU_FLAGS:
             words = [name, *FLAGS, *more, str(SOURCE), "-o", str(made)]
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=600)
             if done.returncode == 0:
@@ -120,8 +120,10 @@ def _built() -> Path:
 
 def _processor() -> str:
     """What kind of processor this is: instructions of one may be unknown to another."""
-    if not CPU.is_file():
+    if not CPU_INFO.is_file():
         return platform.processor()
     return "".join(
-        sorted({line for line in CPU.read_text().splitlines() if line.startswith(("model name", "flags", "Features"))})
+        sorted(
+            {line for line in CPU_INFO.read_text().splitlines() if line.startswith(("model name", "flags", "Features"))}
+        )
     )

@@ -71,9 +71,9 @@ def _norm_back(
     return back, own, shift
 
 
-def _shape(x: Tensor, groups: int, *, relu: bool) -> library.Shape:
+def _shape(x: Tensor, groups: int, *, relu: bool) -> library.NormShape:
     n, channels, height, width = x.shape
-    return library.Shape(n, height * width, channels, groups, relu, torch.get_num_threads())
+    return library.NormShape(n, height * width, channels, groups, relu, torch.get_num_threads())
 
 
 def _standardise(weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
     return _Norm.apply(x, weight, bias, groups, eps, relu)
 
 
-def standardized_weight(weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def standardize_weight(weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Filters with mean 0 and deviation 1 (Qiao et al., 2019), in the precision in which they are multiplied.
 
     Args:

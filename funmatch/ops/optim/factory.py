@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.ops.optim.shampoo import Shampoo
-from funmatch.ops.optim.shampoo_blocks import Share, whole_shape
+from funmatch.ops.optim.shampoo_blocks import ShardedMap, map_locally
 from funmatch.ops.optim.updates import decayed_parameters
 
 Groups = list[dict[str, Any]]
@@ -27,16 +27,16 @@ TWICE = "it differentiates the gradient once more, which the loop here does not 
 DRAWS = "it draws from a generator of its own, so that a run that was stopped would not end with the same bits"
 REFUSED = {"adahessian": TWICE, "kron": DRAWS, "kronc": DRAWS, "kronw": DRAWS}
 """The optimizers of timm that cannot be used, and why."""
-KNOBS = {"params", "lr", "weight_decay", "momentum", "share"}
+RESERVED = {"params", "lr", "weight_decay", "momentum", "share"}
 """What an optimizer is given otherwise than as an option."""
 
 
 def list_optimizers() -> list[str]:
     """All optimizers that `make` knows: those of this module, and timm's."""
-    return sorted({*OWN, *map(str, timm.optim.list_optimizers())} - REFUSED.keys())
+    return sorted({*FACTORIES, *map(str, timm.optim.list_optimizers())} - REFUSED.keys())
 
 
-def check_name(name: str) -> None:
+def check_optimizer_name(name: str) -> None:
     """Raises an `InputError` where no optimizer has this name."""
     if name in REFUSED:
         raise InputError(f"optimizer {name} cannot be used: {REFUSED[name]}")
@@ -46,7 +46,7 @@ def check_name(name: str) -> None:
 
 def resolve_momentum(name: str, asked: float | None) -> float:
     """The momentum that was asked for, or is usual; an `InputError` where no optimizer has this name."""
-    check_name(name)
+    check_optimizer_name(name)
     usual = 0.95 if "muon" in name else 0.9
     return usual if asked is None else asked
 
@@ -60,7 +60,7 @@ def create_optimizer(
     momentum: float | None = None,
     momentum_dtype: str = "fp32",
     options: Mapping[str, Any] | None = None,
-    share: Share = whole_shape,
+    share: ShardedMap = map_locally,
 ) -> torch.optim.Optimizer:
     """The optimizer with this name, of the parameters of a model that are taught.
 
@@ -98,7 +98,7 @@ def _made(
     decaying, others = _groups(model, name)
     if name == "adamw":
         decaying["weight_decay"] = weight_decay / lr
-    maker = OWN.get(name) or partial(_of_timm, name)
+    maker = FACTORIES.get(name) or partial(_of_timm, name)
     optimizer = maker([group for group in (decaying, others) if group["params"]], lr, momentum, **options)
     if name != "adamw":
         optimizer.register_step_pre_hook(partial(_decay_, kernels=decaying["params"], share=weight_decay / lr))
@@ -107,9 +107,9 @@ def _made(
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises an `InputError` where an optimizer has no such option, or we a knob for it: else some are passed over."""
-    known = inspect.signature(_class_of(name)).parameters.keys() - KNOBS
+    known = inspect.signature(_class_of(name)).parameters.keys() - RESERVED
     for option in options:
-        if option in KNOBS:
+        if option in RESERVED:
             raise InputError(f"{option} is not among its options: it has a knob of its own")
         if option not in known:
             raise unknown("option", option, known)
@@ -206,7 +206,7 @@ def _of_timm(name: str, groups: Groups, lr: float, momentum: float, **options: A
     return create_optimizer_v2(groups, name, lr=lr, weight_decay=0.0, momentum=momentum, **options)
 
 
-OWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
+FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
     "shampoo": _shampoo,

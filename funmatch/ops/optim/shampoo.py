@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funmatch.ops.optim.shampoo_blocks import Share, Stacks, merged, whole_shape
+from funmatch.ops.optim.shampoo_blocks import BlockStacks, ShardedMap, map_locally, merge_axes
 
 GRAFTS = ("none", "sgd", "sqrtn", "adagrad", "adagrad-normalized", "rmsprop", "rmsprop-normalized")
 
@@ -57,7 +57,7 @@ class Shampoo(torch.optim.Optimizer):
         no_preconditioning_for_layers_with_dim_gt: int = 8192,
         matrix_eps: float = 1e-6,
         diagonal_eps: float = 1e-10,
-        share: Share = whole_shape,
+        share: ShardedMap = map_locally,
     ) -> None:
         if graft_type not in GRAFTS:
             raise ValueError(f"graft_type {graft_type!r} is none of {', '.join(GRAFTS)}")
@@ -69,7 +69,7 @@ class Shampoo(torch.optim.Optimizer):
         self.start, self.longest = start_preconditioning_step, no_preconditioning_for_layers_with_dim_gt
         self.statistics_every, self.roots_every = statistics_compute_steps, preconditioning_compute_steps
         self.matrix_eps, self.diagonal_eps, self.share = matrix_eps, diagonal_eps, share
-        self.stacks: dict[int, Stacks] = {}
+        self.stacks: dict[int, BlockStacks] = {}
         super().__init__(params, {"lr": lr, "betas": betas})
 
     @torch.no_grad()
@@ -105,19 +105,19 @@ class Shampoo(torch.optim.Optimizer):
 
     def _whitened(self, number: int, taught: list[Tensor], beta2: float, step: int) -> dict[Tensor, Tensor]:
         """The gradients of those parameters that have preconditioners, preconditioned."""
-        matrices = [p for p in taught if len(merged(p.shape, self.block_size)) > 1 and max(p.shape) <= self.longest]
+        matrices = [p for p in taught if len(merge_axes(p.shape, self.block_size)) > 1 and max(p.shape) <= self.longest]
         if not matrices:
             return {}
         stacks = self.stacks.get(number)
         if stacks is None or [*map(id, stacks.tensors)] != [*map(id, matrices)]:
-            stacks = self.stacks[number] = Stacks(matrices, self.block_size, self.matrix_eps)
-        stacks.bind(self.state)
-        blocks = stacks.cut([p.grad for p in matrices if p.grad is not None])
+            stacks = self.stacks[number] = BlockStacks(matrices, self.block_size, self.matrix_eps)
+        stacks.attach_state(self.state)
+        blocks = stacks.split([p.grad for p in matrices if p.grad is not None])
         if step % self.statistics_every == 0:
             stacks.update_statistics_(blocks, beta2)
         if step % self.roots_every == 0:
-            stacks.solve_(self.matrix_eps, self.share)
-        return dict(zip(matrices, stacks.paste(stacks.whitened(blocks)), strict=True))
+            stacks.update_roots_(self.matrix_eps, self.share)
+        return dict(zip(matrices, stacks.join(stacks.precondition(blocks)), strict=True))
 
     def _graft(self, p: Tensor, beta2: float) -> Tensor:
         """The update whose length is taken."""

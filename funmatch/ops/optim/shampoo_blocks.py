@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-Share = Callable[..., Tensor]
+ShardedMap = Callable[..., Tensor]
 """`share(work, *stacks)` gives what `work(*stacks)` gives, a stack of matrices of stacks of them, one of each. Several
 processes may each do a part of it and tell each other."""
 
 
-def whole_shape(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+def map_locally(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
     """All of the work, here."""
     return work(*stacks)
 
 
-def merged(shape: Sequence[int], longest: int) -> Shape:
+def merge_axes(shape: Sequence[int], longest: int) -> Shape:
     """A shape whose neighbouring axes are one where that is no longer than `longest`, and which has no axis of 1."""
     axes, length = [], 1
     for axis in shape:
@@ -34,7 +34,7 @@ def merged(shape: Sequence[int], longest: int) -> Shape:
 
 
 @dataclass(frozen=True)
-class Grid:
+class BlockGrid:
     """A part of a tensor that falls into equal blocks.
 
     Attributes:
@@ -52,14 +52,14 @@ class Grid:
         """The number of blocks."""
         return prod(self.counts)
 
-    def cut(self, tensor: Tensor) -> Tensor:
+    def split(self, tensor: Tensor) -> Tensor:
         """Its blocks, [total, *block]."""
         rank = len(self.block)
         axes = [length for pair in zip(self.counts, self.block, strict=True) for length in pair]
         split = self._part(tensor).reshape(axes)
         return split.permute(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)).reshape(-1, *self.block)
 
-    def paste_(self, tensor: Tensor, blocks: Tensor) -> None:
+    def join_(self, tensor: Tensor, blocks: Tensor) -> None:
         """Puts blocks back where they were cut from."""
         rank, part = len(self.block), self._part(tensor)
         axes = [axis for i in range(rank) for axis in (i, rank + i)]
@@ -70,16 +70,16 @@ class Grid:
         return tensor[tuple(slice(begin, begin + count * length) for begin, count, length in sides)]
 
 
-def grids(shape: Shape, size: int) -> list[Grid]:
+def block_grids(shape: Shape, size: int) -> list[BlockGrid]:
     """A tensor as grids of blocks with sides of `size`, but for the rests at its ends."""
     spans = []
     for length in shape:
         whole, rest = divmod(length, size)
         spans.append([(0, whole, size)] * (whole > 0) + [(length - rest, 1, rest)] * (rest > 0))
-    return [Grid(*map(tuple, zip(*each, strict=True))) for each in product(*spans)]
+    return [BlockGrid(*map(tuple, zip(*each, strict=True))) for each in product(*spans)]
 
 
-class Stacks:
+class BlockStacks:
     """The statistics of the blocks of several tensors and their inverse roots, stacked by side.
 
     The state of a tensor has views of them: `statistics.<grid>.<axis>` and `roots.<grid>.<axis>`, [blocks, side, side].
@@ -92,10 +92,10 @@ class Stacks:
 
     def __init__(self, tensors: Sequence[Tensor], size: int, beginning: float) -> None:
         self.tensors = list(tensors)
-        self.shapes = [merged(tensor.shape, size) for tensor in tensors]
-        self.places: dict[Shape, list[tuple[int, int, Grid]]] = {}
+        self.shapes = [merge_axes(tensor.shape, size) for tensor in tensors]
+        self.places: dict[Shape, list[tuple[int, int, BlockGrid]]] = {}
         for number, shape in enumerate(self.shapes):
-            for i, grid in enumerate(grids(shape, size)):
+            for i, grid in enumerate(block_grids(shape, size)):
                 self.places.setdefault(grid.block, []).append((number, i, grid))
         self.spans: dict[tuple[Shape, int], tuple[int, slice]] = {}
         slots, counts = [], Counter[int]()
@@ -122,23 +122,23 @@ class Stacks:
             for name, stack in (("statistics", self.statistics), ("roots", self.roots))
         ]
 
-    def bind(self, state: MutableMapping[Any, dict[str, Any]]) -> None:
+    def attach_state(self, state: MutableMapping[Any, dict[str, Any]]) -> None:
         """Makes the tensors' state views of the stacks, which take over what else stood there."""
         for tensor, slot, view in self.views:
             held = state[tensor].get(slot)
             if held is not view:
                 state[tensor][slot] = view if held is None else view.copy_(held)
 
-    def cut(self, tensors: Sequence[Tensor]) -> dict[Shape, Tensor]:
+    def split(self, tensors: Sequence[Tensor]) -> dict[Shape, Tensor]:
         """The blocks of tensors like those that this was made for, by their shape, [n, *shape]."""
         shaped = [tensor.reshape(shape) for tensor, shape in zip(tensors, self.shapes, strict=True)]
         dtype = next(iter(self.roots.values())).dtype
         return {
-            block: torch.cat([grid.cut(shaped[number]) for number, _, grid in places]).to(dtype)
+            block: torch.cat([grid.split(shaped[number]) for number, _, grid in places]).to(dtype)
             for block, places in self.places.items()
         }
 
-    def paste(self, blocks: dict[Shape, Tensor]) -> list[Tensor]:
+    def join(self, blocks: dict[Shape, Tensor]) -> list[Tensor]:
         """The tensors that have these blocks."""
         made = [
             torch.empty(shape, dtype=t.dtype, device=t.device)
@@ -147,7 +147,7 @@ class Stacks:
         for block, places in self.places.items():
             parts = blocks[block].split([grid.total for _, _, grid in places])
             for (number, _, grid), part in zip(places, parts, strict=True):
-                grid.paste_(made[number], part)
+                grid.join_(made[number], part)
         return [tensor.view(like.shape) for tensor, like in zip(made, self.tensors, strict=True)]
 
     def update_statistics_(self, blocks: dict[Shape, Tensor], decay: float) -> None:
@@ -159,14 +159,14 @@ class Stacks:
                 new = torch.baddbmm(old, unfolded, unfolded.mT, beta=decay, alpha=1 - decay if decay < 1 else 1)
                 torch.where(_finite(new), new, old, out=old)
 
-    def solve_(self, ridge: float, share: Share) -> None:
+    def update_roots_(self, ridge: float, share: ShardedMap) -> None:
         """Computes the roots of all statistics."""
         for side, statistics in self.statistics.items():
             self.roots[side].copy_(
                 share(partial(inverse_roots, ridge=ridge), statistics, self.roots[side], self.powers[side])
             )
 
-    def whitened(self, blocks: dict[Shape, Tensor]) -> dict[Shape, Tensor]:
+    def precondition(self, blocks: dict[Shape, Tensor]) -> dict[Shape, Tensor]:
         """The blocks multiplied along each axis by its root."""
         made = {}
         for block, white in blocks.items():

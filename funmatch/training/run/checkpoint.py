@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
 from funmatch.ops.optim.state import load_optimizer_state_, optimizer_state_dict
-from funmatch.runtime.files import folder_atomically
+from funmatch.runtime.files import write_folder_atomically
 from funmatch.runtime.log import info
 
 KEPT = 2
@@ -48,7 +48,7 @@ def save(
         tensors: of `tensors_of`.
         state: the rest, JSON; its `best_step` says which best is kept.
     """
-    with folder_atomically(folder / f"step-{step:09}") as partial:
+    with write_folder_atomically(folder / f"step-{step:09}") as partial:
         for name, each in tensors.items():
             save_file(_dense(each), partial / name)
         (partial / "state.json").write_text(json.dumps({**state, "step": step}))
@@ -64,7 +64,7 @@ def keep_stable(folder: Path, step: int) -> None:
     """Keeps the checkpoint of a step for good, in the place of any that was kept before."""
     kept = folder / f"stable-{step:09}"
     if not kept.is_dir():
-        with folder_atomically(kept) as partial:
+        with write_folder_atomically(kept) as partial:
             shutil.copytree(folder / f"step-{step:09}", partial, dirs_exist_ok=True)
     for older in folder.glob("stable-*"):
         if older != kept:
@@ -94,7 +94,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 def save_best(folder: Path, step: int, tensors: Files, figures: dict[str, Any]) -> None:
     """Keeps a student that validation likes better than any before."""
-    with folder_atomically(folder / f"best-{step:09}") as partial:
+    with write_folder_atomically(folder / f"best-{step:09}") as partial:
         for name, each in tensors.items():
             save_file(_dense(each), partial / name)
         (partial / "state.json").write_text(json.dumps({"step": step, **figures}))

@@ -15,7 +15,7 @@ from typing import Any
 
 from funmatch.errors import InputError
 from funmatch.ops.optim import schedules
-from funmatch.runtime.files import folder_atomically, lock_file, write_atomically
+from funmatch.runtime.files import try_lock_file, write_atomically, write_folder_atomically
 from funmatch.runtime.log import info
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
@@ -57,7 +57,7 @@ def extend(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
     alike = now | {"knobs": now["knobs"] | {name: then["knobs"].get(name) for name in LENGTH}}
     if old is None or new is None or then["knobs"]["steps"] == knobs["steps"] or run_folder.differences(then, alike):
         return
-    lock = lock_file(run.folder / "config.json")
+    lock = try_lock_file(run.folder / "config.json")
     if lock is None:
         raise InputError(f"another process is at work in {run.folder}")
     with lock:
@@ -92,7 +92,7 @@ def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
     if result is not None:
         place = run.folder / "ends" / _name(result["step"], length)
         if not (place / "result.json").is_file():
-            with folder_atomically(place) as partial:
+            with write_folder_atomically(place) as partial:
                 for name in ("student", "student-ema"):
                     if (run.folder / name).is_dir():
                         shutil.copytree(run.folder / name, partial / name)

@@ -12,7 +12,7 @@ from typing import Any
 from funmatch.config import TAUGHT, UNCOMPARED
 from funmatch.errors import InputError
 from funmatch.runtime import distributed, env
-from funmatch.runtime.files import lock_file, write_atomically
+from funmatch.runtime.files import try_lock_file, write_atomically
 from funmatch.training.run.metrics_log import MetricsLog
 
 TOLD = {
@@ -160,7 +160,7 @@ def open_run(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, An
         if created and not any(folder.iterdir()):
             folder.rmdir()
         raise
-    lock = lock_file(folder / "config.json")
+    lock = try_lock_file(folder / "config.json")
     if lock is None:
         raise InputError(f"another process is at work in {folder}")
     with lock:

@@ -21,9 +21,9 @@ from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
-from funmatch.ops.sampling import ENSEMBLE, generator, sample_inception_boxes, sample_whole_boxes
+from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
 from funmatch.runtime import devices
-from funmatch.runtime.files import cache_home, lock_file, write_array
+from funmatch.runtime.files import cache_home, try_lock_file, write_array
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.prefetch import prefetch_map
 from funmatch.training.setup import TrainSetup
@@ -65,7 +65,7 @@ class FixedViews:
             shapes = {side: round(self.resize * side / self.side) for side in sides}
             return {side: central_view(pixels, short, side, squash=self.squash)[None] for side, short in shapes.items()}
         size = np.full(self.crops, pixels.shape[0]), np.full(self.crops, pixels.shape[1])
-        rng = generator(0, image, ENSEMBLE)
+        rng = step_generator(0, image, ENSEMBLE_STREAM)
         if self.look == "whole":
             boxes, flips = sample_whole_boxes(rng, *size), np.zeros(self.crops, bool)
         else:
@@ -166,7 +166,9 @@ def _compute(
             if not missing:
                 _join(whole, parts, shape)
                 continue
-            claimed = next(((path, lock) for path in missing if (lock := lock_file(path.with_suffix(".lock")))), None)
+            claimed = next(
+                ((path, lock) for path in missing if (lock := try_lock_file(path.with_suffix(".lock")))), None
+            )
             if claimed is None:
                 time.sleep(0.2)  # all that is missing is being made by others
                 continue
@@ -180,7 +182,7 @@ def _compute(
 
 def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None:
     """Puts the parts together, unless another process has done so meanwhile."""
-    lock = lock_file(whole.with_suffix(".lock"))
+    lock = try_lock_file(whole.with_suffix(".lock"))
     if lock is None:
         time.sleep(0.2)
         return

@@ -15,11 +15,11 @@ from funmatch.config import Distill, Evaluate
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import InputError
-from funmatch.models.class_map import SAME_NAMES, ClassMap, map_classes, read_map
+from funmatch.models.class_map import SAME_NAMES, ClassMap, map_classes, read_class_map
 from funmatch.models.classifier import Classifier, check_side, fingerprint, function_of
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
-from funmatch.models.inference.frozen import SMALL, AllowedModes, Frozen, InferenceMode, freeze
-from funmatch.models.inference.native_layers import count_group_norms
+from funmatch.models.inference.frozen import SMALL_NETWORK, AllowedModes, Frozen, InferenceMode, freeze
+from funmatch.models.inference.native_layers import native_group_norms
 from funmatch.models.load import load
 from funmatch.ops.native import norms
 from funmatch.runtime import devices
@@ -77,7 +77,7 @@ def wanted_classes(config: Distill | Evaluate, cache: Cache) -> tuple[str, ...] 
         return cache.classes
     if config.classes == SAME_NAMES:
         raise InputError(f"{cache.name} has no names of classes, so {SAME_NAMES} finds none; give a map.json")
-    return tuple(read_map(Path(config.classes)))
+    return tuple(read_class_map(Path(config.classes)))
 
 
 def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, given: Modules) -> list[LoadedTeacher]:
@@ -197,8 +197,10 @@ def _frozen(one: LoadedTeacher, shown: Tensor, config: Distill) -> tuple[Frozen,
 
 def _by_our_kernels(one: LoadedTeacher, shown: Tensor, config: Distill) -> bool:
     """Whether our own kernels are to compute a teacher's GroupNorms, and can."""
-    wanted = config.compile == "native" and shown.device.type == "cpu" and one.classifier.count_parameters() >= SMALL
-    if not wanted or not any(count_group_norms(one.classifier.net)):
+    wanted = (
+        config.compile == "native" and shown.device.type == "cpu" and one.classifier.count_parameters() >= SMALL_NETWORK
+    )
+    if not wanted or not any(native_group_norms(one.classifier.net)):
         return False
     if why := norms.why_unavailable():
         info(f"teacher {one.name} is not computed by our own kernels: {why}")
@@ -218,7 +220,7 @@ def _known_form(place: Path, wish: AllowedModes) -> InferenceMode | None:
         form = InferenceMode(**json.loads(place.read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return form if form.fits(wish) else None
+    return form if form.is_allowed(wish) else None
 
 
 def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView) -> tuple[Tensor, list[Tensor]]:

@@ -17,7 +17,7 @@ from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.sampling import SAMPLING_VERSION
 from funmatch.runtime import distributed, env, transfers
-from funmatch.runtime.files import exclusively, lock_file
+from funmatch.runtime.files import file_lock, try_lock_file
 from funmatch.runtime.log import info
 from funmatch.runtime.text import format_bytes, percent
 from funmatch.training.setup import TrainSetup
@@ -61,7 +61,7 @@ def tape_key(lesson: TrainSetup, teachers: TeacherEnsemble) -> dict[str, Any]:
         "teacher_function": lesson.provenance["teacher_function"],
         "teacher_sides": [member.side for member in teachers.members],
         "teacher_classes": _digest([member.class_map for member in teachers.members]),
-        "combine": [teachers.combine, *(member.share for member in teachers.members)] if several else None,
+        "combine": [teachers.combine, *(member.weight for member in teachers.members)] if several else None,
         "teacher_precision": config.teacher_precision,
         "temperature": config.temperature
         if config.tape_top or (several and teachers.combine != "mean-logits")
@@ -103,7 +103,7 @@ def lock_beginning(config: Distill) -> Generator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with exclusively(folder / ".begin"):
+        with file_lock(folder / ".begin"):
             yield
     except BaseException:
         if {each.name for each in folder.iterdir()} <= {".begin"}:  # nothing came of it, so nothing is left of it
@@ -157,7 +157,7 @@ def open_tape(lesson: TrainSetup, teachers: TeacherEnsemble) -> Generator["Recor
         yield None
         return
     found = begin_tape(lesson, teachers)
-    lock = lock_file(found.folder / ".lock") if env.is_main_process() else None
+    lock = try_lock_file(found.folder / ".lock") if env.is_main_process() else None
     try:
         found.recording = distributed.broadcast_from_main(lambda: lock is not None)
         if env.is_main_process():
