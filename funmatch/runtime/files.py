@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writes files and folders that are whole or absent, and locks them against other processes."""
 
 import fcntl
 import io
@@ -9,10 +9,13 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 from safetensors import SafetensorError
+
+PARTIAL = ".partial"
+"""Ending of what is being written; a process that was killed leaves it behind."""
 
 
 def user_cache() -> Path:
@@ -21,24 +24,25 @@ def user_cache() -> Path:
 
 
 def cache_home() -> Path:
-    """Where what can be made again lies: `$FUNMATCH_CACHE`, else our folder in the user's cache folder."""
+    """The folder of what can be computed again: `$FUNMATCH_CACHE`, else our folder in the user's cache folder."""
     if home := os.environ.get("FUNMATCH_CACHE"):
         return Path(home).expanduser()
     return user_cache()
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Writes a file: first under another name, then renamed. A text may hold file names, whatever bytes they are."""
+    """Writes a file under another name, then renames it. A text may hold file names, whatever bytes they are."""
     encoded = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     partial = Path(name)
     try:
         with disk_errors(path), open(handle, "wb") as file:
             os.fchmod(handle, 0o644)  # a temporary file is made for its owner alone
             file.write(encoded)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename, or a power loss leaves an empty file under the right name
         partial.replace(path)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -50,31 +54,78 @@ def write_array(path: Path, array: np.ndarray) -> None:
     write_atomically(path, file.getbuffer())
 
 
+def read_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> np.ndarray:
+    """Reads a .npy file, mapped if a mode is given.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+        ValueError: it is damaged.
+    """
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy evaluates the header as Python, so damage there raises nearly anything
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable, in the order in which they were made."""
+    with suppress(OSError):  # some mounted drives cannot
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with all that is in it; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes the files and folders that killed processes left half-written in a folder."""
+    for partial in folder.glob(f".*{PARTIAL}"):
+        remove(partial)
+
+
 @contextmanager
 def write_folder_atomically(folder: Path) -> Generator[Path]:
     """Gives an empty folder to fill, which becomes `folder` when the block ends well and vanishes when it does not.
 
-    A folder that already had the name makes way at the very end.
+    A folder that already had the name makes way at the very end. A link is followed: what it points to is replaced.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+    partial, old = (folder.with_name(f".{folder.name}{end}{PARTIAL}") for end in ("", ".old"))
+    remove(partial)
     partial.mkdir(parents=True)
     try:
         with disk_errors(folder):
             yield partial
-        for file in filter(Path.is_file, partial.rglob("*")):
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+        for path in (*partial.rglob("*"), partial):
+            if path.is_dir():
+                sync_folder(path)
+            else:
+                with open(path, "rb") as written:
+                    os.fsync(written.fileno())
         if folder.exists():
-            shutil.rmtree(folder)
+            # Renamed before it is removed, so that the name is missing for an instant and not as long as that takes.
+            remove(old)
+            folder.rename(old)
         partial.rename(folder)
+        sync_folder(folder.parent)
+        remove(old)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Generator[None]:
-    """Makes an `OSError` that names the place of what goes wrong on the disk inside.
+    """Turns errors of the disk inside the block into an `OSError` that names the path.
 
     safetensors reports a full disk as an error of its own, and Python forgets the file's name when a write fails.
     """
@@ -91,25 +142,50 @@ def disk_errors(path: Path) -> Generator[None]:
 
 
 def try_lock_file(path: Path) -> IO[str] | None:
-    """An open file that this process alone holds until it is closed, or the process ends; None where another has it."""
-    file = open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o644))  # a finished run may lie where nothing can be written
+    """An open file that this process alone holds until it closes it or ends; None where another process has it."""
+    while True:
+        # Opened for reading only: a finished run may lie where nothing can be written.
+        file = open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o644))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            return file  # some mounted drives know no locks
+        if _is_at(file.fileno(), path):
+            return file
+        file.close()  # replaced between opening and locking: whoever comes next locks the new file
+
+
+def lock_owner(path: Path) -> int | None:
+    """The process that holds a file's lock, where Linux tells; None elsewhere."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:
-        pass  # some mounted drives know no locks
-    return file
+        wanted = os.stat(path).st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()  # 1: FLOCK ADVISORY WRITE <process> <device>:<inode> …
+            if words[1] == "FLOCK" and int(words[5].rpartition(":")[2]) == wanted and int(words[4]) > 0:
+                return int(words[4])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
 
 
 @contextmanager
 def file_lock(path: Path) -> Generator[None]:
-    """Holds a lock while the block runs; whoever comes second waits. The lock's file stays, empty."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    """Holds a lock while the block runs, on a folder or on a file that stays, empty; whoever comes second waits."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
     try:
         with suppress(OSError):  # some mounted drives know no locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one under a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,154 @@
+"""Reads JSON files that may be damaged, nested too deep, of another shape, or of a newer format.
+
+A file of ours that does not have its shape is `Damaged`, and its reader decides whether that is an error or whether
+there is something else to use. One with a newer format number is refused by everybody.
+"""
+
+import json
+import math
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+from funmatch.errors import InputError, first_line
+
+Shape = Any
+"""A type, a union of types, `list[type]`, `dict[str, type]`, `[shape]` of a list's items, or a dict of shapes by key; a
+key that ends with `?` may be missing."""
+FORMAT = "format"
+DEEPEST = 64
+"""Levels of lists and objects in a file of ours, at most; far below what overflows a recursive function's stack."""
+LARGEST = 2**63
+
+
+class Damaged(InputError):
+    """A file of ours does not hold what it should."""
+
+
+class NewerFormat(InputError):
+    """A file was written by a newer version, which alone knows what it means."""
+
+
+def parse_json(text: str | bytes, shape: Shape = Any) -> Any:
+    """Reads JSON that may be damaged.
+
+    Raises:
+        ValueError: it is not JSON, nested too deep, or has another shape; the message says where.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST} levels") from None
+    if _is_too_deep(value):
+        raise ValueError(f"nested deeper than {DEEPEST} levels")
+    if problem := misfit(value, shape):
+        raise ValueError(problem)
+    return value
+
+
+def read_json(path: Path, shape: Shape = Any) -> Any:
+    """Reads a JSON file of ours.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+        Damaged: it is not JSON, or has another shape.
+    """
+    try:
+        return parse_json(path.read_bytes(), shape)
+    except ValueError as error:
+        raise Damaged(f"{path} is damaged ({first_line(error)})") from None
+
+
+def read_record(path: Path, shape: dict[str, Shape], number: int, advice: str, *, closed: bool = False) -> Any:
+    """Reads a JSON file that has a format number.
+
+    Args:
+        number: of the format that this version reads and writes.
+        advice: what to do about a newer one.
+        closed: whether keys that the shape does not name are damage.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+        NewerFormat: a newer version wrote it.
+        Damaged: it is not JSON, or has another shape.
+    """
+    record = read_json(path, dict[str, Any])
+    # Before its shape, which a newer version may have changed.
+    found = record.get(FORMAT, 1)
+    if isinstance(found, int) and found > number:
+        raise NewerFormat(newer(path.parent, found, number, advice))
+    known = {name.removesuffix("?") for name in shape} | {FORMAT}
+    strange = sorted(record.keys() - known) if closed else []
+    problem = f"unknown key {strange[0]!r}" if strange else misfit(record, shape | {f"{FORMAT}?": int})
+    if problem or found < 1:
+        raise Damaged(f"{path} is damaged ({problem or f'format {found}'})")
+    return record
+
+
+def newer(what: object, found: int, number: int, advice: str) -> str:
+    """The message about a format that a newer version wrote."""
+    return (
+        f"{what} was written by a newer funmatch (format {found}; this version reads format {number}); "
+        f"upgrade funmatch or {advice}"
+    )
+
+
+def misfit(value: Any, shape: Shape, where: str = "it") -> str | None:
+    """Names the first part of a value that does not have its shape; None where all have."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{where} is not an object"
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if name not in value:
+                if name == key:
+                    return f"{name!r} is missing"
+            elif problem := misfit(value[name], inner, repr(name)):
+                return problem
+        return None
+    if isinstance(shape, list) or get_origin(shape) is list:
+        inner = shape[0] if isinstance(shape, list) else get_args(shape)[0]
+        if not isinstance(value, list):
+            return f"{where} is not a list"
+        return next((problem for each in value if (problem := misfit(each, inner, where))), None)
+    if get_origin(shape) is dict:
+        if not isinstance(value, dict):
+            return f"{where} is not an object"
+        inner = get_args(shape)[1]
+        return next((problem for key, each in value.items() if (problem := misfit(each, inner, repr(key)))), None)
+    if isinstance(shape, UnionType):
+        problems = [misfit(value, each, where) for each in get_args(shape)]
+        return None if None in problems else problems[0]
+    return None if _is_of(value, shape) else f"{where} is {_short(value)}"
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a type: numbers finite and of 64 bits, whole ones also where fractions may be."""
+    if kind is Any:
+        return True
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | kind):
+            return False
+        return abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value)
+    return value is None if kind in (None, type(None)) else isinstance(value, kind)
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            each
+            for one in level
+            if isinstance(one, dict | list)
+            for each in (one.values() if isinstance(one, dict) else one)
+            if isinstance(each, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _short(value: Any) -> str:
+    """The beginning of a value, for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,0 +1,224 @@
+"""Keeps folders that hold a record of what was requested there: begins, compares, locks and refuses them.
+
+The record is a JSON file with a format number (1 where it has none: the first version wrote none).
+"""
+
+import json
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from funmatch.errors import InputError
+from funmatch.runtime.files import (
+    PARTIAL,
+    file_lock,
+    lock_owner,
+    remove_partials,
+    try_lock_file,
+    write_atomically,
+)
+from funmatch.runtime.json_files import FORMAT, Damaged, Shape, read_json, read_record
+
+RUN_RECORD = "config.json"
+"""The record of a run's folder: packages that know no runs recognise one by it."""
+RUN_SHAPE = {"verb": str, "knobs": dict[str, Any], "facts": dict[str, Any]}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds the record of a run, finished or not."""
+    try:
+        read_json(folder / RUN_RECORD, RUN_SHAPE)
+    except (OSError, Damaged):
+        return False
+    return True
+
+
+def list_differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
+) -> list[str]:
+    """The values that a record and what is requested now do not agree on, a line each.
+
+    Args:
+        where: of the values of then, for the message: "in the run".
+        names: what to call a value, where its key says too little.
+    """
+    return [
+        f"{(names or {}).get(name, name)}: {then.get(name)} {where}, {now.get(name)} now"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+
+
+@dataclass(frozen=True)
+class RecordFolder:
+    """A folder that one command began and the same command resumes.
+
+    Attributes:
+        folder: where it is, or will be.
+        marker: the file that tells such a folder from any other.
+        noun: what the folder holds, for messages.
+        shape: of the record.
+        number: of the record's format.
+        option: by which a person chooses the folder.
+        record_name: the file that holds the record; the marker, unless named.
+        lock_name: the file that is locked while a process uses the folder; the record, unless named.
+        closed: whether keys that the shape does not name are damage.
+        leftovers: files besides the record that are removed when nothing came of a first begin.
+    """
+
+    folder: Path
+    marker: str
+    noun: str
+    shape: dict[str, Shape]
+    number: int = 1
+    option: str = "--out"
+    record_name: str = ""
+    lock_name: str = ""
+    closed: bool = False
+    leftovers: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def path(self) -> Path:
+        """The record's file."""
+        return self.folder / (self.record_name or self.marker)
+
+    @property
+    def has_begun(self) -> bool:
+        return self.path.is_file()
+
+    def read(self) -> dict[str, Any]:
+        """The record.
+
+        Raises:
+            InputError: it is damaged, or of a newer format.
+        """
+        try:
+            return read_record(self.path, self.shape, self.number, f"choose another {self.option}", closed=self.closed)
+        except Damaged as error:
+            raise Damaged(f"{error}: it is not the record of a {self.noun}; choose another {self.option}") from None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes the record with its format number."""
+        write_atomically(self.path, json.dumps({FORMAT: self.number, **record} | {FORMAT: self.number}, indent=1))
+
+    def check_place(self) -> None:
+        """Raises `InputError` unless this may begin or resume here: the folder is new, empty, or holds the marker."""
+        try:
+            str(self.folder.absolute()).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{str(self.folder)!r} is not a name in UTF-8, so other programs could not load it; "
+                f"choose another {self.option}"
+            ) from None
+        if self.folder.is_dir():
+            # Locks and half-written files are what a process leaves that was killed while it began.
+            foreign = any(not _is_leftover(path) for path in self.folder.iterdir())
+            if not foreign or (self.folder / self.marker).is_file():
+                return
+        elif not self.folder.exists():
+            return
+        raise InputError(f"{self.folder} exists and is not a {self.noun}; choose another {self.option}")
+
+    def begin(
+        self, record: Mapping[str, Any], compare: Callable[[dict[str, Any], Mapping[str, Any]], list[str]]
+    ) -> dict[str, Any]:
+        """Writes the record if there is none, else compares; returns what the file holds.
+
+        Args:
+            record: what is requested now.
+            compare: lists what the record there and the one requested do not agree on.
+
+        Raises:
+            InputError: they differ, or the record there is damaged or of a newer format.
+        """
+        if not self.has_begun:
+            self.write(record)
+        known = self.read()
+        self.refuse(compare(known, record))
+        return known
+
+    def refuse(self, differences: list[str], hint: str = "") -> None:
+        """Raises `InputError` where there are differences between the record and what is requested now."""
+        if differences:
+            lines = "\n  ".join(differences)
+            raise InputError(
+                f"{self.folder} holds a {self.noun} with other options:\n  {lines}\n"
+                f"choose another {self.option}, or pass the {self.noun}'s own values to resume it{hint}"
+            )
+
+    @contextmanager
+    def beginning(self) -> Generator[None]:
+        """Makes the folder and keeps other processes from beginning in it; if nothing comes of it, nothing stays."""
+        created, had_begun = not self.folder.exists(), self.has_begun
+        with ExitStack() as stack:
+            self._lock_folder(stack)
+            try:
+                yield
+            except BaseException:
+                self._clear_begin(created=created, had_begun=had_begun)
+                raise
+
+    def _lock_folder(self, stack: ExitStack) -> None:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            locked = stack.enter_context(ExitStack())
+            try:
+                before = self.folder.stat()
+                locked.enter_context(file_lock(self.folder))
+                if self.folder.stat().st_ino == before.st_ino:
+                    return
+            except FileNotFoundError:
+                pass
+            locked.close()  # the process that we waited for has removed the folder, so its lock guards nothing
+
+    def _clear_begin(self, *, created: bool, had_begun: bool) -> None:
+        if had_begun:
+            return
+        for name in (self.path.name, *self.leftovers):
+            (self.folder / name).unlink(missing_ok=True)
+        if created and all(map(_is_leftover, self.folder.iterdir())):
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
+
+    def try_lock(self) -> IO[str] | None:
+        """An open file that marks the folder as used until it is closed; None where another process uses it."""
+        return try_lock_file(self.folder / (self.lock_name or self.path.name))
+
+    @contextmanager
+    def lock(self) -> Generator[None]:
+        """Marks the folder as used by this process while the block runs.
+
+        Raises:
+            InputError: another process uses it.
+        """
+        held = self.try_lock()
+        if held is None:
+            owner = lock_owner(self.folder / (self.lock_name or self.path.name))
+            process = f"another process (PID {owner})" if owner else "another process"
+            raise InputError(f"{process} is using {self.folder}; wait for it or choose another {self.option}")
+        with held:
+            yield
+
+    @contextmanager
+    def opened(
+        self, record: Mapping[str, Any], compare: Callable[[dict[str, Any], Mapping[str, Any]], list[str]]
+    ) -> Generator[dict[str, Any]]:
+        """Begins or resumes, and holds the lock while the block runs; gives the record.
+
+        Raises:
+            InputError: the folder holds something else, other options, or another process uses it.
+        """
+        self.check_place()
+        with ExitStack() as stack:
+            with self.beginning():
+                known = self.begin(record, compare)
+                stack.enter_context(self.lock())
+            remove_partials(self.folder)
+            yield known
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith((PARTIAL, ".lock", ".begin"))

@@ -1,0 +1,236 @@
+"""Folders with a record, and JSON files that may be damaged: begun once, compared, locked, refused in one sentence."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from funmatch.errors import InputError
+from funmatch.runtime import files, json_files, records
+from funmatch.runtime.json_files import Damaged, NewerFormat, parse_json, read_json, read_record
+from funmatch.runtime.measured import Measurement
+from funmatch.runtime.records import RecordFolder
+
+SHAPE = {"verb": str, "options": {"lr": float, "steps?": int | None}, "classes": list[str], "rows?": [{"n": int}]}
+SOUND = {"verb": "train", "options": {"lr": 1, "steps": None}, "classes": ["cat"], "rows": [{"n": 1}, {"n": 2}]}
+
+
+def differences(then: dict[str, Any], now: Any) -> list[str]:
+    return records.list_differences(then["options"], now["options"], "in the job")
+
+
+def folder_at(path: Path, **more: Any) -> RecordFolder:
+    return RecordFolder(path, "job.json", "job", {"options": dict}, **more)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"verb": 3}, "'verb' is 3"),
+        ({"verb": None}, "'verb' is null"),
+        ({"options": []}, "'options' is not an object"),
+        ({"options": {}}, "'lr' is missing"),
+        ({"options": {"lr": True}}, "'lr' is true"),
+        ({"options": {"lr": "1"}}, "'lr' is \"1\""),
+        ({"options": {"lr": 10**30}}, "'lr' is 1000000"),
+        ({"options": {"lr": float("nan")}}, "'lr' is NaN"),
+        ({"options": {"lr": 0, "steps": 1.5}}, r"'steps' is 1\.5"),
+        ({"classes": {"cat": 1}}, "'classes' is not a list"),
+        ({"classes": ["cat", 2]}, "'classes' is 2"),
+        ({"rows": [{"n": 1}, {}]}, "'n' is missing"),
+    ],
+)
+def test_what_does_not_have_its_shape_is_named(change, words):
+    assert parse_json(json.dumps(SOUND), SHAPE) == SOUND
+    with pytest.raises(ValueError, match=words):
+        parse_json(json.dumps(SOUND | change), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "[" * 100_000, '{"a":' * 100_000, "[" * 900 + "]" * 900, "1" * 20_000, "\xff", "\0"],
+)
+def test_what_is_no_json_of_ours_is_damaged(tmp_path, text):
+    path = tmp_path / "job.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(Damaged, match=r"job\.json is damaged"):
+        read_json(path, dict)
+
+
+def test_mutated_files_are_read_or_damaged(tmp_path):
+    """Whatever happens to the bytes or to the values, nothing else is raised, and what is read has its shape."""
+    rng, path, text = random.Random(0), tmp_path / "job.json", json.dumps(SOUND).encode()
+    values = (None, True, -1, 1e308, 10**40, "x", [], {}, [[[]]], {"format": "1"}, float("inf"))
+    for number in range(3000):
+        if number % 2:
+            content = bytearray(text)
+            for _ in range(rng.randint(1, 3)):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+        else:
+            changed = json.loads(text)
+            part = rng.choice([changed, changed["options"], changed["rows"][0]])
+            part[rng.choice([*part, "format", "extra"])] = rng.choice(values)
+            content = json.dumps(changed).encode()
+        path.write_bytes(content)
+        try:
+            record = read_record(path, SHAPE, 1, "choose another --out", closed=True)
+        except (Damaged, NewerFormat):
+            continue
+        assert json_files.misfit(record, SHAPE) is None
+        assert record.keys() <= {"verb", "options", "classes", "rows", "format"}
+
+
+def test_formats(tmp_path):
+    path, shape = tmp_path / "job.json", {"a": int}
+    for text, number in (('{"a": 1}', 1), ('{"format": 1, "a": 1}', 1), ('{"format": 2, "a": 1}', 2)):
+        path.write_text(text)
+        assert read_record(path, shape, number, "")["a"] == 1
+    path.write_text('{"format": 3, "b": []}')
+    with pytest.raises(NewerFormat) as error:
+        read_record(path, shape, 2, "choose another --out")
+    assert str(error.value) == (
+        f"{tmp_path} was written by a newer funmatch (format 3; this version reads format 2); "
+        "upgrade funmatch or choose another --out"
+    )
+    for text in ('{"format": 0, "a": 1}', '{"format": "3", "a": 1}', '{"format": true, "a": 1}', '{"a": 1, "b": 2}'):
+        path.write_text(text)
+        with pytest.raises(Damaged):
+            read_record(path, shape, 2, "", closed=True)
+
+
+def test_a_folder_is_begun_once_and_compared_ever_after(tmp_path):
+    folder = folder_at(tmp_path / "new" / "job")
+    with folder.opened({"options": {"lr": 1}}, differences) as record:
+        assert record == {"format": 1, "options": {"lr": 1}}
+    before = folder.path.read_bytes()
+    with folder.opened({"options": {"lr": 1}}, differences) as record:
+        assert record["options"] == {"lr": 1}
+    with (
+        pytest.raises(InputError) as error,
+        folder.opened({"options": {"lr": 2, "ema": 0.9}}, differences),
+    ):
+        pass
+    assert str(error.value) == (
+        f"{folder.folder} holds a job with other options:\n  ema: None in the job, 0.9 now\n  lr: 1 in the job, 2 now\n"
+        "choose another --out, or pass the job's own values to resume it"
+    )
+    assert folder.path.read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("mine", "file"):
+        with (
+            pytest.raises(InputError, match="exists and is not a job; choose another --to"),
+            folder_at(tmp_path / name, option="--to").opened({"options": {}}, differences),
+        ):
+            pass
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    with pytest.raises(InputError, match="not a name in UTF-8"):
+        folder_at(tmp_path / os.fsdecode(b"\xff")).check_place()
+
+
+def test_what_a_kill_left_is_no_obstacle_and_goes(tmp_path):
+    (tmp_path / ".job.json.x1.partial").write_text("{")
+    (tmp_path / ".student.partial").mkdir()
+    (tmp_path / ".student.partial" / "x").touch()
+    (tmp_path / ".begin").touch()
+    with folder_at(tmp_path).opened({"options": {}}, differences):
+        assert {path.name for path in tmp_path.iterdir()} == {"job.json", ".begin"}
+
+
+def test_a_newer_format_is_refused_and_nothing_is_touched(tmp_path):
+    (tmp_path / ".student.partial").mkdir()
+    (tmp_path / "job.json").write_text('{"format": 2}')
+    folder = folder_at(tmp_path)
+    with (
+        pytest.raises(NewerFormat, match=r"\(format 2; this version reads format 1\)"),
+        folder.opened({"options": {}}, differences),
+    ):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"job.json", ".student.partial"}
+    assert folder.path.read_text() == '{"format": 2}'
+
+
+@pytest.mark.parametrize("when", ["while it begins", "while it runs"])
+def test_nothing_stays_of_a_begin_that_came_to_nothing(tmp_path, when):
+    folder = folder_at(tmp_path / "job", leftovers=("log",))
+    with pytest.raises(OSError, match="full"):  # noqa: PT012
+        if when == "while it begins":
+            with folder.beginning():
+                folder.write({"options": {}})
+                (folder.folder / "log").touch()
+                raise OSError("full")
+        with folder.opened({"options": {}}, differences):
+            raise OSError("full")
+    assert (tmp_path / "job").exists() == (when == "while it runs"), "a record that was begun is there to be resumed"
+
+
+def test_another_process_is_named(tmp_path):
+    folder = folder_at(tmp_path)
+    code = (
+        "import sys, pathlib; from funmatch.runtime.records import RecordFolder\n"
+        "folder = RecordFolder(pathlib.Path(sys.argv[1]), 'job.json', 'job', {'options': dict})\n"
+        "with folder.opened({'options': {}}, lambda then, now: []):\n"
+        "    print('ready', flush=True); sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdin
+    assert other.stdout
+    assert other.stdout.readline() == "ready\n"
+    with pytest.raises(InputError) as error, folder.opened({"options": {}}, differences):
+        pass
+    who = f"another process (PID {other.pid})" if Path("/proc/locks").is_file() else "another process"
+    assert str(error.value) == f"{who} is using {tmp_path}; wait for it or choose another --out"
+    other.stdin.close()
+    assert other.wait() == 0
+    other.stdout.close()
+    with folder.opened({"options": {}}, differences):
+        assert files.lock_owner(folder.path) in (os.getpid(), None)
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old").touch()
+    (tmp_path / "student").symlink_to(tmp_path / "disk")
+    with files.write_folder_atomically(tmp_path / "student") as partial:
+        (partial / "new").touch()
+    assert (tmp_path / "student").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["new"]
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "student"}
+
+
+def test_arrays_are_read_or_damaged(tmp_path):
+    path, rng = tmp_path / "a.npy", random.Random(0)
+    files.write_array(path, np.arange(3))
+    sound = path.read_bytes()
+    for _ in range(500):
+        content = bytearray(sound)
+        content[rng.randrange(len(content) - 24)] = rng.randrange(256)  # all but the data itself
+        path.write_bytes(content)
+        with suppress(ValueError):
+            files.read_array(path)
+
+
+def test_a_measurement_is_kept_and_what_is_damaged_counts_for_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
+    found = Measurement("steps", "a network on this machine", "this student")
+    assert found.read({"fp32": float}) is None
+    found.write({"fp32": 1.5})
+    assert found.read({"fp32": float}) == {"fp32": 1.5}
+    for text in ("{", "[]", '{"fp32": "1"}', "[" * 100_000):
+        found.path.write_text(text)
+        assert found.read({"fp32": float}) is None
+    (tmp_path / "forms").write_text("in the way")
+    Measurement("forms", "x", "this teacher").write({})
