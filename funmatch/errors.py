@@ -1,53 +1,60 @@
-"""The one error that people see: what was wanted, what came, where, and what to do next."""
+"""Defines the errors that users see: what was expected, what was given, where, and what to do next."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """Something a person gave us cannot be used. The command line prints it alone and exits with code 2."""
+    """Something the user gave cannot be used; the command line prints the message alone and exits with code 2."""
 
+    # IPython looks for a method of this name before it formats a traceback.
     def _render_traceback_(self) -> list[str]:
-        """What notebooks show: the message alone too. (A method that IPython asks for.)"""
+        """Returns what a notebook shows in place of a traceback: the message alone."""
         return [f"funmatch: {self}"]
 
 
 class WorkFailed(Exception):
-    """The work was done, and nothing came of it. The command line prints it alone and exits with code 1."""
+    """The work ran but produced no result; the command line prints the message alone and exits with code 1."""
 
 
+# The class's first name, under which users may import and catch it.
 Fruitless = WorkFailed
-"""The name that this error had first."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> InputError:
-    """An `InputError` for a name that is not known, with the near ones.
+    """Builds the error for an unknown name; it lists the names that are close to it.
 
     Args:
-        kind: what was looked for, in the words of the field ("model", "data set").
-        name: what came.
-        known: every name that would have done.
-        hint: what else could have been meant, one sentence.
+        kind: what was looked up, in the field's words ("model", "data set").
+        name: the name given.
+        known: all valid names.
+        hint: one more sentence, on what else could have been meant.
+
+    Returns:
+        the error, for the caller to raise.
     """
     known = sorted(known)
     lowered = {candidate.lower(): candidate for candidate in known}
     near = [lowered[match] for match in get_close_matches(name.lower(), lowered, n=5, cutoff=0.6)]
-    words = [f"unknown {kind} {name!r}"]
+    parts = [f"unknown {kind} {name!r}"]
     if near:
-        words.append(f"did you mean {', '.join(map(repr, near))}?")
+        parts.append(f"did you mean {', '.join(map(repr, near))}?")
+    # timm alone has over a thousand models; a longer list would push the near names off the screen.
     if len(known) <= 20:
-        words.append(f"known: {', '.join(known)}")
+        parts.append(f"known: {', '.join(known)}")
     if hint:
-        words.append(hint)
-    return InputError("; ".join(words))
+        parts.append(hint)
+    return InputError("; ".join(parts))
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what follows."""
+    """Returns the first line of an error's message, or its class name if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of an accelerator or of the machine."""
-    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be imported for this
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    """Returns whether an error reports that an accelerator or the machine is out of memory."""
+    # By the name of its class, so that `import funmatch` stays free of torch.
+    is_torch_error = type(error).__name__ == "OutOfMemoryError"
+    # torch's CPU allocator raises a plain RuntimeError, which only its text tells from others.
+    return is_torch_error or isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -1,10 +1,16 @@
-"""Cuts a number of rows into even chunks."""
+"""Splits a number of rows into chunks of even size."""
 
 
 def even_chunks(count: int, size: int | None) -> list[int]:
-    """Where so many images are cut into the fewest pieces of at most `size`, as even as can be: 0, …, count.
+    """Splits `count` rows into the fewest chunks of at most `size` rows, as even as possible.
 
-    Even, since BatchNorm has no statistics of a last piece of one image.
+    Args:
+        count: rows, at least 1.
+        size: largest chunk, or None for a single chunk.
+
+    Returns:
+        the boundaries 0, …, `count`; chunk i is rows [i] to [i + 1].
     """
-    pieces = -(-count // (size or count))
-    return [count * number // pieces for number in range(pieces + 1)]
+    # Even rather than full chunks with a remainder: BatchNorm in training mode fails on a last chunk of one image.
+    chunks = -(-count // (size or count))
+    return [count * number // chunks for number in range(chunks + 1)]

@@ -1,4 +1,4 @@
-"""Processes that share one run: joins them through torch.distributed, and lets them reduce, broadcast and wait."""
+"""Joins the processes of one run through torch.distributed, and lets them reduce, broadcast and wait."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -16,41 +16,45 @@ from funmatch.runtime import env
 from funmatch.runtime.devices import pick_device
 from funmatch.runtime.env import mark_reported
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 TIMEOUT = timedelta(days=30)
-"""For which processes wait for each other: while one of them reads ImageNet. One that ends is noticed at once."""
-
-
-GROUPS_JOINED = count()
+"""How long processes wait for each other. One may take hours to index ImageNet; one that ends is noticed at once."""
+# Number of the process groups that this process has joined, one after another.
+_groups_joined = count()
 
 
 @contextmanager
-def process_group(name: str) -> Generator[None]:
-    """Works with the other processes that torchrun started, if there are any, while the block runs.
+def process_group(device_name: str) -> Generator[None]:
+    """Joins the processes that torchrun started while the block runs; does nothing in a single process.
 
-    Where the block fails on one process it fails on all: whoever waits for a process that has ended gets an
-    `InputError`. The first to fail says why, the others are silent.
+    If the block fails in one process, it fails in all: a process that waits for one that has ended gets an
+    `InputError`. The first to fail reports its error, the others are marked as reported elsewhere.
 
     Args:
-        name: of the device, as a person gave it.
+        device_name: the device as the user gave it.
+
+    Raises:
+        InputError: torch.distributed is initialised already, or another process has ended.
     """
     if env.world_size() == 1:
         yield
         return
     if dist.is_initialized():
-        raise InputError("torch.distributed is in use already; funmatch joins the processes by itself")
+        raise InputError("torch.distributed is initialized already; funmatch joins the processes by itself")
     store = _rendezvous_store()
     try:
-        _init_process_group(store, pick_device(name))
+        _init_process_group(store, pick_device(device_name))
         yield
+        # Without it a process that is finished could leave while another still needs it.
         barrier()
     except BaseException as error:
-        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
-        told = InputError("another process of this run has ended") if lost else error
-        mark_reported(told, elsewhere=not _first_to_report(store))
-        if lost:
-            raise told from error
+        # gloo reports a lost peer as a plain RuntimeError, NCCL as a DistError.
+        lost_peer = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        reported = InputError("another process of this run has ended") if lost_peer else error
+        mark_reported(reported, elsewhere=not _first_to_report(store))
+        if lost_peer:
+            raise reported from error
         raise
     finally:
         if dist.is_initialized():
@@ -58,13 +62,15 @@ def process_group(name: str) -> Generator[None]:
 
 
 def _rendezvous_store() -> dist.Store:
-    """Where the processes find each other; under a name of its own each time, since those of before may still be up."""
+    """Returns the store in which the processes find each other."""
     store, _, _ = next(rendezvous("env://"))
-    return dist.PrefixStore(f"funmatch-{next(GROUPS_JOINED)}", store)
+    # A prefix for each group: runs follow each other in one process, and keys of an earlier group are still there.
+    return dist.PrefixStore(f"funmatch-{next(_groups_joined)}", store)
 
 
 def _init_process_group(store: dist.Store, device: torch.device) -> None:
-    backends = "cpu:gloo"  # for what the processes say to each other, on any machine
+    # gloo on any machine, for the numbers and objects that processes exchange on the CPU.
+    backends = "cpu:gloo"
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
         backends += f",{device.type}:{dist.get_default_backend_for_device(device)}"
@@ -72,95 +78,118 @@ def _init_process_group(store: dist.Store, device: torch.device) -> None:
 
 
 def _first_to_report(store: dist.Store) -> bool:
+    """Returns whether this process is the first to fail; `add` on a store is atomic."""
     try:
-        return store.add("told", 1) == 1
+        return store.add("reported", 1) == 1
     except RuntimeError:
-        return False  # whoever kept the store is gone, and has told
+        # The process that held the store has ended, and so has reported its own error.
+        return False
 
 
 def all_reduce_max(number: int) -> int:
-    """The greatest of the numbers of all processes."""
+    """Returns the largest of the processes' numbers."""
     if env.world_size() == 1:
         return number
-    told = torch.tensor(number)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return int(told)
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def barrier() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have reached this call."""
+    # Not `dist.barrier()`, which on NCCL picks an accelerator by rank and warns.
     all_reduce_max(0)
 
 
-def broadcast_from_main(work: Callable[[], Made]) -> Made:
-    """What `work` gives on the first process, which alone does it; plain values."""
-    made: list[Any] = [work() if env.is_main_process() else None]
+def broadcast_from_main(work: Callable[[], T]) -> T:
+    """Runs `work` on the main process only and returns its result on all.
+
+    Args:
+        work: returns a value that can be pickled.
+    """
+    results: list[Any] = [work() if env.is_main_process() else None]
     if env.world_size() > 1:
-        dist.broadcast_object_list(made, 0, device=torch.device("cpu"))
-    return made[0]
+        dist.broadcast_object_list(results, 0, device=torch.device("cpu"))
+    return results[0]
 
 
-def main_process_first(work: Callable[[], Made]) -> Made:
-    """What `work` gives on each process: the first does it alone, the others find what it left on the disk."""
+def main_process_first(work: Callable[[], T]) -> T:
+    """Runs `work` on the main process, then on the others, which find what it has left on the disk."""
     if not env.is_main_process():
         barrier()
         return work()
-    made = work()
+    result = work()
     barrier()
-    return made
+    return result
 
 
 def all_reduce_mean_(tensors: Sequence[Tensor]) -> None:
-    """Makes each tensor its mean over all processes, to the same bits in each."""
+    """Replaces each tensor by its mean over all processes, bitwise identical in each.
+
+    Args:
+        tensors: the same shapes and dtypes, in the same order, in every process.
+    """
     if env.world_size() > 1:
-        _flattened_(tensors, lambda flat: [dist.all_reduce(flat), flat.div_(env.world_size())])
+        _for_flattened_(tensors, lambda flat: [dist.all_reduce(flat), flat.div_(env.world_size())])
 
 
 def sharded_map(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
-    """What `work` makes of stacks, one of each at a time, where every process does an equal part of it."""
+    """Applies a function to stacks of n elements, an equal share in every process.
+
+    Args:
+        work: maps slices of the stacks, (k, …) each, to one tensor of (k, …), element by element.
+        stacks: (n, …) each, the same in every process.
+
+    Returns:
+        what `work(*stacks)` returns, in every process.
+    """
     if env.world_size() == 1:
         return work(*stacks)
-    count = len(stacks[0])
-    most = -(-count // env.world_size())
-    part = work(*(stack[env.rank() * most : (env.rank() + 1) * most] for stack in stacks))
-    mine = part.new_zeros(most, *part.shape[1:])
-    mine[: len(part)] = part
-    made = mine.new_empty(env.world_size() * most, *part.shape[1:])
-    dist.all_gather([*made.chunk(env.world_size())], mine)
-    return made[:count]
+    total = len(stacks[0])
+    share = -(-total // env.world_size())
+    part = work(*(stack[env.rank() * share : (env.rank() + 1) * share] for stack in stacks))
+    # all_gather needs equal sizes; the last processes pad with zeros, which are cut off below.
+    padded = part.new_zeros(share, *part.shape[1:])
+    padded[: len(part)] = part
+    gathered = padded.new_empty(env.world_size() * share, *part.shape[1:])
+    dist.all_gather([*gathered.chunk(env.world_size())], padded)
+    return gathered[:total]
 
 
 def broadcast_(tensors: Sequence[Tensor]) -> None:
-    """Makes each tensor what it is on the first process."""
+    """Replaces each tensor by the main process's."""
     if env.world_size() > 1:
-        _flattened_(tensors, lambda flat: dist.broadcast(flat, 0))
+        _for_flattened_(tensors, lambda flat: dist.broadcast(flat, 0))
 
 
 @torch.no_grad()
-def _flattened_(tensors: Sequence[Tensor], change_: Callable[[Tensor], object]) -> None:
-    """Changes tensors, all of one kind of number at once."""
+def _for_flattened_(tensors: Sequence[Tensor], change_: Callable[[Tensor], object]) -> None:
+    """Changes tensors in place, all of one dtype in a single flat tensor: one message a step, not one a tensor."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
         change_(flat)
-        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all processes, through which gradients flow to all of them."""
-    return _Sum.apply(tensor)
+    """Returns the sum over all processes; gradients flow back to every process's tensor."""
+    return _AllReduceSum.apply(tensor)
 
 
-class _Sum(torch.autograd.Function):
-    """Its gradient is the sum of the gradients, since each process's input reaches every process's loss."""
+class _AllReduceSum(torch.autograd.Function):
+    """Sums over processes in both directions.
+
+    Each process's input reaches every process's loss, so its gradient is the sum of all processes' gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004  (the signature is torch's)
         total = tensor.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
-        return _Sum.forward(None, gradients[0])
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004  (the signature is torch's)
+        return _AllReduceSum.forward(None, gradients[0])

@@ -1,54 +1,58 @@
-"""Who this process is among those that torchrun started: read from the environment, without torch."""
+"""Reads this process's rank and the number of processes from torchrun's environment variables, without torch."""
 
 import os
 import time
 
-from funmatch.runtime import env
-
+# Set on the first import, which is as near to the program's start as a library comes.
 STARTED = time.monotonic()
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process; where one is missing, this process is alone."""
+"""The variables that torchrun sets; without all of them the process runs alone."""
 
 
 def rank() -> int:
-    """Which process this is, of 0 … `world()` − 1."""
+    """Returns this process's rank, in 0 … `world_size()` − 1."""
     return _read("RANK", 0)
 
 
 def world_size() -> int:
-    """How many processes teach one student together."""
+    """Returns the number of processes that train one student together."""
     return _read("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    """Which process of this machine this is: the number of its accelerator."""
+    """Returns this process's rank among those of its machine, which is the index of its accelerator."""
     return _read("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
-    """How many of the processes share this machine."""
+    """Returns the number of processes on this machine."""
     return _read("LOCAL_WORLD_SIZE", world_size())
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Returns whether this is the process that writes files and prints messages (rank 0)."""
     return rank() == 0
 
 
 def seconds_since_start() -> float:
-    """Seconds since this program began."""
+    """Returns the seconds since the program started."""
     return time.monotonic() - STARTED
 
 
-def _read(name: str, alone: int) -> int:
-    return int(os.environ.get(name, alone)) if all(word in os.environ for word in TORCHRUN_VARIABLES) else alone
+def _read(name: str, default: int) -> int:
+    # Cluster schedulers export RANK or WORLD_SIZE by themselves; only all of torchrun's together mean a group.
+    return int(os.environ.get(name, default)) if all(word in os.environ for word in TORCHRUN_VARIABLES) else default
 
 
 def mark_reported(error: BaseException, *, elsewhere: bool) -> None:
-    """Marks an error as one that another process of the run tells, or that nobody else does."""
-    vars(error)["told_elsewhere"] = elsewhere
+    """Marks an error as reported by another process of the run, or as reported by this one."""
+    # In `vars`, not in a class of ours: any exception can end a run, and its type must stay as it is.
+    vars(error)["reported_elsewhere"] = elsewhere
 
 
 def reported_elsewhere(error: BaseException) -> bool:
-    """Whether another process of the run tells this error: one that is not marked is met by all, so the first does."""
-    return vars(error).get("told_elsewhere", not env.is_main_process())
+    """Returns whether another process reports this error.
+
+    An unmarked error is one that every process raises alike, such as a wrong option; the main process reports it.
+    """
+    return vars(error).get("reported_elsewhere", not is_main_process())

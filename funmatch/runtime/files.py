@@ -1,4 +1,4 @@
-"""Writes files and folders that are whole or absent, and locks them against other processes."""
+"""Writes files and folders that are complete or absent, and locks them against other processes."""
 
 import fcntl
 import io
@@ -15,29 +15,39 @@ import numpy as np
 from safetensors import SafetensorError
 
 PARTIAL = ".partial"
-"""Ending of what is being written; a process that was killed leaves it behind."""
+"""Suffix of files and folders being written; a process that is killed leaves them behind."""
 
 
 def user_cache() -> Path:
-    """Our folder in the user's cache folder."""
+    """Returns funmatch's folder in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "funmatch"
 
 
 def cache_home() -> Path:
-    """The folder of what can be computed again: `$FUNMATCH_CACHE`, else our folder in the user's cache folder."""
+    """Returns the folder of everything that can be computed again: `$FUNMATCH_CACHE`, else `user_cache()`."""
     if home := os.environ.get("FUNMATCH_CACHE"):
         return Path(home).expanduser()
     return user_cache()
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Writes a file under another name, then renames it. A text may hold file names, whatever bytes they are."""
+    """Writes a file under a temporary name in the same folder, then renames it.
+
+    Args:
+        path: the file.
+        content: its bytes, or a text to be encoded as UTF-8.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    # surrogateescape: a text may hold file names whose bytes are not valid UTF-8.
     encoded = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+    # A name of its own each time, so that two processes that write the same file do not share a partial one.
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     partial = Path(name)
     try:
         with disk_errors(path), open(handle, "wb") as file:
-            os.fchmod(handle, 0o644)  # a temporary file is made for its owner alone
+            os.fchmod(handle, 0o644)  # mkstemp makes files that only their owner can read
             file.write(encoded)
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power loss leaves an empty file under the right name
@@ -48,14 +58,18 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array as .npy, whole or not at all."""
+    """Writes an array as `.npy`, completely or not at all."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     write_atomically(path, file.getbuffer())
 
 
 def read_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> np.ndarray:
-    """Reads a .npy file, mapped if a mode is given.
+    """Reads a `.npy` file.
+
+    Args:
+        path: the file.
+        mmap_mode: maps the file into memory instead of reading it, as for `numpy.load`.
 
     Raises:
         OSError: it is missing or cannot be read.
@@ -71,7 +85,7 @@ def read_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> np.nda
 
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder durable, in the order in which they were made."""
-    with suppress(OSError):  # some mounted drives cannot
+    with suppress(OSError):  # some mounted drives cannot sync folders
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -80,7 +94,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all that is in it; nothing where there is none."""
+    """Removes a file, a link, or a folder with its contents; does nothing if the path does not exist."""
+    # A link to a folder is removed itself; `rmtree` refuses links, and what they point to is not ours.
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -95,9 +110,12 @@ def remove_partials(folder: Path) -> None:
 
 @contextmanager
 def write_folder_atomically(folder: Path) -> Generator[Path]:
-    """Gives an empty folder to fill, which becomes `folder` when the block ends well and vanishes when it does not.
+    """Yields an empty folder to fill, and renames it to `folder` when the block succeeds.
 
-    A folder that already had the name makes way at the very end. A link is followed: what it points to is replaced.
+    If the block fails, what it has written is removed. A folder that already has the name is replaced at the very end.
+
+    Args:
+        folder: the final name, whose parents are created. A link is followed: the folder it points to is replaced.
     """
     folder = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
     partial, old = (folder.with_name(f".{folder.name}{end}{PARTIAL}") for end in ("", ".old"))
@@ -106,6 +124,7 @@ def write_folder_atomically(folder: Path) -> Generator[Path]:
     try:
         with disk_errors(folder):
             yield partial
+        # Contents before the name: a checkpoint that has its name is complete, whenever the power fails.
         for path in (*partial.rglob("*"), partial):
             if path.is_dir():
                 sync_folder(path)
@@ -125,26 +144,32 @@ def write_folder_atomically(folder: Path) -> Generator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Generator[None]:
-    """Turns errors of the disk inside the block into an `OSError` that names the path.
-
-    safetensors reports a full disk as an error of its own, and Python forgets the file's name when a write fails.
-    """
+    """Turns disk errors inside the block into an `OSError` that names the path."""
     try:
         yield
     except SafetensorError as error:
+        # safetensors reports a full disk as an error of its own, with the number only in its text.
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
     except OSError as error:
+        # Python knows the file's name when it opens a file, not when a later write fails.
         if error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def try_lock_file(path: Path) -> IO[str] | None:
-    """An open file that this process alone holds until it closes it or ends; None where another process has it."""
+    """Locks a file for this process, without waiting.
+
+    Args:
+        path: the file, created if missing.
+
+    Returns:
+        the open file, which holds the lock until it is closed or the process ends; None if another process holds it.
+    """
     while True:
-        # Opened for reading only: a finished run may lie where nothing can be written.
+        # Opened for reading only: a finished run may lie on a drive that cannot be written.
         file = open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o644))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,14 +177,14 @@ def try_lock_file(path: Path) -> IO[str] | None:
             file.close()
             return None
         except OSError:
-            return file  # some mounted drives know no locks
+            return file  # some mounted drives have no locks; a run there is better than none
         if _is_at(file.fileno(), path):
             return file
-        file.close()  # replaced between opening and locking: whoever comes next locks the new file
+        file.close()  # replaced between opening and locking: the lock would be on a file that no other process opens
 
 
 def lock_owner(path: Path) -> int | None:
-    """The process that holds a file's lock, where Linux tells; None elsewhere."""
+    """Returns the id of the process that holds a file's lock, or None where the system does not list locks."""
     try:
         wanted = os.stat(path).st_ino
         for line in Path("/proc/locks").read_text().splitlines():
@@ -173,18 +198,23 @@ def lock_owner(path: Path) -> int | None:
 
 @contextmanager
 def file_lock(path: Path) -> Generator[None]:
-    """Holds a lock while the block runs, on a folder or on a file that stays, empty; whoever comes second waits."""
+    """Holds a lock while the block runs, and waits for it while another process holds it.
+
+    Args:
+        path: a folder, or the lock's own file, created if missing.
+    """
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with suppress(OSError):  # some mounted drives know no locks
+        with suppress(OSError):  # some mounted drives have no locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
+        # The file stays: removing it would let a waiting process lock the old one while a third creates it anew.
         os.close(handle)
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether an open file is still the one under a path."""
+    """Returns whether an open file is still the one under a path."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""What a run tells: a bar or plain lines for people on standard error, and `metrics.jsonl` as the truth."""
+"""Prints messages, progress and tables: progress and messages to standard error, results to standard output."""
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,43 +12,60 @@ from rich.text import Text
 from funmatch.runtime import env
 from funmatch.runtime.text import duration
 
+T = TypeVar("T")
+
+# Seconds between progress lines: a log file keeps every line, a notebook rewrites one.
 PLAIN_LINE_SECONDS, LIVE_LINE_SECONDS = 10.0, 1.0
 
+# Markup and emoji off: paths and class names may hold `[…]` or `:…:`, which rich would interpret.
+# Quiet in all processes but the main one, so that callers need not check which process they are in.
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not env.is_main_process())
 out = Console(highlight=False, markup=False, emoji=False, quiet=not env.is_main_process())
 
 
 def info(message: str) -> None:
-    """A line for people."""
+    """Prints a message to standard error."""
     err.print(message)
 
 
 def info_notes(model: str, notes: Iterable[str]) -> None:
-    """What should be known of a model that was loaded, a line each."""
+    """Prints the notes on a model that was loaded, one a line."""
     for note in notes:
         info(f"{model}: {note}")
 
 
-def track(things: Iterable, total: int, what: str) -> Iterator:
-    """The same things, shown as progress: a bar on a terminal, now and then a line elsewhere."""
-    with ProgressBar(what, total) as bar:
-        for done, thing in enumerate(things, 1):
-            yield thing
+def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """Yields the items and shows progress: a bar on a terminal, a line every ten seconds elsewhere.
+
+    Args:
+        items: what is iterated over.
+        total: how many they are.
+        label: name of the work, shown beside the bar.
+    """
+    with ProgressBar(label, total) as bar:
+        for done, item in enumerate(items, 1):
+            yield item
             bar.update(done)
 
 
 class ProgressBar:
-    """Progress of one piece of work, with its rate and the time left."""
+    """Shows the progress of one piece of work, with its rate and the time left.
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
-        self.what, self.total, self.first = what, total, done
+    Args:
+        label: name of the work.
+        total: its length in units, e.g. steps.
+        done: units finished before, as in a resumed run; they do not count for the rate.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self.label, self.total, self.first = label, total, done
         self.started = self.last_line = time.monotonic()
-        self.shown: Any = None  # the line in a notebook
+        self.display: Any = None  # handle of the line in a notebook
         self.columns = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err,
         )  # fmt: skip
-        self.task = self.columns.add_task(what, total=total, completed=done, note="")
+        self.task = self.columns.add_task(label, total=total, completed=done, note="")
 
     def __enter__(self) -> "ProgressBar":
         if err.is_terminal:
@@ -60,7 +77,7 @@ class ProgressBar:
             self.columns.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """Moves on to `done`; `note` stands beside the bar, or in the next plain line."""
+        """Shows that `done` units are finished; `note` stands beside the bar, or in the next plain line."""
         now = time.monotonic()
         rate = (done - self.first) / (now - self.started)
         if err.is_terminal:
@@ -68,26 +85,34 @@ class ProgressBar:
         elif now - self.last_line >= (LIVE_LINE_SECONDS if err.is_jupyter else PLAIN_LINE_SECONDS):
             self.last_line = now
             left = (self.total - done) / rate if rate else 0.0
-            self.line(f"{self.what} {done}/{self.total} {note} {rate:.1f}/s, {duration(left)} left")
+            self.line(f"{self.label} {done}/{self.total} {note} {rate:.1f}/s, {duration(left)} left")
 
     def line(self, text: str) -> None:
-        """A plain line; in a notebook, which keeps every line, one that is written anew."""
+        """Prints a plain line; in a notebook it replaces the line before."""
         if not err.is_jupyter:
             info(text)
             return
+        # Only here: IPython is present in notebooks alone.
         from IPython.display import display
 
-        if self.shown is None:
-            self.shown = display({"text/plain": text}, raw=True, display_id=True)
+        # As plain text through `display`, since a rich progress bar leaves one HTML block for each refresh.
+        if self.display is None:
+            self.display = display({"text/plain": text}, raw=True, display_id=True)
         else:
-            self.shown.update({"text/plain": text}, raw=True)
+            self.display.update({"text/plain": text}, raw=True)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table for people on standard output."""
-    shown = Table(title=Text(title), title_justify="left")
+    """Prints a table to standard output, the first column flush left and the others flush right.
+
+    Args:
+        title: printed above it.
+        columns: heads of the columns.
+        rows: the cells, as many in each row as there are columns.
+    """
+    grid = Table(title=Text(title), title_justify="left")
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i == 0 else "right")
+        grid.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
-        shown.add_row(*row)
-    out.print(shown)
+        grid.add_row(*row)
+    out.print(grid)

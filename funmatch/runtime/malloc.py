@@ -1,4 +1,4 @@
-"""What is freed between two steps, and needed again in the next one."""
+"""Keeps glibc from returning freed memory to the OS between steps."""
 
 import ctypes
 import os
@@ -9,44 +9,63 @@ from threading import Lock
 
 import torch
 
+# Numbers of mallopt's options in glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
-"""Of glibc's mallopt, as its malloc.h numbers them."""
+# Nothing by mmap, which is unmapped when freed, and the top of the heap is never trimmed.
 KEEP_SETTINGS = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
+# glibc's own defaults; mallopt cannot be asked what was set before.
 DEFAULT_SETTINGS = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}
 OVERRIDE_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
-"""Where people say it otherwise."""
-_lock, _keepers = Lock(), 0
+"""Environment variables by which users set these options; if one is present, nothing is changed."""
+_lock, _active = Lock(), 0
 
 
 @contextmanager
 def keep_freed_memory(device: torch.device) -> Generator[None]:
-    """Has the C library keep what is freed while the block runs, if the CPU computes.
+    """Lets glibc keep freed memory while the block runs, if the model runs on the CPU.
 
-    A step needs the same gigabytes as the one before. Given back each time, they come back page by page, each of them
-    cleared by the system. (glibc alone can be told so; others do as they do, and so does one that was told otherwise.)
+    Other C libraries are left alone. Blocks may overlap in several threads; the last to end restores the defaults and
+    returns the memory.
+
+    Args:
+        device: where the model runs.
     """
-    if (
-        device.type != "cpu"
-        or platform.libc_ver()[0] != "glibc"
-        or any(name in os.environ for name in OVERRIDE_VARIABLES)
-    ):
+    # A step needs the gigabytes that the step before has freed. Returned in between, they come back page by page, each
+    # cleared by the kernel: 10⁴ to 10⁵ page faults a step, 6 % of a bf16 step and 13 % of an fp32 one.
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
         return
-    library = ctypes.CDLL(None)
-    _count(library, 1)
+    if any(name in os.environ for name in OVERRIDE_VARIABLES):
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    _enter(libc)
     try:
         yield
     finally:
-        _count(library, -1)
+        _leave(libc)
 
 
-def _count(library: ctypes.CDLL, more: int) -> None:
-    """Counts the blocks that run, and tells the library when the first begins and the last ends."""
-    global _keepers
+def _enter(libc: ctypes.CDLL) -> None:
+    """Counts one more block; the first one changes the settings."""
+    global _active
     with _lock:
-        _keepers += more
-        if _keepers == max(more, 0):
-            for option, value in (KEEP_SETTINGS if more > 0 else DEFAULT_SETTINGS).items():
-                library.mallopt(option, value)
-            if more < 0:
-                library.malloc_trim(0)
+        if _active == 0:
+            _apply(libc, KEEP_SETTINGS)
+        _active += 1
+
+
+def _leave(libc: ctypes.CDLL) -> None:
+    """Counts one block less; the last one restores the settings."""
+    global _active
+    with _lock:
+        _active -= 1
+        if _active == 0:
+            _apply(libc, DEFAULT_SETTINGS)
+            # The settings govern later frees only; this returns what has gathered, so that a notebook gets it back.
+            libc.malloc_trim(0)
+
+
+def _apply(libc: ctypes.CDLL, settings: dict[int, int]) -> None:
+    for option, value in settings.items():
+        libc.mallopt(option, value)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard between two steps."""
+"""Catches Ctrl-C and SIGTERM, so that a run stops between two steps."""
 
 import signal
 import threading
@@ -9,7 +9,11 @@ from funmatch.runtime.log import info
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; everything up to here is saved."""
+    """A signal stopped the run; all progress is saved.
+
+    Attributes:
+        number: the signal's number, which decides the exit code.
+    """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -18,24 +22,26 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def catch_signals() -> Generator[list[int]]:
-    """Gives a list that the first Ctrl-C or SIGTERM is put into; a second one acts as if nobody listened."""
+    """Yields a list to which the first Ctrl-C or SIGTERM is appended; a second one acts as without this block."""
     caught: list[int] = []
+    # Python lets only the main thread set handlers; elsewhere the list stays empty.
     if threading.current_thread() is not threading.main_thread():
-        yield caught  # only the main thread may listen
+        yield caught
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def listen(number: int, _frame: object) -> None:
+    def handle(number: int, _frame: object) -> None:
         caught.append(number)
+        # Restored at once, so that a run which hangs in its last step can still be ended by a second signal.
         restore()
-        info("stopping after this step; once more to stop at once")
+        info("stopping after this step; interrupt again to stop immediately")
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
-    for number in before:
-        signal.signal(number, listen)
+    for number in previous:
+        signal.signal(number, handle)
     try:
         yield caught
     finally:

@@ -1,20 +1,21 @@
-"""Formats numbers, durations and sizes for people."""
+"""Formats durations, fractions, sizes and option values for tables and messages."""
 
 
 def duration(seconds: float) -> str:
-    """`75` to `1:15`, `3700` to `1:01:40`."""
+    """Formats seconds as minutes or hours: 75 becomes `1:15`, 3700 becomes `1:01:40`."""
+    # Rounded before it is divided: 59.6 s is `1:00`, never `0:60`.
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def percent(share: float | None) -> str:
-    """`0.8312` to `83.1 %`; a dash for None."""
+    """Formats a fraction in percent: 0.8312 becomes `83.1 %`, None a dash."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def format_bytes(count: int) -> str:
-    """Bytes in words."""
+    """Formats a number of bytes in kB, MB or GB (powers of 1000)."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"
@@ -22,7 +23,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_value(value: str | float | bool | None) -> str:
-    """A value as people write it: numbers to four digits."""
+    """Formats an option's value; floats get four significant digits, None becomes `none`."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return "none" if value is None else f"{value}"

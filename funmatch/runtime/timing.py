@@ -1,4 +1,4 @@
-"""Where a step's time goes: parts of the program are named, and timed while somebody watches."""
+"""Times the named parts of a step while a `StepTimer` is active, and costs nothing otherwise."""
 
 import threading
 import time
@@ -7,69 +7,83 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
-Given = TypeVar("Given")
-_watching: "StepTimer | None" = None
-_within = threading.local()
+T = TypeVar("T")
+_active: "StepTimer | None" = None
+_nested = threading.local()
 
 
 class StepTimer:
-    """The seconds of each named part, those of parts within it not counted.
+    """Collects the seconds of each named part, without those of the parts nested in it.
 
     Attributes:
-        seconds: of parts of the loop's own thread.
-        beside: of parts of other threads, which cost a step nothing unless it waits for them.
+        seconds: of the parts that ran in the training loop's thread, by name.
+        background_seconds: of the parts that ran in other threads; they delay a step only if it waits for them.
     """
 
     def __init__(
         self, finish: Callable[[], object], label: Callable[[str], AbstractContextManager] = nullcontext
     ) -> None:
-        """Begins to watch the loop of this thread.
+        """Prepares to time the loop of the current thread.
 
         Args:
-            finish: waits until the device has done what it was given, so that each part is told its own work.
-            label: tells somebody else, such as a profiler, of each part.
+            finish: waits until the device has done its queued work, so that each part is charged with its own.
+            label: gives a context for a part's name, e.g. `torch.profiler.record_function`.
         """
         self.finish, self.label, self.thread = finish, label, threading.get_ident()
         self.seconds: dict[str, float] = defaultdict(float)
         self.background_seconds: dict[str, float] = defaultdict(float)
 
     def add(self, name: str, seconds: float) -> None:
-        (self.seconds if threading.get_ident() == self.thread else self.background_seconds)[name] += seconds
+        """Adds seconds to a part, in the table of the thread that calls."""
+        table = self.seconds if threading.get_ident() == self.thread else self.background_seconds
+        table[name] += seconds
 
     def __enter__(self) -> "StepTimer":
-        global _watching
-        _watching = self
+        # Module state rather than an argument: parts are named deep inside functions that need not know of profiling.
+        global _active
+        _active = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _watching
-        _watching = None
+        global _active
+        _active = None
 
 
 @contextmanager
 def timed(name: str) -> Generator[None]:
-    """Names a part of the program; costs nothing to speak of while nobody watches."""
-    watch = _watching
-    if watch is None:
+    """Times the block as a part of the step, if a `StepTimer` is active.
+
+    Args:
+        name: of the part, as the profile prints it.
+    """
+    timer = _active  # read once: a worker thread may still be in its block when the timer ends
+    if timer is None:
         yield
         return
-    inner = _within.__dict__.setdefault("seconds", [])  # what the parts within take, a number for each level
+    # One number for each open block of this thread: the seconds of the blocks nested in it, which it does not count.
+    inner = _nested.__dict__.setdefault("seconds", [])
     inner.append(0.0)
     began = time.perf_counter()
     try:
-        with watch.label(name):
+        with timer.label(name):
             yield
     finally:
-        if threading.get_ident() == watch.thread:
-            watch.finish()
-        took = time.perf_counter() - began
-        watch.add(name, took - inner.pop())
+        # Only the loop's own thread waits for the device; a worker would wait for work that is not its own.
+        if threading.get_ident() == timer.thread:
+            timer.finish()
+        elapsed = time.perf_counter() - began
+        timer.add(name, elapsed - inner.pop())
         if inner:
-            inner[-1] += took
+            inner[-1] += elapsed
 
 
-def timed_iter(items: Iterable[Given], name: str) -> Iterator[Given]:
-    """The same items; the time until each is there is a part of its own."""
+def timed_iter(items: Iterable[T], name: str) -> Iterator[T]:
+    """Yields the items and times the wait for each of them as a part.
+
+    Args:
+        items: none of them may be None.
+        name: of the part.
+    """
     iterator = iter(items)
     while True:
         with timed(name):

@@ -1,4 +1,4 @@
-"""Between the CPU and an accelerator, with neither waiting for the other."""
+"""Moves tensors between the CPU and an accelerator without making either wait for the other."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,40 +9,49 @@ from torch import Tensor
 
 
 class HasTensors(Protocol):
-    """Something that holds tensors, such as a batch, and can give itself with each of them changed."""
+    """An object that holds tensors, such as a batch, and can return itself with each of them changed."""
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self: ...
 
 
-Tensors = TypeVar("Tensors", bound=HasTensors)
+Batch = TypeVar("Batch", bound=HasTensors)
 
 
-def pin_batch(device: torch.device) -> Callable[[Tensors], Tensors] | None:
-    """Copies a batch into pinned memory, from where an accelerator fetches it without being waited for."""
+def pin_batch(device: torch.device) -> Callable[[Batch], Batch] | None:
+    """Returns the function that copies a batch into pinned memory, from where copies to a device are asynchronous.
+
+    Args:
+        device: the accelerator that will read the batch.
+
+    Returns:
+        the function, for a worker thread; None on the CPU, where there is nothing to copy.
+    """
     if device.type == "cpu":
         return None
 
-    def pinned(batch: Tensors) -> Tensors:
-        with torch.accelerator.device_index(device.index):  # a thread knows only the machine's first, else
+    def pinned(batch: Batch) -> Batch:
+        # The current device is per thread: a new thread would pin for, and create a context on, the first accelerator.
+        with torch.accelerator.device_index(device.index):
             return batch.map_tensors(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
     return pinned
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, by way of pinned memory if it has a way to go: nobody waits for it."""
+    """Copies a tensor to a device; from the CPU to an accelerator by pinned memory and without waiting."""
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
+    # non_blocking alone does not help: from pageable memory the copy is synchronous.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class HostCopy:
-    """Tensors on their way to the CPU; an accelerator goes on meanwhile.
+    """Tensors that are being copied to the CPU while the accelerator works on.
 
     Attributes:
-        there: the tensors, on the CPU; not to be read before they have arrived.
-        event: when they have arrived; None where they were there already.
+        tensors: the copies on the CPU; their contents are undefined until the copy has arrived.
+        event: recorded behind the copies; None if the tensors were on the CPU already.
     """
 
     tensors: tuple[Tensor, ...]
@@ -50,30 +59,48 @@ class HostCopy:
 
     @property
     def arrived(self) -> bool:
+        """Whether the copy has arrived; does not wait."""
         return self.event is None or self.event.query()
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The tensors, once they are there."""
+        """Waits for the copy, then returns the tensors."""
         if self.event is not None:
             self.event.synchronize()
         return self.tensors
 
 
 def copy_to_host(*tensors: Tensor) -> HostCopy:
-    """Tensors of one device, which begin to be copied to the CPU if they are not there."""
+    """Starts copying tensors to the CPU.
+
+    Args:
+        tensors: all on one device.
+
+    Returns:
+        the copy under way. Tensors that are on the CPU already are returned as they are, not copied.
+    """
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return HostCopy(tensors)
-    there = tuple(torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors)
-    for copy, tensor in zip(there, tensors, strict=True):
+    # Pinned, or the copies would be synchronous.
+    copies = tuple(torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors)
+    for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
+    # One event for all: it is recorded behind the last copy, on the stream that does them in order.
     event = torch.Event(next(tensor.device for tensor in tensors if tensor.device.type != "cpu"))
     event.record()
-    return HostCopy(there, event)
+    return HostCopy(copies, event)
 
 
 def snapshot(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Copies on the CPU, by the same names, which later updates do not change."""
+    """Copies tensors to the CPU, so that they can be written by a thread while training changes the originals.
+
+    Args:
+        files: for each file its tensors by name.
+
+    Returns:
+        the copies under the same names.
+    """
     tensors = [tensor.detach() for each in files.values() for tensor in each.values()]
-    alive = any(tensor.device.type != "cpu" for tensor in tensors)
-    copies = iter(copy_to_host(*tensors).wait() if alive else [tensor.clone() for tensor in tensors])
+    on_accelerator = any(tensor.device.type != "cpu" for tensor in tensors)
+    # Cloned on a CPU: `copy_to_host` returns the tensors themselves, which the next step would change.
+    copies = iter(copy_to_host(*tensors).wait() if on_accelerator else [tensor.clone() for tensor in tensors])
     return {name: {key: next(copies) for key in each} for name, each in files.items()}

@@ -167,8 +167,8 @@ TOGETHER = """
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
-from funmatch import devices, launch
-from funmatch.synchronised import BatchNorm, synchronised
+from funmatch.models.sync_batchnorm import GlobalBatchNorm, sync_batchnorm
+from funmatch.runtime import distributed, env
 
 def learn(net, views, weights):
     net.zero_grad()
@@ -180,31 +180,32 @@ def made():
     norms = BatchNormAct2d(8, act_layer=nn.SiLU, momentum=None), nn.BatchNorm2d(4), nn.BatchNorm1d(64)
     return nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.Conv2d(8, 4, 3), norms[1], nn.Flatten(), norms[2])
 
-with devices.joined("cpu"):
-    plain, ours = made(), synchronised(made(), torch.device("cpu"))
-    assert isinstance(ours[3], BatchNorm)
+with distributed.process_group("cpu"):
+    plain, ours = made(), sync_batchnorm(made(), torch.device("cpu"))
+    assert isinstance(ours[3], GlobalBatchNorm)
     assert plain.state_dict().keys() == ours.state_dict().keys()
-    rows = slice(launch.rank() * 3, launch.rank() * 3 + 3)
+    rows = slice(env.rank() * 3, env.rank() * 3 + 3)
     for turn in range(3):
         views, weights = 5 + torch.rand(6, 3, 8, 8), torch.randn(6, 64)
         whole, shares = learn(plain, views, weights), learn(ours, views[rows], weights[rows])
-        devices.average_(shares)
+        distributed.all_reduce_mean_(shares)
         torch.testing.assert_close(shares, whole, rtol=1e-4, atol=1e-4)
     for name, kept in plain.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], kept, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.eval()(views), plain.eval()(views))
-    assert devices.greatest(launch.rank()) == 1
-    assert devices.from_first(launch.rank) == 0
-    own = [torch.full((2, 2), launch.rank()), torch.full((3,), float(launch.rank()))]
-    devices.share_(own)
+    assert distributed.all_reduce_max(env.rank()) == 1
+    assert distributed.broadcast_from_main(env.rank) == 0
+    own = [torch.full((2, 2), env.rank()), torch.full((3,), float(env.rank()))]
+    distributed.broadcast_(own)
     assert not any(each.any() for each in own)
     for count in (5, 2, 1):  # one process has less to do than the other, or nothing
         stacks, begun = torch.arange(count * 4.0).view(count, 2, 2), []
-        made = devices.shared_out(lambda *some: begun.append(len(some[0])) or some[0] + some[1], stacks, 10 * stacks)
+        count_and_add = lambda *parts: begun.append(len(parts[0])) or parts[0] + parts[1]
+        made = distributed.sharded_map(count_and_add, stacks, 10 * stacks)
         assert torch.equal(made, 11 * stacks)
-        assert begun == [-(-count // 2) if launch.is_first() else count // 2]
-with devices.joined("cpu"):  # again, in the same processes
-    devices.wait()
+        assert begun == [-(-count // 2) if env.is_main_process() else count // 2]
+with distributed.process_group("cpu"):  # again, in the same processes
+    distributed.barrier()
 print("good")
 """
 
@@ -219,7 +220,7 @@ import sys
 import timm, torch
 from torch import nn
 import funmatch
-from funmatch.errors import told_elsewhere
+from funmatch.runtime.env import reported_elsewhere
 
 class Double(nn.Module):
     def __init__(self):
@@ -236,7 +237,7 @@ knobs = {"batch": 16, "log_every": 3, "eval_every": 60, "save_every": 20, "ema":
 try:
     funmatch.train("fashion-mini", Double(), out, steps=steps, device="cpu", **knobs)
 except KeyboardInterrupt as stopped:
-    print("" if told_elsewhere(stopped) else stopped)
+    print("" if reported_elsewhere(stopped) else stopped)
     sys.exit(128 + stopped.number)
 """
 
@@ -276,16 +277,17 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 
 FAILING = """
 import time
-from funmatch import devices, launch
-from funmatch.errors import InputError, told_elsewhere
+from funmatch.errors import InputError
+from funmatch.runtime import distributed, env
+from funmatch.runtime.env import reported_elsewhere
 began = time.monotonic()
 try:
-    with devices.joined("cpu"):
-        if launch.rank() == 1:
+    with distributed.process_group("cpu"):
+        if env.rank() == 1:
             raise InputError("no room here")
-        devices.wait()
+        distributed.barrier()
 except InputError as error:
-    print(launch.rank(), told_elsewhere(error), error, time.monotonic() - began < 10)
+    print(env.rank(), reported_elsewhere(error), error, time.monotonic() - began < 10)
 """
 
 
