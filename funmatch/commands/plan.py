@@ -3,51 +3,39 @@
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from funmatch.config import Distill, Finetune, Train
 from funmatch.config.choices import STRATEGIES
-from funmatch.data.batch import Batch
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import prefetch
 from funmatch.errors import InputError
-from funmatch.ops.optim.updates import EMA
 from funmatch.runtime import devices, env, transfers
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import duration, format_bytes, percent
 from funmatch.training import distill, finetune, profiling, scoring, train
-from funmatch.training.acceleration import accelerate_student
 from funmatch.training.loop import fit
+from funmatch.training.objective import Objective
 from funmatch.training.run import checkpoint
 from funmatch.training.run.state import TrainState
-from funmatch.training.setup import TrainSetup, build_optimizer, count_workers
+from funmatch.training.setup import TrainSetup
+from funmatch.training.student.acceleration import accelerate_student
 from funmatch.training.teachers import recording
 from funmatch.training.teachers.tape import HEADER
-from funmatch.training.trainer import LossOf
 
 WARM, TIMED = 3, 20
 """Steps that are let by, and that are measured."""
 JUDGED = 512
 """Images, at most, on which an evaluation is measured."""
 
-Both = Callable[[Batch], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A run that could begin: as `distill.Taught`, of any verb."""
-
-    lesson: TrainSetup
-    loss_of: LossOf
-    both: Both | None = None
-    ahead: Callable[[Batch], Batch] | None = None
+Ready = tuple[TrainSetup[Any], Objective]
+"""A run that could begin."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +79,13 @@ def run(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
         step, by part), `of_peak` (share of the device's measured peak), `memory_bytes` (most in use at once),
         `disk_bytes` (`pictures`, `run`, `tape`), `device`, `precision`, `compile`.
     """
-    config.check()
     if env.world_size() > 1:
         raise InputError("plan is work for one process")
     began = time.monotonic() - loading
-    with build_ready(config) as made:
-        steps = made.lesson.loop.steps
-        info(f"measuring {min(steps, WARM + TIMED)} steps of {steps:,} on {made.lesson.loop.device}")
-        return forecast(made, began)
+    with build_ready(config) as (setup, objective):
+        steps = setup.loop.steps
+        info(f"measuring {min(steps, WARM + TIMED)} steps of {steps:,} on {setup.loop.device}")
+        return forecast(setup, objective, began)
 
 
 @contextmanager
@@ -107,26 +94,27 @@ def build_ready(config: Train) -> Generator[Ready]:
     if isinstance(config, Distill):
         if config.tape and not (config.tape.expanduser() / HEADER).is_file():
             config = config.model_copy(update={"tape": None, "tape_full": "stop"})
-        with distill.taught(*distill.begun(config)) as made:
-            yield Ready(made.lesson, made.loss_of, made.both, made.ahead)
+        cache, loaded = distill.open_inputs(config)
+        with distill.prepare(distill.build_distill_setup(config, cache, loaded), loaded) as distillation:
+            yield distillation.setup, distillation.objective
         return
-    lesson = finetune.build_finetune_setup(config) if isinstance(config, Finetune) else train.build_train_setup(config)
-    yield Ready(lesson, train.label_loss(lesson))
+    setup: TrainSetup[Any] = (
+        finetune.build_finetune_setup(config) if isinstance(config, Finetune) else train.build_train_setup(config)
+    )
+    yield setup, train.label_objective(setup)
 
 
-def forecast(made: Ready, began: float) -> dict[str, Any]:
+def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict[str, Any]:
     """The figures of `run`, of which making ready began at a time."""
-    lesson = made.lesson
-    config, course, student = lesson.config, lesson.loop, lesson.student
+    config, course = setup.config, setup.loop
     devices.empty_cache(course.device)
-    accelerate_student(student, course, config, config.side or 0)
+    accelerate_student(setup.student.classifier, course, config, config.side or 0)
     begin = time.monotonic() - began
-    optimizer = build_optimizer(lesson)
-    step = seconds_a_step(made, optimizer)
-    evaluation, end = seconds_to_judge(lesson, made.both)
-    save, size = seconds_to_save(lesson, optimizer)
+    step = seconds_a_step(setup, objective)
+    evaluation, end = seconds_to_judge(setup, objective)
+    save, size = seconds_to_save(setup)
     whole = Parts(begin, step, evaluation, save, end).of_run(config)
-    used = profiling.arithmetic(lesson)
+    used = profiling.arithmetic(setup, objective.teachers)
     gflop = sum(used["gflop"].values()) if "student" in used["gflop"] else None
     seconds = sum(whole.values())
     return {
@@ -141,9 +129,9 @@ def forecast(made: Ready, began: float) -> dict[str, Any]:
         "of_peak": None if gflop is None else gflop / step / used["peak_gflops"],
         "memory_bytes": devices.peak_memory(course.device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "disk_bytes": {
-            "pictures": sum(path.stat().st_size for path in lesson.cache.folder.rglob("*") if path.is_file()),
-            "run": checkpoint.KEPT * size + 2 * parameter_bytes(lesson),
-            "tape": tape_bytes(lesson),
+            "pictures": sum(path.stat().st_size for path in setup.cache.folder.rglob("*") if path.is_file()),
+            "run": checkpoint.KEPT * size + 2 * parameter_bytes(setup),
+            "tape": tape_bytes(setup),
         },
         "device": str(course.device),
         "precision": course.precision,
@@ -151,20 +139,18 @@ def forecast(made: Ready, began: float) -> dict[str, Any]:
     }
 
 
-def seconds_a_step(made: Ready, optimizer: torch.optim.Optimizer) -> float:
+def seconds_a_step(setup: TrainSetup[Any], objective: Objective) -> float:
     """The mean over `TIMED` of a run's own steps, with views that are made beside them."""
-    lesson = made.lesson
-    course, config = lesson.loop, lesson.config
+    course, student = setup.loop, setup.student
     steps = min(course.steps, WARM + TIMED)
-    finish = made.ahead or transfers.pin_batch(course.device)
-    batches = prefetch(lesson.loader, 0, steps, workers=count_workers(lesson), finish=finish)
+    finish = objective.ahead or transfers.pin_batch(course.device)
+    batches = prefetch(objective.batches, 0, steps, workers=setup.workers, finish=finish)
     scaler = devices.loss_scaler(course.device, course.precision)
-    average = EMA(lesson.student, config.ema) if config.ema is not None else None
     warm, start = min(WARM, steps - 1), time.perf_counter()
     with closing(batches):
-        for number, _ in fit(course, lesson.student, optimizer, scaler, batches, made.loss_of):
-            if average:
-                average.update(lesson.student, number)
+        for number, _ in fit(course, student.classifier, student.optimizer, scaler, batches, objective.loss):
+            if student.ema:
+                student.ema.update(student.classifier, number)
             if number == warm:
                 devices.synchronize(course.device)
                 start = time.perf_counter()
@@ -172,52 +158,55 @@ def seconds_a_step(made: Ready, optimizer: torch.optim.Optimizer) -> float:
     return (time.perf_counter() - start) / (steps - warm)
 
 
-def seconds_to_judge(lesson: TrainSetup, both: Both | None) -> tuple[float, float]:
-    """Seconds of an evaluation on the way, and of the last one."""
-    watched, final = scoring.validation_split(lesson.cache), scoring.test_split(lesson.cache)
-    each = seconds_a_image(lesson, watched)
-    networks = 1 + (lesson.config.ema is not None)
+def seconds_to_judge(setup: TrainSetup[Any], objective: Objective) -> tuple[float, float]:
+    """Seconds of an evaluation during the run, and of the last one."""
+    validation, test = setup.evaluation.validation, setup.evaluation.test
+    each = seconds_an_image(setup, validation)
+    networks = 1 + (setup.config.ema is not None)
     began = time.perf_counter()
-    if both:
-        scoring.score_training_views(both, lesson.student, lesson.loader, 0, lesson.view)
+    if objective.logits:
+        student, view = setup.student.classifier, setup.evaluation.view
+        scoring.score_training_views(objective.logits, student, objective.batches, 0, view)
     views = time.perf_counter() - began
-    asked = networks + (lesson.teachers is not None and final.name != watched.name)
-    return networks * each * len(watched) + views, asked * each * len(final)
+    at_end = networks + (objective.teachers is not None and test.name != validation.name)
+    return networks * each * len(validation) + views, at_end * each * len(test)
 
 
-def seconds_a_image(lesson: TrainSetup, split: CachedSplit) -> float:
-    """Of judging the student, measured on some of a split."""
+def seconds_an_image(setup: TrainSetup[Any], split: CachedSplit) -> float:
+    """Of evaluating the student, measured on some of a split."""
+    student, view = setup.student.classifier, setup.evaluation.view
     some = split.subset(torch.arange(min(JUDGED, len(split))).numpy())
-    scoring.predict(lesson.student, some.subset(torch.arange(min(len(some), 8)).numpy()), lesson.view)
+    scoring.predict(student, some.subset(torch.arange(min(len(some), 8)).numpy()), view)
     began = time.perf_counter()
-    scoring.score(scoring.predict(lesson.student, some, lesson.view), some)
+    scoring.score(scoring.predict(student, some, view), some)
     return (time.perf_counter() - began) / len(some)
 
 
-def seconds_to_save(lesson: TrainSetup, optimizer: torch.optim.Optimizer) -> tuple[float, int]:
+def seconds_to_save(setup: TrainSetup[Any]) -> tuple[float, int]:
     """Seconds and bytes of a checkpoint, on the disk where the run will lie."""
-    place = lesson.config.out.expanduser().absolute()
+    place = setup.config.out.expanduser().absolute()
     while not place.is_dir():
         place = place.parent
-    average = EMA(lesson.student, lesson.config.ema).model.net if lesson.config.ema is not None else None
+    student = setup.student
     with tempfile.TemporaryDirectory(dir=place, prefix=".funmatch-plan-") as folder:
         began = time.perf_counter()
-        tensors = transfers.snapshot(checkpoint.tensors_of(lesson.student.net, optimizer, average))
+        tensors = transfers.snapshot(
+            checkpoint.tensors_of(student.classifier.net, student.optimizer, student.average_net)
+        )
         checkpoint.save(Path(folder), 1, tensors, asdict(TrainState()))
         took = time.perf_counter() - began
         return took, sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def parameter_bytes(lesson: TrainSetup) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in lesson.student.net.state_dict().values())
+def parameter_bytes(setup: TrainSetup[Any]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in setup.student.classifier.net.state_dict().values())
 
 
-def tape_bytes(lesson: TrainSetup) -> int | None:
+def tape_bytes(setup: TrainSetup[Any]) -> int | None:
     """Of the tape that the run could record, or None where it has none to record."""
-    config = lesson.config
-    if not isinstance(config, Distill) or STRATEGIES[config.strategy].fixed:
+    if not isinstance(setup.config, Distill) or STRATEGIES[setup.config.strategy].fixed:
         return None
-    return recording.layout_of(replace(lesson, config=config)).bytes_of(lesson.loop.steps)
+    return recording.layout_of(setup).bytes_of(setup.loop.steps)
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -99,17 +99,19 @@ def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
     """How the teacher's answers to some steps, evenly spread, compare with those of the tape."""
     knobs = {name: value for name, value in found.header["run"].items() if name in Distill.model_fields}
     asked = Distill.checked(**knobs | {"tape": None, "tape_top": None})
-    lesson, called = distill.begun(asked)
-    same = found.header["device"] == lesson.loop.device.type
-    lesson, matched, _ = distill.matched_in(lesson, called, found.header["forms"] if same else None)
+    cache, loaded = distill.open_inputs(asked)
+    setup = distill.build_distill_setup(asked, cache, loaded)
+    device = setup.loop.device
+    same = found.header["device"] == device.type
+    setup, teachers, _ = distill.freeze_for_run(setup, loaded, found.header["forms"] if same else None)
     chosen = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(count, len(steps)))})]
     layout, told, now = found.layout, [], []
     with ProgressBar("teacher", len(chosen)) as bar:
         for number, step in enumerate(chosen, 1):
-            batch = lesson.loader.batch_at(step).to(lesson.loop.device)
-            views, _ = distill.views_by_side(batch, lesson.teacher_sides)
-            with devices.autocast(lesson.loop.device, "fp32"):
-                answers = matched(views, asked.temperature)
+            batch = setup.loader.batch_at(step).to(device)
+            views, _ = distill.views_by_side(batch, setup.loader.teacher_sides)
+            with devices.autocast(device, "fp32"):
+                answers = teachers(views, asked.temperature)
             kept = found.read(step, 0, layout.batch)
             if kept is None:
                 raise InputError(f"step {step} of {found.folder} was damaged meanwhile; start the same command again")

@@ -13,63 +13,75 @@ from funmatch.runtime.chunks import even_chunks
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process sees of step `step`, before mixing.
+    """This process's rows of the global batch of one step.
 
     Attributes:
-        crops: (1 + n, 3, side, side) float32 in [0, 1]; row 0 is row 1's predecessor in the global batch.
-        labels: (1 + n,) int64, -1 where there is none.
-        lam: MixUp weight of the image itself, in [0, 1]: one, or one an image, (n,) float32.
-        answers: (n, classes), the teacher's logits on its view, where they were computed before.
-        cuts: of CutMix, (1 or n, 4) float32 as `mixing.cutmix` takes them, or None.
-        shown: the teachers' crops, one for each of the loader's `teacher_sides`: `crops` itself where it is the same.
-        step, first: of which step these are, and the place of row 1 in the batch of all processes.
+        crops: the student's crops, (1 + n, 3, side, side) float32 in [0, 1]; row 0 is the predecessor of row 1 in the
+            global batch, its MixUp and CutMix partner.
+        labels: (1 + n,) int64, -1 for no label.
+        lam: MixUp weight of the image itself, in [0, 1]: one, or one per image, (n,) float32.
+        teacher_logits: (n, classes), where they are known without asking the teacher; else None.
+        teacher_crops: one for each of the loader's `teacher_sides`, shaped as `crops`; None stands for `crops`, so
+            that the teacher is given the very same pixels as the student.
+        cutmix_boxes: (1 or n, 4) float32 as `mixing.cutmix` takes them, or None.
+        step: the step.
+        first_row: place of row 1 in the global batch.
     """
 
     crops: Tensor
     labels: Tensor
     lam: float | Tensor
     teacher_logits: Tensor | None = None
-    teacher_crops: tuple[Tensor, ...] = ()
+    teacher_crops: tuple[Tensor | None, ...] = ()
     cutmix_boxes: Tensor | None = None
     step: int = 0
     first_row: int = 0
 
+    def __len__(self) -> int:
+        """Images of which there are views: n."""
+        return len(self.labels) - 1
+
     @property
     def own_weight(self) -> float | Tensor:
-        """How much of each view is its own image, one or (n,): the λ of its label."""
+        """Weight of a view's own label, one or (n,): λ, less what CutMix covers."""
         return own_weight(self.lam, self.cutmix_boxes, self.crops.shape[-1])
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same batch with every tensor changed; what is shared stays shared."""
-        crops = change(self.crops)
-        answers, cuts = (None if given is None else change(given) for given in (self.teacher_logits, self.cutmix_boxes))
-        lam = change(self.lam) if isinstance(self.lam, Tensor) else self.lam
-        shown = tuple(crops if each is self.crops else change(each) for each in self.teacher_crops)
+        """The same batch with every tensor changed."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
         return replace(
             self,
-            crops=crops,
+            crops=change(self.crops),
             labels=change(self.labels),
-            lam=lam,
-            teacher_logits=answers,
-            teacher_crops=shown,
-            cutmix_boxes=cuts,
+            lam=change(self.lam) if isinstance(self.lam, Tensor) else self.lam,
+            teacher_logits=changed(self.teacher_logits),
+            teacher_crops=tuple(map(changed, self.teacher_crops)),
+            cutmix_boxes=changed(self.cutmix_boxes),
         )
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pieces(self, size: int | None) -> Iterator[tuple["Batch", float]]:
-        """The batch in even pieces of at most so many images, each with its predecessor, and the share that it is."""
-        count = len(self.labels) - 1
-        for start, stop in pairwise(even_chunks(count, size)):
-            crops, rows = self.crops[start : stop + 1], slice(start, stop)
-            answers = None if self.teacher_logits is None else self.teacher_logits[rows]
-            lam = self.lam[rows] if isinstance(self.lam, Tensor) else self.lam
-            shown = tuple(crops if each is self.crops else each[start : stop + 1] for each in self.teacher_crops)
-            cut = (
-                self.cutmix_boxes
-                if self.cutmix_boxes is None or len(self.cutmix_boxes) == 1
-                else self.cutmix_boxes[rows]
+        """Splits the batch evenly into micro-batches of at most `size` images; yields each and its share of the batch.
+
+        Each keeps the predecessor of its first image, so MixUp and CutMix pair the same images in any number of pieces.
+        """
+        for start, stop in pairwise(even_chunks(len(self), size)):
+            rows, with_predecessor = slice(start, stop), slice(start, stop + 1)
+            boxes = self.cutmix_boxes
+            piece = replace(
+                self,
+                crops=self.crops[with_predecessor],
+                labels=self.labels[with_predecessor],
+                lam=self.lam[rows] if isinstance(self.lam, Tensor) else self.lam,
+                teacher_logits=None if self.teacher_logits is None else self.teacher_logits[rows],
+                teacher_crops=tuple(None if each is None else each[with_predecessor] for each in self.teacher_crops),
+                cutmix_boxes=boxes if boxes is None or len(boxes) == 1 else boxes[rows],
+                first_row=self.first_row + start,
             )
-            labels, first = self.labels[start : stop + 1], self.first_row + start
-            yield Batch(crops, labels, lam, answers, shown, cut, self.step, first), (stop - start) / count
+            yield piece, (stop - start) / len(self)

@@ -1,7 +1,8 @@
-"""Batches as a function of the step, made a little ahead of the model by threads."""
+"""Makes the batches of a split: training views as a pure function of the step, and central views in order."""
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,18 +13,36 @@ from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops import randaugment
 from funmatch.ops.crops import central_view, crop_of_resized_flip, crop_resize_flip
-from funmatch.ops.mixing import draw_cutmix_boxes as cuts_of
+from funmatch.ops.mixing import draw_cutmix_boxes
 from funmatch.ops.sampling import (
     CUTMIX_STREAM,
     RANDAUGMENT_STREAM,
-    MixupOptions,
     StepSample,
     box_sampler,
     sample_step,
     step_generator,
 )
-from funmatch.runtime.prefetch import SharedCache, prefetch_map
+from funmatch.ops.view_spec import MILD, ViewSpec
+from funmatch.runtime.prefetch import prefetch_map
 from funmatch.runtime.timing import timed
+
+Lookup = Callable[[int, int, np.ndarray], Tensor | None]
+"""Teacher logits that are known beforehand: (step, first row, image of each row) to (rows, classes), or None."""
+
+
+class Batches(Protocol):
+    """Training batches by step: those of a `Loader`, or of one with a teacher."""
+
+    @property
+    def size(self) -> int:
+        """Images in this process's batch."""
+        ...
+
+    def batch_at(self, step: int) -> Batch: ...
+
+    def unsharded(self) -> "Batches":
+        """The same batches whole, as one process alone would see them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,111 +51,92 @@ class Loader:
 
     Attributes:
         split: the images.
-        seed: of the run.
-        batch: images in the *global* batch; may be larger than the split.
-        side: of the crops, pixels.
-        min_area: the smallest share of an image that a crop covers.
-        rank, world: which of how many equal slices of the global batch is ours.
-        crop: of `draws.boxes_of`.
-        resize: the short side of which a mild crop is cut, pixels.
-        mixing: how MixUp's λ is drawn.
-        cutmix: the a of Beta(a, a), from which CutMix's λ is drawn; 0 is no CutMix.
-        randaugment: operations on each image, and their magnitude; or None.
-        teacher_sides: at which teachers are shown crops, pixels.
-        own: whether these are drawn for themselves, not the student's.
-        known: what is known beforehand of the teacher's answers: to each image of the split, (images, classes).
-        told: what is known of them by step, first row and number of rows, (rows, classes), or None where nothing is.
-        latest: where batches are kept for others who want the same.
-        native: whether the CPU's own kernel cuts crops, where it can be had.
+        spec: what decides the views.
+        rank, world_size: which of how many equal slices of the global batch is ours.
+        teacher_sides: image sizes at which teachers are shown crops, pixels.
     """
 
     split: CachedSplit
-    seed: int
-    batch: int
-    side: int
-    min_area: float = 0.05
+    spec: ViewSpec
     rank: int = 0
-    world: int = 1
-    crop: str = "inception"
-    resize: int = 0
-    mixing: MixupOptions = MixupOptions()  # noqa: RUF009
-    cutmix: float = 0.0
-    randaugment: tuple[int, int] | None = None
+    world_size: int = 1
     teacher_sides: tuple[int, ...] = ()
-    own_teacher_view: bool = False
-    known: Tensor | None = None
-    told: Callable[[int, int, int], Tensor | None] | None = None
-    latest: "SharedCache | None" = None
-    native: bool = True
+
+    @property
+    def size(self) -> int:
+        return self.spec.batch // self.world_size
+
+    def unsharded(self) -> "Loader":
+        return replace(self, rank=0, world_size=1)
 
     def sample(self, step: int) -> StepSample:
         """The draws of the whole global batch."""
-        boxes = box_sampler(self.crop, min_area=self.min_area, side=self.side, resize=self.resize)
+        spec = self.spec
+        boxes = box_sampler(spec.crop, min_area=spec.min_area, side=spec.side, resize=spec.resize)
         return sample_step(
-            self.seed, step, self.batch, len(self.split), self.split.sizes,
-            boxes=boxes, mixing=self.mixing, mirrored=self.crop != "whole", own=self.own_teacher_view,
+            spec.seed, step, spec.batch, len(self.split), self.split.sizes,
+            boxes=boxes, mixing=spec.mixup, mirrored=spec.crop != "whole", own=spec.own_teacher_view,
         )  # fmt: skip
 
-    def batch_at(self, step: int) -> Batch:
-        """The batch of a step: the same whenever, wherever and in whichever order it is asked for."""
-        if self.latest:
-            return self.latest((step, self.rank, self.world), lambda: self.make_batch(step))
-        return self.make_batch(step)
+    def batch_at(self, step: int, lookup: Lookup | None = None) -> Batch:
+        """The batch of a step: the same whenever, wherever and in whichever order it is asked for.
 
-    def make_batch(self, step: int) -> Batch:
-        """`batch_at`, made now."""
+        Args:
+            lookup: asked first for the teacher's logits; where it knows them, no crops are cut for the teacher.
+        """
         drawn = self.sample(step)
-        share = self.batch // self.world
-        rows = np.arange(self.rank * share - 1, (self.rank + 1) * share) % self.batch
+        # One row more than ours: the predecessor of our first, its partner in MixUp and CutMix.
+        rows = np.arange(self.rank * self.size - 1, (self.rank + 1) * self.size) % self.spec.batch
         indices = drawn.indices[rows]
-        boxes, flips = drawn.boxes[rows], drawn.flips[rows]
-        answers = None if self.known is None else self.known[torch.from_numpy(indices[1:])]
-        if self.told:
-            answers = self.told(step, self.rank * share, share)
-        teacher_sides = self.teacher_sides if answers is None else ()  # what is known needs no look
-        sides = () if self.own_teacher_view else tuple(side for side in teacher_sides if side != self.side)
-        crops, *others = self.cut_views(indices, boxes, flips, (self.side, *sides))
-        if self.randaugment:
+        first_row = self.rank * self.size
+        known = lookup(step, first_row, indices[1:]) if lookup else None
+        crops, teacher_crops = self._crops(step, drawn, rows, () if known is not None else self.teacher_sides)
+        lam, boxes = self._mixing(step, drawn.lam, rows[1:])
+        return Batch(crops, self.split.labels(indices), lam, known, teacher_crops, boxes, step, first_row)
+
+    def _crops(
+        self, step: int, drawn: StepSample, rows: np.ndarray, teacher_sides: tuple[int, ...]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The student's crops, and the teacher's at each side (None for the student's own)."""
+        spec, indices = self.spec, drawn.indices[rows]
+        others = () if spec.own_teacher_view else tuple(side for side in teacher_sides if side != spec.side)
+        # All sides are cut at once, so that an image is decoded once.
+        cut = self._cut(indices, drawn.boxes[rows], drawn.flips[rows], (spec.side, *others))
+        if spec.randaugment:
             ops, strengths = randaugment.draw_operations(
-                step_generator(self.seed, step, RANDAUGMENT_STREAM), self.batch, *self.randaugment
+                step_generator(spec.seed, step, RANDAUGMENT_STREAM), spec.batch, *spec.randaugment
             )
-            crops, *others = (
-                randaugment.apply_operations(each, ops[rows], strengths[rows]) for each in (crops, *others)
-            )
-        shown = dict(zip((self.side, *sides), (crops, *others), strict=True))
+            cut = [randaugment.apply_operations(each, ops[rows], strengths[rows]) for each in cut]
+        by_side: dict[int, Tensor | None] = dict(zip((spec.side, *others), cut, strict=True))
+        by_side[spec.side] = None
         if drawn.teacher_view and teacher_sides:
-            boxes, flips = drawn.teacher_view[0][rows], drawn.teacher_view[1][rows]
-            own = self.cut_views(indices, boxes, flips, teacher_sides)
-            shown = dict(zip(teacher_sides, own, strict=True))
-        lam, cut = self.sample_mixing(step, drawn.lam, rows[1:])
-        shown = tuple(shown[side] for side in teacher_sides)
-        return Batch(crops, self.split.labels(indices), lam, answers, shown, cut, step, self.rank * share)
+            boxes, flips = (each[rows] for each in drawn.teacher_view)
+            by_side = dict(zip(teacher_sides, self._cut(indices, boxes, flips, teacher_sides), strict=True))
+        return cut[0], tuple(by_side[side] for side in teacher_sides)
 
-    def sample_mixing(
-        self, step: int, lam: float | np.ndarray, rows: np.ndarray
-    ) -> tuple[float | Tensor, Tensor | None]:
-        """λ of MixUp and boxes of CutMix, of the rows of a global batch that are ours."""
-        cut = None
-        if self.cutmix:
-            rng, each = step_generator(self.seed, step, CUTMIX_STREAM), self.mixing.per_image
-            cut, lam = cuts_of(rng, self.batch, self.cutmix, lam, each=each, mixed=self.mixing.a > 0)
-            cut = torch.from_numpy(cut[rows] if each else cut).float()
-        return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), cut
+    def _mixing(self, step: int, lam: float | np.ndarray, rows: np.ndarray) -> tuple[float | Tensor, Tensor | None]:
+        """λ of MixUp and boxes of CutMix for our rows of the global batch."""
+        spec, boxes = self.spec, None
+        if spec.cutmix:
+            rng, each = step_generator(spec.seed, step, CUTMIX_STREAM), spec.mixup.per_image
+            drawn, lam = draw_cutmix_boxes(rng, spec.batch, spec.cutmix, lam, each=each, mixed=spec.mixup.a > 0)
+            boxes = torch.from_numpy(drawn[rows] if each else drawn).float()
+        return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), boxes
 
-    def cut_views(self, indices, boxes, flips, sides: tuple[int, ...]) -> list[Tensor]:
-        """Crops of images, (n, 3, side, side) at each of several sides; where the pixels are, there they are cut."""
-        alone = self.crop in ("inception", "whole")
+    def _cut(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sides: tuple[int, ...]) -> list[Tensor]:
+        """Crops of images, (rows, 3, side, side) at each side, cut on the device where the pixels lie."""
+        from_image, native = self.spec.crop not in MILD, self.spec.native
         if isinstance(self.split.store, DeviceStore):
-            return self.split.store.crops(self.split.index[indices], boxes, flips, sides, alone=alone)
-        if alone:
+            return self.split.store.crops(self.split.index[indices], boxes, flips, sides, alone=from_image)
+        if from_image:
             images, boxes = self.split.read_boxes(indices, boxes)
-            return [crop_resize_flip(images, boxes, flips, side, native=self.native) for side in sides]
+            return [crop_resize_flip(images, boxes, flips, side, native=native) for side in sides]
         images = self.split.images(indices)
-        return [crop_of_resized_flip(images, boxes, flips, side, native=self.native) for side in sides]
+        return [crop_of_resized_flip(images, boxes, flips, side, native=native) for side in sides]
 
 
 def prefetch(
-    loader: Loader, start: int, stop: int, *, workers: int = 1, finish: Callable[[Batch], Batch] | None = None
+    batches: Batches, start: int, stop: int, *, workers: int = 1, finish: Callable[[Batch], Batch] | None = None
 ) -> Generator[Batch]:
     """The batches of steps `start` … `stop` − 1 in order, made ahead by threads.
 
@@ -147,7 +147,7 @@ def prefetch(
 
     def make(step: int) -> Batch:
         with timed("views"):
-            batch = loader.batch_at(step)
+            batch = batches.batch_at(step)
             return finish(batch) if finish else batch
 
     return prefetch_map(make, start, stop, workers)

@@ -117,7 +117,7 @@ def mixup(views: Tensor, lam: float | Tensor) -> Tensor:
 
 
 def mix_views(
-    crops: Tensor, shown: Sequence[Tensor], lam: float | Tensor, cuts: Tensor | None = None
+    crops: Tensor, teacher_crops: Sequence[Tensor | None], lam: float | Tensor, cutmix_boxes: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """The teachers' views and the student's.
 
@@ -126,20 +126,20 @@ def mix_views(
 
     Args:
         crops: the student's, (1 + n, 3, side, side) in [0, 1], row 0 being row 1's predecessor in the global batch.
-        shown: the teachers', alike, each at its own side; `crops` itself where they are shared.
-        lam: the MixUp weight of the image itself, one or (n,); 1 is no MixUp.
-        cuts: of CutMix, (1 or n, 4), or None.
+        teacher_crops: the teachers', alike, each at its own side; None for those that are shown `crops`.
+        lam: MixUp weight of the image itself, one or (n,); 1 is no MixUp.
+        cutmix_boxes: (1 or n, 4), or None.
 
     Returns:
-        views of (n, 3, side, side) in [0, 1]: one for each of `shown`, and the student's.
+        views of (n, 3, side, side) in [0, 1]: one for each of `teacher_crops`, and the student's.
     """
 
     def mixed(crops: Tensor) -> Tensor:
         own = mixup(crops, lam)
-        return own if cuts is None else cutmix(crops, cuts, own)
+        return own if cutmix_boxes is None else cutmix(crops, cutmix_boxes, own)
 
     student = mixed(crops)
-    return [student if each is crops else mixed(each) for each in shown], student
+    return [student if each is None else mixed(each) for each in teacher_crops], student
 
 
 def own_weight(lam: float | Tensor, cuts: Tensor | None, side: int) -> float | Tensor:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from funmatch.config import TAUGHT, Report
 from funmatch.config.choices import STRATEGIES
+from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.models.inference.frozen import InferenceMode
 from funmatch.ops import mixing
@@ -240,7 +241,7 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
         return None
     strategy = STRATEGIES[knobs["strategy"]] if "strategy" in knobs else None
     sides = (knobs["side"],) if strategy and not strategy.fixed else ()
-    batch = setup.build_loader(table, cache, sides).batch_at(step)
+    batch = Loader(cache.splits["train"], setup.view_spec(table), teacher_sides=sides).batch_at(step)
     shown, student = mixing.mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
     rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in (*shown, student)]
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])

@@ -1,12 +1,13 @@
-"""A configuration with every default closed: what the record of a run holds, usable from anywhere."""
+"""Resolves every default of a run, and the paths in its configuration: what the run's record holds."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import timm
 import torch
 
-from funmatch.config import Distill, Train
+from funmatch.config import Distill, Finetune, Train
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.decode import pick_decoder
@@ -14,19 +15,25 @@ from funmatch.errors import InputError
 from funmatch.models.class_map import SAME_NAMES
 from funmatch.models.classifier import Classifier
 from funmatch.models.load import NAMED
-from funmatch.ops.optim import factory
+from funmatch.ops.optim import factory, hyperrule
 from funmatch.runtime import devices, distributed, env
-from funmatch.training import acceleration, datasets, scoring
+from funmatch.training import datasets, scoring
 from funmatch.training.run import folder as run_folder
+from funmatch.training.student import acceleration
 
+Options = TypeVar("Options", bound=Train)
 LR = 3e-3
-"""Adam's learning rate at the top of the schedule, where nobody said another."""
+"""Peak learning rate."""
+ADAMW_LR = 1e-4
+"""Peak learning rate of fine-tuning by AdamW."""
 SHARE = 1 / 4
 """Of an accelerator's memory, for pixels."""
+VALIDATION_SHARE = "10%"
+"""Of the training images, held out for validation where there are no images for it."""
 
 
-def resolve_defaults(config: Train, cache: Cache, student: Classifier, device: torch.device) -> Train:
-    """The configuration with no default left open, and its length in steps."""
+def resolve_defaults(config: Options, cache: Cache, student: Classifier, device: torch.device) -> Options:
+    """The configuration with every default resolved, and its length in steps."""
     side = config.side or student.card.side
     resize = config.eval_resize or config.resize or scoring.default_eval_resize(side, student.card)
     if resize < side:
@@ -53,7 +60,7 @@ def resolve_defaults(config: Train, cache: Cache, student: Classifier, device: t
 
 
 def _on_device(config: Train, device: torch.device) -> float:
-    """GB of pixels that may lie on the device; a run that has begun goes on as it began, to the same bits."""
+    """GB of pixels that may lie on the device; a resumed run keeps its value: the device's crops round otherwise."""
     before = distributed.broadcast_from_main(lambda: run_folder.options_of(config.out)).get("device_gb")
     given = before if config.device_gb is None else config.device_gb
     return round(SHARE * devices.device_memory(device) / 1e9, 1) if given is None else given
@@ -95,3 +102,35 @@ def _absolute_name(name: str) -> str:
     if name in NAMED or timm.is_model(name.partition(".")[0]) or not path.exists():
         return name
     return f"{prefix.replace('local-dir:', '')}{path.resolve()}"
+
+
+def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
+    """The configuration with what was not given set by BiT-HyperRule for these images."""
+    train = cache.splits["train"]
+    count = len(train)
+    heights, widths = train.sizes(np.arange(count))
+    resize, side = hyperrule.sides(float(np.median(heights.astype(np.int64) * widths)))
+    fitting = min(side, round((config.resize or resize) * side / resize))  # images resized to less give less
+    steps = config.steps
+    if config.epochs is not None:
+        steps = max(1, round(config.epochs * count / config.batch))
+    ruled: dict[str, Any] = {
+        "side": config.side or fitting,
+        "mixup": hyperrule.mixup(count) if config.mixup is None else config.mixup,
+        "lr": config.lr or (hyperrule.lr(config.batch) if config.optimizer == "sgd" else ADAMW_LR),
+        "steps": steps or hyperrule.steps(count),
+        "epochs": None,
+    }
+    if config.cropped in ("mild", "squash") and config.resize is None:
+        ruled["resize"] = round(ruled["side"] * resize / side)
+    if config.eval_resize is None:
+        ruled["eval_resize"] = ruled.get("resize", config.resize) or round(ruled["side"] * resize / side)
+    share = ruled["steps"] / hyperrule.steps(count)  # a run of another length has its steps where the rule's has them
+    if config.warmup_steps is None:
+        ruled["warmup_steps"] = round(hyperrule.warmup_steps(count) * min(1.0, share))
+    if config.schedule == "staircase" and not config.decay_steps:
+        decay = dict.fromkeys(max(1, round(step * share)) for step in hyperrule.decay_steps(count))
+        if config.decay_factors and len(decay) != len(config.decay_factors):
+            raise InputError(f"{len(config.decay_factors)} decay_factors for {len(decay)} decay_steps; give one each")
+        ruled["decay_steps"] = tuple(decay)
+    return config.model_copy(update=ruled)

@@ -1,9 +1,8 @@
-"""Function matching: a student learns to be the same function as a teacher, from images alone."""
+"""Function matching: trains a student to be the same function as its teachers, from images alone."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,247 +20,276 @@ from funmatch.runtime.log import info
 from funmatch.runtime.prefetch import SharedCache
 from funmatch.runtime.timing import timed
 from funmatch.training import scoring, trainer
+from funmatch.training.loop import Losses
+from funmatch.training.objective import Objective
 from funmatch.training.run.state import TeacherLogits
 from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data, recorded_modes
+from funmatch.training.student.build import Modules
 from funmatch.training.teachers import fixed, loading, recording
+from funmatch.training.teachers.source import DistillLoader, Fixed, Live, Shared, Taped, TeacherSource
 from funmatch.training.teachers.tape import fold_dropped_classes
 
-FACTS = {"teacher": "digest", "teacher_function": "function"}
-"""What is recorded of the teachers, and compared when the run goes on."""
+DistillSetup = TrainSetup[Distill]
 
 
-def run(config: Distill, given: loading.Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
-    """Distils a student and returns the figures of the finished run.
+def run(config: Distill, given: Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
+    """Distils a student and returns the metrics of the finished run.
 
     Args:
         given: modules from Python, by the names that stand for them.
         trial: what a search asks of the run, if it is part of one.
     """
-    config.check()
     if config.distance == "dist" and env.world_size() > 1:
         raise InputError("distance dist compares the images of a batch with each other, so one process must see all")
     with distributed.process_group(config.device):
-        return _run(config, given, trial)
-
-
-def _run(config: Distill, given: loading.Modules | None, trial: Trial | None) -> dict[str, Any]:
-    lesson, called = begun(config, given, trial)
-    if result := finished_result(lesson):
-        return result
-    with taught(lesson, called) as made:
-        return trainer.run_training(made.lesson, made.loss_of, made.judged, made.ahead, made.both)
+        cache, loaded = open_inputs(config, given, trial)
+        setup = build_distill_setup(config, cache, loaded, given, trial)
+        if result := finished_result(setup):
+            return result
+        with prepare(setup, loaded) as distillation:
+            return trainer.run_training(distillation.setup, distillation.objective)
 
 
 @dataclass(frozen=True)
-class Taught:
-    """A distillation that is ready to begin, its teachers in place.
+class Distillation:
+    """A distillation that is ready to begin.
 
     Attributes:
-        lesson: with them.
-        loss_of: a batch to its mean loss.
-        both: a batch to what student and teachers say of it.
-        ahead: what is done to a batch beforehand, in the threads that make views; None for nothing.
-        judged: what the teachers say of the watched split; None on all processes but the first.
+        setup: the run.
+        teachers: frozen.
+        table: a fixed teacher's logits of each training image, (images, classes); None for other teachers.
+        source: where the teachers' logits of a batch come from.
+        batches: the training batches, with these logits where they are known beforehand.
+        teacher_logits: of the validation split; None on all processes but the main one.
     """
 
-    lesson: TrainSetup
-    loss_of: Callable[[Batch], Tensor]
-    both: Callable[[Batch], tuple[Tensor, Tensor]]
-    ahead: Callable[[Batch], Batch] | None
-    judged: TeacherLogits | None
+    setup: DistillSetup
+    teachers: TeacherEnsemble
+    table: Tensor | None
+    source: TeacherSource
+    batches: DistillLoader
+    teacher_logits: TeacherLogits | None
 
+    def loss(self, batch: Batch) -> Losses:
+        """The losses of a batch: teacher and student see the same views, and the student matches the teacher.
 
-@contextmanager
-def taught(
-    lesson: TrainSetup,
-    called: list[loading.LoadedTeacher],
-    beside: Taught | None = None,
-    said: SharedCache | None = None,
-) -> Generator[Taught]:
-    """The lesson with its teachers frozen, judged, and, where there is one, with its tape open.
+        Returns:
+            `loss`, and the parts that it consists of: `distance`, and `label_loss` where labels have a weight.
+        """
+        student_logits, teacher_logits = self.logits(batch, record=True)
+        return distillation_loss(student_logits, teacher_logits, batch, self.setup.config)
 
-    Args:
-        called: its teachers; this list is emptied when they are frozen.
-        beside: another student's, whose teachers and views are the same.
-        said: where what the teachers say is kept for students that are taught beside each other.
-    """
-    if beside:
-        lesson, judged = with_teachers_of(beside, lesson)
-    else:
-        lesson, judged = with_teachers(lesson, called)
-    called.clear()  # the plain teachers need not be kept beside the frozen ones
-    config, matched = lesson.config, lesson.teachers
-    assert isinstance(config, Distill)
-    assert matched
-    seen = partial(views_by_side, sides=lesson.teacher_sides)
-    with recording.open_tape(lesson, matched) as recorder:
-        lesson = recording.reuse_recorded(lesson, recorder)
+    def logits(self, batch: Batch, *, record: bool = False) -> tuple[Tensor, Tensor]:
+        """The student's and the teachers' logits of a batch, (n, classes) each."""
+        teacher_views, student_view = views_by_side(batch, self.setup.loader.teacher_sides)
+        with timed("student"):
+            student_logits = self.setup.student.classifier(student_view)
+        if batch.teacher_logits is not None:
+            return student_logits, batch.teacher_logits
+        return student_logits, self.source.logits(batch, teacher_views, record=record)
 
-        def answered(batch: Batch, views: dict[int, Tensor], *, record: bool) -> Tensor:
-            """What the teachers say of a batch, (n, classes): known before, or computed now."""
-            if batch.teacher_logits is not None:
-                return batch.teacher_logits
-            with timed("teacher"):
-                ask = partial(matched, views, config.temperature)
-                # Kept answers are copies: what a graph of launches gives is overwritten when it is replayed.
-                told = said((batch.step, batch.first_row, len(batch.labels)), lambda: ask().clone()) if said else ask()
-            return recorder(batch, told, record=record) if recorder else told
+    def ask_ahead(self, batch: Batch) -> Batch:
+        """The batch on the run's device with the teachers' logits; for the threads that make views."""
+        if batch.teacher_logits is not None:
+            return batch
+        teacher_views, _ = views_by_side(batch.to(self.setup.loop.device), self.setup.loader.teacher_sides)
+        return replace(batch, teacher_logits=self.source.logits(batch, teacher_views))
 
-        def ahead(batch: Batch) -> Batch:
-            if batch.teacher_logits is not None:
-                return batch
-            views, _ = seen(batch.to(lesson.loop.device))
-            return replace(batch, teacher_logits=answered(batch, views, record=True))
-
-        def both(batch: Batch, *, record: bool = False) -> tuple[Tensor, Tensor]:
-            """What student and teachers say of a batch."""
-            views, student_view = seen(batch)
-            with timed("student"):
-                own = lesson.student(student_view)
-            return own, answered(batch, views, record=record)
-
-        def loss_of(batch: Batch) -> Tensor:
-            return loss(*both(batch, record=True), batch, config)
-
-        yield Taught(lesson, loss_of, both, ahead if config.teacher_ahead else None, judged)
-
-
-def with_teachers(lesson: TrainSetup, called: list[loading.LoadedTeacher]) -> tuple[TrainSetup, TeacherLogits | None]:
-    """The lesson with its teachers frozen, and what they say of the watched split, on the first process."""
-    config = lesson.config
-    assert isinstance(config, Distill)
-    with recording.lock_beginning(config):
-        remembered = recorded_modes(lesson) or recording.recorded_modes(config, lesson.loop.device)
-        lesson, matched, first = matched_in(lesson, called, remembered)
-        if config.tape:
-            recording.begin_tape(lesson, matched)
-    if config.tape_top is not None and env.is_main_process():
-        recording.report_dropped_mass(matched(first, config.temperature), config)
-    judged = judged_by(matched, lesson) if env.is_main_process() else None
-    if STRATEGIES[config.strategy].fixed:
-        lesson = fixed.compute_fixed_logits(lesson, matched)
-    return lesson, judged
-
-
-def with_teachers_of(other: Taught, lesson: TrainSetup) -> tuple[TrainSetup, TeacherLogits | None]:
-    """The lesson with the teachers of another student, and what they say of the watched split.
-
-    Raises:
-        InputError: the run was begun with its teachers computed otherwise.
-    """
-    forms, remembered = other.lesson.provenance["teacher_forms"], recorded_modes(lesson)
-    if remembered and [each["form"] for each in remembered] != [each["form"] for each in forms]:
-        raise InputError(f"{lesson.config.out} was begun with its teacher in another form; go on with it alone")
-    facts = lesson.provenance | {"teacher_forms": forms}
-    lesson = replace(lesson, teachers=other.lesson.teachers, provenance=facts, known=other.lesson.known)
-    if other.lesson.view == lesson.view or other.judged is None or lesson.teachers is None:
-        return lesson, other.judged
-    return lesson, judged_by(lesson.teachers, lesson)  # images to judge on are cut as the student wants
-
-
-def begun(
-    config: Distill, given: loading.Modules | None = None, trial: Trial | None = None
-) -> tuple[TrainSetup, list[loading.LoadedTeacher]]:
-    """A distillation made ready but for its teachers, and these as they were called."""
-    cache = open_data(config, trial)
-    called = distributed.main_process_first(lambda: loading.load_teachers(config, cache, config.side, given or {}))
-    cache, config = fitting(cache, called, config)
-    if config.label_weight and not cache.splits["train"].labelled:
-        raise InputError(f"label_weight ({config.label_weight}) needs labels, and {cache.name} has no labels for all")
-    lesson = build_setup("distill", config, cache, classes=called[0].num_classes, given=given, trial=trial)
-    called = [replace(one, side=one.side or lesson.view.side) for one in called]
-    return taught_by(lesson, called), called
-
-
-def matched_in(
-    lesson: TrainSetup, called: list[loading.LoadedTeacher], remembered: list[Any] | None
-) -> tuple[TrainSetup, TeacherEnsemble, dict[int, Tensor]]:
-    """The lesson with its teachers frozen in their best (or remembered) forms, these, and the views that decided."""
-    config = lesson.config
-    assert isinstance(config, Distill)
-    if STRATEGIES[config.strategy].fixed:
-        first = fixed.first_views(lesson, called)
-    else:
-        first, _ = views_by_side(lesson.loader.batch_at(0), lesson.teacher_sides)
-    first = {side: views.to(lesson.loop.device) for side, views in first.items()}
-    matched, forms = in_one_form(called, first, config, remembered)
-    return replace(lesson, teachers=matched, provenance=lesson.provenance | {"teacher_forms": forms}), matched, first
+    @property
+    def objective(self) -> Objective:
+        """What the trainer needs of it."""
+        ahead = self.ask_ahead if self.setup.config.teacher_ahead else None
+        return Objective(self.loss, self.batches, ahead, self.logits, self.teachers, self.teacher_logits)
 
 
 def views_by_side(batch: Batch, sides: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
     """The teachers' views, (n, 3, side, side) by their side, and the student's."""
-    shown, student = mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
-    return dict(zip(sides, shown, strict=True)) if shown else {}, student
+    teacher_views, student_view = mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
+    # A batch that brings its teacher's logits has no teacher crops.
+    return dict(zip(sides, teacher_views, strict=True)) if teacher_views else {}, student_view
 
 
-def loss(student: Tensor, told: Tensor, batch: Batch, config: Distill) -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, batch: Batch, config: Distill) -> Losses:
     """(1 − w) · distance + w · cross-entropy on labels, the mean over a batch; w is the label weight, by default 0.
 
     Args:
-        student, told: logits, (n, classes), of the student and of the teachers together.
+        student, teacher: logits, (n, classes); the teacher's of all teachers combined.
+
+    Returns:
+        scalars: `loss`, `distance`, and `label_loss` where w > 0.
     """
-    logits, target = student, told
+    logits, target = student, teacher
     if config.tape_top is not None:
-        logits, target = fold_dropped_classes(student, told, config.tape_top, config.temperature)
+        logits, target = fold_dropped_classes(student, teacher, config.tape_top, config.temperature)
     if config.standardise:
-        logits, target = standardize_logits(student), standardize_logits(told)
-    found = distance(
+        logits, target = standardize_logits(student), standardize_logits(teacher)
+    apart = distance(
         config.distance, logits, target, config.temperature, squared=config.t_squared, smoothing=config.label_smoothing
     )
-    if config.label_weight:
-        labels = mix_labels(batch.labels, batch.own_weight, student.shape[-1], config.label_smoothing)
-        found = (1 - config.label_weight) * found + config.label_weight * cross_entropy(student, labels)
-    return found.mean()
+    if not config.label_weight:
+        loss = apart.mean()
+        return {"loss": loss, "distance": loss.detach()}
+    labels = mix_labels(batch.labels, batch.own_weight, student.shape[-1], config.label_smoothing)
+    label_loss = cross_entropy(student, labels)
+    loss = (1 - config.label_weight) * apart + config.label_weight * label_loss
+    return {"loss": loss.mean(), "distance": apart.detach().mean(), "label_loss": label_loss.detach().mean()}
 
 
-def in_one_form(
-    called: Sequence[loading.LoadedTeacher], views: dict[int, Tensor], config: Distill, remembered: list[Any] | None
-) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
-    """`teachers.in_best_form` as the first process finds it: all compute the teachers alike."""
-    if env.is_main_process():
-        matched, remembered = loading.freeze_fastest(called, views, config, remembered)
-        distributed.broadcast_from_main(lambda: remembered)
-        return matched, remembered
-    return loading.freeze_fastest(called, views, config, distributed.broadcast_from_main(lambda: remembered))
+def open_inputs(
+    config: Distill, given: Modules | None = None, trial: Trial | None = None
+) -> tuple[Cache, list[loading.LoadedTeacher]]:
+    """The images of a run, and its teachers as they were loaded."""
+    cache = open_data(config, trial)
+    loaded = distributed.main_process_first(lambda: loading.load_teachers(config, cache, config.side, given or {}))
+    return cache, loaded
 
 
-def judged_by(matched: TeacherEnsemble, lesson: TrainSetup) -> TeacherLogits:
-    """What the teachers say of the watched split; an `InputError` where that is no better than chance."""
-    watched, config = scoring.validation_split(lesson.cache), lesson.config
-    assert isinstance(config, Distill)
-    together, each = loading.predict(matched, watched, lesson.view)
-    loading.check_teachers(matched, together, each, watched, config)
-    return TeacherLogits(together, each)
-
-
-def taught_by(lesson: TrainSetup, called: Sequence[loading.LoadedTeacher]) -> TrainSetup:
-    """The lesson with what its teachers decide: the sides that they see, and what is recorded of them."""
-    config = lesson.config
-    assert isinstance(config, Distill)
-    return replace(
-        lesson,
-        config=config.model_copy(update={"teacher_side": tuple(one.side for one in called)}),
-        class_names=loading.wanted_classes(config, lesson.cache),
-        provenance=lesson.provenance
-        | {name: "+".join(getattr(one, part) for one in called) for name, part in FACTS.items()}
-        | {"rounded": recording.rounding(config)},
-        teacher_sides=() if STRATEGIES[config.strategy].fixed else tuple(sorted({one.side for one in called})),
+def build_distill_setup(
+    config: Distill,
+    cache: Cache,
+    loaded: Sequence[loading.LoadedTeacher],
+    given: Modules | None = None,
+    trial: Trial | None = None,
+) -> DistillSetup:
+    """The run made ready, but for its teachers, which `prepare` freezes."""
+    requested = config
+    cache, config = _fit_to_teachers(cache, loaded, config)
+    if config.label_weight and not cache.splits["train"].labelled:
+        raise InputError(
+            f"label_weight ({config.label_weight}) needs labels, but some training images of {cache.name} have none"
+        )
+    num_classes = loaded[0].num_classes
+    setup = build_setup(
+        "distill", config, cache, num_classes=num_classes, given=given, requested=requested, trial=trial
     )
+    sides = tuple(one.side or setup.evaluation.view.side for one in loaded)
+    config = setup.config.model_copy(update={"teacher_side": sides})
+    shown = () if STRATEGIES[config.strategy].fixed else tuple(sorted(set(sides)))
+    setup = replace(
+        setup,
+        inputs=replace(setup.inputs, config=config),
+        loader=replace(setup.loader, teacher_sides=shown),
+        class_names=loading.wanted_classes(config, setup.cache),
+    )
+    return setup.with_provenance(**loading.provenance(loaded), rounded=recording.rounding(config))
 
 
-def fitting(cache: Cache, called: Sequence[loading.LoadedTeacher], config: Distill) -> tuple[Cache, Distill]:
-    """The images, and the configuration that is recorded: unlabelled, if all are to learn from and of other classes.
+@contextmanager
+def prepare(
+    setup: DistillSetup,
+    loaded: list[loading.LoadedTeacher],
+    beside: Distillation | None = None,
+    shared: tuple[SharedCache, SharedCache] | None = None,
+) -> Generator[Distillation]:
+    """Freezes and checks the teachers, and opens the tape where there is one.
 
-    Distillation needs no label, and images of other things teach too (section 5 of the paper); but what is judged
-    on must be of the teacher's classes.
+    Args:
+        loaded: the teachers; the list is emptied once they are frozen, since the plain ones need not be kept.
+        beside: the distillation of another student with the same teachers and views, which are then used.
+        shared: keep batches and logits for students that are trained side by side.
+    """
+    if beside:
+        setup, teachers, table, logits = _teachers_of(beside, setup)
+    else:
+        setup, teachers, table, logits = _freeze_teachers(setup, loaded)
+    loaded.clear()
+    batches, answers = shared or (None, None)
+    source: TeacherSource = Live(teachers, setup.config.temperature) if table is None else Fixed(table)
+    if answers and table is None:
+        source = Shared(source, answers)
+    with recording.open_tape(setup, teachers) as tape:
+        if tape:
+            source = Taped(tape, source, setup.config.tape_full)
+        yield Distillation(setup, teachers, table, source, DistillLoader(setup.loader, source, batches), logits)
+        source.flush()
+
+
+Prepared = tuple[DistillSetup, TeacherEnsemble, Tensor | None, TeacherLogits | None]
+"""A setup, its frozen teachers, the table of fixed ones, and their logits of the validation split."""
+
+
+def _freeze_teachers(setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher]) -> Prepared:
+    """The teachers in the fastest mode that keeps their outputs, or in the mode that a run or tape recorded."""
+    config = setup.config
+    with recording.lock_beginning(config):
+        modes = recorded_modes(setup) or recording.recorded_modes(config, setup.loop.device)
+        setup, teachers, first = freeze_for_run(setup, loaded, modes)
+        if config.tape:
+            recording.begin_tape(setup, teachers)
+    if config.tape_top is not None and env.is_main_process():
+        recording.report_dropped_mass(teachers(first, config.temperature), config)
+    logits = _check_on_validation(teachers, setup) if env.is_main_process() else None
+    if not STRATEGIES[config.strategy].fixed:
+        return setup, teachers, None, logits
+    name, table = fixed.compute_fixed_logits(setup, teachers)
+    return setup.with_provenance(answers=name), teachers, table, logits
+
+
+def _teachers_of(other: Distillation, setup: DistillSetup) -> Prepared:
+    """The teachers of another student's distillation.
+
+    Raises:
+        InputError: the run was begun with its teachers in another inference mode.
+    """
+    modes, recorded = other.setup.provenance["teacher_forms"], recorded_modes(setup)
+    if recorded and [each["form"] for each in recorded] != [each["form"] for each in modes]:
+        raise InputError(
+            f"{setup.config.out} was begun with its teacher in another inference mode; continue it without the others"
+        )
+    same = {
+        name: other.setup.provenance[name] for name in ("teacher_forms", "answers") if name in other.setup.provenance
+    }
+    setup, logits = setup.with_provenance(**same), other.teacher_logits
+    if other.setup.evaluation.view != setup.evaluation.view and logits is not None:
+        logits = _check_on_validation(other.teachers, setup)  # each student's view decides how images are cut
+    return setup, other.teachers, other.table, logits
+
+
+def freeze_for_run(
+    setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher], modes: list[dict[str, Any]] | None
+) -> tuple[DistillSetup, TeacherEnsemble, dict[int, Tensor]]:
+    """The setup with its teachers' modes, the frozen teachers, and the first views, on which the modes were compared.
+
+    Args:
+        modes: recorded ones to be used again, or None.
+    """
+    placed = [replace(one, side=side) for one, side in zip(loaded, setup.config.teacher_side, strict=True)]
+    if STRATEGIES[setup.config.strategy].fixed:
+        first = fixed.first_views(setup, placed)
+    else:
+        first, _ = views_by_side(setup.loader.batch_at(0), setup.loader.teacher_sides)
+    first = {side: views.to(setup.loop.device) for side, views in first.items()}
+    # The main process chooses; the others must compute the teachers alike.
+    if env.is_main_process():
+        teachers, modes = loading.freeze_fastest(placed, first, setup.config, modes)
+        distributed.broadcast_from_main(lambda: modes)
+    else:
+        modes = distributed.broadcast_from_main(lambda: modes)
+        teachers, modes = loading.freeze_fastest(placed, first, setup.config, modes)
+    return setup.with_provenance(teacher_forms=modes), teachers, first
+
+
+def _check_on_validation(teachers: TeacherEnsemble, setup: DistillSetup) -> TeacherLogits:
+    """The teachers' logits of the validation split; an `InputError` where they are near chance."""
+    split = setup.evaluation.validation
+    combined, members = loading.predict(teachers, split, setup.evaluation.view)
+    loading.check_teachers(teachers, combined, members, split, setup.config)
+    return TeacherLogits(combined, members)
+
+
+def _fit_to_teachers(cache: Cache, loaded: Sequence[loading.LoadedTeacher], config: Distill) -> tuple[Cache, Distill]:
+    """The images, and the configuration that is recorded: unlabelled, if all are for training and of other classes.
+
+    Distillation needs no label, and images of other things teach too (section 5 of the paper); but images that the
+    student is evaluated on must be of the teacher's classes.
     """
     try:
-        for one in called:
+        for one in loaded:
             if one.class_map is None:
                 scoring.check_classes(one.classifier, cache, trust_order=config.trust_class_order)
     except InputError:
         if config.eval_data or (set(cache.splits) != {"train"} and not config.val):
             raise
-        info(f"{cache.name}: its folders are not the teacher's classes, so it is taken as unlabelled")
+        info(f"{cache.name}: its folders are not the teacher's classes, so its images are used without labels")
         return cache.without_labels(), config.model_copy(update={"unlabelled": True})
     return cache, config

@@ -1,6 +1,6 @@
-"""The one loop: batches in, (step, loss) out. What is taught is the caller's loss; when to log, judge and save, too."""
+"""The one training loop: batches in, (step, losses) out; the caller decides the loss, and when to log and save."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +11,20 @@ from funmatch.ops.optim.updates import clip_grad_norm_, set_lr
 from funmatch.runtime import devices, distributed, env, malloc
 from funmatch.runtime.timing import timed, timed_iter
 
+Losses = Mapping[str, Tensor]
+"""Scalars by name: `loss`, which is minimised, and the parts that it consists of (`distance`, `label_loss`)."""
+
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How a student is taught.
+    """How a student is trained.
 
     Attributes:
         steps: length of the whole run.
-        lr: at the top of the schedule.
+        lr: peak learning rate.
         factor: of the learning rate at each step.
-        clip_norm: of all gradients together, or None.
-        micro_batch: images of a batch that go through the student at once, or None for all.
+        clip_norm: limit of the global gradient norm, or None.
+        micro_batch: images that go through the student at once, or None for the whole batch.
         seed: of the run.
         device: on which the student lives.
         precision: fp32, bf16 or fp16.
@@ -42,47 +45,49 @@ class LoopOptions:
 
 
 def fit(
-    course: LoopOptions,
+    options: LoopOptions,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     batches: Iterable[Batch],
-    loss_of: Callable[[Batch], Tensor],
+    loss_of: Callable[[Batch], Losses],
     start: int = 0,
-) -> Iterator[tuple[int, Tensor]]:
-    """Updates the student once a batch.
+) -> Iterator[tuple[int, Losses]]:
+    """Updates the student once per batch.
 
     Args:
         batches: of steps `start`, `start` + 1, …
-        loss_of: a batch on the student's device to its mean loss, a scalar that reaches the student. Of several
-            processes each has an equal share of the batch.
+        loss_of: a batch on the student's device to its mean losses; `loss` is the scalar that reaches the student. With
+            several processes each has an equal share of the batch.
         start: updates already done.
 
     Yields:
-        updates done, and the loss of the last one, still on the device so that nothing waits for it.
+        updates done, and the losses of the last one, still on the device so that nothing waits for them.
     """
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    with malloc.keep_freed_memory(course.device):
+    with malloc.keep_freed_memory(options.device):
         for step, batch in enumerate(timed_iter(batches, "waiting for views"), start):
-            if not student.training:  # the caller may have judged it
+            if not student.training:  # the caller may have evaluated it
                 student.train()
-            devices.seed_networks(course.seed, step, course.device, env.rank())
-            set_lr(optimizer, course.lr, course.factor(step))
+            # Dropout becomes a function of (seed, step, rank), so that a resumed run drops the same units.
+            devices.seed_networks(options.seed, step, options.device, env.rank())
+            set_lr(optimizer, options.lr, options.factor(step))
             optimizer.zero_grad(set_to_none=True)
-            losses = []
-            for piece, share in batch.to(course.device).pieces(course.micro_batch):
-                with timed("mixing and distance"), devices.autocast(course.device, course.precision):
-                    loss = loss_of(piece) * share
+            pieces = []
+            for piece, share in batch.to(options.device).pieces(options.micro_batch):
+                with timed("mixing and distance"), devices.autocast(options.device, options.precision):
+                    losses = {name: loss * share for name, loss in loss_of(piece).items()}
                 with timed("backward"):
-                    scaler.scale(loss).backward()
-                losses.append(loss.detach())
-            told = torch.stack(losses).sum()
+                    scaler.scale(losses["loss"]).backward()
+                pieces.append({name: loss.detach() for name, loss in losses.items()})
+            total = {name: torch.stack([each[name] for each in pieces]).sum() for name in pieces[0]}
             with timed("optimizer"):
-                # Before they are unscaled: so a gradient that overflowed on one process is seen by all.
-                distributed.all_reduce_mean_([told, *(each.grad for each in parameters if each.grad is not None)])
+                # Before unscaling, so that a gradient that overflowed on one process is seen by all.
+                gradients = [each.grad for each in parameters if each.grad is not None]
+                distributed.all_reduce_mean_([*total.values(), *gradients])
                 scaler.unscale_(optimizer)
-                if course.clip_norm is not None:
-                    clip_grad_norm_(parameters, course.clip_norm)
+                if options.clip_norm is not None:
+                    clip_grad_norm_(parameters, options.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
-            yield step + 1, told
+            yield step + 1, total

@@ -7,24 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from funmatch.data.batch import Batch
-from funmatch.data.loader import Loader
+from funmatch.data.loader import Batches
 from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime import devices, env
-from funmatch.training.loop import LoopOptions
+from funmatch.training.loop import LoopOptions, Losses
 
 GENERAL = "--micro-batch (pieces of a batch for the student), --teacher-batch (for the teacher), --grad-checkpointing"
 
 
 @contextmanager
 def explain_out_of_memory(
-    loader: Loader, course: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[Batch], Tensor],
+    batches: Batches, course: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Batch], Losses],
 ) -> Generator[None]:  # fmt: skip
     """Turns what a lack of memory raises in the block into an `InputError` that names what would fit.
 
     Args:
-        loader: of the batches.
-        loss_of: one of them to its mean loss.
+        batches: the training batches.
+        loss_of: one of them to its mean losses.
     """
     try:
         yield
@@ -35,11 +35,11 @@ def explain_out_of_memory(
         return
     # Only here, since the error holds on to the activations for which there was no room.
     optimizer.zero_grad(set_to_none=True)
-    now = course.micro_batch or loader.batch // loader.world
+    now = course.micro_batch or batches.size
     if env.world_size() > 1:  # the others are not there to compute with
         raise InputError(f"out of memory on {course.device}; what helps: {GENERAL}") from None
     fitting = next(
-        (size for size in halves(now) if find_fitting_size(loader, course, student, optimizer, loss_of, size)), None
+        (size for size in halves(now) if find_fitting_size(batches, course, student, optimizer, loss_of, size)), None
     )
     if fitting is None:
         raise InputError(
@@ -64,8 +64,8 @@ def halves(size: int) -> list[int]:
 
 
 def find_fitting_size(
-    loader: Loader, course: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[Batch], Tensor], size: int,
+    batches: Batches, course: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Batch], Losses], size: int,
 ) -> bool:  # fmt: skip
     """Whether a step in pieces of so many images has room, its gradients and the optimizer's state among them."""
     devices.empty_cache(course.device)
@@ -75,9 +75,9 @@ def find_fitting_size(
         taught = [parameter for parameter in student.parameters() if parameter.requires_grad]
         if not optimizer.state:
             kept = [torch.empty_like(parameter) for parameter in taught for _ in range(2)]
-        for piece, share in loader.batch_at(0).to(course.device).pieces(size):
+        for piece, share in batches.batch_at(0).to(course.device).pieces(size):
             with devices.autocast(course.device, course.precision):
-                loss = loss_of(piece) * share
+                loss = loss_of(piece)["loss"] * share
             loss.backward()
         devices.synchronize(course.device)
     except Exception as error:

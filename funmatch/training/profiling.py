@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import profile, record_function
 
+from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.flops import gflop
 from funmatch.runtime import devices, env
 from funmatch.runtime.files import write_atomically
@@ -27,16 +28,18 @@ REST = "all else"
 
 
 @contextmanager
-def profile_training(lesson: TrainSetup, folder: Path) -> Generator[Callable[[], None]]:
+def profile_training(
+    setup: TrainSetup[Any], teachers: TeacherEnsemble | None, folder: Path
+) -> Generator[Callable[[], None]]:
     """Gives what is to be called after each step: it profiles the first ones, if the run was asked to."""
-    if not lesson.config.profile or not env.is_main_process():
+    if not setup.config.profile or not env.is_main_process():
         yield lambda: None
         return
-    seen = Profile(lesson, folder)
+    profile = Profile(setup, teachers, folder)
     try:
-        yield seen.after_step
+        yield profile.after_step
     finally:
-        seen.close()
+        profile.close()
 
 
 class Profile:
@@ -45,9 +48,9 @@ class Profile:
     The trace is that of `torch.profiler`: Perfetto (ui.perfetto.dev) and Chrome's about:tracing show it.
     """
 
-    def __init__(self, lesson: TrainSetup, folder: Path) -> None:
-        self.lesson, self.folder, self.steps = lesson, folder, 0
-        self.device = lesson.loop.device
+    def __init__(self, setup: TrainSetup[Any], teachers: TeacherEnsemble | None, folder: Path) -> None:
+        self.setup, self.teachers, self.folder, self.steps = setup, teachers, folder, 0
+        self.device = setup.loop.device
         self.watch = StepTimer(lambda: devices.synchronize(self.device))
         self.began = 0.0
         self.trace: profile | None = None
@@ -81,9 +84,9 @@ class Profile:
         """Says where the timed steps went, and keeps it."""
         whole = time.perf_counter() - self.began
         self.watch.__exit__()
-        figures = shares(self.watch, whole, steps) | arithmetic(self.lesson)
+        figures = shares(self.watch, whole, steps) | arithmetic(self.setup, self.teachers)
         write_atomically(self.folder / FIGURES, json.dumps(figures, indent=1))
-        if not self.lesson.config.as_json:
+        if not self.setup.config.as_json:
             shown(figures)
         info(f"profile: {self.folder / FIGURES}")
 
@@ -104,23 +107,20 @@ def shares(watch: StepTimer, whole: float, steps: int) -> dict[str, Any]:
     return {"steps": steps, "step_ms": 1e3 * whole / steps, "parts_ms": own, "beside_ms": beside}
 
 
-def arithmetic(lesson: TrainSetup) -> dict[str, Any]:
+def arithmetic(setup: TrainSetup[Any], teachers: TeacherEnsemble | None) -> dict[str, Any]:
     """GFLOP of a step by part, and the device's measured peak in GFLOP a second; without what cannot be counted."""
-    config = lesson.config
-    images = lesson.view.batch
-    student = gflop(lesson.student.net, config.side or 0)
+    images = setup.loader.size
+    student = gflop(setup.student.classifier.net, setup.config.side or 0)
     found = {} if student is None else {"student": student * images, "backward": 2 * student * images}
-    taught = _teachers(lesson)
-    if taught is not None:
-        found["teacher"] = taught * images
-    return {"gflop": found, "peak_gflops": peak(lesson.loop.device, lesson.loop.precision)}
+    teacher = _teacher_gflop(teachers) if teachers else None
+    if teacher is not None:
+        found["teacher"] = teacher * images
+    return {"gflop": found, "peak_gflops": peak(setup.loop.device, setup.loop.precision)}
 
 
-def _teachers(lesson: TrainSetup) -> float | None:
-    """GFLOP of the teachers for one image."""
-    if lesson.teachers is None:
-        return None
-    each = [gflop(member.frozen.classifier.net, member.side) for member in lesson.teachers.members]
+def _teacher_gflop(teachers: TeacherEnsemble) -> float | None:
+    """GFLOP of all teachers for one image; None where one cannot be counted."""
+    each = [gflop(member.frozen.classifier.net, member.side) for member in teachers.members]
     return None if None in each else sum(one for one in each if one is not None)
 
 

@@ -1,20 +1,21 @@
-"""Judging a classifier: its answers to a split, and what they are worth."""
+"""Evaluates classifiers: predicts the images of a split, and scores the predictions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from funmatch.config import Train
 from funmatch.data.batch import Batch
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.loader import Loader, central_batches
+from funmatch.data.loader import Batches, central_batches
 from funmatch.errors import InputError
 from funmatch.models.classifier import Card, Classifier
 from funmatch.ops import metrics
-from funmatch.runtime import devices, transfers
+from funmatch.runtime import devices, env, transfers
 
 WATCHED_WITHOUT_VALIDATION = 1000
 VIEWS = 256
@@ -41,6 +42,29 @@ class EvalView:
     squash: bool = False
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run's student is evaluated on.
+
+    Attributes:
+        validation: the split for evaluations during the run.
+        test: the split for the finished student.
+        view: how it is shown images.
+    """
+
+    validation: CachedSplit
+    test: CachedSplit
+    view: EvalView
+
+
+def eval_view(config: Train, device: torch.device) -> EvalView:
+    """How a resolved configuration evaluates."""
+    assert config.side
+    assert config.eval_resize
+    batch = config.batch // env.world_size()
+    return EvalView(config.side, config.eval_resize, batch, device, config.precision, config.crop == "squash")
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
     """Logits of every image of a split, (n, classes) float32 on the CPU."""
@@ -55,39 +79,43 @@ def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
 
 @torch.inference_mode()
 def score_training_views(
-    both: Callable[[Batch], tuple[Tensor, Tensor]], student: nn.Module, loader: Loader, step: int, view: EvalView
+    logits_of: Callable[[Batch], tuple[Tensor, Tensor]],
+    student: nn.Module,
+    batches: Batches,
+    step: int,
+    view: EvalView,
 ) -> dict[str, float | None]:
-    """How close the student is to its teachers on the *training* views of the next steps, as it would be in use.
+    """Scores the student against its teachers on the *training* views of the next steps, in evaluation mode.
 
-    A student that is close here and far on images that it has never seen has learnt the answers, not the function.
+    Agreement that rises here and falls on unseen images means memorising, not function matching.
 
     Args:
-        both: a batch to what student and teachers say of it, (n, classes) each.
-        loader: of the training batches.
+        logits_of: a batch to the student's and the teachers' logits, (n, classes) each.
+        batches: the training batches.
         step: whose views are the first; as many steps as give `VIEWS` views.
 
     Returns:
-        `metrics.summary`, and `teacher_top1`; the right class of a mixed view is that of the image with more weight.
+        `metrics.summarize`, and `teacher_top1`; the right class of a mixed view is that of the image with more weight.
     """
     student.eval()
-    loader = replace(loader, rank=0, world=1)  # the same views with however many processes
-    told: list[tuple[Tensor, Tensor, Tensor]] = []
-    for number in range(step, step - (-VIEWS // loader.batch)):
-        batch = loader.batch_at(number).to(view.device)
+    batches = batches.unsharded()  # the same views with any number of processes
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for number in range(step, step - (-VIEWS // batches.size)):
+        batch = batches.batch_at(number).to(view.device)
         with devices.autocast(view.device, view.precision):
-            logits, answers = both(batch)
+            logits, teacher_logits = logits_of(batch)
         own = torch.as_tensor(batch.own_weight, device=view.device)
         labels = torch.where(own >= 0.5, batch.labels[1:], batch.labels[:-1])
-        told.append((logits.float().cpu(), answers.float().cpu(), labels.cpu()))
-    logits, answers, labels = map(torch.cat, zip(*told, strict=True))
+        found.append((logits.float().cpu(), teacher_logits.float().cpu(), labels.cpu()))
+    logits, teacher_logits, labels = map(torch.cat, zip(*found, strict=True))
     known = labels if bool((labels >= 0).all()) else None
-    figures = metrics.summarize(metrics.per_image(logits, known, answers))
-    right = None if known is None else (answers.argmax(-1) == known).double().mean().item()
-    return figures | {"teacher_top1": right, "views": len(logits)}
+    scores = metrics.summarize(metrics.per_image(logits, known, teacher_logits))
+    right = None if known is None else (teacher_logits.argmax(-1) == known).double().mean().item()
+    return scores | {"teacher_top1": right, "views": len(logits)}
 
 
 def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:
-    """`metrics.summary` of a split's logits, (n, classes)."""
+    """`metrics.summarize` of a split's logits, (n, classes)."""
     labels = split.labels(np.arange(len(split))) if split.labelled else None
     return metrics.summarize(metrics.per_image(logits, labels, teacher_logits))
 

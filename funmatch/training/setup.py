@@ -1,15 +1,12 @@
-"""A run made ready: every default closed, data, student and teacher in place."""
+"""Builds a run that is ready to begin: every default resolved; data, student and evaluation in place."""
 
-import copy
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Self, TypeVar
 
 import timm
 import torch
-from torch import Tensor
 
 from funmatch.config import Distill, Train, recipes
 from funmatch.config.choices import STRATEGIES
@@ -17,118 +14,124 @@ from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
-from funmatch.models.classifier import Classifier, check_side, fingerprint
-from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.models.load import brings_weights, load
-from funmatch.models.sync_batchnorm import sync_batchnorm
-from funmatch.models.timm_models import checkpoint_activations, freeze_until, parse_options, with_zero_head
+from funmatch.models.timm_models import parse_options
 from funmatch.ops.optim import factory, schedules
 from funmatch.ops.sampling import MixupOptions
+from funmatch.ops.view_spec import ViewSpec
 from funmatch.runtime import devices, distributed, env
-from funmatch.runtime.chunks import even_chunks
-from funmatch.runtime.log import info, info_notes
-from funmatch.runtime.prefetch import SharedCache
-from funmatch.training import acceleration, datasets, scoring
-from funmatch.training.defaults import LR, resolve_defaults
+from funmatch.runtime.log import info
+from funmatch.training import datasets, scoring
+from funmatch.training.defaults import resolve_defaults
 from funmatch.training.loop import LoopOptions
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
-from funmatch.training.teachers.loading import Modules
+from funmatch.training.scoring import Evaluation
+from funmatch.training.student import acceleration
+from funmatch.training.student.build import Modules, Student, build_classifier, build_student, init_digest
 from funmatch.version import __version__
+
+Options = TypeVar("Options", bound=Train)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a search asks of a run: to leave the test images alone, and to say how it goes.
+    """What a search asks of a run: to leave the test images alone, and to report its progress.
 
     Attributes:
-        told: called with the step and the score of each evaluation; what it raises ends the run.
+        report: called with the step and the score of each evaluation; what it raises ends the run.
     """
 
     report: Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
-class TrainSetup:
-    """A run that is ready to begin, but for its loss.
+class RunInputs(Generic[Options]):
+    """What a run is made from.
 
     Attributes:
         verb: of the command.
-        config: resolved, with no length in epochs and no default left open.
+        config: resolved: its length in steps, no default left open.
         cache: the images.
-        student: on its device, with its first weights.
-        view: how evaluation looks at images.
-        course: how the student is taught.
-        teachers: on the device, or None.
-        asked: names of the classes that are asked of teachers with others, or None.
-        facts: what is recorded: `teacher` (the teachers' digest), `teacher_forms`, and who cuts the `views`.
-        beginning: digest of the student's first weights, where they are not drawn from the seed; else None.
-        teacher_sides: of the crops that teachers are shown in training, pixels, each once.
-        known: the fixed teachers' answers to the training images, (images, classes), or None.
-        told: what a tape holds of the teachers' answers; see `Loader.told`.
+        provenance: what `config.json` records of them under `facts`, besides what `run_record` adds.
         trial: what a search asks of this run, or None.
-        latest: where batches are kept for other students that are taught beside this one.
     """
 
     verb: str
-    config: Train
+    config: Options
     cache: Cache
-    student: Classifier
-    view: scoring.EvalView
-    loop: LoopOptions
-    teachers: TeacherEnsemble | None = None
-    class_names: tuple[str, ...] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-    init_digest: str | None = None
-    teacher_sides: tuple[int, ...] = ()
-    known: Tensor | None = None
-    told: Callable[[int, int, int], Tensor | None] | None = None
+    provenance: dict[str, Any]
     trial: Trial | None = None
-    latest: SharedCache | None = None
+
+
+@dataclass(frozen=True)
+class TrainSetup(Generic[Options]):
+    """A run that is ready to begin, but for its loss.
+
+    Attributes:
+        inputs: what it is made from.
+        student: what it trains.
+        evaluation: what it is evaluated on.
+        loop: how it is trained.
+        loader: this process's share of the training batches.
+        class_names: of the student's outputs where they are not the data's (teachers with other classes), or None.
+    """
+
+    inputs: RunInputs[Options]
+    student: Student
+    evaluation: Evaluation
+    loop: LoopOptions
+    loader: Loader
+    class_names: tuple[str, ...] | None = None
 
     @property
-    def loader(self) -> Loader:
-        """Of this process's share of the training batches."""
-        share = env.rank(), env.world_size()
-        loader = build_loader(self.config, self.cache, self.teacher_sides, share)
-        native = self.provenance.get("views") == acceleration.NATIVE
-        return replace(loader, known=self.known, told=self.told, latest=self.latest, native=native)
+    def config(self) -> Options:
+        return self.inputs.config
+
+    @property
+    def cache(self) -> Cache:
+        return self.inputs.cache
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.inputs.provenance
+
+    @property
+    def workers(self) -> int:
+        """Threads that make views ahead; one drives a device that cuts them itself."""
+        cut_there = isinstance(self.loader.split.store, DeviceStore)
+        return self.config.workers or (1 if cut_there else devices.spare_threads())
+
+    def with_provenance(self, **facts: Any) -> Self:
+        """The setup with more provenance."""
+        return replace(self, inputs=replace(self.inputs, provenance=self.provenance | facts))
 
 
-def count_workers(lesson: TrainSetup) -> int:
-    """Threads that make views ahead; one drives a device that cuts them itself."""
-    cut_there = isinstance(lesson.cache.splits["train"].store, DeviceStore)
-    return lesson.config.workers or (1 if cut_there else devices.spare_threads())
-
-
-def build_loader(
-    config: Train, cache: Cache, teacher_sides: tuple[int, ...] = (), share: tuple[int, int] = (0, 1)
-) -> Loader:
-    """The training batches of a resolved configuration.
+def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
+    """What decides the training views of a resolved configuration.
 
     Args:
-        teacher_sides: at which teachers are shown crops, pixels.
-        share: which of how many equal slices of each batch.
+        native: whether the native CPU kernel cuts the crops.
     """
-    return Loader(
-        cache.splits["train"],
-        config.seed,
-        config.batch,
-        config.side or 0,
-        config.crop_min_area,
-        *share,
+    return ViewSpec(
+        seed=config.seed,
+        batch=config.batch,
+        side=config.side or 0,
+        min_area=config.crop_min_area,
         crop=config.cropped,
         resize=config.resize or 0,
-        mixing=MixupOptions(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
+        mixup=MixupOptions(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
         cutmix=config.cutmix,
         randaugment=config.randaugment,
-        teacher_sides=teacher_sides,
         own_teacher_view=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
+        native=native,
     )
 
 
 def open_data(config: Train, trial: Trial | None = None) -> Cache:
-    """The decoded images that a run asks for, a training split among them; without a test split for a trial."""
+    """The decoded images of a run, a training split among them; without a test split for a trial.
+
+    What is cheap to check is checked before: an optimizer's name must not fail after an hour of decoding.
+    """
     factory.check_optimizer_name(config.optimizer)
     parse_options(config.optimizer_kwargs)
     run_folder.check_place(config.out)
@@ -144,52 +147,63 @@ def open_data(config: Train, trial: Trial | None = None) -> Cache:
 
 def build_setup(
     verb: str,
-    config: Train,
+    config: Options,
     cache: Cache,
     *,
-    classes: int,
+    num_classes: int,
     given: Modules | None = None,
-    asked: Train | None = None,
+    requested: Train | None = None,
     trial: Trial | None = None,
-) -> TrainSetup:
-    """Builds the student and closes every default that was left open.
+) -> TrainSetup[Options]:
+    """Builds the student and resolves every default that was left open.
 
     Args:
-        classes: that the student answers.
+        num_classes: that the student answers.
         given: modules from Python, by the names that stand for them.
-        asked: the configuration as a person gave it, if `config` is no longer that.
+        requested: the configuration as a person gave it, if `config` is no longer that.
         trial: what a search asks of the run, if it is part of one.
     """
-    device, world = devices.pick_device(config.device), env.world_size()
-    if config.batch % world:
-        raise InputError(f"batch ({config.batch}) is shared by {world} processes, so it must be a multiple of {world}")
-    if config.patience and "val" not in cache.splits:
-        raise InputError(f"patience needs images for validation, and {cache.name} has none; say --val 10%")
+    requested, given = requested or config, given or {}
+    device = devices.pick_device(config.device)
+    _check_fits(config, cache)
     if config.threads:
         torch.set_num_threads(config.threads)
-    student = build_student(verb, config, cache, classes, given or {})
-    drawn = config.student not in (given or {}) and not config.student_weights and not brings_weights(config.student)
-    if drawn and verb == "finetune":
-        info(f"WARNING: {config.student} begins with random weights; name them by a tag or --weights")
-    beginning = None if drawn else fingerprint(student.net)
-    facts = recipes.facts(asked or config) | acceleration.crop_kernel(config, cache.splits["train"])
-    if config.schedule == "wsd" and (asked or config).warmup_steps is None:
-        warmup = distributed.broadcast_from_main(lambda: extend.warmup_of(config.out))
-        config = config if warmup is None else config.model_copy(update={"warmup_steps": warmup})
-    config = resolve_defaults(config, cache, student, device)
+    classifier = build_classifier(verb, config, cache, num_classes, given)
+    facts = recipes.facts(requested) | acceleration.crop_kernel(config, cache.splits["train"])
+    facts = {"student": init_digest(verb, config, classifier, given)} | facts
+    config = resolve_defaults(_with_earlier_warmup(config, requested), cache, classifier, device)
     cache = datasets.move_data_to_device(cache, device, config.device_gb or 0)
     warn_of_late_steps(config)
-    assert config.side
-    assert config.eval_resize
-    squash = config.crop == "squash"
-    view = scoring.EvalView(config.side, config.eval_resize, config.batch // world, device, config.precision, squash)
-    student = sync_across_processes(student.to(device), device)
-    course = loop_options(config, device)
-    lesson = TrainSetup(
-        verb, config, cache, student, view, course, provenance=facts, init_digest=beginning, trial=trial
+    evaluation = Evaluation(
+        scoring.validation_split(cache), scoring.test_split(cache), scoring.eval_view(config, device)
     )
-    build_optimizer(lesson)  # what is wrong with its options is told before there is a folder
-    return lesson
+    spec = view_spec(config, native=facts["views"] == acceleration.NATIVE)
+    return TrainSetup(
+        RunInputs(verb, config, cache, facts, trial),
+        build_student(config, classifier, device),
+        evaluation,
+        loop_options(config, device),
+        Loader(cache.splits["train"], spec, env.rank(), env.world_size()),
+    )
+
+
+def _check_fits(config: Train, cache: Cache) -> None:
+    """Raises `InputError` where a configuration and the data or the processes contradict each other."""
+    world_size = env.world_size()
+    if config.batch % world_size:
+        raise InputError(
+            f"batch ({config.batch}) is shared by {world_size} processes, so it must be a multiple of {world_size}"
+        )
+    if config.patience and "val" not in cache.splits:
+        raise InputError(f"patience needs images for validation, and {cache.name} has none; pass --val 10%")
+
+
+def _with_earlier_warmup(config: Options, requested: Train) -> Options:
+    """The warm-up of a run that is extended stays as long as it was: else the steps already taken would differ."""
+    if config.schedule != "wsd" or requested.warmup_steps is not None:
+        return config
+    warmup = distributed.broadcast_from_main(lambda: extend.warmup_of(config.out))
+    return config if warmup is None else config.model_copy(update={"warmup_steps": warmup})
 
 
 def warn_of_late_steps(config: Train) -> None:
@@ -204,104 +218,49 @@ def warn_of_late_steps(config: Train) -> None:
         info(f"WARNING: the cool-down of {config.cooldown_steps:,} steps begins before the learning rate is at its top")
 
 
-def build_student(verb: str, config: Train, cache: Cache, classes: int, given: Modules) -> Classifier:
-    """The network to teach, with its first weights, ready for views of the side that is asked for."""
-    devices.seed_networks(config.seed, 0, torch.device("cpu"))
-    student = load(
-        copy.deepcopy(given.get(config.student, config.student)),
-        weights=config.student_weights,
-        options=_options(config),
-        classes=classes,
-        side=config.side,
-    )
-    info_notes(config.student, student.notes)
-    if student.num_classes != classes:
-        raise InputError(f"student {config.student} answers {student.num_classes} classes, wanted {classes}")
-    if verb == "finetune" and student.card.classes != cache.classes:
-        with_zero_head(student.net, classes)
-    least = min(
-        stop - start for start, stop in pairwise(even_chunks(config.batch // env.world_size(), config.micro_batch))
-    )
-    check_side(student, config.side or student.card.side, batch=least)
-    if config.grad_checkpointing:
-        checkpoint_activations(student)
-    if config.freeze_until is not None:
-        freeze_until(student, config.freeze_until)
-    return student
-
-
 def loop_options(config: Train, device: torch.device) -> LoopOptions:
-    """How a resolved configuration says that the student is taught."""
-    steps, warmup = config.steps or 1, config.warmup_steps or 0
+    """How a resolved configuration says that the student is trained."""
+    steps, warmup = config.steps, config.warmup_steps or 0
+    assert steps is not None
+    assert config.lr is not None
 
     def factor(step: int) -> float:
         falls, cooldown = (config.decay_steps, config.decay_factors), (config.cooldown_steps, config.cooldown_shape)
         return schedules.factor(config.schedule, step, steps, warmup, *falls, *cooldown)
 
     return LoopOptions(
-        steps, config.lr or LR, factor, config.clip_norm, config.seed, device, config.precision, config.micro_batch
+        steps, config.lr, factor, config.clip_norm, config.seed, device, config.precision, config.micro_batch
     )
 
 
-def sync_across_processes(student: Classifier, device: torch.device) -> Classifier:
-    """The student made ready for several processes: the same weights in each, and batch statistics of all."""
-    distributed.broadcast_(list(student.state_dict().values()))
-    student.net = sync_batchnorm(student.net, device)
-    return student
-
-
-def _options(config: Train) -> tuple[str, ...]:
-    """What the student's constructor is given."""
-    rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
-    return (*config.student_kwargs, *(f"{name}={rate}" for name, rate in rates.items() if rate is not None))
-
-
-def build_optimizer(lesson: TrainSetup) -> torch.optim.Optimizer:
-    """What turns the student's gradients into updates."""
-    config = lesson.config
-    return factory.create_optimizer(
-        config.optimizer, lesson.student.net, lesson.loop.lr, config.weight_decay,
-        momentum=config.momentum, momentum_dtype=config.momentum_dtype,
-        options=parse_options(config.optimizer_kwargs), share=distributed.sharded_map,
-    )  # fmt: skip
-
-
-def run_record(lesson: TrainSetup) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked of a run, and the facts beside: the parts of its `config.json`."""
+def run_record(setup: TrainSetup[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is asked of a run, and its provenance: the parts of its `config.json`."""
     facts = {
-        "data": lesson.cache.key,
+        "data": setup.cache.key,
         "teacher": None,
-        "student": lesson.init_digest,
-        **lesson.provenance,
-        "pictures": {name: len(split) for name, split in lesson.cache.splits.items()},
-        "classes": list(lesson.class_names or lesson.cache.classes),
-        "parameters": lesson.student.count_parameters(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {lesson.loop.device}",
+        **setup.provenance,
+        "pictures": {name: len(split) for name, split in setup.cache.splits.items()},
+        "classes": list(setup.class_names or setup.cache.classes),
+        "parameters": setup.student.classifier.count_parameters(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {setup.loop.device}",
         "versions": {"funmatch": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
-    return lesson.config.model_dump(mode="json"), facts
+    return setup.config.model_dump(mode="json"), facts
 
 
-def extend_run(lesson: TrainSetup) -> None:
-    """Makes the run of a lesson longer where that is what is asked; see `ends.prolong`."""
-    distributed.main_process_first(
-        lambda: env.is_main_process() and extend.extend(lesson.config.out, lesson.verb, *run_record(lesson))
-    )
-
-
-def finished_result(lesson: TrainSetup) -> dict[str, Any] | None:
-    """The figures of the run, if it is over and was asked the same."""
-    extend_run(lesson)
-    if result := distributed.broadcast_from_main(
-        lambda: run_folder.result_if_same(lesson.config.out, lesson.verb, *run_record(lesson))
-    ):
-        info(f"{lesson.config.out} is finished at step {result['step']}; nothing to do")
+def finished_result(setup: TrainSetup[Any]) -> dict[str, Any] | None:
+    """The result of the run, if it is over and was asked for the same; a run that is to be longer is extended first."""
+    out, verb = setup.config.out, setup.inputs.verb
+    # The main process alone writes; the others must not look before it has.
+    distributed.main_process_first(lambda: env.is_main_process() and extend.extend(out, verb, *run_record(setup)))
+    result = distributed.broadcast_from_main(lambda: run_folder.result_if_same(out, verb, *run_record(setup)))
+    if result:
+        info(f"{out} is finished at step {result['step']}; nothing to do")
     return result
 
 
-def recorded_modes(lesson: TrainSetup) -> list[dict[str, Any]] | None:
-    """The forms in which the teachers of a run that is resumed are computed."""
-    known = distributed.broadcast_from_main(
-        lambda: run_folder.provenance_if_same(lesson.config.out, lesson.verb, *run_record(lesson))
-    )
+def recorded_modes(setup: TrainSetup[Any]) -> list[dict[str, Any]] | None:
+    """The inference modes of the teachers of a run that is resumed."""
+    out, verb = setup.config.out, setup.inputs.verb
+    known = distributed.broadcast_from_main(lambda: run_folder.provenance_if_same(out, verb, *run_record(setup)))
     return known.get("teacher_forms")

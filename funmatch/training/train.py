@@ -1,8 +1,6 @@
-"""Training on labels alone: the honest baseline, with the views and the loop of distillation."""
+"""Trains on labels alone: the honest baseline, with the views and the loop of distillation."""
 
 from typing import Any
-
-from torch import Tensor
 
 from funmatch.config import Train
 from funmatch.data.batch import Batch
@@ -12,46 +10,51 @@ from funmatch.ops.distances import cross_entropy, mix_labels
 from funmatch.ops.mixing import mix_views
 from funmatch.runtime import distributed
 from funmatch.runtime.timing import timed
-from funmatch.training.setup import TrainSetup, Trial, build_setup, open_data
-from funmatch.training.teachers.loading import Modules
-from funmatch.training.trainer import LossOf, run_training
+from funmatch.training.loop import Losses
+from funmatch.training.objective import Objective
+from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data
+from funmatch.training.student.build import Modules
+from funmatch.training.trainer import run_training
 
 
 def run(config: Train, given: Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
-    """Teaches a network the labels, mixed as the views are, and returns the figures of the finished run.
+    """Trains a network on labels, mixed as the views are, and returns the metrics of the finished run.
 
     Args:
         given: modules from Python, by the names that stand for them.
         trial: what a search asks of the run, if it is part of one.
     """
-    config.check()
     with distributed.process_group(config.device):
-        lesson = build_train_setup(config, given, trial)
-        return run_training(lesson, label_loss(lesson))
+        return run_on_labels(build_train_setup(config, given, trial))
 
 
-def build_train_setup(config: Train, given: Modules | None = None, trial: Trial | None = None) -> TrainSetup:
+def run_on_labels(setup: TrainSetup[Any]) -> dict[str, Any]:
+    """Trains on labels to the end, unless the run is finished; returns its metrics."""
+    return finished_result(setup) or run_training(setup, label_objective(setup))
+
+
+def build_train_setup(config: Train, given: Modules | None = None, trial: Trial | None = None) -> TrainSetup[Train]:
     """The run made ready."""
     cache = check_labels(config, open_data(config, trial))
-    return build_setup("train", config, cache, classes=len(cache.classes), given=given, trial=trial)
+    return build_setup("train", config, cache, num_classes=len(cache.classes), given=given, trial=trial)
 
 
-def label_loss(lesson: TrainSetup) -> LossOf:
-    """The loss of a batch on its labels, mixed as its views are."""
-    config, classes = lesson.config, len(lesson.cache.classes)
+def label_objective(setup: TrainSetup[Any]) -> Objective:
+    """The cross-entropy of a batch on its labels, which are mixed as its views are."""
+    config, student, num_classes = setup.config, setup.student.classifier, len(setup.cache.classes)
 
-    def loss_of(batch: Batch) -> Tensor:
+    def loss(batch: Batch) -> Losses:
         _, view = mix_views(batch.crops, (), batch.lam, batch.cutmix_boxes)
-        labels = mix_labels(batch.labels, batch.own_weight, classes, config.label_smoothing)
+        labels = mix_labels(batch.labels, batch.own_weight, num_classes, config.label_smoothing)
         with timed("student"):
-            said = lesson.student(view)
-        return cross_entropy(said, labels).mean()
+            logits = student(view)
+        return {"loss": cross_entropy(logits, labels).mean()}
 
-    return loss_of
+    return Objective(loss, setup.loader)
 
 
 def check_labels(config: Train, cache: Cache) -> Cache:
-    """The images, if all that are learnt from have labels; else an `InputError`."""
+    """The images, if all that are trained on have labels; else an `InputError`."""
     if not cache.splits["train"].labelled:
         labels = cache.splits["train"].labels(slice(None))
         missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training images of {cache.name} have no labels"

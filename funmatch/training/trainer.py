@@ -1,310 +1,253 @@
-"""A run under way: the loop's own `for`, and what is recorded, judged and saved beside it."""
+"""Runs the training loop of a run, and beside it logs, evaluates and saves."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from funmatch.data.batch import Batch
 from funmatch.data.loader import prefetch
-from funmatch.ops.optim.updates import EMA
 from funmatch.runtime import devices, distributed, env, signals, transfers
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import percent
 from funmatch.runtime.timing import timed
-from funmatch.training import oom, scoring
-from funmatch.training.acceleration import accelerate_student
-from funmatch.training.export import export_student
-from funmatch.training.loop import fit
+from funmatch.training import oom
+from funmatch.training.evaluator import Evaluator
+from funmatch.training.loop import Losses, fit
+from funmatch.training.objective import Objective
 from funmatch.training.profiling import profile_training
 from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.checkpoint_writer import CheckpointWriter
 from funmatch.training.run.losses import LossMeter, not_finite
-from funmatch.training.run.state import TeacherLogits, TrainState
-from funmatch.training.setup import TrainSetup, build_optimizer, count_workers, extend_run, run_record
-from funmatch.training.teachers import loading
-
-LossOf = Callable[[Batch], Tensor]
+from funmatch.training.run.state import TrainState
+from funmatch.training.setup import TrainSetup, run_record
+from funmatch.training.student.acceleration import accelerate_student
 
 
-def run_training(
-    lesson: TrainSetup,
-    loss_of: LossOf,
-    taught: TeacherLogits | None = None,
-    ahead: Callable[[Batch], Batch] | None = None,
-    both: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
-) -> dict[str, Any]:
-    """Walks a run from where it stands to its end.
-
-    Args:
-        lesson: what is taught to whom.
-        loss_of: a batch to its mean loss.
-        ahead: what is done to a batch beforehand, in the threads that make views.
-        taught: the teachers' answers on the watched split, where there are teachers; of the first process.
-        both: a batch to what student and teachers say of it, where there are teachers.
+def run_training(setup: TrainSetup[Any], objective: Objective) -> dict[str, Any]:
+    """Trains from where the run stands to its end.
 
     Returns:
-        the figures that `result.json` holds.
+        the metrics that `result.json` holds.
 
     Raises:
         InputError: the folder holds something else, or the loss is no longer finite.
-        Stopped: by Ctrl-C or SIGTERM, after saving.
+        Interrupted: by Ctrl-C or SIGTERM, after saving.
     """
-    extend_run(lesson)
-    knobs, facts = run_record(lesson)
-    with run_folder.open_run(lesson.config.out, lesson.verb, knobs, facts) as run:
-        if result := distributed.broadcast_from_main(lambda: run.result):
-            info(f"{run.folder} is finished at step {result['step']}; nothing to do")
-            return result
-        walk = Trainer(lesson, run, taught, both)
-        walk.run_to_end(loss_of, ahead)
-        return distributed.broadcast_from_main(walk.finish)
+    options, facts = run_record(setup)
+    with run_folder.open_run(setup.config.out, setup.inputs.verb, options, facts) as run:
+        trainer = Trainer(setup, run, objective)
+        trainer.run_to_end()
+        return distributed.broadcast_from_main(trainer.finish)
 
 
 class Trainer:
-    """A run under way: the loop's own `for`, and what is recorded, judged and saved beside it."""
+    """A run under way.
 
-    def __init__(
-        self,
-        lesson: TrainSetup,
-        run: run_folder.Run,
-        taught: TeacherLogits | None,
-        both: Callable[[Batch], tuple[Tensor, Tensor]] | None,
-    ) -> None:
-        self.lesson, self.run, self.both = lesson, run, both
-        self.teacher_logits = taught.combined if taught else None
-        self.watched = scoring.validation_split(lesson.cache)
-        self.optimizer = build_optimizer(lesson)
-        self.scaler = devices.loss_scaler(lesson.loop.device, lesson.loop.precision)
-        self.average = EMA(lesson.student, lesson.config.ema) if lesson.config.ema is not None else None
+    Attributes:
+        state: where it stands.
+        notes: what the progress bar shows beside the step: the latest loss and evaluation.
+    """
+
+    def __init__(self, setup: TrainSetup[Any], run: run_folder.Run, objective: Objective) -> None:
+        """Continues from the newest checkpoint of the run folder, where there is one."""
+        self.setup, self.run, self.objective = setup, run, objective
+        self.student = setup.student
+        self.evaluator = Evaluator(setup, objective)
+        self.scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
         self.state = TrainState()
-        self.keeper = CheckpointWriter()
+        self.writer = CheckpointWriter()
         self.clock, self.away = time.monotonic(), 0.0
         self.notes: dict[str, str] = {}
-        state = distributed.main_process_first(
-            lambda: checkpoint.restore(run.checkpoints, lesson.student.net, self.optimizer, self.average_net)
-        )
+        net, optimizer, average = self.student.classifier.net, self.student.optimizer, self.student.average_net
+        state = distributed.main_process_first(lambda: checkpoint.restore(run.checkpoints, net, optimizer, average))
         if state:
             self.state = TrainState(**state)
             self.scaler.load_state_dict(self.state.scaler)
-            info(f"{run.folder}: going on from step {self.state.step} of {lesson.loop.steps}")
-        self.losses = LossMeter(self.state.window, lesson.loop.device)
-        self.stable = extend.stable_step(lesson.config.model_dump())
+            info(f"{run.folder}: resuming from step {self.state.step} of {setup.loop.steps}")
+        window = {"loss": self.state.window, **self.state.window_parts} if self.state.window else {}
+        self.losses = LossMeter(window, setup.loop.device)
+        self.stable = extend.stable_step(setup.config.model_dump())
         if self.state.step and self.state.step == self.stable:
             self.keep_stable()
+        # What was logged after the checkpoint will be logged again.
         run.metrics.truncate(self.state.step or -1)
-        if taught and not self.state.step:
-            self.record_teachers(taught)
+        if not self.state.step:
+            for record in self.evaluator.teachers():
+                run.metrics.write("teacher", 0, **record)
 
-    @property
-    def average_net(self) -> nn.Module | None:
-        return self.average.model.net if self.average else None
-
-    def record_teachers(self, taught: TeacherLogits) -> None:
-        """Records how good the teachers are on the watched split: each, and together where there are several."""
-        assert self.lesson.teachers
-        members = self.lesson.teachers.members
-        known = zip(members, taught.members, self.lesson.provenance["teacher_forms"], strict=True)
-        for member, logits, form in known:
-            figures = run_folder.finite(scoring.score(logits, self.watched))
-            self.run.metrics.write("teacher", 0, teacher=member.name, split=self.watched.name, **figures, **form)
-        if len(members) > 1:
-            figures = run_folder.finite(scoring.score(taught.combined, self.watched))
-            self.run.metrics.write("teacher", 0, teacher=self.lesson.teachers.name, split=self.watched.name, **figures)
-
-    def run_to_end(self, loss_of: LossOf, ahead: Callable[[Batch], Batch] | None) -> None:
+    def run_to_end(self) -> None:
         """Takes all steps that are left."""
         self.compile()
         with (
-            ProgressBar(self.lesson.verb, self.lesson.loop.steps, self.state.step) as bar,
+            ProgressBar(self.setup.inputs.verb, self.setup.loop.steps, self.state.step) as bar,
             signals.catch_signals() as caught,
         ):
-            for step in self.steps(loss_of, ahead, caught):
+            for step in self.steps(caught):
                 bar.update(step, " ".join(self.notes.values()))
 
     def compile(self) -> None:
         """Compiles the student, if it is to be and has steps to go."""
-        config, course = self.lesson.config, self.lesson.loop
-        if self.state.step < course.steps:
-            accelerate_student(self.lesson.student, course, config, config.side or 0)
+        config, loop = self.setup.config, self.setup.loop
+        if self.state.step < loop.steps:
+            accelerate_student(self.student.classifier, loop, config, config.side or 0)
 
-    def steps(self, loss_of: LossOf, ahead: Callable[[Batch], Batch] | None, caught: Sequence[int]) -> Iterator[int]:
-        """Takes a step each time it is asked for one, and gives its number.
+    def steps(self, caught: Sequence[int]) -> Iterator[int]:
+        """Takes a step each time it is asked for one, and yields its number.
 
         Args:
-            caught: the signals that came until now; after one the run is saved, and `Stopped` raised.
+            caught: the signals that came until now; after one the run is saved, and `Interrupted` raised.
         """
-        config, course, student = self.lesson.config, self.lesson.loop, self.lesson.student
+        setup, loop, objective = self.setup, self.setup.loop, self.objective
+        student, optimizer = self.student.classifier, self.student.optimizer
         start = self.state.step
-        finish = ahead or transfers.pin_batch(course.device)
-        batches = prefetch(self.lesson.loader, start, course.steps, workers=count_workers(self.lesson), finish=finish)
+        finish = objective.ahead or transfers.pin_batch(loop.device)
+        batches = prefetch(objective.batches, start, loop.steps, workers=setup.workers, finish=finish)
         if self.early_stop_due:  # it was stopped between its end and its last record
             return
         with (
-            oom.explain_out_of_memory(self.lesson.loader, course, student, self.optimizer, loss_of),
-            self.keeper,
+            oom.explain_out_of_memory(objective.batches, loop, student, optimizer, objective.loss),
+            self.writer,
             closing(batches),
-            profile_training(self.lesson, self.run.folder) as seen,
+            profile_training(setup, objective.teachers, self.run.folder) as profiled,
         ):
             self.clock = time.monotonic()
-            for step, loss in fit(course, student, self.optimizer, self.scaler, batches, loss_of, start):
-                self.state.step = step
-                self.losses.add(loss)
-                if self.average:
-                    self.average.update(student, step)
-                last = step == course.steps
+            for step, losses in fit(loop, student, optimizer, self.scaler, batches, objective.loss, start):
                 stop = distributed.all_reduce_max(caught[0] if caught else 0)
-                judged = last or step % config.eval_every == 0
-                saved = last or step % config.save_every == 0 or step == self.stable or stop > 0
-                with timed("logging"):
-                    self.record(due=last or step % config.log_every == 0, wait=judged or saved)
-                if judged or saved:
-                    self.check_weights()
-                if judged and env.is_main_process():
-                    self.evaluate()
-                tired = self.early_stop_due if judged else False
-                if tired:
-                    self.record(due=True, wait=True)
-                if saved or tired:
-                    self.save()
-                if step == self.stable:
-                    self.keep_stable()
-                seen()
+                ended = self.after_step(step, losses, saving=stop > 0)
+                profiled()
                 yield step
-                if tired:
+                if ended:
                     break
-                if stop and not last:
+                if stop and step < loop.steps:
                     self.flush()
-                    told = f"saved step {step} of {course.steps} in {self.run.folder}"
-                    raise signals.Interrupted(stop, f"{told}; the same command goes on from there")
+                    saved = f"saved step {step} of {loop.steps} in {self.run.folder}"
+                    raise signals.Interrupted(stop, f"{saved}; run the same command again to resume")
+
+    def after_step(self, step: int, losses: Losses, *, saving: bool) -> bool:
+        """Logs, evaluates and saves what is due after a step; returns whether early stopping is due.
+
+        Args:
+            saving: save now, since the run is being interrupted.
+        """
+        config = self.setup.config
+        self.state.step = step
+        self.losses.add(losses)
+        if self.student.ema:
+            self.student.ema.update(self.student.classifier, step)
+        last = step == self.setup.loop.steps
+        evaluated = last or step % config.eval_every == 0
+        saved = last or step % config.save_every == 0 or step == self.stable or saving
+        with timed("logging"):
+            self.log(due=last or step % config.log_every == 0, wait=evaluated or saved)
+        if evaluated or saved:
+            self.check_weights()  # before anything of a ruined student is kept
+        if evaluated and env.is_main_process():
+            self.evaluate()
+        stopping = self.early_stop_due if evaluated else False
+        if stopping:
+            self.log(due=True, wait=True)
+        if saved or stopping:
+            self.save()
+        if step == self.stable:
+            self.keep_stable()
+        return stopping
 
     @property
     def early_stop_due(self) -> bool:
-        """Whether validation has not liked the student better for as long as patience lasts."""
-        patience = self.lesson.config.patience
+        """Whether validation has not improved for as many evaluations as `patience` allows."""
+        patience = self.setup.config.patience
         return patience is not None and distributed.all_reduce_max(self.state.since_best) >= patience
 
-    def record(self, *, due: bool, wait: bool) -> None:
-        """Records the mean loss since the last time.
+    def log(self, *, due: bool, wait: bool) -> None:
+        """Logs the mean losses since the last time.
 
         Args:
-            due: whether it is time to: the losses begin to be fetched, and are recorded when they have arrived.
-            wait: record now what was to be recorded.
+            due: whether it is time to: the losses begin to be fetched, and are logged when they have arrived.
+            wait: log now what was to be logged.
         """
-        if due and self.losses.new:
-            self.write_record(wait=True)
+        if due and self.losses.count:
+            self._write_record(wait=True)
             self.losses.start_fetch(self.state.step)
-            self.state.window = []
-        self.write_record(wait=wait)
+            self.state.window, self.state.window_parts = [], {}
+        self._write_record(wait=wait)
 
-    def write_record(self, *, wait: bool) -> None:
-        told = self.losses.take_record(wait=wait)
-        if told is None:
+    def _write_record(self, *, wait: bool) -> None:
+        record = self.losses.take_record(wait=wait)
+        if record is None:
             return
-        now, lr = time.monotonic(), self.lesson.loop.lr_at(told.step - 1)
-        rate = told.steps * self.lesson.config.batch / (now - self.clock - self.away)
+        now, lr = time.monotonic(), self.setup.loop.lr_at(record.step - 1)
+        # Evaluations and checkpoints are not training: the rate leaves them out, the duration does not.
+        rate = record.steps * self.setup.config.batch / (now - self.clock - self.away)
         self.state.seconds += now - self.clock
-        self.run.metrics.write("step", told.step, loss=told.loss, lr=lr, images_per_second=rate)
-        self.notes["loss"] = f"loss {told.loss:.4f}, {rate:,.0f} images/s"
+        self.run.metrics.write("step", record.step, **record.losses, lr=lr, images_per_second=rate)
+        self.notes["loss"] = f"loss {record.losses['loss']:.4f}, {rate:,.0f} images/s"
         self.clock, self.away = now, 0.0
 
     def check_weights(self) -> None:
         """Raises `InputError` if an update has ruined the student."""
-        if not torch.stack([tensor.isfinite().all() for tensor in self.lesson.student.parameters()]).all():
+        finite = [tensor.isfinite().all() for tensor in self.student.classifier.parameters()]
+        if not torch.stack(finite).all():
             raise not_finite("the student's weights are", self.state.step)
 
     def evaluate(self) -> None:
-        """Judges the student on the watched split, and keeps it if it is the best so far."""
-        standing, view, began = self.state, self.lesson.view, time.monotonic()
-        logits = scoring.predict(self.lesson.student, self.watched, view)
-        figures = scoring.score(logits, self.watched, self.teacher_logits)
-        self.run.metrics.write("eval", standing.step, split=self.watched.name, **run_folder.finite(figures))
-        if self.average:
-            averaged = scoring.predict(self.average.model, self.watched, self.lesson.view)
-            own = run_folder.finite(scoring.score(averaged, self.watched, self.teacher_logits))
-            self.run.metrics.write("ema", standing.step, split=self.watched.name, **own)
-        if self.both:
-            on_views = scoring.score_training_views(
-                self.both, self.lesson.student, self.lesson.loader, standing.step, view
-            )
-            self.run.metrics.write("views", standing.step, **run_folder.finite(on_views))
-        name = "agreement" if figures["top1"] is None else "top1"
-        score = figures[name]
+        """Evaluates the student on the validation split, and keeps it if it is the best so far."""
+        state, began = self.state, time.monotonic()
+        found = self.evaluator.student_now(state.step)
+        for event, record in found.items():
+            self.run.metrics.write(event, state.step, **record)
+        name = "agreement" if found["eval"]["top1"] is None else "top1"
+        score = found["eval"][name]
         self.notes["eval"] = f"{name} {percent(score)}"
         # Test images are never chosen on, so without a validation split there is no best.
-        standing.since_best += 1
-        if score is not None and score > standing.best_score and self.watched.name != "test":
-            standing.best_step, standing.best_score, standing.since_best = standing.step, score, 0
-            self.save_best(run_folder.finite(figures))
-        if self.lesson.trial and score is not None:
-            self.lesson.trial.report(standing.step, score)
+        state.since_best += 1
+        if score is not None and score > state.best_score and self.setup.evaluation.validation.name != "test":
+            state.best_step, state.best_score, state.since_best = state.step, score, 0
+            self.save_best({name: value for name, value in found["eval"].items() if name != "split"})
+        if self.setup.inputs.trial and score is not None:
+            self.setup.inputs.trial.report(state.step, score)
         self.away += time.monotonic() - began
 
-    def save_best(self, figures: dict[str, Any]) -> None:
-        """Has the student kept as the one that validation likes most."""
-        tensors = transfers.snapshot({checkpoint.STUDENT: self.lesson.student.net.state_dict()})
-        self.keeper.submit(partial(checkpoint.save_best, self.run.checkpoints, self.state.step, tensors, figures))
+    def save_best(self, scores: dict[str, Any]) -> None:
+        """Has the student kept as the best one on validation."""
+        tensors = transfers.snapshot({checkpoint.STUDENT: self.student.classifier.net.state_dict()})
+        self.writer.submit(partial(checkpoint.save_best, self.run.checkpoints, self.state.step, tensors, scores))
 
     def save(self) -> None:
         """Has a checkpoint written."""
         began = time.monotonic()
         self.state.scaler = self.scaler.state_dict()
-        # Losses that no record holds yet go along, so that a resumed run records what one that never stopped does.
-        state, step = asdict(self.state) | {"window": self.losses.window(self.state.step)}, self.state.step
+        # Losses that no record holds yet go along, so that a resumed run logs what one that never stopped does.
+        parts = self.losses.window(self.state.step)
+        state = asdict(self.state) | {"window": parts.pop("loss", []), "window_parts": parts}
+        step = self.state.step
         if env.is_main_process():
-            net = self.lesson.student.net
-            tensors = transfers.snapshot(checkpoint.tensors_of(net, self.optimizer, self.average_net))
-            self.keeper.submit(lambda: checkpoint.save(self.run.checkpoints, step, tensors, state))
+            net, average = self.student.classifier.net, self.student.average_net
+            tensors = transfers.snapshot(checkpoint.tensors_of(net, self.student.optimizer, average))
+            self.writer.submit(lambda: checkpoint.save(self.run.checkpoints, step, tensors, state))
         self.away += time.monotonic() - began
 
     def keep_stable(self) -> None:
-        """Keeps the checkpoint of this step, from which the run can be prolonged."""
+        """Keeps the checkpoint of this step, from which the run can be extended."""
         if env.is_main_process():
-            self.keeper.submit(partial(checkpoint.keep_stable, self.run.checkpoints, self.state.step))
+            self.writer.submit(partial(checkpoint.keep_stable, self.run.checkpoints, self.state.step))
 
     def flush(self) -> None:
-        """Waits until all checkpoints lie there; no process ends before."""
-        self.keeper.flush()
+        """Waits until all checkpoints are written; no process ends before."""
+        self.writer.flush()
         distributed.barrier()
 
     def finish(self) -> dict[str, Any]:
-        """Judges the finished student, writes it for use elsewhere, and records that the run is over."""
-        lesson, view = self.lesson, self.lesson.view
-        self.keeper.flush()
+        """Evaluates the finished student, exports it, and records that the run is over."""
+        self.writer.flush()
         self.state.seconds += time.monotonic() - self.clock
-        if lesson.config.keep == "best" and self.state.best_step is not None:
-            checkpoint.load_best(self.run.checkpoints, self.state.best_step, lesson.student.net)
-        split = scoring.test_split(lesson.cache)
-        teacher_logits = self.teacher_logits
-        if lesson.teachers and split.name != self.watched.name:
-            teacher_logits, _ = loading.predict(lesson.teachers, split, view)
-        figures = scoring.score(scoring.predict(lesson.student, split, view), split, teacher_logits)
-        result: dict[str, Any] = figures | {
-            "split": split.name,
-            "pictures": len(split),
-            "step": self.state.step,
-            "best_step": self.state.best_step,
-            "best_score": self.state.best_score if self.state.best_step is not None else None,
-            "seconds": round(self.state.seconds, 1),
-            "parameters": lesson.student.count_parameters(),
-            "run": str(self.run.folder),
-        }
-        if lesson.teachers and teacher_logits is not None:
-            own = scoring.score(teacher_logits, split)
-            result["teacher"] = {
-                "name": lesson.teachers.name,
-                "parameters": lesson.teachers.count_parameters(),
-                "top1": own["top1"],
-            }
-        if self.average:
-            result["ema"] = scoring.score(scoring.predict(self.average.model, split, view), split, teacher_logits)
-            export_student(lesson, self.average.model, self.run.folder / "student-ema", result["ema"]["top1"])
-        export_student(lesson, lesson.student, self.run.student, figures["top1"])
+        if self.setup.config.keep == "best" and self.state.best_step is not None:
+            checkpoint.load_best(self.run.checkpoints, self.state.best_step, self.student.classifier.net)
+        result = self.evaluator.result(self.state, self.run.folder)
+        self.evaluator.export(result, self.run.folder)
         self.run.finish(result)
         return run_folder.finite(result)

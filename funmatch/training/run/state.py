@@ -1,4 +1,4 @@
-"""Where a run stands, and what it is held against."""
+"""Holds where a run stands besides its tensors, and what its student is compared with."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,12 @@ from torch import Tensor
 
 @dataclass
 class TrainState:
-    """Where a run stands besides its tensors: what `state.json` of a checkpoint holds."""
+    """Where a run stands besides its tensors: what `state.json` of a checkpoint holds.
+
+    Attributes:
+        window: the losses of the steps since the last record.
+        window_parts: the parts of these losses, by name.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -16,12 +21,13 @@ class TrainState:
     best_score: float = -1.0
     since_best: int = 0
     window: list[float] = field(default_factory=list)
+    window_parts: dict[str, list[float]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """What the teachers say of the watched split's images, (n, classes): together, and each."""
+    """The teachers' logits of the validation split, (n, classes): combined, and of each member."""
 
     combined: Tensor
     members: list[Tensor]

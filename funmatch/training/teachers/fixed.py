@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,58 +77,65 @@ class FixedViews:
         return {side: crop_resize_flip(taken, boxes, flips, side) for side in sides}
 
 
-def fixed_views(lesson: TrainSetup) -> FixedViews:
+def fixed_views(setup: TrainSetup[Distill]) -> FixedViews:
     """How the teachers of a resolved configuration look at images."""
-    config = lesson.config
-    assert isinstance(config, Distill)
+    config = setup.config
     look = STRATEGIES[config.strategy].teacher
     crops = config.teacher_crops if look == "ensemble" else 1
-    split = lesson.cache.splits["train"]
+    split = setup.loader.split
     return FixedViews(
-        split, look, crops, lesson.view.side, config.resize or 0, config.crop == "squash", config.crop_min_area
+        split,
+        look,
+        crops,
+        setup.evaluation.view.side,
+        config.resize or 0,
+        config.crop == "squash",
+        config.crop_min_area,
     )
 
 
-def first_views(lesson: TrainSetup, called: Sequence[LoadedTeacher]) -> dict[int, Tensor]:
+def first_views(setup: TrainSetup[Distill], called: Sequence[LoadedTeacher]) -> dict[int, Tensor]:
     """Views of the first training images by side, to hold a teacher's fast forms against the plain one."""
-    looks, sides = fixed_views(lesson), {one.side for one in called}
-    images = range(min(CHECKED, lesson.view.batch, len(looks.split)))
+    looks, sides = fixed_views(setup), {one.side for one in called}
+    images = range(min(CHECKED, setup.evaluation.view.batch, len(looks.split)))
     each = [looks.views(image, slice(1), sorted(sides)) for image in images]
     return {side: torch.cat([views[side] for views in each]) for side in sides}
 
 
-def compute_fixed_logits(lesson: TrainSetup, teachers: TeacherEnsemble) -> TrainSetup:
-    """The lesson with what its teachers say of each training image, alone and always."""
-    looks = fixed_views(lesson)
+def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) -> tuple[str, Tensor]:
+    """The name under which they are kept, and the teachers' combined logits of each training image, (images, classes).
+
+    Raises:
+        InputError: what was just written cannot be read.
+    """
+    looks = fixed_views(setup)
     sides = sorted({member.side for member in teachers.members})
     asked = {
-        "data": lesson.cache.key,
+        "data": setup.cache.key,
         "pictures": hashlib.blake2b(looks.split.digests.tobytes(), digest_size=16).hexdigest(),
-        "teacher": lesson.provenance["teacher"],
-        "forms": [record["form"] for record in lesson.provenance["teacher_forms"]],
+        "teacher": setup.provenance["teacher"],
+        "forms": [record["form"] for record in setup.provenance["teacher_forms"]],
         "sides": [member.side for member in teachers.members],
         "look": looks.look,
         "crops": looks.crops,
-        "function": lesson.provenance["teacher_function"],
+        "function": setup.provenance["teacher_function"],
         "central": [looks.resize / looks.side, looks.squash] if looks.look == "central" else None,
         "min_area": looks.min_area if looks.look == "ensemble" else None,
     }
     name = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
     folder = cache_home() / "answers" / name
-    shape = (len(looks.split), len(teachers.members), lesson.student.num_classes)
+    shape = (len(looks.split), len(teachers.members), setup.student.classifier.num_classes)
     if _read(folder / "answers.npy", shape) is None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "about.json").write_text(json.dumps(asked, indent=1))
         views = len(looks.split) * looks.crops * len(teachers.members)
         info(f"the teacher is fixed: it answers {views:,} views once, kept in {folder}")
-        _compute(folder, looks, teachers, sides, lesson, shape)
+        _compute(folder, looks, teachers, sides, setup, shape)
     whole = _read(folder / "answers.npy", shape)
     if whole is None:
         raise InputError(f"{folder / 'answers.npy'} was damaged while it was read; start the same command again")
     each = torch.from_numpy(whole).unbind(1)
-    assert isinstance(lesson.config, Distill)
-    known = teachers.combine_logits(each, lesson.config.temperature)
-    return replace(lesson, known=known, provenance=lesson.provenance | {"answers": name})
+    return name, teachers.combine_logits(each, setup.config.temperature)
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -151,7 +158,7 @@ def _compute(
     looks: FixedViews,
     teachers: TeacherEnsemble,
     sides: list[int],
-    lesson: TrainSetup,
+    setup: TrainSetup[Distill],
     shape: tuple[int, ...],
 ) -> None:
     """Answers part after part, leaving out those that other processes are at, until all are there."""
@@ -175,7 +182,7 @@ def _compute(
             path, lock = claimed
             with lock:
                 if not path.is_file() and not whole.is_file():
-                    write_array(path, _answered(looks, teachers, parts[path], sides, lesson))
+                    write_array(path, _answered(looks, teachers, parts[path], sides, setup))
     for left in folder.glob("part-*"):
         left.unlink(missing_ok=True)
 
@@ -197,13 +204,13 @@ def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None
 
 @torch.inference_mode()
 def _answered(
-    looks: FixedViews, teachers: TeacherEnsemble, images: range, sides: list[int], lesson: TrainSetup
+    looks: FixedViews, teachers: TeacherEnsemble, images: range, sides: list[int], setup: TrainSetup[Distill]
 ) -> np.ndarray:
     """What each teacher says of some images, (images, teachers, classes) float32.
 
     Of one view these are its logits; of several log Σ softmax(logits) / n, whose softmax are the mean probabilities.
     """
-    batch = lesson.view.batch
+    batch = setup.evaluation.view.batch
     each = [(image, start) for image in images for start in range(0, looks.crops, batch)]
     # Views of one image fill a batch by themselves where there are many, else those of several do.
     together = max(1, batch // looks.crops)
@@ -213,7 +220,7 @@ def _answered(
         made = [looks.views(image, slice(start, start + batch), sides) for image, start in some]
         return {side: torch.cat([views[side] for views in made]) for side in sides}
 
-    device, told = lesson.loop.device, []
+    device, told = setup.loop.device, []
     for views in prefetch_map(make, 0, -(-len(each) // together), devices.spare_threads()):
         shown = {side: view.to(device) for side, view in views.items()}
         told.append(torch.stack([member.logits(shown[member.side]).float().cpu() for member in teachers.members], 1))

@@ -27,9 +27,8 @@ from funmatch.runtime.files import cache_home, write_atomically
 from funmatch.runtime.log import info, info_notes
 from funmatch.runtime.text import percent
 from funmatch.training import scoring
+from funmatch.training.student.build import Modules
 
-Modules = dict[str, nn.Module]
-"""Modules that were given from Python, by the names that stand for them."""
 CHECKED = 256  # images of the first batch, at most, on which a form is held against the plain teacher
 BELOW_CARD_WARNING = 0.1  # of accuracy, from which a teacher is loudly doubted
 
@@ -131,6 +130,15 @@ def _agree(called: Sequence[LoadedTeacher], *, trust_order: bool) -> None:
                 f"the classes of {named[0].name} and {other.name} are not the same in order; say --classes same-names "
                 "or --classes map.json, or --trust-class-order if only the names differ"
             )
+
+
+PROVENANCE = {"teacher": "digest", "teacher_function": "function"}
+"""What a run records of its teachers, and compares when it is resumed: fact to attribute."""
+
+
+def provenance(loaded: Sequence[LoadedTeacher]) -> dict[str, str]:
+    """What a run records of its teachers."""
+    return {name: "+".join(getattr(one, part) for one in loaded) for name, part in PROVENANCE.items()}
 
 
 def ensemble_fp32(called: Sequence[LoadedTeacher], combine: str) -> TeacherEnsemble:

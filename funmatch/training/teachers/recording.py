@@ -1,10 +1,8 @@
 """A distillation and the teacher tape: whose answers it holds, what is recorded, and what a full disk means."""
 
 import hashlib
-from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,11 +10,9 @@ from torch import Tensor
 
 from funmatch.config import Distill
 from funmatch.config.choices import STRATEGIES
-from funmatch.data.batch import Batch
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.ops.sampling import SAMPLING_VERSION
-from funmatch.runtime import distributed, env, transfers
+from funmatch.runtime import distributed, env
 from funmatch.runtime.files import file_lock, try_lock_file
 from funmatch.runtime.log import info
 from funmatch.runtime.text import format_bytes, percent
@@ -33,39 +29,28 @@ STUDENTS_OWN = {
     "out",
 }  # fmt: skip
 """Knobs that change nothing of what teachers are shown and say."""
-BEHIND = 2
-"""Steps after which answers of an accelerator are fetched: by then they are there, and nobody waits."""
+DistillSetup = TrainSetup[Distill]
 
 
-def tape_key(lesson: TrainSetup, teachers: TeacherEnsemble) -> dict[str, Any]:
-    """All that the answers of a run's teachers to its views depend on."""
-    config, loader = lesson.config, lesson.loader
-    assert isinstance(config, Distill)
-    several = len(teachers.members) > 1
-    digest = hashlib.blake2b(loader.split.digests.tobytes(), digest_size=16).hexdigest()
-    mixing = loader.mixing
+def tape_key(setup: DistillSetup, teachers: TeacherEnsemble) -> dict[str, Any]:
+    """All that the teachers' logits of a run depend on: its images, its views, and the teachers themselves.
+
+    The views' part is the whole `ViewSpec`: an option that changes views cannot be left out here.
+    """
+    config, members = setup.config, teachers.members
+    several = len(members) > 1
+    # The temperature changes logits only where they are summed up: by the tape, or over teachers' probabilities.
+    tempered = config.tape_top or (several and teachers.combine != "mean-logits")
     return {
-        "pictures": digest,
-        "draws": SAMPLING_VERSION,
-        "seed": loader.seed,
-        "batch": loader.batch,
-        "side": loader.side,
-        "crop": loader.crop,
-        "resize": loader.resize if loader.crop in ("mild", "squash") else None,
-        "min_area": loader.min_area if loader.crop == "inception" else None,
-        "mixup": [mixing.a, mixing.per_image, mixing.take_max, mixing.lam],
-        "cutmix": loader.cutmix,
-        "randaugment": loader.randaugment,
-        "teacher_sees": "its own view" if loader.own_teacher_view else "the student's",
-        "teacher": lesson.provenance["teacher"],
-        "teacher_function": lesson.provenance["teacher_function"],
-        "teacher_sides": [member.side for member in teachers.members],
-        "teacher_classes": _digest([member.class_map for member in teachers.members]),
-        "combine": [teachers.combine, *(member.weight for member in teachers.members)] if several else None,
+        "pictures": hashlib.blake2b(setup.loader.split.digests.tobytes(), digest_size=16).hexdigest(),
+        **setup.loader.spec.key(),
+        "teacher": setup.provenance["teacher"],
+        "teacher_function": setup.provenance["teacher_function"],
+        "teacher_sides": [member.side for member in members],
+        "teacher_classes": _digest([member.class_map for member in members]),
+        "combine": [teachers.combine, *(member.weight for member in members)] if several else None,
         "teacher_precision": config.teacher_precision,
-        "temperature": config.temperature
-        if config.tape_top or (several and teachers.combine != "mean-logits")
-        else None,
+        "temperature": config.temperature if tempered else None,
         "top": config.tape_top,
     }
 
@@ -121,10 +106,9 @@ def recorded_modes(config: Distill, device: torch.device) -> list[dict[str, Any]
     return header["forms"] if header["device"] == device.type else None
 
 
-def layout_of(lesson: TrainSetup) -> Layout:
+def layout_of(setup: DistillSetup) -> Layout:
     """The rows of a run's tape."""
-    config, classes = lesson.config, lesson.student.num_classes
-    assert isinstance(config, Distill)
+    config, classes = setup.config, setup.student.classifier.num_classes
     if config.tape_top is not None and config.tape_top > classes - 2:
         raise InputError(f"tape_top ({config.tape_top}) must leave some of {classes} classes; leave it out to keep all")
     return Layout(config.batch, classes, config.tape_top, config.temperature)
@@ -137,41 +121,36 @@ def rounding(config: Distill) -> str | None:
     return "fp16" if config.tape_top is None else f"fp16, the first {config.tape_top} classes and the rest as one"
 
 
-def begin_tape(lesson: TrainSetup, teachers: TeacherEnsemble) -> Tape:
+def begin_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Tape:
     """The run's tape, new if it is not there yet."""
-    config, layout = lesson.config, layout_of(lesson)
-    assert isinstance(config, Distill)
-    assert config.tape is not None
-    place = config.tape
+    place, layout = setup.config.tape, layout_of(setup)
+    assert place is not None
     return distributed.main_process_first(
-        lambda: tape.open_tape(place, layout, tape_key(lesson, teachers), _about(lesson))
+        lambda: tape.open_tape(place, layout, tape_key(setup, teachers), _about(setup))
     )
 
 
 @contextmanager
-def open_tape(lesson: TrainSetup, teachers: TeacherEnsemble) -> Generator["Recorder | None"]:
+def open_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Generator[Tape | None]:
     """The run's tape while the block runs; None where it has none."""
-    config = lesson.config
-    assert isinstance(config, Distill)
+    config = setup.config
     if config.tape is None:
         yield None
         return
-    found = begin_tape(lesson, teachers)
+    found = begin_tape(setup, teachers)
     lock = try_lock_file(found.folder / ".lock") if env.is_main_process() else None
     try:
         found.recording = distributed.broadcast_from_main(lambda: lock is not None)
         if env.is_main_process():
-            _told_before(found, lesson.loop.steps, config.tape_full)
-        recorder = Recorder(found, config.tape_full)
-        yield recorder
-        recorder.flush()
+            _report_beginning(found, setup.loop.steps, config.tape_full)
+        yield found
     finally:
         found.close()
         if lock:
             lock.close()
 
 
-def _told_before(found: Tape, steps: int, full: Literal["stop", "go-on"]) -> None:
+def _report_beginning(found: Tape, steps: int, full: Literal["stop", "go-on"]) -> None:
     """Says what a tape will take and what it gives; without room for it, an `InputError`, or nothing is recorded."""
     size, have = found.layout.bytes_of(steps), found.size
     if not found.recording:
@@ -202,54 +181,12 @@ def report_dropped_mass(told: Tensor, config: Distill) -> None:
     )
 
 
-class Recorder:
-    """Rounds what teachers say to what a tape can hold, and records it."""
-
-    def __init__(self, found: Tape, full: Literal["stop", "go-on"]) -> None:
-        self.tape, self.full = found, full
-        self.waiting: deque[tuple[int, int, transfers.HostCopy]] = deque()
-
-    def __call__(self, batch: Batch, logits: Tensor, *, record: bool = True) -> Tensor:
-        """The logits (n, classes) of a batch's views as the tape gives them back."""
-        half, picks = self.tape.layout.packed(logits)
-        if record and self.tape.recording:
-            fetched = transfers.copy_to_host(half) if picks is None else transfers.copy_to_host(half, picks)
-            self.waiting.append((batch.step, batch.first_row, fetched))
-            self.flush(0 if half.device.type == "cpu" else BEHIND)
-        return self.tape.layout.unpacked(half, picks)
-
-    def flush(self, behind: int = 0) -> None:
-        """Writes all but the latest answers."""
-        while len(self.waiting) > behind:
-            step, first, fetched = self.waiting.popleft()
-            half, *picks = fetched.wait()
-            self.write(step, first, half, picks[0] if picks else None)
-
-    def write(self, step: int, first: int, half: Tensor, picks: Tensor | None) -> None:
-        """Records some rows; an `OSError` ends the recording, and the run unless it was told to go on without."""
-        if not self.tape.recording:
-            return
-        try:
-            self.tape.write(step, first, half, picks)
-        except OSError as error:
-            if self.full == "stop":
-                raise
-            self.tape.recording = False
-            why = error.strerror or error
-            info(f"WARNING: {why}; the run goes on, and the tape {self.tape.folder} ends at step {step}")
-
-
-def reuse_recorded(lesson: TrainSetup, recorder: "Recorder | None") -> TrainSetup:
-    """The lesson with what its tape holds."""
-    return lesson if recorder is None else replace(lesson, told=recorder.tape.read)
-
-
-def _about(lesson: TrainSetup) -> dict[str, Any]:
+def _about(setup: DistillSetup) -> dict[str, Any]:
     """What a tape keeps beside, to be shown and to be computed again."""
     return {
-        "device": lesson.loop.device.type,
-        "forms": lesson.provenance["teacher_forms"],
-        "run": lesson.config.model_dump(mode="json"),
+        "device": setup.loop.device.type,
+        "forms": setup.provenance["teacher_forms"],
+        "run": setup.config.model_dump(mode="json"),
         "versions": {"torch": torch.__version__},
     }
 

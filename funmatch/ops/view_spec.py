@@ -1,0 +1,67 @@
+"""Holds, as one value, everything that decides the training views of a run.
+
+Two runs with equal specs and equal images are shown the same views at every step. So one object answers all questions
+of that kind: whether students can share crops, whether a tape belongs to a run, whether kept logits are still valid.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from funmatch.ops.sampling import SAMPLING_VERSION, MixupOptions
+
+MILD = ("mild", "squash")
+"""Crops that are cut out of a resized image."""
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """What the views of step t are, as a function of t.
+
+    Every field is part of the key unless its metadata says otherwise, so a field that is added later can never be
+    forgotten there: it makes old tapes other tapes.
+
+    Attributes:
+        seed: seed of every draw.
+        batch: images in the *global* batch; may exceed the number of images.
+        side: image size of the student's crops, pixels.
+        min_area: smallest share of an image that an Inception crop covers, in (0, 1].
+        crop: how an image becomes a view; see `sampling.sample_boxes`.
+        resize: short side from which a mild crop is cut, pixels; 0 for other crops.
+        mixup: how MixUp's λ is drawn.
+        cutmix: a of Beta(a, a), from which CutMix's λ is drawn; 0 is no CutMix.
+        randaugment: (operations per image, magnitude), or None.
+        own_teacher_view: whether the teacher is shown crops drawn independently of the student's.
+        native: whether the native CPU kernel cuts the crops, which rounds otherwise than torch.
+        version: version of the draws themselves.
+    """
+
+    seed: int
+    batch: int
+    side: int
+    min_area: float = 0.05
+    crop: str = "inception"
+    resize: int = 0
+    mixup: MixupOptions = MixupOptions()  # noqa: RUF009  (frozen)
+    cutmix: float = 0.0
+    randaugment: tuple[int, int] | None = None
+    own_teacher_view: bool = field(default=False, metadata={"key": "teacher_sees"})
+    # A tape stores logits in fp16: the kernel's rounding of a crop (below 1e-5) is not worth asking the teacher again.
+    native: bool = field(default=True, metadata={"key": None})
+    version: int = field(default=SAMPLING_VERSION, metadata={"key": "draws"})
+
+    def key(self) -> dict[str, Any]:
+        """The spec as JSON values, by the names that tapes store; what does not apply to the crop is None."""
+        named = {each.name: each.metadata.get("key", each.name) for each in fields(self)}
+        found = {key: getattr(self, name) for name, key in named.items() if key is not None}
+        lam = self.mixup
+        return found | {
+            "mixup": [lam.a, lam.per_image, lam.take_max, lam.lam],
+            "resize": self.resize if self.crop in MILD else None,
+            "min_area": self.min_area if self.crop == "inception" else None,
+            "teacher_sees": "its own view" if self.own_teacher_view else "the student's",
+        }
+
+    def differences(self, other: "ViewSpec") -> dict[str, tuple[Any, Any]]:
+        """Fields in which two specs differ, with both values."""
+        pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,0 +1,97 @@
+"""Evaluates the student and the teachers of a run, and exports the finished student."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from funmatch.models.classifier import Classifier
+from funmatch.training import scoring
+from funmatch.training.objective import Objective
+from funmatch.training.run import folder as run_folder
+from funmatch.training.run.state import TrainState
+from funmatch.training.setup import TrainSetup
+from funmatch.training.student.export import export_student
+from funmatch.training.teachers import loading
+
+
+class Evaluator:
+    """Scores a run's student, the average of its weights, and its teachers."""
+
+    def __init__(self, setup: TrainSetup[Any], objective: Objective) -> None:
+        self.setup, self.objective = setup, objective
+        self.student, self.ema = setup.student.classifier, setup.student.ema
+        self.teacher_logits = objective.teacher_logits.combined if objective.teacher_logits else None
+
+    def teachers(self) -> Iterator[dict[str, Any]]:
+        """A record of each teacher on the validation split, and of all combined where there are several."""
+        teachers, logits = self.objective.teachers, self.objective.teacher_logits
+        if not teachers or not logits:
+            return
+        split = self.setup.evaluation.validation
+        modes = self.setup.provenance["teacher_forms"]
+        for member, own, mode in zip(teachers.members, logits.members, modes, strict=True):
+            scores = run_folder.finite(scoring.score(own, split))
+            yield {"teacher": member.name, "split": split.name, **scores, **mode}
+        if len(teachers.members) > 1:
+            scores = run_folder.finite(scoring.score(logits.combined, split))
+            yield {"teacher": teachers.name, "split": split.name, **scores}
+
+    def student_now(self, step: int) -> dict[str, dict[str, Any]]:
+        """Records of an evaluation, by event: `eval`, `ema` (averaged weights), `views` (training views)."""
+        split, view = self.setup.evaluation.validation, self.setup.evaluation.view
+        records = {"eval": scoring.score(scoring.predict(self.student, split, view), split, self.teacher_logits)}
+        if self.ema:
+            average = scoring.predict(self.ema.model, split, view)
+            records["ema"] = scoring.score(average, split, self.teacher_logits)
+        found = {event: {"split": split.name, **run_folder.finite(scores)} for event, scores in records.items()}
+        if self.objective.logits:
+            on_views = scoring.score_training_views(
+                self.objective.logits, self.student, self.objective.batches, step, view
+            )
+            found["views"] = run_folder.finite(on_views)
+        return found
+
+    def result(self, state: TrainState, folder: Path) -> dict[str, Any]:
+        """The metrics of the finished student: what `result.json` holds."""
+        split, view, teachers = self.setup.evaluation.test, self.setup.evaluation.view, self.objective.teachers
+        teacher_logits = self.teacher_logits
+        if teachers and split.name != self.setup.evaluation.validation.name:
+            teacher_logits, _ = loading.predict(teachers, split, view)
+        scores = scoring.score(scoring.predict(self.student, split, view), split, teacher_logits)
+        result: dict[str, Any] = scores | {
+            "split": split.name,
+            "pictures": len(split),
+            "step": state.step,
+            "best_step": state.best_step,
+            "best_score": state.best_score if state.best_step is not None else None,
+            "seconds": round(state.seconds, 1),
+            "parameters": self.student.count_parameters(),
+            "run": str(folder),
+        }
+        if teachers and teacher_logits is not None:
+            top1 = scoring.score(teacher_logits, split)["top1"]
+            result["teacher"] = {"name": teachers.name, "parameters": teachers.count_parameters(), "top1": top1}
+        if self.ema:
+            average = scoring.predict(self.ema.model, split, view)
+            result["ema"] = scoring.score(average, split, teacher_logits)
+        return result
+
+    def export(self, result: dict[str, Any], folder: Path) -> None:
+        """Writes the student, and the average of its weights, where users load them."""
+        if self.ema:
+            self._export(self.ema.model, folder / "student-ema", result["ema"]["top1"])
+        self._export(self.student, folder / "student", result["top1"])
+
+    def _export(self, student: Classifier, folder: Path, top1: float | None) -> None:
+        about: dict[str, object] = {"verb": self.setup.inputs.verb, "top1": top1}
+        export_student(student, folder, self.setup.evaluation.view, self._class_names(), about)
+
+    def _class_names(self) -> tuple[str, ...] | None:
+        """Names of the student's outputs: the data's, or the teacher's where the data has only numbers or none."""
+        cache, teachers = self.setup.cache, self.objective.teachers
+        if self.setup.class_names:
+            return self.setup.class_names
+        if teachers and (cache.unnamed or not cache.classes):
+            known = [member.frozen.classifier.card.classes for member in teachers.members]
+            return next(filter(None, known), None)
+        return cache.classes or None

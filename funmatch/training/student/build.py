@@ -1,0 +1,114 @@
+"""Builds the student of a run: its network with first weights, its optimizer, and the average of its weights."""
+
+import copy
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from funmatch.config import Train
+from funmatch.data.cache.open_cache import Cache
+from funmatch.errors import InputError
+from funmatch.models.classifier import Classifier, check_side, fingerprint
+from funmatch.models.load import brings_weights, load
+from funmatch.models.sync_batchnorm import sync_batchnorm
+from funmatch.models.timm_models import checkpoint_activations, freeze_until, parse_options, with_zero_head
+from funmatch.ops.optim import factory
+from funmatch.ops.optim.updates import EMA
+from funmatch.runtime import devices, distributed, env
+from funmatch.runtime.chunks import even_chunks
+from funmatch.runtime.log import info, info_notes
+
+Modules = dict[str, nn.Module]
+"""Modules that were given from Python, by the names that stand for them."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """What training changes.
+
+    Attributes:
+        classifier: the network, on its device.
+        optimizer: of its parameters that are trained.
+        ema: the exponential moving average of its weights, or None.
+    """
+
+    classifier: Classifier
+    optimizer: torch.optim.Optimizer
+    ema: EMA[Classifier] | None
+
+    @property
+    def average_net(self) -> nn.Module | None:
+        """The network with averaged weights."""
+        return self.ema.model.net if self.ema else None
+
+
+def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, given: Modules) -> Classifier:
+    """The student's network with its first weights, on the CPU, ready for views of the requested size.
+
+    Args:
+        num_classes: that it answers.
+        given: modules from Python, by the names that stand for them.
+    """
+    # First weights are drawn on the CPU, whose generator gives the same numbers on every machine.
+    devices.seed_networks(config.seed, 0, torch.device("cpu"))
+    student = load(
+        copy.deepcopy(given.get(config.student, config.student)),
+        weights=config.student_weights,
+        options=_constructor_options(config),
+        classes=num_classes,
+        side=config.side,
+    )
+    info_notes(config.student, student.notes)
+    if student.num_classes != num_classes:
+        raise InputError(
+            f"student {config.student} has {student.num_classes} outputs, but {num_classes} classes are needed"
+        )
+    if verb == "finetune" and student.card.classes != cache.classes:
+        with_zero_head(student.net, num_classes)
+    # BatchNorm fails on the smallest micro-batch first, so that one is checked.
+    chunks = even_chunks(config.batch // env.world_size(), config.micro_batch)
+    smallest = min(stop - start for start, stop in pairwise(chunks))
+    check_side(student, config.side or student.card.side, batch=smallest)
+    if config.grad_checkpointing:
+        checkpoint_activations(student)
+    if config.freeze_until is not None:
+        freeze_until(student, config.freeze_until)
+    return student
+
+
+def init_digest(verb: str, config: Train, student: Classifier, given: Modules) -> str | None:
+    """Digest of a student's first weights; None where they follow from the seed."""
+    drawn = config.student not in given and not config.student_weights and not brings_weights(config.student)
+    if drawn and verb == "finetune":
+        info(f"WARNING: {config.student} starts from random weights; give a pretrained tag or --weights")
+    return None if drawn else fingerprint(student.net)
+
+
+def build_student(config: Train, classifier: Classifier, device: torch.device) -> Student:
+    """The student on its device, alike on all processes, with its optimizer.
+
+    Args:
+        config: resolved.
+    """
+    classifier = sync_across_processes(classifier.to(device), device)
+    assert config.lr is not None
+    optimizer = factory.create_optimizer(
+        config.optimizer, classifier.net, config.lr, config.weight_decay,
+        momentum=config.momentum, momentum_dtype=config.momentum_dtype,
+        options=parse_options(config.optimizer_kwargs), share=distributed.sharded_map,
+    )  # fmt: skip
+    return Student(classifier, optimizer, EMA(classifier, config.ema) if config.ema is not None else None)
+
+
+def sync_across_processes(student: Classifier, device: torch.device) -> Classifier:
+    """The student made ready for several processes: equal weights on each, and batch statistics of the global batch."""
+    distributed.broadcast_(list(student.state_dict().values()))
+    student.net = sync_batchnorm(student.net, device)
+    return student
+
+
+def _constructor_options(config: Train) -> tuple[str, ...]:
+    rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
+    return (*config.student_kwargs, *(f"{name}={rate}" for name, rate in rates.items() if rate is not None))

@@ -1,0 +1,24 @@
+"""Writes a finished student for use elsewhere, in timm's layout."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+from funmatch.models import classifier as models
+from funmatch.models.classifier import Classifier
+from funmatch.runtime.files import write_folder_atomically
+from funmatch.training.scoring import EvalView
+
+
+def export_student(
+    student: Classifier, folder: Path, view: EvalView, class_names: tuple[str, ...] | None, about: dict[str, object]
+) -> None:
+    """Writes a student with the view that it was evaluated with and the names of its classes.
+
+    Args:
+        about: what is kept beside it, such as `top1` on the split that the finished run was evaluated on, in [0, 1].
+    """
+    card = replace(student.card, side=view.side, crop_fraction=view.side / view.short_side, classes=class_names)
+    with write_folder_atomically(folder) as partial:
+        portable = copy.deepcopy(student).cpu()
+        models.save(portable, partial, card=card, about=about)
