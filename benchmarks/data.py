@@ -36,6 +36,7 @@ from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.decode import pick_decoder
 from funmatch.data.loader import Loader
+from funmatch.ops.view_spec import ViewSpec
 
 SIDE, BATCH = 128, 64
 SIZES = ((384, 384), (500, 375))
@@ -102,7 +103,7 @@ def cut(photos: list[Image.Image], folder: Path, size: tuple[int, int], count: i
 def ours(folder: Path, way: str, decoder: str) -> Callable[[int], float]:
     """Seconds for so many batches of ours, in the process's own thread."""
     split = open_cache(str(folder), keeping=CacheOptions(way=way, decoder=decoder)).splits["train"]
-    loader = Loader(split, seed=0, batch=BATCH, side=SIDE)
+    loader = Loader(split, ViewSpec(seed=0, batch=BATCH, side=SIDE))
     steps = iter(range(10**9))
 
     def turn(batches: int) -> float:
@@ -210,7 +211,7 @@ def many(options: argparse.Namespace, folder: Path) -> None:
 def measure(folder: str, way: str) -> None:
     began = time.perf_counter()
     split = open_cache(folder, keeping=CacheOptions(way=way)).splits["train"]
-    loader = Loader(split, seed=0, batch=BATCH, side=32)
+    loader = Loader(split, ViewSpec(seed=0, batch=BATCH, side=32))
     loader.batch_at(0)
     start = time.perf_counter() - began
     opened = resident_memory()

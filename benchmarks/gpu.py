@@ -28,8 +28,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,8 @@ from funmatch.ops import resample
 from funmatch.ops.sampling import box_sampler
 from funmatch.runtime import devices, transfers
 from funmatch.training import distill, profiling
-from funmatch.training.acceleration import compile_student
 from funmatch.training.loop import fit
-from funmatch.training.setup import build_optimizer, count_workers
+from funmatch.training.student.acceleration import compile_student
 
 CLASSES = 10
 PAIRS = [
@@ -98,6 +97,14 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values), "n": len(values)}
+
+
+@contextmanager
+def prepared(config: Distill, given: dict[str, torch.nn.Module]) -> Generator[distill.Distillation]:
+    """A distillation that is ready to begin."""
+    cache, loaded = distill.open_inputs(config, given)
+    with distill.prepare(distill.build_distill_setup(config, cache, loaded, given), loaded) as made:
+        yield made
 
 
 class Bench:
@@ -181,12 +188,12 @@ class Bench:
         given = {"t": network(teacher, 0), "s": network(student, 1)}
         found = []
         config = self.config(batch=min(self.batch, 32), compile="off", **more)
-        with distill.taught(*distill.begun(config, given)) as made:
-            lesson, optimizer = made.lesson, build_optimizer(made.lesson)
-            scaler = devices.loss_scaler(lesson.loop.device, lesson.loop.precision)
-            batches = (lesson.loader.batch_at(step) for step in range(steps))
-            for _, loss in fit(lesson.loop, lesson.student, optimizer, scaler, batches, made.loss_of):
-                found.append(loss.item())
+        with prepared(config, given) as made:
+            setup, trained = made.setup, made.setup.student
+            scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
+            batches = (setup.loader.batch_at(step) for step in range(steps))
+            for _, losses in fit(setup.loop, trained.classifier, trained.optimizer, scaler, batches, made.loss):
+                found.append(losses["loss"].item())
         return found
 
     def numbers(self) -> None:
@@ -198,39 +205,36 @@ class Bench:
     def pair(self, teacher: str, student: str, **more: Any) -> dict[str, Any]:
         """Seconds a step of a run, of the same on one batch, of its views alone; and its arithmetic."""
         given = {"t": network(teacher, 0), "s": network(student, 1)}
-        with distill.taught(*distill.begun(self.config(**more), given)) as made:
-            lesson, config = made.lesson, made.lesson.config
-            course = lesson.loop
-            compile_student(lesson.student, course, config, config.side or 0)
-            optimizer = build_optimizer(lesson)
+        with prepared(self.config(**more), given) as made:
+            setup, config, trained = made.setup, made.setup.config, made.setup.student
+            course = setup.loop
+            compile_student(trained.classifier, course, config, config.side or 0)
             scaler = devices.loss_scaler(course.device, course.precision)
 
             def timed(batches: Iterable[Batch]) -> float:
                 began = 0.0
-                for number, _ in fit(course, lesson.student, optimizer, scaler, batches, made.loss_of):
+                for number, _ in fit(course, trained.classifier, trained.optimizer, scaler, batches, made.loss):
                     if number in (5, 5 + self.steps):
                         devices.synchronize(course.device)
                         began = time.perf_counter() - began
                 return began / self.steps
 
             def streamed() -> Iterator[Batch]:
-                pin = made.ahead or transfers.pin_batch(course.device)
-                with closing(
-                    prefetch(lesson.loader, 0, 5 + self.steps, workers=count_workers(lesson), finish=pin)
-                ) as given:
+                pin = made.objective.ahead or transfers.pin_batch(course.device)
+                with closing(prefetch(setup.loader, 0, 5 + self.steps, workers=setup.workers, finish=pin)) as given:
                     yield from given
 
-            fixed = lesson.loader.batch_at(0).to(course.device)
+            fixed = setup.loader.batch_at(0).to(course.device)
             rounds = range(2 if self.options.quick else ROUNDS)
             turns = [(timed(streamed()), timed(itertools.repeat(fixed, 5 + self.steps))) for _ in rounds]
-            views = seconds(lambda: lesson.loader.batch_at(3).to(course.device), course.device, 10)
-            used = profiling.arithmetic(lesson)
+            views = seconds(lambda: setup.loader.batch_at(3).to(course.device), course.device, 10)
+            used = profiling.arithmetic(setup, made.teachers)
         whole, alone = zip(*turns, strict=True)
         step = statistics.median(whole)
         gflop = sum(used["gflop"].values())
         return {
             "precision": course.precision, "compile": config.compile,
-            "teacher_form": lesson.provenance["teacher_forms"][0]["form"],
+            "teacher_form": setup.provenance["teacher_forms"][0]["form"],
             "images_per_second": spread([self.batch / each for each in whole]),
             "against_fixed_batch": spread([a / b for a, b in turns]),
             "step_ms": 1e3 * step, "fixed_ms": 1e3 * statistics.median(alone), "views_ms": 1e3 * views,
@@ -321,13 +325,13 @@ class Bench:
         teacher, student = self.pairs[-1]
         given = {"t": network(teacher, 0), "s": network(student, 1)}
         config = self.config(compile="off")
-        with distill.taught(*distill.begun(config, given)) as made, warnings.catch_warnings(record=True) as said:
+        with prepared(config, given) as made, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            lesson, optimizer = made.lesson, build_optimizer(made.lesson)
-            scaler = devices.loss_scaler(lesson.loop.device, lesson.loop.precision)
-            pin = transfers.pin_batch(lesson.loop.device)
-            with closing(prefetch(lesson.loader, 0, 30, workers=count_workers(lesson), finish=pin)) as batches:
-                for number, _ in fit(lesson.loop, lesson.student, optimizer, scaler, batches, made.loss_of):
+            setup, trained = made.setup, made.setup.student
+            scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
+            pin = transfers.pin_batch(setup.loop.device)
+            with closing(prefetch(setup.loader, 0, 30, workers=setup.workers, finish=pin)) as batches:
+                for number, _ in fit(setup.loop, trained.classifier, trained.optimizer, scaler, batches, made.loss):
                     torch.cuda.set_sync_debug_mode("warn" if 10 <= number < 29 else "default")
         found = collections.Counter(
             f"{Path(each.filename).name}:{each.lineno}" for each in said if "synchroniz" in str(each.message)

@@ -32,6 +32,7 @@ from funmatch.models.load import load
 from funmatch.ops.distances import kl
 from funmatch.ops.mixing import mix_views
 from funmatch.ops.optim.factory import create_optimizer
+from funmatch.ops.view_spec import ViewSpec
 from funmatch.runtime import devices, transfers
 from funmatch.training.loop import LoopOptions, fit
 
@@ -60,19 +61,19 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
     teacher.to(device)
     student.to(device)
     optimizer = create_optimizer("adamw", student.net, course.lr, 1e-4)
-    loader = Loader(split, 0, options.batch, SIDE)
+    loader = Loader(split, ViewSpec(0, options.batch, SIDE))
     batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=transfers.pin_batch(device))
     if ready:
         batches = [batch.to(device) for batch in batches]
 
     def loss_of(batch):
-        (teacher_view,), student_view = mix_views(batch.crops, (batch.crops,), batch.lam)
-        return kl(student(student_view), teacher(teacher_view), 2.0).mean()
+        (teacher_view,), student_view = mix_views(batch.crops, (None,), batch.lam)
+        return {"loss": kl(student(student_view), teacher(teacher_view), 2.0).mean()}
 
     scaler = devices.loss_scaler(course.device, course.precision)
     times = [time.perf_counter()]
-    for _, loss in fit(course, student, optimizer, scaler, batches, loss_of):
-        loss.item()
+    for _, losses in fit(course, student, optimizer, scaler, batches, loss_of):
+        losses["loss"].item()
         times.append(time.perf_counter())
     return statistics.median(b - a for a, b in pairwise(times[3:]))
 

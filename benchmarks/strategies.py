@@ -87,8 +87,12 @@ def parts(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], objec
     ready = repeat(Batch(torch.cat([batch[:1], batch]), labels, 1.0))
     truth = torch.randn(options.batch, student.num_classes, device=device)
     optimizer, scaler = create_optimizer("adamw", student.net, 1e-3, 1e-4), devices.loss_scaler(device, "fp32")
-    steps = fit(course, student, optimizer, scaler, ready, lambda one: kl(student(one.crops[1:]), truth).mean())
-    return lambda: teacher(batch).sum().item(), lambda: next(steps)[1].item()
+
+    def loss_of(one: Batch) -> dict[str, torch.Tensor]:
+        return {"loss": kl(student(one.crops[1:]), truth).mean()}
+
+    steps = fit(course, student, optimizer, scaler, ready, loss_of)
+    return lambda: teacher(batch).sum().item(), lambda: next(steps)[1]["loss"].item()
 
 
 def flops_of(work: Callable[[], object]) -> float:

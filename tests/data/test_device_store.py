@@ -15,6 +15,7 @@ from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader, central_batches
 from funmatch.ops import resample
+from funmatch.ops.view_spec import ViewSpec
 from funmatch.training import datasets as of_tasks
 from funmatch.training.run.checkpoint_writer import CheckpointWriter
 from funmatch.training.run.folder import Run
@@ -38,7 +39,7 @@ def images_of_many_sizes(tmp_path):
 
 @pytest.mark.parametrize("crop", ["inception", "mild", "squash", "whole"])
 def test_batches_are_the_same(cache, crop):
-    host = Loader(cache.splits["train"], 3, 8, 24, crop=crop, resize=30, teacher_sides=(24, 32))
+    host = Loader(cache.splits["train"], ViewSpec(3, 8, 24, crop=crop, resize=30), teacher_sides=(24, 32))
     there = replace(host, split=move_to_device(host.split, CPU)[0])
     for step in (0, 1, 7):
         one, other = host.batch_at(step), there.batch_at(step)

@@ -19,6 +19,7 @@ from funmatch.data.readers.folder import open_folder
 from funmatch.data.readers.open import open_source
 from funmatch.errors import InputError
 from funmatch.ops.crops import crop_resize_flip
+from funmatch.ops.view_spec import ViewSpec
 
 
 def test_splits_and_classes_of_a_folder(images):
@@ -158,7 +159,7 @@ def test_the_embedded_set_is_balanced_and_its_splits_are_distinct():
 
 @pytest.fixture(name="loader")
 def small_loader(images) -> Loader:
-    return Loader(open_cache(str(images)).splits["train"], seed=1, batch=8, side=12)
+    return Loader(open_cache(str(images)).splits["train"], ViewSpec(seed=1, batch=8, side=12))
 
 
 def test_a_batch_is_what_its_draw_says(loader):
@@ -176,7 +177,7 @@ def test_slices_of_processes_are_the_global_batch(loader, world):
     whole = loader.batch_at(3)
     share = 8 // world
     for rank in range(world):
-        part = Loader(loader.split, 1, 8, 12, rank=rank, world=world).batch_at(3)
+        part = Loader(loader.split, ViewSpec(1, 8, 12), rank, world).batch_at(3)
         rows = [(rank * share - 1) % 8, *range(rank * share, (rank + 1) * share)]
         assert torch.equal(part.crops, whole.crops[1:][rows])
         assert torch.equal(part.labels, whole.labels[1:][rows])

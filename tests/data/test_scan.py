@@ -25,6 +25,7 @@ from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.loader import Loader, central_batches
 from funmatch.data.readers.open import open_source
 from funmatch.errors import InputError
+from funmatch.ops.view_spec import ViewSpec
 
 
 def classes_folder(root, count=30, classes=("ant", "bee")):
@@ -145,7 +146,9 @@ def test_both_ways_show_the_same(tmp_path, way):
     assert cache.way == way
     assert min(split.image(12).shape[:2]) <= 95
     for step in range(4):
-        batches = [Loader(each, 3, 16, 32).batch_at(step).crops for each in (split, reference.splits["train"])]
+        batches = [
+            Loader(each, ViewSpec(3, 16, 32)).batch_at(step).crops for each in (split, reference.splits["train"])
+        ]
         assert torch.equal(*batches)
     views = [
         torch.cat([view for view, _ in central_batches(each.splits["train"], 32, 36, 5)]) for each in (cache, reference)

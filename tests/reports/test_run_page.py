@@ -14,6 +14,7 @@ import funmatch
 from funmatch.config import Report
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
+from funmatch.ops.view_spec import ViewSpec
 from funmatch.reports import run_page
 from funmatch.runtime.text import percent
 from funmatch.training.run import folder as run_folder
@@ -71,7 +72,7 @@ def test_the_sheet_is_what_the_step_showed(runs):
     sheet = run_page.views_sheet(run_folder.find_run(runs[1]), 4)
     assert sheet["rows"] == ["teacher", "student"]
     split = open_cache("fashion-mini").splits["train"]
-    batch = Loader(split, 0, 16, 32).batch_at(4)
+    batch = Loader(split, ViewSpec(0, 16, 32)).batch_at(4)
     mixed = batch.lam * batch.crops[1:] + (1 - batch.lam) * batch.crops[:-1]
     shown = np.asarray(Image.open(BytesIO(b64decode(sheet["png"]))))
     factor = shown.shape[0] // 64

@@ -19,9 +19,10 @@ from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.inference import frozen
 from funmatch.models.load import load
 from funmatch.ops.native import library
-from funmatch.training import acceleration, oom
+from funmatch.training import oom
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
+from funmatch.training.student import acceleration
 from funmatch.training.teachers import loading
 
 CPU = torch.device("cpu")

@@ -257,14 +257,15 @@ def test_evaluation_of_what_is_not_there(taught, knobs, message):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_is_sound(tmp_path, monkeypatch):
     from funmatch.training import distill
 
-    real = distill.loss
+    real = distill.distillation_loss
     calls = []
 
     def spoiled(*given):
         calls.append(1)
-        return real(*given) * (float("nan") if len(calls) > 6 else 1.0)
+        spoil = float("nan") if len(calls) > 6 else 1.0
+        return {name: loss * spoil for name, loss in real(*given).items()}
 
-    monkeypatch.setattr(distill, "loss", spoiled)
+    monkeypatch.setattr(distill, "distillation_loss", spoiled)
     with pytest.raises(InputError, match="no longer finite at step 8"):
         funmatch.distill(teacher=TEACHER, out=tmp_path / "run", steps=20, save_every=4, **MINI)
     kept = tmp_path / "run" / "checkpoints"

@@ -81,7 +81,7 @@ def test_a_kill_and_a_signal_change_nothing(tmp_path):
         _, told = process.communicate(timeout=120)
         assert process.returncode in (0, -9 if number == signal.SIGKILL else 128 + number), told
         if process.returncode == 128 + number:
-            assert "all students are saved; the same command goes on from there" in told
+            assert "all students are saved; run the same command again to resume" in told
     done = subprocess.run(
         [sys.executable, "-m", "funmatch", "distill", *words, "--json"], capture_output=True, text=True, check=False
     )
@@ -96,13 +96,13 @@ def test_one_that_fails_stops_no_other(tmp_path, monkeypatch):
     check = Trainer.check_weights
 
     def broken(self):
-        if self.lesson.config.student == "test_resnet":
+        if self.setup.config.student == "test_resnet":
             with torch.no_grad():
-                next(self.lesson.student.parameters()).fill_(torch.nan)
+                next(self.student.classifier.parameters()).fill_(torch.nan)
         check(self)
 
     monkeypatch.setattr(Trainer, "check_weights", broken)
-    with pytest.raises(InputError, match=r"1 of 2 students came to no end:\n.*test_resnet: .*no longer finite"):
+    with pytest.raises(InputError, match=r"1 of 2 students failed:\n.*test_resnet: .*no longer finite"):
         funmatch.distill_several(**TOLD, students=["test_resnet", STUDENTS[0]], out=tmp_path / "x")
     assert (tmp_path / "x" / STUDENTS[0] / "result.json").is_file()
 
@@ -116,7 +116,7 @@ def test_bad_words(tmp_path):
         tried(students=["test_resnet", "a/test_resnet"])
     with pytest.raises(InputError, match="would see different views: side 32 and 160"):
         tried(side=None)
-    with pytest.raises(InputError, match="--profile: for one student alone"):
+    with pytest.raises(InputError, match="--profile works with one --student only"):
         tried(profile=True)
     assert not (tmp_path / "x").exists()
 

@@ -33,8 +33,10 @@ from funmatch.ops.sampling import (
     sample_step,
     step_generator,
 )
+from funmatch.ops.view_spec import ViewSpec
 from funmatch.training import distill, scoring
 from funmatch.training.teachers import fixed
+from funmatch.training.teachers.source import DistillLoader, Fixed
 
 MINI = {
     "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student",
@@ -61,20 +63,20 @@ def some_images(images):
 
 
 def test_a_shared_view_is_the_very_same_tensor(split):
-    batch = Loader(split, 1, 8, 12, teacher_sides=(12,)).batch_at(3)
+    batch = Loader(split, ViewSpec(1, 8, 12), teacher_sides=(12,)).batch_at(3)
     (teacher,), student = mix_views(batch.crops, batch.teacher_crops, batch.lam)
     assert teacher is student
     assert torch.equal(student, mixup(batch.crops, batch.lam))
     for moved in (batch.to(torch.device("cpu")), *(piece for piece, _ in batch.pieces(3))):
-        assert moved.teacher_crops[0] is moved.crops
+        assert moved.teacher_crops == (None,), "None stands for the student's own crops"
 
 
 @pytest.mark.parametrize("crop", ["inception", "mild"])
 def test_own_views_are_of_the_same_images_and_drawn_alike_but_independently(split, crop):
     knobs = {"crop": crop, "resize": 16, "side": 12}
     shared, own = (
-        Loader(split, 1, 8, **knobs),
-        Loader(split, 1, 8, **knobs, own_teacher_view=True, teacher_sides=(12, 20)),
+        Loader(split, ViewSpec(1, 8, **knobs)),
+        Loader(split, ViewSpec(1, 8, **knobs, own_teacher_view=True), teacher_sides=(12, 20)),
     )
     drawn, batch = own.sample(3), own.batch_at(3)
     assert torch.equal(batch.crops, shared.batch_at(3).crops), "the student's are not moved by the teacher's"
@@ -98,17 +100,18 @@ def test_own_draws_do_not_depend_on_the_shared_ones():
 
 
 def test_slices_of_own_views_and_lambdas_are_the_global_batch(split):
-    knobs = {"own": True, "teacher_sides": (12,), "mixing": MixupOptions(per_image=True), "side": 12}
-    whole = Loader(split, 1, 8, **knobs).batch_at(3)
+    spec = ViewSpec(1, 8, 12, mixup=MixupOptions(per_image=True), own_teacher_view=True)
+    whole = Loader(split, spec, teacher_sides=(12,)).batch_at(3)
     for rank in range(2):
-        part = Loader(split, 1, 8, rank=rank, world=2, **knobs).batch_at(3)
+        part = Loader(split, spec, rank, 2, teacher_sides=(12,)).batch_at(3)
         rows = [(rank * 4 - 1) % 8, *range(rank * 4, rank * 4 + 4)]
         assert torch.equal(part.teacher_crops[0], whole.teacher_crops[0][1:][rows])
         assert torch.equal(part.lam, whole.lam[rank * 4 : rank * 4 + 4])
 
 
 def test_the_whole_image_is_never_mirrored(split):
-    batch, drawn = Loader(split, 1, 8, 12, crop="whole").batch_at(3), Loader(split, 1, 8, 12, crop="whole").sample(3)
+    loader = Loader(split, ViewSpec(1, 8, 12, crop="whole"))
+    batch, drawn = loader.batch_at(3), loader.sample(3)
     for view, index in zip(batch.crops[1:], drawn.indices, strict=True):
         image = split.image(index).permute(2, 0, 1)[None].float()
         torch.testing.assert_close(view, F.interpolate(image, (12, 12), mode="bilinear")[0] / 255)
@@ -141,20 +144,14 @@ def test_mixing_with_one_lambda_each():
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("a", [0.0, 1.0])
 def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
-    knobs = {
-        "side": 12,
-        "mixing": MixupOptions(a, per_image=each),
-        "cutmix": 1.0,
-        "randaugment": (2, 9),
-        "teacher_sides": (12, 20),
-    }
-    loader = Loader(split, 1, 8, **knobs)
+    spec = ViewSpec(1, 8, 12, mixup=MixupOptions(a, per_image=each), cutmix=1.0, randaugment=(2, 9))
+    loader = Loader(split, spec, teacher_sides=(12, 20))
     batches = [loader.batch_at(step) for step in range(40)]
     for step, batch in enumerate(batches):
         (same, large), student = mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
         assert same is student
         assert large.shape[-1] == 20
-        plain = Loader(split, 1, 8, 12).batch_at(step).crops
+        plain = Loader(split, ViewSpec(1, 8, 12)).batch_at(step).crops
         ops, strengths = randaugment.draw_operations(step_generator(1, step, RANDAUGMENT_STREAM), 8, 2, 9)
         changed = randaugment.apply_operations(plain[1:], ops, strengths)
         assert torch.equal(batch.crops[1:], changed)
@@ -172,7 +169,7 @@ def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
             assert share[i] == pytest.approx(float(lam[i]) * (1 - area / 144))
             assert lam[i] == 1 or area == 0, "an image is cut or mixed"
         for rank in range(2):
-            part = Loader(split, 1, 8, rank=rank, world=2, **knobs).batch_at(step)
+            part = Loader(split, spec, rank, 2, teacher_sides=(12, 20)).batch_at(step)
             _, own = mix_views(part.crops, part.teacher_crops, part.lam, part.cutmix_boxes)
             assert torch.equal(own, student[rank * 4 : rank * 4 + 4])
         pieces = [
@@ -255,8 +252,8 @@ def test_a_fixed_teacher_answers_once_and_is_looked_up(tmp_path, monkeypatch, st
     wanted = expected(strategy, split, teacher, some, crops)
     torch.testing.assert_close(found[list(some), 0].softmax(-1), wanted, rtol=1e-4, atol=1e-6)
 
-    loader = Loader(split, 0, 16, 32, crop=STRATEGIES[strategy].crop, resize=40, known=found[:, 0])
-    batch, drawn = loader.batch_at(4), loader.sample(4)
+    loader = Loader(split, ViewSpec(0, 16, 32, crop=STRATEGIES[strategy].crop, resize=40), teacher_sides=(32,))
+    batch, drawn = DistillLoader(loader, Fixed(found[:, 0])).batch_at(4), loader.sample(4)
     assert batch.teacher_crops == ()
     assert batch.teacher_logits is not None
     assert torch.equal(batch.teacher_logits, found[drawn.indices, 0])
@@ -324,12 +321,17 @@ def test_the_loss_of_a_batch():
     one_hot = 0.9 * F.one_hot(labels, 10) + 0.01
     mixed = 0.8 * one_hot[1:] + 0.2 * one_hot[:-1]
     wanted = (0.75 * kl - 0.25 * (mixed * student.log_softmax(-1)).sum(-1)).mean()
-    torch.testing.assert_close(distill.loss(student, told, batch, config), wanted)
+    losses = distill.distillation_loss(student, told, batch, config)
+    torch.testing.assert_close(losses["loss"], wanted)
+    torch.testing.assert_close(losses["distance"], kl.mean())
+    torch.testing.assert_close(losses["label_loss"], -(mixed * student.log_softmax(-1)).sum(-1).mean())
 
     plain = config.model_copy(update={"label_weight": 0.0, "t_squared": False, "standardise": True})
     shaped = [(x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True) / 3 for x in (told, student)]
     p, q = (each.softmax(-1) for each in shaped)
-    torch.testing.assert_close(distill.loss(student, told, batch, plain), (p * (p / q).log()).sum(-1).mean())
+    losses = distill.distillation_loss(student, told, batch, plain)
+    torch.testing.assert_close(losses["loss"], (p * (p / q).log()).sum(-1).mean())
+    assert losses.keys() == {"loss", "distance"}
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -467,10 +469,10 @@ def test_training_views_are_judged_alike_with_however_many_processes(split):
 
     view = scoring.EvalView(12, 12, 4, torch.device("cpu"), "fp32")
     net = torch.nn.Identity()
-    one = scoring.score_training_views(both, net, Loader(split, 1, 8, 12), 3, view)
-    two = scoring.score_training_views(both, net, Loader(split, 1, 8, 12, rank=1, world=2), 3, view)
+    one = scoring.score_training_views(both, net, Loader(split, ViewSpec(1, 8, 12)), 3, view)
+    two = scoring.score_training_views(both, net, Loader(split, ViewSpec(1, 8, 12), 1, 2), 3, view)
     assert one == two
-    loader = Loader(split, 1, 8, 12)
+    loader = Loader(split, ViewSpec(1, 8, 12))
     crops = torch.cat([loader.batch_at(step).crops[1:] for step in range(3, 35)]).mean((2, 3))
     labels = torch.cat([loader.batch_at(step).labels[1:] for step in range(3, 35)])
     assert one["views"] == 256

@@ -19,6 +19,7 @@ from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble, mean_logit
 from funmatch.models.inference.frozen import Frozen
 from funmatch.ops.crops import crop_resize_flip
 from funmatch.ops.mixing import mixup
+from funmatch.ops.view_spec import ViewSpec
 
 
 class Fixed(torch.nn.Module):
@@ -76,14 +77,15 @@ def test_each_teacher_sees_its_own_side_in_its_own_way():
 
 def test_the_same_crop_at_two_sides(images):
     split = open_cache(str(images)).splits["train"]
-    loader = Loader(split, seed=1, batch=6, side=12, teacher_sides=(12, 20, 31))
+    loader = Loader(split, ViewSpec(seed=1, batch=6, side=12), teacher_sides=(12, 20, 31))
     batch, drawn = loader.batch_at(3), loader.sample(3)
-    assert [each.shape[-1] for each in batch.teacher_crops] == [12, 20, 31]
-    assert torch.equal(batch.crops, Loader(split, seed=1, batch=6, side=12).batch_at(3).crops)
+    assert batch.teacher_crops[0] is None, "the student's own crops"
+    teacher_crops = (batch.crops, *batch.teacher_crops[1:])
+    assert [each.shape[-1] for each in teacher_crops] == [12, 20, 31]
+    assert torch.equal(batch.crops, Loader(split, ViewSpec(seed=1, batch=6, side=12)).batch_at(3).crops)
     rows = [-1, 0, 1, 2, 3, 4, 5]
     taken = [split.image(i) for i in drawn.indices[rows]]
-    assert batch.teacher_crops[0] is batch.crops
-    for crops in batch.teacher_crops:
+    for crops in teacher_crops:
         assert torch.equal(crops, crop_resize_flip(taken, drawn.boxes[rows], drawn.flips[rows], crops.shape[-1]))
     # A view at another side is the same image: shrunk to the same, they are alike.
     small, large = (
