@@ -45,7 +45,7 @@ from funmatch.data.batch import Batch
 from funmatch.data.cache.device_store import fastest_crop_kernel
 from funmatch.data.loader import prefetch
 from funmatch.ops import resample
-from funmatch.ops.sampling import box_sampler
+from funmatch.ops.boxes import box_sampler
 from funmatch.runtime import devices, transfers
 from funmatch.training import distill, profiling
 from funmatch.training.loop import fit

@@ -12,16 +12,10 @@ from funmatch.data.batch import Batch
 from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops import randaugment
+from funmatch.ops.boxes import box_sampler
 from funmatch.ops.crops import central_view, crop_of_resized_flip, crop_resize_flip
 from funmatch.ops.mixing import draw_cutmix_boxes
-from funmatch.ops.sampling import (
-    CUTMIX_STREAM,
-    RANDAUGMENT_STREAM,
-    StepSample,
-    box_sampler,
-    sample_step,
-    step_generator,
-)
+from funmatch.ops.sampling import CUTMIX_STREAM, RANDAUGMENT_STREAM, StepSample, sample_step, step_generator
 from funmatch.ops.view_spec import MILD, ViewSpec
 from funmatch.runtime.prefetch import prefetch_map
 from funmatch.runtime.timing import timed
@@ -75,7 +69,7 @@ class Loader:
         boxes = box_sampler(spec.crop, min_area=spec.min_area, side=spec.side, resize=spec.resize)
         return sample_step(
             spec.seed, step, spec.batch, len(self.split), self.split.sizes,
-            boxes=boxes, mixing=spec.mixup, mirrored=spec.crop != "whole", own=spec.own_teacher_view,
+            boxes=boxes, mixing=spec.mixup, flip=spec.crop != "whole", teacher_view=spec.own_teacher_view,
         )  # fmt: skip
 
     def batch_at(self, step: int, lookup: Lookup | None = None) -> Batch:

@@ -1,6 +1,7 @@
-"""Pixels to views: crop, resize, flip, mix. Bilinear without antialias throughout, as in the paper's code.
+"""Crops, resizes and flips images into views, on the CPU.
 
-Larger images are resampled by our own kernel (`resample`) where it can be had, else by torch.
+Bilinear without antialias throughout, as in the paper's code. `ops.resample` opens with the table of which code runs
+when; here are the two that need nothing but torch.
 """
 
 import numpy as np
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from funmatch.ops import resample
 
-# Images of one size up to this many pixels are resampled together: for them the calls cost more than the arithmetic.
 MAX_BATCHED_PIXELS = 64 * 64
-STRIP_ASPECT = 4  # times as long as wide: a strip
+"""Images of one size up to this many pixels are resampled together: below it, calls cost more than arithmetic."""
+STRIP_ASPECT = 4
+"""Aspect ratio above which an image is not resized whole for its central view."""
 
 
-def crop_resize_flip(images: list[Tensor], boxes, flips, side: int, *, native: bool = True) -> Tensor:
-    """Cuts one box out of each image, resizes it to a square and mirrors some.
+def crop_resize_flip(
+    images: list[Tensor], boxes: np.ndarray, flips: np.ndarray, side: int, *, native: bool = True
+) -> Tensor:
+    """Cuts a box out of each image, resizes it to a square and mirrors some.
 
     The crop is cut first and resized alone, so no pixel beyond its edge is read, with half-pixel centres and
     without antialias: what `tf.image.resize(crop, (side, side))` gives.
@@ -26,15 +30,15 @@ def crop_resize_flip(images: list[Tensor], boxes, flips, side: int, *, native: b
         boxes: (n, 4) whole pixels: top, left, height, width.
         flips: (n,) bool, mirrored left to right.
         side: of the views, pixels.
-        native: whether by our own kernel, where it can be had.
+        native: use the native CPU kernel if it is available.
 
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
     shape = images[0].shape
     if shape[0] * shape[1] <= MAX_BATCHED_PIXELS and all(image.shape == shape for image in images):
-        return _together(torch.stack(images), boxes, flips, side)
-    if native and _resampled(images):
+        return _crop_batched(torch.stack(images), boxes, flips, side)
+    if native and _use_kernel(images):
         return resample.sample(
             images,
             lambda starts, sizes: resample.crop_then_resize(starts, sizes, boxes, side).flipped(flips, side),
@@ -49,8 +53,10 @@ def crop_resize_flip(images: list[Tensor], boxes, flips, side: int, *, native: b
     return views
 
 
-def crop_of_resized_flip(images: list[Tensor], boxes, flips, side: int, *, native: bool = True) -> Tensor:
-    """Cuts one box out of each image *after* resizing it, and mirrors some.
+def crop_of_resized_flip(
+    images: list[Tensor], boxes: np.ndarray, flips: np.ndarray, side: int, *, native: bool = True
+) -> Tensor:
+    """Resizes each image, cuts a box out of the result, and mirrors some.
 
     Unlike `crop_resize_flip` it reads pixels beyond the box where the resized image would: what
     `tf.image.resize(image, …)` and then a crop give.
@@ -60,56 +66,67 @@ def crop_of_resized_flip(images: list[Tensor], boxes, flips, side: int, *, nativ
         boxes: (n, 4) pixels of the images, fractional: top, left, height, width.
         flips: (n,) bool, mirrored left to right.
         side: of the views, pixels.
-        native: whether by our own kernel, where it can be had.
+        native: use the native CPU kernel if it is available.
 
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
-    if native and _resampled(images):
+    if native and _use_kernel(images):
         return resample.sample(
             images,
             lambda starts, sizes: resample.resize_then_crop(starts, sizes, boxes, side).flipped(flips, side),
             side,
         )
+    # Only the box's pixels are interpolated: resizing the whole image would compute those that are cut away.
     views = torch.empty(len(images), 3, side, side, memory_format=torch.channels_last)
     for view, image, (top, left, height, width), flip in zip(
         views, images, boxes.tolist(), flips.tolist(), strict=True
     ):
-        first, second, share = _sampled(top, height, image.shape[0], side)
+        first, second, share = _neighbours(top, height, image.shape[0], side)
         rows = torch.lerp(image[first].float(), image[second].float(), share[:, None, None])
-        first, second, share = _sampled(left, width, image.shape[1], side)
+        first, second, share = _neighbours(left, width, image.shape[1], side)
         sampled = torch.lerp(rows[:, first], rows[:, second], share[:, None]).permute(2, 0, 1)
         torch.div(sampled.flip(-1) if flip else sampled, 255, out=view)
     return views
 
 
-def _resampled(images: list[Tensor]) -> bool:
-    """Whether our own kernel can resample these, and is worth it: if any is not small, and it can be had."""
-    return (
-        any(image.shape[0] * image.shape[1] > MAX_BATCHED_PIXELS for image in images) and not resample.why_unavailable()
-    )
+def _use_kernel(images: list[Tensor]) -> bool:
+    """Returns whether the native kernel is worth its call (an image is not small) and available."""
+    # The sizes first: asking for the kernel compiles it on first use, which small data sets need not pay for.
+    large = any(image.shape[0] * image.shape[1] > MAX_BATCHED_PIXELS for image in images)
+    return large and not resample.why_unavailable()
 
 
-def _sampled(start: float, length: float, size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which two pixels of an image's side give each pixel of the view's side, and the share of the second: (side,)."""
-    at = (start + (torch.arange(side, dtype=torch.float64) + 0.5) * (length / side) - 0.5).clamp(0, size - 1)
-    first = at.long()
-    return first, (first + 1).clamp(max=size - 1), (at - first).float()
+def _neighbours(start: float, length: float, size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the two pixels between which each pixel of a view lies, along one axis.
+
+    Args:
+        start, length: of the box, in pixels of the image.
+        size: of the image.
+        side: of the view.
+
+    Returns:
+        the first pixel, the second, and the weight of the second, (side,) each.
+    """
+    # float64: the place is a sum of large and small numbers, and float32 would shift it by 10⁻⁴ of a pixel.
+    place = (start + (torch.arange(side, dtype=torch.float64) + 0.5) * (length / side) - 0.5).clamp(0, size - 1)
+    first = place.long()
+    return first, (first + 1).clamp(max=size - 1), (place - first).float()
 
 
 def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = False) -> Tensor:
-    """The evaluation view: the short side resized, then a central square.
+    """Makes the evaluation view of an image: its short side resized, then a central square.
 
     Args:
         image: (height, width, 3) uint8.
-        short_side: of the resized image, pixels, at least `side`.
+        short_side: short side of the resized image, pixels, at least `side`.
         side: of the view, pixels.
-        squash: resize both sides to `short_side`, whatever shape that gives things.
+        squash: resize both sides to `short_side`, without regard to the image's aspect.
 
     Returns:
         (3, side, side) float32 in [0, 1].
     """
-    if _resampled([image]):
+    if _use_kernel([image]):
         return resample.sample(
             [image], lambda starts, sizes: resample.central_grid(starts, sizes, short_side, side, squash=squash), side
         )[0]
@@ -118,6 +135,7 @@ def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = Fa
         corner = (short_side - side) // 2
         return _resize(image, short_side, short_side)[:, corner : corner + side, corner : corner + side] / 255
     scale = short_side / min(height, width)
+    # A strip of 10 × 30,000 pixels, resized whole to 256 on the short side, would take gigabytes.
     if max(height, width) > STRIP_ASPECT * min(height, width):
         return _central_of_strip(image, scale, side) / 255
     height, width = max(side, round(height * scale)), max(side, round(width * scale))
@@ -126,21 +144,31 @@ def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = Fa
 
 
 def _central_of_strip(image: Tensor, scale: float, side: int) -> Tensor:
-    """`central_view`, in [0, 255], of an image too long to be resized whole: its middle alone is resampled."""
+    """Computes `central_view`, in [0, 255], of a very long image by resampling its middle only.
+
+    Args:
+        image: (height, width, 3) uint8.
+        scale: of the resized image.
+        side: of the view, pixels.
+    """
     products = []
     for size in image.shape[:2]:
         resized = max(side, round(size * scale))
-        at = (np.arange(side) + (resized - side) // 2 + 0.5) * (size / resized) - 0.5
-        at = np.clip(at, 0, size - 1)
-        first, last = int(at[0]), min(int(at[-1]) + 2, size)
-        weights = np.clip(1 - np.abs(at[:, None] - np.arange(first, last)), 0, 1).astype(np.float32)
+        places = (np.arange(side) + (resized - side) // 2 + 0.5) * (size / resized) - 0.5
+        places = np.clip(places, 0, size - 1)
+        first, last = int(places[0]), min(int(places[-1]) + 2, size)
+        weights = np.clip(1 - np.abs(places[:, None] - np.arange(first, last)), 0, 1).astype(np.float32)
         products.append((slice(first, last), torch.from_numpy(weights)))
     (rows, down), (columns, across) = products
     return down @ image[rows, columns].permute(2, 0, 1).float() @ across.T
 
 
-def _together(images: Tensor, boxes, flips, side: int) -> Tensor:
-    """`crop_resize_flip` of (n, height, width, 3) by two matrix products, since bilinear resampling is separable."""
+def _crop_batched(images: Tensor, boxes: np.ndarray, flips: np.ndarray, side: int) -> Tensor:
+    """Computes `crop_resize_flip` by two matrix products, since bilinear resampling is separable.
+
+    Args:
+        images: (n, height, width, 3) uint8; other arguments as of `crop_resize_flip`.
+    """
     top, left, height, width = boxes.T
     rows = torch.from_numpy(_weights(top, height, images.shape[1], side))
     columns = _weights(left, width, images.shape[2], side)
@@ -149,8 +177,17 @@ def _together(images: Tensor, boxes, flips, side: int) -> Tensor:
     return (rows[:, None] @ planes @ columns[:, None].mT).contiguous(memory_format=torch.channels_last)
 
 
-def _weights(start, length, size: int, side: int):
-    """(n, side, size): how much each pixel of an image's side counts for each pixel of the view's side."""
+def _weights(start: np.ndarray, length: np.ndarray, size: int, side: int) -> np.ndarray:
+    """Computes the weight of each pixel of an image in each pixel of its view, along one axis.
+
+    Args:
+        start, length: of the boxes, (n,) pixels.
+        size: of the images.
+        side: of the views.
+
+    Returns:
+        (n, side, size) float32; each row sums to 1.
+    """
     centres = (np.arange(side) + 0.5) * (length[:, None] / side) - 0.5
     centres = start[:, None] + np.clip(centres, 0, length[:, None] - 1)  # beyond the crop's edge, the edge is repeated
     distance = np.abs(centres.astype(np.float32)[:, :, None] - np.arange(size, dtype=np.float32))
@@ -158,6 +195,6 @@ def _weights(start, length, size: int, side: int):
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    """(h, w, 3) uint8 to (3, height, width) float32 in [0, 255]."""
+    """Resizes (h, w, 3) uint8 to (3, height, width) float32 in [0, 255]."""
     planes = image.permute(2, 0, 1)[None].float()
     return F.interpolate(planes, (height, width), mode="bilinear", align_corners=False)[0]

@@ -25,7 +25,7 @@ class ViewSpec:
         batch: images in the *global* batch; may exceed the number of images.
         side: image size of the student's crops, pixels.
         min_area: smallest share of an image that an Inception crop covers, in (0, 1].
-        crop: how an image becomes a view; see `sampling.sample_boxes`.
+        crop: how an image becomes a view; see `boxes.box_sampler`.
         resize: short side from which a mild crop is cut, pixels; 0 for other crops.
         mixup: how MixUp's λ is drawn.
         cutmix: a of Beta(a, a), from which CutMix's λ is drawn; 0 is no CutMix.

@@ -20,6 +20,7 @@ from funmatch.errors import InputError
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.ops import distances, randaugment
+from funmatch.ops.boxes import sample_inception_boxes
 from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.mixing import mix_views, mixup
 from funmatch.ops.sampling import (
@@ -29,7 +30,6 @@ from funmatch.ops.sampling import (
     TEACHER_STREAM,
     MixupOptions,
     beta_quantile,
-    sample_inception_boxes,
     sample_step,
     step_generator,
 )
@@ -90,7 +90,7 @@ def test_own_views_are_of_the_same_images_and_drawn_alike_but_independently(spli
 
 
 def test_own_draws_do_not_depend_on_the_shared_ones():
-    draws = [sample_step(0, step, 64, 64, sizes, own=True) for step in range(300)]
+    draws = [sample_step(0, step, 64, 64, sizes, teacher_view=True) for step in range(300)]
     mine = np.concatenate([draw.boxes[:, 2] for draw in draws])
     theirs = np.concatenate([draw.teacher_view[0][:, 2] for draw in draws])
     assert abs(np.corrcoef(mine, theirs)[0, 1]) < 0.05
