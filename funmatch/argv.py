@@ -1,18 +1,54 @@
 """What a person types, made ready for the parser: options that are said twice, and the names of recipes."""
 
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from funmatch.config import SEARCHED, TAUGHT, Distill, recipes
-from funmatch.config.options import Options
+from funmatch.config.options import Options, like
 from funmatch.errors import InputError, unknown
 
 
 class DistillMany(Distill):
     """A distillation of several students in one process."""
 
-    students: tuple[str, ...]
+    students: Annotated[tuple[str, ...], like(Distill, "student")]
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def parse_options(words: list[str], table: type[AnyOptions], prog: str, default: Any, *, show: bool) -> AnyOptions:
+    """The table that some words describe; whatever is wrong with them ends the program.
+
+    Args:
+        prog: the command as its usage shows it.
+        default: a table whose values are used for options that are not among the words, or None.
+        show: whether this process prints what is wrong.
+    """
+    registry = ConstructorRegistry()
+    registry.struct_rule(_spec_of)
+    with registry:
+        return tyro.cli(table, prog=prog, args=words, default=default, console_outputs=show)
+
+
+def _spec_of(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """How tyro reads a table of ours: each option tells its flag and aliases itself, so `config` needs no tyro."""
+    if not (isinstance(info.type, type) and issubclass(info.type, Options)):
+        return None
+    fields = []
+    for name, field in info.type.model_fields.items():
+        opt = info.type.opt(name)
+        conf: list[Any] = [tyro.conf.arg(name=opt.flag, aliases=opt.aliases or None)]
+        conf += [tyro.conf.Positional] if opt.positional else []
+        conf += [tyro.conf.FlagCreatePairsOff] if field.default is False else []
+        default = tyro.MISSING if field.is_required() else field.default
+        if isinstance(info.default, Options):
+            default = getattr(info.default, name, default)
+        typed: Any = Annotated[(field.annotation, *conf)]  # pyrefly: ignore[not-a-type]
+        fields.append(StructFieldSpec(name=name, type=typed, default=default, helptext=field.description))
+    return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
 
 def split_students(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -21,7 +57,7 @@ def split_students(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
     following = iter(words)
     for word in following:
         flag, equals, value = word.partition("=")
-        if flag != "--student":
+        if not flag.startswith("--") or Distill.field_of(flag) != "student":
             left.append(word)
             continue
         students.append(value if equals else next(following, ""))
@@ -67,8 +103,7 @@ def apply_recipe(words: list[str], verb: str, table: type[Options]) -> tuple[lis
     if len(set(names)) > 1:
         raise InputError(f"two recipes are named, {' and '.join(names)}; a run follows one")
     flags = {word.partition("=")[0] for word in left if word.startswith("--")}
-    said = {flag.removeprefix("--").replace("-", "_") for flag in flags}
-    said |= {"student"} if said & {"model"} else set()
+    said = {name for flag in flags if (name := table.field_of(flag))}
     open_knobs = dict.fromkeys(name for name, knob in table.model_fields.items() if knob.is_required())
     closed = recipes.find(names[0], verb).over(dict.fromkeys(said))
     if table not in TAUGHT.values() and "out" in closed:

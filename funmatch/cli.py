@@ -10,9 +10,7 @@ from errno import EDQUOT, ENOSPC
 from io import TextIOWrapper
 from typing import Any
 
-import tyro
-
-from funmatch.argv import DistillMany, apply_recipe, merge_repeated, split_students, split_subject
+from funmatch.argv import DistillMany, apply_recipe, merge_repeated, parse_options, split_students, split_subject
 from funmatch.config import (
     SEARCHED,
     TAUGHT,
@@ -121,7 +119,7 @@ def parse(arguments: list[str]) -> Options:
     named = f"funmatch {verb}" + (" VERB|RECIPE" if verb in ("tune", "plan") else " [RECIPE]" if verb in TAUGHT else "")
     if taught in TAUGHT:
         words, default = apply_recipe(words, taught, table)
-    config = tyro.cli(table, prog=named, args=words, default=default, console_outputs=told)
+    config = parse_options(words, table, named, default, show=told)
     config.check()
     return DistillMany(**config.model_dump(), students=students) if len(students) > 1 else config
 

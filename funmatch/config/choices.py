@@ -1,4 +1,4 @@
-"""Ways to teach as tables: what student and teacher see of an image, and between which answers distance is."""
+"""The tables of strategies (which views of an image student and teacher get) and of distances."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from types import MappingProxyType
 from typing import Literal
 
 Crop = Literal["inception", "mild", "squash", "whole"]
-"""How an image becomes a view: an Inception crop, a random square of the resized image (keeping its shape, or of
-the whole image resized to a square), or the whole image resized, never mirrored."""
+"""How an image becomes a view: an Inception crop; a random square of the resized image (aspect ratio kept, or the
+whole image squashed to a square); or the whole image resized, never mirrored."""
 TeacherInput = Literal["same", "own", "whole", "central", "ensemble"]
 
 
@@ -16,10 +16,10 @@ class Strategy:
     """A row of the paper's table (section 3, figure 3).
 
     Attributes:
-        crop: of the student's view.
-        teacher: what the teacher sees: the same view; its own, drawn alike but independently; or always the same
-            (fixed): the whole image, a central crop, or the mean of what it says of many Inception crops.
-        mixup: the a of Beta(a, a) of MixUp's λ, where nobody said another; 0 is no MixUp.
+        crop: the student's crop.
+        teacher: the teacher's view: the same one; one of its own, drawn from the same distribution; or a fixed one:
+            the whole image, a central crop, or many Inception crops, whose mean output counts.
+        mixup: the default a of Beta(a, a), from which MixUp's λ is drawn; 0 is no MixUp.
     """
 
     crop: Crop
@@ -28,7 +28,7 @@ class Strategy:
 
     @property
     def fixed(self) -> bool:
-        """Whether the teacher's answer to an image never changes, so that it is computed once."""
+        """Whether the teacher's output for an image never changes, so that it is computed once."""
         return self.teacher not in ("same", "own")
 
     @property
@@ -49,19 +49,39 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "funmatch": Strategy("inception", "same", mixup=1.0),
     }
 )
-"""Function matching is consistent teaching (same/ic) with MixUp."""
+"""Function matching is the consistent strategy same/ic with MixUp."""
 
-DISTANCES: Mapping[str, bool] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Distance:
+    """What the checks of options need to know about a distance of `funmatch.ops.distances`.
+
+    Attributes:
+        tempered: whether it compares probabilities at a temperature.
+        couples_batch: whether it compares the images of a batch with each other, so that a batch cannot be cut.
+        needs_all_classes: whether it wants all of the teacher's logits.
+        needs_top_class: whether only the teacher's top class counts.
+        smooths: whether it takes label smoothing.
+    """
+
+    tempered: bool = False
+    couples_batch: bool = False
+    needs_all_classes: bool = True
+    needs_top_class: bool = False
+    smooths: bool = False
+
+
+DISTANCES: Mapping[str, Distance] = MappingProxyType(
     {
-        "kl": True,
-        "reverse-kl": True,
-        "js": True,
-        "dist": True,
-        "hard": False,
-        "l2": False,
-        "euclidean": False,
-        "log-softmax-l2": False,
-        "log-softmax-euclidean": False,
+        "kl": Distance(tempered=True, needs_all_classes=False),
+        "reverse-kl": Distance(tempered=True, needs_all_classes=False),
+        "js": Distance(tempered=True, needs_all_classes=False),
+        "dist": Distance(tempered=True, couples_batch=True),
+        "hard": Distance(needs_top_class=True, smooths=True),
+        "l2": Distance(),
+        "euclidean": Distance(),
+        "log-softmax-l2": Distance(),
+        "log-softmax-euclidean": Distance(),
     }
 )
-"""The distances of `funmatch.distances`, and whether each is of probabilities at a temperature."""
+"""The distances between the outputs of student and teacher, by name."""

@@ -12,23 +12,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from funmatch.config import TAUGHT, UNCOMPARED, Train
+from funmatch.config.distill import TAUGHT
+from funmatch.config.options import replaced_by
+from funmatch.config.train import Train
 from funmatch.errors import InputError, unknown
 
 PAPER, EARLIER = "Beyer et al., CVPR 2022", "FunMatch-Distillation (TensorFlow)"
-MACHINE = {"device", "precision", "threads", "teacher_precision", "compile", "teacher_ahead", "seed"}
-"""Knobs that a recipe does not decide."""
-AGAINST = {
-    "steps": ("epochs",),
-    "epochs": ("steps",),
-    "teacher": ("teacher_weights", "teacher_kwargs", "teacher_side", "teacher_share", "classes"),
-    "student": ("student_weights", "student_kwargs"),
-    "crop": ("resize",),
-    "optimizer": ("optimizer_kwargs", "momentum", "momentum_dtype"),
-    "schedule": ("decay_steps", "decay_factors", "cooldown_steps"),
-    "decay_steps": ("decay_factors",),
-}
-"""What a recipe says no longer once a person says this."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,7 @@ class Recipe:
 
     def over(self, said: Mapping[str, Any]) -> dict[str, Any]:
         """What it says itself when a person says this: that, but for what goes with what they replace."""
-        silent = {name for one in said for name in (one, *AGAINST.get(one, ()))}
+        silent = {*said, *replaced_by(TAUGHT[self.verb], said)}
         return {name: value for name, value in self.knobs.items() if name not in silent} | {"recipe": self.name}
 
 
@@ -99,8 +88,7 @@ def facts(config: Train) -> dict[str, Any]:
         return {}
     recipe = find(config.recipe)
     own = recipe.table(out=config.out) if "out" not in recipe.knobs else recipe.table()
-    left = {"epochs", "data", "eval_data"}  # not compared in a run that goes on, but part of a recipe
-    names = type(config).model_fields.keys() - (UNCOMPARED - left) - MACHINE
+    names = type(config).where(lambda opt: opt.in_recipe)
     differing = {name for name in names if getattr(own, name) != getattr(config, name)}
     values = own.model_dump(mode="json"), config.model_dump(mode="json")
     return {"overridden": {name: [each[name] for each in values] for name in sorted(differing)}}
@@ -113,9 +101,8 @@ def words(recipe: Recipe) -> str:
 
 def options(verb: str, knobs: Mapping[str, Any]) -> Iterator[str]:
     """Knobs as a person types them, an option each with its values."""
-    typed = {"student": "model", "student_weights": "weights"} if verb == "finetune" else {}
     for name, value in knobs.items():
-        option = "--" + typed.get(name, name).replace("_", "-")
+        option = "--" + (TAUGHT[verb].opt(name).flag or name).replace("_", "-")
         values = value if isinstance(value, tuple) else (value,)
         if value is False:
             if TAUGHT[verb].model_fields[name].default is True:

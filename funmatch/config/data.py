@@ -1,0 +1,114 @@
+"""Options for the images, and the tables of the commands that only read images: prepare and data."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.options import Names, Options, Share
+
+DATA, PLACE = Changes.DATA, Changes.PLACE
+VAL = "10%"
+"""Share of the training images held out for validation, where a command needs such a split and the data has none."""
+
+
+class Images(Options):
+    """How images are read and stored."""
+
+    val: Annotated[Share, Opt(group=Group.DATA, changes=DATA, usual="none", essential=True, metavar="SHARE")] = None
+    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
+    the images' content and on --val-seed."""
+    val_seed: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=0, at_most=2**62)] = 0
+    """Seed of the validation split."""
+    unlabelled: Annotated[bool, Opt(group=Group.DATA, changes=DATA)] = False
+    """Ignore labels, whatever the folders are called."""
+    image_feature: Annotated[
+        str | None, Opt(group=Group.DATA, changes=DATA, usual="one of the usual names", metavar="NAME")
+    ] = None
+    """In shards and tables: the feature, file ending or column that holds the image."""
+    label_feature: Annotated[
+        str | None, Opt(group=Group.DATA, changes=DATA, usual="one of the usual names", metavar="NAME")
+    ] = None
+    """In shards and tables: the feature, file ending or column that holds the class; none for no labels."""
+    first_label: Annotated[int, Opt(group=Group.DATA, changes=DATA)] = 0
+    """In shards: the number of the first class."""
+    # A run compares its images by their content, so what leads to the same images may differ when it resumes.
+    class_file: Annotated[
+        Path | None, Opt(group=Group.DATA, changes=DATA, compared=False, usual="names in the data")
+    ] = None
+    """In shards and tables: a text file with one class name per line."""
+    follow_links: Annotated[bool, Opt(group=Group.DATA, changes=DATA, compared=False)] = False
+    """Follow symbolic links that lead out of a folder."""
+    data_dir: Annotated[
+        Path | None,
+        Opt(group=Group.DATA, changes=PLACE, usual="$FUNMATCH_DATA, or a folder in the user's cache"),
+    ] = None
+    """Folder that holds the catalog's data sets, and into which they are downloaded."""
+    cap: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1)] = 512
+    """Images whose shorter side is longer than this, in pixels, are scaled down to it."""
+    decoder: Annotated[Literal["auto", "pillow", "torchcodec"], Opt(group=Group.DATA, changes=DATA)] = "auto"
+    """JPEG decoder; auto is torchcodec where it is installed, else Pillow."""
+    pixels: Annotated[Literal["auto", "resident", "streaming"], Opt(group=Group.DATA, changes=PLACE)] = "auto"
+    """resident: decode once into the cache. streaming: keep images encoded and decode them a step ahead, in threads.
+    auto is resident up to --resident-gb."""
+    resident_gb: Annotated[float, Opt(group=Group.DATA, changes=PLACE, at_least=0, metavar="GB")] = 32.0
+    """With --pixels auto: the most gigabytes of decoded pixels that are stored in the cache."""
+    max_pixels: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1)] = 178_956_970
+    """Larger images are rejected as decompression bombs."""
+    on_bad: Annotated[Literal["stop", "skip"], Opt(group=Group.DATA, changes=DATA, compared=False)] = "stop"
+    """When images cannot be decoded: stop and list all of them, or skip them."""
+
+
+class Named(Images):
+    """Images that are given without a flag."""
+
+    data: Annotated[
+        Names, Opt(group=Group.DATA, changes=DATA, compared=False, essential=True, positional=True, metavar="DATA …")
+    ]
+    """Images: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
+    joined."""
+
+    def problems(self) -> list[str]:
+        return ([] if self.data else ["give the images, e.g. ~/pictures or pet37"]) + super().problems()
+
+
+class Prepare(Named):
+    """Download, check and decode images, or write them as TFRecord shards."""
+
+    verbs: ClassVar[str] = "Data"
+    examples: ClassVar[tuple[str, ...]] = (
+        "funmatch prepare pet37",
+        "funmatch prepare ~/images --to tfrecord --out shards",
+    )
+
+    to: Annotated[Literal["cache", "tfrecord"], Opt(group=Group.OUTPUT, changes=PLACE, essential=True)] = "cache"
+    """cache: decode for the runs of this program. tfrecord: write shards of tf.train.Example into --out."""
+    out: Annotated[Path | None, Opt(group=Group.OUTPUT, changes=PLACE, usual="none", essential=True)] = None
+    """Folder for the shards."""
+    side: Annotated[
+        int | None,
+        Opt(group=Group.OUTPUT, changes=DATA, at_least=1, at_most=16384, usual="each image's own size",
+            aliases=("--img-size",)),
+    ] = None  # fmt: skip
+    """Resize the images of the shards to a square of this many pixels a side."""
+    shard_size: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=1, at_most=10**6)] = 128
+    """Images per shard."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.to == "tfrecord" and self.out is None:
+            found.append("--to tfrecord needs --out, the folder for the shards")
+        if self.to == "cache" and (self.out or self.side):
+            found.append("--out and --side belong to --to tfrecord")
+        return found + super().problems()
+
+
+class Data(Named):
+    """Show what a data set holds: counts, sizes, oddities, and a sheet of samples."""
+
+    verbs: ClassVar[str] = "Data"
+    examples: ClassVar[tuple[str, ...]] = ("funmatch data ~/images", "funmatch data pet37 --sheet pet37.png")
+
+    sheet: Annotated[
+        Path | None, Opt(group=Group.OUTPUT, changes=PLACE, usual="NAME-sheet.png in this folder", essential=True)
+    ] = None
+    """Image file (PNG) for the sheet of samples."""

@@ -1,0 +1,140 @@
+"""Options for the student and for the training loop: length, batch, evaluation, checkpoints."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.options import Machine, Options, Pairs
+
+STUDENT, PLACE, ARITHMETIC = Changes.STUDENT, Changes.PLACE, Changes.ARITHMETIC
+
+
+class Student(Options):
+    """The network that is trained."""
+
+    student: Annotated[
+        str,
+        # Without --side its own image size is that of the views.
+        Opt(group=Group.STUDENT, changes=STUDENT | Changes.VIEWS, essential=True, content="student",
+            replaces=("student_weights", "student_kwargs"), aliases=("--model",), metavar="MODEL"),
+    ]  # fmt: skip
+    """Network to train: a timm name, with random weights or, with its tag, its published ones; a folder or file with
+    weights, as for a teacher; or fashion-mini-student. For another number of classes it gets a new head of zeros."""
+    student_weights: Annotated[
+        Path | None,
+        Opt(group=Group.STUDENT, changes=STUDENT, content="student", usual="none", aliases=("--weights",)),
+    ] = None
+    """File to start from (.safetensors, .pt or BiT .npz), for a student given by its timm name."""
+    student_kwargs: Annotated[
+        Pairs,
+        Opt(group=Group.STUDENT, changes=STUDENT, usual="none", aliases=("--model-kwargs",), metavar="KEY=VALUE …"),
+    ] = ()
+    """Arguments for timm's constructor, e.g. channels=16,32,64,128."""
+    drop_rate: Annotated[
+        float | None, Opt(group=Group.STUDENT, changes=STUDENT, at_least=0, below=1, usual="the network's own")
+    ] = None
+    """Dropout rate before the student's head (timm's drop_rate)."""
+    drop_path: Annotated[
+        float | None, Opt(group=Group.STUDENT, changes=STUDENT, at_least=0, below=1, usual="the network's own")
+    ] = None
+    """Stochastic-depth rate of the student (timm's drop_path_rate)."""
+    ema: Annotated[
+        float | None, Opt(group=Group.STUDENT, changes=STUDENT, at_least=0, below=1, usual="off", metavar="DECAY")
+    ] = None
+    """Decay of the weights' exponential moving average (EMA), e.g. 0.9999; the average is evaluated and saved beside
+    the student."""
+    freeze_until: Annotated[
+        str | None, Opt(group=Group.STUDENT, changes=STUDENT, usual="nothing is frozen", metavar="MODULE")
+    ] = None
+    """Freeze everything before this module of the student, e.g. stages.3 or head."""
+    grad_checkpointing: Annotated[bool, Opt(group=Group.STUDENT, changes=STUDENT)] = False
+    """Recompute activations in the backward pass, to need less memory. BatchNorm's running averages are updated
+    twice."""
+
+
+class Loop(Machine):
+    """Length of the run, its batches, and what happens every so many steps."""
+
+    steps: Annotated[
+        int | None,
+        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, at_most=10**12, essential=True, extends=True,
+            replaces=("epochs",), usual="by --epochs"),
+    ] = None  # fmt: skip
+    """Length of the run in steps (updates of the weights). Give this or --epochs."""
+    epochs: Annotated[
+        float | None,
+        # A run's record holds the steps that these epochs come to.
+        Opt(group=Group.LOOP, changes=STUDENT, above=0, at_most=10**9, essential=True, compared=False,
+            replaces=("steps",), usual="by --steps"),
+    ] = None  # fmt: skip
+    """Length of the run in passes over the training images. Function matching gains from thousands."""
+    batch: Annotated[
+        int,
+        Opt(group=Group.LOOP, changes=STUDENT | Changes.VIEWS, at_least=1, at_most=10**6, essential=True,
+            aliases=("-b", "--batch-size")),
+    ] = 128  # fmt: skip
+    """Images per step. May be more than the data set has."""
+    micro_batch: Annotated[int | None, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, usual="the whole batch")] = (
+        None
+    )
+    """Images per forward pass of the student (gradient accumulation), to need less memory. Crops and λ stay the same;
+    only BatchNorm statistics change."""
+    label_smoothing: Annotated[float, Opt(group=Group.LOOP, changes=STUDENT, at_least=0, below=1)] = 0.0
+    """Share of each label that is spread over all classes, where labels are used."""
+    patience: Annotated[int | None, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, usual="no early stopping")] = (
+        None
+    )
+    """Early stopping: end the run after this many evaluations on the validation split without an improvement."""
+    keep: Annotated[Literal["last", "best"], Opt(group=Group.LOOP, changes=STUDENT)] = "last"
+    """Student to evaluate and save at the end: the last one, or the best on the validation split."""
+    seed: Annotated[
+        int,
+        Opt(group=Group.LOOP, changes=STUDENT | Changes.VIEWS, at_least=0, at_most=2**62, searchable=False,
+            recipe=False, study=False),
+    ] = 0  # fmt: skip
+    """Seed of the student's first weights and of every random choice."""
+    eval_every: Annotated[int, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False)] = 500
+    """Steps between evaluations on the validation split."""
+    save_every: Annotated[int, Opt(group=Group.LOOP, changes=PLACE, at_least=1)] = 500
+    """Steps between checkpoints."""
+    log_every: Annotated[int, Opt(group=Group.LOOP, changes=PLACE, at_least=1)] = 50
+    """Steps between records of the loss."""
+    compile: Annotated[
+        Literal["auto", "off", "native", "on", "max"],
+        Opt(group=Group.MACHINE, changes=STUDENT | Changes.TEACHER | ARITHMETIC),
+    ] = "auto"
+    """How to speed the networks up; results stay equal up to rounding. on: compile them, which takes a minute or two;
+    max: try more kernels for longer. native: on a CPU, use funmatch's own kernels for GroupNorm and standardised
+    convolutions. auto: native on a CPU; elsewhere on, for larger networks in runs of 2,000 steps or more."""
+    threads: Annotated[
+        int | None, Opt(group=Group.MACHINE, changes=ARITHMETIC, at_least=1, at_most=1024, usual="all cores")
+    ] = None
+    """CPU cores that the networks use. Tiny networks are faster on one."""
+    workers: Annotated[
+        int | None,
+        Opt(group=Group.MACHINE, changes=PLACE, at_least=1, at_most=256, aliases=("-j",),
+            usual="one fewer than there are cores, at most 8"),
+    ] = None  # fmt: skip
+    """Threads that make views ahead of the networks."""
+    device_gb: Annotated[
+        float | None,
+        # A run that resumes keeps the value it began with, unless another is given: its views' rounding depends on it.
+        Opt(group=Group.MACHINE, changes=PLACE | Changes.VIEWS | ARITHMETIC, at_least=0, compared=False,
+            usual="a quarter of its memory", metavar="GB"),
+    ] = None  # fmt: skip
+    """Most gigabytes of decoded images that an accelerator keeps in its memory, to cut views itself."""
+    profile: Annotated[bool, Opt(group=Group.OUTPUT, changes=PLACE)] = False
+    """Profile the first steps, part by part, and save a trace of some of them in the run folder."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether networks are compiled, as far as this is known without the machine."""
+        return self.compile in ("on", "max")
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.steps is not None and self.epochs is not None:
+            found.append("give the length by either --steps or --epochs, not both")
+        if self.steps is None and self.epochs is None and not self.by_rule:
+            found.append("give the length by either --steps or --epochs, e.g. --epochs 1000")
+        return found + super().problems()

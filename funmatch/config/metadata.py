@@ -1,0 +1,119 @@
+"""Defines what every option says about itself: bounds, help group, what it can change, how it is typed."""
+
+from dataclasses import dataclass
+from enum import Enum, Flag, auto
+from typing import Any
+
+
+class Changes(Flag):
+    """What another value of an option can change. An option may change several of these at once."""
+
+    PLACE = auto()
+    """Where files lie, how they are kept and what is printed; nothing that is computed."""
+    ARITHMETIC = auto()
+    """How numbers are computed: results stay equal up to rounding."""
+    STUDENT = auto()
+    """The student's weights, or how it is evaluated."""
+    VIEWS = auto()
+    """The views that teachers and student are shown."""
+    TEACHER = auto()
+    """The teachers' outputs for a view."""
+    DATA = auto()
+    """The images or their labels."""
+
+
+class Group(Enum):
+    """The headings of `--help`, in their order."""
+
+    DATA = "Data"
+    STUDENT = "Student"
+    TEACHER = "Teacher"
+    VIEWS = "Views"
+    OPTIMIZER = "Optimizer"
+    LOOP = "Loop"
+    SEARCH = "Search"
+    STUDY = "Study"
+    MACHINE = "Machine"
+    OUTPUT = "Output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opt:
+    """What an option says about itself, beside its type, its default and its sentence.
+
+    Attributes:
+        group: heading under which `--help` lists it.
+        changes: what another value can change.
+        at_least, at_most, above, below: bounds of its value, or of each of its values.
+        usual: what is used where the default is None or empty: the value itself, or the rule in words.
+        essential: whether `--help` shows it among the options that matter most.
+        replaces: options of a recipe that are dropped when a person sets this one.
+        searchable: whether `funmatch tune` may search it; None decides by `changes`.
+        compared: whether a run that resumes must have the same value; None decides by `changes`.
+        recipe: whether a recipe decides it; None decides by `changes`.
+        study: whether a study file may set it.
+        extends: whether a finished run may be resumed with another value, to make it longer.
+        content: the fact of a run's record that holds the content of the files it names.
+        flag: its name on the command line, where this is not the field's.
+        aliases: other flags for it.
+        positional: whether its value stands without a flag.
+        metavar: what stands for its value in `--help`; None decides by its type.
+    """
+
+    group: Group
+    changes: Changes
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    usual: Any = None
+    essential: bool = False
+    replaces: tuple[str, ...] = ()
+    searchable: bool | None = None
+    compared: bool | None = None
+    recipe: bool | None = None
+    study: bool = True
+    extends: bool = False
+    content: str | None = None
+    flag: str | None = None
+    aliases: tuple[str, ...] = ()
+    positional: bool = False
+    metavar: str | None = None
+
+    @property
+    def is_searchable(self) -> bool:
+        """Whether a search may try several values: they make students that differ, and are evaluated alike."""
+        fixed = self.changes & (Changes.PLACE | Changes.ARITHMETIC | Changes.DATA)
+        return not fixed if self.searchable is None else self.searchable
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether a run can only be resumed with the same value."""
+        return self.changes != Changes.PLACE if self.compared is None else self.compared
+
+    @property
+    def in_recipe(self) -> bool:
+        """Whether a recipe decides the value, so that another one is an override."""
+        machine = self.changes == Changes.PLACE or Changes.ARITHMETIC in self.changes
+        return not machine if self.recipe is None else self.recipe
+
+    def problem(self, name: str, value: Any) -> str | None:
+        """A sentence about a value, or one of several, that is out of bounds; None where all are in them."""
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, int | float) and not isinstance(each, bool) and (bound := self._violated(each)):
+                return f"{name} must {bound}, got {each}"
+        return None
+
+    def _violated(self, value: float) -> str | None:
+        low = (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
+        high = (self.at_most is None or value <= self.at_most) and (self.below is None or value < self.below)
+        if low and high:
+            return None
+        bottom = self.above if self.at_least is None else self.at_least
+        top = self.below if self.at_most is None else self.at_most
+        if bottom is not None and top is not None and top <= 1:  # a share is understood best as an interval
+            signs = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
+            return f"lie in {signs[0]}{bottom}, {top}{signs[1]}"
+        if not low:
+            return f"be at least {bottom:,}" if self.at_least is not None else f"be above {bottom:,}"
+        return f"be at most {top:,}" if self.at_most is not None else f"be below {top:,}"

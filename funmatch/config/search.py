@@ -1,0 +1,84 @@
+"""The tables of tune: options of a search beside those of the runs that it makes."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from funmatch.config.distill import Distill
+from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.options import Options, like
+from funmatch.config.train import Finetune, Train
+
+STUDENT, PLACE = Changes.STUDENT, Changes.PLACE
+TRIALS = 20
+"""Trials of a search that is not a grid."""
+
+
+class Search(Options):
+    """Search options of train, finetune, distill or a recipe; trials are chosen by validation only."""
+
+    verbs: ClassVar[str] = "Science"
+    examples: ClassVar[tuple[str, ...]] = (
+        "funmatch tune distill --data ~/images --teacher runs/teacher --student resnet18 --epochs 100 "
+        "--space lr=log:1e-4..1e-2 temperature=1,2,5 --out runs/search",
+        "funmatch tune pet37-fast",
+    )
+
+    out: Annotated[Path, like(Train, "out")]
+    """Folder of the search, with a run folder for each trial. The same command again resumes; the same command in
+    another process, or on another machine that shares the folder, helps."""
+    space: Annotated[
+        tuple[str, ...],
+        Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, compared=False, essential=True,
+            usual="the recipe's", metavar="OPTION=VALUES …"),
+    ] = ()  # fmt: skip
+    """Options to search and their values: lr=log:1e-5..3e-3 drop_rate=0..0.5 temperature=1,2,5,10. It replaces the
+    recipe's values of the same options."""
+    trials: Annotated[
+        int | None,
+        Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, compared=False, essential=True, at_least=1,
+            at_most=10**6, usual=f"{TRIALS}, or all of a grid", extends=True),
+    ] = None  # fmt: skip
+    """Number of configurations to try."""
+    executions: Annotated[int, Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, at_least=1, at_most=1000)] = 1
+    """Runs of each configuration, with the seeds --seed, --seed + 1, …; their mean counts."""
+    sampler: Annotated[
+        Literal["random", "grid", "tpe"], Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, essential=True)
+    ] = "random"
+    """How configurations are chosen. random. grid: every combination of listed values once, in random order. tpe: learn
+    from finished trials (with several processes, the order in which they finish then matters)."""
+    sampler_seed: Annotated[
+        int, Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, at_least=0, at_most=2**62)
+    ] = 0
+    """Seed of the sampler."""
+    pruner: Annotated[
+        Literal["none", "asha", "hyperband"], Opt(group=Group.SEARCH, changes=STUDENT, searchable=False)
+    ] = "none"
+    """Whether trials that fall behind are stopped early. In distillation the leader after a short time is often not the
+    leader after a long one, so none is the default."""
+    storage: Annotated[
+        str | None, Opt(group=Group.SEARCH, changes=PLACE, usual="journal.log in --out", metavar="PATH|URL")
+    ] = None
+    """Where Optuna stores the search: a journal file, or the URL of a database (sqlite:///study.db,
+    postgresql+psycopg://…)."""
+    study_name: Annotated[
+        str | None, Opt(group=Group.SEARCH, changes=PLACE, usual="the name of the folder --out", metavar="NAME")
+    ] = None
+    """Name of the search in the storage."""
+    tapes: Annotated[bool, Opt(group=Group.SEARCH, changes=PLACE)] = True
+    """Let trials share the teacher's logits (`distill --tape`), where the searched options do not change its views."""
+
+
+class SearchTrain(Search, Train):
+    """Search options of `funmatch train`; trials are chosen by validation only."""
+
+
+class SearchFinetune(Search, Finetune):
+    """Search options of `funmatch finetune`; trials are chosen by validation only."""
+
+
+class SearchDistill(Search, Distill):
+    """Search options of `funmatch distill`; trials are chosen by validation only."""
+
+
+SEARCHED: dict[str, type[Search]] = {"train": SearchTrain, "finetune": SearchFinetune, "distill": SearchDistill}
+"""The tables of a search among the runs of a command."""

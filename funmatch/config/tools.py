@@ -1,0 +1,179 @@
+"""The tables of the commands around runs: demo, report, study, plan, tape, import, models, recipes."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from funmatch.config.data import Images
+from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.options import Machine, Options, like
+from funmatch.config.train import Train
+
+PLACE, STUDENT = Changes.PLACE, Changes.STUDENT
+
+
+class Report(Options):
+    """Write an HTML page about one run or several: curves, metrics, configuration and views."""
+
+    verbs: ClassVar[str] = "Science"
+    examples: ClassVar[tuple[str, ...]] = ("funmatch report runs/first runs/second --out compared.html",)
+
+    runs: Annotated[
+        tuple[Path, ...],
+        Opt(group=Group.OUTPUT, changes=PLACE, positional=True, essential=True, metavar="RUN …"),
+    ]
+    """Run folders."""
+    out: Annotated[
+        Path | None,
+        Opt(group=Group.OUTPUT, changes=PLACE, essential=True, usual="report.html in the first run's folder"),
+    ] = None
+    """File for the page."""
+    view_step: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=0, at_most=10**12, essential=True)] = 0
+    """Step whose views are shown."""
+
+    def problems(self) -> list[str]:
+        return ([] if self.runs else ["give at least one run folder"]) + super().problems()
+
+
+class Demo(Machine):
+    """See it work in minutes: a small student learns from labels, then from a teacher."""
+
+    verbs: ClassVar[str] = "Start"
+    examples: ClassVar[tuple[str, ...]] = ("funmatch demo", "funmatch demo --steps 500")
+
+    steps: Annotated[int, like(Train, "steps", replaces=())] = 7000
+    """Length of each of the two runs in steps (updates of the weights)."""
+    seed: Annotated[int, like(Train, "seed", essential=True)] = 0
+    """Seed of the student's first weights and of every random choice."""
+    out: Annotated[Path | None, like(Train, "out", usual="runs/demo-STEPS-steps-seed-SEED")] = None
+    """Folder for the two runs and their report."""
+
+
+class Study(Options):
+    """Carry out a table of runs with several seeds, and draw its figures."""
+
+    verbs: ClassVar[str] = "Science"
+    examples: ClassVar[tuple[str, ...]] = (
+        "funmatch study consistency --jobs 2",
+        "funmatch study mine.toml --set epochs=10",
+    )
+
+    name: Annotated[
+        str, Opt(group=Group.STUDY, changes=STUDENT, positional=True, essential=True, usual="list all", metavar="STUDY")
+    ] = ""
+    """A built-in study (consistency, patience, …), a file of your own (.toml), or the folder of one."""
+    out: Annotated[Path | None, Opt(group=Group.OUTPUT, changes=PLACE, essential=True, usual="studies/NAME")] = None
+    """Folder of the study. The same command again resumes, and repeats no finished run."""
+    seeds: Annotated[
+        tuple[int, ...], Opt(group=Group.STUDY, changes=STUDENT, at_least=0, essential=True, usual="those of the file")
+    ] = ()
+    """Seeds of each run."""
+    jobs: Annotated[
+        int | None,
+        Opt(group=Group.MACHINE, changes=PLACE, at_least=1, aliases=("-j",), essential=True,
+            usual="one per core, or one where there is an accelerator"),
+    ] = None  # fmt: skip
+    """Runs at a time."""
+    only: Annotated[
+        tuple[str, ...], Opt(group=Group.STUDY, changes=PLACE, usual="all runs", metavar="NAME …", essential=True)
+    ] = ()
+    """Carry out only the runs with these names; * and ? stand for anything."""
+    set: Annotated[
+        tuple[str, ...],
+        Opt(group=Group.STUDY, changes=STUDENT, usual="none", metavar="OPTION=VALUE …", essential=True),
+    ] = ()
+    """Options that override the file's for all runs, e.g. epochs=10; after a run's name and a dot, for that run."""
+    tapes: Annotated[bool, Opt(group=Group.STUDY, changes=PLACE)] = True
+    """Let runs that show the same teacher the same views share its logits (`distill --tape`)."""
+    draw: Annotated[bool, Opt(group=Group.OUTPUT, changes=PLACE)] = False
+    """Only redraw the page from results.jsonl."""
+
+
+class Plan(Options):
+    """Forecast the time, memory and disk space that a run takes on this machine."""
+
+    verbs: ClassVar[str] = "Science"
+    examples: ClassVar[tuple[str, ...]] = ("funmatch plan distill pet37-fast",)
+
+
+class Tape(Options):
+    """Show a teacher tape: whose logits it holds, which steps, and whether every row is intact."""
+
+    verbs: ClassVar[str] = "Science"
+    examples: ClassVar[tuple[str, ...]] = ("funmatch tape runs/tape --recompute 3",)
+
+    folder: Annotated[Path, Opt(group=Group.OUTPUT, changes=PLACE, positional=True, essential=True, metavar="FOLDER")]
+    """Folder that was given to `distill --tape`."""
+    recompute: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=0, essential=True)] = 0
+    """Run the teacher again for this many of the steps, and compare."""
+
+
+class Import(Options):
+    """Convert a checkpoint (Keras SavedModel, BiT .npz, any named model) into a folder that timm loads."""
+
+    verbs: ClassVar[str] = "Models"
+    headings: ClassVar[dict[Group, str]] = {Group.STUDENT: "Model"}
+    examples: ClassVar[tuple[str, ...]] = (
+        "funmatch import savedmodel:teacher --out models/teacher --class-file classes.txt",
+    )
+
+    model: Annotated[str, Opt(group=Group.STUDENT, changes=STUDENT, positional=True, essential=True, metavar="MODEL")]
+    """Folder of a SavedModel, or any model that `distill --teacher` takes."""
+    out: Annotated[Path, like(Train, "out")]
+    """Folder to write: model.safetensors and config.json in timm's layout."""
+    weights: Annotated[Path | None, Opt(group=Group.STUDENT, changes=STUDENT, usual="none", essential=True)] = None
+    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name."""
+    inputs: Annotated[
+        Literal["auto", "0..1", "-1..1", "imagenet"], Opt(group=Group.STUDENT, changes=STUDENT, essential=True)
+    ] = "auto"
+    """Range or normalisation of the images the network was trained on, where the checkpoint does not say. auto: -1..1
+    for BiT files; for SavedModels what their graph does to images (hub modules: -1..1), or 0..1 where it does nothing;
+    else timm's."""
+    side: Annotated[
+        int | None,
+        like(Train, "side", group=Group.STUDENT, usual="from the checkpoint's name, or timm's", essential=True),
+    ] = None
+    """Image size the network was trained on, in pixels."""
+    crop_fraction: Annotated[
+        float | None, Opt(group=Group.STUDENT, changes=STUDENT, above=0, at_most=1, usual="timm's")
+    ] = None
+    """Share of the shorter side that its evaluation view keeps, e.g. 0.8 for 128 of 160 pixels."""
+    class_file: Annotated[Path | None, like(Images, "class_file", usual="none")] = None
+    """Text file with one class name per line."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.model == "savedmodel:":
+            found.append("model is empty; name a folder of a SavedModel, or any model")
+        return found + super().problems()
+
+
+class Models(Options):
+    """List models that can be named, with parameters, GFLOP and source."""
+
+    verbs: ClassVar[str] = "Models"
+    headings: ClassVar[dict[Group, str]] = {Group.STUDENT: "Model"}
+    examples: ClassVar[tuple[str, ...]] = ("funmatch models 'resnet*'",)
+
+    pattern: Annotated[
+        str,
+        Opt(group=Group.STUDENT, changes=PLACE, positional=True, essential=True, metavar="PATTERN",
+            usual="funmatch's own models, BiT and the paper's files"),
+    ] = ""  # fmt: skip
+    """Part of a name, or a pattern with * and ?."""
+    side: Annotated[int | None, like(Train, "side", group=Group.STUDENT, usual="each model's own")] = None
+    """Image size for which GFLOP are counted, in pixels."""
+
+
+class Recipes(Machine):
+    """List the published recipes, or show one: command, options, published accuracy, expected hours."""
+
+    verbs: ClassVar[str] = "Science"
+    examples: ClassVar[tuple[str, ...]] = ("funmatch recipes 'pet37*'", "funmatch recipes pet37-fast")
+
+    name: Annotated[
+        str,
+        Opt(group=Group.OUTPUT, changes=PLACE, positional=True, essential=True, usual="all", metavar="RECIPE"),
+    ] = ""
+    """A recipe, or a pattern with * and ?."""
+    measure: Annotated[bool, Opt(group=Group.MACHINE, changes=PLACE, essential=True)] = True
+    """Measure this machine, for a minute at most, to estimate the hours that a recipe takes on it."""

@@ -1,0 +1,104 @@
+"""Options that decide the training views: size, crops, MixUp, CutMix, RandAugment."""
+
+from typing import Annotated, Literal
+
+from funmatch.config.choices import Crop
+from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.options import Options
+
+VIEWS = Changes.VIEWS
+
+
+class Views(Options):
+    """How images become training views, and how large views are."""
+
+    side: Annotated[
+        int | None,
+        Opt(group=Group.VIEWS, changes=VIEWS, at_least=1, at_most=10**4, aliases=("--img-size",), essential=True,
+            usual="the student's own"),
+    ] = None  # fmt: skip
+    """Image size: side of the square views, in pixels."""
+    eval_resize: Annotated[
+        int | None,
+        Opt(group=Group.VIEWS, changes=VIEWS, at_least=1, at_most=10**4,
+            usual="the student's own; at another --side, 32 more than it, at most a quarter more"),
+    ] = None  # fmt: skip
+    """For evaluation, resize the shorter side to this many pixels, then crop the central square of --side."""
+    crop_min_area: Annotated[float, Opt(group=Group.VIEWS, changes=VIEWS, above=0, at_most=1)] = 0.05
+    """Smallest share of an image's area that an Inception crop covers."""
+    crop: Annotated[Crop | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="inception", replaces=("resize",))] = None
+    """How an image becomes a training view. inception: a crop of random size and place. mild: a random square of
+    --side, after resizing the shorter side to --resize. squash: the same, after resizing the whole image to a square.
+    whole: all of the image, never mirrored."""
+    resize: Annotated[
+        int | None, Opt(group=Group.VIEWS, changes=VIEWS, at_least=1, at_most=10**4, usual="--eval-resize")
+    ] = None
+    """Length of the image's shorter side before a mild crop, in pixels."""
+    mixup: Annotated[
+        float | None, Opt(group=Group.VIEWS, changes=VIEWS, at_least=0, at_most=10**3, usual=1.0, metavar="A")
+    ] = None
+    """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off."""
+    mixup_mode: Annotated[Literal["batch", "image"], Opt(group=Group.VIEWS, changes=VIEWS)] = "batch"
+    """Draw one λ (and one CutMix box) per batch, or one per image."""
+    mixup_max: Annotated[bool, Opt(group=Group.VIEWS, changes=VIEWS)] = True
+    """Use max(λ, 1 − λ), so that no image weighs less than the one it is mixed with."""
+    mixup_lam: Annotated[
+        float | None,
+        Opt(group=Group.VIEWS, changes=VIEWS, at_least=0, at_most=1, usual="drawn at every step", metavar="LAMBDA"),
+    ] = None
+    """Fixed λ of MixUp, in [0, 1]: the share of the image itself."""
+    cutmix: Annotated[float, Opt(group=Group.VIEWS, changes=VIEWS, at_least=0, at_most=10**3, metavar="A")] = 0.0
+    """CutMix (not in the paper): draw λ from Beta(a, a) with this a; 0 is off. With MixUp, one of the two is chosen at
+    random per batch."""
+    randaugment: Annotated[
+        tuple[int, int] | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="off", metavar="OPERATIONS MAGNITUDE")
+    ] = None
+    """RandAugment (not in the paper) of the shared view: operations per image, and their magnitude from 0 to 30, e.g.
+    2 9."""
+
+    @property
+    def cropped(self) -> Crop:
+        """How images become training views."""
+        return self.crop or "inception"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether MixUp is on, as far as this is known without the data."""
+        return self.mixup != 0
+
+    @property
+    def teacher_is_fixed(self) -> bool:
+        """Whether a teacher's output for an image never changes, so that there is nothing to mix."""
+        return False
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{name} ({size}) must be at least side ({self.side})"
+            for name, size in (("eval_resize", self.eval_resize), ("resize", self.resize))
+            if self.side and size and size < self.side
+        ]
+        if self.moved("crop_min_area") and self.cropped != "inception":
+            found.append(f"crop_min_area belongs to Inception crops, not to {self.cropped} ones")
+        if self.resize and self.cropped not in ("mild", "squash"):
+            found.append(f"resize belongs to mild crops (--crop mild or squash), not to {self.cropped} ones")
+        return found + self._mixing_problems() + super().problems()
+
+    def _mixing_problems(self) -> list[str]:
+        """Options of MixUp without MixUp, options that exclude each other, and RandAugment out of bounds."""
+        found = []
+        if self.mixup_lam is not None and self.mixup not in (None, 0, 1):
+            found.append(f"mixup_lam fixes λ, so mixup {self.mixup} has no effect; set one of them")
+        if self.mixup_lam is not None and not self.mixup_max:
+            found.append("mixup_lam fixes λ, so mixup_max has no effect; set one of them")
+        if self.randaugment and not (self.randaugment[0] >= 1 and 0 <= self.randaugment[1] <= 30):
+            found.append(
+                "randaugment takes a number of operations from 1 on and a magnitude from 0 to 30, e.g. 2 9, got "
+                f"{' '.join(map(str, self.randaugment))}"
+            )
+        if not self.mixes:
+            idle = [name for name in ("mixup_mode", "mixup_max", "mixup_lam") if self.moved(name)]
+            if self.cutmix and "mixup_mode" in idle:
+                idle.remove("mixup_mode")  # it decides how CutMix boxes are drawn, too
+            hint = "leave it out" if self.teacher_is_fixed else "pass --mixup 1 too"
+            found += [f"{name} belongs to MixUp, which is off; {hint}" for name in idle]
+        return found
