@@ -7,7 +7,7 @@ from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.options import Names, Options, Share
 
 DATA, PLACE = Changes.DATA, Changes.PLACE
-VAL = "10%"
+VALIDATION_SHARE = "10%"
 """Share of the training images held out for validation, where a command needs such a split and the data has none."""
 
 

@@ -9,6 +9,7 @@ import torch
 
 from funmatch.config import Distill, Finetune, Train
 from funmatch.config.choices import STRATEGIES
+from funmatch.config.optim import ADAMW_LR, LR, WARMUP_SHARE, WARMUP_STEPS
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.decode import pick_decoder
 from funmatch.errors import InputError
@@ -22,14 +23,8 @@ from funmatch.training.run import folder as run_folder
 from funmatch.training.student import acceleration
 
 Options = TypeVar("Options", bound=Train)
-LR = 3e-3
-"""Peak learning rate."""
-ADAMW_LR = 1e-4
-"""Peak learning rate of fine-tuning by AdamW."""
 SHARE = 1 / 4
 """Of an accelerator's memory, for pixels."""
-VALIDATION_SHARE = "10%"
-"""Of the training images, held out for validation where there are no images for it."""
 
 
 def resolve_defaults(config: Options, cache: Cache, student: Classifier, device: torch.device) -> Options:
@@ -50,7 +45,9 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
         "mixup": _mixup(config) if config.mixup is None else config.mixup,
         "lr": config.lr or LR,
         "momentum": factory.resolve_momentum(config.optimizer, config.momentum),
-        "warmup_steps": min(1500, steps // 10) if config.warmup_steps is None else config.warmup_steps,
+        "warmup_steps": min(WARMUP_STEPS, steps // WARMUP_SHARE)
+        if config.warmup_steps is None
+        else config.warmup_steps,
         "device": str(device) if env.world_size() == 1 else device.type,  # the number is each process's own
         "device_gb": _on_device(config, device),
         **acceleration.resolve_auto(config, steps, side, student, device),

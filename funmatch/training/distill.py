@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from funmatch.config import Distill
-from funmatch.config.choices import STRATEGIES
+from funmatch.config.choices import DISTANCES, STRATEGIES
 from funmatch.data.batch import Batch
 from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
@@ -39,7 +39,7 @@ def run(config: Distill, given: Modules | None = None, trial: Trial | None = Non
         given: modules from Python, by the names that stand for them.
         trial: what a search asks of the run, if it is part of one.
     """
-    if config.distance == "dist" and env.world_size() > 1:
+    if DISTANCES[config.distance].couples_batch and env.world_size() > 1:
         raise InputError("distance dist compares the images of a batch with each other, so one process must see all")
     with distributed.process_group(config.device):
         cache, loaded = open_inputs(config, given, trial)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funmatch.config import Evaluate
+from funmatch.config import Changes, Evaluate
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.dataset import SPLIT_NAMES
@@ -22,11 +22,6 @@ from funmatch.runtime.log import info, info_notes
 from funmatch.training import datasets, scoring
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import loading
-
-# What a run says of its teachers, and an evaluation may say otherwise.
-OF_TEACHERS = (
-    "teacher", "teacher_weights", "teacher_kwargs", "teacher_side", "teacher_share", "combine", "classes",
-)  # fmt: skip
 
 
 def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any]:
@@ -115,7 +110,8 @@ def _teachers(
         return loading.ensemble_fp32(loading.load_teachers(config, cache, side, given), config.combine)
     if not knobs.get("teacher"):
         return None
-    of_run = Evaluate(model=config.model, **{name: knobs[name] for name in OF_TEACHERS if name in knobs})
+    of_teachers = Evaluate.where(lambda opt: opt.changes == Changes.TEACHER)
+    of_run = Evaluate(model=config.model, **{name: knobs[name] for name in of_teachers if name in knobs})
     try:
         return loading.ensemble_fp32(loading.load_teachers(of_run, cache, side, given), of_run.combine)
     except InputError as error:

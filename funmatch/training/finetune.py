@@ -3,10 +3,11 @@
 from typing import Any
 
 from funmatch.config import Finetune
+from funmatch.config.data import VALIDATION_SHARE
 from funmatch.data.cache.open_cache import Cache
 from funmatch.runtime import distributed
 from funmatch.runtime.log import info
-from funmatch.training.defaults import VALIDATION_SHARE, apply_hyperrule
+from funmatch.training.defaults import apply_hyperrule
 from funmatch.training.setup import TrainSetup, Trial, build_setup, open_data
 from funmatch.training.student.build import Modules
 from funmatch.training.train import check_labels, run_on_labels

@@ -76,7 +76,7 @@ def test_the_grammar_of_spaces(word, span):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("tempratur=1,2", "unknown knob 'tempratur'; did you mean 'temperature'"),
+        ("tempratur=1,2", "unknown option 'tempratur'; did you mean 'temperature'"),
         ("lr=3e-3..1e-5", "empty range"),
         ("lr=1..1", "empty range"),
         ("lr=", "no values"),

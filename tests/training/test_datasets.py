@@ -138,9 +138,9 @@ def test_unlabelled_is_of_what_is_learnt(images, tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"val": "10%", "eval_data": "fashion-mini"}, "say one of them"),
-        ({"data": []}, "give the images to learn from"),
-        ({"val": "", "data": "fashion-mini"}, "no share"),
+        ({"val": "10%", "eval_data": "fashion-mini"}, "give one of them"),
+        ({"data": []}, "give the training images by --data"),
+        ({"val": "", "data": "fashion-mini"}, "val is empty"),
         ({"val": 0.1, "data": "fashion-mini"}, "validation split of its own"),
         ({"val_seed": 10**30}, "val_seed must be at most"),
     ],

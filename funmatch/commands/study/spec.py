@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.commands.study.figure_spec import problems as figure_problems
-from funmatch.config import TAUGHT, recipes
+from funmatch.config import TAUGHT
+from funmatch.config.options import replaced_by
 from funmatch.errors import InputError, unknown
 
 REFERENCE = "run:"
@@ -18,8 +19,6 @@ REFERENCE = "run:"
 PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 KEYS = ("title", "question", "note", "verb", "seeds", "common", "run", "figure")
 ENTRY_KEYS = ("name", "group", "verb", "seeds", "each", "shown")
-NOT_KNOBS = {"out", "seed", "as_json"}
-"""What a study decides itself."""
 
 
 @dataclass(frozen=True)
@@ -173,15 +172,15 @@ def _entries(
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
             full = _named(name, chosen)
-            whole = _over(_over(shared, knobs | chosen), over)
+            whole = _over(_over(shared, knobs | chosen, own), over, own)
             for seed in seeds if seeds and "seeds" not in run else own_seeds:
                 group = str(run.get("group", name if each else full))
                 yield RunSpec(full, group, seed, own, whole, bool(run.get("shown", True)))
 
 
-def _over(knobs: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+def _over(knobs: Mapping[str, Any], said: Mapping[str, Any], verb: str) -> dict[str, Any]:
     """Knobs with others in their place, and without what goes with those that these replace."""
-    silent = {name for knob in said for name in recipes.AGAINST.get(knob, ())}
+    silent = replaced_by(TAUGHT[verb], said)
     return {knob: value for knob, value in knobs.items() if knob not in silent} | dict(said)
 
 
@@ -200,9 +199,10 @@ def _problems(entries: list[RunSpec], common: dict[str, Any], said: dict[str, An
     for number, entry in enumerate(entries):
         if type(entry.seed) is not int or entry.seed < 0:
             found.append(f"{entry.name}: a seed is a whole number from 0 on, got {entry.seed!r}")
-        kept = NOT_KNOBS & {*entry.knobs, *common, *said}
+        fixed = TAUGHT[entry.verb].where(lambda opt: not opt.study)
+        kept = fixed & {*entry.knobs, *common, *said}
         found += [f"{entry.name}: {knob} is decided by the study" for knob in sorted(kept)]
-        knobs = {knob: value for knob, value in entry.knobs.items() if knob not in NOT_KNOBS}
+        knobs = {knob: value for knob, value in entry.knobs.items() if knob not in fixed}
         try:
             table = TAUGHT[entry.verb].checked(**knobs, out="out", seed=0)
             knobs = {knob: getattr(table, knob) for knob in knobs}

@@ -10,18 +10,15 @@ from typing import Any
 from funmatch.commands.tune import space as search_space
 from funmatch.commands.tune.space import Space, Value
 from funmatch.config import SEARCHED, TAUGHT, UNCOMPARED, Search, Train, recipes
+from funmatch.config.data import VALIDATION_SHARE
+from funmatch.config.optim import LR
+from funmatch.config.search import TRIALS
 from funmatch.errors import InputError
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.log import info
 from funmatch.training import datasets
-from funmatch.training.defaults import LR
 from funmatch.training.teachers import recording
 from funmatch.version import __version__
-
-CUT = "10%"
-"""Of the training images, for validation, where there are no images for it."""
-TRIALS = 20
-"""Where nobody said how many."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +152,11 @@ def with_validation(asked: SearchSpec) -> SearchSpec:
             "give images with a split val"
         )
     if cut:
-        info(f"{cache.name} has no split val: {CUT} of the training images are cut off for it (--val says how many)")
-        base = base.model_copy(update={"val": CUT})
+        info(
+            f"{cache.name} has no validation split: holding out {VALIDATION_SHARE} of the training images (--val sets "
+            "how many)"
+        )
+        base = base.model_copy(update={"val": VALIDATION_SHARE})
         cache = datasets.open_run_data(base)
     return replace(asked, base=base, cut=cut, tested=tested, data=cache.key)
 
@@ -172,12 +172,13 @@ def check_place(folder: Path) -> None:
 def record_of(asked: SearchSpec, place: str) -> dict[str, Any]:
     """What `study.json` holds: compared when the same command is given again."""
     search = asked.search
+    compared = Search.where(lambda opt: opt.is_compared)
     return json.loads(
         json.dumps({
             "verb": asked.verb,
             "knobs": asked.base.model_dump(mode="json"),
             "space": {name: _described(span) for name, span in asked.space.items()},
-            "search": {name: getattr(search, name) for name in ("sampler", "sampler_seed", "executions", "pruner")},
+            "search": {name: getattr(search, name) for name in sorted(compared)},
             "storage": place,
             "name": asked.name,
             "data": asked.data,

@@ -7,15 +7,12 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from funmatch.config import STILL, Train
+from funmatch.config import Train
+from funmatch.config.options import alternatives
 from funmatch.errors import InputError, unknown
 
 Value = str | int | float | bool | None
 """What a knob is set to by a search."""
-INSTEAD = {"steps": "epochs", "epochs": "steps"}
-"""Knobs of which one is left open where the other is searched."""
-TYPED = {"model": "student", "weights": "student_weights"}
-"""What some verbs call a knob on the command line."""
 LARGEST, LARGEST_GRID = 10_000, 10**6
 """Choices that one knob may have, and combinations."""
 
@@ -78,12 +75,11 @@ def option_name(typed: str, table: type[Train]) -> str:
     Raises:
         InputError: there is none of that name, or no search may move it.
     """
-    name = typed.strip().removeprefix("--").removeprefix("optim.").replace("-", "_")
-    name = TYPED.get(name, name)
-    if name in STILL and name in table.model_fields:
+    name = table.field_of(typed.strip().removeprefix("--").removeprefix("optim."))
+    if name is None:
+        raise unknown("option", typed, table.where(lambda opt: opt.is_searchable))
+    if not table.opt(name).is_searchable:
         raise InputError(f"--space {typed}: {name} decides where or on what a run works, and cannot be searched")
-    if name not in table.model_fields:
-        raise unknown("knob", typed, table.model_fields.keys() - STILL)
     return name
 
 
@@ -93,8 +89,7 @@ def apply_choices(base: Train, chosen: Mapping[str, Value]) -> dict[str, Any]:
     for name, value in chosen.items():
         several = isinstance(knobs[name], tuple) or _is_tuple(type(base).model_fields[name].annotation)
         knobs[name] = (value,) if several else value
-        if name in INSTEAD:
-            knobs[INSTEAD[name]] = None
+        knobs |= dict.fromkeys(alternatives(type(base), name))
     return knobs
 
 
@@ -104,8 +99,7 @@ def check(space: Space, base: Train) -> None:
     for name, span in space.items():
         for value in span.ends:
             table = type(base).model_validate(apply_choices(base, {name: value}))
-            told = (f"{name} must", f"{name} is a share", f"{name} is empty")
-            found += [problem for problem in table.problems() if problem.startswith(told)]
+            found += table.value_problems(name)
     if found:
         raise InputError("--space: " + "; ".join(dict.fromkeys(found)))
 

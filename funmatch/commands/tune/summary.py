@@ -7,11 +7,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from funmatch.commands.tune import search
 from funmatch.commands.tune import space as search_space
 from funmatch.commands.tune.search import SearchSpec
 from funmatch.commands.tune.space import Value
 from funmatch.config import Evaluate, recipes
+from funmatch.config.data import VALIDATION_SHARE
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.log import info
 from funmatch.training import evaluate
@@ -55,7 +55,7 @@ def end_summary(study: "optuna.Study", asked: SearchSpec, given: Modules) -> dic
         "said": asked.first is not None,
         "importance": optuna_storage.importance(study),
         "command": best and command(asked, best["knobs"]),
-        "cut": search.CUT if asked.cut else None,
+        "cut": VALIDATION_SHARE if asked.cut else None,
         "storage": optuna_storage.display_url(asked.place),
         "name": asked.name,
     }

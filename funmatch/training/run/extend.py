@@ -13,15 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from funmatch.config import TAUGHT
 from funmatch.errors import InputError
 from funmatch.ops.optim import schedules
 from funmatch.runtime.files import try_lock_file, write_atomically, write_folder_atomically
 from funmatch.runtime.log import info
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
-
-LENGTH = {"steps", "cooldown_steps"}
-"""Knobs that a run which is prolonged may have otherwise."""
 
 
 def stable_step(knobs: Mapping[str, Any]) -> int | None:
@@ -54,7 +52,8 @@ def extend(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]
         return
     then, now = run.config, run_folder.record_of(verb, knobs, facts)
     old, new = stable_step(then["knobs"]), stable_step(now["knobs"])
-    alike = now | {"knobs": now["knobs"] | {name: then["knobs"].get(name) for name in LENGTH}}
+    length = TAUGHT[verb].where(lambda opt: opt.extends)
+    alike = now | {"knobs": now["knobs"] | {name: then["knobs"].get(name) for name in length}}
     if old is None or new is None or then["knobs"]["steps"] == knobs["steps"] or run_folder.differences(then, alike):
         return
     lock = try_lock_file(run.folder / "config.json")

@@ -23,8 +23,6 @@ TOLD = {
     "rounded": "the teacher's answers, as --tape rounds them",
 }
 """Facts that are compared when a run goes on."""
-PLACES = {"teacher": "teacher", "teacher_weights": "teacher", "student": "student", "student_weights": "student"}
-"""Knobs that may name another folder or file when the fact says that what lies there is the same."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,9 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     young = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
     known = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
-    known = known - {name for name, fact in PLACES.items() if _moved(name, fact, then, now)}
+    # An option may name another folder or file when the fact says that its content is the same.
+    places = {name: opt.content for name, opt in table.opts() if opt.content} if table else {}
+    known = known - {name for name, fact in places.items() if _moved(name, fact, then, now)}
     facts = {"data", "teacher", "student", "rounded"} | (TOLD.keys() & then["facts"].keys())
     for part, names in (("knobs", known - UNCOMPARED), ("facts", facts)):
         for name in sorted(names):

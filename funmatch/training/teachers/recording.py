@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funmatch.config import Distill
+from funmatch.config import Changes, Distill, options_changing
 from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
@@ -20,15 +20,6 @@ from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers import tape
 from funmatch.training.teachers.tape import Layout, Tape
 
-STUDENTS_OWN = {
-    "student_weights", "student_kwargs", "drop_rate", "drop_path", "ema", "steps", "epochs", "label_smoothing",
-    "optimizer", "optimizer_kwargs", "momentum", "momentum_dtype", "lr", "schedule", "cooldown_steps", "cooldown_shape",
-    "decay_steps", "decay_factors", "weight_decay", "warmup_steps", "clip_norm", "freeze_until", "micro_batch",
-    "grad_checkpointing", "teacher_batch", "patience", "keep", "workers", "threads", "log_every", "eval_every",
-    "save_every", "distance", "standardise", "label_weight", "t_squared", "teacher_ahead", "precision", "eval_data",
-    "out",
-}  # fmt: skip
-"""Knobs that change nothing of what teachers are shown and say."""
 DistillSetup = TrainSetup[Distill]
 
 
@@ -61,7 +52,7 @@ def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:
     Args:
         knobs: of `config.Distill`, as far as they are given.
     """
-    own = set(STUDENTS_OWN)
+    own = {*Distill.model_fields} - options_changing(Distill, Changes.VIEWS | Changes.TEACHER | Changes.DATA)
     if knobs.get("side"):
         own.add("student")  # else it decides the side of the views
     several = not isinstance(knobs.get("teacher"), str) and len(knobs.get("teacher") or ()) > 1
