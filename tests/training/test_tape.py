@@ -292,7 +292,7 @@ def test_a_tape_of_another_teacher_is_refused(recorded, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"strategy": "fix/ic_ens", "tape": "t"}, "is fixed: its answers are kept anyway"),
+        ({"strategy": "fix/ic_ens", "tape": "t"}, "is fixed: its outputs are stored anyway"),
         ({"tape_top": 3}, "tape_top belongs to --tape"),
         ({"tape_full": "go-on"}, "tape_full belongs to --tape"),
         ({"tape": "t", "tape_top": 0}, "tape_top must be at least 1"),
