@@ -113,7 +113,9 @@ class Loader:
         spec, boxes = self.spec, None
         if spec.cutmix:
             rng, each = step_generator(spec.seed, step, CUTMIX_STREAM), spec.mixup.per_image
-            drawn, lam = draw_cutmix_boxes(rng, spec.batch, spec.cutmix, lam, each=each, mixed=spec.mixup.a > 0)
+            drawn, lam = draw_cutmix_boxes(
+                rng, spec.batch, spec.cutmix, lam, per_image=each, with_mixup=spec.mixup.a > 0
+            )
             boxes = torch.from_numpy(drawn[rows] if each else drawn).float()
         return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), boxes
 

@@ -1,7 +1,7 @@
-"""Distances between what the student says and what it should say, one number an image.
+"""Computes the distances between the student's and the teacher's logits, one number an image.
 
 Here p = softmax(t / T) is the teacher and q = softmax(s / T) the student, for logits t and s of (n, classes) at the
-temperature T.
+temperature T. All are computed in float32, whatever the networks compute in.
 """
 
 import math
@@ -13,11 +13,11 @@ from torch import Tensor
 
 Distance = Callable[[Tensor, Tensor, float], Tensor]
 NEARLY_CONSTANT = 1e-3
-"""As a share of its size, how much a row differs from its mean that is as good as constant."""
+"""Norm of a row less its mean, as a fraction of the row's norm, below which the row counts as constant."""
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · KL(p ‖ q) = T² Σ p · (log p − log q), the distance of function matching (paper, section 3).
+    """Computes T² · KL(p ‖ q) = T² Σ p · (log p − log q), the distance of function matching (paper, section 3).
 
     The factor T² keeps the gradient's size independent of the temperature (Hinton et al., 2015, section 2).
 
@@ -28,103 +28,116 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
     Returns:
         (n,) float32, at least 0.
     """
-    student, teacher = _logs(student_logits, teacher_logits, temperature)
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · KL(q ‖ p) = T² Σ q · (log q − log p); arguments as of `kl`."""
+    """Computes T² · KL(q ‖ p) = T² Σ q · (log q − log p); arguments as of `kl`."""
     return kl(teacher_logits, student_logits, temperature)
 
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · (KL(p ‖ m) + KL(q ‖ m)) / 2 with m = (p + q) / 2; arguments as of `kl`. At most T² · log 2."""
-    student, teacher = _logs(student_logits, teacher_logits, temperature)
+    """Computes T² · (KL(p ‖ m) + KL(q ‖ m)) / 2 with m = (p + q) / 2; arguments as of `kl`. At most T² · log 2."""
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    # The mean in the log domain: log((p + q) / 2) of probabilities that underflow would be −∞.
     middle = torch.logaddexp(student, teacher) - math.log(2)
     each = [F.kl_div(middle, log, reduction="none", log_target=True).sum(-1) for log in (student, teacher)]
     return (each[0] + each[1]) / 2 * temperature**2
 
 
 def hard(student_logits: Tensor, teacher_logits: Tensor, smoothing: float = 0.0) -> Tensor:
-    """−Σ y · log softmax(s), with y the teacher's first class, a share `smoothing` of it spread over all classes.
+    """Computes −Σ y · log softmax(s), the cross-entropy with the teacher's first class y as the label.
 
     Args:
         student_logits, teacher_logits: (n, classes).
-        smoothing: in [0, 1).
+        smoothing: share of the label that is spread over all classes, in [0, 1).
     """
     labels = teacher_logits.argmax(-1)
     return F.cross_entropy(student_logits.float(), labels, reduction="none", label_smoothing=smoothing)
 
 
 def l2(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """‖s − t‖² = Σ (s − t)², (n,)."""
+    """Computes ‖s − t‖² = Σ (s − t)², (n,)."""
     return (student_logits.float() - teacher_logits.float()).square().sum(-1)
 
 
 def euclidean(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """‖s − t‖, (n,); its gradient is 0 where the two are equal."""
+    """Computes ‖s − t‖, (n,); its gradient is 0 where the two are equal."""
+    # Not the root of `l2`, whose gradient is NaN at 0.
     return torch.linalg.vector_norm(student_logits.float() - teacher_logits.float(), dim=-1)
 
 
 def log_softmax_l2(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """‖log q − log p‖² at T = 1, (n,): unlike `l2` it does not mind a number that is added to all logits."""
-    return l2(*_logs(student_logits, teacher_logits, 1.0))
+    """Computes ‖log q − log p‖² at T = 1, (n,); unlike `l2` it ignores a constant added to all logits."""
+    return l2(*_log_probabilities(student_logits, teacher_logits, 1.0))
 
 
 def log_softmax_euclidean(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """‖log q − log p‖ at T = 1, (n,)."""
-    return euclidean(*_logs(student_logits, teacher_logits, 1.0))
+    """Computes ‖log q − log p‖ at T = 1, (n,)."""
+    return euclidean(*_log_probabilities(student_logits, teacher_logits, 1.0))
 
 
 def dist(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, inter: float = 1.0, intra: float = 1.0
 ) -> Tensor:
-    """T² · (β · (1 − ρ(qᵢ, pᵢ)) + γ · mean over classes k of (1 − ρ(q₍ₖ₎, p₍ₖ₎))), with ρ Pearson's correlation.
+    """Computes T² · (β · (1 − ρ(qᵢ, pᵢ)) + γ · mean over classes k of (1 − ρ(q₍ₖ₎, p₍ₖ₎))), ρ Pearson's correlation.
 
-    qᵢ is what is said of image i (a row), q₍ₖ₎ what is said of class k over the batch (a column), so the second term
-    is the same for all images of a batch: Huang et al., "Knowledge distillation from a stronger teacher" (NeurIPS
-    2022), equations 6 to 9.
+    qᵢ are the probabilities of image i (a row), q₍ₖ₎ those of class k over the batch (a column), so the second term is
+    the same for all images of a batch: Huang et al., "Knowledge distillation from a stronger teacher" (NeurIPS 2022),
+    equations 6 to 9.
 
     Args:
         student_logits, teacher_logits: (n, classes).
         temperature: T > 0.
         inter, intra: β and γ.
+
+    Returns:
+        (n,) float32.
     """
-    student, teacher = (log.exp() for log in _logs(student_logits, teacher_logits, temperature))
+    student, teacher = (log.exp() for log in _log_probabilities(student_logits, teacher_logits, temperature))
     rows, columns = 1 - _correlation(student, teacher), 1 - _correlation(student.mT, teacher.mT)
     return (inter * rows + intra * columns.mean()) * temperature**2
 
 
 def standardize_logits(logits: Tensor) -> Tensor:
-    """(z − mean of z) / standard deviation of z, of each row: only the shape of the logits is to be matched.
+    """Standardizes each row of logits to (z − mean of z) / standard deviation of z, so that only its shape is matched.
 
-    Sun et al., "Logit standardization in knowledge distillation", CVPR 2024, equation 12; the temperature comes after.
+    Sun et al., "Logit standardization in knowledge distillation", CVPR 2024, equation 12. The temperature is applied
+    to the result.
+
+    Args:
+        logits: (n, classes).
+
+    Returns:
+        (n, classes) float32.
     """
     logits = logits.float()
     deviation = logits.std(-1, correction=0, keepdim=True)
+    # A student whose head is all zeros has constant rows at its first step.
     return (logits - logits.mean(-1, keepdim=True)) / deviation.clamp_min(1e-6)
 
 
-def _logs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log q and log p."""
+def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Returns log q and log p, (n, classes) float32 each."""
+    # float32 before the division: under autocast logits come in 16 bits, in which 10.03 and 10.05 are the same.
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     return student, F.log_softmax(teacher_logits.float() / temperature, dim=-1)
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's, of each row with its own: (n,) in [-1, 1].
-
-    What differs from its mean by less than a thousandth is taken for as good as constant, whose correlation is 0: there
-    is little but rounding in it, and it would have gradients without bound (a student with a head of zeros begins so).
-    """
-    return (_centred(a) * _centred(b)).sum(-1)
+    """Computes Pearson's correlation of each row of `a` with that of `b`: (n,) in [-1, 1], 0 for constant rows."""
+    return (_center_rows(a) * _center_rows(b)).sum(-1)
 
 
-def _centred(rows: Tensor) -> Tensor:
-    """Rows less their mean, at length 1 unless they are as good as constant."""
+def _center_rows(rows: Tensor) -> Tensor:
+    """Subtracts each row's mean and scales it to length 1; rows that are nearly constant are left shorter."""
     tiny = torch.finfo(rows.dtype).tiny
-    rows = rows / rows.detach().abs().amax(-1, keepdim=True).clamp_min(tiny)  # squares of small numbers would vanish
+    # Scaled by the largest element first: squares of small probabilities would underflow.
+    rows = rows / rows.detach().abs().amax(-1, keepdim=True).clamp_min(tiny)
     rest = rows - rows.mean(-1, keepdim=True)
+    # A row that differs from its mean by less than a thousandth holds little but rounding, and its gradient would grow
+    # without bound; a student whose head is all zeros starts with such rows.
     least = (NEARLY_CONSTANT * rows.detach().norm(dim=-1, keepdim=True)).square().clamp_min(tiny)
     return rest / rest.square().sum(-1, keepdim=True).clamp_min(least).sqrt()
 
@@ -150,29 +163,32 @@ def distance(
     squared: bool = True,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """The distance of a name, (n,) float32.
+    """Computes the distance of a name.
 
     Args:
-        name: of `TEMPERED` or `PLAIN`.
+        name: a key of `TEMPERED` or `PLAIN`.
         student_logits, teacher_logits: (n, classes).
-        temperature: T > 0, of those at a temperature.
-        squared: whether these are multiplied by T².
-        smoothing: of `hard`.
+        temperature: T > 0, for `TEMPERED`.
+        squared: multiply those by T².
+        smoothing: label smoothing, for `hard`.
+
+    Returns:
+        (n,) float32.
     """
     if name == "hard":
         return hard(student_logits, teacher_logits, smoothing)
     if name in PLAIN:
         return PLAIN[name](student_logits, teacher_logits)
-    found = TEMPERED[name](student_logits, teacher_logits, temperature)
-    return found if squared else found / temperature**2
+    result = TEMPERED[name](student_logits, teacher_logits, temperature)
+    return result if squared else result / temperature**2
 
 
 def cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """−Σ p · log softmax(logits), for labels that are distributions (one-hot, or mixed as the views are).
+    """Computes −Σ p · log softmax(logits) for labels p that are distributions (one-hot, or mixed as the views are).
 
     Args:
         logits: (n, classes).
-        probabilities: (n, classes), each row sums to 1.
+        probabilities: (n, classes); each row sums to 1.
 
     Returns:
         (n,) float32.
@@ -181,13 +197,13 @@ def cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def mix_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
-    """One-hot labels mixed as `augment.mixup` mixes views.
+    """Mixes one-hot labels as `mixing.mixup` and `mixing.cutmix` mix views.
 
     Args:
-        labels: (1 + n,) int64, row 0 being row 1's predecessor in the global batch.
-        lam: weight of the image's own label, one for all or one each, (n,); 1 leaves the labels as they are.
-        classes: how many there are.
-        smoothing: the share of each label that is spread over all classes (Szegedy et al., 2016, section 7).
+        labels: (1 + n,) int64; row 0 is row 1's predecessor in the global batch.
+        lam: weight of the image's own label, one for all or (n,); 1 leaves the labels as they are.
+        classes: number of classes.
+        smoothing: share of each label that is spread over all classes (Szegedy et al., 2016, section 7).
 
     Returns:
         (n, classes) float32.

@@ -1,4 +1,4 @@
-"""How good and how faithful a classifier is: figures of each image, then their summary."""
+"""Computes a classifier's metrics: accuracy, agreement with the teacher, and calibration."""
 
 import torch
 from torch import Tensor
@@ -10,18 +10,19 @@ METRICS = ("top1", "top5", "agreement", "agreement5", "kl", "ece", "balanced")
 
 
 def per_image(logits: Tensor, labels: Tensor | None = None, teacher_logits: Tensor | None = None) -> dict[str, Tensor]:
-    """What each image contributes to `summary`.
+    """Computes the columns that `summarize` averages, one value an image.
 
     Args:
         logits: (n, classes).
-        labels: (n,) int64, or None where there are none.
-        teacher_logits: (n, classes), or None where there is no teacher.
+        labels: (n,) int64, or None without labels.
+        teacher_logits: (n, classes), or None without a teacher.
 
     Returns:
         columns of (n,) float32: `confidence`; with labels `label`, `top1` and `top5`; with a teacher `agreement` and
-        `agreement5` (is the teacher's first class the student's first, or one of its first five?) and `kl`
+        `agreement5` (the teacher's first class is the student's first, or one of its first five) and `kl`
         (KL(teacher ‖ student) at T = 1, in nats).
     """
+    # float32: sixteen bits make ties among the first classes, and which of them topk takes is then a matter of chance.
     logits = logits.float()
     ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     columns = {"confidence": logits.softmax(-1).amax(-1)}
@@ -35,35 +36,46 @@ def per_image(logits: Tensor, labels: Tensor | None = None, teacher_logits: Tens
 
 
 def summarize(columns: dict[str, Tensor]) -> dict[str, float | None]:
-    """The figures of a split, each None where it could not be known.
+    """Averages the columns of `per_image` over a split.
+
+    Args:
+        columns: of `per_image`, concatenated over all batches.
 
     Returns:
-        `top1`, `top5`, `agreement`, `agreement5` in [0, 1]; `kl` in nats; `ece` in [0, 1] (`calibration_error`); and
-        `balanced`, the mean over classes of the share of their images that are right, which a constant
-        answer cannot lift above 1 / classes however uneven the classes are.
+        the metrics, None where labels or teacher are missing: `top1`, `top5`, `agreement`, `agreement5` in [0, 1];
+        `kl` in nats; `ece` in [0, 1] (`calibration_error`); and `balanced`, the mean of the classes' recalls, which a
+        constant prediction cannot lift above 1 / classes however uneven the classes are.
     """
-    figures: dict[str, float | None] = dict.fromkeys(METRICS)
+    metrics: dict[str, float | None] = dict.fromkeys(METRICS)
     for name in ("top1", "top5", "agreement", "agreement5", "kl"):
         if name in columns:
-            figures[name] = columns[name].double().mean().item()
+            # float64: sums of 50,000 float32 numbers would lose the digits in which runs differ.
+            metrics[name] = columns[name].double().mean().item()
     if "top1" in columns:
-        figures["ece"] = calibration_error(columns["confidence"], columns["top1"])
+        metrics["ece"] = calibration_error(columns["confidence"], columns["top1"])
+        # Of the classes that occur: a class without images has no recall.
         recalls = [columns["top1"][columns["label"] == label].double().mean() for label in columns["label"].unique()]
-        figures["balanced"] = torch.stack(recalls).mean().item()
-    return figures
+        metrics["balanced"] = torch.stack(recalls).mean().item()
+    return metrics
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS) -> float:
-    """Expected calibration error: Σ over bins of |accuracy − confidence|, weighted by the bin's share.
+    """Computes the expected calibration error: Σ over bins of |accuracy − confidence|, weighted by the bins' shares.
 
-    Bins of equal width, closed on the right (Guo et al., "On calibration of modern neural networks", 2017, eq. 3).
+    The bins have equal width and are closed on the right (Guo et al., "On calibration of modern neural networks",
+    2017, equation 3).
 
     Args:
-        confidence: of the first class, (n,) in [0, 1].
+        confidence: (n,) in [0, 1], the probability of the first class.
         correct: (n,) 0 or 1.
+        bins: number of bins.
+
+    Returns:
+        the error, in [0, 1].
     """
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
     which = torch.bucketize(confidence.double(), edges[1:-1])
+    # Sums instead of means in each bin: n · share · |accuracy − confidence| is the absolute value of their difference.
     gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
     gap.index_add_(0, which, correct.double() - confidence.double())
     return (gap.abs().sum() / len(confidence)).item()
