@@ -15,6 +15,7 @@ from funmatch.runtime.files import (
     PARTIAL,
     file_lock,
     lock_owner,
+    remove,
     remove_partials,
     try_lock_file,
     write_atomically,
@@ -139,48 +140,53 @@ class RecordFolder:
         self.refuse(compare(known, record))
         return known
 
-    def refuse(self, differences: list[str], hint: str = "") -> None:
+    def refuse(self, differences: list[str]) -> None:
         """Raises `InputError` where there are differences between the record and what is requested now."""
         if differences:
             lines = "\n  ".join(differences)
             raise InputError(
                 f"{self.folder} holds a {self.noun} with other options:\n  {lines}\n"
-                f"choose another {self.option}, or pass the {self.noun}'s own values to resume it{hint}"
+                f"choose another {self.option}, or pass the {self.noun}'s own values"
             )
 
     @contextmanager
     def beginning(self) -> Generator[None]:
         """Makes the folder and keeps other processes from beginning in it; if nothing comes of it, nothing stays."""
-        created, had_begun = not self.folder.exists(), self.has_begun
         with ExitStack() as stack:
-            self._lock_folder(stack)
+            created = self._lock_folder(stack)
+            had_begun = self.has_begun  # looked at under the lock: what another process began is not ours to clear
             try:
                 yield
             except BaseException:
-                self._clear_begin(created=created, had_begun=had_begun)
+                if not had_begun:
+                    self._clear(created=created)
                 raise
 
-    def _lock_folder(self, stack: ExitStack) -> None:
+    def _lock_folder(self, stack: ExitStack) -> bool:
+        """Makes the folder where it is missing and holds its lock; returns whether it was missing.
+
+        The lock is on the folder itself, since the record is replaced when it is written, and its lock with it.
+        """
         while True:
+            created = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            locked = stack.enter_context(ExitStack())
+            lock = ExitStack()
             try:
-                before = self.folder.stat()
-                locked.enter_context(file_lock(self.folder))
-                if self.folder.stat().st_ino == before.st_ino:
-                    return
+                number = self.folder.stat().st_ino
+                lock.enter_context(file_lock(self.folder))
+                if self.folder.stat().st_ino == number:
+                    stack.enter_context(lock)
+                    return created
             except FileNotFoundError:
                 pass
-            locked.close()  # the process that we waited for has removed the folder, so its lock guards nothing
+            lock.close()  # the process that we waited for has removed the folder, so its lock guards nothing
 
-    def _clear_begin(self, *, created: bool, had_begun: bool) -> None:
-        if had_begun:
-            return
+    def _clear(self, *, created: bool) -> None:
         for name in (self.path.name, *self.leftovers):
             (self.folder / name).unlink(missing_ok=True)
         if created and all(map(_is_leftover, self.folder.iterdir())):
             for path in self.folder.iterdir():
-                path.unlink()
+                remove(path)
             self.folder.rmdir()
 
     def try_lock(self) -> IO[str] | None:

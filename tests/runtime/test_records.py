@@ -119,7 +119,7 @@ def test_a_folder_is_begun_once_and_compared_ever_after(tmp_path):
         pass
     assert str(error.value) == (
         f"{folder.folder} holds a job with other options:\n  ema: None in the job, 0.9 now\n  lr: 1 in the job, 2 now\n"
-        "choose another --out, or pass the job's own values to resume it"
+        "choose another --out, or pass the job's own values"
     )
     assert folder.path.read_bytes() == before
 
@@ -226,6 +226,7 @@ def test_arrays_are_read_or_damaged(tmp_path):
 def test_a_measurement_is_kept_and_what_is_damaged_counts_for_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
     found = Measurement("steps", "a network on this machine", "this student")
+    assert found.path == tmp_path / "steps" / "091a2e67662d209c39901f92.json", "files stay valid"
     assert found.read({"fp32": float}) is None
     found.write({"fp32": 1.5})
     assert found.read({"fp32": float}) == {"fp32": 1.5}

@@ -46,7 +46,9 @@ def logits_of(count: int, classes: int, seed: int = 0) -> torch.Tensor:
 
 
 def opened(folder, layout: Layout, **asked) -> tape.Tape:
-    found = tape.open_tape(folder, layout, asked, {"run": {}})
+    key = {"seed": 0, "batch": layout.batch, "side": 28, "crop": "mild"} | asked
+    about = {"device": "cpu", "forms": [], "run": {"teacher": [], "data": []}}
+    found = tape.open_tape(folder, layout, key, about)
     found.recording = True
     return found
 
@@ -275,7 +277,7 @@ def recorded(tmp_path_factory):
 )
 def test_a_tape_of_other_answers_is_refused(recorded, tmp_path, change, words):
     content = (recorded / "tape" / "answers.bin").read_bytes()
-    with pytest.raises(InputError, match=f"is a tape of other answers:\n(.*\n)*.*{words}"):
+    with pytest.raises(InputError, match=f"holds a tape with other options:\n(.*\n)*.*{words}"):
         funmatch.distill(out=tmp_path / "run", tape=recorded / "tape", **KNOBS | change)
     assert not (tmp_path / "run").exists()
     assert (recorded / "tape" / "answers.bin").read_bytes() == content
@@ -322,9 +324,9 @@ def test_a_run_that_began_without_a_tape_does_not_go_on_with_one(recorded, tmp_p
 def test_a_folder_that_is_no_tape(recorded, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("")
-    with pytest.raises(InputError, match="exists and is no tape"):
+    with pytest.raises(InputError, match="exists and is not a tape"):
         funmatch.distill(out=tmp_path / "run", tape=tmp_path / "full", **KNOBS)
-    with pytest.raises(InputError, match="is no tape"):
+    with pytest.raises(InputError, match="is not a tape"):
         tape_command.run(Asked.checked(folder=tmp_path))
     shutil.copytree(recorded / "tape", tmp_path / "tape")
     header = tmp_path / "tape" / "tape.json"

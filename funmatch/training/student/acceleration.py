@@ -1,8 +1,6 @@
 """How a student is computed: in the arithmetic that is faster on this machine, and compiled where a run earns it."""
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -21,8 +19,8 @@ from funmatch.ops import crops, resample
 from funmatch.ops.native import library, norms
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.chunks import even_chunks
-from funmatch.runtime.files import cache_home, write_atomically
 from funmatch.runtime.log import info
+from funmatch.runtime.measured import Measurement
 from funmatch.runtime.text import duration
 from funmatch.training.loop import LoopOptions
 from funmatch.training.run import folder as run_folder
@@ -107,18 +105,12 @@ def pick_precision(config: Train, steps: int, side: int, student: Classifier, de
 
 def known_step_seconds(student: Classifier, side: int, images: int, *, quick: bool = False) -> dict[str, float]:
     """Seconds a step in each arithmetic, measured once on a machine, so that two runs alike are computed alike."""
-    words = (repr(student.net), side, images, quick, devices.machine_signature(torch.device("cpu")))
-    place = cache_home() / "steps" / f"{hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()}.json"
-    try:
-        found = json.loads(place.read_text())
-        return {name: max(float(found[name]), 1e-9) for name in ("fp32", "bf16")}
-    except (OSError, ValueError, TypeError, KeyError):
-        found = measure_step_seconds(student, side, images, quick=quick)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, json.dumps(found))
-    except OSError as error:
-        info(f"the next run will measure this student again: {place.parent} cannot be written ({error.strerror})")
+    key = repr((repr(student.net), side, images, quick, devices.machine_signature(torch.device("cpu"))))
+    measured = Measurement("steps", key, "this student")
+    if known := measured.read({"fp32": float, "bf16": float}):
+        return {name: max(float(known[name]), 1e-9) for name in ("fp32", "bf16")}
+    found = measure_step_seconds(student, side, images, quick=quick)
+    measured.write(found)
     return found
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from funmatch.models.inference.native_layers import native_group_norms
 from funmatch.models.load import load
 from funmatch.ops.native import norms
 from funmatch.runtime import devices
-from funmatch.runtime.files import cache_home, write_atomically
 from funmatch.runtime.log import info, info_notes
+from funmatch.runtime.measured import Measurement
 from funmatch.runtime.text import percent
 from funmatch.training import scoring
 from funmatch.training.student.build import Modules
 
 CHECKED = 256  # images of the first batch, at most, on which a form is held against the plain teacher
+FORM_SHAPE = {f"{field.name}?": field.type for field in fields(InferenceMode)}
+"""A form that was written down, perhaps before it had all of its fields."""
 BELOW_CARD_WARNING = 0.1  # of accuracy, from which a teacher is loudly doubted
 
 
@@ -183,8 +185,8 @@ def freeze_fastest(
 def _frozen(one: LoadedTeacher, shown: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
     precisions = devices.teacher_precisions(config.teacher_precision, shown.device)
     wish = AllowedModes(precisions, config.compiles, _by_our_kernels(one, shown, config))
-    place = cache_home() / "forms" / f"{_machine(one, shown, wish)}.json"
-    frozen, tried = freeze(one.load_again, shown, replace(wish, first=_known_form(place, wish)))
+    measured = _measurement(one, shown, wish)
+    frozen, tried = freeze(one.load_again, shown, replace(wish, first=_known_form(measured, wish)))
     for check in tried[:-1]:
         info(f"teacher {one.name} is not computed as {check}")
     taken = tried[-1]
@@ -192,11 +194,7 @@ def _frozen(one: LoadedTeacher, shown: Tensor, config: Distill) -> tuple[Frozen,
         info(f"WARNING: teacher {one.name} is computed as told, though it is not the same: {taken}")
     else:
         info(f"teacher {one.name} is computed as {taken}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, json.dumps(asdict(taken.form)))
-    except OSError as error:
-        info(f"the next run will measure this teacher again: {place.parent} cannot be written ({error.strerror})")
+    measured.write(asdict(taken.form))
     return frozen, {
         "form": asdict(taken.form),
         "beside_fp32": {"kl": taken.kl, "agreement": taken.agreement, "pictures": taken.images},
@@ -215,20 +213,20 @@ def _by_our_kernels(one: LoadedTeacher, shown: Tensor, config: Distill) -> bool:
     return not why
 
 
-def _machine(one: LoadedTeacher, shown: Tensor, wish: AllowedModes) -> str:
-    """A name for what decides which form is the fastest."""
-    words = repr((one.digest, one.function, shown.shape, wish, devices.machine_signature(shown.device)))
-    words = words.replace("AllowedModes(", "Wish(")  # its first name, so that what was measured under it stays known
-    return hashlib.blake2b(words.encode(), digest_size=12).hexdigest()
+def _measurement(one: LoadedTeacher, shown: Tensor, wish: AllowedModes) -> Measurement:
+    """Which form of a teacher is the fastest, under all that decides it."""
+    key = repr((one.digest, one.function, shown.shape, wish, devices.machine_signature(shown.device)))
+    key = key.replace("AllowedModes(", "Wish(")  # its first name, so that what was measured under it stays known
+    return Measurement("forms", key, "this teacher")
 
 
-def _known_form(place: Path, wish: AllowedModes) -> InferenceMode | None:
+def _known_form(measured: Measurement, wish: AllowedModes) -> InferenceMode | None:
     """The form that was taken on this machine before: so that two runs alike are computed alike."""
-    try:
-        form = InferenceMode(**json.loads(place.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-    return form if form.is_allowed(wish) else None
+    known = measured.read(FORM_SHAPE)
+    form = (
+        InferenceMode(**{name: value for name, value in known.items() if f"{name}?" in FORM_SHAPE}) if known else None
+    )
+    return form if form and form.is_allowed(wish) else None
 
 
 def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView) -> tuple[Tensor, list[Tensor]]:

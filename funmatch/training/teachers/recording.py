@@ -1,8 +1,9 @@
 """A distillation and the teacher tape: whose answers it holds, what is recorded, and what a full disk means."""
 
 import hashlib
+import shutil
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,6 @@ from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.runtime import distributed, env
-from funmatch.runtime.files import file_lock, try_lock_file
 from funmatch.runtime.log import info
 from funmatch.runtime.text import format_bytes, percent
 from funmatch.training.setup import TrainSetup
@@ -73,25 +73,18 @@ def shared_by(knobs: Mapping[str, Any]) -> str | None:
 @contextmanager
 def lock_beginning(config: Distill) -> Generator[None]:
     """Keeps other runs from beginning the same tape, so that the first alone decides how its teacher is computed."""
-    folder = config.tape.expanduser() if config.tape else None
-    if folder is None or not env.is_main_process() or folder.is_file() or (folder / tape.HEADER).is_file():
+    place = tape.record_folder(config.tape) if config.tape else None
+    if place is None or not env.is_main_process() or place.has_begun:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(folder / ".begin"):
-            yield
-    except BaseException:
-        if {each.name for each in folder.iterdir()} <= {".begin"}:  # nothing came of it, so nothing is left of it
-            (folder / ".begin").unlink(missing_ok=True)
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+    place.check_place()
+    with place.beginning():
+        yield
 
 
 def recorded_modes(config: Distill, device: torch.device) -> list[dict[str, Any]] | None:
     """The forms in which the teachers of a tape are computed, so that what is added to it is computed alike."""
-    if config.tape is None or not (config.tape.expanduser() / tape.HEADER).is_file():
+    if config.tape is None or not tape.record_folder(config.tape).has_begun:
         return None
     header = tape.find_tape(config.tape).header
     return header["forms"] if header["device"] == device.type else None
@@ -129,7 +122,7 @@ def open_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Generator[Tape 
         yield None
         return
     found = begin_tape(setup, teachers)
-    lock = try_lock_file(found.folder / ".lock") if env.is_main_process() else None
+    lock = tape.record_folder(found.folder).try_lock() if env.is_main_process() else None
     try:
         found.recording = distributed.broadcast_from_main(lambda: lock is not None)
         if env.is_main_process():
@@ -148,7 +141,7 @@ def _report_beginning(found: Tape, steps: int, full: Literal["stop", "go-on"]) -
         info(f"tape {found.folder}: another run records it; this one takes from it what is there, and what comes")
         return
     try:
-        tape.check_space(found, steps)
+        _check_space(found, steps)
     except InputError as error:
         if full == "stop":
             raise
@@ -160,6 +153,18 @@ def _report_beginning(found: Tape, steps: int, full: Literal["stop", "go-on"]) -
         info(f"tape {found.folder}: {format_bytes(size)} for {steps:,} steps{has}; what the teacher says is recorded")
     else:
         info(f"tape {found.folder}: {format_bytes(size)}; it holds what the teacher says in {steps:,} steps")
+
+
+def _check_space(found: Tape, steps: int) -> None:
+    """Raises `InputError` unless the disk has room for all that will be recorded."""
+    have = found.path.stat().st_blocks * 512 if found.path.is_file() else 0
+    wanted = found.layout.bytes_of(steps) - have
+    free = shutil.disk_usage(found.folder).free
+    if wanted > free:
+        raise InputError(
+            f"the tape of {steps:,} steps takes {format_bytes(wanted)} more in {found.folder}, where "
+            f"{format_bytes(free)} are free; choose another --tape, keep fewer classes (--tape-top), or leave it out"
+        )
 
 
 def report_dropped_mass(told: Tensor, config: Distill) -> None:

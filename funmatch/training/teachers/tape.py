@@ -1,21 +1,20 @@
-"""The teacher tape: what teachers said of each view of each step, kept for every further student.
+"""Stores a frozen teacher's logits for each view of each step in a tape, for every further student.
 
-The views of a step are a function of seed and step alone (`draws`), so what a frozen teacher says of them is one, too.
-A tape keeps it row by row: record `step · batch + row` of `answers.bin` holds a view's logits in half precision, and a
-checksum that knows its place. Whatever is not there whole is as if it were not there at all, so a tape can be cut off
-at any byte, written by several processes, and made longer by a longer run. `tape.json` says whose answers they are.
+The views of a step are a function of seed and step alone (`ops.sampling`), and so are a frozen teacher's logits for
+them. A tape keeps these row by row: record `step · batch + row` of `answers.bin` holds a view's logits in half
+precision, and a checksum that knows its place. A row that is not whole counts as missing, so a tape can be cut off at
+any byte, written by several processes, and made longer by a longer run. `tape.json` says what the logits depend on.
 
-Of very many classes a tape may keep the first k by the teacher, and the rest as one mass (`top`).
+Of very many classes a tape may keep the teacher's first k, and the rest as one mass (`top`).
 """
 
 import json
 import math
 import os
-import shutil
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,34 @@ import torch
 from torch import Tensor
 
 from funmatch.errors import InputError
-from funmatch.runtime.files import disk_errors, write_atomically
-from funmatch.runtime.text import format_bytes
+from funmatch.runtime.files import disk_errors
+from funmatch.runtime.json_files import Damaged
+from funmatch.runtime.records import RecordFolder, list_differences
 
 FORMAT = 1
 HEADER, ANSWERS = "tape.json", "answers.bin"
-FEW = 1 << 16
-"""Rows that are looked through at a time, when a whole tape is."""
+HEADER_SHAPE = {
+    "layout": {"batch": int, "classes": int, "top": int | None, "temperature": float},
+    "asked": {"seed": int, "batch": int, "side": int, "crop": str},
+    "device": str,
+    "forms": list[dict],
+    "run": {"teacher": list[str], "data": list[str]},
+    "check?": int,
+}
+"""`asked` is the key of what the logits depend on; `check` is missing on tapes that are older than it."""
+ROWS_AT_ONCE = 1 << 16
+"""Rows that are read at a time when a whole tape is."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a row of a tape holds.
+    """The format of a tape's rows.
 
     Attributes:
-        batch: views of a step.
-        classes: that teachers answer.
-        top: classes that are kept of them, the rest as one mass; None keeps all.
-        temperature: at which the rest is one mass; without `top` it does not matter.
+        batch: views per step.
+        classes: outputs of the teacher.
+        top: classes kept of them, the rest as one mass; None keeps all.
+        temperature: temperature at which the rest is one mass; without `top` it does not matter.
     """
 
     batch: int
@@ -57,15 +66,20 @@ class Layout:
 
     @property
     def kept(self) -> int:
-        """Numbers of a row."""
+        """Numbers per row."""
         return self.classes if self.top is None else self.top + 1
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether such rows can be read: a damaged header may say anything."""
+        return self.batch > 0 and 0 < (self.top or 1) <= self.classes and self.temperature > 0
+
     def bytes_of(self, steps: int) -> int:
-        """Of a tape of so many steps."""
+        """Size of a tape of so many steps."""
         return steps * self.batch * self.row.itemsize
 
     def packed(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits (n, classes) as they are kept: (n, kept) in fp16, and of which classes, (n, top), if not all."""
+        """Logits (n, classes) as a row stores them: (n, kept) in fp16, and their classes, (n, top), if not all."""
         logits, picks = logits.detach().float(), None
         if self.top is not None:
             first, picks = logits.topk(self.top)
@@ -75,7 +89,7 @@ class Layout:
         return logits.half(), picks
 
     def unpacked(self, half: Tensor, picks: Tensor | None) -> Tensor:
-        """Logits (n, classes) float32 from what is kept of them; the mass of the rest is shared out evenly."""
+        """Logits (n, classes) float32 from what a row stores; the mass of the rest is shared out evenly."""
         logits = half.float()
         if self.top is None or picks is None:
             return logits
@@ -83,25 +97,25 @@ class Layout:
         return each.expand(-1, self.classes).scatter(1, picks, logits[:, :-1])
 
 
-def fold_dropped_classes(student: Tensor, told: Tensor, top: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both logits, (n, classes), among the teacher's first `top` classes and the rest as one: (n, top + 1).
+def fold_dropped_classes(student: Tensor, teacher: Tensor, top: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Folds both logits, (n, classes), into the teacher's first `top` classes and the rest as one: (n, top + 1).
 
-    At the temperature the last has the probability of all the rest, so that a distance between probabilities is that
-    between what is known of them. KL is so at most the whole KL: it lacks how the student shares out the rest, which
-    weighs as much as the teacher gives to the rest.
+    At the temperature the last has the probability of all the rest, so that a distance compares what is known of the
+    probabilities. KL is then at most the whole KL: it lacks how the student shares out the rest, which weighs as much
+    as the teacher gives to the rest.
     """
-    picks = told.topk(top).indices
+    picks = teacher.topk(top).indices
 
     def among(logits: Tensor) -> Tensor:
         rest = logits.scatter(1, picks, -torch.inf)
         mass = (rest / temperature).logsumexp(1, keepdim=True) * temperature
         return torch.cat([logits.gather(1, picks), mass], 1)
 
-    return among(student), among(told)
+    return among(student), among(teacher)
 
 
 def dropped_mass(logits: Tensor, top: int, temperature: float) -> float:
-    """The mean probability that logits, (n, classes), give to all but their first `top` classes."""
+    """Mean probability that logits, (n, classes), give to all but their first `top` classes."""
     return 1 - (logits.float() / temperature).softmax(-1).topk(top).values.sum(-1).mean().item()
 
 
@@ -110,10 +124,10 @@ class Tape:
     """An open tape.
 
     Attributes:
-        folder: holding `tape.json` and `answers.bin`.
-        layout: of its rows.
-        header: what `tape.json` holds.
-        recording: whether what is new is written.
+        folder: the folder with `tape.json` and `answers.bin`.
+        layout: the format of its rows.
+        header: contents of `tape.json`.
+        recording: whether new rows are written.
     """
 
     folder: Path
@@ -128,20 +142,20 @@ class Tape:
         return self.folder / ANSWERS
 
     @property
-    def whose(self) -> int:
-        """What ties the rows to the header; nothing does on tapes that are older than its checksum."""
+    def header_check(self) -> int:
+        """The checksum that ties the rows to the header; 0 on tapes that are older than it."""
         return self.header.get("check", 0)
 
     @property
     def size(self) -> int:
-        """Bytes of the rows, up to the last."""
+        """Bytes up to the last row."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def read(self, step: int, first: int, count: int) -> Tensor | None:
-        """What was said of some rows of a step, (count, classes) float32; None unless all of them are there, sound.
+        """Logits of some rows of a step, (count, classes) float32; None unless all of them are there, undamaged.
 
         Args:
-            first: the first row, in the batch of all processes.
+            first: place of the first row in the global batch.
         """
         start = step * self.layout.batch + first
         rows = self._rows(start, count)
@@ -151,28 +165,30 @@ class Tape:
         return self.layout.unpacked(torch.from_numpy(rows["logits"].copy()), picks)
 
     def write(self, step: int, first: int, half: Tensor, picks: Tensor | None) -> None:
-        """Writes what is said of some rows of a step, as the layout packs it.
+        """Writes the logits of some rows of a step, as the layout packs them.
 
         Raises:
             InputError: a logit is too large for half precision.
             OSError: the disk is full, or fails; all that was written before stays.
         """
         if not half.isfinite().all():
-            raise InputError("a teacher's logits go beyond ±65,504, which a tape cannot hold; leave --tape out")
+            raise InputError("a teacher's logits exceed ±65,504, more than a tape can hold; leave --tape out")
         rows = np.zeros(len(half), self.layout.row)
         rows["logits"] = half.numpy()
         if picks is not None:
             rows["picks"] = picks.numpy()
         start = step * self.layout.batch + first
-        rows["check"] = _checks(rows, start, self.whose)
+        rows["check"] = _checks(rows, start, self.header_check)
         content, place = rows.tobytes(), start * self.layout.row.itemsize
+        # One write at a place, not an append: processes write rows of one file in any order, and a row that a kill cut
+        # short fails its checksum and is written again.
         with disk_errors(self.path):
             while content:
                 written = os.pwrite(self._handle(), content, place)
                 content, place = content[written:], place + written
 
     def counts(self) -> tuple[int, int, list[range]]:
-        """Rows that are there, rows that are damaged, and the steps that are there whole, as ranges."""
+        """Undamaged rows, damaged rows, and ranges of the steps that are there whole."""
         batch, there, damaged = self.layout.batch, 0, 0
         whole: list[range] = []
         for start, rows in self.all_rows():
@@ -188,8 +204,8 @@ class Tape:
         return there, damaged, whole
 
     def all_rows(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The rows of whole steps at a time, and the place of the first."""
-        some = max(1, FEW // self.layout.batch) * self.layout.batch
+        """All rows, some whole steps at a time, and the place of the first."""
+        some = max(1, ROWS_AT_ONCE // self.layout.batch) * self.layout.batch
         total = self.size // self.layout.row.itemsize
         for start in range(0, total, some):
             yield start, self._rows(start, min(some, total - start))
@@ -207,7 +223,7 @@ class Tape:
             return self._file
 
     def _rows(self, start: int, count: int) -> np.ndarray:
-        """Rows as they lie there; fewer where the file ends. What is left of a row that is cut off is not one."""
+        """Rows as they lie there; fewer where the file ends. The rest of a row that was cut off is left out."""
         size = self.layout.row.itemsize
         if not self.recording and not self.path.is_file():
             return np.empty(0, self.layout.row)
@@ -215,52 +231,52 @@ class Tape:
         return np.frombuffer(content, self.layout.row, len(content) // size)
 
     def _sound(self, rows: np.ndarray, start: int) -> np.ndarray:
-        return rows["check"] == _checks(rows, start, self.whose)
+        return rows["check"] == _checks(rows, start, self.header_check)
 
 
 def _check_of(header: Mapping[str, Any]) -> int:
-    """A checksum of what a header says of the rows."""
+    """Checksum of the parts of a header that its rows depend on."""
     return zlib.crc32(json.dumps([header["layout"], header["asked"]], sort_keys=True).encode())
 
 
-def _checks(rows: np.ndarray, start: int, whose: int) -> np.ndarray:
-    """A checksum of each row that knows its tape and its place: what was written elsewhere does not pass for it."""
+def _checks(rows: np.ndarray, start: int, header_check: int) -> np.ndarray:
+    """Checksum of each row with its tape and its place, so that rows of another tape or place do not pass for it."""
     size = rows.dtype.itemsize
     content = memoryview(rows.tobytes())
     found = (
-        zlib.crc32(content[at * size : (at + 1) * size - 4], zlib.crc32((start + at).to_bytes(8, "little"), whose))
+        zlib.crc32(
+            content[at * size : (at + 1) * size - 4], zlib.crc32((start + at).to_bytes(8, "little"), header_check)
+        )
         for at in range(len(rows))
     )
     return np.fromiter(found, np.uint32, len(rows))
 
 
-def open_tape(folder: Path, layout: Layout, asked: Mapping[str, Any], about: Mapping[str, Any]) -> Tape:
+def record_folder(folder: Path) -> RecordFolder:
+    """The folder of a tape, begun or not."""
+    return RecordFolder(
+        folder.expanduser(), HEADER, "tape", HEADER_SHAPE, number=FORMAT, option="--tape", lock_name=".lock"
+    )
+
+
+def open_tape(folder: Path, layout: Layout, key: Mapping[str, Any], about: Mapping[str, Any]) -> Tape:
     """The tape in a folder, or a new one there.
 
     Args:
-        asked: what its answers depend on: images, draws, views, teachers.
+        key: what its logits depend on: images, draws, views, teachers.
         about: what else is kept of its beginning.
 
     Raises:
-        InputError: the folder holds something else, or a tape of other answers.
+        InputError: the folder holds something else, or a tape with another key.
     """
-    folder = folder.expanduser()
-    path = folder / HEADER
-    if path.is_file():
-        tape = find_tape(folder)
-        then = tape.header["asked"]
-        now = json.loads(json.dumps(asked))
-        differing = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
-        if differing:
-            lines = "\n  ".join(f"{name}: {then.get(name)} on the tape, {now.get(name)} now" for name in differing)
-            raise InputError(f"{folder} is a tape of other answers:\n  {lines}\nchoose another --tape, or leave it out")
-        return tape
-    if folder.is_file() or (folder.is_dir() and any(not each.name.startswith(".") for each in folder.iterdir())):
-        raise InputError(f"{folder} exists and is no tape; choose another --tape")
-    folder.mkdir(parents=True, exist_ok=True)
+    (place := record_folder(folder)).check_place()
+    place.folder.mkdir(parents=True, exist_ok=True)
     kept = {name: getattr(layout, name) for name in ("batch", "classes", "top", "temperature")}
-    header = json.loads(json.dumps({"format": FORMAT, "layout": kept, "asked": dict(asked), **about}, default=str))
-    write_atomically(path, json.dumps(header | {"check": _check_of(header)}, indent=1))
+    header = json.loads(json.dumps({"layout": kept, "asked": dict(key), **about}, default=str))
+    place.begin(
+        header | {"check": _check_of(header)},
+        lambda then, now: list_differences(then["asked"], now["asked"], "on the tape", {"pictures": "images"}),
+    )
     return find_tape(folder)
 
 
@@ -268,30 +284,17 @@ def find_tape(folder: Path) -> Tape:
     """The tape in a folder.
 
     Raises:
-        InputError: there is none, its header is damaged, or of a later version.
+        InputError: there is none, its header is damaged, or of a newer format.
     """
-    path = folder.expanduser() / HEADER
-    if not path.is_file():
-        raise InputError(f"{folder} is no tape: it has no {HEADER}")
+    place = record_folder(folder)
+    if not place.has_begun:
+        raise InputError(f"{folder} is not a tape: it has no {HEADER}")
+    advice = f"remove {place.folder}, and the next run records it again"
     try:
-        header = json.loads(path.read_text())
-        layout = Layout(**header["layout"])
-        if header["format"] == FORMAT and isinstance(header["asked"], dict):
-            if header.get("check") not in (None, _check_of(header)):
-                raise ValueError("changed since it was written")
-            return Tape(path.parent, layout, header)
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged; remove {folder}, and the next run records it again") from None
-    raise InputError(f"{path} is of format {header['format']}, this version reads {FORMAT}")
-
-
-def check_space(tape: Tape, steps: int) -> None:
-    """Raises `InputError` unless the disk has room for all that will be recorded."""
-    have = tape.path.stat().st_blocks * 512 if tape.path.is_file() else 0
-    wanted = tape.layout.bytes_of(steps) - have
-    free = shutil.disk_usage(tape.folder).free
-    if wanted > free:
-        raise InputError(
-            f"the tape of {steps:,} steps takes {format_bytes(wanted)} more in {tape.folder}, where "
-            f"{format_bytes(free)} are free; choose another --tape, keep fewer classes (--tape-top), or leave it out"
-        )
+        header = place.read()
+    except Damaged as error:
+        raise Damaged(f"{error}; or {advice}") from None
+    layout = Layout(**{field.name: header["layout"][field.name] for field in fields(Layout)})
+    if not layout.is_possible or header.get("check") not in (None, _check_of(header)):
+        raise Damaged(f"{place.path} is damaged (changed since it was written); {advice}")
+    return Tape(place.folder, layout, header)
