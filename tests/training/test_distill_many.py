@@ -18,6 +18,7 @@ from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.runtime.prefetch import SharedCache
 from funmatch.training import distill_many
+from funmatch.training.teachers import loading
 from funmatch.training.trainer import Trainer
 
 TOLD = {
@@ -105,6 +106,36 @@ def test_one_that_fails_stops_no_other(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"1 of 2 students failed:\n.*test_resnet: .*no longer finite"):
         funmatch.distill_several(**TOLD, students=["test_resnet", STUDENTS[0]], out=tmp_path / "x")
     assert (tmp_path / "x" / STUDENTS[0] / "result.json").is_file()
+
+
+def test_crops_of_another_kernel_are_not_shared(tmp_path):
+    """A run that was begun with torch's crops goes on with them, so it cannot take those of the native kernel."""
+    funmatch.distill(**TOLD | {"steps": 4}, student=STUDENTS[0], out=tmp_path / "both" / STUDENTS[0])
+    record = tmp_path / "both" / STUDENTS[0] / "config.json"
+    config = json.loads(record.read_text())
+    was = config["facts"]["views"]
+    config["facts"]["views"] = "native" if was == "torch" else "torch"
+    config["knobs"]["steps"] = TOLD["steps"]
+    record.write_text(json.dumps(config))
+    (record.parent / "result.json").unlink()
+    with pytest.raises(InputError, match=r"would see different views: native (True and False|False and True)"):
+        funmatch.distill_several(**TOLD, students=STUDENTS, out=tmp_path / "both")
+
+
+def test_teachers_are_loaded_once_for_all_students(tmp_path, monkeypatch):
+    loads: list[str] = []
+    real = loading.load
+
+    def counted(name, **options):
+        loads.append(name)
+        return real(name, **options)
+
+    monkeypatch.setattr(loading, "load", counted)
+    funmatch.distill(**TOLD | {"steps": 2}, student=STUDENTS[0], out=tmp_path / "alone")
+    alone = len(loads)
+    loads.clear()
+    funmatch.distill_several(**TOLD | {"steps": 2}, students=STUDENTS, out=tmp_path / "both")
+    assert len(loads) == alone
 
 
 def test_bad_words(tmp_path):

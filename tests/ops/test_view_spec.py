@@ -1,0 +1,55 @@
+"""A spec holds all that decides views: whatever changes them changes its key, except how crops are rounded."""
+
+from dataclasses import fields, make_dataclass, replace
+
+import pytest
+
+from funmatch.ops.sampling import SAMPLING_VERSION, MixupOptions
+from funmatch.ops.view_spec import ViewSpec
+
+SPEC = ViewSpec(seed=3, batch=16, side=32)
+OTHERS = {
+    "seed": 4,
+    "batch": 32,
+    "side": 48,
+    "min_area": 0.2,
+    "crop": "whole",
+    "mixup": MixupOptions(a=0.2),
+    "cutmix": 1.0,
+    "randaugment": (2, 9),
+    "own_teacher_view": True,
+    "version": SAMPLING_VERSION + 1,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_changes_views_changes_the_key(name):
+    other = replace(SPEC, **{name: OTHERS[name]})
+    assert other.key() != SPEC.key()
+    assert SPEC.differences(other) == {name: (getattr(SPEC, name), OTHERS[name])}
+
+
+def test_every_field_is_tried_above():
+    assert {each.name for each in fields(ViewSpec)} == {*OTHERS, "resize", "native"}
+    mild = replace(SPEC, crop="mild", resize=40)
+    assert replace(mild, resize=48).key() != mild.key()
+    assert replace(mild, min_area=0.5).key() == mild.key(), "mild crops have no smallest area"
+
+
+def test_the_crop_kernel_is_no_other_tape_but_no_shared_crop_either():
+    other = replace(SPEC, native=False)
+    assert other.key() == SPEC.key()
+    assert other != SPEC
+    assert SPEC.differences(other) == {"native": (True, False)}
+
+
+def test_a_field_that_is_added_later_is_part_of_the_key():
+    later = make_dataclass("Later", [("blur", float, 0.0)], bases=(ViewSpec,), frozen=True)
+    assert later(3, 16, 32, blur=1.0).key() != later(3, 16, 32).key()
+
+
+def test_the_key_is_the_one_that_tapes_of_version_0_1_0_hold():
+    assert SPEC.key() == {
+        "draws": 1, "seed": 3, "batch": 16, "side": 32, "crop": "inception", "resize": None, "min_area": 0.05,
+        "mixup": [1.0, False, True, None], "cutmix": 0.0, "randaugment": None, "teacher_sees": "the student's",
+    }  # fmt: skip
