@@ -59,8 +59,8 @@ def _posterize(images: Tensor, bits: float) -> Tensor:
     return images if round(bits) == 8 else F.posterize(images, round(bits))
 
 
-# The strength's unit: tangent (shear), fraction of the side (translate), degrees counterclockwise (rotate), what is added
-# to a factor of 1 (brightness to sharpness), bits (posterize), the value from which a channel is inverted (solarize).
+# The strength's unit: tangent (shear), fraction of the side (translate), degrees counterclockwise (rotate), what is
+# added to a factor of 1 (brightness to sharpness), bits (posterize), the value above which it is inverted (solarize).
 # Geometric operations take the nearest pixel, as in the paper. New operations go to the end: draws are indices.
 OPERATIONS: dict[str, Operation] = {
     "identity": Operation(lambda images, _: images),
@@ -116,8 +116,8 @@ def apply_operations(views: Tensor, ops: np.ndarray, strengths: np.ndarray) -> T
     """
     views, changes = views.clone(), [each.change for each in OPERATIONS.values()]
     for column, strength in zip(ops.T, strengths.T, strict=True):
-        # Images with the same operation and strength are changed in one call: at most 23 calls instead of m. None of the
-        # operations mixes images, so an image's result does not depend on the others in its process.
+        # Images with the same operation and strength are changed in one call: at most 23 calls instead of m. No
+        # operation mixes images, so an image's result does not depend on the others in its process.
         for op, s in sorted(set(zip(column.tolist(), strength.tolist(), strict=True))):
             rows = np.flatnonzero((column == op) & (strength == s))
             views[rows] = changes[op](views[rows], s)
