@@ -1,10 +1,11 @@
-"""What the README tells people to type works."""
+"""Checks that every command, example and link in the README, in `docs/` and in CONTRIBUTING works."""
 
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,40 @@ from funmatch.cli import parse
 from funmatch.commands.study.spec import parse as parse_study
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
+"""The README first: later pages use the runs that its commands make."""
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, pages: Iterable[Path] = PAGES) -> list[str]:
+    return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)]
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("funmatch")]
-TARGETS = [line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make")]
+def lines_with(word: str, pages: Iterable[Path] = PAGES) -> list[str]:
+    return [line for block in blocks("sh", pages) for line in block.splitlines() if line.startswith(f"{word} ")]
+
+
+COMMANDS = list(dict.fromkeys(lines_with("funmatch")))
+TARGETS = sorted({line.split()[1] for line in lines_with("make")})
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_there_is_something_to_test():
-    assert len(COMMANDS) >= 4
-    assert len(TARGETS) == 2
+    assert len(lines_with("funmatch", PAGES[:1])) >= 4
+    assert len(lines_with("make", PAGES[:1])) == 2
+    assert len(COMMANDS) >= 25
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    for contents in (ROOT / "README.md", ROOT / "docs" / "README.md"):
+        linked = {(contents.parent / link).resolve() for link in re.findall(r"\]\(([^)#]+\.md)", contents.read_text())}
+        assert not {page for page in (ROOT / "docs").glob("*.md") if page.name != "README.md"} - linked
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -46,19 +67,26 @@ def test_every_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
 
 
-def test_every_file_that_is_mentioned_exists():
-    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)|`([\w/-]+\.md|funmatch/[\w/.-]+)`", README):
-        assert (ROOT / (path[0] or path[1])).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_file_that_is_mentioned_exists(page):
+    text = page.read_text()
+    for path in re.findall(r"`([\w/-]+\.md|(?:funmatch|scripts|tests)/[\w/.-]+)`", text):
+        assert (ROOT / path).exists() or (page.parent / path).exists(), path
+    for path, _, anchor in (link.partition("#") for link in re.findall(r"\]\(((?!http)[^)]+)\)", text)):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
 @pytest.mark.slow
 def test_the_commands_do_their_work_on_small_images(images, tmp_path, funmatch):
-    """The README's own lines, with a small network in place of BiT's, few epochs, and a teacher made by `train`."""
+    """Every command, with a small network in place of BiT's, few epochs, and a teacher made by `train`."""
     small = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
     np.savez(tmp_path / "bit.npz", **as_second_layout(random_bit(50, 1)))
     swaps = {
         "--student resnetv2_50x1_bit --student mobilenetv3_large_100": "--student resnet10t --student resnet14t "
         "--student-kwargs channels=8,8,16,16 stem_width=8",
+        "funmatch demo": "funmatch demo --steps 20",
         "--trials 20": "--trials 2",
         "recipes pet37-fast": "recipes flowers102-fast --no-measure",
         "distill pet37-fast": "recipes sun397-fast --no-measure",
@@ -68,7 +96,7 @@ def test_the_commands_do_their_work_on_small_images(images, tmp_path, funmatch):
         "--teacher runs/a --teacher runs/b": "--teacher runs/labels --teacher runs/labels --allow-weak-teacher",
         "--teacher-side 224 384": "--teacher-side 32 48",
         "--side 160": "--side 32",
-        "~/pictures": str(images),
+        "~/images": str(images),
         "~/any-photos": f"{images}/train",
         "pet37": str(images),
         "pets.safetensors": "teacher.safetensors",
