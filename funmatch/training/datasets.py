@@ -1,4 +1,4 @@
-"""The images that a configuration asks for, opened."""
+"""Opens the data sets of a configuration, and moves their pixels to the device where they fit."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,11 +15,12 @@ from funmatch.data.readers.open import resolve_names
 from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime.log import info, track
 
-JUDGED = ("val", "test")
+EVALUATED = ("val", "test")
+"""Splits that `eval_data` provides."""
 
 
 def read_options(config: Images) -> ReadOptions:
-    """How a configuration wants images read."""
+    """Returns how images are listed and read, as configured."""
     cut = SplitSpec({} if config.val is None else {"val": parse_share(config.val)}, config.val_seed)
     return ReadOptions(
         data_dir=config.data_dir,
@@ -34,61 +35,77 @@ def read_options(config: Images) -> ReadOptions:
 
 
 def cache_options(config: Images) -> CacheOptions:
-    """How a configuration wants images kept."""
+    """Returns how decoded images are cached, as configured."""
     return CacheOptions(config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad)
 
 
 def open_data_set(config: Images, data: tuple[str, ...], *, afresh: bool = False) -> Cache:
-    """A data set, read and kept as the configuration says."""
+    """Opens a data set, which is decoded into the cache the first time.
+
+    Args:
+        data: names of the sources that are joined.
+        afresh: read every file again, and check the cache.
+    """
     cache = open_cache(data, read_options(config), cache_options(config), track=track, tell=info, afresh=afresh)
     return cache.without_labels() if config.unlabelled else cache
 
 
 def open_run_data(config: Train) -> Cache:
-    """The images of a run: those to learn from, and those to judge on, which may be of another data set.
+    """Opens the images of a run: a training split, and splits for evaluation, which may be of another data set.
 
-    Classes are those of the images that are judged on. So with `eval_data`, labels of the training images count
-    for nothing unless they are of the same classes.
+    The classes are those of the evaluation images. So with `eval_data`, the labels of the training images are dropped
+    unless they are of the same classes.
+
+    Raises:
+        InputError: there is no training split.
     """
-    learnt = open_data_set(config, config.data)
+    training = open_data_set(config, config.data)
     if not config.eval_data:
-        return learnt
-    plain = config.model_copy(update={"unlabelled": False})
-    judged = open_data_set(plain, config.eval_data)
-    splits = {name: judged.splits[name] for name in JUDGED if name in judged.splits}
+        return training
+    # `unlabelled` is about the training images; without labels there would be no accuracy to evaluate.
+    labelled = config.model_copy(update={"unlabelled": False})
+    evaluation = open_data_set(labelled, config.eval_data)
+    splits = {name: evaluation.splits[name] for name in EVALUATED if name in evaluation.splits}
     if not splits:
-        splits = {"test": replace(judged.splits["train"], name="test")}
-    if "train" not in learnt.splits:
-        raise InputError(f"{learnt.name} has no split train to learn from; it has: {', '.join(learnt.splits)}")
-    train = learnt.splits["train"]
-    if learnt.classes != judged.classes:
+        splits = {"test": replace(evaluation.splits["train"], name="test")}
+    if "train" not in training.splits:
+        raise InputError(f"{training.name} has no training split; its splits: {', '.join(training.splits)}")
+    train = training.splits["train"]
+    # Equal numbers of two data sets do not mean equal classes.
+    if training.classes != evaluation.classes:
         train = train.without_labels()
+    # By content, since the same photo often lies in two data sets under different names.
     for name, split in splits.items():
         if leaked := len(np.intersect1d(train.digests, split.digests)):
-            info(f"WARNING: {leaked:,} images of {judged.name}'s {name} are also in {learnt.name}'s train")
+            info(f"WARNING: {leaked:,} images of {evaluation.name}'s {name} are also in {training.name}'s train")
     return replace(
-        learnt,
-        key=f"{learnt.key}+{judged.key}",
-        classes=judged.classes,
-        unnamed=judged.unnamed,
+        training,
+        key=f"{training.key}+{evaluation.key}",
+        classes=evaluation.classes,
+        unnamed=evaluation.unnamed,
         splits={"train": train, **splits},
     )
 
 
 def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) -> Cache:
-    """The images to learn from and to watch on with their pixels on the device, as far as they are resident and fit.
+    """Moves the pixels of the training and validation splits to the device, as far as they are resident and fit.
 
     Args:
-        gigabytes: 10⁹ bytes that they may take there.
+        gigabytes: device memory that they may take, in 10⁹ bytes.
+
+    Returns:
+        the cache with these splits replaced.
     """
     left, splits = int(gigabytes * 1e9), dict(cache.splits)
+    # Training first: every step reads it, validation only now and then.
     for name in ("train", "val"):
         split = splits.get(name)
+        # A store that decodes holds files, not pixels.
         if split is None or split.store.decodes or not left:
             continue
         size = device_bytes(split)
         if size > left:
-            info(f"{name}: {size / 1e9:.1f} GB of pixels stay on the host, since --device-gb is {gigabytes:g}")
+            info(f"{name}: {size / 1e9:.1f} GB of pixels stay on the host; --device-gb allows {gigabytes:g}")
             continue
         try:
             splits[name], note = move_to_device(split, device)
@@ -100,35 +117,38 @@ def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) ->
         left -= size
         if note:
             info(f"WARNING: {note}")
-        info(f"{name}: {size / 1e9:.2f} GB of pixels are on {device}, which cuts the views itself")
+        info(f"{name}: {size / 1e9:.2f} GB of pixels moved to {device}, which crops the views itself")
     return replace(cache, splits=splits)
 
 
 def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, Words, Words]:
-    """The images to judge on, and the names of those that a run learnt from and of those that it is judged on.
+    """Opens the images to evaluate on: as given, or those of the run with this verb and these options.
 
-    They are as said, or those of the run with this verb and these knobs.
+    Returns:
+        the images, and the names of the run's training and evaluation data.
 
     Raises:
-        InputError: neither says which.
+        InputError: no images are given, and the model is not a run that has some.
     """
     if config.data:
         return open_data_set(config, config.data), config.data, config.data
     if not knobs:
-        raise InputError(f"which images? {config.model} is no run, so give --data")
-    said = {
+        raise InputError(f"no images to evaluate on: {config.model} is not a run, so pass --data")
+    # What was given here replaces the run's own: its data may have moved since.
+    given = {
         name: getattr(config, name)
         for name, field in Images.model_fields.items()
         if name != "as_json" and getattr(config, name) != field.default
     }
-    run = TAUGHT[verb].model_validate(knobs | said)
+    run = TAUGHT[verb].model_validate(knobs | given)
     return open_run_data(run), run.data, run.eval_data or run.data
 
 
 def absolute_paths(config: Train) -> dict[str, Any]:
-    """The words for images with their paths from the root, so that a run's record can be used from anywhere."""
-    found: dict[str, Any] = {name: tuple(map(resolve_names, getattr(config, name))) for name in ("data", "eval_data")}
+    """Returns the options that name images, paths made absolute: a run's record is usable from any directory."""
+    options: dict[str, Any] = {name: tuple(map(resolve_names, getattr(config, name))) for name in ("data", "eval_data")}
     for name in ("data_dir", "class_file"):
         if path := getattr(config, name):
-            found[name] = path.expanduser().absolute()
-    return found
+            # Not `resolve`: a link may be moved to other images on purpose.
+            options[name] = path.expanduser().absolute()
+    return options

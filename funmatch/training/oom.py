@@ -1,4 +1,4 @@
-"""When memory does not suffice: how much of a batch would fit, measured."""
+"""Explains an out-of-memory error: measures which micro-batch would fit, and says so."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -12,19 +12,26 @@ from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime import devices, env
 from funmatch.training.loop import LoopOptions, Losses
 
-GENERAL = "--micro-batch (pieces of a batch for the student), --teacher-batch (for the teacher), --grad-checkpointing"
+SAVERS = "--micro-batch (pieces of a batch for the student), --teacher-batch (for the teacher), --grad-checkpointing"
+"""Options that save memory."""
 
 
 @contextmanager
 def explain_out_of_memory(
-    batches: Batches, course: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
+    batches: Batches, loop: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Batch], Losses],
 ) -> Generator[None]:  # fmt: skip
-    """Turns what a lack of memory raises in the block into an `InputError` that names what would fit.
+    """Turns an out-of-memory error of the block into an `InputError` that names a micro-batch that fits.
 
     Args:
-        batches: the training batches.
-        loss_of: one of them to its mean losses.
+        batches: the training batches; the first is used for trials.
+        loop: the options that the run is trained with.
+        student: the network that is trained.
+        optimizer: of its parameters.
+        loss_of: maps a batch to its mean losses.
+
+    Raises:
+        InputError: the block ran out of memory.
     """
     try:
         yield
@@ -33,58 +40,61 @@ def explain_out_of_memory(
             raise
     else:
         return
-    # Only here, since the error holds on to the activations for which there was no room.
+    # Not within `except`: there the traceback still holds the activations for which there was no room.
     optimizer.zero_grad(set_to_none=True)
-    now = course.micro_batch or batches.size
-    if env.world_size() > 1:  # the others are not there to compute with
-        raise InputError(f"out of memory on {course.device}; what helps: {GENERAL}") from None
+    now = loop.micro_batch or batches.size
+    # With several processes a trial would wait for ever for the others' part of the all-reduce.
+    if env.world_size() > 1:
+        raise InputError(f"out of memory on {loop.device}; use {SAVERS}") from None
     fitting = next(
-        (size for size in halves(now) if find_fitting_size(batches, course, student, optimizer, loss_of, size)), None
+        (size for size in halves(now) if find_fitting_size(batches, loop, student, optimizer, loss_of, size)), None
     )
     if fitting is None:
         raise InputError(
-            f"out of memory on {course.device}, even with one image at a time; a smaller network or --side needs "
-            "less, and so does --grad-checkpointing"
+            f"out of memory on {loop.device}, even with one image at a time; use a smaller network, a smaller --side "
+            "or --grad-checkpointing"
         ) from None
-    taken = devices.peak_memory(course.device)
-    used = f", where a step took {taken / 1e9:.1f} GB at most" if taken else ""
+    peak = devices.peak_memory(loop.device)
+    used = f"; peak of a step: {peak / 1e9:.1f} GB" if peak else ""
     raise InputError(
-        f"out of memory on {course.device} with {now} images at once; --micro-batch {fitting} fits (tried{used}): "
-        "the same crops, λ and batch, in pieces. What also helps: --teacher-batch, --grad-checkpointing"
+        f"out of memory on {loop.device} with {now} images at once; --micro-batch {fitting} fits (tried{used}): "
+        "the same crops, λ and batch, in pieces. --teacher-batch and --grad-checkpointing save memory too"
     ) from None
 
 
 def halves(size: int) -> list[int]:
-    """What is left of a batch that is halved, and halved again: …, 2, 1."""
-    found = []
+    """Returns a size halved again and again, rounded up: …, 2, 1."""
+    sizes = []
     while size > 1:
         size = -(-size // 2)
-        found.append(size)
-    return found
+        sizes.append(size)
+    return sizes
 
 
 def find_fitting_size(
-    batches: Batches, course: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
+    batches: Batches, loop: LoopOptions, student: nn.Module, optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Batch], Losses], size: int,
 ) -> bool:  # fmt: skip
-    """Whether a step in pieces of so many images has room, its gradients and the optimizer's state among them."""
-    devices.empty_cache(course.device)
+    """Tries a step in pieces of `size` images, with gradients and optimizer state; returns whether it fits."""
+    devices.empty_cache(loop.device)
     student.train()
-    kept: Sequence[Tensor] = ()
+    reserved: Sequence[Tensor] = ()
     try:
-        taught = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        # The first real step also allocates the optimizer's state: two moments a parameter, as in Adam.
         if not optimizer.state:
-            kept = [torch.empty_like(parameter) for parameter in taught for _ in range(2)]
-        for piece, share in batches.batch_at(0).to(course.device).pieces(size):
-            with devices.autocast(course.device, course.precision):
+            reserved = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
+        for piece, share in batches.batch_at(0).to(loop.device).pieces(size):
+            with devices.autocast(loop.device, loop.precision):
                 loss = loss_of(piece)["loss"] * share
             loss.backward()
-        devices.synchronize(course.device)
+        # Kernels run asynchronously, so an allocation may fail only here.
+        devices.synchronize(loop.device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return False
     finally:
-        del kept
+        del reserved  # before the next trial allocates its own
         optimizer.zero_grad(set_to_none=True)
     return True

@@ -1,4 +1,4 @@
-"""Where a run's steps go: `--profile`."""
+"""Profiles the first steps of a run (`--profile`): time by part, share of the measured peak, and a trace."""
 
 import json
 import time
@@ -19,11 +19,12 @@ from funmatch.runtime.timing import StepTimer
 from funmatch.training.setup import TrainSetup
 
 WARM, TIMED, TRACED = 5, 20, 3
-"""Steps that are let by, that are timed, and that the trace shows."""
-TRACE, FIGURES = "trace.json", "profile.json"
-SQUARE = {"cpu": 2048}
-"""Of the matrices whose product is the measured peak; elsewhere 8192."""
-PEAK_SECONDS, AT_LEAST = 0.5, 3
+"""Steps of warm-up, steps that are timed, and steps in the trace."""
+TRACE, METRICS = "trace.json", "profile.json"
+MATRIX_SIDE = {"cpu": 2048}
+"""Side of the matrices whose product gives the measured peak, by device type; elsewhere 8192."""
+PEAK_SECONDS, MIN_PRODUCTS = 0.5, 3
+"""Time that the peak is measured for, and the products that it takes at least."""
 REST = "all else"
 
 
@@ -31,7 +32,12 @@ REST = "all else"
 def profile_training(
     setup: TrainSetup[Any], teachers: TeacherEnsemble | None, folder: Path
 ) -> Generator[Callable[[], None]]:
-    """Gives what is to be called after each step: it profiles the first ones, if the run was asked to."""
+    """Yields a function to call after each step; it profiles the first steps where `--profile` is set.
+
+    Args:
+        teachers: their arithmetic is counted too.
+        folder: where `profile.json` and `trace.json` are written.
+    """
     if not setup.config.profile or not env.is_main_process():
         yield lambda: None
         return
@@ -43,9 +49,10 @@ def profile_training(
 
 
 class Profile:
-    """Watches the first steps of a session, says where they went, and leaves a trace in the run's folder.
+    """Times the first steps of a run by part, then records a trace of a few more.
 
-    The trace is that of `torch.profiler`: Perfetto (ui.perfetto.dev) and Chrome's about:tracing show it.
+    Timing and tracing do not overlap, since the tracer slows every kernel launch. The trace is that of
+    `torch.profiler`: Perfetto (ui.perfetto.dev) and Chrome's about:tracing show it.
     """
 
     def __init__(self, setup: TrainSetup[Any], teachers: TeacherEnsemble | None, folder: Path) -> None:
@@ -56,8 +63,9 @@ class Profile:
         self.trace: profile | None = None
 
     def after_step(self) -> None:
-        """To be called when a step is over."""
+        """Counts a step, and begins or ends timing and tracing after it."""
         self.steps += 1
+        # The first steps allocate, compile and choose kernels, so they are not timed.
         if self.steps == WARM:
             devices.synchronize(self.device)
             self.began = time.perf_counter()
@@ -66,89 +74,107 @@ class Profile:
             self.report(TIMED)
             self.trace = profile()
             self.trace.__enter__()
+            # Without synchronizing: the trace should show the kernels as they overlap in a real run.
             self.watch = StepTimer(lambda: None, record_function)
             self.watch.__enter__()
         elif self.steps == WARM + TIMED + TRACED:
-            self.traced()
+            self.write_trace()
 
     def close(self) -> None:
-        """Tells what is known when a run ends before all was seen."""
+        """Reports what was measured when a run ends early."""
         if WARM < self.steps < WARM + TIMED:
             self.report(self.steps - WARM)
         elif self.trace:
-            self.traced()
+            self.write_trace()
         elif self.steps <= WARM:
-            info(f"--profile needs more than {WARM} steps, and there were {self.steps}")
+            info(f"--profile needs more than {WARM} steps, but the run took only {self.steps}")
 
     def report(self, steps: int) -> None:
-        """Says where the timed steps went, and keeps it."""
-        whole = time.perf_counter() - self.began
+        """Writes and prints the time by part of the timed steps."""
+        seconds = time.perf_counter() - self.began
         self.watch.__exit__()
-        figures = shares(self.watch, whole, steps) | arithmetic(self.setup, self.teachers)
-        write_atomically(self.folder / FIGURES, json.dumps(figures, indent=1))
+        metrics = step_times(self.watch, seconds, steps) | arithmetic(self.setup, self.teachers)
+        write_atomically(self.folder / METRICS, json.dumps(metrics, indent=1))
+        # With --json the standard output holds nothing but the result.
         if not self.setup.config.as_json:
-            shown(figures)
-        info(f"profile: {self.folder / FIGURES}")
+            print_profile(metrics)
+        info(f"profile: {self.folder / METRICS}")
 
-    def traced(self) -> None:
+    def write_trace(self) -> None:
+        """Ends the trace and writes it."""
         assert self.trace
         self.watch.__exit__()
         self.trace.__exit__(None, None, None)
         self.trace.export_chrome_trace(str(self.folder / TRACE))
         self.trace = None
-        info(f"trace of {TRACED} steps: {self.folder / TRACE} (ui.perfetto.dev shows it)")
+        info(f"trace of {TRACED} steps: {self.folder / TRACE} (open it at ui.perfetto.dev)")
 
 
-def shares(watch: StepTimer, whole: float, steps: int) -> dict[str, Any]:
-    """Milliseconds of a step by part: of the loop, and of the threads beside it."""
-    own = {name: 1e3 * seconds / steps for name, seconds in watch.seconds.items()}
-    own[REST] = 1e3 * whole / steps - sum(own.values())
-    beside = {name: 1e3 * seconds / steps for name, seconds in watch.background_seconds.items()}
-    return {"steps": steps, "step_ms": 1e3 * whole / steps, "parts_ms": own, "beside_ms": beside}
+def step_times(watch: StepTimer, total: float, steps: int) -> dict[str, Any]:
+    """Averages the timed parts over steps.
+
+    Args:
+        total: seconds of all steps.
+
+    Returns:
+        milliseconds a step: `step_ms`, `parts_ms` of the loop (they add up to it) and `beside_ms` of other threads.
+    """
+    loop = {name: 1e3 * seconds / steps for name, seconds in watch.seconds.items()}
+    loop[REST] = 1e3 * total / steps - sum(loop.values())
+    background = {name: 1e3 * seconds / steps for name, seconds in watch.background_seconds.items()}
+    return {"steps": steps, "step_ms": 1e3 * total / steps, "parts_ms": loop, "beside_ms": background}
 
 
 def arithmetic(setup: TrainSetup[Any], teachers: TeacherEnsemble | None) -> dict[str, Any]:
-    """GFLOP of a step by part, and the device's measured peak in GFLOP a second; without what cannot be counted."""
+    """Counts the arithmetic of a step, and measures the device's peak.
+
+    Returns:
+        `gflop` by part, without parts whose operations cannot be counted, and `peak_gflops` per second.
+    """
     images = setup.loader.size
     student = gflop(setup.student.classifier.net, setup.config.side or 0)
-    found = {} if student is None else {"student": student * images, "backward": 2 * student * images}
+    # The backward pass computes two products for each one of the forward pass: by inputs and by weights.
+    parts = {} if student is None else {"student": student * images, "backward": 2 * student * images}
     teacher = _teacher_gflop(teachers) if teachers else None
     if teacher is not None:
-        found["teacher"] = teacher * images
-    return {"gflop": found, "peak_gflops": peak(setup.loop.device, setup.loop.precision)}
+        parts["teacher"] = teacher * images
+    return {"gflop": parts, "peak_gflops": peak(setup.loop.device, setup.loop.precision)}
 
 
 def _teacher_gflop(teachers: TeacherEnsemble) -> float | None:
-    """GFLOP of all teachers for one image; None where one cannot be counted."""
+    """Returns the GFLOP of all teachers for one image; None where one cannot be counted."""
     each = [gflop(member.frozen.classifier.net, member.side) for member in teachers.members]
-    return None if None in each else sum(one for one in each if one is not None)
+    return None if None in each else sum(gflops for gflops in each if gflops is not None)
 
 
 def peak(device: torch.device, precision: str) -> float:
-    """Billions of operations a second of a product of large matrices: what could be had at best."""
-    size = SQUARE.get(device.type, 8192)
+    """Measures the GFLOP/s of a product of large matrices, which a network cannot exceed."""
+    size = MATRIX_SIDE.get(device.type, 8192)
     dtype = devices.DTYPES.get(precision, torch.float32)
-    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times: list[float] = []
     until = time.perf_counter() + PEAK_SECONDS
-    while len(times) < AT_LEAST or time.perf_counter() < until:
+    # The fastest of several: the first ones start the library and raise the clock.
+    while len(times) < MIN_PRODUCTS or time.perf_counter() < until:
         began = time.perf_counter()
-        one @ other
+        left @ right
         devices.synchronize(device)
         times.append(time.perf_counter() - began)
     return 2 * size**3 / min(times) / 1e9
 
 
-def shown(figures: dict[str, Any]) -> None:
-    """A table for people."""
+def print_profile(metrics: dict[str, Any]) -> None:
+    """Prints a table of the parts, the slowest first."""
     rows = []
-    for name, took in sorted(figures["parts_ms"].items(), key=lambda pair: -pair[1]):
-        counted = figures["gflop"].get(name)
+    for name, took in sorted(metrics["parts_ms"].items(), key=lambda pair: -pair[1]):
+        counted = metrics["gflop"].get(name)
         speed = counted / (took / 1e3) if counted and took > 0 else None
-        of_peak = f"{100 * speed / figures['peak_gflops']:.0f} %" if speed else ""
-        rows.append([name, f"{took:,.1f}", f"{100 * took / figures['step_ms']:.1f} %", of_peak])
-    for name, took in figures["beside_ms"].items():
-        rows.append([f"{name}, in threads beside", f"{took:,.1f}", "", ""])
-    rows.append(["a step", f"{figures['step_ms']:,.1f}", "100 %", ""])
-    peak_told = f"{figures['peak_gflops'] / 1e3:,.2f} TFLOP/s"
-    print_table(f"where a step goes, of {figures['steps']}", ["part", "ms", "of the step", f"of {peak_told}"], rows)
+        of_peak = f"{100 * speed / metrics['peak_gflops']:.0f} %" if speed else ""
+        rows.append([name, f"{took:,.1f}", f"{100 * took / metrics['step_ms']:.1f} %", of_peak])
+    for name, took in metrics["beside_ms"].items():
+        rows.append([f"{name} (background threads)", f"{took:,.1f}", "", ""])
+    rows.append(["whole step", f"{metrics['step_ms']:,.1f}", "100 %", ""])
+    peak_speed = f"{metrics['peak_gflops'] / 1e3:,.2f} TFLOP/s"
+    print_table(
+        f"time by part, mean of {metrics['steps']} steps", ["part", "ms", "of the step", f"of {peak_speed}"], rows
+    )

@@ -1,6 +1,6 @@
 """Evaluates classifiers: predicts the images of a split, and scores the predictions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,21 +17,23 @@ from funmatch.models.classifier import Card, Classifier
 from funmatch.ops import metrics
 from funmatch.runtime import devices, env, transfers
 
-WATCHED_WITHOUT_VALIDATION = 1000
+TRAIN_IMAGES_FOR_VALIDATION = 1000
+"""Training images that stand in for a validation split, at most."""
 VIEWS = 256
-"""Training views on which a student is judged, about."""
+"""Training views that a student is scored on, rounded up to whole batches."""
 
 
 @dataclass(frozen=True)
 class EvalView:
-    """How evaluation looks at images, and where it computes.
+    """The preprocessing of evaluation, and where it computes.
 
     Attributes:
-        side: of the views, pixels.
-        short_side: to which images are resized before the central cut, pixels.
-        batch: images at a time.
-        device, precision: of the networks.
-        squash: whether both sides are resized to `short_side`.
+        side: image size, pixels.
+        short_side: size of the short side before the central crop, pixels.
+        batch: images per forward pass.
+        device: where the networks are.
+        precision: arithmetic of autocast: fp32, bf16 or fp16.
+        squash: whether both sides are resized to `short_side`, which changes the aspect ratio.
     """
 
     side: int
@@ -44,12 +46,12 @@ class EvalView:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run's student is evaluated on.
+    """Splits and preprocessing for the evaluations of a run.
 
     Attributes:
         validation: the split for evaluations during the run.
         test: the split for the finished student.
-        view: how it is shown images.
+        view: the preprocessing of both.
     """
 
     validation: CachedSplit
@@ -58,7 +60,7 @@ class Evaluation:
 
 
 def eval_view(config: Train, device: torch.device) -> EvalView:
-    """How a resolved configuration evaluates."""
+    """Returns how a resolved configuration evaluates."""
     assert config.side
     assert config.eval_resize
     batch = config.batch // env.world_size()
@@ -67,8 +69,13 @@ def eval_view(config: Train, device: torch.device) -> EvalView:
 
 @torch.inference_mode()
 def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
-    """Logits of every image of a split, (n, classes) float32 on the CPU."""
+    """Predicts the logits of every image of a split.
+
+    Returns:
+        (n, classes) float32 on the CPU.
+    """
     model.eval()
+    # Copies to the host run beside the next forward pass; they are awaited only at the end.
     logits = []
     shape = view.side, view.short_side, view.batch
     for views, _ in central_batches(split, *shape, squash=view.squash, workers=devices.spare_threads()):
@@ -85,29 +92,31 @@ def score_training_views(
     step: int,
     view: EvalView,
 ) -> dict[str, float | None]:
-    """Scores the student against its teachers on the *training* views of the next steps, in evaluation mode.
+    """Scores the student against its teachers on *training* views of the next steps, in evaluation mode.
 
     Agreement that rises here and falls on unseen images means memorising, not function matching.
 
     Args:
-        logits_of: a batch to the student's and the teachers' logits, (n, classes) each.
+        logits_of: maps a batch to the student's and the teachers' logits, (n, classes) each.
         batches: the training batches.
-        step: whose views are the first; as many steps as give `VIEWS` views.
+        step: the first step whose views are used; as many steps follow as give `VIEWS` views.
 
     Returns:
-        `metrics.summarize`, and `teacher_top1`; the right class of a mixed view is that of the image with more weight.
+        `metrics.summarize`, `teacher_top1` and the number of `views`. The right class of a mixed view is that of the
+        image with more weight.
     """
     student.eval()
     batches = batches.unsharded()  # the same views with any number of processes
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    results: list[tuple[Tensor, Tensor, Tensor]] = []
     for number in range(step, step - (-VIEWS // batches.size)):
         batch = batches.batch_at(number).to(view.device)
         with devices.autocast(view.device, view.precision):
             logits, teacher_logits = logits_of(batch)
+        # Row i is mixed with row i − 1, and the batch has one label more than rows.
         own = torch.as_tensor(batch.own_weight, device=view.device)
         labels = torch.where(own >= 0.5, batch.labels[1:], batch.labels[:-1])
-        found.append((logits.float().cpu(), teacher_logits.float().cpu(), labels.cpu()))
-    logits, teacher_logits, labels = map(torch.cat, zip(*found, strict=True))
+        results.append((logits.float().cpu(), teacher_logits.float().cpu(), labels.cpu()))
+    logits, teacher_logits, labels = map(torch.cat, zip(*results, strict=True))
     known = labels if bool((labels >= 0).all()) else None
     scores = metrics.summarize(metrics.per_image(logits, known, teacher_logits))
     right = None if known is None else (teacher_logits.argmax(-1) == known).double().mean().item()
@@ -115,33 +124,42 @@ def score_training_views(
 
 
 def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:
-    """`metrics.summarize` of a split's logits, (n, classes)."""
+    """Scores a split's logits.
+
+    Args:
+        logits: (n, classes).
+        teacher_logits: (n, classes), or None.
+
+    Returns:
+        `metrics.summarize`; what needs labels or a teacher is None without them.
+    """
     labels = split.labels(np.arange(len(split))) if split.labelled else None
     return metrics.summarize(metrics.per_image(logits, labels, teacher_logits))
 
 
 def validation_split(cache: Cache) -> CachedSplit:
-    """The split that a run is judged on while it goes on: validation, else test, else some of the training images."""
+    """Returns the split for evaluations during a run: validation, else test, else some of the training images."""
     for name in ("val", "test"):
         if name in cache.splits:
             return cache.splits[name]
     train = cache.splits["train"]
-    some = np.linspace(0, len(train) - 1, min(len(train), WATCHED_WITHOUT_VALIDATION)).astype(int)
+    # Evenly spread, since images of one class often lie side by side.
+    some = np.linspace(0, len(train) - 1, min(len(train), TRAIN_IMAGES_FOR_VALIDATION)).astype(int)
     return train.subset(some)
 
 
 def test_split(cache: Cache) -> CachedSplit:
-    """The split that a finished run is judged on: test, else the watched one."""
+    """Returns the split for the finished student: test, else the validation split."""
     return cache.splits.get("test") or validation_split(cache)
 
 
 def default_eval_resize(side: int, card: Card) -> int:
-    """The short side for evaluation views where nobody said: as the card says at its own side, else as published."""
+    """Returns the default `eval_resize`, pixels: the card's at the card's own size, else as published."""
     return round(side / card.crop_fraction) if side == card.side else enlarged_side(side)
 
 
 def enlarged_side(side: int) -> int:
-    """The short side of which views are cut, both in pixels: 128 of 160 and 224 of 256 in the paper, so 32 more.
+    """Returns the short side before the crop, pixels: the paper crops 128 from 160 and 224 from 256, so 32 more.
 
     Small views get at most a quarter more.
     """
@@ -153,24 +171,24 @@ def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None
     if not cache.classes:
         return
     name, classes = model.card.name, cache.classes
+    # Classes without names are the labels that occur; the model may know more.
     if cache.unnamed and model.num_classes >= len(classes):
         return
     if model.num_classes != len(classes):
         raise InputError(
-            f"{name} answers {model.num_classes} classes, {cache.name} has {len(classes)} ({_few(classes)}); "
-            "wanted a model with these classes. If it knows them among others, say --classes same-names or --classes "
-            "map.json. To learn from images of other things, say --unlabelled, or give images of the teacher's "
-            "classes by --eval-data"
+            f"{name} has {model.num_classes} outputs, but {cache.name} has {len(classes)} classes "
+            f"({_first_few(classes)}). If the model knows them among others, pass --classes same-names or --classes "
+            "map.json. To train on images of other things, pass --unlabelled, or images of the teacher's classes "
+            "as --eval-data"
         )
     named = model.card.classes or ()
     if len(named) == len(classes) and named != classes and not trust_order:
         pairs = [f"{a} ≠ {b}" for a, b in zip(named, classes, strict=True) if a != b]
         raise InputError(
-            f"the classes of {name} are not those of {cache.name}, in order: {_few(pairs)}; say --classes "
-            "same-names or --classes map.json if it knows them in another order or by other names, or "
-            "--trust-class-order if only the names differ"
+            f"{name} and {cache.name} list different classes: {_first_few(pairs)}; pass --classes same-names or "
+            "--classes map.json if the order or the names differ, or --trust-class-order if only the names do"
         )
 
 
-def _few(names) -> str:
-    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Where a step goes: parts that are named, timed, and told."""
+"""Profiles: parts of a step are named, timed and reported."""
 
 import json
 import threading
@@ -57,13 +57,13 @@ def test_a_profile_of_the_first_steps(tmp_path, capfd, monkeypatch, verb):
     assert figures["peak_gflops"] > 1
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     assert {"student", "backward"} <= {event.get("name") for event in events}
-    assert "where a step goes, of 20" in capfd.readouterr().out
+    assert "time by part, mean of 20 steps" in capfd.readouterr().out
     weights = "student/model.safetensors"
     assert (done.folder / weights).read_bytes() == (plain.folder / weights).read_bytes(), "watching changes nothing"
 
 
 def test_a_run_too_short_to_be_profiled_says_so(tmp_path, capsys):
     funmatch.distill(**TINY, steps=3, profile=True, out=tmp_path / "run")
-    assert "--profile needs more than 5 steps, and there were 3" in capsys.readouterr().err
+    assert "--profile needs more than 5 steps, but the run took only 3" in capsys.readouterr().err
     funmatch.distill(**TINY, steps=10, profile=True, out=tmp_path / "ten")
     assert json.loads((tmp_path / "ten" / "profile.json").read_text())["steps"] == 5

@@ -274,15 +274,15 @@ def test_answers_go_on_where_a_killed_process_left_them(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fixed, "PART", 100)
     knobs = MINI | {"strategy": "fix/ic_ens", "teacher_crops": 10, "steps": 2}
-    real, done = fixed._answered, []
+    real, done = fixed._predict_part, []
 
-    def killed(looks, teachers, images, *rest):
+    def killed(source, teachers, images, *rest):
         if len(done) == 7:
             raise KeyboardInterrupt
         done.append(images.start)
-        return real(looks, teachers, images, *rest)
+        return real(source, teachers, images, *rest)
 
-    monkeypatch.setattr(fixed, "_answered", killed)
+    monkeypatch.setattr(fixed, "_predict_part", killed)
     with pytest.raises(KeyboardInterrupt):
         funmatch.distill(out=tmp_path / "run", **knobs)
     (place,) = (tmp_path / "cache" / "answers").iterdir()
@@ -293,18 +293,18 @@ def test_answers_go_on_where_a_killed_process_left_them(tmp_path, monkeypatch):
     assert lock
     rest: list[int] = []
 
-    def counted(looks, teachers, images, *more):
+    def counted(source, teachers, images, *more):
         rest.append(images.start)
         if len(rest) == 12:
             lock.close()
-        return real(looks, teachers, images, *more)
+        return real(source, teachers, images, *more)
 
-    monkeypatch.setattr(fixed, "_answered", counted)
+    monkeypatch.setattr(fixed, "_predict_part", counted)
     funmatch.distill(out=tmp_path / "run", **knobs)
     assert rest == [*range(80, 200, 10), 70]
     whole = np.load(place / "answers.npy")
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "fresh"))
-    monkeypatch.setattr(fixed, "_answered", real)
+    monkeypatch.setattr(fixed, "_predict_part", real)
     funmatch.distill(out=tmp_path / "fresh-run", **knobs)
     (fresh,) = (tmp_path / "fresh" / "answers").iterdir()
     assert np.array_equal(whole, np.load(fresh / "answers.npy"))

@@ -1,7 +1,7 @@
-"""What fixed teachers say of each training image: computed once, kept under a fingerprint, looked up ever after.
+"""Computes the logits of fixed teachers once per training image, and caches them under a digest of what they depend on.
 
-Processes that want the same answers share the work, a part of the images at a time; killed ones leave their finished
-parts behind.
+Processes that need the same logits share the work, a part of the images at a time; a killed process leaves its finished
+parts to the others.
 """
 
 import hashlib
@@ -31,24 +31,25 @@ from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import CHECKED, LoadedTeacher
 
 PART = 1024
-"""Views that are answered between two writes to the disk, about."""
+"""Views that are predicted between two writes to the disk, about."""
 
 
 @dataclass(frozen=True)
 class FixedViews:
-    """How a fixed teacher looks at images.
+    """The views of images that a fixed teacher sees.
 
     Attributes:
-        split: of the images.
-        look: whole, central or ensemble; see `Strategy.teacher`.
-        crops: of each image.
-        side, resize: of the student's mild crops, pixels: the central view has their proportions.
-        squash: whether mild crops are cut out of the whole image resized to a square.
-        min_area: of the ensemble's Inception crops.
+        split: the images.
+        kind: whole, central or ensemble; see `Strategy.teacher`.
+        crops: views per image.
+        side: image size of the student, pixels.
+        resize: short side before the student's mild crops, pixels; the central view has the same proportions.
+        squash: whether mild crops are cut from the whole image resized to a square.
+        min_area: least share of the image in the ensemble's Inception crops.
     """
 
     split: CachedSplit
-    look: str
+    kind: str
     crops: int
     side: int
     resize: int
@@ -56,37 +57,44 @@ class FixedViews:
     min_area: float
 
     def views(self, image: int, which: slice, sides: Sequence[int]) -> dict[int, Tensor]:
-        """Some of the views of an image, (n, 3, side, side) float32 in [0, 1], by their side.
+        """Crops some of the views of an image; half of an ensemble's are mirrored, as training views are.
 
-        The crops of an ensemble depend on the image's number alone, so they are the same for each student; half of
-        them are mirrored, as training views are.
+        Args:
+            image: its number in the split.
+            which: of its `crops` views.
+            sides: sizes at which each view is wanted, pixels.
+
+        Returns:
+            (n, 3, side, side) float32 in [0, 1], by side.
         """
         pixels = self.split.image(image)
-        if self.look == "central":
+        if self.kind == "central":
             shapes = {side: round(self.resize * side / self.side) for side in sides}
             return {side: central_view(pixels, short, side, squash=self.squash)[None] for side, short in shapes.items()}
         size = np.full(self.crops, pixels.shape[0]), np.full(self.crops, pixels.shape[1])
+        # Seeded by the image alone, not by the run, so that all students share one cache entry.
         rng = step_generator(0, image, ENSEMBLE_STREAM)
-        if self.look == "whole":
+        if self.kind == "whole":
             boxes, flips = sample_whole_boxes(rng, *size), np.zeros(self.crops, bool)
         else:
             flips = rng.random(self.crops) < 0.5
             boxes = sample_inception_boxes(rng, *size, min_area=self.min_area)
+        # All boxes are drawn before some are chosen, so that a view does not depend on the batch size.
         boxes, flips = boxes[which], flips[which]
-        taken = [pixels[top : top + height, left : left + width] for top, left, height, width in boxes.tolist()]
+        patches = [pixels[top : top + height, left : left + width] for top, left, height, width in boxes.tolist()]
         boxes[:, :2] = 0
-        return {side: crop_resize_flip(taken, boxes, flips, side) for side in sides}
+        return {side: crop_resize_flip(patches, boxes, flips, side) for side in sides}
 
 
 def fixed_views(setup: TrainSetup[Distill]) -> FixedViews:
-    """How the teachers of a resolved configuration look at images."""
+    """Returns the views that the teachers of a resolved configuration see."""
     config = setup.config
-    look = STRATEGIES[config.strategy].teacher
-    crops = config.teacher_crops if look == "ensemble" else 1
+    kind = STRATEGIES[config.strategy].teacher
+    crops = config.teacher_crops if kind == "ensemble" else 1
     split = setup.loader.split
     return FixedViews(
         split,
-        look,
+        kind,
         crops,
         setup.evaluation.view.side,
         config.resize or 0,
@@ -95,52 +103,57 @@ def fixed_views(setup: TrainSetup[Distill]) -> FixedViews:
     )
 
 
-def first_views(setup: TrainSetup[Distill], called: Sequence[LoadedTeacher]) -> dict[int, Tensor]:
-    """Views of the first training images by side, to hold a teacher's fast forms against the plain one."""
-    looks, sides = fixed_views(setup), {one.side for one in called}
-    images = range(min(CHECKED, setup.evaluation.view.batch, len(looks.split)))
-    each = [looks.views(image, slice(1), sorted(sides)) for image in images]
+def first_views(setup: TrainSetup[Distill], loaded: Sequence[LoadedTeacher]) -> dict[int, Tensor]:
+    """Returns one view of each of the first training images, by side; inference modes are compared on them."""
+    source, sides = fixed_views(setup), {teacher.side for teacher in loaded}
+    images = range(min(CHECKED, setup.evaluation.view.batch, len(source.split)))
+    each = [source.views(image, slice(1), sorted(sides)) for image in images]
     return {side: torch.cat([views[side] for views in each]) for side in sides}
 
 
 def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) -> tuple[str, Tensor]:
-    """The name under which they are kept, and the teachers' combined logits of each training image, (images, classes).
+    """Reads the teachers' logits of all training images from the cache, or computes and caches them.
+
+    Returns:
+        the digest under which they are cached, and the combined logits, (images, classes).
 
     Raises:
         InputError: what was just written cannot be read.
     """
-    looks = fixed_views(setup)
+    source = fixed_views(setup)
     sides = sorted({member.side for member in teachers.members})
-    asked = {
+    # The order and the names of these keys are part of the digest: another spelling would compute everything again.
+    key = {
         "data": setup.cache.key,
-        "pictures": hashlib.blake2b(looks.split.digests.tobytes(), digest_size=16).hexdigest(),
+        "pictures": hashlib.blake2b(source.split.digests.tobytes(), digest_size=16).hexdigest(),
         "teacher": setup.provenance["teacher"],
         "forms": [record["form"] for record in setup.provenance["teacher_forms"]],
         "sides": [member.side for member in teachers.members],
-        "look": looks.look,
-        "crops": looks.crops,
+        "look": source.kind,
+        "crops": source.crops,
         "function": setup.provenance["teacher_function"],
-        "central": [looks.resize / looks.side, looks.squash] if looks.look == "central" else None,
-        "min_area": looks.min_area if looks.look == "ensemble" else None,
+        "central": [source.resize / source.side, source.squash] if source.kind == "central" else None,
+        "min_area": source.min_area if source.kind == "ensemble" else None,
     }
-    name = hashlib.blake2b(json.dumps(asked).encode(), digest_size=12).hexdigest()
-    folder = cache_home() / "answers" / name
-    shape = (len(looks.split), len(teachers.members), setup.student.classifier.num_classes)
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
+    folder = cache_home() / "answers" / digest
+    shape = (len(source.split), len(teachers.members), setup.student.classifier.num_classes)
     if _read(folder / "answers.npy", shape) is None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "about.json").write_text(json.dumps(asked, indent=1))
-        views = len(looks.split) * looks.crops * len(teachers.members)
-        info(f"the teacher is fixed: it answers {views:,} views once, kept in {folder}")
-        _compute(folder, looks, teachers, sides, setup, shape)
-    whole = _read(folder / "answers.npy", shape)
-    if whole is None:
-        raise InputError(f"{folder / 'answers.npy'} was damaged while it was read; start the same command again")
-    each = torch.from_numpy(whole).unbind(1)
-    return name, teachers.combine_logits(each, setup.config.temperature)
+        (folder / "about.json").write_text(json.dumps(key, indent=1))
+        views = len(source.split) * source.crops * len(teachers.members)
+        info(f"fixed teacher: predicting {views:,} views once; logits are cached in {folder}")
+        _compute(folder, source, teachers, sides, setup, shape)
+    table = _read(folder / "answers.npy", shape)
+    if table is None:
+        raise InputError(f"{folder / 'answers.npy'} was damaged while it was read; run the same command again")
+    # Each teacher's logits are cached, not the combination: temperature, weights and --combine may change.
+    each = torch.from_numpy(table).unbind(1)
+    return digest, teachers.combine_logits(each, setup.config.temperature)
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """An array that was written before; None where it is not there, or damaged, and then it is removed."""
+    """Reads an array; returns None where it is missing, or damaged, and then removes it."""
     try:
         array = np.load(path, mmap_mode="c")
         if array.shape == shape:
@@ -149,22 +162,22 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
     except (OSError, ValueError, EOFError):
         pass
-    info(f"{path} is damaged and is made again")
+    info(f"{path} is damaged; computing it again")
     path.unlink(missing_ok=True)
     return None
 
 
 def _compute(
     folder: Path,
-    looks: FixedViews,
+    source: FixedViews,
     teachers: TeacherEnsemble,
     sides: list[int],
     setup: TrainSetup[Distill],
     shape: tuple[int, ...],
 ) -> None:
-    """Answers part after part, leaving out those that other processes are at, until all are there."""
-    count = len(looks.split)
-    size = max(1, PART // looks.crops)
+    """Computes part after part, leaving out those that other processes are computing, until all are there."""
+    count = len(source.split)
+    size = max(1, PART // source.crops)
     parts = {folder / f"part-{start:09}.npy": range(start, min(start + size, count)) for start in range(0, count, size)}
     whole = folder / "answers.npy"
     with ProgressBar("teacher", count) as bar:
@@ -178,18 +191,19 @@ def _compute(
                 ((path, lock) for path in missing if (lock := try_lock_file(path.with_suffix(".lock")))), None
             )
             if claimed is None:
-                time.sleep(0.2)  # all that is missing is being made by others
+                time.sleep(0.2)  # all that is missing is being computed by other processes
                 continue
             path, lock = claimed
             with lock:
+                # Between the listing and the lock, another process may have finished the part, or joined them all.
                 if not path.is_file() and not whole.is_file():
-                    write_array(path, _answered(looks, teachers, parts[path], sides, setup))
-    for left in folder.glob("part-*"):
-        left.unlink(missing_ok=True)
+                    write_array(path, _predict_part(source, teachers, parts[path], sides, setup))
+    for leftover in folder.glob("part-*"):
+        leftover.unlink(missing_ok=True)
 
 
 def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None:
-    """Puts the parts together, unless another process has done so meanwhile."""
+    """Joins the parts, unless another process has done so meanwhile."""
     lock = try_lock_file(whole.with_suffix(".lock"))
     if lock is None:
         time.sleep(0.2)
@@ -197,36 +211,40 @@ def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None
     with lock:
         if whole.is_file():
             return
-        read = [_read(path, (len(images), *shape[1:])) for path, images in parts.items()]
-        sound = [part for part in read if part is not None]
-        if len(sound) == len(parts):  # else what was damaged, or taken away by who was faster, is looked for again
+        arrays = [_read(path, (len(images), *shape[1:])) for path, images in parts.items()]
+        sound = [array for array in arrays if array is not None]
+        # Otherwise a part was damaged, or removed by a faster process: the caller looks again.
+        if len(sound) == len(parts):
             write_array(whole, np.concatenate(sound))
 
 
 @torch.inference_mode()
-def _answered(
-    looks: FixedViews, teachers: TeacherEnsemble, images: range, sides: list[int], setup: TrainSetup[Distill]
+def _predict_part(
+    source: FixedViews, teachers: TeacherEnsemble, images: range, sides: list[int], setup: TrainSetup[Distill]
 ) -> np.ndarray:
-    """What each teacher says of some images, (images, teachers, classes) float32.
+    """Predicts each teacher's logits of some images.
 
-    Of one view these are its logits; of several log Σ softmax(logits) / n, whose softmax are the mean probabilities.
+    Returns:
+        (images, teachers, classes) float32: of one view its logits; of several log Σ softmax(logits) / n, whose softmax
+        is the mean of the views' probabilities.
     """
     batch = setup.evaluation.view.batch
-    each = [(image, start) for image in images for start in range(0, looks.crops, batch)]
+    chunks = [(image, start) for image in images for start in range(0, source.crops, batch)]
     # Views of one image fill a batch by themselves where there are many, else those of several do.
-    together = max(1, batch // looks.crops)
+    chunks_per_batch = max(1, batch // source.crops)
 
-    def make(number: int) -> dict[int, Tensor]:
-        some = each[number * together : (number + 1) * together]
-        made = [looks.views(image, slice(start, start + batch), sides) for image, start in some]
-        return {side: torch.cat([views[side] for views in made]) for side in sides}
+    def load_batch(number: int) -> dict[int, Tensor]:
+        some = chunks[number * chunks_per_batch : (number + 1) * chunks_per_batch]
+        views = [source.views(image, slice(start, start + batch), sides) for image, start in some]
+        return {side: torch.cat([each[side] for each in views]) for side in sides}
 
-    device, told = setup.loop.device, []
-    for views in prefetch_map(make, 0, -(-len(each) // together), devices.spare_threads()):
-        shown = {side: view.to(device) for side, view in views.items()}
-        told.append(torch.stack([member.logits(shown[member.side]).float().cpu() for member in teachers.members], 1))
-    answers = torch.cat(told).view(len(images), looks.crops, len(teachers.members), -1)
-    if looks.crops == 1:
-        return answers[:, 0].numpy()
-    summed = answers.double().log_softmax(-1).logsumexp(1)
-    return (summed - np.log(looks.crops)).float().numpy()
+    device, outputs = setup.loop.device, []
+    for host in prefetch_map(load_batch, 0, -(-len(chunks) // chunks_per_batch), devices.spare_threads()):
+        views = {side: view.to(device) for side, view in host.items()}
+        outputs.append(torch.stack([member.logits(views[member.side]).float().cpu() for member in teachers.members], 1))
+    logits = torch.cat(outputs).view(len(images), source.crops, len(teachers.members), -1)
+    if source.crops == 1:
+        return logits[:, 0].numpy()
+    # In double precision, so that rounding does not add up over many crops.
+    summed = logits.double().log_softmax(-1).logsumexp(1)
+    return (summed - np.log(source.crops)).float().numpy()
