@@ -1,13 +1,14 @@
 """What a person types, made ready for the parser: options that are said twice, and the names of recipes."""
 
-from typing import Annotated, Any, TypeVar
-
-import tyro
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from funmatch.config import SEARCHED, TAUGHT, Distill, recipes
+from funmatch.config.help import asks_for_help
 from funmatch.config.options import Options, like
 from funmatch.errors import InputError, unknown
+
+if TYPE_CHECKING:  # the parser takes a tenth of a second to import, which help and versions need not wait for
+    from tyro.constructors import StructConstructorSpec, StructTypeInfo
 
 
 class DistillMany(Distill):
@@ -27,14 +28,20 @@ def parse_options(words: list[str], table: type[AnyOptions], prog: str, default:
         default: a table whose values are used for options that are not among the words, or None.
         show: whether this process prints what is wrong.
     """
+    import tyro
+    from tyro.constructors import ConstructorRegistry
+
     registry = ConstructorRegistry()
     registry.struct_rule(_spec_of)
     with registry:
         return tyro.cli(table, prog=prog, args=words, default=default, console_outputs=show)
 
 
-def _spec_of(info: StructTypeInfo) -> StructConstructorSpec | None:
+def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
     """How tyro reads a table of ours: each option tells its flag and aliases itself, so `config` needs no tyro."""
+    import tyro
+    from tyro.constructors import StructConstructorSpec, StructFieldSpec
+
     if not (isinstance(info.type, type) and issubclass(info.type, Options)):
         return None
     fields = []
@@ -77,7 +84,7 @@ def split_subject(words: list[str], verb: str) -> tuple[list[str], str]:
         return words[1:], what
     if what in recipes.RECIPES:
         return words, recipes.RECIPES[what].verb
-    if not what and not {"-h", "--help"} & {*words}:
+    if not what and not asks_for_help(words):
         raise InputError(f"say what to {verb}: {', '.join(SEARCHED)}, or the name of a recipe, e.g. pet37-fast")
     if what:
         hint = "`funmatch recipes` lists the recipes"
@@ -90,6 +97,8 @@ def apply_recipe(words: list[str], verb: str, table: type[Options]) -> tuple[lis
 
     It is the first word, or the value of `--recipe`.
     """
+    import tyro
+
     left, names = list(words), []
     if left and not left[0].startswith("-"):
         names.append(left.pop(0))

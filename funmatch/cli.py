@@ -29,6 +29,7 @@ from funmatch.config import (
     Study,
     Tape,
     Train,
+    help,
 )
 from funmatch.config.options import Options
 from funmatch.errors import InputError, WorkFailed, is_out_of_memory, unknown
@@ -38,20 +39,20 @@ from funmatch.version import __version__
 
 TABLES: dict[str, type[Options]] = {
     "demo": Demo,
+    "finetune": Finetune,
     "distill": Distill,
     "train": Train,
-    "finetune": Finetune,
+    "evaluate": Evaluate,
+    "prepare": Prepare,
+    "data": Data,
+    "models": Models,
+    "import": Import,
+    "recipes": Recipes,
     "plan": Plan,
     "tune": Search,
     "study": Study,
     "tape": Tape,
-    "evaluate": Evaluate,
     "report": Report,
-    "prepare": Prepare,
-    "data": Data,
-    "import": Import,
-    "models": Models,
-    "recipes": Recipes,
 }
 
 
@@ -98,12 +99,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str]) -> Options:
     """The verb's table from words; help, and whatever tyro finds wrong, end the program."""
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     verb = arguments[0] if arguments else "--help"
     if verb in ("-V", "--version"):
         print(f"funmatch {__version__}")
         sys.exit(0)
     if verb in ("-h", "--help"):
-        print(_overview())
+        print(help.overview(TABLES))
         sys.exit(0)
     if verb not in TABLES:
         raise unknown("verb", verb, TABLES)
@@ -114,29 +117,21 @@ def parse(arguments: list[str]) -> Options:
     if verb in ("tune", "plan"):
         words, taught = split_subject(words, verb)
         table = (SEARCHED if verb == "tune" else TAUGHT)[taught]
+    named = f"{verb} VERB|RECIPE" if verb in ("tune", "plan") else f"{verb} [RECIPE]" if verb in TAUGHT else verb
+    if help.asks_for_help(words):
+        print(
+            help.help_of(
+                verb if verb == taught else f"{verb} {taught}", table, everything="--help-all" in words, usage=named
+            )
+        )
+        sys.exit(0)
     words, students = split_students(words) if verb == "distill" else (words, ())
     words, default = merge_repeated(words, table), None
-    named = f"funmatch {verb}" + (" VERB|RECIPE" if verb in ("tune", "plan") else " [RECIPE]" if verb in TAUGHT else "")
     if taught in TAUGHT:
         words, default = apply_recipe(words, taught, table)
-    config = parse_options(words, table, named, default, show=told)
+    config = parse_options(words, table, f"funmatch {named}", default, show=told)
     config.check()
     return DistillMany(**config.model_dump(), students=students) if len(students) > 1 else config
-
-
-def _overview() -> str:
-    lines = [f"  {name:<10}{(table.__doc__ or '').splitlines()[0]}" for name, table in TABLES.items()]
-    return "\n".join(
-        (
-            "usage: funmatch VERB [OPTIONS]",
-            "",
-            "Knowledge distillation by function matching.",
-            "",
-            *lines,
-            "",
-            "`funmatch VERB --help` explains every option.",
-        )
-    )
 
 
 def _fail(error: Exception, message: str) -> None:

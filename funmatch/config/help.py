@@ -1,0 +1,192 @@
+"""Writes `--help` from what the options say about themselves, as plain text."""
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from funmatch.config.metadata import Group, Opt
+from funmatch.config.options import Options
+
+FLAGS = ("-h", "--help", "--help-all")
+NARROW, WIDE = 60, 120
+"""The least and the most columns that text is wrapped to."""
+FEW = 14
+"""As many options are listed at once."""
+COLUMN = 28
+"""Where sentences begin."""
+METAVARS = {bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT"}
+BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
+
+
+def overview(tables: Mapping[str, type[Options]]) -> str:
+    """All commands under their headings, a sentence each.
+
+    Args:
+        tables: command to its table; headings stand in the order in which they first come.
+    """
+    lines = ["Usage: funmatch COMMAND [OPTIONS]", "", "Knowledge distillation by function matching."]
+    for heading in dict.fromkeys(table.verbs for table in tables.values()):
+        lines += ["", _bold(f"{heading}:")]
+        for name, table in tables.items():
+            if table.verbs == heading:
+                lines += _row(f"  {name}", _summary(table), column=13)
+    lines += ["", "`funmatch COMMAND --help` (or `funmatch help COMMAND`) explains a command and its options."]
+    return "\n".join(lines)
+
+
+def help_of(verb: str, table: type[Options], *, everything: bool = False, usage: str = "") -> str:
+    """The help of one command: its usage, examples, and the options that matter most, or all of them.
+
+    Args:
+        verb: the words that begin the command, "distill" or "tune distill".
+        everything: whether all options are listed, by group.
+        usage: what the usage shows in the place of `verb`, "distill [RECIPE]".
+    """
+    shown = _sorted(table)
+    everything = everything or len(shown) <= FEW
+    lines = [*_usage(usage or verb, table), "", *_wrapped(_summary(table))]
+    if table.examples:
+        lines += ["", _bold("Examples:" if len(table.examples) > 1 else "Example:")]
+        lines += [line for example in table.examples for line in _command(example, "  ")]
+    if everything:
+        for group in dict.fromkeys(opt.group for _, opt in shown):
+            lines += ["", _bold(f"{table.headings.get(group, group.value)}:")]
+            lines += [line for name, opt in shown if opt.group is group for line in _option(table, name, opt)]
+        return "\n".join(lines)
+    lines += ["", _bold("Options that matter most:")]
+    essential = [(name, opt) for name, opt in shown if opt.essential or table.model_fields[name].is_required()]
+    essential.sort(key=lambda item: not table.model_fields[item[0]].is_required())
+    lines += [line for name, opt in essential for line in _option(table, name, opt)]
+    return "\n".join([*lines, "", f"`funmatch {verb} --help-all` shows all {len(shown)} options."])
+
+
+def asks_for_help(words: Iterable[str]) -> bool:
+    """Whether help is wanted instead of the command."""
+    return bool({*words} & {*FLAGS})
+
+
+def label(table: type[Options], name: str) -> str:
+    """How an option is typed: its flags, and what stands for its value."""
+    opt, default = table.opt(name), table.model_fields[name].default
+    if opt.positional:
+        return metavar(table, name)
+    flag = _flag(name, opt)
+    flags = [flag, *([flag.replace("--", "--no-", 1)] if default is True else []), *opt.aliases]
+    flags.sort(key=lambda each: each.startswith("--"))  # short ones first
+    return f"{', '.join(flags)} {metavar(table, name)}".strip()
+
+
+def _flag(name: str, opt: Opt) -> str:
+    return f"--{(opt.flag or name).replace('_', '-')}"
+
+
+def metavar(table: type[Options], name: str) -> str:
+    """What stands for the value of an option: N, PATH, the choices."""
+    opt = table.opt(name)
+    kind: Any = table.model_fields[name].annotation
+    if opt.metavar is not None:
+        return opt.metavar
+    members = [each for each in (get_args(kind) if _is_union(kind) else (kind,)) if each is not type(None)]
+    several = get_origin(members[0]) is tuple
+    kinds = [get_args(each)[0] if several else each for each in members]
+    found = ["|".join(map(str, get_args(each))) if get_origin(each) is Literal else METAVARS[each] for each in kinds]
+    return " ".join(["|".join(found), *(["…"] if several else [])])
+
+
+def default_of(table: type[Options], name: str) -> str | None:
+    """The value that is used where nobody sets an option, or its rule in words; None for a switch."""
+    field, opt = table.model_fields[name], table.opt(name)
+    if field.is_required():
+        return "required"
+    value = opt.usual if field.default in (None, (), "") else field.default
+    if isinstance(value, bool):
+        return "default: on" if value else None
+    return f"default: {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _sorted(table: type[Options]) -> list[tuple[str, Opt]]:
+    """Options by group, in each those without which there is no run first."""
+    groups = list(Group)
+
+    def rank(item: tuple[str, Opt]) -> tuple[Any, ...]:
+        name, opt = item
+        return (
+            groups.index(opt.group),
+            not opt.positional,
+            not table.model_fields[name].is_required(),
+            not opt.essential,
+        )
+
+    return sorted(table.opts(), key=rank)
+
+
+def _usage(verb: str, table: type[Options]) -> list[str]:
+    needed = [(name, opt) for name, opt in _sorted(table) if table.model_fields[name].is_required() or opt.positional]
+    needed.sort(key=lambda item: not item[1].positional)
+    words = []
+    for name, opt in needed:
+        word = metavar(table, name) if opt.positional else f"{_flag(name, opt)} {metavar(table, name)}"
+        words.append(word if table.model_fields[name].is_required() else f"[{word}]")
+    return _wrapped(" ".join(["Usage: funmatch", verb, *words, "[OPTIONS]"]), "       ")
+
+
+def _option(table: type[Options], name: str, opt: Opt) -> Iterator[str]:
+    field = table.model_fields[name]
+    repeated = get_origin(field.annotation) is tuple and not opt.positional
+    notes = [note for note in (default_of(table, name), "may be repeated" if repeated else None) if note]
+    text = " ".join((field.description or "").split())
+    return _row(f"  {label(table, name)}", f"{text} ({'; '.join(notes)})" if notes else text, COLUMN)
+
+
+def _row(left: str, text: str, column: int) -> Iterator[str]:
+    """A name, and its sentence beside it, or below where the name is long."""
+    lines = textwrap.wrap(text, _width() - column, break_on_hyphens=False) or [""]
+    if len(left) + 2 > column:
+        yield _bold(left)
+    else:
+        yield _bold(left) + " " * (column - len(left)) + lines.pop(0)
+    yield from (" " * column + line for line in lines)
+
+
+def _command(example: str, indent: str) -> Iterator[str]:
+    """A command, over several lines as a shell reads it where it is long."""
+    line = indent
+    for part in re.split(r" (?=--)", example):
+        if len(line) + len(part) + 3 > _width() and line.strip():
+            yield f"{line} \\"
+            line = f"{indent}    {part}"
+        else:
+            line += part if line == indent else f" {part}"
+    yield line
+
+
+def _summary(table: type[Options]) -> str:
+    return " ".join((table.__doc__ or "").split())
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, _width(), subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _is_union(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
+def _width() -> int:
+    return max(NARROW, min(WIDE, shutil.get_terminal_size((100, 24)).columns))
+
+
+def _bold(text: str) -> str:
+    """Emphasised text, on a terminal that nobody asked to do without."""
+    return f"{BOLD}{text}{PLAIN}" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
