@@ -35,8 +35,8 @@ def overview(tables: Mapping[str, type[Options]]) -> str:
         for name, table in tables.items():
             if table.verbs == heading:
                 lines += _row(f"  {name}", _summary(table), column=13)
-    lines += ["", "`funmatch COMMAND --help` (or `funmatch help COMMAND`) explains a command and its options."]
-    return "\n".join(lines)
+    last = "`funmatch COMMAND --help` (or `funmatch help COMMAND`) explains a command and its options."
+    return "\n".join([*lines, "", *_wrapped(last)])
 
 
 def help_of(verb: str, table: type[Options], *, everything: bool = False, usage: str = "") -> str:

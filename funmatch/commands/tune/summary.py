@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from funmatch.commands.tune import space as search_space
 from funmatch.commands.tune.search import SearchSpec
 from funmatch.commands.tune.space import Value
-from funmatch.config import Evaluate, recipes
+from funmatch.config import Evaluate, Group, recipes
 from funmatch.config.data import VALIDATION_SHARE
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.log import info
@@ -122,7 +122,8 @@ def command(asked: SearchSpec, chosen: Mapping[str, Value]) -> str:
     base, recipe = asked.base, recipes.find(asked.base.recipe) if asked.base.recipe else None
     plain: dict[str, Any] = {name: field.default for name, field in type(base).model_fields.items()}
     plain |= dict(recipe.over({})) if recipe else {}
-    silent = {"out", "as_json", "recipe", "patience"} | ({"val"} if asked.cut else set())
+    printed = type(base).where(lambda opt: opt.group is Group.OUTPUT and not opt.study)
+    silent = {*printed, "recipe", "patience"} | ({"val"} if asked.cut else set())
     if recipe and {"steps", "epochs"} & recipe.knobs.keys() and not {"steps", "epochs"} & chosen.keys():
         silent |= {"steps", "epochs"}
     knobs = {name: value for name, value in search_space.apply_choices(base, chosen).items() if name not in silent}

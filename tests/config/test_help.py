@@ -1,0 +1,150 @@
+"""The help: complete, by group, as wide as the terminal, without a parser's signs."""
+
+import re
+import shlex
+
+import pytest
+
+from funmatch.cli import TABLES, parse
+from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Report, help
+from funmatch.config.help import default_of, help_of, label, metavar, overview
+
+ALL = {**TABLES, **{f"tune {verb}": table for verb, table in SEARCHED.items()}}
+
+
+@pytest.fixture(params=[80, 120], name="columns")
+def width_of_the_terminal(request, monkeypatch) -> int:
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("verb", ALL)
+def test_everything_is_listed_within_the_width(verb, columns):
+    table = ALL[verb]
+    text = help_of(verb, table, everything=True)
+    for name in table.model_fields:
+        assert re.search(rf"^  {re.escape(label(table, name))}( |$)", text, re.M), name
+        words = " ".join((table.model_fields[name].description or "").split())
+        assert words in " ".join(text.split()), name
+    long = [line for line in text.splitlines() if len(line) > columns]
+    assert not [line for line in long if len(line.split()) > 1 and not line.startswith("  --")], long
+    for sign in ("{None}", "STR", "INT", "FLOAT", "None}", "default: )", "\x1b", "╭"):
+        assert sign not in text, sign
+
+
+def test_options_that_matter_come_first(columns):
+    text = help_of("distill", Distill, usage="distill [RECIPE]")
+    usage = " ".join(text.partition("\n\n")[0].split())
+    assert usage.startswith("Usage: funmatch distill [RECIPE] --data DATA …")
+    for needed in ("--student MODEL", "--teacher MODEL …", "--out FOLDER"):
+        assert needed in usage
+    assert f"`funmatch distill --help-all` shows all {len(Distill.model_fields)} options." in text
+    first = re.findall(r"^  (-[^ ]*(?:, -[^ ]*)*)", text, re.M)
+    assert 8 <= len(first) <= 13, first
+    assert [each.split(",")[0] for each in first[:4]] == ["--data", "--student", "--teacher", "--out"]
+    assert {"--lr", "--steps", "--epochs", "--val"} <= {word for each in first for word in each.split(", ")}
+    assert "Examples:\n  funmatch distill --data" in text
+    assert len(text.splitlines()) <= (70 if columns == 80 else 50)
+
+
+@pytest.mark.usefixtures("columns")
+def test_groups_stand_in_their_order():
+    text = help_of("distill", Distill, everything=True)
+    order = ["Data", "Student", "Teacher", "Views", "Optimizer", "Loop", "Machine", "Output"]
+    places = [text.index(f"\n{group}:\n") for group in order]
+    assert places == sorted(places)
+    assert "\nModel:\n" in help_of("finetune", Finetune, everything=True)
+    assert "--model MODEL" in help_of("finetune", Finetune)
+    assert "\nSearch:\n" in help_of("tune train", SEARCHED["train"], everything=True)
+    assert "--help-all" not in help_of("report", Report), "all of a short table is listed at once"
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "shown", "default"),
+    [
+        (Distill, "lr", "--lr X", "default: 0.003"),
+        (Distill, "batch", "-b, --batch, --batch-size N", "default: 128"),
+        (Distill, "precision", "--precision auto|fp32|bf16|fp16", "default: auto"),
+        (Distill, "mixup_max", "--mixup-max, --no-mixup-max", "default: on"),
+        (Distill, "standardise", "--standardise", None),
+        (Distill, "as_json", "--json", None),
+        (Distill, "teacher", "--teacher MODEL …", "required"),
+        (Distill, "teacher_side", "--teacher-side N …", "default: the student's"),
+        (Distill, "out", "--out FOLDER", "required"),
+        (Distill, "warmup_steps", "--warmup-steps N", "default: 1,500, but at most 1/10 of the run"),
+        (Distill, "weight_decay", "--weight-decay X", "default: 0.0001"),
+        (Finetune, "batch", "-b, --batch, --batch-size N", "default: 512"),
+        (Evaluate, "model", "MODEL", "required"),
+    ],
+)
+def test_flags_and_defaults(table, name, shown, default):
+    assert label(table, name) == shown
+    assert default_of(table, name) == default
+
+
+@pytest.mark.parametrize("verb", ALL)
+def test_every_default_is_a_value(verb):
+    table = ALL[verb]
+    for name, field in table.model_fields.items():
+        told = default_of(table, name)
+        assert told is None or (told not in ("default: None", "default: ", "default: ()")), name
+        assert told or field.annotation is bool, name
+        assert metavar(table, name) or field.annotation is bool, name
+
+
+def test_the_overview_groups_the_commands(columns):
+    text = overview(TABLES)
+    assert [line[:-1] for line in text.splitlines() if re.fullmatch(r"\w+:", line)] == [
+        "Start", "Data", "Models", "Science",
+    ]  # fmt: skip
+    start = text.partition("Start:")[2].partition("\n\n")[0]
+    assert re.findall(r"^  (\w+)", start, re.M) == ["demo", "finetune", "distill", "train", "evaluate"]
+    assert all(re.search(rf"^  {verb} ", text, re.M) for verb in TABLES)
+    assert max(map(len, text.splitlines())) <= columns
+
+
+def test_examples_are_commands():
+    """Every example can be parsed, with its paths as they are."""
+    for table in {*ALL.values()}:
+        for example in table.examples:
+            words = shlex.split(example)
+            assert words[0] == "funmatch"
+            assert parse(words[1:]) is not None, example
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--help"], "Start:"),
+        (["help"], "Start:"),
+        ([], "Start:"),
+        (["help", "distill"], "`funmatch distill --help-all` shows all"),
+        (["distill", "-h"], "Options that matter most:"),
+        (["distill", "pet37-fast", "--lr", "3", "--help-all"], "--weight-decay X"),
+        (["tune", "--help"], "`funmatch tune distill --help-all` shows all"),
+        (["tune", "finetune", "--help"], "--space OPTION=VALUES …"),
+        (["plan", "finetune", "--help"], "--model MODEL"),
+        (["recipes", "--help"], "funmatch recipes pet37-fast"),
+    ],
+)
+def test_how_help_is_asked_for(capsys, words, wanted):
+    with pytest.raises(SystemExit) as end:
+        parse(words)
+    assert end.value.code == 0
+    assert wanted in capsys.readouterr().out
+
+
+def test_colour_only_on_a_terminal(monkeypatch):
+    assert "\x1b" not in help_of("report", Report)
+    monkeypatch.setattr(help.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = help_of("report", Report)
+    assert "\x1b[1m" in coloured
+    assert re.sub(r"\x1b\[\d*m", "", coloured) == _plain(monkeypatch)
+
+
+def _plain(monkeypatch) -> str:
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = help_of("report", Report)
+    assert "\x1b" not in plain
+    return plain
