@@ -39,7 +39,7 @@ def test_version(funmatch):
         (("distill", *MINI, "--teacher", "x", "--steps", "5", "--out", "o", "--precision", "fp8"), "'fp32', 'bf16'"),
         (("distill", *MINI, "--teacher", "x", "--out", "o"), "either --steps or --epochs"),
         (("distill", *MINI, "--teacher", "fashion-mini-teecher", "--steps", "5", "--out", "o"), TEACHER),
-        (("distill", *MINI, "--teacher", TEACHER, "--steps", "5", "--out", "o", "--device", "gpu"), "here: cpu"),
+        (("distill", *MINI, "--teacher", TEACHER, "--steps", "5", "--out", "o", "--device", "gpu"), "available: cpu"),
         (("train", *MINI[2:], "--data", "nowhere/at/all", "--steps", "5", "--out", "o"), "no folder nowhere/at/all"),
         (("train", *MINI, "--lr", "0", "--steps", "0", "--out", "o"), "at least 1, got 0 lr must be above 0"),
         (("train", *MINI, "--steps", "1", "--out", "o", "--student-kwargs", "chanels=3"), "chanels"),
