@@ -2,14 +2,14 @@
 
 Five codes resample crops. All are bilinear without antialias and agree to 0.01 of a grey level; tests compare them.
 
-| code                                  | runs for                                                     |
-|---------------------------------------|--------------------------------------------------------------|
-| `crops._crop_batched`, matrix product | CPU: images of one size up to 64 × 64, e.g. CIFAR            |
-| `look` in `native/kernels.cpp`        | CPU: larger images, if there is a C++ compiler (4 to 12 ×)   |
-| torch one by one, in `crops`          | CPU: larger images without a compiler, small ones that       |
-|                                       | differ in size, and runs begun without the kernel            |
-| `native/triton_crops`                 | accelerator: data resident on it, if Triton works there      |
-| `sample_by_gather`, below             | accelerator: data resident on it without Triton              |
+| code                                   | runs for                                                    |
+|----------------------------------------|-------------------------------------------------------------|
+| `crops._crop_batched`, matrix product  | CPU: images of one size up to 64 × 64, e.g. CIFAR           |
+| `sample_views` in `native/kernels.cpp` | CPU: larger images, if there is a C++ compiler (4 to 12 ×)  |
+| torch one by one, in `crops`           | CPU: larger images without a compiler, small ones that      |
+|                                        | differ in size, and runs begun without the kernel           |
+| `native/triton_crops`                  | accelerator: data resident on it, if Triton works there     |
+| `sample_by_gather`, below              | accelerator: data resident on it without Triton             |
 
 Their last bits differ, so a run records whether the native kernel cut its views and resumes with the same code.
 
@@ -223,5 +223,5 @@ def _run_kernel(grid: SamplingGrid, side: int) -> Tensor:
     views = torch.empty(len(grid.corners), side, side, 3, dtype=torch.float32, device="cpu")
     # Held in variables while the kernel runs: a temporary's memory could be reused.
     corners, axes = np.ascontiguousarray(grid.corners), np.ascontiguousarray(grid.axes)
-    library.load_library().look(corners.ctypes.data, axes.ctypes.data, views.data_ptr(), len(views), side)
+    library.load_library().sample_views(corners.ctypes.data, axes.ctypes.data, views.data_ptr(), len(views), side)
     return views.permute(0, 3, 1, 2)

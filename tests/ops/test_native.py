@@ -35,7 +35,7 @@ def fresh():
 
 
 def forget() -> None:
-    for known in (library._opened, norms.why_unavailable, resample.why_unavailable):
+    for known in (library._load, norms.why_unavailable, resample.why_unavailable):
         known.cache_clear()
 
 
@@ -265,7 +265,7 @@ def test_what_torch_takes_by_default_does_not_matter():
 
 def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
-    made = library._built()
+    made = library._build()
     content = made.read_bytes()
     made.write_bytes(content[:100])
     assert library.why_unavailable() == ""
@@ -295,7 +295,7 @@ def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeyp
     failing.write_text("#!/bin/sh\necho 'no such instruction' >&2; exit 1\n")
     failing.chmod(failing.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(failing))
-    assert library.why_unavailable() == f"{failing} cannot compile them: no such instruction"
+    assert library.why_unavailable() == f"{failing} cannot compile the kernels: no such instruction"
     assert not list((tmp_path / "cache").rglob("*.so"))
     forget()
     wrong = tmp_path / "wrong.cpp"
@@ -303,11 +303,11 @@ def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeyp
     wrong.write_text(source.replace("value * value", "value"))
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(library, "SOURCE", wrong)
-    assert "computes wrong values" in norms.why_unavailable()
+    assert "the compiled kernels compute wrong values" in norms.why_unavailable()
     assert resample.why_unavailable() == ""
     forget()
     wrong.write_text(source.replace("* down", "* 2"))
-    assert "computes wrong values" in resample.why_unavailable()
+    assert "the compiled kernel computes wrong values" in resample.why_unavailable()
     assert norms.why_unavailable() == ""
 
 

@@ -1,8 +1,10 @@
-// Views, GroupNorm and weight standardisation on the CPU, each in as few looks at its memory as can be.
+// Samples views and computes GroupNorm and weight standardization on the CPU, in as few passes over memory as possible.
 //
-// Pictures lie in memory with their channels last, so inner loops run along what lies side by side, with a sum for each
-// channel: compilers turn that into the widest instructions there are. What a picture sums to does not depend on the
-// number of threads.
+// Images lie in memory with their channels last, so inner loops run over neighbouring values, with a sum for each
+// channel: compilers turn these loops into the widest vector instructions there are. Each image (or filter) is summed by
+// a single thread in a fixed order, so results do not depend on the number of threads.
+//
+// `__restrict` is needed for the vectors: without it a compiler must assume that a write changes what is read next.
 
 #include <algorithm>
 #include <cmath>
@@ -27,7 +29,8 @@ inline float read(const bfloat16* from) {
 
 inline void write(float* to, float value) { *to = value; }
 
-// Rounds to the nearest, ties to even; what is not a number stays none.
+// Rounds to nearest, ties to even, as torch does. NaN is set apart, since rounding could carry its bits over
+// into another number.
 inline void write(bfloat16* to, float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -35,23 +38,29 @@ inline void write(bfloat16* to, float value) {
     to->bits = value != value ? 0x7fc0u : static_cast<uint16_t>(rounded);
 }
 
+// Shape of a batch (images, pixels, channels). `library.NormShape` must have the same fields in the same order.
 struct Shape {
-    int64_t pictures, places, channels, groups;  // of (pictures, places, channels)
+    int64_t images, pixels, channels, groups;
     int relu, threads;
     int64_t width() const { return channels / groups; }
-    double count() const { return static_cast<double>(width()) * static_cast<double>(places); }
+    double count() const { return static_cast<double>(width()) * static_cast<double>(pixels); }
 };
 
-// The line that normalises a channel; both ways take it from here, so that they agree on where a ReLU cuts off.
+// The line that normalizes a channel. Forward and backward both compute it here: with another rounding they could
+// disagree on where the ReLU cuts off.
 inline float scale_of(float inverse, float weight) { return inverse * weight; }
 inline float shift_of(float bias, float mean, float scale) { return bias - mean * scale; }
 
-constexpr int64_t AT_ONCE = 128;  // places whose sums float32 holds; sums of these are in float64
+// Pixels that are summed in float32, which makes full vectors; the sums of blocks are summed in float64. Float32 alone
+// would lose digits over the 57,600 pixels of an image of 240 × 240.
+constexpr int64_t BLOCK = 128;
 
-// y = x · scale + shift, cut off below 0 if there is a ReLU; mean and 1 / deviation of each group are kept for the way back.
+// y = x · scale + shift, cut off below 0 if there is a ReLU. Two passes over x: one for the sums, one for the result.
+// Writes the mean and 1 / deviation of each group, (images, groups), for the backward pass.
 template <typename T>
-void norm(const T* x, T* y, float* mean, float* inverse, const float* weight, const float* bias, Shape shape, double eps) {
-    const int64_t channels = shape.channels, places = shape.places, width = shape.width();
+void group_norm(const T* x, T* y, float* mean, float* inverse, const float* weight, const float* bias, Shape shape,
+                double eps) {
+    const int64_t channels = shape.channels, pixels = shape.pixels, width = shape.width();
 #pragma omp parallel num_threads(shape.threads)
     {
         std::vector<float> memory(5 * channels);
@@ -64,23 +73,24 @@ void norm(const T* x, T* y, float* mean, float* inverse, const float* weight, co
         float* __restrict scale = square + channels;
         float* __restrict shift = scale + channels;
 #pragma omp for schedule(static)
-        for (int64_t picture = 0; picture < shape.pictures; ++picture) {
-            const T* from = x + picture * places * channels;
-            T* into = y + picture * places * channels;
-            // Counted from each channel's first value: squares of what lies far from 0 would lose the deviation.
+        for (int64_t image = 0; image < shape.images; ++image) {
+            const T* from = x + image * pixels * channels;
+            T* into = y + image * pixels * channels;
+            // Sums of differences from each channel's first value: for values far from 0, the mean of the squares less the
+            // square of the mean would lose the deviation.
             for (int64_t c = 0; c < channels; ++c) {
                 first[c] = read(from + c);
                 sums[c] = squares[c] = sum[c] = square[c] = 0;
             }
-            for (int64_t place = 0; place < places; ++place) {
-                const T* __restrict row = from + place * channels;
+            for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+                const T* __restrict row = from + pixel * channels;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c) {
                     const float value = read(row + c) - first[c];
                     sum[c] += value;
                     square[c] += value * value;
                 }
-                if (place % AT_ONCE != AT_ONCE - 1 && place != places - 1) continue;
+                if (pixel % BLOCK != BLOCK - 1 && pixel != pixels - 1) continue;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c) {
                     sums[c] += sum[c];
@@ -89,24 +99,27 @@ void norm(const T* x, T* y, float* mean, float* inverse, const float* weight, co
                 }
             }
             for (int64_t g = 0; g < shape.groups; ++g) {
-                double total = 0, spread = 0;
-                for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sums[c] + places * static_cast<double>(first[c]);
+                double total = 0, deviation = 0;
+                for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sums[c] + pixels * static_cast<double>(first[c]);
                 const double centre = total / shape.count();
+                // From the channel's first value to the group's mean: Σ (v + o)² = Σ v² + o · (2 Σ v + n · o).
                 for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-                    const double off = first[c] - centre;
-                    spread += squares[c] + off * (2.0 * sums[c] + places * off);
+                    const double offset = first[c] - centre;
+                    deviation += squares[c] + offset * (2.0 * sums[c] + pixels * offset);
                 }
-                const double steep = 1 / std::sqrt((spread > 0 ? spread : spread * 0) / shape.count() + eps);
-                const float middle = mean[picture * shape.groups + g] = static_cast<float>(centre);
-                const float slope = inverse[picture * shape.groups + g] = static_cast<float>(steep);
+                // Rounding may leave a constant group slightly below 0; `* 0` instead of 0 lets NaN through.
+                const double inverse_std = 1 / std::sqrt((deviation > 0 ? deviation : deviation * 0) / shape.count() + eps);
+                // Rounded before they are used, since the backward pass reads the rounded ones.
+                const float group_mean = mean[image * shape.groups + g] = static_cast<float>(centre);
+                const float group_inverse = inverse[image * shape.groups + g] = static_cast<float>(inverse_std);
                 for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-                    scale[c] = scale_of(slope, weight[c]);
-                    shift[c] = shift_of(bias[c], middle, scale[c]);
+                    scale[c] = scale_of(group_inverse, weight[c]);
+                    shift[c] = shift_of(bias[c], group_mean, scale[c]);
                 }
             }
-            for (int64_t place = 0; place < places; ++place) {
-                const T* __restrict row = from + place * channels;
-                T* __restrict to = into + place * channels;
+            for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+                const T* __restrict row = from + pixel * channels;
+                T* __restrict to = into + pixel * channels;
                 const bool relu = shape.relu;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c) {
@@ -119,92 +132,99 @@ void norm(const T* x, T* y, float* mean, float* inverse, const float* weight, co
 }
 
 // With d = dy where the ReLU let it through, z = (x − mean) / deviation, and means over a group:
-// dx = (weight · d − mean(weight · d) − z · mean(weight · d · z)) / deviation. Of weight and bias each picture's share.
+//
+//     dx = (weight · d − mean(weight · d) − z · mean(weight · d · z)) / deviation.
+//
+// Writes each image's share of the gradients of weight and bias, (images, channels): a sum over images in here would
+// depend on which thread comes first.
 template <typename T>
-void norm_back(const T* dy, const T* x, T* dx, float* dweight, float* dbias, const float* mean, const float* inverse,
-               const float* weight, const float* bias, Shape shape) {
-    const int64_t channels = shape.channels, places = shape.places, width = shape.width();
+void group_norm_backward(const T* dy, const T* x, T* dx, float* dweight, float* dbias, const float* mean,
+                         const float* inverse, const float* weight, const float* bias, Shape shape) {
+    const int64_t channels = shape.channels, pixels = shape.pixels, width = shape.width();
 #pragma omp parallel num_threads(shape.threads)
     {
         std::vector<float> memory(7 * channels);
         std::vector<double> totals(2 * channels);
-        double* __restrict plains = totals.data();
-        double* __restrict slopes = plains + channels;
+        double* __restrict d_sums = totals.data();
+        double* __restrict dz_sums = d_sums + channels;
         float* __restrict scale = memory.data();
         float* __restrict shift = scale + channels;
         float* __restrict centre = shift + channels;
-        float* __restrict along = centre + channels;
-        float* __restrict rest = along + channels;
-        float* __restrict plain_part = rest + channels;
-        float* __restrict sloped_part = plain_part + channels;
+        float* __restrict x_factor = centre + channels;
+        float* __restrict constant = x_factor + channels;
+        float* __restrict d_sum = constant + channels;
+        float* __restrict dz_sum = d_sum + channels;
 #pragma omp for schedule(static)
-        for (int64_t picture = 0; picture < shape.pictures; ++picture) {
-            const T* from = x + picture * places * channels;
-            const T* given = dy + picture * places * channels;
-            T* into = dx + picture * places * channels;
-            float* __restrict dw = dweight + picture * channels;
-            float* __restrict db = dbias + picture * channels;
+        for (int64_t image = 0; image < shape.images; ++image) {
+            const T* from = x + image * pixels * channels;
+            const T* given = dy + image * pixels * channels;
+            T* into = dx + image * pixels * channels;
+            float* __restrict dw = dweight + image * channels;
+            float* __restrict db = dbias + image * channels;
             const bool relu = shape.relu;
             for (int64_t c = 0; c < channels; ++c) {
-                const int64_t g = picture * shape.groups + c / width;
+                const int64_t g = image * shape.groups + c / width;
                 centre[c] = mean[g];
                 scale[c] = scale_of(inverse[g], weight[c]);
                 shift[c] = shift_of(bias[c], mean[g], scale[c]);
-                plains[c] = slopes[c] = plain_part[c] = sloped_part[c] = 0;
+                d_sums[c] = dz_sums[c] = d_sum[c] = dz_sum[c] = 0;
             }
-            for (int64_t place = 0; place < places; ++place) {
-                const T* __restrict row = from + place * channels;
-                const T* __restrict up = given + place * channels;
+            // The ReLU's mask is computed anew from x instead of being kept: memory costs more than the arithmetic.
+            for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+                const T* __restrict row = from + pixel * channels;
+                const T* __restrict given_row = given + pixel * channels;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c) {
                     const float value = read(row + c);
-                    const float gradient = relu && value * scale[c] + shift[c] <= 0 ? 0.0f : read(up + c);
-                    plain_part[c] += gradient;
-                    sloped_part[c] += gradient * (value - centre[c]);
+                    const float d = relu && value * scale[c] + shift[c] <= 0 ? 0.0f : read(given_row + c);
+                    d_sum[c] += d;
+                    dz_sum[c] += d * (value - centre[c]);
                 }
-                if (place % AT_ONCE != AT_ONCE - 1 && place != places - 1) continue;
+                if (pixel % BLOCK != BLOCK - 1 && pixel != pixels - 1) continue;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c) {
-                    plains[c] += plain_part[c];
-                    slopes[c] += sloped_part[c];
-                    plain_part[c] = sloped_part[c] = 0;
+                    d_sums[c] += d_sum[c];
+                    dz_sums[c] += dz_sum[c];
+                    d_sum[c] = dz_sum[c] = 0;
                 }
             }
             for (int64_t g = 0; g < shape.groups; ++g) {
-                const double steep = inverse[picture * shape.groups + g], middle = mean[picture * shape.groups + g];
-                double plain = 0, sloped = 0;
+                const double inverse_std = inverse[image * shape.groups + g], group_mean = mean[image * shape.groups + g];
+                double weighted_d = 0, weighted_dz = 0;
                 for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-                    slopes[c] *= steep;
-                    dw[c] = static_cast<float>(slopes[c]);
-                    db[c] = static_cast<float>(plains[c]);
-                    plain += weight[c] * plains[c];
-                    sloped += weight[c] * slopes[c];
+                    dz_sums[c] *= inverse_std;
+                    dw[c] = static_cast<float>(dz_sums[c]);
+                    db[c] = static_cast<float>(d_sums[c]);
+                    weighted_d += weight[c] * d_sums[c];
+                    weighted_dz += weight[c] * dz_sums[c];
                 }
-                const double slope = -steep * steep * sloped / shape.count();
-                const double offset = -steep * plain / shape.count() - slope * middle;
+                // dx as a line in d and x, so that the second pass is one expression.
+                const double slope = -inverse_std * inverse_std * weighted_dz / shape.count();
+                const double offset = -inverse_std * weighted_d / shape.count() - slope * group_mean;
                 for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-                    along[c] = static_cast<float>(slope);
-                    rest[c] = static_cast<float>(offset);
+                    x_factor[c] = static_cast<float>(slope);
+                    constant[c] = static_cast<float>(offset);
                 }
             }
-            for (int64_t place = 0; place < places; ++place) {
-                const T* __restrict row = from + place * channels;
-                const T* __restrict up = given + place * channels;
-                T* __restrict to = into + place * channels;
+            for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+                const T* __restrict row = from + pixel * channels;
+                const T* __restrict given_row = given + pixel * channels;
+                T* __restrict to = into + pixel * channels;
 #pragma omp simd
                 for (int64_t c = 0; c < channels; ++c) {
                     const float value = read(row + c);
-                    const float gradient = relu && value * scale[c] + shift[c] <= 0 ? 0.0f : read(up + c);
-                    write(to + c, gradient * scale[c] + value * along[c] + rest[c]);
+                    const float d = relu && value * scale[c] + shift[c] <= 0 ? 0.0f : read(given_row + c);
+                    write(to + c, d * scale[c] + value * x_factor[c] + constant[c]);
                 }
             }
         }
     }
 }
 
-// Each filter with mean 0 and deviation 1, in the precision in which it will be multiplied.
+// Gives each filter mean 0 and deviation 1, in the precision in which it will be multiplied. Filters are short (4,608
+// values for 3 × 3 × 512), so float32 sums in vectors suffice.
 template <typename T>
-void standardise(const float* w, T* y, float* mean, float* inverse, int64_t filters, int64_t length, double eps, int threads) {
+void standardize(const float* w, T* y, float* mean, float* inverse, int64_t filters, int64_t length, double eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t f = 0; f < filters; ++f) {
         const float* __restrict own = w + f * length;
@@ -215,37 +235,40 @@ void standardise(const float* w, T* y, float* mean, float* inverse, int64_t filt
         const float centre = sum / static_cast<float>(length);
 #pragma omp simd reduction(+ : square)
         for (int64_t i = 0; i < length; ++i) square += (own[i] - centre) * (own[i] - centre);
-        const float steep = static_cast<float>(1 / std::sqrt(square / static_cast<double>(length) + eps));
+        // eps is 1e-10 for BiT, which float32 would not add to most variances.
+        const float inverse_std = static_cast<float>(1 / std::sqrt(square / static_cast<double>(length) + eps));
         mean[f] = centre;
-        inverse[f] = steep;
+        inverse[f] = inverse_std;
 #pragma omp simd
-        for (int64_t i = 0; i < length; ++i) write(to + i, (own[i] - centre) * steep);
+        for (int64_t i = 0; i < length; ++i) write(to + i, (own[i] - centre) * inverse_std);
     }
 }
 
+// dw = (d − mean(d) − z · mean(d · z)) / deviation, with z the standardized filter and means over a filter.
 template <typename T>
-void standardise_back(const T* dy, const float* w, float* dw, const float* mean, const float* inverse, int64_t filters,
-                      int64_t length, int threads) {
+void standardize_backward(const T* dy, const float* w, float* dw, const float* mean, const float* inverse, int64_t filters,
+                          int64_t length, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t f = 0; f < filters; ++f) {
-        const T* __restrict up = dy + f * length;
+        const T* __restrict d = dy + f * length;
         const float* __restrict own = w + f * length;
         float* __restrict to = dw + f * length;
-        const float centre = mean[f], steep = inverse[f];
-        float plain = 0, sloped = 0;
-#pragma omp simd reduction(+ : plain, sloped)
+        const float centre = mean[f], inverse_std = inverse[f];
+        float d_mean = 0, dz_mean = 0;
+#pragma omp simd reduction(+ : d_mean, dz_mean)
         for (int64_t i = 0; i < length; ++i) {
-            plain += read(up + i);
-            sloped += read(up + i) * (own[i] - centre) * steep;
+            d_mean += read(d + i);
+            dz_mean += read(d + i) * (own[i] - centre) * inverse_std;
         }
-        plain /= static_cast<float>(length);
-        sloped /= static_cast<float>(length);
+        d_mean /= static_cast<float>(length);
+        dz_mean /= static_cast<float>(length);
 #pragma omp simd
-        for (int64_t i = 0; i < length; ++i) to[i] = steep * (read(up + i) - plain - (own[i] - centre) * steep * sloped);
+        for (int64_t i = 0; i < length; ++i) to[i] = inverse_std * (read(d + i) - d_mean - (own[i] - centre) * inverse_std * dz_mean);
     }
 }
 
-// Where the pixels of one axis of a view are read: at clip(start + i · step, least, most), between two that lie side by side.
+// Where the pixels of a view are read along one axis: at clip(start + i · step, least, most), between two neighbours.
+// float64, as in `resample.SamplingGrid`, whose rows of eight numbers are copied into two of these.
 struct Axis {
     double start, step, least, most;
     double at(int64_t i) const {
@@ -254,12 +277,14 @@ struct Axis {
     }
 };
 
-// A view of a picture of bytes, (side, side, 3) in [0, 1]: its rows first, over the columns that are needed, then these.
-void look(const uint8_t* picture, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side) {
+// Samples a view, (side, side, 3) in [0, 1], of an image of bytes. Each row of the view takes two passes: two rows of the
+// image are blended over the columns that are needed, where neighbours make full vectors; then the columns are.
+void sample_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side) {
     const int64_t values = 3 * side;
     std::vector<int32_t> near(values), far(values);
     std::vector<float> share(values);
     int32_t leftmost = INT32_MAX, rightmost = INT32_MIN;
+    // The columns' neighbours and weights are the same for all rows, so they are computed once, for each channel.
     for (int64_t i = 0; i < side; ++i) {
         const double place = columns.at(i), left = std::floor(place), right = std::fmin(left + 1, columns.most);
         for (int64_t channel = 0; channel < 3; ++channel) {
@@ -267,6 +292,7 @@ void look(const uint8_t* picture, int64_t row_bytes, const Axis rows, const Axis
             far[3 * i + channel] = static_cast<int32_t>(right);
             share[3 * i + channel] = static_cast<float>(place - left);
         }
+        // A mirrored view runs from right to left, so the extremes may be at either end.
         leftmost = std::min(leftmost, near[3 * i]);
         rightmost = std::max(rightmost, far[3 * i]);
     }
@@ -282,8 +308,8 @@ void look(const uint8_t* picture, int64_t row_bytes, const Axis rows, const Axis
     float* __restrict row = between.data();
     for (int64_t i = 0; i < side; ++i) {
         const double place = rows.at(i), above = std::floor(place), below = std::fmin(above + 1, rows.most);
-        const uint8_t* __restrict upper = picture + static_cast<int64_t>(above) * row_bytes + 3 * leftmost;
-        const uint8_t* __restrict lower = picture + static_cast<int64_t>(below) * row_bytes + 3 * leftmost;
+        const uint8_t* __restrict upper = image + static_cast<int64_t>(above) * row_bytes + 3 * leftmost;
+        const uint8_t* __restrict lower = image + static_cast<int64_t>(below) * row_bytes + 3 * leftmost;
         const float down = static_cast<float>(place - above);
 #pragma omp simd
         for (int64_t k = 0; k < length; ++k) {
@@ -301,33 +327,36 @@ void look(const uint8_t* picture, int64_t row_bytes, const Axis rows, const Axis
 
 }  // namespace
 
+// One entry point for each dtype, in C so that ctypes finds it by name; `library.SIGNATURES` lists the arguments.
 #define KERNELS(T, NAME)                                                                                                   \
-    void norm_##NAME(const void* x, void* y, float* mean, float* inverse, const float* weight, const float* bias,          \
-                     const Shape* shape, double eps) {                                                                     \
-        norm(static_cast<const T*>(x), static_cast<T*>(y), mean, inverse, weight, bias, *shape, eps);                      \
+    void group_norm_##NAME(const void* x, void* y, float* mean, float* inverse, const float* weight, const float* bias,    \
+                           const Shape* shape, double eps) {                                                               \
+        group_norm(static_cast<const T*>(x), static_cast<T*>(y), mean, inverse, weight, bias, *shape, eps);                \
     }                                                                                                                      \
-    void norm_back_##NAME(const void* dy, const void* x, void* dx, float* dweight, float* dbias, const float* mean,        \
-                          const float* inverse, const float* weight, const float* bias, const Shape* shape) {              \
-        norm_back(static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), dweight, dbias, mean, inverse, \
-                  weight, bias, *shape);                                                                                   \
+    void group_norm_backward_##NAME(const void* dy, const void* x, void* dx, float* dweight, float* dbias,                 \
+                                    const float* mean, const float* inverse, const float* weight, const float* bias,       \
+                                    const Shape* shape) {                                                                  \
+        group_norm_backward(static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dx), dweight, dbias,      \
+                            mean, inverse, weight, bias, *shape);                                                          \
     }                                                                                                                      \
-    void standardise_##NAME(const float* w, void* y, float* mean, float* inverse, int64_t filters, int64_t length,         \
+    void standardize_##NAME(const float* w, void* y, float* mean, float* inverse, int64_t filters, int64_t length,         \
                             double eps, int threads) {                                                                     \
-        standardise(w, static_cast<T*>(y), mean, inverse, filters, length, eps, threads);                                  \
+        standardize(w, static_cast<T*>(y), mean, inverse, filters, length, eps, threads);                                  \
     }                                                                                                                      \
-    void standardise_back_##NAME(const void* dy, const float* w, float* dw, const float* mean, const float* inverse,       \
-                                 int64_t filters, int64_t length, int threads) {                                           \
-        standardise_back(static_cast<const T*>(dy), w, dw, mean, inverse, filters, length, threads);                       \
+    void standardize_backward_##NAME(const void* dy, const float* w, float* dw, const float* mean, const float* inverse,   \
+                                     int64_t filters, int64_t length, int threads) {                                       \
+        standardize_backward(static_cast<const T*>(dy), w, dw, mean, inverse, filters, length, threads);                   \
     }
 
 extern "C" {
-// As `resample.Looks` has them: addresses of the pixels that places are counted from, and bytes of a row; rows and columns.
-void look(const int64_t* corners, const double* axes, float* views, int64_t n, int64_t side) {
+// Samples n views. `corners` holds for each the address of the pixel that coordinates are counted from and the bytes of
+// a row, `axes` the eight numbers of its rows and columns. One thread: batches are prepared by several already.
+void sample_views(const int64_t* corners, const double* axes, float* views, int64_t n, int64_t side) {
     for (int64_t i = 0; i < n; ++i) {
         Axis both[2];
         std::memcpy(both, axes + 8 * i, sizeof both);
-        look(reinterpret_cast<const uint8_t*>(corners[2 * i]), corners[2 * i + 1], both[0], both[1],
-             views + i * 3 * side * side, side);
+        sample_view(reinterpret_cast<const uint8_t*>(corners[2 * i]), corners[2 * i + 1], both[0], both[1],
+                    views + i * 3 * side * side, side);
     }
 }
 

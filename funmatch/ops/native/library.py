@@ -1,6 +1,6 @@
-"""Our own code for the CPU, `native.cpp`, compiled on first use: where torch looks at the same memory several times.
+"""Compiles `kernels.cpp` on first use and loads it: CPU code for what torch reads from memory several times.
 
-Whoever calls it holds it against torch first, and does without where it cannot be had.
+Callers compare a kernel with torch before they use it, and fall back to torch where it is unavailable.
 """
 
 import ctypes
@@ -20,110 +20,120 @@ from funmatch.runtime.files import cache_home
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
+# The fastest first. Compilers prefer 256-bit vectors even where the processor has 512; some know neither flag.
 CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
-"""What else a compiler may understand, the fastest first."""
 CPU_INFO = Path("/proc/cpuinfo")
 BUILD_LOCK = Lock()
 DTYPES = ("float32", "bfloat16")
 
 
 class NormShape(ctypes.Structure):
-    """As in `native.cpp`."""
+    """The `Shape` of `kernels.cpp`: the same fields in the same order."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("pictures", "places", "channels", "groups")),
+        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "groups")),
         *((name, ctypes.c_int) for name in ("relu", "threads")),
     ]
 
 
 POINTER, COUNT, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+# Without declared types ctypes passes integers as 32 bits, which would cut addresses short.
 SIGNATURES = {
-    "look": [*[POINTER] * 3, COUNT, COUNT],
+    "sample_views": [*[POINTER] * 3, COUNT, COUNT],
     **{
-        f"{name}_{number}": arguments
-        for number in DTYPES
+        f"{name}_{dtype}": arguments
+        for dtype in DTYPES
         for name, arguments in {
-            "norm": [*[POINTER] * 6, ctypes.POINTER(NormShape), NUMBER],
-            "norm_back": [*[POINTER] * 9, ctypes.POINTER(NormShape)],
-            "standardise": [*[POINTER] * 4, COUNT, COUNT, NUMBER, ctypes.c_int],
-            "standardise_back": [*[POINTER] * 5, COUNT, COUNT, ctypes.c_int],
+            "group_norm": [*[POINTER] * 6, ctypes.POINTER(NormShape), NUMBER],
+            "group_norm_backward": [*[POINTER] * 9, ctypes.POINTER(NormShape)],
+            "standardize": [*[POINTER] * 4, COUNT, COUNT, NUMBER, ctypes.c_int],
+            "standardize_backward": [*[POINTER] * 5, COUNT, COUNT, ctypes.c_int],
         }.items()
     },
 }
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler of this machine, `$CXX` or one of the usual names."""
-    return next(
-        (found for name in (os.environ.get("CXX"), "c++", "g++") if name and (found := shutil.which(name))), None
-    )
+    """Returns the path of the machine's C++ compiler: `$CXX`, c++ or g++; None without one."""
+    names = (os.environ.get("CXX"), "c++", "g++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def why_unavailable() -> str:
-    """Why it cannot be had here; empty where it can. The first time this takes a second or two: it is compiled."""
-    with BUILD_LOCK:  # threads that make views ask at once
-        return _opened()[1]
+    """Returns why the kernels are unavailable; an empty string if they are available.
+
+    The first call on a machine compiles them, which takes a second or two.
+    """
+    # `cache` alone lets several threads in at once; those that prepare views all ask first thing.
+    with BUILD_LOCK:
+        return _load()[1]
 
 
 def load_library() -> Any:
-    """The functions of `native.cpp`, where `why_not` says nothing."""
-    opened, why = _opened()
-    assert opened is not None, why
-    return opened
+    """Returns the library, whose functions are those of `SIGNATURES`; `why_unavailable` must have returned nothing."""
+    loaded, reason = _load()
+    assert loaded is not None, reason
+    return loaded
 
 
 @cache
-def _opened() -> tuple[Any, str]:
-    """The library, made if it is not there; or why there is none."""
+def _load() -> tuple[Any, str]:
+    """Loads the library and compiles it if necessary; returns it, or None and the reason."""
     try:
-        place = _built()
+        path = _build()
         try:
-            return _bound(ctypes.CDLL(str(place))), ""
-        except (OSError, AttributeError):  # it was damaged
-            place.unlink()
-            return _bound(ctypes.CDLL(str(_built()))), ""
+            return _declare(ctypes.CDLL(str(path))), ""
+        except (OSError, AttributeError):
+            # A file in the cache can be damaged; it is compiled again, once.
+            path.unlink()
+            return _declare(ctypes.CDLL(str(_build()))), ""
     except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError) as error:
         return None, first_line(error)
 
 
-def _bound(opened: Any) -> Any:
+def _declare(library: Any) -> Any:
+    """Declares the functions' arguments and returns the library."""
     for name, arguments in SIGNATURES.items():
-        function = getattr(opened, name)
+        function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
-    return opened
+    return library
 
 
-def _built() -> Path:
-    """The compiled library in our cache: one for each source, compiler, and kind of processor."""
-    name = find_compiler()
-    if name is None:
-        raise OSError("there is no C++ compiler; install g++, or say by CXX where one is")
-    version = subprocess.run([name, "--version"], capture_output=True, timeout=60).stdout
-    words = (SOURCE.read_bytes(), FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
-    place = cache_home() / "kernels" / f"{hashlib.blake2b(repr(words).encode(), digest_size=12).hexdigest()}.so"
-    if place.is_file():
-        return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        made, said = Path(folder) / place.name, ""
-        for more in CPU_FLAGS:
-            words = [name, *FLAGS, *more, str(SOURCE), "-o", str(made)]
-            done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=600)
+def _build() -> Path:
+    """Returns the compiled library in the cache, compiling it if it is not there.
+
+    Raises:
+        OSError: there is no compiler, or it fails.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise OSError("no C++ compiler found; install g++, or set CXX to the path of one")
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
+    # Everything that decides the machine code: a home folder may be shared by machines with different processors.
+    key = (SOURCE.read_bytes(), FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
+    path = cache_home() / "kernels" / f"{hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Compiled beside its place and renamed: other processes never load half a library.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, stderr = Path(folder) / path.name, ""
+        for flags in CPU_FLAGS:
+            command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(compiled)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
             if done.returncode == 0:
-                with open(made, "rb") as file:
+                with open(compiled, "rb") as file:
                     os.fsync(file.fileno())
-                made.replace(place)
-                return place
-            said = done.stderr
-    raise OSError(f"{name} cannot compile them: {first_line(Exception(said))}")
+                compiled.replace(path)
+                return path
+            stderr = done.stderr
+    raise OSError(f"{compiler} cannot compile the kernels: {first_line(Exception(stderr))}")
 
 
 def _processor() -> str:
-    """What kind of processor this is: instructions of one may be unknown to another."""
+    """Returns a text that differs between processors with different instructions."""
     if not CPU_INFO.is_file():
         return platform.processor()
-    return "".join(
-        sorted(
-            {line for line in CPU_INFO.read_text().splitlines() if line.startswith(("model name", "flags", "Features"))}
-        )
-    )
+    # A set, since the lines repeat for every core; sorted, since sets have no order.
+    kinds = ("model name", "flags", "Features")
+    return "".join(sorted({line for line in CPU_INFO.read_text().splitlines() if line.startswith(kinds)}))
