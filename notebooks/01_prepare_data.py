@@ -1,24 +1,24 @@
 # %% [markdown]
 # # 1 · The data
 #
-# The first of four notebooks that tell the story of [function matching](https://arxiv.org/abs/2106.05237) on a small
-# data set: **data**, a fine-tuned teacher, a search for a better one, and a student that becomes the same function.
+# The first of four notebooks about [function matching](https://arxiv.org/abs/2106.05237) on a small data set:
+# **data**, a fine-tuned teacher, a search for a better one, and a student that reproduces the teacher's outputs.
 #
-# Here the images are fetched, every file is read and checked, and they are written as TFRecord shards in the form of
+# This notebook downloads the images, checks every file, and writes TFRecord shards in the format of
 # [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation): 384 × 384 JPEGs, 128 a shard. The later
-# notebooks do not need the shards; TensorFlow, or another machine, may.
+# notebooks do not need the shards; they are for TensorFlow or another machine.
 
 # %% [markdown]
-# On Kaggle (with *Internet* on) or Colab, install funmatch first: take the `#` away, and name the folder of its
-# repository, cloned or among the inputs. The host's own PyTorch and timm are left as they are.
+# On Kaggle (with *Internet* on) or Colab, install funmatch first: remove the `#` and enter the path of its
+# repository, cloned or among the inputs. The host's own PyTorch and timm are kept if they are recent enough.
 
 # %%
 # # %pip install -q PATH_OF_FUNMATCH
 
 # %% tags=["parameters"]
 DATA = "pet37"  # or "flowers102", "food101"
-SIDE = 384  # of the images in the shards, pixels
-SHARD_SIZE = 128  # images
+SIDE = 384  # size of the images in the shards, pixels
+SHARD_SIZE = 128  # images a shard
 
 # %%
 import funmatch
@@ -28,11 +28,11 @@ place = notebook.place(DATA)
 place
 
 # %% [markdown]
-# ## What the images are
+# ## The images
 #
-# Every file is read once: counts beside the published ones, sizes, odd kinds (CMYK, transparency, turned by EXIF, …),
-# images that are in two splits, and files that cannot be decoded. A data set without a validation split gets one: a
-# tenth of the training images, chosen by content.
+# Every file is read once. The table compares the number of images with the published one and lists sizes, unusual
+# images (CMYK, transparency, rotation by EXIF, …), images that are in two splits, and files that cannot be decoded.
+# If there is no validation split, a tenth of the training images is held out, selected by content.
 
 # %%
 notebook.facts(funmatch.prepare(DATA, data_dir=place.data))
@@ -43,8 +43,8 @@ notebook.samples(DATA, data_dir=place.data)
 # %% [markdown]
 # ## Shards
 #
-# `<split>/<split>_<data>-<shard>-<count>.tfrec`, each a row of `tf.train.Example`s with `image` (JPEG) and `class`
-# (int64). Interrupted, it goes on with the shard where it was.
+# `<split>/<split>_<data>-<shard>-<count>.tfrec` holds `tf.train.Example`s with `image` (JPEG) and `class` (int64).
+# After an interruption, run the cell again: it resumes at the unfinished shard.
 
 # %%
 shards = place.shards / f"{DATA}-{SIDE}"
@@ -54,8 +54,8 @@ written["shards"][:3]
 # %% [markdown]
 # ## Read back
 #
-# Every checksum is verified. Resized to a square, the images have lost their aspect: that is how the earlier project
-# saw them, and why its recipes evaluate on squashed images.
+# Every checksum is verified. Resized to a square, the images have lost their aspect ratio. The earlier project
+# trained on such images, so its recipes also evaluate on them.
 
 # %%
 notebook.facts(funmatch.prepare(f"tfrecord:{shards}/*/*.tfrec"))

@@ -1,19 +1,20 @@
 # %% [markdown]
 # # 3 · A better teacher
 #
-# A search for the teacher's learning rate, as [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation)
-# made it: at random among four values, three trials of two executions each, each ended when validation likes it no
-# better for a while. Its best network came to 90.32 % on the test images of Pet37, its hand-tuned teacher to 90.92 %.
+# A search for the teacher's learning rate, as in
+# [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation): random search over four values, three
+# trials of two executions each, with early stopping. Its best network reached 90.32 % on the test images of Pet37,
+# its hand-tuned teacher 90.92 %.
 #
-# Chosen is by the validation images alone; the test images are looked at once, by the best trial.
+# Only validation images select; the test images are evaluated once, with the best trial.
 #
-# It needs an accelerator. **Run the notebook again after a session's end, and it goes on where it was**: a trial that
-# was cut off, from its last checkpoint.
+# It needs an accelerator. **After a session has ended, run the notebook again to resume**; an interrupted trial
+# resumes from its last checkpoint.
 
 # %% [markdown]
-# On Kaggle or Colab, install funmatch first: take the `#` away, and name the folder of its repository, cloned or among
-# the inputs. On Colab, mount Google Drive, where runs last longer than a session. On Kaggle, add the output of the
-# earlier session to the notebook's inputs.
+# On Kaggle or Colab, install funmatch first: remove the `#` and enter the path of its repository, cloned or among the
+# inputs. On Colab, mount Google Drive, so that runs outlast the session. On Kaggle, add the output of the earlier
+# session to the notebook's inputs.
 
 # %%
 # # %pip install -q "PATH_OF_FUNMATCH[tune]"
@@ -24,11 +25,11 @@
 # %% tags=["parameters"]
 DATA = "pet37"  # or "flowers102", "food101"
 TEACHER = "tf-teacher-{}"  # the recipe; or "teacher-{}-r101x3", "teacher-{}", which search lr=log:3e-4..3e-2
-SPACE = {}  # beside what the recipe searches, e.g. {"lr": "log:1e-5..3e-3", "weight_decay": "0,1e-5,1e-4"}
-TRIALS = 3  # learning rates that are tried
-EXECUTIONS = 2  # runs of each, with other seeds
+SPACE = {}  # added to the recipe's search space, e.g. {"lr": "log:1e-5..3e-3", "weight_decay": "0,1e-5,1e-4"}
+TRIALS = 3  # learning rates to try
+EXECUTIONS = 2  # runs of each, with different seeds
 PATIENCE = 3  # evaluations without an improvement after which a run ends
-KNOBS = {}  # what is said beside the recipe, e.g. {"sampler": "tpe", "micro_batch": 32}
+OPTIONS = {}  # override the recipe, e.g. {"sampler": "tpe", "micro_batch": 32}
 
 # %%
 import funmatch
@@ -43,23 +44,23 @@ notebook.bring_runs(place)
 # %% [markdown]
 # ## The search
 #
-# Each trial is a run folder like any other, with its checkpoints: of BiT-R101x3 about 9 GB a run. A second process with
-# the same call helps.
+# Each trial is a run folder with its checkpoints, about 9 GB a run for BiT-R101x3. A second process with the same
+# call shares the work.
 
 # %%
 study = place.runs / f"tune-teacher-{DATA}"
 search = {"space": SPACE, "trials": TRIALS, "executions": EXECUTIONS, "patience": PATIENCE}
 with place.session():
-    funmatch.tune(TEACHER.format(DATA), out=study, data_dir=place.data, **search, **KNOBS)
+    funmatch.tune(TEACHER.format(DATA), out=study, data_dir=place.data, **search, **OPTIONS)
 
 # %% [markdown]
-# ## What came of it
+# ## Results
 #
-# Every trial, the best first; the best one's figures, with the spread over its executions; and how often which images
-# were looked at.
+# Every trial, the best first; the metrics of the best one, with the spread over its executions; and how often each
+# split was evaluated.
 
 # %%
 notebook.searched(study)
 
 # %% [markdown]
-# To distil from the best run, say `TEACHER = "tune-teacher-{}"` in notebook 4.
+# To distil from the best run, set `TEACHER = "tune-teacher-{}"` in notebook 4.

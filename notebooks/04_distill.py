@@ -1,20 +1,21 @@
 # %% [markdown]
 # # 4 · The student
 #
-# Function matching: teacher and student see the very same crop, flipped and mixed; the student matches the teacher's
-# probabilities; no label is used; and it goes on for long. A BiT-R50x1 learns from the teacher of notebook 2 or 3.
+# Function matching: teacher and student see the same crop, flipped and mixed; the student matches the teacher's
+# probabilities; labels are not used; training runs for long. Here a BiT-R50x1 learns from the teacher of notebook 2
+# or 3.
 #
 # | Pet37, 128 pixels, test top-1 | teacher | 300 epochs | 1,000 epochs |
 # |---|---|---|---|
 # | [the paper](https://arxiv.org/abs/2106.05237), table 4 | 91.03 | 82.75 | 88.01 |
 # | [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation) | 90.92 | 81.3 | 86 |
 #
-# It needs an accelerator. **Run the notebook again after a session's end, and it goes on where it was.**
+# It needs an accelerator. **After a session has ended, run the notebook again to resume.**
 
 # %% [markdown]
-# On Kaggle or Colab, install funmatch first: take the `#` away, and name
-# the folder of its repository, cloned or among the inputs. On Colab, mount Google Drive, where runs last longer
-# than a session. On Kaggle, add the outputs of notebook 2 and of the earlier session to the notebook's inputs.
+# On Kaggle or Colab, install funmatch first: remove the `#` and enter the path of its repository, cloned or among the
+# inputs. On Colab, mount Google Drive, so that runs outlast the session. On Kaggle, add the outputs of notebook 2 and
+# of the earlier session to the notebook's inputs.
 
 # %%
 # # %pip install -q PATH_OF_FUNMATCH
@@ -26,8 +27,8 @@
 DATA = "pet37"  # or "flowers102", "food101"
 TEACHER = "tf-teacher-{}"  # a run of notebook 2, or the search of notebook 3: "tune-teacher-{}"
 STUDENTS = {"pet37": "tf-pet37-300", "flowers102": "tf-flowers102-1000", "food101": "tf-food101-100"}
-KNOBS = {}  # what is said beside the recipe, e.g. {"epochs": 1000, "micro_batch": 128}
-MEASURE = True  # how many hours it takes here, which takes some seconds
+OPTIONS = {}  # override the recipe, e.g. {"epochs": 1000, "micro_batch": 128}
+MEASURE = True  # estimate the hours on this machine, which takes some seconds
 
 # %%
 import timm
@@ -44,7 +45,8 @@ notebook.bring_runs(place)
 # %% [markdown]
 # ## The recipe
 #
-# The earlier project's settings; the paper's own are `pet37-fast` and so on, see `funmatch recipes`.
+# The earlier project's settings. The paper's recipes are called `pet37-fast` and so on; `funmatch recipes` lists
+# them.
 
 # %%
 recipe = STUDENTS[DATA]
@@ -53,19 +55,19 @@ notebook.about(recipe, measure=MEASURE)
 # %% [markdown]
 # ## The run
 #
-# The teacher is judged on the validation images first, and refused near chance. Shortly before the session ends the
-# run stops and saves.
+# First the teacher is evaluated on the validation images; near chance, it is an error. Shortly before the session
+# ends, the run saves and stops.
 
 # %%
 teacher = place.run(TEACHER.format(DATA))
 student = place.runs / recipe
 with place.session():
-    funmatch.recipe(recipe, out=student, teacher=teacher, data_dir=place.data, **KNOBS)
+    funmatch.recipe(recipe, out=student, teacher=teacher, data_dir=place.data, **OPTIONS)
 
 # %% [markdown]
-# ## What teacher and student saw
+# ## The views of teacher and student
 #
-# In step 0 and in step 1: another crop and another λ each time, and both see the same pixels.
+# In steps 0 and 1: each step has its own crop and λ, and both models see the same pixels.
 
 # %%
 notebook.views(student, step=0)
@@ -76,7 +78,7 @@ notebook.views(student, step=1)
 # %% [markdown]
 # ## Curves
 #
-# The dashed line is the teacher. A student that looks finished early is not: patience is half of the method.
+# The dashed line is the teacher. A curve that looks flat early still rises: long training is half of the method.
 
 # %%
 notebook.curves(student)
@@ -84,8 +86,8 @@ notebook.curves(student)
 # %% [markdown]
 # ## Evaluation
 #
-# Agreement is the share of images on which the student's first class is the teacher's; KL, in nats, is how far its
-# probabilities are from the teacher's; ECE is the error of its confidence.
+# Agreement is the share of images for which student and teacher predict the same class. KL, in nats, is the
+# divergence of the student's probabilities from the teacher's. ECE is the expected calibration error.
 
 # %%
 notebook.figures(teacher, student)
@@ -94,9 +96,9 @@ notebook.figures(teacher, student)
 notebook.judged(student, split="val", data_dir=place.data)
 
 # %% [markdown]
-# ## Anywhere else
+# ## Use the student elsewhere
 #
-# The finished student is a folder in timm's own layout. It needs no funmatch.
+# The finished student is a folder in timm's layout and does not need funmatch.
 
 # %% tags=["raises-exception"]
 model = timm.create_model(f"local-dir:{student / 'student'}", pretrained=True)

@@ -1,4 +1,4 @@
-"""Writes `notebooks/*.ipynb` from the texts beside them: no outputs, and the same bytes from the same text.
+"""Writes `notebooks/*.ipynb` from the .py files beside them, without outputs and with reproducible bytes.
 
 python scripts/notebooks.py
 """

@@ -64,9 +64,9 @@ MODEL = {"student": "resnet10t", "student_kwargs": NETWORK}
 TAUGHT = {**MODEL, **SMALL, "resize": 40, "steps": 4, "decay_steps": [2], "eval_every": 2, "micro_batch": 4}
 SETTINGS = {
     "01_prepare_data": {"SIDE": 32, "SHARD_SIZE": 8},
-    "02_finetune_teacher": {"KNOBS": TAUGHT, "MEASURE": False},
-    "03_tune_teacher": {"KNOBS": {**TAUGHT, "steps": 8}, "TRIALS": 2, "PATIENCE": 2},
-    "04_distill": {"KNOBS": {**MODEL, **SMALL, "steps": 4, "allow_weak_teacher": True}, "MEASURE": False},
+    "02_finetune_teacher": {"OPTIONS": TAUGHT, "MEASURE": False},
+    "03_tune_teacher": {"OPTIONS": {**TAUGHT, "steps": 8}, "TRIALS": 2, "PATIENCE": 2},
+    "04_distill": {"OPTIONS": {**MODEL, **SMALL, "steps": 4, "allow_weak_teacher": True}, "MEASURE": False},
 }
 
 
@@ -106,7 +106,7 @@ def test_the_story_twice(tmp_path, monkeypatch):
     work.mkdir()
     net = timm.create_model("resnet10t", num_classes=5, channels=(8, 8, 16, 16), stem_width=8)
     save_file(net.state_dict(), tmp_path / "pretrained.safetensors")
-    pretrained = {"KNOBS": {**TAUGHT, "student_weights": str(tmp_path / "pretrained.safetensors")}}
+    pretrained = {"OPTIONS": {**TAUGHT, "student_weights": str(tmp_path / "pretrained.safetensors")}}
     settings = {**SETTINGS, "02_finetune_teacher": {**SETTINGS["02_finetune_teacher"], **pretrained}}
     first = {name: told(carried_out(name, work, **settings[name])) for name in NAMES}
     assert (work / "shards" / "pet37-32" / "train" / "train_pet37-00-8.tfrec").is_file()
