@@ -1,7 +1,7 @@
 """Installs funmatch, editable, into the environment whose Python runs this; `make` calls it.
 
-pip prints a line or more for each of 130 packages, and errors drown in that. So all of it goes to install.log in the
-environment; shown is what pip is at, and its last words if it fails.
+pip prints a line or more for each of 130 packages, in which errors are easy to miss. So its output goes to install.log
+in the environment; the terminal shows the current package, and the end of the output if pip fails.
 """
 
 import argparse
@@ -21,7 +21,7 @@ MB = {"kB": 1e-3, "MB": 1.0, "GB": 1e3}
 
 
 class Progress:
-    """What pip is at: a line that is rewritten twice a second on a terminal, elsewhere one every half minute."""
+    """Shows pip's current package: a line updated twice a second on a terminal, elsewhere a line every half minute."""
 
     def __init__(self) -> None:
         self.began, self.total, self.now = time.monotonic(), 0.0, "looking up versions"
@@ -39,7 +39,7 @@ class Progress:
             print("\r\033[K", end="", flush=True)
 
     def see(self, line: str) -> None:
-        """Takes a line of pip's."""
+        """Reads a line of pip's output."""
         if found := ARRIVES.search(line):
             size = float(found[2]) * MB[found[3]]
             self.total += size
@@ -60,9 +60,9 @@ class Progress:
 
 
 def main() -> None:
-    """Installs, and exits with pip's code."""
+    """Installs, and exits with pip's exit code."""
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("--extras", default="", help="of pyproject.toml, such as test")
+    words.add_argument("--extras", default="", help="extras of pyproject.toml, e.g. test")
     words.add_argument("--versions", choices=("pinned", "floors", "newest"), default="pinned")
     given = words.parse_args()
     log = Path(sys.prefix) / "install.log"
@@ -73,7 +73,7 @@ def main() -> None:
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in floors(ROOT / "pyproject.toml")))
     size = "5 GB on Linux, most of it CUDA's" if sys.platform == "linux" else "1.5 GB"
     print(f"Installing funmatch into {Path(sys.prefix).name} ({given.versions} versions): the first time up to {size};")
-    print(f"about ten minutes at 100 Mbit/s, and seconds from pip's cache. All that pip says is in {log}", flush=True)
+    print(f"about ten minutes at 100 Mbit/s, and seconds from pip's cache. pip's output is in {log}", flush=True)
     target = f"{ROOT}[{given.extras}]" if given.extras else str(ROOT)
     with Progress() as progress:
         code = pip(BUILD, constraints, log, progress) or pip(
@@ -82,7 +82,7 @@ def main() -> None:
     if code:
         said = [line for line in log.read_text().splitlines() if not line.startswith("WARNING:")]
         print("\n".join(said[-25:]))
-        print(f"pip failed with exit code {code}; all that it said is in {log}")
+        print(f"pip failed with exit code {code}; its output is in {log}")
     else:
         print(f"Installed in {int(time.monotonic() - progress.began)} s.")
     sys.exit(code)
@@ -96,7 +96,7 @@ def floors(project: Path) -> list[tuple[str, str]]:
 
 
 def pip(words: tuple[str, ...], constraints: Path | None, log: Path, progress: Progress) -> int:
-    """Runs `pip install`, its lines to the log and to `progress`; its exit code."""
+    """Runs `pip install` with its output to the log and to `progress`; returns the exit code."""
     command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", "--no-input", *words]
     command += ["--constraint", str(constraints)] if constraints else ["--upgrade", "--upgrade-strategy", "eager"]
     with (

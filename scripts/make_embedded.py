@@ -1,4 +1,4 @@
-"""Makes the embedded data set and teacher again, from Debian's package `dataset-fashion-mnist`.
+"""Makes the bundled data set and teacher again, from Debian's package `dataset-fashion-mnist`.
 
     apt-get install dataset-fashion-mnist
     python scripts/make_embedded.py [--work FOLDER]
@@ -56,7 +56,7 @@ def mosaic(images: np.ndarray, labels: np.ndarray, which: slice) -> Image.Image:
 
 
 def write_folder(folder: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """All images of a split as PNG files, a folder a class."""
+    """Writes all images of a split as PNG files, one folder for each class."""
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = folder / split / LABELS[label] / f"{i:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

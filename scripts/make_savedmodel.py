@@ -1,12 +1,12 @@
-"""Saves small BiT networks with TensorFlow in the ways in which people did, for the tests of what is read.
+"""Saves small BiT networks with TensorFlow in the usual ways, as inputs for the tests of the SavedModel reader.
 
     pip install tensorflow-cpu tf_keras tensorflow_hub
-    python scripts/make_savedmodel.py                     # those that are committed, tests/models/savedmodels
+    python scripts/make_savedmodel.py                     # the committed ones, tests/models/savedmodels
     python scripts/make_savedmodel.py FOLDER [--ways …]   # others, each with its images and logits
 
-A variable's values depend on its published name alone, so that a test knows what must be found. The committed folders
-are without what the reader does not open: graphs are far larger than weights, so that of one `saved_model.pb` only what
-is served is left, and of the others nothing.
+A variable's values depend only on its published name, so that a test knows the expected values. The committed folders
+lack everything that the reader does not open: graphs are far larger than weights, so one `saved_model.pb` keeps only
+the served function, and the others are removed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ EPS = 1e-10  # of weight standardisation
 
 
 def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """What the variable of a published name holds, float32."""
+    """The values of the variable with a published name, float32."""
     noise = np.random.RandomState(zlib.crc32(name.encode())).normal(size=shape) / 10  # the same in every numpy
     return (noise + name.endswith("gamma")).astype(np.float32)
 
@@ -69,7 +69,7 @@ class Body:
         self.features(tf.zeros([1, 64, 64, 3]))
 
     def module(self) -> Any:
-        """What is saved: it has the function and lists, and no attribute for any variable."""
+        """The saved object: it has the function and lists, but no attribute for any variable."""
         module = tf.train.Checkpoint()
         module.variables = list(self.named.values())
         module.trainable_variables = list(self.named.values())
@@ -224,7 +224,7 @@ def teacher(body: Any, head: Any) -> Any:
 
 
 def fitted(model: Any, optimizer: Any) -> Any:
-    """The model after a step of no length, which leaves an optimizer's states and metrics behind."""
+    """The model after a training step with learning rate 0, which adds the optimizer's state and metrics."""
     x = images(64)
     labels = np.zeros(len(x), int)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -233,7 +233,7 @@ def fitted(model: Any, optimizer: Any) -> Any:
 
 
 class Served(tf.Module):
-    """A body and its head without any Keras, which see images by a mean and a standard deviation."""
+    """A body and its head without Keras, with a mean and a standard deviation as preprocessing."""
 
     def __init__(self, body: Body, classes: int) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class Served(tf.Module):
 
 
 def behind(net: Any, *fronts: Any) -> Any:
-    """A Keras model behind layers that change images."""
+    """A Keras model after preprocessing layers."""
     keras = keras3 if isinstance(net, keras3.Model) else keras2
     inputs = x = keras.Input((None, None, 3))
     for front in fronts:
@@ -259,14 +259,14 @@ def behind(net: Any, *fronts: Any) -> Any:
 
 
 def normalization(keras: Any, largest: float) -> Any:
-    """A layer that has learnt the statistics of images whose channels differ."""
+    """A normalisation layer adapted to images whose channels differ."""
     layer = keras.layers.Normalization(axis=-1)
     layer.adapt(images(64) * largest * np.array([1, 0.5, 0.25], np.float32))
     return layer
 
 
 def hub_model(way: str, folder: Path, args: argparse.Namespace) -> Any:
-    """A module, saved and loaded again, under a head."""
+    """A module, saved and loaded again, with a head."""
     body = Body(args.units, args.width, args.groups, way == "hub-numbered")
     tf.saved_model.save(body.module(), str(folder / "module"))
     head = keras2.layers.Dense(args.classes)
@@ -329,13 +329,13 @@ WAYS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, str], Any]]] = {
     "keras3-export": (lambda net: net, export),
     "keras3-fitted-export": (lambda net: fitted(net, keras3.optimizers.Adam(0.0)), export),
 }
-"""What is done with a network, and how it is saved, by the way's name, which begins with what is built.
+"""How a network is built and saved, by name; the name begins with the architecture.
 
-With 255 in its name, a network is shown images in 0 … 255."""
+A network with 255 in its name takes images in 0 … 255."""
 
 
 def make(way: str, folder: Path, args: argparse.Namespace) -> None:
-    """Saves a network one way as `folder`, and its images and logits beside it."""
+    """Saves a network in one of these ways as `folder`, with its images and logits beside it."""
     if way.startswith("module"):
         model = Served(Body(args.units, args.width, args.groups, False), args.classes)
     elif way.startswith("hub"):
@@ -353,7 +353,7 @@ def make(way: str, folder: Path, args: argparse.Namespace) -> None:
 
 
 def pruned(content: bytes) -> bytes:
-    """A `saved_model.pb` with nothing but what is served and what fills variables, and of that what is read."""
+    """A `saved_model.pb` reduced to the parts of the served and the restoring function that the reader opens."""
     model = saved_model_pb2.SavedModel.FromString(content)
     meta = model.meta_graphs[0]
     meta.ClearField("object_graph_def")
@@ -385,7 +385,7 @@ def pruned(content: bytes) -> bytes:
 
 
 def strip(folder: Path) -> None:
-    """Leaves what is read, and the file by which a SavedModel is known."""
+    """Removes all files that are not read, except the one that marks a SavedModel."""
     path = folder / "saved_model.pb"
     path.write_bytes(pruned(path.read_bytes()) if folder.name in WITH_GRAPH else b"")
     for path in folder.iterdir():

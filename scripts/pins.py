@@ -1,7 +1,7 @@
-"""Moves the pins: constraints.txt, and in pyproject.toml the exact versions of the tools that judge.
+"""Moves the pinned versions in constraints.txt, and those of the tools that check the code in pyproject.toml.
 
-`make pins` runs it, with uv and packaging in an environment of their own. Words go on to `uv pip compile`: without any,
-everything moves to its newest release; `make pins WORDS='--upgrade-package timm'` moves one package.
+`make pins` runs it, with uv and packaging in an environment of their own. Arguments are passed to `uv pip compile`.
+Without any, everything moves to its newest release; `make pins WORDS='--upgrade-package timm'` moves one package.
 """
 
 import re
@@ -21,8 +21,8 @@ PLATFORMS = {
     "Linux arm64": ("linux", "aarch64"),
     "macOS arm64": ("darwin", "arm64"),
 }
-JUDGE = re.compile(r'(?m)^(    "([\w-]+))==[^"]+",')
-TOLD = f"""\
+TOOL = re.compile(r'(?m)^(    "([\w-]+))==[^"]+",')
+HEADER = f"""\
 # What `make demo` and `make test` install, to the version, with Python {", ".join(PYTHONS)}
 # on {", ".join(PLATFORMS)}. Written by `make pins`.
 """
@@ -34,8 +34,8 @@ def main() -> None:
     wanted = [
         f"sys_platform == '{system}' and platform_machine == '{machine}'" for system, machine in PLATFORMS.values()
     ]
-    # A copy in which no judge is pinned; a package without a wheel for one of the platforms is then an error.
-    free = JUDGE.sub(r'\1",', project) + f"\n[tool.uv]\nrequired-environments = {wanted}\n"
+    # A copy in which no tool is pinned; a package without a wheel for one of the platforms is then an error.
+    free = TOOL.sub(r'\1",', project) + f"\n[tool.uv]\nrequired-environments = {wanted}\n"
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "pyproject.toml").write_text(free)
@@ -48,12 +48,12 @@ def main() -> None:
         lines = (folder / "pins.txt").read_text().splitlines()
     pins = [(Requirement(line), line) for line in lines if line and not line.startswith("#")]
     version = {pin.name: str(pin.specifier) for pin, _ in pins}
-    PROJECT.write_text(JUDGE.sub(lambda found: f'{found[1]}{version[found[2]]}",', project))
-    PINS.write_text(TOLD + "".join(f"{line}\n" for pin, whole in pins if (line := on_our_platforms(pin, whole))))
+    PROJECT.write_text(TOOL.sub(lambda found: f'{found[1]}{version[found[2]]}",', project))
+    PINS.write_text(HEADER + "".join(f"{line}\n" for pin, whole in pins if (line := on_our_platforms(pin, whole))))
 
 
 def on_our_platforms(pin: Requirement, line: str) -> str:
-    """A pin without its marker where every platform takes it; nothing where none does."""
+    """A pin without its marker if every platform needs it; nothing if none does."""
     taken = [
         pin.marker is None
         or pin.marker.evaluate(
