@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Prepare, Study, Train
+from funmatch.commands.verbs import run_students, run_verb
+from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Prepare, Study, Train, recipes
 from funmatch.errors import InputError, unknown
+from funmatch.reports.result import Result
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
     from torch import nn
@@ -16,56 +17,73 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command 
     from funmatch.models.classifier import Classifier
 
 
-@dataclass(frozen=True)
-class Outcome:
+class _Finished(Result):
+    """A result that has a folder and a page, with the names that its parts had first."""
+
+    folder: Path
+    page: Path
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The metrics."""
+        return self.metrics
+
+    @property
+    def report(self) -> Path:
+        """The HTML page."""
+        return self.page
+
+
+class Outcome(_Finished):
     """A finished run.
 
     Attributes:
-        folder: of the run; `folder / "student"` loads with `timm.create_model("local-dir:…", pretrained=True)`.
-        figures: what `result.json` holds: `top1`, `top5`, `agreement`, `kl`, `ece`, `step`, `split`, `seconds`, …;
-            None where a figure could not be known.
-        report: the HTML page.
+        folder: the run folder.
+        metrics: what `result.json` holds: `top1`, `top5`, `agreement`, `kl`, `ece`, `step`, `split`, `seconds`, …;
+            None stands for a value that could not be computed. Also called `figures`.
+        page: the HTML page. Also called `report`.
     """
 
-    folder: Path
-    figures: dict[str, Any]
-    report: Path
+    @property
+    def student(self) -> Path:
+        """The folder of the student; `timm.create_model(f"local-dir:{student}", pretrained=True)` loads it."""
+        return self.folder / "student"
 
     @property
     def top1(self) -> float | None:
         """Share of the split's images whose first class is right, in [0, 1]."""
-        return self.figures["top1"]
+        return self.metrics["top1"]
 
     @property
     def agreement(self) -> float | None:
         """Share of the split's images on which the student's first class is the teacher's, in [0, 1]."""
-        return self.figures["agreement"]
+        return self.metrics["agreement"]
+
+    @property
+    def kl(self) -> float | None:
+        """KL divergence of the student from the teacher at temperature 1, in nats, the mean over the split."""
+        return self.metrics["kl"]
 
 
-@dataclass(frozen=True)
-class Tuned:
+class Tuned(_Finished):
     """A finished search.
 
     Attributes:
-        folder: of the study.
-        figures: what its `result.json` holds: `trials`, `best`, `value`, `knobs`, `best_run`, `importance`, `test`,
-            `seen`, `command`, …
-        report: the HTML page.
+        folder: the folder of the search.
+        metrics: what its `result.json` holds: `trials`, `best`, `value`, `knobs`, `best_run`, `importance`, `test`,
+            `seen`, `command`, … Also called `figures`.
+        page: the HTML page. Also called `report`.
     """
-
-    folder: Path
-    figures: dict[str, Any]
-    report: Path
 
     @property
     def knobs(self) -> dict[str, Any]:
         """The values of the best trial."""
-        return self.figures["knobs"]
+        return self.metrics["knobs"]
 
     @property
     def best_run(self) -> Path:
         """The run folder of the best trial's first execution."""
-        return Path(self.figures["best_run"])
+        return Path(self.metrics["best_run"])
 
 
 Images: TypeAlias = str | Path | Sequence[str | Path]
@@ -89,14 +107,8 @@ def distill_several(
     Raises:
         funmatch.InputError: as `distill` does; or a student came to no end, while the others did.
     """
-    from funmatch.reports import run_page
-    from funmatch.training import distill_many
-
     config = Distill.checked(data=data, teacher=teacher, student=students[0], out=Path(out), **knobs)
-    configs = distill_many.split_by_student(config, students)
-    told = distill_many.run(configs)["runs"]
-    folders = [each.out.expanduser() for each in configs]
-    return [Outcome(at, figures, run_page.write_if_finished(at)) for at, figures in zip(folders, told, strict=True)]
+    return [Outcome(each.folder, each.metrics, each.page) for each in run_students(config, students)]
 
 
 def distill(data: Images, teacher: Model | Sequence[Model], student: Model, out: str | Path, **knobs: Any) -> Outcome:
@@ -113,43 +125,33 @@ def distill(data: Images, teacher: Model | Sequence[Model], student: Model, out:
     Raises:
         funmatch.InputError: what was wanted, what came, and what to do.
     """
-    from funmatch.training import distill as task
-
     teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     given: dict[str, nn.Module] = {}
     names = tuple(_named(each, given) for each in teachers)  # pyrefly: ignore[bad-argument-type]
     config = Distill.checked(data=data, teacher=names, student=_named(student, given), out=Path(out), **knobs)
-    return _carried_out(task, config, given)
+    return _run("distill", config, given)
 
 
 def train(data: Images, student: Model, out: str | Path, **knobs: Any) -> Outcome:
     """Trains a network on labels alone, with the views and the loop of `distill`; knobs of `funmatch.config.Train`."""
-    from funmatch.training import train as task
-
     given: dict[str, nn.Module] = {}
     config = Train.checked(data=data, student=_named(student, given), out=Path(out), **knobs)
-    return _carried_out(task, config, given)
+    return _run("train", config, given)
 
 
 def finetune(data: Images, model: Model, out: str | Path, **knobs: Any) -> Outcome:
     """Teaches a network with pretrained weights the labels, by BiT-HyperRule; knobs of `funmatch.config.Finetune`."""
-    from funmatch.training import finetune as task
-
     given: dict[str, nn.Module] = {}
     config = Finetune.checked(data=data, student=_named(model, given), out=Path(out), **knobs)
-    return _carried_out(task, config, given)
+    return _run("finetune", config, given)
 
 
 def recipe(name: str, **knobs: Any) -> Outcome:
     """Carries out a published recipe, such as `pet37-fast`; knobs of its verb's table count before its own."""
-    from importlib import import_module
-
-    from funmatch.config import recipes
-
     chosen = recipes.find(name)
     given: dict[str, nn.Module] = {}
     _name_all(knobs, given)
-    return _carried_out(import_module(f"funmatch.training.{chosen.verb}"), chosen.table(**knobs), given)
+    return _run(chosen.verb, chosen.table(**knobs), given)
 
 
 def prepare(data: Images, **knobs: Any) -> dict[str, Any]:
@@ -158,9 +160,7 @@ def prepare(data: Images, **knobs: Any) -> dict[str, Any]:
     Returns:
         `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and of shards `shards`, their paths.
     """
-    from funmatch.commands import prepare as task
-
-    return task.run(Prepare.checked(data=data, **knobs))
+    return run_verb("prepare", Prepare.checked(data=data, **knobs)).to_json()
 
 
 def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str] = (), **knobs: Any) -> Tuned:
@@ -176,10 +176,6 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
         funmatch.InputError: what was wanted, what came, and what to do.
         funmatch.errors.WorkFailed: all trials failed.
     """
-    from funmatch.commands.tune import run as tune_run
-    from funmatch.commands.tune import worker as task
-    from funmatch.config import recipes
-
     if what not in SEARCHED and what not in recipes.RECIPES:
         raise unknown("verb or recipe", what, [*SEARCHED, *recipes.RECIPES])
     if isinstance(space, Mapping):
@@ -189,8 +185,8 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
     own = {} if what in SEARCHED else recipes.find(what).over(knobs)
     verb = what if what in SEARCHED else recipes.find(what).verb
     config = SEARCHED[verb].checked(**own | knobs | {"out": Path(out), "space": tuple(space)})
-    figures = task.run(config, given)
-    return Tuned(Path(figures["study"]), figures, tune_run.write_page(figures))
+    found = run_verb("tune", config, given)
+    return Tuned(found.folder, found.metrics, found.page)
 
 
 def study(name: str | Path, out: str | Path | None = None, **knobs: Any) -> dict[str, Any]:
@@ -208,9 +204,7 @@ def study(name: str | Path, out: str | Path | None = None, **knobs: Any) -> dict
         funmatch.InputError: every problem of the file.
         funmatch.errors.WorkFailed: runs failed.
     """
-    from funmatch.commands.study import run as study_run
-
-    return study_run.run(Study.checked(name=str(name), out=Path(out) if out else None, **knobs))
+    return run_verb("study", Study.checked(name=str(name), out=Path(out) if out else None, **knobs)).to_json()
 
 
 def _listed(values: Any) -> str:
@@ -224,10 +218,8 @@ def evaluate(model: Model, **knobs: Any) -> dict[str, Any]:
     Returns:
         `top1`, `top5`, `agreement`, `kl`, `ece`, `split`, `pictures`, `parameters`, `step`, `run`, …
     """
-    from funmatch.training import evaluate as task
-
     given: dict[str, nn.Module] = {}
-    return task.run(Evaluate.checked(model=_named(model, given), **knobs), given)
+    return run_verb("evaluate", Evaluate.checked(model=_named(model, given), **knobs), given).to_json()
 
 
 def load(model: Model, **knobs: Any) -> Classifier:
@@ -259,9 +251,6 @@ def _named(model: Model, given: dict[str, nn.Module]) -> str:
     return name
 
 
-def _carried_out(task: Any, config: Train, given: dict[str, nn.Module]) -> Outcome:
-    from funmatch.reports import run_page
-
-    figures = task.run(config, given)
-    folder = config.out.expanduser()
-    return Outcome(folder, figures, run_page.write_if_finished(folder))
+def _run(verb: str, config: Train, given: dict[str, nn.Module]) -> Outcome:
+    found = run_verb(verb, config, given)
+    return Outcome(found.folder, found.metrics, found.page)

@@ -24,14 +24,17 @@ from PIL import Image
 
 from funmatch.commands import data as data_command
 from funmatch.commands import prepare, recipes
+from funmatch.commands.verbs import run_verb
 from funmatch.config import Data, Evaluate, Recipes
 from funmatch.data.readers import catalog
 from funmatch.errors import InputError
 from funmatch.reports import run_page, tune_page, tune_plots
+from funmatch.reports.display import Shown, html_panels, html_table, show_message, show_table
+from funmatch.reports.result import Result
 from funmatch.reports.run_plots import build_panels as plotted
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
-from funmatch.training import datasets, evaluate
+from funmatch.training import datasets
 from funmatch.training.run import folder as run_folder
 
 KAGGLE, COLAB = Path("/kaggle"), Path("/content")
@@ -111,21 +114,7 @@ class Place:
     def _repr_html_(self) -> str:
         hours = "no limit" if self.hours is None else f"{self.hours:g} hours"
         rows = [["host", self.host], ["data", str(self.data)], ["runs", str(self.runs)], ["a session has", hours]]
-        return _table(["", ""], rows)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """Something to look at: HTML for notebooks, text elsewhere."""
-
-    html: str
-    text: str
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    def __repr__(self) -> str:
-        return self.text
+        return html_table(["", ""], rows)
 
 
 def place(data: str) -> Place:
@@ -214,7 +203,7 @@ def _is_of_the_past(path: Path) -> bool:
 
 def facts(found: dict[str, Any]) -> None:
     """Shows what `funmatch.prepare` found."""
-    prepare.show(found)
+    prepare.show(Result(None, found))
 
 
 def samples(data: str, **knobs: Any) -> Image.Image:
@@ -234,13 +223,13 @@ def about(recipe: str, *, measure: bool = True) -> None:
 def figures(*folders: Path) -> Shown:
     """The figures of runs, a line each; dashes for what an unfinished one has not got yet."""
     rows = [line for folder in folders for line in run_page.rows(run_folder.find_run(folder))]
-    return Shown(_table(run_page.COLUMNS, rows), _text(run_page.COLUMNS, rows))
+    return show_table(run_page.COLUMNS, rows)
 
 
 def curves(*folders: Path) -> Shown:
     """Accuracy, loss, learning rate and throughput of runs against the step, as far as they are."""
     panels = plotted([run_folder.find_run(folder) for folder in folders])
-    return Shown(_panels(panels), f"curves of {', '.join(folder.name for folder in folders)}")
+    return Shown(html_panels(panels), f"curves of {', '.join(folder.name for folder in folders)}")
 
 
 def searched(folder: Path) -> Shown:
@@ -249,26 +238,18 @@ def searched(folder: Path) -> Shown:
         result = json.loads((folder / "result.json").read_text())
     except OSError:
         words = f"{folder} is not finished, so nothing is chosen yet: run this notebook again to go on"
-        return Shown(f"<p>{escape(words)}</p>", words)
+        return show_message(words)
     columns, rows = tune_page.columns(result), tune_page.trial_rows(result)
     best = [[name, value, spread] for name, value, spread in tune_page.best_rows(result)]
-    seen = _table(["split", "during the runs", "at the end", "chosen by it"], tune_page.evaluation_counts(result))
-    html = (
-        _table(columns, rows)
-        + _table(["the best trial", "", "spread"], best)
-        + seen
-        + _panels(tune_plots.draw_plots(result))
-    )
-    command = f"<p>The best one again, in full:</p><pre>{escape(result['command'] or '–')}</pre>"
-    return Shown(html + command, _text(columns, rows))
-
-
-def _panels(panels: list[tuple[str, str]]) -> str:
-    """Plots, (heading, SVG), beside one another where there is room."""
-    each = "".join(
-        f"<figure style='margin:0'><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in panels
-    )
-    return f"<div style='display:grid;grid-template-columns:repeat(auto-fit,minmax(26em,1fr));gap:1em'>{each}</div>"
+    trials, counts = show_table(columns, rows), tune_page.evaluation_counts(result)
+    html = [
+        trials.html,
+        html_table(["the best trial", "", "spread"], best),
+        html_table(["split", "during the runs", "at the end", "chosen by it"], counts),
+        html_panels(tune_plots.draw_plots(result)),
+        f"<p>The best one again, in full:</p><pre>{escape(result['command'] or '–')}</pre>",
+    ]
+    return Shown("".join(html), trials.text)
 
 
 def views(folder: Path, step: int = 0) -> Shown:
@@ -287,20 +268,10 @@ def judged(folder: Path, **knobs: Any) -> Shown:
     run = run_folder.find_run(folder)
     if run.result is None:
         words = f"{folder} is not finished, so there is nothing to judge yet: run this notebook again to go on"
-        return Shown(f"<p>{escape(words)}</p>", words)
-    found = evaluate.run(Evaluate.checked(model=folder, **knobs))
+        return show_message(words)
+    found = run_verb("evaluate", Evaluate.checked(model=folder, **knobs)).metrics
     columns = ["split", "pictures", "top-1", "top-5", "agreement", "KL", "ECE"]
     numbers = ["–" if found[name] is None else f"{found[name]:.3f}" for name in ("kl", "ece")]
     shares = [percent(found[name]) for name in ("top1", "top5", "agreement")]
     rows = [[found["split"], f"{found['pictures']:,}", *shares, *numbers]]
-    return Shown(_table(columns, rows), _text(columns, rows))
-
-
-def _table(columns: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:
-    head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in columns)
-    lines = ["".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _text(columns: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:
-    return "\n".join("\t".join(row) for row in [columns, *rows])
+    return show_table(columns, rows)

@@ -43,7 +43,7 @@ def test_version(funmatch):
         (("train", *MINI[2:], "--data", "nowhere/at/all", "--steps", "5", "--out", "o"), "no folder nowhere/at/all"),
         (("train", *MINI, "--lr", "0", "--steps", "0", "--out", "o"), "at least 1, got 0 lr must be above 0"),
         (("train", *MINI, "--steps", "1", "--out", "o", "--student-kwargs", "chanels=3"), "chanels"),
-        (("evaluate", "fashion-mini-teacher"), "give --data"),
+        (("evaluate", "fashion-mini-teacher"), "pass --data"),
         (("report", "nowhere"), "no run folder nowhere"),
         (("report",), "at least one run folder"),
     ],

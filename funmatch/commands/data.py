@@ -4,7 +4,6 @@ import math
 import textwrap
 import warnings
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,6 +15,7 @@ from funmatch.data.cache.open_cache import Cache, cache_home
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.readers.open import resolve_names
 from funmatch.errors import InputError
+from funmatch.reports.result import Result
 from funmatch.runtime.files import disk_errors
 from funmatch.training import datasets
 
@@ -25,16 +25,15 @@ ROWS = 12
 MOST = COLUMNS * ROWS
 
 
-def run(config: Data) -> dict[str, Any]:
+def run(config: Data) -> Result:
     """Writes the sheet, and gives what `prepare.figures` gives, with `sheet`."""
-    config.check()
     if config.sheet and config.sheet.suffix.lower() != ".png":
         raise InputError(f"--sheet {config.sheet} is no name of a PNG file")
     cache = datasets.open_data_set(config, config.data)
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in cache.name)
     path = (config.sheet or _beside(config.data) / f"{name}-sheet.png").expanduser()
     draw(cache, path)
-    return prepare.summarize(cache, config.data) | {"sheet": str(path)}
+    return Result(None, prepare.summarize(cache, config.data) | {"sheet": str(path)})
 
 
 def _beside(data: tuple[str, ...]) -> Path:

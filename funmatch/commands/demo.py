@@ -5,6 +5,7 @@ from typing import Any
 
 from funmatch.config import Demo, Distill, Evaluate, Report, Train
 from funmatch.reports import run_page, run_plots
+from funmatch.reports.result import Result
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import duration, percent
@@ -24,14 +25,13 @@ views, and the teacher's answers, made on another."""
 DISTILLED = {"teacher": "fashion-mini-teacher", "temperature": 2.0, "teacher_ahead": True}
 
 
-def run(config: Demo) -> dict[str, Any]:
+def run(config: Demo) -> Result:
     """Judges the teacher, trains the student on labels, distils it, and writes a report about both.
 
     Returns:
         `teacher`, `labels`, `student`: the figures of each on the 2,000 test images; `run`: the distilled run's
-        folder; `report`: the page.
+        folder; and the page.
     """
-    config.check()
     folder = config.out or Path("runs") / f"demo-{config.steps}-steps-seed-{config.seed}"
     machine = {"device": config.device, "precision": config.precision}
     shared = KNOBS | machine | {"steps": config.steps, "seed": config.seed}
@@ -48,13 +48,15 @@ def run(config: Demo) -> dict[str, Any]:
     for each in (labels, student):
         run_page.write_if_finished(Path(each["run"]))
     found = [run_folder.find_run(folder / name) for name in ("funmatch", "labels")]
-    page = run_page.run(Report(runs=tuple(each.folder for each in found), out=folder / "report.html"))
+    page = run_page.write_page(Report(runs=tuple(each.folder for each in found), out=folder / "report.html"))
     write_atomically(folder / "accuracy.svg", run_plots.plot(found, run_plots.ACCURACY))
-    return {"teacher": teacher, "labels": labels, "student": student, "run": student["run"], "report": str(page)}
+    metrics = {"teacher": teacher, "labels": labels, "student": student, "run": student["run"]}
+    return Result(folder, metrics, page)
 
 
-def show(figures: dict[str, Any]) -> None:
-    """The demonstration's table for people."""
+def show(result: Result) -> None:
+    """Prints the demonstration's table."""
+    figures = result.metrics
     rows = [
         [
             name,
@@ -74,6 +76,7 @@ def show(figures: dict[str, Any]) -> None:
         ["", "top-1", "agreement", "parameters", "time"],
         rows,
     )
+    print(f"report: {result.page}")
 
 
 def _seconds(figures: dict[str, Any]) -> str:

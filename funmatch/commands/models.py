@@ -15,6 +15,7 @@ from funmatch.models.download import PAPER_FILES
 from funmatch.models.flops import gflop
 from funmatch.models.load import NAMED, load
 from funmatch.models.timm_models import create_empty, is_known, net_config
+from funmatch.reports.result import Result
 from funmatch.runtime.files import cache_home, write_folder_atomically
 from funmatch.runtime.log import ProgressBar, info_notes, print_table
 
@@ -28,7 +29,7 @@ BIT = [f"resnetv2_{size}_bit" for size in ("50x1", "50x3", "101x1", "101x3", "15
 GROUPS = {**dict.fromkeys(NAMED, "embedded"), **{f"bit:{name}": "the paper's own file" for name in PAPER_FILES}}
 
 
-def import_model(config: Import) -> dict[str, Any]:
+def import_model(config: Import) -> Result:
     """Writes a model as a folder in timm's own layout.
 
     Returns:
@@ -37,7 +38,6 @@ def import_model(config: Import) -> dict[str, Any]:
     Raises:
         InputError: the model cannot be loaded, or the folder is taken.
     """
-    config.check()
     out = config.out.expanduser()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"{out} exists; choose another --out")
@@ -56,7 +56,7 @@ def import_model(config: Import) -> dict[str, Any]:
     info_notes(config.model, model.notes)
     if model.function == OTHER_SIZES:
         info_notes(str(out), ["timm has no network of this size; funmatch alone can load it"])
-    return {
+    metrics = {
         "out": str(out),
         "model": config.model,
         "architecture": timm_config(model.net).get("architecture"),
@@ -66,9 +66,12 @@ def import_model(config: Import) -> dict[str, Any]:
         "mean": list(card.mean),
         "std": list(card.std),
     }
+    return Result(out, metrics)
 
 
-def show_imported(figures: dict[str, Any]) -> None:
+def show_imported(result: Result) -> None:
+    """Prints what was imported, and by which name it is loaded."""
+    figures = result.metrics
     rows = [[name, f"{value:,}" if isinstance(value, int) else str(value)] for name, value in figures.items()]
     print_table(f"{figures['model']}, imported", ["what", "value"], rows)
     print(f"name it as {figures['out']}")
@@ -84,7 +87,7 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
     return names
 
 
-def list_models(config: Models) -> dict[str, Any]:
+def list_models(config: Models) -> Result:
     """What can be named, with what it costs.
 
     Returns:
@@ -94,7 +97,6 @@ def list_models(config: Models) -> dict[str, Any]:
     Raises:
         InputError: nothing matches the pattern.
     """
-    config.check()
     names = match_names(config.pattern)
     found = []
     with ProgressBar("models", len(names), 0) as bar, warnings.catch_warnings(action="ignore"):
@@ -102,11 +104,12 @@ def list_models(config: Models) -> dict[str, Any]:
             found.append(_entry(name, config.side))
             bar.update(number, name)
     every = len(timm.list_models())
-    return {"models": found, "more": 0 if config.pattern else every - len(BIT)}
+    return Result(None, {"models": found, "more": 0 if config.pattern else every - len(BIT)})
 
 
-def show_models(figures: dict[str, Any]) -> None:
+def show_models(result: Result) -> None:
     """A line a model, names in full so that they can be copied."""
+    figures = result.metrics
     models = figures["models"]
     width = max(len(each["name"]) for each in models)
     print(f"{'name':<{width}}  {'parameters':>13}  {'GFLOP':>7}  {'side':>4}  {'classes':>7}  source")

@@ -16,6 +16,8 @@ from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import prefetch
 from funmatch.errors import InputError
+from funmatch.reports import run_page  # noqa: F401  (a run draws one in the end, so what its import takes is planned)
+from funmatch.reports.result import Result
 from funmatch.runtime import devices, env, transfers
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import duration, format_bytes, percent
@@ -68,7 +70,12 @@ class Parts:
         }
 
 
-def run(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
+def run(config: Train) -> Result:
+    """Plans a run: see `measure`. What this process took to load the program, the run will take, too."""
+    return Result(None, measure(config, loading=env.seconds_since_start()))
+
+
+def measure(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
     """Makes a run ready as it would be, takes a few steps, and throws these away.
 
     Args:
@@ -105,7 +112,7 @@ def build_ready(config: Train) -> Generator[Ready]:
 
 
 def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict[str, Any]:
-    """The figures of `run`, of which making ready began at a time."""
+    """The metrics of `measure`, of which making ready began at a time."""
     config, course = setup.config, setup.loop
     devices.empty_cache(course.device)
     accelerate_student(setup.student.classifier, course, config, config.side or 0)
@@ -209,8 +216,9 @@ def tape_bytes(setup: TrainSetup[Any]) -> int | None:
     return recording.layout_of(setup).bytes_of(setup.loop.steps)
 
 
-def show(figures: dict[str, Any]) -> None:
-    """For people."""
+def show(result: Result) -> None:
+    """Prints the plan of a run."""
+    figures = result.metrics
     parts = figures["parts"]
     told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)
     disk = figures["disk_bytes"]

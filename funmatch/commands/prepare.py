@@ -7,22 +7,22 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.dataset import NAMED_AT_MOST
 from funmatch.data.readers.catalog import CATALOG
 from funmatch.data.write_tfrecords import write_shards
+from funmatch.reports.result import Result
 from funmatch.runtime.log import out, print_table, track
 from funmatch.training import datasets
 
 LISTED = 20
 
 
-def run(config: Prepare) -> dict[str, Any]:
+def run(config: Prepare) -> Result:
     """Fetches a data set, reads every file, and keeps it decoded, or writes it as shards.
 
     Returns:
         what `figures` gives; for shards also `shards`, their paths.
     """
-    config.check()
     if config.to == "tfrecord":
         assert config.out is not None  # checked above
-        return write_shards(
+        shards = write_shards(
             config.data,
             datasets.read_options(config),
             datasets.cache_options(config),
@@ -31,7 +31,8 @@ def run(config: Prepare) -> dict[str, Any]:
             size=config.shard_size,
             track=track,
         )  # fmt: skip
-    return summarize(datasets.open_data_set(config, config.data, afresh=True), config.data)
+        return Result(config.out.expanduser(), shards)
+    return Result(None, summarize(datasets.open_data_set(config, config.data, afresh=True), config.data))
 
 
 def summarize(cache: Cache, data: tuple[str, ...]) -> dict[str, Any]:
@@ -41,8 +42,9 @@ def summarize(cache: Cache, data: tuple[str, ...]) -> dict[str, Any]:
     return place | {"gigabytes": round(size / 1e9, 6)} | cache.found
 
 
-def show(figures: dict[str, Any]) -> None:
-    """The same for people."""
+def show(result: Result) -> None:
+    """Prints what a data set holds."""
+    figures = result.metrics
     published = figures["published"]
     rows = []
     for split, about in figures["splits"].items():

@@ -17,6 +17,7 @@ from funmatch.models.flops import gflop
 from funmatch.models.inference.frozen import Frozen, InferenceMode
 from funmatch.models.timm_models import create, create_empty
 from funmatch.ops.optim import hyperrule
+from funmatch.reports.result import Result
 from funmatch.runtime import devices
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import percent
@@ -27,7 +28,7 @@ OF_A_RUN = "resnetv2_101x3_bit"
 """The architecture of the teachers that a recipe names by their run folders: the earlier project's."""
 
 
-def run(config: Recipes) -> dict[str, Any]:
+def run(config: Recipes) -> Result:
     """Lists recipes, or shows one with the time that it takes here.
 
     Returns:
@@ -38,11 +39,10 @@ def run(config: Recipes) -> dict[str, Any]:
     Raises:
         InputError: there is no such recipe.
     """
-    config.check()
     found = [recipes.RECIPES[config.name]] if config.name in recipes.RECIPES else recipes.matching(config.name)
     if len(found) > 1:
-        return {"recipes": [_line(recipe) for recipe in found]}
-    return {"recipes": [_line(found[0]) | costs(found[0], config)]}
+        return Result(None, {"recipes": [_line(recipe) for recipe in found]})
+    return Result(None, {"recipes": [_line(found[0]) | costs(found[0], config)]})
 
 
 def _line(recipe: Recipe) -> dict[str, Any]:
@@ -149,9 +149,9 @@ def _classifier(net: nn.Module) -> Classifier:
     return custom.wrap_module("estimated", net, None)
 
 
-def show(figures: dict[str, Any]) -> None:
-    """For people: a line a recipe, or all about one."""
-    found = figures["recipes"]
+def show(result: Result) -> None:
+    """Prints a line a recipe, or all about one."""
+    found = result.metrics["recipes"]
     if len(found) > 1:
         width = max(len(each["command"]) for each in found)
         print(f"{'command':<{width}}   top-1  teacher  published by")

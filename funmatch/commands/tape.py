@@ -10,6 +10,7 @@ from funmatch import config
 from funmatch.config import Distill
 from funmatch.errors import InputError, WorkFailed
 from funmatch.ops import metrics
+from funmatch.reports.result import Result
 from funmatch.runtime import devices
 from funmatch.runtime.log import ProgressBar, print_table
 from funmatch.runtime.text import format_bytes, percent
@@ -21,7 +22,7 @@ ALIKE = 1e-3
 """KL, in nats, up to which answers are the same but for the arithmetic of another machine."""
 
 
-def run(asked: config.Tape) -> dict[str, Any]:
+def run(asked: config.Tape) -> Result:
     """Looks through a tape.
 
     Returns:
@@ -50,7 +51,7 @@ def run(asked: config.Tape) -> dict[str, Any]:
             raise InputError(f"{found.folder} holds no whole step, so there is nothing to compute again")
         figures |= _recomputed(found, [step for each in whole for step in each], asked.recompute)
     found.close()
-    return figures
+    return Result(found.folder, figures)
 
 
 def check_sound(figures: dict[str, Any]) -> None:
@@ -67,12 +68,13 @@ def check_sound(figures: dict[str, Any]) -> None:
         )
 
 
-def show(figures: dict[str, Any]) -> None:
-    """The same for people.
+def show(result: Result) -> None:
+    """Prints what a tape holds.
 
     Raises:
         WorkFailed: the tape is not sound.
     """
+    figures = result.metrics
     layout, asked = figures["layout"], figures["asked"]
     first = ", ".join(f"{start:,} … {stop - 1:,}" for start, stop in figures["ranges"])
     kept = (

@@ -16,6 +16,7 @@ from funmatch.errors import InputError
 from funmatch.models.inference.frozen import InferenceMode
 from funmatch.ops import mixing
 from funmatch.reports import run_plots
+from funmatch.reports.result import Result
 from funmatch.runtime import env
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.text import duration, percent
@@ -27,13 +28,30 @@ SHOWN_VIEWS = 12
 THUMBNAIL = 96
 
 
-def run(config: Report) -> Path:
+def run(config: Report) -> Result:
+    """Writes the page that `funmatch report` asks for.
+
+    Returns:
+        `runs`, their folders, and the page.
+
+    Raises:
+        InputError: a folder that is no run.
+    """
+    page = write_page(config)
+    return Result(None, {"runs": [str(run) for run in config.runs]}, page)
+
+
+def show(result: Result) -> None:
+    """Prints where the page is."""
+    print(result.page)
+
+
+def write_page(config: Report) -> Path:
     """Writes the page and returns where it is.
 
     Raises:
         InputError: a folder that is no run.
     """
-    config.check()
     found = [run_folder.find_run(folder) for folder in config.runs]
     path = config.out.expanduser() if config.out else found[0].folder / "report.html"
     if path.is_dir() or not path.parent.is_dir():
@@ -73,7 +91,7 @@ def write_if_finished(folder: Path) -> Path:
         return page
     if page.is_file() and page.stat().st_mtime >= result.stat().st_mtime:
         return page
-    return run(Report(runs=(folder,)))
+    return write_page(Report(runs=(folder,)))
 
 
 COLUMNS = (

@@ -1,14 +1,16 @@
-"""What is told of a network that was judged."""
+"""Prints the metrics of a trained or evaluated network as a table."""
 
 from pathlib import Path
-from typing import Any
 
+from funmatch.reports.result import Result
 from funmatch.runtime.log import print_table
 from funmatch.runtime.text import percent
 
 
-def show(figures: dict[str, Any], name: str) -> None:
-    """The figures of a network on a split, for people."""
+def show(result: Result) -> None:
+    """Prints the metrics of a run, or of an evaluated model, on a split."""
+    figures = result.metrics
+    name = Path(figures["model"]) if "model" in figures else result.folder
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.4f}"
@@ -25,6 +27,6 @@ def show(figures: dict[str, Any], name: str) -> None:
     ]
     if isinstance(teacher, dict):
         rows.insert(1, ["teacher's top-1", percent(teacher["top1"])])
-    print_table(f"{Path(name)} on {figures['pictures']:,} images of {figures['split']}", ["figure", "value"], rows)
-    if "report" in figures:
-        print(f"report: {figures['report']}")
+    print_table(f"{name} on {figures['pictures']:,} images of {figures['split']}", ["figure", "value"], rows)
+    if result.page:
+        print(f"report: {result.page}")

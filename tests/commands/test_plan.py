@@ -8,6 +8,7 @@ import pytest
 
 from funmatch.commands import plan
 from funmatch.commands.plan import Parts
+from funmatch.commands.verbs import run_verb
 from funmatch.config import Distill, Finetune, Train
 from funmatch.errors import InputError
 
@@ -34,7 +35,7 @@ def test_the_parts_of_a_whole_run():
 )
 def test_a_plan_leaves_nothing_and_says_what_is_needed(tmp_path, table, more):
     config = table(**TINY | more, steps=50, out=tmp_path / "deep" / "run")
-    figures = plan.run(config)
+    figures = plan.measure(config)
     assert not any(tmp_path.iterdir()), "no folder, no checkpoint"
     assert figures["steps"] == 50
     assert figures["seconds"] == pytest.approx(sum(figures["parts"].values()))
@@ -49,7 +50,7 @@ def test_a_plan_leaves_nothing_and_says_what_is_needed(tmp_path, table, more):
 
 def test_the_size_of_a_run_on_the_disk_is_what_it_takes(tmp_path):
     config = Distill(**TINY, **TEACHER, steps=20, save_every=5, out=tmp_path / "run")
-    planned = plan.run(config)["disk_bytes"]["run"]
+    planned = plan.measure(config)["disk_bytes"]["run"]
     from funmatch.training import distill
 
     distill.run(config)
@@ -72,4 +73,4 @@ def test_the_command(tmp_path):
 
 def test_bad_words_are_told(tmp_path):
     with pytest.raises(InputError, match="temperature must be above 0"):
-        plan.run(Distill(**TINY, **TEACHER, steps=5, temperature=0, out=tmp_path / "run"))
+        run_verb("plan", Distill(**TINY, **TEACHER, steps=5, temperature=0, out=tmp_path / "run"))

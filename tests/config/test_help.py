@@ -5,7 +5,8 @@ import shlex
 
 import pytest
 
-from funmatch.cli import TABLES, parse
+from funmatch.cli import parse
+from funmatch.commands.verbs import TABLES
 from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Report, help
 from funmatch.config.help import default_of, help_of, label, metavar, overview
 

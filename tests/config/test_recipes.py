@@ -109,7 +109,7 @@ def test_an_estimate_is_the_measured_time_of_all_images(monkeypatch):
     monkeypatch.setattr(
         recipes, "network", lambda _name, classes, **_: timm.create_model("resnet10t", num_classes=classes)
     )
-    (one,) = recipes.run(Recipes(name="flowers102-fast"))["recipes"]
+    (one,) = recipes.run(Recipes(name="flowers102-fast")).metrics["recipes"]
     assert one["hours"] == pytest.approx(one["images"] / one["images_per_second"] / 3600)
 
 

@@ -250,7 +250,7 @@ def test_import_writes_what_timm_loads(tmp_path):
     (tmp_path / "names.txt").write_text("\n".join("abcde"))
     found = models.import_model(
         Import(model="w.npz", out=tmp_path / "out", side=128, crop_fraction=0.8, class_file=Path("names.txt"))
-    )
+    ).metrics
     assert (found["classes"], found["side"], found["mean"]) == (5, 128, [0.5] * 3)
     model = load(str(tmp_path / "out"))
     assert (model.card.side, model.card.crop_fraction, model.card.classes) == (128, 0.8, tuple("abcde"))
@@ -258,7 +258,7 @@ def test_import_writes_what_timm_loads(tmp_path):
         assert_same(model, reference(weights, images()))
     with pytest.raises(InputError, match="exists; choose another"):
         models.import_model(Import(model="w.npz", out=tmp_path / "out"))
-    shown = models.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1"))
+    shown = models.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1")).metrics
     assert (shown["mean"], shown["std"]) == ([0.0] * 3, [1.0] * 3)
     (tmp_path / "names.txt").write_text("a\nb")
     with pytest.raises(InputError, match="2 names, the network 5 classes"):
@@ -267,10 +267,13 @@ def test_import_writes_what_timm_loads(tmp_path):
 
 
 def test_the_list_of_models():
-    found = {each["name"]: each for each in models.list_models(Models(pattern="resnetv2_50x1_bit", side=128))["models"]}
+    found = {
+        each["name"]: each
+        for each in models.list_models(Models(pattern="resnetv2_50x1_bit", side=128)).metrics["models"]
+    }
     assert found["resnetv2_50x1_bit"]["gflop"] == pytest.approx(2.67, abs=0.01)
     assert found["resnetv2_50x1_bit"]["parameters"] == 25_549_352
-    tagged = models.list_models(Models(pattern="resnetv2_50x1_bit.goog_in21k*"))["models"]
+    tagged = models.list_models(Models(pattern="resnetv2_50x1_bit.goog_in21k*")).metrics["models"]
     assert [each["classes"] for each in tagged] == [21843, 1000]
     assert models.match_names("")[0] == "fashion-mini-teacher"
     assert "bit:R152x2_T_pet128" in models.match_names("pet128")

@@ -581,7 +581,7 @@ def test_a_whole_r50x1(made):
     folder = made(*form, "--ways", "student")
     assert load(f"savedmodel:{folder}/student").count_parameters() == 23_576_165
     assert difference(folder / "student") < 1e-4
-    found = models.import_model(Import(model=f"{folder}/student", out=folder / "ours", side=128))
+    found = models.import_model(Import(model=f"{folder}/student", out=folder / "ours", side=128)).metrics
     assert (found["architecture"], found["mean"], found["std"]) == ("resnetv2_50x1_bit", [0.0] * 3, [1.0] * 3)
     net = timm.create_model(f"local-dir:{folder}/ours", pretrained=True).eval()
     with np.load(folder / "student.npz") as known, torch.inference_mode():

@@ -30,7 +30,7 @@ def two_runs(tmp_path):
 
 
 def test_the_page_needs_nothing_from_outside(runs, tmp_path):
-    page = run_page.run(Report(runs=runs, out=tmp_path / "page.html")).read_text()
+    page = run_page.write_page(Report(runs=runs, out=tmp_path / "page.html")).read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)""", page.replace("xlink:href", "href"))
     assert "<script" not in page
     assert "@import" not in page
@@ -47,15 +47,15 @@ def test_the_page_shows_several_teachers_and_the_average(tmp_path):
     page = run.report.read_text()
     assert "run, average of weights" in page
     assert page.count("folded, fp32, channels last") == 2
-    lines = run_page.teachers(run_page.runs.find(run.folder))
+    lines = run_page.teachers(run_page.run_folder.find_run(run.folder))
     assert [line[1] for line in lines] == [teacher, teacher, f"{teacher} + {teacher}"]
     assert float(lines[0][2].removesuffix(" %")) > 85
-    average = run_page.rows(run_page.runs.find(run.folder))[1]
+    average = run_page.rows(run_page.run_folder.find_run(run.folder))[1]
     assert average[3] == f"{100 * run.figures['ema']['top1']:.1f} %"
 
 
 def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
-    page = run_page.run(Report(runs=runs, out=tmp_path / "page.html")).read_text()
+    page = run_page.write_page(Report(runs=runs, out=tmp_path / "page.html")).read_text()
     assert "labels &amp; &lt;b&gt;" in page
     assert "<b>" not in page.replace("<b>labels", "").replace("<b>student", "")
     svgs = re.findall(r"<svg.*?</svg>", page, re.S)
@@ -86,7 +86,7 @@ def test_the_sheet_is_what_the_step_showed(runs):
 
 def test_an_unfinished_run_can_be_looked_at(runs):
     (runs[0] / "result.json").unlink()
-    page = run_page.run(Report(runs=(runs[0],))).read_text()
+    page = run_page.write_page(Report(runs=(runs[0],))).read_text()
     assert "6 of 6" in page
 
 

@@ -80,7 +80,7 @@ def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long):
     assert records(end) == tail
     assert timm.create_model(f"local-dir:{end / 'student'}", pretrained=True)
 
-    page = run_page.run(Report(runs=(folder,))).read_text()
+    page = run_page.write_page(Report(runs=(folder,))).read_text()
     assert "run, end at step 20" in page
     assert "run, end at step 20, average of weights" in page
     assert "run, average of weights" in page

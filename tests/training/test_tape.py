@@ -411,11 +411,12 @@ def test_two_runs_at_a_time_share_one(tmp_path):
 
 def test_a_tape_is_shown_and_held_against_its_teacher(recorded, tmp_path, capsys):
     shutil.copytree(recorded / "tape", tmp_path / "tape")
-    figures = tape_command.run(Asked.checked(folder=tmp_path / "tape", recompute=3))
+    found = tape_command.run(Asked.checked(folder=tmp_path / "tape", recompute=3))
+    figures = found.metrics
     assert (figures["steps"], figures["rows"], figures["damaged"], figures["recomputed"]) == (14, 112, 0, 3)
     assert figures["kl"] < 1e-6
     assert figures["agreement"] == 1
-    tape_command.show(figures)
+    tape_command.show(found)
     assert "0 … 13" in capsys.readouterr().out
     # Answers of another teacher, each in its place and sound.
     found = tape.find_tape(tmp_path / "tape")

@@ -1,6 +1,5 @@
-"""Runs a study, or redraws it, and writes its page."""
+"""Carries out a study, or draws it again, and writes its page."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from funmatch.commands.study.spec import StudySpec
 from funmatch.config import Study
 from funmatch.errors import InputError
 from funmatch.reports import study_page
+from funmatch.reports.result import Result
 from funmatch.runtime.log import print_table
 
 
@@ -23,31 +23,41 @@ def read(folder: Path) -> tuple[StudySpec, list[dict[str, Any]]]:
     return spec.read_spec(source.read_text(), str(source)), results
 
 
-def show(figures: Mapping[str, Any]) -> None:
-    """The table of a study on the terminal."""
-    plan, results = read(Path(figures["study"]))
+def show(result: Result) -> None:
+    """Prints the table of a study, or the studies that come with the program."""
+    if result.folder is None:
+        show_studies(result.metrics)
+        return
+    plan, results = read(result.folder)
     results = study_page.visible(results)
     print_table(plan.title, list(study_page.columns(results)), study_page.rows(results))
-    print(f"report: {figures['report']}")
+    print(f"report: {result.page}")
 
 
-def run(config: Study) -> dict[str, Any]:
-    """Carries out a study (or only draws it again) and writes its page.
+def run(config: Study) -> Result:
+    """Carries out a study (or only draws it again) and writes its page; without a name, lists the studies.
 
     Returns:
-        as `series.run`, and `report` and `table`.
+        what `runner.run` returns, with `table`, and the page.
 
     Raises:
         WorkFailed: runs failed; the page shows the others.
     """
+    if not config.name:
+        return Result(None, list_studies())
     if config.draw:
         folder = (config.out or runner.default_folder(config)).expanduser().resolve()
-        return {"study": str(folder), **study_page.write_page(folder, *read(folder))}
+        return _with_page(folder, {"study": str(folder)})
     figures = runner.run(config)
-    if figures["finished"]:
-        figures |= study_page.write_page(Path(figures["study"]), *read(Path(figures["study"])))
+    folder = Path(figures["study"])
+    result = _with_page(folder, figures) if figures["finished"] else Result(folder, figures)
     runner.check_all_finished(figures)
-    return figures
+    return result
+
+
+def _with_page(folder: Path, metrics: dict[str, Any]) -> Result:
+    written = study_page.write_page(folder, *read(folder))
+    return Result(folder, metrics | {"table": written["table"]}, Path(written["report"]))
 
 
 def list_studies() -> dict[str, str]:
@@ -55,6 +65,6 @@ def list_studies() -> dict[str, str]:
     return study_files.built_in()
 
 
-def show_studies(found: Mapping[str, str]) -> None:
+def show_studies(found: dict[str, str]) -> None:
     print_table("studies", ["name", "about"], [[name, title] for name, title in found.items()])
     print("funmatch study NAME carries one out; a file of your own (.toml) will do, too")

@@ -1,17 +1,34 @@
-"""Runs a search and writes its page."""
+"""Carries out a search and writes its page."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from funmatch.commands.tune import worker
+from funmatch.config import Search
 from funmatch.errors import WorkFailed
 from funmatch.reports import run_page, tune_page
+from funmatch.reports.result import Result
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.log import print_table
+from funmatch.training.teachers.loading import Modules
 
 SHOWN = 20
 """Trials in the table on a terminal; the page has all."""
+
+
+def run(config: Search, given: Modules | None = None) -> Result:
+    """Carries out a search, or its part of one that other processes share, and writes its page.
+
+    Args:
+        given: modules from Python, by the names that stand for them.
+
+    Raises:
+        WorkFailed: all trials failed.
+    """
+    metrics = worker.run(config, given)
+    return Result(Path(metrics["study"]), metrics, write_page(metrics))
 
 
 def write_page(result: Mapping[str, Any]) -> Path:
@@ -31,8 +48,9 @@ def write_page(result: Mapping[str, Any]) -> Path:
     return path
 
 
-def show(result: Mapping[str, Any]) -> None:
-    """The table of a search on the terminal, and what to do next."""
+def show(found: Result) -> None:
+    """Prints the table of a search, and what to do next."""
+    result = found.metrics
     rows = tune_page.trial_rows(result)
     more = f", the best {SHOWN} of {len(rows)}" if len(rows) > SHOWN else ""
     print_table(
@@ -44,4 +62,4 @@ def show(result: Mapping[str, Any]) -> None:
         print("importance: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["importance"].items()))
     print(f"best run: {result['best_run']}")
     print(f"in full: {result['command']}")
-    print(f"report: {Path(result['study']) / 'report.html'}")
+    print(f"report: {found.page}")

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import torch
 from funmatch.commands.tune import search, summary
 from funmatch.commands.tune.search import SearchSpec
 from funmatch.commands.tune.space import Value
+from funmatch.commands.verbs import VERBS, load_function
 from funmatch.config import Search
 from funmatch.errors import InputError, first_line
 from funmatch.runtime import text
@@ -56,7 +56,6 @@ def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
         InputError: what is asked cannot be, or the storage cannot be used.
         Stopped: by Ctrl-C or SIGTERM, after saving.
     """
-    config.check()
     try:
         from funmatch.commands.tune import optuna_storage
     except ImportError as error:
@@ -202,8 +201,8 @@ def run_trial(trial: "optuna.Trial", study: "optuna.Study", asked: SearchSpec, g
             which = f", execution {execution + 1} of {asked.search.executions}" if asked.search.executions > 1 else ""
             info(f"trial {number} of {asked.trials}{which}: {told}")
             reporter = Trial(lambda step, score, first=not execution: _report(trial, asked, step, score, first=first))
-            task = import_module(f"funmatch.training.{asked.verb}")
-            result = task.run(asked.run(number, execution, chosen), given, reporter)
+            train = load_function(VERBS[asked.verb].run)
+            result = train(asked.run(number, execution, chosen), given, reporter)
             scores.append(float(result["best_score"]))
             seconds += result["seconds"]
             trial.set_user_attr("metric", "top1" if result["top1"] is not None else "agreement")

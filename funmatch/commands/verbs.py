@@ -1,0 +1,111 @@
+"""Carries out any verb by its name and writes its page: the one door behind the command line, Python and notebooks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from funmatch import config
+from funmatch.config import SEARCHED, TAUGHT
+from funmatch.config.options import Options
+from funmatch.errors import unknown
+from funmatch.reports.result import Result
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One line of the table of verbs. Functions are named as `package.module:function`, and imported when they are
+    needed: torch takes seconds, and most command lines need none.
+
+    Attributes:
+        table: the class of its options.
+        run: takes that table, and modules from Python where models are named; gives a `Result`, or metrics.
+        show: prints the `Result` for people.
+        page: takes the run folder and gives the path of its page, for verbs that end with one and give metrics.
+        subjects: for a verb that is followed by another (`tune distill`): the table for each.
+    """
+
+    table: type[Options]
+    run: str
+    show: str
+    page: str | None = None
+    subjects: Mapping[str, type[Options]] = field(default_factory=dict)
+
+
+RUN_PAGE, RUN_TABLE = "reports.run_page:write_if_finished", "reports.tables:show"
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb(config.Demo, "commands.demo:run", "commands.demo:show"),
+    "finetune": Verb(config.Finetune, "training.finetune:run", RUN_TABLE, page=RUN_PAGE),
+    "distill": Verb(config.Distill, "training.distill:run", RUN_TABLE, page=RUN_PAGE),
+    "train": Verb(config.Train, "training.train:run", RUN_TABLE, page=RUN_PAGE),
+    "evaluate": Verb(config.Evaluate, "training.evaluate:run", RUN_TABLE),
+    "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show"),
+    "data": Verb(config.Data, "commands.data:run", "commands.prepare:show"),
+    "models": Verb(config.Models, "commands.models:list_models", "commands.models:show_models"),
+    "import": Verb(config.Import, "commands.models:import_model", "commands.models:show_imported"),
+    "recipes": Verb(config.Recipes, "commands.recipes:run", "commands.recipes:show"),
+    "plan": Verb(config.Plan, "commands.plan:run", "commands.plan:show", subjects=TAUGHT),
+    "tune": Verb(config.Search, "commands.tune.run:run", "commands.tune.run:show", subjects=SEARCHED),
+    "study": Verb(config.Study, "commands.study.run:run", "commands.study.run:show"),
+    "tape": Verb(config.Tape, "commands.tape:run", "commands.tape:show"),
+    "report": Verb(config.Report, "reports.run_page:run", "reports.run_page:show"),
+}
+"""Every verb, in the order of `funmatch --help`. A new one needs its table in `config`, its own file and a line here."""
+TABLES: dict[str, type[Options]] = {name: verb.table for name, verb in VERBS.items()}
+"""The options of each verb."""
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names."""
+    module, _, function = name.partition(":")
+    return getattr(import_module(f"funmatch.{module}"), function)
+
+
+def find_verb(name: str) -> Verb:
+    """The verb of a name.
+
+    Raises:
+        InputError: there is no such verb.
+    """
+    if name not in VERBS:
+        raise unknown("verb", name, VERBS)
+    return VERBS[name]
+
+
+def run_verb(name: str, options: Options, modules: Mapping[str, Any] | None = None) -> Result:
+    """Carries out a verb and writes its page.
+
+    Args:
+        options: its table.
+        modules: models from Python, by the names that stand for them in `options`.
+
+    Raises:
+        InputError: every problem of the options, before anything is read or written.
+    """
+    verb = find_verb(name)
+    options.check()  # here, for all verbs and all doors, and nowhere else
+    run = load_function(verb.run)
+    found = run(options, modules) if modules else run(options)
+    return found if isinstance(found, Result) else _with_page(verb, found, options)
+
+
+def run_students(options: config.Distill, students: Sequence[str]) -> list[Result]:
+    """Distils several students of the same teacher side by side, and writes the page of each."""
+    from funmatch.training import distill_many
+
+    options.check()
+    each = distill_many.split_by_student(options, students)
+    metrics = distill_many.run(each)["runs"]
+    return [_with_page(VERBS["distill"], found, one) for found, one in zip(metrics, each, strict=True)]
+
+
+def _with_page(verb: Verb, metrics: dict[str, Any], options: Options) -> Result:
+    """The metrics of a run, or of an evaluated model, with the run's folder and page."""
+    if verb.page is None:
+        return Result(Path(metrics["run"]) if metrics["run"] else None, metrics)
+    # Not the folder of the metrics: a run that was moved may be asked again, and is finished as it was.
+    assert isinstance(options, config.Train)
+    folder = options.out.expanduser()
+    return Result(folder, metrics, load_function(verb.page)(folder))
