@@ -1,11 +1,11 @@
-"""Consistency and patience on 500 images of CIFAR-10, 50 a class: a study for one GPU and some hours.
+"""Runs consistency and patience on 500 images of CIFAR-10, 50 a class: a study for one GPU and some hours.
 
     python benchmarks/cifar.py --work studies/cifar [--data cifar10] [--epochs 1000 30000] [--patience 100 1000 30000]
 
-The teacher, a ResNet-50 at 64 px, is trained on the labels of all 50,000 training images but those that are kept for
-validation; the student, a ResNet-18 with GroupNorm, a tenth of its arithmetic, learns from 500 of them without labels.
-Every strategy is run for each of `--epochs` with three seeds, function matching for each of `--patience`, too. The same
-command goes on where it was; `--work` then holds the study's page, table and figures.
+The teacher, a ResNet-50 at 64 px, is trained on the labels of all 50,000 training images except those held out for
+validation. The student, a ResNet-18 with GroupNorm and a tenth of the arithmetic, learns from 500 of them without
+labels. Every strategy is run for each of `--epochs` with three seeds, and function matching for each of `--patience`.
+The same command resumes; `--work` then holds the study's page, table and figures.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.open_cache import open_cache
 
 SMALL, VALIDATION = 50, 100
-"""Images a class of the small training set, and of the validation set."""
+"""Images of each class in the small training set, and in the validation set."""
 STUDENT = """student = "resnet18"
 student_kwargs = { channels = [32, 64, 96, 128], norm_layer = "groupnorm" }"""
 
 
 def write(split, rows, classes, folder: Path) -> None:
-    """Some images of a split as PNG files, a folder a class."""
+    """Writes some images of a split as PNG files, one folder for each class."""
     labels = split.labels(slice(None)).numpy()
     for row in rows:
         path = folder / classes[labels[row]] / f"{row:05}.png"
@@ -121,13 +121,15 @@ log = true
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("studies/cifar"))
-    parser.add_argument("--data", default="cifar10", help="CIFAR-10 as the catalog has it, or a folder of it")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1000, 30000], help="of every strategy")
-    parser.add_argument("--patience", type=int, nargs="+", default=[100, 1000, 10000, 30000], help="funmatch, labels")
+    parser.add_argument("--data", default="cifar10", help="CIFAR-10 by name, or a folder of it")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1000, 30000], help="lengths of every strategy")
+    parser.add_argument(
+        "--patience", type=int, nargs="+", default=[100, 1000, 10000, 30000], help="of funmatch and labels"
+    )
     parser.add_argument("--teacher-epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, help="runs at a time; small networks share a GPU well")
-    parser.add_argument("--set", nargs="*", default=[], help="knobs of all runs, e.g. batch=128")
+    parser.add_argument("--set", nargs="*", default=[], help="options of all runs, e.g. batch=128")
     options = parser.parse_args()
     work = options.work.resolve()
     make_images(options.data, work / "pictures")

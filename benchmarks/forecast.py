@@ -1,11 +1,11 @@
-"""What `funmatch plan` says of a run beside what the run then takes, and where the run's steps go.
+"""Compares the estimate of `funmatch plan` with the actual run, and measures where the run's time goes.
 
     python benchmarks/forecast.py [--rounds 5] [--only embedded small large]
 
-Each turn is a process of its own: plan, run, plan, run, … of three distillations: the embedded images on one thread,
-ResNet-50 into ResNet-18 at 96 px, and R101x1 into R50x1 at 128 px as `versus_timm.py` has them (in bf16). The
-run profiles itself (`--profile`): what of its step is neither teacher nor student, its way back nor its optimizer, is
-told beside.
+Each round alternates plan and run, each in a process of its own, for three distillations: the bundled images on one
+thread, ResNet-50 into ResNet-18 at 96 px, and R101x1 into R50x1 at 128 px as in `versus_timm.py` (in bf16). The run
+profiles itself (`--profile`); the share of a step outside teacher, student, backward pass and optimizer is reported
+too.
 """
 
 import argparse
@@ -28,7 +28,7 @@ NETWORKS = {"teacher", "student", "backward", "optimizer"}
 
 
 def wanted(folder: Path) -> dict[str, list[str]]:
-    """The words of each run."""
+    """The command line of each run."""
     photos = ["--data", f"{folder}/pictures", "--unlabelled", "--allow-weak-teacher", "--log-every", "5"]
     return {
         "embedded": [

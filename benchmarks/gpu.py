@@ -1,20 +1,20 @@
-"""The step on an accelerator: views, whole runs, what else there is, and who waits for whom.
+"""Measures a step on an accelerator: views, whole runs, timm's components, and what waits for what.
 
     python benchmarks/gpu.py [--only crops numbers pairs timm waits] [--out results.jsonl]
 
 Five parts, each a few minutes on a large GPU:
 
-crops    views of a batch cut by the kernel, by indexing and (images of one size) by two matrix products, beside
+crops    views of a batch by the kernel, by indexing and (images of one size) by two matrix products, compared with
          those of the CPU: the greatest difference, and milliseconds.
-numbers  losses of some steps on the accelerator in its own arithmetic beside the same steps on the CPU in fp32.
-pairs    images/s of distillation as a run does it (JPEGs decoded into the cache, pixels resident or streamed,
-         compiled or not), its step against the same on one fixed batch, the share of views and of the matrix peak.
-timm     timm's pieces on the same pairs: its task with AMP and compile on tensors that are there already, and end
-         to end with its loader from JPEGs.
+numbers  losses of some steps on the accelerator in its own precision, compared with the same steps on the CPU in fp32.
+pairs    images/s of distillation as in a run (JPEGs decoded into the cache, images resident or streamed, compiled or
+         not), its step compared with one on a fixed batch, and the share of views and of the matrix peak.
+timm     timm's components on the same pairs: its task with AMP and compile on prepared tensors, and end to end with
+         its loader from JPEGs.
 waits    how often a run's steps make the CPU wait for the accelerator, and where.
 
-Everything is written as a line of JSON, too. With `--device cpu --quick` all of it runs in a minute on small networks,
-to see that it runs.
+All results are also written as lines of JSON. `--device cpu --quick` runs everything in a minute on small networks, as
+a check.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def network(name: str, seed: int) -> nn.Module:
-    """With random weights, a head that is not zero among them."""
+    """A network with random weights, including a head that is not zero."""
     torch.manual_seed(seed)
     net: Any = timm.create_model(name, num_classes=CLASSES)
     torch.nn.init.normal_(net.get_classifier().weight, std=0.01)
@@ -84,7 +84,7 @@ def network(name: str, seed: int) -> nn.Module:
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one call, the mean of so many, after some that warm up."""
+    """Mean seconds of a call, after some warm-up calls."""
     for _ in range(3):
         work()
     devices.synchronize(device)
@@ -108,7 +108,7 @@ def prepared(config: Distill, given: dict[str, torch.nn.Module]) -> Generator[di
 
 
 class Bench:
-    """What all parts share, and where their figures go."""
+    """What all parts share, and where their results go."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -169,7 +169,7 @@ class Bench:
             )  # fmt: skip
 
     def by_matrices(self, flat: torch.Tensor, axes: torch.Tensor, boxes: np.ndarray) -> float:
-        """Seconds for the same by two matrix products an image, which only images of one size allow together."""
+        """Seconds for the same by two matrix products an image; this needs images of one size."""
         images = flat.view(-1, 448, 448, 3)[: self.batch].permute(0, 3, 1, 2)
         corner = torch.from_numpy(np.asarray(boxes, np.float32)[:, :2]).to(flat.device)
         place = torch.arange(448, device=flat.device)
@@ -271,7 +271,7 @@ class Bench:
             self.say("timm", pair=f"{teacher} > {student}", end_to_end=True, images_per_second=spread(rates))
 
     def jpegs(self) -> Any:
-        """timm's loader, endless."""
+        """timm's loader, repeated endlessly."""
         from timm.data import FastCollateMixup, create_dataset, create_loader
 
         root = str(self.folder / "pictures")
@@ -286,7 +286,7 @@ class Bench:
         return itertools.chain.from_iterable(itertools.repeat(loader))
 
     def timm_step(self, teacher: str, student: str, compiled: bool, batches: Any = None) -> list[float]:
-        """Images/s of timm's task under AMP, on one batch that is there already or on these."""
+        """Images/s of timm's task under AMP, on one prepared batch or on these batches."""
         from timm.optim import create_optimizer_v2
         from timm.task import LogitDistillationTask
         from timm.utils import dispatch_clip_grad
@@ -346,10 +346,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=40, help="timed of a turn")
+    parser.add_argument("--steps", type=int, default=40, help="timed steps of a round")
     parser.add_argument("--pictures", type=int, default=2048)
-    parser.add_argument("--pair", nargs="+", type=int, help="only these of the pairs, from 0")
-    parser.add_argument("--quick", action="store_true", help="small networks, a few steps: does it run?")
+    parser.add_argument("--pair", nargs="+", type=int, help="indices of the pairs to run, from 0")
+    parser.add_argument("--quick", action="store_true", help="small networks and a few steps, as a check")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

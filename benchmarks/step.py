@@ -1,11 +1,11 @@
-"""Where a step goes, and whether it depends on the number of images.
+"""Measures where the time of a step goes, and whether it depends on the number of images.
 
     python benchmarks/step.py [--pictures 500 5000] [--steps 20] [--device auto]
 
-Distils ResNet-18 into ResNet-18 at 128 px from a folder of 500 × 375 JPEGs, twice with the same draws: as a
-run does it, and with every batch made beforehand, so that only the model, backward and the optimizer are left. What the
-first takes longer is everything else: draws, crops, resizing, mixing, hand-over, logging. Pairs of runs alternate, so
-that a drift of the machine falls on both.
+Distils ResNet-18 into ResNet-18 at 128 px from a folder of 500 × 375 JPEGs, twice with the same random choices: as in a
+run, and with every batch made beforehand, so that only model, backward pass and optimizer remain. The difference is
+everything else: sampling, cropping, resizing, mixing, transfers, logging. Pairs of runs alternate, so that a drift of
+the machine affects both.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bool) -> float:
-    """Median over `steps` steps after three that warm up; `ready` makes the batches beforehand."""
+    """Median over `steps` steps after three warm-up steps; `ready` makes the batches beforehand."""
     torch.manual_seed(0)
     teacher, student = Frozen(load("resnet18", classes=37)), load("resnet18", classes=37)
     device = devices.pick_device(options.device)
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def spread(values: list[float], scale: float) -> str:
-    """Median, and the least and the most of the runs."""
+    """Median, lowest and highest of the runs."""
     low, middle, high = (scale * f(values) for f in (min, statistics.median, max))
     return f"{middle:.1f} ({low:.1f} … {high:.1f}, n = {len(values)})"
 

@@ -1,12 +1,12 @@
-"""What each teaching strategy costs: its arithmetic, counted, and its step's time, beside those of its networks alone.
+"""Measures the cost of each strategy: its counted arithmetic and its step time, relative to its networks alone.
 
     python benchmarks/strategies.py [--rounds 5] [--steps 12] [--side 96] [--batch 16] [--device cpu]
 
-Each strategy is run by `funmatch.distill` in turn, round after round, on images that it makes; a step's time is
-the median of a run's steps but the first three. Arithmetic is counted by torch's FlopCounterMode: that of a longer run
-minus that of a shorter one, a step; beside it what teacher (once forward) and student (forward and back) cost alone.
-The same of times: networks differ in what they make of a machine, so a step is held against the sum of its parts,
-measured in the same round on a ready batch. A fixed teacher has no part in a step.
+`funmatch.distill` runs each strategy in turn, round after round, on generated images. A step's time is the median of
+a run's steps after the first three. Arithmetic is counted by torch's FlopCounterMode: that of a longer run minus that
+of a shorter one, per step. It is compared with the cost of teacher (one forward pass) and student (forward and
+backward) alone. Times are compared in the same way: since networks use a machine differently, a step is compared with
+the sum of its parts, measured in the same round on a prepared batch. A fixed teacher has no part in a step.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def carried_out(folder: Path, strategy: str, steps: int, options: argparse.Names
 
 
 def flops_a_step(folder: Path, strategy: str, options: argparse.Namespace) -> float:
-    """Counted: (a run of five steps − a run of two) / 3. Before, what a fixed teacher says is computed once for all."""
+    """Counted: (a run of five steps − a run of two) / 3, after the logits of a fixed teacher have been computed."""
     label = strategy.replace("/", "-")
     carried_out(folder, strategy, 1, options, f"before-{label}")
     counted = []
@@ -76,7 +76,7 @@ def flops_a_step(folder: Path, strategy: str, options: argparse.Namespace) -> fl
 
 
 def parts(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], object], Callable[[], object]]:
-    """What a teacher does in a step, and what a student does, on a ready batch."""
+    """The work of a teacher and of a student in a step, on a prepared batch."""
     device = devices.pick_device(options.device)
     teacher = Frozen(load(options.teacher, weights=folder / "teacher.pt"), InferenceMode()).to(device)
     student = load(options.student, classes=teacher.classifier.num_classes).to(device)
@@ -102,7 +102,7 @@ def flops_of(work: Callable[[], object]) -> float:
 
 
 def seconds_of(work: Callable[[], object], steps: int) -> float:
-    """The median over so many turns but the first three."""
+    """The median over a number of calls after the first three."""
     times = [time.perf_counter()]
     for _ in range(steps):
         work()
@@ -111,7 +111,7 @@ def seconds_of(work: Callable[[], object], steps: int) -> float:
 
 
 def seconds_a_step(run: Path, batch: int) -> float:
-    """The median of a run's steps but the first three."""
+    """The median of a run's steps after the first three."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     rates = [record["images_per_second"] for record in records if record["event"] == "step"]
     return batch / statistics.median(rates[3:])

@@ -1,9 +1,10 @@
-"""What a study of 27 short runs costs with one run at a time and with two, and after kills.
+"""Measures a study of 27 short runs with one run at a time and with two, and after kills.
 
     python benchmarks/study.py [--steps 300] [--rounds 3] [--kills 4]
 
-The built-in consistency study, three seeds, each run so many steps. Turns alternate. Then one is killed (-9) at random
-instants and started again until it ends: its figures must be those of the one that never was, and no run repeated.
+The bundled consistency study with three seeds, each run shortened to `--steps`. Rounds alternate. Then one study is
+killed (-9) at random times and restarted until it ends: its metrics must be those of an uninterrupted one, and no
+finished run may be repeated.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def seconds(out: Path, steps: int, jobs: int) -> float:
 
 
 def told(out: Path) -> list[dict]:
-    """What a study says of its runs, but for times."""
+    """The results of a study's runs, without times."""
     found = []
     for line in (out / "results.jsonl").read_text().splitlines():
         result = json.loads(line)
@@ -41,7 +42,7 @@ def told(out: Path) -> list[dict]:
 
 
 def killed(out: Path, steps: int, kills: int, typical: float) -> int:
-    """Carries a study out with kills on the way; how many finished runs were made again."""
+    """Runs a study with kills; returns how many finished runs were repeated."""
     rng, repeated = random.Random(0), 0
     for number in range(kills + 1):
         before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}

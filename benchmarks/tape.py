@@ -1,11 +1,10 @@
-"""What a student costs that learns from a teacher tape, beside one with a live teacher, and beside a student alone.
+"""Compares a student that replays a tape with one that has a live teacher, and with the student alone.
 
     python benchmarks/tape.py [--rounds 5] [--steps 8] [--precision fp32] [--compile off] [--teacher …] [--student …]
 
-In each round a run with its teacher live (recording nothing), a run that replays a tape, and the student alone on a
-ready batch. The ideal is told twice: by arithmetic (what the teacher's share of a step's FLOPs is), and by time (a
-replayed step that costs what the student alone does). Different networks make different use of a machine, so these
-differ.
+Each round has a run with a live teacher (recording nothing), a run that replays a tape, and the student alone on a
+prepared batch. There are two ideals: by arithmetic (the teacher's share of a step's FLOPs), and by time (a replayed
+step that costs as much as the student alone). They differ, since networks use a machine differently.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How much faster the frozen teacher is than timm's own network, and how near it is to it.
+"""Compares the frozen teacher with timm's own network: speed, and closeness of the outputs.
 
     python benchmarks/teacher.py [--models resnetv2_50x3_bit resnetv2_101x1_bit] [--side 128] [--batch 16] [--turns 7]
     python benchmarks/teacher.py --device auto --models resnetv2_101x3_bit resnetv2_152x2_bit --batch 512
 
-Compares, turn by turn in one process so that a drift of the machine falls on all alike: timm's network in evaluation
-mode under `torch.inference_mode` in fp32 (on the CPU) and under autocast, as it is and compiled; and the frozen teacher
-in the forms that a run may take. Weights are random. On an accelerator it also measures the peak of a large product of
-matrices in bf16, and says what share of it each reaches (a multiply-add counts as two).
+The contenders alternate in one process, so that a drift of the machine affects all of them: timm's network in
+evaluation mode under `torch.inference_mode` in fp32 (on the CPU) and under autocast, eager and compiled; and the
+frozen teacher in the forms that a run may use. Weights are random. On an accelerator, it also measures the peak of a
+large bf16 matrix product and reports the share of it that each reaches (a multiply-add counts as two).
 """
 
 import argparse
@@ -34,14 +34,14 @@ def timed(run: Callable[[], Tensor]) -> float:
 
 
 def matrix_peak(device: torch.device, size: int = 8192) -> float:
-    """TFLOP/s of a product of bf16 matrices, the best of some."""
+    """TFLOP/s of a product of bf16 matrices, the best of several."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     timed(lambda: a @ b)
     return 2 * size**3 * 10 / min(timed(lambda: [a @ b for _ in range(10)][-1]) for _ in range(5)) / 1e12
 
 
 def contenders(name: str, views: Tensor, options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
-    """What is measured, by name: each a function that answers the views."""
+    """The contenders by name: functions from views to logits."""
     torch.manual_seed(0)
     classifier = load(name, classes=options.classes)
     state = {key: value.clone() for key, value in classifier.net.state_dict().items()}
@@ -83,7 +83,7 @@ def contenders(name: str, views: Tensor, options: argparse.Namespace) -> dict[st
 
 
 def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict:
-    """Seconds and closeness of each contender."""
+    """Seconds and closeness to fp32 of each contender."""
     views = torch.rand(options.batch, 3, options.side, options.side, generator=torch.Generator().manual_seed(0))
     views = views.to(device).contiguous(memory_format=torch.channels_last)
     running = contenders(name, views, options)

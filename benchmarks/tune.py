@@ -1,12 +1,12 @@
-"""What a search costs and finds: 12 trials × 2 executions on the embedded images.
+"""Measures what a search costs and finds: 12 trials × 2 executions on the bundled images.
 
     python benchmarks/tune.py [--steps 300] [--trials 12] [--out FOLDER]
 
-Distils the embedded student from the embedded teacher, learning rate × temperature × weight decay at random, trial 0
-being the defaults. Measured: the best trial beside trial 0; the time of one worker and of two, each held to a core of
-its own with one thread, by the clock and in CPU seconds (which a busy machine disturbs less); what of the time lies
-outside the trials, in a process that has imported everything; and the final table of one that was killed (SIGKILL) five
-times at random beside that of one that was not.
+Distils the bundled student from the bundled teacher, with random learning rate × temperature × weight decay; trial 0
+has the defaults. Measured are the best trial and trial 0; the time of one worker and of two, each pinned to one core
+with one thread, in wall-clock and in CPU seconds (which a busy machine disturbs less); the time outside the trials,
+in a process that has already imported everything; and the final table of a search that was killed (SIGKILL) five
+times at random times, compared with one that was not.
 """
 
 import argparse
@@ -38,7 +38,7 @@ UNLIKE = ("study", "best_run", "command", "storage", "name")
 
 
 def started(out: Path, options: argparse.Namespace, core: int) -> subprocess.Popen:
-    """A worker on a core of its own."""
+    """Starts a worker on a core of its own."""
     words = [sys.executable, "-m", "funmatch", "tune", "distill", "--json", "--out", str(out)]
     for name, value in {**KNOBS, **lengths(options), "executions": 2, "trials": options.trials}.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
@@ -54,7 +54,7 @@ def lengths(options: argparse.Namespace) -> dict[str, int]:
 
 
 def seconds(workers: Sequence[subprocess.Popen], began: float) -> tuple[float, float]:
-    """(since the beginning, of computing by the worker that computed most) when all workers have ended well."""
+    """(wall-clock seconds, CPU seconds of the busiest worker) when all workers have succeeded."""
     computed = []
     for worker in workers:
         _, status, usage = os.wait4(worker.pid, 0)
@@ -66,7 +66,7 @@ def seconds(workers: Sequence[subprocess.Popen], began: float) -> tuple[float, f
 
 
 def table(out: Path) -> dict[str, Any]:
-    """The final table without times and places."""
+    """The final table without times and paths."""
     result = json.loads((out / "result.json").read_text())
     trials = [
         {name: value for name, value in trial.items() if name not in ("seconds", "runs")} for trial in result["trials"]
@@ -75,7 +75,7 @@ def table(out: Path) -> dict[str, Any]:
 
 
 def outside(out: Path, options: argparse.Namespace) -> tuple[float, float]:
-    """(seconds in the trials, seconds of the whole search) in this process, which has imported everything."""
+    """(seconds in the trials, seconds of the whole search) in this process, which has already imported everything."""
     funmatch.tune("distill", out / "warm", space=SPACE, trials=4, **KNOBS, steps=1)
     real, inside = distill.run, 0.0
 

@@ -1,11 +1,11 @@
-"""Whole distillation from a folder of JPEGs beside timm's own pieces, put together as its train.py does.
+"""Compares distillation from a folder of JPEGs with timm's components, put together as in its train.py.
 
     python benchmarks/versus_timm.py [--rounds 5] [--steps 8] [--only funmatch timm-bf16]
 
-Each turn is a process of its own: `funmatch distill`, or timm's loader (two workers, FastCollateMixup), its
-`LogitDistillationTask` (no label term), its AdamW, clipping by the norm. Turns alternate, ratios are within a round. A
-step's time is the median of a turn's steps but the first three. Before, the losses of both on an identical batch are
-compared.
+Each measurement is a process of its own: `funmatch distill`, or timm's loader (two workers, FastCollateMixup), its
+`LogitDistillationTask` (without a label term), its AdamW and clipping by the norm. Measurements alternate, ratios are
+within a round. A step's time is the median after the first three steps. Before, the losses of both on the same batch
+are compared.
 """
 
 import argparse
@@ -35,14 +35,14 @@ TIMM = {
     "timm-bf16-last": ("bf16", "last"),
     "timm-bf16-last-compiled": ("bf16", "last", "compiled"),
 }
-"""Whether under autocast, with --channels-last, with --torchcompile."""
+"""Whether with autocast, --channels-last, --torchcompile."""
 OURS = {
     "funmatch": [],
     "funmatch-eager": ["--compile", "off"],
     "funmatch-fp32": ["--precision", "fp32", "--compile", "off"],
 }
 LONG = 10_000
-"""Steps of our runs, which are stopped when enough of them are measured: short ones are neither compiled nor tuned."""
+"""Steps of funmatch's runs, stopped when enough are measured: short runs are neither compiled nor tuned."""
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -59,7 +59,7 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def network(name: str, seed: int) -> Any:
-    """With random weights, a head that is not zero among them."""
+    """A network with random weights, including a head that is not zero."""
     torch.manual_seed(seed)
     net: Any = timm.create_model(name, num_classes=CLASSES)
     torch.nn.init.normal_(net.get_classifier().weight, std=0.01)
@@ -67,7 +67,7 @@ def network(name: str, seed: int) -> Any:
 
 
 def timm_turn(folder: Path, options: argparse.Namespace, how: tuple[str, ...]) -> float:
-    """Seconds a step of timm's pieces."""
+    """Seconds a step of timm's components."""
     from timm.data import FastCollateMixup, create_dataset, create_loader
     from timm.optim import create_optimizer_v2
     from timm.task import LogitDistillationTask
@@ -115,7 +115,7 @@ def timm_turn(folder: Path, options: argparse.Namespace, how: tuple[str, ...]) -
 
 
 def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Path) -> tuple[float, str]:
-    """Seconds a step of `funmatch distill`, and what it says of how it computes."""
+    """Seconds a step of `funmatch distill`, and the precision and kernels that it reports."""
     words = [
         *("--data", folder / "pictures", "--teacher", options.teacher, "--teacher-weights", folder / "teacher.pt"),
         *("--student", options.student, "--side", options.side, "--batch", options.batch, "--allow-weak-teacher"),
@@ -149,7 +149,7 @@ def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Pa
 
 @torch.no_grad()
 def losses_agree(options: argparse.Namespace) -> tuple[float, float]:
-    """Ours and timm's loss of one batch."""
+    """The losses of funmatch and timm for one batch."""
     from timm.task import LogitDistillationTask
 
     teacher, student = network(options.teacher, 0).eval(), network(options.student, 1).eval()
@@ -166,7 +166,7 @@ def losses_agree(options: argparse.Namespace) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="timed of a turn")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a measurement")
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=320)
