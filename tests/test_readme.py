@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from test_bit import as_second_layout, random_bit
 
 from funmatch.cli import parse
 from funmatch.commands.study.spec import parse as parse_study
+from funmatch.config import Distill
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -57,9 +59,14 @@ def test_every_command_is_understood(command):
     parse(shlex.split(command)[1:])
 
 
-@pytest.mark.parametrize("text", blocks("toml"))
+@pytest.mark.parametrize("text", [text for text in blocks("toml") if "[[run]]" in text])
 def test_every_study_can_be_run(text):
     assert len(parse_study(text, "README.md").entries) > 1
+
+
+@pytest.mark.parametrize("text", [text for text in blocks("toml") if "[[run]]" not in text])
+def test_every_configuration_file_is_valid(text):
+    Distill.checked(**tomllib.loads(text), out="runs/from-file")
 
 
 @pytest.mark.parametrize("target", TARGETS)
