@@ -25,7 +25,7 @@ from funmatch.training.objective import Objective
 from funmatch.training.run.state import TeacherLogits
 from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data, recorded_modes
 from funmatch.training.student.build import Modules
-from funmatch.training.teachers import fixed, loading, recording
+from funmatch.training.teachers import checks, fixed, loading, recording
 from funmatch.training.teachers.source import DistillLoader, Fixed, Live, Shared, Taped, TeacherSource
 from funmatch.training.teachers.tape import fold_dropped_classes
 
@@ -272,8 +272,8 @@ def freeze_for_run(
 def _check_on_validation(teachers: TeacherEnsemble, setup: DistillSetup) -> TeacherLogits:
     """The teachers' logits of the validation split; an `InputError` where they are near chance."""
     split = setup.evaluation.validation
-    combined, members = loading.predict(teachers, split, setup.evaluation.view)
-    loading.check_teachers(teachers, combined, members, split, setup.config)
+    combined, members = checks.predict(teachers, split, setup.evaluation.view)
+    checks.check_teachers(teachers, combined, members, split, setup.config)
     return TeacherLogits(combined, members)
 
 

@@ -1,4 +1,4 @@
-"""Judging a model or a run: accuracy, calibration, and closeness to a teacher."""
+"""Evaluates a model or a run: accuracy, calibration, and agreement with its teachers."""
 
 import copy
 from pathlib import Path
@@ -21,11 +21,11 @@ from funmatch.runtime import devices
 from funmatch.runtime.log import info, info_notes
 from funmatch.training import datasets, scoring
 from funmatch.training.run import folder as run_folder
-from funmatch.training.teachers import loading
+from funmatch.training.teachers import checks, loading
 
 
 def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any]:
-    """Judges a model or a run on a split of a data set.
+    """Evaluates a model or a run on a split of a data set.
 
     Args:
         given: modules from Python, by the names that stand for them.
@@ -33,55 +33,67 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     Returns:
         `top1`, `top5`, `agreement`, `kl`, `ece` (None where unknown), `split`, `pictures`, `parameters`, `step` and
         `run` (None for a model that is not a run), `model`, `data`, `teacher`.
+
+    Raises:
+        InputError: the model, its images or its teachers cannot be loaded, or do not fit each other.
     """
     config.check()
     given = given or {}
     device = devices.pick_device(config.device)
-    taught = _run_of(config.model)
-    knobs: dict[str, Any] = taught.config["knobs"] if taught else {}
+    trained = _find_run(config.model)
+    knobs: dict[str, Any] = trained.config["knobs"] if trained else {}
+    model = _load_model(config, given).to(device)
+    verb = trained.config["verb"] if trained else ""
+    cache, training_data, evaluation_data = datasets.open_evaluation_data(config, verb, knobs)
+    parameters, wanted = model.count_parameters(), loading.wanted_classes(config, cache)
+    class_map = map_classes(model, wanted, config.classes) if wanted and config.classes else None
+    if class_map is None:
+        scoring.check_classes(model, cache, trust_order=config.trust_class_order)
+    split = _pick_split(cache, config.split)
+    view = _eval_view(config, knobs, model, device)
+    check_side(model, view.side)
+    teachers = _load_teachers(config, knobs, cache, view.side, given)
+    # Mapped classes are evaluated alone, as a teacher's would be.
+    member = EnsembleMember(Frozen(model), view.side, class_map=class_map) if class_map else None
+    logits = scoring.predict(checks.MemberLogits(member) if member else model, split, view)
+    teacher_logits = _predict_teachers(teachers, split, view, logits.shape[-1], config.model) if teachers else None
+    metrics = scoring.score(logits, split, teacher_logits)
+    metrics.pop("balanced")  # only the check of teachers needs it; the result's keys are public
+    result = (trained.result or {}) if trained else {}
+    return run_folder.finite(metrics) | {
+        "split": split.name,
+        "pictures": len(split),
+        "parameters": parameters,
+        "step": result.get("step"),
+        "run": str(trained.folder) if trained else None,
+        "model": config.model,
+        "data": list(training_data if split.name == "train" else evaluation_data),
+        "teacher": teachers.name if teachers else None,
+    }
+
+
+def _load_model(config: Evaluate, given: loading.Modules) -> Classifier:
     model = load(
         copy.deepcopy(given.get(config.model, config.model)),
         weights=config.weights,
         options=config.model_kwargs,
         pretrained=True,
         side=config.side,
-    ).to(device)
+    )
     info_notes(config.model, model.notes)
-    cache, learnt, judged = datasets.open_evaluation_data(config, taught.config["verb"] if taught else "", knobs)
-    parameters, asked = model.count_parameters(), loading.wanted_classes(config, cache)
-    picks = map_classes(model, asked, config.classes) if asked and config.classes else None
-    if picks is None:
-        scoring.check_classes(model, cache, trust_order=config.trust_class_order)
-    split = _split(cache, config.split)
-    view = _view(config, knobs, model, device)
-    check_side(model, view.side)
-    taught_by = _teachers(config, knobs, cache, view.side, given)
-    asked_of = loading.Picked(EnsembleMember(Frozen(model), view.side, class_map=picks)) if picks else model
-    answers = scoring.predict(asked_of, split, view)
-    together = _answers(taught_by, split, view, answers.shape[-1], config.model) if taught_by else None
-    figures = scoring.score(answers, split, together)
-    figures.pop("balanced")
-    result = (taught.result or {}) if taught else {}
-    return run_folder.finite(figures) | {
-        "split": split.name,
-        "pictures": len(split),
-        "parameters": parameters,
-        "step": result.get("step"),
-        "run": str(taught.folder) if taught else None,
-        "model": config.model,
-        "data": list(learnt if split.name == "train" else judged),
-        "teacher": taught_by.name if taught_by else None,
-    }
+    return model
 
 
-def _run_of(name: str) -> run_folder.Run | None:
+def _find_run(name: str) -> run_folder.Run | None:
+    """Returns the run that a model's name is the folder of, if it is one."""
     path = Path(name.removeprefix("local-dir:")).expanduser()
     return run_folder.find_run(path) if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file() else None
 
 
-def _view(config: Evaluate, knobs: dict[str, Any], model: Classifier, device: torch.device) -> scoring.EvalView:
-    """How the images are looked at: as said, else as the run did, else as the model wants."""
+def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, device: torch.device) -> scoring.EvalView:
+    """Returns the preprocessing: as given, else as in the run, else as the model's card says."""
     side = config.side or knobs.get("side") or model.card.side
+    # The run's resize belongs to its image size: at another one, the proportions of the crop would change.
     same_side = side == knobs.get("side")
     resize = config.eval_resize or (
         knobs["eval_resize"] if same_side else scoring.default_eval_resize(side, model.card)
@@ -93,7 +105,12 @@ def _view(config: Evaluate, knobs: dict[str, Any], model: Classifier, device: to
     return scoring.EvalView(side, resize, config.batch, device, precision, squash)
 
 
-def _split(cache: Cache, name: str) -> CachedSplit:
+def _pick_split(cache: Cache, name: str) -> CachedSplit:
+    """Returns the named split; `auto` is test, else validation, else training.
+
+    Raises:
+        InputError: there is none of this name.
+    """
     if name == "auto":
         return cache.splits.get("test") or cache.splits.get("val") or cache.splits["train"]
     name = SPLIT_NAMES.get(name, name)
@@ -102,10 +119,10 @@ def _split(cache: Cache, name: str) -> CachedSplit:
     return cache.splits[name]
 
 
-def _teachers(
+def _load_teachers(
     config: Evaluate, knobs: dict[str, Any], cache: Cache, side: int, given: loading.Modules
 ) -> TeacherEnsemble | None:
-    """The teachers to compare with: as said, or those of the run; None where there are none, or no longer."""
+    """Returns the teachers to compare with: as given, else the run's; None where there are none, or no longer."""
     if config.teacher:
         return loading.ensemble_fp32(loading.load_teachers(config, cache, side, given), config.combine)
     if not knobs.get("teacher"):
@@ -115,16 +132,26 @@ def _teachers(
     try:
         return loading.ensemble_fp32(loading.load_teachers(of_run, cache, side, given), of_run.combine)
     except InputError as error:
-        info(f"judged without the run's teacher: {error}")
+        # A teacher may have been moved since; accuracy needs none.
+        info(f"evaluating without the run's teacher: {error}")
         return None
 
 
-def _answers(
-    taught_by: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView, classes: int, model: str
+def _predict_teachers(
+    teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView, num_classes: int, model: str
 ) -> Tensor:
-    for member in taught_by.members:
+    """Predicts the teachers' combined logits of a split, (n, classes).
+
+    Args:
+        num_classes: outputs of the model that they are compared with.
+        model: its name, for messages.
+    """
+    for member in teachers.members:
         check_side(member.frozen.classifier, member.side)
-    together, _ = loading.predict(taught_by.to(view.device), split, view)
-    if together.shape[-1] != classes:
-        raise InputError(f"teacher {taught_by.name} answers {together.shape[-1]} classes, {model} {classes}")
-    return together
+    combined, _ = checks.predict(teachers.to(view.device), split, view)
+    if combined.shape[-1] != num_classes:
+        raise InputError(
+            f"teacher {teachers.name} has {combined.shape[-1]} outputs, but {model} has {num_classes}; pass --classes "
+            "to map them"
+        )
+    return combined

@@ -11,7 +11,7 @@ from funmatch.training.run import folder as run_folder
 from funmatch.training.run.state import TrainState
 from funmatch.training.setup import TrainSetup
 from funmatch.training.student.export import export_student
-from funmatch.training.teachers import loading
+from funmatch.training.teachers import checks
 
 
 class Evaluator:
@@ -56,7 +56,7 @@ class Evaluator:
         split, view, teachers = self.setup.evaluation.test, self.setup.evaluation.view, self.objective.teachers
         teacher_logits = self.teacher_logits
         if teachers and split.name != self.setup.evaluation.validation.name:
-            teacher_logits, _ = loading.predict(teachers, split, view)
+            teacher_logits, _ = checks.predict(teachers, split, view)
         scores = scoring.score(scoring.predict(self.student, split, view), split, teacher_logits)
         result: dict[str, Any] = scores | {
             "split": split.name,

@@ -1,4 +1,4 @@
-"""How networks are computed: what is compiled, in which arithmetic, and what happens where memory does not suffice."""
+"""Acceleration: what is compiled, in which arithmetic, and what happens when memory runs out."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ TINY = {
 
 
 class Grouped(nn.Module):
-    """A small network of what our own kernels compute."""
+    """A small network of layers that have native kernels."""
 
     num_classes = 10
 
@@ -60,7 +60,7 @@ NATIVE = TINY | {
 
 @pytest.fixture(name="small_ones_too")
 def nothing_is_small(monkeypatch):
-    """What our own kernels are for is too large for a test."""
+    """Networks that are worth native kernels are too large for a test."""
     for module in (acceleration, loading, frozen):
         monkeypatch.setattr(module, "SMALL_NETWORK", 0)
 
@@ -78,7 +78,7 @@ def losses(run: funmatch.Outcome) -> list[float]:
 
 
 class Greedy(nn.Module):
-    """A network that has no room for more than eight images at once while it is taught."""
+    """A network that has no memory for more than eight images at once during training."""
 
     num_classes = 10
 
@@ -138,7 +138,7 @@ def test_a_teacher_in_pieces_says_the_same(tmp_path):
         Distill.checked(**told | {"teacher": ("x",), "data": ("x",), "student": "x"}, teacher_batch=0, out=tmp_path)
 
 
-def settled(out: Path, student: Classifier, device: str = "cpu", **knobs) -> dict[str, str]:
+def resolved(out: Path, student: Classifier, device: str = "cpu", **knobs) -> dict[str, str]:
     config = Distill(data=("x",), teacher=("x",), student="x", steps=knobs.get("steps", 5000), out=out, **{
         name: value for name, value in knobs.items() if name != "steps"
     })  # fmt: skip
@@ -147,32 +147,32 @@ def settled(out: Path, student: Classifier, device: str = "cpu", **knobs) -> dic
 
 def test_what_auto_means(tmp_path, monkeypatch):
     monkeypatch.setattr(acceleration.devices, "teacher_precisions", lambda *_: ("bf16", "fp32"))
-    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_native: {"fp32": 2.0, "bf16": 1.0})
     monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "")
     grouped = load("resnetv2_50x1_bit", classes=10)
-    assert settled(tmp_path, grouped) == {"precision": "bf16", "compile": "native"}
-    assert settled(tmp_path, grouped, steps=100) == {"precision": "fp32", "compile": "native"}, (
+    assert resolved(tmp_path, grouped) == {"precision": "bf16", "compile": "native"}
+    assert resolved(tmp_path, grouped, steps=100) == {"precision": "fp32", "compile": "native"}, (
         "too short to be measured"
     )
-    assert settled(tmp_path, grouped, precision="fp32", compile="off") == {}, "said is said"
+    assert resolved(tmp_path, grouped, precision="fp32", compile="off") == {}, "said is said"
     small = load("fashion-mini-student")
-    assert settled(tmp_path, small)["precision"] == "fp32"
-    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_quick: {"fp32": 1.05, "bf16": 1.0})
-    assert settled(tmp_path, grouped)["precision"] == "fp32", "not clearly faster"
+    assert resolved(tmp_path, small)["precision"] == "fp32"
+    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_native: {"fp32": 1.05, "bf16": 1.0})
+    assert resolved(tmp_path, grouped)["precision"] == "fp32", "not clearly faster"
     monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "no compiler")
-    assert settled(tmp_path, grouped)["compile"] == "off"
+    assert resolved(tmp_path, grouped)["compile"] == "off"
 
 
 def test_what_auto_means_on_an_accelerator(tmp_path):
     batched, small = load("resnet18", classes=10), load("fashion-mini-student")
     told = {"precision": "bf16", "device": "cuda"}
-    assert settled(tmp_path, batched, **told)["compile"] == "on"
-    assert settled(tmp_path, batched, steps=1000, **told)["compile"] == "off", "too short to be won back"
-    assert settled(tmp_path, small, **told)["compile"] == "off"
+    assert resolved(tmp_path, batched, **told)["compile"] == "on"
+    assert resolved(tmp_path, batched, steps=1000, **told)["compile"] == "off", "too short to be won back"
+    assert resolved(tmp_path, small, **told)["compile"] == "off"
 
 
-def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
-    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_quick: {"fp32": 2.0, "bf16": 1.0})
+def test_a_run_resumes_as_it_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(acceleration, "known_step_seconds", lambda *_, **_native: {"fp32": 2.0, "bf16": 1.0})
     grouped = load("resnetv2_50x1_bit", classes=10)
     for then, now in (
         ({"precision": "bf16", "compile": "on"}, {"precision": "bf16", "compile": "on"}),
@@ -180,7 +180,7 @@ def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
         ({"precision": "bf16"}, {"precision": "bf16", "compile": "auto"}),  # older than that knob: not compiled
     ):
         (tmp_path / "config.json").write_text(json.dumps({"verb": "distill", "knobs": then, "facts": {}}))
-        assert settled(tmp_path, grouped) == now
+        assert resolved(tmp_path, grouped) == now
     assert run_folder.options_of(tmp_path / "none") == {}
 
 
@@ -198,7 +198,7 @@ def test_who_cuts_views_stays_who_it_was(tmp_path, monkeypatch, capsys):
         assert acceleration.crop_kernel(config, Split) == {"views": wanted}
     monkeypatch.setattr(acceleration.resample, "why_unavailable", lambda: "no compiler")
     assert acceleration.crop_kernel(config, Split) == {"views": "native"}
-    assert "cannot be had now (no compiler)" in capsys.readouterr().err
+    assert "started with the native crop kernel, which is unavailable now (no compiler)" in capsys.readouterr().err
     (tmp_path / "config.json").unlink()
     assert acceleration.crop_kernel(config, Split) == {"views": "torch"}
     monkeypatch.setattr(acceleration.resample, "why_unavailable", lambda: pytest.fail("small images are cut by torch"))
@@ -208,7 +208,7 @@ def test_who_cuts_views_stays_who_it_was(tmp_path, monkeypatch, capsys):
 
 @compiler
 @pytest.mark.usefixtures("small_ones_too")
-def test_a_teacher_by_our_own_kernels_is_recorded_and_missed(tmp_path, monkeypatch, capsys):
+def test_a_teacher_with_native_kernels_is_recorded_and_missed(tmp_path, monkeypatch, capsys):
     told = TINY | {
         "teacher": Grouped(),
         "side": 32,
@@ -226,7 +226,9 @@ def test_a_teacher_by_our_own_kernels_is_recorded_and_missed(tmp_path, monkeypat
     capsys.readouterr()
     monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "gone")
     funmatch.distill(**told, out=tmp_path / "whole")
-    assert "was computed by our own kernels, which cannot be had now (gone)" in capsys.readouterr().err
+    assert "started with native CPU kernels for teacher python:Grouped, which are unavailable now (gone)" in (
+        capsys.readouterr().err
+    )
 
 
 def test_measuring_leaves_no_trace(monkeypatch, tmp_path):
@@ -254,7 +256,7 @@ def test_what_cannot_be_compiled_is_computed_as_it_is(tmp_path, monkeypatch, cap
     capsys.readouterr()
     on = funmatch.distill(**TINY, steps=3, compile="on", out=tmp_path / "on", teacher_precision="fp32")
     told = capsys.readouterr().err
-    assert told.count("cannot be compiled here and is computed as it is: no compiler here") == 1
+    assert told.count("failed (no compiler here); training it uncompiled") == 1
     assert weights(plain.folder) == weights(on.folder)
 
 
@@ -306,10 +308,10 @@ def test_teachers_in_pieces():
 @compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.usefixtures("small_ones_too")
-def test_our_own_kernels_teach_what_torch_does_and_twice_to_the_same_bits(tmp_path, capsys, precision):
+def test_native_kernels_train_as_torch_does_and_twice_bitwise_the_same(tmp_path, capsys, precision):
     told = NATIVE | {"precision": precision, "schedule": "constant", "warmup_steps": 0}
     own = funmatch.distill(**told, out=tmp_path / "own")
-    assert "computed by our own kernels" in capsys.readouterr().err
+    assert "using native CPU kernels for GroupNorm" in capsys.readouterr().err
     again = funmatch.distill(**told, out=tmp_path / "again")
     assert weights(own.folder) == weights(again.folder)
     plain = funmatch.distill(**told | {"compile": "off"}, out=tmp_path / "plain")
@@ -323,6 +325,6 @@ def test_without_a_compiler_a_student_is_computed_by_torch(tmp_path, monkeypatch
     monkeypatch.setattr(acceleration.norms, "why_unavailable", lambda: "no compiler")
     funmatch.distill(**NATIVE | {"precision": "fp32", "steps": 1}, out=tmp_path / "run")
     assert (
-        "our own kernels cannot be had here, torch's are slower and round otherwise: no compiler"
+        "native CPU kernels unavailable (no compiler); PyTorch's are slower and round differently"
         in capsys.readouterr().err
     )

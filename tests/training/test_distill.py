@@ -16,7 +16,7 @@ from funmatch.config import Distill, Train
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.errors import InputError
 from funmatch.training.run.checkpoint import KEPT
-from funmatch.training.teachers.loading import chance_threshold
+from funmatch.training.teachers.checks import chance_threshold
 
 MINI = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 16}
 TINY = {"student": "resnet10t", "student_kwargs": {"channels": (8, 8, 16, 16), "stem_width": 8}, "side": 32}
@@ -161,7 +161,7 @@ def test_a_run_is_a_teacher(tmp_path, images):
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path, images):
-    with pytest.raises(InputError, match="answers 10 classes, images has 3"):
+    with pytest.raises(InputError, match="has 10 outputs, but images has 3 classes"):
         funmatch.distill(images, TEACHER, "fashion-mini-student", tmp_path / "run", steps=1)
     teacher = funmatch.train(images, out=tmp_path / "teacher", steps=1, **TINY)
     for split in ("train", "val", "test"):

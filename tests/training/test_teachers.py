@@ -183,7 +183,7 @@ def test_a_teacher_of_other_classes(tmp_path, images):
     torch.manual_seed(0)
     teacher = funmatch.load("resnet10t", options=("channels=(8,8,16,16)", "stem_width=8"), classes=5, pretrained=False)
     common = {**TINY, "batch": 8, "steps": 2, "teacher": teacher, "allow_weak_teacher": True}
-    with pytest.raises(InputError, match=r"answers 5 classes, .* has 3 .*--classes same-names"):
+    with pytest.raises(InputError, match=r"has 5 outputs, but .* has 3 classes .*--classes same-names"):
         funmatch.distill(data=images, out=tmp_path / "refused", **common)
     assert not (tmp_path / "refused").exists()
     path = tmp_path / "map.json"
@@ -203,7 +203,7 @@ def test_a_teacher_of_other_classes(tmp_path, images):
 
 def test_teachers_that_clash(tmp_path):
     other = classifier(classes=7)
-    with pytest.raises(InputError, match=r"the teachers' classes clash: .* answers 10, .* 7"):
+    with pytest.raises(InputError, match=r"teachers disagree on the number of classes: .* has 10, .* has 7"):
         funmatch.distill(out=tmp_path / "run", teacher=[TEACHER, other], steps=1, side=32, **MINI)
     with pytest.raises(InputError, match="teacher_side has 3 values for 2 teachers"):
         funmatch.distill(out=tmp_path / "run", teacher=[TEACHER] * 2, teacher_side=(1, 2, 3), steps=1, **MINI)
@@ -218,7 +218,7 @@ def test_a_teacher_below_its_own_card_is_loudly_doubted(tmp_path, capsys):
     with torch.no_grad():
         boastful.net.fc.weight[:2] = boastful.net.fc.weight[:2].flip(0)
     funmatch.distill(out=tmp_path / "run", teacher=boastful, steps=1, side=32, **MINI)
-    assert "WARNING: teacher python:Classifier is right on" in capsys.readouterr().err
+    assert "WARNING: teacher python:Classifier has top-1" in capsys.readouterr().err
 
 
 def test_teachers_with_the_same_classes_in_another_order(tmp_path):

@@ -1,4 +1,4 @@
-"""How a student is computed: in the arithmetic that is faster on this machine, and compiled where a run earns it."""
+"""Chooses the student's fastest arithmetic and crop kernel on this machine, and compiles it where that pays off."""
 
 import copy
 import time
@@ -26,34 +26,45 @@ from funmatch.training.loop import LoopOptions
 from funmatch.training.run import folder as run_folder
 
 MEASURED_FROM = 200
-"""Steps of a run from which it is worth a few seconds to find the faster arithmetic."""
+"""Length of a run, in steps, from which a few seconds to measure the faster arithmetic pay off."""
 COMPILED_FROM = 2000
-"""Steps of a run from which a minute or two of compiling are won back."""
-IMAGES, TURNS = 32, 2
+"""Length of a run, in steps, from which a minute or two of compilation pay off."""
+IMAGES, REPEATS = 32, 2
+"""Images of a timed step at most, and timed steps after a first one that does not count."""
 NATIVE = "native"
-MODES = {"on": None, "max": "max-autotune"}
-"""Of `torch.compile`; max tries many kernels, and replays graphs of an accelerator's launches."""
+COMPILE_MODES = {"on": None, "max": "max-autotune"}
+"""Modes of `torch.compile`; max tries many kernels, and replays CUDA graphs."""
 
 
 def resolve_auto(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> dict[str, str]:
-    """`precision` and `compile` with no `auto` left; a run that has begun goes on as it began, to the same bits."""
+    """Resolves `auto` of `precision` and `compile`; a resumed run keeps its values, so that it stays bitwise the same.
+
+    Args:
+        steps: length of the run.
+        side: image size, pixels.
+
+    Returns:
+        the options that were `auto`, with their values.
+    """
     before = distributed.broadcast_from_main(lambda: run_folder.options_of(config.out))
-    found: dict[str, str] = {}
+    resolved: dict[str, str] = {}
     if config.compile == "auto":
-        # A run that is older than this knob was not compiled, and says nothing of it.
-        found["compile"] = before.get("compile", "auto") if before else _compiled(steps, student, device)
+        # A run from before this option was not compiled, and did not record it: `auto` then compiles nothing.
+        resolved["compile"] = before.get("compile", "auto") if before else _pick_compile(steps, student, device)
     if config.precision == "auto":
-        config = config.model_copy(update=found)
-        found["precision"] = before.get("precision") or pick_precision(config, steps, side, student, device)
-    return found
+        # After `compile`, since native kernels change which arithmetic is faster.
+        config = config.model_copy(update=resolved)
+        resolved["precision"] = before.get("precision") or pick_precision(config, steps, side, student, device)
+    return resolved
 
 
-def _compiled(steps: int, student: Classifier, device: torch.device) -> str:
-    """`compile` where nobody said another. On a CPU our own kernels gain more than a compiler does."""
+def _pick_compile(steps: int, student: Classifier, device: torch.device) -> str:
+    """Returns the default of `compile`. On a CPU the native kernels are faster than what a compiler makes."""
     if device.type == "cpu":
         used = student.count_parameters() >= SMALL_NETWORK and gains_from_native(student.net)
+        # One process decides: each might find another compiler, and kernels and PyTorch round differently.
         return distributed.broadcast_from_main(
-            lambda: "native" if (_had() if used else library.find_compiler()) else "off"
+            lambda: "native" if (_native_available() if used else library.find_compiler()) else "off"
         )
     return (
         "on"
@@ -62,69 +73,84 @@ def _compiled(steps: int, student: Classifier, device: torch.device) -> str:
     )
 
 
-def _had() -> bool:
-    """Whether our own kernels can be had; says so where they cannot."""
+def _native_available() -> bool:
+    """Returns whether the native kernels are available; reports why where they are not."""
     if why := norms.why_unavailable():
-        info(f"our own kernels cannot be had here, torch's are slower: {why}")
+        info(f"native CPU kernels unavailable ({why}); falling back to slower PyTorch kernels")
     return not why
 
 
 def crop_kernel(config: Train, split: CachedSplit) -> dict[str, str]:
-    """The fact of who cuts the crops of a run on the CPU: our own kernel, or torch. A run goes on as it began."""
+    """Returns the fact `views`: whether the native kernel or torch crops on the CPU. A resumed run keeps its own."""
 
-    def found() -> str:
+    def choose() -> str:
         before = run_folder.provenance_of(config.out)
         if not before:
+            # Small images are cropped by batched matrix products, which the kernel would not make faster.
             sizes = split.index["height"].astype("int64") * split.index["width"]
             return NATIVE if (sizes > crops.MAX_BATCHED_PIXELS).any() and not resample.why_unavailable() else "torch"
         if before.get("views") == NATIVE and (why := resample.why_unavailable()):
-            info(f"WARNING: views were cut by our own kernel, which cannot be had now ({why}): the bits will be others")
-        return before.get("views", "torch")  # a run that is older than the kernel
+            info(
+                "WARNING: this run was started with the native crop kernel, which is unavailable now "
+                f"({why}); results will not be bitwise identical"
+            )
+        return before.get("views", "torch")  # runs from before the kernel did not record who cropped
 
-    return {"views": distributed.broadcast_from_main(found)}
+    return {"views": distributed.broadcast_from_main(choose)}
 
 
 def pick_precision(config: Train, steps: int, side: int, student: Classifier, device: torch.device) -> str:
-    """The student's arithmetic where nobody said another.
+    """Returns the default of `precision`.
 
-    On a CPU with instructions for bf16 this is measured: networks of large kernels gain, those of depthwise ones lose.
+    On a CPU with instructions for bf16 this is measured: large convolutions gain from bf16, depthwise ones lose.
     """
-    usual = devices.resolve_precision("auto", device)
+    default = devices.resolve_precision("auto", device)
     fast = "bf16" in devices.teacher_precisions("auto", device)
     if device.type != "cpu" or not fast or student.count_parameters() < SMALL_NETWORK or steps < MEASURED_FROM:
-        return usual
+        return default
     images = min(IMAGES, config.micro_batch or config.batch)
-    quick = uses_native_kernels(student, config, device) and not norms.why_unavailable()
-    seconds = distributed.broadcast_from_main(lambda: known_step_seconds(student, side, images, quick=quick))
-    gain = seconds["fp32"] / seconds["bf16"]
-    if gain < CLEARLY_FASTER:
-        return usual
-    info(f"{config.student} is taught in bf16, {gain:.1f} times as fast here as fp32 (--precision says it otherwise)")
+    native = uses_native_kernels(student, config, device) and not norms.why_unavailable()
+    # Measured by one process: a close race could end differently on each, and they must round alike.
+    seconds = distributed.broadcast_from_main(lambda: known_step_seconds(student, side, images, native=native))
+    speedup = seconds["fp32"] / seconds["bf16"]
+    if speedup < CLEARLY_FASTER:
+        return default
+    info(
+        f"training {config.student} in bf16 ({speedup:.1f}× faster than fp32 on this machine; override with "
+        "--precision)"
+    )
     return "bf16"
 
 
-def known_step_seconds(student: Classifier, side: int, images: int, *, quick: bool = False) -> dict[str, float]:
-    """Seconds a step in each arithmetic, measured once on a machine, so that two runs alike are computed alike."""
-    key = repr((repr(student.net), side, images, quick, devices.machine_signature(torch.device("cpu"))))
+def known_step_seconds(student: Classifier, side: int, images: int, *, native: bool = False) -> dict[str, float]:
+    """Returns seconds a step in fp32 and bf16, measured once on a machine, so that equal runs compute alike."""
+    key = repr((repr(student.net), side, images, native, devices.machine_signature(torch.device("cpu"))))
     measured = Measurement("steps", key, "this student")
     if known := measured.read({"fp32": float, "bf16": float}):
         return {name: max(float(known[name]), 1e-9) for name in ("fp32", "bf16")}
-    found = measure_step_seconds(student, side, images, quick=quick)
-    measured.write(found)
-    return found
+    seconds = measure_step_seconds(student, side, images, native=native)
+    measured.write(seconds)
+    return seconds
 
 
-def measure_step_seconds(student: Classifier, side: int, images: int, *, quick: bool) -> dict[str, float]:
-    """Seconds for a student's way there and back on the CPU, in fp32 and in bf16; endless where it cannot be done."""
+def measure_step_seconds(student: Classifier, side: int, images: int, *, native: bool) -> dict[str, float]:
+    """Measures seconds of a forward and backward pass on the CPU in fp32 and bf16; 1e9 where that fails.
+
+    Args:
+        side: image size, pixels.
+        images: per step.
+        native: whether the native kernels are used.
+    """
     device, seconds = torch.device("cpu"), {}
     with torch.random.fork_rng(devices=[]):
         views = torch.rand(images, 3, side, side).contiguous(memory_format=torch.channels_last)
         for name in ("fp32", "bf16"):
-            own = copy.deepcopy(student).to(device).train()
-            if quick:
-                use_native_kernels(own.net, taught_only=True)
+            # A copy, since BatchNorm's statistics and the gradients change.
+            trial = copy.deepcopy(student).to(device).train()
+            if native:
+                use_native_kernels(trial.net, taught_only=True)
             try:
-                times = [_seconds(own, views, device, name) for _ in range(1 + TURNS)]
+                times = [_step_seconds(trial, views, device, name) for _ in range(1 + REPEATS)]
                 seconds[name] = min(times[1:])
             except Exception as error:  # a network may lack an operation in bf16
                 if is_out_of_memory(error):
@@ -133,7 +159,7 @@ def measure_step_seconds(student: Classifier, side: int, images: int, *, quick: 
     return seconds
 
 
-def _seconds(student: Classifier, views: Tensor, device: torch.device, name: str) -> float:
+def _step_seconds(student: Classifier, views: Tensor, device: torch.device, name: str) -> float:
     began = time.perf_counter()
     with devices.autocast(device, name):
         loss = student(views).float().square().mean()
@@ -142,67 +168,74 @@ def _seconds(student: Classifier, views: Tensor, device: torch.device, name: str
 
 
 def uses_native_kernels(student: Classifier, config: Train, device: torch.device) -> bool:
-    """Whether our own kernels are to compute some of a student while it is taught."""
+    """Returns whether native kernels are to compute part of a student during training; they may be unavailable."""
     wanted = config.compile == "native" and device.type == "cpu"
     return wanted and student.count_parameters() >= SMALL_NETWORK and gains_from_native(student.net)
 
 
-def accelerate_student(student: Classifier, course: LoopOptions, config: Train, side: int) -> None:
-    """Has a student computed as the run's configuration says: by our own kernels, compiled, or as it is."""
+def accelerate_student(student: Classifier, loop: LoopOptions, config: Train, side: int) -> None:
+    """Sets a student up as configured: with native kernels, compiled, or as it is."""
     if config.compile != "native":
-        compile_student(student, course, config, side)
-    elif uses_native_kernels(student, config, course.device) and (why := norms.why_unavailable()):
-        info(f"WARNING: our own kernels cannot be had here, torch's are slower and round otherwise: {why}")
-    elif uses_native_kernels(student, config, course.device):
+        compile_student(student, loop, config, side)
+    elif uses_native_kernels(student, config, loop.device) and (why := norms.why_unavailable()):
+        info(f"WARNING: native CPU kernels unavailable ({why}); PyTorch's are slower and round differently")
+    elif uses_native_kernels(student, config, loop.device):
         use_native_kernels(student.net, taught_only=True)
-        info(f"GroupNorm and standardised convolutions of {config.student} are computed by our own kernels")
+        info(f"{config.student}: using native CPU kernels for GroupNorm and standardised convolutions")
 
 
-def compile_student(student: Classifier, course: LoopOptions, config: Train, side: int) -> None:
-    """Compiles what a student does while it is taught, if the run's configuration says so.
+def compile_student(student: Classifier, loop: LoopOptions, config: Train, side: int) -> None:
+    """Compiles a student's forward and backward pass for training, where configured.
 
-    It is tried on views of each size that will come, there and back. Where that fails, the student is computed as it
-    is: the same mathematics, only slower.
+    It is tried on each batch size of the run. Where that fails, the student stays uncompiled, which is the same
+    mathematics, only slower.
     """
     if not config.compiles:
         return
-    share = config.batch // env.world_size()
-    ends = even_chunks(share, config.micro_batch)
-    sizes = sorted({stop - start for start, stop in pairwise(ends)})
+    # Pieces of a batch differ in size by one at most, and each size is compiled on its own.
+    bounds = even_chunks(config.batch // env.world_size(), config.micro_batch)
+    sizes = sorted({stop - start for start, stop in pairwise(bounds)})
     began, net = time.monotonic(), student.net
-    info(f"compiling {config.student}, a minute or two; --compile off does without")
-    student.compiled_net = torch.compile(lambda views: net(views), dynamic=False, mode=MODES[config.compile])
+    info(f"compiling {config.student}, a minute or two (disable with --compile off)")
+    student.compiled_net = torch.compile(lambda views: net(views), dynamic=False, mode=COMPILE_MODES[config.compile])
     try:
         for size in sizes:
-            views = torch.rand(size, 3, side, side, device=course.device)
-            try_step(student, course, views.contiguous(memory_format=torch.channels_last))
+            views = torch.rand(size, 3, side, side, device=loop.device)
+            try_step(student, loop, views.contiguous(memory_format=torch.channels_last))
     except Exception as error:  # compilers fail in as many ways as machines can be set up
         if is_out_of_memory(error):
             raise
         student.compiled_net = None
-        info(f"WARNING: {config.student} cannot be compiled here and is computed as it is: {first_line(error)}")
+        info(f"WARNING: compiling {config.student} failed ({first_line(error)}); training it uncompiled")
         return
     info(f"compiled {config.student} in {duration(time.monotonic() - began)}")
 
 
-def try_step(student: Classifier, course: LoopOptions, views: Tensor) -> None:
-    """A way there and back that leaves no trace: the averages of BatchNorm and all random numbers stay as they were."""
-    kept = {name: buffer.clone() for name, buffer in student.named_buffers()}
-    was, states = student.training, _random_states(course.device)
+def try_step(student: Classifier, loop: LoopOptions, views: Tensor) -> None:
+    """Runs a forward and backward pass that leaves no trace: buffers, gradients and random states are restored.
+
+    A run that compiles would otherwise not be bitwise the same as its resumed self, which compiles at another step.
+
+    Args:
+        views: (n, 3, side, side).
+    """
+    buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    was_training, states = student.training, _random_states(loop.device)
     try:
-        with devices.autocast(course.device, course.precision):
+        with devices.autocast(loop.device, loop.precision):
             loss = student.train()(views).float().square().mean()
         loss.backward()
     finally:
         for name, buffer in student.named_buffers():
-            buffer.copy_(kept[name])
+            buffer.copy_(buffers[name])
         student.zero_grad(set_to_none=True)
-        student.train(was)
+        student.train(was_training)
         for restore, state in states:
             restore(state)
 
 
 def _random_states(device: torch.device) -> list[tuple[Callable[[Any], object], Any]]:
+    """Returns pairs of a function that restores a random generator, and the generator's state now."""
     states: list[tuple[Callable[[Any], object], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
     if device.type != "cpu":
         module = torch.get_device_module(device)

@@ -28,7 +28,7 @@ from funmatch.runtime.files import cache_home, try_lock_file, write_array
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.prefetch import prefetch_map
 from funmatch.training.setup import TrainSetup
-from funmatch.training.teachers.loading import CHECKED, LoadedTeacher
+from funmatch.training.teachers.loading import COMPARED_IMAGES, LoadedTeacher
 
 PART = 1024
 """Views that are predicted between two writes to the disk, about."""
@@ -106,7 +106,7 @@ def fixed_views(setup: TrainSetup[Distill]) -> FixedViews:
 def first_views(setup: TrainSetup[Distill], loaded: Sequence[LoadedTeacher]) -> dict[int, Tensor]:
     """Returns one view of each of the first training images, by side; inference modes are compared on them."""
     source, sides = fixed_views(setup), {teacher.side for teacher in loaded}
-    images = range(min(CHECKED, setup.evaluation.view.batch, len(source.split)))
+    images = range(min(COMPARED_IMAGES, setup.evaluation.view.batch, len(source.split)))
     each = [source.views(image, slice(1), sorted(sides)) for image in images]
     return {side: torch.cat([views[side] for views in each]) for side in sides}
 

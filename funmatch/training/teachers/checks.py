@@ -1,0 +1,111 @@
+"""Checks that teachers are usable: their logits are finite, above chance, and as good as their card says."""
+
+import math
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from funmatch.config import Distill
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.errors import InputError
+from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
+from funmatch.runtime.log import info
+from funmatch.runtime.text import percent
+from funmatch.training import scoring
+
+BELOW_CARD_WARNING = 0.1
+"""Accuracy below the card's from which a warning is given."""
+
+
+class MemberLogits(nn.Module):
+    """A teacher as a module that gives the logits of the mapped classes."""
+
+    def __init__(self, member: EnsembleMember) -> None:
+        super().__init__()
+        # `frozen` is registered as a submodule, so that `.to()` and `.eval()` reach it through the dataclass.
+        self.member, self.frozen = member, member.frozen
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.member.logits(views)
+
+
+def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView) -> tuple[Tensor, list[Tensor]]:
+    """Predicts a split's images.
+
+    Args:
+        view: the student's; each teacher sees the images at its own size.
+
+    Returns:
+        the combined logits and those of each teacher, (n, classes) float32 on the CPU.
+    """
+    each = [scoring.predict(MemberLogits(member), split, member_view(member, view)) for member in teachers.members]
+    return teachers.combine_logits(each), each
+
+
+def member_view(member: EnsembleMember, view: scoring.EvalView) -> scoring.EvalView:
+    """Returns the preprocessing of evaluation for a teacher: the student's, at the teacher's own image size."""
+    if member.side == view.side:
+        return view
+    return replace(
+        view, side=member.side, short_side=scoring.default_eval_resize(member.side, member.frozen.classifier.card)
+    )
+
+
+def check_teachers(
+    teachers: TeacherEnsemble, combined: Tensor, each: list[Tensor], split: CachedSplit, config: Distill
+) -> None:
+    """Reports the accuracy of the teachers, and refuses those near chance: nearly always a wrong head.
+
+    Args:
+        combined: logits of the split as `predict` returns them, (n, classes).
+        each: those of each teacher.
+
+    Raises:
+        InputError: logits are not finite, or near chance without `allow_weak_teacher`.
+    """
+    members = [*zip(teachers.members, each, strict=True)]
+    for member, logits in [*members, *([(None, combined)] if len(members) > 1 else [])]:
+        name = member.name if member else "ensemble"
+        # Before anything else: a NaN compares false with every threshold, and would pass.
+        if not logits.isfinite().all():
+            raise InputError(f"teacher {name} has outputs that are not finite; its weights are damaged")
+        metrics = scoring.score(logits, split)
+        if metrics["balanced"] is None or metrics["top1"] is None:
+            continue
+        info(f"teacher {name}: top-1 {percent(metrics['top1'])} on {len(split)} images of {split.name}")
+        on_card = member.frozen.classifier.card.top1 if member else None
+        if on_card is not None and metrics["top1"] < on_card - BELOW_CARD_WARNING:
+            info(
+                f"WARNING: teacher {name} has top-1 {percent(metrics['top1'])} here, but its card says "
+                f"{percent(on_card)}; check the images, the order of the classes and the image size (--teacher-side)"
+            )
+        check_above_chance(name, metrics["balanced"], logits, split, config)
+
+
+def check_above_chance(name: str, accuracy: float, logits: Tensor, split: CachedSplit, config: Distill) -> None:
+    """Raises `InputError` for a teacher near chance, unless `allow_weak_teacher` is set.
+
+    Args:
+        accuracy: mean over classes, in [0, 1]: with unequal classes, a constant prediction has a high top-1.
+        logits: (n, classes).
+    """
+    # Chance is measured over the classes that occur; of one class alone over all outputs.
+    present = len(split.labels(slice(None)).unique())
+    needed = chance_threshold(present if present > 1 else logits.shape[-1], len(split))
+    if accuracy < needed and not config.allow_weak_teacher:
+        raise InputError(
+            f"teacher {name} is near chance: mean accuracy over classes {percent(accuracy)} on {split.name}, at least "
+            f"{percent(needed)} required. Usually its head belongs to other classes, or its normalisation or image "
+            "size differs (--teacher-side). Pass --allow-weak-teacher to use it nevertheless"
+        )
+
+
+def chance_threshold(classes: int, images: int) -> float:
+    """Returns the mean accuracy over classes below which a classifier is taken to guess.
+
+    Two standard deviations above chance, or a tenth of the way from chance to 1 (`chance` of the way where that is
+    less), whichever is more; but never more than halfway from chance to 1.
+    """
+    chance = 1 / classes
+    deviation = math.sqrt(chance * (1 - chance) / images)
+    return min(chance + max(2 * deviation, min(chance, 0.1) * (1 - chance)), (1 + chance) / 2)
