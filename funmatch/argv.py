@@ -1,14 +1,14 @@
-"""What a person types, made ready for the parser: options that are said twice, and the names of recipes."""
+"""Turns the words of a command line into a table of options: repeated options, recipes, and the parser itself."""
 
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
 from funmatch.config import SEARCHED, TAUGHT, Distill, recipes
-from funmatch.config.help import asks_for_help
+from funmatch.config.help import asks_for_help, default_of, metavar
 from funmatch.config.options import Options, like
 from funmatch.errors import InputError, unknown
 
 if TYPE_CHECKING:  # the parser takes a tenth of a second to import, which help and versions need not wait for
-    from tyro.constructors import StructConstructorSpec, StructTypeInfo
+    from tyro.constructors import PrimitiveConstructorSpec, StructConstructorSpec, StructTypeInfo
 
 
 class DistillMany(Distill):
@@ -21,12 +21,12 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def parse_options(words: list[str], table: type[AnyOptions], prog: str, default: Any, *, show: bool) -> AnyOptions:
-    """The table that some words describe; whatever is wrong with them ends the program.
+    """Parses words into a table; an option that is unknown or malformed is explained, and ends the program.
 
     Args:
-        prog: the command as its usage shows it.
-        default: a table whose values are used for options that are not among the words, or None.
-        show: whether this process prints what is wrong.
+        prog: the command, as messages show it.
+        default: table with the values of options that are not among the words, or None.
+        show: whether this process prints messages.
     """
     import tyro
     from tyro.constructors import ConstructorRegistry
@@ -38,7 +38,7 @@ def parse_options(words: list[str], table: type[AnyOptions], prog: str, default:
 
 
 def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
-    """How tyro reads a table of ours: each option tells its flag and aliases itself, so `config` needs no tyro."""
+    """Tells tyro how to read our tables: from each option's own metadata, so that `config` needs no tyro."""
     import tyro
     from tyro.constructors import StructConstructorSpec, StructFieldSpec
 
@@ -47,19 +47,63 @@ def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
     fields = []
     for name, field in info.type.model_fields.items():
         opt = info.type.opt(name)
-        conf: list[Any] = [tyro.conf.arg(name=opt.flag, aliases=opt.aliases or None)]
+        hint = f"({default_of(info.type, name) or 'default: off'})"
+        shown = {"metavar": metavar(info.type, name), "help_behavior_hint": hint}
+        conf: list[Any] = [tyro.conf.arg(name=opt.flag, aliases=opt.aliases or None, **shown)]
         conf += [tyro.conf.Positional] if opt.positional else []
         conf += [tyro.conf.FlagCreatePairsOff] if field.default is False else []
+        conf += [numbers] if (numbers := _spec_of_numbers(field.annotation)) else []
         default = tyro.MISSING if field.is_required() else field.default
         if isinstance(info.default, Options):
             default = getattr(info.default, name, default)
         typed: Any = Annotated[(field.annotation, *conf)]  # pyrefly: ignore[not-a-type]
-        fields.append(StructFieldSpec(name=name, type=typed, default=default, helptext=field.description))
+        fields.append(
+            StructFieldSpec(
+                name=name, type=typed, default=default, helptext=" ".join((field.description or "").split())
+            )
+        )
     return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
 
+def _spec_of_numbers(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
+    """Tells tyro how to read numbers, for the sake of a message that names no types of Python; None for other types."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    members = [each for each in (get_args(kind) or (kind,)) if each is not type(None)]
+    several = get_origin(kind) is tuple or get_origin(members[0]) is tuple
+    elements = [each for each in (get_args(members[0]) or members) if each is not ...]
+    if not {*elements} <= {int, float}:
+        return None
+    fixed, optional = len(elements), type(None) in get_args(kind)
+    every = "*" if get_origin(kind) is tuple and ... in get_args(kind) else (1, fixed) if optional else fixed
+
+    def read(words: list[str]) -> Any:
+        if optional and [word.lower() for word in words] == ["none"]:
+            return None
+        if every != "*" and len(words) != fixed:
+            raise ValueError(f"wanted {fixed} numbers, got {len(words)}: {' '.join(words)}")
+        values = tuple(_number(word, elements[0]) for word in words)
+        return values if several else values[0]
+
+    return PrimitiveConstructorSpec(
+        nargs=every,
+        metavar="N",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, int | float | tuple),
+        str_from_instance=lambda value: [str(each) for each in (value if isinstance(value, tuple) else (value,))],
+    )
+
+
+def _number(word: str, kind: type[int] | type[float]) -> float:
+    try:
+        return kind(word)
+    except ValueError:
+        hint = "; `funmatch tune … --space` tries several values" if "," in word else ""
+        raise ValueError(f"wanted a {'whole ' if kind is int else ''}number, got {word!r}{hint}") from None
+
+
 def split_students(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The words with the first `--student` alone, and all students that were said."""
+    """Takes all `--student` options but the first out of the words; returns the rest, and all students."""
     left, students = [], []
     following = iter(words)
     for word in following:
@@ -74,10 +118,10 @@ def split_students(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def split_subject(words: list[str], verb: str) -> tuple[list[str], str]:
-    """The words of `funmatch tune WHAT …` or `funmatch plan WHAT …` for the table of a verb, and this verb.
+    """Splits the words of `funmatch tune WHAT …` or `funmatch plan WHAT …` into those of a command, and the command.
 
     Raises:
-        InputError: what is to be searched or planned is neither a verb nor a recipe.
+        InputError: WHAT is neither a command nor a recipe.
     """
     what = words[0] if words and not words[0].startswith("-") else ""
     if what in SEARCHED:
@@ -85,7 +129,7 @@ def split_subject(words: list[str], verb: str) -> tuple[list[str], str]:
     if what in recipes.RECIPES:
         return words, recipes.RECIPES[what].verb
     if not what and not asks_for_help(words):
-        raise InputError(f"say what to {verb}: {', '.join(SEARCHED)}, or the name of a recipe, e.g. pet37-fast")
+        raise InputError(f"give a command to {verb}: {', '.join(SEARCHED)}, or the name of a recipe, e.g. pet37-fast")
     if what:
         hint = "`funmatch recipes` lists the recipes"
         raise unknown("verb or recipe", what, [*SEARCHED, *recipes.RECIPES], hint=hint)
@@ -93,9 +137,10 @@ def split_subject(words: list[str], verb: str) -> tuple[list[str], str]:
 
 
 def apply_recipe(words: list[str], verb: str, table: type[Options]) -> tuple[list[str], Any]:
-    """The words without the name of a recipe, and the table that it gives when these words are said; None without one.
+    """Takes the name of a recipe out of the words; returns the rest, and the recipe's table or None.
 
-    It is the first word, or the value of `--recipe`.
+    The name is the first word, or the value of `--recipe`. What the words set, or make meaningless, is left out of the
+    table.
     """
     import tyro
 
@@ -110,33 +155,35 @@ def apply_recipe(words: list[str], verb: str, table: type[Options]) -> tuple[lis
     if not names:
         return words, None
     if len(set(names)) > 1:
-        raise InputError(f"two recipes are named, {' and '.join(names)}; a run follows one")
+        raise InputError(f"two recipes are given, {' and '.join(names)}; a run follows one")
     flags = {word.partition("=")[0] for word in left if word.startswith("--")}
-    said = {name for flag in flags if (name := table.field_of(flag))}
-    open_knobs = dict.fromkeys(name for name, knob in table.model_fields.items() if knob.is_required())
-    closed = recipes.find(names[0], verb).over(dict.fromkeys(said))
-    if table not in TAUGHT.values() and "out" in closed:
-        closed["out"] = closed["out"].with_name(f"tune-{names[0]}")  # the recipe's own is a run's
-    return left, table.model_construct(**dict.fromkeys(open_knobs, tyro.MISSING) | closed)
+    given = [name for flag in flags if (name := table.field_of(flag))]
+    required = [name for name, field in table.model_fields.items() if field.is_required()]
+    values = recipes.find(names[0], verb).over(given)
+    if table not in TAUGHT.values() and "out" in values:
+        values["out"] = values["out"].with_name(f"tune-{names[0]}")  # the recipe's own folder is a run's
+    return left, table.model_construct(**dict.fromkeys(required, tyro.MISSING) | values)
 
 
 def merge_repeated(words: list[str], table: type[Options]) -> list[str]:
-    """The words with `--teacher a … --teacher b` as `--teacher a b`, of which tyro would see the last alone."""
-    several = {name for name, knob in table.model_fields.items() if "tuple" in str(knob.annotation)}
-    parts: list[list[str]] = [[]]
-    first: dict[str, list[str]] = {}  # the part of each option that takes several values
+    """The words with `--teacher a … --teacher b` as `--teacher a b`, since the parser would keep the last alone."""
+    several = table.where(lambda opt: opt.positional is False) & {
+        name for name, field in table.model_fields.items() if get_origin(field.annotation) is tuple
+    }
+    part: list[str] = []  # an option and the values that follow it
+    parts, first = [part], dict[str, list[str]]()
     for word in words:
         flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
-        if name not in several:
-            if word.startswith("--"):
-                parts.append([])
-            parts[-1].append(word)
-        elif name in first:
-            parts.append(first[name])  # values that follow go there
-            first[name] += [value] if equals else []
+        name = table.field_of(flag) if flag.startswith("-") else None
+        if name in several:
+            if name not in first:
+                first[name] = [flag]
+                parts.append(first[name])
+            part = first[name]
+            part += [value] if equals else []
+        elif name or flag.startswith("--"):
+            part = [word]
+            parts.append(part)
         else:
-            first[name] = [flag, value] if equals else [flag]
-            parts.append(first[name])
-    each = {id(part): part for part in parts}  # a part that was met again stands where it stood first
-    return [word for part in each.values() for word in part]
+            part.append(word)
+    return [word for part in parts for word in part]

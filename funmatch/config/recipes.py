@@ -1,12 +1,12 @@
-"""The published recipes as one table: complete configurations, and what was published for them.
+"""Lists the published recipes: complete configurations, and the accuracies published for them.
 
-Figures are of Beyer et al., "Knowledge distillation: A good teacher is patient and consistent" (CVPR 2022; table 4 for
-the small data sets), and of Paul's TensorFlow project, whose README reports them. A recipe is a complete table of
-`config`; what is said beside it on the command line counts, and stands in the run's record.
+Accuracies are those of Beyer et al., "Knowledge distillation: A good teacher is patient and consistent" (CVPR 2022;
+table 4 for the small data sets), and of the README of Paul's TensorFlow project. A recipe sets every option of a
+command; options on the command line override it, and the run's record lists them.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,14 +25,14 @@ class Recipe:
     """A published run.
 
     Attributes:
-        name: to call it by.
-        verb: of the command that carries it out.
-        knobs: what it says; all others are the verb's defaults.
-        top1: published for its student on the test images, percent, or None.
-        teacher_top1: published for its teacher, percent, or None.
-        source: who published it.
-        note: what else to know, a sentence or none.
-        space: what `funmatch tune` searches, knob to values.
+        name: the name to call it by.
+        verb: the command that carries it out.
+        knobs: the options it sets; all others have the command's defaults.
+        top1: published accuracy of its student on the test images, percent, or None.
+        teacher_top1: published accuracy of its teacher, percent, or None.
+        source: its publication.
+        note: a sentence on what else to know, or "".
+        space: the options that `funmatch tune` searches, and their values.
     """
 
     name: str
@@ -46,35 +46,37 @@ class Recipe:
 
     @property
     def command(self) -> str:
-        """What a person types."""
+        """The command line that carries it out."""
         return f"funmatch {self.verb} {self.name}"
 
-    def table(self, **said: Any) -> Train:
-        """Its complete configuration, with what a person says instead."""
-        return TAUGHT[self.verb].checked(**self.over(said), **said)
+    def table(self, **overrides: Any) -> Train:
+        """Its complete configuration, with some options overridden."""
+        return TAUGHT[self.verb].checked(**self.over(overrides), **overrides)
 
-    def over(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        """What it says itself when a person says this: that, but for what goes with what they replace."""
-        silent = {*said, *replaced_by(TAUGHT[self.verb], said)}
+    def over(self, overrides: Iterable[str]) -> dict[str, Any]:
+        """The options it still sets beside those that a person sets: without these, and without what they replace."""
+        table = TAUGHT[self.verb]
+        names = {table.field_of(word) or word for word in overrides}
+        silent = {*names, *replaced_by(table, names)}
         return {name: value for name, value in self.knobs.items() if name not in silent} | {"recipe": self.name}
 
 
 def find(name: str, verb: str | None = None) -> Recipe:
-    """The recipe with a name.
+    """Looks a recipe up by its name.
 
     Raises:
-        InputError: there is none, or it is one of another verb.
+        InputError: there is none, or it belongs to another command.
     """
     if name not in RECIPES:
         raise unknown("recipe", name, [each.name for each in RECIPES.values() if verb in (None, each.verb)])
     recipe = RECIPES[name]
     if verb not in (None, recipe.verb):
-        raise InputError(f"{name} is a recipe of another verb; say: {recipe.command}")
+        raise InputError(f"{name} is a recipe of another command; run: {recipe.command}")
     return recipe
 
 
 def matching(pattern: str) -> list[Recipe]:
-    """The recipes whose names hold a pattern, or all."""
+    """The recipes whose names match a pattern or contain it; all for an empty one."""
     wide = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     found = [recipe for name, recipe in RECIPES.items() if fnmatch(name, wide)]
     if not found:
@@ -83,7 +85,7 @@ def matching(pattern: str) -> list[Recipe]:
 
 
 def facts(config: Train) -> dict[str, Any]:
-    """What a run's record says of its recipe: `overridden`, knob to (the recipe's value, its own); {} without one."""
+    """A run's facts about its recipe: `overridden`, option to [the recipe's value, the run's]; {} without a recipe."""
     if config.recipe is None:
         return {}
     recipe = find(config.recipe)
@@ -95,12 +97,12 @@ def facts(config: Train) -> dict[str, Any]:
 
 
 def words(recipe: Recipe) -> str:
-    """The recipe as a command that names every knob which it sets."""
+    """The recipe as a command line that gives every option it sets."""
     return " ".join([f"funmatch {recipe.verb}", *options(recipe.verb, recipe.knobs)])
 
 
 def options(verb: str, knobs: Mapping[str, Any]) -> Iterator[str]:
-    """Knobs as a person types them, an option each with its values."""
+    """Options as they are typed, one string for each with its values."""
     for name, value in knobs.items():
         option = "--" + (TAUGHT[verb].opt(name).flag or name).replace("_", "-")
         values = value if isinstance(value, tuple) else (value,)
@@ -112,7 +114,7 @@ def options(verb: str, knobs: Mapping[str, Any]) -> Iterator[str]:
 
 
 DATA = {"pet37": "pet", "flowers102": "flowers", "food101": "food", "sun397": "sun"}
-"""Data sets of the paper, and what its own files call them."""
+"""Data sets of the paper, and their names in its files."""
 TEACHER_TOP1 = {"flowers102": 97.82, "pet37": 91.03, "food101": 86.24, "sun397": 74.22}
 STUDENT = {"student": "resnetv2_50x1_bit", "side": 128, "eval_resize": 160}
 
@@ -135,30 +137,30 @@ ROWS = (
     ("sun397", "long", 3_000, 1e-2, 3e-5, 10, 74.26),
 )
 SPACE = {"lr": "3e-4,1e-3,3e-3,1e-2", "temperature": "1,2,5,10", "weight_decay": "1e-5,3e-5,1e-4,3e-4,1e-3"}
-"""The values that table 4 of the paper chose from."""
+"""The values searched for table 4 of the paper."""
 
 
 def _small_data() -> Iterator[Recipe]:
-    """The paper's students of 128 pixels."""
+    """The paper's students for images of 128 pixels."""
     for data, name, epochs, lr, decay, temperature, top1 in ROWS:
         knobs = {
             "data": (data,), "teacher": (f"bit:R152x2_T_{DATA[data]}128",), **STUDENT,
             "out": Path(f"runs/{data}-{name}"), "epochs": float(epochs), "batch": 512, "lr": lr,
             "weight_decay": decay, "temperature": float(temperature), "warmup_steps": 1500,
         }  # fmt: skip
-        note = "The paper's own code says lr 0.001." if (data, name) == ("sun397", "medium") else ""
+        note = "The paper's code uses lr 0.001." if (data, name) == ("sun397", "medium") else ""
         yield Recipe(f"{data}-{name}", "distill", knobs, top1, TEACHER_TOP1[data], note=note, space=SPACE)
 
 
 def _teachers() -> Iterator[Recipe]:
-    """The paper's teachers of 128 pixels, which BiT-HyperRule fine-tunes; and the earlier project's network so."""
+    """The paper's teachers for images of 128 pixels, fine-tuned by BiT-HyperRule; and the earlier project's network."""
     for data, top1 in TEACHER_TOP1.items():
         for name, network in ((f"teacher-{data}", "152x2"), (f"teacher-{data}-r101x3", "101x3")):
             knobs = {
                 "data": (data,), "student": f"resnetv2_{network}_bit.goog_in21k", "side": 128, "resize": 160,
                 "out": Path(f"runs/{name}"), "batch": 512, "micro_batch": 64,
             }  # fmt: skip
-            note = "In pieces of 64 images it fits 16 GB; --grad-checkpointing halves that again."
+            note = "With micro-batches of 64 images it fits in 16 GB; --grad-checkpointing halves that again."
             published = top1 if network == "152x2" else None
             yield Recipe(name, "finetune", knobs, published, note=note, space={"lr": "log:3e-4..3e-2"})
 
@@ -192,7 +194,9 @@ def _imagenet() -> Iterator[Recipe]:
                 **IMAGENET, "teacher": (IMAGENET_TEACHER,), "student": "resnetv2_50x1_bit", **own,
                 "epochs": float(epochs), "out": Path(f"runs/{name}-{epochs}"),
             }  # fmt: skip
-            note = "The number of groups is not published; here 8 channels are one." if name.endswith("lenet") else ""
+            note = (
+                "The number of groups is not published; here a group has 8 channels." if name.endswith("lenet") else ""
+            )
             yield Recipe(f"{name}-{epochs}", "distill", knobs, top1, note=note, space=SPACE)
 
 
@@ -204,8 +208,8 @@ EARLIER_ROWS = (
     ("food101", 100, 76.06, 85.52),
 )
 FAULTS = (
-    "Its settings without its faults: MixUp's partners were mirrored pairs, the loss lacked T², gradients were clipped "
-    "a variable at a time, and weight decay hung on neither the schedule nor the kind of variable."
+    "Its settings without its faults: MixUp paired mirrored images, the loss lacked T², gradients were clipped per "
+    "variable, and weight decay followed neither the schedule nor the kind of variable."
 )
 
 
@@ -219,7 +223,7 @@ def _earlier() -> Iterator[Recipe]:
             "steps": 450, "warmup_steps": 0, "decay_steps": (200, 300, 400), "decay_factors": (0.1, 1e-3, 1e-4),
             "mixup": 0.0, "eval_every": 10,
         }  # fmt: skip
-        note = "Evaluated on the central 0.875 of the image, squashed to 128 pixels. Its lr is 1e-5 a TPU core."
+        note = "Evaluated on the central 0.875 of the image, squashed to 128 pixels. Its lr is 1e-5 per TPU core."
         space = {"lr": "3e-3,1e-4,1e-5,5e-5"}
         yield Recipe(f"tf-teacher-{data}", "finetune", knobs, top1, source=EARLIER, note=note, space=space)
     for data, epochs, top1, teacher_top1 in EARLIER_ROWS:

@@ -323,7 +323,7 @@ def test_if_all_fail_it_says_why(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to tune: train, finetune, distill"),
+        ([], "give a command to tune: train, finetune, distill"),
         (["distil"], "did you mean 'distill'"),
         (["pet37-fats"], "did you mean 'pet37-fast'"),
         ([*WORDS], "say what to search"),

@@ -1,0 +1,80 @@
+"""Words become a table: repeated options, aliases, recipes, and messages about words that are no values."""
+
+import re
+
+import pytest
+
+from funmatch.argv import DistillMany, merge_repeated, split_students
+from funmatch.cli import parse
+from funmatch.config import Distill, Report
+from funmatch.config.recipes import find
+
+BASE = ["distill", "--data", "d", "--teacher", "t", "--student", "s", "--out", "o", "--steps", "3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "merged"),
+    [
+        ("--teacher a --teacher b", "--teacher a b"),
+        ("--teacher=a --lr 1 --teacher b c", "--teacher a b c --lr 1"),
+        ("--teacher a -b 3 --teacher b", "--teacher a b -b 3"),
+        ("--student-kwargs a=1 --model-kwargs b=2 --no-mixup-max", "--student-kwargs a=1 b=2 --no-mixup-max"),
+        ("--teacher-share 0.5 --teacher-share -1", "--teacher-share 0.5 -1"),
+        ("pet37-fast --lr 1 --lr 2", "pet37-fast --lr 1 --lr 2"),
+    ],
+)
+def test_an_option_of_several_values_may_be_repeated(words, merged):
+    assert merge_repeated(words.split(), Distill) == merged.split()
+
+
+def test_values_without_a_flag_stay_where_they_are():
+    assert merge_repeated(["a", "b", "--out", "c"], Report) == ["a", "b", "--out", "c"]
+
+
+def test_students_by_any_of_their_flags():
+    assert split_students(["--student", "a", "--lr", "1", "--model=b"]) == (["--student", "a", "--lr", "1"], ("a", "b"))
+    several = parse([*BASE, "--student", "other"])
+    assert isinstance(several, DistillMany)
+    assert several.students == ("s", "other")
+
+
+def test_words_become_values():
+    config = parse([
+        *BASE, "-b", "2", "--teacher", "u", "--teacher-share", ".5", "1", "--decay-steps", "1", "2", "--schedule",
+        "staircase", "--clip-norm", "none", "--randaugment", "2", "9", "--no-mixup-max", "--opt", "sgd", "-T", "2",
+        "--img-size", "64", "--loss", "js", "-j", "1", "--json",
+    ])  # fmt: skip
+    assert isinstance(config, Distill)
+    assert (config.batch, config.teacher, config.teacher_share, config.decay_steps) == (2, ("t", "u"), (0.5, 1), (1, 2))
+    assert (config.clip_norm, config.randaugment, config.mixup_max, config.optimizer) == (None, (2, 9), False, "sgd")
+    assert (config.temperature, config.side, config.distance, config.workers) == (2.0, 64, "js", 1)
+    assert config.as_json
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr 3e-3,1e-3", "--lr: wanted a number, got '3e-3,1e-3'; `funmatch tune … --space` tries several values"),
+        ("--batch 1.5", "--batch: wanted a whole number, got '1.5'"),
+        ("--randaugment 2", "--randaugment: wanted 2 numbers, got 1: 2"),
+        ("--decay-steps 2 x", "--decay-steps: wanted a whole number, got 'x'"),
+        ("--crop big", "'inception', 'mild', 'squash', 'whole'"),
+        ("--tacher t", "Perhaps you meant: --teacher MODEL …"),
+    ],
+)
+def test_words_that_are_no_values(capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        parse([*BASE, *words.split()])
+    assert end.value.code == 2
+    told = capsys.readouterr()
+    text = re.sub(r"[│╭╰╮╯─|+]|\s+", " ", told.err + told.out)  # the frame around it
+    assert message in re.sub(" +", " ", text)
+    for sign in ("<class", "NoneType", "{None}", "FLOAT", "INT "):
+        assert sign not in text
+
+
+def test_a_recipe_gives_way_to_options_by_any_of_their_names():
+    recipe = find("pet37-fast")
+    assert recipe.table(batch_size=16, img_size=32).batch == 16
+    assert parse(["distill", "pet37-fast", "--model", "mine"]).student == "mine"
+    assert "epochs" not in recipe.over(["steps"])
