@@ -200,7 +200,7 @@ def test_roots_may_be_shared_out():
 
     ours, others = pair(SHAPES.values(), torch.float64)
     options = {"block_size": 8, "start_preconditioning_step": 1}
-    walk(ours, others, Shampoo(ours, 0.01, **options), Shampoo(others, 0.01, share=one_by_one, **options), 4)
+    walk(ours, others, Shampoo(ours, 0.01, **options), Shampoo(others, 0.01, sharded_map=one_by_one, **options), 4)
     assert max(float((p - q).detach().abs().max()) for p, q in zip(ours, others, strict=True)) < 1e-9
 
 

@@ -1,10 +1,10 @@
-"""Optimizers by name, all with weight decay on kernels only that does not depend on the learning rate.
+"""Creates optimizers by name, all with weight decay that applies to kernels only and not through the learning rate.
 
 Whatever the optimizer, a step is Δw = −s·(lr·update + weight_decay·w), with s the schedule's factor: the user's number
-is the share of a kernel that is lost in a step at the top of the schedule. Kernels decay first. So an update that looks
-at its kernel (the trust ratios of LAMB and LARS, the projections of AdamP) sees what is left of it, as in timm's
-decoupled optimizers; and those of timm that differ only in how they decay (`lamb`, `lambw`) are the same here. MADGRAD
-takes the mean of what is left and a point that it reckons from the first weights: with it, kernels decay towards them.
+is the share of a kernel that is lost in a step at the peak of the schedule. Kernels decay first. So an update that
+depends on its kernel (the trust ratios of LAMB and LARS, the projections of AdamP) sees what is left of it, as in
+timm's decoupled optimizers; and those of timm that differ only in how they decay (`lamb`, `lambw`) are the same here.
+MADGRAD averages what is left with a point computed from the first weights: with it, kernels decay towards them.
 """
 
 import inspect
@@ -23,32 +23,40 @@ from funmatch.ops.optim.shampoo_blocks import ShardedMap, map_locally
 from funmatch.ops.optim.updates import decayed_parameters
 
 Groups = list[dict[str, Any]]
-TWICE = "it differentiates the gradient once more, which the loop here does not prepare"
-DRAWS = "it draws from a generator of its own, so that a run that was stopped would not end with the same bits"
+TWICE = "it differentiates the gradient once more, which the training loop does not prepare"
+DRAWS = "it draws from a generator of its own, so a resumed run would not be bitwise identical"
 REFUSED = {"adahessian": TWICE, "kron": DRAWS, "kronc": DRAWS, "kronw": DRAWS}
-"""The optimizers of timm that cannot be used, and why."""
-RESERVED = {"params", "lr", "weight_decay", "momentum", "share"}
-"""What an optimizer is given otherwise than as an option."""
+"""Optimizers of timm that cannot be used, and why."""
+RESERVED = {"params", "lr", "weight_decay", "momentum", "sharded_map"}
+"""Arguments of optimizers that are not passed among their options."""
 
 
 def list_optimizers() -> list[str]:
-    """All optimizers that `make` knows: those of this module, and timm's."""
+    """Returns the names that `create_optimizer` accepts: those of `FACTORIES` and timm's."""
     return sorted({*FACTORIES, *map(str, timm.optim.list_optimizers())} - REFUSED.keys())
 
 
 def check_optimizer_name(name: str) -> None:
-    """Raises an `InputError` where no optimizer has this name."""
+    """Checks that an optimizer has this name and can be used.
+
+    Raises:
+        InputError: it has not, or cannot.
+    """
     if name in REFUSED:
         raise InputError(f"optimizer {name} cannot be used: {REFUSED[name]}")
     if name not in list_optimizers():
         raise unknown("optimizer", name, list_optimizers())
 
 
-def resolve_momentum(name: str, asked: float | None) -> float:
-    """The momentum that was asked for, or is usual; an `InputError` where no optimizer has this name."""
+def resolve_momentum(name: str, momentum: float | None) -> float:
+    """Returns the momentum as given, or the optimizer's default: 0.95 for Muon, 0.9 for others.
+
+    Raises:
+        InputError: no optimizer has this name.
+    """
     check_optimizer_name(name)
-    usual = 0.95 if "muon" in name else 0.9
-    return usual if asked is None else asked
+    default = 0.95 if "muon" in name else 0.9
+    return default if momentum is None else momentum
 
 
 def create_optimizer(
@@ -60,91 +68,105 @@ def create_optimizer(
     momentum: float | None = None,
     momentum_dtype: str = "fp32",
     options: Mapping[str, Any] | None = None,
-    share: ShardedMap = map_locally,
+    sharded_map: ShardedMap = map_locally,
 ) -> torch.optim.Optimizer:
-    """The optimizer with this name, of the parameters of a model that are taught.
+    """Creates the optimizer of a name for a model's trainable parameters.
 
     Args:
-        name: one of `names()`.
-        model: whose parameters with `requires_grad` are taught.
-        lr: at the top of the schedule, > 0.
-        weight_decay: the share of a kernel that is lost in a step at the top of the schedule.
-        momentum: of those that have one of this name, and Shampoo; by default 0.9, Muon's 0.95.
-        momentum_dtype: in which AdamW keeps the mean of its gradients, fp32 or bf16.
-        options: more for the optimizer, e.g. `eps`.
-        share: how the work on Shampoo's roots is shared out.
+        name: one of `list_optimizers()`.
+        model: its parameters with `requires_grad` are trained.
+        lr: learning rate at the peak of the schedule, > 0.
+        weight_decay: share of a kernel that is lost in a step at the peak of the schedule.
+        momentum: of the optimizers that have an argument of this name, and of Shampoo; see `resolve_momentum`.
+        momentum_dtype: dtype in which AdamW keeps the mean of its gradients, fp32 or bf16.
+        options: further arguments of the optimizer, e.g. `eps`.
+        sharded_map: distributes the computation of Shampoo's roots over processes.
 
     Raises:
-        InputError: no such optimizer or option, or a library that it needs is not here.
+        InputError: there is no such optimizer or option, or a library that it needs is missing.
     """
     momentum = resolve_momentum(name, momentum)
     if momentum_dtype != "fp32" and name != "adamw":
         raise InputError(f"momentum_dtype {momentum_dtype} belongs to optimizer adamw, not {name}")
-    own = {"adamw": {"dtype": momentum_dtype}, "shampoo": {"share": share}}.get(name, {})
+    own = {"adamw": {"dtype": momentum_dtype}, "shampoo": {"sharded_map": sharded_map}}.get(name, {})
     options = dict(options or {})
     try:
         _check_options(name, options)
         if options:
-            _try_out(name, model, lr, momentum, options)
-        return _made(name, model, lr, weight_decay, momentum, {**own, **options})
-    except (TypeError, ValueError, ImportError, AssertionError) as error:  # timm asserts that its libraries are here
+            _try_options(name, model, lr, momentum, options)
+        return _create(name, model, lr, weight_decay, momentum, {**own, **options})
+    except (TypeError, ValueError, ImportError, AssertionError) as error:  # timm asserts that its libraries are present
         raise InputError(f"optimizer {name}: {error}") from None
 
 
-def _made(
+def _create(
     name: str, model: nn.Module, lr: float, weight_decay: float, momentum: float, options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """The optimizer, with the weight decay hung on it."""
+    """Creates the optimizer, with the weight decay attached to it."""
     decaying, others = _groups(model, name)
+    # torch multiplies AdamW's decay by the learning rate, so it gets the quotient: lr · (weight_decay / lr).
     if name == "adamw":
         decaying["weight_decay"] = weight_decay / lr
-    maker = FACTORIES.get(name) or partial(_of_timm, name)
-    optimizer = maker([group for group in (decaying, others) if group["params"]], lr, momentum, **options)
+    factory = FACTORIES.get(name) or partial(_from_timm, name)
+    optimizer = factory([group for group in (decaying, others) if group["params"]], lr, momentum, **options)
     if name != "adamw":
         optimizer.register_step_pre_hook(partial(_decay_, kernels=decaying["params"], share=weight_decay / lr))
     return optimizer
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises an `InputError` where an optimizer has no such option, or we a knob for it: else some are passed over."""
+    """Checks that an optimizer has these options.
+
+    Raises:
+        InputError: it has not, or the option is one of `RESERVED`.
+    """
+    # Needed, since some optimizers take `**kwargs` and would ignore a misspelt option.
     known = inspect.signature(_class_of(name)).parameters.keys() - RESERVED
     for option in options:
         if option in RESERVED:
-            raise InputError(f"{option} is not among its options: it has a knob of its own")
+            raise InputError(f"{option} is not among its options; it is set by an option of the run")
         if option not in known:
             raise unknown("option", option, known)
 
 
-def _try_out(name: str, model: nn.Module, lr: float, momentum: float, options: Mapping[str, Any]) -> None:
-    """Raises an `InputError` where an optimizer cannot work with its options, which some find out at the first step."""
-    small = nn.utils.skip_init(nn.Linear, 2, 2, device=next(model.parameters()).device)  # nothing random is drawn
-    for parameter in small.parameters():
+def _try_options(name: str, model: nn.Module, lr: float, momentum: float, options: Mapping[str, Any]) -> None:
+    """Takes a step on a tiny layer, since some optimizers find out only then that an option has a wrong value.
+
+    Raises:
+        InputError: the step fails.
+    """
+    # Initialised with ones by hand: torch's initialisation would draw random numbers and so change the run.
+    layer = nn.utils.skip_init(nn.Linear, 2, 2, device=next(model.parameters()).device)
+    for parameter in layer.parameters():
         nn.init.ones_(parameter)
         parameter.grad = torch.ones_like(parameter)
     try:
-        _made(name, small, lr, 0.0, momentum, options).step()
-    except Exception as error:  # whatever it comes to
+        _create(name, layer, lr, 0.0, momentum, options).step()
+    except Exception as error:  # a wrong value can raise anything
         given = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        raise InputError(f"it cannot work with {given}: {first_line(error)}") from None
+        raise InputError(f"it fails with {given}: {first_line(error)}") from None
 
 
 def _groups(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The kernels that are taught, and the other parameters; timm's optimizers have no weight decay of their own."""
-    decaying = decayed_parameters(model)
+    """Returns the groups of the trainable kernels and of the other trainable parameters."""
+    kernels = decayed_parameters(model)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    first: dict[str, Any] = {"params": [p for name, p in named if name in decaying], "weight_decay": 0.0}
-    second: dict[str, Any] = {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0}
+    # No weight decay of the optimizer's own; for all but AdamW `_decay_` applies it.
+    first: dict[str, Any] = {"params": [p for name, p in named if name in kernels], "weight_decay": 0.0}
+    second: dict[str, Any] = {"params": [p for name, p in named if name not in kernels], "weight_decay": 0.0}
+    # Without it timm applies the trust ratio only to groups whose own weight decay is not 0.
     if any(word in name for word in ("lamb", "lars", "larc")):
-        first["always_adapt"] = True  # else their trust ratios would count with weight decay only
+        first["always_adapt"] = True
+    # AdamW, also for embeddings and other matrices that are not kernels; Muon would orthogonalize them.
     if "muon" in name:
-        second["use_fallback"] = True  # AdamW, also for embeddings and whatever else is no kernel
+        second["use_fallback"] = True
     return first, second
 
 
 def _decay_(
     optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any, *, kernels: Sequence[Tensor], share: float
 ) -> None:
-    """Takes from the kernels that are about to be updated what they lose, a share of the learning rate."""
+    """Decays the kernels that are about to be updated by `share` times the current learning rate."""
     updated = [kernel for kernel in kernels if kernel.grad is not None]
     if share and updated:
         with torch.no_grad():
@@ -152,26 +174,25 @@ def _decay_(
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which multiplies its decay by the learning rate, with the mean of the gradients kept in bf16.
-
-    It is rounded only when it is put away, as optax's `mu_dtype`, which the paper's code sets.
-    """
+    """torch's AdamW with the mean of the gradients stored in bf16, as in the paper's code (optax's `mu_dtype`)."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update."""
-        self._keep(torch.float32)
+        """Takes one step."""
+        # Rounded only when it is stored; the step itself computes in float32, as optax's does.
+        self._convert_means(torch.float32)
         loss = super().step(closure)
-        self._keep(torch.bfloat16)
+        self._convert_means(torch.bfloat16)
         return loss
 
-    def _keep(self, dtype: torch.dtype) -> None:
+    def _convert_means(self, dtype: torch.dtype) -> None:
         for slots in self.state.values():
             slots["exp_avg"] = slots["exp_avg"].to(dtype)
 
 
 def _adamw(groups: Groups, lr: float, _momentum: float, dtype: str = "fp32", **options: Any) -> torch.optim.Optimizer:
-    fused = options.pop("fused", True)  # it leaves weights and decay alone where gradients in fp16 overflowed
+    # Fused, since it leaves weights and decay alone in a step whose fp16 gradients overflowed.
+    fused = options.pop("fused", True)
     return (AdamW if dtype == "bf16" else torch.optim.AdamW)(groups, lr=lr, fused=fused, **options)
 
 
@@ -189,7 +210,11 @@ def _soap(groups: Groups, lr: float, _momentum: float, **options: Any) -> torch.
 
 
 def _class_of(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """What an optimizer is an instance of; raises as its library does where that is not here."""
+    """Returns the class of an optimizer.
+
+    Raises:
+        ImportError: its library is missing; timm raises others too.
+    """
     if name == "soap":
         try:
             from pytorch_optimizer import SOAP
@@ -200,16 +225,18 @@ def _class_of(name: str) -> Callable[..., torch.optim.Optimizer]:
     return ours.get(name) or get_optimizer_class(name, bind_defaults=False)
 
 
-def _of_timm(name: str, groups: Groups, lr: float, momentum: float, **options: Any) -> torch.optim.Optimizer:
+def _from_timm(name: str, groups: Groups, lr: float, momentum: float, **options: Any) -> torch.optim.Optimizer:
+    # timm's LAMB clips to a norm of 1 by default; the loop clips all gradients itself, if the user wants it.
     if "lamb" in name:
-        options = {"max_grad_norm": None, **options}  # the loop clips all gradients, if a person wants it
+        options = {"max_grad_norm": None, **options}
     return create_optimizer_v2(groups, name, lr=lr, weight_decay=0.0, momentum=momentum, **options)
 
 
+# timm has an `adamw` and an `sgd` too, but the one is not fused and the other Nesterov's.
 FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
     "shampoo": _shampoo,
     "soap": _soap,
 }
-"""Those that are not timm's, or not as timm has them: its `adamw` is not fused, its `sgd` is Nesterov's."""
+"""Optimizers that are not created by timm: (groups, lr, momentum, options) to the optimizer."""

@@ -1,4 +1,4 @@
-"""Equal blocks of many tensors as one tensor, with a matrix for each of their axes: what Shampoo computes with."""
+"""Stacks the equal blocks of many tensors, and the statistics and roots of their axes, for Shampoo's computations."""
 
 from collections import Counter
 from collections.abc import Callable, MutableMapping, Sequence
@@ -13,17 +13,20 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 ShardedMap = Callable[..., Tensor]
-"""`share(work, *stacks)` gives what `work(*stacks)` gives, a stack of matrices of stacks of them, one of each. Several
-processes may each do a part of it and tell each other."""
+"""`sharded_map(work, *stacks)` returns `work(*stacks)`, where `work` treats the elements of the stacks independently, so
+that several processes can each compute a part and exchange the results."""
 
 
 def map_locally(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
-    """All of the work, here."""
+    """Returns `work(*stacks)`, computed in this process alone."""
     return work(*stacks)
 
 
 def merge_axes(shape: Sequence[int], longest: int) -> Shape:
-    """A shape whose neighbouring axes are one where that is no longer than `longest`, and which has no axis of 1."""
+    """Merges neighbouring axes of a shape while their product is at most `longest`, and drops axes of length 1.
+
+    So a kernel of (256, 64, 1, 1) is one matrix, and 3 × 3 positions do not become tiny preconditioners.
+    """
     axes, length = [], 1
     for axis in shape:
         if length * axis > longest:
@@ -35,12 +38,12 @@ def merge_axes(shape: Sequence[int], longest: int) -> Shape:
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """A part of a tensor that falls into equal blocks.
+    """A part of a tensor that divides into equal blocks.
 
     Attributes:
-        corner: where it begins, along each axis.
-        counts: of blocks along each axis.
-        block: shape of one.
+        corner: index of its first element along each axis.
+        counts: number of blocks along each axis.
+        block: shape of one block.
     """
 
     corner: Shape
@@ -53,14 +56,15 @@ class BlockGrid:
         return prod(self.counts)
 
     def split(self, tensor: Tensor) -> Tensor:
-        """Its blocks, [total, *block]."""
+        """Splits this part of a tensor into its blocks, [total, *block]."""
         rank = len(self.block)
         axes = [length for pair in zip(self.counts, self.block, strict=True) for length in pair]
         split = self._part(tensor).reshape(axes)
+        # Axes now alternate (count, side, count, side, …); the counts move to the front.
         return split.permute(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)).reshape(-1, *self.block)
 
     def join_(self, tensor: Tensor, blocks: Tensor) -> None:
-        """Puts blocks back where they were cut from."""
+        """Writes blocks, [total, *block], back to this part of a tensor."""
         rank, part = len(self.block), self._part(tensor)
         axes = [axis for i in range(rank) for axis in (i, rank + i)]
         part.copy_(blocks.reshape(*self.counts, *self.block).permute(axes).reshape(part.shape))
@@ -71,7 +75,7 @@ class BlockGrid:
 
 
 def block_grids(shape: Shape, size: int) -> list[BlockGrid]:
-    """A tensor as grids of blocks with sides of `size`, but for the rests at its ends."""
+    """Divides a tensor into grids of blocks with sides of `size`, or of the remainder at the end of an axis."""
     spans = []
     for length in shape:
         whole, rest = divmod(length, size)
@@ -80,41 +84,49 @@ def block_grids(shape: Shape, size: int) -> list[BlockGrid]:
 
 
 class BlockStacks:
-    """The statistics of the blocks of several tensors and their inverse roots, stacked by side.
+    """The statistics of the blocks of several tensors, and their inverse roots, stacked by side.
 
-    The state of a tensor has views of them: `statistics.<grid>.<axis>` and `roots.<grid>.<axis>`, [blocks, side, side].
+    Each tensor's state holds views of them: `statistics.<grid>.<axis>` and `roots.<grid>.<axis>`, [blocks, side, side],
+    names that are part of the checkpoint format.
 
     Args:
-        tensors: which are cut, each of two axes at least when merged.
+        tensors: the parameters, each with at least two axes when merged.
         size: longest side of a block.
-        beginning: of the statistics, times the identity.
+        initial: initial value of the statistics' diagonal.
+
+    Attributes:
+        members: for each shape of a block its occurrences: (number of the tensor, number of the grid, grid).
+        spans: for each shape and axis of a block the stack's side and the rows in it.
+        statistics, roots: for each side, [matrices, side, side].
+        powers: for each side the roots' exponents, [matrices].
     """
 
-    def __init__(self, tensors: Sequence[Tensor], size: int, beginning: float) -> None:
+    def __init__(self, tensors: Sequence[Tensor], size: int, initial: float) -> None:
         self.tensors = list(tensors)
         self.shapes = [merge_axes(tensor.shape, size) for tensor in tensors]
-        self.places: dict[Shape, list[tuple[int, int, BlockGrid]]] = {}
+        self.members: dict[Shape, list[tuple[int, int, BlockGrid]]] = {}
         for number, shape in enumerate(self.shapes):
             for i, grid in enumerate(block_grids(shape, size)):
-                self.places.setdefault(grid.block, []).append((number, i, grid))
+                self.members.setdefault(grid.block, []).append((number, i, grid))
         self.spans: dict[tuple[Shape, int], tuple[int, slice]] = {}
         slots, counts = [], Counter[int]()
         powers: dict[int, list[float]] = {}
-        for block, places in self.places.items():
+        for block, members in self.members.items():
             for axis, side in enumerate(block):
                 begin = counts[side]
-                for number, i, grid in places:
+                for number, i, grid in members:
                     slots.append((tensors[number], f"{i}.{axis}", side, slice(counts[side], counts[side] + grid.total)))
                     counts[side] += grid.total
                 self.spans[block, axis] = side, slice(begin, counts[side])
                 powers.setdefault(side, []).extend([-1 / (2 * len(block))] * (counts[side] - begin))
+        # At least float32: eigenvalues of statistics in 16 bits would be noise.
         kind: dict[str, Any] = {
             "device": tensors[0].device,
             "dtype": torch.promote_types(tensors[0].dtype, torch.float32),
         }
         eyes = {side: torch.eye(side, **kind).expand(count, -1, -1) for side, count in counts.items()}
         self.roots = {side: eye.clone() for side, eye in eyes.items()}
-        self.statistics = {side: eye * beginning for side, eye in eyes.items()}
+        self.statistics = {side: eye * initial for side, eye in eyes.items()}
         self.powers = {side: torch.tensor(each, **kind) for side, each in powers.items()}
         self.views = [
             (tensor, f"{name}.{slot}", stack[side][span])
@@ -123,90 +135,97 @@ class BlockStacks:
         ]
 
     def attach_state(self, state: MutableMapping[Any, dict[str, Any]]) -> None:
-        """Makes the tensors' state views of the stacks, which take over what else stood there."""
+        """Makes the tensors' state views of the stacks; values already there, such as loaded ones, are copied in."""
         for tensor, slot, view in self.views:
-            held = state[tensor].get(slot)
-            if held is not view:
-                state[tensor][slot] = view if held is None else view.copy_(held)
+            current = state[tensor].get(slot)
+            if current is not view:
+                state[tensor][slot] = view if current is None else view.copy_(current)
 
     def split(self, tensors: Sequence[Tensor]) -> dict[Shape, Tensor]:
-        """The blocks of tensors like those that this was made for, by their shape, [n, *shape]."""
-        shaped = [tensor.reshape(shape) for tensor, shape in zip(tensors, self.shapes, strict=True)]
+        """Splits tensors of the parameters' shapes into blocks, stacked by shape, [n, *shape]."""
+        merged = [tensor.reshape(shape) for tensor, shape in zip(tensors, self.shapes, strict=True)]
         dtype = next(iter(self.roots.values())).dtype
         return {
-            block: torch.cat([grid.split(shaped[number]) for number, _, grid in places]).to(dtype)
-            for block, places in self.places.items()
+            block: torch.cat([grid.split(merged[number]) for number, _, grid in members]).to(dtype)
+            for block, members in self.members.items()
         }
 
     def join(self, blocks: dict[Shape, Tensor]) -> list[Tensor]:
-        """The tensors that have these blocks."""
-        made = [
+        """Joins the blocks from `split` into tensors of the parameters' shapes and dtypes."""
+        joined = [
             torch.empty(shape, dtype=t.dtype, device=t.device)
             for t, shape in zip(self.tensors, self.shapes, strict=True)
         ]
-        for block, places in self.places.items():
-            parts = blocks[block].split([grid.total for _, _, grid in places])
-            for (number, _, grid), part in zip(places, parts, strict=True):
-                grid.join_(made[number], part)
-        return [tensor.view(like.shape) for tensor, like in zip(made, self.tensors, strict=True)]
+        for block, members in self.members.items():
+            parts = blocks[block].split([grid.total for _, _, grid in members])
+            for (number, _, grid), part in zip(members, parts, strict=True):
+                grid.join_(joined[number], part)
+        return [tensor.view(like.shape) for tensor, like in zip(joined, self.tensors, strict=True)]
 
     def update_statistics_(self, blocks: dict[Shape, Tensor], decay: float) -> None:
-        """Takes G·Gᵀ of each unfolding into the statistics, but where it overflows; a decay of 1 sums up."""
+        """Updates the statistics by G·Gᵀ of each unfolding of the gradients' blocks; with a decay of 1 they are sums."""
         for block, gradients in blocks.items():
             for axis in range(len(block)):
                 side, span = self.spans[block, axis]
                 old, unfolded = self.statistics[side][span], gradients.movedim(1 + axis, 1).flatten(2)
                 new = torch.baddbmm(old, unfolded, unfolded.mT, beta=decay, alpha=1 - decay if decay < 1 else 1)
-                torch.where(_finite(new), new, old, out=old)
+                # A gradient that overflowed is left out; its infinity would stay in the statistics for ever.
+                torch.where(_is_finite(new), new, old, out=old)
 
-    def update_roots_(self, ridge: float, share: ShardedMap) -> None:
-        """Computes the roots of all statistics."""
+    def update_roots_(self, ridge: float, sharded_map: ShardedMap) -> None:
+        """Computes the roots of all statistics; arguments as of `inverse_roots`."""
+        compute = partial(inverse_roots, ridge=ridge)
         for side, statistics in self.statistics.items():
-            self.roots[side].copy_(
-                share(partial(inverse_roots, ridge=ridge), statistics, self.roots[side], self.powers[side])
-            )
+            self.roots[side].copy_(sharded_map(compute, statistics, self.roots[side], self.powers[side]))
 
     def precondition(self, blocks: dict[Shape, Tensor]) -> dict[Shape, Tensor]:
-        """The blocks multiplied along each axis by its root."""
-        made = {}
-        for block, white in blocks.items():
+        """Multiplies blocks along each axis by that axis's root."""
+        result = {}
+        for block, values in blocks.items():
             for axis in range(len(block)):
                 side, span = self.spans[block, axis]
-                turned = white.movedim(1 + axis, 1)
-                white = torch.bmm(self.roots[side][span], turned.flatten(2)).view(turned.shape).movedim(1, 1 + axis)
-            made[block] = white
-        return made
+                moved = values.movedim(1 + axis, 1)
+                values = torch.bmm(self.roots[side][span], moved.flatten(2)).view(moved.shape).movedim(1, 1 + axis)
+            result[block] = values
+        return result
 
 
 def inverse_roots(statistics: Tensor, last: Tensor, powers: Tensor, ridge: float) -> Tensor:
-    """(L + ridge·λ·I)^power of each positive semidefinite matrix L with the largest eigenvalue λ.
+    """Computes (L + ridge·λ·I)^power of each positive semidefinite matrix L with the largest eigenvalue λ.
 
     Args:
-        statistics: [n, side, side].
-        last: the roots of before, which stay where L is not finite or has no eigenvalues that are.
+        statistics: [n, side, side], the matrices L.
+        last: [n, side, side], the previous roots, kept where L or its root is not finite.
         powers: [n], negative.
-        ridge: the least eigenvalue, as a share of the largest.
+        ridge: added to the eigenvalues, as a share of the largest.
+
+    Returns:
+        [n, side, side].
     """
     eye = torch.eye(statistics.shape[-1], dtype=statistics.dtype, device=statistics.device)
-    known = _finite(statistics)
-    values, vectors = _eigh(torch.where(known, statistics, eye))
+    is_finite = _is_finite(statistics)
+    # Replaced beforehand: a single matrix with NaN makes `eigh` fail for the whole stack.
+    values, vectors = _eigh(torch.where(is_finite, statistics, eye))
+    # Rounding makes the smallest eigenvalues negative; of an L of zeros all are 0, and so is the ridge.
     values = values.clamp_min(0)
     values = (values + ridge * values[:, -1:]).clamp_min(torch.finfo(values.dtype).tiny)
     roots = (vectors * values.pow(powers[:, None])[:, None]) @ vectors.mT
-    return torch.where(known & _finite(roots), roots, last)
+    return torch.where(is_finite & _is_finite(roots), roots, last)
 
 
 def _eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, NaN for those matrices on which the library gives up."""
+    """Computes eigenvalues and eigenvectors, NaN for those matrices on which the library gives up."""
     try:
         return torch.linalg.eigh(stack)
     except torch.linalg.LinAlgError:
+        # The error does not say which matrix failed, so the stack is halved until it is alone.
         if len(stack) == 1:
             return torch.full_like(stack[:, 0], torch.nan), torch.full_like(stack, torch.nan)
         halves = [_eigh(half) for half in stack.tensor_split(2)]
         return torch.cat([values for values, _ in halves]), torch.cat([vectors for _, vectors in halves])
 
 
-def _finite(stack: Tensor) -> Tensor:
-    """[n, 1, 1]: whether all numbers of a matrix are finite, and so is their sum, which is looked at: it is quicker."""
+def _is_finite(stack: Tensor) -> Tensor:
+    """Returns for each matrix whether all of its numbers and their sum are finite, [n, 1, 1] bool."""
+    # By the sum, which NaN and infinity reach: one reduction instead of a mask of the stack's size and its reduction.
     return stack.sum((-2, -1), keepdim=True).isfinite()

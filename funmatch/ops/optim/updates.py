@@ -1,4 +1,4 @@
-"""What an update is beside its optimizer: which parameters decay, the schedule's factor, clipping, averaging."""
+"""Provides what belongs to an update beside its optimizer: decayed parameters, learning rate, clipping, EMA."""
 
 import copy
 from typing import Generic, TypeVar
@@ -10,33 +10,43 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that decay: weights of convolutions and linear maps, no bias, norm or embedding."""
+    """Returns the names of the parameters that decay: the weights of convolutions and linear layers.
+
+    Biases, norms and embeddings do not decay; the paper's code decays what it calls kernels.
+    """
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
+        # Norms have weights too, but with a single axis.
         if name.endswith("weight") and parameter.ndim >= 2 and not isinstance(module, nn.Embedding)
     }
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, factor: float) -> None:
-    """Puts the schedule's factor into every group."""
+    """Sets the learning rate of every group to `lr · factor`, the factor of the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
 
 
 def clip_grad_norm_(parameters: list[nn.Parameter], norm: float) -> Tensor:
-    """Scales all gradients together so that their global norm is at most `norm`; returns the norm before."""
+    """Scales all gradients so that their global norm is at most `norm`.
+
+    Returns:
+        the norm before clipping, a scalar on the parameters' device.
+    """
     return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
 
 class EMA(Generic[Model]):
-    """The exponential moving average of a model's weights and statistics.
+    """Keeps the exponential moving average of a model's weights and statistics.
 
-    Early on it forgets faster, by (1 + t) / (10 + t) at step t, so that the random beginning has no share in it.
+    Args:
+        model: the model to average; it is copied.
+        decay: factor by which the average decays in a step, in [0, 1).
 
     Attributes:
-        model: a copy with the averaged weights.
+        model: the copy, with the averaged weights, in evaluation mode.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -45,10 +55,13 @@ class EMA(Generic[Model]):
 
     @torch.no_grad()
     def update(self, model: Model, step: int) -> None:
-        """Takes the model's weights after `step` updates into the average."""
+        """Averages in the model's weights after `step` updates."""
+        # Early on it decays faster, or the random weights of the start would count for thousands of steps.
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        kept, now = (dict(each.state_dict()) for each in (self.model, model))
-        floating = [name for name in kept if kept[name].is_floating_point()]
-        torch._foreach_lerp_([kept[name] for name in floating], [now[name] for name in floating], share)
-        for name in kept.keys() - floating:
-            kept[name].copy_(now[name])
+        average, current = (dict(each.state_dict()) for each in (self.model, model))
+        # BatchNorm's running statistics are averaged too: those of the last weights would not fit averaged ones.
+        floating = [name for name in average if average[name].is_floating_point()]
+        torch._foreach_lerp_([average[name] for name in floating], [current[name] for name in floating], share)
+        # Counters, such as BatchNorm's number of batches, have no average.
+        for name in average.keys() - floating:
+            average[name].copy_(current[name])

@@ -97,7 +97,7 @@ def build_student(config: Train, classifier: Classifier, device: torch.device) -
     optimizer = factory.create_optimizer(
         config.optimizer, classifier.net, config.lr, config.weight_decay,
         momentum=config.momentum, momentum_dtype=config.momentum_dtype,
-        options=parse_options(config.optimizer_kwargs), share=distributed.sharded_map,
+        options=parse_options(config.optimizer_kwargs), sharded_map=distributed.sharded_map,
     )  # fmt: skip
     return Student(classifier, optimizer, EMA(classifier, config.ema) if config.ema is not None else None)
 
