@@ -106,7 +106,7 @@ class Shampoo(torch.optim.Optimizer):
             moments, updates = self._momentum(updated, "graft_momentum", grafts, beta1), grafts
         else:
             for p in updated:
-                self.state[p].pop("graft_momentum", None)  # never read again; it would double every checkpoint
+                self.state[p].pop("graft_momentum", None)  # never read again, and as large as the parameter
         if self.nesterov:
             moments = list(torch._foreach_add(torch._foreach_mul(moments, beta1), updates))
         torch._foreach_add_(updated, moments, alpha=-group["lr"])

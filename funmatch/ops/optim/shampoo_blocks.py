@@ -13,8 +13,8 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 ShardedMap = Callable[..., Tensor]
-"""`sharded_map(work, *stacks)` returns `work(*stacks)`, where `work` treats the elements of the stacks independently, so
-that several processes can each compute a part and exchange the results."""
+"""`sharded_map(work, *stacks)` returns `work(*stacks)`, where `work` treats the elements of the stacks independently,
+so that several processes can each compute a part and exchange the results."""
 
 
 def map_locally(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class BlockStacks:
         return [tensor.view(like.shape) for tensor, like in zip(joined, self.tensors, strict=True)]
 
     def update_statistics_(self, blocks: dict[Shape, Tensor], decay: float) -> None:
-        """Updates the statistics by G·Gᵀ of each unfolding of the gradients' blocks; with a decay of 1 they are sums."""
+        """Updates the statistics by G·Gᵀ of each unfolding of the gradients' blocks; a decay of 1 sums up."""
         for block, gradients in blocks.items():
             for axis in range(len(block)):
                 side, span = self.spans[block, axis]
