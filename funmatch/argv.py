@@ -1,6 +1,6 @@
 """Turns the words of a command line into a table of options: repeated options, recipes, and the parser itself."""
 
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from funmatch.config import SEARCHED, TAUGHT, Distill, recipes
 from funmatch.config.help import asks_for_help, default_of, metavar
@@ -52,7 +52,8 @@ def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
         conf: list[Any] = [tyro.conf.arg(name=opt.flag, aliases=opt.aliases or None, **shown)]
         conf += [tyro.conf.Positional] if opt.positional else []
         conf += [tyro.conf.FlagCreatePairsOff] if field.default is False else []
-        conf += [numbers] if (numbers := _spec_of_numbers(field.annotation)) else []
+        if spec := _spec_of_numbers(field.annotation) or _spec_of_choices(field.annotation):
+            conf.append(spec)
         default = tyro.MISSING if field.is_required() else field.default
         if isinstance(info.default, Options):
             default = getattr(info.default, name, default)
@@ -91,6 +92,23 @@ def _spec_of_numbers(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
         instance_from_str=read,
         is_instance=lambda value: value is None or isinstance(value, int | float | tuple),
         str_from_instance=lambda value: [str(each) for each in (value if isinstance(value, tuple) else (value,))],
+    )
+
+
+def _spec_of_choices(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
+    """Tells tyro the choices of an optional option in their order, which its own message shuffles."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    choices = [choice for each in get_args(kind) if get_origin(each) is Literal for choice in get_args(each)]
+    if not choices:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="|".join(choices),
+        instance_from_str=lambda words: None if words == ["None"] else words[0],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=(*choices, "None"),
     )
 
 

@@ -52,7 +52,7 @@ VERBS: dict[str, Verb] = {
     "tape": Verb(config.Tape, "commands.tape:run", "commands.tape:show"),
     "report": Verb(config.Report, "reports.run_page:run", "reports.run_page:show"),
 }
-"""Every verb, in the order of `funmatch --help`. A new one needs its table in `config`, its own file and a line here."""
+"""Every verb, in the order of `funmatch --help`. A new one needs a table in `config`, its own file and a line here."""
 TABLES: dict[str, type[Options]] = {name: verb.table for name, verb in VERBS.items()}
 """The options of each verb."""
 
