@@ -1,4 +1,4 @@
-"""Resolves every default of a run, and the paths in its configuration: what the run's record holds."""
+"""Resolves every default of a run and makes its paths absolute, so that its record says all that decides it."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,60 +23,68 @@ from funmatch.training.run import folder as run_folder
 from funmatch.training.student import acceleration
 
 Options = TypeVar("Options", bound=Train)
-SHARE = 1 / 4
-"""Of an accelerator's memory, for pixels."""
+PIXEL_SHARE = 1 / 4
+"""Share of an accelerator's memory that pixels may take."""
 
 
 def resolve_defaults(config: Options, cache: Cache, student: Classifier, device: torch.device) -> Options:
-    """The configuration with every default resolved, and its length in steps."""
+    """Returns the configuration with every default resolved, and its length in steps.
+
+    Args:
+        student: the network, whose card gives the image size.
+
+    Raises:
+        InputError: images would be resized to less than the crop.
+    """
     side = config.side or student.card.side
     resize = config.eval_resize or config.resize or scoring.default_eval_resize(side, student.card)
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
     steps = config.steps or max(1, round((config.epochs or 0) * len(cache.splits["train"]) / config.batch))
-    closed = {
+    resolved = {
         **absolute_paths(config),
         "steps": steps,
         "epochs": None,
         "side": side,
         "crop": config.cropped,
-        "resize": _short_side(config, side, resize),
+        "resize": _train_resize(config, side, resize),
         "eval_resize": resize,
-        "mixup": _mixup(config) if config.mixup is None else config.mixup,
+        "mixup": _default_mixup(config) if config.mixup is None else config.mixup,
         "lr": config.lr or LR,
         "momentum": factory.resolve_momentum(config.optimizer, config.momentum),
         "warmup_steps": min(WARMUP_STEPS, steps // WARMUP_SHARE)
         if config.warmup_steps is None
         else config.warmup_steps,
-        "device": str(device) if env.world_size() == 1 else device.type,  # the number is each process's own
-        "device_gb": _on_device(config, device),
+        "device": str(device) if env.world_size() == 1 else device.type,  # the index differs between processes
+        "device_gb": _device_gb(config, device),
         **acceleration.resolve_auto(config, steps, side, student, device),
         "decoder": pick_decoder(config.decoder),
     }
-    return config.model_copy(update=closed)
+    return config.model_copy(update=resolved)
 
 
-def _on_device(config: Train, device: torch.device) -> float:
-    """GB of pixels that may lie on the device; a resumed run keeps its value: the device's crops round otherwise."""
+def _device_gb(config: Train, device: torch.device) -> float:
+    """Returns the GB of pixels that may lie on the device."""
+    # A resumed run keeps its value, even on another device: crops on the device round differently from the CPU's.
     before = distributed.broadcast_from_main(lambda: run_folder.options_of(config.out)).get("device_gb")
     given = before if config.device_gb is None else config.device_gb
-    return round(SHARE * devices.device_memory(device) / 1e9, 1) if given is None else given
+    return round(PIXEL_SHARE * devices.device_memory(device) / 1e9, 1) if given is None else given
 
 
-def _mixup(config: Train) -> float:
-    """The a of MixUp's Beta(a, a) where nobody said it: uniform, as in function matching, or as the strategy does."""
+def _default_mixup(config: Train) -> float:
+    """Returns the default a of MixUp's Beta(a, a): the strategy's, else 1, uniform, as in function matching."""
     return STRATEGIES[config.strategy].mixup if isinstance(config, Distill) else 1.0
 
 
-def _short_side(config: Train, side: int, eval_resize: int) -> int | None:
-    """The short side of which mild crops are cut: as evaluation has it, but so that there is something to cut."""
+def _train_resize(config: Train, side: int, eval_resize: int) -> int | None:
+    """Returns the short side before mild crops, pixels: evaluation's, if above the crop; None for other crops."""
     if config.cropped not in ("mild", "squash"):
         return None
     return config.resize or (eval_resize if eval_resize > side else scoring.enlarged_side(side))
 
 
 def absolute_paths(config: Train) -> dict[str, Any]:
-    """The paths in a configuration from the root, so that the record of a run can be used from anywhere."""
+    """Returns the options that hold paths, made absolute, so that a run's record is usable from any directory."""
     found = datasets.absolute_paths(config)
     found["student"] = _absolute_name(config.student)
     if config.student_weights:
@@ -93,21 +101,23 @@ def absolute_paths(config: Train) -> dict[str, Any]:
 
 
 def _absolute_name(name: str) -> str:
-    """The name of a model, with its path from the root if it is one."""
+    """Returns the name of a model; made absolute if it is a path."""
     prefix = next((prefix for prefix in ("savedmodel:", "local-dir:") if name.startswith(prefix)), "")
     path = Path(name.removeprefix(prefix)).expanduser()
+    # A folder may have a timm model's name; the name then means the model, as it does when it is loaded.
     if name in NAMED or timm.is_model(name.partition(".")[0]) or not path.exists():
         return name
     return f"{prefix.replace('local-dir:', '')}{path.resolve()}"
 
 
 def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
-    """The configuration with what was not given set by BiT-HyperRule for these images."""
+    """Returns the configuration with the options that were not given set by BiT-HyperRule (Kolesnikov et al., 2020)."""
     train = cache.splits["train"]
     count = len(train)
     heights, widths = train.sizes(np.arange(count))
     resize, side = hyperrule.sides(float(np.median(heights.astype(np.int64) * widths)))
-    fitting = min(side, round((config.resize or resize) * side / resize))  # images resized to less give less
+    # A smaller --resize shrinks the crop in proportion, since a crop cannot exceed the image.
+    fitting = min(side, round((config.resize or resize) * side / resize))
     steps = config.steps
     if config.epochs is not None:
         steps = max(1, round(config.epochs * count / config.batch))
@@ -122,10 +132,12 @@ def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
         ruled["resize"] = round(ruled["side"] * resize / side)
     if config.eval_resize is None:
         ruled["eval_resize"] = ruled.get("resize", config.resize) or round(ruled["side"] * resize / side)
-    share = ruled["steps"] / hyperrule.steps(count)  # a run of another length has its steps where the rule's has them
+    # In a run of another length, warm-up and decays come at the same share of it as in the rule's.
+    share = ruled["steps"] / hyperrule.steps(count)
     if config.warmup_steps is None:
         ruled["warmup_steps"] = round(hyperrule.warmup_steps(count) * min(1.0, share))
     if config.schedule == "staircase" and not config.decay_steps:
+        # A short run may round two decays to the same step, where the rate can fall only once.
         decay = dict.fromkeys(max(1, round(step * share)) for step in hyperrule.decay_steps(count))
         if config.decay_factors and len(decay) != len(config.decay_factors):
             raise InputError(f"{len(config.decay_factors)} decay_factors for {len(decay)} decay_steps; give one each")

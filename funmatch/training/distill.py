@@ -37,7 +37,7 @@ def run(config: Distill, given: Modules | None = None, trial: Trial | None = Non
 
     Args:
         given: modules from Python, by the names that stand for them.
-        trial: what a search asks of the run, if it is part of one.
+        trial: the search that the run is part of, if any.
     """
     if DISTANCES[config.distance].couples_batch and env.world_size() > 1:
         raise InputError("distance dist compares the images of a batch with each other, so one process must see all")
@@ -56,11 +56,11 @@ class Distillation:
 
     Attributes:
         setup: the run.
-        teachers: frozen.
+        teachers: the frozen teachers.
         table: a fixed teacher's logits of each training image, (images, classes); None for other teachers.
         source: where the teachers' logits of a batch come from.
         batches: the training batches, with these logits where they are known beforehand.
-        teacher_logits: of the validation split; None on all processes but the main one.
+        teacher_logits: the teachers' on the validation split; None on all processes but the main one.
     """
 
     setup: DistillSetup
@@ -71,16 +71,16 @@ class Distillation:
     teacher_logits: TeacherLogits | None
 
     def loss(self, batch: Batch) -> Losses:
-        """The losses of a batch: teacher and student see the same views, and the student matches the teacher.
+        """Computes the losses of a batch: teacher and student see the same views, and the student matches the teacher.
 
         Returns:
-            `loss`, and the parts that it consists of: `distance`, and `label_loss` where labels have a weight.
+            scalars: `loss`, and its parts `distance`, and `label_loss` where labels have a weight.
         """
         student_logits, teacher_logits = self.logits(batch, record=True)
         return distillation_loss(student_logits, teacher_logits, batch, self.setup.config)
 
     def logits(self, batch: Batch, *, record: bool = False) -> tuple[Tensor, Tensor]:
-        """The student's and the teachers' logits of a batch, (n, classes) each."""
+        """Computes the student's and the teachers' logits of a batch, (n, classes) each."""
         teacher_views, student_view = views_by_side(batch, self.setup.loader.teacher_sides)
         with timed("student"):
             student_logits = self.setup.student.classifier(student_view)
@@ -88,8 +88,8 @@ class Distillation:
             return student_logits, batch.teacher_logits
         return student_logits, self.source.logits(batch, teacher_views, record=record)
 
-    def ask_ahead(self, batch: Batch) -> Batch:
-        """The batch on the run's device with the teachers' logits; for the threads that make views."""
+    def add_teacher_logits(self, batch: Batch) -> Batch:
+        """Returns the batch with the teachers' logits, computed ahead in the threads that prepare batches."""
         if batch.teacher_logits is not None:
             return batch
         teacher_views, _ = views_by_side(batch.to(self.setup.loop.device), self.setup.loader.teacher_sides)
@@ -97,20 +97,20 @@ class Distillation:
 
     @property
     def objective(self) -> Objective:
-        """What the trainer needs of it."""
-        ahead = self.ask_ahead if self.setup.config.teacher_ahead else None
+        """The losses, batches and teachers, as the trainer takes them."""
+        ahead = self.add_teacher_logits if self.setup.config.teacher_ahead else None
         return Objective(self.loss, self.batches, ahead, self.logits, self.teachers, self.teacher_logits)
 
 
 def views_by_side(batch: Batch, sides: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
-    """The teachers' views, (n, 3, side, side) by their side, and the student's."""
+    """Mixes a batch; returns the teachers' views, (n, 3, side, side) by side, and the student's."""
     teacher_views, student_view = mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
     # A batch that brings its teacher's logits has no teacher crops.
     return dict(zip(sides, teacher_views, strict=True)) if teacher_views else {}, student_view
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, batch: Batch, config: Distill) -> Losses:
-    """(1 − w) · distance + w · cross-entropy on labels, the mean over a batch; w is the label weight, by default 0.
+    """Computes (1 − w) · distance + w · cross-entropy on labels, the mean over a batch; w is the label weight.
 
     Args:
         student, teacher: logits, (n, classes); the teacher's of all teachers combined.
@@ -123,22 +123,22 @@ def distillation_loss(student: Tensor, teacher: Tensor, batch: Batch, config: Di
         logits, target = fold_dropped_classes(student, teacher, config.tape_top, config.temperature)
     if config.standardise:
         logits, target = standardize_logits(student), standardize_logits(teacher)
-    apart = distance(
+    per_image = distance(
         config.distance, logits, target, config.temperature, squared=config.t_squared, smoothing=config.label_smoothing
     )
     if not config.label_weight:
-        loss = apart.mean()
+        loss = per_image.mean()
         return {"loss": loss, "distance": loss.detach()}
     labels = mix_labels(batch.labels, batch.own_weight, student.shape[-1], config.label_smoothing)
     label_loss = cross_entropy(student, labels)
-    loss = (1 - config.label_weight) * apart + config.label_weight * label_loss
-    return {"loss": loss.mean(), "distance": apart.detach().mean(), "label_loss": label_loss.detach().mean()}
+    loss = (1 - config.label_weight) * per_image + config.label_weight * label_loss
+    return {"loss": loss.mean(), "distance": per_image.detach().mean(), "label_loss": label_loss.detach().mean()}
 
 
 def open_inputs(
     config: Distill, given: Modules | None = None, trial: Trial | None = None
 ) -> tuple[Cache, list[loading.LoadedTeacher]]:
-    """The images of a run, and its teachers as they were loaded."""
+    """Opens the images of a run and loads its teachers."""
     cache = open_data(config, trial)
     loaded = distributed.main_process_first(lambda: loading.load_teachers(config, cache, config.side, given or {}))
     return cache, loaded
@@ -151,7 +151,7 @@ def build_distill_setup(
     given: Modules | None = None,
     trial: Trial | None = None,
 ) -> DistillSetup:
-    """The run made ready, but for its teachers, which `prepare` freezes."""
+    """Builds the run, except for its teachers, which `prepare` freezes."""
     requested = config
     cache, config = _fit_to_teachers(cache, loaded, config)
     if config.label_weight and not cache.splits["train"].labelled:
@@ -162,8 +162,9 @@ def build_distill_setup(
     setup = build_setup(
         "distill", config, cache, num_classes=num_classes, given=given, requested=requested, trial=trial
     )
-    sides = tuple(one.side or setup.evaluation.view.side for one in loaded)
+    sides = tuple(teacher.side or setup.evaluation.view.side for teacher in loaded)
     config = setup.config.model_copy(update={"teacher_side": sides})
+    # Fixed teachers see their own views, once for all, so batches bring none.
     shown = () if STRATEGIES[config.strategy].fixed else tuple(sorted(set(sides)))
     setup = replace(
         setup,
@@ -185,18 +186,19 @@ def prepare(
 
     Args:
         loaded: the teachers; the list is emptied once they are frozen, since the plain ones need not be kept.
-        beside: the distillation of another student with the same teachers and views, which are then used.
-        shared: keep batches and logits for students that are trained side by side.
+        beside: the distillation of another student, whose teachers and views are used again.
+        shared: caches of batches and of logits for students that are trained side by side.
     """
     if beside:
         setup, teachers, table, logits = _teachers_of(beside, setup)
     else:
         setup, teachers, table, logits = _freeze_teachers(setup, loaded)
     loaded.clear()
-    batches, answers = shared or (None, None)
+    batches, logits_cache = shared or (None, None)
     source: TeacherSource = Live(teachers, setup.config.temperature) if table is None else Fixed(table)
-    if answers and table is None:
-        source = Shared(source, answers)
+    if logits_cache and table is None:
+        source = Shared(source, logits_cache)
+    # The tape outermost: what it replays need not be computed for any of the students.
     with recording.open_tape(setup, teachers) as tape:
         if tape:
             source = Taped(tape, source, setup.config.tape_full)
@@ -205,11 +207,11 @@ def prepare(
 
 
 Prepared = tuple[DistillSetup, TeacherEnsemble, Tensor | None, TeacherLogits | None]
-"""A setup, its frozen teachers, the table of fixed ones, and their logits of the validation split."""
+"""A setup, its frozen teachers, the table of fixed teachers' logits, and the logits on the validation split."""
 
 
 def _freeze_teachers(setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher]) -> Prepared:
-    """The teachers in the fastest mode that keeps their outputs, or in the mode that a run or tape recorded."""
+    """Freezes the teachers in the fastest mode that keeps their outputs, or in the mode that a run or tape recorded."""
     config = setup.config
     with recording.lock_beginning(config):
         modes = recorded_modes(setup) or recording.recorded_modes(config, setup.loop.device)
@@ -226,15 +228,15 @@ def _freeze_teachers(setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher
 
 
 def _teachers_of(other: Distillation, setup: DistillSetup) -> Prepared:
-    """The teachers of another student's distillation.
+    """Returns the teachers of another student's distillation, for this setup.
 
     Raises:
-        InputError: the run was begun with its teachers in another inference mode.
+        InputError: the run was started with its teachers in another inference mode.
     """
     modes, recorded = other.setup.provenance["teacher_forms"], recorded_modes(setup)
     if recorded and [each["form"] for each in recorded] != [each["form"] for each in modes]:
         raise InputError(
-            f"{setup.config.out} was begun with its teacher in another inference mode; continue it without the others"
+            f"{setup.config.out} was started with its teacher in another inference mode; resume it without the others"
         )
     same = {
         name: other.setup.provenance[name] for name in ("teacher_forms", "answers") if name in other.setup.provenance
@@ -248,12 +250,12 @@ def _teachers_of(other: Distillation, setup: DistillSetup) -> Prepared:
 def freeze_for_run(
     setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher], modes: list[dict[str, Any]] | None
 ) -> tuple[DistillSetup, TeacherEnsemble, dict[int, Tensor]]:
-    """The setup with its teachers' modes, the frozen teachers, and the first views, on which the modes were compared.
+    """Freezes the teachers; returns the setup that records their modes, the teachers, and the first views by side.
 
     Args:
-        modes: recorded ones to be used again, or None.
+        modes: recorded inference modes to use again, or None to choose the fastest.
     """
-    placed = [replace(one, side=side) for one, side in zip(loaded, setup.config.teacher_side, strict=True)]
+    placed = [replace(teacher, side=side) for teacher, side in zip(loaded, setup.config.teacher_side, strict=True)]
     if STRATEGIES[setup.config.strategy].fixed:
         first = fixed.first_views(setup, placed)
     else:
@@ -270,7 +272,7 @@ def freeze_for_run(
 
 
 def _check_on_validation(teachers: TeacherEnsemble, setup: DistillSetup) -> TeacherLogits:
-    """The teachers' logits of the validation split; an `InputError` where they are near chance."""
+    """Predicts the teachers' logits of the validation split; raises `InputError` if they are near chance."""
     split = setup.evaluation.validation
     combined, members = checks.predict(teachers, split, setup.evaluation.view)
     checks.check_teachers(teachers, combined, members, split, setup.config)
@@ -278,18 +280,18 @@ def _check_on_validation(teachers: TeacherEnsemble, setup: DistillSetup) -> Teac
 
 
 def _fit_to_teachers(cache: Cache, loaded: Sequence[loading.LoadedTeacher], config: Distill) -> tuple[Cache, Distill]:
-    """The images, and the configuration that is recorded: unlabelled, if all are for training and of other classes.
+    """Returns the images and options, unlabelled if all images are for training and not of the teachers' classes.
 
-    Distillation needs no label, and images of other things teach too (section 5 of the paper); but images that the
-    student is evaluated on must be of the teacher's classes.
+    Distillation needs no labels, and works with images of other things (section 5 of the paper); but the images that
+    the student is evaluated on must be of the teachers' classes.
     """
     try:
-        for one in loaded:
-            if one.class_map is None:
-                scoring.check_classes(one.classifier, cache, trust_order=config.trust_class_order)
+        for teacher in loaded:
+            if teacher.class_map is None:
+                scoring.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
     except InputError:
         if config.eval_data or (set(cache.splits) != {"train"} and not config.val):
             raise
-        info(f"{cache.name}: its folders are not the teacher's classes, so its images are used without labels")
+        info(f"{cache.name}: its classes are not the teacher's; using its images without labels")
         return cache.without_labels(), config.model_copy(update={"unlabelled": True})
     return cache, config

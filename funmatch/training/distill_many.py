@@ -20,14 +20,14 @@ from funmatch.training.trainer import Trainer
 
 
 def split_by_student(config: Distill, students: Sequence[str]) -> list[Distill]:
-    """A configuration for each student: the run in a folder of its name within `out`.
+    """Returns a configuration for each student; its run is a folder of the student's name in `out`.
 
     Raises:
         InputError: two of them have the same name, or an option is for one student only.
     """
     names = [folder_name(student) for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"two students are called {', '.join(twice)}; each needs a folder of its own")
+        raise InputError(f"two students have the name {', '.join(twice)}; each needs a folder of its own")
     given = {"--profile": config.profile, "--student-weights": config.student_weights}
     if alone := " and ".join(name for name, value in given.items() if value):
         raise InputError(f"{alone} works with one --student only")
@@ -38,7 +38,7 @@ def split_by_student(config: Distill, students: Sequence[str]) -> list[Distill]:
 
 
 def folder_name(student: str) -> str:
-    """What the folder of a student is called: its name, of a path the last part."""
+    """Returns the name of a student's folder: the student's, of a path the last part."""
     return Path(student).name.replace(":", "-") or "student"
 
 
@@ -53,7 +53,7 @@ def run(configs: Sequence[Distill]) -> dict[str, Any]:
         InputError: their views would differ, or one of them failed; the others finished.
     """
     if env.world_size() > 1:
-        raise InputError("several students are trained in one process; with several processes give one --student")
+        raise InputError("several students are trained in one process; with several processes pass one --student")
     metrics: dict[str, Any] = {}
     with distributed.process_group(configs[0].device), ExitStack() as stack:
         setups, loaded = _build_setups(configs, metrics)
@@ -70,10 +70,8 @@ def run(configs: Sequence[Distill]) -> dict[str, Any]:
 def _build_setups(
     configs: Sequence[Distill], metrics: dict[str, Any]
 ) -> tuple[list[DistillSetup], list[LoadedTeacher]]:
-    """The runs that are not finished, and their teachers; puts the metrics of finished runs in.
-
-    Images and teachers are loaded once: the configurations differ in their student and folder alone.
-    """
+    """Builds the runs that are not finished, and loads their teachers; adds the others' results to `metrics`."""
+    # Images and teachers are loaded once: the configurations differ in student and folder alone.
     cache, loaded = distill.open_inputs(configs[0])
     setups: list[DistillSetup] = []
     for config in configs:
@@ -89,25 +87,33 @@ def _build_setups(
 
 
 def _begin(setups: Sequence[DistillSetup], loaded: list[LoadedTeacher], stack: ExitStack) -> dict[str, Trainer]:
-    """A trainer for each run in its locked folder, all with the frozen teachers of the first; by folder."""
+    """Returns a trainer for each run by folder, all with the same frozen teachers; the stack holds the locks."""
     if not setups:
         return {}
-    # As many batches as all of them make ahead, or look at together when they are evaluated.
+    # Room for the batches that students prepare ahead, and for those that each is evaluated on.
     ahead, views = setups[0].workers, -(-scoring.VIEWS // setups[0].config.batch)
-    batches, answers = (SharedCache(4 + 2 * ahead + views) for _ in range(2))
+    batches, logits = (SharedCache(4 + 2 * ahead + views) for _ in range(2))
     training: dict[str, Trainer] = {}
     first: Distillation | None = None
     for setup in setups:
-        made = stack.enter_context(distill.prepare(setup, loaded, first, (batches, answers)))
-        first = first or made
-        options, facts = run_record(made.setup)
+        distillation = stack.enter_context(distill.prepare(setup, loaded, first, (batches, logits)))
+        first = first or distillation
+        options, facts = run_record(distillation.setup)
         run = stack.enter_context(run_folder.open_run(setup.config.out, setup.inputs.verb, options, facts))
-        training[str(setup.config.out)] = Trainer(made.setup, run, made.objective)
+        training[str(setup.config.out)] = Trainer(distillation.setup, run, distillation.objective)
     return training
 
 
 def step_together(training: dict[str, Trainer], metrics: dict[str, Any]) -> dict[str, InputError]:
-    """Takes all steps of all students, puts the metrics of those that finish in, and returns why others did not."""
+    """Takes all steps of all students.
+
+    Args:
+        training: trainers by folder.
+        metrics: the results of students that finish are added, by folder.
+
+    Returns:
+        the errors of those that failed, by folder.
+    """
     failed: dict[str, InputError] = {}
     interrupted: signals.Interrupted | None = None
     total = sum(trainer.setup.loop.steps for trainer in training.values())
@@ -127,8 +133,9 @@ def step_together(training: dict[str, Trainer], metrics: dict[str, Any]) -> dict
                 else:
                     heapq.heappush(waiting, (step, number, name))
             except signals.Interrupted as signal:
-                interrupted = signal  # raised once the others have saved, too
+                interrupted = signal  # raised after the others have saved, too
             except InputError as error:
+                # One student's failure, e.g. a loss that is not finite, does not end the others.
                 info(f"{name} failed: {error}")
                 failed[name] = error
             notes = [trainer.notes.get("loss", "").partition(",")[0] for trainer in training.values()]
@@ -139,7 +146,7 @@ def step_together(training: dict[str, Trainer], metrics: dict[str, Any]) -> dict
 
 
 def check_same_views(one: DistillSetup, other: DistillSetup) -> None:
-    """Raises `InputError` unless two students are shown the same views, by the same teachers."""
+    """Raises `InputError` unless two students see the same views, and their teachers have the same image sizes."""
     first, second = one.loader, other.loader
     differing = first.spec.differences(second.spec)
     if first.teacher_sides != second.teacher_sides:

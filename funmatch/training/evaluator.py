@@ -23,7 +23,7 @@ class Evaluator:
         self.teacher_logits = objective.teacher_logits.combined if objective.teacher_logits else None
 
     def teachers(self) -> Iterator[dict[str, Any]]:
-        """A record of each teacher on the validation split, and of all combined where there are several."""
+        """Yields a record of each teacher on the validation split, and of all combined where there are several."""
         teachers, logits = self.objective.teachers, self.objective.teacher_logits
         if not teachers or not logits:
             return
@@ -37,23 +37,24 @@ class Evaluator:
             yield {"teacher": teachers.name, "split": split.name, **scores}
 
     def student_now(self, step: int) -> dict[str, dict[str, Any]]:
-        """Records of an evaluation, by event: `eval`, `ema` (averaged weights), `views` (training views)."""
+        """Evaluates the student; returns records by event: `eval`, `ema` (average), `views` (training views)."""
         split, view = self.setup.evaluation.validation, self.setup.evaluation.view
         records = {"eval": scoring.score(scoring.predict(self.student, split, view), split, self.teacher_logits)}
         if self.ema:
             average = scoring.predict(self.ema.model, split, view)
             records["ema"] = scoring.score(average, split, self.teacher_logits)
-        found = {event: {"split": split.name, **run_folder.finite(scores)} for event, scores in records.items()}
+        events = {event: {"split": split.name, **run_folder.finite(scores)} for event, scores in records.items()}
         if self.objective.logits:
             on_views = scoring.score_training_views(
                 self.objective.logits, self.student, self.objective.batches, step, view
             )
-            found["views"] = run_folder.finite(on_views)
-        return found
+            events["views"] = run_folder.finite(on_views)
+        return events
 
     def result(self, state: TrainState, folder: Path) -> dict[str, Any]:
-        """The metrics of the finished student: what `result.json` holds."""
+        """Evaluates the finished student; returns what `result.json` holds."""
         split, view, teachers = self.setup.evaluation.test, self.setup.evaluation.view, self.objective.teachers
+        # The teachers' logits of the validation split were computed at the start; reuse them if that is also the test.
         teacher_logits = self.teacher_logits
         if teachers and split.name != self.setup.evaluation.validation.name:
             teacher_logits, _ = checks.predict(teachers, split, view)
@@ -77,7 +78,7 @@ class Evaluator:
         return result
 
     def export(self, result: dict[str, Any], folder: Path) -> None:
-        """Writes the student, and the average of its weights, where users load them."""
+        """Exports the student, and the average of its weights."""
         if self.ema:
             self._export(self.ema.model, folder / "student-ema", result["ema"]["top1"])
         self._export(self.student, folder / "student", result["top1"])
@@ -87,7 +88,7 @@ class Evaluator:
         export_student(student, folder, self.setup.evaluation.view, self._class_names(), about)
 
     def _class_names(self) -> tuple[str, ...] | None:
-        """Names of the student's outputs: the data's, or the teacher's where the data has only numbers or none."""
+        """Returns names for the student's outputs: the data's, or the teacher's where the data has none."""
         cache, teachers = self.setup.cache, self.objective.teachers
         if self.setup.class_names:
             return self.setup.class_names

@@ -18,7 +18,7 @@ def run(config: Finetune, given: Modules | None = None, trial: Trial | None = No
 
     Args:
         given: modules from Python, by the names that stand for them.
-        trial: what a search asks of the run, if it is part of one.
+        trial: the search that the run is part of, if any.
     """
     with distributed.process_group(config.device):
         return run_on_labels(build_finetune_setup(config, given, trial))
@@ -27,7 +27,7 @@ def run(config: Finetune, given: Modules | None = None, trial: Trial | None = No
 def build_finetune_setup(
     config: Finetune, given: Modules | None = None, trial: Trial | None = None
 ) -> TrainSetup[Finetune]:
-    """The run made ready, with what was not given set by the rule."""
+    """Builds the run, with the options that were not given set by the rule."""
     cache, split = with_validation(config, trial)
     ruled = apply_hyperrule(split, check_labels(split, cache))
     ruled.check()  # the rule may contradict what was given
@@ -36,12 +36,13 @@ def build_finetune_setup(
 
 
 def with_validation(config: Finetune, trial: Trial | None = None) -> tuple[Cache, Finetune]:
-    """The images, some held out for validation: which network is kept must not be chosen on the test images."""
+    """Returns the images and the options, with a validation split held out where there is none."""
     cache = open_data(config, trial)
+    # The weights to keep are chosen on validation images, which must not be the test images.
     if "val" in cache.splits or config.val is not None:
         return cache, config
     if config.eval_data:
-        info(f"{cache.name} has no validation split, so the network is kept as it is at the end")
+        info(f"{cache.name} has no validation split; keeping the final weights")
         return cache, config.model_copy(update={"keep": "last"})
     info(
         f"{cache.name} has no validation split: holding out {VALIDATION_SHARE} of the training images (--val sets "

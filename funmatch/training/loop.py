@@ -1,4 +1,4 @@
-"""The one training loop: batches in, (step, losses) out; the caller decides the loss, and when to log and save."""
+"""Runs the training loop: batches in, (step, losses) out; the caller decides the loss, and when to log and save."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ Losses = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How a student is trained.
+    """Options of the training loop.
 
     Attributes:
         steps: length of the whole run.
         lr: peak learning rate.
-        factor: of the learning rate at each step.
+        factor: maps a step to its factor of the peak learning rate.
         clip_norm: limit of the global gradient norm, or None.
-        micro_batch: images that go through the student at once, or None for the whole batch.
-        seed: of the run.
-        device: on which the student lives.
-        precision: fp32, bf16 or fp16.
+        micro_batch: images per forward pass (gradient accumulation), or None for the whole batch.
+        seed: seed of the run.
+        device: where the student is.
+        precision: arithmetic of autocast: fp32, bf16 or fp16.
     """
 
     steps: int
@@ -40,7 +40,7 @@ class LoopOptions:
     micro_batch: int | None = None
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of the update that leads from `step` to `step` + 1."""
+        """Returns the learning rate of the update that leads from `step` to `step` + 1."""
         return self.lr * self.factor(step)
 
 
@@ -57,8 +57,8 @@ def fit(
 
     Args:
         batches: of steps `start`, `start` + 1, …
-        loss_of: a batch on the student's device to its mean losses; `loss` is the scalar that reaches the student. With
-            several processes each has an equal share of the batch.
+        loss_of: maps a batch on the student's device to its mean losses, of which `loss` is minimised. With several
+            processes each has an equal share of the batch.
         start: updates already done.
 
     Yields:
@@ -76,7 +76,9 @@ def fit(
             pieces = []
             for piece, share in batch.to(options.device).pieces(options.micro_batch):
                 with timed("mixing and distance"), devices.autocast(options.device, options.precision):
+                    # Weighted by size: the pieces' gradients then add up to the whole batch's.
                     losses = {name: loss * share for name, loss in loss_of(piece).items()}
+                # Outside autocast, as PyTorch advises: each operation's gradient has the type of its forward pass.
                 with timed("backward"):
                     scaler.scale(losses["loss"]).backward()
                 pieces.append({name: loss.detach() for name, loss in losses.items()})
@@ -86,6 +88,7 @@ def fit(
                 gradients = [each.grad for each in parameters if each.grad is not None]
                 distributed.all_reduce_mean_([*total.values(), *gradients])
                 scaler.unscale_(optimizer)
+                # After unscaling: the limit is of true gradients.
                 if options.clip_norm is not None:
                     clip_grad_norm_(parameters, options.clip_norm)
                 scaler.step(optimizer)

@@ -35,7 +35,7 @@ Options = TypeVar("Options", bound=Train)
 
 @dataclass(frozen=True)
 class Trial:
-    """What a search asks of a run: to leave the test images alone, and to report its progress.
+    """A run as part of a search: it leaves the test images alone, and reports its progress.
 
     Attributes:
         report: called with the step and the score of each evaluation; what it raises ends the run.
@@ -46,14 +46,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class RunInputs(Generic[Options]):
-    """What a run is made from.
+    """The configuration and the data of a run.
 
     Attributes:
-        verb: of the command.
-        config: resolved: its length in steps, no default left open.
+        verb: the command: train, finetune or distill.
+        config: the options, all defaults resolved and the length in steps.
         cache: the images.
-        provenance: what `config.json` records of them under `facts`, besides what `run_record` adds.
-        trial: what a search asks of this run, or None.
+        provenance: facts that `config.json` records, besides those that `run_record` adds.
+        trial: the search that the run is part of, or None.
     """
 
     verb: str
@@ -65,15 +65,15 @@ class RunInputs(Generic[Options]):
 
 @dataclass(frozen=True)
 class TrainSetup(Generic[Options]):
-    """A run that is ready to begin, but for its loss.
+    """A run that is ready to begin, except for its loss.
 
     Attributes:
-        inputs: what it is made from.
-        student: what it trains.
-        evaluation: what it is evaluated on.
-        loop: how it is trained.
+        inputs: its configuration and data.
+        student: the network that is trained, its optimizer and its average.
+        evaluation: splits and preprocessing of evaluation.
+        loop: options of the training loop.
         loader: this process's share of the training batches.
-        class_names: of the student's outputs where they are not the data's (teachers with other classes), or None.
+        class_names: names of the student's outputs where they are not the data's (a teacher's classes), or None.
     """
 
     inputs: RunInputs[Options]
@@ -97,20 +97,21 @@ class TrainSetup(Generic[Options]):
 
     @property
     def workers(self) -> int:
-        """Threads that make views ahead; one drives a device that cuts them itself."""
-        cut_there = isinstance(self.loader.split.store, DeviceStore)
-        return self.config.workers or (1 if cut_there else devices.spare_threads())
+        """Threads that prepare batches ahead."""
+        # A device that crops by itself works through one queue, so more threads would only wait for each other.
+        on_device = isinstance(self.loader.split.store, DeviceStore)
+        return self.config.workers or (1 if on_device else devices.spare_threads())
 
     def with_provenance(self, **facts: Any) -> Self:
-        """The setup with more provenance."""
+        """Returns the setup with facts added to its provenance."""
         return replace(self, inputs=replace(self.inputs, provenance=self.provenance | facts))
 
 
 def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
-    """What decides the training views of a resolved configuration.
+    """Returns everything that decides the training views of a resolved configuration.
 
     Args:
-        native: whether the native CPU kernel cuts the crops.
+        native: whether the native CPU kernel crops.
     """
     return ViewSpec(
         seed=config.seed,
@@ -128,18 +129,25 @@ def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
 
 
 def open_data(config: Train, trial: Trial | None = None) -> Cache:
-    """The decoded images of a run, a training split among them; without a test split for a trial.
+    """Opens the images of a run; decodes them into the cache the first time.
 
-    What is cheap to check is checked before: an optimizer's name must not fail after an hour of decoding.
+    Returns:
+        the images; for a trial without their test split.
+
+    Raises:
+        InputError: there is no training split, or an option is wrong.
     """
+    # What is cheap to check comes first: a misspelt optimizer must not fail after an hour of decoding.
     factory.check_optimizer_name(config.optimizer)
     parse_options(config.optimizer_kwargs)
     run_folder.check_place(config.out)
+    # One process fills the cache; the others then read it.
     cache = distributed.main_process_first(lambda: datasets.open_run_data(config))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())
     info(f"{cache.name}: {counts}; {cache.way} in {cache.folder}")
     if "train" not in cache.splits:
-        raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
+        raise InputError(f"{cache.name} has no training split; its splits: {', '.join(cache.splits)}")
+    # A search must not choose options by test images, so its trials do not get any.
     if trial:
         return replace(cache, splits={name: split for name, split in cache.splits.items() if name != "test"})
     return cache
@@ -158,20 +166,23 @@ def build_setup(
     """Builds the student and resolves every default that was left open.
 
     Args:
-        num_classes: that the student answers.
+        verb: the command.
+        num_classes: outputs of the student.
         given: modules from Python, by the names that stand for them.
-        requested: the configuration as a person gave it, if `config` is no longer that.
-        trial: what a search asks of the run, if it is part of one.
+        requested: the configuration as the user gave it, if `config` is no longer that.
+        trial: the search that the run is part of, if any.
     """
     requested, given = requested or config, given or {}
     device = devices.pick_device(config.device)
     _check_fits(config, cache)
     if config.threads:
         torch.set_num_threads(config.threads)
+    # Before defaults: the image size and the arithmetic depend on the network.
     classifier = build_classifier(verb, config, cache, num_classes, given)
     facts = recipes.facts(requested) | acceleration.crop_kernel(config, cache.splits["train"])
     facts = {"student": init_digest(verb, config, classifier, given)} | facts
     config = resolve_defaults(_with_earlier_warmup(config, requested), cache, classifier, device)
+    # After the defaults, which decide how much of the device's memory pixels may take.
     cache = datasets.move_data_to_device(cache, device, config.device_gb or 0)
     warn_of_late_steps(config)
     evaluation = Evaluation(
@@ -188,18 +199,19 @@ def build_setup(
 
 
 def _check_fits(config: Train, cache: Cache) -> None:
-    """Raises `InputError` where a configuration and the data or the processes contradict each other."""
+    """Raises `InputError` if the options do not fit the data or the number of processes."""
     world_size = env.world_size()
     if config.batch % world_size:
         raise InputError(
-            f"batch ({config.batch}) is shared by {world_size} processes, so it must be a multiple of {world_size}"
+            f"batch ({config.batch}) must be a multiple of {world_size}, the number of processes that share it"
         )
     if config.patience and "val" not in cache.splits:
         raise InputError(f"patience needs images for validation, and {cache.name} has none; pass --val 10%")
 
 
 def _with_earlier_warmup(config: Options, requested: Train) -> Options:
-    """The warm-up of a run that is extended stays as long as it was: else the steps already taken would differ."""
+    """Returns the options with the warm-up of the run that is extended, if it is."""
+    # The default grows with the length of a run; a longer warm-up would change steps that were already taken.
     if config.schedule != "wsd" or requested.warmup_steps is not None:
         return config
     warmup = distributed.broadcast_from_main(lambda: extend.warmup_of(config.out))
@@ -207,7 +219,8 @@ def _with_earlier_warmup(config: Options, requested: Train) -> Options:
 
 
 def warn_of_late_steps(config: Train) -> None:
-    """Warns of a schedule that the run is too short for: nearly always a run that was shortened to be tried."""
+    """Warns of a schedule that is longer than the run."""
+    # A warning, not an error: nearly always a recipe was shortened to try it out.
     steps, warmup = config.steps or 1, config.warmup_steps or 0
     late = [step for step in config.decay_steps if step >= steps]
     if warmup >= steps > 1:
@@ -219,14 +232,14 @@ def warn_of_late_steps(config: Train) -> None:
 
 
 def loop_options(config: Train, device: torch.device) -> LoopOptions:
-    """How a resolved configuration says that the student is trained."""
+    """Returns the options of the training loop of a resolved configuration."""
     steps, warmup = config.steps, config.warmup_steps or 0
     assert steps is not None
     assert config.lr is not None
 
     def factor(step: int) -> float:
-        falls, cooldown = (config.decay_steps, config.decay_factors), (config.cooldown_steps, config.cooldown_shape)
-        return schedules.factor(config.schedule, step, steps, warmup, *falls, *cooldown)
+        decay, cooldown = (config.decay_steps, config.decay_factors), (config.cooldown_steps, config.cooldown_shape)
+        return schedules.factor(config.schedule, step, steps, warmup, *decay, *cooldown)
 
     return LoopOptions(
         steps, config.lr, factor, config.clip_norm, config.seed, device, config.precision, config.micro_batch
@@ -234,7 +247,7 @@ def loop_options(config: Train, device: torch.device) -> LoopOptions:
 
 
 def run_record(setup: TrainSetup[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked of a run, and its provenance: the parts of its `config.json`."""
+    """Returns the options of a run and its provenance: `knobs` and `facts` of its `config.json`."""
     facts = {
         "data": setup.cache.key,
         "teacher": None,
@@ -249,7 +262,7 @@ def run_record(setup: TrainSetup[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def finished_result(setup: TrainSetup[Any]) -> dict[str, Any] | None:
-    """The result of the run, if it is over and was asked for the same; a run that is to be longer is extended first."""
+    """Returns the result of the run if it is finished with the same options; extends it first if it shall be longer."""
     out, verb = setup.config.out, setup.inputs.verb
     # The main process alone writes; the others must not look before it has.
     distributed.main_process_first(lambda: env.is_main_process() and extend.extend(out, verb, *run_record(setup)))
@@ -260,7 +273,7 @@ def finished_result(setup: TrainSetup[Any]) -> dict[str, Any] | None:
 
 
 def recorded_modes(setup: TrainSetup[Any]) -> list[dict[str, Any]] | None:
-    """The inference modes of the teachers of a run that is resumed."""
+    """Returns the inference modes of the teachers of a run that resumes, or None."""
     out, verb = setup.config.out, setup.inputs.verb
     known = distributed.broadcast_from_main(lambda: run_folder.provenance_if_same(out, verb, *run_record(setup)))
     return known.get("teacher_forms")

@@ -1,4 +1,4 @@
-"""Trains on labels alone: the honest baseline, with the views and the loop of distillation."""
+"""Trains on labels alone: the baseline of distillation, with the same views and the same loop."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def run(config: Train, given: Modules | None = None, trial: Trial | None = None)
 
     Args:
         given: modules from Python, by the names that stand for them.
-        trial: what a search asks of the run, if it is part of one.
+        trial: the search that the run is part of, if any.
     """
     with distributed.process_group(config.device):
         return run_on_labels(build_train_setup(config, given, trial))
@@ -34,13 +34,13 @@ def run_on_labels(setup: TrainSetup[Any]) -> dict[str, Any]:
 
 
 def build_train_setup(config: Train, given: Modules | None = None, trial: Trial | None = None) -> TrainSetup[Train]:
-    """The run made ready."""
+    """Builds the run, and checks that its images have labels."""
     cache = check_labels(config, open_data(config, trial))
     return build_setup("train", config, cache, num_classes=len(cache.classes), given=given, trial=trial)
 
 
 def label_objective(setup: TrainSetup[Any]) -> Objective:
-    """The cross-entropy of a batch on its labels, which are mixed as its views are."""
+    """Returns the objective: cross-entropy with labels that are mixed as their views are."""
     config, student, num_classes = setup.config, setup.student.classifier, len(setup.cache.classes)
 
     def loss(batch: Batch) -> Losses:
@@ -54,10 +54,13 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
 
 
 def check_labels(config: Train, cache: Cache) -> Cache:
-    """The images, if all that are trained on have labels; else an `InputError`."""
+    """Returns the images, or raises `InputError` if some training images have no labels."""
     if not cache.splits["train"].labelled:
         labels = cache.splits["train"].labels(slice(None))
         missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training images of {cache.name} have no labels"
-        other = " (they are of other classes than --eval-data)" if config.eval_data else ""
-        raise InputError(f"{missing}{other}; training on labels needs train/<class>/*.jpg, distilling needs none")
+        # Labels were dropped when the data was opened, so the cause is named here.
+        other = " (its classes are not those of --eval-data)" if config.eval_data else ""
+        raise InputError(
+            f"{missing}{other}; training on labels needs train/<class>/*.jpg, distillation needs no labels"
+        )
     return cache

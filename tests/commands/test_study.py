@@ -301,8 +301,8 @@ def test_runs_that_agree_on_draws_and_teacher_share_a_tape(tmp_path):
 
     funmatch.study(name, out=tmp_path / "out", jobs=2)
     first, second = ((tmp_path / "out" / "logs" / f"T---{t}.0-seed-0.log").read_text() for t in (1, 2))
-    assert "what the teacher says is recorded" in first
-    assert "it holds what the teacher says in 4 steps" in second
+    assert "recording the teacher's logits of 4 steps" in first
+    assert "replaying the teacher's logits of 4 steps" in second
     assert not any((tmp_path / "out" / "tapes").iterdir()), "needed by none any more"
     live = funmatch.distill(
         data="fashion-mini", teacher="fashion-mini-teacher", student="fashion-mini-student", steps=4, batch=8,

@@ -201,8 +201,8 @@ def test_trials_share_what_the_teacher_says(tmp_path, capsys):
     }  # fmt: skip
     funmatch.tune("distill", **knobs, space=["lr=1e-3,1e-2", "temperature=1,2"], out=tmp_path / "shared")
     told = capsys.readouterr().err
-    assert told.count("what the teacher says is recorded") == 2, "once a seed"
-    assert told.count("it holds what the teacher says in 4 steps") == 2
+    assert told.count("recording the teacher's logits of 4 steps") == 2, "once a seed"
+    assert told.count("replaying the teacher's logits of 4 steps") == 2
     assert not (tmp_path / "shared" / "tapes").exists(), "needed by none any more"
     for words in ({"space": ["lr=1e-3,1e-2", "mixup_mode=batch,image"]}, {"space": ["lr=1e-3,1e-2"], "tapes": False}):
         funmatch.tune("distill", **knobs, **words, out=tmp_path / "-".join(words))

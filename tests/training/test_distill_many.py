@@ -143,7 +143,7 @@ def test_bad_words(tmp_path):
         told = TOLD | {"students": STUDENTS, "out": tmp_path / "x"} | more
         return funmatch.distill_several(**told)
 
-    with pytest.raises(InputError, match="two students are called test_resnet"):
+    with pytest.raises(InputError, match="two students have the name test_resnet"):
         tried(students=["test_resnet", "a/test_resnet"])
     with pytest.raises(InputError, match="would see different views: side 32 and 160"):
         tried(side=None)

@@ -1,4 +1,4 @@
-"""Builds the student of a run: its network with first weights, its optimizer, and the average of its weights."""
+"""Builds the student of a run: its network with initial weights, its optimizer, and the average of its weights."""
 
 import copy
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ Modules = dict[str, nn.Module]
 
 @dataclass(frozen=True)
 class Student:
-    """What training changes.
+    """Everything that training changes.
 
     Attributes:
         classifier: the network, on its device.
-        optimizer: of its parameters that are trained.
-        ema: the exponential moving average of its weights, or None.
+        optimizer: of its trainable parameters.
+        ema: exponential moving average of its weights, or None.
     """
 
     classifier: Classifier
@@ -40,18 +40,22 @@ class Student:
 
     @property
     def average_net(self) -> nn.Module | None:
-        """The network with averaged weights."""
+        """The network with averaged weights, or None."""
         return self.ema.model.net if self.ema else None
 
 
 def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, given: Modules) -> Classifier:
-    """The student's network with its first weights, on the CPU, ready for views of the requested size.
+    """Builds the student's network with its initial weights, on the CPU.
 
     Args:
-        num_classes: that it answers.
+        verb: the command; fine-tuning gives a new head zeros.
+        num_classes: number of its outputs.
         given: modules from Python, by the names that stand for them.
+
+    Raises:
+        InputError: it cannot be loaded, has another number of outputs, or fails on a batch of the run's size.
     """
-    # First weights are drawn on the CPU, whose generator gives the same numbers on every machine.
+    # Initial weights are drawn on the CPU, whose generator gives the same numbers on every machine.
     devices.seed_networks(config.seed, 0, torch.device("cpu"))
     student = load(
         copy.deepcopy(given.get(config.student, config.student)),
@@ -65,6 +69,7 @@ def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, g
         raise InputError(
             f"student {config.student} has {student.num_classes} outputs, but {num_classes} classes are needed"
         )
+    # A zero head starts from equal probabilities, so the first gradients do not reach the pretrained weights.
     if verb == "finetune" and student.card.classes != cache.classes:
         with_zero_head(student.net, num_classes)
     # BatchNorm fails on the smallest micro-batch first, so that one is checked.
@@ -79,7 +84,7 @@ def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, g
 
 
 def init_digest(verb: str, config: Train, student: Classifier, given: Modules) -> str | None:
-    """Digest of a student's first weights; None where they follow from the seed."""
+    """Returns a digest of a student's initial weights; None where they follow from the seed."""
     drawn = config.student not in given and not config.student_weights and not brings_weights(config.student)
     if drawn and verb == "finetune":
         info(f"WARNING: {config.student} starts from random weights; give a pretrained tag or --weights")
@@ -87,13 +92,14 @@ def init_digest(verb: str, config: Train, student: Classifier, given: Modules) -
 
 
 def build_student(config: Train, classifier: Classifier, device: torch.device) -> Student:
-    """The student on its device, alike on all processes, with its optimizer.
+    """Moves the network to its device, makes it equal on all processes, and creates its optimizer.
 
     Args:
-        config: resolved.
+        config: the resolved options.
     """
     classifier = sync_across_processes(classifier.to(device), device)
     assert config.lr is not None
+    # After the move, since the optimizer refers to these very parameters.
     optimizer = factory.create_optimizer(
         config.optimizer, classifier.net, config.lr, config.weight_decay,
         momentum=config.momentum, momentum_dtype=config.momentum_dtype,
@@ -103,7 +109,8 @@ def build_student(config: Train, classifier: Classifier, device: torch.device) -
 
 
 def sync_across_processes(student: Classifier, device: torch.device) -> Classifier:
-    """The student made ready for several processes: equal weights on each, and batch statistics of the global batch."""
+    """Gives all processes equal weights, and BatchNorm the statistics of the global batch."""
+    # A module from Python is built by each process, perhaps with other random weights.
     distributed.broadcast_(list(student.state_dict().values()))
     student.net = sync_batchnorm(student.net, device)
     return student

@@ -1,4 +1,4 @@
-"""A distillation and the teacher tape: whose answers it holds, what is recorded, and what a full disk means."""
+"""Opens the teacher tape of a distillation: decides which tape it can share, what is recorded, and if there is room."""
 
 import hashlib
 import shutil
@@ -24,13 +24,13 @@ DistillSetup = TrainSetup[Distill]
 
 
 def tape_key(setup: DistillSetup, teachers: TeacherEnsemble) -> dict[str, Any]:
-    """All that the teachers' logits of a run depend on: its images, its views, and the teachers themselves.
+    """Returns everything that a run's teacher logits depend on: its images, its views, and the teachers.
 
-    The views' part is the whole `ViewSpec`: an option that changes views cannot be left out here.
+    The views' part is the whole `ViewSpec`, so an option that changes views cannot be left out here.
     """
     config, members = setup.config, teachers.members
     several = len(members) > 1
-    # The temperature changes logits only where they are summed up: by the tape, or over teachers' probabilities.
+    # The temperature changes logits only where probabilities are summed: by the tape, or over teachers.
     tempered = config.tape_top or (several and teachers.combine != "mean-logits")
     return {
         "pictures": hashlib.blake2b(setup.loader.split.digests.tobytes(), digest_size=16).hexdigest(),
@@ -47,14 +47,14 @@ def tape_key(setup: DistillSetup, teachers: TeacherEnsemble) -> dict[str, Any]:
 
 
 def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:
-    """Knobs of a distillation that can be others without its tape being another.
+    """Returns the options of a distillation that may differ between runs that share a tape.
 
     Args:
-        knobs: of `config.Distill`, as far as they are given.
+        knobs: options of `config.Distill`, as far as they are given.
     """
     own = {*Distill.model_fields} - options_changing(Distill, Changes.VIEWS | Changes.TEACHER | Changes.DATA)
     if knobs.get("side"):
-        own.add("student")  # else it decides the side of the views
+        own.add("student")  # otherwise the student decides the image size
     several = not isinstance(knobs.get("teacher"), str) and len(knobs.get("teacher") or ()) > 1
     if not several or knobs.get("combine", "mean-logits") == "mean-logits":
         own.add("temperature")
@@ -62,17 +62,17 @@ def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:
 
 
 def shared_by(knobs: Mapping[str, Any]) -> str | None:
-    """A name for the tape that a distillation can share with all others that give the same name; None if with none."""
+    """Returns a digest that distillations have in common exactly if they can share a tape; None for no sharing."""
     if knobs.get("tape") or knobs.get("tape_top") or STRATEGIES[knobs.get("strategy", "funmatch")].fixed:
         return None
     own = own_of_the_student(knobs)
-    decides = sorted((name, str(value)) for name, value in knobs.items() if name not in own)
-    return hashlib.blake2b(repr(decides).encode(), digest_size=8).hexdigest()
+    decisive = sorted((name, str(value)) for name, value in knobs.items() if name not in own)
+    return hashlib.blake2b(repr(decisive).encode(), digest_size=8).hexdigest()
 
 
 @contextmanager
 def lock_beginning(config: Distill) -> Generator[None]:
-    """Keeps other runs from beginning the same tape, so that the first alone decides how its teacher is computed."""
+    """Keeps other runs from beginning the same tape: the first run alone chooses the teachers' inference modes."""
     place = tape.record_folder(config.tape) if config.tape else None
     if place is None or not env.is_main_process() or place.has_begun:
         yield
@@ -83,7 +83,10 @@ def lock_beginning(config: Distill) -> Generator[None]:
 
 
 def recorded_modes(config: Distill, device: torch.device) -> list[dict[str, Any]] | None:
-    """The forms in which the teachers of a tape are computed, so that what is added to it is computed alike."""
+    """Returns the inference modes of a tape's teachers, so that what is added to it is computed alike.
+
+    None without a tape, or for one from another type of device, whose modes may not exist here.
+    """
     if config.tape is None or not tape.record_folder(config.tape).has_begun:
         return None
     header = tape.find_tape(config.tape).header
@@ -91,22 +94,26 @@ def recorded_modes(config: Distill, device: torch.device) -> list[dict[str, Any]
 
 
 def layout_of(setup: DistillSetup) -> Layout:
-    """The rows of a run's tape."""
+    """Returns the format of the rows of a run's tape.
+
+    Raises:
+        InputError: `tape_top` leaves no classes to be joined.
+    """
     config, classes = setup.config, setup.student.classifier.num_classes
     if config.tape_top is not None and config.tape_top > classes - 2:
-        raise InputError(f"tape_top ({config.tape_top}) must leave some of {classes} classes; leave it out to keep all")
+        raise InputError(f"tape_top ({config.tape_top}) must leave some of {classes} classes; omit it to keep all")
     return Layout(config.batch, classes, config.tape_top, config.temperature)
 
 
 def rounding(config: Distill) -> str | None:
-    """What a run that uses a tape does to its teachers' answers, live or not."""
+    """Returns how a run with a tape rounds its teachers' logits, recorded or replayed; None without a tape."""
     if config.tape is None:
         return None
     return "fp16" if config.tape_top is None else f"fp16, the first {config.tape_top} classes and the rest as one"
 
 
 def begin_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Tape:
-    """The run's tape, new if it is not there yet."""
+    """Opens the run's tape, and creates it if there is none yet."""
     place, layout = setup.config.tape, layout_of(setup)
     assert place is not None
     return distributed.main_process_first(
@@ -116,69 +123,85 @@ def begin_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Tape:
 
 @contextmanager
 def open_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Generator[Tape | None]:
-    """The run's tape while the block runs; None where it has none."""
+    """Yields the run's tape, or None where it has none; records for as long as the block runs.
+
+    Raises:
+        InputError: the tape holds something else, or the disk has no room for it.
+    """
     config = setup.config
     if config.tape is None:
         yield None
         return
-    found = begin_tape(setup, teachers)
-    lock = tape.record_folder(found.folder).try_lock() if env.is_main_process() else None
+    run_tape = begin_tape(setup, teachers)
+    # One run records; others that hold the tape at the same time only read.
+    lock = tape.record_folder(run_tape.folder).try_lock() if env.is_main_process() else None
     try:
-        found.recording = distributed.broadcast_from_main(lambda: lock is not None)
+        run_tape.recording = distributed.broadcast_from_main(lambda: lock is not None)
         if env.is_main_process():
-            _report_beginning(found, setup.loop.steps, config.tape_full)
-        yield found
+            _report_beginning(run_tape, setup.loop.steps, config.tape_full)
+        yield run_tape
     finally:
-        found.close()
+        run_tape.close()
         if lock:
             lock.close()
 
 
-def _report_beginning(found: Tape, steps: int, full: Literal["stop", "go-on"]) -> None:
-    """Says what a tape will take and what it gives; without room for it, an `InputError`, or nothing is recorded."""
-    size, have = found.layout.bytes_of(steps), found.size
-    if not found.recording:
-        info(f"tape {found.folder}: another run records it; this one takes from it what is there, and what comes")
+def _report_beginning(run_tape: Tape, steps: int, full: Literal["stop", "go-on"]) -> None:
+    """Reports the size of a tape, and whether it is recorded or replayed.
+
+    Without room on the disk it raises `InputError`, or turns recording off where `full` says so.
+    """
+    size, have = run_tape.layout.bytes_of(steps), run_tape.size
+    if not run_tape.recording:
+        info(
+            f"tape {run_tape.folder}: another run is recording this tape; reading what it has written so far and as it "
+            "grows"
+        )
         return
     try:
-        _check_space(found, steps)
+        _check_space(run_tape, steps)
     except InputError as error:
         if full == "stop":
             raise
-        found.recording = False
-        info(f"WARNING: {error}; the run goes on, and records nothing")
+        run_tape.recording = False
+        info(f"WARNING: {error}; continuing without recording")
         return
     if have < size:
-        has = f", {format_bytes(have)} of it are there" if have else ""
-        info(f"tape {found.folder}: {format_bytes(size)} for {steps:,} steps{has}; what the teacher says is recorded")
+        done = f", {format_bytes(have)} of it recorded before" if have else ""
+        info(f"tape {run_tape.folder}: recording the teacher's logits of {steps:,} steps ({format_bytes(size)}{done})")
     else:
-        info(f"tape {found.folder}: {format_bytes(size)}; it holds what the teacher says in {steps:,} steps")
+        info(f"tape {run_tape.folder}: replaying the teacher's logits of {steps:,} steps ({format_bytes(size)})")
 
 
-def _check_space(found: Tape, steps: int) -> None:
+def _check_space(run_tape: Tape, steps: int) -> None:
     """Raises `InputError` unless the disk has room for all that will be recorded."""
-    have = found.path.stat().st_blocks * 512 if found.path.is_file() else 0
-    wanted = found.layout.bytes_of(steps) - have
-    free = shutil.disk_usage(found.folder).free
+    # Blocks, not the file's length: rows that are not written yet may be holes, which take no space.
+    have = run_tape.path.stat().st_blocks * 512 if run_tape.path.is_file() else 0
+    wanted = run_tape.layout.bytes_of(steps) - have
+    free = shutil.disk_usage(run_tape.folder).free
     if wanted > free:
         raise InputError(
-            f"the tape of {steps:,} steps takes {format_bytes(wanted)} more in {found.folder}, where "
-            f"{format_bytes(free)} are free; choose another --tape, keep fewer classes (--tape-top), or leave it out"
+            f"the tape of {steps:,} steps needs {format_bytes(wanted)} more in {run_tape.folder}, where "
+            f"{format_bytes(free)} are free; choose another --tape, keep fewer classes (--tape-top), or omit --tape"
         )
 
 
-def report_dropped_mass(told: Tensor, config: Distill) -> None:
-    """Says how much of the teachers' probability a tape of some classes does not tell apart."""
+def report_dropped_mass(logits: Tensor, config: Distill) -> None:
+    """Reports the probability of the classes that a tape with `tape_top` joins into one.
+
+    Args:
+        logits: the teachers' on the first batch, (n, classes).
+    """
     assert config.tape_top is not None
-    rest = tape.dropped_mass(told, config.tape_top, config.temperature)
+    rest = tape.dropped_mass(logits, config.tape_top, config.temperature)
     info(
-        f"tape: the first {config.tape_top} of {told.shape[-1]:,} classes hold {percent(1 - rest)} of the teacher's "
-        f"probability at T = {config.temperature:g}; how the student shares out the other {percent(rest)} is lost"
+        f"tape: the first {config.tape_top} of {logits.shape[-1]:,} classes hold {percent(1 - rest)} of the teacher's "
+        f"probability at T = {config.temperature:g}; the split of the other {percent(rest)} is not distilled"
     )
 
 
 def _about(setup: DistillSetup) -> dict[str, Any]:
-    """What a tape keeps beside, to be shown and to be computed again."""
+    """Returns what a tape's header holds besides its key: how to show it, and how to compute it again."""
     return {
         "device": setup.loop.device.type,
         "forms": setup.provenance["teacher_forms"],

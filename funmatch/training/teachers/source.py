@@ -1,4 +1,4 @@
-"""Answers the one question of distillation, "what are the teacher's logits for this batch?", from wherever they lie."""
+"""Provides the teacher's logits of a batch: computed live, from a table, from a tape, or shared between students."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -19,25 +19,25 @@ from funmatch.runtime.timing import timed
 from funmatch.training.teachers.tape import Tape
 
 BEHIND = 2
-"""Steps after which logits of an accelerator are written to a tape: by then they have arrived, and nobody waits."""
+"""Steps after which an accelerator's logits are written to a tape: by then they are on the host, and nothing waits."""
 Views = Mapping[int, Tensor]
 """A batch's teacher views, (n, 3, side, side) by their side."""
 
 
 class TeacherSource(Protocol):
-    """Where a run's teacher logits come from."""
+    """A source of teacher logits."""
 
     def lookup(self, step: int, first_row: int, images: np.ndarray) -> Tensor | None:
-        """Logits (rows, classes) that are known without any view, or None; called by the threads that make batches.
+        """Returns logits (rows, classes) that need no views, or None; called by the threads that prepare batches.
 
         Args:
-            first_row: place of the first row in the global batch.
+            first_row: index of the first row in the global batch.
             images: number of each row's image in the training split.
         """
         ...
 
     def logits(self, batch: Batch, views: Views, *, record: bool = True) -> Tensor:
-        """Logits (n, classes) of a batch of which `lookup` knew nothing; `record` them, where that is done."""
+        """Returns logits (n, classes) of a batch that `lookup` did not find; records them if there is a tape."""
         ...
 
     def flush(self) -> None:
@@ -47,7 +47,7 @@ class TeacherSource(Protocol):
 
 @dataclass(frozen=True)
 class Live:
-    """Asks the teachers, at every step."""
+    """Computes the teachers at every step."""
 
     teachers: TeacherEnsemble
     temperature: float
@@ -65,7 +65,7 @@ class Live:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Looks up what fixed teachers answer to an image, whatever the student is shown of it.
+    """Looks up the logits of fixed teachers by image; they do not depend on the student's view.
 
     Attributes:
         table: logits of each image of the training split, (images, classes).
@@ -85,7 +85,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Shared:
-    """Asks another source once for all students that are trained side by side."""
+    """Computes another source once for all students that are trained side by side."""
 
     source: TeacherSource
     cache: SharedCache
@@ -104,12 +104,12 @@ class Shared:
 
 @dataclass
 class Taped:
-    """Reads a tape, and records there what it has to ask another source.
+    """Reads a tape, and records logits that it lacks from another source.
 
     Logits that were just computed are rounded as the tape rounds them: recording and replaying train alike.
 
     Attributes:
-        full: what to do when the disk is full: stop the run, or go on without recording.
+        full: what to do when the disk is full: stop the run, or continue without recording.
         waiting: (step, first row, logits on their way to the CPU), not written yet.
     """
 
@@ -126,6 +126,7 @@ class Taped:
         if record and self.tape.recording:
             copy = transfers.copy_to_host(half) if classes is None else transfers.copy_to_host(half, classes)
             self.waiting.append((batch.step, batch.first_row, copy))
+            # Waiting for the newest copies would stall the accelerator until it has computed them.
             self._write_all_but(0 if half.device.type == "cpu" else BEHIND)
         return self.tape.layout.unpacked(half, classes)
 
@@ -139,7 +140,7 @@ class Taped:
             self.write(step, first_row, half, classes[0] if classes else None)
 
     def write(self, step: int, first_row: int, half: Tensor, classes: Tensor | None) -> None:
-        """Writes rows; an `OSError` ends the recording, and the run too unless it may go on without."""
+        """Writes rows; an `OSError` ends the recording, and the run too if `full` is stop."""
         if not self.tape.recording:
             return
         try:
@@ -154,11 +155,11 @@ class Taped:
 
 @dataclass(frozen=True)
 class DistillLoader:
-    """Training batches that bring the teacher's logits along where these are known beforehand.
+    """Loads training batches, with the teacher's logits where these are known beforehand.
 
     Attributes:
         loader: makes the views.
-        source: is asked first; views for the teacher are made only where it knows nothing.
+        source: looked up first; the teacher's views are made only where it finds nothing.
         shared: keeps batches for other students that are trained side by side on the same views.
     """
 
@@ -171,11 +172,12 @@ class DistillLoader:
         return self.loader.size
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of a step; see `Loader.batch_at`."""
+        """Returns the batch of a step; see `Loader.batch_at`."""
         if self.shared is None:
             return self.loader.batch_at(step, self.source.lookup)
         key = (step, self.loader.rank, self.loader.world_size)
         return self.shared(key, lambda: self.loader.batch_at(step, self.source.lookup))
 
     def unsharded(self) -> "DistillLoader":
+        """Returns a loader of whole global batches, whatever the number of processes."""
         return replace(self, loader=self.loader.unsharded())
