@@ -102,7 +102,7 @@ def cut(photos: list[Image.Image], folder: Path, size: tuple[int, int], count: i
 
 def ours(folder: Path, way: str, decoder: str) -> Callable[[int], float]:
     """Seconds for a number of batches of funmatch, in the process's own thread."""
-    split = open_cache(str(folder), keeping=CacheOptions(way=way, decoder=decoder)).splits["train"]
+    split = open_cache(str(folder), cache_options=CacheOptions(way=way, decoder=decoder)).splits["train"]
     loader = Loader(split, ViewSpec(seed=0, batch=BATCH, side=SIDE))
     steps = iter(range(10**9))
 
@@ -201,7 +201,7 @@ def many(options: argparse.Namespace, folder: Path) -> None:
     for count in (1000, options.many_pictures):
         root = cut(photos, folder / str(count), (96, 72), count)
         for way in ("resident", "streaming"):
-            open_cache(str(root), keeping=CacheOptions(way=way))
+            open_cache(str(root), cache_options=CacheOptions(way=way))
             command = [sys.executable, __file__, "--measure", str(root), way]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             cells = [f"{found['start']:.2f}", *(f"{found[name]:,.0f}" for name in ("opened", "after", "peak"))]
@@ -210,7 +210,7 @@ def many(options: argparse.Namespace, folder: Path) -> None:
 
 def measure(folder: str, way: str) -> None:
     began = time.perf_counter()
-    split = open_cache(folder, keeping=CacheOptions(way=way)).splits["train"]
+    split = open_cache(folder, cache_options=CacheOptions(way=way)).splits["train"]
     loader = Loader(split, ViewSpec(seed=0, batch=BATCH, side=32))
     loader.batch_at(0)
     start = time.perf_counter() - began

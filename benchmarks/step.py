@@ -89,7 +89,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder) / "some", 200)
-        some = open_cache(f"{folder}/some", keeping=CacheOptions(home=Path(folder) / "cache")).splits["train"]
+        some = open_cache(f"{folder}/some", cache_options=CacheOptions(home=Path(folder) / "cache")).splits["train"]
         for count in options.pictures:
             # More images than were made: the index names them again, which costs a step what other ones would.
             split = some.subset(np.resize(np.arange(len(some)), count))

@@ -115,7 +115,8 @@ def distill(data: Images, teacher: Model | Sequence[Model], student: Model, out:
     """Teaches a student to be the same function as a teacher, or as several, in a run folder.
 
     Args:
-        data: a folder of images, a name of the catalog, or `tfrecord:…`, `wds:…`, `hf:…`; several are joined.
+        data: a folder of images, a name of the catalog, or a source with its prefix, e.g. `tfrecord:…`, `hf:…`; several
+            are joined.
         teacher: a run folder, a timm name (with `teacher_weights`), a BiT `.npz`, a module, …, or several of these. A
             module is copied and stays as it is.
         student: any timm name, or a module, whose copy is taught.

@@ -13,7 +13,7 @@ from funmatch.commands import prepare
 from funmatch.config import Data
 from funmatch.data.cache.open_cache import Cache, cache_home
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.readers.open import resolve_names
+from funmatch.data.readers.open import local_folder
 from funmatch.errors import InputError
 from funmatch.reports.result import Result
 from funmatch.runtime.files import disk_errors
@@ -39,9 +39,8 @@ def run(config: Data) -> Result:
 def _beside(data: tuple[str, ...]) -> Path:
     """This folder; or the one of caches, lest the sheet become one of the images."""
     here = Path.cwd().resolve()
-    places = [Path(resolve_names(spec).removeprefix("folder:")).resolve() for spec in data]
-    inside = any(place.is_dir() and here.is_relative_to(place) for place in places)
-    return cache_home() if inside else Path()
+    folders = [folder.resolve() for spec in data if (folder := local_folder(spec))]
+    return cache_home() if any(here.is_relative_to(folder) for folder in folders) else Path()
 
 
 def choose_images(cache: Cache) -> tuple[CachedSplit, list[int]]:

@@ -32,14 +32,14 @@ def run(config: Prepare) -> Result:
             track=track,
         )  # fmt: skip
         return Result(config.out.expanduser(), shards)
-    return Result(None, summarize(datasets.open_data_set(config, config.data, afresh=True), config.data))
+    return Result(None, summarize(datasets.open_data_set(config, config.data, refresh=True), config.data))
 
 
 def summarize(cache: Cache, data: tuple[str, ...]) -> dict[str, Any]:
     """What a data set holds, as `survey.summary` says, with `name`, `data`, `way`, `folder` and `gigabytes`."""
     size = sum(path.stat().st_size for path in cache.folder.iterdir())
     place = {"name": cache.name, "data": list(data), "way": cache.way, "folder": str(cache.folder)}
-    return place | {"gigabytes": round(size / 1e9, 6)} | cache.found
+    return place | {"gigabytes": round(size / 1e9, 6)} | cache.summary
 
 
 def show(result: Result) -> None:

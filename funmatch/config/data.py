@@ -64,8 +64,8 @@ class Named(Images):
     data: Annotated[
         Names, Opt(group=Group.DATA, changes=DATA, compared=False, essential=True, positional=True, metavar="DATA …")
     ]
-    """Images: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
-    joined."""
+    """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
+    hf:NAME. Several are joined."""
 
     def problems(self) -> list[str]:
         return ([] if self.data else ["give the images, e.g. ~/pictures or pet37"]) + super().problems()

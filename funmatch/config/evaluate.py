@@ -35,8 +35,8 @@ class Evaluate(Images, Teaching, Machine):
     ] = ()
     """Arguments for timm's constructor."""
     data: Annotated[Names, like(Train, "data", usual="the run's")] = ()
-    """Images: a name of the catalog, a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
-    joined."""
+    """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
+    hf:NAME. Several are joined."""
     split: Annotated[
         str, Opt(group=Group.DATA, changes=Changes.DATA, essential=True, metavar="auto|train|val|test")
     ] = "auto"

@@ -25,7 +25,8 @@ class Train(Images, Student, Views, Optimizer, Loop):
         Names, Opt(group=Group.DATA, changes=Changes.DATA, compared=False, essential=True, metavar="DATA …")
     ]
     """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
-    fashion-mini), a folder, or folder:PATH, tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are joined."""
+    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
+    joined."""
     eval_data: Annotated[
         Names,
         Opt(group=Group.DATA, changes=Changes.STUDENT, compared=False, searchable=False, usual="those of --data",

@@ -1,7 +1,7 @@
-"""Where images come from: listed once, read on demand.
+"""Defines a listed data set, the options for reading one, and the helpers that all readers share.
 
-Every door (folders, shards, the catalog, the Hub) gives the same thing, a `Source`: classes, splits, and a function
-that reads one encoded image.
+Every reader (folders, shards, the catalog, the Hugging Face Hub) returns the same thing, a `Dataset`: class names,
+splits, and a function that reads one encoded image on demand.
 """
 
 import os
@@ -25,14 +25,15 @@ SPLIT_NAMES = {
 }  # fmt: skip
 UNLABELLED = -1
 NAMED_AT_MOST = 200
+"""Files that an error lists one by one."""
 
 Track = Callable[[Iterable, int, str], Iterable]
-"""(things, how many in all, what is done) to the same things, shown as progress."""
+"""(items, total, description) to the same items, with progress shown while they are consumed."""
 
 
-def untracked(things: Iterable, total: int, what: str) -> Iterable:  # noqa: ARG001
+def untracked(items: Iterable, total: int, description: str) -> Iterable:  # noqa: ARG001
     """A `Track` that shows nothing."""
-    return things
+    return items
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class SplitListing:
     """The images of one split.
 
     Attributes:
-        names: how messages call each image, (n,).
-        labels: index of each image's class, (n,) int32, `UNLABELLED` where there is none.
+        names: name of each image in messages, (n,).
+        labels: class index of each image, (n,) int32; `UNLABELLED` where it has none.
     """
 
     names: Sequence[str]
@@ -57,11 +58,11 @@ class SplitListing:
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """Which shares of the training images become other splits: {"val": 1/10}, or a number of images.
+    """The parts of the training images to hold out as other splits.
 
     Attributes:
-        shares: by split; a Fraction below 1, or an int.
-        seed: another seed cuts elsewhere.
+        shares: size by split, e.g. {"val": 1/10}: a Fraction below 1, or a number of images.
+        seed: selects which images are held out.
     """
 
     shares: dict[str, Fraction | int]
@@ -70,19 +71,19 @@ class SplitSpec:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, listed.
+    """A data set, listed but not read.
 
     Attributes:
         name: of the data set.
-        classes: their names by label; empty where nothing is labelled.
-        splits: by name.
-        read: (split, index) to the encoded image; any failure is an exception.
-        watched: files and folders whose size and time tell whether anything may have changed.
-        cut: what is still to be cut from the training images, by content.
-        unnamed: whether the classes are only numbers, because nothing says their names.
-        counts: images a split as published, where the data set is.
-        notes: what a person may not expect of how this was read, a sentence each.
-        place: where it lies, for messages.
+        classes: class names by label; empty where nothing is labelled.
+        splits: listing of each split by its name.
+        read: (split, index) to the encoded image. It may raise any exception: an image that fails is reported by name.
+        watched: files and folders whose size and time of change show whether the listing may be outdated.
+        split_spec: splits still to be held out from the training images, by content.
+        unnamed: whether class names are only numbers, because the source has no names.
+        published_counts: images in each split as published; empty for data that is not in the catalog.
+        notes: sentences about what may surprise a user in how the data was read.
+        location: path, pattern or Hub name, for messages.
     """
 
     name: str
@@ -90,16 +91,16 @@ class Dataset:
     splits: dict[str, SplitListing]
     read: Callable[[str, int], bytes]
     watched: Sequence[str]
-    cut: SplitSpec | None = None
+    split_spec: SplitSpec | None = None
     unnamed: bool = False
-    counts: dict[str, int] = field(default_factory=dict)
+    published_counts: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    place: str = ""
+    location: str = ""
 
     @property
-    def called(self) -> str:
-        """Name and place, for messages."""
-        return f"{self.name} ({self.place})" if self.place else self.name
+    def display_name(self) -> str:
+        """Name and location, for messages."""
+        return f"{self.name} ({self.location})" if self.location else self.name
 
     def jobs(self) -> list[tuple[str, int]]:
         """Every image as (split, index), in order."""
@@ -108,20 +109,21 @@ class Dataset:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a person wants a data set read.
+    """Options for reading a data set. The fields that `config.Images` has too are filled from there by their names.
 
     Attributes:
-        data_dir: where the data sets of the catalog lie, or are put.
-        cut: what to cut from the training images.
+        data_dir: folder of the catalog's data sets, existing or to be downloaded.
+        split_spec: splits to hold out from the training images.
         unlabelled: whether labels may be missing.
-        follow_links: whether links may lead out of a folder.
-        image_feature, label_feature: in shards and tables; None tries the usual names, "none" is no label.
-        first_label: the number that shards give the first class.
-        class_file: names of the classes, a line each.
+        follow_links: whether symbolic links may lead out of a folder.
+        image_feature, label_feature: their names in shards and tables; None tries the usual names, "none" reads no
+            labels.
+        first_label: number of the first class in shards.
+        class_file: file of class names, one a line.
     """
 
     data_dir: Path | None = None
-    cut: SplitSpec | None = None
+    split_spec: SplitSpec | None = None
     unlabelled: bool = False
     follow_links: bool = False
     image_feature: str | None = None
@@ -131,32 +133,34 @@ class ReadOptions:
 
 
 def parse_share(text: str) -> Fraction | int:
-    """`10%` or `0.1` to a tenth, `500` to so many images.
+    """Parses the size of a split: `10%` or `0.1` to 1/10, `500` to a number of images.
 
     Raises:
-        InputError: it is neither.
+        InputError: the text is neither.
     """
     if re.fullmatch(r"[1-9]\d{0,11}", text):
         return int(text)
     if re.fullmatch(r"\d{1,3}(\.\d{1,9})?%?", text):
+        # A Fraction: as floats, 0.29 * 100 falls just below 29, and the split would lack an image.
         share = Fraction(text.rstrip("%")) / (100 if text.endswith("%") else 1)
         if 0 < share < 1:
             return share
-    raise InputError(f"{text!r} is no share of the training images; wanted 10%, 0.1, or a number of images")
+    raise InputError(f"{text!r} is not a valid share of the training images; expected 10%, 0.1, or a number of images")
 
 
-def split_of(words: Sequence[str]) -> str | None:
-    """The split that the first of these words names, if one does."""
+def find_split(words: Sequence[str]) -> str | None:
+    """Returns the split that the first matching word names, or None."""
     return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)
 
 
 def sort_splits(splits: dict[str, SplitListing]) -> dict[str, SplitListing]:
-    """Splits as train, val, test."""
+    """Orders splits as train, val, test."""
     return {name: splits[name] for name in ORDER if name in splits}
 
 
 def read_file(path: str | Path) -> bytes:
-    """A regular file's bytes; a pipe or a device, which might never end, is an error."""
+    """Reads a regular file."""
+    # Opening a pipe or a device could block forever.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
     with open(path, "rb") as file:
@@ -164,89 +168,101 @@ def read_file(path: str | Path) -> bytes:
 
 
 def check_classes(names: Sequence[str], where: object) -> tuple[str, ...]:
-    """The names as classes, or an `InputError` where two differ in nothing but case, which is always a mistake."""
-    seen: dict[str, str] = {}
+    """Returns the class names as a tuple.
+
+    Raises:
+        InputError: two names are equal or differ only in case.
+    """
+    first: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(name.casefold(), name)
+        # Case alone is always a mistake: file systems of other machines would merge the two folders.
+        other = first.setdefault(name.casefold(), name)
         if other != name:
-            raise InputError(f"{where}: the classes {other!r} and {name!r} differ only in case; make them one")
-    if len(seen) != len(names):
-        raise InputError(f"{where}: the same class is named twice")
+            raise InputError(f"{where}: the classes {other!r} and {name!r} differ only in case; merge them")
+    if len(first) != len(names):
+        raise InputError(f"{where}: the same class is listed twice")
     return tuple(names)
 
 
 def read_class_file(path: Path) -> tuple[str, ...]:
-    """The class names in a file, a line each, as TensorFlow Datasets writes them (`label.labels.txt`)."""
+    """Reads class names, one a line, as TensorFlow Datasets writes them (`label.labels.txt`)."""
     try:
         lines = path.read_bytes().decode(errors="surrogateescape").split("\n")
     except OSError as error:
-        raise InputError(f"class names cannot be read from {path}: {error}") from None
+        raise InputError(f"cannot read class names from {path}: {error}") from None
     names = [line.rstrip("\r") for line in lines if line.strip()]
     if not names:
-        raise InputError(f"{path} names no class; wanted a class a line")
+        raise InputError(f"{path} has no class names; expected one a line")
     return check_classes(names, path)
 
 
-def join_datasets(sources: Sequence[Dataset]) -> Dataset:
-    """Several data sets as one: splits of one name are joined, classes of one name are one class.
+def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
+    """Joins several data sets into one: splits of the same name and classes of the same name are merged.
 
     Raises:
-        InputError: some have names for their classes and some only numbers.
+        InputError: some have class names and some only numbers, or they hold out splits in different ways.
     """
-    if len(sources) == 1:
-        return sources[0]
-    labelled = [source for source in sources if source.classes]
-    if len({source.unnamed for source in labelled}) > 1:
-        raise InputError("some of these data sets name their classes, some only number them; give --class-file")
-    names = {name for source in labelled for name in source.classes}
-    classes = tuple(sorted(names, key=int if labelled and labelled[0].unnamed else None))
-    if len({source.classes for source in labelled}) == 1:
-        classes = labelled[0].classes  # in their own order
-    check_classes(classes, " + ".join(source.name for source in sources))
-    alike = len({source.name for source in sources}) < len(sources)
-    places = {name: i for i, name in enumerate(classes)}
-    parts: dict[str, list[tuple[Dataset, int]]] = {}
+    if len(datasets) == 1:
+        return datasets[0]
+    classes, unnamed = _join_classes(datasets)
+    check_classes(classes, " + ".join(dataset.name for dataset in datasets))
+    same_name = len({dataset.name for dataset in datasets}) < len(datasets)
+    positions = {name: i for i, name in enumerate(classes)}
+    images: dict[str, list[tuple[Dataset, int]]] = {}
     splits: dict[str, SplitListing] = {}
     for name in ORDER:
-        having = [source for source in sources if name in source.splits]
+        having = [dataset for dataset in datasets if name in dataset.splits]
         if having:
-            parts[name] = [(source, i) for source in having for i in range(len(source.splits[name]))]
-            called = [
-                f"{source.place if alike else source.name}/{each}"
-                for source in having
-                for each in source.splits[name].names
+            images[name] = [(dataset, i) for dataset in having for i in range(len(dataset.splits[name]))]
+            names = [
+                f"{dataset.location if same_name else dataset.name}/{each}"
+                for dataset in having
+                for each in dataset.splits[name].names
             ]
-            splits[name] = SplitListing(
-                called, np.concatenate([_renumbered(source, name, places) for source in having])
-            )
+            labels = np.concatenate([_joint_labels(dataset, name, positions) for dataset in having])
+            splits[name] = SplitListing(names, labels)
 
     def read(split: str, index: int) -> bytes:
-        source, i = parts[split][index]
-        return source.read(split, i)
+        dataset, i = images[split][index]
+        return dataset.read(split, i)
 
-    cuts = [source.cut for source in sources if source.cut]
-    if any(cut != cuts[0] for cut in cuts) or (cuts and len(cuts) < len(sources) and "val" in splits):
-        raise InputError("these data sets are cut into splits in different ways; prepare them one by one")
-    watched = [path for source in sources for path in source.watched]
+    specs = [dataset.split_spec for dataset in datasets if dataset.split_spec]
+    # A validation split of only some of them would mix held-out images with published ones.
+    if any(spec != specs[0] for spec in specs) or (specs and len(specs) < len(datasets) and "val" in splits):
+        raise InputError("these data sets hold out splits in different ways; prepare them one by one")
+    watched = [path for dataset in datasets for path in dataset.watched]
+    name = " + ".join(dataset.name for dataset in datasets)
+    notes = tuple(note for dataset in datasets for note in dataset.notes)
+    return Dataset(name, classes, splits, read, watched, specs[0] if specs else None, unnamed, notes=notes)
+
+
+def _join_classes(datasets: Sequence[Dataset]) -> tuple[tuple[str, ...], bool]:
+    """Returns the class names of all data sets, and whether they are only numbers."""
+    labelled = [dataset for dataset in datasets if dataset.classes]
+    if len({dataset.unnamed for dataset in labelled}) > 1:
+        raise InputError("some of these data sets name their classes, others only number them; pass --class-file")
     unnamed = bool(labelled) and labelled[0].unnamed
-    name = " + ".join(source.name for source in sources)
-    notes = tuple(note for source in sources for note in source.notes)
-    return Dataset(name, classes, splits, read, watched, cuts[0] if cuts else None, unnamed, notes=notes)
+    # Equal lists keep their own order, which may differ from the alphabet (WordNet numbers, TFDS label files).
+    if len({dataset.classes for dataset in labelled}) == 1:
+        return labelled[0].classes, unnamed
+    names = {name for dataset in labelled for name in dataset.classes}
+    return tuple(sorted(names, key=int if unnamed else None)), unnamed
 
 
-def _renumbered(source: Dataset, split: str, places: dict[str, int]) -> np.ndarray:
-    """A split's labels as indices into the joint classes."""
-    table = np.array([places[name] for name in source.classes] + [UNLABELLED], np.int32)  # -1 finds the last
-    return table[source.splits[split].labels]
+def _joint_labels(dataset: Dataset, split: str, positions: dict[str, int]) -> np.ndarray:
+    """Returns the labels of a split as indices into the joint classes."""
+    # The last entry stands for `UNLABELLED`: -1 indexes it.
+    table = np.array([positions[name] for name in dataset.classes] + [UNLABELLED], np.int32)
+    return table[dataset.splits[split].labels]
 
 
 def mosaic(folder: Path, name: str, classes: tuple[str, ...], tile: int) -> Dataset:
-    """A small data set kept as one grey PNG a split, tiles in rows, equally many a class and sorted by class.
+    """Opens a small data set stored as one greyscale PNG per split: tiles in rows, sorted by class, as many of each.
 
     Args:
-        folder: holding `<split>.png`.
+        folder: holds `<split>.png`.
         name: of the data set.
-        classes: their names.
+        classes: class names.
         tile: side of a tile in pixels.
     """
     tiles, splits = {}, {}
@@ -262,6 +278,7 @@ def mosaic(folder: Path, name: str, classes: tuple[str, ...], tile: int) -> Data
 
 
 def encode_pnm(pixels: np.ndarray) -> bytes:
-    """Pixels, (height, width) or (height, width, 3) uint8, as an encoded image."""
-    kind = b"P5" if pixels.ndim == 2 else b"P6"
-    return b"%b\n%d %d\n255\n" % (kind, pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+    """Encodes pixels, (height, width) or (height, width, 3) uint8, as a PNM image."""
+    # The simplest lossless format: data sets of raw arrays then pass through the same path as files do.
+    magic = b"P5" if pixels.ndim == 2 else b"P6"
+    return b"%b\n%d %d\n255\n" % (magic, pixels.shape[1], pixels.shape[0]) + pixels.tobytes()

@@ -1,4 +1,4 @@
-"""Encoded images to pixels, as a person sees them: upright, RGB, transparency over white."""
+"""Decodes images into the pixels that a viewer would show: upright, RGB, transparency over white."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from PIL import Image
 
 from funmatch.errors import InputError
 
-# Only what is an image (Pillow would also start an interpreter for PostScript), as far as Pillow has it here.
+# Only real image formats: Pillow would also start an interpreter for PostScript. Some builds of Pillow lack a few.
 Image.init()
 FORMATS = [
     name for name in ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000") if name in Image.OPEN
@@ -22,7 +22,7 @@ EXTENSIONS = {
 }  # fmt: skip
 KINDS = ("greyscale", "palette", "transparent", "CMYK", "16-bit", "turned by EXIF", "animated", "floating-point")
 DECODERS = ("pillow", "torchcodec")
-MAX_PIXELS = 178_956_970  # what Pillow takes for a decompression bomb
+MAX_PIXELS = 178_956_970  # above this, Pillow suspects a decompression bomb
 
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -35,16 +35,17 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-Image.MAX_IMAGE_PIXELS = None  # the limit is ours, see `_opened`; Pillow's would only warn up to twice its value
+# The limit is ours, see `_open_image`: Pillow's would only warn up to twice its value.
+Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an image's header says.
+    """Size and properties of an image, from its header alone.
 
     Attributes:
-        height, width: upright, pixels.
-        kinds: what is out of the ordinary, a bit for each of `KINDS`.
+        height, width: of the upright image, pixels.
+        kinds: unusual properties, one bit for each of `KINDS`.
     """
 
     height: int
@@ -53,28 +54,29 @@ class Header:
 
 
 def header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Reads an image's header alone.
+    """Reads the header of an image without decoding its pixels.
 
     Raises:
-        ValueError: it is no image, or larger than `max_pixels`.
+        ValueError: it is not an image, or larger than `max_pixels`.
     """
-    with _opened(encoded, max_pixels) as image:
+    with _open_image(encoded, max_pixels) as image:
         width, height = _stored_size(image)
-        turned = _orientation(image)
+        orientation = _orientation(image)
+        # Pillow reads 16-bit RGB PNGs as 8-bit, so the bit depth comes from the file itself (byte 24, in IHDR).
         mode, deep_png = image.mode, encoded[:4] == b"\x89PNG" and encoded[24] == 16
-        found = (
+        flags = (
             mode in ("1", "L", "LA", "I", "F") or mode.startswith("I;16"),
             mode in ("P", "PA"),
             mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info,
             mode == "CMYK",
             mode.startswith("I") or deep_png,
-            turned in UPRIGHT,
+            orientation in UPRIGHT,
             image.format != "MPO" and getattr(image, "n_frames", 1) > 1,
             mode == "F",
         )
-    if turned in (5, 6, 7, 8):
+    if orientation in (5, 6, 7, 8):
         height, width = width, height
-    return Header(height, width, sum(1 << bit for bit, true in enumerate(found) if true))
+    return Header(height, width, sum(1 << bit for bit, flag in enumerate(flags) if flag))
 
 
 Box = tuple[int, int, int, int]
@@ -89,70 +91,75 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     box: Box | None = None,
 ) -> np.ndarray:
-    """The pixels of an encoded image.
+    """Decodes an image.
 
-    Colours of CMYK are converted, palettes resolved, transparency laid over white, 16 bits scaled to 8, floating-point
-    values up to 1 taken for 0 … 1, the first frame of an animation taken, and what EXIF says about the camera's
-    position is carried out.
+    CMYK is converted to RGB, palettes are resolved, transparency is composited over white, 16 bits are scaled to 8,
+    floating-point images with values up to 1 are read as 0 … 1, animations give their first frame, and the image is
+    rotated upright as EXIF says.
 
     Args:
         encoded: the file's bytes.
-        cap: an image whose short side is longer is scaled down to it (bilinear, antialiased), pixels. A JPEG of at
-            least four times as many is first decoded at 1/2, 1/4 or 1/8 of its size, which is left at least twice
-            as large as needed: a few times faster, and on photographs within 1/255 on average of the slow way.
-        decoder: `pillow`, or `torchcodec` for what it decodes as Pillow does, JPEGs of ordinary colours; they differ
-            by at most 2/255.
-        max_pixels: larger images are refused as decompression bombs.
-        box: what is wanted of the (upright, scaled) image. Of a JPEG, rows below are then not decoded, so damage
-            there goes unnoticed.
+        cap: longest short side, pixels; larger images are scaled down to it (bilinear, antialiased). A JPEG of at
+            least four times this size is first decoded at 1/2, 1/4 or 1/8, which leaves it at least twice as large as
+            needed: a few times faster, and on photographs within 1/255 on average of a full decode.
+        decoder: `pillow`, or `torchcodec` for the images that it decodes as Pillow does, RGB JPEGs; the two differ by
+            at most 2/255.
+        max_pixels: larger images are rejected as decompression bombs.
+        box: part of the (upright, scaled) image to return. Rows of a JPEG below it are not decoded, so damage there
+            goes unnoticed.
 
     Returns:
         (height, width, 3) uint8.
 
     Raises:
-        Exception: of many kinds, if it cannot be decoded.
+        Exception: it cannot be decoded; decoders raise many types.
     """
-    with _opened(encoded, max_pixels) as image:
+    with _open_image(encoded, max_pixels) as image:
         turn = UPRIGHT.get(_orientation(image))
         if image.format == "TIFF":
             image.load()
-            turn = None  # Pillow turns these itself
+            turn = None  # Pillow has already rotated a TIFF while loading it
         size = cap_size(image.size, cap)
         plain = image.format == "JPEG" and image.mode == "RGB" and image.size == size and turn is None
         if plain and decoder == "torchcodec":
-            with suppress(RuntimeError):  # damaged, which Pillow says in clearer words
-                return _inside(torchcodec_decode(encoded), box)
+            # Damaged files fall through to Pillow, whose error message is clearer.
+            with suppress(RuntimeError):
+                return _crop(torchcodec_decode(encoded), box)
         if plain and box:
-            return _boxed(image, box)
+            return _decode_box(image, box)
+        # At least 4 times: after JPEG's own reduction, 2 times are left for our antialiased resize. See `cap`.
         if image.format == "JPEG" and min(image.size) >= 4 * min(size):
             image.draft(image.mode, (2 * size[0], 2 * size[1]))
         image.load()
         upright = _rgb(image)
     if upright.size != size:
         upright = upright.resize(size, Image.Resampling.BILINEAR)
-    return _inside(np.asarray(upright if turn is None else upright.transpose(turn)), box)
+    # Resize before rotating: the caps were computed for the stored size, and fewer pixels move.
+    return _crop(np.asarray(upright if turn is None else upright.transpose(turn)), box)
 
 
-def _inside(image: np.ndarray, box: Box | None) -> np.ndarray:
+def _crop(image: np.ndarray, box: Box | None) -> np.ndarray:
     if box is None:
         return image
     top, left, height, width = box
     return image[top : top + height, left : left + width]
 
 
-def _boxed(image: Image.Image, box: Box) -> np.ndarray:
-    """A box of an ordinary JPEG, decoded as far down as it reaches: a fifth is saved on average, and a copy."""
+def _decode_box(image: Image.Image, box: Box) -> np.ndarray:
+    """Decodes an RGB JPEG down to the last row of a box, which saves a fifth of the time on average, and a copy."""
     top, left, height, width = box
     tiles = getattr(image, "tile", [])
-    if top + height < image.height and len(tiles) == 1 and hasattr(tiles[0], "_replace"):  # else an older Pillow's
+    # Older versions of Pillow have plain tuples here; they decode the whole image below.
+    if top + height < image.height and len(tiles) == 1 and hasattr(tiles[0], "_replace"):
         image.tile = [tiles[0]._replace(extents=(0, 0, image.width, top + height))]  # pyrefly: ignore
-        with suppress(OSError):  # libjpeg tells that rows are missing, once all that are wanted are there
+        # libjpeg complains about the rows that we left out, after all the rows of the box are there.
+        with suppress(OSError):
             image.load()
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 def cap_size(size: tuple[int, int], cap: int | None) -> tuple[int, int]:
-    """A size scaled down so that its shorter side is at most `cap`."""
+    """Scales a size down so that its shorter side is at most `cap`."""
     if cap is None or min(size) <= cap:
         return size
     first, second = (max(cap, round(length * cap / min(size))) for length in size)
@@ -160,27 +167,27 @@ def cap_size(size: tuple[int, int], cap: int | None) -> tuple[int, int]:
 
 
 def pick_decoder(name: str) -> str:
-    """The decoder that `auto` means here.
+    """Resolves `auto` to a decoder, and checks that the requested one works.
 
     Raises:
-        InputError: it is not installed, or cannot be loaded.
+        InputError: the decoder is not installed, or cannot be loaded.
     """
     if name == "pillow" or (name == "auto" and find_spec("torchcodec") is None):
         return "pillow"
     try:
         _torchcodec()
-    except Exception as error:  # it looks for shared libraries while it is imported
+    except Exception as error:  # importing it loads FFmpeg's shared libraries, which fails in many ways
         if name == "auto":
             return "pillow"
         raise InputError(
-            f"the decoder torchcodec cannot be used here ({str(error).splitlines()[0]}); pip install torchcodec, or "
-            "say --decoder pillow"
+            f"the decoder torchcodec is unavailable ({str(error).splitlines()[0]}); pip install torchcodec, or pass "
+            "--decoder pillow"
         ) from None
     return "torchcodec"
 
 
 def torchcodec_decode(encoded: bytes) -> np.ndarray:
-    """A JPEG by torchcodec, (height, width, 3) uint8."""
+    """Decodes a JPEG with torchcodec to (height, width, 3) uint8."""
     return _torchcodec()(torch.frombuffer(bytearray(encoded), dtype=torch.uint8)).permute(1, 2, 0).numpy()
 
 
@@ -191,7 +198,7 @@ def _torchcodec():
     return decode_image
 
 
-def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
+def _open_image(encoded: bytes, max_pixels: int) -> Image.Image:
     if not encoded:
         raise ValueError("the file is empty")
     try:
@@ -205,22 +212,25 @@ def _opened(encoded: bytes, max_pixels: int) -> Image.Image:
 
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height before EXIF's turn: Pillow's versions differ in whether a TIFF's size is that."""
+    """Returns width and height before EXIF's rotation."""
+    # Versions of Pillow differ in whether `size` of a TIFF is already rotated; its tags never are.
     tags = getattr(image, "tag_v2", None)
     return (tags[256], tags[257]) if image.format == "TIFF" and tags else image.size
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's word on how the camera was held, 1 where there is none or it cannot be read."""
+    """Returns EXIF's orientation, 1 where it is missing or unreadable."""
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # else Pillow would decode the whole image in search of one
+        return 1  # otherwise Pillow would decode the whole image in search of EXIF
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF is common, and no reason to lose an image
+    except Exception:  # damaged EXIF is common, and not a reason to lose the image
         return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to RGB."""
+    # Pillow's own `convert` clips 16-bit and floating-point values at 255 instead of scaling them.
     if image.mode == "F":
         bright = np.nan_to_num(np.asarray(image, np.float64))
         image = Image.fromarray((bright * (255 if bright.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Images written as TFRecord shards, in the form of the earlier project, which TensorFlow reads."""
+"""Writes images as TFRecord shards in the format of the earlier project, for use with TensorFlow."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from funmatch.data.cache.scan import Scan, by_split, content_digest, fingerprint
 from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import decode, header
 from funmatch.data.formats.tfrecord import DamagedRecord, example, frame, records
-from funmatch.data.readers.open import open_source
+from funmatch.data.readers.open import open_dataset
 from funmatch.data.readers.shard_paths import NOTE
 from funmatch.data.readers.tfrecords import CLASS_FILES
 from funmatch.errors import InputError
@@ -29,154 +29,182 @@ from funmatch.runtime.files import cache_home, disk_errors, file_lock, write_ato
 
 QUALITY = 95
 CLASS_FILE = CLASS_FILES[0]
-KEPT_AS_THEY_ARE = {b"\xff\xd8\xff": "JPEG"}
+JPEG_MAGIC = b"\xff\xd8\xff"
 
-Named = list[tuple[str, int, str, str]]
+NamedBadImages = list[tuple[str, int, str, str]]
 """Split, index, name and reason of images that cannot be decoded."""
 
 
 def write_shards(
     data: Sequence[str],
-    reading: ReadOptions,
-    keeping: CacheOptions,
+    options: ReadOptions,
+    cache_options: CacheOptions,
     folder: Path,
     *,
     side: int | None = None,
     size: int = 128,
     track: Track = untracked,
 ) -> dict[str, Any]:
-    """Writes a data set as shards `<split>/<split>_<name>-<shard>-<count>.tfrec`, each whole or not there.
+    """Writes a data set as shards `<split>/<split>_<name>-<shard>-<count>.tfrec`, each complete or absent.
 
-    A record is a `tf.train.Example` of `image` (JPEG of quality 95 without chroma subsampling) and `class` (int64; not
-    there where nothing is labelled). Records are shuffled, since readers of shards shuffle only nearby ones. Shards
-    that an earlier try wrote, and that are whole, are kept.
+    A record is a `tf.train.Example` of `image` (JPEG of quality 95 without chroma subsampling) and `class` (int64;
+    absent where nothing is labelled). Records are shuffled, since readers of shards shuffle only nearby ones. Complete
+    shards of an interrupted attempt are kept.
 
     Args:
-        data: what to write.
-        reading, keeping: how it is read; of `keeping`, the decoder, the limits and what to do about bad images.
-        folder: for the shards, the class names (`class.labels.txt`) and a note of what they are (`funmatch.json`).
+        data: specs of the data sets to write.
+        options: for reading.
+        cache_options: the decoder, the limits, and what to do about unreadable images; the rest does not matter.
+        folder: for the shards, the class names (`class.labels.txt`) and a description (`funmatch.json`).
         side: images are resized to this square whatever their aspect (bilinear, antialiased), pixels; None keeps
-            size, and upright ordinary JPEGs to the byte.
-        size: images a shard.
+            their size, and the very bytes of upright RGB JPEGs.
+        size: images per shard.
+        track: shows progress.
 
     Returns:
-        `survey.summary`, with `name`, `data`, `folder`, `shards` and `unreadable`.
+        `scan.summary`, with `name`, `data`, `folder`, `shards`, `unreadable` and `notes`.
+
+    Raises:
+        InputError: images are unreadable, the folder holds something else, or shards cannot hold these labels.
     """
-    home = keeping.home or cache_home()
+    home = cache_options.home or cache_home()
     folder = Path(os.path.realpath(folder))
-    source, found = scan_dataset(open_source(data, reading, track), keeping, track)
-    _check_labels(source)
-    labelled = bool(source.classes)
-    about = {
-        "name": source.name,
+    dataset, scanned = scan_dataset(open_dataset(data, options, track), cache_options, track)
+    _check_labels(dataset)
+    labelled = bool(dataset.classes)
+    description = {
+        "name": dataset.name,
         "labelled": labelled,
         "side": side,
         "shard_size": size,
-        "content": fingerprint_of(source, found),
+        "content": fingerprint_of(dataset, scanned),
     }
+    # The lock lies with the caches, since the folder itself does not exist until it is complete.
     with file_lock(home / f"shards-{hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()}.lock"):
-        done = _finished(folder, about, source)
-        written, bad = done or _write_anew(folder, about, source, found, keeping, track)
-    if bad and keeping.on_bad == "stop":
-        raise unreadable(source.called, [(name, reason) for _, _, name, reason in bad], home)
-    places = [str(folder / path) for path in written]
-    figures = {"name": source.name, "data": list(data), "folder": str(folder), "shards": places}
-    return figures | _told(source, found, bad)
+        done = _finished_shards(folder, description, dataset)
+        written, bad = done or _write_folder(folder, description, dataset, scanned, cache_options, track)
+    if bad and cache_options.on_bad == "stop":
+        raise unreadable(dataset.display_name, [(name, reason) for _, _, name, reason in bad], home)
+    result = {"name": dataset.name, "data": list(data), "folder": str(folder)}
+    result |= {"shards": [str(folder / path) for path in written]}
+    result |= summary(dataset, scanned, {(split, i) for split, i, *_ in bad})
+    return result | {"unreadable": [[name, reason] for _, _, name, reason in bad], "notes": dataset.notes}
 
 
-def _write_anew(
-    folder: Path, about: dict[str, Any], source: Dataset, found: Scan, keeping: CacheOptions, track: Track
-) -> tuple[list[str], Named]:
-    """Writes beside the folder, and gives it its name if all images are there that should be."""
+def _write_folder(
+    folder: Path,
+    description: dict[str, Any],
+    dataset: Dataset,
+    scanned: Scan,
+    cache_options: CacheOptions,
+    track: Track,
+) -> tuple[list[str], NamedBadImages]:
+    """Writes into a folder beside the final one, and renames it once all images are there that should be."""
+    side, size = description["side"], description["shard_size"]
     with disk_errors(folder):
-        partial = _begin(folder, source, about)
-        written, bad = _write_all(partial, source, found, keeping, about["side"], about["shard_size"], track)
-        if not bad or keeping.on_bad == "skip":
-            write_atomically(partial / NOTE, json.dumps(about | {"shards": written, "unreadable": bad}))
+        partial = _begin(folder, dataset, description)
+        written, bad = _write_splits(partial, dataset, scanned, cache_options, side, size, track)
+        if not bad or cache_options.on_bad == "skip":
+            write_atomically(partial / NOTE, json.dumps(description | {"shards": written, "unreadable": bad}))
             partial.rename(folder)
     return written, bad
 
 
-def _told(source: Dataset, found: Scan, bad: Named) -> dict[str, Any]:
-    about = summary(source, found, {(split, i) for split, i, *_ in bad})
-    return about | {"unreadable": [[name, reason] for _, _, name, reason in bad], "notes": source.notes}
-
-
-def _check_labels(source: Dataset) -> None:
-    """Raises `InputError` for what shards cannot hold."""
-    for name, split in source.splits.items():
+def _check_labels(dataset: Dataset) -> None:
+    """Raises `InputError` for labels that shards cannot hold."""
+    for name, split in dataset.splits.items():
         if not split.labelled and (split.labels >= 0).any():
-            raise InputError(f"some images of {name} have labels and some have none; write them into shards apart")
-    for name in source.classes:
+            raise InputError(
+                f"some images of {name} have labels and some have none; export labelled and unlabelled images "
+                "separately"
+            )
+    for name in dataset.classes:
         if "\n" in name or "\r" in name or not name.strip():
-            raise InputError(f"a file of class names cannot hold {name!r}, a name with a line break; rename the class")
+            raise InputError(f"the class name {name!r} is empty or has a line break; rename the class")
 
 
-def _write_all(
-    folder: Path, source: Dataset, found: Scan, keeping: CacheOptions, side: int | None, size: int, track: Track
-) -> tuple[list[str], Named]:
-    """Writes every split; gives the shards' names, and the images that cannot be decoded."""
+def _write_splits(
+    folder: Path,
+    dataset: Dataset,
+    scanned: Scan,
+    cache_options: CacheOptions,
+    side: int | None,
+    size: int,
+    track: Track,
+) -> tuple[list[str], NamedBadImages]:
+    """Writes every split; returns the shards' names, and the images that cannot be decoded."""
     written: list[str] = []
-    bad: Named = []
-    stem = re.sub(r"[^A-Za-z0-9.]+", "_", source.name).strip("_") or "pictures"
-    for split, rows, known in by_split(source, found):
-        content = source.splits[split]
-        bad += [(split, i, content.names[i], reason) for i, reason in sorted(known.items())]
-        order = [int(i) for i in shuffle_positions(0, np.arange(len(content)), len(content)) if int(i) not in known]
+    bad: NamedBadImages = []
+    # Hyphens separate the numbers in a shard's name, and other signs are special in globs and shells.
+    stem = re.sub(r"[^A-Za-z0-9.]+", "_", dataset.name).strip("_") or "pictures"
+    for split, rows, known in by_split(dataset, scanned):
+        listing = dataset.splits[split]
+        bad += [(split, i, listing.names[i], reason) for i, reason in sorted(known.items())]
+        # Always the same order, so that a resumed export finds the shards that it would write itself.
+        order = [int(i) for i in shuffle_positions(0, np.arange(len(listing)), len(listing)) if int(i) not in known]
         (folder / split).mkdir(exist_ok=True)
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         for number, group in enumerate(track(groups, len(groups), f"writing {split}")):
             where = folder / split / f"{split}_{stem}-{number:02d}"
-            path, failed = _write_shard(where, source, split, group, rows["digest"], side, keeping)
+            path, failed = _write_shard(where, dataset, split, group, rows["digest"], side, cache_options)
             written += [path.relative_to(folder).as_posix()] if path else []
             bad += failed
     return written, bad
 
 
-def fingerprint_of(source: Dataset, found: Scan) -> str:
-    """What the shards hold: contents, labels and splits, wherever the files lie."""
-    listing = fingerprint(Dataset("", source.classes, source.splits, source.read, []))
-    rows = content_digest(found.rows["digest"].tobytes() + found.rows["bad"].tobytes())  # limits make more of them bad
+def fingerprint_of(dataset: Dataset, scanned: Scan) -> str:
+    """Returns a digest of what the shards hold: contents, labels and splits, but not where the files are."""
+    listing = fingerprint(Dataset("", dataset.classes, dataset.splits, dataset.read, []))
+    # "bad" too: a smaller --max-pixels leaves images out whose content is the same.
+    rows = content_digest(scanned.rows["digest"].tobytes() + scanned.rows["bad"].tobytes())
     return listing + rows.hex()
 
 
-def _finished(folder: Path, about: dict[str, Any], source: Dataset) -> tuple[list[str], Named] | None:
-    """The shards and the bad images of a folder that was written with the same words, if every shard is whole."""
-    note = _note(folder)
+def _finished_shards(
+    folder: Path, description: dict[str, Any], dataset: Dataset
+) -> tuple[list[str], NamedBadImages] | None:
+    """Returns the shards and unreadable images of a folder that the same command finished; None if there is none.
+
+    Raises:
+        InputError: the folder holds other shards, or some are damaged.
+    """
+    note = _read_note(folder)
     if note is None:
         return None
-    if {key: note.get(key) for key in about} != about or "shards" not in note:
-        raise InputError(f"{folder} holds shards of other images or of another form; choose another --out")
-    broken = [name for name in note["shards"] if not _whole(folder / name)]
-    if broken:
+    if {key: note.get(key) for key in description} != description or "shards" not in note:
+        raise InputError(f"{folder} holds shards of other images or of another format; choose another --out")
+    damaged = [name for name in note["shards"] if not _is_intact(folder / name)]
+    if damaged:
         raise InputError(
-            f"{len(broken)} shards in {folder} are damaged, e.g. {broken[0]}; remove the folder, and again"
+            f"{len(damaged)} shards in {folder} are damaged, e.g. {damaged[0]}; delete the folder and rerun the command"
         )
-    _name_classes(folder, source)
+    _write_class_names(folder, dataset)
     return note["shards"], [tuple(each) for each in note["unreadable"]]
 
 
-def _name_classes(folder: Path, source: Dataset) -> None:
-    if source.classes and not source.unnamed:
-        write_atomically(folder / CLASS_FILE, "".join(f"{name}\n" for name in source.classes))
+def _write_class_names(folder: Path, dataset: Dataset) -> None:
+    if dataset.classes and not dataset.unnamed:
+        write_atomically(folder / CLASS_FILE, "".join(f"{name}\n" for name in dataset.classes))
 
 
-def _begin(folder: Path, source: Dataset, about: dict[str, Any]) -> Path:
-    """A folder beside the one that is wanted, to write in until all is there."""
+def _begin(folder: Path, dataset: Dataset, description: dict[str, Any]) -> Path:
+    """Makes the folder to write into, or finds the one that an interrupted attempt at the same left."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; choose another --out")
     if folder.is_mount():
-        raise InputError(f"{folder} is a mounted disk, which cannot be renamed to; choose a folder in it for --out")
+        raise InputError(
+            f"{folder} is a mounted disk, which no folder can be renamed to; choose a folder in it as --out"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
-    if partial.exists() and _note(partial) != about:
+    if partial.exists() and _read_note(partial) != description:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    write_atomically(partial / NOTE, json.dumps(about))
-    _name_classes(partial, source)
+    write_atomically(partial / NOTE, json.dumps(description))
+    _write_class_names(partial, dataset)
     return partial
 
 
-def _note(folder: Path) -> dict[str, Any] | None:
+def _read_note(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads((folder / NOTE).read_text())
     except (OSError, ValueError):
@@ -185,53 +213,54 @@ def _note(folder: Path) -> dict[str, Any] | None:
 
 def _write_shard(
     where: Path,
-    source: Dataset,
+    dataset: Dataset,
     split: str,
     group: list[int],
     digests: np.ndarray,
     side: int | None,
-    keeping: CacheOptions,
-) -> tuple[Path | None, Named]:
-    """Writes `<where>-<count>.tfrec` under another name, and renames it when it is whole; keeps one that is there."""
-    there = where.with_name(f"{where.name}-{len(group)}.tfrec")
-    if _whole(there):
-        return there, []
+    cache_options: CacheOptions,
+) -> tuple[Path | None, NamedBadImages]:
+    """Writes `<where>-<count>.tfrec`, unless an interrupted attempt has; returns its path and the unreadable images."""
+    existing = where.with_name(f"{where.name}-{len(group)}.tfrec")
+    if _is_intact(existing):
+        return existing, []
 
-    def payload(i: int) -> bytes | str:
-        encoded = read_again(source, split, i, digests[i].tobytes())
+    def record_or_reason(i: int) -> bytes | str:
+        encoded = read_again(dataset, split, i, digests[i].tobytes())
         try:
-            image = jpeg(encoded, side, keeping)
-        except Exception as error:  # decoders raise many kinds
+            image = jpeg(encoded, side, cache_options)
+        except Exception as error:  # decoders raise many types
             return reason_of(error)
-        label = int(source.splits[split].labels[i])
+        label = int(dataset.splits[split].labels[i])
         return frame(example(image, label if label >= 0 else None))
 
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        made = list(pool.map(payload, group))
-    names = source.splits[split].names
-    bad = [(split, i, names[i], told) for i, told in zip(group, made, strict=True) if isinstance(told, str)]
-    good = [record for record in made if isinstance(record, bytes)]
-    if not good or (bad and keeping.on_bad == "stop"):
+        results = list(pool.map(record_or_reason, group))
+    names = dataset.splits[split].names
+    bad = [(split, i, names[i], reason) for i, reason in zip(group, results, strict=True) if isinstance(reason, str)]
+    good = [record for record in results if isinstance(record, bytes)]
+    if not good or (bad and cache_options.on_bad == "stop"):
         return None, bad
     path = where.with_name(f"{where.name}-{len(good)}.tfrec")
     write_atomically(path, b"".join(good))
     return path, bad
 
 
-def _whole(shard: Path) -> bool:
-    """Whether a shard is there with as many sound records as its name says."""
+def _is_intact(shard: Path) -> bool:
+    """Returns whether a shard exists and has as many valid records as its name says."""
     try:
         return sum(1 for _ in records(shard)) == int(shard.stem.rpartition("-")[2])
     except (DamagedRecord, OSError):
         return False
 
 
-def jpeg(encoded: bytes, side: int | None, keeping: CacheOptions) -> bytes:
-    """An image as a JPEG: as it is where that will do, else decoded, resized and encoded again."""
-    if side is None and encoded[:3] in KEPT_AS_THEY_ARE and not header(encoded, keeping.max_pixels).kinds:
-        decode(encoded, decoder=keeping.decoder, max_pixels=keeping.max_pixels)  # whether it can be
+def jpeg(encoded: bytes, side: int | None, cache_options: CacheOptions) -> bytes:
+    """Returns an image as a JPEG: its own bytes where possible, else decoded, resized and encoded again."""
+    if side is None and encoded[:3] == JPEG_MAGIC and not header(encoded, cache_options.max_pixels).kinds:
+        # Decoded only as a check: a truncated JPEG has a valid header.
+        decode(encoded, decoder=cache_options.decoder, max_pixels=cache_options.max_pixels)
         return encoded
-    image = Image.fromarray(decode(encoded, decoder=keeping.decoder, max_pixels=keeping.max_pixels))
+    image = Image.fromarray(decode(encoded, decoder=cache_options.decoder, max_pixels=cache_options.max_pixels))
     if side is not None:
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     file = BytesIO()

@@ -1,6 +1,6 @@
 """Opens the data sets of a configuration, and moves their pixels to the device where they fit."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import Cache, open_cache
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
-from funmatch.data.readers.open import resolve_names
+from funmatch.data.readers.open import resolve_spec
 from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime.log import info, track
 
@@ -21,17 +21,11 @@ EVALUATED = ("val", "test")
 
 def read_options(config: Images) -> ReadOptions:
     """Returns how images are listed and read, as configured."""
-    cut = SplitSpec({} if config.val is None else {"val": parse_share(config.val)}, config.val_seed)
-    return ReadOptions(
-        data_dir=config.data_dir,
-        cut=cut if config.val is not None or config.val_seed else None,
-        unlabelled=config.unlabelled,
-        follow_links=config.follow_links,
-        image_feature=config.image_feature,
-        label_feature=config.label_feature,
-        first_label=config.first_label,
-        class_file=config.class_file,
-    )
+    spec = SplitSpec({} if config.val is None else {"val": parse_share(config.val)}, config.val_seed)
+    # By name, so that an option of a new reader is a field of `ReadOptions` and of `config.Images`, and nothing here.
+    names = {field.name for field in fields(ReadOptions)} & set(Images.model_fields)
+    given = {name: getattr(config, name) for name in names}
+    return ReadOptions(**given, split_spec=spec if config.val is not None or config.val_seed else None)
 
 
 def cache_options(config: Images) -> CacheOptions:
@@ -39,14 +33,14 @@ def cache_options(config: Images) -> CacheOptions:
     return CacheOptions(config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad)
 
 
-def open_data_set(config: Images, data: tuple[str, ...], *, afresh: bool = False) -> Cache:
+def open_data_set(config: Images, data: tuple[str, ...], *, refresh: bool = False) -> Cache:
     """Opens a data set, which is decoded into the cache the first time.
 
     Args:
         data: names of the sources that are joined.
-        afresh: read every file again, and check the cache.
+        refresh: read every file again, and check the cache.
     """
-    cache = open_cache(data, read_options(config), cache_options(config), track=track, tell=info, afresh=afresh)
+    cache = open_cache(data, read_options(config), cache_options(config), track=track, log=info, refresh=refresh)
     return cache.without_labels() if config.unlabelled else cache
 
 
@@ -146,7 +140,7 @@ def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> 
 
 def absolute_paths(config: Train) -> dict[str, Any]:
     """Returns the options that name images, paths made absolute: a run's record is usable from any directory."""
-    options: dict[str, Any] = {name: tuple(map(resolve_names, getattr(config, name))) for name in ("data", "eval_data")}
+    options: dict[str, Any] = {name: tuple(map(resolve_spec, getattr(config, name))) for name in ("data", "eval_data")}
     for name in ("data_dir", "class_file"):
         if path := getattr(config, name):
             # Not `resolve`: a link may be moved to other images on purpose.

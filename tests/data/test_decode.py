@@ -182,5 +182,5 @@ def test_decoders_that_are_not_there(monkeypatch):
     monkeypatch.setattr(decoding, "find_spec", lambda _: None)
     assert pick_decoder("auto") == "pillow"
     monkeypatch.setattr(decoding, "_torchcodec", lambda: 1 / 0)
-    with pytest.raises(InputError, match="pip install torchcodec, or say --decoder pillow"):
+    with pytest.raises(InputError, match="pip install torchcodec, or pass --decoder pillow"):
         pick_decoder("torchcodec")

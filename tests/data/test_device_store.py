@@ -34,7 +34,7 @@ def images_of_many_sizes(tmp_path):
     for split in ("train", "val"):
         for number, size in enumerate([(40, 31), (90, 70), (33, 200), (70, 70), (64, 80), (128, 65), (31, 31)]):
             paint(tmp_path / "p" / split / "ab"[number % 2] / f"{number}.png", number, size)
-    return open_cache(str(tmp_path / "p"), keeping=CacheOptions(home=tmp_path / "kept"))
+    return open_cache(str(tmp_path / "p"), cache_options=CacheOptions(home=tmp_path / "kept"))
 
 
 @pytest.mark.parametrize("crop", ["inception", "mild", "squash", "whole"])
@@ -89,7 +89,9 @@ def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
 def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
     flat = torch.zeros(10, dtype=torch.uint8, device="meta")  # any device but the CPU
     monkeypatch.setattr(
-        device_store, "_moved", lambda looks, _: (torch.from_numpy(looks.corners), torch.from_numpy(looks.axes).float())
+        device_store,
+        "_move_grid",
+        lambda grid, _: (torch.from_numpy(grid.corners), torch.from_numpy(grid.axes).float()),
     )
     monkeypatch.setattr(
         torch, "arange", lambda *given, real=torch.arange, **more: real(*given, **more | {"device": CPU})
@@ -98,7 +100,7 @@ def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
     monkeypatch.setattr(kernels, "sample", resample.sample_by_gather)
     assert device_store.fastest_crop_kernel(flat) == (resample.sample_by_gather, "")
     monkeypatch.setattr(kernels, "sample", lambda *given: resample.sample_by_gather(*given) + 0.1)
-    assert "it computes something else" in device_store.fastest_crop_kernel(flat)[1]
+    assert "its results differ" in device_store.fastest_crop_kernel(flat)[1]
 
     def fails(*_):
         raise RuntimeError("no compiler\nat all")
@@ -106,7 +108,7 @@ def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
     monkeypatch.setattr(kernels, "sample", fails)
     cut, note = device_store.fastest_crop_kernel(flat)
     assert cut is resample.sample_by_gather
-    assert "does not work here (no compiler)" in note
+    assert "does not work on this device (no compiler)" in note
 
 
 def losses(folder):

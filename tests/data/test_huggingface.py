@@ -8,7 +8,7 @@ from make_images import paint
 
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions
-from funmatch.data.readers.open import open_source
+from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
 
 datasets = pytest.importorskip("datasets")
@@ -31,7 +31,7 @@ def table(tmp_path, count=6, names=("ant", "bee"), first=0, **columns):
 def test_a_parquet_file(tmp_path):
     rows, images = table(tmp_path)
     rows.to_parquet(tmp_path / "pets.parquet")
-    source = open_source(f"hf:{tmp_path}/pets.parquet")
+    source = open_dataset(f"hf:{tmp_path}/pets.parquet")
     assert source.name == "pets"
     assert source.classes == ("ant", "bee")
     assert source.splits["train"].labels.tolist() == [0, 1] * 3
@@ -45,10 +45,10 @@ def test_a_folder_of_splits_and_one_that_was_saved(tmp_path):
     (tmp_path / "files").mkdir()
     train.to_parquet(tmp_path / "files" / "train-00000-of-00001.parquet")
     test.to_parquet(tmp_path / "files" / "validation-00000-of-00001.parquet")
-    source = open_source(f"hf:{tmp_path}/files")
+    source = open_dataset(f"hf:{tmp_path}/files")
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 6, "val": 4}
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
-    source = open_source(f"hf:{tmp_path}/saved")
+    source = open_dataset(f"hf:{tmp_path}/saved")
     assert [source.read("train", i) for i in range(6)] == images
     assert [source.read("test", i) for i in range(4)] == others
 
@@ -57,25 +57,25 @@ def test_columns(tmp_path):
     rows, _ = table(tmp_path, kind=["x", "z", "y"] * 2, number=[3, 1, 2] * 2)
     rows.to_parquet(tmp_path / "a.parquet")
     spec = f"hf:{tmp_path}/a.parquet"
-    assert open_source(spec, ReadOptions(label_feature="kind")).classes == ("x", "y", "z")
-    assert open_source(spec, ReadOptions(label_feature="kind")).splits["train"].labels.tolist() == [0, 2, 1] * 2
-    numbered = open_source(spec, ReadOptions(label_feature="number"))
+    assert open_dataset(spec, ReadOptions(label_feature="kind")).classes == ("x", "y", "z")
+    assert open_dataset(spec, ReadOptions(label_feature="kind")).splits["train"].labels.tolist() == [0, 2, 1] * 2
+    numbered = open_dataset(spec, ReadOptions(label_feature="number"))
     assert (numbered.classes, numbered.unnamed) == (("0", "1", "2", "3"), True)
-    assert open_source(spec, ReadOptions(label_feature="none")).classes == ()
+    assert open_dataset(spec, ReadOptions(label_feature="none")).classes == ()
     for wrong in (ReadOptions(image_feature="label"), ReadOptions(label_feature="image")):
-        with pytest.raises(InputError, match=r"holds no (images|labels)"):
-            open_source(spec, wrong)
+        with pytest.raises(InputError, match=r"has no (images|labels)"):
+            open_dataset(spec, wrong)
     for reading in (ReadOptions(label_feature="no"), ReadOptions(image_feature="no")):
         with pytest.raises(InputError, match="has no column 'no', but: image, label, kind, number"):
-            open_source(spec, reading)
+            open_dataset(spec, reading)
 
 
 def test_labels_that_cannot_be_used(tmp_path):
     rows, images = table(tmp_path)
     rows.remove_columns("label").add_column("label", [0, None, 1, None, 0, 1]).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"train\[1\]: label None is outside the 2 classes; or --unlabelled"):
-        open_source(f"hf:{tmp_path}/a.parquet")
-    source = open_source(f"hf:{tmp_path}/a.parquet", ReadOptions(unlabelled=True))
+    with pytest.raises(InputError, match=r"train\[1\]: label None is outside the 2 classes; pass --unlabelled"):
+        open_dataset(f"hf:{tmp_path}/a.parquet")
+    source = open_dataset(f"hf:{tmp_path}/a.parquet", ReadOptions(unlabelled=True))
     assert source.classes == ()
     assert source.read("train", 5) == images[5]
 
@@ -86,23 +86,23 @@ def test_images_that_were_given_as_pixels(tmp_path):
 
     rows = datasets.Dataset.from_dict({"img": [Image.fromarray(pixels)]}, datasets.Features({"img": datasets.Image()}))
     rows.to_parquet(tmp_path / "a.parquet")
-    source = open_source(f"hf:{tmp_path}/a.parquet")
+    source = open_dataset(f"hf:{tmp_path}/a.parquet")
     assert np.array_equal(np.asarray(Image.open(BytesIO(source.read("train", 0)))), pixels)
     assert not source.splits["train"].labelled
 
 
 def test_what_cannot_be_loaded(tmp_path):
-    with pytest.raises(InputError, match="there is nothing at"):
-        open_source(f"hf:{tmp_path}/nowhere.parquet")
+    with pytest.raises(InputError, match=r"nowhere\.parquet is missing"):
+        open_dataset(f"hf:{tmp_path}/nowhere.parquet")
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(InputError, match=r"hf:.*a\.parquet cannot be loaded"):
-        open_source(f"hf:{tmp_path}/a.parquet")
+        open_dataset(f"hf:{tmp_path}/a.parquet")
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(InputError, match="no column of images, but: text"):
-        open_source(f"hf:{tmp_path}/b.parquet")
+        open_dataset(f"hf:{tmp_path}/b.parquet")
 
 
 def test_a_name_without_a_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"hf:user/nothing cannot be loaded: .*with a network, or fetched before"):
-        open_source("hf:user/nothing")
+    with pytest.raises(InputError, match=r"hf:user/nothing cannot be loaded: .*with a network, or downloaded before"):
+        open_dataset("hf:user/nothing")

@@ -16,7 +16,7 @@ from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.decode import decode
 from funmatch.data.loader import Loader, central_batches, prefetch
 from funmatch.data.readers.folder import open_folder
-from funmatch.data.readers.open import open_source
+from funmatch.data.readers.open import READERS, Reader, local_folder, open_dataset, resolve_spec
 from funmatch.errors import InputError
 from funmatch.ops.crops import crop_resize_flip
 from funmatch.ops.view_spec import ViewSpec
@@ -60,7 +60,7 @@ def test_long_names_of_splits(images):
     [
         (lambda root: shutil.rmtree(root), "missing"),
         (lambda root: [shutil.rmtree(path) for path in root.iterdir()], "no image"),
-        (lambda root: [path.unlink() for path in (root / "val").rglob("*.*")], "val holds no image"),
+        (lambda root: [path.unlink() for path in (root / "val").rglob("*.*")], "val has no images"),
         (lambda root: paint(root / "train" / "loose.png", 0), "beside class folders"),
         (lambda root: shutil.copytree(root / "val", root / "valid"), "both"),
     ],
@@ -74,9 +74,9 @@ def test_folders_that_cannot_be_used(images, spoil, message):
 def test_unknown_data_sets_name_the_near_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="did you mean 'fashion-mini'"):
-        open_source("fashion_mini")
+        open_dataset("fashion_mini")
     with pytest.raises(InputError, match="no folder"):
-        open_source("./nowhere")
+        open_dataset("./nowhere")
 
 
 def test_the_cache_holds_the_very_pixels(images):
@@ -91,7 +91,7 @@ def test_the_cache_holds_the_very_pixels(images):
 
 def test_large_images_are_kept_smaller(tmp_path):
     paint(tmp_path / "a.png", 0, (90, 60))
-    cache = open_cache(str(tmp_path), keeping=CacheOptions(cap=30))
+    cache = open_cache(str(tmp_path), cache_options=CacheOptions(cap=30))
     assert cache.splits["train"].image(0).shape == (30, 45, 3)
 
 
@@ -100,14 +100,14 @@ def test_the_cache_follows_the_content_and_not_the_place(images, tmp_path, monke
     original = build._fill
     monkeypatch.setattr(build, "_fill", lambda *args: decoded.append(1) or original(*args))
     home = tmp_path / "home"
-    key = open_cache(str(images), keeping=CacheOptions(home=home)).key
-    assert open_cache(str(images), keeping=CacheOptions(home=home)).key == key
+    key = open_cache(str(images), cache_options=CacheOptions(home=home)).key
+    assert open_cache(str(images), cache_options=CacheOptions(home=home)).key == key
     images.rename(tmp_path / "moved")
-    assert open_cache(str(tmp_path / "moved"), keeping=CacheOptions(home=home)).key == key
+    assert open_cache(str(tmp_path / "moved"), cache_options=CacheOptions(home=home)).key == key
     assert len(decoded) == 1
     changed = tmp_path / "moved" / "train" / "ant" / "0.jpg"
     paint(changed, 999)
-    assert open_cache(str(tmp_path / "moved"), keeping=CacheOptions(home=home)).key != key
+    assert open_cache(str(tmp_path / "moved"), cache_options=CacheOptions(home=home)).key != key
     assert len(decoded) == 2
 
 
@@ -129,7 +129,7 @@ def test_all_unreadable_images_are_named_at_once_and_nothing_is_left(images, tmp
     (images / "test" / "cat" / "2.webp").write_bytes(b"")
     home = tmp_path / "home"
     with pytest.raises(InputError) as error:
-        open_cache(str(images), keeping=CacheOptions(home=home))
+        open_cache(str(images), cache_options=CacheOptions(home=home))
     message = str(error.value)
     assert message.startswith("3 unreadable images")
     for name in ("train/ant/0.jpg", "val/bee/1.png", "test/cat/2.webp"):
@@ -139,11 +139,11 @@ def test_all_unreadable_images_are_named_at_once_and_nothing_is_left(images, tmp
 
 def test_a_cache_that_lost_bytes_is_made_again(images, tmp_path):
     home = tmp_path / "home"
-    cache = open_cache(str(images), keeping=CacheOptions(home=home))
+    cache = open_cache(str(images), cache_options=CacheOptions(home=home))
     image = cache.splits["train"].image(3).clone()
     file = cache.folder / "train.pixels"
     os.truncate(file, file.stat().st_size - 1)
-    assert torch.equal(open_cache(str(images), keeping=CacheOptions(home=home)).splits["train"].image(3), image)
+    assert torch.equal(open_cache(str(images), cache_options=CacheOptions(home=home)).splits["train"].image(3), image)
 
 
 def test_the_embedded_set_is_balanced_and_its_splits_are_distinct():
@@ -205,7 +205,7 @@ def test_evaluation_sees_every_image_once_in_order(loader):
 
 
 def test_a_cache_of_another_cap_has_another_key(images):
-    assert open_cache(str(images)).key != open_cache(str(images), keeping=CacheOptions(cap=10)).key
+    assert open_cache(str(images)).key != open_cache(str(images), cache_options=CacheOptions(cap=10)).key
 
 
 def test_meta_says_what_is_in_a_cache(images):
@@ -228,3 +228,45 @@ def test_links_that_lead_nowhere_or_back_or_out(tmp_path):
     (tmp_path / "p" / "b.png").symlink_to(tmp_path / "p" / "nowhere.png")
     with pytest.raises(InputError, match=r"1 unreadable images.*\n.*b\.png: No such file"):
         open_cache(str(tmp_path / "p"))
+
+
+def test_a_reader_is_one_row_of_the_table(tmp_path, images, monkeypatch):
+    """Messages, absolute specs and recommendations follow from the row alone."""
+
+    def open_list(*_):
+        return open_folder(images)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(READERS, "list", Reader(open_list, "FILE", files=("*.lst",)))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "a.lst").write_text("")
+    assert open_dataset("list:lists/a.lst").classes == ("ant", "bee", "cat")
+    assert resolve_spec("list:lists/a.lst") == f"list:{tmp_path}/lists/a.lst"
+    assert local_folder("list:lists") == tmp_path / "lists"
+    for spec, message in {
+        "list:": "expected list:FILE",
+        "lists": r"lists has no images; for \*\.lst, pass list:lists; otherwise expected <split>/<class>/",
+        "lists/a.lst": r"a\.lst is a file, not a folder of images; for \*\.lst, pass list:lists/a\.lst",
+        "nothing": "other sources: folder:PATH, .*, list:FILE$",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            open_dataset(spec)
+
+
+def test_tables_of_labels_are_not_read_silently(tmp_path):
+    paint(tmp_path / "p" / "a.png", 0)
+    (tmp_path / "p" / "labels.csv").write_text("a.png,cat\n")
+    assert any(
+        "labels.csv is not read; labels come from folder names" in note for note in open_folder(tmp_path / "p").notes
+    )
+    with pytest.raises(InputError, match=r"labels\.csv is a file.*a table of labels is not read: put the images into"):
+        open_dataset(str(tmp_path / "p" / "labels.csv"))
+
+
+def test_classes_that_cannot_be_learned_are_noted(images, tmp_path):
+    assert open_folder(images).notes == ()
+    paint(images / "test" / "dog" / "0.png", 1)
+    (images / "train" / "eel").mkdir()
+    assert open_folder(images).notes == (f"{images} has no training images of 2 of 5 classes, e.g. dog",)
+    paint(tmp_path / "one" / "train" / "ant" / "0.png", 1)
+    assert "has a single class, ant" in open_folder(tmp_path / "one").notes[0]

@@ -23,7 +23,7 @@ from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.loader import Loader, central_batches
-from funmatch.data.readers.open import open_source
+from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
 from funmatch.ops.view_spec import ViewSpec
 
@@ -49,14 +49,14 @@ def test_shares(text, share):
 
 
 @pytest.mark.parametrize("text", ["", "0", "100%", "-3", "1.5", "1.0", "ten", "nan", "1/0", "500%", "1e9999999"])
-def test_what_is_no_share(text):
-    with pytest.raises(InputError, match="no share of the training images"):
+def test_invalid_shares(text):
+    with pytest.raises(InputError, match="not a valid share of the training images"):
         parse_share(text)
 
 
 def test_a_cut_depends_on_content_and_seed_only(tmp_path):
     root = classes_folder(tmp_path / "one")
-    tenth = ReadOptions(cut=SplitSpec({"val": Fraction(1, 10)}))
+    tenth = ReadOptions(split_spec=SplitSpec({"val": Fraction(1, 10)}))
     first = open_cache(str(root), tenth)
     assert {name: len(split) for name, split in first.splits.items()} == {"train": 54, "val": 6}
     moved = tmp_path / "elsewhere"
@@ -65,10 +65,10 @@ def test_a_cut_depends_on_content_and_seed_only(tmp_path):
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
     assert contents(open_cache(str(moved), tenth)) == contents(first)
-    other = open_cache(str(root), ReadOptions(cut=SplitSpec({"val": Fraction(1, 10)}, seed=1)))
+    other = open_cache(str(root), ReadOptions(split_spec=SplitSpec({"val": Fraction(1, 10)}, seed=1)))
     assert contents(other)["val"] != contents(first)["val"]
     assert contents(other)["val"] | contents(other)["train"] == contents(first)["val"] | contents(first)["train"]
-    assert len(open_cache(str(root), ReadOptions(cut=SplitSpec({"val": 17}))).splits["val"]) == 17
+    assert len(open_cache(str(root), ReadOptions(split_spec=SplitSpec({"val": 17}))).splits["val"]) == 17
     labels = first.splits["val"].labels(slice(None))
     assert set(labels.tolist()) <= {0, 1}
 
@@ -79,20 +79,20 @@ def test_copies_stay_on_one_side_of_a_cut(tmp_path):
         for copy in range(3):
             shutil.copyfile(path, path.with_name(f"{path.stem}-{copy}.png"))
     for count in (5, 6, 7):
-        cache = open_cache(str(root), ReadOptions(cut=SplitSpec({"val": count})))
+        cache = open_cache(str(root), ReadOptions(split_spec=SplitSpec({"val": count})))
         assert not contents(cache)["train"] & contents(cache)["val"]
-        assert not cache.found["leaks"]
+        assert not cache.summary["leaks"]
         assert len(cache.splits["val"]) == 8
 
 
 def test_cuts_that_cannot_be(tmp_path, images):
-    with pytest.raises(InputError, match="has a validation split of its own"):
-        open_cache(str(images), ReadOptions(cut=SplitSpec({"val": 3})))
+    with pytest.raises(InputError, match="has its own validation split"):
+        open_cache(str(images), ReadOptions(split_spec=SplitSpec({"val": 3})))
     root = classes_folder(tmp_path / "p", 3)
     with pytest.raises(InputError, match="leaves none for val"):
-        open_cache(str(root), ReadOptions(cut=SplitSpec({"val": Fraction(1, 10)})))
+        open_cache(str(root), ReadOptions(split_spec=SplitSpec({"val": Fraction(1, 10)})))
     with pytest.raises(InputError, match="leaves none for train"):
-        open_cache(str(root), ReadOptions(cut=SplitSpec({"val": 6})))
+        open_cache(str(root), ReadOptions(split_spec=SplitSpec({"val": 6})))
 
 
 def test_a_leak_is_told_loudly(images, funmatch):
@@ -118,7 +118,7 @@ def test_unreadable_images_can_be_skipped(images, funmatch):
     assert "Traceback" not in stopped.stderr
     found = json.loads(funmatch("prepare", images, "--on-bad", "skip", "--json").stdout)
     assert [name for name, _ in found["unreadable"]] == ["train/ant/0.jpg", "val/bee/1.png"]
-    cache = open_cache(str(images), keeping=CacheOptions(on_bad="skip"))
+    cache = open_cache(str(images), cache_options=CacheOptions(on_bad="skip"))
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 14, "val": 8, "test": 12}
     with pytest.raises(InputError, match="2 unreadable"):
         open_cache(str(images))
@@ -129,7 +129,7 @@ def test_many_unreadable_images_are_all_written_down(tmp_path):
         (tmp_path / "p").mkdir(exist_ok=True)
         (tmp_path / "p" / f"{i:03}.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"300 unreadable images") as error:
-        open_cache(str(tmp_path / "p"), keeping=CacheOptions(home=tmp_path / "home"))
+        open_cache(str(tmp_path / "p"), cache_options=CacheOptions(home=tmp_path / "home"))
     assert "and 100 more, all in" in str(error.value)
     (listed,) = (tmp_path / "home").glob("unreadable-*.txt")
     assert len(listed.read_text().splitlines()) == 300
@@ -140,8 +140,8 @@ def test_both_ways_show_the_same(tmp_path, way):
     for i in range(12):
         paint(tmp_path / "p" / f"{i}.jpg", i, (100 + 7 * i, 90))
     paint(tmp_path / "p" / "large.png", 99, (400, 300))
-    reference = open_cache(str(tmp_path / "p"), keeping=CacheOptions(cap=95, way="resident", decoder="pillow"))
-    cache = open_cache(str(tmp_path / "p"), keeping=CacheOptions(cap=95, way=way))
+    reference = open_cache(str(tmp_path / "p"), cache_options=CacheOptions(cap=95, way="resident", decoder="pillow"))
+    cache = open_cache(str(tmp_path / "p"), cache_options=CacheOptions(cap=95, way=way))
     split = cache.splits["train"]
     assert cache.way == way
     assert min(split.image(12).shape[:2]) <= 95
@@ -157,17 +157,19 @@ def test_both_ways_show_the_same(tmp_path, way):
 
 
 def test_the_way_is_chosen_by_size(images, tmp_path):
-    told: list[str] = []
-    big = open_cache(str(images), keeping=CacheOptions(resident_gb=1e-9, home=tmp_path / "home"), tell=told.append)
+    lines: list[str] = []
+    big = open_cache(
+        str(images), cache_options=CacheOptions(resident_gb=1e-9, home=tmp_path / "home"), log=lines.append
+    )
     assert big.way == "streaming"
-    assert any("streaming: 36 images, packed" in line for line in told)
+    assert any("streaming: 36 images, packed" in line for line in lines)
     assert open_cache(str(images)).way == "resident"
 
 
 def test_known_images_are_not_listed_again(images, monkeypatch):
     key = open_cache(str(images)).key
     with monkeypatch.context() as patch:
-        patch.setattr(caches, "open_source", lambda *_: 1 / 0)
+        patch.setattr(caches, "open_dataset", lambda *_: 1 / 0)
         assert open_cache(str(images)).key == key
     paint(images / "train" / "bee" / "new.png", 5)
     assert open_cache(str(images)).key != key
@@ -176,10 +178,10 @@ def test_known_images_are_not_listed_again(images, monkeypatch):
 
 
 def test_of_very_many_files_some_are_watched(images, monkeypatch):
-    monkeypatch.setattr(caches, "WATCHED_AT_MOST", 20)
-    key = open_cache(str(images), keeping=CacheOptions(cap=40)).key
+    monkeypatch.setattr(caches, "MAX_WATCHED", 20)
+    key = open_cache(str(images), cache_options=CacheOptions(cap=40)).key
     paint(images / "test" / "cat" / "new.png", 5)
-    assert open_cache(str(images), keeping=CacheOptions(cap=40)).key != key, "folders tell of new files"
+    assert open_cache(str(images), cache_options=CacheOptions(cap=40)).key != key, "folders tell of new files"
 
 
 def test_damage_in_a_cache_is_mended_by_prepare(images, funmatch):
@@ -192,19 +194,19 @@ def test_damage_in_a_cache_is_mended_by_prepare(images, funmatch):
 
 
 def test_damage_in_a_streaming_cache_is_an_error(images, tmp_path):
-    cache = open_cache(str(images), keeping=CacheOptions(way="streaming", home=tmp_path / "home"))
+    cache = open_cache(str(images), cache_options=CacheOptions(way="streaming", home=tmp_path / "home"))
     path = cache.folder / "train.pixels"
     whole = path.read_bytes()
     path.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
-    with pytest.raises(InputError, match="is damaged; `funmatch prepare`"):
+    with pytest.raises(InputError, match="is damaged; run `funmatch prepare`"):
         cache.splits["train"].images(range(15))
 
 
 def test_an_interrupted_survey_goes_on(images, tmp_path, monkeypatch):
     monkeypatch.setattr(surveys, "CHUNK", 5)
-    source = open_source(str(images))
+    source = open_dataset(str(images))
     (images / "train" / "bee" / "0.jpg").write_bytes(b"")
-    source = open_source(str(images))
+    source = open_dataset(str(images))
     whole = surveys.scan(source, tmp_path / "whole")
     read = []
 
@@ -254,15 +256,16 @@ def test_prepare_goes_on_after_kills(tmp_path):
     subprocess.run(words, check=True, capture_output=True, env=killed)
     assert kills
     caches_of = [
-        open_cache(str(tmp_path / "p"), keeping=CacheOptions(home=tmp_path / home)) for home in ("straight", "killed")
+        open_cache(str(tmp_path / "p"), cache_options=CacheOptions(home=tmp_path / home))
+        for home in ("straight", "killed")
     ]
     for name in ("train.pixels", "train.index.npy", "meta.json"):
         assert (caches_of[0].folder / name).read_bytes() == (caches_of[1].folder / name).read_bytes()
 
 
 def test_a_limit_does_not_spoil_the_cache_for_others(images):
-    small = open_cache(str(images), keeping=CacheOptions(max_pixels=500, on_bad="skip"))
-    assert small.found["unreadable"]
+    small = open_cache(str(images), cache_options=CacheOptions(max_pixels=500, on_bad="skip"))
+    assert small.summary["unreadable"]
     assert sum(map(len, open_cache(str(images)).splits.values())) == 36
 
 
@@ -280,9 +283,9 @@ def test_what_changes_while_it_is_prepared_is_noticed(images, monkeypatch, chang
     with monkeypatch.context() as patch:
         patch.setattr(build, "_fill", change_first)
         with pytest.raises(InputError, match=r"train/cat/4\.png.*[Ss]tart"):
-            open_cache(str(images), keeping=CacheOptions(on_bad="skip", home=home))
+            open_cache(str(images), cache_options=CacheOptions(on_bad="skip", home=home))
     path.write_bytes(before)
-    assert len(open_cache(str(images), keeping=CacheOptions(home=home)).splits["train"]) == 15
+    assert len(open_cache(str(images), cache_options=CacheOptions(home=home)).splits["train"]) == 15
 
 
 def test_half_a_line_of_reasons_is_forgotten(tmp_path):
@@ -298,7 +301,7 @@ def test_labelled_images_are_judged_on(tmp_path):
     for i in range(40):
         paint(tmp_path / "loose" / f"{i}.png", 7000 + i)
     cache = open_cache(
-        [str(tmp_path / "p"), str(tmp_path / "loose")], ReadOptions(cut=SplitSpec({"val": Fraction(1, 10)}))
+        [str(tmp_path / "p"), str(tmp_path / "loose")], ReadOptions(split_spec=SplitSpec({"val": Fraction(1, 10)}))
     )
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 76, "val": 4}
     assert cache.splits["val"].labelled
@@ -319,7 +322,7 @@ def test_names_that_are_no_utf8(tmp_path, funmatch):
     assert "classes: ant, caf\\udce9" in funmatch("data", "p").stdout
     assert "classes: ant, caf\\udce9" in funmatch("prepare", "p").stdout
     funmatch("prepare", "p", "--to", "tfrecord", "--out", "o")
-    assert open_source(f"tfrecord:{tmp_path}/o").classes == ("ant", "caf\udce9")
+    assert open_dataset(f"tfrecord:{tmp_path}/o").classes == ("ant", "caf\udce9")
 
 
 def test_the_sheet_is_not_put_among_the_images(tmp_path, funmatch):
@@ -338,15 +341,15 @@ def test_unlabelled_copies_of_what_is_judged_are_left_out(tmp_path):
     for i, path in enumerate(sorted((tmp_path / "p").rglob("*.png"))):
         shutil.copy(path, tmp_path / "loose" / f"{i}.png")
     cache = open_cache(
-        [str(tmp_path / "p"), str(tmp_path / "loose")], ReadOptions(cut=SplitSpec({"val": Fraction(3, 10)}))
+        [str(tmp_path / "p"), str(tmp_path / "loose")], ReadOptions(split_spec=SplitSpec({"val": Fraction(3, 10)}))
     )
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 28, "val": 6}
-    assert not cache.found["leaks"]
-    assert any("6 unlabelled copies" in note for note in cache.found["notes"])
+    assert not cache.summary["leaks"]
+    assert any("6 unlabelled copies" in note for note in cache.summary["notes"])
 
 
 def test_a_full_disk_is_not_a_bad_image(images, tmp_path):
-    source = open_source(str(images))
+    source = open_dataset(str(images))
 
     def full(*_) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from funmatch.data.dataset import ReadOptions
 from funmatch.data.decode import decode
-from funmatch.data.readers.open import open_source
+from funmatch.data.readers.open import open_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def test_what_tensorflow_writes_is_read(tf, tmp_path, compression):
     for shard in range(3):
         part = [example(tf, **row) for row in rows[shard * 4 : shard * 4 + 4]]
         write(tf, tmp_path / "train" / f"train_pets37-{shard:02}-4.tfrec", part, compression)
-    source = open_source(f"tfrecord:{tmp_path}/*/*.tfrec")
+    source = open_dataset(f"tfrecord:{tmp_path}/*/*.tfrec")
     assert source.splits["train"].labels.tolist() == list(range(12))
     assert [source.read("train", i) for i in range(12)] == images
 
@@ -86,7 +86,7 @@ def test_other_names_and_unusual_values(tf, tmp_path):
         {"image/encoded": image(tf, 2), "image/class/label": 0, "image/text": b""},
     ]
     write(tf, tmp_path / "validation-00000-of-00001", [example(tf, **row) for row in rows])
-    source = open_source(f"tfrecord:{tmp_path}", ReadOptions(label_feature="none"))
+    source = open_dataset(f"tfrecord:{tmp_path}", ReadOptions(label_feature="none"))
     assert [source.read("val", i) for i in range(2)] == [image(tf, 1), image(tf, 2)]
 
 

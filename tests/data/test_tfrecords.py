@@ -18,7 +18,7 @@ from funmatch.data.dataset import ReadOptions
 from funmatch.data.decode import decode
 from funmatch.data.formats import crc32c
 from funmatch.data.formats.tfrecord import example, frame, parse_example, records
-from funmatch.data.readers.open import open_source
+from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
 
 WRITTEN = Path(__file__).parent / "tfrecords"
@@ -31,7 +31,7 @@ def greys(source, split: str) -> list[int]:
 
 
 def test_shards_of_the_earlier_project():
-    source = open_source(f"tfrecord:{WRITTEN}/plain")
+    source = open_dataset(f"tfrecord:{WRITTEN}/plain")
     assert source.name == "pets37"
     assert source.classes == ("0", "1", "2", "3", "4")
     assert source.unnamed
@@ -48,25 +48,25 @@ PATTERNS = ("gzip", "gzip/*/*.tfrec", "gzip/validation/validation_{pets37,none*}
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_gzip_and_patterns(pattern):
-    source = open_source(f"tfrecord:{WRITTEN}/{pattern}")
+    source = open_dataset(f"tfrecord:{WRITTEN}/{pattern}")
     assert greys(source, "val") == source.splits["val"].labels.tolist() == [0, 1, 2, 3]
 
 
 def test_names_of_features_and_classes():
     with pytest.raises(InputError, match=r"--first-label 1"):
-        open_source(f"tfrecord:{WRITTEN}/imagenet", ReadOptions(class_file=WRITTEN / "three.txt"))
-    source = open_source(f"tfrecord:{WRITTEN}/imagenet", ReadOptions(first_label=1))
+        open_dataset(f"tfrecord:{WRITTEN}/imagenet", ReadOptions(class_file=WRITTEN / "three.txt"))
+    source = open_dataset(f"tfrecord:{WRITTEN}/imagenet", ReadOptions(first_label=1))
     assert source.splits["val"].labels.tolist() == [0, 1, 2]
-    source = open_source(f"tfrecord:{WRITTEN}/tfds")
+    source = open_dataset(f"tfrecord:{WRITTEN}/tfds")
     assert source.classes == ("Abyssinian", "Beagle")
     assert source.splits["train"].labels.tolist() == [0, 1, 0]
     with pytest.raises(InputError, match=r"record 0: has no feature 'picture', but: file_name, image, label"):
-        open_source(f"tfrecord:{WRITTEN}/tfds", ReadOptions(image_feature="picture"))
+        open_dataset(f"tfrecord:{WRITTEN}/tfds", ReadOptions(image_feature="picture"))
     with pytest.raises(InputError, match=r"no feature 'kind'.*--label-feature or --unlabelled"):
-        open_source(f"tfrecord:{WRITTEN}/tfds", ReadOptions(label_feature="kind"))
-    assert not open_source(f"tfrecord:{WRITTEN}/tfds", ReadOptions(label_feature="none")).classes
+        open_dataset(f"tfrecord:{WRITTEN}/tfds", ReadOptions(label_feature="kind"))
+    assert not open_dataset(f"tfrecord:{WRITTEN}/tfds", ReadOptions(label_feature="none")).classes
     text = ReadOptions(image_feature="image/class/text", label_feature="none", unlabelled=True)
-    without = open_source(f"tfrecord:{WRITTEN}/imagenet", text)
+    without = open_dataset(f"tfrecord:{WRITTEN}/imagenet", text)
     assert not without.classes, "no label where none is there"
 
 
@@ -96,31 +96,31 @@ def test_every_flipped_bit_and_every_cut_is_found(shard):
         damaged[at] ^= 1 << int(rng.integers(8))
         shard.write_bytes(damaged)
         with pytest.raises(InputError, match=rf"{shard.name}: record \d"):
-            open_source(f"tfrecord:{shard.parent}")
+            open_dataset(f"tfrecord:{shard.parent}")
     for end in [1, 11, 12, 13, len(whole) // 2, len(whole) - 1]:
         shard.write_bytes(whole[:end])
         with pytest.raises(InputError, match=r"record \d: the (shard ends|checksum)"):
-            open_source(f"tfrecord:{shard.parent}")
+            open_dataset(f"tfrecord:{shard.parent}")
 
 
 def test_a_wrong_count_and_damaged_gzip(shard):
     short = shard.with_name("train_pets37-00-4.tfrec")
     shard.rename(short)
-    with pytest.raises(InputError, match="holds 3 records, its name says 4"):
-        open_source(f"tfrecord:{short}")
+    with pytest.raises(InputError, match="has 3 records, but its name says 4"):
+        open_dataset(f"tfrecord:{short}")
     packed = gzip.compress(short.read_bytes())
     short.rename(shard)
     for damaged in (packed[:-30], packed[:40] + bytes([packed[40] ^ 255]) + packed[41:]):
         shard.write_bytes(damaged)
         with pytest.raises(InputError, match=r"record \d: "):
-            open_source(f"tfrecord:{shard}")
+            open_dataset(f"tfrecord:{shard}")
 
 
 def test_all_bad_shards_are_named_at_once(tmp_path):
     for i in range(30):
         (tmp_path / f"train_x-{i:02}-1.tfrec").write_bytes(b"nonsense that is no record")
-    with pytest.raises(InputError, match=r"30 of 30 shards cannot be used:(\n.*){30}$"):
-        open_source(f"tfrecord:{tmp_path}")
+    with pytest.raises(InputError, match=r"30 of 30 shards are unusable:(\n.*){30}$"):
+        open_dataset(f"tfrecord:{tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_all_bad_shards_are_named_at_once(tmp_path):
 def test_records_that_are_no_examples(tmp_path, payload, message):
     (tmp_path / "a.tfrecord").write_bytes(frame(payload))
     with pytest.raises(InputError, match=f"record 0: .*{message}"):
-        open_source(f"tfrecord:{tmp_path}/a.tfrecord")
+        open_dataset(f"tfrecord:{tmp_path}/a.tfrecord")
 
 
 def test_an_example_is_what_it_was():
@@ -150,20 +150,20 @@ def test_labels_outside_the_classes_are_named(tmp_path):
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     (tmp_path / "a.tfrec").write_bytes(frame(example(b"x", 0)) + frame(example(b"x", 7)))
     with pytest.raises(InputError, match=r"a.tfrec, record 1: label 7 is outside the 2 classes \(1 such"):
-        open_source(f"tfrecord:{tmp_path}")
+        open_dataset(f"tfrecord:{tmp_path}")
     (tmp_path / "classes.txt").write_text("ant\nAnt\n")
     with pytest.raises(InputError, match="'ant' and 'Ant' differ only in case"):
-        open_source(f"tfrecord:{tmp_path}")
+        open_dataset(f"tfrecord:{tmp_path}")
 
 
 def test_prepared_shards_are_the_images(images, funmatch, tmp_path):
     funmatch("prepare", images, "--to", "tfrecord", "--side", "16", "--shard-size", "4", "--out", "shards")
     names = sorted(path.relative_to(tmp_path / "shards").as_posix() for path in tmp_path.glob("shards/*/*"))
-    assert names[:2] == ["test/test_pictures-00-4.tfrec", "test/test_pictures-01-4.tfrec"]
-    assert names[-1] == "val/val_pictures-02-1.tfrec"
-    source = open_source(f"tfrecord:{tmp_path / 'shards'}")
+    assert names[:2] == ["test/test_images-00-4.tfrec", "test/test_images-01-4.tfrec"]
+    assert names[-1] == "val/val_images-02-1.tfrec"
+    source = open_dataset(f"tfrecord:{tmp_path / 'shards'}")
     assert source.classes == ("ant", "bee", "cat")
-    original = open_source(str(images))
+    original = open_dataset(str(images))
     for split in ("train", "val", "test"):
         assert sorted(source.splits[split].labels) == sorted(original.splits[split].labels)
         for i, label in enumerate(source.splits[split].labels):
@@ -190,7 +190,7 @@ def test_interrupted_shards_are_gone_on_with(images, funmatch, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     funmatch(*words)
     assert {path: path.read_bytes() for path in tmp_path.glob("shards/*/*.tfrec")} == before
-    assert "another form" in funmatch(*words, "--side", "8", check=2).stderr
+    assert "another format" in funmatch(*words, "--side", "8", check=2).stderr
 
 
 def test_ordinary_jpegs_are_kept_to_the_byte(tmp_path, funmatch):
@@ -230,7 +230,7 @@ def test_webdataset_shards(tmp_path, jpegs):
     )
     tar(tmp_path / "w" / "pets-train-000001.tar", {"c.seg.png": b"?", "c.jpg": jpegs[2], "c.json": b'{"label": 2}'})
     tar(tmp_path / "w" / "pets-val-000000.tar", {"d.jpg": jpegs[3], "d.cls": b"2"})
-    source = open_source(f"wds:{tmp_path}/w/pets-{{train-000000,train-000001,val-000000}}.tar")
+    source = open_dataset(f"wds:{tmp_path}/w/pets-{{train-000000,train-000001,val-000000}}.tar")
     assert source.classes == ("0", "1", "2")
     assert source.splits["train"].labels.tolist() == [1, 0, 2]
     assert [source.read("train", i) for i in range(3)] == jpegs[:3]
@@ -244,18 +244,18 @@ def test_webdataset_shards(tmp_path, jpegs):
         ({"../out.jpg": b"x"}, r"'../out.jpg' is a link or leads outside"),
         ({"/etc/out.jpg": b"x"}, "leads outside"),
         ({"a.jpg": "/etc/passwd"}, "is a link"),
-        ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.cls is b'cat'; wanted a number"),
-        ({"a.jpg": b"x", "a.json": b"[]"}, 'a.json is no JSON object with a "label"'),
+        ({"a.jpg": b"x", "a.cls": b"cat"}, r"a\.cls is b'cat'; expected a number"),
+        ({"a.jpg": b"x", "a.json": b"[]"}, 'a.json is not a JSON object with "label"'),
         ({"a.jpg": b"x", "a.cls": b"1", "b.jpg": b"y"}, "b.jpg: there is no label"),
         ({"a.txt": b"x"}, "sample 'a' has no image, but: txt"),
         ({"a.b.jpg": b"x"}, r"sample 'a' has no image, but: b\.jpg"),
-        ({}, "hold no image"),
+        ({}, "have no images"),
     ],
 )
 def test_tars_that_cannot_be_used(tmp_path, members, message):
     path = tar(tmp_path / "a.tar", members)
     with pytest.raises(InputError, match=message):
-        open_source(f"wds:{path}")
+        open_dataset(f"wds:{path}")
 
 
 def test_a_tar_that_is_cut_off_or_packed(tmp_path, jpegs):
@@ -266,48 +266,48 @@ def test_a_tar_that_is_cut_off_or_packed(tmp_path, jpegs):
     for end in (0, 100, 600, between, between + 512, between + 600):
         path.write_bytes(whole[:end])
         with pytest.raises(InputError, match=r"a\.tar"):
-            open_source(f"wds:{path}")
+            open_dataset(f"wds:{path}")
     path.write_bytes(gzip.compress(whole))
     with pytest.raises(InputError, match="compressed one must be unpacked first"):
-        open_source(f"wds:{path}")
+        open_dataset(f"wds:{path}")
 
 
 def test_no_shards(tmp_path):
     for spec in (f"tfrecord:{tmp_path}", f"tfrecord:{tmp_path}/*.tfrec"):
         with pytest.raises(InputError, match="no shard matches"):
-            open_source(spec)
-    with pytest.raises(InputError, match="1 of 1 shards are not there"):
-        open_source(f"wds:{tmp_path}/x.tar")
+            open_dataset(spec)
+    with pytest.raises(InputError, match="1 of 1 shards are missing"):
+        open_dataset(f"wds:{tmp_path}/x.tar")
     for missing in (f"tfrecord:{WRITTEN}/plain/train/train_pets37-0{{0..2}}-3.tfrec",):
-        with pytest.raises(InputError, match=r"2 of 3 shards are not there, e\.g\. .*-01-3"):
-            open_source(missing)
+        with pytest.raises(InputError, match=r"2 of 3 shards are missing, e\.g\. .*-01-3"):
+            open_dataset(missing)
     (tmp_path / "a.tfrec").write_bytes(b"")
-    with pytest.raises(InputError, match="shards of train hold no image"):
-        open_source(f"tfrecord:{tmp_path}")
-    with pytest.raises(InputError, match=f"say tfrecord:{tmp_path}"):
-        open_source(str(tmp_path))
+    with pytest.raises(InputError, match="shards of train have no images"):
+        open_dataset(f"tfrecord:{tmp_path}")
+    with pytest.raises(InputError, match=f"pass tfrecord:{tmp_path}"):
+        open_dataset(str(tmp_path))
 
 
 def test_json_of_labels_by_option(tmp_path, jpegs):
     about = json.dumps({"label": 1}).encode()
     tar(tmp_path / "a.tar", {"a.jpg": jpegs[0], "a.cls": b"0", "a.json": about})
-    assert open_source(f"wds:{tmp_path}/a.tar").splits["train"].labels.tolist() == [0]
+    assert open_dataset(f"wds:{tmp_path}/a.tar").splits["train"].labels.tolist() == [0]
     by_json = ReadOptions(label_feature="json")
-    assert open_source(f"wds:{tmp_path}/a.tar", by_json).splits["train"].labels.tolist() == [1]
+    assert open_dataset(f"wds:{tmp_path}/a.tar", by_json).splits["train"].labels.tolist() == [1]
 
 
 def test_a_set_of_shards_with_a_gap(tmp_path):
     for i in (0, 2):
         (tmp_path / f"train-{i:05}-of-00003").write_bytes(frame(example(b"x", 0)))
-    with pytest.raises(InputError, match=r"of 3 shards train-…, 1 are not there, e\.g\. 00001"):
-        open_source(f"tfrecord:{tmp_path}")
+    with pytest.raises(InputError, match=r"of 3 shards train-…, 1 are missing, e\.g\. 00001"):
+        open_dataset(f"tfrecord:{tmp_path}")
 
 
 def test_a_files_name_says_more_than_its_folders(tmp_path):
     (tmp_path / "dev").mkdir()
     for split in ("train", "val"):
         (tmp_path / "dev" / f"{split}_x-00-1.tfrec").write_bytes(frame(example(b"x", 0)))
-    assert list(open_source(f"tfrecord:{tmp_path}/dev").splits) == ["train", "val"]
+    assert list(open_dataset(f"tfrecord:{tmp_path}/dev").splits) == ["train", "val"]
 
 
 def test_new_shards_and_class_names_are_noticed(tmp_path, jpegs):
@@ -326,7 +326,7 @@ def test_what_shards_cannot_hold(tmp_path, funmatch):
     paint(tmp_path / "nc" / "d\ne" / "a.png", 1)
     paint(tmp_path / "nc" / "z" / "b.png", 2)
     told = funmatch("prepare", "nc", "--to", "tfrecord", "--out", "o", check=2).stderr
-    assert "cannot hold 'd\\ne'" in told
+    assert "class name 'd\\ne' is empty or has a line break" in told
     paint(tmp_path / "loose" / "x.png", 3)
     told = funmatch("prepare", "nc", "loose", "--to", "tfrecord", "--out", "o", check=2).stderr
     assert "some images of train have labels and some have none" in told
@@ -346,7 +346,7 @@ def test_finished_shards_are_left_alone(images, funmatch, tmp_path):
     assert again == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")} == times
     images.rename(tmp_path / "renamed")
-    assert "of other images or of another form" in funmatch("prepare", "renamed", *words, check=2).stderr
+    assert "of other images or of another format" in funmatch("prepare", "renamed", *words, check=2).stderr
 
 
 def test_shards_made_under_other_limits_are_other_shards(tmp_path, funmatch):
@@ -355,7 +355,7 @@ def test_shards_made_under_other_limits_are_other_shards(tmp_path, funmatch):
     words = ("prepare", "p", "--to", "tfrecord", "--out", "o", "--shard-size", "2")
     limited = (*words, "--max-pixels", "1000")
     funmatch(*limited, "--on-bad", "skip")
-    assert "of another form" in funmatch(*words, check=2).stderr
+    assert "of another format" in funmatch(*words, check=2).stderr
     assert "2 unreadable" in funmatch(*limited, check=2).stderr
     (tmp_path / "o").rename(tmp_path / ".o.partial")
     assert json.loads(funmatch(*words, "--json").stdout)["splits"]["train"]["pictures"] == 6
@@ -367,10 +367,10 @@ def test_a_finished_set_is_watched_over(images, funmatch, tmp_path):
     funmatch(*words)
     (tmp_path / "o" / "class.labels.txt").unlink()
     funmatch(*words)
-    assert open_source(f"tfrecord:{tmp_path}/o").classes == ("ant", "bee", "cat")
-    (tmp_path / "o" / "train" / "train_pictures-01-4.tfrec").unlink()
-    with pytest.raises(InputError, match=r"1 shards are not there, e\.g\. train/train_pictures-01-4"):
-        open_source(f"tfrecord:{tmp_path}/o")
+    assert open_dataset(f"tfrecord:{tmp_path}/o").classes == ("ant", "bee", "cat")
+    (tmp_path / "o" / "train" / "train_images-01-4.tfrec").unlink()
+    with pytest.raises(InputError, match=r"1 shards are missing, e\.g\. train/train_images-01-4"):
+        open_dataset(f"tfrecord:{tmp_path}/o")
 
 
 def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
@@ -381,7 +381,7 @@ def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (110, limits[1]))
     try:
-        source = open_source(f"tfrecord:{tmp_path}")
+        source = open_dataset(f"tfrecord:{tmp_path}")
         assert all(source.read("train", i) == jpegs[i % 4] for i in range(120))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -95,9 +95,9 @@ def test_a_run_on_shards_is_the_run_on_their_images(images, tmp_path, funmatch):
 def test_numbered_classes_fit_a_named_teacher(tmp_path):
     """Shards without class names: labels are taken to be in the teacher's order."""
     from funmatch.data.formats.tfrecord import example, frame
-    from funmatch.data.readers.open import open_source
+    from funmatch.data.readers.open import open_dataset
 
-    mini = open_source("fashion-mini")
+    mini = open_dataset("fashion-mini")
     records = [frame(example(mini.read("test", i), int(mini.splits["test"].labels[i]))) for i in range(0, 2000, 100)]
     (tmp_path / "test.tfrecord").write_bytes(b"".join(records))
     figures = funmatch.evaluate("fashion-mini-teacher", data=f"tfrecord:{tmp_path}/test.tfrecord")
@@ -115,9 +115,9 @@ def test_a_run_is_the_same_either_way(images, tmp_path, way):
 
 def test_a_student_of_numbered_shards_has_its_teachers_names(tmp_path):
     from funmatch.data.formats.tfrecord import example, frame
-    from funmatch.data.readers.open import open_source
+    from funmatch.data.readers.open import open_dataset
 
-    mini = open_source("fashion-mini")
+    mini = open_dataset("fashion-mini")
     records = [frame(example(mini.read("train", i), int(mini.splits["train"].labels[i]))) for i in range(0, 160, 5)]
     (tmp_path / "train.tfrecord").write_bytes(b"".join(records))
     run = funmatch.distill(data=f"tfrecord:{tmp_path}/train.tfrecord", out=tmp_path / "run", **TAUGHT)

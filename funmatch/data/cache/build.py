@@ -1,4 +1,4 @@
-"""Filling a cache: every image decoded once and kept as runs will read it; an interrupted build goes on."""
+"""Builds a cache: decodes every image once and stores it as runs read it; an interrupted build resumes."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from funmatch.data.cache.scan import Scan, by_split, chunks, content_digest, keep_reasons, reason_of, recovered
+from funmatch.data.cache.scan import Scan, by_split, chunks, content_digest, keep_reasons, reason_of, recover_rows
 from funmatch.data.cache.stores import INDEX
 from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
 from funmatch.data.decode import MAX_PIXELS, decode
@@ -20,25 +20,25 @@ from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors, file_lock, write_atomically
 
 FORMAT = 4
-ROOM = 256 << 20  # bytes that a disk should keep free beside a cache
-BLOCK = 16 << 20
+FREE_BYTES = 256 << 20  # left free on the disk beside a cache
 
-Bad = list[tuple[str, int, str]]
+BadImages = list[tuple[str, int, str]]
 """Split, index and reason of images that cannot be decoded."""
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How images are kept.
+    """Options for storing images.
 
     Attributes:
-        cap: images whose short side is longer are scaled down to it, pixels.
+        cap: longest short side, pixels; larger images are scaled down to it.
         decoder: `pillow`, `torchcodec`, or `auto`, which is torchcodec where it is installed.
-        way: `resident`, `streaming`, or `auto`, which is resident up to `resident_gb`.
-        resident_gb: of decoded pixels, 10⁹ bytes.
-        max_pixels: larger images are bad.
-        on_bad: `stop` at images that cannot be decoded, or `skip` them.
-        home: where caches lie, by default `cache.cache_home()`.
+        way: `resident` (stored decoded), `streaming` (stored encoded, decoded at each use), or `auto`, which is
+            resident up to `resident_gb`.
+        resident_gb: decoded pixels up to which `auto` is resident, 10⁹ bytes.
+        max_pixels: larger images count as unreadable.
+        on_bad: `stop` with an error at unreadable images, or `skip` them.
+        home: folder of all caches; None is `files.cache_home()`.
     """
 
     cap: int = 512
@@ -51,158 +51,169 @@ class CacheOptions:
 
 
 def build(
-    source: Dataset,
-    found: Scan,
-    keeping: CacheOptions,
+    dataset: Dataset,
+    scanned: Scan,
+    options: CacheOptions,
     home: Path,
     track: Track,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     check: bool = False,
 ) -> Path:
-    """The folder of a surveyed data set's cache, filled if it is not there.
+    """Returns the folder of a data set's cache, and builds it if it is missing.
 
     Args:
-        source, found: listed, surveyed, and cut.
-        keeping: with its decoder picked.
-        home: where caches lie.
+        dataset, scanned: with all splits made.
+        options: with the decoder resolved.
+        home: folder of all caches.
         track: shows progress.
-        tell: says what was chosen.
-        check: holds what is there against its checksums, and makes it again where it is damaged.
+        log: prints a line.
+        check: verifies the checksums of an existing cache, and rebuilds it where it is damaged.
 
     Raises:
-        InputError: images that cannot be decoded, all of them named; or too little room.
+        InputError: some images cannot be decoded (all are listed), or the disk is too full.
     """
-    content = content_key(source, found, keeping)
-    way, size = choose_way(found, keeping)
+    content = content_key(dataset, scanned, options)
+    way, size = choose_way(scanned, options)
     folder = home / f"{content}-{way}"
+    # Two runs that start together want the same cache: the second waits, and then finds it complete.
     with file_lock(home / f"{folder.name}.lock"):
-        if is_complete(folder) and not (check and _damaged(folder, track, tell)):
+        if is_complete(folder) and not (check and _is_damaged(folder, track, log)):
             return folder
-        _check_room(home, size, source.name, way)
-        what = "decoded once" if way == "resident" else "packed as they are and decoded in every step"
-        count = sum(map(len, source.splits.values()))
-        tell(f"{source.name}: {way}: {count:,} images, {what}; {size / 1e9:.2g} GB in {home}")
+        _check_space(home, size, dataset.name, way)
+        stored = "decoded once" if way == "resident" else "packed as they are and decoded in every step"
+        count = sum(map(len, dataset.splits.values()))
+        log(f"{dataset.name}: {way}: {count:,} images, {stored}; {size / 1e9:.2g} GB in {home}")
         partial = folder.with_name(f"{folder.name}.partial")
         with disk_errors(home):
-            bad = _fill(partial, source, found, keeping, way, track)
-            empty = any(len(split) == sum(where == name for where, *_ in bad) for name, split in source.splits.items())
-            if bad and (keeping.on_bad == "stop" or empty):
+            bad = _fill(partial, dataset, scanned, options, way, track)
+            lost = {name: sum(split == name for split, *_ in bad) for name in dataset.splits}
+            empty = any(len(split) == lost[name] for name, split in dataset.splits.items())
+            if bad and (options.on_bad == "stop" or empty):
                 shutil.rmtree(partial)
-                raise unreadable(source.called, [(source.splits[split].names[i], why) for split, i, why in bad], home)
-            _finish(partial, source, found, keeping, way, content, bad)
+                named = [(dataset.splits[split].names[i], reason) for split, i, reason in bad]
+                raise unreadable(dataset.display_name, named, home)
+            _finish(partial, dataset, scanned, options, way, content, bad)
+            # The rename comes last, so that a folder of this name is always complete.
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
     return folder
 
 
-def content_key(source: Dataset, found: Scan, keeping: CacheOptions) -> str:
-    """Digest of what views depend on: every image's content, its split, its label, and how it is decoded."""
-    digest = hashlib.blake2b(repr((FORMAT, keeping.cap, keeping.decoder, source.classes)).encode(), digest_size=16)
-    for name, split in source.splits.items():
+def content_key(dataset: Dataset, scanned: Scan, options: CacheOptions) -> str:
+    """Returns a digest of all that views depend on: contents, splits, labels, and how images are decoded."""
+    # Runs record this key and refuse to resume with another one: a change here orphans caches and runs.
+    parts = repr((FORMAT, options.cap, options.decoder, dataset.classes))
+    digest = hashlib.blake2b(parts.encode(), digest_size=16)
+    for name, split in dataset.splits.items():
         digest.update(f"{name} {len(split)}\0".encode() + split.labels.tobytes())
-    digest.update(found.rows["digest"].tobytes() + found.rows["bad"].tobytes())  # a limit makes more of them bad
+    # "bad" too: a smaller --max-pixels leaves images out whose content is the same.
+    digest.update(scanned.rows["digest"].tobytes() + scanned.rows["bad"].tobytes())
     return digest.hexdigest()
 
 
-def choose_way(found: Scan, keeping: CacheOptions) -> tuple[str, int]:
-    """Resident or streaming, and the bytes that it takes."""
-    rows = found.rows[~found.rows["bad"]]
+def choose_way(scanned: Scan, options: CacheOptions) -> tuple[str, int]:
+    """Returns `resident` or `streaming`, and the bytes that it takes on the disk."""
+    rows = scanned.rows[~scanned.rows["bad"]]
     short = np.minimum(rows["height"], rows["width"]).clip(1)
-    scale = np.minimum(1, keeping.cap / short)
+    scale = np.minimum(1, options.cap / short)
+    # In 64 bits: height × width of a large image overflows the 32 bits of the rows.
     decoded = int((3 * rows["height"].astype(np.int64) * rows["width"] * scale**2).sum())
-    way = keeping.way
+    way = options.way
     if way == "auto":
-        way = "resident" if decoded <= keeping.resident_gb * 1e9 else "streaming"
+        way = "resident" if decoded <= options.resident_gb * 1e9 else "streaming"
     return way, decoded if way == "resident" else int(rows["length"].sum())
 
 
-def _check_room(home: Path, size: int, name: str, way: str) -> None:
+def _check_space(home: Path, size: int, name: str, way: str) -> None:
     free = shutil.disk_usage(home).free
-    if size + ROOM > free:
-        other = ", or say --pixels streaming, which keeps them as they are" if way == "resident" else ""
+    if size + FREE_BYTES > free:
+        other = ", or pass --pixels streaming, which stores them as they are" if way == "resident" else ""
         raise InputError(
-            f"{name} needs {size / 1e9:.2f} GB in {home}, {(size + ROOM - free) / 1e9:.2f} GB more than can be taken "
-            f"({ROOM / 1e9:.1f} GB are left to others); make room, or choose another folder by FUNMATCH_CACHE{other}"
+            f"{name} needs {size / 1e9:.2f} GB in {home}, {(size + FREE_BYTES - free) / 1e9:.2f} GB more than it may "
+            f"take ({FREE_BYTES / 1e9:.1f} GB stay free); make room, or set FUNMATCH_CACHE to another folder{other}"
         )
 
 
-def _fill(partial: Path, source: Dataset, found: Scan, keeping: CacheOptions, way: str, track: Track) -> Bad:
-    """Puts every image into `<split>.pixels` and its row into `<split>.rows`, from where an earlier try left off."""
+def _fill(partial: Path, dataset: Dataset, scanned: Scan, options: CacheOptions, way: str, track: Track) -> BadImages:
+    """Appends every image to `<split>.pixels` and its row to `<split>.rows`, from where an earlier attempt stopped."""
     partial.mkdir(exist_ok=True)
-    bad: Bad = []
-    for split, rows, known in by_split(source, found):
-        told = _fill_split(partial, source, split, rows["digest"].tolist(), known, keeping, way, track)
-        bad += [(split, i, reason) for i, reason in sorted(told.items())]
+    bad: BadImages = []
+    for split, rows, known in by_split(dataset, scanned):
+        reasons = _fill_split(partial, dataset, split, rows["digest"].tolist(), known, options, way, track)
+        bad += [(split, i, reason) for i, reason in sorted(reasons.items())]
     return bad
 
 
 def _fill_split(
     partial: Path,
-    source: Dataset,
+    dataset: Dataset,
     split: str,
     digests: list[bytes],
     known: dict[int, str],
-    keeping: CacheOptions,
+    options: CacheOptions,
     way: str,
     track: Track,
 ) -> dict[int, str]:
-    """One split of `_fill`; gives the reasons why images are bad, by index."""
-    content = source.splits[split]
+    """Fills one split, and returns why images are unreadable, by their index."""
+    listing = dataset.splits[split]
     rows, pixels, reasons = (partial / f"{split}.{end}" for end in ("rows", "pixels", "reasons"))
     pixels.touch()
-    done, end = _taken_up(rows, pixels)
+    done, end = _resume_point(rows, pixels)
 
-    def kept(i: int) -> tuple[tuple[int, int], bytes, str]:
+    def encode(i: int) -> tuple[tuple[int, int], bytes, str]:
         if i in known:
             return (0, 0), b"", known[i]
-        encoded = read_again(source, split, i, digests[i])
+        encoded = read_again(dataset, split, i, digests[i])
         try:
-            image = decode(encoded, cap=keeping.cap, decoder=keeping.decoder, max_pixels=keeping.max_pixels)
-        except Exception as error:  # decoders raise many kinds; each is told to the person with the file's name
+            image = decode(encoded, cap=options.cap, decoder=options.decoder, max_pixels=options.max_pixels)
+        except Exception as error:  # decoders raise many types; each is reported with the file's name
             return (0, 0), b"", reason_of(error) or "unreadable"
         return (image.shape[0], image.shape[1]), image.tobytes() if way == "resident" else encoded, ""
 
     keep_reasons(reasons, done)
-    with open(rows, "ab") as index, open(pixels, "ab") as data, open(reasons, "a") as told:
-        jobs = list(range(done, len(content)))
-        for chunk in chunks(jobs, kept, track, done, f"decoding {split}"):
-            fresh = np.zeros(len(chunk), INDEX)
-            for row, ((height, width), bytes_kept, reason) in enumerate(chunk):
-                label = content.labels[done + row]
-                fresh[row] = (end, len(bytes_kept), height, width, label, zlib.crc32(bytes_kept))
-                end += data.write(bytes_kept)
+    with open(rows, "ab") as index, open(pixels, "ab") as data, open(reasons, "a") as reason_file:
+        jobs = list(range(done, len(listing)))
+        for chunk in chunks(jobs, encode, track, done, f"decoding {split}"):
+            new_rows = np.zeros(len(chunk), INDEX)
+            for row, ((height, width), stored, reason) in enumerate(chunk):
+                label = listing.labels[done + row]
+                new_rows[row] = (end, len(stored), height, width, label, zlib.crc32(stored))
+                end += data.write(stored)
                 if reason:
-                    told.write(json.dumps([done + row, reason]) + "\n")
-            told.flush()
-            data.flush()  # before the rows, so that no row speaks of what is not there
-            index.write(fresh.tobytes())
+                    reason_file.write(json.dumps([done + row, reason]) + "\n")
+            # Rows last: a resumed build trusts a row, so its pixels and its reason must already be in their files.
+            reason_file.flush()
+            data.flush()
+            index.write(new_rows.tobytes())
             index.flush()
             done += len(chunk)
     return keep_reasons(reasons, done)
 
 
-def read_again(source: Dataset, split: str, i: int, digest: bytes) -> bytes:
-    """An image that was read before.
+def read_again(dataset: Dataset, split: str, i: int, digest: bytes) -> bytes:
+    """Reads an image for the second time.
 
     Raises:
-        InputError: it is gone, or no longer what it was.
+        InputError: it is gone, or has changed since the scan.
     """
-    name = source.splits[split].names[i]
+    name = dataset.splits[split].names[i]
     try:
-        encoded = source.read(split, i)
-    except Exception as error:  # it could be read a while ago
-        raise InputError(f"{name}: {reason_of(error)}; it could be read before. Start the command again") from None
+        encoded = dataset.read(split, i)
+    except Exception as error:  # it was readable during the scan, so the image itself is not at fault
+        raise InputError(f"{name}: {reason_of(error)}; it was readable before. Start the command again") from None
+    # The cache is named by the contents that the scan read; others would be stored under a wrong name for good.
     if content_digest(encoded) != digest:
-        raise InputError(f"{name} has changed since it was read first; start the same command again")
+        raise InputError(f"{name} has changed since it was first read; start the command again")
     return encoded
 
 
-def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
-    """How many rows an earlier try left that can be trusted, and where the next image goes."""
-    done = recovered(rows, INDEX)
+def _resume_point(rows: Path, pixels: Path) -> tuple[int, int]:
+    """Returns the number of valid rows that an earlier attempt left, and the offset of the next image."""
+    done = recover_rows(rows, INDEX)
     end = int((done["offset"] + done["length"]).max(initial=0))
-    if pixels.stat().st_size < end:  # a machine that lost its power may have lost these
+    # After a power failure, rows may have reached the disk without the pixels that were written before them.
+    if pixels.stat().st_size < end:
         rows.unlink()
         done, end = done[:0], 0
     os.truncate(pixels, end)
@@ -210,30 +221,32 @@ def _taken_up(rows: Path, pixels: Path) -> tuple[int, int]:
 
 
 def _finish(
-    partial: Path, source: Dataset, found: Scan, keeping: CacheOptions, way: str, content: str, bad: Bad
+    partial: Path, dataset: Dataset, scanned: Scan, options: CacheOptions, way: str, content: str, bad: BadImages
 ) -> None:
-    """Turns rows into indices, without the bad images, and writes what is in the cache."""
-    for split, seen, _ in by_split(source, found):
+    """Writes the indices, without the unreadable images, and `meta.json`."""
+    for split, scan_rows, _ in by_split(dataset, scanned):
         rows = np.fromfile(partial / f"{split}.rows", INDEX)
         good = rows["length"] > 0
-        for name, array in (("index", rows[good]), ("digest", seen["digest"][good])):
-            encoded = BytesIO()  # numpy writing into a file by itself forgets why it failed
+        for name, array in (("index", rows[good]), ("digest", scan_rows["digest"][good])):
+            # Through memory: where np.save fails to write to a file, its error does not say why (a full disk).
+            encoded = BytesIO()
             np.save(encoded, array)
             (partial / f"{split}.{name}.npy").write_bytes(encoded.getvalue())
-        for done_with in ("rows", "reasons"):
-            (partial / f"{split}.{done_with}").unlink()
+        for temporary in ("rows", "reasons"):
+            (partial / f"{split}.{temporary}").unlink()
         with open(partial / f"{split}.pixels", "rb") as written:
             os.fsync(written.fileno())
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.name != "meta.json"}
     meta = {
-        "format": FORMAT, "content": content, "way": way, "cap": keeping.cap, "decoder": keeping.decoder,
-        "classes": source.classes, "splits": list(source.splits), "sizes": sizes, "bad": bad,
+        "format": FORMAT, "content": content, "way": way, "cap": options.cap, "decoder": options.decoder,
+        "classes": dataset.classes, "splits": list(dataset.splits), "sizes": sizes, "bad": bad,
     }  # fmt: skip
     write_atomically(partial / "meta.json", json.dumps(meta))
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a cache is there with every file at its full size."""
+    """Returns whether a cache exists with every file at its full size."""
+    # Sizes only: checksums of a large cache take minutes. `funmatch prepare` verifies them.
     try:
         meta = json.loads((folder / "meta.json").read_text())
         return all((folder / name).stat().st_size == size for name, size in meta["sizes"].items())
@@ -241,25 +254,26 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def _damaged(folder: Path, track: Track, tell: Callable[[str], None]) -> bool:
-    """Holds every image in a cache against its checksum."""
+def _is_damaged(folder: Path, track: Track, log: Callable[[str], None]) -> bool:
+    """Compares every image in a cache with its checksum."""
     for path in sorted(folder.glob("*.index.npy")):
         rows = np.load(path)
         with open(folder / path.name.replace(".index.npy", ".pixels"), "rb") as file:
             for row in track(rows, len(rows), f"checking {path.name.partition('.')[0]}"):
                 file.seek(int(row["offset"]))
                 if zlib.crc32(file.read(int(row["length"]))) != row["crc"]:
-                    tell(f"{folder} is damaged on the disk; it is made again")
+                    log(f"{folder} is damaged on the disk; rebuilding it")
                     return True
     return False
 
 
 def unreadable(name: str, bad: Sequence[Sequence[str]], home: Path) -> InputError:
-    """The error that names all images that cannot be decoded: the first in words, all of them in a file."""
+    """Returns the error that lists unreadable images: the first ones in its message, all of them in a file."""
     lines = [f"{image}: {reason}" for image, reason in bad]
     text = "\n  ".join(lines[:NAMED_AT_MOST])
     if len(lines) > NAMED_AT_MOST:
+        # Named by its content, so that repeated attempts do not pile up files.
         listed = home / f"unreadable-{hashlib.blake2b(text.encode(errors='replace'), digest_size=6).hexdigest()}.txt"
         write_atomically(listed, "".join(line.encode(errors="replace").decode() + "\n" for line in lines))
         text += f"\n  … and {len(lines) - NAMED_AT_MOST} more, all in {listed}"
-    return InputError(f"{len(lines)} unreadable images in {name}; mend or remove them, or say --on-bad skip:\n  {text}")
+    return InputError(f"{len(lines)} unreadable images in {name}; fix or remove them, or pass --on-bad skip:\n  {text}")

@@ -1,4 +1,4 @@
-"""Decoded images kept on the device, where the crops of a batch are cut all at once."""
+"""Keeps decoded images in a device's memory, where the crops of a batch are cut all at once."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,42 +17,45 @@ from funmatch.data.decode import Box
 from funmatch.errors import first_line
 from funmatch.ops import resample
 
-CHUNK = 64 << 20  # bytes that are copied at once
+CHUNK = 64 << 20  # bytes copied at once
 CLOSE = 1 / 255
 
-_ABOARD: WeakValueDictionary = WeakValueDictionary()
-_TAKING = Lock()
+# Weak: the memory is free once no split uses the store any more.
+_STORES: WeakValueDictionary = WeakValueDictionary()
+_LOCK = Lock()
 
-Cut = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""As `resample.gathered`."""
+CropKernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""Signature of `resample.sample_by_gather`."""
 
 
 class DeviceStore:
-    """The images of a split in one piece of a device's memory.
+    """Images of a split in one block of a device's memory.
 
     Attributes:
         flat: the images one after another, uint8.
-        cut, note: of `fastest_cut`.
-        host: the same in the mapped file, for whoever wants to look at one.
+        cut, note: result of `fastest_crop_kernel`.
+        host: the same images in the mapped file, for access to single ones.
     """
 
     decodes: ClassVar[bool] = False
 
     def __init__(self, split: CachedSplit, device: torch.device) -> None:
-        """Copies a split's images; each once, however often the split has it."""
+        """Copies a split's images, each once, even where the split repeats it."""
         assert isinstance(split.store, Resident)
         self.host = split.store
+        # The offset in the mapped file identifies an image: a subset may hold the same one many times.
         self.offsets, first = np.unique(split.index["offset"], return_index=True)
         lengths = split.index["length"][first].astype(np.int64)
         ends = np.cumsum(lengths)
         self.starts = ends - lengths
         self.flat = torch.empty(int(lengths.sum()), dtype=torch.uint8, device=device)
-        pieces = np.searchsorted(self.starts, np.arange(0, len(self.flat), CHUNK))
-        for begin, end in zip(pieces, [*pieces[1:], len(lengths)], strict=True):
+        # In chunks: one copy of everything would need the whole data set in the host's memory first.
+        chunks = np.searchsorted(self.starts, np.arange(0, len(self.flat), CHUNK))
+        for begin, end in zip(chunks, [*chunks[1:], len(lengths)], strict=True):
             rows = split.index[first[begin:end]].tolist()
             if rows:
-                taken = torch.cat([self.host.image(row).reshape(-1) for row in rows])
-                self.flat[int(self.starts[begin]) : int(ends[end - 1])].copy_(taken)
+                images = torch.cat([self.host.image(row).reshape(-1) for row in rows])
+                self.flat[int(self.starts[begin]) : int(ends[end - 1])].copy_(images)
         self.cut, self.note = fastest_crop_kernel(self.flat)
 
     def image(self, row: Row, box: Box | None = None) -> Tensor:
@@ -61,81 +64,86 @@ class DeviceStore:
     def crops(
         self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sides: tuple[int, ...], *, alone: bool
     ) -> list[Tensor]:
-        """Crops of images, (n, 3, side, side) at each of several sides, on the device.
+        """Cuts crops of images on the device, (n, 3, side, side) at each of several sides.
 
         Args:
-            rows: of `INDEX`.
-            boxes, flips: as `augment` takes them.
-            alone: whether boxes are cut before they are resized.
+            rows: of `INDEX`, (n,).
+            boxes, flips: see `ops.crops`.
+            sides: of the crops, pixels.
+            alone: whether boxes are cut before they are resized, rather than after.
         """
-        cut = resample.crop_then_resize if alone else resample.resize_then_crop
-        return [self._seen(cut(*self._places(rows), boxes, side).flipped(flips, side), side) for side in sides]
+        grid_of = resample.crop_then_resize if alone else resample.resize_then_crop
+        return [self._sample(grid_of(*self._places(rows), boxes, side).flipped(flips, side), side) for side in sides]
 
     def central(self, rows: np.ndarray, short_side: int, side: int, *, squash: bool) -> Tensor:
-        """Evaluation views, (n, 3, side, side), on the device."""
-        return self._seen(resample.central_grid(*self._places(rows), short_side, side, squash=squash), side)
+        """Cuts evaluation views on the device, (n, 3, side, side)."""
+        return self._sample(resample.central_grid(*self._places(rows), short_side, side, squash=squash), side)
 
     def _places(self, rows: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
         starts = self.starts[np.searchsorted(self.offsets, rows["offset"])]
         return starts, (rows["height"], rows["width"])
 
-    def _seen(self, looks: resample.SamplingGrid, side: int) -> Tensor:
-        with _current(self.flat.device):
-            corners, axes = _moved(looks, self.flat.device)
+    def _sample(self, grid: resample.SamplingGrid, side: int) -> Tensor:
+        with _current_device(self.flat.device):
+            corners, axes = _move_grid(grid, self.flat.device)
             return self.cut(self.flat, corners, axes, side)
 
 
-def _current(device: torch.device) -> AbstractContextManager:
-    """Makes a device the current one of this thread: kernels go there, and a thread knows only the machine's first."""
+def _current_device(device: torch.device) -> AbstractContextManager:
+    """Makes a device the current one of this thread."""
+    # Triton launches kernels on the current device, and every new thread starts with the machine's first one.
     return nullcontext() if device.index is None else torch.accelerator.device_index(device.index)
 
 
-def _moved(looks: resample.SamplingGrid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The numbers of looks on a device, which is not waited for."""
-    corners, axes = torch.from_numpy(looks.corners), torch.from_numpy(looks.axes).float()
+def _move_grid(grid: resample.SamplingGrid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copies a sampling grid to a device."""
+    corners, axes = torch.from_numpy(grid.corners), torch.from_numpy(grid.axes).float()
     if device.type == "cpu":
         return corners, axes
+    # Pinned, or the copies would wait for the device in spite of non_blocking.
     return corners.pin_memory().to(device, non_blocking=True), axes.pin_memory().to(device, non_blocking=True)
 
 
 def move_to_device(split: CachedSplit, device: torch.device) -> tuple[CachedSplit, str]:
-    """A split with its pixels on a device, shared with whoever has them there already; and what is to be said of it."""
+    """Returns a split with its pixels on a device, and a warning for the user or "".
+
+    The pixels are shared with other splits of the same images on that device.
+    """
     assert isinstance(split.store, Resident)
-    name = str(split.store.path), str(device), hashlib.blake2b(split.index["offset"].tobytes()).digest()
-    with _TAKING:
-        store = _ABOARD.get(name) or DeviceStore(split, device)
-        _ABOARD[name] = store
+    key = str(split.store.path), str(device), hashlib.blake2b(split.index["offset"].tobytes()).digest()
+    with _LOCK:
+        store = _STORES.get(key) or DeviceStore(split, device)
+        _STORES[key] = store
     return replace(split, store=store), store.note
 
 
 def device_bytes(split: CachedSplit) -> int:
-    """Bytes that a split takes on a device."""
+    """Returns the bytes that a split takes on a device."""
     _, first = np.unique(split.index["offset"], return_index=True)
     return int(split.index["length"][first].astype(np.int64).sum())
 
 
-def fastest_crop_kernel(flat: Tensor) -> tuple[Cut, str]:
-    """How crops are cut out of this memory: by a kernel where one can be made that does it right, else by indexing.
+def fastest_crop_kernel(flat: Tensor) -> tuple[CropKernel, str]:
+    """Chooses how crops are cut out of a device's memory: by our Triton kernel where it works, else by indexing.
 
     Returns:
-        and why not by a kernel; empty where it is, and on the CPU, which has none.
+        the function, and a warning where the kernel does not work; "" where it does, and on the CPU, which has none.
     """
     if flat.device.type == "cpu":
         return resample.sample_by_gather, ""
-    looks = resample.crop_then_resize(
-        np.zeros(1, np.int64), (np.array([2]), np.array([3])), np.array([[0, 1, 2, 2]]), 5
-    )
-    some = torch.arange(0, 180, 10, dtype=torch.uint8, device=flat.device)
-    corners, axes = _moved(looks, flat.device)
+    # A kernel can compile and still compute nonsense on a new device, so its result is compared on a tiny image.
+    grid = resample.crop_then_resize(np.zeros(1, np.int64), (np.array([2]), np.array([3])), np.array([[0, 1, 2, 2]]), 5)
+    probe = torch.arange(0, 180, 10, dtype=torch.uint8, device=flat.device)
+    corners, axes = _move_grid(grid, flat.device)
     try:
         from funmatch.ops.native.triton_crops import sample
 
-        if (sample(some, corners, axes, 5) - resample.sample_by_gather(some, corners, axes, 5)).abs().max() < CLOSE:
+        if (sample(probe, corners, axes, 5) - resample.sample_by_gather(probe, corners, axes, 5)).abs().max() < CLOSE:
             return sample, ""
-        why = "it computes something else"
+        why = "its results differ"
     except Exception as error:  # compilers fail in as many ways as machines can be set up
         why = first_line(error)
     return (
         resample.sample_by_gather,
-        f"the kernel that cuts crops does not work here ({why}); they are cut by indexing, slower",
+        f"the kernel that cuts crops does not work on this device ({why}); falling back to slower indexing",
     )

@@ -1,8 +1,11 @@
-"""A data set made ready for a run: surveyed, cut into splits, and either decoded once or packed to be decoded often.
+"""Opens a data set for runs: lists and scans it, makes its splits, and decodes or packs its images, each only once.
 
-A cache is a folder named by its content's key: `meta.json`, and for each split `<split>.pixels` (decoded images of
-(height, width, 3), or encoded ones, one after the other) and `<split>.index.npy`. It is written under another name
-and renamed when it is whole, so what has the right name is never partial; a build that was interrupted goes on.
+A cache is a folder named by the key of its content: `meta.json`, and for each split `<split>.pixels` (decoded images of
+(height, width, 3), or encoded ones, one after the other) and `<split>.index.npy`. It is written under another name and
+renamed when it is complete, so a folder of the right name is never partial; an interrupted build resumes.
+
+The folder `known` is a ledger: for specs and options that were opened before, it says which cache they meant and which
+files to look at, so that a data set is opened without listing it again.
 """
 
 import hashlib
@@ -22,28 +25,34 @@ from funmatch.data.cache.stores import CachedSplit, Resident, Streaming
 from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import pick_decoder
 from funmatch.data.readers.catalog import data_home
-from funmatch.data.readers.open import open_source, resolve_names
+from funmatch.data.readers.open import open_dataset, resolve_spec
 from funmatch.runtime.files import cache_home, write_atomically
 
-NAMES_IN_DIGESTS = {"ReadOptions": "Reading", "CacheOptions": "Keeping", "SplitSpec": "Cut"}
-"""Names that these classes had when digests were first written: the same options keep the same digest, so that no
-data set is listed again only because a class was renamed."""
-WATCHED_AT_MOST = 100_000
+NAMES_IN_DIGESTS = {
+    "ReadOptions(": "Reading(",
+    "CacheOptions(": "Keeping(",
+    "SplitSpec(": "Cut(",
+    "split_spec=": "cut=",
+}
+"""Names as version 0.1.0 wrote them into digests: the same options keep the same digest, so that no data set is listed
+again only because a class or a field was renamed."""
+
+MAX_WATCHED = 100_000
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A data set, ready.
+    """A data set that runs can read.
 
     Attributes:
-        key: digest of its content, and of how it was decoded: the same key gives the same views.
+        key: digest of its content and of how it was decoded; the same key gives the same views.
         name: of the data set.
-        classes: names by label; empty where nothing is labelled.
-        splits: by name: train, val, test, as far as there are.
-        unnamed: whether the classes are only numbers.
-        way: resident or streaming.
-        folder: where it lies.
-        found: what the survey found, see `survey.summary`, with `unreadable` (a list of [name, reason]) and `notes`.
+        classes: class names by label; empty where nothing is labelled.
+        splits: train, val and test, those that exist.
+        unnamed: whether class names are only numbers.
+        way: `resident` or `streaming`.
+        folder: of the cache.
+        summary: see `scan.summary`; also `unreadable`, a list of [name, reason], and `notes`.
     """
 
     key: str
@@ -53,161 +62,167 @@ class Cache:
     unnamed: bool
     way: str
     folder: Path
-    found: dict[str, Any]
+    summary: dict[str, Any]
 
     def without_labels(self) -> "Cache":
-        """The same images with their labels forgotten."""
+        """Returns the same images without labels."""
         splits = {name: split.without_labels() for name, split in self.splits.items()}
         return replace(self, classes=(), unnamed=False, splits=splits)
 
 
 def open_cache(
     specs: str | Sequence[str],
-    reading: ReadOptions | None = None,
-    keeping: CacheOptions | None = None,
+    options: ReadOptions | None = None,
+    cache_options: CacheOptions | None = None,
     *,
     track: Track = untracked,
-    tell: Callable[[str], None] = lambda _: None,
-    afresh: bool = False,
+    log: Callable[[str], None] = lambda _: None,
+    refresh: bool = False,
 ) -> Cache:
-    """The images that a person named, from the cache or put there now.
+    """Opens the images that specs name, and builds their cache if it is missing.
 
     Args:
-        specs: one data set or several, see `doors.open_source`.
-        reading, keeping: how they are read, and kept.
+        specs: one data set or several, see `open_dataset`.
+        options: for reading.
+        cache_options: for storing.
         track: shows progress while files are read and decoded.
-        tell: says what was chosen, and what is wrong with the data.
-        afresh: reads every file again, and checks what is in the cache.
+        log: prints a line: what was chosen, and what is wrong with the data.
+        refresh: reads every file again, and verifies an existing cache.
 
     Raises:
-        InputError: some images cannot be read; all of them are named.
+        InputError: some images are unreadable; all of them are listed.
     """
-    reading, keeping = _settled(reading or ReadOptions()), keeping or CacheOptions()
+    options, cache_options = _absolute(options or ReadOptions()), cache_options or CacheOptions()
     specs = [specs] if isinstance(specs, str) else list(specs)
-    home = keeping.home or cache_home()
-    keeping = replace(keeping, decoder=pick_decoder(keeping.decoder), home=home)
-    ledger = (
-        home / "known" / _digest(FORMAT, [resolve_names(spec) for spec in specs], reading, replace(keeping, on_bad=""))
-    )
-    known = None if afresh else _remembered(ledger)
+    home = cache_options.home or cache_home()
+    cache_options = replace(cache_options, decoder=pick_decoder(cache_options.decoder), home=home)
+    # Without on_bad: both values mean the same cache, and differ only in whether bad images are an error below.
+    parts = FORMAT, [resolve_spec(spec) for spec in specs], options, replace(cache_options, on_bad="")
+    ledger = home / "known" / _digest(*parts)
+    known = None if refresh else _load_entry(ledger)
     if known is None:
-        listed = open_source(specs, reading, track)
-        watched = _watched(listed)
-        seen = fingerprint_files(watched)  # before anything is read, so that what changes later is noticed
-        source, found = scan_dataset(listed, keeping, track, afresh=afresh)
-        folder = build(source, found, keeping, home, track, tell, check=afresh)
-        known = _remember(ledger, folder, source, found, watched, seen)
-    cache = _opened(known, keeping)
-    bad = cache.found["unreadable"]
-    if bad and keeping.on_bad == "stop":
+        listed = open_dataset(specs, options, track)
+        watched = _watched_paths(listed)
+        # Before anything is read: a file that changes during the scan then differs from its entry the next time.
+        stamp = fingerprint_files(watched)
+        dataset, scanned = scan_dataset(listed, cache_options, track, refresh=refresh)
+        folder = build(dataset, scanned, cache_options, home, track, log, check=refresh)
+        known = _store_entry(ledger, folder, dataset, scanned, watched, stamp)
+    cache = _open_known(known, cache_options)
+    bad = cache.summary["unreadable"]
+    if bad and cache_options.on_bad == "stop":
         raise unreadable(known["called"], bad, home)
     for line in list_complaints(cache):
-        tell(line)
+        log(line)
     return cache
 
 
-def _settled(reading: ReadOptions) -> ReadOptions:
-    """The same with places from the root: the same words may be said elsewhere, or when a variable has changed."""
-    file = reading.class_file and reading.class_file.expanduser().absolute()
-    return replace(reading, data_dir=data_home(reading.data_dir).absolute(), class_file=file)
+def _absolute(options: ReadOptions) -> ReadOptions:
+    """Makes paths absolute, so that the digest means the same in another folder or with another FUNMATCH_DATA."""
+    file = options.class_file and options.class_file.expanduser().absolute()
+    return replace(options, data_dir=data_home(options.data_dir).absolute(), class_file=file)
 
 
-def scan_dataset(source: Dataset, keeping: CacheOptions, track: Track, *, afresh: bool = False) -> tuple[Dataset, Scan]:
-    """The images of a source, read once and cut into splits."""
-    home = keeping.home or cache_home()
-    found = scan(source, home, track, max_pixels=keeping.max_pixels, afresh=afresh)
-    return apply_split(source, found)
+def scan_dataset(
+    dataset: Dataset, cache_options: CacheOptions, track: Track, *, refresh: bool = False
+) -> tuple[Dataset, Scan]:
+    """Reads every image of a data set once, and makes its splits."""
+    home = cache_options.home or cache_home()
+    scanned = scan(dataset, home, track, max_pixels=cache_options.max_pixels, refresh=refresh)
+    return apply_split(dataset, scanned)
 
 
 def list_complaints(cache: Cache) -> list[str]:
-    """What a person should know before trusting a data set, a line each."""
-    lines = [f"note: {note}" for note in cache.found["notes"]]
-    for pair, leak in cache.found["leaks"].items():
+    """Returns what a user should know before trusting a data set, one line each."""
+    lines = [f"note: {note}" for note in cache.summary["notes"]]
+    for pair, leak in cache.summary["leaks"].items():
         one, other = leak["examples"][0]
         lines.append(f"WARNING: {leak['pictures']:,} images are both in {pair} of {cache.name}, e.g. {one} = {other}")
-    if twice := cache.found["contradictory"]["pictures"]:
-        one, other = cache.found["contradictory"]["examples"][0]
+    if count := cache.summary["contradictory"]["pictures"]:
+        one, other = cache.summary["contradictory"]["examples"][0]
         lines.append(
-            f"WARNING: {twice:,} images of {cache.name} are the same with different labels, e.g. {one} = {other}"
+            f"WARNING: {count:,} images of {cache.name} are the same with different labels, e.g. {one} = {other}"
         )
-    if bad := cache.found["unreadable"]:
-        lines.append(f"WARNING: {len(bad):,} unreadable images of {cache.name} are skipped, e.g. {': '.join(bad[0])}")
+    if bad := cache.summary["unreadable"]:
+        lines.append(f"WARNING: skipped {len(bad):,} unreadable images of {cache.name}, e.g. {': '.join(bad[0])}")
     return lines
 
 
-def _opened(known: dict[str, Any], keeping: CacheOptions) -> Cache:
+def _open_known(known: dict[str, Any], cache_options: CacheOptions) -> Cache:
+    """Opens the cache of a ledger entry."""
     folder = Path(known["folder"])
     meta = json.loads((folder / "meta.json").read_text())
     splits = {}
     for name in meta["splits"]:
         path = folder / f"{name}.pixels"
         resident = meta["way"] == "resident"
-        store = Resident(path) if resident else Streaming(path, meta["cap"], meta["decoder"], keeping.max_pixels)
-        index, digests = (np.load(folder / f"{name}.{what}.npy", mmap_mode="r") for what in ("index", "digest"))
+        store = Resident(path) if resident else Streaming(path, meta["cap"], meta["decoder"], cache_options.max_pixels)
+        index, digests = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("index", "digest"))
         splits[name] = CachedSplit(name, index, store, digests)
     classes, name, unnamed = tuple(meta["classes"]), known["name"], known["unnamed"]
     return Cache(meta["content"], name, classes, splits, unnamed, meta["way"], folder, known["found"])
 
 
 def _digest(*parts: object) -> str:
-    words = repr(parts)
+    text = repr(parts)
     for now, before in NAMES_IN_DIGESTS.items():
-        words = words.replace(f"{now}(", f"{before}(")
-    return hashlib.blake2b(words.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+        text = text.replace(now, before)
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _remembered(ledger: Path) -> dict[str, Any] | None:
-    """What the same words meant before, if nothing that they mean has changed since."""
+def _load_entry(ledger: Path) -> dict[str, Any] | None:
+    """Reads a ledger entry; None if there is none, a watched file has changed, or its cache is incomplete."""
     try:
         with open(ledger, "rb") as file:
             known = json.loads(file.readline())
-            same = fingerprint_files(_paths(file)) == known["stamp"]
+            same = fingerprint_files(_read_paths(file)) == known["stamp"]
         return known if same and is_complete(Path(known["folder"])) else None
+    # A damaged entry is as good as none: the data set is listed again.
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _paths(file: IO[bytes]) -> Iterator[bytes]:
-    """The paths in a file with a zero between them, never all in memory."""
+def _read_paths(file: IO[bytes]) -> Iterator[bytes]:
+    """Yields the paths in a file, separated by zero bytes, without holding all of them in memory."""
     rest = b""
     while block := file.read(1 << 16):
-        *whole_ones, rest = (rest + block).split(b"\0")
-        yield from whole_ones
+        *paths, rest = (rest + block).split(b"\0")
+        yield from paths
     yield rest
 
 
-def _watched(source: Dataset) -> list[str]:
-    """The files and folders that are looked at when the same words are said again.
+def _watched_paths(dataset: Dataset) -> list[str]:
+    """Returns the files and folders whose changes are noticed when the same specs are opened again.
 
-    Of more than 100,000 files, all folders and evenly many of the files, so that a data set like ImageNet is opened at
-    once; `prepare` reads all of them.
+    Of more than `MAX_WATCHED` files, these are all folders and an even sample of the files: a data set like ImageNet
+    then opens at once. `funmatch prepare` reads all of them.
     """
-    watched = list(source.watched)
-    if len(watched) <= WATCHED_AT_MOST:
+    watched = list(dataset.watched)
+    if len(watched) <= MAX_WATCHED:
         return watched
-    return sorted({os.path.dirname(path) for path in watched}) + watched[:: len(watched) // WATCHED_AT_MOST * 10]
+    return sorted({os.path.dirname(path) for path in watched}) + watched[:: len(watched) // MAX_WATCHED * 10]
 
 
-def _remember(
-    ledger: Path, folder: Path, source: Dataset, found: Scan, watched: list[str], seen: str
+def _store_entry(
+    ledger: Path, folder: Path, dataset: Dataset, scanned: Scan, watched: list[str], stamp: str
 ) -> dict[str, Any]:
-    """Writes down which files the words meant, and what they are called here: a cache knows only their content."""
+    """Writes a ledger entry: the watched files, and names of this data set, since a cache knows only its content."""
     bad = json.loads((folder / "meta.json").read_text())["bad"]
-    notes = source.notes
-    if len(source.watched) > WATCHED_AT_MOST:
-        notes += (
-            f"{source.name} has many files: what changes inside one is surely noticed by `funmatch prepare` only",
-        )
-    about = summary(source, found, {(split, i) for split, i, _ in bad})
-    unreadable = [[source.splits[split].names[i], reason] for split, i, reason in bad]
+    notes = dataset.notes
+    if len(dataset.watched) > MAX_WATCHED:
+        notes += (f"{dataset.name} has many files: only `funmatch prepare` is sure to notice a change inside one",)
+    about = summary(dataset, scanned, {(split, i) for split, i, _ in bad})
+    unreadable = [[dataset.splits[split].names[i], reason] for split, i, reason in bad]
+    # Keys as version 0.1.0 wrote them.
     known = {
         "folder": str(folder),
-        "stamp": seen,
-        "name": source.name,
-        "called": source.called,
-        "unnamed": source.unnamed,
+        "stamp": stamp,
+        "name": dataset.name,
+        "called": dataset.display_name,
+        "unnamed": dataset.unnamed,
         "found": about | {"unreadable": unreadable, "notes": notes},
     }
     ledger.parent.mkdir(parents=True, exist_ok=True)
+    # The first line is read alone; paths follow with zeros between them, since a path may contain a line break.
     write_atomically(ledger, json.dumps(known) + "\n" + "\0".join(watched))
     return known

@@ -1,6 +1,6 @@
-"""Every image of a source read once: its digest, size and kind; and what these tell about the data set.
+"""Reads every image of a data set once, for its digest, size and properties, and summarizes what these show.
 
-What is found is written down as it is found, so that an interrupted survey goes on where it was.
+Results are written as they come, so that an interrupted scan resumes where it stopped.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ ROW = np.dtype(
 )
 CHUNK = 256
 EXAMPLES = 20
-OURS = {ENOSPC, EDQUOT, EMFILE, ENFILE, EIO, ENOMEM}
-"""Troubles of the machine, which say nothing about an image."""
+MACHINE_ERRORS = {ENOSPC, EDQUOT, EMFILE, ENFILE, EIO, ENOMEM}
+"""Errors of the machine, which say nothing about an image: it must not be recorded as unreadable."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading every image found.
+    """Result of reading every image.
 
     Attributes:
-        rows: of `ROW`, in the order of `Source.jobs`.
-        reasons: why an image cannot be used, by its place in `rows`.
+        rows: one `ROW` an image, in the order of `Dataset.jobs`.
+        reasons: why an image is unreadable, by its position in `rows`.
     """
 
     rows: np.ndarray
@@ -44,85 +44,88 @@ class Scan:
 
 
 def scan(
-    source: Dataset, home: Path, track: Track = untracked, *, max_pixels: int = MAX_PIXELS, afresh: bool = False
+    dataset: Dataset, home: Path, track: Track = untracked, *, max_pixels: int = MAX_PIXELS, refresh: bool = False
 ) -> Scan:
-    """Reads every image, or what an earlier survey of the same files wrote down.
+    """Reads every image, or the stored result of an earlier scan of the same files.
 
     Args:
-        source: the data set.
-        home: folder of the caches.
+        dataset: the data set.
+        home: folder of all caches.
         track: shows progress.
-        max_pixels: larger images are bad.
-        afresh: reads again although nothing seems to have changed; an interrupted survey is still gone on with.
+        max_pixels: larger images count as unreadable.
+        refresh: reads again although nothing seems to have changed; an interrupted scan is resumed all the same.
     """
-    name = f"{fingerprint(source)}-{max_pixels}-{FORMAT}"
-    folder = home / "surveys"
+    name = f"{fingerprint(dataset)}-{max_pixels}-{FORMAT}"
+    folder = home / "surveys"  # the folder's name since version 0.1.0
     folder.mkdir(parents=True, exist_ok=True)
     whole, partial, reasons = (folder / f"{name}{end}" for end in (".rows", ".partial", ".reasons"))
 
-    def look(job: tuple[str, int]) -> tuple[tuple, str | None]:
-        return _look(source, job[0], job[1], max_pixels)
+    def scan_job(job: tuple[str, int]) -> tuple[tuple, str | None]:
+        return _scan_image(dataset, job[0], job[1], max_pixels)
 
     with file_lock(folder / f"{name}.lock"), disk_errors(folder):
-        if afresh:
+        if refresh:
             whole.unlink(missing_ok=True)
         if not whole.exists():
-            jobs = source.jobs()
-            done = len(recovered(partial, ROW))
+            jobs = dataset.jobs()
+            done = len(recover_rows(partial, ROW))
             keep_reasons(reasons, done)
-            with open(partial, "ab") as rows, open(reasons, "a") as told:
-                for chunk in chunks(jobs[done:], look, track, done, "reading"):
-                    rows_of_chunk = np.array([row for row, _ in chunk], ROW)
+            with open(partial, "ab") as rows, open(reasons, "a") as reason_file:
+                for chunk in chunks(jobs[done:], scan_job, track, done, "reading"):
+                    new_rows = np.array([row for row, _ in chunk], ROW)
                     for i, (_, reason) in enumerate(chunk, done):
                         if reason:
-                            told.write(json.dumps([i, reason]) + "\n")
-                    told.flush()  # first the reasons, so that a row that says "bad" always has one
-                    rows.write(rows_of_chunk.tobytes())
+                            reason_file.write(json.dumps([i, reason]) + "\n")
+                    # Reasons first, so that a row with "bad" set always has one.
+                    reason_file.flush()
+                    rows.write(new_rows.tobytes())
                     rows.flush()
                     done += len(chunk)
             partial.replace(whole)
-        found = np.fromfile(whole, ROW)
-        return Scan(found, keep_reasons(reasons, len(found)))
+        all_rows = np.fromfile(whole, ROW)
+        return Scan(all_rows, keep_reasons(reasons, len(all_rows)))
 
 
-def by_split(source: Dataset, found: Scan) -> Iterator[tuple[str, np.ndarray, dict[int, str]]]:
-    """What a survey found, split by split: its name, its rows, and the reasons by index in it."""
+def by_split(dataset: Dataset, scanned: Scan) -> Iterator[tuple[str, np.ndarray, dict[int, str]]]:
+    """Yields each split of a scan: its name, its rows, and its reasons by index in the split."""
     begin = 0
-    for name, split in source.splits.items():
+    for name, split in dataset.splits.items():
         end = begin + len(split)
-        yield name, found.rows[begin:end], {i - begin: why for i, why in found.reasons.items() if begin <= i < end}
+        reasons = {i - begin: reason for i, reason in scanned.reasons.items() if begin <= i < end}
+        yield name, scanned.rows[begin:end], reasons
         begin = end
 
 
 def content_digest(encoded: bytes) -> bytes:
-    """Digest of an encoded image."""
+    """Returns the digest of an encoded image."""
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
-def _look(source: Dataset, split: str, i: int, max_pixels: int) -> tuple[tuple, str | None]:
+def _scan_image(dataset: Dataset, split: str, i: int, max_pixels: int) -> tuple[tuple, str | None]:
     try:
-        encoded = source.read(split, i)
+        encoded = dataset.read(split, i)
         digest = content_digest(encoded)
-    except Exception as error:  # a row of its own, so that an image that comes back is noticed
-        if isinstance(error, OSError) and error.errno in OURS:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             raise
+        # The error stands for the content, so that the cache's key changes once the image is readable.
         return (content_digest(repr(error).encode()), 0, 0, 0, 0, True), reason_of(error)
     try:
         head = header(encoded, max_pixels)
-    except Exception as error:  # decoders raise many kinds
+    except Exception as error:  # decoders raise many types
         return (digest, len(encoded), 0, 0, 0, True), reason_of(error)
     return (digest, len(encoded), head.height, head.width, head.kinds, False), None
 
 
 def reason_of(error: Exception) -> str:
-    """What is wrong with an image, in a line."""
+    """Returns what is wrong with an image, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def recovered(path: Path, dtype: np.dtype) -> np.ndarray:
-    """The whole rows that a file holds; what a kill left of another is cut off."""
+def recover_rows(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Reads the complete rows of a file, and truncates the part of a row that a killed process left."""
     if not path.exists():
         return np.zeros(0, dtype)
     whole = path.stat().st_size // dtype.itemsize
@@ -131,8 +134,8 @@ def recovered(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def keep_reasons(path: Path, done: int) -> dict[int, str]:
-    """The reasons in a file for the first `done` images; what a kill or a full disk left of others is cut off."""
-    kept: dict[int, str] = {}
+    """Reads the reasons for the first `done` images, and removes what a killed process left of others."""
+    valid: dict[int, str] = {}
     if path.exists():
         for line in path.read_text(errors="replace").split("\n"):
             try:
@@ -140,18 +143,27 @@ def keep_reasons(path: Path, done: int) -> dict[int, str]:
             except (ValueError, TypeError):
                 continue
             if isinstance(i, int) and i < done:
-                kept[i] = str(reason)
-    write_atomically(path, "".join(json.dumps(each) + "\n" for each in kept.items()))
-    return kept
+                valid[i] = str(reason)
+    write_atomically(path, "".join(json.dumps(each) + "\n" for each in valid.items()))
+    return valid
 
 
 def chunks(jobs: list, function: Callable, track: Track, done: int, what: str) -> Iterator[list]:
-    """A function of every job, by threads, in order, a chunk at a time so that results do not pile up."""
+    """Maps a function over jobs in threads, and yields the results in order, a chunk at a time.
+
+    Args:
+        jobs: arguments, one each.
+        function: of one argument.
+        track: shows progress.
+        done: jobs that were finished before, where the progress bar starts.
+        what: description of the work.
+    """
     total = done + len(jobs)
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
 
         def one_by_one():
-            yield from (None for _ in range(done))  # the bar begins where the work was left
+            yield from (None for _ in range(done))  # the bar starts where the work was left
+            # Chunks, because Executor.map submits all jobs at once, and their results would pile up in memory.
             for start in range(0, len(jobs), CHUNK):
                 yield from pool.map(function, jobs[start : start + CHUNK])
 
@@ -164,50 +176,52 @@ def chunks(jobs: list, function: Callable, track: Track, done: int, what: str) -
                 chunk = []
 
 
-def fingerprint(source: Dataset) -> str:
-    """A digest that is cheap to make and changes whenever the listing, a size or a time of change does."""
-    digest = hashlib.blake2b(repr((source.name, source.classes)).encode(), digest_size=16)
-    for name, split in source.splits.items():
+def fingerprint(dataset: Dataset) -> str:
+    """Returns a digest that is cheap to compute and changes with the listing, or a file's size or time of change."""
+    digest = hashlib.blake2b(repr((dataset.name, dataset.classes)).encode(), digest_size=16)
+    for name, split in dataset.splits.items():
         digest.update(f"{name} {len(split)}\0".encode() + split.labels.tobytes())
         digest.update("\0".join(split.names).encode(errors="surrogateescape"))
-    digest.update(fingerprint_files(source.watched).encode())
+    digest.update(fingerprint_files(dataset.watched).encode())
     return digest.hexdigest()
 
 
 def fingerprint_files(paths: Iterable[str | bytes]) -> str:
-    """A digest of the sizes and times of files and folders."""
+    """Returns a digest of the sizes and times of files and folders."""
     digest = hashlib.blake2b(digest_size=16)
     for path in map(os.fsencode, paths):
         try:
             status = os.stat(path)
+            # ctime and inode as well: rsync, tar and cp -p set mtime back to that of the original.
             known: tuple[Any, ...] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         except OSError as error:
-            known = (error.errno,)  # it will be named when it is read
+            known = (error.errno,)  # it is reported when it is read
         digest.update(repr((path, *known)).encode())
     return digest.hexdigest()
 
 
-def summary(source: Dataset, found: Scan, bad: Collection[tuple[str, int]] = ()) -> dict[str, Any]:
-    """What was found, for people: counts a split, classes, sizes, kinds, images that are there twice.
+def summary(dataset: Dataset, scanned: Scan, bad: Collection[tuple[str, int]] = ()) -> dict[str, Any]:
+    """Summarizes a data set: counts by split, classes, sizes, unusual properties, duplicates.
 
     Args:
-        bad: images that cannot be decoded, as (split, index): they do not count.
+        dataset, scanned: the data set and its scan.
+        bad: images that cannot be decoded, as (split, index); they are not counted.
 
     Returns:
         `splits` (images, labelled, classes present), `classes`, `published` counts, `kinds`, `short_side` and
         `long_side` (min, median, max), `bytes`, `leaks` (images of one split that are also in another: count and
-        examples), `repeated` (images that are in a split more than once), `contradictory` (images of one content
-        under several labels: count and examples).
+        examples), `repeated` (repetitions inside a split), `contradictory` (images of the same content under
+        several labels: count and examples). Counts of images have the key `pictures`.
     """
     bad = set(bad)
-    usable = np.array([job not in bad for job in source.jobs()]) if bad else np.ones(len(found.rows), bool)
-    good = found.rows[usable]
+    usable = np.array([job not in bad for job in dataset.jobs()]) if bad else np.ones(len(scanned.rows), bool)
+    good = scanned.rows[usable]
     sides = np.sort(np.stack([good["height"], good["width"]]), axis=0) if len(good) else np.zeros((2, 1), int)
     spread = [[int(side.min()), int(np.median(side)), int(side.max())] for side in sides]
     kinds = {name: int((good["kinds"] >> bit & 1).sum()) for bit, name in enumerate(KINDS)}
-    leaks, repeated, contradictory = _twice(source, found, usable)
-    begins = dict(zip(source.splits, np.cumsum([0, *map(len, source.splits.values())]).tolist(), strict=False))
-    present = {name: usable[begins[name] : begins[name] + len(split)] for name, split in source.splits.items()}
+    leaks, repeated, contradictory = _find_duplicates(dataset, scanned, usable)
+    begins = dict(zip(dataset.splits, np.cumsum([0, *map(len, dataset.splits.values())]).tolist(), strict=False))
+    present = {name: usable[begins[name] : begins[name] + len(split)] for name, split in dataset.splits.items()}
     return {
         "splits": {
             name: {
@@ -215,10 +229,10 @@ def summary(source: Dataset, found: Scan, bad: Collection[tuple[str, int]] = ())
                 "labelled": split.labelled,
                 "classes": len(set(split.labels[present[name]].tolist()) - {-1}),
             }
-            for name, split in source.splits.items()
+            for name, split in dataset.splits.items()
         },
-        "classes": list(source.classes),
-        "published": source.counts,
+        "classes": list(dataset.classes),
+        "published": dataset.published_counts,
         "kinds": {name: count for name, count in kinds.items() if count},
         "short_side": spread[0],
         "long_side": spread[1],
@@ -229,34 +243,34 @@ def summary(source: Dataset, found: Scan, bad: Collection[tuple[str, int]] = ())
     }
 
 
-def _twice(source: Dataset, found: Scan, usable: np.ndarray) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """Images of the same content: in two splits, more than once in one, and under different labels."""
-    split_of = np.repeat(np.arange(len(source.splits)), [len(split) for split in source.splits.values()])
-    labels = np.concatenate([split.labels for split in source.splits.values()])
-    content = found.rows["digest"].copy().view("S16")
+def _find_duplicates(dataset: Dataset, scanned: Scan, usable: np.ndarray) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """Finds images of the same content in two splits, more than once in one, and under different labels."""
+    split_of = np.repeat(np.arange(len(dataset.splits)), [len(split) for split in dataset.splits.values()])
+    labels = np.concatenate([split.labels for split in dataset.splits.values()])
+    content = scanned.rows["digest"].copy().view("S16")
     order = np.argsort(content, kind="stable")
     order = order[usable[order]]
     _, counts = np.unique(content[order], return_counts=True)
-    jobs, splits = source.jobs(), list(source.splits)
+    jobs, splits = dataset.jobs(), list(dataset.splits)
     leaks: dict[str, Any] = {}
     contradictory: dict[str, Any] = {"pictures": 0, "examples": []}
     repeated = 0
 
-    def named(*places: int) -> list[str]:
-        return [source.splits[split].names[i] for split, i in (jobs[place] for place in places)]
+    def names_of(*positions: int) -> list[str]:
+        return [dataset.splits[split].names[i] for split, i in (jobs[position] for position in positions)]
 
     ends = np.cumsum(counts)
     for end, count in zip(ends[counts > 1], counts[counts > 1], strict=True):
-        places = order[end - count : end]
-        inside = np.bincount(split_of[places], minlength=len(splits))
-        repeated += int(np.maximum(inside - 1, 0).sum())
-        for a, b in combinations(np.flatnonzero(inside), 2):
+        copies = order[end - count : end]
+        in_split = np.bincount(split_of[copies], minlength=len(splits))
+        repeated += int(np.maximum(in_split - 1, 0).sum())
+        for a, b in combinations(np.flatnonzero(in_split), 2):
             leak = leaks.setdefault(f"{splits[a]} and {splits[b]}", {"pictures": 0, "examples": []})
-            leak["pictures"] += int(inside[b])
+            leak["pictures"] += int(in_split[b])
             if len(leak["examples"]) < EXAMPLES:
-                leak["examples"].append(named(*(places[split_of[places] == k][0] for k in (a, b))))
-        if len({int(labels[place]) for place in places} - {UNLABELLED}) > 1:
-            contradictory["pictures"] += len(places)
+                leak["examples"].append(names_of(*(copies[split_of[copies] == k][0] for k in (a, b))))
+        if len({int(labels[position]) for position in copies} - {UNLABELLED}) > 1:
+            contradictory["pictures"] += len(copies)
             if len(contradictory["examples"]) < EXAMPLES:
-                contradictory["examples"].append(named(*places[:2]))
+                contradictory["examples"].append(names_of(*copies[:2]))
     return leaks, repeated, contradictory

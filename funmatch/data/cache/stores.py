@@ -1,6 +1,6 @@
-"""Two ways to an image's pixels: resident, decoded once and mapped; or streaming, encoded and decoded when asked for.
+"""Reads the images of a cache: decoded ones from a mapped file (resident), or encoded ones at each use (streaming).
 
-Both give the same pixels, and neither lets a process grow with the number of images.
+Both give the same pixels, and neither lets a process's memory grow with the number of images.
 """
 
 import mmap
@@ -20,32 +20,32 @@ from funmatch.errors import InputError
 INDEX = np.dtype(
     [("offset", "<i8"), ("length", "<i4"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4"), ("crc", "<u4")]
 )
-"""Where an image lies in its split's file, the size that views see, its label, and a CRC-32 of its bytes there."""
+"""Position of an image in its split's file, its size as stored, its label, and the CRC-32 of its bytes there."""
 
 Row = tuple[int, int, int, int, int, int]
 """A row of `INDEX`."""
 
-FORGET_AFTER = 32 << 20  # bytes
-AROUND = 128 << 10  # bytes: the system maps so much around what is looked at
-SMALL = 64 * 64  # pixels of an image that is decoded whole even if a box is wanted
+RELEASE_AFTER = 32 << 20  # bytes
+READ_AROUND = 128 << 10  # bytes that the system maps around each access
+SMALL = 64 * 64  # pixels up to which an image is decoded whole even if only a box of it is needed
 
 
 class Store(Protocol):
-    """The images of a split."""
+    """Source of a split's pixels."""
 
     decodes: ClassVar[bool]
-    """Whether every look costs a decoding."""
+    """Whether every access decodes an image."""
 
     def image(self, row: Row, box: Box | None = None) -> Tensor:
-        """(height, width, 3) uint8 of an image, or of a box of it."""
+        """Returns an image or a box of it, (height, width, 3) uint8."""
         ...
 
 
 class Resident:
-    """Decoded images in one mapped file. Processes share what is read of it.
+    """Decoded images in one mapped file, shared between processes.
 
-    What was looked at is given back to the system every 32 MB: it stays in the system's cache, but the process does
-    not seem to grow to the size of its data.
+    Mapped pages are released every 32 MB: they stay in the system's cache, but no longer count as this process's
+    memory, which would otherwise appear to grow to the size of the data.
     """
 
     decodes: ClassVar[bool] = False
@@ -53,17 +53,18 @@ class Resident:
     def __init__(self, path: Path) -> None:
         self.path = path
         with open(path, "rb") as file:
-            # Copy on write, because torch warns about read-only memory; nothing ever writes there.
+            # Copy on write only because torch warns about read-only memory; nothing writes to it.
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.pixels = torch.frombuffer(self.map, dtype=torch.uint8)
-        self.seen = 0
+        self.mapped = 0
 
     def image(self, row: Row, box: Box | None = None) -> Tensor:
-        """A view of the mapped file."""
+        """Returns a view of the mapped file."""
         offset, length, height, width, *_ = row
-        self.seen += length + AROUND
-        if self.seen > FORGET_AFTER:
-            self.seen = 0
+        self.mapped += length + READ_AROUND
+        if self.mapped > RELEASE_AFTER:
+            self.mapped = 0
+            # Harmless to views that are in use: their pages are read from the file again.
             self.map.madvise(mmap.MADV_DONTNEED)
         image = self.pixels[offset : offset + length].view(height, width, 3)
         if box is None:
@@ -74,13 +75,13 @@ class Resident:
 
 @dataclass(frozen=True)
 class Streaming:
-    """Encoded images in one file, decoded when asked for.
+    """Encoded images in one file, decoded at each use.
 
     Attributes:
         path: of the file.
-        cap: images with a longer short side are scaled down to it, as resident ones are.
-        decoder: of `decode.DECODERS`.
-        max_pixels: larger images are refused.
+        cap: longest short side, pixels; larger images are scaled down to it, as resident ones are.
+        decoder: one of `decode.DECODERS`.
+        max_pixels: larger images are rejected.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class Streaming:
     decodes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        # A bare handle and pread: threads share it without a lock, since no position is kept.
         object.__setattr__(self, "file", os.open(self.path, os.O_RDONLY))
 
     def __del__(self) -> None:
@@ -97,15 +99,17 @@ class Streaming:
             os.close(file)
 
     def image(self, row: Row, box: Box | None = None) -> Tensor:
-        """Decoded now.
+        """Decodes an image or a box of it.
 
         Raises:
-            InputError: the file is no longer what was written.
+            InputError: the file was damaged after it was written.
         """
         offset, length, _, _, _, crc = row
         encoded = os.pread(self.file, length, offset)
         if zlib.crc32(encoded) != crc:
-            raise InputError(f"{self.path} is damaged; `funmatch prepare` with the same words makes it again")
+            raise InputError(
+                f"{self.path} is damaged; run `funmatch prepare` with the same data and options to rebuild it"
+            )
         pixels = decode(encoded, cap=self.cap, decoder=self.decoder, max_pixels=self.max_pixels, box=box)
         if not pixels.flags.writeable:
             pixels = pixels.copy()  # torch warns about read-only memory
@@ -114,12 +118,12 @@ class Streaming:
 
 @dataclass(frozen=True)
 class CachedSplit:
-    """The images of one split.
+    """Images of one split in a cache.
 
     Attributes:
         name: train, val or test.
-        index: a row of `INDEX` for each image, mapped.
-        store: where the pixels come from.
+        index: one row of `INDEX` an image, mapped.
+        store: source of the pixels.
         digests: of the encoded images, (n,) of 16 bytes, mapped.
     """
 
@@ -136,14 +140,18 @@ class CachedSplit:
         return bool((self.index["label"] >= 0).all())
 
     def images(self, indices) -> list[Tensor]:
-        """Each (height, width, 3) uint8."""
+        """Returns images, each (height, width, 3) uint8."""
         return [self.store.image(row) for row in self.index[indices].tolist()]
 
     def read_boxes(self, indices, boxes: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
-        """What is needed of images for these boxes, and the boxes in it: of large ones no more is decoded.
+        """Reads boxes of images; of large encoded images no more is decoded.
 
         Args:
+            indices: of the images, (n,).
             boxes: (n, 4) top, left, height, width, pixels.
+
+        Returns:
+            images, whole or boxes of them, and the boxes relative to what is returned.
         """
         rows = self.index[indices].tolist()
         if not self.store.decodes or any(height * width <= SMALL for _, _, height, width, _, _ in rows):
@@ -153,24 +161,24 @@ class CachedSplit:
         return [self.store.image(row, tuple(box)) for row, box in zip(rows, boxes.tolist(), strict=True)], inside
 
     def image(self, i: int) -> Tensor:
-        """(height, width, 3) uint8."""
+        """Returns one image, (height, width, 3) uint8."""
         return self.images([i])[0]
 
     def labels(self, indices) -> Tensor:
-        """(n,) int64."""
+        """Returns labels, (n,) int64; -1 where there is none."""
         return torch.from_numpy(self.index["label"][indices].astype(np.int64))
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Heights and widths in pixels, each (n,)."""
+        """Returns heights and widths in pixels, each (n,)."""
         rows = self.index[indices]
         return rows["height"], rows["width"]
 
     def without_labels(self) -> "CachedSplit":
-        """The same images with their labels forgotten."""
-        index = np.array(self.index)
+        """Returns the same images without labels."""
+        index = np.array(self.index)  # a copy: the mapped file must not change
         index["label"] = -1
         return replace(self, index=index)
 
     def subset(self, indices: np.ndarray) -> "CachedSplit":
-        """Some of the images."""
+        """Returns a split of some of the images."""
         return replace(self, index=self.index[indices], digests=self.digests[indices])

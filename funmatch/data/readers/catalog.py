@@ -1,4 +1,4 @@
-"""The data sets that have a name."""
+"""Finds the published data sets by name, and downloads those that torchvision can fetch."""
 
 import json
 import os
@@ -25,17 +25,20 @@ class CatalogEntry:
 
     Attributes:
         title: as its authors call it.
-        layout: reads its folder.
-        counts: images a split, ours: where its authors have no validation split, a tenth of the training images
-            is cut by content, as the paper cuts `train[90%:]` (section 4.1).
-        classes: how many.
+        layout: lists its folder.
+        counts: images in each of our splits. Where the authors have no validation split, a tenth of the training images
+            is held out by content, as the paper takes `train[90%:]` (section 4.1).
+        classes: number of classes.
         licence: of the images.
         citation: of its paper.
-        folder: under the folder of data sets, as torchvision leaves it.
-        marks: what must lie in that folder.
-        files: what to fetch by hand where there is no network.
-        torchvision: class that fetches it and checks what came, with its options.
-        elsewhere: other places where it may lie.
+        folder: its folder below the folder of data sets, as torchvision leaves it.
+        marks: names that its folder must contain.
+        files: what to download by hand where there is no network.
+        torchvision: name of the class that downloads and verifies it, and that class's options.
+        elsewhere: other folders where it may be.
+        files_as_published: whether its folder holds the downloaded files themselves, compressed or not, instead of
+            `marks`.
+        archive_folder: where torchvision looks for downloaded archives, below its root.
     """
 
     title: str
@@ -49,13 +52,26 @@ class CatalogEntry:
     files: tuple[str, ...] = ()
     torchvision: tuple[str, dict[str, str | bool]] | None = None
     elsewhere: tuple[str, ...] = field(default=())
+    files_as_published: bool = False
+    archive_folder: str = ""
+
+    @property
+    def archives(self) -> list[str]:
+        """Names of the files to download; a sentence where there is no address is not one."""
+        return [Path(file).name for file in self.files if "/" in file]
+
+    def is_in(self, folder: Path) -> bool:
+        """Returns whether a folder seems to hold this data set."""
+        if self.files_as_published:
+            return all((folder / f).is_file() or (folder / f.removesuffix(".gz")).is_file() for f in self.archives)
+        return all((folder / mark).exists() for mark in self.marks)
 
 
 def fashion_mini(folder: Path) -> Dataset:
-    """2,700 images of Fashion-MNIST: 200 for training, 500 for validation, 2,000 for test.
+    """Opens the embedded 2,700 images of Fashion-MNIST: 200 for training, 500 for validation, 2,000 for test.
 
     The training images are the first 20 of each class in Fashion-MNIST's training set. Validation and test are the
-    first 50 and the next 200 of each class in its *test* set, none of which the embedded teacher has seen.
+    first 50 and the next 200 of each class in its *test* set, which the embedded teacher was not trained on.
     """
     return mosaic(folder, "fashion-mini", tuple(json.loads((folder / "classes.json").read_text())), 28)
 
@@ -77,14 +93,14 @@ CATALOG: dict[str, CatalogEntry] = {
         "CC BY-SA 4.0", "Parkhi, Vedaldi, Zisserman & Jawahar, Cats and Dogs, CVPR 2012",
         "oxford-iiit-pet", ("images", "annotations"),
         (f"{OXFORD}/pets/data/images.tar.gz", f"{OXFORD}/pets/data/annotations.tar.gz"),
-        ("OxfordIIITPet", {"split": "trainval"}),
+        ("OxfordIIITPet", {"split": "trainval"}), archive_folder="oxford-iiit-pet",
     ),
     "flowers102": CatalogEntry(
         "102 Category Flower Dataset", published.flowers102, {"train": 1020, "val": 1020, "test": 6149}, 102,
         "not stated; for research", "Nilsback & Zisserman, Automated Flower Classification, ICVGIP 2008",
         "flowers-102", ("jpg", "imagelabels.mat", "setid.mat"),
         tuple(f"{OXFORD}/flowers/102/{file}" for file in ("102flowers.tgz", "imagelabels.mat", "setid.mat")),
-        ("Flowers102", {"split": "train"}),
+        ("Flowers102", {"split": "train"}), archive_folder="flowers-102",
     ),
     "food101": CatalogEntry(
         "Food-101", published.food101, {"train": 68175, "val": 7575, "test": 25250}, 101,
@@ -95,7 +111,7 @@ CATALOG: dict[str, CatalogEntry] = {
     "sun397": CatalogEntry(
         "SUN397 Scene Benchmark", published.sun397, {"train": 76128, "val": 10875, "test": 21750}, 397,
         "not stated; for research", "Xiao, Hays, Ehinger, Oliva & Torralba, SUN Database, CVPR 2010",
-        "SUN397", ("ClassName.txt",), ("SUN397.tar.gz (its first address is dead; 37 GB, 108,753 images)",),
+        "SUN397", ("ClassName.txt",), ("SUN397.tar.gz (37 GB, 108,753 images; its original address is gone)",),
     ),
     "imagenet": CatalogEntry(
         "ImageNet (ILSVRC 2012)", published.imagenet, {"train": 1281167, "val": 50000}, 1000,
@@ -106,7 +122,7 @@ CATALOG: dict[str, CatalogEntry] = {
         "Fashion-MNIST", published.fashion_mnist, {"train": 54000, "val": 6000, "test": 10000}, 10,
         "MIT", "Xiao, Rasul & Vollgraf, Fashion-MNIST, arXiv 1708.07747, 2017",
         "FashionMNIST/raw", (), tuple(f"{FASHION}/{file}" for file in FASHION_FILES),
-        ("FashionMNIST", {}), ("/usr/share/datasets/fashion-mnist",),
+        ("FashionMNIST", {}), ("/usr/share/datasets/fashion-mnist",), files_as_published=True,
     ),
     "cifar10": CatalogEntry(
         "CIFAR-10", published.cifar10, {"train": 45000, "val": 5000, "test": 10000}, 10,
@@ -124,100 +140,99 @@ CATALOG: dict[str, CatalogEntry] = {
 
 
 def data_home(data_dir: Path | None = None) -> Path:
-    """Where data sets lie: as said, else `$FUNMATCH_DATA`, else `funmatch/data` in the user's cache folder."""
+    """Returns the folder of data sets: the given one, else `$FUNMATCH_DATA`, else `data` in our cache folder."""
     if data_dir or (os.environ.get("FUNMATCH_DATA")):
         return Path(data_dir or os.environ["FUNMATCH_DATA"]).expanduser()
     return user_cache() / "data"
 
 
 def open_named(name: str, data_dir: Path | None = None) -> Dataset:
-    """A data set of the catalog, fetched if it is not there.
+    """Lists a data set of the catalog, and downloads it first if it is missing.
 
     Raises:
-        InputError: it is not there and cannot be fetched; the message says what to put where.
+        InputError: it is missing and cannot be downloaded; the message says which files to put where.
     """
     entry = CATALOG[name]
     home = data_home(data_dir)
     root = _find(entry, home)
     if root is None:
-        _fetch(name, entry, home)
+        _download(name, entry, home)
         root = home / entry.folder
-    return replace(entry.layout(root), name=name, counts=entry.counts, place=str(root))
+    return replace(entry.layout(root), name=name, published_counts=entry.counts, location=str(root))
 
 
 def _find(entry: CatalogEntry, home: Path) -> Path | None:
-    """Where a data set lies: under the folder of data sets, in it, or elsewhere."""
+    """Returns the folder of a data set: below the folder of data sets, that folder itself, or elsewhere."""
     places = [home / entry.folder, home] if entry.folder else []
-    return next((place for place in [*places, *map(Path, entry.elsewhere)] if _lies_in(entry, place)), None)
+    return next((place for place in [*places, *map(Path, entry.elsewhere)] if entry.is_in(place)), None)
 
 
 def found_under(name: str, top: Path, levels: int) -> Path | None:
-    """The folder somewhere under `top` in which a data set lies and can be read, whatever the folder is called."""
+    """Returns the folder below `top` that holds a data set and can be read, whatever the folder is called."""
     entry = CATALOG[name]
     for folder in folders_under(top, levels):
-        if _lies_in(entry, folder):
-            with suppress(InputError):  # other data sets have folders of the same names
+        if entry.is_in(folder):
+            # Other data sets have folders of the same names ("images", "train"), so only reading it decides.
+            with suppress(InputError):
                 entry.layout(folder)
                 return folder
     return None
 
 
 def folders_under(top: Path, levels: int) -> Iterator[Path]:
-    """A folder and the folders in it, so many levels deep, those above first."""
+    """Yields a folder and the folders in it, down to a number of levels, upper levels first."""
     inside = [top] if top.is_dir() else []
     yield from inside
     for _ in range(levels):
-        inside = [path for folder in inside for path in _folders_in(folder)]
+        inside = [path for folder in inside for path in _subfolders(folder)]
         yield from inside
 
 
-def _folders_in(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:  # which knows folders without a look at each of many files
+def _subfolders(folder: Path) -> list[Path]:
+    # scandir knows which entries are folders; Path.is_dir would ask the disk about each of perhaps a million files.
+    with os.scandir(folder) as entries:
         return sorted(Path(entry.path) for entry in entries if entry.is_dir())
 
 
-def _lies_in(entry: CatalogEntry, place: Path) -> bool:
-    if not entry.marks:  # four files, plain or packed
-        return all((place / f).is_file() or (place / f.removesuffix(".gz")).is_file() for f in FASHION_FILES)
-    return all((place / mark).exists() for mark in entry.marks)
-
-
-def _fetch(name: str, entry: CatalogEntry, home: Path) -> None:
-    """Fetches a data set into a folder beside its place, and moves it there when it is whole."""
-    to_do = _by_hand(entry, home)
+def _download(name: str, entry: CatalogEntry, home: Path) -> None:
+    """Downloads a data set into a folder beside its place, and moves it there once it is complete."""
+    advice = _manual_steps(entry, home)
     if entry.torchvision is None:
-        raise InputError(f"{name} ({entry.title}) cannot be fetched automatically; {to_do}")
+        raise InputError(f"{name} ({entry.title}) cannot be downloaded automatically; {advice}")
     import torchvision.datasets
 
-    kind, options = entry.torchvision
-    arriving = home / f".{name}.partial"
+    class_name, options = entry.torchvision
+    # A name that `_find` never looks at: a download that was interrupted while unpacking must not pass for the data.
+    partial = home / f".{name}.partial"
     top = Path(entry.folder).parts[0]
-    made = not home.exists()
-    arriving.mkdir(parents=True, exist_ok=True)
-    _keep_only_archives(entry, arriving)
-    _take_archives(entry, home, arriving)
+    new_home = not home.exists()
+    partial.mkdir(parents=True, exist_ok=True)
+    _remove_all_but_archives(entry, partial)
+    _link_archives(entry, home, partial)
     try:
-        with disk_errors(home), redirect_stdout(sys.stderr), _patience():
-            getattr(torchvision.datasets, kind)(str(arriving), download=True, **options)
+        with disk_errors(home), redirect_stdout(sys.stderr), _network_timeout():
+            getattr(torchvision.datasets, class_name)(str(partial), download=True, **options)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
         if isinstance(error, OSError) and error.filename:
-            raise  # the disk's fault, not the network's
-        _keep_only_archives(entry, arriving)
-        for folder in (arriving / top, arriving, *([home] if made else [])):
-            with suppress(OSError):  # it holds archives that are whole, or other things
+            raise  # the disk failed, not the network
+        _remove_all_but_archives(entry, partial)
+        # rmdir fails on folders that still hold complete archives or the user's own files, which must stay.
+        for folder in (partial / top, partial, *([home] if new_home else [])):
+            with suppress(OSError):
                 folder.rmdir()
-        raise InputError(f"{name} ({entry.title}) could not be fetched: {first_line(error)}; {to_do}") from None
+        raise InputError(f"{name} ({entry.title}) could not be downloaded: {first_line(error)}; {advice}") from None
     (home / top).mkdir(exist_ok=True)
-    for arrived in (arriving / top).iterdir():
-        if not arrived.name.endswith((".tar.gz", ".tgz")):
-            arrived.replace(home / top / arrived.name)
-    shutil.rmtree(arriving)
+    for path in (partial / top).iterdir():
+        if not path.name.endswith((".tar.gz", ".tgz")):
+            path.replace(home / top / path.name)
+    shutil.rmtree(partial)
 
 
-def _keep_only_archives(entry: CatalogEntry, arriving: Path) -> None:
-    """Removes what an earlier try unpacked, perhaps not wholly; archives are checked before they are used again."""
+def _remove_all_but_archives(entry: CatalogEntry, partial: Path) -> None:
+    """Removes what an earlier attempt unpacked, perhaps incompletely."""
+    # Archives may stay: torchvision verifies their checksums before it unpacks them.
     archives = {Path(address).name for address in entry.files}
-    for path in sorted(arriving.rglob("*"), reverse=True):
+    for path in sorted(partial.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
@@ -225,28 +240,29 @@ def _keep_only_archives(entry: CatalogEntry, arriving: Path) -> None:
             path.unlink()
 
 
-def _by_hand(entry: CatalogEntry, home: Path) -> str:
+def _manual_steps(entry: CatalogEntry, home: Path) -> str:
     place = home / entry.folder
-    marks = f", so that {', '.join(str(place / mark) for mark in entry.marks)} are there" if entry.marks else ""
+    marks = f", so that it contains {', '.join(entry.marks)}" if entry.marks else ""
+    unpacked = ", unpacked" if entry.marks else ""
     return (
-        f"put {' and '.join(entry.files)} into {place}{', unpacked' if entry.marks else ''}{marks}; or say where the "
-        f"folder {Path(entry.folder).parts[0]} lies by --data-dir"
+        f"put {' and '.join(entry.files)} into {place}{unpacked}{marks}; or pass --data-dir, the folder that contains "
+        f"{Path(entry.folder).parts[0]}"
     )
 
 
-def _take_archives(entry: CatalogEntry, home: Path, arriving: Path) -> None:
-    """Archives that a person put there are used, so that nothing is fetched twice."""
-    inside = Path(entry.folder) if Path(entry.folder).parts[0] in ("oxford-iiit-pet", "flowers-102") else Path()
-    for file in (Path(address).name for address in entry.files if "/" in address):
+def _link_archives(entry: CatalogEntry, home: Path, partial: Path) -> None:
+    """Links archives that the user downloaded, so that torchvision does not download them again."""
+    target = partial / entry.archive_folder
+    for file in entry.archives:
         for place in (home / entry.folder, home):
-            if (place / file).is_file() and not (arriving / inside / file).exists():
-                (arriving / inside).mkdir(parents=True, exist_ok=True)
-                os.symlink((place / file).resolve(), arriving / inside / file)
+            if (place / file).is_file() and not (target / file).exists():
+                target.mkdir(parents=True, exist_ok=True)
+                os.symlink((place / file).resolve(), target / file)
 
 
 @contextmanager
-def _patience():
-    """Gives up on a network that says nothing."""
+def _network_timeout():
+    """Limits the time that a server may stay silent: urllib would wait forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS_OF_SILENCE)
     try:

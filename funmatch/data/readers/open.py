@@ -1,88 +1,133 @@
-"""From the words that a person says to a data set: `pet37`, `~/pictures`, `tfrecord:shards/*`, `hf:user/name`."""
+"""Opens the images that a data spec names: `pet37`, `~/photos`, `tfrecord:shards/*`, `hf:user/name`.
+
+A new kind of source takes a module with a function like `open_tfrecords`, and a row of `READERS`.
+"""
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from funmatch.data.dataset import Dataset, ReadOptions, SplitSpec, Track, join_datasets, untracked
 from funmatch.data.readers.catalog import CATALOG, open_named
 from funmatch.data.readers.folder import open_folder
-from funmatch.data.readers.huggingface import open_hub
+from funmatch.data.readers.huggingface import open_hub, resolve_if_local
 from funmatch.data.readers.tfrecords import open_tfrecords
 from funmatch.data.readers.webdataset import open_tars
 from funmatch.errors import InputError, unknown
 
-Reader = Callable[[str, ReadOptions, Track], Dataset]
+
+def absolute_path(location: str) -> str:
+    """Returns a path or a pattern of paths from the root."""
+    return os.path.abspath(os.path.expanduser(location))
 
 
-def _folder(place: str, reading: ReadOptions, _track: Track) -> Dataset:
-    return open_folder(Path(place).expanduser(), follow_links=reading.follow_links)
+@dataclass(frozen=True)
+class Reader:
+    """A kind of data source. A spec chooses it by its prefix: `tfrecord:shards/*`.
+
+    Attributes:
+        open: (location, options, track) to the listed data set.
+        location: what follows the prefix, as messages call it.
+        resolve: makes a location independent of the working directory.
+        files: glob patterns of the files that it reads. Where such files are given without the prefix, the message
+            recommends it.
+    """
+
+    open: Callable[[str, ReadOptions, Track], Dataset]
+    location: str
+    resolve: Callable[[str], str] = absolute_path
+    files: tuple[str, ...] = ()
+
+
+def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:  # noqa: ARG001
+    return open_folder(
+        Path(location).expanduser(), follow_links=options.follow_links, recommend_reader=recommend_reader
+    )
 
 
 READERS: dict[str, Reader] = {
-    "folder": _folder,
-    "tfrecord": open_tfrecords,
-    "wds": open_tars,
-    "hf": lambda place, reading, _track: open_hub(place, reading),
+    "folder": Reader(_open_folder, "PATH"),
+    "tfrecord": Reader(open_tfrecords, "PATTERN", files=("*.tfrec*",)),
+    "wds": Reader(open_tars, "PATTERN", files=("*.tar",)),
+    "hf": Reader(open_hub, "NAME", resolve=resolve_if_local, files=("*.parquet", "*.arrow")),
 }
 
 
-def open_source(specs: str | Sequence[str], reading: ReadOptions | None = None, track: Track = untracked) -> Dataset:
-    """The images that a person named, listed but not read.
+def open_dataset(specs: str | Sequence[str], options: ReadOptions | None = None, track: Track = untracked) -> Dataset:
+    """Lists the images of one or several data sets without reading them.
 
     Args:
-        specs: one data set or several, which are joined: a name of `CATALOG`; a folder; or `folder:PATH`,
-            `tfrecord:PATTERN`, `wds:PATTERN`, `hf:NAME`.
-        reading: how.
+        specs: one spec, or several that are joined: a name of `CATALOG`, a folder, or a prefix of `READERS` with a
+            location, such as `tfrecord:PATTERN`.
+        options: for reading.
         track: shows progress.
 
     Raises:
-        InputError: there is none, or it cannot be used.
+        InputError: a data set is missing or unusable.
     """
-    reading = reading or ReadOptions()
-    sources = [_open_one(spec, reading, track) for spec in ([specs] if isinstance(specs, str) else specs)]
-    return _with_cut(join_datasets(sources), reading.cut)
+    options = options or ReadOptions()
+    datasets = [_open_one(spec, options, track) for spec in ([specs] if isinstance(specs, str) else specs)]
+    return _with_requested_split(join_datasets(datasets), options.split_spec)
 
 
-def resolve_names(spec: str) -> str:
-    """A spec with its path from the root, so that it means the same wherever it is said."""
-    door, colon, place = spec.partition(":")
+def resolve_spec(spec: str) -> str:
+    """Makes a spec independent of the working directory, so that records of runs can be used from anywhere."""
     if spec in CATALOG:
         return spec
-    if not (colon and door in READERS):
-        door, place = "", spec
-    path = os.path.abspath(os.path.expanduser(place))
-    if door == "hf" and not os.path.exists(path):
-        return spec
-    return f"{door}{colon if door else ''}{path}"
+    prefix, location = _parse(spec)
+    return f"{prefix}:{READERS[prefix].resolve(location)}" if prefix else absolute_path(spec)
 
 
-def _open_one(spec: str, reading: ReadOptions, track: Track) -> Dataset:
+def local_folder(spec: str) -> Path | None:
+    """Returns the folder on this machine that a spec names by its path, None where it names something else."""
+    _, location = _parse(resolve_spec(spec))
+    return Path(location) if os.path.isdir(location) else None
+
+
+def recommend_reader(path: Path) -> str:
+    """Returns a clause that recommends the reader for the files at a path, empty where none reads them."""
+    for prefix, reader in READERS.items():
+        for pattern in reader.files:
+            if fnmatch(path.name, pattern) if path.is_file() else next(path.rglob(pattern), None):
+                return f"for {pattern}, pass {prefix}:{path}"
+    return ""
+
+
+def _parse(spec: str) -> tuple[str, str]:
+    """Splits a spec into a prefix of `READERS`, empty where it has none, and the location."""
+    prefix, colon, location = spec.partition(":")
+    return (prefix, location) if colon and prefix in READERS else ("", spec)
+
+
+def _open_one(spec: str, options: ReadOptions, track: Track) -> Dataset:
+    # First the catalog: a folder of the same name is meant by ./name only.
     if spec in CATALOG:
-        return open_named(spec, reading.data_dir)
-    door, colon, place = spec.partition(":")
-    if colon and door in READERS:
-        if not place:
-            raise InputError(f"{spec} names no place; wanted {door}:PATH")
-        return READERS[door](place, reading, track)
-    path = Path(spec).expanduser()
-    if path.exists():
-        return open_folder(path, follow_links=reading.follow_links)
+        return open_named(spec, options.data_dir)
+    prefix, location = _parse(spec)
+    if prefix and not location:
+        raise InputError(f"{spec} has no location; expected {prefix}:{READERS[prefix].location}")
+    if prefix:
+        return READERS[prefix].open(location, options, track)
+    if Path(spec).expanduser().exists():
+        return _open_folder(spec, options, track)
     if "/" in spec or spec.startswith((".", "~")):
-        raise InputError(f"no folder {spec}; wanted a folder of images, or one of: {', '.join(CATALOG)}")
-    doors = ", ".join(f"{name}:…" for name in READERS)
-    raise unknown("data set", spec, CATALOG, hint=f"there is no folder {spec!r} here; other doors: {doors}")
+        raise InputError(f"there is no folder {spec}; expected a folder of images, or one of: {', '.join(CATALOG)}")
+    others = ", ".join(f"{name}:{reader.location}" for name, reader in READERS.items())
+    raise unknown("data set", spec, CATALOG, hint=f"there is no folder {spec!r} here; other sources: {others}")
 
 
-def _with_cut(source: Dataset, cut: SplitSpec | None) -> Dataset:
-    """The source with the cut that a person wants, in place of one that is ours."""
-    if cut is None:
-        return source
-    if not cut.shares:  # only the seed is theirs
-        return replace(source, cut=SplitSpec(source.cut.shares, cut.seed)) if source.cut else source
-    if "val" in source.splits:
-        raise InputError(f"{source.name} has a validation split of its own, so --val cannot cut one")
-    if "train" not in source.splits:
-        raise InputError(f"{source.name} has no training images to cut --val from")
-    return replace(source, cut=SplitSpec({**(source.cut.shares if source.cut else {}), **cut.shares}, cut.seed))
+def _with_requested_split(dataset: Dataset, spec: SplitSpec | None) -> Dataset:
+    """Adds the split that the user requested, which replaces the default one of the catalog."""
+    if spec is None:
+        return dataset
+    if not spec.shares:  # --val-seed alone: the catalog's shares, another selection
+        own = dataset.split_spec
+        return replace(dataset, split_spec=SplitSpec(own.shares, spec.seed)) if own else dataset
+    if "val" in dataset.splits:
+        raise InputError(f"{dataset.name} has its own validation split; leave out --val")
+    if "train" not in dataset.splits:
+        raise InputError(f"{dataset.name} has no training images to hold out --val from")
+    own = dataset.split_spec.shares if dataset.split_spec else {}
+    return replace(dataset, split_spec=SplitSpec({**own, **spec.shares}, spec.seed))

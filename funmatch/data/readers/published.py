@@ -1,4 +1,4 @@
-"""How the published data sets lie on disk once they are unpacked: a reader for each."""
+"""Lists the published data sets in the layouts that their unpacked archives have."""
 
 import gzip
 import json
@@ -16,32 +16,34 @@ from funmatch.data.readers.folder import open_folder
 from funmatch.errors import InputError, first_line
 
 TENTH = SplitSpec({"val": Fraction(1, 10)})
-# Sun397 has no official splits. TensorFlow Datasets drew 70, 10 and 20 %; these are its lists, used where they lie
-# beside the images.
+# SUN397 has no official splits. TensorFlow Datasets drew 70, 10 and 20 %, as the paper uses them; its lists are read
+# where they lie beside the images, and otherwise we hold out the same shares ourselves.
 SUN_LISTS = {"train": "sun397_tfds_tr.txt", "val": "sun397_tfds_va.txt", "test": "sun397_tfds_te.txt"}
-SUN_CUT = SplitSpec({"test": Fraction(2, 10), "val": Fraction(1, 10)})
+SUN_SPLIT = SplitSpec({"test": Fraction(2, 10), "val": Fraction(1, 10)})
 
 
 def pet37(root: Path) -> Dataset:
-    """`images/*.jpg`, and `annotations/trainval.txt` and `test.txt` of lines `<image> <class, from 1> …`."""
+    """Reads `images/*.jpg`, `annotations/trainval.txt` and `test.txt` with lines `<image> <class, from 1> …`."""
+    # Not `images/*.jpg` alone: the archive also holds images that its authors list nowhere.
     listed: dict[str, list[tuple[str, int]]] = {}
     for split, file in (("train", "trainval.txt"), ("test", "test.txt")):
         lines = _lines(root / "annotations" / file)
         try:
             listed[split] = [(line.split()[0], int(line.split()[1])) for line in lines if line.strip()]
         except (IndexError, ValueError):
-            raise InputError(f"{root / 'annotations' / file} is damaged; wanted lines '<image> <class> …'") from None
+            raise InputError(f"{root / 'annotations' / file} is damaged; expected lines '<image> <class> …'") from None
+    # The files name classes by number only; names are in the images' names, as torchvision takes them too.
     breeds = {label: name.rsplit("_", 1)[0] for images in listed.values() for name, label in images}
     order = sorted(breeds)
     classes = [" ".join(word.title() for word in breeds[label].split("_")) for label in order]
     images = {
-        split: [(f"images/{name}.jpg", order.index(label)) for name, label in found] for split, found in listed.items()
+        split: [(f"images/{name}.jpg", order.index(label)) for name, label in rows] for split, rows in listed.items()
     }
-    return _of_files("pet37", root, classes, images, ["annotations/trainval.txt", "annotations/test.txt"], TENTH)
+    return _from_files("pet37", root, classes, images, ["annotations/trainval.txt", "annotations/test.txt"], TENTH)
 
 
 def flowers102(root: Path) -> Dataset:
-    """`jpg/image_*.jpg`, `imagelabels.mat` (a class from 1 for each) and `setid.mat` (the images of each split)."""
+    """Reads `jpg/image_*.jpg`, `imagelabels.mat` (class of each, from 1) and `setid.mat` (image numbers by split)."""
     from scipy.io import loadmat
     from torchvision.datasets import Flowers102
 
@@ -49,8 +51,8 @@ def flowers102(root: Path) -> Dataset:
     for file in ("imagelabels.mat", "setid.mat"):
         try:
             found |= loadmat(str(root / file))
-        except Exception as error:  # of many kinds: missing, cut off, another format
-            raise InputError(f"{root / file} cannot be read: {first_line(error)}") from None
+        except Exception as error:  # SciPy raises many types: missing, cut off, another format
+            raise InputError(f"cannot read {root / file}: {first_line(error)}") from None
     try:
         labels = found["labels"].ravel().astype(int) - 1
         ids = {split: found[key].ravel().astype(int) for split, key in _FLOWER_SPLITS.items()}
@@ -58,32 +60,32 @@ def flowers102(root: Path) -> Dataset:
             split: [(f"jpg/image_{i:05}.jpg", int(labels[i - 1])) for i in numbers] for split, numbers in ids.items()
         }
     except (KeyError, IndexError):
-        raise InputError(f"{root}: imagelabels.mat and setid.mat do not belong together") from None
-    return _of_files("flowers102", root, Flowers102.classes, images, ["imagelabels.mat", "setid.mat"], None)
+        raise InputError(f"{root}: imagelabels.mat and setid.mat do not match") from None
+    return _from_files("flowers102", root, Flowers102.classes, images, ["imagelabels.mat", "setid.mat"], None)
 
 
 _FLOWER_SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}
 
 
 def food101(root: Path) -> Dataset:
-    """`images/<class>/*.jpg`, and `meta/train.json` and `test.json` of {class: [class/picture, …]}."""
+    """Reads `images/<class>/*.jpg`, and `meta/train.json` and `test.json` of {class: [class/image, …]}."""
     listed = {}
     for split in ("train", "test"):
         file = root / "meta" / f"{split}.json"
         try:
             listed[split] = {str(name): list(found) for name, found in json.loads("\n".join(_lines(file))).items()}
         except (ValueError, AttributeError, TypeError):
-            raise InputError(f"{file} is damaged; wanted an object of lists by class") from None
+            raise InputError(f"{file} is damaged; expected a JSON object of lists by class") from None
     classes = sorted(listed["train"].keys() | listed["test"].keys())
     images = {
         split: [(f"images/{name}.jpg", classes.index(c)) for c in classes for name in found.get(c, [])]
         for split, found in listed.items()
     }
-    return _of_files("food101", root, classes, images, ["meta/train.json", "meta/test.json"], TENTH)
+    return _from_files("food101", root, classes, images, ["meta/train.json", "meta/test.json"], TENTH)
 
 
 def sun397(root: Path) -> Dataset:
-    """`ClassName.txt` of lines `/<letter>/<class>`, and `<letter>/<class>/sun_*.jpg`; splits as `SUN_LISTS` say."""
+    """Reads `ClassName.txt` of lines `/<letter>/<class>`, `<letter>/<class>/sun_*.jpg`, and `SUN_LISTS` if present."""
     names = [line.strip() for line in _lines(root / "ClassName.txt") if line.strip()]
     classes = [name.lstrip("/").partition("/")[2] for name in names]
     places = {name.strip("/"): i for i, name in enumerate(names)}
@@ -96,24 +98,25 @@ def sun397(root: Path) -> Dataset:
             for split, path in lists.items()
             if path
         }
-        extra, cut = [str(path) for path in lists.values()], None
+        extra, spec = [str(path) for path in lists.values()], None
     else:
         found = [f.relative_to(root).as_posix() for name in places for f in sorted((root / name).glob("sun_*.jpg"))]
-        files, extra, cut = {"train": found}, [], SUN_CUT
+        files, extra, spec = {"train": found}, [], SUN_SPLIT
     try:
         images = {split: [(file, places[file.rpartition("/")[0]]) for file in each] for split, each in files.items()}
     except KeyError as error:
-        raise InputError(f"{root}: ClassName.txt has no class {error}, which a list of splits names") from None
-    return _of_files("sun397", root, classes, images, ["ClassName.txt", *extra, *places], cut)
+        raise InputError(f"{root}: ClassName.txt lacks the class {error}, which a list of splits has") from None
+    return _from_files("sun397", root, classes, images, ["ClassName.txt", *extra, *places], spec)
 
 
 def imagenet(root: Path) -> Dataset:
-    """`train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`."""
+    """Reads `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`."""
+    # Clusters often offer ImageNet as a folder of links into shared storage.
     return open_folder(root, follow_links=True)
 
 
 def fashion_mnist(root: Path) -> Dataset:
-    """The four IDX files, plain or GZIP, as torchvision and Debian's `dataset-fashion-mnist` leave them."""
+    """Reads the four IDX files, plain or GZIP, as torchvision and Debian's `dataset-fashion-mnist` leave them."""
     from torchvision.datasets import FashionMNIST
 
     images, labels = {}, {}
@@ -121,87 +124,89 @@ def fashion_mnist(root: Path) -> Dataset:
         images[split] = _idx(root, f"{prefix}-images-idx3-ubyte", 3)
         labels[split] = _idx(root, f"{prefix}-labels-idx1-ubyte", 1).astype(np.int32)
         if len(images[split]) != len(labels[split]):
-            raise InputError(f"{root}: {len(images[split])} images and {len(labels[split])} labels of {split}")
-    return _of_arrays("fashion-mnist", root, FashionMNIST.classes, images, labels)
+            raise InputError(f"{root}: {split} has {len(images[split])} images but {len(labels[split])} labels")
+    return _from_arrays("fashion-mnist", root, FashionMNIST.classes, images, labels)
 
 
 def cifar10(root: Path) -> Dataset:
-    """`cifar-10-batches-py/`, whose files torchvision checks before they are opened."""
+    """Reads `cifar-10-batches-py/` through torchvision."""
     return _cifar("cifar10", "CIFAR10", root)
 
 
 def cifar100(root: Path) -> Dataset:
-    """`cifar-100-python/`, whose files torchvision checks before they are opened."""
+    """Reads `cifar-100-python/` through torchvision."""
     return _cifar("cifar100", "CIFAR100", root)
 
 
-def _cifar(name: str, kind: str, root: Path) -> Dataset:
+def _cifar(name: str, class_name: str, root: Path) -> Dataset:
     import torchvision.datasets
 
+    # The files are pickles, which can run code: torchvision verifies their checksums before it unpickles them.
     try:
         parts = {
-            split: getattr(torchvision.datasets, kind)(str(root.parent), train=split == "train")
+            split: getattr(torchvision.datasets, class_name)(str(root.parent), train=split == "train")
             for split in ("train", "test")
         }
     except RuntimeError as error:
-        raise InputError(f"{root} is damaged or not whole: {first_line(error)}") from None
+        raise InputError(f"{root} is damaged or incomplete: {first_line(error)}") from None
     images = {split: part.data for split, part in parts.items()}
     labels = {split: np.array(part.targets, np.int32) for split, part in parts.items()}
-    return _of_arrays(name, root, parts["train"].classes, images, labels)
+    return _from_arrays(name, root, parts["train"].classes, images, labels)
 
 
-def _of_files(
+def _from_files(
     name: str,
     root: Path,
     classes: Sequence[str],
     images: dict[str, list[tuple[str, int]]],
     watched: Sequence[str],
-    cut: SplitSpec | None,
+    split_spec: SplitSpec | None,
 ) -> Dataset:
-    """A source of (file, label) pairs, the files relative to `root`."""
+    """Makes a data set of (file, label) pairs by split, the files relative to `root`."""
     splits = {}
-    for split, found in images.items():
-        if not found:
-            raise InputError(f"{root}: nothing is listed for {split}")
-        labels = np.array([label for _, label in found], np.int32)
+    for split, rows in images.items():
+        if not rows:
+            raise InputError(f"{root} lists no images for {split}")
+        labels = np.array([label for _, label in rows], np.int32)
         if labels.min() < 0 or labels.max() >= len(classes):
             raise InputError(f"{root}: a label of {split} is outside the {len(classes)} classes")
-        splits[split] = SplitListing([file for file, _ in found], labels)
-    files = [file for found in images.values() for file, _ in found]
+        splits[split] = SplitListing([file for file, _ in rows], labels)
+    files = [file for rows in images.values() for file, _ in rows]
     folders = {Path(file).parent.as_posix() for file in files}
-    seen = [str(root / file) for file in (*watched, *sorted(folders), *files)]
+    all_watched = [str(root / file) for file in (*watched, *sorted(folders), *files)]
 
     def read(split: str, index: int) -> bytes:
         return read_file(root / splits[split].names[index])
 
-    return Dataset(name, check_classes(classes, root), sort_splits(splits), read, seen, cut)
+    return Dataset(name, check_classes(classes, root), sort_splits(splits), read, all_watched, split_spec)
 
 
-def _of_arrays(
+def _from_arrays(
     name: str, root: Path, classes: Sequence[str], images: dict[str, np.ndarray], labels: dict[str, np.ndarray]
 ) -> Dataset:
-    for split, found in labels.items():
-        if len(found) and found.max() >= len(classes):
+    """Makes a data set of arrays: images (n, height, width) or (n, height, width, 3) uint8, labels (n,), by split."""
+    for split, values in labels.items():
+        if len(values) and values.max() >= len(classes):
             raise InputError(f"{root}: a label of {split} is outside the {len(classes)} classes")
     splits = {
-        split: SplitListing([f"{name} {split}[{i}]" for i in range(len(found))], found)
-        for split, found in labels.items()
+        split: SplitListing([f"{name} {split}[{i}]" for i in range(len(values))], values)
+        for split, values in labels.items()
     }
     watched = [str(root), *(str(path) for path in sorted(root.iterdir()))]
     return Dataset(name, tuple(classes), splits, lambda split, i: encode_pnm(images[split][i]), watched, TENTH)
 
 
 def _idx(root: Path, file: str, dimensions: int) -> np.ndarray:
-    """An IDX file of bytes: two zeros, 8, the number of dimensions, each of them, then the values."""
-    packed, plain = root / f"{file}.gz", root / file
-    path = plain if plain.is_file() else packed
+    """Reads an IDX file of bytes: two zeros, 8, the number of dimensions, each of them, then the values."""
+    gzipped, plain = root / f"{file}.gz", root / file
+    path = plain if plain.is_file() else gzipped
     try:
         content = read_file(path)
-        content = gzip.decompress(content) if path == packed else content
+        content = gzip.decompress(content) if path == gzipped else content
         head = struct.unpack_from(f">HBB{dimensions}I", content)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
         if head[:3] != (0, 8, dimensions):
-            raise ValueError("it is no IDX file of bytes")
+            raise ValueError("it is not an IDX file of bytes")
         return values.reshape(head[3:])
     except (OSError, EOFError, ValueError, struct.error) as error:
         raise InputError(f"{path} is damaged: {re.sub(r'^.Errno.*?] ', '', str(error))}") from None
@@ -211,4 +216,4 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        raise InputError(f"cannot read {path}: {error}") from None

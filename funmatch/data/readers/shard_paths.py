@@ -1,4 +1,4 @@
-"""The files that a pattern of shards means, and whether all of a set are there."""
+"""Finds the shards that a pattern matches, and checks that a numbered set is complete."""
 
 import glob
 import json
@@ -11,17 +11,18 @@ from pathlib import Path
 from funmatch.errors import InputError
 
 NOTE = "funmatch.json"
-"""What `funmatch prepare --to tfrecord` writes beside its shards: among other things, their names."""
+"""File that `funmatch prepare --to tfrecord` writes beside its shards; among other things, it lists their names."""
 
 
 def shard_paths(pattern: str, endings: str) -> list[Path]:
-    """The files that a pattern means: a file, a folder (searched at any depth), or a glob with `*` and `{a..b}`.
+    """Finds the files that a pattern matches: a file, a folder (at any depth), or a glob with `*` and `{a..b}`.
 
     Args:
-        endings: a regular expression for the files of a folder.
+        pattern: of the shards.
+        endings: regular expression for the names of shards in a folder.
 
     Raises:
-        InputError: there is none.
+        InputError: no file matches, or a numbered set is incomplete.
     """
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
@@ -30,21 +31,23 @@ def shard_paths(pattern: str, endings: str) -> list[Path]:
     elif os.path.isfile(expanded):
         found = [expanded]
     else:
-        spelt = list(_braces(expanded))
-        missing = [each for each in spelt if not glob.has_magic(each) and not os.path.isfile(each)]
+        # Braces spell out names, so each must exist; glob itself would silently skip the missing ones.
+        globs = list(_expand_braces(expanded))
+        missing = [each for each in globs if not glob.has_magic(each) and not os.path.isfile(each)]
         if missing:
-            raise InputError(f"{pattern}: {len(missing)} of {len(spelt)} shards are not there, e.g. {missing[0]}")
-        found = [path for each in spelt for path in glob.glob(each, recursive=True)]
+            raise InputError(f"{pattern}: {len(missing)} of {len(globs)} shards are missing, e.g. {missing[0]}")
+        found = [path for each in globs for path in glob.glob(each, recursive=True)]
     paths = sorted({Path(path) for path in found if os.path.isfile(path)})
     if not paths:
-        raise InputError(f"no shard matches {pattern}; wanted a file, a folder, or a pattern like 'data/*/*.tfrec'")
-    if os.path.isdir(expanded) or not set("{[?") & set(pattern):  # else a part of a set may be meant
+        raise InputError(f"no shard matches {pattern}; expected a file, a folder, or a pattern like 'data/*/*.tfrec'")
+    # Such a pattern may deliberately select a part of a set.
+    if os.path.isdir(expanded) or not set("{[?") & set(pattern):
         _check_complete(paths)
     return paths
 
 
 def _check_complete(paths: Sequence[Path]) -> None:
-    """Raises `InputError` unless names like `x-00002-of-00004` are all there."""
+    """Raises `InputError` where shards of a set are missing, by names like `x-00002-of-00004` or by our own note."""
     sets: dict[tuple[Path, str, int], set[int]] = {}
     for path in paths:
         if found := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(.*)", path.name):
@@ -53,24 +56,23 @@ def _check_complete(paths: Sequence[Path]) -> None:
         try:
             missing = [name for name in json.loads(note.read_text())["shards"] if not (note.parent / name).is_file()]
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{note} is damaged, or its shards were not finished; prepare them again") from None
+            raise InputError(f"{note} is damaged, or its shards are unfinished; prepare them again") from None
         if missing:
-            raise InputError(f"{note.parent}: {len(missing)} shards are not there, e.g. {missing[0]}")
+            raise InputError(f"{note.parent}: {len(missing)} shards are missing, e.g. {missing[0]}")
     for (folder, stem, count), numbers in sets.items():
         if missing := sorted(set(range(count)) - numbers):
-            raise InputError(
-                f"{folder}: of {count} shards {stem}-…, {len(missing)} are not there, e.g. {missing[0]:05}"
-            )
+            raise InputError(f"{folder}: of {count} shards {stem}-…, {len(missing)} are missing, e.g. {missing[0]:05}")
 
 
 def is_noted_unlabelled(paths: Sequence[Path]) -> bool:
-    """Whether notes beside all of these shards say that their images have no labels."""
+    """Returns whether the notes beside all of these shards say that their images have no labels."""
     notes = {path.parent.parent / NOTE for path in paths}
     return all(note.is_file() and json.loads(note.read_text()).get("labelled") is False for note in notes)
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    """`a-{000..002}.tar` and `{train,val}.tar` spelt out."""
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """Spells out `a-{000..002}.tar` and `{train,val}.tar`, as WebDataset does."""
+    # Odd pieces are the insides of braces.
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     choices = []
     for piece in pieces[1::2]:
@@ -84,8 +86,9 @@ def _braces(pattern: str) -> Iterator[str]:
         yield "".join(a + b for a, b in zip(pieces[::2], [*chosen, ""], strict=True))
 
 
-def search_folder(pattern: str, paths: Sequence[Path]) -> set[Path]:
-    """The folders in which a new shard of this pattern could appear."""
+def watched_folders(pattern: str, paths: Sequence[Path]) -> set[Path]:
+    """Returns the folders in which a new shard of this pattern could appear."""
+    # A folder's time of change tells of a new file in it, but not of one deeper down: hence all that `**` searches.
     parts = Path(os.path.expanduser(pattern)).parts
     magic = next((i for i, part in enumerate(parts) if glob.has_magic(part) or "{" in part), len(parts))
     top = Path(*parts[:magic])

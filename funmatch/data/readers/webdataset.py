@@ -1,4 +1,4 @@
-"""WebDataset shards: tars of samples, read in place and never unpacked."""
+"""Lists the images in WebDataset shards (tars), and reads them in place."""
 
 import json
 import tarfile
@@ -8,24 +8,25 @@ from funmatch.data.dataset import UNLABELLED, Dataset, ReadOptions, Track, untra
 from funmatch.data.decode import EXTENSIONS
 from funmatch.data.formats.tfrecord import DamagedRecord
 from funmatch.data.readers.shard_paths import shard_paths
-from funmatch.data.readers.tfrecords import Record, number, open_shards
+from funmatch.data.readers.tfrecords import Record, open_shards, parse_label
 
 
-def open_tars(pattern: str, reading: ReadOptions, track: Track = untracked) -> Dataset:
-    """WebDataset shards: tars in which the files of a sample share all of their name up to the first dot.
+def open_tars(pattern: str, options: ReadOptions, track: Track = untracked) -> Dataset:
+    """Lists WebDataset shards: tars in which the files of a sample share their name up to the first dot.
 
-    A label is in `.cls`, or under "label" or "cls" in `.json`. Nothing is unpacked.
+    The label is in `.cls`, or under "label" or "cls" in `.json`. Nothing is unpacked.
 
     Raises:
-        InputError: naming every damaged shard, and every member that leads outside.
+        InputError: lists every damaged shard, and every member with a path that leads outside.
     """
     paths = shard_paths(pattern, r"\.tar$")
-    return open_shards(pattern, paths, lambda path: _list_tar(path, reading), reading, track)
+    return open_shards(pattern, paths, lambda path: _list_tar(path, options), options, track)
 
 
-def _list_tar(path: Path, reading: ReadOptions) -> list[Record]:
+def _list_tar(path: Path, options: ReadOptions) -> list[Record]:
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
+        # "r:" refuses compressed tars, in which an image has no position that could be read in place.
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 parts = member.name.split("/")
@@ -35,40 +36,41 @@ def _list_tar(path: Path, reading: ReadOptions) -> list[Record]:
                     key, _, ending = parts[-1].partition(".")
                     files = samples.setdefault("/".join([*parts[:-1], key]), {})
                     if ending.lower() in files:
-                        raise DamagedRecord(f"member {member.name!r} is there twice")
+                        raise DamagedRecord(f"member {member.name!r} appears twice")
                     files[ending.lower()] = member
+            # tarfile takes a file that ends between two members for complete, so we look for the closing block.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise DamagedRecord("ends without the mark that closes a tar; it is cut off")
-            wanted = (reading.image_feature or ";".join(ending[1:] for ending in EXTENSIONS)).split(";")
+                raise DamagedRecord("ends without a tar's closing block; it is cut off")
+            endings = (options.image_feature or ";".join(ending[1:] for ending in EXTENSIONS)).split(";")
             found = []
             for key, files in samples.items():
-                image = next((files[ending] for ending in files if ending in wanted), None)
+                image = next((files[ending] for ending in files if ending in endings), None)
                 if image is None:
                     raise DamagedRecord(
                         f"sample {key!r} has no image, but: {', '.join(sorted(files))} (endings begin at the first "
-                        "dot); choose by --image-feature"
+                        "dot); pass --image-feature"
                     )
-                label = _tar_label(tar, key, files, reading)
+                label = _label(tar, key, files, options)
                 found.append(Record(image.offset_data, image.size, label, image.name))
             return found
     except tarfile.TarError as error:
-        raise DamagedRecord(f"is no whole tar ({error}); a compressed one must be unpacked first") from None
+        raise DamagedRecord(f"is not a complete tar ({error}); a compressed one must be unpacked first") from None
 
 
-def _tar_label(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], reading: ReadOptions) -> int:
-    ending = reading.label_feature or next((name for name in ("cls", "json") if name in files), None)
+def _label(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], options: ReadOptions) -> int:
+    ending = options.label_feature or next((name for name in ("cls", "json") if name in files), None)
     if ending is None or ending == "none":
         return UNLABELLED
-    if ending not in files and reading.unlabelled:
+    if ending not in files and options.unlabelled:
         return UNLABELLED
     if ending not in files:
         raise DamagedRecord(f"sample {key!r} has no .{ending}, but: {', '.join(sorted(files))}")
     content = tar.extractfile(files[ending]).read()  # pyrefly: ignore[missing-attribute]
     if ending.endswith("json"):
         try:
-            about = json.loads(content)
-            content = str(about["label"] if "label" in about else about["cls"]).encode()
+            fields = json.loads(content)
+            content = str(fields["label"] if "label" in fields else fields["cls"]).encode()
         except (ValueError, KeyError, TypeError):
-            raise DamagedRecord(f'{files[ending].name} is no JSON object with a "label" or "cls"') from None
-    return number(content, files[ending].name)
+            raise DamagedRecord(f'{files[ending].name} is not a JSON object with "label" or "cls"') from None
+    return parse_label(content, files[ending].name)
