@@ -93,17 +93,15 @@ def decode(
 ) -> np.ndarray:
     """Decodes an image.
 
-    CMYK is converted to RGB, palettes are resolved, transparency is composited over white, 16 bits are scaled to 8,
-    floating-point images with values up to 1 are read as 0 … 1, animations give their first frame, and the image is
-    rotated upright as EXIF says.
+    CMYK and palettes become RGB, transparency is composited over white, 16 bits are scaled to 8, floating-point images
+    with values up to 1 are read as 0 … 1, animations give their first frame, and EXIF's rotation is applied.
 
     Args:
         encoded: the file's bytes.
         cap: longest short side, pixels; larger images are scaled down to it (bilinear, antialiased). A JPEG of at
             least four times this size is first decoded at 1/2, 1/4 or 1/8, which leaves it at least twice as large as
             needed: a few times faster, and on photographs within 1/255 on average of a full decode.
-        decoder: `pillow`, or `torchcodec` for the images that it decodes as Pillow does, RGB JPEGs; the two differ by
-            at most 2/255.
+        decoder: `pillow`, or `torchcodec` for RGB JPEGs, where the two differ by at most 2/255.
         max_pixels: larger images are rejected as decompression bombs.
         box: part of the (upright, scaled) image to return. Rows of a JPEG below it are not decoded, so damage there
             goes unnoticed.
@@ -127,7 +125,6 @@ def decode(
                 return _crop(torchcodec_decode(encoded), box)
         if plain and box:
             return _decode_box(image, box)
-        # At least 4 times: after JPEG's own reduction, 2 times are left for our antialiased resize. See `cap`.
         if image.format == "JPEG" and min(image.size) >= 4 * min(size):
             image.draft(image.mode, (2 * size[0], 2 * size[1]))
         image.load()

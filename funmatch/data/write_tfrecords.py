@@ -48,16 +48,14 @@ def write_shards(
     """Writes a data set as shards `<split>/<split>_<name>-<shard>-<count>.tfrec`, each complete or absent.
 
     A record is a `tf.train.Example` of `image` (JPEG of quality 95 without chroma subsampling) and `class` (int64;
-    absent where nothing is labelled). Records are shuffled, since readers of shards shuffle only nearby ones. Complete
-    shards of an interrupted attempt are kept.
+    absent where nothing is labelled), in random order. Complete shards of an interrupted attempt are kept.
 
     Args:
         data: specs of the data sets to write.
-        options: for reading.
-        cache_options: the decoder, the limits, and what to do about unreadable images; the rest does not matter.
+        options, cache_options: of the latter only the decoder, the limits, and `on_bad` matter.
         folder: for the shards, the class names (`class.labels.txt`) and a description (`funmatch.json`).
-        side: images are resized to this square whatever their aspect (bilinear, antialiased), pixels; None keeps
-            their size, and the very bytes of upright RGB JPEGs.
+        side: images are resized to this square (bilinear, antialiased), pixels; None keeps their size, and the very
+            bytes of upright RGB JPEGs.
         size: images per shard.
         track: shows progress.
 
@@ -71,10 +69,9 @@ def write_shards(
     folder = Path(os.path.realpath(folder))
     dataset, scanned = scan_dataset(open_dataset(data, options, track), cache_options, track)
     _check_labels(dataset)
-    labelled = bool(dataset.classes)
     description = {
         "name": dataset.name,
-        "labelled": labelled,
+        "labelled": bool(dataset.classes),
         "side": side,
         "shard_size": size,
         "content": fingerprint_of(dataset, scanned),
@@ -85,10 +82,9 @@ def write_shards(
         written, bad = done or _write_folder(folder, description, dataset, scanned, cache_options, track)
     if bad and cache_options.on_bad == "stop":
         raise unreadable(dataset.display_name, [(name, reason) for _, _, name, reason in bad], home)
-    result = {"name": dataset.name, "data": list(data), "folder": str(folder)}
-    result |= {"shards": [str(folder / path) for path in written]}
-    result |= summary(dataset, scanned, {(split, i) for split, i, *_ in bad})
-    return result | {"unreadable": [[name, reason] for _, _, name, reason in bad], "notes": dataset.notes}
+    written_paths = [str(folder / path) for path in written]
+    place = {"name": dataset.name, "data": list(data), "folder": str(folder), "shards": written_paths}
+    return place | _summarize(dataset, scanned, bad)
 
 
 def _write_folder(
@@ -108,6 +104,11 @@ def _write_folder(
             write_atomically(partial / NOTE, json.dumps(description | {"shards": written, "unreadable": bad}))
             partial.rename(folder)
     return written, bad
+
+
+def _summarize(dataset: Dataset, scanned: Scan, bad: NamedBadImages) -> dict[str, Any]:
+    counts = summary(dataset, scanned, {(split, i) for split, i, *_ in bad})
+    return counts | {"unreadable": [[name, reason] for _, _, name, reason in bad], "notes": dataset.notes}
 
 
 def _check_labels(dataset: Dataset) -> None:
@@ -140,7 +141,8 @@ def _write_splits(
     for split, rows, known in by_split(dataset, scanned):
         listing = dataset.splits[split]
         bad += [(split, i, listing.names[i], reason) for i, reason in sorted(known.items())]
-        # Always the same order, so that a resumed export finds the shards that it would write itself.
+        # Shuffled, since readers of shards shuffle only nearby records; always alike, so that an interrupted export
+        # can keep the shards that it has.
         order = [int(i) for i in shuffle_positions(0, np.arange(len(listing)), len(listing)) if int(i) not in known]
         (folder / split).mkdir(exist_ok=True)
         groups = [order[at : at + size] for at in range(0, len(order), size)]
