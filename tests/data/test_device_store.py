@@ -76,7 +76,7 @@ def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
     some = of_tasks.move_data_to_device(cache, CPU, (size + 10) / 1e9)
     assert some.splits["train"].store is not cache.splits["train"].store
     assert some.splits["val"].store is cache.splits["val"].store
-    assert "val: 0.0 GB of pixels stay on the host, since --device-gb is" in capsys.readouterr().err
+    assert "val: 0.0 GB of pixels stay on the host; --device-gb allows" in capsys.readouterr().err
 
     def full(*_):
         raise torch.OutOfMemoryError("no")
@@ -118,7 +118,7 @@ def losses(folder):
 def test_a_run_with_its_pixels_there(tmp_path, capsys):
     host = funmatch.distill(out=tmp_path / "host", **KNOBS)
     there = funmatch.distill(out=tmp_path / "there", device_gb=1, **KNOBS)
-    assert "GB of pixels are on cpu, which cuts the views itself" in capsys.readouterr().err
+    assert "GB of pixels moved to cpu, which crops the views itself" in capsys.readouterr().err
     one, other = losses(host.folder), losses(there.folder)
     assert other[0] == pytest.approx(one[0], rel=1e-5)
     np.testing.assert_allclose(other, one, rtol=0.01)  # Adam's first updates make much of a last bit
