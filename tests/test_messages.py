@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CATALOGUE = ROOT / "tests" / "messages.txt"
 AVOIDED = {
-    r"\bis no\b": "is not a valid …, has no …",
+    r"(?<!here )\bis no\b(?! longer)": "is not a valid …, has no …",
     r"\bsay (--|by|it|what)": "pass --…, use …",
     r"\b(can|could|cannot) be had\b": "is (un)available",
     r"\bknobs?\b": "option",

@@ -270,7 +270,7 @@ def recorded(tmp_path_factory):
         ({"strategy": "ind/ic"}, "teacher_sees: the student's on the tape, its own view now"),
         ({"crop_min_area": 0.3}, "min_area: 0.05 on the tape, 0.3 now"),
         ({"side": 40}, "side: 32 on the tape, 40 now"),
-        ({"data": ("fashion-mini", "fashion-mini")}, "images: "),
+        ({"data": ("fashion-mini", "fashion-mini")}, "pictures: "),
         ({"tape_top": 3}, "top: None on the tape, 3 now"),
         ({"teacher_precision": "fp32"}, "teacher_precision: auto on the tape, fp32 now"),
     ],
