@@ -25,6 +25,7 @@ def read_options(config: Images) -> ReadOptions:
     # By name, so that an option of a new reader is a field of `ReadOptions` and of `config.Images`, and nothing here.
     names = {field.name for field in fields(ReadOptions)} & set(Images.model_fields)
     given = {name: getattr(config, name) for name in names}
+    # Without --val a seed alone still counts: the data set's own share is then cut by another seed.
     return ReadOptions(**given, split_spec=spec if config.val is not None or config.val_seed else None)
 
 
@@ -60,6 +61,7 @@ def open_run_data(config: Train) -> Cache:
     labelled = config.model_copy(update={"unlabelled": False})
     evaluation = open_data_set(labelled, config.eval_data)
     splits = {name: evaluation.splits[name] for name in EVALUATED if name in evaluation.splits}
+    # A folder without splits is evaluated on whole.
     if not splits:
         splits = {"test": replace(evaluation.splits["train"], name="test")}
     if "train" not in training.splits:
@@ -108,6 +110,7 @@ def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) ->
                 raise
             info(f"WARNING: {device} has no room for {size / 1e9:.1f} GB of {name} pixels; they stay on the host")
             continue
+        # Only after the move, so that a split that did not fit leaves its share to the next.
         left -= size
         if note:
             info(f"WARNING: {note}")

@@ -44,6 +44,7 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
     resolved = {
         **absolute_paths(config),
         "steps": steps,
+        # Steps alone count from here on; a resumed run compares them.
         "epochs": None,
         "side": side,
         "crop": config.cropped,
@@ -86,6 +87,7 @@ def _train_resize(config: Train, side: int, eval_resize: int) -> int | None:
 def absolute_paths(config: Train) -> dict[str, Any]:
     """Returns the options that hold paths, made absolute, so that a run's record is usable from any directory."""
     found = datasets.absolute_paths(config)
+    # Names of timm models stay as they are; only paths depend on the working directory.
     found["student"] = _absolute_name(config.student)
     if config.student_weights:
         found["student_weights"] = config.student_weights.expanduser().resolve()
@@ -114,6 +116,7 @@ def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
     """Returns the configuration with the options that were not given set by BiT-HyperRule (Kolesnikov et al., 2020)."""
     train = cache.splits["train"]
     count = len(train)
+    # The median, since a few panoramas would move the mean over the rule's threshold.
     heights, widths = train.sizes(np.arange(count))
     resize, side = hyperrule.sides(float(np.median(heights.astype(np.int64) * widths)))
     # A smaller --resize shrinks the crop in proportion, since a crop cannot exceed the image.
@@ -123,6 +126,7 @@ def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
         steps = max(1, round(config.epochs * count / config.batch))
     ruled: dict[str, Any] = {
         "side": config.side or fitting,
+        # `is None`, not `or`: 0 turns MixUp off.
         "mixup": hyperrule.mixup(count) if config.mixup is None else config.mixup,
         "lr": config.lr or (hyperrule.lr(config.batch) if config.optimizer == "sgd" else ADAMW_LR),
         "steps": steps or hyperrule.steps(count),

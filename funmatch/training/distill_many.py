@@ -28,6 +28,7 @@ def split_by_student(config: Distill, students: Sequence[str]) -> list[Distill]:
     names = [folder_name(student) for student in students]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two students have the name {', '.join(twice)}; each needs a folder of its own")
+    # Both name one thing only: a trace of one network, weights of one architecture.
     given = {"--profile": config.profile, "--student-weights": config.student_weights}
     if alone := " and ".join(name for name, value in given.items() if value):
         raise InputError(f"{alone} works with one --student only")
@@ -55,6 +56,7 @@ def run(configs: Sequence[Distill]) -> dict[str, Any]:
     if env.world_size() > 1:
         raise InputError("several students are trained in one process; with several processes pass one --student")
     metrics: dict[str, Any] = {}
+    # The stack closes tapes and locks of all runs, whichever of them fails.
     with distributed.process_group(configs[0].device), ExitStack() as stack:
         setups, loaded = _build_setups(configs, metrics)
         training = _begin(setups, loaded, stack)
@@ -80,6 +82,7 @@ def _build_setups(
         if result := finished_result(setup):
             metrics[str(config.out)] = result
             continue
+        # Against the first only: equality is transitive.
         if setups:
             check_same_views(setups[0], setup)
         setups.append(setup)

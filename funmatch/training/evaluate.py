@@ -41,6 +41,7 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     given = given or {}
     device = devices.pick_device(config.device)
     trained = _find_run(config.model)
+    # A folder of a run says how its student sees images; other models have only their card.
     knobs: dict[str, Any] = trained.config["knobs"] if trained else {}
     model = _load_model(config, given).to(device)
     verb = trained.config["verb"] if trained else ""
@@ -73,6 +74,7 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
 
 
 def _load_model(config: Evaluate, given: loading.Modules) -> Classifier:
+    # A copy: loading may change the module's head or side, and the caller still owns it.
     model = load(
         copy.deepcopy(given.get(config.model, config.model)),
         weights=config.weights,
@@ -100,6 +102,7 @@ def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, devic
     )
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
+    # Without a run, the card says whether images are squashed.
     squash = knobs["crop"] == "squash" if "crop" in knobs else model.card.squash
     precision = devices.resolve_precision(config.precision, device)
     return scoring.EvalView(side, resize, config.batch, device, precision, squash)
@@ -146,6 +149,7 @@ def _predict_teachers(
         num_classes: outputs of the model that they are compared with.
         model: its name, for messages.
     """
+    # Before predicting: a wrong image size is then an error by name, not one from inside a layer.
     for member in teachers.members:
         check_side(member.frozen.classifier, member.side)
     combined, _ = checks.predict(teachers.to(view.device), split, view)

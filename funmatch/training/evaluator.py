@@ -20,6 +20,7 @@ class Evaluator:
     def __init__(self, setup: TrainSetup[Any], objective: Objective) -> None:
         self.setup, self.objective = setup, objective
         self.student, self.ema = setup.student.classifier, setup.student.ema
+        # On the CPU, where predictions are compared.
         self.teacher_logits = objective.teacher_logits.combined if objective.teacher_logits else None
 
     def teachers(self) -> Iterator[dict[str, Any]]:
@@ -45,6 +46,7 @@ class Evaluator:
             records["ema"] = scoring.score(average, split, self.teacher_logits)
         events = {event: {"split": split.name, **run_folder.finite(scores)} for event, scores in records.items()}
         if self.objective.logits:
+            # On views of the steps to come, which the student has not been trained on yet.
             on_views = scoring.score_training_views(
                 self.objective.logits, self.student, self.objective.batches, step, view
             )
@@ -92,7 +94,9 @@ class Evaluator:
         cache, teachers = self.setup.cache, self.objective.teachers
         if self.setup.class_names:
             return self.setup.class_names
+        # Numbers as names would be worse than the teacher's real ones.
         if teachers and (cache.unnamed or not cache.classes):
             known = [member.frozen.classifier.card.classes for member in teachers.members]
+            # The first that has names: the others have the same classes, perhaps under other names.
             return next(filter(None, known), None)
         return cache.classes or None

@@ -28,8 +28,8 @@ def build_finetune_setup(
     config: Finetune, given: Modules | None = None, trial: Trial | None = None
 ) -> TrainSetup[Finetune]:
     """Builds the run, with the options that were not given set by the rule."""
-    cache, split = with_validation(config, trial)
-    ruled = apply_hyperrule(split, check_labels(split, cache))
+    cache, options = with_validation(config, trial)
+    ruled = apply_hyperrule(options, check_labels(options, cache))
     ruled.check()  # the rule may contradict what was given
     classes = len(cache.classes)
     return build_setup("finetune", ruled, cache, num_classes=classes, given=given, requested=config, trial=trial)
@@ -48,5 +48,6 @@ def with_validation(config: Finetune, trial: Trial | None = None) -> tuple[Cache
         f"{cache.name} has no validation split: holding out {VALIDATION_SHARE} of the training images (--val sets "
         "how many)"
     )
+    # Opened again, since the cache has another training split then.
     config = config.model_copy(update={"val": VALIDATION_SHARE})
     return open_data(config, trial), config

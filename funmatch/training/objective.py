@@ -1,4 +1,4 @@
-"""Says what a student is trained for: the loss of a batch, where batches come from, and who it is compared with."""
+"""Defines what a student is trained for: the loss of a batch, the batches, and the teachers to compare with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from funmatch.training.run.state import TeacherLogits
 
 @dataclass(frozen=True)
 class Objective:
-    """What a student is trained for. Training on labels has no teachers, and the last four are None.
+    """The objective of a run. Training on labels has no teachers, and the last four attributes are None.
 
     Attributes:
-        loss: a batch to its mean losses, of which `loss` is minimised.
+        loss: maps a batch to its mean losses, of which `loss` is minimised.
         batches: the training batches.
-        ahead: what else is done to a batch in the threads that make views.
-        logits: a batch to the student's and the teachers' logits, (n, classes) each.
+        ahead: applied to each batch in the threads that prepare batches.
+        logits: maps a batch to the student's and the teachers' logits, (n, classes) each.
         teachers: the frozen teachers.
-        teacher_logits: theirs on the validation split; on the main process only.
+        teacher_logits: the teachers' logits of the validation split; on the main process only.
     """
 
     loss: Callable[[Batch], Losses]

@@ -42,6 +42,7 @@ def explain_out_of_memory(
         return
     # Not within `except`: there the traceback still holds the activations for which there was no room.
     optimizer.zero_grad(set_to_none=True)
+    # Halving from what failed finds a size that fits in a few trials, at most a factor of two below the largest.
     now = loop.micro_batch or batches.size
     # With several processes a trial would wait for ever for the others' part of the all-reduce.
     if env.world_size() > 1:
@@ -76,6 +77,7 @@ def find_fitting_size(
     loss_of: Callable[[Batch], Losses], size: int,
 ) -> bool:  # fmt: skip
     """Tries a step in pieces of `size` images, with gradients and optimizer state; returns whether it fits."""
+    # The allocator's fragments of the failed step would make a size fail that fits in a fresh process.
     devices.empty_cache(loop.device)
     student.train()
     reserved: Sequence[Tensor] = ()

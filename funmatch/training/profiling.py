@@ -38,6 +38,7 @@ def profile_training(
         teachers: their arithmetic is counted too.
         folder: where `profile.json` and `trace.json` are written.
     """
+    # One process is enough: all take the same steps.
     if not setup.config.profile or not env.is_main_process():
         yield lambda: None
         return
@@ -67,6 +68,7 @@ class Profile:
         self.steps += 1
         # The first steps allocate, compile and choose kernels, so they are not timed.
         if self.steps == WARM:
+            # What is still queued belongs to the warm-up.
             devices.synchronize(self.device)
             self.began = time.perf_counter()
             self.watch.__enter__()
@@ -120,6 +122,7 @@ def step_times(watch: StepTimer, total: float, steps: int) -> dict[str, Any]:
         milliseconds a step: `step_ms`, `parts_ms` of the loop (they add up to it) and `beside_ms` of other threads.
     """
     loop = {name: 1e3 * seconds / steps for name, seconds in watch.seconds.items()}
+    # What no timer covers, so that the parts add up to the step.
     loop[REST] = 1e3 * total / steps - sum(loop.values())
     background = {name: 1e3 * seconds / steps for name, seconds in watch.background_seconds.items()}
     return {"steps": steps, "step_ms": 1e3 * total / steps, "parts_ms": loop, "beside_ms": background}
@@ -150,6 +153,7 @@ def _teacher_gflop(teachers: TeacherEnsemble) -> float | None:
 def peak(device: torch.device, precision: str) -> float:
     """Measures the GFLOP/s of a product of large matrices, which a network cannot exceed."""
     size = MATRIX_SIDE.get(device.type, 8192)
+    # In the run's own precision: its peak is what the run could reach.
     dtype = devices.DTYPES.get(precision, torch.float32)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times: list[float] = []
@@ -158,6 +162,7 @@ def peak(device: torch.device, precision: str) -> float:
     while len(times) < MIN_PRODUCTS or time.perf_counter() < until:
         began = time.perf_counter()
         left @ right
+        # Without it only the launch would be timed.
         devices.synchronize(device)
         times.append(time.perf_counter() - began)
     return 2 * size**3 / min(times) / 1e9

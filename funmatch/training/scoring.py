@@ -63,6 +63,7 @@ def eval_view(config: Train, device: torch.device) -> EvalView:
     """Returns how a resolved configuration evaluates."""
     assert config.side
     assert config.eval_resize
+    # Without gradients a whole batch usually fits even where training needs pieces.
     batch = config.batch // env.world_size()
     return EvalView(config.side, config.eval_resize, batch, device, config.precision, config.crop == "squash")
 
@@ -117,6 +118,7 @@ def score_training_views(
         labels = torch.where(own >= 0.5, batch.labels[1:], batch.labels[:-1])
         results.append((logits.float().cpu(), teacher_logits.float().cpu(), labels.cpu()))
     logits, teacher_logits, labels = map(torch.cat, zip(*results, strict=True))
+    # One image without a label makes accuracies unknown, rather than those of a subset.
     known = labels if bool((labels >= 0).all()) else None
     scores = metrics.summarize(metrics.per_image(logits, known, teacher_logits))
     right = None if known is None else (teacher_logits.argmax(-1) == known).double().mean().item()
@@ -133,6 +135,7 @@ def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = No
     Returns:
         `metrics.summarize`; what needs labels or a teacher is None without them.
     """
+    # Labels of unlabelled splits are −1, which must not count as a class.
     labels = split.labels(np.arange(len(split))) if split.labelled else None
     return metrics.summarize(metrics.per_image(logits, labels, teacher_logits))
 
@@ -155,6 +158,7 @@ def test_split(cache: Cache) -> CachedSplit:
 
 def default_eval_resize(side: int, card: Card) -> int:
     """Returns the default `eval_resize`, pixels: the card's at the card's own size, else as published."""
+    # At another size the card's fraction does not apply: it was chosen for its own.
     return round(side / card.crop_fraction) if side == card.side else enlarged_side(side)
 
 
@@ -181,8 +185,10 @@ def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None
             "map.json. To train on images of other things, pass --unlabelled, or images of the teacher's classes "
             "as --eval-data"
         )
+    # Equal numbers of classes in another order would give a low accuracy and no error.
     named = model.card.classes or ()
     if len(named) == len(classes) and named != classes and not trust_order:
+        # Only those that differ: of a thousand classes, the equal ones are no help.
         pairs = [f"{a} ≠ {b}" for a, b in zip(named, classes, strict=True) if a != b]
         raise InputError(
             f"{name} and {cache.name} list different classes: {_first_few(pairs)}; pass --classes same-names or "

@@ -172,13 +172,16 @@ def build_setup(
         requested: the configuration as the user gave it, if `config` is no longer that.
         trial: the search that the run is part of, if any.
     """
+    # Recipe facts compare with what the user gave, not with what a rule made of it.
     requested, given = requested or config, given or {}
     device = devices.pick_device(config.device)
     _check_fits(config, cache)
+    # Before any network is built, so that initialisation and measurements use as many threads as training.
     if config.threads:
         torch.set_num_threads(config.threads)
     # Before defaults: the image size and the arithmetic depend on the network.
     classifier = build_classifier(verb, config, cache, num_classes, given)
+    # The crop kernel is a fact, not an option: a resumed run must crop as it did, wherever it runs.
     facts = recipes.facts(requested) | acceleration.crop_kernel(config, cache.splits["train"])
     facts = {"student": init_digest(verb, config, classifier, given)} | facts
     config = resolve_defaults(_with_earlier_warmup(config, requested), cache, classifier, device)
@@ -251,6 +254,7 @@ def run_record(setup: TrainSetup[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     facts = {
         "data": setup.cache.key,
         "teacher": None,
+        # After the defaults above, which it may replace.
         **setup.provenance,
         "pictures": {name: len(split) for name, split in setup.cache.splits.items()},
         "classes": list(setup.class_names or setup.cache.classes),
@@ -275,5 +279,6 @@ def finished_result(setup: TrainSetup[Any]) -> dict[str, Any] | None:
 def recorded_modes(setup: TrainSetup[Any]) -> list[dict[str, Any]] | None:
     """Returns the inference modes of the teachers of a run that resumes, or None."""
     out, verb = setup.config.out, setup.inputs.verb
+    # Read by one process: the others might see the folder before or after it changes.
     known = distributed.broadcast_from_main(lambda: run_folder.provenance_if_same(out, verb, *run_record(setup)))
     return known.get("teacher_forms")

@@ -30,6 +30,7 @@ def run(config: Train, given: Modules | None = None, trial: Trial | None = None)
 
 def run_on_labels(setup: TrainSetup[Any]) -> dict[str, Any]:
     """Trains on labels to the end, unless the run is finished; returns its metrics."""
+    # A finished run returns its result at once, so that a repeated command costs nothing.
     return finished_result(setup) or run_training(setup, label_objective(setup))
 
 
@@ -45,6 +46,7 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
 
     def loss(batch: Batch) -> Losses:
         _, view = mix_views(batch.crops, (), batch.lam, batch.cutmix_boxes)
+        # Mixed by the area that CutMix really kept, not by the λ that was drawn.
         labels = mix_labels(batch.labels, batch.own_weight, num_classes, config.label_smoothing)
         with timed("student"):
             logits = student(view)

@@ -1,4 +1,4 @@
-"""Runs the training loop of a run, and beside it logs, evaluates and saves."""
+"""Trains a run to its end: drives the training loop, logs, evaluates, and writes checkpoints."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -29,32 +29,33 @@ from funmatch.training.student.acceleration import accelerate_student
 
 
 def run_training(setup: TrainSetup[Any], objective: Objective) -> dict[str, Any]:
-    """Trains from where the run stands to its end.
+    """Trains a run from its newest checkpoint to its end.
 
     Returns:
-        the metrics that `result.json` holds.
+        the metrics, as in `result.json`.
 
     Raises:
-        InputError: the folder holds something else, or the loss is no longer finite.
+        InputError: the folder holds another run, or the loss is not finite any more.
         Interrupted: by Ctrl-C or SIGTERM, after saving.
     """
     options, facts = run_record(setup)
     with run_folder.open_run(setup.config.out, setup.inputs.verb, options, facts) as run:
         trainer = Trainer(setup, run, objective)
         trainer.run_to_end()
+        # The main process evaluates and writes; all return its metrics.
         return distributed.broadcast_from_main(trainer.finish)
 
 
 class Trainer:
-    """A run under way.
+    """Trains one run step by step.
 
     Attributes:
-        state: where it stands.
-        notes: what the progress bar shows beside the step: the latest loss and evaluation.
+        state: the run's progress, as checkpoints hold it.
+        notes: latest loss and evaluation, for the progress bar.
     """
 
     def __init__(self, setup: TrainSetup[Any], run: run_folder.Run, objective: Objective) -> None:
-        """Continues from the newest checkpoint of the run folder, where there is one."""
+        """Resumes from the newest checkpoint of the run folder, if there is one."""
         self.setup, self.run, self.objective = setup, run, objective
         self.student = setup.student
         self.evaluator = Evaluator(setup, objective)
@@ -72,6 +73,7 @@ class Trainer:
         window = {"loss": self.state.window, **self.state.window_parts} if self.state.window else {}
         self.losses = LossMeter(window, setup.loop.device)
         self.stable = extend.stable_step(setup.config.model_dump())
+        # A process killed between saving this step and keeping it did only the first.
         if self.state.step and self.state.step == self.stable:
             self.keep_stable()
         # What was logged after the checkpoint will be logged again.
@@ -81,7 +83,7 @@ class Trainer:
                 run.metrics.write("teacher", 0, **record)
 
     def run_to_end(self) -> None:
-        """Takes all steps that are left."""
+        """Takes all remaining steps."""
         self.compile()
         with (
             ProgressBar(self.setup.inputs.verb, self.setup.loop.steps, self.state.step) as bar,
@@ -91,23 +93,24 @@ class Trainer:
                 bar.update(step, " ".join(self.notes.values()))
 
     def compile(self) -> None:
-        """Compiles the student, if it is to be and has steps to go."""
+        """Sets up compilation or native kernels, if there are steps left."""
         config, loop = self.setup.config, self.setup.loop
         if self.state.step < loop.steps:
             accelerate_student(self.student.classifier, loop, config, config.side or 0)
 
     def steps(self, caught: Sequence[int]) -> Iterator[int]:
-        """Takes a step each time it is asked for one, and yields its number.
+        """Takes one step per iteration, and yields its number.
 
         Args:
-            caught: the signals that came until now; after one the run is saved, and `Interrupted` raised.
+            caught: signals that have arrived; after one the run is saved, and `Interrupted` raised.
         """
         setup, loop, objective = self.setup, self.setup.loop, self.objective
         student, optimizer = self.student.classifier, self.student.optimizer
         start = self.state.step
         finish = objective.ahead or transfers.pin_batch(loop.device)
         batches = prefetch(objective.batches, start, loop.steps, workers=setup.workers, finish=finish)
-        if self.early_stop_due:  # it was stopped between its end and its last record
+        # Early stopping may have been due when the process was killed before it recorded the end.
+        if self.early_stop_due:
             return
         with (
             oom.explain_out_of_memory(objective.batches, loop, student, optimizer, objective.loss),
@@ -117,6 +120,7 @@ class Trainer:
         ):
             self.clock = time.monotonic()
             for step, losses in fit(loop, student, optimizer, self.scaler, batches, objective.loss, start):
+                # Agreed by all processes: one that stopped alone would leave the others waiting for its gradients.
                 stop = distributed.all_reduce_max(caught[0] if caught else 0)
                 ended = self.after_step(step, losses, saving=stop > 0)
                 profiled()
@@ -145,11 +149,12 @@ class Trainer:
         with timed("logging"):
             self.log(due=last or step % config.log_every == 0, wait=evaluated or saved)
         if evaluated or saved:
-            self.check_weights()  # before anything of a ruined student is kept
+            self.check_weights()  # before anything of a ruined student is saved
         if evaluated and env.is_main_process():
             self.evaluate()
         stopping = self.early_stop_due if evaluated else False
         if stopping:
+            # The steps since the last record would otherwise be logged nowhere.
             self.log(due=True, wait=True)
         if saved or stopping:
             self.save()
@@ -164,12 +169,13 @@ class Trainer:
         return patience is not None and distributed.all_reduce_max(self.state.since_best) >= patience
 
     def log(self, *, due: bool, wait: bool) -> None:
-        """Logs the mean losses since the last time.
+        """Logs the mean losses since the last record.
 
         Args:
-            due: whether it is time to: the losses begin to be fetched, and are logged when they have arrived.
-            wait: log now what was to be logged.
+            due: start to fetch the losses from the device; they are logged when they have arrived.
+            wait: wait for losses that are being fetched, and log them now.
         """
+        # Fetched losses are logged at a later step, so that the device never waits for the host.
         if due and self.losses.count:
             self._write_record(wait=True)
             self.losses.start_fetch(self.state.step)
@@ -189,39 +195,41 @@ class Trainer:
         self.clock, self.away = now, 0.0
 
     def check_weights(self) -> None:
-        """Raises `InputError` if an update has ruined the student."""
+        """Raises `InputError` if a weight is not finite."""
+        # The loss alone does not show it: an update can overflow after a finite loss.
         finite = [tensor.isfinite().all() for tensor in self.student.classifier.parameters()]
         if not torch.stack(finite).all():
             raise not_finite("the student's weights are", self.state.step)
 
     def evaluate(self) -> None:
-        """Evaluates the student on the validation split, and keeps it if it is the best so far."""
+        """Evaluates the student on the validation split, and saves it if it is the best so far."""
         state, began = self.state, time.monotonic()
-        found = self.evaluator.student_now(state.step)
-        for event, record in found.items():
+        records = self.evaluator.student_now(state.step)
+        for event, record in records.items():
             self.run.metrics.write(event, state.step, **record)
-        name = "agreement" if found["eval"]["top1"] is None else "top1"
-        score = found["eval"][name]
+        name = "agreement" if records["eval"]["top1"] is None else "top1"
+        score = records["eval"][name]
         self.notes["eval"] = f"{name} {percent(score)}"
         # Test images are never chosen on, so without a validation split there is no best.
         state.since_best += 1
         if score is not None and score > state.best_score and self.setup.evaluation.validation.name != "test":
             state.best_step, state.best_score, state.since_best = state.step, score, 0
-            self.save_best({name: value for name, value in found["eval"].items() if name != "split"})
+            self.save_best({name: value for name, value in records["eval"].items() if name != "split"})
         if self.setup.inputs.trial and score is not None:
             self.setup.inputs.trial.report(state.step, score)
         self.away += time.monotonic() - began
 
     def save_best(self, scores: dict[str, Any]) -> None:
-        """Has the student kept as the best one on validation."""
+        """Submits the student to the writer as the best on validation."""
+        # A snapshot, since the next step changes the weights while the writer still works.
         tensors = transfers.snapshot({checkpoint.STUDENT: self.student.classifier.net.state_dict()})
         self.writer.submit(partial(checkpoint.save_best, self.run.checkpoints, self.state.step, tensors, scores))
 
     def save(self) -> None:
-        """Has a checkpoint written."""
+        """Submits a checkpoint to the writer."""
         began = time.monotonic()
         self.state.scaler = self.scaler.state_dict()
-        # Losses that no record holds yet go along, so that a resumed run logs what one that never stopped does.
+        # Losses that no record holds yet are saved, so that a resumed run logs the same means as an uninterrupted one.
         parts = self.losses.window(self.state.step)
         state = asdict(self.state) | {"window": parts.pop("loss", []), "window_parts": parts}
         step = self.state.step
@@ -232,12 +240,12 @@ class Trainer:
         self.away += time.monotonic() - began
 
     def keep_stable(self) -> None:
-        """Keeps the checkpoint of this step, from which the run can be extended."""
+        """Protects the checkpoint of this step, from which the run can be extended."""
         if env.is_main_process():
             self.writer.submit(partial(checkpoint.keep_stable, self.run.checkpoints, self.state.step))
 
     def flush(self) -> None:
-        """Waits until all checkpoints are written; no process ends before."""
+        """Waits until all checkpoints are written, on every process."""
         self.writer.flush()
         distributed.barrier()
 

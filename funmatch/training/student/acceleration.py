@@ -106,6 +106,7 @@ def pick_precision(config: Train, steps: int, side: int, student: Classifier, de
     """
     default = devices.resolve_precision("auto", device)
     fast = "bf16" in devices.teacher_precisions("auto", device)
+    # Short runs and small networks would spend more on measuring than they could gain.
     if device.type != "cpu" or not fast or student.count_parameters() < SMALL_NETWORK or steps < MEASURED_FROM:
         return default
     images = min(IMAGES, config.micro_batch or config.batch)
@@ -124,6 +125,7 @@ def pick_precision(config: Train, steps: int, side: int, student: Classifier, de
 
 def known_step_seconds(student: Classifier, side: int, images: int, *, native: bool = False) -> dict[str, float]:
     """Returns seconds a step in fp32 and bf16, measured once on a machine, so that equal runs compute alike."""
+    # The network's structure is the key, not its name: options change it.
     key = repr((repr(student.net), side, images, native, devices.machine_signature(torch.device("cpu"))))
     measured = Measurement("steps", key, "this student")
     if known := measured.read({"fp32": float, "bf16": float}):
@@ -150,6 +152,7 @@ def measure_step_seconds(student: Classifier, side: int, images: int, *, native:
             if native:
                 use_native_kernels(trial.net, taught_only=True)
             try:
+                # The first one allocates and chooses kernels.
                 times = [_step_seconds(trial, views, device, name) for _ in range(1 + REPEATS)]
                 seconds[name] = min(times[1:])
             except Exception as error:  # a network may lack an operation in bf16
@@ -180,6 +183,7 @@ def accelerate_student(student: Classifier, loop: LoopOptions, config: Train, si
     elif uses_native_kernels(student, config, loop.device) and (why := norms.why_unavailable()):
         info(f"WARNING: native CPU kernels unavailable ({why}); PyTorch's are slower and round differently")
     elif uses_native_kernels(student, config, loop.device):
+        # In training mode only: evaluation computes as whoever loads the student will.
         use_native_kernels(student.net, taught_only=True)
         info(f"{config.student}: using native CPU kernels for GroupNorm and standardised convolutions")
 
@@ -197,6 +201,7 @@ def compile_student(student: Classifier, loop: LoopOptions, config: Train, side:
     sizes = sorted({stop - start for start, stop in pairwise(bounds)})
     began, net = time.monotonic(), student.net
     info(f"compiling {config.student}, a minute or two (disable with --compile off)")
+    # A closure over the network: state_dict keeps its names, without the prefix of a compiled module.
     student.compiled_net = torch.compile(lambda views: net(views), dynamic=False, mode=COMPILE_MODES[config.compile])
     try:
         for size in sizes:
@@ -239,5 +244,6 @@ def _random_states(device: torch.device) -> list[tuple[Callable[[Any], object], 
     states: list[tuple[Callable[[Any], object], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
     if device.type != "cpu":
         module = torch.get_device_module(device)
+        # The accelerator has a generator of its own, which dropout uses.
         states.append((module.set_rng_state, module.get_rng_state()))
     return states

@@ -85,6 +85,7 @@ def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, g
 
 def init_digest(verb: str, config: Train, student: Classifier, given: Modules) -> str | None:
     """Returns a digest of a student's initial weights; None where they follow from the seed."""
+    # Random weights follow from seed and architecture, which are recorded anyway.
     drawn = config.student not in given and not config.student_weights and not brings_weights(config.student)
     if drawn and verb == "finetune":
         info(f"WARNING: {config.student} starts from random weights; give a pretrained tag or --weights")

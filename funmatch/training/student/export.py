@@ -18,7 +18,9 @@ def export_student(
     Args:
         about: what is kept beside it, such as `top1` on the split that the finished run was evaluated on, in [0, 1].
     """
+    # The view of evaluation goes into the card, so that whoever loads the student sees images as the run did.
     card = replace(student.card, side=view.side, crop_fraction=view.side / view.short_side, classes=class_names)
     with write_folder_atomically(folder) as partial:
+        # A copy: the caller's student stays on its device.
         portable = copy.deepcopy(student).cpu()
         models.save(portable, partial, card=card, about=about)

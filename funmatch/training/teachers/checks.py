@@ -38,6 +38,7 @@ def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalVie
     Returns:
         the combined logits and those of each teacher, (n, classes) float32 on the CPU.
     """
+    # One teacher after the other: each keeps its own image size, and the combination needs only logits.
     each = [scoring.predict(MemberLogits(member), split, member_view(member, view)) for member in teachers.members]
     return teachers.combine_logits(each), each
 
@@ -79,6 +80,7 @@ def check_teachers(
                 f"WARNING: teacher {name} has top-1 {percent(metrics['top1'])} here, but its card says "
                 f"{percent(on_card)}; check the images, the order of the classes and the image size (--teacher-side)"
             )
+        # Balanced accuracy, since a constant prediction has a high top-1 where one class is frequent.
         check_above_chance(name, metrics["balanced"], logits, split, config)
 
 

@@ -82,6 +82,7 @@ class FixedViews:
         # All boxes are drawn before some are chosen, so that a view does not depend on the batch size.
         boxes, flips = boxes[which], flips[which]
         patches = [pixels[top : top + height, left : left + width] for top, left, height, width in boxes.tolist()]
+        # The patch begins at its own corner.
         boxes[:, :2] = 0
         return {side: crop_resize_flip(patches, boxes, flips, side) for side in sides}
 
@@ -140,6 +141,7 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
     shape = (len(source.split), len(teachers.members), setup.student.classifier.num_classes)
     if _read(folder / "answers.npy", shape) is None:
         folder.mkdir(parents=True, exist_ok=True)
+        # For people only: the digest alone decides which entry is used.
         (folder / "about.json").write_text(json.dumps(key, indent=1))
         views = len(source.split) * source.crops * len(teachers.members)
         info(f"fixed teacher: predicting {views:,} views once; logits are cached in {folder}")
@@ -163,6 +165,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     except (OSError, ValueError, EOFError):
         pass
     info(f"{path} is damaged; computing it again")
+    # Removed, so that other processes compute it again instead of waiting for it.
     path.unlink(missing_ok=True)
     return None
 
@@ -179,6 +182,7 @@ def _compute(
     count = len(source.split)
     size = max(1, PART // source.crops)
     parts = {folder / f"part-{start:09}.npy": range(start, min(start + size, count)) for start in range(0, count, size)}
+    # Its appearance ends the loop of every process, also of those that computed nothing.
     whole = folder / "answers.npy"
     with ProgressBar("teacher", count) as bar:
         while not whole.is_file():
@@ -204,6 +208,7 @@ def _compute(
 
 def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None:
     """Joins the parts, unless another process has done so meanwhile."""
+    # A lock, since two processes that join at once would both read parts that the first then removes.
     lock = try_lock_file(whole.with_suffix(".lock"))
     if lock is None:
         time.sleep(0.2)

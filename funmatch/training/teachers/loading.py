@@ -93,6 +93,7 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
     """
     wanted = wanted_classes(config, cache)
     names = config.teacher
+    # One size may stand for all teachers, hence the remainder below.
     sides = config.teacher_side or (None,)
     shares = config.teacher_share or (1.0,) * len(names)
     files = config.teacher_weights or ("none",) * len(names)
@@ -109,9 +110,11 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
             return load(name, weights=weights, options=config.teacher_kwargs, pretrained=True, side=own_side)
 
         classifier = load_one()
+        # Notes of the first load only; it is loaded again, silently, for each mode that is tried.
         info_notes(name, classifier.notes)
         class_map = map_classes(classifier, wanted, config.classes) if wanted and config.classes else None
         digest = fingerprint(classifier.net)
+        # Another map is another teacher: its logits stand for other classes.
         if class_map:
             digest += "-" + hashlib.blake2b(json.dumps(class_map).encode(), digest_size=8).hexdigest()
         function, view_side = function_of(classifier), own_side or side or 0
@@ -181,6 +184,7 @@ def freeze_fastest(
         size = config.teacher_batch if config.compiles else config.teacher_batch or COMPARED_IMAGES
         sample = views[teacher.side][:size]
         check_side(teacher.classifier, teacher.side)
+        # Without a check: the run has used this mode from its first step.
         if recorded:
             record = recorded[number]
             mode = InferenceMode(**record["form"])
@@ -214,6 +218,7 @@ def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tupl
         )
     else:
         info(f"teacher {teacher.name}: using {chosen}")
+    # Also where it was known: a mode that failed this time is replaced.
     measured.write(asdict(chosen.form))
     return frozen, {
         "form": asdict(chosen.form),

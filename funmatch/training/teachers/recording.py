@@ -55,6 +55,7 @@ def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:
     own = {*Distill.model_fields} - options_changing(Distill, Changes.VIEWS | Changes.TEACHER | Changes.DATA)
     if knobs.get("side"):
         own.add("student")  # otherwise the student decides the image size
+    # One teacher may come as a string, e.g. from a study's file.
     several = not isinstance(knobs.get("teacher"), str) and len(knobs.get("teacher") or ()) > 1
     if not several or knobs.get("combine", "mean-logits") == "mean-logits":
         own.add("temperature")
@@ -74,6 +75,7 @@ def shared_by(knobs: Mapping[str, Any]) -> str | None:
 def lock_beginning(config: Distill) -> Generator[None]:
     """Keeps other runs from beginning the same tape: the first run alone chooses the teachers' inference modes."""
     place = tape.record_folder(config.tape) if config.tape else None
+    # The main process alone chooses modes, so the others need no lock.
     if place is None or not env.is_main_process() or place.has_begun:
         yield
         return
@@ -89,6 +91,7 @@ def recorded_modes(config: Distill, device: torch.device) -> list[dict[str, Any]
     """
     if config.tape is None or not tape.record_folder(config.tape).has_begun:
         return None
+    # Modes are measured per type of device: a GPU's may be slow or missing on a CPU.
     header = tape.find_tape(config.tape).header
     return header["forms"] if header["device"] == device.type else None
 
@@ -114,6 +117,7 @@ def rounding(config: Distill) -> str | None:
 
 def begin_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Tape:
     """Opens the run's tape, and creates it if there is none yet."""
+    # The layout depends on the student's classes, which equal the teacher's by now.
     place, layout = setup.config.tape, layout_of(setup)
     assert place is not None
     return distributed.main_process_first(
@@ -142,6 +146,7 @@ def open_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Generator[Tape 
         yield run_tape
     finally:
         run_tape.close()
+        # After `close`, so that the next writer finds all rows on the disk.
         if lock:
             lock.close()
 
@@ -193,6 +198,7 @@ def report_dropped_mass(logits: Tensor, config: Distill) -> None:
         logits: the teachers' on the first batch, (n, classes).
     """
     assert config.tape_top is not None
+    # Of the first batch alone: an estimate that costs nothing, before hours are recorded.
     rest = tape.dropped_mass(logits, config.tape_top, config.temperature)
     info(
         f"tape: the first {config.tape_top} of {logits.shape[-1]:,} classes hold {percent(1 - rest)} of the teacher's "

@@ -74,6 +74,7 @@ class Fixed:
     table: Tensor
 
     def lookup(self, step: int, first_row: int, images: np.ndarray) -> Tensor | None:  # noqa: ARG002
+        # By image, not by step: a fixed teacher sees each image once, however the student's view is cropped.
         return self.table[torch.from_numpy(images)]
 
     def logits(self, batch: Batch, views: Views, *, record: bool = True) -> Tensor:  # noqa: ARG002
@@ -122,6 +123,7 @@ class Taped:
         return self.tape.read(step, first_row, len(images))
 
     def logits(self, batch: Batch, views: Views, *, record: bool = True) -> Tensor:
+        # Through the tape's format and back even without recording: a replayed run must see the same numbers.
         half, classes = self.tape.layout.packed(self.source.logits(batch, views, record=record))
         if record and self.tape.recording:
             copy = transfers.copy_to_host(half) if classes is None else transfers.copy_to_host(half, classes)
@@ -141,6 +143,7 @@ class Taped:
 
     def write(self, step: int, first_row: int, half: Tensor, classes: Tensor | None) -> None:
         """Writes rows; an `OSError` ends the recording, and the run too if `full` is stop."""
+        # Another run may hold the tape, or the disk may be full: training continues without.
         if not self.tape.recording:
             return
         try:
@@ -173,8 +176,10 @@ class DistillLoader:
 
     def batch_at(self, step: int) -> Batch:
         """Returns the batch of a step; see `Loader.batch_at`."""
+        # Batches are shared whole, views and logits, so each is made once for all students.
         if self.shared is None:
             return self.loader.batch_at(step, self.source.lookup)
+        # By rank too, since processes hold different rows of a step.
         key = (step, self.loader.rank, self.loader.world_size)
         return self.shared(key, lambda: self.loader.batch_at(step, self.source.lookup))
 
