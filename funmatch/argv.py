@@ -31,6 +31,7 @@ def parse_options(words: list[str], table: type[AnyOptions], prog: str, default:
     import tyro
     from tyro.constructors import ConstructorRegistry
 
+    # Inside the block only: other uses of tyro in this process must not see our rule.
     registry = ConstructorRegistry()
     registry.struct_rule(_spec_of)
     with registry:
@@ -55,6 +56,7 @@ def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
         if spec := _spec_of_numbers(field.annotation) or _spec_of_choices(field.annotation):
             conf.append(spec)
         default = tyro.MISSING if field.is_required() else field.default
+        # The table of a recipe holds MISSING for what the words must give, and only what it sets itself.
         if isinstance(info.default, Options):
             default = getattr(info.default, name, default)
         typed: Any = Annotated[(field.annotation, *conf)]  # pyrefly: ignore[not-a-type]
@@ -99,6 +101,7 @@ def _spec_of_choices(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
     """Tells tyro the choices of an optional option in their order, which its own message shuffles."""
     from tyro.constructors import PrimitiveConstructorSpec
 
+    # A union of choices and None is a set to tyro, so their order would change from run to run.
     choices = [choice for each in get_args(kind) if get_origin(each) is Literal for choice in get_args(each)]
     if not choices:
         return None
@@ -199,6 +202,7 @@ def merge_repeated(words: list[str], table: type[Options]) -> list[str]:
                 parts.append(first[name])
             part = first[name]
             part += [value] if equals else []
+        # Only known short flags end the values of the option before: -1 is a value.
         elif name or flag.startswith("--"):
             part = [word]
             parts.append(part)

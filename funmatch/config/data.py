@@ -45,8 +45,10 @@ class Images(Options):
     """Folder that holds the catalog's data sets, and into which they are downloaded."""
     cap: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1)] = 512
     """Images whose shorter side is longer than this, in pixels, are scaled down to it."""
+    # Decoders round differently: their pixels are other data.
     decoder: Annotated[Literal["auto", "pillow", "torchcodec"], Opt(group=Group.DATA, changes=DATA)] = "auto"
     """JPEG decoder; auto is torchcodec where it is installed, else Pillow."""
+    # Both ways give the same pixels, so a run may resume with the other.
     pixels: Annotated[Literal["auto", "resident", "streaming"], Opt(group=Group.DATA, changes=PLACE)] = "auto"
     """resident: decode once into the cache. streaming: keep images encoded and decode them a step ahead, in threads.
     auto is resident up to --resident-gb."""

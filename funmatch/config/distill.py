@@ -78,6 +78,7 @@ class Distill(Train, Teaching):
     teacher_precision: Annotated[Precision, Opt(group=Group.TEACHER, changes=TEACHER | Changes.ARITHMETIC)] = "auto"
     """Floating-point format of the frozen teacher; auto is the fastest whose outputs for the first batch equal those in
     fp32."""
+    # A frozen teacher has no batch statistics, so pieces give the same logits up to rounding.
     teacher_batch: Annotated[
         int | None, Opt(group=Group.TEACHER, changes=Changes.ARITHMETIC, at_least=1, usual="as many as the student")
     ] = None
@@ -116,6 +117,7 @@ class Distill(Train, Teaching):
     """Multiply the distance by the square of the temperature, so that the temperature does not scale gradients."""
     teacher_ahead: Annotated[bool, Opt(group=Group.TEACHER, changes=Changes.ARITHMETIC)] = False
     """Run the teacher in the threads that make views: faster for small networks on a CPU."""
+    # A permission changes no result, but a search that tried both values would try the same run twice.
     allow_weak_teacher: Annotated[bool, Opt(group=Group.TEACHER, changes=TEACHER, searchable=False)] = False
     """Continue with a teacher that is near chance on the labelled validation images."""
     tape: Annotated[
@@ -221,6 +223,7 @@ class Distill(Train, Teaching):
         elif self.teacher_is_fixed:
             found.append(f"the teacher of {self.strategy} is fixed: its outputs are stored anyway. Omit --tape")
         if self.tape is not None and self.out is not None:
+            # Whatever removes a run folder would remove the tape of other runs with it.
             places = [Path(each).expanduser().absolute() for each in (self.tape, self.out)]
             if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
                 found.append(f"tape {self.tape} and out {self.out} must be apart: each is a folder of its own")

@@ -184,6 +184,7 @@ def _is_union(kind: Any) -> bool:
 
 
 def _width() -> int:
+    # Piped text has no width, and is read on screens and in mails.
     return max(NARROW, min(WIDE, shutil.get_terminal_size((100, 24)).columns))
 
 

@@ -74,6 +74,7 @@ class Loop(Machine):
             aliases=("-b", "--batch-size")),
     ] = 128  # fmt: skip
     """Images per step. May be more than the data set has."""
+    # Not ARITHMETIC alone: BatchNorm normalises each piece by its own statistics.
     micro_batch: Annotated[int | None, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, usual="the whole batch")] = (
         None
     )
@@ -87,12 +88,14 @@ class Loop(Machine):
     """Early stopping: end the run after this many evaluations on the validation split without an improvement."""
     keep: Annotated[Literal["last", "best"], Opt(group=Group.LOOP, changes=STUDENT)] = "last"
     """Student to evaluate and save at the end: the last one, or the best on the validation split."""
+    # A recipe or a study is the same experiment with any seed, and a search must not choose the luckiest one.
     seed: Annotated[
         int,
         Opt(group=Group.LOOP, changes=STUDENT | Changes.VIEWS, at_least=0, at_most=2**62, searchable=False,
             recipe=False, study=False),
     ] = 0  # fmt: skip
     """Seed of the student's first weights and of every random choice."""
+    # It decides at which steps --keep best and --patience look, so a resumed run must have the same value.
     eval_every: Annotated[int, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False)] = 500
     """Steps between evaluations on the validation split."""
     save_every: Annotated[int, Opt(group=Group.LOOP, changes=PLACE, at_least=1)] = 500
@@ -106,6 +109,7 @@ class Loop(Machine):
     """How to speed the networks up; results stay equal up to rounding. on: compile them, which takes a minute or two;
     max: try more kernels for longer. native: on a CPU, use funmatch's own kernels for GroupNorm and standardised
     convolutions. auto: native on a CPU; elsewhere on, for larger networks in runs of 2,000 steps or more."""
+    # Another number of threads sums in another order, so a run that resumes must have the same to be bit-identical.
     threads: Annotated[
         int | None, Opt(group=Group.MACHINE, changes=ARITHMETIC, at_least=1, at_most=1024, usual="all cores")
     ] = None

@@ -83,6 +83,7 @@ class Opt:
     @property
     def is_searchable(self) -> bool:
         """Whether a search may try several values: they make students that differ, and are evaluated alike."""
+        # What decides the images or where they lie would be evaluated otherwise, and rounding is not worth a trial.
         fixed = self.changes & (Changes.PLACE | Changes.ARITHMETIC | Changes.DATA)
         return not fixed if self.searchable is None else self.searchable
 
@@ -111,7 +112,8 @@ class Opt:
             return None
         bottom = self.above if self.at_least is None else self.at_least
         top = self.below if self.at_most is None else self.at_most
-        if bottom is not None and top is not None and top <= 1:  # a share is understood best as an interval
+        # A share is understood best as an interval; of other numbers the bound that is violated says enough.
+        if bottom is not None and top is not None and top <= 1:
             signs = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
             return f"lie in {signs[0]}{bottom}, {top}{signs[1]}"
         if not low:

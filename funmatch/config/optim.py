@@ -64,9 +64,11 @@ class Optimizer(Options):
         Opt(group=Group.OPTIMIZER, changes=STUDENT, at_least=0, usual="0.1, 0.01, …", metavar="FACTOR …"),
     ] = ()
     """staircase: the learning rate after each of these steps, as a share of --lr."""
+    # Independent of lr, so that a search over lr does not move it, too (Loshchilov and Hutter, 2019).
     weight_decay: Annotated[float, Opt(group=Group.OPTIMIZER, changes=STUDENT, at_least=0, below=1)] = 1e-4
     """Weight decay, decoupled from the learning rate: the share of each kernel that one step removes at the top of the
     schedule. (In torch's AdamW this would be weight_decay / lr.) Biases and norm layers do not decay."""
+    # A longer run of a wsd schedule keeps the warm-up that it began with: see training/run/extend.py.
     warmup_steps: Annotated[
         int | None,
         Opt(group=Group.OPTIMIZER, changes=STUDENT, at_least=0,

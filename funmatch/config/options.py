@@ -122,6 +122,7 @@ class Options(BaseModel):
                 raise unknown("option", word, cls.model_fields)
             if name in values:
                 raise InputError(f"{name} is set twice, once as {word}; set it once")
+            # pydantic takes no Path for a name of a model or of images, which may be a path.
             values[name] = str(value) if isinstance(value, Path) else value
         try:
             table = cls(**values)
@@ -136,6 +137,7 @@ class Options(BaseModel):
         values = {name: getattr(self, name) for name in type(self).model_fields}
         odd = [name for name, value in values.items() if not all(map(_finite, _each(value)))]
         found = [f"{name} must be a finite number, got {values[name]}" for name in odd]
+        # Bounds stand before problems of several options: those may well follow from them.
         # Checks of several options at once must not see a NaN, which compares false to everything.
         usual = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in odd}
         finite = self.model_copy(update=usual)

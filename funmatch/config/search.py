@@ -33,6 +33,7 @@ class Search(Options):
     ] = ()  # fmt: skip
     """Options to search and their values: lr=log:1e-5..3e-3 drop_rate=0..0.5 temperature=1,2,5,10. It replaces the
     recipe's values of the same options."""
+    # Neither the space, which is recorded apart, nor the number of trials, which may grow, is compared on resuming.
     trials: Annotated[
         int | None,
         Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, compared=False, essential=True, at_least=1,

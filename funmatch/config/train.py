@@ -12,6 +12,7 @@ from funmatch.config.options import Names, like
 from funmatch.config.views import Views
 
 
+# Options of the last base come first, in `config.json` as in the list of problems.
 class Train(Images, Student, Views, Optimizer, Loop):
     """Train a model on labels alone: the baseline, with the views and the loop of distill."""
 
@@ -27,6 +28,7 @@ class Train(Images, Student, Views, Optimizer, Loop):
     """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
     fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
     joined."""
+    # Not DATA: the teacher's views are of --data alone, so runs that are evaluated on other images may share a tape.
     eval_data: Annotated[
         Names,
         Opt(group=Group.DATA, changes=Changes.STUDENT, compared=False, searchable=False, usual="those of --data",

@@ -127,7 +127,7 @@ def test_a_file_becomes_runs(tmp_path):
         (('strategy = "same/ic"', 'strategy = "same/id"'), "same/ic: unknown strategy 'same/id'"),
         (
             ('strategy = "same/ic"', 'strategie = "same/ic"'),
-            "same/ic: unknown knob 'strategie'; did you mean 'strategy'",
+            "same/ic: unknown option 'strategie'; did you mean 'strategy'",
         ),
         (("batch = 8", "batchs = 8"), "unknown knob in .common. or --set 'batchs'; did you mean 'batch'"),
         (('name = "labels"', 'name = "same/ic"'), "same-ic-seed-0: two runs have this name"),

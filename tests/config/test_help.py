@@ -149,3 +149,36 @@ def _plain(monkeypatch) -> str:
     plain = help_of("report", Report)
     assert "\x1b" not in plain
     return plain
+
+
+def test_words_for_defaults_are_those_of_the_code():
+    """Where a rule decides a default, the help says it in words; code and words must not part."""
+    from funmatch.config.optim import ADAMW_LR, LR
+    from funmatch.ops.optim import hyperrule
+    from funmatch.ops.optim.factory import resolve_momentum
+    from funmatch.ops.optim.schedules import cooldown_length
+    from funmatch.runtime.devices import spare_threads
+    from funmatch.training.defaults import PIXEL_SHARE
+
+    def usual(table, name) -> str:
+        return str(table.opt(name).usual)
+
+    assert usual(Distill, "momentum") == f"{resolve_momentum('adamw', None)}; for muon {resolve_momentum('muon', None)}"
+    assert usual(Distill, "lr") == f"{LR:g}"
+    assert usual(Distill, "cooldown_steps") == "a fifth of the run"
+    assert cooldown_length(1000, None) == 1000 // 5
+    assert usual(Distill, "device_gb") == "a quarter of its memory"
+    assert PIXEL_SHARE == 1 / 4
+    assert "at most 8" in usual(Distill, "workers")
+    assert 1 <= spare_threads() <= 8
+    lengths = [f"{hyperrule.steps(images):,}" for images in (100, 100_000, 1_000_000)]
+    assert usual(Finetune, "steps").startswith("{}, {} or {}".format(*lengths))
+    assert usual(Finetune, "lr") == f"{hyperrule.lr(512)} × batch / 512 for sgd, {ADAMW_LR:g} for others"
+    assert usual(Finetune, "mixup") == f"{hyperrule.mixup(20_000)} from 20,000 training images on, else 0"
+    assert usual(Finetune, "side") == (
+        f"{hyperrule.sides(95 * 96)[1]} for images of fewer than 96 × 96 pixels, else {hyperrule.sides(96 * 96)[1]}"
+    )
+    assert usual(Finetune, "resize").startswith(f"{hyperrule.sides(1)[0]} for --side {hyperrule.sides(1)[1]}, 512 for")
+    assert usual(Finetune, "warmup_steps") == (
+        f"{hyperrule.warmup_steps(100)} for fewer than 20,000 training images, else {hyperrule.warmup_steps(20_000)}"
+    )
