@@ -1,9 +1,11 @@
 """What tests share: small real files, and the command line as a person runs it."""
 
 import os
-import subprocess
-import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from make_images import paint
@@ -33,15 +35,32 @@ def folder_of_images(tmp_path) -> Path:
 
 
 @pytest.fixture(name="funmatch")
-def command_line(tmp_path):
-    """Runs `funmatch …` in a process of its own, in an empty folder."""
+def command_line(tmp_path, monkeypatch):
+    """Runs `funmatch …` in an empty folder.
 
-    def run(*words: str | Path, check: int | None = 0, env=None, **options) -> subprocess.CompletedProcess:
-        words = [sys.executable, "-m", "funmatch", *map(str, words)]
-        done = subprocess.run(
-            words, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **(env or {})}, **options
-        )
+    It runs in this process, where libraries are loaded already: loading them takes five seconds of a processor, most of
+    what a short command takes. What needs a process of its own (signals, how the interpreter ends, what a fresh one
+    holds) starts one itself.
+    """
+
+    from funmatch import cli  # not at the top: libraries read the environment when they are imported
+
+    def run(*words: str | Path, check: int | None = 0, cwd: Path = tmp_path) -> CompletedProcess:
+        arguments, out, err, code = [str(word) for word in words], written(), written(), None
+        with monkeypatch.context() as changed, warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
+            changed.chdir(cwd)
+            try:
+                cli.main(arguments)
+            except SystemExit as ended:
+                code = ended.code
+        stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))
+        done = CompletedProcess(arguments, code, stdout, stderr)
         assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run
+
+
+def written() -> TextIOWrapper:
+    """A stream such as an interpreter has, of which all is kept."""
+    return TextIOWrapper(BytesIO(), encoding="utf-8", write_through=True)

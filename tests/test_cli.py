@@ -1,12 +1,16 @@
 """The command line: words in, words out, exit codes."""
 
+import errno
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from make_images import paint
+
+from funmatch import checkpoint
 
 TEACHER = "fashion-mini-teacher"
 MINI = ("--data", "fashion-mini", "--student", "fashion-mini-student", "--batch", "16")
@@ -91,24 +95,20 @@ def test_the_demonstration(funmatch, tmp_path):
     assert "report:" in table
 
 
-def test_a_full_disk_is_said_and_nothing_is_half_written(funmatch, tmp_path):
-    """A limit on the size of files stands for the full disk: writing beyond it fails in the middle."""
-    code = (
-        "import errno, sys\n"
-        "from funmatch import cli\n"
-        "from funmatch.training.run import checkpoint\n"
-        "real = checkpoint.save_file\n"
-        "def full(tensors, path):\n"
-        "    if 'step-000000004' in str(path):\n"
-        "        open(path, 'wb').write(b'half')\n"
-        "        raise OSError(errno.ENOSPC, 'No space left on device', str(path))\n"
-        "    real(tensors, path)\n"
-        "checkpoint.save_file = full\n"
-        "cli.main(sys.argv[1:])\n"
-    )
+def test_a_full_disk_is_said_and_nothing_is_half_written(funmatch, tmp_path, monkeypatch):
+    """A disk that is full in the middle of the second checkpoint."""
+    save = checkpoint.save_file
+
+    def full(tensors, path):
+        if "step-000000004" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(tensors, path)
+
     words = ["train", *MINI, "--steps", "6", "--save-every", "2", "--out", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        done = funmatch(*words, check=2)
     assert "disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000002"]

@@ -1,8 +1,6 @@
 """What a run will take: measured before it begins, and leaving nothing behind."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -58,17 +56,12 @@ def test_the_size_of_a_run_on_the_disk_is_what_it_takes(tmp_path):
     assert 0.9 * taken < planned < 1.3 * taken
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, funmatch):
     words = ["plan", "distill", "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student"]
     words += ["fashion-mini-student", "--steps", "30", "--batch", "16", "--out", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, "-m", "funmatch", *words, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 30
-    done = subprocess.run([sys.executable, "-m", "funmatch", *words], capture_output=True, text=True)
-    assert "will take" in done.stdout
-    done = subprocess.run([sys.executable, "-m", "funmatch", "plan", "evaluate"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "unknown verb or recipe 'evaluate'" in done.stderr
+    assert json.loads(funmatch(*words, "--json").stdout)["steps"] == 30
+    assert "will take" in funmatch(*words).stdout
+    assert "unknown verb or recipe 'evaluate'" in funmatch("plan", "evaluate", check=2).stderr
 
 
 def test_bad_words_are_told(tmp_path):
