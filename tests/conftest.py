@@ -1,6 +1,7 @@
 """What tests share: small real files, and the command line as a person runs it."""
 
 import os
+import shutil
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, TextIOWrapper
@@ -32,6 +33,30 @@ def folder_of_images(tmp_path) -> Path:
                 suffix = ("jpg", "png", "webp")[i % 3]
                 paint(root / split / name / f"{i}.{suffix}", 100 * s + 10 * c + i, (24 + i, 20 + c))
     return root
+
+
+@pytest.fixture(scope="session")
+def kept_runs() -> dict[str, Path]:
+    """The runs that `finished` copies."""
+    return {}
+
+
+@pytest.fixture
+def finished(tmp_path_factory, kept_runs):
+    """Gives a run as `funmatch.distill(out=out, …)` ends it: made once for all tests that ask for the same, and copied.
+
+    It is for tests of what comes after, whatever is done to the copy.
+    """
+    import funmatch
+
+    def run(out: Path, verb: str = "distill", **options) -> funmatch.Outcome:
+        carry_out, asked = getattr(funmatch, verb), repr((verb, sorted(options.items())))
+        if asked not in kept_runs:
+            kept_runs[asked] = carry_out(out=tmp_path_factory.mktemp("finished") / "run", **options).folder
+        shutil.copytree(kept_runs[asked], out)
+        return carry_out(out=out, **options)  # which finds it finished, and reads its figures
+
+    return run
 
 
 @pytest.fixture(name="funmatch")

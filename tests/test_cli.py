@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from make_images import paint
 
-from funmatch import checkpoint
+from funmatch.training.run import checkpoint
 
 TEACHER = "fashion-mini-teacher"
 MINI = ("--data", "fashion-mini", "--student", "fashion-mini-student", "--batch", "16")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from make_images import paint
+from make_images import FEW, paint
 
 import funmatch
 from funmatch import cli
@@ -28,7 +28,7 @@ from funmatch.training import train
 from funmatch.training.run import folder as run_folder
 
 TINY = {
-    "data": "fashion-mini",
+    "data": FEW,
     "student": "fashion-mini-student",
     "batch": 8,
     "steps": 4,
@@ -454,7 +454,7 @@ def test_a_pruner_ends_trials_that_fall_behind(tmp_path, monkeypatch):
 
 
 def test_a_recipe_brings_its_space(tmp_path):
-    knobs = {"data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "side": 28}
+    knobs = {"data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "side": 28}
     config = cli.parse(shlex.split(
         "tune pet37-fast --data fashion-mini --teacher fashion-mini-teacher --student fashion-mini-student --side 28 "
         "--eval-resize 28 --steps 2 --batch 8 --weight-decay 1e-4 --space lr=1e-3,1e-2 --sampler grid"

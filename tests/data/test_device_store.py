@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from make_images import FEW
 from safetensors.torch import load_file
 
 import funmatch
@@ -24,7 +25,7 @@ from tests.conftest import paint
 CPU = torch.device("cpu")
 CLOSE = 0.01 / 255
 KNOBS = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
     "steps": 9, "save_every": 4, "eval_every": 3, "log_every": 2,
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from make_images import FEW
 from PIL import Image
 
 import funmatch
@@ -21,11 +22,11 @@ from funmatch.training.run import folder as run_folder
 
 
 @pytest.fixture(name="runs")
-def two_runs(tmp_path):
-    knobs = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 16, "steps": 6, "log_every": 2}
+def two_runs(tmp_path, finished):
+    knobs = {"data": FEW, "student": "fashion-mini-student", "batch": 16, "steps": 6, "log_every": 2}
     knobs |= {"eval_every": 2}
-    labels = funmatch.train(out=tmp_path / "labels & <b>", **knobs)
-    student = funmatch.distill(out=tmp_path / "student_$x$", teacher="fashion-mini-teacher", **knobs)
+    labels = finished(tmp_path / "labels & <b>", "train", **knobs)
+    student = finished(tmp_path / "student_$x$", teacher="fashion-mini-teacher", **knobs)
     return labels.folder, student.folder
 
 
@@ -71,7 +72,7 @@ def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
 def test_the_sheet_is_what_the_step_showed(runs):
     sheet = run_page.views_sheet(run_folder.find_run(runs[1]), 4)
     assert sheet["rows"] == ["teacher", "student"]
-    split = open_cache("fashion-mini").splits["train"]
+    split = open_cache(FEW).splits["train"]
     batch = Loader(split, ViewSpec(0, 16, 32)).batch_at(4)
     mixed = batch.lam * batch.crops[1:] + (1 - batch.lam) * batch.crops[:-1]
     shown = np.asarray(Image.open(BytesIO(b64decode(sheet["png"]))))

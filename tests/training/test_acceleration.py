@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from make_images import FEW
 from timm.layers import GroupNormAct
 from timm.layers.std_conv import StdConv2d
 from torch import nn
@@ -27,7 +28,7 @@ from funmatch.training.teachers import loading
 
 CPU = torch.device("cpu")
 TINY = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "threads": 1,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "threads": 1,
     "eval_every": 4, "batch": 16,
 }  # fmt: skip
 

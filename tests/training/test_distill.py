@@ -29,10 +29,8 @@ def records(folder: Path, event: str) -> list[dict]:
 
 
 @pytest.fixture(name="taught")
-def short_run(tmp_path) -> funmatch.Outcome:
-    return funmatch.distill(
-        teacher=TEACHER, out=tmp_path / "run", steps=12, log_every=4, eval_every=4, save_every=4, **MINI
-    )
+def short_run(tmp_path, finished) -> funmatch.Outcome:
+    return finished(tmp_path / "run", teacher=TEACHER, steps=12, log_every=4, eval_every=4, save_every=4, **MINI)
 
 
 def test_a_run_is_a_folder(taught):

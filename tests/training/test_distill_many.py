@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from make_images import FEW
 
 import funmatch
 from funmatch.argv import split_students
@@ -22,7 +23,7 @@ from funmatch.training.teachers import loading
 from funmatch.training.trainer import Trainer
 
 TOLD = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "side": 32, "batch": 16, "eval_every": 4,
+    "data": FEW, "teacher": "fashion-mini-teacher", "side": 32, "batch": 16, "eval_every": 4,
     "save_every": 3, "log_every": 2, "steps": 10, "threads": 1, "compile": "off",
 }  # fmt: skip
 STUDENTS = ["fashion-mini-student", "test_resnet"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from make_images import FEW
 from safetensors.torch import load_file
 
 import funmatch
@@ -22,7 +23,7 @@ from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
 
 KNOBS = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
     "threads": 1, "schedule": "wsd", "log_every": 3, "eval_every": 6, "save_every": 5, "ema": 0.9,
 }  # fmt: skip
 SHORT, LONG = {"steps": 20, "cooldown_steps": 6}, {"steps": 34, "cooldown_steps": 9}
@@ -62,8 +63,8 @@ def long_from_the_start(tmp_path_factory):
         return funmatch.distill(out=folder, **KNOBS, **LONG, warmup_steps=2).folder
 
 
-def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long):
-    short = funmatch.distill(out=tmp_path / "run", **KNOBS, **SHORT)
+def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long, finished):
+    short = finished(tmp_path / "run", **KNOBS, **SHORT)
     folder, figures = short.folder, short.figures
     assert json.loads((folder / "config.json").read_text())["knobs"]["warmup_steps"] == 2
     student = load_file(folder / "student" / "model.safetensors")
@@ -117,8 +118,8 @@ def test_a_run_that_is_not_over_is_prolonged_too(tmp_path, long, monkeypatch):
         assert not (folder / "ends").exists(), "it had come to no end"
 
 
-def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch):
-    first = funmatch.distill(out=tmp_path / "short", **KNOBS, **SHORT).folder
+def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch, finished):
+    first = finished(tmp_path / "short", **KNOBS, **SHORT).folder
     before = state_of(first)
     for number in range(5):
         folder = tmp_path / f"cut-{number}"
@@ -166,8 +167,8 @@ def _asked(folder: Path, length: dict) -> tuple[str, dict, dict]:
         ({"steps": 30, "warmup_steps": 5}, "warmup_steps: 2 in the run, 5 now"),
     ],
 )
-def test_what_cannot_be_prolonged(tmp_path, length, words):
-    folder = funmatch.distill(out=tmp_path / "run", **KNOBS, **SHORT).folder
+def test_what_cannot_be_prolonged(tmp_path, length, words, finished):
+    folder = finished(tmp_path / "run", **KNOBS, **SHORT).folder
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(InputError, match=words):
         funmatch.distill(out=folder, **KNOBS | length)
@@ -189,8 +190,8 @@ def test_a_run_that_cools_down_from_its_first_step_begins_again(tmp_path):
     assert (first.figures["step"], again.figures["step"]) == (6, 9)
 
 
-def test_an_end_that_was_gone_beyond_is_named(tmp_path):
-    folder = funmatch.distill(out=tmp_path / "run", **KNOBS, **SHORT).folder
+def test_an_end_that_was_gone_beyond_is_named(tmp_path, finished):
+    folder = finished(tmp_path / "run", **KNOBS, **SHORT).folder
     funmatch.distill(out=folder, **KNOBS, **LONG)
     with pytest.raises(InputError, match=r"its end at step 20 is kept in .*step-000000020"):
         funmatch.distill(out=folder, **KNOBS, **SHORT)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from make_images import FEW
 from safetensors.torch import load_file
 from scipy import stats
 
@@ -39,7 +40,7 @@ from funmatch.training.teachers import fixed
 from funmatch.training.teachers.source import DistillLoader, Fixed
 
 MINI = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student",
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student",
     "batch": 16, "threads": 1,
 }  # fmt: skip
 
@@ -243,7 +244,7 @@ def test_a_fixed_teacher_answers_once_and_is_looked_up(tmp_path, monkeypatch, st
     more = {"teacher_crops": 20} if crops > 1 else {}
     knobs = MINI | {"strategy": strategy, "steps": 5, "eval_every": 100, **more}
     outcome = funmatch.distill(out=tmp_path / "run", **knobs)
-    split = open_cache("fashion-mini").splits["train"]
+    split = open_cache(FEW).splits["train"]
     (place,) = (tmp_path / "cache" / "answers").iterdir()
     assert sorted(path.name for path in place.iterdir()) == ["about.json", "answers.lock", "answers.npy"]
     found = torch.from_numpy(np.load(place / "answers.npy"))
@@ -260,7 +261,7 @@ def test_a_fixed_teacher_answers_once_and_is_looked_up(tmp_path, monkeypatch, st
 
     asked.clear()
     again = funmatch.distill(out=tmp_path / "again", **knobs)
-    assert sum(asked) <= 2 * 32 + 500 + 2000, "the first batch, validation and test images: none for training"
+    assert sum(asked) <= 2 * 32 + 60 + 60, "the first batch, validation and test images: none for training"
     for name, tensor in student_of(outcome).items():
         assert torch.equal(tensor, student_of(again)[name])
     changed = knobs | (
@@ -496,7 +497,7 @@ def test_runs_of_a_knob_that_is_no_more_go_on(tmp_path):
 
 
 def test_what_contradicts_the_rule_of_fine_tuning_is_refused(tmp_path):
-    knobs = {"data": "fashion-mini", "model": "fashion-mini-student", "batch": 8, "steps": 4, "threads": 1}
+    knobs = {"data": FEW, "model": "fashion-mini-student", "batch": 8, "steps": 4, "threads": 1}
     with pytest.raises(InputError, match="mixup_lam belongs to MixUp, which is off"):
         funmatch.finetune(out=tmp_path / "run", mixup_lam=0.3, **knobs)
     outcome = funmatch.finetune(out=tmp_path / "run", decay_factors=(0.5, 0.2, 0.1), **knobs | {"steps": 10})

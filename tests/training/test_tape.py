@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from make_images import FEW
 from safetensors.torch import load_file
 
 import funmatch
@@ -27,7 +28,7 @@ from funmatch.training.teachers import tape
 from funmatch.training.teachers.tape import Layout
 
 KNOBS = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "steps": 14,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "steps": 14,
     "batch": 8, "threads": 1, "log_every": 2, "eval_every": 6, "save_every": 5, "lr": 0.01,
 }  # fmt: skip
 
@@ -194,18 +195,18 @@ def test_replayed_is_as_taught(tmp_path, calls, more):
     assert losses[0] == losses[1]
 
 
-def test_another_student_learns_what_it_would_have_learnt(tmp_path):
+def test_another_student_learns_what_it_would_have_learnt(tmp_path, recorded):
     """A tape that one student recorded teaches another as a tape of its own would."""
     small = {"student": "resnet10t", "student_kwargs": ("channels=8,8,16,16", "stem_width=8"), "lr": 0.003, "side": 32}
-    funmatch.distill(out=tmp_path / "first", tape=tmp_path / "tape", **KNOBS | {"side": 32})
+    shutil.copytree(recorded / "tape", tmp_path / "tape")
     taken = funmatch.distill(out=tmp_path / "taken", tape=tmp_path / "tape", **KNOBS | small)
     own = funmatch.distill(out=tmp_path / "own", tape=tmp_path / "other", **KNOBS | small)
     assert same(taken.folder, own.folder)
     assert (tmp_path / "tape" / "answers.bin").read_bytes() == (tmp_path / "other" / "answers.bin").read_bytes()
 
 
-def test_a_longer_run_makes_it_longer(tmp_path, calls):
-    funmatch.distill(out=tmp_path / "short", tape=tmp_path / "tape", **KNOBS)
+def test_a_longer_run_makes_it_longer(tmp_path, calls, recorded):
+    shutil.copytree(recorded / "tape", tmp_path / "tape")
     before = calls.count
     funmatch.distill(out=tmp_path / "long", tape=tmp_path / "tape", **KNOBS | {"steps": 20})
     assert tape.find_tape(tmp_path / "tape").counts()[2] == [range(20)]
@@ -270,7 +271,7 @@ def recorded(tmp_path_factory):
         ({"strategy": "ind/ic"}, "teacher_sees: the student's on the tape, its own view now"),
         ({"crop_min_area": 0.3}, "min_area: 0.05 on the tape, 0.3 now"),
         ({"side": 40}, "side: 32 on the tape, 40 now"),
-        ({"data": ("fashion-mini", "fashion-mini")}, "pictures: "),
+        ({"data": (FEW, FEW)}, "pictures: "),
         ({"tape_top": 3}, "top: None on the tape, 3 now"),
         ({"teacher_precision": "fp32"}, "teacher_precision: auto on the tape, fp32 now"),
     ],
@@ -313,8 +314,8 @@ def test_knobs_that_contradict_each_other(tmp_path, change, words):
     assert not any(tmp_path.iterdir()), "nothing came of it, so nothing is left of it"
 
 
-def test_a_run_that_began_without_a_tape_does_not_go_on_with_one(recorded, tmp_path):
-    funmatch.distill(out=tmp_path / "run", **KNOBS)
+def test_a_run_that_began_without_a_tape_does_not_go_on_with_one(recorded, tmp_path, finished):
+    finished(tmp_path / "run", **KNOBS)
     with pytest.raises(InputError, match="the teacher's answers, as --tape rounds them: None in the run, fp16 now"):
         funmatch.distill(out=tmp_path / "run", tape=recorded / "tape", **KNOBS)
     shutil.copytree(recorded, tmp_path / "moved")
@@ -396,10 +397,10 @@ def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
         funmatch.distill(out=tmp_path / "run", tape=tmp_path / "tape", **KNOBS)
 
 
-def test_two_runs_at_a_time_share_one(tmp_path):
+def test_two_runs_at_a_time_share_one(tmp_path, recorded):
     """One records; the other takes what is there, and asks the teacher for the rest."""
     layout = Layout(8, 10)
-    funmatch.distill(out=tmp_path / "first", tape=tmp_path / "tape", **KNOBS)
+    shutil.copytree(recorded / "tape", tmp_path / "tape")
     lock = try_lock_file(tmp_path / "tape" / ".lock")
     longer = KNOBS | {"steps": 20}
     run = funmatch.distill(out=tmp_path / "second", tape=tmp_path / "tape", **longer)

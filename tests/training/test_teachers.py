@@ -1,12 +1,13 @@
 """Several teachers, at their own sides, with their own classes."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from make_images import paint
+from make_images import FEW, paint
 from test_distill import MINI, TEACHER, TINY, records
 
 import funmatch
@@ -226,7 +227,7 @@ def test_teachers_with_the_same_classes_in_another_order(tmp_path):
     first = classifier(classes=3, names=("a", "b", "c"))
     second = classifier(classes=3, seed=1, names=("c", "b", "a"))
     knobs = {
-        "data": "fashion-mini",
+        "data": FEW,
         "unlabelled": True,
         "student": "fashion-mini-student",
         "side": 32,
@@ -257,21 +258,34 @@ def test_teachers_that_know_their_classes_are_held_against_each_other(tmp_path):
     funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", trust_class_order=True, **knobs)
 
 
+SHORTEST = {
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "steps": 1, "batch": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_form(tmp_path_factory):
+    """A run, and the cache in which the form of its teacher was recorded."""
+    folder = tmp_path_factory.mktemp("form")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FUNMATCH_CACHE", str(folder / "cache"))
+        funmatch.distill(out=folder / "a", **SHORTEST)
+    return folder
+
+
 @pytest.mark.parametrize(
     "damage",
     ['{"precision": ["fp32"]}', '{"layout": 3}', '{"compiled": true}', '{"precision": "fp64"}', "[]", "folder"],
 )
-def test_a_damaged_record_of_a_form_counts_for_nothing(tmp_path, monkeypatch, damage):
+def test_a_damaged_record_of_a_form_counts_for_nothing(tmp_path, monkeypatch, with_form, damage):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    knobs = {"data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
-    knobs |= {"steps": 1, "batch": 4}
-    funmatch.distill(out=tmp_path / "a", **knobs)
+    shutil.copytree(with_form, tmp_path, dirs_exist_ok=True)
     (record,) = (tmp_path / "cache" / "forms").iterdir()
     if damage == "folder":
         record.unlink()
         record.mkdir()
     else:
         record.write_text(damage)
-    funmatch.distill(out=tmp_path / "b", **knobs)
+    funmatch.distill(out=tmp_path / "b", **SHORTEST)
     forms = [json.loads((tmp_path / run / "config.json").read_text())["facts"]["teacher_forms"] for run in "ab"]
     assert forms[0][0]["form"] == forms[1][0]["form"]
