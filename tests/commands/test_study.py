@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from make_images import FEW
 
 import funmatch
 from funmatch.commands.study import files as study_files
@@ -22,9 +23,9 @@ from funmatch.reports import study_page, study_plots
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import recording
 
-COMMON = """
+COMMON = f"""
 [common]
-data = "fashion-mini"
+data = "{FEW}"
 teacher = "fashion-mini-teacher"
 student = "fashion-mini-student"
 steps = 4
@@ -149,7 +150,7 @@ def test_a_file_becomes_runs(tmp_path):
         (('verb = "train"', 'verb = ["train"]'), "unknown verb"),
         (('name = "labels"', 'name = "labels"\nseeds = 3'), "seeds must be a list, of one or more, got 3"),
         (("threads = 1", 'out = "x"'), "unknown knob|decided by the study"),
-        (('data = "fashion-mini"', 'data = "-mini"'), "same/ic: data -mini begins with a dash"),
+        ((f'data = "{FEW}"', 'data = "-mini"'), "same/ic: data -mini begins with a dash"),
     ],
 )
 def test_a_file_that_is_wrong(tmp_path, change, words):
@@ -305,7 +306,7 @@ def test_runs_that_agree_on_draws_and_teacher_share_a_tape(tmp_path):
     assert "replaying the teacher's logits of 4 steps" in second
     assert not any((tmp_path / "out" / "tapes").iterdir()), "needed by none any more"
     live = funmatch.distill(
-        data="fashion-mini", teacher="fashion-mini-teacher", student="fashion-mini-student", steps=4, batch=8,
+        data=FEW, teacher="fashion-mini-teacher", student="fashion-mini-student", steps=4, batch=8,
         threads=1, eval_every=2, temperature=2.0, tape=tmp_path / "own", out=tmp_path / "live",
     )  # fmt: skip
     weights = "student/model.safetensors"

@@ -196,7 +196,7 @@ def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
 
 def test_trials_share_what_the_teacher_says(tmp_path, capsys):
     knobs = {
-        "data": ("fashion-mini",), "teacher": ("fashion-mini-teacher",), "student": "fashion-mini-student", "steps": 4,
+        "data": (FEW,), "teacher": ("fashion-mini-teacher",), "student": "fashion-mini-student", "steps": 4,
         "batch": 8, "eval_every": 2, "trials": 2, "executions": 2, "threads": 1,
     }  # fmt: skip
     funmatch.tune("distill", **knobs, space=["lr=1e-3,1e-2", "temperature=1,2"], out=tmp_path / "shared")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from make_images import FEW
 from safetensors.torch import load_file, save_file
 from test_bit import as_second_layout, assert_same, images, random_bit, reference
 from test_distill import MINI, TEACHER
@@ -97,7 +98,7 @@ def test_a_student_of_ones_own_is_taught_saved_and_found_again(module):
     assert (again.num_classes, again.card.side) == (10, 32)
     state = load_file(weights)
     assert all(torch.equal(state[name], tensor) for name, tensor in again.net.state_dict().items())
-    said = funmatch.evaluate(f"{module}:small", weights=weights, data="fashion-mini")
+    said = funmatch.evaluate(f"{module}:small", weights=weights, data=FEW)
     assert said["top1"] == pytest.approx(run.top1)
 
 
@@ -151,9 +152,7 @@ def test_the_average_is_what_its_formula_says_and_is_saved_beside():
             torch.testing.assert_close(tensor, decay * before[name] + (1 - decay) * now[name])
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "ema"] == [2, 4]
-    assert funmatch.evaluate("run/student-ema", data="fashion-mini")["top1"] == pytest.approx(
-        run.figures["ema"]["top1"]
-    )
+    assert funmatch.evaluate("run/student-ema", data=FEW)["top1"] == pytest.approx(run.figures["ema"]["top1"])
 
 
 def test_a_student_from_weights_with_a_new_head_of_zeros():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from make_images import paint
+from make_images import FEW, paint
 from safetensors.torch import load_file
 
 import funmatch
@@ -18,7 +18,8 @@ from funmatch.errors import InputError
 from funmatch.training.run.checkpoint import KEPT
 from funmatch.training.teachers.checks import chance_threshold
 
-MINI = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 16}
+WHOLE = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 16}
+MINI = WHOLE | {"data": FEW}
 TINY = {"student": "resnet10t", "student_kwargs": {"channels": (8, 8, 16, 16), "stem_width": 8}, "side": 32}
 TEACHER = "fashion-mini-teacher"
 
@@ -30,7 +31,7 @@ def records(folder: Path, event: str) -> list[dict]:
 
 @pytest.fixture(name="taught")
 def short_run(tmp_path, finished) -> funmatch.Outcome:
-    return finished(tmp_path / "run", teacher=TEACHER, steps=12, log_every=4, eval_every=4, save_every=4, **MINI)
+    return finished(tmp_path / "run", teacher=TEACHER, steps=12, log_every=4, eval_every=4, save_every=4, **WHOLE)
 
 
 def test_a_run_is_a_folder(taught):
@@ -90,7 +91,7 @@ def test_figures_are_of_the_test_split_and_true(taught):
 def test_a_finished_run_does_nothing(taught, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in taught.folder.rglob("*") if path.name != "report.html"}
     again = funmatch.distill(
-        teacher=TEACHER, out=tmp_path / "run", steps=12, log_every=4, eval_every=4, save_every=4, **MINI
+        teacher=TEACHER, out=tmp_path / "run", steps=12, log_every=4, eval_every=4, save_every=4, **WHOLE
     )
     assert again.figures == taught.figures
     assert before == {path: path.stat().st_mtime_ns for path in taught.folder.rglob("*") if path.name != "report.html"}
@@ -100,13 +101,13 @@ def test_another_configuration_in_the_same_folder_is_refused_with_what_differs(t
     before = (taught.folder / "config.json").read_text()
     with pytest.raises(InputError) as error:
         funmatch.distill(
-            teacher=TEACHER, out=tmp_path / "run", steps=12, eval_every=4, save_every=4, lr=1e-4, temperature=5, **MINI
+            teacher=TEACHER, out=tmp_path / "run", steps=12, eval_every=4, save_every=4, lr=1e-4, temperature=5, **WHOLE
         )
     assert "lr: 0.003 in the run, 0.0001 now" in str(error.value)
     assert "temperature: 1.0 in the run, 5.0 now" in str(error.value)
     assert "batch" not in str(error.value)
     with pytest.raises(InputError, match="run of distill, not train"):
-        funmatch.train(out=tmp_path / "run", steps=12, **MINI)
+        funmatch.train(out=tmp_path / "run", steps=12, **WHOLE)
     assert (taught.folder / "config.json").read_text() == before
 
 
@@ -126,7 +127,7 @@ def test_changed_images_and_a_changed_teacher_are_refused(images, tmp_path):
 
 
 def test_training_on_labels_learns_them(tmp_path):
-    trained = funmatch.train(out=tmp_path / "run", steps=200, mixup=0.0, **{**MINI, "batch": 32})
+    trained = funmatch.train(out=tmp_path / "run", steps=200, mixup=0.0, **{**WHOLE, "batch": 32})
     assert trained.top1 > 0.4
     assert trained.agreement is None
     losses = [record["loss"] for record in records(trained.folder, "step")]
@@ -171,11 +172,11 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path, images):
 
 
 def test_a_teacher_near_chance_is_refused_before_anything_is_written(tmp_path):
-    blind = funmatch.train(out=tmp_path / "blind", steps=1, **MINI)
+    blind = funmatch.train(out=tmp_path / "blind", steps=1, **WHOLE)
     with pytest.raises(InputError, match="near chance"):
-        funmatch.distill(teacher=blind.folder, out=tmp_path / "run", steps=1, **MINI)
+        funmatch.distill(teacher=blind.folder, out=tmp_path / "run", steps=1, **WHOLE)
     assert not (tmp_path / "run").exists()
-    funmatch.distill(teacher=blind.folder, out=tmp_path / "run", steps=1, allow_weak_teacher=True, **MINI)
+    funmatch.distill(teacher=blind.folder, out=tmp_path / "run", steps=1, allow_weak_teacher=True, **WHOLE)
 
 
 def test_what_counts_as_chance():

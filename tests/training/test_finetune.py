@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from make_images import paint
+from make_images import FEW, paint
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
@@ -168,7 +168,7 @@ def test_pieces_of_a_batch_hold_every_image_with_its_predecessor():
     assert next(batch.pieces(None))[1] == 1
 
 
-def finetuned(out, data="fashion-mini", **knobs) -> funmatch.Outcome:
+def finetuned(out, data=FEW, **knobs) -> funmatch.Outcome:
     return funmatch.finetune(data, knobs.pop("model", MODEL), out, **{**TINY, "steps": 4, "eval_every": 2, **knobs})
 
 

@@ -5,13 +5,14 @@ import threading
 import time
 
 import pytest
+from make_images import FEW
 
 import funmatch
 from funmatch.runtime import timing
 from funmatch.training import profiling
 
 TINY = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "threads": 1,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "threads": 1,
     "batch": 16,
 }  # fmt: skip
 
