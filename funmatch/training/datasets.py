@@ -104,6 +104,7 @@ def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) ->
             info(f"{name}: {size / 1e9:.1f} GB of pixels stay on the host; --device-gb allows {gigabytes:g}")
             continue
         try:
+            # May fail although it should fit: other processes hold memory, and allocators fragment.
             splits[name], note = move_to_device(split, device)
         except Exception as error:
             if not is_out_of_memory(error):

@@ -37,6 +37,7 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
         InputError: images would be resized to less than the crop.
     """
     side = config.side or student.card.side
+    # A --resize for training holds for evaluation, too: both then see objects at the same scale.
     resize = config.eval_resize or config.resize or scoring.default_eval_resize(side, student.card)
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
@@ -97,6 +98,7 @@ def absolute_paths(config: Train) -> dict[str, Any]:
             file if file.lower() == "none" else str(Path(file).expanduser().resolve())
             for file in config.teacher_weights
         )
+        # `same-names` is a word, not a file.
         if config.classes and config.classes != SAME_NAMES:
             found["classes"] = str(Path(config.classes).expanduser().resolve())
     return found
@@ -124,6 +126,7 @@ def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
     steps = config.steps
     if config.epochs is not None:
         steps = max(1, round(config.epochs * count / config.batch))
+    # AdamW has a rate of its own: the rule's was made for SGD.
     ruled: dict[str, Any] = {
         "side": config.side or fitting,
         # `is None`, not `or`: 0 turns MixUp off.

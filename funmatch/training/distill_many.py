@@ -26,6 +26,7 @@ def split_by_student(config: Distill, students: Sequence[str]) -> list[Distill]:
         InputError: two of them have the same name, or an option is for one student only.
     """
     names = [folder_name(student) for student in students]
+    # The last part of a path is not unique, and two runs in one folder would refuse each other.
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two students have the name {', '.join(twice)}; each needs a folder of its own")
     # Both name one thing only: a trace of one network, weights of one architecture.
@@ -141,6 +142,7 @@ def step_together(training: dict[str, Trainer], metrics: dict[str, Any]) -> dict
                 # One student's failure, e.g. a loss that is not finite, does not end the others.
                 info(f"{name} failed: {error}")
                 failed[name] = error
+            # Losses only: the evaluations of several students do not fit on a line.
             notes = [trainer.notes.get("loss", "").partition(",")[0] for trainer in training.values()]
             bar.update(sum(trainer.state.step for trainer in training.values()), "; ".join(filter(None, notes)))
     if interrupted:

@@ -39,6 +39,7 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     """
     config.check()
     given = given or {}
+    # Before loading, so that a wrong --device does not cost a download.
     device = devices.pick_device(config.device)
     trained = _find_run(config.model)
     # A folder of a run says how its student sees images; other models have only their card.
@@ -100,6 +101,7 @@ def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, devic
     resize = config.eval_resize or (
         knobs["eval_resize"] if same_side else scoring.default_eval_resize(side, model.card)
     )
+    # The crop would be larger than the image.
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
     # Without a run, the card says whether images are squashed.
@@ -130,6 +132,7 @@ def _load_teachers(
         return loading.ensemble_fp32(loading.load_teachers(config, cache, side, given), config.combine)
     if not knobs.get("teacher"):
         return None
+    # Those options of the run that say which function its teachers are.
     of_teachers = Evaluate.where(lambda opt: opt.changes == Changes.TEACHER)
     of_run = Evaluate(model=config.model, **{name: knobs[name] for name in of_teachers if name in knobs})
     try:

@@ -30,6 +30,7 @@ class Evaluator:
             return
         split = self.setup.evaluation.validation
         modes = self.setup.provenance["teacher_forms"]
+        # The recorded mode stands beside the scores: they are those of this arithmetic.
         for member, own, mode in zip(teachers.members, logits.members, modes, strict=True):
             scores = run_folder.finite(scoring.score(own, split))
             yield {"teacher": member.name, "split": split.name, **scores, **mode}

@@ -86,6 +86,7 @@ def find_fitting_size(
         # The first real step also allocates the optimizer's state: two moments a parameter, as in Adam.
         if not optimizer.state:
             reserved = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
+        # A whole batch, since its pieces differ in size.
         for piece, share in batches.batch_at(0).to(loop.device).pieces(size):
             with devices.autocast(loop.device, loop.precision):
                 loss = loss_of(piece)["loss"] * share

@@ -46,6 +46,7 @@ def profile_training(
     try:
         yield profile.after_step
     finally:
+        # Also after Ctrl-C: what was timed until then is reported.
         profile.close()
 
 
@@ -174,8 +175,10 @@ def print_profile(metrics: dict[str, Any]) -> None:
     for name, took in sorted(metrics["parts_ms"].items(), key=lambda pair: -pair[1]):
         counted = metrics["gflop"].get(name)
         speed = counted / (took / 1e3) if counted and took > 0 else None
+        # Parts without counted operations, e.g. waiting, have no share of the peak.
         of_peak = f"{100 * speed / metrics['peak_gflops']:.0f} %" if speed else ""
         rows.append([name, f"{took:,.1f}", f"{100 * took / metrics['step_ms']:.1f} %", of_peak])
+    # These overlap the loop, so they have no share of the step.
     for name, took in metrics["beside_ms"].items():
         rows.append([f"{name} (background threads)", f"{took:,.1f}", "", ""])
     rows.append(["whole step", f"{metrics['step_ms']:,.1f}", "100 %", ""])

@@ -106,6 +106,7 @@ def score_training_views(
         `metrics.summarize`, `teacher_top1` and the number of `views`. The right class of a mixed view is that of the
         image with more weight.
     """
+    # The trainer switches back to training mode at the next step.
     student.eval()
     batches = batches.unsharded()  # the same views with any number of processes
     results: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -115,6 +116,7 @@ def score_training_views(
             logits, teacher_logits = logits_of(batch)
         # Row i is mixed with row i − 1, and the batch has one label more than rows.
         own = torch.as_tensor(batch.own_weight, device=view.device)
+        # At equal weights the image itself counts.
         labels = torch.where(own >= 0.5, batch.labels[1:], batch.labels[:-1])
         results.append((logits.float().cpu(), teacher_logits.float().cpu(), labels.cpu()))
     logits, teacher_logits, labels = map(torch.cat, zip(*results, strict=True))
@@ -172,6 +174,7 @@ def enlarged_side(side: int) -> int:
 
 def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None:
     """Raises `InputError` unless the classes of a classifier are those of the data, in the same order."""
+    # Without classes there is nothing that could differ.
     if not cache.classes:
         return
     name, classes = model.card.name, cache.classes

@@ -191,6 +191,7 @@ def build_setup(
     evaluation = Evaluation(
         scoring.validation_split(cache), scoring.test_split(cache), scoring.eval_view(config, device)
     )
+    # From the recorded fact, not from what is available now.
     spec = view_spec(config, native=facts["views"] == acceleration.NATIVE)
     return TrainSetup(
         RunInputs(verb, config, cache, facts, trial),
@@ -227,11 +228,13 @@ def warn_of_late_steps(config: Train) -> None:
     steps, warmup = config.steps or 1, config.warmup_steps or 0
     late = [step for step in config.decay_steps if step >= steps]
     if warmup >= steps > 1:
-        info(f"WARNING: the warm-up of {warmup:,} steps is not over at the run's end, {steps:,}; see --warmup-steps")
+        info(f"WARNING: the warm-up of {warmup:,} steps is not over when the run ends at {steps:,}; see --warmup-steps")
     if late:
-        info(f"WARNING: the learning rate would fall at {', '.join(map(str, late))}, but the run ends at {steps:,}")
+        listed = ", ".join(map(str, late))
+        info(f"WARNING: the decays at steps {listed} come after the run ends at {steps:,}; see --decay-steps")
     if config.cooldown_steps and config.cooldown_steps > steps - warmup:
-        info(f"WARNING: the cool-down of {config.cooldown_steps:,} steps begins before the learning rate is at its top")
+        cooldown = f"{config.cooldown_steps:,} steps"
+        info(f"WARNING: the cool-down of {cooldown} begins before the warm-up ends; see --cooldown-steps")
 
 
 def loop_options(config: Train, device: torch.device) -> LoopOptions:

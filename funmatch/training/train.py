@@ -57,6 +57,7 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
 
 def check_labels(config: Train, cache: Cache) -> Cache:
     """Returns the images, or raises `InputError` if some training images have no labels."""
+    # Before the student is built: the check costs nothing.
     if not cache.splits["train"].labelled:
         labels = cache.splits["train"].labels(slice(None))
         missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training images of {cache.name} have no labels"

@@ -109,6 +109,7 @@ def pick_precision(config: Train, steps: int, side: int, student: Classifier, de
     # Short runs and small networks would spend more on measuring than they could gain.
     if device.type != "cpu" or not fast or student.count_parameters() < SMALL_NETWORK or steps < MEASURED_FROM:
         return default
+    # A part of the batch is enough to compare, and takes seconds instead of a minute.
     images = min(IMAGES, config.micro_batch or config.batch)
     native = uses_native_kernels(student, config, device) and not norms.why_unavailable()
     # Measured by one process: a close race could end differently on each, and they must round alike.
@@ -128,6 +129,7 @@ def known_step_seconds(student: Classifier, side: int, images: int, *, native: b
     # The network's structure is the key, not its name: options change it.
     key = repr((repr(student.net), side, images, native, devices.machine_signature(torch.device("cpu"))))
     measured = Measurement("steps", key, "this student")
+    # At least a nanosecond, since a damaged record must not divide by zero.
     if known := measured.read({"fp32": float, "bf16": float}):
         return {name: max(float(known[name]), 1e-9) for name in ("fp32", "bf16")}
     seconds = measure_step_seconds(student, side, images, native=native)
@@ -144,6 +146,7 @@ def measure_step_seconds(student: Classifier, side: int, images: int, *, native:
         native: whether the native kernels are used.
     """
     device, seconds = torch.device("cpu"), {}
+    # Measuring must not move the generator that training draws from.
     with torch.random.fork_rng(devices=[]):
         views = torch.rand(images, 3, side, side).contiguous(memory_format=torch.channels_last)
         for name in ("fp32", "bf16"):
@@ -204,6 +207,7 @@ def compile_student(student: Classifier, loop: LoopOptions, config: Train, side:
     # A closure over the network: state_dict keeps its names, without the prefix of a compiled module.
     student.compiled_net = torch.compile(lambda views: net(views), dynamic=False, mode=COMPILE_MODES[config.compile])
     try:
+        # Every size is tried now, so that a failure comes before the first step.
         for size in sizes:
             views = torch.rand(size, 3, side, side, device=loop.device)
             try_step(student, loop, views.contiguous(memory_format=torch.channels_last))

@@ -71,6 +71,7 @@ def check_teachers(
         if not logits.isfinite().all():
             raise InputError(f"teacher {name} has outputs that are not finite; its weights are damaged")
         metrics = scoring.score(logits, split)
+        # Without labels there is no accuracy to check.
         if metrics["balanced"] is None or metrics["top1"] is None:
             continue
         info(f"teacher {name}: top-1 {percent(metrics['top1'])} on {len(split)} images of {split.name}")

@@ -180,6 +180,7 @@ def _compute(
 ) -> None:
     """Computes part after part, leaving out those that other processes are computing, until all are there."""
     count = len(source.split)
+    # Parts are equal in views, not in images, so that a killed process loses the same time.
     size = max(1, PART // source.crops)
     parts = {folder / f"part-{start:09}.npy": range(start, min(start + size, count)) for start in range(0, count, size)}
     # Its appearance ends the loop of every process, also of those that computed nothing.
@@ -202,6 +203,7 @@ def _compute(
                 # Between the listing and the lock, another process may have finished the part, or joined them all.
                 if not path.is_file() and not whole.is_file():
                     write_array(path, _predict_part(source, teachers, parts[path], sides, setup))
+    # Also parts of earlier, killed processes, and locks.
     for leftover in folder.glob("part-*"):
         leftover.unlink(missing_ok=True)
 

@@ -137,6 +137,7 @@ def _check_same_classes(teachers: Sequence[LoadedTeacher], *, trust_order: bool)
     # Mapped teachers are in the map's order by construction.
     named = [teacher for teacher in teachers if teacher.classifier.card.classes and not teacher.class_map]
     for other in named[1:]:
+        # Without this check, combined logits would mix different classes and nobody would notice.
         if other.classifier.card.classes != named[0].classifier.card.classes and not trust_order:
             raise InputError(
                 f"the classes of {named[0].name} and {other.name} are not the same in order; pass --classes same-names "
@@ -183,6 +184,7 @@ def freeze_fastest(
         # A compiled network is specialised to its batch size, so it is compiled for the one that training uses.
         size = config.teacher_batch if config.compiles else config.teacher_batch or COMPARED_IMAGES
         sample = views[teacher.side][:size]
+        # Before freezing: after it, a wrong image size would look like a failed inference mode.
         check_side(teacher.classifier, teacher.side)
         # Without a check: the run has used this mode from its first step.
         if recorded:
@@ -207,6 +209,7 @@ def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tupl
     allowed = AllowedModes(precisions, config.compiles, _uses_native_norms(teacher, sample, config))
     measured = _measurement(teacher, sample, allowed)
     frozen, tried = freeze(teacher.load_again, sample, replace(allowed, first=_known_mode(measured, allowed)))
+    # Every rejected mode is reported, so that a slow teacher can be explained.
     for check in tried[:-1]:
         info(f"teacher {teacher.name}: rejected {check}")
     chosen = tried[-1]

@@ -58,6 +58,7 @@ def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:
     # One teacher may come as a string, e.g. from a study's file.
     several = not isinstance(knobs.get("teacher"), str) and len(knobs.get("teacher") or ()) > 1
     if not several or knobs.get("combine", "mean-logits") == "mean-logits":
+        # Mean logits do not depend on it; other combinations sum probabilities at this temperature.
         own.add("temperature")
     return own
 
@@ -140,6 +141,7 @@ def open_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Generator[Tape 
     # One run records; others that hold the tape at the same time only read.
     lock = tape.record_folder(run_tape.folder).try_lock() if env.is_main_process() else None
     try:
+        # All processes record or none: each writes its own rows of a step.
         run_tape.recording = distributed.broadcast_from_main(lambda: lock is not None)
         if env.is_main_process():
             _report_beginning(run_tape, setup.loop.steps, config.tape_full)
@@ -166,6 +168,7 @@ def _report_beginning(run_tape: Tape, steps: int, full: Literal["stop", "go-on"]
     try:
         _check_space(run_tape, steps)
     except InputError as error:
+        # Before the first step, not after hours of training on a full disk.
         if full == "stop":
             raise
         run_tape.recording = False

@@ -126,6 +126,7 @@ class Taped:
         # Through the tape's format and back even without recording: a replayed run must see the same numbers.
         half, classes = self.tape.layout.packed(self.source.logits(batch, views, record=record))
         if record and self.tape.recording:
+            # Without waiting; written once the copy has arrived.
             copy = transfers.copy_to_host(half) if classes is None else transfers.copy_to_host(half, classes)
             self.waiting.append((batch.step, batch.first_row, copy))
             # Waiting for the newest copies would stall the accelerator until it has computed them.
@@ -151,6 +152,7 @@ class Taped:
         except OSError as error:
             if self.full == "stop":
                 raise
+            # Not retried: a full disk stays full, and each try would cost time at every step.
             self.tape.recording = False
             why = error.strerror or error
             info(f"WARNING: {why}; the run continues, and the tape {self.tape.folder} ends at step {step}")
