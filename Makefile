@@ -2,13 +2,13 @@
 PYTHON ?= python3
 # Processes that run tests at once.
 JOBS ?= 2
-# Words for `uv pip compile`, when pins are moved.
+# Options of `uv pip compile` for `make pins`.
 WORDS ?=
 # Which versions VENV gets: pinned by constraints.txt, the floors of pyproject.toml, or the newest.
 VERSIONS ?= pinned
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n $(JOBS)
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 SAY = echo "lint and types: $$lint; tests: $$tests"; [ "$$lint$$tests" = okok ]
 
 .PHONY: demo test test-slow test-floors test-newest lint pins notebooks clean
@@ -16,7 +16,7 @@ SAY = echo "lint and types: $$lint; tests: $$tests"; [ "$$lint$$tests" = okok ]
 demo: $(VENV)/installed
 	$(BIN)/funmatch demo
 
-# Lint, types, and every test that is not slow: all are run, whichever of them fails.
+# Lint, types, and every test that is not slow: all of them run, whichever fails.
 test: $(VENV)/installed-test
 	@lint=ok; tests=ok; $(MAKE) -s lint || lint=failed; $(PYTEST) -m "not slow" || tests=failed; $(SAY)
 
@@ -25,14 +25,16 @@ test-slow: $(VENV)/installed-test
 	@lint=ok; tests=ok; $(MAKE) -s lint || lint=failed; $(PYTEST) || tests=failed; $(SAY)
 
 # The quick tests with the oldest versions that pyproject.toml allows, and with the newest there are.
+test-floors: BIN := .venv-floors/bin
 test-floors:
 	@$(MAKE) -s VENV=.venv-floors VERSIONS=floors .venv-floors/installed-test
-	.venv-floors/bin/python -m pytest -n $(JOBS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
+test-newest: BIN := .venv-newest/bin
 test-newest:
 	@rm -f .venv-newest/installed*
 	@$(MAKE) -s VENV=.venv-newest VERSIONS=newest .venv-newest/installed-test
-	.venv-newest/bin/python -m pytest -n $(JOBS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/installed-test
 	@code=0; \
@@ -53,7 +55,7 @@ $(VENV)/installed-test: pyproject.toml constraints.txt scripts/install.py | $(VE
 	@$(BIN)/python scripts/install.py --versions $(VERSIONS) --extras test
 	@touch $(VENV)/installed $@
 
-# New versions of everything into constraints.txt and of what judges into pyproject.toml, for all platforms at once.
+# The newest versions of everything into constraints.txt, and of the tools that check into pyproject.toml.
 pins:
 	@test -x .venv-pins/bin/uv || { $(PYTHON) -m venv .venv-pins && .venv-pins/bin/python -m pip install -qq uv packaging; }
 	.venv-pins/bin/python scripts/pins.py $(WORDS)

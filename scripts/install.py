@@ -71,8 +71,9 @@ def main() -> None:
     if given.versions == "floors":
         constraints = Path(sys.prefix) / "floors.txt"
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in floors(ROOT / "pyproject.toml")))
+    versions = {"pinned": "pinned", "floors": "oldest allowed", "newest": "newest"}[given.versions]
     size = "5 GB on Linux, most of it CUDA's" if sys.platform == "linux" else "1.5 GB"
-    print(f"Installing funmatch into {Path(sys.prefix).name} ({given.versions} versions): the first time up to {size};")
+    print(f"Installing funmatch into {Path(sys.prefix).name}, {versions} versions: the first time up to {size};")
     print(f"about ten minutes at 100 Mbit/s, and seconds from pip's cache. pip's output is in {log}", flush=True)
     target = f"{ROOT}[{given.extras}]" if given.extras else str(ROOT)
     with Progress() as progress:

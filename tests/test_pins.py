@@ -1,4 +1,4 @@
-"""What is installed is fixed: every judge to the version, and a pin for all that pyproject.toml asks for."""
+"""Pinned versions: tools that check are exact, and whatever pyproject.toml asks for has a pin within its bounds."""
 
 import importlib.util
 import re
@@ -27,14 +27,14 @@ def pins() -> dict[str, list[Requirement]]:
     return found
 
 
-def test_what_judges_is_exact_and_pinned_alike():
-    judges = [Requirement(each) for each in EXTRAS["test"] if not each.startswith("funmatch[")]
-    assert {judge.name for judge in judges} == {
+def test_tools_are_exact_and_pinned_alike():
+    tools = [Requirement(each) for each in EXTRAS["test"] if not each.startswith("funmatch[")]
+    assert {tool.name for tool in tools} == {
         "pytest", "pytest-xdist", "hypothesis", "ruff", "pyrefly", "jupytext", "nbclient",
     }  # fmt: skip
-    for judge in judges:
-        assert re.fullmatch(r"==[\d.]+", str(judge.specifier)), judge
-        assert [str(pin.specifier) for pin in pins()[judge.name]] == [str(judge.specifier)]
+    for tool in tools:
+        assert re.fullmatch(r"==[\d.]+", str(tool.specifier)), tool
+        assert [str(pin.specifier) for pin in pins()[tool.name]] == [str(tool.specifier)]
 
 
 def test_there_is_a_pin_within_bounds_for_all_that_is_asked_for():
