@@ -1,7 +1,7 @@
-"""Classes of one list found in another: a teacher that knows more than is asked, in another order or by other names."""
+"""Maps the classes of the data to a teacher's, which may be more, in another order, or under other names."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,28 +14,33 @@ from funmatch.models.classifier import Classifier
 
 SAME_NAMES = "same-names"
 ClassMap = tuple[tuple[int, ...], ...]
-"""For each class that is asked, the classes of the teacher that it stands for."""
+"""For each class of the data the indices of the teacher's classes that it stands for."""
 
 
-def select_classes(logits: Tensor, picks: ClassMap | None) -> Tensor:
-    """Logits of the classes that are asked; what a teacher gives to others is shared out among them by the softmax.
+def select_classes(logits: Tensor, class_map: ClassMap | None) -> Tensor:
+    """Selects the logits of the data's classes; the softmax shares out what the teacher gives to others.
 
     Args:
         logits: (n, teacher's classes).
-        picks: where a class stands for several, their probabilities are added: log Σ exp.
+        class_map: the classes to select, or None for all. Where a class stands for several, their probabilities are
+            added: log Σ exp.
 
     Returns:
-        (n, classes that are asked).
+        (n, data's classes).
     """
-    if picks is None:
+    if class_map is None:
         return logits
-    if all(len(pick) == 1 for pick in picks):
-        return logits[:, [pick[0] for pick in picks]]
-    return torch.stack([logits[:, list(pick)].logsumexp(-1) for pick in picks], 1)
+    # Indexing copies numbers as they are; logsumexp of a single one would round it.
+    if all(len(indices) == 1 for indices in class_map):
+        return logits[:, [indices[0] for indices in class_map]]
+    return torch.stack([logits[:, list(indices)].logsumexp(-1) for indices in class_map], 1)
 
 
 def class_names(classifier: Classifier) -> list[tuple[str, ...]] | None:
-    """The names of each class: its own, or ImageNet's identifiers and words where the head is one of ImageNet's."""
+    """Returns the names of each class of a classifier, or None if they are unknown.
+
+    They are its own, or ImageNet's identifiers and words if the head is one of ImageNet's.
+    """
     if classifier.card.classes:
         return [(name,) for name in classifier.card.classes]
     subset = infer_imagenet_subset({"num_classes": classifier.num_classes})
@@ -44,83 +49,102 @@ def class_names(classifier: Classifier) -> list[tuple[str, ...]] | None:
     info = ImageNetInfo(subset)
     names = []
     for index in range(classifier.num_classes):
+        # Synonyms are separated by commas: "tench, Tinca tinca".
         words = info.index_to_description(index).split(",")
         names.append(tuple(dict.fromkeys([info.index_to_label_name(index), *(word.strip() for word in words)])))
     return names
 
 
 def read_class_map(path: Path) -> dict[str, list[str | int]]:
-    """A file `{"cat": "tabby", "dog": ["n02085620", 152]}`: each class to the teacher's, by name or by number.
-
-    Raises:
-        InputError: the file is something else.
-    """
-    try:
-        read = json.loads(path.expanduser().read_text())
-    except OSError as error:
-        raise InputError(f"cannot read the map of classes {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {first_line(error)}") from error
-    if not isinstance(read, dict) or not read:
-        raise InputError(f'{path} holds no map of classes; wanted {{"our class": "the teacher\'s class", …}}')
-    found = {}
-    for name, theirs in read.items():
-        found[name] = theirs if isinstance(theirs, list) else [theirs]
-        good = found[name] and all(isinstance(one, str | int) and not isinstance(one, bool) for one in found[name])
-        if not good:
-            raise InputError(f"{path}: {name} stands for {theirs!r}; wanted a name, a number, or a list of these")
-    return found
-
-
-def map_classes(classifier: Classifier, wanted: Sequence[str], rule: str) -> ClassMap:
-    """The picks for classes that are asked.
+    """Reads a file such as `{"cat": "tabby", "dog": ["n02085620", 152]}`.
 
     Args:
-        classifier: whose classes are looked up.
-        wanted: names of the classes that are asked, in order.
-        rule: `SAME_NAMES`, or the path of a map (see `read_map`), which must speak of each of them.
+        path: a JSON object: each class of the data to the teacher's, by name or by index.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.expanduser().read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the class map {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from error
+    if not isinstance(content, dict) or not content:
+        raise InputError(f'{path} is not a class map; expected {{"our class": "the teacher\'s class", …}}')
+    class_map = {}
+    for name, theirs in content.items():
+        class_map[name] = theirs if isinstance(theirs, list) else [theirs]
+        # True and False are integers in Python.
+        are_valid = all(isinstance(one, str | int) and not isinstance(one, bool) for one in class_map[name])
+        if not (class_map[name] and are_valid):
+            raise InputError(f"{path}: {name} maps to {theirs!r}; expected a name, a number, or a list of these")
+    return class_map
+
+
+def map_classes(classifier: Classifier, classes: Sequence[str], rule: str) -> ClassMap:
+    """Finds the classes of a classifier for each class of the data.
+
+    Args:
+        classifier: the teacher.
+        classes: names of the data's classes, in order.
+        rule: `SAME_NAMES`, or the path of a class map (see `read_class_map`) that has each of them.
 
     Raises:
         InputError: a class is not found, or is not the only one of its name.
     """
     if rule == SAME_NAMES:
-        mapped: dict[str, list[str | int]] = {name: [name] for name in wanted}
+        mapped: dict[str, list[str | int]] = {name: [name] for name in classes}
     else:
         mapped = read_class_map(Path(rule))
-        missing = [name for name in wanted if name not in mapped]
+        missing = [name for name in classes if name not in mapped]
         if missing:
-            raise InputError(f"{rule} says nothing of {', '.join(missing[:5])}; wanted every class of the images")
-        extra = [name for name in mapped if name not in wanted]
+            raise InputError(f"{rule} does not map {', '.join(missing[:5])}; it must map every class of the data")
+        extra = [name for name in mapped if name not in classes]
+        # Most likely a misspelt class, whose right name the check above has not found missing.
         if extra:
-            raise unknown(f"class in {rule}", extra[0], wanted)
-    indices = _lookup(classifier)
-    return tuple(tuple(_index(classifier, one, indices) for one in mapped[name]) for name in wanted)
+            raise unknown(f"class in {rule}", extra[0], classes)
+    lookup = _ClassLookup(classifier)
+    return tuple(tuple(lookup.index(one) for one in mapped[name]) for name in classes)
 
 
-def _lookup(classifier: Classifier) -> dict[str, list[int]]:
-    """The classes of each name, as it is written and, after a space that no name begins with, however it is written."""
-    found: dict[str, list[int]] = {}
-    for index, known in enumerate(class_names(classifier) or []):
-        for name in {*known, *(f" {_plain(name)}" for name in known)}:
-            found.setdefault(name, []).append(index)
-    return found
+class _ClassLookup:
+    """Finds a classifier's classes by name: as written first, then without regard to case, `_` and `-`."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.name, self.count = classifier.card.name, classifier.num_classes
+        names = class_names(classifier) or []
+        self.exact = _indices_by_name(names)
+        # In a table of its own, so that names which differ in case only stay apart if they are written exactly.
+        self.loose = _indices_by_name({_normalize(name) for name in each} for each in names)
+
+    def index(self, wanted: str | int) -> int:
+        """Returns the index of a class given by name or by index."""
+        if isinstance(wanted, int):
+            if not 0 <= wanted < self.count:
+                raise InputError(f"{self.name} has no class {wanted}; its classes are 0 … {self.count - 1}")
+            return wanted
+        if not self.exact:
+            raise InputError(
+                f"{self.name} does not know the names of its {self.count} classes; pass a map.json with their numbers"
+            )
+        indices = self.exact.get(wanted) or self.loose.get(_normalize(wanted))
+        if not indices:
+            raise unknown(f"class of {self.name}", wanted, self.exact)
+        if len(indices) > 1:
+            found = ", ".join(map(str, indices))
+            raise InputError(f"{self.name} has several classes {wanted!r}: {found}; use the number in a map.json")
+        return indices[0]
 
 
-def _index(classifier: Classifier, wanted: str | int, lookup: dict[str, list[int]]) -> int:
-    count, who = classifier.num_classes, classifier.card.name
-    if isinstance(wanted, int):
-        if not 0 <= wanted < count:
-            raise InputError(f"{who} has no class {wanted}; its classes are 0 … {count - 1}")
-        return wanted
-    if not lookup:
-        raise InputError(f"{who} does not know the names of its {count} classes; give a map with their numbers")
-    indices = lookup.get(wanted) or lookup.get(f" {_plain(wanted)}")
-    if not indices:
-        raise unknown(f"class of {who}", wanted, [name for name in lookup if not name.startswith(" ")])
-    if len(indices) > 1:
-        raise InputError(f"{who} has several classes {wanted!r}: {', '.join(map(str, indices))}; give the number")
-    return indices[0]
+def _indices_by_name(names: Iterable[Iterable[str]]) -> dict[str, list[int]]:
+    """Collects the indices of the classes that have each name."""
+    indices: dict[str, list[int]] = {}
+    for index, each in enumerate(names):
+        for name in each:
+            indices.setdefault(name, []).append(index)
+    return indices
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())

@@ -1,4 +1,4 @@
-"""Networks that are not timm's: a function of the user's own code that returns one, or a module given from Python."""
+"""Wraps networks that are not timm's: the result of a function in the user's code, or a module passed from Python."""
 
 import importlib
 import inspect
@@ -13,69 +13,82 @@ from torch import nn
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import GIVEN, Card, Classifier, timm_config
 
-DEFAULT_SIDE = 224  # pixels, where nobody says for which the network was made
+DEFAULT_SIDE = 224
+"""Image size in pixels of a network that does not state its own."""
 
 
 def is_function(name: str) -> bool:
-    """Whether a name is of the form `package.module:function`."""
+    """Returns whether a name has the form `package.module:function`."""
     module, colon, function = name.partition(":")
     return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def call_function(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.Module:
-    """What the user's function returns.
+    """Calls the user's function that builds a network.
 
     Args:
         name: `package.module:function`; modules in the current folder are found too.
         kwargs: its arguments.
-        classes: given as `num_classes`, if the function takes that.
+        classes: number of classes, passed as `num_classes` if the function takes it.
 
     Raises:
         InputError: there is no such function, it fails, or it returns something else.
     """
     module, _, function = name.partition(":")
+    # The installed command has its own folder in front, not the current one, as `python script.py` would.
     sys.path.insert(0, "")
     try:
+        # Here and below, since standard output is for results, which scripts parse.
         with redirect_stdout(sys.stderr):
-            make = getattr(importlib.import_module(module), function)
+            build = getattr(importlib.import_module(module), function)
     except ImportError as error:
         raise InputError(f"cannot import {module} for the model {name}: {first_line(error)}") from error
     except AttributeError as error:
-        raise InputError(f"module {module} has no {function}; wanted package.module:function") from error
-    except Exception as error:  # the user's code fails in its own ways
+        raise InputError(f"module {module} has no {function}; expected package.module:function") from error
+    except Exception as error:  # the user's code can raise anything
         raise InputError(f"{module} fails when it is imported: {first_line(error)}") from error
     finally:
         sys.path.remove("")
     try:
-        takes = inspect.signature(make).parameters
+        takes = inspect.signature(build).parameters
         if classes is not None and ("num_classes" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())):
+            # In front of the user's own arguments, which may name another number.
             kwargs = {"num_classes": classes, **kwargs}
-        with redirect_stdout(sys.stderr):  # standard output is for figures
-            made = make(**kwargs)
+        with redirect_stdout(sys.stderr):
+            net = build(**kwargs)
     except Exception as error:
         raise InputError(f"{name} fails with {kwargs or 'no arguments'}: {first_line(error)}") from error
-    if not isinstance(made, nn.Module):
-        raise InputError(f"{name} returned {type(made).__name__}, wanted a torch.nn.Module or a funmatch.Classifier")
-    return made
+    if not isinstance(net, nn.Module):
+        raise InputError(f"{name} returned {type(net).__name__}, expected a torch.nn.Module or a funmatch.Classifier")
+    return net
 
 
 def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] | None = None) -> Classifier:
-    """A module as a classifier: as its card says if it is one, as timm says if it is timm's, else plain.
+    """Wraps a module as a classifier.
 
-    A plain network sees images as they are, in [0, 1]; `funmatch.Classifier(net, funmatch.Card(...))` says more.
+    Image size and normalization are those of its card if it is a classifier, of timm's configuration if it has one,
+    else images are passed as they are, in [0, 1]; `funmatch.Classifier(net, funmatch.Card(...))` states others.
+
+    Args:
+        name: of the model, `package.module:function` if it came from one.
+        net: the module.
+        side: image size of a plain network, pixels; `DEFAULT_SIDE` if None.
+        kwargs: arguments that the function was called with, saved with the model.
 
     Raises:
-        InputError: it does not answer images with one row of numbers each.
+        InputError: its output is not one row of logits per image.
     """
     function = name if is_function(name) and not name.startswith(GIVEN) else None
     if isinstance(net, Classifier):
         net.card = replace(net.card, name=name)
         if function:
             net.options, net.function = kwargs or {}, function
+        # Counted even here: the network may have been given another head since it was wrapped.
         net.num_classes = count_classes(net.net, net.card)
         return net
     cfg = timm_config(net)
     if cfg:
+        # timm keeps the three channels' statistics of a network that was built with another number of channels.
         channels = vars(net).get("in_chans", len(cfg["mean"]))
         mean, std = tuple(cfg["mean"])[:channels], tuple(cfg["std"])[:channels]
         card = Card(name, cfg["input_size"][-1], cfg.get("crop_pct") or 1.0, mean, std)
@@ -86,15 +99,21 @@ def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, A
 
 @torch.no_grad()
 def count_classes(net: nn.Module, card: Card) -> int:
-    """How many numbers a network answers an image with."""
+    """Counts a network's classes by a forward pass of one image of the card's size.
+
+    Raises:
+        InputError: the network fails, or its output is not (1, classes).
+    """
+    # In evaluation mode: BatchNorm fails on a single image in training mode, and would change its statistics.
     training = net.training
     try:
-        made = net.eval()(torch.zeros(1, len(card.mean), card.side, card.side))
-    except Exception as error:  # networks fail in as many ways as they can be built wrongly
+        output = net.eval()(torch.zeros(1, len(card.mean), card.side, card.side))
+    except Exception as error:  # a network that does not fit the image can raise anything
         raise InputError(f"{card.name} cannot take an image of {card.side} pixels: {first_line(error)}") from error
     finally:
         net.train(training)
-    logits = getattr(made, "logits", made)
+    # Networks of Hugging Face return an object that holds the logits.
+    logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        raise InputError(f"{card.name} is no classifier: it answers with {getattr(logits, 'shape', type(logits))}")
+        raise InputError(f"{card.name} is not a classifier: its output is {getattr(logits, 'shape', type(logits))}")
     return logits.shape[-1]

@@ -1,4 +1,4 @@
-"""The files of weights that the paper's authors published, under short names."""
+"""Downloads the weights that the paper's authors published, under short names."""
 
 import base64
 import hashlib
@@ -21,15 +21,20 @@ PAPER_FILES = {
     "R50x1_224": (224, 1000),
     "R50x1_160": (160, 1000),
 }
-"""Teachers (`T`) and students of the paper (section 4): the side that each was made for, pixels, and its classes."""
+"""Teachers (`T`) and students of the paper (section 4): image size in pixels, and number of classes."""
 TIMEOUT_SECONDS = 30.0
+"""Seconds without a byte after which a download fails; a slow one that goes on may take as long as it needs."""
 
 
 def paper_file(name: str) -> Path:
-    """The `.npz` file of one of `PAPER`, fetched on first use and held against the checksum that its server names.
+    """Returns the path of one of the paper's `.npz` files, downloading it on first use.
+
+    Args:
+        name: a key of `PAPER_FILES`.
 
     Raises:
-        InputError: no such name, no network, or what came is not what was sent.
+        InputError: there is no such file, no network, or the file arrived damaged.
+        OSError: the disk is full.
     """
     if name not in PAPER_FILES:
         raise unknown("file of the paper", name, PAPER_FILES)
@@ -39,44 +44,57 @@ def paper_file(name: str) -> Path:
         try:
             download(url, path)
         except OSError as error:
+            # URLError is an OSError too. One with a file name is the disk's, and its own message fits.
             if isinstance(error, urllib.error.URLError) or not getattr(error, "filename", None):
                 raise InputError(
-                    f"cannot fetch {url} ({first_line(error)}); fetch it elsewhere and put it at {path}"
+                    f"cannot download {url} ({first_line(error)}); download it elsewhere and put it at {path}"
                 ) from error
             raise
     return path
 
 
 def download(url: str, path: Path) -> None:
-    """Downloads a file whole or not at all.
+    """Downloads a file completely or not at all, and checks it against the server's length and checksum.
 
     Raises:
-        InputError: its length or its MD5 is not what the server said.
-        OSError: it cannot be reached, or the disk is full.
+        InputError: its length or its MD5 is not what the server announced.
+        OSError: the server cannot be reached, or the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+            # Inside: only errors of writing get the file's name, by which `paper_file` tells them from the network's.
             with disk_errors(path), open(partial, "wb") as file:
-                shutil.copyfileobj(answer, file, 1 << 20)
-            length, hashes = answer.headers.get("Content-Length"), answer.headers.get_all("x-goog-hash") or []
-        problem = _differs(partial, length, ",".join(hashes))
+                shutil.copyfileobj(response, file, 1 << 20)
+            length, hashes = response.headers.get("Content-Length"), response.headers.get_all("x-goog-hash") or []
+        # A connection that breaks off ends the stream without an error; only the length shows it.
+        problem = _find_damage(partial, length, ",".join(hashes))
         if problem:
-            raise InputError(f"what came from {url} is damaged ({problem}); start the same command again")
+            raise InputError(f"the download of {url} is damaged ({problem}); rerun the command")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _differs(path: Path, length: str | None, hashes: str) -> str | None:
-    """How a file differs from what its server announced; `hashes` is such as `crc32c=…==,md5=…==`."""
+def _find_damage(path: Path, length: str | None, hashes: str) -> str | None:
+    """Describes how a file differs from what its server announced.
+
+    Args:
+        path: the file.
+        length: in bytes, if announced.
+        hashes: such as `crc32c=…==,md5=…==`.
+
+    Returns:
+        the first difference, or None.
+    """
     if length and path.stat().st_size != int(length):
-        return f"{path.stat().st_size:,} bytes, wanted {int(length):,}"
-    said = dict(item.strip().split("=", 1) for item in hashes.split(",") if "=" in item)
-    if "md5" in said:
+        return f"{path.stat().st_size:,} bytes, expected {int(length):,}"
+    # Split at the first "=": the values are base64, which ends with some.
+    announced = dict(item.strip().split("=", 1) for item in hashes.split(",") if "=" in item)
+    if "md5" in announced:
         with open(path, "rb") as file:
-            came = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
-        if came != said["md5"]:
-            return f"its MD5 is {came}, wanted {said['md5']}"
+            md5 = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
+        if md5 != announced["md5"]:
+            return f"its MD5 is {md5}, expected {announced['md5']}"
     return None

@@ -1,4 +1,4 @@
-"""Several teachers that speak as one, each with its own images, normalisation and classes."""
+"""Combines the logits of several frozen teachers, each with its own image size, normalization and classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from funmatch.runtime.chunks import even_chunks
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """One of the teachers.
+    """One teacher of an ensemble.
 
     Attributes:
-        frozen: itself.
-        side: of the views that it sees, pixels.
-        share: its weight; all of them together are 1.
-        picks: which of its classes are asked, None for all in their order.
+        frozen: the teacher.
+        side: image size of its views, pixels.
+        weight: its weight; those of all members sum to 1.
+        class_map: its classes for each of the student's, or None if they are the same in the same order.
     """
 
     frozen: Frozen
@@ -33,24 +33,36 @@ class EnsembleMember:
         return self.frozen.classifier.card.name
 
     def logits(self, views: Tensor) -> Tensor:
-        """Logits (n, classes that are asked) of views (n, 3, side, side)."""
+        """Computes the logits of the student's classes, (n, classes), of views (n, 3, side, side)."""
         return select_classes(self.frozen(views), self.class_map)
 
 
-def mean_logits(answers: Sequence[Tensor], shares: Sequence[float], temperature: float) -> Tensor:  # noqa: ARG001
-    """The weighted mean of logits (paper, section 4.2: an ensemble's logits are averaged)."""
-    return torch.stack([share * logits for logits, share in zip(answers, shares, strict=True)]).sum(0)
+def mean_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:  # noqa: ARG001
+    """Computes the weighted mean of the teachers' logits (paper, section 4.2).
 
-
-def mean_probabilities(answers: Sequence[Tensor], shares: Sequence[float], temperature: float) -> Tensor:
-    """Logits whose softmax at the temperature is the weighted mean of the teachers' probabilities.
-
-    KL from them has the gradient of the weighted mean of the KLs from each teacher, since Σ wᵢ KL(pᵢ ‖ s) and
-    KL(Σ wᵢ pᵢ ‖ s) differ by what does not depend on s. (The authors' code adds the KLs up: n times this.)
+    Args:
+        logits: one tensor (n, classes) a teacher.
+        weights: one a teacher, summing to 1.
+        temperature: unused; the mean is the same at any.
     """
+    return torch.stack([weight * each for each, weight in zip(logits, weights, strict=True)]).sum(0)
+
+
+def mean_probabilities(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
+    """Computes logits whose softmax at the temperature is the weighted mean of the teachers' probabilities.
+
+    The KL divergence from them has the gradient of the weighted mean of the KLs from each teacher, since
+    Σ wᵢ KL(pᵢ ‖ s) and KL(Σ wᵢ pᵢ ‖ s) differ by what does not depend on s. (The authors' code adds up the KLs: n times
+    this.)
+
+    Args:
+        logits, weights: as of `mean_logits`.
+        temperature: T > 0.
+    """
+    # In the log domain, where probabilities that float32 cannot hold do not become −∞.
     logs = [
-        (logits / temperature).log_softmax(-1) + torch.tensor(share).log()
-        for logits, share in zip(answers, shares, strict=True)
+        (each / temperature).log_softmax(-1) + torch.tensor(weight).log()
+        for each, weight in zip(logits, weights, strict=True)
     ]
     return torch.stack(logs).logsumexp(0) * temperature
 
@@ -59,39 +71,54 @@ COMBINE = {"mean-logits": mean_logits, "mean-probabilities": mean_probabilities}
 
 
 class TeacherEnsemble(nn.Module):
-    """What a student matches: one frozen teacher, or several combined."""
+    """The teacher of a student: one frozen classifier, or several combined.
+
+    Args:
+        members: the teachers.
+        combine: a key of `COMBINE`.
+        chunk: most images in a forward pass, or None for no limit.
+    """
 
     def __init__(
-        self, members: Sequence[EnsembleMember], combine: str = "mean-logits", at_once: int | None = None
+        self, members: Sequence[EnsembleMember], combine: str = "mean-logits", chunk: int | None = None
     ) -> None:
-        """`at_once` is how many images are asked about at a time, None for all that are shown."""
         super().__init__()
         self.members = tuple(members)
+        # Registered too, so that `.to(device)` reaches the networks; a tuple of dataclasses is invisible to torch.
         self.frozen = nn.ModuleList(member.frozen for member in members)
         self.combine = combine
-        self.chunk = at_once
+        self.chunk = chunk
 
     @property
     def name(self) -> str:
         return " + ".join(member.name for member in self.members)
 
     def forward(self, views: Mapping[int, Tensor], temperature: float = 1.0) -> Tensor:
-        """Logits (n, classes) for views by their side, each (n, 3, side, side) of the same images."""
+        """Computes the combined logits.
+
+        Args:
+            views: for each image size the views (n, 3, side, side) of the same images.
+            temperature: at which probabilities are averaged.
+
+        Returns:
+            (n, classes).
+        """
         return self.combine_logits(
             [self.forward_chunked(member, views[member.side]) for member in self.members], temperature
         )
 
     def forward_chunked(self, member: EnsembleMember, views: Tensor) -> Tensor:
-        """What one of them says, (n, classes), of views (n, 3, side, side): in even pieces, if they are many."""
-        ends = even_chunks(len(views), self.chunk)
-        return torch.cat([member.logits(views[start:stop]) for start, stop in pairwise(ends)])
+        """Computes one member's logits, (n, classes), of views (n, 3, side, side), in even chunks of `chunk` images."""
+        bounds = even_chunks(len(views), self.chunk)
+        return torch.cat([member.logits(views[start:stop]) for start, stop in pairwise(bounds)])
 
-    def combine_logits(self, answers: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """What the teachers say together, when each says (n, classes)."""
-        if len(answers) == 1:
-            return answers[0]
-        return COMBINE[self.combine](answers, [member.weight for member in self.members], temperature)
+    def combine_logits(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """Combines the members' logits, (n, classes) each and in their order."""
+        # A single teacher's logits are returned as they are: combining would round them.
+        if len(logits) == 1:
+            return logits[0]
+        return COMBINE[self.combine](logits, [member.weight for member in self.members], temperature)
 
     def count_parameters(self) -> int:
-        """Parameters of all."""
+        """Returns the number of parameters of all members."""
         return sum(member.frozen.size for member in self.members)

@@ -1,4 +1,4 @@
-"""BatchNorm whose statistics are those of the global batch, so that several processes teach what one would."""
+"""Synchronizes BatchNorm over processes: statistics are those of the global batch, as in a single process."""
 
 from typing import Any
 
@@ -11,64 +11,76 @@ from funmatch.runtime import distributed, env
 
 
 def sync_batchnorm(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network with every BatchNorm made one of the global batch, if there are several processes.
+    """Makes every BatchNorm of a network compute the statistics of the global batch, if there are several processes.
 
-    Parameters and buffers are the very same, under the same names, so checkpoints and the saved student are those of
-    the network as it was given. On accelerators it is torch's own `SyncBatchNorm`, which the CPU does not have.
+    Parameters and buffers are the same tensors under the same names, so checkpoints and the exported student are those
+    of the network as given. On accelerators this is torch's `SyncBatchNorm`, which the CPU does not have.
+
+    Args:
+        net: converted in place; use the return value.
+        device: where it runs.
     """
     if env.world_size() == 1:
         return net
-    return _converted(net) if device.type == "cpu" else convert_sync_batchnorm(net)
+    return _convert(net) if device.type == "cpu" else convert_sync_batchnorm(net)
 
 
-def _converted(module: nn.Module) -> nn.Module:
-    made = GlobalBatchNorm(module) if isinstance(module, _BatchNorm) else module
+def _convert(module: nn.Module) -> nn.Module:
+    converted = GlobalBatchNorm(module) if isinstance(module, _BatchNorm) else module
+    # The children too: a BatchNormAct2d has its activation as one.
     for name, child in module.named_children():
-        made.add_module(name, _converted(child))
-    return made
+        converted.add_module(name, _convert(child))
+    return converted
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """A BatchNorm of the global batch, of which every process has an equal share; for CPUs."""
+    """BatchNorm of the global batch, of which every process has an equal share; for CPUs.
 
-    def __init__(self, given: _BatchNorm) -> None:
-        """Takes the place of another, whose parameters and buffers become its own.
+    Args:
+        norm: torch's BatchNorm of any number of dimensions, or timm's `BatchNormAct2d`, whose `drop` and `act` are
+            applied afterwards. Its parameters and buffers become this module's own.
+    """
 
-        Args:
-            given: torch's BatchNorm of any number of dimensions, or timm's `BatchNormAct2d`, whose `drop` and `act`
-                are applied afterwards.
-        """
-        super().__init__(given.num_features, given.eps, given.momentum, given.affine, given.track_running_stats)
-        self._parameters, self._buffers = given._parameters, given._buffers
-        self.after: tuple[str, ...] = tuple(name for name in ("drop", "act") if hasattr(given, name))
-        self.training = given.training
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        # The same dicts, not copies: the optimizer and the EMA hold these tensors.
+        self._parameters, self._buffers = norm._parameters, norm._buffers
+        self.after: tuple[str, ...] = tuple(name for name in ("drop", "act") if hasattr(norm, name))
+        self.training = norm.training
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions will do."""
+        """Accepts any number of dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
-        answer = self.normalize_global(input) if self.training else super().forward(input)
+        output = self.normalize_global(input) if self.training else super().forward(input)
         for name in self.after:
-            answer = getattr(self, name)(answer)
-        return answer
+            output = getattr(self, name)(output)
+        return output
 
     def normalize_global(self, input: Tensor) -> Tensor:
-        """The input normalised by the mean and the variance of all processes' inputs together, which are tracked."""
+        """Normalizes by the mean and variance of all processes' inputs, and updates the running statistics.
+
+        Args:
+            input: (n, channels, ...), as many images in every process.
+        """
+        # At least float32: sums of bf16 numbers would lose the variance.
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         over = [d for d in range(wide.ndim) if d != 1]
         count = env.world_size() * wide.numel() // wide.shape[1]
         mean = distributed.all_reduce_sum(wide.sum(over, keepdim=True)) / count
-        centred = wide - mean  # the variance in a second pass: a difference of big sums would lose its digits
-        variance = distributed.all_reduce_sum(centred.square().sum(over, keepdim=True)) / count
+        # The variance in a second pass, though it costs a second message: a difference of large sums loses its digits.
+        centered = wide - mean
+        variance = distributed.all_reduce_sum(centered.square().sum(over, keepdim=True)) / count
+        # As torch: normalized by the biased variance, tracked is the unbiased one.
         self.update_running_stats(mean.detach().flatten(), variance.detach().flatten() * (count / max(count - 1, 1)))
-        answer = centred * (variance + self.eps).rsqrt()
+        output = centered * (variance + self.eps).rsqrt()
         if self.affine:
             shape: Any = [-1 if d == 1 else 1 for d in range(wide.ndim)]
-            answer = answer * self.weight.view(shape) + self.bias.view(shape)
-        return answer.to(input.dtype)
+            output = output * self.weight.view(shape) + self.bias.view(shape)
+        return output.to(input.dtype)
 
     def update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
-        """Moves the running statistics as torch does: by the momentum, or to the mean of all where there is none."""
+        """Updates the running statistics as torch does: by the momentum, or to the cumulative mean without one."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)

@@ -153,8 +153,8 @@ def test_what_is_as_good_is_taken(monkeypatch):
     monkeypatch.setattr(frozen_models, "time_layouts", as_fast_as({"bf16": 1.0, "fp16": 2.0, "fp32": 9.0}))
     views = torch.rand(32, 3, 32, 32)
     frozen, tried = freeze(teacher, views, AllowedModes(("bf16", "fp16", "fp32")))
-    assert [check.form.precision for check in tried] == ["bf16", "fp16", "fp32"][: len(tried)]
-    assert frozen.mode == tried[-1].form
+    assert [check.mode.precision for check in tried] == ["bf16", "fp16", "fp32"][: len(tried)]
+    assert frozen.mode == tried[-1].mode
     assert tried[-1].good
     assert not any(check.good for check in tried[:-1])
     torch.testing.assert_close(frozen(views), Frozen(teacher())(views), rtol=5e-2, atol=5e-2)

@@ -150,7 +150,7 @@ def test_a_network_is_the_same_function_with_the_same_names(name):
     plain = timm.create_model(name, num_classes=5, drop_path_rate=0.0, **kwargs).train()
     nn.init.normal_(plain.get_classifier().weight, std=0.1)
     plain.to(memory_format=LAST)
-    own = native_layers.use_native_kernels(copy.deepcopy(plain), taught_only=True)
+    own = native_layers.use_native_kernels(copy.deepcopy(plain), training_only=True)
     views = torch.rand(4, 3, 64, 64).contiguous(memory_format=LAST)
     exact = copy.deepcopy(plain).double()
     truth, wanted = gradients(exact, views.double())
@@ -173,7 +173,7 @@ def test_a_network_is_the_same_function_with_the_same_names(name):
     "norm", [nn.GroupNorm(4, 8), GroupNormAct(8, 4, act_layer=nn.SiLU), GroupNormAct(8, 4, affine=False)]
 )
 def test_what_a_kernel_does_not_know_is_computed_as_ever(norm):
-    own = native_layers.use_native_kernels(copy.deepcopy(norm), taught_only=False)
+    own = native_layers.use_native_kernels(copy.deepcopy(norm), training_only=False)
     for x in (
         torch.randn(4, 8, 5, 5),  # channels first
         torch.randn(4, 8, 5),
@@ -187,7 +187,7 @@ def test_what_a_kernel_does_not_know_is_computed_as_ever(norm):
 def test_convolutions_follow_autocast_and_padding():
     x = torch.rand(4, 3, 15, 15).contiguous(memory_format=LAST)
     for conv in (StdConv2d(3, 8, 3, stride=2), StdConv2dSame(3, 8, 3, stride=2)):
-        own = native_layers.use_native_kernels(copy.deepcopy(conv), taught_only=True)
+        own = native_layers.use_native_kernels(copy.deepcopy(conv), training_only=True)
         assert torch.allclose(own(x), conv(x), atol=1e-5)
         for dtype in (torch.bfloat16, torch.float16):
             with torch.autocast("cpu", dtype):
@@ -197,7 +197,7 @@ def test_convolutions_follow_autocast_and_padding():
 
 def test_frozen_parameters_get_no_gradient_and_checkpointed_ones_do():
     net = native_layers.use_native_kernels(
-        timm.create_model("resnetv2_50x1_bit", num_classes=3).to(memory_format=LAST).train(), taught_only=True
+        timm.create_model("resnetv2_50x1_bit", num_classes=3).to(memory_format=LAST).train(), training_only=True
     )
     nn.init.normal_(net.get_classifier().weight, std=0.1)
     views = torch.rand(2, 3, 32, 32).contiguous(memory_format=LAST)
@@ -224,7 +224,7 @@ def test_a_teacher_takes_them_and_answers_the_same():
     frozen, tried = freeze(made, views, AllowedModes(("bf16", "fp32"), native=True))
     assert frozen.mode.native
     assert tried[-1].good
-    assert "own kernels" in str(frozen.mode)
+    assert "native kernels" in str(frozen.mode)
     assert all(norm.weight.dtype == torch.float32 for norm in native_layers.native_group_norms(frozen.classifier.net))
     plain = Frozen(made())(views)
     exact = Frozen(made(), InferenceMode(native=True))(views)
@@ -243,7 +243,7 @@ def test_without_a_compiler_all_is_as_ever(tmp_path, monkeypatch):
     for told in (library.why_unavailable(), norms.why_unavailable(), resample.why_unavailable()):
         assert "no C++ compiler" in told
     torch.testing.assert_close(crop_resize_flip([image], box, flip, 32), views, atol=1e-5, rtol=0)
-    student = native_layers.use_native_kernels(load("resnetv2_50x1_bit", classes=10).net, taught_only=False)
+    student = native_layers.use_native_kernels(load("resnetv2_50x1_bit", classes=10).net, training_only=False)
     frozen = Frozen(load("resnetv2_50x1_bit", classes=10), InferenceMode(native=True))
     assert not any(
         type(norm) in native_layers.NATIVE_CLASSES.values()

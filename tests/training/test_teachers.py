@@ -111,7 +111,7 @@ def test_classes_by_the_same_names():
     assert map_classes(model, ("eel",), "same-names") == ((2,),)
     with pytest.raises(InputError, match="unknown class of fixed 'cta'; did you mean 'Cat'"):
         map_classes(model, ("cta",), "same-names")
-    with pytest.raises(InputError, match=r"several classes 'EEL': 2, 3; give the number"):
+    with pytest.raises(InputError, match=r"several classes 'EEL': 2, 3; use the number"):
         map_classes(model, ("EEL",), "same-names")
     with pytest.raises(InputError, match="does not know the names of its 4 classes"):
         map_classes(classifier(), ("cat",), "same-names")
@@ -130,7 +130,7 @@ def test_classes_by_a_map(tmp_path):
     model = classifier(names=("cat", "dog", "eel", "fox"))
     assert map_classes(model, ("fish", "pet"), str(path)) == ((2,), (0, 3))
     for wanted, message in {
-        ("fish", "pet", "bird"): "says nothing of bird",
+        ("fish", "pet", "bird"): "does not map bird",
         ("fish",): "unknown class in .* 'pet'",
     }.items():
         with pytest.raises(InputError, match=message):
@@ -140,18 +140,18 @@ def test_classes_by_a_map(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON"),
-        ("[1]", "holds no map of classes"),
-        ('{"a": []}', "wanted a name, a number, or a list"),
-        ('{"a": {"b": 1}}', "wanted a name, a number, or a list"),
-        ('{"a": true}', "wanted a name, a number, or a list"),
+        ("{", "is not valid JSON"),
+        ("[1]", "is not a class map"),
+        ('{"a": []}', "expected a name, a number, or a list"),
+        ('{"a": {"b": 1}}', "expected a name, a number, or a list"),
+        ('{"a": true}', "expected a name, a number, or a list"),
     ],
 )
 def test_maps_that_are_none(tmp_path, text, message):
     (tmp_path / "map.json").write_text(text)
     with pytest.raises(InputError, match=message):
         read_class_map(tmp_path / "map.json")
-    with pytest.raises(InputError, match="cannot read the map"):
+    with pytest.raises(InputError, match="cannot read the class map"):
         read_class_map(tmp_path / "none.json")
 
 

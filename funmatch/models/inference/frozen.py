@@ -1,4 +1,4 @@
-"""The teacher: a classifier that never changes again, and so may be computed in the fastest form that is as good."""
+"""Freezes a teacher, and picks the fastest inference mode whose outputs match plain fp32."""
 
 import statistics
 import time
@@ -19,14 +19,19 @@ from funmatch.ops.native import norms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-MAX_KL = 1e-3  # nats of KL from the plain teacher, in the mean, up to which a faster form is as good
-MIN_AGREEMENT = 0.995  # share of images on which both have the same first class
+MAX_KL = 1e-3
+"""Largest mean KL divergence from the plain teacher, in nats, at which a mode counts as equal."""
+MIN_AGREEMENT = 0.995
+"""Least fraction of images on which both have the same first class."""
+# By Pinsker's inequality a KL of MAX_KL moves a probability by at most this. Two classes that are nearer to each other
+# are tied: which of them comes first is a matter of rounding.
 TIE_MARGIN = (MAX_KL / 2) ** 0.5
-"""Of probability, up to which two classes are equally the first: so far a KL of `CLOSE` may move one (Pinsker)."""
-CHUNK_IMAGES = 64  # images that the plain teacher is asked at a time
+CHUNK_IMAGES = 64
 TIMED_IMAGES, TIMING_REPEATS = 16, 3
-CLEARLY_FASTER = 1.1  # times as fast, for a layout to be preferred to the usual one
-SMALL_NETWORK = 1_000_000  # parameters below which no other form is worth its rounding
+CLEARLY_FASTER = 1.1
+"""Speed-up that is needed to prefer what is less usual: timings vary by a few per cent."""
+SMALL_NETWORK = 1_000_000
+"""Number of parameters below which no other mode is worth its rounding."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,14 @@ class InferenceMode:
     """How a frozen classifier computes.
 
     Attributes:
-        folded: whether weight standardisation and BatchNorm are in its kernels.
-        precision: of its arithmetic: fp32, bf16 or fp16. The head is fp32 in any.
-        layout: of images in memory: channels_last or contiguous.
-        compiled: whether by `torch.compile`, for batches of the size that comes first.
-        native: whether its GroupNorms are computed by our own kernels, as far as they can be had.
+        folded: weight standardization and BatchNorm are folded into its kernels.
+        precision: fp32, bf16 or fp16; the head is fp32 in any.
+        layout: memory layout of images, channels_last or contiguous.
+        compiled: by `torch.compile`, for batches of the size of the first one.
+        native: GroupNorms are computed by the native CPU kernels where these are available.
     """
 
+    # Runs record these fields in config.json and read them back by name.
     folded: bool = True
     precision: str = "fp32"
     layout: str = "channels_last"
@@ -48,45 +54,53 @@ class InferenceMode:
     native: bool = False
 
     def __str__(self) -> str:
-        words = [self.precision, self.layout.replace("_", " ")]
-        how = {"compiled": self.compiled, "own kernels": self.native}
-        return ", ".join(
-            [*(["folded"] if self.folded else []), *words, *(name for name, is_so in how.items() if is_so)]
-        )
+        flags = {"compiled": self.compiled, "native kernels": self.native}
+        words = [self.precision, self.layout.replace("_", " "), *(name for name, is_on in flags.items() if is_on)]
+        return ", ".join(["folded", *words] if self.folded else words)
 
-    def is_allowed(self, wish: "AllowedModes") -> bool:
-        """Whether this is a form at all, and one that is allowed: a record of it may have been damaged."""
-        flags = all(isinstance(flag, bool) for flag in (self.folded, self.compiled, self.native))
-        words = isinstance(self.precision, str) and isinstance(self.layout, str)
-        precisions = wish.precisions if len(wish.precisions) == 1 else ("fp32", *wish.precisions)
-        allowed = self.compiled <= wish.compiled and self.native <= wish.native
-        return flags and words and allowed and self.precision in precisions and self.layout in LAYOUTS
+    def is_allowed(self, allowed: "AllowedModes") -> bool:
+        """Returns whether this is a valid mode and one that is allowed; a record read from disk may be damaged."""
+        has_flags = all(isinstance(flag, bool) for flag in (self.folded, self.compiled, self.native))
+        has_words = isinstance(self.precision, str) and isinstance(self.layout, str)
+        # fp32 is what all fall back to, unless a precision was requested, which is then the only one.
+        precisions = allowed.precisions if len(allowed.precisions) == 1 else ("fp32", *allowed.precisions)
+        has_kernels = self.compiled <= allowed.compiled and self.native <= allowed.native
+        return has_flags and has_words and has_kernels and self.precision in precisions and self.layout in LAYOUTS
 
 
 PLAIN = InferenceMode(folded=False)
 
 
 class Frozen(nn.Module):
-    """A classifier in evaluation mode for good, also after `.train()` on a parent, and without gradients."""
+    """A classifier that stays in evaluation mode, even after `.train()` on a parent, and has no gradients.
 
-    def __init__(self, classifier: Classifier, form: InferenceMode = PLAIN) -> None:
-        """Takes a classifier over: any other form than `PLAIN` changes its network for ever."""
+    Args:
+        classifier: taken over; any mode but `PLAIN` changes its network for good.
+        mode: how it computes.
+
+    Attributes:
+        size: number of parameters, counted before folding removes some.
+    """
+
+    def __init__(self, classifier: Classifier, mode: InferenceMode = PLAIN) -> None:
         super().__init__()
         self.classifier = classifier.requires_grad_(False).eval()
-        self.mode = form
-        self.size = classifier.count_parameters()  # before what is fixed is folded away
+        self.mode = mode
+        self.size = classifier.count_parameters()
         net = classifier.net
-        if form.folded:
+        # Folded in fp32, before the conversion: folding kernels that are rounded already would round them twice.
+        if mode.folded:
             net = classifier.net = fold(net)
-        to_memory_format(net.to(DTYPES[form.precision]), LAYOUTS[form.layout])
-        if form.native and not norms.why_unavailable():
-            for norm in native_group_norms(use_native_kernels(net, taught_only=False)):
-                norm.float()  # few numbers, which the kernels read as they are
-        if form.precision != "fp32":
-            inside = dict(net.named_modules())  # folding may have joined the head with something else
-            for head in (inside[name] for name in head_names(net) if name in inside):
-                # Logits of 16 bits are too coarse: 10.03 and 10.05 would be the same.
-                head.float().register_forward_pre_hook(lambda _, given: tuple(value.float() for value in given))
+        to_memory_format(net.to(DTYPES[mode.precision]), LAYOUTS[mode.layout])
+        if mode.native and not norms.why_unavailable():
+            for norm in native_group_norms(use_native_kernels(net, training_only=False)):
+                norm.float()  # the kernels read weights in fp32, whatever the images are in
+        if mode.precision != "fp32":
+            # Logits of 16 bits are too coarse: 10.03 and 10.05 would be the same.
+            by_name = dict(net.named_modules())
+            # Folding may have joined the head with a norm, under another name.
+            for head in (by_name[name] for name in head_names(net) if name in by_name):
+                head.float().register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
         self.compiled: tuple[torch.Size, Callable[[Tensor], Any]] | None = None
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002  (the signature is nn.Module's)
@@ -94,38 +108,41 @@ class Frozen(nn.Module):
 
     @torch.no_grad()
     def forward(self, views: Tensor) -> Tensor:
-        """Logits (n, classes) in fp32 of views (n, 3, side, side) in [0, 1], whatever autocast is on outside."""
+        """Computes logits, (n, classes) in fp32, of views (n, 3, side, side) in [0, 1], ignoring autocast."""
+        # The mode alone decides the precision: under the student's autocast fp32 would silently become bf16.
         with torch.autocast(views.device.type, enabled=False):
-            seen = self.classifier.normalize(views.float()).to(DTYPES[self.mode.precision])
-            seen = seen.contiguous(memory_format=LAYOUTS[self.mode.layout])
-            answer = self.net_for(seen)(seen)
-        return getattr(answer, "logits", answer).float()
+            inputs = self.classifier.normalize(views.float()).to(DTYPES[self.mode.precision])
+            inputs = inputs.contiguous(memory_format=LAYOUTS[self.mode.layout])
+            output = self.net_for(inputs)(inputs)
+        # Networks of Hugging Face return an object that holds the logits.
+        return getattr(output, "logits", output).float()
 
-    def net_for(self, seen: Tensor) -> Callable[[Tensor], Any]:
-        """The network, compiled where batches of this size are."""
+    def net_for(self, inputs: Tensor) -> Callable[[Tensor], Any]:
+        """Returns the network, compiled if batches of this shape are."""
         if not self.mode.compiled:
             return self.classifier.net
         if self.compiled is None:
-            # "freezing" lets the compiler lay kernels out for the machine, since nobody will change them.
+            # "freezing" lets the compiler lay out kernels for this machine, since they never change.
             compiled = torch.compile(self.classifier.net, dynamic=False, options={"freezing": True})
-            self.compiled = (seen.shape, compiled)
+            self.compiled = (inputs.shape, compiled)
+        # Other shapes, such as a last batch, run uncompiled: compiling each would take a minute.
         shape, compiled = self.compiled
-        return compiled if seen.shape == shape else self.classifier.net
+        return compiled if inputs.shape == shape else self.classifier.net
 
 
 @dataclass(frozen=True)
 class ParityCheck:
-    """How a form answers beside the plain one.
+    """How far a mode's outputs are from those of plain fp32.
 
     Attributes:
-        form: which.
-        images: compared.
-        kl: KL(plain ‖ form), mean over images, nats.
-        agreement: share of images with the same first class, or one that is as likely within `TIED`.
-        failed: why it could not be computed, or None.
+        mode: the mode that was tried.
+        images: number of images compared.
+        kl: mean of KL(plain ‖ mode) over the images, nats.
+        agreement: fraction of images with the same first class, or one that is tied with it (`TIE_MARGIN`).
+        failed: why the mode could not be computed, or None.
     """
 
-    form: InferenceMode
+    mode: InferenceMode
     images: int
     kl: float
     agreement: float
@@ -133,22 +150,24 @@ class ParityCheck:
 
     @property
     def good(self) -> bool:
+        """Whether the mode counts as equal to plain fp32."""
         return not self.failed and self.kl <= MAX_KL and self.agreement >= MIN_AGREEMENT
 
     def __str__(self) -> str:
-        told = self.failed or f"KL {self.kl:.1e}, agreement {100 * self.agreement:.1f} % on {self.images} images"
-        return f"{self.form}: {told}"
+        result = self.failed or f"KL {self.kl:.1e}, agreement {100 * self.agreement:.1f} % on {self.images} images"
+        return f"{self.mode}: {result}"
 
 
 @dataclass(frozen=True)
 class AllowedModes:
-    """What form a teacher should take.
+    """Which modes a teacher may take.
 
     Attributes:
-        precisions: that the machine has; the fastest that answers well is taken. One alone is taken whatever it costs.
-        compiled: whether to compile.
-        native: whether GroupNorm by our own kernels.
-        first: the form that was best on this machine before, which is tried first.
+        precisions: the precisions that the machine is fast in, of which the fastest that passes is taken; a single one
+            is taken even if it fails the check.
+        compiled: try `torch.compile`.
+        native: try the native kernels for GroupNorm.
+        first: the mode that was best on this machine before; it is tried first.
     """
 
     precisions: tuple[str, ...] = ("fp32",)
@@ -157,102 +176,125 @@ class AllowedModes:
     first: InferenceMode | None = None
 
 
-def freeze(make: Callable[[], Classifier], views: Tensor, wish: AllowedModes) -> tuple[Frozen, list[ParityCheck]]:
-    """Freezes a teacher in the fastest form that answers the first views as the plain one does.
+def freeze(make: Callable[[], Classifier], views: Tensor, allowed: AllowedModes) -> tuple[Frozen, list[ParityCheck]]:
+    """Freezes a teacher in the fastest mode whose outputs on the first views match plain fp32.
 
     Args:
-        make: gives the classifier, a new one each time it is called.
-        views: of the first batch, (n, 3, side, side) in [0, 1], on the device where the teacher is to be.
+        make: returns the classifier, a new one in each call.
+        views: of the first batch, (n, 3, side, side) in [0, 1], on the teacher's device.
+        allowed: the modes to try.
 
     Returns:
-        the frozen teacher, and the forms that were tried, in order; the last one is what was taken.
+        the frozen teacher, and the checks of the modes that were tried, in order; the last one is the teacher's.
     """
     plain = Frozen(make().to(views.device))
-    truth = torch.cat([plain(part) for part in views.split(CHUNK_IMAGES)])
+    reference = torch.cat([plain(part) for part in views.split(CHUNK_IMAGES)])
     small = plain.size < SMALL_NETWORK
-    tried: list[ParityCheck] = []
+    checks: list[ParityCheck] = []
+    # Freed before the next one is built: two large teachers at once may not fit into memory.
     del plain
-    for form in candidate_modes(make, views[:TIMED_IMAGES], wish, small=small):
-        frozen, check = try_mode(make, form, views, truth)
-        tried.append(check)
-        if frozen is not None and (check.good or (len(wish.precisions) == 1 and not check.failed)):
-            return frozen, tried
-    return Frozen(make().to(views.device)), [*tried, ParityCheck(PLAIN, len(views), 0.0, 1.0)]
+    for mode in candidate_modes(make, views[:TIMED_IMAGES], allowed, small=small):
+        frozen, check = try_mode(make, mode, views, reference)
+        checks.append(check)
+        is_requested = len(allowed.precisions) == 1 and not check.failed
+        if frozen is not None and (check.good or is_requested):
+            return frozen, checks
+    return Frozen(make().to(views.device)), [*checks, ParityCheck(PLAIN, len(views), 0.0, 1.0)]
 
 
 def candidate_modes(
-    make: Callable[[], Classifier], views: Tensor, wish: AllowedModes, *, small: bool
+    make: Callable[[], Classifier], views: Tensor, allowed: AllowedModes, *, small: bool
 ) -> Iterator[InferenceMode]:
-    """The forms to try, the fastest first; each is measured, since machines differ."""
-    if wish.first:
-        yield wish.first
-    precisions = ("fp32",) if small and len(wish.precisions) > 1 else wish.precisions
+    """Yields the modes to try, the fastest first, as measured on this machine.
+
+    Args:
+        make, allowed: as of `freeze`.
+        views: to time with, (n, 3, side, side).
+        small: the network is small, so that only folded fp32 is tried.
+    """
+    # Yielded before anything is measured: if it passes, the rest of this generator never runs.
+    if allowed.first:
+        yield allowed.first
+    precisions = ("fp32",) if small and len(allowed.precisions) > 1 else allowed.precisions
     seconds: dict[InferenceMode, float] = {}
     for precision in precisions:
-        forms = [InferenceMode(precision=precision, layout=layout) for layout in LAYOUTS]
-        seconds |= {forms[0]: 0.0} if small else time_layouts(make, forms, views)
-    usual = [form for form in seconds if form.precision == "fp32"]
-    least = CLEARLY_FASTER * min((seconds[form] for form in usual), default=float("inf"))
-    # Others round more than fp32 does, so they have to be clearly faster.
-    ranked = sorted(seconds, key=lambda form: seconds[form] * (1 if form.precision == "fp32" else CLEARLY_FASTER))
-    for form in ranked:
-        if wish.compiled:
-            yield replace(form, compiled=True)
-        if wish.native and form.precision in PRECISIONS:
-            yield replace(form, layout="channels_last", native=True)  # the only one that the kernels know
-        if seconds[form] <= least:
-            yield form
+        modes = [InferenceMode(precision=precision, layout=layout) for layout in LAYOUTS]
+        seconds |= {modes[0]: 0.0} if small else time_layouts(make, modes, views)
+    in_fp32 = [mode for mode in seconds if mode.precision == "fp32"]
+    limit = CLEARLY_FASTER * min((seconds[mode] for mode in in_fp32), default=float("inf"))
+    # Other precisions round more than fp32, so they have to be clearly faster.
+    ranked = sorted(seconds, key=lambda mode: seconds[mode] * (1 if mode.precision == "fp32" else CLEARLY_FASTER))
+    for mode in ranked:
+        if allowed.compiled:
+            yield replace(mode, compiled=True)
+        if allowed.native and mode.precision in PRECISIONS:
+            yield replace(mode, layout="channels_last", native=True)  # the only layout that the kernels support
+        if seconds[mode] <= limit:
+            yield mode
 
 
 def time_layouts(
-    make: Callable[[], Classifier], forms: list[InferenceMode], views: Tensor
+    make: Callable[[], Classifier], modes: list[InferenceMode], views: Tensor
 ) -> dict[InferenceMode, float]:
-    """Seconds for the views in the faster one of forms that differ in their layout; no end of them where both fail.
+    """Times modes that differ in their layout only.
 
-    The first one is the usual one, and the others have to be clearly faster.
+    Args:
+        make: as of `freeze`.
+        modes: the usual one first; others have to be clearly faster.
+        views: to time with, (n, 3, side, side).
+
+    Returns:
+        the better mode and its seconds for the views, infinite if it could not be computed.
     """
     seconds = {}
     try:
-        frozen = Frozen(make().to(views.device), forms[0])
-        for form in forms:
-            frozen.mode = form
-            to_memory_format(frozen.classifier.net, LAYOUTS[form.layout])
-            frozen(views)
-            seconds[form] = statistics.median(_seconds(frozen, views) for _ in range(TIMING_REPEATS))
+        frozen = Frozen(make().to(views.device), modes[0])
+        for mode in modes:
+            frozen.mode = mode
+            to_memory_format(frozen.classifier.net, LAYOUTS[mode.layout])
+            frozen(views)  # the first pass in a layout chooses kernels and allocates
+            seconds[mode] = statistics.median(_seconds(frozen, views) for _ in range(TIMING_REPEATS))
     except InputError:
         raise
-    except Exception:  # not every network can be computed in every form; who tries it will say why
-        return {forms[0]: float("inf")}
-    best = min(forms, key=lambda form: seconds[form] * (1 if form is forms[0] else CLEARLY_FASTER))
+    except Exception:  # not every network runs in every mode; `try_mode` reports why
+        return {modes[0]: float("inf")}
+    best = min(modes, key=lambda mode: seconds[mode] * (1 if mode is modes[0] else CLEARLY_FASTER))
     return {best: seconds[best]}
 
 
 def try_mode(
-    make: Callable[[], Classifier], form: InferenceMode, views: Tensor, truth: Tensor
+    make: Callable[[], Classifier], mode: InferenceMode, views: Tensor, reference: Tensor
 ) -> tuple[Frozen | None, ParityCheck]:
-    """A teacher in a form, and how it answers views whose plain answers are `truth`."""
+    """Freezes a teacher in a mode and compares its logits of the views with the plain teacher's, (n, classes).
+
+    Returns:
+        the teacher, or None if it could not be computed; and the check.
+    """
     try:
-        frozen = Frozen(make().to(views.device), form)
-        answers = torch.cat([frozen(part) for part in views.split(len(views) if form.compiled else CHUNK_IMAGES)])
+        frozen = Frozen(make().to(views.device), mode)
+        # Compiled for the size of the first batch, so that it gets all views at once.
+        logits = torch.cat([frozen(part) for part in views.split(len(views) if mode.compiled else CHUNK_IMAGES)])
     except InputError:
         raise
     except Exception as error:  # compilers fail in as many ways as machines can be set up
-        return None, ParityCheck(form, len(views), 0.0, 0.0, first_line(error))
-    return frozen, check_parity(form, answers, truth)
+        return None, ParityCheck(mode, len(views), 0.0, 0.0, first_line(error))
+    return frozen, check_parity(mode, logits, reference)
 
 
-def check_parity(form: InferenceMode, answers: Tensor, truth: Tensor) -> ParityCheck:
-    """The check of answers (n, classes) against the plain teacher's."""
-    if not truth.isfinite().all():
-        return ParityCheck(form, len(truth), 0.0, 1.0)  # no form is to blame; who judges the teacher will say so
-    distance = max(0.0, kl(answers, truth).mean().item()) if answers.isfinite().all() else float("inf")
-    likely = truth.double().softmax(-1)
-    first = likely.gather(-1, answers.argmax(-1, keepdim=True)).squeeze(-1)
-    agreement = (first >= likely.amax(-1) - TIE_MARGIN).double().mean().item()
-    return ParityCheck(form, len(truth), distance, agreement)
+def check_parity(mode: InferenceMode, logits: Tensor, reference: Tensor) -> ParityCheck:
+    """Compares a mode's logits with the plain teacher's, (n, classes) each."""
+    # A teacher that gives NaN does so in any mode; the check of its accuracy reports it.
+    if not reference.isfinite().all():
+        return ParityCheck(mode, len(reference), 0.0, 1.0)
+    # Rounding may leave a KL of zero slightly negative.
+    divergence = max(0.0, kl(logits, reference).mean().item()) if logits.isfinite().all() else float("inf")
+    probabilities = reference.double().softmax(-1)
+    chosen = probabilities.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
+    agreement = (chosen >= probabilities.amax(-1) - TIE_MARGIN).double().mean().item()
+    return ParityCheck(mode, len(reference), divergence, agreement)
 
 
 def _seconds(frozen: Frozen, views: Tensor) -> float:
     began = time.perf_counter()
-    frozen(views).sum().item()  # which waits for the device
+    frozen(views).sum().item()  # `item` waits for the device
     return time.perf_counter() - began

@@ -1,7 +1,7 @@
-"""Networks whose GroupNorms and standardised convolutions are computed by our own kernels, on a CPU.
+"""Runs a network's GroupNorms and standardized convolutions on native CPU kernels.
 
-A module only changes its class: its names, weights and settings stay, and so does what is saved of it. What the kernels
-do not know (another layout, another precision) is computed as ever.
+A module only changes its class: its name, weights and settings stay, and so does what is saved of it. Inputs that the
+kernels do not support (another layout, another precision) are computed by torch as before.
 """
 
 from collections.abc import Iterator
@@ -18,99 +18,105 @@ from torch import Tensor, nn
 from funmatch.ops.native import norms
 
 PRECISIONS = ("fp32", "bf16")
-SHARED = 4
-"""Threads of which one may be the only one to have an image: memory, which is what it waits for, is shared anyway."""
+# An image is normalized by one thread, so small batches leave threads idle. It pays nevertheless down to a quarter of
+# them: the work waits for memory, which all threads share.
+THREADS_PER_IMAGE = 4
 
 
-def _wanted(module: Any) -> bool:
-    return module.training or not module._taught_only
+def _is_enabled(module: Any) -> bool:
+    return module.training or not module._training_only
 
 
-def _plain(parameter: Tensor | None) -> bool:
+def _is_plain(parameter: Tensor | None) -> bool:
     return parameter is not None and parameter.dtype == torch.float32 and parameter.is_contiguous()
 
 
-def _known(norm: Any, x: Tensor) -> bool:
-    """Whether a kernel normalises this: images with their channels last, enough of them to share out."""
+def _is_supported(norm: Any, x: Tensor) -> bool:
+    """Returns whether the kernel can normalize an input, and is worth it."""
     return (
-        _wanted(norm)
-        and all(_plain(parameter) for parameter in (norm.weight, norm.bias))
+        _is_enabled(norm)
+        and all(_is_plain(parameter) for parameter in (norm.weight, norm.bias))
         and x.ndim == 4
         and x.dtype in norms.DTYPES
         and x.device.type == "cpu"
         and x.numel() > 0
-        and SHARED * len(x) >= torch.get_num_threads()
+        and THREADS_PER_IMAGE * len(x) >= torch.get_num_threads()
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 
-def _normed(norm: Any, x: Tensor, *, relu: bool = False) -> Tensor:
+def _group_norm(norm: Any, x: Tensor, *, relu: bool = False) -> Tensor:
     return norms.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, relu=relu)
 
 
-class _Normal:
+class _PlainNorm:
+    """Forward pass of a GroupNorm; comes before torch's or timm's class in the order of methods."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if _known(self, x):
-            return _normed(self, x)
+        if _is_supported(self, x):
+            return _group_norm(self, x)
         return super().forward(x)  # pyrefly: ignore[missing-attribute]
 
 
-class NativeGroupNorm(_Normal, nn.GroupNorm):  # pyrefly: ignore[inconsistent-inheritance]
-    """torch's."""
+class NativeGroupNorm(_PlainNorm, nn.GroupNorm):  # pyrefly: ignore[inconsistent-inheritance]
+    """torch's GroupNorm."""
 
 
-class NativeTimmGroupNorm(_Normal, TimmGroupNorm):
-    """timm's."""
+class NativeTimmGroupNorm(_PlainNorm, TimmGroupNorm):
+    """timm's GroupNorm."""
 
 
-class NativeGroupNorm1(_Normal, GroupNorm1):
-    """timm's, of one group."""
+class NativeGroupNorm1(_PlainNorm, GroupNorm1):
+    """timm's GroupNorm of a single group."""
 
 
-class _Active:
-    """With an activation: a ReLU is done by the kernel."""
+class _ActivatedNorm:
+    """Forward pass of a GroupNorm with an activation; a ReLU is computed by the kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         own: Any = self
-        if not _known(own, x):
+        if not _is_supported(own, x):
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
+        # Exactly nn.ReLU: its subclasses, such as ReLU6, compute something else.
         if type(own.act) is nn.ReLU and isinstance(own.drop, nn.Identity):
-            return _normed(own, x, relu=True)
-        return own.act(own.drop(_normed(own, x)))
+            return _group_norm(own, x, relu=True)
+        return own.act(own.drop(_group_norm(own, x)))
 
 
-class NativeGroupNormAct(_Active, GroupNormAct):
-    """timm's."""
+class NativeGroupNormAct(_ActivatedNorm, GroupNormAct):
+    """timm's GroupNorm with an activation."""
 
 
-class NativeGroupNorm1Act(_Active, GroupNorm1Act):
-    """timm's, of one group."""
+class NativeGroupNorm1Act(_ActivatedNorm, GroupNorm1Act):
+    """timm's GroupNorm of a single group, with an activation."""
 
 
-def _kernel(conv: Any) -> Tensor | None:
-    """The standardised kernel in the precision of the convolution, or None where ours does not make it."""
+def _standardized_kernel(conv: Any) -> Tensor | None:
+    """Returns the standardized kernel in the convolution's precision, or None if it is not supported."""
+    # Under autocast torch would standardize in fp32 and convert the kernel afterwards, one more pass over it.
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     weight = conv.weight
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    known = weight.dtype == torch.float32 and weight.device.type == "cpu" and dtype in norms.DTYPES and dense
-    return norms.standardize_weight(weight, conv.eps, dtype) if known and _wanted(conv) else None
+    is_dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    is_fp32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    supported = is_fp32 and dtype in norms.DTYPES and is_dense
+    return norms.standardize_weight(weight, conv.eps, dtype) if supported and _is_enabled(conv) else None
 
 
 class NativeStdConv2d(StdConv2d):
-    """timm's, of BiT networks."""
+    """timm's convolution with weight standardization, of BiT networks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = _kernel(self)
+        kernel = _standardized_kernel(self)
         if kernel is None:
             return super().forward(x)
         return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class NativeStdConv2dSame(StdConv2dSame):
-    """timm's, with TensorFlow's padding."""
+    """timm's convolution with weight standardization and TensorFlow's padding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = _kernel(self)
+        kernel = _standardized_kernel(self)
         if kernel is None:
             return super().forward(x)
         if self.same_pad:
@@ -127,27 +133,37 @@ NATIVE_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     StdConv2d: NativeStdConv2d,
     StdConv2dSame: NativeStdConv2dSame,
 }
+"""For each class of torch's and timm's that the kernels support, the class that uses them."""
 
 
 def gains_from_native(net: nn.Module) -> bool:
-    """Whether a network has something that our kernels compute."""
+    """Returns whether a network has modules that the native kernels support."""
     return any(type(module) in NATIVE_CLASSES for module in net.modules())
 
 
 def native_group_norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
-    """The GroupNorms of a network that our kernels compute, or could."""
+    """Yields the GroupNorms of a network that the native kernels compute, or could."""
     known = {*NATIVE_CLASSES, *NATIVE_CLASSES.values()}
     return (module for module in net.modules() if isinstance(module, nn.GroupNorm) and type(module) in known)
 
 
-def use_native_kernels(net: nn.Module, *, taught_only: bool) -> nn.Module:
-    """Has a network's norms and standardised kernels computed by ours, in place.
+def use_native_kernels(net: nn.Module, *, training_only: bool) -> nn.Module:
+    """Makes a network's norms and standardized convolutions use the native kernels, in place.
 
     Args:
-        taught_only: only while it is in training mode; so that it is judged as whoever loads it will compute it.
+        net: the network.
+        training_only: use them in training mode only, so that a student is evaluated with the arithmetic of those who
+            will load it.
+
+    Returns:
+        the network.
     """
     for module in net.modules():
-        if own := NATIVE_CLASSES.get(type(module)):
-            module.__class__ = own
-            vars(module)["_taught_only"] = taught_only
+        # Exactly these classes: a subclass may override what the kernels compute.
+        if native := NATIVE_CLASSES.get(type(module)):
+            # The class instead of the module: replacing modules would lose hooks, and the references that shared or
+            # checkpointed blocks hold.
+            module.__class__ = native
+            # By `vars`, since nn.Module's own assignment is slow and for parameters and modules only.
+            vars(module)["_training_only"] = training_only
     return net

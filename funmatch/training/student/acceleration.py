@@ -153,7 +153,7 @@ def measure_step_seconds(student: Classifier, side: int, images: int, *, native:
             # A copy, since BatchNorm's statistics and the gradients change.
             trial = copy.deepcopy(student).to(device).train()
             if native:
-                use_native_kernels(trial.net, taught_only=True)
+                use_native_kernels(trial.net, training_only=True)
             try:
                 # The first one allocates and chooses kernels.
                 times = [_step_seconds(trial, views, device, name) for _ in range(1 + REPEATS)]
@@ -187,7 +187,7 @@ def accelerate_student(student: Classifier, loop: LoopOptions, config: Train, si
         info(f"WARNING: native CPU kernels unavailable ({why}); PyTorch's are slower and round differently")
     elif uses_native_kernels(student, config, loop.device):
         # In training mode only: evaluation computes as whoever loads the student will.
-        use_native_kernels(student.net, taught_only=True)
+        use_native_kernels(student.net, training_only=True)
         info(f"{config.student}: using native CPU kernels for GroupNorm and standardised convolutions")
 
 

@@ -222,9 +222,9 @@ def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tupl
     else:
         info(f"teacher {teacher.name}: using {chosen}")
     # Also where it was known: a mode that failed this time is replaced.
-    measured.write(asdict(chosen.form))
+    measured.write(asdict(chosen.mode))
     return frozen, {
-        "form": asdict(chosen.form),
+        "form": asdict(chosen.mode),
         "beside_fp32": {"kl": chosen.kl, "agreement": chosen.agreement, "pictures": chosen.images},
     }
 
