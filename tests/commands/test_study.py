@@ -18,6 +18,7 @@ from funmatch.commands.study import files as study_files
 from funmatch.commands.study import results as study_results
 from funmatch.commands.study import runner, spec
 from funmatch.config import Study
+from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError, WorkFailed
 from funmatch.reports import study_page, study_plots
 from funmatch.training.run import folder as run_folder
@@ -94,7 +95,7 @@ def test_the_studies_that_come_along_can_be_run(name):
 
 def test_consistency_has_all_strategies_and_nothing_else_differs():
     plan = study_files.load_spec(Study.checked(name="consistency"))
-    assert {each.name for each in plan.entries} == {*funmatch.strategies.STRATEGIES, "funmatch (λ an image)"}
+    assert {each.name for each in plan.entries} == {*STRATEGIES, "funmatch (λ a picture)"}
     others = {
         json.dumps({**entry.knobs, "strategy": ""}, default=str) for entry in plan.entries if "λ" not in entry.name
     }
