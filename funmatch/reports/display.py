@@ -7,7 +7,12 @@ from html import escape
 
 @dataclass(frozen=True)
 class Shown:
-    """Something to look at: HTML for notebooks, text elsewhere."""
+    """An output cell: HTML in notebooks, plain text elsewhere.
+
+    Attributes:
+        html: the notebook's representation.
+        text: `repr`, for terminals and tests.
+    """
 
     html: str
     text: str
@@ -20,24 +25,25 @@ class Shown:
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Shown:
-    """A table as HTML and as tab-separated text."""
+    """Renders a table as HTML and as tab-separated text."""
     return Shown(html_table(columns, rows), "\n".join("\t".join(row) for row in [columns, *rows]))
 
 
 def show_message(text: str) -> Shown:
-    """A sentence in the place of something that cannot be shown yet."""
+    """Renders a sentence, where there is no table or plot to show yet."""
     return Shown(f"<p>{escape(text)}</p>", text)
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as HTML, every cell escaped."""
+    """Renders a table as HTML, with every cell escaped."""
+    # Inline styles: viewers of saved notebooks remove style elements from output cells.
     head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in columns)
     lines = ["".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) for row in rows]
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def html_panels(panels: Sequence[tuple[str, str]]) -> str:
-    """Plots, (heading, SVG), beside one another where there is room."""
+    """Lays out plots, each (heading, SVG), side by side where the width allows."""
     each = "".join(
         f"<figure style='margin:0'><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in panels
     )

@@ -1,4 +1,4 @@
-"""Holds what a verb returns: the folder it wrote, its metrics, and its page."""
+"""Defines the result of a command: its folder, its metrics and its HTML page."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,17 +7,17 @@ from typing import Any
 from funmatch.reports.display import html_table
 
 HEADLINES = ("top1", "agreement", "kl", "value", "best", "trials", "runs", "finished", "step")
-"""Metrics that a one-line summary holds, in this order, where there are any."""
+"""Metrics in the one-line summary, in this order, if present."""
 
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """The result of a verb.
+    """The result of a command.
 
     Attributes:
-        folder: the run folder, or the folder of a search, a study or a demonstration; None where the verb keeps none.
-        metrics: what `--json` prints, but for the page. None stands for a value that could not be computed.
-        page: the HTML page, if the verb writes one.
+        folder: the run folder, or the folder of a search, study or demo; None for commands that keep none.
+        metrics: what `--json` prints, except the page. None stands for a value that could not be computed.
+        page: the HTML page, for commands that write one.
     """
 
     folder: Path | None = None
@@ -44,7 +44,7 @@ class Result:
 
 
 def _plain(value: Any) -> str:
-    """A value as a line shows it: four digits are enough to compare."""
+    """Formats a value for one line; four digits are enough to compare."""
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""One offline HTML page about runs: figures, curves, the views of a step, and the configuration."""
+"""Renders runs as one offline HTML page: metrics, training curves, the views of a step, and the configuration."""
 
 import base64
 from io import BytesIO
@@ -29,38 +29,41 @@ THUMBNAIL = 96
 
 
 def run(config: Report) -> Result:
-    """Writes the page that `funmatch report` asks for.
+    """Writes the page of `funmatch report`.
 
     Returns:
         `runs`, their folders, and the page.
 
     Raises:
-        InputError: a folder that is no run.
+        InputError: a folder is not a run.
     """
     page = write_page(config)
     return Result(None, {"runs": [str(run) for run in config.runs]}, page)
 
 
 def show(result: Result) -> None:
-    """Prints where the page is."""
+    """Prints the path of the page."""
     print(result.page)
 
 
 def write_page(config: Report) -> Path:
-    """Writes the page and returns where it is.
+    """Writes the page and returns its path.
 
     Raises:
-        InputError: a folder that is no run.
+        InputError: a folder is not a run.
     """
     found = [run_folder.find_run(folder) for folder in config.runs]
     path = config.out.expanduser() if config.out else found[0].folder / "report.html"
     if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"cannot write the page {path}: {'it is a folder' if path.is_dir() else 'no such folder'}")
+        reason = "it is a folder" if path.is_dir() else "its folder does not exist"
+        raise InputError(f"cannot write the page {path}: {reason}; choose another --out")
     page = Environment(
         loader=PackageLoader("funmatch.reports", "templates"), autoescape=select_autoescape(), trim_blocks=True
     ).get_template("report.html")
     sheets = [sheet for each in found if (sheet := views_sheet(each, config.view_step))]
     distilled = [each for each in found if each.config["verb"] == "distill"]
+    student = ("best " * (len(distilled or found) > 1)) + ("distilled student" if distilled else "student")
+    # A comparison is about distillation: a run on labels beside it is the baseline, also where it is better.
     best = max((each.result or {}).get("top1") or 0.0 for each in distilled or found)
     html = page.render(
         title=" and ".join(each.folder.resolve().name for each in found),
@@ -69,11 +72,12 @@ def write_page(config: Report) -> Path:
         columns=COLUMNS,
         teachers=[line for each in found for line in teachers(each)],
         teacher_columns=TEACHER_COLUMNS,
-        lead="Function matching" if distilled else "Taught by labels",
-        closeness=[line for each in found for line in agreement_rows(each)],
-        closeness_columns=CLOSENESS_COLUMNS,
-        seen=[line for each in found for line in evaluation_counts(each)],
-        seen_columns=SEEN_COLUMNS,
+        lead="Function matching" if distilled else "Training on labels",
+        student=student,
+        agreement=[line for each in found for line in agreement_rows(each)],
+        agreement_columns=AGREEMENT_COLUMNS,
+        evaluations=[line for each in found for line in evaluation_counts(each)],
+        evaluation_columns=EVALUATION_COLUMNS,
         overridden=[line for each in found for line in overridden_options(each)],
         curves=run_plots.build_panels(found),
         sheets=sheets,
@@ -85,33 +89,24 @@ def write_page(config: Report) -> Path:
 
 
 def write_if_finished(folder: Path) -> Path:
-    """The page of one finished run, written by the first process unless it is there."""
+    """Writes the page of a finished run on the main process, unless it is up to date; returns its path."""
     page, result = folder / "report.html", folder / "result.json"
     if not env.is_main_process():
         return page
+    # An extended run has a newer result than the page of its earlier end.
     if page.is_file() and page.stat().st_mtime >= result.stat().st_mtime:
         return page
     return write_page(Report(runs=(folder,)))
 
 
 COLUMNS = (
-    "run",
-    "taught by",
-    "steps",
-    "top-1",
-    "teacher top-1",
-    "agree@1",
-    "agree@5",
-    "KL",
-    "ECE",
-    "parameters",
-    "split",
+    "run", "trained on", "steps", "top-1", "teacher top-1", "agree@1", "agree@5", "KL", "ECE", "parameters", "split",
     "time",
-)
+)  # fmt: skip
 
 
 def row(run: run_folder.Run) -> list[str]:
-    """The figures of a run, in the order of `COLUMNS`; dashes where it has none yet."""
+    """Formats the metrics of a run in the order of `COLUMNS`; dashes for what an unfinished run lacks."""
     config, result = run.config, run.result or {}
     records = run.metrics.read()
     knobs = config["knobs"]
@@ -134,43 +129,43 @@ def row(run: run_folder.Run) -> list[str]:
 
 
 def rows(run: run_folder.Run) -> list[list[str]]:
-    """The row of a run, of each end that it has gone beyond, and of the averages of weights where these were kept."""
+    """Formats the rows of a run, of each earlier end of an extended run, and of their EMA weights if there are any."""
     found = [row(run)]
     for end in extend.earlier_ends(run):
         result = end.result or {}
-        own = dict(zip(COLUMNS, found[0], strict=True)) | _judged(result)
+        own = dict(zip(COLUMNS, found[0], strict=True)) | _format_metrics(result)
         steps = {"run": f"{found[0][0]}, end at step {result['step']:,}", "steps": f"{result['step']:,}"}
         found.append(list((own | steps | {"time": duration(result["seconds"])}).values()))
-        found += _row_of_average(found[-1], result)
-    return found + _row_of_average(found[0], run.result or {})
+        found += _ema_row(found[-1], result)
+    return found + _ema_row(found[0], run.result or {})
 
 
-def _row_of_average(row: list[str], result: dict[str, Any]) -> list[list[str]]:
-    """The row below that of a student: the average of its weights, where that was kept."""
+def _ema_row(row: list[str], result: dict[str, Any]) -> list[list[str]]:
+    """Formats the row of the EMA weights, below that of the student, if the run kept them."""
     if not (average := result.get("ema")):
         return []
-    own = dict(zip(COLUMNS, row, strict=True)) | {"run": f"{row[0]}, average of weights"} | _judged(average)
+    own = dict(zip(COLUMNS, row, strict=True)) | {"run": f"{row[0]}, EMA weights"} | _format_metrics(average)
     return [list(own.values())]
 
 
-def _judged(figures: dict[str, Any]) -> dict[str, str]:
-    """The figures of a student, by their columns."""
+def _format_metrics(metrics: dict[str, Any]) -> dict[str, str]:
+    """Formats the metrics of a student, by column."""
     return {
-        "top-1": percent(figures["top1"]),
-        "agree@1": percent(figures["agreement"]),
-        "agree@5": percent(figures.get("agreement5")),
-        "KL": _number(figures["kl"]),
-        "ECE": _number(figures["ece"]),
+        "top-1": percent(metrics["top1"]),
+        "agree@1": percent(metrics["agreement"]),
+        "agree@5": percent(metrics.get("agreement5")),
+        "KL": _number(metrics["kl"]),
+        "ECE": _number(metrics["ece"]),
     }
 
 
-CLOSENESS_COLUMNS = ("run", "step", "pictures", "top-1", "teacher's", "agree@1", "agree@5", "KL", "distance")
+AGREEMENT_COLUMNS = ("run", "step", "images", "top-1", "teacher top-1", "agree@1", "agree@5", "KL", "distance")
 
 
 def agreement_rows(run: run_folder.Run) -> list[list[str]]:
-    """How close the student is to its teacher on training views, and beside them on images it has never seen.
+    """Formats the student's agreement with its teacher on training views and on held-out images (`AGREEMENT_COLUMNS`).
 
-    A teacher that is fixed is matched ever better on the views of the training, and ever worse elsewhere.
+    With fixed teacher targets, agreement rises on training views and falls on held-out images: the student memorises.
     """
     records = run.metrics.read()
     last = {each["event"]: each for each in records if each["event"] in ("views", "eval", "step", "teacher")}
@@ -178,21 +173,23 @@ def agreement_rows(run: run_folder.Run) -> list[list[str]]:
         return []
     name, teacher = run.folder.resolve().name, last.get("teacher", {}).get("top1")
     rows = []
-    for event, what, right, distance in (
+    for event, images, teacher_top1, distance in (
         ("views", "training views", last["views"].get("teacher_top1"), last.get("step", {}).get("loss")),
         ("eval", last["eval"]["split"], teacher, None),
     ):
         own = last[event]
-        shares = [own.get("top1"), right, own.get("agreement"), own.get("agreement5")]
-        rows.append([name, f"{own['step']:,}", what, *map(percent, shares), _number(own.get("kl")), _number(distance)])
+        shares = [own.get("top1"), teacher_top1, own.get("agreement"), own.get("agreement5")]
+        rows.append(
+            [name, f"{own['step']:,}", images, *map(percent, shares), _number(own.get("kl")), _number(distance)]
+        )
     return rows
 
 
-TEACHER_COLUMNS = ("run", "teacher", "top-1", "split", "computed in", "KL from fp32", "agreement with fp32")
+TEACHER_COLUMNS = ("run", "teacher", "top-1", "split", "inference mode", "KL from fp32", "agreement with fp32")
 
 
 def teachers(run: run_folder.Run) -> list[list[str]]:
-    """How good each teacher of a run was before it began, and how its fast form answers beside plain fp32."""
+    """Formats each teacher's accuracy before training, and its inference mode's difference from fp32."""
     found = []
     for record in run.metrics.read():
         if record["event"] == "teacher":
@@ -203,23 +200,24 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
                 percent(record.get("top1")),
                 record["split"],
                 str(InferenceMode(**record["form"])) if record.get("form") else "–",
+                # Rounding can make a KL of nearly equal outputs slightly negative.
                 f"{max(0.0, beside['kl']):.1e}" if beside else "–",
                 percent(beside.get("agreement")),
             ])  # fmt: skip
     return found
 
 
-SEEN_COLUMNS = ("run", "split", "pictures", "during the run", "at its end", "chosen by it")
+EVALUATION_COLUMNS = ("run", "split", "images", "during training", "at the end", "used to select")
 
 
 def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
-    """How often a run judged its student on each split, and whether anything was chosen by what came out."""
+    """Counts a run's evaluations of each split, and names what was selected by them (`EVALUATION_COLUMNS`)."""
     evaluations = [record["split"] for record in run.metrics.read() if record["event"] == "eval"]
     result, knobs = run.result or {}, run.config["knobs"]
     names = dict.fromkeys([*evaluations, *([result["split"]] if "split" in result else [])])
-    choices = ["the best checkpoint"]
-    choices += ["the student that was kept"] if knobs.get("keep") == "best" else []
-    choices += ["the end of the run"] if knobs.get("patience") else []
+    choices = ["best checkpoint"]
+    choices += ["exported student"] if knobs.get("keep") == "best" else []
+    choices += ["early stopping"] if knobs.get("patience") else []
     return [
         [
             run.folder.resolve().name,
@@ -234,20 +232,20 @@ def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
 
 
 def overridden_options(run: run_folder.Run) -> list[list[str]]:
-    """What a run did otherwise than the recipe that it followed: knob, the recipe's value, its own."""
+    """Formats a run's differences from its recipe: option, the recipe's value, the run's value."""
     knobs, others = run.config["knobs"], run.config["facts"].get("overridden", {})
-    told = [(name, *map(_told, values)) for name, values in others.items()]
-    if knobs.get("recipe") and not told:
-        told = [("nothing", "–", "–")]
-    return [[run.folder.resolve().name, str(knobs.get("recipe")), *line] for line in told]
+    changes = [(name, *map(_format_option, values)) for name, values in others.items()]
+    if knobs.get("recipe") and not changes:
+        changes = [("none", "–", "–")]
+    return [[run.folder.resolve().name, str(knobs.get("recipe")), *change] for change in changes]
 
 
-def _told(value: Any) -> str:
+def _format_option(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
-    """What a step showed to teacher and student, as an image; None where the images are gone or have changed."""
+    """Draws the teacher's and the student's views of a step; None if the data set is gone or has changed."""
     config = run.config
     knobs = config["knobs"]
     try:
@@ -255,6 +253,7 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
         cache = datasets.open_run_data(table)
     except (InputError, OSError, ValueError, KeyError):
         return None
+    # Views are functions of the seed, the step and the images: other images would show views that never were.
     if cache.key != config["facts"]["data"]:
         return None
     strategy = STRATEGIES[knobs["strategy"]] if "strategy" in knobs else None
@@ -264,6 +263,7 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
     rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in (*shown, student)]
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     image = Image.fromarray((sheet * 255).round().astype(np.uint8))
+    # Whole factors and nearest neighbours, so that each pixel of a view is still to be seen.
     enlarge = max(1, THUMBNAIL // knobs["side"])
     image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
     png = BytesIO()
@@ -272,19 +272,20 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
         "name": run.folder.resolve().name,
         "step": step,
         "lam": batch.lam if isinstance(batch.lam, float) else None,
-        "strategy": knobs.get("strategy", "labels"),
+        "strategy": knobs.get("strategy", "training on labels"),
         "rows": ["teacher", "student"][-len(rows) :],
         "png": base64.b64encode(png.getvalue()).decode(),
     }
 
 
 def flat(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """A run's configuration as (name, value) for reading."""
+    """Flattens a run's configuration to (name, value) pairs."""
     values = {"verb": config["verb"], **config["knobs"], **{f"facts: {k}": v for k, v in config["facts"].items()}}
-    return [(name, _told(value)) for name, value in values.items()]
+    return [(name, _format_option(value)) for name, value in values.items()]
 
 
 def _several(names: str | list[str] | None) -> list[str]:
+    # Runs of earlier versions recorded a single teacher as a string.
     return [names] if isinstance(names, str) else names or []
 
 

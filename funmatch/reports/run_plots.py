@@ -1,4 +1,4 @@
-"""The curves of runs: figures against the step, as SVG."""
+"""Plots the training curves of runs as SVG: metrics against the step."""
 
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,6 +12,7 @@ from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 
 STYLE = {
+    # Text stays text, so that a page can be searched; a fixed salt makes the same curves the same bytes.
     "svg.fonttype": "none",
     "svg.hashsalt": "funmatch",
     "font.family": ["sans-serif"],
@@ -27,14 +28,14 @@ GREY = "#57606a"
 
 @dataclass(frozen=True)
 class Panel:
-    """What one plot shows.
+    """One plot of a page.
 
     Attributes:
-        heading: above it.
-        event, name: of the records in `metrics.jsonl`.
-        label: of the axis.
-        scale: by which values are multiplied.
-        views: whether the same figure on training views is drawn beside it.
+        heading: title above the plot.
+        event, name: the event of `metrics.jsonl`, and the metric in its records.
+        label: title of the y axis.
+        scale: factor by which values are multiplied.
+        views: whether to draw the same metric on training views too.
     """
 
     heading: str
@@ -45,7 +46,7 @@ class Panel:
     views: bool = False
 
 
-ACCURACY = Panel("Accuracy on the watched split", "eval", "top1", "top-1 (%)", 100.0)
+ACCURACY = Panel("Accuracy during training", "eval", "top1", "top-1 (%)", 100.0)
 AGREEMENT = Panel("Agreement with the teacher", "eval", "agreement", "agreement (%)", 100.0, views=True)
 KL = Panel("KL from the teacher", "eval", "kl", "KL (nats)", views=True)
 LOSS = Panel("Loss on training views", "step", "loss", "loss")
@@ -57,10 +58,10 @@ OTHERS = (
 
 
 def build_panels(found: list[run_folder.Run]) -> list[tuple[str, str]]:
-    """(heading, SVG) of accuracy, closeness to the teacher, loss, learning rate and throughput against the step."""
+    """Plots accuracy, agreement with the teacher, loss, learning rate and throughput; returns (heading, SVG) each."""
     known = {name for run in found for each in run.metrics.read() if each["event"] == "eval" for name in _given(each)}
-    judged = [panel for panel in (ACCURACY, AGREEMENT, KL) if panel.name in known]
-    return [(panel.heading, plot(found, panel)) for panel in (*judged, *OTHERS)]
+    evaluations = [panel for panel in (ACCURACY, AGREEMENT, KL) if panel.name in known]
+    return [(panel.heading, plot(found, panel)) for panel in (*evaluations, *OTHERS)]
 
 
 def _given(record: dict) -> set[str]:
@@ -68,10 +69,10 @@ def _given(record: dict) -> set[str]:
 
 
 def plot(found: list[run_folder.Run], panel: Panel) -> str:
-    """One panel, as the text of an SVG element.
+    """Plots one panel; returns the text of an SVG element.
 
-    A line a run; thin ones for the cool-downs of ends that it has gone beyond, dotted ones for the average of its
-    weights, dash-dotted ones for training views; and a dashed one for each teacher.
+    One line per run; thin lines for the cool-downs of earlier ends of an extended run, dotted lines for the EMA
+    weights, dash-dotted lines for training views, and a dashed line for each teacher.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -91,17 +92,21 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
         text = BytesIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue().decode()
+    # HTML takes the element alone, without the XML declaration and the document type before it.
     return svg[svg.index("<svg") :]
 
 
 def _lines(axes: Axes, run: run_folder.Run, panel: Panel, color: str) -> None:
-    """All lines of one run."""
+    """Draws all lines of one run."""
     name = run.folder.resolve().name
+    # A line through one point is invisible, and through two it hides how few they are.
     marker = "o" if len(_points(run, panel.event, panel)[0]) < 3 else None
-    axes.plot(*_points(run, panel.event, panel), color=color, label=_literal(name), linewidth=1.6, marker=marker)
+    points = _points(run, panel.event, panel)
+    # A run without this metric, as training on labels has no agreement, stays out of the legend.
+    axes.plot(*points, color=color, label=_literal(name) if points[0] else None, linewidth=1.6, marker=marker)
     for end in extend.earlier_ends(run):
         axes.plot(*_points(end, panel.event, panel), color=color, linewidth=0.9, marker=marker)
-    beside = [("ema", ":", "average of weights")] if panel.event == "eval" else []
+    beside = [("ema", ":", "EMA weights")] if panel.event == "eval" else []
     beside += [("views", "-.", "training views")] if panel.views else []
     for event, style, about in beside:
         if points := _points(run, event, panel):
@@ -110,7 +115,7 @@ def _lines(axes: Axes, run: run_folder.Run, panel: Panel, color: str) -> None:
 
 
 def _points(run: run_folder.Run, event: str, panel: Panel) -> tuple[list[int], list[float]]:
-    """Steps and values of the records of an event."""
+    """Returns the steps and values of an event's records."""
     known = [each for each in run.metrics.read() if each["event"] == event and each.get(panel.name) is not None]
     return [each["step"] for each in known], [panel.scale * each[panel.name] for each in known]
 
@@ -120,5 +125,5 @@ def _short(teachers: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text that matplotlib neither hides (leading underscore) nor typesets (dollars)."""
+    """Escapes text that matplotlib would hide (leading underscore) or typeset (dollar signs)."""
     return "\u200b" + text.encode(errors="replace").decode().replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""What a study came to, for people: a table, figures, and one offline HTML page; all from `results.jsonl`."""
+"""Renders the results of a study as a table, plots and one offline HTML page, from `results.jsonl` alone."""
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -14,16 +14,16 @@ from funmatch.runtime.files import write_atomically
 from funmatch.runtime.text import duration
 
 COLUMNS = ("top1", "agreement", "kl", "views_kl", "loss")
-"""Final figures in the table."""
+"""Final metrics in the table."""
 LEGEND = (
-    "Top-1, agreement with the teacher and KL from it are on test images where there are some; of the training "
-    "views, the KL is at T = 1 in evaluation mode, the loss is the mean over the last tenth of the run."
+    "Top-1, agreement with the teacher and KL from it are measured on test images if the data has any. On training "
+    "views, KL is measured at T = 1 in evaluation mode, and loss is the mean over the last tenth of the run."
 )
 HEADS = ("top-1", "agreement", "KL", "views: KL", "views: loss")
 
 
 class Plan(Protocol):
-    """What a page says of a study besides its results: the parts of its file."""
+    """The parts of a study file that its page shows."""
 
     @property
     def title(self) -> str: ...
@@ -37,9 +37,9 @@ class Plan(Protocol):
     def figures(self) -> Sequence[Mapping[str, Any]]: ...
 
 
-def write_page(folder: Path, plan: Plan, all_of_them: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Writes `report.html`, `table.md` and `figures/*.svg` of a study's folder; where they are."""
-    results = visible(all_of_them)
+def write_page(folder: Path, plan: Plan, every_result: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Writes `report.html`, `table.md` and `figures/*.svg` into a study's folder; returns the first two paths."""
+    results = visible(every_result)
     drawings = []
     (folder / "figures").mkdir(exist_ok=True)
     for number, figure in enumerate(plan.figures, 1):
@@ -59,7 +59,7 @@ def write_page(folder: Path, plan: Plan, all_of_them: Sequence[Mapping[str, Any]
         columns=columns(results),
         rows=rows(results),
         drawings=drawings,
-        made=how_made(folder, all_of_them),
+        provenance=provenance(folder, every_result),
         text=plan.text,
     )
     write_atomically(folder / "report.html", page)
@@ -67,12 +67,12 @@ def write_page(folder: Path, plan: Plan, all_of_them: Sequence[Mapping[str, Any]
 
 
 def visible(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The results of runs that are not only there for others."""
+    """Selects the results of runs that the study shows: not those that only prepare others."""
     return [result for result in results if result.get("shown", True)]
 
 
 def columns(results: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The heads of the table; what no run has is left out."""
+    """Column titles of the table, without the metrics that no run has."""
     heads = (head for name, head in zip(COLUMNS, HEADS, strict=True) if _known(results, name))
     return ("run", "runs", *heads, "time")
 
@@ -82,53 +82,54 @@ def _known(results: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A line for the runs of each name: how many, then mean ± standard deviation over their seeds."""
+    """Formats one row per name: number of runs, then mean ± standard deviation of each metric over seeds."""
     shown = [name for name in COLUMNS if _known(results, name)]
     return [
         [
             name,
             str(len(group)),
-            *(_told(group, figure) for figure in shown),
+            *(_mean_and_spread(group, metric) for metric in shown),
             duration(float(np.mean([each["figures"]["seconds"] for each in group]))),
         ]
         for name, group in by(results, "name").items()
     ]
 
 
-def _told(group: Sequence[Mapping[str, Any]], name: str) -> str:
+def _mean_and_spread(group: Sequence[Mapping[str, Any]], name: str) -> str:
     values = [value for each in group if (value := value_of(each, name)) is not None]
     if not values:
         return "–"
     mean, sign = float(np.mean(values)), " %" if study_plots.is_share(name) else ""
+    # Close students differ in the third digit of a KL; a converged one has a KL below 0.01.
     digits = 2 if sign else 3 if abs(mean) >= 0.01 else 5
     around = f" ± {spread(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean:.{digits}f}{around}{sign}"
 
 
-def how_made(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(what, value) of how a study was made: command, machine, versions, seeds, hours, teachers."""
+def provenance(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Lists (name, value) of a study's setup: command, machine, versions, images, student, teachers, seeds and time."""
     command = folder / "command.txt"
-    told: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     for result in results:
-        facts, figures = result["facts"], result["figures"]
-        told.setdefault("machine", []).append(facts["machine"])
-        told.setdefault("versions", []).append(", ".join(f"{name} {v}" for name, v in facts["versions"].items()))
+        facts, metrics = result["facts"], result["figures"]
+        values.setdefault("machine", []).append(facts["machine"])
+        values.setdefault("versions", []).append(", ".join(f"{name} {v}" for name, v in facts["versions"].items()))
         images = ", ".join(f"{count:,} {split}" for split, count in facts["pictures"].items())
-        told.setdefault("pictures", []).append(f"{', '.join(result['knobs']['data'])}: {images}")
-        told.setdefault("student", []).append(f"{result['knobs']['student']}, {facts['parameters']:,} parameters")
+        values.setdefault("images", []).append(f"{', '.join(result['knobs']['data'])}: {images}")
+        values.setdefault("student", []).append(f"{result['knobs']['student']}, {facts['parameters']:,} parameters")
         if result["knobs"].get("teacher"):
-            top1 = "" if figures["teacher_top1"] is None else f", top-1 {100 * figures['teacher_top1']:.2f} %"
-            told.setdefault("teacher", []).append(" + ".join(Path(n).name for n in result["knobs"]["teacher"]) + top1)
-    lines = [(what, "; ".join(dict.fromkeys(values))) for what, values in told.items()]
+            top1 = "" if metrics["teacher_top1"] is None else f", top-1 {100 * metrics['teacher_top1']:.2f} %"
+            values.setdefault("teacher", []).append(" + ".join(Path(n).name for n in result["knobs"]["teacher"]) + top1)
+    lines = [(name, "; ".join(dict.fromkeys(each))) for name, each in values.items()]
     seconds = sum(result["figures"]["seconds"] for result in results)
     seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
-    begun = [("command", command.read_text().strip())] if command.is_file() else []
-    hours = f"{seconds / 3600:.1f} hours of runs ({timedelta(seconds=round(seconds))}), {len(results)} runs"
-    return [*begun, *lines, ("seeds", seeds), ("time", hours)]
+    started = [("command", command.read_text().strip())] if command.is_file() else []
+    hours = f"{seconds / 3600:.1f} hours of training ({timedelta(seconds=round(seconds))}), {len(results)} runs"
+    return [*started, *lines, ("seeds", seeds), ("time", hours)]
 
 
 def markdown(plan: Plan, results: Sequence[Mapping[str, Any]], drawings: Sequence[tuple[str, str]]) -> str:
-    """The findings as Markdown, its figures beside it under figures/."""
+    """Renders the table as Markdown, with links to the plots in figures/."""
     heads = columns(results)
     lines = [f"# {plan.title}", "", plan.question.strip(), ""]
     lines += [f"| {' | '.join(heads)} |", f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"]

@@ -1,4 +1,4 @@
-"""Figures of a study, drawn from what `results.jsonl` holds."""
+"""Draws the plots of a study from `results.jsonl`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
@@ -15,23 +15,23 @@ from funmatch.reports.run_plots import COLORS, GREY, STYLE
 Results = Sequence[Mapping[str, Any]]
 SHARES = ("top1", "top5", "agreement", "agreement5", "balanced")
 NAMES = {
-    "top1": "top-1 on test images", "agreement": "agreement with the teacher", "agreement5": "agreement among five",
+    "top1": "top-1 on test images", "agreement": "agreement with the teacher", "agreement5": "teacher's class in top 5",
     "kl": "KL from the teacher (nats)", "loss": "loss on training views", "views_kl": "KL on training views (nats)",
     "views_agreement": "agreement on training views", "ece": "calibration error", "seconds": "seconds",
-    "ema_top1": "top-1 of the average of weights", "steps": "steps", "epochs": "epochs", "temperature": "temperature",
+    "ema_top1": "top-1 of the EMA weights", "steps": "steps", "epochs": "epochs", "temperature": "temperature",
 }  # fmt: skip
-"""Figures in words; others stand for themselves."""
+"""Axis titles of metrics and options; others are named as they are."""
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 MARKS = "osD^vPX*"
 
 
 def is_share(name: str) -> bool:
-    """Whether a figure is a share, and is shown in percent."""
+    """Whether a metric is a share in [0, 1], which plots show in percent."""
     return name.removeprefix("views_").removeprefix("ema_").removeprefix("teacher_") in SHARES
 
 
 def draw_svg(figure: Mapping[str, Any], results: Results) -> str:
-    """A figure as the text of an SVG element; '' where no run has what it shows."""
+    """Draws a plot; returns the text of an SVG element, or '' if no run has its metric."""
     kinds: dict[str, Callable[..., bool]] = {"curves": _curves, "ends": _ends, "against": _against, "scatter": _scatter}
     with matplotlib.rc_context(STYLE):
         sheet = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -45,13 +45,13 @@ def draw_svg(figure: Mapping[str, Any], results: Results) -> str:
 
 
 def heading(figure: Mapping[str, Any]) -> str:
-    """What stands above a figure."""
+    """Returns the title of a plot."""
     if title := figure.get("title"):
         return title
     value = NAMES.get(figure["value"], figure["value"])
     kind = figure["kind"]
     if kind == "curves":
-        return f"{value.removesuffix(' on test pictures')} while runs go on"
+        return f"{value.removesuffix(' on test images')} during training"
     if kind == "against":
         return f"{value} against {figure['knob']}"
     if kind == "scatter":
@@ -60,7 +60,7 @@ def heading(figure: Mapping[str, Any]) -> str:
 
 
 def look_of(number: int) -> dict[str, Any]:
-    """Colour, dash and mark of a line: told apart beyond the eighth, too."""
+    """Returns colour, dash and marker of a line; lines differ beyond the eighth, when colours repeat."""
     return {
         "color": COLORS[number % len(COLORS)],
         "linestyle": DASHES[number // len(COLORS) % len(DASHES)],
@@ -69,7 +69,7 @@ def look_of(number: int) -> dict[str, Any]:
 
 
 def by(results: Results, key: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Results with the same name (or group), in the order of the study."""
+    """Groups results by name (or group), in the order of the study."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         found.setdefault(result[key], []).append(result)
@@ -77,25 +77,25 @@ def by(results: Results, key: str) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def spread(values: Sequence[float]) -> float:
-    """The standard deviation of a sample; 0 of one value."""
+    """Computes the sample standard deviation; 0 for a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def value_of(result: Mapping[str, Any], name: str) -> float | None:
-    """A final figure, in percent if it is a share."""
+    """Returns a final metric of a run, in percent if it is a share."""
     value = result["figures"].get(name)
     return None if value is None else value * (100.0 if is_share(name) else 1.0)
 
 
 def _label(axes: Axes, side: str, name: str, *, curve: bool = False) -> None:
     words = NAMES.get(name, name)
-    if curve:
+    if curve:  # curves are of the validation split
         words = words.removesuffix(" on test images")
     getattr(axes, f"set_{side}label")(f"{words} (%)" if is_share(name) else words)
 
 
 def _curves(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
-    """A value against the step: a line a name, the mean over seeds, with a band of their spread."""
+    """Plots a metric against the step: one line per name, the mean over seeds, ± standard deviation."""
     event, value = figure["event"], figure["value"]
     scale, shown = 100.0 if is_share(value) else 1.0, False
     for number, (name, group) in enumerate(by(results, "name").items()):
@@ -104,6 +104,7 @@ def _curves(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
         if not own:
             continue
         steps = np.array(max((each["step"] for each in own), key=len), float)
+        # Runs that stopped early have fewer points: all are interpolated at the steps of the longest.
         lines = np.array([np.interp(steps, each["step"], np.array(each[value], float)) for each in own]) * scale
         mean = lines.mean(0)
         look = {name: part for name, part in look_of(number).items() if name != "marker"}
@@ -122,7 +123,7 @@ def _curves(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
 
 
 def _ends(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
-    """A final figure of each run: a dot a seed, a bar for their mean."""
+    """Plots a final metric of each run: one dot per seed, and a bar at their mean."""
     value, places, names = figure["value"], [], []
     for number, (name, group) in enumerate(by(results, "name").items()):
         values = [v for each in group if (v := value_of(each, value)) is not None]
@@ -143,14 +144,15 @@ def _ends(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
 
 
 def _against(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
-    """A final figure against a knob: a line a group, the mean over seeds with bars of their spread."""
-    value, knob, shown, ticks = figure["value"], figure["knob"], False, set()
+    """Plots a final metric against an option: one line per group, the mean over seeds with error bars."""
+    value, option, shown, ticks = figure["value"], figure["knob"], False, set()
     for number, (name, group) in enumerate(by(results, "group").items()):
         points: dict[Any, list[float]] = {}
         for each in group:
-            place, figure_of_run = each["asked"].get(knob, each["knobs"].get(knob)), value_of(each, value)
-            if figure_of_run is not None and isinstance(place, int | float):
-                points.setdefault(place, []).append(figure_of_run)
+            # `asked` is what the study file sets, e.g. epochs; `knobs` is resolved, e.g. to steps.
+            place, metric = each["asked"].get(option, each["knobs"].get(option)), value_of(each, value)
+            if metric is not None and isinstance(place, int | float):
+                points.setdefault(place, []).append(metric)
         if points:
             at = sorted(points)
             ticks |= {*at}
@@ -162,7 +164,7 @@ def _against(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
     axes.set_xticks(sorted(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _label(axes, "x", knob)
+    _label(axes, "x", option)
     _label(axes, "y", value)
     if value == "top1":
         _teacher(axes, results)
@@ -172,7 +174,7 @@ def _against(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
 
 
 def _scatter(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
-    """One final figure against another: a dot a run, a colour and mark a name."""
+    """Plots one final metric against another: one dot per run, one colour and marker per name."""
     shown = False
     for number, (name, group) in enumerate(by(results, "name").items()):
         pairs = [(value_of(each, figure["across"]), value_of(each, figure["value"])) for each in group]
@@ -191,7 +193,7 @@ def _scatter(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
 
 
 def _teacher(axes: Axes, results: Results, *, across: bool = False) -> None:
-    """A dashed line for each teacher."""
+    """Draws a dashed line at each teacher's accuracy."""
     tops = (each["figures"].get("teacher_top1") for each in results)
     for top1 in sorted({round(100 * top1, 2) for top1 in tops if top1 is not None}):
         line = axes.axvline if across else axes.axhline

@@ -9,24 +9,24 @@ from funmatch.runtime.text import percent
 
 def show(result: Result) -> None:
     """Prints the metrics of a run, or of an evaluated model, on a split."""
-    figures = result.metrics
-    name = Path(figures["model"]) if "model" in figures else result.folder
+    metrics = result.metrics
+    name = Path(metrics["model"]) if "model" in metrics else result.folder
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.4f}"
 
-    teacher = figures.get("teacher")
+    teacher = metrics.get("teacher")
     rows = [
-        ["top-1", percent(figures["top1"])],
-        ["top-5", percent(figures["top5"])],
-        ["agreement with the teacher", percent(figures["agreement"])],
-        ["the same among its first five", percent(figures["agreement5"])],
-        ["KL from the teacher (nats)", number(figures["kl"])],
-        ["expected calibration error", number(figures["ece"])],
-        ["parameters", f"{figures['parameters']:,}"],
+        ["top-1", percent(metrics["top1"])],
+        ["top-5", percent(metrics["top5"])],
+        ["agreement with the teacher", percent(metrics["agreement"])],
+        ["teacher's class in the student's top 5", percent(metrics["agreement5"])],
+        ["KL from the teacher (nats)", number(metrics["kl"])],
+        ["expected calibration error", number(metrics["ece"])],
+        ["parameters", f"{metrics['parameters']:,}"],
     ]
     if isinstance(teacher, dict):
         rows.insert(1, ["teacher's top-1", percent(teacher["top1"])])
-    print_table(f"{name} on {figures['pictures']:,} images of {figures['split']}", ["figure", "value"], rows)
+    print_table(f"{name} on {metrics['pictures']:,} images of {metrics['split']}", ["metric", "value"], rows)
     if result.page:
         print(f"report: {result.page}")

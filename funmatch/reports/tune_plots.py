@@ -1,4 +1,4 @@
-"""Plots of a search: parallel coordinates, slices, importance."""
+"""Plots a hyperparameter search: parallel coordinates, slices, importance of options."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,23 +21,29 @@ Trials = list[dict[str, Any]]
 
 
 def draw_plots(result: Result) -> list[tuple[str, str]]:
-    """(heading, SVG) of the trials that have a figure; nothing for fewer than two."""
+    """Plots the finished trials; returns (heading, SVG) of each plot, or nothing for fewer than two trials."""
     complete = [trial for trial in result["trials"] if trial["value"] is not None]
     if len(complete) < 2:
         return []
     wide = max(6.4, 2.4 * len(result["space"]) + 1.6)
     found = [
-        ("Parallel coordinates: a line a trial, the best in orange", _drawn(_parallel, complete, result, (wide, 3.6))),
-        ("Slices: a dot a trial, with the spread of its executions", _drawn(_slices, complete, result, (wide, 3.0))),
+        (
+            "Parallel coordinates: one line per trial, the best in orange",
+            _draw_svg(_parallel, complete, result, (wide, 3.6)),
+        ),
+        (
+            "Slices: one dot per trial, with the standard deviation over its executions",
+            _draw_svg(_slices, complete, result, (wide, 3.0)),
+        ),
     ]
     if result["importance"]:
-        heading = "Importance: share of each knob in how good a trial is (PED-ANOVA)"
-        found.append((heading, _drawn(_bars, complete, result, (6.4, 0.6 + 0.4 * len(result["importance"])))))
+        heading = "Importance of each option for the score (PED-ANOVA)"
+        found.append((heading, _draw_svg(_bars, complete, result, (6.4, 0.6 + 0.4 * len(result["importance"])))))
     return found
 
 
-def _drawn(draw: Callable[[Figure, Trials, Result], None], trials: Trials, result: Result, size: tuple) -> str:
-    """A plot as the text of an SVG element."""
+def _draw_svg(draw: Callable[[Figure, Trials, Result], None], trials: Trials, result: Result, size: tuple) -> str:
+    """Draws a plot; returns the text of an SVG element."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, trials, result)
@@ -52,6 +58,7 @@ def _parallel(figure: Figure, trials: Trials, result: Result) -> None:
     space = result["space"]
     values = [trial["value"] for trial in trials]
     low, high = min(values), max(values)
+    # The best is drawn last, over all others.
     for trial in sorted(trials, key=lambda each: (each["number"] == result["best"], each["value"])):
         heights = [_height(space[name], trial["knobs"][name]) for name in space]
         heights.append((trial["value"] - low) / ((high - low) or 1.0))
@@ -87,7 +94,7 @@ def _parallel(figure: Figure, trials: Trials, result: Result) -> None:
 
 
 def _height(span: Mapping[str, Any], value: Any) -> float:
-    """Where a value stands between the first and the last of its knob, in [0, 1]."""
+    """Computes the position of a value in its option's range, in [0, 1]."""
     if span["choices"]:
         return list(span["choices"]).index(value) / max(1, len(span["choices"]) - 1)
     scale = math.log if span["log"] else float
@@ -96,7 +103,7 @@ def _height(span: Mapping[str, Any], value: Any) -> float:
 
 
 def _marks(span: Mapping[str, Any]) -> list[tuple[float, str]]:
-    """(height, word) of the values that an axis names."""
+    """Returns (height, label) of the values to mark on an axis."""
     ends = span["choices"] or (span["low"], span["high"])
     return [(_height(span, value), format_value(value)) for value in ends]
 
@@ -110,7 +117,7 @@ def _slices(figure: Figure, trials: Trials, result: Result) -> None:
 
 
 def _slice(axes: Axes, name: str, span: Mapping[str, Any], trials: Trials, best: int) -> None:
-    """One knob's values against the figure that was chosen by."""
+    """Plots the score against the values of one option."""
     for trial in trials:
         value = trial["knobs"][name]
         place = list(span["choices"]).index(value) if span["choices"] else value

@@ -268,7 +268,7 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
     rows = dict(zip((row[0] for row in study_page.rows(results)), study_page.rows(results), strict=True))
     own = [100 * each["figures"]["top1"] for each in results if each["name"] == "same/ic"]
     assert rows["same/ic"][:3] == ["same/ic", "2", f"{statistics.mean(own):.2f} ± {statistics.stdev(own):.2f} %"]
-    assert rows["labels"][3] == "–", "who is taught by labels agrees with nobody"
+    assert rows["labels"][3] == "–", "a student trained on labels has no teacher to agree with"
 
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
     again = funmatch.study(name, out=folder, jobs=2)

@@ -450,7 +450,7 @@ def test_a_pruner_ends_trials_that_fall_behind(tmp_path, monkeypatch):
     assert second < first < third
     assert [trial["state"] for trial in done.figures["trials"]] == ["complete", "pruned", "complete"]
     assert not Path(done.figures["trials"][1]["runs"][0], "result.json").exists()
-    assert "given up" in done.report.read_text()
+    assert "pruned" in done.report.read_text()
 
 
 def test_a_recipe_brings_its_space(tmp_path):

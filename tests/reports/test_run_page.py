@@ -1,4 +1,4 @@
-"""The page stands alone, shows what was seen, and can be read."""
+"""The page needs no network, shows the views of a step, and is readable."""
 
 import re
 import xml.dom.minidom
@@ -46,7 +46,7 @@ def test_the_page_shows_several_teachers_and_the_average(tmp_path):
         steps=4, batch=16, eval_every=2, ema=0.9, teacher_side=[32, 48],
     )  # fmt: skip
     page = run.report.read_text()
-    assert "run, average of weights" in page
+    assert "run, EMA weights" in page
     assert page.count("folded, fp32, channels last") == 2
     lines = run_page.teachers(run_page.run_folder.find_run(run.folder))
     assert [line[1] for line in lines] == [teacher, teacher, f"{teacher} + {teacher}"]
@@ -91,7 +91,7 @@ def test_an_unfinished_run_can_be_looked_at(runs):
     assert "6 of 6" in page
 
 
-def test_closeness_on_training_views_stands_beside_that_on_unseen_images(runs):
+def test_agreement_on_training_views_stands_beside_that_on_held_out_images(runs):
     _, folder = runs
     found = run_folder.find_run(folder)
     last = {each["event"]: each for each in found.metrics.read()}

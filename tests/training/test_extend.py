@@ -83,8 +83,8 @@ def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long, fini
 
     page = run_page.write_page(Report(runs=(folder,))).read_text()
     assert "run, end at step 20" in page
-    assert "run, end at step 20, average of weights" in page
-    assert "run, average of weights" in page
+    assert "run, end at step 20, EMA weights" in page
+    assert "run, EMA weights" in page
     assert run_folder.Run(folder).result == again.figures
     # A third time, by default a fifth of the run long; and a fourth, which has nothing to do.
     more = funmatch.distill(out=folder, **KNOBS, steps=50)
