@@ -1,89 +1,27 @@
-"""The verbs for Python: plain arguments in, a finished run out."""
+"""Carries out the verbs from Python: plain arguments in, a finished run out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
 
-from funmatch.commands.verbs import run_students, run_verb
-from funmatch.config import SEARCHED, Distill, Evaluate, Finetune, Prepare, Study, Train, recipes
+from funmatch.commands.verbs import TABLES, run_students, run_verb
+from funmatch.config import SEARCHED, TAUGHT, Distill, Finetune, Options, Train, recipes
+from funmatch.config.help import essential_lines
+from funmatch.config.sources.layers import PYTHON, layers_below
 from funmatch.errors import InputError, unknown
-from funmatch.reports.result import Result
+from funmatch.reports.result import Outcome, Result, Tuned
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
+    from collections.abc import Generator
+
     from torch import nn
 
     from funmatch.models.classifier import Classifier
-
-
-class _Finished(Result):
-    """A result that has a folder and a page, with the names that its parts had first."""
-
-    folder: Path
-    page: Path
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """The metrics."""
-        return self.metrics
-
-    @property
-    def report(self) -> Path:
-        """The HTML page."""
-        return self.page
-
-
-class Outcome(_Finished):
-    """A finished run.
-
-    Attributes:
-        folder: the run folder.
-        metrics: what `result.json` holds: `top1`, `top5`, `agreement`, `kl`, `ece`, `step`, `split`, `seconds`, …;
-            None stands for a value that could not be computed. Also called `figures`.
-        page: the HTML page. Also called `report`.
-    """
-
-    @property
-    def student(self) -> Path:
-        """The folder of the student; `timm.create_model(f"local-dir:{student}", pretrained=True)` loads it."""
-        return self.folder / "student"
-
-    @property
-    def top1(self) -> float | None:
-        """Share of the split's images whose first class is right, in [0, 1]."""
-        return self.metrics["top1"]
-
-    @property
-    def agreement(self) -> float | None:
-        """Share of the split's images on which the student's first class is the teacher's, in [0, 1]."""
-        return self.metrics["agreement"]
-
-    @property
-    def kl(self) -> float | None:
-        """KL divergence of the student from the teacher at temperature 1, in nats, the mean over the split."""
-        return self.metrics["kl"]
-
-
-class Tuned(_Finished):
-    """A finished search.
-
-    Attributes:
-        folder: the folder of the search.
-        metrics: what its `result.json` holds: `trials`, `best`, `value`, `knobs`, `best_run`, `importance`, `test`,
-            `seen`, `command`, … Also called `figures`.
-        page: the HTML page. Also called `report`.
-    """
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """The values of the best trial."""
-        return self.metrics["knobs"]
-
-    @property
-    def best_run(self) -> Path:
-        """The run folder of the best trial's first execution."""
-        return Path(self.metrics["best_run"])
 
 
 Images: TypeAlias = str | Path | Sequence[str | Path]
@@ -95,83 +33,110 @@ Model: TypeAlias = Union[str, Path, "nn.Module"]
 side) in [0, 1] and gives (n, classes)."""
 
 
-def distill_several(
-    data: Images, teacher: str | Sequence[str], students: Sequence[str], out: str | Path, **knobs: Any
-) -> list[Outcome]:
-    """Teaches several students of the same teacher beside each other: views are made, and the teacher is asked, once.
-
-    Args:
-        students: timm names, each taught in a run folder of its name within `out`.
-        **knobs: of all, as `distill` takes them.
-
-    Raises:
-        funmatch.InputError: as `distill` does; or a student came to no end, while the others did.
-    """
-    config = Distill.checked(data=data, teacher=teacher, student=students[0], out=Path(out), **knobs)
-    return [Outcome(each.folder, each.metrics, each.page) for each in run_students(config, students)]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def distill(data: Images, teacher: Model | Sequence[Model], student: Model, out: str | Path, **knobs: Any) -> Outcome:
-    """Teaches a student to be the same function as a teacher, or as several, in a run folder.
+def _with_options(table: type[Options], verb: str) -> Callable[[Function], Function]:
+    """Adds the options that matter most, with their sentences, to what `help` prints of a function."""
+
+    def add(function: Function) -> Function:
+        listed = "\n".join(f"        {line}" for line in essential_lines(table, function.__annotations__))
+        more = f"all: `funmatch {verb} --help-all`, `funmatch.config.{table.__name__}`"
+        function.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n    Options that matter most ({more}):\n{listed}\n"
+        return function
+
+    return add
+
+
+@_with_options(Distill, "distill")
+def distill(
+    data: Images | None = None,
+    teacher: Model | Sequence[Model] | None = None,
+    student: Model | None = None,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Outcome:
+    """Trains a student to match the outputs of a teacher, or of several, in a run folder.
 
     Args:
         data: a folder of images, a name of the catalog, or a source with its prefix, e.g. `tfrecord:…`, `hf:…`; several
             are joined.
         teacher: a run folder, a timm name (with `teacher_weights`), a BiT `.npz`, a module, …, or several of these. A
             module is copied and stays as it is.
-        student: any timm name, or a module, whose copy is taught.
-        out: the run folder; the same call again goes on where the run stands.
-        **knobs: any other of `funmatch.config.Distill`, e.g. `steps=3000, temperature=2.0, student_kwargs={...}`.
+        student: any timm name, or a module, of which a copy is trained.
+        out: the run folder; the same call again resumes the run.
+        **options: any other option of the command, e.g. `steps=3000, student_kwargs={"channels": [16, 32]}`;
+            `config="run.toml"` reads a file, which may hold the arguments above, too.
 
     Raises:
         funmatch.InputError: what was wanted, what came, and what to do.
     """
-    teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-    given: dict[str, nn.Module] = {}
-    names = tuple(_named(each, given) for each in teachers)  # pyrefly: ignore[bad-argument-type]
-    config = Distill.checked(data=data, teacher=names, student=_named(student, given), out=Path(out), **knobs)
-    return _run("distill", config, given)
+    named = {"data": data, "teacher": teacher, "student": student, "out": out}
+    return _train("distill", Distill, _given(named) | options)
 
 
-def train(data: Images, student: Model, out: str | Path, **knobs: Any) -> Outcome:
-    """Trains a network on labels alone, with the views and the loop of `distill`; knobs of `funmatch.config.Train`."""
-    given: dict[str, nn.Module] = {}
-    config = Train.checked(data=data, student=_named(student, given), out=Path(out), **knobs)
-    return _run("train", config, given)
+def distill_several(
+    data: Images, teacher: str | Sequence[str], students: Sequence[str], out: str | Path, **options: Any
+) -> list[Outcome]:
+    """Distils several students of the same teacher side by side: views and teacher outputs are computed once.
+
+    Args:
+        students: timm names; the run folder of each has its name, within `out`.
+        **options: those of all, as `distill` takes them.
+
+    Raises:
+        funmatch.InputError: as `distill` does; or a student failed, while the others finished.
+    """
+    named = {"data": data, "teacher": teacher, "student": students[0], "out": out}
+    with _python_words(Distill):
+        call = _read("distill", Distill, named | options)
+        assert isinstance(call.options, Distill)
+        found = run_students(call.options, students, call.sources)
+    return [Outcome(each.folder, each.metrics, each.page) for each in found]
 
 
-def finetune(data: Images, model: Model, out: str | Path, **knobs: Any) -> Outcome:
-    """Teaches a network with pretrained weights the labels, by BiT-HyperRule; knobs of `funmatch.config.Finetune`."""
-    given: dict[str, nn.Module] = {}
-    config = Finetune.checked(data=data, student=_named(model, given), out=Path(out), **knobs)
-    return _run("finetune", config, given)
+@_with_options(Train, "train")
+def train(
+    data: Images | None = None, student: Model | None = None, out: str | Path | None = None, **options: Any
+) -> Outcome:
+    """Trains a network on labels alone, with the views and the loop of `distill`; arguments are as there."""
+    return _train("train", Train, _given({"data": data, "student": student, "out": out}) | options)
 
 
-def recipe(name: str, **knobs: Any) -> Outcome:
-    """Carries out a published recipe, such as `pet37-fast`; knobs of its verb's table count before its own."""
-    chosen = recipes.find(name)
-    given: dict[str, nn.Module] = {}
-    _name_all(knobs, given)
-    return _run(chosen.verb, chosen.table(**knobs), given)
+@_with_options(Finetune, "finetune")
+def finetune(
+    data: Images | None = None, model: Model | None = None, out: str | Path | None = None, **options: Any
+) -> Outcome:
+    """Trains a network with pretrained weights on labels, by BiT-HyperRule; arguments are as those of `distill`."""
+    return _train("finetune", Finetune, _given({"data": data, "model": model, "out": out}) | options)
 
 
-def prepare(data: Images, **knobs: Any) -> dict[str, Any]:
-    """Fetches, checks and decodes images, or writes them as shards; knobs of `funmatch.config.Prepare`.
+def recipe(name: str, **options: Any) -> Outcome:
+    """Carries out a published recipe, such as `pet37-fast`; options of its command override its own."""
+    verb = recipes.find(name).verb
+    return _train(verb, TAUGHT[verb], options | {"recipe": name})
+
+
+@_with_options(TABLES["prepare"], "prepare")
+def prepare(data: Images | None = None, **options: Any) -> dict[str, Any]:
+    """Downloads, checks and decodes images, or writes them as shards.
 
     Returns:
         `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and of shards `shards`, their paths.
     """
-    return run_verb("prepare", Prepare.checked(data=data, **knobs)).to_json()
+    return _run("prepare", TABLES["prepare"], _given({"data": data}) | options).to_json()
 
 
-def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str] = (), **knobs: Any) -> Tuned:
-    """Searches knobs of a verb (train, finetune, distill) or of a recipe, chosen by validation alone.
+def tune(
+    what: str, out: str | Path | None = None, *, space: Mapping[str, Any] | Sequence[str] = (), **options: Any
+) -> Tuned:
+    """Searches options of a command (train, finetune, distill) or of a recipe; validation alone chooses.
 
     Args:
-        what: the verb, or the name of a recipe.
-        out: the folder of the study; the same call again goes on, in another process it helps.
-        space: knob to values, as the command line has them: `{"lr": "log:1e-5..3e-3", "temperature": [1, 2, 5]}`.
-        **knobs: of the search (`trials=20, executions=2, sampler="tpe", …`) and of the runs (`data`, `teacher`, …).
+        what: the command, or the name of a recipe.
+        out: the folder of the search; the same call again resumes it, in another process it helps.
+        space: option to values, as the command line has them: `{"lr": "log:1e-5..3e-3", "temperature": [1, 2, 5]}`.
+        **options: of the search (`trials=20, executions=2, sampler="tpe", …`) and of the runs (`data`, `teacher`, …).
 
     Raises:
         funmatch.InputError: what was wanted, what came, and what to do.
@@ -180,23 +145,20 @@ def tune(what: str, out: str | Path, *, space: Mapping[str, Any] | Sequence[str]
     if what not in SEARCHED and what not in recipes.RECIPES:
         raise unknown("verb or recipe", what, [*SEARCHED, *recipes.RECIPES])
     if isinstance(space, Mapping):
-        space = [f"{name}={_listed(values)}" for name, values in space.items()]
-    given: dict[str, nn.Module] = {}
-    _name_all(knobs, given)
-    own = {} if what in SEARCHED else recipes.find(what).over(knobs)
-    verb = what if what in SEARCHED else recipes.find(what).verb
-    config = SEARCHED[verb].checked(**own | knobs | {"out": Path(out), "space": tuple(space)})
-    found = run_verb("tune", config, given)
+        space = [f"{name}={_joined(values)}" for name, values in space.items()]
+    named = {"out": out, "space": tuple(space) or None, "recipe": None if what in SEARCHED else what}
+    verb = what if what in SEARCHED else recipes.RECIPES[what].verb
+    found = _run("tune", SEARCHED[verb], options | _given(named), verb)
     return Tuned(found.folder, found.metrics, found.page)
 
 
-def study(name: str | Path, out: str | Path | None = None, **knobs: Any) -> dict[str, Any]:
-    """Carries out a table of runs with several seeds, and draws what came of it; knobs of `funmatch.config.Study`.
+@_with_options(TABLES["study"], "study")
+def study(name: str | Path | None = None, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Carries out a table of runs with several seeds, and draws its figures.
 
     Args:
-        name: of a study that comes with the package (consistency, patience, …), or a file of your own (.toml).
-        out: its folder; the same call again goes on and repeats no finished run.
-        **knobs: `seeds=(0, 1, 2), jobs=2, only=("same/*",), set=("epochs=10",)`.
+        name: a study that comes with the package (consistency, patience, …), or a file of your own (.toml).
+        out: its folder; the same call again resumes it and repeats no finished run.
 
     Returns:
         `study`, `runs`, `finished`, `failed`, `seconds`, `report`, `table`.
@@ -205,53 +167,101 @@ def study(name: str | Path, out: str | Path | None = None, **knobs: Any) -> dict
         funmatch.InputError: every problem of the file.
         funmatch.errors.WorkFailed: runs failed.
     """
-    return run_verb("study", Study.checked(name=str(name), out=Path(out) if out else None, **knobs)).to_json()
+    return _run("study", TABLES["study"], _given({"name": name, "out": out}) | options).to_json()
 
 
-def _listed(values: Any) -> str:
-    """The values of a knob as the command line has them."""
-    return ",".join(map(str, values)) if isinstance(values, list | tuple) else str(values)
-
-
-def evaluate(model: Model, **knobs: Any) -> dict[str, Any]:
-    """Judges a run or a model on a split; knobs of `funmatch.config.Evaluate`.
+@_with_options(TABLES["evaluate"], "evaluate")
+def evaluate(model: Model | None = None, **options: Any) -> dict[str, Any]:
+    """Evaluates a run or a model on a split.
 
     Returns:
         `top1`, `top5`, `agreement`, `kl`, `ece`, `split`, `pictures`, `parameters`, `step`, `run`, …
     """
-    given: dict[str, nn.Module] = {}
-    return run_verb("evaluate", Evaluate.checked(model=_named(model, given), **knobs), given).to_json()
+    return _run("evaluate", TABLES["evaluate"], _given({"model": model}) | options).to_json()
 
 
-def load(model: Model, **knobs: Any) -> Classifier:
+def load(model: Model, **options: Any) -> Classifier:
     """The classifier that a name stands for; arguments of `funmatch.models.load.load`."""
     from funmatch.models.load import load as loaded
 
-    knobs.setdefault("pretrained", True)
-    return loaded(str(model) if isinstance(model, str | Path) else model, **knobs)
+    options.setdefault("pretrained", True)
+    return loaded(str(model) if isinstance(model, str | Path) else model, **options)
 
 
-def _name_all(knobs: dict[str, Any], given: dict[str, nn.Module]) -> None:
-    """Puts names in the place of the models among some knobs."""
-    for knob in knobs.keys() & {"teacher", "student"}:
-        several = knobs[knob] if isinstance(knobs[knob], list | tuple) else [knobs[knob]]
-        named = tuple(_named(each, given) for each in several)
-        knobs[knob] = named if knob == "teacher" else named[0]
+@dataclass(frozen=True)
+class _Call:
+    """What a call asks for: the table of its options, where each comes from, and the modules by their names."""
+
+    options: Options
+    sources: Mapping[str, str]
+    modules: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def _named(model: Model, given: dict[str, nn.Module]) -> str:
-    """The name of a model; that of a module is made up, and `given` holds the module by it."""
-    if isinstance(model, str | Path):
-        return str(model)
-    if not callable(getattr(model, "state_dict", None)):
-        raise InputError(f"a model is a name or a torch.nn.Module, got {type(model).__name__}")
-    name = f"python:{type(model).__name__}"
-    if name in given and given[name] is not model:
-        name += f"-{len(given)}"
-    given[name] = model
+def _train(verb: str, table: type[Train], given: dict[str, Any]) -> Outcome:
+    found = _run(verb, table, given)
+    return Outcome(found.folder, found.metrics, found.page)
+
+
+def _run(verb: str, table: type[Options], given: dict[str, Any], subject: str | None = None) -> Result:
+    with _python_words(table):
+        call = _read(subject or verb, table, given)
+        return run_verb(verb, call.options, call.modules, call.sources)
+
+
+def _read(verb: str, table: type[Options], given: Mapping[str, Any]) -> _Call:
+    """The table of the options that are given, over those of a file and a recipe."""
+    modules: dict[str, nn.Module] = {}
+    values = {word: _named(value, modules) for word, value in given.items()}
+    for word, value in values.items():
+        _check_model(table, word, value)
+    names = {table.field_of(word) or word for word in values}
+    config = Path(values["config"]) if values.get("config") is not None else None
+    layers = layers_below(table, verb, names, config, values.get("recipe"))
+    sources = {name: layers.source_of(name, names, PYTHON) for name in table.model_fields}
+    return _Call(table.checked(**{**layers.values, **values}), sources, modules)
+
+
+def _given(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are given; a file may hold the others."""
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _joined(values: Any) -> str:
+    """The values of an option as the command line has them."""
+    return ",".join(map(str, values)) if isinstance(values, list | tuple) else str(values)
+
+
+def _named(value: Any, modules: dict[str, nn.Module]) -> Any:
+    """A value with a name in the place of each module; `modules` holds these by their names."""
+    if isinstance(value, list | tuple):
+        return [_named(each, modules) for each in value]
+    if isinstance(value, type) or not callable(getattr(value, "state_dict", None)):
+        return value
+    name = f"python:{type(value).__name__}"
+    if name in modules and modules[name] is not value:
+        name += f"-{len(modules)}"
+    modules[name] = value
     return name
 
 
-def _run(verb: str, config: Train, given: dict[str, nn.Module]) -> Outcome:
-    found = run_verb(verb, config, given)
-    return Outcome(found.folder, found.metrics, found.page)
+def _check_model(table: type[Options], word: str, value: Any) -> None:
+    """Raises `InputError` where something stands for a model that can neither name nor be one."""
+    name = table.field_of(word)
+    if name and (table.opt(name).metavar or "").startswith("MODEL"):
+        for each in value if isinstance(value, list) else [value]:
+            if not isinstance(each, str | Path):
+                raise InputError(f"{word}: a model is a name or a torch.nn.Module, got {type(each).__name__}")
+
+
+@contextmanager
+def _python_words(table: type[Options]) -> Generator[None]:
+    """Names options in messages as Python does: steps, not --steps."""
+
+    def renamed(flag: re.Match[str]) -> str:
+        return table.field_of(flag[0]) or flag[0]
+
+    try:
+        yield
+    except InputError as error:
+        error.args = (re.sub(r"--[a-z][a-z0-9-]*", renamed, str(error)),)
+        raise

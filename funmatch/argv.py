@@ -1,20 +1,34 @@
 """Turns the words of a command line into a table of options: repeated options, recipes, and the parser itself."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from funmatch.config import SEARCHED, TAUGHT, Distill, recipes
+from funmatch.config import SEARCHED, Distill, recipes
 from funmatch.config.help import asks_for_help, default_of, metavar
-from funmatch.config.options import Options, like
+from funmatch.config.options import Options
 from funmatch.errors import InputError, unknown
 
 if TYPE_CHECKING:  # the parser takes a tenth of a second to import, which help and versions need not wait for
     from tyro.constructors import PrimitiveConstructorSpec, StructConstructorSpec, StructTypeInfo
 
 
-class DistillMany(Distill):
-    """A distillation of several students in one process."""
+@dataclass(frozen=True)
+class Command:
+    """A command line that was read.
 
-    students: Annotated[tuple[str, ...], like(Distill, "student")]
+    Attributes:
+        verb: the command.
+        options: its table.
+        students: all that were named, where a distillation has several.
+        sources: where the value of each option comes from: the command line, a file, a recipe, or its default.
+    """
+
+    verb: str
+    options: Options
+    students: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -46,25 +60,22 @@ def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
     if not (isinstance(info.type, type) and issubclass(info.type, Options)):
         return None
     fields = []
-    for name, field in info.type.model_fields.items():
+    for name, known in info.type.model_fields.items():
         opt = info.type.opt(name)
         hint = f"({default_of(info.type, name) or 'default: off'})"
         shown = {"metavar": metavar(info.type, name), "help_behavior_hint": hint}
         conf: list[Any] = [tyro.conf.arg(name=opt.flag, aliases=opt.aliases or None, **shown)]
         conf += [tyro.conf.Positional] if opt.positional else []
-        conf += [tyro.conf.FlagCreatePairsOff] if field.default is False else []
-        if spec := _spec_of_numbers(field.annotation) or _spec_of_choices(field.annotation):
-            conf.append(spec)
-        default = tyro.MISSING if field.is_required() else field.default
-        # The table of a recipe holds MISSING for what the words must give, and only what it sets itself.
-        if isinstance(info.default, Options):
+        default = tyro.MISSING if known.is_required() else known.default
+        # The table below holds MISSING for what the words must give, and only what a file or a recipe sets itself.
+        if below := isinstance(info.default, Options):
             default = getattr(info.default, name, default)
-        typed: Any = Annotated[(field.annotation, *conf)]  # pyrefly: ignore[not-a-type]
-        fields.append(
-            StructFieldSpec(
-                name=name, type=typed, default=default, helptext=" ".join((field.description or "").split())
-            )
-        )
+        # A file may have turned a switch on; --no-NAME turns it off again.
+        conf += [tyro.conf.FlagCreatePairsOff] if known.default is False and not below else []
+        conf += [spec] if (spec := _spec_of_numbers(known.annotation) or _spec_of_choices(known.annotation)) else []
+        typed: Any = Annotated[(known.annotation, *conf)]  # pyrefly: ignore[not-a-type]
+        text = " ".join((known.description or "").split())
+        fields.append(StructFieldSpec(name=name, type=typed, default=default, helptext=text))
     return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
 
@@ -157,33 +168,38 @@ def split_subject(words: list[str], verb: str) -> tuple[list[str], str]:
     return words, "distill"
 
 
-def apply_recipe(words: list[str], verb: str, table: type[Options]) -> tuple[list[str], Any]:
-    """Takes the name of a recipe out of the words; returns the rest, and the recipe's table or None.
-
-    The name is the first word, or the value of `--recipe`. What the words set, or make meaningless, is left out of the
-    table.
-    """
-    import tyro
-
+def split_recipe(words: list[str]) -> tuple[list[str], str | None]:
+    """The words without the name of a recipe that stands first, and this name, or the value of `--recipe`."""
     left, names = list(words), []
     if left and not left[0].startswith("-"):
         names.append(left.pop(0))
-    for number, word in enumerate(left):
-        if word == "--recipe" and number + 1 < len(left):
-            names.append(left[number + 1])
-        elif word.startswith("--recipe="):
-            names.append(word.partition("=")[2])
-    if not names:
-        return words, None
+    names += values_of("--recipe", left)
     if len(set(names)) > 1:
         raise InputError(f"two recipes are given, {' and '.join(names)}; a run follows one")
-    flags = {word.partition("=")[0] for word in left if word.startswith("--")}
-    given = [name for flag in flags if (name := table.field_of(flag))]
-    required = [name for name, field in table.model_fields.items() if field.is_required()]
-    values = recipes.find(names[0], verb).over(given)
-    if table not in TAUGHT.values() and "out" in values:
-        values["out"] = values["out"].with_name(f"tune-{names[0]}")  # the recipe's own folder is a run's
-    return left, table.model_construct(**dict.fromkeys(required, tyro.MISSING) | values)
+    return left, names[0] if names else None
+
+
+def values_of(flag: str, words: list[str]) -> list[str]:
+    """The values that a flag has among words, as `--flag value` or `--flag=value`."""
+    joined = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+    return [value for word, value in pairwise(words) if word == flag and not value.startswith("--")] + joined
+
+
+def given_options(words: list[str], table: type[Options]) -> set[str]:
+    """The options that words set, whatever their values."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    names = {table.field_of(flag) or table.field_of(flag.replace("--no-", "--", 1)) for flag in flags}
+    if words and not words[0].startswith("-"):
+        names |= table.where(lambda opt: opt.positional)
+    return {name for name in names if name}
+
+
+def default_table(table: type[Options], values: Mapping[str, Any]) -> Options:
+    """A table for the parser to begin with: some values, and whatever else is required still to be given."""
+    import tyro
+
+    required = [name for name, each in table.model_fields.items() if each.is_required()]
+    return table.model_construct(**dict.fromkeys(required, tyro.MISSING) | dict(values))
 
 
 def merge_repeated(words: list[str], table: type[Options]) -> list[str]:

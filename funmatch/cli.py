@@ -5,16 +5,27 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
 from errno import EDQUOT, ENOSPC
 from io import TextIOWrapper
+from pathlib import Path
 
-from funmatch.argv import DistillMany, apply_recipe, merge_repeated, parse_options, split_students, split_subject
-from funmatch.commands.verbs import TABLES, VERBS, find_verb, load_function, run_students, run_verb
-from funmatch.config import TAUGHT, help
+from funmatch.argv import (
+    Command,
+    default_table,
+    given_options,
+    merge_repeated,
+    parse_options,
+    split_recipe,
+    split_students,
+    split_subject,
+    values_of,
+)
+from funmatch.commands import completion
+from funmatch.commands.verbs import TABLES, find_verb, run_students, run_verb, show
+from funmatch.config import TAUGHT, Distill, help
 from funmatch.config.options import Options
+from funmatch.config.sources.layers import COMMAND_LINE, layers_below
 from funmatch.errors import InputError, WorkFailed, is_out_of_memory
-from funmatch.reports.result import Result
 from funmatch.runtime import env
 from funmatch.runtime.env import reported_elsewhere
 from funmatch.version import __version__
@@ -28,10 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files are whatever bytes they are
     try:
-        config = parse(arguments)
+        command = read_command(arguments)
         for library in ("timm", "PIL"):  # what these say is for programmers
             warnings.filterwarnings("ignore", category=UserWarning, module=library)
-        carry_out(arguments[0], config)
+        carry_out(command)
         sys.stdout.flush()
     except InputError as error:
         _fail(error, str(error))
@@ -57,27 +68,30 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(0)
 
 
-def carry_out(verb: str, config: Options) -> None:
+def carry_out(command: Command) -> None:
     """Runs a verb, and prints its result on the first process."""
-    several = isinstance(config, DistillMany)
-    results = run_students(config, config.students) if several else [run_verb(verb, config)]
+    verb, options, students = command.verb, command.options, command.students
+    if students and isinstance(options, Distill):
+        results = run_students(options, students, command.sources)
+    else:
+        results = [run_verb(verb, options, sources=command.sources)]
     if not env.is_main_process():
         return
-    if config.as_json:
+    if options.as_json:
         objects = [each.to_json() for each in results]
-        print(json.dumps({"runs": objects} if several else objects[0]))
+        print(json.dumps({"runs": objects} if students else objects[0]))
     else:
-        show(verb, results)
-
-
-def show(verb: str, results: Sequence[Result]) -> None:
-    """Prints the results of a verb for people."""
-    for each in results:
-        load_function(VERBS[verb].show)(each)
+        for each in results:
+            show(verb, options, each)
 
 
 def parse(arguments: list[str]) -> Options:
     """The verb's table from words; help, and whatever tyro finds wrong, end the program."""
+    return read_command(arguments).options
+
+
+def read_command(arguments: list[str]) -> Command:
+    """The command that words are; help, and whatever tyro finds wrong, end the program."""
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     verb = arguments[0] if arguments else "--help"
@@ -86,6 +100,9 @@ def parse(arguments: list[str]) -> Options:
         sys.exit(0)
     if verb in ("-h", "--help"):
         print(help.overview(TABLES))
+        sys.exit(0)
+    if verb == "--print-completion":
+        print(completion.script(arguments[1] if len(arguments) > 1 else ""))
         sys.exit(0)
     known = find_verb(verb)
     if env.world_size() > 1 and verb not in TAUGHT:
@@ -101,11 +118,13 @@ def parse(arguments: list[str]) -> Options:
         print(help.help_of(subject, table, everything="--help-all" in words, usage=named))
         sys.exit(0)
     words, students = split_students(words) if verb == "distill" else (words, ())
-    words, default = merge_repeated(words, table), None
-    if taught in TAUGHT:
-        words, default = apply_recipe(words, taught, table)
-    config = parse_options(words, table, f"funmatch {named}", default, show=told)
-    return DistillMany(**config.model_dump(), students=students) if len(students) > 1 else config
+    words, recipe = split_recipe(merge_repeated(words, table)) if taught in TAUGHT else (words, None)
+    given, files = given_options(words, table), values_of("--config", words)
+    layers = layers_below(table, taught, given, Path(files[-1]) if files else None, recipe)
+    default = default_table(table, layers.values) if files or recipe else None
+    options = parse_options(words, table, f"funmatch {named}", default, show=told)
+    sources = {name: layers.source_of(name, given, COMMAND_LINE) for name in table.model_fields}
+    return Command(verb, options, students if len(students) > 1 else (), sources)
 
 
 def _fail(error: Exception, message: str) -> None:

@@ -40,6 +40,7 @@ VERBS: dict[str, Verb] = {
     "finetune": Verb(config.Finetune, "training.finetune:run", RUN_TABLE, page=RUN_PAGE),
     "distill": Verb(config.Distill, "training.distill:run", RUN_TABLE, page=RUN_PAGE),
     "train": Verb(config.Train, "training.train:run", RUN_TABLE, page=RUN_PAGE),
+    "config": Verb(config.Config, "commands.config:run", "commands.config:show"),
     "evaluate": Verb(config.Evaluate, "training.evaluate:run", RUN_TABLE),
     "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show"),
     "data": Verb(config.Data, "commands.data:run", "commands.prepare:show"),
@@ -53,6 +54,8 @@ VERBS: dict[str, Verb] = {
     "report": Verb(config.Report, "reports.run_page:run", "reports.run_page:show"),
 }
 """Every verb, in the order of `funmatch --help`. A new one needs a table in `config`, its own file and a line here."""
+DRY_RUN = Verb(config.Train, "commands.dry_run:run", "commands.dry_run:show")
+"""What takes the place of a verb under `--dry-run`."""
 TABLES: dict[str, type[Options]] = {name: verb.table for name, verb in VERBS.items()}
 """The options of each verb."""
 
@@ -74,31 +77,56 @@ def find_verb(name: str) -> Verb:
     return VERBS[name]
 
 
-def run_verb(name: str, options: Options, modules: Mapping[str, Any] | None = None) -> Result:
+def run_verb(
+    name: str,
+    options: Options,
+    modules: Mapping[str, Any] | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> Result:
     """Carries out a verb and writes its page.
 
     Args:
         options: its table.
         modules: models from Python, by the names that stand for them in `options`.
+        sources: where the value of each option comes from, for a dry run to show.
 
     Raises:
         InputError: every problem of the options, before anything is read or written.
     """
     verb = find_verb(name)
     options.check()  # here, for all verbs and all doors, and nowhere else
+    if is_dry_run(options):
+        return load_function(DRY_RUN.run)(options, modules or {}, sources or {})
     run = load_function(verb.run)
     found = run(options, modules) if modules else run(options)
     return found if isinstance(found, Result) else _with_page(verb, found, options)
 
 
-def run_students(options: config.Distill, students: Sequence[str]) -> list[Result]:
+def run_students(
+    options: config.Distill, students: Sequence[str], sources: Mapping[str, str] | None = None
+) -> list[Result]:
     """Distils several students of the same teacher side by side, and writes the page of each."""
     from funmatch.training import distill_many
 
     options.check()
     each = distill_many.split_by_student(options, students)
+    if is_dry_run(options):
+        return [run_verb("distill", one, sources=sources) for one in each]
     metrics = distill_many.run(each)["runs"]
     return [_with_page(VERBS["distill"], found, one) for found, one in zip(metrics, each, strict=True)]
+
+
+def is_dry_run(options: Options) -> bool:
+    """Whether a run is only to be described."""
+    return isinstance(options, config.Train) and options.dry_run
+
+
+def show(name: str, options: Options, result: Result) -> None:
+    """Prints the result of a verb for people."""
+    if is_dry_run(options):
+        load_function(DRY_RUN.show)(result, type(options))
+    else:
+        load_function(VERBS[name].show)(result)
 
 
 def _with_page(verb: Verb, metrics: dict[str, Any], options: Options) -> Result:

@@ -5,10 +5,11 @@ from funmatch.config.distill import TAUGHT, Distill, Teaching
 from funmatch.config.evaluate import Evaluate
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.optim import Schedule
-from funmatch.config.options import Machine, Options, Precision, options_changing
+from funmatch.config.options import Machine, Options, options_changing
 from funmatch.config.search import SEARCHED, Search, SearchDistill, SearchFinetune, SearchTrain
-from funmatch.config.tools import Demo, Import, Models, Plan, Recipes, Report, Study, Tape
+from funmatch.config.tools import Config, Demo, Import, Models, Plan, Recipes, Report, Study, Tape
 from funmatch.config.train import Finetune, Train
+from funmatch.config.values import Precision
 
 Pictures = Images
 Words = tuple[str, ...]
@@ -17,8 +18,8 @@ UNCOMPARED = frozenset(name for table in TAUGHT.values() for name in table.where
 """The options that a run may have otherwise when it resumes."""
 
 __all__ = [
-    "SEARCHED", "TAUGHT", "UNCOMPARED", "Changes", "Data", "Demo", "Distill", "Evaluate", "Finetune", "Group", "Images",
-    "Import", "Machine", "Models", "Named", "Opt", "Options", "Pictures", "Plan", "Precision", "Prepare", "Recipes",
-    "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Study", "Tape", "Teaching",
-    "Train", "Words", "options_changing",
+    "SEARCHED", "TAUGHT", "UNCOMPARED", "Changes", "Config", "Data", "Demo", "Distill", "Evaluate", "Finetune",
+    "Group", "Images", "Import", "Machine", "Models", "Named", "Opt", "Options", "Pictures", "Plan", "Precision",
+    "Prepare", "Recipes", "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Study",
+    "Tape", "Teaching", "Train", "Words", "options_changing",
 ]  # fmt: skip

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.metadata import Changes, Group, Opt
-from funmatch.config.options import Names, Options, Share
+from funmatch.config.options import Options
+from funmatch.config.values import Names, Share
 
 DATA, PLACE = Changes.DATA, Changes.PLACE
 VALIDATION_SHARE = "10%"

@@ -5,8 +5,9 @@ from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.choices import DISTANCES, STRATEGIES, Crop, Strategy
 from funmatch.config.metadata import Changes, Group, Opt
-from funmatch.config.options import Integers, Names, Numbers, Options, Pairs, Precision, like
+from funmatch.config.options import Options, like
 from funmatch.config.train import Finetune, Train
+from funmatch.config.values import Integers, Names, Numbers, Pairs, Precision
 from funmatch.errors import unknown
 
 STUDENT, TEACHER = Changes.STUDENT, Changes.TEACHER

@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar
 from funmatch.config.data import Images
 from funmatch.config.distill import Distill, Teaching
 from funmatch.config.metadata import Changes, Group, Opt
-from funmatch.config.options import Machine, Names, Pairs, like
+from funmatch.config.options import Machine, like
 from funmatch.config.train import Train
+from funmatch.config.values import Names, Pairs
 
 
 class Evaluate(Images, Teaching, Machine):

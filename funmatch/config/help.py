@@ -54,15 +54,36 @@ def help_of(verb: str, table: type[Options], *, everything: bool = False, usage:
         lines += ["", _bold("Examples:" if len(table.examples) > 1 else "Example:")]
         lines += [line for example in table.examples for line in _command(example, "  ")]
     if everything:
-        for group in dict.fromkeys(opt.group for _, opt in shown):
-            lines += ["", _bold(f"{table.headings.get(group, group.value)}:")]
-            lines += [line for name, opt in shown if opt.group is group for line in _option(table, name, opt)]
+        for heading, names in grouped(table):
+            lines += ["", _bold(f"{heading}:")]
+            lines += [line for name in names for line in _option(table, name, table.opt(name))]
         return "\n".join(lines)
     lines += ["", _bold("Options that matter most:")]
     essential = [(name, opt) for name, opt in shown if opt.essential or table.model_fields[name].is_required()]
     essential.sort(key=lambda item: not table.model_fields[item[0]].is_required())
     lines += [line for name, opt in essential for line in _option(table, name, opt)]
     return "\n".join([*lines, "", f"`funmatch {verb} --help-all` shows all {len(shown)} options."])
+
+
+def grouped(table: type[Options]) -> list[tuple[str, list[str]]]:
+    """The headings of a table, and the options under each, those first without which there is no run."""
+    shown = _sorted(table)
+    groups = dict.fromkeys(opt.group for _, opt in shown)
+    return [
+        (table.headings.get(group, group.value), [name for name, opt in shown if opt.group is group])
+        for group in groups
+    ]
+
+
+def essential_lines(table: type[Options], without: Iterable[str] = ()) -> list[str]:
+    """The options that matter most as Python names them, a line or more each: name, sentence, default."""
+    shown = [(name, opt) for name, opt in _sorted(table) if opt.essential and name not in {*without}]
+    lines = []
+    for name, _ in shown:
+        text = " ".join((table.model_fields[name].description or "").split())
+        note = default_of(table, name)
+        lines += textwrap.wrap(f"{name}: {text}{f' ({note})' if note else ''}", 100, subsequent_indent="    ")
+    return lines
 
 
 def asks_for_help(words: Iterable[str]) -> bool:
@@ -72,13 +93,19 @@ def asks_for_help(words: Iterable[str]) -> bool:
 
 def label(table: type[Options], name: str) -> str:
     """How an option is typed: its flags, and what stands for its value."""
-    opt, default = table.opt(name), table.model_fields[name].default
-    if opt.positional:
+    if table.opt(name).positional:
         return metavar(table, name)
+    return f"{', '.join(flags_of(table, name))} {metavar(table, name)}".strip()
+
+
+def flags_of(table: type[Options], name: str) -> list[str]:
+    """The flags of an option, short ones first; none where its value stands without one."""
+    opt = table.opt(name)
+    if opt.positional:
+        return []
     flag = _flag(name, opt)
-    flags = [flag, *([flag.replace("--", "--no-", 1)] if default is True else []), *opt.aliases]
-    flags.sort(key=lambda each: each.startswith("--"))  # short ones first
-    return f"{', '.join(flags)} {metavar(table, name)}".strip()
+    off = [flag.replace("--", "--no-", 1)] if table.model_fields[name].default is True else []
+    return sorted([flag, *off, *opt.aliases], key=lambda each: each.startswith("--"))
 
 
 def _flag(name: str, opt: Opt) -> str:

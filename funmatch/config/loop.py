@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from funmatch.config.metadata import Changes, Group, Opt
-from funmatch.config.options import Machine, Options, Pairs
+from funmatch.config.options import Machine, Options
+from funmatch.config.values import Pairs
 
 STUDENT, PLACE, ARITHMETIC = Changes.STUDENT, Changes.PLACE, Changes.ARITHMETIC
 

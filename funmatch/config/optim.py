@@ -3,7 +3,8 @@
 from typing import Annotated, Literal
 
 from funmatch.config.metadata import Changes, Group, Opt
-from funmatch.config.options import Options, Pairs
+from funmatch.config.options import Options
+from funmatch.config.values import Pairs
 
 STUDENT = Changes.STUDENT
 LR = 3e-3

@@ -1,58 +1,16 @@
 """The base of all tables of options: frozen, no unknown key, every problem reported at once."""
 
-import ast
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.values import Precision, normalised, type_problem
 from funmatch.errors import InputError, unknown
-
-
-def _as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, int | float) else value
-
-
-def _as_names(value: Any) -> Any:
-    if value is None or isinstance(value, str | Path):
-        value = () if value is None else (value,)
-    return tuple(map(str, value)) if isinstance(value, list | tuple) else value
-
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, int | float) else value
-
-
-def _as_pairs(value: Any) -> Any:
-    if isinstance(value, dict):
-        value = [f"{key}={option!r}" for key, option in value.items()]
-    value = [value] if isinstance(value, str) else value
-    return tuple(map(_canonical, value)) if isinstance(value, list | tuple) else value
-
-
-def _canonical(option: Any) -> Any:
-    """`channels=16,32` as `channels=(16, 32)`: one spelling for each value, so that equal options compare equal."""
-    key, equals, value = str(option).partition("=")
-    try:
-        parsed = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return option
-    return f"{key}{equals}{parsed if isinstance(parsed, str) else repr(parsed)}"
-
-
-Share = Annotated[str | None, BeforeValidator(_as_text)]
-"""`10%`, `0.1` or a number of images."""
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
-"""One name or path, or several."""
-Pairs = Annotated[tuple[str, ...], BeforeValidator(_as_pairs)]
-"""`key=value` each, or a dictionary."""
-Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Options(BaseModel):
@@ -73,6 +31,14 @@ class Options(BaseModel):
 
     as_json: Annotated[bool, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False, flag="json")] = False
     """Print the result as one JSON object on standard output, and nothing else there."""
+    # Not part of a record: what a file says is recorded option by option.
+    config: Annotated[
+        Path | None,
+        Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False, essential=True, usual="none", metavar="FILE"),
+        Field(exclude=True),
+    ] = None
+    """File of options: .toml (`funmatch config` writes a template), .yaml, or the config.json of a run. Options on the
+    command line override it; paths in it are relative to the current folder."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -113,17 +79,34 @@ class Options(BaseModel):
         return None
 
     @classmethod
+    def words(cls) -> list[str]:
+        """The names, flags and aliases of all options, as Python and files write them."""
+        others = (each for name, opt in cls.opts() for each in (opt.flag or name, *opt.aliases))
+        return [*cls.model_fields, *(word for each in others if len(word := each.lstrip("-").replace("-", "_")) > 1)]
+
+    @classmethod
     def checked(cls, **options: Any) -> Self:
         """The table with these options, or an `InputError` that holds every problem."""
         values: dict[str, Any] = {}
+        problems: list[str] = []
         for word, value in options.items():
             name = cls.field_of(word)
             if name is None:
-                raise unknown("option", word, cls.model_fields)
-            if name in values:
-                raise InputError(f"{name} is set twice, once as {word}; set it once")
-            # pydantic takes no Path for a name of a model or of images, which may be a path.
-            values[name] = str(value) if isinstance(value, Path) else value
+                problems.append(str(unknown("option", word, cls.words())))
+            elif name in values:
+                problems.append(f"{name} is set twice, once as {word}; set it once")
+            elif problem := type_problem(cls.model_fields[name], value):
+                problems.append(f"{name}: {problem}")
+            else:
+                values[name] = normalised(cls.model_fields[name], value)
+        found = {cls.field_of(word) for word in options}
+        problems += [
+            f"{name} is missing"
+            for name, field in cls.model_fields.items()
+            if field.is_required() and name not in found
+        ]
+        if problems:
+            raise InputError(listed(problems))
         try:
             table = cls(**values)
         except ValidationError as error:

@@ -7,6 +7,7 @@ from funmatch.config.data import Images
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.options import Machine, Options, like
 from funmatch.config.train import Train
+from funmatch.config.values import Names
 
 PLACE, STUDENT = Changes.PLACE, Changes.STUDENT
 
@@ -86,6 +87,21 @@ class Study(Options):
     """Let runs that show the same teacher the same views share its logits (`distill --tape`)."""
     draw: Annotated[bool, Opt(group=Group.OUTPUT, changes=PLACE)] = False
     """Only redraw the page from results.jsonl."""
+
+
+class Config(Options):
+    """Write a configuration file: a template with every option of a command."""
+
+    verbs: ClassVar[str] = "Start"
+    examples: ClassVar[tuple[str, ...]] = ("funmatch config distill > run.toml",)
+
+    command: Annotated[
+        Names, Opt(group=Group.OUTPUT, changes=PLACE, positional=True, essential=True, metavar="COMMAND")
+    ] = ("distill",)
+    """Command whose options the file shall hold, e.g. finetune, or tune distill."""
+
+    def problems(self) -> list[str]:
+        return ([] if self.command else ["give the command whose options the file shall hold"]) + super().problems()
 
 
 class Plan(Options):

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
+
 from funmatch.config.choices import Crop
 from funmatch.config.data import Images
 from funmatch.config.loop import Loop, Student
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.optim import ADAMW_LR, Optimizer, Schedule
-from funmatch.config.options import Names, like
+from funmatch.config.options import like
+from funmatch.config.values import Names
 from funmatch.config.views import Views
 
 
@@ -40,6 +43,10 @@ class Train(Images, Student, Views, Optimizer, Loop):
     recipe: Annotated[str | None, Opt(group=Group.OUTPUT, changes=Changes.PLACE, usual="none", metavar="NAME")] = None
     """Published recipe (`funmatch recipes` lists them), also given as the first word: it sets every option; options on
     the command line override it."""
+
+    dry_run: Annotated[bool, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False), Field(exclude=True)] = False
+    """Print the options as they would be used, where each value comes from, the images, the parameters and the length;
+    train nothing and write no run folder."""
 
     def problems(self) -> list[str]:
         found = [] if self.data else ["give the training images by --data"]

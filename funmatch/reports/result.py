@@ -1,4 +1,4 @@
-"""Defines the result of a command: its folder, its metrics and its HTML page."""
+"""Defines the result of a command: its folder, its metrics and its HTML page; and that of a run and of a search."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,75 @@ class Result:
         ]
         rows += [["report", str(self.page)]] if self.page else []
         return html_table(["", ""], rows)
+
+
+class _Finished(Result):
+    """A result that has a folder and a page, with the names that its parts had first."""
+
+    folder: Path
+    page: Path
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The metrics."""
+        return self.metrics
+
+    @property
+    def report(self) -> Path:
+        """The HTML page."""
+        return self.page
+
+
+class Outcome(_Finished):
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        metrics: what `result.json` holds: `top1`, `top5`, `agreement`, `kl`, `ece`, `step`, `split`, `seconds`, …;
+            None stands for a value that could not be computed. Also called `figures`.
+        page: the HTML page. Also called `report`.
+    """
+
+    @property
+    def student(self) -> Path:
+        """The folder of the student; `timm.create_model(f"local-dir:{student}", pretrained=True)` loads it."""
+        return self.folder / "student"
+
+    @property
+    def top1(self) -> float | None:
+        """Share of the split's images whose first class is right, in [0, 1]."""
+        return self.metrics.get("top1")
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the split's images on which the student's first class is the teacher's, in [0, 1]."""
+        return self.metrics.get("agreement")
+
+    @property
+    def kl(self) -> float | None:
+        """KL divergence of the student from the teacher at temperature 1, in nats, the mean over the split."""
+        return self.metrics.get("kl")
+
+
+class Tuned(_Finished):
+    """A finished search.
+
+    Attributes:
+        folder: the folder of the search.
+        metrics: what its `result.json` holds: `trials`, `best`, `value`, `knobs`, `best_run`, `importance`, `test`,
+            `seen`, `command`, … Also called `figures`.
+        page: the HTML page. Also called `report`.
+    """
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The values of the best trial."""
+        return self.metrics["knobs"]
+
+    @property
+    def best_run(self) -> Path:
+        """The run folder of the best trial's first execution."""
+        return Path(self.metrics["best_run"])
 
 
 def _plain(value: Any) -> str:

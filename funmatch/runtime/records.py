@@ -24,6 +24,7 @@ from funmatch.runtime.json_files import FORMAT, Damaged, Shape, read_json, read_
 
 RUN_RECORD = "config.json"
 """The record of a run's folder: packages that know no runs recognise one by it."""
+RUN_FORMAT = 1
 RUN_SHAPE = {"verb": str, "knobs": dict[str, Any], "facts": dict[str, Any]}
 
 

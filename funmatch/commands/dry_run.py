@@ -1,0 +1,88 @@
+"""Describes a run without starting it: options and where they come from, images, networks and length."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from funmatch.config import Distill, Finetune, Group, Train
+from funmatch.config.sources.layers import DEFAULT
+from funmatch.reports.result import Result
+from funmatch.runtime.log import print_table
+from funmatch.training import distill, finetune, train
+from funmatch.training.setup import TrainSetup
+from funmatch.training.student.build import Modules
+
+
+def run(config: Train, given: Modules, sources: Mapping[str, str]) -> Result:
+    """Makes a run ready as it would be, except for its folder, and trains nothing.
+
+    Args:
+        given: modules from Python, by the names that stand for them.
+        sources: option to where its value comes from; others have their default.
+
+    Returns:
+        `options` (for each its `value`, resolved, and its `source`), `splits` (images in each), `classes`,
+        `parameters` (`student`, and `teachers` in their order), `steps`, `epochs`, `run` (the folder it would have).
+
+    Raises:
+        InputError: whatever is wrong with the run that can be known before it begins.
+    """
+    setup, teachers = _ready(config, given)
+    images = len(setup.cache.splits["train"])
+    return Result(
+        None,
+        {
+            "run": str(config.out),
+            "options": _options(config, setup.config, sources),
+            "splits": {name: len(split) for name, split in setup.cache.splits.items()},
+            "classes": len(setup.class_names or setup.cache.classes),
+            "parameters": {"student": setup.student.classifier.count_parameters(), "teachers": teachers},
+            "steps": setup.loop.steps,
+            "epochs": setup.loop.steps * setup.config.batch / images,
+        },
+    )
+
+
+def _ready(config: Train, given: Modules) -> tuple[TrainSetup[Any], list[int]]:
+    """The run, made ready, and the parameters of its teachers."""
+    if isinstance(config, Distill):
+        cache, loaded = distill.open_inputs(config, given)
+        setup = distill.build_distill_setup(config, cache, loaded, given)
+        return setup, [one.classifier.count_parameters() for one in loaded]
+    if isinstance(config, Finetune):
+        return finetune.build_finetune_setup(config, given), []
+    return train.build_train_setup(config, given), []
+
+
+def _options(asked: Train, resolved: Train, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Each option with its value and its source; one that stands in another's place (epochs for steps) as given."""
+    before, after = asked.model_dump(mode="json"), resolved.model_dump(mode="json")
+    return {
+        name: {
+            "value": before[name] if value is None else value,
+            "source": sources.get(name, DEFAULT),
+        }
+        for name, value in after.items()
+    }
+
+
+def show(result: Result, table: type[Train]) -> None:
+    """Prints a dry run."""
+    metrics, options = result.metrics, result.metrics["options"]
+    names = sorted(options, key=lambda name: list(Group).index(table.opt(name).group))
+    rows = [[name, _written(options[name]["value"]), options[name]["source"]] for name in names]
+    print_table(f"{metrics['run']}, as it would run", ["option", "value", "from"], rows)
+    splits = ", ".join(f"{count:,} {name}" for name, count in metrics["splits"].items())
+    print(f"images: {splits}; {metrics['classes']:,} classes")
+    teachers = "".join(f", teacher {count:,}" for count in metrics["parameters"]["teachers"])
+    print(f"parameters: student {metrics['parameters']['student']:,}{teachers}")
+    print(f"length: {metrics['steps']:,} steps, {metrics['epochs']:,.4g} epochs")
+    print("nothing was trained or written; without --dry-run the run begins")
+
+
+def _written(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None or value == []:
+        return "–"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

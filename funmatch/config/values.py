@@ -1,0 +1,173 @@
+"""Defines the types that options share, and checks values that are not typed on a command line.
+
+Words of a command line are text, and become what an option needs. Values from Python, TOML or YAML have types of their
+own, and pydantic would turn True into 1.0 and "4" into 4. Here these are mistakes.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BeforeValidator, TypeAdapter
+from pydantic.fields import FieldInfo
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _as_names(value: Any) -> Any:
+    if value is None or isinstance(value, str | Path):
+        value = () if value is None else (value,)
+    return tuple(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) else value
+
+
+def _as_pairs(value: Any) -> Any:
+    if isinstance(value, dict):
+        value = [f"{key}={option!r}" for key, option in value.items()]
+    value = [value] if isinstance(value, str) else value
+    return tuple(map(_canonical, value)) if isinstance(value, list | tuple) else value
+
+
+def _canonical(option: Any) -> Any:
+    """`channels=16,32` as `channels=(16, 32)`: one spelling for each value, so that equal options compare equal."""
+    key, equals, value = str(option).partition("=")
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return option
+    return f"{key}{equals}{parsed if isinstance(parsed, str) else repr(parsed)}"
+
+
+Share = Annotated[str | None, BeforeValidator(_as_text)]
+"""`10%`, `0.1` or a number of images."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+"""One name or path, or several."""
+Pairs = Annotated[tuple[str, ...], BeforeValidator(_as_pairs)]
+"""`key=value` each, or a dictionary."""
+Integers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+ONE = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "a string"}
+MANY = {bool: "truth values", int: "whole numbers", float: "numbers", Path: "paths", str: "strings"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What values an option takes.
+
+    Attributes:
+        types: of a value, or of each where there may be several.
+        choices: the texts that are allowed, where only some are.
+        several: whether it takes a list; a single value then stands for a list of one.
+        count: how many values the list has, where that is fixed.
+        optional: whether it may be None.
+        pairs: whether a dictionary may stand for `key=value` each.
+    """
+
+    types: frozenset[type]
+    choices: tuple[str, ...]
+    several: bool
+    count: int | None
+    optional: bool
+    pairs: bool
+
+    @property
+    def description(self) -> str:
+        """The kind in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        words = MANY if self.several else ONE
+        named = " or ".join(words[each] for each in words if each in self.types)
+        if not self.several:
+            return named
+        return f"{self.count} {named}" if self.count else f"a list of {named}"
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is of this kind."""
+        if value is None:
+            return self.optional or self.several
+        if isinstance(value, dict):
+            return self.pairs
+        if isinstance(value, list | tuple):
+            fits = self.several and (self.count is None or self.count == len(value))
+            return fits and all(self._is_one(each) for each in value)
+        return self.count in (None, 1) and self._is_one(value)
+
+    def _is_one(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return bool in self.types
+        if isinstance(value, Integral):
+            return bool(self.types & {int, float})
+        if isinstance(value, Real):
+            return float in self.types
+        if isinstance(value, str):
+            return value in self.choices or bool(self.types & {str, Path})
+        return isinstance(value, Path) and bool(self.types & {str, Path})
+
+
+def kind_of(field: FieldInfo) -> Kind:
+    """The kind of values that a field takes."""
+    kind: Any = field.annotation
+    members = get_args(kind) if type(None) in get_args(kind) else (kind,)
+    optional = type(None) in members
+    converters = {each.func for each in field.metadata if isinstance(each, BeforeValidator)}
+    types: set[type] = {int, float} if _as_text in converters else set()
+    choices: tuple[str, ...] = ()
+    several, count = False, None
+    for member in members:
+        if get_origin(member) is tuple:
+            inner = get_args(member)
+            several, count = True, None if inner[-1] is Ellipsis else len(inner)
+            types.add(inner[0])
+        elif get_origin(member) is Literal:
+            choices = get_args(member)
+        elif member is not type(None):
+            types.add(member)
+    return Kind(frozenset(types), choices, several, count, optional, _as_pairs in converters)
+
+
+def type_problem(field: FieldInfo, value: Any) -> str | None:
+    """What was wanted and what came, where a value is of another type than an option's; None where it fits."""
+    kind = kind_of(field)
+    if kind.accepts(value):
+        return None
+    text = " (a string)" if isinstance(value, str) and not kind.choices else ""
+    return f"wanted {kind.description}, got {value!r}{text}"
+
+
+def normalised(field: FieldInfo, value: Any) -> Any:
+    """A value that fits, of Python's own types: lists for several values, no path objects, no numbers of NumPy."""
+    # pydantic takes no Path for a name of a model or of images, which may be a path, and no integers of NumPy.
+    kind = kind_of(field)
+    if value is None:
+        return None if kind.optional else []
+    if kind.several and not isinstance(value, list | tuple | dict):
+        value = [value]
+    if isinstance(value, list | tuple):
+        return list(_plain(value))
+    return next(_plain([value]))
+
+
+def converted(field: FieldInfo, value: Any) -> Any:
+    """A value that fits, as a table holds it: tuples for several values, path objects for paths."""
+    kind: Any = Annotated[(field.annotation, *field.metadata)]  # pyrefly: ignore[not-a-type]
+    return TypeAdapter(kind).validate_python(normalised(field, value))
+
+
+def _plain(values: list[Any] | tuple[Any, ...]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, Path):
+            yield str(value)
+        elif isinstance(value, bool) or not isinstance(value, Real):
+            yield value
+        else:
+            yield int(value) if isinstance(value, Integral) else float(value)

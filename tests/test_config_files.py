@@ -1,0 +1,283 @@
+"""Files of options: which value counts, what a run's own record gives, templates, and every way to get a file wrong."""
+
+import json
+import re
+import shutil
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import funmatch as package
+from funmatch.cli import main, read_command
+from funmatch.commands.verbs import VERBS
+from funmatch.config import SEARCHED, Distill
+from funmatch.config.options import Options
+from funmatch.config.sources.template import template
+from funmatch.errors import InputError
+
+OLD_RUN = Path(__file__).parent / "fixtures" / "old_run"
+MINI = """\
+data = "fashion-mini"
+teacher = ["fashion-mini-teacher"]
+student = "fashion-mini-student"
+batch-size = 16
+steps = 3
+"""
+TABLES = {name: verb.table for name, verb in VERBS.items() if not verb.subjects}
+TABLES |= {f"tune {name}": table for name, table in SEARCHED.items()}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(MINI)
+    return tmp_path
+
+
+@pytest.fixture
+def funmatch(capsys):
+    """Runs `funmatch …` in this process."""
+
+    def run(*words: str, check: int = 0) -> SimpleNamespace:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(words))
+        out, err = capsys.readouterr()
+        assert ended.value.code == check, err
+        return SimpleNamespace(stdout=out, stderr=err)
+
+    return run
+
+
+def read(line: str) -> tuple[Options, dict[str, str]]:
+    command = read_command(line.split())
+    return command.options, {name: source for name, source in command.sources.items() if source != "default"}
+
+
+def test_a_file_gives_what_the_command_line_does_not():
+    options, sources = read("distill --config run.toml --out o --lr 1e-3 -b 8")
+    assert isinstance(options, Distill)
+    assert (options.data, options.teacher) == (("fashion-mini",), ("fashion-mini-teacher",))
+    assert (options.batch, options.steps, options.lr, options.out) == (8, 3, 1e-3, Path("o"))
+    assert sources["batch"] == sources["lr"] == "command line"
+    assert sources["steps"] == sources["data"] == "run.toml"
+    assert "temperature" not in sources
+
+
+def test_what_a_person_sets_drops_what_it_replaces():
+    options, sources = read("distill --config run.toml --out o --epochs 2")
+    assert (options.steps, options.epochs) == (None, 2.0)
+    assert "steps" not in sources
+
+
+def test_a_file_counts_more_than_a_recipe():
+    Path("r.toml").write_text('recipe = "pet37-fast"\nlr = 1e-4\nsteps = 5\n')
+    options, sources = read("distill --config r.toml --temperature 3")
+    assert (options.recipe, options.lr, options.steps, options.epochs) == ("pet37-fast", 1e-4, 5, None)
+    assert (options.batch, options.temperature, options.out) == (512, 3.0, Path("runs/pet37-fast"))
+    assert sources["lr"] == "r.toml"
+    assert sources["batch"] == "recipe pet37-fast"
+    assert sources["temperature"] == "command line"
+    same, _ = read("distill pet37-fast --config r.toml --temperature 3")
+    assert same == options
+    assert read("distill pet37-fast --config run.toml --out o")[0].student == "fashion-mini-student"
+    assert read("tune distill --config r.toml --space lr=1,2")[0].out == Path("runs/tune-pet37-fast")
+
+
+def test_every_kind_of_value(tmp_path):
+    (tmp_path / "a.toml").write_text(
+        MINI
+        + "\nout = 'o'\nval = 0.1\nclip_norm = 'none'\nteacher_side = 48\nrandaugment = [2, 9]\nunlabelled = true\n"
+        "optimizer_kwargs = ['eps=1e-6']\ndecay_steps = []\nmomentum = 0\n[student-kwargs]\nchannels = [8, 16]\n"
+    )
+    options, _ = read("distill --config a.toml")
+    assert (options.val, options.clip_norm, options.teacher_side) == ("0.1", None, (48,))
+    assert (options.randaugment, options.unlabelled, options.momentum) == ((2, 9), True, 0.0)
+    assert options.student_kwargs == ("channels=[8, 16]",)
+    assert options == Distill.checked(**options.model_dump() | {"config": "a.toml"}), "as Python makes it"
+    assert read("distill --config a.toml --no-unlabelled")[0].unlabelled is False
+
+
+def test_files_serve_every_command():
+    Path("e.toml").write_text('model = "fashion-mini-teacher"\ndata = "fashion-mini"\n')
+    assert read("evaluate --config e.toml")[0].model == "fashion-mini-teacher"
+    assert read("evaluate other --config e.toml")[0].model == "other"
+    Path("p.toml").write_text('data = ["pet37"]\nto = "tfrecord"\nout = "shards"\nside = 64\n')
+    assert read("prepare --config p.toml")[0].side == 64
+    assert read("plan distill --config run.toml --out o")[0].steps == 3
+    Path("t.toml").write_text(MINI + 'space = ["lr=1e-3,1e-2"]\ntrials = 2\nout = "t"\n')
+    assert read("tune distill --config t.toml --trials 3")[0].trials == 3
+
+
+def test_yaml_as_people_write_it():
+    Path("y.yaml").write_text(
+        "data: fashion-mini\nteacher: [fashion-mini-teacher]\nstudent: s\nout: o\nsteps: 3\n"
+        "lr: 3e-4\nmixup_max: no\nclip_norm: null\n"
+    )
+    options, sources = read("distill --config y.yaml")
+    assert (options.lr, options.mixup_max, options.clip_norm) == (3e-4, False, None)
+    assert sources["lr"] == "y.yaml"
+
+
+def test_a_runs_own_record_repeats_the_run(capsys):
+    line = f"distill --config {OLD_RUN / 'config.json'} --out again"
+    options, sources = read(line)
+    record = json.loads((OLD_RUN / "config.json").read_text())
+    now = options.model_dump(mode="json")
+    differing = {name for name, value in record["knobs"].items() if now.get(name) != value}
+    assert differing <= {"out", "as_json"}
+    assert options.out == Path("again")
+    assert sources["lr"] == str(OLD_RUN / "config.json")
+    with pytest.raises(SystemExit):
+        read(f"distill --config {OLD_RUN / 'config.json'}")
+    assert "--out" in capsys.readouterr().err, "a run's own folder is not passed on"
+
+
+@pytest.mark.parametrize("verb", TABLES)
+def test_templates_are_complete_and_read_back(verb, folder):
+    table = TABLES[verb]
+    text = template(verb, table)
+    for name in table.model_fields:
+        if name not in ("config", "dry_run"):
+            assert re.search(rf"^#? ?{name} = ", text, re.M), name
+    assert all(len(line) <= 100 for line in text.splitlines() if line.startswith("# "))
+    bare = tomllib.loads(text)
+    assert bare.keys() == {name for name, field in table.model_fields.items() if field.is_required()}
+    whole = re.sub(r"^#(?=\w)", "", text, flags=re.M)
+    (folder / "whole.toml").write_text(whole)
+    (folder / "bare.toml").write_text(text)
+    words = f"{verb} --config whole.toml"
+    if verb.startswith("tune"):
+        words += " --space lr=1,2"
+    options, sources = read(words)
+    same, _ = read(words.replace("whole", "bare"))
+    assert options.model_dump() == same.model_dump()
+    assert len([name for name, source in sources.items() if source == "whole.toml"]) == len(tomllib.loads(whole))
+
+
+def test_the_command_that_writes_templates(funmatch):
+    text = funmatch("config", "finetune").stdout
+    assert tomllib.loads(text).keys() == {"data", "student", "out"}
+    assert json.loads(funmatch("config", "--json").stdout)["command"] == "distill"
+    assert "#trials" not in funmatch("config", "tune", "train").stdout
+    assert "# trials = …" in funmatch("config", "tune", "train").stdout
+    assert "did you mean 'finetune'" in funmatch("config", "finetun", check=2).stderr
+    assert "funmatch config tune distill" in funmatch("config", "tune", check=2).stderr
+
+
+WRONG = {
+    "missing": ("none.toml", None, ["no file none.toml"]),
+    "folder": (".", None, ["is a folder"]),
+    "suffix": ("run.ini", "", ["not a .toml, .yaml, .yml or .json"]),
+    "not TOML": ("a.toml", "lr = 1\nsteps = = 1\n", ["not valid TOML", "line 2, column 9"]),
+    "not text": ("a.toml", b"\xff\xfe", ["not text in UTF-8"]),
+    "unknown": ("a.toml", "steps = 1\n\nstepz = 3\n", ["line 3", "unknown option 'stepz'", "'steps'"]),
+    "text for a number": ("a.toml", 'lr = "0.1"\n', ["line 1", "lr", "wanted a number", "'0.1' (a string)"]),
+    "fraction": ("a.toml", "steps = 1.5\n", ["steps: wanted a whole number, got 1.5"]),
+    "truth": ("a.toml", "lr = true\n", ["lr: wanted a number, got True"]),
+    "number": ("a.toml", "unlabelled = 1\n", ["unlabelled: wanted true or false, got 1"]),
+    "list": ("a.toml", "lr = [1, 2]\n", ["lr: wanted a number, got [1, 2]"]),
+    "pair": ("a.toml", "randaugment = [1, 2, 3]\n", ["randaugment: wanted 2 whole numbers"]),
+    "choice": ("a.toml", "precision = 'fp8'\n", ["wanted one of auto, fp32, bf16, fp16, got 'fp8'"]),
+    "date": ("a.toml", "student = 2024-01-01\n", ["student: wanted a string"]),
+    "bound": ("a.toml", "\nepochs = -1\n", ["line 2", "epochs must be above 0, got -1"]),
+    "section": ("a.toml", "[tool]\nlr = 1\n", ["line 1", "tool is a section"]),
+    "section of an option": ("a.toml", "[lr]\nx = 1\n", ["lr is a section"]),
+    "twice": ("a.toml", "batch = 1\nbatch-size = 2\n", ["line 2", "batch is set twice"]),
+    "config": ("a.toml", "config = 'b.toml'\n", ["cannot name another"]),
+    "all at once": ("a.toml", "stepz = 1\nlr = 'x'\nepochs = -1\n", ["3 problems", "line 1", "line 2", "line 3"]),
+    "unknown recipe": ("a.toml", "recipe = 'pet37-fats'\n", ["unknown recipe", "'pet37-fast'"]),
+    "not YAML": ("a.yaml", "lr: [1\nsteps: 2\n", ["not valid YAML", "line 2"]),
+    "a list of YAML": ("a.yml", "- 1\n", ["not valid YAML", "options by their names"]),
+    "YAML twice": ("a.yaml", "lr: 1\nlr: 2\n", ["line 1 and again on line 2"]),
+    "YAML objects": ("a.yaml", "lr: !!python/object/apply:os.getcwd []\n", ["not valid YAML"]),
+    "not JSON": ("a.json", "{", ["not valid JSON"]),
+    "JSON deep": ("a.json", "[" * 9999, ["not valid JSON"]),
+    "JSON list": ("a.json", "[]", ["options by their names"]),
+    "JSON of options": ("a.json", '{"stepz": 1}', ["unknown option 'stepz'"]),
+    "another verb": ("a.json", json.dumps({"verb": "train", "knobs": {}, "facts": {}}), ["of train, not distill"]),
+    "newer": (
+        "a.json",
+        json.dumps({"format": 99, "verb": "distill", "knobs": {}, "facts": {}}),
+        ["newer funmatch", "format 99", "another --config"],
+    ),
+    "damaged": ("a.json", json.dumps({"verb": "distill", "knobs": []}), ["a.json is damaged"]),
+    "run with a wrong value": (
+        "a.json",
+        json.dumps({"verb": "distill", "knobs": {"lr": "x"}, "facts": {}}),
+        ["lr: wanted a number"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "messages"), WRONG.values(), ids=WRONG.keys())
+def test_a_file_that_cannot_be_used_gets_one_message(name, text, messages, folder, funmatch):
+    if isinstance(text, bytes):
+        (folder / name).write_bytes(text)
+    elif text is not None:
+        (folder / name).write_text(text)
+    before = sorted(folder.rglob("*"))
+    done = funmatch("distill", "--config", name, "--out", "o", check=2)
+    assert done.stderr.startswith("funmatch: ")
+    assert not done.stdout
+    for message in messages:
+        assert message in done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_file_and_a_recipe_that_contradict_each_other():
+    Path("r.toml").write_text('recipe = "pet37-fast"\n')
+    with pytest.raises(InputError, match=r"r\.toml follows the recipe pet37-fast, but pet37-300 is given"):
+        read("distill pet37-300 --config r.toml")
+    with pytest.raises(InputError, match=r"r\.toml follows the recipe pet37-fast, but pet37-300 is given"):
+        read("distill --recipe pet37-300 --config r.toml")
+
+
+def test_files_from_python(folder):
+    described = package.distill(config="run.toml", out="o", batch_size=8, dry_run=True)
+    options = described.metrics["options"]
+    assert (options["steps"], options["batch"]) == (
+        {"value": 3, "source": "run.toml"},
+        {"value": 8, "source": "Python"},
+    )
+    assert not (folder / "o").exists()
+    with pytest.raises(InputError, match=r"no file none\.toml"):
+        package.train(config="none.toml")
+    with pytest.raises(InputError, match="out is missing"):
+        package.distill(config="run.toml")
+
+
+def test_a_dry_run_says_all_and_writes_nothing(funmatch, folder):
+    line = ("distill", "--config", "run.toml", "--out", "o", "--epochs", "2", "--dry-run")
+    before = sorted(folder.rglob("*"))
+    told = json.loads(funmatch(*line, "--json").stdout)
+    assert told["splits"] == {"train": 200, "val": 500, "test": 2000}
+    assert told["classes"] == 10
+    assert told["parameters"] == {"student": 26_888, "teachers": [109_766]}
+    assert (told["steps"], told["epochs"]) == (25, 2.0)
+    assert told["options"]["epochs"] == {"value": 2.0, "source": "command line"}
+    assert told["options"]["lr"] == {"value": 0.003, "source": "default"}
+    assert told["options"]["student"] == {"value": "fashion-mini-student", "source": "run.toml"}
+    assert Distill.model_fields.keys() - told["options"].keys() == {"config", "dry_run"}
+    shown = funmatch(*line).stdout
+    for words in ("student 26,888, teacher 109,766", "200 train", "25 steps, 2 epochs", "run.toml", "temperature"):
+        assert words in shown
+    labels = json.loads(funmatch("train", "--data", "fashion-mini", "--student", "fashion-mini-student",
+                                 "--steps", "4", "--out", "o", "--dry-run", "--json").stdout)  # fmt: skip
+    assert labels["parameters"]["teachers"] == []
+    assert sorted(folder.rglob("*")) == before
+    refused = funmatch(*line, "--tape-top", "3", check=2)
+    assert "tape_top belongs to --tape" in refused.stderr
+
+
+def test_the_same_run_again(funmatch, folder):
+    """The record of a run gives the same weights in another folder."""
+    funmatch("distill", "--config", "run.toml", "--out", "first", "--threads", "1")
+    funmatch("distill", "--config", "first/config.json", "--out", "again")
+    first, again = (Path(name, "student", "model.safetensors").read_bytes() for name in ("first", "again"))
+    assert first == again
+    record = json.loads((folder / "first" / "config.json").read_text())
+    assert not {"config", "dry_run"} & record["knobs"].keys()
+    shutil.rmtree(folder / "again")
