@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from funmatch.argv import DistillMany, merge_repeated, split_students
-from funmatch.cli import parse
+from funmatch.argv import merge_repeated, split_students
+from funmatch.cli import parse, read_command
 from funmatch.config import Distill, Report
 from funmatch.config.recipes import find
 
@@ -33,8 +33,8 @@ def test_values_without_a_flag_stay_where_they_are():
 
 def test_students_by_any_of_their_flags():
     assert split_students(["--student", "a", "--lr", "1", "--model=b"]) == (["--student", "a", "--lr", "1"], ("a", "b"))
-    several = parse([*BASE, "--student", "other"])
-    assert isinstance(several, DistillMany)
+    several = read_command([*BASE, "--student", "other"])
+    assert isinstance(several.options, Distill)
     assert several.students == ("s", "other")
 
 

@@ -197,7 +197,11 @@ WRONG = {
     "JSON deep": ("a.json", "[" * 9999, ["not valid JSON"]),
     "JSON list": ("a.json", "[]", ["options by their names"]),
     "JSON of options": ("a.json", '{"stepz": 1}', ["unknown option 'stepz'"]),
-    "another verb": ("a.json", json.dumps({"verb": "train", "knobs": {}, "facts": {}}), ["of a run of train", "funmatch train --config"]),
+    "another verb": (
+        "a.json",
+        json.dumps({"verb": "train", "knobs": {}, "facts": {}}),
+        ["of a run of train", "funmatch train --config"],
+    ),
     "newer": (
         "a.json",
         json.dumps({"format": 99, "verb": "distill", "knobs": {}, "facts": {}}),

@@ -16,6 +16,10 @@ Shape = Any
 """A type, a union of types, `list[type]`, `dict[str, type]`, `[shape]` of a list's items, or a dict of shapes by key; a
 key that ends with `?` may be missing."""
 FORMAT = "format"
+RUN_RECORD = "config.json"
+"""The record of a run's folder: packages that know no runs recognise one by it."""
+RUN_FORMAT = 1
+RUN_SHAPE = {"verb": str, "knobs": dict[str, Any], "facts": dict[str, Any]}
 DEEPEST = 64
 """Levels of lists and objects in a file of ours, at most; far below what overflows a recursive function's stack."""
 LARGEST = 2**63

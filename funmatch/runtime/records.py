@@ -20,12 +20,7 @@ from funmatch.runtime.files import (
     try_lock_file,
     write_atomically,
 )
-from funmatch.runtime.json_files import FORMAT, Damaged, Shape, read_json, read_record
-
-RUN_RECORD = "config.json"
-"""The record of a run's folder: packages that know no runs recognise one by it."""
-RUN_FORMAT = 1
-RUN_SHAPE = {"verb": str, "knobs": dict[str, Any], "facts": dict[str, Any]}
+from funmatch.runtime.json_files import FORMAT, RUN_RECORD, RUN_SHAPE, Damaged, Shape, read_json, read_record
 
 
 def is_run(folder: Path) -> bool:

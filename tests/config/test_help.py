@@ -99,7 +99,7 @@ def test_the_overview_groups_the_commands(columns):
         "Start", "Data", "Models", "Science",
     ]  # fmt: skip
     start = text.partition("Start:")[2].partition("\n\n")[0]
-    assert re.findall(r"^  (\w+)", start, re.M) == ["demo", "finetune", "distill", "train", "evaluate"]
+    assert re.findall(r"^  (\w+)", start, re.M) == ["demo", "finetune", "distill", "train", "evaluate", "config"]
     assert all(re.search(rf"^  {verb} ", text, re.M) for verb in TABLES)
     assert max(map(len, text.splitlines())) <= columns
 

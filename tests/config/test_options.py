@@ -153,7 +153,7 @@ def test_what_options_can_change():
         "trust_class_order",
     }
     assert Train.where(lambda opt: opt.extends) == {"steps", "cooldown_steps"}
-    assert Train.where(lambda opt: not opt.study) == {"out", "seed", "as_json"}
+    assert Train.where(lambda opt: not opt.study) == {"out", "seed", "as_json", "config", "dry_run"}
 
 
 def test_what_falls_silent_of_a_recipe():
