@@ -62,6 +62,7 @@ def sample_mild_boxes(
     size = np.stack([heights, widths], axis=1).astype(np.float64)
     scale = resize / (size if squash else size.min(axis=1, keepdims=True))
     resized = np.maximum(np.rint(size * scale), side)
+    # + 1, since here the last corner is as likely as any other.
     corner = np.floor(rng.random(size.shape) * (resized - side + 1))
     return np.concatenate([corner * size / resized, side * size / resized], axis=1)
 
@@ -96,6 +97,7 @@ def sample_inception_boxes(
         uniforms = rng.random((CROP_TRIES - 1, 4))
         height, width = np.full(CROP_TRIES - 1, heights[i]), np.full(CROP_TRIES - 1, widths[i])
         tries, ok = _try_boxes(uniforms, height, width, min_area, max_area)
+        # The first that fits, and the whole image if none does, as in TensorFlow.
         boxes[i] = tries[np.argmax(ok)] if ok.any() else (0, 0, heights[i], widths[i])
     return boxes
 
@@ -116,9 +118,10 @@ def _try_boxes(
     u_aspect, u_height, u_top, u_left = uniforms.T
     aspect = ASPECT_RANGE[0] + u_aspect * (ASPECT_RANGE[1] - ASPECT_RANGE[0])
     area = image_h * image_w
+    # rint rounds halves to even, as TensorFlow's lrintf does.
     low = np.rint(np.sqrt(min_area * area / aspect)).astype(np.int64)
     high = np.rint(np.sqrt(max_area * area / aspect)).astype(np.int64)
-    # The tallest crop whose rounded width still fits beside it.
+    # The tallest crop whose rounded width still fits; 1e-7 keeps a width of exactly n + 1/2 from rounding up.
     high = np.where(np.rint(high * aspect) > image_w, ((image_w + 0.5 - 1e-7) / aspect).astype(np.int64), high)
     high = np.minimum(high, image_h)
     low = np.minimum(low, high)

@@ -35,6 +35,7 @@ def crop_resize_flip(
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
+    # First of all, even with a compiler: for CIFAR-sized images the calls cost more than the arithmetic.
     shape = images[0].shape
     if shape[0] * shape[1] <= MAX_BATCHED_PIXELS and all(image.shape == shape for image in images):
         return _crop_batched(torch.stack(images), boxes, flips, side)
@@ -44,10 +45,12 @@ def crop_resize_flip(
             lambda starts, sizes: resample.crop_then_resize(starts, sizes, boxes, side).flipped(flips, side),
             side,
         )
+    # Divided straight into the batch's memory: stacking the views would copy them once more.
     views = torch.empty(len(images), 3, side, side, memory_format=torch.channels_last)
     for view, image, (top, left, height, width), flip in zip(
         views, images, boxes.tolist(), flips.tolist(), strict=True
     ):
+        # Sliced before it is resized: resizing the image and slicing then would blend in pixels beyond the crop's edge.
         resized = _resize(image[top : top + height, left : left + width], side, side)
         torch.div(resized.flip(-1) if flip else resized, 255, out=view)
     return views
@@ -134,6 +137,7 @@ def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = Fa
     if squash:
         corner = (short_side - side) // 2
         return _resize(image, short_side, short_side)[:, corner : corner + side, corner : corner + side] / 255
+    # The short side's scale for both, rounded each for itself, as in big_vision's `resize_small`.
     scale = short_side / min(height, width)
     # A strip of 10 × 30,000 pixels, resized whole to 256 on the short side, would take gigabytes.
     if max(height, width) > STRIP_ASPECT * min(height, width):
@@ -156,6 +160,7 @@ def _central_of_strip(image: Tensor, scale: float, side: int) -> Tensor:
         resized = max(side, round(size * scale))
         places = (np.arange(side) + (resized - side) // 2 + 0.5) * (size / resized) - 0.5
         places = np.clip(places, 0, size - 1)
+        # Two beyond the last place: its right neighbour, and the end of a slice.
         first, last = int(places[0]), min(int(places[-1]) + 2, size)
         weights = np.clip(1 - np.abs(places[:, None] - np.arange(first, last)), 0, 1).astype(np.float32)
         products.append((slice(first, last), torch.from_numpy(weights)))
@@ -172,6 +177,7 @@ def _crop_batched(images: Tensor, boxes: np.ndarray, flips: np.ndarray, side: in
     top, left, height, width = boxes.T
     rows = torch.from_numpy(_weights(top, height, images.shape[1], side))
     columns = _weights(left, width, images.shape[2], side)
+    # Mirrored in the weights, which are smaller than the views.
     columns = torch.from_numpy(np.where(flips[:, None, None], columns[:, ::-1], columns))
     planes = images.permute(0, 3, 1, 2).float().div_(255)
     return (rows[:, None] @ planes @ columns[:, None].mT).contiguous(memory_format=torch.channels_last)
@@ -190,6 +196,7 @@ def _weights(start: np.ndarray, length: np.ndarray, size: int, side: int) -> np.
     """
     centres = (np.arange(side) + 0.5) * (length[:, None] / side) - 0.5
     centres = start[:, None] + np.clip(centres, 0, length[:, None] - 1)  # beyond the crop's edge, the edge is repeated
+    # float32 from here on: these are n · side · size numbers, and below 64 its steps are less than 10⁻⁵ of a pixel.
     distance = np.abs(centres.astype(np.float32)[:, :, None] - np.arange(size, dtype=np.float32))
     return np.maximum(1 - distance, 0, out=distance)
 
@@ -197,4 +204,5 @@ def _weights(start: np.ndarray, length: np.ndarray, size: int, side: int) -> np.
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
     """Resizes (h, w, 3) uint8 to (3, height, width) float32 in [0, 255]."""
     planes = image.permute(2, 0, 1)[None].float()
+    # antialias is off by default, and must stay so: TensorFlow's resize, by which the paper trains, has none.
     return F.interpolate(planes, (height, width), mode="bilinear", align_corners=False)[0]

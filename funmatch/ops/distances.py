@@ -29,6 +29,7 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
         (n,) float32, at least 0.
     """
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    # log_target: from probabilities torch would take the logarithm again, and lose those that underflow.
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
@@ -53,6 +54,7 @@ def hard(student_logits: Tensor, teacher_logits: Tensor, smoothing: float = 0.0)
         student_logits, teacher_logits: (n, classes).
         smoothing: share of the label that is spread over all classes, in [0, 1).
     """
+    # Of equal logits the first class, which torch promises of argmax (not of topk).
     labels = teacher_logits.argmax(-1)
     return F.cross_entropy(student_logits.float(), labels, reduction="none", label_smoothing=smoothing)
 
@@ -96,6 +98,7 @@ def dist(
         (n,) float32.
     """
     student, teacher = (log.exp() for log in _log_probabilities(student_logits, teacher_logits, temperature))
+    # The columns' term is a mean over classes: one number for the batch, added to each image's own.
     rows, columns = 1 - _correlation(student, teacher), 1 - _correlation(student.mT, teacher.mT)
     return (inter * rows + intra * columns.mean()) * temperature**2
 
@@ -175,6 +178,7 @@ def distance(
     Returns:
         (n,) float32.
     """
+    # By itself, since it alone has label smoothing.
     if name == "hard":
         return hard(student_logits, teacher_logits, smoothing)
     if name in PLAIN:
@@ -208,6 +212,7 @@ def mix_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: flo
     Returns:
         (n, classes) float32.
     """
+    # Smoothed before they are mixed, which gives the same as afterwards, since the rows sum to 1.
     one_hot = F.one_hot(labels, classes).float()
     if smoothing:
         one_hot = (1 - smoothing) * one_hot + smoothing / classes

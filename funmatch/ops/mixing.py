@@ -30,6 +30,7 @@ def boxes_from_uniforms(uniforms: np.ndarray, a: float = 1.0) -> np.ndarray:
         (k, 4) float64: top, left, height, width in fractions of the side, in [0, 1].
     """
     half = np.sqrt(1 - beta_quantile(uniforms[:, :1], a)) / 2
+    # Clipped, not moved inside: centres are uniform over the whole image, its border included.
     corner = np.maximum(uniforms[:, 1:] - half, 0)
     return np.concatenate([corner, np.minimum(uniforms[:, 1:] + half, 1) - corner], axis=1)
 
@@ -130,6 +131,7 @@ def mixup(views: Tensor, lam: float | Tensor) -> Tensor:
     # done, mixes the same two images twice.
     if isinstance(lam, Tensor):
         return torch.lerp(views[:-1], views[1:], lam.view(-1, *[1] * (views.ndim - 1)))
+    # Without a copy if nothing is mixed.
     return views[1:] if lam == 1 else torch.lerp(views[:-1], views[1:], lam)
 
 
@@ -155,6 +157,7 @@ def mix_views(
         own = mixup(crops, lam)
         return own if cutmix_boxes is None else cutmix(crops, cutmix_boxes, own)
 
+    # Mixed once and shared: the very same tensor, so that no rounding can come between teacher and student.
     student = mix(crops)
     return [student if each is None else mix(each) for each in teacher_crops], student
 

@@ -97,6 +97,7 @@ def draw_operations(
     """
     # Row i belongs to image i, so that draws are sliced as the images are.
     ops = (rng.random((n, operations)) * len(OPERATIONS)).astype(np.int64)
+    # A sign is drawn for operations without one too, so that no image's draws depend on another's operation.
     is_negative = rng.random((n, operations)) < 0.5
     share = magnitude / MAX_MAGNITUDE
     strengths = np.array([each.weakest + (each.strongest - each.weakest) * share for each in OPERATIONS.values()])
@@ -114,6 +115,7 @@ def apply_operations(views: Tensor, ops: np.ndarray, strengths: np.ndarray) -> T
     Returns:
         the changed images, of the same shape, in [0, 1].
     """
+    # Cloned: the same crops may be another teacher's or another student's.
     views, changes = views.clone(), [each.change for each in OPERATIONS.values()]
     for column, strength in zip(ops.T, strengths.T, strict=True):
         # Images with the same operation and strength are changed in one call: at most 23 calls instead of m. No
@@ -121,4 +123,5 @@ def apply_operations(views: Tensor, ops: np.ndarray, strengths: np.ndarray) -> T
         for op, s in sorted(set(zip(column.tolist(), strength.tolist(), strict=True))):
             rows = np.flatnonzero((column == op) & (strength == s))
             views[rows] = changes[op](views[rows], s)
+    # Sharpness and contrast go beyond [0, 1].
     return views.clamp_(0, 1)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from funmatch.ops.native import library
 
+# A four-hundredth of a grey level: the compiler may fuse a product and a sum, which rounds once less.
 TOLERANCE = 1e-5
 """Largest difference, in [0, 1], of the compiled kernel from indexing."""
 Sizes = tuple[np.ndarray, np.ndarray] | np.ndarray
@@ -56,6 +57,7 @@ class SamplingGrid:
             side: of the views, pixels.
         """
         axes = self.axes.copy()
+        # Read from the last pixel to the first; the clip stays, since it belongs to the image.
         start, step = axes[flips, 1, 0], axes[flips, 1, 1]
         axes[flips, 1, 0], axes[flips, 1, 1] = start + (side - 1) * step, -step
         return SamplingGrid(self.corners, axes)
@@ -73,6 +75,7 @@ def crop_then_resize(starts: np.ndarray, sizes: Sizes, boxes: np.ndarray, side: 
     Raises:
         ValueError: a box is empty, or reaches beyond its image.
     """
+    # Counted from the box's own corner, so that the clip to [0, length − 1] repeats the crop's edge.
     boxes = np.asarray(boxes, np.int64)
     lengths = boxes[:, 2:]
     return _grid(starts, sizes, boxes[:, :2], np.zeros((len(boxes), 2)), lengths, np.zeros_like(lengths), lengths, side)
@@ -161,7 +164,9 @@ def sample_by_gather(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> 
     start, step, least, most = axes[..., None].unbind(2)
     place = torch.minimum(torch.maximum(start + torch.arange(side, device=axes.device) * step, least), most)
     first = place.floor()
+    # Weights in float32, places in the axes' dtype: float64 on the CPU, float32 on a device.
     share = (place - first).float()
+    # The far neighbour is clipped too: at the edge the pixel is blended with itself.
     near, far = first.long(), torch.minimum(first + 1, most).long()
     row = corners[:, 1:]
     rows = [corners[:, :1] + each[:, 0] * row for each in (near, far)]
@@ -169,6 +174,7 @@ def sample_by_gather(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> 
     channel = torch.arange(3, device=axes.device)
 
     def read(rows: Tensor, columns: Tensor) -> Tensor:
+        # One gather for all channels: they are neighbours in memory.
         return flat[rows[:, :, None, None] + columns[:, None, :, None] + channel].float()
 
     down, across = share[:, 0, :, None, None], share[:, 1, None, :, None]
@@ -177,6 +183,7 @@ def sample_by_gather(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> 
     return (torch.lerp(left, right, across) / 255).permute(0, 3, 1, 2)
 
 
+# Cached: views are cut in several threads, batch after batch, and the check runs once.
 @cache
 def why_unavailable() -> str:
     """Returns why the native CPU kernel is unavailable; an empty string if it is available."""
@@ -211,7 +218,7 @@ def sample(images: Sequence[Tensor], grid_of: Callable[[np.ndarray, np.ndarray],
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
-    # Named `images` again so that copies of those that were not contiguous live until the kernel has read them.
+    # Named `images` again, so that copies of those that were not contiguous live until the kernel has read them.
     images = [image.contiguous() for image in images]
     starts = np.array([image.data_ptr() for image in images], np.int64)
     return _run_kernel(grid_of(starts, np.array([image.shape[:2] for image in images]).T), side)

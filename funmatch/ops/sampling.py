@@ -54,6 +54,7 @@ class MixupOptions:
 
     def lam_at(self, uniforms: np.ndarray) -> np.ndarray:
         """Maps uniform numbers in [0, 1) to λ, in the same shape."""
+        # First, since Beta(0, 0) has no quantile function; and MixUp off wins over a fixed λ.
         if self.a == 0:
             return np.ones_like(uniforms)
         if self.lam is not None:
@@ -114,6 +115,7 @@ def sample_step(
         if mixing.per_image
         else float(mixing.lam_at(uniform))
     )
+    # Positions run on over epochs: a batch may span two of them, and no image is dropped at the end of one.
     indices = shuffle_positions(seed, np.arange(step * batch, (step + 1) * batch, dtype=np.int64), count)
     heights, widths = sizes(indices)
 
@@ -153,10 +155,12 @@ def shuffle_positions(seed: int, positions: np.ndarray, count: int) -> np.ndarra
     Returns:
         (n,) int64 in [0, count).
     """
+    # int64 throughout: a run of 30,000 epochs of ImageNet has more positions than 32 bits can count.
     positions = np.asarray(positions, np.int64)
     epochs, places = positions // count, positions % count
     side = int(np.ceil(np.sqrt(count)))
-    # The seed is mixed before the epoch is added: seed 0, epoch 1 must not be seed 1, epoch 0.
+    # The seed is mixed before the epoch is added: seed 0, epoch 1 must not be seed 1, epoch 0. Negative seeds and those
+    # of more than 64 bits, are taken modulo 2⁶⁴.
     keys = _mix64(epochs.astype(np.uint64) + _mix64(np.uint64(seed % 2**64)))
     result = _feistel(places, keys, side)
     # side² < count + 2·√count + 1, so few results lie outside, and the loop ends after a few turns.
@@ -176,6 +180,7 @@ def _feistel(places: np.ndarray, keys: np.ndarray, side: int, rounds: int = 8) -
         side: of the grid.
         rounds: of the network; part of what decides the order.
     """
+    # Addition modulo `side` instead of the usual XOR, since `side` is not a power of two.
     left, right = places // side, places % side
     for number in range(rounds):
         scrambled = _mix64(right.astype(np.uint64) ^ (keys + np.uint64(number << 48)))

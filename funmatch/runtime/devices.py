@@ -23,6 +23,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         InputError: the machine has no such device.
     """
+    # torch's generic accelerator, not torch.cuda: it covers MPS, XPU and others, of which a machine has one kind.
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return accelerator or torch.device("cpu")
@@ -42,6 +43,7 @@ def _own_accelerator(device: torch.device) -> torch.device:
     """Returns this process's accelerator, by its local rank."""
     if device.index is not None:
         raise InputError(f"each process uses its own accelerator; pass --device {device.type}, not {device}")
+    # Without this check two processes would share an accelerator, or one would fail deep inside NCCL.
     if env.local_world_size() > torch.accelerator.device_count():
         raise InputError(
             f"{env.local_world_size()} processes, but this machine has {torch.accelerator.device_count()} of "
@@ -86,6 +88,7 @@ def teacher_precisions(name: str, device: torch.device) -> tuple[str, ...]:
 
 def machine_signature(device: torch.device) -> tuple[object, ...]:
     """Returns what a measurement on a device depends on: hardware, library and number of threads."""
+    # The CPU's capability and the number of threads count for accelerators too: the host may be the bottleneck.
     name = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
     return name, platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.__version__, torch.get_num_threads()
 
@@ -98,6 +101,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def loss_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """Returns the scaler that keeps gradients in fp16 from vanishing; it does nothing for other precisions."""
+    # A disabled scaler passes everything through, so that the loop has one path for all precisions.
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
@@ -120,6 +124,7 @@ def seed_networks(seed: int, step: int, device: torch.device, rank: int = 0) -> 
 
 def empty_cache(device: torch.device) -> None:
     """Releases an accelerator's cached memory and resets its peak."""
+    # Both, since this is called after an attempt that did not fit: the next one must not be charged with its peak.
     if device.type != "cpu":
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(device)
@@ -146,4 +151,5 @@ def spare_threads() -> int:
     """Returns how many threads may prepare views, beside the one that drives the model: 1 to 8."""
     # The cores that this process may use, which in a container are fewer than the machine's.
     cores = len(os.sched_getaffinity(0)) // env.local_world_size() if hasattr(os, "sched_getaffinity") else 2
+    # More than eight gain nothing: the accelerator or the memory is the bottleneck by then.
     return max(1, min(8, cores - 1))

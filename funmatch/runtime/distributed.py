@@ -40,6 +40,7 @@ def process_group(device_name: str) -> Generator[None]:
     if env.world_size() == 1:
         yield
         return
+    # A group of the user's own may have another backend or timeout, and would be destroyed at the end.
     if dist.is_initialized():
         raise InputError("torch.distributed is initialized already; funmatch joins the processes by itself")
     store = _rendezvous_store()
@@ -107,6 +108,7 @@ def broadcast_from_main(work: Callable[[], T]) -> T:
     Args:
         work: returns a value that can be pickled.
     """
+    # torch broadcasts lists of objects only, in place.
     results: list[Any] = [work() if env.is_main_process() else None]
     if env.world_size() > 1:
         dist.broadcast_object_list(results, 0, device=torch.device("cpu"))
@@ -115,6 +117,7 @@ def broadcast_from_main(work: Callable[[], T]) -> T:
 
 def main_process_first(work: Callable[[], T]) -> T:
     """Runs `work` on the main process, then on the others, which find what it has left on the disk."""
+    # The others wait before they begin, the main process after it has finished: one barrier for both.
     if not env.is_main_process():
         barrier()
         return work()
@@ -165,6 +168,7 @@ def broadcast_(tensors: Sequence[Tensor]) -> None:
 @torch.no_grad()
 def _for_flattened_(tensors: Sequence[Tensor], change_: Callable[[Tensor], object]) -> None:
     """Changes tensors in place, all of one dtype in a single flat tensor: one message a step, not one a tensor."""
+    # dict.fromkeys instead of a set: all processes must take the dtypes in the same order.
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         group = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
@@ -186,6 +190,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004  (the signature is torch's)
+        # Cloned, since all_reduce works in place; contiguous, since it sends memory as it lies.
         total = tensor.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total

@@ -44,6 +44,7 @@ def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     """
     with ProgressBar(label, total) as bar:
         for done, item in enumerate(items, 1):
+            # After the yield: an item counts when its consumer is done with it.
             yield item
             bar.update(done)
 
@@ -68,6 +69,7 @@ class ProgressBar:
         self.task = self.columns.add_task(label, total=total, completed=done, note="")
 
     def __enter__(self) -> "ProgressBar":
+        # Elsewhere rich would print nothing until the end, or control codes into a log file.
         if err.is_terminal:
             self.columns.start()
         return self
@@ -83,6 +85,7 @@ class ProgressBar:
         if err.is_terminal:
             self.columns.update(self.task, completed=done, note=f"{rate:,.0f}/s {note}")
         elif now - self.last_line >= (LIVE_LINE_SECONDS if err.is_jupyter else PLAIN_LINE_SECONDS):
+            # From the last line, not the last update: steps may be far shorter or longer than the interval.
             self.last_line = now
             left = (self.total - done) / rate if rate else 0.0
             self.line(f"{self.label} {done}/{self.total} {note} {rate:.1f}/s, {duration(left)} left")

@@ -37,6 +37,7 @@ class SharedCache:
         # Only the bookkeeping is under the lock; results of different keys are computed at the same time.
         with self.lock:
             future = self.results.setdefault(key, mine)
+            # The oldest first, since dicts keep the order of insertion. Whoever waits for it holds its future.
             while len(self.results) > self.size:
                 del self.results[next(iter(self.results))]
         if future is mine:

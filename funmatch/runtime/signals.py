@@ -28,6 +28,7 @@ def catch_signals() -> Generator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
+    # Remembered, since a notebook or a test runner has handlers of its own.
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, _frame: object) -> None:
@@ -45,4 +46,5 @@ def catch_signals() -> Generator[list[int]]:
     try:
         yield caught
     finally:
+        # Again, after a first signal too: restoring twice changes nothing.
         restore()

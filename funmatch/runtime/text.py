@@ -16,6 +16,7 @@ def percent(share: float | None) -> str:
 
 def format_bytes(count: int) -> str:
     """Formats a number of bytes in kB, MB or GB (powers of 1000)."""
+    # Powers of 1000, as disks and networks count; memory in GiB differs by 7 %.
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"

@@ -68,6 +68,7 @@ def timed(name: str) -> Generator[None]:
         with timer.label(name):
             yield
     finally:
+        # In `finally`, so that a part which fails does not leave its level behind for the parts around it.
         # Only the loop's own thread waits for the device; a worker would wait for work that is not its own.
         if threading.get_ident() == timer.thread:
             timer.finish()
@@ -86,6 +87,7 @@ def timed_iter(items: Iterable[T], name: str) -> Iterator[T]:
     """
     iterator = iter(items)
     while True:
+        # `for` would hide the wait; only `next` is timed, not what the caller does with the item.
         with timed(name):
             item = next(iterator, None)
         if item is None:

@@ -103,4 +103,5 @@ def snapshot(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, T
     on_accelerator = any(tensor.device.type != "cpu" for tensor in tensors)
     # Cloned on a CPU: `copy_to_host` returns the tensors themselves, which the next step would change.
     copies = iter(copy_to_host(*tensors).wait() if on_accelerator else [tensor.clone() for tensor in tensors])
+    # All copies are taken in the order in which the tensors were listed above.
     return {name: {key: next(copies) for key in each} for name, each in files.items()}

@@ -108,6 +108,7 @@ def _build() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise OSError("no C++ compiler found; install g++, or set CXX to the path of one")
+    # By its answer, not its path: an upgraded compiler has the same path.
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
     # Everything that decides the machine code: a home folder may be shared by machines with different processors.
     key = (SOURCE.read_bytes(), FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
@@ -122,6 +123,7 @@ def _build() -> Path:
             command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(compiled)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
             if done.returncode == 0:
+                # Synced before the rename, or a power loss could leave a library of zeros under the final name.
                 with open(compiled, "rb") as file:
                     os.fsync(file.fileno())
                 compiled.replace(path)

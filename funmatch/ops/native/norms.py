@@ -34,6 +34,7 @@ def _kernels_are_right() -> bool:
     random = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(2, 6, 3, 4, generator=random, **FLOATS).contiguous(memory_format=torch.channels_last)
     grad_y = torch.randn(2, 6, 3, 4, generator=random, **FLOATS).contiguous(memory_format=torch.channels_last)
+    # Odd sizes: 12 pixels, 2 channels a group, and a filter of 18 values leave remainders of every vector's width.
     weight, bias, kernel = (torch.randn(*shape, generator=random, **FLOATS) for shape in ((6,), (6,), (4, 2, 3, 3)))
     grad_kernel = grad_y.flatten()[:72].view(4, 2, 3, 3)
     y, stats = _group_norm(x, weight, bias, 3, 1e-5, relu=True)
@@ -60,6 +61,7 @@ def _group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, relu: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns the normalized images, and the mean and 1 / deviation of each group, (2, n, groups)."""
+    # empty_like keeps channels_last, the layout that the kernel writes.
     y, stats = torch.empty_like(x), torch.empty(2, len(x), groups, **FLOATS)
     kernel = getattr(library.load_library(), f"group_norm_{DTYPES[x.dtype]}")
     kernel(*_addresses(x, y, stats[0], stats[1], weight, bias), _shape(x, groups, relu=relu), eps)

@@ -61,6 +61,7 @@ def sample(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
+    # Views are the grid's first axis, which may have 2³¹ blocks; the second is limited to 65,535.
     views = torch.empty(len(corners), side, side, 3, device=flat.device)
     grid = len(corners), triton.cdiv(3 * side * side, BLOCK)
     _sample[grid](flat, corners, axes, views, side, BLOCK=BLOCK)  # pyrefly: ignore[bad-argument-type]

@@ -89,6 +89,7 @@ def create_optimizer(
     if momentum_dtype != "fp32" and name != "adamw":
         raise InputError(f"momentum_dtype {momentum_dtype} belongs to optimizer adamw, not {name}")
     own = {"adamw": {"dtype": momentum_dtype}, "shampoo": {"sharded_map": sharded_map}}.get(name, {})
+    # Checked and tried before anything is created: a wrong option is reported before the run has a folder.
     options = dict(options or {})
     try:
         _check_options(name, options)
@@ -150,6 +151,7 @@ def _try_options(name: str, model: nn.Module, lr: float, momentum: float, option
 def _groups(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the groups of the trainable kernels and of the other trainable parameters."""
     kernels = decayed_parameters(model)
+    # In the model's order, on which the names of groups in a checkpoint and the bits of sums depend.
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     # No weight decay of the optimizer's own; for all but AdamW `_decay_` applies it.
     first: dict[str, Any] = {"params": [p for name, p in named if name in kernels], "weight_decay": 0.0}
@@ -170,6 +172,7 @@ def _decay_(
     updated = [kernel for kernel in kernels if kernel.grad is not None]
     if share and updated:
         with torch.no_grad():
+            # The schedule has set the group's rate to lr · s, and share is weight_decay / lr: 1 − s · weight_decay.
             torch._foreach_mul_(updated, 1 - optimizer.param_groups[0]["lr"] * share)
 
 

@@ -45,6 +45,7 @@ def sides(area: float) -> tuple[int, int]:
     Args:
         area: typical area of the images, pixels.
     """
+    # The crop is what the network sees; the paper's 128-pixel teachers use the sizes of small images for all data sets.
     return (160, 128) if area < 96 * 96 else (512, 480)
 
 

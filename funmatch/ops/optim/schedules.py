@@ -55,6 +55,7 @@ def wsd(step: int, steps: int, warmup_steps: int, cooldown_steps: int | None, sh
 
 def cooldown_length(steps: int, cooldown_steps: int | None) -> int:
     """Returns the length of a run's cool-down in steps: as given, at most the run's; a fifth of it if None."""
+    # Used for extending a run too, which starts from the checkpoint at which this begins.
     return steps // 5 if cooldown_steps is None else min(cooldown_steps, steps)
 
 
@@ -67,6 +68,7 @@ def staircase(step: int, warmup_steps: int, decay_steps: Sequence[int], factors:
         decay_steps: the steps at which it falls, rising.
         factors: the factor from each of these steps on; 0.1, 0.01, … if empty.
     """
+    # `>=`: the factor falls in the update that follows the step, as in the published rule.
     levels = (1.0, *(factors or [0.1 ** (i + 1) for i in range(len(decay_steps))]))
     return warmup(step, warmup_steps) * levels[sum(step >= each for each in decay_steps)]
 
@@ -91,6 +93,7 @@ def factor(
         decay_steps, factors: of `staircase`.
         cooldown_steps, cooldown_shape: of `wsd`.
     """
+    # The factor of step t is used for the update from t to t + 1, so that of step 0 is 0 with a warm-up.
     if name == "cosine":
         return cosine(step, steps, warmup_steps)
     if name in ("linear", "quadratic"):

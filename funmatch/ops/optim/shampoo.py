@@ -74,6 +74,7 @@ class Shampoo(torch.optim.Optimizer):
         self.start, self.longest = start_preconditioning_step, no_preconditioning_for_layers_with_dim_gt
         self.statistics_every, self.roots_every = statistics_compute_steps, preconditioning_compute_steps
         self.matrix_eps, self.diagonal_eps, self.sharded_map = matrix_eps, diagonal_eps, sharded_map
+        # By group, since groups may differ in their learning rate; built in the first step, when gradients are known.
         self.stacks: dict[int, BlockStacks] = {}
         super().__init__(params, {"lr": lr, "betas": betas})
 
@@ -85,6 +86,7 @@ class Shampoo(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for number, group in enumerate(self.param_groups):
+            # A tensor on the CPU, so that reading it never waits for the device.
             group.setdefault("step", torch.zeros(()))
             group["step"] += 1
             if updated := [p for p in group["params"] if p.grad is not None]:
@@ -93,7 +95,7 @@ class Shampoo(torch.optim.Optimizer):
 
     def _update_(self, number: int, group: dict[str, Any], updated: list[Tensor]) -> None:
         (beta1, beta2), step = group["betas"], int(group["step"])
-        # Grafts and statistics are updated in every step, also before preconditioning starts: it then has good ones.
+        # Grafts and statistics are updated in every step, also before preconditioning starts, which then has good ones.
         grafts = [self._graft(p, beta2) for p in updated]
         preconditioned = self._precondition(number, updated, beta2, step)
         if preconditioned and self.graft_type != "none":
@@ -107,6 +109,7 @@ class Shampoo(torch.optim.Optimizer):
         else:
             for p in updated:
                 self.state[p].pop("graft_momentum", None)  # never read again, and as large as the parameter
+        # As in the published code: β₁·m + update, with m already updated.
         if self.nesterov:
             moments = list(torch._foreach_add(torch._foreach_mul(moments, beta1), updates))
         torch._foreach_add_(updated, moments, alpha=-group["lr"])
@@ -167,5 +170,6 @@ class Shampoo(torch.optim.Optimizer):
 
 def _rescale_(updates: list[Tensor], like: list[Tensor]) -> None:
     """Gives each update the norm of its counterpart."""
+    # Of whole tensors, not blocks: grafting restores the parameter's step, not that of its parts.
     wanted, given = (torch.stack(list(torch._foreach_norm(each))) for each in (like, updates))
     torch._foreach_mul_(updates, list((wanted / (given + 1e-16)).unbind()))

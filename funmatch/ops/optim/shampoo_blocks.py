@@ -104,6 +104,7 @@ class BlockStacks:
     def __init__(self, tensors: Sequence[Tensor], size: int, initial: float) -> None:
         self.tensors = list(tensors)
         self.shapes = [merge_axes(tensor.shape, size) for tensor in tensors]
+        # Blocks of one shape become one tensor, whichever parameters they come from.
         self.members: dict[Shape, list[tuple[int, int, BlockGrid]]] = {}
         for number, shape in enumerate(self.shapes):
             for i, grid in enumerate(block_grids(shape, size)):
@@ -124,10 +125,12 @@ class BlockStacks:
             "device": tensors[0].device,
             "dtype": torch.promote_types(tensors[0].dtype, torch.float32),
         }
+        # Identities at first, so that a parameter is updated by its plain gradient until roots are computed.
         eyes = {side: torch.eye(side, **kind).expand(count, -1, -1) for side, count in counts.items()}
         self.roots = {side: eye.clone() for side, eye in eyes.items()}
         self.statistics = {side: eye * initial for side, eye in eyes.items()}
         self.powers = {side: torch.tensor(each, **kind) for side, each in powers.items()}
+        # Views, so that the state needs no copy in either direction: a step changes the stacks, and they are the state.
         self.views = [
             (tensor, f"{name}.{slot}", stack[side][span])
             for tensor, slot, side, span in slots
@@ -181,6 +184,7 @@ class BlockStacks:
     def precondition(self, blocks: dict[Shape, Tensor]) -> dict[Shape, Tensor]:
         """Multiplies blocks along each axis by that axis's root."""
         result = {}
+        # One axis after another: roots along different axes commute.
         for block, values in blocks.items():
             for axis in range(len(block)):
                 side, span = self.spans[block, axis]

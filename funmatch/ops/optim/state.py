@@ -46,6 +46,7 @@ def load_optimizer_state_(model: nn.Module, optimizer: torch.optim.Optimizer, te
         optimizer: changed in place.
         tensors: the state, on any device.
     """
+    # Cleared, since a slot that the checkpoint does not have must start anew.
     optimizer.state.clear()
     parameters = dict(model.named_parameters())
     values: defaultdict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
@@ -74,6 +75,7 @@ def _encode(name: str, value: Any, device: torch.device) -> dict[str, Tensor]:
             return {"tensor": len(inside) - 1, "strides": value.clone().stride()}
         return [outline(each) for each in value] if isinstance(value, list | tuple) else value
 
+    # As bytes in a tensor, since safetensors holds nothing but tensors.
     encoded = json.dumps(outline(value)).encode()
     return {f"{name}|json": torch.tensor(list(encoded), dtype=torch.uint8)} | {
         f"{name}|{i}": tensor for i, tensor in enumerate(inside)

@@ -25,6 +25,7 @@ def decayed_parameters(model: nn.Module) -> set[str]:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, factor: float) -> None:
     """Sets the learning rate of every group to `lr · factor`, the factor of the schedule."""
+    # In every step, instead of by torch's schedulers: a function of the step alone has no state to save and restore.
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
 
@@ -35,6 +36,7 @@ def clip_grad_norm_(parameters: list[nn.Parameter], norm: float) -> Tensor:
     Returns:
         the norm before clipping, a scalar on the parameters' device.
     """
+    # Of all gradients together, as in the paper's code; clipping each by itself would change the update's direction.
     return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
 
