@@ -1,4 +1,4 @@
-"""A sheet of samples: some images of each class, as runs see them, with the names of the classes."""
+"""Draws a contact sheet of a data set: some images of each class, as runs read them, with the class names."""
 
 import math
 import textwrap
@@ -22,36 +22,46 @@ from funmatch.training import datasets
 TILE = 1.5  # inches
 COLUMNS = 8
 ROWS = 12
-MOST = COLUMNS * ROWS
+MAX_IMAGES = COLUMNS * ROWS
 
 
 def run(config: Data) -> Result:
-    """Writes the sheet, and gives what `prepare.figures` gives, with `sheet`."""
+    """Writes the contact sheet.
+
+    Returns:
+        the summary of `prepare.summarize`, with the sheet's path as `sheet`.
+
+    Raises:
+        InputError: `--sheet` does not end in `.png`.
+    """
     if config.sheet and config.sheet.suffix.lower() != ".png":
-        raise InputError(f"--sheet {config.sheet} is no name of a PNG file")
+        raise InputError(f"--sheet {config.sheet} does not end in .png; the sheet is a PNG file")
     cache = datasets.open_data_set(config, config.data)
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in cache.name)
-    path = (config.sheet or _beside(config.data) / f"{name}-sheet.png").expanduser()
+    path = (config.sheet or _sheet_folder(config.data) / f"{name}-sheet.png").expanduser()
     draw(cache, path)
     return Result(None, prepare.summarize(cache, config.data) | {"sheet": str(path)})
 
 
-def _beside(data: tuple[str, ...]) -> Path:
-    """This folder; or the one of caches, lest the sheet become one of the images."""
+def _sheet_folder(data: tuple[str, ...]) -> Path:
+    """Picks the current folder, or the cache folder if the current one is inside the data set.
+
+    A sheet among the images would be read as one of them by the next command.
+    """
     here = Path.cwd().resolve()
     folders = [folder.resolve() for spec in data if (folder := local_folder(spec))]
     return cache_home() if any(here.is_relative_to(folder) for folder in folders) else Path()
 
 
 def choose_images(cache: Cache) -> tuple[CachedSplit, list[int]]:
-    """A split, and images of it: a row for each of up to 12 classes, else one of each of up to 96."""
+    """Picks a split and indices of images: a row for each of up to 12 classes, else one image of each of up to 96."""
     split = cache.splits.get("train") or next(iter(cache.splits.values()))
     labels = split.labels(slice(None)).numpy()
     if not split.labelled:
-        return split, np.linspace(0, len(split) - 1, min(len(split), MOST)).astype(int).tolist()
+        return split, np.linspace(0, len(split) - 1, min(len(split), MAX_IMAGES)).astype(int).tolist()
     present = np.unique(labels)
     each = COLUMNS if len(present) <= ROWS else 1
-    some = present[np.linspace(0, len(present) - 1, min(len(present), MOST)).astype(int)]
+    some = present[np.linspace(0, len(present) - 1, min(len(present), MAX_IMAGES)).astype(int)]
     return split, [int(i) for label in some for i in _spread(np.flatnonzero(labels == label), each)]
 
 
@@ -59,27 +69,28 @@ def _spread(indices: np.ndarray, count: int) -> np.ndarray:
     return indices[np.linspace(0, len(indices) - 1, min(len(indices), count)).astype(int)]
 
 
-def _shown(name: str) -> str:
+def _printable(name: str) -> str:
+    # Class names are folder names, whose bytes need not be valid UTF-8; matplotlib rejects lone surrogates.
     return name.encode(errors="replace").decode()
 
 
 def draw(cache: Cache, path: Path) -> None:
-    """Draws the sheet."""
+    """Draws the contact sheet of a data set as a PNG file."""
     split, indices = choose_images(cache)
     rows = math.ceil(len(indices) / COLUMNS)
     columns = min(COLUMNS, len(indices))
     labels = split.labels(indices).tolist()
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not
+        warnings.filterwarnings("ignore", message="Glyph")  # class names in scripts that the font lacks
         figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.35) + 0.4), layout="constrained")
-        figure.suptitle(f"{_shown(cache.name)}: {len(split):,} images of {split.name}", fontsize=10)
+        figure.suptitle(f"{_printable(cache.name)}: {len(split):,} images of {split.name}", fontsize=10)
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes:
             axis.axis("off")
         for axis, image, label in zip(axes, split.images(indices), labels, strict=False):
             axis.imshow(image.numpy())
             if label >= 0:
-                axis.set_title("\n".join(textwrap.wrap(_shown(cache.classes[label]), 18)[:2]), fontsize=7, pad=2)
+                axis.set_title("\n".join(textwrap.wrap(_printable(cache.classes[label]), 18)[:2]), fontsize=7, pad=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(path):
             figure.savefig(path, dpi=100, metadata={"Software": None})

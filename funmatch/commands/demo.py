@@ -1,4 +1,4 @@
-"""The demonstration: the same student taught by labels and by a teacher, for the same number of steps."""
+"""Runs the demo: trains the same student on labels and distils it from a teacher, for the same number of steps."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from funmatch.runtime.text import duration, percent
 from funmatch.training import distill, evaluate, train
 from funmatch.training.run import folder as run_folder
 
-KNOBS = {
+SHARED = {
     "data": "fashion-mini",
     "student": "fashion-mini-student",
     "batch": 32,
@@ -20,29 +20,30 @@ KNOBS = {
     "weight_decay": 1e-4,
     "threads": 1,
 }
-"""What both runs share; everything else is the default of `config`. Networks this small are fastest on one core, with
-views, and the teacher's answers, made on another."""
+"""Options of both runs; all others have their defaults. Networks this small train fastest on one core, with views and
+teacher logits computed on another."""
 DISTILLED = {"teacher": "fashion-mini-teacher", "temperature": 2.0, "teacher_ahead": True}
 
 
 def run(config: Demo) -> Result:
-    """Judges the teacher, trains the student on labels, distils it, and writes a report about both.
+    """Evaluates the teacher, trains the student on labels, distils it, and writes a report of both runs.
 
     Returns:
-        `teacher`, `labels`, `student`: the figures of each on the 2,000 test images; `run`: the distilled run's
+        `teacher`, `labels`, `student`: the metrics of each on the 2,000 test images; `run`: the distilled run's
         folder; and the page.
     """
     folder = config.out or Path("runs") / f"demo-{config.steps}-steps-seed-{config.seed}"
     machine = {"device": config.device, "precision": config.precision}
-    shared = KNOBS | machine | {"steps": config.steps, "seed": config.seed}
+    shared = SHARED | machine | {"steps": config.steps, "seed": config.seed}
+    # A dozen points make a curve, whatever the number of steps.
     shared |= {"eval_every": max(1, config.steps // 12), "save_every": max(1, config.steps // 6)}
-    info("1/3  the teacher, on 2,000 test images that it has never seen")
+    info("1/3  evaluating the teacher on 2,000 test images")
     teacher = evaluate.run(Evaluate.checked(model="fashion-mini-teacher", data="fashion-mini", split="test", **machine))
     info(f"     top-1 {percent(teacher['top1'])}")
-    info(f"2/3  the student learns from 200 labelled images, {config.steps:,} steps")
+    info(f"2/3  training the student on 200 labelled images, {config.steps:,} steps")
     labels = train.run(Train.checked(out=folder / "labels", **shared))
     info(f"     top-1 {percent(labels['top1'])}")
-    info(f"3/3  the same student matches the teacher's function on the same images, {config.steps:,} steps, no labels")
+    info(f"3/3  distilling the same student on the same images without labels, {config.steps:,} steps")
     student = distill.run(Distill.checked(out=folder / "funmatch", **DISTILLED, **shared))
     info(f"     top-1 {percent(student['top1'])}")
     for each in (labels, student):
@@ -55,8 +56,8 @@ def run(config: Demo) -> Result:
 
 
 def show(result: Result) -> None:
-    """Prints the demonstration's table."""
-    figures = result.metrics
+    """Prints the table of the demo."""
+    metrics = result.metrics
     rows = [
         [
             name,
@@ -66,9 +67,9 @@ def show(result: Result) -> None:
             _seconds(each),
         ]
         for name, each in (
-            ("teacher", figures["teacher"] | {"agreement": 1.0}),
-            ("student, labels alone", figures["labels"]),
-            ("student, function matching", figures["student"]),
+            ("teacher", metrics["teacher"] | {"agreement": 1.0}),
+            ("student, trained on labels", metrics["labels"]),
+            ("student, function matching", metrics["student"]),
         )
     ]
     print_table(
@@ -79,5 +80,5 @@ def show(result: Result) -> None:
     print(f"report: {result.page}")
 
 
-def _seconds(figures: dict[str, Any]) -> str:
-    return duration(figures["seconds"]) if "seconds" in figures else "–"
+def _seconds(metrics: dict[str, Any]) -> str:
+    return duration(metrics["seconds"]) if "seconds" in metrics else "–"

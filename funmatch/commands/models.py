@@ -1,4 +1,4 @@
-"""The shelf of models: what can be named, and checkpoints turned into folders that timm loads."""
+"""Lists models, and imports checkpoints as folders that timm can load."""
 
 import warnings
 from dataclasses import replace
@@ -24,19 +24,19 @@ INPUTS = {
     "-1..1": ((0.5,) * 3, (0.5,) * 3),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-"""Mean and standard deviation, for images in [0, 1], of what networks are trained on."""
+"""Mean and standard deviation of input normalisations, for images in [0, 1]."""
 BIT = [f"resnetv2_{size}_bit" for size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")]
-GROUPS = {**dict.fromkeys(NAMED, "embedded"), **{f"bit:{name}": "the paper's own file" for name in PAPER_FILES}}
+GROUPS = {**dict.fromkeys(NAMED, "bundled"), **{f"bit:{name}": "BiT weights file" for name in PAPER_FILES}}
 
 
 def import_model(config: Import) -> Result:
-    """Writes a model as a folder in timm's own layout.
+    """Writes a model as a folder in timm's layout.
 
     Returns:
         `out`, `model`, `architecture`, `parameters`, `classes`, `side`, `mean`, `std`.
 
     Raises:
-        InputError: the model cannot be loaded, or the folder is taken.
+        InputError: the model cannot be loaded, or the folder is not empty.
     """
     out = config.out.expanduser()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -55,7 +55,7 @@ def import_model(config: Import) -> Result:
         save(model, partial, card=card, about={"imported": config.model, "top1": card.top1})
     info_notes(config.model, model.notes)
     if model.function == OTHER_SIZES:
-        info_notes(str(out), ["timm has no network of this size; funmatch alone can load it"])
+        info_notes(str(out), ["timm has no network of this size; only funmatch can load this folder"])
     metrics = {
         "out": str(out),
         "model": config.model,
@@ -70,11 +70,11 @@ def import_model(config: Import) -> Result:
 
 
 def show_imported(result: Result) -> None:
-    """Prints what was imported, and by which name it is loaded."""
-    figures = result.metrics
-    rows = [[name, f"{value:,}" if isinstance(value, int) else str(value)] for name, value in figures.items()]
-    print_table(f"{figures['model']}, imported", ["what", "value"], rows)
-    print(f"name it as {figures['out']}")
+    """Prints the imported model and how to use it."""
+    imported = result.metrics
+    rows = [[name, f"{value:,}" if isinstance(value, int) else str(value)] for name, value in imported.items()]
+    print_table(f"imported {imported['model']}", ["", "value"], rows)
+    print(f"use it with --teacher {imported['out']} or --student {imported['out']}")
 
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:
@@ -83,19 +83,21 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the class names in {path}: {error}") from error
     if len(names) != count or len(set(names)) != count:
-        raise InputError(f"{path} has {len(set(names))} names, the network {count} classes; wanted a line for each")
+        raise InputError(
+            f"{path} has {len(set(names))} distinct names, but the network has {count} classes; give one name per line"
+        )
     return names
 
 
 def list_models(config: Models) -> Result:
-    """What can be named, with what it costs.
+    """Lists models by name, with their size and cost.
 
     Returns:
-        `models`: for each its `name`, `parameters`, `gflop` (forward, one image, a multiply-add is two; None where
-        it cannot be counted), `side` (pixels), `classes`, and `source`; `more`: how many names are left out.
+        `models`: for each its `name`, `parameters`, `gflop` (forward pass of one image, a multiply-add counts as two;
+        None if unknown), `side` (pixels), `classes`, and `source`; `more`: number of names left out.
 
     Raises:
-        InputError: nothing matches the pattern.
+        InputError: no model matches the pattern.
     """
     names = match_names(config.pattern)
     found = []
@@ -108,21 +110,20 @@ def list_models(config: Models) -> Result:
 
 
 def show_models(result: Result) -> None:
-    """A line a model, names in full so that they can be copied."""
-    figures = result.metrics
-    models = figures["models"]
+    """Prints one line per model, with complete names that can be copied."""
+    models, more = result.metrics["models"], result.metrics["more"]
     width = max(len(each["name"]) for each in models)
-    print(f"{'name':<{width}}  {'parameters':>13}  {'GFLOP':>7}  {'side':>4}  {'classes':>7}  source")
+    print(f"{'name':<{width}}  {'parameters':>13}  {'GFLOP':>7}  {'size':>4}  {'classes':>7}  source")
     for each in models:
         count = "–" if each["gflop"] is None else f"{each['gflop']:.3g}"
         cells = f"{each['parameters']:>13,}  {count:>7}  {each['side']:>4}  {each['classes']:>7,}  {each['source']}"
         print(f"{each['name']:<{width}}  {cells}")
-    if figures["more"]:
-        print(f"and {figures['more']:,} more of timm: give a part of their name, e.g. funmatch models mobilenetv3")
+    if more:
+        print(f"and {more:,} more timm models; search them by name, e.g. funmatch models mobilenetv3")
 
 
 def match_names(pattern: str) -> list[str]:
-    """Names that hold a pattern, ours first. Without one: ours, the paper's files and BiT."""
+    """Finds names that match a pattern, bundled ones first. Without a pattern: bundled and BiT models."""
     if not pattern:
         return [*GROUPS, *BIT]
     tagged = "." in pattern
@@ -135,7 +136,7 @@ def match_names(pattern: str) -> list[str]:
 
 
 def _entry(name: str, side: int | None) -> dict[str, Any]:
-    """One line of the list, computed without memory for weights where the network allows that."""
+    """Describes one model, without allocating its weights where the network allows that."""
     own = NAMED.get(name)
     paper = PAPER_FILES.get(name.removeprefix("bit:")) if name.startswith("bit:") else None
     if own:
@@ -147,7 +148,7 @@ def _entry(name: str, side: int | None) -> dict[str, Any]:
         fixed = {"img_size": side} if side and net_config(architecture).get("fixed_input_size") else {}
         try:
             net = create_empty(architecture, kwargs | fixed)
-        except InputError:  # its arithmetic at this side is then not counted
+        except InputError:  # not every size fits: the list still shows the model, with its FLOPs unknown at this size
             net = create_empty(architecture, kwargs)
         cfg: dict[str, Any] = vars(net)["pretrained_cfg"]
         wanted, classes = paper[0] if paper else cfg["input_size"][-1], vars(net)["num_classes"]
@@ -164,7 +165,7 @@ def _entry(name: str, side: int | None) -> dict[str, Any]:
 def _source(name: str) -> str:
     if name.startswith("bit:"):
         here = cache_home() / "weights" / f"{name.removeprefix('bit:')}.npz"
-        return f"{GROUPS[name]}, {'here' if here.is_file() else 'fetched on first use'}"
+        return f"{GROUPS[name]}, {'downloaded' if here.is_file() else 'downloaded on first use'}"
     if name in NAMED:
         return GROUPS[name] + ("" if isinstance(NAMED[name], str) else ", no weights")
     tags = timm.list_pretrained(f"{name}.*") if "." not in name else [name]

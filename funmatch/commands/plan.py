@@ -1,4 +1,4 @@
-"""What a run will take on this machine, before it begins: its arithmetic, and a few of its own steps, measured."""
+"""Estimates time, memory and disk space of a run on this machine: FLOPs are counted, and a few real steps measured."""
 
 import resource
 import tempfile
@@ -16,7 +16,7 @@ from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import prefetch
 from funmatch.errors import InputError
-from funmatch.reports import run_page  # noqa: F401  (a run draws one in the end, so what its import takes is planned)
+from funmatch.reports import run_page  # noqa: F401  (a run draws a page at its end, so the time of this import is part of the estimate)
 from funmatch.reports.result import Result
 from funmatch.runtime import devices, env, transfers
 from funmatch.runtime.log import info, print_table
@@ -32,24 +32,24 @@ from funmatch.training.teachers import recording
 from funmatch.training.teachers.tape import HEADER
 
 WARM, TIMED = 3, 20
-"""Steps that are let by, and that are measured."""
-JUDGED = 512
-"""Images, at most, on which an evaluation is measured."""
+"""Warm-up steps, and steps that are measured."""
+MEASURED_IMAGES = 512
+"""Maximum number of images on which evaluation is measured."""
 
 Ready = tuple[TrainSetup[Any], Objective]
-"""A run that could begin."""
+"""A run that is set up: its setup and its objective."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of what a run consists of.
+    """Durations of the parts of a run, in seconds.
 
     Attributes:
-        begin: of making ready: the program loaded, teachers looked at, networks compiled.
-        step: of one update.
-        evaluation: of one look at the validation images, the training views among it.
-        save: of one checkpoint.
-        end: of judging and writing the student.
+        begin: start-up: imports, data, evaluating teachers, compiling networks.
+        step: one training step.
+        evaluation: one evaluation on validation images and training views.
+        save: one checkpoint.
+        end: the final evaluation and export of the student.
     """
 
     begin: float
@@ -59,7 +59,7 @@ class Parts:
     end: float
 
     def of_run(self, config: Train) -> dict[str, float]:
-        """Seconds of a whole run, by part."""
+        """Computes the duration of a complete run in seconds, by part."""
         steps = config.steps or 1
         return {
             "begin": self.begin,
@@ -71,23 +71,23 @@ class Parts:
 
 
 def run(config: Train) -> Result:
-    """Plans a run: see `measure`. What this process took to load the program, the run will take, too."""
+    """Estimates a run; see `measure`. This process's start-up time counts, since the run will need it too."""
     return Result(None, measure(config, loading=env.seconds_since_start()))
 
 
 def measure(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
-    """Makes a run ready as it would be, takes a few steps, and throws these away.
+    """Sets a run up, trains a few steps, and discards them.
 
     Args:
-        loading: seconds that this process took to load the program, as the run's will.
+        loading: start-up time of this process in seconds, which the run will need too.
 
     Returns:
-        `seconds` (of the whole run, and `parts` of it), `hours`, `steps`, `step_ms`, `images_per_second`, `gflop` (of a
-        step, by part), `of_peak` (share of the device's measured peak), `memory_bytes` (most in use at once),
+        `seconds` (of the whole run, and its `parts`), `hours`, `steps`, `step_ms`, `images_per_second`, `gflop` (of one
+        step, by part), `of_peak` (share of the device's measured peak), `memory_bytes` (peak),
         `disk_bytes` (`pictures`, `run`, `tape`), `device`, `precision`, `compile`.
     """
     if env.world_size() > 1:
-        raise InputError("plan is work for one process")
+        raise InputError("plan runs in a single process; start it without torchrun")
     began = time.monotonic() - loading
     with build_ready(config) as (setup, objective):
         steps = setup.loop.steps
@@ -97,8 +97,9 @@ def measure(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
 
 @contextmanager
 def build_ready(config: Train) -> Generator[Ready]:
-    """A run made ready as its verb does it, but for its folder, and for a tape that is not there yet."""
+    """Sets a run up as its command does, but without a run folder."""
     if isinstance(config, Distill):
+        # A tape that does not exist yet would be created, and an estimate must not write anything.
         if config.tape and not (config.tape.expanduser() / HEADER).is_file():
             config = config.model_copy(update={"tape": None, "tape_full": "stop"})
         cache, loaded = distill.open_inputs(config)
@@ -112,13 +113,17 @@ def build_ready(config: Train) -> Generator[Ready]:
 
 
 def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict[str, Any]:
-    """The metrics of `measure`, of which making ready began at a time."""
+    """Measures the parts of a run that is set up.
+
+    Args:
+        began: `time.monotonic()` at the start of the process.
+    """
     config, course = setup.config, setup.loop
     devices.empty_cache(course.device)
     accelerate_student(setup.student.classifier, course, config, config.side or 0)
     begin = time.monotonic() - began
     step = seconds_a_step(setup, objective)
-    evaluation, end = seconds_to_judge(setup, objective)
+    evaluation, end = seconds_to_evaluate(setup, objective)
     save, size = seconds_to_save(setup)
     whole = Parts(begin, step, evaluation, save, end).of_run(config)
     used = profiling.arithmetic(setup, objective.teachers)
@@ -147,7 +152,7 @@ def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict
 
 
 def seconds_a_step(setup: TrainSetup[Any], objective: Objective) -> float:
-    """The mean over `TIMED` of a run's own steps, with views that are made beside them."""
+    """Measures the mean duration of a step over `TIMED` steps of the run, with views prepared in parallel."""
     course, student = setup.loop, setup.student
     steps = min(course.steps, WARM + TIMED)
     finish = objective.ahead or transfers.pin_batch(course.device)
@@ -158,6 +163,7 @@ def seconds_a_step(setup: TrainSetup[Any], objective: Objective) -> float:
         for number, _ in fit(course, student.classifier, student.optimizer, scaler, batches, objective.loss):
             if student.ema:
                 student.ema.update(student.classifier, number)
+            # Kernels run asynchronously on a GPU: without waiting, warm-up steps would end inside the measured time.
             if number == warm:
                 devices.synchronize(course.device)
                 start = time.perf_counter()
@@ -165,8 +171,8 @@ def seconds_a_step(setup: TrainSetup[Any], objective: Objective) -> float:
     return (time.perf_counter() - start) / (steps - warm)
 
 
-def seconds_to_judge(setup: TrainSetup[Any], objective: Objective) -> tuple[float, float]:
-    """Seconds of an evaluation during the run, and of the last one."""
+def seconds_to_evaluate(setup: TrainSetup[Any], objective: Objective) -> tuple[float, float]:
+    """Estimates the seconds of an evaluation during training, and of the final one."""
     validation, test = setup.evaluation.validation, setup.evaluation.test
     each = seconds_an_image(setup, validation)
     networks = 1 + (setup.config.ema is not None)
@@ -180,9 +186,10 @@ def seconds_to_judge(setup: TrainSetup[Any], objective: Objective) -> tuple[floa
 
 
 def seconds_an_image(setup: TrainSetup[Any], split: CachedSplit) -> float:
-    """Of evaluating the student, measured on some of a split."""
+    """Measures the student's evaluation time in seconds per image on part of a split."""
     student, view = setup.student.classifier, setup.evaluation.view
-    some = split.subset(torch.arange(min(JUDGED, len(split))).numpy())
+    some = split.subset(torch.arange(min(MEASURED_IMAGES, len(split))).numpy())
+    # The first call compiles kernels, which a run pays once and not for each image.
     scoring.predict(student, some.subset(torch.arange(min(len(some), 8)).numpy()), view)
     began = time.perf_counter()
     scoring.score(scoring.predict(student, some, view), some)
@@ -190,7 +197,7 @@ def seconds_an_image(setup: TrainSetup[Any], split: CachedSplit) -> float:
 
 
 def seconds_to_save(setup: TrainSetup[Any]) -> tuple[float, int]:
-    """Seconds and bytes of a checkpoint, on the disk where the run will lie."""
+    """Measures the seconds and bytes of a checkpoint on the disk of the run folder."""
     place = setup.config.out.expanduser().absolute()
     while not place.is_dir():
         place = place.parent
@@ -206,31 +213,32 @@ def seconds_to_save(setup: TrainSetup[Any]) -> tuple[float, int]:
 
 
 def parameter_bytes(setup: TrainSetup[Any]) -> int:
+    """Computes the size of the exported student in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in setup.student.classifier.net.state_dict().values())
 
 
 def tape_bytes(setup: TrainSetup[Any]) -> int | None:
-    """Of the tape that the run could record, or None where it has none to record."""
+    """Computes the size in bytes of the tape that a run could record; None if its strategy records none."""
     if not isinstance(setup.config, Distill) or STRATEGIES[setup.config.strategy].fixed:
         return None
     return recording.layout_of(setup).bytes_of(setup.loop.steps)
 
 
 def show(result: Result) -> None:
-    """Prints the plan of a run."""
-    figures = result.metrics
-    parts = figures["parts"]
-    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)
-    disk = figures["disk_bytes"]
-    tape = "" if disk["tape"] is None else f"; a tape of what the teacher says {format_bytes(disk['tape'])}"
-    peak = "" if figures["of_peak"] is None else f", {percent(figures['of_peak'])} of the measured peak"
-    how = f"{figures['device']}, {figures['precision']}, compile {figures['compile']}"
+    """Prints the estimate of a run."""
+    estimate = result.metrics
+    parts = estimate["parts"]
+    times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)
+    disk = estimate["disk_bytes"]
+    tape = "" if disk["tape"] is None else f"; a tape of the teacher's logits {format_bytes(disk['tape'])}"
+    peak = "" if estimate["of_peak"] is None else f", {percent(estimate['of_peak'])} of the measured peak"
+    how = f"{estimate['device']}, {estimate['precision']}, compile {estimate['compile']}"
     rows = [
-        ["time", f"{duration(figures['seconds'])} ({figures['hours']:,.2f} hours of {how})"],
-        ["of it", told],
-        ["step", f"{figures['step_ms']:,.1f} ms, {figures['images_per_second']:,.1f} images/s{peak}"],
-        ["length", f"{figures['steps']:,} steps"],
-        ["memory", f"{format_bytes(figures['memory_bytes'])} at most"],
-        ["disk", f"run {format_bytes(disk['run'])}, images {format_bytes(disk['pictures'])} (there already){tape}"],
+        ["time", f"{duration(estimate['seconds'])} ({estimate['hours']:,.2f} hours on {how})"],
+        ["parts", times],
+        ["step", f"{estimate['step_ms']:,.1f} ms, {estimate['images_per_second']:,.1f} images/s{peak}"],
+        ["length", f"{estimate['steps']:,} steps"],
+        ["memory", f"{format_bytes(estimate['memory_bytes'])} at peak"],
+        ["disk", f"run {format_bytes(disk['run'])}, images {format_bytes(disk['pictures'])} (already there){tape}"],
     ]
-    print_table(f"what {figures['run']} will take", ["", ""], rows)
+    print_table(f"estimate for {estimate['run']}", ["", ""], rows)

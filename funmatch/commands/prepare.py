@@ -1,4 +1,4 @@
-"""Making images ready before a run needs them, and saying what they are."""
+"""Prepares data sets before training: downloads, checks, decodes and caches images, and summarises them."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ LISTED = 20
 
 
 def run(config: Prepare) -> Result:
-    """Fetches a data set, reads every file, and keeps it decoded, or writes it as shards.
+    """Downloads a data set, reads every file, and caches it decoded, or writes it as TFRecord shards.
 
     Returns:
-        what `figures` gives; for shards also `shards`, their paths.
+        the summary of `summarize`; for shards also `shards`, their paths.
     """
     if config.to == "tfrecord":
-        assert config.out is not None  # checked above
+        assert config.out is not None  # `Prepare.check` requires it
         shards = write_shards(
             config.data,
             datasets.read_options(config),
@@ -36,71 +36,77 @@ def run(config: Prepare) -> Result:
 
 
 def summarize(cache: Cache, data: tuple[str, ...]) -> dict[str, Any]:
-    """What a data set holds, as `survey.summary` says, with `name`, `data`, `way`, `folder` and `gigabytes`."""
+    """Summarises a data set: the result of its scan, with `name`, `data`, `way`, `folder` and `gigabytes`."""
     size = sum(path.stat().st_size for path in cache.folder.iterdir())
     place = {"name": cache.name, "data": list(data), "way": cache.way, "folder": str(cache.folder)}
     return place | {"gigabytes": round(size / 1e9, 6)} | cache.summary
 
 
 def show(result: Result) -> None:
-    """Prints what a data set holds."""
-    figures = result.metrics
-    published = figures["published"]
+    """Prints the summary of a data set."""
+    summary = result.metrics
+    published = summary["published"]
     rows = []
-    for split, about in figures["splits"].items():
+    for split, about in summary["splits"].items():
         expected = published.get(split)
         rows.append(
             [
                 split,
                 f"{about['pictures']:,}",
                 f"{about['classes']:,}" if about["labelled"] else "unlabelled",
-                "" if expected is None else "as expected" if expected == about["pictures"] else f"not {expected:,}",
+                ""
+                if expected is None
+                else "as expected"
+                if expected == about["pictures"]
+                else f"should be {expected:,}",
             ]
         )
-    columns = ["split", "pictures", "classes", "expected"][: 4 if published else 3]
-    print_table(figures["name"], columns, [row[: len(columns)] for row in rows])
+    columns = ["split", "images", "classes", "expected"][: 4 if published else 3]
+    print_table(summary["name"], columns, [row[: len(columns)] for row in rows])
     lines = []
-    if classes := figures["classes"]:
+    if classes := summary["classes"]:
         more = f", … ({len(classes)} in all)" if len(classes) > LISTED else ""
         lines.append(f"classes: {', '.join(classes[:LISTED])}{more}")
     for name in ("short_side", "long_side"):
-        low, middle, high = figures[name]
+        low, middle, high = summary[name]
         lines.append(f"{name.replace('_', ' ')}: {low} … {high} pixels, median {middle}")
-    if figures["kinds"]:
-        lines.append("kinds: " + ", ".join(f"{count:,} {kind}" for kind, count in figures["kinds"].items()))
-    if figures["repeated"]:
-        lines.append(f"repeated inside a split: {figures['repeated']:,} images")
-    if twice := figures["contradictory"]["pictures"]:
-        lines.append(f"CONTRADICTION: {twice:,} images are the same with different labels:")
-        lines += [f"  {one} = {other}" for one, other in figures["contradictory"]["examples"]]
-    if not figures["leaks"] and len(figures["splits"]) > 1:
-        lines.append("no image is in two splits")
-    lines += _leaks(figures) + _unreadable(figures)
-    for spec in figures["data"]:
+    if summary["kinds"]:
+        lines.append("file formats: " + ", ".join(f"{count:,} {kind}" for kind, count in summary["kinds"].items()))
+    if summary["repeated"]:
+        lines.append(f"duplicates within a split: {summary['repeated']:,} images")
+    if twice := summary["contradictory"]["pictures"]:
+        lines.append(f"CONTRADICTION: {twice:,} identical images have different labels:")
+        lines += [f"  {one} = {other}" for one, other in summary["contradictory"]["examples"]]
+    if not summary["leaks"] and len(summary["splits"]) > 1:
+        lines.append("no image is in more than one split")
+    lines += _leaks(summary) + _unreadable(summary)
+    for spec in summary["data"]:
         if spec in CATALOG:
             entry = CATALOG[spec]
             lines.append(f"{entry.title}. {entry.citation}. Licence: {entry.licence}.")
     for name in ("sheet", "folder"):
-        if name in figures:
-            lines.append(f"{name}: {figures[name]}")
-    if "shards" in figures:
-        lines.append(f"shards: {len(figures['shards']):,} in {figures['folder']}")
-    elif "way" in figures:
-        lines.append(f"kept {figures['way']}, {figures['gigabytes']:.2g} GB")
+        if name in summary:
+            lines.append(f"{name}: {summary[name]}")
+    if "shards" in summary:
+        lines.append(f"shards: {len(summary['shards']):,} in {summary['folder']}")
+    elif "way" in summary:
+        lines.append(f"cached {summary['way']}, {summary['gigabytes']:.2g} GB")
     for line in lines:
         out.print(line, soft_wrap=True)
 
 
-def _leaks(figures: dict[str, Any]) -> list[str]:
+def _leaks(summary: dict[str, Any]) -> list[str]:
     lines = []
-    for pair, leak in figures["leaks"].items():
+    for pair, leak in summary["leaks"].items():
         lines.append(f"LEAK: {leak['pictures']:,} images are both in {pair}:")
         lines += [f"  {one} = {other}" for one, other in leak["examples"]]
     return lines
 
 
-def _unreadable(figures: dict[str, Any]) -> list[str]:
-    bad = figures["unreadable"]
-    lines = [f"unreadable and skipped: {len(bad):,}"] if bad else []
+def _unreadable(summary: dict[str, Any]) -> list[str]:
+    bad = summary["unreadable"]
+    lines = [f"unreadable images, skipped: {len(bad):,}"] if bad else []
     lines += [f"  {name}: {reason}" for name, reason in bad[:NAMED_AT_MOST]]
-    return lines + ([f"  … and {len(bad) - NAMED_AT_MOST:,} more; --json has all"] if len(bad) > NAMED_AT_MOST else [])
+    return lines + (
+        [f"  … and {len(bad) - NAMED_AT_MOST:,} more; --json lists all"] if len(bad) > NAMED_AT_MOST else []
+    )

@@ -1,4 +1,4 @@
-"""What a recipe costs on this machine: its arithmetic, counted, and a few real steps, measured."""
+"""Lists recipes and estimates their cost on this machine: FLOPs are counted, and a few real steps are measured."""
 
 import statistics
 import time
@@ -22,22 +22,22 @@ from funmatch.runtime import devices
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import percent
 
-SECONDS = 8.0  # of measurement for each network, about
-IMAGES = {"cpu": 8}  # at a time on a device; elsewhere 128
-OF_A_RUN = "resnetv2_101x3_bit"
-"""The architecture of the teachers that a recipe names by their run folders: the earlier project's."""
+SECONDS = 8.0  # measuring time for each network, approximately
+IMAGES = {"cpu": 8}  # batch size by device type; 128 on others
+RUN_ARCHITECTURE = "resnetv2_101x3_bit"
+"""Architecture of teachers that a recipe names by their run folders: a BiT R101x3."""
 
 
 def run(config: Recipes) -> Result:
-    """Lists recipes, or shows one with the time that it takes here.
+    """Lists recipes, or describes one with its duration on this machine.
 
     Returns:
         `recipes`: for each its `name`, `command`, `top1` and `teacher_top1` as published (in [0, 1] or None), `source`,
-        `note`; for one alone also `knobs` (complete), `words` (the command in full), `steps`, `images`, `gflop` (of
-        each network's forward pass for one image) and, if it is measured, `hours` and `images_per_second`.
+        `note`; for a single recipe also `knobs` (all options), `words` (the complete command), `steps`, `images`,
+        `gflop` (of each network's forward pass for one image) and, if measured, `hours` and `images_per_second`.
 
     Raises:
-        InputError: there is no such recipe.
+        InputError: no recipe matches the name.
     """
     found = [recipes.RECIPES[config.name]] if config.name in recipes.RECIPES else recipes.matching(config.name)
     if len(found) > 1:
@@ -61,7 +61,7 @@ def _line(recipe: Recipe) -> dict[str, Any]:
 
 
 def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
-    """What one recipe says in full, and what it takes: see `run`."""
+    """Expands one recipe and estimates its cost; see `run`."""
     knobs = recipe.table()
     count = CATALOG[knobs.data[0]].counts["train"]
     by_epochs = round((knobs.epochs or 0) * count / knobs.batch)
@@ -69,44 +69,44 @@ def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
     classes = CATALOG[knobs.data[0]].classes
     student = network(knobs.student, classes, counted=not config.measure)
     sides = knobs.teacher_side if isinstance(knobs, Distill) else ()
-    taught_by = [
+    teachers = [
         (network(name, classes, counted=not config.measure), sides[number] if sides else knobs.side or 0)
         for number, name in enumerate(knobs.teacher if isinstance(knobs, Distill) else ())
     ]
-    figures: dict[str, Any] = {
+    estimate: dict[str, Any] = {
         "knobs": knobs.model_dump(mode="json"),
         "words": recipes.words(recipe),
         "steps": steps,
         "images": steps * knobs.batch,
-        "gflop": {"student": gflop(student, knobs.side or 0), "teachers": [gflop(*each) for each in taught_by]},
+        "gflop": {"student": gflop(student, knobs.side or 0), "teachers": [gflop(*each) for each in teachers]},
     }
     if not config.measure:
-        return figures
+        return estimate
     device = devices.pick_device(config.device)
-    info(f"measuring {knobs.student} and its teachers on {device}, about {SECONDS * (1 + len(taught_by)):.0f} s")
+    info(f"measuring {knobs.student} and its teachers on {device}, about {SECONDS * (1 + len(teachers)):.0f} s")
     precision = devices.resolve_precision(config.precision, device)
     seconds = student_seconds(student, knobs, device, precision)
-    seconds += sum(teacher_seconds(net, side, device) for net, side in taught_by)
-    return figures | {
+    seconds += sum(teacher_seconds(net, side, device) for net, side in teachers)
+    return estimate | {
         "images_per_second": 1 / seconds,
-        "hours": figures["images"] * seconds / 3600,
+        "hours": estimate["images"] * seconds / 3600,
         "device": str(device),
         "precision": precision,
     }
 
 
 def network(name: str, classes: int, *, counted: bool = False) -> nn.Module:
-    """The architecture that a recipe names, with weights that do not matter here; with none, if it is only counted."""
+    """Builds the architecture that a recipe names with arbitrary weights, or without weights to count FLOPs."""
     if custom.is_function(name) and not name.startswith("bit:"):
         return custom.call_function(name, {}, classes)
     if name.startswith("bit:"):
         name = f"resnetv2_{name.removeprefix('bit:R').partition('_')[0]}_bit"
-    made = create_empty if counted else create
-    return made(OF_A_RUN if name.startswith("runs/") else name.partition(".")[0], {"num_classes": classes})
+    build = create_empty if counted else create
+    return build(RUN_ARCHITECTURE if name.startswith("runs/") else name.partition(".")[0], {"num_classes": classes})
 
 
 def student_seconds(net: nn.Module, knobs: Train, device: torch.device, precision: str) -> float:
-    """Seconds an image to teach a network: forward, backward and update, on views of the recipe's side."""
+    """Measures training time in seconds per image: forward, backward and update at the recipe's image size."""
     student = _classifier(net).to(device).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     images = _images(knobs.side or 0, device)
@@ -122,7 +122,7 @@ def student_seconds(net: nn.Module, knobs: Train, device: torch.device, precisio
 
 
 def teacher_seconds(net: nn.Module, side: int, device: torch.device) -> float:
-    """Seconds an image to ask a frozen teacher, in the usual form: folded, in the fastest arithmetic of the device."""
+    """Measures a teacher's forward time in seconds per image, folded and in the device's fastest precision."""
     precision = devices.teacher_precisions("auto", device)[0]
     teacher = Frozen(_classifier(net).to(device), InferenceMode(precision=precision))
     images = _images(side, device)
@@ -130,10 +130,10 @@ def teacher_seconds(net: nn.Module, side: int, device: torch.device) -> float:
 
 
 def median(work: Callable[[], object], device: torch.device) -> float:
-    """The median of the seconds that something takes, over `SECONDS`, at least three times, after a first one."""
-    work()
-    times, begun = [], time.monotonic()
-    while len(times) < 3 or time.monotonic() - begun < SECONDS:
+    """Measures the median duration of a call in seconds, over about `SECONDS` and at least three calls."""
+    work()  # the first call compiles kernels and allocates memory
+    times, started = [], time.monotonic()
+    while len(times) < 3 or time.monotonic() - started < SECONDS:
         start = time.perf_counter()
         work()
         devices.synchronize(device)
@@ -150,7 +150,7 @@ def _classifier(net: nn.Module) -> Classifier:
 
 
 def show(result: Result) -> None:
-    """Prints a line a recipe, or all about one."""
+    """Prints one line per recipe, or all details of a single one."""
     found = result.metrics["recipes"]
     if len(found) > 1:
         width = max(len(each["command"]) for each in found)
@@ -158,7 +158,7 @@ def show(result: Result) -> None:
         for each in found:
             tops = f"{percent(each['top1']):>7}  {percent(each['teacher_top1']):>7}"
             print(f"{each['command']:<{width}} {tops}  {each['source']}")
-        print("`funmatch recipes NAME` shows one in full, with the hours that it takes on this machine")
+        print("`funmatch recipes NAME` shows one recipe in full and estimates its duration on this machine")
         return
     one = found[0]
     gigas = [one["gflop"]["student"], *one["gflop"]["teachers"]]
@@ -168,12 +168,12 @@ def show(result: Result) -> None:
             f"top-1 {percent(one['top1'])}, teacher {percent(one['teacher_top1'])} ({one['source']})",
         ],
         ["length", f"{one['steps']:,} steps, {one['images']:,} images"],
-        ["arithmetic", " + ".join(f"{giga:.3g}" for giga in gigas) + " GFLOP an image (student + teachers, forward)"],
+        ["FLOPs", " + ".join(f"{giga:.3g}" for giga in gigas) + " GFLOP per image (forward; student + teachers)"],
     ]
     if "hours" in one:
-        rate = f"{one['images_per_second']:,.3g} pictures/s on {one['device']} in {one['precision']}"
-        rows.append(["on this machine", f"{one['hours']:,.1f} hours at {rate}, views not counted"])
+        rate = f"{one['images_per_second']:,.3g} images/s on {one['device']} in {one['precision']}"
+        rows.append(["on this machine", f"{one['hours']:,.1f} hours at {rate}, without image loading"])
     if one["note"]:
         rows.append(["note", one["note"]])
     print_table(one["command"], ["", ""], rows)
-    print(f"which is short for\n  {one['words']}")
+    print(f"full command:\n  {one['words']}")

@@ -1,4 +1,4 @@
-"""A teacher tape looked through: what it holds, whether it is sound, and whether the teacher still says so."""
+"""Inspects a tape of teacher logits: its contents, its integrity, and whether the teacher still gives them."""
 
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,22 @@ from funmatch.training import distill
 from funmatch.training.teachers import tape
 from funmatch.training.teachers.tape import Tape
 
-ALIKE = 1e-3
-"""KL, in nats, up to which answers are the same but for the arithmetic of another machine."""
+CLOSE_KL = 1e-3
+"""KL in nats up to which logits differ only by the rounding of another machine."""
 
 
-def run(asked: config.Tape) -> Result:
-    """Looks through a tape.
+def run(options: config.Tape) -> Result:
+    """Inspects a tape.
 
     Returns:
-        `tape`, `steps` (there whole), `longest` (the first range of them), `rows`, `damaged`, `bytes`, `asked`,
-        `layout`; with `recompute` also `recomputed` (steps), `equal` (share of logits), `kl`, `agreement`.
+        `tape`, `steps` (number of complete ones), `ranges` (the first ten ranges of them), `rows`, `damaged`, `bytes`,
+        `layout`, `asked` (the options of its views), `teacher`, `data`; with `recompute` also `recomputed` (number of
+        steps), `equal` (share of logits), `kl` (nats), `agreement`.
 
     Raises:
-        InputError: there is no tape.
+        InputError: the folder holds no tape, or no complete step to recompute.
     """
-    found = tape.find_tape(asked.folder)
+    found = tape.find_tape(options.folder)
     rows, damaged, whole = found.counts()
     figures: dict[str, Any] = {
         "tape": str(found.folder),
@@ -46,83 +47,87 @@ def run(asked: config.Tape) -> Result:
         "teacher": found.header["run"]["teacher"],
         "data": found.header["run"]["data"],
     }
-    if asked.recompute:
+    if options.recompute:
         if not whole:
-            raise InputError(f"{found.folder} holds no whole step, so there is nothing to compute again")
-        figures |= _recomputed(found, [step for each in whole for step in each], asked.recompute)
+            raise InputError(f"{found.folder} holds no complete step, so no logits can be recomputed")
+        figures |= _recomputed(found, [step for each in whole for step in each], options.recompute)
     found.close()
     return Result(found.folder, figures)
 
 
 def check_sound(figures: dict[str, Any]) -> None:
-    """Raises `WorkFailed` where rows are damaged, or the teacher says something else now."""
+    """Raises `WorkFailed` if rows are damaged, or the teacher's logits differ now."""
     if figures["damaged"]:
         raise WorkFailed(
-            f"{figures['damaged']:,} rows of {figures['tape']} are damaged; runs compute these again, "
-            "and those that record put them right"
+            f"{figures['damaged']:,} rows of {figures['tape']} are damaged; runs recompute them, "
+            "and a run that records to this tape repairs them"
         )
-    if figures.get("kl", 0) > ALIKE:
+    if figures.get("kl", 0) > CLOSE_KL:
         raise WorkFailed(
-            f"the teacher now says something else than {figures['tape']} holds: KL {figures['kl']:.2g} nats, "
+            f"the teacher's logits now differ from those in {figures['tape']}: KL {figures['kl']:.2g} nats, "
             f"agreement {percent(figures['agreement'])}"
         )
 
 
 def show(result: Result) -> None:
-    """Prints what a tape holds.
+    """Prints the contents of a tape.
 
     Raises:
-        WorkFailed: the tape is not sound.
+        WorkFailed: rows are damaged, or the teacher's logits differ.
     """
     figures = result.metrics
-    layout, asked = figures["layout"], figures["asked"]
+    layout, views = figures["layout"], figures["asked"]
     first = ", ".join(f"{start:,} … {stop - 1:,}" for start, stop in figures["ranges"])
-    kept = (
-        f"{layout['classes']:,} classes" if layout["top"] is None else f"first {layout['top']} of {layout['classes']:,}"
+    width = (
+        f"{layout['classes']:,} classes"
+        if layout["top"] is None
+        else f"top {layout['top']} of {layout['classes']:,} classes"
     )
     rows = [
         ["teacher", " + ".join(Path(name).name for name in figures["teacher"])],
-        ["pictures", ", ".join(figures["data"])],
-        ["draws", f"seed {asked['seed']}, batch {asked['batch']}, {asked['crop']} crops of {asked['side']} px"],
-        ["a row", f"{kept}, half precision"],
+        ["images", ", ".join(figures["data"])],
+        ["draws", f"seed {views['seed']}, batch {views['batch']}, {views['crop']} crops of {views['side']} px"],
+        ["logits", f"{width}, half precision"],
         ["steps", f"{figures['steps']:,} ({first})" if first else "none"],
         ["rows", f"{figures['rows']:,} sound, {figures['damaged']:,} damaged"],
         ["size", format_bytes(figures["bytes"])],
     ]
     if "recomputed" in figures:
-        told = f"{percent(figures['equal'])} of logits equal, KL {figures['kl']:.1e}, agreement"
-        rows.append([f"{figures['recomputed']} steps computed again", f"{told} {percent(figures['agreement'])}"])
+        comparison = f"{percent(figures['equal'])} of logits equal, KL {figures['kl']:.1e}, agreement"
+        rows.append([f"{figures['recomputed']} steps recomputed", f"{comparison} {percent(figures['agreement'])}"])
     print_table(figures["tape"], ["", ""], rows)
     check_sound(figures)
 
 
 @torch.inference_mode()
 def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
-    """How the teacher's answers to some steps, evenly spread, compare with those of the tape."""
+    """Recomputes the teacher's logits of some evenly spaced steps, and compares them with the tape."""
     knobs = {name: value for name, value in found.header["run"].items() if name in Distill.model_fields}
-    asked = Distill.checked(**knobs | {"tape": None, "tape_top": None})
-    cache, loaded = distill.open_inputs(asked)
-    setup = distill.build_distill_setup(asked, cache, loaded)
+    settings = Distill.checked(**knobs | {"tape": None, "tape_top": None})
+    cache, loaded = distill.open_inputs(settings)
+    setup = distill.build_distill_setup(settings, cache, loaded)
     device = setup.loop.device
+    # The recorded inference mode holds for its device only; another kind of device chooses its own.
     same = found.header["device"] == device.type
     setup, teachers, _ = distill.freeze_for_run(setup, loaded, found.header["forms"] if same else None)
     chosen = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(count, len(steps)))})]
-    layout, told, now = found.layout, [], []
+    layout, recorded, recomputed = found.layout, [], []
     with ProgressBar("teacher", len(chosen)) as bar:
         for number, step in enumerate(chosen, 1):
             batch = setup.loader.batch_at(step).to(device)
             views, _ = distill.views_by_side(batch, setup.loader.teacher_sides)
             with devices.autocast(device, "fp32"):
-                answers = teachers(views, asked.temperature)
-            kept = found.read(step, 0, layout.batch)
-            if kept is None:
-                raise InputError(f"step {step} of {found.folder} was damaged meanwhile; start the same command again")
-            now.append(layout.unpacked(*layout.packed(answers)).cpu())
-            told.append(kept)
+                logits = teachers(views, settings.temperature)
+            rows = found.read(step, 0, layout.batch)
+            if rows is None:
+                raise InputError(f"step {step} of {found.folder} was damaged during this command; rerun it")
+            # Through the tape's format too, so that its rounding to half precision does not count as a difference.
+            recomputed.append(layout.unpacked(*layout.packed(logits)).cpu())
+            recorded.append(rows)
             bar.update(number)
-    there, again = torch.cat(told), torch.cat(now)
-    figures = metrics.summarize(metrics.per_image(again, None, there))
-    equal = (there == again).double().mean().item()
+    before, after = torch.cat(recorded), torch.cat(recomputed)
+    figures = metrics.summarize(metrics.per_image(after, None, before))
+    equal = (before == after).double().mean().item()
     return {
         "recomputed": len(chosen), "equal": equal, "kl": figures["kl"], "agreement": figures["agreement"],
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run will take: measured before it begins, and leaving nothing behind."""
+"""The estimate of a run is measured before it starts, and leaves no files behind."""
 
 import json
 
@@ -60,10 +60,10 @@ def test_the_command(tmp_path, funmatch):
     words = ["plan", "distill", "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student"]
     words += ["fashion-mini-student", "--steps", "30", "--batch", "16", "--out", str(tmp_path / "run")]
     assert json.loads(funmatch(*words, "--json").stdout)["steps"] == 30
-    assert "will take" in funmatch(*words).stdout
+    assert "estimate for" in funmatch(*words).stdout
     assert "unknown verb or recipe 'evaluate'" in funmatch("plan", "evaluate", check=2).stderr
 
 
-def test_bad_words_are_told(tmp_path):
+def test_invalid_options_are_reported(tmp_path):
     with pytest.raises(InputError, match="temperature must be above 0"):
         run_verb("plan", Distill(**TINY, **TEACHER, steps=5, temperature=0, out=tmp_path / "run"))

@@ -124,17 +124,17 @@ def test_a_file_becomes_runs(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("seeds = [0, 1]", "seeds = [0"), "no TOML"),
+        (("seeds = [0, 1]", "seeds = [0"), "not valid TOML"),
         (("title", "titel"), "unknown key 'titel'; did you mean 'title'"),
         (('strategy = "same/ic"', 'strategy = "same/id"'), "same/ic: unknown strategy 'same/id'"),
         (
             ('strategy = "same/ic"', 'strategie = "same/ic"'),
             "same/ic: unknown option 'strategie'; did you mean 'strategy'",
         ),
-        (("batch = 8", "batchs = 8"), "unknown knob in .common. or --set 'batchs'; did you mean 'batch'"),
+        (("batch = 8", "batchs = 8"), "unknown option in .common. or --set 'batchs'; did you mean 'batch'"),
         (('name = "labels"', 'name = "same/ic"'), "same-ic-seed-0: two runs have this name"),
         (('name = "labels"', ""), "run 3 has no name"),
-        (("run:labels", "run:label"), "run:label is no other run of the study"),
+        (("run:labels", "run:label"), "run:label does not name another run of the study"),
         (('verb = "train"', 'verb = "trian"'), "unknown verb 'trian'"),
         (("temperature = [1.0, 2.0]", "temperature = 1.0"), "each must give a list"),
         (("temperature = [1.0, 2.0]", "temperature = [1.0, 0.0]"), "T = 0.0: temperature must be above 0"),
@@ -149,9 +149,9 @@ def test_a_file_becomes_runs(tmp_path):
         (("each = { temperature = [1.0, 2.0] }", "each = 3"), "each must give a list"),
         (("seeds = [0, 1]", "seeds = [true]"), "a seed is a whole number"),
         (('verb = "train"', 'verb = ["train"]'), "unknown verb"),
-        (('name = "labels"', 'name = "labels"\nseeds = 3'), "seeds must be a list, of one or more, got 3"),
-        (("threads = 1", 'out = "x"'), "unknown knob|decided by the study"),
-        ((f'data = "{FEW}"', 'data = "-mini"'), "same/ic: data -mini begins with a dash"),
+        (('name = "labels"', 'name = "labels"\nseeds = 3'), "seeds must be a list of one or more numbers, got 3"),
+        (("threads = 1", 'out = "x"'), "unknown option|set by the study itself"),
+        ((f'data = "{FEW}"', 'data = "-mini"'), "same/ic: data -mini starts with a dash"),
     ],
 )
 def test_a_file_that_is_wrong(tmp_path, change, words):
@@ -200,7 +200,7 @@ def test_all_problems_are_told_before_anything_begins(tmp_path):
     text = TINY.replace("same/ic", "same/id").replace("run:labels", "run:nobody").replace('kind = "ends"', 'kind = "x"')
     with pytest.raises(InputError) as error:
         funmatch.study(file_of(tmp_path, text), out=tmp_path / "out")
-    for words in ("unknown strategy 'same/id'", "run:nobody is no other run", "figure 1: unknown kind 'x'"):
+    for words in ("unknown strategy 'same/id'", "run:nobody does not name another run", "figure 1: unknown kind 'x'"):
         assert words in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -208,8 +208,8 @@ def test_all_problems_are_told_before_anything_begins(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("seeds = [0, 1]", "seeds = []", "seeds must be a list, of one or more"),
-        ('name = "labels"', 'name = "labels {temprature}"', "{temprature} stands for nothing; each gives nothing"),
+        ("seeds = [0, 1]", "seeds = []", "seeds must be a list of one or more numbers"),
+        ('name = "labels"', 'name = "labels {temprature}"', "unknown placeholder {temprature}; each has no options"),
         ('verb = "train"', 'verb = "eat"', "unknown verb 'eat'"),
     ],
 )
@@ -218,16 +218,16 @@ def test_lines_that_say_nothing_are_told_and_leave_no_folder(tmp_path, old, new,
     with pytest.raises(InputError) as error:
         funmatch.study(file_of(tmp_path, TINY.replace(old, new, 1)), out=tmp_path / "out")
     assert words in str(error.value)
-    assert "unknown knob in [common]" not in str(error.value)
+    assert "unknown option in [common]" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_names_of_studies(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="unknown study 'consistancy'; did you mean 'consistency'"):
         study_files.load_spec(Study.checked(name="consistancy"))
-    with pytest.raises(InputError, match="knob=value"):
+    with pytest.raises(InputError, match="option=value"):
         study_files.load_spec(Study.checked(name="consistency", set=("epochs",)))
-    with pytest.raises(InputError, match=r"no run is called nobody; there are fix/rs, fix/cc.*, funmatch, funmatch"):
+    with pytest.raises(InputError, match=r"no run is named nobody; known: fix/rs, fix/cc.*, funmatch, funmatch"):
         study_files.load_spec(Study.checked(name="consistency", only=("nobody",)))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="holds no results"):

@@ -81,14 +81,14 @@ def test_the_grammar_of_spaces(word, span):
         ("lr=1..1", "empty range"),
         ("lr=", "no values"),
         ("lr", "no values"),
-        ("lr=log:0..1", "begins above 0"),
-        ("lr=log:1,2", "log: belongs to a range"),
+        ("lr=log:0..1", "starts above 0"),
+        ("lr=log:1,2", "log: requires a range"),
         ("lr=1,x", "valid number"),
         ("lr=1..inf", "not finite"),
         ("lr=1,1", "twice"),
         ("batch=8.5..9", "not a whole number"),
         ("crop=mid,mild", "'mild'"),
-        ("crop=log:a..b", "a range is of numbers"),
+        ("crop=log:a..b", "ranges are for numbers only"),
         ("seed=1,2", "cannot be searched"),
         ("val=10%", "cannot be searched"),
         ("out=a,b", "cannot be searched"),
@@ -166,7 +166,7 @@ def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
             assert max(figures) == run.result["best_score"]
         assert trial["value"] == pytest.approx(statistics.fmean(run.result["best_score"] for run in found))
     assert result["value"] == max(trial["value"] for trial in result["trials"])
-    assert result["trials"][0]["knobs"] == {"lr": 3e-3}, "the configuration as it was said is trial 0"
+    assert result["trials"][0]["knobs"] == {"lr": 3e-3}, "trial 0 uses the given configuration"
     best = result["trials"][result["best"]]
     assert done.knobs == best["knobs"]
     tops = [funmatch.evaluate(folder, split="test")["top1"] for folder in best["runs"]]
@@ -334,7 +334,7 @@ def test_if_all_fail_it_says_why(tmp_path, monkeypatch, capsys):
         ([*WORDS, "--space", "lr=1..2", "--sampler", "grid"], "a grid needs listed values"),
         ([*WORDS, "--space", "lr=1,2", "--storage", "sqlite:////no/such/folder/x.db"], "cannot be reached"),
         ([*WORDS, "--space", "lr=1,2", "--storage", "nonsense://x"], "cannot be reached"),
-        ([*WORDS, "--space", "lr=1,2", "--storage", "notes.txt"], "is no journal of Optuna"),
+        ([*WORDS, "--space", "lr=1,2", "--storage", "notes.txt"], "is not a journal of Optuna"),
         ([*WORDS, "--space", "lr=1,2", "--storage", "no/such/folder/x.log"], "No such file"),
         ([*WORDS, "--space", "lr=1,2", "--data", "nowhere/at/all"], "nowhere/at/all"),
         (["pet37-fast", "--data", "nowhere/at/all"], "nowhere/at/all"),
@@ -463,7 +463,7 @@ def test_a_recipe_brings_its_space(tmp_path):
     asked = search.read_spec(config)
     assert asked.space["lr"].choices == (1e-3, 1e-2)
     assert asked.space["temperature"].choices == (1.0, 2.0, 5.0, 10.0)
-    assert "weight_decay" not in asked.space, "what was said is not searched"
+    assert "weight_decay" not in asked.space, "an option that is given is not searched"
     assert asked.trials == 8
     done = funmatch.tune("pet37-fast", tmp_path / "study", **knobs, eval_resize=28, steps=2, batch=8, trials=1)
     assert done.figures["recipe"] == "pet37-fast"

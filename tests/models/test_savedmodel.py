@@ -572,7 +572,7 @@ def test_logits_are_tensorflows(made, capsys):
     models.import_model(Import(model=f"{folder}/hub-softmax", out=folder / "ours"))
     said = capsys.readouterr().err
     assert "the original applies Softmax" in said
-    assert "timm has no network of this size; funmatch alone can load it" in said
+    assert "timm has no network of this size; only funmatch can load this folder" in said
 
 
 @pytest.mark.slow

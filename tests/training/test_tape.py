@@ -424,7 +424,7 @@ def test_a_tape_is_shown_and_held_against_its_teacher(recorded, tmp_path, capsys
     found = replace(found, recording=True, _file=None)
     for step in range(14):
         found.write(step, 0, *found.layout.packed(logits_of(8, 10, step)))
-    with pytest.raises(WorkFailed, match="says something else"):
+    with pytest.raises(WorkFailed, match="the teacher's logits now differ from those in"):
         tape_command.show(tape_command.run(Asked.checked(folder=tmp_path / "tape", recompute=2)))
     content = bytearray((tmp_path / "tape" / "answers.bin").read_bytes())
     content[40] ^= 1

@@ -1,4 +1,4 @@
-"""Figures of a study: what kinds there are, and what each can show."""
+"""Defines the kinds of plots in study files, and checks their entries."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,23 +13,23 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "against": ("value", "knob"),
     "scatter": ("value", "across"),
 }
-"""The kinds of figures, and what each must be told beside its kind."""
+"""Kinds of plots, and the keys that each requires."""
 CURVES: Mapping[str, tuple[str, ...]] = {
     "step": ("loss", "lr", "images_per_second"),
     "eval": metrics.METRICS,
     "ema": metrics.METRICS,
     "views": (*metrics.METRICS, "teacher_top1"),
 }
-"""What a run records while it goes on, by event."""
+"""Metrics that a run records during training, by event."""
 ENDS = (
     *metrics.METRICS, *(f"{each}_{name}" for each in ("views", "ema") for name in metrics.METRICS), "loss", "seconds",
     "step", "best_step", "best_score", "parameters", "pictures", "teacher_top1", "views_teacher_top1",
 )  # fmt: skip
-"""What a run comes to."""
+"""Final metrics of a run."""
 
 
 def problems(figure: dict[str, Any]) -> list[str]:
-    """What is wrong with a figure of a study file, a sentence each."""
+    """Lists the problems of a plot in a study file, one sentence each."""
     kind = figure.get("kind")
     if kind not in KINDS:
         return [str(unknown("kind", str(kind), KINDS))]

@@ -1,4 +1,4 @@
-"""Which study is asked for: a file by its name or place, and what is said instead of what it says."""
+"""Finds study files by name or path, and applies the options of the command line to them."""
 
 import ast
 import re
@@ -13,26 +13,26 @@ from funmatch.errors import InputError, unknown
 BUILT_IN = Path(__file__).parent / "builtin"
 ENDING = ".toml"
 PAIRS = r",(?=[A-Za-z_]\w*=)"
-"""Between two options of a network or an optimizer, whose values may hold commas: channels=16,32,stem_width=8."""
+"""Separates arguments of a network or an optimizer, whose values may hold commas: channels=16,32,stem_width=8."""
 
 
 def built_in() -> dict[str, str]:
-    """The studies that come with the package, and the title of each."""
+    """Lists the built-in studies with their titles."""
     files = sorted(BUILT_IN.glob(f"*{ENDING}"))
     return {file.stem: tomllib.loads(file.read_text())["title"] for file in files}
 
 
 def load_spec(config: Study) -> StudySpec:
-    """The study that is asked for.
+    """Loads the study that the options name.
 
     Raises:
-        InputError: every problem of the file, a line each.
+        InputError: all problems of the file, one per line.
     """
-    return parse(*_source(config.name), config.seeds, config.only, _said(config.set))
+    return parse(*_source(config.name), config.seeds, config.only, _overrides(config.set))
 
 
 def _source(name: str) -> tuple[str, str]:
-    """A study file's text, and what to call it."""
+    """Reads a study file; returns its text, and its name in messages."""
     path = Path(name).expanduser()
     if name in built_in():
         path = BUILT_IN / f"{name}{ENDING}"
@@ -43,29 +43,29 @@ def _source(name: str) -> tuple[str, str]:
     try:
         return path.read_text(), name
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no text in UTF-8; a study is a TOML file") from None
+        raise InputError(f"{path} is not UTF-8 text; a study is a TOML file") from None
 
 
-def _said(words: tuple[str, ...]) -> dict[str, Any]:
-    """`lr=0.01 data=a,b pretrained.data=c` as knobs; those of one run by its name before a dot."""
-    said = {}
+def _overrides(words: tuple[str, ...]) -> dict[str, Any]:
+    """Parses `lr=0.01 data=a,b pretrained.data=c`; the name of a run before a dot limits an option to this run."""
+    overrides = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name:
-            raise InputError(f"--set takes knob=value, e.g. --set epochs=10, got {word!r}")
-        run, dot, knob = name.rpartition(".")
-        knob = knob.replace("-", "_")
-        said[run + dot + knob] = _value(value, PAIRS if knob.endswith("_kwargs") else ",")
-    return said
+            raise InputError(f"--set takes option=value, e.g. --set epochs=10, got {word!r}")
+        run, dot, option = name.rpartition(".")  # names of runs may hold dots, options do not
+        option = option.replace("-", "_")
+        overrides[run + dot + option] = _value(value, PAIRS if option.endswith("_kwargs") else ",")
+    return overrides
 
 
-def _value(text: str, between: str) -> Any:
-    """What a person typed: a value as Python writes it, or words, of which several become a list."""
+def _value(text: str, separator: str) -> Any:
+    """Parses a value in Python's notation, or as plain text, which becomes a list if it holds separators."""
     try:
         value = ast.literal_eval(text)
         return list(value) if isinstance(value, tuple) else value
     except (ValueError, SyntaxError):
-        words = re.split(between, text)
+        words = re.split(separator, text)
     if len(words) > 1:
-        return [_value(word, "(?!)") for word in words]
+        return [_value(word, "(?!)") for word in words]  # a pattern that never matches: parts are not split again
     return {"true": True, "false": False}.get(text, text)

@@ -1,4 +1,4 @@
-"""Study files: a plain list of runs in TOML, read and checked as a whole before any of them begins."""
+"""Parses study files, a list of runs in TOML, and checks them as a whole before any run starts."""
 
 import re
 import tomllib
@@ -15,7 +15,7 @@ from funmatch.config.options import replaced_by
 from funmatch.errors import InputError, unknown
 
 REFERENCE = "run:"
-"""Begins the value of a knob that stands for another run of the study, by its name: its folder is meant."""
+"""Prefix of option values that name another run of the study; its run folder is used."""
 PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 KEYS = ("title", "question", "note", "verb", "seeds", "common", "run", "figure")
 ENTRY_KEYS = ("name", "group", "verb", "seeds", "each", "shown")
@@ -23,16 +23,16 @@ ENTRY_KEYS = ("name", "group", "verb", "seeds", "each", "shown")
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run of a study.
+    """One run of a study.
 
     Attributes:
-        name: what it shares with the runs of other seeds.
-        group: the line of a figure to which it belongs.
-        seed: of the run.
+        name: its name, shared by the runs of all seeds.
+        group: its line in plots.
+        seed: its random seed.
         verb: train, finetune or distill.
-        knobs: as the verb's table takes them, but for `out` and `seed`; some may refer to other runs.
-        shown: whether it is in the table and the figures, or only there for others.
-        needs: places of the runs that come first.
+        knobs: its options, except `out` and `seed`; values may refer to other runs.
+        shown: whether tables and plots show it; others only prepare weights or teachers.
+        needs: folder names of the runs that it depends on.
     """
 
     name: str
@@ -45,19 +45,19 @@ class RunSpec:
 
     @property
     def place(self) -> str:
-        """The name of its folder."""
+        """The name of its run folder."""
         return _place(self.name, self.seed)
 
 
 @dataclass(frozen=True)
 class StudySpec:
-    """A study file that was checked.
+    """A checked study file.
 
     Attributes:
-        title, question, note: for people.
-        figures: what is drawn; see `figures.KINDS`.
+        title, question, note: texts of its page.
+        figures: its plots; see `figure_spec.KINDS`.
         entries: its runs.
-        text: of the file.
+        text: the text of the file.
     """
 
     title: str
@@ -73,23 +73,23 @@ def parse(
     where: str,
     seeds: tuple[int, ...] = (),
     only: tuple[str, ...] = (),
-    said: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> StudySpec:
-    """A study from its text.
+    """Parses the text of a study file.
 
     Args:
-        where: what to call it in messages.
-        seeds: instead of those that the file says.
-        only: patterns of names; other runs are left out, unless these need them.
-        said: knobs that every run takes instead of its own.
+        where: its name in messages.
+        seeds: replace the seeds of the file.
+        only: patterns of run names; other runs are left out, unless these depend on them.
+        overrides: options that replace those of every run, or of one run as `run.option`.
 
     Raises:
-        InputError: every problem, a line each.
+        InputError: all problems of the file, one per line.
     """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where} is no TOML: {error}") from None
+        raise InputError(f"{where} is not valid TOML: {error}") from None
     found = [str(unknown("key", key, KEYS)) for key in table if key not in KEYS]
     found += [f"{key} is missing" for key in ("title", "run") if not table.get(key)]
     shapes = {"run": "[[run]]", "figure": "[[figure]]", "common": "[common]", "seeds": "a list"}
@@ -99,17 +99,18 @@ def parse(
         rows = value if key in ("run", "figure") and isinstance(value, list) else []
         if not isinstance(value, kind) or not all(isinstance(row, dict) for row in rows):
             found.append(f"{key} must be {what}")
+    # Without these the runs cannot be read at all, so later problems would only repeat them.
     if found:
         raise _refused(where, found)
-    entries = list(_entries(table, seeds, dict(said or {}), found))
+    entries = list(_entries(table, seeds, dict(overrides or {}), found))
     figures = tuple(table.get("figure", ()))
     for number, figure in enumerate(figures, 1):
         found += [f"figure {number}: {problem}" for problem in figure_problems(figure)]
-    found += _problems(entries, dict(table.get("common", {})), dict(said or {}))
+    found += _problems(entries, dict(table.get("common", {})), dict(overrides or {}))
     if not found and only:
         names = ", ".join(dict.fromkeys(each.name for each in entries))
-        entries = _chosen(entries, only)
-        found += [] if entries else [f"no run is called {', '.join(only)}; there are {names}"]
+        entries = _select(entries, only)
+        found += [] if entries else [f"no run is named {', '.join(only)}; known: {names}"]
     if found:
         raise _refused(where, found)
     words = [str(table.get(key, "")) for key in ("title", "question", "note")]
@@ -117,12 +118,13 @@ def parse(
 
 
 def read_spec(text: str, where: str) -> StudySpec:
-    """What a study file says for people, without its runs: enough to draw what came of them."""
+    """Reads the texts and plots of a study file without its runs: enough to draw its results."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where} is no TOML: {error}") from None
+        raise InputError(f"{where} is not valid TOML: {error}") from None
     words = [str(table.get(key, "")) for key in ("title", "question", "note")]
+    # A study of an earlier version may have plots that are no longer known: the others are still drawn.
     figures = [figure for figure in table.get("figure", ()) if not figure_problems(figure)]
     return StudySpec(words[0], words[1], words[2], tuple(figures), (), text)
 
@@ -132,18 +134,20 @@ def _refused(where: str, found: list[str]) -> InputError:
 
 
 def _entries(
-    table: dict[str, Any], seeds: tuple[int, ...], said: dict[str, Any], found: list[str]
+    table: dict[str, Any], seeds: tuple[int, ...], overrides: dict[str, Any], found: list[str]
 ) -> Iterator[RunSpec]:
-    """The runs that a file lists; what is wrong with a line of it goes to `found`."""
+    """Yields the runs of a file; appends the problems of its entries to `found`."""
     common, verb = table.get("common", {}), table.get("verb", "distill")
     verbs = [run.get("verb", verb) for run in table["run"]]
     known = {knob for name, each in TAUGHT.items() if name in verbs for knob in each.model_fields}
-    known = known or {knob for each in TAUGHT.values() for knob in each.model_fields}  # no verb is one: told below
+    known = known or {
+        knob for each in TAUGHT.values() for knob in each.model_fields
+    }  # no verb is valid, which is reported below
     names = [str(run.get("name")) for run in table["run"]]
-    of_one = {key: (key.rpartition(".")[0], key.rpartition(".")[2]) for key in said if "." in key}
+    of_one = {key: (key.rpartition(".")[0], key.rpartition(".")[2]) for key in overrides if "." in key}
     found += [str(unknown("run in --set", name, names)) for name, _ in of_one.values() if name not in names]
-    told = [*common, *(of_one[key][1] if key in of_one else key for key in said)]
-    found += [str(unknown("knob in [common] or --set", knob, known)) for knob in told if knob not in known]
+    options = [*common, *(of_one[key][1] if key in of_one else key for key in overrides)]
+    found += [str(unknown("option in [common] or --set", knob, known)) for knob in options if knob not in known]
     for number, run in enumerate(table["run"], 1):
         own = run.get("verb", verb)
         each, name = run.get("each", {}), run.get("name")
@@ -154,54 +158,60 @@ def _entries(
             found.append(f"run {number} has no name")
             continue
         if not isinstance(each, dict) or not all(isinstance(values, list) and values for values in each.values()):
-            found.append(f"{name}: each must give a list for every knob, e.g. each = {{ epochs = [100, 300] }}")
+            found.append(
+                f"{name}: each must give a list of values for every option, e.g. each = {{ epochs = [100, 300] }}"
+            )
             continue
         own_seeds = run.get("seeds", table.get("seeds", [0]))
         if not isinstance(own_seeds, list) or not own_seeds:
-            found.append(f"{name}: seeds must be a list, of one or more, got {own_seeds!r}")
+            found.append(f"{name}: seeds must be a list of one or more numbers, got {own_seeds!r}")
             continue
         if odd := [part for part in PLACEHOLDER.findall(name) if part[1:-1] not in each]:
-            told = ", ".join(map(str, each)) or "nothing"
-            found.append(f"{name}: {', '.join(odd)} stands for nothing; each gives {told}")
+            options = ", ".join(map(str, each)) or "no options"
+            found.append(f"{name}: unknown placeholder {', '.join(odd)}; each has {options}")
             continue
         shared = {knob: value for knob, value in common.items() if knob in TAUGHT[own].model_fields}
-        over = {knob: value for knob, value in said.items() if knob in TAUGHT[own].model_fields}
-        over |= {knob: said[key] for key, (of, knob) in of_one.items() if of == name}
-        found += [f"{name}: --set {knob} would make runs alike that differ in it" for knob in each if knob in over]
+        over = {knob: value for knob, value in overrides.items() if knob in TAUGHT[own].model_fields}
+        over |= {knob: overrides[key] for key, (of, knob) in of_one.items() if of == name}
+        found += [
+            f"{name}: --set {knob} would remove the difference between its runs, which vary it with each"
+            for knob in each
+            if knob in over
+        ]
         knobs = {key: value for key, value in run.items() if key not in ENTRY_KEYS}
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
-            full = _named(name, chosen)
-            whole = _over(_over(shared, knobs | chosen, own), over, own)
+            full = _expand_name(name, chosen)
+            whole = _override(_override(shared, knobs | chosen, own), over, own)
             for seed in seeds if seeds and "seeds" not in run else own_seeds:
                 group = str(run.get("group", name if each else full))
                 yield RunSpec(full, group, seed, own, whole, bool(run.get("shown", True)))
 
 
-def _over(knobs: Mapping[str, Any], said: Mapping[str, Any], verb: str) -> dict[str, Any]:
-    """Knobs with others in their place, and without what goes with those that these replace."""
-    silent = replaced_by(TAUGHT[verb], said)
-    return {knob: value for knob, value in knobs.items() if knob not in silent} | dict(said)
+def _override(knobs: Mapping[str, Any], overrides: Mapping[str, Any], verb: str) -> dict[str, Any]:
+    """Replaces options, and drops those that the new ones replace too, such as `steps` for `epochs`."""
+    dropped = replaced_by(TAUGHT[verb], overrides)
+    return {knob: value for knob, value in knobs.items() if knob not in dropped} | dict(overrides)
 
 
-def _named(name: str, chosen: Mapping[str, Any]) -> str:
-    """The name of one of several runs: with its values in the place of {knob}, or behind it."""
+def _expand_name(name: str, chosen: Mapping[str, Any]) -> str:
+    """Names one of the runs of `each`: its values replace `{option}` in the name, or are appended to it."""
     full = name
     for knob, value in chosen.items():
         full = full.replace(f"{{{knob}}}", str(value))
     return full if full != name or not chosen else " ".join([name, *(f"{knob} {v}" for knob, v in chosen.items())])
 
 
-def _problems(entries: list[RunSpec], common: dict[str, Any], said: dict[str, Any]) -> list[str]:
-    """What is wrong with the runs, each by itself and together; fills in what they need."""
+def _problems(entries: list[RunSpec], common: dict[str, Any], overrides: dict[str, Any]) -> list[str]:
+    """Checks the runs, each alone and all together; fills in `needs`."""
     found, places = [], [entry.place for entry in entries]
     found += [f"{place}: two runs have this name" for place in sorted({p for p in places if places.count(p) > 1})]
     for number, entry in enumerate(entries):
         if type(entry.seed) is not int or entry.seed < 0:
-            found.append(f"{entry.name}: a seed is a whole number from 0 on, got {entry.seed!r}")
+            found.append(f"{entry.name}: a seed is a whole number of at least 0, got {entry.seed!r}")
         fixed = TAUGHT[entry.verb].where(lambda opt: not opt.study)
-        kept = fixed & {*entry.knobs, *common, *said}
-        found += [f"{entry.name}: {knob} is decided by the study" for knob in sorted(kept)]
+        reserved = fixed & {*entry.knobs, *common, *overrides}
+        found += [f"{entry.name}: {knob} is set by the study itself" for knob in sorted(reserved)]
         knobs = {knob: value for knob, value in entry.knobs.items() if knob not in fixed}
         try:
             table = TAUGHT[entry.verb].checked(**knobs, out="out", seed=0)
@@ -209,44 +219,46 @@ def _problems(entries: list[RunSpec], common: dict[str, Any], said: dict[str, An
         except InputError as error:
             found.append(f"{entry.name}: {error}")
         found += [
-            f"{entry.name}: {knob} {word} begins with a dash, as options do; a path can begin with ./"
+            f"{entry.name}: {knob} {word} starts with a dash, as options do; start a path with ./"
             for knob, value in knobs.items()
             for word in (value if isinstance(value, tuple) else (value,))
             if isinstance(word, str) and word.startswith("-")
         ]
         needs = []
         for name in _references(entry.knobs):
+            # The run of the same seed if there is one: a seed covers the whole chain of runs.
             others = [each for each in entries if each.name == name]
-            alike = next((each for each in others if each.seed == entry.seed), others[0] if others else None)
-            if alike is None or alike.name == entry.name:
-                found.append(f"{entry.name}: {REFERENCE}{name} is no other run of the study")
+            target = next((each for each in others if each.seed == entry.seed), others[0] if others else None)
+            if target is None or target.name == entry.name:
+                found.append(f"{entry.name}: {REFERENCE}{name} does not name another run of the study")
             else:
-                needs.append(alike.place)
+                needs.append(target.place)
         entries[number] = replace(entry, knobs=knobs, needs=tuple(needs))
-    return found + _circles(entries)
+    return found + _cycles(entries)
 
 
 def _references(knobs: Mapping[str, Any]) -> list[str]:
-    """Names of the runs to which knobs refer."""
+    """Lists the names of the runs that options refer to."""
     values = [each for value in knobs.values() for each in (value if isinstance(value, list | tuple) else [value])]
-    return [str(value).removeprefix(REFERENCE) for value in values if _refers(value)]
+    return [str(value).removeprefix(REFERENCE) for value in values if _is_reference(value)]
 
 
-def _refers(value: Any) -> bool:
+def _is_reference(value: Any) -> bool:
     return isinstance(value, str | Path) and str(value).startswith(REFERENCE)
 
 
-def _circles(entries: list[RunSpec]) -> list[str]:
+def _cycles(entries: list[RunSpec]) -> list[str]:
+    """Finds runs that depend on each other."""
     done: set[str] = set()
     left = list(entries)
     while ready := [entry for entry in left if done.issuperset(entry.needs)]:
         done |= {entry.place for entry in ready}
         left = [entry for entry in left if entry.place not in done]
-    return [f"{entry.name}: the runs that it needs need it" for entry in left]
+    return [f"{entry.name}: it depends on a run that depends on it" for entry in left]
 
 
-def _chosen(entries: list[RunSpec], only: tuple[str, ...]) -> list[RunSpec]:
-    """The runs whose names fit a pattern, and those that they need."""
+def _select(entries: list[RunSpec], only: tuple[str, ...]) -> list[RunSpec]:
+    """Selects the runs whose names match a pattern, and those that they depend on."""
     wanted = {each.place for each in entries if any(fnmatch(each.name, pattern) for pattern in only)}
     while more := {need for each in entries if each.place in wanted for need in each.needs} - wanted:
         wanted |= more
@@ -259,12 +271,12 @@ def _place(name: str, seed: int) -> str:
 
 
 def resolve_references(entry: RunSpec, folder: Path) -> dict[str, Any]:
-    """The knobs of a run with the folders of the runs that it needs in the place of their names."""
+    """Replaces references to other runs by their run folders in the options of a run."""
     names = dict(zip(_references(entry.knobs), entry.needs, strict=True))
 
-    def told(value: Any) -> Any:
+    def resolved(value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(map(told, value))
-        return str(folder / names[str(value).removeprefix(REFERENCE)]) if _refers(value) else value
+            return tuple(map(resolved, value))
+        return str(folder / names[str(value).removeprefix(REFERENCE)]) if _is_reference(value) else value
 
-    return {knob: told(value) for knob, value in entry.knobs.items()}
+    return {knob: resolved(value) for knob, value in entry.knobs.items()}

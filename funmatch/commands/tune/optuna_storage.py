@@ -1,7 +1,7 @@
-"""Optuna as a search uses it: where a study is kept, how the values of a trial are chosen, when one is given up.
+"""Wraps Optuna for searches: storage of a study, sampling of a trial's values, pruning.
 
-The values of trial n are a function of the seed and of n (TPE's also of the trials that are finished), so that it does
-not matter which process asks, when, or how often.
+The values of trial n are a function of the seed and of n (TPE's also of the finished trials): it does not matter which
+process samples them, when, or how often.
 """
 
 import os
@@ -28,15 +28,15 @@ from funmatch.errors import InputError, first_line
 from funmatch.runtime.files import try_lock_file
 
 PATIENCE_SECONDS = 20.0
-"""For which a storage may be locked by another process."""
+"""Time to wait for a storage that is locked by another process."""
 
 
 BEGINS = b'{"op_code"'
-"""Of a journal."""
+"""First bytes of a journal."""
 
 
 class Lock:
-    """Holds the journal while something is added. The operating system ends it with the process, however that ends."""
+    """Locks the journal while a line is appended. The operating system releases the lock of a killed process."""
 
     def __init__(self, journal: Path) -> None:
         self.journal = journal
@@ -49,7 +49,7 @@ class Lock:
                 raise InputError(f"{self.journal} has been locked by another process for {PATIENCE_SECONDS:.0f} s")
             time.sleep(0.005)
         self.held = held
-        _mend(self.journal)
+        _repair(self.journal)
         return True
 
     def release(self) -> None:
@@ -58,8 +58,8 @@ class Lock:
         self.held = None
 
 
-def _mend(journal: Path) -> None:
-    """Takes away the beginning of a line, left by a process that was killed: the next would be glued to it."""
+def _repair(journal: Path) -> None:
+    """Removes an incomplete last line of a killed process, which would corrupt the next line."""
     with open(journal, "r+b") as file:
         end = file.seek(0, os.SEEK_END)
         if not end:
@@ -73,7 +73,7 @@ def _mend(journal: Path) -> None:
 
 @contextmanager
 def working_trials(place: str) -> Generator[None]:
-    """Keeps Optuna silent, and makes what goes wrong with the storage an `InputError` that names it."""
+    """Silences Optuna, and turns errors of the storage into an `InputError` that names it."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     try:
@@ -87,21 +87,22 @@ def working_trials(place: str) -> Generator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What the database itself says, in one line."""
+    """Returns the database's own message in one line."""
+    # SQLAlchemy and Optuna wrap it several times, in text that is about their own code.
     deepest = error
     while deepest.__cause__ is not None or getattr(deepest, "orig", None) is not None:
         deepest = deepest.__cause__ or vars(deepest)["orig"]
     reason = " ".join(str(deepest).split())
-    return f"{reason} (another program holds it)" if "is locked" in reason else reason or type(deepest).__name__
+    return f"{reason} (another program has locked it)" if "is locked" in reason else reason or type(deepest).__name__
 
 
 def is_url(place: str) -> bool:
-    """Whether a storage is named as a database."""
+    """Whether a storage is a database URL, not a journal file."""
     return "://" in place
 
 
 def display_url(place: str) -> str:
-    """The name of a storage without its password."""
+    """Returns the name of a storage without its password."""
     try:
         return make_url(place).render_as_string(hide_password=True) if is_url(place) else place
     except SQLAlchemyError:
@@ -109,10 +110,10 @@ def display_url(place: str) -> str:
 
 
 def storage_at(place: str) -> BaseStorage:
-    """The storage of a name: a journal file, or the URL of a database.
+    """Opens a storage: a journal file, or a database by its URL.
 
     Raises:
-        InputError: it cannot be reached, or is something else.
+        InputError: it cannot be reached, or is not a storage of Optuna.
     """
     if not is_url(place):
         return _journal(Path(place))
@@ -122,12 +123,12 @@ def storage_at(place: str) -> BaseStorage:
         raise InputError(_no_driver(place, error)) from None
     except RuntimeError as error:
         raise InputError(
-            f"the storage {display_url(place)} is of another version of Optuna: {first_line(error)}"
+            f"the storage {display_url(place)} was written by another version of Optuna: {first_line(error)}"
         ) from None
 
 
 def check_reachable(place: str) -> None:
-    """Raises `InputError` unless a database answers, before anything is written anywhere."""
+    """Raises `InputError` if a database cannot be reached, before anything is written."""
     try:
         create_engine(place, connect_args=_patience(place), poolclass=NullPool).connect().close()
     except ImportError as error:
@@ -137,15 +138,15 @@ def check_reachable(place: str) -> None:
 
 
 def _patience(place: str) -> dict[str, Any]:
-    """How long a driver waits, in its own words."""
+    """Returns the driver's own argument for the time to wait."""
     if place.startswith("sqlite"):
         return {"timeout": PATIENCE_SECONDS}
     return {"connect_timeout": int(PATIENCE_SECONDS)} if place.startswith(("postgresql", "mysql")) else {}
 
 
 def _no_driver(place: str, error: ImportError) -> str:
-    hint = " (pip install 'psycopg[binary]', and write postgresql+psycopg://…)" if place.startswith("postgres") else ""
-    return f"the storage {display_url(place)} needs a library that is not here: {error}{hint}"
+    hint = " (pip install 'psycopg[binary]', and use postgresql+psycopg://…)" if place.startswith("postgres") else ""
+    return f"the storage {display_url(place)} needs a library that is not installed: {error}{hint}"
 
 
 def _journal(path: Path) -> JournalStorage:
@@ -153,28 +154,28 @@ def _journal(path: Path) -> JournalStorage:
         with open(path, "rb") as file:
             found = file.read(len(BEGINS))
         if not BEGINS.startswith(found):
-            raise InputError(f"{path} is no journal of Optuna; choose another --storage")
+            raise InputError(f"{path} is not a journal of Optuna; choose another --storage")
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=Lock(path)))  # pyrefly: ignore
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is no journal of Optuna, or is damaged: {first_line(error)}") from None
+        raise InputError(f"{path} is not a journal of Optuna, or is damaged: {first_line(error)}") from None
 
 
 class SeededSampler(optuna.samplers.BaseSampler):
-    """Chooses the values of trial n by the seed and n, as one of Optuna's samplers would that is made for it alone.
+    """Samples the values of trial n from the seed and n, with one of Optuna's samplers created for this trial alone.
 
-    Optuna's own are made once a process: two processes with one seed would choose the same, and one that is killed and
-    started again something else.
+    Optuna creates a sampler once per process: two processes with the same seed would sample the same values, and a
+    process that is killed and restarted would sample others.
     """
 
     def __init__(self, way: str, seed: int, space: Space, first: Mapping[str, Value] | None) -> None:
-        """Makes a sampler.
+        """Creates a sampler.
 
         Args:
             way: random, grid or tpe.
-            first: the values of trial 0, or None to choose them like any other.
+            first: the values of trial 0, or None to sample them too.
         """
         self.way, self.seed, self.space, self.first = way, seed, space, first
         self.order = np.random.default_rng(seed).permutation(combinations(space)) if way == "grid" else None
@@ -182,26 +183,26 @@ class SeededSampler(optuna.samplers.BaseSampler):
     def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
         if self.way != "tpe" or (self.first and trial.number == 0):
             return {}
-        return self._made(trial.number).infer_relative_search_space(study, trial)
+        return self._sampler(trial.number).infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Any, trial: Any, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        return self._made(trial.number).sample_relative(study, trial, search_space) if search_space else {}
+        return self._sampler(trial.number).sample_relative(study, trial, search_space) if search_space else {}
 
     def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: BaseDistribution) -> Any:
         if self.order is not None:
             return self._at(int(self.order[trial.number]))[param_name]
         if self.first and trial.number == 0:
             return self.first[param_name]
-        return self._made(trial.number, param_name).sample_independent(study, trial, param_name, param_distribution)
+        return self._sampler(trial.number, param_name).sample_independent(study, trial, param_name, param_distribution)
 
-    def _made(self, number: int, name: str = "") -> optuna.samplers.BaseSampler:
+    def _sampler(self, number: int, name: str = "") -> optuna.samplers.BaseSampler:
         seed = int(np.random.SeedSequence([self.seed, number, zlib.crc32(name.encode())]).generate_state(1)[0])
         if self.way == "tpe":
             return optuna.samplers.TPESampler(seed=seed)
         return optuna.samplers.RandomSampler(seed=seed)
 
     def _at(self, place: int) -> dict[str, Value]:
-        """The combination at a place of the grid."""
+        """Returns the combination at a position of the grid."""
         values = {}
         for name, span in self.space.items():
             place, which = divmod(place, len(span.choices))
@@ -210,10 +211,10 @@ class SeededSampler(optuna.samplers.BaseSampler):
 
 
 def pruner_of(name: str, evaluations: int) -> optuna.pruners.BasePruner:
-    """What gives trials up.
+    """Creates a pruner.
 
     Args:
-        evaluations: of a run; 0 where that is not known before it begins.
+        evaluations: number of evaluations in a run; 0 if unknown before it starts.
     """
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
@@ -224,7 +225,7 @@ def pruner_of(name: str, evaluations: int) -> optuna.pruners.BasePruner:
 
 
 def suggest(trial: optuna.Trial, space: Space) -> dict[str, Value]:
-    """The values of a trial: as the storage has them, and chosen where it has none."""
+    """Returns the values of a trial: those in the storage, or newly sampled ones."""
     values: dict[str, Value] = {}
     for name, span in space.items():
         if span.choices:
@@ -237,13 +238,13 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Value]:
 
 
 def resume_trial(study: optuna.Study, number: int) -> optuna.Trial:
-    """A trial of the storage, as if it had just been asked for."""
+    """Continues a trial of the storage, as if it had just been created."""
     frozen = study.get_trials(deepcopy=False)[number]
     return optuna.Trial(study, frozen._trial_id)
 
 
 def importance(study: optuna.Study) -> dict[str, float]:
-    """Share of each knob in how good a trial is (PED-ANOVA), largest first; {} where that cannot be told yet."""
+    """Estimates the importance of each option (PED-ANOVA), largest first; {} with too few finished trials."""
     finished = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len(finished) < 4 or len({trial.value for trial in finished}) < 2:
         return {}

@@ -1,4 +1,4 @@
-"""What a search may choose from: `lr=log:1e-5..3e-3`, `drop_rate=0..0.5`, `temperature=1,2,5,10`, read and checked."""
+"""Parses and checks search spaces: `lr=log:1e-5..3e-3`, `drop_rate=0..0.5`, `temperature=1,2,5,10`."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,20 +12,20 @@ from funmatch.config.options import alternatives
 from funmatch.errors import InputError, unknown
 
 Value = str | int | float | bool | None
-"""What a knob is set to by a search."""
+"""A value that a search gives an option."""
 LARGEST, LARGEST_GRID = 10_000, 10**6
-"""Choices that one knob may have, and combinations."""
+"""Maximum number of listed values of one option, and of combinations in a grid."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values of one knob.
+    """The values of one option that a search tries.
 
     Attributes:
-        choices: the values, if they are listed.
-        low, high: the ends of the range, both in it, if they are not.
-        log: whether the range is even in the logarithm.
-        whole: whether only whole numbers of the range count.
+        choices: the listed values; empty for a range.
+        low, high: bounds of the range, both included.
+        log: whether to sample uniformly in the logarithm.
+        whole: whether to sample integers only.
     """
 
     choices: tuple[Value, ...] = ()
@@ -41,7 +41,7 @@ class Range:
 
     @property
     def ends(self) -> tuple[Value, ...]:
-        """All values, or the first and the last."""
+        """All listed values, or both bounds of the range."""
         return self.choices or (self.low, self.high)
 
 
@@ -49,13 +49,13 @@ Space = Mapping[str, Range]
 
 
 def read(words: Iterable[str], table: type[Train]) -> dict[str, Range]:
-    """The space that words such as `lr=log:1e-5..3e-3` describe, in alphabetical order of its knobs.
+    """Parses words such as `lr=log:1e-5..3e-3` into a space, in alphabetical order of options.
 
     Args:
-        table: of the verb whose knobs are searched.
+        table: the options of the command whose runs are searched.
 
     Raises:
-        InputError: a knob that does not exist, that cannot be searched or comes twice; values that it cannot have.
+        InputError: an option is unknown, not searchable or given twice, or its values are invalid.
     """
     found: dict[str, Range] = {}
     for word in words:
@@ -66,35 +66,39 @@ def read(words: Iterable[str], table: type[Train]) -> dict[str, Range]:
         if name in found:
             raise InputError(f"--space names {name} twice; list all of its values at once")
         found[name] = _span(name, values.strip(), table)
+    # Sorted, since the order of the options on the command line must not change the values of a trial.
     return dict(sorted(found.items()))
 
 
 def option_name(typed: str, table: type[Train]) -> str:
-    """The knob that a person means: `optim.lr` and `lr`, `weight-decay` and `weight_decay`.
+    """Finds an option by any of its spellings: `optim.lr` or `lr`, `weight-decay` or `weight_decay`.
 
     Raises:
-        InputError: there is none of that name, or no search may move it.
+        InputError: the option is unknown, or not searchable.
     """
     name = table.field_of(typed.strip().removeprefix("--").removeprefix("optim."))
     if name is None:
         raise unknown("option", typed, table.where(lambda opt: opt.is_searchable))
     if not table.opt(name).is_searchable:
-        raise InputError(f"--space {typed}: {name} decides where or on what a run works, and cannot be searched")
+        raise InputError(
+            f"--space {typed}: {name} sets the data, the place or the machine of a run and cannot be searched"
+        )
     return name
 
 
 def apply_choices(base: Train, chosen: Mapping[str, Value]) -> dict[str, Any]:
-    """The knobs of a configuration with those that a search chose in their place."""
-    knobs: dict[str, Any] = base.model_dump()
+    """Replaces options of a configuration by the values of a trial."""
+    options: dict[str, Any] = base.model_dump()
     for name, value in chosen.items():
-        several = isinstance(knobs[name], tuple) or _is_tuple(type(base).model_fields[name].annotation)
-        knobs[name] = (value,) if several else value
-        knobs |= dict.fromkeys(alternatives(type(base), name))
-    return knobs
+        several = isinstance(options[name], tuple) or _is_tuple(type(base).model_fields[name].annotation)
+        options[name] = (value,) if several else value
+        # `epochs` of the base would conflict with `steps` of the trial.
+        options |= dict.fromkeys(alternatives(type(base), name))
+    return options
 
 
 def check(space: Space, base: Train) -> None:
-    """Raises one `InputError` for all values that their knob cannot have, whatever the other knobs are."""
+    """Raises one `InputError` for all values that are invalid for their option, whatever the others are."""
     found = []
     for name, span in space.items():
         for value in span.ends:
@@ -105,17 +109,17 @@ def check(space: Space, base: Train) -> None:
 
 
 def combinations(space: Space) -> int:
-    """The number of combinations of listed values: the size of a grid.
+    """Counts the combinations of listed values: the size of a grid.
 
     Raises:
-        InputError: a range, which a grid has no steps for, or too many combinations.
+        InputError: an option has a range instead of listed values, or there are too many combinations.
     """
     for name, span in space.items():
         if not span.choices:
             raise InputError(f"a grid needs listed values, but {name} is a range; write --space {name}=a,b,c")
     size = math.prod(len(span.choices) for span in space.values())
     if size > LARGEST_GRID:
-        raise InputError(f"the grid has {size:,} combinations, more than {LARGEST_GRID:,}; say --sampler random")
+        raise InputError(f"the grid has {size:,} combinations, more than {LARGEST_GRID:,}; pass --sampler random")
     return size
 
 
@@ -127,7 +131,7 @@ def _span(name: str, values: str, table: type[Train]) -> Range:
     if len(ends) == 2 and len(words) == 1 and (log or _number(name, ends[0], kind) is not None):
         return _range(name, values, ends, kind, log=log)
     if log:
-        raise InputError(f"--space {name}={values}: log: belongs to a range, e.g. {name}=log:1e-4..1e-2")
+        raise InputError(f"--space {name}={values}: log: requires a range, e.g. {name}=log:1e-4..1e-2")
     choices = tuple(dict.fromkeys(_parsed(name, word, kind) for word in words))
     if len(choices) != len(words):
         raise InputError(f"--space {name}={values} names a value twice")
@@ -139,17 +143,17 @@ def _span(name: str, values: str, table: type[Train]) -> Range:
 def _range(name: str, values: str, ends: list[str], kind: Any, *, log: bool) -> Range:
     parsed = [_number(name, end, kind) for end in ends]
     if None in parsed or not {int, float} & set(_members(kind)):
-        raise InputError(f"--space {name}={values}: a range is of numbers; list the values, e.g. {name}=a,b,c")
+        raise InputError(f"--space {name}={values}: ranges are for numbers only; list the values, e.g. {name}=a,b,c")
     low, high = (number for number in parsed if number is not None)
     if low >= high:
-        raise InputError(f"--space {name}={values} is an empty range: it goes from {low:g} to {high:g}")
+        raise InputError(f"--space {name}={values} is an empty range: its bounds are {low:g} and {high:g}")
     if log and low <= 0:
-        raise InputError(f"--space {name}={values}: a range in the logarithm begins above 0, got {low:g}")
+        raise InputError(f"--space {name}={values}: a logarithmic range starts above 0, got {low:g}")
     return Range((), low, high, log, whole=float not in _members(kind))
 
 
 def _number(name: str, word: str, kind: Any) -> float | None:
-    """The number that a word is, None if it is none; a whole one where the knob wants that."""
+    """Parses a number, as an integer if the option takes integers; returns None if the word is not a number."""
     try:
         number = float(word)
     except ValueError:
@@ -162,7 +166,7 @@ def _number(name: str, word: str, kind: Any) -> float | None:
 
 
 def _parsed(name: str, word: str, kind: Any) -> Value:
-    """A listed value as the knob's type has it."""
+    """Parses a listed value by the type of its option."""
     if word.lower() == "none" and type(None) in _members(kind):
         return None
     try:
@@ -175,7 +179,7 @@ def _parsed(name: str, word: str, kind: Any) -> Value:
 
 
 def _element(annotation: Any) -> Any:
-    """The type of one value of a knob, which may take several."""
+    """Returns the type of a single value of an option that may take several."""
     return get_args(annotation)[0] if _is_tuple(annotation) else annotation
 
 
@@ -184,5 +188,5 @@ def _is_tuple(annotation: Any) -> bool:
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    """The types that a union is of, or the one that is none."""
+    """Returns the members of a union, or the type itself if it is not a union."""
     return get_args(kind) if get_origin(kind) is Union or type(kind).__name__ == "UnionType" else (kind,)
