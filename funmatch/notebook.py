@@ -1,7 +1,7 @@
-"""What notebooks call: where they run and where things lie there, the time that is left, and things to look at.
+"""Supports notebooks: paths on Kaggle and Colab, stopping before a session ends, and tables and plots for cells.
 
-Hosted sessions end. A run goes on by the same call as long as its folder is still there, so `place` says where folders
-last, `bring_runs` fetches those that an earlier session left elsewhere, and `Place.session` stops in time to save.
+Hosted sessions end. The same call resumes a run as long as its folder exists, so `place` finds a folder that outlasts
+the session, `bring_runs` copies runs of an earlier session, and `Place.session` stops in time to save.
 """
 
 import importlib.util
@@ -40,24 +40,24 @@ from funmatch.training.run import folder as run_folder
 KAGGLE, COLAB = Path("/kaggle"), Path("/content")
 DRIVE = COLAB / "drive" / "MyDrive"
 HOURS = {"kaggle": 9.0, "colab": 12.0, "local": None}
-"""After which a session is ended at the latest. Kaggle has given 9 and 12 hours; the shorter is safe with both."""
+"""Maximum length of a session in hours. Kaggle's limit has been 9 and 12 hours; the shorter one is safe with both."""
 MARGIN_HOURS = 1 / 3
-"""Left for the last checkpoint, and for the host to save what was written."""
+"""Reserved for the last checkpoint, and for the host to save the output."""
 BEGAN = time.monotonic()
-"""The beginning of the session, near enough: notebooks import this first."""
+"""Start of the session, approximately: notebooks import this module first."""
 LEVELS = 5
-"""How deep data sets and runs lie under the inputs of a Kaggle notebook, at most."""
+"""Maximum depth of data sets and runs below the inputs of a Kaggle notebook."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a notebook runs.
+    """The environment of a notebook.
 
     Attributes:
         host: kaggle, colab or local.
-        data: the folder of data sets, or the one data set that was found among a notebook's inputs.
-        work: the folder that outlasts the session, as far as there is one.
-        hours: after which the session ends at the latest; None for never.
+        data: the folder of data sets, or the data set found among the notebook's inputs.
+        work: the folder for output, which outlasts the session if the host has such a folder.
+        hours: maximum length of the session; None for no limit.
     """
 
     host: Literal["kaggle", "colab", "local"]
@@ -72,23 +72,29 @@ class Place:
 
     @property
     def shards(self) -> Path:
-        """The folder of TFRecord shards, a folder for each data set."""
+        """The folder of TFRecord shards, with one folder per data set."""
         return self.work / "shards"
 
     def run(self, name: str) -> Path:
-        """The folder of a run; of a search, that of its best run."""
+        """Finds the folder of a run, or of the best run of a search.
+
+        Raises:
+            InputError: the search has no best run yet.
+        """
         folder = self.runs / name
         if not (folder / "study.json").is_file():
             return folder
         try:
             best = json.loads((folder / "result.json").read_text())["best_run"]
-            return folder / Path(best).relative_to(Path(best).parents[2])  # the study may have been elsewhere
+            return folder / Path(best).relative_to(Path(best).parents[2])  # the search may have been moved
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"the search {folder} has no best run yet; go on with it, or name a run") from None
+            raise InputError(
+                f"the search {folder} has no best run yet; continue it, or give the name of a run"
+            ) from None
 
     @contextmanager
     def session(self) -> Generator[None]:
-        """Stops what runs inside, which saves, shortly before the session ends; the notebook goes on after it."""
+        """Stops and saves the run inside shortly before the session ends; the notebook then continues."""
         left = None if self.hours is None else 3600 * (self.hours - MARGIN_HOURS) - (time.monotonic() - BEGAN)
         if left is None:
             yield
@@ -97,6 +103,7 @@ class Place:
 
         def end() -> None:
             over.set()
+            # As Ctrl-C does: training finishes its step and saves. A timer's thread cannot raise in the main thread.
             os.kill(os.getpid(), signal.SIGINT)
 
         timer = threading.Timer(max(0.0, left), end)
@@ -105,27 +112,29 @@ class Place:
         try:
             yield
         except KeyboardInterrupt:
-            if not over.is_set():
+            if not over.is_set():  # the user's own interrupt
                 raise
-            info(f"the session's {self.hours:g} hours are nearly over; all is saved: run this notebook again to go on")
+            info(
+                f"the session's {self.hours:g} hours are nearly over; everything is saved: rerun the notebook to resume"
+            )
         finally:
             timer.cancel()
 
     def _repr_html_(self) -> str:
         hours = "no limit" if self.hours is None else f"{self.hours:g} hours"
-        rows = [["host", self.host], ["data", str(self.data)], ["runs", str(self.runs)], ["a session has", hours]]
+        rows = [["host", self.host], ["data", str(self.data)], ["runs", str(self.runs)], ["session limit", hours]]
         return html_table(["", ""], rows)
 
 
 def place(data: str) -> Place:
-    """Where this notebook runs, and where things lie there.
+    """Detects the host of this notebook, and its folders for data and runs.
 
-    On Kaggle runs lie in `/kaggle/working`, the notebook's output, and a data set among its inputs is used where it
-    lies. On Colab runs lie on Google Drive, if it is mounted. Elsewhere they lie here, and data sets where they always
-    do.
+    On Kaggle, runs are written to `/kaggle/working`, the notebook's output, and a data set among its inputs is used in
+    place. On Colab, runs are written to Google Drive if it is mounted. Elsewhere runs are written to the current
+    folder, and data sets have their usual place.
 
     Args:
-        data: the data set that is wanted, by its name in the catalog.
+        data: the data set's name in the catalog.
     """
     host, home = host_of_this(), catalog.data_home().absolute()
     if host == "kaggle":
@@ -134,7 +143,7 @@ def place(data: str) -> Place:
     if host == "colab":
         if not DRIVE.is_dir():
             info(
-                f"WARNING: Google Drive is not mounted, so what is written to {COLAB} is lost when the session ends; "
+                f"WARNING: Google Drive is not mounted, so everything in {COLAB} is lost when the session ends; "
                 "mount it: from google.colab import drive; drive.mount('/content/drive')"
             )
         return Place(host, home, DRIVE / "funmatch" if DRIVE.is_dir() else COLAB, HOURS[host])
@@ -142,7 +151,8 @@ def place(data: str) -> Place:
 
 
 def host_of_this() -> Literal["kaggle", "colab", "local"]:
-    """Who runs this notebook, by what its host puts into the environment. (Kaggle's images are made from Colab's.)"""
+    """Detects the host of this notebook from its environment."""
+    # Kaggle first: its images are built on Colab's, and hold Colab's package too.
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         return "kaggle"
     with suppress(ModuleNotFoundError):  # there may be no package google at all
@@ -152,12 +162,12 @@ def host_of_this() -> Literal["kaggle", "colab", "local"]:
 
 
 def bring_runs(here: Place) -> list[str]:
-    """Copies the runs that earlier sessions left among a Kaggle notebook's inputs; those that are here stay.
+    """Copies the runs of earlier sessions from a Kaggle notebook's inputs, unless they exist here.
 
-    Of several copies of a run the one that got furthest is taken.
+    Of several copies of a run, the one with the most steps is used.
 
     Returns:
-        the names of those that were brought.
+        the names of the copied runs.
     """
     found: dict[str, Path] = {}
     if here.host == "kaggle":
@@ -168,7 +178,7 @@ def bring_runs(here: Place) -> list[str]:
                 found[folder.name] = folder
     brought = [name for name in found if not (here.runs / name).exists()]
     for name in brought:
-        info(f"{name}: brought from {found[name]}")
+        info(f"{name}: copied from {found[name]}")
         _copy(found[name], here.runs / name)
     return brought
 
@@ -178,17 +188,18 @@ def _is_run_or_study(folder: Path) -> bool:
 
 
 def _steps(folder: Path) -> int:
-    """The steps that a run has taken, or those of all runs of a study."""
+    """Counts the steps of a run, or of all runs of a study."""
     records = [run_folder.Run(path.parent).metrics.read() for path in folder.rglob("metrics.jsonl")]
     return sum(max((record["step"] for record in each), default=0) for each in records)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a run or a study, whole or not at all; contents and times, but no permissions: inputs are read-only."""
+    """Copies a run or a study completely or not at all."""
+    # Contents and times, but not permissions: inputs are read-only, and a run must be able to write to its folder.
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for path in sorted(source.rglob("*")):
-        if path.is_file() and not _is_of_the_past(path):
+        if path.is_file() and not _is_old_checkpoint(path):
             copied = partial / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
@@ -196,81 +207,80 @@ def _copy(source: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _is_of_the_past(path: Path) -> bool:
-    """Whether a file is part of a checkpoint of a finished run: most of what it holds, and nobody needs it."""
+def _is_old_checkpoint(path: Path) -> bool:
+    """Whether a file belongs to a checkpoint of a finished run, which is most of its size and is not needed again."""
     return any(each.name == "checkpoints" and (each.parent / "result.json").is_file() for each in path.parents)
 
 
 def facts(found: dict[str, Any]) -> None:
-    """Shows what `funmatch.prepare` found."""
+    """Shows the summary that `funmatch.prepare` returned."""
     prepare.show(Result(None, found))
 
 
-def samples(data: str, **knobs: Any) -> Image.Image:
-    """A sheet of samples of each class; knobs of `funmatch.config.Data`."""
-    config = Data.checked(data=data, **knobs)
+def samples(data: str, **options: Any) -> Image.Image:
+    """Draws a contact sheet with samples of each class; takes the options of `funmatch.config.Data`."""
+    config = Data.checked(data=data, **options)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "sheet.png"
         data_command.draw(datasets.open_data_set(config, config.data), path)
+        # From memory: Pillow reads lazily, and the file is deleted on return.
         return Image.open(BytesIO(path.read_bytes()))
 
 
 def about(recipe: str, *, measure: bool = True) -> None:
-    """Shows a recipe: its command in full, what was published for it, and the hours that it takes on this machine."""
+    """Shows a recipe: its complete command, its published accuracy, and its estimated hours on this machine."""
     recipes.show(recipes.run(Recipes(name=recipe, measure=measure)))
 
 
 def figures(*folders: Path) -> Shown:
-    """The figures of runs, a line each; dashes for what an unfinished one has not got yet."""
+    """Shows the metrics of runs, one row each, with dashes for what an unfinished run lacks."""
     rows = [line for folder in folders for line in run_page.rows(run_folder.find_run(folder))]
     return show_table(run_page.COLUMNS, rows)
 
 
 def curves(*folders: Path) -> Shown:
-    """Accuracy, loss, learning rate and throughput of runs against the step, as far as they are."""
+    """Plots accuracy, loss, learning rate and throughput of runs against the step; unfinished runs too."""
     panels = plotted([run_folder.find_run(folder) for folder in folders])
     return Shown(html_panels(panels), f"curves of {', '.join(folder.name for folder in folders)}")
 
 
 def searched(folder: Path) -> Shown:
-    """What came of a search: its trials, the figures of the best one, plots, and how often which split was seen."""
+    """Shows the results of a search: trials, the best one's metrics, plots, and the evaluations per split."""
     try:
         result = json.loads((folder / "result.json").read_text())
     except OSError:
-        words = f"{folder} is not finished, so nothing is chosen yet: run this notebook again to go on"
-        return show_message(words)
+        return show_message(f"{folder} is not finished, so no trial is selected yet: rerun this notebook to resume")
     columns, rows = tune_page.columns(result), tune_page.trial_rows(result)
     best = [[name, value, spread] for name, value, spread in tune_page.best_rows(result)]
     trials, counts = show_table(columns, rows), tune_page.evaluation_counts(result)
     html = [
         trials.html,
-        html_table(["the best trial", "", "spread"], best),
-        html_table(["split", "during the runs", "at the end", "chosen by it"], counts),
+        html_table(["best trial", "", "std"], best),
+        html_table(tune_page.EVALUATION_COLUMNS, counts),
         html_panels(tune_plots.draw_plots(result)),
-        f"<p>The best one again, in full:</p><pre>{escape(result['command'] or '–')}</pre>",
+        f"<p>Command to train with these values:</p><pre>{escape(result['command'] or '–')}</pre>",
     ]
     return Shown("".join(html), trials.text)
 
 
 def views(folder: Path, step: int = 0) -> Shown:
-    """What a step of a run showed to its teacher, above, and to its student, below."""
-    seen = run_page.views_sheet(run_folder.find_run(folder), step)
-    if seen is None:
-        raise InputError(f"the images of {folder} are gone or have changed, so its views cannot be shown")
-    both = f" ({seen['strategy']}): teacher above, student below" if "teacher" in seen["rows"] else ""
-    caption = f"Step {step}, λ = {seen['lam']:.2f}{both}"
-    image = f"<img style='max-width:100%' src='data:image/png;base64,{seen['png']}' alt=''>"
+    """Shows the views of a step: the teacher's in the upper row, the student's in the lower one."""
+    sheet = run_page.views_sheet(run_folder.find_run(folder), step)
+    if sheet is None:
+        raise InputError(f"the images of {folder} have been moved or changed, so its views cannot be shown")
+    both = f" ({sheet['strategy']}): teacher above, student below" if "teacher" in sheet["rows"] else ""
+    caption = f"Step {step}, λ = {sheet['lam']:.2f}{both}"
+    image = f"<img style='max-width:100%' src='data:image/png;base64,{sheet['png']}' alt=''>"
     return Shown(f"<figure style='margin:0'>{image}<figcaption>{escape(caption)}</figcaption></figure>", caption)
 
 
-def judged(folder: Path, **knobs: Any) -> Shown:
-    """The figures of a finished run on a split of its images; knobs of `funmatch.config.Evaluate`."""
+def judged(folder: Path, **options: Any) -> Shown:
+    """Shows the metrics of a finished run on a split; takes the options of `funmatch.config.Evaluate`."""
     run = run_folder.find_run(folder)
     if run.result is None:
-        words = f"{folder} is not finished, so there is nothing to judge yet: run this notebook again to go on"
-        return show_message(words)
-    found = run_verb("evaluate", Evaluate.checked(model=folder, **knobs)).metrics
-    columns = ["split", "pictures", "top-1", "top-5", "agreement", "KL", "ECE"]
+        return show_message(f"{folder} is not finished, so it cannot be evaluated yet: rerun this notebook to resume")
+    found = run_verb("evaluate", Evaluate.checked(model=folder, **options)).metrics
+    columns = ["split", "images", "top-1", "top-5", "agreement", "KL", "ECE"]
     numbers = ["–" if found[name] is None else f"{found[name]:.3f}" for name in ("kl", "ece")]
     shares = [percent(found[name]) for name in ("top1", "top5", "agreement")]
     rows = [[found["split"], f"{found['pictures']:,}", *shares, *numbers]]
