@@ -5,7 +5,6 @@ the session, `bring_runs` copies runs of an earlier session, and `Place.session`
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from PIL import Image
 
 from funmatch.commands import data as data_command
 from funmatch.commands import prepare, recipes
+from funmatch.commands.tune import summary
 from funmatch.commands.verbs import run_verb
 from funmatch.config import Data, Evaluate, Recipes
 from funmatch.data.readers import catalog
@@ -32,6 +32,7 @@ from funmatch.reports import run_page, tune_page, tune_plots
 from funmatch.reports.display import Shown, html_panels, html_table, show_message, show_table
 from funmatch.reports.result import Result
 from funmatch.reports.run_plots import build_panels as plotted
+from funmatch.runtime.json_files import read_json
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.training import datasets
@@ -85,9 +86,9 @@ class Place:
         if not (folder / "study.json").is_file():
             return folder
         try:
-            best = json.loads((folder / "result.json").read_text())["best_run"]
+            best = read_json(folder / summary.FILE, {"best_run": str})["best_run"]
             return folder / Path(best).relative_to(Path(best).parents[2])  # the search may have been moved
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, IndexError):
             raise InputError(
                 f"the search {folder} has no best run yet; continue it, or give the name of a run"
             ) from None
@@ -199,17 +200,12 @@ def _copy(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for path in sorted(source.rglob("*")):
-        if path.is_file() and not _is_old_checkpoint(path):
+        if path.is_file() and not run_folder.is_needless(path):
             copied = partial / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
             os.utime(copied, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
     partial.rename(target)
-
-
-def _is_old_checkpoint(path: Path) -> bool:
-    """Whether a file belongs to a checkpoint of a finished run, which is most of its size and is not needed again."""
-    return any(each.name == "checkpoints" and (each.parent / "result.json").is_file() for each in path.parents)
 
 
 def facts(found: dict[str, Any]) -> None:
@@ -247,7 +243,7 @@ def curves(*folders: Path) -> Shown:
 def searched(folder: Path) -> Shown:
     """Shows the results of a search: trials, the best one's metrics, plots, and the evaluations per split."""
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = summary.read_summary(folder)
     except OSError:
         return show_message(f"{folder} is not finished, so no trial is selected yet: rerun this notebook to resume")
     columns, rows = tune_page.columns(result), tune_page.trial_rows(result)

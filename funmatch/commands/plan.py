@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def seconds_to_save(setup: TrainSetup[Any]) -> tuple[float, int]:
         tensors = transfers.snapshot(
             checkpoint.tensors_of(student.classifier.net, student.optimizer, student.average_net)
         )
-        checkpoint.save(Path(folder), 1, tensors, asdict(TrainState()))
+        checkpoint.save(Path(folder), tensors, TrainState(step=1))
         took = time.perf_counter() - began
         return took, sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 

@@ -15,6 +15,7 @@ from funmatch.models.download import PAPER_FILES, paper_file
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
 from funmatch.models.weights import Lazily, fill, read_state
+from funmatch.runtime import records
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
@@ -190,7 +191,7 @@ def model_folder(name: str) -> Path | None:
     for folder in (path / "student", path):
         if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
             return folder
-    if (path / "checkpoints").is_dir():
+    if records.is_run(path):
         raise InputError(f"the run {path} is not finished, so it has no student yet; start its command again first")
     if (path / "saved_model.pb").is_file():
         raise InputError(f"{path} is a SavedModel of Keras; say {SAVEDMODEL}{path}")

@@ -136,13 +136,13 @@ class RecordFolder:
         self.refuse(compare(known, record))
         return known
 
-    def refuse(self, differences: list[str]) -> None:
+    def refuse(self, differences: list[str], remedy: str = "") -> None:
         """Raises `InputError` where there are differences between the record and what is requested now."""
         if differences:
             lines = "\n  ".join(differences)
             raise InputError(
                 f"{self.folder} holds a {self.noun} with other options:\n  {lines}\n"
-                f"choose another {self.option}, or pass the {self.noun}'s own values"
+                f"choose another {self.option}, or pass the {self.noun}'s own values{remedy}"
             )
 
     @contextmanager
@@ -188,6 +188,16 @@ class RecordFolder:
     def try_lock(self) -> IO[str] | None:
         """An open file that marks the folder as used until it is closed; None where another process uses it."""
         return try_lock_file(self.folder / (self.lock_name or self.path.name))
+
+    @property
+    def in_use(self) -> bool:
+        """Whether another process is using the folder."""
+        if not self.has_begun:
+            return False
+        held = self.try_lock()
+        if held is not None:
+            held.close()
+        return held is None
 
     @contextmanager
     def lock(self) -> Generator[None]:

@@ -21,8 +21,7 @@ from funmatch.runtime.prefetch import SharedCache
 from funmatch.runtime.timing import timed
 from funmatch.training import scoring, trainer
 from funmatch.training.loop import Losses
-from funmatch.training.objective import Objective
-from funmatch.training.run.state import TeacherLogits
+from funmatch.training.objective import Objective, TeacherLogits
 from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data, recorded_modes
 from funmatch.training.student.build import Modules
 from funmatch.training.teachers import checks, fixed, loading, recording

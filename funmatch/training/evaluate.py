@@ -90,7 +90,7 @@ def _load_model(config: Evaluate, given: loading.Modules) -> Classifier:
 def _find_run(name: str) -> run_folder.Run | None:
     """Returns the run that a model's name is the folder of, if it is one."""
     path = Path(name.removeprefix("local-dir:")).expanduser()
-    return run_folder.find_run(path) if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file() else None
+    return run_folder.find_run(path) if run_folder.looks_like_run(path) else None
 
 
 def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, device: torch.device) -> scoring.EvalView:

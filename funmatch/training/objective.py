@@ -9,7 +9,14 @@ from funmatch.data.batch import Batch
 from funmatch.data.loader import Batches
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.training.loop import Losses
-from funmatch.training.run.state import TeacherLogits
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """The teachers' logits of the validation split, (n, classes): combined, and of each member."""
+
+    combined: Tensor
+    members: list[Tensor]
 
 
 @dataclass(frozen=True)

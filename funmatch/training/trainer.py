@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,8 @@ from funmatch.training.objective import Objective
 from funmatch.training.profiling import profile_training
 from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
-from funmatch.training.run.checkpoint_writer import CheckpointWriter
-from funmatch.training.run.losses import LossMeter, not_finite
-from funmatch.training.run.state import TrainState
+from funmatch.training.run.checkpoint import CheckpointWriter
+from funmatch.training.run.state import LossMeter, TrainState, not_finite
 from funmatch.training.setup import TrainSetup, run_record
 from funmatch.training.student.acceleration import accelerate_student
 
@@ -67,7 +66,7 @@ class Trainer:
         net, optimizer, average = self.student.classifier.net, self.student.optimizer, self.student.average_net
         state = distributed.main_process_first(lambda: checkpoint.restore(run.checkpoints, net, optimizer, average))
         if state:
-            self.state = TrainState(**state)
+            self.state = state
             self.scaler.load_state_dict(self.state.scaler)
             info(f"{run.folder}: resuming from step {self.state.step} of {setup.loop.steps}")
         window = {"loss": self.state.window, **self.state.window_parts} if self.state.window else {}
@@ -222,7 +221,7 @@ class Trainer:
     def save_best(self, scores: dict[str, Any]) -> None:
         """Submits the student to the writer as the best on validation."""
         # A snapshot, since the next step changes the weights while the writer still works.
-        tensors = transfers.snapshot({checkpoint.STUDENT: self.student.classifier.net.state_dict()})
+        tensors = transfers.snapshot(checkpoint.student_tensors(self.student.classifier.net))
         self.writer.submit(partial(checkpoint.save_best, self.run.checkpoints, self.state.step, tensors, scores))
 
     def save(self) -> None:
@@ -231,12 +230,11 @@ class Trainer:
         self.state.scaler = self.scaler.state_dict()
         # Losses that no record holds yet are saved, so that a resumed run logs the same means as an uninterrupted one.
         parts = self.losses.window(self.state.step)
-        state = asdict(self.state) | {"window": parts.pop("loss", []), "window_parts": parts}
-        step = self.state.step
+        state = replace(self.state, window=parts.pop("loss", []), window_parts=parts)
         if env.is_main_process():
             net, average = self.student.classifier.net, self.student.average_net
             tensors = transfers.snapshot(checkpoint.tensors_of(net, self.student.optimizer, average))
-            self.writer.submit(lambda: checkpoint.save(self.run.checkpoints, step, tensors, state))
+            self.writer.submit(lambda: checkpoint.save(self.run.checkpoints, tensors, state))
         self.away += time.monotonic() - began
 
     def keep_stable(self) -> None:

@@ -234,7 +234,7 @@ def test_names_of_studies(tmp_path, monkeypatch):
         funmatch.study("consistency", draw=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").touch()
-    with pytest.raises(InputError, match="exists and is no study"):
+    with pytest.raises(InputError, match="exists and is not a study"):
         funmatch.study("consistency", out=tmp_path / "mine")
 
 
@@ -287,7 +287,7 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
     assert Path(drawn["report"]).read_text() == page
     assert (folder / "table.md").read_text() == (tmp_path / "gone-table.md").read_text()
     (tmp_path / "gone-runs").rename(folder / "runs")
-    with pytest.raises(InputError, match="same-ic-seed-0: batch was 8, is 16"):
+    with pytest.raises(InputError, match="same-ic-seed-0: batch: 8 in the study, 16 now"):
         funmatch.study(name, out=folder, set=("batch=16",))
 
 
@@ -326,7 +326,7 @@ def test_a_run_that_began_without_a_tape_goes_on_without(tmp_path):
     plan = study_files.load_spec(Study.checked(name=name))
     own = tmp_path / "out" / "runs" / "T---1.0-seed-0"
     own.mkdir(parents=True)
-    (own / "config.json").write_text(json.dumps({"knobs": {"tape": None}}))
+    (own / "config.json").write_text(json.dumps({"verb": "distill", "knobs": {"tape": None}, "facts": {}}))
     shared = runner.shared_tapes(runner.StudyRunner(plan, tmp_path / "out", 1))
     assert sorted(shared) == ["T---1.0-seed-1", "T---2.0-seed-0", "T---2.0-seed-1"]
 
@@ -386,7 +386,7 @@ def test_kills_repeat_no_finished_run_and_change_no_figure(tmp_path):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
         if number != signal.SIGKILL:
-            assert "the same command goes on from there" in output
+            assert "run the same command again to resume" in output
     done = finished(out)
     before = {place: (out / "runs" / place / "result.json").stat().st_mtime_ns for place in done}
     last = funmatch.study(name, out=out, jobs=2)
@@ -435,7 +435,7 @@ def test_what_is_damaged_or_gone_is_made_again(tmp_path):
     assert told(tmp_path / "out") == before
     shutil.rmtree(second)
     second.write_text("in the way")
-    with pytest.raises(WorkFailed, match="exists and is no run"):
+    with pytest.raises(WorkFailed, match="exists and is not a run"):
         funmatch.study(name, **knobs)
     assert [each["place"] for each in study_results.results(tmp_path / "out")] == ["same-ic-seed-0"]
 

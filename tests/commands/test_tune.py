@@ -326,7 +326,7 @@ def test_if_all_fail_it_says_why(tmp_path, monkeypatch, capsys):
         ([], "give a command to tune: train, finetune, distill"),
         (["distil"], "did you mean 'distill'"),
         (["pet37-fats"], "did you mean 'pet37-fast'"),
-        ([*WORDS], "say what to search"),
+        ([*WORDS], "pass what to search"),
         ([*WORDS, "--space", "tempratur=1"], "did you mean 'temperature'"),
         ([*WORDS, "--space", "lr=2..1"], "empty range"),
         ([*WORDS, "--space", "lr=1", "--executions", "0"], "executions must be at least 1, got 0"),
@@ -367,7 +367,7 @@ def test_a_study_of_something_else_is_left_alone(tmp_path, monkeypatch):
     knobs = TINY | {"space": LR, "trials": 1, "storage": place}
     funmatch.tune("train", tmp_path / "study", **knobs)
     with pytest.raises(
-        InputError, match=r"(?s)lr: log:0.0001..0.1 then, 1.0,2.0 now.*executions: 1 then, 2 now"
+        InputError, match=r"(?s)lr: log:0.0001..0.1 in the search, 1.0,2.0 now.*executions: 1 in the search, 2 now"
     ) as end:
         funmatch.tune("train", tmp_path / "study", **knobs | {"space": {"lr": [1, 2]}, "executions": 2})
     assert "choose another --out" in str(end.value)
@@ -381,7 +381,7 @@ def test_a_study_of_something_else_is_left_alone(tmp_path, monkeypatch):
     holder.close()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    with pytest.raises(InputError, match="exists and is no study"):
+    with pytest.raises(InputError, match="exists and is not a search"):
         funmatch.tune("train", tmp_path / "mine", **knobs)
 
 
@@ -416,7 +416,7 @@ def some_images(root: Path, splits: dict[str, int]) -> Path:
 def test_without_validation_images_some_are_cut_off(tmp_path, capsys):
     data = some_images(tmp_path / "pictures", {"train": 20, "test": 3})
     done = funmatch.tune("train", tmp_path / "study", **TINY | {"data": data}, space=LR, trials=2)
-    assert "10% of the training images are cut off" in capsys.readouterr().err
+    assert "holding out 10% of the training images" in capsys.readouterr().err
     assert run_folder.find_run(done.best_run).config["knobs"]["val"] == "10%"
     assert done.figures["seen"] == {"val": 4}
     assert done.figures["test"]["pictures"] == 6

@@ -18,7 +18,7 @@ from funmatch.data.loader import Loader, central_batches
 from funmatch.ops import resample
 from funmatch.ops.view_spec import ViewSpec
 from funmatch.training import datasets as of_tasks
-from funmatch.training.run.checkpoint_writer import CheckpointWriter
+from funmatch.training.run.checkpoint import CheckpointWriter
 from funmatch.training.run.folder import Run
 from tests.conftest import paint
 

@@ -19,6 +19,7 @@ from funmatch.ops.optim.updates import decayed_parameters, set_lr
 from funmatch.runtime import devices
 from funmatch.training.loop import LoopOptions, fit
 from funmatch.training.run import checkpoint
+from funmatch.training.run.state import TrainState
 
 CHOSEN = [*FACTORIES, "lamb", "lars", "muon"]
 ELSEWHERE = [name for name in timm.optim.list_optimizers() if name.startswith(("bnb", "fused"))]
@@ -122,7 +123,7 @@ def assert_resumes(build, tmp_path) -> None:
     taught(whole, optimizer, range(11))
     stopped = build(first)
     taught(first, stopped, range(6))
-    checkpoint.save(tmp_path, 6, checkpoint.tensors_of(first, stopped), {"step": 6})
+    checkpoint.save(tmp_path, checkpoint.tensors_of(first, stopped), TrainState(step=6))
     resumed = build(second)
     checkpoint.restore(tmp_path, second, resumed)
     taught(second, resumed, range(6, 11))

@@ -156,14 +156,14 @@ def test_a_stop_changes_no_bit_with_another_optimizer(tmp_path, monkeypatch, kno
 def test_two_processes_do_not_share_a_run(tmp_path):
     with funmatch.training.run.folder.open_run(tmp_path / "run", "train", {}, {}):
         second = funmatch.training.run.folder.open_run(tmp_path / "run", "train", {}, {})
-        with pytest.raises(InputError, match="another process is at work"):
+        with pytest.raises(InputError, match="is using"):
             second.__enter__()
 
 
 def test_an_existing_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    with pytest.raises(InputError, match="exists and is no run"):
+    with pytest.raises(InputError, match="exists and is not a run"):
         funmatch.train("fashion-mini", "fashion-mini-student", tmp_path / "mine", steps=1)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
@@ -225,7 +225,7 @@ def test_checkpoints_that_are_all_damaged_are_told(stopped):
 def test_a_damaged_configuration_is_told(stopped, content):
     folder, again = stopped
     (folder / "config.json").write_text(content)
-    with pytest.raises(InputError, match="is not the configuration of a run"):
+    with pytest.raises(InputError, match=r"config\.json is damaged"):
         again()
 
 

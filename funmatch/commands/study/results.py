@@ -1,33 +1,59 @@
-"""What came of the runs of a study: all that is drawn of them, a line a run, without their folders."""
+"""Reads and writes `results.jsonl`: all that is drawn of a study's runs, a line a run, without their folders."""
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from funmatch.commands.study.spec import RunSpec
+from funmatch.runtime.files import write_atomically
+from funmatch.runtime.json_files import FORMAT as FORMAT_KEY
+from funmatch.runtime.json_files import NewerFormat, newer, parse_json
 from funmatch.runtime.log import info
 from funmatch.training.run import folder as run_folder
 
+FORMAT = 1
+"""Of a line; version 0.1.0 wrote no number, which is read as 1."""
+FILE = "results.jsonl"
+SHAPE = {
+    "place": str, "name": str, "group": str, "seed": int, "verb": str, "shown?": bool, "asked": dict, "knobs": dict,
+    "facts": dict, "figures": dict[str, float | None], "curves": dict[str, dict[str, list]],
+}  # fmt: skip
 POINTS = 200
-"""Of a curve that are kept, at most."""
+"""Points of a curve that are kept, at most."""
 LAST = 0.1
 """Share of a run's records at its end whose mean is the final training loss."""
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    """What `series.record` wrote; a line that is damaged is left out."""
-    path, found = folder / "results.jsonl", []
+    """The results of a study's runs; a line that is damaged is left out.
+
+    Raises:
+        NewerFormat: a newer version wrote some of them.
+    """
+    path, found = folder / FILE, []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
+            result = parse_json(line, {f"{FORMAT_KEY}?": int})
+            if (number := result.get(FORMAT_KEY, 1)) > FORMAT:
+                raise NewerFormat(newer(path, number, FORMAT, "choose another --out"))
+            found.append(parse_json(line, SHAPE))
+        except NewerFormat:
+            raise
         except ValueError:
-            info(f"a line of {path} is damaged; `funmatch study` with the same words makes it again")
+            info(f"a line of {path} is damaged; the same `funmatch study` command writes it again")
     return found
 
 
+def write_results(folder: Path, found: Iterable[Mapping[str, Any]]) -> None:
+    """Writes the results of a study's runs, a line each."""
+    lines = [json.dumps({FORMAT_KEY: FORMAT, **result}) + "\n" for result in found]
+    write_atomically(folder / FILE, "".join(lines))
+
+
 def result_of(entry: RunSpec, folder: Path) -> dict[str, Any]:
-    """All that is to be known of a finished run without its folder.
+    """All that a study keeps of a finished run, so that its folder is not needed to draw it.
 
     Returns:
         `place`, `name`, `group`, `seed`, `verb`, `asked`, `knobs`, `facts`, `figures` and `curves`: event to columns.
@@ -47,14 +73,14 @@ def result_of(entry: RunSpec, folder: Path) -> dict[str, Any]:
         "shown": entry.shown,
         "asked": {name: str(value) if isinstance(value, Path) else value for name, value in entry.knobs.items()},
         "knobs": {name: value for name, value in done.config["knobs"].items() if name != "out"},
-        "facts": {name: done.config["facts"][name] for name in ("machine", "versions", "pictures", "parameters")},
+        "facts": {name: done.config["facts"].get(name) for name in ("machine", "versions", "pictures", "parameters")},
         "figures": run_folder.finite(figures),
         "curves": {event: columns(records, event) for event in ("step", "eval", "views", "ema")},
     }  # fmt: skip
 
 
 def columns(records: list[dict[str, Any]], event: str) -> dict[str, list[Any]]:
-    """The records of one event, a list a figure; of many records as many as a plot can show, the last among them."""
+    """The records of one event as columns by name; of many records as many as a plot can show, the last among them."""
     own = [each for each in records if each["event"] == event]
     every = max(1, math.ceil(len(own) / POINTS))
     own = own[::-1][::every][::-1]

@@ -1,4 +1,4 @@
-"""A study carried out: its runs as processes, a few at a time, and `results.jsonl`, from which everything is drawn."""
+"""Carries out a study: its runs as processes, a few at a time, and `results.jsonl`, from which everything is drawn."""
 
 import ctypes
 import json
@@ -11,24 +11,29 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from funmatch.commands.study import files as study_files
 from funmatch.commands.study import spec
-from funmatch.commands.study.results import result_of, results
+from funmatch.commands.study.results import result_of, results, write_results
 from funmatch.commands.study.spec import RunSpec, StudySpec
 from funmatch.config import Study, recipes
 from funmatch.errors import InputError, WorkFailed
 from funmatch.runtime import devices, signals
-from funmatch.runtime.files import try_lock_file, write_atomically
+from funmatch.runtime.files import write_atomically
+from funmatch.runtime.json_files import Damaged
 from funmatch.runtime.log import ProgressBar, info
+from funmatch.runtime.records import RecordFolder, list_differences
 from funmatch.runtime.text import duration, percent
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import recording
 
-PAUSE_SECONDS = 0.2
+FORMAT = 1
+"""Of `plan.json`; version 0.1.0 wrote no number, which is read as 1."""
+POLL_SECONDS = 0.2
 """Between two looks at the runs."""
 
 
@@ -38,9 +43,9 @@ class StudyRunner:
 
     Attributes:
         plan: its runs.
-        folder: where they lie.
-        jobs: how many run at a time.
-        tapes: of teachers' answers that several runs share, by the places of the runs.
+        folder: the folder of the study.
+        jobs: number of runs at a time.
+        tapes: stored teachers' logits that several runs share, by the places of the runs.
         at_work: processes, and the runs that they carry out.
         failed: places of runs that ended without a result, and why.
     """
@@ -57,7 +62,7 @@ class StudyRunner:
         return self.folder / "runs" / entry.place
 
     def done(self, entry: RunSpec) -> bool:
-        """Whether a run is over; a damaged result is made again from its last checkpoint."""
+        """Whether a run is over; a damaged result is computed again from its last checkpoint."""
         return run_folder.Run(self.at(entry)).result is not None
 
     def waiting(self) -> list[RunSpec]:
@@ -66,10 +71,14 @@ class StudyRunner:
         return [entry for entry in self.plan.entries if entry.place not in busy and not self.done(entry)]
 
     def ready(self) -> list[RunSpec]:
-        """Waiting runs that can begin: what they need is there, and nobody else is at work on them; by their seeds, so
-        that a study which is stopped half-way can be compared."""
+        """Waiting runs that can begin: what they need is there, and no other process is using them, such as one that a
+        killed study left behind. Sorted by seed, so that a study which is stopped half-way can be compared."""
         done = {entry.place for entry in self.plan.entries if self.done(entry)}
-        able = [each for each in self.waiting() if done.issuperset(each.needs) and not _locked(self.at(each))]
+        able = [
+            each
+            for each in self.waiting()
+            if done.issuperset(each.needs) and not run_folder.Run(self.at(each)).record.in_use
+        ]
         return sorted(able, key=lambda entry: entry.seed)
 
 
@@ -80,21 +89,20 @@ def run(config: Study) -> dict[str, Any]:
         `study` (its folder), `runs`, `finished`, `failed` (places to reasons), `seconds`.
 
     Raises:
-        InputError: the file is wrong, or the folder holds runs that were asked otherwise.
-        Stopped: by Ctrl-C or SIGTERM; the runs have saved.
+        InputError: the file is wrong, or the folder holds runs with other options.
+        Interrupted: by Ctrl-C or SIGTERM; the runs have saved.
     """
     plan = study_files.load_spec(config)
     folder = (config.out or default_folder(config)).expanduser().resolve()
     series = StudyRunner(
         plan, folder, config.jobs or (os.cpu_count() or 1 if devices.pick_device("auto").type == "cpu" else 1)
     )
-    run_folder.check_place(folder, "study.toml", "study")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = try_lock_file(folder / ".lock")
-    if lock is None:
-        raise InputError(f"another process is at work in {folder}")
-    with lock:
-        _begin(series, config)
+    place = record_folder(folder)
+    place.check_place()
+    with ExitStack() as stack:
+        with place.beginning():
+            stack.enter_context(place.lock())
+            _begin(series, config)
         series.tapes = shared_tapes(series) if config.tapes else {}
         try:
             _carry_out(series)
@@ -102,7 +110,7 @@ def run(config: Study) -> dict[str, Any]:
             for process in series.at_work:
                 process.terminate()
             for process in series.at_work:
-                process.wait()
+                process.wait()  # they save first
             record(series)
     return {
         "study": str(folder),
@@ -113,10 +121,15 @@ def run(config: Study) -> dict[str, Any]:
     }
 
 
-def shared_tapes(series: StudyRunner) -> dict[str, Path]:
-    """Where runs that show the same teachers the same views share what these say; by the runs' places.
+def record_folder(folder: Path) -> RecordFolder:
+    """The folder of a study; `plan.json` holds the options of each run by its place."""
+    return RecordFolder(folder, "study.toml", "study", {}, number=FORMAT, record_name="plan.json", lock_name=".lock")
 
-    A run that has begun goes on as it began, since a tape rounds.
+
+def shared_tapes(series: StudyRunner) -> dict[str, Path]:
+    """The tapes that runs share which show the same teachers the same views; by the runs' places.
+
+    A run that has begun keeps what it began with, since a tape rounds.
     """
     names = {
         entry.place: (recording.shared_by(entry.knobs), entry.seed)
@@ -126,11 +139,18 @@ def shared_tapes(series: StudyRunner) -> dict[str, Path]:
     count = Counter(names.values())
     found = {}
     for place, (name, seed) in names.items():
-        own = series.folder / "runs" / place / "config.json"
-        begun = json.loads(own.read_text())["knobs"] if own.is_file() else None
+        begun = _options_of(series.folder / "runs" / place)
         if name and (begun.get("tape") if begun else count[name, seed] > 1):
             found[place] = series.folder / "tapes" / f"{name}-seed-{seed}"
     return found
+
+
+def _options_of(folder: Path) -> dict[str, Any]:
+    """The options with which a run began; nothing where it has not, or its record is damaged, which it will say."""
+    try:
+        return run_folder.options_of(folder)
+    except InputError:
+        return {}
 
 
 def _remove_needless(series: StudyRunner) -> None:
@@ -142,7 +162,7 @@ def _remove_needless(series: StudyRunner) -> None:
 
 
 def default_folder(config: Study) -> Path:
-    """Where a study goes if nobody says: a folder that is one already, or studies/NAME."""
+    """The folder of a study without --out: a folder that is one already, or studies/NAME."""
     given = Path(config.name).expanduser()
     return given if given.is_dir() else Path("studies") / given.stem
 
@@ -154,40 +174,40 @@ def check_all_finished(figures: Mapping[str, Any]) -> None:
         folder = Path(figures["study"])
         raise WorkFailed(
             f"{len(failed)} of {figures['runs']} runs failed; the same command tries them again\n  {why}\n"
-            f"what they said lies in {folder / 'logs'}, what came of the others in {folder / 'report.html'}"
+            f"their output is in {folder / 'logs'}, the results of the others in {folder / 'report.html'}"
         )
 
 
 def _begin(series: StudyRunner, config: Study) -> None:
-    """Records what is asked; an `InputError` where runs of the folder were asked otherwise."""
-    path = series.folder / "plan.json"
-    asked = {entry.place: {"verb": entry.verb, **entry.knobs} for entry in series.plan.entries}
-    try:
-        before = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        before = {}  # each run's own folder says what it was asked, too
-    found = []
-    for place, knobs in json.loads(json.dumps(asked, default=str)).items():
-        then = before.get(place, knobs)
-        if (series.folder / "runs" / place / "config.json").is_file():
-            found += [
-                f"{place}: {name} was {then.get(name)}, is {knobs.get(name)}"
-                for name in sorted(then.keys() | knobs.keys())
-                if then.get(name) != knobs.get(name)
-            ]
-    if found:
-        lines = "\n  ".join(found)
-        raise InputError(
-            f"{series.folder} holds runs that were asked otherwise:\n  {lines}\n"
-            "choose another --out, say the old values, or remove these runs' folders"
-        )
+    """Records what is requested; an `InputError` where runs of the folder began with other options."""
+    place = record_folder(series.folder)
+    results(series.folder)  # of a newer format they are refused before anything is written
+    now = json.loads(
+        json.dumps({entry.place: {"verb": entry.verb, **entry.knobs} for entry in series.plan.entries}, default=str)
+    )
+    before = _earlier_plan(place)
+    differences = []
+    for name, options in now.items():
+        if run_folder.Run(series.folder / "runs" / name).record.has_begun:
+            lines = list_differences(before.get(name, options), options, "in the study")
+            differences += [f"{name}: {line}" for line in lines]
+    place.refuse(differences, ", or remove the folders of these runs")
     for name in ("runs", "logs"):
         (series.folder / name).mkdir(exist_ok=True)
     command = ["funmatch", "study", config.name]
     command += [word for name, value in _given(config) for word in (f"--{name}", *map(str, value))]
     write_atomically(series.folder / "study.toml", series.plan.text)
-    write_atomically(path, json.dumps(before | asked, indent=1, default=str))
+    place.write(before | now)
     write_atomically(series.folder / "command.txt", shlex.join(command) + "\n")
+
+
+def _earlier_plan(place: RecordFolder) -> dict[str, Any]:
+    """The options of the runs of a study by their places, as far as they can be read."""
+    try:
+        found = place.read() if place.has_begun else {}
+    except Damaged:
+        return {}  # the record of each run says, too, what was requested of it
+    return {name: options for name, options in found.items() if isinstance(options, dict)}
 
 
 def _given(config: Study) -> list[tuple[str, tuple[Any, ...]]]:
@@ -208,13 +228,13 @@ def _carry_out(series: StudyRunner) -> None:
             for process in [each for each in series.at_work if each.poll() is not None]:
                 _ended(series, series.at_work.pop(process), process.returncode)
                 _remove_needless(series)
-            _give_up_what_needs_failed_runs(series)
+            _skip_what_needs_failed_runs(series)
             over = total - len(series.waiting()) - len(series.at_work)
             bar.update(over, ", ".join(f"{each.name} ({each.seed})" for each in series.at_work.values()))
             if caught:
-                told = f"{over} of {total} runs are over, the others saved in {series.folder}"
-                raise signals.Interrupted(caught[0], f"{told}; the same command goes on from there")
-            time.sleep(PAUSE_SECONDS)
+                saved = f"{over} of {total} runs are over, the others saved in {series.folder}"
+                raise signals.Interrupted(caught[0], f"{saved}; run the same command again to resume")
+            time.sleep(POLL_SECONDS)
 
 
 def _started(series: StudyRunner, entry: RunSpec) -> subprocess.Popen:
@@ -232,7 +252,7 @@ def _started(series: StudyRunner, entry: RunSpec) -> subprocess.Popen:
             stdout=log,
             stderr=log,
             env={"OMP_NUM_THREADS": str(cores), **os.environ},
-            start_new_session=True,  # Ctrl-C is for us, and we tell them once
+            start_new_session=True,  # else Ctrl-C would reach them as well as us, and a second signal ends at once
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
 
@@ -246,40 +266,28 @@ def _ended(series: StudyRunner, entry: RunSpec, code: int) -> None:
     """Records what became of a run."""
     if series.done(entry):
         record(series)
-        result = json.loads((series.at(entry) / "result.json").read_text())
+        result = run_folder.find_run(series.at(entry)).result or {}
         figure = f"top-1 {percent(result['top1'])}" if result["top1"] is not None else f"KL {result['kl']:.3f}"
         info(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
         return
     lines = (series.folder / "logs" / f"{entry.place}.log").read_text(errors="replace").splitlines()
-    told = [number for number, line in enumerate(lines) if line.startswith("funmatch: ")]
-    words = lines[told[-1] :] if told else [line for line in lines[-8:] if line.strip(" ─╭╮╰╯│")]
-    said = " ".join(line.strip(" │") for line in words) or "it said nothing"
-    series.failed[entry.place] = f"exit {code}: {said.removeprefix('funmatch: ')}"
+    messages = [number for number, line in enumerate(lines) if line.startswith("funmatch: ")]
+    words = lines[messages[-1] :] if messages else [line for line in lines[-8:] if line.strip(" ─╭╮╰╯│")]
+    reason = " ".join(line.strip(" │") for line in words) or "no message"
+    series.failed[entry.place] = f"exit {code}: {reason.removeprefix('funmatch: ')}"
     info(f"{entry.name}, seed {entry.seed} failed, {series.failed[entry.place]}")
 
 
-def _give_up_what_needs_failed_runs(series: StudyRunner) -> None:
+def _skip_what_needs_failed_runs(series: StudyRunner) -> None:
     for entry in series.waiting():
         if bad := next((need for need in entry.needs if need in series.failed), None):
             series.failed[entry.place] = f"it needs {bad}, which failed"
 
 
-def _locked(folder: Path) -> bool:
-    """Whether another process is at work in a run folder, such as one that a killed study left behind."""
-    if not (folder / "config.json").is_file():
-        return False
-    lock = try_lock_file(folder / "config.json")
-    if lock is None:
-        return True
-    lock.close()
-    return False
-
-
 def record(series: StudyRunner) -> None:
-    """Writes what came of the runs that are over, in the order of the study; what others left there stays."""
+    """Writes the results of the runs that are over, in the order of the study; those of other studies stay."""
     known = {result["place"]: result for result in results(series.folder)}
     own = {entry.place: result_of(entry, series.at(entry)) for entry in series.plan.entries if series.done(entry)}
     planned = {entry.place for entry in series.plan.entries}
     left = {place: result for place, result in known.items() if place not in planned}
-    lines = [json.dumps(result) for result in (*own.values(), *left.values())]
-    write_atomically(series.folder / "results.jsonl", "".join(line + "\n" for line in lines))
+    write_results(series.folder, (*own.values(), *left.values()))

@@ -1,11 +1,10 @@
 """Carries out a search and writes its page."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from funmatch.commands.tune import worker
+from funmatch.commands.tune import search, worker
 from funmatch.config import Search
 from funmatch.errors import WorkFailed
 from funmatch.reports import run_page, tune_page
@@ -40,7 +39,7 @@ def write_page(result: Mapping[str, Any]) -> Path:
     folder = Path(result["study"])
     path, source = folder / "report.html", folder / "result.json"
     if not path.is_file() or path.stat().st_mtime < source.stat().st_mtime:
-        write_atomically(path, tune_page.page(result, json.loads((folder / "study.json").read_text())))
+        write_atomically(path, tune_page.page(result, search.record_folder(folder).read()))
     if result["best"] is None:
         why = next((trial["error"] for trial in result["trials"] if trial["error"]), "none came to its end")
         raise WorkFailed(f"all {len(result['trials'])} trials failed, the first so: {why}; {path} has them all")

@@ -1,4 +1,4 @@
-"""What is asked of a search, and its folder: `study.json`, the journal, a run folder for each execution of a trial."""
+"""Reads what is requested of a search and keeps its folder: `study.json`, the journal, a run folder an execution."""
 
 import json
 import uuid
@@ -14,11 +14,18 @@ from funmatch.config.data import VALIDATION_SHARE
 from funmatch.config.optim import LR
 from funmatch.config.search import TRIALS
 from funmatch.errors import InputError
-from funmatch.runtime.files import write_atomically
 from funmatch.runtime.log import info
+from funmatch.runtime.records import RecordFolder, list_differences
 from funmatch.training import datasets
 from funmatch.training.teachers import recording
 from funmatch.version import __version__
+
+FORMAT = 1
+"""Of `study.json`; version 0.1.0 wrote no number, which is read as 1."""
+SHAPE = {
+    "verb": str, "knobs": dict[str, Any], "space": dict[str, str], "search": dict[str, Any], "storage": str,
+    "name": str, "data": str, "id": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,13 +33,13 @@ class SearchSpec:
     """A search that is ready to begin.
 
     Attributes:
-        verb: of its runs.
-        base: their configuration, but for the knobs that are searched.
+        verb: the verb of its runs.
+        base: their configuration, but for the options that are searched.
         space: the values of these.
-        search: how it goes on.
-        folder: of the study.
-        trials: how many there shall be.
-        cut: whether `base` has validation images cut off that nobody asked for.
+        search: the options of the search itself.
+        folder: the folder of the search.
+        trials: number of trials, those that exist already among them.
+        cut: whether validation images were held out of the training images by default.
         tested: whether there are test images.
         data: key of the images' content.
     """
@@ -57,12 +64,12 @@ class SearchSpec:
 
     @property
     def name(self) -> str:
-        """Of the study in the storage."""
+        """The name of the search in the storage."""
         return self.search.study_name or self.folder.name
 
     @property
     def first(self) -> dict[str, Value] | None:
-        """The configuration as it was said, which is trial 0 if it lies in the space: the one to beat."""
+        """The configuration as given, which is trial 0 if it lies in the space: the one to beat."""
         known: dict[str, Any] = {"lr": LR} if self.verb != "finetune" else {}
         own = {name: getattr(self.base, name) for name in self.space}
         own = {name: known.get(name) if value is None and name in known else value for name, value in own.items()}
@@ -71,7 +78,7 @@ class SearchSpec:
 
     @property
     def tapes(self) -> Path:
-        """Where what teachers say is kept, a tape a seed."""
+        """The folder of the teachers' tapes, one a seed."""
         return self.folder / "tapes"
 
     @property
@@ -82,18 +89,18 @@ class SearchSpec:
         return own and self.trials > 1 and self.space.keys() <= recording.own_of_the_student(knobs)
 
     def run_folder(self, number: int, execution: int) -> Path:
-        """Of an execution of a trial."""
+        """The run folder of an execution of a trial."""
         return self.trial_folder(number) / str(execution)
 
     def trial_folder(self, number: int) -> Path:
-        """Of all executions of a trial."""
+        """The folder of all executions of a trial."""
         return self.folder / "trials" / f"{number:04}"
 
     def run(self, number: int, execution: int, chosen: Mapping[str, Value]) -> Train:
         """The configuration of an execution of a trial.
 
         Raises:
-            InputError: the chosen values do not go together.
+            InputError: the chosen values contradict each other.
         """
         knobs = search_space.apply_choices(self.base, chosen)
         knobs |= {"seed": self.base.seed + execution, "out": self.run_folder(number, execution)}
@@ -103,16 +110,16 @@ class SearchSpec:
 
 
 def read_spec(config: Search) -> SearchSpec:
-    """What a configuration asks for, its space read and its images looked at.
+    """Reads what a configuration requests: parses its space and opens its images.
 
     Raises:
-        InputError: nothing to search, a space that cannot be, images that are missing, or none to choose by.
+        InputError: nothing to search, an impossible space, images that are missing, or none to choose by.
     """
     verb = next(verb for verb, table in SEARCHED.items() if isinstance(config, table))
     base = TAUGHT[verb].model_validate({name: getattr(config, name) for name in TAUGHT[verb].model_fields})
     space = search_space.read(_words(config, base), TAUGHT[verb])
     if not space:
-        raise InputError("say what to search, e.g. --space lr=log:1e-4..1e-2 temperature=1,2,5,10")
+        raise InputError("pass what to search, e.g. --space lr=log:1e-4..1e-2 temperature=1,2,5,10")
     search_space.check(space, base)
     trials = config.trials or TRIALS
     if config.sampler == "grid":
@@ -121,30 +128,33 @@ def read_spec(config: Search) -> SearchSpec:
             info(f"the grid has {size:,} combinations, so there are no more trials than that")
         trials = min(size, config.trials or size)
     found = SearchSpec(verb, base, space, config, config.out.expanduser().resolve(), trials)
-    check_place(found.folder)
+    place = record_folder(found.folder)
+    place.check_place()
+    if place.has_begun:
+        place.read()  # a damaged or newer one is refused before images are read
     return with_validation(found)
 
 
 def _words(config: Search, base: Train) -> list[str]:
-    """The space as it was said, and that of the recipe for knobs of which nothing was said."""
+    """The space as given, and the recipe's for options that were not given."""
     if base.recipe is None:
         return list(config.space)
     recipe = recipes.find(base.recipe)
-    said = {search_space.option_name(word.partition("=")[0], type(base)) for word in config.space}
-    said |= {name for name in recipe.space if getattr(base, name) != recipe.knobs.get(name, getattr(base, name))}
-    return [*config.space, *(f"{name}={values}" for name, values in recipe.space.items() if name not in said)]
+    given = {search_space.option_name(word.partition("=")[0], type(base)) for word in config.space}
+    given |= {name for name in recipe.space if getattr(base, name) != recipe.knobs.get(name, getattr(base, name))}
+    return [*config.space, *(f"{name}={values}" for name, values in recipe.space.items() if name not in given)]
 
 
 def with_validation(asked: SearchSpec) -> SearchSpec:
-    """The same with images for validation, cut off the training ones where there are none.
+    """The same with images for validation, held out of the training images where there are none.
 
     Raises:
-        InputError: there are none, and none can be cut off.
+        InputError: there are none, and none can be held out.
     """
     base = asked.base
     cache = datasets.open_run_data(base)
     if "train" not in cache.splits:
-        raise InputError(f"{cache.name} has no split train to learn from; it has: {', '.join(cache.splits)}")
+        raise InputError(f"{cache.name} has no split train to train on; it has: {', '.join(cache.splits)}")
     tested, cut = "test" in cache.splits, "val" not in cache.splits
     if cut and base.eval_data:
         raise InputError(
@@ -161,12 +171,11 @@ def with_validation(asked: SearchSpec) -> SearchSpec:
     return replace(asked, base=base, cut=cut, tested=tested, data=cache.key)
 
 
-def check_place(folder: Path) -> None:
-    """Raises `InputError` unless a study may begin or go on in a folder."""
-    # Hidden files are the locks of a worker that is just beginning, or was killed while it did.
-    strange = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if folder.is_file() or (strange and not (folder / "study.json").is_file()):
-        raise InputError(f"{folder} exists and is no study; choose another --out")
+def record_folder(folder: Path) -> RecordFolder:
+    """The folder of a search."""
+    return RecordFolder(
+        folder, "study.json", "search", SHAPE, number=FORMAT, lock_name=".lock", leftovers=("journal.log",)
+    )
 
 
 def record_of(asked: SearchSpec, place: str) -> dict[str, Any]:
@@ -177,7 +186,7 @@ def record_of(asked: SearchSpec, place: str) -> dict[str, Any]:
         json.dumps({
             "verb": asked.verb,
             "knobs": asked.base.model_dump(mode="json"),
-            "space": {name: _described(span) for name, span in asked.space.items()},
+            "space": {name: _as_words(span) for name, span in asked.space.items()},
             "search": {name: getattr(search, name) for name in sorted(compared)},
             "storage": place,
             "name": asked.name,
@@ -187,43 +196,29 @@ def record_of(asked: SearchSpec, place: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _described(span: search_space.Range) -> str:
-    """A span as it is written on the command line."""
+def _as_words(span: search_space.Range) -> str:
+    """A range as it is written on the command line."""
     if span.choices:
         return ",".join(map(str, span.choices))
     return f"{'log:' if span.log else ''}{span.low:.10g}..{span.high:.10g}"
 
 
 def begin_search(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """What `study.json` holds, written if it is not there; its `id` tells this study from others of its name.
+    """What `study.json` holds, written if it is not there; its `id` tells this search from others of its name.
 
     Raises:
-        InputError: it is of a study that was asked something else.
+        InputError: it is of a search with other options, damaged, or of a newer format.
     """
-    path = folder / "study.json"
-    if not path.is_file():
-        write_atomically(path, json.dumps(record | {"id": uuid.uuid4().hex}, indent=2))
-    try:
-        then = json.loads(path.read_text())
-        found = differences(then, record)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} is not the record of a study, or is damaged") from None
-    if found:
-        lines = "\n  ".join(found)
-        raise InputError(
-            f"{folder} holds a study that was asked something else:\n  {lines}\n"
-            "choose another --out, or say what the study was asked to go on with it"
-        )
-    return then
+    return record_folder(folder).begin(record | {"id": uuid.uuid4().hex}, differences)
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two records of a study do not agree on, a line each. The number of trials is in neither: it may grow."""
-    whole = ("verb", "storage", "name", "data")
-    found = [f"{name}: {then[name]} then, {now[name]} now" for name in whole if then[name] != now[name]]
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two records of a search do not agree on, a line each. The number of trials is in neither: it may grow."""
+    where, whole = "in the search", ("verb", "storage", "name", "data")
+    found = list_differences({name: then[name] for name in whole}, {name: now[name] for name in whole}, where)
     for part in ("knobs", "space", "search"):
-        for name in sorted((then[part].keys() | now[part].keys()) - UNCOMPARED):
-            before, after = then[part].get(name), now[part].get(name)
-            if before != after:
-                found.append(f"{name}: {before} then, {after} now")
+        before, after = (
+            {name: value for name, value in each[part].items() if name not in UNCOMPARED} for each in (then, now)
+        )
+        found += list_differences(before, after, where)
     return found

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from funmatch.commands.tune import space as search_space
@@ -13,6 +14,7 @@ from funmatch.commands.tune.space import Value
 from funmatch.config import Evaluate, Group, recipes
 from funmatch.config.data import VALIDATION_SHARE
 from funmatch.runtime.files import write_atomically
+from funmatch.runtime.json_files import Damaged, read_json
 from funmatch.runtime.log import info
 from funmatch.training import evaluate
 from funmatch.training.run import folder as run_folder
@@ -21,14 +23,39 @@ from funmatch.training.teachers.loading import Modules
 if TYPE_CHECKING:  # Optuna is an extra
     import optuna
 
+FILE = "result.json"
+NUMBER = float | None
+TRIAL = {
+    "number": int, "state": str, "knobs": dict[str, Any], "value": NUMBER, "spread": NUMBER, "seconds": NUMBER,
+    "metric": str | None, "error": str | None, "runs": list[str],
+}  # fmt: skip
+SHAPE = {
+    "study": str, "verb": str, "recipe": str | None, "score": str | None, "trials": [TRIAL], "best": int | None,
+    "value": NUMBER, "spread": NUMBER, "knobs": dict[str, Any] | None, "best_run": str | None,
+    "space": dict[str, dict], "sampler": str, "executions": int, "said": bool,
+    "importance": dict[str, NUMBER] | None, "command": str | None, "cut": str | None,
+    "test": dict[str, NUMBER] | None, "tested": list[int], "seen": dict[str, int],
+}  # fmt: skip
+"""What `result.json` of a search holds, if it is undamaged."""
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What `result.json` of a search holds.
+
+    Raises:
+        OSError: it is missing.
+        Damaged: it is not the summary of a search.
+    """
+    return read_json(folder / FILE, SHAPE)
+
 
 def finish_summary(asked: SearchSpec) -> dict[str, Any] | None:
-    """What came of the study, if it is over and had as many trials as are asked for now."""
+    """The summary of the search, if it is over and had as many trials as are requested now."""
     try:
-        result = json.loads((asked.folder / "result.json").read_text())
-        return result if len(result["trials"]) >= asked.trials else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        result = read_summary(asked.folder)
+    except (OSError, Damaged):
+        return None  # a damaged one is computed again from the storage
+    return result if len(result["trials"]) >= asked.trials else None
 
 
 def end_summary(study: "optuna.Study", asked: SearchSpec, given: Modules) -> dict[str, Any]:
@@ -62,7 +89,7 @@ def end_summary(study: "optuna.Study", asked: SearchSpec, given: Modules) -> dic
     result |= test_metrics(asked, best, given)
     result["seen"] = evaluation_counts(asked, len(rows))
     text = json.dumps(run_folder.finite(result), indent=2)
-    write_atomically(asked.folder / "result.json", text)
+    write_atomically(asked.folder / FILE, text)
     return json.loads(text)
 
 
@@ -87,8 +114,8 @@ def test_metrics(asked: SearchSpec, best: dict[str, Any] | None, given: Modules)
     """`test`: what the students of the best trial come to on the test images, which no trial has seen; and
     `tested`: the trials that were judged on them, this one and those that were best before there were more."""
     before: list[int] = []
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        before = json.loads((asked.folder / "result.json").read_text())["tested"]
+    with suppress(OSError, Damaged):
+        before = read_json(asked.folder / FILE, {"tested": list[int]})["tested"]
     if best is None or not asked.tested:
         return {"test": None, "tested": before}
     info(f"trial {best['number']} is the best; its students are judged on the test images")

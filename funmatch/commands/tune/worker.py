@@ -10,9 +10,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
@@ -94,7 +92,7 @@ def open_study(asked: SearchSpec) -> "optuna.Study":
     pruner = optuna_storage.pruner_of(asked.search.pruner, evaluations)
     if optuna_storage.is_url(asked.place):
         optuna_storage.check_reachable(asked.place)
-    with lock_first(asked.folder):
+    with search.record_folder(asked.folder).beginning():
         record = search.begin_search(asked.folder, search.record_of(asked, optuna_storage.display_url(asked.place)))
         storage, parts = optuna_storage.storage_at(asked.place), {"sampler": chooser, "pruner": pruner}
         try:
@@ -111,23 +109,6 @@ def open_study(asked: SearchSpec) -> "optuna.Study":
                 "or another --storage"
             )
     return study
-
-
-@contextmanager
-def lock_first(folder: Path) -> Generator[None]:
-    """Keeps other workers of the study out; a folder that was not there vanishes again if nothing comes of it."""
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(folder / ".lock"):
-            yield
-    except BaseException:
-        if created:
-            for name in (".lock", "study.json", "journal.log"):
-                (folder / name).unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        raise
 
 
 def work(study: "optuna.Study", asked: SearchSpec, given: Modules) -> None:

@@ -1,103 +1,105 @@
-"""Checkpoints: tensors in safetensors, the rest in JSON, each written whole or not at all.
+"""Writes, keeps and restores checkpoints: tensors in safetensors, the rest in JSON, each folder whole or absent.
 
-`checkpoints/step-<n>/` holds the student, its optimizer and `state.json`; the newest two are kept.
-`checkpoints/best-<n>/` holds the student alone, where validation liked it most. `checkpoints/stable-<n>/` is that of
-a step before the learning rate cools down, from which a run can be prolonged.
+`checkpoints/step-<n>/` holds the student, its optimizer, the average of its weights and `state.json`; the newest two
+are kept. `checkpoints/best-<n>/` holds the student alone, where it scored best on validation. `checkpoints/stable-<n>/`
+is that of a step before the learning rate cools down, from which a run can be extended.
+
+No other module knows these names; `state.py` knows what `state.json` holds.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from funmatch.errors import InputError, first_line
+from funmatch.errors import InputError, first_line, is_out_of_memory
 from funmatch.ops.optim.state import load_optimizer_state_, optimizer_state_dict
-from funmatch.runtime.files import write_folder_atomically
+from funmatch.runtime.files import remove, remove_partials, write_folder_atomically
+from funmatch.runtime.json_files import FORMAT as FORMAT_KEY
+from funmatch.runtime.json_files import Damaged, read_record
 from funmatch.runtime.log import info
+from funmatch.training.run.state import FORMAT, NEWER, TrainState, read_state
 
+FOLDER = "checkpoints"
+STEP, BEST, STABLE = "step", "best", "stable"
 KEPT = 2
+STATE = "state.json"
 STUDENT, OPTIMIZER, AVERAGE = "student.safetensors", "optimizer.safetensors", "average.safetensors"
+WAITING = 2
+"""Checkpoints that may wait to be written: each is a copy of the student and its optimizer in memory."""
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """Tensors by the file that they lie in."""
 
 
 def tensors_of(student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None) -> Files:
-    """What is saved of a student, of its optimizer, and of the average of its weights: as they are, not copied."""
-    files = {STUDENT: student.state_dict(), OPTIMIZER: optimizer_state_dict(student, optimizer)}
+    """What is saved of a student, its optimizer, and the average of its weights: as they are, not copied."""
+    files = {**student_tensors(student), OPTIMIZER: optimizer_state_dict(student, optimizer)}
     return files if average is None else files | {AVERAGE: average.state_dict()}
 
 
-def save(
-    folder: Path,
-    step: int,
-    tensors: Files,
-    state: dict[str, Any],
-) -> None:
+def student_tensors(student: nn.Module) -> Files:
+    """What is saved of a student alone: as it is, not copied."""
+    return {STUDENT: student.state_dict()}
+
+
+def save(folder: Path, tensors: Files, state: TrainState) -> None:
     """Writes the checkpoint of a step and removes those that are no longer needed.
 
     Args:
         folder: `checkpoints` of the run.
-        step: updates done.
         tensors: of `tensors_of`.
-        state: the rest, JSON; its `best_step` says which best is kept.
+        state: the rest; its `best_step` says which best is kept.
     """
-    with write_folder_atomically(folder / f"step-{step:09}") as partial:
-        for name, each in tensors.items():
-            save_file(_dense(each), partial / name)
-        (partial / "state.json").write_text(json.dumps({**state, "step": step}))
-    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+    _write(folder / _name(STEP, state.step), tensors, asdict(state))
+    for old in _named(folder, STEP)[:-KEPT]:
         shutil.rmtree(old)
-    wanted = {state.get("best_step"), *(_state(stable).get("best_step") for stable in folder.glob("stable-*"))}
-    for best in folder.glob("best-*"):
+    # A run that is extended returns to the stable checkpoint, whose best student must still be there.
+    wanted = {state.best_step, *map(_best_step, _named(folder, STABLE))}
+    for best in _named(folder, BEST):
         if step_of(best) not in wanted:
             shutil.rmtree(best)
 
 
 def keep_stable(folder: Path, step: int) -> None:
     """Keeps the checkpoint of a step for good, in the place of any that was kept before."""
-    kept = folder / f"stable-{step:09}"
+    kept = folder / _name(STABLE, step)
     if not kept.is_dir():
         with write_folder_atomically(kept) as partial:
-            shutil.copytree(folder / f"step-{step:09}", partial, dirs_exist_ok=True)
-    for older in folder.glob("stable-*"):
+            shutil.copytree(folder / _name(STEP, step), partial, dirs_exist_ok=True)
+    for older in _named(folder, STABLE):
         if older != kept:
             shutil.rmtree(older)
 
 
 def go_back(folder: Path, step: int) -> None:
-    """Removes the checkpoints of later steps; the newest of the others is where a run goes on."""
-    for path in [*folder.glob("step-*"), *folder.glob("best-*")]:
+    """Removes the checkpoints of later steps; a run resumes from the newest of the others."""
+    for path in (*_named(folder, STEP), *_named(folder, BEST)):
         if not 0 <= step_of(path) <= step:
-            shutil.rmtree(path)
+            remove(path)
 
 
-def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder; -1 where it has the name of none."""
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
+def can_go_back(folder: Path, step: int) -> bool:
+    """Whether there is a checkpoint of a step."""
+    return any((folder / _name(kind, step)).is_dir() for kind in (STABLE, STEP))
 
 
-def _state(path: Path) -> dict[str, Any]:
-    """The rest of a checkpoint, nothing where it is damaged."""
-    try:
-        return json.loads((path / "state.json").read_text())
-    except (OSError, ValueError):
-        return {}
+def is_beyond(folder: Path, step: int) -> bool:
+    """Whether there is a checkpoint of a later step."""
+    return any(step_of(path) > step for path in _named(folder, STEP))
 
 
-def save_best(folder: Path, step: int, tensors: Files, figures: dict[str, Any]) -> None:
-    """Keeps a student that validation likes better than any before."""
-    with write_folder_atomically(folder / f"best-{step:09}") as partial:
-        for name, each in tensors.items():
-            save_file(_dense(each), partial / name)
-        (partial / "state.json").write_text(json.dumps({"step": step, **figures}))
+def save_best(folder: Path, step: int, tensors: Files, metrics: dict[str, Any]) -> None:
+    """Keeps a student that scores better on validation than any before."""
+    _write(folder / _name(BEST, step), tensors, {"step": step, **metrics})
 
 
 def load_best(folder: Path, step: int, student: nn.Module) -> None:
@@ -106,57 +108,147 @@ def load_best(folder: Path, step: int, student: nn.Module) -> None:
     Raises:
         InputError: it is gone or damaged.
     """
-    path = folder / f"best-{step:09}" / STUDENT
+    path = folder / _name(BEST, step) / STUDENT
     try:
         student.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # damaged files raise nearly anything, from safetensors to torch
+        if is_out_of_memory(error):
+            raise
         raise InputError(
-            f"{path} is gone or damaged ({first_line(error)}); say --keep last with another --out"
+            f"{path} is gone or damaged ({first_line(error)}); pass --keep last with another --out"
         ) from None
 
 
 def restore(
     folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
-) -> dict[str, Any] | None:
+) -> TrainState | None:
     """Puts the newest checkpoint into the student, its optimizer and the average of its weights.
 
     Returns:
-        what was given to `save` as `state`, with `step`; None where there is no checkpoint.
+        what was given to `save` as `state`; None where there is no checkpoint.
 
     Raises:
-        InputError: there are checkpoints, but none can be read. (A damaged newest one falls back to the one before.)
+        InputError: a newer version wrote one, or there are checkpoints, but none can be read. (A damaged newest one
+            falls back to the one before.)
     """
-    for partial in folder.glob(".*.partial"):
-        shutil.rmtree(partial)
-    found = sorted([*folder.glob("step-*"), *folder.glob("stable-*")], key=step_of, reverse=True)
+    found = sorted([*_named(folder, STEP), *_named(folder, STABLE)], key=step_of, reverse=True)
+    _check_formats([*found, *_named(folder, BEST)])  # before anything is removed
+    remove_partials(folder)
     for checkpoint in found:
         try:
-            return _restore(checkpoint, student, optimizer, average)
-        except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
-            info(f"{checkpoint} is damaged ({first_line(error)})")
+            state = _restore(checkpoint, student, optimizer, average)
+        except Exception as error:  # damaged files raise nearly anything, from safetensors to the optimizer
+            if is_out_of_memory(error):
+                raise
+            info(f"{checkpoint} is damaged ({first_line(error)}); falling back to the checkpoint before it")
+        else:
+            go_back(folder, state.step)  # later steps will be taken again
+            return state
     if found:
-        raise InputError(f"no checkpoint in {folder} can be read; start again with another --out")
+        raise InputError(f"no checkpoint in {folder} can be read; begin again with another --out")
     return None
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder; -1 where its name has none."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+class CheckpointWriter:
+    """Writes one thing after another in a thread of its own.
+
+    What fails is raised where the next thing is submitted, or at the end; nothing more is written after it.
+    """
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, "checkpoints")
+        self.waiting: deque[Future[None]] = deque()
+        self.failed = False
+
+    def submit(self, write: Callable[[], object]) -> None:
+        """Has something written; waits where too much waits already."""
+        self._await(WAITING - 1)
+        self.waiting.append(self.pool.submit(self._write, write))
+
+    def flush(self) -> None:
+        """Waits until all is written."""
+        self._await(0)
+
+    def _write(self, write: Callable[[], object]) -> None:
+        if self.failed:  # a later checkpoint may rely on what was not written
+            return
+        try:
+            write()
+        except BaseException:
+            self.failed = True
+            raise
+
+    def _await(self, most: int) -> None:
+        while self.waiting and (len(self.waiting) > most or self.waiting[0].done()):
+            self.waiting.popleft().result()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        self.pool.shutdown()  # waits
+        if kind is None:
+            self.flush()
+
+
+def _name(kind: str, step: int) -> str:
+    return f"{kind}-{step:09}"
+
+
+def _named(folder: Path, kind: str) -> list[Path]:
+    """The folders of one kind, the earliest step first."""
+    return sorted(folder.glob(f"{kind}-*"))
+
+
+def _write(place: Path, tensors: Files, state: dict[str, Any]) -> None:
+    with write_folder_atomically(place) as partial:
+        for name, each in tensors.items():
+            save_file(_dense(each), partial / name)
+        (partial / STATE).write_text(json.dumps({FORMAT_KEY: FORMAT, **state}))
+
+
+def _check_formats(checkpoints: list[Path]) -> None:
+    """Raises `NewerFormat` if a newer version wrote any of them."""
+    for path in checkpoints:
+        try:
+            read_record(path / STATE, {}, FORMAT, NEWER)
+        except (OSError, Damaged):
+            continue  # its reader will notice
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """The step of the best student when a checkpoint was written, None where it is damaged."""
+    try:
+        return read_state(checkpoint / STATE).best_step
+    except (OSError, Damaged):
+        return None
+
+
 def _restore(
-    newest: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
-) -> dict[str, Any]:
-    state = json.loads((newest / "state.json").read_text())
-    student.load_state_dict(load_file(newest / STUDENT))
+    checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
+) -> TrainState:
+    state = read_state(checkpoint / STATE)
+    if state.step != step_of(checkpoint):
+        raise Damaged(f"{STATE} says step {state.step}")
+    student.load_state_dict(load_file(checkpoint / STUDENT))
     if average is not None:
-        average.load_state_dict(load_file(newest / AVERAGE))
-    load_optimizer_state_(student, optimizer, load_file(newest / OPTIMIZER))
-    go_back(newest.parent, state["step"])  # what is later will be walked again
+        average.load_state_dict(load_file(checkpoint / AVERAGE))
+    load_optimizer_state_(student, optimizer, load_file(checkpoint / OPTIMIZER))
     return state
 
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they can be written: in one piece, and none sharing its memory with another."""
-    dense, seen = {}, set()
+    """Tensors as safetensors can write them: in one piece, and none sharing its memory with another."""
+    dense, taken = {}, set()
     for name, tensor in tensors.items():
         dense[name] = tensor.detach().contiguous()
-        if tensor.data_ptr() in seen and dense[name].data_ptr() == tensor.data_ptr():
+        if tensor.data_ptr() in taken and dense[name].data_ptr() == tensor.data_ptr():
             dense[name] = dense[name].clone()
-        seen.add(tensor.data_ptr())
+        taken.add(tensor.data_ptr())
     return dense

@@ -1,10 +1,10 @@
-"""Runs that are prolonged: a warm-up-stable-decay run goes on from before its cool-down, and every end is kept.
+"""Extends finished runs: a warm-up-stable-decay run resumes from before its cool-down, and every end is kept.
 
-Before its cool-down such a run does not know its length, so a run that is asked to be longer takes the same path as one
-that was so from the start, with the same warm-up. `checkpoints/stable-<step>` is where the cool-down begins. A folder
-of `ends/`, `step-<n>` (or `step-<n>-of-<length>`, where patience ended it), holds the student, figures and the records
-of the cool-down of an end that was gone beyond. (Hägele et al., "Scaling laws and compute-optimal training beyond fixed
-training durations", 2024, section 3.)
+Before its cool-down such a run does not depend on its length, so a run that is extended takes the same path as one that
+was long from the start, with the same warm-up. The checkpoint before the cool-down is kept for it. A folder of `ends/`,
+`step-<n>` (or `step-<n>-of-<length>`, where early stopping ended it), holds the student, metrics and records of the
+cool-down of an earlier end. (Hägele et al., "Scaling laws and compute-optimal training beyond fixed training
+durations", 2024, section 3.)
 """
 
 import json
@@ -16,55 +16,54 @@ from typing import Any
 from funmatch.config import TAUGHT
 from funmatch.errors import InputError
 from funmatch.ops.optim import schedules
-from funmatch.runtime.files import try_lock_file, write_atomically, write_folder_atomically
+from funmatch.runtime.files import remove, write_folder_atomically
 from funmatch.runtime.log import info
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
 
+STUDENTS = ("student", "student-ema")
 
-def stable_step(knobs: Mapping[str, Any]) -> int | None:
+
+def stable_step(options: Mapping[str, Any]) -> int | None:
     """The step at which a run's cool-down begins; None where its schedule is another."""
-    if knobs.get("schedule") != "wsd":
+    if options.get("schedule") != "wsd":
         return None
-    return knobs["steps"] - schedules.cooldown_length(knobs["steps"], knobs["cooldown_steps"])
+    return options["steps"] - schedules.cooldown_length(options["steps"], options["cooldown_steps"])
 
 
 def warmup_of(folder: Path) -> int | None:
-    """The warm-up of the run in a folder, if it can be prolonged: it keeps that, whatever a longer run's default."""
-    run = run_folder.Run(folder.expanduser())
-    if not (run.folder / "config.json").is_file():
-        return None
-    knobs = run.config["knobs"]
-    return knobs.get("warmup_steps") if knobs.get("schedule") == "wsd" else None
+    """The warm-up of the run in a folder, if it can be extended: it keeps that, whatever a longer run's default."""
+    options = run_folder.options_of(folder)
+    return options.get("warmup_steps") if options.get("schedule") == "wsd" else None
 
 
-def extend(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Makes a run longer if all that is asked otherwise is its length; else leaves it as it is.
+def extend(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Makes a run longer if all that is requested otherwise is its length; else leaves it as it is.
 
     Whenever this is interrupted, the same command does the rest, and the old command still ends as it did.
 
     Raises:
-        InputError: the run is longer than asked, its cool-down began too late or too early for that, or another
-            process is at work.
+        InputError: the run is longer than requested, its cool-down began too late or too early for that, or another
+            process is using it.
     """
     run = run_folder.Run(folder.expanduser())
-    if not (run.folder / "config.json").is_file():
+    if not run.record.has_begun:
         return
-    then, now = run.config, run_folder.record_of(verb, knobs, facts)
-    old, new = stable_step(then["knobs"]), stable_step(now["knobs"])
+    then, now = run.config, run_folder.record_of(verb, options, facts)
+    before, after = then["knobs"], now["knobs"]
+    old, new = stable_step(before), stable_step(after)
     length = TAUGHT[verb].where(lambda opt: opt.extends)
-    alike = now | {"knobs": now["knobs"] | {name: then["knobs"].get(name) for name in length}}
-    if old is None or new is None or then["knobs"]["steps"] == knobs["steps"] or run_folder.differences(then, alike):
+    alike = now | {"knobs": after | {name: before.get(name) for name in length}}
+    if old is None or new is None or before["steps"] == after["steps"] or run_folder.differences(then, alike):
         return
-    lock = try_lock_file(run.folder / "config.json")
-    if lock is None:
-        raise InputError(f"another process is at work in {run.folder}")
-    with lock:
-        _check(run, then["knobs"]["steps"], knobs["steps"], old, new)
-        _branch_off(run, old, then["knobs"]["steps"])
-        write_atomically(run.folder / "config.json", json.dumps(then | {"knobs": now["knobs"]}, indent=2))
-    lengths = f"from {then['knobs']['steps']:,} to {knobs['steps']:,} steps"
-    info(f"{run.folder}: prolonged {lengths}; its warm-up stays {knobs['warmup_steps']:,} steps long")
+    # Both locks: the record is replaced below, and with it the file whose lock says that the run is in use.
+    with run.record.beginning(), run.record.lock():
+        _check(run, before["steps"], after["steps"], old, new)
+        _branch_off(run, old, before["steps"])
+        # Last: until here the old command ends as it did, and this one begins again.
+        run.record.write(then | {"knobs": after})
+    lengths = f"from {before['steps']:,} to {after['steps']:,} steps"
+    info(f"{run.folder}: extended {lengths}; its warm-up stays {after['warmup_steps']:,} steps long")
 
 
 def _check(run: run_folder.Run, before: int, after: int, old: int, new: int) -> None:
@@ -76,13 +75,14 @@ def _check(run: run_folder.Run, before: int, after: int, old: int, new: int) -> 
     if new < old:
         raise InputError(
             f"{run.folder}: a run of {after:,} steps would cool down from step {new:,}, before the {old:,} at which "
-            f"this one did; say --cooldown-steps {after - old} or less"
+            f"this one did; pass --cooldown-steps {after - old} or less"
         )
-    beyond = [path for path in run.checkpoints.glob("step-*") if checkpoint.step_of(path) > old]
-    stable = run.checkpoints / f"stable-{old:09}"
-    cooled = bool(beyond) or (run.result or {"step": 0})["step"] > old > 0
-    if cooled and old and not stable.is_dir() and not (run.checkpoints / f"step-{old:09}").is_dir():
-        raise InputError(f"{stable} is gone, so the run cannot go on from before its cool-down; begin another --out")
+    cooled = checkpoint.is_beyond(run.checkpoints, old) or (run.result or {"step": 0})["step"] > old > 0
+    if cooled and old and not checkpoint.can_go_back(run.checkpoints, old):
+        raise InputError(
+            f"{run.folder}: the checkpoint of step {old:,} is gone, so the run cannot resume from before its "
+            "cool-down; choose another --out"
+        )
 
 
 def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
@@ -92,28 +92,28 @@ def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
         place = run.folder / "ends" / _name(result["step"], length)
         if not (place / "result.json").is_file():
             with write_folder_atomically(place) as partial:
-                for name in ("student", "student-ema"):
+                for name in STUDENTS:
                     if (run.folder / name).is_dir():
                         shutil.copytree(run.folder / name, partial / name)
                 lines = [json.dumps(each) + "\n" for each in run.metrics.read() if each["step"] > step]
                 (partial / "metrics.jsonl").write_text("".join(lines))
                 (partial / "result.json").write_text(json.dumps(result | {"run": str(place)}, indent=2))
+    # The result first: without it the run counts as unfinished, and whatever of the rest is missing is written again.
     for name in ("result.json", "report.html"):
         (run.folder / name).unlink(missing_ok=True)
     checkpoint.go_back(run.checkpoints, step)
-    for name in ("student", "student-ema"):
-        shutil.rmtree(run.folder / name, ignore_errors=True)
+    for name in STUDENTS:
+        folder = run.folder / name
+        for path in [*folder.iterdir()] if folder.is_symlink() else [folder]:  # a link to another disk stays
+            remove(path)
 
 
 def earlier_ends(run: run_folder.Run) -> list[run_folder.Run]:
-    """The ends that a run has gone beyond, the first one first; each has a result and the records of its cool-down."""
-    return [
-        run_folder.Run(path)
-        for path in sorted((run.folder / "ends").glob("step-*"))
-        if (path / "result.json").is_file()
-    ]
+    """The earlier ends of a run that was extended, the first one first; each has a result and records of its own."""
+    ends = map(run_folder.Run, sorted((run.folder / "ends").glob("step-*")))
+    return [end for end in ends if end.result is not None]
 
 
 def _name(step: int, length: int) -> str:
-    """What an end is called: a run that patience ended may come to the same step at several lengths."""
+    """The name of an end: a run that early stopping ended may come to the same step at several lengths."""
     return f"step-{step:09}" if step == length else f"step-{step:09}-of-{length:09}"

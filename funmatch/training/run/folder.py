@@ -1,61 +1,85 @@
-"""A run is a folder: what it was asked, what it recorded, what it came to."""
+"""Keeps a run in a folder: what was requested of it, what it logged, what came of it."""
 
 import json
 import math
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from funmatch.config import TAUGHT, UNCOMPARED
 from funmatch.errors import InputError
 from funmatch.runtime import distributed, env
-from funmatch.runtime.files import try_lock_file, write_atomically
-from funmatch.training.run.metrics_log import MetricsLog
+from funmatch.runtime.files import write_atomically
+from funmatch.runtime.json_files import Damaged, read_json
+from funmatch.runtime.records import RUN_RECORD, RUN_SHAPE, RecordFolder, list_differences
+from funmatch.training.run import checkpoint
+from funmatch.training.run.metrics_log import FORM, MetricsLog
 
-TOLD = {
+FORMAT = 1
+"""Of run folders: the number in their `config.json`. Version 0.1.0 wrote none, which is read as 1."""
+COMPARED_FACTS = {
     "data": "the data's content",
     "teacher": "the teacher's content",
     "student": "the student's content",
     "teacher_function": "the teacher's normalisation or architecture",
     "rounded": "the teacher's answers, as --tape rounds them",
 }
-"""Facts that are compared when a run goes on."""
+"""Facts that are compared when a run is resumed."""
+FACTS = {
+    **{f"{name}?": str | None for name in COMPARED_FACTS},
+    "views?": str, "answers?": str, "teacher_forms?": [{"form": FORM, "beside_fp32?": dict}],
+    "pictures?": dict[str, int], "classes?": list[str], "parameters?": int, "overridden?": dict[str, list],
+    "machine?": str, "versions?": dict[str, str],
+}  # fmt: skip
+SHAPE = RUN_SHAPE | {"knobs": {"steps?": int}, "facts": FACTS}
+SCORES = dict.fromkeys(("top1", "agreement", "kl", "ece", "top5?", "agreement5?", "balanced?"), float | None)
+RESULT = SCORES | {
+    "step": int, "seconds": float, "split": str, "pictures": int, "parameters": int, "best_step?": int | None,
+    "best_score?": float | None, "ema?": SCORES, "teacher?": {"name": str, "top1": float | None},
+}  # fmt: skip
+"""What `result.json` holds, if it is undamaged."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and what lies in it.
+    """A run's folder and its contents.
 
     Attributes:
-        folder: holding `config.json`, `metrics.jsonl`, `checkpoints/`, and at the end `student/`, `result.json` and
-            `report.html`.
+        folder: the folder with `config.json`, `metrics.jsonl`, checkpoints, and at the end `student/`, `result.json`
+            and `report.html`.
     """
 
     folder: Path
 
     @property
+    def record(self) -> RecordFolder:
+        """The folder as one with a record."""
+        return RecordFolder(self.folder, RUN_RECORD, "run", SHAPE, number=FORMAT, closed=True)
+
+    @property
     def config(self) -> dict[str, Any]:
-        """`verb`, `knobs` (resolved, complete) and `facts` (data, teacher, versions)."""
-        path = self.folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-            if all(isinstance(config[part], dict) for part in ("knobs", "facts")) and config["verb"]:
-                return config
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise InputError(f"{path} is not the configuration of a run, or is damaged")
+        """`verb`, `knobs` (resolved, complete) and `facts` (data, teacher, versions).
+
+        Raises:
+            InputError: it is damaged, or of a newer format.
+        """
+        config = self.record.read()
+        if problem := _misfit_of_options(config):
+            raise Damaged(f"{self.record.path} is damaged ({problem})")
+        return config
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The figures of a finished run, None before."""
-        path = self.folder / "result.json"
+        """The metrics of a finished run, None before."""
         try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError):
-            return None  # a damaged result is made again from the last checkpoint
+            return read_json(self.folder / "result.json", RESULT)
+        except (OSError, Damaged):
+            return None  # a damaged result is computed again from the last checkpoint
 
     @property
     def metrics(self) -> MetricsLog:
@@ -63,176 +87,169 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / checkpoint.FOLDER
 
     @property
     def student(self) -> Path:
         return self.folder / "student"
 
-    def finish(self, figures: dict[str, Any]) -> None:
-        """Records that the run is over: the last thing that is written."""
-        write_atomically(self.folder / "result.json", json.dumps(finite(figures), indent=2))
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Records that the run is over: the last thing that is written, so that whatever is missing is made again."""
+        write_atomically(self.folder / "result.json", json.dumps(finite(metrics), indent=2))
+
+
+def _misfit_of_options(config: dict[str, Any]) -> str | None:
+    """Names an option in a record whose value is not of its type; None where all are.
+
+    Bounds are left alone: a value that was allowed when the run began stays readable.
+    """
+    table = TAUGHT.get(config["verb"])
+    if table is None:
+        return None
+    known = {name: value for name, value in config["knobs"].items() if name in table.model_fields}
+    # Strictly, since what is read is used as it stands; and as options are given, for the items of lists.
+    checks: list[Callable[[], object]] = [
+        lambda: table.model_validate_json(json.dumps(known), strict=True),
+        lambda: table.model_validate(known),
+    ]
+    for check in checks:
+        try:
+            check()
+        except ValidationError as error:
+            for each in error.errors():
+                is_list = each["type"] == "tuple_type" and isinstance(each["input"], list)
+                if each["type"] not in ("missing", "value_error") and not is_list:
+                    return f"{'.'.join(map(str, each['loc']))!r}: {each['msg']}"
+    return None
+
+
+def looks_like_run(path: Path) -> bool:
+    """Whether a folder is that of a run, even if its record is damaged."""
+    return Run(path).checkpoints.is_dir() or Run(path).metrics.path.is_file()
+
+
+def is_needless(path: Path) -> bool:
+    """Whether a file is part of a checkpoint of a finished run: most of what it holds, and nothing reads it again."""
+    return any(each.name == checkpoint.FOLDER and (each.parent / "result.json").is_file() for each in path.parents)
 
 
 def find_run(folder: Path) -> Run:
     """The run in a folder, or an `InputError` that says what is there instead."""
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise InputError(f"no run folder {folder}")
-    if not (folder / "config.json").is_file():
-        inside = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.name != "student")
+    run = Run(folder.expanduser())
+    if not run.folder.is_dir():
+        raise InputError(f"no run folder {run.folder}")
+    if not run.record.has_begun:
+        inside = sorted(path.parent for path in run.folder.glob(f"*/{RUN_RECORD}") if path.parent.name != "student")
         hint = f"; did you mean {', '.join(map(str, inside[:3]))}?" if inside else ""
-        raise InputError(f"{folder} is not a run folder: it has no config.json of a run{hint}")
-    run = Run(folder)
+        raise InputError(f"{run.folder} is not a run folder: it has no {RUN_RECORD} of a run{hint}")
     _ = run.config  # raises where it is damaged
     return run
 
 
-def provenance_if_same(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of the run in a folder, if it was asked the same; else nothing."""
+def provenance_if_same(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the run in a folder, if the same is requested of it; else nothing."""
     run = Run(folder.expanduser())
-    if not (run.folder / "config.json").is_file():
+    if not run.record.has_begun:
         return {}
-    try:
-        config = run.config
-    except InputError:
-        return {}  # whoever opens the run will say so
-    return {} if differences(config, record_of(verb, knobs, facts)) else config["facts"]
+    config = run.config
+    return {} if differences(config, record_of(verb, options, facts)) else config["facts"]
 
 
 def options_of(folder: Path) -> dict[str, Any]:
-    """What the run in a folder was begun with; nothing where there is none."""
-    return _part_of(folder, "knobs")
+    """The options with which the run in a folder began; nothing where there is none."""
+    run = Run(folder.expanduser())
+    return run.config["knobs"] if run.record.has_begun else {}
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
-    """What was found when the run in a folder was begun; nothing where there is none."""
-    return _part_of(folder, "facts")
-
-
-def _part_of(folder: Path, name: str) -> dict[str, Any]:
+    """The facts that were found when the run in a folder began; nothing where there is none."""
     run = Run(folder.expanduser())
-    try:
-        return run.config[name] if (run.folder / "config.json").is_file() else {}
-    except (InputError, KeyError):
-        return {}  # whoever opens the run will say so
+    return run.config["facts"] if run.record.has_begun else {}
 
 
-def result_if_same(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The figures of the run in a folder, if it is over and was asked the same."""
-    return Run(folder.expanduser()).result if provenance_if_same(folder, verb, knobs, facts) else None
+def result_if_same(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of the run in a folder, if it is over and the same is requested of it."""
+    return Run(folder.expanduser()).result if provenance_if_same(folder, verb, options, facts) else None
 
 
-def record_of(verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def record_of(verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """What `config.json` holds of a run."""
-    return json.loads(json.dumps({"verb": verb, "knobs": knobs, "facts": facts}, default=str))
+    return json.loads(json.dumps({"verb": verb, "knobs": options, "facts": facts}, default=str))
 
 
 @contextmanager
-def open_run(folder: Path, verb: str, knobs: dict[str, Any], facts: dict[str, Any]) -> Generator[Run]:
-    """Begins a run in a new folder, or goes on with the one that is there if it was asked the same.
+def open_run(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> Generator[Run]:
+    """Begins a run in a new folder, or resumes the one that is there if the same is requested.
 
-    Of several processes the first does so, and holds the lock; the others wait for it.
+    Of several processes the main one does so, and holds the lock; the others wait for it.
 
     Args:
-        knobs: resolved.
+        options: resolved.
         facts: `data` and `teacher` fingerprints, compared; whatever else, kept.
 
     Raises:
-        InputError: the folder holds something else, a run with another configuration, or one that is running.
+        InputError: the folder holds something else, a run with other options, or one that another process is using.
     """
-    folder = folder.expanduser()
+    run = Run(folder.expanduser())
     if not env.is_main_process():
         distributed.barrier()
-        if not (folder / "config.json").is_file():
+        if not run.record.has_begun:
             raise InputError(f"process {env.rank()} does not see {folder}; --out must lie where all processes see it")
-        yield Run(folder)
+        yield run
         return
-    record = record_of(verb, knobs, facts)
-    check_place(folder)
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        _begin(Run(folder), record)
-    except BaseException:
-        if created and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-    lock = try_lock_file(folder / "config.json")
-    if lock is None:
-        raise InputError(f"another process is at work in {folder}")
-    with lock:
-        for partial in folder.glob(".*.partial"):
-            partial.unlink(missing_ok=True)  # left by a process that was killed
+    with run.record.opened(record_of(verb, options, facts), _compare):
         distributed.barrier()
-        yield Run(folder)
+        yield run
 
 
-def check_place(folder: Path, mark: str = "config.json", what: str = "run") -> None:
-    """Raises `InputError` unless a run (a study) may begin or go on in a folder: it is new, or holds `mark`."""
-    folder = folder.expanduser()
-    try:
-        str(folder.absolute()).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{str(folder)!r} is no name in UTF-8, which others could not load; another --out") from None
-    strange = folder.is_dir() and any(not path.name.endswith((".partial", ".lock")) for path in folder.iterdir())
-    if folder.is_file() or (strange and not (folder / mark).is_file()):
-        raise InputError(f"{folder} exists and is no {what}; choose another --out")
+def check_place(folder: Path) -> None:
+    """Raises `InputError` unless a run may begin or resume in a folder."""
+    record = Run(folder.expanduser()).record
+    record.check_place()
+    if record.has_begun:
+        record.read()  # a damaged or newer one is refused now and not after an hour of decoding
 
 
-def _begin(run: Run, record: dict[str, Any]) -> None:
-    path = run.folder / "config.json"
-    if not path.is_file():
-        write_atomically(path, json.dumps(record, indent=2))
-        return
-    differing = differences(find_run(run.folder).config, record)
-    if differing:
-        lines = "\n  ".join(differing)
-        longer = any(line.startswith("steps:") for line in differing) and record["knobs"].get("schedule") != "wsd"
-        hint = "; only runs of --schedule wsd can be prolonged" if longer else ""
-        raise InputError(
-            f"{run.folder} holds a run with another configuration:\n  {lines}\n"
-            f"choose another --out, or give the run's own values to go on with it{hint}"
-        )
+def _compare(then: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The lines of a refusal, with what would help."""
+    hint = "" if now["knobs"].get("schedule") == "wsd" else " (only runs of --schedule wsd can be extended)"
+    return [f"{line}{hint}" if line.startswith("steps:") else line for line in differences(then, now)]
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two configurations of a run do not agree on, a line each.
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two records of a run do not agree on, a line each.
 
-    A run that is older than a knob was made with what is its default now; a knob that is no more decides nothing.
+    A run that is older than an option was trained with what is its default now; an option that is gone decides nothing.
     """
     table = TAUGHT.get(now["verb"])
-    young = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
+    defaults = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
     known = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
     # An option may name another folder or file when the fact says that its content is the same.
     places = {name: opt.content for name, opt in table.opts() if opt.content} if table else {}
-    known = known - {name for name, fact in places.items() if _moved(name, fact, then, now)}
-    facts = {"data", "teacher", "student", "rounded"} | (TOLD.keys() & then["facts"].keys())
-    for part, names in (("knobs", known - UNCOMPARED), ("facts", facts)):
-        for name in sorted(names):
-            default = young.get(name) if part == "knobs" else None
-            before, after = then[part].get(name, default), now[part].get(name)
-            if before != after:
-                what = TOLD.get(name, name) if part == "facts" else name
-                found.append(f"{what}: {before} in the run, {after} now")
-    return found
+    known = known - UNCOMPARED - {name for name, fact in places.items() if _moved(name, fact, then, now)}
+    before = {name: then["knobs"].get(name, defaults.get(name)) for name in known}
+    found += list_differences(before, {name: now["knobs"].get(name) for name in known}, "in the run")
+    # A fact that a run is too young to have, or too old, is compared only if versions of that time had it.
+    facts = {"data", "teacher", "student", "rounded"} | (COMPARED_FACTS.keys() & then["facts"].keys())
+    earlier, later = ({name: one["facts"].get(name) for name in facts} for one in (then, now))
+    return found + list_differences(earlier, later, "in the run", COMPARED_FACTS)
 
 
-def _moved(name: str, fact: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a knob names two places at which the same lies."""
+def _moved(name: str, fact: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an option names two places with the same content."""
     before, after = then["facts"].get(fact), now["facts"].get(fact)
-    values = [each for one in (then, now) for each in _listed(one["knobs"].get(name))]
+    values = [each for one in (then, now) for each in _as_list(one["knobs"].get(name))]
     return after is not None and before == after and all(os.sep in value for value in values)
 
 
-def _listed(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     return [str(each) for each in values if each is not None]
 
 
 def finite(value: Any) -> Any:
-    """The same figures with None for what is not a finite number, which JSON cannot hold."""
+    """The same metrics with None for what is not a finite number, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
