@@ -1,4 +1,4 @@
-"""Carries out the verbs from Python: plain arguments in, a finished run out."""
+"""Runs the commands from Python: functions that take plain arguments and return finished runs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command 
 
 
 Images: TypeAlias = str | Path | Sequence[str | Path]
-"""A data set as the command line takes it, or several."""
+"""One or several data sets, named as on the command line."""
 
 
 Model: TypeAlias = Union[str, Path, "nn.Module"]
-"""A model as the command line names it, or a module: a `Classifier`, one of timm's, or any that takes (n, 3, side,
-side) in [0, 1] and gives (n, classes)."""
+"""A model named as on the command line, or a module: a `Classifier`, a timm model, or any module that maps images
+(n, 3, side, side) in [0, 1] to logits (n, classes)."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _with_options(table: type[Options], verb: str) -> Callable[[Function], Function]:
-    """Adds the options that matter most, with their sentences, to what `help` prints of a function."""
+    """Appends the options that matter most with their descriptions to a function's docstring."""
 
     def add(function: Function) -> Function:
         listed = "\n".join(f"        {line}" for line in essential_lines(table, function.__annotations__))
@@ -64,12 +64,12 @@ def distill(
         teacher: a run folder, a timm name (with `teacher_weights`), a BiT `.npz`, a module, …, or several of these. A
             module is copied and stays as it is.
         student: any timm name, or a module, of which a copy is trained.
-        out: the run folder; the same call again resumes the run.
+        out: the run folder; the same call resumes the run.
         **options: any other option of the command, e.g. `steps=3000, student_kwargs={"channels": [16, 32]}`;
-            `config="run.toml"` reads a file, which may hold the arguments above, too.
+            `config="run.toml"` reads a file, which may also hold the arguments above.
 
     Raises:
-        funmatch.InputError: what was wanted, what came, and what to do.
+        funmatch.InputError: an argument or an input is invalid; the message names it and what to do.
     """
     named = {"data": data, "teacher": teacher, "student": student, "out": out}
     return _train("distill", Distill, _given(named) | options)
@@ -81,11 +81,11 @@ def distill_several(
     """Distils several students of the same teacher side by side: views and teacher outputs are computed once.
 
     Args:
-        students: timm names; the run folder of each has its name, within `out`.
-        **options: those of all, as `distill` takes them.
+        students: timm names; each run folder is named after its student, inside `out`.
+        **options: options of all students, as for `distill`.
 
     Raises:
-        funmatch.InputError: as `distill` does; or a student failed, while the others finished.
+        funmatch.InputError: as for `distill`; or a student failed, while the others finished.
     """
     named = {"data": data, "teacher": teacher, "student": students[0], "out": out}
     with _python_words(Distill):
@@ -99,7 +99,7 @@ def distill_several(
 def train(
     data: Images | None = None, student: Model | None = None, out: str | Path | None = None, **options: Any
 ) -> Outcome:
-    """Trains a network on labels alone, with the views and the loop of `distill`; arguments are as there."""
+    """Trains a network on labels alone, with the views and the loop of `distill`; takes its options."""
     return _train("train", Train, _given({"data": data, "student": student, "out": out}) | options)
 
 
@@ -107,12 +107,12 @@ def train(
 def finetune(
     data: Images | None = None, model: Model | None = None, out: str | Path | None = None, **options: Any
 ) -> Outcome:
-    """Trains a network with pretrained weights on labels, by BiT-HyperRule; arguments are as those of `distill`."""
+    """Trains a network with pretrained weights on labels by BiT-HyperRule; takes the options of `train`."""
     return _train("finetune", Finetune, _given({"data": data, "model": model, "out": out}) | options)
 
 
 def recipe(name: str, **options: Any) -> Outcome:
-    """Carries out a published recipe, such as `pet37-fast`; options of its command override its own."""
+    """Runs a published recipe, such as `pet37-fast`; options override those of the recipe."""
     verb = recipes.find(name).verb
     return _train(verb, TAUGHT[verb], options | {"recipe": name})
 
@@ -122,7 +122,7 @@ def prepare(data: Images | None = None, **options: Any) -> dict[str, Any]:
     """Downloads, checks and decodes images, or writes them as shards.
 
     Returns:
-        `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and of shards `shards`, their paths.
+        `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and for shards `shards`, their paths.
     """
     return _run("prepare", TABLES["prepare"], _given({"data": data}) | options).to_json()
 
@@ -130,16 +130,16 @@ def prepare(data: Images | None = None, **options: Any) -> dict[str, Any]:
 def tune(
     what: str, out: str | Path | None = None, *, space: Mapping[str, Any] | Sequence[str] = (), **options: Any
 ) -> Tuned:
-    """Searches options of a command (train, finetune, distill) or of a recipe; validation alone chooses.
+    """Searches options of a command (train, finetune, distill) or of a recipe; selects by validation only.
 
     Args:
         what: the command, or the name of a recipe.
-        out: the folder of the search; the same call again resumes it, in another process it helps.
-        space: option to values, as the command line has them: `{"lr": "log:1e-5..3e-3", "temperature": [1, 2, 5]}`.
+        out: the folder of the search; the same call resumes it, or shares the work from another process.
+        space: values of each option, as on the command line: `{"lr": "log:1e-5..3e-3", "temperature": [1, 2, 5]}`.
         **options: of the search (`trials=20, executions=2, sampler="tpe", …`) and of the runs (`data`, `teacher`, …).
 
     Raises:
-        funmatch.InputError: what was wanted, what came, and what to do.
+        funmatch.InputError: an argument or an input is invalid; the message names it and what to do.
         funmatch.errors.WorkFailed: all trials failed.
     """
     if what not in SEARCHED and what not in recipes.RECIPES:
@@ -154,17 +154,17 @@ def tune(
 
 @_with_options(TABLES["study"], "study")
 def study(name: str | Path | None = None, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
-    """Carries out a table of runs with several seeds, and draws its figures.
+    """Runs a table of runs with several seeds, and plots their results.
 
     Args:
-        name: a study that comes with the package (consistency, patience, …), or a file of your own (.toml).
-        out: its folder; the same call again resumes it and repeats no finished run.
+        name: a built-in study (consistency, patience, …), or a study file (.toml).
+        out: its folder; the same call resumes it and skips finished runs.
 
     Returns:
         `study`, `runs`, `finished`, `failed`, `seconds`, `report`, `table`.
 
     Raises:
-        funmatch.InputError: every problem of the file.
+        funmatch.InputError: all problems of the file.
         funmatch.errors.WorkFailed: runs failed.
     """
     return _run("study", TABLES["study"], _given({"name": name, "out": out}) | options).to_json()
@@ -181,7 +181,7 @@ def evaluate(model: Model | None = None, **options: Any) -> dict[str, Any]:
 
 
 def load(model: Model, **options: Any) -> Classifier:
-    """The classifier that a name stands for; arguments of `funmatch.models.load.load`."""
+    """Loads a classifier by any model name; takes the arguments of `funmatch.models.load.load`."""
     from funmatch.models.load import load as loaded
 
     options.setdefault("pretrained", True)
@@ -190,7 +190,7 @@ def load(model: Model, **options: Any) -> Classifier:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call asks for: the table of its options, where each comes from, and the modules by their names."""
+    """A call as the commands take it: its options, the source of each, and the modules by name."""
 
     options: Options
     sources: Mapping[str, str]
@@ -209,7 +209,7 @@ def _run(verb: str, table: type[Options], given: dict[str, Any], subject: str | 
 
 
 def _read(verb: str, table: type[Options], given: Mapping[str, Any]) -> _Call:
-    """The table of the options that are given, over those of a file and a recipe."""
+    """Builds the options of a call: the given ones override those of a file, which override those of a recipe."""
     modules: dict[str, nn.Module] = {}
     values = {word: _named(value, modules) for word, value in given.items()}
     for word, value in values.items():
@@ -222,17 +222,17 @@ def _read(verb: str, table: type[Options], given: Mapping[str, Any]) -> _Call:
 
 
 def _given(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are given; a file may hold the others."""
+    """Returns the arguments that are given; a file may hold the others."""
     return {name: value for name, value in named.items() if value is not None}
 
 
 def _joined(values: Any) -> str:
-    """The values of an option as the command line has them."""
+    """Formats the values of an option as on the command line."""
     return ",".join(map(str, values)) if isinstance(values, list | tuple) else str(values)
 
 
 def _named(value: Any, modules: dict[str, nn.Module]) -> Any:
-    """A value with a name in the place of each module; `modules` holds these by their names."""
+    """Replaces modules in a value by generated names, and adds them to `modules` by these names."""
     if isinstance(value, list | tuple):
         return [_named(each, modules) for each in value]
     if isinstance(value, type) or not callable(getattr(value, "state_dict", None)):
@@ -245,7 +245,7 @@ def _named(value: Any, modules: dict[str, nn.Module]) -> Any:
 
 
 def _check_model(table: type[Options], word: str, value: Any) -> None:
-    """Raises `InputError` where something stands for a model that can neither name nor be one."""
+    """Raises `InputError` if the value of a model option is neither a name nor a module."""
     name = table.field_of(word)
     if name and (table.opt(name).metavar or "").startswith("MODEL"):
         for each in value if isinstance(value, list) else [value]:
@@ -255,7 +255,7 @@ def _check_model(table: type[Options], word: str, value: Any) -> None:
 
 @contextmanager
 def _python_words(table: type[Options]) -> Generator[None]:
-    """Names options in messages as Python does: steps, not --steps."""
+    """Replaces flags in messages by argument names: steps, not --steps."""
 
     def renamed(flag: re.Match[str]) -> str:
         return table.field_of(flag[0]) or flag[0]

@@ -1,4 +1,4 @@
-"""Turns the words of a command line into a table of options: repeated options, recipes, and the parser itself."""
+"""Parses the arguments of a command line into a table of options, with repeated options and recipes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ if TYPE_CHECKING:  # the parser takes a tenth of a second to import, which help 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that was read.
+    """A parsed command line.
 
     Attributes:
         verb: the command.
-        options: its table.
-        students: all that were named, where a distillation has several.
-        sources: where the value of each option comes from: the command line, a file, a recipe, or its default.
+        options: its options.
+        students: the students of a distillation with several; empty otherwise.
+        sources: source of each option's value: the command line, a file, a recipe, or the default.
     """
 
     verb: str
@@ -35,17 +35,17 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def parse_options(words: list[str], table: type[AnyOptions], prog: str, default: Any, *, show: bool) -> AnyOptions:
-    """Parses words into a table; an option that is unknown or malformed is explained, and ends the program.
+    """Parses arguments into a table; an unknown or malformed option prints a message and ends the program.
 
     Args:
-        prog: the command, as messages show it.
-        default: table with the values of options that are not among the words, or None.
+        prog: name of the command in messages.
+        default: table with the values of options that are not given, or None.
         show: whether this process prints messages.
     """
     import tyro
     from tyro.constructors import ConstructorRegistry
 
-    # Inside the block only: other uses of tyro in this process must not see our rule.
+    # Registered inside the block only: other uses of tyro in this process must not get our rule.
     registry = ConstructorRegistry()
     registry.struct_rule(_spec_of)
     with registry:
@@ -53,7 +53,7 @@ def parse_options(words: list[str], table: type[AnyOptions], prog: str, default:
 
 
 def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
-    """Tells tyro how to read our tables: from each option's own metadata, so that `config` needs no tyro."""
+    """Describes our tables to tyro by each option's own metadata, so that `config` does not depend on tyro."""
     import tyro
     from tyro.constructors import StructConstructorSpec, StructFieldSpec
 
@@ -80,7 +80,7 @@ def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
 
 
 def _spec_of_numbers(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
-    """Tells tyro how to read numbers, for the sake of a message that names no types of Python; None for other types."""
+    """Describes numbers to tyro, so that messages do not show Python types; returns None for other types."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     members = [each for each in (get_args(kind) or (kind,)) if each is not type(None)]
@@ -109,7 +109,7 @@ def _spec_of_numbers(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
 
 
 def _spec_of_choices(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
-    """Tells tyro the choices of an optional option in their order, which its own message shuffles."""
+    """Describes choices to tyro, so that messages list them in order; returns None for other types."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     # A union of choices and None is a set to tyro, so their order would change from run to run.
@@ -135,7 +135,7 @@ def _number(word: str, kind: type[int] | type[float]) -> float:
 
 
 def split_students(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Takes all `--student` options but the first out of the words; returns the rest, and all students."""
+    """Removes all `--student` options except the first; returns the remaining arguments, and all students."""
     left, students = [], []
     following = iter(words)
     for word in following:
@@ -150,43 +150,47 @@ def split_students(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def split_subject(words: list[str], verb: str) -> tuple[list[str], str]:
-    """Splits the words of `funmatch tune WHAT …` or `funmatch plan WHAT …` into those of a command, and the command.
+    """Splits the arguments of `funmatch tune SUBJECT …` or `plan SUBJECT …`; returns the subject's, and its command.
 
     Raises:
-        InputError: WHAT is neither a command nor a recipe.
+        InputError: the subject is neither a command nor a recipe.
     """
-    what = words[0] if words and not words[0].startswith("-") else ""
-    if what in SEARCHED:
-        return words[1:], what
-    if what in recipes.RECIPES:
-        return words, recipes.RECIPES[what].verb
-    if not what and not asks_for_help(words):
+    subject = words[0] if words and not words[0].startswith("-") else ""
+    if subject in SEARCHED:
+        return words[1:], subject
+    if subject in recipes.RECIPES:
+        return words, recipes.RECIPES[subject].verb
+    if not subject and not asks_for_help(words):
         raise InputError(f"give a command to {verb}: {', '.join(SEARCHED)}, or the name of a recipe, e.g. pet37-fast")
-    if what:
+    if subject:
         hint = "`funmatch recipes` lists the recipes"
-        raise unknown("verb or recipe", what, [*SEARCHED, *recipes.RECIPES], hint=hint)
+        raise unknown("verb or recipe", subject, [*SEARCHED, *recipes.RECIPES], hint=hint)
     return words, "distill"
 
 
 def split_recipe(words: list[str]) -> tuple[list[str], str | None]:
-    """The words without the name of a recipe that stands first, and this name, or the value of `--recipe`."""
+    """Removes a leading recipe name; returns the remaining arguments, and this name or the value of `--recipe`.
+
+    Raises:
+        InputError: two different recipes are given.
+    """
     left, names = list(words), []
     if left and not left[0].startswith("-"):
         names.append(left.pop(0))
     names += values_of("--recipe", left)
     if len(set(names)) > 1:
-        raise InputError(f"two recipes are given, {' and '.join(names)}; a run follows one")
+        raise InputError(f"two recipes are given, {' and '.join(names)}; give only one")
     return left, names[0] if names else None
 
 
 def values_of(flag: str, words: list[str]) -> list[str]:
-    """The values that a flag has among words, as `--flag value` or `--flag=value`."""
+    """Returns the values of a flag, given as `--flag value` or `--flag=value`."""
     joined = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
     return [value for word, value in pairwise(words) if word == flag and not value.startswith("--")] + joined
 
 
 def given_options(words: list[str], table: type[Options]) -> set[str]:
-    """The options that words set, whatever their values."""
+    """Returns the names of the options that are given, whatever their values."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     names = {table.field_of(flag) or table.field_of(flag.replace("--no-", "--", 1)) for flag in flags}
     if words and not words[0].startswith("-"):
@@ -195,7 +199,7 @@ def given_options(words: list[str], table: type[Options]) -> set[str]:
 
 
 def default_table(table: type[Options], values: Mapping[str, Any]) -> Options:
-    """A table for the parser to begin with: some values, and whatever else is required still to be given."""
+    """Builds the parser's table of defaults: the given values, with other required options marked as missing."""
     import tyro
 
     required = [name for name, each in table.model_fields.items() if each.is_required()]
@@ -203,11 +207,11 @@ def default_table(table: type[Options], values: Mapping[str, Any]) -> Options:
 
 
 def merge_repeated(words: list[str], table: type[Options]) -> list[str]:
-    """The words with `--teacher a … --teacher b` as `--teacher a b`, since the parser would keep the last alone."""
+    """Merges `--teacher a … --teacher b` into `--teacher a b`, since the parser would keep only the last."""
     several = table.where(lambda opt: opt.positional is False) & {
         name for name, field in table.model_fields.items() if get_origin(field.annotation) is tuple
     }
-    part: list[str] = []  # an option and the values that follow it
+    part: list[str] = []  # an option and its values
     parts, first = [part], dict[str, list[str]]()
     for word in words:
         flag, equals, value = word.partition("=")

@@ -1,4 +1,7 @@
-"""The command line: words in, words out. Heavy libraries are imported by the verb that needs them."""
+"""Runs the command line: parses the arguments, runs the command, prints its result, and sets the exit code.
+
+Heavy libraries are imported by the commands that need them, so that help and mistakes take no seconds.
+"""
 
 import json
 import os
@@ -32,15 +35,14 @@ from funmatch.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one verb and exits: 0 when it is done, 1 when nothing came of it, 2 for input that cannot be used, 128 + n
-    after signal n."""
+    """Runs one command and exits: 0 after success, 1 after a failure, 2 for invalid input, 128 + n after signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files are whatever bytes they are
+            stream.reconfigure(errors="backslashreplace")  # file names can be any bytes
     try:
         command = read_command(arguments)
-        for library in ("timm", "PIL"):  # what these say is for programmers
+        for library in ("timm", "PIL"):  # their warnings address programmers
             warnings.filterwarnings("ignore", category=UserWarning, module=library)
         carry_out(command)
         sys.stdout.flush()
@@ -53,23 +55,24 @@ def main(arguments: list[str] | None = None) -> None:
         _tell(stopped, str(stopped) or "stopped")
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except BrokenPipeError:
+        # As Python's documentation advises: flushing at exit would raise the error once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            _fail(error, "out of memory; --micro-batch, --teacher-batch or --grad-checkpointing needs less")
-        if "home directory" not in str(error):  # as Python says that there is no such user
+            _fail(error, "out of memory; reduce it with --micro-batch, --teacher-batch or --grad-checkpointing")
+        if "home directory" not in str(error):  # pathlib's message for ~user if the user does not exist
             raise
-        _fail(error, f"a path begins with ~ and the name of a user that does not exist here: {error}")
+        _fail(error, f"a path starts with ~ and a user name that does not exist on this machine: {error}")
     except OSError as error:
         if error.errno in (ENOSPC, EDQUOT):
-            _fail(error, f"the disk is full{_where(error)}; make room, then start the same command again")
-        _fail(error, f"{error.strerror or error}{_where(error)}; choose another place, or put it right")
+            _fail(error, f"the disk is full{_where(error)}; free some space, then rerun the same command")
+        _fail(error, f"{error.strerror or error}{_where(error)}; choose another path, or fix the cause")
     sys.exit(0)
 
 
 def carry_out(command: Command) -> None:
-    """Runs a verb, and prints its result on the first process."""
+    """Runs a command, and prints its result on the main process."""
     verb, options, students = command.verb, command.options, command.students
     if students and isinstance(options, Distill):
         results = run_students(options, students, command.sources)
@@ -86,12 +89,16 @@ def carry_out(command: Command) -> None:
 
 
 def parse(arguments: list[str]) -> Options:
-    """The verb's table from words; help, and whatever tyro finds wrong, end the program."""
+    """Parses arguments into the command's options; help and parsing errors end the program."""
     return read_command(arguments).options
 
 
 def read_command(arguments: list[str]) -> Command:
-    """The command that words are; help, and whatever tyro finds wrong, end the program."""
+    """Parses arguments into a command; help and parsing errors end the program.
+
+    Raises:
+        InputError: the command, recipe or file of options is unknown or invalid.
+    """
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     verb = arguments[0] if arguments else "--help"
@@ -106,23 +113,22 @@ def read_command(arguments: list[str]) -> Command:
         sys.exit(0)
     known = find_verb(verb)
     if env.world_size() > 1 and verb not in TAUGHT:
-        raise InputError(f"{verb} is work for one process; several can share: {', '.join(TAUGHT)}")
-    words, told, taught = arguments[1:], env.is_main_process(), verb
-    table = known.table
+        raise InputError(f"{verb} runs in a single process; only {', '.join(TAUGHT)} support torchrun")
+    words, subject, table = arguments[1:], verb, known.table
     if known.subjects:
-        words, taught = split_subject(words, verb)
-        table = known.subjects[taught]
-    named = f"{verb} VERB|RECIPE" if known.subjects else f"{verb} [RECIPE]" if verb in TAUGHT else verb
+        words, subject = split_subject(words, verb)
+        table = known.subjects[subject]
+    usage = f"{verb} VERB|RECIPE" if known.subjects else f"{verb} [RECIPE]" if verb in TAUGHT else verb
     if help.asks_for_help(words):
-        subject = verb if verb == taught else f"{verb} {taught}"
-        print(help.help_of(subject, table, everything="--help-all" in words, usage=named))
+        name = verb if verb == subject else f"{verb} {subject}"
+        print(help.help_of(name, table, everything="--help-all" in words, usage=usage))
         sys.exit(0)
     words, students = split_students(words) if verb == "distill" else (words, ())
-    words, recipe = split_recipe(merge_repeated(words, table)) if taught in TAUGHT else (words, None)
+    words, recipe = split_recipe(merge_repeated(words, table)) if subject in TAUGHT else (words, None)
     given, files = given_options(words, table), values_of("--config", words)
-    layers = layers_below(table, taught, given, Path(files[-1]) if files else None, recipe)
+    layers = layers_below(table, subject, given, Path(files[-1]) if files else None, recipe)
     default = default_table(table, layers.values) if files or recipe else None
-    options = parse_options(words, table, f"funmatch {named}", default, show=told)
+    options = parse_options(words, table, f"funmatch {usage}", default, show=env.is_main_process())
     sources = {name: layers.source_of(name, given, COMMAND_LINE) for name in table.model_fields}
     return Command(verb, options, students if len(students) > 1 else (), sources)
 
@@ -133,7 +139,7 @@ def _fail(error: Exception, message: str) -> None:
 
 
 def _tell(error: BaseException, message: str) -> None:
-    """Says why the program ends, unless another process of the run does."""
+    """Prints why the program ends, unless another process of the run prints it."""
     if not reported_elsewhere(error):
         print(message, file=sys.stderr)
 

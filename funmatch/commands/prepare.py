@@ -63,6 +63,12 @@ def show(result: Result) -> None:
         )
     columns = ["split", "images", "classes", "expected"][: 4 if published else 3]
     print_table(summary["name"], columns, [row[: len(columns)] for row in rows])
+    for line in _describe(summary):
+        out.print(line, soft_wrap=True)
+
+
+def _describe(summary: dict[str, Any]) -> list[str]:
+    """Describes classes, image sizes, problems, licence and folder of a data set, one fact per line."""
     lines = []
     if classes := summary["classes"]:
         more = f", … ({len(classes)} in all)" if len(classes) > LISTED else ""
@@ -91,8 +97,7 @@ def show(result: Result) -> None:
         lines.append(f"shards: {len(summary['shards']):,} in {summary['folder']}")
     elif "way" in summary:
         lines.append(f"cached {summary['way']}, {summary['gigabytes']:.2g} GB")
-    for line in lines:
-        out.print(line, soft_wrap=True)
+    return lines
 
 
 def _leaks(summary: dict[str, Any]) -> list[str]:

@@ -155,7 +155,8 @@ def test_a_run_that_another_process_holds_is_told_once(tmp_path):
 
 def test_other_verbs_are_for_one_process():
     said = ended(start("-m", "funmatch", "models", world=2), 2)
-    assert "".join(said) == "funmatch: models is work for one process; several can share: train, finetune, distill\n"
+    expected = "models runs in a single process; only train, finetune, distill support torchrun"
+    assert "".join(said) == f"funmatch: {expected}\n"
 
 
 def test_alone_nobody_is_asked(monkeypatch):

@@ -140,9 +140,8 @@ def _entries(
     common, verb = table.get("common", {}), table.get("verb", "distill")
     verbs = [run.get("verb", verb) for run in table["run"]]
     known = {knob for name, each in TAUGHT.items() if name in verbs for knob in each.model_fields}
-    known = known or {
-        knob for each in TAUGHT.values() for knob in each.model_fields
-    }  # no verb is valid, which is reported below
+    # No verb is valid, which is reported below: its options would only add noise.
+    known = known or {knob for each in TAUGHT.values() for knob in each.model_fields}
     names = [str(run.get("name")) for run in table["run"]]
     of_one = {key: (key.rpartition(".")[0], key.rpartition(".")[2]) for key in overrides if "." in key}
     found += [str(unknown("run in --set", name, names)) for name, _ in of_one.values() if name not in names]
@@ -158,26 +157,20 @@ def _entries(
             found.append(f"run {number} has no name")
             continue
         if not isinstance(each, dict) or not all(isinstance(values, list) and values for values in each.values()):
-            found.append(
-                f"{name}: each must give a list of values for every option, e.g. each = {{ epochs = [100, 300] }}"
-            )
+            found.append(f"{name}: each must give a list for every option, e.g. each = {{ epochs = [100, 300] }}")
             continue
         own_seeds = run.get("seeds", table.get("seeds", [0]))
         if not isinstance(own_seeds, list) or not own_seeds:
             found.append(f"{name}: seeds must be a list of one or more numbers, got {own_seeds!r}")
             continue
         if odd := [part for part in PLACEHOLDER.findall(name) if part[1:-1] not in each]:
-            options = ", ".join(map(str, each)) or "no options"
-            found.append(f"{name}: unknown placeholder {', '.join(odd)}; each has {options}")
+            varied = ", ".join(map(str, each)) or "no options"
+            found.append(f"{name}: unknown placeholder {', '.join(odd)}; each has {varied}")
             continue
         shared = {knob: value for knob, value in common.items() if knob in TAUGHT[own].model_fields}
         over = {knob: value for knob, value in overrides.items() if knob in TAUGHT[own].model_fields}
         over |= {knob: overrides[key] for key, (of, knob) in of_one.items() if of == name}
-        found += [
-            f"{name}: --set {knob} would remove the difference between its runs, which vary it with each"
-            for knob in each
-            if knob in over
-        ]
+        found += [f"{name}: --set {knob} conflicts with each, which varies it" for knob in each if knob in over]
         knobs = {key: value for key, value in run.items() if key not in ENTRY_KEYS}
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
