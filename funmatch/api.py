@@ -235,6 +235,7 @@ def _named(value: Any, modules: dict[str, nn.Module]) -> Any:
     """Replaces modules in a value by generated names, and adds them to `modules` by these names."""
     if isinstance(value, list | tuple):
         return [_named(each, modules) for each in value]
+    # Not isinstance(value, nn.Module): that would import torch, which most calls do not need yet.
     if isinstance(value, type) or not callable(getattr(value, "state_dict", None)):
         return value
     name = f"python:{type(value).__name__}"

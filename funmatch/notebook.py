@@ -204,6 +204,7 @@ def _copy(source: Path, target: Path) -> None:
             copied = partial / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
+            # A report is rewritten if it is older than the result beside it.
             os.utime(copied, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
     partial.rename(target)
 

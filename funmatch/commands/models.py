@@ -49,7 +49,7 @@ def import_model(config: Import) -> Result:
     card = replace(card, side=config.side or card.side, crop_fraction=config.crop_fraction or card.crop_fraction)
     if config.class_file:
         card = replace(card, classes=_class_names(config.class_file.expanduser(), model.num_classes))
-    check_side(model, card.side)
+    check_side(model, card.side)  # before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_folder_atomically(out) as partial:
         save(model, partial, card=card, about={"imported": config.model, "top1": card.top1})
@@ -126,6 +126,7 @@ def match_names(pattern: str) -> list[str]:
     """Finds names that match a pattern, bundled ones first. Without a pattern: bundled and BiT models."""
     if not pattern:
         return [*GROUPS, *BIT]
+    # timm lists architectures and pretrained tags apart; only tags hold a dot.
     tagged = "." in pattern
     everything = [*GROUPS, *(timm.list_pretrained() if tagged else timm.list_models())]
     wide = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
@@ -145,6 +146,7 @@ def _entry(name: str, side: int | None) -> dict[str, Any]:
     else:
         architecture = f"resnetv2_{name[5:].split('_')[0]}_bit" if paper else is_known(name, name)
         kwargs: dict[str, Any] = {"num_classes": paper[1]} if paper else {}
+        # Some networks, such as ViTs, are built for one image size.
         fixed = {"img_size": side} if side and net_config(architecture).get("fixed_input_size") else {}
         try:
             net = create_empty(architecture, kwargs | fixed)

@@ -139,6 +139,7 @@ def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict
         "parts": whole,
         "gflop": gflop,
         "of_peak": None if gflop is None else gflop / step / used["peak_gflops"],
+        # On a CPU, the peak of this process; Linux counts it in units of 1,024 bytes.
         "memory_bytes": devices.peak_memory(course.device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "disk_bytes": {
             "pictures": sum(path.stat().st_size for path in setup.cache.folder.rglob("*") if path.is_file()),
@@ -181,6 +182,7 @@ def seconds_to_evaluate(setup: TrainSetup[Any], objective: Objective) -> tuple[f
         student, view = setup.student.classifier, setup.evaluation.view
         scoring.score_training_views(objective.logits, student, objective.batches, 0, view)
     views = time.perf_counter() - began
+    # The teacher is evaluated on test images only if they are not those of the start.
     at_end = networks + (objective.teachers is not None and test.name != validation.name)
     return networks * each * len(validation) + views, at_end * each * len(test)
 
@@ -199,6 +201,7 @@ def seconds_an_image(setup: TrainSetup[Any], split: CachedSplit) -> float:
 def seconds_to_save(setup: TrainSetup[Any]) -> tuple[float, int]:
     """Measures the seconds and bytes of a checkpoint on the disk of the run folder."""
     place = setup.config.out.expanduser().absolute()
+    # The run folder may not exist yet; its closest existing parent is on the same disk.
     while not place.is_dir():
         place = place.parent
     student = setup.student

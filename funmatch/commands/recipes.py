@@ -62,30 +62,31 @@ def _line(recipe: Recipe) -> dict[str, Any]:
 
 def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
     """Expands one recipe and estimates its cost; see `run`."""
-    knobs = recipe.table()
-    count = CATALOG[knobs.data[0]].counts["train"]
-    by_epochs = round((knobs.epochs or 0) * count / knobs.batch)
-    steps = knobs.steps or by_epochs or hyperrule.steps(count)
-    classes = CATALOG[knobs.data[0]].classes
-    student = network(knobs.student, classes, counted=not config.measure)
-    sides = knobs.teacher_side if isinstance(knobs, Distill) else ()
+    options = recipe.table()
+    count = CATALOG[options.data[0]].counts["train"]
+    # As the runs resolve their length: steps, else epochs, else BiT-HyperRule by the number of images.
+    by_epochs = round((options.epochs or 0) * count / options.batch)
+    steps = options.steps or by_epochs or hyperrule.steps(count)
+    classes = CATALOG[options.data[0]].classes
+    student = network(options.student, classes, counted=not config.measure)
+    sides = options.teacher_side if isinstance(options, Distill) else ()
     teachers = [
-        (network(name, classes, counted=not config.measure), sides[number] if sides else knobs.side or 0)
-        for number, name in enumerate(knobs.teacher if isinstance(knobs, Distill) else ())
+        (network(name, classes, counted=not config.measure), sides[number] if sides else options.side or 0)
+        for number, name in enumerate(options.teacher if isinstance(options, Distill) else ())
     ]
     estimate: dict[str, Any] = {
-        "knobs": knobs.model_dump(mode="json"),
+        "knobs": options.model_dump(mode="json"),
         "words": recipes.words(recipe),
         "steps": steps,
-        "images": steps * knobs.batch,
-        "gflop": {"student": gflop(student, knobs.side or 0), "teachers": [gflop(*each) for each in teachers]},
+        "images": steps * options.batch,
+        "gflop": {"student": gflop(student, options.side or 0), "teachers": [gflop(*each) for each in teachers]},
     }
     if not config.measure:
         return estimate
     device = devices.pick_device(config.device)
-    info(f"measuring {knobs.student} and its teachers on {device}, about {SECONDS * (1 + len(teachers)):.0f} s")
+    info(f"measuring {options.student} and its teachers on {device}, about {SECONDS * (1 + len(teachers)):.0f} s")
     precision = devices.resolve_precision(config.precision, device)
-    seconds = student_seconds(student, knobs, device, precision)
+    seconds = student_seconds(student, options, device, precision)
     seconds += sum(teacher_seconds(net, side, device) for net, side in teachers)
     return estimate | {
         "images_per_second": 1 / seconds,
@@ -105,11 +106,12 @@ def network(name: str, classes: int, *, counted: bool = False) -> nn.Module:
     return build(RUN_ARCHITECTURE if name.startswith("runs/") else name.partition(".")[0], {"num_classes": classes})
 
 
-def student_seconds(net: nn.Module, knobs: Train, device: torch.device, precision: str) -> float:
+def student_seconds(net: nn.Module, options: Train, device: torch.device, precision: str) -> float:
     """Measures training time in seconds per image: forward, backward and update at the recipe's image size."""
     student = _classifier(net).to(device).train()
+    # With a rate of 0, random weights stay finite however many steps are measured; the cost is the same.
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-    images = _images(knobs.side or 0, device)
+    images = _images(options.side or 0, device)
 
     def step() -> None:
         with devices.autocast(device, precision):
@@ -123,6 +125,7 @@ def student_seconds(net: nn.Module, knobs: Train, device: torch.device, precisio
 
 def teacher_seconds(net: nn.Module, side: int, device: torch.device) -> float:
     """Measures a teacher's forward time in seconds per image, folded and in the device's fastest precision."""
+    # Without the parity check of a run: random weights say nothing about rounding.
     precision = devices.teacher_precisions("auto", device)[0]
     teacher = Frozen(_classifier(net).to(device), InferenceMode(precision=precision))
     images = _images(side, device)
@@ -136,7 +139,7 @@ def median(work: Callable[[], object], device: torch.device) -> float:
     while len(times) < 3 or time.monotonic() - started < SECONDS:
         start = time.perf_counter()
         work()
-        devices.synchronize(device)
+        devices.synchronize(device)  # kernels run asynchronously on a GPU
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

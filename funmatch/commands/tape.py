@@ -35,7 +35,7 @@ def run(options: config.Tape) -> Result:
     """
     found = tape.find_tape(options.folder)
     rows, damaged, whole = found.counts()
-    figures: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "tape": str(found.folder),
         "steps": sum(map(len, whole)),
         "ranges": [[each.start, each.stop] for each in whole[:10]],
@@ -50,22 +50,22 @@ def run(options: config.Tape) -> Result:
     if options.recompute:
         if not whole:
             raise InputError(f"{found.folder} holds no complete step, so no logits can be recomputed")
-        figures |= _recomputed(found, [step for each in whole for step in each], options.recompute)
+        summary |= _recomputed(found, [step for each in whole for step in each], options.recompute)
     found.close()
-    return Result(found.folder, figures)
+    return Result(found.folder, summary)
 
 
-def check_sound(figures: dict[str, Any]) -> None:
+def check_sound(summary: dict[str, Any]) -> None:
     """Raises `WorkFailed` if rows are damaged, or the teacher's logits differ now."""
-    if figures["damaged"]:
+    if summary["damaged"]:
         raise WorkFailed(
-            f"{figures['damaged']:,} rows of {figures['tape']} are damaged; runs recompute them, "
+            f"{summary['damaged']:,} rows of {summary['tape']} are damaged; runs recompute them, "
             "and a run that records to this tape repairs them"
         )
-    if figures.get("kl", 0) > CLOSE_KL:
+    if summary.get("kl", 0) > CLOSE_KL:
         raise WorkFailed(
-            f"the teacher's logits now differ from those in {figures['tape']}: KL {figures['kl']:.2g} nats, "
-            f"agreement {percent(figures['agreement'])}"
+            f"the teacher's logits now differ from those in {summary['tape']}: KL {summary['kl']:.2g} nats, "
+            f"agreement {percent(summary['agreement'])}"
         )
 
 
@@ -75,35 +75,35 @@ def show(result: Result) -> None:
     Raises:
         WorkFailed: rows are damaged, or the teacher's logits differ.
     """
-    figures = result.metrics
-    layout, views = figures["layout"], figures["asked"]
-    first = ", ".join(f"{start:,} … {stop - 1:,}" for start, stop in figures["ranges"])
+    summary = result.metrics
+    layout, views = summary["layout"], summary["asked"]
+    first = ", ".join(f"{start:,} … {stop - 1:,}" for start, stop in summary["ranges"])
     width = (
         f"{layout['classes']:,} classes"
         if layout["top"] is None
         else f"top {layout['top']} of {layout['classes']:,} classes"
     )
     rows = [
-        ["teacher", " + ".join(Path(name).name for name in figures["teacher"])],
-        ["images", ", ".join(figures["data"])],
+        ["teacher", " + ".join(Path(name).name for name in summary["teacher"])],
+        ["images", ", ".join(summary["data"])],
         ["draws", f"seed {views['seed']}, batch {views['batch']}, {views['crop']} crops of {views['side']} px"],
         ["logits", f"{width}, half precision"],
-        ["steps", f"{figures['steps']:,} ({first})" if first else "none"],
-        ["rows", f"{figures['rows']:,} sound, {figures['damaged']:,} damaged"],
-        ["size", format_bytes(figures["bytes"])],
+        ["steps", f"{summary['steps']:,} ({first})" if first else "none"],
+        ["rows", f"{summary['rows']:,} sound, {summary['damaged']:,} damaged"],
+        ["size", format_bytes(summary["bytes"])],
     ]
-    if "recomputed" in figures:
-        comparison = f"{percent(figures['equal'])} of logits equal, KL {figures['kl']:.1e}, agreement"
-        rows.append([f"{figures['recomputed']} steps recomputed", f"{comparison} {percent(figures['agreement'])}"])
-    print_table(figures["tape"], ["", ""], rows)
-    check_sound(figures)
+    if "recomputed" in summary:
+        comparison = f"{percent(summary['equal'])} of logits equal, KL {summary['kl']:.1e}, agreement"
+        rows.append([f"{summary['recomputed']} steps recomputed", f"{comparison} {percent(summary['agreement'])}"])
+    print_table(summary["tape"], ["", ""], rows)
+    check_sound(summary)
 
 
 @torch.inference_mode()
 def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
     """Recomputes the teacher's logits of some evenly spaced steps, and compares them with the tape."""
-    knobs = {name: value for name, value in found.header["run"].items() if name in Distill.model_fields}
-    settings = Distill.checked(**knobs | {"tape": None, "tape_top": None})
+    recorded_options = {name: value for name, value in found.header["run"].items() if name in Distill.model_fields}
+    settings = Distill.checked(**recorded_options | {"tape": None, "tape_top": None})
     cache, loaded = distill.open_inputs(settings)
     setup = distill.build_distill_setup(settings, cache, loaded)
     device = setup.loop.device
@@ -126,8 +126,8 @@ def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
             recorded.append(rows)
             bar.update(number)
     before, after = torch.cat(recorded), torch.cat(recomputed)
-    figures = metrics.summarize(metrics.per_image(after, None, before))
+    summary = metrics.summarize(metrics.per_image(after, None, before))
     equal = (before == after).double().mean().item()
     return {
-        "recomputed": len(chosen), "equal": equal, "kl": figures["kl"], "agreement": figures["agreement"],
+        "recomputed": len(chosen), "equal": equal, "kl": summary["kl"], "agreement": summary["agreement"],
     }  # fmt: skip

@@ -75,6 +75,7 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
     weights, dash-dotted lines for training views, and a dashed line for each teacher.
     """
     with matplotlib.rc_context(STYLE):
+        # Not pyplot, which keeps global state and may look for a display.
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         teachers: dict[float, str] = {}

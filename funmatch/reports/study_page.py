@@ -47,6 +47,7 @@ def write_page(folder: Path, plan: Plan, every_result: Sequence[Mapping[str, Any
             path = folder / "figures" / f"{number}-{figure['kind']}-{figure['value']}.svg"
             write_atomically(path, svg)
             drawings.append((study_plots.heading(figure), svg, path.name))
+    # All from `results.jsonl`, so that a study can be redrawn after its run folders are gone.
     write_atomically(folder / "table.md", markdown(plan, results, [(head, name) for head, _, name in drawings]))
     template = Environment(
         loader=PackageLoader("funmatch.reports", "templates"), autoescape=select_autoescape(), trim_blocks=True

@@ -161,6 +161,7 @@ def _against(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
             shown = True
     if figure.get("log", True) and ticks and min(ticks) > 0:
         axes.set_xscale("log")
+    # Ticks at the values that were run: a logarithmic axis would mark powers of ten.
     axes.set_xticks(sorted(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

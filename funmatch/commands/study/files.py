@@ -34,6 +34,7 @@ def load_spec(config: Study) -> StudySpec:
 def _source(name: str) -> tuple[str, str]:
     """Reads a study file; returns its text, and its name in messages."""
     path = Path(name).expanduser()
+    # Built-in names first: a folder of results with the same name must not replace the study.
     if name in built_in():
         path = BUILT_IN / f"{name}{ENDING}"
     elif path.is_dir() and (path / f"study{ENDING}").is_file():

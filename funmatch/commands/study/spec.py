@@ -139,14 +139,14 @@ def _entries(
     """Yields the runs of a file; appends the problems of its entries to `found`."""
     common, verb = table.get("common", {}), table.get("verb", "distill")
     verbs = [run.get("verb", verb) for run in table["run"]]
-    known = {knob for name, each in TAUGHT.items() if name in verbs for knob in each.model_fields}
+    known = {option for name, each in TAUGHT.items() if name in verbs for option in each.model_fields}
     # No verb is valid, which is reported below: its options would only add noise.
-    known = known or {knob for each in TAUGHT.values() for knob in each.model_fields}
+    known = known or {option for each in TAUGHT.values() for option in each.model_fields}
     names = [str(run.get("name")) for run in table["run"]]
     of_one = {key: (key.rpartition(".")[0], key.rpartition(".")[2]) for key in overrides if "." in key}
     found += [str(unknown("run in --set", name, names)) for name, _ in of_one.values() if name not in names]
     options = [*common, *(of_one[key][1] if key in of_one else key for key in overrides)]
-    found += [str(unknown("option in [common] or --set", knob, known)) for knob in options if knob not in known]
+    found += [str(unknown("option in [common] or --set", option, known)) for option in options if option not in known]
     for number, run in enumerate(table["run"], 1):
         own = run.get("verb", verb)
         each, name = run.get("each", {}), run.get("name")
@@ -167,10 +167,10 @@ def _entries(
             varied = ", ".join(map(str, each)) or "no options"
             found.append(f"{name}: unknown placeholder {', '.join(odd)}; each has {varied}")
             continue
-        shared = {knob: value for knob, value in common.items() if knob in TAUGHT[own].model_fields}
-        over = {knob: value for knob, value in overrides.items() if knob in TAUGHT[own].model_fields}
-        over |= {knob: overrides[key] for key, (of, knob) in of_one.items() if of == name}
-        found += [f"{name}: --set {knob} conflicts with each, which varies it" for knob in each if knob in over]
+        shared = {option: value for option, value in common.items() if option in TAUGHT[own].model_fields}
+        over = {option: value for option, value in overrides.items() if option in TAUGHT[own].model_fields}
+        over |= {option: overrides[key] for key, (of, option) in of_one.items() if of == name}
+        found += [f"{name}: --set {option} conflicts with each, which varies it" for option in each if option in over]
         knobs = {key: value for key, value in run.items() if key not in ENTRY_KEYS}
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
@@ -184,15 +184,15 @@ def _entries(
 def _override(knobs: Mapping[str, Any], overrides: Mapping[str, Any], verb: str) -> dict[str, Any]:
     """Replaces options, and drops those that the new ones replace too, such as `steps` for `epochs`."""
     dropped = replaced_by(TAUGHT[verb], overrides)
-    return {knob: value for knob, value in knobs.items() if knob not in dropped} | dict(overrides)
+    return {option: value for option, value in knobs.items() if option not in dropped} | dict(overrides)
 
 
 def _expand_name(name: str, chosen: Mapping[str, Any]) -> str:
     """Names one of the runs of `each`: its values replace `{option}` in the name, or are appended to it."""
     full = name
-    for knob, value in chosen.items():
-        full = full.replace(f"{{{knob}}}", str(value))
-    return full if full != name or not chosen else " ".join([name, *(f"{knob} {v}" for knob, v in chosen.items())])
+    for option, value in chosen.items():
+        full = full.replace(f"{{{option}}}", str(value))
+    return full if full != name or not chosen else " ".join([name, *(f"{option} {v}" for option, v in chosen.items())])
 
 
 def _problems(entries: list[RunSpec], common: dict[str, Any], overrides: dict[str, Any]) -> list[str]:
@@ -200,20 +200,23 @@ def _problems(entries: list[RunSpec], common: dict[str, Any], overrides: dict[st
     found, places = [], [entry.place for entry in entries]
     found += [f"{place}: two runs have this name" for place in sorted({p for p in places if places.count(p) > 1})]
     for number, entry in enumerate(entries):
+        # Not isinstance: TOML's true is an int to Python.
         if type(entry.seed) is not int or entry.seed < 0:
             found.append(f"{entry.name}: a seed is a whole number of at least 0, got {entry.seed!r}")
         fixed = TAUGHT[entry.verb].where(lambda opt: not opt.study)
         reserved = fixed & {*entry.knobs, *common, *overrides}
-        found += [f"{entry.name}: {knob} is set by the study itself" for knob in sorted(reserved)]
-        knobs = {knob: value for knob, value in entry.knobs.items() if knob not in fixed}
+        found += [f"{entry.name}: {option} is set by the study itself" for option in sorted(reserved)]
+        knobs = {option: value for option, value in entry.knobs.items() if option not in fixed}
         try:
+            # The study sets folder and seed of each run; any valid ones do for checking.
             table = TAUGHT[entry.verb].checked(**knobs, out="out", seed=0)
-            knobs = {knob: getattr(table, knob) for knob in knobs}
+            knobs = {option: getattr(table, option) for option in knobs}
         except InputError as error:
             found.append(f"{entry.name}: {error}")
+        # Each run is started by a command line, where such a value would be read as an option.
         found += [
-            f"{entry.name}: {knob} {word} starts with a dash, as options do; start a path with ./"
-            for knob, value in knobs.items()
+            f"{entry.name}: {option} {word} starts with a dash, as options do; start a path with ./"
+            for option, value in knobs.items()
             for word in (value if isinstance(value, tuple) else (value,))
             if isinstance(word, str) and word.startswith("-")
         ]
@@ -259,6 +262,7 @@ def _select(entries: list[RunSpec], only: tuple[str, ...]) -> list[RunSpec]:
 
 
 def _place(name: str, seed: int) -> str:
+    # Names may hold slashes and spaces, which folder names must not.
     safe = "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in name)
     return f"{safe}-seed-{seed}"
 
@@ -272,4 +276,4 @@ def resolve_references(entry: RunSpec, folder: Path) -> dict[str, Any]:
             return tuple(map(resolved, value))
         return str(folder / names[str(value).removeprefix(REFERENCE)]) if _is_reference(value) else value
 
-    return {knob: resolved(value) for knob, value in entry.knobs.items()}
+    return {option: resolved(value) for option, value in entry.knobs.items()}

@@ -153,6 +153,7 @@ def _journal(path: Path) -> JournalStorage:
     if path.is_file():
         with open(path, "rb") as file:
             found = file.read(len(BEGINS))
+        # An empty or shorter file is a journal whose first line was cut off.
         if not BEGINS.startswith(found):
             raise InputError(f"{path} is not a journal of Optuna; choose another --storage")
     try:
@@ -197,6 +198,7 @@ class SeededSampler(optuna.samplers.BaseSampler):
 
     def _sampler(self, number: int, name: str = "") -> optuna.samplers.BaseSampler:
         seed = int(np.random.SeedSequence([self.seed, number, zlib.crc32(name.encode())]).generate_state(1)[0])
+        # The seed of a value holds its option's name, so that adding an option leaves the others' values as they are.
         if self.way == "tpe":
             return optuna.samplers.TPESampler(seed=seed)
         return optuna.samplers.RandomSampler(seed=seed)
@@ -239,6 +241,7 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Value]:
 
 def resume_trial(study: optuna.Study, number: int) -> optuna.Trial:
     """Continues a trial of the storage, as if it had just been created."""
+    # Optuna has no public way to continue a trial that another process began.
     frozen = study.get_trials(deepcopy=False)[number]
     return optuna.Trial(study, frozen._trial_id)
 
@@ -246,6 +249,7 @@ def resume_trial(study: optuna.Study, number: int) -> optuna.Trial:
 def importance(study: optuna.Study) -> dict[str, float]:
     """Estimates the importance of each option (PED-ANOVA), largest first; {} with too few finished trials."""
     finished = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    # PED-ANOVA compares the best trials with all: it needs a few, and differences between them.
     if len(finished) < 4 or len({trial.value for trial in finished}) < 2:
         return {}
     return dict(optuna.importance.get_param_importances(study))
