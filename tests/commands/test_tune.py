@@ -370,7 +370,7 @@ def test_a_study_of_something_else_is_left_alone(tmp_path, monkeypatch):
         InputError, match=r"(?s)lr: log:0.0001..0.1 in the search, 1.0,2.0 now.*executions: 1 in the search, 2 now"
     ) as end:
         funmatch.tune("train", tmp_path / "study", **knobs | {"space": {"lr": [1, 2]}, "executions": 2})
-    assert "choose another --out" in str(end.value)
+    assert "choose another out" in str(end.value)
     with pytest.raises(InputError, match="holds a study 'study' that is not the one of"):
         funmatch.tune("train", tmp_path / "elsewhere" / "study", **knobs)
     assert not (tmp_path / "elsewhere" / "study").exists()

@@ -96,7 +96,7 @@ class Greedy(nn.Module):
 @pytest.mark.parametrize(("batch", "micro", "fits"), [(32, None, 8), (20, None, 5), (64, 16, 8)])
 def test_a_lack_of_memory_names_what_fits(tmp_path, batch, micro, fits):
     told = TINY | {"batch": batch, "side": 32, "steps": 2, "student": Greedy()}
-    with pytest.raises(InputError, match=rf"with {micro or batch} images at once; --micro-batch {fits} fits \(tried"):
+    with pytest.raises(InputError, match=rf"with {micro or batch} images at once; micro_batch {fits} fits \(tried"):
         funmatch.distill(**told, micro_batch=micro, out=tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/step-*")), "nothing of it is saved"
     done = funmatch.distill(**told, micro_batch=fits, out=tmp_path / "other")

@@ -28,7 +28,7 @@ def test_images_of_other_things_teach_too(tmp_path, capfd):
 
 
 def test_other_things_with_a_validation_split_are_a_mistake(images, tmp_path):
-    with pytest.raises(InputError, match=r"10 classes, images has 3 .*--unlabelled, or give .*--eval-data"):
+    with pytest.raises(InputError, match=r"10 classes, images has 3 .*unlabelled, or give .*eval_data"):
         funmatch.distill(data=images, out=tmp_path / "run", **TAUGHT)
     run = funmatch.distill(data=images, out=tmp_path / "run", unlabelled=True, **TAUGHT)
     assert run.top1 is None

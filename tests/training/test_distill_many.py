@@ -148,7 +148,7 @@ def test_bad_words(tmp_path):
         tried(students=["test_resnet", "a/test_resnet"])
     with pytest.raises(InputError, match="would see different views: side 32 and 160"):
         tried(side=None)
-    with pytest.raises(InputError, match="--profile works with one --student only"):
+    with pytest.raises(InputError, match="profile works with one student only"):
         tried(profile=True)
     assert not (tmp_path / "x").exists()
 

@@ -200,7 +200,7 @@ def test_an_end_that_was_gone_beyond_is_named(tmp_path, finished):
 def test_other_schedules_are_not_prolonged(tmp_path):
     knobs = KNOBS | {"schedule": "cosine"}
     folder = funmatch.distill(out=tmp_path / "run", **knobs, steps=6).folder
-    with pytest.raises(InputError, match="only runs of --schedule wsd can be extended"):
+    with pytest.raises(InputError, match="only runs of schedule wsd can be extended"):
         funmatch.distill(out=folder, **knobs, steps=8)
 
 

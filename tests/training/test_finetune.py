@@ -266,7 +266,7 @@ def test_patience_ends_a_run(tmp_path):
     (run.folder / "result.json").unlink()  # killed between its end and its last record
     assert finetuned(tmp_path / "run", **knobs).figures["step"] == run.figures["step"]
     assert (run.folder / "metrics.jsonl").read_text() == before
-    with pytest.raises(InputError, match="--val 10%"):
+    with pytest.raises(InputError, match="val 10%"):
         funmatch.train(_images(tmp_path), MODEL, tmp_path / "no", **{**TINY, "steps": 2, "patience": 1})
 
 
@@ -301,8 +301,8 @@ def test_a_head_begins_at_zero_unless_it_knows_these_classes(tmp_path):
         ({"resize": 20}, "at least side"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"momentum": 1.5}, "momentum"),
-        ({"momentum_dtype": "bf16"}, "belongs to --optimizer adamw, not sgd"),
-        ({"cooldown_steps": 5}, "belong to --schedule wsd, not staircase"),
+        ({"momentum_dtype": "bf16"}, "belongs to optimizer adamw, not sgd"),
+        ({"cooldown_steps": 5}, "belong to schedule wsd, not staircase"),
         ({"optimizer": "shampo"}, "did you mean 'shampoo'"),
         ({"optimizer": "kron"}, "cannot be used: it draws"),
         ({"micro_batch": 0}, "micro_batch"),

@@ -296,8 +296,8 @@ def test_a_tape_of_another_teacher_is_refused(recorded, tmp_path):
     ("change", "words"),
     [
         ({"strategy": "fix/ic_ens", "tape": "t"}, "is fixed: its outputs are stored anyway"),
-        ({"tape_top": 3}, "tape_top belongs to --tape"),
-        ({"tape_full": "go-on"}, "tape_full belongs to --tape"),
+        ({"tape_top": 3}, "tape_top belongs to tape"),
+        ({"tape_full": "go-on"}, "tape_full belongs to tape"),
         ({"tape": "t", "tape_top": 0}, "tape_top must be at least 1"),
         ({"tape": "t", "tape_top": 3, "distance": "l2"}, "needs all of the teacher's logits"),
         ({"tape": "t", "tape_top": 3, "standardise": True}, "standardise needs all of the teacher's logits"),
@@ -316,7 +316,7 @@ def test_knobs_that_contradict_each_other(tmp_path, change, words):
 
 def test_a_run_that_began_without_a_tape_does_not_go_on_with_one(recorded, tmp_path, finished):
     finished(tmp_path / "run", **KNOBS)
-    with pytest.raises(InputError, match="the teacher's answers, as --tape rounds them: None in the run, fp16 now"):
+    with pytest.raises(InputError, match="the teacher's answers, as tape rounds them: None in the run, fp16 now"):
         funmatch.distill(out=tmp_path / "run", tape=recorded / "tape", **KNOBS)
     shutil.copytree(recorded, tmp_path / "moved")
     funmatch.distill(out=tmp_path / "moved" / "run", tape=tmp_path / "moved" / "tape", **KNOBS)

@@ -184,7 +184,7 @@ def test_a_teacher_of_other_classes(tmp_path, images):
     torch.manual_seed(0)
     teacher = funmatch.load("resnet10t", options=("channels=(8,8,16,16)", "stem_width=8"), classes=5, pretrained=False)
     common = {**TINY, "batch": 8, "steps": 2, "teacher": teacher, "allow_weak_teacher": True}
-    with pytest.raises(InputError, match=r"has 5 outputs, but .* has 3 classes .*--classes same-names"):
+    with pytest.raises(InputError, match=r"has 5 outputs, but .* has 3 classes .*classes same-names"):
         funmatch.distill(data=images, out=tmp_path / "refused", **common)
     assert not (tmp_path / "refused").exists()
     path = tmp_path / "map.json"
