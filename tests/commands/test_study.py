@@ -1,4 +1,4 @@
-"""Studies: files that are read as a whole, runs that are carried out once, and figures from what they left."""
+"""Studies: files are checked as a whole, every run is trained once, and plots need only the recorded results."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def file_of(folder: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize("name", study_files.built_in())
-def test_the_studies_that_come_along_can_be_run(name):
+def test_built_in_studies_can_be_run(name):
     plan = study_files.load_spec(Study.checked(name=name))
     assert len({entry.seed for entry in plan.entries}) >= 3
     assert plan.title
@@ -154,12 +154,12 @@ def test_a_file_becomes_runs(tmp_path):
         ((f'data = "{FEW}"', 'data = "-mini"'), "same/ic: data -mini starts with a dash"),
     ],
 )
-def test_a_file_that_is_wrong(tmp_path, change, words):
+def test_invalid_files(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         study_files.load_spec(Study.checked(name=file_of(tmp_path, TINY.replace(*change, 1))))
 
 
-def test_knobs_of_one_run_and_runs_that_are_not_shown(tmp_path):
+def test_options_of_one_run_and_runs_that_are_not_shown(tmp_path):
     text = TINY.replace('name = "labels"', 'name = "labels"\nshown = false')
     plan = study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=("labels.lr=0.25", "lr=0.5")))
     rates = {entry.name: entry.knobs["lr"] for entry in plan.entries}
@@ -190,13 +190,13 @@ def test_knobs_of_one_run_and_runs_that_are_not_shown(tmp_path):
         ("steps=10", "steps", 10),
     ],
 )
-def test_knobs_as_they_are_typed(tmp_path, words, knob, value):
+def test_options_of_set_are_parsed(tmp_path, words, knob, value):
     text = TINY.replace('student = "run:labels"\n', "")
     plan = study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=(words,), only=("same/ic",)))
     assert plan.entries[0].knobs[knob] == value
 
 
-def test_all_problems_are_told_before_anything_begins(tmp_path):
+def test_all_problems_are_reported_before_anything_starts(tmp_path):
     text = TINY.replace("same/ic", "same/id").replace("run:labels", "run:nobody").replace('kind = "ends"', 'kind = "x"')
     with pytest.raises(InputError) as error:
         funmatch.study(file_of(tmp_path, text), out=tmp_path / "out")
@@ -213,7 +213,7 @@ def test_all_problems_are_told_before_anything_begins(tmp_path):
         ('verb = "train"', 'verb = "eat"', "unknown verb 'eat'"),
     ],
 )
-def test_lines_that_say_nothing_are_told_and_leave_no_folder(tmp_path, old, new, words):
+def test_invalid_lines_are_reported_and_leave_no_folder(tmp_path, old, new, words):
     assert old in TINY
     with pytest.raises(InputError) as error:
         funmatch.study(file_of(tmp_path, TINY.replace(old, new, 1)), out=tmp_path / "out")
@@ -479,6 +479,6 @@ def test_long_curves_are_thinned_and_keep_their_end():
     assert study_results.columns([], "eval") == {}
 
 
-def test_lines_are_told_apart():
+def test_lines_of_a_plot_differ():
     looks = [tuple(map(str, study_plots.look_of(number).values())) for number in range(24)]
     assert len(set(looks)) == 24

@@ -1,4 +1,4 @@
-"""A search: trials chosen by the seed, carried out once each, judged by validation alone, whoever is stopped when."""
+"""A search: the seed determines its trials, each runs once, validation alone selects, and interruptions change nothing."""
 
 import json
 import os
@@ -94,12 +94,12 @@ def test_the_grammar_of_spaces(word, span):
         ("out=a,b", "cannot be searched"),
     ],
 )
-def test_spaces_that_cannot_be(word, message):
+def test_invalid_spaces(word, message):
     with pytest.raises(InputError, match=message):
         search_space.read([word], Distill)
 
 
-def test_values_that_no_run_takes_are_told_before_it_begins():
+def test_invalid_values_are_reported_before_the_search_starts():
     base = Distill.checked(**TAUGHT, out="x")
     space = search_space.read(["lr=0..1", "weight_decay=0.1,2"], Distill)
     with pytest.raises(InputError, match=r"lr must be above 0.*weight_decay must lie"):
@@ -194,7 +194,7 @@ def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
     assert loaded.best_value == result["value"], "other programs of Optuna's family read it"
 
 
-def test_trials_share_what_the_teacher_says(tmp_path, capsys):
+def test_trials_share_the_teachers_logits(tmp_path, capsys):
     knobs = {
         "data": (FEW,), "teacher": ("fashion-mini-teacher",), "student": "fashion-mini-student", "steps": 4,
         "batch": 8, "eval_every": 2, "trials": 2, "executions": 2, "threads": 1,
@@ -340,7 +340,7 @@ def test_if_all_fail_it_says_why(tmp_path, monkeypatch, capsys):
         (["pet37-fast", "--data", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )
-def test_bad_words_get_one_message_and_leave_nothing(tmp_path, monkeypatch, capsys, words, message):
+def test_invalid_arguments_get_one_message_and_leave_nothing(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("precious")
     with pytest.raises(SystemExit) as end:
@@ -421,7 +421,7 @@ def test_without_validation_images_some_are_cut_off(tmp_path, capsys):
     assert done.figures["seen"] == {"val": 4}
     assert done.figures["test"]["pictures"] == 6
     assert "--val" not in done.figures["command"], "in full is with all training images"
-    assert "10% of the training images were cut off" in done.report.read_text()
+    assert "10% of the training images were held out" in done.report.read_text()
 
 
 def test_test_images_are_never_chosen_by(tmp_path):
@@ -474,7 +474,7 @@ def test_a_recipe_brings_its_space(tmp_path):
     assert in_full.steps is None
 
 
-def test_what_is_told_of_a_run_in_full():
+def test_the_complete_command_of_a_run():
     base = Train.checked(**TINY | {"val": "10%", "patience": 3}, out="x")
     asked = search.SearchSpec("train", base, search_space.read(["steps=2,3"], Train), None, Path("/s"), 1)
     words = summary.command(asked, {"steps": 3})
