@@ -52,7 +52,7 @@ def test_version(funmatch):
         (("report",), "at least one run folder"),
     ],
 )  # fmt: skip
-def test_bad_words_get_one_message_and_leave_nothing(funmatch, tmp_path, words, message):
+def test_invalid_arguments_get_one_message_and_leave_nothing(funmatch, tmp_path, words, message):
     done = funmatch(*words, check=2)
     assert message in re.sub(r"[│╭╰╮╯─]|\s+", " ", done.stderr).replace("  ", " ")
     assert "Traceback" not in done.stderr

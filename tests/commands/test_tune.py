@@ -1,4 +1,4 @@
-"""A search: the seed determines its trials, each runs once, validation alone selects, and interruptions change nothing."""
+"""A search: the seed determines its trials, each runs once, validation alone selects, interruptions change nothing."""
 
 import json
 import os
