@@ -330,7 +330,7 @@ def test_the_sheet_is_not_put_among_the_images(tmp_path, funmatch):
     for _ in range(2):
         assert "classes: ant, bee" in funmatch("data", ".", cwd=folder).stdout
     assert not list(folder.glob("*.png"))
-    assert "no name of a PNG file" in funmatch("data", "p", "--sheet", "x.jpg", check=2).stderr
+    assert "does not end in .png" in funmatch("data", "p", "--sheet", "x.jpg", check=2).stderr
 
 
 def test_unlabelled_copies_of_what_is_judged_are_left_out(tmp_path):

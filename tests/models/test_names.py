@@ -260,7 +260,7 @@ def test_import_writes_what_timm_loads(tmp_path):
     shown = models.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1")).metrics
     assert (shown["mean"], shown["std"]) == ([0.0] * 3, [1.0] * 3)
     (tmp_path / "names.txt").write_text("a\nb")
-    with pytest.raises(InputError, match="2 names, the network 5 classes"):
+    with pytest.raises(InputError, match="2 distinct names, but the network has 5 classes"):
         models.import_model(Import(model="w.npz", out=tmp_path / "third", class_file=Path("names.txt")))
     assert not (tmp_path / "third").exists()
 
