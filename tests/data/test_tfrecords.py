@@ -126,8 +126,8 @@ def test_all_bad_shards_are_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
-        (b"", "no feature is there"),
-        (b"\x0a\x05hello", "no tf.train.Example"),
+        (b"", "it has no features"),
+        (b"\x0a\x05hello", "not a tf.train.Example"),
         (example(b"x", 3)[:-3], "cut off"),
         (example(b"x", None), "has no feature 'class'"),
     ],

@@ -1,19 +1,20 @@
-"""The wire format of protocol buffers, without any schema: a message is a row of numbered fields."""
+"""Reads and writes the wire format of protocol buffers without a schema: a message is a row of numbered fields."""
 
 from collections.abc import Iterator
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4, groups, are of the past
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4, groups, are obsolete
 
 Fields = dict[int, list[int | bytes]]
 
 
 class Damaged(ValueError):
-    """Bytes that are no protocol buffer message."""
+    """Raised for bytes that are not a protocol buffer message."""
 
 
 def varint(message: bytes, start: int, stop: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where it ends."""
+    """Reads a number of seven bits a byte; returns it and the position after it."""
     value, shift = 0, 0
+    # At most ten bytes, which hold 64 bits: damaged data must not make us read on and on.
     while start < stop and shift < 70:
         byte = message[start]
         value |= (byte & 0x7F) << shift
@@ -24,10 +25,10 @@ def varint(message: bytes, start: int, stop: int) -> tuple[int, int]:
 
 
 def fields(message: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-    """The fields between two places as (number, wire type, start, stop) of their content.
+    """Yields the fields between two positions as (number, wire type, start, stop of the content).
 
     Raises:
-        Damaged: they are none.
+        Damaged: these bytes are not fields.
     """
     while start < stop:
         key, start = varint(message, start, stop)
@@ -41,6 +42,7 @@ def fields(message: bytes, start: int, stop: int) -> Iterator[tuple[int, int, in
             length = end - start
         else:
             raise Damaged("unknown wire type")
+        # Positions instead of slices: a message may be a gigabyte, and each copy of it would be another.
         if start + length > stop:
             raise Damaged("a field is cut off")
         yield key >> 3, wire, start, start + length
@@ -48,17 +50,17 @@ def fields(message: bytes, start: int, stop: int) -> Iterator[tuple[int, int, in
 
 
 def parts(message: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The strings and messages among the fields as (number, start, stop), numbers passed over."""
+    """Yields the strings and messages among the fields as (number, start, stop); numbers are skipped."""
     for number, wire, a, b in fields(message, start, stop):
         if wire == BYTES:
             yield number, a, b
 
 
 def parse(message: bytes) -> Fields:
-    """Every field's values by its number: strings and messages as bytes, numbers without a sign.
+    """Reads all values by the number of their field: strings and messages as bytes, numbers unsigned.
 
     Raises:
-        Damaged: it is no message.
+        Damaged: it is not a message.
     """
     found: Fields = {}
     for number, wire, a, b in fields(message, 0, len(message)):
@@ -71,10 +73,10 @@ def parse(message: bytes) -> Fields:
 
 
 def messages(found: Fields, field: int) -> list[bytes]:
-    """The strings or messages of a field, in order.
+    """Returns the strings or messages of a field, in order.
 
     Raises:
-        Damaged: it holds a number.
+        Damaged: the field holds a number.
     """
     values = found.get(field, [])
     if not all(isinstance(value, bytes) for value in values):
@@ -83,16 +85,17 @@ def messages(found: Fields, field: int) -> list[bytes]:
 
 
 def text(found: Fields, field: int) -> str:
-    """The string of a field, empty where it is left out."""
+    """Returns the string of a field, empty where it is left out."""
     values = messages(found, field)
+    # The last one counts where a field that should be single is repeated, as the format says.
     return values[-1].decode(errors="replace") if values else ""
 
 
 def number(found: Fields, field: int) -> int:
-    """The number of a field, 0 where it is left out.
+    """Returns the number of a field, 0 where it is left out.
 
     Raises:
-        Damaged: it holds a message.
+        Damaged: the field holds a message.
     """
     value = found.get(field, [0])[-1]
     if not isinstance(value, int):
@@ -101,11 +104,12 @@ def number(found: Fields, field: int) -> int:
 
 
 def write_fields(field: int, content: bytes) -> bytes:
-    """A field that holds a string or a message."""
+    """Encodes a field that holds a string or a message."""
     return write_varint(field << 3 | BYTES) + write_varint(len(content)) + content
 
 
 def write_varint(value: int) -> bytes:
+    """Encodes a number of up to 64 bits, negative ones as two's complement."""
     value &= (1 << 64) - 1
     encoded = bytearray()
     while value >= 0x80:

@@ -1,4 +1,4 @@
-"""TFRecord shards, byte by byte: framing, checksums, and the `tf.train.Example` inside. Nobody else knows these.
+"""Reads and writes TFRecord shards: framing, checksums, and the `tf.train.Example` inside.
 
 A shard is a row of records, each: length (8 bytes, little endian), masked CRC-32C of the length (4), payload, masked
 CRC-32C of the payload (4). A payload is a `tf.train.Example`, a protocol buffer: field 1 is `Features`, whose field 1
@@ -16,30 +16,31 @@ from funmatch.data.formats.crc32c import masked_crc32c
 from funmatch.data.formats.protobuf import Damaged, parts, varint, write_fields, write_varint
 
 GZIP_MAGIC = b"\x1f\x8b"
-LONGEST = 1 << 31  # a protocol buffer is at most 2 GiB
+MAX_LENGTH = 1 << 31  # a protocol buffer is at most 2 GiB
 
 Span = tuple[int, int]
 Features = dict[str, list[Span] | list[int] | None]
-"""Features by name: where each value of a list of bytes begins and ends, integers, or None for floats."""
+"""Features by name: bounds of each value of a list of bytes, integers, or None for floats."""
 
 
 class DamagedRecord(ValueError):
-    """A record that is not what its checksums or its format say."""
+    """Raised for a record that contradicts its checksums or its format."""
 
 
 def is_gzip(path: Path) -> bool:
+    """Returns whether a file is GZIP, whatever its name."""
     with open(path, "rb") as file:
         return file.read(2) == GZIP_MAGIC
 
 
 def records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The records of a shard, plain or GZIP, every checksum verified.
+    """Reads the records of a shard, plain or GZIP, and verifies every checksum.
 
     Yields:
-        where the payload begins (in the plain or unpacked shard), and the payload.
+        the offset of the payload in the decompressed shard, and the payload.
 
     Raises:
-        DamagedRecord: naming the record, counted from 0.
+        DamagedRecord: names the record, counted from 0.
     """
     with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
         number, at = 0, 0
@@ -64,10 +65,11 @@ def _next_record(file: BinaryIO | gzip.GzipFile) -> bytes | None:
     if len(head) < 12:
         raise DamagedRecord("the shard ends in the middle of a record's length")
     length, check = struct.unpack("<QI", head)
+    # The length's own checksum comes first: a damaged length would make us read gigabytes.
     if masked_crc32c(head[:8]) != check:
         raise DamagedRecord("the checksum of its length is wrong")
-    if length > LONGEST:
-        raise DamagedRecord(f"its length of {length:,} bytes cannot be")
+    if length > MAX_LENGTH:
+        raise DamagedRecord(f"its length of {length:,} bytes is impossible")
     payload = file.read(length)
     tail = file.read(4)
     if len(payload) < length or len(tail) < 4:
@@ -78,21 +80,21 @@ def _next_record(file: BinaryIO | gzip.GzipFile) -> bytes | None:
 
 
 def frame(payload: bytes) -> bytes:
-    """A payload as a record."""
+    """Encodes a payload as a record."""
     head = struct.pack("<Q", len(payload))
     return head + struct.pack("<I", masked_crc32c(head)) + payload + struct.pack("<I", masked_crc32c(payload))
 
 
 def parse_example(payload: bytes) -> Features:
-    """The features of a `tf.train.Example`, in whichever order they stand.
+    """Reads the features of a `tf.train.Example`, in any order.
 
     Raises:
-        DamagedRecord: it is none.
+        DamagedRecord: the payload is something else.
     """
     try:
         return _features(payload)
     except Damaged as error:
-        raise DamagedRecord(f"it is no tf.train.Example: {error}") from None
+        raise DamagedRecord(f"it is not a tf.train.Example: {error}") from None
 
 
 def _features(payload: bytes) -> Features:
@@ -109,12 +111,13 @@ def _features(payload: bytes) -> Features:
             a, b = entry[1]
             features[payload[a:b].decode(errors="replace")] = _values(payload, *entry.get(2, (0, 0)))
     if not features:
-        raise Damaged("no feature is there")
+        raise Damaged("it has no features")
     return features
 
 
 def _values(payload: bytes, start: int, stop: int) -> list[Span] | list[int] | None:
-    """The values of a `Feature`."""
+    """Reads the values of a `Feature`."""
+    # Bounds of byte strings instead of copies: images are read in place later.
     spans: list[Span] = []
     numbers: list[int] = []
     kind = 0
@@ -127,7 +130,8 @@ def _values(payload: bytes, start: int, stop: int) -> list[Span] | list[int] | N
 
 
 def _integers(payload: bytes, start: int, stop: int) -> list[int]:
-    """An `Int64List`, packed or not."""
+    """Reads an `Int64List`."""
+    # TensorFlow packs the numbers into one field, other writers may repeat the field.
     found = []
     while start < stop:
         key, start = varint(payload, start, stop)
@@ -144,11 +148,12 @@ def _integers(payload: bytes, start: int, stop: int) -> list[int]:
             found.append(value)
         else:
             raise Damaged("a list of numbers holds something else")
+    # Two's complement: -1, "no label", is written as 2⁶⁴ − 1.
     return [value - (1 << 64) if value >= 1 << 63 else value for value in found]
 
 
 def example(image: bytes, label: int | None) -> bytes:
-    """A `tf.train.Example` of `image` (bytes) and `class` (int64), the earlier project's form."""
+    """Encodes a `tf.train.Example` of `image` (bytes) and `class` (int64), the format of the earlier project."""
     entries = [write_fields(1, write_fields(1, b"image") + write_fields(2, write_fields(1, write_fields(1, image))))]
     if label is not None:
         numbers = write_fields(3, write_fields(1, write_varint(label)))
