@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from funmatch.models import bit
-from funmatch.models import classifier as models
 from funmatch.models.load import load
+from funmatch.models.save import save
 
 
 def write(name: str, folder: Path) -> dict[str, tuple[str, Path | None]]:
     """Writes the network in every format; returns the name of each and its file of weights."""
     model = load(name, classes=37)
     (folder / "timm").mkdir()
-    models.save(model, folder / "timm", card=model.card, about={})
+    save(model, folder / "timm", card=model.card, about={})
     state = model.net.state_dict()
     torch.save(state, folder / "w.pt")
     found: dict[str, tuple[str, Path | None]] = {

@@ -10,11 +10,13 @@ import timm
 
 from funmatch.config import Import, Models
 from funmatch.errors import InputError, unknown
-from funmatch.models.classifier import OTHER_SIZES, check_side, save, timm_config
+from funmatch.models.bit import OTHER_SIZES
+from funmatch.models.classifier import check_side, timm_config
 from funmatch.models.download import PAPER_FILES
 from funmatch.models.flops import gflop
 from funmatch.models.load import NAMED, load
-from funmatch.models.timm_models import create_empty, is_known, net_config
+from funmatch.models.save import save
+from funmatch.models.timm_models import check_architecture, create_empty, pretrained_config
 from funmatch.reports.result import Result
 from funmatch.runtime.files import cache_home, write_folder_atomically
 from funmatch.runtime.log import ProgressBar, info_notes, print_table
@@ -144,10 +146,10 @@ def _entry(name: str, side: int | None) -> dict[str, Any]:
         model = load(name, classes=10)
         net, wanted, classes = model.net, model.card.side, model.num_classes
     else:
-        architecture = f"resnetv2_{name[5:].split('_')[0]}_bit" if paper else is_known(name, name)
+        architecture = f"resnetv2_{name[5:].split('_')[0]}_bit" if paper else check_architecture(name, name)
         kwargs: dict[str, Any] = {"num_classes": paper[1]} if paper else {}
         # Some networks, such as ViTs, are built for one image size.
-        fixed = {"img_size": side} if side and net_config(architecture).get("fixed_input_size") else {}
+        fixed = {"img_size": side} if side and pretrained_config(architecture).get("fixed_input_size") else {}
         try:
             net = create_empty(architecture, kwargs | fixed)
         except InputError:  # not every size fits: the list still shows the model, with its FLOPs unknown at this size

@@ -1,7 +1,8 @@
-"""BiT checkpoints as they were published: `.npz` files of two layouts become the state of timm's networks.
+"""Converts published BiT checkpoints, `.npz` files of two layouts, to the state dict of timm's networks.
 
 The older layout calls a kernel `resnet/block1/unit01/a/standardized_conv2d/kernel` (sometimes `standardized_conv2d_7`),
-big_vision's own `block1/unit01/conv1/kernel`, often under `params/`. Both are read as the first, without `resnet/`.
+big_vision's own `block1/unit01/conv1/kernel`, often under `params/`. The canonical names are the first, without
+`resnet/`.
 """
 
 import re
@@ -18,17 +19,23 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.models.classifier import OTHER_SIZES, PUBLISHED_EPS, TIMM_EPS
 from funmatch.models.weights import Lazily
+
+# This path is written into the `config.json` of saved models, so `network` must stay in `funmatch.models.bit`.
+OTHER_SIZES = "funmatch.models.bit:network"
+"""Architecture of a BiT network whose size is none of timm's."""
+
+PUBLISHED_EPS, TIMM_EPS = 1e-10, 1e-8
+"""eps of the weight standardisation in BiT networks: as published, and as timm builds them."""
 
 DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 WIDTHS = {50: (1, 3), 101: (1, 3), 152: (2, 4)}
 GROUPS = 32  # of GroupNorm
 STEM = "root_block/standardized_conv2d/kernel"
 HEAD = "head/kernel"
-NOT_WEIGHTS = ("opt/", "extra/", "chrono/")  # what big_vision keeps beside `params/` to go on training
+NOT_WEIGHTS = ("opt/", "extra/", "chrono/")  # big_vision's training state, beside `params/`
 
-# big_vision's names for the parts, as the older layout has them.
+# big_vision's names and the canonical ones, applied in this order.
 RENAMED = (
     (r"^root_block/conv_root/", "root_block/standardized_conv2d/"),
     (r"^norm-pre-head/scale$", "group_norm/gamma"),
@@ -48,23 +55,24 @@ RENAMED = (
 
 
 def read_npz(path: Path) -> tuple[str, dict[str, Any], Lazily[Tensor]]:
-    """Opens a published BiT checkpoint; arrays are read when they are asked for.
+    """Opens a published BiT checkpoint; arrays are read on access.
 
     Returns:
-        its architecture, what that is built with, and the state for it (see `assemble`).
+        architecture, arguments of its constructor, and its state (see `assemble`).
 
     Raises:
-        InputError: it is no `.npz`, or of another network.
+        InputError: it is not an `.npz` file, or of another network.
     """
     try:
+        # Checked by ourselves first: numpy leaves the file open if it is not a zip.
         with open(path, "rb") as opened, zipfile.ZipFile(opened):
-            pass  # numpy leaves a file open that is no zip
+            pass
         file = np.load(path, allow_pickle=False)
         names = list(file.files)
     except FileNotFoundError:
-        raise InputError(f"no weights file {path}") from None
+        raise InputError(f"there is no weights file {path}") from None
     except Exception as error:  # a damaged zip fails in many ways
-        raise InputError(f"{path} is no .npz file, or is damaged: {first_line(error)}") from error
+        raise InputError(f"{path} is not an .npz file, or is damaged: {first_line(error)}") from error
 
     def read(name: str) -> np.ndarray:
         try:
@@ -73,33 +81,33 @@ def read_npz(path: Path) -> tuple[str, dict[str, Any], Lazily[Tensor]]:
             raise InputError(f"{path}: {name} cannot be read: {first_line(error)}") from error
 
     architecture, size, state = assemble(Lazily(names, read), str(path))
-    if architecture == OTHER_SIZES:  # a file that has lost a unit would look like this, too
+    # Published files have known sizes only; any other size means that a unit is missing from the file.
+    if architecture == OTHER_SIZES:
         known = ", ".join(f"R{depth}x{width}" for depth, widths in WIDTHS.items() for width in widths)
-        raise InputError(f"{path} holds a network of {size['units']} units in its blocks, wanted one of {known}")
+        raise InputError(f"{path} is a network with {size['units']} units in its blocks; expected one of {known}")
     return architecture, size, state
 
 
 def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, dict[str, Any], Lazily[Tensor]]:
-    """Variables of a BiT network by their published names to the state dict of timm's.
+    """Converts the variables of a BiT network to the state dict of timm's.
 
     Args:
-        arrays: by name, of either layout, under any prefix. Kernels are (height, width, in, out).
-        where: they come from, for messages.
+        arrays: by published names, of either layout, under any prefix. Kernels are (height, width, in, out).
+        where: source of the arrays, for messages.
 
     Returns:
-        timm's name of the network, such as `resnetv2_101x3_bit`, or `OTHER_SIZES`; what its constructor needs beside
-        `num_classes`; and its state by timm's names: all that is there, so that what is missing or too much can be
-        told.
+        timm's name of the network, such as `resnetv2_101x3_bit`, or `OTHER_SIZES`; arguments of its constructor beside
+        `num_classes`; and its state by timm's names, with all variables, so that missing and extra ones are noticed.
 
     Raises:
-        InputError: it is no BiT network.
+        InputError: it is not a BiT network.
     """
     names = canonical(list(arrays), where)
     units = tuple(len({name.split("/")[1] for name in names if name.startswith(f"block{i}/")}) for i in (1, 2, 3, 4))
     stem = arrays[names[STEM]].shape
     if len(stem) != 4 or 0 in units or stem[-1] % GROUPS:
         raise InputError(
-            f"{where} holds a network of {units} units in its blocks and a stem of shape {stem}; wanted some in each "
+            f"{where} is a network with {units} units in its blocks and a stem of shape {stem}; expected units in each "
             f"of four blocks, and channels in {GROUPS} groups"
         )
     keys = {timm_name(name): published for name, published in names.items()}
@@ -111,13 +119,14 @@ def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, dict[st
 
 
 def layout(units: tuple[int, ...], width: int, classes: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a BiT network's variables by name, in the order of definition.
+    """Returns the shapes of a BiT network's variables by canonical name, in the order of definition.
 
     Args:
         units: in each of the four blocks.
         width: channels of the stem.
         classes: outputs of the head.
     """
+    # The order matters: exports of Keras have no names, only this order (see `tensorflow.savedmodel`).
     shapes: dict[str, tuple[int, ...]] = {STEM: (7, 7, 3, width)}
     into = width
     for block, count in enumerate(units):
@@ -137,13 +146,14 @@ def layout(units: tuple[int, ...], width: int, classes: int) -> dict[str, tuple[
 
 
 def network(units: Sequence[int], width: int, num_classes: int) -> nn.Module:
-    """A BiT network of any size.
+    """Builds a BiT network of any size.
 
     Args:
         units: in each of the four blocks.
         width: channels of the stem, in 32 groups; 64 in an R50x1.
-        num_classes: that it answers.
+        num_classes: outputs of the head.
     """
+    # Saved models name this function as their architecture (`OTHER_SIZES`), so it must keep its name and arguments.
     return ResNetV2(
         layers=list(units),
         channels=tuple(4 * width << block for block in range(4)),
@@ -155,34 +165,37 @@ def network(units: Sequence[int], width: int, num_classes: int) -> nn.Module:
 
 
 def canonical(names: list[str], where: str) -> dict[str, str]:
-    """The older layout's name of each variable, without `resnet/`, to the name that it has.
+    """Maps the canonical name of each variable to the name that it has.
 
     Raises:
-        InputError: there is no BiT network, or two variables have the same name.
+        InputError: there is no BiT network, or two variables have the same canonical name.
     """
+    # The first kernel is found first: what stands before its name is the prefix of all variables.
     roots = [
         name for name in names if re.search(r"(^|/)root_block/(conv_root|standardized_conv2d(_\d+)?)/kernel$", name)
     ]
     roots = [name for name in roots if not name.startswith(NOT_WEIGHTS)]
     if len(roots) != 1:
-        held = f"{', '.join(sorted(names)[:3])}, …" if names else "nothing"
-        raise InputError(f"{where} holds no BiT network, whose first kernel is root_block/…/kernel; it holds {held}")
+        present = f"{', '.join(sorted(names)[:3])}, …" if names else "nothing"
+        raise InputError(
+            f"{where} has no BiT network, whose first kernel would be root_block/…/kernel; it has {present}"
+        )
     prefix = roots[0][: roots[0].index("root_block/")]
-    found: dict[str, str] = {}
+    originals: dict[str, str] = {}
     for name in names:
         if prefix.startswith("params/") and name.startswith(NOT_WEIGHTS):
             continue
         inner = name.removeprefix(prefix)
         for pattern, new in RENAMED:
             inner = re.sub(pattern, new, inner)
-        if inner in found:
-            raise InputError(f"{where}: {name} and {found[inner]} are the same variable; wanted each once")
-        found[inner] = name
-    return found
+        if inner in originals:
+            raise InputError(f"{where}: {name} and {originals[inner]} are the same variable; expected each once")
+        originals[inner] = name
+    return originals
 
 
 def timm_name(name: str) -> str:
-    """timm's name of a canonical one; a name that is none of a BiT network's stays as it is."""
+    """Converts a canonical name to timm's; a name that no BiT network has stays as it is."""
     whole = {
         STEM: "stem.conv.weight",
         "group_norm/gamma": "norm.weight",
@@ -206,25 +219,40 @@ def timm_name(name: str) -> str:
 
 
 def as_torch(key: str, array: np.ndarray) -> Tensor:
-    """An array as timm's tensor: kernels (height, width, in, out) to (out, in, height, width), others to one axis.
+    """Converts an array to timm's tensor: kernels (height, width, in, out) to (out, in, height, width), others to (n,).
 
-    Kernels are only seen in another order, not copied: a big network should not need room for a second one.
+    Kernels are views with another order of axes, not copies, so that a large network is not in memory twice.
     """
-    if array.dtype == "V2":  # numpy has no bfloat16, which is the upper half of a float
+    # numpy has no bfloat16 and reads it as two opaque bytes: the upper half of a float32.
+    if array.dtype == "V2":
         array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if array.dtype.kind not in "fiu":
-        raise InputError(f"{key} holds {array.dtype}, wanted numbers")
+        raise InputError(f"{key} has {array.dtype}, expected numbers")
     if key == "head.fc.weight" and array.ndim == 2:
         array = array[None, None]
     array = array.transpose(3, 2, 0, 1) if array.ndim == 4 and key.endswith("weight") else array
     if ("norm" in key or key.endswith("bias")) and array.size == max(array.shape, default=0):
-        array = array.reshape(-1)  # some have axes of one element around
+        array = array.reshape(-1)  # some files have extra axes of one element
+    # Copied only where torch would warn about read-only memory.
     return torch.from_numpy(array.astype(np.float32, copy=not array.flags.writeable))
 
 
 def with_published_eps(net: nn.Module) -> nn.Module:
-    """Sets the weight standardisation's eps to the published one: timm's changes logits where kernels are small."""
+    """Sets the eps of the weight standardisation to the published one, and returns the network."""
+    # timm's eps of 1e-8 changes the logits where kernels are small.
     for conv in net.modules():
         if isinstance(conv, StdConv2d):
             conv.eps = PUBLISHED_EPS
     return net
+
+
+@torch.no_grad()
+def rescale_for_timm(net: nn.Module) -> None:
+    """Scales standardised kernels so that they are the same function with timm's eps as with the published one.
+
+    (c·w − c·μ) / √(c²·σ² + eps) is (w − μ) / √(σ² + eps / c²), so c² is the ratio of the two.
+    """
+    for conv in net.modules():
+        if isinstance(conv, StdConv2d) and conv.eps == PUBLISHED_EPS:
+            conv.weight.mul_((TIMM_EPS / PUBLISHED_EPS) ** 0.5)
+            conv.eps = TIMM_EPS

@@ -1,4 +1,4 @@
-"""timm's networks, built without weights or with published ones."""
+"""Builds timm's networks, without weights or with published ones, and adapts them: head, image size, freezing."""
 
 import ast
 import socket
@@ -16,7 +16,7 @@ from funmatch.models.classifier import Card, Classifier, timm_config
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
-    """`("channels=16,32", "drop_rate=0.1")` to `{"channels": (16, 32), "drop_rate": 0.1}`, as timm reads them."""
+    """Parses `("channels=16,32", "drop_rate=0.1")` to `{"channels": (16, 32), "drop_rate": 0.1}`, as timm does."""
     parsed = {}
     for option in options:
         key, equals, value = option.partition("=")
@@ -25,15 +25,20 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
         try:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            parsed[key] = value
+            parsed[key] = value  # a word, such as act_layer=gelu
     return parsed
 
 
-def is_known(architecture: str, name: str, others: tuple[str, ...] = ()) -> str:
-    """The architecture again, if timm has it, and its tag.
+def check_architecture(architecture: str, name: str, others: tuple[str, ...] = ()) -> str:
+    """Returns the architecture if timm has it and its tag.
+
+    Args:
+        architecture: timm's name, with or without a tag.
+        name: as the user gave it, for the message.
+        others: names that are known beside timm's.
 
     Raises:
-        InputError: with near names.
+        InputError: timm does not have it; near names are listed.
     """
     base, _, tag = architecture.partition(".")
     if not timm.is_model(base):
@@ -44,89 +49,100 @@ def is_known(architecture: str, name: str, others: tuple[str, ...] = ()) -> str:
 
 
 def create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """`timm.create_model`, with errors for people."""
+    """Calls `timm.create_model`, and turns its errors into messages.
+
+    Raises:
+        InputError: the constructor fails, or weights cannot be downloaded.
+    """
     if pretrained and not architecture.startswith("local-dir:"):
-        _give_up_on_an_unreachable_hub()
+        _go_offline_if_unreachable()
     try:
         return timm.create_model(architecture, pretrained=pretrained, **kwargs)
     except OSError as error:
         raise InputError(
-            f"cannot fetch the weights of {architecture} ({first_line(error)}); "
-            "without a network, give a file of weights, or a name without a tag for a student from scratch"
+            f"cannot download the weights of {architecture} ({first_line(error)}); without a network, pass a file of "
+            "weights, or, for a student from scratch, the name without a tag"
         ) from error
     except Exception as error:  # constructors fail in as many ways as they can be called wrongly
-        asked = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
-        raise InputError(f"timm cannot build {architecture} with {asked}: {first_line(error)}") from error
+        given = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
+        raise InputError(f"timm cannot build {architecture} with {given}: {first_line(error)}") from error
 
 
 def create_empty(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
-    """The same without weights, and without memory for them where the network's constructor allows that.
+    """Builds a network without weights, and without memory for them where its constructor allows that.
 
-    Tensors that no state dict holds have to be made, so a network that has such is built as usual.
+    Its weights are to come from `weights.fill`: a large network is then in memory once, not twice, and no time is spent
+    on random weights that are thrown away.
     """
     try:
         with torch.device("meta"):
             net = timm.create_model(architecture, **kwargs)
-    except Exception:  # some constructors compute with numbers that a device without memory cannot have
+    except Exception:  # some constructors compute with values, which a device without memory does not have
         return create(architecture, kwargs)
-    kept = net.state_dict(keep_vars=True)
-    everything = [*net.named_parameters(), *net.named_buffers()]
-    return net if all(name in kept for name, _ in everything) else create(architecture, kwargs)
+    # Buffers outside the state dict (a transformer's rotary tables) would never be filled: build such as usual.
+    filled = net.state_dict(keep_vars=True)
+    tensors = [*net.named_parameters(), *net.named_buffers()]
+    return net if all(name in filled for name, _ in tensors) else create(architecture, kwargs)
 
 
-def net_config(architecture: str) -> dict[str, Any]:
-    """What timm knows of an architecture's default weights."""
+def pretrained_config(architecture: str) -> dict[str, Any]:
+    """Returns timm's configuration of an architecture's default weights."""
     config = timm.get_pretrained_cfg(architecture)
     assert config is not None, f"timm lists {architecture} without a configuration"
     return config.to_dict()
 
 
 def head_names(net: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that turn features into logits."""
+    """Returns the names of the modules that turn features into logits."""
     heads = timm_config(net).get("classifier")
     if heads is None and callable(find := getattr(net, "get_classifier", None)):
         try:
-            found = find()
-        except AttributeError:  # folding may have joined it with something else
+            head = find()
+        except AttributeError:  # folding may have joined it with another module
             return ()
-        return tuple(name for name, module in net.named_modules() if module is found)
+        return tuple(name for name, module in net.named_modules() if module is head)
     return (heads,) if isinstance(heads, str) else tuple(heads or ())
 
 
-def card_of(name: str, net: nn.Module, known_of_it: dict[str, Any]) -> Card:
-    """What a network wants to see, as timm says and, before that, as `known_of_it` says in timm's words.
+def card_of(name: str, net: nn.Module, overrides: dict[str, Any]) -> Card:
+    """Returns the card of a network from timm's configuration.
+
+    Args:
+        name: of the model.
+        net: built by timm, or with all that is needed in `overrides`.
+        overrides: entries that replace those of timm's `pretrained_cfg`.
 
     Raises:
-        InputError: it cannot be so.
+        InputError: the values are missing or contradictory.
     """
-    cfg: dict[str, Any] = {**timm_config(net), **known_of_it}
+    cfg: dict[str, Any] = {**timm_config(net), **overrides}
+    # These values may come from a file that was edited by hand, so nothing about them is certain.
     try:
         channels = vars(net).get("in_chans", cfg["input_size"][0])
         mean, std = (tuple(map(float, cfg[key]))[:channels] for key in ("mean", "std"))
         names, side, fraction = cfg.get("label_names"), cfg["input_size"][-1], cfg.get("crop_pct") or 1.0
-        named = tuple(map(str, names)) if names else None
-        card = Card(name, side, fraction, mean, std, named, cfg.get("top1"))
+        classes = tuple(map(str, names)) if names else None
+        card = Card(name, side, fraction, mean, std, classes, cfg.get("top1"))
         card = replace(card, squash=cfg.get("crop_mode") == "squash")
         top1 = 0.0 if card.top1 is None else card.top1
-        count = vars(net).get("num_classes") or len(named or ())
-        sound = side >= 1 and 0 < fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
-        if sound and len(mean) == channels and (named is None or len(named) == count):
+        count = vars(net).get("num_classes") or len(classes or ())
+        valid = side >= 1 and 0 < fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
+        if valid and len(mean) == channels and (classes is None or len(classes) == count):
             return card
     except (KeyError, TypeError, ValueError, IndexError):
         pass
-    said = {key: cfg.get(key) for key in ("input_size", "crop_pct", "mean", "std", "top1")}
+    values = {key: cfg.get(key) for key in ("input_size", "crop_pct", "mean", "std", "top1")}
     raise InputError(
-        f"what is said of {name} cannot be: {said}, {len(cfg.get('label_names') or ())} names of classes; wanted a "
-        "side, a share, as many means and deviations above 0 as channels, and as many names as classes"
+        f"the configuration of {name} is not valid: {values}, {len(cfg.get('label_names') or ())} class names; "
+        "expected a size, a fraction, as many means and deviations above 0 as channels, and as many names as classes"
     )
 
 
 @torch.no_grad()
 def with_zero_head(net: nn.Module, classes: int) -> nn.Module:
-    """Gives a network a new head, all zeros, as the paper's code begins: the first answer favours no class."""
-    vars_of = net.__class__.__name__
+    """Gives a network a new head of zeros, as the paper's code does: its first outputs favour no class."""
     if not hasattr(net, "reset_classifier"):
-        raise InputError(f"{vars_of} cannot be given a head for {classes} classes; wanted a network of timm")
+        raise InputError(f"{type(net).__name__} cannot get a new head for {classes} classes; only timm's networks can")
     net.reset_classifier(classes)  # pyrefly: ignore[not-callable]
     for name in head_names(net):
         for parameter in net.get_submodule(name).parameters():
@@ -135,34 +151,34 @@ def with_zero_head(net: nn.Module, classes: int) -> nn.Module:
 
 
 def for_side(net: nn.Module, side: int) -> dict[str, Any]:
-    """Fits a network of a fixed input, such as a vision transformer, to views of another side, as timm does.
+    """Fits a network with a fixed input size, such as a vision transformer, to views of another side, as timm does.
 
     Returns:
-        what its constructor has to be given to build it so.
+        arguments with which its constructor builds it for that side.
     """
     cfg = timm_config(net)
-    fitted = getattr(net, "set_input_size", None)
-    if not cfg.get("fixed_input_size") or not callable(fitted) or cfg["input_size"][-1] == side:
+    set_input_size = getattr(net, "set_input_size", None)
+    if not cfg.get("fixed_input_size") or not callable(set_input_size) or cfg["input_size"][-1] == side:
         return {}
     try:
-        fitted(img_size=side)
-    except Exception:  # who tries the network with such views will say why
+        set_input_size(img_size=side)
+    except Exception:  # `check_side` tries the network with such views later, and reports why it fails
         return {}
     return {"img_size": side}
 
 
 def checkpoint_activations(student: Classifier) -> None:
-    """Has a network of timm compute its activations again on the way back, which needs less memory."""
+    """Makes a timm network recompute its activations in the backward pass, which needs less memory."""
     switch = getattr(student.net, "set_grad_checkpointing", None)
     try:
         assert callable(switch)
         switch(True)
     except (AssertionError, NotImplementedError):
-        raise InputError(f"{student.card.name} has no --grad-checkpointing; try --micro-batch") from None
+        raise InputError(f"{student.card.name} does not support --grad-checkpointing; try --micro-batch") from None
 
 
 def freeze_until(student: Classifier, name: str) -> None:
-    """Freezes all that comes before a module of the network, in the order in which it was built.
+    """Freezes everything before a module of the network, in the order in which it was built.
 
     Raises:
         InputError: there is no such module.
@@ -173,17 +189,19 @@ def freeze_until(student: Classifier, name: str) -> None:
         raise unknown("module of the network", name, [*modules] if "." in name else short)
     order = list(modules)
     parents = {name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)} | {""}
+    # Without recursion: the parents of the module come before it, but contain modules that still train.
     for each in order[: order.index(name)]:
         for parameter in modules[each].parameters(recurse=False):
             parameter.requires_grad_(False)
     student.frozen_modules = tuple(each for each in order[: order.index(name)] if each not in parents)
     if not any(parameter.requires_grad for parameter in student.net.parameters()):
-        raise InputError(f"nothing is left to teach with --freeze-until {name}")
-    student.train(student.training)  # lets `still` count from the first step on
+        raise InputError(f"--freeze-until {name} leaves nothing to train")
+    student.train(student.training)  # puts the frozen modules into eval mode before the first step
 
 
-def _give_up_on_an_unreachable_hub() -> None:
-    """Without a network, what was fetched before is used at once, and anything else fails at once."""
+def _go_offline_if_unreachable() -> None:
+    """Makes the Hub's client use its cache at once where there is no network."""
+    # Otherwise the client waits for its timeouts again and again, even for files that it has.
     try:
         socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None)
     except OSError:

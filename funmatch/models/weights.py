@@ -1,4 +1,4 @@
-"""Files of weights, read a tensor at a time, and put into a network: every one of them, or none."""
+"""Reads files of weights one tensor at a time, and fills networks with them completely."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,17 +12,19 @@ from funmatch.errors import InputError, first_line
 
 Value = TypeVar("Value")
 
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # under which trainers keep a state dict
-PREFIXES = ("module.", "_orig_mod.")  # which torch's wrappers put before every name
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which trainers save a state dict
+PREFIXES = ("module.", "_orig_mod.")  # before every name, from DistributedDataParallel and torch.compile
 COUNTER = "num_batches_tracked"  # of BatchNorm: older files lack it, and nothing depends on it
+MAX_PROBLEMS = 5  # that a message lists
 
 
 class Lazily(Mapping[str, Value]):
-    """Values that are made when they are asked for, so that a file needs no second place in memory.
+    """Mapping whose values are read on access, so that a file is never in memory as a whole.
 
     Attributes:
-        read: gives the value of a name.
-        take: gives it for the last time.
+        names: the keys, in order.
+        read: returns the value of a name.
+        take: returns it for the last time, and may free its memory.
     """
 
     def __init__(
@@ -44,33 +46,36 @@ class Lazily(Mapping[str, Value]):
 
 
 def read_state(path: Path) -> Lazily[Tensor]:
-    """The state dict of a `.safetensors` or `.pt` file. Nothing is unpickled but tensors.
+    """Reads the state dict of a `.safetensors` or `.pt` file.
 
     Raises:
         InputError: the file is missing or holds something else.
     """
     if not path.is_file():
-        raise InputError(f"no weights file {path}{': it is a folder' if path.is_dir() else ''}")
+        raise InputError(f"there is no weights file {path}{': it is a folder' if path.is_dir() else ''}")
+    # weights_only: other pickles run code, and weights are files that people download.
     try:
         state = _safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # each format fails in its own many ways
-        raise InputError(f"{path} is no state dict in .safetensors or .pt: {first_line(error)}") from error
+    except Exception as error:  # each format fails in many ways of its own
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path} is not a state dict in .safetensors or .pt format ({problem})") from error
     if path.suffix == ".safetensors":
         return state
     while isinstance(state, dict) and (inner := next((key for key in WRAPPERS if key in state), None)):
         state = state[inner]
-    good = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not good or not state:
-        raise InputError(f"{path} is no state dict: wanted a dict of tensors by name")
+    valid = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not valid or not state:
+        raise InputError(f"{path} is not a state dict; expected a dict of tensors by name")
+    # Repeatedly: a compiled network inside DistributedDataParallel has both prefixes.
     while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
-    held: dict[str, Tensor] = dict(state)
-    return Lazily(held, held.__getitem__, held.pop)
+    tensors: dict[str, Tensor] = dict(state)
+    return Lazily(tensors, tensors.__getitem__, tensors.pop)
 
 
 def _safetensors(path: Path) -> Lazily[Tensor]:
     def read(name: str) -> Tensor:
-        # Opened for each tensor, because pages of a mapped file count as memory until it is closed.
+        # Opened for each tensor, because pages of a mapped file count as memory until the file is closed.
         with safe_open(path, "pt") as file:
             return file.get_tensor(name).clone()
 
@@ -79,53 +84,57 @@ def _safetensors(path: Path) -> Lazily[Tensor]:
 
 
 def fill(net: nn.Module, weights: Lazily[Tensor], what: str, where: str) -> None:
-    """Puts weights into a network, one at a time.
+    """Copies weights into a network, one tensor at a time.
 
     Args:
-        net: whose tensors may lie on the device `meta`, with no memory yet.
+        net: a network; its tensors may be on the device `meta`, without memory yet.
         weights: by the network's own names.
-        what: the network is called, and
-        where: the weights come from, for messages.
+        what: name of the network, for messages.
+        where: source of the weights, for messages.
 
     Raises:
-        InputError: anything is missing, left over, of another shape or not finite; the network is then of no use.
+        InputError: a tensor is missing, left over, of another shape or not finite; the network is then unusable.
     """
-    wanted = net.state_dict(keep_vars=True)
-    problems = [f"{key} is missing" for key in wanted if key not in weights and not key.endswith(COUNTER)]
-    problems += [f"{key} is not of this model" for key in weights if key not in wanted]
+    # timm itself is silent about some of these cases, and a student would train from half-random weights.
+    expected = net.state_dict(keep_vars=True)
+    problems = [f"{key} is missing" for key in expected if key not in weights and not key.endswith(COUNTER)]
+    problems += [f"{key} is not of this model" for key in weights if key not in expected]
     if not problems:
-        # Places first, contents after: between the two, freed memory would be left in pieces too small for the next.
-        places = {key: _place(net, key, slot) for key, slot in wanted.items()}
-        problems = [problem for key in places for problem in _put(key, places[key], weights)]
+        # All memory first, contents after: alternating, freed memory would be left in pieces too small for the next.
+        targets = {key: _allocate(net, key, slot) for key, slot in expected.items()}
+        problems = [problem for key in targets for problem in _copy(key, targets[key], weights)]
     if problems:
-        more = f" … and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError(f"{where} does not fit {what}: {'; '.join(problems[:5])}{more}")
+        more = f" … and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        raise InputError(f"{where} does not fit {what}: {'; '.join(problems[:MAX_PROBLEMS])}{more}")
 
 
-def _place(net: nn.Module, key: str, slot: Tensor) -> Tensor:
-    """The tensor of this name, made, with no content yet, where it has no memory."""
+def _allocate(net: nn.Module, key: str, slot: Tensor) -> Tensor:
+    """Returns the network's tensor of this name; one on `meta` is replaced by one with memory, without content yet."""
     if not slot.is_meta:
         return slot
     owner, _, name = key.rpartition(".")
-    layout = torch.channels_last if slot.ndim == 4 else torch.contiguous_format  # as a classifier has it
+    # The layout that `Classifier` will want, so that the kernels need not be copied again.
+    layout = torch.channels_last if slot.ndim == 4 else torch.contiguous_format
     empty = torch.empty(slot.shape, dtype=slot.dtype, memory_format=layout)
-    place = nn.Parameter(empty, slot.requires_grad) if isinstance(slot, nn.Parameter) else empty
-    setattr(net.get_submodule(owner), name, place)
-    return place
+    target = nn.Parameter(empty, slot.requires_grad) if isinstance(slot, nn.Parameter) else empty
+    setattr(net.get_submodule(owner), name, target)
+    return target
 
 
 @torch.no_grad()
-def _put(key: str, place: Tensor, weights: Lazily[Tensor]) -> list[str]:
-    """Puts one tensor into its place, or says why it cannot be."""
-    tensor = weights.take(key) if key in weights else torch.zeros(place.shape, dtype=place.dtype)
+def _copy(key: str, target: Tensor, weights: Lazily[Tensor]) -> list[str]:
+    """Copies one tensor, and returns the problems with it."""
+    tensor = weights.take(key) if key in weights else torch.zeros(target.shape, dtype=target.dtype)
     problems = []
-    if tensor.shape != place.shape:
-        problems.append(f"{key} has shape {tuple(tensor.shape)}, wanted {tuple(place.shape)}")
+    if tensor.shape != target.shape:
+        problems.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_complex() or tensor.is_quantized:
-        return [f"{key} is no plain tensor of numbers ({tensor.dtype}, {tensor.layout}, {tensor.device})"]
+        return [f"{key} is not a dense tensor of numbers ({tensor.dtype}, {tensor.layout}, {tensor.device})"]
     if not problems:
-        place.copy_(tensor)
-    kept = tensor if problems else place  # what is finite in 64 bits may not be in 32
-    if kept.numel() and not all(bound.isfinite() for bound in kept.aminmax()):  # which needs no second tensor
-        problems.append(f"{key} holds values that are not finite")
+        target.copy_(tensor)
+    # After the copy: a number that is finite in 64 bits may not be in 32. aminmax needs no second tensor, as isfinite
+    # of all values would.
+    checked = tensor if problems else target
+    if checked.numel() and not all(bound.isfinite() for bound in checked.aminmax()):
+        problems.append(f"{key} has values that are not finite")
     return problems

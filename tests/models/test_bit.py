@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from funmatch.errors import InputError
-from funmatch.models import classifier as models
-from funmatch.models.classifier import TIMM_EPS, rescale_for_timm
+from funmatch.models.bit import PUBLISHED_EPS, TIMM_EPS, rescale_for_timm
 from funmatch.models.load import load
+from funmatch.models.save import save
 
 CLASSES = 5
 UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -179,7 +179,7 @@ def test_small_kernels_need_the_published_eps(tmp_path):
     rescale_for_timm(model.net)
     assert_same(model, wanted)
     (tmp_path / "out").mkdir()
-    models.save(load(str(tmp_path / "w.npz")), tmp_path / "out", card=model.card, about={})
+    save(load(str(tmp_path / "w.npz")), tmp_path / "out", card=model.card, about={})
     assert_same(load(str(tmp_path / "out")), wanted)
     alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.inference_mode():
@@ -205,19 +205,19 @@ BAD = {
     "one has another shape": ({"group_norm/gamma": np.zeros(7, np.float32)}, r"norm.weight has shape \(7,\)"),
     "one is not finite": (
         {"head/conv2d/bias": np.full(5, np.nan, np.float32)},
-        "head.fc.bias holds values that are not",
+        "head.fc.bias has values that are not",
     ),
     "it has no head": ({"head/conv2d/bias": None, "head/conv2d/kernel": None}, "no head/bias"),
     "a unit is missing": (
         {name: None for name in random_bit(50, 1) if name.startswith("block4/unit03")},
-        "units in its blocks, wanted one of R50x1",
+        "units in its blocks; expected one of R50x1",
     ),
     "one is twice": (
         {"root_block/standardized_conv2d_3/bias": np.zeros(1), "root_block/standardized_conv2d/bias": np.zeros(1)},
         "the same variable",
     ),
     "one is an object": ({"group_norm/beta": np.array([{}], object)}, "cannot be read"),
-    "one is text": ({"group_norm/beta": np.array(["a"] * 2048)}, "wanted numbers"),
+    "one is text": ({"group_norm/beta": np.array(["a"] * 2048)}, "expected numbers"),
 }
 
 
@@ -234,7 +234,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path, weights):
     with pytest.raises(InputError, match="weights of resnetv2_50x1_bit, not of resnetv2_101x1_bit"):
         load("resnetv2_101x1_bit", weights=tmp_path / "w.npz")
     np.savez(tmp_path / "vit.npz", **{"embedding/kernel": np.zeros(3)})
-    with pytest.raises(InputError, match="holds no BiT network"):
+    with pytest.raises(InputError, match="has no BiT network"):
         load(str(tmp_path / "vit.npz"))
 
 
@@ -243,11 +243,11 @@ def test_files_that_are_no_npz(tmp_path, weights):
     with pytest.raises(InputError, match="no weights file"):
         load(str(path))
     path.write_bytes(b"not a zip")
-    with pytest.raises(InputError, match=r"no \.npz file"):
+    with pytest.raises(InputError, match=r"not an \.npz file"):
         load(str(path))
     np.savez(path, **weights)
     path.write_bytes(path.read_bytes()[:5_000_000])
-    with pytest.raises(InputError, match=r"no \.npz file"):
+    with pytest.raises(InputError, match=r"not an \.npz file"):
         load(str(path))
 
 
@@ -269,7 +269,7 @@ def test_timms_own_weights_of_bit_have_the_published_eps_too(monkeypatch):
         return timm.create_model(architecture, **kwargs)
 
     monkeypatch.setattr(timm_models, "create", without_network)
-    assert load("resnetv2_50x1_bit.goog_in21k").net.stem.conv.eps == models.PUBLISHED_EPS
-    assert load("resnetv2_50x1_bit", pretrained=True).net.stem.conv.eps == models.PUBLISHED_EPS
+    assert load("resnetv2_50x1_bit.goog_in21k").net.stem.conv.eps == PUBLISHED_EPS
+    assert load("resnetv2_50x1_bit", pretrained=True).net.stem.conv.eps == PUBLISHED_EPS
     monkeypatch.undo()
     assert load("resnetv2_50x1_bit").net.stem.conv.eps == TIMM_EPS

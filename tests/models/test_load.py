@@ -11,6 +11,7 @@ from funmatch.errors import InputError
 from funmatch.models import classifier as models
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
+from funmatch.models.save import save
 from funmatch.models.timm_models import parse_options
 
 SMALL = ("channels=(8,8,16,16)", "stem_width=8")
@@ -76,7 +77,7 @@ def test_a_saved_classifier_loads_in_timm_with_the_same_logits(tmp_path):
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 1.5)
     card = replace(model.card, side=40, crop_fraction=0.8, mean=(0.1, 0.2, 0.3), classes=("a", "b", "c", "d"))
-    models.save(model.to(memory_format=torch.contiguous_format), tmp_path, card=card, about={"verb": "test"})
+    save(model.to(memory_format=torch.contiguous_format), tmp_path, card=card, about={"verb": "test"})
     views = torch.randn(2, 3, 40, 40)
     alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
@@ -126,7 +127,7 @@ def test_files_that_are_no_state_dict(tmp_path, suffix):
     with pytest.raises(InputError, match="no weights file"):
         load("resnet10t", weights=path)
     path.write_bytes(b"\x80\x04garbage")
-    with pytest.raises(InputError, match="no state dict"):
+    with pytest.raises(InputError, match="not a state dict"):
         load("resnet10t", weights=path)
 
 
@@ -137,7 +138,7 @@ class Evil:
 
 def test_nothing_is_unpickled(tmp_path, capsys):
     torch.save({"fc.weight": Evil()}, tmp_path / "w.pt")
-    with pytest.raises(InputError, match="no state dict"):
+    with pytest.raises(InputError, match="not a state dict"):
         load("resnet10t", weights=tmp_path / "w.pt")
     assert "unpickled" not in capsys.readouterr().out
 
@@ -169,7 +170,7 @@ def test_a_transformer_with_weights_is_fitted_to_another_side(tmp_path):
         wanted = net(views * 2 - 1)
         torch.testing.assert_close(model(views), wanted)
     (tmp_path / "out").mkdir()
-    models.save(model, tmp_path / "out", card=replace(model.card, side=64), about={})
+    save(model, tmp_path / "out", card=replace(model.card, side=64), about={})
     alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(alone(views * 2 - 1), wanted)

@@ -11,7 +11,7 @@ import pytest
 
 from funmatch.data.formats.protobuf import write_fields, write_varint
 from funmatch.errors import InputError
-from funmatch.models.load import _of_savedmodel
+from funmatch.models.origins import savedmodel_origin
 from funmatch.models.tensorflow.bundle import Bundle, Entry
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, after_head, input_preprocessing
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
@@ -196,8 +196,8 @@ UNCLEAR = {
     r"applies AddV2 \(n1\)": [("Pad", np.array([[0, 0], [1, 1], [1, 1], [0, 0]])), ("AddV2", 1.0)],
     r"applies Sub \(n0\)": [("Sub", np.ones((8, 8, 3)))],
     r"applies Mul \(n0\)": [("Mul", np.ones((1, 2)))],
-    "another than BiT's": [("Pad", np.array([[0, 0], [1, 1], [1, 1], [0, 0]]))],
-    r"maps images x to 0\.5 · x \+ 0\.5, .* odd range": [("Mul", 0.5), ("AddV2", 0.5)],
+    "differs from BiT's": [("Pad", np.array([[0, 0], [1, 1], [1, 1], [0, 0]]))],
+    r"maps images x to 0\.5 · x \+ 0\.5, an unusual range": [("Mul", 0.5), ("AddV2", 0.5)],
     r"maps images x to 0\.3": [("Mul", 0.3)],
     "maps images x to -1": [(1.0, "Sub")],
     "maps images x to inf": [("RealDiv", 0.0)],
@@ -215,7 +215,7 @@ def test_what_is_none_is_named(seen, why):
 
 def test_other_first_convolutions(seen):
     for form in ({"border": 2}, {"padding": b"SAME"}, {"strides": (1, 1, 1, 1)}, {"border": 0, "padding": b"EXPLICIT"}):
-        assert "another than BiT's" in seen(model(network("x", **form))).why
+        assert "differs from BiT's" in seen(model(network("x", **form))).why
     twice = [
         *network("x"),
         node("again", "Conv2D", "x", "kernel:value:0"),
@@ -286,7 +286,7 @@ def test_graphs_that_are_missing_or_damaged(seen):
             assert seen(whole[:cut]).inputs is None
     for change, why in (
         ((b"stem", b"step"), None),
-        ((b"AssignVariableOp", b"assignvariableop"), "is none of its variables"),
+        ((b"AssignVariableOp", b"assignvariableop"), "is not one of its saved variables"),
         ((b"c0:output:0", b"cx:output:0"), None),
         ((struct.pack("<f", 2), b""), None),
     ):
@@ -317,13 +317,13 @@ def test_no_damage_crashes_the_reader(copy):
 
 def test_what_a_person_says_is_taken_and_told(copy, monkeypatch):
     monkeypatch.setattr("funmatch.models.bit.GROUPS", 2)  # of the committed network, which is too thin for BiT's
-    told = _of_savedmodel(copy, {}, HALF)
+    told = savedmodel_origin(copy, {}, HALF)
     assert (told.card["mean"], told.card["std"]) == HALF
-    assert "its inputs are taken as said, though its graph has mean and std ((0.485," in told.notes[0]
-    read = _of_savedmodel(copy, {}, None)
+    assert "using the given --inputs, though its graph has mean and std ((0.485," in told.notes[0]
+    read = savedmodel_origin(copy, {}, None)
     assert (read.card["mean"], read.card["std"], read.notes) == (*IMAGENET, ())
-    assert _of_savedmodel(copy, {}, IMAGENET).notes == ()
+    assert savedmodel_origin(copy, {}, IMAGENET).notes == ()
     (copy / "saved_model.pb").write_bytes(b"")
-    with pytest.raises(InputError, match=r"cannot be told what images it was trained on: its saved_model\.pb holds no"):
-        _of_savedmodel(copy, {}, None)
-    assert "holds no graph" in _of_savedmodel(copy, {}, HALF).notes[0]
+    with pytest.raises(InputError, match=r"images that it was trained on are unknown: its saved_model\.pb holds no"):
+        savedmodel_origin(copy, {}, None)
+    assert "holds no graph" in savedmodel_origin(copy, {}, HALF).notes[0]

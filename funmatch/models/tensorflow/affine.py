@@ -1,6 +1,6 @@
-"""What a graph does to images, where that is a scale and an offset for each channel.
+"""Traces what a graph does to images, as far as that is a scale and an offset for each channel.
 
-What it computes from constants and small variables on the way are constants. Anything else that it does is named.
+Values that the graph computes from constants and small variables are folded. Any other operation is reported by name.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from funmatch.data.formats.protobuf import Damaged, number
 from funmatch.errors import InputError
 from funmatch.models.tensorflow.bundle import BFLOAT16, DTYPES, Bundle, read
 from funmatch.models.tensorflow.graph import Graph, Output
-from funmatch.models.tensorflow.nodes import MOST_VALUES, Node, Unclear, attribute, constant
+from funmatch.models.tensorflow.nodes import MAX_VALUES, Node, Unclear, attribute, constant
 
-LONGEST = 150  # operations in a row
+MAX_DEPTH = 150  # operations in a row; below Python's own limit of recursion
 RESIZES = {"ResizeBilinear", "ResizeBicubic", "ResizeNearestNeighbor", "ResizeArea", "ScaleAndTranslate"}
-SHOWN = {"Placeholder", "PlaceholderWithDefault"}
+PLACEHOLDERS = {"Placeholder", "PlaceholderWithDefault"}
 
 FLOATS = {kind for kind, dtype in DTYPES.items() if dtype.kind == "f"} | {BFLOAT16}
-WHOLE = {kind for kind, dtype in DTYPES.items() if dtype.kind in "iu"} - FLOATS
+INTEGERS = {kind for kind, dtype in DTYPES.items() if dtype.kind in "iu"} - FLOATS
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "Add": np.add,
@@ -49,130 +49,142 @@ OF_CONSTANTS: dict[str, Callable[..., Any]] = ARITHMETIC | {
 
 @dataclass(frozen=True)
 class AffineImage:
-    """Images after what was done to them: scale · image + offset, by channel.
+    """Images after some operations: scale · image + offset.
 
     Attributes:
+        scale, offset: by channel, (3,).
         border: pixels of zeros above, below, left and right.
-        are_whole: whether they are whole numbers, 0 to 255.
+        is_integer: whether the graph's input is of integers, 0 … 255.
     """
 
     scale: np.ndarray
     offset: np.ndarray
     border: tuple[int, int, int, int] = (0, 0, 0, 0)
-    are_whole: bool = False
+    is_integer: bool = False
 
 
 class GraphWalk:
-    """The values in a graph, as far as they are needed: constants, and what is done to images."""
+    """Computes values in a graph on demand: constants, and affine functions of its images.
+
+    Attributes:
+        graph, bundle: the graph and the values of its variables.
+        values: those computed so far.
+        inputs: placeholders that were met.
+    """
 
     def __init__(self, graph: Graph, bundle: Bundle) -> None:
         self.graph, self.bundle = graph, bundle
-        self.known: dict[Output, AffineImage | np.ndarray] = {}
-        self.shown: set[Output] = set()
+        self.values: dict[Output, AffineImage | np.ndarray] = {}
+        self.inputs: set[Output] = set()
 
     def of(self, output: Output, depth: int = 0) -> AffineImage | np.ndarray:
-        """The value of an output.
+        """Returns the value of an output.
 
         Raises:
-            Unclear: it is none that can be told.
+            Unclear: it is neither constant nor affine in the images.
         """
-        if output not in self.known:
-            if depth > LONGEST:
-                raise Unclear(f"its graph does more than {LONGEST} things to images before the first kernel")
+        if output not in self.values:
+            if depth > MAX_DEPTH:
+                raise Unclear(f"its graph applies more than {MAX_DEPTH} operations to images before the first kernel")
             try:
                 with np.errstate(all="ignore"):
-                    self.known[output] = self._computed(output, self.graph.node(output), depth + 1)
+                    self.values[output] = self._compute(output, self.graph.node(output), depth + 1)
             except (Unclear, Damaged, InputError):
                 raise
+            # The graph is a foreign file: numpy fails on shapes and values that no one thought of.
             except (ValueError, TypeError, IndexError, OverflowError):
-                raise _strange(output, self.graph.node(output)) from None
-        return self.known[output]
+                raise _unsupported(output, self.graph.node(output)) from None
+        return self.values[output]
 
-    def _computed(self, output: Output, node: Node, depth: int) -> AffineImage | np.ndarray:
-        if node.op in SHOWN:
-            return self._shown(output, node)
+    def _compute(self, output: Output, node: Node, depth: int) -> AffineImage | np.ndarray:
+        if node.op in PLACEHOLDERS:
+            return self._input(output, node)
         if node.op == "Const":
             return constant(node).astype(float)
         if node.op == "VarHandleOp":
             return self._variable(output)
         into = self.graph.inputs(output)
         if node.op in RESIZES and into:
+            # Resizing does not change the range of values, unless zeros of a border are mixed in.
             return _unpadded(self.of(into[0], depth), output, node)
         if output.number or node.op not in {*OF_CONSTANTS, "Pad", "PadV2"}:
-            raise _strange(output, node)
+            raise _unsupported(output, node)
         values = [self.of(each, depth) for each in into]
         if any(isinstance(value, AffineImage) for value in values):
-            return _of_images(output, node, values)
+            return _apply(output, node, values)
         arrays = [value for value in values if isinstance(value, np.ndarray)]
-        if node.op in ARITHMETIC and np.prod(np.broadcast_shapes(*(array.shape for array in arrays))) > MOST_VALUES:
-            raise _strange(output, node)
+        # Small constants of shapes (n, 1) and (1, n) can broadcast to gigabytes.
+        if node.op in ARITHMETIC and np.prod(np.broadcast_shapes(*(array.shape for array in arrays))) > MAX_VALUES:
+            raise _unsupported(output, node)
         return np.asarray(OF_CONSTANTS[node.op](*arrays), float)
 
-    def _shown(self, output: Output, node: Node) -> AffineImage:
-        self.shown.add(output)
-        if len(self.shown) > 1:
-            raise Unclear("its graph is given more than images")
+    def _input(self, output: Output, node: Node) -> AffineImage:
+        self.inputs.add(output)
+        if len(self.inputs) > 1:
+            raise Unclear("its graph has other inputs than images")
         kind = number(attribute(node, "dtype"), 6)
-        return AffineImage(np.ones(3), np.zeros(3), are_whole=kind in WHOLE)
+        return AffineImage(np.ones(3), np.zeros(3), is_integer=kind in INTEGERS)
 
     def _variable(self, output: Output) -> np.ndarray:
         key = min(self.graph.keys.get(output.node, ()), default="")
-        if key not in self.bundle.entries or np.prod(self.bundle.entries[key].shape, dtype=float) > MOST_VALUES:
+        if key not in self.bundle.entries or np.prod(self.bundle.entries[key].shape, dtype=float) > MAX_VALUES:
             raise Unclear(f"its graph uses the variable {output.node} before the first kernel")
         return read(self.bundle, key).astype(float)
 
 
-def _strange(output: Output, node: Node) -> Unclear:
+def _unsupported(output: Output, node: Node) -> Unclear:
     return Unclear(f"its graph applies {node.op} ({output.node}) to images before the first kernel")
 
 
 def _unpadded(value: AffineImage | np.ndarray, output: Output, node: Node) -> AffineImage:
-    """Images that may be resized, or have something added: those without a border."""
+    """Returns images that have no border yet; otherwise its zeros would be changed, too."""
     if not isinstance(value, AffineImage) or any(value.border):
-        raise _strange(output, node)
+        raise _unsupported(output, node)
     return value
 
 
-def _of_images(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -> AffineImage:
-    """What an operation makes of images."""
+def _apply(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -> AffineImage:
+    """Applies an operation to images."""
     if node.op in ("Pad", "PadV2"):
-        return _padded(output, node, values)
+        return _pad(output, node, values)
     if node.op == "Cast" and isinstance(values[0], AffineImage) and number(attribute(node, "DstT"), 6) in FLOATS:
         return values[0]
     if node.op == "Neg" and isinstance(values[0], AffineImage):
         return replace(values[0], scale=-values[0].scale, offset=-values[0].offset)
     if node.op not in ARITHMETIC or len(values) != 2:
-        raise _strange(output, node)
+        raise _unsupported(output, node)
     left, right = values
-    does = ARITHMETIC[node.op]
+    operation = ARITHMETIC[node.op]
     if isinstance(left, AffineImage) and isinstance(right, np.ndarray):
-        by = _by_channel(right, output, node)
+        operand = _by_channel(right, output, node)
+        # A factor leaves the zeros of a border zero, so it is allowed after padding; a summand is not.
         if node.op in ("Mul", "RealDiv"):
-            return replace(left, scale=does(left.scale, by), offset=does(left.offset, by))
+            return replace(left, scale=operation(left.scale, operand), offset=operation(left.offset, operand))
         left = _unpadded(left, output, node)
-        return replace(left, offset=does(left.offset, by))
+        return replace(left, offset=operation(left.offset, operand))
     if isinstance(right, AffineImage) and isinstance(left, np.ndarray) and node.op != "RealDiv":
-        by = _by_channel(left, output, node)
+        operand = _by_channel(left, output, node)
         if node.op == "Mul":
-            return replace(right, scale=by * right.scale, offset=by * right.offset)
+            return replace(right, scale=operand * right.scale, offset=operand * right.offset)
         right = _unpadded(right, output, node)
-        return replace(right, scale=does(0, right.scale), offset=does(by, right.offset))
-    raise _strange(output, node)
+        # For c − image, the operation with 0 gives the sign of the scale.
+        return replace(right, scale=operation(0, right.scale), offset=operation(operand, right.offset))
+    raise _unsupported(output, node)
 
 
 def _by_channel(value: np.ndarray, output: Output, node: Node) -> np.ndarray:
-    """A constant as three numbers."""
+    """Returns a constant as three numbers."""
     if value.size not in (1, 3) or value.shape[-1:] not in ((), (value.size,)):
-        raise _strange(output, node)
+        raise _unsupported(output, node)
     return np.broadcast_to(value.reshape(-1), 3)
 
 
-def _padded(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -> AffineImage:
-    """Images with more zeros around them."""
-    image, widths, *filled = values
+def _pad(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -> AffineImage:
+    """Adds to the border of images."""
+    image, widths, *filling = values
     if not isinstance(image, AffineImage) or not isinstance(widths, np.ndarray) or widths.shape != (4, 2):
-        raise _strange(output, node)
-    if any(isinstance(value, AffineImage) or value.any() for value in filled) or widths[[0, 3]].any():
-        raise _strange(output, node)
+        raise _unsupported(output, node)
+    if any(isinstance(value, AffineImage) or value.any() for value in filling) or widths[[0, 3]].any():
+        raise _unsupported(output, node)
     top, bottom, left, right = (int(a + b) for a, b in zip(image.border, widths[1:3].flat, strict=True))
     return replace(image, border=(top, bottom, left, right))

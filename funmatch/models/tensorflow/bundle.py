@@ -1,10 +1,11 @@
-"""TensorFlow's tensor bundles, byte by byte: a sorted table of what is there, and shards with the values.
+"""Reads TensorFlow's tensor bundles: a sorted table of tensors, and shards with their values.
 
-`<prefix>.index` is a table in LevelDB's format. Its last 48 bytes say where the index block lies, which says where the
-data blocks lie. A block is a row of entries, each the lengths of what its key shares with the last key, of the rest of
-the key, and of the value; then the places where sharing restarts. After a block stand its compression (1 byte) and a
-masked CRC-32C of both (4 bytes). The key "" holds a `BundleHeaderProto`, each other key a `BundleEntryProto`: kind,
-shape, shard, offset, size and masked CRC-32C of a tensor in `<prefix>.data-<shard>-of-<shards>`.
+`<prefix>.index` is a table in LevelDB's format. Its last 48 bytes give the position of the index block, which gives
+those of the data blocks. A block is a row of entries, each the lengths of what its key shares with the last key, of the
+rest of the key, and of the value; then the positions where sharing restarts. After a block come its compression (1
+byte) and a masked CRC-32C of both (4 bytes). The key "" holds a `BundleHeaderProto`, each other key a
+`BundleEntryProto`: kind, shape, shard, offset, size and masked CRC-32C of a tensor in
+`<prefix>.data-<shard>-of-<shards>`.
 """
 
 import math
@@ -25,8 +26,9 @@ MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
 PLAIN, SNAPPY = 0, 1  # compressions of a block
 BIG_ENDIAN = 1
 VERSION = 1  # of the format
-PIECE = 16 << 20  # bytes that are read and checked at once
-LONGEST_AXIS = 1 << 40
+PIECE = 16 << 20  # bytes read and checked at once
+MAX_AXIS = 1 << 40
+MAX_SHARDS = 100_000
 
 STRING, BFLOAT16 = 7, 14
 DTYPES = {
@@ -38,25 +40,26 @@ DTYPES = {
     6: np.dtype("i1"),
     9: np.dtype("<i8"),
     10: np.dtype("?"),
-    BFLOAT16: np.dtype("<u2"),  # numpy has none: the upper halves of float32
+    BFLOAT16: np.dtype("<u2"),  # numpy has no such type; these are the upper halves of float32
     17: np.dtype("<u2"),
     19: np.dtype("<f2"),
     22: np.dtype("<u4"),
     23: np.dtype("<u8"),
 }
-"""TensorFlow's numbers of kinds of tensors, and how their values lie in a file."""
+"""TensorFlow's numbers for kinds of tensors, and the type of their values in a file."""
 
-NO_FLOATS = {STRING} | {kind for kind, dtype in DTYPES.items() if dtype.kind != "f" and kind != BFLOAT16}
+NOT_FLOATS = {STRING} | {kind for kind, dtype in DTYPES.items() if dtype.kind != "f" and kind != BFLOAT16}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as the index has it.
+    """Entry of a tensor in the index.
 
     Attributes:
-        kind: TensorFlow's number of it, see `DTYPES`.
-        shard, offset, size: the file, and where its bytes lie in there.
-        checksum: masked CRC-32C of them.
+        kind: TensorFlow's number, see `DTYPES`.
+        shape: of the tensor.
+        shard, offset, size: file, and position of its bytes there.
+        checksum: masked CRC-32C of these bytes.
     """
 
     kind: int
@@ -68,17 +71,17 @@ class Entry:
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is more than a counter or the sum of a metric: those are no floats, or single ones."""
-        return bool(self.shape) and self.kind not in NO_FLOATS
+        """Whether it may be a weight: counters and sums of metrics are not floats, or single ones."""
+        return bool(self.shape) and self.kind not in NOT_FLOATS
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Tensors by name, none of them read yet.
+    """Tensors by name, not read yet.
 
     Attributes:
-        entries: by the name of the tensor.
-        shards: the files with their values.
+        entries: by name of the tensor.
+        shards: files with their values.
     """
 
     entries: dict[str, Entry]
@@ -86,52 +89,52 @@ class Bundle:
 
 
 def open_bundle(prefix: Path) -> Bundle:
-    """Reads the index of a bundle, every checksum verified.
+    """Reads the index of a bundle, and verifies every checksum.
 
     Args:
-        prefix: what its files' names begin with, such as `variables/variables`.
+        prefix: of its files' names, such as `variables/variables`.
 
     Raises:
-        InputError: a file is missing, cut off, damaged, or of a form that is not read.
+        InputError: a file is missing, cut off, damaged, or of an unsupported format.
     """
     index = prefix.with_name(f"{prefix.name}.index")
     try:
         content = index.read_bytes()
     except OSError as error:
-        raise InputError(f"{index} cannot be read ({error.strerror}); wanted the list of a model's variables") from None
+        raise InputError(f"cannot read {index} ({error.strerror}), the list of the model's variables") from None
     try:
         rows = dict(_rows(content))
         count = _shards(rows.pop(b"", b""), index)
         entries = {key.decode(errors="replace"): _entry(key, value, index) for key, value in rows.items()}
     except Damaged as error:
-        raise InputError(f"{index} is damaged, or no index of TensorFlow: {error}; copy it again") from None
+        raise InputError(f"{index} is damaged, or not an index of TensorFlow: {error}; copy it again") from None
     shards = [prefix.with_name(f"{prefix.name}.data-{i:05}-of-{count:05}") for i in range(count)]
-    _check_places(entries, shards)
+    _check_positions(entries, shards)
     return Bundle(entries, shards)
 
 
 def _rows(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The keys and values of a table."""
+    """Yields the keys and values of a table."""
     footer = content[-FOOTER:]
     if len(footer) < FOOTER or not footer.endswith(MAGIC):
-        raise Damaged("it has not the end of a table, and may be cut off")
-    meta, at = _place(footer, 0)
-    places, _ = _place(footer, at)
-    _block(content, *meta)  # nothing that is needed, but a part of the file
-    for _, value in _block_rows(_block(content, *places)):
-        place, _ = _place(value, 0)
-        yield from _block_rows(_block(content, *place))
+        raise Damaged("it lacks the end of a table, and may be cut off")
+    meta, at = _position(footer, 0)
+    index, _ = _position(footer, at)
+    _block(content, *meta)  # not needed, but its checksum covers a part of the file
+    for _, value in _block_rows(_block(content, *index)):
+        position, _ = _position(value, 0)
+        yield from _block_rows(_block(content, *position))
 
 
-def _place(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """Offset and size of a block, and where these two numbers end."""
+def _position(data: bytes, at: int) -> tuple[tuple[int, int], int]:
+    """Reads offset and size of a block; returns them and the position after them."""
     offset, at = protobuf.varint(data, at, len(data))
     size, at = protobuf.varint(data, at, len(data))
     return (offset, size), at
 
 
 def _block(content: bytes, offset: int, size: int) -> bytes:
-    """A block without what stands after it."""
+    """Returns a block without its trailer, whose checksum is verified."""
     end = offset + size
     if end + 5 > len(content):
         raise Damaged("it ends in the middle of a block")
@@ -140,12 +143,12 @@ def _block(content: bytes, offset: int, size: int) -> bytes:
     compression = content[end]
     if compression != PLAIN:
         name = "Snappy" if compression == SNAPPY else f"method {compression}"
-        raise Damaged(f"its blocks are compressed by {name}, wanted plain ones as TensorFlow's own savers write them")
+        raise Damaged(f"its blocks are compressed with {name}; expected plain ones, as TensorFlow itself writes them")
     return content[offset:end]
 
 
 def _block_rows(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The entries of a block, keys made whole."""
+    """Yields the entries of a block with their full keys."""
     restarts = int.from_bytes(block[-4:], "little")
     stop = len(block) - 4 * (restarts + 1)
     if stop < 0:
@@ -156,14 +159,14 @@ def _block_rows(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         rest, at = protobuf.varint(block, at, stop)
         length, at = protobuf.varint(block, at, stop)
         if shared > len(key) or at + rest + length > stop:
-            raise Damaged("an entry reaches over the end of its block")
+            raise Damaged("an entry extends beyond its block")
         key = key[:shared] + block[at : at + rest]
         yield key, block[at + rest : at + rest + length]
         at += rest + length
 
 
 def _shards(header: bytes, index: Path) -> int:
-    """How many files of values there are."""
+    """Returns the number of files with values."""
     found = protobuf.parse(header)
     if protobuf.number(found, 2) == BIG_ENDIAN:
         raise InputError(f"{index} was written on a big-endian machine; load and save the model on another one")
@@ -171,8 +174,8 @@ def _shards(header: bytes, index: Path) -> int:
     if protobuf.number(version, 2) > VERSION:
         raise InputError(f"{index} is of a newer format than {VERSION}; save the model with an older TensorFlow")
     count = protobuf.number(found, 1)
-    if not 0 < count < 100_000:
-        raise Damaged(f"it names {count} files of values")
+    if not 0 < count < MAX_SHARDS:
+        raise Damaged(f"it lists {count} files of values")
     return count
 
 
@@ -187,14 +190,16 @@ def _entry(key: bytes, value: bytes, index: Path) -> Entry:
     shape = []
     for axis in protobuf.messages(protobuf.parse(b"".join(protobuf.messages(found, 2))), 2):
         shape.append(protobuf.number(protobuf.parse(axis), 1))
-    if len(shape) > 32 or max(shape, default=0) > LONGEST_AXIS:
-        raise Damaged(f"{key.decode(errors='replace')} has a shape that cannot be")
+    # Bounds, because sizes are computed from it: a damaged shape must not ask for terabytes.
+    if len(shape) > 32 or max(shape, default=0) > MAX_AXIS:
+        raise Damaged(f"{key.decode(errors='replace')} has an impossible shape")
     kind, shard, offset, size, checksum = (protobuf.number(found, field) for field in (1, 3, 4, 5, 6))
     return Entry(kind, tuple(shape), shard, offset, size, checksum)
 
 
-def _check_places(entries: dict[str, Entry], shards: list[Path]) -> None:
-    """Raises `InputError` unless all shards are there and long enough, and sizes are those of the shapes."""
+def _check_positions(entries: dict[str, Entry], shards: list[Path]) -> None:
+    """Raises `InputError` unless all shards exist and are long enough, and sizes match the shapes."""
+    # All at once and before anything is read: a folder of which a file was not copied is a common mistake.
     sizes = []
     for path in shards:
         if not path.is_file():
@@ -213,29 +218,30 @@ def _check_places(entries: dict[str, Entry], shards: list[Path]) -> None:
         dtype = DTYPES.get(entry.kind)
         if dtype and math.prod(entry.shape) * dtype.itemsize != entry.size:
             raise InputError(
-                f"{shards[entry.shard]}: {name} has {entry.size:,} bytes, not those of {entry.shape} {dtype}"
+                f"{shards[entry.shard]}: {name} has {entry.size:,} bytes, which does not match {entry.shape} {dtype}"
             )
 
 
 def read(bundle: Bundle, name: str) -> np.ndarray:
-    """A tensor of numbers, its checksum verified. bfloat16 is given as float32, everything else as it is stored.
+    """Reads a tensor of numbers, and verifies its checksum. bfloat16 becomes float32, other types stay.
 
     Raises:
-        InputError: it is damaged, or of another kind.
+        InputError: it is damaged, or not of numbers.
     """
     entry = bundle.entries[name]
     path = bundle.shards[entry.shard]
     dtype = DTYPES.get(entry.kind)
     if dtype is None:
-        raise InputError(f"{path}: {name} is of TensorFlow's kind {entry.kind}; wanted numbers")
+        raise InputError(f"{path}: {name} is of TensorFlow's kind {entry.kind}; expected numbers")
     raw = np.empty(entry.size, np.uint8)
-    _check(_copied(path, entry, raw), entry, path, name)
+    _check(_read_into(path, entry, raw), entry, path, name)
     array = raw.view(dtype).reshape(entry.shape)
     return (array.astype(np.uint32) << 16).view(np.float32) if entry.kind == BFLOAT16 else array
 
 
-def _copied(path: Path, entry: Entry, into: np.ndarray) -> int:
-    """Reads the bytes of a tensor, a piece at a time, and gives their checksum."""
+def _read_into(path: Path, entry: Entry, into: np.ndarray) -> int:
+    """Reads the bytes of a tensor, and returns their masked checksum."""
+    # In pieces that are small against the tensor: read at once, it would be in memory twice.
     crc = 0
     try:
         with open(path, "rb") as file:
@@ -245,7 +251,7 @@ def _copied(path: Path, entry: Entry, into: np.ndarray) -> int:
                 into[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
                 crc = crc32c(piece, crc)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+        raise InputError(f"cannot read {path} ({error.strerror})") from None
     return mask(crc)
 
 
@@ -255,20 +261,20 @@ def _check(checksum: int, entry: Entry, path: Path, name: str) -> None:
 
 
 def read_strings(bundle: Bundle, name: str) -> list[bytes]:
-    """A tensor of strings, in order, checksums verified.
+    """Reads a tensor of strings, and verifies its checksums.
 
-    Their lengths stand first, as varints, then the masked CRC-32C of the lengths as fixed-width numbers, then they
-    themselves; the tensor's checksum is that of these numbers, of that checksum and of the strings.
+    First come the lengths as varints, then the masked CRC-32C of the lengths as fixed-width numbers, then the strings.
+    The tensor's checksum covers these numbers, that checksum and the strings.
 
     Raises:
-        InputError: it is damaged, or of another kind.
+        InputError: it is damaged, or not of strings.
     """
     entry = bundle.entries[name]
     path = bundle.shards[entry.shard]
     if entry.kind != STRING:
-        raise InputError(f"{path}: {name} is of TensorFlow's kind {entry.kind}; wanted strings")
+        raise InputError(f"{path}: {name} is of TensorFlow's kind {entry.kind}; expected strings")
     raw = np.empty(entry.size, np.uint8)
-    _copied(path, entry, raw)
+    _read_into(path, entry, raw)
     content = raw.tobytes()
     try:
         lengths, at = [], 0
@@ -277,6 +283,7 @@ def read_strings(bundle: Bundle, name: str) -> list[bytes]:
             lengths.append(length)
     except Damaged as error:
         raise InputError(f"{path}: {name} is damaged: {error}; copy it again") from None
+    # The checksum of the lengths is over 4 bytes each, 8 for lengths beyond 32 bits, not over the varints in the file.
     crc = 0
     for length in lengths:
         crc = crc32c(struct.pack("<I" if length < 1 << 32 else "<Q", length), crc)

@@ -1,9 +1,9 @@
-"""The graph in a SavedModel: operations, followed from what is served back to the images.
+"""Reads the graph in a SavedModel, and follows its operations from the outputs back to the images.
 
 `saved_model.pb` is a `SavedModel` with a `MetaGraphDef`: a `GraphDef` of nodes, the functions that they call, and
-signatures, which say where images go in and answers come out. A node outside of functions names its inputs
-`node:number`, one in a function `node:output:number`, or an argument alone. Calls are followed into their functions, so
-that what is seen from outside is one graph of operations. A function is read when it is first called.
+signatures, which name inputs and outputs. A node outside of functions names its inputs `node:number`, one in a function
+`node:output:number`, or an argument alone. Calls are followed into their functions, so that the whole appears as one
+graph of operations. A function is read when it is first called.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,19 +16,29 @@ from funmatch.errors import InputError
 from funmatch.models.tensorflow.nodes import Missing, Node, Unclear, attribute, inner, tensor
 
 CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
-SAME = {"Identity", "StopGradient", "PreventGradient", "Snapshot", "EnsureShape", "CheckNumerics", "ReadVariableOp"}
-"""Operations that give what they are given. A variable and its value are not told apart."""
+IDENTITIES = {
+    "Identity", "StopGradient", "PreventGradient", "Snapshot", "EnsureShape", "CheckNumerics", "ReadVariableOp",
+}  # fmt: skip
+"""Operations whose output is their input. A variable and its value count as the same."""
 
-SERVED = ("serving_default", "serve")  # names of signatures, the first first
-DEEPEST = 64  # calls in one another
-MOST_CALLS = 5000
-LONGEST_NAME = 2000  # characters
-MOST_STEPS = 500_000  # an R152 of Keras 2 needs a fifth of them
+SIGNATURES = ("serving_default", "serve")  # in order of preference
+
+# A damaged or hostile file must not make us follow it for ever.
+MAX_DEPTH = 64  # of calls inside calls
+MAX_CALLS = 5000
+MAX_NAME = 2000  # characters
+MAX_STEPS = 500_000  # an R152 of Keras 2 needs a fifth of them
 
 
 @dataclass(frozen=True)
 class Function:
-    """Nodes by name, which argument has which name, and what is given back."""
+    """A function of the graph.
+
+    Attributes:
+        nodes: by name.
+        arguments: position by name.
+        results: names of the outputs that it returns.
+    """
 
     nodes: dict[str, Node]
     arguments: dict[str, int]
@@ -37,7 +47,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Output:
-    """What a node gives: the call that it stands in, its name, and which of its outputs."""
+    """Output of a node: the call that contains the node, the node's name, and the number of the output."""
 
     call: int
     node: str
@@ -46,31 +56,38 @@ class Output:
 
 @dataclass(frozen=True)
 class Call:
-    """A function where it is called: what it is given, how many calls are around it, and those in it, by node."""
+    """A call of a function.
+
+    Attributes:
+        function: that is called.
+        arguments: outputs that it receives.
+        depth: number of calls around it.
+        inner: numbers of the calls inside it, by node.
+    """
 
     function: Function
-    given: list[Output]
+    arguments: list[Output]
     depth: int
     inner: dict[str, int] = field(default_factory=dict)
 
 
 class Graph:
-    """The graph of one model.
+    """Graph of one model.
 
     Attributes:
-        answers: what is served.
+        outputs: of the signature.
         keys: names in the bundle of the variable that a node holds; several where it was saved with copies.
     """
 
     def __init__(self, message: bytes) -> None:
-        """Reads what stands outside of functions.
+        """Reads all but the functions.
 
         Args:
             message: a `MetaGraphDef`.
 
         Raises:
-            Damaged: it is none.
-            Unclear: it serves nothing, or its variables cannot be told.
+            Damaged: it is something else.
+            Unclear: it has no signature, or its variables cannot be identified.
         """
         found = protobuf.parse(message)
         graph = inner(found, 2)
@@ -81,88 +98,91 @@ class Graph:
         self._steps = 0
         self._calls = [Call(Function(_nodes(graph, 1), {}, []), [], 0)]
         signatures = _pairs(found, 5)
-        name = next((name for name in SERVED if name in signatures), None)
+        name = next((name for name in SIGNATURES if name in signatures), None)
         if name is None:
             raise Missing("its graph serves no function")
         served = _pairs(protobuf.parse(signatures[name]), 2).values()
-        self.answers = [self._named(0, protobuf.text(protobuf.parse(info), 1)) for info in served]
-        self.keys = self._saved(protobuf.text(inner(found, 3), 3))
+        self.outputs = [self._resolve(0, protobuf.text(protobuf.parse(info), 1)) for info in served]
+        self.keys = self._saved_keys(protobuf.text(inner(found, 3), 3))
 
     def node(self, output: Output) -> Node:
+        """Returns the node of an output."""
         return self._calls[output.call].function.nodes[output.node]
 
     def inputs(self, output: Output) -> list[Output]:
-        """What an operation is given, as far back as it goes unchanged."""
-        self._step()
-        return [self._named(output.call, name) for name in self.node(output).inputs if not name.startswith("^")]
+        """Returns the inputs of an operation, followed through operations that change nothing."""
+        self._count_step()
+        # Names with ^ only order the execution of operations and carry no value.
+        return [self._resolve(output.call, name) for name in self.node(output).inputs if not name.startswith("^")]
 
     def before(self, outputs: Iterable[Output]) -> Iterator[Output]:
-        """All that outputs are computed from, themselves included, each once."""
+        """Yields all that outputs are computed from, themselves included, each once."""
         waiting = list(outputs)
-        seen = set(waiting)
+        visited = set(waiting)
         while waiting:
             output = waiting.pop()
             yield output
-            fresh = [each for each in self.inputs(output) if each not in seen]
-            seen.update(fresh)
-            waiting += fresh
+            new = [each for each in self.inputs(output) if each not in visited]
+            visited.update(new)
+            waiting += new
 
     def variables(self, outputs: Iterable[Output]) -> list[set[str]]:
-        """The keys of the variables that outputs are computed from.
+        """Returns the keys of the variables that outputs are computed from.
 
         Raises:
-            Unclear: one of them has none.
+            Unclear: one of them is not in the bundle.
         """
-        held = [output for output in self.before(outputs) if self.node(output).op == "VarHandleOp"]
-        if strange := next((output for output in held if output.node not in self.keys), None):
-            raise Unclear(f"{strange.node} in its graph is none of its variables")
-        return [self.keys[output.node] for output in held]
+        handles = [output for output in self.before(outputs) if self.node(output).op == "VarHandleOp"]
+        if unknown := next((output for output in handles if output.node not in self.keys), None):
+            raise Unclear(f"{unknown.node} in its graph is not one of its saved variables")
+        return [self.keys[output.node] for output in handles]
 
-    def _step(self) -> None:
+    def _count_step(self) -> None:
         self._steps += 1
-        if self._steps > MOST_STEPS:
+        if self._steps > MAX_STEPS:
             raise Unclear("its graph is too large, or goes in circles")
 
-    def _named(self, call: int, name: str) -> Output:
-        """The output of a name, followed to the operation that makes it."""
+    def _resolve(self, call: int, name: str) -> Output:
+        """Returns the output of a name in a call, followed to the operation that computes it."""
         while True:
-            self._step()
-            function, given = self._calls[call].function, self._calls[call].given
-            if len(name) > LONGEST_NAME:
+            self._count_step()
+            function, given = self._calls[call].function, self._calls[call].arguments
+            if len(name) > MAX_NAME:
                 raise Damaged("a name in its graph is too long")
             node_name, *rest = name.split(":")
             if not rest and node_name in function.arguments:
-                place = function.arguments[node_name]
-                if place >= len(given):
+                position = function.arguments[node_name]
+                if position >= len(given):
                     raise Damaged(f"a function is called without its {node_name}")
-                return given[place]
+                return given[position]
             node = function.nodes.get(node_name)
             number = rest[-1] if rest else "0"
             if node is None or not number.isdigit() or len(number) > 6:
                 raise Damaged(f"its graph has no {name}")
             if node.op in CALLS:
-                call = self._called(call, node_name)
+                call = self._enter_call(call, node_name)
                 results = self._calls[call].function.results
                 if int(number) >= len(results):
-                    raise Damaged(f"a function does not give {name}")
+                    raise Damaged(f"a function does not return {name}")
                 name = results[int(number)]
-            elif node.op in SAME and node.inputs:
+            elif node.op in IDENTITIES and node.inputs:
                 name = node.inputs[0]
             else:
                 return Output(call, node_name, int(number))
 
-    def _called(self, call: int, node_name: str) -> int:
-        """The number of a call that a node makes."""
-        around = self._calls[call]
-        if node_name not in around.inner:
-            if around.depth >= DEEPEST or len(self._calls) > MOST_CALLS:
+    def _enter_call(self, call: int, node_name: str) -> int:
+        """Returns the number of the call that a node makes inside another call."""
+        outer = self._calls[call]
+        # Once for each node: two outputs of one call are then outputs of the same nodes.
+        if node_name not in outer.inner:
+            if outer.depth >= MAX_DEPTH or len(self._calls) > MAX_CALLS:
                 raise Unclear("the functions of its graph call each other too deeply, or too often")
-            node = around.function.nodes[node_name]
-            given = [self._named(call, name) for name in node.inputs if not name.startswith("^")]
+            node = outer.function.nodes[node_name]
+            given = [self._resolve(call, name) for name in node.inputs if not name.startswith("^")]
             function = self._function(protobuf.text(inner(attribute(node, "f"), 10), 1))
-            self._calls.append(Call(function, given, around.depth + 1))
-            around.inner[node_name] = len(self._calls) - 1
-        return around.inner[node_name]
+            self._calls.append(Call(function, given, outer.depth + 1))
+            outer.inner[node_name] = len(self._calls) - 1
+        return outer.inner[node_name]
 
     def _function(self, name: str) -> Function:
         if name not in self._functions:
@@ -174,41 +194,43 @@ class Graph:
             outputs = [protobuf.text(protobuf.parse(each), 1) for each in protobuf.messages(signature, 3)]
             results = {key: value.decode(errors="replace") for key, value in _pairs(found, 4).items()}
             if missing := set(outputs) - set(results):
-                raise Damaged(f"the function {name} does not say what its {missing.pop()} is")
+                raise Damaged(f"the function {name} does not define its {missing.pop()}")
             numbered = {argument: i for i, argument in enumerate(arguments)}
             self._functions[name] = Function(_nodes(found, 3), numbered, [results[each] for each in outputs])
         return self._functions[name]
 
-    def _saved(self, restore: str) -> dict[str, set[str]]:
-        """The keys of variables by their nodes, from the function that puts values into them."""
+    def _saved_keys(self, restore: str) -> dict[str, set[str]]:
+        """Returns the keys of variables by their nodes, from the function that restores their values."""
+        # Nodes have names of their own; only this function connects them with the names in the bundle.
         if self._calls[0].function.nodes.get(restore, Node("", [], {})).op not in CALLS:
-            raise Unclear("its graph does not say which variable is which")
-        found: dict[str, set[str]] = {}
-        listed: dict[str, list[bytes]] = {}
-        for handle, value in self._assigned(self._called(0, restore)):
+            raise Unclear("its graph does not show which variable is which")
+        keys: dict[str, set[str]] = {}
+        restored: dict[str, list[bytes]] = {}
+        for handle, value in self._assignments(self._enter_call(0, restore)):
             if self.node(value).op == "RestoreV2":
-                if value.node not in listed:
-                    listed[value.node] = self._names_of(value)
-                keys = listed[value.node]
-                if value.number >= len(keys):
+                if value.node not in restored:
+                    restored[value.node] = self._restored_keys(value)
+                names = restored[value.node]
+                if value.number >= len(names):
                     raise Damaged(f"the graph restores {handle.node} from nothing")
-                found.setdefault(handle.node, set()).add(keys[value.number].decode(errors="replace"))
-        for copy, of in list(self._assigned(0)):  # Keras 3 serves variables, and saves what is copied from them
-            found.setdefault(of.node, set()).update(found.get(copy.node, ()))
-        return {node: keys for node, keys in found.items() if keys}
+                keys.setdefault(handle.node, set()).add(names[value.number].decode(errors="replace"))
+        # Keras 3 serves variables, and saves copies of them.
+        for copy, original in list(self._assignments(0)):
+            keys.setdefault(original.node, set()).update(keys.get(copy.node, ()))
+        return {node: names for node, names in keys.items() if names}
 
-    def _names_of(self, restored: Output) -> list[bytes]:
-        """The keys that a `RestoreV2` reads, in order."""
+    def _restored_keys(self, restored: Output) -> list[bytes]:
+        """Returns the keys that a `RestoreV2` reads, in order."""
         given = self.inputs(restored)
         if len(given) < 2:
             raise Damaged("a graph restores variables without their names")
         return protobuf.messages(tensor(self.node(given[1])), 8)
 
-    def _assigned(self, call: int) -> Iterator[tuple[Output, Output]]:
-        """The variables of a function that are given values, with these."""
+    def _assignments(self, call: int) -> Iterator[tuple[Output, Output]]:
+        """Yields the variables that a function assigns, with their new values."""
         for node in self._calls[call].function.nodes.values():
             if node.op == "AssignVariableOp" and len(node.inputs) > 1:
-                handle, value = (self._named(call, name) for name in node.inputs[:2])
+                handle, value = (self._resolve(call, name) for name in node.inputs[:2])
                 yield handle, value
 
 
@@ -216,13 +238,14 @@ def open_graph(path: Path) -> Graph:
     """Reads the graph of a `saved_model.pb`.
 
     Raises:
-        InputError: it is damaged.
-        Unclear: it has no graph, or none that serves.
+        InputError: the file cannot be read.
+        Damaged: it is damaged.
+        Unclear: it has no graph, or none with a signature.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+        raise InputError(f"cannot read {path} ({error.strerror})") from None
     graphs = protobuf.messages(protobuf.parse(content), 2)
     if not graphs:
         raise Missing("its saved_model.pb holds no graph")
@@ -230,7 +253,7 @@ def open_graph(path: Path) -> Graph:
 
 
 def _pairs(found: Fields, number: int) -> dict[str, bytes]:
-    """A map of messages or strings by name."""
+    """Returns a map of messages or strings by name."""
     pairs = map(protobuf.parse, protobuf.messages(found, number))
     return {protobuf.text(pair, 1): b"".join(protobuf.messages(pair, 2)) for pair in pairs}
 

@@ -1,4 +1,4 @@
-"""The operations of a TensorFlow graph one by one: what a node is given, and the constants that it holds."""
+"""Reads single nodes of a TensorFlow graph: their inputs, attributes and constants."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from funmatch.data.formats import protobuf
 from funmatch.data.formats.protobuf import Damaged, Fields
 from funmatch.models.tensorflow.bundle import BFLOAT16, DTYPES
 
-MOST_VALUES = 4096  # of a constant that is read
-LISTED = {1: (5, 4), 2: (6, 8), 3: (7, 0), 4: (7, 0), 5: (7, 0), 6: (7, 0), 9: (10, 0), 10: (11, 0)}
-"""Where a constant's values stand that are not written as one string: by kind the field, and bytes, 0 for varints."""
+MAX_VALUES = 4096  # of a constant that is read
+VALUE_FIELDS = {1: (5, 4), 2: (6, 8), 3: (7, 0), 4: (7, 0), 5: (7, 0), 6: (7, 0), 9: (10, 0), 10: (11, 0)}
+"""Fields of constants that list their values: by kind the field's number, and bytes per value, 0 for varints."""
 
 
 class Unclear(ValueError):
-    """Something cannot be told from a graph, though it may be whole."""
+    """Raised where a graph does not show what we need, although it may be intact."""
 
 
 class Missing(Unclear):
-    """There is no graph, or none that can be called."""
+    """Raised where there is no graph, or none that can be called."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Node:
     """An operation.
 
     Attributes:
-        op: what it does.
-        inputs: outputs that it is given, by name.
-        fields: the whole message.
+        op: type of operation.
+        inputs: names of the outputs that it takes.
+        fields: the `NodeDef`.
     """
 
     op: str
@@ -38,7 +38,7 @@ class Node:
 
 
 def attribute(node: Node, name: str) -> Fields:
-    """An `AttrValue` of a node, empty where it has none."""
+    """Returns an `AttrValue` of a node, empty where it has none."""
     for pair in protobuf.messages(node.fields, 5):
         found = protobuf.parse(pair)
         if protobuf.text(found, 1) == name:
@@ -47,46 +47,47 @@ def attribute(node: Node, name: str) -> Fields:
 
 
 def numbers(found: Fields) -> list[int]:
-    """The whole numbers of an `AttrValue` that is a list."""
+    """Returns the integers of an `AttrValue` that is a list."""
     return _varints(inner(found, 1).get(3, []))
 
 
 def tensor(node: Node) -> Fields:
-    """The `TensorProto` of a constant."""
+    """Returns the `TensorProto` of a constant."""
     if node.op != "Const":
-        raise Unclear(f"its graph computes by {node.op} what is a constant elsewhere")
+        raise Unclear(f"its graph computes with {node.op} what is a constant in others")
     return inner(attribute(node, "value"), 8)
 
 
 def constant(node: Node) -> np.ndarray:
-    """A constant of few numbers.
+    """Reads a small constant.
 
     Raises:
-        Damaged: its values are not those of its shape.
-        Unclear: it has many, or no numbers.
+        Damaged: its values do not match its shape.
+        Unclear: it is large, or not of numbers.
     """
     found = tensor(node)
     kind = protobuf.number(found, 1)
     axes = [protobuf.number(protobuf.parse(axis), 1) for axis in protobuf.messages(inner(found, 2), 2)]
     size = math.prod(axes)
-    if kind not in DTYPES or kind == BFLOAT16 or size > MOST_VALUES or len(axes) > 8:
+    # Before anything is allocated: the shape comes from the file, and may ask for any amount of memory.
+    if kind not in DTYPES or kind == BFLOAT16 or size > MAX_VALUES or len(axes) > 8:
         raise Unclear(f"its graph has a constant of kind {kind} and shape {tuple(axes)}")
     if content := b"".join(protobuf.messages(found, 4)):
         if len(content) != size * DTYPES[kind].itemsize:
-            raise Damaged("a constant's values are not those of its shape")
+            raise Damaged("a constant's values do not match its shape")
         return np.frombuffer(content, DTYPES[kind]).reshape(axes)
-    values = _listed(found, kind)[:size]
+    values = _listed_values(found, kind)[:size]
     if not len(values):
         values = np.zeros(1, DTYPES[kind])
-    # The last value stands for all that follow.
+    # TensorFlow leaves out repetitions at the end: the last value stands for all that follow.
     return np.concatenate([values, np.repeat(values[-1:], size - len(values))])[:size].reshape(axes)
 
 
-def _listed(found: Fields, kind: int) -> np.ndarray:
-    """The values of a constant that are written one by one."""
-    if kind not in LISTED:
-        raise Unclear(f"its graph has a constant of kind {kind}, a value at a time")
-    number, width = LISTED[kind]
+def _listed_values(found: Fields, kind: int) -> np.ndarray:
+    """Reads the values of a constant that lists them one by one."""
+    if kind not in VALUE_FIELDS:
+        raise Unclear(f"its graph has a constant of kind {kind} that lists its values")
+    number, width = VALUE_FIELDS[kind]
     parts = found.get(number, [])
     if width:
         raw = b"".join(part if isinstance(part, bytes) else part.to_bytes(width, "little") for part in parts)
@@ -97,7 +98,7 @@ def _listed(found: Fields, kind: int) -> np.ndarray:
 
 
 def _varints(parts: list[int | bytes]) -> list[int]:
-    """Numbers with a sign, packed into strings or one by one."""
+    """Reads signed numbers, packed into strings or one by one."""
     values: list[int] = []
     for part in parts:
         at = 0
@@ -105,9 +106,11 @@ def _varints(parts: list[int | bytes]) -> list[int]:
             value, at = protobuf.varint(part, at, len(part))
             values.append(value)
         values += [] if isinstance(part, bytes) else [part]
-    return [((value & (1 << 64) - 1) ^ 1 << 63) - (1 << 63) for value in values]  # of two's complement
+    # Two's complement of 64 bits to a signed number.
+    return [((value & (1 << 64) - 1) ^ 1 << 63) - (1 << 63) for value in values]
 
 
 def inner(found: Fields, number: int) -> Fields:
-    """The message of a field, empty where it is left out."""
+    """Returns the message of a field, empty where it is left out."""
+    # Parts of a message that is written in several pieces are simply joined, as the format says.
     return protobuf.parse(b"".join(protobuf.messages(found, number)))

@@ -1,7 +1,7 @@
-"""What a network in a SavedModel sees: what its graph does to images before the first kernel, and after the head.
+"""Finds the preprocessing in a SavedModel's graph: what it does to images before the first kernel, and after the head.
 
-The graph is followed from the first convolution back to the images. `scale · image + offset` for each channel is a
-mean and a standard deviation; whatever else is done to them cannot be written as these.
+The graph is followed from the first convolution back to the images. `scale · image + offset` for each channel
+corresponds to a mean and a standard deviation; other operations do not.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,31 +18,32 @@ from funmatch.models.tensorflow.nodes import Missing, Node, Unclear, attribute, 
 
 Inputs = tuple[tuple[float, ...], tuple[float, ...]]
 AS_GIVEN: Inputs = (0.0,) * 3, (1.0,) * 3
-"""Mean and standard deviation of what networks see, for images in [0, 1]; and of one that sees [0, 1] as it is."""
+"""Mean and standard deviation for images in [0, 1], by channel; and those that leave such images as they are."""
 
-BORDER = 3  # pixels of zeros that BiT's first convolution sees on each side
-MULTIPLY = {"MatMul", "Conv2D", "BatchMatMulV2", "Einsum"}
+BORDER = 3  # pixels of zeros around the images at BiT's first convolution
+PRODUCTS = {"MatMul", "Conv2D", "BatchMatMulV2", "Einsum"}
 SUMS = {"Add", "AddV2", "BiasAdd"}
-SHAPING = {"Reshape", "Squeeze", "ExpandDims", "Cast"}
+RESHAPES = {"Reshape", "Squeeze", "ExpandDims", "Cast"}
+MAX_STEPS_TO_HEAD = 20  # operations between the output and the head, and between the head and the last activations
 
 
-class Strange(ValueError):
-    """An operation stands where BiT has none."""
+class UnexpectedOperation(ValueError):
+    """Raised for an operation where BiT has none."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a graph says of a network.
+    """Result of following a graph.
 
     Attributes:
-        inputs: mean and standard deviation for images in [0, 1]; None where they cannot be told.
-        is_plain: whether the network sees images as they are given, so that they may have been of any range.
-        why: they cannot be told.
-        stem: the keys of the first kernel; none where it was not found.
-        used: keys of all variables that the answer is computed from; None where that is not known.
+        inputs: mean and standard deviation for images in [0, 1]; None where they are unknown.
+        is_plain: whether the graph passes images on unchanged, so that the network may be for images of any range.
+        why: reason why inputs are unknown.
+        stem: keys of the first kernel; empty where it was not found.
+        used: keys of all variables that the output is computed from; None where that is unknown.
         before: keys of those that are used before the first kernel.
         is_missing: whether there is no graph at all.
-        graph: itself, to ask it more.
+        graph: the graph itself.
     """
 
     inputs: Inputs | None = None
@@ -56,7 +57,7 @@ class Preprocessing:
 
 
 def input_preprocessing(folder: Path, bundle: Bundle) -> Preprocessing:
-    """What the graph of a SavedModel says of its network.
+    """Finds the preprocessing in the graph of a SavedModel.
 
     Raises:
         InputError: `saved_model.pb` is damaged.
@@ -64,19 +65,19 @@ def input_preprocessing(folder: Path, bundle: Bundle) -> Preprocessing:
     path = folder / "saved_model.pb"
     try:
         graph = open_graph(path)
-        found = Preprocessing(graph=graph, used=_keys(graph, graph.answers))
-        return _seen(found, graph, bundle)
+        found = Preprocessing(graph=graph, used=_keys(graph, graph.outputs))
+        return _trace_input(found, graph, bundle)
     except Damaged as error:
         raise InputError(f"{path} is damaged: {error}; copy it again") from None
     except Unclear as error:
         return Preprocessing(why=str(error), is_missing=isinstance(error, Missing))
 
 
-def _seen(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preprocessing:
-    """What is done to images before the one convolution with a kernel of BiT's first shape."""
+def _trace_input(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preprocessing:
+    """Adds what the graph does to images before the only convolution with a kernel of the shape of BiT's first."""
     first = [
         (output, stem)
-        for output in graph.before(graph.answers)
+        for output in graph.before(graph.outputs)
         if graph.node(output).op == "Conv2D"
         for stem in graph.variables(graph.inputs(output)[1:])
         if all(key in bundle.entries and bundle.entries[key].shape[:3] == (7, 7, 3) for key in stem)
@@ -89,7 +90,7 @@ def _seen(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preprocessing:
     try:
         image = GraphWalk(graph, bundle).of(given[0])
         if not isinstance(image, AffineImage):
-            raise Unclear("its graph shows the network no images")
+            raise Unclear("its graph gives the network no images")
         _check_border(graph.node(convolution), image)
         inputs, is_plain = _as_inputs(image)
     except Unclear as error:
@@ -102,27 +103,29 @@ def _keys(graph: Graph, outputs: list[Output]) -> frozenset[str]:
 
 
 def _check_border(convolution: Node, image: AffineImage) -> None:
-    """Raises `Unclear` unless the first convolution stands on its images as BiT's does."""
-    form = text(attribute(convolution, "padding"), 2)
+    """Raises `Unclear` unless the first convolution has BiT's padding and strides."""
+    padding = text(attribute(convolution, "padding"), 2)
     border = list(image.border)
-    if form == "EXPLICIT":
+    if padding == "EXPLICIT":
         more = numbers(attribute(convolution, "explicit_paddings"))[2:6]
         border = [a + b for a, b in zip(border, more, strict=False)]
     strides = numbers(attribute(convolution, "strides"))
     layout = text(attribute(convolution, "data_format"), 2)
-    if form not in ("VALID", "EXPLICIT") or border != [BORDER] * 4 or strides != [1, 2, 2, 1] or layout == "NCHW":
+    # "SAME" pads 2 and 3 pixels here: the weights would fit, and every logit would be slightly wrong.
+    if padding not in ("VALID", "EXPLICIT") or border != [BORDER] * 4 or strides != [1, 2, 2, 1] or layout == "NCHW":
         raise Unclear(
-            f"the first convolution of its graph is another than BiT's (padding {form}, {border}; strides {strides})"
+            f"the first convolution of its graph differs from BiT's (padding {padding}, {border}; strides {strides})"
         )
 
 
 def _as_inputs(image: AffineImage) -> tuple[Inputs, bool]:
-    """Mean and standard deviation for images in [0, 1], and whether nothing was done to images at all.
+    """Returns mean and standard deviation for images in [0, 1], and whether images are passed on unchanged.
 
-    Whether the network was shown images in [0, 1] or in 0 … 255 is told by where it puts these: the middle of what it
-    sees must lie in the range, and the range must then be of the size that networks are shown.
+    Whether the graph takes images in [0, 1] or in 0 … 255 is inferred from its result: zero must be inside the range of
+    the images or close to it, and the range must become one of the size that networks are trained on.
     """
     scale, offset = image.scale, image.offset
+    # scale · x + offset = (x − zero) / width
     with np.errstate(all="ignore"):
         zero, width = -offset / scale, 1 / scale
     if not (np.isfinite([scale, offset, zero, width]).all() and (scale > 0).all()):
@@ -132,21 +135,23 @@ def _as_inputs(image: AffineImage) -> tuple[Inputs, bool]:
         spans = (scale * largest >= 0.5).all() and (scale * largest <= 50).all()
         return bool(spans and (zero >= -0.05 * largest).all() and (zero <= 1.05 * largest).all())
 
-    ranges = [255.0] if image.are_whole else [largest for largest in (1.0, 255.0) if fits(largest)]
+    ranges = [255.0] if image.is_integer else [largest for largest in (1.0, 255.0) if fits(largest)]
+    # Caffe's preprocessing only subtracts a mean, and leaves a range of 255.
     if not ranges and (zero > 1.05).all() and (zero <= 255 * 1.05).all():
-        ranges = [255.0]  # nothing but a mean is subtracted
+        ranges = [255.0]
     if len(ranges) != 1:
         raise Unclear(
-            f"its graph maps images x to {_written(scale)} · x + {_written(offset)}, for x in [0, 1] as well as in "
-            "0 … 255 an odd range"
+            f"its graph maps images x to {_written(scale)} · x + {_written(offset)}, an unusual range for x in [0, 1] "
+            "as well as in 0 … 255"
         )
     mean, std = zero / ranges[0], width / ranges[0]
-    plain = not image.are_whole and bool((scale == 1).all() and (offset == 0).all())
-    return (tuple(map(_near, mean)), tuple(map(_near, std))), plain
+    plain = not image.is_integer and bool((scale == 1).all() and (offset == 0).all())
+    return (tuple(map(_without_rounding, mean)), tuple(map(_without_rounding, std))), plain
 
 
-def _near(value: float) -> float:
-    """A number without what single precision has added to it."""
+def _without_rounding(value: float) -> float:
+    """Removes the rounding error of single precision from a number that was written with few digits."""
+    # 0.485 comes out as 0.48500001, and two cards of the same mean should be equal.
     short = float(f"{value:.6g}")
     return short + 0.0 if abs(value - short) <= 3e-7 * max(abs(value), 1e-2) else float(value)
 
@@ -155,61 +160,68 @@ def _written(values: np.ndarray) -> str:
     return ", ".join(f"{value:.4g}" for value in dict.fromkeys(values.tolist()))
 
 
-def after_head(seen: Preprocessing, kernel: str, bias: str, where: str) -> tuple[str, ...]:
-    """What a person should know of what a graph does to the logits of its head.
+def after_head(found: Preprocessing, kernel: str, bias: str, where: str) -> tuple[str, ...]:
+    """Returns notes about what a graph does to the logits of its head.
 
     Args:
-        kernel, bias: the keys of the head.
-        where: for messages.
+        found: result of `input_preprocessing`.
+        kernel, bias: keys of the head.
+        where: source of the model, for messages.
 
     Raises:
-        InputError: the head is given something else than the mean of the network's last activations.
+        InputError: the head's input is something else than the mean of the network's last activations.
     """
-    if seen.graph is None:
+    if found.graph is None:
         return ()
     try:
-        found = [_since_head(seen.graph, answer, kernel, bias) for answer in seen.graph.answers]
-    except Strange as error:
+        chains = [_operations_after_head(found.graph, output, kernel, bias) for output in found.graph.outputs]
+    except UnexpectedOperation as error:
         raise InputError(
-            f"{where} applies {error} to what its network gives to its head, which no BiT network does; make it a part "
-            "of the head, or leave it out, and save the model again"
+            f"{where} applies {error} to the input of its head, which no BiT network does; make it a part of the head, "
+            "or leave it out, and save the model again"
         ) from None
     except Unclear as error:
-        return (f"what the original does to the logits of its head cannot be told, as {error}",)
-    ops = min((ops for ops in found if ops is not None), key=len, default=None)
+        return (f"unknown what the original model does to the logits of its head, as {error}",)
+    ops = min((ops for ops in chains if ops is not None), key=len, default=None)
     if ops is None:
-        return ("the original does not answer with its head, whose logits are taken here",)
+        return ("the original model's output is not that of its head, whose logits are used here",)
     applied = ", ".join(reversed(ops))
-    return (f"the original applies {applied} to the logits of its head; here they are left as they are",) if ops else ()
+    return (
+        (f"the original model applies {applied} to the logits of its head; they are used unchanged here",)
+        if ops
+        else ()
+    )
 
 
-def _since_head(graph: Graph, output: Output, kernel: str, bias: str) -> list[str] | None:
-    """The operations between an answer and the head, the last first; None if it is not from the head."""
+def _operations_after_head(graph: Graph, output: Output, kernel: str, bias: str) -> list[str] | None:
+    """Returns the operations between an output and the head, the last first; None if it does not come from the head."""
     ops: list[str] = []
-    for _ in range(20):
+    for _ in range(MAX_STEPS_TO_HEAD):
         op, into = graph.node(output).op, graph.inputs(output)
-        if op in MULTIPLY and kernel in _keys(graph, into[1:]):
+        if op in PRODUCTS and kernel in _keys(graph, into[1:]):
             _check_features(graph, into[0])
             return ops
-        around = [each for each in into if graph.node(each).op not in ("VarHandleOp", "Const")]
-        if len(around) > 1:
-            around = [each for each in around if kernel in _keys(graph, [each])]
-        if not around:
+        # Of several inputs, the one that depends on the head's kernel leads there.
+        computed = [each for each in into if graph.node(each).op not in ("VarHandleOp", "Const")]
+        if len(computed) > 1:
+            computed = [each for each in computed if kernel in _keys(graph, [each])]
+        if not computed:
             return None
-        beside = [each for each in into if each not in around]
-        added = graph.variables(beside) if op in SUMS else []
-        if op not in SHAPING and not (len(added) == 1 and bias in added[0]):
+        others = [each for each in into if each not in computed]
+        added = graph.variables(others) if op in SUMS else []
+        # The head's own bias and changes of shape are parts of the logits.
+        if op not in RESHAPES and not (len(added) == 1 and bias in added[0]):
             ops.append(op)
-        output = around[0]
+        output = computed[0]
     return None
 
 
 def _check_features(graph: Graph, output: Output) -> None:
-    """Raises `Strange` if anything but a mean lies between the last activations and the head."""
-    for _ in range(20):
+    """Raises `UnexpectedOperation` if anything but a mean is between the last activations and the head."""
+    for _ in range(MAX_STEPS_TO_HEAD):
         op = graph.node(output).op
         if op in ("Relu", "Placeholder"):
             return
-        if op not in SHAPING | {"Mean", "AvgPool"}:
-            raise Strange(op)
+        if op not in RESHAPES | {"Mean", "AvgPool"}:
+            raise UnexpectedOperation(op)
         output = graph.inputs(output)[0]

@@ -1,13 +1,13 @@
-"""BiT networks in TensorFlow's SavedModels: which of the variables is which kernel.
+"""Finds the BiT network in a SavedModel of TensorFlow: which variable is which kernel.
 
-Variables lie in a bundle, and so does a `TrackableObjectGraph`: the model's objects, the attributes by which they hold
-each other, and which of them are variables. Who saved decides what can be known from it:
+Variables are in a bundle, together with a `TrackableObjectGraph`: the model's objects, the attributes by which they
+refer to each other, and which of them are variables. How the model was saved decides how a variable is identified:
 
-- a model of `bit_tf2.models.ResnetV2` is known by its attributes, such as `_blocks/0/…/_unit_a_conv/kernel`;
-- a module of TensorFlow Hub has attributes of any kind, but whole names, `resnet/block1/unit01/a/…/kernel`;
-- an export of Keras has a list alone. It is read if it lists what BiT has, shape by shape, in the order of definition.
+- a model of `bit_tf2.models.ResnetV2` by its attributes, such as `_blocks/0/…/_unit_a_conv/kernel`;
+- a module of TensorFlow Hub by its variables' full names, `resnet/block1/unit01/a/…/kernel`;
+- an export of Keras by the order of its list, if that has BiT's shapes in the order of definition.
 
-What is done to images before the first kernel is read from the graph of operations, by `sight`.
+What happens to images before the first kernel is read from the graph of operations, see `preprocessing`.
 """
 
 import re
@@ -37,20 +37,20 @@ UNIT = {"_unit_a": "a", "_unit_a_conv": "a", "_unit_b": "b", "_unit_c": "c", "_p
 
 PLACES = {"gamma": "group_norm/gamma", "beta": "group_norm/beta", "kernel": "standardized_conv2d/kernel"}
 
-# Under these lie states of training, and second references to what a model holds anyway.
-BESIDE = {"optimizer", "_optimizer", "keras_api", "metrics", "_metrics", "compiled_metrics", "_all_variables"}
+# Attributes that lead to the state of training, and to second references to what a model holds anyway.
+TRAINING_STATE = {"optimizer", "_optimizer", "keras_api", "metrics", "_metrics", "compiled_metrics", "_all_variables"}
 
 SAVE_AGAIN = "in TensorFlow, load the model and save that network alone with tf.saved_model.save(network, folder)"
 
 
 @dataclass(frozen=True)
 class Node:
-    """An object of the graph.
+    """Object of the graph.
 
     Attributes:
-        children: which objects it holds, by attribute.
+        children: objects that it refers to, by attribute.
         keys: of the tensors in the bundle that are its state.
-        name: of the variable that it is, if it is one.
+        name: of the variable, if the object is one.
         slots: objects that an optimizer keeps for a variable.
     """
 
@@ -65,15 +65,15 @@ Graph = list[Node]
 
 @dataclass(frozen=True)
 class Savedmodel:
-    """A BiT network.
+    """BiT network in a SavedModel.
 
     Attributes:
-        arrays: by the names of published checkpoints, without `resnet/`; each is read when it is asked for. Kernels are
-            (height, width, in, out), `head/kernel` is (in, classes).
-        inputs: mean and standard deviation of what it sees, for images in [0, 1]; None where that cannot be told.
-        is_plain: whether it sees images as they are given, so that it may have been trained on any range.
-        why: it cannot be told what it sees.
-        notes: what else a person should know.
+        arrays: by the names of published checkpoints, without `resnet/`; each is read on access. Kernels are (height,
+            width, in, out), `head/kernel` is (in, classes).
+        inputs: mean and standard deviation of its input, for images in [0, 1]; None where they are unknown.
+        is_plain: whether its graph passes images on unchanged, so that it may have been trained on any range.
+        why: reason why inputs are unknown.
+        notes: sentences that a user should know.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -84,46 +84,47 @@ class Savedmodel:
 
 
 def open_savedmodel(folder: Path) -> Savedmodel:
-    """Finds the BiT network in a SavedModel, and what it sees.
+    """Finds the BiT network in a SavedModel, and its preprocessing.
 
     Raises:
-        InputError: it is no SavedModel, is damaged, or holds anything else than one whole BiT network.
+        InputError: it is not a SavedModel, is damaged, or holds anything else than one complete BiT network.
     """
     if not (folder / "saved_model.pb").is_file():
-        raise InputError(f"{folder} holds no saved_model.pb; wanted a SavedModel, a folder that TensorFlow saved")
+        raise InputError(f"{folder} has no saved_model.pb; expected a SavedModel, a folder that TensorFlow saved")
     bundle = open_bundle(folder / "variables" / "variables")
     if GRAPH not in bundle.entries:
-        raise InputError(f"{folder} holds no graph of objects; wanted a SavedModel of TensorFlow 2, not of 1")
+        raise InputError(f"{folder} has no graph of objects; expected a SavedModel of TensorFlow 2, not of 1")
     try:
-        graph = _graph(b"".join(read_strings(bundle, GRAPH)))
+        graph = _read_graph(b"".join(read_strings(bundle, GRAPH)))
     except Damaged as error:
-        raise InputError(f"{folder} holds a graph of objects that cannot be read: {error}; copy it again") from None
-    seen = input_preprocessing(folder, bundle)
-    beside = _beside(graph) | seen.before
-    if seen.used is not None:
-        beside |= set(bundle.entries) - seen.used  # what the answer is not computed from
-    weights = {key: name for key, name in _variables(graph, bundle, folder).items() if key not in beside}
-    is_alone, found = _network(graph, bundle, weights, str(folder))
-    shapes = _checked(found, bundle, str(folder))
-    if left := {key for key, entry in bundle.entries.items() if entry.is_weight} - beside - set(found.values()):
+        raise InputError(f"the graph of objects in {folder} is damaged: {error}; copy it again") from None
+    preprocessing = input_preprocessing(folder, bundle)
+    ignored = _training_keys(graph) | preprocessing.before
+    if preprocessing.used is not None:
+        ignored |= set(bundle.entries) - preprocessing.used  # the output does not depend on these
+    weights = {key: name for key, name in _variables(graph, bundle, folder).items() if key not in ignored}
+    is_alone, keys = _network_keys(graph, bundle, weights, str(folder))
+    shapes = _check_shapes(keys, bundle, str(folder))
+    # Weights left over mean that the model computes something else, which we would silently leave out.
+    if left := {key for key, entry in bundle.entries.items() if entry.is_weight} - ignored - set(keys.values()):
         raise InputError(f"{folder} holds more than a BiT network: {_some(left)}; {SAVE_AGAIN}")
-    arrays = Lazily(found, lambda name: read(bundle, found[name]).reshape(shapes[name]))
-    if seen.is_missing and is_alone:  # nothing is around it that could do anything to images
+    arrays = Lazily(keys, lambda name: read(bundle, keys[name]).reshape(shapes[name]))
+    if preprocessing.is_missing and is_alone:  # there is nothing around it that could change images
         return Savedmodel(arrays, AS_GIVEN, is_plain=True)
-    if seen.stem and found[STEM] not in seen.stem:
+    if preprocessing.stem and keys[STEM] not in preprocessing.stem:
         return Savedmodel(arrays, None, why="its graph uses another network")
-    notes = after_head(seen, found["head/kernel"], found["head/bias"], str(folder))
-    return Savedmodel(arrays, seen.inputs, seen.is_plain, seen.why, notes)
+    notes = after_head(preprocessing, keys["head/kernel"], keys["head/bias"], str(folder))
+    return Savedmodel(arrays, preprocessing.inputs, preprocessing.is_plain, preprocessing.why, notes)
 
 
-def _graph(message: bytes) -> Graph:
-    graph = [_node(part) for part in protobuf.messages(protobuf.parse(message), 1)]
+def _read_graph(message: bytes) -> Graph:
+    graph = [_read_node(part) for part in protobuf.messages(protobuf.parse(message), 1)]
     if not graph or any(not 0 <= i < len(graph) for node in graph for i in [*node.children.values(), *node.slots]):
-        raise Damaged("an object is named that is not there")
+        raise Damaged("it refers to an object that is missing")
     return graph
 
 
-def _node(message: bytes) -> Node:
+def _read_node(message: bytes) -> Node:
     found = protobuf.parse(message)
     children = [protobuf.parse(child) for child in protobuf.messages(found, 1)]
     attributes = [protobuf.parse(attribute) for attribute in protobuf.messages(found, 2)]
@@ -136,26 +137,26 @@ def _node(message: bytes) -> Node:
     )
 
 
-def _reached(graph: Graph, without: set[str]) -> set[int]:
-    """The objects that hang together with the first one, attributes of some names passed over."""
+def _reachable(graph: Graph, skipped: set[str]) -> set[int]:
+    """Returns the objects that the first one refers to, directly or not, without attributes of some names."""
     reached, waiting = {0}, [0]
     while waiting:
         for edge, child in graph[waiting.pop()].children.items():
-            if edge not in without and child not in reached:
+            if edge not in skipped and child not in reached:
                 reached.add(child)
                 waiting.append(child)
     return reached
 
 
-def _beside(graph: Graph) -> set[str]:
-    """The tensors that are only states of training: what an optimizer or a metric holds, and nobody else."""
-    model = _reached(graph, BESIDE)
+def _training_keys(graph: Graph) -> set[str]:
+    """Returns the keys of tensors that only an optimizer or a metric refers to."""
+    model = _reachable(graph, TRAINING_STATE)
     slots = {slot for node in graph for slot in node.slots}
-    return {key for i in (_reached(graph, set()) - model) | slots for key in graph[i].keys}
+    return {key for i in (_reachable(graph, set()) - model) | slots for key in graph[i].keys}
 
 
 def _variables(graph: Graph, bundle: Bundle, folder: Path) -> dict[str, str]:
-    """The weights' names by their keys in the bundle."""
+    """Returns the weights' names by their keys in the bundle."""
     found = {}
     for name, key in ((node.name, key) for node in graph if node.name is not None for key in node.keys):
         if key not in bundle.entries:
@@ -165,24 +166,27 @@ def _variables(graph: Graph, bundle: Bundle, folder: Path) -> dict[str, str]:
     return found
 
 
-def _network(graph: Graph, bundle: Bundle, weights: dict[str, str], where: str) -> tuple[bool, dict[str, str]]:
-    """Whether the model is the network and nothing more, and the keys of its variables by their published names."""
+def _network_keys(graph: Graph, bundle: Bundle, weights: dict[str, str], where: str) -> tuple[bool, dict[str, str]]:
+    """Returns whether the model is only the network, and the keys of its variables by their published names."""
     nets = [node for node in graph if set(node.children) >= NETWORK]
     if len(nets) > 1:
-        raise InputError(f"{where} holds {len(nets)} BiT networks; wanted one: {SAVE_AGAIN}")
-    if nets and not any("_func" in node.children for node in graph):  # in a module of the Hub it would not stand alone
+        raise InputError(f"{where} holds {len(nets)} BiT networks; expected one: {SAVE_AGAIN}")
+    # In a module of the Hub (`_func`), such an object is not the whole network; names identify that one.
+    if nets and not any("_func" in node.children for node in graph):
         return nets[0] is graph[0], _by_attributes(graph, nets[0], where)
     names = {key: re.sub(NUMBERED, r"\1/", name.removesuffix(":0")) for key, name in weights.items()}
     prefixes = {name.removesuffix(STEM) for name in names.values() if f"/{name}".endswith(f"/{STEM}")}
     if any(f"{prefix}block1/unit01/a/{PLACES['kernel']}" in names.values() for prefix in prefixes):
         if len(prefixes) > 1:
-            raise InputError(f"{where} holds {len(prefixes)} BiT networks, {_some(prefixes)}; wanted one: {SAVE_AGAIN}")
+            raise InputError(
+                f"{where} holds {len(prefixes)} BiT networks, {_some(prefixes)}; expected one: {SAVE_AGAIN}"
+            )
         return False, _by_names(names, prefixes.pop(), bundle, where)
     return False, _by_order(graph, bundle, names, where)
 
 
 def _by_attributes(graph: Graph, net: Node, where: str) -> dict[str, str]:
-    """The variables of a `bit_tf2.models.ResnetV2`."""
+    """Identifies the variables of a `bit_tf2.models.ResnetV2`."""
     tops = {"root_block/": net.children["_root"], "": net.children["_pre_head"]}
     found = [
         (f"{part}{PLACES.get(leaf, leaf)}", key) for part, top in tops.items() for leaf, key in _leaves(graph, top)
@@ -193,11 +197,12 @@ def _by_attributes(graph: Graph, net: Node, where: str) -> dict[str, str]:
             parts = [(part, leaf) for edge, part in UNIT.items() if edge in unit for leaf in _leaves(graph, unit[edge])]
             found += [(f"block{b}/unit{u:02}/{part}/{PLACES.get(leaf, leaf)}", key) for part, (leaf, key) in parts]
     found += [(f"head/{leaf}", key) for leaf, key in _leaves(graph, net.children["_head"])]
-    return _once(found, where)
+    return _check_unique(found, where)
 
 
 def _stack(graph: Graph, top: int) -> list[int]:
-    """The layers of a Sequential or the items of a list, in order."""
+    """Returns the layers of a Sequential or the items of a list, in order."""
+    # Versions of Keras name them differently.
     children = graph[top].children
     inner = [graph[children[edge]].children for edge in ("_layers", "layers") if edge in children]
     for pattern in (r"layer_with_weights-(\d{1,6})", r"(\d{1,6})"):
@@ -209,18 +214,20 @@ def _stack(graph: Graph, top: int) -> list[int]:
 
 
 def _leaves(graph: Graph, top: int) -> list[tuple[str, str]]:
-    """The variables of a layer, or of the layers that it stacks, as (attribute, key in the bundle)."""
+    """Returns the variables of a layer, or of the layers that it stacks, as (attribute, key in the bundle)."""
     found = {}
     for i in (top, *_stack(graph, top)):
         for edge, child in graph[i].children.items():
             node = graph[child]
-            if node.name is not None and not edge.isdigit():  # one key may be held twice, as kernel and as _kernel
+            # By key, since Keras 3 refers to one variable twice, as kernel and as _kernel.
+            if node.name is not None and not edge.isdigit():
                 found |= dict.fromkeys(node.keys, edge.lstrip("_"))
     return [(leaf, key) for key, leaf in found.items()]
 
 
 def _by_names(names: dict[str, str], prefix: str, bundle: Bundle, where: str) -> dict[str, str]:
-    """The variables of a network that names them in full, and of its head."""
+    """Identifies the variables of a network by their full names, and those of its head by their ranks."""
+    # The head is a layer of the user's own, with any name.
     body = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
     body = {key: name for key, name in body.items() if BODY.fullmatch(name)}
     rest = {key: name for key, name in names.items() if key not in body}
@@ -228,30 +235,31 @@ def _by_names(names: dict[str, str], prefix: str, bundle: Bundle, where: str) ->
     for leaf, ranks in (("kernel", (2, 4)), ("bias", (1,))):
         of_head = [key for key, name in rest.items() if name.split("/")[-1] == leaf]
         found += [(f"head/{leaf}", key) for key in of_head if len(bundle.entries[key].shape) in ranks]
-    return _once(found, where)
+    return _check_unique(found, where)
 
 
 def _by_order(graph: Graph, bundle: Bundle, names: dict[str, str], where: str) -> dict[str, str]:
-    """The variables of a Keras export, which are a list in the order in which the model's layers hold them."""
-    held = graph[0].children
-    is_export = "non_trainable_variables" in held and "keras_api" not in held
-    top = held.get("variables") if is_export else None
+    """Identifies the variables of a Keras export, a list in the order of the model's layers."""
+    children = graph[0].children
+    is_export = "non_trainable_variables" in children and "keras_api" not in children
+    top = children.get("variables") if is_export else None
     listed = [key for i in _stack(graph, top) for key in graph[i].keys if key in names] if top is not None else []
     shapes = [bundle.entries[key].shape for key in listed]
     if shapes and len(shapes[0]) == 4:
         units = tuple(shapes.count((3, 3, n, n)) for n in (shapes[0][-1] << block for block in range(4)))
-        wanted = layout(units, shapes[0][-1], shapes[-1][0])
-        places = [(name.split("/")[-1], shape) for name, shape in wanted.items()]
-        if places == [(names[key].split("/")[-1], shape) for key, shape in zip(listed, shapes, strict=True)]:
-            return dict(zip(wanted, listed, strict=True))
+        expected = layout(units, shapes[0][-1], shapes[-1][0])
+        # Last part and shape of every variable: an order that only looks similar must not pass.
+        parts = [(name.split("/")[-1], shape) for name, shape in expected.items()]
+        if parts == [(names[key].split("/")[-1], shape) for key, shape in zip(listed, shapes, strict=True)]:
+            return dict(zip(expected, listed, strict=True))
     raise InputError(
-        f"{where} holds no BiT network that can be told; its variables are {_some(names.values())}; wanted a module of "
+        f"{where} has no recognizable BiT network; its variables are {_some(names.values())}; expected a module of "
         f"TensorFlow Hub with a Dense head, or a bit_tf2.models.ResnetV2; if it is one, {SAVE_AGAIN}"
     )
 
 
-def _once(found: list[tuple[str, str]], where: str) -> dict[str, str]:
-    """Raises `InputError` if two variables have the same place."""
+def _check_unique(found: list[tuple[str, str]], where: str) -> dict[str, str]:
+    """Returns the keys by name, or raises `InputError` if two variables have the same name."""
     keys: dict[str, str] = {}
     for name, key in found:
         if name in keys:
@@ -260,26 +268,27 @@ def _once(found: list[tuple[str, str]], where: str) -> dict[str, str]:
     return keys
 
 
-def _checked(found: dict[str, str], bundle: Bundle, where: str) -> dict[str, tuple[int, ...]]:
-    """The shapes by name, if all variables of a BiT network are there, of its shapes, and nothing else."""
-    entries = {name: bundle.entries[key] for name, key in found.items()}
-    places = [(int(m[1]), int(m[2])) for name in found if (m := re.match(r"block(\d)/unit(\d+)/", name))]
-    units = tuple(max((unit for block, unit in places if block == b), default=1) for b in (1, 2, 3, 4))
+def _check_shapes(keys: dict[str, str], bundle: Bundle, where: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes by name, or raises `InputError` unless they are those of a complete BiT network."""
+    entries = {name: bundle.entries[key] for name, key in keys.items()}
+    positions = [(int(m[1]), int(m[2])) for name in keys if (m := re.match(r"block(\d)/unit(\d+)/", name))]
+    units = tuple(max((unit for block, unit in positions if block == b), default=1) for b in (1, 2, 3, 4))
     width, classes = (entries[name].shape[-1:] if name in entries else () for name in (STEM, "head/bias"))
-    wanted = layout(units, *width or (64,), *classes or (1,))
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{key} stands where BiT has nothing" for name, key in found.items() if name not in wanted]
+    expected = layout(units, *width or (64,), *classes or (1,))
+    problems = [f"{name} is missing" for name in expected if name not in keys]
+    problems += [f"{key} has no counterpart in BiT" for name, key in keys.items() if name not in expected]
     for name, entry in entries.items():
-        # Axes of one element are of no matter: some heads are convolutions, some norms have four axes.
-        if name in wanted and [n for n in entry.shape if n != 1] != [n for n in wanted[name] if n != 1]:
-            problems.append(f"{name} has shape {entry.shape}, wanted {wanted[name]}")
+        # Axes of one element do not matter: some heads are convolutions, some norms have four axes.
+        if name in expected and [n for n in entry.shape if n != 1] != [n for n in expected[name] if n != 1]:
+            problems.append(f"{name} has shape {entry.shape}, expected {expected[name]}")
         elif not entry.is_weight:
-            problems.append(f"{name} holds no floats")
+            problems.append(f"{name} is not of floats")
     if problems:
-        raise InputError(f"{where} is no whole BiT network: {_some(problems)}; {SAVE_AGAIN}")
-    return wanted
+        raise InputError(f"{where} is not a complete BiT network: {_some(problems)}; {SAVE_AGAIN}")
+    return expected
 
 
 def _some(words: Iterable[str]) -> str:
+    """Lists the first few of some words, sorted."""
     first, *rest = sorted(words) or ["none"]
     return ", ".join([first, *rest[:3]]) + (f" … and {len(rest) - 3} more" if len(rest) > 3 else "")

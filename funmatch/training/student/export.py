@@ -4,8 +4,8 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-from funmatch.models import classifier as models
 from funmatch.models.classifier import Classifier
+from funmatch.models.save import save
 from funmatch.runtime.files import write_folder_atomically
 from funmatch.training.scoring import EvalView
 
@@ -23,4 +23,4 @@ def export_student(
     with write_folder_atomically(folder) as partial:
         # A copy: the caller's student stays on its device.
         portable = copy.deepcopy(student).cpu()
-        models.save(portable, partial, card=card, about=about)
+        save(portable, partial, card=card, about=about)

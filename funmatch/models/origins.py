@@ -1,0 +1,236 @@
+"""Finds where a model's weights come from: a run, a folder, a file, a published checkpoint or a SavedModel."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor
+
+from funmatch.errors import InputError, first_line
+from funmatch.models import bit, custom, timm_models
+from funmatch.models.download import PAPER_FILES, paper_file
+from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
+from funmatch.models.tensorflow.savedmodel import open_savedmodel
+from funmatch.models.weights import Lazily, read_state
+from funmatch.runtime import records
+
+EMBEDDED = Path(__file__).parent.parent / "embedded"
+NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
+    "fashion-mini-teacher": f"local-dir:{EMBEDDED / 'fashion-mini-teacher'}",
+    "fashion-mini-student": ("resnet10t", {"channels": (16, 20, 20, 16), "stem_width": 8}),
+}
+"""Our own model names: a folder with weights, or an architecture and the arguments of its constructor."""
+
+OWN_CARDS = {"fashion-mini-student": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
+"""Input of our own architectures, where timm's default of 224 pixels makes no sense."""
+
+SAVEDMODEL, BIT, HUB, LOCAL = "savedmodel:", "bit:", "hf-hub:", "local-dir:"
+CONFIG_KEYS = ("input_size", "crop_pct", "mean", "std")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Source of a network's weights, and what is known about the network beyond timm.
+
+    Attributes:
+        where: path or name, for messages.
+        architecture: timm's name, `local-dir:folder`, or `package.module:function`.
+        weights: by the network's own names; None where timm has them, or there are none.
+        kwargs: arguments of the constructor.
+        card: entries that override timm's `pretrained_cfg`.
+        published: whether this is a BiT network with the eps of the published checkpoints.
+        notes: sentences that a user should know.
+    """
+
+    where: str
+    architecture: str
+    weights: Lazily[Tensor] | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+    published: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def find_origin(
+    name: str, kwargs: dict[str, Any], *, weights: Path | None, side: int | None, inputs: Inputs | None
+) -> Origin | None:
+    """Returns the origin of a model whose weights are files; None where timm or the user's own code brings them.
+
+    Args:
+        name, weights, side, inputs: see `load`.
+        kwargs: arguments of the constructor.
+    """
+    if weights and weights.suffix == ".npz":
+        return _npz_origin(weights, kwargs, expected=name)
+    if weights and custom.is_function(name):
+        return _function_origin(name, weights, kwargs, side)
+    if weights:
+        return _state_origin(name, weights, kwargs)
+    if name.startswith(SAVEDMODEL):
+        return savedmodel_origin(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs)
+    if name.startswith(custom.GIVEN):
+        raise InputError(f"{name} was given from Python as a module; give it again from there")
+    if name.startswith(BIT):
+        path = paper_file(name.removeprefix(BIT))
+        paper_side, _ = PAPER_FILES[name.removeprefix(BIT)]
+        # The paper evaluates crops of 128 pixels out of 160, and 224 out of 256: 32 more (section 4.1).
+        card = {"input_size": (3, paper_side, paper_side), "crop_pct": paper_side / (paper_side + 32)}
+        return _npz_origin(path, kwargs, card)
+    path = Path(name).expanduser()
+    if path.suffix == ".npz":
+        return _npz_origin(path, kwargs)
+    if path.suffix in (".pt", ".pth", ".safetensors", ".bin") and path.is_file():
+        raise InputError(f"{name} holds only weights; pass the name of its architecture, and the file as its weights")
+    own = NAMED.get(name, name)
+    folder = model_folder(own) if isinstance(own, str) else None
+    return _folder_origin(folder, kwargs) if folder else None
+
+
+def model_folder(name: str) -> Path | None:
+    """Returns the folder with `config.json` and `model.safetensors` that a name means; None if it means none."""
+    # A timm name wins over a folder of the same name in the working directory; ./name means the folder.
+    if timm.is_model(name.partition(".")[0]):
+        return None
+    path = Path(name.removeprefix(LOCAL)).expanduser()
+    if not path.is_dir():
+        if name.startswith(LOCAL) or ("/" in name and not name.startswith(HUB)):
+            raise InputError(
+                f"{path} is missing; expected the folder of a run or of a model, or {HUB}user/model for a timm model "
+                "on the Hugging Face Hub"
+            )
+        return None
+    for folder in (path / "student", path):
+        if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
+            return folder
+    if records.is_run(path):
+        raise InputError(
+            f"the run {path} is unfinished, so it has no student yet; start its command again to resume it"
+        )
+    if (path / "saved_model.pb").is_file():
+        raise InputError(f"{path} is a SavedModel of Keras; pass {SAVEDMODEL}{path}")
+    raise InputError(f"{path} is neither a run nor a model: it has no config.json with model.safetensors")
+
+
+def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
+    """Returns the origin of a folder in timm's layout."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        kwargs = config.get("model_args", {}) | kwargs
+        architecture, about = str(config["architecture"]), config.get("funmatch", {})
+        card = {"top1": about.get("top1")}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(_bad_config(path, error)) from error
+    weights = folder / "model.safetensors"
+    if architecture.startswith(custom.GIVEN):
+        raise InputError(f"{folder} has the weights of a module that was given from Python; load them from there")
+    if architecture == bit.OTHER_SIZES:
+        return Origin(str(folder), architecture, read_state(weights), kwargs, card | _read_card(path))
+    # A file that was downloaded must not decide which code runs, so the user has to name the function.
+    if custom.is_function(architecture):
+        raise InputError(
+            f"{folder} is a network made by the function {architecture}; if you trust that code, name it yourself: "
+            f"{architecture}, with the weights {weights}"
+        )
+    return Origin(str(folder), f"{LOCAL}{folder}", read_state(weights), kwargs, card)
+
+
+def _bad_config(path: Path, error: Exception) -> str:
+    """Returns the message for a `config.json` that is not in timm's layout."""
+    try:
+        foreign = "model_type" in json.loads(path.read_text())
+    except (OSError, ValueError, TypeError):
+        foreign = False
+    if foreign:
+        return (
+            f"{path} is a model of the transformers library, and only timm's layout is read; load it in a function of "
+            "your own and pass package.module:function"
+        )
+    return f"{path} is not the configuration of a model ({type(error).__name__}: {first_line(error)})"
+
+
+def _function_origin(name: str, path: Path, kwargs: dict[str, Any], side: int | None) -> Origin:
+    """Returns the origin of weights for a network that the user's function makes."""
+    # A run that trained such a network wrote its card beside the weights.
+    config = path.parent / "config.json"
+    card = _read_card(config) if config.is_file() else {}
+    side = side or custom.DEFAULT_SIDE
+    plain = {"input_size": (3, side, side), "mean": AS_GIVEN[0], "std": AS_GIVEN[1]}
+    return Origin(str(path), name, read_state(path), card.pop("model_args", {}) | kwargs, plain | card)
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """Reads the card of a network that is not timm's from its `config.json`."""
+    try:
+        config = json.loads(path.read_text())
+        card = {key: config["pretrained_cfg"][key] for key in CONFIG_KEYS}
+        return card | {key: config.get(key) for key in ("num_classes", "label_names", "model_args") if config.get(key)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(_bad_config(path, error)) from error
+
+
+def _npz_origin(
+    path: Path, kwargs: dict[str, Any], card: dict[str, Any] | None = None, expected: str | None = None
+) -> Origin:
+    """Returns the origin of a published BiT checkpoint, which must be of the expected architecture."""
+    return _bit_origin(str(path), *bit.read_npz(path), kwargs, card or {}, expected)
+
+
+def savedmodel_origin(folder: Path, kwargs: dict[str, Any], inputs: Inputs | None) -> Origin:
+    """Returns the origin of a BiT network that Keras saved; its mean and std are given, or those of its graph."""
+    saved = open_savedmodel(folder)
+    given = inputs or saved.inputs
+    if given is None:
+        raise InputError(
+            f"{folder} is a BiT network, but the images that it was trained on are unknown: {saved.why}; give their "
+            f"range with `funmatch import {folder} --inputs 0..1` (as they are) or `-1..1` (if it rescales them itself)"
+        )
+    notes = saved.notes
+    if given != saved.inputs and not saved.is_plain:
+        notes += (f"using the given --inputs, though {saved.why or f'its graph has mean and std {saved.inputs}'}",)
+    origin = _bit_origin(
+        str(folder), *bit.assemble(saved.arrays, str(folder)), kwargs, {"mean": given[0], "std": given[1]}
+    )
+    return replace(origin, notes=notes)
+
+
+def _bit_origin(
+    where: str,
+    architecture: str,
+    size: dict[str, Any],
+    state: Lazily[Tensor],
+    kwargs: dict[str, Any],
+    card: dict[str, Any],
+    expected: str | None = None,
+) -> Origin:
+    if expected is not None and timm_models.check_architecture(expected, expected).partition(".")[0] != architecture:
+        raise InputError(f"{where} has weights of {architecture}, not of {expected}")
+    if "head.fc.bias" not in state:
+        raise InputError(f"{where} has no head/bias, so it is not a classifier; expected a checkpoint with its head")
+    kwargs = {"num_classes": len(state["head.fc.bias"]), **size, **kwargs}
+    # Networks of other sizes have no entry in timm; their input is that of every BiT network.
+    usual = timm_models.pretrained_config("resnetv2_50x1_bit")
+    known = {key: usual[key] for key in CONFIG_KEYS} if size else {}
+    return Origin(where, architecture, state, kwargs, known | card, published=True)
+
+
+def _state_origin(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
+    """Returns the origin of a state dict for a timm name; its head decides the number of classes."""
+    own = NAMED.get(name, name)
+    if isinstance(own, tuple):
+        own, kwargs = own[0], {**own[1], **kwargs}
+    if not timm.is_model(own.partition(".")[0]) and (":" in name or "/" in name or Path(name).exists()):
+        raise InputError(f"{name} has its own weights; leave out {path}")
+    # With its tag, though the tag's weights are not used: it says what images such weights were trained on.
+    architecture = timm_models.check_architecture(own, name, tuple(NAMED))
+    state = read_state(path)
+    heads = timm_models.pretrained_config(architecture).get("classifier")
+    if not heads:
+        raise InputError(f"{architecture} is not a classifier, so {path} cannot be its weights")
+    head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
+    if head not in state or state[head].ndim == 0:
+        raise InputError(f"{path} has no {head}, the head of {architecture}; is it of another architecture?")
+    kwargs = {"num_classes": state[head].shape[0], **kwargs}
+    return Origin(str(path), architecture, state, kwargs, OWN_CARDS.get(name, {}))
