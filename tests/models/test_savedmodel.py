@@ -462,7 +462,7 @@ def test_networks_of_keras_that_are_not_read(tmp_path):
     for nodes in ([write_fields(1, number(1, 5))], []):
         objects = Objects()
         message = b"".join(write_fields(1, node) for node in nodes)
-        with pytest.raises(InputError, match="graph of objects in .* is damaged"):
+        with pytest.raises(InputError, match=r"graph of objects in .* is damaged"):
             open_savedmodel(objects.save(tmp_path / f"graph{len(nodes)}", {}, message))
 
 
