@@ -201,7 +201,7 @@ UNCLEAR = {
     r"maps images x to 0\.3": [("Mul", 0.3)],
     "maps images x to -1": [(1.0, "Sub")],
     "maps images x to inf": [("RealDiv", 0.0)],
-    "more than 150 things": [("Neg",)] * 200,
+    "more than 150 operations": [("Neg",)] * 200,
 }
 
 
@@ -229,7 +229,7 @@ def test_what_follows_the_head(seen):
     soft = node("Softmax", "Softmax", "BiasAdd:output:0")
     found = seen(model([*network("x"), soft], "Softmax:softmax:0"))
     assert found.inputs == AS_GIVEN
-    told = "the original applies Softmax to the logits of its head; here they are left as they are"
+    told = "the original model applies Softmax to the logits of its head; they are used unchanged here"
     assert after_head(found, "k", "b", "m") == (told,)
     nodes = [
         *network("x"),

@@ -199,11 +199,11 @@ def test_a_long_tensor_is_checked_piece_by_piece(tmp_path, monkeypatch):
 
 
 FORMS = {
-    "compressed by Snappy": {"rows": lambda rows: rows, "compression": 1},
-    "compressed by method 3": {"rows": lambda rows: rows, "compression": 3},
+    "compressed with Snappy": {"rows": lambda rows: rows, "compression": 1},
+    "compressed with method 3": {"rows": lambda rows: rows, "compression": 3},
     "big-endian machine": {"rows": lambda rows: rows | {b"": header(more=number(2, 1))}},
     "a newer format": {"rows": lambda rows: rows | {b"": header(more=write_fields(3, number(2, 2)))}},
-    "it names 0 files": {"rows": lambda rows: {key: row for key, row in rows.items() if key}},
+    "it lists 0 files of values": {"rows": lambda rows: {key: row for key, row in rows.items() if key}},
     "data-00000-of-00002 is missing": {"rows": lambda rows: rows | {b"": header(2)}},
     "a is stored in slices": {"rows": lambda rows: rows | {b"a": rows[b"a"] + write_fields(7, b"")}},
     "a has an impossible shape": {"rows": lambda rows: rows | {b"a": proto(Entry(1, (1 << 50,), 0, 0, 4, 0))}},
@@ -277,7 +277,7 @@ def test_variables_are_read_one_at_a_time(copy):
     with pytest.raises(KeyError):
         saved.arrays["head"]
     (folder / DATA).unlink()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read"):
         saved.arrays["head/kernel"]
 
 
