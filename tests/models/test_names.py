@@ -436,4 +436,4 @@ def test_empty_names(funmatch):
     done = funmatch("distill", *words, check=2)
     assert "teacher is empty" in done.stderr
     done = funmatch("evaluate", "~nosuchuser/x", "--data", "fashion-mini", check=2)
-    assert "user that does not exist" in done.stderr
+    assert "user name that does not exist" in done.stderr
