@@ -71,7 +71,7 @@ class Named(Images):
     hf:NAME. Several are joined."""
 
     def problems(self) -> list[str]:
-        return ([] if self.data else ["give the images, e.g. ~/pictures or pet37"]) + super().problems()
+        return ([] if self.data else ["give the images, e.g. ~/images or pet37"]) + super().problems()
 
 
 class Prepare(Named):

@@ -118,7 +118,7 @@ def test_metrics(asked: SearchSpec, best: dict[str, Any] | None, given: Modules)
         before = read_json(asked.folder / FILE, {"tested": list[int]})["tested"]
     if best is None or not asked.tested:
         return {"test": None, "tested": before}
-    info(f"trial {best['number']} is the best; its students are judged on the test images")
+    info(f"trial {best['number']} is the best; its students are evaluated on the test images")
     figures = [
         evaluate.run(
             Evaluate(model=folder, split="test", device=asked.base.device, precision=asked.base.precision), given
