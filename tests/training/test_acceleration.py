@@ -60,8 +60,9 @@ NATIVE = TINY | {
 
 
 @pytest.fixture(name="small_ones_too")
-def nothing_is_small(monkeypatch):
-    """Networks that are worth native kernels are too large for a test."""
+def nothing_is_small(monkeypatch, tmp_path):
+    """Networks that are worth native kernels are too large for a test; what is measured so is not for other tests."""
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     for module in (acceleration, loading, frozen):
         monkeypatch.setattr(module, "SMALL_NETWORK", 0)
 
@@ -279,9 +280,9 @@ def test_a_compiled_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monke
     whole = funmatch.distill(**told, out=tmp_path / "whole")
     real = checkpoint.save
 
-    def stopping(place, step, *rest):
-        real(place, step, *rest)
-        if step == 4:
+    def stopping(place, tensors, state):
+        real(place, tensors, state)
+        if state.step == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -303,7 +304,7 @@ def test_teachers_in_pieces():
             assert len(views) <= 3
             return views.mean((2, 3))
 
-    assert torch.equal(TeacherEnsemble([Member()], at_once=3)(views), views[32].mean((2, 3)))  # pyrefly: ignore
+    assert torch.equal(TeacherEnsemble([Member()], chunk=3)(views), views[32].mean((2, 3)))  # pyrefly: ignore
 
 
 @compiler

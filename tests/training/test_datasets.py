@@ -21,14 +21,14 @@ def folder(root, classes=("ant", "bee"), count=10):
 
 def test_images_of_other_things_teach_too(tmp_path, capfd):
     run = funmatch.distill(data=folder(tmp_path / "insects"), out=tmp_path / "run", **TAUGHT)
-    assert "taken as unlabelled" in capfd.readouterr().err
+    assert "using its images without labels" in capfd.readouterr().err
     assert (run.figures["split"], run.figures["pictures"], run.top1) == ("train", 20, None)
     assert 0 <= run.agreement <= 1
     assert funmatch.evaluate(run.folder)["agreement"] == pytest.approx(run.agreement, abs=0.1)
 
 
 def test_other_things_with_a_validation_split_are_a_mistake(images, tmp_path):
-    with pytest.raises(InputError, match=r"10 classes, images has 3 .*unlabelled, or give .*eval_data"):
+    with pytest.raises(InputError, match=r"10 outputs, but images has 3 classes .*unlabelled, or .*eval_data"):
         funmatch.distill(data=images, out=tmp_path / "run", **TAUGHT)
     run = funmatch.distill(data=images, out=tmp_path / "run", unlabelled=True, **TAUGHT)
     assert run.top1 is None
@@ -139,9 +139,9 @@ def test_unlabelled_is_of_what_is_learnt(images, tmp_path):
     ("knobs", "message"),
     [
         ({"val": "10%", "eval_data": "fashion-mini"}, "give one of them"),
-        ({"data": []}, "give the training images by --data"),
+        ({"data": []}, "give the training images by data"),
         ({"val": "", "data": "fashion-mini"}, "val is empty"),
-        ({"val": 0.1, "data": "fashion-mini"}, "validation split of its own"),
+        ({"val": 0.1, "data": "fashion-mini"}, "has its own validation split"),
         ({"val_seed": 10**30}, "val_seed must be at most"),
     ],
 )

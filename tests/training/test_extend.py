@@ -19,6 +19,7 @@ import funmatch
 from funmatch.config import Report
 from funmatch.errors import InputError
 from funmatch.reports import run_page
+from funmatch.runtime import records as run_records
 from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
 
@@ -104,9 +105,9 @@ def test_a_run_that_is_not_over_is_prolonged_too(tmp_path, long, monkeypatch):
         folder = tmp_path / f"stopped-{stop}"
         real = checkpoint.save
 
-        def stopping(place, step, *rest, stop=stop, real=real, **more):
-            real(place, step, *rest, **more)
-            if step >= stop:
+        def stopping(place, tensors, state, stop=stop, real=real):
+            real(place, tensors, state)
+            if state.step >= stop:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(checkpoint, "save", stopping)
@@ -134,7 +135,7 @@ def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch,
 
         patches = [
             (extend, "write_folder_atomically"),
-            (extend, "write_atomically"),
+            (run_records, "write_atomically"),
             (checkpoint, "go_back"),
             (shutil, "rmtree"),
         ]
@@ -162,7 +163,7 @@ def _asked(folder: Path, length: dict) -> tuple[str, dict, dict]:
     ("length", "words"),
     [
         ({"steps": 10}, "can be made longer, not 10"),
-        ({"steps": 22, "cooldown_steps": 12}, "would cool down from step 10, before the 14 .* say --cooldown-steps 8"),
+        ({"steps": 22, "cooldown_steps": 12}, "would cool down from step 10, before the 14 .* pass cooldown_steps 8"),
         ({"steps": 30, "lr": 1e-2}, "steps: 20 in the run, 30 now"),
         ({"steps": 30, "warmup_steps": 5}, "warmup_steps: 2 in the run, 5 now"),
     ],

@@ -238,8 +238,8 @@ def test_without_a_validation_split_one_is_cut_and_test_is_judged_once(tmp_path)
     assert {record["split"] for record in events(run.folder, "eval")} == {"val"}
     assert run.figures["split"] == "test"
     page = run.report.read_text()
-    assert "What was looked at" in page
-    assert "the student that was kept" in page
+    assert "Evaluations per split" in page
+    assert "exported student" in page
 
 
 def test_the_network_that_validation_liked_most_is_kept(tmp_path):

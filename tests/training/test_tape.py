@@ -271,7 +271,7 @@ def recorded(tmp_path_factory):
         ({"strategy": "ind/ic"}, "teacher_sees: the student's on the tape, its own view now"),
         ({"crop_min_area": 0.3}, "min_area: 0.05 on the tape, 0.3 now"),
         ({"side": 40}, "side: 32 on the tape, 40 now"),
-        ({"data": (FEW, FEW)}, "pictures: "),
+        ({"data": (FEW, FEW)}, "images: "),
         ({"tape_top": 3}, "top: None on the tape, 3 now"),
         ({"teacher_precision": "fp32"}, "teacher_precision: auto on the tape, fp32 now"),
     ],
@@ -393,7 +393,7 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path, monkeypatch, full):
 
 def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"the tape of 14 steps takes 2\.7 kB more in .* where 1\.0 kB are free"):
+    with pytest.raises(InputError, match=r"the tape of 14 steps needs 2\.7 kB more in .* where 1\.0 kB are free"):
         funmatch.distill(out=tmp_path / "run", tape=tmp_path / "tape", **KNOBS)
 
 

@@ -163,7 +163,14 @@ def test_a_number_that_is_no_class(tmp_path):
 
 
 def test_a_run_with_two_teachers_at_two_sides(tmp_path):
-    knobs = {**MINI, "teacher": [TEACHER, TEACHER], "teacher_side": [32, 40], "teacher_share": [3, 1], "steps": 4}
+    knobs = {
+        **MINI,
+        "data": "fashion-mini",
+        "teacher": [TEACHER, TEACHER],
+        "teacher_side": [32, 40],
+        "teacher_share": [3, 1],
+        "steps": 4,
+    }
     run = funmatch.distill(out=tmp_path / "run", combine="mean-probabilities", save_every=2, **knobs)
     assert run.figures["teacher"]["name"] == f"{TEACHER} + {TEACHER}"
     assert run.figures["teacher"]["parameters"] == 2 * 109_766
