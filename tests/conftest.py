@@ -36,13 +36,13 @@ def folder_of_images(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kept_runs() -> dict[str, Path]:
+def finished_runs() -> dict[str, Path]:
     """The runs that `finished` copies."""
     return {}
 
 
 @pytest.fixture
-def finished(tmp_path_factory, kept_runs):
+def finished(tmp_path_factory, finished_runs):
     """Gives a run as `funmatch.distill(out=out, …)` ends it: made once for all tests that ask for the same, and copied.
 
     It is for tests of what comes after, whatever is done to the copy.
@@ -50,10 +50,10 @@ def finished(tmp_path_factory, kept_runs):
     import funmatch
 
     def run(out: Path, verb: str = "distill", **options) -> funmatch.Outcome:
-        carry_out, asked = getattr(funmatch, verb), repr((verb, sorted(options.items())))
-        if asked not in kept_runs:
-            kept_runs[asked] = carry_out(out=tmp_path_factory.mktemp("finished") / "run", **options).folder
-        shutil.copytree(kept_runs[asked], out)
+        carry_out, key = getattr(funmatch, verb), repr((verb, sorted(options.items())))
+        if key not in finished_runs:
+            finished_runs[key] = carry_out(out=tmp_path_factory.mktemp("finished") / "run", **options).folder
+        shutil.copytree(finished_runs[key], out)
         return carry_out(out=out, **options)  # which finds it finished, and reads its figures
 
     return run
