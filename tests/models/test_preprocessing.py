@@ -242,7 +242,7 @@ def test_what_follows_the_head(seen):
     assert "output is not that of its head" in after_head(seen(model(network("x"), "Mean:output:0")), "k", "b", "m")[0]
     nodes = [each for each in network("x") if not each.startswith(text(1, "MatMul"))]
     nodes += [node("L2", "Square", "Mean:output:0"), node("MatMul", "MatMul", "L2:y:0", "k/read:value:0")]
-    with pytest.raises(InputError, match="m applies Square to what its network gives to its head"):
+    with pytest.raises(InputError, match="m applies Square to the input of its head, which no BiT network does"):
         after_head(seen(model(nodes)), "k", "b", "m")
 
 
