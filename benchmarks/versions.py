@@ -25,11 +25,11 @@ DISTIL = [
 ]  # fmt: skip
 DEMO = [
     *DISTIL, "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student", "--batch", "64",
-    "--steps", "400", "--log-every", "100", "--threads", "1",
+    "--steps", "200", "--log-every", "50", "--threads", "1",
 ]  # fmt: skip
 LARGE = [
     *DISTIL, "--teacher", "resnetv2_101x1_bit", "--student", "resnetv2_50x1_bit", "--side", "128", "--batch", "16",
-    "--steps", "8", "--log-every", "2", "--allow-weak-teacher",
+    "--steps", "6", "--log-every", "2", "--allow-weak-teacher", "--threads", "1",
 ]  # fmt: skip
 STARTS = {
     "--help": ["--help"],
