@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
 from funmatch.config import TAUGHT, Report
@@ -16,6 +15,7 @@ from funmatch.errors import InputError
 from funmatch.models.inference.frozen import InferenceMode
 from funmatch.ops import mixing
 from funmatch.reports import run_plots
+from funmatch.reports.html import load_template
 from funmatch.reports.result import Result
 from funmatch.runtime import env
 from funmatch.runtime.files import write_atomically
@@ -57,9 +57,7 @@ def write_page(config: Report) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         reason = "it is a folder" if path.is_dir() else "its folder does not exist"
         raise InputError(f"cannot write the page {path}: {reason}; choose another --out")
-    page = Environment(
-        loader=PackageLoader("funmatch.reports", "templates"), autoescape=select_autoescape(), trim_blocks=True
-    ).get_template("report.html")
+    page = load_template("report.html")
     sheets = [sheet for each in found if (sheet := views_sheet(each, config.view_step))]
     distilled = [each for each in found if each.config["verb"] == "distill"]
     student = ("best " * (len(distilled or found) > 1)) + ("distilled student" if distilled else "student")

@@ -1,13 +1,13 @@
 """Plots the training curves of runs as SVG: metrics against the step."""
 
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from funmatch.reports.html import to_svg
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 
@@ -90,11 +90,7 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
         axes.set_ylabel(panel.label)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best", fontsize=8)
-        text = BytesIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue().decode()
-    # HTML takes the element alone, without the XML declaration and the document type before it.
-    return svg[svg.index("<svg") :]
+        return to_svg(figure)
 
 
 def _lines(axes: Axes, run: run_folder.Run, panel: Panel, color: str) -> None:

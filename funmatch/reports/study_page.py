@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
 
 from funmatch.reports import study_plots
+from funmatch.reports.html import load_template
 from funmatch.reports.study_plots import by, spread, value_of
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.text import duration
@@ -49,9 +49,7 @@ def write_page(folder: Path, plan: Plan, every_result: Sequence[Mapping[str, Any
             drawings.append((study_plots.heading(figure), svg, path.name))
     # All from `results.jsonl`, so that a study can be redrawn after its run folders are gone.
     write_atomically(folder / "table.md", markdown(plan, results, [(head, name) for head, _, name in drawings]))
-    template = Environment(
-        loader=PackageLoader("funmatch.reports", "templates"), autoescape=select_autoescape(), trim_blocks=True
-    ).get_template("study.html")
+    template = load_template("study.html")
     page = template.render(
         title=plan.title,
         question=plan.question,

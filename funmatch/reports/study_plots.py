@@ -1,7 +1,6 @@
 """Draws the plots of a study from `results.jsonl`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
 import matplotlib
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from funmatch.reports.html import to_svg
 from funmatch.reports.run_plots import COLORS, GREY, STYLE
 
 Results = Sequence[Mapping[str, Any]]
@@ -38,10 +38,7 @@ def draw_svg(figure: Mapping[str, Any], results: Results) -> str:
         axes = sheet.subplots()
         if not kinds[figure["kind"]](axes, results, figure):
             return ""
-        text = BytesIO()
-        sheet.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue().decode()
-    return svg[svg.index("<svg") :]
+        return to_svg(sheet)
 
 
 def heading(figure: Mapping[str, Any]) -> str:

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
-
 from funmatch.reports import tune_plots
+from funmatch.reports.html import load_template
 from funmatch.runtime.text import duration, format_value, percent
 
 NAMES = {"top1": "top-1", "agreement": "agreement"}
@@ -20,9 +19,7 @@ def page(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         result: the search's `result.json`.
         settings: the search's `study.json`.
     """
-    template = Environment(
-        loader=PackageLoader("funmatch.reports", "templates"), autoescape=select_autoescape(), trim_blocks=True
-    ).get_template("search.html")
+    template = load_template("search.html")
     return template.render(
         title=f"{Path(result['study']).name}: hyperparameter search",
         lead=lead(result),

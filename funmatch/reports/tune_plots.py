@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from io import BytesIO
 from typing import Any
 
 import matplotlib
@@ -11,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from funmatch.reports.html import to_svg
 from funmatch.reports.run_plots import COLORS, STYLE
 from funmatch.runtime.text import format_value
 
@@ -47,10 +47,7 @@ def _draw_svg(draw: Callable[[Figure, Trials, Result], None], trials: Trials, re
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, trials, result)
-        text = BytesIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue().decode()
-    return svg[svg.index("<svg") :]
+        return to_svg(figure)
 
 
 def _parallel(figure: Figure, trials: Trials, result: Result) -> None:

@@ -1,0 +1,22 @@
+"""Turns figures into SVG text, and loads the templates of pages."""
+
+from io import BytesIO
+
+from jinja2 import Environment, PackageLoader, Template, select_autoescape
+from matplotlib.figure import Figure
+
+
+def load_template(name: str) -> Template:
+    """A template of `reports/templates`; what it is given is escaped."""
+    loader = PackageLoader("funmatch.reports", "templates")
+    return Environment(loader=loader, autoescape=select_autoescape(), trim_blocks=True).get_template(name)
+
+
+def to_svg(figure: Figure) -> str:
+    """The text of an SVG element; call it inside the figure's style context, which decides how text is written."""
+    text = BytesIO()
+    # Without date and creator, the same figure is the same text.
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue().decode()
+    # HTML takes the element alone, without the XML declaration and the document type before it.
+    return svg[svg.index("<svg") :]
