@@ -41,12 +41,11 @@ from PIL import Image
 from torch import nn
 
 from funmatch.config import Distill
-from funmatch.data.batch import Batch
 from funmatch.data.cache.device_store import fastest_crop_kernel
-from funmatch.data.loader import prefetch
+from funmatch.data.loader import Batch, prefetch
 from funmatch.ops import resample
-from funmatch.ops.boxes import box_sampler
-from funmatch.runtime import devices, transfers
+from funmatch.ops.sampling import box_sampler
+from funmatch.runtime import devices
 from funmatch.training import distill, profiling
 from funmatch.training.loop import fit
 from funmatch.training.student.acceleration import compile_student
@@ -220,7 +219,7 @@ class Bench:
                 return began / self.steps
 
             def streamed() -> Iterator[Batch]:
-                pin = made.objective.ahead or transfers.pin_batch(course.device)
+                pin = made.objective.ahead or partial(Batch.pin_memory, device=course.device)
                 with closing(prefetch(setup.loader, 0, 5 + self.steps, workers=setup.workers, finish=pin)) as given:
                     yield from given
 
@@ -329,7 +328,7 @@ class Bench:
             warnings.simplefilter("always")
             setup, trained = made.setup, made.setup.student
             scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
-            pin = transfers.pin_batch(setup.loop.device)
+            pin = partial(Batch.pin_memory, device=setup.loop.device)
             with closing(prefetch(setup.loader, 0, 30, workers=setup.workers, finish=pin)) as batches:
                 for number, _ in fit(setup.loop, trained.classifier, trained.optimizer, scaler, batches, made.loss):
                     torch.cuda.set_sync_debug_mode("warn" if 10 <= number < 29 else "default")

@@ -15,6 +15,7 @@ import resource
 import statistics
 import tempfile
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,14 +27,14 @@ from PIL import Image
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.loader import Loader, prefetch
+from funmatch.data.loader import Batch, Loader, prefetch
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.ops.distances import kl
 from funmatch.ops.mixing import mix_views
 from funmatch.ops.optim.factory import create_optimizer
 from funmatch.ops.view_spec import ViewSpec
-from funmatch.runtime import devices, transfers
+from funmatch.runtime import devices
 from funmatch.training.loop import LoopOptions, fit
 
 SIDE = 128
@@ -62,7 +63,8 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
     student.to(device)
     optimizer = create_optimizer("adamw", student.net, course.lr, 1e-4)
     loader = Loader(split, ViewSpec(0, options.batch, SIDE))
-    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=transfers.pin_batch(device))
+    pin = partial(Batch.pin_memory, device=device)
+    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=pin)
     if ready:
         batches = [batch.to(device) for batch in batches]
 

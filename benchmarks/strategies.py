@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funmatch
 from funmatch.config.choices import STRATEGIES
-from funmatch.data.batch import Batch
+from funmatch.data.loader import Batch
 from funmatch.models.inference.frozen import Frozen, InferenceMode
 from funmatch.models.load import load
 from funmatch.ops.distances import kl

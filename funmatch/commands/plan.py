@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from funmatch.config import Distill, Finetune, Train
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.loader import prefetch
+from funmatch.data.loader import Batch, prefetch
 from funmatch.errors import InputError
 from funmatch.reports import run_page  # noqa: F401  (a run draws a page at its end, so the time of this import is part of the estimate)
 from funmatch.reports.result import Result
@@ -156,7 +157,7 @@ def seconds_a_step(setup: TrainSetup[Any], objective: Objective) -> float:
     """Measures the mean duration of a step over `TIMED` steps of the run, with views prepared in parallel."""
     course, student = setup.loop, setup.student
     steps = min(course.steps, WARM + TIMED)
-    finish = objective.ahead or transfers.pin_batch(course.device)
+    finish = objective.ahead or partial(Batch.pin_memory, device=course.device)
     batches = prefetch(objective.batches, 0, steps, workers=setup.workers, finish=finish)
     scaler = devices.loss_scaler(course.device, course.precision)
     warm, start = min(WARM, steps - 1), time.perf_counter()

@@ -1,27 +1,124 @@
-"""Makes the batches of a split: training views as a pure function of the step, and central views in order."""
+"""Makes training batches as a pure function of the step, and prepares them ahead in threads."""
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import pairwise
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.data.batch import Batch
 from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops import randaugment
-from funmatch.ops.boxes import box_sampler
-from funmatch.ops.crops import central_view, crop_of_resized_flip, crop_resize_flip
-from funmatch.ops.mixing import draw_cutmix_boxes
-from funmatch.ops.sampling import CUTMIX_STREAM, RANDAUGMENT_STREAM, StepSample, sample_step, step_generator
+from funmatch.ops.crops import crop_of_resized_flip, crop_resize_flip
+from funmatch.ops.mixing import draw_cutmix_boxes, own_weight
+from funmatch.ops.sampling import (
+    CUTMIX_STREAM,
+    RANDAUGMENT_STREAM,
+    StepSample,
+    box_sampler,
+    sample_step,
+    step_generator,
+)
 from funmatch.ops.view_spec import MILD, ViewSpec
-from funmatch.runtime.prefetch import prefetch_map
+from funmatch.runtime.chunks import even_chunks
 from funmatch.runtime.timing import timed
 
+T = TypeVar("T")
 Lookup = Callable[[int, int, np.ndarray], Tensor | None]
 """Teacher logits that are known beforehand: (step, first row, image of each row) to (rows, classes), or None."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's rows of the global batch of one step.
+
+    Attributes:
+        crops: the student's crops, (1 + n, 3, side, side) float32 in [0, 1]; row 0 is the predecessor of row 1 in the
+            global batch, its MixUp and CutMix partner.
+        labels: (1 + n,) int64, -1 for no label.
+        lam: MixUp weight of the image itself, in [0, 1]: one, or one per image, (n,) float32.
+        teacher_logits: (n, classes), where they are known without asking the teacher; else None.
+        teacher_crops: one for each of the loader's `teacher_sides`, shaped as `crops`; None stands for `crops`, so
+            that the teacher is given the very same pixels as the student.
+        cutmix_boxes: (1 or n, 4) float32 as `mixing.cutmix` takes them, or None.
+        step: the step.
+        first_row: place of row 1 in the global batch.
+    """
+
+    crops: Tensor
+    labels: Tensor
+    lam: float | Tensor
+    teacher_logits: Tensor | None = None
+    teacher_crops: tuple[Tensor | None, ...] = ()
+    cutmix_boxes: Tensor | None = None
+    step: int = 0
+    first_row: int = 0
+
+    def __len__(self) -> int:
+        """Images of which there are views: n."""
+        return len(self.labels) - 1
+
+    @property
+    def own_weight(self) -> float | Tensor:
+        """Weight of a view's own label, one or (n,): λ, less what CutMix covers."""
+        return own_weight(self.lam, self.cutmix_boxes, self.crops.shape[-1])
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with every tensor changed."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return replace(
+            self,
+            crops=change(self.crops),
+            labels=change(self.labels),
+            lam=change(self.lam) if isinstance(self.lam, Tensor) else self.lam,
+            teacher_logits=changed(self.teacher_logits),
+            teacher_crops=tuple(map(changed, self.teacher_crops)),
+            cutmix_boxes=changed(self.cutmix_boxes),
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self, device: torch.device) -> "Batch":
+        """The batch in pinned memory, which an accelerator copies asynchronously; the batch itself on a CPU.
+
+        Args:
+            device: the accelerator that will read it.
+        """
+        if device.type == "cpu":
+            return self
+        # The current device is per thread: a new thread would pin for, and create a context on, the first accelerator.
+        with torch.accelerator.device_index(device.index):
+            return self.map_tensors(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+
+    def pieces(self, size: int | None) -> Iterator[tuple["Batch", float]]:
+        """Splits the batch evenly into micro-batches of at most `size` images; yields each and its share of the batch.
+
+        Each keeps the predecessor of its first image, so MixUp and CutMix pair the same images in any number of pieces.
+        """
+        for start, stop in pairwise(even_chunks(len(self), size)):
+            rows, with_predecessor = slice(start, stop), slice(start, stop + 1)
+            boxes = self.cutmix_boxes
+            piece = replace(
+                self,
+                crops=self.crops[with_predecessor],
+                labels=self.labels[with_predecessor],
+                lam=self.lam[rows] if isinstance(self.lam, Tensor) else self.lam,
+                teacher_logits=None if self.teacher_logits is None else self.teacher_logits[rows],
+                teacher_crops=tuple(None if each is None else each[with_predecessor] for each in self.teacher_crops),
+                cutmix_boxes=boxes if boxes is None or len(boxes) == 1 else boxes[rows],
+                first_row=self.first_row + start,
+            )
+            yield piece, (stop - start) / len(self)
 
 
 class Batches(Protocol):
@@ -149,29 +246,28 @@ def prefetch(
     return prefetch_map(make, start, stop, workers)
 
 
-def central_batches(
-    split: CachedSplit, side: int, short_side: int, batch: int, *, squash: bool = False, workers: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """A split once through in order, as evaluation sees it.
+def prefetch_map(compute: Callable[[int], T], start: int, stop: int, workers: int) -> Generator[T]:
+    """Yields `compute(start)` … `compute(stop − 1)` in order, computed ahead by threads.
 
     Args:
-        side: of the views, pixels.
-        short_side: to which images are resized before the central square is cut, pixels.
-        batch: images at a time.
-        squash: resize both sides to `short_side`.
-        workers: threads that decode ahead, where images have to be decoded.
-
-    Yields:
-        views (n, 3, side, side) float32 in [0, 1], and labels (n,) int64.
+        compute: called with a step's number, in any thread and order; it must not depend on earlier calls.
+        start, stop: range of the steps.
+        workers: number of threads; up to twice as many results wait in memory.
     """
-
-    def make(number: int) -> tuple[Tensor, Tensor]:
-        indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
-        if isinstance(split.store, DeviceStore):
-            return split.store.central(split.index[indices], short_side, side, squash=squash), split.labels(indices)
-        images = split.images(indices)
-        views = torch.stack([central_view(image, short_side, side, squash=squash) for image in images])
-        return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
-
-    count = -(-len(split) // batch)
-    return prefetch_map(make, 0, count, workers) if split.store.decodes else map(make, range(count))
+    pending: deque[Future[T]] = deque()
+    # One torch thread in each worker: the workers are the parallelism, more threads than cores slow each other down.
+    pool = ThreadPoolExecutor(workers, "views", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for step in range(start, stop):
+            if not pending:
+                pending.extend(pool.submit(compute, s) for s in range(step, min(step + 2 * workers, stop)))
+            with timed("waiting for views"):
+                result = pending.popleft().result()
+            # Submitted before the result is handed over, so that the threads work while the caller uses it.
+            following = step + 2 * workers
+            if following < stop:
+                pending.append(pool.submit(compute, following))
+            yield result
+    finally:
+        # Without waiting: after Ctrl-C nobody needs the batches that are under way.
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -4,10 +4,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from timm.data import ImageNetInfo
 from timm.data.imagenet_info import infer_imagenet_subset
-from torch import Tensor
 
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.classifier import Classifier
@@ -15,25 +13,6 @@ from funmatch.models.classifier import Classifier
 SAME_NAMES = "same-names"
 ClassMap = tuple[tuple[int, ...], ...]
 """For each class of the data the indices of the teacher's classes that it stands for."""
-
-
-def select_classes(logits: Tensor, class_map: ClassMap | None) -> Tensor:
-    """Selects the logits of the data's classes; the softmax shares out what the teacher gives to others.
-
-    Args:
-        logits: (n, teacher's classes).
-        class_map: the classes to select, or None for all. Where a class stands for several, their probabilities are
-            added: log Σ exp.
-
-    Returns:
-        (n, data's classes).
-    """
-    if class_map is None:
-        return logits
-    # Indexing copies numbers as they are; logsumexp of a single one would round it.
-    if all(len(indices) == 1 for indices in class_map):
-        return logits[:, [indices[0] for indices in class_map]]
-    return torch.stack([logits[:, list(indices)].logsumexp(-1) for indices in class_map], 1)
 
 
 def class_names(classifier: Classifier) -> list[tuple[str, ...]] | None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from funmatch.models.class_map import ClassMap, select_classes
+from funmatch.models.class_map import ClassMap
 from funmatch.models.inference.frozen import Frozen
 from funmatch.runtime.chunks import even_chunks
 
@@ -35,6 +35,25 @@ class EnsembleMember:
     def logits(self, views: Tensor) -> Tensor:
         """Computes the logits of the student's classes, (n, classes), of views (n, 3, side, side)."""
         return select_classes(self.frozen(views), self.class_map)
+
+
+def select_classes(logits: Tensor, class_map: ClassMap | None) -> Tensor:
+    """Selects the logits of the data's classes; the softmax shares out what the teacher gives to others.
+
+    Args:
+        logits: (n, teacher's classes).
+        class_map: the classes to select, or None for all. Where a class stands for several, their probabilities are
+            added: log Σ exp.
+
+    Returns:
+        (n, data's classes).
+    """
+    if class_map is None:
+        return logits
+    # Indexing copies numbers as they are; logsumexp of a single one would round it.
+    if all(len(indices) == 1 for indices in class_map):
+        return logits[:, [indices[0] for indices in class_map]]
+    return torch.stack([logits[:, list(indices)].logsumexp(-1) for indices in class_map], 1)
 
 
 def mean_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:  # noqa: ARG001

@@ -9,12 +9,48 @@ it is, as a λ of 1 does: so a batch, or each image of one, is cut or mixed by i
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.ops.sampling import beta_quantile
+
+@dataclass(frozen=True)
+class MixupOptions:
+    """How MixUp's λ is drawn.
+
+    Attributes:
+        a: parameter of Beta(a, a), the distribution of λ; 1 is uniform, 0 turns MixUp off.
+        per_image: draw a λ for each image instead of one for the batch.
+        take_max: use max(λ, 1 − λ), so that no image counts less than its partner.
+        lam: a fixed λ, used as it is, instead of a drawn one.
+    """
+
+    a: float = 1.0
+    per_image: bool = False
+    take_max: bool = True
+    lam: float | None = None
+
+    def lam_at(self, uniforms: np.ndarray) -> np.ndarray:
+        """Maps uniform numbers in [0, 1) to λ, in the same shape."""
+        # First, since Beta(0, 0) has no quantile function; and MixUp off wins over a fixed λ.
+        if self.a == 0:
+            return np.ones_like(uniforms)
+        if self.lam is not None:
+            return np.full_like(uniforms, self.lam)
+        lam = beta_quantile(uniforms, self.a)
+        return np.maximum(lam, 1 - lam) if self.take_max else lam
+
+
+def beta_quantile(uniforms: np.ndarray, a: float) -> np.ndarray:
+    """Maps uniform numbers in [0, 1) to Beta(a, a), a > 0, by its quantile function; the same shape."""
+    if a == 1:
+        return uniforms
+    # By the quantile function, not `rng.beta`, whose stream numpy does not keep. Imported here: it takes 0.1 s.
+    from scipy.special import betaincinv
+
+    return betaincinv(a, a, uniforms)
 
 
 def boxes_from_uniforms(uniforms: np.ndarray, a: float = 1.0) -> np.ndarray:

@@ -7,7 +7,8 @@ of that kind: whether students can share crops, whether a tape belongs to a run,
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from funmatch.ops.sampling import SAMPLING_VERSION, MixupOptions
+from funmatch.ops.mixing import MixupOptions
+from funmatch.ops.sampling import SAMPLING_VERSION
 
 MILD = ("mild", "squash")
 """Crops that are cut out of a resized image."""
@@ -25,7 +26,7 @@ class ViewSpec:
         batch: images in the *global* batch; may exceed the number of images.
         side: image size of the student's crops, pixels.
         min_area: smallest share of an image that an Inception crop covers, in (0, 1].
-        crop: how an image becomes a view; see `boxes.box_sampler`.
+        crop: how an image becomes a view; see `sampling.box_sampler`.
         resize: short side from which a mild crop is cut, pixels; 0 for other crops.
         mixup: how MixUp's λ is drawn.
         cutmix: a of Beta(a, a), from which CutMix's λ is drawn; 0 is no CutMix.

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
@@ -76,20 +76,3 @@ def timed(name: str) -> Generator[None]:
         timer.add(name, elapsed - inner.pop())
         if inner:
             inner[-1] += elapsed
-
-
-def timed_iter(items: Iterable[T], name: str) -> Iterator[T]:
-    """Yields the items and times the wait for each of them as a part.
-
-    Args:
-        items: none of them may be None.
-        name: of the part.
-    """
-    iterator = iter(items)
-    while True:
-        # `for` would hide the wait; only `next` is timed, not what the caller does with the item.
-        with timed(name):
-            item = next(iterator, None)
-        if item is None:
-            return
-        yield item

@@ -1,40 +1,10 @@
 """Moves tensors between the CPU and an accelerator without making either wait for the other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
-
-
-class HasTensors(Protocol):
-    """An object that holds tensors, such as a batch, and can return itself with each of them changed."""
-
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self: ...
-
-
-Batch = TypeVar("Batch", bound=HasTensors)
-
-
-def pin_batch(device: torch.device) -> Callable[[Batch], Batch] | None:
-    """Returns the function that copies a batch into pinned memory, from where copies to a device are asynchronous.
-
-    Args:
-        device: the accelerator that will read the batch.
-
-    Returns:
-        the function, for a worker thread; None on the CPU, where there is nothing to copy.
-    """
-    if device.type == "cpu":
-        return None
-
-    def pinned(batch: Batch) -> Batch:
-        # The current device is per thread: a new thread would pin for, and create a context on, the first accelerator.
-        with torch.accelerator.device_index(device.index):
-            return batch.map_tensors(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
-
-    return pinned
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from funmatch.models.classifier import Classifier
 from funmatch.models.load import NAMED
 from funmatch.ops.optim import factory, hyperrule
 from funmatch.runtime import devices, distributed, env
+from funmatch.runtime.log import info
 from funmatch.training import datasets, scoring
 from funmatch.training.run import folder as run_folder
 from funmatch.training.student import acceleration
@@ -83,6 +84,21 @@ def _train_resize(config: Train, side: int, eval_resize: int) -> int | None:
     if config.cropped not in ("mild", "squash"):
         return None
     return config.resize or (eval_resize if eval_resize > side else scoring.enlarged_side(side))
+
+
+def warn_of_late_steps(config: Train) -> None:
+    """Warns of a schedule that is longer than the run."""
+    # A warning, not an error: nearly always a recipe was shortened to try it out.
+    steps, warmup = config.steps or 1, config.warmup_steps or 0
+    late = [step for step in config.decay_steps if step >= steps]
+    if warmup >= steps > 1:
+        info(f"WARNING: the warm-up of {warmup:,} steps is not over when the run ends at {steps:,}; see --warmup-steps")
+    if late:
+        listed = ", ".join(map(str, late))
+        info(f"WARNING: the decays at steps {listed} come after the run ends at {steps:,}; see --decay-steps")
+    if config.cooldown_steps and config.cooldown_steps > steps - warmup:
+        cooldown = f"{config.cooldown_steps:,} steps"
+        info(f"WARNING: the cool-down of {cooldown} begins before the warm-up ends; see --cooldown-steps")
 
 
 def absolute_paths(config: Train) -> dict[str, Any]:

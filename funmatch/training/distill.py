@@ -9,15 +9,14 @@ from torch import Tensor
 
 from funmatch.config import Distill
 from funmatch.config.choices import DISTANCES, STRATEGIES
-from funmatch.data.batch import Batch
 from funmatch.data.cache.open_cache import Cache
+from funmatch.data.loader import Batch
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.distances import cross_entropy, distance, mix_labels, standardize_logits
 from funmatch.ops.mixing import mix_views
 from funmatch.runtime import distributed, env
 from funmatch.runtime.log import info
-from funmatch.runtime.prefetch import SharedCache
 from funmatch.runtime.timing import timed
 from funmatch.training import scoring, trainer
 from funmatch.training.loop import Losses
@@ -25,7 +24,7 @@ from funmatch.training.objective import Objective, TeacherLogits
 from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data, recorded_modes
 from funmatch.training.student.build import Modules
 from funmatch.training.teachers import checks, fixed, loading, recording
-from funmatch.training.teachers.source import DistillLoader, Fixed, Live, Shared, Taped, TeacherSource
+from funmatch.training.teachers.source import DistillLoader, Fixed, Live, Shared, SharedCache, Taped, TeacherSource
 from funmatch.training.teachers.tape import fold_dropped_classes
 
 DistillSetup = TrainSetup[Distill]

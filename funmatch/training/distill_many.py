@@ -10,12 +10,12 @@ from funmatch.config import Distill
 from funmatch.errors import InputError
 from funmatch.runtime import distributed, env, signals
 from funmatch.runtime.log import ProgressBar, info
-from funmatch.runtime.prefetch import SharedCache
 from funmatch.training import distill, scoring
 from funmatch.training.distill import Distillation, DistillSetup
 from funmatch.training.run import folder as run_folder
 from funmatch.training.setup import finished_result, run_record
 from funmatch.training.teachers.loading import LoadedTeacher
+from funmatch.training.teachers.source import SharedCache
 from funmatch.training.trainer import Trainer
 
 

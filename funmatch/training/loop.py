@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from funmatch.data.batch import Batch
-from funmatch.ops.optim.updates import clip_grad_norm_, set_lr
+from funmatch.config import Train
+from funmatch.data.loader import Batch
+from funmatch.ops.optim import schedules
 from funmatch.runtime import devices, distributed, env, malloc
-from funmatch.runtime.timing import timed, timed_iter
+from funmatch.runtime.timing import timed
 
 Losses = Mapping[str, Tensor]
 """Scalars by name: `loss`, which is minimised, and the parts that it consists of (`distance`, `label_loss`)."""
@@ -44,6 +45,28 @@ class LoopOptions:
         return self.lr * self.factor(step)
 
 
+def loop_options(config: Train, device: torch.device) -> LoopOptions:
+    """Returns the options of the training loop of a resolved configuration."""
+    steps, warmup = config.steps, config.warmup_steps or 0
+    assert steps is not None
+    assert config.lr is not None
+
+    def factor(step: int) -> float:
+        decay, cooldown = (config.decay_steps, config.decay_factors), (config.cooldown_steps, config.cooldown_shape)
+        return schedules.factor(config.schedule, step, steps, warmup, *decay, *cooldown)
+
+    return LoopOptions(
+        steps, config.lr, factor, config.clip_norm, config.seed, device, config.precision, config.micro_batch
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, factor: float) -> None:
+    """Sets the learning rate of every group to `lr · factor`, the factor of the schedule."""
+    # In every step, instead of by torch's schedulers: a function of the step alone has no state to save and restore.
+    for group in optimizer.param_groups:
+        group["lr"] = lr * factor
+
+
 def fit(
     options: LoopOptions,
     student: nn.Module,
@@ -66,7 +89,7 @@ def fit(
     """
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     with malloc.keep_freed_memory(options.device):
-        for step, batch in enumerate(timed_iter(batches, "waiting for views"), start):
+        for step, batch in enumerate(batches, start):
             if not student.training:  # the caller may have evaluated it
                 student.train()
             # Dropout becomes a function of (seed, step, rank), so that a resumed run drops the same units.
@@ -88,9 +111,9 @@ def fit(
                 gradients = [each.grad for each in parameters if each.grad is not None]
                 distributed.all_reduce_mean_([*total.values(), *gradients])
                 scaler.unscale_(optimizer)
-                # After unscaling: the limit is of true gradients.
+                # After unscaling: the limit is of true gradients, of all together as in the paper's code.
                 if options.clip_norm is not None:
-                    clip_grad_norm_(parameters, options.clip_norm)
+                    torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
             yield step + 1, total

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from funmatch.data.batch import Batch
-from funmatch.data.loader import Batches
+from funmatch.data.loader import Batch, Batches
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.training.loop import Losses
 

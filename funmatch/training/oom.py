@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from funmatch.data.batch import Batch
-from funmatch.data.loader import Batches
+from funmatch.data.loader import Batch, Batches
 from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime import devices, env
 from funmatch.training.loop import LoopOptions, Losses

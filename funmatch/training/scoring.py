@@ -1,6 +1,6 @@
 """Evaluates classifiers: predicts the images of a split, and scores the predictions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from funmatch.config import Train
-from funmatch.data.batch import Batch
+from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.loader import Batches, central_batches
+from funmatch.data.loader import Batch, Batches, prefetch_map
 from funmatch.errors import InputError
 from funmatch.models.classifier import Card, Classifier
 from funmatch.ops import metrics
+from funmatch.ops.crops import central_view
 from funmatch.runtime import devices, env, transfers
 
 TRAIN_IMAGES_FOR_VALIDATION = 1000
@@ -66,6 +67,34 @@ def eval_view(config: Train, device: torch.device) -> EvalView:
     # Without gradients a whole batch usually fits even where training needs pieces.
     batch = config.batch // env.world_size()
     return EvalView(config.side, config.eval_resize, batch, device, config.precision, config.crop == "squash")
+
+
+def central_batches(
+    split: CachedSplit, side: int, short_side: int, batch: int, *, squash: bool = False, workers: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A split once through in order, as evaluation sees it.
+
+    Args:
+        side: of the views, pixels.
+        short_side: to which images are resized before the central square is cut, pixels.
+        batch: images at a time.
+        squash: resize both sides to `short_side`.
+        workers: threads that decode ahead, where images have to be decoded.
+
+    Yields:
+        views (n, 3, side, side) float32 in [0, 1], and labels (n,) int64.
+    """
+
+    def make(number: int) -> tuple[Tensor, Tensor]:
+        indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
+        if isinstance(split.store, DeviceStore):
+            return split.store.central(split.index[indices], short_side, side, squash=squash), split.labels(indices)
+        images = split.images(indices)
+        views = torch.stack([central_view(image, short_side, side, squash=squash) for image in images])
+        return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
+
+    count = -(-len(split) // batch)
+    return prefetch_map(make, 0, count, workers) if split.store.decodes else map(make, range(count))
 
 
 @torch.inference_mode()

@@ -14,20 +14,22 @@ from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
+from funmatch.models.classifier import Classifier
 from funmatch.models.timm_models import parse_options
-from funmatch.ops.optim import factory, schedules
-from funmatch.ops.sampling import MixupOptions
+from funmatch.ops.mixing import MixupOptions
+from funmatch.ops.optim import factory
+from funmatch.ops.optim.updates import EMA
 from funmatch.ops.view_spec import ViewSpec
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.log import info
 from funmatch.training import datasets, scoring
-from funmatch.training.defaults import resolve_defaults
-from funmatch.training.loop import LoopOptions
+from funmatch.training.defaults import resolve_defaults, warn_of_late_steps
+from funmatch.training.loop import LoopOptions, loop_options
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.scoring import Evaluation
 from funmatch.training.student import acceleration
-from funmatch.training.student.build import Modules, Student, build_classifier, build_student, init_digest
+from funmatch.training.student.build import Modules, Student, build_classifier, init_digest, sync_across_processes
 from funmatch.version import __version__
 
 Options = TypeVar("Options", bound=Train)
@@ -222,34 +224,21 @@ def _with_earlier_warmup(config: Options, requested: Train) -> Options:
     return config if warmup is None else config.model_copy(update={"warmup_steps": warmup})
 
 
-def warn_of_late_steps(config: Train) -> None:
-    """Warns of a schedule that is longer than the run."""
-    # A warning, not an error: nearly always a recipe was shortened to try it out.
-    steps, warmup = config.steps or 1, config.warmup_steps or 0
-    late = [step for step in config.decay_steps if step >= steps]
-    if warmup >= steps > 1:
-        info(f"WARNING: the warm-up of {warmup:,} steps is not over when the run ends at {steps:,}; see --warmup-steps")
-    if late:
-        listed = ", ".join(map(str, late))
-        info(f"WARNING: the decays at steps {listed} come after the run ends at {steps:,}; see --decay-steps")
-    if config.cooldown_steps and config.cooldown_steps > steps - warmup:
-        cooldown = f"{config.cooldown_steps:,} steps"
-        info(f"WARNING: the cool-down of {cooldown} begins before the warm-up ends; see --cooldown-steps")
+def build_student(config: Train, classifier: Classifier, device: torch.device) -> Student:
+    """Moves the network to its device, makes it equal on all processes, and creates its optimizer.
 
-
-def loop_options(config: Train, device: torch.device) -> LoopOptions:
-    """Returns the options of the training loop of a resolved configuration."""
-    steps, warmup = config.steps, config.warmup_steps or 0
-    assert steps is not None
+    Args:
+        config: the resolved options.
+    """
+    classifier = sync_across_processes(classifier.to(device), device)
     assert config.lr is not None
-
-    def factor(step: int) -> float:
-        decay, cooldown = (config.decay_steps, config.decay_factors), (config.cooldown_steps, config.cooldown_shape)
-        return schedules.factor(config.schedule, step, steps, warmup, *decay, *cooldown)
-
-    return LoopOptions(
-        steps, config.lr, factor, config.clip_norm, config.seed, device, config.precision, config.micro_batch
-    )
+    # After the move, since the optimizer refers to these very parameters.
+    optimizer = factory.create_optimizer(
+        config.optimizer, classifier.net, config.lr, config.weight_decay,
+        momentum=config.momentum, momentum_dtype=config.momentum_dtype,
+        options=parse_options(config.optimizer_kwargs), sharded_map=distributed.sharded_map,
+    )  # fmt: skip
+    return Student(classifier, optimizer, EMA(classifier, config.ema) if config.ema is not None else None)
 
 
 def run_record(setup: TrainSetup[Any]) -> tuple[dict[str, Any], dict[str, Any]]:

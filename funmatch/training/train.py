@@ -3,8 +3,8 @@
 from typing import Any
 
 from funmatch.config import Train
-from funmatch.data.batch import Batch
 from funmatch.data.cache.open_cache import Cache
+from funmatch.data.loader import Batch
 from funmatch.errors import InputError
 from funmatch.ops.distances import cross_entropy, mix_labels
 from funmatch.ops.mixing import mix_views

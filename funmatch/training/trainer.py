@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from funmatch.data.loader import prefetch
+from funmatch.data.loader import Batch, prefetch
 from funmatch.runtime import devices, distributed, env, signals, transfers
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import percent
@@ -106,7 +106,7 @@ class Trainer:
         setup, loop, objective = self.setup, self.setup.loop, self.objective
         student, optimizer = self.student.classifier, self.student.optimizer
         start = self.state.step
-        finish = objective.ahead or transfers.pin_batch(loop.device)
+        finish = objective.ahead or partial(Batch.pin_memory, device=loop.device)
         batches = prefetch(objective.batches, start, loop.steps, workers=setup.workers, finish=finish)
         # Early stopping may have been due when the process was killed before it recorded the end.
         if self.early_stop_due:

@@ -14,12 +14,13 @@ from funmatch.data.cache import device_store
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import open_cache
-from funmatch.data.loader import Loader, central_batches
+from funmatch.data.loader import Loader
 from funmatch.ops import resample
 from funmatch.ops.view_spec import ViewSpec
 from funmatch.training import datasets as of_tasks
 from funmatch.training.run.checkpoint import CheckpointWriter
 from funmatch.training.run.folder import Run
+from funmatch.training.scoring import central_batches
 from tests.conftest import paint
 
 CPU = torch.device("cpu")

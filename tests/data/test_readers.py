@@ -14,12 +14,13 @@ from funmatch.data.cache import build
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.decode import decode
-from funmatch.data.loader import Loader, central_batches, prefetch
+from funmatch.data.loader import Loader, prefetch
 from funmatch.data.readers.folder import open_folder
 from funmatch.data.readers.open import READERS, Reader, local_folder, open_dataset, resolve_spec
 from funmatch.errors import InputError
 from funmatch.ops.crops import crop_resize_flip
 from funmatch.ops.view_spec import ViewSpec
+from funmatch.training.scoring import central_batches
 
 
 def test_splits_and_classes_of_a_folder(images):

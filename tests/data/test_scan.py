@@ -22,10 +22,11 @@ from funmatch.data.cache import scan as surveys
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
-from funmatch.data.loader import Loader, central_batches
+from funmatch.data.loader import Loader
 from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
 from funmatch.ops.view_spec import ViewSpec
+from funmatch.training.scoring import central_batches
 
 
 def classes_folder(root, count=30, classes=("ant", "bee")):

@@ -128,8 +128,7 @@ def test_crops_have_tensorflows_distribution(tf):
     """Two-sample Kolmogorov-Smirnov on area, aspect and centre, 100,000 draws."""
     from scipy.stats import ks_2samp
 
-    from funmatch.ops.boxes import sample_inception_boxes
-    from funmatch.ops.sampling import step_generator
+    from funmatch.ops.sampling import sample_inception_boxes, step_generator
 
     n, height, width = 100_000, 375, 500
     ours = sample_inception_boxes(step_generator(0, 0), np.full(n, height), np.full(n, width))

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 import funmatch
-from funmatch.data.batch import Batch
+from funmatch.data.loader import Batch
 from funmatch.errors import InputError
 from funmatch.ops.distances import kl
 from funmatch.ops.optim.factory import FACTORIES, REFUSED, create_optimizer, list_optimizers
 from funmatch.ops.optim.schedules import factor
 from funmatch.ops.optim.state import load_optimizer_state_, optimizer_state_dict
-from funmatch.ops.optim.updates import decayed_parameters, set_lr
+from funmatch.ops.optim.updates import decayed_parameters
 from funmatch.runtime import devices
-from funmatch.training.loop import LoopOptions, fit
+from funmatch.training.loop import LoopOptions, fit, set_lr
 from funmatch.training.run import checkpoint
 from funmatch.training.run.state import TrainState
 

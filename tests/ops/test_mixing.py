@@ -6,8 +6,8 @@ import timm.data.mixup
 import torch
 
 from funmatch.ops.distances import mix_labels
-from funmatch.ops.mixing import boxes_from_uniforms, cutmix, kept_fraction, mixup
-from funmatch.ops.sampling import beta_quantile, step_generator
+from funmatch.ops.mixing import beta_quantile, boxes_from_uniforms, cutmix, kept_fraction, mixup
+from funmatch.ops.sampling import step_generator
 
 
 def batch(n: int, side: int, seed: int = 0) -> torch.Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from funmatch.ops import resample
-from funmatch.ops.boxes import box_sampler
 from funmatch.ops.crops import central_view, crop_of_resized_flip, crop_resize_flip
+from funmatch.ops.sampling import box_sampler
 
 SIZES = np.array([[31, 23], [64, 64], [8, 90], [200, 130], [1, 1], [2, 300], [375, 500]])
 CLOSE = 0.01 / 255

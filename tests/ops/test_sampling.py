@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funmatch.ops.boxes import sample_inception_boxes
-from funmatch.ops.sampling import sample_step, shuffle_positions, step_generator
+from funmatch.ops.sampling import sample_inception_boxes, sample_step, shuffle_positions, step_generator
 
 # Deciles of 200,000 boxes of TensorFlow 2.21's `tf.image.sample_distorted_bounding_box` (aspect 3/4 … 4/3, area
 # 5 … 100 %, 100 attempts): the box's share of the image's area, its aspect, its centre as a share of the sides.

@@ -4,7 +4,8 @@ from dataclasses import fields, make_dataclass, replace
 
 import pytest
 
-from funmatch.ops.sampling import SAMPLING_VERSION, MixupOptions
+from funmatch.ops.mixing import MixupOptions
+from funmatch.ops.sampling import SAMPLING_VERSION
 from funmatch.ops.view_spec import ViewSpec
 
 SPEC = ViewSpec(seed=3, batch=16, side=32)

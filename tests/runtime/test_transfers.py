@@ -24,4 +24,3 @@ def test_what_is_on_the_cpu_has_arrived():
     assert fetched.arrived
     assert all(there is tensor for there, tensor in zip(fetched.wait(), tensors, strict=True))
     assert transfers.to_device(tensors[0], CPU) is tensors[0]
-    assert transfers.pin_batch(CPU) is None

@@ -17,9 +17,9 @@ import funmatch
 from funmatch.argv import split_students
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.runtime.prefetch import SharedCache
 from funmatch.training import distill_many
 from funmatch.training.teachers import loading
+from funmatch.training.teachers.source import SharedCache
 from funmatch.training.trainer import Trainer
 
 TOLD = {

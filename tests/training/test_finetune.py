@@ -18,17 +18,17 @@ from scipy import stats
 
 import funmatch
 from funmatch.config import Finetune
-from funmatch.data.batch import Batch
+from funmatch.data.loader import Batch
 from funmatch.errors import InputError
-from funmatch.ops.boxes import sample_mild_boxes
 from funmatch.ops.crops import central_view, crop_of_resized_flip
 from funmatch.ops.distances import cross_entropy, mix_labels
+from funmatch.ops.mixing import MixupOptions, beta_quantile
 from funmatch.ops.optim import hyperrule
 from funmatch.ops.optim.factory import create_optimizer
 from funmatch.ops.optim.schedules import factor, staircase
-from funmatch.ops.optim.updates import set_lr
-from funmatch.ops.sampling import MixupOptions, beta_quantile, sample_step, step_generator
+from funmatch.ops.sampling import sample_mild_boxes, sample_step, step_generator
 from funmatch.runtime.chunks import even_chunks
+from funmatch.training.loop import set_lr
 
 TINY = {"student_kwargs": {"channels": (8, 8, 16, 16), "stem_width": 8}, "side": 32, "batch": 16}
 MODEL = "resnet10t"

@@ -14,23 +14,20 @@ from scipy import stats
 import funmatch
 from funmatch.config import Distill
 from funmatch.config.choices import DISTANCES, STRATEGIES
-from funmatch.data.batch import Batch
 from funmatch.data.cache.open_cache import open_cache
-from funmatch.data.loader import Loader
+from funmatch.data.loader import Batch, Loader
 from funmatch.errors import InputError
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.ops import distances, randaugment
-from funmatch.ops.boxes import sample_inception_boxes
 from funmatch.ops.crops import central_view, crop_resize_flip
-from funmatch.ops.mixing import mix_views, mixup
+from funmatch.ops.mixing import MixupOptions, beta_quantile, mix_views, mixup
 from funmatch.ops.sampling import (
     ENSEMBLE_STREAM,
     LAMBDA_STREAM,
     RANDAUGMENT_STREAM,
     TEACHER_STREAM,
-    MixupOptions,
-    beta_quantile,
+    sample_inception_boxes,
     sample_step,
     step_generator,
 )

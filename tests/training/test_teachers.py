@@ -14,9 +14,9 @@ import funmatch
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
-from funmatch.models.class_map import map_classes, read_class_map, select_classes
+from funmatch.models.class_map import map_classes, read_class_map
 from funmatch.models.classifier import Card, Classifier
-from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble, mean_logits, mean_probabilities
+from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble, mean_logits, mean_probabilities, select_classes
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.save import save
 from funmatch.ops.crops import crop_resize_flip

@@ -1,10 +1,10 @@
-"""Provides what belongs to an update beside its optimizer: decayed parameters, learning rate, clipping, EMA."""
+"""Provides what belongs to an update beside its optimizer: which parameters decay, and the average of the weights."""
 
 import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,23 +21,6 @@ def decayed_parameters(model: nn.Module) -> set[str]:
         # Norms have weights too, but with a single axis.
         if name.endswith("weight") and parameter.ndim >= 2 and not isinstance(module, nn.Embedding)
     }
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float, factor: float) -> None:
-    """Sets the learning rate of every group to `lr · factor`, the factor of the schedule."""
-    # In every step, instead of by torch's schedulers: a function of the step alone has no state to save and restore.
-    for group in optimizer.param_groups:
-        group["lr"] = lr * factor
-
-
-def clip_grad_norm_(parameters: list[nn.Parameter], norm: float) -> Tensor:
-    """Scales all gradients so that their global norm is at most `norm`.
-
-    Returns:
-        the norm before clipping, a scalar on the parameters' device.
-    """
-    # Of all gradients together, as in the paper's code; clipping each by itself would change the update's direction.
-    return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
 
 class EMA(Generic[Model]):

@@ -13,8 +13,7 @@ from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier, check_side, fingerprint
 from funmatch.models.load import brings_weights, load
 from funmatch.models.sync_batchnorm import sync_batchnorm
-from funmatch.models.timm_models import checkpoint_activations, freeze_until, parse_options, with_zero_head
-from funmatch.ops.optim import factory
+from funmatch.models.timm_models import checkpoint_activations, freeze_until, with_zero_head
 from funmatch.ops.optim.updates import EMA
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.chunks import even_chunks
@@ -90,23 +89,6 @@ def init_digest(verb: str, config: Train, student: Classifier, given: Modules) -
     if drawn and verb == "finetune":
         info(f"WARNING: {config.student} starts from random weights; give a pretrained tag or --weights")
     return None if drawn else fingerprint(student.net)
-
-
-def build_student(config: Train, classifier: Classifier, device: torch.device) -> Student:
-    """Moves the network to its device, makes it equal on all processes, and creates its optimizer.
-
-    Args:
-        config: the resolved options.
-    """
-    classifier = sync_across_processes(classifier.to(device), device)
-    assert config.lr is not None
-    # After the move, since the optimizer refers to these very parameters.
-    optimizer = factory.create_optimizer(
-        config.optimizer, classifier.net, config.lr, config.weight_decay,
-        momentum=config.momentum, momentum_dtype=config.momentum_dtype,
-        options=parse_options(config.optimizer_kwargs), sharded_map=distributed.sharded_map,
-    )  # fmt: skip
-    return Student(classifier, optimizer, EMA(classifier, config.ema) if config.ema is not None else None)
 
 
 def sync_across_processes(student: Classifier, device: torch.device) -> Classifier:

@@ -18,15 +18,14 @@ from torch import Tensor
 from funmatch.config import Distill
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.loader import prefetch_map
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.ops.boxes import sample_inception_boxes, sample_whole_boxes
 from funmatch.ops.crops import central_view, crop_resize_flip
-from funmatch.ops.sampling import ENSEMBLE_STREAM, step_generator
+from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
 from funmatch.runtime import devices
 from funmatch.runtime.files import cache_home, try_lock_file, write_array
 from funmatch.runtime.log import ProgressBar, info
-from funmatch.runtime.prefetch import prefetch_map
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import COMPARED_IMAGES, LoadedTeacher
 

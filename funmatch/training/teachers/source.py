@@ -1,23 +1,24 @@
 """Provides the teacher's logits of a batch: computed live, from a table, from a tape, or shared between students."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from threading import Lock
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.data.batch import Batch
-from funmatch.data.loader import Loader
+from funmatch.data.loader import Batch, Loader
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.runtime import transfers
 from funmatch.runtime.log import info
-from funmatch.runtime.prefetch import SharedCache
 from funmatch.runtime.timing import timed
 from funmatch.training.teachers.tape import Tape
 
+T = TypeVar("T")
 BEHIND = 2
 """Steps after which an accelerator's logits are written to a tape: by then they are on the host, and nothing waits."""
 Views = Mapping[int, Tensor]
@@ -82,6 +83,45 @@ class Fixed:
 
     def flush(self) -> None:
         pass
+
+
+class SharedCache:
+    """Keeps the most recent results of expensive calls, for several threads that need the same ones.
+
+    Args:
+        size: how many results are kept; the oldest makes way.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.results: dict[Hashable, Future[Any]] = {}
+        self.lock = Lock()
+
+    def __call__(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Returns the result stored under a key, computing it on first use.
+
+        Args:
+            key: identifies the result.
+            compute: called without arguments if the result is missing. Threads that ask meanwhile wait for it.
+
+        Raises:
+            whatever `compute` raises, in every thread that asked for this key.
+        """
+        mine: Future[T] = Future()
+        # Only the bookkeeping is under the lock; results of different keys are computed at the same time.
+        with self.lock:
+            future = self.results.setdefault(key, mine)
+            # The oldest first, since dicts keep the order of insertion. Whoever waits for it holds its future.
+            while len(self.results) > self.size:
+                del self.results[next(iter(self.results))]
+        if future is mine:
+            try:
+                mine.set_result(compute())
+            except BaseException as error:
+                # Also for KeyboardInterrupt: the threads that wait would wait forever.
+                mine.set_exception(error)
+                raise
+        return future.result()
 
 
 @dataclass(frozen=True)
