@@ -1,4 +1,4 @@
-"""What tests share: small real files, and the command line as a person runs it."""
+"""Fixtures that tests share: small image files, finished runs, and the command line as a user calls it."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ from subprocess import CompletedProcess
 import pytest
 from make_images import paint
 
+# Before torch is imported: tests run side by side, one thread each, and sums in one order give the same bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -36,56 +37,58 @@ def folder_of_images(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_runs() -> dict[str, Path]:
-    """The runs that `finished` copies."""
+def run_templates() -> dict[str, Path]:
+    """Folders of the runs that `finished_run` copies, by command and options."""
     return {}
 
 
 @pytest.fixture
-def finished(tmp_path_factory, finished_runs):
-    """Gives a run as `funmatch.distill(out=out, …)` ends it: made once for all tests that ask for the same, and copied.
+def finished_run(tmp_path_factory, run_templates):
+    """Return a function that copies a finished run to `out`, training it only once per session for the same options.
 
-    It is for tests of what comes after, whatever is done to the copy.
+    For tests of what comes after a run, such as evaluating, extending or damaging it.
     """
     import funmatch
 
     def run(out: Path, verb: str = "distill", **options) -> funmatch.Outcome:
         carry_out, key = getattr(funmatch, verb), repr((verb, sorted(options.items())))
-        if key not in finished_runs:
-            finished_runs[key] = carry_out(out=tmp_path_factory.mktemp("finished") / "run", **options).folder
-        shutil.copytree(finished_runs[key], out)
-        return carry_out(out=out, **options)  # which finds it finished, and reads its figures
+        if key not in run_templates:
+            run_templates[key] = carry_out(out=tmp_path_factory.mktemp("finished") / "run", **options).folder
+        shutil.copytree(run_templates[key], out)
+        return carry_out(out=out, **options)  # which trains nothing and reads the result
 
     return run
 
 
 @pytest.fixture(name="funmatch")
-def command_line(tmp_path, monkeypatch):
-    """Runs `funmatch …` in an empty folder.
+def run_command_line(tmp_path, monkeypatch):
+    """Run `funmatch …` in an empty folder.
 
-    It runs in this process, where libraries are loaded already: loading them takes five seconds of a processor, most of
-    what a short command takes. What needs a process of its own (signals, how the interpreter ends, what a fresh one
-    holds) starts one itself.
+    It runs in this process, where the libraries are loaded already: loading them takes five CPU seconds, most of what
+    a short command takes. A test that needs a process of its own (signals, the exit of the interpreter, which modules
+    a fresh one loads) starts one itself.
     """
 
     from funmatch import cli  # not at the top: libraries read the environment when they are imported
 
-    def run(*words: str | Path, check: int | None = 0, cwd: Path = tmp_path) -> CompletedProcess:
-        arguments, out, err, code = [str(word) for word in words], written(), written(), None
-        with monkeypatch.context() as changed, warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
-            changed.chdir(cwd)
+    def run(*argv: str | Path, check: int | None = 0, cwd: Path = tmp_path) -> CompletedProcess:
+        arguments, out, err, code = [str(word) for word in argv], text_stream(), text_stream(), None
+        with monkeypatch.context() as patch, warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(cwd)
             try:
                 cli.main(arguments)
-            except SystemExit as ended:
-                code = ended.code
+            except SystemExit as end:
+                code = end.code
         stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))
-        done = CompletedProcess(arguments, code, stdout, stderr)
-        assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+        result = CompletedProcess(arguments, code, stdout, stderr)
+        assert check is None or result.returncode == check, (
+            f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+        )
+        return result
 
     return run
 
 
-def written() -> TextIOWrapper:
-    """A stream such as an interpreter has, of which all is kept."""
+def text_stream() -> TextIOWrapper:
+    """A text stream like `sys.stdout` whose bytes can be read afterwards."""
     return TextIOWrapper(BytesIO(), encoding="utf-8", write_through=True)

@@ -14,29 +14,29 @@ TILE = 28  # pixels
 
 
 def paint(path: Path, seed: int, size=(24, 20)) -> Path:
-    """A small image of coloured blocks."""
+    """Write a small image of coloured blocks, smooth enough for JPEG; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC).save(path)
     return path
 
 
-def write_few(evaluated: int = 6) -> str:
-    """Writes the embedded training images, and so many a class of the others; the folder.
+def write_few(evaluation_images: int = 6) -> str:
+    """Write the embedded training images and a few images per class of val and test; return the folder.
 
-    Evaluating student and teacher on the 2,500 others takes most of what a run of a few steps takes.
+    Evaluating student and teacher on all 2,500 images of val and test would take most of the time of a short run.
     """
     folder = Path(tempfile.mkdtemp(prefix="funmatch-few-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for split in ("train", "val", "test"):
         sheet = np.asarray(Image.open(EMBEDDED / f"{split}.png"))
         tiles = sheet.reshape(sheet.shape[0] // TILE, TILE, -1, TILE).swapaxes(1, 2).reshape(-1, TILE, TILE)
-        for name, those in zip(json.loads((EMBEDDED / "classes.json").read_text()), np.split(tiles, 10), strict=True):
+        for name, group in zip(json.loads((EMBEDDED / "classes.json").read_text()), np.split(tiles, 10), strict=True):
             (folder / split / name).mkdir(parents=True)
-            for i, tile in enumerate(those[: None if split == "train" else evaluated]):
+            for i, tile in enumerate(group[: None if split == "train" else evaluation_images]):
                 Image.fromarray(tile).save(folder / split / name / f"{i:02}.png")
     return str(folder)
 
 
 FEW = write_few()
-"""Small as the embedded set, but with 60 images each to validate and to test with."""
+"""Folder of the embedded data set with only 60 images in val and 60 in test."""

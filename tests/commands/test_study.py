@@ -79,13 +79,13 @@ across = "views_kl"
 """
 
 
-def file_of(folder: Path, text: str) -> str:
+def write_study(folder: Path, text: str) -> str:
     (folder / "tiny.toml").write_text(text)
     return str(folder / "tiny.toml")
 
 
 @pytest.mark.parametrize("name", study_files.built_in())
-def test_built_in_studies_can_be_run(name):
+def test_built_in_studies_are_valid(name):
     plan = study_files.load_spec(Study.checked(name=name))
     assert len({entry.seed for entry in plan.entries}) >= 3
     assert plan.title
@@ -93,7 +93,7 @@ def test_built_in_studies_can_be_run(name):
     assert plan.figures
 
 
-def test_consistency_has_all_strategies_and_nothing_else_differs():
+def test_runs_of_consistency_differ_in_strategy_only():
     plan = study_files.load_spec(Study.checked(name="consistency"))
     assert {each.name for each in plan.entries} == {*STRATEGIES, "funmatch (λ a picture)"}
     others = {
@@ -102,8 +102,10 @@ def test_consistency_has_all_strategies_and_nothing_else_differs():
     assert len(others) == 1
 
 
-def test_a_file_becomes_runs(tmp_path):
-    plan = study_files.load_spec(Study.checked(name=file_of(tmp_path, TINY), set=("epochs=2", "lr=0.5"), seeds=(3, 4)))
+def test_study_file_expands_to_runs_with_seeds_and_references(tmp_path):
+    plan = study_files.load_spec(
+        Study.checked(name=write_study(tmp_path, TINY), set=("epochs=2", "lr=0.5"), seeds=(3, 4))
+    )
     names = list(dict.fromkeys(entry.name for entry in plan.entries))
     assert names == ["same/ic", "T = 1.0", "T = 2.0", "labels", "from labels"]
     assert [entry.place for entry in plan.entries][:2] == ["same-ic-seed-3", "same-ic-seed-4"]
@@ -115,7 +117,7 @@ def test_a_file_becomes_runs(tmp_path):
     last = plan.entries[-1]
     assert last.needs == ("labels-seed-4",)
     assert spec.resolve_references(last, Path("/s/runs"))["student"] == "/s/runs/labels-seed-4"
-    chosen = study_files.load_spec(Study.checked(name=file_of(tmp_path, TINY), only=("from*",)))
+    chosen = study_files.load_spec(Study.checked(name=write_study(tmp_path, TINY), only=("from*",)))
     assert [entry.place for entry in chosen.entries] == [
         "labels-seed-0", "labels-seed-1", "from-labels-seed-0", "from-labels-seed-1",
     ]  # fmt: skip
@@ -154,27 +156,27 @@ def test_a_file_becomes_runs(tmp_path):
         ((f'data = "{FEW}"', 'data = "-mini"'), "same/ic: data -mini starts with a dash"),
     ],
 )
-def test_invalid_files(tmp_path, change, words):
+def test_invalid_files_are_rejected(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
-        study_files.load_spec(Study.checked(name=file_of(tmp_path, TINY.replace(*change, 1))))
+        study_files.load_spec(Study.checked(name=write_study(tmp_path, TINY.replace(*change, 1))))
 
 
-def test_options_of_one_run_and_runs_that_are_not_shown(tmp_path):
+def test_set_for_one_run_and_runs_that_are_not_shown(tmp_path):
     text = TINY.replace('name = "labels"', 'name = "labels"\nshown = false')
-    plan = study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=("labels.lr=0.25", "lr=0.5")))
+    plan = study_files.load_spec(Study.checked(name=write_study(tmp_path, text), set=("labels.lr=0.25", "lr=0.5")))
     rates = {entry.name: entry.knobs["lr"] for entry in plan.entries}
     assert rates == {"same/ic": 0.5, "T = 1.0": 0.5, "T = 2.0": 0.5, "labels": 0.25, "from labels": 0.5}
     assert [entry.name for entry in plan.entries if not entry.shown] == ["labels"] * 2
-    kept = study_page.visible([{"name": "a", "shown": False}, {"name": "b", "shown": True}, {"name": "c"}])
-    assert [each["name"] for each in kept] == ["b", "c"]
+    listed = study_page.visible([{"name": "a", "shown": False}, {"name": "b", "shown": True}, {"name": "c"}])
+    assert [each["name"] for each in listed] == ["b", "c"]
     with pytest.raises(InputError, match="unknown run in --set 'label'; did you mean 'labels'"):
-        study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=("label.lr=1",)))
+        study_files.load_spec(Study.checked(name=write_study(tmp_path, text), set=("label.lr=1",)))
     with pytest.raises(InputError, match="'lrr'; did you mean 'lr'"):
-        study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=("labels.lrr=1",)))
+        study_files.load_spec(Study.checked(name=write_study(tmp_path, text), set=("labels.lrr=1",)))
 
 
 @pytest.mark.parametrize(
-    ("words", "knob", "value"),
+    ("words", "option", "value"),
     [
         ("optimizer-kwargs=eps=1e-7", "optimizer_kwargs", ("eps=1e-07",)),
         ("optimizer_kwargs=betas=(0.8,0.9),eps=1e-7", "optimizer_kwargs", ("betas=(0.8, 0.9)", "eps=1e-07")),
@@ -190,16 +192,16 @@ def test_options_of_one_run_and_runs_that_are_not_shown(tmp_path):
         ("steps=10", "steps", 10),
     ],
 )
-def test_options_of_set_are_parsed(tmp_path, words, knob, value):
+def test_set_values_are_parsed(tmp_path, words, option, value):
     text = TINY.replace('student = "run:labels"\n', "")
-    plan = study_files.load_spec(Study.checked(name=file_of(tmp_path, text), set=(words,), only=("same/ic",)))
-    assert plan.entries[0].knobs[knob] == value
+    plan = study_files.load_spec(Study.checked(name=write_study(tmp_path, text), set=(words,), only=("same/ic",)))
+    assert plan.entries[0].knobs[option] == value
 
 
 def test_all_problems_are_reported_before_anything_starts(tmp_path):
     text = TINY.replace("same/ic", "same/id").replace("run:labels", "run:nobody").replace('kind = "ends"', 'kind = "x"')
     with pytest.raises(InputError) as error:
-        funmatch.study(file_of(tmp_path, text), out=tmp_path / "out")
+        funmatch.study(write_study(tmp_path, text), out=tmp_path / "out")
     for words in ("unknown strategy 'same/id'", "run:nobody does not name another run", "figure 1: unknown kind 'x'"):
         assert words in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -216,13 +218,13 @@ def test_all_problems_are_reported_before_anything_starts(tmp_path):
 def test_invalid_lines_are_reported_and_leave_no_folder(tmp_path, old, new, words):
     assert old in TINY
     with pytest.raises(InputError) as error:
-        funmatch.study(file_of(tmp_path, TINY.replace(old, new, 1)), out=tmp_path / "out")
+        funmatch.study(write_study(tmp_path, TINY.replace(old, new, 1)), out=tmp_path / "out")
     assert words in str(error.value)
     assert "unknown option in [common]" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_names_of_studies(tmp_path, monkeypatch):
+def test_unknown_studies_and_folders_without_a_study_are_rejected(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="unknown study 'consistancy'; did you mean 'consistency'"):
         study_files.load_spec(Study.checked(name="consistancy"))
     with pytest.raises(InputError, match="option=value"):
@@ -238,18 +240,18 @@ def test_names_of_studies(tmp_path, monkeypatch):
         funmatch.study("consistency", out=tmp_path / "mine")
 
 
-def told(folder: Path) -> list[dict]:
-    """What is said of each run, but for times."""
-    kept = []
+def comparable_results(folder: Path) -> list[dict]:
+    """Results of each run, without the times."""
+    listed = []
     for result in study_results.results(folder):
         figures = {k: v for k, v in result["figures"].items() if k not in ("seconds",)}
         curves = {k: {n: v for n, v in c.items() if n != "images_per_second"} for k, c in result["curves"].items()}
-        kept.append({"place": result["place"], "figures": figures, "curves": curves})
-    return kept
+        listed.append({"place": result["place"], "figures": figures, "curves": curves})
+    return listed
 
 
-def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
-    name = file_of(tmp_path, TINY)
+def test_study_runs_once_and_its_page_needs_only_the_results(tmp_path):
+    name = write_study(tmp_path, TINY)
     done = funmatch.study(name, out=tmp_path / "out", jobs=2)
     folder = tmp_path / "out"
     assert (done["runs"], done["finished"], done["failed"]) == (10, 10, {})
@@ -279,7 +281,7 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", "").replace(
         "http://purl.org", ""
-    ).replace("http://creativecommons.org", ""), "nothing is fetched"
+    ).replace("http://creativecommons.org", ""), "the page loads nothing from the network"
     for part in ("runs", "logs", "report.html", "table.md"):
         path = folder / part
         os.rename(path, tmp_path / f"gone-{part}")
@@ -292,20 +294,20 @@ def test_a_study_is_carried_out_once_and_drawn_from_its_results(tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_that_agree_on_draws_and_teacher_share_a_tape(tmp_path):
-    name = file_of(tmp_path, TINY.replace("seeds = [0, 1]", "seeds = [0]"))
+def test_runs_with_the_same_views_and_teacher_share_a_tape(tmp_path):
+    name = write_study(tmp_path, TINY.replace("seeds = [0, 1]", "seeds = [0]"))
     plan = study_files.load_spec(Study.checked(name=name))
     shared = runner.shared_tapes(runner.StudyRunner(plan, tmp_path / "out", 1))
     assert {place: path.parent.name for place, path in shared.items()} == dict.fromkeys(
         ["T---1.0-seed-0", "T---2.0-seed-0"], "tapes"
-    ), "other views, and labels, have none"
+    ), "runs with other views or on labels have none"
     assert len(set(shared.values())) == 1
 
     funmatch.study(name, out=tmp_path / "out", jobs=2)
     first, second = ((tmp_path / "out" / "logs" / f"T---{t}.0-seed-0.log").read_text() for t in (1, 2))
     assert "recording the teacher's logits of 4 steps" in first
     assert "replaying the teacher's logits of 4 steps" in second
-    assert not any((tmp_path / "out" / "tapes").iterdir()), "needed by none any more"
+    assert not any((tmp_path / "out" / "tapes").iterdir()), "removed once no run needs it"
     live = funmatch.distill(
         data=FEW, teacher="fashion-mini-teacher", student="fashion-mini-student", steps=4, batch=8,
         threads=1, eval_every=2, temperature=2.0, tape=tmp_path / "own", out=tmp_path / "live",
@@ -321,8 +323,8 @@ def test_runs_that_agree_on_draws_and_teacher_share_a_tape(tmp_path):
     assert (with_tape["facts"]["rounded"], without["facts"]["rounded"]) == ("fp16", None)
 
 
-def test_a_run_that_began_without_a_tape_goes_on_without(tmp_path):
-    name = file_of(tmp_path, TINY)
+def test_run_that_started_without_a_tape_resumes_without_one(tmp_path):
+    name = write_study(tmp_path, TINY)
     plan = study_files.load_spec(Study.checked(name=name))
     own = tmp_path / "out" / "runs" / "T---1.0-seed-0"
     own.mkdir(parents=True)
@@ -335,7 +337,7 @@ def test_a_run_that_began_without_a_tape_goes_on_without(tmp_path):
     ("one", "other", "same"),
     [
         ({"lr": 0.1, "side": 32, "student": "a"}, {"steps": 9, "side": 32, "student": "b"}, True),
-        ({"student": "a"}, {"student": "b"}, False),  # whose own sides may differ
+        ({"student": "a"}, {"student": "b"}, False),  # two students may have two default sides
         ({"temperature": 1.0}, {"temperature": 2.0}, True),
         (
             {"teacher": ("a", "b"), "combine": "mean-probabilities", "temperature": 1.0},
@@ -344,59 +346,59 @@ def test_a_run_that_began_without_a_tape_goes_on_without(tmp_path):
         ),
         ({"batch": 8}, {"batch": 16}, False),
         ({"mixup_mode": "image"}, {}, False),
-        ({"val": 0.1}, {}, False),  # other images are left to learn from
+        ({"val": 0.1}, {}, False),  # other training images
         ({"teacher": "a"}, {"teacher": "b"}, False),
     ],
 )
-def test_what_a_tape_can_be_shared_by(one, other, same):
+def test_which_runs_can_share_a_tape(one, other, same):
     assert (recording.shared_by(one) == recording.shared_by(other)) is same
 
 
-def test_what_has_no_tape():
+def test_runs_that_need_or_have_no_shared_tape():
     assert recording.shared_by({"strategy": "fix/rs"}) is None
     assert recording.shared_by({"tape": "mine"}) is None
 
 
-def started(name: str, out: Path, **options) -> subprocess.Popen:
+def start_study(name: str, out: Path, **options) -> subprocess.Popen:
     words = [sys.executable, "-m", "funmatch", "study", name, "--out", str(out), "--jobs", "2"]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def finished(folder: Path) -> set[str]:
+def finished_places(folder: Path) -> set[str]:
     return {path.parent.name for path in folder.glob("runs/*/result.json")}
 
 
 def wait_for(count: int, folder: Path, process: subprocess.Popen) -> None:
     until = time.monotonic() + 300
-    while len(finished(folder)) < count and time.monotonic() < until and process.poll() is None:
+    while len(finished_places(folder)) < count and time.monotonic() < until and process.poll() is None:
         time.sleep(0.05)
-    assert len(finished(folder)) >= count
+    assert len(finished_places(folder)) >= count
 
 
 @pytest.mark.slow
-def test_kills_repeat_no_finished_run_and_change_no_figure(tmp_path):
-    name = file_of(tmp_path, TINY.replace("steps = 4", "steps = 30"))
-    whole = funmatch.study(name, out=tmp_path / "whole", jobs=2)
-    assert whole["finished"] == 10
+def test_killed_study_repeats_no_finished_run_and_changes_no_result(tmp_path):
+    name = write_study(tmp_path, TINY.replace("steps = 4", "steps = 30"))
+    uninterrupted = funmatch.study(name, out=tmp_path / "whole", jobs=2)
+    assert uninterrupted["finished"] == 10
     out = tmp_path / "killed"
     for count, number in ((2, signal.SIGKILL), (5, signal.SIGINT), (7, signal.SIGTERM)):
-        process = started(name, out)
+        process = start_study(name, out)
         wait_for(count, out, process)
         process.send_signal(number)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
         if number != signal.SIGKILL:
             assert "run the same command again to resume" in output
-    done = finished(out)
+    done = finished_places(out)
     before = {place: (out / "runs" / place / "result.json").stat().st_mtime_ns for place in done}
     last = funmatch.study(name, out=out, jobs=2)
     assert last["finished"] == 10
     for place, stamp in before.items():
         assert (out / "runs" / place / "result.json").stat().st_mtime_ns == stamp
-    assert told(out) == told(tmp_path / "whole")
+    assert comparable_results(out) == comparable_results(tmp_path / "whole")
 
 
-def test_a_run_that_fails_stops_no_other(tmp_path):
+def test_failed_run_does_not_stop_the_others(tmp_path):
     text = f"""
 title = "Half of it fails"
 {COMMON}
@@ -412,35 +414,35 @@ name = "needs it"
 student = "run:no such teacher"
 """
     with pytest.raises(WorkFailed, match="2 of 3 runs failed") as error:
-        funmatch.study(file_of(tmp_path, text), out=tmp_path / "out", jobs=2)
+        funmatch.study(write_study(tmp_path, text), out=tmp_path / "out", jobs=2)
     assert "exit 2" in str(error.value)
     assert "unknown model 'nobody'" in str(error.value) or "nobody" in str(error.value)
     assert "it needs no-such-teacher-seed-0, which failed" in str(error.value)
-    assert finished(tmp_path / "out") == {"sound-seed-0"}
+    assert finished_places(tmp_path / "out") == {"sound-seed-0"}
     assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.slow
-def test_what_is_damaged_or_gone_is_made_again(tmp_path):
-    name = file_of(tmp_path, TINY.replace('student = "fashion-mini-student"\n', ""))
-    knobs = {"out": tmp_path / "out", "only": ("same/ic",), "set": ("student=fashion-mini-student",), "seeds": (0, 1)}
-    funmatch.study(name, **knobs)
-    before = told(tmp_path / "out")
+def test_damaged_and_missing_runs_are_repeated(tmp_path):
+    name = write_study(tmp_path, TINY.replace('student = "fashion-mini-student"\n', ""))
+    options = {"out": tmp_path / "out", "only": ("same/ic",), "set": ("student=fashion-mini-student",), "seeds": (0, 1)}
+    funmatch.study(name, **options)
+    before = comparable_results(tmp_path / "out")
     first, second = (tmp_path / "out" / "runs" / f"same-ic-seed-{seed}" for seed in (0, 1))
     (first / "result.json").write_text("{")
     shutil.rmtree(second)
     (tmp_path / "out" / "results.jsonl").write_text("{")
     (tmp_path / "out" / "plan.json").write_text("{")
-    assert funmatch.study(name, **knobs)["finished"] == 2
-    assert told(tmp_path / "out") == before
+    assert funmatch.study(name, **options)["finished"] == 2
+    assert comparable_results(tmp_path / "out") == before
     shutil.rmtree(second)
     second.write_text("in the way")
     with pytest.raises(WorkFailed, match="exists and is not a run"):
-        funmatch.study(name, **knobs)
+        funmatch.study(name, **options)
     assert [each["place"] for each in study_results.results(tmp_path / "out")] == ["same-ic-seed-0"]
 
 
-def test_a_study_whose_folder_moved_goes_on(tmp_path):
+def test_moved_study_resumes(tmp_path):
     text = f"""
 title = "Moved"
 {COMMON}
@@ -456,22 +458,22 @@ teacher = "run:labels"
 allow_weak_teacher = true
 student = "run:labels"
 """
-    name = file_of(tmp_path, text)
+    name = write_study(tmp_path, text)
     funmatch.study(name, out=tmp_path / "whole", jobs=1)
-    begun = tmp_path / "whole" / "runs" / "distilled-seed-0"
+    run = tmp_path / "whole" / "runs" / "distilled-seed-0"
     shutil.copytree(tmp_path / "whole", tmp_path / "moved")
     (tmp_path / "moved" / "runs" / "distilled-seed-0" / "result.json").unlink()
     (tmp_path / "whole").rename(tmp_path / "gone")
     assert funmatch.study(name, out=tmp_path / "moved", jobs=1)["finished"] == 2
-    assert told(tmp_path / "moved") == told(tmp_path / "gone")
-    # Another teacher under a name that was moved is another teacher.
-    knobs = run_folder.find_run(tmp_path / "gone" / "runs" / begun.name).config
-    other = knobs | {"facts": knobs["facts"] | {"teacher": "another"}}
+    assert comparable_results(tmp_path / "moved") == comparable_results(tmp_path / "gone")
+    # Only places may differ after a move, so another teacher under another path is a difference.
+    options = run_folder.find_run(tmp_path / "gone" / "runs" / run.name).config
+    other = options | {"facts": options["facts"] | {"teacher": "another"}}
     other["knobs"] = other["knobs"] | {"teacher": ["/elsewhere/labels"]}
-    assert len(run_folder.differences(knobs, other)) == 2
+    assert len(run_folder.differences(options, other)) == 2
 
 
-def test_long_curves_are_thinned_and_keep_their_end():
+def test_long_curves_are_thinned_but_keep_the_last_point():
     records = [{"event": "step", "step": step, "loss": float(step)} for step in range(1, 1204)]
     columns = study_results.columns(records, "step")
     assert len(columns["step"]) <= study_results.POINTS
@@ -479,6 +481,6 @@ def test_long_curves_are_thinned_and_keep_their_end():
     assert study_results.columns([], "eval") == {}
 
 
-def test_lines_of_a_plot_differ():
+def test_lines_of_a_plot_look_different():
     looks = [tuple(map(str, study_plots.look_of(number).values())) for number in range(24)]
     assert len(set(looks)) == 24

@@ -35,16 +35,16 @@ TINY = {
     "eval_every": 2,
     "threads": 1,
 }
-TAUGHT = TINY | {"teacher": "fashion-mini-teacher"}
-WORDS = [
+DISTILL = TINY | {"teacher": "fashion-mini-teacher"}
+ARGV = [
     "distill", "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student",
     "--batch", "8", "--steps", "4", "--threads", "1",
 ]  # fmt: skip
 LR = {"lr": "log:1e-4..1e-1"}
 
 
-def told(folder: Path) -> dict:
-    """The final table without times and places."""
+def comparable_result(folder: Path) -> dict:
+    """The final result without times and paths, which differ between two searches."""
     result = json.loads((folder / "result.json").read_text())
     for name in ("study", "best_run", "command", "storage", "name"):
         result.pop(name)
@@ -69,7 +69,7 @@ def told(folder: Path) -> dict:
         ("grad_checkpointing=true,false", ("grad_checkpointing", (True, False), 0.0, 0.0, False, False)),
     ],
 )
-def test_the_grammar_of_spaces(word, span):
+def test_ranges_and_choices_are_parsed(word, span):
     assert search_space.read([word], Distill) == {span[0]: search_space.Range(*span[1:])}
 
 
@@ -94,13 +94,13 @@ def test_the_grammar_of_spaces(word, span):
         ("out=a,b", "cannot be searched"),
     ],
 )
-def test_invalid_spaces(word, message):
+def test_invalid_spaces_are_rejected(word, message):
     with pytest.raises(InputError, match=message):
         search_space.read([word], Distill)
 
 
 def test_invalid_values_are_reported_before_the_search_starts():
-    base = Distill.checked(**TAUGHT, out="x")
+    base = Distill.checked(**DISTILL, out="x")
     space = search_space.read(["lr=0..1", "weight_decay=0.1,2"], Distill)
     with pytest.raises(InputError, match=r"lr must be above 0.*weight_decay must lie"):
         search_space.check(space, base)
@@ -108,12 +108,12 @@ def test_invalid_values_are_reported_before_the_search_starts():
         search_space.read(["lr=1,2", "optim.lr=3"], Distill)
 
 
-def test_the_network_to_finetune_is_searched_by_its_name_there():
+def test_space_of_finetune_calls_the_network_model():
     assert search_space.read(["model=a,b"], Finetune)["student"].choices == ("a", "b")
 
 
-def drawn(way: str, numbers: list[int], values: dict[int, float]) -> dict[int, dict]:
-    """What trials are given by a new sampler each, when those that have values are finished."""
+def draw_trials(way: str, numbers: list[int], values: dict[int, float]) -> dict[int, dict]:
+    """Options of trials, each drawn by a new sampler as a resumed search does; trials with values are finished."""
     space = search_space.read(["lr=log:1e-5..1e-1", "temperature=1,2,5,10"], Distill)
     if way == "grid":
         space = search_space.read(["lr=1e-3,1e-2,1e-1", "temperature=1,2,5,10"], Distill)
@@ -129,31 +129,31 @@ def drawn(way: str, numbers: list[int], values: dict[int, float]) -> dict[int, d
 
 
 @pytest.mark.parametrize("way", ["random", "grid", "tpe"])
-def test_what_a_trial_is_given_is_a_function_of_the_seed_and_its_number(way):
+def test_trial_options_are_a_function_of_seed_and_number(way):
     values = {number: number % 5 / 5 for number in range(10)}
-    once = drawn(way, list(range(12)), values)
-    assert once == drawn(way, list(range(12)), values)
+    once = draw_trials(way, list(range(12)), values)
+    assert once == draw_trials(way, list(range(12)), values)
     if way != "tpe":
-        assert once == drawn(way, list(range(12)), {}), "whatever the others came to"
+        assert once == draw_trials(way, list(range(12)), {}), "the other trials' results do not matter"
     combinations = {tuple(each.values()) for each in once.values()}
-    assert len(combinations) == 12, "no two alike; of the grid's twelve, each once"
+    assert len(combinations) == 12, "no two trials are alike, and the grid has exactly twelve points"
 
 
-def test_a_trial_that_was_left_half_chosen_gets_the_rest():
+def test_half_suggested_trial_gets_the_remaining_options():
     space = search_space.read(["lr=log:1e-5..1e-1", "temperature=1..10"], Distill)
-    whole, half = (
+    uninterrupted, half = (
         optuna.create_study(sampler=optuna_storage.SeededSampler("random", 0, space, None), direction="maximize")
         for _ in range(2)
     )
-    wanted = optuna_storage.suggest(whole.ask(), space)
+    wanted = optuna_storage.suggest(uninterrupted.ask(), space)
     optuna_storage.suggest(half.ask(), {"lr": space["lr"]})
     half.sampler = optuna_storage.SeededSampler("random", 0, space, None)
     assert optuna_storage.suggest(optuna_storage.resume_trial(half, 0), space) == wanted
 
 
-def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
-    knobs = TAUGHT | {"space": LR, "trials": 2, "executions": 2, "seed": 5}
-    done = funmatch.tune("distill", tmp_path / "study", **knobs)
+def test_search_reports_its_trials_and_repeats_nothing(tmp_path, capsys):
+    options = DISTILL | {"space": LR, "trials": 2, "executions": 2, "seed": 5}
+    done = funmatch.tune("distill", tmp_path / "study", **options)
     result = done.figures
     assert [trial["number"] for trial in result["trials"]] == [0, 1]
     for trial in result["trials"]:
@@ -181,7 +181,7 @@ def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
     assert "once by each of 2 students" in page
     assert (done.best_run / "report.html").is_file()
     before = (tmp_path / "study" / "journal.log").read_bytes()
-    again = funmatch.tune("distill", tmp_path / "study", **knobs)
+    again = funmatch.tune("distill", tmp_path / "study", **options)
     assert again.figures == result
     assert (tmp_path / "study" / "journal.log").read_bytes() == before
     assert "is finished after 2 trials" in capsys.readouterr().err
@@ -191,111 +191,111 @@ def test_a_search_from_its_beginning_to_its_end(tmp_path, capsys):
             optuna.storages.journal.JournalFileBackend(str(tmp_path / "study" / "journal.log"))
         ),
     )
-    assert loaded.best_value == result["value"], "other programs of Optuna's family read it"
+    assert loaded.best_value == result["value"], "Optuna's own tools read the journal"
 
 
 def test_trials_share_the_teachers_logits(tmp_path, capsys):
-    knobs = {
+    options = {
         "data": (FEW,), "teacher": ("fashion-mini-teacher",), "student": "fashion-mini-student", "steps": 4,
         "batch": 8, "eval_every": 2, "trials": 2, "executions": 2, "threads": 1,
     }  # fmt: skip
-    funmatch.tune("distill", **knobs, space=["lr=1e-3,1e-2", "temperature=1,2"], out=tmp_path / "shared")
-    told = capsys.readouterr().err
-    assert told.count("recording the teacher's logits of 4 steps") == 2, "once a seed"
-    assert told.count("replaying the teacher's logits of 4 steps") == 2
-    assert not (tmp_path / "shared" / "tapes").exists(), "needed by none any more"
+    funmatch.tune("distill", **options, space=["lr=1e-3,1e-2", "temperature=1,2"], out=tmp_path / "shared")
+    output = capsys.readouterr().err
+    assert output.count("recording the teacher's logits of 4 steps") == 2, "once a seed"
+    assert output.count("replaying the teacher's logits of 4 steps") == 2
+    assert not (tmp_path / "shared" / "tapes").exists(), "removed once no trial needs them"
     for words in ({"space": ["lr=1e-3,1e-2", "mixup_mode=batch,image"]}, {"space": ["lr=1e-3,1e-2"], "tapes": False}):
-        funmatch.tune("distill", **knobs, **words, out=tmp_path / "-".join(words))
+        funmatch.tune("distill", **options, **words, out=tmp_path / "-".join(words))
         assert "tape" not in capsys.readouterr().err
 
 
-def test_more_trials_go_on_and_say_who_was_tested(tmp_path):
+def test_more_trials_continue_a_search_and_every_tested_trial_is_listed(tmp_path):
     first = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=2)
     more = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=3)
     assert more.figures["trials"][:2] == first.figures["trials"]
     assert len(more.figures["trials"]) == 3
     tested = {first.figures["best"], more.figures["best"]}
-    assert set(more.figures["tested"]) == tested, "each look at the test images is counted"
+    assert set(more.figures["tested"]) == tested, "every evaluation on the test images is counted"
 
 
-class Power(BaseException):
-    """The lights go out."""
+class PowerLoss(BaseException):
+    """Stands for a power loss: no handler of ours catches it."""
 
 
-def test_a_stop_at_any_run_changes_nothing(tmp_path, monkeypatch):
-    knobs = TINY | {"space": LR, "trials": 2, "executions": 2}
-    funmatch.tune("train", tmp_path / "whole", **knobs)
-    real, dice = train.run, random.Random(3)
+def test_search_stopped_at_any_run_gives_the_same_result(tmp_path, monkeypatch):
+    options = TINY | {"space": LR, "trials": 2, "executions": 2}
+    funmatch.tune("train", tmp_path / "whole", **options)
+    original, rng = train.run, random.Random(3)
 
-    def dies(config, *rest):
-        if dice.random() < 0.3:
-            raise Power
-        figures = real(config, *rest)
-        if dice.random() < 0.3:
-            raise Power
+    def run_or_lose_power(config, *rest):
+        if rng.random() < 0.3:
+            raise PowerLoss
+        figures = original(config, *rest)
+        if rng.random() < 0.3:
+            raise PowerLoss
         return figures
 
-    monkeypatch.setattr(train, "run", dies)
+    monkeypatch.setattr(train, "run", run_or_lose_power)
     for _ in range(40):
         try:
-            funmatch.tune("train", tmp_path / "stopped", **knobs)
+            funmatch.tune("train", tmp_path / "stopped", **options)
             break
-        except Power:
+        except PowerLoss:
             continue
     else:
-        pytest.fail("it never ends")
-    assert told(tmp_path / "stopped") == told(tmp_path / "whole")
+        pytest.fail("the search never finishes")
+    assert comparable_result(tmp_path / "stopped") == comparable_result(tmp_path / "whole")
     assert {path.name for path in (tmp_path / "stopped" / "trials").iterdir()} == {"0000", "0001"}
 
 
-def test_a_trial_that_another_worker_is_at_is_left_to_it(tmp_path, monkeypatch, capsys):
-    asked = search.read_spec(
+def test_trial_held_by_another_worker_is_not_taken(tmp_path, monkeypatch, capsys):
+    search_spec = search.read_spec(
         SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=2, out=tmp_path / "study")
     )
-    with optuna_storage.working_trials(asked.place):
-        study = worker.open_study(asked)
-        (trial, lock), others = worker.next_trial(study, asked)
+    with optuna_storage.working_trials(search_spec.place):
+        study = worker.open_study(search_spec)
+        (trial, lock), others = worker.next_trial(study, search_spec)
         assert (trial.number, others) == (0, [])
-        (other, second), others = worker.next_trial(study, asked)
+        (other, second), others = worker.next_trial(study, search_spec)
         assert (other.number, others) == (1, [0])
-        assert worker.next_trial(study, asked) == (None, [0, 1])
+        assert worker.next_trial(study, search_spec) == (None, [0, 1])
         second.close()
-        (other, second), _ = worker.next_trial(study, asked)
-        assert other.number == 1, "a trial that nobody holds is taken up again under its number"
+        (other, second), _ = worker.next_trial(study, search_spec)
+        assert other.number == 1, "a released trial is resumed under its number"
         second.close()
         monkeypatch.setattr(time, "sleep", lambda _seconds: lock.close())
-        worker.work(study, asked, {})
+        worker.work(study, search_spec, {})
     assert [each.state.name for each in study.trials] == ["COMPLETE", "COMPLETE"]
     assert "waiting for trial 0" in capsys.readouterr().err
 
 
-def test_what_another_worker_has_just_begun_is_no_obstacle(tmp_path):
+def test_partial_files_of_another_worker_do_not_stop_a_search(tmp_path):
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / ".lock").touch()
     (tmp_path / "study" / ".study.json.x1.partial").write_text("{")
     assert funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=1).figures["best"] == 0
 
 
-def test_a_trial_that_ends_while_we_look_is_left_alone(tmp_path, monkeypatch):
-    asked = search.read_spec(
+def test_trial_that_finishes_meanwhile_is_not_repeated(tmp_path, monkeypatch):
+    search_spec = search.read_spec(
         SEARCHED["train"].checked(**TINY, space=("lr=1e-3,1e-2",), trials=1, out=tmp_path / "study")
     )
-    with optuna_storage.working_trials(asked.place):
-        study = worker.open_study(asked)
-        (trial, lock), _ = worker.next_trial(study, asked)
-        real = worker.hold_trial
+    with optuna_storage.working_trials(search_spec.place):
+        study = worker.open_study(search_spec)
+        (trial, lock), _ = worker.next_trial(study, search_spec)
+        original = worker.hold_trial
 
-        def just_then(*which):
+        def finish_first(*which):
             if trial.number == 0 and not lock.closed:
                 study.tell(trial, 0.5)
                 lock.close()
-            return real(*which)
+            return original(*which)
 
-        monkeypatch.setattr(worker, "hold_trial", just_then)
-        assert worker.next_trial(study, asked) == (None, [])
+        monkeypatch.setattr(worker, "hold_trial", finish_first)
+        assert worker.next_trial(study, search_spec) == (None, [])
 
 
-def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
+def test_failed_trial_is_recorded_and_the_search_continues(tmp_path):
     done = funmatch.tune(
         "train", tmp_path / "study", **TINY, space={"lr": [1e-3, 1e38]}, sampler="grid", warmup_steps=0
     )
@@ -306,14 +306,14 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
     assert "no longer finite" in done.report.read_text()
 
 
-def test_if_all_fail_it_says_why(tmp_path, monkeypatch, capsys):
-    def full(*_rest):
+def test_error_names_the_cause_if_all_trials_fail(tmp_path, monkeypatch, capsys):
+    def fails(*_rest):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(train, "run", full)
+    monkeypatch.setattr(train, "run", fails)
     with pytest.raises(WorkFailed, match="all 2 trials failed, the first so: RuntimeError: out of memory"):
         funmatch.tune("train", tmp_path / "study", **TINY, space={"lr": [1e-3, 1e-2]}, sampler="grid")
-    words = [word for word in WORDS if "teacher" not in word][1:]
+    words = [word for word in ARGV if "teacher" not in word][1:]
     with pytest.raises(SystemExit) as end:
         cli.main(["tune", "train", *words, "--space", "lr=1e-3", "--trials", "1", "--out", str(tmp_path / "other")])
     assert end.value.code == 1
@@ -326,17 +326,17 @@ def test_if_all_fail_it_says_why(tmp_path, monkeypatch, capsys):
         ([], "give a command to tune: train, finetune, distill"),
         (["distil"], "did you mean 'distill'"),
         (["pet37-fats"], "did you mean 'pet37-fast'"),
-        ([*WORDS], "pass what to search"),
-        ([*WORDS, "--space", "tempratur=1"], "did you mean 'temperature'"),
-        ([*WORDS, "--space", "lr=2..1"], "empty range"),
-        ([*WORDS, "--space", "lr=1", "--executions", "0"], "executions must be at least 1, got 0"),
-        ([*WORDS, "--space", "lr=1", "--trials", "0"], "trials must be at least 1, got 0"),
-        ([*WORDS, "--space", "lr=1..2", "--sampler", "grid"], "a grid needs listed values"),
-        ([*WORDS, "--space", "lr=1,2", "--storage", "sqlite:////no/such/folder/x.db"], "cannot be reached"),
-        ([*WORDS, "--space", "lr=1,2", "--storage", "nonsense://x"], "cannot be reached"),
-        ([*WORDS, "--space", "lr=1,2", "--storage", "notes.txt"], "is not a journal of Optuna"),
-        ([*WORDS, "--space", "lr=1,2", "--storage", "no/such/folder/x.log"], "No such file"),
-        ([*WORDS, "--space", "lr=1,2", "--data", "nowhere/at/all"], "nowhere/at/all"),
+        ([*ARGV], "pass what to search"),
+        ([*ARGV, "--space", "tempratur=1"], "did you mean 'temperature'"),
+        ([*ARGV, "--space", "lr=2..1"], "empty range"),
+        ([*ARGV, "--space", "lr=1", "--executions", "0"], "executions must be at least 1, got 0"),
+        ([*ARGV, "--space", "lr=1", "--trials", "0"], "trials must be at least 1, got 0"),
+        ([*ARGV, "--space", "lr=1..2", "--sampler", "grid"], "a grid needs listed values"),
+        ([*ARGV, "--space", "lr=1,2", "--storage", "sqlite:////no/such/folder/x.db"], "cannot be reached"),
+        ([*ARGV, "--space", "lr=1,2", "--storage", "nonsense://x"], "cannot be reached"),
+        ([*ARGV, "--space", "lr=1,2", "--storage", "notes.txt"], "is not a journal of Optuna"),
+        ([*ARGV, "--space", "lr=1,2", "--storage", "no/such/folder/x.log"], "No such file"),
+        ([*ARGV, "--space", "lr=1,2", "--data", "nowhere/at/all"], "nowhere/at/all"),
         (["pet37-fast", "--data", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )
@@ -353,7 +353,7 @@ def test_invalid_arguments_get_one_message_and_leave_nothing(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_without_optuna_it_says_what_to_install(tmp_path, monkeypatch):
+def test_error_without_optuna_names_the_package_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "funmatch.commands.tune.optuna_storage")
     monkeypatch.delattr(funmatch.commands.tune, "optuna_storage")
@@ -361,31 +361,31 @@ def test_without_optuna_it_says_what_to_install(tmp_path, monkeypatch):
         funmatch.tune("train", tmp_path / "study", **TINY, space=LR)
 
 
-def test_a_study_of_something_else_is_left_alone(tmp_path, monkeypatch):
+def test_folder_or_study_of_another_search_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_storage, "PATIENCE_SECONDS", 0.3)
-    place = f"sqlite:///{tmp_path}/all.db"
-    knobs = TINY | {"space": LR, "trials": 1, "storage": place}
-    funmatch.tune("train", tmp_path / "study", **knobs)
+    url = f"sqlite:///{tmp_path}/all.db"
+    options = TINY | {"space": LR, "trials": 1, "storage": url}
+    funmatch.tune("train", tmp_path / "study", **options)
     with pytest.raises(
         InputError, match=r"(?s)lr: log:0.0001..0.1 in the search, 1.0,2.0 now.*executions: 1 in the search, 2 now"
     ) as end:
-        funmatch.tune("train", tmp_path / "study", **knobs | {"space": {"lr": [1, 2]}, "executions": 2})
+        funmatch.tune("train", tmp_path / "study", **options | {"space": {"lr": [1, 2]}, "executions": 2})
     assert "choose another out" in str(end.value)
     with pytest.raises(InputError, match="holds a study 'study' that is not the one of"):
-        funmatch.tune("train", tmp_path / "elsewhere" / "study", **knobs)
+        funmatch.tune("train", tmp_path / "elsewhere" / "study", **options)
     assert not (tmp_path / "elsewhere" / "study").exists()
     holder = sqlite3.connect(tmp_path / "all.db")
     holder.execute("begin exclusive")
     with pytest.raises(InputError, match="database is locked"):
-        funmatch.tune("train", tmp_path / "other", **knobs)
+        funmatch.tune("train", tmp_path / "other", **options)
     holder.close()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="exists and is not a search"):
-        funmatch.tune("train", tmp_path / "mine", **knobs)
+        funmatch.tune("train", tmp_path / "mine", **options)
 
 
-def test_a_journal_that_is_locked_is_told_and_half_a_line_is_mended(tmp_path, monkeypatch):
+def test_locked_journal_is_reported_and_a_partial_line_is_repaired(tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_storage, "PATIENCE_SECONDS", 0.3)
     funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=1)
     journal = tmp_path / "study" / "journal.log"
@@ -398,14 +398,14 @@ def test_a_journal_that_is_locked_is_told_and_half_a_line_is_mended(tmp_path, mo
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
-def test_passwords_are_written_nowhere():
+def test_passwords_are_not_shown():
     assert "secret" not in optuna_storage.display_url("postgresql+psycopg://me:secret@host/db")
     with pytest.raises(InputError) as end:
         optuna_storage.check_reachable("postgresql+psycopg://me:secret@127.0.0.1:1/db")
     assert "secret" not in str(end.value)
 
 
-def some_images(root: Path, splits: dict[str, int]) -> Path:
+def write_images(root: Path, splits: dict[str, int]) -> Path:
     for s, (split, count) in enumerate(splits.items()):
         for c, name in enumerate(("ant", "bee")):
             for i in range(count):
@@ -413,39 +413,39 @@ def some_images(root: Path, splits: dict[str, int]) -> Path:
     return root
 
 
-def test_without_validation_images_some_are_cut_off(tmp_path, capsys):
-    data = some_images(tmp_path / "pictures", {"train": 20, "test": 3})
+def test_without_a_validation_split_training_images_are_held_out(tmp_path, capsys):
+    data = write_images(tmp_path / "pictures", {"train": 20, "test": 3})
     done = funmatch.tune("train", tmp_path / "study", **TINY | {"data": data}, space=LR, trials=2)
     assert "holding out 10% of the training images" in capsys.readouterr().err
     assert run_folder.find_run(done.best_run).config["knobs"]["val"] == "10%"
     assert done.figures["seen"] == {"val": 4}
     assert done.figures["test"]["pictures"] == 6
-    assert "--val" not in done.figures["command"], "in full is with all training images"
+    assert "--val" not in done.figures["command"], "the full run trains on all training images"
     assert "10% of the training images were held out" in done.report.read_text()
 
 
-def test_test_images_are_never_chosen_by(tmp_path):
-    judged = some_images(tmp_path / "judged", {"test": 3})
+def test_selection_by_test_images_is_refused(tmp_path):
+    test_only = write_images(tmp_path / "judged", {"test": 3})
     with pytest.raises(InputError, match="must not choose by test images"):
-        funmatch.tune("distill", tmp_path / "study", **TAUGHT, eval_data=judged, space=LR)
+        funmatch.tune("distill", tmp_path / "study", **DISTILL, eval_data=test_only, space=LR)
 
 
-def test_without_labels_it_is_chosen_by_agreement(tmp_path):
-    done = funmatch.tune("distill", tmp_path / "study", **TAUGHT, unlabelled=True, space=LR, trials=1)
+def test_without_labels_agreement_selects(tmp_path):
+    done = funmatch.tune("distill", tmp_path / "study", **DISTILL, unlabelled=True, space=LR, trials=1)
     assert done.figures["score"] == "agreement"
     assert done.figures["test"]["top1"] is None
     assert done.figures["test"]["agreement"] is not None
 
 
-def test_a_pruner_ends_trials_that_fall_behind(tmp_path, monkeypatch):
-    real = train.run
+def test_pruner_stops_trials_that_fall_behind(tmp_path, monkeypatch):
+    original = train.run
 
-    def as_good_as_its_rate(config, given, trial):
-        return real(config, given, replace(trial, report=lambda step, _score: trial.report(step, config.lr)))
+    def score_by_learning_rate(config, given, trial):
+        return original(config, given, replace(trial, report=lambda step, _score: trial.report(step, config.lr)))
 
-    monkeypatch.setattr(train, "run", as_good_as_its_rate)
-    knobs = TINY | {"eval_every": 1, "lr": 1e-3}
-    done = funmatch.tune("train", tmp_path / "study", **knobs, space=LR, trials=3, pruner="asha")
+    monkeypatch.setattr(train, "run", score_by_learning_rate)
+    options = TINY | {"eval_every": 1, "lr": 1e-3}
+    done = funmatch.tune("train", tmp_path / "study", **options, space=LR, trials=3, pruner="asha")
     first, second, third = (trial["knobs"]["lr"] for trial in done.figures["trials"])
     assert second < first < third
     assert [trial["state"] for trial in done.figures["trials"]] == ["complete", "pruned", "complete"]
@@ -453,31 +453,31 @@ def test_a_pruner_ends_trials_that_fall_behind(tmp_path, monkeypatch):
     assert "pruned" in done.report.read_text()
 
 
-def test_a_recipe_brings_its_space(tmp_path):
-    knobs = {"data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "side": 28}
+def test_recipe_has_a_search_space(tmp_path):
+    options = {"data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "side": 28}
     config = cli.parse(shlex.split(
         "tune pet37-fast --data fashion-mini --teacher fashion-mini-teacher --student fashion-mini-student --side 28 "
         "--eval-resize 28 --steps 2 --batch 8 --weight-decay 1e-4 --space lr=1e-3,1e-2 --sampler grid"
     ))  # fmt: skip
     assert config.out == Path("runs/tune-pet37-fast")
-    asked = search.read_spec(config)
-    assert asked.space["lr"].choices == (1e-3, 1e-2)
-    assert asked.space["temperature"].choices == (1.0, 2.0, 5.0, 10.0)
-    assert "weight_decay" not in asked.space, "an option that is given is not searched"
-    assert asked.trials == 8
-    done = funmatch.tune("pet37-fast", tmp_path / "study", **knobs, eval_resize=28, steps=2, batch=8, trials=1)
+    search_spec = search.read_spec(config)
+    assert search_spec.space["lr"].choices == (1e-3, 1e-2)
+    assert search_spec.space["temperature"].choices == (1.0, 2.0, 5.0, 10.0)
+    assert "weight_decay" not in search_spec.space, "an option that is given is not searched"
+    assert search_spec.trials == 8
+    done = funmatch.tune("pet37-fast", tmp_path / "study", **options, eval_resize=28, steps=2, batch=8, trials=1)
     assert done.figures["recipe"] == "pet37-fast"
     assert set(done.knobs) == {"lr", "temperature", "weight_decay"}
     assert done.knobs == {"lr": 1e-2, "temperature": 5.0, "weight_decay": 1e-3}, "trial 0 is the recipe itself"
-    in_full = cli.parse(shlex.split(done.figures["command"])[1:])
-    assert in_full.epochs == 1000
-    assert in_full.steps is None
+    full_length = cli.parse(shlex.split(done.figures["command"])[1:])
+    assert full_length.epochs == 1000
+    assert full_length.steps is None
 
 
-def test_the_complete_command_of_a_run():
+def test_command_of_the_best_trial_is_complete():
     base = Train.checked(**TINY | {"val": "10%", "patience": 3}, out="x")
-    asked = search.SearchSpec("train", base, search_space.read(["steps=2,3"], Train), None, Path("/s"), 1)
-    words = summary.command(asked, {"steps": 3})
+    search_spec = search.SearchSpec("train", base, search_space.read(["steps=2,3"], Train), None, Path("/s"), 1)
+    words = summary.command(search_spec, {"steps": 3})
     assert words.startswith("funmatch train ")
     assert "--steps 3" in words
     assert "--val 10%" in words
@@ -485,16 +485,16 @@ def test_the_complete_command_of_a_run():
     assert words.endswith("--out /s-best")
 
 
-def start(out: Path, *words: str) -> subprocess.Popen:
+def start_worker(out: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "funmatch", "tune", *WORDS, "--steps", "60", "--eval-every", "20", "--save-every", "5",
+        [sys.executable, "-m", "funmatch", "tune", *ARGV, "--steps", "60", "--eval-every", "20", "--save-every", "5",
          "--workers", "1", "--executions", "2", "--space", "lr=log:1e-4..1e-1", "temperature=1,2,5", "--json",
          *words, "--out", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ,
     )  # fmt: skip
 
 
-def finish(*processes: subprocess.Popen) -> list[dict]:
+def wait_for_workers(*processes: subprocess.Popen) -> list[dict]:
     figures = []
     for process in processes:
         out, err = process.communicate(timeout=500)
@@ -515,25 +515,25 @@ def finish(*processes: subprocess.Popen) -> list[dict]:
         (1, ("--trials", "13", "--executions", "1", "--sampler", "tpe", "--steps", "20")),
     ],
 )
-def test_kills_at_random_instants_change_nothing_but_the_times(tmp_path, workers, words):
+def test_kills_at_random_times_change_no_result(tmp_path, workers, words):
     words = [word.format(tmp_path) for word in words]
     other = [word.replace("all.db", "other.db") for word in words]
-    finish(start(tmp_path / "whole", *words))
+    wait_for_workers(start_worker(tmp_path / "whole", *words))
     rng = random.Random(0)
-    at_work = [start(tmp_path / "killed", *other) for _ in range(workers)]
+    workers_running = [start_worker(tmp_path / "killed", *other) for _ in range(workers)]
     for _ in range(5):
         time.sleep(rng.uniform(4, 8))
         which = rng.randrange(workers)
-        at_work[which].kill()
-        at_work[which].communicate()
-        at_work[which] = start(tmp_path / "killed", *other)
-    finish(*at_work)
-    assert told(tmp_path / "whole") == told(tmp_path / "killed")
+        workers_running[which].kill()
+        workers_running[which].communicate()
+        workers_running[which] = start_worker(tmp_path / "killed", *other)
+    wait_for_workers(*workers_running)
+    assert comparable_result(tmp_path / "whole") == comparable_result(tmp_path / "killed")
 
 
 @pytest.fixture(name="postgres")
-def database():
-    """A PostgreSQL server of its own, as Debian's package has it; its URL."""
+def postgres_server():
+    """URL of a PostgreSQL server started from Debian's package for this test, on a Unix socket only."""
     binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     pytest.importorskip("psycopg")
     if not binaries:
@@ -556,8 +556,8 @@ def database():
 
 @pytest.mark.slow
 def test_two_workers_on_postgresql(tmp_path, postgres):
-    finish(start(tmp_path / "one", "--trials", "4"))
+    wait_for_workers(start_worker(tmp_path / "one", "--trials", "4"))
     words = "--trials", "4", "--storage", postgres
-    first, second = finish(*(start(tmp_path / "two", *words) for _ in range(2)))
+    first, second = wait_for_workers(*(start_worker(tmp_path / "two", *words) for _ in range(2)))
     assert first == second
-    assert told(tmp_path / "two") == told(tmp_path / "one")
+    assert comparable_result(tmp_path / "two") == comparable_result(tmp_path / "one")

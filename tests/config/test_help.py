@@ -1,4 +1,4 @@
-"""The help: complete, by group, as wide as the terminal, without a parser's signs."""
+"""Help texts list every option by group, within the terminal's width and without the parser's markup."""
 
 import re
 import shlex
@@ -14,26 +14,26 @@ ALL = {**TABLES, **{f"tune {verb}": table for verb, table in SEARCHED.items()}}
 
 
 @pytest.fixture(params=[80, 120], name="columns")
-def width_of_the_terminal(request, monkeypatch) -> int:
+def terminal_width(request, monkeypatch) -> int:
     monkeypatch.setenv("COLUMNS", str(request.param))
     return request.param
 
 
 @pytest.mark.parametrize("verb", ALL)
-def test_everything_is_listed_within_the_width(verb, columns):
+def test_help_all_lists_every_option_within_the_terminal_width(verb, columns):
     table = ALL[verb]
     text = help_of(verb, table, everything=True)
     for name in table.model_fields:
         assert re.search(rf"^  {re.escape(label(table, name))}( |$)", text, re.M), name
-        words = " ".join((table.model_fields[name].description or "").split())
-        assert words in " ".join(text.split()), name
+        description = " ".join((table.model_fields[name].description or "").split())
+        assert description in " ".join(text.split()), name
     long = [line for line in text.splitlines() if len(line) > columns]
     assert not [line for line in long if len(line.split()) > 1 and not line.startswith("  --")], long
     for sign in ("{None}", "STR", "INT", "FLOAT", "None}", "default: )", "\x1b", "╭"):
         assert sign not in text, sign
 
 
-def test_options_that_matter_come_first(columns):
+def test_help_shows_the_most_important_options_first(columns):
     text = help_of("distill", Distill, usage="distill [RECIPE]")
     usage = " ".join(text.partition("\n\n")[0].split())
     assert usage.startswith("Usage: funmatch distill [RECIPE] --data DATA …")
@@ -49,7 +49,7 @@ def test_options_that_matter_come_first(columns):
 
 
 @pytest.mark.usefixtures("columns")
-def test_groups_stand_in_their_order():
+def test_groups_are_in_order():
     text = help_of("distill", Distill, everything=True)
     order = ["Data", "Student", "Teacher", "Views", "Optimizer", "Loop", "Machine", "Output"]
     places = [text.index(f"\n{group}:\n") for group in order]
@@ -57,7 +57,7 @@ def test_groups_stand_in_their_order():
     assert "\nModel:\n" in help_of("finetune", Finetune, everything=True)
     assert "--model MODEL" in help_of("finetune", Finetune)
     assert "\nSearch:\n" in help_of("tune train", SEARCHED["train"], everything=True)
-    assert "--help-all" not in help_of("report", Report), "all of a short table is listed at once"
+    assert "--help-all" not in help_of("report", Report), "--help already lists every option of a small command"
 
 
 @pytest.mark.parametrize(
@@ -84,16 +84,16 @@ def test_flags_and_defaults(table, name, shown, default):
 
 
 @pytest.mark.parametrize("verb", ALL)
-def test_every_default_is_a_value(verb):
+def test_every_option_shows_a_default_or_is_a_switch(verb):
     table = ALL[verb]
     for name, field in table.model_fields.items():
-        told = default_of(table, name)
-        assert told is None or (told not in ("default: None", "default: ", "default: ()")), name
-        assert told or field.annotation is bool, name
+        default = default_of(table, name)
+        assert default is None or (default not in ("default: None", "default: ", "default: ()")), name
+        assert default or field.annotation is bool, name
         assert metavar(table, name) or field.annotation is bool, name
 
 
-def test_the_overview_groups_the_commands(columns):
+def test_overview_groups_the_commands(columns):
     text = overview(TABLES)
     assert [line[:-1] for line in text.splitlines() if re.fullmatch(r"\w+:", line)] == [
         "Start", "Data", "Models", "Science",
@@ -104,17 +104,17 @@ def test_the_overview_groups_the_commands(columns):
     assert max(map(len, text.splitlines())) <= columns
 
 
-def test_examples_are_commands():
+def test_examples_are_valid_commands():
     """Every example can be parsed, with its paths as they are."""
     for table in {*ALL.values()}:
         for example in table.examples:
-            words = shlex.split(example)
-            assert words[0] == "funmatch"
-            assert parse(words[1:]) is not None, example
+            argv = shlex.split(example)
+            assert argv[0] == "funmatch"
+            assert parse(argv[1:]) is not None, example
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("argv", "wanted"),
     [
         (["--help"], "Start:"),
         (["help"], "Start:"),
@@ -128,9 +128,9 @@ def test_examples_are_commands():
         (["recipes", "--help"], "funmatch recipes pet37-fast"),
     ],
 )
-def test_how_help_is_asked_for(capsys, words, wanted):
+def test_help_can_be_called_in_several_ways(capsys, argv, wanted):
     with pytest.raises(SystemExit) as end:
-        parse(words)
+        parse(argv)
     assert end.value.code == 0
     assert wanted in capsys.readouterr().out
 
@@ -151,8 +151,8 @@ def _plain(monkeypatch) -> str:
     return plain
 
 
-def test_words_for_defaults_are_those_of_the_code():
-    """Where a rule decides a default, the help says it in words; code and words must not part."""
+def test_defaults_in_words_match_the_code():
+    """Where a rule sets a default, the help describes it in words, which must stay in step with the code."""
     from funmatch.config.optim import ADAMW_LR, LR
     from funmatch.ops.optim import hyperrule
     from funmatch.ops.optim.factory import resolve_momentum
@@ -160,25 +160,30 @@ def test_words_for_defaults_are_those_of_the_code():
     from funmatch.runtime.devices import spare_threads
     from funmatch.training.defaults import PIXEL_SHARE
 
-    def usual(table, name) -> str:
+    def usual_words(table, name) -> str:
         return str(table.opt(name).usual)
 
-    assert usual(Distill, "momentum") == f"{resolve_momentum('adamw', None)}; for muon {resolve_momentum('muon', None)}"
-    assert usual(Distill, "lr") == f"{LR:g}"
-    assert usual(Distill, "cooldown_steps") == "a fifth of the run"
+    assert (
+        usual_words(Distill, "momentum")
+        == f"{resolve_momentum('adamw', None)}; for muon {resolve_momentum('muon', None)}"
+    )
+    assert usual_words(Distill, "lr") == f"{LR:g}"
+    assert usual_words(Distill, "cooldown_steps") == "a fifth of the run"
     assert cooldown_length(1000, None) == 1000 // 5
-    assert usual(Distill, "device_gb") == "a quarter of its memory"
+    assert usual_words(Distill, "device_gb") == "a quarter of its memory"
     assert PIXEL_SHARE == 1 / 4
-    assert "at most 8" in usual(Distill, "workers")
+    assert "at most 8" in usual_words(Distill, "workers")
     assert 1 <= spare_threads() <= 8
     lengths = [f"{hyperrule.steps(images):,}" for images in (100, 100_000, 1_000_000)]
-    assert usual(Finetune, "steps").startswith("{}, {} or {}".format(*lengths))
-    assert usual(Finetune, "lr") == f"{hyperrule.lr(512)} × batch / 512 for sgd, {ADAMW_LR:g} for others"
-    assert usual(Finetune, "mixup") == f"{hyperrule.mixup(20_000)} from 20,000 training images on, else 0"
-    assert usual(Finetune, "side") == (
+    assert usual_words(Finetune, "steps").startswith("{}, {} or {}".format(*lengths))
+    assert usual_words(Finetune, "lr") == f"{hyperrule.lr(512)} × batch / 512 for sgd, {ADAMW_LR:g} for others"
+    assert usual_words(Finetune, "mixup") == f"{hyperrule.mixup(20_000)} from 20,000 training images on, else 0"
+    assert usual_words(Finetune, "side") == (
         f"{hyperrule.sides(95 * 96)[1]} for images of fewer than 96 × 96 pixels, else {hyperrule.sides(96 * 96)[1]}"
     )
-    assert usual(Finetune, "resize").startswith(f"{hyperrule.sides(1)[0]} for --side {hyperrule.sides(1)[1]}, 512 for")
-    assert usual(Finetune, "warmup_steps") == (
+    assert usual_words(Finetune, "resize").startswith(
+        f"{hyperrule.sides(1)[0]} for --side {hyperrule.sides(1)[1]}, 512 for"
+    )
+    assert usual_words(Finetune, "warmup_steps") == (
         f"{hyperrule.warmup_steps(100)} for fewer than 20,000 training images, else {hyperrule.warmup_steps(20_000)}"
     )

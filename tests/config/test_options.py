@@ -1,4 +1,4 @@
-"""Options say everything about themselves, and what they say is checked."""
+"""Options are described completely where they are declared, and their bounds are enforced."""
 
 import ast
 import subprocess
@@ -20,15 +20,15 @@ BASE: dict[str, Any] = {"data": "d", "teacher": "t", "student": "s", "out": "o",
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.__name__)
-def test_every_option_says_everything_about_itself(table):
+def test_every_option_has_help_group_and_bounds_that_fit_its_type(table):
     for name, field in table.model_fields.items():
         opt = table.opt(name)
-        assert field.description, f"{name} has no sentence"
+        assert field.description, f"{name} has no help"
         assert field.description[0].isupper() or " " in field.description, name
         assert opt.changes, f"{name} changes nothing"
         assert isinstance(opt.group, Group)
         if field.default in (None, (), "") and not field.is_required():
-            assert opt.usual is not None, f"{table.__name__}.{name}: say what is used where nobody sets it"
+            assert opt.usual is not None, f"{table.__name__}.{name}: `usual` must describe the default in words"
         if bounds := [each for each in (opt.at_least, opt.at_most, opt.above, opt.below) if each is not None]:
             assert {int, float} & set(_types(field.annotation)), f"{name} is not a number, yet has bounds {bounds}"
         assert not (opt.at_least is not None and opt.above is not None)
@@ -40,8 +40,8 @@ def _types(annotation: Any) -> list[Any]:
     return [found for each in inner for found in _types(each)] if inner else [annotation]
 
 
-def test_a_misspelt_name_fails_at_once():
-    """The bounds were once kept in lists of names beside the tables, where a misspelt name was passed over."""
+def test_misspelt_option_name_in_the_code_raises_at_once():
+    """A list of names kept apart from the options would silently ignore a misspelt one."""
     with pytest.raises(TypeError, match="replaces 'epoch', which is not an option"):
 
         class _Misspelt(Train):
@@ -70,8 +70,8 @@ def _train() -> dict[str, Any]:
     return {name: value for name, value in BASE.items() if name != "teacher"}
 
 
-def test_a_bound_moves_with_its_option():
-    """A bound stands at its option, so an option by another name is checked as before."""
+def test_bounds_apply_to_an_option_under_another_name():
+    """A bound belongs to its option, so the option is checked under any name."""
 
     class Renamed(Options):
         speed: Annotated[float, like(Train, "lr")] = 1.0
@@ -103,20 +103,20 @@ def test_a_bound_moves_with_its_option():
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
     ],
 )
-def test_bounds(options, message):
+def test_values_beyond_the_bounds_are_rejected(options, message):
     with pytest.raises(InputError, match=message):
         Distill.checked(**BASE | options)
 
 
 @pytest.mark.parametrize("table", [each for each in TABLES if each not in (Machine,)], ids=lambda table: table.__name__)
-def test_every_bound_is_held(table):
-    """Whatever an option says of its bounds, a value beyond them is a problem, and one at them is none."""
+def test_every_bound_is_enforced(table):
+    """For every option with bounds, a value beyond them is a problem and a value at them is not."""
     for name, opt in table.opts():
         kind = table.model_fields[name].annotation
         whole = float not in _types(kind)
         wrap = (lambda value: (value,)) if get_origin(kind) is tuple else (lambda value: value)
         step = 1 if whole else 1e-3
-        made = table.model_construct()
+        options = table.model_construct()
         for bad, good in (
             (None if opt.at_least is None else opt.at_least - step, opt.at_least),
             (None if opt.at_most is None else opt.at_most + step, opt.at_most),
@@ -124,16 +124,16 @@ def test_every_bound_is_held(table):
             (opt.below, None if opt.below is None else opt.below - step),
         ):
             if bad is not None:
-                assert made.model_copy(update={name: wrap(bad)}).value_problems(name), (name, bad)
-                assert not made.model_copy(update={name: wrap(good)}).value_problems(name), (name, good)
+                assert options.model_copy(update={name: wrap(bad)}).value_problems(name), (name, bad)
+                assert not options.model_copy(update={name: wrap(good)}).value_problems(name), (name, good)
 
 
-def test_problems_are_a_line_each():
+def test_several_problems_are_listed_one_per_line():
     assert listed(["a is b"]) == "a is b"
     assert listed(["a is b", "c is d"]) == "2 problems:\n  a is b\n  c is d"
 
 
-def test_what_options_can_change():
+def test_options_by_what_they_change():
     own = {*Distill.model_fields} - options_changing(Distill, Changes.VIEWS | Changes.TEACHER | Changes.DATA)
     assert {"lr", "steps", "optimizer", "distance", "out", "precision"} <= own
     assert not own & {"seed", "batch", "side", "crop", "teacher", "data", "val", "cap", "decoder", "student", "compile"}
@@ -156,7 +156,7 @@ def test_what_options_can_change():
     assert Train.where(lambda opt: not opt.study) == {"out", "seed", "as_json", "config", "dry_run"}
 
 
-def test_what_falls_silent_of_a_recipe():
+def test_recipe_settings_that_an_option_replaces():
     assert replaced_by(Distill, ["steps", "crop"]) == {"epochs", "resize"}
     assert replaced_by(Finetune, ["student"]) == {"student_weights", "student_kwargs"}
     assert replaced_by(Train, ["lr", "nothing"]) == frozenset()
@@ -165,7 +165,7 @@ def test_what_falls_silent_of_a_recipe():
     assert alternatives(Train, "decay_steps") == frozenset()
 
 
-def test_an_option_has_one_name_and_its_aliases():
+def test_aliases_lead_to_one_option():
     assert Finetune.field_of("--model") == Finetune.field_of("student") == Train.field_of("model") == "student"
     assert Train.field_of("--batch-size") == Train.field_of("-b") == Train.field_of("batch_size") == "batch"
     assert Train.field_of("--json") == "as_json"
@@ -174,12 +174,12 @@ def test_an_option_has_one_name_and_its_aliases():
     with pytest.raises(InputError, match="batch is set twice, once as batch_size"):
         Train.checked(**_train(), batch=3, batch_size=7)
     for table in TABLES:
-        words = [word for name, opt in table.opts() for word in (opt.flag or name, *opt.aliases)]
-        assert len(words) == len(set(words)), table
+        flags = [word for name, opt in table.opts() for word in (opt.flag or name, *opt.aliases)]
+        assert len(flags) == len(set(flags)), table
 
 
-def test_tables_of_one_option_agree():
-    """The same option in two tables is checked and grouped alike, whatever its default is."""
+def test_an_option_is_the_same_in_every_table():
+    """The same option has the same group and bounds in every table; only defaults differ."""
     for tables in (TAUGHT, SEARCHED):
         for table in tables.values():
             for name, opt in table.opts():
@@ -192,7 +192,7 @@ def test_tables_of_one_option_agree():
 
 
 def test_no_list_of_option_names_outside_config():
-    """What an option may do stands at the option: a list elsewhere would be forgotten when an option is added."""
+    """What an option may do is declared with the option; a list elsewhere would go stale when one is added."""
     names = {name for table in TABLES for name in table.model_fields}
     for path in PACKAGE.rglob("*.py"):
         if path.is_relative_to(PACKAGE / "config"):
@@ -206,7 +206,7 @@ def test_no_list_of_option_names_outside_config():
                 )
 
 
-def test_config_is_read_quickly_and_alone():
+def test_config_imports_no_heavy_library():
     code = "import sys, funmatch.config; print(*sorted(sys.modules))"
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -214,7 +214,7 @@ def test_config_is_read_quickly_and_alone():
     assert not loaded & {"torch", "timm", "tyro", "numpy", "rich"}
 
 
-def test_old_names_stay():
+def test_old_names_stay_importable():
     assert config.Pictures is config.Images
     assert vars(config).keys() >= {
         "Machine", "Images", "Train", "Finetune", "Teaching", "Distill", "Evaluate", "Named", "Prepare", "Data",

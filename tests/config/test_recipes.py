@@ -1,4 +1,4 @@
-"""Recipes: complete, found by name, and what is said beside them counts and is recorded."""
+"""Recipes are complete and found by name; options override them, and a run records the changes."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ TINY = ["--data", "fashion-mini", "--side", "32", "--batch", "16", "--threads", 
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_a_command_of_its_own(name):
+def test_recipe_equals_its_command_written_out(name):
     recipe = RECIPES[name]
     short, long = parse([recipe.verb, name]), parse(shlex.split(words(recipe))[1:])
     assert short.recipe == name
@@ -27,7 +27,7 @@ def test_a_recipe_is_a_command_of_its_own(name):
     assert short == recipe.table()
 
 
-def test_the_published_rows_are_all_there():
+def test_all_published_rows_have_recipes():
     for data, count in (("flowers102", 4), ("pet37", 5), ("food101", 3), ("sun397", 3)):
         rows = [recipe for name, recipe in RECIPES.items() if name.startswith(f"{data}-")]
         assert len(rows) == count
@@ -43,7 +43,7 @@ def test_the_published_rows_are_all_there():
     }  # fmt: skip
 
 
-def test_what_is_said_beside_a_recipe_counts():
+def test_options_override_a_recipe():
     config = parse(["distill", "pet37-fast", "--steps", "10", "--teacher", "runs/mine", "--lr", "0.5"])
     assert (config.steps, config.epochs, config.teacher, config.lr) == (10, None, ("runs/mine",), 0.5)
     assert config.temperature == 5
@@ -52,24 +52,24 @@ def test_what_is_said_beside_a_recipe_counts():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("argv", "message"),
     [
         (["distill", "pet37-fats"], "did you mean 'pet37-fast'"),
         (["finetune", "pet37-fast"], "funmatch distill pet37-fast"),
         (["distill", "pet37-fast", "--recipe", "pet37-long"], "two recipes"),
     ],
 )
-def test_a_wrong_name(words, told):
-    with pytest.raises(InputError, match=told):
-        parse(words)
+def test_wrong_recipe_names_are_rejected(argv, message):
+    with pytest.raises(InputError, match=message):
+        parse(argv)
 
 
-def test_a_run_says_what_it_did_otherwise(funmatch, tmp_path):
+def test_run_records_its_changes_from_the_recipe(funmatch, tmp_path):
     options = [*TINY, "--model", "resnet10t", "--model-kwargs", "channels=8,8,16,16", "stem_width=8", "--resize", "40"]
     options += ["--steps", "4", "--eval-every", "2", "--decay-steps", "2"]
     done = funmatch("finetune", "tf-teacher-pet37", *options, "--out", "run", "--json")
-    figures = json.loads(done.stdout)
-    assert figures["split"] == "test"
+    metrics = json.loads(done.stdout)
+    assert metrics["split"] == "test"
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["knobs"]["recipe"] == "tf-teacher-pet37"
     changed = config["facts"]["overridden"]
@@ -84,7 +84,7 @@ def test_a_run_says_what_it_did_otherwise(funmatch, tmp_path):
     assert "nothing to do" in again.stderr
 
 
-def test_from_python(tmp_path):
+def test_recipe_from_python(tmp_path):
     run = funmatch.recipe(
         "pet37-fast", data="fashion-mini", teacher="fashion-mini-teacher", student="fashion-mini-student", side=32,
         eval_resize=32, steps=2, batch=8, out=tmp_path / "run",
@@ -92,7 +92,7 @@ def test_from_python(tmp_path):
     assert run.figures["step"] == 2
 
 
-def test_the_list_and_one_in_full(funmatch):
+def test_recipes_command_lists_all_and_shows_one_in_full(funmatch):
     listed = json.loads(funmatch("recipes", "--json").stdout)["recipes"]
     assert len(listed) == len(RECIPES)
     (one,) = json.loads(funmatch("recipes", "pet37-fast", "--no-measure", "--json").stdout)["recipes"]
@@ -104,7 +104,7 @@ def test_the_list_and_one_in_full(funmatch):
     assert "unknown recipe" in funmatch("recipes", "nothing-like-it", check=2).stderr
 
 
-def test_an_estimate_is_the_measured_time_of_all_images(monkeypatch):
+def test_estimated_hours_are_images_over_measured_throughput(monkeypatch):
     monkeypatch.setattr(recipes, "SECONDS", 0.01)
     monkeypatch.setattr(
         recipes, "network", lambda _name, classes, **_: timm.create_model("resnet10t", num_classes=classes)
@@ -113,7 +113,7 @@ def test_an_estimate_is_the_measured_time_of_all_images(monkeypatch):
     assert one["hours"] == pytest.approx(one["images"] / one["images_per_second"] / 3600)
 
 
-def test_the_small_student_of_imagenet_has_no_batch_norm():
+def test_groupnorm_mobilenet_has_no_batch_norm():
     net = mobilenetv3_large_gn(num_classes=7).eval()
     assert not [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert len([m for m in net.modules() if isinstance(m, torch.nn.GroupNorm)]) == len(

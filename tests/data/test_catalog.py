@@ -1,4 +1,4 @@
-"""Published data sets, in exactly the layout that their archives have; readers and their prefixes."""
+"""Published data sets in exactly the layout of their archives, against torchvision; readers and their prefixes."""
 
 import gzip
 import hashlib
@@ -25,13 +25,13 @@ from funmatch.errors import InputError
 
 
 @pytest.fixture(name="home")
-def folder_of_data_sets(tmp_path, monkeypatch) -> Path:
+def data_home(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(catalog, "SECONDS_OF_SILENCE", 2.0)
+    monkeypatch.setattr(catalog, "SECONDS_OF_SILENCE", 2.0)  # no test waits as long as a user would
     return tmp_path / "data"
 
 
-def pets(home: Path, breeds=("Abyssinian", "american_bulldog", "Birman"), each=10) -> Path:
+def write_pets(home: Path, breeds=("Abyssinian", "american_bulldog", "Birman"), each=10) -> Path:
     root = home / "oxford-iiit-pet"
     (root / "annotations").mkdir(parents=True)
     for split, first in (("trainval", 0), ("test", 100)):
@@ -43,8 +43,8 @@ def pets(home: Path, breeds=("Abyssinian", "american_bulldog", "Birman"), each=1
     return root
 
 
-def test_pets(home):
-    pets(home)
+def test_pets_equal_torchvisions(home):
+    write_pets(home)
     source = open_named("pet37")
     assert source.classes == ("Abyssinian", "American Bulldog", "Birman")
     theirs = torchvision.datasets.OxfordIIITPet(str(home), split="test")
@@ -58,7 +58,7 @@ def test_pets(home):
     assert len(open_cache("pet37", ReadOptions(split_spec=SplitSpec({"val": 9}))).splits["val"]) == 9
 
 
-def flowers(home: Path) -> Path:
+def write_flowers(home: Path) -> Path:
     root = home / "flowers-102"
     for i in range(1, 13):
         paint(root / "jpg" / f"image_{i:05}.jpg", i)
@@ -68,8 +68,8 @@ def flowers(home: Path) -> Path:
     return root
 
 
-def test_flowers(home, monkeypatch):
-    root = flowers(home)
+def test_flowers_equal_torchvisions(home, monkeypatch):
+    root = write_flowers(home)
     source = open_named("flowers102")
     assert source.classes[:2] == ("pink primrose", "hard-leaved pocket orchid")
     assert len(source.classes) == 102
@@ -85,7 +85,7 @@ def test_flowers(home, monkeypatch):
         open_named("flowers102")
 
 
-def food(home: Path) -> Path:
+def write_food(home: Path) -> Path:
     root = home / "food-101"
     (root / "meta").mkdir(parents=True)
     for split, first in (("train", 0), ("test", 50)):
@@ -96,8 +96,8 @@ def food(home: Path) -> Path:
     return root
 
 
-def test_food(home):
-    root = food(home)
+def test_food_equals_torchvisions(home):
+    root = write_food(home)
     source = open_named("food101")
     theirs = torchvision.datasets.Food101(str(home), split="test")
     assert list(source.classes) == theirs.classes == ["apple_pie", "waffles"]
@@ -115,7 +115,7 @@ def test_food(home):
         open_cache("food101")
 
 
-def sun(home: Path) -> Path:
+def write_sun(home: Path) -> Path:
     root = home / "SUN397"
     names = ["/a/abbey", "/a/apartment_building/outdoor", "/z/zoo"]
     for n, name in enumerate(names):
@@ -125,8 +125,8 @@ def sun(home: Path) -> Path:
     return root
 
 
-def test_sun(home):
-    sun(home)
+def test_sun_equals_torchvisions(home):
+    write_sun(home)
     theirs = torchvision.datasets.SUN397(str(home))
     cache = open_cache("sun397")
     assert list(cache.classes) == theirs.classes == ["abbey", "apartment_building/outdoor", "zoo"]
@@ -134,15 +134,15 @@ def test_sun(home):
     assert sum(CATALOG["sun397"].counts.values()) == 108_753
 
 
-def test_the_shares_of_sun_are_the_published_counts():
+def test_split_shares_of_sun_give_the_published_counts():
     (test, val), n = (catalog.published.SUN_SPLIT.shares[name] for name in ("test", "val")), 108_753
     assert {"train": n - int(test * n) - int(val * n), "val": int(val * n), "test": int(test * n)} == CATALOG[
         "sun397"
     ].counts
 
 
-def test_sun_by_its_lists(home):
-    root = sun(home)
+def test_sun_is_split_by_its_published_lists(home):
+    root = write_sun(home)
     for file, images in (
         ("tr", ["/a/abbey/sun_001.jpg", "/z/zoo/sun_000.jpg"]),
         ("va", ["a/abbey/sun_002.jpg"]),
@@ -158,21 +158,23 @@ def test_sun_by_its_lists(home):
     assert source.splits["train"].labels.tolist() == [0, 2]
 
 
-def idx(path: Path, values: np.ndarray, packed: bool) -> None:
+def write_idx(path: Path, values: np.ndarray, packed: bool) -> None:
     content = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(content) if packed else content)
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_fashion_mnist(home, packed, monkeypatch):
+def test_fashion_mnist_equals_torchvisions(home, packed, monkeypatch):
     monkeypatch.setitem(CATALOG, "fashion-mnist", catalog.replace(CATALOG["fashion-mnist"], elsewhere=()))
     rng = np.random.default_rng(0)
     raw = home / "FashionMNIST" / "raw"
     for prefix, count in (("train", 20), ("t10k", 10)):
         end = ".gz" if packed else ""
-        idx(raw / f"{prefix}-images-idx3-ubyte{end}", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), packed)
-        idx(raw / f"{prefix}-labels-idx1-ubyte{end}", np.arange(count, dtype=np.uint8) % 10, packed)
+        write_idx(
+            raw / f"{prefix}-images-idx3-ubyte{end}", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), packed
+        )
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte{end}", np.arange(count, dtype=np.uint8) % 10, packed)
     source = open_named("fashion-mnist")
     assert source.classes[0] == "T-shirt/top"
     assert {name: len(split) for name, split in open_cache("fashion-mnist").splits.items()} == {
@@ -190,7 +192,7 @@ def test_fashion_mnist(home, packed, monkeypatch):
             open_named("fashion-mnist")
 
 
-def test_imagenet_is_a_folder_of_yours(home):
+def test_imagenet_is_read_from_the_users_folder(home):
     for split in ("train", "val"):
         for wnid in ("n01440764", "n01443537"):
             paint(home / "imagenet" / split / wnid / f"{wnid}_1.JPEG", hash((split, wnid)) % 1000)
@@ -200,7 +202,7 @@ def test_imagenet_is_a_folder_of_yours(home):
 
 
 @pytest.mark.parametrize("name", [name for name, entry in CATALOG.items() if entry.folder])
-def test_what_is_not_there_and_cannot_be_fetched(name, home, monkeypatch):
+def test_error_names_folder_and_files_if_the_download_fails(name, home, monkeypatch):
     import urllib.error
     import urllib.request
 
@@ -218,38 +220,38 @@ def test_what_is_not_there_and_cannot_be_fetched(name, home, monkeypatch):
     assert "--data-dir" in str(error.value)
 
 
-def test_what_an_interrupted_fetch_left_is_not_taken_for_whole(home, monkeypatch):
-    """A fetch is killed while it unpacks; the next begins anew, and moves what is whole to its place."""
-    arriving = home / ".pet37.partial"
-    pets(arriving, each=2)
-    kept = arriving / "oxford-iiit-pet" / "images.tar.gz"
-    kept.write_bytes(b"an archive that was fetched")
+def test_interrupted_download_starts_over_and_keeps_whole_archives(home, monkeypatch):
+    """A download killed while unpacking starts over from the archive; only a complete folder gets its final name."""
+    partial = home / ".pet37.partial"
+    write_pets(partial, each=2)
+    archive = partial / "oxford-iiit-pet" / "images.tar.gz"
+    archive.write_bytes(b"a downloaded archive")
 
     def fetch(root: str, **_options) -> None:
-        assert kept.exists()
+        assert archive.exists()
         assert not (Path(root) / "oxford-iiit-pet" / "annotations").exists()
-        pets(Path(root), each=3)
+        write_pets(Path(root), each=3)
 
     monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", fetch)
     assert len(open_named("pet37").splits["train"]) == 9
-    assert not arriving.exists()
+    assert not partial.exists()
     assert sorted(path.name for path in (home / "oxford-iiit-pet").iterdir()) == ["annotations", "images"]
 
 
-def test_the_folder_itself_may_be_named(home, tmp_path):
-    root = pets(home)
+def test_folder_of_the_data_set_can_be_given(home, tmp_path):
+    root = write_pets(home)
     assert open_named("pet37", root).classes
     root.rename(tmp_path / "mine")
     assert open_named("pet37", tmp_path / "mine").classes
 
 
-def test_every_entry_says_what_it_is():
+def test_every_catalog_entry_is_described():
     for name, entry in CATALOG.items():
         assert entry.title and entry.licence and entry.citation and entry.classes, name  # noqa: PT018
         assert set(entry.counts) <= {"train", "val", "test"}
 
 
-def test_prefixes_of_readers(tmp_path, images, monkeypatch):
+def test_reader_prefixes(tmp_path, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_dataset(f"folder:{images}").classes == ("ant", "bee", "cat")
     assert resolve_spec("folder:pictures") == f"folder:{tmp_path}/pictures"
@@ -263,7 +265,7 @@ def test_prefixes_of_readers(tmp_path, images, monkeypatch):
         open_dataset("pet38")
 
 
-def test_several_folders_are_one(tmp_path, images):
+def test_several_folders_are_joined(tmp_path, images):
     for i in range(3):
         paint(tmp_path / "more" / "train" / "dog" / f"{i}.png", 500 + i)
         paint(tmp_path / "more" / "train" / "bee" / f"{i}.png", 600 + i)
@@ -280,17 +282,17 @@ def test_several_folders_are_one(tmp_path, images):
     assert mixed.splits["val"].labelled
 
 
-def test_classes_that_differ_only_in_case(images):
+def test_classes_that_differ_only_in_case_are_rejected(images):
     paint(images / "val" / "Ant" / "0.png", 1)
     with pytest.raises(InputError, match="'Ant' and 'ant' differ only in case"):
         open_dataset(str(images))
 
 
-def test_layouts_of_folders(tmp_path):
+def test_folder_layouts(tmp_path):
     for name in ("x", "y"):
         paint(tmp_path / "classes" / name / "deep" / "a.png", ord(name))
     assert open_dataset(str(tmp_path / "classes")).classes == ("x", "y")
-    assert open_dataset(str(tmp_path / "classes" / "x")).classes == (), "one folder alone is no class"
+    assert open_dataset(str(tmp_path / "classes" / "x")).classes == (), "a single folder is not a class"
     paint(tmp_path / "classes" / "loose.png", 1)
     loose = open_dataset(str(tmp_path / "classes"))
     assert loose.classes == ()
@@ -299,13 +301,13 @@ def test_layouts_of_folders(tmp_path):
     assert "skipped 1 files in" in open_dataset(str(tmp_path / "classes")).notes[1]
 
 
-def test_folders_beside_splits_are_not_forgotten(images):
+def test_images_outside_the_splits_are_an_error(images):
     paint(images / "evaluation" / "ant" / "0.png", 1)
     with pytest.raises(InputError, match="has images in evaluation beside the splits test, train, val"):
         open_dataset(str(images))
 
 
-def test_names_with_quotes_markup_and_more(tmp_path, funmatch):
+def test_names_with_quotes_and_markup_are_shown_unchanged(tmp_path, funmatch):
     names = [
         "<b>bold</b>".replace("/", "∕"),
         'it\'s "quoted"',
@@ -324,15 +326,15 @@ def test_names_with_quotes_markup_and_more(tmp_path, funmatch):
     assert Path(tmp_path / "p-sheet.png").stat().st_size > 1000
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *_) -> None:
         pass
 
 
 @pytest.fixture(name="server")
-def a_server(tmp_path):
-    """Serves the folder `server` on this machine alone."""
-    handler = partial(Quiet, directory=str(tmp_path / "server"))
+def local_server(tmp_path):
+    """Serves the folder `server` on the loopback interface."""
+    handler = partial(QuietHandler, directory=str(tmp_path / "server"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
@@ -341,10 +343,9 @@ def a_server(tmp_path):
         thread.join()
 
 
-def test_archives_are_fetched_checked_and_unpacked(home, server, tmp_path, monkeypatch, capfd):
-    """torchvision's own fetching, from archives that lie here instead of in Oxford."""
-
-    root = pets(tmp_path / "made", each=4)
+def test_archives_are_downloaded_checked_and_unpacked(home, server, tmp_path, monkeypatch, capfd):
+    """Uses torchvision's own download, from a local server in place of Oxford's."""
+    root = write_pets(tmp_path / "made", each=4)
     resources = []
     for name in ("images", "annotations"):
         archive = tmp_path / "server" / f"{name}.tar.gz"
@@ -356,18 +357,19 @@ def test_archives_are_fetched_checked_and_unpacked(home, server, tmp_path, monke
     with pytest.raises(InputError, match="could not be downloaded"):
         open_named("pet37")
     assert not (home / "oxford-iiit-pet").exists()
-    assert (home / ".pet37.partial" / "oxford-iiit-pet" / "images.tar.gz").exists(), "kept, so that it is fetched once"
+    assert (home / ".pet37.partial" / "oxford-iiit-pet" / "images.tar.gz").exists(), (
+        "kept, so that it is downloaded only once"
+    )
     monkeypatch.setattr(torchvision.datasets.OxfordIIITPet, "_RESOURCES", tuple(resources))
     (tmp_path / "server" / "images.tar.gz").unlink()
     source = open_named("pet37")
     assert len(source.splits["train"]) == 12
     assert {path.name for path in home.iterdir()} == {"oxford-iiit-pet"}
-    assert "100%" in capfd.readouterr().err, "a bar"
+    assert "100%" in capfd.readouterr().err, "shows a progress bar"
 
 
-def test_archives_that_a_person_put_there_are_used(home, tmp_path, monkeypatch):
-
-    root = pets(tmp_path / "made", each=4)
+def test_archives_already_in_the_folder_are_used(home, tmp_path, monkeypatch):
+    root = write_pets(tmp_path / "made", each=4)
     place = home / "oxford-iiit-pet"
     place.mkdir(parents=True)
     resources = []

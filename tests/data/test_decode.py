@@ -1,4 +1,4 @@
-"""Images of every kind are seen as a person sees them, and all ways of decoding agree."""
+"""Images of every kind decode to upright RGB as a viewer shows them, and all decoders agree."""
 
 from io import BytesIO
 
@@ -39,7 +39,7 @@ def kinds(image: bytes) -> set[str]:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_upright(orientation, form):
+def test_exif_orientation_is_applied(orientation, form):
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :16], upright[8:, :16], upright[:8, 16:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     stored = {
@@ -52,12 +52,12 @@ def test_images_are_turned_upright(orientation, form):
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
     image = encoded(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif, **options)
     for decoder in ("pillow", pick_decoder("auto")):
-        assert np.abs(decode(image, decoder=decoder).astype(int) - upright).max() <= 3
+        assert np.abs(decode(image, decoder=decoder).astype(int) - upright).max() <= 3  # JPEG's loss
     assert (header(image).height, header(image).width) == (16, 32)
     assert kinds(image) == ({"turned by EXIF"} if orientation > 1 else set())
 
 
-def test_kinds_of_images():
+def test_image_kinds_are_detected():
     image = photograph(8, 6)
     deep = Image.fromarray(np.full((6, 8), 40_000, np.uint16))
     clear = image.copy().convert("RGBA")
@@ -74,7 +74,7 @@ def test_kinds_of_images():
     assert kinds(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) >= {"animated"}
 
 
-def test_colours_of_every_kind():
+def test_every_image_kind_becomes_rgb():
     image = photograph(40, 30)
     plain = np.asarray(image).astype(int)
     grey = np.asarray(image.convert("L")).astype(int)[:, :, None].repeat(3, axis=2)
@@ -84,13 +84,13 @@ def test_colours_of_every_kind():
     assert (decode(encoded(Image.fromarray((grey[:, :, 0] * 257).astype(np.uint16)))) == grey).all()
     half = image.copy()
     half.putalpha(128)
-    assert np.abs(decode(encoded(half)) - (plain * 128 + 255 * 127) / 255).max() <= 2, "over white"
-    seen_through = Image.new("P", (4, 4), 3)
-    seen_through.putpalette([0, 0, 0] * 3 + [9, 9, 9])
-    assert (decode(encoded(seen_through, transparency=3)) == 255).all()
+    assert np.abs(decode(encoded(half)) - (plain * 128 + 255 * 127) / 255).max() <= 2, "blended over white"
+    transparent = Image.new("P", (4, 4), 3)
+    transparent.putpalette([0, 0, 0] * 3 + [9, 9, 9])
+    assert (decode(encoded(transparent, transparency=3)) == 255).all()
 
 
-def test_16_bits_of_colour():
+def test_16_bit_colour_images():
     png = encoded(Image.new("RGB", (2, 1), (255, 0, 128)))
     assert "16-bit" not in kinds(png)
     ppm = b"P6 2 1 65535\n" + np.array([[65535, 0, 32896]] * 2, ">u2").tobytes()
@@ -98,21 +98,21 @@ def test_16_bits_of_colour():
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xe1\x00\x10Exif\x00\x00garbage!", b"\xff\xe1\x00\x08Exif\x00\x00"])
-def test_damaged_exif_loses_no_image(damage):
+def test_damaged_exif_does_not_stop_decoding(damage):
     jpeg = encoded(photograph(8, 6), "JPEG")
     assert decode(jpeg[:2] + damage + jpeg[2:]).shape == (6, 8, 3)
 
 
-def test_bombs_and_what_is_no_image():
+def test_too_many_pixels_and_non_images_are_rejected():
     flat = encoded(Image.new("1", (5000, 4000)))
     with pytest.raises(ValueError, match=r"5,000 × 4,000 pixels are more than --max-pixels 1,000,000"):
         decode(flat, max_pixels=10**6)
     with pytest.raises(ValueError, match="5,000 × 4,000"):
         header(flat, max_pixels=10**6)
     assert header(flat).width == 5000
-    for nothing in (b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\xff\xd8\xff"):
+    for content in (b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\xff\xd8\xff"):
         with pytest.raises(ValueError, match=r"not an image|empty"):
-            decode(nothing)
+            decode(content)
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "torchcodec"])
@@ -133,7 +133,7 @@ JPEGS = {
 
 
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
-def test_torchcodec_decodes_as_pillow_does(options):
+def test_torchcodec_agrees_with_pillow(options):
     needs_torchcodec()
     for seed in range(3):
         image = encoded(photograph(117, 83, seed), "JPEG", **options)
@@ -143,7 +143,7 @@ def test_torchcodec_decodes_as_pillow_does(options):
 
 @pytest.mark.parametrize("decoder", ["pillow", "torchcodec"])
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
-def test_a_box_is_a_box_of_the_whole(options, decoder):
+def test_decoded_box_equals_the_box_of_the_decoded_image(options, decoder):
     if decoder == "torchcodec":
         needs_torchcodec()
     image = encoded(photograph(117, 183), "JPEG", **options)
@@ -152,14 +152,14 @@ def test_a_box_is_a_box_of_the_whole(options, decoder):
         top, left, height, width = box
         expected = whole[top : top + height, left : left + width]
         assert np.array_equal(decode(image, decoder=decoder, box=box), expected)
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    image = encoded(photograph(117, 83), "JPEG", exif=turned, **options)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = encoded(photograph(117, 83), "JPEG", exif=exif, **options)
     assert np.array_equal(decode(image, decoder=decoder, box=(2, 3, 50, 40)), decode(image)[2:52, 3:43])
 
 
-def test_large_jpegs_are_scaled_while_they_are_decoded():
-    """The stated tolerance: 1/255 on average."""
+def test_scaled_jpeg_decoding_is_close_to_resizing():
+    """The tolerance is the documented one: 1/255 on average."""
     for seed, (width, height) in enumerate([(1600, 1200), (1203, 1811), (900, 2700)]):
         image = photograph(width, height, seed)
         image = encoded(image, "JPEG", quality=95)
@@ -171,14 +171,14 @@ def test_large_jpegs_are_scaled_while_they_are_decoded():
         assert np.abs(fast - slow).mean() <= 1
 
 
-def test_capped_sizes():
+def test_cap_limits_the_short_side():
     assert decoding.cap_size((640, 480), None) == (640, 480)
     assert decoding.cap_size((640, 480), 480) == (640, 480)
     assert decoding.cap_size((640, 480), 48) == (64, 48)
     assert decoding.cap_size((480, 641), 48) == (48, 64)
 
 
-def test_decoders_that_are_not_there(monkeypatch):
+def test_missing_torchcodec_falls_back_or_is_an_error(monkeypatch):
     monkeypatch.setattr(decoding, "find_spec", lambda _: None)
     assert pick_decoder("auto") == "pillow"
     monkeypatch.setattr(decoding, "_torchcodec", lambda: 1 / 0)

@@ -1,4 +1,4 @@
-"""Pixels on the device, which cuts the views itself: the same views, the same run but for rounding."""
+"""With pixels on the device, which crops the views itself, views and runs are equal up to rounding."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from make_images import FEW
+from make_images import FEW, paint
 from safetensors.torch import load_file
 
 import funmatch
@@ -17,15 +17,14 @@ from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
 from funmatch.ops import resample
 from funmatch.ops.view_spec import ViewSpec
-from funmatch.training import datasets as of_tasks
+from funmatch.training import datasets as training_datasets
 from funmatch.training.run.checkpoint import CheckpointWriter
 from funmatch.training.run.folder import Run
 from funmatch.training.scoring import central_batches
-from tests.conftest import paint
 
 CPU = torch.device("cpu")
-CLOSE = 0.01 / 255
-KNOBS = {
+CLOSE = 0.01 / 255  # the gather sums in another order than the host's resampling
+OPTIONS = {
     "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
     "steps": 9, "save_every": 4, "eval_every": 3, "log_every": 2,
 }  # fmt: skip
@@ -39,30 +38,30 @@ def images_of_many_sizes(tmp_path):
     return open_cache(str(tmp_path / "p"), cache_options=CacheOptions(home=tmp_path / "kept"))
 
 
-@pytest.mark.parametrize("crop", ["inception", "mild", "squash", "whole"])
-def test_batches_are_the_same(cache, crop):
+@pytest.mark.parametrize("crop", ["inception", "mild", "squash", "uninterrupted"])
+def test_batches_from_the_device_equal_those_from_the_host(cache, crop):
     host = Loader(cache.splits["train"], ViewSpec(3, 8, 24, crop=crop, resize=30), teacher_sides=(24, 32))
-    there = replace(host, split=move_to_device(host.split, CPU)[0])
+    on_device = replace(host, split=move_to_device(host.split, CPU)[0])
     for step in (0, 1, 7):
-        one, other = host.batch_at(step), there.batch_at(step)
+        one, other = host.batch_at(step), on_device.batch_at(step)
         torch.testing.assert_close(other.crops, one.crops, atol=CLOSE, rtol=0)
         assert torch.equal(other.labels, one.labels)
         assert other.lam == one.lam
-        assert other.teacher_crops[0] is None, "crops of the same side are shared, not cut again"
+        assert other.teacher_crops[0] is None, "crops of the same side are shared"
         torch.testing.assert_close(other.teacher_crops[1], one.teacher_crops[1], atol=CLOSE, rtol=0)
 
 
 @pytest.mark.parametrize("squash", [False, True])
-def test_evaluation_sees_the_same_of_any_part_of_a_split(cache, squash):
+def test_evaluation_views_are_equal_for_any_subset(cache, squash):
     host = cache.splits["val"]
-    there, _ = move_to_device(host, CPU)
+    on_device, _ = move_to_device(host, CPU)
     some = np.array([5, 0, 0, 3])
-    for one, other in ((host, there), (host.subset(some), there.subset(some))):
+    for one, other in ((host, on_device), (host.subset(some), on_device.subset(some))):
         views = [torch.cat([v for v, _ in central_batches(split, 24, 30, 3, squash=squash)]) for split in (one, other)]
         torch.testing.assert_close(views[1], views[0], atol=CLOSE, rtol=0)
 
 
-def test_pixels_lie_there_once(cache):
+def test_pixels_are_stored_once_on_the_device(cache):
     split = cache.splits["train"]
     first, _ = move_to_device(split, CPU)
     second, _ = move_to_device(replace(split, name="other"), CPU)
@@ -73,23 +72,25 @@ def test_pixels_lie_there_once(cache):
     assert device_bytes(twice) == len(lone.store.flat) == int((rows["height"] * rows["width"] * 3).sum())
 
 
-def test_what_does_not_fit_stays_where_it_is(cache, capsys, monkeypatch):
+def test_splits_that_do_not_fit_stay_on_the_host(cache, capsys, monkeypatch):
     size = device_bytes(cache.splits["train"])
-    some = of_tasks.move_data_to_device(cache, CPU, (size + 10) / 1e9)
+    some = training_datasets.move_data_to_device(cache, CPU, (size + 10) / 1e9)
     assert some.splits["train"].store is not cache.splits["train"].store
     assert some.splits["val"].store is cache.splits["val"].store
     assert "val: 0.0 GB of pixels stay on the host; --device-gb allows" in capsys.readouterr().err
 
-    def full(*_):
+    def out_of_memory(*_):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr("funmatch.training.datasets.move_to_device", full)
-    assert of_tasks.move_data_to_device(cache, CPU, 1).splits == cache.splits
+    monkeypatch.setattr("funmatch.training.datasets.move_to_device", out_of_memory)
+    assert training_datasets.move_data_to_device(cache, CPU, 1).splits == cache.splits
     assert "has no room for" in capsys.readouterr().err
 
 
-def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
-    flat = torch.zeros(10, dtype=torch.uint8, device="meta")  # any device but the CPU
+def test_crop_kernel_that_fails_or_differs_is_not_used(monkeypatch):
+    flat = torch.zeros(
+        10, dtype=torch.uint8, device="meta"
+    )  # stands for an accelerator: the check runs on any device but the CPU
     monkeypatch.setattr(
         device_store,
         "_move_grid",
@@ -117,47 +118,49 @@ def losses(folder):
     return [record["loss"] for record in Run(folder).metrics.read() if record["event"] == "step"]
 
 
-def test_a_run_with_its_pixels_there(tmp_path, capsys):
-    host = funmatch.distill(out=tmp_path / "host", **KNOBS)
-    there = funmatch.distill(out=tmp_path / "there", device_gb=1, **KNOBS)
+def test_run_with_pixels_on_the_device_matches_one_without(tmp_path, capsys):
+    host = funmatch.distill(out=tmp_path / "host", **OPTIONS)
+    on_device = funmatch.distill(out=tmp_path / "there", device_gb=1, **OPTIONS)
     assert "GB of pixels moved to cpu, which crops the views itself" in capsys.readouterr().err
-    one, other = losses(host.folder), losses(there.folder)
+    one, other = losses(host.folder), losses(on_device.folder)
     assert other[0] == pytest.approx(one[0], rel=1e-5)
-    np.testing.assert_allclose(other, one, rtol=0.01)  # Adam's first updates make much of a last bit
-    assert there.figures["top1"] == pytest.approx(host.figures["top1"], abs=0.03)
+    np.testing.assert_allclose(other, one, rtol=0.01)  # Adam's first updates amplify a difference in the last bit
+    assert on_device.figures["top1"] == pytest.approx(host.figures["top1"], abs=0.03)
 
 
-def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
-    whole = funmatch.distill(out=tmp_path / "whole", device_gb=1, **KNOBS)
+def test_run_resumes_with_pixels_on_the_device_as_it_started(tmp_path, monkeypatch):
+    uninterrupted = funmatch.distill(out=tmp_path / "whole", device_gb=1, **OPTIONS)
 
-    def dies(*_args, **_kwargs):
+    def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("timm.models.save_for_hf", dies)
+    monkeypatch.setattr("timm.models.save_for_hf", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        funmatch.distill(out=tmp_path / "run", device_gb=1, **KNOBS)
+        funmatch.distill(out=tmp_path / "run", device_gb=1, **OPTIONS)
     monkeypatch.undo()
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     checkpoints = tmp_path / "run" / "checkpoints"
     for path in (checkpoints / "step-000000009", checkpoints / "step-000000008"):
         path.rename(tmp_path / path.name)
     (tmp_path / "step-000000008").rename(checkpoints / "step-000000008")
-    again = funmatch.distill(out=tmp_path / "run", **KNOBS)  # nothing is said of it this time
-    assert losses(again.folder) == losses(whole.folder)
-    assert json.loads((again.folder / "config.json").read_text())["knobs"]["device_gb"] == 1
-    first, second = (load_file(run.folder / "student" / "model.safetensors") for run in (whole, again))
+    resumed = funmatch.distill(
+        out=tmp_path / "run", **OPTIONS
+    )  # resumes with device_gb=1 although it is not given again
+    assert losses(resumed.folder) == losses(uninterrupted.folder)
+    assert json.loads((resumed.folder / "config.json").read_text())["knobs"]["device_gb"] == 1
+    first, second = (load_file(run.folder / "student" / "model.safetensors") for run in (uninterrupted, resumed))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_what_is_written_beside_is_written_in_order_and_nothing_after_a_failure():
-    written = []
+def test_checkpoint_writer_keeps_the_order_and_writes_nothing_after_a_failure():
+    done = []
 
     def write(name):
         if name == "bad":
             raise OSError("disk")
-        written.append(name)
+        done.append(name)
 
-    def asked(*names):
+    def submit_all(*names):
         with CheckpointWriter() as keeper:
             for name in names:
                 if name == "stop":
@@ -165,8 +168,8 @@ def test_what_is_written_beside_is_written_in_order_and_nothing_after_a_failure(
                 keeper.submit(lambda name=name: write(name))
 
     with pytest.raises(OSError, match="disk"):
-        asked("a", "b", "bad", "c", "d", "e")
-    assert written == ["a", "b"]
+        submit_all("a", "b", "bad", "c", "d", "e")
+    assert done == ["a", "b"]
     with pytest.raises(ValueError, match="of the block"):
-        asked("f", "stop")
-    assert written == ["a", "b", "f"], "what was asked for is there, whatever ends the training"
+        submit_all("f", "stop")
+    assert done == ["a", "b", "f"], "submitted files are written even if the training fails"

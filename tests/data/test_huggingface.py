@@ -1,4 +1,4 @@
-"""Data sets of the Hub's library, from files on disk."""
+"""Data sets of the Hugging Face `datasets` library, from files on disk."""
 
 from io import BytesIO
 
@@ -15,7 +15,7 @@ datasets = pytest.importorskip("datasets")
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def isolated_hub_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
     datasets.disable_progress_bars()
 
@@ -28,7 +28,7 @@ def table(tmp_path, count=6, names=("ant", "bee"), first=0, **columns):
     return datasets.Dataset.from_dict(rows | columns, features=datasets.Features(features)), images
 
 
-def test_a_parquet_file(tmp_path):
+def test_parquet_file_is_read(tmp_path):
     rows, images = table(tmp_path)
     rows.to_parquet(tmp_path / "pets.parquet")
     source = open_dataset(f"hf:{tmp_path}/pets.parquet")
@@ -39,9 +39,9 @@ def test_a_parquet_file(tmp_path):
     assert open_cache(f"hf:{tmp_path}/pets.parquet").splits["train"].labels(slice(None)).tolist() == [0, 1] * 3
 
 
-def test_a_folder_of_splits_and_one_that_was_saved(tmp_path):
+def test_folder_of_parquet_splits_and_saved_dataset_are_read(tmp_path):
     train, images = table(tmp_path)
-    test, others = table(tmp_path, 4, first=50)
+    test, test_images = table(tmp_path, 4, first=50)
     (tmp_path / "files").mkdir()
     train.to_parquet(tmp_path / "files" / "train-00000-of-00001.parquet")
     test.to_parquet(tmp_path / "files" / "validation-00000-of-00001.parquet")
@@ -50,10 +50,10 @@ def test_a_folder_of_splits_and_one_that_was_saved(tmp_path):
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
     source = open_dataset(f"hf:{tmp_path}/saved")
     assert [source.read("train", i) for i in range(6)] == images
-    assert [source.read("test", i) for i in range(4)] == others
+    assert [source.read("test", i) for i in range(4)] == test_images
 
 
-def test_columns(tmp_path):
+def test_image_and_label_columns_can_be_chosen(tmp_path):
     rows, _ = table(tmp_path, kind=["x", "z", "y"] * 2, number=[3, 1, 2] * 2)
     rows.to_parquet(tmp_path / "a.parquet")
     spec = f"hf:{tmp_path}/a.parquet"
@@ -65,12 +65,12 @@ def test_columns(tmp_path):
     for wrong in (ReadOptions(image_feature="label"), ReadOptions(label_feature="image")):
         with pytest.raises(InputError, match=r"has no (images|labels)"):
             open_dataset(spec, wrong)
-    for reading in (ReadOptions(label_feature="no"), ReadOptions(image_feature="no")):
+    for options in (ReadOptions(label_feature="no"), ReadOptions(image_feature="no")):
         with pytest.raises(InputError, match="has no column 'no', but: image, label, kind, number"):
-            open_dataset(spec, reading)
+            open_dataset(spec, options)
 
 
-def test_labels_that_cannot_be_used(tmp_path):
+def test_missing_labels_are_an_error_unless_unlabelled(tmp_path):
     rows, images = table(tmp_path)
     rows.remove_columns("label").add_column("label", [0, None, 1, None, 0, 1]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"train\[1\]: label None is outside the 2 classes; pass --unlabelled"):
@@ -80,7 +80,7 @@ def test_labels_that_cannot_be_used(tmp_path):
     assert source.read("train", 5) == images[5]
 
 
-def test_images_that_were_given_as_pixels(tmp_path):
+def test_images_stored_as_pixels_are_read(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     from PIL import Image
 
@@ -91,7 +91,7 @@ def test_images_that_were_given_as_pixels(tmp_path):
     assert not source.splits["train"].labelled
 
 
-def test_what_cannot_be_loaded(tmp_path):
+def test_missing_and_damaged_files_are_rejected(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.parquet is missing"):
         open_dataset(f"hf:{tmp_path}/nowhere.parquet")
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
@@ -102,7 +102,7 @@ def test_what_cannot_be_loaded(tmp_path):
         open_dataset(f"hf:{tmp_path}/b.parquet")
 
 
-def test_a_name_without_a_network(monkeypatch):
+def test_error_without_a_network_names_the_data_set(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"hf:user/nothing cannot be loaded: .*with a network, or downloaded before"):
         open_dataset("hf:user/nothing")

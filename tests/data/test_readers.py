@@ -1,4 +1,4 @@
-"""From files to batches: every layout, every kind of file, nothing partial, nothing read twice."""
+"""From files to batches: folder layouts, the decoded cache, and the loader's batches."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from funmatch.ops.view_spec import ViewSpec
 from funmatch.training.scoring import central_batches
 
 
-def test_splits_and_classes_of_a_folder(images):
+def test_folder_gives_splits_classes_and_labels(images):
     folder = open_folder(images)
     assert folder.classes == ("ant", "bee", "cat")
     assert {name: len(split.names) for name, split in folder.splits.items()} == {"train": 15, "val": 9, "test": 12}
@@ -43,7 +43,7 @@ def test_a_folder_without_splits_is_unlabelled_at_any_depth(tmp_path):
     assert folder.classes == ()
 
 
-def test_an_unlabelled_split_beside_labelled_ones(images):
+def test_one_split_can_be_unlabelled(images):
     shutil.rmtree(images / "train")
     paint(images / "train" / "x.png", 5)
     folder = open_folder(images)
@@ -51,13 +51,13 @@ def test_an_unlabelled_split_beside_labelled_ones(images):
     assert folder.splits["val"].labelled
 
 
-def test_long_names_of_splits(images):
+def test_split_names_have_aliases(images):
     (images / "val").rename(images / "Validation")
     assert list(open_folder(images).splits) == ["train", "val", "test"]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda root: shutil.rmtree(root), "missing"),
         (lambda root: [shutil.rmtree(path) for path in root.iterdir()], "no image"),
@@ -66,13 +66,13 @@ def test_long_names_of_splits(images):
         (lambda root: shutil.copytree(root / "val", root / "valid"), "both"),
     ],
 )
-def test_folders_that_cannot_be_used(images, spoil, message):
-    spoil(images)
+def test_unusable_folders_are_rejected(images, damage, message):
+    damage(images)
     with pytest.raises(InputError, match=message):
         open_folder(images)
 
 
-def test_unknown_data_sets_name_the_near_ones(tmp_path, monkeypatch):
+def test_unknown_data_set_suggests_near_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="did you mean 'fashion-mini'"):
         open_dataset("fashion_mini")
@@ -80,7 +80,7 @@ def test_unknown_data_sets_name_the_near_ones(tmp_path, monkeypatch):
         open_dataset("./nowhere")
 
 
-def test_the_cache_holds_the_very_pixels(images):
+def test_cache_holds_the_decoded_pixels(images):
     cache = open_cache(str(images))
     split = cache.splits["train"]
     assert cache.classes == ("ant", "bee", "cat")
@@ -90,13 +90,13 @@ def test_the_cache_holds_the_very_pixels(images):
     assert split.labels(np.arange(15)).tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
-def test_large_images_are_kept_smaller(tmp_path):
+def test_cap_shrinks_large_images(tmp_path):
     paint(tmp_path / "a.png", 0, (90, 60))
     cache = open_cache(str(tmp_path), cache_options=CacheOptions(cap=30))
     assert cache.splits["train"].image(0).shape == (30, 45, 3)
 
 
-def test_the_cache_follows_the_content_and_not_the_place(images, tmp_path, monkeypatch):
+def test_cache_key_depends_on_content_and_not_on_path(images, tmp_path, monkeypatch):
     decoded = []
     original = build._fill
     monkeypatch.setattr(build, "_fill", lambda *args: decoded.append(1) or original(*args))
@@ -112,7 +112,7 @@ def test_the_cache_follows_the_content_and_not_the_place(images, tmp_path, monke
     assert len(decoded) == 2
 
 
-def test_a_image_that_changes_but_keeps_its_size_is_noticed(tmp_path):
+def test_changed_image_of_the_same_size_changes_the_key(tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.full((4, 4, 3), ord(name), np.uint8)).save(tmp_path / f"{name}.bmp")
     before = open_cache(str(tmp_path)).key
@@ -123,9 +123,9 @@ def test_a_image_that_changes_but_keeps_its_size_is_noticed(tmp_path):
     assert open_cache(str(tmp_path)).key != before
 
 
-def test_all_unreadable_images_are_named_at_once_and_nothing_is_left(images, tmp_path):
-    whole = (images / "train" / "ant" / "0.jpg").read_bytes()
-    (images / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+def test_all_unreadable_images_are_named_and_no_cache_is_left(images, tmp_path):
+    content = (images / "train" / "ant" / "0.jpg").read_bytes()
+    (images / "train" / "ant" / "0.jpg").write_bytes(content[: len(content) // 2])
     (images / "val" / "bee" / "1.png").write_text("not an image at all")
     (images / "test" / "cat" / "2.webp").write_bytes(b"")
     home = tmp_path / "home"
@@ -138,7 +138,7 @@ def test_all_unreadable_images_are_named_at_once_and_nothing_is_left(images, tmp
     assert not [path for path in home.iterdir() if path.is_dir() and path.name != "surveys"], "nothing half-written"
 
 
-def test_a_cache_that_lost_bytes_is_made_again(images, tmp_path):
+def test_truncated_cache_is_rebuilt(images, tmp_path):
     home = tmp_path / "home"
     cache = open_cache(str(images), cache_options=CacheOptions(home=home))
     image = cache.splits["train"].image(3).clone()
@@ -150,12 +150,12 @@ def test_a_cache_that_lost_bytes_is_made_again(images, tmp_path):
 def test_the_embedded_set_is_balanced_and_its_splits_are_distinct():
     cache = open_cache("fashion-mini")
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 200, "val": 500, "test": 2000}
-    seen: dict[bytes, str] = {}
+    first_split: dict[bytes, str] = {}
     for name, split in cache.splits.items():
         assert split.labels(slice(None)).bincount().tolist() == [len(split) // 10] * 10
         for i in range(len(split)):
-            assert seen.setdefault(split.image(i).numpy().tobytes(), name) == name, "an image in two splits"
-    assert len(seen) == 2700
+            assert first_split.setdefault(split.image(i).numpy().tobytes(), name) == name, "an image in two splits"
+    assert len(first_split) == 2700
 
 
 @pytest.fixture(name="loader")
@@ -163,7 +163,7 @@ def small_loader(images) -> Loader:
     return Loader(open_cache(str(images)).splits["train"], ViewSpec(seed=1, batch=8, side=12))
 
 
-def test_a_batch_is_what_its_draw_says(loader):
+def test_batch_equals_its_sampled_crops_cropped_alone(loader):
     drawn, batch = loader.sample(5), loader.batch_at(5)
     images = [loader.split.image(i) for i in drawn.indices]
     expected = crop_resize_flip(images, drawn.boxes, drawn.flips, 12)
@@ -175,14 +175,14 @@ def test_a_batch_is_what_its_draw_says(loader):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_slices_of_processes_are_the_global_batch(loader, world):
-    whole = loader.batch_at(3)
+    content = loader.batch_at(3)
     share = 8 // world
     for rank in range(world):
         part = Loader(loader.split, ViewSpec(1, 8, 12), rank, world).batch_at(3)
         rows = [(rank * share - 1) % 8, *range(rank * share, (rank + 1) * share)]
-        assert torch.equal(part.crops, whole.crops[1:][rows])
-        assert torch.equal(part.labels, whole.labels[1:][rows])
-        assert part.lam == whole.lam
+        assert torch.equal(part.crops, content.crops[1:][rows])
+        assert torch.equal(part.labels, content.labels[1:][rows])
+        assert part.lam == content.lam
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -193,7 +193,7 @@ def test_prefetching_changes_nothing(loader, workers):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_an_error_in_a_thread_reaches_the_loop(loader, monkeypatch):
+def test_error_in_a_prefetch_thread_reaches_the_caller(loader, monkeypatch):
     monkeypatch.setattr(Loader, "batch_at", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(prefetch(loader, 0, 4))
@@ -205,24 +205,26 @@ def test_evaluation_sees_every_image_once_in_order(loader):
     assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
 
-def test_a_cache_of_another_cap_has_another_key(images):
+def test_cap_is_part_of_the_cache_key(images):
     assert open_cache(str(images)).key != open_cache(str(images), cache_options=CacheOptions(cap=10)).key
 
 
-def test_meta_says_what_is_in_a_cache(images):
+def test_meta_file_describes_the_cache(images):
     cache = open_cache(str(images))
     meta = json.loads((cache.folder / "meta.json").read_text())
     assert meta["splits"] == ["train", "val", "test"]
     assert meta["sizes"]["val.pixels"] == sum(p.numel() for p in map(cache.splits["val"].image, range(9)))
 
 
-def test_links_that_lead_nowhere_or_back_or_out(tmp_path):
+def test_links_that_are_broken_circular_or_lead_outside(tmp_path):
     paint(tmp_path / "p" / "a.png", 0)
     (tmp_path / "p" / "deep").mkdir()
     (tmp_path / "p" / "deep" / "back").symlink_to(tmp_path / "p")
     assert open_folder(tmp_path / "p").splits["train"].names == ["a.png"]
     (tmp_path / "p2").mkdir()
-    (tmp_path / "p2" / "beside").symlink_to(tmp_path / "p")  # its name begins like this one's, but it is no loop
+    (tmp_path / "p2" / "beside").symlink_to(
+        tmp_path / "p"
+    )  # its path starts with this folder's name, yet it is not inside it
     assert open_folder(tmp_path / "p2", follow_links=True).splits["train"].names == ["beside/a.png"]
     with pytest.raises(InputError, match=r"p2/beside is a link that leads out of .*--follow-links"):
         open_folder(tmp_path / "p2")
@@ -231,8 +233,8 @@ def test_links_that_lead_nowhere_or_back_or_out(tmp_path):
         open_cache(str(tmp_path / "p"))
 
 
-def test_a_reader_is_one_row_of_the_table(tmp_path, images, monkeypatch):
-    """Messages, absolute specs and recommendations follow from the row alone."""
+def test_a_new_reader_needs_one_row_only(tmp_path, images, monkeypatch):
+    """Messages, absolute specs and suggestions follow from the row alone."""
 
     def open_list(*_):
         return open_folder(images)
@@ -254,7 +256,7 @@ def test_a_reader_is_one_row_of_the_table(tmp_path, images, monkeypatch):
             open_dataset(spec)
 
 
-def test_tables_of_labels_are_not_read_silently(tmp_path):
+def test_label_tables_are_reported_as_not_read(tmp_path):
     paint(tmp_path / "p" / "a.png", 0)
     (tmp_path / "p" / "labels.csv").write_text("a.png,cat\n")
     assert any(
@@ -264,7 +266,7 @@ def test_tables_of_labels_are_not_read_silently(tmp_path):
         open_dataset(str(tmp_path / "p" / "labels.csv"))
 
 
-def test_classes_that_cannot_be_learned_are_noted(images, tmp_path):
+def test_classes_without_training_images_are_noted(images, tmp_path):
     assert open_folder(images).notes == ()
     paint(images / "test" / "dog" / "0.png", 1)
     (images / "train" / "eel").mkdir()

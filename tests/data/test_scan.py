@@ -1,4 +1,4 @@
-"""What is found in a data set, how it is cut, and that nothing partial is taken for whole."""
+"""Scanning, splitting and caching data sets: leaks, damage, and interruptions at any time."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from make_images import paint
 
 from funmatch.data.cache import build
 from funmatch.data.cache import open_cache as caches
-from funmatch.data.cache import scan as surveys
+from funmatch.data.cache import scan as scans
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
@@ -45,23 +45,23 @@ def contents(cache) -> dict[str, set[bytes]]:
     ("text", "share"),
     [("10%", Fraction(1, 10)), ("0.1", Fraction(1, 10)), ("33.3%", Fraction(333, 1000)), ("500", 500), ("1", 1)],
 )
-def test_shares(text, share):
+def test_shares_are_parsed(text, share):
     assert parse_share(text) == share
 
 
 @pytest.mark.parametrize("text", ["", "0", "100%", "-3", "1.5", "1.0", "ten", "nan", "1/0", "500%", "1e9999999"])
-def test_invalid_shares(text):
+def test_invalid_shares_are_rejected(text):
     with pytest.raises(InputError, match="not a valid share of the training images"):
         parse_share(text)
 
 
-def test_a_cut_depends_on_content_and_seed_only(tmp_path):
+def test_split_depends_on_content_and_seed_only(tmp_path):
     root = classes_folder(tmp_path / "one")
     tenth = ReadOptions(split_spec=SplitSpec({"val": Fraction(1, 10)}))
     first = open_cache(str(root), tenth)
     assert {name: len(split) for name, split in first.splits.items()} == {"train": 54, "val": 6}
     moved = tmp_path / "elsewhere"
-    for i, path in enumerate(sorted(root.rglob("*.png"))):  # other names, in another order, at other times
+    for i, path in enumerate(sorted(root.rglob("*.png"))):  # other names, order and times
         place = moved / path.parent.name / f"{hash((i, 7)) % 10**9}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
@@ -74,7 +74,7 @@ def test_a_cut_depends_on_content_and_seed_only(tmp_path):
     assert set(labels.tolist()) <= {0, 1}
 
 
-def test_copies_stay_on_one_side_of_a_cut(tmp_path):
+def test_copies_of_an_image_go_to_the_same_split(tmp_path):
     root = classes_folder(tmp_path / "p", 10)
     for path in sorted(root.rglob("*.png")):
         for copy in range(3):
@@ -86,7 +86,7 @@ def test_copies_stay_on_one_side_of_a_cut(tmp_path):
         assert len(cache.splits["val"]) == 8
 
 
-def test_cuts_that_cannot_be(tmp_path, images):
+def test_impossible_splits_are_rejected(tmp_path, images):
     with pytest.raises(InputError, match="has its own validation split"):
         open_cache(str(images), ReadOptions(split_spec=SplitSpec({"val": 3})))
     root = classes_folder(tmp_path / "p", 3)
@@ -96,7 +96,7 @@ def test_cuts_that_cannot_be(tmp_path, images):
         open_cache(str(root), ReadOptions(split_spec=SplitSpec({"val": 6})))
 
 
-def test_a_leak_is_told_loudly(images, funmatch):
+def test_leak_between_splits_is_a_warning(images, funmatch):
     shutil.copy(images / "train" / "ant" / "0.jpg", images / "test" / "bee" / "same.jpg")
     shutil.copy(images / "train" / "ant" / "0.jpg", images / "train" / "ant" / "again.jpg")
     done = funmatch("prepare", images)
@@ -111,8 +111,8 @@ def test_a_leak_is_told_loudly(images, funmatch):
 
 
 def test_unreadable_images_can_be_skipped(images, funmatch):
-    whole = (images / "train" / "ant" / "0.jpg").read_bytes()
-    (images / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    complete = (images / "train" / "ant" / "0.jpg").read_bytes()
+    (images / "train" / "ant" / "0.jpg").write_bytes(complete[: len(complete) // 2])
     (images / "val" / "bee" / "1.png").write_text("no image")
     stopped = funmatch("prepare", images, check=2)
     assert "2 unreadable images" in stopped.stderr
@@ -125,7 +125,7 @@ def test_unreadable_images_can_be_skipped(images, funmatch):
         open_cache(str(images))
 
 
-def test_many_unreadable_images_are_all_written_down(tmp_path):
+def test_long_list_of_unreadable_images_is_written_to_a_file(tmp_path):
     for i in range(300):
         (tmp_path / "p").mkdir(exist_ok=True)
         (tmp_path / "p" / f"{i:03}.jpg").write_bytes(b"no image")
@@ -137,7 +137,7 @@ def test_many_unreadable_images_are_all_written_down(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["resident", "streaming"])
-def test_both_ways_show_the_same(tmp_path, way):
+def test_resident_and_streaming_give_equal_batches(tmp_path, way):
     for i in range(12):
         paint(tmp_path / "p" / f"{i}.jpg", i, (100 + 7 * i, 90))
     paint(tmp_path / "p" / "large.png", 99, (400, 300))
@@ -157,7 +157,7 @@ def test_both_ways_show_the_same(tmp_path, way):
     assert torch.equal(*views)
 
 
-def test_the_way_is_chosen_by_size(images, tmp_path):
+def test_large_data_is_streamed(images, tmp_path):
     lines: list[str] = []
     big = open_cache(
         str(images), cache_options=CacheOptions(resident_gb=1e-9, home=tmp_path / "home"), log=lines.append
@@ -167,7 +167,7 @@ def test_the_way_is_chosen_by_size(images, tmp_path):
     assert open_cache(str(images)).way == "resident"
 
 
-def test_known_images_are_not_listed_again(images, monkeypatch):
+def test_unchanged_folder_is_not_listed_again(images, monkeypatch):
     key = open_cache(str(images)).key
     with monkeypatch.context() as patch:
         patch.setattr(caches, "open_dataset", lambda *_: 1 / 0)
@@ -178,37 +178,39 @@ def test_known_images_are_not_listed_again(images, monkeypatch):
     assert open_cache(str(images)).key == key
 
 
-def test_of_very_many_files_some_are_watched(images, monkeypatch):
+def test_new_file_is_noticed_even_if_not_all_are_watched(images, monkeypatch):
     monkeypatch.setattr(caches, "MAX_WATCHED", 20)
     key = open_cache(str(images), cache_options=CacheOptions(cap=40)).key
     paint(images / "test" / "cat" / "new.png", 5)
-    assert open_cache(str(images), cache_options=CacheOptions(cap=40)).key != key, "folders tell of new files"
+    assert open_cache(str(images), cache_options=CacheOptions(cap=40)).key != key, (
+        "the folder's time changes with a new file"
+    )
 
 
-def test_damage_in_a_cache_is_mended_by_prepare(images, funmatch):
+def test_prepare_repairs_a_damaged_cache(images, funmatch):
     cache = open_cache(str(images))
     path = cache.folder / "train.pixels"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    complete = path.read_bytes()
+    path.write_bytes(complete[:100] + bytes([complete[100] ^ 1]) + complete[101:])
     assert "is damaged on the disk" in funmatch("prepare", images).stderr
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
 
 
-def test_damage_in_a_streaming_cache_is_an_error(images, tmp_path):
+def test_damaged_streaming_cache_is_an_error(images, tmp_path):
     cache = open_cache(str(images), cache_options=CacheOptions(way="streaming", home=tmp_path / "home"))
     path = cache.folder / "train.pixels"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
+    complete = path.read_bytes()
+    path.write_bytes(complete[:300] + bytes([complete[300] ^ 1]) + complete[301:])
     with pytest.raises(InputError, match="is damaged; run `funmatch prepare`"):
         cache.splits["train"].images(range(15))
 
 
-def test_an_interrupted_survey_goes_on(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(surveys, "CHUNK", 5)
+def test_interrupted_scan_resumes(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(scans, "CHUNK", 5)
     source = open_dataset(str(images))
     (images / "train" / "bee" / "0.jpg").write_bytes(b"")
     source = open_dataset(str(images))
-    whole = surveys.scan(source, tmp_path / "whole")
+    complete = scans.scan(source, tmp_path / "whole")
     read = []
 
     def reading_until(last: int):
@@ -224,28 +226,28 @@ def test_an_interrupted_survey_goes_on(images, tmp_path, monkeypatch):
         again = replace(source, read=reading_until(last))
         if last < 100:
             with pytest.raises(KeyboardInterrupt):
-                surveys.scan(again, tmp_path / "home")
+                scans.scan(again, tmp_path / "home")
     read.clear()
-    found = surveys.scan(replace(source, read=reading_until(100)), tmp_path / "home")
-    assert 0 < len(read) < 36, "what was read before is not read again"
-    assert np.array_equal(found.rows, whole.rows)
-    assert found.reasons == whole.reasons
+    found = scans.scan(replace(source, read=reading_until(100)), tmp_path / "home")
+    assert 0 < len(read) < 36, "images read before the interruption are not read again"
+    assert np.array_equal(found.rows, complete.rows)
+    assert found.reasons == complete.reasons
     assert list(found.reasons.values()) == ["the file is empty"]
 
 
 @pytest.mark.slow
-def test_prepare_goes_on_after_kills(tmp_path):
-    """SIGKILL at many instants; in the end the cache is that of a run that was never killed."""
+def test_killed_prepare_resumes(tmp_path):
+    """After SIGKILL at random times, the cache equals that of an uninterrupted run."""
     rng = np.random.default_rng(0)
     for i in range(1500):
         paint(tmp_path / "p" / f"{i:04}.jpg", i, (200, 150))
-    words = [sys.executable, "-m", "funmatch", "prepare", str(tmp_path / "p")]
-    straight = {**os.environ, "FUNMATCH_CACHE": str(tmp_path / "straight")}
-    subprocess.run(words, check=True, capture_output=True, env=straight)
+    argv = [sys.executable, "-m", "funmatch", "prepare", str(tmp_path / "p")]
+    uninterrupted = {**os.environ, "FUNMATCH_CACHE": str(tmp_path / "straight")}
+    subprocess.run(argv, check=True, capture_output=True, env=uninterrupted)
     killed = {**os.environ, "FUNMATCH_CACHE": str(tmp_path / "killed")}
     kills = 0
     for _ in range(40):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=killed)
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=killed)
         try:
             process.wait(timeout=rng.uniform(0.3, 1.5))
             break
@@ -254,31 +256,31 @@ def test_prepare_goes_on_after_kills(tmp_path):
             process.wait()
             kills += 1
             time.sleep(0.01)
-    subprocess.run(words, check=True, capture_output=True, env=killed)
+    subprocess.run(argv, check=True, capture_output=True, env=killed)
     assert kills
-    caches_of = [
+    caches_built = [
         open_cache(str(tmp_path / "p"), cache_options=CacheOptions(home=tmp_path / home))
         for home in ("straight", "killed")
     ]
     for name in ("train.pixels", "train.index.npy", "meta.json"):
-        assert (caches_of[0].folder / name).read_bytes() == (caches_of[1].folder / name).read_bytes()
+        assert (caches_built[0].folder / name).read_bytes() == (caches_built[1].folder / name).read_bytes()
 
 
-def test_a_limit_does_not_spoil_the_cache_for_others(images):
+def test_pixel_limit_does_not_affect_other_caches(images):
     small = open_cache(str(images), cache_options=CacheOptions(max_pixels=500, on_bad="skip"))
     assert small.summary["unreadable"]
     assert sum(map(len, open_cache(str(images)).splits.values())) == 36
 
 
 @pytest.mark.parametrize("change", ["changed", "gone"])
-def test_what_changes_while_it_is_prepared_is_noticed(images, monkeypatch, change):
+def test_image_that_changes_while_decoding_is_an_error(images, monkeypatch, change):
     home = images.parent / "home"
     path = images / "train" / "cat" / "4.png"
-    decoding = build._fill
+    original_fill = build._fill
 
     def change_first(*args):
         paint(path, 999) if change == "changed" else path.rename(images.parent / "away.png")
-        return decoding(*args)
+        return original_fill(*args)
 
     before = path.read_bytes()
     with monkeypatch.context() as patch:
@@ -289,15 +291,15 @@ def test_what_changes_while_it_is_prepared_is_noticed(images, monkeypatch, chang
     assert len(open_cache(str(images), cache_options=CacheOptions(home=home)).splits["train"]) == 15
 
 
-def test_half_a_line_of_reasons_is_forgotten(tmp_path):
+def test_partial_line_of_reasons_is_dropped(tmp_path):
     path = tmp_path / "reasons"
     path.write_text('[0, "a"]\n[3, "b"]\n[4, "c')
-    assert surveys.keep_reasons(path, 4) == {0: "a", 3: "b"}
+    assert scans.keep_reasons(path, 4) == {0: "a", 3: "b"}
     path.write_text(path.read_text() + "x" * 5 + '[2, "d"]\n')
-    assert surveys.keep_reasons(path, 3) == {0: "a"}
+    assert scans.keep_reasons(path, 3) == {0: "a"}
 
 
-def test_labelled_images_are_judged_on(tmp_path):
+def test_validation_images_are_held_out_from_labelled_ones(tmp_path):
     classes_folder(tmp_path / "p", 20)
     for i in range(40):
         paint(tmp_path / "loose" / f"{i}.png", 7000 + i)
@@ -308,7 +310,7 @@ def test_labelled_images_are_judged_on(tmp_path):
     assert cache.splits["val"].labelled
 
 
-def test_the_same_image_under_two_labels(tmp_path, funmatch):
+def test_same_image_with_two_labels_is_a_warning(tmp_path, funmatch):
     classes_folder(tmp_path / "p", 3)
     shutil.copy(tmp_path / "p" / "ant" / "000.png", tmp_path / "p" / "bee" / "copy.png")
     done = funmatch("data", "p")
@@ -316,7 +318,7 @@ def test_the_same_image_under_two_labels(tmp_path, funmatch):
     assert "CONTRADICTION" in done.stdout
 
 
-def test_names_that_are_no_utf8(tmp_path, funmatch):
+def test_file_names_that_are_not_utf8(tmp_path, funmatch):
     os.makedirs(os.fsencode(tmp_path) + b"/p/caf\xe9")
     paint(tmp_path / "p" / "ant" / "0.png", 1)
     paint(tmp_path / "raw.png", 2).rename(os.fsdecode(os.fsencode(tmp_path) + b"/p/caf\xe9/\xff.png"))
@@ -326,7 +328,7 @@ def test_names_that_are_no_utf8(tmp_path, funmatch):
     assert open_dataset(f"tfrecord:{tmp_path}/o").classes == ("ant", "caf\udce9")
 
 
-def test_the_sheet_is_not_put_among_the_images(tmp_path, funmatch):
+def test_contact_sheet_is_not_written_among_the_images(tmp_path, funmatch):
     folder = classes_folder(tmp_path / "p", 3)
     for _ in range(2):
         assert "classes: ant, bee" in funmatch("data", ".", cwd=folder).stdout
@@ -334,7 +336,7 @@ def test_the_sheet_is_not_put_among_the_images(tmp_path, funmatch):
     assert "does not end in .png" in funmatch("data", "p", "--sheet", "x.jpg", check=2).stderr
 
 
-def test_unlabelled_copies_of_what_is_judged_are_left_out(tmp_path):
+def test_unlabelled_copies_of_evaluation_images_are_left_out(tmp_path):
     classes_folder(tmp_path / "p", 10)
     (tmp_path / "loose").mkdir()
     for i, path in enumerate(sorted((tmp_path / "p").rglob("*.png"))):
@@ -347,12 +349,12 @@ def test_unlabelled_copies_of_what_is_judged_are_left_out(tmp_path):
     assert any("6 unlabelled copies" in note for note in cache.summary["notes"])
 
 
-def test_a_full_disk_is_not_a_bad_image(images, tmp_path):
+def test_full_disk_is_not_reported_as_a_bad_image(images, tmp_path):
     source = open_dataset(str(images))
 
-    def full(*_) -> bytes:
+    def disk_full(*_) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        surveys.scan(replace(source, read=full), tmp_path / "home")
-    assert not surveys.scan(source, tmp_path / "home").reasons
+        scans.scan(replace(source, read=disk_full), tmp_path / "home")
+    assert not scans.scan(source, tmp_path / "home").reasons

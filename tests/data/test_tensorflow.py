@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(name="tf", scope="module")
-def real_tensorflow():
+def tensorflow():
     import warnings
 
     with warnings.catch_warnings():
@@ -27,7 +27,7 @@ def real_tensorflow():
         return pytest.importorskip("tensorflow")
 
 
-def image(tf, i: int) -> bytes:
+def encode_image(tf, i: int) -> bytes:
     pixels = np.full((6, 8, 3), i * 20, np.uint8)
     pixels[:, :4] = (i * 7, 255 - i * 9, 90)
     return tf.io.encode_jpeg(pixels, quality=100, chroma_downsampling=False).numpy()
@@ -47,7 +47,7 @@ def example(tf, **values) -> bytes:
     return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
 
 
-def write(tf, path: Path, records: list[bytes], compression: str = "") -> None:
+def write_shard(tf, path: Path, records: list[bytes], compression: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tf.io.TFRecordWriter(str(path), tf.io.TFRecordOptions(compression_type=compression)) as file:
         for record in records:
@@ -55,9 +55,9 @@ def write(tf, path: Path, records: list[bytes], compression: str = "") -> None:
 
 
 @pytest.mark.parametrize("compression", ["", "GZIP"])
-def test_what_tensorflow_writes_is_read(tf, tmp_path, compression):
+def test_shards_written_by_tensorflow_are_read(tf, tmp_path, compression):
     rng = np.random.default_rng(0)
-    images = [image(tf, i) for i in range(12)]
+    images = [encode_image(tf, i) for i in range(12)]
     rows = [
         {
             "image": jpeg,
@@ -73,7 +73,7 @@ def test_what_tensorflow_writes_is_read(tf, tmp_path, compression):
         row |= {name: row.pop(name) for name in names}
     for shard in range(3):
         part = [example(tf, **row) for row in rows[shard * 4 : shard * 4 + 4]]
-        write(tf, tmp_path / "train" / f"train_pets37-{shard:02}-4.tfrec", part, compression)
+        write_shard(tf, tmp_path / "train" / f"train_pets37-{shard:02}-4.tfrec", part, compression)
     source = open_dataset(f"tfrecord:{tmp_path}/*/*.tfrec")
     assert source.splits["train"].labels.tolist() == list(range(12))
     assert [source.read("train", i) for i in range(12)] == images
@@ -82,20 +82,20 @@ def test_what_tensorflow_writes_is_read(tf, tmp_path, compression):
 def test_other_names_and_unusual_values(tf, tmp_path):
     long = bytes(range(256)) * 1000
     rows = [
-        {"image/encoded": image(tf, 1), "image/class/label": 2**31 - 1, "image/text": long},
-        {"image/encoded": image(tf, 2), "image/class/label": 0, "image/text": b""},
+        {"image/encoded": encode_image(tf, 1), "image/class/label": 2**31 - 1, "image/text": long},
+        {"image/encoded": encode_image(tf, 2), "image/class/label": 0, "image/text": b""},
     ]
-    write(tf, tmp_path / "validation-00000-of-00001", [example(tf, **row) for row in rows])
+    write_shard(tf, tmp_path / "validation-00000-of-00001", [example(tf, **row) for row in rows])
     source = open_dataset(f"tfrecord:{tmp_path}", ReadOptions(label_feature="none"))
-    assert [source.read("val", i) for i in range(2)] == [image(tf, 1), image(tf, 2)]
+    assert [source.read("val", i) for i in range(2)] == [encode_image(tf, 1), encode_image(tf, 2)]
 
 
 @pytest.mark.parametrize("side", [None, 32])
-def test_what_we_write_tensorflow_reads(tf, tmp_path, funmatch, side):
+def test_tensorflow_reads_our_shards(tf, tmp_path, funmatch, side):
     for i in range(10):
         paint(tmp_path / "p" / "train" / f"c{i % 2}" / f"{i}.{('jpg', 'png')[i % 3 == 0]}", i, (50, 40))
-    words = ["--side", str(side)] if side else []
-    funmatch("prepare", "p", "--to", "tfrecord", "--shard-size", "4", "--out", "shards", *words)
+    options = ["--side", str(side)] if side else []
+    funmatch("prepare", "p", "--to", "tfrecord", "--shard-size", "4", "--out", "shards", *options)
     files = sorted(str(path) for path in tmp_path.glob("shards/train/train_p-*.tfrec"))
     assert [Path(file).name for file in files] == ["train_p-00-4.tfrec", "train_p-01-4.tfrec", "train_p-02-2.tfrec"]
     form = {"image": tf.io.FixedLenFeature([], tf.string), "class": tf.io.FixedLenFeature([], tf.int64)}
@@ -113,10 +113,10 @@ def test_what_we_write_tensorflow_reads(tf, tmp_path, funmatch, side):
     assert sorted(found) == [0] * 5 + [1] * 5
 
 
-def test_the_committed_shards_are_what_tensorflow_writes(tf, tmp_path):
-    """The quick tests read shards that were made like this one."""
-    rows = [example(tf, **{"image": image(tf, i), "class": i}) for i in range(3)]
-    write(tf, tmp_path / "a.tfrec", rows)
+def test_committed_shards_equal_what_tensorflow_writes(tf, tmp_path):
+    """test_tfrecords.py reads the committed shards without TensorFlow, so they must stay what it writes."""
+    rows = [example(tf, **{"image": encode_image(tf, i), "class": i}) for i in range(3)]
+    write_shard(tf, tmp_path / "a.tfrec", rows)
     committed = Path(__file__).parent / "tfrecords" / "plain" / "train" / "train_pets37-00-3.tfrec"
     theirs, ours = (
         [bytes(r.numpy()) for r in tf.data.TFRecordDataset(str(p))] for p in (tmp_path / "a.tfrec", committed)
@@ -153,8 +153,8 @@ def test_crops_have_tensorflows_distribution(tf):
         assert p > 0.01, (name, p)
 
 
-def test_views_are_tensorflows(tf):
-    """`tf.image.crop_and_resize` samples between corners, so boxes are given in its own terms; within 1/255."""
+def test_crops_equal_tensorflows_crop_and_resize(tf):
+    """Within 1/255; boxes are converted, because `tf.image.crop_and_resize` samples between corner pixels."""
     import torch
 
     from funmatch.ops.crops import crop_resize_flip

@@ -1,4 +1,4 @@
-"""TFRecord and tar shards: what TensorFlow wrote is read, what we write is whole, what is damaged is named."""
+"""TFRecord and tar shards: reading TensorFlow's, writing ours, and naming every damaged one."""
 
 import gzip
 import io
@@ -21,17 +21,17 @@ from funmatch.data.formats.tfrecord import example, frame, parse_example, record
 from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
 
-WRITTEN = Path(__file__).parent / "tfrecords"
-"""Shards that TensorFlow 2.21 wrote, in the way of `test_tensorflow.py`: image i is grey 20·i on the right."""
+SHARDS = Path(__file__).parent / "tfrecords"
+"""Shards written by TensorFlow 2.21 as in `test_tensorflow.py`: the right half of image i is grey 20·i."""
 
 
-def greys(source, split: str) -> list[int]:
-    """Which image each is, by its right half."""
+def image_numbers(source, split: str) -> list[int]:
+    """Number of each image, read from the grey of its right half."""
     return [round(decode(source.read(split, i))[:, 5:].mean() / 20) for i in range(len(source.splits[split]))]
 
 
-def test_shards_of_the_earlier_project():
-    source = open_dataset(f"tfrecord:{WRITTEN}/plain")
+def test_plain_shards_give_labels_and_images():
+    source = open_dataset(f"tfrecord:{SHARDS}/plain")
     assert source.name == "pets37"
     assert source.classes == ("0", "1", "2", "3", "4")
     assert source.unnamed
@@ -39,71 +39,71 @@ def test_shards_of_the_earlier_project():
         "train": [0, 1, 2, 3, 4],
         "test": [2, 4],
     }
-    assert greys(source, "train") == [0, 1, 2, 3, 4]
-    assert greys(source, "test") == [9, 8], "whatever the order of the features"
+    assert image_numbers(source, "train") == [0, 1, 2, 3, 4]
+    assert image_numbers(source, "test") == [9, 8], "in any order of features"
 
 
 PATTERNS = ("gzip", "gzip/*/*.tfrec", "gzip/validation/validation_{pets37,none*}-0{0..0}-4.tfrec")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_gzip_and_patterns(pattern):
-    source = open_dataset(f"tfrecord:{WRITTEN}/{pattern}")
-    assert greys(source, "val") == source.splits["val"].labels.tolist() == [0, 1, 2, 3]
+def test_gzip_shards_are_found_by_folder_and_pattern(pattern):
+    source = open_dataset(f"tfrecord:{SHARDS}/{pattern}")
+    assert image_numbers(source, "val") == source.splits["val"].labels.tolist() == [0, 1, 2, 3]
 
 
-def test_names_of_features_and_classes():
+def test_feature_and_class_names_can_be_given():
     with pytest.raises(InputError, match=r"--first-label 1"):
-        open_dataset(f"tfrecord:{WRITTEN}/imagenet", ReadOptions(class_file=WRITTEN / "three.txt"))
-    source = open_dataset(f"tfrecord:{WRITTEN}/imagenet", ReadOptions(first_label=1))
+        open_dataset(f"tfrecord:{SHARDS}/imagenet", ReadOptions(class_file=SHARDS / "three.txt"))
+    source = open_dataset(f"tfrecord:{SHARDS}/imagenet", ReadOptions(first_label=1))
     assert source.splits["val"].labels.tolist() == [0, 1, 2]
-    source = open_dataset(f"tfrecord:{WRITTEN}/tfds")
+    source = open_dataset(f"tfrecord:{SHARDS}/tfds")
     assert source.classes == ("Abyssinian", "Beagle")
     assert source.splits["train"].labels.tolist() == [0, 1, 0]
     with pytest.raises(InputError, match=r"record 0: has no feature 'picture', but: file_name, image, label"):
-        open_dataset(f"tfrecord:{WRITTEN}/tfds", ReadOptions(image_feature="picture"))
+        open_dataset(f"tfrecord:{SHARDS}/tfds", ReadOptions(image_feature="picture"))
     with pytest.raises(InputError, match=r"no feature 'kind'.*--label-feature or --unlabelled"):
-        open_dataset(f"tfrecord:{WRITTEN}/tfds", ReadOptions(label_feature="kind"))
-    assert not open_dataset(f"tfrecord:{WRITTEN}/tfds", ReadOptions(label_feature="none")).classes
+        open_dataset(f"tfrecord:{SHARDS}/tfds", ReadOptions(label_feature="kind"))
+    assert not open_dataset(f"tfrecord:{SHARDS}/tfds", ReadOptions(label_feature="none")).classes
     text = ReadOptions(image_feature="image/class/text", label_feature="none", unlabelled=True)
-    without = open_dataset(f"tfrecord:{WRITTEN}/imagenet", text)
-    assert not without.classes, "no label where none is there"
+    without = open_dataset(f"tfrecord:{SHARDS}/imagenet", text)
+    assert not without.classes, "unlabelled if the shards have no labels"
 
 
 @pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 511, 512, 513, 1000, 66_000])
-def test_the_table_computes_crc32c(length):
+def test_crc32c_equals_googles(length):
     data = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8).tobytes()
     assert crc32c.crc32c_by_table(data) == google_crc32c.value(data)
 
 
-def test_checksum_of_the_castagnoli_papers():
+def test_crc32c_of_the_published_example():
     assert crc32c.crc32c_by_table(b"123456789") == crc32c.crc32c(b"123456789") == 0xE3069283
 
 
 @pytest.fixture(name="shard")
-def one_shard(tmp_path) -> Path:
+def single_shard(tmp_path) -> Path:
     path = tmp_path / "s" / "train" / "train_pets37-00-3.tfrec"
     path.parent.mkdir(parents=True)
-    shutil.copy(WRITTEN / "plain" / "train" / path.name, path)
+    shutil.copy(SHARDS / "plain" / "train" / path.name, path)
     return path
 
 
-def test_every_flipped_bit_and_every_cut_is_found(shard):
-    whole = shard.read_bytes()
+def test_flipped_bits_and_truncation_are_found(shard):
+    content = shard.read_bytes()
     rng = np.random.default_rng(0)
-    for at in [0, 7, 8, 11, 12, len(whole) - 1, *rng.integers(0, len(whole), 40)]:
-        damaged = bytearray(whole)
+    for at in [0, 7, 8, 11, 12, len(content) - 1, *rng.integers(0, len(content), 40)]:
+        damaged = bytearray(content)
         damaged[at] ^= 1 << int(rng.integers(8))
         shard.write_bytes(damaged)
         with pytest.raises(InputError, match=rf"{shard.name}: record \d"):
             open_dataset(f"tfrecord:{shard.parent}")
-    for end in [1, 11, 12, 13, len(whole) // 2, len(whole) - 1]:
-        shard.write_bytes(whole[:end])
+    for end in [1, 11, 12, 13, len(content) // 2, len(content) - 1]:
+        shard.write_bytes(content[:end])
         with pytest.raises(InputError, match=r"record \d: the (shard ends|checksum)"):
             open_dataset(f"tfrecord:{shard.parent}")
 
 
-def test_a_wrong_count_and_damaged_gzip(shard):
+def test_wrong_record_count_and_damaged_gzip_are_found(shard):
     short = shard.with_name("train_pets37-00-4.tfrec")
     shard.rename(short)
     with pytest.raises(InputError, match="has 3 records, but its name says 4"):
@@ -132,13 +132,13 @@ def test_all_bad_shards_are_named_at_once(tmp_path):
         (example(b"x", None), "has no feature 'class'"),
     ],
 )
-def test_records_that_are_no_examples(tmp_path, payload, message):
+def test_records_that_are_not_examples_are_rejected(tmp_path, payload, message):
     (tmp_path / "a.tfrecord").write_bytes(frame(payload))
     with pytest.raises(InputError, match=f"record 0: .*{message}"):
         open_dataset(f"tfrecord:{tmp_path}/a.tfrecord")
 
 
-def test_an_example_is_what_it_was():
+def test_example_round_trip():
     payload = example(b"bytes" * 100, 2**40)
     features = parse_example(payload)
     assert payload[slice(*features["image"][0])] == b"bytes" * 100
@@ -156,7 +156,7 @@ def test_labels_outside_the_classes_are_named(tmp_path):
         open_dataset(f"tfrecord:{tmp_path}")
 
 
-def test_prepared_shards_are_the_images(images, funmatch, tmp_path):
+def test_written_shards_hold_the_resized_images(images, funmatch, tmp_path):
     funmatch("prepare", images, "--to", "tfrecord", "--side", "16", "--shard-size", "4", "--out", "shards")
     names = sorted(path.relative_to(tmp_path / "shards").as_posix() for path in tmp_path.glob("shards/*/*"))
     assert names[:2] == ["test/test_images-00-4.tfrec", "test/test_images-01-4.tfrec"]
@@ -177,23 +177,23 @@ def test_prepared_shards_are_the_images(images, funmatch, tmp_path):
                 if original.splits[split].labels[j] == label
             ]
             nearest = min(np.abs(np.asarray(image, float) - np.asarray(each, float)).mean() for each in expected)
-            assert nearest < 3, "only JPEG's own loss"
+            assert nearest < 3, "only the loss of JPEG"
 
 
-def test_interrupted_shards_are_gone_on_with(images, funmatch, tmp_path):
-    words = ("prepare", images, "--to", "tfrecord", "--shard-size", "4", "--out", "shards")
-    funmatch(*words)
+def test_interrupted_shard_writing_resumes(images, funmatch, tmp_path):
+    argv = ("prepare", images, "--to", "tfrecord", "--shard-size", "4", "--out", "shards")
+    funmatch(*argv)
     before = {path: path.read_bytes() for path in tmp_path.glob("shards/*/*.tfrec")}
     (tmp_path / "shards").rename(tmp_path / ".shards.partial")
     lost, damaged, *_ = sorted(tmp_path.glob(".shards.partial/train/*.tfrec"))
     lost.unlink()
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    funmatch(*words)
+    funmatch(*argv)
     assert {path: path.read_bytes() for path in tmp_path.glob("shards/*/*.tfrec")} == before
-    assert "another format" in funmatch(*words, "--side", "8", check=2).stderr
+    assert "another format" in funmatch(*argv, "--side", "8", check=2).stderr
 
 
-def test_ordinary_jpegs_are_kept_to_the_byte(tmp_path, funmatch):
+def test_jpegs_are_copied_unchanged(tmp_path, funmatch):
     paint(tmp_path / "p" / "a.jpg", 1)
     paint(tmp_path / "p" / "b.png", 2)
     funmatch("prepare", "p", "--to", "tfrecord", "--out", "shards")
@@ -203,8 +203,8 @@ def test_ordinary_jpegs_are_kept_to_the_byte(tmp_path, funmatch):
     assert len(images) == 2
 
 
-def tar(path: Path, members: dict[str, bytes | str]) -> Path:
-    """A tar of files, or of links where the content is a text."""
+def write_tar(path: Path, members: dict[str, bytes | str]) -> Path:
+    """Write a tar of files; content given as `str` makes a symbolic link to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as file:
         for name, content in members.items():
@@ -219,17 +219,19 @@ def tar(path: Path, members: dict[str, bytes | str]) -> Path:
 
 
 @pytest.fixture(name="jpegs")
-def some_jpegs(tmp_path) -> list[bytes]:
+def jpeg_files(tmp_path) -> list[bytes]:
     return [paint(tmp_path / "raw" / f"{i}.jpg", i).read_bytes() for i in range(4)]
 
 
-def test_webdataset_shards(tmp_path, jpegs):
-    tar(
+def test_webdataset_shards_are_read(tmp_path, jpegs):
+    write_tar(
         tmp_path / "w" / "pets-train-000000.tar",
         {"a/0.jpg": jpegs[0], "a/0.cls": b"1", "b/0.jpg": jpegs[1], "b/0.cls": b"0\n"},
     )
-    tar(tmp_path / "w" / "pets-train-000001.tar", {"c.seg.png": b"?", "c.jpg": jpegs[2], "c.json": b'{"label": 2}'})
-    tar(tmp_path / "w" / "pets-val-000000.tar", {"d.jpg": jpegs[3], "d.cls": b"2"})
+    write_tar(
+        tmp_path / "w" / "pets-train-000001.tar", {"c.seg.png": b"?", "c.jpg": jpegs[2], "c.json": b'{"label": 2}'}
+    )
+    write_tar(tmp_path / "w" / "pets-val-000000.tar", {"d.jpg": jpegs[3], "d.cls": b"2"})
     source = open_dataset(f"wds:{tmp_path}/w/pets-{{train-000000,train-000001,val-000000}}.tar")
     assert source.classes == ("0", "1", "2")
     assert source.splits["train"].labels.tolist() == [1, 0, 2]
@@ -252,33 +254,33 @@ def test_webdataset_shards(tmp_path, jpegs):
         ({}, "have no images"),
     ],
 )
-def test_tars_that_cannot_be_used(tmp_path, members, message):
-    path = tar(tmp_path / "a.tar", members)
+def test_unusable_tars_are_rejected(tmp_path, members, message):
+    path = write_tar(tmp_path / "a.tar", members)
     with pytest.raises(InputError, match=message):
         open_dataset(f"wds:{path}")
 
 
-def test_a_tar_that_is_cut_off_or_packed(tmp_path, jpegs):
-    path = tar(tmp_path / "a.tar", {f"{i}.jpg": jpeg for i, jpeg in enumerate(jpegs)})
-    whole = path.read_bytes()
+def test_truncated_or_compressed_tars_are_rejected(tmp_path, jpegs):
+    path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": jpeg for i, jpeg in enumerate(jpegs)})
+    content = path.read_bytes()
     with tarfile.open(path) as file:
         between = file.getmembers()[2].offset
     for end in (0, 100, 600, between, between + 512, between + 600):
-        path.write_bytes(whole[:end])
+        path.write_bytes(content[:end])
         with pytest.raises(InputError, match=r"a\.tar"):
             open_dataset(f"wds:{path}")
-    path.write_bytes(gzip.compress(whole))
+    path.write_bytes(gzip.compress(content))
     with pytest.raises(InputError, match="compressed one must be unpacked first"):
         open_dataset(f"wds:{path}")
 
 
-def test_no_shards(tmp_path):
+def test_missing_and_empty_shards_are_rejected(tmp_path):
     for spec in (f"tfrecord:{tmp_path}", f"tfrecord:{tmp_path}/*.tfrec"):
         with pytest.raises(InputError, match="no shard matches"):
             open_dataset(spec)
     with pytest.raises(InputError, match="1 of 1 shards are missing"):
         open_dataset(f"wds:{tmp_path}/x.tar")
-    for missing in (f"tfrecord:{WRITTEN}/plain/train/train_pets37-0{{0..2}}-3.tfrec",):
+    for missing in (f"tfrecord:{SHARDS}/plain/train/train_pets37-0{{0..2}}-3.tfrec",):
         with pytest.raises(InputError, match=r"2 of 3 shards are missing, e\.g\. .*-01-3"):
             open_dataset(missing)
     (tmp_path / "a.tfrec").write_bytes(b"")
@@ -288,22 +290,22 @@ def test_no_shards(tmp_path):
         open_dataset(str(tmp_path))
 
 
-def test_json_of_labels_by_option(tmp_path, jpegs):
-    about = json.dumps({"label": 1}).encode()
-    tar(tmp_path / "a.tar", {"a.jpg": jpegs[0], "a.cls": b"0", "a.json": about})
+def test_labels_from_json_members(tmp_path, jpegs):
+    label = json.dumps({"label": 1}).encode()
+    write_tar(tmp_path / "a.tar", {"a.jpg": jpegs[0], "a.cls": b"0", "a.json": label})
     assert open_dataset(f"wds:{tmp_path}/a.tar").splits["train"].labels.tolist() == [0]
     by_json = ReadOptions(label_feature="json")
     assert open_dataset(f"wds:{tmp_path}/a.tar", by_json).splits["train"].labels.tolist() == [1]
 
 
-def test_a_set_of_shards_with_a_gap(tmp_path):
+def test_missing_shard_of_a_numbered_set_is_named(tmp_path):
     for i in (0, 2):
         (tmp_path / f"train-{i:05}-of-00003").write_bytes(frame(example(b"x", 0)))
     with pytest.raises(InputError, match=r"of 3 shards train-…, 1 are missing, e\.g\. 00001"):
         open_dataset(f"tfrecord:{tmp_path}")
 
 
-def test_a_files_name_says_more_than_its_folders(tmp_path):
+def test_split_comes_from_file_name_before_folder_name(tmp_path):
     (tmp_path / "dev").mkdir()
     for split in ("train", "val"):
         (tmp_path / "dev" / f"{split}_x-00-1.tfrec").write_bytes(frame(example(b"x", 0)))
@@ -322,51 +324,51 @@ def test_new_shards_and_class_names_are_noticed(tmp_path, jpegs):
     assert list(open_cache(f"tfrecord:{tmp_path}/s").splits) == ["train", "val"]
 
 
-def test_what_shards_cannot_hold(tmp_path, funmatch):
+def test_data_that_shards_cannot_hold_is_rejected(tmp_path, funmatch):
     paint(tmp_path / "nc" / "d\ne" / "a.png", 1)
     paint(tmp_path / "nc" / "z" / "b.png", 2)
-    told = funmatch("prepare", "nc", "--to", "tfrecord", "--out", "o", check=2).stderr
-    assert "class name 'd\\ne' is empty or has a line break" in told
+    error = funmatch("prepare", "nc", "--to", "tfrecord", "--out", "o", check=2).stderr
+    assert "class name 'd\\ne' is empty or has a line break" in error
     paint(tmp_path / "loose" / "x.png", 3)
-    told = funmatch("prepare", "nc", "loose", "--to", "tfrecord", "--out", "o", check=2).stderr
-    assert "some images of train have labels and some have none" in told
+    error = funmatch("prepare", "nc", "loose", "--to", "tfrecord", "--out", "o", check=2).stderr
+    assert "some images of train have labels and some have none" in error
     assert not (tmp_path / "o").exists()
 
 
-def test_finished_shards_are_left_alone(images, funmatch, tmp_path):
-    whole = (images / "train" / "ant" / "0.jpg").read_bytes()
-    (images / "train" / "ant" / "0.jpg").write_bytes(whole[: len(whole) // 2])
-    words = ("--to", "tfrecord", "--shard-size", "4", "--out", "o")
-    assert "1 unreadable" in funmatch("prepare", images, *words, check=2).stderr
+def test_finished_shards_are_not_rewritten(images, funmatch, tmp_path):
+    content = (images / "train" / "ant" / "0.jpg").read_bytes()
+    (images / "train" / "ant" / "0.jpg").write_bytes(content[: len(content) // 2])
+    argv = ("--to", "tfrecord", "--shard-size", "4", "--out", "o")
+    assert "1 unreadable" in funmatch("prepare", images, *argv, check=2).stderr
     assert not (tmp_path / "o").exists()
-    first = json.loads(funmatch("prepare", images, *words, "--on-bad", "skip", "--json").stdout)
+    first = json.loads(funmatch("prepare", images, *argv, "--on-bad", "skip", "--json").stdout)
     assert first["splits"]["train"]["pictures"] == 14
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")}
-    again = json.loads(funmatch("prepare", images, *words, "--on-bad", "skip", "--json").stdout)
+    again = json.loads(funmatch("prepare", images, *argv, "--on-bad", "skip", "--json").stdout)
     assert again == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("o/*/*")} == times
     images.rename(tmp_path / "renamed")
-    assert "of other images or of another format" in funmatch("prepare", "renamed", *words, check=2).stderr
+    assert "of other images or of another format" in funmatch("prepare", "renamed", *argv, check=2).stderr
 
 
-def test_shards_made_under_other_limits_are_other_shards(tmp_path, funmatch):
+def test_shards_of_another_pixel_limit_are_not_reused(tmp_path, funmatch):
     for i in range(6):
         paint(tmp_path / "p" / f"{i}.png", i, (50, 50) if i % 3 == 0 else (20, 20))
-    words = ("prepare", "p", "--to", "tfrecord", "--out", "o", "--shard-size", "2")
-    limited = (*words, "--max-pixels", "1000")
+    argv = ("prepare", "p", "--to", "tfrecord", "--out", "o", "--shard-size", "2")
+    limited = (*argv, "--max-pixels", "1000")
     funmatch(*limited, "--on-bad", "skip")
-    assert "of another format" in funmatch(*words, check=2).stderr
+    assert "of another format" in funmatch(*argv, check=2).stderr
     assert "2 unreadable" in funmatch(*limited, check=2).stderr
     (tmp_path / "o").rename(tmp_path / ".o.partial")
-    assert json.loads(funmatch(*words, "--json").stdout)["splits"]["train"]["pictures"] == 6
+    assert json.loads(funmatch(*argv, "--json").stdout)["splits"]["train"]["pictures"] == 6
     assert json.loads(funmatch("data", "tfrecord:o", "--json").stdout)["repeated"] == 0
 
 
-def test_a_finished_set_is_watched_over(images, funmatch, tmp_path):
-    words = ("prepare", images, "--to", "tfrecord", "--out", "o", "--shard-size", "4")
-    funmatch(*words)
+def test_files_missing_from_finished_shards_are_repaired_or_named(images, funmatch, tmp_path):
+    argv = ("prepare", images, "--to", "tfrecord", "--out", "o", "--shard-size", "4")
+    funmatch(*argv)
     (tmp_path / "o" / "class.labels.txt").unlink()
-    funmatch(*words)
+    funmatch(*argv)
     assert open_dataset(f"tfrecord:{tmp_path}/o").classes == ("ant", "bee", "cat")
     (tmp_path / "o" / "train" / "train_images-01-4.tfrec").unlink()
     with pytest.raises(InputError, match=r"1 shards are missing, e\.g\. train/train_images-01-4"):
@@ -378,6 +380,7 @@ def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
 
     for i in range(120):
         (tmp_path / f"train_x-{i:03}-1.tfrec").write_bytes(gzip.compress(frame(example(jpegs[i % 4], 0))))
+    # Fewer descriptors than shards: a reader that kept each shard open would fail.
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (110, limits[1]))
     try:
@@ -388,7 +391,7 @@ def test_many_gzip_shards_need_few_open_files(tmp_path, jpegs):
 
 
 def test_new_shards_of_a_deep_pattern_are_noticed(tmp_path, jpegs):
-    for i, place in enumerate(("x/y", "z/w")):
-        (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "a.tfrec").write_bytes(frame(example(jpegs[i], 0)))
+    for i, folder in enumerate(("x/y", "z/w")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.tfrec").write_bytes(frame(example(jpegs[i], 0)))
         assert len(open_cache(f"tfrecord:{tmp_path}/**/*.tfrec").splits["train"]) == i + 1

@@ -18,9 +18,9 @@ UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 def random_bit(depth: int, width: int, seed: int = 0, scale: float = 1.0) -> dict[str, np.ndarray]:
-    """Weights of a BiT network by the names of the first layout, without `resnet/`.
+    """Random weights of a BiT network under the names of the first layout, without `resnet/`.
 
-    Their kernels' spread is `scale` / √fan-in, so that a small scale makes the standardisation's eps matter.
+    Kernels have standard deviation `scale` / √fan-in: a small scale makes the eps of the standardisation matter.
     """
     rng = np.random.default_rng(seed)
     weights: dict[str, np.ndarray] = {}
@@ -56,7 +56,7 @@ def as_first_layout(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def with_numbers(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As some of the published files have it: `standardized_conv2d_17`."""
+    """The first layout with numbered names such as `standardized_conv2d_17`, as in some published files."""
     return {
         re.sub("standardized_conv2d/", f"standardized_conv2d_{i}/", f"resnet/{name}"): array
         for i, (name, array) in enumerate(weights.items())
@@ -64,7 +64,7 @@ def with_numbers(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def as_second_layout(weights: dict[str, np.ndarray], prefix: str = "") -> dict[str, np.ndarray]:
-    """As big_vision writes it: scales and biases of shape (1, 1, 1, channels), a head of two axes."""
+    """The layout that big_vision writes: scales and biases of shape (1, 1, 1, channels), a head of two axes."""
     changed = {}
     for name, array in weights.items():
         name = name.replace("root_block/standardized_conv2d", "root_block/conv_root")
@@ -115,18 +115,18 @@ def images(side: int = 48) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def assert_same(model: torch.nn.Module, wanted: torch.Tensor, side: int = 48) -> None:
-    got = model.eval()(images(side))
-    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+def assert_same(model: torch.nn.Module, expected: torch.Tensor, side: int = 48) -> None:
+    actual = model.eval()(images(side))
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.fixture(name="weights", scope="module")
-def weights_of_r50() -> dict[str, np.ndarray]:
+def r50_weights() -> dict[str, np.ndarray]:
     return random_bit(50, 1)
 
 
-@pytest.fixture(name="wanted", scope="module")
-def logits_of_r50(weights) -> torch.Tensor:
+@pytest.fixture(name="expected", scope="module")
+def r50_logits(weights) -> torch.Tensor:
     with torch.inference_mode():
         return reference(weights, images())
 
@@ -141,52 +141,52 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_both_layouts_give_the_published_logits(tmp_path, weights, wanted, layout):
+def test_both_layouts_give_the_published_logits(tmp_path, weights, expected, layout):
     path = tmp_path / "w.npz"
     np.savez(path, **LAYOUTS[layout](weights))
     model = load(str(path))
     assert (model.num_classes, model.card.mean, model.card.std) == (CLASSES, (0.5,) * 3, (0.5,) * 3)
-    assert_same(model, wanted)
-    assert_same(load("resnetv2_50x1_bit", weights=path), wanted)
+    assert_same(model, expected)
+    assert_same(load("resnetv2_50x1_bit", weights=path), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("depth", "width"), [(50, 3), (101, 1), (101, 3), (152, 2), (152, 4)])
-def test_every_published_size(tmp_path, depth, width):
+def test_all_published_sizes_give_the_published_logits(tmp_path, depth, width):
     weights = random_bit(depth, width)
     with torch.inference_mode():
-        wanted = reference(weights, images(32))
+        expected = reference(weights, images(32))
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
     model = load(str(tmp_path / "w.npz"))
     assert model.net.pretrained_cfg["architecture"] == f"resnetv2_{depth}x{width}_bit"
-    assert_same(model, wanted, 32)
+    assert_same(model, expected, 32)
 
 
 def test_small_kernels_need_the_published_eps(tmp_path):
-    """With kernels this small timm's eps gives other logits; what is saved for timm gives the right ones again."""
+    """With kernels this small, timm's eps gives other logits; weights saved for timm are rescaled to give the same."""
     weights = random_bit(50, 1, scale=2e-3)
     with torch.inference_mode():
-        wanted = reference(weights, images())
+        expected = reference(weights, images())
     np.savez(tmp_path / "w.npz", **as_first_layout(weights))
     model = load(str(tmp_path / "w.npz"))
-    assert_same(model, wanted)
+    assert_same(model, expected)
     with_timm = load(str(tmp_path / "w.npz"))
     for module in with_timm.modules():
         if hasattr(module, "eps") and hasattr(module, "kernel_size"):
             module.eps = TIMM_EPS
     with pytest.raises(AssertionError):
-        assert_same(with_timm, wanted)
+        assert_same(with_timm, expected)
     rescale_for_timm(model.net)
-    assert_same(model, wanted)
+    assert_same(model, expected)
     (tmp_path / "out").mkdir()
     save(load(str(tmp_path / "w.npz")), tmp_path / "out", card=model.card, about={})
-    assert_same(load(str(tmp_path / "out")), wanted)
-    alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert_same(load(str(tmp_path / "out")), expected)
+    with_timm_alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.inference_mode():
-        torch.testing.assert_close(alone(images() * 2 - 1), wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(with_timm_alone(images() * 2 - 1), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_student_gets_the_body_and_a_new_head_of_zeros(tmp_path, weights):
+def test_new_class_count_keeps_the_body_and_zeroes_the_head(tmp_path, weights):
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
     model = load(str(tmp_path / "w.npz"), classes=37)
     assert model.count_parameters() == 23_576_165
@@ -222,14 +222,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_nothing_is_silent(tmp_path, weights, case):
+def test_wrong_variables_are_rejected(tmp_path, weights, case):
     changes, message = BAD[case]
     np.savez(tmp_path / "w.npz", **changed(weights, **changes))
     with pytest.raises(InputError, match=message):
         load(str(tmp_path / "w.npz"))
 
 
-def test_a_checkpoint_of_another_architecture(tmp_path, weights):
+def test_checkpoint_of_another_architecture_is_rejected(tmp_path, weights):
     np.savez(tmp_path / "w.npz", **weights)
     with pytest.raises(InputError, match="weights of resnetv2_50x1_bit, not of resnetv2_101x1_bit"):
         load("resnetv2_101x1_bit", weights=tmp_path / "w.npz")
@@ -238,7 +238,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path, weights):
         load(str(tmp_path / "vit.npz"))
 
 
-def test_files_that_are_no_npz(tmp_path, weights):
+def test_files_that_are_not_npz_are_rejected(tmp_path, weights):
     path = tmp_path / "w.npz"
     with pytest.raises(InputError, match="no weights file"):
         load(str(path))
@@ -251,7 +251,7 @@ def test_files_that_are_no_npz(tmp_path, weights):
         load(str(path))
 
 
-def test_a_flipped_byte_is_noticed(tmp_path, weights):
+def test_flipped_byte_is_rejected(tmp_path, weights):
     path = tmp_path / "w.npz"
     np.savez(path, **weights)
     content = bytearray(path.read_bytes())
@@ -261,7 +261,7 @@ def test_a_flipped_byte_is_noticed(tmp_path, weights):
         load(str(path))
 
 
-def test_timms_own_weights_of_bit_have_the_published_eps_too(monkeypatch):
+def test_timms_bit_weights_get_the_published_eps(monkeypatch):
     from funmatch.models import timm_models
 
     def without_network(architecture, kwargs, *, pretrained=False):

@@ -1,4 +1,4 @@
-"""The frozen teacher: the same function, computed in whatever form is the fastest that is as good."""
+"""A frozen teacher computes the same function in the fastest mode whose outputs are close enough."""
 
 import copy
 from dataclasses import replace
@@ -17,8 +17,8 @@ from funmatch.models.inference.frozen import PLAIN, AllowedModes, Frozen, Infere
 from funmatch.models.load import load
 
 
-def shaken(net: nn.Module) -> nn.Module:
-    """The network with statistics and scales that are not those of a new one."""
+def randomize_norms(net: nn.Module) -> nn.Module:
+    """Give BatchNorm random statistics and scales: those of a new network would hide a wrong fold."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -41,26 +41,26 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_folding_changes_nothing_but_rounding(name):
+def test_folding_changes_logits_by_rounding_only(name):
     torch.manual_seed(0)
-    net = shaken(timm.create_model(name, num_classes=7, **NETWORKS[name]))
+    net = randomize_norms(timm.create_model(name, num_classes=7, **NETWORKS[name]))
     views = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        wanted = net(views)
-        got = fold(net)(views)
-    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+        expected = net(views)
+        actual = fold(net)(views)
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert not any(isinstance(module, StdConv2d) for module in net.modules())
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "repvgg_a0"])
-def test_no_batch_norm_is_left_behind_a_convolution(name):
-    net = shaken(timm.create_model(name, num_classes=7))
+def test_every_batch_norm_after_a_convolution_is_folded(name):
+    net = randomize_norms(timm.create_model(name, num_classes=7))
     assert any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fold(net).modules())
 
 
 @pytest.mark.parametrize("kind", [StdConv2d, StdConv2dSame, ScaledStdConv2dSame])
-def test_standardised_convolutions_of_each_kind(kind):
+def test_standardised_convolutions_become_plain_ones(kind):
     torch.manual_seed(0)
     conv = kind(3, 8, 3, stride=2).eval()
     views = torch.randn(2, 3, 15, 15)
@@ -68,8 +68,8 @@ def test_standardised_convolutions_of_each_kind(kind):
         torch.testing.assert_close(to_plain_conv(conv)(views), conv(views), rtol=1e-5, atol=1e-5)
 
 
-class Shared(nn.Module):
-    """One whose convolution's answer is used twice, so that its BatchNorm cannot be folded into it."""
+class SharedOutput(nn.Module):
+    """Its convolution's output is used twice, so BatchNorm cannot be folded into it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,141 +80,141 @@ class Shared(nn.Module):
         return (self.norm(x) + x).mean((2, 3))
 
 
-class Twice(Shared):
-    """One that uses its BatchNorm twice."""
+class SharedNorm(SharedOutput):
+    """Uses its BatchNorm twice."""
 
     def forward(self, x):
         return self.norm(self.conv(self.norm(self.conv(x)[:, :3].repeat(1, 2, 1, 1)[:, :4])[:, :3])).mean((2, 3))
 
 
-class Branching(Shared):
-    """One whose code depends on what it computes."""
+class DataDependent(SharedOutput):
+    """Branches on a computed value, so it cannot be traced."""
 
     def forward(self, x):
         x = self.norm(self.conv(x))
         return (x if x.sum() > 0 else -x).mean((2, 3))
 
 
-@pytest.mark.parametrize("kind", [Shared, Twice, Branching])
-def test_a_batch_norm_that_cannot_be_folded_stays(kind):
-    net = shaken(kind())
+@pytest.mark.parametrize("kind", [SharedOutput, SharedNorm, DataDependent])
+def test_batch_norm_that_cannot_be_folded_is_kept(kind):
+    net = randomize_norms(kind())
     assert foldable_batch_norms(net) == []
     views = torch.rand(2, 3, 12, 12)
     with torch.no_grad():
-        wanted = net(views)
-        assert torch.equal(fold(net)(views), wanted)
+        expected = net(views)
+        assert torch.equal(fold(net)(views), expected)
 
 
 def test_a_folded_batch_norm_keeps_its_activation():
-    net = shaken(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     views = torch.rand(2, 3, 12, 12)
     with torch.no_grad():
         x = F.conv2d(views, net[0].weight, net[0].bias)
         x = (x - net[1].running_mean.view(-1, 1, 1)) / (net[1].running_var.view(-1, 1, 1) + 1e-5).sqrt()
-        wanted = (x * net[1].weight.view(-1, 1, 1) + net[1].bias.view(-1, 1, 1)).relu().mean((2, 3))
-        torch.testing.assert_close(fold(net)(views), wanted)
+        expected = (x * net[1].weight.view(-1, 1, 1) + net[1].bias.view(-1, 1, 1)).relu().mean((2, 3))
+        torch.testing.assert_close(fold(net)(views), expected)
 
 
-def teacher(name: str = "resnet10t", **knobs) -> Classifier:
+def teacher(name: str = "resnet10t", **options) -> Classifier:
     torch.manual_seed(3)
-    model = load(name, classes=5, **knobs)
-    shaken(model.net)
+    model = load(name, classes=5, **options)
+    randomize_norms(model.net)
     with torch.no_grad():
-        model.net.get_classifier().weight.mul_(20)  # so that it has opinions
+        model.net.get_classifier().weight.mul_(20)  # distinct logits, so that agreement means something
     return model
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_form_answers_in_fp32_and_stays_frozen(precision):
+def test_every_precision_returns_fp32_logits_and_stays_frozen(precision):
     views = torch.rand(8, 3, 64, 64)
-    wanted = Frozen(teacher())(views)
+    expected = Frozen(teacher())(views)
     frozen = Frozen(teacher(), InferenceMode(precision=precision))
     parent = nn.ModuleList([frozen]).train()
     with torch.autocast("cpu", torch.bfloat16):
-        got = parent[0](views.requires_grad_())
-    assert got.dtype == torch.float32
-    assert not got.requires_grad
+        actual = parent[0](views.requires_grad_())
+    assert actual.dtype == torch.float32
+    assert not actual.requires_grad
     assert not any(module.training for module in frozen.classifier.modules())
     assert frozen.size == teacher().count_parameters()
     tolerance = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}[precision]
-    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
-    distinct = (got * 2**8).frac().unique().numel()
-    assert precision == "fp32" or distinct > 10, "logits are as fine as fp32, whatever is before the head"
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+    distinct = (actual * 2**8).frac().unique().numel()
+    assert precision == "fp32" or distinct > 10, "the head computes in fp32, so logits have more than 16-bit resolution"
 
 
-def as_fast_as(seconds: dict[str, float]):
-    """What stands for a measurement."""
-    return lambda _make, forms, _views: {forms[0]: seconds[forms[0].precision]}
+def fake_timing(seconds: dict[str, float]):
+    """Replaces the time measurement, so that the order of modes does not depend on the machine."""
+    return lambda _make, modes, _views: {modes[0]: seconds[modes[0].precision]}
 
 
-def test_what_is_as_good_is_taken(monkeypatch):
-    """Whatever is faster here, 16 bits are only taken if they answer as fp32 does."""
+def test_fastest_mode_with_equal_outputs_is_chosen(monkeypatch):
+    """A 16-bit mode is chosen only if its outputs agree with fp32, however fast it is."""
     monkeypatch.setattr(frozen_models, "SMALL_NETWORK", 0)
-    monkeypatch.setattr(frozen_models, "time_layouts", as_fast_as({"bf16": 1.0, "fp16": 2.0, "fp32": 9.0}))
+    monkeypatch.setattr(frozen_models, "time_layouts", fake_timing({"bf16": 1.0, "fp16": 2.0, "fp32": 9.0}))
     views = torch.rand(32, 3, 32, 32)
-    frozen, tried = freeze(teacher, views, AllowedModes(("bf16", "fp16", "fp32")))
-    assert [check.mode.precision for check in tried] == ["bf16", "fp16", "fp32"][: len(tried)]
-    assert frozen.mode == tried[-1].mode
-    assert tried[-1].good
-    assert not any(check.good for check in tried[:-1])
+    frozen, checks = freeze(teacher, views, AllowedModes(("bf16", "fp16", "fp32")))
+    assert [check.mode.precision for check in checks] == ["bf16", "fp16", "fp32"][: len(checks)]
+    assert frozen.mode == checks[-1].mode
+    assert checks[-1].good
+    assert not any(check.good for check in checks[:-1])
     torch.testing.assert_close(frozen(views), Frozen(teacher())(views), rtol=5e-2, atol=5e-2)
 
 
-def test_a_form_that_answers_otherwise_is_refused(monkeypatch):
+def test_mode_with_other_outputs_is_rejected(monkeypatch):
     monkeypatch.setattr(frozen_models, "SMALL_NETWORK", 0)
-    honest = frozen_models.Frozen.forward
+    original_forward = frozen_models.Frozen.forward
 
-    def off(self, views):
-        return honest(self, views) + (torch.randn(len(views), 5) if self.mode.precision != "fp32" else 0)
+    def with_noise(self, views):
+        return original_forward(self, views) + (torch.randn(len(views), 5) if self.mode.precision != "fp32" else 0)
 
-    monkeypatch.setattr(frozen_models.Frozen, "forward", off)
+    monkeypatch.setattr(frozen_models.Frozen, "forward", with_noise)
     monkeypatch.setattr(
         frozen_models,
         "time_layouts",
-        lambda _make, forms, _views: {forms[0]: 9.0 if forms[0].precision == "fp32" else 1.0},
+        lambda _make, modes, _views: {modes[0]: 9.0 if modes[0].precision == "fp32" else 1.0},
     )
-    frozen, tried = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16", "fp32")))
+    frozen, checks = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16", "fp32")))
     assert frozen.mode.precision == "fp32"
-    assert [check.good for check in tried] == [False, True]
-    alone, tried = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16",)))
-    assert alone.mode.precision == "bf16", "who says it gets it"
-    assert [check.good for check in tried] == [False]
+    assert [check.good for check in checks] == [False, True]
+    single, checks = freeze(teacher, torch.rand(16, 3, 32, 32), AllowedModes(("bf16",)))
+    assert single.mode.precision == "bf16", "the only allowed mode is used although it differs"
+    assert [check.good for check in checks] == [False]
 
 
-def test_folding_that_goes_wrong_leaves_the_plain_teacher(monkeypatch):
+def test_failing_fold_falls_back_to_the_plain_teacher(monkeypatch):
     monkeypatch.setattr(frozen_models, "fold", lambda _: 1 / 0)
-    frozen, tried = freeze(teacher, torch.rand(4, 3, 32, 32), AllowedModes())
+    frozen, checks = freeze(teacher, torch.rand(4, 3, 32, 32), AllowedModes())
     assert frozen.mode == PLAIN
-    assert "division by zero" in str(tried[0])
-    assert tried[-1].good
+    assert "division by zero" in str(checks[0])
+    assert checks[-1].good
 
 
-def test_the_check_is_what_it_says():
+def test_parity_check_equals_its_definition():
     truth = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.9]])
-    answers = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.9, 1.0]])
-    check = frozen_models.check_parity(InferenceMode(), answers, truth)
-    p, q = truth.double().softmax(-1), answers.double().softmax(-1)
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.9, 1.0]])
+    check = frozen_models.check_parity(InferenceMode(), logits, truth)
+    p, q = truth.double().softmax(-1), logits.double().softmax(-1)
     assert check.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     assert check.agreement == pytest.approx(2 / 3)
     assert not check.good
     assert ParityCheck(InferenceMode(), 9, 1e-3, 0.995).good
     assert not ParityCheck(InferenceMode(), 9, 1.1e-3, 1.0).good
     assert not ParityCheck(InferenceMode(), 9, 0.0, 0.994).good
-    assert not frozen_models.check_parity(InferenceMode(), answers * float("nan"), truth).good
+    assert not frozen_models.check_parity(InferenceMode(), logits * float("nan"), truth).good
 
 
-def test_the_form_that_was_best_before_comes_first():
+def test_previously_best_mode_is_tried_first():
     first = InferenceMode(layout="contiguous")
-    forms = list(
+    modes = list(
         frozen_models.candidate_modes(
             teacher, torch.rand(2, 3, 32, 32), AllowedModes(("fp32",), first=first), small=False
         )
     )
-    assert forms[0] == first
+    assert modes[0] == first
 
 
-class Replying(nn.Module):
-    """One that answers with an object, as those of Hugging Face do."""
+class ReturnsObject(nn.Module):
+    """Returns an object with `logits`, as the models of transformers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,48 +224,48 @@ class Replying(nn.Module):
         return type("Reply", (), {"logits": self.linear(x.mean((2, 3)))})()
 
 
-def test_answers_with_logits_inside():
-    model = Classifier(Replying(), Card("replying", 8, 1.0, (0.0,) * 3, (1.0,) * 3), num_classes=4)
+def test_outputs_with_a_logits_attribute():
+    model = Classifier(ReturnsObject(), Card("replying", 8, 1.0, (0.0,) * 3, (1.0,) * 3), num_classes=4)
     views = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
-        wanted = model.net.linear(views.mean((2, 3)))
-    assert torch.equal(model(views), wanted)
-    torch.testing.assert_close(Frozen(model, InferenceMode())(views), wanted)
+        expected = model.net.linear(views.mean((2, 3)))
+    assert torch.equal(model(views), expected)
+    torch.testing.assert_close(Frozen(model, InferenceMode())(views), expected)
 
 
 @pytest.mark.slow
-def test_compiled_it_is_the_same(tmp_path, monkeypatch):
+def test_compiled_teacher_gives_equal_logits(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     views = torch.rand(4, 3, 32, 32)
-    frozen, tried = freeze(teacher, views, AllowedModes(compiled=True))
+    frozen, checks = freeze(teacher, views, AllowedModes(compiled=True))
     measured = replace(InferenceMode(), layout=frozen.mode.layout)  # whichever is faster here
-    assert frozen.mode == replace(measured, compiled=True), [str(check) for check in tried]
-    wanted = Frozen(teacher())(views)
-    torch.testing.assert_close(frozen(views), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(frozen(views[:3]), wanted[:3], rtol=1e-4, atol=1e-4)
+    assert frozen.mode == replace(measured, compiled=True), [str(check) for check in checks]
+    expected = Frozen(teacher())(views)
+    torch.testing.assert_close(frozen(views), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(frozen(views[:3]), expected[:3], rtol=1e-4, atol=1e-4)
 
 
-class Lending(Shared):
-    """One that uses its convolution's kernel once more, by itself."""
+class SharedKernel(SharedOutput):
+    """Uses its convolution's kernel a second time, outside the layer."""
 
     def forward(self, x):
         return self.norm(self.conv(x)).mean((2, 3)) + F.conv2d(x, self.conv.weight).mean((2, 3))
 
 
-def test_a_kernel_that_is_used_by_itself_is_left_alone():
-    assert foldable_batch_norms(shaken(Lending())) == []
+def test_kernel_that_is_used_elsewhere_is_not_folded():
+    assert foldable_batch_norms(randomize_norms(SharedKernel())) == []
 
 
-def test_a_head_that_folding_joins_with_its_norm():
-    """LeViT's head ends as another module than it began; 16 bits are no reason to stumble over that."""
+def test_head_that_folding_joins_with_its_norm():
+    """Folding replaces LeViT's head by another module, and the 16-bit conversion must find the new one."""
     torch.manual_seed(0)
     model = load("levit_128s", classes=5)
     views = torch.rand(2, 3, 224, 224)
-    # A copy, since an older timm keeps what it computed in fp32 for the next time.
-    wanted = Frozen(copy.deepcopy(model))(views)
+    # A copy, because older timm caches what it computed in fp32.
+    expected = Frozen(copy.deepcopy(model))(views)
     model = Frozen(model, InferenceMode(precision="bf16"))
-    assert (model(views) - wanted).abs().max() < 0.1 * wanted.abs().max() + 0.05
+    assert (model(views) - expected).abs().max() < 0.1 * expected.abs().max() + 0.05
 
 
-def test_kernels_of_five_axes():
+def test_networks_with_5d_kernels_can_be_frozen():
     assert Frozen(load("lambda_resnet26t", classes=3), InferenceMode()).mode.folded

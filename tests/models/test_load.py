@@ -1,4 +1,4 @@
-"""Models: one grammar, nothing silent, and a student that timm loads by itself."""
+"""Loading models by name and weights, errors for what does not fit, and saved students that timm alone loads."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from funmatch.models.timm_models import parse_options
 SMALL = ("channels=(8,8,16,16)", "stem_width=8")
 
 
-def test_a_classifier_normalises_as_its_card_says():
+def test_classifier_normalises_by_its_card():
     model = load("resnet10t", options=SMALL, classes=4).eval()
     views = torch.rand(2, 3, 32, 32)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -32,12 +32,12 @@ def test_bit_r50_has_the_published_number_of_parameters():
     assert load("resnetv2_50x1_bit", classes=37).count_parameters() == 23_576_165
 
 
-def test_grey_networks_read_grey_images():
+def test_one_channel_networks_accept_rgb_views():
     model = load("resnet10t", options=(*SMALL, "in_chans=1"), classes=3).eval()
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
 
 
-def test_fixed_inputs_are_built_for_the_side():
+def test_fixed_input_sizes_are_built_for_the_side():
     vit = load("vit_tiny_patch16_224", options=("depth=1",), classes=3, side=64).eval()
     assert vit(torch.rand(1, 3, 64, 64)).shape == (1, 3)
 
@@ -60,17 +60,17 @@ def test_options_are_read_as_python_values():
         ("local-dir:nowhere", "missing"),
     ],
 )
-def test_names_that_are_not_known(name, message):
+def test_unknown_names_suggest_near_ones(name, message):
     with pytest.raises(InputError, match=message):
         load(name)
 
 
-def test_options_that_timm_does_not_take():
+def test_unknown_model_options_are_rejected():
     with pytest.raises(InputError, match="chanels"):
         load("resnet10t", options=("chanels=1",))
 
 
-def test_a_saved_classifier_loads_in_timm_with_the_same_logits(tmp_path):
+def test_saved_classifier_gives_equal_logits_in_timm(tmp_path):
     torch.manual_seed(0)
     model = load("resnet10t", options=SMALL, classes=4).eval()
     for buffer in model.net.buffers():
@@ -79,16 +79,16 @@ def test_a_saved_classifier_loads_in_timm_with_the_same_logits(tmp_path):
     card = replace(model.card, side=40, crop_fraction=0.8, mean=(0.1, 0.2, 0.3), classes=("a", "b", "c", "d"))
     save(model.to(memory_format=torch.contiguous_format), tmp_path, card=card, about={"verb": "test"})
     views = torch.randn(2, 3, 40, 40)
-    alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with_timm_alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
-        assert torch.equal(alone(views), model.net(views))
-    config = timm.data.resolve_model_data_config(alone)
+        assert torch.equal(with_timm_alone(views), model.net(views))
+    config = timm.data.resolve_model_data_config(with_timm_alone)
     assert tuple(config["input_size"]) == (3, 40, 40)
     assert tuple(config["mean"]) == (0.1, 0.2, 0.3)
     assert config["crop_pct"] == 0.8
-    again = load(str(tmp_path))
-    assert again.card == replace(card, name=str(tmp_path))
-    assert models.fingerprint(again.net) == models.fingerprint(model.net)
+    reloaded = load(str(tmp_path))
+    assert reloaded.card == replace(card, name=str(tmp_path))
+    assert models.fingerprint(reloaded.net) == models.fingerprint(model.net)
 
 
 @pytest.fixture(name="state")
@@ -98,7 +98,7 @@ def resnet_state() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_weights_of_a_named_architecture_decide_its_classes(tmp_path, state, suffix):
+def test_weights_set_the_number_of_classes(tmp_path, state, suffix):
     path = tmp_path / f"w.{suffix}"
     save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
     model = load("resnet10t", weights=path, options=SMALL)
@@ -106,23 +106,23 @@ def test_weights_of_a_named_architecture_decide_its_classes(tmp_path, state, suf
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.net.state_dict().items())
 
 
-def test_weights_that_do_not_fit_are_refused_in_full(tmp_path, state):
-    def refused(change, message):
+def test_weights_that_do_not_fit_are_rejected(tmp_path, state):
+    def assert_refused(change, message):
         changed = dict(state)
         change(changed)
         save_file(changed, tmp_path / "w.safetensors")
         with pytest.raises(InputError, match=message):
             load("resnet10t", weights=tmp_path / "w.safetensors", options=SMALL)
 
-    refused(lambda s: s.pop("bn1.bias"), "bn1.bias is missing")
-    refused(lambda s: s.update(extra=torch.zeros(1)), "extra is not of this model")
-    refused(lambda s: s.update({"bn1.bias": torch.zeros(3)}), r"has shape \(3,\)")
-    refused(lambda s: s.update({"bn1.bias": torch.full((8,), float("nan"))}), "not finite")
-    refused(lambda s: s.pop("fc.weight"), "another architecture")
+    assert_refused(lambda s: s.pop("bn1.bias"), "bn1.bias is missing")
+    assert_refused(lambda s: s.update(extra=torch.zeros(1)), "extra is not of this model")
+    assert_refused(lambda s: s.update({"bn1.bias": torch.zeros(3)}), r"has shape \(3,\)")
+    assert_refused(lambda s: s.update({"bn1.bias": torch.full((8,), float("nan"))}), "not finite")
+    assert_refused(lambda s: s.pop("fc.weight"), "another architecture")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_files_that_are_no_state_dict(tmp_path, suffix):
+def test_files_without_a_state_dict_are_rejected(tmp_path, suffix):
     path = tmp_path / f"w.{suffix}"
     with pytest.raises(InputError, match="no weights file"):
         load("resnet10t", weights=path)
@@ -131,25 +131,25 @@ def test_files_that_are_no_state_dict(tmp_path, suffix):
         load("resnet10t", weights=path)
 
 
-class Evil:
+class Exploit:
     def __reduce__(self):
         return print, ("unpickled",)
 
 
-def test_nothing_is_unpickled(tmp_path, capsys):
-    torch.save({"fc.weight": Evil()}, tmp_path / "w.pt")
+def test_loading_runs_no_pickled_code(tmp_path, capsys):
+    torch.save({"fc.weight": Exploit()}, tmp_path / "w.pt")
     with pytest.raises(InputError, match="not a state dict"):
         load("resnet10t", weights=tmp_path / "w.pt")
     assert "unpickled" not in capsys.readouterr().out
 
 
-def test_a_side_that_a_network_cannot_take():
+def test_unsupported_side_is_rejected():
     vit = load("vit_tiny_patch16_224", options=("depth=1",), classes=3)
     with pytest.raises(InputError, match="made for 224"):
         models.check_side(vit, 100)
 
 
-def test_a_frozen_teacher_stays_as_it_is():
+def test_frozen_teacher_is_not_changed_by_training_mode():
     teacher = Frozen(load("resnet10t", options=SMALL, classes=3))
     parent = torch.nn.ModuleList([teacher]).train()
     before = models.fingerprint(teacher)
@@ -159,7 +159,7 @@ def test_a_frozen_teacher_stays_as_it_is():
     assert models.fingerprint(teacher) == before
 
 
-def test_a_transformer_with_weights_is_fitted_to_another_side(tmp_path):
+def test_transformer_weights_are_resized_to_another_side(tmp_path):
     torch.manual_seed(0)
     net = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3).eval()
     save_file(net.state_dict(), tmp_path / "w.safetensors")
@@ -167,16 +167,16 @@ def test_a_transformer_with_weights_is_fitted_to_another_side(tmp_path):
     views = torch.rand(2, 3, 64, 64)
     net.set_input_size(img_size=64)
     with torch.no_grad():
-        wanted = net(views * 2 - 1)
-        torch.testing.assert_close(model(views), wanted)
+        expected = net(views * 2 - 1)
+        torch.testing.assert_close(model(views), expected)
     (tmp_path / "out").mkdir()
     save(model, tmp_path / "out", card=replace(model.card, side=64), about={})
-    alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    with_timm_alone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.no_grad():
-        torch.testing.assert_close(alone(views * 2 - 1), wanted)
+        torch.testing.assert_close(with_timm_alone(views * 2 - 1), expected)
 
 
-def test_a_tag_says_what_given_weights_were_trained_to_see(tmp_path):
+def test_tag_sets_the_normalisation_of_given_weights(tmp_path):
     net = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     for tag in timm.list_pretrained("vit_tiny_patch16_224.*"):
@@ -184,20 +184,20 @@ def test_a_tag_says_what_given_weights_were_trained_to_see(tmp_path):
         assert model.card.mean == tuple(timm.get_pretrained_cfg(tag).mean)
 
 
-def test_settings_that_are_no_weights_are_told_apart():
+def test_fingerprint_covers_settings_that_are_not_weights():
     def vit(**options):
         net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=1, **options)
         return models.Classifier(net, models.Card("vit", 32, 1.0, (0.5,) * 3, (0.5,) * 3, None))
 
-    class Cooled(torch.nn.Module):
+    class WithTemperature(torch.nn.Module):
         def __init__(self, tau):
             super().__init__()
             self.tau, self.num_classes = tau, 2
 
     card = models.Card("cooled", 8, 1.0, (0.0,) * 3, (1.0,) * 3, None)
     several = [vit(num_heads=3), vit(num_heads=6), vit(num_heads=3, global_pool="avg")]
-    several += [models.Classifier(Cooled(tau), card) for tau in (1, 4)]
+    several += [models.Classifier(WithTemperature(tau), card) for tau in (1, 4)]
     digests = list(map(models.function_of, several))
     assert len(set(digests)) == 5
-    taught = vit(num_heads=3).train()
-    assert models.function_of(taught) == digests[0] == models.function_of(taught.eval())
+    in_training_mode = vit(num_heads=3).train()
+    assert models.function_of(in_training_mode) == digests[0] == models.function_of(in_training_mode.eval())

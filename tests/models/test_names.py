@@ -1,4 +1,4 @@
-"""What a model can be called: functions and modules of one's own, the paper's files; listing and importing."""
+"""Model names: a user's functions and modules, the paper's files; listing and importing."""
 
 import base64
 import hashlib
@@ -57,19 +57,19 @@ def dense():
 
 
 @pytest.fixture(name="module", autouse=True)
-def module_in_the_current_folder(tmp_path, monkeypatch):
-    """A module of the user's own, of another name in each test, since Python remembers modules."""
+def user_module(tmp_path, monkeypatch):
+    """A Python module in the current folder; its name differs in each test because Python caches imports."""
     name = f"own_{hashlib.md5(str(tmp_path).encode()).hexdigest()[:8]}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     return name
 
 
-def test_a_function_of_ones_own(module):
+def test_model_from_a_users_function(module):
     model = load(f"{module}:small", options=("width=12",), classes=3, side=20)
     assert (model.num_classes, model.card.side, model.count_parameters()) == (3, 20, 12 * 27 + 12 + 3 * 12 + 3)
     views = torch.rand(2, 3, 20, 20)
-    assert torch.equal(model(views), model.net(views)), "a plain network sees images as they are"
+    assert torch.equal(model(views), model.net(views)), "a plain module gets views in [0, 1]"
     other = load(f"{module}:normalised")
     assert (other.card.classes, other.card.side, other.num_classes) == (("a", "b"), 16, 2)
     assert torch.equal(other(views), other.net((views - 0.5) / 0.25))
@@ -85,24 +85,24 @@ def test_a_function_of_ones_own(module):
         ("MODULE:dense", "is not a classifier"),
     ],
 )
-def test_functions_that_give_no_classifier(module, name, message):
+def test_functions_that_return_no_classifier_are_rejected(module, name, message):
     with pytest.raises(InputError, match=message):
         load(name.replace("MODULE", module))
 
 
-def test_a_student_of_ones_own_is_taught_saved_and_found_again(module):
+def test_user_student_is_trained_saved_and_reloaded(module):
     run = funmatch.distill(student=f"{module}:small", teacher=TEACHER, out="run", side=32, steps=3, **_mini())
     assert run.figures["parameters"] == 8 * 27 + 8 + 10 * 8 + 10
     weights = Path("run/student/model.safetensors")
-    again = load(f"{module}:small", weights=weights)
-    assert (again.num_classes, again.card.side) == (10, 32)
+    reloaded = load(f"{module}:small", weights=weights)
+    assert (reloaded.num_classes, reloaded.card.side) == (10, 32)
     state = load_file(weights)
-    assert all(torch.equal(state[name], tensor) for name, tensor in again.net.state_dict().items())
-    said = funmatch.evaluate(f"{module}:small", weights=weights, data=FEW)
-    assert said["top1"] == pytest.approx(run.top1)
+    assert all(torch.equal(state[name], tensor) for name, tensor in reloaded.net.state_dict().items())
+    metrics = funmatch.evaluate(f"{module}:small", weights=weights, data=FEW)
+    assert metrics["top1"] == pytest.approx(run.top1)
 
 
-def test_a_file_does_not_decide_which_code_runs(tmp_path):
+def test_saved_file_cannot_choose_which_code_runs(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     config = {"architecture": "os:mkdir", "model_args": {"path": str(tmp_path / "harm")}, "num_classes": 2}
@@ -113,7 +113,7 @@ def test_a_file_does_not_decide_which_code_runs(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_modules_from_python_stay_as_they_are():
+def test_modules_passed_from_python_are_not_changed():
     teacher, student = funmatch.load(TEACHER), load("resnet10t", options=TINY_OPTIONS, classes=10)
     before = {name: tensor.clone() for name, tensor in [*teacher.state_dict().items(), *student.state_dict().items()]}
     run = funmatch.distill(student=student, teacher=teacher, out="run", side=32, steps=3, ema=0.9, **_mini())
@@ -136,26 +136,26 @@ def _mini() -> dict:
     return {name: value for name, value in MINI.items() if name != "student"}
 
 
-def test_the_average_is_what_its_formula_says_and_is_saved_beside():
+def test_ema_follows_its_formula_and_is_saved():
     run = funmatch.distill(teacher=TEACHER, out="run", steps=4, ema=0.5, save_every=1, eval_every=2, **MINI)
     assert set(run.figures["ema"]) >= {"top1", "agreement", "kl"}
     average = load_file("run/student-ema/model.safetensors")
     student = load_file("run/student/model.safetensors")
     assert any(not torch.equal(average[name], student[name]) for name in student)
-    kept = sorted(Path("run/checkpoints").glob("step-*"))
+    checkpoints = sorted(Path("run/checkpoints").glob("step-*"))
     # The last two checkpoints hold the average after steps 3 and 4, and the student's weights after step 4.
-    before, after = (load_file(folder / "average.safetensors") for folder in kept)
-    now = load_file(kept[-1] / "student.safetensors")
+    before, after = (load_file(folder / "average.safetensors") for folder in checkpoints)
+    student_now = load_file(checkpoints[-1] / "student.safetensors")
     decay = min(0.5, (1 + 4) / (10 + 4))
     for name, tensor in after.items():
         if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, decay * before[name] + (1 - decay) * now[name])
+            torch.testing.assert_close(tensor, decay * before[name] + (1 - decay) * student_now[name])
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "ema"] == [2, 4]
     assert funmatch.evaluate("run/student-ema", data=FEW)["top1"] == pytest.approx(run.figures["ema"]["top1"])
 
 
-def test_a_student_from_weights_with_a_new_head_of_zeros():
+def test_student_from_weights_gets_a_zero_head_for_other_classes():
     torch.manual_seed(0)
     net = timm.create_model("resnet10t", num_classes=7, channels=(8, 8, 16, 16), stem_width=8)
     torch.save({"state_dict": {f"module.{name}": value for name, value in net.state_dict().items()}}, "w.pt")
@@ -173,16 +173,16 @@ def test_a_student_from_weights_with_a_new_head_of_zeros():
     assert (config["model_args"]["drop_rate"], config["model_args"]["drop_path_rate"]) == (0.1, 0.1)
 
 
-def test_batch_norm_uses_its_running_statistics_where_it_is_judged():
+def test_evaluation_does_not_depend_on_the_batch_size():
     funmatch.distill(student="resnet10t", student_kwargs={"channels": (8, 8, 16, 16), "stem_width": 8}, side=32,
                      teacher=TEACHER, out="run", steps=3, **_mini())  # fmt: skip
-    whole = funmatch.evaluate("run", split="val", batch=128)
-    alone = funmatch.evaluate("run", split="val", batch=1)
-    assert whole["top1"] == alone["top1"]
-    assert whole["kl"] == pytest.approx(alone["kl"], rel=1e-4)
+    batched = funmatch.evaluate("run", split="val", batch=128)
+    one_by_one = funmatch.evaluate("run", split="val", batch=1)
+    assert batched["top1"] == one_by_one["top1"]
+    assert batched["kl"] == pytest.approx(one_by_one["kl"], rel=1e-4)
 
 
-class Server(BaseHTTPRequestHandler):
+class FileServer(BaseHTTPRequestHandler):
     content, claimed = b"", b""
 
     def do_GET(self):
@@ -199,9 +199,9 @@ class Server(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(name="server")
-def server_of_one_file(monkeypatch, tmp_path):
+def file_server(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    server = HTTPServer(("127.0.0.1", 0), Server)
+    server = HTTPServer(("127.0.0.1", 0), FileServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(download, "BASE_URL", f"http://127.0.0.1:{server.server_port}")
     yield server
@@ -210,29 +210,29 @@ def server_of_one_file(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("server")
-def test_the_papers_file_is_fetched_once_and_held_against_its_checksum(tmp_path):
+def test_published_file_is_downloaded_once_and_checked(tmp_path):
     weights = random_bit(50, 1)
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
-    Server.content = Server.claimed = (tmp_path / "w.npz").read_bytes()
+    FileServer.content = FileServer.claimed = (tmp_path / "w.npz").read_bytes()
     model = load("bit:R50x1_160")
     assert (model.card.side, model.card.crop_fraction) == (160, 160 / 192)
     with torch.inference_mode():
         assert_same(model, reference(weights, images()))
-    Server.content = b""
+    FileServer.content = b""
     load("bit:R50x1_160")
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
 @pytest.mark.usefixtures("server")
-def test_a_damaged_download_is_not_kept(tmp_path):
-    Server.claimed = b"what was sent"
-    for Server.content in (b"what was sant", b"what"):
+def test_damaged_download_is_removed(tmp_path):
+    FileServer.claimed = b"what was sent"
+    for FileServer.content in (b"what was sant", b"what"):
         with pytest.raises(InputError, match=r"is damaged|cannot download"):
             load("bit:R50x1_224")
     assert not list((tmp_path / "cache").rglob("*.npz*"))
 
 
-def test_without_a_network_it_says_where_to_put_the_file(monkeypatch, tmp_path):
+def test_error_without_a_network_says_where_to_put_the_file(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(
@@ -243,7 +243,7 @@ def test_without_a_network_it_says_where_to_put_the_file(monkeypatch, tmp_path):
         load("bit:R152x2_T_pets128")
 
 
-def test_import_writes_what_timm_loads(tmp_path):
+def test_import_writes_a_folder_that_loads_with_equal_logits(tmp_path):
     weights = random_bit(50, 1)
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
     (tmp_path / "names.txt").write_text("\n".join("abcde"))
@@ -257,15 +257,15 @@ def test_import_writes_what_timm_loads(tmp_path):
         assert_same(model, reference(weights, images()))
     with pytest.raises(InputError, match="exists; choose another"):
         models.import_model(Import(model="w.npz", out=tmp_path / "out"))
-    shown = models.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1")).metrics
-    assert (shown["mean"], shown["std"]) == ([0.0] * 3, [1.0] * 3)
+    imported = models.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1")).metrics
+    assert (imported["mean"], imported["std"]) == ([0.0] * 3, [1.0] * 3)
     (tmp_path / "names.txt").write_text("a\nb")
     with pytest.raises(InputError, match="2 distinct names, but the network has 5 classes"):
         models.import_model(Import(model="w.npz", out=tmp_path / "third", class_file=Path("names.txt")))
     assert not (tmp_path / "third").exists()
 
 
-def test_the_list_of_models():
+def test_models_are_listed_with_their_cost():
     found = {
         each["name"]: each
         for each in models.list_models(Models(pattern="resnetv2_50x1_bit", side=128)).metrics["models"]
@@ -280,9 +280,9 @@ def test_the_list_of_models():
         models.list_models(Models(pattern="resnetv3"))
 
 
-def test_repeated_options_are_gathered():
-    words = ["--teacher", "a", "--side", "3", "--teacher", "b", "c", "--out", "x", "--teacher=d", "--temperature", "-1"]
-    assert merge_repeated(words, Distill) == [
+def test_repeated_options_are_merged():
+    argv = ["--teacher", "a", "--side", "3", "--teacher", "b", "c", "--out", "x", "--teacher=d", "--temperature", "-1"]
+    assert merge_repeated(argv, Distill) == [
         "--teacher",
         "a",
         "b",
@@ -308,7 +308,7 @@ def test_repeated_options_are_gathered():
         ("savedmodel:gone", "gone"),
     ],
 )
-def test_names_of_files(tmp_path, name, message):
+def test_unusable_model_files_are_rejected(tmp_path, name, message):
     (tmp_path / "w.pt").write_bytes(b"")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "saved_model.pb").write_bytes(b"")
@@ -316,8 +316,8 @@ def test_names_of_files(tmp_path, name, message):
         load(name)
 
 
-def changed_by_hand() -> torch.nn.Module:
-    """A network of timm's in which every ReLU was replaced."""
+def edited_network() -> torch.nn.Module:
+    """A timm network in which every ReLU was replaced afterwards."""
     net = timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), stem_width=8)
     for owner in list(net.modules()):
         for name, module in owner.named_children():
@@ -326,27 +326,27 @@ def changed_by_hand() -> torch.nn.Module:
     return net
 
 
-def odd_activation() -> torch.nn.Module:
-    """A network of timm's whose arguments cannot be written down."""
+def unserializable_network() -> torch.nn.Module:
+    """A timm network built with an argument that JSON cannot hold."""
     return timm.create_model("resnet10t", num_classes=10, channels=(8, 8, 16, 16), act_layer=torch.nn.SiLU)
 
 
-@pytest.mark.parametrize("make", [changed_by_hand, odd_activation])
-def test_a_student_that_timm_would_build_otherwise_is_not_written_as_timms(make):
+@pytest.mark.parametrize("make", [edited_network, unserializable_network])
+def test_edited_timm_network_is_not_saved_under_a_timm_name(make):
     funmatch.distill(student=make(), teacher=TEACHER, out="run", side=32, steps=2, **_mini())
     assert json.loads(Path("run/student/config.json").read_text())["architecture"].startswith("python:")
     with pytest.raises(InputError, match="given from Python"):
         load("run")
 
 
-def test_a_module_of_timm_that_is_as_timm_builds_it_is_written_as_timms():
+def test_unchanged_timm_network_is_saved_under_its_timm_name():
     net = timm.create_model("resnet10t", num_classes=10, in_chans=1)
     run = funmatch.distill(student=net, teacher=TEACHER, out="run", side=32, steps=2, **_mini())
     assert load("run").net.pretrained_cfg["architecture"] == "resnet10t"
     assert funmatch.evaluate("run")["kl"] == pytest.approx(run.figures["kl"], rel=1e-4)
 
 
-def test_another_module_of_the_same_name_is_another_student():
+def test_resuming_with_another_module_is_refused():
     def student(width):
         return load("resnet10t", options=(f"channels=({width},{width},16,16)", "stem_width=8"), classes=10)
 
@@ -355,7 +355,7 @@ def test_another_module_of_the_same_name_is_another_student():
         funmatch.distill(student=student(12), teacher=TEACHER, out="run", side=32, steps=1, **_mini())
 
 
-def test_what_a_module_cannot_be_told():
+def test_options_that_conflict_with_a_module_are_rejected():
     net = load("resnet10t", options=TINY_OPTIONS, classes=10)
     with pytest.raises(InputError, match=r"a module is used as it is; leave out drop_rate=0\.5"):
         funmatch.distill(student=net, teacher=TEACHER, out="run", side=32, steps=1, drop_rate=0.5, **_mini())
@@ -363,7 +363,7 @@ def test_what_a_module_cannot_be_told():
         load("resnet10t", options=(*TINY_OPTIONS, "num_classes=5"), classes=10)
 
 
-def test_a_head_changed_by_hand_is_counted():
+def test_class_count_comes_from_the_actual_head():
     net = timm.create_model("resnet10t", num_classes=1000, channels=(8, 8, 16, 16))
     net.fc = torch.nn.Linear(16, 10)
     assert load(net).num_classes == 10
@@ -371,7 +371,7 @@ def test_a_head_changed_by_hand_is_counted():
     assert load(features).num_classes == 16
 
 
-def test_judging_a_module_leaves_it_as_it_is():
+def test_evaluation_does_not_change_a_module():
     model = funmatch.load(TEACHER).train()
     name = model.card.name
     funmatch.evaluate(model, data="fashion-mini", split="val")
@@ -380,8 +380,8 @@ def test_judging_a_module_leaves_it_as_it_is():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-class Tied(torch.nn.Module):
-    """One whose two layers are the same tensor."""
+class TiedWeights(torch.nn.Module):
+    """Two layers share one tensor, which safetensors would refuse to write twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -393,8 +393,8 @@ class Tied(torch.nn.Module):
         return self.head(self.second(self.first(x.mean((2, 3)))))
 
 
-def test_tensors_that_share_their_memory_are_written():
-    funmatch.distill(student=Tied(), teacher=TEACHER, out="run", side=32, steps=2, save_every=1, **_mini())
+def test_tied_weights_are_saved():
+    funmatch.distill(student=TiedWeights(), teacher=TEACHER, out="run", side=32, steps=2, save_every=1, **_mini())
     state = load_file("run/student/model.safetensors")
     assert torch.equal(state["first.weight"], state["second.weight"])
 
@@ -406,7 +406,7 @@ def test_tensors_that_share_their_memory_are_written():
         {"mean": [0.5], "std": [0.5]},
     ],
 )  # fmt: skip
-def test_a_card_that_cannot_be(change):
+def test_invalid_cards_are_rejected(change):
     funmatch.distill(teacher=TEACHER, out="run", steps=1, **MINI)
     path = Path("run/student/config.json")
     config = json.loads(path.read_text())
@@ -415,25 +415,25 @@ def test_a_card_that_cannot_be(change):
         load("run")
 
 
-def test_weights_that_are_not_numbers_as_ours():
+def test_weights_of_unusable_types_are_rejected():
     state = timm.create_model("resnet10t", num_classes=3, channels=(8, 8, 16, 16), stem_width=8).state_dict()
 
-    def refused(message, **changes):
+    def assert_refused(message, **changes):
         torch.save(state | changes, "w.pt")
         with pytest.raises(InputError, match=message):
             load("resnet10t", weights="w.pt", options=TINY_OPTIONS)
 
-    refused("not finite", **{"fc.weight": state["fc.weight"].double() * 1e300})
-    refused("not a dense tensor", **{"fc.weight": state["fc.weight"].to(torch.complex64)})
-    refused("no fc.weight", **{"fc.weight": torch.tensor(1.0)})
+    assert_refused("not finite", **{"fc.weight": state["fc.weight"].double() * 1e300})
+    assert_refused("not a dense tensor", **{"fc.weight": state["fc.weight"].to(torch.complex64)})
+    assert_refused("no fc.weight", **{"fc.weight": torch.tensor(1.0)})
     torch.save({1: torch.zeros(1)}, "w.pt")
     with pytest.raises(InputError, match="expected a dict of tensors by name"):
         load("resnet10t", weights="w.pt")
 
 
-def test_empty_names(funmatch):
-    words = ["--data", "fashion-mini", "--teacher", "", "--student", "resnet10t", "--steps", "1", "--out", "r"]
-    done = funmatch("distill", *words, check=2)
+def test_empty_and_unexpandable_names_are_rejected(funmatch):
+    argv = ["--data", "fashion-mini", "--teacher", "", "--student", "resnet10t", "--steps", "1", "--out", "r"]
+    done = funmatch("distill", *argv, check=2)
     assert "teacher is empty" in done.stderr
     done = funmatch("evaluate", "~nosuchuser/x", "--data", "fashion-mini", check=2)
     assert "user name that does not exist" in done.stderr

@@ -1,4 +1,4 @@
-"""What is read from the graph of a SavedModel: small graphs, written here, in which everything can be wrong."""
+"""Preprocessing read from the graph of a SavedModel, with small hand-written graphs, many of them damaged."""
 
 import shutil
 import struct
@@ -34,8 +34,10 @@ def pair(field: int, key: str, value: bytes) -> bytes:
 
 
 def node(name: str, op: str, *inputs: str, **attributes: bytes) -> bytes:
-    given = b"".join(text(3, each) for each in inputs)
-    return text(1, name) + text(2, op) + given + b"".join(pair(5, key, value) for key, value in attributes.items())
+    input_fields = b"".join(text(3, each) for each in inputs)
+    return (
+        text(1, name) + text(2, op) + input_fields + b"".join(pair(5, key, value) for key, value in attributes.items())
+    )
 
 
 def const(name: str, values) -> bytes:
@@ -97,32 +99,32 @@ def network(
     ]
 
 
-HELD = list(ENTRIES)
+VARIABLES = list(ENTRIES)
 
 
 def model(
-    nodes: list[bytes], answer: str = "BiasAdd:output:0", kind: int = TF_FLOAT, more: list[bytes] | None = None
+    nodes: list[bytes], output: str = "BiasAdd:output:0", kind: int = TF_FLOAT, functions: list[bytes] | None = None
 ) -> bytes:
     """A SavedModel that serves a function of these nodes."""
-    names = write_fields(8, b"".join(text(8, key) for key in HELD))
+    names = write_fields(8, b"".join(text(8, key) for key in VARIABLES))
     restore = [
         node("keys", "Const", value=names),
         node("RestoreV2", "RestoreV2", "file", "keys:output:0"),
-        *(node(f"set_{k}", "AssignVariableOp", k, f"RestoreV2:tensors:{i}") for i, k in enumerate(HELD)),
+        *(node(f"set_{k}", "AssignVariableOp", k, f"RestoreV2:tensors:{i}") for i, k in enumerate(VARIABLES)),
     ]
     library = [
-        function("served", ["x", *HELD], {"y": answer}, nodes),
-        function("restore", ["file", *HELD], {"done": "file"}, restore),
-        *(more or []),
+        function("served", ["x", *VARIABLES], {"y": output}, nodes),
+        function("restore", ["file", *VARIABLES], {"done": "file"}, restore),
+        *(functions or []),
     ]
-    outside = [
+    outer = [
         node("picture", "Placeholder", dtype=number(6, kind)),
         node("file", "Placeholder"),
-        *(node(key, "VarHandleOp") for key in HELD),
-        call("call", "served", "picture", *HELD),
-        call("restored", "restore", "file", *HELD),
+        *(node(key, "VarHandleOp") for key in VARIABLES),
+        call("call", "served", "picture", *VARIABLES),
+        call("restored", "restore", "file", *VARIABLES),
     ]
-    graph = b"".join(write_fields(1, each) for each in outside) + write_fields(
+    graph = b"".join(write_fields(1, each) for each in outer) + write_fields(
         2, b"".join(write_fields(1, each) for each in library)
     )
     signature = pair(2, "logits", text(1, "call:0"))
@@ -130,22 +132,22 @@ def model(
     return number(1, 1) + write_fields(2, meta)
 
 
-@pytest.fixture(name="seen")
-def seen_of_a_graph(tmp_path):
-    def seen(content: bytes):
+@pytest.fixture(name="preprocessing")
+def preprocessing_of_graph(tmp_path):
+    def preprocessing(content: bytes):
         (tmp_path / "saved_model.pb").write_bytes(content)
         return input_preprocessing(tmp_path, Bundle(ENTRIES, []))
 
-    return seen
+    return preprocessing
 
 
 def chain(*steps) -> list[bytes]:
     """Operations on images, in order, as (operation, constant) or (constant, operation)."""
     nodes, last = [], "x"
     for i, step in enumerate(steps):
-        words = [each for each in step if not isinstance(each, str)]
-        nodes += [const(f"c{i}", each) for each in words]
-        inputs = [last, *([f"c{i}:output:0"] if words else [])]
+        constants = [each for each in step if not isinstance(each, str)]
+        nodes += [const(f"c{i}", each) for each in constants]
+        inputs = [last, *([f"c{i}:output:0"] if constants else [])]
         op = next(each for each in step if isinstance(each, str))
         attributes = {"DstT": number(6, TF_FLOAT)} if op == "Cast" else {}
         nodes.append(node(f"n{i}", op, *(inputs if isinstance(step[0], str) else inputs[::-1]), **attributes))
@@ -156,7 +158,7 @@ def chain(*steps) -> list[bytes]:
 HALF = (0.5,) * 3, (0.5,) * 3
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEAN, STD = (np.array(each) for each in IMAGENET)
-SEEN = {
+CHAINS = {
     "as given": ([], AS_GIVEN),
     "2 x - 1": ([("Mul", 2.0), ("Sub", 1.0)], HALF),
     "1 - (2 - 2 x)": ([("Mul", 2.0), (2.0, "Sub"), (1.0, "Sub")], HALF),
@@ -170,10 +172,10 @@ SEEN = {
 }
 
 
-@pytest.mark.parametrize("name", SEEN)
-def test_arithmetic_is_a_mean_and_a_standard_deviation(seen, name):
-    steps, (mean, std) = SEEN[name]
-    found = seen(model(chain(*steps)))
+@pytest.mark.parametrize("name", CHAINS)
+def test_arithmetic_is_read_as_mean_and_standard_deviation(preprocessing, name):
+    steps, (mean, std) = CHAINS[name]
+    found = preprocessing(model(chain(*steps)))
     assert not found.why
     np.testing.assert_allclose(found.inputs, [mean, std], rtol=1e-6)
     assert found.is_plain == (not steps)
@@ -181,10 +183,10 @@ def test_arithmetic_is_a_mean_and_a_standard_deviation(seen, name):
     assert after_head(found, "k", "b", "m") == ()
 
 
-def test_whole_numbers_are_of_255(seen):
-    found = seen(model(chain(("Cast",), ("Mul", 2 / 255), ("Sub", 1.0)), kind=TF_UINT8))
+def test_integer_inputs_range_to_255(preprocessing):
+    found = preprocessing(model(chain(("Cast",), ("Mul", 2 / 255), ("Sub", 1.0)), kind=TF_UINT8))
     np.testing.assert_allclose(found.inputs, HALF, rtol=1e-6)
-    found = seen(model(chain(("Cast",)), kind=TF_UINT8))
+    found = preprocessing(model(chain(("Cast",)), kind=TF_UINT8))
     np.testing.assert_allclose(found.inputs, [[0] * 3, [1 / 255] * 3], rtol=1e-6)
     assert not found.is_plain
 
@@ -206,31 +208,31 @@ UNCLEAR = {
 
 
 @pytest.mark.parametrize("why", UNCLEAR)
-def test_what_is_none_is_named(seen, why):
-    found = seen(model(chain(*UNCLEAR[why])))
+def test_unreadable_preprocessing_is_named(preprocessing, why):
+    found = preprocessing(model(chain(*UNCLEAR[why])))
     assert found.inputs is None
     with pytest.raises(AssertionError, match=why):
         raise AssertionError(found.why)
 
 
-def test_other_first_convolutions(seen):
+def test_other_first_convolutions_are_not_accepted(preprocessing):
     for form in ({"border": 2}, {"padding": b"SAME"}, {"strides": (1, 1, 1, 1)}, {"border": 0, "padding": b"EXPLICIT"}):
-        assert "differs from BiT's" in seen(model(network("x", **form))).why
+        assert "differs from BiT's" in preprocessing(model(network("x", **form))).why
     twice = [
         *network("x"),
         node("again", "Conv2D", "x", "kernel:value:0"),
         node("sum", "AddN", "again:o:0", "BiasAdd:o:0"),
     ]
-    assert seen(model(twice, "sum:sum:0")).why == "its graph uses a first kernel of BiT 2 times"
-    assert "0 times" in seen(model([], "x")).why
+    assert preprocessing(model(twice, "sum:sum:0")).why == "its graph uses a first kernel of BiT 2 times"
+    assert "0 times" in preprocessing(model([], "x")).why
 
 
-def test_what_follows_the_head(seen):
+def test_operations_after_the_head_are_reported(preprocessing):
     soft = node("Softmax", "Softmax", "BiasAdd:output:0")
-    found = seen(model([*network("x"), soft], "Softmax:softmax:0"))
+    found = preprocessing(model([*network("x"), soft], "Softmax:softmax:0"))
     assert found.inputs == AS_GIVEN
-    told = "the original model applies Softmax to the logits of its head; they are used unchanged here"
-    assert after_head(found, "k", "b", "m") == (told,)
+    note = "the original model applies Softmax to the logits of its head; they are used unchanged here"
+    assert after_head(found, "k", "b", "m") == (note,)
     nodes = [
         *network("x"),
         const("ten", 10.0),
@@ -238,15 +240,18 @@ def test_what_follows_the_head(seen):
         node("S", "Sigmoid", "Mul"),
     ]
     nodes[-1] = node("S", "Sigmoid", "Mul:z:0")
-    assert "applies Mul, Sigmoid to" in after_head(seen(model(nodes, "S:y:0")), "k", "b", "m")[0]
-    assert "output is not that of its head" in after_head(seen(model(network("x"), "Mean:output:0")), "k", "b", "m")[0]
+    assert "applies Mul, Sigmoid to" in after_head(preprocessing(model(nodes, "S:y:0")), "k", "b", "m")[0]
+    assert (
+        "output is not that of its head"
+        in after_head(preprocessing(model(network("x"), "Mean:output:0")), "k", "b", "m")[0]
+    )
     nodes = [each for each in network("x") if not each.startswith(text(1, "MatMul"))]
     nodes += [node("L2", "Square", "Mean:output:0"), node("MatMul", "MatMul", "L2:y:0", "k/read:value:0")]
     with pytest.raises(InputError, match="m applies Square to the input of its head, which no BiT network does"):
-        after_head(seen(model(nodes)), "k", "b", "m")
+        after_head(preprocessing(model(nodes)), "k", "b", "m")
 
 
-def test_functions_in_functions_and_in_circles(seen):
+def test_nested_and_circular_functions_end(preprocessing):
     def nested(depth: int, last: str) -> bytes:
         inner = [
             function(f"f{i}", ["x"], {"y": "c:output:0"}, [call("c", f"f{i + 1}" if i < depth else last, "x")])
@@ -256,11 +261,11 @@ def test_functions_in_functions_and_in_circles(seen):
         return model([call("c", "f0", "x"), const("o", 1.0), *SUB], more=[*inner, double])
 
     SUB = [node("s", "Sub", "c:output:0", "o:output:0"), *network("s:z:0")]
-    assert seen(nested(5, "double")).inputs == HALF
-    assert "too deeply" in seen(nested(100, "double")).why
-    assert "too deeply" in seen(nested(3, "f0")).why
+    assert preprocessing(nested(5, "double")).inputs == HALF
+    assert "too deeply" in preprocessing(nested(100, "double")).why
+    assert "too deeply" in preprocessing(nested(3, "f0")).why
     with pytest.raises(InputError, match="has no function nothing"):
-        seen(nested(3, "nothing"))
+        preprocessing(nested(3, "nothing"))
     # Each function calls the next one twice: 2^40 calls.
     doubling = [
         function(f"f{i}", ["x"], {"y": "s:z:0"}, [call("a", f"f{i + 1}", "x"), call("b", f"f{i + 1}", "x"), ADD])
@@ -269,21 +274,21 @@ def test_functions_in_functions_and_in_circles(seen):
     ]
     doubling.append(function("f40", ["x"], {"y": "x"}, []))
     started = time.perf_counter()
-    assert "too often" in seen(model([call("c", "f0", "x"), *network("c:output:0")], more=doubling)).why
+    assert "too often" in preprocessing(model([call("c", "f0", "x"), *network("c:output:0")], more=doubling)).why
     circle = [node("a", "Identity", "b:output:0"), node("b", "Identity", "a:output:0"), *network("a:output:0")]
-    assert "in circles" in seen(model(circle)).why
+    assert "in circles" in preprocessing(model(circle)).why
     loop = [node("a", "Neg", "b:output:0"), node("b", "Neg", "a:output:0"), *network("a:output:0")]
-    assert seen(model(loop)).inputs is None
+    assert preprocessing(model(loop)).inputs is None
     assert time.perf_counter() - started < 20
 
 
-def test_graphs_that_are_missing_or_damaged(seen):
-    assert seen(b"").why == "its saved_model.pb holds no graph"
-    assert seen(number(1, 1) + write_fields(2, b"")).why == "its graph serves no function"
-    whole = model(chain(("Mul", 2.0), ("Sub", 1.0)))
-    for cut in range(1, len(whole), 37):
+def test_missing_and_damaged_graphs(preprocessing):
+    assert preprocessing(b"").why == "its saved_model.pb holds no graph"
+    assert preprocessing(number(1, 1) + write_fields(2, b"")).why == "its graph serves no function"
+    content = model(chain(("Mul", 2.0), ("Sub", 1.0)))
+    for end in range(1, len(content), 37):
         with suppress(InputError):
-            assert seen(whole[:cut]).inputs is None
+            assert preprocessing(content[:end]).inputs is None
     for change, why in (
         ((b"stem", b"step"), None),
         ((b"AssignVariableOp", b"assignvariableop"), "is not one of its saved variables"),
@@ -291,20 +296,20 @@ def test_graphs_that_are_missing_or_damaged(seen):
         ((struct.pack("<f", 2), b""), None),
     ):
         with suppress(InputError):
-            found = seen(whole.replace(*change))
+            found = preprocessing(content.replace(*change))
             assert why is None or why in found.why
 
 
 @pytest.fixture(name="copy")
-def copy_of_the_module(tmp_path):
+def module_copy(tmp_path):
     return Path(shutil.copytree(MODULE, tmp_path / "m"))
 
 
-def test_no_damage_crashes_the_reader(copy):
-    """A graph has no checksum, so that a constant may become another; that happens to none of these."""
+def test_damage_never_crashes_the_reader(copy):
+    """Damage gives an error or the same inputs. A graph has no checksum, but none of these changes hits a constant."""
     path = copy / "saved_model.pb"
     content = path.read_bytes()
-    wanted = open_savedmodel(copy).inputs
+    expected = open_savedmodel(copy).inputs
     rng = np.random.default_rng(0)
     for i in range(120):
         changed = bytearray(content[: rng.integers(len(content))] if i % 3 == 0 else content)
@@ -312,16 +317,16 @@ def test_no_damage_crashes_the_reader(copy):
             changed[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(changed)
         with suppress(InputError):
-            assert open_savedmodel(copy).inputs in (None, wanted)
+            assert open_savedmodel(copy).inputs in (None, expected)
 
 
-def test_what_a_person_says_is_taken_and_told(copy, monkeypatch):
-    monkeypatch.setattr("funmatch.models.bit.GROUPS", 2)  # of the committed network, which is too thin for BiT's
-    told = savedmodel_origin(copy, {}, HALF)
-    assert (told.card["mean"], told.card["std"]) == HALF
-    assert "using the given --inputs, though its graph has mean and std ((0.485," in told.notes[0]
-    read = savedmodel_origin(copy, {}, None)
-    assert (read.card["mean"], read.card["std"], read.notes) == (*IMAGENET, ())
+def test_given_inputs_override_the_graph_and_are_noted(copy, monkeypatch):
+    monkeypatch.setattr("funmatch.models.bit.GROUPS", 2)  # the committed network is too narrow for BiT's 32
+    input_fields = savedmodel_origin(copy, {}, HALF)
+    assert (input_fields.card["mean"], input_fields.card["std"]) == HALF
+    assert "using the given --inputs, though its graph has mean and std ((0.485," in input_fields.notes[0]
+    from_graph = savedmodel_origin(copy, {}, None)
+    assert (from_graph.card["mean"], from_graph.card["std"], from_graph.notes) == (*IMAGENET, ())
     assert savedmodel_origin(copy, {}, IMAGENET).notes == ()
     (copy / "saved_model.pb").write_bytes(b"")
     with pytest.raises(InputError, match=r"images that it was trained on are unknown: its saved_model\.pb holds no"):

@@ -22,11 +22,11 @@ from funmatch.training.run import folder as run_folder
 
 
 @pytest.fixture(name="runs")
-def two_runs(tmp_path, finished):
+def two_runs(tmp_path, finished_run):
     knobs = {"data": FEW, "student": "fashion-mini-student", "batch": 16, "steps": 6, "log_every": 2}
     knobs |= {"eval_every": 2}
-    labels = finished(tmp_path / "labels & <b>", "train", **knobs)
-    student = finished(tmp_path / "student_$x$", teacher="fashion-mini-teacher", **knobs)
+    labels = finished_run(tmp_path / "labels & <b>", "train", **knobs)
+    student = finished_run(tmp_path / "student_$x$", teacher="fashion-mini-teacher", **knobs)
     return labels.folder, student.folder
 
 

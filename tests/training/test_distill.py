@@ -30,8 +30,8 @@ def records(folder: Path, event: str) -> list[dict]:
 
 
 @pytest.fixture(name="taught")
-def short_run(tmp_path, finished) -> funmatch.Outcome:
-    return finished(tmp_path / "run", teacher=TEACHER, steps=12, log_every=4, eval_every=4, save_every=4, **WHOLE)
+def short_run(tmp_path, finished_run) -> funmatch.Outcome:
+    return finished_run(tmp_path / "run", teacher=TEACHER, steps=12, log_every=4, eval_every=4, save_every=4, **WHOLE)
 
 
 def test_a_run_is_a_folder(taught):

@@ -64,8 +64,8 @@ def long_from_the_start(tmp_path_factory):
         return funmatch.distill(out=folder, **KNOBS, **LONG, warmup_steps=2).folder
 
 
-def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long, finished):
-    short = finished(tmp_path / "run", **KNOBS, **SHORT)
+def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long, finished_run):
+    short = finished_run(tmp_path / "run", **KNOBS, **SHORT)
     folder, figures = short.folder, short.figures
     assert json.loads((folder / "config.json").read_text())["knobs"]["warmup_steps"] == 2
     student = load_file(folder / "student" / "model.safetensors")
@@ -119,8 +119,8 @@ def test_a_run_that_is_not_over_is_prolonged_too(tmp_path, long, monkeypatch):
         assert not (folder / "ends").exists(), "it had come to no end"
 
 
-def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch, finished):
-    first = finished(tmp_path / "short", **KNOBS, **SHORT).folder
+def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch, finished_run):
+    first = finished_run(tmp_path / "short", **KNOBS, **SHORT).folder
     before = state_of(first)
     for number in range(5):
         folder = tmp_path / f"cut-{number}"
@@ -168,8 +168,8 @@ def _asked(folder: Path, length: dict) -> tuple[str, dict, dict]:
         ({"steps": 30, "warmup_steps": 5}, "warmup_steps: 2 in the run, 5 now"),
     ],
 )
-def test_what_cannot_be_prolonged(tmp_path, length, words, finished):
-    folder = finished(tmp_path / "run", **KNOBS, **SHORT).folder
+def test_what_cannot_be_prolonged(tmp_path, length, words, finished_run):
+    folder = finished_run(tmp_path / "run", **KNOBS, **SHORT).folder
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(InputError, match=words):
         funmatch.distill(out=folder, **KNOBS | length)
@@ -191,8 +191,8 @@ def test_a_run_that_cools_down_from_its_first_step_begins_again(tmp_path):
     assert (first.figures["step"], again.figures["step"]) == (6, 9)
 
 
-def test_an_end_that_was_gone_beyond_is_named(tmp_path, finished):
-    folder = finished(tmp_path / "run", **KNOBS, **SHORT).folder
+def test_an_end_that_was_gone_beyond_is_named(tmp_path, finished_run):
+    folder = finished_run(tmp_path / "run", **KNOBS, **SHORT).folder
     funmatch.distill(out=folder, **KNOBS, **LONG)
     with pytest.raises(InputError, match=r"its end at step 20 is kept in .*step-000000020"):
         funmatch.distill(out=folder, **KNOBS, **SHORT)

@@ -99,11 +99,11 @@ def dies_at_once(*_args, **_kwargs):
 
 
 @pytest.mark.parametrize("moment", ["save", "save_best", "finish"])
-def test_a_stop_in_the_middle_of_writing(tmp_path, monkeypatch, finished, moment):
+def test_a_stop_in_the_middle_of_writing(tmp_path, monkeypatch, finished_run, moment):
     """Nothing that was whole is lost, and the run ends as if nothing had happened."""
     knobs = {"data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
     knobs |= {"batch": 8, "steps": 12, "save_every": 4, "eval_every": 6, "log_every": 3}
-    finished(tmp_path / "whole", **knobs)
+    finished_run(tmp_path / "whole", **knobs)
     written = []
     if moment == "finish":
         monkeypatch.setattr("timm.models.save_for_hf", dies_at_once)
@@ -179,10 +179,10 @@ def test_a_last_line_that_was_cut_short_is_dropped(tmp_path):
 
 
 @pytest.fixture(name="stopped")
-def run_with_two_checkpoints(tmp_path, finished):
+def run_with_two_checkpoints(tmp_path, finished_run):
     """A run that has all but its end, and the knobs that go on with it."""
     knobs = {"data": FEW, "student": "fashion-mini-student", "batch": 8, "steps": 6, "save_every": 2}
-    run = finished(tmp_path / "run", "train", **knobs)
+    run = finished_run(tmp_path / "run", "train", **knobs)
     (run.folder / "result.json").unlink()
     before = load_file(run.folder / "student" / "model.safetensors")
 

@@ -314,8 +314,8 @@ def test_knobs_that_contradict_each_other(tmp_path, change, words):
     assert not any(tmp_path.iterdir()), "nothing came of it, so nothing is left of it"
 
 
-def test_a_run_that_began_without_a_tape_does_not_go_on_with_one(recorded, tmp_path, finished):
-    finished(tmp_path / "run", **KNOBS)
+def test_a_run_that_began_without_a_tape_does_not_go_on_with_one(recorded, tmp_path, finished_run):
+    finished_run(tmp_path / "run", **KNOBS)
     with pytest.raises(InputError, match="the teacher's answers, as tape rounds them: None in the run, fp16 now"):
         funmatch.distill(out=tmp_path / "run", tape=recorded / "tape", **KNOBS)
     shutil.copytree(recorded, tmp_path / "moved")
