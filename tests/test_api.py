@@ -1,4 +1,4 @@
-"""Python: what functions say of themselves, the types they insist on, names they accept, and what they give back."""
+"""The Python functions: docstrings, accepted names and types, errors, and results."""
 
 import inspect
 import re
@@ -18,7 +18,7 @@ TINY = {"student": "resnet10t", "student_kwargs": {"channels": [8, 8, 8, 8], "st
 
 
 @pytest.mark.parametrize("name", ["distill", "train", "finetune", "evaluate", "prepare", "study"])
-def test_functions_tell_their_options(name):
+def test_docstrings_list_the_essential_options(name):
     text = inspect.getdoc(getattr(funmatch, name))
     assert text
     table = VERBS[name].table
@@ -29,7 +29,7 @@ def test_functions_tell_their_options(name):
     assert f"funmatch {name} --help-all" in text
 
 
-def test_every_verb_leads_to_functions():
+def test_functions_of_every_verb_can_be_imported():
     for verb in [*VERBS.values(), DRY_RUN]:
         for function in filter(None, (verb.run, verb.show, verb.page)):
             assert callable(load_function(function)), function
@@ -52,15 +52,15 @@ def test_every_verb_leads_to_functions():
         ({"student": nn.Linear}, "student: a model is a name or a torch.nn.Module, got type"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(options, message, tmp_path):
-    given = {"data": "fashion-mini", "teacher": "t", "student": "s", "out": tmp_path / "o", **options}
+def test_wrong_types_and_names_are_rejected(options, message, tmp_path):
+    arguments = {"data": "fashion-mini", "teacher": "t", "student": "s", "out": tmp_path / "o", **options}
     with pytest.raises(InputError) as error:
-        funmatch.distill(**given)
+        funmatch.distill(**arguments)
     assert message in str(error.value)
     assert not (tmp_path / "o").exists()
 
 
-def test_all_problems_at_once_in_python_words():
+def test_all_problems_are_reported_at_once_in_python_terms():
     with pytest.raises(InputError) as error:
         funmatch.train(data="d", lr="x", stepz=1)
     for message in ("4 problems", "lr: wanted", "unknown option 'stepz'", "student is missing", "out is missing"):
@@ -71,21 +71,21 @@ def test_all_problems_at_once_in_python_words():
     assert "--" not in str(error.value)
 
 
-def test_names_of_the_command_line_and_types_of_numpy_will_do(tmp_path):
-    described = funmatch.finetune(
+def test_command_line_names_and_numpy_types_are_accepted(tmp_path):
+    dry_run = funmatch.finetune(
         "fashion-mini", model="resnet10t", out=tmp_path / "o", batch_size=np.int64(16), img_size=32, lr=np.float64(0.1),
         model_kwargs=TINY["student_kwargs"], steps=2, dry_run=True, clip_norm=None,
     )  # fmt: skip
-    options = described.metrics["options"]
+    options = dry_run.metrics["options"]
     assert (options["batch"]["value"], options["side"]["value"], options["lr"]["value"]) == (16, 32, 0.1)
     assert options["student"] == {"value": "resnet10t", "source": "Python"}
     assert options["clip_norm"] == {"value": None, "source": "Python"}
-    assert described.folder is None
-    assert described.top1 is None
+    assert dry_run.folder is None
+    assert dry_run.top1 is None
     assert not (tmp_path / "o").exists()
 
 
-def test_a_recipe_by_name_and_by_option():
+def test_recipe_can_be_given_in_three_ways():
     by_option = {}
     for call in (
         lambda: funmatch.recipe("pet37-fast", batch_size=True),
@@ -100,7 +100,7 @@ def test_a_recipe_by_name_and_by_option():
         funmatch.train(recipe="pet37-fast")
 
 
-def test_an_outcome(tmp_path):
+def test_outcome_gives_metrics_files_and_repr(tmp_path):
     run = funmatch.train("fashion-mini", "fashion-mini-student", tmp_path / "run", steps=2, batch=16, threads=1)
     assert isinstance(run, Outcome)
     assert (run.figures, run.report) == (run.metrics, run.page)
@@ -112,8 +112,8 @@ def test_an_outcome(tmp_path):
     assert repr(run).startswith(f"Outcome('{tmp_path}/run', top1=0.")
     assert "step=2" in repr(run)
     assert "\n" not in repr(run)
-    for words in ("top1", "report.html", "<table>"):
-        assert words in run._repr_html_()
+    for text in ("top1", "report.html", "<table>"):
+        assert text in run._repr_html_()
     assert funmatch.evaluate(run.folder)["top1"] == pytest.approx(run.top1)
 
 
@@ -129,7 +129,7 @@ def test_results_without_a_run():
     assert "<script>" not in Result(None, {"name": "<script>"})._repr_html_()
 
 
-def test_tables_from_python_are_those_of_the_command_line():
+def test_python_values_become_command_line_values():
     table = Train.checked(data="d", student="s", out="o", steps=1, student_kwargs={"channels": [1, 2]})
     assert table.student_kwargs == ("channels=[1, 2]",)
     assert Distill.checked(data=["a", Path("b")], teacher="t", student=Path("s"), out="o", steps=1).data == ("a", "b")

@@ -1,4 +1,4 @@
-"""Words become a table: repeated options, aliases, recipes, and messages about words that are no values."""
+"""Parsing of arguments: repeated options, aliases, recipes, and messages about invalid values."""
 
 import re
 
@@ -13,7 +13,7 @@ BASE = ["distill", "--data", "d", "--teacher", "t", "--student", "s", "--out", "
 
 
 @pytest.mark.parametrize(
-    ("words", "merged"),
+    ("arguments", "merged"),
     [
         ("--teacher a --teacher b", "--teacher a b"),
         ("--teacher=a --lr 1 --teacher b c", "--teacher a b c --lr 1"),
@@ -23,22 +23,22 @@ BASE = ["distill", "--data", "d", "--teacher", "t", "--student", "s", "--out", "
         ("pet37-fast --lr 1 --lr 2", "pet37-fast --lr 1 --lr 2"),
     ],
 )
-def test_an_option_of_several_values_may_be_repeated(words, merged):
-    assert merge_repeated(words.split(), Distill) == merged.split()
+def test_repeated_options_are_merged(arguments, merged):
+    assert merge_repeated(arguments.split(), Distill) == merged.split()
 
 
-def test_values_without_a_flag_stay_where_they_are():
+def test_positional_values_keep_their_place():
     assert merge_repeated(["a", "b", "--out", "c"], Report) == ["a", "b", "--out", "c"]
 
 
-def test_students_by_any_of_their_flags():
+def test_students_are_split_off_under_any_flag():
     assert split_students(["--student", "a", "--lr", "1", "--model=b"]) == (["--student", "a", "--lr", "1"], ("a", "b"))
-    several = read_command([*BASE, "--student", "other"])
-    assert isinstance(several.options, Distill)
-    assert several.students == ("s", "other")
+    command = read_command([*BASE, "--student", "other"])
+    assert isinstance(command.options, Distill)
+    assert command.students == ("s", "other")
 
 
-def test_words_become_values():
+def test_arguments_are_parsed_to_values():
     config = parse([
         *BASE, "-b", "2", "--teacher", "u", "--teacher-share", ".5", "1", "--decay-steps", "1", "2", "--schedule",
         "staircase", "--clip-norm", "none", "--randaugment", "2", "9", "--no-mixup-max", "--opt", "sgd", "-T", "2",
@@ -52,7 +52,7 @@ def test_words_become_values():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ("--lr 3e-3,1e-3", "--lr: wanted a number, got '3e-3,1e-3'; `funmatch tune … --space` tries several values"),
         ("--batch 1.5", "--batch: wanted a whole number, got '1.5'"),
@@ -62,18 +62,18 @@ def test_words_become_values():
         ("--tacher t", "Perhaps you meant: --teacher MODEL …"),
     ],
 )
-def test_words_that_are_no_values(capsys, words, message):
+def test_invalid_values_are_reported(capsys, arguments, message):
     with pytest.raises(SystemExit) as end:
-        parse([*BASE, *words.split()])
+        parse([*BASE, *arguments.split()])
     assert end.value.code == 2
-    told = capsys.readouterr()
-    text = re.sub(r"[│╭╰╮╯─|+]|\s+", " ", told.err + told.out)  # the frame around it
+    output = capsys.readouterr()
+    text = re.sub(r"[│╭╰╮╯─|+]|\s+", " ", output.err + output.out)  # without the frame drawn around messages
     assert message in re.sub(" +", " ", text)
     for sign in ("<class", "NoneType", "{None}", "FLOAT", "INT "):
         assert sign not in text
 
 
-def test_a_recipe_gives_way_to_options_by_any_of_their_names():
+def test_options_override_a_recipe_under_any_name():
     recipe = find("pet37-fast")
     assert recipe.table(batch_size=16, img_size=32).batch == 16
     assert parse(["distill", "pet37-fast", "--model", "mine"]).student == "mine"

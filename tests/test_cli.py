@@ -1,4 +1,4 @@
-"""The command line: words in, words out, exit codes."""
+"""The command line: arguments, output and exit codes."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ TEACHER = "fashion-mini-teacher"
 MINI = ("--data", "fashion-mini", "--student", "fashion-mini-student", "--batch", "16")
 
 
-def test_help_explains_every_knob(funmatch):
+def test_help_explains_every_option(funmatch):
     overview = funmatch("--help").stdout
     for verb in ("demo", "distill", "train", "evaluate", "report"):
         assert verb in overview
@@ -25,18 +25,18 @@ def test_help_explains_every_knob(funmatch):
     from funmatch.config import Distill
 
     for name, field in Distill.model_fields.items():
-        assert field.description, f"{name} has no sentence"
+        assert field.description, f"{name} has no help"
         assert f"--{'json' if name == 'as_json' else name.replace('_', '-')}" in text
     assert "-b, --batch, --batch-size N" in text
     assert "-j, --workers N" in text
 
 
-def test_version(funmatch):
+def test_version_is_printed(funmatch):
     assert re.fullmatch(r"funmatch \d+\.\d+\.\d+\n", funmatch("--version").stdout)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (("distil",), "did you mean 'distill'"),
         (("distill", *MINI, "--tacher", "x", "--out", "o"), "--teacher"),
@@ -52,42 +52,42 @@ def test_version(funmatch):
         (("report",), "at least one run folder"),
     ],
 )  # fmt: skip
-def test_invalid_arguments_get_one_message_and_leave_nothing(funmatch, tmp_path, words, message):
-    done = funmatch(*words, check=2)
+def test_invalid_arguments_get_one_message_and_leave_nothing(funmatch, tmp_path, argv, message):
+    done = funmatch(*argv, check=2)
     assert message in re.sub(r"[│╭╰╮╯─]|\s+", " ", done.stderr).replace("  ", " ")
     assert "Traceback" not in done.stderr
     assert not done.stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_json_is_one_object_and_nothing_else(funmatch, tmp_path):
-    words = ("distill", *MINI, "--teacher", "fashion-mini-teacher", "--steps", "3", "--out", tmp_path / "run", "--json")
-    done = funmatch(*words)
-    figures = json.loads(done.stdout)
-    assert {"top1", "agreement", "kl", "step", "run"} <= figures.keys()
-    assert figures["step"] == 3
-    assert figures["run"] == str(tmp_path / "run")
-    again = funmatch(*words)
-    assert json.loads(again.stdout) == figures
+def test_json_output_is_one_object(funmatch, tmp_path):
+    argv = ("distill", *MINI, "--teacher", "fashion-mini-teacher", "--steps", "3", "--out", tmp_path / "run", "--json")
+    done = funmatch(*argv)
+    metrics = json.loads(done.stdout)
+    assert {"top1", "agreement", "kl", "step", "run"} <= metrics.keys()
+    assert metrics["step"] == 3
+    assert metrics["run"] == str(tmp_path / "run")
+    again = funmatch(*argv)
+    assert json.loads(again.stdout) == metrics
     assert "finished" in again.stderr
     evaluated = json.loads(funmatch("evaluate", tmp_path / "run", "--json").stdout)
-    assert evaluated["top1"] == pytest.approx(figures["top1"])
+    assert evaluated["top1"] == pytest.approx(metrics["top1"])
     reported = json.loads(funmatch("report", tmp_path / "run", "--json").stdout)
     assert reported["report"] == str(tmp_path / "run" / "report.html")
 
 
-def test_tables_for_people(funmatch, tmp_path):
+def test_tables_are_printed_without_json(funmatch, tmp_path):
     done = funmatch("train", *MINI, "--steps", "3", "--out", tmp_path / "run")
     assert "top-1" in done.stdout
     assert "report.html" in done.stdout
 
 
-def test_the_demonstration(funmatch, tmp_path):
+def test_demo_compares_labels_and_distillation(funmatch, tmp_path):
     done = funmatch("demo", "--steps", "6", "--json", "--out", tmp_path / "demo")
-    figures = json.loads(done.stdout)
-    assert {"teacher", "labels", "student", "run", "report"} <= figures.keys()
-    assert figures["teacher"]["top1"] > 0.87
-    assert all(0 <= figures[name]["top1"] <= 1 for name in ("labels", "student"))
+    metrics = json.loads(done.stdout)
+    assert {"teacher", "labels", "student", "run", "report"} <= metrics.keys()
+    assert metrics["teacher"]["top1"] > 0.87
+    assert all(0 <= metrics[name]["top1"] <= 1 for name in ("labels", "student"))
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "labels" in page
     table = funmatch("demo", "--steps", "6", "--out", tmp_path / "demo").stdout
@@ -95,27 +95,27 @@ def test_the_demonstration(funmatch, tmp_path):
     assert "report:" in table
 
 
-def test_a_full_disk_is_said_and_nothing_is_half_written(funmatch, tmp_path, monkeypatch):
-    """A disk that is full in the middle of the second checkpoint."""
+def test_full_disk_is_reported_and_leaves_no_partial_checkpoint(funmatch, tmp_path, monkeypatch):
+    """The disk is full in the middle of the second checkpoint."""
     save = checkpoint.save_file
 
-    def full(tensors, path):
+    def disk_full(tensors, path):
         if "step-000000004" in str(path):
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save(tensors, path)
 
-    words = ["train", *MINI, "--steps", "6", "--save-every", "2", "--out", str(tmp_path / "run")]
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
-        done = funmatch(*words, check=2)
+    argv = ["train", *MINI, "--steps", "6", "--save-every", "2", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", disk_full)
+        done = funmatch(*argv, check=2)
     assert "disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000002"]
-    funmatch(*words)
+    funmatch(*argv)
 
 
-def test_unreadable_images_are_told_on_the_command_line(funmatch, tmp_path):
+def test_unreadable_images_are_reported(funmatch, tmp_path):
     for name in ("a", "b"):
         for split in ("train", "val"):
             paint(tmp_path / "p" / split / name / "1.png", 1)
@@ -126,7 +126,7 @@ def test_unreadable_images_are_told_on_the_command_line(funmatch, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_progress_goes_to_standard_error_in_plain_lines(funmatch, tmp_path):
+def test_progress_goes_to_stderr_without_escape_codes(funmatch, tmp_path):
     done = funmatch("train", *MINI, "--steps", "3", "--out", tmp_path / "run", "--json")
     assert "\x1b[" not in done.stderr + done.stdout
     assert len(done.stdout.splitlines()) == 1
@@ -137,12 +137,16 @@ def test_importing_the_package_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_numbers_that_are_none_are_told_with_all_else(tmp_path, funmatch):
-    words = ["--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
-    words += ["--steps", "5", "--lr", "nan", "--label-weight", "inf", "--temperature", "-3", "--out", tmp_path / "run"]
-    done = funmatch("distill", *words, check=2)
-    for told in ("lr must be a finite number, got nan", "label_weight must be a finite", "temperature must be above 0"):
-        assert told in done.stderr
+def test_non_finite_numbers_are_reported_with_other_problems(tmp_path, funmatch):
+    argv = ["--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
+    argv += ["--steps", "5", "--lr", "nan", "--label-weight", "inf", "--temperature", "-3", "--out", tmp_path / "run"]
+    done = funmatch("distill", *argv, check=2)
+    for message in (
+        "lr must be a finite number, got nan",
+        "label_weight must be a finite",
+        "temperature must be above 0",
+    ):
+        assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "pydantic" not in done.stderr
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Files of options: which value counts, what a run's own record gives, templates, and every way to get a file wrong."""
+"""Config files: precedence of values, a run's own config.json, templates, and invalid files."""
 
 import json
 import re
@@ -40,12 +40,12 @@ def folder(tmp_path, monkeypatch) -> Path:
 def funmatch(capsys):
     """Runs `funmatch …` in this process."""
 
-    def run(*words: str, check: int = 0) -> SimpleNamespace:
+    def run(*line: str, check: int = 0) -> SimpleNamespace:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(list(words))
+        with pytest.raises(SystemExit) as end:
+            main(list(line))
         out, err = capsys.readouterr()
-        assert ended.value.code == check, err
+        assert end.value.code == check, err
         return SimpleNamespace(stdout=out, stderr=err)
 
     return run
@@ -56,7 +56,7 @@ def read(line: str) -> tuple[Options, dict[str, str]]:
     return command.options, {name: source for name, source in command.sources.items() if source != "default"}
 
 
-def test_a_file_gives_what_the_command_line_does_not():
+def test_command_line_overrides_the_file():
     options, sources = read("distill --config run.toml --out o --lr 1e-3 -b 8")
     assert isinstance(options, Distill)
     assert (options.data, options.teacher) == (("fashion-mini",), ("fashion-mini-teacher",))
@@ -66,13 +66,13 @@ def test_a_file_gives_what_the_command_line_does_not():
     assert "temperature" not in sources
 
 
-def test_what_a_person_sets_drops_what_it_replaces():
+def test_option_drops_the_alternative_set_in_the_file():
     options, sources = read("distill --config run.toml --out o --epochs 2")
     assert (options.steps, options.epochs) == (None, 2.0)
     assert "steps" not in sources
 
 
-def test_a_file_counts_more_than_a_recipe():
+def test_file_overrides_the_recipe():
     Path("r.toml").write_text('recipe = "pet37-fast"\nlr = 1e-4\nsteps = 5\n')
     options, sources = read("distill --config r.toml --temperature 3")
     assert (options.recipe, options.lr, options.steps, options.epochs) == ("pet37-fast", 1e-4, 5, None)
@@ -80,13 +80,13 @@ def test_a_file_counts_more_than_a_recipe():
     assert sources["lr"] == "r.toml"
     assert sources["batch"] == "recipe pet37-fast"
     assert sources["temperature"] == "command line"
-    same, _ = read("distill pet37-fast --config r.toml --temperature 3")
-    assert same == options
+    again, _ = read("distill pet37-fast --config r.toml --temperature 3")
+    assert again == options
     assert read("distill pet37-fast --config run.toml --out o")[0].student == "fashion-mini-student"
     assert read("tune distill --config r.toml --space lr=1,2")[0].out == Path("runs/tune-pet37-fast")
 
 
-def test_every_kind_of_value(tmp_path):
+def test_all_types_of_values_are_read(tmp_path):
     (tmp_path / "a.toml").write_text(
         MINI
         + "\nout = 'o'\nval = 0.1\nclip_norm = 'none'\nteacher_side = 48\nrandaugment = [2, 9]\nunlabelled = true\n"
@@ -96,11 +96,13 @@ def test_every_kind_of_value(tmp_path):
     assert (options.val, options.clip_norm, options.teacher_side) == ("0.1", None, (48,))
     assert (options.randaugment, options.unlabelled, options.momentum) == ((2, 9), True, 0.0)
     assert options.student_kwargs == ("channels=[8, 16]",)
-    assert options == Distill.checked(**options.model_dump() | {"config": "a.toml"}), "as Python makes it"
+    assert options == Distill.checked(**options.model_dump() | {"config": "a.toml"}), (
+        "equal to the table built from Python"
+    )
     assert read("distill --config a.toml --no-unlabelled")[0].unlabelled is False
 
 
-def test_files_serve_every_command():
+def test_every_command_reads_files():
     Path("e.toml").write_text('model = "fashion-mini-teacher"\ndata = "fashion-mini"\n')
     assert read("evaluate --config e.toml")[0].model == "fashion-mini-teacher"
     assert read("evaluate other --config e.toml")[0].model == "other"
@@ -111,7 +113,7 @@ def test_files_serve_every_command():
     assert read("tune distill --config t.toml --trials 3")[0].trials == 3
 
 
-def test_yaml_as_people_write_it():
+def test_yaml_values_are_read():
     Path("y.yaml").write_text(
         "data: fashion-mini\nteacher: [fashion-mini-teacher]\nstudent: s\nout: o\nsteps: 3\n"
         "lr: 3e-4\nmixup_max: no\nclip_norm: null\n"
@@ -121,22 +123,22 @@ def test_yaml_as_people_write_it():
     assert sources["lr"] == "y.yaml"
 
 
-def test_a_runs_own_record_repeats_the_run(capsys):
+def test_config_json_of_a_run_gives_its_options(capsys):
     line = f"distill --config {OLD_RUN / 'config.json'} --out again"
     options, sources = read(line)
     record = json.loads((OLD_RUN / "config.json").read_text())
-    now = options.model_dump(mode="json")
-    differing = {name for name, value in record["knobs"].items() if now.get(name) != value}
+    current = options.model_dump(mode="json")
+    differing = {name for name, value in record["knobs"].items() if current.get(name) != value}
     assert differing <= {"out", "as_json"}
     assert options.out == Path("again")
     assert sources["lr"] == str(OLD_RUN / "config.json")
     with pytest.raises(SystemExit):
         read(f"distill --config {OLD_RUN / 'config.json'}")
-    assert "--out" in capsys.readouterr().err, "a run's own folder is not passed on"
+    assert "--out" in capsys.readouterr().err, "the folder of the run is not reused"
 
 
 @pytest.mark.parametrize("verb", TABLES)
-def test_templates_are_complete_and_read_back(verb, folder):
+def test_templates_are_complete_and_valid(verb, folder):
     table = TABLES[verb]
     text = template(verb, table)
     for name in table.model_fields:
@@ -145,19 +147,19 @@ def test_templates_are_complete_and_read_back(verb, folder):
     assert all(len(line) <= 100 for line in text.splitlines() if line.startswith("# "))
     bare = tomllib.loads(text)
     assert bare.keys() == {name for name, field in table.model_fields.items() if field.is_required()}
-    whole = re.sub(r"^#(?=\w)", "", text, flags=re.M)
-    (folder / "whole.toml").write_text(whole)
+    complete = re.sub(r"^#(?=\w)", "", text, flags=re.M)
+    (folder / "whole.toml").write_text(complete)
     (folder / "bare.toml").write_text(text)
-    words = f"{verb} --config whole.toml"
+    command = f"{verb} --config whole.toml"
     if verb.startswith("tune"):
-        words += " --space lr=1,2"
-    options, sources = read(words)
-    same, _ = read(words.replace("whole", "bare"))
-    assert options.model_dump() == same.model_dump()
-    assert len([name for name, source in sources.items() if source == "whole.toml"]) == len(tomllib.loads(whole))
+        command += " --space lr=1,2"
+    options, sources = read(command)
+    again, _ = read(command.replace("whole", "bare"))
+    assert options.model_dump() == again.model_dump()
+    assert len([name for name, source in sources.items() if source == "whole.toml"]) == len(tomllib.loads(complete))
 
 
-def test_the_command_that_writes_templates(funmatch):
+def test_config_command_prints_templates(funmatch):
     text = funmatch("config", "finetune").stdout
     assert tomllib.loads(text).keys() == {"data", "student", "out"}
     assert json.loads(funmatch("config", "--json").stdout)["command"] == "distill"
@@ -217,7 +219,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "text", "messages"), WRONG.values(), ids=WRONG.keys())
-def test_a_file_that_cannot_be_used_gets_one_message(name, text, messages, folder, funmatch):
+def test_invalid_files_get_one_message_and_leave_nothing(name, text, messages, folder, funmatch):
     if isinstance(text, bytes):
         (folder / name).write_bytes(text)
     elif text is not None:
@@ -231,7 +233,7 @@ def test_a_file_that_cannot_be_used_gets_one_message(name, text, messages, folde
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_file_and_a_recipe_that_contradict_each_other():
+def test_conflicting_recipes_are_rejected():
     Path("r.toml").write_text('recipe = "pet37-fast"\n')
     with pytest.raises(InputError, match=r"r\.toml follows the recipe pet37-fast, but pet37-300 is given"):
         read("distill pet37-300 --config r.toml")
@@ -239,9 +241,9 @@ def test_a_file_and_a_recipe_that_contradict_each_other():
         read("distill --recipe pet37-300 --config r.toml")
 
 
-def test_files_from_python(folder):
-    described = package.distill(config="run.toml", out="o", batch_size=8, dry_run=True)
-    options = described.metrics["options"]
+def test_config_files_from_python(folder):
+    dry_run = package.distill(config="run.toml", out="o", batch_size=8, dry_run=True)
+    options = dry_run.metrics["options"]
     assert (options["steps"], options["batch"]) == (
         {"value": 3, "source": "run.toml"},
         {"value": 8, "source": "Python"},
@@ -253,35 +255,35 @@ def test_files_from_python(folder):
         package.distill(config="run.toml")
 
 
-def test_a_dry_run_says_all_and_writes_nothing(funmatch, folder):
+def test_dry_run_reports_the_run_and_writes_nothing(funmatch, folder):
     line = ("distill", "--config", "run.toml", "--out", "o", "--epochs", "2", "--dry-run")
     before = sorted(folder.rglob("*"))
-    told = json.loads(funmatch(*line, "--json").stdout)
-    assert told["splits"] == {"train": 200, "val": 500, "test": 2000}
-    assert told["classes"] == 10
-    assert told["parameters"] == {"student": 26_888, "teachers": [109_766]}
-    assert (told["steps"], told["epochs"]) == (25, 2.0)
-    assert told["options"]["epochs"] == {"value": 2.0, "source": "command line"}
-    assert told["options"]["lr"] == {"value": 0.003, "source": "default"}
-    assert told["options"]["student"] == {"value": "fashion-mini-student", "source": "run.toml"}
-    assert Distill.model_fields.keys() - told["options"].keys() == {"config", "dry_run"}
-    shown = funmatch(*line).stdout
-    for words in ("student 26,888, teacher 109,766", "200 train", "25 steps, 2 epochs", "run.toml", "temperature"):
-        assert words in shown
+    metrics = json.loads(funmatch(*line, "--json").stdout)
+    assert metrics["splits"] == {"train": 200, "val": 500, "test": 2000}
+    assert metrics["classes"] == 10
+    assert metrics["parameters"] == {"student": 26_888, "teachers": [109_766]}
+    assert (metrics["steps"], metrics["epochs"]) == (25, 2.0)
+    assert metrics["options"]["epochs"] == {"value": 2.0, "source": "command line"}
+    assert metrics["options"]["lr"] == {"value": 0.003, "source": "default"}
+    assert metrics["options"]["student"] == {"value": "fashion-mini-student", "source": "run.toml"}
+    assert Distill.model_fields.keys() - metrics["options"].keys() == {"config", "dry_run"}
+    output = funmatch(*line).stdout
+    for part in ("student 26,888, teacher 109,766", "200 train", "25 steps, 2 epochs", "run.toml", "temperature"):
+        assert part in output
     labels = json.loads(funmatch("train", "--data", "fashion-mini", "--student", "fashion-mini-student",
                                  "--steps", "4", "--out", "o", "--dry-run", "--json").stdout)  # fmt: skip
     assert labels["parameters"]["teachers"] == []
     assert sorted(folder.rglob("*")) == before
-    refused = funmatch(*line, "--tape-top", "3", check=2)
-    assert "tape_top belongs to --tape" in refused.stderr
+    rejected = funmatch(*line, "--tape-top", "3", check=2)
+    assert "tape_top belongs to --tape" in rejected.stderr
 
 
-def test_the_same_run_again(funmatch, folder):
-    """The record of a run gives the same weights in another folder."""
+def test_run_repeated_from_its_config_json_gives_equal_weights(funmatch, folder):
+    """config.json of a run repeats it in another folder with equal weights."""
     funmatch("distill", "--config", "run.toml", "--out", "first", "--threads", "1")
     funmatch("distill", "--config", "first/config.json", "--out", "again")
-    first, again = (Path(name, "student", "model.safetensors").read_bytes() for name in ("first", "again"))
-    assert first == again
+    first, second = (Path(name, "student", "model.safetensors").read_bytes() for name in ("first", "again"))
+    assert first == second
     record = json.loads((folder / "first" / "config.json").read_text())
     assert not {"config", "dry_run"} & record["knobs"].keys()
     shutil.rmtree(folder / "again")

@@ -1,4 +1,4 @@
-"""Holds the design: imports go down the packages, folders, files and functions stay small, names say something."""
+"""Checks the design: imports follow the order of packages; folders, files and functions stay small."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,7 @@ ORDER = [
     "reports",
     "commands",
 ]
-"""From the ground up: a package imports only packages before it. All else in the root lies above them."""
+"""A package imports only packages before it in this list. Modules in the root may import all of them."""
 
 
 def module_of(path: Path) -> str:
@@ -57,7 +57,7 @@ def test_packages_import_only_packages_below(path):
     assert not upward, f"{module} imports {upward}, which lie above it"
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_imports_have_no_cycles():
     graph = {module: imports(path) - {module} for module, path in MODULES.items()}
     done: set[str] = set()
 
@@ -65,7 +65,7 @@ def test_no_modules_import_each_other_in_a_circle():
         assert module not in trail, f"circle: {' > '.join([*trail[trail.index(module) :], module])}"
         if module not in done:
             for other in sorted(graph.get(module, ())):
-                if other != "funmatch":  # the front door imports the doors, and heavy verbs ask it for nothing
+                if other != "funmatch":  # `funmatch/__init__.py` imports the API, and nothing below imports it back
                     visit(other, (*trail, module))
             done.add(module)
 
@@ -90,11 +90,11 @@ def test_files_and_functions_are_small(path):
             assert node.end_lineno - node.lineno < 50, f"{path}:{node.lineno} {node.name} is over 50 lines"
 
 
-def test_names_say_something():
+def test_no_module_has_a_catch_all_name():
     assert not {path.stem for path in FILES} & {"utils", "common", "helpers", "misc", "base"}
 
 
-def test_ops_know_no_device_no_logger_and_no_file():
+def test_ops_use_no_device_logger_or_file():
     for path in (PACKAGE / "ops").rglob("*.py"):
         if path.parent.name == "native":  # kernels are compiled into a cache
             continue
@@ -102,14 +102,14 @@ def test_ops_know_no_device_no_logger_and_no_file():
             assert word not in path.read_text(), f"{path} mentions {word}"
 
 
-def test_config_is_read_without_torch():
+def test_config_does_not_import_torch():
     for path in (PACKAGE / "config").rglob("*.py"):
         words = path.read_text()
         assert "import torch" not in words, path
         assert "import timm" not in words, path
 
 
-def test_no_accelerator_is_hard_coded_and_nothing_is_unpickled():
+def test_no_accelerator_is_hard_coded_and_no_pickle_is_used():
     for path in FILES:
         tree = ast.parse(path.read_text())
         docs = {

@@ -1,4 +1,4 @@
-"""Every text that a person can meet stands in `messages.txt`, and speaks plain English."""
+"""Every text that a user can see is listed in `messages.txt` and uses the field's words."""
 
 import re
 import sys
@@ -23,10 +23,10 @@ AVOIDED = {
     r"\bput it right\b|\bas it was said\b": "fix it, as given",
     r"\banswers \{?[\w.]*\}? ?(classes|\d)": "has … outputs",
 }
-"""Words of a private language, and the field's."""
+"""Words to avoid, and those to use instead."""
 
 
-def test_the_catalogue_holds_every_message():
+def test_messages_txt_holds_every_message():
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         from list_messages import catalogue
@@ -38,8 +38,8 @@ def test_the_catalogue_holds_every_message():
 
 
 @pytest.mark.parametrize("pattern", AVOIDED)
-def test_messages_use_the_words_of_the_field(pattern):
+def test_messages_avoid_private_words(pattern):
     lines = [line for line in CATALOGUE.read_text().splitlines() if not line.startswith("## ")]
-    # What is put into a message is code, and keys of files keep their names.
-    said = [line for line in lines if re.search(pattern, re.sub(r"\{[^}]*\}", "", line), re.IGNORECASE)]
-    assert not said, f"better: {AVOIDED[pattern]}\n" + "\n".join(said)
+    # Placeholders hold code, and keys of files keep their old names, e.g. knobs.
+    found = [line for line in lines if re.search(pattern, re.sub(r"\{[^}]*\}", "", line), re.IGNORECASE)]
+    assert not found, f"better: {AVOIDED[pattern]}\n" + "\n".join(found)

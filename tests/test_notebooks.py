@@ -1,4 +1,4 @@
-"""The notebooks: in step with their texts, without logic, and each runs twice on a tiny data set of the real layout."""
+"""The notebooks match their text sources, hold no logic, and run twice on a tiny data set in the published layout."""
 
 import ast
 import os
@@ -14,7 +14,7 @@ import pytest
 import timm
 from nbclient import NotebookClient
 from safetensors.torch import save_file
-from test_catalog import flowers, food, pets
+from test_catalog import write_flowers, write_food, write_pets
 
 import funmatch
 from funmatch import notebook
@@ -35,18 +35,18 @@ def code_cells(text: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in jupytext.read(text, fmt="py:percent").cells if cell.cell_type == "code"]
 
 
-def test_all_are_there():
+def test_all_notebooks_exist():
     assert [text.stem for text in TEXTS] == NAMES
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
-def test_a_notebook_is_in_step_with_its_text(text):
-    told = "run `make notebooks`, and commit what it writes"
-    assert text.with_suffix(".ipynb").read_text() == generated(text.read_text()), told
+def test_notebook_matches_its_text_source(text):
+    hint = "run `make notebooks` and commit the result"
+    assert text.with_suffix(".ipynb").read_text() == generated(text.read_text()), hint
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
-def test_a_notebook_calls_and_holds_no_logic(text):
+def test_notebooks_hold_no_logic(text):
     cells = code_cells(text)
     settings = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(settings) == 1
@@ -61,62 +61,62 @@ def test_a_notebook_calls_and_holds_no_logic(text):
 NETWORK = {"channels": [8, 8, 16, 16], "stem_width": 8}
 SMALL = {"side": 32, "eval_resize": 36, "batch": 8, "threads": 1, "workers": 1}
 MODEL = {"student": "resnet10t", "student_kwargs": NETWORK}
-TAUGHT = {**MODEL, **SMALL, "resize": 40, "steps": 4, "decay_steps": [2], "eval_every": 2, "micro_batch": 4}
+TRAINING = {**MODEL, **SMALL, "resize": 40, "steps": 4, "decay_steps": [2], "eval_every": 2, "micro_batch": 4}
 SETTINGS = {
     "01_prepare_data": {"SIDE": 32, "SHARD_SIZE": 8},
-    "02_finetune_teacher": {"OPTIONS": TAUGHT, "MEASURE": False},
-    "03_tune_teacher": {"OPTIONS": {**TAUGHT, "steps": 8}, "TRIALS": 2, "PATIENCE": 2},
+    "02_finetune_teacher": {"OPTIONS": TRAINING, "MEASURE": False},
+    "03_tune_teacher": {"OPTIONS": {**TRAINING, "steps": 8}, "TRIALS": 2, "PATIENCE": 2},
     "04_distill": {"OPTIONS": {**MODEL, **SMALL, "steps": 4, "allow_weak_teacher": True}, "MEASURE": False},
 }
 
 
-def carried_out(name: str, folder: Path, **settings: object) -> nbformat.NotebookNode:
-    """A notebook run by a kernel in a folder, with settings said after its own, as papermill does."""
-    whole = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    (place,) = (i for i, cell in enumerate(whole.cells) if "parameters" in cell.metadata.get("tags", []))
-    said = "".join(f"{key} = {value!r}\n" for key, value in settings.items())
-    whole.cells.insert(place + 1, nbformat.v4.new_code_cell(said))
-    client = NotebookClient(whole, kernel_name="python3", timeout=120, resources={"metadata": {"path": str(folder)}})
+def run_notebook(name: str, folder: Path, **settings: object) -> nbformat.NotebookNode:
+    """Run a notebook in a kernel, with settings inserted after its parameters cell, as papermill does."""
+    document = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    (position,) = (i for i, cell in enumerate(document.cells) if "parameters" in cell.metadata.get("tags", []))
+    assignments = "".join(f"{key} = {value!r}\n" for key, value in settings.items())
+    document.cells.insert(position + 1, nbformat.v4.new_code_cell(assignments))
+    client = NotebookClient(document, kernel_name="python3", timeout=120, resources={"metadata": {"path": str(folder)}})
     client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
-    if kept := os.environ.get("FUNMATCH_KEEP_NOTEBOOKS"):  # to look at them
-        nbformat.write(whole, Path(kept) / f"{name}.ipynb")
-    return whole
+    if keep := os.environ.get("FUNMATCH_KEEP_NOTEBOOKS"):  # for debugging
+        nbformat.write(document, Path(keep) / f"{name}.ipynb")
+    return document
 
 
-def told(whole: nbformat.NotebookNode) -> str:
-    """All that the cells put out, as text."""
-    outputs = [output for cell in whole.cells if cell.cell_type == "code" for output in cell.outputs]
+def output_text(document: nbformat.NotebookNode) -> str:
+    """Output of all cells as text; no cell may have failed."""
+    outputs = [output for cell in document.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     return "\n".join(str(output.get("text") or output.get("data")) for output in outputs)
 
 
-def written(folder: Path) -> dict[str, int]:
-    """When each file was written, but for those that are written each time: class names, and a search's journal."""
-    each_time = ("class.labels.txt", "journal.log")
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in each_time]
+def times_of_files(folder: Path) -> dict[str, int]:
+    """Modification time of each file, except of those that every run writes: class names and the search's journal."""
+    always_written = ("class.labels.txt", "journal.log")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in always_written]
     return {str(path): path.stat().st_mtime_ns for path in files}
 
 
 @pytest.mark.slow
-def test_the_story_twice(tmp_path, monkeypatch):
-    """In their order on images in the layout of Oxford's archives; the second time nothing is done again."""
+def test_notebooks_run_in_order_and_a_second_time_repeat_nothing(tmp_path, monkeypatch):
+    """On images in the layout of Oxford's archives; the second time every run is finished already."""
     monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
-    pets(tmp_path / "data")
+    write_pets(tmp_path / "data")
     work = tmp_path / "work"
     work.mkdir()
     net = timm.create_model("resnet10t", num_classes=5, channels=(8, 8, 16, 16), stem_width=8)
     save_file(net.state_dict(), tmp_path / "pretrained.safetensors")
-    pretrained = {"OPTIONS": {**TAUGHT, "student_weights": str(tmp_path / "pretrained.safetensors")}}
+    pretrained = {"OPTIONS": {**TRAINING, "student_weights": str(tmp_path / "pretrained.safetensors")}}
     settings = {**SETTINGS, "02_finetune_teacher": {**SETTINGS["02_finetune_teacher"], **pretrained}}
-    first = {name: told(carried_out(name, work, **settings[name])) for name in NAMES}
+    first = {name: output_text(run_notebook(name, work, **settings[name])) for name in NAMES}
     assert (work / "shards" / "pet37-32" / "train" / "train_pet37-00-8.tfrec").is_file()
     for run in ("tf-teacher-pet37", "tf-pet37-300"):
         assert (work / "runs" / run / "result.json").is_file()
     assert "random weights" not in first["02_finetune_teacher"]
     assert "teacher above, student below" in first["04_distill"]
-    before = written(work)
-    second = {name: told(carried_out(name, work, **settings[name])) for name in NAMES}
-    assert written(work) == before
+    before = times_of_files(work)
+    second = {name: output_text(run_notebook(name, work, **settings[name])) for name in NAMES}
+    assert times_of_files(work) == before
     for name in NAMES:
         assert "Warning" not in first[name] + second[name], name
     assert "nothing to do" in second["02_finetune_teacher"]
@@ -124,9 +124,9 @@ def test_the_story_twice(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "make"), [("flowers102", flowers), ("food101", food)])
-def test_the_switch(data, make, tmp_path, monkeypatch):
-    """The cells of all notebooks for another data set, without a kernel."""
+@pytest.mark.parametrize(("data", "make"), [("flowers102", write_flowers), ("food101", write_food)])
+def test_notebooks_run_for_other_data_sets(data, make, tmp_path, monkeypatch):
+    """Runs the cells of all notebooks for another data set, in this process, since kernels start slowly."""
     monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "data")
@@ -140,7 +140,7 @@ def test_the_switch(data, make, tmp_path, monkeypatch):
     assert {f"tf-teacher-{data}", names["STUDENTS"][data]} <= {path.name for path in (tmp_path / "runs").iterdir()}
 
 
-def test_every_recipe_that_is_named_exists():
+def test_recipes_named_in_notebooks_exist():
     for text in TEXTS:
         source = text.read_text()
         named = set(re.findall(r'"((?:tf-)?teacher-[^"]*)"', source))
@@ -149,8 +149,8 @@ def test_every_recipe_that_is_named_exists():
 
 
 @pytest.fixture(name="hosts")
-def folders_of_hosts(tmp_path, monkeypatch) -> Path:
-    """A machine on which Kaggle's and Colab's folders would lie in `tmp_path`, and which is neither."""
+def fake_hosts(tmp_path, monkeypatch) -> Path:
+    """Redirect the folders of Kaggle and Colab into `tmp_path` and clear their environment variables."""
     for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FUNMATCH_DATA", str(tmp_path / "data"))
@@ -161,14 +161,14 @@ def folders_of_hosts(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_place_of_ones_own(hosts):
+def test_place_on_a_local_machine(hosts):
     here = notebook.place("pet37")
     assert (here.host, here.data, here.runs, here.hours) == ("local", hosts / "data", hosts / "runs", None)
     assert notebook.bring_runs(here) == []
     assert "no limit" in here._repr_html_()
 
 
-def test_colab_with_its_drive_and_without(hosts, monkeypatch, capsys):
+def test_place_on_colab_with_and_without_drive(hosts, monkeypatch, capsys):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab-external")
     here = notebook.place("pet37")
     assert (here.host, here.runs, here.hours) == ("colab", hosts / "content" / "runs", 12)
@@ -178,7 +178,7 @@ def test_colab_with_its_drive_and_without(hosts, monkeypatch, capsys):
     assert not capsys.readouterr().err
 
 
-def test_kaggle_and_a_data_set_among_its_inputs(hosts, monkeypatch):
+def test_place_on_kaggle_finds_the_data_set_among_its_inputs(hosts, monkeypatch):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     monkeypatch.setenv("COLAB_RELEASE_TAG", "their images are Colab's")
     here = notebook.place("pet37")
@@ -186,8 +186,8 @@ def test_kaggle_and_a_data_set_among_its_inputs(hosts, monkeypatch):
     inputs = hosts / "kaggle" / "input"
     for name in ("images", "annotations"):
         (inputs / "another-with-boxes" / name).mkdir(parents=True)
-    made = pets(hosts / "made")
-    made.rename(inputs / "the-pets")
+    source = write_pets(hosts / "made")
+    source.rename(inputs / "the-pets")
     here = notebook.place("pet37")
     assert here.data == inputs / "the-pets"
     assert funmatch.prepare("pet37", data_dir=here.data)["splits"]["test"]["pictures"] == 30
@@ -197,29 +197,29 @@ def test_kaggle_and_a_data_set_among_its_inputs(hosts, monkeypatch):
 TINY = {"data": "fashion-mini", "student": "resnet10t", "student_kwargs": NETWORK, "side": 28, "batch": 8, "threads": 1}
 
 
-def test_runs_of_earlier_sessions_go_on(hosts, monkeypatch):
-    """Of two copies the one that got further is brought; read-only inputs; a run that is here stays."""
+def test_runs_of_earlier_sessions_are_copied_and_resumed(hosts, monkeypatch):
+    """The copy with the most steps is used, inputs may be read-only, and a local run is not replaced."""
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     here = notebook.place("pet37")
     run = funmatch.train(**TINY, steps=2, log_every=1, out=here.runs / "mine").folder
-    inputs, whole = hosts / "kaggle" / "input", (run / "metrics.jsonl").read_text()
+    inputs, document = hosts / "kaggle" / "input", (run / "metrics.jsonl").read_text()
     for name, lines in (("a", 1), ("b", None), ("c", 1)):
         copy = inputs / "owner" / name / "runs" / "mine"
         shutil.copytree(run, copy)
-        (copy / "metrics.jsonl").write_text("".join(whole.splitlines(keepends=True)[:lines]))
+        (copy / "metrics.jsonl").write_text("".join(document.splitlines(keepends=True)[:lines]))
         (copy / "result.json").chmod(0o444)
     assert notebook.bring_runs(here) == []
     shutil.rmtree(run)
     assert notebook.bring_runs(here) == ["mine"]
-    assert (run / "metrics.jsonl").read_text() == whole
-    assert not (run / "checkpoints").exists(), "of a finished run nobody needs them"
+    assert (run / "metrics.jsonl").read_text() == document
+    assert not (run / "checkpoints").exists(), "not needed of a finished run"
     assert (run / "result.json").stat().st_mode & 0o200
-    before = written(run)
+    before = times_of_files(run)
     assert funmatch.train(**TINY, steps=2, log_every=1, out=run).figures["step"] == 2
-    assert written(run) == before
+    assert times_of_files(run) == before
 
 
-def test_a_session_ends_in_time_and_the_next_goes_on(hosts, monkeypatch):
+def test_session_ends_before_the_hosts_limit(hosts, monkeypatch):
     monkeypatch.setattr(notebook, "BEGAN", time.monotonic())
     here = notebook.Place("kaggle", hosts / "data", hosts, notebook.MARGIN_HOURS + 4 / 3600)
     with here.session():
@@ -235,11 +235,11 @@ def test_a_session_ends_in_time_and_the_next_goes_on(hosts, monkeypatch):
         raise KeyboardInterrupt
 
 
-def test_a_message_is_all_that_a_notebook_shows():
+def test_input_errors_show_only_their_message_in_notebooks():
     assert InputError("what to do")._render_traceback_() == ["funmatch: what to do"]
 
 
-def test_a_search_stands_for_its_best_run(tmp_path):
+def test_folder_of_a_search_stands_for_its_best_run(tmp_path):
     here = notebook.Place("local", tmp_path, tmp_path)
     study = here.runs / "tune-teacher"
     study.mkdir(parents=True)

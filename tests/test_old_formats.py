@@ -1,4 +1,4 @@
-"""Run folders, tapes and caches of an earlier version still work: evaluated, resumed, extended, replayed, opened."""
+"""Run folders, tapes and caches written by version 0.1.0 can still be evaluated, resumed, extended and replayed."""
 
 import json
 import shutil
@@ -22,28 +22,28 @@ OPTIONS = {
     "precision": "fp32", "teacher_precision": "fp32", "compile": "off", "decoder": "pillow", "threads": 1,
     "log_every": 2, "eval_every": 4, "save_every": 4,
 }  # fmt: skip
-"""Of all fixtures; `fixtures/README.md` has the same as commands."""
+"""Options that wrote all fixtures; `fixtures/README.md` lists the commands."""
 RUN = OPTIONS | {"schedule": "wsd", "cooldown_steps": 2, "ema": 0.9}
 STEPS = 8
 TEACHER_FEATURES = 48
-"""Features before the head of the embedded teacher, by which its forward passes are told from the student's."""
+"""Features before the embedded teacher's head, which distinguish its forward passes from the student's."""
 
 
 @pytest.fixture(scope="module")
 def same_libraries(tmp_path_factory) -> None:
-    """Skips where torch or timm changed what the teacher's digest is taken of: such runs are rightly refused.
+    """Skip where another torch or timm changes the teacher's fingerprint: such runs are rightly refused.
 
-    With the versions that wrote the fixtures nothing is skipped, so a digest that we changed ourselves is noticed.
+    With the versions that wrote the fixtures nothing is skipped, so a change of the fingerprint by us is noticed.
     """
     facts = json.loads((FIXTURES / "old_run" / "config.json").read_text())["facts"]
     ours = {"torch": torch.__version__, "timm": timm.__version__}
     if all(facts["versions"][name].partition("+")[0] == ours[name].partition("+")[0] for name in ours):
         return
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("FUNMATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUNMATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         run = funmatch.distill(**OPTIONS, steps=1, out=tmp_path_factory.mktemp("runs") / "run")
-    now = json.loads((run.folder / "config.json").read_text())["facts"]["teacher_function"]
-    if now != facts["teacher_function"]:
+    current = json.loads((run.folder / "config.json").read_text())["facts"]["teacher_function"]
+    if current != facts["teacher_function"]:
         pytest.skip(f"the teacher's modules have other settings in {ours}")
 
 
@@ -59,7 +59,7 @@ def old_tape(tmp_path) -> Path:
 
 @pytest.fixture
 def old_cache(tmp_path, monkeypatch) -> Path:
-    """A copy of the old cache and of its images, at another place than where it was written."""
+    """A copy of the old cache and its images, in another folder than it was written in."""
     folder = Path(shutil.copytree(FIXTURES / "old_cache", tmp_path / "old_cache"))
     monkeypatch.setenv("FUNMATCH_CACHE", str(folder / "cache"))
     return folder
@@ -67,17 +67,17 @@ def old_cache(tmp_path, monkeypatch) -> Path:
 
 @contextmanager
 def teacher_batches() -> Iterator[list[int]]:
-    """Collects the forward passes of teacher networks over whole batches while the block runs, by their size.
+    """Collect the batch sizes of the teacher's forward passes over full batches while the block runs.
 
-    Evaluations are among them, so only the difference between two runs says who computed the training steps.
+    Evaluations are included, so only the difference between two runs shows who computed the training steps.
     """
     sizes: list[int] = []
 
-    def note(module, inputs, _) -> None:
+    def record_sizes(module, inputs, _) -> None:
         if isinstance(module, ResNet) and module.num_features == TEACHER_FEATURES:
             sizes.extend(len(each) for each in inputs if len(each) == OPTIONS["batch"])
 
-    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    hook = torch.nn.modules.module.register_module_forward_hook(record_sizes)
     try:
         yield sizes
     finally:
@@ -85,7 +85,7 @@ def teacher_batches() -> Iterator[list[int]]:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """When each file below a folder was written, and what it holds."""
+    """Modification time and content of each file below a folder."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".html", ".lock"))
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
@@ -97,7 +97,7 @@ def lines_until(folder: Path, step: int) -> list[dict]:
 
 
 def assert_near(one: Path, other: Path, share: float) -> None:
-    """Two students are the same up to a share of their weights; no machine promises the bits of another."""
+    """Two students are equal up to a share of their weights' norm: another machine rounds differently."""
     first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -106,90 +106,92 @@ def assert_near(one: Path, other: Path, share: float) -> None:
 
 
 @pytest.mark.usefixtures("same_libraries")
-def test_a_finished_run_is_recognised(old_run):
+def test_finished_run_is_not_trained_again(old_run):
     before = contents(old_run)
-    again = funmatch.distill(**RUN, steps=STEPS, out=old_run)
-    assert again.figures == json.loads((FIXTURES / "old_run" / "result.json").read_text())
+    resumed = funmatch.distill(**RUN, steps=STEPS, out=old_run)
+    assert resumed.figures == json.loads((FIXTURES / "old_run" / "result.json").read_text())
     assert contents(old_run) == before
 
 
 @pytest.mark.usefixtures("same_libraries")
-def test_another_option_is_still_compared(old_run):
+def test_other_options_are_still_refused(old_run):
     with pytest.raises(funmatch.InputError, match=r"lr: 0\.003 .*0\.01 "):
         funmatch.distill(**RUN, steps=STEPS, lr=0.01, out=old_run)
 
 
-def test_a_run_is_evaluated(old_run):
-    told = json.loads((old_run / "result.json").read_text())
-    figures = funmatch.evaluate(old_run)
-    assert (figures["split"], figures["pictures"]) == ("test", 2000)
-    assert figures["top1"] == pytest.approx(told["top1"], abs=2e-3)
-    assert figures["agreement"] == pytest.approx(told["agreement"], abs=2e-3)
-    assert figures["kl"] == pytest.approx(told["kl"], rel=1e-4)
+def test_old_run_can_be_evaluated(old_run):
+    recorded = json.loads((old_run / "result.json").read_text())
+    metrics = funmatch.evaluate(old_run)
+    assert (metrics["split"], metrics["pictures"]) == ("test", 2000)
+    assert metrics["top1"] == pytest.approx(recorded["top1"], abs=2e-3)
+    assert metrics["agreement"] == pytest.approx(recorded["agreement"], abs=2e-3)
+    assert metrics["kl"] == pytest.approx(recorded["kl"], rel=1e-4)
     assert funmatch.load(old_run).num_classes == 10
 
 
-def test_a_run_is_reported(old_run, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_old_run_can_be_reported(old_run, capsys):
+    with pytest.raises(SystemExit) as end:
         cli.main(["report", str(old_run), "--json"])
-    assert ended.value.code == 0
+    assert end.value.code == 0
     assert json.loads(capsys.readouterr().out)["report"] == str(old_run / "report.html")
     assert "old_run" in (old_run / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("same_libraries")
-@pytest.mark.parametrize("lost", [0, 2], ids=["only the result", "two steps"])
-def test_a_run_is_resumed_from_its_checkpoint(old_run, lost):
-    """From step 8 only the student is written, to the bit; from step 6 two steps are computed again."""
-    for name in ("student", "student-ema", *(["checkpoints/step-000000008"] if lost else [])):
+@pytest.mark.parametrize("lost_steps", [0, 2], ids=["only the result", "two steps"])
+def test_old_run_resumes_from_its_checkpoint(old_run, lost_steps):
+    """From step 8 only the student is exported, bitwise equal; from step 6 two steps are trained again."""
+    for name in ("student", "student-ema", *(["checkpoints/step-000000008"] if lost_steps else [])):
         shutil.rmtree(old_run / name)
     (old_run / "result.json").unlink()
-    again = funmatch.distill(**RUN, steps=STEPS, out=old_run)
-    assert again.figures["step"] == STEPS
+    resumed = funmatch.distill(**RUN, steps=STEPS, out=old_run)
+    assert resumed.figures["step"] == STEPS
     for name in ("student", "student-ema"):
-        assert_near(FIXTURES / "old_run" / name, old_run / name, 1e-2 if lost else 0)
-    assert lines_until(old_run, STEPS - lost) == lines_until(FIXTURES / "old_run", STEPS - lost)
+        assert_near(FIXTURES / "old_run" / name, old_run / name, 1e-2 if lost_steps else 0)
+    assert lines_until(old_run, STEPS - lost_steps) == lines_until(FIXTURES / "old_run", STEPS - lost_steps)
     assert [line["step"] for line in lines_until(old_run, STEPS) if line["event"] == "step"] == [2, 4, 6, 8]
 
 
 @pytest.mark.usefixtures("same_libraries")
-def test_a_run_is_extended(old_run):
+def test_old_run_can_be_extended(old_run):
     longer = funmatch.distill(**RUN, steps=12, out=old_run)
     assert longer.figures["step"] == 12
-    # It goes on from before the cool-down; the first end stays as it was.
+    # It continues from before the cool-down; the first end is kept unchanged.
     assert lines_until(old_run, 6) == lines_until(FIXTURES / "old_run", 6)
     for name in ("student", "student-ema"):
         assert_near(FIXTURES / "old_run" / name, old_run / "ends" / "step-000000008" / name, 0)
     assert [line["step"] for line in lines_until(old_run, 12) if line["event"] == "step"] == [2, 4, 6, 8, 10, 12]
 
 
-def test_a_tape_is_shown(old_tape, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_old_tape_can_be_inspected(old_tape, capsys):
+    with pytest.raises(SystemExit) as end:
         cli.main(["tape", str(old_tape), "--json"])
-    assert ended.value.code == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert (figures["steps"], figures["rows"], figures["damaged"]) == (STEPS, STEPS * OPTIONS["batch"], 0)
+    assert end.value.code == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert (metrics["steps"], metrics["rows"], metrics["damaged"]) == (STEPS, STEPS * OPTIONS["batch"], 0)
 
 
 @pytest.mark.usefixtures("same_libraries")
-def test_a_tape_is_replayed_without_its_teacher_and_extended(tmp_path, old_tape):
-    answers, longer = (old_tape / "answers.bin").read_bytes(), STEPS + 2
+def test_old_tape_is_replayed_and_extended(tmp_path, old_tape):
+    logits, longer = (old_tape / "answers.bin").read_bytes(), STEPS + 2
     options = OPTIONS | {"steps": longer, "eval_every": longer}
-    with teacher_batches() as live:
+    with teacher_batches() as with_teacher:
         recorded = funmatch.distill(**options, tape=tmp_path / "new_tape", out=tmp_path / "recorded")
-    with teacher_batches() as rest:
+    with teacher_batches() as with_tape:
         replayed = funmatch.distill(**options, tape=old_tape, out=tmp_path / "replayed")
-    assert len(live) - len(rest) >= STEPS, "the teacher computes only the two steps that the tape does not hold"
+    assert len(with_teacher) - len(with_tape) >= STEPS, (
+        "the teacher computes only the two steps that the tape does not hold"
+    )
     assert_near(recorded.folder / "student", replayed.folder / "student", 1e-2)
-    grown = (old_tape / "answers.bin").read_bytes()
-    assert grown[: len(answers)] == answers
-    assert len(grown) == len(answers) // STEPS * longer
+    extended = (old_tape / "answers.bin").read_bytes()
+    assert extended[: len(logits)] == logits
+    assert len(extended) == len(logits) // STEPS * longer
     with pytest.raises(funmatch.InputError, match=r"seed: 0 .*1 "):
         funmatch.distill(**OPTIONS, steps=STEPS, seed=1, tape=old_tape, out=tmp_path / "other")
 
 
 @pytest.mark.parametrize("pixels", ["resident", "streaming"])
-def test_a_cache_is_not_built_again(tmp_path, old_cache, pixels):
+def test_old_cache_is_used(tmp_path, old_cache, pixels):
     (folder,) = (old_cache / "cache").glob(f"*-{pixels}")
     before = contents(folder)
     options = {"data": str(old_cache / "images"), "decoder": "pillow", "pixels": pixels}
@@ -202,7 +204,7 @@ def test_a_cache_is_not_built_again(tmp_path, old_cache, pixels):
 
 
 @pytest.mark.usefixtures("same_libraries")
-def test_the_logits_of_a_fixed_teacher_are_not_computed_again(tmp_path, old_cache):
+def test_old_logits_of_a_fixed_teacher_are_used(tmp_path, old_cache):
     before = contents(old_cache / "cache" / "answers")
     funmatch.distill(**OPTIONS, strategy="fix/rs", steps=2, out=tmp_path / "run")
     assert contents(old_cache / "cache" / "answers") == before

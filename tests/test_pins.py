@@ -1,4 +1,4 @@
-"""Pinned versions: tools that check are exact, and whatever pyproject.toml asks for has a pin within its bounds."""
+"""Pinned versions: checking tools are exact, and every requirement in pyproject.toml has a pin within its bounds."""
 
 import importlib.util
 import re
@@ -27,7 +27,7 @@ def pins() -> dict[str, list[Requirement]]:
     return found
 
 
-def test_tools_are_exact_and_pinned_alike():
+def test_tools_are_pinned_exactly_and_equally():
     tools = [Requirement(each) for each in EXTRAS["test"] if not each.startswith("funmatch[")]
     assert {tool.name for tool in tools} == {
         "pytest", "pytest-xdist", "hypothesis", "ruff", "pyrefly", "jupytext", "nbclient",
@@ -37,33 +37,33 @@ def test_tools_are_exact_and_pinned_alike():
         assert [str(pin.specifier) for pin in pins()[tool.name]] == [str(tool.specifier)]
 
 
-def test_there_is_a_pin_within_bounds_for_all_that_is_asked_for():
-    asked = [*PROJECT["dependencies"], *(each for extra in TESTED for each in EXTRAS[extra])]
-    for each in map(Requirement, asked):
+def test_every_requirement_has_a_pin_within_its_bounds():
+    requirements = [*PROJECT["dependencies"], *(each for extra in TESTED for each in EXTRAS[extra])]
+    for each in map(Requirement, requirements):
         for pin in pins()[name_of(each)]:
             (version,) = pin.specifier
             assert each.specifier.contains(version.version), f"{pin} is not {each}"
 
 
-def test_a_pin_is_a_version_and_names_no_place():
-    for several in pins().values():
-        for pin in several:
+def test_pins_are_versions_without_urls():
+    for alternatives in pins().values():
+        for pin in alternatives:
             assert pin.url is None
             assert [each.operator for each in pin.specifier] == ["=="]
             assert str(pin.marker or "").count("extra") == 0
 
 
-def test_of_several_pins_of_a_package_exactly_one_holds_anywhere():
-    for several in pins().values():
+def test_exactly_one_pin_applies_on_each_platform():
+    for alternatives in pins().values():
         for python in ("3.11", "3.12", "3.13"):
             for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")):
-                here = {
+                environment = {
                     "sys_platform": system, "platform_machine": machine, "python_full_version": f"{python}.0",
                     "python_version": python, "implementation_name": "cpython",
                 }  # fmt: skip
-                held = [pin for pin in several if pin.marker is None or pin.marker.evaluate(here)]
-                assert len(held) <= 1, held
-                assert held or all("sys_platform" in str(pin.marker) for pin in several), several
+                matching = [pin for pin in alternatives if pin.marker is None or pin.marker.evaluate(environment)]
+                assert len(matching) <= 1, matching
+                assert matching or all("sys_platform" in str(pin.marker) for pin in alternatives), alternatives
 
 
 @pytest.fixture(name="install")
@@ -75,31 +75,31 @@ def install_script(monkeypatch):
     return module
 
 
-def test_the_floors_are_the_lower_bounds(install):
+def test_floors_are_the_lower_bounds(install):
     floors = dict(install.floors(ROOT / "pyproject.toml"))
     assert set(PROJECT["dependencies"]) <= {f"{name}>={version}" for name, version in floors.items()}
     assert not set(floors) & {"pytest", "ruff", "pyrefly"}
 
 
-def test_what_pip_says_is_kept_and_shown_only_if_it_fails(install, tmp_path, monkeypatch, capsys):
-    said = "WARNING: Location is ignored\nCollecting torch\n  Downloading torch-2.14.whl (900.5 MB)\nERROR: no room\n"
+def test_output_of_pip_is_logged_and_shown_only_on_failure(install, tmp_path, monkeypatch, capsys):
+    log = "WARNING: Location is ignored\nCollecting torch\n  Downloading torch-2.14.whl (900.5 MB)\nERROR: no room\n"
     fake = tmp_path / "fake"
-    fake.write_text(f"#!{sys.executable}\nprint({said!r}, end='')\nraise SystemExit(3)\n")
+    fake.write_text(f"#!{sys.executable}\nprint({log!r}, end='')\nraise SystemExit(3)\n")
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["install.py", "--extras", "test"])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as end:
         install.main()
-    assert stopped.value.code == 3
-    shown = capsys.readouterr().out
-    assert "ERROR: no room" in shown
-    assert "WARNING" not in shown
-    assert "GB" in shown.splitlines()[0]
-    assert (tmp_path / "install.log").read_text() == said
+    assert end.value.code == 3
+    output = capsys.readouterr().out
+    assert "ERROR: no room" in output
+    assert "WARNING" not in output
+    assert "GB" in output.splitlines()[0]
+    assert (tmp_path / "install.log").read_text() == log
 
 
-def test_progress_counts_what_arrives(install):
+def test_progress_counts_downloads(install):
     progress = install.Progress()
     progress.see("  Downloading torch-2.14-cp311.whl (900.5 MB)")
     progress.see("  Using cached tiny_thing-1.0-py3-none-any.whl (63 kB)")

@@ -19,7 +19,7 @@ from funmatch.config import Distill
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
-"""The README first: later pages use the runs that its commands make."""
+"""The README first: commands of later pages use the runs that its commands write."""
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -36,18 +36,18 @@ TARGETS = sorted({line.split()[1] for line in lines_with("make")})
 
 
 def anchors(page: Path) -> set[str]:
-    """The headings of a page, as links name them."""
+    """Anchors of a page's headings, as GitHub derives them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_there_is_something_to_test():
+def test_commands_are_found_in_the_pages():
     assert len(lines_with("funmatch", PAGES[:1])) >= 4
     assert len(lines_with("make", PAGES[:1])) == 2
     assert len(COMMANDS) >= 25
 
 
-def test_the_readme_is_short_and_leads_to_every_page():
+def test_readme_is_short_and_links_every_page():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
     for contents in (ROOT / "README.md", ROOT / "docs" / "README.md"):
         linked = {(contents.parent / link).resolve() for link in re.findall(r"\]\(([^)#]+\.md)", contents.read_text())}
@@ -55,12 +55,12 @@ def test_the_readme_is_short_and_leads_to_every_page():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command):
+def test_every_command_can_be_parsed(command):
     parse(shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize("text", [text for text in blocks("toml") if "[[run]]" in text])
-def test_every_study_can_be_run(text):
+def test_every_study_is_valid(text):
     assert len(parse_study(text, "README.md").entries) > 1
 
 
@@ -86,11 +86,11 @@ def test_every_file_that_is_mentioned_exists(page):
 
 
 @pytest.mark.slow
-def test_the_commands_do_their_work_on_small_images(images, tmp_path, funmatch):
-    """Every command, with a small network in place of BiT's, few epochs, and a teacher made by `train`."""
-    small = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
+def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
+    """Every command, with a small network in place of BiT, few epochs, and a teacher from `train`."""
+    tiny_student = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
     np.savez(tmp_path / "bit.npz", **as_second_layout(random_bit(50, 1)))
-    swaps = {
+    replacements = {
         "--student resnetv2_50x1_bit --student mobilenetv3_large_100": "--student resnet10t --student resnet14t "
         "--student-kwargs channels=8,8,16,16 stem_width=8",
         "funmatch demo": "funmatch demo --steps 20",
@@ -107,7 +107,7 @@ def test_the_commands_do_their_work_on_small_images(images, tmp_path, funmatch):
         "~/any-photos": f"{images}/train",
         "pet37": str(images),
         "pets.safetensors": "teacher.safetensors",
-        "--student resnetv2_50x1_bit": small,
+        "--student resnetv2_50x1_bit": tiny_student,
         "--side 128": "--side 32",
         "--epochs 1000": "--epochs 1",
         "--epochs 3000": "--epochs 3",
@@ -116,17 +116,17 @@ def test_the_commands_do_their_work_on_small_images(images, tmp_path, funmatch):
         "--allow-weak-teacher",
         "--teacher-weights teacher.safetensors": f"--teacher-weights {tmp_path}/runs/labels/student/model.safetensors",
     }
-    # What teachers are made by comes first.
-    ordered = sorted(COMMANDS, key=lambda line: not line.startswith(("funmatch train", "funmatch finetune")))
-    for command in ordered:
-        for old, new in swaps.items():
+    # Teachers are needed by the other commands.
+    teachers_first = sorted(COMMANDS, key=lambda line: not line.startswith(("funmatch train", "funmatch finetune")))
+    for command in teachers_first:
+        for old, new in replacements.items():
             command = command.replace(old, new)
         funmatch(*shlex.split(command)[1:])
     assert (tmp_path / "runs" / "first" / "report.html").exists()
 
 
 @pytest.mark.slow
-def test_the_python_example_runs(tmp_path):
+def test_python_examples_run(tmp_path):
     for code in blocks("python"):
         if "runs/first" not in code:
             subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=os.environ, check=True)

@@ -1,4 +1,4 @@
-"""SavedModels of BiT networks: what TensorFlow wrote is read, and anything else is refused in words."""
+"""SavedModels of BiT networks: those that TensorFlow wrote are read, anything else is rejected with a message."""
 
 import shutil
 import struct
@@ -25,23 +25,23 @@ from funmatch.models.tensorflow.bundle import Entry, open_bundle, read, read_str
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN
 from funmatch.models.tensorflow.savedmodel import GRAPH, open_savedmodel
 
-WRITTEN = Path(__file__).parent / "savedmodels"
-"""What `scripts/make_savedmodel.py` wrote with TensorFlow 2.21, Keras 2.21 and 3.15; units 2, 1, 1, 1; width 2."""
+SAVED_MODELS = Path(__file__).parent / "savedmodels"
+"""Written by `scripts/make_savedmodel.py` with TensorFlow 2.21, Keras 2.21 and 3.15; units 2, 1, 1, 1; width 2."""
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SEEN = {"hub": None, "student": AS_GIVEN, "keras3": AS_GIVEN, "keras3-export": None, "module": IMAGENET}
-"""What can be told of the images they see: of a network that is the whole model even without a graph."""
+INPUTS = {"hub": None, "student": AS_GIVEN, "keras3": AS_GIVEN, "keras3-export": None, "module": IMAGENET}
+"""Mean and standard deviation that can be read; `None` where only a graph, which these lack, would show them."""
 STEM = "root_block/standardized_conv2d/kernel"
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
-def value(name: str, shape) -> np.ndarray:
-    """What the script put into the variable of a published name."""
+def written_value(name: str, shape) -> np.ndarray:
+    """Values that the script wrote into the variable of this published name."""
     noise = np.random.RandomState(zlib.crc32(name.encode())).normal(size=shape) / 10
     return (noise + name.endswith("gamma")).astype(np.float32)
 
 
 def published(units, width: int, classes: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a network, as checkpoints of BiT were published."""
+    """Names and shapes of a network's variables in the published BiT checkpoints."""
     found = {STEM: (7, 7, 3, width), "head/kernel": (32 * width, classes), "head/bias": (classes,)}
     norms = {"": 32 * width}
     into = width
@@ -56,25 +56,25 @@ def published(units, width: int, classes: int) -> dict[str, tuple[int, ...]]:
             if u == 1:
                 found[f"{unit}/a/proj/standardized_conv2d/kernel"] = (1, 1, into, 4 * middle)
             into = 4 * middle
-    return found | {f"{place}group_norm/{leaf}": (n,) for place, n in norms.items() for leaf in ("gamma", "beta")}
+    return found | {f"{position}group_norm/{leaf}": (n,) for position, n in norms.items() for leaf in ("gamma", "beta")}
 
 
-@pytest.mark.parametrize(("name", "inputs"), SEEN.items())
-def test_every_variable_is_found(name, inputs):
-    saved = open_savedmodel(WRITTEN / name)
+@pytest.mark.parametrize(("name", "inputs"), INPUTS.items())
+def test_every_variable_is_read_under_its_published_name(name, inputs):
+    saved = open_savedmodel(SAVED_MODELS / name)
     assert saved.inputs == inputs
     assert saved.is_plain == (inputs is AS_GIVEN)
     assert saved.why == ("" if inputs else "its saved_model.pb holds no graph")
     units = (1, 1, 1, 1) if name == "module" else (2, 1, 1, 1)
     assert {name: array.shape for name, array in saved.arrays.items()} == published(units, 2, 3)
     for name, array in saved.arrays.items():
-        np.testing.assert_array_equal(array, value(name, array.shape), name)
+        np.testing.assert_array_equal(array, written_value(name, array.shape), name)
 
 
-# A writer of bundles, in which everything can be wrong.
+# Writes bundles, valid and invalid ones.
 
 
-def masked(data: bytes) -> int:
+def masked_crc(data: bytes) -> int:
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -83,8 +83,8 @@ def number(field: int, n: int) -> bytes:
     return write_varint(field << 3) + write_varint(n)
 
 
-def table(rows: dict[bytes, bytes], *, blocks: int = 1, compression: int = 0) -> bytes:
-    """A table of LevelDB: keys share what they can with the last one, from the start of each block on."""
+def encode_table(rows: dict[bytes, bytes], *, blocks: int = 1, compression: int = 0) -> bytes:
+    """A LevelDB table: within a block, each key stores only what differs from the one before it."""
     keys = sorted(rows)
     size = -(-len(keys) // blocks)
     content, index = b"", {}
@@ -92,26 +92,26 @@ def table(rows: dict[bytes, bytes], *, blocks: int = 1, compression: int = 0) ->
     def add(entries: dict[bytes, bytes]) -> bytes:
         nonlocal content
         block, last = b"", b""
-        for key, held in entries.items():
+        for key, row in entries.items():
             shared = next(
                 (i for i, (a, b) in enumerate(zip(key, last, strict=False)) if a != b), min(len(key), len(last))
             )
-            block += b"".join(map(write_varint, (shared, len(key) - shared, len(held)))) + key[shared:] + held
+            block += b"".join(map(write_varint, (shared, len(key) - shared, len(row)))) + key[shared:] + row
             last = key
         block += struct.pack("<II", 0, 1)
-        place = write_varint(len(content)) + write_varint(len(block))
+        position = write_varint(len(content)) + write_varint(len(block))
         block += bytes([compression])
-        content += block + struct.pack("<I", masked(block))
-        return place
+        content += block + struct.pack("<I", masked_crc(block))
+        return position
 
     for start in range(0, len(keys), size):
         part = keys[start : start + size]
         index[part[-1]] = add({key: rows[key] for key in part})
-    places = add({}) + add(index)
-    return content + places.ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
+    footer = add({}) + add(index)
+    return content + footer.ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
 
 
-def proto(entry: Entry, more: bytes = b"") -> bytes:
+def encode_entry(entry: Entry, more: bytes = b"") -> bytes:
     shape = b"".join(write_fields(2, number(1, n)) for n in entry.shape)
     numbers = number(1, entry.kind) + write_fields(2, shape) + number(3, entry.shard) + number(4, entry.offset)
     checksum = write_varint(6 << 3 | 5) + struct.pack("<I", entry.checksum)
@@ -122,11 +122,11 @@ def header(shards: int = 1, more: bytes = b"") -> bytes:
     return number(1, shards) + write_fields(3, number(1, 1)) + more
 
 
-def strings(values: list[bytes]) -> tuple[bytes, int]:
-    """Strings as they lie in a bundle, and their checksum."""
-    lengths = b"".join(struct.pack("<I", len(value)) for value in values)
-    check = struct.pack("<I", masked(lengths))
-    return b"".join(write_varint(len(v)) for v in values) + check + b"".join(values), masked(
+def encode_strings(values: list[bytes]) -> tuple[bytes, int]:
+    """Strings as a bundle stores them, and their checksum."""
+    lengths = b"".join(struct.pack("<I", len(written_value)) for written_value in values)
+    check = struct.pack("<I", masked_crc(lengths))
+    return b"".join(write_varint(len(v)) for v in values) + check + b"".join(values), masked_crc(
         lengths + check + b"".join(values)
     )
 
@@ -134,26 +134,26 @@ def strings(values: list[bytes]) -> tuple[bytes, int]:
 def write_bundle(
     prefix: Path, tensors: dict[str, tuple[int, np.ndarray | list[bytes]]], shards: int = 1, **form
 ) -> None:
-    """Tensors as (TensorFlow's number of their kind, values) by name, dealt out to shards."""
+    """Write tensors, given as (TensorFlow's type number, values) by name, to the shards in turn."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     contents = [b""] * shards
     rows = {b"": header(shards)}
     for i, (name, (kind, values)) in enumerate(tensors.items()):
         shard = i % shards
         if isinstance(values, list):
-            data, checksum = strings(values)
+            data, checksum = encode_strings(values)
             shape: tuple[int, ...] = (len(values),)
         else:
             data, shape = values.tobytes(), values.shape
-            checksum = masked(data)
-        rows[name.encode()] = proto(Entry(kind, shape, shard, len(contents[shard]), len(data), checksum))
+            checksum = masked_crc(data)
+        rows[name.encode()] = encode_entry(Entry(kind, shape, shard, len(contents[shard]), len(data), checksum))
         contents[shard] += data
-    prefix.with_name(f"{prefix.name}.index").write_bytes(table(rows, **form))
+    prefix.with_name(f"{prefix.name}.index").write_bytes(encode_table(rows, **form))
     for i, content in enumerate(contents):
         prefix.with_name(f"{prefix.name}.data-{i:05}-of-{shards:05}").write_bytes(content)
 
 
-def test_kinds_blocks_and_shards_of_a_bundle(tmp_path):
+def test_bundle_of_all_types_blocks_and_shards_is_read(tmp_path):
     rng = np.random.default_rng(0)
     dtypes = {
         1: "f4",
@@ -186,12 +186,12 @@ def test_kinds_blocks_and_shards_of_a_bundle(tmp_path):
             np.testing.assert_array_equal(read(bundle, name), values)
     np.testing.assert_allclose(read(bundle, "brain"), single, rtol=2**-7)
     assert read_strings(bundle, "words") == [b"", b"a", b"b" * 300]
-    for wrong, asked in ((read, "words"), (read_strings, "one")):
-        with pytest.raises(InputError, match=f"{asked} is of TensorFlow's kind"):
-            wrong(bundle, asked)
+    for reader, tensor in ((read, "words"), (read_strings, "one")):
+        with pytest.raises(InputError, match=f"{tensor} is of TensorFlow's kind"):
+            reader(bundle, tensor)
 
 
-def test_a_long_tensor_is_checked_piece_by_piece(tmp_path, monkeypatch):
+def test_long_tensors_are_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("funmatch.models.tensorflow.bundle.PIECE", 1000)
     values = np.arange(12_345, dtype=np.float32)
     write_bundle(tmp_path / "v", {"a": (3, values[:7].astype("i4")), "b": (1, values)})
@@ -206,30 +206,32 @@ FORMS = {
     "it lists 0 files of values": {"rows": lambda rows: {key: row for key, row in rows.items() if key}},
     "data-00000-of-00002 is missing": {"rows": lambda rows: rows | {b"": header(2)}},
     "a is stored in slices": {"rows": lambda rows: rows | {b"a": rows[b"a"] + write_fields(7, b"")}},
-    "a has an impossible shape": {"rows": lambda rows: rows | {b"a": proto(Entry(1, (1 << 50,), 0, 0, 4, 0))}},
-    "a has 8 bytes, which does not match": {"rows": lambda rows: rows | {b"a": proto(Entry(1, (3,), 0, 0, 8, 0))}},
-    "a ends at byte 12": {"rows": lambda rows: rows | {b"a": proto(Entry(1, (2,), 0, 4, 8, 0))}},
-    "a is in file 7 of 1": {"rows": lambda rows: rows | {b"a": proto(Entry(1, (2,), 7, 0, 8, 0))}},
+    "a has an impossible shape": {"rows": lambda rows: rows | {b"a": encode_entry(Entry(1, (1 << 50,), 0, 0, 4, 0))}},
+    "a has 8 bytes, which does not match": {
+        "rows": lambda rows: rows | {b"a": encode_entry(Entry(1, (3,), 0, 0, 8, 0))}
+    },
+    "a ends at byte 12": {"rows": lambda rows: rows | {b"a": encode_entry(Entry(1, (2,), 0, 4, 8, 0))}},
+    "a is in file 7 of 1": {"rows": lambda rows: rows | {b"a": encode_entry(Entry(1, (2,), 7, 0, 8, 0))}},
     "a number is cut off": {"rows": lambda rows: rows | {b"a": b"\x80"}},
 }
 
 
 @pytest.mark.parametrize("message", FORMS)
-def test_forms_of_an_index_that_are_not_read(tmp_path, message):
+def test_unsupported_index_forms_are_rejected(tmp_path, message):
     form = dict(FORMS[message])
-    rows = form.pop("rows")({b"": header(), b"a": proto(Entry(1, (2,), 0, 0, 8, masked(bytes(8))))})
-    (tmp_path / "v.index").write_bytes(table(rows, **form))
+    rows = form.pop("rows")({b"": header(), b"a": encode_entry(Entry(1, (2,), 0, 0, 8, masked_crc(bytes(8))))})
+    (tmp_path / "v.index").write_bytes(encode_table(rows, **form))
     (tmp_path / "v.data-00000-of-00001").write_bytes(bytes(8))
     with pytest.raises(InputError, match=message):
         open_bundle(tmp_path / "v")
 
 
 @pytest.fixture(name="copy")
-def copy_of_a_savedmodel(tmp_path):
-    def copied(name: str) -> Path:
-        return Path(shutil.copytree(WRITTEN / name, tmp_path / name))
+def copy_savedmodel(tmp_path):
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(SAVED_MODELS / name, tmp_path / name))
 
-    return copied
+    return copy
 
 
 def flip(path: Path, at: int) -> None:
@@ -241,32 +243,34 @@ def flip(path: Path, at: int) -> None:
 INDEX, DATA = "variables/variables.index", "variables/variables.data-00000-of-00001"
 
 
-def test_damage_and_what_is_missing(copy, tmp_path):
-    def refused(change, message: str) -> None:
+def test_damaged_and_missing_files_are_rejected(copy, tmp_path):
+    def assert_refused(change, message: str) -> None:
         folder = copy("student")
         change(folder)
         with pytest.raises(InputError, match=message):
             open_savedmodel(folder)
         shutil.rmtree(folder)
 
-    refused(lambda folder: flip(folder / INDEX, 100), "checksum of the block at byte 0 is wrong")
-    refused(lambda folder: flip(folder / INDEX, -1), "lacks the end of a table")
-    refused(lambda folder: (folder / INDEX).write_bytes(b""), "lacks the end of a table")
-    refused(lambda folder: (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[40:]), "damaged")
-    refused(lambda folder: (folder / INDEX).unlink(), r"cannot read .*variables\.index \(No such file")
-    refused(lambda folder: (folder / DATA).unlink(), "data-00000-of-00001 is missing")
-    refused(lambda folder: (folder / DATA).write_bytes((folder / DATA).read_bytes()[:-1]), "cut off")
-    refused(lambda folder: (folder / "saved_model.pb").unlink(), r"has no saved_model\.pb; expected a SavedModel")
-    bundle = open_bundle(WRITTEN / "student" / "variables" / "variables")
+    assert_refused(lambda folder: flip(folder / INDEX, 100), "checksum of the block at byte 0 is wrong")
+    assert_refused(lambda folder: flip(folder / INDEX, -1), "lacks the end of a table")
+    assert_refused(lambda folder: (folder / INDEX).write_bytes(b""), "lacks the end of a table")
+    assert_refused(lambda folder: (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[40:]), "damaged")
+    assert_refused(lambda folder: (folder / INDEX).unlink(), r"cannot read .*variables\.index \(No such file")
+    assert_refused(lambda folder: (folder / DATA).unlink(), "data-00000-of-00001 is missing")
+    assert_refused(lambda folder: (folder / DATA).write_bytes((folder / DATA).read_bytes()[:-1]), "cut off")
+    assert_refused(
+        lambda folder: (folder / "saved_model.pb").unlink(), r"has no saved_model\.pb; expected a SavedModel"
+    )
+    bundle = open_bundle(SAVED_MODELS / "student" / "variables" / "variables")
     graph = bundle.entries[GRAPH]
-    refused(lambda folder: flip(folder / DATA, graph.offset), "checksum of the lengths")
-    refused(lambda folder: flip(folder / DATA, graph.offset + graph.size - 1), f"checksum of {GRAPH} is wrong")
-    for path in (tmp_path / "nothing", WRITTEN / "student" / INDEX, WRITTEN):
+    assert_refused(lambda folder: flip(folder / DATA, graph.offset), "checksum of the lengths")
+    assert_refused(lambda folder: flip(folder / DATA, graph.offset + graph.size - 1), f"checksum of {GRAPH} is wrong")
+    for path in (tmp_path / "nothing", SAVED_MODELS / "student" / INDEX, SAVED_MODELS):
         with pytest.raises(InputError, match=r"has no saved_model\.pb"):
             open_savedmodel(path)
 
 
-def test_variables_are_read_one_at_a_time(copy):
+def test_variables_are_read_lazily(copy):
     folder = copy("keras3")
     entry = open_bundle(folder / "variables" / "variables").entries[f"_head/bias{VALUE}"]
     flip(folder / DATA, entry.offset)
@@ -281,9 +285,9 @@ def test_variables_are_read_one_at_a_time(copy):
         saved.arrays["head/kernel"]
 
 
-def test_any_flipped_byte_is_noticed(copy):
+def test_flipped_byte_never_changes_a_variable(copy):
     folder = copy("keras3")
-    wanted = {name: array.tobytes() for name, array in open_savedmodel(folder).arrays.items()}
+    expected = {name: array.tobytes() for name, array in open_savedmodel(folder).arrays.items()}
     rng = np.random.default_rng(0)
     for i in range(200):
         path = folder / (INDEX, DATA)[i % 2]
@@ -291,17 +295,17 @@ def test_any_flipped_byte_is_noticed(copy):
         at = int(rng.integers(len(content)))
         path.write_bytes(content[:at] + bytes([content[at] ^ int(rng.integers(1, 256))]) + content[at + 1 :])
         with suppress(InputError):
-            # What nobody needs may differ: padding of the footer, and tensors beside the network.
-            assert {name: array.tobytes() for name, array in open_savedmodel(folder).arrays.items()} == wanted
+            # A flip in unused bytes changes nothing: padding of the footer, and tensors that are not of the network.
+            assert {name: array.tobytes() for name, array in open_savedmodel(folder).arrays.items()} == expected
         path.write_bytes(content)
 
 
 def rewrite(folder: Path, change) -> None:
-    """Changes the entries of an index, whose checksums are right again."""
+    """Change the entries of an index and write it with valid checksums."""
     prefix = folder / "variables" / "variables"
     entries = change(open_bundle(prefix).entries)
-    rows = {name.encode(): proto(entry) for name, entry in entries.items()}
-    (folder / INDEX).write_bytes(table({b"": header(), **rows}))
+    rows = {name.encode(): encode_entry(entry) for name, entry in entries.items()}
+    (folder / INDEX).write_bytes(encode_table({b"": header(), **rows}))
 
 
 def without(entries, name: str):
@@ -336,21 +340,21 @@ def without(entries, name: str):
         ("student", lambda e: {k: replace(v, kind=8) if "optimizer" in k else v for k, v in e.items()}, None),
     ],
 )
-def test_what_is_missing_left_over_or_of_another_shape(copy, name, change, message):
+def test_missing_extra_and_misshapen_variables_are_rejected(copy, name, change, message):
     folder = copy(name)
     rewrite(folder, change)
     if message is None:
-        assert open_savedmodel(folder).inputs == SEEN[name], "kinds of states of training are of no matter"
+        assert open_savedmodel(folder).inputs == INPUTS[name], "types of optimizer variables are not checked"
         return
     with pytest.raises(InputError, match=message):
         open_savedmodel(folder)
 
 
-# Object graphs in which everything can be wrong.
+# Writes object graphs, valid and invalid ones.
 
 
 class Objects:
-    """A graph of objects and its tensors; each object is given with its children by attribute."""
+    """Builds a graph of objects, each with its children by attribute, and the tensors they hold."""
 
     def __init__(self) -> None:
         self.nodes: list[bytes] = [b""]
@@ -368,13 +372,13 @@ class Objects:
         return self.add(more=write_fields(2, b"".join(write_fields(field, text.encode()) for field, text in texts)))
 
     def network(self, prefix: str, skip: str = "", rename=lambda name: name) -> dict[str, int]:
-        """The variables of a network, named under a prefix, heads excluded."""
+        """Variables of a network under a prefix, without its head."""
         shapes = published((2, 1, 1, 1), 2, 3)
         names = [name for name in shapes if not name.startswith("head") and name != skip]
-        return {str(i): self.variable(prefix + rename(n), value(n, shapes[n])) for i, n in enumerate(names)}
+        return {str(i): self.variable(prefix + rename(n), written_value(n, shapes[n])) for i, n in enumerate(names)}
 
     def head(self, name: str = "dense", rows: int = 64) -> dict[str, int]:
-        kernel, bias = value("head/kernel", (rows, 3)), value("head/bias", (3,))
+        kernel, bias = written_value("head/kernel", (rows, 3)), written_value("head/bias", (3,))
         return {"kernel": self.variable(f"{name}/kernel", kernel), "bias": self.variable(f"{name}/bias", bias)}
 
     def save(self, folder: Path, children: dict[str, int], message: bytes | None = None) -> Path:
@@ -387,7 +391,7 @@ class Objects:
 
 
 @pytest.mark.parametrize("prefix", ["resnet/", "my_bi_t_model/keras_layer/resnet/", "bit/"])
-def test_a_module_of_any_name_and_what_lies_beside_it(tmp_path, prefix):
+def test_network_is_found_under_any_name_among_other_objects(tmp_path, prefix):
     objects = Objects()
     numbered = iter(range(1, 99))
     net = objects.network(prefix, rename=lambda name: name.replace("2d/k", f"2d_{next(numbered)}/k") + ":0")
@@ -406,12 +410,12 @@ def test_a_module_of_any_name_and_what_lies_beside_it(tmp_path, prefix):
     saved = open_savedmodel(objects.save(tmp_path / "m", children))
     assert saved.inputs is None
     for name, shape in published((2, 1, 1, 1), 2, 3).items():
-        np.testing.assert_array_equal(saved.arrays[name], value(name, shape))
+        np.testing.assert_array_equal(saved.arrays[name], written_value(name, shape))
 
 
 @pytest.mark.parametrize(("prefix", "head"), [("resnet/", "resnet/head/dense"), ("", "dense")])
-def test_a_network_that_may_or_may_not_rescale_images(tmp_path, prefix, head):
-    """What names its variables as the Hub's modules do may be either."""
+def test_unknown_input_range_is_an_error(tmp_path, prefix, head):
+    """A network with the variable names of TensorFlow Hub's modules may or may not rescale its inputs."""
     objects = Objects()
     children = {"body": objects.add(objects.network(prefix)), "head": objects.add(objects.head(head))}
     folder = objects.save(tmp_path / "m", children)
@@ -422,30 +426,30 @@ def test_a_network_that_may_or_may_not_rescale_images(tmp_path, prefix, head):
         load(f"savedmodel:{folder}")
 
 
-def test_modules_that_are_not_read(tmp_path):
-    def refused(message: str, prefix: str = "resnet/", head: str = "dense", rows: int = 64, **how) -> None:
+def test_incomplete_and_ambiguous_modules_are_rejected(tmp_path):
+    def assert_refused(message: str, prefix: str = "resnet/", head: str = "dense", rows: int = 64, **options) -> None:
         objects = Objects()
-        children = {"body": objects.add(objects.network(prefix, how.pop("skip", "")))}
+        children = {"body": objects.add(objects.network(prefix, options.pop("skip", "")))}
         if head:
             children["head"] = objects.add(objects.head(head, rows))
-        for name in how.pop("more", []):
+        for name in options.pop("more", []):
             children[name] = objects.variable(name, np.ones((2, 2), np.float32))
         folder = objects.save(tmp_path / str(len(list(tmp_path.iterdir()))), children)
         with pytest.raises(InputError, match=message):
             open_savedmodel(folder)
 
-    refused("block1/unit02/b/group_norm/beta is missing", skip="block1/unit02/b/group_norm/beta")
-    refused("block3/unit01/a/proj/standard.* is missing", skip="block3/unit01/a/proj/standardized_conv2d/kernel")
-    refused("head/bias is missing, head/kernel is missing", head="")
-    refused("no recognizable BiT network", skip=STEM)
-    refused(r"head/kernel has shape \(32, 3\), expected \(64, 3\)", rows=32)
-    refused("two variables for head/kernel", more=["resnet/block1/unit01/se/kernel"])
-    refused("two variables for head/kernel", more=["another/kernel"])
-    refused("holds more than a BiT network", more=["embedding"])
-    refused("holds 2 BiT networks, a/, b/; expected one", prefix="a/", more=[f"b/{STEM}"])
+    assert_refused("block1/unit02/b/group_norm/beta is missing", skip="block1/unit02/b/group_norm/beta")
+    assert_refused("block3/unit01/a/proj/standard.* is missing", skip="block3/unit01/a/proj/standardized_conv2d/kernel")
+    assert_refused("head/bias is missing, head/kernel is missing", head="")
+    assert_refused("no recognizable BiT network", skip=STEM)
+    assert_refused(r"head/kernel has shape \(32, 3\), expected \(64, 3\)", rows=32)
+    assert_refused("two variables for head/kernel", more=["resnet/block1/unit01/se/kernel"])
+    assert_refused("two variables for head/kernel", more=["another/kernel"])
+    assert_refused("holds more than a BiT network", more=["embedding"])
+    assert_refused("holds 2 BiT networks, a/, b/; expected one", prefix="a/", more=[f"b/{STEM}"])
 
 
-def test_networks_of_keras_that_are_not_read(tmp_path):
+def test_incomplete_and_ambiguous_keras_networks_are_rejected(tmp_path):
     objects = Objects()
     parts = dict.fromkeys(("_root", "_blocks", "_pre_head", "_head"), objects.add())
     nets = {"student": objects.add(parts), "teacher": objects.add(parts)}
@@ -467,20 +471,20 @@ def test_networks_of_keras_that_are_not_read(tmp_path):
 
 
 def export(folder: Path, order) -> Path:
-    """An export of Keras: a list of variables that are called gamma, beta, kernel and bias, and nothing else."""
+    """A Keras export: a list of variables named only gamma, beta, kernel and bias."""
     objects = Objects()
     shapes = published((2, 1, 1, 1), 2, 3)
-    nodes = [objects.variable(f"net/{name.split('/')[-1]}", value(name, shapes[name])) for name in order]
+    nodes = [objects.variable(f"net/{name.split('/')[-1]}", written_value(name, shapes[name])) for name in order]
     children = {"variables": objects.add({str(i): node for i, node in enumerate(nodes)})}
     return objects.save(folder, children | {"non_trainable_variables": objects.add()})
 
 
-def test_an_export_is_read_in_its_own_order_alone(tmp_path):
-    order = list(open_savedmodel(WRITTEN / "keras3-export").arrays)
+def test_keras_export_is_read_in_its_own_order_only(tmp_path):
+    order = list(open_savedmodel(SAVED_MODELS / "keras3-export").arrays)
     saved = open_savedmodel(export(tmp_path / "known", order))
     assert saved.inputs is None
     np.testing.assert_array_equal(
-        saved.arrays["block1/unit02/c/group_norm/beta"], value("block1/unit02/c/group_norm/beta", 2)
+        saved.arrays["block1/unit02/c/group_norm/beta"], written_value("block1/unit02/c/group_norm/beta", 2)
     )
     rng = np.random.default_rng(0)
     for i in range(30):
@@ -502,11 +506,11 @@ def test_an_export_is_read_in_its_own_order_alone(tmp_path):
         open_savedmodel(export(tmp_path / "before", before))
 
 
-def test_no_graph_crashes_the_reader(tmp_path):
-    """Bytes are changed before checksums are taken."""
+def test_damaged_object_graph_never_crashes_the_reader(tmp_path):
+    """Bytes are changed before the checksums are computed, so the checksums do not catch the damage."""
     rng = np.random.default_rng(0)
-    for name in SEEN.keys() - {"module"}:
-        folder = Path(shutil.copytree(WRITTEN / name, tmp_path / name))
+    for name in INPUTS.keys() - {"module"}:
+        folder = Path(shutil.copytree(SAVED_MODELS / name, tmp_path / name))
         bundle = open_bundle(folder / "variables" / "variables")
         graph = read_strings(bundle, GRAPH)[0]
         data = (folder / DATA).read_bytes()
@@ -514,11 +518,13 @@ def test_no_graph_crashes_the_reader(tmp_path):
             changed = bytearray(graph)
             for at in rng.integers(0, len(graph), rng.integers(1, 4)):
                 changed[at] = rng.integers(256)
-            held, checksum = strings([bytes(changed)])
-            entry = Entry(7, (), 0, len(data), len(held), checksum)
-            (folder / DATA).write_bytes(data + held)
-            rows = {key.encode(): proto(e) for key, e in bundle.entries.items()} | {GRAPH.encode(): proto(entry)}
-            (folder / INDEX).write_bytes(table({b"": header(), **rows}))
+            content, checksum = encode_strings([bytes(changed)])
+            entry = Entry(7, (), 0, len(data), len(content), checksum)
+            (folder / DATA).write_bytes(data + content)
+            rows = {key.encode(): encode_entry(e) for key, e in bundle.entries.items()} | {
+                GRAPH.encode(): encode_entry(entry)
+            }
+            (folder / INDEX).write_bytes(encode_table({b"": header(), **rows}))
             with suppress(InputError):
                 saved = open_savedmodel(folder)
                 assert {name: array.shape for name, array in saved.arrays.items()} == published((2, 1, 1, 1), 2, 3)
@@ -527,9 +533,9 @@ def test_no_graph_crashes_the_reader(tmp_path):
 # Against TensorFlow.
 
 
-@pytest.fixture(name="made", scope="module")
-def made_by_tensorflow(tmp_path_factory):
-    """Makes SavedModels in a process of its own, because Keras 2 and 3 each want to be the only one."""
+@pytest.fixture(name="make_model", scope="module")
+def models_from_tensorflow(tmp_path_factory):
+    """Make SavedModels in a process of its own, because Keras 2 and 3 cannot be imported together."""
     for module in ("tensorflow", "tf_keras", "keras", "tensorflow_hub"):
         if find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
@@ -547,14 +553,14 @@ def made_by_tensorflow(tmp_path_factory):
 
 @torch.inference_mode()
 def difference(folder: Path) -> float:
-    """How far our answers are from TensorFlow's, against the largest of these."""
-    with np.load(folder.with_suffix(".npz")) as known:
-        images, logits = torch.from_numpy(known["pictures"]).permute(0, 3, 1, 2), known["logits"]
+    """Largest difference of our logits from TensorFlow's, relative to the largest logit."""
+    with np.load(folder.with_suffix(".npz")) as arrays:
+        images, logits = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2), arrays["logits"]
     model = load(f"savedmodel:{folder}").eval()
     ours = model(images)
     if "softmax" in folder.name:
         assert model.notes == (
-            "the original applies Softmax to the logits of its head; here they are left as they are",
+            "the original model applies Softmax to the logits of its head; they are used unchanged here",
         )
         ours = ours.softmax(1)
     else:
@@ -565,34 +571,34 @@ def difference(folder: Path) -> float:
 
 
 @pytest.mark.slow
-def test_logits_are_tensorflows(made, capsys):
-    folder = made("--units", "2", "1", "1", "1", "--width", "32", "--groups", "32", "--classes", "7")
-    ways = sorted(path.stem for path in folder.glob("*.npz"))
-    assert len(ways) == 27
-    differences = {way: difference(folder / way) for way in ways}
+def test_logits_equal_tensorflows(make_model, capsys):
+    folder = make_model("--units", "2", "1", "1", "1", "--width", "32", "--groups", "32", "--classes", "7")
+    variants = sorted(path.stem for path in folder.glob("*.npz"))
+    assert len(variants) == 27
+    differences = {variant: difference(folder / variant) for variant in variants}
     assert max(differences.values()) < 1e-4, differences
     models.import_model(Import(model=f"{folder}/hub-softmax", out=folder / "ours"))
-    said = capsys.readouterr().err
-    assert "the original applies Softmax" in said
-    assert "timm has no network of this size; only funmatch can load this folder" in said
+    output = capsys.readouterr().err
+    assert "the original model applies Softmax" in output
+    assert "timm has no network of this size; only funmatch can load this folder" in output
 
 
 @pytest.mark.slow
-def test_a_whole_r50x1(made):
+def test_r50x1_is_imported_and_loads_in_timm(make_model):
     form = ("--units", "3", "4", "6", "3", "--width", "64", "--groups", "32", "--classes", "37", "--side", "128")
-    folder = made(*form, "--ways", "student")
+    folder = make_model(*form, "--ways", "student")
     assert load(f"savedmodel:{folder}/student").count_parameters() == 23_576_165
     assert difference(folder / "student") < 1e-4
     found = models.import_model(Import(model=f"{folder}/student", out=folder / "ours", side=128)).metrics
     assert (found["architecture"], found["mean"], found["std"]) == ("resnetv2_50x1_bit", [0.0] * 3, [1.0] * 3)
     net = timm.create_model(f"local-dir:{folder}/ours", pretrained=True).eval()
-    with np.load(folder / "student.npz") as known, torch.inference_mode():
-        logits = net(torch.from_numpy(known["pictures"]).permute(0, 3, 1, 2)).numpy()
-        assert np.abs(logits - known["logits"]).max() < 1e-3 * np.abs(known["logits"]).max()
+    with np.load(folder / "student.npz") as arrays, torch.inference_mode():
+        logits = net(torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)).numpy()
+        assert np.abs(logits - arrays["logits"]).max() < 1e-3 * np.abs(arrays["logits"]).max()
 
 
 @pytest.mark.slow
-def test_bundles_that_tensorflow_writes(tmp_path):
+def test_bundles_written_by_tensorflow_are_read(tmp_path):
     import warnings
 
     with warnings.catch_warnings():
@@ -601,7 +607,7 @@ def test_bundles_that_tensorflow_writes(tmp_path):
     rng = np.random.default_rng(0)
     dtypes = ("float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "uint16", "bool")
     tensors = {f"a/{name}": tf.cast(tf.constant(rng.integers(0, 9, (3, 5))), name) for name in dtypes}
-    # Enough names that the index has many blocks, and shards that were written apart.
+    # Enough names for an index of many blocks, and shards that were written separately.
     tensors |= {f"many/{i:05}/{'x' * 200}": tf.constant(np.float32(i)) for i in range(4000)}
     tensors["words"] = tf.constant([b"", b"word", b"w" * 1000])
     names = list(tensors)

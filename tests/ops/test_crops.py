@@ -9,7 +9,7 @@ from funmatch.ops.mixing import mix_views, mixup
 from funmatch.ops.native import library
 
 
-def resampled(image, height, width):
+def resample_by_definition(image, height, width):
     """Bilinear, half-pixel centres, no antialias, edges repeated: the definition, one pixel at a time in float64."""
     h, w = image.shape[:2]
     result = np.zeros((height, width, 3))
@@ -32,8 +32,8 @@ def noise():
 
 
 @pytest.fixture(params=["together", "one by one", "by torch"], autouse=True)
-def each_way(request, monkeypatch):
-    """Small images of one size are resampled together, others one by one, by our kernel or torch: all are right."""
+def resampling_path(request, monkeypatch):
+    """Every path that resamples: images of one size together, or one by one, by the native kernel or by torch."""
     if request.param != "together":
         monkeypatch.setattr("funmatch.ops.crops.MAX_BATCHED_PIXELS", 0)
     if request.param == "by torch":
@@ -45,10 +45,10 @@ def each_way(request, monkeypatch):
 @pytest.mark.parametrize("box", [(0, 0, 31, 23), (4, 5, 9, 11), (30, 22, 1, 1), (0, 3, 31, 2)])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("side", [1, 8, 40])
-def test_a_view_is_the_crop_resampled_alone(image, box, flip, side):
+def test_view_equals_the_crop_resampled_by_definition(image, box, flip, side):
     (view,) = crop_resize_flip([image], np.array([box]), np.array([flip]), side)
     top, left, h, w = box
-    expected = resampled(image[top : top + h, left : left + w].numpy().astype(float), side, side)
+    expected = resample_by_definition(image[top : top + h, left : left + w].numpy().astype(float), side, side)
     expected = expected[:, ::-1] if flip else expected
     np.testing.assert_allclose(view.permute(1, 2, 0).numpy() * 255, expected, atol=2e-3)
 
@@ -75,17 +75,17 @@ def test_images_of_different_sizes_make_one_batch(image):
 
 
 @pytest.mark.parametrize(("height", "width"), [(31, 23), (20, 50), (8, 8), (5, 90), (70, 9)])
-def test_the_evaluation_view_is_the_middle_of_the_resized_image(height, width):
+def test_evaluation_view_is_the_centre_of_the_resized_image(height, width):
     image = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
     scale = 10 / min(height, width)
     h, w = round(height * scale), round(width * scale)
-    whole = resampled(image.numpy().astype(float), h, w)
+    resized = resample_by_definition(image.numpy().astype(float), h, w)
     top, left = (h - 8) // 2, (w - 8) // 2
     view = central_view(image, 10, 8).permute(1, 2, 0).numpy() * 255
-    np.testing.assert_allclose(view, whole[top : top + 8, left : left + 8], atol=2e-3)
+    np.testing.assert_allclose(view, resized[top : top + 8, left : left + 8], atol=2e-3)
 
 
-def test_mixup_partners_every_image_with_the_one_before_it():
+def test_mixup_mixes_each_image_with_the_one_before_it():
     views = torch.rand(5, 3, 2, 2)
     crops = torch.cat([views[-1:], views])
     mixed = mixup(crops, 0.7)
@@ -93,7 +93,7 @@ def test_mixup_partners_every_image_with_the_one_before_it():
         torch.testing.assert_close(mixed[i], 0.7 * views[i] + 0.3 * views[i - 1])
 
 
-def test_function_matching_shows_both_the_very_same_pixels():
+def test_teacher_and_student_get_the_same_mixed_views():
     crops = torch.rand(5, 3, 2, 2)
     (teacher,), student = mix_views(crops, (None,), 0.6)
     assert teacher is student

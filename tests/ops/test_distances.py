@@ -15,7 +15,7 @@ def softmax(logits):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 10.0])
-def test_kl_is_from_teacher_to_student_times_t_squared(temperature):
+def test_kl_equals_its_equation_times_t_squared(temperature):
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(0, 3, (4, 6)), rng.normal(0, 3, (4, 6))
     found = kl(torch.tensor(student), torch.tensor(teacher), temperature)
@@ -25,13 +25,13 @@ def test_kl_is_from_teacher_to_student_times_t_squared(temperature):
         assert found[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_kl_vanishes_only_where_the_functions_agree():
+def test_kl_is_zero_only_for_equal_probabilities():
     logits = torch.tensor([[1.0, 2.0, 3.0]])
     assert kl(logits + 5, logits).item() == pytest.approx(0, abs=1e-6)
     assert kl(logits * 2, logits).item() > 0.1
 
 
-def test_the_gradient_keeps_its_size_with_the_temperature():
+def test_gradient_of_kl_hardly_depends_on_a_high_temperature():
     """Hinton et al. 2015, section 2: T² makes it (softmax difference)·T, which tends to a constant for large T."""
     teacher = torch.tensor([[1.0, -1.0, 0.5]])
     norms = []
@@ -42,12 +42,12 @@ def test_the_gradient_keeps_its_size_with_the_temperature():
     assert norms[1] == pytest.approx(norms[0], rel=0.02)
 
 
-def test_half_precision_logits_lose_nothing_in_the_loss():
+def test_kl_of_half_precision_logits_is_computed_in_fp32():
     student, teacher = torch.randn(3, 5).bfloat16(), torch.randn(3, 5).bfloat16()
     assert torch.equal(kl(student, teacher), kl(student.float(), teacher.float()))
 
 
-def test_labels_are_mixed_as_views_are():
+def test_labels_are_mixed_like_views():
     found = mix_labels(torch.tensor([2, 0, 1]), 0.75, 3)
     assert found.tolist() == [[0.75, 0, 0.25], [0.25, 0.75, 0]]
     assert mix_labels(torch.tensor([2, 0, 1]), 1.0, 3).tolist() == [[1, 0, 0], [0, 1, 0]]
@@ -60,7 +60,7 @@ def test_cross_entropy_of_one_hot_labels_is_minus_the_log_probability():
         assert found[i].item() == pytest.approx(-math.log(softmax(logits[i].tolist())[label]), rel=1e-5)
 
 
-def said(kind, student, teacher, temperature):
+def distance_by_equation(kind, student, teacher, temperature):
     """The equations, one image at a time in float64."""
     p, q = softmax([x / temperature for x in teacher]), softmax([x / temperature for x in student])
     if kind == "reverse-kl":
@@ -82,13 +82,13 @@ KINDS = ["reverse-kl", "js", "hard", "l2", "euclidean", "log-softmax-l2", "log-s
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_every_distance_is_its_equation(kind, temperature):
+def test_every_distance_equals_its_equation(kind, temperature):
     rng = np.random.default_rng(1)
     student, teacher = rng.normal(0, 3, (5, 7)), rng.normal(0, 3, (5, 7))
     found = distance(kind, torch.tensor(student), torch.tensor(teacher), temperature)
     for i in range(5):
-        wanted = said(kind, list(student[i]), list(teacher[i]), temperature)
-        assert found[i].item() == pytest.approx(wanted, rel=1e-5)
+        expected = distance_by_equation(kind, list(student[i]), list(teacher[i]), temperature)
+        assert found[i].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -99,12 +99,12 @@ def test_dist_is_one_minus_pearsons_correlations(temperature):
     columns = np.mean([1 - np.corrcoef(q[:, k], p[:, k])[0, 1] for k in range(5)])
     found = dist(torch.tensor(student), torch.tensor(teacher), temperature, 2.0, 3.0)
     for i in range(6):
-        wanted = temperature**2 * (2 * (1 - np.corrcoef(q[i], p[i])[0, 1]) + 3 * columns)
-        assert found[i].item() == pytest.approx(wanted, rel=1e-4)
+        expected = temperature**2 * (2 * (1 - np.corrcoef(q[i], p[i])[0, 1]) + 3 * columns)
+        assert found[i].item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["kl", *KINDS[:2], *KINDS[3:], "dist"])
-def test_distances_vanish_and_have_a_gradient_where_the_functions_agree(kind):
+def test_distances_are_zero_with_finite_gradient_for_equal_logits(kind):
     teacher = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
     student = teacher.clone().requires_grad_()
     found = distance(kind, student, teacher, 2.0)
@@ -116,8 +116,8 @@ def test_distances_vanish_and_have_a_gradient_where_the_functions_agree(kind):
 
 
 @pytest.mark.parametrize(("n", "classes"), [(8, 10), (8, 8), (16, 7), (4, 1000)])
-def test_dist_from_a_student_that_says_nothing_yet(n, classes):
-    """A head of zeros: no correlation, and a gradient that is not beyond all bounds."""
+def test_dist_of_a_zero_student_has_a_bounded_gradient(n, classes):
+    """With a zero head the correlation is undefined; the distance must be 1 and its gradient bounded."""
     teacher = torch.randn(n, classes, generator=torch.Generator().manual_seed(0)) * 3
     student = torch.zeros(n, classes, requires_grad=True)
     for temperature in (1.0, 10.0):
@@ -129,13 +129,13 @@ def test_dist_from_a_student_that_says_nothing_yet(n, classes):
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 30.0])
-def test_dist_is_exact_where_classes_are_hardly_likely(scale):
+def test_dist_is_accurate_for_very_small_probabilities(scale):
     rng = np.random.default_rng(3)
     student, teacher = rng.normal(0, scale, (16, 40)), rng.normal(0, scale, (16, 40))
     p, q = (np.array([softmax(list(row)) for row in z]) for z in (teacher, student))
     columns = np.mean([1 - np.corrcoef(q[:, k], p[:, k])[0, 1] for k in range(40)])
-    wanted = [1 - np.corrcoef(q[i], p[i])[0, 1] + columns for i in range(16)]
-    assert dist(torch.tensor(student), torch.tensor(teacher)).tolist() == pytest.approx(wanted, rel=1e-3)
+    expected = [1 - np.corrcoef(q[i], p[i])[0, 1] + columns for i in range(16)]
+    assert dist(torch.tensor(student), torch.tensor(teacher)).tolist() == pytest.approx(expected, rel=1e-3)
 
 
 def test_extreme_logits_give_finite_distances():
@@ -146,17 +146,17 @@ def test_extreme_logits_give_finite_distances():
     assert distance("js", student, teacher).item() == pytest.approx(math.log(2))
 
 
-def test_the_factor_of_the_temperature_is_said():
+def test_t_squared_can_be_turned_off():
     student, teacher = torch.randn(4, 5), torch.randn(4, 5)
     for kind in ("kl", "reverse-kl", "js", "dist"):
-        with_it, without = (distance(kind, student, teacher, 3.0, squared=squared) for squared in (True, False))
-        torch.testing.assert_close(with_it, 9 * without)
+        scaled, unscaled = (distance(kind, student, teacher, 3.0, squared=squared) for squared in (True, False))
+        torch.testing.assert_close(scaled, 9 * unscaled)
 
 
-def test_smoothing_of_hard_labels_is_torchs():
+def test_label_smoothing_equals_torchs():
     student, teacher = torch.randn(6, 4), torch.randn(6, 4)
-    wanted = torch.nn.functional.cross_entropy(student, teacher.argmax(-1), label_smoothing=0.2)
-    torch.testing.assert_close(distance("hard", student, teacher, smoothing=0.2).mean(), wanted)
+    expected = torch.nn.functional.cross_entropy(student, teacher.argmax(-1), label_smoothing=0.2)
+    torch.testing.assert_close(distance("hard", student, teacher, smoothing=0.2).mean(), expected)
 
 
 def test_standardised_logits_have_mean_0_and_deviation_1():

@@ -1,4 +1,4 @@
-"""Figures against counts by hand."""
+"""Metrics against values computed by hand."""
 
 import math
 
@@ -9,36 +9,36 @@ import torch
 from funmatch.ops.metrics import calibration_error, per_image, summarize
 
 
-def test_accuracy_agreement_and_kl_by_hand():
+def test_accuracy_agreement_and_kl_equal_hand_computed_values():
     student = torch.tensor([[3.0, 1, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 9, 0, 0, 0, 0]])
     teacher = torch.tensor([[3.0, 1, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0], [9, 4, 3, 2, 1, 0], [0, 0, 9, 0, 0, 0]])
     labels = torch.tensor([0, 0, 5, 1])
-    figures = summarize(per_image(student, labels, teacher))
-    assert figures["top1"] == 0.5
-    assert figures["top5"] == 0.5, "image 1's label is its last of six, image 2's too"
-    assert figures["agreement"] == 0.5
+    metrics = summarize(per_image(student, labels, teacher))
+    assert metrics["top1"] == 0.5
+    assert metrics["top5"] == 0.5, "image 1's label is its last of six, image 2's too"
+    assert metrics["agreement"] == 0.5
     p, q = torch.softmax(teacher.double(), -1), torch.softmax(student.double(), -1)
-    assert figures["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert metrics["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
 
 
-def test_what_is_not_known_is_none():
-    figures = summarize(per_image(torch.randn(3, 4)))
-    assert set(figures.values()) == {None}
-    figures = summarize(per_image(torch.randn(3, 4), teacher_logits=torch.randn(3, 4)))
-    assert figures["top1"] is None
-    assert figures["agreement"] is not None
+def test_metrics_without_labels_or_teacher_are_none():
+    metrics = summarize(per_image(torch.randn(3, 4)))
+    assert set(metrics.values()) == {None}
+    metrics = summarize(per_image(torch.randn(3, 4), teacher_logits=torch.randn(3, 4)))
+    assert metrics["top1"] is None
+    assert metrics["agreement"] is not None
 
 
-def test_fewer_classes_than_five_make_top5_certain():
+def test_top5_is_1_with_fewer_than_five_classes():
     assert summarize(per_image(torch.randn(9, 3), torch.zeros(9, dtype=torch.long)))["top5"] == 1.0
 
 
-def test_balanced_accuracy_does_not_reward_a_constant_answer():
+def test_balanced_accuracy_does_not_reward_a_constant_prediction():
     logits = torch.tensor([[1.0, 0.0]]).expand(10, 2)
     labels = torch.tensor([0] * 9 + [1])
-    figures = summarize(per_image(logits, labels))
-    assert figures["top1"] == pytest.approx(0.9)
-    assert figures["balanced"] == 0.5
+    metrics = summarize(per_image(logits, labels))
+    assert metrics["top1"] == pytest.approx(0.9)
+    assert metrics["balanced"] == 0.5
 
 
 def test_calibration_error_equals_its_definition():

@@ -1,4 +1,4 @@
-"""Our own kernels for the CPU: they compute what torch does, in double precision where rounding could hide a fault."""
+"""Native CPU kernels against torch, in double precision where rounding could hide a fault."""
 
 import copy
 import os
@@ -27,109 +27,109 @@ LAST = torch.channels_last
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-    """What was opened in another test's cache is not known."""
-    forget()
+def clear_kernel_caches():
+    """Forget kernels that another test loaded from its own cache folder."""
+    clear_caches()
     yield
-    forget()
+    clear_caches()
 
 
-def forget() -> None:
-    for known in (library._load, norms.why_unavailable, resample.why_unavailable):
-        known.cache_clear()
+def clear_caches() -> None:
+    for cached in (library._load, norms.why_unavailable, resample.why_unavailable):
+        cached.cache_clear()
 
 
-def errors(got: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
-    """Relative to the largest value of each."""
+def errors(actual: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
+    """Largest error of each tensor, relative to its largest value."""
     return [
         float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max().clamp_min(1e-30))
-        for a, b in zip(got, truth, strict=True)
+        for a, b in zip(actual, truth, strict=True)
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(
-    ("n", "channels", "groups", "height", "width", "off"),
+    ("n", "channels", "groups", "height", "width", "offset"),
     [
         (4, 64, 32, 7, 9, 0.0), (3, 8, 1, 5, 5, 0.0), (2, 6, 6, 4, 3, 0.0), (5, 33, 3, 1, 1, 0.0),
         (2, 256, 32, 32, 32, 0.0), (4, 16, 4, 12, 12, 1000.0),
     ],
 )  # fmt: skip
-def test_group_norm_there_and_back(dtype, relu, n, channels, groups, height, width, off):
+def test_group_norm_and_its_gradients_equal_torchs(dtype, relu, n, channels, groups, height, width, offset):
     random = torch.Generator().manual_seed(n + channels)
 
-    def drawn(*shape):
+    def randn(*shape):
         return torch.randn(*shape, generator=random)
 
-    x = (drawn(n, channels, height, width) + off).to(dtype).contiguous(memory_format=LAST)
-    given = drawn(n, channels, height, width).to(dtype).contiguous(memory_format=LAST)
-    weight, bias = drawn(channels), drawn(channels)
+    x = (randn(n, channels, height, width) + offset).to(dtype).contiguous(memory_format=LAST)
+    upstream = randn(n, channels, height, width).to(dtype).contiguous(memory_format=LAST)
+    weight, bias = randn(channels), randn(channels)
 
-    def answered(norm, precision):
+    def forward_backward(norm, precision):
         leaves = [tensor.clone().to(precision or tensor.dtype).requires_grad_() for tensor in (x, weight, bias)]
         y = norm(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, given.to(y.dtype))]
+        return [y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
 
     def plain(x, weight, bias):
         y = F.group_norm(x, groups, weight, bias, 1e-5)
         return y.relu() if relu else y
 
-    truth = answered(plain, torch.float64)
-    ours = answered(lambda x, w, b: norms.group_norm(x, w, b, groups, 1e-5, relu=relu), None)
-    theirs = answered(plain, None)
+    truth = forward_backward(plain, torch.float64)
+    ours = forward_backward(lambda x, w, b: norms.group_norm(x, w, b, groups, 1e-5, relu=relu), None)
+    theirs = forward_backward(plain, None)
     assert ours[0].is_contiguous(memory_format=LAST)
     assert ours[1].dtype == dtype
     assert ours[2].dtype == torch.float32
-    # A value that lies on the ReLU's edge may be let through by one rounding and not by the other.
-    least = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
-    for own, other in zip(errors(ours, truth), errors(theirs, truth), strict=True):
-        assert own <= max(least, 1.5 * other)
+    # Near the ReLU's edge, rounding decides whether a value passes, so errors are compared with torch's own.
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    for error, torchs_error in zip(errors(ours, truth), errors(theirs, truth), strict=True):
+        assert error <= max(tolerance, 1.5 * torchs_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 3, 7, 7), (5, 16, 1, 1), (64, 64, 3, 3), (2, 1, 3, 1)])
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
-def test_standardised_filters_there_and_back(dtype, shape, layout):
+def test_standardised_weights_and_their_gradients_equal_torchs(dtype, shape, layout):
     random = torch.Generator().manual_seed(sum(shape))
     weight = (0.1 * torch.randn(shape, generator=random) + 0.05).contiguous(memory_format=layout).requires_grad_()
-    given = torch.randn(shape, generator=random).to(dtype)  # laid out otherwise than the weight
+    upstream = torch.randn(shape, generator=random).to(dtype)  # its memory layout differs from the weight's
     exact = weight.detach().double().requires_grad_()
     rows = F.batch_norm(exact.reshape(1, shape[0], -1), None, None, training=True, eps=1e-8).reshape(shape)
-    truth = [rows, *torch.autograd.grad(rows, exact, given.double())]
-    made = norms.standardize_weight(weight, 1e-8, dtype)
-    assert made.dtype == dtype
-    assert made.stride() == weight.stride()
-    found = [made, *torch.autograd.grad(made, weight, given)]
+    truth = [rows, *torch.autograd.grad(rows, exact, upstream.double())]
+    standardized = norms.standardize_weight(weight, 1e-8, dtype)
+    assert standardized.dtype == dtype
+    assert standardized.stride() == weight.stride()
+    found = [standardized, *torch.autograd.grad(standardized, weight, upstream)]
     assert found[1].dtype == torch.float32
     assert max(errors(found[1:], truth[1:])) < 1e-4
     assert errors(found[:1], truth[:1])[0] < {torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
 
 
-def test_what_is_not_a_number_stays_none():
+def test_nan_spreads_to_its_group_only():
     x = torch.randn(2, 4, 3, 3).contiguous(memory_format=LAST)
     x[0, 1, 1, 1] = float("nan")
     for dtype in norms.DTYPES:
         y = norms.group_norm(x.to(dtype), torch.ones(4), torch.zeros(4), 2, 1e-5, relu=True)
-        assert y[0, :2].isnan().all(), "all of its group"
+        assert y[0, :2].isnan().all(), "the whole group"
         assert y[0, 2:].isfinite().all()
         assert y[1].isfinite().all()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_number_of_threads_changes_no_bit(threads):
+def test_thread_count_changes_no_bit(threads):
     before = torch.get_num_threads()
     x = torch.randn(6, 32, 8, 8).contiguous(memory_format=LAST).requires_grad_()
     weight, bias = torch.randn(32, requires_grad=True), torch.randn(32, requires_grad=True)
 
-    def answered():
+    def forward_backward():
         y = norms.group_norm(x, weight, bias, 8, 1e-5)
         return [y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))]
 
-    first = answered()
+    first = forward_backward()
     torch.set_num_threads(threads)
     try:
-        assert all(torch.equal(a, b) for a, b in zip(first, answered(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, forward_backward(), strict=True))
     finally:
         torch.set_num_threads(before)
 
@@ -144,67 +144,69 @@ def gradients(net: nn.Module, views: torch.Tensor) -> tuple[torch.Tensor, dict[s
 @pytest.mark.parametrize(
     "name", ["resnetv2_50x1_bit", "resnetv2_50d_gn", "vit_small_r26_s32_224", "poolformer_s12", "test_resnet"]
 )
-def test_a_network_is_the_same_function_with_the_same_names(name):
+def test_network_with_native_kernels_computes_the_same_function(name):
     kwargs = {"img_size": 64} if name.startswith("vit") else {}
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=5, drop_path_rate=0.0, **kwargs).train()
     nn.init.normal_(plain.get_classifier().weight, std=0.1)
     plain.to(memory_format=LAST)
-    own = native_layers.use_native_kernels(copy.deepcopy(plain), training_only=True)
+    native = native_layers.use_native_kernels(copy.deepcopy(plain), training_only=True)
     views = torch.rand(4, 3, 64, 64).contiguous(memory_format=LAST)
     exact = copy.deepcopy(plain).double()
-    truth, wanted = gradients(exact, views.double())
-    (logits, found), (theirs, usual) = gradients(own, views), gradients(plain, views)
+    truth, exact_gradients = gradients(exact, views.double())
+    (logits, found), (theirs, plain_gradients) = gradients(native, views), gradients(plain, views)
     scale = truth.abs().max()
     assert (logits - truth).abs().max() <= max(1e-4 * scale, 2 * (theirs - truth).abs().max())
-    size = sum(float(gradient.square().sum()) for gradient in wanted.values()) ** 0.5
+    size = sum(float(gradient.square().sum()) for gradient in exact_gradients.values()) ** 0.5
 
-    def off(answer):
-        return sum(float((answer[key] - wanted[key]).square().sum()) for key in wanted) ** 0.5 / size
+    def relative_error(other):
+        return sum(float((other[key] - exact_gradients[key]).square().sum()) for key in exact_gradients) ** 0.5 / size
 
-    assert off(found) <= max(1e-4, 2 * off(usual))
-    assert own.state_dict().keys() == plain.state_dict().keys()
-    assert torch.equal(own.eval()(views), plain.eval()(views)), "it is judged as whoever loads it computes it"
-    quickened = sum(type(module) in native_layers.NATIVE_CLASSES.values() for module in own.modules())
-    assert (quickened > 0) == (name != "test_resnet") == native_layers.gains_from_native(plain)
+    assert relative_error(found) <= max(1e-4, 2 * relative_error(plain_gradients))
+    assert native.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(native.eval()(views), plain.eval()(views)), (
+        "evaluation uses torch's layers, as anyone who loads the student does"
+    )
+    replaced = sum(type(module) in native_layers.NATIVE_CLASSES.values() for module in native.modules())
+    assert (replaced > 0) == (name != "test_resnet") == native_layers.gains_from_native(plain)
 
 
 @pytest.mark.parametrize(
     "norm", [nn.GroupNorm(4, 8), GroupNormAct(8, 4, act_layer=nn.SiLU), GroupNormAct(8, 4, affine=False)]
 )
-def test_what_a_kernel_does_not_know_is_computed_as_ever(norm):
-    own = native_layers.use_native_kernels(copy.deepcopy(norm), training_only=False)
+def test_unsupported_inputs_fall_back_to_torch(norm):
+    native = native_layers.use_native_kernels(copy.deepcopy(norm), training_only=False)
     for x in (
         torch.randn(4, 8, 5, 5),  # channels first
         torch.randn(4, 8, 5),
         torch.randn(4, 8, 5, 5).contiguous(memory_format=LAST),
         torch.randn(4, 8, 5, 5, dtype=torch.float64).contiguous(memory_format=LAST),
     ):
-        layers = (module.to(x.dtype) for module in (own, norm))
+        layers = (module.to(x.dtype) for module in (native, norm))
         torch.testing.assert_close(*(layer(x.clone()) for layer in layers), rtol=1e-4, atol=1e-5)
 
 
-def test_convolutions_follow_autocast_and_padding():
+def test_native_convolutions_follow_autocast_and_padding():
     x = torch.rand(4, 3, 15, 15).contiguous(memory_format=LAST)
     for conv in (StdConv2d(3, 8, 3, stride=2), StdConv2dSame(3, 8, 3, stride=2)):
-        own = native_layers.use_native_kernels(copy.deepcopy(conv), training_only=True)
-        assert torch.allclose(own(x), conv(x), atol=1e-5)
+        native = native_layers.use_native_kernels(copy.deepcopy(conv), training_only=True)
+        assert torch.allclose(native(x), conv(x), atol=1e-5)
         for dtype in (torch.bfloat16, torch.float16):
             with torch.autocast("cpu", dtype):
-                assert own(x).dtype == dtype
-                assert torch.allclose(own(x), conv(x), atol=2e-2)
+                assert native(x).dtype == dtype
+                assert torch.allclose(native(x), conv(x), atol=2e-2)
 
 
-def test_frozen_parameters_get_no_gradient_and_checkpointed_ones_do():
+def test_native_kernels_work_with_freezing_and_gradient_checkpointing():
     net = native_layers.use_native_kernels(
         timm.create_model("resnetv2_50x1_bit", num_classes=3).to(memory_format=LAST).train(), training_only=True
     )
     nn.init.normal_(net.get_classifier().weight, std=0.1)
     views = torch.rand(2, 3, 32, 32).contiguous(memory_format=LAST)
-    _, whole = gradients(net, views)
+    _, stored = gradients(net, views)
     net.set_grad_checkpointing()
-    _, again = gradients(net, views)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    _, checkpointed = gradients(net, views)
+    assert all(torch.equal(stored[name], checkpointed[name]) for name in stored)
     net.stem.requires_grad_(False)
     net.stages[0].requires_grad_(False)
     net.zero_grad()
@@ -213,35 +215,35 @@ def test_frozen_parameters_get_no_gradient_and_checkpointed_ones_do():
     assert net.stages[1].blocks[0].norm1.weight.grad is not None
 
 
-def test_a_teacher_takes_them_and_answers_the_same():
-    def made() -> Classifier:
+def test_frozen_teacher_with_native_kernels_gives_equal_logits():
+    def build() -> Classifier:
         torch.manual_seed(0)
         classifier = load("resnetv2_50x1_bit", classes=10)
         nn.init.normal_(classifier.net.get_classifier().weight, std=0.1)
         return classifier
 
     views = torch.rand(8, 3, 64, 64)
-    frozen, tried = freeze(made, views, AllowedModes(("bf16", "fp32"), native=True))
+    frozen, checks = freeze(build, views, AllowedModes(("bf16", "fp32"), native=True))
     assert frozen.mode.native
-    assert tried[-1].good
+    assert checks[-1].good
     assert "native kernels" in str(frozen.mode)
     assert all(norm.weight.dtype == torch.float32 for norm in native_layers.native_group_norms(frozen.classifier.net))
-    plain = Frozen(made())(views)
-    exact = Frozen(made(), InferenceMode(native=True))(views)
+    plain = Frozen(build())(views)
+    exact = Frozen(build(), InferenceMode(native=True))(views)
     assert (exact - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
-def test_without_a_compiler_all_is_as_ever(tmp_path, monkeypatch):
+def test_without_a_compiler_torch_is_used(tmp_path, monkeypatch):
     image = torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8)
     box, flip = np.array([[3, 5, 60, 70]]), np.array([True])
     views = crop_resize_flip([image], box, flip, 32)
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    forget()
+    clear_caches()
     assert library.find_compiler() is None
-    for told in (library.why_unavailable(), norms.why_unavailable(), resample.why_unavailable()):
-        assert "no C++ compiler" in told
+    for reason in (library.why_unavailable(), norms.why_unavailable(), resample.why_unavailable()):
+        assert "no C++ compiler" in reason
     torch.testing.assert_close(crop_resize_flip([image], box, flip, 32), views, atol=1e-5, rtol=0)
     student = native_layers.use_native_kernels(load("resnetv2_50x1_bit", classes=10).net, training_only=False)
     frozen = Frozen(load("resnetv2_50x1_bit", classes=10), InferenceMode(native=True))
@@ -250,10 +252,10 @@ def test_without_a_compiler_all_is_as_ever(tmp_path, monkeypatch):
         for norm in native_layers.native_group_norms(frozen.classifier.net)
     )
     assert native_layers.gains_from_native(load("resnetv2_50x1_bit", classes=10).net)
-    assert not native_layers.gains_from_native(student), "it has them already"
+    assert not native_layers.gains_from_native(student), "it has native layers already"
 
 
-def test_what_torch_takes_by_default_does_not_matter():
+def test_kernel_check_ignores_torchs_default_dtype():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -263,23 +265,23 @@ def test_what_torch_takes_by_default_does_not_matter():
         torch.set_default_dtype(before)
 
 
-def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
+def test_damaged_library_is_rebuilt(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
-    made = library._build()
-    content = made.read_bytes()
-    made.write_bytes(content[:100])
+    built = library._build()
+    content = built.read_bytes()
+    built.write_bytes(content[:100])
     assert library.why_unavailable() == ""
-    assert made.stat().st_size == len(content)
+    assert built.stat().st_size == len(content)
 
 
-def test_boxes_beyond_their_image_are_refused():
+def test_boxes_beyond_their_image_are_rejected():
     image = torch.full((100, 100, 3), 200, dtype=torch.uint8)
     for box in ([90, 0, 40, 100], [10, 10, 5, 0], [-1, 0, 20, 20]):
         with pytest.raises(ValueError, match="a box is empty, or lies beyond its image"):
             crop_resize_flip([image], np.array([box]), np.array([False]), 8)
 
 
-def test_an_outlier_in_a_corner_costs_no_precision():
+def test_outlier_costs_group_norm_no_precision():
     x = torch.randn(2, 8, 240, 240, generator=torch.Generator().manual_seed(0))
     x[:, :, 0, 0] = 10
     x = x.contiguous(memory_format=LAST)
@@ -289,7 +291,7 @@ def test_an_outlier_in_a_corner_costs_no_precision():
     assert (norms.group_norm(x, weight, bias, 4, 1e-5) - truth).abs().max() <= max(1.5 * theirs, 2e-5)
 
 
-def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeypatch):
+def test_failing_and_miscompiling_compilers_are_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     failing = tmp_path / "failing"
     failing.write_text("#!/bin/sh\necho 'no such instruction' >&2; exit 1\n")
@@ -297,7 +299,7 @@ def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeyp
     monkeypatch.setenv("CXX", str(failing))
     assert library.why_unavailable() == f"{failing} cannot compile the kernels: no such instruction"
     assert not list((tmp_path / "cache").rglob("*.so"))
-    forget()
+    clear_caches()
     wrong = tmp_path / "wrong.cpp"
     source = library.SOURCE.read_text()
     wrong.write_text(source.replace("value * value", "value"))
@@ -305,17 +307,17 @@ def test_a_compiler_that_fails_or_makes_something_else_is_told(tmp_path, monkeyp
     monkeypatch.setattr(library, "SOURCE", wrong)
     assert "the compiled kernels compute wrong values" in norms.why_unavailable()
     assert resample.why_unavailable() == ""
-    forget()
+    clear_caches()
     wrong.write_text(source.replace("* down", "* 2"))
     assert "the compiled kernel computes wrong values" in resample.why_unavailable()
     assert norms.why_unavailable() == ""
 
 
-def test_it_is_made_once(tmp_path, monkeypatch):
+def test_library_is_built_once(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
     assert library.why_unavailable() == ""
-    (made,) = Path(tmp_path, "kernels").iterdir()
-    before = os.stat(made).st_mtime_ns
-    forget()
+    (built,) = Path(tmp_path, "kernels").iterdir()
+    before = os.stat(built).st_mtime_ns
+    clear_caches()
     assert library.why_unavailable() == ""
-    assert os.stat(made).st_mtime_ns == before
+    assert os.stat(built).st_mtime_ns == before

@@ -1,4 +1,4 @@
-"""Draws: TensorFlow's crop, an order without memory, and nothing but (seed, step)."""
+"""Sampling: TensorFlow's crop distribution, shuffling without stored state, and dependence on (seed, step) only."""
 
 import math
 
@@ -33,7 +33,7 @@ TENSORFLOW = {
 }
 
 
-def measures(boxes, height, width):
+def box_measures(boxes, height, width):
     top, left, h, w = boxes.T
     return {
         "area": h * w / (height * width),
@@ -45,9 +45,9 @@ def measures(boxes, height, width):
 
 @pytest.mark.parametrize("size", TENSORFLOW)
 def test_crops_have_tensorflows_distribution(size):
-    """Whether the share of our boxes at or below each of TensorFlow's deciles is that decile, ties allowed for."""
+    """The share of our boxes at or below each of TensorFlow's deciles is that decile, up to ties and chance."""
     n = 100_000
-    found = measures(sample_inception_boxes(step_generator(1, 0), np.full(n, size[0]), np.full(n, size[1])), *size)
+    found = box_measures(sample_inception_boxes(step_generator(1, 0), np.full(n, size[0]), np.full(n, size[1])), *size)
     critical = 1.63 * math.sqrt(1 / n + 1 / 200_000)  # Kolmogorov-Smirnov, p = 0.01
     for name, deciles in TENSORFLOW[size].items():
         for share, value in zip(np.arange(0.1, 0.95, 0.1), deciles, strict=True):
@@ -55,8 +55,8 @@ def test_crops_have_tensorflows_distribution(size):
             assert below - critical <= share <= upto + critical, f"{name} of {size} at its decile {share:.1f}"
 
 
-def one_by_one(uniforms, height, width, low_area, high_area):
-    """One try of the sampler in plain words, for one image."""
+def sample_one_box(uniforms, height, width, low_area, high_area):
+    """One attempt of the sampler for one image, written out without arrays."""
     aspect = 0.75 + uniforms[0] * (4 / 3 - 0.75)
     shortest = round(math.sqrt(low_area * height * width / aspect))
     tallest = round(math.sqrt(high_area * height * width / aspect))
@@ -79,19 +79,19 @@ def one_by_one(uniforms, height, width, low_area, high_area):
 
 @given(st.integers(0, 2**32), st.integers(1, 700), st.integers(1, 700), st.floats(0.01, 1.0))
 @settings(max_examples=60, deadline=None)
-def test_boxes_equal_the_same_rules_one_image_at_a_time(seed, height, width, low_area):
+def test_boxes_equal_the_rules_written_out_for_one_image(seed, height, width, low_area):
     n = 20
     boxes = sample_inception_boxes(step_generator(seed, 3), np.full(n, height), np.full(n, width), min_area=low_area)
     rng = step_generator(seed, 3)
-    for box, first in zip(boxes, rng.random((n, 4)), strict=True):
-        expected = one_by_one(first, height, width, low_area, 1.0)
+    for box, uniforms in zip(boxes, rng.random((n, 4)), strict=True):
+        expected = sample_one_box(uniforms, height, width, low_area, 1.0)
         if expected is None:
-            later = (one_by_one(u, height, width, low_area, 1.0) for u in rng.random((99, 4)))
+            later = (sample_one_box(u, height, width, low_area, 1.0) for u in rng.random((99, 4)))
             expected = next((found for found in later if found), (0, 0, height, width))
         assert tuple(box) == expected
 
 
-def test_the_whole_image_is_taken_where_no_crop_fits():
+def test_whole_image_is_used_if_no_crop_fits():
     assert sample_inception_boxes(step_generator(0, 0), [10], [1000]).tolist() == [[0, 0, 10, 1000]]
 
 
@@ -106,9 +106,9 @@ def test_orders_are_uniform_and_differ_between_epochs_and_seeds():
     count, epochs = 7, 20_000
     orders = shuffle_positions(5, np.arange(count * epochs), count).reshape(epochs, count)
     expected = epochs / count
-    for place in range(count):
-        seen = np.bincount(orders[:, place], minlength=count)
-        assert ((seen - expected) ** 2 / expected).sum() < 22.5, "chi-square, 6 degrees of freedom, p = 0.001"
+    for position in range(count):
+        counts = np.bincount(orders[:, position], minlength=count)
+        assert ((counts - expected) ** 2 / expected).sum() < 22.5, "chi-square, 6 degrees of freedom, p = 0.001"
     pairs = np.bincount(orders[:, 0] * count + orders[:, 1], minlength=count * count)
     expected = epochs / (count * (count - 1))
     off_diagonal = pairs[~np.eye(count, dtype=bool).ravel()]
@@ -116,7 +116,7 @@ def test_orders_are_uniform_and_differ_between_epochs_and_seeds():
     assert not np.array_equal(shuffle_positions(1, np.arange(50), 50), shuffle_positions(2, np.arange(50), 50))
 
 
-def test_a_place_in_the_order_costs_no_memory_and_no_pass_over_the_data():
+def test_distant_positions_of_a_large_data_set_need_no_memory():
     far = np.arange(10**15, 10**15 + 4)
     assert len(set(shuffle_positions(0, far, 10**9).tolist())) == 4
 
@@ -125,31 +125,33 @@ def sizes(indices):
     return 20 + indices % 5, 30 + indices % 7
 
 
-def test_a_step_is_a_function_of_seed_and_step_alone():
-    first = sample_step(3, 17, 8, 100, sizes)
+def test_sample_is_a_function_of_seed_and_step():
+    uniforms = sample_step(3, 17, 8, 100, sizes)
     for step in (0, 16, 18):
         sample_step(3, step, 8, 100, sizes)
-    again = sample_step(3, 17, 8, 100, sizes)
+    repeated = sample_step(3, 17, 8, 100, sizes)
     for name in ("indices", "boxes", "flips"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
-    assert first.lam == again.lam
-    assert sample_step(4, 17, 8, 100, sizes).lam != first.lam != sample_step(3, 18, 8, 100, sizes).lam
+        np.testing.assert_array_equal(getattr(uniforms, name), getattr(repeated, name))
+    assert uniforms.lam == repeated.lam
+    assert sample_step(4, 17, 8, 100, sizes).lam != uniforms.lam != sample_step(3, 18, 8, 100, sizes).lam
 
 
-def test_a_batch_may_be_larger_than_the_data_and_cross_epochs():
-    drawn = sample_step(0, 0, 25, 10, sizes)
-    assert sorted(drawn.indices[:10]) == sorted(drawn.indices[10:20]) == list(range(10))
-    assert len(set(drawn.indices[20:])) == 5
+def test_batch_can_exceed_the_data_and_cross_epochs():
+    sample = sample_step(0, 0, 25, 10, sizes)
+    assert sorted(sample.indices[:10]) == sorted(sample.indices[10:20]) == list(range(10))
+    assert len(set(sample.indices[20:])) == 5
     following = sample_step(0, 1, 25, 10, sizes)
-    assert sorted([*drawn.indices[20:], *following.indices[:5]]) == list(range(10)), "the third epoch goes on"
+    assert sorted([*sample.indices[20:], *following.indices[:5]]) == list(range(10)), (
+        "the third epoch continues in the next batch"
+    )
 
 
-def test_lambda_is_uniform_folded_and_flips_are_fair():
+def test_lambda_is_uniform_above_one_half_and_flips_are_fair():
     draws = [sample_step(0, step, 50, 50, sizes) for step in range(2000)]
-    lams = np.sort([drawn.lam for drawn in draws])
+    lams = np.sort([sample.lam for sample in draws])
     assert lams[0] >= 0.5
     assert np.abs(lams - np.linspace(0.5, 1, 2000)).max() < 0.5 * 1.95 / math.sqrt(2000), (
         "Kolmogorov-Smirnov, p = 0.001"
     )
-    flips = np.mean([drawn.flips for drawn in draws])
+    flips = np.mean([sample.flips for sample in draws])
     assert abs(flips - 0.5) < 3.3 * 0.5 / math.sqrt(100_000)

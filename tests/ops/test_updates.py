@@ -14,13 +14,13 @@ from funmatch.ops.optim.updates import decayed_parameters
 from funmatch.training.loop import set_lr
 
 
-def test_the_schedule_rises_then_falls_to_zero():
+def test_cosine_schedule_rises_then_falls_to_zero():
     assert [cosine(step, 100, 10) for step in (0, 100)] == [0, 0]
     assert cosine(5, 100, 10) == pytest.approx(0.5)
     assert cosine(10, 100, 10) == 1
     assert cosine(55, 100, 10) == pytest.approx(0.5), "half of the cosine"
     assert cosine(32, 100, 10) == pytest.approx((1 + math.cos(math.pi * 22 / 90)) / 2)
-    assert cosine(0, 10, 0) == 1, "without warm-up it begins at the top"
+    assert cosine(0, 10, 0) == 1, "without warm-up it starts at its maximum"
     assert cosine(0, 1, 0) == 1
 
 
@@ -33,18 +33,18 @@ def test_the_schedule_rises_then_falls_to_zero():
         ("constant", {0: 0, 5: 0.5, 10: 1, 100: 1}),
     ],
 )
-def test_other_schedules_rise_and_fall_too(name, expected):
+def test_other_schedules_equal_their_definition(name, expected):
     assert {step: factor(name, step, 100, 10) for step in expected} == pytest.approx(expected)
 
 
-def test_the_cool_down_is_as_long_and_of_the_shape_that_was_said():
-    def last(step, **cooldown):
+def test_cooldown_has_the_given_length_and_shape():
+    def wsd_factor(step, **cooldown):
         return factor("wsd", step, 100, 0, **cooldown)
 
-    assert [last(step, cooldown_steps=4) for step in (95, 96, 97, 100)] == pytest.approx([1, 1, 0.5, 0])
-    shaped = [last(step, cooldown_steps=4, cooldown_shape="linear") for step in (96, 97, 98, 99, 100)]
-    assert shaped == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    assert last(100, cooldown_steps=0) == 1
+    assert [wsd_factor(step, cooldown_steps=4) for step in (95, 96, 97, 100)] == pytest.approx([1, 1, 0.5, 0])
+    linear = [wsd_factor(step, cooldown_steps=4, cooldown_shape="linear") for step in (96, 97, 98, 99, 100)]
+    assert linear == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert wsd_factor(100, cooldown_steps=0) == 1
 
 
 class Tiny(nn.Module):
@@ -57,12 +57,12 @@ class Tiny(nn.Module):
         self.position = nn.Parameter(torch.randn(1, 3))
 
 
-def test_only_kernels_decay():
+def test_only_kernels_of_a_mixed_module_decay():
     assert decayed_parameters(Tiny()) == {"conv.weight", "head.weight"}
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_050"])
-def test_kernels_of_real_networks_have_no_bias_norm_or_position(name):
+def test_only_convolution_and_linear_kernels_of_real_networks_decay(name):
     model = timm.create_model(name)
     found = decayed_parameters(model)
     modules = dict(model.named_modules())
@@ -73,7 +73,7 @@ def test_kernels_of_real_networks_have_no_bias_norm_or_position(name):
 
 
 @pytest.mark.parametrize("lr", [1e-3, 0.05])
-def test_an_update_is_the_papers(lr):
+def test_update_equals_the_papers_equation(lr):
     """Δw = −s·(lr·adam + wd·w): the decay does not depend on the learning rate, and follows the schedule."""
     torch.manual_seed(0)
     model = Tiny().double()

@@ -1,4 +1,4 @@
-"""The page needs no network, shows the views of a step, and is readable."""
+"""The page of runs: needs no network, shows metrics, curves, configuration and the views of a step."""
 
 import re
 import xml.dom.minidom
@@ -22,15 +22,15 @@ from funmatch.training.run import folder as run_folder
 
 
 @pytest.fixture(name="runs")
-def two_runs(tmp_path, finished_run):
-    knobs = {"data": FEW, "student": "fashion-mini-student", "batch": 16, "steps": 6, "log_every": 2}
-    knobs |= {"eval_every": 2}
-    labels = finished_run(tmp_path / "labels & <b>", "train", **knobs)
-    student = finished_run(tmp_path / "student_$x$", teacher="fashion-mini-teacher", **knobs)
+def labels_and_student_runs(tmp_path, finished_run):
+    options = {"data": FEW, "student": "fashion-mini-student", "batch": 16, "steps": 6, "log_every": 2}
+    options |= {"eval_every": 2}
+    labels = finished_run(tmp_path / "labels & <b>", "train", **options)
+    student = finished_run(tmp_path / "student_$x$", teacher="fashion-mini-teacher", **options)
     return labels.folder, student.folder
 
 
-def test_the_page_needs_nothing_from_outside(runs, tmp_path):
+def test_page_loads_nothing_from_the_network(runs, tmp_path):
     page = run_page.write_page(Report(runs=runs, out=tmp_path / "page.html")).read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)""", page.replace("xlink:href", "href"))
     assert "<script" not in page
@@ -39,7 +39,7 @@ def test_the_page_needs_nothing_from_outside(runs, tmp_path):
     HTMLParser().feed(page)
 
 
-def test_the_page_shows_several_teachers_and_the_average(tmp_path):
+def test_page_shows_several_teachers_and_the_ema(tmp_path):
     teacher = "fashion-mini-teacher"
     run = funmatch.distill(
         "fashion-mini", [teacher, teacher], "fashion-mini-student", tmp_path / "run",
@@ -55,7 +55,7 @@ def test_the_page_shows_several_teachers_and_the_average(tmp_path):
     assert average[3] == f"{100 * run.figures['ema']['top1']:.1f} %"
 
 
-def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
+def test_page_shows_runs_curves_and_configuration(runs, tmp_path):
     page = run_page.write_page(Report(runs=runs, out=tmp_path / "page.html")).read_text()
     assert "labels &amp; &lt;b&gt;" in page
     assert "<b>" not in page.replace("<b>labels", "").replace("<b>student", "")
@@ -69,15 +69,15 @@ def test_the_page_shows_runs_curves_and_configuration(runs, tmp_path):
     assert "images/s" in page
 
 
-def test_the_sheet_is_what_the_step_showed(runs):
+def test_contact_sheet_shows_the_views_of_the_step(runs):
     sheet = run_page.views_sheet(run_folder.find_run(runs[1]), 4)
     assert sheet["rows"] == ["teacher", "student"]
     split = open_cache(FEW).splits["train"]
     batch = Loader(split, ViewSpec(0, 16, 32)).batch_at(4)
     mixed = batch.lam * batch.crops[1:] + (1 - batch.lam) * batch.crops[:-1]
-    shown = np.asarray(Image.open(BytesIO(b64decode(sheet["png"]))))
-    factor = shown.shape[0] // 64
-    small = shown[::factor, ::factor]
+    pixels = np.asarray(Image.open(BytesIO(b64decode(sheet["png"]))))
+    factor = pixels.shape[0] // 64
+    small = pixels[::factor, ::factor]
     for row in range(2):
         for i in range(12):
             tile = small[row * 32 : (row + 1) * 32, i * 32 : (i + 1) * 32]
@@ -85,23 +85,23 @@ def test_the_sheet_is_what_the_step_showed(runs):
             assert np.abs(tile - expected).max() <= 0.51
 
 
-def test_an_unfinished_run_can_be_looked_at(runs):
+def test_page_of_an_unfinished_run(runs):
     (runs[0] / "result.json").unlink()
     page = run_page.write_page(Report(runs=(runs[0],))).read_text()
     assert "6 of 6" in page
 
 
-def test_agreement_on_training_views_stands_beside_that_on_held_out_images(runs):
+def test_page_compares_agreement_on_training_views_and_held_out_images(runs):
     _, folder = runs
     found = run_folder.find_run(folder)
     last = {each["event"]: each for each in found.metrics.read()}
-    views, unseen = run_page.agreement_rows(found)
+    views, held_out = run_page.agreement_rows(found)
     assert views[2:] == [
         "training views", percent(last["views"]["top1"]), percent(last["views"]["teacher_top1"]),
         percent(last["views"]["agreement"]), percent(last["views"]["agreement5"]), f"{last['views']['kl']:.3f}",
         f"{last['step']['loss']:.3f}",
     ]  # fmt: skip
-    assert unseen[2] == "val"
-    assert unseen[4] == percent(last["teacher"]["top1"])
-    assert unseen[7] == f"{last['eval']['kl']:.3f}"
+    assert held_out[2] == "val"
+    assert held_out[4] == percent(last["teacher"]["top1"])
+    assert held_out[7] == f"{last['eval']['kl']:.3f}"
     assert run_page.agreement_rows(run_folder.find_run(runs[0])) == [], "labels have no teacher"

@@ -1,4 +1,4 @@
-"""Freed memory is kept between steps, for as long as anybody takes steps."""
+"""Freed memory is kept between steps while any run is training."""
 
 import platform
 import resource
@@ -15,33 +15,33 @@ GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc"
 
 
 @GLIBC
-def test_the_first_to_begin_and_the_last_to_end_tell_the_library(monkeypatch):
-    told: list[str] = []
+def test_first_enter_and_last_exit_configure_malloc(monkeypatch):
+    calls: list[str] = []
 
     class Library:
         def mallopt(self, option: int, value: int) -> None:
-            told.append(f"{option} {value}")
+            calls.append(f"{option} {value}")
 
         def malloc_trim(self, _pad: int) -> None:
-            told.append("trim")
+            calls.append("trim")
 
     for name in malloc.OVERRIDE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: Library())
     one, other = malloc.keep_freed_memory(CPU), malloc.keep_freed_memory(CPU)
     one.__enter__()
-    assert told == ["-4 0", "-1 -1"]
+    assert calls == ["-4 0", "-1 -1"]
     other.__enter__()
     one.__exit__(None, None, None)
-    assert len(told) == 2
+    assert len(calls) == 2
     other.__exit__(None, None, None)
-    assert told[2:] == ["-4 65536", "-1 131072", "trim"]
+    assert calls[2:] == ["-4 65536", "-1 131072", "trim"]
     with malloc.keep_freed_memory(torch.device("cuda")):
         pass
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=5")
     with malloc.keep_freed_memory(CPU):
         pass
-    assert len(told) == 5, "what people say counts"
+    assert len(calls) == 5, "the user's own malloc settings are kept"
 
 
 STEPS = """
@@ -65,9 +65,9 @@ print(plain, own)
 
 
 @GLIBC
-def test_pages_are_not_cleared_again():
+def test_freed_memory_causes_no_page_faults_again():
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
     plain, own = map(int, done.stdout.split())
     page = resource.getpagesize()
-    assert plain * page > 10**7, "each time they come back page by page (or huge page)"
+    assert plain * page > 10**7, "without it, all memory faults in again"
     assert own < plain / 10

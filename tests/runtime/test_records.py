@@ -1,4 +1,4 @@
-"""Folders with a record, and JSON files that may be damaged: begun once, compared, locked, refused in one sentence."""
+"""Folders with a record (created once, compared, locked) and JSON files that may be damaged."""
 
 import json
 import os
@@ -19,19 +19,19 @@ from funmatch.runtime.measured import Measurement
 from funmatch.runtime.records import RecordFolder
 
 SHAPE = {"verb": str, "options": {"lr": float, "steps?": int | None}, "classes": list[str], "rows?": [{"n": int}]}
-SOUND = {"verb": "train", "options": {"lr": 1, "steps": None}, "classes": ["cat"], "rows": [{"n": 1}, {"n": 2}]}
+VALID = {"verb": "train", "options": {"lr": 1, "steps": None}, "classes": ["cat"], "rows": [{"n": 1}, {"n": 2}]}
 
 
-def differences(then: dict[str, Any], now: Any) -> list[str]:
-    return records.list_differences(then["options"], now["options"], "in the job")
+def differences(recorded: dict[str, Any], now: Any) -> list[str]:
+    return records.list_differences(recorded["options"], now["options"], "in the job")
 
 
-def folder_at(path: Path, **more: Any) -> RecordFolder:
+def record_folder(path: Path, **more: Any) -> RecordFolder:
     return RecordFolder(path, "job.json", "job", {"options": dict}, **more)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"verb": 3}, "'verb' is 3"),
         ({"verb": None}, "'verb' is null"),
@@ -47,17 +47,17 @@ def folder_at(path: Path, **more: Any) -> RecordFolder:
         ({"rows": [{"n": 1}, {}]}, "'n' is missing"),
     ],
 )
-def test_what_does_not_have_its_shape_is_named(change, words):
-    assert parse_json(json.dumps(SOUND), SHAPE) == SOUND
-    with pytest.raises(ValueError, match=words):
-        parse_json(json.dumps(SOUND | change), SHAPE)
+def test_wrong_types_are_named(change, message):
+    assert parse_json(json.dumps(VALID), SHAPE) == VALID
+    with pytest.raises(ValueError, match=message):
+        parse_json(json.dumps(VALID | change), SHAPE)
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "null", "[" * 100_000, '{"a":' * 100_000, "[" * 900 + "]" * 900, "1" * 20_000, "\xff", "\0"],
 )
-def test_what_is_no_json_of_ours_is_damaged(tmp_path, text):
+def test_invalid_json_is_damaged(tmp_path, text):
     path = tmp_path / "job.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(Damaged, match=r"job\.json is damaged"):
@@ -65,8 +65,8 @@ def test_what_is_no_json_of_ours_is_damaged(tmp_path, text):
 
 
 def test_mutated_files_are_read_or_damaged(tmp_path):
-    """Whatever happens to the bytes or to the values, nothing else is raised, and what is read has its shape."""
-    rng, path, text = random.Random(0), tmp_path / "job.json", json.dumps(SOUND).encode()
+    """Changed bytes and values raise only the documented errors, and whatever is read has the expected types."""
+    rng, path, text = random.Random(0), tmp_path / "job.json", json.dumps(VALID).encode()
     values = (None, True, -1, 1e308, 10**40, "x", [], {}, [[[]]], {"format": "1"}, float("inf"))
     for number in range(3000):
         if number % 2:
@@ -87,7 +87,7 @@ def test_mutated_files_are_read_or_damaged(tmp_path):
         assert record.keys() <= {"verb", "options", "classes", "rows", "format"}
 
 
-def test_formats(tmp_path):
+def test_newer_formats_are_refused_and_older_ones_read(tmp_path):
     path, shape = tmp_path / "job.json", {"a": int}
     for text, number in (('{"a": 1}', 1), ('{"format": 1, "a": 1}', 1), ('{"format": 2, "a": 1}', 2)):
         path.write_text(text)
@@ -105,8 +105,8 @@ def test_formats(tmp_path):
             read_record(path, shape, 2, "", closed=True)
 
 
-def test_a_folder_is_begun_once_and_compared_ever_after(tmp_path):
-    folder = folder_at(tmp_path / "new" / "job")
+def test_folder_is_created_once_and_compared_when_reopened(tmp_path):
+    folder = record_folder(tmp_path / "new" / "job")
     with folder.opened({"options": {"lr": 1}}, differences) as record:
         assert record == {"format": 1, "options": {"lr": 1}}
     before = folder.path.read_bytes()
@@ -124,34 +124,34 @@ def test_a_folder_is_begun_once_and_compared_ever_after(tmp_path):
     assert folder.path.read_bytes() == before
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_folder_of_something_else_is_refused_and_kept(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     (tmp_path / "file").write_text("precious")
     for name in ("mine", "file"):
         with (
             pytest.raises(InputError, match="exists and is not a job; choose another --to"),
-            folder_at(tmp_path / name, option="--to").opened({"options": {}}, differences),
+            record_folder(tmp_path / name, option="--to").opened({"options": {}}, differences),
         ):
             pass
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     with pytest.raises(InputError, match="not a name in UTF-8"):
-        folder_at(tmp_path / os.fsdecode(b"\xff")).check_place()
+        record_folder(tmp_path / os.fsdecode(b"\xff")).check_place()
 
 
-def test_what_a_kill_left_is_no_obstacle_and_goes(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".job.json.x1.partial").write_text("{")
     (tmp_path / ".student.partial").mkdir()
     (tmp_path / ".student.partial" / "x").touch()
     (tmp_path / ".begin").touch()
-    with folder_at(tmp_path).opened({"options": {}}, differences):
+    with record_folder(tmp_path).opened({"options": {}}, differences):
         assert {path.name for path in tmp_path.iterdir()} == {"job.json", ".begin"}
 
 
-def test_a_newer_format_is_refused_and_nothing_is_touched(tmp_path):
+def test_newer_format_is_refused_and_nothing_is_changed(tmp_path):
     (tmp_path / ".student.partial").mkdir()
     (tmp_path / "job.json").write_text('{"format": 2}')
-    folder = folder_at(tmp_path)
+    folder = record_folder(tmp_path)
     with (
         pytest.raises(NewerFormat, match=r"\(format 2; this version reads format 1\)"),
         folder.opened({"options": {}}, differences),
@@ -162,8 +162,8 @@ def test_a_newer_format_is_refused_and_nothing_is_touched(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["while it begins", "while it runs"])
-def test_nothing_stays_of_a_begin_that_came_to_nothing(tmp_path, when):
-    folder = folder_at(tmp_path / "job", leftovers=("log",))
+def test_failed_creation_leaves_no_folder(tmp_path, when):
+    folder = record_folder(tmp_path / "job", leftovers=("log",))
     with pytest.raises(OSError, match="full"):  # noqa: PT012
         if when == "while it begins":
             with folder.beginning():
@@ -172,11 +172,13 @@ def test_nothing_stays_of_a_begin_that_came_to_nothing(tmp_path, when):
                 raise OSError("full")
         with folder.opened({"options": {}}, differences):
             raise OSError("full")
-    assert (tmp_path / "job").exists() == (when == "while it runs"), "a record that was begun is there to be resumed"
+    assert (tmp_path / "job").exists() == (when == "while it runs"), (
+        "a complete record is kept, so that the job can be resumed"
+    )
 
 
-def test_another_process_is_named(tmp_path):
-    folder = folder_at(tmp_path)
+def test_error_names_the_process_that_holds_the_lock(tmp_path):
+    folder = record_folder(tmp_path)
     code = (
         "import sys, pathlib; from funmatch.runtime.records import RecordFolder\n"
         "folder = RecordFolder(pathlib.Path(sys.argv[1]), 'job.json', 'job', {'options': dict})\n"
@@ -191,8 +193,8 @@ def test_another_process_is_named(tmp_path):
     assert other.stdout.readline() == "ready\n"
     with pytest.raises(InputError) as error, folder.opened({"options": {}}, differences):
         pass
-    who = f"another process (PID {other.pid})" if Path("/proc/locks").is_file() else "another process"
-    assert str(error.value) == f"{who} is using {tmp_path}; wait for it or choose another --out"
+    owner = f"another process (PID {other.pid})" if Path("/proc/locks").is_file() else "another process"
+    assert str(error.value) == f"{owner} is using {tmp_path}; wait for it or choose another --out"
     other.stdin.close()
     assert other.wait() == 0
     other.stdout.close()
@@ -200,7 +202,7 @@ def test_another_process_is_named(tmp_path):
         assert files.lock_owner(folder.path) in (os.getpid(), None)
 
 
-def test_a_link_is_written_through(tmp_path):
+def test_folder_behind_a_link_is_replaced_and_the_link_kept(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "old").touch()
     (tmp_path / "student").symlink_to(tmp_path / "disk")
@@ -214,24 +216,26 @@ def test_a_link_is_written_through(tmp_path):
 def test_arrays_are_read_or_damaged(tmp_path):
     path, rng = tmp_path / "a.npy", random.Random(0)
     files.write_array(path, np.arange(3))
-    sound = path.read_bytes()
+    valid = path.read_bytes()
     for _ in range(500):
-        content = bytearray(sound)
-        content[rng.randrange(len(content) - 24)] = rng.randrange(256)  # all but the data itself
+        content = bytearray(valid)
+        content[rng.randrange(len(content) - 24)] = rng.randrange(256)  # the header only: any bytes are valid data
         path.write_bytes(content)
         with suppress(ValueError):
             files.read_array(path)
 
 
-def test_a_measurement_is_kept_and_what_is_damaged_counts_for_nothing(tmp_path, monkeypatch):
+def test_measurement_is_cached_and_a_damaged_one_ignored(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
-    found = Measurement("steps", "a network on this machine", "this student")
-    assert found.path == tmp_path / "steps" / "091a2e67662d209c39901f92.json", "files stay valid"
-    assert found.read({"fp32": float}) is None
-    found.write({"fp32": 1.5})
-    assert found.read({"fp32": float}) == {"fp32": 1.5}
+    measurement = Measurement("steps", "a network on this machine", "this student")
+    assert measurement.path == tmp_path / "steps" / "091a2e67662d209c39901f92.json", (
+        "the file name must not change, or cached measurements are lost"
+    )
+    assert measurement.read({"fp32": float}) is None
+    measurement.write({"fp32": 1.5})
+    assert measurement.read({"fp32": float}) == {"fp32": 1.5}
     for text in ("{", "[]", '{"fp32": "1"}', "[" * 100_000):
-        found.path.write_text(text)
-        assert found.read({"fp32": float}) is None
+        measurement.path.write_text(text)
+        assert measurement.read({"fp32": float}) is None
     (tmp_path / "forms").write_text("in the way")
     Measurement("forms", "x", "this teacher").write({})

@@ -1,4 +1,4 @@
-"""Runs on data of every kind: unlabelled, of other things, cut, joined, in shards; judged on what they should be."""
+"""Runs on all kinds of data: unlabelled, other classes, held-out splits, joined folders, shards."""
 
 import json
 
@@ -9,58 +9,58 @@ import funmatch
 from funmatch.errors import InputError
 
 TINY = {"student": "fashion-mini-student", "steps": 2, "batch": 8, "threads": 1}
-TAUGHT = {**TINY, "teacher": "fashion-mini-teacher"}
+DISTILL = {**TINY, "teacher": "fashion-mini-teacher"}
 
 
-def folder(root, classes=("ant", "bee"), count=10):
+def class_folder(root, classes=("ant", "bee"), count=10):
     for c, name in enumerate(classes):
         for i in range(count):
             paint(root / name / f"{i:02}.png", 100 * c + i)
     return root
 
 
-def test_images_of_other_things_teach_too(tmp_path, capfd):
-    run = funmatch.distill(data=folder(tmp_path / "insects"), out=tmp_path / "run", **TAUGHT)
+def test_images_of_other_classes_are_used_without_labels(tmp_path, capfd):
+    run = funmatch.distill(data=class_folder(tmp_path / "insects"), out=tmp_path / "run", **DISTILL)
     assert "using its images without labels" in capfd.readouterr().err
     assert (run.figures["split"], run.figures["pictures"], run.top1) == ("train", 20, None)
     assert 0 <= run.agreement <= 1
     assert funmatch.evaluate(run.folder)["agreement"] == pytest.approx(run.agreement, abs=0.1)
 
 
-def test_other_things_with_a_validation_split_are_a_mistake(images, tmp_path):
+def test_other_classes_with_a_validation_split_are_an_error(images, tmp_path):
     with pytest.raises(InputError, match=r"10 outputs, but images has 3 classes .*unlabelled, or .*eval_data"):
-        funmatch.distill(data=images, out=tmp_path / "run", **TAUGHT)
-    run = funmatch.distill(data=images, out=tmp_path / "run", unlabelled=True, **TAUGHT)
+        funmatch.distill(data=images, out=tmp_path / "run", **DISTILL)
+    run = funmatch.distill(data=images, out=tmp_path / "run", unlabelled=True, **DISTILL)
     assert run.top1 is None
     assert run.figures["split"] == "test"
 
 
-def test_judged_on_other_images(images, tmp_path):
-    run = funmatch.distill(data=images, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT)
+def test_evaluation_on_other_data(images, tmp_path):
+    run = funmatch.distill(data=images, eval_data="fashion-mini", out=tmp_path / "run", **DISTILL)
     assert (run.figures["split"], run.figures["pictures"]) == ("test", 2000)
     assert run.figures["teacher"]["top1"] > 0.9
     config = json.loads((run.folder / "config.json").read_text())
     assert config["facts"]["pictures"] == {"train": 15, "val": 500, "test": 2000}
-    again = funmatch.evaluate(run.folder)
-    assert (again["pictures"], again["data"]) == (2000, ["fashion-mini"])
-    assert again["top1"] == pytest.approx(run.top1)
+    evaluated = funmatch.evaluate(run.folder)
+    assert (evaluated["pictures"], evaluated["data"]) == (2000, ["fashion-mini"])
+    assert evaluated["top1"] == pytest.approx(run.top1)
     assert "data:image/png;base64," in run.report.read_text(), "the views of a step"
     assert (
-        funmatch.distill(data=images, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT).figures == run.figures
+        funmatch.distill(data=images, eval_data="fashion-mini", out=tmp_path / "run", **DISTILL).figures == run.figures
     )
 
 
-def test_judged_on_a_folder_without_splits(images, tmp_path):
-    other = folder(tmp_path / "other", ("ant", "bee", "cat"), 4)
+def test_evaluation_on_a_folder_without_splits(images, tmp_path):
+    other = class_folder(tmp_path / "other", ("ant", "bee", "cat"), 4)
     run = funmatch.train(data=images, eval_data=other, out=tmp_path / "run", side=16, **TINY)
     assert (run.figures["split"], run.figures["pictures"]) == ("test", 12)
-    insects = folder(tmp_path / "insects")
+    insects = class_folder(tmp_path / "insects")
     with pytest.raises(InputError, match="no labels"):
         funmatch.train(data=images, eval_data=insects, out=tmp_path / "other-run", side=16, **TINY)
 
 
-def test_a_run_with_a_cut_is_judged_by_the_same_cut(tmp_path):
-    data = folder(tmp_path / "insects", count=20)
+def test_held_out_images_are_the_same_in_evaluation(tmp_path):
+    data = class_folder(tmp_path / "insects", count=20)
     run = funmatch.train(data=data, val="20%", out=tmp_path / "run", side=16, **TINY)
     assert (run.figures["split"], run.figures["pictures"]) == ("val", 8)
     assert funmatch.evaluate(run.folder)["pictures"] == 8
@@ -69,14 +69,14 @@ def test_a_run_with_a_cut_is_judged_by_the_same_cut(tmp_path):
         funmatch.train(data=data, val="20%", val_seed=1, out=tmp_path / "run", side=16, **TINY)
 
 
-def test_a_run_goes_on_where_its_images_went(images, tmp_path):
-    knobs = {**TINY, "side": 16}
-    before = funmatch.train(data=images, out=tmp_path / "run", **knobs)
+def test_run_is_recognised_after_its_images_moved(images, tmp_path):
+    options = {**TINY, "side": 16}
+    before = funmatch.train(data=images, out=tmp_path / "run", **options)
     images.rename(tmp_path / "moved")
-    assert funmatch.train(data=tmp_path / "moved", out=tmp_path / "run", **knobs).figures == before.figures
+    assert funmatch.train(data=tmp_path / "moved", out=tmp_path / "run", **options).figures == before.figures
 
 
-def test_a_run_on_shards_is_the_run_on_their_images(images, tmp_path, funmatch):
+def test_runs_on_shards_and_on_joined_data(images, tmp_path, funmatch):
     import funmatch as api
 
     funmatch("prepare", images, "--to", "tfrecord", "--shard-size", "5", "--out", "shards")
@@ -84,16 +84,16 @@ def test_a_run_on_shards_is_the_run_on_their_images(images, tmp_path, funmatch):
     run = api.train(data=spec, out=tmp_path / "run", side=16, **TINY)
     assert run.figures["pictures"] == 12
     assert api.evaluate(run.folder, split="val")["pictures"] == 9
-    taught = api.distill(
+    distilled = api.distill(
         data=[spec, images], teacher=run.folder, allow_weak_teacher=True, out=tmp_path / "t", side=16, **TINY
     )
-    facts = json.loads((taught.folder / "config.json").read_text())["facts"]
+    facts = json.loads((distilled.folder / "config.json").read_text())["facts"]
     assert facts["pictures"] == {"train": 30, "val": 18, "test": 24}
     assert facts["classes"] == ["ant", "bee", "cat"]
 
 
-def test_numbered_classes_fit_a_named_teacher(tmp_path):
-    """Shards without class names: labels are taken to be in the teacher's order."""
+def test_numbered_classes_are_taken_in_the_teachers_order(tmp_path):
+    """Shards without class names: labels are assumed to be in the teacher's order."""
     from funmatch.data.formats.tfrecord import example, frame
     from funmatch.data.readers.open import open_dataset
 
@@ -106,37 +106,37 @@ def test_numbered_classes_fit_a_named_teacher(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["resident", "streaming"])
-def test_a_run_is_the_same_either_way(images, tmp_path, way):
+def test_resident_and_streaming_runs_are_equal(images, tmp_path, way):
     run = funmatch.train(data=images, out=tmp_path / "run", side=16, **TINY)
-    again = funmatch.train(data=images, out=tmp_path / way, side=16, pixels=way, **TINY)
-    weights = [path / "student" / "model.safetensors" for path in (run.folder, again.folder)]
+    evaluated = funmatch.train(data=images, out=tmp_path / way, side=16, pixels=way, **TINY)
+    weights = [path / "student" / "model.safetensors" for path in (run.folder, evaluated.folder)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_student_of_numbered_shards_has_its_teachers_names(tmp_path):
+def test_student_of_numbered_shards_gets_the_teachers_class_names(tmp_path):
     from funmatch.data.formats.tfrecord import example, frame
     from funmatch.data.readers.open import open_dataset
 
     mini = open_dataset("fashion-mini")
     records = [frame(example(mini.read("train", i), int(mini.splits["train"].labels[i]))) for i in range(0, 160, 5)]
     (tmp_path / "train.tfrecord").write_bytes(b"".join(records))
-    run = funmatch.distill(data=f"tfrecord:{tmp_path}/train.tfrecord", out=tmp_path / "run", **TAUGHT)
+    run = funmatch.distill(data=f"tfrecord:{tmp_path}/train.tfrecord", out=tmp_path / "run", **DISTILL)
     assert json.loads((run.folder / "student" / "config.json").read_text())["label_names"] == list(mini.classes)
     assert funmatch.evaluate(run.folder, data="fashion-mini", split="val")["pictures"] == 500
 
 
-def test_a_leak_between_what_is_learnt_and_judged_is_told(images, tmp_path, capfd):
+def test_leak_between_training_and_evaluation_data_is_a_warning(images, tmp_path, capfd):
     funmatch.train(data=images, eval_data=images / "train", out=tmp_path / "run", side=16, **TINY)
     assert "WARNING: 15 images of train's test are also in images's train" in capfd.readouterr().err
 
 
-def test_unlabelled_is_of_what_is_learnt(images, tmp_path):
-    run = funmatch.distill(data=images, unlabelled=True, eval_data="fashion-mini", out=tmp_path / "run", **TAUGHT)
+def test_unlabelled_applies_to_training_data_only(images, tmp_path):
+    run = funmatch.distill(data=images, unlabelled=True, eval_data="fashion-mini", out=tmp_path / "run", **DISTILL)
     assert run.top1 is not None
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"val": "10%", "eval_data": "fashion-mini"}, "give one of them"),
         ({"data": []}, "give the training images by data"),
@@ -145,6 +145,6 @@ def test_unlabelled_is_of_what_is_learnt(images, tmp_path):
         ({"val_seed": 10**30}, "val_seed must be at most"),
     ],
 )
-def test_words_about_data_that_cannot_be(knobs, message, images, tmp_path):
+def test_invalid_data_options_are_rejected(options, message, images, tmp_path):
     with pytest.raises(InputError, match=message):
-        funmatch.distill(**{"data": images, "out": tmp_path / "run", **TAUGHT, **knobs})
+        funmatch.distill(**{"data": images, "out": tmp_path / "run", **DISTILL, **options})

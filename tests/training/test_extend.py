@@ -1,4 +1,4 @@
-"""Runs that are prolonged: the same path as one that was long from the start, and nothing of the old end lost."""
+"""Extended runs equal runs that were long from the start, and keep the result of the shorter run."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from funmatch.runtime import records as run_records
 from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
 
-KNOBS = {
+OPTIONS = {
     "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
     "threads": 1, "schedule": "wsd", "log_every": 3, "eval_every": 6, "save_every": 5, "ema": 0.9,
 }  # fmt: skip
@@ -43,7 +43,7 @@ def records(folder: Path) -> list[dict]:
     ]
 
 
-def same(one: Path, other: Path) -> None:
+def assert_same_runs(one: Path, other: Path) -> None:
     first, second = state_of(one), state_of(other)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -57,25 +57,25 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(name="long", scope="module")
-def long_from_the_start(tmp_path_factory):
+def uninterrupted_long_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("long") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("FUNMATCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return funmatch.distill(out=folder, **KNOBS, **LONG, warmup_steps=2).folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUNMATCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return funmatch.distill(out=folder, **OPTIONS, **LONG, warmup_steps=2).folder
 
 
-def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long, finished_run):
-    short = finished_run(tmp_path / "run", **KNOBS, **SHORT)
-    folder, figures = short.folder, short.figures
+def test_extended_run_equals_uninterrupted_long_run(tmp_path, long, finished_run):
+    short = finished_run(tmp_path / "run", **OPTIONS, **SHORT)
+    folder, metrics = short.folder, short.figures
     assert json.loads((folder / "config.json").read_text())["knobs"]["warmup_steps"] == 2
     student = load_file(folder / "student" / "model.safetensors")
     tail = [each for each in records(folder) if each["step"] > 14]
-    again = funmatch.distill(out=folder, **KNOBS, **LONG)
-    assert again.figures["step"] == 34
-    same(folder, long)
+    longer = funmatch.distill(out=folder, **OPTIONS, **LONG)
+    assert longer.figures["step"] == 34
+    assert_same_runs(folder, long)
     end = folder / "ends" / "step-000000020"
-    kept = json.loads((end / "result.json").read_text())
-    assert kept | {"run": figures["run"]} == figures
+    kept_result = json.loads((end / "result.json").read_text())
+    assert kept_result | {"run": metrics["run"]} == metrics
     for name, tensor in load_file(end / "student" / "model.safetensors").items():
         assert torch.equal(tensor, student[name])
     assert (end / "student-ema" / "model.safetensors").is_file()
@@ -86,9 +86,9 @@ def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long, fini
     assert "run, end at step 20" in page
     assert "run, end at step 20, EMA weights" in page
     assert "run, EMA weights" in page
-    assert run_folder.Run(folder).result == again.figures
-    # A third time, by default a fifth of the run long; and a fourth, which has nothing to do.
-    more = funmatch.distill(out=folder, **KNOBS, steps=50)
+    assert run_folder.Run(folder).result == longer.figures
+    # A third length with the default cool-down, a fifth of the run; repeating it has nothing to do.
+    more = funmatch.distill(out=folder, **OPTIONS, steps=50)
     assert more.figures["step"] == 50
     assert [path.folder.name for path in extend.earlier_ends(run_folder.Run(folder))] == [
         "step-000000020",
@@ -96,42 +96,42 @@ def test_prolonged_is_as_if_it_had_been_long_from_the_start(tmp_path, long, fini
     ]
     assert [path.name for path in (folder / "checkpoints").glob("stable-*")] == ["stable-000000040"]
     stamp = (folder / "result.json").stat().st_mtime_ns
-    funmatch.distill(out=folder, **KNOBS, steps=50)
+    funmatch.distill(out=folder, **OPTIONS, steps=50)
     assert (folder / "result.json").stat().st_mtime_ns == stamp
 
 
-def test_a_run_that_is_not_over_is_prolonged_too(tmp_path, long, monkeypatch):
+def test_unfinished_run_can_be_extended(tmp_path, long, monkeypatch):
     for stop in (8, 17):  # before and in its cool-down
         folder = tmp_path / f"stopped-{stop}"
-        real = checkpoint.save
+        original = checkpoint.save
 
-        def stopping(place, tensors, state, stop=stop, real=real):
-            real(place, tensors, state)
+        def save_and_stop(target, tensors, state, stop=stop, original=original):
+            original(target, tensors, state)
             if state.step >= stop:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(checkpoint, "save", stopping)
+        monkeypatch.setattr(checkpoint, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            funmatch.distill(out=folder, **KNOBS, **SHORT)
-        monkeypatch.setattr(checkpoint, "save", real)
-        assert funmatch.distill(out=folder, **KNOBS, **LONG).figures["step"] == 34
-        same(folder, long)
-        assert not (folder / "ends").exists(), "it had come to no end"
+            funmatch.distill(out=folder, **OPTIONS, **SHORT)
+        monkeypatch.setattr(checkpoint, "save", original)
+        assert funmatch.distill(out=folder, **OPTIONS, **LONG).figures["step"] == 34
+        assert_same_runs(folder, long)
+        assert not (folder / "ends").exists(), "the shorter run had not finished"
 
 
-def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch, finished_run):
-    first = finished_run(tmp_path / "short", **KNOBS, **SHORT).folder
+def test_interrupted_extension_loses_nothing(tmp_path, long, monkeypatch, finished_run):
+    first = finished_run(tmp_path / "short", **OPTIONS, **SHORT).folder
     before = state_of(first)
     for number in range(5):
         folder = tmp_path / f"cut-{number}"
         shutil.copytree(first, folder)
         calls = []
 
-        def cut(*given, calls=calls, number=number, real, **more):
+        def interrupt(*args, calls=calls, number=number, original, **more):
             calls.append(1)
             if len(calls) > number:
                 raise KeyboardInterrupt
-            return real(*given, **more)
+            return original(*args, **more)
 
         patches = [
             (extend, "write_folder_atomically"),
@@ -139,28 +139,28 @@ def test_a_stop_anywhere_on_the_way_to_a_longer_run(tmp_path, long, monkeypatch,
             (checkpoint, "go_back"),
             (shutil, "rmtree"),
         ]
-        with monkeypatch.context() as patched:
+        with monkeypatch.context() as patch:
             for module, name in patches:
-                real = getattr(module, name)
-                patched.setattr(module, name, lambda *a, real=real, **k: cut(*a, real=real, **k))
+                original = getattr(module, name)
+                patch.setattr(module, name, lambda *a, original=original, **k: interrupt(*a, original=original, **k))
             with pytest.raises(KeyboardInterrupt):
-                extend.extend(folder, *_asked(folder, LONG))
-        if number % 2:  # the old command ends as it did
-            funmatch.distill(out=folder, **KNOBS, **SHORT)
+                extend.extend(folder, *_longer_config(folder, LONG))
+        if number % 2:  # the old command still gives the old result
+            funmatch.distill(out=folder, **OPTIONS, **SHORT)
             for name, tensor in state_of(folder).items():
                 assert torch.equal(tensor, before[name])
-        assert funmatch.distill(out=folder, **KNOBS, **LONG).figures["step"] == 34
-        same(folder, long)
+        assert funmatch.distill(out=folder, **OPTIONS, **LONG).figures["step"] == 34
+        assert_same_runs(folder, long)
         assert (folder / "ends" / "step-000000020" / "student" / "model.safetensors").is_file()
 
 
-def _asked(folder: Path, length: dict) -> tuple[str, dict, dict]:
+def _longer_config(folder: Path, length: dict) -> tuple[str, dict, dict]:
     config = run_folder.Run(folder).config
     return config["verb"], config["knobs"] | length, config["facts"]
 
 
 @pytest.mark.parametrize(
-    ("length", "words"),
+    ("length", "message"),
     [
         ({"steps": 10}, "can be made longer, not 10"),
         ({"steps": 22, "cooldown_steps": 12}, "would cool down from step 10, before the 14 .* pass cooldown_steps 8"),
@@ -168,66 +168,66 @@ def _asked(folder: Path, length: dict) -> tuple[str, dict, dict]:
         ({"steps": 30, "warmup_steps": 5}, "warmup_steps: 2 in the run, 5 now"),
     ],
 )
-def test_what_cannot_be_prolonged(tmp_path, length, words, finished_run):
-    folder = finished_run(tmp_path / "run", **KNOBS, **SHORT).folder
+def test_impossible_extensions_are_refused(tmp_path, length, message, finished_run):
+    folder = finished_run(tmp_path / "run", **OPTIONS, **SHORT).folder
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with pytest.raises(InputError, match=words):
-        funmatch.distill(out=folder, **KNOBS | length)
+    with pytest.raises(InputError, match=message):
+        funmatch.distill(out=folder, **OPTIONS | length)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_ends_that_patience_made_are_all_kept(tmp_path):
-    knobs = KNOBS | {"patience": 1, "eval_every": 2, "lr": 1e-9, "cooldown_steps": 4}
+def test_all_ends_after_early_stopping_are_kept(tmp_path):
+    options = OPTIONS | {"patience": 1, "eval_every": 2, "lr": 1e-9, "cooldown_steps": 4}
     for steps in (20, 30, 40):
-        figures = funmatch.distill(out=tmp_path / "run", **knobs, steps=steps).figures
-        assert figures["step"] == 4, "validation has nothing to like"
+        metrics = funmatch.distill(out=tmp_path / "run", **options, steps=steps).figures
+        assert metrics["step"] == 4, "with so small a learning rate, validation never improves"
     names = [each.folder.name for each in extend.earlier_ends(run_folder.Run(tmp_path / "run"))]
     assert names == ["step-000000004-of-000000020", "step-000000004-of-000000030"]
 
 
-def test_a_run_that_cools_down_from_its_first_step_begins_again(tmp_path):
-    first = funmatch.distill(out=tmp_path / "run", **KNOBS, steps=6, cooldown_steps=6)
-    again = funmatch.distill(out=tmp_path / "run", **KNOBS, steps=9, cooldown_steps=9)
-    assert (first.figures["step"], again.figures["step"]) == (6, 9)
+def test_run_without_a_stable_phase_starts_over(tmp_path):
+    first = funmatch.distill(out=tmp_path / "run", **OPTIONS, steps=6, cooldown_steps=6)
+    longer = funmatch.distill(out=tmp_path / "run", **OPTIONS, steps=9, cooldown_steps=9)
+    assert (first.figures["step"], longer.figures["step"]) == (6, 9)
 
 
-def test_an_end_that_was_gone_beyond_is_named(tmp_path, finished_run):
-    folder = finished_run(tmp_path / "run", **KNOBS, **SHORT).folder
-    funmatch.distill(out=folder, **KNOBS, **LONG)
+def test_error_names_the_kept_end_of_a_shorter_run(tmp_path, finished_run):
+    folder = finished_run(tmp_path / "run", **OPTIONS, **SHORT).folder
+    funmatch.distill(out=folder, **OPTIONS, **LONG)
     with pytest.raises(InputError, match=r"its end at step 20 is kept in .*step-000000020"):
-        funmatch.distill(out=folder, **KNOBS, **SHORT)
+        funmatch.distill(out=folder, **OPTIONS, **SHORT)
 
 
-def test_other_schedules_are_not_prolonged(tmp_path):
-    knobs = KNOBS | {"schedule": "cosine"}
-    folder = funmatch.distill(out=tmp_path / "run", **knobs, steps=6).folder
+def test_other_schedules_cannot_be_extended(tmp_path):
+    options = OPTIONS | {"schedule": "cosine"}
+    folder = funmatch.distill(out=tmp_path / "run", **options, steps=6).folder
     with pytest.raises(InputError, match="only runs of schedule wsd can be extended"):
-        funmatch.distill(out=folder, **knobs, steps=8)
+        funmatch.distill(out=folder, **options, steps=8)
 
 
-def test_labels_and_the_best_student_are_prolonged(tmp_path):
-    knobs = {name: value for name, value in KNOBS.items() if name not in ("teacher", "ema")}
-    knobs |= {"keep": "best", "eval_every": 2}
-    long = funmatch.train(out=tmp_path / "long", **knobs, **LONG, warmup_steps=2).folder
-    folder = funmatch.train(out=tmp_path / "run", **knobs, **SHORT).folder
-    assert funmatch.train(out=folder, **knobs, **LONG).figures["step"] == 34
+def test_training_on_labels_with_keep_best_can_be_extended(tmp_path):
+    options = {name: value for name, value in OPTIONS.items() if name not in ("teacher", "ema")}
+    options |= {"keep": "best", "eval_every": 2}
+    long = funmatch.train(out=tmp_path / "long", **options, **LONG, warmup_steps=2).folder
+    folder = funmatch.train(out=tmp_path / "run", **options, **SHORT).folder
+    assert funmatch.train(out=folder, **options, **LONG).figures["step"] == 34
     assert records(folder) == records(long)
     for name, tensor in load_file(folder / "student" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(long / "student" / "model.safetensors")[name])
 
 
 @pytest.mark.slow
-def test_kills_at_random_instants(tmp_path, long):
-    words = [sys.executable, "-m", "funmatch", "distill", "--out", str(tmp_path / "run"), "--warmup-steps", "2"]
-    options = [word for name, value in KNOBS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+def test_kills_at_random_times_change_no_bit(tmp_path, long):
+    argv = [sys.executable, "-m", "funmatch", "distill", "--out", str(tmp_path / "run"), "--warmup-steps", "2"]
+    options = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     for length, kills in ((SHORT, 2), (LONG, 8)):
         more = [word for name, value in length.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         for number in range(kills):
-            process = subprocess.Popen([*words, *options, *more], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen([*argv, *options, *more], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             time.sleep(3 + 0.7 * number)
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
             process.wait()
-        subprocess.run([*words, *options, *more], check=True, capture_output=True)
-    same(tmp_path / "run", long)
+        subprocess.run([*argv, *options, *more], check=True, capture_output=True)
+    assert_same_runs(tmp_path / "run", long)
     assert (tmp_path / "run" / "ends" / "step-000000020" / "result.json").is_file()

@@ -1,4 +1,4 @@
-"""The training loop: what an update does with gradients, and how short the way of a batch is."""
+"""The training loop: gradient clipping, and the number of files that a batch passes."""
 
 import sys
 import threading
@@ -23,7 +23,7 @@ PACKAGE = Path(funmatch.__file__).parent
 CPU = torch.device("cpu")
 
 
-def test_clipping_looks_at_all_gradients_together():
+def test_clipping_uses_the_norm_of_all_gradients():
     student = nn.ParameterDict({"a": torch.zeros(2), "b": torch.zeros(1)})
     slopes = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}  # of norm 5
 

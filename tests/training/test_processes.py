@@ -1,4 +1,4 @@
-"""Several processes teach the student that one would, and begin, stop and fail as one."""
+"""Several processes train the same student as one process, and start, stop and fail together."""
 
 import os
 import signal
@@ -16,47 +16,49 @@ from safetensors.torch import load_file
 from funmatch.runtime import env
 from funmatch.training.run import folder as run_folder
 
-WORDS = [
+ARGV = [
     "--data", "fashion-mini", "--batch", "16", "--steps", "12", "--save-every", "4", "--eval-every", "6",
     "--log-every", "1", "--lr", "0.001", "--device", "cpu",
 ]  # fmt: skip
-TAUGHT = ["distill", "--teacher", "fashion-mini-teacher", "--teacher-precision", "fp32", *WORDS]
+DISTILL = ["distill", "--teacher", "fashion-mini-teacher", "--teacher-precision", "fp32", *ARGV]
 RESNET = ["--student", "resnet10t", "--student-kwargs", "channels=8,16,16,24", "stem_width=8"]
 PLAIN, BATCHNORM = [*RESNET, "norm_layer=groupnorm1"], ["--student", "fashion-mini-student"]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
-def start(*words: str | Path, world: int = 1) -> list[subprocess.Popen]:
-    """`world` processes of `python words…`, told what torchrun tells its processes."""
+def start(*argv: str | Path, world: int = 1) -> list[subprocess.Popen]:
+    """Start `world` processes of `python argv…` with the variables that torchrun sets."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    seats = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)} for rank in range(world)]
+    rank_variables = [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)} for rank in range(world)
+    ]
     return [
         subprocess.Popen(
-            [sys.executable, "-W", "error", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, **(shared | seat if world > 1 else {})},
+            [sys.executable, "-W", "error", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, **(shared | own if world > 1 else {})},
         )
-        for seat in seats
+        for own in rank_variables
     ]  # fmt: skip
 
 
-def ended(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
-    """What each process said, after all have ended alike."""
+def wait_for_all(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
+    """Output of each process, after all have exited with `code`; kills those that hang."""
     try:
-        said = ["".join(process.communicate(timeout=120)) for process in processes]
+        outputs = ["".join(process.communicate(timeout=120)) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [code] * len(processes), said
-    return said
+    assert [process.returncode for process in processes] == [code] * len(processes), outputs
+    return outputs
 
 
-def run(out: Path, *words: str | Path, world: int = 1) -> Path:
-    ended(start("-m", "funmatch", *words, "--out", out, world=world))
+def run(out: Path, *argv: str | Path, world: int = 1) -> Path:
+    wait_for_all(start("-m", "funmatch", *argv, "--out", out, world=world))
     return out
 
 
@@ -69,7 +71,7 @@ def records(out: Path, event: str) -> list[dict]:
 
 
 def assert_near(one: Path, two: Path, share: float = 1e-5) -> None:
-    """The students, and what was recorded on the way, are the same up to rounding."""
+    """The students and the recorded losses are equal up to rounding."""
     first, second = student(one), student(two)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -85,82 +87,91 @@ def assert_near(one: Path, two: Path, share: float = 1e-5) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "share"), [(PLAIN, 1e-5), (RESNET, 2e-4)], ids=["GroupNorm", "BatchNorm"])
-def test_two_processes_teach_the_student_of_one(tmp_path, words, share):
-    """With BatchNorm, one process on two threads is as far from itself on one: 4e-5 where a bias is near zero."""
-    one = run(tmp_path / "one", *TAUGHT, *words, "--side", "28")
-    two = run(tmp_path / "two", *TAUGHT, *words, "--side", "28", world=2)
+@pytest.mark.parametrize(("argv", "share"), [(PLAIN, 1e-5), (RESNET, 2e-4)], ids=["GroupNorm", "BatchNorm"])
+def test_two_processes_train_the_same_student_as_one(tmp_path, argv, share):
+    """BatchNorm needs a wider tolerance: even one process on two threads differs by 4e-5 from itself on one."""
+    one = run(tmp_path / "one", *DISTILL, *argv, "--side", "28")
+    two = run(tmp_path / "two", *DISTILL, *argv, "--side", "28", world=2)
     assert_near(one, two, share)
-    assert any(name.endswith("running_var") for name in student(two)) == (words is RESNET)
+    assert any(name.endswith("running_var") for name in student(two)) == (argv is RESNET)
     timm.create_model(f"local-dir:{two}/student", pretrained=True)
     assert (two / "report.html").is_file()
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_roots_of_shampoo(tmp_path):
-    words = [*TAUGHT, *PLAIN, "--side", "28", "--optimizer", "shampoo", "--lr", "0.1", "--optimizer-kwargs"]
-    words += ["block_size=16", "start_preconditioning_step=2"]
-    one, two = (run(tmp_path / str(world), *words, world=world) for world in (1, 2))
+def test_two_processes_share_shampoos_root_computations(tmp_path):
+    argv = [*DISTILL, *PLAIN, "--side", "28", "--optimizer", "shampoo", "--lr", "0.1", "--optimizer-kwargs"]
+    argv += ["block_size=16", "start_preconditioning_step=2"]
+    one, two = (run(tmp_path / str(world), *argv, world=world) for world in (1, 2))
     assert_near(one, two, 1e-3)
 
 
 @pytest.mark.slow
 def test_two_processes_record_one_tape(tmp_path):
-    """Each records its share; whoever replays it learns what they learnt, alone or together."""
-    words = [*TAUGHT, *PLAIN, "--side", "28", "--tape", tmp_path / "tape"]
-    live = run(tmp_path / "live", *words, world=2)
+    """Each process records its share of a tape, which one or two processes can replay."""
+    argv = [*DISTILL, *PLAIN, "--side", "28", "--tape", tmp_path / "tape"]
+    live = run(tmp_path / "live", *argv, world=2)
     for world in (1, 2):
-        replayed = run(tmp_path / str(world), *words, world=world)
+        replayed = run(tmp_path / str(world), *argv, world=world)
         assert_near(live, replayed)
         if world == 2:
             assert all(torch.equal(tensor, student(replayed)[name]) for name, tensor in student(live).items())
-    said = ended(start("-m", "funmatch", "tape", tmp_path / "tape"))
-    assert "192 sound, 0 damaged" in said[0], "12 steps of 16 images"
+    outputs = wait_for_all(start("-m", "funmatch", "tape", tmp_path / "tape"))
+    assert "192 sound, 0 damaged" in outputs[0], "12 steps of 16 images"
 
 
 @pytest.mark.slow
-def test_torchrun_itself(tmp_path):
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command = ["--master-port", str(free_port()), "-m", "funmatch", *TAUGHT, *BATCHNORM, "--out", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, *words, *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("top-1") == 2, "one table, of the student and its teacher"
+def test_run_under_torchrun(tmp_path):
+    argv = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command = [
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "funmatch",
+        *DISTILL,
+        *BATCHNORM,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    result = subprocess.run([sys.executable, *argv, *command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("top-1") == 2, "one table with student and teacher, so only one process printed it"
     assert len(records(tmp_path / "run", "step")) == 12
 
 
-def test_a_batch_that_cannot_be_shared_is_told_once(tmp_path):
-    words = ["train", *WORDS, *BATCHNORM, "--batch", "15", "--out", tmp_path / "run"]
-    said = ended(start("-m", "funmatch", *words, world=2), 2)
-    assert "".join(said).count("must be a multiple of 2") == 1
+def test_indivisible_batch_is_reported_once(tmp_path):
+    argv = ["train", *ARGV, *BATCHNORM, "--batch", "15", "--out", tmp_path / "run"]
+    outputs = wait_for_all(start("-m", "funmatch", *argv, world=2), 2)
+    assert "".join(outputs).count("must be a multiple of 2") == 1
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_all(tmp_path):
-    words = ["train", *WORDS, *BATCHNORM, "--lr", "1e30", "--warmup-steps", "0", "--out", tmp_path / "run"]
-    said = ended(start("-m", "funmatch", *words, world=2), 2)
-    assert "".join(said).count("no longer finite") == 1
-    assert "Traceback" not in "".join(said)
+def test_non_finite_loss_stops_all_processes(tmp_path):
+    argv = ["train", *ARGV, *BATCHNORM, "--lr", "1e30", "--warmup-steps", "0", "--out", tmp_path / "run"]
+    outputs = wait_for_all(start("-m", "funmatch", *argv, world=2), 2)
+    assert "".join(outputs).count("no longer finite") == 1
+    assert "Traceback" not in "".join(outputs)
 
 
 @pytest.mark.slow
-def test_a_run_that_another_process_holds_is_told_once(tmp_path):
+def test_locked_run_is_reported_once(tmp_path):
     out = tmp_path / "run"
-    words = ["train", *WORDS, *BATCHNORM, "--out", out]
+    argv = ["train", *ARGV, *BATCHNORM, "--out", out]
     with run_folder.open_run(out, "train", {}, {}):
         (out / "config.json").write_text("{")
-        said = ended(start("-m", "funmatch", *words, world=2), 2)
-    assert "".join(said).count("funmatch: ") == 1
+        outputs = wait_for_all(start("-m", "funmatch", *argv, world=2), 2)
+    assert "".join(outputs).count("funmatch: ") == 1
 
 
-def test_other_verbs_are_for_one_process():
-    said = ended(start("-m", "funmatch", "models", world=2), 2)
+def test_other_commands_refuse_torchrun():
+    outputs = wait_for_all(start("-m", "funmatch", "models", world=2), 2)
     expected = "models runs in a single process; only train, finetune, distill support torchrun"
-    assert "".join(said) == f"funmatch: {expected}\n"
+    assert "".join(outputs) == f"funmatch: {expected}\n"
 
 
-def test_alone_nobody_is_asked(monkeypatch):
-    monkeypatch.setenv("RANK", "3")  # left by something else: torchrun says more
+def test_stray_rank_variable_is_ignored(monkeypatch):
+    monkeypatch.setenv("RANK", "3")  # set by something else: torchrun sets WORLD_SIZE, too
     assert (env.rank(), env.world_size(), env.local_world_size(), env.is_main_process()) == (0, 1, 1, True)
 
 
@@ -171,49 +182,49 @@ from torch import nn
 from funmatch.models.sync_batchnorm import GlobalBatchNorm, sync_batchnorm
 from funmatch.runtime import distributed, env
 
-def learn(net, views, weights):
+def gradients(net, views, weights):
     net.zero_grad()
     (net(views) * weights).sum(1).mean().backward()
     return [each.grad for each in net.parameters()]
 
-def made():
+def build():
     torch.manual_seed(0)
     norms = BatchNormAct2d(8, act_layer=nn.SiLU, momentum=None), nn.BatchNorm2d(4), nn.BatchNorm1d(64)
     return nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.Conv2d(8, 4, 3), norms[1], nn.Flatten(), norms[2])
 
 with distributed.process_group("cpu"):
-    plain, ours = made(), sync_batchnorm(made(), torch.device("cpu"))
+    plain, ours = build(), sync_batchnorm(build(), torch.device("cpu"))
     assert isinstance(ours[3], GlobalBatchNorm)
     assert plain.state_dict().keys() == ours.state_dict().keys()
     rows = slice(env.rank() * 3, env.rank() * 3 + 3)
     for turn in range(3):
         views, weights = 5 + torch.rand(6, 3, 8, 8), torch.randn(6, 64)
-        whole, shares = learn(plain, views, weights), learn(ours, views[rows], weights[rows])
+        whole, shares = gradients(plain, views, weights), gradients(ours, views[rows], weights[rows])
         distributed.all_reduce_mean_(shares)
         torch.testing.assert_close(shares, whole, rtol=1e-4, atol=1e-4)
-    for name, kept in plain.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], kept, rtol=1e-5, atol=1e-6)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.eval()(views), plain.eval()(views))
     assert distributed.all_reduce_max(env.rank()) == 1
     assert distributed.broadcast_from_main(env.rank) == 0
     own = [torch.full((2, 2), env.rank()), torch.full((3,), float(env.rank()))]
     distributed.broadcast_(own)
     assert not any(each.any() for each in own)
-    for count in (5, 2, 1):  # one process has less to do than the other, or nothing
-        stacks, begun = torch.arange(count * 4.0).view(count, 2, 2), []
-        count_and_add = lambda *parts: begun.append(len(parts[0])) or parts[0] + parts[1]
-        made = distributed.sharded_map(count_and_add, stacks, 10 * stacks)
-        assert torch.equal(made, 11 * stacks)
-        assert begun == [-(-count // 2) if env.is_main_process() else count // 2]
+    for count in (5, 2, 1):  # one process gets fewer parts than the other, or none
+        stacks, counts = torch.arange(count * 4.0).view(count, 2, 2), []
+        count_and_add = lambda *parts: counts.append(len(parts[0])) or parts[0] + parts[1]
+        mapped = distributed.sharded_map(count_and_add, stacks, 10 * stacks)
+        assert torch.equal(mapped, 11 * stacks)
+        assert counts == [-(-count // 2) if env.is_main_process() else count // 2]
 with distributed.process_group("cpu"):  # again, in the same processes
     distributed.barrier()
 print("good")
 """
 
 
-def test_statistics_and_gradients_are_those_of_the_global_batch():
-    said = ended(start("-c", TOGETHER, world=2))
-    assert [each.splitlines()[0] for each in said] == ["good"] * 2, "an older torch may add a remark of its own"
+def test_batch_norm_and_gradients_use_the_global_batch():
+    outputs = wait_for_all(start("-c", TOGETHER, world=2))
+    assert [each.splitlines()[0] for each in outputs] == ["good"] * 2, "an older torch may print a warning after it"
 
 
 DOUBLE = """
@@ -234,9 +245,9 @@ class Double(nn.Module):
 
 out, steps = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(3)
-knobs = {"batch": 16, "log_every": 3, "eval_every": 60, "save_every": 20, "ema": 0.9, "side": 28, "threads": 1}
+options = {"batch": 16, "log_every": 3, "eval_every": 60, "save_every": 20, "ema": 0.9, "side": 28, "threads": 1}
 try:
-    funmatch.train("fashion-mini", Double(), out, steps=steps, device="cpu", **knobs)
+    funmatch.train("fashion-mini", Double(), out, steps=steps, device="cpu", **options)
 except KeyboardInterrupt as stopped:
     print("" if reported_elsewhere(stopped) else stopped)
     sys.exit(128 + stopped.number)
@@ -244,36 +255,36 @@ except KeyboardInterrupt as stopped:
 
 
 @pytest.mark.slow
-def test_in_double_precision_two_processes_are_one_to_nine_digits(tmp_path):
-    """Adam makes much of rounding where a gradient is near zero; here there is hardly any rounding."""
+def test_two_processes_equal_one_in_double_precision(tmp_path):
+    """Adam amplifies rounding where a gradient is near zero; in double precision there is hardly any to amplify."""
     for world in (1, 2):
-        ended(start("-c", DOUBLE, tmp_path / str(world), "12", world=world))
+        wait_for_all(start("-c", DOUBLE, tmp_path / str(world), "12", world=world))
     assert_near(tmp_path / "1", tmp_path / "2", 1e-9)
     averages = [load_file(tmp_path / name / "student-ema" / "model.safetensors") for name in ("1", "2")]
     torch.testing.assert_close(averages[1], averages[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """Two, then one, then two, stopped each time by a signal to only one of the processes."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    ended(start("-c", DOUBLE, whole, "240"))
+def test_run_resumes_with_another_number_of_processes(tmp_path):
+    """Two processes, then one, then two; each time a signal to a single process stops all."""
+    uninterrupted, parts = tmp_path / "whole", tmp_path / "parts"
+    wait_for_all(start("-c", DOUBLE, uninterrupted, "240"))
 
-    def reached() -> int:
+    def newest_step() -> int:
         return max((int(path.name[5:]) for path in (parts / "checkpoints").glob("step-*")), default=0)
 
     for world in (2, 1):
-        before = reached()
+        before = newest_step()
         processes = start("-c", DOUBLE, parts, "240", world=world)
-        while reached() <= before and processes[0].poll() is None:
+        while newest_step() <= before and processes[0].poll() is None:
             time.sleep(0.01)
         processes[-1].send_signal(signal.SIGTERM)
-        said = "".join(ended(processes, 128 + signal.SIGTERM))
-        assert said.count(f"saved step {reached()} of 240") == 1
-        assert "Traceback" not in said
-        assert before < reached() < 240
-    ended(start("-c", DOUBLE, parts, "240", world=2))
-    assert_near(whole, parts, 1e-6)
+        outputs = "".join(wait_for_all(processes, 128 + signal.SIGTERM))
+        assert outputs.count(f"saved step {newest_step()} of 240") == 1
+        assert "Traceback" not in outputs
+        assert before < newest_step() < 240
+    wait_for_all(start("-c", DOUBLE, parts, "240", world=2))
+    assert_near(uninterrupted, parts, 1e-6)
 
 
 FAILING = """
@@ -292,35 +303,35 @@ except InputError as error:
 """
 
 
-def test_whoever_waits_for_a_process_that_failed_is_told():
-    said = ended(start("-c", FAILING, world=2))
-    assert said == ["0 True another process of this run has ended True\n", "1 False no room here True\n"]
+def test_process_waiting_for_a_failed_one_gets_an_error():
+    outputs = wait_for_all(start("-c", FAILING, world=2))
+    assert outputs == ["0 True another process of this run has ended True\n", "1 False no room here True\n"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--strategy", "ind/ic", "--mixup", "1", "--mixup-mode", "image"],
         ["--strategy", "fix/ic_ens", "--teacher-crops", "10"],
         ["--strategy", "same/ic", "--cutmix", "1", "--mixup", "1", "--randaugment", "2", "9", "--distance", "js"],
     ],
 )
-def test_every_strategy_is_the_same_for_two_processes(tmp_path, words):
-    # Adam divides small gradients by their own size, and so makes much of their rounding; more steps do, too. What is
-    # left is that of biases, whose gradients are sums of numbers that nearly cancel.
-    plain = [*TAUGHT, *PLAIN, "--optimizer", "sgd", "--steps", "4", "--eval-every", "2", *words]
+def test_strategies_give_the_same_student_on_two_processes(tmp_path, argv):
+    # SGD and few steps, because Adam divides small gradients by their own size and so amplifies rounding. What remains
+    # is rounding of biases, whose gradients are sums of numbers that nearly cancel.
+    plain = [*DISTILL, *PLAIN, "--optimizer", "sgd", "--steps", "4", "--eval-every", "2", *argv]
     one, two = (run(tmp_path / str(world), *plain, world=world) for world in (1, 2))
     assert_near(one, two, 2e-4)
-    for mine, other in zip(records(one, "views"), records(two, "views"), strict=True):
-        assert mine["kl"] == pytest.approx(other["kl"], rel=1e-4), "the same views, with however many processes"
+    for one_record, other in zip(records(one, "views"), records(two, "views"), strict=True):
+        assert one_record["kl"] == pytest.approx(other["kl"], rel=1e-4), "the same views for any number of processes"
 
 
 @pytest.mark.slow
-def test_two_processes_prolong_a_run(tmp_path):
-    words = [*TAUGHT, *PLAIN, "--schedule", "wsd", "--warmup-steps", "2", "--cooldown-steps", "4"]
-    long = run(tmp_path / "long", *words, "--steps", "18", world=2)
-    run(tmp_path / "run", *words, world=2)
-    again = run(tmp_path / "run", *words, "--steps", "18", world=2)
-    assert_near(long, again, 1e-12)
-    assert (again / "ends" / "step-000000012" / "result.json").is_file()
+def test_two_processes_extend_a_run(tmp_path):
+    argv = [*DISTILL, *PLAIN, "--schedule", "wsd", "--warmup-steps", "2", "--cooldown-steps", "4"]
+    long = run(tmp_path / "long", *argv, "--steps", "18", world=2)
+    run(tmp_path / "run", *argv, world=2)
+    extended = run(tmp_path / "run", *argv, "--steps", "18", world=2)
+    assert_near(long, extended, 1e-12)
+    assert (extended / "ends" / "step-000000012" / "result.json").is_file()

@@ -17,55 +17,55 @@ TINY = {
 }  # fmt: skip
 
 
-def test_parts_do_not_count_what_is_within(monkeypatch):
+def test_time_of_a_part_excludes_its_inner_parts(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    with timing.StepTimer(lambda: None) as watch, timing.timed("whole"):  # 0
+    with timing.StepTimer(lambda: None) as timer, timing.timed("whole"):  # 0
         with timing.timed("one"), timing.timed("inner"):  # 1, 2 … 3, 4
             pass
         with timing.timed("two"):  # 5 … 6
             pass
-    assert dict(watch.seconds) == {"inner": 1, "one": 2, "two": 1, "whole": 7 - 3 - 1}
+    assert dict(timer.seconds) == {"inner": 1, "one": 2, "two": 1, "whole": 7 - 3 - 1}
 
 
-def test_other_threads_are_beside_and_nothing_is_kept_when_nobody_watches():
-    with timing.StepTimer(lambda: None) as watch:
+def test_other_threads_are_timed_apart_and_only_while_profiling():
+    with timing.StepTimer(lambda: None) as timer:
 
         def compute(number: int) -> int:
             with timing.timed("views"):
                 return number + 1
 
         assert list(prefetch_map(compute, 0, 2, 1)) == [1, 2]
-    assert set(watch.background_seconds) == {"views"}
-    assert set(watch.seconds) == {"waiting for views"}
+    assert set(timer.background_seconds) == {"views"}
+    assert set(timer.seconds) == {"waiting for views"}
     with timing.timed("late"):
         time.sleep(0)
-    assert "late" not in watch.seconds
+    assert "late" not in timer.seconds
 
 
 @pytest.mark.parametrize("verb", ["distill", "train"])
-def test_a_profile_of_the_first_steps(tmp_path, capfd, monkeypatch, verb):
+def test_profile_reports_parts_of_the_first_steps(tmp_path, capfd, monkeypatch, verb):
     monkeypatch.setattr(profiling, "PEAK_SECONDS", 0.05)
-    told = {name: value for name, value in TINY.items() if verb == "distill" or name != "teacher"}
-    plain = getattr(funmatch, verb)(**told, steps=30, out=tmp_path / "plain")
-    done = getattr(funmatch, verb)(**told, steps=30, profile=True, out=tmp_path / "run")
-    figures = json.loads((tmp_path / "run" / "profile.json").read_text())
-    parts = figures["parts_ms"]
+    options = {name: value for name, value in TINY.items() if verb == "distill" or name != "teacher"}
+    plain = getattr(funmatch, verb)(**options, steps=30, out=tmp_path / "plain")
+    run = getattr(funmatch, verb)(**options, steps=30, profile=True, out=tmp_path / "run")
+    profile = json.loads((tmp_path / "run" / "profile.json").read_text())
+    parts = profile["parts_ms"]
     assert {"student", "backward", "optimizer", "waiting for views", "all else"} <= parts.keys()
     assert ("teacher" in parts) == (verb == "distill")
-    assert sum(parts.values()) == pytest.approx(figures["step_ms"])
+    assert sum(parts.values()) == pytest.approx(profile["step_ms"])
     assert parts["all else"] > 0
-    assert "views" in figures["beside_ms"]
-    assert figures["gflop"]["backward"] == 2 * figures["gflop"]["student"]
-    assert figures["peak_gflops"] > 1
+    assert "views" in profile["beside_ms"]
+    assert profile["gflop"]["backward"] == 2 * profile["gflop"]["student"]
+    assert profile["peak_gflops"] > 1
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     assert {"student", "backward"} <= {event.get("name") for event in events}
     assert "time by part, mean of 20 steps" in capfd.readouterr().out
     weights = "student/model.safetensors"
-    assert (done.folder / weights).read_bytes() == (plain.folder / weights).read_bytes(), "watching changes nothing"
+    assert (run.folder / weights).read_bytes() == (plain.folder / weights).read_bytes(), "profiling changes no bit"
 
 
-def test_a_run_too_short_to_be_profiled_says_so(tmp_path, capsys):
+def test_run_too_short_for_a_profile_is_reported(tmp_path, capsys):
     funmatch.distill(**TINY, steps=3, profile=True, out=tmp_path / "run")
     assert "--profile needs more than 5 steps, but the run took only 3" in capsys.readouterr().err
     funmatch.distill(**TINY, steps=10, profile=True, out=tmp_path / "ten")

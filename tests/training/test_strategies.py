@@ -1,4 +1,4 @@
-"""The paper's strategies: what each of the two sees, what a fixed teacher says, and what contradicts what."""
+"""The paper's strategies: views of teacher and student, cached logits of fixed teachers, contradictory options."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def sizes(indices):
     return 40 + indices % 5, 50 + indices % 7
 
 
-def test_the_table_is_the_papers():
+def test_tables_have_the_papers_strategies_and_all_distances():
     assert list(STRATEGIES) == [
         "fix/rs", "fix/cc", "fix/ic_ens", "ind/rc", "ind/ic", "same/rc", "same/ic", "funmatch",
     ]  # fmt: skip
@@ -56,81 +56,81 @@ def test_the_table_is_the_papers():
 
 
 @pytest.fixture(name="split")
-def some_images(images):
+def train_split(images):
     return open_cache(str(images)).splits["train"]
 
 
-def test_a_shared_view_is_the_very_same_tensor(split):
+def test_shared_view_is_one_tensor(split):
     batch = Loader(split, ViewSpec(1, 8, 12), teacher_sides=(12,)).batch_at(3)
     (teacher,), student = mix_views(batch.crops, batch.teacher_crops, batch.lam)
     assert teacher is student
     assert torch.equal(student, mixup(batch.crops, batch.lam))
-    for moved in (batch.to(torch.device("cpu")), *(piece for piece, _ in batch.pieces(3))):
-        assert moved.teacher_crops == (None,), "None stands for the student's own crops"
+    for part in (batch.to(torch.device("cpu")), *(piece for piece, _ in batch.pieces(3))):
+        assert part.teacher_crops == (None,), "None stands for the student's own crops"
 
 
 @pytest.mark.parametrize("crop", ["inception", "mild"])
-def test_own_views_are_of_the_same_images_and_drawn_alike_but_independently(split, crop):
-    knobs = {"crop": crop, "resize": 16, "side": 12}
-    shared, own = (
-        Loader(split, ViewSpec(1, 8, **knobs)),
-        Loader(split, ViewSpec(1, 8, **knobs, own_teacher_view=True), teacher_sides=(12, 20)),
+def test_own_teacher_views_are_independent_crops_of_the_same_images(split, crop):
+    options = {"crop": crop, "resize": 16, "side": 12}
+    shared, own_views = (
+        Loader(split, ViewSpec(1, 8, **options)),
+        Loader(split, ViewSpec(1, 8, **options, own_teacher_view=True), teacher_sides=(12, 20)),
     )
-    drawn, batch = own.sample(3), own.batch_at(3)
-    assert torch.equal(batch.crops, shared.batch_at(3).crops), "the student's are not moved by the teacher's"
+    sample, batch = own_views.sample(3), own_views.batch_at(3)
+    assert torch.equal(batch.crops, shared.batch_at(3).crops), "the teacher's own crops do not change the student's"
     assert [each.shape[-1] for each in batch.teacher_crops] == [12, 20]
-    assert drawn.teacher_view is not None
+    assert sample.teacher_view is not None
     rng = step_generator(1, 3, TEACHER_STREAM)
-    assert np.array_equal(drawn.teacher_view[1], rng.random(8) < 0.5)
-    assert not np.array_equal(drawn.teacher_view[0], drawn.boxes)
+    assert np.array_equal(sample.teacher_view[1], rng.random(8) < 0.5)
+    assert not np.array_equal(sample.teacher_view[0], sample.boxes)
     small = F.adaptive_avg_pool2d(batch.teacher_crops[1], 4) - F.adaptive_avg_pool2d(batch.teacher_crops[0], 4)
     assert small.abs().mean() < 0.05, "the teachers share one view, each at its side"
 
 
-def test_own_draws_do_not_depend_on_the_shared_ones():
+def test_own_teacher_crops_are_uncorrelated_with_the_students():
     draws = [sample_step(0, step, 64, 64, sizes, teacher_view=True) for step in range(300)]
-    mine = np.concatenate([draw.boxes[:, 2] for draw in draws])
-    theirs = np.concatenate([draw.teacher_view[0][:, 2] for draw in draws])
-    assert abs(np.corrcoef(mine, theirs)[0, 1]) < 0.05
-    assert stats.ks_2samp(mine, theirs).pvalue > 1e-3
+    student_boxes = np.concatenate([draw.boxes[:, 2] for draw in draws])
+    teacher_boxes = np.concatenate([draw.teacher_view[0][:, 2] for draw in draws])
+    assert abs(np.corrcoef(student_boxes, teacher_boxes)[0, 1]) < 0.05
+    assert stats.ks_2samp(student_boxes, teacher_boxes).pvalue > 1e-3
     flips, others = (np.concatenate(list(each)) for each in zip(*((d.flips, d.teacher_view[1]) for d in draws)))  # noqa: B905
     assert abs(np.corrcoef(flips, others)[0, 1]) < 0.05
 
 
-def test_slices_of_own_views_and_lambdas_are_the_global_batch(split):
+def test_slices_of_processes_are_the_global_batch_with_own_views(split):
     spec = ViewSpec(1, 8, 12, mixup=MixupOptions(per_image=True), own_teacher_view=True)
-    whole = Loader(split, spec, teacher_sides=(12,)).batch_at(3)
+    complete = Loader(split, spec, teacher_sides=(12,)).batch_at(3)
     for rank in range(2):
         part = Loader(split, spec, rank, 2, teacher_sides=(12,)).batch_at(3)
         rows = [(rank * 4 - 1) % 8, *range(rank * 4, rank * 4 + 4)]
-        assert torch.equal(part.teacher_crops[0], whole.teacher_crops[0][1:][rows])
-        assert torch.equal(part.lam, whole.lam[rank * 4 : rank * 4 + 4])
+        assert torch.equal(part.teacher_crops[0], complete.teacher_crops[0][1:][rows])
+        assert torch.equal(part.lam, complete.lam[rank * 4 : rank * 4 + 4])
 
 
-def test_the_whole_image_is_never_mirrored(split):
+def test_whole_crops_are_never_flipped(split):
     loader = Loader(split, ViewSpec(1, 8, 12, crop="whole"))
-    batch, drawn = loader.batch_at(3), loader.sample(3)
-    for view, index in zip(batch.crops[1:], drawn.indices, strict=True):
+    batch, sample = loader.batch_at(3), loader.sample(3)
+    for view, index in zip(batch.crops[1:], sample.indices, strict=True):
         image = split.image(index).permute(2, 0, 1)[None].float()
         torch.testing.assert_close(view, F.interpolate(image, (12, 12), mode="bilinear")[0] / 255)
 
 
-def test_one_lambda_a_image():
+def test_lambda_per_image_has_its_distribution():
     draws = [sample_step(0, step, 50, 50, sizes, mixing=MixupOptions(per_image=True)) for step in range(60)]
     lams = np.concatenate([each.lam for each in draws])
     assert stats.kstest(lams, stats.uniform(0.5, 0.5).cdf).pvalue > 1e-3
     plain = sample_step(0, 7, 50, 50, sizes)
-    assert np.array_equal(plain.boxes, draws[7].boxes), "the mode of MixUp moves no crop"
+    assert np.array_equal(plain.boxes, draws[7].boxes), "MixUp options change no crop"
     small = MixupOptions(0.2, per_image=True, take_max=False).lam_at(step_generator(3, 1, LAMBDA_STREAM).random(4000))
     assert stats.kstest(small, stats.beta(0.2, 0.2).cdf).pvalue > 1e-3
     assert np.array_equal(small, beta_quantile(step_generator(3, 1, LAMBDA_STREAM).random(4000), 0.2))
     assert sample_step(0, 7, 50, 50, sizes, mixing=MixupOptions(lam=0.3)).lam == 0.3
 
 
-def test_mixing_with_one_lambda_each():
+def test_mixing_with_a_lambda_per_image():
     views, lam = torch.rand(6, 3, 4, 4), torch.rand(5)
-    wanted = torch.stack([lam[i] * views[i + 1] + (1 - lam[i]) * views[i] for i in range(5)])
-    torch.testing.assert_close(mixup(views, lam), wanted)
+    expected_views = torch.stack([lam[i] * views[i + 1] + (1 - lam[i]) * views[i] for i in range(5)])
+    torch.testing.assert_close(mixup(views, lam), expected_views)
     assert torch.equal(mixup(views, torch.full((5,), 0.7)), mixup(views, 0.7))
     labels = torch.tensor([0, 1, 2, 1, 0, 2])
     mixed = distances.mix_labels(labels, lam, 3)
@@ -141,7 +141,7 @@ def test_mixing_with_one_lambda_each():
 
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("a", [0.0, 1.0])
-def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
+def test_cutmix_and_randaugment_change_the_shared_view(split, each, a):
     spec = ViewSpec(1, 8, 12, mixup=MixupOptions(a, per_image=each), cutmix=1.0, randaugment=(2, 9))
     loader = Loader(split, spec, teacher_sides=(12, 20))
     batches = [loader.batch_at(step) for step in range(40)]
@@ -158,18 +158,18 @@ def test_cutmix_and_randaugment_are_of_the_shared_view(split, each, a):
         for i in range(8):
             box = batch.cutmix_boxes[i if each else 0]
             edges = [int(edge * 12 + 0.5) for edge in (box[0], box[0] + box[2], box[1], box[1] + box[3])]
-            wanted = lam[i] * batch.crops[i + 1] + (1 - lam[i]) * batch.crops[i]
-            wanted[:, edges[0] : edges[1], edges[2] : edges[3]] = batch.crops[i][
+            expected_views = lam[i] * batch.crops[i + 1] + (1 - lam[i]) * batch.crops[i]
+            expected_views[:, edges[0] : edges[1], edges[2] : edges[3]] = batch.crops[i][
                 :, edges[0] : edges[1], edges[2] : edges[3]
             ]
-            torch.testing.assert_close(student[i], wanted)
+            torch.testing.assert_close(student[i], expected_views)
             area = (edges[1] - edges[0]) * (edges[3] - edges[2])
             assert share[i] == pytest.approx(float(lam[i]) * (1 - area / 144))
-            assert lam[i] == 1 or area == 0, "an image is cut or mixed"
+            assert lam[i] == 1 or area == 0, "each image gets either CutMix or MixUp"
         for rank in range(2):
             part = Loader(split, spec, rank, 2, teacher_sides=(12, 20)).batch_at(step)
-            _, own = mix_views(part.crops, part.teacher_crops, part.lam, part.cutmix_boxes)
-            assert torch.equal(own, student[rank * 4 : rank * 4 + 4])
+            _, own_views = mix_views(part.crops, part.teacher_crops, part.lam, part.cutmix_boxes)
+            assert torch.equal(own_views, student[rank * 4 : rank * 4 + 4])
         pieces = [
             mix_views(piece.crops, piece.teacher_crops, piece.lam, piece.cutmix_boxes)[1]
             for piece, _ in batch.pieces(3)
@@ -183,7 +183,7 @@ def student_of(outcome) -> dict[str, torch.Tensor]:
     return load_file(outcome.folder / "student" / "model.safetensors")
 
 
-def test_consistency_with_mixup_is_function_matching(tmp_path):
+def test_same_ic_with_mixup_equals_funmatch(tmp_path):
     one = funmatch.distill(out=tmp_path / "a", steps=6, **MINI)
     other = funmatch.distill(out=tmp_path / "b", steps=6, strategy="same/ic", mixup=1.0, **MINI)
     for name, tensor in student_of(one).items():
@@ -191,7 +191,7 @@ def test_consistency_with_mixup_is_function_matching(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_teaches(tmp_path, strategy):
+def test_every_strategy_trains(tmp_path, strategy):
     more = {"teacher_crops": 8} if strategy == "fix/ic_ens" else {}
     outcome = funmatch.distill(
         out=tmp_path / "run", steps=40, lr=8e-3, strategy=strategy, eval_every=20, **more, **MINI
@@ -203,7 +203,7 @@ def test_every_strategy_teaches(tmp_path, strategy):
     assert 0 <= last["teacher_top1"] <= 1
     resolved = json.loads((outcome.folder / "config.json").read_text())["knobs"]
     assert resolved["crop"] == STRATEGIES[strategy].crop
-    assert resolved["resize"] == (40 if resolved["crop"] == "mild" else None), "a mild crop has something to cut"
+    assert resolved["resize"] == (40 if resolved["crop"] == "mild" else None), "mild crops need a larger resized image"
 
 
 @pytest.fixture(name="teacher")
@@ -212,8 +212,8 @@ def embedded_teacher():
 
 
 @torch.inference_mode()
-def expected(strategy: str, split, teacher, images, crops: int) -> torch.Tensor:
-    """Probabilities of a fixed teacher, (n, classes), computed one by one."""
+def expected_probabilities(strategy: str, split, teacher, images, crops: int) -> torch.Tensor:
+    """Probabilities of a fixed teacher, (n, classes), computed image by image."""
     found = []
     for number in images:
         image = split.image(number)
@@ -231,115 +231,119 @@ def expected(strategy: str, split, teacher, images, crops: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("strategy", ["fix/rs", "fix/cc", "fix/ic_ens"])
-def test_a_fixed_teacher_answers_once_and_is_looked_up(tmp_path, monkeypatch, strategy, teacher):
+def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatch, strategy, teacher):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fixed, "PART", 200)
-    asked: list[int] = []
-    real = Frozen.forward
-    monkeypatch.setattr(Frozen, "forward", lambda self, views: (asked.append(len(views)), real(self, views))[1])
+    batch_sizes: list[int] = []
+    original = Frozen.forward
+    monkeypatch.setattr(
+        Frozen, "forward", lambda self, views: (batch_sizes.append(len(views)), original(self, views))[1]
+    )
     crops = 20 if strategy == "fix/ic_ens" else 1
     more = {"teacher_crops": 20} if crops > 1 else {}
-    knobs = MINI | {"strategy": strategy, "steps": 5, "eval_every": 100, **more}
-    outcome = funmatch.distill(out=tmp_path / "run", **knobs)
+    options = MINI | {"strategy": strategy, "steps": 5, "eval_every": 100, **more}
+    outcome = funmatch.distill(out=tmp_path / "run", **options)
     split = open_cache(FEW).splits["train"]
-    (place,) = (tmp_path / "cache" / "answers").iterdir()
-    assert sorted(path.name for path in place.iterdir()) == ["about.json", "answers.lock", "answers.npy"]
-    found = torch.from_numpy(np.load(place / "answers.npy"))
+    (folder,) = (tmp_path / "cache" / "answers").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "answers.lock", "answers.npy"]
+    found = torch.from_numpy(np.load(folder / "answers.npy"))
     assert found.shape == (200, 1, 10)
     some = range(0, 200, 17)
-    wanted = expected(strategy, split, teacher, some, crops)
-    torch.testing.assert_close(found[list(some), 0].softmax(-1), wanted, rtol=1e-4, atol=1e-6)
+    probabilities = expected_probabilities(strategy, split, teacher, some, crops)
+    torch.testing.assert_close(found[list(some), 0].softmax(-1), probabilities, rtol=1e-4, atol=1e-6)
 
     loader = Loader(split, ViewSpec(0, 16, 32, crop=STRATEGIES[strategy].crop, resize=40), teacher_sides=(32,))
-    batch, drawn = DistillLoader(loader, Fixed(found[:, 0])).batch_at(4), loader.sample(4)
+    batch, sample = DistillLoader(loader, Fixed(found[:, 0])).batch_at(4), loader.sample(4)
     assert batch.teacher_crops == ()
     assert batch.teacher_logits is not None
-    assert torch.equal(batch.teacher_logits, found[drawn.indices, 0])
+    assert torch.equal(batch.teacher_logits, found[sample.indices, 0])
 
-    asked.clear()
-    again = funmatch.distill(out=tmp_path / "again", **knobs)
-    assert sum(asked) <= 2 * 32 + 60 + 60, "the first batch, validation and test images: none for training"
+    batch_sizes.clear()
+    repeated = funmatch.distill(out=tmp_path / "again", **options)
+    assert sum(batch_sizes) <= 2 * 32 + 60 + 60, "the first batch, validation and test images: none for training"
     for name, tensor in student_of(outcome).items():
-        assert torch.equal(tensor, student_of(again)[name])
-    changed = knobs | (
+        assert torch.equal(tensor, student_of(repeated)[name])
+    changed = options | (
         {"teacher_crops": 21} if crops > 1 else {"strategy": "fix/cc" if strategy == "fix/rs" else "fix/rs"}
     )
     funmatch.distill(out=tmp_path / "other", **changed)
-    assert len(list((tmp_path / "cache" / "answers").iterdir())) == 2, "other looks are other answers"
+    assert len(list((tmp_path / "cache" / "answers").iterdir())) == 2, "other views are cached separately"
 
 
-def test_answers_go_on_where_a_killed_process_left_them(tmp_path, monkeypatch):
+def test_interrupted_logits_of_a_fixed_teacher_are_resumed(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fixed, "PART", 100)
-    knobs = MINI | {"strategy": "fix/ic_ens", "teacher_crops": 10, "steps": 2}
-    real, done = fixed._predict_part, []
+    options = MINI | {"strategy": "fix/ic_ens", "teacher_crops": 10, "steps": 2}
+    original, done = fixed._predict_part, []
 
-    def killed(source, teachers, images, *rest):
+    def interrupted(source, teachers, images, *rest):
         if len(done) == 7:
             raise KeyboardInterrupt
         done.append(images.start)
-        return real(source, teachers, images, *rest)
+        return original(source, teachers, images, *rest)
 
-    monkeypatch.setattr(fixed, "_predict_part", killed)
+    monkeypatch.setattr(fixed, "_predict_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        funmatch.distill(out=tmp_path / "run", **knobs)
-    (place,) = (tmp_path / "cache" / "answers").iterdir()
-    parts = sorted(place.glob("part-*.npy"))
+        funmatch.distill(out=tmp_path / "run", **options)
+    (folder,) = (tmp_path / "cache" / "answers").iterdir()
+    parts = sorted(folder.glob("part-*.npy"))
     assert [int(path.stem.removeprefix("part-")) for path in parts] == done == list(range(0, 70, 10))
-    # Somebody else, who is alive, is at the next part: it is left to them, and taken when they let it go.
-    lock = fixed.try_lock_file(place / "part-000000070.lock")
+    # Another live process holds the next part: it is skipped, and computed once its lock is released.
+    lock = fixed.try_lock_file(folder / "part-000000070.lock")
     assert lock
     rest: list[int] = []
 
-    def counted(source, teachers, images, *more):
+    def counting(source, teachers, images, *more):
         rest.append(images.start)
         if len(rest) == 12:
             lock.close()
-        return real(source, teachers, images, *more)
+        return original(source, teachers, images, *more)
 
-    monkeypatch.setattr(fixed, "_predict_part", counted)
-    funmatch.distill(out=tmp_path / "run", **knobs)
+    monkeypatch.setattr(fixed, "_predict_part", counting)
+    funmatch.distill(out=tmp_path / "run", **options)
     assert rest == [*range(80, 200, 10), 70]
-    whole = np.load(place / "answers.npy")
+    complete = np.load(folder / "answers.npy")
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "fresh"))
-    monkeypatch.setattr(fixed, "_predict_part", real)
-    funmatch.distill(out=tmp_path / "fresh-run", **knobs)
+    monkeypatch.setattr(fixed, "_predict_part", original)
+    funmatch.distill(out=tmp_path / "fresh-run", **options)
     (fresh,) = (tmp_path / "fresh" / "answers").iterdir()
-    assert np.array_equal(whole, np.load(fresh / "answers.npy"))
+    assert np.array_equal(complete, np.load(fresh / "answers.npy"))
 
 
-def test_the_loss_of_a_batch():
+def test_distillation_loss_equals_its_equation():
     config = Distill.checked(**MINI, out="o", steps=1, temperature=3.0, label_weight=0.25, label_smoothing=0.1)
     rng = torch.Generator().manual_seed(0)
-    student, told = (torch.randn(5, 10, generator=rng) for _ in range(2))
+    student, teacher = (torch.randn(5, 10, generator=rng) for _ in range(2))
     labels = torch.tensor([3, 1, 2, 0, 9, 9])
     batch = Batch(torch.rand(6, 3, 4, 4), labels, 0.8)
-    p, q = (told / 3).softmax(-1), (student / 3).softmax(-1)
+    p, q = (teacher / 3).softmax(-1), (student / 3).softmax(-1)
     kl = (p * (p / q).log()).sum(-1) * 9
     one_hot = 0.9 * F.one_hot(labels, 10) + 0.01
     mixed = 0.8 * one_hot[1:] + 0.2 * one_hot[:-1]
-    wanted = (0.75 * kl - 0.25 * (mixed * student.log_softmax(-1)).sum(-1)).mean()
-    losses = distill.distillation_loss(student, told, batch, config)
-    torch.testing.assert_close(losses["loss"], wanted)
+    loss = (0.75 * kl - 0.25 * (mixed * student.log_softmax(-1)).sum(-1)).mean()
+    losses = distill.distillation_loss(student, teacher, batch, config)
+    torch.testing.assert_close(losses["loss"], loss)
     torch.testing.assert_close(losses["distance"], kl.mean())
     torch.testing.assert_close(losses["label_loss"], -(mixed * student.log_softmax(-1)).sum(-1).mean())
 
     plain = config.model_copy(update={"label_weight": 0.0, "t_squared": False, "standardise": True})
-    shaped = [(x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True) / 3 for x in (told, student)]
-    p, q = (each.softmax(-1) for each in shaped)
-    losses = distill.distillation_loss(student, told, batch, plain)
+    standardised = [
+        (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True) / 3 for x in (teacher, student)
+    ]
+    p, q = (each.softmax(-1) for each in standardised)
+    losses = distill.distillation_loss(student, teacher, batch, plain)
     torch.testing.assert_close(losses["loss"], (p * (p / q).log()).sum(-1).mean())
     assert losses.keys() == {"loss", "distance"}
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-def test_every_distance_teaches_and_is_recorded(tmp_path, name):
+def test_every_distance_trains_and_is_recorded(tmp_path, name):
     outcome = funmatch.distill(out=tmp_path / "run", steps=3, distance=name, **MINI)
     assert json.loads((outcome.folder / "config.json").read_text())["knobs"]["distance"] == name
 
 
-@pytest.fixture(name="run_words")
-def command_of_words(request):
+@pytest.fixture(name="run_command")
+def command_line(request):
     return request.getfixturevalue("funmatch")
 
 
@@ -347,7 +351,7 @@ BASE = {"data": "d", "teacher": "t", "student": "s", "out": "o", "steps": 3}
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"),
+    ("options", "message"),
     [
         ({"strategy": "fix/cc", "mixup": 1.0}, "needs a teacher that gets the mixed images"),
         ({"strategy": "fix/rs", "mixup": 0.2}, "fixed"),
@@ -381,27 +385,27 @@ BASE = {"data": "d", "teacher": "t", "student": "s", "out": "o", "steps": 3}
         ({"cooldown_shape": "linear"}, "cooldown_shape belongs to --schedule wsd"),
     ],
 )
-def test_contradictions_are_refused(knobs, words):
-    with pytest.raises(InputError, match=words):
-        Distill.checked(**BASE | knobs)
+def test_contradictory_options_are_rejected(options, message):
+    with pytest.raises(InputError, match=message):
+        Distill.checked(**BASE | options)
 
 
-def test_all_contradictions_are_told_at_once_before_anything_is_loaded(run_words):
-    words = "distill --data nowhere --teacher nobody --student no_model --out run --steps 3 --temperature".split()  # noqa: SIM905
-    told = run_words(*words, 0, "--strategy", "fix/xx", "--mixup-lam", 2, "--distance", "far", check=2).stderr
+def test_all_contradictions_are_reported_before_anything_is_loaded(run_command):
+    argv = "distill --data nowhere --teacher nobody --student no_model --out run --steps 3 --temperature".split()  # noqa: SIM905
+    output = run_command(*argv, 0, "--strategy", "fix/xx", "--mixup-lam", 2, "--distance", "far", check=2).stderr
     for part in (
         "temperature must be above 0",
         "unknown strategy 'fix/xx'",
         "mixup_lam must lie in",
         "unknown distance 'far'",
     ):
-        assert part in told, told
-    told = run_words(*words, 1, "--strategy", "fix/rs", "--mixup", 1, check=2).stderr
-    assert "fixed" in told
-    assert "nowhere" not in told
+        assert part in output, output
+    output = run_command(*argv, 1, "--strategy", "fix/rs", "--mixup", 1, check=2).stderr
+    assert "fixed" in output
+    assert "nowhere" not in output
 
 
-def test_labels_beside_the_teacher_need_labels(tmp_path, images):
+def test_label_weight_needs_labels(tmp_path, images):
     (tmp_path / "bare").mkdir()
     for number, path in enumerate((images / "train").rglob("*.png")):
         path.rename(tmp_path / "bare" / f"{number}.png")
@@ -412,7 +416,7 @@ def test_labels_beside_the_teacher_need_labels(tmp_path, images):
         )  # fmt: skip
 
 
-def test_a_run_from_before_a_knob_goes_on(tmp_path):
+def test_run_recorded_before_an_option_existed_resumes(tmp_path):
     outcome = funmatch.distill(out=tmp_path / "run", steps=2, **MINI)
     record = outcome.folder / "config.json"
     config = json.loads(record.read_text())
@@ -424,48 +428,48 @@ def test_a_run_from_before_a_knob_goes_on(tmp_path):
         funmatch.distill(out=tmp_path / "run", steps=2, distance="l2", **MINI)
 
 
-def test_a_teacher_that_reads_images_otherwise_is_another_one(tmp_path, monkeypatch):
+def test_changed_normalisation_is_another_teacher(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     teacher = tmp_path / "teacher"
     shutil.copytree(funmatch.distill(out=tmp_path / "first", steps=2, **MINI).folder / "student", teacher)
-    knobs = MINI | {"teacher": str(teacher), "strategy": "fix/rs", "allow_weak_teacher": True}
-    funmatch.distill(out=tmp_path / "a", steps=2, **knobs)
+    options = MINI | {"teacher": str(teacher), "strategy": "fix/rs", "allow_weak_teacher": True}
+    funmatch.distill(out=tmp_path / "a", steps=2, **options)
     card = json.loads((teacher / "config.json").read_text())
     card["pretrained_cfg"]["mean"] = [0.9] * 3
     (teacher / "config.json").write_text(json.dumps(card))
     with pytest.raises(InputError, match="the teacher's normalisation or architecture"):
-        funmatch.distill(out=tmp_path / "a", steps=2, **knobs)
-    funmatch.distill(out=tmp_path / "b", steps=2, **knobs)
+        funmatch.distill(out=tmp_path / "a", steps=2, **options)
+    funmatch.distill(out=tmp_path / "b", steps=2, **options)
     first, second = (tmp_path / "cache" / "answers").iterdir()
     assert not np.array_equal(np.load(first / "answers.npy"), np.load(second / "answers.npy"))
 
 
-def test_damaged_answers_are_made_again(tmp_path, monkeypatch):
+def test_damaged_logits_are_recomputed(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fixed, "PART", 50)
-    knobs = MINI | {"strategy": "fix/rs", "steps": 2}
-    whole = funmatch.distill(out=tmp_path / "run", **knobs)
-    (place,) = (tmp_path / "cache" / "answers").iterdir()
-    content = (place / "answers.npy").read_bytes()
+    options = MINI | {"strategy": "fix/rs", "steps": 2}
+    complete = funmatch.distill(out=tmp_path / "run", **options)
+    (folder,) = (tmp_path / "cache" / "answers").iterdir()
+    content = (folder / "answers.npy").read_bytes()
     for number, damage in enumerate((content[:3000], b"", b"no array")):
-        (place / "answers.npy").write_bytes(damage)
-        (place / "part-000000050.npy").write_bytes(damage)
-        again = funmatch.distill(out=tmp_path / f"again-{number}", **knobs)
-        assert (place / "answers.npy").read_bytes() == content
-        for name, tensor in student_of(whole).items():
-            assert torch.equal(tensor, student_of(again)[name])
+        (folder / "answers.npy").write_bytes(damage)
+        (folder / "part-000000050.npy").write_bytes(damage)
+        repeated = funmatch.distill(out=tmp_path / f"again-{number}", **options)
+        assert (folder / "answers.npy").read_bytes() == content
+        for name, tensor in student_of(complete).items():
+            assert torch.equal(tensor, student_of(repeated)[name])
 
 
-def test_a_squashed_middle_is_not_a_central_cut(split):
-    looks = [fixed.FixedViews(split, "central", 1, 12, 16, squash, 0.05) for squash in (False, True)]
-    plain, squashed = (each.views(0, slice(1), [12])[12] for each in looks)
+def test_squashed_and_central_fixed_views_differ(split):
+    view_sets = [fixed.FixedViews(split, "central", 1, 12, 16, squash, 0.05) for squash in (False, True)]
+    plain, squashed = (each.views(0, slice(1), [12])[12] for each in view_sets)
     image = split.image(0)
     torch.testing.assert_close(squashed[0], central_view(image, 16, 12, squash=True))
     torch.testing.assert_close(plain[0], central_view(image, 16, 12))
     assert not torch.equal(plain, squashed)
 
 
-def test_training_views_are_judged_alike_with_however_many_processes(split):
+def test_score_of_training_views_does_not_depend_on_processes(split):
     def both(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = F.adaptive_avg_pool2d(batch.crops[1:], 1).flatten(1)
         return pooled, pooled.flip(-1)
@@ -483,24 +487,24 @@ def test_training_views_are_judged_alike_with_however_many_processes(split):
     assert one["agreement"] == pytest.approx((crops.argmax(-1) == crops.flip(-1).argmax(-1)).double().mean().item())
 
 
-def test_runs_of_a_knob_that_is_no_more_go_on(tmp_path):
-    knobs = {name: value for name, value in MINI.items() if name != "teacher"}
-    outcome = funmatch.train(out=tmp_path / "run", steps=2, **knobs)
+def test_run_with_a_removed_option_resumes(tmp_path):
+    options = {name: value for name, value in MINI.items() if name != "teacher"}
+    outcome = funmatch.train(out=tmp_path / "run", steps=2, **options)
     record = outcome.folder / "config.json"
     config = json.loads(record.read_text())
     config["knobs"]["strategy"] = "funmatch"
     record.write_text(json.dumps(config))
-    assert funmatch.train(out=tmp_path / "run", steps=2, **knobs).figures["step"] == 2
+    assert funmatch.train(out=tmp_path / "run", steps=2, **options).figures["step"] == 2
 
 
-def test_what_contradicts_the_rule_of_fine_tuning_is_refused(tmp_path):
-    knobs = {"data": FEW, "model": "fashion-mini-student", "batch": 8, "steps": 4, "threads": 1}
+def test_contradictions_with_the_finetuning_rule_are_rejected(tmp_path):
+    options = {"data": FEW, "model": "fashion-mini-student", "batch": 8, "steps": 4, "threads": 1}
     with pytest.raises(InputError, match="mixup_lam belongs to MixUp, which is off"):
-        funmatch.finetune(out=tmp_path / "run", mixup_lam=0.3, **knobs)
-    outcome = funmatch.finetune(out=tmp_path / "run", decay_factors=(0.5, 0.2, 0.1), **knobs | {"steps": 10})
+        funmatch.finetune(out=tmp_path / "run", mixup_lam=0.3, **options)
+    outcome = funmatch.finetune(out=tmp_path / "run", decay_factors=(0.5, 0.2, 0.1), **options | {"steps": 10})
     assert json.loads((outcome.folder / "config.json").read_text())["knobs"]["decay_factors"] == [0.5, 0.2, 0.1]
 
 
-def test_a_schedule_that_the_run_is_too_short_for_is_told(tmp_path, capsys):
+def test_warmup_longer_than_the_run_is_a_warning(tmp_path, capsys):
     funmatch.distill(out=tmp_path / "run", steps=4, warmup_steps=10, **MINI)
     assert "WARNING: the warm-up of 10 steps is not over" in capsys.readouterr().err

@@ -24,8 +24,8 @@ from funmatch.ops.mixing import mixup
 from funmatch.ops.view_spec import ViewSpec
 
 
-class Fixed(torch.nn.Module):
-    """A network that answers with the mean of its view, weighted."""
+class MeanColour(torch.nn.Module):
+    """A linear network on the mean colour of its view."""
 
     def __init__(self, classes: int, seed: int) -> None:
         super().__init__()
@@ -38,46 +38,46 @@ class Fixed(torch.nn.Module):
 
 
 def classifier(classes: int = 4, seed: int = 0, names=None, **card) -> Classifier:
-    made = Card("fixed", 8, 1.0, card.get("mean", (0.0,) * 3), card.get("std", (1.0,) * 3), names)
-    return Classifier(Fixed(classes, seed), made)
+    model_card = Card("fixed", 8, 1.0, card.get("mean", (0.0,) * 3), card.get("std", (1.0,) * 3), names)
+    return Classifier(MeanColour(classes, seed), model_card)
 
 
 def logits(count: int, classes: int = 5) -> list[torch.Tensor]:
     return list(3 * torch.randn(count, 6, classes, generator=torch.Generator().manual_seed(1)))
 
 
-def test_the_mean_of_logits():
+def test_mean_logits_equals_its_definition():
     a, b = logits(2)
     torch.testing.assert_close(mean_logits([a, b], [0.25, 0.75], 2.0), 0.25 * a + 0.75 * b)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_the_mean_of_probabilities_has_the_gradient_of_the_sum_of_kls(temperature):
+def test_mean_probabilities_has_the_gradient_of_the_summed_kls(temperature):
     a, b, student = logits(3)
-    together = mean_probabilities([a, b], [0.3, 0.7], temperature)
+    combined = mean_probabilities([a, b], [0.3, 0.7], temperature)
     p, q = (each.div(temperature).softmax(-1) for each in (a, b))
-    torch.testing.assert_close((together / temperature).softmax(-1), 0.3 * p + 0.7 * q)
+    torch.testing.assert_close((combined / temperature).softmax(-1), 0.3 * p + 0.7 * q)
     one, other = student.clone().requires_grad_(), student.clone().requires_grad_()
 
     def kl(probabilities, s):
         return (probabilities * (probabilities.log() - (s / temperature).log_softmax(-1))).sum()
 
-    kl((together / temperature).softmax(-1), one).backward()
+    kl((combined / temperature).softmax(-1), one).backward()
     (0.3 * kl(p, other) + 0.7 * kl(q, other)).backward()
     torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_each_teacher_sees_its_own_side_in_its_own_way():
-    near = classifier(mean=(0.5,) * 3, std=(0.25,) * 3)
-    far = classifier(seed=1)
-    teachers = TeacherEnsemble([EnsembleMember(Frozen(near), 8, 0.5), EnsembleMember(Frozen(far), 16, 0.5)])
+def test_each_teacher_gets_its_side_and_normalisation():
+    small = classifier(mean=(0.5,) * 3, std=(0.25,) * 3)
+    large = classifier(seed=1)
+    teachers = TeacherEnsemble([EnsembleMember(Frozen(small), 8, 0.5), EnsembleMember(Frozen(large), 16, 0.5)])
     views = {8: torch.rand(2, 3, 8, 8), 16: torch.rand(2, 3, 16, 16)}
-    wanted = 0.5 * F.linear(views[8].sub(0.5).div(0.25).mean((2, 3)), near.net.weight)
-    wanted += 0.5 * F.linear(views[16].mean((2, 3)), far.net.weight)
-    torch.testing.assert_close(teachers(views), wanted)
+    expected = 0.5 * F.linear(views[8].sub(0.5).div(0.25).mean((2, 3)), small.net.weight)
+    expected += 0.5 * F.linear(views[16].mean((2, 3)), large.net.weight)
+    torch.testing.assert_close(teachers(views), expected)
 
 
-def test_the_same_crop_at_two_sides(images):
+def test_teacher_crops_are_the_same_boxes_at_other_sides(images):
     split = open_cache(str(images)).splits["train"]
     loader = Loader(split, ViewSpec(seed=1, batch=6, side=12), teacher_sides=(12, 20, 31))
     batch, drawn = loader.batch_at(3), loader.sample(3)
@@ -86,27 +86,27 @@ def test_the_same_crop_at_two_sides(images):
     assert [each.shape[-1] for each in teacher_crops] == [12, 20, 31]
     assert torch.equal(batch.crops, Loader(split, ViewSpec(seed=1, batch=6, side=12)).batch_at(3).crops)
     rows = [-1, 0, 1, 2, 3, 4, 5]
-    taken = [split.image(i) for i in drawn.indices[rows]]
+    batch_images = [split.image(i) for i in drawn.indices[rows]]
     for crops in teacher_crops:
-        assert torch.equal(crops, crop_resize_flip(taken, drawn.boxes[rows], drawn.flips[rows], crops.shape[-1]))
-    # A view at another side is the same image: shrunk to the same, they are alike.
+        assert torch.equal(crops, crop_resize_flip(batch_images, drawn.boxes[rows], drawn.flips[rows], crops.shape[-1]))
+    # Views at two sides show the same crop: shrunk to 4 × 4 they are nearly equal.
     small, large = (
         F.adaptive_avg_pool2d(mixup(crops, batch.lam), 4) for crops in (batch.crops, batch.teacher_crops[2])
     )
     assert (small - large).abs().mean() < 0.03
 
 
-def test_picked_classes_share_what_the_others_had():
-    (given,) = logits(1)
-    assert select_classes(given, None) is given
-    assert torch.equal(select_classes(given, ((3,), (0,))), given[:, [3, 0]])
-    got = select_classes(given, ((3, 1), (0,))).softmax(-1)
-    p = given.softmax(-1)
-    wanted = torch.stack([p[:, 3] + p[:, 1], p[:, 0]], 1)
-    torch.testing.assert_close(got, wanted / wanted.sum(-1, keepdim=True))
+def test_selected_classes_are_renormalised():
+    (all_logits,) = logits(1)
+    assert select_classes(all_logits, None) is all_logits
+    assert torch.equal(select_classes(all_logits, ((3,), (0,))), all_logits[:, [3, 0]])
+    selected = select_classes(all_logits, ((3, 1), (0,))).softmax(-1)
+    p = all_logits.softmax(-1)
+    expected = torch.stack([p[:, 3] + p[:, 1], p[:, 0]], 1)
+    torch.testing.assert_close(selected, expected / expected.sum(-1, keepdim=True))
 
 
-def test_classes_by_the_same_names():
+def test_classes_are_mapped_by_name():
     model = classifier(names=("Cat", "big_dog", "eel", "eel "))
     assert map_classes(model, ("big dog", "cat"), "same-names") == ((1,), (0,))
     assert map_classes(model, ("eel",), "same-names") == ((2,),)
@@ -118,24 +118,24 @@ def test_classes_by_the_same_names():
         map_classes(classifier(), ("cat",), "same-names")
 
 
-def test_imagenets_names_are_known():
+def test_imagenet_names_are_known():
     model = classifier(classes=1000)
     assert map_classes(model, ("tench", "n01443537", "Egyptian cat"), "same-names") == ((0,), (1,), (285,))
     with pytest.raises(InputError, match="several classes 'crane': 134, 517"):
         map_classes(model, ("crane",), "same-names")
 
 
-def test_classes_by_a_map(tmp_path):
+def test_classes_are_mapped_by_file(tmp_path):
     path = tmp_path / "map.json"
     path.write_text(json.dumps({"pet": ["cat", 3], "fish": "eel"}))
     model = classifier(names=("cat", "dog", "eel", "fox"))
     assert map_classes(model, ("fish", "pet"), str(path)) == ((2,), (0, 3))
-    for wanted, message in {
+    for expected, message in {
         ("fish", "pet", "bird"): "does not map bird",
         ("fish",): "unknown class in .* 'pet'",
     }.items():
         with pytest.raises(InputError, match=message):
-            map_classes(model, wanted, str(path))
+            map_classes(model, expected, str(path))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_classes_by_a_map(tmp_path):
         ('{"a": true}', "expected a name, a number, or a list"),
     ],
 )
-def test_maps_that_are_none(tmp_path, text, message):
+def test_invalid_class_maps_are_rejected(tmp_path, text, message):
     (tmp_path / "map.json").write_text(text)
     with pytest.raises(InputError, match=message):
         read_class_map(tmp_path / "map.json")
@@ -156,14 +156,14 @@ def test_maps_that_are_none(tmp_path, text, message):
         read_class_map(tmp_path / "none.json")
 
 
-def test_a_number_that_is_no_class(tmp_path):
+def test_class_numbers_out_of_range_are_rejected(tmp_path):
     (tmp_path / "map.json").write_text('{"a": 4}')
     with pytest.raises(InputError, match="no class 4; its classes are 0 … 3"):
         map_classes(classifier(), ("a",), str(tmp_path / "map.json"))
 
 
-def test_a_run_with_two_teachers_at_two_sides(tmp_path):
-    knobs = {
+def test_run_with_two_teachers_at_two_sides(tmp_path):
+    options = {
         **MINI,
         "data": "fashion-mini",
         "teacher": [TEACHER, TEACHER],
@@ -171,24 +171,24 @@ def test_a_run_with_two_teachers_at_two_sides(tmp_path):
         "teacher_share": [3, 1],
         "steps": 4,
     }
-    run = funmatch.distill(out=tmp_path / "run", combine="mean-probabilities", save_every=2, **knobs)
+    run = funmatch.distill(out=tmp_path / "run", combine="mean-probabilities", save_every=2, **options)
     assert run.figures["teacher"]["name"] == f"{TEACHER} + {TEACHER}"
     assert run.figures["teacher"]["parameters"] == 2 * 109_766
     found = records(run.folder, "teacher")
     assert [each["teacher"] for each in found] == [TEACHER, TEACHER, f"{TEACHER} + {TEACHER}"]
     assert found[0]["top1"] > 0.85
-    form = {"folded": True, "precision": "fp32", "layout": "channels_last", "compiled": False, "native": False}
-    assert found[0]["form"] == form
+    mode = {"folded": True, "precision": "fp32", "layout": "channels_last", "compiled": False, "native": False}
+    assert found[0]["form"] == mode
     assert found[0]["beside_fp32"]["agreement"] == 1.0
     config = json.loads((run.folder / "config.json").read_text())
     assert config["knobs"]["teacher_side"] == [32, 40]
-    said = funmatch.evaluate(run.folder)
-    assert said["agreement"] == pytest.approx(run.agreement, abs=2e-3)
-    assert said["kl"] == pytest.approx(run.figures["kl"], rel=1e-2)
+    evaluated = funmatch.evaluate(run.folder)
+    assert evaluated["agreement"] == pytest.approx(run.agreement, abs=2e-3)
+    assert evaluated["kl"] == pytest.approx(run.figures["kl"], rel=1e-2)
 
 
-def test_a_teacher_of_other_classes(tmp_path, images):
-    """A teacher of five things, in another order, teaches about three of them; without labels it keeps its five."""
+def test_teacher_of_more_classes_is_mapped_or_used_without_labels(tmp_path, images):
+    """A teacher of five classes in another order is mapped to three; without labels the student gets all five."""
     torch.manual_seed(0)
     teacher = funmatch.load("resnet10t", options=("channels=(8,8,16,16)", "stem_width=8"), classes=5, pretrained=False)
     common = {**TINY, "batch": 8, "steps": 2, "teacher": teacher, "allow_weak_teacher": True}
@@ -199,8 +199,8 @@ def test_a_teacher_of_other_classes(tmp_path, images):
     path.write_text(json.dumps({"bee": 4, "ant": [0, 2], "cat": 1}))
     run = funmatch.distill(data=images, out=tmp_path / "run", classes=str(path), **common)
     assert funmatch.load(run.folder).card.classes == ("ant", "bee", "cat")
-    again = funmatch.evaluate(teacher, data=images, classes=str(path), side=32)
-    assert again["top1"] == pytest.approx(run.figures["teacher"]["top1"])
+    evaluated = funmatch.evaluate(teacher, data=images, classes=str(path), side=32)
+    assert evaluated["top1"] == pytest.approx(run.figures["teacher"]["top1"])
     path.write_text(json.dumps({"bee": 3, "ant": [0, 2], "cat": 1}))
     with pytest.raises(InputError, match="the teacher's content"):
         funmatch.distill(data=images, out=tmp_path / "run", classes=str(path), **common)
@@ -210,7 +210,7 @@ def test_a_teacher_of_other_classes(tmp_path, images):
     assert funmatch.load(named.folder).card.classes == ("bee", "ant", "cat")
 
 
-def test_teachers_that_clash(tmp_path):
+def test_conflicting_teachers_are_rejected(tmp_path):
     other = classifier(classes=7)
     with pytest.raises(InputError, match=r"teachers disagree on the number of classes: .* has 10, .* has 7"):
         funmatch.distill(out=tmp_path / "run", teacher=[TEACHER, other], steps=1, side=32, **MINI)
@@ -220,21 +220,21 @@ def test_teachers_that_clash(tmp_path):
         funmatch.distill(out=tmp_path / "run", teacher=[], steps=1, **MINI)
 
 
-def test_a_teacher_below_its_own_card_is_loudly_doubted(tmp_path, capsys):
-    """The embedded teacher's own card says 91 %; with its answers in another order it is near chance."""
-    boastful = funmatch.load(TEACHER)
-    boastful.card = type(boastful.card)(**{**vars(boastful.card), "top1": 0.999, "classes": None})
+def test_teacher_below_its_recorded_accuracy_is_a_warning(tmp_path, capsys):
+    """With two rows of its head swapped, the teacher is well below the accuracy that its card records."""
+    broken = funmatch.load(TEACHER)
+    broken.card = type(broken.card)(**{**vars(broken.card), "top1": 0.999, "classes": None})
     with torch.no_grad():
-        boastful.net.fc.weight[:2] = boastful.net.fc.weight[:2].flip(0)
-    funmatch.distill(out=tmp_path / "run", teacher=boastful, steps=1, side=32, **MINI)
+        broken.net.fc.weight[:2] = broken.net.fc.weight[:2].flip(0)
+    funmatch.distill(out=tmp_path / "run", teacher=broken, steps=1, side=32, **MINI)
     assert "WARNING: teacher python:Classifier has top-1" in capsys.readouterr().err
 
 
-def test_teachers_with_the_same_classes_in_another_order(tmp_path):
-    """Without labels nobody else would notice."""
+def test_teachers_with_classes_in_another_order_are_rejected(tmp_path):
+    """Without labels, accuracy cannot reveal the mismatch."""
     first = classifier(classes=3, names=("a", "b", "c"))
     second = classifier(classes=3, seed=1, names=("c", "b", "a"))
-    knobs = {
+    options = {
         "data": FEW,
         "unlabelled": True,
         "student": "fashion-mini-student",
@@ -243,27 +243,27 @@ def test_teachers_with_the_same_classes_in_another_order(tmp_path):
         "batch": 4,
     }
     with pytest.raises(InputError, match="are not the same in order"):
-        funmatch.distill(out=tmp_path / "run", teacher=[first, second], **knobs)
-    run = funmatch.distill(out=tmp_path / "run", teacher=[classifier(classes=3, seed=2), second], **knobs)
+        funmatch.distill(out=tmp_path / "run", teacher=[first, second], **options)
+    run = funmatch.distill(out=tmp_path / "run", teacher=[classifier(classes=3, seed=2), second], **options)
     assert funmatch.load(run.folder).card.classes == ("c", "b", "a")
 
 
-def test_teachers_that_know_their_classes_are_held_against_each_other(tmp_path):
-    own = funmatch.load("fashion-mini-teacher")
-    names = own.card.classes
+def test_class_names_of_teachers_are_compared(tmp_path):
+    teacher = funmatch.load("fashion-mini-teacher")
+    names = teacher.card.classes
     assert names
     folders = {"silent": None, "named": names, "reversed": names[::-1]}
     for name, classes in folders.items():
         (tmp_path / name).mkdir()
-        card = replace(own.card, classes=classes)
+        card = replace(teacher.card, classes=classes)
         save(funmatch.load("fashion-mini-teacher"), tmp_path / name, card=card, about={})
     for i in range(4):
         paint(tmp_path / "pictures" / f"{i}.png", i)
-    knobs = {"student": "fashion-mini-student", "steps": 1, "batch": 4}
+    options = {"student": "fashion-mini-student", "steps": 1, "batch": 4}
     teachers = [tmp_path / name for name in folders]
     with pytest.raises(funmatch.InputError, match="not the same in order"):
-        funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", **knobs)
-    funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", trust_class_order=True, **knobs)
+        funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", **options)
+    funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", trust_class_order=True, **options)
 
 
 SHORTEST = {
@@ -272,8 +272,8 @@ SHORTEST = {
 
 
 @pytest.fixture(scope="module")
-def with_form(tmp_path_factory):
-    """A run, and the cache in which the form of its teacher was recorded."""
+def run_with_measured_mode(tmp_path_factory):
+    """Folder of a run and of the cache that holds the measured mode of its teacher."""
     folder = tmp_path_factory.mktemp("form")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FUNMATCH_CACHE", str(folder / "cache"))
@@ -285,9 +285,9 @@ def with_form(tmp_path_factory):
     "damage",
     ['{"precision": ["fp32"]}', '{"layout": 3}', '{"compiled": true}', '{"precision": "fp64"}', "[]", "folder"],
 )
-def test_a_damaged_record_of_a_form_counts_for_nothing(tmp_path, monkeypatch, with_form, damage):
+def test_damaged_measurement_of_a_teacher_mode_is_ignored(tmp_path, monkeypatch, run_with_measured_mode, damage):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(with_form, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(run_with_measured_mode, tmp_path, dirs_exist_ok=True)
     (record,) = (tmp_path / "cache" / "forms").iterdir()
     if damage == "folder":
         record.unlink()
@@ -295,5 +295,5 @@ def test_a_damaged_record_of_a_form_counts_for_nothing(tmp_path, monkeypatch, wi
     else:
         record.write_text(damage)
     funmatch.distill(out=tmp_path / "b", **SHORTEST)
-    forms = [json.loads((tmp_path / run / "config.json").read_text())["facts"]["teacher_forms"] for run in "ab"]
-    assert forms[0][0]["form"] == forms[1][0]["form"]
+    modes = [json.loads((tmp_path / run / "config.json").read_text())["facts"]["teacher_forms"] for run in "ab"]
+    assert modes[0][0]["form"] == modes[1][0]["form"]
