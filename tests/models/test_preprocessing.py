@@ -258,7 +258,7 @@ def test_nested_and_circular_functions_end(preprocessing):
             for i in range(depth + 1)
         ]
         double = function("double", ["x"], {"y": "m:z:0"}, [const("two", 2.0), node("m", "Mul", "x", "two:output:0")])
-        return model([call("c", "f0", "x"), const("o", 1.0), *SUB], more=[*inner, double])
+        return model([call("c", "f0", "x"), const("o", 1.0), *SUB], functions=[*inner, double])
 
     SUB = [node("s", "Sub", "c:output:0", "o:output:0"), *network("s:z:0")]
     assert preprocessing(nested(5, "double")).inputs == HALF
@@ -274,7 +274,7 @@ def test_nested_and_circular_functions_end(preprocessing):
     ]
     doubling.append(function("f40", ["x"], {"y": "x"}, []))
     started = time.perf_counter()
-    assert "too often" in preprocessing(model([call("c", "f0", "x"), *network("c:output:0")], more=doubling)).why
+    assert "too often" in preprocessing(model([call("c", "f0", "x"), *network("c:output:0")], functions=doubling)).why
     circle = [node("a", "Identity", "b:output:0"), node("b", "Identity", "a:output:0"), *network("a:output:0")]
     assert "in circles" in preprocessing(model(circle)).why
     loop = [node("a", "Neg", "b:output:0"), node("b", "Neg", "a:output:0"), *network("a:output:0")]
