@@ -35,6 +35,7 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Computes T² · KL(q ‖ p) = T² Σ q · (log q − log p); arguments as of `kl`."""
+    # The student is the second argument here, so `kl` must let gradients through both.
     return kl(teacher_logits, student_logits, temperature)
 
 
@@ -61,6 +62,7 @@ def hard(student_logits: Tensor, teacher_logits: Tensor, smoothing: float = 0.0)
 
 def l2(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Computes ‖s − t‖² = Σ (s − t)², (n,)."""
+    # float32 first: in fp16 the square of a difference beyond 255 is infinite.
     return (student_logits.float() - teacher_logits.float()).square().sum(-1)
 
 
@@ -216,5 +218,6 @@ def mix_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: flo
     one_hot = F.one_hot(labels, classes).float()
     if smoothing:
         one_hot = (1 - smoothing) * one_hot + smoothing / classes
+    # As the pixels are mixed: λ is the share of the image itself, the rest is its predecessor's.
     share = lam[:, None] if isinstance(lam, Tensor) else lam
     return share * one_hot[1:] + (1 - share) * one_hot[:-1]

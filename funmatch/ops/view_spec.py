@@ -52,9 +52,11 @@ class ViewSpec:
 
     def key(self) -> dict[str, Any]:
         """The spec as JSON values, by the names that tapes store; what does not apply to the crop is None."""
+        # A field without `key` gets its own name; only an explicit None leaves it out.
         named = {each.name: each.metadata.get("key", each.name) for each in fields(self)}
         found = {key: getattr(self, name) for name, key in named.items() if key is not None}
         lam = self.mixup
+        # None where this crop ignores an option: specs that show the same views must have the same key.
         return found | {
             "mixup": [lam.a, lam.per_image, lam.take_max, lam.lam],
             "resize": self.resize if self.crop in MILD else None,

@@ -54,6 +54,7 @@ def _kernels_are_right() -> bool:
 
 
 def _addresses(*tensors: Tensor) -> list[int]:
+    # A bare address keeps nothing alive: a caller holds each tensor in a variable until the kernel has returned.
     return [tensor.data_ptr() for tensor in tensors]
 
 

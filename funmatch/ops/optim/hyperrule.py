@@ -46,8 +46,10 @@ def sides(area: float) -> tuple[int, int]:
         area: typical area of the images, pixels.
     """
     # The crop is what the network sees; the paper's 128-pixel teachers use the sizes of small images for all data sets.
+    # By area, not by side, as in the published code.
     return (160, 128) if area < 96 * 96 else (512, 480)
 
 
 def _by_size(images: int, small: T, medium: T, large: T) -> T:
+    # `<` as in the published code: exactly 20,000 images are already of medium size.
     return small if images < SMALL else medium if images < MEDIUM else large

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 def warmup(step: int, warmup_steps: int) -> float:
     """Returns the factor of a linear warm-up: 0 at step 0, 1 from `warmup_steps` on."""
+    # Without a warm-up step 0 is at the peak already; 0 / 0 would end the run at its start.
     return min(step / warmup_steps, 1.0) if warmup_steps else 1.0
 
 
@@ -100,4 +101,5 @@ def factor(
         return power(step, steps, warmup_steps, 1 if name == "linear" else 2)
     if name == "wsd":
         return wsd(step, steps, warmup_steps, cooldown_steps, cooldown_shape)
+    # A constant is a staircase without steps down: options of a staircase that are set beside it do not count.
     return staircase(step, warmup_steps, decay_steps if name == "staircase" else (), factors)

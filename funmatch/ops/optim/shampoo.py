@@ -143,6 +143,7 @@ class Shampoo(torch.optim.Optimizer):
         if self.graft_type == "sqrtn":
             return gradient.sign()
         if self.graft_type.endswith("-normalized"):
+            # The addend keeps a gradient of zeros, as of a part that is not used, from becoming NaN.
             gradient = gradient / (gradient.norm() + 1e-16)
         squares = self._slot(p, "squares")
         is_sum = self.graft_type.startswith("adagrad")
@@ -159,6 +160,7 @@ class Shampoo(torch.optim.Optimizer):
     def _slot(self, p: Tensor, slot: str) -> Tensor:
         """Returns a tensor of a parameter's state, zeros at first."""
         if slot not in self.state[p]:
+            # In the parameter's own memory layout, so that the foreach kernels can treat both as flat memory.
             self.state[p][slot] = torch.zeros_like(p)
         return self.state[p][slot]
 

@@ -29,6 +29,7 @@ def merge_axes(shape: Sequence[int], longest: int) -> Shape:
     """
     axes, length = [], 1
     for axis in shape:
+        # Before multiplying: an axis that is too long by itself must not swallow the short one in front of it.
         if length * axis > longest:
             axes.append(length)
             length = 1
@@ -80,6 +81,7 @@ def block_grids(shape: Shape, size: int) -> list[BlockGrid]:
     for length in shape:
         whole, rest = divmod(length, size)
         spans.append([(0, whole, size)] * (whole > 0) + [(length - rest, 1, rest)] * (rest > 0))
+    # In this order for good: a grid's number is part of the names in a checkpoint.
     return [BlockGrid(*map(tuple, zip(*each, strict=True))) for each in product(*spans)]
 
 
@@ -140,6 +142,7 @@ class BlockStacks:
     def attach_state(self, state: MutableMapping[Any, dict[str, Any]]) -> None:
         """Makes the tensors' state views of the stacks; values already there, such as loaded ones, are copied in."""
         for tensor, slot, view in self.views:
+            # By identity: once attached, the state is the view, and copying it onto itself costs a pass in every step.
             current = state[tensor].get(slot)
             if current is not view:
                 state[tensor][slot] = view if current is None else view.copy_(current)
@@ -155,6 +158,7 @@ class BlockStacks:
 
     def join(self, blocks: dict[Shape, Tensor]) -> list[Tensor]:
         """Joins the blocks from `split` into tensors of the parameters' shapes and dtypes."""
+        # Uninitialized memory will do, since the grids of a tensor cover it without gaps.
         joined = [
             torch.empty(shape, dtype=t.dtype, device=t.device)
             for t, shape in zip(self.tensors, self.shapes, strict=True)
@@ -179,6 +183,7 @@ class BlockStacks:
         """Computes the roots of all statistics; arguments as of `inverse_roots`."""
         compute = partial(inverse_roots, ridge=ridge)
         for side, statistics in self.statistics.items():
+            # In place, since the parameters' state holds views of this very tensor.
             self.roots[side].copy_(sharded_map(compute, statistics, self.roots[side], self.powers[side]))
 
     def precondition(self, blocks: dict[Shape, Tensor]) -> dict[Shape, Tensor]:
