@@ -27,13 +27,13 @@ def pick_device(name: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return accelerator or torch.device("cpu")
-    known = f"available: cpu{f', {accelerator.type}' if accelerator else ''}"
+    available = f"available: cpu{f', {accelerator.type}' if accelerator else ''}"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device {name!r}; {known}") from None
+        raise InputError(f"unknown device {name!r}; {available}") from None
     if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
-        raise InputError(f"no {device.type} device on this machine; {known}")
+        raise InputError(f"no {device.type} device on this machine; {available}")
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
         raise InputError(f"no device {name}; this machine has {torch.accelerator.device_count()} of {device.type}")
     return device if device.type == "cpu" or env.world_size() == 1 else _own_accelerator(device)

@@ -26,6 +26,7 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """Returns the number of processes on this machine."""
+    # torchrun sets it; started by hand, with the five variables above alone, all processes are on one machine.
     return _read("LOCAL_WORLD_SIZE", world_size())
 
 

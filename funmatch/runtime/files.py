@@ -60,6 +60,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an array as `.npy`, completely or not at all."""
     file = io.BytesIO()
+    # Through memory: if numpy itself fails to write a file, its error does not say why (a full disk).
     np.save(file, array, allow_pickle=False)
     write_atomically(path, file.getbuffer())
 
@@ -189,6 +190,7 @@ def lock_owner(path: Path) -> int | None:
         wanted = os.stat(path).st_ino
         for line in Path("/proc/locks").read_text().splitlines():
             words = line.split()  # 1: FLOCK ADVISORY WRITE <process> <device>:<inode> …
+            # A process in another container is listed as 0, and there is no sense in naming it.
             if words[1] == "FLOCK" and int(words[5].rpartition(":")[2]) == wanted and int(words[4]) > 0:
                 return int(words[4])
     except (OSError, ValueError, IndexError):

@@ -1,7 +1,7 @@
 """Reads JSON files that may be damaged, nested too deep, of another shape, or of a newer format.
 
 A file of ours that does not have its shape is `Damaged`, and its reader decides whether that is an error or whether
-there is something else to use. One with a newer format number is refused by everybody.
+there is something else to use. One with a newer format number is always refused.
 """
 
 import json
@@ -40,9 +40,11 @@ def parse_json(text: str | bytes, shape: Shape = Any) -> Any:
         ValueError: it is not JSON, nested too deep, or has another shape; the message says where.
     """
     try:
+        # Bytes that are not UTF-8 raise UnicodeDecodeError, which is a ValueError like all other damage.
         value = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from None
+    # The parser gives up only at the end of its own stack; what walks the value later may need more stack a level.
     if _is_too_deep(value):
         raise ValueError(f"nested deeper than {DEEPEST} levels")
     if problem := misfit(value, shape):
@@ -81,16 +83,16 @@ def read_record(path: Path, shape: dict[str, Shape], number: int, advice: str, *
     found = record.get(FORMAT, 1)
     if isinstance(found, int) and found > number:
         raise NewerFormat(newer(path.parent, found, number, advice))
-    known = {name.removesuffix("?") for name in shape} | {FORMAT}
-    strange = sorted(record.keys() - known) if closed else []
-    problem = f"unknown key {strange[0]!r}" if strange else misfit(record, shape | {f"{FORMAT}?": int})
+    allowed = {name.removesuffix("?") for name in shape} | {FORMAT}
+    extra = sorted(record.keys() - allowed) if closed else []
+    problem = f"unknown key {extra[0]!r}" if extra else misfit(record, shape | {f"{FORMAT}?": int})
     if problem or found < 1:
         raise Damaged(f"{path} is damaged ({problem or f'format {found}'})")
     return record
 
 
 def newer(what: object, found: int, number: int, advice: str) -> str:
-    """The message about a format that a newer version wrote."""
+    """Returns the message about a format that a newer version wrote."""
     return (
         f"{what} was written by a newer funmatch (format {found}; this version reads format {number}); "
         f"upgrade funmatch or {advice}"
@@ -98,7 +100,7 @@ def newer(what: object, found: int, number: int, advice: str) -> str:
 
 
 def misfit(value: Any, shape: Shape, where: str = "it") -> str | None:
-    """Names the first part of a value that does not have its shape; None where all have."""
+    """Describes the first part of a value that does not have its shape; returns None if all parts have."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return f"{where} is not an object"
@@ -127,17 +129,20 @@ def misfit(value: Any, shape: Shape, where: str = "it") -> str | None:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON is of a type: numbers finite and of 64 bits, whole ones also where fractions may be."""
+    """Returns whether a JSON value is of a type; numbers are finite and fit 64 bits, and integers count as floats."""
     if kind is Any:
         return True
     if kind in (int, float):
+        # Python counts True as an int; `true` in a file is not a number.
         if isinstance(value, bool) or not isinstance(value, int | kind):
             return False
+        # Python reads NaN, Infinity and 1e999 as floats, though JSON has no such numbers.
         return abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value)
     return value is None if kind in (None, type(None)) else isinstance(value, kind)
 
 
 def _is_too_deep(value: Any) -> bool:
+    # Level by level, not recursively: the value may be deeper than the stack.
     level = [value]
     for _ in range(DEEPEST):
         level = [
@@ -153,6 +158,6 @@ def _is_too_deep(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """The beginning of a value, for a message."""
+    """Returns the beginning of a value, for a message."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

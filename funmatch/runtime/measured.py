@@ -1,4 +1,4 @@
-"""Remembers what was measured on this machine, so that it is measured once and two runs alike are computed alike."""
+"""Stores measurements of this machine, so that each is made once and equal runs are computed equally."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from funmatch.runtime.log import info
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measurement, kept under a digest of all that decides it.
+    """One measurement, stored under a digest of all that decides it.
 
     Attributes:
         kind: the folder in the cache.
@@ -27,21 +27,24 @@ class Measurement:
 
     @property
     def path(self) -> Path:
+        # A digest, since the key describes a whole machine and is too long for a file's name.
         digest = hashlib.blake2b(self.key.encode(), digest_size=12).hexdigest()
         return cache_home() / self.kind / f"{digest}.json"
 
     def read(self, shape: Shape) -> Any | None:
-        """What was measured before; None where nothing was, or the file is damaged."""
+        """Returns the stored result; None if there is none, or the file is damaged."""
         try:
+            # A damaged file costs one more measurement, which then replaces it.
             return read_json(self.path, shape)
         except (OSError, Damaged):
             return None
 
-    def write(self, found: dict[str, Any]) -> None:
-        """Keeps what was measured; a cache that cannot be written costs the next run the same time, nothing else."""
+    def write(self, result: dict[str, Any]) -> None:
+        """Stores a result; if the cache cannot be written, the next run measures again, and nothing else is lost."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, json.dumps(found))
+            # Several runs may measure the same thing at once while another one reads.
+            write_atomically(self.path, json.dumps(result))
         except OSError as error:
             folder = self.path.parent
             info(f"the next run will measure {self.subject} again: {folder} cannot be written ({error.strerror})")

@@ -24,8 +24,9 @@ from funmatch.runtime.json_files import FORMAT, RUN_RECORD, RUN_SHAPE, Damaged, 
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds the record of a run, finished or not."""
+    """Returns whether a folder holds the record of a run, finished or not."""
     try:
+        # Its format number is not checked: the run of a newer version is a run too, not some other folder.
         read_json(folder / RUN_RECORD, RUN_SHAPE)
     except (OSError, Damaged):
         return False
@@ -35,14 +36,15 @@ def is_run(folder: Path) -> bool:
 def list_differences(
     then: Mapping[str, Any], now: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
 ) -> list[str]:
-    """The values that a record and what is requested now do not agree on, a line each.
+    """Lists the values in which a record differs from what is requested now, a line each.
 
     Args:
-        where: of the values of then, for the message: "in the run".
-        names: what to call a value, where its key says too little.
+        where: place of the earlier values, for the message: "in the run".
+        names: names for messages of values whose keys say too little.
     """
     return [
         f"{(names or {}).get(name, name)}: {then.get(name)} {where}, {now.get(name)} now"
+        # A missing value counts as None: a record that is older than an option agrees with the option left out.
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     ]
@@ -86,7 +88,7 @@ class RecordFolder:
         return self.path.is_file()
 
     def read(self) -> dict[str, Any]:
-        """The record.
+        """Reads the record.
 
         Raises:
             InputError: it is damaged, or of a newer format.
@@ -98,6 +100,7 @@ class RecordFolder:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes the record with its format number."""
+        # Named twice: once to be the file's first key, once so that a number inside the record cannot replace ours.
         write_atomically(self.path, json.dumps({FORMAT: self.number, **record} | {FORMAT: self.number}, indent=1))
 
     def check_place(self) -> None:
@@ -125,16 +128,16 @@ class RecordFolder:
 
         Args:
             record: what is requested now.
-            compare: lists what the record there and the one requested do not agree on.
+            compare: lists the differences between the stored record and the requested one.
 
         Raises:
             InputError: they differ, or the record there is damaged or of a newer format.
         """
         if not self.has_begun:
             self.write(record)
-        known = self.read()
-        self.refuse(compare(known, record))
-        return known
+        stored = self.read()
+        self.refuse(compare(stored, record))
+        return stored
 
     def refuse(self, differences: list[str], remedy: str = "") -> None:
         """Raises `InputError` where there are differences between the record and what is requested now."""
@@ -150,7 +153,7 @@ class RecordFolder:
         """Makes the folder and keeps other processes from beginning in it; if nothing comes of it, nothing stays."""
         with ExitStack() as stack:
             created = self._lock_folder(stack)
-            had_begun = self.has_begun  # looked at under the lock: what another process began is not ours to clear
+            had_begun = self.has_begun  # read under the lock: what another process has begun is not ours to clear
             try:
                 yield
             except BaseException:
@@ -164,12 +167,14 @@ class RecordFolder:
         The lock is on the folder itself, since the record is replaced when it is written, and its lock with it.
         """
         while True:
+            # Two processes may both find it missing. That does no harm: neither clears what the other has begun.
             created = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = ExitStack()
             try:
                 number = self.folder.stat().st_ino
                 lock.enter_context(file_lock(self.folder))
+                # By inode: under this name another process may have made a new folder while we waited.
                 if self.folder.stat().st_ino == number:
                     stack.enter_context(lock)
                     return created
@@ -178,20 +183,23 @@ class RecordFolder:
             lock.close()  # the process that we waited for has removed the folder, so its lock guards nothing
 
     def _clear(self, *, created: bool) -> None:
+        # The record first: without it the folder is free for the next attempt, even if clearing is interrupted.
         for name in (self.path.name, *self.leftovers):
             (self.folder / name).unlink(missing_ok=True)
+        # A file that someone else has put there since is not ours to remove.
         if created and all(map(_is_leftover, self.folder.iterdir())):
             for path in self.folder.iterdir():
                 remove(path)
             self.folder.rmdir()
 
     def try_lock(self) -> IO[str] | None:
-        """An open file that marks the folder as used until it is closed; None where another process uses it."""
+        """Returns an open file that marks the folder as used until it is closed; None if another process uses it."""
         return try_lock_file(self.folder / (self.lock_name or self.path.name))
 
     @property
     def in_use(self) -> bool:
         """Whether another process is using the folder."""
+        # Asked first, since locking would create the file, and the folder would look begun.
         if not self.has_begun:
             return False
         held = self.try_lock()
@@ -218,7 +226,7 @@ class RecordFolder:
     def opened(
         self, record: Mapping[str, Any], compare: Callable[[dict[str, Any], Mapping[str, Any]], list[str]]
     ) -> Generator[dict[str, Any]]:
-        """Begins or resumes, and holds the lock while the block runs; gives the record.
+        """Begins or resumes, and yields the record; the lock is held while the block runs.
 
         Raises:
             InputError: the folder holds something else, other options, or another process uses it.
@@ -226,10 +234,12 @@ class RecordFolder:
         self.check_place()
         with ExitStack() as stack:
             with self.beginning():
-                known = self.begin(record, compare)
+                stored = self.begin(record, compare)
+                # Before the folder's own lock is released, so that no other process gets in between.
                 stack.enter_context(self.lock())
+            # Only under the lock: otherwise these files may be those that another process is writing.
             remove_partials(self.folder)
-            yield known
+            yield stored
 
 
 def _is_leftover(path: Path) -> bool:

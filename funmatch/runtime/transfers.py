@@ -12,6 +12,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
     # non_blocking alone does not help: from pageable memory the copy is synchronous.
+    # Nothing needs to hold the pinned copy: torch's allocator reuses its memory only after the transfer.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
