@@ -183,6 +183,7 @@ def canonical(names: list[str], where: str) -> dict[str, str]:
     prefix = roots[0][: roots[0].index("root_block/")]
     originals: dict[str, str] = {}
     for name in names:
+        # The optimizer's state and counters: `fill` would refuse the file for holding more than the network.
         if prefix.startswith("params/") and name.startswith(NOT_WEIGHTS):
             continue
         inner = name.removeprefix(prefix)
@@ -253,6 +254,7 @@ def rescale_for_timm(net: nn.Module) -> None:
     (c·w − c·μ) / √(c²·σ² + eps) is (w − μ) / √(σ² + eps / c²), so c² is the ratio of the two.
     """
     for conv in net.modules():
+        # Only with the published eps, so that a network that is saved twice is scaled once.
         if isinstance(conv, StdConv2d) and conv.eps == PUBLISHED_EPS:
             conv.weight.mul_((TIMM_EPS / PUBLISHED_EPS) ** 0.5)
             conv.eps = TIMM_EPS

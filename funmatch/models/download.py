@@ -39,6 +39,7 @@ def paper_file(name: str) -> Path:
     if name not in PAPER_FILES:
         raise unknown("file of the paper", name, PAPER_FILES)
     path = cache_home() / "weights" / f"{name}.npz"
+    # A file of this name is complete: `download` renames it last.
     if not path.is_file():
         url = f"{BASE_URL}/{name}.npz"
         try:
@@ -67,6 +68,7 @@ def download(url: str, path: Path) -> None:
             # Inside: only errors of writing get the file's name, by which `paper_file` tells them from the network's.
             with disk_errors(path), open(partial, "wb") as file:
                 shutil.copyfileobj(response, file, 1 << 20)
+            # x-goog-hash is Google Cloud Storage's own header; it may come once for each kind of checksum.
             length, hashes = response.headers.get("Content-Length"), response.headers.get_all("x-goog-hash") or []
         # A connection that breaks off ends the stream without an error; only the length shows it.
         problem = _find_damage(partial, length, ",".join(hashes))
@@ -88,6 +90,7 @@ def _find_damage(path: Path, length: str | None, hashes: str) -> str | None:
     Returns:
         the first difference, or None.
     """
+    # The length first: it explains more than a wrong checksum, and costs nothing.
     if length and path.stat().st_size != int(length):
         return f"{path.stat().st_size:,} bytes, expected {int(length):,}"
     # Split at the first "=": the values are base64, which ends with some.

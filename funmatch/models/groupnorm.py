@@ -32,5 +32,6 @@ def mobilenetv3_large_gn(num_classes: int = 1000, **kwargs: Any) -> nn.Module:
 def _to_group_norm(norm: BatchNormAct2d) -> nn.Module:
     """Returns a GroupNorm for the place of a BatchNorm, with its activation."""
     group_norm = GroupNormAct(norm.num_features, norm.num_features // GROUP_CHANNELS, eps=1e-5)
+    # The modules themselves: MobileNetV3's activations differ from layer to layer.
     group_norm.drop, group_norm.act = norm.drop, norm.act
     return group_norm

@@ -49,8 +49,10 @@ def load(
         if kwargs or weights:
             raise InputError(f"a module is used as it is; leave out {weights or ', '.join(options)}")
         return custom.wrap_module(custom.GIVEN + type(name).__name__, name, side)
+    # Here, since `_with_head` drops `num_classes` and would take the data's number without a word.
     if classes is not None and kwargs.get("num_classes", classes) != classes:
         raise InputError(f"{name}: num_classes={kwargs['num_classes']} conflicts with the data's {classes} classes")
+    # Before functions and timm: with `weights`, names of both kinds have an origin.
     if origin := find_origin(name, kwargs, weights=weights, side=side, inputs=inputs):
         return _from_origin(name, origin, classes, side)
     if custom.is_function(name):
@@ -83,9 +85,11 @@ def _from_timm(
     """Has timm build a network, with its published weights where the name means these."""
     own = NAMED.get(name, name)
     if isinstance(own, tuple):
+        # The user's arguments last: they may change those of our own names.
         own, kwargs = own[0], {**own[1], **kwargs}
     is_hub = own.startswith(HUB)
     architecture = own if is_hub else timm_models.check_architecture(own, name, tuple(NAMED))
+    # Built for the side, without resampling; whether a network of the Hub has a fixed input shows only afterwards.
     may_fit = not is_hub and side and "img_size" not in kwargs
     if may_fit and timm_models.pretrained_config(architecture).get("fixed_input_size"):
         kwargs["img_size"] = side

@@ -62,6 +62,7 @@ def find_origin(
         name, weights, side, inputs: see `load`.
         kwargs: arguments of the constructor.
     """
+    # First, since an .npz is always BiT's, whatever kind of name it comes with.
     if weights and weights.suffix == ".npz":
         return _npz_origin(weights, kwargs, expected=name)
     if weights and custom.is_function(name):
@@ -181,6 +182,7 @@ def _npz_origin(
 def savedmodel_origin(folder: Path, kwargs: dict[str, Any], inputs: Inputs | None) -> Origin:
     """Returns the origin of a BiT network that Keras saved; its mean and std are given, or those of its graph."""
     saved = open_savedmodel(folder)
+    # The user's word first: a graph shows what it does itself, not what was done to images before it.
     given = inputs or saved.inputs
     if given is None:
         raise InputError(
@@ -209,6 +211,7 @@ def _bit_origin(
         raise InputError(f"{where} has weights of {architecture}, not of {expected}")
     if "head.fc.bias" not in state:
         raise InputError(f"{where} has no head/bias, so it is not a classifier; expected a checkpoint with its head")
+    # By the bias: tensors are read on access, and the kernel may have gigabytes.
     kwargs = {"num_classes": len(state["head.fc.bias"]), **size, **kwargs}
     # Networks of other sizes have no entry in timm; their input is that of every BiT network.
     usual = timm_models.pretrained_config("resnetv2_50x1_bit")
@@ -229,6 +232,7 @@ def _state_origin(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
     heads = timm_models.pretrained_config(architecture).get("classifier")
     if not heads:
         raise InputError(f"{architecture} is not a classifier, so {path} cannot be its weights")
+    # Distilled transformers have two heads, of the same number of classes.
     head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
     if head not in state or state[head].ndim == 0:
         raise InputError(f"{path} has no {head}, the head of {architecture}; is it of another architecture?")

@@ -45,6 +45,7 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
     if classifier.function or not _save_with_timm(classifier, folder, card, about):
         for file in folder.iterdir():  # what the attempt with timm left
             file.unlink()
+        # `bit.network` builds with timm's eps, whether this network came from there or from a published file.
         if classifier.function == OTHER_SIZES:
             rescale_for_timm(classifier.net)
         save_file(classifier.net.state_dict(), folder / "model.safetensors")
@@ -60,6 +61,7 @@ def _save_with_timm(classifier: Classifier, folder: Path, card: Card, about: dic
         return False
     # A module from Python may have been changed after timm built it, which only a comparison of logits shows.
     given = classifier.card.name.startswith(GIVEN)
+    # Copied before scaling, so that a failed attempt leaves the network as it was.
     before = copy.deepcopy(net) if given else net
     rescale_for_timm(net)
     try:
@@ -93,7 +95,7 @@ def _write_config(
         "input_size": [len(card.mean), card.side, card.side],
         "crop_pct": card.crop_fraction,
         "crop_mode": "squash" if card.squash else "center",
-        "interpolation": "bilinear",
+        "interpolation": "bilinear",  # ours; timm's entry may say bicubic
         "mean": list(card.mean),
         "std": list(card.std),
     }

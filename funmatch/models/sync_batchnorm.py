@@ -52,6 +52,7 @@ class GlobalBatchNorm(_BatchNorm):
         """Accepts any number of dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
+        # In evaluation the statistics are the same everywhere, so processes may evaluate different numbers of batches.
         output = self.normalize_global(input) if self.training else super().forward(input)
         for name in self.after:
             output = getattr(self, name)(output)

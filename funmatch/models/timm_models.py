@@ -23,6 +23,7 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
         if not (key and equals):
             raise InputError(f"option {option!r} is not of the form key=value, e.g. channels=16,32,64,128")
         try:
+            # literal_eval and not eval: a value is data, never code.
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             parsed[key] = value  # a word, such as act_layer=gelu
@@ -58,6 +59,7 @@ def create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool = Fals
         _go_offline_if_unreachable()
     try:
         return timm.create_model(architecture, pretrained=pretrained, **kwargs)
+    # First: errors of the network and of the Hub are OSErrors, whichever library raises them.
     except OSError as error:
         raise InputError(
             f"cannot download the weights of {architecture} ({first_line(error)}); without a network, pass a file of "
@@ -145,6 +147,7 @@ def with_zero_head(net: nn.Module, classes: int) -> nn.Module:
         raise InputError(f"{type(net).__name__} cannot get a new head for {classes} classes; only timm's networks can")
     net.reset_classifier(classes)  # pyrefly: ignore[not-callable]
     for name in head_names(net):
+        # The bias too: some networks start it elsewhere, and a first output must favour no class.
         for parameter in net.get_submodule(name).parameters():
             parameter.zero_()
     return net

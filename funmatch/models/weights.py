@@ -124,6 +124,7 @@ def _allocate(net: nn.Module, key: str, slot: Tensor) -> Tensor:
 @torch.no_grad()
 def _copy(key: str, target: Tensor, weights: Lazily[Tensor]) -> list[str]:
     """Copies one tensor, and returns the problems with it."""
+    # `take` frees a tensor once it is copied, so that file and network are not both in memory as a whole.
     tensor = weights.take(key) if key in weights else torch.zeros(target.shape, dtype=target.dtype)
     problems = []
     if tensor.shape != target.shape:

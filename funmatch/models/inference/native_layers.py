@@ -119,6 +119,7 @@ class NativeStdConv2dSame(StdConv2dSame):
         kernel = _standardized_kernel(self)
         if kernel is None:
             return super().forward(x)
+        # Padded as timm does it: TensorFlow's padding depends on the image, so the convolution itself has none.
         if self.same_pad:
             x = pad_same(x, [*self.kernel_size], [*self.stride], [*self.dilation])
         return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -143,6 +144,7 @@ def gains_from_native(net: nn.Module) -> bool:
 
 def native_group_norms(net: nn.Module) -> Iterator[nn.GroupNorm]:
     """Yields the GroupNorms of a network that the native kernels compute, or could."""
+    # Both: a network may have been converted before.
     known = {*NATIVE_CLASSES, *NATIVE_CLASSES.values()}
     return (module for module in net.modules() if isinstance(module, nn.GroupNorm) and type(module) in known)
 

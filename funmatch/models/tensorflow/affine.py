@@ -25,7 +25,7 @@ INTEGERS = {kind for kind, dtype in DTYPES.items() if dtype.kind in "iu"} - FLOA
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "Add": np.add,
     "AddV2": np.add,
-    "BiasAdd": np.add,
+    "BiasAdd": np.add,  # NHWC: along the last axis, as numpy broadcasts; NCHW is refused at the convolution
     "Sub": np.subtract,
     "Mul": np.multiply,
     "RealDiv": np.divide,
@@ -83,12 +83,15 @@ class GraphWalk:
         Raises:
             Unclear: it is neither constant nor affine in the images.
         """
+        # Stored, since branches that part and meet again would double the work each time.
         if output not in self.values:
             if depth > MAX_DEPTH:
                 raise Unclear(f"its graph applies more than {MAX_DEPTH} operations to images before the first kernel")
             try:
+                # A division by zero gives infinities, which `preprocessing` refuses with the numbers in its message.
                 with np.errstate(all="ignore"):
                     self.values[output] = self._compute(output, self.graph.node(output), depth + 1)
+            # These are ValueErrors too, but know better what is wrong than the message below.
             except (Unclear, Damaged, InputError):
                 raise
             # The graph is a foreign file: numpy fails on shapes and values that no one thought of.
@@ -100,13 +103,16 @@ class GraphWalk:
         if node.op in PLACEHOLDERS:
             return self._input(output, node)
         if node.op == "Const":
+            # float64, so that folding adds no rounding to that of the graph's own float32.
             return constant(node).astype(float)
         if node.op == "VarHandleOp":
             return self._variable(output)
         into = self.graph.inputs(output)
         if node.op in RESIZES and into:
             # Resizing does not change the range of values, unless zeros of a border are mixed in.
+            # Only the first input is followed: the size is often computed from the images' shape, which is not affine.
             return _unpadded(self.of(into[0], depth), output, node)
+        # All of these have a single output, number 0; another number means a different operation of the same name.
         if output.number or node.op not in {*OF_CONSTANTS, "Pad", "PadV2"}:
             raise _unsupported(output, node)
         values = [self.of(each, depth) for each in into]
@@ -126,7 +132,9 @@ class GraphWalk:
         return AffineImage(np.ones(3), np.zeros(3), is_integer=kind in INTEGERS)
 
     def _variable(self, output: Output) -> np.ndarray:
+        # Several keys are copies of one variable, so any will do; `min`, so that it is always the same one.
         key = min(self.graph.keys.get(output.node, ()), default="")
+        # As a float: the axes of a tensor of an unknown kind are unchecked, and their product can overflow.
         if key not in self.bundle.entries or np.prod(self.bundle.entries[key].shape, dtype=float) > MAX_VALUES:
             raise Unclear(f"its graph uses the variable {output.node} before the first kernel")
         return read(self.bundle, key).astype(float)
@@ -147,8 +155,10 @@ def _apply(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -
     """Applies an operation to images."""
     if node.op in ("Pad", "PadV2"):
         return _pad(output, node, values)
+    # To floats only: a cast to integers rounds the images, which is not affine.
     if node.op == "Cast" and isinstance(values[0], AffineImage) and number(attribute(node, "DstT"), 6) in FLOATS:
         return values[0]
+    # Allowed after padding: the zeros of a border stay zeros.
     if node.op == "Neg" and isinstance(values[0], AffineImage):
         return replace(values[0], scale=-values[0].scale, offset=-values[0].offset)
     if node.op not in ARITHMETIC or len(values) != 2:
@@ -162,6 +172,7 @@ def _apply(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -
             return replace(left, scale=operation(left.scale, operand), offset=operation(left.offset, operand))
         left = _unpadded(left, output, node)
         return replace(left, offset=operation(left.offset, operand))
+    # A constant divided by images is not affine in them.
     if isinstance(right, AffineImage) and isinstance(left, np.ndarray) and node.op != "RealDiv":
         operand = _by_channel(left, output, node)
         if node.op == "Mul":
@@ -174,6 +185,7 @@ def _apply(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -
 
 def _by_channel(value: np.ndarray, output: Output, node: Node) -> np.ndarray:
     """Returns a constant as three numbers."""
+    # The last axis is the channels'. Three numbers of shape (3, 1) would be added by column, not by channel.
     if value.size not in (1, 3) or value.shape[-1:] not in ((), (value.size,)):
         raise _unsupported(output, node)
     return np.broadcast_to(value.reshape(-1), 3)
@@ -184,6 +196,7 @@ def _pad(output: Output, node: Node, values: list[AffineImage | np.ndarray]) -> 
     image, widths, *filling = values
     if not isinstance(image, AffineImage) or not isinstance(widths, np.ndarray) or widths.shape != (4, 2):
         raise _unsupported(output, node)
+    # Zeros around height and width only, as at BiT's first convolution; axes 0 and 3 are the batch and the channels.
     if any(isinstance(value, AffineImage) or value.any() for value in filling) or widths[[0, 3]].any():
         raise _unsupported(output, node)
     top, bottom, left, right = (int(a + b) for a, b in zip(image.border, widths[1:3].flat, strict=True))

@@ -149,7 +149,7 @@ def _block(content: bytes, offset: int, size: int) -> bytes:
 
 def _block_rows(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yields the entries of a block with their full keys."""
-    restarts = int.from_bytes(block[-4:], "little")
+    restarts = int.from_bytes(block[-4:], "little")  # skipped: rows are read in order, none is looked up
     stop = len(block) - 4 * (restarts + 1)
     if stop < 0:
         raise Damaged("a block is too short")
@@ -171,7 +171,7 @@ def _shards(header: bytes, index: Path) -> int:
     if protobuf.number(found, 2) == BIG_ENDIAN:
         raise InputError(f"{index} was written on a big-endian machine; load and save the model on another one")
     version = protobuf.parse(b"".join(protobuf.messages(found, 3)))
-    if protobuf.number(version, 2) > VERSION:
+    if protobuf.number(version, 2) > VERSION:  # the oldest reader that understands it
         raise InputError(f"{index} is of a newer format than {VERSION}; save the model with an older TensorFlow")
     count = protobuf.number(found, 1)
     if not 0 < count < MAX_SHARDS:
@@ -181,7 +181,7 @@ def _shards(header: bytes, index: Path) -> int:
 
 def _entry(key: bytes, value: bytes, index: Path) -> Entry:
     found = protobuf.parse(value)
-    if protobuf.messages(found, 7):
+    if protobuf.messages(found, 7):  # slices of a partitioned variable
         name = key.decode(errors="replace")
         raise InputError(
             f"{index}: {name} is stored in slices; load the model and save it without partitions and without "
@@ -249,7 +249,7 @@ def _read_into(path: Path, entry: Entry, into: np.ndarray) -> int:
             for start in range(0, entry.size, PIECE):
                 piece = file.read(min(PIECE, entry.size - start))
                 into[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
-                crc = crc32c(piece, crc)
+                crc = crc32c(piece, crc)  # here, or a large tensor would be read from memory once more
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from None
     return mask(crc)

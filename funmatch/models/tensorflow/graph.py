@@ -89,20 +89,25 @@ class Graph:
             Damaged: it is something else.
             Unclear: it has no signature, or its variables cannot be identified.
         """
+        # Fields of a MetaGraphDef: 2 is the GraphDef, 3 the SaverDef, 5 the signatures.
         found = protobuf.parse(message)
         graph = inner(found, 2)
+        # In a GraphDef 1 are the nodes and 2 is the library; in a FunctionDef 1 is the signature, 3 nodes, 4 results.
         self._library: dict[str, Fields] = {}
         for function in map(protobuf.parse, protobuf.messages(inner(graph, 2), 1)):
             self._library[protobuf.text(inner(function, 1), 1)] = function
         self._functions: dict[str, Function] = {}
         self._steps = 0
+        # Call 0 is the graph itself, so that names are resolved in the same way everywhere.
         self._calls = [Call(Function(_nodes(graph, 1), {}, []), [], 0)]
         signatures = _pairs(found, 5)
         name = next((name for name in SIGNATURES if name in signatures), None)
         if name is None:
             raise Missing("its graph serves no function")
+        # Only outputs (2) of the signature are needed: images are found as the placeholders that these depend on.
         served = _pairs(protobuf.parse(signatures[name]), 2).values()
         self.outputs = [self._resolve(0, protobuf.text(protobuf.parse(info), 1)) for info in served]
+        # Last, since it follows calls and so needs all of the above.
         self.keys = self._saved_keys(protobuf.text(inner(found, 3), 3))
 
     def node(self, output: Output) -> Node:
@@ -117,6 +122,7 @@ class Graph:
 
     def before(self, outputs: Iterable[Output]) -> Iterator[Output]:
         """Yields all that outputs are computed from, themselves included, each once."""
+        # A list instead of recursion: deep networks have chains that are longer than Python's stack.
         waiting = list(outputs)
         visited = set(waiting)
         while waiting:
@@ -138,6 +144,7 @@ class Graph:
         return [self.keys[output.node] for output in handles]
 
     def _count_step(self) -> None:
+        # One count for everything that is followed: each loop alone may be short, and their product endless.
         self._steps += 1
         if self._steps > MAX_STEPS:
             raise Unclear("its graph is too large, or goes in circles")
@@ -147,6 +154,7 @@ class Graph:
         while True:
             self._count_step()
             function, given = self._calls[call].function, self._calls[call].arguments
+            # Names are split and stored at every step, so a file with names of megabytes would take for ever.
             if len(name) > MAX_NAME:
                 raise Damaged("a name in its graph is too long")
             node_name, *rest = name.split(":")
@@ -156,7 +164,9 @@ class Graph:
                     raise Damaged(f"a function is called without its {node_name}")
                 return given[position]
             node = function.nodes.get(node_name)
+            # The output's own name, between the two, is left out: operations that matter here name a single output.
             number = rest[-1] if rest else "0"
+            # The length too, since Python refuses to convert thousands of digits.
             if node is None or not number.isdigit() or len(number) > 6:
                 raise Damaged(f"its graph has no {name}")
             if node.op in CALLS:
@@ -165,6 +175,7 @@ class Graph:
                 if int(number) >= len(results):
                     raise Damaged(f"a function does not return {name}")
                 name = results[int(number)]
+            # A node lists its control inputs, those with ^, after the others; so the first one is the value.
             elif node.op in IDENTITIES and node.inputs:
                 name = node.inputs[0]
             else:
@@ -178,6 +189,7 @@ class Graph:
             if outer.depth >= MAX_DEPTH or len(self._calls) > MAX_CALLS:
                 raise Unclear("the functions of its graph call each other too deeply, or too often")
             node = outer.function.nodes[node_name]
+            # Before this call is added: its arguments may be calls, which take the next numbers.
             given = [self._resolve(call, name) for name in node.inputs if not name.startswith("^")]
             function = self._function(protobuf.text(inner(attribute(node, "f"), 10), 1))
             self._calls.append(Call(function, given, outer.depth + 1))
@@ -190,6 +202,7 @@ class Graph:
                 raise Damaged(f"its graph has no function {name}")
             found = self._library[name]
             signature = inner(found, 1)
+            # Callers pass arguments and take results by position. The results are a map, so the signature orders them.
             arguments = [protobuf.text(protobuf.parse(each), 1) for each in protobuf.messages(signature, 2)]
             outputs = [protobuf.text(protobuf.parse(each), 1) for each in protobuf.messages(signature, 3)]
             results = {key: value.decode(errors="replace") for key, value in _pairs(found, 4).items()}
@@ -208,6 +221,7 @@ class Graph:
         restored: dict[str, list[bytes]] = {}
         for handle, value in self._assignments(self._enter_call(0, restore)):
             if self.node(value).op == "RestoreV2":
+                # Once for all outputs: a `RestoreV2` of a large network has hundreds, and its list is parsed whole.
                 if value.node not in restored:
                     restored[value.node] = self._restored_keys(value)
                 names = restored[value.node]
@@ -224,6 +238,7 @@ class Graph:
         given = self.inputs(restored)
         if len(given) < 2:
             raise Damaged("a graph restores variables without their names")
+        # RestoreV2(prefix, tensor_names, shape_and_slices); field 8 of a TensorProto holds strings.
         return protobuf.messages(tensor(self.node(given[1])), 8)
 
     def _assignments(self, call: int) -> Iterator[tuple[Output, Output]]:
@@ -249,18 +264,21 @@ def open_graph(path: Path) -> Graph:
     graphs = protobuf.messages(protobuf.parse(content), 2)
     if not graphs:
         raise Missing("its saved_model.pb holds no graph")
+    # TensorFlow 2 writes a single MetaGraphDef. Files of several are TensorFlow 1's, which has no graph of objects.
     return Graph(graphs[0])
 
 
 def _pairs(found: Fields, number: int) -> dict[str, bytes]:
     """Returns a map of messages or strings by name."""
     pairs = map(protobuf.parse, protobuf.messages(found, number))
+    # A map is a list of pairs of key (1) and value (2).
     return {protobuf.text(pair, 1): b"".join(protobuf.messages(pair, 2)) for pair in pairs}
 
 
 def _nodes(found: Fields, number: int) -> dict[str, Node]:
     nodes = {}
     for each in map(protobuf.parse, protobuf.messages(found, number)):
+        # Fields of a NodeDef: 1 name, 2 operation, 3 inputs, 5 attributes.
         inputs = [name.decode(errors="replace") for name in protobuf.messages(each, 3)]
         nodes[protobuf.text(each, 1)] = Node(protobuf.text(each, 2), inputs, each)
     return nodes

@@ -39,6 +39,7 @@ class Node:
 
 def attribute(node: Node, name: str) -> Fields:
     """Returns an `AttrValue` of a node, empty where it has none."""
+    # A map is a list of pairs of key (1) and value (2), in any order.
     for pair in protobuf.messages(node.fields, 5):
         found = protobuf.parse(pair)
         if protobuf.text(found, 1) == name:
@@ -48,6 +49,7 @@ def attribute(node: Node, name: str) -> Fields:
 
 def numbers(found: Fields) -> list[int]:
     """Returns the integers of an `AttrValue` that is a list."""
+    # Field 1 of an AttrValue is a list; of the lists in that, 3 holds the integers.
     return _varints(inner(found, 1).get(3, []))
 
 
@@ -55,6 +57,7 @@ def tensor(node: Node) -> Fields:
     """Returns the `TensorProto` of a constant."""
     if node.op != "Const":
         raise Unclear(f"its graph computes with {node.op} what is a constant in others")
+    # Field 8 of an AttrValue is a TensorProto: 1 kind, 2 shape, 4 all values as bytes, or 5 to 11 values one by one.
     return inner(attribute(node, "value"), 8)
 
 
@@ -72,12 +75,14 @@ def constant(node: Node) -> np.ndarray:
     # Before anything is allocated: the shape comes from the file, and may ask for any amount of memory.
     if kind not in DTYPES or kind == BFLOAT16 or size > MAX_VALUES or len(axes) > 8:
         raise Unclear(f"its graph has a constant of kind {kind} and shape {tuple(axes)}")
+    # Bytes before lists: TensorFlow, too, looks at the lists only where there are no bytes.
     if content := b"".join(protobuf.messages(found, 4)):
         if len(content) != size * DTYPES[kind].itemsize:
             raise Damaged("a constant's values do not match its shape")
         return np.frombuffer(content, DTYPES[kind]).reshape(axes)
     values = _listed_values(found, kind)[:size]
     if not len(values):
+        # TensorFlow writes no value at all where all are zero.
         values = np.zeros(1, DTYPES[kind])
     # TensorFlow leaves out repetitions at the end: the last value stands for all that follow.
     return np.concatenate([values, np.repeat(values[-1:], size - len(values))])[:size].reshape(axes)
@@ -90,6 +95,7 @@ def _listed_values(found: Fields, kind: int) -> np.ndarray:
     number, width = VALUE_FIELDS[kind]
     parts = found.get(number, [])
     if width:
+        # Writers may pack values of a fixed width into one string, or repeat the field; readers must take both.
         raw = b"".join(part if isinstance(part, bytes) else part.to_bytes(width, "little") for part in parts)
         if len(raw) % width:
             raise Damaged("a constant's values are cut off")

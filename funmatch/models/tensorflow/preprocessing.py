@@ -70,6 +70,7 @@ def input_preprocessing(folder: Path, bundle: Bundle) -> Preprocessing:
     except Damaged as error:
         raise InputError(f"{path} is damaged: {error}; copy it again") from None
     except Unclear as error:
+        # Not an error: the weights are identified without this graph, and a user can say what its images were.
         return Preprocessing(why=str(error), is_missing=isinstance(error, Missing))
 
 
@@ -82,9 +83,11 @@ def _trace_input(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preproce
         for stem in graph.variables(graph.inputs(output)[1:])
         if all(key in bundle.entries and bundle.entries[key].shape[:3] == (7, 7, 3) for key in stem)
     ]
+    # Two uses may come after different preprocessing, and nothing says which of them counts.
     if len(first) != 1:
         return replace(found, why=f"its graph uses a first kernel of BiT {len(first)} times")
     convolution, stem = first[0]
+    # Returned even if the rest is unclear: `open_savedmodel` compares it with the network that it has found.
     found = replace(found, stem=frozenset(stem))
     given = graph.inputs(convolution)[:1]
     try:
@@ -95,19 +98,24 @@ def _trace_input(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preproce
         inputs, is_plain = _as_inputs(image)
     except Unclear as error:
         return replace(found, why=str(error))
+    # `before`: variables that scale the images are part of `inputs` now, and must not count as left-over weights.
     return replace(found, inputs=inputs, is_plain=is_plain, before=_keys(graph, given))
 
 
 def _keys(graph: Graph, outputs: list[Output]) -> frozenset[str]:
+    # All names of a variable: a copy of it may be the one that the network was found by.
     return frozenset(key for keys in graph.variables(outputs) for key in keys)
 
 
 def _check_border(convolution: Node, image: AffineImage) -> None:
     """Raises `Unclear` unless the first convolution has BiT's padding and strides."""
+    # Field 2 of an AttrValue holds strings.
     padding = text(attribute(convolution, "padding"), 2)
     border = list(image.border)
     if padding == "EXPLICIT":
+        # Pairs for batch, height, width and channels, of which those of height and width are taken.
         more = numbers(attribute(convolution, "explicit_paddings"))[2:6]
+        # Not strict: a list of another length leaves a border unlike BiT's, which is refused below.
         border = [a + b for a, b in zip(border, more, strict=False)]
     strides = numbers(attribute(convolution, "strides"))
     layout = text(attribute(convolution, "data_format"), 2)
@@ -128,6 +136,7 @@ def _as_inputs(image: AffineImage) -> tuple[Inputs, bool]:
     # scale · x + offset = (x − zero) / width
     with np.errstate(all="ignore"):
         zero, width = -offset / scale, 1 / scale
+    # A scale of 0 or below is no standard deviation, though an inverted image is affine too.
     if not (np.isfinite([scale, offset, zero, width]).all() and (scale > 0).all()):
         raise Unclear(f"its graph maps images x to {_written(scale)} · x + {_written(offset)}")
 
@@ -135,6 +144,7 @@ def _as_inputs(image: AffineImage) -> tuple[Inputs, bool]:
         spans = (scale * largest >= 0.5).all() and (scale * largest <= 50).all()
         return bool(spans and (zero >= -0.05 * largest).all() and (zero <= 1.05 * largest).all())
 
+    # Integers are in 0 … 255 by their type, whatever the graph makes of them.
     ranges = [255.0] if image.is_integer else [largest for largest in (1.0, 255.0) if fits(largest)]
     # Caffe's preprocessing only subtracts a mean, and leaves a range of 255.
     if not ranges and (zero > 1.05).all() and (zero <= 255 * 1.05).all():
@@ -145,6 +155,7 @@ def _as_inputs(image: AffineImage) -> tuple[Inputs, bool]:
             "as well as in 0 … 255"
         )
     mean, std = zero / ranges[0], width / ranges[0]
+    # Exactly 1 and 0: such a graph is the network alone, and says nothing about the images of its training.
     plain = not image.is_integer and bool((scale == 1).all() and (offset == 0).all())
     return (tuple(map(_without_rounding, mean)), tuple(map(_without_rounding, std))), plain
 
@@ -153,6 +164,7 @@ def _without_rounding(value: float) -> float:
     """Removes the rounding error of single precision from a number that was written with few digits."""
     # 0.485 comes out as 0.48500001, and two cards of the same mean should be equal.
     short = float(f"{value:.6g}")
+    # + 0.0 makes 0.0 of -0.0, which would look different on the card.
     return short + 0.0 if abs(value - short) <= 3e-7 * max(abs(value), 1e-2) else float(value)
 
 
@@ -182,6 +194,7 @@ def after_head(found: Preprocessing, kernel: str, bias: str, where: str) -> tupl
         ) from None
     except Unclear as error:
         return (f"unknown what the original model does to the logits of its head, as {error}",)
+    # A graph may return probabilities beside logits; the output that is nearest to the head is the one to report.
     ops = min((ops for ops in chains if ops is not None), key=len, default=None)
     if ops is None:
         return ("the original model's output is not that of its head, whose logits are used here",)
@@ -198,6 +211,7 @@ def _operations_after_head(graph: Graph, output: Output, kernel: str, bias: str)
     ops: list[str] = []
     for _ in range(MAX_STEPS_TO_HEAD):
         op, into = graph.node(output).op, graph.inputs(output)
+        # The second input alone: the first of a product behind the head depends on the head's kernel, too.
         if op in PRODUCTS and kernel in _keys(graph, into[1:]):
             _check_features(graph, into[0])
             return ops
@@ -222,6 +236,7 @@ def _check_features(graph: Graph, output: Output) -> None:
         op = graph.node(output).op
         if op in ("Relu", "Placeholder"):
             return
+        # Anything else, such as a norm, would change the logits, and no BiT network has a place for it.
         if op not in RESHAPES | {"Mean", "AvgPool"}:
             raise UnexpectedOperation(op)
         output = graph.inputs(output)[0]

@@ -98,7 +98,7 @@ def open_savedmodel(folder: Path) -> Savedmodel:
         graph = _read_graph(b"".join(read_strings(bundle, GRAPH)))
     except Damaged as error:
         raise InputError(f"the graph of objects in {folder} is damaged: {error}; copy it again") from None
-    preprocessing = input_preprocessing(folder, bundle)
+    preprocessing = input_preprocessing(folder, bundle)  # before weights are counted: it says which are used
     ignored = _training_keys(graph) | preprocessing.before
     if preprocessing.used is not None:
         ignored |= set(bundle.entries) - preprocessing.used  # the output does not depend on these
@@ -126,6 +126,7 @@ def _read_graph(message: bytes) -> Graph:
 
 def _read_node(message: bytes) -> Node:
     found = protobuf.parse(message)
+    # Fields of a TrackableObject: 1 children, 2 attributes (name, full name, key), 3 slot variables.
     children = [protobuf.parse(child) for child in protobuf.messages(found, 1)]
     attributes = [protobuf.parse(attribute) for attribute in protobuf.messages(found, 2)]
     names = [protobuf.text(a, 2) for a in attributes if protobuf.text(a, 1) == "VARIABLE_VALUE"]
@@ -139,7 +140,7 @@ def _read_node(message: bytes) -> Node:
 
 def _reachable(graph: Graph, skipped: set[str]) -> set[int]:
     """Returns the objects that the first one refers to, directly or not, without attributes of some names."""
-    reached, waiting = {0}, [0]
+    reached, waiting = {0}, [0]  # not recursive: objects refer to each other in circles
     while waiting:
         for edge, child in graph[waiting.pop()].children.items():
             if edge not in skipped and child not in reached:
@@ -151,7 +152,7 @@ def _reachable(graph: Graph, skipped: set[str]) -> set[int]:
 def _training_keys(graph: Graph) -> set[str]:
     """Returns the keys of tensors that only an optimizer or a metric refers to."""
     model = _reachable(graph, TRAINING_STATE)
-    slots = {slot for node in graph for slot in node.slots}
+    slots = {slot for node in graph for slot in node.slots}  # no attribute refers to these
     return {key for i in (_reachable(graph, set()) - model) | slots for key in graph[i].keys}
 
 
@@ -209,7 +210,7 @@ def _stack(graph: Graph, top: int) -> list[int]:
         for held in (children, *inner):
             numbered = [(int(match[1]), i) for edge, i in held.items() if (match := re.fullmatch(pattern, edge))]
             if numbered:
-                return [i for _, i in sorted(numbered)]
+                return [i for _, i in sorted(numbered)]  # as numbers: as text, 10 comes before 2
     return []
 
 
