@@ -167,33 +167,33 @@ def _block_rows(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _shards(header: bytes, index: Path) -> int:
     """Returns the number of files with values."""
-    found = protobuf.parse(header)
-    if protobuf.number(found, 2) == BIG_ENDIAN:
+    fields = protobuf.parse(header)
+    if protobuf.number(fields, 2) == BIG_ENDIAN:
         raise InputError(f"{index} was written on a big-endian machine; load and save the model on another one")
-    version = protobuf.parse(b"".join(protobuf.messages(found, 3)))
+    version = protobuf.parse(b"".join(protobuf.messages(fields, 3)))
     if protobuf.number(version, 2) > VERSION:  # the oldest reader that understands it
         raise InputError(f"{index} is of a newer format than {VERSION}; save the model with an older TensorFlow")
-    count = protobuf.number(found, 1)
+    count = protobuf.number(fields, 1)
     if not 0 < count < MAX_SHARDS:
         raise Damaged(f"it lists {count} files of values")
     return count
 
 
 def _entry(key: bytes, value: bytes, index: Path) -> Entry:
-    found = protobuf.parse(value)
-    if protobuf.messages(found, 7):  # slices of a partitioned variable
+    fields = protobuf.parse(value)
+    if protobuf.messages(fields, 7):  # slices of a partitioned variable
         name = key.decode(errors="replace")
         raise InputError(
             f"{index}: {name} is stored in slices; load the model and save it without partitions and without "
             "a sharding callback such as MaxShardSizePolicy"
         )
     shape = []
-    for axis in protobuf.messages(protobuf.parse(b"".join(protobuf.messages(found, 2))), 2):
+    for axis in protobuf.messages(protobuf.parse(b"".join(protobuf.messages(fields, 2))), 2):
         shape.append(protobuf.number(protobuf.parse(axis), 1))
     # Bounds, because sizes are computed from it: a damaged shape must not ask for terabytes.
     if len(shape) > 32 or max(shape, default=0) > MAX_AXIS:
         raise Damaged(f"{key.decode(errors='replace')} has an impossible shape")
-    kind, shard, offset, size, checksum = (protobuf.number(found, field) for field in (1, 3, 4, 5, 6))
+    kind, shard, offset, size, checksum = (protobuf.number(fields, field) for field in (1, 3, 4, 5, 6))
     return Entry(kind, tuple(shape), shard, offset, size, checksum)
 
 

@@ -90,8 +90,8 @@ class Graph:
             Unclear: it has no signature, or its variables cannot be identified.
         """
         # Fields of a MetaGraphDef: 2 is the GraphDef, 3 the SaverDef, 5 the signatures.
-        found = protobuf.parse(message)
-        graph = inner(found, 2)
+        fields = protobuf.parse(message)
+        graph = inner(fields, 2)
         # In a GraphDef 1 are the nodes and 2 is the library; in a FunctionDef 1 is the signature, 3 nodes, 4 results.
         self._library: dict[str, Fields] = {}
         for function in map(protobuf.parse, protobuf.messages(inner(graph, 2), 1)):
@@ -100,7 +100,7 @@ class Graph:
         self._steps = 0
         # Call 0 is the graph itself, so that names are resolved in the same way everywhere.
         self._calls = [Call(Function(_nodes(graph, 1), {}, []), [], 0)]
-        signatures = _pairs(found, 5)
+        signatures = _pairs(fields, 5)
         name = next((name for name in SIGNATURES if name in signatures), None)
         if name is None:
             raise Missing("its graph serves no function")
@@ -108,7 +108,7 @@ class Graph:
         served = _pairs(protobuf.parse(signatures[name]), 2).values()
         self.outputs = [self._resolve(0, protobuf.text(protobuf.parse(info), 1)) for info in served]
         # Last, since it follows calls and so needs all of the above.
-        self.keys = self._saved_keys(protobuf.text(inner(found, 3), 3))
+        self.keys = self._saved_keys(protobuf.text(inner(fields, 3), 3))
 
     def node(self, output: Output) -> Node:
         """Returns the node of an output."""
@@ -153,16 +153,16 @@ class Graph:
         """Returns the output of a name in a call, followed to the operation that computes it."""
         while True:
             self._count_step()
-            function, given = self._calls[call].function, self._calls[call].arguments
+            function, arguments = self._calls[call].function, self._calls[call].arguments
             # Names are split and stored at every step, so a file with names of megabytes would take for ever.
             if len(name) > MAX_NAME:
                 raise Damaged("a name in its graph is too long")
             node_name, *rest = name.split(":")
             if not rest and node_name in function.arguments:
                 position = function.arguments[node_name]
-                if position >= len(given):
+                if position >= len(arguments):
                     raise Damaged(f"a function is called without its {node_name}")
-                return given[position]
+                return arguments[position]
             node = function.nodes.get(node_name)
             # The output's own name, between the two, is left out: operations that matter here name a single output.
             number = rest[-1] if rest else "0"
@@ -190,9 +190,9 @@ class Graph:
                 raise Unclear("the functions of its graph call each other too deeply, or too often")
             node = outer.function.nodes[node_name]
             # Before this call is added: its arguments may be calls, which take the next numbers.
-            given = [self._resolve(call, name) for name in node.inputs if not name.startswith("^")]
+            arguments = [self._resolve(call, name) for name in node.inputs if not name.startswith("^")]
             function = self._function(protobuf.text(inner(attribute(node, "f"), 10), 1))
-            self._calls.append(Call(function, given, outer.depth + 1))
+            self._calls.append(Call(function, arguments, outer.depth + 1))
             outer.inner[node_name] = len(self._calls) - 1
         return outer.inner[node_name]
 
@@ -200,16 +200,16 @@ class Graph:
         if name not in self._functions:
             if name not in self._library:
                 raise Damaged(f"its graph has no function {name}")
-            found = self._library[name]
-            signature = inner(found, 1)
+            fields = self._library[name]
+            signature = inner(fields, 1)
             # Callers pass arguments and take results by position. The results are a map, so the signature orders them.
             arguments = [protobuf.text(protobuf.parse(each), 1) for each in protobuf.messages(signature, 2)]
             outputs = [protobuf.text(protobuf.parse(each), 1) for each in protobuf.messages(signature, 3)]
-            results = {key: value.decode(errors="replace") for key, value in _pairs(found, 4).items()}
+            results = {key: value.decode(errors="replace") for key, value in _pairs(fields, 4).items()}
             if missing := set(outputs) - set(results):
                 raise Damaged(f"the function {name} does not define its {missing.pop()}")
             numbered = {argument: i for i, argument in enumerate(arguments)}
-            self._functions[name] = Function(_nodes(found, 3), numbered, [results[each] for each in outputs])
+            self._functions[name] = Function(_nodes(fields, 3), numbered, [results[each] for each in outputs])
         return self._functions[name]
 
     def _saved_keys(self, restore: str) -> dict[str, set[str]]:
@@ -235,11 +235,11 @@ class Graph:
 
     def _restored_keys(self, restored: Output) -> list[bytes]:
         """Returns the keys that a `RestoreV2` reads, in order."""
-        given = self.inputs(restored)
-        if len(given) < 2:
+        inputs = self.inputs(restored)
+        if len(inputs) < 2:
             raise Damaged("a graph restores variables without their names")
         # RestoreV2(prefix, tensor_names, shape_and_slices); field 8 of a TensorProto holds strings.
-        return protobuf.messages(tensor(self.node(given[1])), 8)
+        return protobuf.messages(tensor(self.node(inputs[1])), 8)
 
     def _assignments(self, call: int) -> Iterator[tuple[Output, Output]]:
         """Yields the variables that a function assigns, with their new values."""
@@ -268,16 +268,16 @@ def open_graph(path: Path) -> Graph:
     return Graph(graphs[0])
 
 
-def _pairs(found: Fields, number: int) -> dict[str, bytes]:
+def _pairs(fields: Fields, number: int) -> dict[str, bytes]:
     """Returns a map of messages or strings by name."""
-    pairs = map(protobuf.parse, protobuf.messages(found, number))
+    pairs = map(protobuf.parse, protobuf.messages(fields, number))
     # A map is a list of pairs of key (1) and value (2).
     return {protobuf.text(pair, 1): b"".join(protobuf.messages(pair, 2)) for pair in pairs}
 
 
-def _nodes(found: Fields, number: int) -> dict[str, Node]:
+def _nodes(fields: Fields, number: int) -> dict[str, Node]:
     nodes = {}
-    for each in map(protobuf.parse, protobuf.messages(found, number)):
+    for each in map(protobuf.parse, protobuf.messages(fields, number)):
         # Fields of a NodeDef: 1 name, 2 operation, 3 inputs, 5 attributes.
         inputs = [name.decode(errors="replace") for name in protobuf.messages(each, 3)]
         nodes[protobuf.text(each, 1)] = Node(protobuf.text(each, 2), inputs, each)

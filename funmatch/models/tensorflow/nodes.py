@@ -41,16 +41,16 @@ def attribute(node: Node, name: str) -> Fields:
     """Returns an `AttrValue` of a node, empty where it has none."""
     # A map is a list of pairs of key (1) and value (2), in any order.
     for pair in protobuf.messages(node.fields, 5):
-        found = protobuf.parse(pair)
-        if protobuf.text(found, 1) == name:
-            return inner(found, 2)
+        fields = protobuf.parse(pair)
+        if protobuf.text(fields, 1) == name:
+            return inner(fields, 2)
     return {}
 
 
-def numbers(found: Fields) -> list[int]:
+def numbers(fields: Fields) -> list[int]:
     """Returns the integers of an `AttrValue` that is a list."""
     # Field 1 of an AttrValue is a list; of the lists in that, 3 holds the integers.
-    return _varints(inner(found, 1).get(3, []))
+    return _varints(inner(fields, 1).get(3, []))
 
 
 def tensor(node: Node) -> Fields:
@@ -68,19 +68,19 @@ def constant(node: Node) -> np.ndarray:
         Damaged: its values do not match its shape.
         Unclear: it is large, or not of numbers.
     """
-    found = tensor(node)
-    kind = protobuf.number(found, 1)
-    axes = [protobuf.number(protobuf.parse(axis), 1) for axis in protobuf.messages(inner(found, 2), 2)]
+    fields = tensor(node)
+    kind = protobuf.number(fields, 1)
+    axes = [protobuf.number(protobuf.parse(axis), 1) for axis in protobuf.messages(inner(fields, 2), 2)]
     size = math.prod(axes)
     # Before anything is allocated: the shape comes from the file, and may ask for any amount of memory.
     if kind not in DTYPES or kind == BFLOAT16 or size > MAX_VALUES or len(axes) > 8:
         raise Unclear(f"its graph has a constant of kind {kind} and shape {tuple(axes)}")
     # Bytes before lists: TensorFlow, too, looks at the lists only where there are no bytes.
-    if content := b"".join(protobuf.messages(found, 4)):
+    if content := b"".join(protobuf.messages(fields, 4)):
         if len(content) != size * DTYPES[kind].itemsize:
             raise Damaged("a constant's values do not match its shape")
         return np.frombuffer(content, DTYPES[kind]).reshape(axes)
-    values = _listed_values(found, kind)[:size]
+    values = _listed_values(fields, kind)[:size]
     if not len(values):
         # TensorFlow writes no value at all where all are zero.
         values = np.zeros(1, DTYPES[kind])
@@ -88,12 +88,12 @@ def constant(node: Node) -> np.ndarray:
     return np.concatenate([values, np.repeat(values[-1:], size - len(values))])[:size].reshape(axes)
 
 
-def _listed_values(found: Fields, kind: int) -> np.ndarray:
+def _listed_values(fields: Fields, kind: int) -> np.ndarray:
     """Reads the values of a constant that lists them one by one."""
     if kind not in VALUE_FIELDS:
         raise Unclear(f"its graph has a constant of kind {kind} that lists its values")
     number, width = VALUE_FIELDS[kind]
-    parts = found.get(number, [])
+    parts = fields.get(number, [])
     if width:
         # Writers may pack values of a fixed width into one string, or repeat the field; readers must take both.
         raw = b"".join(part if isinstance(part, bytes) else part.to_bytes(width, "little") for part in parts)
@@ -116,7 +116,7 @@ def _varints(parts: list[int | bytes]) -> list[int]:
     return [((value & (1 << 64) - 1) ^ 1 << 63) - (1 << 63) for value in values]
 
 
-def inner(found: Fields, number: int) -> Fields:
+def inner(fields: Fields, number: int) -> Fields:
     """Returns the message of a field, empty where it is left out."""
     # Parts of a message that is written in several pieces are simply joined, as the format says.
-    return protobuf.parse(b"".join(protobuf.messages(found, number)))
+    return protobuf.parse(b"".join(protobuf.messages(fields, number)))

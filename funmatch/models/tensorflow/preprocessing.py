@@ -65,8 +65,8 @@ def input_preprocessing(folder: Path, bundle: Bundle) -> Preprocessing:
     path = folder / "saved_model.pb"
     try:
         graph = open_graph(path)
-        found = Preprocessing(graph=graph, used=_keys(graph, graph.outputs))
-        return _trace_input(found, graph, bundle)
+        preprocessing = Preprocessing(graph=graph, used=_keys(graph, graph.outputs))
+        return _trace_input(preprocessing, graph, bundle)
     except Damaged as error:
         raise InputError(f"{path} is damaged: {error}; copy it again") from None
     except Unclear as error:
@@ -74,7 +74,7 @@ def input_preprocessing(folder: Path, bundle: Bundle) -> Preprocessing:
         return Preprocessing(why=str(error), is_missing=isinstance(error, Missing))
 
 
-def _trace_input(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preprocessing:
+def _trace_input(preprocessing: Preprocessing, graph: Graph, bundle: Bundle) -> Preprocessing:
     """Adds what the graph does to images before the only convolution with a kernel of the shape of BiT's first."""
     first = [
         (output, stem)
@@ -85,21 +85,21 @@ def _trace_input(found: Preprocessing, graph: Graph, bundle: Bundle) -> Preproce
     ]
     # Two uses may come after different preprocessing, and nothing says which of them counts.
     if len(first) != 1:
-        return replace(found, why=f"its graph uses a first kernel of BiT {len(first)} times")
+        return replace(preprocessing, why=f"its graph uses a first kernel of BiT {len(first)} times")
     convolution, stem = first[0]
     # Returned even if the rest is unclear: `open_savedmodel` compares it with the network that it has found.
-    found = replace(found, stem=frozenset(stem))
-    given = graph.inputs(convolution)[:1]
+    preprocessing = replace(preprocessing, stem=frozenset(stem))
+    images = graph.inputs(convolution)[:1]
     try:
-        image = GraphWalk(graph, bundle).of(given[0])
+        image = GraphWalk(graph, bundle).of(images[0])
         if not isinstance(image, AffineImage):
             raise Unclear("its graph gives the network no images")
         _check_border(graph.node(convolution), image)
         inputs, is_plain = _as_inputs(image)
     except Unclear as error:
-        return replace(found, why=str(error))
+        return replace(preprocessing, why=str(error))
     # `before`: variables that scale the images are part of `inputs` now, and must not count as left-over weights.
-    return replace(found, inputs=inputs, is_plain=is_plain, before=_keys(graph, given))
+    return replace(preprocessing, inputs=inputs, is_plain=is_plain, before=_keys(graph, images))
 
 
 def _keys(graph: Graph, outputs: list[Output]) -> frozenset[str]:
@@ -136,7 +136,7 @@ def _as_inputs(image: AffineImage) -> tuple[Inputs, bool]:
     # scale · x + offset = (x − zero) / width
     with np.errstate(all="ignore"):
         zero, width = -offset / scale, 1 / scale
-    # A scale of 0 or below is no standard deviation, though an inverted image is affine too.
+    # A scale of 0 or below is not a valid deviation, though an inverted image is affine too.
     if not (np.isfinite([scale, offset, zero, width]).all() and (scale > 0).all()):
         raise Unclear(f"its graph maps images x to {_written(scale)} · x + {_written(offset)}")
 
@@ -172,21 +172,23 @@ def _written(values: np.ndarray) -> str:
     return ", ".join(f"{value:.4g}" for value in dict.fromkeys(values.tolist()))
 
 
-def after_head(found: Preprocessing, kernel: str, bias: str, where: str) -> tuple[str, ...]:
+def after_head(preprocessing: Preprocessing, kernel: str, bias: str, where: str) -> tuple[str, ...]:
     """Returns notes about what a graph does to the logits of its head.
 
     Args:
-        found: result of `input_preprocessing`.
+        preprocessing: result of `input_preprocessing`.
         kernel, bias: keys of the head.
         where: source of the model, for messages.
 
     Raises:
         InputError: the head's input is something else than the mean of the network's last activations.
     """
-    if found.graph is None:
+    if preprocessing.graph is None:
         return ()
     try:
-        chains = [_operations_after_head(found.graph, output, kernel, bias) for output in found.graph.outputs]
+        chains = [
+            _operations_after_head(preprocessing.graph, output, kernel, bias) for output in preprocessing.graph.outputs
+        ]
     except UnexpectedOperation as error:
         raise InputError(
             f"{where} applies {error} to the input of its head, which no BiT network does; make it a part of the head, "

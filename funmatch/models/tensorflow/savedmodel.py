@@ -125,16 +125,16 @@ def _read_graph(message: bytes) -> Graph:
 
 
 def _read_node(message: bytes) -> Node:
-    found = protobuf.parse(message)
+    fields = protobuf.parse(message)
     # Fields of a TrackableObject: 1 children, 2 attributes (name, full name, key), 3 slot variables.
-    children = [protobuf.parse(child) for child in protobuf.messages(found, 1)]
-    attributes = [protobuf.parse(attribute) for attribute in protobuf.messages(found, 2)]
+    children = [protobuf.parse(child) for child in protobuf.messages(fields, 1)]
+    attributes = [protobuf.parse(attribute) for attribute in protobuf.messages(fields, 2)]
     names = [protobuf.text(a, 2) for a in attributes if protobuf.text(a, 1) == "VARIABLE_VALUE"]
     return Node(
         children={protobuf.text(child, 2): protobuf.number(child, 1) for child in children},
         keys=[protobuf.text(attribute, 3) for attribute in attributes],
         name=names[0] if names else None,
-        slots=[protobuf.number(protobuf.parse(slot), 3) for slot in protobuf.messages(found, 3)],
+        slots=[protobuf.number(protobuf.parse(slot), 3) for slot in protobuf.messages(fields, 3)],
     )
 
 
@@ -158,13 +158,13 @@ def _training_keys(graph: Graph) -> set[str]:
 
 def _variables(graph: Graph, bundle: Bundle, folder: Path) -> dict[str, str]:
     """Returns the weights' names by their keys in the bundle."""
-    found = {}
+    names = {}
     for name, key in ((node.name, key) for node in graph if node.name is not None for key in node.keys):
         if key not in bundle.entries:
             raise InputError(f"{folder}: the variable {key} is missing from its index; save the model again")
         if bundle.entries[key].is_weight:
-            found[key] = name
-    return found
+            names[key] = name
+    return names
 
 
 def _network_keys(graph: Graph, bundle: Bundle, weights: dict[str, str], where: str) -> tuple[bool, dict[str, str]]:
@@ -189,16 +189,16 @@ def _network_keys(graph: Graph, bundle: Bundle, weights: dict[str, str], where: 
 def _by_attributes(graph: Graph, net: Node, where: str) -> dict[str, str]:
     """Identifies the variables of a `bit_tf2.models.ResnetV2`."""
     tops = {"root_block/": net.children["_root"], "": net.children["_pre_head"]}
-    found = [
+    pairs = [
         (f"{part}{PLACES.get(leaf, leaf)}", key) for part, top in tops.items() for leaf, key in _leaves(graph, top)
     ]
     for b, block in enumerate(_stack(graph, net.children["_blocks"]), 1):
         units = [graph[i].children for i in _stack(graph, block) if "_unit_a" in graph[i].children]
         for u, unit in enumerate(units, 1):
             parts = [(part, leaf) for edge, part in UNIT.items() if edge in unit for leaf in _leaves(graph, unit[edge])]
-            found += [(f"block{b}/unit{u:02}/{part}/{PLACES.get(leaf, leaf)}", key) for part, (leaf, key) in parts]
-    found += [(f"head/{leaf}", key) for leaf, key in _leaves(graph, net.children["_head"])]
-    return _check_unique(found, where)
+            pairs += [(f"block{b}/unit{u:02}/{part}/{PLACES.get(leaf, leaf)}", key) for part, (leaf, key) in parts]
+    pairs += [(f"head/{leaf}", key) for leaf, key in _leaves(graph, net.children["_head"])]
+    return _check_unique(pairs, where)
 
 
 def _stack(graph: Graph, top: int) -> list[int]:
@@ -216,14 +216,14 @@ def _stack(graph: Graph, top: int) -> list[int]:
 
 def _leaves(graph: Graph, top: int) -> list[tuple[str, str]]:
     """Returns the variables of a layer, or of the layers that it stacks, as (attribute, key in the bundle)."""
-    found = {}
+    leaves = {}
     for i in (top, *_stack(graph, top)):
         for edge, child in graph[i].children.items():
             node = graph[child]
             # By key, since Keras 3 refers to one variable twice, as kernel and as _kernel.
             if node.name is not None and not edge.isdigit():
-                found |= dict.fromkeys(node.keys, edge.lstrip("_"))
-    return [(leaf, key) for key, leaf in found.items()]
+                leaves |= dict.fromkeys(node.keys, edge.lstrip("_"))
+    return [(leaf, key) for key, leaf in leaves.items()]
 
 
 def _by_names(names: dict[str, str], prefix: str, bundle: Bundle, where: str) -> dict[str, str]:
@@ -232,11 +232,11 @@ def _by_names(names: dict[str, str], prefix: str, bundle: Bundle, where: str) ->
     body = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
     body = {key: name for key, name in body.items() if BODY.fullmatch(name)}
     rest = {key: name for key, name in names.items() if key not in body}
-    found = [(name, key) for key, name in body.items()]
+    pairs = [(name, key) for key, name in body.items()]
     for leaf, ranks in (("kernel", (2, 4)), ("bias", (1,))):
         of_head = [key for key, name in rest.items() if name.split("/")[-1] == leaf]
-        found += [(f"head/{leaf}", key) for key in of_head if len(bundle.entries[key].shape) in ranks]
-    return _check_unique(found, where)
+        pairs += [(f"head/{leaf}", key) for key in of_head if len(bundle.entries[key].shape) in ranks]
+    return _check_unique(pairs, where)
 
 
 def _by_order(graph: Graph, bundle: Bundle, names: dict[str, str], where: str) -> dict[str, str]:
@@ -259,10 +259,10 @@ def _by_order(graph: Graph, bundle: Bundle, names: dict[str, str], where: str) -
     )
 
 
-def _check_unique(found: list[tuple[str, str]], where: str) -> dict[str, str]:
+def _check_unique(pairs: list[tuple[str, str]], where: str) -> dict[str, str]:
     """Returns the keys by name, or raises `InputError` if two variables have the same name."""
     keys: dict[str, str] = {}
-    for name, key in found:
+    for name, key in pairs:
         if name in keys:
             raise InputError(f"{where} holds two variables for {name}: {keys[name]} and {key}; {SAVE_AGAIN}")
         keys[name] = key
