@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Options
 from funmatch.config.values import Names, Share
 
@@ -34,14 +34,17 @@ class Images(Options):
     """In shards: the number of the first class."""
     # A run compares its images by their content, so what leads to the same images may differ when it resumes.
     class_file: Annotated[
-        Path | None, Opt(group=Group.DATA, changes=DATA, compared=False, usual="names in the data")
+        Path | None,
+        Opt(group=Group.DATA, changes=DATA, refers=Refers.FILE, compared=False, usual="names in the data"),
     ] = None
     """In shards and tables: a text file with one class name per line."""
     follow_links: Annotated[bool, Opt(group=Group.DATA, changes=DATA, compared=False)] = False
     """Follow symbolic links that lead out of a folder."""
     data_dir: Annotated[
         Path | None,
-        Opt(group=Group.DATA, changes=PLACE, usual="$FUNMATCH_DATA, or a folder in the user's cache"),
+        Opt(
+            group=Group.DATA, changes=PLACE, refers=Refers.FILE, usual="$FUNMATCH_DATA, or a folder in the user's cache"
+        ),
     ] = None
     """Folder that holds the catalog's data sets, and into which they are downloaded."""
     cap: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1)] = 512

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.choices import DISTANCES, STRATEGIES, Crop, Strategy
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Options, like
 from funmatch.config.train import Finetune, Train
 from funmatch.config.values import Integers, Names, Numbers, Pairs, Precision
@@ -18,7 +18,15 @@ class Teaching(Options):
 
     teacher_weights: Annotated[
         Names,
-        Opt(group=Group.TEACHER, changes=TEACHER, content="teacher", usual="none", essential=True, metavar="PATH …"),
+        Opt(
+            group=Group.TEACHER,
+            changes=TEACHER,
+            refers=Refers.WEIGHTS,
+            content="teacher",
+            usual="none",
+            essential=True,
+            metavar="PATH …",
+        ),
     ] = ()
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes."""
@@ -38,7 +46,10 @@ class Teaching(Options):
         "mean-logits"
     )
     """How several teachers become one: the mean of their logits, or of their probabilities at the temperature."""
-    classes: Annotated[str | None, Opt(group=Group.TEACHER, changes=TEACHER, usual="the teacher's classes")] = None
+    classes: Annotated[
+        str | None,
+        Opt(group=Group.TEACHER, changes=TEACHER, refers=Refers.CLASS_MAP, usual="the teacher's classes"),
+    ] = None
     """For a teacher with other classes than the data: same-names matches classes by name; a file map.json holds
     {"our class": "the teacher's", …}, by name, by number, or a list of these."""
     trust_class_order: Annotated[bool, Opt(group=Group.TEACHER, changes=TEACHER, searchable=False)] = False
@@ -71,7 +82,8 @@ class Distill(Train, Teaching):
     --student several times to train several students in one process."""
     teacher: Annotated[
         Names,
-        Opt(group=Group.TEACHER, changes=TEACHER, essential=True, content="teacher", metavar="MODEL …",
+        Opt(group=Group.TEACHER, changes=TEACHER, essential=True, refers=Refers.MODEL, content="teacher",
+            metavar="MODEL …",
             replaces=("teacher_weights", "teacher_kwargs", "teacher_side", "teacher_share", "classes")),
     ]  # fmt: skip
     """Network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
@@ -124,8 +136,8 @@ class Distill(Train, Teaching):
     tape: Annotated[
         Path | None,
         # Its rounding is compared by what the record says of it.
-        Opt(group=Group.TEACHER, changes=Changes.PLACE | TEACHER | Changes.ARITHMETIC, compared=False, usual="none",
-            metavar="FOLDER"),
+        Opt(group=Group.TEACHER, changes=Changes.PLACE | TEACHER | Changes.ARITHMETIC, refers=Refers.FILE,
+            compared=False, usual="none", metavar="FOLDER"),
     ] = None  # fmt: skip
     """Folder for a tape: the teacher's logits for every view, in half precision. The first run records it; later runs
     with the same images, seed, batch, views and teacher read it instead of running the teacher."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, Options
 from funmatch.config.values import Pairs
 
@@ -16,14 +16,21 @@ class Student(Options):
     student: Annotated[
         str,
         # Without --side its own image size is that of the views.
-        Opt(group=Group.STUDENT, changes=STUDENT | Changes.VIEWS, essential=True, content="student",
-            replaces=("student_weights", "student_kwargs"), aliases=("--model",), metavar="MODEL"),
+        Opt(group=Group.STUDENT, changes=STUDENT | Changes.VIEWS, essential=True, refers=Refers.MODEL,
+            content="student", replaces=("student_weights", "student_kwargs"), aliases=("--model",), metavar="MODEL"),
     ]  # fmt: skip
     """Network to train: a timm name, with random weights or, with its tag, its published ones; a folder or file with
     weights, as for a teacher; or fashion-mini-student. For another number of classes it gets a new head of zeros."""
     student_weights: Annotated[
         Path | None,
-        Opt(group=Group.STUDENT, changes=STUDENT, content="student", usual="none", aliases=("--weights",)),
+        Opt(
+            group=Group.STUDENT,
+            changes=STUDENT,
+            refers=Refers.WEIGHTS,
+            content="student",
+            usual="none",
+            aliases=("--weights",),
+        ),
     ] = None
     """File to start from (.safetensors, .pt or BiT .npz), for a student given by its timm name."""
     student_kwargs: Annotated[

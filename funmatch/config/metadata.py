@@ -37,6 +37,16 @@ class Group(Enum):
     OUTPUT = "Output"
 
 
+class Refers(Enum):
+    """What the value of an option names, outside the record of a run."""
+
+    DATA = "images"
+    MODEL = "a model"
+    WEIGHTS = "a file of weights, or none"
+    CLASS_MAP = "a file of a class map, or same-names"
+    FILE = "a file or folder"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Opt:
     """What an option says about itself, beside its type, its default and its sentence.
@@ -53,6 +63,7 @@ class Opt:
         recipe: whether a recipe decides it; None decides by `changes`.
         study: whether a study file may set it.
         extends: whether a finished run may be resumed with another value, to make it longer.
+        refers: what its value, or each of its values, names; None for what a record holds whole.
         content: the fact of a run's record that holds the content of the files it names.
         flag: its name on the command line, where this is not the field's.
         aliases: other flags for it.
@@ -74,6 +85,7 @@ class Opt:
     recipe: bool | None = None
     study: bool = True
     extends: bool = False
+    refers: Refers | None = None
     content: str | None = None
     flag: str | None = None
     aliases: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from pydantic import Field
 from funmatch.config.choices import Crop
 from funmatch.config.data import Images
 from funmatch.config.loop import Loop, Student
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.optim import ADAMW_LR, Optimizer, Schedule
 from funmatch.config.options import like
 from funmatch.config.values import Names
@@ -26,7 +26,10 @@ class Train(Images, Student, Views, Optimizer, Loop):
 
     # Images are compared by their content when a run resumes, wherever they lie.
     data: Annotated[
-        Names, Opt(group=Group.DATA, changes=Changes.DATA, compared=False, essential=True, metavar="DATA …")
+        Names,
+        Opt(
+            group=Group.DATA, changes=Changes.DATA, refers=Refers.DATA, compared=False, essential=True, metavar="DATA …"
+        ),
     ]
     """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
     fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
@@ -34,7 +37,8 @@ class Train(Images, Student, Views, Optimizer, Loop):
     # Not DATA: the teacher's views are of --data alone, so runs that are evaluated on other images may share a tape.
     eval_data: Annotated[
         Names,
-        Opt(group=Group.DATA, changes=Changes.STUDENT, compared=False, searchable=False, usual="those of --data",
+        Opt(group=Group.DATA, changes=Changes.STUDENT, refers=Refers.DATA, compared=False, searchable=False,
+            usual="those of --data",
             metavar="DATA …"),
     ] = ()  # fmt: skip
     """Other images to evaluate on: their validation and test splits, or all of them as a test split."""

@@ -11,7 +11,6 @@ from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import Cache, open_cache
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
-from funmatch.data.readers.open import resolve_spec
 from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime.log import info, track
 
@@ -140,13 +139,3 @@ def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> 
     }
     run = TAUGHT[verb].model_validate(knobs | given)
     return open_run_data(run), run.data, run.eval_data or run.data
-
-
-def absolute_paths(config: Train) -> dict[str, Any]:
-    """Returns the options that name images, paths made absolute: a run's record is usable from any directory."""
-    options: dict[str, Any] = {name: tuple(map(resolve_spec, getattr(config, name))) for name in ("data", "eval_data")}
-    for name in ("data_dir", "class_file"):
-        if path := getattr(config, name):
-            # Not `resolve`: a link may be moved to other images on purpose.
-            options[name] = path.expanduser().absolute()
-    return options

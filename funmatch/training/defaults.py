@@ -1,5 +1,6 @@
 """Resolves every default of a run and makes its paths absolute, so that its record says all that decides it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,9 +10,11 @@ import torch
 
 from funmatch.config import Distill, Finetune, Train
 from funmatch.config.choices import STRATEGIES
+from funmatch.config.metadata import Refers
 from funmatch.config.optim import ADAMW_LR, LR, WARMUP_SHARE, WARMUP_STEPS
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.decode import pick_decoder
+from funmatch.data.readers.open import resolve_spec
 from funmatch.errors import InputError
 from funmatch.models.class_map import SAME_NAMES
 from funmatch.models.classifier import Classifier
@@ -19,7 +22,7 @@ from funmatch.models.load import NAMED
 from funmatch.ops.optim import factory, hyperrule
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.log import info
-from funmatch.training import datasets, scoring
+from funmatch.training import scoring
 from funmatch.training.run import folder as run_folder
 from funmatch.training.student import acceleration
 
@@ -102,21 +105,14 @@ def warn_of_late_steps(config: Train) -> None:
 
 
 def absolute_paths(config: Train) -> dict[str, Any]:
-    """Returns the options that hold paths, made absolute, so that a run's record is usable from any directory."""
-    found = datasets.absolute_paths(config)
-    # Names of timm models stay as they are; only paths depend on the working directory.
-    found["student"] = _absolute_name(config.student)
-    if config.student_weights:
-        found["student_weights"] = config.student_weights.expanduser().resolve()
-    if isinstance(config, Distill):
-        found["teacher"] = tuple(map(_absolute_name, config.teacher))
-        found["teacher_weights"] = tuple(
-            file if file.lower() == "none" else str(Path(file).expanduser().resolve())
-            for file in config.teacher_weights
-        )
-        # `same-names` is a word, not a file.
-        if config.classes and config.classes != SAME_NAMES:
-            found["classes"] = str(Path(config.classes).expanduser().resolve())
+    """Returns the options that name files, made absolute, so that a run's record is usable from any directory."""
+    found: dict[str, Any] = {}
+    for name, opt in type(config).opts():
+        value = getattr(config, name)
+        if opt.refers is None or value is None:
+            continue
+        rule = ABSOLUTE[opt.refers]
+        found[name] = tuple(map(rule, value)) if isinstance(value, tuple) else type(value)(rule(str(value)))
     return found
 
 
@@ -128,6 +124,18 @@ def _absolute_name(name: str) -> str:
     if name in NAMED or timm.is_model(name.partition(".")[0]) or not path.exists():
         return name
     return f"{prefix.replace('local-dir:', '')}{path.resolve()}"
+
+
+ABSOLUTE: dict[Refers, Callable[[str], str]] = {
+    Refers.DATA: resolve_spec,
+    Refers.MODEL: _absolute_name,
+    # A link to weights or to a class map is resolved: the record holds what was read. One to images may be moved to
+    # others on purpose.
+    Refers.WEIGHTS: lambda path: path if path.lower() == "none" else str(Path(path).expanduser().resolve()),
+    Refers.CLASS_MAP: lambda path: path if path == SAME_NAMES else str(Path(path).expanduser().resolve()),
+    Refers.FILE: lambda path: str(Path(path).expanduser().absolute()),
+}
+"""How each kind of name becomes independent of the working directory."""
 
 
 def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
