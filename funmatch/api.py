@@ -143,7 +143,7 @@ def tune(
         funmatch.errors.WorkFailed: all trials failed.
     """
     if what not in SEARCHED and what not in recipes.RECIPES:
-        raise unknown("verb or recipe", what, [*SEARCHED, *recipes.RECIPES])
+        raise unknown("command or recipe", what, [*SEARCHED, *recipes.RECIPES])
     if isinstance(space, Mapping):
         space = [f"{name}={_joined(values)}" for name, values in space.items()]
     named = {"out": out, "space": tuple(space) or None, "recipe": None if what in SEARCHED else what}

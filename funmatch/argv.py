@@ -164,7 +164,7 @@ def split_subject(words: list[str], verb: str) -> tuple[list[str], str]:
         raise InputError(f"give a command to {verb}: {', '.join(SEARCHED)}, or the name of a recipe, e.g. pet37-fast")
     if subject:
         hint = "`funmatch recipes` lists the recipes"
-        raise unknown("verb or recipe", subject, [*SEARCHED, *recipes.RECIPES], hint=hint)
+        raise unknown("command or recipe", subject, [*SEARCHED, *recipes.RECIPES], hint=hint)
     return words, "distill"
 
 

@@ -118,7 +118,7 @@ def read_command(arguments: list[str]) -> Command:
     if known.subjects:
         words, subject = split_subject(words, verb)
         table = known.subjects[subject]
-    usage = f"{verb} VERB|RECIPE" if known.subjects else f"{verb} [RECIPE]" if verb in TAUGHT else verb
+    usage = f"{verb} COMMAND|RECIPE" if known.subjects else f"{verb} [RECIPE]" if verb in TAUGHT else verb
     if help.asks_for_help(words):
         name = verb if verb == subject else f"{verb} {subject}"
         print(help.help_of(name, table, everything="--help-all" in words, usage=usage))

@@ -73,7 +73,7 @@ def find_verb(name: str) -> Verb:
         InputError: there is no such verb.
     """
     if name not in VERBS:
-        raise unknown("verb", name, VERBS)
+        raise unknown("command", name, VERBS)
     return VERBS[name]
 
 

@@ -29,14 +29,18 @@ class Strategy:
     @property
     def fixed(self) -> bool:
         """Whether the teacher's output for an image never changes, so that it is computed once."""
+        # By exclusion: every view of the teacher that is not drawn anew in each step is fixed.
         return self.teacher not in ("same", "own")
 
     @property
     def crops(self) -> tuple[Crop, ...]:
         """The crops that the strategy allows the student."""
+        # Squash is a mild crop of an image resized otherwise, so no row of its own is needed for it.
         return ("mild", "squash") if self.crop == "mild" else (self.crop,)
 
 
+# Read-only, since one table serves all runs of a process. `--help` lists it from the last row, so that the default
+# stands first.
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
         "fix/rs": Strategy("whole", "whole"),
@@ -73,9 +77,11 @@ class Distance:
 
 DISTANCES: Mapping[str, Distance] = MappingProxyType(
     {
+        # Divergences of probabilities can be computed on top classes and one for the mass of all others.
         "kl": Distance(tempered=True, needs_all_classes=False),
         "reverse-kl": Distance(tempered=True, needs_all_classes=False),
         "js": Distance(tempered=True, needs_all_classes=False),
+        # DIST correlates each class over the images of a batch, too.
         "dist": Distance(tempered=True, couples_batch=True),
         "hard": Distance(needs_top_class=True, smooths=True),
         "l2": Distance(),

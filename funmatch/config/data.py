@@ -15,6 +15,7 @@ VALIDATION_SHARE = "10%"
 class Images(Options):
     """How images are read and stored."""
 
+    # Text, since 10% and 10, a number of images, are both valid.
     val: Annotated[Share, Opt(group=Group.DATA, changes=DATA, usual="none", essential=True, metavar="SHARE")] = None
     """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
     the images' content and on --val-seed."""
@@ -40,6 +41,7 @@ class Images(Options):
     """In shards and tables: a text file with one class name per line."""
     follow_links: Annotated[bool, Opt(group=Group.DATA, changes=DATA, compared=False)] = False
     """Follow symbolic links that lead out of a folder."""
+    # PLACE: the same data set in another folder is the same data.
     data_dir: Annotated[
         Path | None,
         Opt(
@@ -58,8 +60,10 @@ class Images(Options):
     auto is resident up to --resident-gb."""
     resident_gb: Annotated[float, Opt(group=Group.DATA, changes=PLACE, at_least=0, metavar="GB")] = 32.0
     """With --pixels auto: the most gigabytes of decoded pixels that are stored in the cache."""
+    # Pillow's own limit: it refuses images of more than twice its MAX_IMAGE_PIXELS.
     max_pixels: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1)] = 178_956_970
     """Larger images are rejected as decompression bombs."""
+    # Not compared: images are compared by their content, and those skipped are missing in it.
     on_bad: Annotated[Literal["stop", "skip"], Opt(group=Group.DATA, changes=DATA, compared=False)] = "stop"
     """When images cannot be decoded: stop and list all of them, or skip them."""
 
@@ -74,6 +78,7 @@ class Named(Images):
     hf:NAME. Several are joined."""
 
     def problems(self) -> list[str]:
+        # The parser lets an empty list pass: `data` is required, but takes any number of values.
         return ([] if self.data else ["give the images, e.g. ~/images or pet37"]) + super().problems()
 
 
@@ -90,6 +95,7 @@ class Prepare(Named):
     """cache: decode for the runs of this program. tfrecord: write shards of tf.train.Example into --out."""
     out: Annotated[Path | None, Opt(group=Group.OUTPUT, changes=PLACE, usual="none", essential=True)] = None
     """Folder for the shards."""
+    # DATA, unlike the `side` of views: it changes the images that runs read from the shards.
     side: Annotated[
         int | None,
         Opt(group=Group.OUTPUT, changes=DATA, at_least=1, at_most=16384, usual="each image's own size",
@@ -103,6 +109,7 @@ class Prepare(Named):
         found = []
         if self.to == "tfrecord" and self.out is None:
             found.append("--to tfrecord needs --out, the folder for the shards")
+        # Refused, not ignored: somebody who gives them expects a folder of shards.
         if self.to == "cache" and (self.out or self.side):
             found.append("--out and --side belong to --to tfrecord")
         return found + super().problems()

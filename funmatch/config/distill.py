@@ -57,12 +57,14 @@ class Teaching(Options):
     same order."""
 
     def problems(self) -> list[str]:
+        # The field is declared by the tables that use this one, each with its own default and help.
         found, teachers = [], len(getattr(self, "teacher", ()))
         for name, values, single in (
             ("teacher_weights", self.teacher_weights, 0),
             ("teacher_side", self.teacher_side, 1),
             ("teacher_share", self.teacher_share, 0),
         ):
+            # A single side may be for all teachers; a single file or weight would leave open whose it is.
             if teachers and len(values) not in (0, teachers, single):
                 found.append(f"{name} has {len(values)} values for {teachers} teachers; give one each, in their order")
         return found + super().problems()
@@ -80,6 +82,7 @@ class Distill(Train, Teaching):
     """Network to train: a timm name, with random weights or, with its tag, its published ones; a folder or file with
     weights, as for a teacher; or fashion-mini-student. For another number of classes it gets a new head of zeros. Give
     --student several times to train several students in one process."""
+    # What describes a recipe's teachers does not fit others.
     teacher: Annotated[
         Names,
         Opt(group=Group.TEACHER, changes=TEACHER, essential=True, refers=Refers.MODEL, content="teacher",
@@ -96,6 +99,7 @@ class Distill(Train, Teaching):
         int | None, Opt(group=Group.TEACHER, changes=Changes.ARITHMETIC, at_least=1, usual="as many as the student")
     ] = None
     """Images per forward pass of the teacher, to need less memory."""
+    # Text, not choices: the table has the names, and the check suggests the near ones.
     strategy: Annotated[
         str, Opt(group=Group.VIEWS, changes=Changes.VIEWS | TEACHER, metavar="|".join(reversed(STRATEGIES)))
     ] = "funmatch"
@@ -103,6 +107,7 @@ class Distill(Train, Teaching):
     or mild random crop. ind/ic, ind/rc: independent crops. fix/rs, fix/cc, fix/ic_ens: the teacher always gets the
     whole image, its centre, or many Inception crops, whose mean output counts; the student gets the whole image, mild
     random or Inception crops."""
+    # TEACHER, not VIEWS: the student's crops do not change.
     teacher_crops: Annotated[int, Opt(group=Group.VIEWS, changes=TEACHER, at_least=1, at_most=10**6)] = 1000
     """fix/ic_ens: Inception crops of each image over which the teacher's probabilities are averaged beforehand."""
     crop: Annotated[Crop | None, like(Train, "crop", usual="the strategy's")] = None
@@ -163,6 +168,7 @@ class Distill(Train, Teaching):
 
     @property
     def mixes(self) -> bool:
+        # A strategy without MixUp in its row mixes only if somebody sets it.
         return self.mixup != 0 if self.row is None or self.row.mixup else bool(self.mixup)
 
     def problems(self) -> list[str]:
@@ -173,6 +179,7 @@ class Distill(Train, Teaching):
     def _strategy_problems(self) -> list[str]:
         """A strategy that is unknown, or that other options of the views contradict."""
         row, found = self.row, []
+        # Alone: without its row nothing else about the views can be checked.
         if row is None:
             return [str(unknown("strategy", self.strategy, STRATEGIES))]
         if row.fixed and self.mixup:
@@ -187,6 +194,7 @@ class Distill(Train, Teaching):
                 for name, value in (("cutmix", self.cutmix), ("randaugment", self.randaugment))
                 if value
             ]
+        # Refused, so that the same views have one name in every comparison.
         if row.mixup and self.mixup == 0:
             found.append(f"{self.strategy} is same/ic with MixUp; without MixUp (mixup 0) pass --strategy same/ic")
         if self.crop and self.crop not in row.crops:
@@ -212,6 +220,7 @@ class Distill(Train, Teaching):
                 for name in ("temperature", "t_squared")
                 if self.moved(name)
             ]
+        # A piece as large as the batch is the batch.
         if distance.couples_batch and self.micro_batch and self.micro_batch < self.batch:
             found.append(
                 f"distance {self.distance} compares the images of a batch with each other, so micro_batch would "
@@ -224,6 +233,7 @@ class Distill(Train, Teaching):
             )
         if self.label_weight and self.unlabelled:
             found.append(f"label_weight ({self.label_weight}) needs labels, but unlabelled ignores them")
+        # With a share of labels, their cross-entropy is smoothed, whatever the distance.
         if self.label_smoothing and not distance.smooths and not self.label_weight:
             found.append("label_smoothing belongs to --distance hard or to labels (--label-weight); neither is used")
         return found

@@ -11,6 +11,7 @@ from funmatch.config.train import Train
 from funmatch.config.values import Names, Pairs
 
 
+# No `Views`: evaluation has no random crops, so it takes only the two sizes of the views, below.
 class Evaluate(Images, Teaching, Machine):
     """Evaluate a run or a model: accuracy, calibration, and agreement with a teacher."""
 
@@ -35,6 +36,7 @@ class Evaluate(Images, Teaching, Machine):
         Pairs, Opt(group=Group.STUDENT, changes=Changes.STUDENT, usual="none", metavar="KEY=VALUE …")
     ] = ()
     """Arguments for timm's constructor."""
+    # Optional, as are teacher and sizes: a run knows its own, and only a named model needs them.
     data: Annotated[Names, like(Train, "data", usual="the run's")] = ()
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
     hf:NAME. Several are joined."""

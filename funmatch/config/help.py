@@ -30,6 +30,7 @@ def overview(tables: Mapping[str, type[Options]]) -> str:
         tables: command to its table; headings stand in the order in which they first come.
     """
     lines = ["Usage: funmatch COMMAND [OPTIONS]", "", "Knowledge distillation by function matching."]
+    # A dictionary, not a set: the headings keep their order.
     for heading in dict.fromkeys(table.verbs for table in tables.values()):
         lines += ["", _bold(f"{heading}:")]
         for name, table in tables.items():
@@ -48,6 +49,7 @@ def help_of(verb: str, table: type[Options], *, everything: bool = False, usage:
         usage: what the usage shows in the place of `verb`, "distill [RECIPE]".
     """
     shown = _sorted(table)
+    # A second page would hide too few options to be worth another command.
     everything = everything or len(shown) <= FEW
     lines = [*_usage(usage or verb, table), "", *_wrapped(_summary(table))]
     if table.examples:
@@ -60,6 +62,7 @@ def help_of(verb: str, table: type[Options], *, everything: bool = False, usage:
         return "\n".join(lines)
     lines += ["", _bold("Options that matter most:")]
     essential = [(name, opt) for name, opt in shown if opt.essential or table.model_fields[name].is_required()]
+    # The sort is stable: within required and other options the groups' order stays.
     essential.sort(key=lambda item: not table.model_fields[item[0]].is_required())
     lines += [line for name, opt in essential for line in _option(table, name, opt)]
     return "\n".join([*lines, "", f"`funmatch {verb} --help-all` shows all {len(shown)} options."])
@@ -80,6 +83,7 @@ def essential_lines(table: type[Options], without: Iterable[str] = ()) -> list[s
     shown = [(name, opt) for name, opt in _sorted(table) if opt.essential and name not in {*without}]
     lines = []
     for name, _ in shown:
+        # pydantic keeps the line breaks of the sentence in the source, which would break the lines anew in odd places.
         text = " ".join((table.model_fields[name].description or "").split())
         note = default_of(table, name)
         lines += textwrap.wrap(f"{name}: {text}{f' ({note})' if note else ''}", 100, subsequent_indent="    ")
@@ -88,6 +92,7 @@ def essential_lines(table: type[Options], without: Iterable[str] = ()) -> list[s
 
 def asks_for_help(words: Iterable[str]) -> bool:
     """Whether help is wanted instead of the command."""
+    # Anywhere among the words, so that --help can be appended to a command that does not work.
     return bool({*words} & {*FLAGS})
 
 
@@ -104,7 +109,9 @@ def flags_of(table: type[Options], name: str) -> list[str]:
     if opt.positional:
         return []
     flag = _flag(name, opt)
+    # Only for switches that are on: one that is off needs no flag to turn it off.
     off = [flag.replace("--", "--no-", 1)] if table.model_fields[name].default is True else []
+    # Stable, and False sorts before True: short flags first, each kind in its order.
     return sorted([flag, *off, *opt.aliases], key=lambda each: each.startswith("--"))
 
 
@@ -118,6 +125,7 @@ def metavar(table: type[Options], name: str) -> str:
     kind: Any = table.model_fields[name].annotation
     if opt.metavar is not None:
         return opt.metavar
+    # Arguments only of a union with None: those of a tuple or of choices are not alternatives.
     members = [each for each in (get_args(kind) if _is_union(kind) else (kind,)) if each is not type(None)]
     several = get_origin(members[0]) is tuple
     kinds = [get_args(each)[0] if several else each for each in members]
@@ -126,11 +134,13 @@ def metavar(table: type[Options], name: str) -> str:
 
 
 def default_of(table: type[Options], name: str) -> str | None:
-    """The value that is used where nobody sets an option, or its rule in words; None for a switch."""
+    """The value of an option that is not set, or its rule in words; None for a switch."""
     field, opt = table.model_fields[name], table.opt(name)
     if field.is_required():
         return "required"
+    # Compared by value: 0 and False are neither None nor empty, and are shown as they are.
     value = opt.usual if field.default in (None, (), "") else field.default
+    # A switch that is off is not worth a note, but one that is on would otherwise surprise.
     if isinstance(value, bool):
         return "default: on" if value else None
     return f"default: {_shown(value)}"
@@ -139,11 +149,13 @@ def default_of(table: type[Options], name: str) -> str | None:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_shown, value))
+    # As people write numbers: 32, not 32.0.
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _sorted(table: type[Options]) -> list[tuple[str, Opt]]:
     """Options by group, in each those without which there is no run first."""
+    # In the order of the enumeration: that of the fields is the order of the bases, and says nothing to users.
     groups = list(Group)
 
     def rank(item: tuple[str, Opt]) -> tuple[Any, ...]:
@@ -160,6 +172,7 @@ def _sorted(table: type[Options]) -> list[tuple[str, Opt]]:
 
 def _usage(verb: str, table: type[Options]) -> list[str]:
     needed = [(name, opt) for name, opt in _sorted(table) if table.model_fields[name].is_required() or opt.positional]
+    # Values without a flag first, as they are typed.
     needed.sort(key=lambda item: not item[1].positional)
     words = []
     for name, opt in needed:
@@ -170,6 +183,7 @@ def _usage(verb: str, table: type[Options]) -> list[str]:
 
 def _option(table: type[Options], name: str, opt: Opt) -> Iterator[str]:
     field = table.model_fields[name]
+    # A list may be given in one go or flag by flag (`merge_repeated`); without a flag there is only one go.
     repeated = get_origin(field.annotation) is tuple and not opt.positional
     notes = [note for note in (default_of(table, name), "may be repeated" if repeated else None) if note]
     text = " ".join((field.description or "").split())
@@ -178,7 +192,9 @@ def _option(table: type[Options], name: str, opt: Opt) -> Iterator[str]:
 
 def _row(left: str, text: str, column: int) -> Iterator[str]:
     """A name, and its sentence beside it, or below where the name is long."""
+    # Not at hyphens: a flag that is cut, as in --teacher- batch, cannot be copied or searched.
     lines = textwrap.wrap(text, _width() - column, break_on_hyphens=False) or [""]
+    # Beside a long name the sentence would have no column left.
     if len(left) + 2 > column:
         yield _bold(left)
     else:
@@ -189,7 +205,9 @@ def _row(left: str, text: str, column: int) -> Iterator[str]:
 def _command(example: str, indent: str) -> Iterator[str]:
     """A command, over several lines as a shell reads it where it is long."""
     line = indent
+    # Only before a flag, so that a flag stays with its values.
     for part in re.split(r" (?=--)", example):
+        # 3 for the space before the part, and the space and backslash after it.
         if len(line) + len(part) + 3 > _width() and line.strip():
             yield f"{line} \\"
             line = f"{indent}    {part}"
@@ -216,5 +234,6 @@ def _width() -> int:
 
 
 def _bold(text: str) -> str:
-    """Emphasised text, on a terminal that nobody asked to do without."""
+    """The text in bold on a terminal, unless NO_COLOR is set."""
+    # As no-color.org has it: NO_COLOR counts if it is set and not empty.
     return f"{BOLD}{text}{PLAIN}" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text

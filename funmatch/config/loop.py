@@ -42,10 +42,12 @@ class Student(Options):
         float | None, Opt(group=Group.STUDENT, changes=STUDENT, at_least=0, below=1, usual="the network's own")
     ] = None
     """Dropout rate before the student's head (timm's drop_rate)."""
+    # None, not 0: some of timm's networks have a rate of their own, Swin's is 0.1.
     drop_path: Annotated[
         float | None, Opt(group=Group.STUDENT, changes=STUDENT, at_least=0, below=1, usual="the network's own")
     ] = None
     """Stochastic-depth rate of the student (timm's drop_path_rate)."""
+    # Below 1: with a decay of 1 the average would stay at the first weights.
     ema: Annotated[
         float | None, Opt(group=Group.STUDENT, changes=STUDENT, at_least=0, below=1, usual="off", metavar="DECAY")
     ] = None
@@ -63,6 +65,7 @@ class Student(Options):
 class Loop(Machine):
     """Length of the run, its batches, and what happens every so many steps."""
 
+    # Each of steps and epochs replaces the other, so that a command line with one overrides a recipe with the other.
     steps: Annotated[
         int | None,
         Opt(group=Group.LOOP, changes=STUDENT, at_least=1, at_most=10**12, essential=True, extends=True,
@@ -76,6 +79,7 @@ class Loop(Machine):
             replaces=("steps",), usual="by --steps"),
     ] = None  # fmt: skip
     """Length of the run in passes over the training images. Function matching gains from thousands."""
+    # VIEWS, since all images and crops of a step are drawn for its batch as a whole.
     batch: Annotated[
         int,
         Opt(group=Group.LOOP, changes=STUDENT | Changes.VIEWS, at_least=1, at_most=10**6, essential=True,
@@ -88,12 +92,14 @@ class Loop(Machine):
     )
     """Images per forward pass of the student (gradient accumulation), to need less memory. Crops and λ stay the same;
     only BatchNorm statistics change."""
+    # Below 1: at 1 nothing of the label would be left.
     label_smoothing: Annotated[float, Opt(group=Group.LOOP, changes=STUDENT, at_least=0, below=1)] = 0.0
     """Share of each label that is spread over all classes, where labels are used."""
     patience: Annotated[int | None, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, usual="no early stopping")] = (
         None
     )
     """Early stopping: end the run after this many evaluations on the validation split without an improvement."""
+    # last, so that the validation split selects nothing that is evaluated at the end unless somebody wants that.
     keep: Annotated[Literal["last", "best"], Opt(group=Group.LOOP, changes=STUDENT)] = "last"
     """Student to evaluate and save at the end: the last one, or the best on the validation split."""
     # A recipe or a study is the same experiment with any seed, and a search must not choose the luckiest one.
@@ -106,6 +112,7 @@ class Loop(Machine):
     # It decides at which steps --keep best and --patience look, so a resumed run must have the same value.
     eval_every: Annotated[int, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False)] = 500
     """Steps between evaluations on the validation split."""
+    # PLACE, since a step is a function of (seed, step): where a run was saved changes no figure.
     save_every: Annotated[int, Opt(group=Group.LOOP, changes=PLACE, at_least=1)] = 500
     """Steps between checkpoints."""
     log_every: Annotated[int, Opt(group=Group.LOOP, changes=PLACE, at_least=1)] = 50
@@ -122,6 +129,7 @@ class Loop(Machine):
         int | None, Opt(group=Group.MACHINE, changes=ARITHMETIC, at_least=1, at_most=1024, usual="all cores")
     ] = None
     """CPU cores that the networks use. Tiny networks are faster on one."""
+    # PLACE, since a batch does not depend on the thread that makes it.
     workers: Annotated[
         int | None,
         Opt(group=Group.MACHINE, changes=PLACE, at_least=1, at_most=256, aliases=("-j",),
@@ -145,8 +153,10 @@ class Loop(Machine):
 
     def problems(self) -> list[str]:
         found = []
+        # Refused, not resolved by order: which of the two was meant cannot be known.
         if self.steps is not None and self.epochs is not None:
             found.append("give the length by either --steps or --epochs, not both")
+        # BiT-HyperRule knows a length, but only when the images have been counted.
         if self.steps is None and self.epochs is None and not self.by_rule:
             found.append("give the length by either --steps or --epochs, e.g. --epochs 1000")
         return found + super().problems()

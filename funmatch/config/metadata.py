@@ -5,6 +5,7 @@ from enum import Enum, Flag, auto
 from typing import Any
 
 
+# A flag, not an enumeration: the temperature, for one, changes the student's loss and, sometimes, the teachers' mean.
 class Changes(Flag):
     """What another value of an option can change. An option may change several of these at once."""
 
@@ -57,7 +58,7 @@ class Opt:
         at_least, at_most, above, below: bounds of its value, or of each of its values.
         usual: what is used where the default is None or empty: the value itself, or the rule in words.
         essential: whether `--help` shows it among the options that matter most.
-        replaces: options of a recipe that are dropped when a person sets this one.
+        replaces: options of a recipe that are dropped when the user sets this one.
         searchable: whether `funmatch tune` may search it; None decides by `changes`.
         compared: whether a run that resumes must have the same value; None decides by `changes`.
         recipe: whether a recipe decides it; None decides by `changes`.
@@ -102,22 +103,26 @@ class Opt:
     @property
     def is_compared(self) -> bool:
         """Whether a run can only be resumed with the same value."""
+        # An option that changes PLACE and anything else is compared, unless it says otherwise itself.
         return self.changes != Changes.PLACE if self.compared is None else self.compared
 
     @property
     def in_recipe(self) -> bool:
         """Whether a recipe decides the value, so that another one is an override."""
+        # The same recipe on another machine is not an override.
         machine = self.changes == Changes.PLACE or Changes.ARITHMETIC in self.changes
         return not machine if self.recipe is None else self.recipe
 
     def problem(self, name: str, value: Any) -> str | None:
         """A sentence about a value, or one of several, that is out of bounds; None where all are in them."""
         for each in value if isinstance(value, tuple) else (value,):
+            # A truth value is an integer to Python, but a switch has no bounds.
             if isinstance(each, int | float) and not isinstance(each, bool) and (bound := self._violated(each)):
                 return f"{name} must {bound}, got {each}"
         return None
 
     def _violated(self, value: float) -> str | None:
+        # By what holds, not by what fails: NaN fails every comparison, and so is out of any bounds.
         low = (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
         high = (self.at_most is None or value <= self.at_most) and (self.below is None or value < self.below)
         if low and high:
@@ -128,6 +133,7 @@ class Opt:
         if bottom is not None and top is not None and top <= 1:
             signs = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
             return f"lie in {signs[0]}{bottom}, {top}{signs[1]}"
+        # The lower bound first: of a value that is out of bounds only one sentence is written.
         if not low:
             return f"be at least {bottom:,}" if self.at_least is not None else f"be above {bottom:,}"
         return f"be at most {top:,}" if self.at_most is not None else f"be below {top:,}"

@@ -19,6 +19,7 @@ Schedule = Literal["cosine", "linear", "quadratic", "wsd", "staircase", "constan
 class Optimizer(Options):
     """How gradients become updates."""
 
+    # Replaces the options below: a recipe's arguments and momentum do not fit another optimizer.
     optimizer: Annotated[
         str,
         Opt(group=Group.OPTIMIZER, changes=STUDENT, aliases=("--opt",), metavar="NAME",
@@ -36,6 +37,7 @@ class Optimizer(Options):
     """Momentum, or AdamW's first beta, of optimizers that have one."""
     momentum_dtype: Annotated[Literal["fp32", "bf16"], Opt(group=Group.OPTIMIZER, changes=STUDENT)] = "fp32"
     """Data type in which AdamW stores the mean of its gradients; the paper's code uses bf16."""
+    # None, since BiT-HyperRule has a default of its own, by optimizer and batch.
     lr: Annotated[float | None, Opt(group=Group.OPTIMIZER, changes=STUDENT, above=0, usual=LR, essential=True)] = None
     """Learning rate at the top of the schedule."""
     schedule: Annotated[
@@ -48,6 +50,7 @@ class Optimizer(Options):
     ] = "cosine"
     """Learning rate after the linear warm-up: falling to 0 along half a cosine, a line or a parabola; constant until it
     falls over the last --cooldown-steps (wsd); falling at --decay-steps (staircase); or constant."""
+    # Extends: a longer wsd run has a cool-down of its own.
     cooldown_steps: Annotated[
         int | None,
         Opt(group=Group.OPTIMIZER, changes=STUDENT, at_least=0, usual="a fifth of the run", extends=True),
@@ -81,6 +84,7 @@ class Optimizer(Options):
 
     def problems(self) -> list[str]:
         steps, factors, found = self.decay_steps, self.decay_factors, []
+        # With a rule, the steps of the staircase follow from the number of images, which is not known yet.
         if self.schedule == "staircase" and not steps and not self.by_rule:
             found.append("a staircase needs --decay-steps, e.g. --decay-steps 200 300 400")
         if steps and self.schedule != "staircase":
@@ -89,10 +93,13 @@ class Optimizer(Options):
             found.append(f"cooldown_steps belong to --schedule wsd, not {self.schedule}")
         if self.momentum_dtype != "fp32" and self.optimizer != "adamw":
             found.append(f"momentum_dtype {self.momentum_dtype} belongs to --optimizer adamw, not {self.optimizer}")
+        # `moved`, since every value is a valid shape: only one that is not the default was set by somebody.
         if self.moved("cooldown_shape") and self.schedule != "wsd":
             found.append(f"cooldown_shape belongs to --schedule wsd, not {self.schedule}")
+        # With a rule the steps come later, and so does their comparison with the factors.
         if factors and len(factors) != len(steps) and not (self.by_rule and not steps):
             found.append(f"{len(factors)} decay_factors for {len(steps)} decay_steps; give one each")
+        # A set, so that a step which is named twice is found too.
         if list(steps) != sorted(set(steps)) or (steps and steps[0] < 1):
             found.append(f"decay_steps must rise from 1 on, got {', '.join(map(str, steps))}")
         return found + super().problems()

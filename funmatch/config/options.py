@@ -29,6 +29,7 @@ class Options(BaseModel):
     by_rule: ClassVar[bool] = False
     """Whether a rule (BiT-HyperRule) decides the length and the staircase where nobody sets them."""
 
+    # Not named json, after its flag: pydantic's models have a method of this name.
     as_json: Annotated[bool, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False, flag="json")] = False
     """Print the result as one JSON object on standard output, and nothing else there."""
     # Not part of a record: what a file says is recorded option by option.
@@ -43,6 +44,7 @@ class Options(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Fails where an option says nothing about itself, or names another that does not exist."""
+        # pydantic's hook, not Python's `__init_subclass__`, in which a class has no fields yet.
         super().__pydantic_init_subclass__(**kwargs)
         for name in cls.model_fields:
             for other in cls.opt(name).replaces:
@@ -69,8 +71,10 @@ class Options(BaseModel):
 
     @classmethod
     def field_of(cls, word: str) -> str | None:
-        """The option that a person means by a name, a flag or an alias; None where there is none."""
+        """The option that the user means by a name, a flag or an alias; None where there is none."""
+        # Two dashes first: of --lr one would be left.
         wanted = word.removeprefix("--").removeprefix("-").replace("-", "_")
+        # Names before aliases: an alias of one option could be the name of another.
         if wanted in cls.model_fields:
             return wanted
         for name, opt in cls.opts():
@@ -82,6 +86,7 @@ class Options(BaseModel):
     def words(cls) -> list[str]:
         """The names, flags and aliases of all options, as Python and files write them."""
         others = (each for name, opt in cls.opts() for each in (opt.flag or name, *opt.aliases))
+        # Short flags are left out: a single letter is near to no misspelt name.
         return [*cls.model_fields, *(word for each in others if len(word := each.lstrip("-").replace("-", "_")) > 1)]
 
     @classmethod
@@ -93,12 +98,15 @@ class Options(BaseModel):
             name = cls.field_of(word)
             if name is None:
                 problems.append(str(unknown("option", word, cls.words())))
+            # By the field's name: batch and batch_size are one option.
             elif name in values:
                 problems.append(f"{name} is set twice, once as {word}; set it once")
+            # Before pydantic, which would turn "4" into 4 and True into 1.0.
             elif problem := type_problem(cls.model_fields[name], value):
                 problems.append(f"{name}: {problem}")
             else:
                 values[name] = normalised(cls.model_fields[name], value)
+        # From the words, not from `values`: an option whose value is wrong is not missing as well.
         found = {cls.field_of(word) for word in options}
         problems += [
             f"{name} is missing"
@@ -110,8 +118,10 @@ class Options(BaseModel):
         try:
             table = cls(**values)
         except ValidationError as error:
+            # What remains to pydantic, such as choices, gets one line a problem, without its links and error types.
             found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
             raise InputError(listed(found)) from None
+        # Here too, so that a table from `checked` is valid wherever it is used.
         table.check()
         return table
 
@@ -131,6 +141,7 @@ class Options(BaseModel):
     def value_problems(self, name: str) -> list[str]:
         """What is wrong with the value of one option, whatever the others are."""
         value, default = getattr(self, name), type(self).model_fields[name].default
+        # An option whose default is empty, such as the pattern of a list, may be given so.
         if "" in _each(value) and default != "":
             return [f"{name} is empty"]
         problem = type(self).opt(name).problem(name, value)
@@ -138,10 +149,12 @@ class Options(BaseModel):
 
     def problems(self) -> list[str]:
         """What is wrong with options together, a sentence each."""
+        # The last in the chain of `super()`: every table adds its own and calls the next.
         return []
 
     def moved(self, name: str) -> bool:
         """Whether an option is not at its default."""
+        # By value, not by `model_fields_set`: a file or a script may spell a default out.
         return getattr(self, name) != type(self).model_fields[name].default
 
 
@@ -164,6 +177,7 @@ class Machine(Options):
 
 def like(table: type[Options], name: str, **others: Any) -> Opt:
     """What an option of another table says about itself, with some of it changed."""
+    # A copy with changes, so that bounds and what it changes stay the other table's.
     return replace(table.opt(name), **others)
 
 
@@ -178,12 +192,13 @@ def options_changing(table: type[Options], changes: Changes) -> frozenset[str]:
 
 
 def replaced_by(table: type[Options], names: Iterable[str]) -> frozenset[str]:
-    """The options of a recipe that are dropped when a person sets some others."""
+    """The options of a recipe that are dropped when the user sets some others."""
     return frozenset(other for name in names if name in table.model_fields for other in table.opt(name).replaces)
 
 
 def alternatives(table: type[Options], name: str) -> frozenset[str]:
     """The options of which at most one is set, beside one of them: steps for epochs, epochs for steps."""
+    # Both ways: crop replaces resize, but a resize does not exclude a crop.
     return frozenset(other for other in table.opt(name).replaces if name in table.opt(other).replaces)
 
 

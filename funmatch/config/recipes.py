@@ -26,7 +26,7 @@ class Recipe:
 
     Attributes:
         name: the name to call it by.
-        verb: the command that carries it out.
+        verb: the command that runs it.
         knobs: the options it sets; all others have the command's defaults.
         top1: published accuracy of its student on the test images, percent, or None.
         teacher_top1: published accuracy of its teacher, percent, or None.
@@ -46,19 +46,21 @@ class Recipe:
 
     @property
     def command(self) -> str:
-        """The command line that carries it out."""
+        """The command line that runs it."""
         return f"funmatch {self.verb} {self.name}"
 
     def table(self, **overrides: Any) -> Train:
         """Its complete configuration, with some options overridden."""
+        # Checked, though recipes are our own: the user's overrides may contradict them.
         return TAUGHT[self.verb].checked(**self.over(overrides), **overrides)
 
     def over(self, overrides: Iterable[str]) -> dict[str, Any]:
-        """The options it still sets beside those that a person sets: without these, and without what they replace."""
+        """The options it still sets beside those that the user sets: without these, and without what they replace."""
         table = TAUGHT[self.verb]
+        # By the fields' names: the user may write --batch-size where the recipe has `batch`.
         names = {table.field_of(word) or word for word in overrides}
-        silent = {*names, *replaced_by(table, names)}
-        return {name: value for name, value in self.knobs.items() if name not in silent} | {"recipe": self.name}
+        dropped = {*names, *replaced_by(table, names)}
+        return {name: value for name, value in self.knobs.items() if name not in dropped} | {"recipe": self.name}
 
 
 def find(name: str, verb: str | None = None) -> Recipe:
@@ -67,6 +69,7 @@ def find(name: str, verb: str | None = None) -> Recipe:
     Raises:
         InputError: there is none, or it belongs to another command.
     """
+    # Only recipes of this command are suggested: the others would be refused next.
     if name not in RECIPES:
         raise unknown("recipe", name, [each.name for each in RECIPES.values() if verb in (None, each.verb)])
     recipe = RECIPES[name]
@@ -77,6 +80,7 @@ def find(name: str, verb: str | None = None) -> Recipe:
 
 def matching(pattern: str) -> list[Recipe]:
     """The recipes whose names match a pattern or contain it; all for an empty one."""
+    # A plain word is searched anywhere in the names; with a wildcard the pattern is the user's own.
     wide = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     found = [recipe for name, recipe in RECIPES.items() if fnmatch(name, wide)]
     if not found:
@@ -89,9 +93,12 @@ def facts(config: Train) -> dict[str, Any]:
     if config.recipe is None:
         return {}
     recipe = find(config.recipe)
+    # A table cannot be built without `out`, which is PLACE and so not compared.
     own = recipe.table(out=config.out) if "out" not in recipe.knobs else recipe.table()
+    # Only what a recipe decides: another machine or folder is no deviation from it.
     names = type(config).where(lambda opt: opt.in_recipe)
     differing = {name for name in names if getattr(own, name) != getattr(config, name)}
+    # As JSON, since this goes into the run's record.
     values = own.model_dump(mode="json"), config.model_dump(mode="json")
     return {"overridden": {name: [each[name] for each in values] for name in sorted(differing)}}
 
@@ -101,16 +108,18 @@ def words(recipe: Recipe) -> str:
     return " ".join([f"funmatch {recipe.verb}", *options(recipe.verb, recipe.knobs)])
 
 
-def options(verb: str, knobs: Mapping[str, Any]) -> Iterator[str]:
+def options(verb: str, values: Mapping[str, Any]) -> Iterator[str]:
     """Options as they are typed, one string for each with its values."""
-    for name, value in knobs.items():
+    for name, value in values.items():
         option = "--" + (TAUGHT[verb].opt(name).flag or name).replace("_", "-")
-        values = value if isinstance(value, tuple) else (value,)
+        each = value if isinstance(value, tuple) else (value,)
         if value is False:
+            # The parser has --no-NAME only for switches that are on by default.
             if TAUGHT[verb].model_fields[name].default is True:
                 yield option.replace("--", "--no-", 1)
         else:
-            yield option if value is True else f"{option} {shlex.join(map(str, values))}"
+            # Quoted: module names, paths and patterns may hold spaces or signs that a shell would read.
+            yield option if value is True else f"{option} {shlex.join(map(str, each))}"
 
 
 DATA = {"pet37": "pet", "flowers102": "flowers", "food101": "food", "sun397": "sun"}
@@ -143,33 +152,34 @@ SPACE = {"lr": "3e-4,1e-3,3e-3,1e-2", "temperature": "1,2,5,10", "weight_decay":
 def _small_data() -> Iterator[Recipe]:
     """The paper's students for images of 128 pixels."""
     for data, name, epochs, lr, decay, temperature, top1 in ROWS:
-        knobs = {
+        values = {
             "data": (data,), "teacher": (f"bit:R152x2_T_{DATA[data]}128",), **STUDENT,
             "out": Path(f"runs/{data}-{name}"), "epochs": float(epochs), "batch": 512, "lr": lr,
             "weight_decay": decay, "temperature": float(temperature), "warmup_steps": 1500,
         }  # fmt: skip
         note = "The paper's code uses lr 0.001." if (data, name) == ("sun397", "medium") else ""
-        yield Recipe(f"{data}-{name}", "distill", knobs, top1, TEACHER_TOP1[data], note=note, space=SPACE)
+        yield Recipe(f"{data}-{name}", "distill", values, top1, TEACHER_TOP1[data], note=note, space=SPACE)
 
 
 def _teachers() -> Iterator[Recipe]:
     """The paper's teachers for images of 128 pixels, fine-tuned by BiT-HyperRule; and the earlier project's network."""
     for data, top1 in TEACHER_TOP1.items():
         for name, network in ((f"teacher-{data}", "152x2"), (f"teacher-{data}-r101x3", "101x3")):
-            knobs = {
+            values = {
                 "data": (data,), "student": f"resnetv2_{network}_bit.goog_in21k", "side": 128, "resize": 160,
                 "out": Path(f"runs/{name}"), "batch": 512, "micro_batch": 64,
             }  # fmt: skip
             note = "With micro-batches of 64 images it fits in 16 GB; --grad-checkpointing halves that again."
+            # The published accuracies are those of the paper's own network.
             published = top1 if network == "152x2" else None
-            yield Recipe(name, "finetune", knobs, published, note=note, space={"lr": "log:3e-4..3e-2"})
+            yield Recipe(name, "finetune", values, published, note=note, space={"lr": "log:3e-4..3e-2"})
 
 
 IMAGENET_TEACHER = "resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k"
 IMAGENET = {
     "data": ("imagenet",), "batch": 4096, "lr": 0.03, "weight_decay": 3e-4, "temperature": 1.0, "warmup_steps": 5000,
 }  # fmt: skip
-# name, knobs, epochs to top-1 of the student on the validation images
+# name, options, epochs to top-1 of the student on the validation images
 IMAGENET_ROWS = (
     ("imagenet", {"side": 224, "eval_resize": 256}, {300: 80.30, 1200: 81.54, 4800: 82.18, 9600: 82.31}),
     ("imagenet-s160", {"side": 160, "teacher_side": (224,)}, {300: 78.17, 1200: 79.61, 9600: 80.49}),
@@ -190,14 +200,15 @@ IMAGENET_ROWS = (
 def _imagenet() -> Iterator[Recipe]:
     for name, own, published in IMAGENET_ROWS:
         for epochs, top1 in published.items():
-            knobs = {
+            values = {
+                # The row's own options come last, so that they replace the common ones.
                 **IMAGENET, "teacher": (IMAGENET_TEACHER,), "student": "resnetv2_50x1_bit", **own,
                 "epochs": float(epochs), "out": Path(f"runs/{name}-{epochs}"),
             }  # fmt: skip
             note = (
                 "The number of groups is not published; here a group has 8 channels." if name.endswith("lenet") else ""
             )
-            yield Recipe(f"{name}-{epochs}", "distill", knobs, top1, note=note, space=SPACE)
+            yield Recipe(f"{name}-{epochs}", "distill", values, top1, note=note, space=SPACE)
 
 
 # data, epochs, top-1 of the student, of the teacher: the earlier project's README
@@ -215,26 +226,29 @@ FAULTS = (
 
 def _earlier() -> Iterator[Recipe]:
     """The runs of the TensorFlow project that this one succeeds."""
+    # Two rows of Oxford's pets have the same teacher, which is one recipe.
     tops = {data: top for data, _, _, top in EARLIER_ROWS}
     for data, top1 in tops.items():
-        knobs = {
+        values = {
             "data": (data,), "student": "resnetv2_101x3_bit.goog_in21k", "side": 128, "crop": "squash", "resize": 160,
+            # 128 / 0.875: that project evaluated the central 0.875 of an image.
             "eval_resize": 146, "out": Path(f"runs/tf-teacher-{data}"), "batch": 512, "micro_batch": 64, "lr": 8e-5,
             "steps": 450, "warmup_steps": 0, "decay_steps": (200, 300, 400), "decay_factors": (0.1, 1e-3, 1e-4),
             "mixup": 0.0, "eval_every": 10,
         }  # fmt: skip
         note = "Evaluated on the central 0.875 of the image, squashed to 128 pixels. Its lr is 1e-5 per TPU core."
         space = {"lr": "3e-3,1e-4,1e-5,5e-5"}
-        yield Recipe(f"tf-teacher-{data}", "finetune", knobs, top1, source=EARLIER, note=note, space=space)
+        yield Recipe(f"tf-teacher-{data}", "finetune", values, top1, source=EARLIER, note=note, space=space)
     for data, epochs, top1, teacher_top1 in EARLIER_ROWS:
-        knobs = {
+        values = {
             "data": (data,), "teacher": (f"runs/tf-teacher-{data}",), **STUDENT, "eval_resize": 146,
             "out": Path(f"runs/tf-{data}-{epochs}"), "epochs": float(epochs), "batch": 512, "lr": 0.01,
             "weight_decay": 1e-5, "temperature": 2.0, "warmup_steps": 1500,
         }  # fmt: skip
-        yield Recipe(f"tf-{data}-{epochs}", "distill", knobs, top1, teacher_top1, EARLIER, FAULTS, SPACE)
+        yield Recipe(f"tf-{data}-{epochs}", "distill", values, top1, teacher_top1, EARLIER, FAULTS, SPACE)
 
 
+# Teachers first, as in the list that users see: the small data sets' students begin with them.
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for group in (_teachers, _small_data, _imagenet, _earlier) for recipe in group()
 }

@@ -23,9 +23,11 @@ class Search(Options):
         "funmatch tune pet37-fast",
     )
 
+    # Again here, for its own help: the folder is the search's, and its trials get folders inside.
     out: Annotated[Path, like(Train, "out")]
     """Folder of the search, with a run folder for each trial. The same command again resumes; the same command in
     another process, or on another machine that shares the folder, helps."""
+    # Words as on the command line, not a mapping; `funmatch.tune` writes one out.
     space: Annotated[
         tuple[str, ...],
         Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, compared=False, essential=True,
@@ -51,6 +53,7 @@ class Search(Options):
         int, Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, at_least=0, at_most=2**62)
     ] = 0
     """Seed of the sampler."""
+    # A choice of the search, compared on resuming: trials that other rules would have ended are in its results.
     pruner: Annotated[
         Literal["none", "asha", "hyperband"], Opt(group=Group.SEARCH, changes=STUDENT, searchable=False)
     ] = "none"
@@ -69,6 +72,7 @@ class Search(Options):
     """Let trials share the teacher's logits (`distill --tape`), where the searched options do not change its views."""
 
 
+# `Search` first: its `out` and heading replace those of the command.
 class SearchTrain(Search, Train):
     """Search options of `funmatch train`; trials are chosen by validation only."""
 

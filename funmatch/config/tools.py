@@ -28,10 +28,12 @@ class Report(Options):
         Opt(group=Group.OUTPUT, changes=PLACE, essential=True, usual="report.html in the first run's folder"),
     ] = None
     """File for the page."""
+    # A view is a function of (seed, step), so any step can be drawn, also one that the run has not reached.
     view_step: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=0, at_most=10**12, essential=True)] = 0
     """Step whose views are shown."""
 
     def problems(self) -> list[str]:
+        # The parser lets an empty list pass.
         return ([] if self.runs else ["give at least one run folder"]) + super().problems()
 
 
@@ -41,10 +43,12 @@ class Demo(Machine):
     verbs: ClassVar[str] = "Start"
     examples: ClassVar[tuple[str, ...]] = ("funmatch demo", "funmatch demo --steps 500")
 
+    # Replaces nothing: there are no epochs here, and an option must not name one that its table lacks.
     steps: Annotated[int, like(Train, "steps", replaces=())] = 7000
     """Length of each of the two runs in steps (updates of the weights)."""
     seed: Annotated[int, like(Train, "seed", essential=True)] = 0
     """Seed of the student's first weights and of every random choice."""
+    # None, since the name holds steps and seed: a demo with others must not meet the runs of this one.
     out: Annotated[Path | None, like(Train, "out", usual="runs/demo-STEPS-steps-seed-SEED")] = None
     """Folder for the two runs and their report."""
 
@@ -64,10 +68,12 @@ class Study(Options):
     """A built-in study (consistency, patience, …), a file of your own (.toml), or the folder of one."""
     out: Annotated[Path | None, Opt(group=Group.OUTPUT, changes=PLACE, essential=True, usual="studies/NAME")] = None
     """Folder of the study. The same command again resumes, and repeats no finished run."""
+    # Empty, since the file has seeds; each run may have its own.
     seeds: Annotated[
         tuple[int, ...], Opt(group=Group.STUDY, changes=STUDENT, at_least=0, essential=True, usual="those of the file")
     ] = ()
     """Seeds of each run."""
+    # One on an accelerator: several runs at once would share its memory.
     jobs: Annotated[
         int | None,
         Opt(group=Group.MACHINE, changes=PLACE, at_least=1, aliases=("-j",), essential=True,
@@ -78,6 +84,7 @@ class Study(Options):
         tuple[str, ...], Opt(group=Group.STUDY, changes=PLACE, usual="all runs", metavar="NAME …", essential=True)
     ] = ()
     """Carry out only the runs with these names; * and ? stand for anything."""
+    # From here on `set` in this class's body is the option, not Python's type.
     set: Annotated[
         tuple[str, ...],
         Opt(group=Group.STUDY, changes=STUDENT, usual="none", metavar="OPTION=VALUE …", essential=True),
@@ -95,6 +102,7 @@ class Config(Options):
     verbs: ClassVar[str] = "Start"
     examples: ClassVar[tuple[str, ...]] = ("funmatch config distill > run.toml",)
 
+    # Names, since `tune distill` and `plan train` are two words.
     command: Annotated[
         Names, Opt(group=Group.OUTPUT, changes=PLACE, positional=True, essential=True, metavar="COMMAND")
     ] = ("distill",)
@@ -104,6 +112,7 @@ class Config(Options):
         return ([] if self.command else ["give the command whose options the file shall hold"]) + super().problems()
 
 
+# Empty: it stands in the list of commands, and the options are those of the command that follows (`Verb.subjects`).
 class Plan(Options):
     """Forecast the time, memory and disk space that a run takes on this machine."""
 
@@ -119,6 +128,7 @@ class Tape(Options):
 
     folder: Annotated[Path, Opt(group=Group.OUTPUT, changes=PLACE, positional=True, essential=True, metavar="FOLDER")]
     """Folder that was given to `distill --tape`."""
+    # 0, since it needs the teacher and the images; without it a tape can be inspected anywhere.
     recompute: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=0, essential=True)] = 0
     """Run the teacher again for this many of the steps, and compare."""
 
@@ -144,6 +154,7 @@ class Import(Options):
     """Range or normalisation of the images the network was trained on, where the checkpoint does not say. auto: -1..1
     for BiT files; for SavedModels what their graph does to images (hub modules: -1..1), or 0..1 where it does nothing;
     else timm's."""
+    # In the group of the model: here it is a fact about a network, and not a choice about views.
     side: Annotated[
         int | None,
         like(Train, "side", group=Group.STUDENT, usual="from the checkpoint's name, or timm's", essential=True),
@@ -158,6 +169,7 @@ class Import(Options):
 
     def problems(self) -> list[str]:
         found = []
+        # An empty path is the current folder, whose import would fail with a message about a folder that nobody named.
         if self.model == "savedmodel:":
             found.append("model is empty; name a folder of a SavedModel, or any model")
         return found + super().problems()
@@ -191,5 +203,6 @@ class Recipes(Machine):
         Opt(group=Group.OUTPUT, changes=PLACE, positional=True, essential=True, usual="all", metavar="RECIPE"),
     ] = ""
     """A recipe, or a pattern with * and ?."""
+    # On by default, as hours are what a recipe is looked up for; lists measure nothing.
     measure: Annotated[bool, Opt(group=Group.MACHINE, changes=PLACE, essential=True)] = True
     """Measure this machine, for a minute at most, to estimate the hours that a recipe takes on it."""

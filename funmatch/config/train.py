@@ -44,16 +44,19 @@ class Train(Images, Student, Views, Optimizer, Loop):
     """Other images to evaluate on: their validation and test splits, or all of them as a test split."""
     out: Annotated[Path, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False, essential=True, metavar="FOLDER")]
     """Run folder. The same command again resumes from its newest checkpoint."""
+    # PLACE: a run is compared by the options that the recipe sets, not by its name.
     recipe: Annotated[str | None, Opt(group=Group.OUTPUT, changes=Changes.PLACE, usual="none", metavar="NAME")] = None
     """Published recipe (`funmatch recipes` lists them), also given as the first word: it sets every option; options on
     the command line override it."""
 
+    # Excluded from records: they are of runs, and a dry run is none.
     dry_run: Annotated[bool, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False), Field(exclude=True)] = False
     """Print the options as they would be used, where each value comes from, the images, the parameters and the length;
     train nothing and write no run folder."""
 
     def problems(self) -> list[str]:
         found = [] if self.data else ["give the training images by --data"]
+        # Refused, since the images that are held out would be trained on by nobody and evaluated by nobody.
         if self.val is not None and self.eval_data:
             found.append("--val holds out images of --data, but --eval-data is evaluated on; give one of them")
         return found + super().problems()
@@ -69,6 +72,7 @@ class Finetune(Train):
         "funmatch finetune teacher-pet37",
     )
 
+    # The field stays `student`, so that loop, records and reports serve it as any other run; users see --model.
     student: Annotated[str, like(Train, "student", flag="model", aliases=("--student",))]
     """Network to fine-tune: a timm name with the tag of its weights, a BiT checkpoint, a folder, a run, or an
     architecture with --weights. Its head starts at zero, unless it was trained on these very classes."""
@@ -76,6 +80,7 @@ class Finetune(Train):
         Path | None, like(Train, "student_weights", flag="weights", aliases=("--student-weights",))
     ] = None
     """File to start from (.safetensors, .pt or BiT .npz), for a network given by its timm name."""
+    # None here too, but not an error: BiT-HyperRule sets the length (`by_rule`).
     steps: Annotated[
         int | None, like(Train, "steps", usual="500, 10,000 or 20,000, by the number of training images")
     ] = None

@@ -16,10 +16,12 @@ from pydantic.fields import FieldInfo
 
 
 def _as_text(value: Any) -> Any:
+    # Python and TOML write a share as a number, the command line as text; as text both compare equal.
     return str(value) if isinstance(value, int | float) else value
 
 
 def _as_names(value: Any) -> Any:
+    # A single name stands for a list of one, which pydantic alone would refuse.
     if value is None or isinstance(value, str | Path):
         value = () if value is None else (value,)
     return tuple(map(str, value)) if isinstance(value, list | tuple) else value
@@ -43,6 +45,7 @@ def _canonical(option: Any) -> Any:
         parsed = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return option
+    # Strings without their quotes, as the command line writes them: act=relu and act='relu' are one value.
     return f"{key}{equals}{parsed if isinstance(parsed, str) else repr(parsed)}"
 
 
@@ -85,6 +88,7 @@ class Kind:
         """The kind in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
+        # In the order of the table, not of the set, so that a message is the same in every process.
         words = MANY if self.several else ONE
         named = " or ".join(words[each] for each in words if each in self.types)
         if not self.several:
@@ -94,23 +98,28 @@ class Kind:
     def accepts(self, value: Any) -> bool:
         """Whether a value is of this kind."""
         if value is None:
+            # None stands for an empty list, too: it is Python's word for nothing.
             return self.optional or self.several
         if isinstance(value, dict):
             return self.pairs
         if isinstance(value, list | tuple):
             fits = self.several and (self.count is None or self.count == len(value))
             return fits and all(self._is_one(each) for each in value)
+        # A single value may stand for a list of one, but not for a pair.
         return self.count in (None, 1) and self._is_one(value)
 
     def _is_one(self, value: Any) -> bool:
+        # Before numbers: True is an integer to Python.
         if isinstance(value, bool):
             return bool in self.types
+        # The abstract classes: NumPy's int64 and float32 are neither `int` nor `float`.
         if isinstance(value, Integral):
             return bool(self.types & {int, float})
         if isinstance(value, Real):
             return float in self.types
         if isinstance(value, str):
             return value in self.choices or bool(self.types & {str, Path})
+        # A name may be a path, of images or of a model.
         return isinstance(value, Path) and bool(self.types & {str, Path})
 
 
@@ -119,12 +128,14 @@ def kind_of(field: FieldInfo) -> Kind:
     kind: Any = field.annotation
     members = get_args(kind) if type(None) in get_args(kind) else (kind,)
     optional = type(None) in members
+    # By the converters, since the annotation of a share is that of any text.
     converters = {each.func for each in field.metadata if isinstance(each, BeforeValidator)}
     types: set[type] = {int, float} if _as_text in converters else set()
     choices: tuple[str, ...] = ()
     several, count = False, None
     for member in members:
         if get_origin(member) is tuple:
+            # All members of a tuple have one type in our tables.
             inner = get_args(member)
             several, count = True, None if inner[-1] is Ellipsis else len(inner)
             types.add(inner[0])
@@ -140,6 +151,7 @@ def type_problem(field: FieldInfo, value: Any) -> str | None:
     kind = kind_of(field)
     if kind.accepts(value):
         return None
+    # Quotes alone are easily missed, as in "4" for 4; among choices the message is plain without it.
     text = " (a string)" if isinstance(value, str) and not kind.choices else ""
     return f"wanted {kind.description}, got {value!r}{text}"
 
@@ -150,15 +162,18 @@ def normalised(field: FieldInfo, value: Any) -> Any:
     kind = kind_of(field)
     if value is None:
         return None if kind.optional else []
+    # A dictionary of pairs stays one: `_as_pairs` needs its keys.
     if kind.several and not isinstance(value, list | tuple | dict):
         value = [value]
     if isinstance(value, list | tuple):
         return list(_plain(value))
+    # `_plain` leaves dictionaries alone.
     return next(_plain([value]))
 
 
 def converted(field: FieldInfo, value: Any) -> Any:
     """A value that fits, as a table holds it: tuples for several values, path objects for paths."""
+    # pydantic keeps the converters apart from the annotation; without them names and pairs would not be converted.
     kind: Any = Annotated[(field.annotation, *field.metadata)]  # pyrefly: ignore[not-a-type]
     return TypeAdapter(kind).validate_python(normalised(field, value))
 
@@ -167,6 +182,7 @@ def _plain(values: list[Any] | tuple[Any, ...]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, Path):
             yield str(value)
+        # Truth values first: `int` would turn them into 0 and 1.
         elif isinstance(value, bool) or not isinstance(value, Real):
             yield value
         else:

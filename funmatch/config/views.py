@@ -12,6 +12,7 @@ VIEWS = Changes.VIEWS
 class Views(Options):
     """How images become training views, and how large views are."""
 
+    # None, since pretrained networks have a size of their own.
     side: Annotated[
         int | None,
         Opt(group=Group.VIEWS, changes=VIEWS, at_least=1, at_most=10**4, aliases=("--img-size",), essential=True,
@@ -34,6 +35,7 @@ class Views(Options):
         int | None, Opt(group=Group.VIEWS, changes=VIEWS, at_least=1, at_most=10**4, usual="--eval-resize")
     ] = None
     """Length of the image's shorter side before a mild crop, in pixels."""
+    # None, not 1: a strategy or BiT-HyperRule has a default of its own.
     mixup: Annotated[
         float | None, Opt(group=Group.VIEWS, changes=VIEWS, at_least=0, at_most=10**3, usual=1.0, metavar="A")
     ] = None
@@ -50,6 +52,7 @@ class Views(Options):
     cutmix: Annotated[float, Opt(group=Group.VIEWS, changes=VIEWS, at_least=0, at_most=10**3, metavar="A")] = 0.0
     """CutMix (not in the paper): draw λ from Beta(a, a) with this a; 0 is off. With MixUp, one of the two is chosen at
     random per batch."""
+    # A pair, so that one without the other cannot be given.
     randaugment: Annotated[
         tuple[int, int] | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="off", metavar="OPERATIONS MAGNITUDE")
     ] = None
@@ -64,11 +67,13 @@ class Views(Options):
     @property
     def mixes(self) -> bool:
         """Whether MixUp is on, as far as this is known without the data."""
+        # None counts as on: the default is 1, except where BiT-HyperRule decides by the number of images.
         return self.mixup != 0
 
     @property
     def teacher_is_fixed(self) -> bool:
         """Whether a teacher's output for an image never changes, so that there is nothing to mix."""
+        # Overridden by tables with a strategy; here, so that messages about mixing need not know which table it is.
         return False
 
     def problems(self) -> list[str]:
@@ -81,15 +86,18 @@ class Views(Options):
             found.append(f"crop_min_area belongs to Inception crops, not to {self.cropped} ones")
         if self.resize and self.cropped not in ("mild", "squash"):
             found.append(f"resize belongs to mild crops (--crop mild or squash), not to {self.cropped} ones")
+        # Every table ends with `super()`: without it the checks of the bases after it would be left out.
         return found + self._mixing_problems() + super().problems()
 
     def _mixing_problems(self) -> list[str]:
         """Options of MixUp without MixUp, options that exclude each other, and RandAugment out of bounds."""
         found = []
+        # 0 is reported below; 1 is the default, and a recipe or a file may spell it out.
         if self.mixup_lam is not None and self.mixup not in (None, 0, 1):
             found.append(f"mixup_lam fixes λ, so mixup {self.mixup} has no effect; set one of them")
         if self.mixup_lam is not None and not self.mixup_max:
             found.append("mixup_lam fixes λ, so mixup_max has no effect; set one of them")
+        # Not by `Opt`: its bounds hold for each value of a tuple alike.
         if self.randaugment and not (self.randaugment[0] >= 1 and 0 <= self.randaugment[1] <= 30):
             found.append(
                 "randaugment takes a number of operations from 1 on and a magnitude from 0 to 30, e.g. 2 9, got "

@@ -61,7 +61,7 @@ def test_plan_command_prints_json_and_a_table(tmp_path, funmatch):
     argv += ["fashion-mini-student", "--steps", "30", "--batch", "16", "--out", str(tmp_path / "run")]
     assert json.loads(funmatch(*argv, "--json").stdout)["steps"] == 30
     assert "estimate for" in funmatch(*argv).stdout
-    assert "unknown verb or recipe 'evaluate'" in funmatch("plan", "evaluate", check=2).stderr
+    assert "unknown command or recipe 'evaluate'" in funmatch("plan", "evaluate", check=2).stderr
 
 
 def test_invalid_options_are_reported(tmp_path):

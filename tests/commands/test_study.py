@@ -137,7 +137,7 @@ def test_study_file_expands_to_runs_with_seeds_and_references(tmp_path):
         (('name = "labels"', 'name = "same/ic"'), "same-ic-seed-0: two runs have this name"),
         (('name = "labels"', ""), "run 3 has no name"),
         (("run:labels", "run:label"), "run:label does not name another run of the study"),
-        (('verb = "train"', 'verb = "trian"'), "unknown verb 'trian'"),
+        (('verb = "train"', 'verb = "trian"'), "unknown command 'trian'"),
         (("temperature = [1.0, 2.0]", "temperature = 1.0"), "each must give a list"),
         (("temperature = [1.0, 2.0]", "temperature = [1.0, 0.0]"), "T = 0.0: temperature must be above 0"),
         (('kind = "ends"', 'kind = "end"'), "figure 1: unknown kind 'end'; did you mean 'ends'"),
@@ -150,7 +150,7 @@ def test_study_file_expands_to_runs_with_seeds_and_references(tmp_path):
         (("seeds = [0, 1]", "seeds = [0, -1]"), "a seed is a whole number"),
         (("each = { temperature = [1.0, 2.0] }", "each = 3"), "each must give a list"),
         (("seeds = [0, 1]", "seeds = [true]"), "a seed is a whole number"),
-        (('verb = "train"', 'verb = ["train"]'), "unknown verb"),
+        (('verb = "train"', 'verb = ["train"]'), "unknown command"),
         (('name = "labels"', 'name = "labels"\nseeds = 3'), "seeds must be a list of one or more numbers, got 3"),
         (("threads = 1", 'out = "x"'), "unknown option|set by the study itself"),
         ((f'data = "{FEW}"', 'data = "-mini"'), "same/ic: data -mini starts with a dash"),
@@ -212,7 +212,7 @@ def test_all_problems_are_reported_before_anything_starts(tmp_path):
     [
         ("seeds = [0, 1]", "seeds = []", "seeds must be a list of one or more numbers"),
         ('name = "labels"', 'name = "labels {temprature}"', "unknown placeholder {temprature}; each has no options"),
-        ('verb = "train"', 'verb = "eat"', "unknown verb 'eat'"),
+        ('verb = "train"', 'verb = "eat"', "unknown command 'eat'"),
     ],
 )
 def test_invalid_lines_are_reported_and_leave_no_folder(tmp_path, old, new, words):

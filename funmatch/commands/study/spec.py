@@ -151,7 +151,7 @@ def _entries(
         own = run.get("verb", verb)
         each, name = run.get("each", {}), run.get("name")
         if not isinstance(own, str) or own not in TAUGHT:
-            found.append(f"run {number}: {unknown('verb', str(own), TAUGHT)}")
+            found.append(f"run {number}: verb: {unknown('command', str(own), TAUGHT)}")
             continue
         if not isinstance(name, str) or not name:
             found.append(f"run {number} has no name")

@@ -52,9 +52,11 @@ def read_options(path: Path, table: type[Options], verb: str) -> dict[str, Any]:
         where = f"line {line}: " if line else ""
         if problem := _problem(table, word, name, value):
             problems.append(where + problem)
+        # By the field's name: `batch` and `batch_size` are one option.
         elif name in found:
             problems.append(f"{where}{name} is set twice, here as {word}; set it once")
         elif name is not None:
+            # Converted here, since the command line gets these values as defaults, which its parser does not convert.
             found[name] = converted(table.model_fields[name], _value(table, name, value))
     if problems:
         raise InputError(f"{path}: {listed(problems)}")
@@ -64,9 +66,11 @@ def read_options(path: Path, table: type[Options], verb: str) -> dict[str, Any]:
 def _problem(table: type[Options], word: str, name: str | None, value: Any) -> str | None:
     """What is wrong with one entry of a file."""
     if name is None:
+        # In TOML a line [optimizer] makes a section of all that follows; "unknown option" would not explain that.
         if isinstance(value, dict):
             return f"{word} is a section; options stand at the top level of the file"
         return str(unknown("option", word, table.words()))
+    # Refused: only the file that the command line names is read, so this one would be ignored in silence.
     if name == "config":
         return "config: a file of options cannot name another one"
     field = table.model_fields[name]
@@ -75,6 +79,7 @@ def _problem(table: type[Options], word: str, name: str | None, value: Any) -> s
     value = _value(table, name, value)
     if problem := type_problem(field, value):
         return f"{name}: {problem}"
+    # Bounds are checked here too, so that a problem has its line.
     single = normalised(field, value)
     return table.opt(name).problem(name, tuple(single) if isinstance(single, list) else single)
 
@@ -82,6 +87,7 @@ def _problem(table: type[Options], word: str, name: str | None, value: Any) -> s
 def _value(table: type[Options], name: str, value: Any) -> Any:
     """A value of a file, with None where it says "none" for an option that may have no value."""
     kind = kind_of(table.model_fields[name])
+    # Not where any text is a value: --label-feature none means that there are no labels.
     if isinstance(value, str) and value.lower() == "none" and kind.optional and not kind.accepts("any text"):
         return None
     return value
@@ -89,6 +95,7 @@ def _value(table: type[Options], name: str, value: Any) -> Any:
 
 def _content(path: Path, verb: str) -> Content:
     if path.is_dir():
+        # Other commands take the run folder itself, so this is an easy mistake.
         hint = f"; did you mean {path / RUN_RECORD}?" if (path / RUN_RECORD).is_file() else ""
         raise InputError(f"--config {path} is a folder{hint}")
     read = READERS.get(path.suffix.lower())
@@ -112,14 +119,17 @@ def _toml(path: Path, _verb: str) -> Content:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not valid TOML: {first_line(error)}") from None
+    # The pattern also finds [name] and name.key, since sections are among the mistakes.
     return Content(values, lambda word: _line(text, rf"^\s*\[*\s*[\"']?{re.escape(word)}[\"']?\s*[=.\]]"))
 
 
 def _yaml(path: Path, _verb: str) -> Content:
     text = path.read_text(encoding="utf-8-sig")
     try:
+        # Imported here, since a TOML file must not need PyYAML.
         from funmatch.config.sources import yaml_text
     except ModuleNotFoundError as error:
+        # Another missing module would be a fault of ours, and this message would hide it.
         if error.name != "yaml":
             raise
         raise InputError(f"{path} needs PyYAML (pip install pyyaml); a .toml file needs nothing") from None
@@ -139,6 +149,7 @@ def _json(path: Path, verb: str) -> Content:
         raise InputError(f"{path} is not valid JSON: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} does not hold options by their names")
+    # Without this key it is a file that a user wrote, with options at its top level.
     if "knobs" not in values:
         return Content(values, lambda word: _line(text, rf'^[\s{{]*"{re.escape(word)}"\s*:'))
     try:
@@ -146,6 +157,7 @@ def _json(path: Path, verb: str) -> Content:
     except Damaged as error:
         raise InputError(f"{error}: it is not the configuration of a run") from None
     no_lines: dict[str, int] = {}  # nobody has written this file by hand
+    # The options of another command would mostly fit, and give another experiment.
     if record["verb"] != verb:
         other = record["verb"]
         raise InputError(
@@ -159,5 +171,7 @@ READERS: dict[str, Callable[[Path, str], Content]] = {".toml": _toml, ".yaml": _
 
 def _line(text: str, pattern: str) -> int | None:
     """The line on which a name stands, as well as it can be told without parsing again."""
+    # tomllib keeps no lines; a wrong guess, inside a string of several lines, costs only a wrong number.
     found = re.search(pattern, text, re.M)
+    # From the end of the match: `\s*` may begin it some blank lines above.
     return text.count("\n", 0, found.end() - 1) + 1 if found else None

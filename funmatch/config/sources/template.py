@@ -42,6 +42,7 @@ def _entry(table: type[Options], name: str) -> Iterator[str]:
         # TOML has no value for nothing, so the line cannot be one that sets the default.
         yield from _comment(f"{name} = …  ({default_of(table, name)})")
     else:
+        # Without a space after the #, so that these lines can be told from the sentences and be turned on by one sign.
         yield f"#{name} = {_toml(field.default)}"
 
 
@@ -51,4 +52,5 @@ def _comment(text: str) -> list[str]:
 
 def _toml(value: Any) -> str:
     """A value as TOML writes it; its strings, lists and numbers are those of JSON."""
+    # Not escaped: JSON escapes rarer letters by surrogate pairs, which TOML does not allow.
     return json.dumps(value, ensure_ascii=False, default=lambda each: str(each) if isinstance(each, Path) else each)

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 
+# A class of our own, so that resolvers are not added for other users of PyYAML in this process.
 class _Loader(yaml.SafeLoader):
     """The safe loader, which makes plain values only."""
 
@@ -23,6 +24,7 @@ def load(text: str) -> tuple[dict[str, Any], dict[str, int]]:
         ValueError: it is not YAML, or not a mapping of names; the message has line and column.
     """
     try:
+        # The tree first: `yaml.load` keeps the last of two equal keys in silence, and knows no lines.
         node = yaml.compose(text, Loader=_Loader)
         if node is None:
             return {}, {}
@@ -41,4 +43,5 @@ def load(text: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise ValueError(f"{error.problem or error.context}{where}") from None
     except yaml.YAMLError as error:
         raise ValueError(str(error).splitlines()[0]) from None
+    # As text: YAML reads the keys `on` and `1` as a truth value and a number.
     return {str(key): value for key, value in values.items()}, lines
