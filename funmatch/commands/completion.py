@@ -67,6 +67,7 @@ def _bash() -> str:
     flags = []
     for verb, table in _tables().items():
         for flag, values in _choices(table).items():
+            # Grouped by values: many flags share a few sets of choices, and the script stays short.
             choices.setdefault(values, []).append(f'"{verb} {flag}"')
         every = [flag for name in table.model_fields for flag in flags_of(table, name)]
         flags.append(_case(f'"{verb} -"', every))
@@ -85,6 +86,7 @@ def _case(pattern: str, words: list[str] | tuple[str, ...]) -> str:
 
 
 def _zsh() -> str:
+    # zsh reads bash's completions once this is loaded.
     return f"autoload -U +X bashcompinit && bashcompinit\n{_bash()}"
 
 
@@ -102,10 +104,11 @@ def _fish_lines() -> Iterator[str]:
             flags = [f"-s {each[1:]}" if len(each) == 2 else f"-l {each[2:]}" for each in flags_of(table, name)]
             if flags:
                 kind = kind_of(field)
+                # -x: only these are offered, and no files.
                 values = f" -x -a {shlex.quote(' '.join(kind.choices))}" if kind.choices else ""
-                said = shlex.quote(" ".join((field.description or "").split()).partition(". ")[0])
-                seen = f"'__fish_seen_subcommand_from {verb}'"
-                yield f"complete -c funmatch -n {seen} {' '.join(flags)}{values} -d {said}"
+                summary = shlex.quote(" ".join((field.description or "").split()).partition(". ")[0])
+                condition = f"'__fish_seen_subcommand_from {verb}'"
+                yield f"complete -c funmatch -n {condition} {' '.join(flags)}{values} -d {summary}"
 
 
 SHELLS = {"bash": _bash, "zsh": _zsh, "fish": _fish}

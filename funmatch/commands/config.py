@@ -23,6 +23,7 @@ def run(config: Config) -> Result:
 
 def show(result: Result) -> None:
     """Prints the template, ready to be redirected into a file."""
+    # Not by rich, which would wrap long lines and break the file.
     print(result.metrics["template"])
 
 
@@ -30,6 +31,7 @@ def _table(words: tuple[str, ...]) -> type[Options]:
     verb = find_verb(words[0])
     if verb.subjects:
         known = ", ".join(verb.subjects)
+        # The options of tune and plan are not complete without the command that follows.
         if len(words) != 2:
             raise InputError(f"{words[0]} is followed by a command: {known}; e.g. funmatch config {words[0]} distill")
         if words[1] not in verb.subjects:

@@ -34,9 +34,11 @@ def run(config: Data) -> Result:
     Raises:
         InputError: `--sheet` does not end in `.png`.
     """
+    # Before images are read, which may take minutes.
     if config.sheet and config.sheet.suffix.lower() != ".png":
         raise InputError(f"--sheet {config.sheet} does not end in .png; the sheet is a PNG file")
     cache = datasets.open_data_set(config, config.data)
+    # Names of several data sets joined, and of sources with a prefix, hold signs that files must not.
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in cache.name)
     path = (config.sheet or _sheet_folder(config.data) / f"{name}-sheet.png").expanduser()
     draw(cache, path)
@@ -57,9 +59,11 @@ def choose_images(cache: Cache) -> tuple[CachedSplit, list[int]]:
     """Picks a split and indices of images: a row for each of up to 12 classes, else one image of each of up to 96."""
     split = cache.splits.get("train") or next(iter(cache.splits.values()))
     labels = split.labels(slice(None)).numpy()
+    # Spread over the whole split: the first images may all be of one kind.
     if not split.labelled:
         return split, np.linspace(0, len(split) - 1, min(len(split), MAX_IMAGES)).astype(int).tolist()
     present = np.unique(labels)
+    # A row for each class only where all of them fit on the sheet.
     each = COLUMNS if len(present) <= ROWS else 1
     some = present[np.linspace(0, len(present) - 1, min(len(present), MAX_IMAGES)).astype(int)]
     return split, [int(i) for label in some for i in _spread(np.flatnonzero(labels == label), each)]
@@ -80,17 +84,21 @@ def draw(cache: Cache, path: Path) -> None:
     rows = math.ceil(len(indices) / COLUMNS)
     columns = min(COLUMNS, len(indices))
     labels = split.labels(indices).tolist()
+    # Class names may hold dollar signs.
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # class names in scripts that the font lacks
         figure = Figure(figsize=(columns * TILE, rows * (TILE + 0.35) + 0.4), layout="constrained")
         figure.suptitle(f"{_printable(cache.name)}: {len(split):,} images of {split.name}", fontsize=10)
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        # All of them, since the last row may have fewer images than columns.
         for axis in axes:
             axis.axis("off")
         for axis, image, label in zip(axes, split.images(indices), labels, strict=False):
             axis.imshow(image.numpy())
+            # -1 is an image without a label.
             if label >= 0:
                 axis.set_title("\n".join(textwrap.wrap(_printable(cache.classes[label]), 18)[:2]), fontsize=7, pad=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(path):
+            # Without the library's version, so that the same images give the same file.
             figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -32,7 +32,9 @@ def run(config: Demo) -> Result:
         `teacher`, `labels`, `student`: the metrics of each on the 2,000 test images; `run`: the distilled run's
         folder; and the page.
     """
+    # Steps and seed are part of the name: another demo must not resume these runs.
     folder = config.out or Path("runs") / f"demo-{config.steps}-steps-seed-{config.seed}"
+    # The teacher's evaluation too, so that all three figures are of one machine and precision.
     machine = {"device": config.device, "precision": config.precision}
     shared = SHARED | machine | {"steps": config.steps, "seed": config.seed}
     # A dozen points make a curve, whatever the number of steps.
@@ -46,8 +48,10 @@ def run(config: Demo) -> Result:
     info(f"3/3  distilling the same student on the same images without labels, {config.steps:,} steps")
     student = distill.run(Distill.checked(out=folder / "funmatch", **DISTILLED, **shared))
     info(f"     top-1 {percent(student['top1'])}")
+    # Each run has a page of its own too, as after `train` and `distill`.
     for each in (labels, student):
         run_page.write_if_finished(Path(each["run"]))
+    # The distilled run first: the page is about it, and the other one is its baseline.
     found = [run_folder.find_run(folder / name) for name in ("funmatch", "labels")]
     page = run_page.write_page(Report(runs=tuple(each.folder for each in found), out=folder / "report.html"))
     write_atomically(folder / "accuracy.svg", run_plots.plot(found, run_plots.ACCURACY))
@@ -81,4 +85,5 @@ def show(result: Result) -> None:
 
 
 def _seconds(metrics: dict[str, Any]) -> str:
+    # The teacher was not trained here.
     return duration(metrics["seconds"]) if "seconds" in metrics else "–"

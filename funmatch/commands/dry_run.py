@@ -26,6 +26,7 @@ def run(config: Train, given: Modules, sources: Mapping[str, str]) -> Result:
     Raises:
         InputError: whatever is wrong with the run that can be known before it begins.
     """
+    # Made ready in full, not only parsed: defaults that depend on images and networks are known only then.
     setup, teachers = _ready(config, given)
     images = len(setup.cache.splits["train"])
     return Result(
@@ -34,9 +35,11 @@ def run(config: Train, given: Modules, sources: Mapping[str, str]) -> Result:
             "run": str(config.out),
             "options": _options(config, setup.config, sources),
             "splits": {name: len(split) for name, split in setup.cache.splits.items()},
+            # The student may have the teacher's classes instead of the data's.
             "classes": len(setup.class_names or setup.cache.classes),
             "parameters": {"student": setup.student.classifier.count_parameters(), "teachers": teachers},
             "steps": setup.loop.steps,
+            # From the steps, which are whole: the epochs that were set are rounded to them.
             "epochs": setup.loop.steps * setup.config.batch / images,
         },
     )
@@ -44,6 +47,7 @@ def run(config: Train, given: Modules, sources: Mapping[str, str]) -> Result:
 
 def _ready(config: Train, given: Modules) -> tuple[TrainSetup[Any], list[int]]:
     """The run, made ready, and the parameters of its teachers."""
+    # The kinds of runs before their base class: each of them is a `Train` too.
     if isinstance(config, Distill):
         cache, loaded = distill.open_inputs(config, given)
         setup = distill.build_distill_setup(config, cache, loaded, given)
@@ -53,11 +57,12 @@ def _ready(config: Train, given: Modules) -> tuple[TrainSetup[Any], list[int]]:
     return train.build_train_setup(config, given), []
 
 
-def _options(asked: Train, resolved: Train, sources: Mapping[str, str]) -> dict[str, Any]:
-    """Each option with its value and its source; one that stands in another's place (epochs for steps) as given."""
-    before, after = asked.model_dump(mode="json"), resolved.model_dump(mode="json")
+def _options(config: Train, resolved: Train, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Each option with its value and its source; one that stands in another's place (epochs for steps) as set."""
+    before, after = config.model_dump(mode="json"), resolved.model_dump(mode="json")
     return {
         name: {
+            # Resolving epochs to steps empties them; the user still finds what was set.
             "value": before[name] if value is None else value,
             "source": sources.get(name, DEFAULT),
         }
@@ -68,6 +73,7 @@ def _options(asked: Train, resolved: Train, sources: Mapping[str, str]) -> dict[
 def show(result: Result, table: type[Train]) -> None:
     """Prints a dry run."""
     metrics, options = result.metrics, result.metrics["options"]
+    # In the order of --help, under whose headings users know the options.
     names = sorted(options, key=lambda name: list(Group).index(table.opt(name).group))
     rows = [[name, _written(options[name]["value"]), options[name]["source"]] for name in names]
     print_table(f"{metrics['run']}, as it would run", ["option", "value", "from"], rows)
@@ -81,6 +87,7 @@ def show(result: Result, table: type[Train]) -> None:
 
 def _written(value: Any) -> str:
     """A value as a table shows it."""
+    # JSON has turned the tuples into lists.
     if value is None or value == []:
         return "–"
     if isinstance(value, list):

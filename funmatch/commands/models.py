@@ -44,6 +44,7 @@ def import_model(config: Import) -> Result:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"{out} exists; choose another --out")
     path = Path(config.model).expanduser()
+    # A folder of TensorFlow needs no prefix here; as a teacher it does.
     name = f"savedmodel:{config.model}" if (path / "saved_model.pb").is_file() else config.model
     inputs = INPUTS.get(config.inputs)
     model = load(name, weights=config.weights, pretrained=True, inputs=inputs)
@@ -81,9 +82,11 @@ def show_imported(result: Result) -> None:
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:
     try:
+        # Empty lines are left out, as editors leave one at the end.
         names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the class names in {path}: {error}") from error
+    # Equal names would join two classes wherever classes are matched by name.
     if len(names) != count or len(set(names)) != count:
         raise InputError(
             f"{path} has {len(set(names))} distinct names, but the network has {count} classes; give one name per line"
@@ -103,6 +106,7 @@ def list_models(config: Models) -> Result:
     """
     names = match_names(config.pattern)
     found = []
+    # timm's warnings about single models would break the list.
     with ProgressBar("models", len(names), 0) as bar, warnings.catch_warnings(action="ignore"):
         for number, name in enumerate(names, 1):
             found.append(_entry(name, config.side))
@@ -114,6 +118,7 @@ def list_models(config: Models) -> Result:
 def show_models(result: Result) -> None:
     """Prints one line per model, with complete names that can be copied."""
     models, more = result.metrics["models"], result.metrics["more"]
+    # By hand, not as a table by rich, which would cut names that are to be copied.
     width = max(len(each["name"]) for each in models)
     print(f"{'name':<{width}}  {'parameters':>13}  {'GFLOP':>7}  {'size':>4}  {'classes':>7}  source")
     for each in models:
@@ -132,6 +137,7 @@ def match_names(pattern: str) -> list[str]:
     tagged = "." in pattern
     everything = [*GROUPS, *(timm.list_pretrained() if tagged else timm.list_models())]
     wide = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    # Lower case on both sides: BiT's files have capitals in their names.
     names = [name for name in everything if fnmatch(name.lower(), wide.lower())]
     if not names:
         raise unknown("model", pattern, everything)

@@ -65,6 +65,7 @@ class Parts:
         return {
             "begin": self.begin,
             "steps": steps * self.step,
+            # The last evaluation comes at the end of the run, also where the length is not a multiple.
             "evaluations": (steps // config.eval_every + (steps % config.eval_every > 0)) * self.evaluation,
             "checkpoints": (steps // config.save_every + (steps % config.save_every > 0)) * self.save,
             "end": self.end,
@@ -87,6 +88,7 @@ def measure(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
         step, by part), `of_peak` (share of the device's measured peak), `memory_bytes` (peak),
         `disk_bytes` (`pictures`, `run`, `tape`), `device`, `precision`, `compile`.
     """
+    # Here too, since Python calls this without the command line.
     if env.world_size() > 1:
         raise InputError("plan runs in a single process; start it without torchrun")
     began = time.monotonic() - loading
@@ -120,7 +122,9 @@ def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict
         began: `time.monotonic()` at the start of the process.
     """
     config, course = setup.config, setup.loop
+    # So that the peak below is that of a run, not of what building it has left.
     devices.empty_cache(course.device)
+    # As the run does, before its first step: compiled networks are what is measured.
     accelerate_student(setup.student.classifier, course, config, config.side or 0)
     begin = time.monotonic() - began
     step = seconds_a_step(setup, objective)
@@ -160,7 +164,9 @@ def seconds_a_step(setup: TrainSetup[Any], objective: Objective) -> float:
     finish = objective.ahead or partial(Batch.pin_memory, device=course.device)
     batches = prefetch(objective.batches, 0, steps, workers=setup.workers, finish=finish)
     scaler = devices.loss_scaler(course.device, course.precision)
+    # At least one step is measured, also of a run that is shorter than the warm-up.
     warm, start = min(WARM, steps - 1), time.perf_counter()
+    # The threads of `prefetch` would otherwise go on making views while evaluation is measured.
     with closing(batches):
         for number, _ in fit(course, student.classifier, student.optimizer, scaler, batches, objective.loss):
             if student.ema:
@@ -206,6 +212,7 @@ def seconds_to_save(setup: TrainSetup[Any]) -> tuple[float, int]:
     while not place.is_dir():
         place = place.parent
     student = setup.student
+    # On the disk of the run, since disks differ in speed.
     with tempfile.TemporaryDirectory(dir=place, prefix=".funmatch-plan-") as folder:
         began = time.perf_counter()
         tensors = transfers.snapshot(
@@ -232,6 +239,7 @@ def show(result: Result) -> None:
     """Prints the estimate of a run."""
     estimate = result.metrics
     parts = estimate["parts"]
+    # Parts of less than a second do not matter to an estimate.
     times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)
     disk = estimate["disk_bytes"]
     tape = "" if disk["tape"] is None else f"; a tape of the teacher's logits {format_bytes(disk['tape'])}"

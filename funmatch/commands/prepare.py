@@ -32,6 +32,7 @@ def run(config: Prepare) -> Result:
             track=track,
         )  # fmt: skip
         return Result(config.out.expanduser(), shards)
+    # Read again, although it may be cached: this command is how users look at files that they have changed.
     return Result(None, summarize(datasets.open_data_set(config, config.data, refresh=True), config.data))
 
 
@@ -61,9 +62,11 @@ def show(result: Result) -> None:
                 else f"should be {expected:,}",
             ]
         )
+    # Only data sets of the catalog have published counts.
     columns = ["split", "images", "classes", "expected"][: 4 if published else 3]
     print_table(summary["name"], columns, [row[: len(columns)] for row in rows])
     for line in _describe(summary):
+        # Soft, so that paths are not cut into lines.
         out.print(line, soft_wrap=True)
 
 
@@ -83,6 +86,7 @@ def _describe(summary: dict[str, Any]) -> list[str]:
     if twice := summary["contradictory"]["pictures"]:
         lines.append(f"CONTRADICTION: {twice:,} identical images have different labels:")
         lines += [f"  {one} = {other}" for one, other in summary["contradictory"]["examples"]]
+    # Stated, since silence would not tell whether it was checked.
     if not summary["leaks"] and len(summary["splits"]) > 1:
         lines.append("no image is in more than one split")
     lines += _leaks(summary) + _unreadable(summary)

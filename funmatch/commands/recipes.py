@@ -39,6 +39,7 @@ def run(config: Recipes) -> Result:
     Raises:
         InputError: no recipe matches the name.
     """
+    # The exact name first: teacher-pet37 is also part of other names.
     found = [recipes.RECIPES[config.name]] if config.name in recipes.RECIPES else recipes.matching(config.name)
     if len(found) > 1:
         return Result(None, {"recipes": [_line(recipe) for recipe in found]})
@@ -47,6 +48,7 @@ def run(config: Recipes) -> Result:
 
 def _line(recipe: Recipe) -> dict[str, Any]:
     published = {
+        # Shares, as in everything that is printed as JSON; rounded, since 88.01 / 100 is 0.8801000000000001.
         name: None if top1 is None else round(top1 / 100, 6)
         for name, top1 in (("top1", recipe.top1), ("teacher_top1", recipe.teacher_top1))
     }
@@ -67,6 +69,7 @@ def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
     # As the runs resolve their length: steps, else epochs, else BiT-HyperRule by the number of images.
     by_epochs = round((options.epochs or 0) * count / options.batch)
     steps = options.steps or by_epochs or hyperrule.steps(count)
+    # From the catalog, so that recipes can be listed without their data.
     classes = CATALOG[options.data[0]].classes
     student = network(options.student, classes, counted=not config.measure)
     sides = options.teacher_side if isinstance(options, Distill) else ()
@@ -98,10 +101,12 @@ def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
 
 def network(name: str, classes: int, *, counted: bool = False) -> nn.Module:
     """Builds the architecture that a recipe names with arbitrary weights, or without weights to count FLOPs."""
+    # `bit:` has a colon too, as the functions of modules have.
     if custom.is_function(name) and not name.startswith("bit:"):
         return custom.call_function(name, {}, classes)
     if name.startswith("bit:"):
         name = f"resnetv2_{name.removeprefix('bit:R').partition('_')[0]}_bit"
+    # Counting needs no weights, of which a BiT R152x2 has nearly a gigabyte.
     build = create_empty if counted else create
     return build(RUN_ARCHITECTURE if name.startswith("runs/") else name.partition(".")[0], {"num_classes": classes})
 
@@ -136,11 +141,13 @@ def median(work: Callable[[], object], device: torch.device) -> float:
     """Measures the median duration of a call in seconds, over about `SECONDS` and at least three calls."""
     work()  # the first call compiles kernels and allocates memory
     times, started = [], time.monotonic()
+    # By the clock, not by a number of calls: networks differ by orders of magnitude.
     while len(times) < 3 or time.monotonic() - started < SECONDS:
         start = time.perf_counter()
         work()
         devices.synchronize(device)  # kernels run asynchronously on a GPU
         times.append(time.perf_counter() - start)
+    # The median: other programs slow single calls down.
     return statistics.median(times)
 
 
@@ -156,6 +163,7 @@ def show(result: Result) -> None:
     """Prints one line per recipe, or all details of a single one."""
     found = result.metrics["recipes"]
     if len(found) > 1:
+        # By hand, not as a table by rich, which would wrap commands that are to be copied.
         width = max(len(each["command"]) for each in found)
         print(f"{'command':<{width}}   top-1  teacher  published by")
         for each in found:

@@ -38,6 +38,7 @@ def run(options: config.Tape) -> Result:
     summary: dict[str, Any] = {
         "tape": str(found.folder),
         "steps": sum(map(len, whole)),
+        # Ten at most: a tape of interrupted runs may have thousands.
         "ranges": [[each.start, each.stop] for each in whole[:10]],
         "rows": rows,
         "damaged": damaged,
@@ -57,6 +58,7 @@ def run(options: config.Tape) -> Result:
 
 def check_sound(summary: dict[str, Any]) -> None:
     """Raises `WorkFailed` if rows are damaged, or the teacher's logits differ now."""
+    # Exit code 1, so that a script can rely on a tape that was checked.
     if summary["damaged"]:
         raise WorkFailed(
             f"{summary['damaged']:,} rows of {summary['tape']} are damaged; runs recompute them, "
@@ -96,6 +98,7 @@ def show(result: Result) -> None:
         comparison = f"{percent(summary['equal'])} of logits equal, KL {summary['kl']:.1e}, agreement"
         rows.append([f"{summary['recomputed']} steps recomputed", f"{comparison} {percent(summary['agreement'])}"])
     print_table(summary["tape"], ["", ""], rows)
+    # Last: the table is printed also of a tape that is damaged.
     check_sound(summary)
 
 
@@ -103,6 +106,7 @@ def show(result: Result) -> None:
 def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
     """Recomputes the teacher's logits of some evenly spaced steps, and compares them with the tape."""
     recorded_options = {name: value for name, value in found.header["run"].items() if name in Distill.model_fields}
+    # Only options of this version: a tape of an earlier one may have others.
     settings = Distill.checked(**recorded_options | {"tape": None, "tape_top": None})
     cache, loaded = distill.open_inputs(settings)
     setup = distill.build_distill_setup(settings, cache, loaded)
@@ -110,12 +114,14 @@ def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
     # The recorded inference mode holds for its device only; another kind of device chooses its own.
     same = found.header["device"] == device.type
     setup, teachers, _ = distill.freeze_for_run(setup, loaded, found.header["forms"] if same else None)
+    # Spread evenly, since a tape may have been recorded by several runs, on several machines.
     chosen = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(count, len(steps)))})]
     layout, recorded, recomputed = found.layout, [], []
     with ProgressBar("teacher", len(chosen)) as bar:
         for number, step in enumerate(chosen, 1):
             batch = setup.loader.batch_at(step).to(device)
             views, _ = distill.views_by_side(batch, setup.loader.teacher_sides)
+            # The teachers ignore autocast, as in a run: their inference modes alone decide the precision.
             with devices.autocast(device, "fp32"):
                 logits = teachers(views, settings.temperature)
             rows = found.read(step, 0, layout.batch)

@@ -1,4 +1,4 @@
-"""Carries out any verb by its name and writes its page: the one door behind the command line, Python and notebooks."""
+"""Runs a command by its name and writes its page, for the command line, Python and notebooks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +15,15 @@ from funmatch.reports.result import Result
 
 @dataclass(frozen=True)
 class Verb:
-    """One line of the table of verbs. Functions are named as `package.module:function`, and imported when they are
+    """A row of the table of commands. Functions are named as `package.module:function`, and imported when they are
     needed: torch takes seconds, and most command lines need none.
 
     Attributes:
         table: the class of its options.
         run: takes that table, and modules from Python where models are named; gives a `Result`, or metrics.
         show: prints the `Result` for people.
-        page: takes the run folder and gives the path of its page, for verbs that end with one and give metrics.
-        subjects: for a verb that is followed by another (`tune distill`): the table for each.
+        page: takes the run folder and returns the path of its page, for commands that write one and return metrics.
+        subjects: for a command that is followed by another (`tune distill`): the table for each.
     """
 
     table: type[Options]
@@ -53,11 +53,11 @@ VERBS: dict[str, Verb] = {
     "tape": Verb(config.Tape, "commands.tape:run", "commands.tape:show"),
     "report": Verb(config.Report, "reports.run_page:run", "reports.run_page:show"),
 }
-"""Every verb, in the order of `funmatch --help`. A new one needs a table in `config`, its own file and a line here."""
+"""Every command, in the order of `funmatch --help`. A new one needs a table in `config`, a file and a row here."""
 DRY_RUN = Verb(config.Train, "commands.dry_run:run", "commands.dry_run:show")
-"""What takes the place of a verb under `--dry-run`."""
+"""Takes the place of a command under `--dry-run`."""
 TABLES: dict[str, type[Options]] = {name: verb.table for name, verb in VERBS.items()}
-"""The options of each verb."""
+"""The options of each command."""
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -67,10 +67,10 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def find_verb(name: str) -> Verb:
-    """The verb of a name.
+    """Looks a command up by its name.
 
     Raises:
-        InputError: there is no such verb.
+        InputError: there is no such command.
     """
     if name not in VERBS:
         raise unknown("command", name, VERBS)
@@ -83,7 +83,7 @@ def run_verb(
     modules: Mapping[str, Any] | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> Result:
-    """Carries out a verb and writes its page.
+    """Runs a command and writes its page.
 
     Args:
         options: its table.
@@ -94,10 +94,11 @@ def run_verb(
         InputError: every problem of the options, before anything is read or written.
     """
     verb = find_verb(name)
-    options.check()  # here, for all verbs and all doors, and nowhere else
+    options.check()  # here, for all commands, from wherever they are called
     if is_dry_run(options):
         return load_function(DRY_RUN.run)(options, modules or {}, sources or {})
     run = load_function(verb.run)
+    # Only commands that name models take modules.
     found = run(options, modules) if modules else run(options)
     return found if isinstance(found, Result) else _with_page(verb, found, options)
 
@@ -108,6 +109,7 @@ def run_students(
     """Distils several students of the same teacher side by side, and writes the page of each."""
     from funmatch.training import distill_many
 
+    # Before they are split: a problem is reported once and not for every student.
     options.check()
     each = distill_many.split_by_student(options, students)
     if is_dry_run(options):
@@ -122,7 +124,7 @@ def is_dry_run(options: Options) -> bool:
 
 
 def show(name: str, options: Options, result: Result) -> None:
-    """Prints the result of a verb for people."""
+    """Prints the result of a command for people."""
     if is_dry_run(options):
         load_function(DRY_RUN.show)(result, type(options))
     else:
@@ -132,8 +134,9 @@ def show(name: str, options: Options, result: Result) -> None:
 def _with_page(verb: Verb, metrics: dict[str, Any], options: Options) -> Result:
     """The metrics of a run, or of an evaluated model, with the run's folder and page."""
     if verb.page is None:
+        # A model that was evaluated by its name has no run folder.
         return Result(Path(metrics["run"]) if metrics["run"] else None, metrics)
-    # Not the folder of the metrics: a run that was moved may be asked again, and is finished as it was.
+    # Not the folder of the metrics: a run that was moved and is run again keeps the metrics of its first place.
     assert isinstance(options, config.Train)
     folder = options.out.expanduser()
     return Result(folder, metrics, load_function(verb.page)(folder))

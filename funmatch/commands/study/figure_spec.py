@@ -31,17 +31,20 @@ ENDS = (
 def problems(figure: dict[str, Any]) -> list[str]:
     """Lists the problems of a plot in a study file, one sentence each."""
     kind = figure.get("kind")
+    # Alone: without a kind no other key can be checked.
     if kind not in KINDS:
         return [str(unknown("kind", str(kind), KINDS))]
     allowed = {"kind", "title", "log", *KINDS[kind]}
     found = [f"{kind} needs {key}" for key in KINDS[kind] if not isinstance(figure.get(key), str)]
     found += [str(unknown("key", key, allowed)) for key in figure if key not in allowed]
+    # Values are looked up by keys that must all be there.
     if found:
         return found
     known: Mapping[str, Iterable[str]] = {
+        # A curve's values depend on its event; those of the other kinds are final metrics.
         "value": CURVES.get(figure.get("event", ""), ENDS),
         "across": ENDS,
         "event": CURVES,
-        "knob": {knob for table in TAUGHT.values() for knob in table.model_fields},
+        "knob": {name for table in TAUGHT.values() for name in table.model_fields},
     }
     return [str(unknown(key, figure[key], known[key])) for key in KINDS[kind] if figure[key] not in known[key]]

@@ -33,12 +33,15 @@ def results(folder: Path) -> list[dict[str, Any]]:
         NewerFormat: a newer version wrote some of them.
     """
     path, found = folder / FILE, []
+    # Bytes that are not UTF-8 make only their line damaged.
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             result = parse_json(line, {f"{FORMAT_KEY}?": int})
+            # Before the shape, which a newer version may have changed.
             if (number := result.get(FORMAT_KEY, 1)) > FORMAT:
                 raise NewerFormat(newer(path, number, FORMAT, "choose another --out"))
             found.append(parse_json(line, SHAPE))
+        # It is a ValueError, too, and must not be taken for damage: the line would be written again and lost.
         except NewerFormat:
             raise
         except ValueError:
@@ -49,6 +52,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def write_results(folder: Path, found: Iterable[Mapping[str, Any]]) -> None:
     """Writes the results of a study's runs, a line each."""
     lines = [json.dumps({FORMAT_KEY: FORMAT, **result}) + "\n" for result in found]
+    # Whole, not appended to: a study that is killed leaves the earlier file.
     write_atomically(folder / FILE, "".join(lines))
 
 
@@ -72,6 +76,7 @@ def result_of(entry: RunSpec, folder: Path) -> dict[str, Any]:
         "place": entry.place, "name": entry.name, "group": entry.group, "seed": entry.seed, "verb": entry.verb,
         "shown": entry.shown,
         "asked": {name: str(value) if isinstance(value, Path) else value for name, value in entry.knobs.items()},
+        # Without `out`: a study may have moved.
         "knobs": {name: value for name, value in done.config["knobs"].items() if name != "out"},
         "facts": {name: done.config["facts"].get(name) for name in ("machine", "versions", "pictures", "parameters")},
         "figures": run_folder.finite(figures),
@@ -83,6 +88,7 @@ def columns(records: list[dict[str, Any]], event: str) -> dict[str, list[Any]]:
     """The records of one event as columns by name; of many records as many as a plot can show, the last among them."""
     own = [each for each in records if each["event"] == event]
     every = max(1, math.ceil(len(own) / POINTS))
+    # From the end, so that the last point stays.
     own = own[::-1][::every][::-1]
     names = [name for name, value in (own[0] if own else {}).items() if name != "event" and not isinstance(value, str)]
     return {name: [each.get(name) for each in own] for name in names}

@@ -94,6 +94,7 @@ def run(config: Study) -> dict[str, Any]:
     """
     plan = study_files.load_spec(config)
     folder = (config.out or default_folder(config)).expanduser().resolve()
+    # A process each, on its share of the cores; an accelerator has memory for one.
     series = StudyRunner(
         plan, folder, config.jobs or (os.cpu_count() or 1 if devices.pick_device("auto").type == "cpu" else 1)
     )
@@ -101,6 +102,7 @@ def run(config: Study) -> dict[str, Any]:
     place.check_place()
     with ExitStack() as stack:
         with place.beginning():
+            # Held until the end: a second process would start the same runs.
             stack.enter_context(place.lock())
             _begin(series, config)
         series.tapes = shared_tapes(series) if config.tapes else {}
@@ -108,6 +110,7 @@ def run(config: Study) -> dict[str, Any]:
             _carry_out(series)
         finally:
             for process in series.at_work:
+                # All first, so that they save side by side.
                 process.terminate()
             for process in series.at_work:
                 process.wait()  # they save first
@@ -188,6 +191,7 @@ def _begin(series: StudyRunner, config: Study) -> None:
     before = _earlier_plan(place)
     differences = []
     for name, options in now.items():
+        # Only of runs that have begun: the file may be edited freely until then.
         if run_folder.Run(series.folder / "runs" / name).record.has_begun:
             lines = list_differences(before.get(name, options), options, "in the study")
             differences += [f"{name}: {line}" for line in lines]
@@ -244,6 +248,7 @@ def _started(series: StudyRunner, entry: RunSpec) -> subprocess.Popen:
     place = ["--seed", str(entry.seed), "--out", str(series.at(entry))]
     if shared := series.tapes.get(entry.place):
         place += ["--tape", str(shared), "--tape-full", "go-on"]
+    # Runs side by side would otherwise each use all cores, and wait for each other.
     cores = max(1, (os.cpu_count() or 1) // series.jobs)
     with open(series.folder / "logs" / f"{entry.place}.log", "a") as log:
         return subprocess.Popen(
@@ -265,12 +270,14 @@ def _die_with_parent() -> None:
 def _ended(series: StudyRunner, entry: RunSpec, code: int) -> None:
     """Records what became of a run."""
     if series.done(entry):
+        # Now, not at the end: a study that is killed keeps the results so far.
         record(series)
         result = run_folder.find_run(series.at(entry)).result or {}
         figure = f"top-1 {percent(result['top1'])}" if result["top1"] is not None else f"KL {result['kl']:.3f}"
         info(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
         return
     lines = (series.folder / "logs" / f"{entry.place}.log").read_text(errors="replace").splitlines()
+    # Our own last message; else the end of the output, without the frames of the parser's boxes.
     messages = [number for number, line in enumerate(lines) if line.startswith("funmatch: ")]
     words = lines[messages[-1] :] if messages else [line for line in lines[-8:] if line.strip(" ─╭╮╰╯│")]
     reason = " ".join(line.strip(" │") for line in words) or "no message"

@@ -90,6 +90,7 @@ def parse(
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{where} is not valid TOML: {error}") from None
+    # Unknown keys are errors: an option outside [common] and [[run]] would be ignored in silence.
     found = [str(unknown("key", key, KEYS)) for key in table if key not in KEYS]
     found += [f"{key} is missing" for key in ("title", "run") if not table.get(key)]
     shapes = {"run": "[[run]]", "figure": "[[figure]]", "common": "[common]", "seeds": "a list"}
@@ -102,11 +103,13 @@ def parse(
     # Without these the runs cannot be read at all, so later problems would only repeat them.
     if found:
         raise _refused(where, found)
+    # A list at once: the generator appends to `found`, which is read below.
     entries = list(_entries(table, seeds, dict(overrides or {}), found))
     figures = tuple(table.get("figure", ()))
     for number, figure in enumerate(figures, 1):
         found += [f"figure {number}: {problem}" for problem in figure_problems(figure)]
     found += _problems(entries, dict(table.get("common", {})), dict(overrides or {}))
+    # Selected after all checks: a file is valid or not, whatever part of it is run.
     if not found and only:
         names = ", ".join(dict.fromkeys(each.name for each in entries))
         entries = _select(entries, only)
@@ -130,6 +133,7 @@ def read_spec(text: str, where: str) -> StudySpec:
 
 
 def _refused(where: str, found: list[str]) -> InputError:
+    # Each problem once: those of [common] come up in every run.
     return InputError(f"the study {where} cannot be run:\n  " + "\n  ".join(dict.fromkeys(found)))
 
 
@@ -140,7 +144,7 @@ def _entries(
     common, verb = table.get("common", {}), table.get("verb", "distill")
     verbs = [run.get("verb", verb) for run in table["run"]]
     known = {option for name, each in TAUGHT.items() if name in verbs for option in each.model_fields}
-    # No verb is valid, which is reported below: its options would only add noise.
+    # No command is valid, which is reported below: its options would only add noise.
     known = known or {option for each in TAUGHT.values() for option in each.model_fields}
     names = [str(run.get("name")) for run in table["run"]]
     of_one = {key: (key.rpartition(".")[0], key.rpartition(".")[2]) for key in overrides if "." in key}
@@ -167,24 +171,26 @@ def _entries(
             varied = ", ".join(map(str, each)) or "no options"
             found.append(f"{name}: unknown placeholder {', '.join(odd)}; each has {varied}")
             continue
+        # [common] may hold options that only some of the commands have.
         shared = {option: value for option, value in common.items() if option in TAUGHT[own].model_fields}
         over = {option: value for option, value in overrides.items() if option in TAUGHT[own].model_fields}
         over |= {option: overrides[key] for key, (of, option) in of_one.items() if of == name}
         found += [f"{name}: --set {option} conflicts with each, which varies it" for option in each if option in over]
-        knobs = {key: value for key, value in run.items() if key not in ENTRY_KEYS}
+        own_values = {key: value for key, value in run.items() if key not in ENTRY_KEYS}
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
             full = _expand_name(name, chosen)
-            whole = _override(_override(shared, knobs | chosen, own), over, own)
+            whole = _override(_override(shared, own_values | chosen, own), over, own)
+            # --seeds replace the file's seeds, not those that a run sets for itself, such as a teacher that needs one.
             for seed in seeds if seeds and "seeds" not in run else own_seeds:
                 group = str(run.get("group", name if each else full))
                 yield RunSpec(full, group, seed, own, whole, bool(run.get("shown", True)))
 
 
-def _override(knobs: Mapping[str, Any], overrides: Mapping[str, Any], verb: str) -> dict[str, Any]:
+def _override(values: Mapping[str, Any], overrides: Mapping[str, Any], verb: str) -> dict[str, Any]:
     """Replaces options, and drops those that the new ones replace too, such as `steps` for `epochs`."""
     dropped = replaced_by(TAUGHT[verb], overrides)
-    return {option: value for option, value in knobs.items() if option not in dropped} | dict(overrides)
+    return {option: value for option, value in values.items() if option not in dropped} | dict(overrides)
 
 
 def _expand_name(name: str, chosen: Mapping[str, Any]) -> str:
@@ -198,6 +204,7 @@ def _expand_name(name: str, chosen: Mapping[str, Any]) -> str:
 def _problems(entries: list[RunSpec], common: dict[str, Any], overrides: dict[str, Any]) -> list[str]:
     """Checks the runs, each alone and all together; fills in `needs`."""
     found, places = [], [entry.place for entry in entries]
+    # By folders, not by names: two names may differ only in signs that a folder cannot have.
     found += [f"{place}: two runs have this name" for place in sorted({p for p in places if places.count(p) > 1})]
     for number, entry in enumerate(entries):
         # Not isinstance: TOML's true is an int to Python.
@@ -206,17 +213,17 @@ def _problems(entries: list[RunSpec], common: dict[str, Any], overrides: dict[st
         fixed = TAUGHT[entry.verb].where(lambda opt: not opt.study)
         reserved = fixed & {*entry.knobs, *common, *overrides}
         found += [f"{entry.name}: {option} is set by the study itself" for option in sorted(reserved)]
-        knobs = {option: value for option, value in entry.knobs.items() if option not in fixed}
+        values = {option: value for option, value in entry.knobs.items() if option not in fixed}
         try:
             # The study sets folder and seed of each run; any valid ones do for checking.
-            table = TAUGHT[entry.verb].checked(**knobs, out="out", seed=0)
-            knobs = {option: getattr(table, option) for option in knobs}
+            table = TAUGHT[entry.verb].checked(**values, out="out", seed=0)
+            values = {option: getattr(table, option) for option in values}
         except InputError as error:
             found.append(f"{entry.name}: {error}")
         # Each run is started by a command line, where such a value would be read as an option.
         found += [
             f"{entry.name}: {option} {word} starts with a dash, as options do; start a path with ./"
-            for option, value in knobs.items()
+            for option, value in values.items()
             for word in (value if isinstance(value, tuple) else (value,))
             if isinstance(word, str) and word.startswith("-")
         ]
@@ -229,13 +236,13 @@ def _problems(entries: list[RunSpec], common: dict[str, Any], overrides: dict[st
                 found.append(f"{entry.name}: {REFERENCE}{name} does not name another run of the study")
             else:
                 needs.append(target.place)
-        entries[number] = replace(entry, knobs=knobs, needs=tuple(needs))
+        entries[number] = replace(entry, knobs=values, needs=tuple(needs))
     return found + _cycles(entries)
 
 
-def _references(knobs: Mapping[str, Any]) -> list[str]:
+def _references(options: Mapping[str, Any]) -> list[str]:
     """Lists the names of the runs that options refer to."""
-    values = [each for value in knobs.values() for each in (value if isinstance(value, list | tuple) else [value])]
+    values = [each for value in options.values() for each in (value if isinstance(value, list | tuple) else [value])]
     return [str(value).removeprefix(REFERENCE) for value in values if _is_reference(value)]
 
 
@@ -247,6 +254,7 @@ def _cycles(entries: list[RunSpec]) -> list[str]:
     """Finds runs that depend on each other."""
     done: set[str] = set()
     left = list(entries)
+    # What is never ready depends on itself, directly or through others.
     while ready := [entry for entry in left if done.issuperset(entry.needs)]:
         done |= {entry.place for entry in ready}
         left = [entry for entry in left if entry.place not in done]
@@ -256,6 +264,7 @@ def _cycles(entries: list[RunSpec]) -> list[str]:
 def _select(entries: list[RunSpec], only: tuple[str, ...]) -> list[RunSpec]:
     """Selects the runs whose names match a pattern, and those that they depend on."""
     wanted = {each.place for each in entries if any(fnmatch(each.name, pattern) for pattern in only)}
+    # Until nothing is added: what is needed may need others.
     while more := {need for each in entries if each.place in wanted for need in each.needs} - wanted:
         wanted |= more
     return [entry for entry in entries if entry.place in wanted]
@@ -269,11 +278,13 @@ def _place(name: str, seed: int) -> str:
 
 def resolve_references(entry: RunSpec, folder: Path) -> dict[str, Any]:
     """Replaces references to other runs by their run folders in the options of a run."""
+    # Both lists are in the order of the options, as `_problems` fills them.
     names = dict(zip(_references(entry.knobs), entry.needs, strict=True))
 
     def resolved(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(resolved, value))
+        # As text: a path to a run folder is a model's name to the command.
         return str(folder / names[str(value).removeprefix(REFERENCE)]) if _is_reference(value) else value
 
     return {option: resolved(value) for option, value in entry.knobs.items()}

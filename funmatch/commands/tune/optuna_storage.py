@@ -43,12 +43,14 @@ class Lock:
         self.held: IO[str] | None = None
 
     def acquire(self) -> bool:
+        # Not the wall clock, which may be set while we wait.
         until = time.monotonic() + PATIENCE_SECONDS
         while (held := try_lock_file(self.journal)) is None:
             if time.monotonic() > until:
                 raise InputError(f"{self.journal} has been locked by another process for {PATIENCE_SECONDS:.0f} s")
             time.sleep(0.005)
         self.held = held
+        # Under the lock: without it the line could be one that another process is still writing.
         _repair(self.journal)
         return True
 
@@ -67,6 +69,7 @@ def _repair(journal: Path) -> None:
         file.seek(end - 1)
         if file.read(1) == b"\n":
             return
+        # The whole file: it is read only after a crash, and lines have no limit.
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
 
@@ -74,10 +77,12 @@ def _repair(journal: Path) -> None:
 @contextmanager
 def working_trials(place: str) -> Generator[None]:
     """Silences Optuna, and turns errors of the storage into an `InputError` that names it."""
+    # Restored at the end: in a notebook the user may use Optuna, too.
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     try:
         with warnings.catch_warnings():
+            # Optuna warns of its experimental parts; users of funmatch did not choose them.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
@@ -104,8 +109,10 @@ def is_url(place: str) -> bool:
 def display_url(place: str) -> str:
     """Returns the name of a storage without its password."""
     try:
+        # Hidden, since the record, messages and pages show this name.
         return make_url(place).render_as_string(hide_password=True) if is_url(place) else place
     except SQLAlchemyError:
+        # Not a URL that can be parsed, but it may still hold a password.
         return place.split("@")[-1]
 
 
@@ -121,6 +128,7 @@ def storage_at(place: str) -> BaseStorage:
         return RDBStorage(place, engine_kwargs={"connect_args": _patience(place)})
     except ImportError as error:
         raise InputError(_no_driver(place, error)) from None
+    # Optuna's answer to tables of another version of its schema.
     except RuntimeError as error:
         raise InputError(
             f"the storage {display_url(place)} was written by another version of Optuna: {first_line(error)}"
@@ -130,6 +138,7 @@ def storage_at(place: str) -> BaseStorage:
 def check_reachable(place: str) -> None:
     """Raises `InputError` if a database cannot be reached, before anything is written."""
     try:
+        # No pool, which would keep the connection open after the check.
         create_engine(place, connect_args=_patience(place), poolclass=NullPool).connect().close()
     except ImportError as error:
         raise InputError(_no_driver(place, error)) from None
@@ -158,7 +167,9 @@ def _journal(path: Path) -> JournalStorage:
             raise InputError(f"{path} is not a journal of Optuna; choose another --storage")
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=Lock(path)))  # pyrefly: ignore
+    # What Optuna raises for lines that are not entries of its own.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # An `InputError` is a ValueError: that of a lock is passed on.
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not a journal of Optuna, or is damaged: {first_line(error)}") from None
@@ -179,9 +190,11 @@ class SeededSampler(optuna.samplers.BaseSampler):
             first: the values of trial 0, or None to sample them too.
         """
         self.way, self.seed, self.space, self.first = way, seed, space, first
+        # Shuffled, so that a grid that is stopped early has tried values of every option.
         self.order = np.random.default_rng(seed).permutation(combinations(space)) if way == "grid" else None
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
+        # Values of random and grid trials are independent of each other, so there is nothing relative to infer.
         if self.way != "tpe" or (self.first and trial.number == 0):
             return {}
         return self._sampler(trial.number).infer_relative_search_space(study, trial)
@@ -197,6 +210,7 @@ class SeededSampler(optuna.samplers.BaseSampler):
         return self._sampler(trial.number, param_name).sample_independent(study, trial, param_name, param_distribution)
 
     def _sampler(self, number: int, name: str = "") -> optuna.samplers.BaseSampler:
+        # A CRC, since Python's `hash` of a text differs from process to process.
         seed = int(np.random.SeedSequence([self.seed, number, zlib.crc32(name.encode())]).generate_state(1)[0])
         # The seed of a value holds its option's name, so that adding an option leaves the others' values as they are.
         if self.way == "tpe":
@@ -219,8 +233,10 @@ def pruner_of(name: str, evaluations: int) -> optuna.pruners.BasePruner:
         evaluations: number of evaluations in a run; 0 if unknown before it starts.
     """
     if name == "asha":
+        # One evaluation is the unit: `_report` counts them.
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
     if name == "hyperband":
+        # "auto" takes the length from the trials that have ended.
         most = max(2, evaluations) if evaluations else "auto"
         return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=most, reduction_factor=3)
     return optuna.pruners.NopPruner()
@@ -229,6 +245,7 @@ def pruner_of(name: str, evaluations: int) -> optuna.pruners.BasePruner:
 def suggest(trial: optuna.Trial, space: Space) -> dict[str, Value]:
     """Returns the values of a trial: those in the storage, or newly sampled ones."""
     values: dict[str, Value] = {}
+    # The space is sorted, so the order on the command line changes no value.
     for name, span in space.items():
         if span.choices:
             values[name] = trial.suggest_categorical(name, span.choices)

@@ -1,4 +1,4 @@
-"""Carries out a search and writes its page."""
+"""Runs a search and writes its page."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ SHOWN = 20
 
 
 def run(config: Search, given: Modules | None = None) -> Result:
-    """Carries out a search, or its part of one that other processes share, and writes its page.
+    """Runs a search, or its part of one that other processes share, and writes its page.
 
     Args:
         given: modules from Python, by the names that stand for them.
@@ -38,11 +38,14 @@ def write_page(result: Mapping[str, Any]) -> Path:
     """
     folder = Path(result["study"])
     path, source = folder / "report.html", folder / "result.json"
+    # A search that got more trials has a newer result than its page.
     if not path.is_file() or path.stat().st_mtime < source.stat().st_mtime:
+        # Before the error below, so that the page of a search that failed shows all reasons.
         write_atomically(path, tune_page.page(result, search.record_folder(folder).read()))
     if result["best"] is None:
-        why = next((trial["error"] for trial in result["trials"] if trial["error"]), "none came to its end")
+        why = next((trial["error"] for trial in result["trials"] if trial["error"]), "none finished")
         raise WorkFailed(f"all {len(result['trials'])} trials failed, the first so: {why}; {path} has them all")
+    # Only of the best run; `funmatch report` writes those of the others.
     run_page.write_if_finished(Path(result["best_run"]))
     return path
 

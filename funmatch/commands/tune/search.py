@@ -33,8 +33,8 @@ class SearchSpec:
     """A search that is ready to begin.
 
     Attributes:
-        verb: the verb of its runs.
-        base: their configuration, but for the options that are searched.
+        verb: the command of its runs.
+        base: their configuration, without the searched options.
         space: the values of these.
         search: the options of the search itself.
         folder: the folder of the search.
@@ -60,6 +60,7 @@ class SearchSpec:
         storage = self.search.storage
         if storage is None:
             return str(self.folder / "journal.log")
+        # Absolute, since another worker may be started in another folder.
         return storage if "://" in storage else str(Path(storage).expanduser().absolute())
 
     @property
@@ -70,9 +71,11 @@ class SearchSpec:
     @property
     def first(self) -> dict[str, Value] | None:
         """The configuration as given, which is trial 0 if it lies in the space: the one to beat."""
+        # A searched option is usually not set, so its default is the value to beat; BiT-HyperRule has its own.
         known: dict[str, Any] = {"lr": LR} if self.verb != "finetune" else {}
         own = {name: getattr(self.base, name) for name in self.space}
         own = {name: known.get(name) if value is None and name in known else value for name, value in own.items()}
+        # A value outside the space would be a trial that no sampler could have chosen.
         inside = all(value in self.space[name] for name, value in own.items())
         return own if inside and self.search.sampler != "grid" else None
 
@@ -84,9 +87,10 @@ class SearchSpec:
     @property
     def shares_tapes(self) -> bool:
         """Whether all trials show the same teachers the same views, so that one can record for all."""
-        knobs = self.base.model_dump()
-        own = self.search.tapes and self.verb == "distill" and recording.shared_by(knobs) is not None
-        return own and self.trials > 1 and self.space.keys() <= recording.own_of_the_student(knobs)
+        options = self.base.model_dump()
+        # One trial would record for nobody, and an option that changes views or teacher gives each trial other logits.
+        own = self.search.tapes and self.verb == "distill" and recording.shared_by(options) is not None
+        return own and self.trials > 1 and self.space.keys() <= recording.own_of_the_student(options)
 
     def run_folder(self, number: int, execution: int) -> Path:
         """The run folder of an execution of a trial."""
@@ -94,6 +98,7 @@ class SearchSpec:
 
     def trial_folder(self, number: int) -> Path:
         """The folder of all executions of a trial."""
+        # With leading zeros, so that folders sort as trials.
         return self.folder / "trials" / f"{number:04}"
 
     def run(self, number: int, execution: int, chosen: Mapping[str, Value]) -> Train:
@@ -102,11 +107,14 @@ class SearchSpec:
         Raises:
             InputError: the chosen values contradict each other.
         """
-        knobs = search_space.apply_choices(self.base, chosen)
-        knobs |= {"seed": self.base.seed + execution, "out": self.run_folder(number, execution)}
+        options = search_space.apply_choices(self.base, chosen)
+        # The same seeds for every trial: values are compared on the same draws.
+        options |= {"seed": self.base.seed + execution, "out": self.run_folder(number, execution)}
         if self.shares_tapes:
-            knobs |= {"tape": self.tapes / f"seed-{knobs['seed']}", "tape_full": "go-on"}
-        return type(self.base).checked(**knobs)
+            # One a seed, since views depend on it; a full disk must not end a trial for the sake of speed.
+            options |= {"tape": self.tapes / f"seed-{options['seed']}", "tape_full": "go-on"}
+        # Checked here, with the other values: whether a trial contradicts itself is known only now.
+        return type(self.base).checked(**options)
 
 
 def read_spec(config: Search) -> SearchSpec:
@@ -120,12 +128,14 @@ def read_spec(config: Search) -> SearchSpec:
     space = search_space.read(_words(config, base), TAUGHT[verb])
     if not space:
         raise InputError("pass what to search, e.g. --space lr=log:1e-4..1e-2 temperature=1,2,5,10")
+    # Before images are read: a value that no trial can have is reported in an instant.
     search_space.check(space, base)
     trials = config.trials or TRIALS
     if config.sampler == "grid":
         size = search_space.combinations(space)
         if config.trials and config.trials > size:
             info(f"the grid has {size:,} combinations, so there are no more trials than that")
+        # No more than there are combinations: the same values would give the same scores.
         trials = min(size, config.trials or size)
     found = SearchSpec(verb, base, space, config, config.out.expanduser().resolve(), trials)
     place = record_folder(found.folder)
@@ -141,17 +151,18 @@ def _words(config: Search, base: Train) -> list[str]:
         return list(config.space)
     recipe = recipes.find(base.recipe)
     given = {search_space.option_name(word.partition("=")[0], type(base)) for word in config.space}
+    # An option that the user sets beside the recipe is not searched: it was meant to be that value.
     given |= {name for name in recipe.space if getattr(base, name) != recipe.knobs.get(name, getattr(base, name))}
     return [*config.space, *(f"{name}={values}" for name, values in recipe.space.items() if name not in given)]
 
 
-def with_validation(asked: SearchSpec) -> SearchSpec:
+def with_validation(spec: SearchSpec) -> SearchSpec:
     """The same with images for validation, held out of the training images where there are none.
 
     Raises:
         InputError: there are none, and none can be held out.
     """
-    base = asked.base
+    base = spec.base
     cache = datasets.open_run_data(base)
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no split train to train on; it has: {', '.join(cache.splits)}")
@@ -166,9 +177,11 @@ def with_validation(asked: SearchSpec) -> SearchSpec:
             f"{cache.name} has no validation split: holding out {VALIDATION_SHARE} of the training images (--val sets "
             "how many)"
         )
+        # Part of the configuration from here on, so that every trial holds out the same images.
         base = base.model_copy(update={"val": VALIDATION_SHARE})
         cache = datasets.open_run_data(base)
-    return replace(asked, base=base, cut=cut, tested=tested, data=cache.key)
+    # The key of the images, to refuse a resumed search on others.
+    return replace(spec, base=base, cut=cut, tested=tested, data=cache.key)
 
 
 def record_folder(folder: Path) -> RecordFolder:
@@ -178,19 +191,20 @@ def record_folder(folder: Path) -> RecordFolder:
     )
 
 
-def record_of(asked: SearchSpec, place: str) -> dict[str, Any]:
+def record_of(spec: SearchSpec, place: str) -> dict[str, Any]:
     """What `study.json` holds: compared when the same command is given again."""
-    search = asked.search
+    search = spec.search
     compared = Search.where(lambda opt: opt.is_compared)
     return json.loads(
+        # Through JSON and back: compared with what was read from a file, where tuples are lists and paths are text.
         json.dumps({
-            "verb": asked.verb,
-            "knobs": asked.base.model_dump(mode="json"),
-            "space": {name: _as_words(span) for name, span in asked.space.items()},
+            "verb": spec.verb,
+            "knobs": spec.base.model_dump(mode="json"),
+            "space": {name: _as_words(span) for name, span in spec.space.items()},
             "search": {name: getattr(search, name) for name in sorted(compared)},
             "storage": place,
-            "name": asked.name,
-            "data": asked.data,
+            "name": spec.name,
+            "data": spec.data,
             "versions": {"funmatch": __version__},
         }, default=str)
     )  # fmt: skip
@@ -200,6 +214,7 @@ def _as_words(span: search_space.Range) -> str:
     """A range as it is written on the command line."""
     if span.choices:
         return ",".join(map(str, span.choices))
+    # Ten digits: more than anybody writes, and none of the noise of binary fractions.
     return f"{'log:' if span.log else ''}{span.low:.10g}..{span.high:.10g}"
 
 
@@ -209,12 +224,14 @@ def begin_search(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: it is of a search with other options, damaged, or of a newer format.
     """
+    # The id is made anew with every call, and only that of the first is written.
     return record_folder(folder).begin(record | {"id": uuid.uuid4().hex}, differences)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two records of a search do not agree on, a line each. The number of trials is in neither: it may grow."""
     where, whole = "in the search", ("verb", "storage", "name", "data")
+    # Not the versions: a newer funmatch may resume a search.
     found = list_differences({name: then[name] for name in whole}, {name: now[name] for name in whole}, where)
     for part in ("knobs", "space", "search"):
         before, after = (

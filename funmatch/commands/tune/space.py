@@ -37,6 +37,7 @@ class Range:
     def __contains__(self, value: object) -> bool:
         if self.choices:
             return value in self.choices
+        # True is an integer to Python.
         return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
 
     @property
@@ -59,6 +60,7 @@ def read(words: Iterable[str], table: type[Train]) -> dict[str, Range]:
     """
     found: dict[str, Range] = {}
     for word in words:
+        # The first sign only: values such as channels=16,32 hold another.
         typed, equals, values = word.partition("=")
         name = option_name(typed, table)
         if not equals or not values.strip():
@@ -90,6 +92,7 @@ def apply_choices(base: Train, chosen: Mapping[str, Value]) -> dict[str, Any]:
     """Replaces options of a configuration by the values of a trial."""
     options: dict[str, Any] = base.model_dump()
     for name, value in chosen.items():
+        # A trial tries one value; an option of several gets it as a list of one.
         several = isinstance(options[name], tuple) or _is_tuple(type(base).model_fields[name].annotation)
         options[name] = (value,) if several else value
         # `epochs` of the base would conflict with `steps` of the trial.
@@ -102,9 +105,11 @@ def check(space: Space, base: Train) -> None:
     found = []
     for name, span in space.items():
         for value in span.ends:
+            # Each value alone: whether two of them contradict each other depends on the trial.
             table = type(base).model_validate(apply_choices(base, {name: value}))
             found += table.value_problems(name)
     if found:
+        # Without repetitions: both ends of a range may have the same problem.
         raise InputError("--space: " + "; ".join(dict.fromkeys(found)))
 
 
@@ -117,6 +122,7 @@ def combinations(space: Space) -> int:
     for name, span in space.items():
         if not span.choices:
             raise InputError(f"a grid needs listed values, but {name} is a range; write --space {name}=a,b,c")
+    # Before the combinations are listed: the sampler shuffles as many numbers.
     size = math.prod(len(span.choices) for span in space.values())
     if size > LARGEST_GRID:
         raise InputError(f"the grid has {size:,} combinations, more than {LARGEST_GRID:,}; pass --sampler random")
@@ -126,12 +132,15 @@ def combinations(space: Space) -> int:
 def _span(name: str, values: str, table: type[Train]) -> Range:
     words = [word.strip() for word in values.split(",")]
     log = values.startswith("log:")
+    # Two dots, since one is part of numbers.
     ends = values.removeprefix("log:").split("..")
     kind = _element(table.model_fields[name].annotation)
+    # Text may hold two dots, as paths do (../teacher): only numbers make a range.
     if len(ends) == 2 and len(words) == 1 and (log or _number(name, ends[0], kind) is not None):
         return _range(name, values, ends, kind, log=log)
     if log:
         raise InputError(f"--space {name}={values}: log: requires a range, e.g. {name}=log:1e-4..1e-2")
+    # By value, so that 1e-3 and 0.001 are found to be the same.
     choices = tuple(dict.fromkeys(_parsed(name, word, kind) for word in words))
     if len(choices) != len(words):
         raise InputError(f"--space {name}={values} names a value twice")
@@ -158,6 +167,7 @@ def _number(name: str, word: str, kind: Any) -> float | None:
         number = float(word)
     except ValueError:
         return None
+    # Python reads inf and nan as numbers.
     if not math.isfinite(number):
         raise InputError(f"--space {name}: {word} is not finite")
     if float not in _members(kind) and number != int(number):
@@ -170,11 +180,13 @@ def _parsed(name: str, word: str, kind: Any) -> Value:
     if word.lower() == "none" and type(None) in _members(kind):
         return None
     try:
+        # As text, by pydantic: these are words of a command line, also in Python, where `tune` joins them.
         value = TypeAdapter(kind).validate_python(word)
     except ValidationError as error:
         raise InputError(f"--space {name}: {error.errors()[0]['msg']}, got {word!r}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"--space {name}: {word} is not finite")
+    # Storages of Optuna hold plain values only, no paths.
     return value if isinstance(value, bool | int | float | str) else str(value)
 
 
@@ -189,4 +201,5 @@ def _is_tuple(annotation: Any) -> bool:
 
 def _members(kind: Any) -> tuple[Any, ...]:
     """Returns the members of a union, or the type itself if it is not a union."""
+    # Before Python 3.14 `int | None` and `Optional[int]` are of different types.
     return get_args(kind) if get_origin(kind) is Union or type(kind).__name__ == "UnionType" else (kind,)

@@ -1,4 +1,4 @@
-"""What a search came to: a row for each trial, the best, its figures on the test images, how often what was seen."""
+"""Summarises a search: a row per trial, the best one, its metrics on test images, and the evaluations of each split."""
 
 import json
 import statistics
@@ -40,7 +40,7 @@ SHAPE = {
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What `result.json` of a search holds.
+    """Reads `result.json` of a search.
 
     Raises:
         OSError: it is missing.
@@ -49,26 +49,28 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return read_json(folder / FILE, SHAPE)
 
 
-def finish_summary(asked: SearchSpec) -> dict[str, Any] | None:
+def finish_summary(spec: SearchSpec) -> dict[str, Any] | None:
     """The summary of the search, if it is over and had as many trials as are requested now."""
     try:
-        result = read_summary(asked.folder)
+        result = read_summary(spec.folder)
     except (OSError, Damaged):
         return None  # a damaged one is computed again from the storage
-    return result if len(result["trials"]) >= asked.trials else None
+    # More trials than are requested are not a reason to begin again.
+    return result if len(result["trials"]) >= spec.trials else None
 
 
-def end_summary(study: "optuna.Study", asked: SearchSpec, given: Modules) -> dict[str, Any]:
-    """Sums a study up: the test images are looked at once, by the students of the best trial."""
+def end_summary(study: "optuna.Study", spec: SearchSpec, given: Modules) -> dict[str, Any]:
+    """Summarises a finished search; evaluates the students of the best trial, and no others, on the test images."""
     from funmatch.commands.tune import optuna_storage
 
-    rows = [row(frozen, asked) for frozen in study.get_trials(deepcopy=False)]
+    rows = [row(frozen, spec) for frozen in study.get_trials(deepcopy=False)]
     complete = [each for each in rows if each["value"] is not None]
+    # Of equal trials the first, whatever the order in which workers finished.
     best = max(complete, key=lambda each: (each["value"], -each["number"]), default=None)
     result: dict[str, Any] = {
-        "study": str(asked.folder),
-        "verb": asked.verb,
-        "recipe": asked.base.recipe,
+        "study": str(spec.folder),
+        "verb": spec.verb,
+        "recipe": spec.base.recipe,
         "score": next((each["metric"] for each in complete), None),
         "trials": rows,
         "best": best and best["number"],
@@ -76,85 +78,98 @@ def end_summary(study: "optuna.Study", asked: SearchSpec, given: Modules) -> dic
         "spread": best and best["spread"],
         "knobs": best and best["knobs"],
         "best_run": best and best["runs"][0],
-        "space": {name: asdict(span) for name, span in asked.space.items()},
-        "sampler": asked.search.sampler,
-        "executions": asked.search.executions,
-        "said": asked.first is not None,
+        "space": {name: asdict(span) for name, span in spec.space.items()},
+        "sampler": spec.search.sampler,
+        "executions": spec.search.executions,
+        "said": spec.first is not None,
         "importance": optuna_storage.importance(study),
-        "command": best and command(asked, best["knobs"]),
-        "cut": VALIDATION_SHARE if asked.cut else None,
-        "storage": optuna_storage.display_url(asked.place),
-        "name": asked.name,
+        "command": best and command(spec, best["knobs"]),
+        "cut": VALIDATION_SHARE if spec.cut else None,
+        "storage": optuna_storage.display_url(spec.place),
+        "name": spec.name,
     }
-    result |= test_metrics(asked, best, given)
-    result["seen"] = evaluation_counts(asked, len(rows))
+    result |= test_metrics(spec, best, given)
+    result["seen"] = evaluation_counts(spec, len(rows))
+    # NaN is not JSON; a student that diverged has it in its metrics.
     text = json.dumps(run_folder.finite(result), indent=2)
-    write_atomically(asked.folder / FILE, text)
+    write_atomically(spec.folder / FILE, text)
+    # What was written, so that this process and a later one that reads the file return the same.
     return json.loads(text)
 
 
-def row(frozen: Any, asked: SearchSpec) -> dict[str, Any]:
-    """What is told of a trial."""
+def row(frozen: Any, spec: SearchSpec) -> dict[str, Any]:
+    """The row of a trial in `result.json`."""
     scores = frozen.user_attrs.get("scores", [])
     return {
         "number": frozen.number,
         "state": frozen.state.name.lower(),
-        "knobs": {name: frozen.params.get(name) for name in asked.space},
+        "knobs": {name: frozen.params.get(name) for name in spec.space},
+        # Optuna gives a pruned trial its last reported score as a value, which must not win.
         "value": frozen.value if frozen.state.name == "COMPLETE" else None,
         "spread": statistics.stdev(scores) if len(scores) > 1 else None,
         "scores": scores,
         "metric": frozen.user_attrs.get("metric"),
         "seconds": frozen.user_attrs.get("seconds"),
         "error": frozen.user_attrs.get("error"),
-        "runs": [str(asked.run_folder(frozen.number, each)) for each in range(asked.search.executions)],
+        "runs": [str(spec.run_folder(frozen.number, each)) for each in range(spec.search.executions)],
     }
 
 
-def test_metrics(asked: SearchSpec, best: dict[str, Any] | None, given: Modules) -> dict[str, Any]:
-    """`test`: what the students of the best trial come to on the test images, which no trial has seen; and
-    `tested`: the trials that were judged on them, this one and those that were best before there were more."""
+def test_metrics(spec: SearchSpec, best: dict[str, Any] | None, given: Modules) -> dict[str, Any]:
+    """Evaluates the students of the best trial on the test images, by which no trial was selected.
+
+    Returns:
+        `test`: means and standard deviations over the students; `tested`: the trials that were ever evaluated on these
+        images, this one and those that were best before there were more trials.
+    """
     before: list[int] = []
+    # Of the file before: a search that is extended may have tested another trial, and that stays known.
     with suppress(OSError, Damaged):
-        before = read_json(asked.folder / FILE, {"tested": list[int]})["tested"]
-    if best is None or not asked.tested:
+        before = read_json(spec.folder / FILE, {"tested": list[int]})["tested"]
+    if best is None or not spec.tested:
         return {"test": None, "tested": before}
     info(f"trial {best['number']} is the best; its students are evaluated on the test images")
-    figures = [
+    results = [
         evaluate.run(
-            Evaluate(model=folder, split="test", device=asked.base.device, precision=asked.base.precision), given
+            Evaluate(model=folder, split="test", device=spec.base.device, precision=spec.base.precision), given
         )
+        # All executions of the best trial, whose mean was selected, not the luckiest of them.
         for folder in best["runs"]
     ]
-    means: dict[str, Any] = {"pictures": figures[0]["pictures"], "students": len(figures)}
+    means: dict[str, Any] = {"pictures": results[0]["pictures"], "students": len(results)}
     for name in ("top1", "top5", "agreement", "kl", "ece"):
-        values = [each[name] for each in figures if each[name] is not None]
+        # Without labels or a teacher some metrics cannot be computed.
+        values = [each[name] for each in results if each[name] is not None]
         means[name] = statistics.fmean(values) if values else None
         means[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None
     return {"test": means, "tested": [*(one for one in before if one != best["number"]), best["number"]]}
 
 
-def evaluation_counts(asked: SearchSpec, trials: int) -> dict[str, int]:
-    """How often students were judged on each split while they were taught, over all runs of the study."""
+def evaluation_counts(spec: SearchSpec, trials: int) -> dict[str, int]:
+    """Counts the evaluations of each split during training, over all runs of the search."""
     counts: dict[str, int] = {}
     for number in range(trials):
-        for execution in range(asked.search.executions):
-            for record in run_folder.Run(asked.run_folder(number, execution)).metrics.read():
+        for execution in range(spec.search.executions):
+            for record in run_folder.Run(spec.run_folder(number, execution)).metrics.read():
                 if record["event"] == "eval":
                     counts[record["split"]] = counts.get(record["split"], 0) + 1
     return counts
 
 
-def command(asked: SearchSpec, chosen: Mapping[str, Value]) -> str:
+def command(spec: SearchSpec, chosen: Mapping[str, Value]) -> str:
     """The command that trains with these values in full: for a recipe's own length, on all training images."""
-    base, recipe = asked.base, recipes.find(asked.base.recipe) if asked.base.recipe else None
+    base, recipe = spec.base, recipes.find(spec.base.recipe) if spec.base.recipe else None
     plain: dict[str, Any] = {name: field.default for name, field in type(base).model_fields.items()}
     plain |= dict(recipe.over({})) if recipe else {}
     printed = type(base).where(lambda opt: opt.group is Group.OUTPUT and not opt.study)
-    silent = {*printed, "recipe", "patience"} | ({"val"} if asked.cut else set())
+    # No early stopping, and no images held out by the search: the final run trains on all of them, to its end.
+    omitted = {*printed, "recipe", "patience"} | ({"val"} if spec.cut else set())
+    # Searches of a recipe are usually shorter than it; the final run has the recipe's own length.
     if recipe and {"steps", "epochs"} & recipe.knobs.keys() and not {"steps", "epochs"} & chosen.keys():
-        silent |= {"steps", "epochs"}
-    knobs = {name: value for name, value in search_space.apply_choices(base, chosen).items() if name not in silent}
-    said = {name: value for name, value in knobs.items() if value != plain[name] and value is not False}
-    out = asked.folder.with_name(f"{asked.folder.name}-best")
-    words = [f"funmatch {asked.verb}", *([recipe.name] if recipe else []), *recipes.options(asked.verb, said)]
+        omitted |= {"steps", "epochs"}
+    values = {name: value for name, value in search_space.apply_choices(base, chosen).items() if name not in omitted}
+    changed = {name: value for name, value in values.items() if value != plain[name] and value is not False}
+    # Beside the search, so that removing its trials leaves the final run.
+    out = spec.folder.with_name(f"{spec.folder.name}-best")
+    words = [f"funmatch {spec.verb}", *([recipe.name] if recipe else []), *recipes.options(spec.verb, changed)]
     return " ".join([*words, f"--out {out}"])

@@ -1,8 +1,7 @@
-"""Searching knobs: trials chosen by Optuna, carried out one after the other, judged by validation alone.
+"""Runs the trials of a search: chosen by Optuna, run one after the other, compared on validation images only.
 
-A worker holds a lock in the folder of the trial that it is at, which the operating system takes away when the worker
-ends, however that may be. So a trial that the storage calls running and nobody holds was left, and whoever comes next
-goes on with it where its runs stand.
+A worker holds a lock in the folder of its trial, which the operating system releases when the worker ends, however it
+ends. So a trial that is running in the storage but not locked was abandoned, and the next worker resumes its runs.
 """
 
 import gc
@@ -32,170 +31,195 @@ if TYPE_CHECKING:  # Optuna is an extra
     import optuna
 
 POLL_SECONDS = 0.5
-"""Between two looks at what the other workers have done."""
+"""Time between two looks at the trials of other workers."""
 ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
 
 class Pruned(Exception):
-    """The pruner has seen enough of a trial."""
+    """The pruner ends a trial."""
 
 
 def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
-    """Searches until all trials have ended, whoever carries them out, and returns what `result.json` holds.
+    """Searches until all trials have ended, those of other workers too, and returns what `result.json` holds.
 
     Args:
         given: modules from Python, by the names that stand for them.
 
     Returns:
         `trials` (a row each), `best` (the number of one, None where all failed), `best_run`, `knobs` of it, `score`
-        (what was chosen by), `value`, `importance`, `test` (the figures of the best trial), `seen`, `command`, `study`.
+        (the metric that selects), `value`, `importance`, `test` (the metrics of the best trial), `seen`, `command`,
+        `study`.
 
     Raises:
-        InputError: what is asked cannot be, or the storage cannot be used.
+        InputError: an option is invalid, or the storage cannot be used.
         Stopped: by Ctrl-C or SIGTERM, after saving.
     """
     try:
         from funmatch.commands.tune import optuna_storage
     except ImportError as error:
+        # Another missing module would be a fault of ours, and this message would hide it.
         if error.name not in ("optuna", "sqlalchemy"):
             raise
         raise InputError("funmatch tune needs Optuna: pip install 'funmatch[tune]'") from None
-    asked = search.read_spec(config)
-    if result := summary.finish_summary(asked):
-        search.begin_search(asked.folder, search.record_of(asked, optuna_storage.display_url(asked.place)))
-        info(f"{asked.folder} is finished after {len(result['trials'])} trials; nothing to do")
+    spec = search.read_spec(config)
+    # Before the storage is opened: a finished search can be read without its database.
+    if result := summary.finish_summary(spec):
+        # Also of a finished search: the options may not be those that it was carried out with.
+        search.begin_search(spec.folder, search.record_of(spec, optuna_storage.display_url(spec.place)))
+        info(f"{spec.folder} is finished after {len(result['trials'])} trials; nothing to do")
         return result
-    with optuna_storage.working_trials(asked.place):
-        study = open_study(asked)
+    with optuna_storage.working_trials(spec.place):
+        study = open_study(spec)
         try:
-            work(study, asked, given or {})
+            work(study, spec, given or {})
         finally:
+            # `work` freezes what outlives a trial, and this process may go on to other things, as a notebook does.
             gc.unfreeze()
-        with file_lock(asked.folder / ".end"):
-            result = summary.finish_summary(asked) or summary.end_summary(study, asked, given or {})
-            shutil.rmtree(asked.tapes, ignore_errors=True)  # nobody needs them any more
+        # One worker evaluates on the test images; the others wait, and find its summary.
+        with file_lock(spec.folder / ".end"):
+            result = summary.finish_summary(spec) or summary.end_summary(study, spec, given or {})
+            shutil.rmtree(spec.tapes, ignore_errors=True)  # nobody needs them any more
             return result
 
 
-def open_study(asked: SearchSpec) -> "optuna.Study":
-    """The study in its folder and storage: the one that is there if it was asked the same, or a new one.
+def open_study(spec: SearchSpec) -> "optuna.Study":
+    """Opens the study of a search in its storage, or creates it.
 
     Raises:
-        InputError: there is another, or the storage cannot be used.
+        InputError: another search is there, or the storage cannot be used.
     """
     import optuna
 
     from funmatch.commands.tune import optuna_storage
 
-    chooser = optuna_storage.SeededSampler(asked.search.sampler, asked.search.sampler_seed, asked.space, asked.first)
-    evaluations = math.ceil((asked.base.steps or 0) / asked.base.eval_every)
-    pruner = optuna_storage.pruner_of(asked.search.pruner, evaluations)
-    if optuna_storage.is_url(asked.place):
-        optuna_storage.check_reachable(asked.place)
-    with search.record_folder(asked.folder).beginning():
-        record = search.begin_search(asked.folder, search.record_of(asked, optuna_storage.display_url(asked.place)))
-        storage, parts = optuna_storage.storage_at(asked.place), {"sampler": chooser, "pruner": pruner}
+    sampler = optuna_storage.SeededSampler(spec.search.sampler, spec.search.sampler_seed, spec.space, spec.first)
+    evaluations = math.ceil((spec.base.steps or 0) / spec.base.eval_every)
+    pruner = optuna_storage.pruner_of(spec.search.pruner, evaluations)
+    # Before the folder is written: a wrong URL leaves nothing behind.
+    if optuna_storage.is_url(spec.place):
+        optuna_storage.check_reachable(spec.place)
+    # Under the lock of the folder: two workers that start at once would both create the study.
+    with search.record_folder(spec.folder).beginning():
+        record = search.begin_search(spec.folder, search.record_of(spec, optuna_storage.display_url(spec.place)))
+        storage, parts = optuna_storage.storage_at(spec.place), {"sampler": sampler, "pruner": pruner}
         try:
-            study = optuna.load_study(study_name=asked.name, storage=storage, **parts)
+            study = optuna.load_study(study_name=spec.name, storage=storage, **parts)
         except KeyError:
-            study = optuna.create_study(storage=storage, study_name=asked.name, direction="maximize", **parts)
+            study = optuna.create_study(storage=storage, study_name=spec.name, direction="maximize", **parts)
+        # The id, since a shared database may hold another search of the same name.
         known = study.user_attrs.get("id")
+        # Without an id and without trials: a worker was killed between creating it and the next line.
         if known is None and not study.get_trials(deepcopy=False):
             study.set_user_attr("id", record["id"])
         elif known != record["id"]:
-            where = f"{optuna_storage.display_url(asked.place)} holds a study {asked.name!r}"
+            where = f"{optuna_storage.display_url(spec.place)} holds a study {spec.name!r}"
             raise InputError(
-                f"{where} that is not the one of {asked.folder}; pass --study-name with a name of its own, "
+                f"{where} that is not the one of {spec.folder}; pass --study-name with a name of its own, "
                 "or another --storage"
             )
     return study
 
 
-def work(study: "optuna.Study", asked: SearchSpec, given: Modules) -> None:
-    """Carries out trials until none is left to begin or to take up, and waits for those of other workers."""
+def work(study: "optuna.Study", spec: SearchSpec, given: Modules) -> None:
+    """Runs trials until none is left to begin or resume, and waits for those of other workers."""
     waiting = False
     while True:
-        taken, others = next_trial(study, asked)
-        if taken is None:
+        found, others = next_trial(study, spec)
+        if found is None:
+            # Trials of other workers are waited for: one of them may be killed, and its trial is then taken up here.
             if not others:
                 return
             if not waiting:
-                info(f"no trial is left to begin; waiting for {_listed(others)}, which other workers are at")
+                info(f"no trial is left to begin; waiting for {_listed(others)} of other workers")
+            # The message once, not with every look at the others.
             waiting = True
             time.sleep(POLL_SECONDS)
             continue
-        trial, lock = taken
+        trial, lock = found
         waiting = False
         with lock:
-            run_trial(trial, study, asked, given)
+            run_trial(trial, study, spec, given)
+        # Now, since networks in reference cycles would stay in memory beside those of the next trial.
         gc.collect()
         gc.freeze()  # what has outlived a trial need not be looked through after the next
         if torch.accelerator.is_available():
+            # PyTorch's allocator keeps freed blocks, which the shapes of another trial may not fit into.
             torch.accelerator.empty_cache()
 
 
-def next_trial(study: "optuna.Study", asked: SearchSpec) -> tuple[tuple["optuna.Trial", IO[str]] | None, list[int]]:
-    """A trial to carry out, with its lock: one that was left, else a new one; and those that others are at."""
+def next_trial(study: "optuna.Study", spec: SearchSpec) -> tuple[tuple["optuna.Trial", IO[str]] | None, list[int]]:
+    """A trial to run, with its lock: an abandoned one, else a new one; and those that other workers run."""
     from funmatch.commands.tune import optuna_storage
 
-    with file_lock(asked.folder / ".lock"):
+    # From here to the trial's lock no other worker may look: it could take up the same trial.
+    with file_lock(spec.folder / ".lock"):
         trials = study.get_trials(deepcopy=False)
         others = []
         for number in [frozen.number for frozen in trials if frozen.state.name not in ENDED]:
-            lock = hold_trial(asked, number)
+            lock = hold_trial(spec, number)
             if lock is None:
                 others.append(number)
             elif study.get_trials(deepcopy=False)[number].state.name in ENDED:
-                lock.close()  # its worker let go of it after we had read the storage
+                lock.close()  # its worker ended it after we had read the storage
             else:
                 trial = optuna_storage.resume_trial(study, number)
-                optuna_storage.suggest(trial, asked.space)
+                # A worker that was killed while sampling has left some values; the others are sampled now, and all are
+                # as they were.
+                optuna_storage.suggest(trial, spec.space)
                 return (trial, lock), others
-        if len(trials) >= asked.trials:
+        # Failed trials count: an option that never works would otherwise be tried for ever.
+        if len(trials) >= spec.trials:
             return None, others
         trial = study.ask()
-        lock = hold_trial(asked, trial.number)
-        assert lock, "a new trial is nobody else's"
-        optuna_storage.suggest(trial, asked.space)
+        lock = hold_trial(spec, trial.number)
+        assert lock, "no other worker knows a new trial yet"
+        optuna_storage.suggest(trial, spec.space)
         return (trial, lock), others
 
 
-def hold_trial(asked: SearchSpec, number: int) -> IO[str] | None:
+def hold_trial(spec: SearchSpec, number: int) -> IO[str] | None:
     """The lock of a trial, None where another worker has it."""
-    folder = asked.trial_folder(number)
+    folder = spec.trial_folder(number)
+    # The lock needs the folder, before the run makes its own inside.
     folder.mkdir(parents=True, exist_ok=True)
     return try_lock_file(folder / ".lock")
 
 
-def run_trial(trial: "optuna.Trial", study: "optuna.Study", asked: SearchSpec, given: Modules) -> None:
-    """Runs a trial, as often as executions are asked for, and records how it ended.
+def run_trial(trial: "optuna.Trial", study: "optuna.Study", spec: SearchSpec, given: Modules) -> None:
+    """Runs all executions of a trial, and records how it ended.
 
-    What goes wrong in it is the trial's own end, unless it is the disk or a person who stops it.
+    An error fails this trial only, except errors of the disk, which end the worker.
     """
     import optuna
 
     chosen: Mapping[str, Value] = trial.params
     number, scores, seconds = trial.number, [], 0.0
-    told = ", ".join(f"{name} {text.format_value(value)}" for name, value in chosen.items())
+    values = ", ".join(f"{name} {text.format_value(value)}" for name, value in chosen.items())
     try:
-        for execution in range(asked.search.executions):
-            which = f", execution {execution + 1} of {asked.search.executions}" if asked.search.executions > 1 else ""
-            info(f"trial {number} of {asked.trials}{which}: {told}")
-            reporter = Trial(lambda step, score, first=not execution: _report(trial, asked, step, score, first=first))
-            train = load_function(VERBS[asked.verb].run)
-            result = train(asked.run(number, execution, chosen), given, reporter)
+        # Finished executions of a trial that is taken up return at once with their results.
+        for execution in range(spec.search.executions):
+            which = f", execution {execution + 1} of {spec.search.executions}" if spec.search.executions > 1 else ""
+            info(f"trial {number} of {spec.trials}{which}: {values}")
+            # Only the first execution reports: a pruner compares one curve a trial.
+            reporter = Trial(lambda step, score, first=not execution: _report(trial, spec, step, score, first=first))
+            train = load_function(VERBS[spec.verb].run)
+            result = train(spec.run(number, execution, chosen), given, reporter)
             scores.append(float(result["best_score"]))
             seconds += result["seconds"]
+            # Without labels there is no top-1, and the search selects by agreement.
             trial.set_user_attr("metric", "top1" if result["top1"] is not None else "agreement")
     except Pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        info(f"trial {number} is given up: others were ahead at this step")
+        info(f"trial {number} is pruned: others were ahead at this step")
         return
+    # A full disk or a missing folder would fail every trial; the worker stops, and the trial can be taken up again.
     except OSError:
         raise
+    # Values that do not work are a result of the search, not a failure of it.
     except Exception as error:
         fail(trial, study, error)
         return
+    # Before `tell`: a trial that has ended can no longer be written to.
     trial.set_user_attr("scores", scores)
     trial.set_user_attr("seconds", round(seconds, 1))
     value = statistics.fmean(scores)
@@ -206,7 +230,7 @@ def run_trial(trial: "optuna.Trial", study: "optuna.Study", asked: SearchSpec, g
 
 
 def fail(trial: "optuna.Trial", study: "optuna.Study", error: Exception) -> None:
-    """Records that a trial failed and why; the storage's own failing is nobody's trial."""
+    """Records that a trial failed and why; errors of the storage are raised, since they are not the trial's."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -218,15 +242,16 @@ def fail(trial: "optuna.Trial", study: "optuna.Study", error: Exception) -> None
     info(f"trial {trial.number} failed: {reason}")
 
 
-def _report(trial: "optuna.Trial", asked: SearchSpec, step: int, score: float, *, first: bool) -> None:
-    """Tells the storage how a trial goes, in its first execution, and ends it if the pruner says so."""
-    number = math.ceil(step / asked.base.eval_every)
+def _report(trial: "optuna.Trial", spec: SearchSpec, step: int, score: float, *, first: bool) -> None:
+    """Reports the score of a trial's first execution, and ends the trial if the pruner decides so."""
+    # By evaluations, the unit of the pruners' resources; rounded up, since the last one may come early.
+    number = math.ceil(step / spec.base.eval_every)
     if not first:
         return
     frozen = trial.study.get_trials(deepcopy=False)[trial.number]
-    if number not in frozen.intermediate_values:  # else the step is walked again after a stop
+    if number not in frozen.intermediate_values:  # else the step is repeated after a stop
         trial.report(score, number)
-    if asked.search.pruner != "none" and trial.should_prune():
+    if spec.search.pruner != "none" and trial.should_prune():
         raise Pruned
 
 
