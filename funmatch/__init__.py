@@ -19,6 +19,7 @@ from funmatch.api import (
 from funmatch.errors import InputError
 from funmatch.version import __version__
 
+# For type checkers and editors, which do not run `__getattr__`.
 if TYPE_CHECKING:
     from funmatch.models.classifier import Card, Classifier
 
@@ -30,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`Card` and `Classifier` need torch, whose import takes seconds; so they are imported when they are asked for."""
+    """`Card` and `Classifier` need torch, whose import takes seconds; so they are imported on first use."""
     if name in ("Card", "Classifier"):
         from funmatch.models import classifier
 

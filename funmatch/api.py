@@ -1,5 +1,6 @@
 """Runs the commands from Python: functions that take plain arguments and return finished runs."""
 
+# Annotations stay text, so that they may name torch's classes, which are not imported.
 from __future__ import annotations
 
 import re
@@ -28,6 +29,7 @@ Images: TypeAlias = str | Path | Sequence[str | Path]
 """One or several data sets, named as on the command line."""
 
 
+# `Union`, since `|` does not take a class by its name.
 Model: TypeAlias = Union[str, Path, "nn.Module"]
 """A model named as on the command line, or a module: a `Classifier`, a timm model, or any module that maps images
 (n, 3, side, side) in [0, 1] to logits (n, classes)."""
@@ -40,6 +42,7 @@ def _with_options(table: type[Options], verb: str) -> Callable[[Function], Funct
     """Appends the options that matter most with their descriptions to a function's docstring."""
 
     def add(function: Function) -> Function:
+        # Without the function's own arguments, which its docstring explains.
         listed = "\n".join(f"        {line}" for line in essential_lines(table, function.__annotations__))
         more = f"all: `funmatch {verb} --help-all`, `funmatch.config.{table.__name__}`"
         function.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n    Options that matter most ({more}):\n{listed}\n"
@@ -87,6 +90,7 @@ def distill_several(
     Raises:
         funmatch.InputError: as for `distill`; or a student failed, while the others finished.
     """
+    # The first student stands for all while the options are checked.
     named = {"data": data, "teacher": teacher, "student": students[0], "out": out}
     with _python_words(Distill):
         call = _read("distill", Distill, named | options)
@@ -146,6 +150,7 @@ def tune(
         raise unknown("command or recipe", what, [*SEARCHED, *recipes.RECIPES])
     if isinstance(space, Mapping):
         space = [f"{name}={_joined(values)}" for name, values in space.items()]
+    # None, not (): an empty space leaves that of a recipe or a file in place.
     named = {"out": out, "space": tuple(space) or None, "recipe": None if what in SEARCHED else what}
     verb = what if what in SEARCHED else recipes.RECIPES[what].verb
     found = _run("tune", SEARCHED[verb], options | _given(named), verb)
@@ -184,6 +189,7 @@ def load(model: Model, **options: Any) -> Classifier:
     """Loads a classifier by any model name; takes the arguments of `funmatch.models.load.load`."""
     from funmatch.models.load import load as loaded
 
+    # As on the command line, a name with a tag means its published weights.
     options.setdefault("pretrained", True)
     return loaded(str(model) if isinstance(model, str | Path) else model, **options)
 
@@ -204,6 +210,7 @@ def _train(verb: str, table: type[Train], given: dict[str, Any]) -> Outcome:
 
 def _run(verb: str, table: type[Options], given: dict[str, Any], subject: str | None = None) -> Result:
     with _python_words(table):
+        # A search takes files and recipes of the command whose runs it makes.
         call = _read(subject or verb, table, given)
         return run_verb(verb, call.options, call.modules, call.sources)
 
@@ -212,8 +219,10 @@ def _read(verb: str, table: type[Options], given: Mapping[str, Any]) -> _Call:
     """Builds the options of a call: the given ones override those of a file, which override those of a recipe."""
     modules: dict[str, nn.Module] = {}
     values = {word: _named(value, modules) for word, value in given.items()}
+    # Before the table's own check, whose message would show the value in full, such as a state dict.
     for word, value in values.items():
         _check_model(table, word, value)
+    # Unknown words stay, for `checked` to report them with all other problems.
     names = {table.field_of(word) or word for word in values}
     config = Path(values["config"]) if values.get("config") is not None else None
     layers = layers_below(table, verb, names, config, values.get("recipe"))
@@ -236,10 +245,12 @@ def _named(value: Any, modules: dict[str, nn.Module]) -> Any:
     if isinstance(value, list | tuple):
         return [_named(each, modules) for each in value]
     # Not isinstance(value, nn.Module): that would import torch, which most calls do not need yet.
+    # A class has a `state_dict`, too, but is not a network.
     if isinstance(value, type) or not callable(getattr(value, "state_dict", None)):
         return value
     name = f"python:{type(value).__name__}"
     if name in modules and modules[name] is not value:
+        # Two networks of one class, as in an ensemble.
         name += f"-{len(modules)}"
     modules[name] = value
     return name
@@ -248,6 +259,7 @@ def _named(value: Any, modules: dict[str, nn.Module]) -> Any:
 def _check_model(table: type[Options], word: str, value: Any) -> None:
     """Raises `InputError` if the value of a model option is neither a name nor a module."""
     name = table.field_of(word)
+    # By what stands for its value in `--help`: options that name models have MODEL there.
     if name and (table.opt(name).metavar or "").startswith("MODEL"):
         for each in value if isinstance(value, list) else [value]:
             if not isinstance(each, str | Path):
@@ -259,10 +271,12 @@ def _python_words(table: type[Options]) -> Generator[None]:
     """Replaces flags in messages by argument names: steps, not --steps."""
 
     def renamed(flag: re.Match[str]) -> str:
+        # Flags of other commands stay as they are.
         return table.field_of(flag[0]) or flag[0]
 
     try:
         yield
     except InputError as error:
+        # Changed in place, so that class and traceback stay.
         error.args = (re.sub(r"--[a-z][a-z0-9-]*", renamed, str(error)),)
         raise

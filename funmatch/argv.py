@@ -57,12 +57,14 @@ def _spec_of(info: "StructTypeInfo") -> "StructConstructorSpec | None":
     import tyro
     from tyro.constructors import StructConstructorSpec, StructFieldSpec
 
+    # Rules see every type in a table; None leaves it to tyro.
     if not (isinstance(info.type, type) and issubclass(info.type, Options)):
         return None
     fields = []
     for name, known in info.type.model_fields.items():
         opt = info.type.opt(name)
         hint = f"({default_of(info.type, name) or 'default: off'})"
+        # tyro shows an option's help in its messages about it.
         shown = {"metavar": metavar(info.type, name), "help_behavior_hint": hint}
         conf: list[Any] = [tyro.conf.arg(name=opt.flag, aliases=opt.aliases or None, **shown)]
         conf += [tyro.conf.Positional] if opt.positional else []
@@ -89,6 +91,7 @@ def _spec_of_numbers(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
     if not {*elements} <= {int, float}:
         return None
     fixed, optional = len(elements), type(None) in get_args(kind)
+    # A pair that is optional also takes the one word `none`.
     every = "*" if get_origin(kind) is tuple and ... in get_args(kind) else (1, fixed) if optional else fixed
 
     def read(words: list[str]) -> Any:
@@ -159,12 +162,14 @@ def split_subject(words: list[str], verb: str) -> tuple[list[str], str]:
     if subject in SEARCHED:
         return words[1:], subject
     if subject in recipes.RECIPES:
+        # The recipe's name stays among the words: `split_recipe` takes it next.
         return words, recipes.RECIPES[subject].verb
     if not subject and not asks_for_help(words):
         raise InputError(f"give a command to {verb}: {', '.join(SEARCHED)}, or the name of a recipe, e.g. pet37-fast")
     if subject:
         hint = "`funmatch recipes` lists the recipes"
         raise unknown("command or recipe", subject, [*SEARCHED, *recipes.RECIPES], hint=hint)
+    # For help alone: `funmatch tune --help` shows the command with the most options.
     return words, "distill"
 
 
@@ -186,12 +191,14 @@ def split_recipe(words: list[str]) -> tuple[list[str], str | None]:
 def values_of(flag: str, words: list[str]) -> list[str]:
     """Returns the values of a flag, given as `--flag value` or `--flag=value`."""
     joined = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+    # A flag without its value is left to the parser, which reports it.
     return [value for word, value in pairwise(words) if word == flag and not value.startswith("--")] + joined
 
 
 def given_options(words: list[str], table: type[Options]) -> set[str]:
     """Returns the names of the options that are given, whatever their values."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    # Also by --no-NAME, which turns a switch off.
     names = {table.field_of(flag) or table.field_of(flag.replace("--no-", "--", 1)) for flag in flags}
     if words and not words[0].startswith("-"):
         names |= table.where(lambda opt: opt.positional)
@@ -203,6 +210,7 @@ def default_table(table: type[Options], values: Mapping[str, Any]) -> Options:
     import tyro
 
     required = [name for name, each in table.model_fields.items() if each.is_required()]
+    # Not validated: MISSING is not a valid value, and files and recipes have been checked.
     return table.model_construct(**dict.fromkeys(required, tyro.MISSING) | dict(values))
 
 

@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         for library in ("timm", "PIL"):  # their warnings address programmers
             warnings.filterwarnings("ignore", category=UserWarning, module=library)
         carry_out(command)
+        # Here, so that a full disk or a closed pipe is an error of this block and not of Python's exit.
         sys.stdout.flush()
     except InputError as error:
         _fail(error, str(error))
@@ -53,18 +54,21 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt as stopped:
         _tell(stopped, str(stopped) or "stopped")
+        # Our own `Interrupted` knows its signal; a plain KeyboardInterrupt comes from Ctrl-C.
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     except BrokenPipeError:
         # As Python's documentation advises: flushing at exit would raise the error once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (RuntimeError, MemoryError) as error:
+        # torch reports it as a RuntimeError, among which it must be found first.
         if is_out_of_memory(error):
             _fail(error, "out of memory; reduce it with --micro-batch, --teacher-batch or --grad-checkpointing")
         if "home directory" not in str(error):  # pathlib's message for ~user if the user does not exist
             raise
         _fail(error, f"a path starts with ~ and a user name that does not exist on this machine: {error}")
     except OSError as error:
+        # A quota that is used up is the same to the user as a full disk.
         if error.errno in (ENOSPC, EDQUOT):
             _fail(error, f"the disk is full{_where(error)}; free some space, then rerun the same command")
         _fail(error, f"{error.strerror or error}{_where(error)}; choose another path, or fix the cause")
@@ -78,6 +82,7 @@ def carry_out(command: Command) -> None:
         results = run_students(options, students, command.sources)
     else:
         results = [run_verb(verb, options, sources=command.sources)]
+    # Under torchrun every process has the result, and one prints it.
     if not env.is_main_process():
         return
     if options.as_json:
@@ -119,6 +124,7 @@ def read_command(arguments: list[str]) -> Command:
         words, subject = split_subject(words, verb)
         table = known.subjects[subject]
     usage = f"{verb} COMMAND|RECIPE" if known.subjects else f"{verb} [RECIPE]" if verb in TAUGHT else verb
+    # Before the parser, which would report other mistakes instead of helping with them.
     if help.asks_for_help(words):
         name = verb if verb == subject else f"{verb} {subject}"
         print(help.help_of(name, table, everything="--help-all" in words, usage=usage))
@@ -126,7 +132,9 @@ def read_command(arguments: list[str]) -> Command:
     words, students = split_students(words) if verb == "distill" else (words, ())
     words, recipe = split_recipe(merge_repeated(words, table)) if subject in TAUGHT else (words, None)
     given, files = given_options(words, table), values_of("--config", words)
+    # The last of several files, as the parser takes the last of any option.
     layers = layers_below(table, subject, given, Path(files[-1]) if files else None, recipe)
+    # None without a file or a recipe: the parser then takes the table's own defaults.
     default = default_table(table, layers.values) if files or recipe else None
     options = parse_options(words, table, f"funmatch {usage}", default, show=env.is_main_process())
     sources = {name: layers.source_of(name, given, COMMAND_LINE) for name in table.model_fields}

@@ -103,11 +103,13 @@ class Place:
         over = threading.Event()
 
         def end() -> None:
+            # First: the signal may be handled at once, and the handler below must know whose it is.
             over.set()
             # As Ctrl-C does: training finishes its step and saves. A timer's thread cannot raise in the main thread.
             os.kill(os.getpid(), signal.SIGINT)
 
         timer = threading.Timer(max(0.0, left), end)
+        # Python would otherwise not end before the timer does, hours later.
         timer.daemon = True
         timer.start()
         try:
@@ -119,9 +121,11 @@ class Place:
                 f"the session's {self.hours:g} hours are nearly over; everything is saved: rerun the notebook to resume"
             )
         finally:
+            # A cell that is done early must not be followed by an interrupt of a later one.
             timer.cancel()
 
     def _repr_html_(self) -> str:
+        # For the user to check: on a wrong host, runs would lie where the end of the session deletes them.
         hours = "no limit" if self.hours is None else f"{self.hours:g} hours"
         rows = [["host", self.host], ["data", str(self.data)], ["runs", str(self.runs)], ["session limit", hours]]
         return html_table(["", ""], rows)
@@ -139,6 +143,7 @@ def place(data: str) -> Place:
     """
     host, home = host_of_this(), catalog.data_home().absolute()
     if host == "kaggle":
+        # Used in place: inputs are read-only, and a copy would fill the working folder.
         given = catalog.found_under(data, KAGGLE / "input", LEVELS) if data in catalog.CATALOG else None
         return Place(host, given or home, KAGGLE / "working", HOURS[host])
     if host == "colab":
@@ -148,6 +153,7 @@ def place(data: str) -> Place:
                 "mount it: from google.colab import drive; drive.mount('/content/drive')"
             )
         return Place(host, home, DRIVE / "funmatch" if DRIVE.is_dir() else COLAB, HOURS[host])
+    # Absolute, since a later cell may change the folder.
     return Place(host, home, Path.cwd())
 
 
@@ -172,6 +178,7 @@ def bring_runs(here: Place) -> list[str]:
     """
     found: dict[str, Path] = {}
     if here.host == "kaggle":
+        # Sorted, so that of two equal copies it is always the same one.
         for folder in sorted(catalog.folders_under(KAGGLE / "input", LEVELS)):
             if folder.parent.name != "runs" or not _is_run_or_study(folder):
                 continue
@@ -198,6 +205,7 @@ def _copy(source: Path, target: Path) -> None:
     """Copies a run or a study completely or not at all."""
     # Contents and times, but not permissions: inputs are read-only, and a run must be able to write to its folder.
     partial = target.with_name(f".{target.name}.partial")
+    # Left by a session that ended while it copied.
     shutil.rmtree(partial, ignore_errors=True)
     for path in sorted(source.rglob("*")):
         if path.is_file() and not run_folder.is_needless(path):
@@ -245,6 +253,7 @@ def searched(folder: Path) -> Shown:
     """Shows the results of a search: trials, the best one's metrics, plots, and the evaluations per split."""
     try:
         result = summary.read_summary(folder)
+    # Only a missing file: a damaged one is an error that the user must see.
     except OSError:
         return show_message(f"{folder} is not finished, so no trial is selected yet: rerun this notebook to resume")
     columns, rows = tune_page.columns(result), tune_page.trial_rows(result)
@@ -274,6 +283,7 @@ def views(folder: Path, step: int = 0) -> Shown:
 def judged(folder: Path, **options: Any) -> Shown:
     """Shows the metrics of a finished run on a split; takes the options of `funmatch.config.Evaluate`."""
     run = run_folder.find_run(folder)
+    # A message, not an error: a session that ended early must not stop the cells that follow.
     if run.result is None:
         return show_message(f"{folder} is not finished, so it cannot be evaluated yet: rerun this notebook to resume")
     found = run_verb("evaluate", Evaluate.checked(model=folder, **options)).metrics

@@ -11,7 +11,7 @@ from funmatch.config.tools import Config, Demo, Import, Models, Plan, Recipes, R
 from funmatch.config.train import Finetune, Train
 from funmatch.config.values import Precision
 
-# Names of version 0.1.0, under which users may import them.
+# Kept for users who import them by these names.
 Pictures = Images
 Words = tuple[str, ...]
 

@@ -47,4 +47,5 @@ def html_panels(panels: Sequence[tuple[str, str]]) -> str:
     each = "".join(
         f"<figure style='margin:0'><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in panels
     )
+    # A grid by the browser, which knows the width of the cell; a figure of all plots would be scaled down as a whole.
     return f"<div style='display:grid;grid-template-columns:repeat(auto-fit,minmax(26em,1fr));gap:1em'>{each}</div>"

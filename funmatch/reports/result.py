@@ -6,6 +6,7 @@ from typing import Any
 
 from funmatch.reports.display import html_table
 
+# Of all commands' metrics the few that fit on a line.
 HEADLINES = ("top1", "agreement", "kl", "value", "best", "trials", "runs", "finished", "step")
 """Metrics in the one-line summary, in this order, if present."""
 
@@ -26,16 +27,19 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The metrics, with the page under `report`: the object that `--json` prints."""
+        # Without a key for commands that write no page, rather than with null.
         return self.metrics | ({"report": str(self.page)} if self.page else {})
 
     def __repr__(self) -> str:
         known = {name: self.metrics.get(name) for name in HEADLINES}
         parts = [repr(str(self.folder))] if self.folder else []
+        # Numbers only: `best` of a search without a finished trial is None.
         parts += [f"{name}={_plain(value)}" for name, value in known.items() if isinstance(value, int | float)]
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
         rows = [["folder", str(self.folder)]] if self.folder else []
+        # Lists and tables are left out: a cell is for a glance, and `metrics` has them.
         rows += [
             [name, _plain(value)] for name, value in self.metrics.items() if isinstance(value, str | int | float | None)
         ]
@@ -44,11 +48,13 @@ class Result:
 
 
 class _Finished(Result):
-    """A result that has a folder and a page, with the names that its parts had first."""
+    """A result that has a folder and a page, with other names for its parts."""
 
+    # For type checkers: a finished run has both. No dataclass, so these are not new fields.
     folder: Path
     page: Path
 
+    # Kept for scripts that read `figures` and `report`.
     @property
     def figures(self) -> dict[str, Any]:
         """The metrics."""

@@ -54,6 +54,7 @@ def write_page(config: Report) -> Path:
     """
     found = [run_folder.find_run(folder) for folder in config.runs]
     path = config.out.expanduser() if config.out else found[0].folder / "report.html"
+    # Before anything is drawn, which takes seconds.
     if path.is_dir() or not path.parent.is_dir():
         reason = "it is a folder" if path.is_dir() else "its folder does not exist"
         raise InputError(f"cannot write the page {path}: {reason}; choose another --out")
@@ -80,7 +81,6 @@ def write_page(config: Report) -> Path:
         curves=run_plots.build_panels(found),
         sheets=sheets,
         configs=[(each.folder.resolve().name, flat(each.config)) for each in found],
-        colors=run_plots.COLORS,
     )
     write_atomically(path, html)
     return path
@@ -89,6 +89,7 @@ def write_page(config: Report) -> Path:
 def write_if_finished(folder: Path) -> Path:
     """Writes the page of a finished run on the main process, unless it is up to date; returns its path."""
     page, result = folder / "report.html", folder / "result.json"
+    # Under torchrun every process comes here, and one writes.
     if not env.is_main_process():
         return page
     # An extended run has a newer result than the page of its earlier end.
@@ -131,6 +132,7 @@ def rows(run: run_folder.Run) -> list[list[str]]:
     found = [row(run)]
     for end in extend.earlier_ends(run):
         result = end.result or {}
+        # `|` keeps the order of the columns.
         own = dict(zip(COLUMNS, found[0], strict=True)) | _format_metrics(result)
         steps = {"run": f"{found[0][0]}, end at step {result['step']:,}", "steps": f"{result['step']:,}"}
         found.append(list((own | steps | {"time": duration(result["seconds"])}).values()))
@@ -247,14 +249,17 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
     config = run.config
     knobs = config["knobs"]
     try:
+        # Not `checked`, which may refuse options that an earlier version took.
         table = TAUGHT[config["verb"]](**knobs)
         cache = datasets.open_run_data(table)
+    # A page outlives its data: without views it still has everything else.
     except (InputError, OSError, ValueError, KeyError):
         return None
     # Views are functions of the seed, the step and the images: other images would show views that never were.
     if cache.key != config["facts"]["data"]:
         return None
     strategy = STRATEGIES[knobs["strategy"]] if "strategy" in knobs else None
+    # At the student's size: both rows of a sheet must be equally wide.
     sides = (knobs["side"],) if strategy and not strategy.fixed else ()
     batch = Loader(cache.splits["train"], setup.view_spec(table), teacher_sides=sides).batch_at(step)
     shown, student = mixing.mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
@@ -269,6 +274,7 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
     return {
         "name": run.folder.resolve().name,
         "step": step,
+        # One per image cannot be written beside the sheet.
         "lam": batch.lam if isinstance(batch.lam, float) else None,
         "strategy": knobs.get("strategy", "training on labels"),
         "rows": ["teacher", "student"][-len(rows) :],

@@ -60,6 +60,7 @@ OTHERS = (
 def build_panels(found: list[run_folder.Run]) -> list[tuple[str, str]]:
     """Plots accuracy, agreement with the teacher, loss, learning rate and throughput; returns (heading, SVG) each."""
     known = {name for run in found for each in run.metrics.read() if each["event"] == "eval" for name in _given(each)}
+    # Without labels there is no accuracy, and without a teacher no agreement: no empty plots.
     evaluations = [panel for panel in (ACCURACY, AGREEMENT, KL) if panel.name in known]
     return [(panel.heading, plot(found, panel)) for panel in (*evaluations, *OTHERS)]
 
@@ -78,7 +79,9 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
         # Not pyplot, which keeps global state and may look for a display.
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
+        # By value: runs with the same teacher share one line and one entry of the legend.
         teachers: dict[float, str] = {}
+        # Colours repeat where there are more runs than colours.
         for each, color in zip(found, COLORS * (len(found) // len(COLORS) + 1), strict=False):
             _lines(axes, each, panel, color)
             starts = [r for r in each.metrics.read() if r["event"] == "teacher" and r.get(panel.name) is not None]
@@ -88,6 +91,7 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
             axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=_literal(f"teacher {_short(teacher)}"))
         axes.set_xlabel("step")
         axes.set_ylabel(panel.label)
+        # matplotlib warns of a legend without entries.
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best", fontsize=8)
         return to_svg(figure)
@@ -95,12 +99,14 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
 
 def _lines(axes: Axes, run: run_folder.Run, panel: Panel, color: str) -> None:
     """Draws all lines of one run."""
+    # Resolved, since the name of `.` is empty.
     name = run.folder.resolve().name
     # A line through one point is invisible, and through two it hides how few they are.
     marker = "o" if len(_points(run, panel.event, panel)[0]) < 3 else None
     points = _points(run, panel.event, panel)
     # A run without this metric, as training on labels has no agreement, stays out of the legend.
     axes.plot(*points, color=color, label=_literal(name) if points[0] else None, linewidth=1.6, marker=marker)
+    # Thin and without labels: they are parts of the same run.
     for end in extend.earlier_ends(run):
         axes.plot(*_points(end, panel.event, panel), color=color, linewidth=0.9, marker=marker)
     beside = [("ema", ":", "EMA weights")] if panel.event == "eval" else []
@@ -123,4 +129,5 @@ def _short(teachers: str) -> str:
 
 def _literal(text: str) -> str:
     """Escapes text that matplotlib would hide (leading underscore) or typeset (dollar signs)."""
+    # A space without width: matplotlib leaves labels that begin with an underscore out of the legend.
     return "\u200b" + text.encode(errors="replace").decode().replace("$", r"\$")

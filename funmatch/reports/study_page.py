@@ -22,6 +22,7 @@ LEGEND = (
 HEADS = ("top-1", "agreement", "KL", "views: KL", "views: loss")
 
 
+# A protocol, since `reports` must not import `commands`, which reads study files.
 class Plan(Protocol):
     """The parts of a study file that its page shows."""
 
@@ -43,7 +44,9 @@ def write_page(folder: Path, plan: Plan, every_result: Sequence[Mapping[str, Any
     drawings = []
     (folder / "figures").mkdir(exist_ok=True)
     for number, figure in enumerate(plan.figures, 1):
+        # A study that is under way may not have a figure's metric yet.
         if svg := study_plots.draw_svg(figure, results):
+            # Numbered: a study may plot the same metric twice.
             path = folder / "figures" / f"{number}-{figure['kind']}-{figure['value']}.svg"
             write_atomically(path, svg)
             drawings.append((study_plots.heading(figure), svg, path.name))
@@ -58,6 +61,7 @@ def write_page(folder: Path, plan: Plan, every_result: Sequence[Mapping[str, Any
         columns=columns(results),
         rows=rows(results),
         drawings=drawings,
+        # Also of runs that are not shown: they took time, too.
         provenance=provenance(folder, every_result),
         text=plan.text,
     )
@@ -72,6 +76,7 @@ def visible(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def columns(results: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Column titles of the table, without the metrics that no run has."""
+    # A study of runs on labels has no agreement, and an empty column would look like a failure.
     heads = (head for name, head in zip(COLUMNS, HEADS, strict=True) if _known(results, name))
     return ("run", "runs", *heads, "time")
 
@@ -101,6 +106,7 @@ def _mean_and_spread(group: Sequence[Mapping[str, Any]], name: str) -> str:
     mean, sign = float(np.mean(values)), " %" if study_plots.is_share(name) else ""
     # Close students differ in the third digit of a KL; a converged one has a KL below 0.01.
     digits = 2 if sign else 3 if abs(mean) >= 0.01 else 5
+    # A single run has no deviation; ± 0 would claim one.
     around = f" ± {spread(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean:.{digits}f}{around}{sign}"
 
@@ -111,6 +117,7 @@ def provenance(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple
     values: dict[str, list[str]] = {}
     for result in results:
         facts, metrics = result["facts"], result["figures"]
+        # Of every run, since a study may be resumed on another machine or with other versions.
         values.setdefault("machine", []).append(facts["machine"])
         values.setdefault("versions", []).append(", ".join(f"{name} {v}" for name, v in facts["versions"].items()))
         images = ", ".join(f"{count:,} {split}" for split, count in facts["pictures"].items())
@@ -119,6 +126,7 @@ def provenance(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple
         if result["knobs"].get("teacher"):
             top1 = "" if metrics["teacher_top1"] is None else f", top-1 {100 * metrics['teacher_top1']:.2f} %"
             values.setdefault("teacher", []).append(" + ".join(Path(n).name for n in result["knobs"]["teacher"]) + top1)
+    # Each once: runs mostly share machine and images, and where they do not, the page must say so.
     lines = [(name, "; ".join(dict.fromkeys(each))) for name, each in values.items()]
     seconds = sum(result["figures"]["seconds"] for result in results)
     seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
@@ -131,6 +139,7 @@ def markdown(plan: Plan, results: Sequence[Mapping[str, Any]], drawings: Sequenc
     """Renders the table as Markdown, with links to the plots in figures/."""
     heads = columns(results)
     lines = [f"# {plan.title}", "", plan.question.strip(), ""]
+    # The first column is text and stands left, numbers stand right.
     lines += [f"| {' | '.join(heads)} |", f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(results)]
     lines += ["", f"Means ± standard deviations over seeds. {LEGEND}", ""]

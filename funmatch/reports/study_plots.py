@@ -21,12 +21,14 @@ NAMES = {
     "ema_top1": "top-1 of the EMA weights", "steps": "steps", "epochs": "epochs", "temperature": "temperature",
 }  # fmt: skip
 """Axis titles of metrics and options; others are named as they are."""
+# Eight colours and four dashes: 32 lines before two look alike. Markers follow the colours.
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 MARKS = "osD^vPX*"
 
 
 def is_share(name: str) -> bool:
     """Whether a metric is a share in [0, 1], which plots show in percent."""
+    # The same metric of training views, of EMA weights or of the teacher is a share, too.
     return name.removeprefix("views_").removeprefix("ema_").removeprefix("teacher_") in SHARES
 
 
@@ -67,6 +69,7 @@ def look_of(number: int) -> dict[str, Any]:
 
 def by(results: Results, key: str) -> dict[str, list[Mapping[str, Any]]]:
     """Groups results by name (or group), in the order of the study."""
+    # A dictionary keeps the order of the file, in which authors put what they compare.
     found: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         found.setdefault(result[key], []).append(result)
@@ -75,6 +78,7 @@ def by(results: Results, key: str) -> dict[str, list[Mapping[str, Any]]]:
 
 def spread(values: Sequence[float]) -> float:
     """Computes the sample standard deviation; 0 for a single value."""
+    # ddof=1: seeds are a sample of all seeds.
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
@@ -97,6 +101,7 @@ def _curves(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
     scale, shown = 100.0 if is_share(value) else 1.0, False
     for number, (name, group) in enumerate(by(results, "name").items()):
         own = [each["curves"].get(event, {}) for each in group]
+        # Training on labels has the event, but no agreement in it.
         own = [each for each in own if any(v is not None for v in each.get(value, ()))]
         if not own:
             continue
@@ -104,6 +109,7 @@ def _curves(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
         # Runs that stopped early have fewer points: all are interpolated at the steps of the longest.
         lines = np.array([np.interp(steps, each["step"], np.array(each[value], float)) for each in own]) * scale
         mean = lines.mean(0)
+        # Without markers, which would hide a curve of 200 points.
         look = {name: part for name, part in look_of(number).items() if name != "marker"}
         axes.plot(steps, mean, label=name, linewidth=1.6, **look)
         if len(own) > 1:
@@ -131,6 +137,7 @@ def _ends(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
             places.append(len(places))
             names.append(name)
     axes.set_yticks(places, names)
+    # matplotlib counts from below; the first run of the file stands on top.
     axes.invert_yaxis()
     _label(axes, "x", value)
     if value == "top1":
@@ -156,11 +163,13 @@ def _against(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
             means, bars = [float(np.mean(points[x])) for x in at], [spread(points[x]) for x in at]
             axes.errorbar(at, means, bars, label=name, capsize=3, linewidth=1.6, markersize=5, **look_of(number))
             shown = True
+    # Options are mostly tried in powers; a value of 0, such as no decay, has no place on such an axis.
     if figure.get("log", True) and ticks and min(ticks) > 0:
         axes.set_xscale("log")
     # Ticks at the values that were run: a logarithmic axis would mark powers of ten.
     axes.set_xticks(sorted(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    # Its labels would stand between the ticks and overlap them.
     axes.xaxis.set_minor_formatter(NullFormatter())
     _label(axes, "x", option)
     _label(axes, "y", value)
@@ -193,10 +202,12 @@ def _scatter(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
 def _teacher(axes: Axes, results: Results, *, across: bool = False) -> None:
     """Draws a dashed line at each teacher's accuracy."""
     tops = (each["figures"].get("teacher_top1") for each in results)
+    # Rounded, so that one teacher gives one line, whatever the last bits of its accuracies.
     for top1 in sorted({round(100 * top1, 2) for top1 in tops if top1 is not None}):
         line = axes.axvline if across else axes.axhline
         line(top1, color=GREY, linestyle="--", linewidth=1.2, label=f"teacher ({top1:.1f} %)")
 
 
 def _legend(axes: Axes) -> None:
+    # Beside the plot: with ten runs it would cover the curves.
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))

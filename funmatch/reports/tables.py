@@ -10,6 +10,7 @@ from funmatch.runtime.text import percent
 def show(result: Result) -> None:
     """Prints the metrics of a run, or of an evaluated model, on a split."""
     metrics = result.metrics
+    # A model that was evaluated by its name has no folder.
     name = Path(metrics["model"]) if "model" in metrics else result.folder
 
     def number(value: float | None) -> str:
@@ -25,6 +26,7 @@ def show(result: Result) -> None:
         ["expected calibration error", number(metrics["ece"])],
         ["parameters", f"{metrics['parameters']:,}"],
     ]
+    # A distilled run has its teacher's metrics; `evaluate` has only the name, and training on labels has neither.
     if isinstance(teacher, dict):
         rows.insert(1, ["teacher's top-1", percent(teacher["top1"])])
     print_table(f"{name} on {metrics['pictures']:,} images of {metrics['split']}", ["metric", "value"], rows)

@@ -28,6 +28,7 @@ def page(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         command=result["command"],
         columns=columns(result),
         rows=trial_rows(result),
+        # As text, since the template compares it with a cell.
         best=str(result["best"]),
         plots=tune_plots.draw_plots(result),
         selection_note=_selection_note(result),
@@ -78,8 +79,10 @@ def trial_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 def _note(trial: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if trial["state"] != "complete":
+        # Optuna's other states (running, waiting) are words already.
         return {"fail": "failed", "pruned": "pruned"}.get(trial["state"], trial["state"])
     words = ["best"] if trial["number"] == result["best"] else []
+    # Trial 0 has the values of the command line only where they lie in the space.
     return ", ".join([*words, *(["your settings"] if trial["number"] == 0 and result["said"] else [])])
 
 
@@ -91,6 +94,7 @@ def best_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     lines = [("trial", str(result["best"]), "–")]
     lines += [(option, format_value(value), "–") for option, value in result["knobs"].items()]
     lines.append((f"{name} on validation (used to select)", percent(result["value"]), percent(result["spread"])))
+    # What a search gained is the difference to the settings that it began with.
     if result["said"] and result["best"] != 0:
         own = result["trials"][0]
         lines.append((f"{name} on validation, your settings (trial 0)", percent(own["value"]), percent(own["spread"])))
@@ -126,5 +130,6 @@ def evaluation_counts(result: Mapping[str, Any]) -> list[list[str]]:
     if result["tested"]:
         students = f"once by each of {result['executions']} students" if result["executions"] > 1 else "once"
         trials = ", ".join(map(str, result["tested"]))
+        # The 0 is stated, since readers ask whether test images were used to select.
         rows.append(["test", "0", f"{students} of trial {trials}", "nothing"])
     return rows

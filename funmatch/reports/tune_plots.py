@@ -23,8 +23,10 @@ Trials = list[dict[str, Any]]
 def draw_plots(result: Result) -> list[tuple[str, str]]:
     """Plots the finished trials; returns (heading, SVG) of each plot, or nothing for fewer than two trials."""
     complete = [trial for trial in result["trials"] if trial["value"] is not None]
+    # A plot of one trial compares nothing.
     if len(complete) < 2:
         return []
+    # In proportion to the options, so that their labels do not overlap.
     wide = max(6.4, 2.4 * len(result["space"]) + 1.6)
     found = [
         (
@@ -36,6 +38,7 @@ def draw_plots(result: Result) -> list[tuple[str, str]]:
             _draw_svg(_slices, complete, result, (wide, 3.0)),
         ),
     ]
+    # Too few trials have no importance.
     if result["importance"]:
         heading = "Importance of each option for the score (PED-ANOVA)"
         found.append((heading, _draw_svg(_bars, complete, result, (6.4, 0.6 + 0.4 * len(result["importance"])))))
@@ -58,8 +61,10 @@ def _parallel(figure: Figure, trials: Trials, result: Result) -> None:
     # The best is drawn last, over all others.
     for trial in sorted(trials, key=lambda each: (each["number"] == result["best"], each["value"])):
         heights = [_height(space[name], trial["knobs"][name]) for name in space]
+        # All trials may have the same value.
         heights.append((trial["value"] - low) / ((high - low) or 1.0))
         best = trial["number"] == result["best"]
+        # Not to 1: the yellow end of viridis can hardly be seen on white.
         color = BEST if best else SHADES(0.9 * heights[-1])
         axes.plot(range(len(heights)), heights, color=color, linewidth=2.4 if best else 1.1, alpha=1 if best else 0.7)
     for place, name in enumerate(space):
@@ -93,7 +98,9 @@ def _parallel(figure: Figure, trials: Trials, result: Result) -> None:
 def _height(span: Mapping[str, Any], value: Any) -> float:
     """Computes the position of a value in its option's range, in [0, 1]."""
     if span["choices"]:
+        # A single choice stands at the bottom.
         return list(span["choices"]).index(value) / max(1, len(span["choices"]) - 1)
+    # As it was sampled: on a linear axis most trials would crowd at the lower end.
     scale = math.log if span["log"] else float
     low, high = scale(span["low"]), scale(span["high"])
     return (scale(value) - low) / (high - low)
@@ -107,6 +114,7 @@ def _marks(span: Mapping[str, Any]) -> list[tuple[float, str]]:
 
 def _slices(figure: Figure, trials: Trials, result: Result) -> None:
     space = result["space"]
+    # squeeze=False, or a single option would not give an array.
     panels = figure.subplots(1, len(space), sharey=True, squeeze=False)[0]
     for axes, (name, span) in zip(panels, space.items(), strict=True):
         _slice(axes, name, span, trials, result["best"])
@@ -117,6 +125,7 @@ def _slice(axes: Axes, name: str, span: Mapping[str, Any], trials: Trials, best:
     """Plots the score against the values of one option."""
     for trial in trials:
         value = trial["knobs"][name]
+        # Choices are evenly spaced by their order: they may be names.
         place = list(span["choices"]).index(value) if span["choices"] else value
         axes.errorbar(
             place, 100 * trial["value"], yerr=100 * (trial["spread"] or 0.0) or None, fmt="o", markersize=5,
@@ -128,15 +137,18 @@ def _slice(axes: Axes, name: str, span: Mapping[str, Any], trials: Trials, best:
     elif span["log"]:
         low, high = span["low"], span["high"]
         axes.set_xscale("log")
+        # Only three: powers of ten may lie outside a narrow range.
         ticks = (low, math.sqrt(low * high), high)
         axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
+        # A margin of 5 % in the logarithm, as matplotlib has on linear axes.
         axes.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
     axes.set_xlabel(name)
 
 
 def _bars(figure: Figure, _trials: Trials, result: Result) -> None:
     axes = figure.subplots()
+    # matplotlib draws the first bar at the bottom.
     shares = list(reversed(result["importance"].items()))
     axes.barh([name for name, _ in shares], [100 * share for _, share in shares], color=COLORS[0], height=0.6)
     axes.set_xlabel("importance (%)")
