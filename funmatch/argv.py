@@ -1,12 +1,12 @@
 """Parses the arguments of a command line into a table of options, with repeated options and recipes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from funmatch.config import SEARCHED, Distill, recipes
-from funmatch.config.help import asks_for_help, default_of, metavar
+from funmatch.config.help import asks_for_help, default_of, flags_of, metavar
 from funmatch.config.options import Options
 from funmatch.errors import InputError, unknown
 
@@ -197,12 +197,39 @@ def values_of(flag: str, words: list[str]) -> list[str]:
 
 def given_options(words: list[str], table: type[Options]) -> set[str]:
     """Returns the names of the options that are given, whatever their values."""
-    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
-    # Also by --no-NAME, which turns a switch off.
-    names = {table.field_of(flag) or table.field_of(flag.replace("--no-", "--", 1)) for flag in flags}
+    names = {_option_of(word, table) for word in words if word.startswith("-")}
     if words and not words[0].startswith("-"):
         names |= table.where(lambda opt: opt.positional)
     return {name for name in names if name}
+
+
+def _option_of(word: str, table: type[Options]) -> str | None:
+    """Returns the option that a flag sets, `--flag`, `--flag=value` or `--no-flag`; None where there is none."""
+    flag = word.partition("=")[0]
+    return table.field_of(flag) or table.field_of(flag.replace("--no-", "--", 1))
+
+
+def flag_problems(words: list[str], table: type[Options], name: str, found: Collection[str]) -> list[str]:
+    """Names unknown flags, and the options that must be set and are not.
+
+    The parser would name them too, in a box around the help of each; and these mistakes need no parser, which takes
+    longer to import than everything else.
+
+    Args:
+        name: of the command.
+        found: the options that the words, a file or a recipe set.
+    """
+    # A minus before a digit begins a value.
+    flags = dict.fromkeys(word.partition("=")[0] for word in words if word[:1] == "-" and not word[1:2].isdigit())
+    known = [flag for each in table.model_fields for flag in flags_of(table, each)]
+    problems = [str(unknown("option", flag, known)) for flag in flags if not _option_of(flag, table)]
+    required = [each for each, field in table.model_fields.items() if field.is_required() and each not in found]
+    if required:
+        # The long flags come last, and the aliases after the option's own.
+        flags_each = [[flag for flag in flags_of(table, each) if flag.startswith("--")] for each in required]
+        wanted = [(long or [metavar(table, each)])[0] for long, each in zip(flags_each, required, strict=True)]
+        problems.append(f"{name} needs {', '.join(wanted)}; see `funmatch {name} --help`")
+    return problems
 
 
 def default_table(table: type[Options], values: Mapping[str, Any]) -> Options:

@@ -15,6 +15,7 @@ from pathlib import Path
 from funmatch.argv import (
     Command,
     default_table,
+    flag_problems,
     given_options,
     merge_repeated,
     parse_options,
@@ -26,7 +27,7 @@ from funmatch.argv import (
 from funmatch.commands import completion
 from funmatch.commands.verbs import TABLES, find_verb, run_students, run_verb, show
 from funmatch.config import TAUGHT, Distill, help
-from funmatch.config.options import Options
+from funmatch.config.options import Options, listed
 from funmatch.config.sources.layers import COMMAND_LINE, layers_below
 from funmatch.errors import InputError, WorkFailed, is_out_of_memory
 from funmatch.runtime import env
@@ -124,9 +125,9 @@ def read_command(arguments: list[str]) -> Command:
         words, subject = split_subject(words, verb)
         table = known.subjects[subject]
     usage = f"{verb} COMMAND|RECIPE" if known.subjects else f"{verb} [RECIPE]" if verb in TAUGHT else verb
+    name = verb if verb == subject else f"{verb} {subject}"
     # Before the parser, which would report other mistakes instead of helping with them.
     if help.asks_for_help(words):
-        name = verb if verb == subject else f"{verb} {subject}"
         print(help.help_of(name, table, everything="--help-all" in words, usage=usage))
         sys.exit(0)
     words, students = split_students(words) if verb == "distill" else (words, ())
@@ -134,6 +135,8 @@ def read_command(arguments: list[str]) -> Command:
     given, files = given_options(words, table), values_of("--config", words)
     # The last of several files, as the parser takes the last of any option.
     layers = layers_below(table, subject, given, Path(files[-1]) if files else None, recipe)
+    if problems := flag_problems(words, table, name, {*given, *layers.values}):
+        raise InputError(listed(problems))
     # None without a file or a recipe: the parser then takes the table's own defaults.
     default = default_table(table, layers.values) if files or recipe else None
     options = parse_options(words, table, f"funmatch {usage}", default, show=env.is_main_process())

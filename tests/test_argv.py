@@ -1,6 +1,7 @@
 """Parsing of arguments: repeated options, aliases, recipes, and messages about invalid values."""
 
 import re
+import sys
 
 import pytest
 
@@ -8,6 +9,7 @@ from funmatch.argv import merge_repeated, split_students
 from funmatch.cli import parse, read_command
 from funmatch.config import Distill, Report
 from funmatch.config.recipes import find
+from funmatch.errors import InputError
 
 BASE = ["distill", "--data", "d", "--teacher", "t", "--student", "s", "--out", "o", "--steps", "3"]
 
@@ -59,7 +61,6 @@ def test_arguments_are_parsed_to_values():
         ("--randaugment 2", "--randaugment: wanted 2 numbers, got 1: 2"),
         ("--decay-steps 2 x", "--decay-steps: wanted a whole number, got 'x'"),
         ("--crop big", "'inception', 'mild', 'squash', 'whole'"),
-        ("--tacher t", "Perhaps you meant: --teacher MODEL …"),
     ],
 )
 def test_invalid_values_are_reported(capsys, arguments, message):
@@ -71,6 +72,24 @@ def test_invalid_values_are_reported(capsys, arguments, message):
     assert message in re.sub(" +", " ", text)
     for sign in ("<class", "NoneType", "{None}", "FLOAT", "INT "):
         assert sign not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*BASE, "--tacher", "t"], "unknown option '--tacher'; did you mean '--teacher'"),
+        (["distill", "--out", "o", "--lrr=3"], "2 problems:\n  unknown option '--lrr'; did you mean '--lr'"),
+        (["distill", "--out", "o"], "distill needs --student, --data, --teacher; see `funmatch distill --help`"),
+        (["evaluate"], "evaluate needs MODEL; see `funmatch evaluate --help`"),
+        (["tune", "distill", "--spac", "x"], "unknown option '--spac'; did you mean '--space'"),
+        (["distill", "pet37-fast", "--batch-sise", "2"], "unknown option '--batch-sise'; did you mean '--batch-size'"),
+    ],
+)
+def test_unknown_and_missing_options_are_all_named_before_anything_is_imported(arguments, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)  # importing it fails
+    with pytest.raises(InputError) as error:
+        parse(arguments)
+    assert message in str(error.value)
 
 
 def test_options_override_a_recipe_under_any_name():

@@ -49,7 +49,7 @@ def test_version_is_printed(funmatch):
         (("train", *MINI, "--steps", "1", "--out", "o", "--student-kwargs", "chanels=3"), "chanels"),
         (("evaluate", "fashion-mini-teacher"), "pass --data"),
         (("report", "nowhere"), "no run folder nowhere"),
-        (("report",), "at least one run folder"),
+        (("report",), "report needs RUN …"),
     ],
 )  # fmt: skip
 def test_invalid_arguments_get_one_message_and_leave_nothing(funmatch, tmp_path, argv, message):
