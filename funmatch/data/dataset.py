@@ -187,6 +187,7 @@ def check_classes(names: Sequence[str], where: object) -> tuple[str, ...]:
 def read_class_file(path: Path) -> tuple[str, ...]:
     """Reads class names, one a line, as TensorFlow Datasets writes them (`label.labels.txt`)."""
     try:
+        # Not splitlines, which also splits at separators that a class name may contain.
         lines = path.read_bytes().decode(errors="surrogateescape").split("\n")
     except OSError as error:
         raise InputError(f"cannot read class names from {path}: {error}") from None
@@ -205,7 +206,9 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     if len(datasets) == 1:
         return datasets[0]
     classes, unnamed = _join_classes(datasets)
+    # Again, since "Cat" and "cat" may come from two of them.
     check_classes(classes, " + ".join(dataset.name for dataset in datasets))
+    # Two folders may both be called "photos"; then only their paths tell images apart.
     same_name = len({dataset.name for dataset in datasets}) < len(datasets)
     positions = {name: i for i, name in enumerate(classes)}
     images: dict[str, list[tuple[Dataset, int]]] = {}
@@ -246,6 +249,7 @@ def _join_classes(datasets: Sequence[Dataset]) -> tuple[tuple[str, ...], bool]:
     if len({dataset.classes for dataset in labelled}) == 1:
         return labelled[0].classes, unnamed
     names = {name for dataset in labelled for name in dataset.classes}
+    # Numbers by value: as text, 10 comes before 2.
     return tuple(sorted(names, key=int if unnamed else None)), unnamed
 
 

@@ -71,6 +71,7 @@ def header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
             mode == "CMYK",
             mode.startswith("I") or deep_png,
             orientation in UPRIGHT,
+            # MPO is a JPEG with further pictures, such as a depth map: one photograph, not an animation.
             image.format != "MPO" and getattr(image, "n_frames", 1) > 1,
             mode == "F",
         )

@@ -75,6 +75,7 @@ def build(
     """
     content = content_key(dataset, scanned, options)
     way, size = choose_way(scanned, options)
+    # The way is not part of the key: views are the same in both, so that a run may resume with either.
     folder = home / f"{content}-{way}"
     # Two runs that start together want the same cache: the second waits, and then finds it complete.
     with file_lock(home / f"{folder.name}.lock"):
@@ -88,6 +89,7 @@ def build(
         with disk_errors(home):
             bad = _fill(partial, dataset, scanned, options, way, track)
             lost = {name: sum(split == name for split, *_ in bad) for name in dataset.splits}
+            # Skipping all images of a split is an error, too: there would be nothing to train or to evaluate on.
             empty = any(len(split) == lost[name] for name, split in dataset.splits.items())
             if bad and (options.on_bad == "stop" or empty):
                 shutil.rmtree(partial)
@@ -162,15 +164,18 @@ def _fill_split(
     done, end = _resume_point(rows, pixels)
 
     def encode(i: int) -> tuple[tuple[int, int], bytes, str]:
+        # A row without bytes stands for it, so that rows keep the numbers of the listing until `_finish`.
         if i in known:
             return (0, 0), b"", known[i]
         encoded = read_again(dataset, split, i, digests[i])
         try:
             image = decode(encoded, cap=options.cap, decoder=options.decoder, max_pixels=options.max_pixels)
         except Exception as error:  # decoders raise many types; each is reported with the file's name
+            # Never empty: an empty reason stands for a good image.
             return (0, 0), b"", reason_of(error) or "unreadable"
         return (image.shape[0], image.shape[1]), image.tobytes() if way == "resident" else encoded, ""
 
+    # Those beyond the last valid row are written again below.
     keep_reasons(reasons, done)
     with open(rows, "ab") as index, open(pixels, "ab") as data, open(reasons, "a") as reason_file:
         jobs = list(range(done, len(listing)))
@@ -216,6 +221,7 @@ def _resume_point(rows: Path, pixels: Path) -> tuple[int, int]:
     if pixels.stat().st_size < end:
         rows.unlink()
         done, end = done[:0], 0
+    # Bytes behind the last row belong to images whose rows were lost; these are decoded again.
     os.truncate(pixels, end)
     return len(done), end
 
@@ -234,8 +240,10 @@ def _finish(
             (partial / f"{split}.{name}.npy").write_bytes(encoded.getvalue())
         for temporary in ("rows", "reasons"):
             (partial / f"{split}.{temporary}").unlink()
+        # Before meta.json, by which a cache counts as complete.
         with open(partial / f"{split}.pixels", "rb") as written:
             os.fsync(written.fileno())
+    # Without meta.json, which an interrupted attempt may have left here.
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.name != "meta.json"}
     meta = {
         "format": FORMAT, "content": content, "way": way, "cap": options.cap, "decoder": options.decoder,

@@ -18,7 +18,7 @@ from funmatch.errors import first_line
 from funmatch.ops import resample
 
 CHUNK = 64 << 20  # bytes copied at once
-CLOSE = 1 / 255
+CLOSE = 1 / 255  # one step of an 8-bit pixel
 
 # Weak: the memory is free once no split uses the store any more.
 _STORES: WeakValueDictionary = WeakValueDictionary()
@@ -80,6 +80,7 @@ class DeviceStore:
         return self._sample(resample.central_grid(*self._places(rows), short_side, side, squash=squash), side)
 
     def _places(self, rows: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        # np.unique has sorted the offsets.
         starts = self.starts[np.searchsorted(self.offsets, rows["offset"])]
         return starts, (rows["height"], rows["width"])
 
@@ -112,6 +113,7 @@ def move_to_device(split: CachedSplit, device: torch.device) -> tuple[CachedSpli
     assert isinstance(split.store, Resident)
     key = str(split.store.path), str(device), hashlib.blake2b(split.index["offset"].tobytes()).digest()
     with _LOCK:
+        # Under the lock, or two threads would copy the same images into the device's memory twice.
         store = _STORES.get(key) or DeviceStore(split, device)
         _STORES[key] = store
     return replace(split, store=store), store.note

@@ -95,6 +95,7 @@ def open_cache(
     options, cache_options = _absolute(options or ReadOptions()), cache_options or CacheOptions()
     specs = [specs] if isinstance(specs, str) else list(specs)
     home = cache_options.home or cache_home()
+    # Before the digest: `auto` stands for two decoders, whose pixels differ a little.
     cache_options = replace(cache_options, decoder=pick_decoder(cache_options.decoder), home=home)
     # Without on_bad: both values mean the same cache, and differ only in whether bad images are an error below.
     parts = FORMAT, [resolve_spec(spec) for spec in specs], options, replace(cache_options, on_bad="")
@@ -112,6 +113,7 @@ def open_cache(
     bad = cache.summary["unreadable"]
     if bad and cache_options.on_bad == "stop":
         raise unreadable(known["called"], bad, home)
+    # On every opening, not only after building: each run's own log shows what is wrong with its data.
     for line in list_complaints(cache):
         log(line)
     return cache
@@ -157,6 +159,7 @@ def _open_known(known: dict[str, Any], cache_options: CacheOptions) -> Cache:
         path = folder / f"{name}.pixels"
         resident = meta["way"] == "resident"
         store = Resident(path) if resident else Streaming(path, meta["cap"], meta["decoder"], cache_options.max_pixels)
+        # Mapped, so that processes that read the same cache share the memory.
         index, digests = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("index", "digest"))
         splits[name] = CachedSplit(name, index, store, digests)
     classes, name, unnamed = tuple(meta["classes"]), known["name"], known["unnamed"]
@@ -164,9 +167,11 @@ def _open_known(known: dict[str, Any], cache_options: CacheOptions) -> Cache:
 
 
 def _digest(*parts: object) -> str:
+    # By repr: a new field of the options changes every digest, and data sets are listed once more.
     text = repr(parts)
     for now, before in NAMES_IN_DIGESTS.items():
         text = text.replace(now, before)
+    # Paths may have bytes that are not UTF-8.
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
@@ -200,6 +205,7 @@ def _watched_paths(dataset: Dataset) -> list[str]:
     watched = list(dataset.watched)
     if len(watched) <= MAX_WATCHED:
         return watched
+    # All folders: their times tell of files that came or went. Only a change inside a file needs the file itself.
     return sorted({os.path.dirname(path) for path in watched}) + watched[:: len(watched) // MAX_WATCHED * 10]
 
 

@@ -21,6 +21,7 @@ from funmatch.data.decode import KINDS, MAX_PIXELS, header
 from funmatch.runtime.files import disk_errors, file_lock, write_atomically
 
 FORMAT = 3
+# V16, since numpy cuts zeros off the end of an S16, and a digest may end with some.
 ROW = np.dtype(
     [("digest", "V16"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4"), ("kinds", "<u2"), ("bad", "?")]
 )
@@ -55,6 +56,7 @@ def scan(
         max_pixels: larger images count as unreadable.
         refresh: reads again although nothing seems to have changed; an interrupted scan is resumed all the same.
     """
+    # With the limit: another one makes other images unreadable.
     name = f"{fingerprint(dataset)}-{max_pixels}-{FORMAT}"
     folder = home / "surveys"  # the folder's name since version 0.1.0
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,7 @@ def scan(
         if not whole.exists():
             jobs = dataset.jobs()
             done = len(recover_rows(partial, ROW))
+            # Reasons of rows that were lost are written again with their rows.
             keep_reasons(reasons, done)
             with open(partial, "ab") as rows, open(reasons, "a") as reason_file:
                 for chunk in chunks(jobs[done:], scan_job, track, done, "reading"):
@@ -82,6 +85,7 @@ def scan(
                     rows.flush()
                     done += len(chunk)
             partial.replace(whole)
+        # Still under the lock: a process with `refresh` removes this file.
         all_rows = np.fromfile(whole, ROW)
         return Scan(all_rows, keep_reasons(reasons, len(all_rows)))
 
@@ -98,6 +102,7 @@ def by_split(dataset: Dataset, scanned: Scan) -> Iterator[tuple[str, np.ndarray,
 
 def content_digest(encoded: bytes) -> bytes:
     """Returns the digest of an encoded image."""
+    # Part of every cache's key: another function here would orphan caches, and runs that recorded them.
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
@@ -111,6 +116,7 @@ def _scan_image(dataset: Dataset, split: str, i: int, max_pixels: int) -> tuple[
         # The error stands for the content, so that the cache's key changes once the image is readable.
         return (content_digest(repr(error).encode()), 0, 0, 0, 0, True), reason_of(error)
     try:
+        # An OSError is the image's own from here on: its bytes are in memory.
         head = header(encoded, max_pixels)
     except Exception as error:  # decoders raise many types
         return (digest, len(encoded), 0, 0, 0, True), reason_of(error)
@@ -181,6 +187,7 @@ def fingerprint(dataset: Dataset) -> str:
     digest = hashlib.blake2b(repr((dataset.name, dataset.classes)).encode(), digest_size=16)
     for name, split in dataset.splits.items():
         digest.update(f"{name} {len(split)}\0".encode() + split.labels.tobytes())
+        # Joined by zeros, which no name contains, so that different lists of names never give the same bytes.
         digest.update("\0".join(split.names).encode(errors="surrogateescape"))
     digest.update(fingerprint_files(dataset.watched).encode())
     return digest.hexdigest()
@@ -216,6 +223,7 @@ def summary(dataset: Dataset, scanned: Scan, bad: Collection[tuple[str, int]] = 
     bad = set(bad)
     usable = np.array([job not in bad for job in dataset.jobs()]) if bad else np.ones(len(scanned.rows), bool)
     good = scanned.rows[usable]
+    # One zero where no image is good: the minimum of nothing would be an error.
     sides = np.sort(np.stack([good["height"], good["width"]]), axis=0) if len(good) else np.zeros((2, 1), int)
     spread = [[int(side.min()), int(np.median(side)), int(side.max())] for side in sides]
     kinds = {name: int((good["kinds"] >> bit & 1).sum()) for bit, name in enumerate(KINDS)}
@@ -248,8 +256,10 @@ def _find_duplicates(dataset: Dataset, scanned: Scan, usable: np.ndarray) -> tup
     split_of = np.repeat(np.arange(len(dataset.splits)), [len(split) for split in dataset.splits.values()])
     labels = np.concatenate([split.labels for split in dataset.splits.values()])
     content = scanned.rows["digest"].copy().view("S16")
+    # Stable, so that copies stay in the order of the listing, and the examples are the same every time.
     order = np.argsort(content, kind="stable")
     order = order[usable[order]]
+    # It sorts as above, so that its counts are those of the runs of equal digests in `order`.
     _, counts = np.unique(content[order], return_counts=True)
     jobs, splits = dataset.jobs(), list(dataset.splits)
     leaks: dict[str, Any] = {}
@@ -266,6 +276,7 @@ def _find_duplicates(dataset: Dataset, scanned: Scan, usable: np.ndarray) -> tup
         repeated += int(np.maximum(in_split - 1, 0).sum())
         for a, b in combinations(np.flatnonzero(in_split), 2):
             leak = leaks.setdefault(f"{splits[a]} and {splits[b]}", {"pictures": 0, "examples": []})
+            # Those in the later split: their metrics are what the leak improves.
             leak["pictures"] += int(in_split[b])
             if len(leak["examples"]) < EXAMPLES:
                 leak["examples"].append(names_of(*(copies[split_of[copies] == k][0] for k in (a, b))))

@@ -29,6 +29,7 @@ def apply_split(dataset: Dataset, scanned: Scan) -> tuple[Dataset, Scan]:
     start = sum(len(split) for name, split in list(dataset.splits.items())[: list(dataset.splits).index("train")])
     content = scanned.rows["digest"][start : start + count]
     ranks = _ranks(content.tolist(), dataset.split_spec.seed)
+    # Stable: copies of one image have equal ranks, and stay in the order of the listing.
     order = np.argsort(ranks, kind="stable")
     labelled = dataset.splits["train"].labels >= 0
     # Labelled images first, since evaluation needs labels; shares then count only those.
@@ -37,6 +38,7 @@ def apply_split(dataset: Dataset, scanned: Scan) -> tuple[Dataset, Scan]:
         count = int(labelled.sum())
     chosen: dict[str, np.ndarray] = {}
     begin = 0
+    # Test first, so that another share for validation leaves the test images the same.
     for name in ("test", "val"):
         if share := dataset.split_spec.shares.get(name):
             end = begin + (int(share * count) if isinstance(share, Fraction) else share)

@@ -67,6 +67,7 @@ def parse(message: bytes) -> Fields:
         if wire == VARINT:
             value: int | bytes = varint(message, a, b)[0]
         else:
+            # A number of fixed width may be a float, which only a schema tells: callers that expect one decode the bits.
             value = message[a:b] if wire == BYTES else int.from_bytes(message[a:b], "little")
         found.setdefault(number, []).append(value)
     return found

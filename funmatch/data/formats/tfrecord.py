@@ -42,6 +42,7 @@ def records(path: Path) -> Iterator[tuple[int, bytes]]:
     Raises:
         DamagedRecord: names the record, counted from 0.
     """
+    # By content: shards are compressed under the same names as plain ones.
     with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
         number, at = 0, 0
         while True:
@@ -68,6 +69,7 @@ def _next_record(file: BinaryIO | gzip.GzipFile) -> bytes | None:
     # The length's own checksum comes first: a damaged length would make us read gigabytes.
     if masked_crc32c(head[:8]) != check:
         raise DamagedRecord("the checksum of its length is wrong")
+    # A checksum may be right by chance, or on purpose.
     if length > MAX_LENGTH:
         raise DamagedRecord(f"its length of {length:,} bytes is impossible")
     payload = file.read(length)
@@ -105,11 +107,13 @@ def _features(payload: bytes) -> Features:
         for inner, entry_start, entry_stop in parts(payload, start, stop):
             if inner != 1:
                 continue
+            # Of a field that is repeated the last one counts, as the format says.
             entry = {number: (a, b) for number, a, b in parts(payload, entry_start, entry_stop)}
             if 1 not in entry:
                 raise Damaged("a feature has no name")
             a, b = entry[1]
             features[payload[a:b].decode(errors="replace")] = _values(payload, *entry.get(2, (0, 0)))
+    # Unknown fields are skipped, so that many other bytes get here without an error.
     if not features:
         raise Damaged("it has no features")
     return features
