@@ -155,6 +155,7 @@ def find_split(words: Sequence[str]) -> str | None:
 
 def sort_splits(splits: dict[str, SplitListing]) -> dict[str, SplitListing]:
     """Orders splits as train, val, test."""
+    # Always in one order, which is part of the cache's key.
     return {name: splits[name] for name in ORDER if name in splits}
 
 

@@ -20,6 +20,7 @@ FORMATS = [
 EXTENSIONS = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".avif", ".jp2",
 }  # fmt: skip
+# Stored scans hold one bit for each, in this order: a new kind goes to the end.
 KINDS = ("greyscale", "palette", "transparent", "CMYK", "16-bit", "turned by EXIF", "animated", "floating-point")
 DECODERS = ("pillow", "torchcodec")
 MAX_PIXELS = 178_956_970  # above this, Pillow suspects a decompression bomb
@@ -186,11 +187,13 @@ def pick_decoder(name: str) -> str:
 
 def torchcodec_decode(encoded: bytes) -> np.ndarray:
     """Decodes a JPEG with torchcodec to (height, width, 3) uint8."""
+    # A copy, since torch warns about memory that it must not write to.
     return _torchcodec()(torch.frombuffer(bytearray(encoded), dtype=torch.uint8)).permute(1, 2, 0).numpy()
 
 
 @cache
 def _torchcodec():
+    # Here, since it is optional and loads FFmpeg.
     from torchcodec.decoders import decode_image
 
     return decode_image
@@ -204,6 +207,7 @@ def _open_image(encoded: bytes, max_pixels: int) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise ValueError("not an image") from None
     width, height = image.size
+    # By the header: when the pixels are there, it is too late.
     if width * height > max_pixels:
         raise ValueError(f"{width:,} × {height:,} pixels are more than --max-pixels {max_pixels:,}")
     return image
@@ -230,11 +234,14 @@ def _rgb(image: Image.Image) -> Image.Image:
     """Converts an image of any mode to RGB."""
     # Pillow's own `convert` clips 16-bit and floating-point values at 255 instead of scaling them.
     if image.mode == "F":
+        # NaN and infinity would become arbitrary bytes.
         bright = np.nan_to_num(np.asarray(image, np.float64))
         image = Image.fromarray((bright * (255 if bright.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
     if image.mode.startswith("I"):
         deep = np.asarray(image)
+        # 65535 is 257 · 255: the darkest and the brightest value stay so.
         image = Image.fromarray((deep.clip(0, 65535) // 257).astype(np.uint8))
+    # Palettes and plain colours can be transparent too, which only `info` says.
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

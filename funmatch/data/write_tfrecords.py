@@ -66,6 +66,7 @@ def write_shards(
         InputError: images are unreadable, the folder holds something else, or shards cannot hold these labels.
     """
     home = cache_options.home or cache_home()
+    # Where a link leads: the finished folder cannot be renamed to a link.
     folder = Path(os.path.realpath(folder))
     dataset, scanned = scan_dataset(open_dataset(data, options, track), cache_options, track)
     _check_labels(dataset)
@@ -100,8 +101,10 @@ def _write_folder(
     with disk_errors(folder):
         partial = _begin(folder, dataset, description)
         written, bad = _write_splits(partial, dataset, scanned, cache_options, side, size, track)
+        # Otherwise the attempt stays: the same command with --on-bad skip goes on from there.
         if not bad or cache_options.on_bad == "skip":
             write_atomically(partial / NOTE, json.dumps(description | {"shards": written, "unreadable": bad}))
+            # Onto an empty folder too, which POSIX allows.
             partial.rename(folder)
     return written, bad
 
@@ -156,6 +159,7 @@ def _write_splits(
 
 def fingerprint_of(dataset: Dataset, scanned: Scan) -> str:
     """Returns a digest of what the shards hold: contents, labels and splits, but not where the files are."""
+    # Without name and watched files: the same images in another place make the same shards.
     listing = fingerprint(Dataset("", dataset.classes, dataset.splits, dataset.read, []))
     # "bad" too: a smaller --max-pixels leaves images out whose content is the same.
     rows = content_digest(scanned.rows["digest"].tobytes() + scanned.rows["bad"].tobytes())
@@ -173,6 +177,7 @@ def _finished_shards(
     note = _read_note(folder)
     if note is None:
         return None
+    # Only a finished folder lists its shards.
     if {key: note.get(key) for key in description} != description or "shards" not in note:
         raise InputError(f"{folder} holds shards of other images or of another format; choose another --out")
     damaged = [name for name in note["shards"] if not _is_intact(folder / name)]
@@ -185,6 +190,7 @@ def _finished_shards(
 
 
 def _write_class_names(folder: Path, dataset: Dataset) -> None:
+    # Without the file, classes that are only numbers are read as numbers again.
     if dataset.classes and not dataset.unnamed:
         write_atomically(folder / CLASS_FILE, "".join(f"{name}\n" for name in dataset.classes))
 
@@ -201,6 +207,7 @@ def _begin(folder: Path, dataset: Dataset, description: dict[str, Any]) -> Path:
     if partial.exists() and _read_note(partial) != description:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
+    # Before any shard: only an attempt with the same description may use what is in this folder.
     write_atomically(partial / NOTE, json.dumps(description))
     _write_class_names(partial, dataset)
     return partial
@@ -223,11 +230,13 @@ def _write_shard(
     cache_options: CacheOptions,
 ) -> tuple[Path | None, NamedBadImages]:
     """Writes `<where>-<count>.tfrec`, unless an interrupted attempt has; returns its path and the unreadable images."""
+    # With the full count: a shard that lacks unreadable images is written anew, so that they are listed again.
     existing = where.with_name(f"{where.name}-{len(group)}.tfrec")
     if _is_intact(existing):
         return existing, []
 
     def record_or_reason(i: int) -> bytes | str:
+        # Outside `try`: a file that has changed since the scan ends the export, whatever is wrong with it now.
         encoded = read_again(dataset, split, i, digests[i].tobytes())
         try:
             image = jpeg(encoded, side, cache_options)
@@ -237,6 +246,7 @@ def _write_shard(
         return frame(example(image, label if label >= 0 else None))
 
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        # Threads, since Pillow decodes without Python's lock; `map`, since a shard's order must be reproducible.
         results = list(pool.map(record_or_reason, group))
     names = dataset.splits[split].names
     bad = [(split, i, names[i], reason) for i, reason in zip(group, results, strict=True) if isinstance(reason, str)]
@@ -266,5 +276,6 @@ def jpeg(encoded: bytes, side: int | None, cache_options: CacheOptions) -> bytes
     if side is not None:
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     file = BytesIO()
+    # No chroma subsampling: it would halve the resolution of colour in images that are small already.
     image.save(file, "JPEG", quality=QUALITY, subsampling=0)
     return file.getvalue()

@@ -282,6 +282,7 @@ def unreadable(name: str, bad: Sequence[Sequence[str]], home: Path) -> InputErro
     if len(lines) > NAMED_AT_MOST:
         # Named by its content, so that repeated attempts do not pile up files.
         listed = home / f"unreadable-{hashlib.blake2b(text.encode(errors='replace'), digest_size=6).hexdigest()}.txt"
+        # Names may hold bytes that are not UTF-8.
         write_atomically(listed, "".join(line.encode(errors="replace").decode() + "\n" for line in lines))
         text += f"\n  … and {len(lines) - NAMED_AT_MOST} more, all in {listed}"
     return InputError(f"{len(lines)} unreadable images in {name}; fix or remove them, or pass --on-bad skip:\n  {text}")

@@ -45,6 +45,7 @@ class DeviceStore:
         self.host = split.store
         # The offset in the mapped file identifies an image: a subset may hold the same one many times.
         self.offsets, first = np.unique(split.index["offset"], return_index=True)
+        # Their sum goes beyond 32 bits.
         lengths = split.index["length"][first].astype(np.int64)
         ends = np.cumsum(lengths)
         self.starts = ends - lengths

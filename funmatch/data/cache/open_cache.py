@@ -108,6 +108,7 @@ def open_cache(
         stamp = fingerprint_files(watched)
         dataset, scanned = scan_dataset(listed, cache_options, track, refresh=refresh)
         folder = build(dataset, scanned, cache_options, home, track, log, check=refresh)
+        # Last, so that an entry never names a cache that is still being built.
         known = _store_entry(ledger, folder, dataset, scanned, watched, stamp)
     cache = _open_known(known, cache_options)
     bad = cache.summary["unreadable"]
@@ -181,6 +182,7 @@ def _load_entry(ledger: Path) -> dict[str, Any] | None:
         with open(ledger, "rb") as file:
             known = json.loads(file.readline())
             same = fingerprint_files(_read_paths(file)) == known["stamp"]
+        # Users delete caches to make room.
         return known if same and is_complete(Path(known["folder"])) else None
     # A damaged entry is as good as none: the data set is listed again.
     except (OSError, ValueError, KeyError):

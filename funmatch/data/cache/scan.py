@@ -258,6 +258,7 @@ def _find_duplicates(dataset: Dataset, scanned: Scan, usable: np.ndarray) -> tup
     content = scanned.rows["digest"].copy().view("S16")
     # Stable, so that copies stay in the order of the listing, and the examples are the same every time.
     order = np.argsort(content, kind="stable")
+    # Unreadable files have digests of their errors, which are often equal.
     order = order[usable[order]]
     # It sorts as above, so that its counts are those of the runs of equal digests in `order`.
     _, counts = np.unique(content[order], return_counts=True)

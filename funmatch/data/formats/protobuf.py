@@ -67,7 +67,7 @@ def parse(message: bytes) -> Fields:
         if wire == VARINT:
             value: int | bytes = varint(message, a, b)[0]
         else:
-            # A number of fixed width may be a float, which only a schema tells: callers that expect one decode the bits.
+            # A number of fixed width may be a float, as only a schema says: callers that expect one decode its bits.
             value = message[a:b] if wire == BYTES else int.from_bytes(message[a:b], "little")
         found.setdefault(number, []).append(value)
     return found
@@ -111,6 +111,7 @@ def write_fields(field: int, content: bytes) -> bytes:
 
 def write_varint(value: int) -> bytes:
     """Encodes a number of up to 64 bits, negative ones as two's complement."""
+    # Ten bytes for -1: the type int64 is not zigzag-encoded.
     value &= (1 << 64) - 1
     encoded = bytearray()
     while value >= 0x80:

@@ -55,7 +55,7 @@ def records(path: Path) -> Iterator[tuple[int, bytes]]:
             if payload is None:
                 return
             yield at + 12, payload
-            at += 16 + len(payload)
+            at += 16 + len(payload)  # 12 bytes before the payload, 4 behind it
             number += 1
 
 
@@ -125,6 +125,7 @@ def _values(payload: bytes, start: int, stop: int) -> list[Span] | list[int] | N
     spans: list[Span] = []
     numbers: list[int] = []
     kind = 0
+    # A `Feature` is of one kind; of several the last one counts, as the format says.
     for kind, a, b in parts(payload, start, stop):
         if kind == 1:
             spans += [(c, d) for _, c, d in parts(payload, a, b)]
@@ -139,7 +140,7 @@ def _integers(payload: bytes, start: int, stop: int) -> list[int]:
     found = []
     while start < stop:
         key, start = varint(payload, start, stop)
-        if key == 0x0A:
+        if key == 0x0A:  # field 1, a string of packed numbers
             length, start = varint(payload, start, stop)
             end = start + length
             if end > stop:
@@ -147,7 +148,7 @@ def _integers(payload: bytes, start: int, stop: int) -> list[int]:
             while start < end:
                 value, start = varint(payload, start, end)
                 found.append(value)
-        elif key == 0x08:
+        elif key == 0x08:  # field 1, a single number
             value, start = varint(payload, start, stop)
             found.append(value)
         else:

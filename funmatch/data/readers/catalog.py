@@ -63,6 +63,7 @@ class CatalogEntry:
     def is_in(self, folder: Path) -> bool:
         """Returns whether a folder seems to hold this data set."""
         if self.files_as_published:
+            # Either form of each file: some packages unpack them.
             return all((folder / f).is_file() or (folder / f.removesuffix(".gz")).is_file() for f in self.archives)
         return all((folder / mark).exists() for mark in self.marks)
 
@@ -163,6 +164,7 @@ def open_named(name: str, data_dir: Path | None = None) -> Dataset:
 
 def _find(entry: CatalogEntry, home: Path) -> Path | None:
     """Returns the folder of a data set: below the folder of data sets, that folder itself, or elsewhere."""
+    # Embedded data sets have no folder of their own there; an empty name would mean the folder of data sets itself.
     places = [home / entry.folder, home] if entry.folder else []
     return next((place for place in [*places, *map(Path, entry.elsewhere)] if entry.is_in(place)), None)
 
@@ -191,6 +193,7 @@ def folders_under(top: Path, levels: int) -> Iterator[Path]:
 def _subfolders(folder: Path) -> list[Path]:
     # scandir knows which entries are folders; Path.is_dir would ask the disk about each of perhaps a million files.
     with os.scandir(folder) as entries:
+        # Sorted, since file systems list in different orders and the first match is taken.
         return sorted(Path(entry.path) for entry in entries if entry.is_dir())
 
 
@@ -199,17 +202,20 @@ def _download(name: str, entry: CatalogEntry, home: Path) -> None:
     advice = _manual_steps(entry, home)
     if entry.torchvision is None:
         raise InputError(f"{name} ({entry.title}) cannot be downloaded automatically; {advice}")
+    # Here, since importing it is slow and few commands download.
     import torchvision.datasets
 
     class_name, options = entry.torchvision
     # A name that `_find` never looks at: a download that was interrupted while unpacking must not pass for the data.
     partial = home / f".{name}.partial"
     top = Path(entry.folder).parts[0]
+    # Asked before it is made, so that a failed download leaves no empty folder behind.
     new_home = not home.exists()
     partial.mkdir(parents=True, exist_ok=True)
     _remove_all_but_archives(entry, partial)
     _link_archives(entry, home, partial)
     try:
+        # torchvision prints its progress to standard output, which is for results.
         with disk_errors(home), redirect_stdout(sys.stderr), _network_timeout():
             getattr(torchvision.datasets, class_name)(str(partial), download=True, **options)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
@@ -222,16 +228,18 @@ def _download(name: str, entry: CatalogEntry, home: Path) -> None:
                 folder.rmdir()
         raise InputError(f"{name} ({entry.title}) could not be downloaded: {first_line(error)}; {advice}") from None
     (home / top).mkdir(exist_ok=True)
+    # One by one: the folder itself may exist already, with archives that the user has put there.
     for path in (partial / top).iterdir():
         if not path.name.endswith((".tar.gz", ".tgz")):
             path.replace(home / top / path.name)
-    shutil.rmtree(partial)
+    shutil.rmtree(partial)  # with the archives, which are not needed once unpacked
 
 
 def _remove_all_but_archives(entry: CatalogEntry, partial: Path) -> None:
     """Removes what an earlier attempt unpacked, perhaps incompletely."""
     # Archives may stay: torchvision verifies their checksums before it unpacks them.
     archives = {Path(address).name for address in entry.files}
+    # Deepest first: a folder is looked at when all that was in it is gone.
     for path in sorted(partial.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
@@ -257,12 +265,14 @@ def _link_archives(entry: CatalogEntry, home: Path, partial: Path) -> None:
         for place in (home / entry.folder, home):
             if (place / file).is_file() and not (target / file).exists():
                 target.mkdir(parents=True, exist_ok=True)
+                # Absolute: a relative path would be looked up from the link's own folder.
                 os.symlink((place / file).resolve(), target / file)
 
 
 @contextmanager
 def _network_timeout():
     """Limits the time that a server may stay silent: urllib would wait forever."""
+    # torchvision has no option for this, so the default of all new sockets is changed for a while.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS_OF_SILENCE)
     try:

@@ -34,6 +34,7 @@ class FolderListing:
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        # The root may be a link itself; what lies where it leads counts as inside.
         self.real = os.path.realpath(self.root)
 
     def folders(self, inside: str = "") -> list[str]:
@@ -52,14 +53,18 @@ class FolderListing:
         while waiting:
             folder = waiting.pop()
             prefix = f"{folder}/" if folder else ""
+            # The folder too: its time of change tells of images that were added or removed.
             self.watched.append(os.path.join(self.root, folder))
             with os.scandir(self.watched[-1]) as entries:
                 for entry in entries:
+                    # macOS leaves a `._x.jpg`, which is not an image, beside every x.jpg on foreign disks.
                     if entry.name[0] == ".":
                         continue
+                    # Before endings: a folder may be called x.jpg.
                     if entry.is_dir():
                         if deep and self._allowed(entry) and not _is_cycle(entry):
                             waiting.append(prefix + entry.name)
+                    # In lower case, since cameras write .JPG.
                     elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
                         self.skipped.append(prefix + entry.name)
                     elif self._allowed(entry):
@@ -127,11 +132,15 @@ def open_folder(
             raise InputError(f"{root} has both {named[split]}/ and {folder}/ for one split; keep one")
         if split:
             named[split] = folder
+    # A new split would appear here.
     listing.watched.append(str(root))
     if not named:
         return _without_splits(root, listing, recommend_reader)
     others = [
-        name for name in listing.folders() if name not in named.values() and FolderListing(str(root / name)).images()
+        # By a listing of its own, since these images are only looked for, neither watched nor noted as skipped.
+        name
+        for name in listing.folders()
+        if name not in named.values() and FolderListing(str(root / name)).images()
     ]
     # Silently leaving images out would be worse: "evaluation/" is easily taken for a split.
     if others:
@@ -140,6 +149,7 @@ def open_folder(
             "them out, or rename them to train, val or test"
         )
     inner = {folder: listing.folders(folder) for folder in named.values()}
+    # Of all splits together: a class that one split lacks must not move the numbers of the others.
     classes = check_classes(sorted({name for names in inner.values() for name in names}), root)
     splits = {split: _list_split(listing, folder, inner[folder], classes) for split, folder in named.items()}
     return _dataset(root, listing, classes, sort_splits(splits))
@@ -161,6 +171,7 @@ def _without_splits(root: Path, listing: FolderListing, recommend_reader: Callab
     if not names:
         advice = recommend_reader(root)
         raise InputError(f"{root} has no images; {f'{advice}; otherwise ' if advice else ''}{EXPECTED}")
+    # A single class cannot be learned, so one folder alone is taken for a container of images.
     if loose or len(inside) < 2:
         splits = {"train": SplitListing(sorted(names), np.full(len(names), UNLABELLED, np.int32))}
         why = f"images lie beside folders, e.g. {loose[0]}" if loose else "only one folder has images"

@@ -67,6 +67,7 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
         row = encoded[split][int(index)][image]
         if not row or not (row["bytes"] or row["path"]):
             raise ValueError("there is no image")
+        # Tables hold the bytes; folders of images hold paths alone.
         return row["bytes"] or read_file(row["path"])
 
     watched = sorted({file["filename"] for table in tables.values() for file in table.cache_files})
@@ -104,6 +105,7 @@ def _load(datasets: Any, spec: str) -> Any:
         if path.is_file() and path.suffix in FORMATS:
             return datasets.load_dataset(FORMATS[path.suffix], data_files={"train": str(path)})
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+            # `load_dataset` refuses what `save_to_disk` has written.
             return datasets.load_from_disk(str(path))
         if path.is_dir():
             return datasets.load_dataset(str(path))
@@ -177,6 +179,7 @@ def _classes(
     if all(isinstance(value, str) for value in values):
         return check_classes(sorted(values), "hf"), False
     highest = max(values, default=-1)
+    # A hash or an identifier read as a label would ask for as many class names.
     if highest > 1_000_000:
         raise InputError(f"hf: the column {label!r} has {highest:,}, too large for the number of a class")
     return tuple(map(str, range(highest + 1))), True
@@ -184,8 +187,10 @@ def _classes(
 
 def _split(spec: str, name: str, table: Any, label: str | None, classes: tuple[str, ...]) -> SplitListing:
     names = [f"hf:{spec} {name}[{i}]" for i in range(len(table))]
+    # Test splits are often published without the column.
     if label is None or label not in table.features:
         return SplitListing(names, np.full(len(table), UNLABELLED, np.int32))
+    # [:], since newer versions of the library return a column that reads lazily.
     values = table[label][:]
     positions = {name: i for i, name in enumerate(classes)}
     # A missing value is -2, an error. -1 in every row is the Hub's way of saying that a test split has no labels.

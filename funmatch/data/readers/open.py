@@ -69,6 +69,7 @@ def open_dataset(specs: str | Sequence[str], options: ReadOptions | None = None,
     """
     options = options or ReadOptions()
     datasets = [_open_one(spec, options, track) for spec in ([specs] if isinstance(specs, str) else specs)]
+    # After joining: a share is meant of all training images together.
     return _with_requested_split(join_datasets(datasets), options.split_spec)
 
 
@@ -90,6 +91,7 @@ def recommend_reader(path: Path) -> str:
     """Returns a clause that recommends the reader for the files at a path, empty where none reads them."""
     for prefix, reader in READERS.items():
         for pattern in reader.files:
+            # Only up to the first match: a folder may hold a million files.
             if fnmatch(path.name, pattern) if path.is_file() else next(path.rglob(pattern), None):
                 return f"for {pattern}, pass {prefix}:{path}"
     return ""
@@ -98,6 +100,7 @@ def recommend_reader(path: Path) -> str:
 def _parse(spec: str) -> tuple[str, str]:
     """Splits a spec into a prefix of `READERS`, empty where it has none, and the location."""
     prefix, colon, location = spec.partition(":")
+    # Known prefixes only: paths may contain colons.
     return (prefix, location) if colon and prefix in READERS else ("", spec)
 
 
@@ -129,5 +132,6 @@ def _with_requested_split(dataset: Dataset, spec: SplitSpec | None) -> Dataset:
         raise InputError(f"{dataset.name} has its own validation split; leave out --val")
     if "train" not in dataset.splits:
         raise InputError(f"{dataset.name} has no training images to hold out --val from")
+    # Merged, so that the catalog's share for testing stays when the user chooses another for validation.
     own = dataset.split_spec.shares if dataset.split_spec else {}
     return replace(dataset, split_spec=SplitSpec({**own, **spec.shares}, spec.seed))

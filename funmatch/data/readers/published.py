@@ -44,6 +44,7 @@ def pet37(root: Path) -> Dataset:
 
 def flowers102(root: Path) -> Dataset:
     """Reads `jpg/image_*.jpg`, `imagelabels.mat` (class of each, from 1) and `setid.mat` (image numbers by split)."""
+    # Here, since SciPy and torchvision are slow to import.
     from scipy.io import loadmat
     from torchvision.datasets import Flowers102
 
@@ -54,6 +55,7 @@ def flowers102(root: Path) -> Dataset:
         except Exception as error:  # SciPy raises many types: missing, cut off, another format
             raise InputError(f"cannot read {root / file}: {first_line(error)}") from None
     try:
+        # MATLAB counts from 1: labels, and below the images too.
         labels = found["labels"].ravel().astype(int) - 1
         ids = {split: found[key].ravel().astype(int) for split, key in _FLOWER_SPLITS.items()}
         images = {
@@ -87,6 +89,7 @@ def food101(root: Path) -> Dataset:
 def sun397(root: Path) -> Dataset:
     """Reads `ClassName.txt` of lines `/<letter>/<class>`, `<letter>/<class>/sun_*.jpg`, and `SUN_LISTS` if present."""
     names = [line.strip() for line in _lines(root / "ClassName.txt") if line.strip()]
+    # Without the first level, a letter; a second one belongs to the name, as in field/cultivated.
     classes = [name.lstrip("/").partition("/")[2] for name in names]
     places = {name.strip("/"): i for i, name in enumerate(names)}
     lists = {
@@ -144,6 +147,7 @@ def _cifar(name: str, class_name: str, root: Path) -> Dataset:
     # The files are pickles, which can run code: torchvision verifies their checksums before it unpickles them.
     try:
         parts = {
+            # Its parent: torchvision itself appends the name of the folder.
             split: getattr(torchvision.datasets, class_name)(str(root.parent), train=split == "train")
             for split in ("train", "test")
         }
@@ -168,6 +172,7 @@ def _from_files(
         if not rows:
             raise InputError(f"{root} lists no images for {split}")
         labels = np.array([label for _, label in rows], np.int32)
+        # A 0 in files that count from 1 becomes -1, which would pass for `UNLABELLED`.
         if labels.min() < 0 or labels.max() >= len(classes):
             raise InputError(f"{root}: a label of {split} is outside the {len(classes)} classes")
         splits[split] = SplitListing([file for file, _ in rows], labels)
@@ -203,10 +208,11 @@ def _idx(root: Path, file: str, dimensions: int) -> np.ndarray:
     try:
         content = read_file(path)
         content = gzip.decompress(content) if path == gzipped else content
-        head = struct.unpack_from(f">HBB{dimensions}I", content)
+        head = struct.unpack_from(f">HBB{dimensions}I", content)  # big-endian, whatever the machine
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
         if head[:3] != (0, 8, dimensions):
             raise ValueError("it is not an IDX file of bytes")
+        # This also finds a file that is cut off: its values do not fill the shape.
         return values.reshape(head[3:])
     except (OSError, EOFError, ValueError, struct.error) as error:
         raise InputError(f"{path} is damaged: {re.sub(r'^.Errno.*?] ', '', str(error))}") from None
@@ -214,6 +220,7 @@ def _idx(root: Path, file: str, dimensions: int) -> np.ndarray:
 
 def _lines(path: Path) -> list[str]:
     try:
+        # Not the locale's encoding, which on clusters may be ASCII.
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None

@@ -26,6 +26,7 @@ def shard_paths(pattern: str, endings: str) -> list[Path]:
     """
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
+        # Escaped: brackets in the folder's own name are not a pattern.
         inside = glob.glob(os.path.join(glob.escape(expanded), "**", "*"), recursive=True)
         found = [path for path in inside if re.search(endings, os.path.basename(path))]
     elif os.path.isfile(expanded):
@@ -37,6 +38,7 @@ def shard_paths(pattern: str, endings: str) -> list[Path]:
         if missing:
             raise InputError(f"{pattern}: {len(missing)} of {len(globs)} shards are missing, e.g. {missing[0]}")
         found = [path for each in globs for path in glob.glob(each, recursive=True)]
+    # Sorted, since an image's number, and with it all that is drawn for it, depends on the order.
     paths = sorted({Path(path) for path in found if os.path.isfile(path)})
     if not paths:
         raise InputError(f"no shard matches {pattern}; expected a file, a folder, or a pattern like 'data/*/*.tfrec'")
@@ -78,6 +80,7 @@ def _expand_braces(pattern: str) -> Iterator[str]:
     for piece in pieces[1::2]:
         ends = re.fullmatch(r"(\d+)\.\.(\d+)", piece)
         if ends:
+            # Padded with zeros only where the first number is, as in a shell.
             width = len(ends[1]) if ends[1].startswith("0") else 0
             choices.append([f"{i:0{width}}" for i in range(int(ends[1]), int(ends[2]) + 1)])
         else:

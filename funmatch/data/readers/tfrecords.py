@@ -90,6 +90,7 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
 
 def _image_and_label(features: Features, payload: bytes, options: ReadOptions) -> tuple[tuple[int, int], int]:
     """Returns the bounds of the image in the payload, and its label."""
+    # As pairs: `image` alone does not say whether its label is `class` or `label`.
     pairs = [(options.image_feature or image, options.label_feature or label) for image, label in FEATURES]
     image, label = next(
         (pair for pair in pairs if pair[0] in features and (pair[1] in features or pair[1] == "none")), pairs[0]
@@ -205,9 +206,11 @@ class UnpackedShard:
         with disk_errors(folder), TemporaryFile(dir=folder) as plain, gzip.open(path) as gzipped:
             shutil.copyfileobj(gzipped, plain)
             plain.flush()
+            # A second handle keeps the content when `with` closes the first; an unnamed file ends with its handles.
             self.file = os.dup(plain.fileno())
 
     def __del__(self) -> None:
+        # `__init__` may have failed at a full disk.
         if hasattr(self, "file"):
             os.close(self.file)
 
@@ -236,6 +239,7 @@ def _classes(
 def _split(images: list[tuple[Path, Record]], classes: tuple[str, ...], options: ReadOptions) -> SplitListing:
     """Lists a split, and checks that its labels are within the classes."""
     names = [f"{path}, record {record.number}" for path, record in images]
+    # 64 bits until they are checked: in 32 a hash could wrap around to a valid label.
     labels = np.array([record.label for _, record in images], np.int64)
     if (labels == UNLABELLED).all():
         return SplitListing(names, labels.astype(np.int32))
