@@ -62,15 +62,15 @@ def parse(message: bytes) -> Fields:
     Raises:
         Damaged: it is not a message.
     """
-    found: Fields = {}
+    values: Fields = {}
     for number, wire, a, b in fields(message, 0, len(message)):
         if wire == VARINT:
             value: int | bytes = varint(message, a, b)[0]
         else:
             # A number of fixed width may be a float, as only a schema says: callers that expect one decode its bits.
             value = message[a:b] if wire == BYTES else int.from_bytes(message[a:b], "little")
-        found.setdefault(number, []).append(value)
-    return found
+        values.setdefault(number, []).append(value)
+    return values
 
 
 def messages(found: Fields, field: int) -> list[bytes]:

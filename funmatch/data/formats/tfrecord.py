@@ -137,7 +137,7 @@ def _values(payload: bytes, start: int, stop: int) -> list[Span] | list[int] | N
 def _integers(payload: bytes, start: int, stop: int) -> list[int]:
     """Reads an `Int64List`."""
     # TensorFlow packs the numbers into one field, other writers may repeat the field.
-    found = []
+    numbers = []
     while start < stop:
         key, start = varint(payload, start, stop)
         if key == 0x0A:  # field 1, a string of packed numbers
@@ -147,14 +147,14 @@ def _integers(payload: bytes, start: int, stop: int) -> list[int]:
                 raise Damaged("a list of numbers is cut off")
             while start < end:
                 value, start = varint(payload, start, end)
-                found.append(value)
+                numbers.append(value)
         elif key == 0x08:  # field 1, a single number
             value, start = varint(payload, start, stop)
-            found.append(value)
+            numbers.append(value)
         else:
             raise Damaged("a list of numbers holds something else")
     # Two's complement: -1, "no label", is written as 2⁶⁴ − 1.
-    return [value - (1 << 64) if value >= 1 << 63 else value for value in found]
+    return [value - (1 << 64) if value >= 1 << 63 else value for value in numbers]
 
 
 def example(image: bytes, label: int | None) -> bytes:

@@ -48,7 +48,7 @@ class FolderListing:
 
     def images(self, inside: str = "", *, deep: bool = True) -> list[str]:
         """Returns the paths of the images in a folder relative to the root, sorted."""
-        found: list[str] = []
+        images: list[str] = []
         waiting = [inside]
         while waiting:
             folder = waiting.pop()
@@ -68,10 +68,10 @@ class FolderListing:
                     elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
                         self.skipped.append(prefix + entry.name)
                     elif self._allowed(entry):
-                        found.append(prefix + entry.name)
-        self.watched += [os.path.join(self.root, name) for name in found]
+                        images.append(prefix + entry.name)
+        self.watched += [os.path.join(self.root, name) for name in images]
         # File systems list in different orders; indices, and with them whole runs, depend on this one.
-        return sorted(found)
+        return sorted(images)
 
     def notes(self) -> list[str]:
         """Returns a note about skipped files that may have been meant as images."""

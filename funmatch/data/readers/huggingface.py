@@ -138,11 +138,11 @@ def _image_column(datasets: Any, table: Any, spec: str, options: ReadOptions) ->
         if options.image_feature not in columns:
             raise InputError(f"hf:{spec} has no column {options.image_feature!r}, but: {', '.join(columns)}")
         return options.image_feature
-    found = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
-    found += [name for name in ("image", "img", "jpg") if name in columns and name not in found]
-    if not found:
+    candidates = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
+    candidates += [name for name in ("image", "img", "jpg") if name in columns and name not in candidates]
+    if not candidates:
         raise InputError(f"hf:{spec} has no column of images, but: {', '.join(columns)}; pass --image-feature")
-    return found[0]
+    return candidates[0]
 
 
 def _label_column(datasets: Any, table: Any, spec: str, options: ReadOptions) -> str | None:
@@ -153,10 +153,10 @@ def _label_column(datasets: Any, table: Any, spec: str, options: ReadOptions) ->
         if options.label_feature not in columns:
             raise InputError(f"hf:{spec} has no column {options.label_feature!r}, but: {', '.join(columns)}")
         return options.label_feature
-    found = [name for name, feature in columns.items() if isinstance(feature, datasets.ClassLabel)]
-    if len(found) > 1:
-        raise InputError(f"hf:{spec} has several labels: {', '.join(found)}; choose one with --label-feature")
-    return next(iter(found + [name for name in LABELS if name in columns]), None)
+    candidates = [name for name, feature in columns.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(candidates) > 1:
+        raise InputError(f"hf:{spec} has several labels: {', '.join(candidates)}; choose one with --label-feature")
+    return next(iter(candidates + [name for name in LABELS if name in columns]), None)
 
 
 def _classes(

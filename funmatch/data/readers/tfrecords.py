@@ -74,16 +74,16 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
         options = replace(options, unlabelled=True)
 
     def list_shard(path: Path) -> list[Record]:
-        found = []
+        shard_records = []
         for number, (start, payload) in enumerate(records(path)):
             try:
                 (a, b), label = _image_and_label(parse_example(payload), payload, options)
             except DamagedRecord as error:
                 raise DamagedRecord(f"record {number}: {error}") from None
-            found.append(Record(start + a, b - a, label, number))
-        if (counted := COUNTED.search(path.name)) and int(counted[2]) != len(found):
-            raise DamagedRecord(f"has {len(found)} records, but its name says {int(counted[2])}")
-        return found
+            shard_records.append(Record(start + a, b - a, label, number))
+        if (counted := COUNTED.search(path.name)) and int(counted[2]) != len(shard_records):
+            raise DamagedRecord(f"has {len(shard_records)} records, but its name says {int(counted[2])}")
+        return shard_records
 
     return open_shards(pattern, paths, list_shard, options, track)
 
