@@ -192,6 +192,7 @@ def read_class_file(path: Path) -> tuple[str, ...]:
         lines = path.read_bytes().decode(errors="surrogateescape").split("\n")
     except OSError as error:
         raise InputError(f"cannot read class names from {path}: {error}") from None
+    # Windows ends lines with \r\n; other blanks at the end may belong to a name.
     names = [line.rstrip("\r") for line in lines if line.strip()]
     if not names:
         raise InputError(f"{path} has no class names; expected one a line")

@@ -41,6 +41,7 @@ def fields(message: bytes, start: int, stop: int) -> Iterator[tuple[int, int, in
             _, end = varint(message, start, stop)
             length = end - start
         else:
+            # Groups end here too: they have no length to skip by, and no format that we read has any.
             raise Damaged("unknown wire type")
         # Positions instead of slices: a message may be a gigabyte, and each copy of it would be another.
         if start + length > stop:
@@ -80,6 +81,7 @@ def messages(found: Fields, field: int) -> list[bytes]:
         Damaged: the field holds a number.
     """
     values = found.get(field, [])
+    # A field has one type, so a single number among them shows that the message is of another schema.
     if not all(isinstance(value, bytes) for value in values):
         raise Damaged(f"field {field} holds a number, not a message")
     return [value for value in values if isinstance(value, bytes)]

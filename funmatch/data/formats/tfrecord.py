@@ -54,7 +54,7 @@ def records(path: Path) -> Iterator[tuple[int, bytes]]:
                 raise DamagedRecord(f"record {number}: the GZIP stream is damaged ({error})") from None
             if payload is None:
                 return
-            yield at + 12, payload
+            yield at + 12, payload  # behind the length and its checksum
             at += 16 + len(payload)  # 12 bytes before the payload, 4 behind it
             number += 1
 

@@ -263,6 +263,7 @@ def _link_archives(entry: CatalogEntry, home: Path, partial: Path) -> None:
     target = partial / entry.archive_folder
     for file in entry.archives:
         for place in (home / entry.folder, home):
+            # Links, not copies: archives have gigabytes.
             if (place / file).is_file() and not (target / file).exists():
                 target.mkdir(parents=True, exist_ok=True)
                 # Absolute: a relative path would be looked up from the link's own folder.

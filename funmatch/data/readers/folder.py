@@ -178,6 +178,7 @@ def _without_splits(root: Path, listing: FolderListing, recommend_reader: Callab
         note = f"{root}: {why}, so folders are not read as classes and all images are unlabelled"
         return _dataset(root, listing, (), splits, [note] if inside else [])
     classes = check_classes(sorted(inside), root)
+    # In the order of `classes`, which is that of the names below.
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(inside[name]) for name in classes])
     splits = {"train": SplitListing([name for c in classes for name in inside[c]], labels)}
     return _dataset(root, listing, classes, splits)

@@ -74,6 +74,7 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
     # `cache_files` are the library's own copies, which do not change when the original files do.
     local = Path(spec).expanduser()
     watched += [str(local), *sorted(str(path) for path in local.rglob("*"))] if local.exists() else []
+    # The class names too: with another file, or the same one edited, the data set is another.
     watched += [str(options.class_file)] if options.class_file else []
     name = Path(spec.partition(":")[0]).stem if watched else spec
     return Dataset(name, classes, sort_splits(splits), read, watched, unnamed=unnamed, location=spec)

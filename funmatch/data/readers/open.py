@@ -111,6 +111,7 @@ def _open_one(spec: str, options: ReadOptions, track: Track) -> Dataset:
     prefix, location = _parse(spec)
     if prefix and not location:
         raise InputError(f"{spec} has no location; expected {prefix}:{READERS[prefix].location}")
+    # Before looking at the disk: a folder that is called hf:x is meant by ./hf:x only.
     if prefix:
         return READERS[prefix].open(location, options, track)
     if Path(spec).expanduser().exists():

@@ -138,6 +138,7 @@ def open_shards(
         try:
             return list_shard(path)
         except (DamagedRecord, OSError) as error:
+            # Returned, not raised: one damaged shard must not hide the others.
             return f"{path}: {error}"
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
