@@ -66,8 +66,7 @@ def write_shards(
         InputError: images are unreadable, the folder holds something else, or shards cannot hold these labels.
     """
     home = cache_options.home or cache_home()
-    # Where a link leads: the finished folder cannot be renamed to a link.
-    folder = Path(os.path.realpath(folder))
+    folder = Path(os.path.realpath(folder))  # the finished folder cannot be renamed to a link
     dataset, scanned = scan_dataset(open_dataset(data, options, track), cache_options, track)
     _check_labels(dataset)
     description = {
