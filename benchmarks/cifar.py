@@ -132,10 +132,10 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="options of all runs, e.g. batch=128")
     options = parser.parse_args()
     work = options.work.resolve()
-    make_images(options.data, work / "pictures")
-    (work / "cifar.toml").write_text(study(work / "pictures", options))
-    knobs = {"seeds": tuple(options.seeds), "jobs": options.jobs, "set": tuple(options.set)}
-    done = funmatch.study(work / "cifar.toml", out=work / "study", **knobs)
+    make_images(options.data, work / "images")
+    (work / "cifar.toml").write_text(study(work / "images", options))
+    options_of_study = {"seeds": tuple(options.seeds), "jobs": options.jobs, "set": tuple(options.set)}
+    done = funmatch.study(work / "cifar.toml", out=work / "study", **options_of_study)
     print((work / "study" / "table.md").read_text())
     print(done["report"])
 

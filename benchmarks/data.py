@@ -109,7 +109,7 @@ def ours(folder: Path, way: str, decoder: str) -> Callable[[int], float]:
     def turn(batches: int) -> float:
         began = time.perf_counter()
         for _ in range(batches):
-            # As bytes, like the others; a row more than the batch is made for MixUp, so BATCH + 1 views count as BATCH.
+            # As bytes, like the others; MixUp needs one row more than the batch, so BATCH + 1 views count as BATCH.
             (loader.batch_at(next(steps)).crops * 255).round_().to(torch.uint8)
         return time.perf_counter() - began
 
@@ -174,7 +174,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     print("|---|" + "---|" * len(SIZES))
     table: dict[str, list[str]] = {}
     for size in SIZES:
-        root = cut(photos, folder / f"{size[0]}x{size[1]}", size, options.pictures)
+        root = cut(photos, folder / f"{size[0]}x{size[1]}", size, options.images)
         contenders = {"timm": of_timm(root), "resident": ours(root, "resident", decoders[-1])}
         contenders |= {f"streaming, {decoder}": ours(root, "streaming", decoder) for decoder in decoders}
         if options.tensorflow:
@@ -198,7 +198,7 @@ def many(options: argparse.Namespace, folder: Path) -> None:
     photos = photographs(options)
     print("| images | way | start-up, s | MB after start-up | MB after 300 batches of 64 | MB at most |")
     print("|---|---|---|---|---|---|")
-    for count in (1000, options.many_pictures):
+    for count in (1000, options.many_images):
         root = cut(photos, folder / str(count), (96, 72), count)
         for way in ("resident", "streaming"):
             open_cache(str(root), cache_options=CacheOptions(way=way))
@@ -231,12 +231,12 @@ def resident_memory() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", help="folder of large photographs")
-    parser.add_argument("--pictures", type=int, default=256, help="JPEGs of each size")
+    parser.add_argument("--images", "--pictures", type=int, default=256, help="JPEGs of each size")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--batches", type=int, default=8, help="batches of 64 views in a round")
     parser.add_argument("--tensorflow", metavar="PYTHON", help="interpreter that has TensorFlow")
     parser.add_argument("--many", action="store_true")
-    parser.add_argument("--many-pictures", type=int, default=100_000)
+    parser.add_argument("--many-images", "--many-pictures", type=int, default=100_000)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

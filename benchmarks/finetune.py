@@ -39,8 +39,8 @@ def cifar(options: argparse.Namespace, file: Path | None, seed: int) -> float:
     kind, runs = "pretrained" if file else "scratch", {}
     for lr in RATES:
         out = options.out / f"cifar-{kind}-{lr}-{seed}"
-        knobs = CIFAR | {"steps": options.steps, "eval_every": options.steps // 4, "lr": lr, "seed": seed}
-        run = funmatch.finetune(options.cifar, "tf_efficientnet_lite0", out, student_weights=file, **knobs)
+        settings = CIFAR | {"steps": options.steps, "eval_every": options.steps // 4, "lr": lr, "seed": seed}
+        run = funmatch.finetune(options.cifar, "tf_efficientnet_lite0", out, student_weights=file, **settings)
         runs[lr] = (run.figures["best_score"], run.top1)
         print(kind, seed, lr, f"validation {runs[lr][0]:.4f}", flush=True)
     return max(runs.values())[1]

@@ -27,9 +27,9 @@ from versus_timm import make_images, network  # pyrefly: ignore[missing-import]
 NETWORKS = {"teacher", "student", "backward", "optimizer"}
 
 
-def wanted(folder: Path) -> dict[str, list[str]]:
+def command_lines(folder: Path) -> dict[str, list[str]]:
     """The command line of each run."""
-    photos = ["--data", f"{folder}/pictures", "--unlabelled", "--allow-weak-teacher", "--log-every", "5"]
+    photos = ["--data", f"{folder}/images", "--unlabelled", "--allow-weak-teacher", "--log-every", "5"]
     return {
         "embedded": [
             "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student",
@@ -47,8 +47,9 @@ def wanted(folder: Path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def told(*words: str) -> dict:
-    done = subprocess.run([sys.executable, "-m", "funmatch", *words, "--json"], capture_output=True, text=True)
+def run_json(*argv: str) -> dict:
+    """Run `funmatch …` in a process of its own and return its JSON output."""
+    done = subprocess.run([sys.executable, "-m", "funmatch", *argv, "--json"], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout)
@@ -59,38 +60,38 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=["embedded", "small", "large"])
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_images(folder / "pictures", 256)
+        make_images(folder / "images", 256)
         for name in ("resnet50", "resnetv2_101x1_bit"):
             torch.save(network(name, 0).state_dict(), folder / f"{name}.pt")
         found: dict[str, list[tuple[float, float, float]]] = {}
-        for name, words in wanted(folder).items():
+        for name, argv in command_lines(folder).items():
             if options.only and name not in options.only:
                 continue
-            for number in range(options.rounds + 1):  # the first fills caches
+            for number in range(options.rounds + 1):  # the first round fills caches and is not counted
                 out = folder / "run"
-                planned = told("plan", "distill", *words, "--out", str(out))["seconds"]
+                planned = run_json("plan", "distill", *argv, "--out", str(out))["seconds"]
                 began = time.monotonic()
-                told("distill", *words, "--profile", "--out", str(out))
-                taken = time.monotonic() - began
+                run_json("distill", *argv, "--profile", "--out", str(out))
+                seconds = time.monotonic() - began
                 profile = json.loads((out / "profile.json").read_text())
                 parts = profile["parts_ms"]
-                outside = 1 - sum(took for part, took in parts.items() if part in NETWORKS) / profile["step_ms"]
+                outside = 1 - sum(ms for part, ms in parts.items() if part in NETWORKS) / profile["step_ms"]
                 shutil.rmtree(out)
                 if number:
-                    found.setdefault(name, []).append((planned, taken, outside))
-                    print(f"{name} {number}: planned {planned:.1f} s, taken {taken:.1f} s; {parts}", flush=True)
+                    found.setdefault(name, []).append((planned, seconds, outside))
+                    print(f"{name} {number}: planned {planned:.1f} s, taken {seconds:.1f} s; {parts}", flush=True)
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"\n{machine}, torch {torch.__version__}, timm {timm.__version__}\n")
     print("| run | planned, s | taken, s | planned / taken (least … most) | outside the networks, % of a step |")
     print("|---|---:|---:|---|---|")
     for name, turns in found.items():
-        planned, taken, outside = zip(*turns, strict=True)
-        ratios = [a / b for a, b in zip(planned, taken, strict=True)]
+        planned, seconds, outside = zip(*turns, strict=True)
+        ratios = [a / b for a, b in zip(planned, seconds, strict=True)]
         print(
-            f"| {name} | {statistics.median(planned):.1f} | {statistics.median(taken):.1f} | {spread(ratios)} | "
+            f"| {name} | {statistics.median(planned):.1f} | {statistics.median(seconds):.1f} | {spread(ratios)} | "
             f"{spread([100 * each for each in outside])} |"
         )
 

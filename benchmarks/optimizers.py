@@ -66,7 +66,7 @@ def main() -> None:
             taken = seconds(optimizer.step, device)
             if turn:  # the first makes the state
                 times[name].append(taken)
-    told = {
+    result = {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}",
         "torch": torch.__version__,
         "model": options.model,
@@ -79,7 +79,7 @@ def main() -> None:
             for name, each in times.items()
         },
     }
-    print(json.dumps(told, indent=1))
+    print(json.dumps(result, indent=1))
 
 
 def spread(values: list[float]) -> str:

@@ -1,6 +1,6 @@
 """Measures where the time of a step goes, and whether it depends on the number of images.
 
-    python benchmarks/step.py [--pictures 500 5000] [--steps 20] [--device auto]
+    python benchmarks/step.py [--images 500 5000] [--steps 20] [--device auto]
 
 Distils ResNet-18 into ResNet-18 at 128 px from a folder of 500 × 375 JPEGs, twice with the same random choices: as in a
 run, and with every batch made beforehand, so that only model, backward pass and optimizer remain. The difference is
@@ -82,7 +82,7 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, nargs="+", default=[500, 5000])
+    parser.add_argument("--images", "--pictures", type=int, nargs="+", default=[500, 5000])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
@@ -92,16 +92,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder) / "some", 200)
         some = open_cache(f"{folder}/some", cache_options=CacheOptions(home=Path(folder) / "cache")).splits["train"]
-        for count in options.pictures:
-            # More images than were made: the index names them again, which costs a step what other ones would.
+        for count in options.images:
+            # More images than files: the index repeats them, which costs a step as much as other images would.
             split = some.subset(np.resize(np.arange(len(some)), count))
-            outside, whole = [], []
+            outside, in_run = [], []
             for _ in range(options.repeats):
                 run = seconds_a_step(split, options, ready=False)
                 model = seconds_a_step(split, options, ready=True)
-                whole.append(run)
+                in_run.append(run)
                 outside.append((run - model) / run)
-            rows.append({"pictures": count, "step_ms": spread(whole, 1e3), "outside_percent": spread(outside, 100)})
+            rows.append({"images": count, "step_ms": spread(in_run, 1e3), "outside_percent": spread(outside, 100)})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}

@@ -52,11 +52,11 @@ def make_images(folder: Path, count: int) -> None:
             Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(path)
 
 
-def carried_out(folder: Path, strategy: str, steps: int, options: argparse.Namespace, name: str) -> Path:
-    """The folder of a run."""
+def distil(folder: Path, strategy: str, steps: int, options: argparse.Namespace, name: str) -> Path:
+    """Distil with the given strategy and return the run folder."""
     more = {"teacher_crops": 4} if strategy == "fix/ic_ens" else {}
     return funmatch.distill(
-        data=str(folder / "pictures"), teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
+        data=str(folder / "images"), teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
         student=options.student, side=options.side, batch=options.batch, steps=steps, strategy=strategy,
         out=folder / "runs" / name, log_every=1, eval_every=10**6, save_every=10**6, device=options.device,
         teacher_precision="fp32", precision="fp32", allow_weak_teacher=True, **more,
@@ -66,11 +66,11 @@ def carried_out(folder: Path, strategy: str, steps: int, options: argparse.Names
 def flops_a_step(folder: Path, strategy: str, options: argparse.Namespace) -> float:
     """Counted: (a run of five steps − a run of two) / 3, after the logits of a fixed teacher have been computed."""
     label = strategy.replace("/", "-")
-    carried_out(folder, strategy, 1, options, f"before-{label}")
+    distil(folder, strategy, 1, options, f"before-{label}")
     counted = []
     for steps in (2, 5):
         with FlopCounterMode(display=False) as counter:
-            carried_out(folder, strategy, steps, options, f"count-{label}-{steps}")
+            distil(folder, strategy, steps, options, f"count-{label}-{steps}")
         counted.append(counter.get_total_flops())
     return (counted[1] - counted[0]) / 3
 
@@ -127,22 +127,22 @@ def main() -> None:
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--device", default="cpu", help="cpu, auto, or as torch names it")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_images(folder / "pictures", 64)
-        # Random weights cost what others do; its head says how many classes it knows.
+        make_images(folder / "images", 64)
+        # Random weights cost the same time as trained ones; the head sets the number of classes.
         weights = folder / "teacher.pt"
         torch.save(timm.create_model(options.teacher, num_classes=2).state_dict(), weights)
         flops = {name: flops_a_step(folder, name, options) for name in STRATEGIES}
-        asked, taught = parts(folder, options)
-        alone = flops_of(asked), flops_of(taught)
+        teacher_pass, student_step = parts(folder, options)
+        alone = flops_of(teacher_pass), flops_of(student_step)
         times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
         of_parts: list[tuple[float, float]] = []
         for number in range(options.rounds):
-            of_parts.append((seconds_of(asked, options.steps), seconds_of(taught, options.steps)))
+            of_parts.append((seconds_of(teacher_pass, options.steps), seconds_of(student_step, options.steps)))
             for name in STRATEGIES:
-                run = carried_out(folder, name, options.steps, options, f"time-{name.replace('/', '-')}-{number}")
+                run = distil(folder, name, options.steps, options, f"time-{name.replace('/', '-')}-{number}")
                 times[name].append(seconds_a_step(run, options.batch))
                 shutil.rmtree(run)
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -23,9 +23,10 @@ from versus_timm import make_images, network  # pyrefly: ignore[missing-import]
 import funmatch
 
 
-def carried_out(folder: Path, name: str, options: argparse.Namespace, **more) -> Path:
+def distil(folder: Path, name: str, options: argparse.Namespace, **more) -> Path:
+    """Distil with the given options and return the run folder."""
     return funmatch.distill(
-        data=str(folder / "pictures"), teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
+        data=str(folder / "images"), teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
         student=options.student, side=options.side, batch=options.batch, steps=options.steps + 3, unlabelled=True,
         out=folder / "runs" / name, log_every=1, eval_every=10**6, save_every=10**6, allow_weak_teacher=True,
         precision=options.precision, teacher_precision=options.precision, compile=options.compile, **more,
@@ -44,24 +45,24 @@ def main() -> None:
     parser.add_argument("--student", default="resnetv2_50x1_bit")
     options = parser.parse_args()
     options.device = "cpu"
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_images(folder / "pictures", 128)
+        make_images(folder / "images", 128)
         torch.save(network(options.teacher, 0).state_dict(), folder / "teacher.pt")
-        asked, taught = parts(folder, options)
-        flops = flops_of(asked), flops_of(taught)
-        carried_out(folder, "recorded", options, tape=folder / "tape")
+        teacher_pass, student_step = parts(folder, options)
+        flops = flops_of(teacher_pass), flops_of(student_step)
+        distil(folder, "recorded", options, tape=folder / "tape")
         live, replayed, alone = [], [], []
         for number in range(options.rounds):
-            live.append(seconds_a_step(carried_out(folder, f"live-{number}", options), options.batch))
-            tape = carried_out(folder, f"replayed-{number}", options, tape=folder / "tape")
+            live.append(seconds_a_step(distil(folder, f"live-{number}", options), options.batch))
+            tape = distil(folder, f"replayed-{number}", options, tape=folder / "tape")
             replayed.append(seconds_a_step(tape, options.batch))
-            alone.append(seconds_of(taught, options.steps))
+            alone.append(seconds_of(student_step, options.steps))
         size = sum(path.stat().st_size for path in (folder / "tape").iterdir())
     ideal = sum(flops) / flops[1]
     ratios = [a / b for a, b in zip(live, replayed, strict=True)]
-    whole = [a / b for a, b in zip(alone, replayed, strict=True)]
+    of_student_alone = [a / b for a, b in zip(alone, replayed, strict=True)]
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, timm {timm.__version__}, {options.precision}")
     print(json.dumps({
@@ -69,7 +70,7 @@ def main() -> None:
         "alone_s": statistics.median(alone), "tape_bytes": size,
         "times_faster": [statistics.median(ratios), min(ratios), max(ratios)],
         "ideal_by_flops": ideal, "of_ideal_by_flops": statistics.median(ratios) / ideal,
-        "of_ideal_by_time": [statistics.median(whole), min(whole), max(whole)],
+        "of_ideal_by_time": [statistics.median(of_student_alone), min(of_student_alone), max(of_student_alone)],
     }, indent=1))  # fmt: skip
 
 

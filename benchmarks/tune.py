@@ -28,7 +28,7 @@ import torch
 import funmatch
 from funmatch.training import distill
 
-KNOBS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 32,
     "threads": 1, "workers": 1,
 }  # fmt: skip
@@ -37,10 +37,10 @@ KILLS = 5
 UNLIKE = ("study", "best_run", "command", "storage", "name")
 
 
-def started(out: Path, options: argparse.Namespace, core: int) -> subprocess.Popen:
+def start_worker(out: Path, options: argparse.Namespace, core: int) -> subprocess.Popen:
     """Starts a worker on a core of its own."""
     words = [sys.executable, "-m", "funmatch", "tune", "distill", "--json", "--out", str(out)]
-    for name, value in {**KNOBS, **lengths(options), "executions": 2, "trials": options.trials}.items():
+    for name, value in {**OPTIONS, **lengths(options), "executions": 2, "trials": options.trials}.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--space", *(f"{name}={values}" for name, values in SPACE.items())]
     with open(f"{out}-{core}.log", "a") as log:
@@ -76,25 +76,25 @@ def table(out: Path) -> dict[str, Any]:
 
 def outside(out: Path, options: argparse.Namespace) -> tuple[float, float]:
     """(seconds in the trials, seconds of the whole search) in this process, which has already imported everything."""
-    funmatch.tune("distill", out / "warm", space=SPACE, trials=4, **KNOBS, steps=1)
-    real, inside = distill.run, 0.0
+    funmatch.tune("distill", out / "warm", space=SPACE, trials=4, **OPTIONS, steps=1)
+    original, inside = distill.run, 0.0
 
-    def timed(*given: Any) -> dict[str, Any]:
+    def timed(*args: Any) -> dict[str, Any]:
         nonlocal inside
         began = time.monotonic()
         try:
-            return real(*given)
+            return original(*args)
         finally:
             inside += time.monotonic() - began
 
     distill.run = timed  # pyrefly: ignore[bad-assignment]
     began = time.monotonic()
     funmatch.tune(
-        "distill", out / "timed", space=SPACE, trials=options.trials, executions=2, **KNOBS, **lengths(options)
+        "distill", out / "timed", space=SPACE, trials=options.trials, executions=2, **OPTIONS, **lengths(options)
     )
-    whole = time.monotonic() - began
-    distill.run = real
-    return inside, whole
+    total = time.monotonic() - began
+    distill.run = original
+    return inside, total
 
 
 def main() -> None:
@@ -106,35 +106,35 @@ def main() -> None:
     out = options.out or Path(tempfile.mkdtemp(prefix="funmatch-tune-"))
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    one, one_computed = seconds([started(out / "one", options, 0)], began)
+    one, one_computed = seconds([start_worker(out / "one", options, 0)], began)
     began = time.monotonic()
-    two, two_computed = seconds([started(out / "two", options, core) for core in (0, 1)], began)
-    dice, workers, began = (
+    two, two_computed = seconds([start_worker(out / "two", options, core) for core in (0, 1)], began)
+    rng, workers, began = (
         random.Random(0),
-        [started(out / "killed", options, core) for core in (0, 1)],
+        [start_worker(out / "killed", options, core) for core in (0, 1)],
         time.monotonic(),
     )
     for _ in range(KILLS):
-        time.sleep(dice.uniform(0.05, 0.2) * two)
-        core = dice.randrange(2)
+        time.sleep(rng.uniform(0.05, 0.2) * two)
+        core = rng.randrange(2)
         workers[core].kill()
         workers[core].wait()
-        workers[core] = started(out / "killed", options, core)
+        workers[core] = start_worker(out / "killed", options, core)
     killed, _ = seconds(workers, began)
-    inside, whole = outside(out, options)
+    inside, total = outside(out, options)
     result = table(out / "one")
     versions = f"torch {torch.__version__}, optuna {optuna.__version__}, Python {platform.python_version()}"
     print(json.dumps({
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions,
         "best": {name: result[name] for name in ("best", "value", "spread", "knobs", "test")},
-        "as_said": {name: result["trials"][0][name] for name in ("value", "spread", "knobs")},
+        "defaults": {name: result["trials"][0][name] for name in ("value", "spread", "knobs")},
         "one_worker_seconds": round(one, 1), "two_workers_seconds": round(two, 1), "ratio": round(two / one, 3),
         "one_worker_cpu_seconds": round(one_computed, 1), "busier_of_two_cpu_seconds": round(two_computed, 1),
         "cpu_ratio": round(two_computed / one_computed, 3),
         "same_with_two": table(out / "two") == result,
         "killed_seconds": round(killed, 1), "same_when_killed": table(out / "killed") == result,
-        "trials_seconds": round(inside, 2), "search_seconds": round(whole, 2),
-        "outside_percent": round(100 * (whole - inside) / inside, 2),
+        "trials_seconds": round(inside, 2), "search_seconds": round(total, 2),
+        "outside_percent": round(100 * (total - inside) / inside, 2),
     }, indent=1))  # fmt: skip
 
 

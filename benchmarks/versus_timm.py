@@ -53,9 +53,9 @@ def make_images(folder: Path, count: int) -> None:
             np.asarray(Image.fromarray(rng.integers(0, 256, (s, s, 3), dtype=np.uint8)).resize((384, 384)))
             for s in (6, 24, 96)
         ]
-        place = folder / "train" / f"{i % CLASSES}" / f"{i:05}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(place, quality=92)
+        temporary = folder / "train" / f"{i % CLASSES}" / f"{i:05}.jpg"
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(temporary, quality=92)
 
 
 def network(name: str, seed: int) -> Any:
@@ -66,7 +66,7 @@ def network(name: str, seed: int) -> Any:
     return net
 
 
-def timm_turn(folder: Path, options: argparse.Namespace, how: tuple[str, ...]) -> float:
+def timm_turn(folder: Path, options: argparse.Namespace, variant: tuple[str, ...]) -> float:
     """Seconds a step of timm's components."""
     from timm.data import FastCollateMixup, create_dataset, create_loader
     from timm.optim import create_optimizer_v2
@@ -74,11 +74,9 @@ def timm_turn(folder: Path, options: argparse.Namespace, how: tuple[str, ...]) -
     from timm.utils import dispatch_clip_grad
 
     teacher, student = network(options.teacher, 0), network(options.student, 1)
-    if "last" in how:
+    if "last" in variant:
         teacher, student = (net.to(memory_format=torch.channels_last) for net in (teacher, student))
-    dataset = create_dataset(
-        "", root=str(folder / "pictures"), split="train", is_training=True, batch_size=options.batch
-    )
+    dataset = create_dataset("", root=str(folder / "images"), split="train", is_training=True, batch_size=options.batch)
     cpu = torch.device("cpu")
     card: Any = student.pretrained_cfg
     unchanged: Any = None
@@ -93,14 +91,14 @@ def timm_turn(folder: Path, options: argparse.Namespace, how: tuple[str, ...]) -
         temperature=options.temperature, device=cpu, verbose=False,
     )  # fmt: skip
     task.train()
-    if "compiled" in how:
+    if "compiled" in variant:
         task.compile()
     optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=1e-4)
-    amp = torch.autocast("cpu", torch.bfloat16) if "bf16" in how else contextlib.nullcontext()
+    amp = torch.autocast("cpu", torch.bfloat16) if "bf16" in variant else contextlib.nullcontext()
     times: list[float] = []
     while len(times) <= options.steps + WARM:
         for images, target in loader:
-            if "last" in how:
+            if "last" in variant:
                 images = images.contiguous(memory_format=torch.channels_last)
             with amp:
                 loss = task(images, target)["loss"]
@@ -116,8 +114,8 @@ def timm_turn(folder: Path, options: argparse.Namespace, how: tuple[str, ...]) -
 
 def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Path) -> tuple[float, str]:
     """Seconds a step of `funmatch distill`, and the precision and kernels that it reports."""
-    words = [
-        *("--data", folder / "pictures", "--teacher", options.teacher, "--teacher-weights", folder / "teacher.pt"),
+    argv = [
+        *("--data", folder / "images", "--teacher", options.teacher, "--teacher-weights", folder / "teacher.pt"),
         *("--student", options.student, "--side", options.side, "--batch", options.batch, "--allow-weak-teacher"),
         *("--temperature", options.temperature, "--optimizer", "adamw", "--lr", "1e-3", "--weight-decay", "1e-4"),
         *("--clip-norm", "1", "--steps", LONG, "--log-every", 1, "--eval-every", LONG, "--save-every", LONG),
@@ -125,9 +123,9 @@ def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Pa
     ]
     log = out.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as told:
+    with open(log, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "funmatch", "distill", *map(str, words)], stdout=told, stderr=told
+            [sys.executable, "-m", "funmatch", "distill", *map(str, argv)], stdout=file, stderr=file
         )
         rates: list[float] = []
         while len(rates) <= options.steps + WARM:
@@ -139,12 +137,12 @@ def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Pa
             rates = [record["images_per_second"] for record in records if record["event"] == "step"]
         process.kill()
         process.wait()
-    said = [
+    reported = [
         line
         for line in log.read_text().splitlines()
-        if "computed as" in line or "taught in" in line or "compil" in line
+        if line.startswith(("teacher", "training", "compiling")) or "kernels" in line
     ]
-    return options.batch / statistics.median(rates[WARM : WARM + options.steps]), "; ".join(said)
+    return options.batch / statistics.median(rates[WARM : WARM + options.steps]), "; ".join(reported)
 
 
 @torch.no_grad()
@@ -169,7 +167,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a measurement")
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--pictures", type=int, default=320)
+    parser.add_argument("--images", "--pictures", type=int, default=320)
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--teacher", default="resnetv2_101x1_bit")
     parser.add_argument("--student", default="resnetv2_50x1_bit")
@@ -179,24 +177,24 @@ def main() -> None:
     if options.turn:
         print(timm_turn(Path(options.turn), options, TIMM[options.only[0]]))
         return
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         os.environ["FUNMATCH_CACHE"] = str(folder / "cache")
-        make_images(folder / "pictures", options.pictures)
+        make_images(folder / "images", options.images)
         torch.save(network(options.teacher, 0).state_dict(), folder / "teacher.pt")
         print("loss of a batch: ours {:.6f}, timm's {:.6f}".format(*losses_agree(options)), flush=True)
         times: dict[str, list[float]] = {name: [] for name in options.only}
         for number in range(options.rounds):
             for name in options.only:
                 if name in OURS:
-                    seconds, told = our_turn(folder, options, OURS[name], folder / "runs" / f"{name}-{number}")
+                    seconds, note = our_turn(folder, options, OURS[name], folder / "runs" / f"{name}-{number}")
                     if number == 0:
-                        print(f"{name}: {told}", flush=True)
+                        print(f"{name}: {note}", flush=True)
                 else:
-                    words = [sys.executable, __file__, "--turn", str(folder), "--only", name]
-                    for knob in ("steps", "side", "batch", "temperature", "teacher", "student"):
-                        words += [f"--{knob}", str(getattr(options, knob))]
-                    done = subprocess.run(words, capture_output=True, text=True, check=True)
+                    argv = [sys.executable, __file__, "--turn", str(folder), "--only", name]
+                    for option in ("steps", "side", "batch", "temperature", "teacher", "student"):
+                        argv += [f"--{option}", str(getattr(options, option))]
+                    done = subprocess.run(argv, capture_output=True, text=True, check=True)
                     seconds = float(done.stdout.split()[-1])
                 times[name].append(seconds)
                 print(f"round {number}: {name} {seconds:.3f} s a step", flush=True)

@@ -52,11 +52,11 @@ class Progress:
     def _tick(self) -> None:
         while not self.over.wait(0.5 if self.drawn else 30):
             minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
-            told = f"  {minutes}:{seconds:02d}  {self.total / 1e3:.1f} GB  {self.now}"
+            line = f"  {minutes}:{seconds:02d}  {self.total / 1e3:.1f} GB  {self.now}"
             if self.drawn:
-                print(f"\r\033[K{told}"[: os.get_terminal_size().columns], end="", flush=True)
+                print(f"\r\033[K{line}"[: os.get_terminal_size().columns], end="", flush=True)
             else:
-                print(told, flush=True)
+                print(line, flush=True)
 
 
 def main() -> None:
@@ -81,8 +81,8 @@ def main() -> None:
             ("--no-build-isolation", "--editable", target), constraints, log, progress
         )
     if code:
-        said = [line for line in log.read_text().splitlines() if not line.startswith("WARNING:")]
-        print("\n".join(said[-25:]))
+        output = [line for line in log.read_text().splitlines() if not line.startswith("WARNING:")]
+        print("\n".join(output[-25:]))
         print(f"pip failed with exit code {code}; its output is in {log}")
     else:
         print(f"Installed in {int(time.monotonic() - progress.began)} s.")

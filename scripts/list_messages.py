@@ -1,4 +1,4 @@
-"""Lists every text that a person can meet while using funmatch: messages, help, notes, titles of tables and plots.
+"""Lists every text that a user of funmatch can see: messages, help, notes, titles of tables and plots.
 
     python scripts/list_messages.py > tests/messages.txt
 

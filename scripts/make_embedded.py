@@ -76,12 +76,12 @@ def main() -> None:
         mosaic(*images, which).save(sheets / f"{name}.png", optimize=True)
     (sheets / "classes.json").write_text(json.dumps(CLASSES) + "\n")
 
-    if not (work / "pictures").is_dir():
+    if not (work / "images").is_dir():
         write_folder(work / "partial", "train", *train)
         write_folder(work / "partial", "test", *test)
-        (work / "partial").rename(work / "pictures")
-    # No validation split and so no choosing: the teacher is the last step of the run, judged once on the test images.
-    teacher = funmatch.train(work / "pictures", out=work / "teacher", **TEACHER)
+        (work / "partial").rename(work / "images")
+    # No validation split, so nothing is selected: the teacher is the last step, evaluated once on the test images.
+    teacher = funmatch.train(work / "images", out=work / "teacher", **TEACHER)
     shutil.copytree(teacher.folder / "student", EMBEDDED / "fashion-mini-teacher", dirs_exist_ok=True)
     print(f"teacher: {teacher.figures['parameters']:,} parameters, {teacher.top1:.2%} of 10,000 test images")
 

@@ -36,8 +36,8 @@ def main() -> None:
     ]
     # A copy in which no tool is pinned; a package without a wheel for one of the platforms is then an error.
     free = TOOL.sub(r'\1",', project) + f"\n[tool.uv]\nrequired-environments = {wanted}\n"
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         (folder / "pyproject.toml").write_text(free)
         (folder / "build.in").write_text("\n".join(BUILD))
         if PINS.exists():  # what does not move stays

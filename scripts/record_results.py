@@ -4,7 +4,7 @@
     python scripts/record_results.py --compare old.json new.json [--only NAME ...]
 
 Use it around a change that must not change any result. Every command runs in a process of its own, on the CPU with one
-thread, with the `funmatch` package of the given checkout and a fresh cache. The record holds figures and losses as they
+thread, with the `funmatch` package of the given checkout and a fresh cache. The record holds metrics and losses as they
 were written, and the SHA-256 of every student, newest checkpoint, tape and shard, by its path below the case's folder.
 Comparing prints a table and exits with 1 on any difference. Both records must come from the same machine and the same
 versions of torch and timm, since neither promises equal bits elsewhere.
@@ -138,7 +138,7 @@ run = [{ name = "labels", verb = "train" }, { name = "from labels", student = "r
 { name = "T = {temperature}", each = { temperature = [2.0] } }]
 figure = [{ kind = "ends", value = "top1" }]
 """
-FIGURES = ("top1", "top5", "agreement", "kl", "loss", "step", "best_step", "teacher_top1")
+METRICS = ("top1", "top5", "agreement", "kl", "loss", "step", "best_step", "teacher_top1")
 EVENTS = ("step", "eval", "ema", "views", "teacher")
 HASHED = ("model.safetensors", "answers.bin", "*.tfrec*")
 
@@ -196,20 +196,20 @@ def run_command(command: str, checkout: Path, folder: Path, work: Path) -> tuple
     if stopped:
         stop_once_saved(process, folder)
     out, err = process.communicate()
-    wanted = 128 + signal.SIGTERM if stopped else 0
-    if process.returncode != wanted:
-        raise RuntimeError(f"funmatch {command}\nexit {process.returncode}, not {wanted}\n{out}\n{err}")
+    expected = 128 + signal.SIGTERM if stopped else 0
+    if process.returncode != expected:
+        raise RuntimeError(f"funmatch {command}\nexit {process.returncode}, not {expected}\n{out}\n{err}")
     return round(time.monotonic() - began, 1), out
 
 
-def figures_of(record: dict) -> dict:
-    """Picks the figures that are compared out of a JSON record, and those of the averaged weights (`ema`)."""
-    figures = {name: record[name] for name in FIGURES if record.get(name) is not None}
-    return figures | ({"ema": figures_of(record["ema"])} if isinstance(record.get("ema"), dict) else {})
+def metrics_of(record: dict) -> dict:
+    """Picks the compared metrics of a JSON record, and those of the averaged weights (`ema`)."""
+    metrics = {name: record[name] for name in METRICS if record.get(name) is not None}
+    return metrics | ({"ema": metrics_of(record["ema"])} if isinstance(record.get("ema"), dict) else {})
 
 
 def results_in(folder: Path) -> Iterator[tuple[str, object]]:
-    """Yields what is recorded of each file in a case's folder: its path, and its figures or its SHA-256."""
+    """Yields what is recorded of each file in a case's folder: its path, and its metrics or its SHA-256."""
     newest = {max(each.glob("step-*"), default=None) for each in folder.rglob("checkpoints")}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -218,10 +218,10 @@ def results_in(folder: Path) -> Iterator[tuple[str, object]]:
         ):
             yield name, hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "result.json":
-            yield name, figures_of(json.loads(path.read_text()))
+            yield name, metrics_of(json.loads(path.read_text()))
         elif path.name == "metrics.jsonl":
             lines = map(json.loads, path.read_text().splitlines())
-            yield name, [[line["event"], figures_of(line)] for line in lines if line["event"] in EVENTS]
+            yield name, [[line["event"], metrics_of(line)] for line in lines if line["event"] in EVENTS]
 
 
 def run_case(name: str, checkout: Path, work: Path) -> dict:
@@ -231,28 +231,28 @@ def run_case(name: str, checkout: Path, work: Path) -> dict:
     seconds, results = [], {}
     try:
         for number, command in enumerate(CASES[name], 1):
-            took, out = run_command(command, checkout, folder, work)
-            seconds.append(took)
+            duration, out = run_command(command, checkout, folder, work)
+            seconds.append(duration)
             if "--json" in command.split():
-                results[f"output of command {number}"] = figures_of(json.loads(out))
+                results[f"output of command {number}"] = metrics_of(json.loads(out))
         results |= dict(results_in(folder))
         status = f"{len(results)} results"
     except RuntimeError as error:
-        results, status = {}, f"FAILED: {error}"  # the other cases are still worth their figures
+        results, status = {}, f"FAILED: {error}"  # the other cases are still compared
     print(f"{name:<20} {sum(seconds):6.1f} s  {status}", flush=True)
     return {"seconds": seconds, "commands": list(CASES[name]), "results": results}
 
 
 def record(checkout: Path, names: list[str], jobs: int) -> dict:
     """Runs cases in a fresh folder, which is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="record-") as place:
-        work = Path(place)
+    with tempfile.TemporaryDirectory(prefix="record-") as temporary:
+        work = Path(temporary)
         write_inputs(work / "inputs")
         process = start(["-c", "import funmatch; print(funmatch.__file__)"], checkout, work, work)
         imported = Path(process.communicate()[0].strip() or "/")
         if not imported.is_relative_to(checkout):
-            raise SystemExit(f"{checkout} is not imported, but {imported}")
-        # Also fills the cache, so that no case depends on which of them came first.
+            raise SystemExit(f"{checkout} is not the package that is imported: {imported}")
+        # Also fills the cache, so that no case depends on the order of cases.
         run_command(f"train {MINI} {STUDENT} --steps 20 --lr 1e-2 --out inputs/teacher", checkout, work, work)
         with ThreadPoolExecutor(jobs) as pool:
             cases = pool.map(lambda name: run_case(name, checkout, work), names)
