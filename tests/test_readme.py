@@ -1,8 +1,10 @@
 """Checks that every command, example and link in the README, in `docs/` and in CONTRIBUTING works."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,7 +17,8 @@ from test_bit import as_second_layout, random_bit
 
 from funmatch.cli import parse
 from funmatch.commands.study.spec import parse as parse_study
-from funmatch.config import Distill
+from funmatch.commands.verbs import TABLES
+from funmatch.config import SEARCHED, Distill
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -32,7 +35,15 @@ def lines_with(word: str, pages: Iterable[Path] = PAGES) -> list[str]:
 
 
 COMMANDS = list(dict.fromkeys(lines_with("funmatch")))
+(CONFIG,) = [text for text in blocks("toml") if "[[run]]" not in text]
+SHOW_AND_EXIT = ("--help", "--help-all", "--print-completion")
 TARGETS = sorted({line.split()[1] for line in lines_with("make")})
+
+
+def arguments(command: str) -> tuple[list[str], str | None]:
+    """Arguments of a command line, and the file to which `>` sends its output; what follows a pipe is left out."""
+    words = shlex.split(command.partition(" | ")[0])[1:]
+    return (words[:-2], words[-1]) if ">" in words else (words, None)
 
 
 def anchors(page: Path) -> set[str]:
@@ -54,9 +65,38 @@ def test_readme_is_short_and_links_every_page():
         assert not {page for page in (ROOT / "docs").glob("*.md") if page.name != "README.md"} - linked
 
 
+@pytest.fixture
+def config_files(tmp_path, monkeypatch) -> None:
+    """A current folder with the configuration files that commands name, since parsing reads them."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(CONFIG)
+    Path("runs/first").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "fixtures" / "old_run" / "config.json", "runs/first")
+
+
+@pytest.mark.usefixtures("config_files")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_can_be_parsed(command):
-    parse(shlex.split(command)[1:])
+    words, _ = arguments(command)
+    if any(word in SHOW_AND_EXIT for word in words):
+        with pytest.raises(SystemExit) as end:
+            parse(words)
+        assert end.value.code == 0
+    else:
+        parse(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_option_mentioned_exists(page):
+    """Options in inline code that begins with `--` or `funmatch`; other programs have options of their own."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    code = [span for span in re.findall(r"`([^`]+)`", text) if span.startswith(("--", "funmatch "))]
+    tables = [*TABLES.values(), *SEARCHED.values()]
+    for flag in {flag for span in code for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span)}:
+        known = flag in SHOW_AND_EXIT or any(table.field_of(flag.replace("--no-", "--")) for table in tables)
+        assert known, f"{flag} is not an option"
+    for verb in {span.split()[1] for span in code if span.startswith("funmatch ")}:
+        assert verb in TABLES or verb in ("COMMAND", "--print-completion"), f"{verb} is not a command"
 
 
 @pytest.mark.parametrize("text", [text for text in blocks("toml") if "[[run]]" in text])
@@ -64,9 +104,8 @@ def test_every_study_is_valid(text):
     assert len(parse_study(text, "README.md").entries) > 1
 
 
-@pytest.mark.parametrize("text", [text for text in blocks("toml") if "[[run]]" not in text])
-def test_every_configuration_file_is_valid(text):
-    Distill.checked(**tomllib.loads(text), out="runs/from-file")
+def test_the_configuration_file_is_valid():
+    Distill.checked(**tomllib.loads(CONFIG), out="runs/from-file")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -83,6 +122,15 @@ def test_every_file_that_is_mentioned_exists(page):
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def edited_config(written: Path, images: Path) -> str:
+    """The page's configuration file with small values; every option in it must be in the written template."""
+    options = tomllib.loads(CONFIG)
+    assert all(re.search(rf"^#? ?{name} = ", written.read_text(), re.M) for name in options)
+    small = {"data": str(images), "student": "resnet10t", "side": 32, "epochs": 1, "allow_weak_teacher": True}
+    small["student_kwargs"] = ["channels=8,8,16,16", "stem_width=8"]
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in (options | small).items())
 
 
 @pytest.mark.slow
@@ -121,7 +169,12 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
     for command in teachers_first:
         for old, new in replacements.items():
             command = command.replace(old, new)
-        funmatch(*shlex.split(command)[1:])
+        words, output = arguments(command)
+        result = funmatch(*words)
+        if output:
+            (tmp_path / output).write_text(result.stdout)
+        if output == "run.toml":  # a reader edits the template; the page shows the lines that are kept
+            (tmp_path / output).write_text(edited_config(tmp_path / output, images))
     assert (tmp_path / "runs" / "first" / "report.html").exists()
 
 
