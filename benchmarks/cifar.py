@@ -1,4 +1,4 @@
-"""Runs consistency and patience on 500 images of CIFAR-10, 50 a class: a study for one GPU and some hours.
+"""Runs consistency and patience on 500 images of CIFAR-10, 50 per class: a study for one GPU and some hours.
 
     python benchmarks/cifar.py --work studies/cifar [--data cifar10] [--epochs 1000 30000] [--patience 100 1000 30000]
 

@@ -1,7 +1,7 @@
 """Measures how fast views are made, compared with timm's loader and `tf.data`, and what many images cost.
 
     pip install scikit-learn                    # for its two photographs; or --photos FOLDER
-    python benchmarks/data.py                        # views a second, on one core
+    python benchmarks/data.py                        # views per second, on one core
     python benchmarks/data.py --tensorflow PYTHON    # with tf.data, by an interpreter that has TensorFlow
     python benchmarks/data.py --many                 # memory and start-up with 1,000 and 100,000 images
 

@@ -1,4 +1,4 @@
-"""Compares the speed of two checkouts of funmatch on the same machine: steps a second, and seconds to start.
+"""Compares the speed of two checkouts of funmatch on the same machine: images per second, and seconds to start.
 
     python benchmarks/versions.py OTHER_CHECKOUT                   # all parts, five rounds
     python benchmarks/versions.py OTHER_CHECKOUT --only demo large start --rounds 7
@@ -95,7 +95,7 @@ def main() -> None:
             if part == "large":
                 LARGE.extend(["--teacher-weights", str(teacher_file(folder))])
             if part in work:
-                rows = {f"{part}, images a second": lambda at, words=work[part]: rate(at, words, places[at])}
+                rows = {f"{part}, images per second": lambda at, words=work[part]: rate(at, words, places[at])}
             else:
                 rows = {f"{n}, s": lambda at, words=words: run(at, words, places[at]) for n, words in STARTS.items()}
             for what, measure in rows.items():

@@ -5,7 +5,7 @@
 # **data**, a fine-tuned teacher, a search for a better one, and a student that reproduces the teacher's outputs.
 #
 # This notebook downloads the images, checks every file, and writes TFRecord shards in the format of
-# [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation): 384 × 384 JPEGs, 128 a shard. The later
+# [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation): 384 × 384 JPEGs, 128 per shard. The later
 # notebooks do not need the shards; they are for TensorFlow or another machine.
 
 # %% [markdown]
@@ -18,7 +18,7 @@
 # %% tags=["parameters"]
 DATA = "pet37"  # or "flowers102", "food101"
 SIDE = 384  # size of the images in the shards, pixels
-SHARD_SIZE = 128  # images a shard
+SHARD_SIZE = 128  # images per shard
 
 # %%
 import funmatch

@@ -53,7 +53,7 @@ def _name(part: ast.expr) -> str:
 
 
 def catalogue() -> str:
-    """All texts, a line each, under the module that has them."""
+    """All texts, one per line, under the module that has them."""
     lines = []
     for path in sorted(PACKAGE.rglob("*.py")):
         found = list(dict.fromkeys(texts(path)))

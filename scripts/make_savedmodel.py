@@ -335,7 +335,7 @@ A network with 255 in its name takes images in 0 … 255."""
 
 
 def make(way: str, folder: Path, args: argparse.Namespace) -> None:
-    """Saves a network in one of these ways as `folder`, with its images and logits beside it."""
+    """Saves a network in one of these ways as `folder`, with its images and logits next to it."""
     if way.startswith("module"):
         model = Served(Body(args.units, args.width, args.groups, False), args.classes)
     elif way.startswith("hub"):

@@ -23,7 +23,12 @@ from funmatch.config import SEARCHED, Distill
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 """The README first: commands of later pages use the runs that its commands write."""
-NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+LINKING = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").rglob("*.md"))]
+"""Also pages without commands to run: their benchmarks take hours."""
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks(language: str, pages: Iterable[Path] = PAGES) -> list[str]:
@@ -86,7 +91,7 @@ def test_every_command_can_be_parsed(command):
         parse(words)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_option_mentioned_exists(page):
     """Options in inline code that begins with `--` or `funmatch`; other programs have options of their own."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
@@ -113,7 +118,7 @@ def test_every_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
 def test_every_file_that_is_mentioned_exists(page):
     text = page.read_text()
     for path in re.findall(r"`([\w/-]+\.md|(?:funmatch|scripts|tests)/[\w/.-]+)`", text):
@@ -122,6 +127,10 @@ def test_every_file_that_is_mentioned_exists(page):
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+    for script, options in re.findall(r"python ((?:benchmarks|scripts)/\w+\.py)([^`|>\n]*)", text):
+        source = (ROOT / script).read_text()
+        for flag in re.findall(r"(?<!\S)--[a-z-]+", options):
+            assert f'"{flag}"' in source, f"{script} has no option {flag}"
 
 
 def edited_config(written: Path, images: Path) -> str:

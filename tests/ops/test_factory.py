@@ -31,7 +31,9 @@ ALL = [
         if name not in {*QUICK, *NEED_OTHER_LIBRARIES}
     ),
 ]
+# Rates at which these descend within few steps, e.g. LARS, which scales updates by a trust coefficient of 0.001.
 LR = {"lars": 3.0, "larc": 0.3, "nlars": 3.0, "nlarc": 0.3, "adadelta": 10.0, "sgd": 0.1, "adafactor": 0.1}
+# Preconditioning from an early step on, or the short runs here would never reach it.
 EARLY = {"shampoo": {"start_preconditioning_step": 3, "block_size": 8}, "soap": {"precondition_frequency": 2}}
 
 

@@ -274,7 +274,7 @@ def test_compiled_runs_match_uncompiled_ones_and_are_deterministic(tmp_path):
     options = COMPILED | {"schedule": "constant", "warmup_steps": 0}
     reference = funmatch.distill(**options, out=tmp_path / "whole")
     plain = funmatch.distill(**options | {"compile": "off"}, out=tmp_path / "x")
-    assert losses(reference) == pytest.approx(losses(plain), rel=1e-4)
+    assert losses(reference) == pytest.approx(losses(plain), rel=1e-4)  # fused kernels round differently
     resumed = funmatch.distill(**options, out=tmp_path / "again")
     assert weights(reference.folder) == weights(resumed.folder)
 
@@ -327,6 +327,7 @@ def test_native_kernels_match_torch_and_are_deterministic(tmp_path, capsys, prec
     assert weights(native.folder) == weights(resumed.folder)
     plain = funmatch.distill(**options | {"compile": "off"}, out=tmp_path / "plain")
     assert len(losses(native)) == 6
+    # Rounding grows over the steps, and bf16 keeps 8 bits of each value.
     assert losses(native) == pytest.approx(losses(plain), rel={"fp32": 1e-3, "bf16": 2e-2}[precision])
     assert weights(native.folder) != weights(plain.folder), "they round differently"
 

@@ -198,7 +198,7 @@ def test_every_strategy_trains(tmp_path, strategy):
     )
     lines = list(map(json.loads, (outcome.folder / "metrics.jsonl").read_text().splitlines()))
     first, last = (next(e for e in lines if e["event"] == "views" and e["step"] == step) for step in (20, 40))
-    assert last["kl"] < first["kl"] * 1.1
+    assert last["kl"] < first["kl"] * 1.1  # 40 steps are too few to ask more than no divergence
     assert last["views"] == 256
     assert 0 <= last["teacher_top1"] <= 1
     resolved = json.loads((outcome.folder / "config.json").read_text())["knobs"]
