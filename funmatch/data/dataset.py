@@ -228,6 +228,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
             splits[name] = SplitListing(names, labels)
 
     def read(split: str, index: int) -> bytes:
+        # Several threads call it at once, as they do every `read`: it must not keep anything between calls.
         dataset, i = images[split][index]
         return dataset.read(split, i)
 

@@ -182,7 +182,7 @@ def _npz_origin(
 def savedmodel_origin(folder: Path, kwargs: dict[str, Any], inputs: Inputs | None) -> Origin:
     """Returns the origin of a BiT network that Keras saved; its mean and std are given, or those of its graph."""
     saved = open_savedmodel(folder)
-    # The user's word first: a graph shows what it does itself, not what was done to images before it.
+    # The user's `inputs` first: a graph shows what it does itself, not what was done to images before it.
     given = inputs or saved.inputs
     if given is None:
         raise InputError(

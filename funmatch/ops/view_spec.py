@@ -1,6 +1,6 @@
 """Holds, as one value, everything that decides the training views of a run.
 
-Two runs with equal specs and equal images are shown the same views at every step. So one object answers all questions
+Two runs with equal specs and equal images have the same views at every step. So one object answers all questions
 of that kind: whether students can share crops, whether a tape belongs to a run, whether kept logits are still valid.
 """
 
@@ -29,7 +29,7 @@ class ViewSpec:
         crop: how an image becomes a view; see `sampling.box_sampler`.
         resize: short side from which a mild crop is cut, pixels; 0 for other crops.
         mixup: how MixUp's λ is drawn.
-        cutmix: a of Beta(a, a), from which CutMix's λ is drawn; 0 is no CutMix.
+        cutmix: a of Beta(a, a), from which CutMix's λ is drawn; 0 turns CutMix off.
         randaugment: (operations per image, magnitude), or None.
         own_teacher_view: whether the teacher is shown crops drawn independently of the student's.
         native: whether the native CPU kernel cuts the crops, which rounds otherwise than torch.
@@ -46,7 +46,7 @@ class ViewSpec:
     cutmix: float = 0.0
     randaugment: tuple[int, int] | None = None
     own_teacher_view: bool = field(default=False, metadata={"key": "teacher_sees"})
-    # A tape stores logits in fp16: the kernel's rounding of a crop (below 1e-5) is not worth asking the teacher again.
+    # A tape stores logits in fp16: the kernel's rounding of a crop (below 1e-5) is not worth running the teacher again.
     native: bool = field(default=True, metadata={"key": None})
     version: int = field(default=SAMPLING_VERSION, metadata={"key": "draws"})
 

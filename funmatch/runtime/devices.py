@@ -57,7 +57,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     # Whether bf16 pays on a CPU depends on the network (1.6 to 2.3 times as fast for BiT's R50x1, 0.67 for a
-    # MobileNetV3-L), so there it is measured, by `training.acceleration`.
+    # MobileNetV3-L), so there it is measured, by `training.student.acceleration`.
     if device.type == "cpu":
         return "fp32"
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", lambda: True)

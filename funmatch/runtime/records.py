@@ -157,6 +157,7 @@ class RecordFolder:
             try:
                 yield
             except BaseException:
+                # BaseException: after Ctrl-C, too, a folder without a record must not stay behind.
                 if not had_begun:
                     self._clear(created=created)
                 raise
@@ -199,7 +200,7 @@ class RecordFolder:
     @property
     def in_use(self) -> bool:
         """Whether another process is using the folder."""
-        # Asked first, since locking would create the file, and the folder would look begun.
+        # Checked first, since locking would create the file, and the folder would look begun.
         if not self.has_begun:
             return False
         held = self.try_lock()

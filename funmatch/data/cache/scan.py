@@ -25,7 +25,7 @@ FORMAT = 3
 ROW = np.dtype(
     [("digest", "V16"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4"), ("kinds", "<u2"), ("bad", "?")]
 )
-CHUNK = 256
+CHUNK = 256  # images between two writes: what an interruption loses at most
 EXAMPLES = 20
 MACHINE_ERRORS = {ENOSPC, EDQUOT, EMFILE, ENFILE, EIO, ENOMEM}
 """Errors of the machine, which say nothing about an image: it must not be recorded as unreadable."""
@@ -258,7 +258,7 @@ def _find_duplicates(dataset: Dataset, scanned: Scan, usable: np.ndarray) -> tup
     content = scanned.rows["digest"].copy().view("S16")
     # Stable, so that copies stay in the order of the listing, and the examples are the same every time.
     order = np.argsort(content, kind="stable")
-    # Unreadable files have digests of their errors, which are often equal.
+    # Unreadable files have digests of their errors, which may be equal.
     order = order[usable[order]]
     # It sorts as above, so that its counts are those of the runs of equal digests in `order`.
     _, counts = np.unique(content[order], return_counts=True)

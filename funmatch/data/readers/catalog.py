@@ -209,7 +209,7 @@ def _download(name: str, entry: CatalogEntry, home: Path) -> None:
     # A name that `_find` never looks at: a download that was interrupted while unpacking must not pass for the data.
     partial = home / f".{name}.partial"
     top = Path(entry.folder).parts[0]
-    # Asked before it is made, so that a failed download leaves no empty folder behind.
+    # Checked before it is made, so that a failed download leaves no empty folder behind.
     new_home = not home.exists()
     partial.mkdir(parents=True, exist_ok=True)
     _remove_all_but_archives(entry, partial)

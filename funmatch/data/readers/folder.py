@@ -57,7 +57,7 @@ class FolderListing:
             self.watched.append(os.path.join(self.root, folder))
             with os.scandir(self.watched[-1]) as entries:
                 for entry in entries:
-                    # macOS leaves a `._x.jpg`, which is not an image, beside every x.jpg on foreign disks.
+                    # macOS leaves a `._x.jpg`, which is not an image, beside an x.jpg on other systems' disks.
                     if entry.name[0] == ".":
                         continue
                     # Before endings: a folder may be called x.jpg.

@@ -32,7 +32,7 @@ def _list_tar(path: Path, options: ReadOptions) -> list[Record]:
                 parts = member.name.split("/")
                 if member.issym() or member.islnk() or member.name.startswith("/") or ".." in parts:
                     raise DamagedRecord(f"member {member.name!r} is a link or leads outside; pack the files themselves")
-                # Hidden files are left out: macOS's tar adds a `._x.jpg` for every x.jpg.
+                # Hidden files are left out: macOS's tar adds a `._x.jpg` to an x.jpg with extended attributes.
                 if member.isfile() and "." in parts[-1] and not parts[-1].startswith("."):
                     key, _, ending = parts[-1].partition(".")
                     # With the folder: train/1.jpg and val/1.jpg are two samples.

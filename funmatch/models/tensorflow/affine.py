@@ -63,7 +63,7 @@ class AffineImage:
     is_integer: bool = False
 
 
-class GraphWalk:
+class GraphEvaluator:
     """Computes values in a graph on demand: constants, and affine functions of its images.
 
     Attributes:
@@ -77,7 +77,7 @@ class GraphWalk:
         self.values: dict[Output, AffineImage | np.ndarray] = {}
         self.inputs: set[Output] = set()
 
-    def of(self, output: Output, depth: int = 0) -> AffineImage | np.ndarray:
+    def evaluate(self, output: Output, depth: int = 0) -> AffineImage | np.ndarray:
         """Returns the value of an output.
 
         Raises:
@@ -111,11 +111,11 @@ class GraphWalk:
         if node.op in RESIZES and into:
             # Resizing does not change the range of values, unless zeros of a border are mixed in.
             # Only the first input is followed: the size is often computed from the images' shape, which is not affine.
-            return _unpadded(self.of(into[0], depth), output, node)
+            return _unpadded(self.evaluate(into[0], depth), output, node)
         # All of these have a single output, number 0; another number means a different operation of the same name.
         if output.number or node.op not in {*OF_CONSTANTS, "Pad", "PadV2"}:
             raise _unsupported(output, node)
-        values = [self.of(each, depth) for each in into]
+        values = [self.evaluate(each, depth) for each in into]
         if any(isinstance(value, AffineImage) for value in values):
             return _apply(output, node, values)
         arrays = [value for value in values if isinstance(value, np.ndarray)]

@@ -23,7 +23,7 @@ IDENTITIES = {
 
 SIGNATURES = ("serving_default", "serve")  # in order of preference
 
-# A damaged or hostile file must not make us follow it for ever.
+# A damaged or hostile file must not be followed forever.
 MAX_DEPTH = 64  # of calls inside calls
 MAX_CALLS = 5000
 MAX_NAME = 2000  # characters
@@ -154,7 +154,7 @@ class Graph:
         while True:
             self._count_step()
             function, arguments = self._calls[call].function, self._calls[call].arguments
-            # Names are split and stored at every step, so a file with names of megabytes would take for ever.
+            # Names are split and stored at every step, so a file with names of megabytes would take forever.
             if len(name) > MAX_NAME:
                 raise Damaged("a name in its graph is too long")
             node_name, *rest = name.split(":")

@@ -11,7 +11,7 @@ import numpy as np
 
 from funmatch.data.formats.protobuf import Damaged, text
 from funmatch.errors import InputError
-from funmatch.models.tensorflow.affine import AffineImage, GraphWalk
+from funmatch.models.tensorflow.affine import AffineImage, GraphEvaluator
 from funmatch.models.tensorflow.bundle import Bundle
 from funmatch.models.tensorflow.graph import Graph, Output, open_graph
 from funmatch.models.tensorflow.nodes import Missing, Node, Unclear, attribute, numbers
@@ -91,7 +91,7 @@ def _trace_input(preprocessing: Preprocessing, graph: Graph, bundle: Bundle) -> 
     preprocessing = replace(preprocessing, stem=frozenset(stem))
     images = graph.inputs(convolution)[:1]
     try:
-        image = GraphWalk(graph, bundle).of(images[0])
+        image = GraphEvaluator(graph, bundle).evaluate(images[0])
         if not isinstance(image, AffineImage):
             raise Unclear("its graph gives the network no images")
         _check_border(graph.node(convolution), image)

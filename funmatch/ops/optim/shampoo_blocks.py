@@ -81,7 +81,7 @@ def block_grids(shape: Shape, size: int) -> list[BlockGrid]:
     for length in shape:
         whole, rest = divmod(length, size)
         spans.append([(0, whole, size)] * (whole > 0) + [(length - rest, 1, rest)] * (rest > 0))
-    # In this order for good: a grid's number is part of the names in a checkpoint.
+    # The order must stay: a grid's number is part of the names in a checkpoint.
     return [BlockGrid(*map(tuple, zip(*each, strict=True))) for each in product(*spans)]
 
 
@@ -176,7 +176,7 @@ class BlockStacks:
                 side, span = self.spans[block, axis]
                 old, unfolded = self.statistics[side][span], gradients.movedim(1 + axis, 1).flatten(2)
                 new = torch.baddbmm(old, unfolded, unfolded.mT, beta=decay, alpha=1 - decay if decay < 1 else 1)
-                # A gradient that overflowed is left out; its infinity would stay in the statistics for ever.
+                # A gradient that overflowed is left out; its infinity would stay in the statistics forever.
                 torch.where(_is_finite(new), new, old, out=old)
 
     def update_roots_(self, ridge: float, sharded_map: ShardedMap) -> None:
