@@ -26,6 +26,7 @@ from funmatch.data.readers.tfrecords import CLASS_FILES
 from funmatch.errors import InputError
 from funmatch.ops.sampling import shuffle_positions
 from funmatch.runtime.files import cache_home, disk_errors, file_lock, write_atomically
+from funmatch.runtime.json_files import Damaged, read_json
 
 QUALITY = 95
 CLASS_FILE = CLASS_FILES[0]
@@ -214,8 +215,8 @@ def _begin(folder: Path, dataset: Dataset, description: dict[str, Any]) -> Path:
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / NOTE).read_text())
-    except (OSError, ValueError):
+        return read_json(folder / NOTE, dict)
+    except (OSError, Damaged):
         return None
 
 

@@ -1,6 +1,5 @@
 """Maps the classes of the data to a teacher's, which may be more, in another order, or under other names."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from timm.data.imagenet_info import infer_imagenet_subset
 
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.classifier import Classifier
+from funmatch.runtime.json_files import parse_json
 
 SAME_NAMES = "same-names"
 ClassMap = tuple[tuple[int, ...], ...]
@@ -44,7 +44,7 @@ def read_class_map(path: Path) -> dict[str, list[str | int]]:
         InputError: the file cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.expanduser().read_text())
+        content = parse_json(path.expanduser().read_bytes())
     except OSError as error:
         raise InputError(f"cannot read the class map {path}: {error.strerror}") from error
     except ValueError as error:

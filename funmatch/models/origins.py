@@ -1,6 +1,5 @@
 """Finds where a model's weights come from: a run, a folder, a file, a published checkpoint or a SavedModel."""
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
 from funmatch.models.weights import Lazily, read_state
 from funmatch.runtime import records
+from funmatch.runtime.json_files import parse_json
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
@@ -28,6 +28,10 @@ OWN_CARDS = {"fashion-mini-student": {"input_size": (3, 32, 32), "crop_pct": 1.0
 
 SAVEDMODEL, BIT, HUB, LOCAL = "savedmodel:", "bit:", "hf-hub:", "local-dir:"
 CONFIG_KEYS = ("input_size", "crop_pct", "mean", "std")
+MODEL = {"architecture": str, "model_args?": dict, "funmatch?": dict, "pretrained_cfg?": dict}
+"""What the `config.json` of a model holds in timm's layout; `timm_models.card_of` checks the rest."""
+CARD = {"pretrained_cfg": dict.fromkeys(CONFIG_KEYS, Any), "num_classes?": int | None, "model_args?": dict | None}
+"""What the `config.json` of a network that is not timm's holds."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,11 @@ def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
     """Returns the origin of a folder in timm's layout."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
-        kwargs = config.get("model_args", {}) | kwargs
-        architecture, about = str(config["architecture"]), config.get("funmatch", {})
-        card = {"top1": about.get("top1")}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(_bad_config(path, error)) from error
+        config = parse_json(path.read_bytes(), MODEL)
+    except ValueError as error:
+        raise InputError(_bad_config(path, error)) from None
+    kwargs = config.get("model_args", {}) | kwargs
+    architecture, card = config["architecture"], {"top1": config.get("funmatch", {}).get("top1")}
     weights = folder / "model.safetensors"
     if architecture.startswith(custom.GIVEN):
         raise InputError(f"{folder} has the weights of a module that was given from Python; load them from there")
@@ -141,15 +144,15 @@ def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
 def _bad_config(path: Path, error: Exception) -> str:
     """Returns the message for a `config.json` that is not in timm's layout."""
     try:
-        foreign = "model_type" in json.loads(path.read_text())
-    except (OSError, ValueError, TypeError):
+        foreign = "model_type" in parse_json(path.read_bytes(), dict)
+    except ValueError:
         foreign = False
     if foreign:
         return (
             f"{path} is a model of the transformers library, and only timm's layout is read; load it in a function of "
             "your own and pass package.module:function"
         )
-    return f"{path} is not the configuration of a model ({type(error).__name__}: {first_line(error)})"
+    return f"{path} is not the configuration of a model ({first_line(error)})"
 
 
 def _function_origin(name: str, path: Path, kwargs: dict[str, Any], side: int | None) -> Origin:
@@ -165,11 +168,11 @@ def _function_origin(name: str, path: Path, kwargs: dict[str, Any], side: int | 
 def _read_card(path: Path) -> dict[str, Any]:
     """Reads the card of a network that is not timm's from its `config.json`."""
     try:
-        config = json.loads(path.read_text())
-        card = {key: config["pretrained_cfg"][key] for key in CONFIG_KEYS}
-        return card | {key: config.get(key) for key in ("num_classes", "label_names", "model_args") if config.get(key)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(_bad_config(path, error)) from error
+        config = parse_json(path.read_bytes(), CARD)
+    except ValueError as error:
+        raise InputError(_bad_config(path, error)) from None
+    card = {key: config["pretrained_cfg"][key] for key in CONFIG_KEYS}
+    return card | {key: config.get(key) for key in ("num_classes", "label_names", "model_args") if config.get(key)}
 
 
 def _npz_origin(

@@ -12,6 +12,7 @@ from torch import nn
 
 from funmatch.models.bit import OTHER_SIZES, rescale_for_timm
 from funmatch.models.classifier import GIVEN, Card, Classifier, timm_config, to_memory_format
+from funmatch.runtime.json_files import read_json
 
 # Entries of timm's configuration that describe the architecture's published weights, and would be wrong for ours.
 ABOUT_OTHER_WEIGHTS = (
@@ -67,7 +68,7 @@ def _save_with_timm(classifier: Classifier, folder: Path, card: Card, about: dic
     try:
         timm.models.save_for_hf(net, str(folder), safe_serialization=True)
         (folder / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
-        _write_config(json.loads((folder / "config.json").read_text()), classifier, folder, card, about)
+        _write_config(read_json(folder / "config.json", dict), classifier, folder, card, about)
         if not given or _same_logits(before, timm.create_model(f"local-dir:{folder}", pretrained=True), card):
             return True
     except (ValueError, TypeError, RuntimeError):

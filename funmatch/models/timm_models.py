@@ -1,6 +1,7 @@
 """Builds timm's networks, without weights or with published ones, and adapts them: head, image size, freezing."""
 
 import ast
+import math
 import socket
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,9 @@ from torch import nn
 
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.classifier import Card, Classifier, timm_config
+
+LEAST_FRACTION, LARGEST_SIDE = 0.05, 1 << 14
+"""The smallest share of an image, and the largest side in pixels, that the configuration of a model may name."""
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
@@ -128,14 +132,17 @@ def card_of(name: str, net: nn.Module, overrides: dict[str, Any]) -> Card:
         card = replace(card, squash=cfg.get("crop_mode") == "squash")
         top1 = 0.0 if card.top1 is None else card.top1
         count = vars(net).get("num_classes") or len(classes or ())
-        valid = side >= 1 and 0 < fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
+        valid = LEAST_FRACTION <= fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
+        valid = valid and isinstance(side, int) and 1 <= side <= LARGEST_SIDE and all(map(math.isfinite, mean + std))
         if valid and len(mean) == channels and (classes is None or len(classes) == count):
             return card
     except (KeyError, TypeError, ValueError, IndexError):
         pass
     values = {key: cfg.get(key) for key in ("input_size", "crop_pct", "mean", "std", "top1")}
+    names = cfg.get("label_names") or ()
+    named = len(names) if isinstance(names, list | tuple | dict) else repr(names)
     raise InputError(
-        f"the configuration of {name} is not valid: {values}, {len(cfg.get('label_names') or ())} class names; "
+        f"the configuration of {name} is not valid: {values}, {named} class names; "
         "expected a size, a fraction, as many means and deviations above 0 as channels, and as many names as classes"
     )
 

@@ -12,7 +12,6 @@ from funmatch.config import TAUGHT, Report
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
-from funmatch.models.inference.frozen import InferenceMode
 from funmatch.ops import mixing
 from funmatch.reports import run_plots
 from funmatch.reports.html import load_template
@@ -23,6 +22,7 @@ from funmatch.runtime.text import duration, percent
 from funmatch.training import datasets, setup
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
+from funmatch.training.teachers import loading
 
 SHOWN_VIEWS = 12
 THUMBNAIL = 96
@@ -64,6 +64,8 @@ def write_page(config: Report) -> Path:
     student = ("best " * (len(distilled or found) > 1)) + ("distilled student" if distilled else "student")
     # A comparison is about distillation: a run on labels beside it is the baseline, also where it is better.
     best = max((each.result or {}).get("top1") or 0.0 for each in distilled or found)
+    for log in (each.metrics for each in found):
+        log.warn_of_damage()
     html = page.render(
         title=" and ".join(each.folder.resolve().name for each in found),
         best=percent(best) if best else None,
@@ -79,6 +81,7 @@ def write_page(config: Report) -> Path:
         evaluation_columns=EVALUATION_COLUMNS,
         overridden=[line for each in found for line in overridden_options(each)],
         curves=run_plots.build_panels(found),
+        damaged=[(each.folder.resolve().name, count) for each in found if (count := each.metrics.count_damaged())],
         sheets=sheets,
         configs=[(each.folder.resolve().name, flat(each.config)) for each in found],
     )
@@ -114,14 +117,14 @@ def row(run: run_folder.Run) -> list[str]:
     return [
         run.folder.resolve().name,
         " + ".join(Path(name).name for name in _several(knobs.get("teacher"))) or "labels",
-        f"{step:,}" if run.result else f"{step:,} of {knobs['steps']:,}",
+        f"{step:,}" if run.result else f"{step:,} of {knobs.get('steps', step):,}",
         percent(result.get("top1")),
         percent(teacher.get("top1")),
         percent(result.get("agreement")),
         percent(result.get("agreement5")),
         _number(result.get("kl")),
         _number(result.get("ece")),
-        f"{config['facts']['parameters']:,}",
+        f"{parameters:,}" if (parameters := config["facts"].get("parameters")) is not None else "–",
         str(result.get("split", "–")),
         duration(result["seconds"]) if result else "–",
     ]
@@ -199,7 +202,7 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
                 " + ".join(Path(name).name for name in record["teacher"].split(" + ")),
                 percent(record.get("top1")),
                 record["split"],
-                str(InferenceMode(**record["form"])) if record.get("form") else "–",
+                str(loading.mode_of(record["form"])) if record.get("form") else "–",
                 # Rounding can make a KL of nearly equal outputs slightly negative.
                 f"{max(0.0, beside['kl']):.1e}" if beside else "–",
                 percent(beside.get("agreement")),
@@ -222,7 +225,7 @@ def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
         [
             run.folder.resolve().name,
             name,
-            f"{run.config['facts']['pictures'].get(name, 0):,}",
+            f"{run.config['facts'].get('pictures', {}).get(name, 0):,}",
             str(evaluations.count(name)),
             "once" if name == result.get("split") else "–",
             ", ".join(choices) if name in evaluations and name != "test" else "nothing",

@@ -6,6 +6,7 @@ there is something else to use. One with a newer format number is always refused
 
 import json
 import math
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -13,8 +14,10 @@ from typing import Any, get_args, get_origin
 from funmatch.errors import InputError, first_line
 
 Shape = Any
-"""A type, a union of types, `list[type]`, `dict[str, type]`, `[shape]` of a list's items, or a dict of shapes by key; a
-key that ends with `?` may be missing."""
+"""A type, a union of types, a set of words, `list[type]`, `dict[str, type]`, `[shape]` of a list's items, a tuple of
+shapes of as many items, or a dict of shapes by key: a key that ends with `?` may be missing, and `{EACH: shape}` is of
+all values."""
+EACH = "*"
 FORMAT = "format"
 RUN_RECORD = "config.json"
 """The record of a run's folder: packages that know no runs recognise one by it."""
@@ -23,6 +26,8 @@ RUN_SHAPE = {"verb": str, "knobs": dict[str, Any], "facts": dict[str, Any]}
 DEEPEST = 64
 """Levels of lists and objects in a file of ours, at most; far below what overflows a recursive function's stack."""
 LARGEST = 2**63
+ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""A half of a surrogate pair as JSON writes it."""
 
 
 class Damaged(InputError):
@@ -49,6 +54,9 @@ def parse_json(text: str | bytes, shape: Shape = Any) -> Any:
         raise ValueError(f"nested deeper than {DEEPEST} levels")
     if problem := misfit(value, shape):
         raise ValueError(problem)
+    if ESCAPED_HALF.search(text if isinstance(text, bytes) else text.encode(errors="surrogatepass")):
+        # Else it would fail where it is printed or written; the halves that stand for bytes of file names are fine.
+        json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
     return value
 
 
@@ -85,7 +93,7 @@ def read_record(path: Path, shape: dict[str, Shape], number: int, advice: str, *
         raise NewerFormat(newer(path.parent, found, number, advice))
     allowed = {name.removesuffix("?") for name in shape} | {FORMAT}
     extra = sorted(record.keys() - allowed) if closed else []
-    problem = f"unknown key {extra[0]!r}" if extra else misfit(record, shape | {f"{FORMAT}?": int})
+    problem = f"unknown key {_short(extra[0])}" if extra else misfit(record, shape | {f"{FORMAT}?": int})
     if problem or found < 1:
         raise Damaged(f"{path} is damaged ({problem or f'format {found}'})")
     return record
@@ -101,6 +109,11 @@ def newer(what: object, found: int, number: int, advice: str) -> str:
 
 def misfit(value: Any, shape: Shape, where: str = "it") -> str | None:
     """Describes the first part of a value that does not have its shape; returns None if all parts have."""
+    if get_origin(shape) is dict or (isinstance(shape, dict) and EACH in shape):
+        if not isinstance(value, dict):
+            return f"{where} is not an object"
+        inner = shape[EACH] if isinstance(shape, dict) else get_args(shape)[1]
+        return next((problem for key, each in value.items() if (problem := misfit(each, inner, _short(key)))), None)
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return f"{where} is not an object"
@@ -112,20 +125,21 @@ def misfit(value: Any, shape: Shape, where: str = "it") -> str | None:
             elif problem := misfit(value[name], inner, repr(name)):
                 return problem
         return None
+    if isinstance(shape, tuple):
+        if not isinstance(value, list) or len(value) != len(shape):
+            return f"{where} is not a list of {len(shape)}"
+        pairs = zip(value, shape, strict=True)
+        return next((problem for each, inner in pairs if (problem := misfit(each, inner, where))), None)
     if isinstance(shape, list) or get_origin(shape) is list:
         inner = shape[0] if isinstance(shape, list) else get_args(shape)[0]
         if not isinstance(value, list):
             return f"{where} is not a list"
         return next((problem for each in value if (problem := misfit(each, inner, where))), None)
-    if get_origin(shape) is dict:
-        if not isinstance(value, dict):
-            return f"{where} is not an object"
-        inner = get_args(shape)[1]
-        return next((problem for key, each in value.items() if (problem := misfit(each, inner, repr(key)))), None)
     if isinstance(shape, UnionType):
         problems = [misfit(value, each, where) for each in get_args(shape)]
         return None if None in problems else problems[0]
-    return None if _is_of(value, shape) else f"{where} is {_short(value)}"
+    fits = isinstance(value, str) and value in shape if isinstance(shape, set) else _is_of(value, shape)
+    return None if fits else f"{where} is {_short(value)}"
 
 
 def _is_of(value: Any, kind: Any) -> bool:

@@ -98,9 +98,8 @@ def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, devic
     side = config.side or knobs.get("side") or model.card.side
     # The run's resize belongs to its image size: at another one, the proportions of the crop would change.
     same_side = side == knobs.get("side")
-    resize = config.eval_resize or (
-        knobs["eval_resize"] if same_side else scoring.default_eval_resize(side, model.card)
-    )
+    recorded = knobs.get("eval_resize") if same_side else None
+    resize = config.eval_resize or recorded or scoring.default_eval_resize(side, model.card)
     # The crop would be larger than the image.
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")

@@ -12,7 +12,7 @@ from typing import Any
 from funmatch.commands.study.figure_spec import problems as figure_problems
 from funmatch.config import TAUGHT
 from funmatch.config.options import replaced_by
-from funmatch.errors import InputError, unknown
+from funmatch.errors import InputError, first_line, unknown
 
 REFERENCE = "run:"
 """Prefix of option values that name another run of the study; its run folder is used."""
@@ -86,10 +86,7 @@ def parse(
     Raises:
         InputError: all problems of the file, one per line.
     """
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where} is not valid TOML: {error}") from None
+    table = _parse_toml(text, where)
     # Unknown keys are errors: an option outside [common] and [[run]] would be ignored in silence.
     found = [str(unknown("key", key, KEYS)) for key in table if key not in KEYS]
     found += [f"{key} is missing" for key in ("title", "run") if not table.get(key)]
@@ -122,14 +119,18 @@ def parse(
 
 def read_spec(text: str, where: str) -> StudySpec:
     """Reads the texts and plots of a study file without its runs: enough to draw its results."""
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where} is not valid TOML: {error}") from None
+    table = _parse_toml(text, where)
     words = [str(table.get(key, "")) for key in ("title", "question", "note")]
     # A study of an earlier version may have plots that are no longer known: the others are still drawn.
     figures = [figure for figure in table.get("figure", ()) if not figure_problems(figure)]
     return StudySpec(words[0], words[1], words[2], tuple(figures), (), text)
+
+
+def _parse_toml(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also of a number with more digits than Python reads
+        raise InputError(f"{where} is not valid TOML: {first_line(error)}") from None
 
 
 def _refused(where: str, found: list[str]) -> InputError:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from funmatch.commands.tune import space as search_space
-from funmatch.commands.tune.search import SearchSpec
+from funmatch.commands.tune.search import FORMAT, SearchSpec
 from funmatch.commands.tune.space import Value
 from funmatch.config import Evaluate, Group, recipes
 from funmatch.config.data import VALIDATION_SHARE
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.json_files import Damaged, read_json
+from funmatch.runtime.json_files import Damaged, read_json, read_record
 from funmatch.runtime.log import info
 from funmatch.training import evaluate
 from funmatch.training.run import folder as run_folder
@@ -44,9 +44,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it is missing.
+        NewerFormat: a newer version wrote it.
         Damaged: it is not the summary of a search.
     """
-    return read_json(folder / FILE, SHAPE)
+    return read_record(folder / FILE, SHAPE, FORMAT, "choose another --out")
 
 
 def finish_summary(spec: SearchSpec) -> dict[str, Any] | None:

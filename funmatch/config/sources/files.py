@@ -117,7 +117,7 @@ def _toml(path: Path, _verb: str) -> Content:
     text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also of a number with more digits than Python reads
         raise InputError(f"{path} is not valid TOML: {first_line(error)}") from None
     # The pattern also finds [name] and name.key, since sections are among the mistakes.
     return Content(values, lambda word: _line(text, rf"^\s*\[*\s*[\"']?{re.escape(word)}[\"']?\s*[=.\]]"))

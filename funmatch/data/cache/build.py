@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from funmatch.data.cache.check import FORMAT, checksum, is_complete, is_intact
 from funmatch.data.cache.scan import Scan, by_split, chunks, content_digest, keep_reasons, reason_of, recover_rows
 from funmatch.data.cache.stores import INDEX
 from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
@@ -19,7 +20,6 @@ from funmatch.data.decode import MAX_PIXELS, decode
 from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors, file_lock, write_atomically
 
-FORMAT = 4
 FREE_BYTES = 256 << 20  # left free on the disk beside a cache
 
 BadImages = list[tuple[str, int, str]]
@@ -79,8 +79,10 @@ def build(
     folder = home / f"{content}-{way}"
     # Two runs that start together want the same cache: the second waits, and then finds it complete.
     with file_lock(home / f"{folder.name}.lock"):
-        if is_complete(folder) and not (check and _is_damaged(folder, track, log)):
+        if is_complete(folder) and (not check or is_intact(folder, track)):
             return folder
+        if folder.exists():
+            log(f"{folder} is damaged on the disk; rebuilding it")
         _check_space(home, size, dataset.name, way)
         stored = "decoded once" if way == "resident" else "packed as they are and decoded in every step"
         count = sum(map(len, dataset.splits.values()))
@@ -161,7 +163,7 @@ def _fill_split(
     listing = dataset.splits[split]
     rows, pixels, reasons = (partial / f"{split}.{end}" for end in ("rows", "pixels", "reasons"))
     pixels.touch()
-    done, end = _resume_point(rows, pixels)
+    done, end = _resume_point(rows, pixels, len(listing))
 
     def encode(i: int) -> tuple[tuple[int, int], bytes, str]:
         # A row without bytes stands for it, so that rows keep the numbers of the listing until `_finish`.
@@ -213,12 +215,12 @@ def read_again(dataset: Dataset, split: str, i: int, digest: bytes) -> bytes:
     return encoded
 
 
-def _resume_point(rows: Path, pixels: Path) -> tuple[int, int]:
-    """Returns the number of valid rows that an earlier attempt left, and the offset of the next image."""
+def _resume_point(rows: Path, pixels: Path, count: int) -> tuple[int, int]:
+    """Returns how many valid rows an earlier attempt left, `count` at most, and the offset of the next image."""
     done = recover_rows(rows, INDEX)
     end = int((done["offset"] + done["length"]).max(initial=0))
     # After a power failure, rows may have reached the disk without the pixels that were written before them.
-    if pixels.stat().st_size < end:
+    if not 0 <= end <= pixels.stat().st_size or len(done) > count:
         rows.unlink()
         done, end = done[:0], 0
     # Bytes behind the last row belong to images whose rows were lost; these are decoded again.
@@ -248,31 +250,9 @@ def _finish(
     meta = {
         "format": FORMAT, "content": content, "way": way, "cap": options.cap, "decoder": options.decoder,
         "classes": dataset.classes, "splits": list(dataset.splits), "sizes": sizes, "bad": bad,
+        "checks": {name: checksum(partial / name) for name in sizes if name.endswith(".npy")},
     }  # fmt: skip
     write_atomically(partial / "meta.json", json.dumps(meta))
-
-
-def is_complete(folder: Path) -> bool:
-    """Returns whether a cache exists with every file at its full size."""
-    # Sizes only: checksums of a large cache take minutes. `funmatch prepare` verifies them.
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return all((folder / name).stat().st_size == size for name, size in meta["sizes"].items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _is_damaged(folder: Path, track: Track, log: Callable[[str], None]) -> bool:
-    """Compares every image in a cache with its checksum."""
-    for path in sorted(folder.glob("*.index.npy")):
-        rows = np.load(path)
-        with open(folder / path.name.replace(".index.npy", ".pixels"), "rb") as file:
-            for row in track(rows, len(rows), f"checking {path.name.partition('.')[0]}"):
-                file.seek(int(row["offset"]))
-                if zlib.crc32(file.read(int(row["length"]))) != row["crc"]:
-                    log(f"{folder} is damaged on the disk; rebuilding it")
-                    return True
-    return False
 
 
 def unreadable(name: str, bad: Sequence[Sequence[str]], home: Path) -> InputError:

@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
-from funmatch.data.cache.build import FORMAT, CacheOptions, build, is_complete, unreadable
+from funmatch.data.cache.build import CacheOptions, build, unreadable
+from funmatch.data.cache.check import FORMAT, is_complete, read_index, read_meta
 from funmatch.data.cache.scan import Scan, fingerprint_files, scan, summary
 from funmatch.data.cache.splits import apply_split
 from funmatch.data.cache.stores import CachedSplit, Resident, Streaming
@@ -27,6 +26,7 @@ from funmatch.data.decode import pick_decoder
 from funmatch.data.readers.catalog import data_home
 from funmatch.data.readers.open import open_dataset, resolve_spec
 from funmatch.runtime.files import cache_home, write_atomically
+from funmatch.runtime.json_files import EACH, parse_json
 
 NAMES_IN_DIGESTS = {
     "ReadOptions(": "Reading(",
@@ -38,6 +38,17 @@ NAMES_IN_DIGESTS = {
 again only because a class or a field was renamed."""
 
 MAX_WATCHED = 100_000
+PAIRS = {"pictures": int, "examples": [(str, str)]}
+ENTRY = {
+    "folder": str, "stamp": str, "name": str, "called": str, "unnamed": bool,
+    "found": {
+        "splits": {EACH: {"pictures": int, "labelled": bool, "classes": int}}, "classes": list[str],
+        "published": dict[str, int], "kinds": dict[str, int], "short_side": (int, int, int),
+        "long_side": (int, int, int), "bytes": int, "leaks": {EACH: PAIRS}, "repeated": int,
+        "contradictory": PAIRS, "unreadable": [(str, str)], "notes": list[str],
+    },
+}  # fmt: skip
+"""What the first line of a ledger entry holds: `found` is `Cache.summary`."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +165,13 @@ def list_complaints(cache: Cache) -> list[str]:
 def _open_known(known: dict[str, Any], cache_options: CacheOptions) -> Cache:
     """Opens the cache of a ledger entry."""
     folder = Path(known["folder"])
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_meta(folder)
     splits = {}
     for name in meta["splits"]:
         path = folder / f"{name}.pixels"
         resident = meta["way"] == "resident"
         store = Resident(path) if resident else Streaming(path, meta["cap"], meta["decoder"], cache_options.max_pixels)
-        # Mapped, so that processes that read the same cache share the memory.
-        index, digests = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("index", "digest"))
+        index, digests = read_index(folder, name, meta)
         splits[name] = CachedSplit(name, index, store, digests)
     classes, name, unnamed = tuple(meta["classes"]), known["name"], known["unnamed"]
     return Cache(meta["content"], name, classes, splits, unnamed, meta["way"], folder, known["found"])
@@ -180,12 +190,14 @@ def _load_entry(ledger: Path) -> dict[str, Any] | None:
     """Reads a ledger entry; None if there is none, a watched file has changed, or its cache is incomplete."""
     try:
         with open(ledger, "rb") as file:
-            known = json.loads(file.readline())
+            known = parse_json(file.readline(), ENTRY)
+            pairs = [*known["found"]["leaks"].values(), known["found"]["contradictory"]]
             same = fingerprint_files(_read_paths(file)) == known["stamp"]
+            same &= all(each["examples"] or not each["pictures"] for each in pairs)
         # Users delete caches to make room.
         return known if same and is_complete(Path(known["folder"])) else None
-    # A damaged entry is as good as none: the data set is listed again.
-    except (OSError, ValueError, KeyError):
+    # A damaged entry is as good as none: the data set is listed again, which also says what is wrong with its cache.
+    except (OSError, ValueError):
         return None
 
 
@@ -215,7 +227,7 @@ def _store_entry(
     ledger: Path, folder: Path, dataset: Dataset, scanned: Scan, watched: list[str], stamp: str
 ) -> dict[str, Any]:
     """Writes a ledger entry: the watched files, and names of this data set, since a cache knows only its content."""
-    bad = json.loads((folder / "meta.json").read_text())["bad"]
+    bad = read_meta(folder)["bad"]
     notes = dataset.notes
     if len(dataset.watched) > MAX_WATCHED:
         notes += (f"{dataset.name} has many files: only `funmatch prepare` is sure to notice a change inside one",)

@@ -19,6 +19,7 @@ import numpy as np
 from funmatch.data.dataset import UNLABELLED, Dataset, Track, untracked
 from funmatch.data.decode import KINDS, MAX_PIXELS, header
 from funmatch.runtime.files import disk_errors, file_lock, write_atomically
+from funmatch.runtime.json_files import parse_json
 
 FORMAT = 3
 # V16, since numpy cuts zeros off the end of an S16, and a digest may end with some.
@@ -66,11 +67,14 @@ def scan(
         return _scan_image(dataset, job[0], job[1], max_pixels)
 
     with file_lock(folder / f"{name}.lock"), disk_errors(folder):
-        if refresh:
+        jobs = dataset.jobs()
+        if refresh or (whole.exists() and whole.stat().st_size != len(jobs) * ROW.itemsize):
             whole.unlink(missing_ok=True)
         if not whole.exists():
-            jobs = dataset.jobs()
             done = len(recover_rows(partial, ROW))
+            if done > len(jobs):
+                partial.unlink()
+                done = 0
             # Reasons of rows that were lost are written again with their rows.
             keep_reasons(reasons, done)
             with open(partial, "ab") as rows, open(reasons, "a") as reason_file:
@@ -145,11 +149,11 @@ def keep_reasons(path: Path, done: int) -> dict[int, str]:
     if path.exists():
         for line in path.read_text(errors="replace").split("\n"):
             try:
-                i, reason = json.loads(line)
-            except (ValueError, TypeError):
+                i, reason = parse_json(line, (int, str))
+            except ValueError:
                 continue
-            if isinstance(i, int) and i < done:
-                valid[i] = str(reason)
+            if 0 <= i < done:
+                valid[i] = reason
     write_atomically(path, "".join(json.dumps(each) + "\n" for each in valid.items()))
     return valid
 

@@ -1,7 +1,6 @@
 """Lists the published data sets in the layouts that their unpacked archives have."""
 
 import gzip
-import json
 import re
 import struct
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from funmatch.data.dataset import Dataset, SplitListing, SplitSpec, check_classes, encode_pnm, read_file, sort_splits
 from funmatch.data.readers.folder import open_folder
 from funmatch.errors import InputError, first_line
+from funmatch.runtime.json_files import parse_json
 
 TENTH = SplitSpec({"val": Fraction(1, 10)})
 # SUN397 has no official splits. TensorFlow Datasets drew 70, 10 and 20 %, as the paper uses them; its lists are read
@@ -75,8 +75,10 @@ def food101(root: Path) -> Dataset:
     for split in ("train", "test"):
         file = root / "meta" / f"{split}.json"
         try:
-            listed[split] = {str(name): list(found) for name, found in json.loads("\n".join(_lines(file))).items()}
-        except (ValueError, AttributeError, TypeError):
+            listed[split] = parse_json("\n".join(_lines(file)), dict[str, list[str]])
+        except InputError:
+            raise
+        except ValueError:
             raise InputError(f"{file} is damaged; expected a JSON object of lists by class") from None
     classes = sorted(listed["train"].keys() | listed["test"].keys())
     images = {

@@ -1,14 +1,15 @@
 """Finds the shards that a pattern matches, and checks that a numbered set is complete."""
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from funmatch.errors import InputError
+from funmatch.runtime.json_files import Damaged, Shape, read_json
 
 NOTE = "funmatch.json"
 """File that `funmatch prepare --to tfrecord` writes beside its shards; among other things, it lists their names."""
@@ -55,10 +56,8 @@ def _check_complete(paths: Sequence[Path]) -> None:
         if found := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(.*)", path.name):
             sets.setdefault((path.parent, found[1], int(found[3])), set()).add(int(found[2]))
     for note in {note for path in paths if (note := path.parent.parent / NOTE).is_file()}:
-        try:
-            missing = [name for name in json.loads(note.read_text())["shards"] if not (note.parent / name).is_file()]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{note} is damaged, or its shards are unfinished; prepare them again") from None
+        names = _read_note(note, {"shards": list[str]})["shards"]
+        missing = [name for name in names if not os.path.isfile(note.parent / name)]
         if missing:
             raise InputError(f"{note.parent}: {len(missing)} shards are missing, e.g. {missing[0]}")
     for (folder, stem, count), numbers in sets.items():
@@ -69,7 +68,14 @@ def _check_complete(paths: Sequence[Path]) -> None:
 def is_noted_unlabelled(paths: Sequence[Path]) -> bool:
     """Returns whether the notes beside all of these shards say that their images have no labels."""
     notes = {path.parent.parent / NOTE for path in paths}
-    return all(note.is_file() and json.loads(note.read_text()).get("labelled") is False for note in notes)
+    return all(note.is_file() and _read_note(note, dict).get("labelled") is False for note in notes)
+
+
+def _read_note(note: Path, shape: Shape) -> dict[str, Any]:
+    try:
+        return read_json(note, shape)
+    except Damaged:
+        raise InputError(f"{note} is damaged, or its shards are unfinished; prepare them again") from None
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:

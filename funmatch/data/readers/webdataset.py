@@ -1,6 +1,5 @@
 """Lists the images in WebDataset shards (tars), and reads them in place."""
 
-import json
 import tarfile
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from funmatch.data.decode import EXTENSIONS
 from funmatch.data.formats.tfrecord import DamagedRecord
 from funmatch.data.readers.shard_paths import shard_paths
 from funmatch.data.readers.tfrecords import Record, open_shards, parse_label
+from funmatch.runtime.json_files import parse_json
 
 
 def open_tars(pattern: str, options: ReadOptions, track: Track = untracked) -> Dataset:
@@ -71,8 +71,8 @@ def _label(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], op
     content = tar.extractfile(files[ending]).read()  # pyrefly: ignore[missing-attribute]
     if ending.endswith("json"):
         try:
-            fields = json.loads(content)
+            fields = parse_json(content, dict)
             content = str(fields["label"] if "label" in fields else fields["cls"]).encode()
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError):
             raise DamagedRecord(f'{files[ending].name} is not a JSON object with "label" or "cls"') from None
     return parse_label(content, files[ending].name)

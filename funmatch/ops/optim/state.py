@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funmatch.runtime.json_files import parse_json
+
 EXTERNAL = {"params", "lr"}
 """Entries of a group that come from its construction and from the schedule, not from its state."""
 
@@ -101,7 +103,7 @@ def _decode(parts: dict[str, Tensor], like: Tensor | None = None) -> Any:
             return torch.empty_strided(tensor.shape, value["strides"], dtype=tensor.dtype, device=device).copy_(tensor)
         return [fill(each) for each in value] if isinstance(value, list) else value
 
-    return fill(json.loads(bytes(parts["json"].tolist())))
+    return fill(parse_json(bytes(parts["json"].tolist())))
 
 
 def _place_like(value: Tensor, like: Tensor | None) -> Tensor:

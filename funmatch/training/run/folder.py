@@ -15,7 +15,7 @@ from funmatch.config import TAUGHT, UNCOMPARED
 from funmatch.errors import InputError
 from funmatch.runtime import distributed, env
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.json_files import Damaged, read_json
+from funmatch.runtime.json_files import Damaged, read_record
 from funmatch.runtime.records import RUN_RECORD, RUN_SHAPE, RecordFolder, list_differences
 from funmatch.training.run import checkpoint
 from funmatch.training.run.metrics_log import FORM, MetricsLog
@@ -75,9 +75,9 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The metrics of a finished run, None before."""
+        """The metrics of a finished run, None before; `NewerFormat` if a newer version wrote them."""
         try:
-            return read_json(self.folder / "result.json", RESULT)
+            return read_record(self.folder / "result.json", RESULT, FORMAT, "choose another --out")
         except (OSError, Damaged):
             return None  # a damaged result is computed again from the last checkpoint
 
@@ -105,7 +105,7 @@ def _misfit_of_options(config: dict[str, Any]) -> str | None:
     """
     table = TAUGHT.get(config["verb"])
     if table is None:
-        return None
+        return f"'verb' is {config['verb'][:40]!r}"
     known = {name: value for name, value in config["knobs"].items() if name in table.model_fields}
     # Strictly, since what is read is used as it stands; and as options are given, for the items of lists.
     checks: list[Callable[[], object]] = [

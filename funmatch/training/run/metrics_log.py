@@ -11,7 +11,10 @@ from funmatch.runtime.files import disk_errors, write_atomically
 from funmatch.runtime.json_files import misfit, parse_json
 from funmatch.runtime.log import info
 
-FORM = {"folded?": bool, "precision?": str, "layout?": str, "compiled?": bool, "native?": bool}
+FORM = {
+    "folded?": bool, "precision?": {"fp32", "bf16", "fp16"}, "layout?": {"channels_last", "contiguous"},
+    "compiled?": bool, "native?": bool,
+}  # fmt: skip
 """A teacher's inference mode as it is recorded; older ones lack what is younger."""
 SPLIT = {"split": str}
 EVENTS: dict[str, dict[str, Any]] = {
@@ -40,9 +43,13 @@ class MetricsLog:
         """All records; a line that is damaged, as by a kill in the middle of it, is left out."""
         return [record for record in self._records() if record is not None]
 
+    def count_damaged(self) -> int:
+        """Counts the lines that are damaged and left out. The last one may just be being written."""
+        return list(self._records()).count(None)
+
     def warn_of_damage(self) -> None:
-        """Says how many lines are damaged and left out. The last one may just be being written."""
-        if count := list(self._records()).count(None):
+        """Says how many lines are damaged and left out."""
+        if count := self.count_damaged():
             info(f"{self.path}: {count:,} damaged lines are left out")
 
     def truncate(self, step: int) -> None:

@@ -24,7 +24,7 @@ from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
 from funmatch.runtime import devices
-from funmatch.runtime.files import cache_home, try_lock_file, write_array
+from funmatch.runtime.files import cache_home, read_array, try_lock_file, write_array
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import COMPARED_IMAGES, LoadedTeacher
@@ -156,12 +156,12 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """Reads an array; returns None where it is missing, or damaged, and then removes it."""
     try:
-        array = np.load(path, mmap_mode="c")
-        if array.shape == shape:
+        array = read_array(path, "c")
+        if array.shape == shape and array.dtype == np.float32:
             return array
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError):
         pass
     info(f"{path} is damaged; computing it again")
     # Removed, so that other processes compute it again instead of waiting for it.

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,11 @@ def freeze_fastest(
     Returns:
         the teachers, and a record of each: its mode, and how far its outputs are from plain fp32.
     """
+    if recorded and len(recorded) != len(teachers):
+        raise InputError(
+            f"the record of this run has the inference modes of {len(recorded)} teachers, not of {len(teachers)}, so "
+            "it is damaged; choose another --out"
+        )
     records, members = [], []
     for number, teacher in enumerate(teachers):
         # A compiled network is specialised to its batch size, so it is compiled for the one that training uses.
@@ -189,7 +194,7 @@ def freeze_fastest(
         # Without a check: the run has used this mode from its first step.
         if recorded:
             record = recorded[number]
-            mode = InferenceMode(**record["form"])
+            mode = mode_of(record["form"])
             if mode.native and (why := norms.why_unavailable()):
                 info(
                     f"WARNING: this run was started with native CPU kernels for teacher {teacher.name}, which are "
@@ -202,6 +207,11 @@ def freeze_fastest(
         records.append(record)
         members.append(_member(teacher, frozen))
     return TeacherEnsemble(members, config.combine, config.teacher_batch), records
+
+
+def mode_of(form: Mapping[str, Any]) -> InferenceMode:
+    """Returns a recorded inference mode; what this version does not know of is left out."""
+    return InferenceMode(**{name: value for name, value in form.items() if f"{name}?" in MODE_SHAPE})
 
 
 def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
@@ -254,5 +264,5 @@ def _known_mode(measured: Measurement, allowed: AllowedModes) -> InferenceMode |
     known = measured.read(MODE_SHAPE)
     if not known:
         return None
-    mode = InferenceMode(**{name: value for name, value in known.items() if f"{name}?" in MODE_SHAPE})
+    mode = mode_of(known)
     return mode if mode.is_allowed(allowed) else None
