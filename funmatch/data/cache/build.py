@@ -85,8 +85,7 @@ def build(
             log(f"{folder} is damaged on the disk; rebuilding it")
         _check_space(home, size, dataset.name, way)
         stored = "decoded once" if way == "resident" else "packed as they are and decoded in every step"
-        count = sum(map(len, dataset.splits.values()))
-        log(f"{dataset.name}: {way}: {count:,} images, {stored}; {size / 1e9:.2g} GB in {home}")
+        log(f"{dataset.name}: {way}: {len(dataset.jobs()):,} images, {stored}; {size / 1e9:.2g} GB in {home}")
         partial = folder.with_name(f"{folder.name}.partial")
         with disk_errors(home):
             bad = _fill(partial, dataset, scanned, options, way, track)
@@ -95,8 +94,7 @@ def build(
             empty = any(len(split) == lost[name] for name, split in dataset.splits.items())
             if bad and (options.on_bad == "stop" or empty):
                 shutil.rmtree(partial)
-                named = [(dataset.splits[split].names[i], reason) for split, i, reason in bad]
-                raise unreadable(dataset.display_name, named, home)
+                raise unreadable(dataset.display_name, [(dataset.splits[k].names[i], why) for k, i, why in bad], home)
             _finish(partial, dataset, scanned, options, way, content, bad)
             # The rename comes last, so that a folder of this name is always complete.
             shutil.rmtree(folder, ignore_errors=True)
