@@ -203,22 +203,22 @@ class _Call:
     modules: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def _train(verb: str, table: type[Train], given: dict[str, Any]) -> Outcome:
-    found = _run(verb, table, given)
+def _train(verb: str, table: type[Train], arguments: dict[str, Any]) -> Outcome:
+    found = _run(verb, table, arguments)
     return Outcome(found.folder, found.metrics, found.page)
 
 
-def _run(verb: str, table: type[Options], given: dict[str, Any], subject: str | None = None) -> Result:
+def _run(verb: str, table: type[Options], arguments: dict[str, Any], subject: str | None = None) -> Result:
     with _python_words(table):
         # A search takes files and recipes of the command whose runs it makes.
-        call = _read(subject or verb, table, given)
+        call = _read(subject or verb, table, arguments)
         return run_verb(verb, call.options, call.modules, call.sources)
 
 
-def _read(verb: str, table: type[Options], given: Mapping[str, Any]) -> _Call:
+def _read(verb: str, table: type[Options], arguments: Mapping[str, Any]) -> _Call:
     """Builds the options of a call: the given ones override those of a file, which override those of a recipe."""
     modules: dict[str, nn.Module] = {}
-    values = {word: _named(value, modules) for word, value in given.items()}
+    values = {word: _named(value, modules) for word, value in arguments.items()}
     # Before the table's own check, whose message would show the value in full, such as a state dict.
     for word, value in values.items():
         _check_model(table, word, value)

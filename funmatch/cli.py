@@ -132,15 +132,15 @@ def read_command(arguments: list[str]) -> Command:
         sys.exit(0)
     words, students = split_students(words) if verb == "distill" else (words, ())
     words, recipe = split_recipe(merge_repeated(words, table)) if subject in TAUGHT else (words, None)
-    given, files = given_options(words, table), values_of("--config", words)
+    names, files = given_options(words, table), values_of("--config", words)
     # The last of several files, as the parser takes the last of any option.
-    layers = layers_below(table, subject, given, Path(files[-1]) if files else None, recipe)
-    if problems := flag_problems(words, table, name, {*given, *layers.values}):
+    layers = layers_below(table, subject, names, Path(files[-1]) if files else None, recipe)
+    if problems := flag_problems(words, table, name, {*names, *layers.values}):
         raise InputError(listed(problems))
     # None without a file or a recipe: the parser then takes the table's own defaults.
     default = default_table(table, layers.values) if files or recipe else None
     options = parse_options(words, table, f"funmatch {usage}", default, show=env.is_main_process())
-    sources = {name: layers.source_of(name, given, COMMAND_LINE) for name in table.model_fields}
+    sources = {name: layers.source_of(name, names, COMMAND_LINE) for name in table.model_fields}
     return Command(verb, options, students if len(students) > 1 else (), sources)
 
 

@@ -144,8 +144,8 @@ def place(data: str) -> Place:
     host, home = host_of_this(), catalog.data_home().absolute()
     if host == "kaggle":
         # Used in place: inputs are read-only, and a copy would fill the working folder.
-        given = catalog.found_under(data, KAGGLE / "input", LEVELS) if data in catalog.CATALOG else None
-        return Place(host, given or home, KAGGLE / "working", HOURS[host])
+        found = catalog.found_under(data, KAGGLE / "input", LEVELS) if data in catalog.CATALOG else None
+        return Place(host, found or home, KAGGLE / "working", HOURS[host])
     if host == "colab":
         if not DRIVE.is_dir():
             info(

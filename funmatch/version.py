@@ -1,3 +1,3 @@
-"""Names the version, for those below the package's front door."""
+"""Names the version, for modules that the package's `__init__` imports."""
 
 __version__ = "0.1.0"

@@ -12,11 +12,11 @@ from funmatch.training.setup import TrainSetup
 from funmatch.training.student.build import Modules
 
 
-def run(config: Train, given: Modules, sources: Mapping[str, str]) -> Result:
+def run(config: Train, modules: Modules, sources: Mapping[str, str]) -> Result:
     """Makes a run ready as it would be, except for its folder, and trains nothing.
 
     Args:
-        given: modules from Python, by the names that stand for them.
+        modules: modules from Python, by the names that stand for them.
         sources: option to where its value comes from; others have their default.
 
     Returns:
@@ -27,7 +27,7 @@ def run(config: Train, given: Modules, sources: Mapping[str, str]) -> Result:
         InputError: whatever is wrong with the run that can be known before it begins.
     """
     # Made ready in full, not only parsed: defaults that depend on images and networks are known only then.
-    setup, teachers = _ready(config, given)
+    setup, teachers = _ready(config, modules)
     images = len(setup.cache.splits["train"])
     return Result(
         None,
@@ -45,16 +45,16 @@ def run(config: Train, given: Modules, sources: Mapping[str, str]) -> Result:
     )
 
 
-def _ready(config: Train, given: Modules) -> tuple[TrainSetup[Any], list[int]]:
+def _ready(config: Train, modules: Modules) -> tuple[TrainSetup[Any], list[int]]:
     """The run, made ready, and the parameters of its teachers."""
     # The kinds of runs before their base class: each of them is a `Train` too.
     if isinstance(config, Distill):
-        cache, loaded = distill.open_inputs(config, given)
-        setup = distill.build_distill_setup(config, cache, loaded, given)
+        cache, loaded = distill.open_inputs(config, modules)
+        setup = distill.build_distill_setup(config, cache, loaded, modules)
         return setup, [one.classifier.count_parameters() for one in loaded]
     if isinstance(config, Finetune):
-        return finetune.build_finetune_setup(config, given), []
-    return train.build_train_setup(config, given), []
+        return finetune.build_finetune_setup(config, modules), []
+    return train.build_train_setup(config, modules), []
 
 
 def _options(config: Train, resolved: Train, sources: Mapping[str, str]) -> dict[str, Any]:

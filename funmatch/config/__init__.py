@@ -1,4 +1,4 @@
-"""Every option of the program: one frozen table a command; each option says everything about itself where it stands."""
+"""Declares all options: one frozen table per command, with each option described where it is declared."""
 
 from funmatch.config.data import Data, Images, Named, Prepare
 from funmatch.config.distill import TAUGHT, Distill, Teaching

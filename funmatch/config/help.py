@@ -1,4 +1,4 @@
-"""Writes `--help` from what the options say about themselves, as plain text."""
+"""Writes `--help` from the options' own descriptions, as plain text."""
 
 import os
 import re
@@ -69,7 +69,7 @@ def help_of(verb: str, table: type[Options], *, everything: bool = False, usage:
 
 
 def grouped(table: type[Options]) -> list[tuple[str, list[str]]]:
-    """The headings of a table, and the options under each, those first without which there is no run."""
+    """The headings of a table, and the options under each, required ones first."""
     shown = _sorted(table)
     groups = dict.fromkeys(opt.group for _, opt in shown)
     return [
@@ -154,7 +154,7 @@ def _shown(value: Any) -> str:
 
 
 def _sorted(table: type[Options]) -> list[tuple[str, Opt]]:
-    """Options by group, in each those without which there is no run first."""
+    """Options by group, in each the required ones first."""
     # In the order of the enumeration: that of the fields is the order of the bases, and says nothing to users.
     groups = list(Group)
 

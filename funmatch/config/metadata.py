@@ -1,4 +1,4 @@
-"""Defines what every option says about itself: bounds, help group, what it can change, how it is typed."""
+"""Defines the description of an option: bounds, help group, what it can change, how it is typed."""
 
 from dataclasses import dataclass
 from enum import Enum, Flag, auto
@@ -50,7 +50,7 @@ class Refers(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Opt:
-    """What an option says about itself, beside its type, its default and its sentence.
+    """The description of an option, beside its type, its default and its help text.
 
     Attributes:
         group: heading under which `--help` lists it.

@@ -27,7 +27,7 @@ class Options(BaseModel):
     headings: ClassVar[dict[Group, str]] = {}
     """Other headings for groups of options."""
     by_rule: ClassVar[bool] = False
-    """Whether a rule (BiT-HyperRule) decides the length and the staircase where nobody sets them."""
+    """Whether a rule (BiT-HyperRule) decides the length and the staircase where they are not set."""
 
     # Not named json, after its flag: pydantic's models have a method of this name.
     as_json: Annotated[bool, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False, flag="json")] = False
@@ -43,7 +43,7 @@ class Options(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Fails where an option says nothing about itself, or names another that does not exist."""
+        """Fails where an option has no description, or names another that does not exist."""
         # pydantic's hook, not Python's `__init_subclass__`, in which a class has no fields yet.
         super().__pydantic_init_subclass__(**kwargs)
         for name in cls.model_fields:
@@ -53,7 +53,7 @@ class Options(BaseModel):
 
     @classmethod
     def opt(cls, name: str) -> Opt:
-        """What an option says about itself. A name that is not an option is an error of the program."""
+        """The description of an option. A name that is not an option is an error of the program."""
         for each in cls.model_fields[name].metadata:
             if isinstance(each, Opt):
                 return each
@@ -61,7 +61,7 @@ class Options(BaseModel):
 
     @classmethod
     def opts(cls) -> Iterator[tuple[str, Opt]]:
-        """All options and what they say about themselves."""
+        """All options and their descriptions."""
         return ((name, cls.opt(name)) for name in cls.model_fields)
 
     @classmethod
@@ -176,7 +176,7 @@ class Machine(Options):
 
 
 def like(table: type[Options], name: str, **others: Any) -> Opt:
-    """What an option of another table says about itself, with some of it changed."""
+    """The description of an option of another table, with some of it changed."""
     # A copy with changes, so that bounds and what it changes stay the other table's.
     return replace(table.opt(name), **others)
 

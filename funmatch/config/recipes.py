@@ -95,7 +95,7 @@ def facts(config: Train) -> dict[str, Any]:
     recipe = find(config.recipe)
     # A table cannot be built without `out`, which is PLACE and so not compared.
     own = recipe.table(out=config.out) if "out" not in recipe.knobs else recipe.table()
-    # Only what a recipe decides: another machine or folder is no deviation from it.
+    # Only what a recipe decides: another machine or folder is not a deviation.
     names = type(config).where(lambda opt: opt.in_recipe)
     differing = {name for name in names if getattr(own, name) != getattr(config, name)}
     # As JSON, since this goes into the run's record.

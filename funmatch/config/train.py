@@ -49,7 +49,7 @@ class Train(Images, Student, Views, Optimizer, Loop):
     """Published recipe (`funmatch recipes` lists them), also given as the first word: it sets every option; options on
     the command line override it."""
 
-    # Excluded from records: they are of runs, and a dry run is none.
+    # Excluded from records, which are of runs: a dry run makes none.
     dry_run: Annotated[bool, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False), Field(exclude=True)] = False
     """Print the options as they would be used, where each value comes from, the images, the parameters and the length;
     train nothing and write no run folder."""

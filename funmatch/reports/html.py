@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 def load_template(name: str) -> Template:
-    """A template of `reports/templates`; what it is given is escaped."""
+    """Loads a template of `reports/templates`, which escapes its values."""
     loader = PackageLoader("funmatch.reports", "templates")
     # Escaped, since names of folders and classes go into pages; figures are passed through `safe`.
     return Environment(loader=loader, autoescape=select_autoescape(), trim_blocks=True).get_template(name)

@@ -111,13 +111,13 @@ def row(run: run_folder.Run) -> list[str]:
     """Formats the metrics of a run in the order of `COLUMNS`; dashes for what an unfinished run lacks."""
     config, result = run.config, run.result or {}
     records = run.metrics.read()
-    knobs = config["knobs"]
+    options = config["knobs"]
     step = result.get("step") or max((record["step"] for record in records), default=0)
     teacher = result.get("teacher") or {}
     return [
         run.folder.resolve().name,
-        " + ".join(Path(name).name for name in _several(knobs.get("teacher"))) or "labels",
-        f"{step:,}" if run.result else f"{step:,} of {knobs.get('steps', step):,}",
+        " + ".join(Path(name).name for name in _several(options.get("teacher"))) or "labels",
+        f"{step:,}" if run.result else f"{step:,} of {options.get('steps', step):,}",
         percent(result.get("top1")),
         percent(teacher.get("top1")),
         percent(result.get("agreement")),
@@ -216,11 +216,11 @@ EVALUATION_COLUMNS = ("run", "split", "images", "during training", "at the end",
 def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
     """Counts a run's evaluations of each split, and names what was selected by them (`EVALUATION_COLUMNS`)."""
     evaluations = [record["split"] for record in run.metrics.read() if record["event"] == "eval"]
-    result, knobs = run.result or {}, run.config["knobs"]
+    result, options = run.result or {}, run.config["knobs"]
     names = dict.fromkeys([*evaluations, *([result["split"]] if "split" in result else [])])
     choices = ["best checkpoint"]
-    choices += ["exported student"] if knobs.get("keep") == "best" else []
-    choices += ["early stopping"] if knobs.get("patience") else []
+    choices += ["exported student"] if options.get("keep") == "best" else []
+    choices += ["early stopping"] if options.get("patience") else []
     return [
         [
             run.folder.resolve().name,
@@ -236,11 +236,11 @@ def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
 
 def overridden_options(run: run_folder.Run) -> list[list[str]]:
     """Formats a run's differences from its recipe: option, the recipe's value, the run's value."""
-    knobs, others = run.config["knobs"], run.config["facts"].get("overridden", {})
+    options, others = run.config["knobs"], run.config["facts"].get("overridden", {})
     changes = [(name, *map(_format_option, values)) for name, values in others.items()]
-    if knobs.get("recipe") and not changes:
+    if options.get("recipe") and not changes:
         changes = [("none", "–", "–")]
-    return [[run.folder.resolve().name, str(knobs.get("recipe")), *change] for change in changes]
+    return [[run.folder.resolve().name, str(options.get("recipe")), *change] for change in changes]
 
 
 def _format_option(value: Any) -> str:
@@ -250,10 +250,10 @@ def _format_option(value: Any) -> str:
 def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
     """Draws the teacher's and the student's views of a step; None if the data set is gone or has changed."""
     config = run.config
-    knobs = config["knobs"]
+    options = config["knobs"]
     try:
         # Not `checked`, which may refuse options that an earlier version took.
-        table = TAUGHT[config["verb"]](**knobs)
+        table = TAUGHT[config["verb"]](**options)
         cache = datasets.open_run_data(table)
     # A page outlives its data: without views it still has everything else.
     except (InputError, OSError, ValueError, KeyError):
@@ -261,16 +261,16 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
     # Views are functions of the seed, the step and the images: other images would show views that never were.
     if cache.key != config["facts"]["data"]:
         return None
-    strategy = STRATEGIES[knobs["strategy"]] if "strategy" in knobs else None
+    strategy = STRATEGIES[options["strategy"]] if "strategy" in options else None
     # At the student's size: both rows of a sheet must be equally wide.
-    sides = (knobs["side"],) if strategy and not strategy.fixed else ()
+    sides = (options["side"],) if strategy and not strategy.fixed else ()
     batch = Loader(cache.splits["train"], setup.view_spec(table), teacher_sides=sides).batch_at(step)
     shown, student = mixing.mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
     rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in (*shown, student)]
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     image = Image.fromarray((sheet * 255).round().astype(np.uint8))
     # Whole factors and nearest neighbours, so that each pixel of a view is still to be seen.
-    enlarge = max(1, THUMBNAIL // knobs["side"])
+    enlarge = max(1, THUMBNAIL // options["side"])
     image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
     png = BytesIO()
     image.save(png, "PNG")
@@ -279,7 +279,7 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
         "step": step,
         # One per image cannot be written beside the sheet.
         "lam": batch.lam if isinstance(batch.lam, float) else None,
-        "strategy": knobs.get("strategy", "training on labels"),
+        "strategy": options.get("strategy", "training on labels"),
         "rows": ["teacher", "student"][-len(rows) :],
         "png": base64.b64encode(png.getvalue()).decode(),
     }

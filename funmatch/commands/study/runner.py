@@ -149,7 +149,7 @@ def shared_tapes(series: StudyRunner) -> dict[str, Path]:
 
 
 def _options_of(folder: Path) -> dict[str, Any]:
-    """The options with which a run began; nothing where it has not, or its record is damaged, which it will say."""
+    """The options with which a run began; {} if it has not, or if its record is damaged, which the run reports."""
     try:
         return run_folder.options_of(folder)
     except InputError:
@@ -166,8 +166,8 @@ def _remove_needless(series: StudyRunner) -> None:
 
 def default_folder(config: Study) -> Path:
     """The folder of a study without --out: a folder that is one already, or studies/NAME."""
-    given = Path(config.name).expanduser()
-    return given if given.is_dir() else Path("studies") / given.stem
+    path = Path(config.name).expanduser()
+    return path if path.is_dir() else Path("studies") / path.stem
 
 
 def check_all_finished(figures: Mapping[str, Any]) -> None:
@@ -243,8 +243,8 @@ def _carry_out(series: StudyRunner) -> None:
 
 def _started(series: StudyRunner, entry: RunSpec) -> subprocess.Popen:
     """A process that carries out a run; it stops, and saves, when this one dies."""
-    knobs = spec.resolve_references(entry, series.folder / "runs")
-    words = [word for option in recipes.options(entry.verb, knobs) for word in shlex.split(option)]
+    options = spec.resolve_references(entry, series.folder / "runs")
+    words = [word for option in recipes.options(entry.verb, options) for word in shlex.split(option)]
     place = ["--seed", str(entry.seed), "--out", str(series.at(entry))]
     if shared := series.tapes.get(entry.place):
         place += ["--tape", str(shared), "--tape-full", "go-on"]

@@ -17,16 +17,16 @@ SHOWN = 20
 """Trials in the table on a terminal; the page has all."""
 
 
-def run(config: Search, given: Modules | None = None) -> Result:
+def run(config: Search, modules: Modules | None = None) -> Result:
     """Runs a search, or its part of one that other processes share, and writes its page.
 
     Args:
-        given: modules from Python, by the names that stand for them.
+        modules: modules from Python, by the names that stand for them.
 
     Raises:
         WorkFailed: all trials failed.
     """
-    metrics = worker.run(config, given)
+    metrics = worker.run(config, modules)
     return Result(Path(metrics["study"]), metrics, write_page(metrics))
 
 

@@ -70,7 +70,7 @@ class SearchSpec:
 
     @property
     def first(self) -> dict[str, Value] | None:
-        """The configuration as given, which is trial 0 if it lies in the space: the one to beat."""
+        """The configuration of the command line, which is trial 0 if it lies in the space: the one to beat."""
         # A searched option is usually not set, so its default is the value to beat; BiT-HyperRule has its own.
         known: dict[str, Any] = {"lr": LR} if self.verb != "finetune" else {}
         own = {name: getattr(self.base, name) for name in self.space}
@@ -146,14 +146,14 @@ def read_spec(config: Search) -> SearchSpec:
 
 
 def _words(config: Search, base: Train) -> list[str]:
-    """The space as given, and the recipe's for options that were not given."""
+    """The words of the space, with those of the recipe for options that the user does not set."""
     if base.recipe is None:
         return list(config.space)
     recipe = recipes.find(base.recipe)
-    given = {search_space.option_name(word.partition("=")[0], type(base)) for word in config.space}
+    excluded = {search_space.option_name(word.partition("=")[0], type(base)) for word in config.space}
     # An option that the user sets beside the recipe is not searched: it was meant to be that value.
-    given |= {name for name in recipe.space if getattr(base, name) != recipe.knobs.get(name, getattr(base, name))}
-    return [*config.space, *(f"{name}={values}" for name, values in recipe.space.items() if name not in given)]
+    excluded |= {name for name in recipe.space if getattr(base, name) != recipe.knobs.get(name, getattr(base, name))}
+    return [*config.space, *(f"{name}={values}" for name, values in recipe.space.items() if name not in excluded)]
 
 
 def with_validation(spec: SearchSpec) -> SearchSpec:
@@ -192,7 +192,7 @@ def record_folder(folder: Path) -> RecordFolder:
 
 
 def record_of(spec: SearchSpec, place: str) -> dict[str, Any]:
-    """What `study.json` holds: compared when the same command is given again."""
+    """What `study.json` holds: compared when the command is run again."""
     search = spec.search
     compared = Search.where(lambda opt: opt.is_compared)
     return json.loads(

@@ -60,7 +60,7 @@ def finish_summary(spec: SearchSpec) -> dict[str, Any] | None:
     return result if len(result["trials"]) >= spec.trials else None
 
 
-def end_summary(study: "optuna.Study", spec: SearchSpec, given: Modules) -> dict[str, Any]:
+def end_summary(study: "optuna.Study", spec: SearchSpec, modules: Modules) -> dict[str, Any]:
     """Summarises a finished search; evaluates the students of the best trial, and no others, on the test images."""
     from funmatch.commands.tune import optuna_storage
 
@@ -89,7 +89,7 @@ def end_summary(study: "optuna.Study", spec: SearchSpec, given: Modules) -> dict
         "storage": optuna_storage.display_url(spec.place),
         "name": spec.name,
     }
-    result |= test_metrics(spec, best, given)
+    result |= test_metrics(spec, best, modules)
     result["seen"] = evaluation_counts(spec, len(rows))
     # NaN is not JSON; a student that diverged has it in its metrics.
     text = json.dumps(run_folder.finite(result), indent=2)
@@ -116,7 +116,7 @@ def row(frozen: Any, spec: SearchSpec) -> dict[str, Any]:
     }
 
 
-def test_metrics(spec: SearchSpec, best: dict[str, Any] | None, given: Modules) -> dict[str, Any]:
+def test_metrics(spec: SearchSpec, best: dict[str, Any] | None, modules: Modules) -> dict[str, Any]:
     """Evaluates the students of the best trial on the test images, by which no trial was selected.
 
     Returns:
@@ -132,7 +132,7 @@ def test_metrics(spec: SearchSpec, best: dict[str, Any] | None, given: Modules) 
     info(f"trial {best['number']} is the best; its students are evaluated on the test images")
     results = [
         evaluate.run(
-            Evaluate(model=folder, split="test", device=spec.base.device, precision=spec.base.precision), given
+            Evaluate(model=folder, split="test", device=spec.base.device, precision=spec.base.precision), modules
         )
         # All executions of the best trial, whose mean was selected, not the luckiest of them.
         for folder in best["runs"]

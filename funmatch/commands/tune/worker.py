@@ -39,11 +39,11 @@ class Pruned(Exception):
     """The pruner ends a trial."""
 
 
-def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
+def run(config: Search, modules: Modules | None = None) -> dict[str, Any]:
     """Searches until all trials have ended, those of other workers too, and returns what `result.json` holds.
 
     Args:
-        given: modules from Python, by the names that stand for them.
+        modules: modules from Python, by the names that stand for them.
 
     Returns:
         `trials` (a row each), `best` (the number of one, None where all failed), `best_run`, `knobs` of it, `score`
@@ -71,13 +71,13 @@ def run(config: Search, given: Modules | None = None) -> dict[str, Any]:
     with optuna_storage.working_trials(spec.place):
         study = open_study(spec)
         try:
-            work(study, spec, given or {})
+            work(study, spec, modules or {})
         finally:
             # `work` freezes what outlives a trial, and this process may go on to other things, as a notebook does.
             gc.unfreeze()
         # One worker evaluates on the test images; the others wait, and find its summary.
         with file_lock(spec.folder / ".end"):
-            result = summary.finish_summary(spec) or summary.end_summary(study, spec, given or {})
+            result = summary.finish_summary(spec) or summary.end_summary(study, spec, modules or {})
             shutil.rmtree(spec.tapes, ignore_errors=True)  # nobody needs them any more
             return result
 
@@ -120,7 +120,7 @@ def open_study(spec: SearchSpec) -> "optuna.Study":
     return study
 
 
-def work(study: "optuna.Study", spec: SearchSpec, given: Modules) -> None:
+def work(study: "optuna.Study", spec: SearchSpec, modules: Modules) -> None:
     """Runs trials until none is left to begin or resume, and waits for those of other workers."""
     waiting = False
     while True:
@@ -138,7 +138,7 @@ def work(study: "optuna.Study", spec: SearchSpec, given: Modules) -> None:
         trial, lock = found
         waiting = False
         with lock:
-            run_trial(trial, study, spec, given)
+            run_trial(trial, study, spec, modules)
         # Now, since networks in reference cycles would stay in memory beside those of the next trial.
         gc.collect()
         gc.freeze()  # what has outlived a trial need not be looked through after the next
@@ -185,7 +185,7 @@ def hold_trial(spec: SearchSpec, number: int) -> IO[str] | None:
     return try_lock_file(folder / ".lock")
 
 
-def run_trial(trial: "optuna.Trial", study: "optuna.Study", spec: SearchSpec, given: Modules) -> None:
+def run_trial(trial: "optuna.Trial", study: "optuna.Study", spec: SearchSpec, modules: Modules) -> None:
     """Runs all executions of a trial, and records how it ended.
 
     An error fails this trial only, except errors of the disk, which end the worker.
@@ -203,7 +203,7 @@ def run_trial(trial: "optuna.Trial", study: "optuna.Study", spec: SearchSpec, gi
             # Only the first execution reports: a pruner compares one curve a trial.
             reporter = Trial(lambda step, score, first=not execution: _report(trial, spec, step, score, first=first))
             train = load_function(VERBS[spec.verb].run)
-            result = train(spec.run(number, execution, chosen), given, reporter)
+            result = train(spec.run(number, execution, chosen), modules, reporter)
             scores.append(float(result["best_score"]))
             seconds += result["seconds"]
             # Without labels there is no top-1, and the search selects by agreement.

@@ -47,7 +47,7 @@ def read_options(path: Path, table: type[Options], verb: str) -> dict[str, Any]:
     for word, value in content.values.items():
         name = table.field_of(word)
         if content.of_run and (name is None or name in NOT_OF_A_RUN):
-            continue  # an option of an earlier version that is no more decides nothing
+            continue  # an option that only an earlier version had
         line = content.line_of(word)
         where = f"line {line}: " if line else ""
         if problem := _problem(table, word, name, value):

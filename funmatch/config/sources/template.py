@@ -12,7 +12,7 @@ from funmatch.config.values import kind_of
 
 WIDTH = 100
 OMITTED = ("config", "dry_run")
-"""Options that say how a file is used, so that none stands in one."""
+"""Options about the use of a file, which are therefore not in one."""
 HEAD = """\
 Options of `funmatch {verb}`, for: funmatch {verb} --config FILE
 Remove the # before an option to set it, and delete what you do not need.
