@@ -78,7 +78,7 @@ class Named(Images):
     hf:NAME. Several are joined."""
 
     def problems(self) -> list[str]:
-        # The parser lets an empty list pass: `data` is required, but takes any number of values.
+        # An empty list is a value too: a file or Python may set one, though `data` is required.
         return ([] if self.data else ["give the images, e.g. ~/images or pet37"]) + super().problems()
 
 

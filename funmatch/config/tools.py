@@ -33,7 +33,7 @@ class Report(Options):
     """Step whose views are shown."""
 
     def problems(self) -> list[str]:
-        # The parser lets an empty list pass.
+        # An empty list is a value too: a file or Python may set one, though `runs` is required.
         return ([] if self.runs else ["give at least one run folder"]) + super().problems()
 
 
