@@ -81,7 +81,6 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
         axes = figure.subplots()
         # By value: runs with the same teacher share one line and one entry of the legend.
         teachers: dict[float, str] = {}
-        # Colours repeat where there are more runs than colours.
         for each, color in zip(found, COLORS * (len(found) // len(COLORS) + 1), strict=False):
             _lines(axes, each, panel, color)
             starts = [r for r in each.metrics.read() if r["event"] == "teacher" and r.get(panel.name) is not None]

@@ -108,7 +108,7 @@ def open_study(spec: SearchSpec) -> "optuna.Study":
             study = optuna.create_study(storage=storage, study_name=spec.name, direction="maximize", **parts)
         # The id, since a shared database may hold another search of the same name.
         known = study.user_attrs.get("id")
-        # Without an id and without trials: a worker was killed between creating it and the next line.
+        # Without id and trials it is new, or the worker that created it was killed before the next line.
         if known is None and not study.get_trials(deepcopy=False):
             study.set_user_attr("id", record["id"])
         elif known != record["id"]:

@@ -56,7 +56,7 @@ def read_options(path: Path, table: type[Options], verb: str) -> dict[str, Any]:
         elif name in found:
             problems.append(f"{where}{name} is set twice, here as {word}; set it once")
         elif name is not None:
-            # Converted here, since the command line gets these values as defaults, which its parser does not convert.
+            # Converted here: the command line gets these values as defaults, and tyro warns of one of another type.
             found[name] = converted(table.model_fields[name], _value(table, name, value))
     if problems:
         raise InputError(f"{path}: {listed(problems)}")
