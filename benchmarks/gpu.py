@@ -69,9 +69,9 @@ def make_images(folder: Path, count: int) -> None:
             np.asarray(Image.fromarray(rng.integers(0, 256, (s, s, 3), dtype=np.uint8)).resize(size))
             for s in (6, 24, 96)
         ]
-        place = folder / "train" / f"{i % CLASSES}" / f"{i:05}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(place, quality=92)
+        path = folder / "train" / f"{i % CLASSES}" / f"{i:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(path, quality=92)
 
 
 def network(name: str, seed: int) -> nn.Module:
@@ -171,12 +171,12 @@ class Bench:
         """Seconds for the same by two matrix products an image; this needs images of one size."""
         images = flat.view(-1, 448, 448, 3)[: self.batch].permute(0, 3, 1, 2)
         corner = torch.from_numpy(np.asarray(boxes, np.float32)[:, :2]).to(flat.device)
-        place = torch.arange(448, device=flat.device)
+        position = torch.arange(448, device=flat.device)
         step = torch.arange(self.side, device=flat.device)
 
         def work() -> torch.Tensor:
             at = (axes[..., :1] + step * axes[..., 1:2]).clamp(axes[..., 2:3], axes[..., 3:]) + corner[..., None]
-            weights = (1 - (at[..., None] - place).abs()).clamp_(min=0)
+            weights = (1 - (at[..., None] - position).abs()).clamp_(min=0)
             planes = images.float().div_(255)
             views = weights[:, None, 0] @ planes @ weights[:, None, 1].mT
             return views.contiguous(memory_format=torch.channels_last)
@@ -206,39 +206,39 @@ class Bench:
         networks = {"t": network(teacher, 0), "s": network(student, 1)}
         with prepared(self.config(**more), networks) as distillation:
             setup, config, trained = distillation.setup, distillation.setup.config, distillation.setup.student
-            course = setup.loop
-            compile_student(trained.classifier, course, config, config.side or 0)
-            scaler = devices.loss_scaler(course.device, course.precision)
+            loop = setup.loop
+            compile_student(trained.classifier, loop, config, config.side or 0)
+            scaler = devices.loss_scaler(loop.device, loop.precision)
 
             def timed(batches: Iterable[Batch]) -> float:
                 start = 0.0
-                for number, _ in fit(course, trained.classifier, trained.optimizer, scaler, batches, distillation.loss):
+                for number, _ in fit(loop, trained.classifier, trained.optimizer, scaler, batches, distillation.loss):
                     if number in (5, 5 + self.steps):
-                        devices.synchronize(course.device)
+                        devices.synchronize(loop.device)
                         start = time.perf_counter() - start
                 return start / self.steps
 
             def streamed() -> Iterator[Batch]:
-                pin = distillation.objective.ahead or partial(Batch.pin_memory, device=course.device)
+                pin = distillation.objective.ahead or partial(Batch.pin_memory, device=loop.device)
                 with closing(prefetch(setup.loader, 0, 5 + self.steps, workers=setup.workers, finish=pin)) as batches:
                     yield from batches
 
-            fixed = setup.loader.batch_at(0).to(course.device)
+            fixed = setup.loader.batch_at(0).to(loop.device)
             rounds = range(2 if self.options.quick else ROUNDS)
             turns = [(timed(streamed()), timed(itertools.repeat(fixed, 5 + self.steps))) for _ in rounds]
-            views = seconds(lambda: setup.loader.batch_at(3).to(course.device), course.device, 10)
+            views = seconds(lambda: setup.loader.batch_at(3).to(loop.device), loop.device, 10)
             used = profiling.arithmetic(setup, distillation.teachers)
         in_run, alone = zip(*turns, strict=True)
         step = statistics.median(in_run)
         gflop = sum(used["gflop"].values())
         return {
-            "precision": course.precision, "compile": config.compile,
+            "precision": loop.precision, "compile": config.compile,
             "teacher_form": setup.provenance["teacher_forms"][0]["form"],
             "images_per_second": spread([self.batch / each for each in in_run]),
             "against_fixed_batch": spread([a / b for a, b in turns]),
             "step_ms": 1e3 * step, "fixed_ms": 1e3 * statistics.median(alone), "views_ms": 1e3 * views,
             "views_share": views / step, "gflop_a_step": gflop, "of_matrix_peak": gflop / step / used["peak_gflops"],
-            "peak_tflops": used["peak_gflops"] / 1e3, "memory_gb": devices.peak_memory(course.device) / 1e9,
+            "peak_tflops": used["peak_gflops"] / 1e3, "memory_gb": devices.peak_memory(loop.device) / 1e9,
         }  # fmt: skip
 
     def runs_of_pairs(self) -> None:

@@ -67,8 +67,8 @@ def cuts(folder: Path, each: int = 1000) -> Path:
         for i in range(each):
             side = int(rng.integers(64, 224))
             top, left = int(rng.integers(0, height - side)), int(rng.integers(0, width - side))
-            cut = Image.fromarray(image[top : top + side, left : left + side])
-            cut.save(folder / f"{number}-{i:04}.jpg", quality=92)
+            crop = Image.fromarray(image[top : top + side, left : left + side])
+            crop.save(folder / f"{number}-{i:04}.jpg", quality=92)
     return folder
 
 

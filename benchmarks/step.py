@@ -58,13 +58,13 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
     teacher, student = Frozen(load("resnet18", classes=37)), load("resnet18", classes=37)
     device = devices.pick_device(options.device)
     precision = devices.resolve_precision("auto", device)
-    course = LoopOptions(options.steps + 3, 1e-3, lambda _step: 1.0, 1.0, 0, device, precision)
+    loop = LoopOptions(options.steps + 3, 1e-3, lambda _step: 1.0, 1.0, 0, device, precision)
     teacher.to(device)
     student.to(device)
-    optimizer = create_optimizer("adamw", student.net, course.lr, 1e-4)
+    optimizer = create_optimizer("adamw", student.net, loop.lr, 1e-4)
     loader = Loader(split, ViewSpec(0, options.batch, SIDE))
     pin = partial(Batch.pin_memory, device=device)
-    batches = prefetch(loader, 0, course.steps, workers=devices.spare_threads(), finish=pin)
+    batches = prefetch(loader, 0, loop.steps, workers=devices.spare_threads(), finish=pin)
     if ready:
         batches = [batch.to(device) for batch in batches]
 
@@ -72,9 +72,9 @@ def seconds_a_step(split: CachedSplit, options: argparse.Namespace, *, ready: bo
         (teacher_view,), student_view = mix_views(batch.crops, (None,), batch.lam)
         return {"loss": kl(student(student_view), teacher(teacher_view), 2.0).mean()}
 
-    scaler = devices.loss_scaler(course.device, course.precision)
+    scaler = devices.loss_scaler(loop.device, loop.precision)
     times = [time.perf_counter()]
-    for _, losses in fit(course, student, optimizer, scaler, batches, loss_of):
+    for _, losses in fit(loop, student, optimizer, scaler, batches, loss_of):
         losses["loss"].item()
         times.append(time.perf_counter())
     return statistics.median(b - a for a, b in pairwise(times[3:]))

@@ -82,7 +82,7 @@ def parts(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], objec
     student = load(options.student, classes=teacher.classifier.num_classes).to(device)
     batch = torch.rand(options.batch, 3, options.side, options.side, device=device)
     batch = batch.contiguous(memory_format=torch.channels_last)
-    course = LoopOptions(10**6, 1e-3, lambda _step: 1.0, 1.0, 0, device, "fp32")
+    options_of_loop = LoopOptions(10**6, 1e-3, lambda _step: 1.0, 1.0, 0, device, "fp32")
     labels = torch.zeros(options.batch + 1, dtype=torch.long)
     ready = repeat(Batch(torch.cat([batch[:1], batch]), labels, 1.0))
     truth = torch.randn(options.batch, student.num_classes, device=device)
@@ -91,7 +91,7 @@ def parts(folder: Path, options: argparse.Namespace) -> tuple[Callable[[], objec
     def loss_of(one: Batch) -> dict[str, torch.Tensor]:
         return {"loss": kl(student(one.crops[1:]), truth).mean()}
 
-    steps = fit(course, student, optimizer, scaler, ready, loss_of)
+    steps = fit(options_of_loop, student, optimizer, scaler, ready, loss_of)
     return lambda: teacher(batch).sum().item(), lambda: next(steps)[1]["loss"].item()
 
 
@@ -151,14 +151,14 @@ def main() -> None:
     print("| strategy | GFLOP a step | of its networks alone | ms a step | of its networks alone (least … most) |")
     print("|---|---:|---:|---:|---:|")
     for name, strategy in STRATEGIES.items():
-        wanted = alone[1] + (0 if strategy.fixed else alone[0])
+        ideal = alone[1] + (0 if strategy.fixed else alone[0])
         ratios = [
             mine / (student + (0 if strategy.fixed else teacher))
             for mine, (teacher, student) in zip(times[name], of_parts, strict=True)
         ]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
         middle = 1e3 * statistics.median(times[name])
-        print(f"| {name} | {flops[name] / 1e9:.2f} | {flops[name] / wanted:.3f} | {middle:.0f} | {spread} |")
+        print(f"| {name} | {flops[name] / 1e9:.2f} | {flops[name] / ideal:.3f} | {middle:.0f} | {spread} |")
 
 
 if __name__ == "__main__":

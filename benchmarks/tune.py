@@ -39,13 +39,13 @@ UNLIKE = ("study", "best_run", "command", "storage", "name")
 
 def start_worker(out: Path, options: argparse.Namespace, core: int) -> subprocess.Popen:
     """Starts a worker on a core of its own."""
-    words = [sys.executable, "-m", "funmatch", "tune", "distill", "--json", "--out", str(out)]
+    argv = [sys.executable, "-m", "funmatch", "tune", "distill", "--json", "--out", str(out)]
     for name, value in {**OPTIONS, **lengths(options), "executions": 2, "trials": options.trials}.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--space", *(f"{name}={values}" for name, values in SPACE.items())]
+        argv += [f"--{name.replace('_', '-')}", str(value)]
+    argv += ["--space", *(f"{name}={values}" for name, values in SPACE.items())]
     with open(f"{out}-{core}.log", "a") as log:
         return subprocess.Popen(
-            ["taskset", "-c", str(core), *words], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            ["taskset", "-c", str(core), *argv], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
 
 

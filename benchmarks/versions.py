@@ -42,22 +42,22 @@ STARTS = {
 }
 
 
-def run(checkout: Path, words: list[str] | None, folder: Path) -> float:
+def run(checkout: Path, argv: list[str] | None, folder: Path) -> float:
     """Runs a command of a checkout; returns its seconds."""
-    command = [sys.executable, *(["-c", "import funmatch"] if words is None else ["-m", "funmatch", *words])]
+    command = [sys.executable, *(["-c", "import funmatch"] if argv is None else ["-m", "funmatch", *argv])]
     env = os.environ | {"PYTHONPATH": str(checkout), "FUNMATCH_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
     took = time.perf_counter() - began
-    if words and words[0] == "distill" and "--steps" in words and done.returncode:
-        raise SystemExit(done.stderr)
+    if argv and argv[0] == "distill" and "--steps" in argv and result.returncode:
+        raise SystemExit(result.stderr)
     return took
 
 
-def rate(checkout: Path, words: list[str], folder: Path) -> float:
+def rate(checkout: Path, argv: list[str], folder: Path) -> float:
     """Images a second of a run, the mean of all its records but the first, which warms up."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        run(checkout, [*words, "--out", f"{out}/run"], folder)
+        run(checkout, [*argv, "--out", f"{out}/run"], folder)
         lines = map(json.loads, Path(out, "run", "metrics.jsonl").read_text().splitlines())
         rates = [line["images_per_second"] for line in lines if line["event"] == "step"]
     return statistics.harmonic_mean(rates[1:])
@@ -95,9 +95,9 @@ def main() -> None:
             if part == "large":
                 LARGE.extend(["--teacher-weights", str(teacher_file(folder))])
             if part in work:
-                rows = {f"{part}, images per second": lambda at, words=work[part]: rate(at, words, places[at])}
+                rows = {f"{part}, images per second": lambda at, argv=work[part]: rate(at, argv, places[at])}
             else:
-                rows = {f"{n}, s": lambda at, words=words: run(at, words, places[at]) for n, words in STARTS.items()}
+                rows = {f"{n}, s": lambda at, argv=argv: run(at, argv, places[at]) for n, argv in STARTS.items()}
             for what, measure in rows.items():
                 for at in places:
                     measure(at)  # fills the caches

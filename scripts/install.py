@@ -61,21 +61,21 @@ class Progress:
 
 def main() -> None:
     """Installs, and exits with pip's exit code."""
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("--extras", default="", help="extras of pyproject.toml, e.g. test")
-    words.add_argument("--versions", choices=("pinned", "floors", "newest"), default="pinned")
-    given = words.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--extras", default="", help="extras of pyproject.toml, e.g. test")
+    parser.add_argument("--versions", choices=("pinned", "floors", "newest"), default="pinned")
+    options = parser.parse_args()
     log = Path(sys.prefix) / "install.log"
     log.write_text("")
-    constraints = None if given.versions == "newest" else ROOT / "constraints.txt"
-    if given.versions == "floors":
+    constraints = None if options.versions == "newest" else ROOT / "constraints.txt"
+    if options.versions == "floors":
         constraints = Path(sys.prefix) / "floors.txt"
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in floors(ROOT / "pyproject.toml")))
-    versions = {"pinned": "pinned", "floors": "oldest allowed", "newest": "newest"}[given.versions]
+    versions = {"pinned": "pinned", "floors": "oldest allowed", "newest": "newest"}[options.versions]
     size = "5 GB on Linux, most of it CUDA's" if sys.platform == "linux" else "1.5 GB"
     print(f"Installing funmatch into {Path(sys.prefix).name}, {versions} versions: the first time up to {size};")
     print(f"about ten minutes at 100 Mbit/s, and seconds from pip's cache. pip's output is in {log}", flush=True)
-    target = f"{ROOT}[{given.extras}]" if given.extras else str(ROOT)
+    target = f"{ROOT}[{options.extras}]" if options.extras else str(ROOT)
     with Progress() as progress:
         code = pip(BUILD, constraints, log, progress) or pip(
             ("--no-build-isolation", "--editable", target), constraints, log, progress
@@ -92,20 +92,23 @@ def main() -> None:
 def floors(project: Path) -> list[tuple[str, str]]:
     """The lower bounds that pyproject.toml names: (package, version)."""
     table = tomllib.loads(project.read_text())["project"]
-    wanted = [*table["dependencies"], *(each for extra in table["optional-dependencies"].values() for each in extra)]
-    return [tuple(each.split(">=")) for each in wanted if ">=" in each]
+    requirements = [
+        *table["dependencies"],
+        *(each for extra in table["optional-dependencies"].values() for each in extra),
+    ]
+    return [tuple(each.split(">=")) for each in requirements if ">=" in each]
 
 
-def pip(words: tuple[str, ...], constraints: Path | None, log: Path, progress: Progress) -> int:
+def pip(arguments: tuple[str, ...], constraints: Path | None, log: Path, progress: Progress) -> int:
     """Runs `pip install` with its output to the log and to `progress`; returns the exit code."""
-    command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", "--no-input", *words]
+    command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", "--no-input", *arguments]
     command += ["--constraint", str(constraints)] if constraints else ["--upgrade", "--upgrade-strategy", "eager"]
     with (
-        log.open("a") as kept,
+        log.open("a") as file,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as run,
     ):
         for line in run.stdout or ():
-            kept.write(line)
+            file.write(line)
             progress.see(line)
     return run.returncode
 

@@ -53,17 +53,17 @@ def test_version_is_printed(funmatch):
     ],
 )  # fmt: skip
 def test_invalid_arguments_get_one_message_and_leave_nothing(funmatch, tmp_path, argv, message):
-    done = funmatch(*argv, check=2)
-    assert message in re.sub(r"[│╭╰╮╯─]|\s+", " ", done.stderr).replace("  ", " ")
-    assert "Traceback" not in done.stderr
-    assert not done.stdout
+    result = funmatch(*argv, check=2)
+    assert message in re.sub(r"[│╭╰╮╯─]|\s+", " ", result.stderr).replace("  ", " ")
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_json_output_is_one_object(funmatch, tmp_path):
     argv = ("distill", *MINI, "--teacher", "fashion-mini-teacher", "--steps", "3", "--out", tmp_path / "run", "--json")
-    done = funmatch(*argv)
-    metrics = json.loads(done.stdout)
+    result = funmatch(*argv)
+    metrics = json.loads(result.stdout)
     assert {"top1", "agreement", "kl", "step", "run"} <= metrics.keys()
     assert metrics["step"] == 3
     assert metrics["run"] == str(tmp_path / "run")
@@ -77,14 +77,14 @@ def test_json_output_is_one_object(funmatch, tmp_path):
 
 
 def test_tables_are_printed_without_json(funmatch, tmp_path):
-    done = funmatch("train", *MINI, "--steps", "3", "--out", tmp_path / "run")
-    assert "top-1" in done.stdout
-    assert "report.html" in done.stdout
+    result = funmatch("train", *MINI, "--steps", "3", "--out", tmp_path / "run")
+    assert "top-1" in result.stdout
+    assert "report.html" in result.stdout
 
 
 def test_demo_compares_labels_and_distillation(funmatch, tmp_path):
-    done = funmatch("demo", "--steps", "6", "--json", "--out", tmp_path / "demo")
-    metrics = json.loads(done.stdout)
+    result = funmatch("demo", "--steps", "6", "--json", "--out", tmp_path / "demo")
+    metrics = json.loads(result.stdout)
     assert {"teacher", "labels", "student", "run", "report"} <= metrics.keys()
     assert metrics["teacher"]["top1"] > 0.87
     assert all(0 <= metrics[name]["top1"] <= 1 for name in ("labels", "student"))
@@ -108,9 +108,9 @@ def test_full_disk_is_reported_and_leaves_no_partial_checkpoint(funmatch, tmp_pa
     argv = ["train", *MINI, "--steps", "6", "--save-every", "2", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", disk_full)
-        done = funmatch(*argv, check=2)
-    assert "disk is full" in done.stderr
-    assert "Traceback" not in done.stderr
+        result = funmatch(*argv, check=2)
+    assert "disk is full" in result.stderr
+    assert "Traceback" not in result.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000002"]
     funmatch(*argv)
 
@@ -120,16 +120,16 @@ def test_unreadable_images_are_reported(funmatch, tmp_path):
         for split in ("train", "val"):
             paint(tmp_path / "p" / split / name / "1.png", 1)
     (tmp_path / "p" / "train" / "a" / "1.png").write_bytes(b"PNG?")
-    done = funmatch("train", "--data", tmp_path / "p", *MINI[2:], "--steps", "1", "--out", "o", check=2)
-    assert "1 unreadable images" in done.stderr
-    assert "train/a/1.png: not an image" in done.stderr
+    result = funmatch("train", "--data", tmp_path / "p", *MINI[2:], "--steps", "1", "--out", "o", check=2)
+    assert "1 unreadable images" in result.stderr
+    assert "train/a/1.png: not an image" in result.stderr
     assert not (tmp_path / "o").exists()
 
 
 def test_progress_goes_to_stderr_without_escape_codes(funmatch, tmp_path):
-    done = funmatch("train", *MINI, "--steps", "3", "--out", tmp_path / "run", "--json")
-    assert "\x1b[" not in done.stderr + done.stdout
-    assert len(done.stdout.splitlines()) == 1
+    result = funmatch("train", *MINI, "--steps", "3", "--out", tmp_path / "run", "--json")
+    assert "\x1b[" not in result.stderr + result.stdout
+    assert len(result.stdout.splitlines()) == 1
 
 
 def test_importing_the_package_does_not_import_torch():
@@ -140,13 +140,13 @@ def test_importing_the_package_does_not_import_torch():
 def test_non_finite_numbers_are_reported_with_other_problems(tmp_path, funmatch):
     argv = ["--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
     argv += ["--steps", "5", "--lr", "nan", "--label-weight", "inf", "--temperature", "-3", "--out", tmp_path / "run"]
-    done = funmatch("distill", *argv, check=2)
+    result = funmatch("distill", *argv, check=2)
     for message in (
         "lr must be a finite number, got nan",
         "label_weight must be a finite",
         "temperature must be above 0",
     ):
-        assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "pydantic" not in done.stderr
+        assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "pydantic" not in result.stderr
     assert not (tmp_path / "run").exists()

@@ -224,11 +224,11 @@ def test_invalid_files_get_one_message_and_leave_nothing(name, text, messages, f
     elif text is not None:
         (folder / name).write_text(text)
     before = sorted(folder.rglob("*"))
-    done = funmatch("distill", "--config", name, "--out", "o", check=2)
-    assert done.stderr.startswith("funmatch: ")
-    assert not done.stdout
+    result = funmatch("distill", "--config", name, "--out", "o", check=2)
+    assert result.stderr.startswith("funmatch: ")
+    assert not result.stdout
     for message in messages:
-        assert message in done.stderr
+        assert message in result.stderr
     assert sorted(folder.rglob("*")) == before
 
 

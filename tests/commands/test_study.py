@@ -124,7 +124,7 @@ def test_study_file_expands_to_runs_with_seeds_and_references(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (("seeds = [0, 1]", "seeds = [0"), "not valid TOML"),
         (("title", "titel"), "unknown key 'titel'; did you mean 'title'"),
@@ -156,8 +156,8 @@ def test_study_file_expands_to_runs_with_seeds_and_references(tmp_path):
         ((f'data = "{FEW}"', 'data = "-mini"'), "same/ic: data -mini starts with a dash"),
     ],
 )
-def test_invalid_files_are_rejected(tmp_path, change, words):
-    with pytest.raises(InputError, match=words):
+def test_invalid_files_are_rejected(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
         study_files.load_spec(Study.checked(name=write_study(tmp_path, TINY.replace(*change, 1))))
 
 
@@ -176,7 +176,7 @@ def test_set_for_one_run_and_runs_that_are_not_shown(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "option", "value"),
+    ("setting", "option", "value"),
     [
         ("optimizer-kwargs=eps=1e-7", "optimizer_kwargs", ("eps=1e-07",)),
         ("optimizer_kwargs=betas=(0.8,0.9),eps=1e-7", "optimizer_kwargs", ("betas=(0.8, 0.9)", "eps=1e-07")),
@@ -192,9 +192,9 @@ def test_set_for_one_run_and_runs_that_are_not_shown(tmp_path):
         ("steps=10", "steps", 10),
     ],
 )
-def test_set_values_are_parsed(tmp_path, words, option, value):
+def test_set_values_are_parsed(tmp_path, setting, option, value):
     text = TINY.replace('student = "run:labels"\n', "")
-    plan = study_files.load_spec(Study.checked(name=write_study(tmp_path, text), set=(words,), only=("same/ic",)))
+    plan = study_files.load_spec(Study.checked(name=write_study(tmp_path, text), set=(setting,), only=("same/ic",)))
     assert plan.entries[0].knobs[option] == value
 
 
@@ -202,24 +202,24 @@ def test_all_problems_are_reported_before_anything_starts(tmp_path):
     text = TINY.replace("same/ic", "same/id").replace("run:labels", "run:nobody").replace('kind = "ends"', 'kind = "x"')
     with pytest.raises(InputError) as error:
         funmatch.study(write_study(tmp_path, text), out=tmp_path / "out")
-    for words in ("unknown strategy 'same/id'", "run:nobody does not name another run", "figure 1: unknown kind 'x'"):
-        assert words in str(error.value)
+    for message in ("unknown strategy 'same/id'", "run:nobody does not name another run", "figure 1: unknown kind 'x'"):
+        assert message in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("old", "new", "message"),
     [
         ("seeds = [0, 1]", "seeds = []", "seeds must be a list of one or more numbers"),
         ('name = "labels"', 'name = "labels {temprature}"', "unknown placeholder {temprature}; each has no options"),
         ('verb = "train"', 'verb = "eat"', "unknown command 'eat'"),
     ],
 )
-def test_invalid_lines_are_reported_and_leave_no_folder(tmp_path, old, new, words):
+def test_invalid_lines_are_reported_and_leave_no_folder(tmp_path, old, new, message):
     assert old in TINY
     with pytest.raises(InputError) as error:
         funmatch.study(write_study(tmp_path, TINY.replace(old, new, 1)), out=tmp_path / "out")
-    assert words in str(error.value)
+    assert message in str(error.value)
     assert "unknown option in [common]" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -252,9 +252,9 @@ def comparable_results(folder: Path) -> list[dict]:
 
 def test_study_runs_once_and_its_page_needs_only_the_results(tmp_path):
     name = write_study(tmp_path, TINY)
-    done = funmatch.study(name, out=tmp_path / "out", jobs=2)
+    outcome = funmatch.study(name, out=tmp_path / "out", jobs=2)
     folder = tmp_path / "out"
-    assert (done["runs"], done["finished"], done["failed"]) == (10, 10, {})
+    assert (outcome["runs"], outcome["finished"], outcome["failed"]) == (10, 10, {})
     results = study_results.results(folder)
     assert [each["place"] for each in results] == [
         entry.place for entry in study_files.load_spec(Study.checked(name=name)).entries
@@ -298,7 +298,7 @@ def test_runs_with_the_same_views_and_teacher_share_a_tape(tmp_path):
     name = write_study(tmp_path, TINY.replace("seeds = [0, 1]", "seeds = [0]"))
     plan = study_files.load_spec(Study.checked(name=name))
     shared = runner.shared_tapes(runner.StudyRunner(plan, tmp_path / "out", 1))
-    assert {place: path.parent.name for place, path in shared.items()} == dict.fromkeys(
+    assert {run_name: path.parent.name for run_name, path in shared.items()} == dict.fromkeys(
         ["T---1.0-seed-0", "T---2.0-seed-0"], "tapes"
     ), "runs with other views or on labels have none"
     assert len(set(shared.values())) == 1
@@ -360,8 +360,8 @@ def test_runs_that_need_or_have_no_shared_tape():
 
 
 def start_study(name: str, out: Path, **options) -> subprocess.Popen:
-    words = [sys.executable, "-m", "funmatch", "study", name, "--out", str(out), "--jobs", "2"]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    argv = [sys.executable, "-m", "funmatch", "study", name, "--out", str(out), "--jobs", "2"]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def finished_places(folder: Path) -> set[str]:
@@ -389,12 +389,12 @@ def test_killed_study_repeats_no_finished_run_and_changes_no_result(tmp_path):
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
         if number != signal.SIGKILL:
             assert "run the same command again to resume" in output
-    done = finished_places(out)
-    before = {place: (out / "runs" / place / "result.json").stat().st_mtime_ns for place in done}
+    finished = finished_places(out)
+    before = {each: (out / "runs" / each / "result.json").stat().st_mtime_ns for each in finished}
     last = funmatch.study(name, out=out, jobs=2)
     assert last["finished"] == 10
-    for place, stamp in before.items():
-        assert (out / "runs" / place / "result.json").stat().st_mtime_ns == stamp
+    for run_name, stamp in before.items():
+        assert (out / "runs" / run_name / "result.json").stat().st_mtime_ns == stamp
     assert comparable_results(out) == comparable_results(tmp_path / "whole")
 
 
@@ -482,5 +482,5 @@ def test_long_curves_are_thinned_but_keep_the_last_point():
 
 
 def test_lines_of_a_plot_look_different():
-    looks = [tuple(map(str, study_plots.look_of(number).values())) for number in range(24)]
-    assert len(set(looks)) == 24
+    styles = [tuple(map(str, study_plots.look_of(number).values())) for number in range(24)]
+    assert len(set(styles)) == 24

@@ -55,7 +55,7 @@ def comparable_result(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("word", "span"),
+    ("argument", "span"),
     [
         ("lr=log:1e-5..3e-3", ("lr", (), 1e-5, 3e-3, True, False)),
         ("optim.lr=1e-3,1e-2", ("lr", (1e-3, 1e-2), 0.0, 0.0, False, False)),
@@ -69,12 +69,12 @@ def comparable_result(folder: Path) -> dict:
         ("grad_checkpointing=true,false", ("grad_checkpointing", (True, False), 0.0, 0.0, False, False)),
     ],
 )
-def test_ranges_and_choices_are_parsed(word, span):
-    assert search_space.read([word], Distill) == {span[0]: search_space.Range(*span[1:])}
+def test_ranges_and_choices_are_parsed(argument, span):
+    assert search_space.read([argument], Distill) == {span[0]: search_space.Range(*span[1:])}
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("argument", "message"),
     [
         ("tempratur=1,2", "unknown option 'tempratur'; did you mean 'temperature'"),
         ("lr=3e-3..1e-5", "empty range"),
@@ -94,9 +94,9 @@ def test_ranges_and_choices_are_parsed(word, span):
         ("out=a,b", "cannot be searched"),
     ],
 )
-def test_invalid_spaces_are_rejected(word, message):
+def test_invalid_spaces_are_rejected(argument, message):
     with pytest.raises(InputError, match=message):
-        search_space.read([word], Distill)
+        search_space.read([argument], Distill)
 
 
 def test_invalid_values_are_reported_before_the_search_starts():
@@ -118,14 +118,14 @@ def draw_trials(way: str, numbers: list[int], values: dict[int, float]) -> dict[
     if way == "grid":
         space = search_space.read(["lr=1e-3,1e-2,1e-1", "temperature=1,2,5,10"], Distill)
     study = optuna.create_study(direction="maximize")
-    given = {}
+    suggested = {}
     for number in range(max(numbers) + 1):
         study.sampler = optuna_storage.SeededSampler(way, 3, space, None)
         trial = study.ask()
-        given[number] = optuna_storage.suggest(trial, space)
+        suggested[number] = optuna_storage.suggest(trial, space)
         if number in values:
             study.tell(trial, values[number])
-    return {number: given[number] for number in numbers}
+    return {number: suggested[number] for number in numbers}
 
 
 @pytest.mark.parametrize("way", ["random", "grid", "tpe"])
@@ -145,30 +145,30 @@ def test_half_suggested_trial_gets_the_remaining_options():
         optuna.create_study(sampler=optuna_storage.SeededSampler("random", 0, space, None), direction="maximize")
         for _ in range(2)
     )
-    wanted = optuna_storage.suggest(uninterrupted.ask(), space)
+    expected = optuna_storage.suggest(uninterrupted.ask(), space)
     optuna_storage.suggest(half.ask(), {"lr": space["lr"]})
     half.sampler = optuna_storage.SeededSampler("random", 0, space, None)
-    assert optuna_storage.suggest(optuna_storage.resume_trial(half, 0), space) == wanted
+    assert optuna_storage.suggest(optuna_storage.resume_trial(half, 0), space) == expected
 
 
 def test_search_reports_its_trials_and_repeats_nothing(tmp_path, capsys):
     options = DISTILL | {"space": LR, "trials": 2, "executions": 2, "seed": 5}
-    done = funmatch.tune("distill", tmp_path / "study", **options)
-    result = done.figures
+    tuned = funmatch.tune("distill", tmp_path / "study", **options)
+    result = tuned.figures
     assert [trial["number"] for trial in result["trials"]] == [0, 1]
     for trial in result["trials"]:
         found = [run_folder.find_run(Path(folder)) for folder in trial["runs"]]
         assert [run.config["knobs"]["seed"] for run in found] == [5, 6]
         assert {run.config["knobs"]["lr"] for run in found} == {trial["knobs"]["lr"]}
         for run in found:
-            figures = [record["top1"] for record in run.metrics.read() if record["event"] == "eval"]
+            results = [record["top1"] for record in run.metrics.read() if record["event"] == "eval"]
             assert run.result["split"] == "val", "trials have no test images"
-            assert max(figures) == run.result["best_score"]
+            assert max(results) == run.result["best_score"]
         assert trial["value"] == pytest.approx(statistics.fmean(run.result["best_score"] for run in found))
     assert result["value"] == max(trial["value"] for trial in result["trials"])
     assert result["trials"][0]["knobs"] == {"lr": 3e-3}, "trial 0 uses the given configuration"
     best = result["trials"][result["best"]]
-    assert done.knobs == best["knobs"]
+    assert tuned.knobs == best["knobs"]
     tops = [funmatch.evaluate(folder, split="test")["top1"] for folder in best["runs"]]
     assert result["test"]["top1"] == pytest.approx(statistics.fmean(tops))
     assert result["test"]["top1_spread"] == pytest.approx(statistics.stdev(tops))
@@ -176,10 +176,10 @@ def test_search_reports_its_trials_and_repeats_nothing(tmp_path, capsys):
     assert result["tested"] == [result["best"]]
     config = cli.parse(shlex.split(result["command"])[1:])
     assert (config.lr, config.steps, config.teacher) == (best["knobs"]["lr"], 4, ("fashion-mini-teacher",))
-    page = done.report.read_text()
+    page = tuned.report.read_text()
     assert page.count("<svg") >= 2
     assert "once by each of 2 students" in page
-    assert (done.best_run / "report.html").is_file()
+    assert (tuned.best_run / "report.html").is_file()
     before = (tmp_path / "study" / "journal.log").read_bytes()
     again = funmatch.tune("distill", tmp_path / "study", **options)
     assert again.figures == result
@@ -211,11 +211,11 @@ def test_trials_share_the_teachers_logits(tmp_path, capsys):
 
 def test_more_trials_continue_a_search_and_every_tested_trial_is_listed(tmp_path):
     first = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=2)
-    more = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=3)
-    assert more.figures["trials"][:2] == first.figures["trials"]
-    assert len(more.figures["trials"]) == 3
-    tested = {first.figures["best"], more.figures["best"]}
-    assert set(more.figures["tested"]) == tested, "every evaluation on the test images is counted"
+    extended = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=3)
+    assert extended.figures["trials"][:2] == first.figures["trials"]
+    assert len(extended.figures["trials"]) == 3
+    tested = {first.figures["best"], extended.figures["best"]}
+    assert set(extended.figures["tested"]) == tested, "every evaluation on the test images is counted"
 
 
 class PowerLoss(BaseException):
@@ -227,13 +227,13 @@ def test_search_stopped_at_any_run_gives_the_same_result(tmp_path, monkeypatch):
     funmatch.tune("train", tmp_path / "whole", **options)
     original, rng = train.run, random.Random(3)
 
-    def run_or_lose_power(config, *rest):
+    def run_or_lose_power(config, *args):
         if rng.random() < 0.3:
             raise PowerLoss
-        figures = original(config, *rest)
+        results = original(config, *args)
         if rng.random() < 0.3:
             raise PowerLoss
-        return figures
+        return results
 
     monkeypatch.setattr(train, "run", run_or_lose_power)
     for _ in range(40):
@@ -296,14 +296,14 @@ def test_trial_that_finishes_meanwhile_is_not_repeated(tmp_path, monkeypatch):
 
 
 def test_failed_trial_is_recorded_and_the_search_continues(tmp_path):
-    done = funmatch.tune(
+    tuned = funmatch.tune(
         "train", tmp_path / "study", **TINY, space={"lr": [1e-3, 1e38]}, sampler="grid", warmup_steps=0
     )
-    states = {trial["knobs"]["lr"]: trial["state"] for trial in done.figures["trials"]}
+    states = {trial["knobs"]["lr"]: trial["state"] for trial in tuned.figures["trials"]}
     assert states == {1e-3: "complete", 1e38: "fail"}
-    (error,) = [trial["error"] for trial in done.figures["trials"] if trial["error"]]
+    (error,) = [trial["error"] for trial in tuned.figures["trials"] if trial["error"]]
     assert "no longer finite" in error
-    assert "no longer finite" in done.report.read_text()
+    assert "no longer finite" in tuned.report.read_text()
 
 
 def test_error_names_the_cause_if_all_trials_fail(tmp_path, monkeypatch, capsys):
@@ -313,7 +313,7 @@ def test_error_names_the_cause_if_all_trials_fail(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(train, "run", fails)
     with pytest.raises(WorkFailed, match="all 2 trials failed, the first so: RuntimeError: out of memory"):
         funmatch.tune("train", tmp_path / "study", **TINY, space={"lr": [1e-3, 1e-2]}, sampler="grid")
-    words = [word for word in ARGV if "teacher" not in word][1:]
+    words = [argument for argument in ARGV if "teacher" not in argument][1:]
     with pytest.raises(SystemExit) as end:
         cli.main(["tune", "train", *words, "--space", "lr=1e-3", "--trials", "1", "--out", str(tmp_path / "other")])
     assert end.value.code == 1
@@ -393,8 +393,8 @@ def test_locked_journal_is_reported_and_a_partial_line_is_repaired(tmp_path, mon
         funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=2)
     with open(journal, "a") as file:
         file.write('{"op_code":4,"wor')
-    done = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=2)
-    assert len(done.figures["trials"]) == 2
+    tuned = funmatch.tune("train", tmp_path / "study", **TINY, space=LR, trials=2)
+    assert len(tuned.figures["trials"]) == 2
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
@@ -415,13 +415,13 @@ def write_images(root: Path, splits: dict[str, int]) -> Path:
 
 def test_without_a_validation_split_training_images_are_held_out(tmp_path, capsys):
     data = write_images(tmp_path / "pictures", {"train": 20, "test": 3})
-    done = funmatch.tune("train", tmp_path / "study", **TINY | {"data": data}, space=LR, trials=2)
+    tuned = funmatch.tune("train", tmp_path / "study", **TINY | {"data": data}, space=LR, trials=2)
     assert "holding out 10% of the training images" in capsys.readouterr().err
-    assert run_folder.find_run(done.best_run).config["knobs"]["val"] == "10%"
-    assert done.figures["seen"] == {"val": 4}
-    assert done.figures["test"]["pictures"] == 6
-    assert "--val" not in done.figures["command"], "the full run trains on all training images"
-    assert "10% of the training images were held out" in done.report.read_text()
+    assert run_folder.find_run(tuned.best_run).config["knobs"]["val"] == "10%"
+    assert tuned.figures["seen"] == {"val": 4}
+    assert tuned.figures["test"]["pictures"] == 6
+    assert "--val" not in tuned.figures["command"], "the full run trains on all training images"
+    assert "10% of the training images were held out" in tuned.report.read_text()
 
 
 def test_selection_by_test_images_is_refused(tmp_path):
@@ -431,26 +431,26 @@ def test_selection_by_test_images_is_refused(tmp_path):
 
 
 def test_without_labels_agreement_selects(tmp_path):
-    done = funmatch.tune("distill", tmp_path / "study", **DISTILL, unlabelled=True, space=LR, trials=1)
-    assert done.figures["score"] == "agreement"
-    assert done.figures["test"]["top1"] is None
-    assert done.figures["test"]["agreement"] is not None
+    tuned = funmatch.tune("distill", tmp_path / "study", **DISTILL, unlabelled=True, space=LR, trials=1)
+    assert tuned.figures["score"] == "agreement"
+    assert tuned.figures["test"]["top1"] is None
+    assert tuned.figures["test"]["agreement"] is not None
 
 
 def test_pruner_stops_trials_that_fall_behind(tmp_path, monkeypatch):
     original = train.run
 
-    def score_by_learning_rate(config, given, trial):
-        return original(config, given, replace(trial, report=lambda step, _score: trial.report(step, config.lr)))
+    def score_by_learning_rate(config, suggested, trial):
+        return original(config, suggested, replace(trial, report=lambda step, _score: trial.report(step, config.lr)))
 
     monkeypatch.setattr(train, "run", score_by_learning_rate)
     options = TINY | {"eval_every": 1, "lr": 1e-3}
-    done = funmatch.tune("train", tmp_path / "study", **options, space=LR, trials=3, pruner="asha")
-    first, second, third = (trial["knobs"]["lr"] for trial in done.figures["trials"])
+    tuned = funmatch.tune("train", tmp_path / "study", **options, space=LR, trials=3, pruner="asha")
+    first, second, third = (trial["knobs"]["lr"] for trial in tuned.figures["trials"])
     assert second < first < third
-    assert [trial["state"] for trial in done.figures["trials"]] == ["complete", "pruned", "complete"]
-    assert not Path(done.figures["trials"][1]["runs"][0], "result.json").exists()
-    assert "pruned" in done.report.read_text()
+    assert [trial["state"] for trial in tuned.figures["trials"]] == ["complete", "pruned", "complete"]
+    assert not Path(tuned.figures["trials"][1]["runs"][0], "result.json").exists()
+    assert "pruned" in tuned.report.read_text()
 
 
 def test_recipe_has_a_search_space(tmp_path):
@@ -465,11 +465,11 @@ def test_recipe_has_a_search_space(tmp_path):
     assert search_spec.space["temperature"].choices == (1.0, 2.0, 5.0, 10.0)
     assert "weight_decay" not in search_spec.space, "an option that is given is not searched"
     assert search_spec.trials == 8
-    done = funmatch.tune("pet37-fast", tmp_path / "study", **options, eval_resize=28, steps=2, batch=8, trials=1)
-    assert done.figures["recipe"] == "pet37-fast"
-    assert set(done.knobs) == {"lr", "temperature", "weight_decay"}
-    assert done.knobs == {"lr": 1e-2, "temperature": 5.0, "weight_decay": 1e-3}, "trial 0 is the recipe itself"
-    full_length = cli.parse(shlex.split(done.figures["command"])[1:])
+    tuned = funmatch.tune("pet37-fast", tmp_path / "study", **options, eval_resize=28, steps=2, batch=8, trials=1)
+    assert tuned.figures["recipe"] == "pet37-fast"
+    assert set(tuned.knobs) == {"lr", "temperature", "weight_decay"}
+    assert tuned.knobs == {"lr": 1e-2, "temperature": 5.0, "weight_decay": 1e-3}, "trial 0 is the recipe itself"
+    full_length = cli.parse(shlex.split(tuned.figures["command"])[1:])
     assert full_length.epochs == 1000
     assert full_length.steps is None
 
@@ -495,14 +495,14 @@ def start_worker(out: Path, *words: str) -> subprocess.Popen:
 
 
 def wait_for_workers(*processes: subprocess.Popen) -> list[dict]:
-    figures = []
+    results = []
     for process in processes:
         out, err = process.communicate(timeout=500)
         assert process.returncode == 0, err.decode()
         assert "Traceback" not in err.decode()
         assert "Warning" not in err.decode()
-        figures.append(json.loads(out))
-    return figures
+        results.append(json.loads(out))
+    return results
 
 
 @pytest.mark.slow
@@ -516,8 +516,8 @@ def wait_for_workers(*processes: subprocess.Popen) -> list[dict]:
     ],
 )
 def test_kills_at_random_times_change_no_result(tmp_path, workers, words):
-    words = [word.format(tmp_path) for word in words]
-    other = [word.replace("all.db", "other.db") for word in words]
+    words = [argument.format(tmp_path) for argument in words]
+    other = [argument.replace("all.db", "other.db") for argument in words]
     wait_for_workers(start_worker(tmp_path / "whole", *words))
     rng = random.Random(0)
     workers_running = [start_worker(tmp_path / "killed", *other) for _ in range(workers)]

@@ -114,7 +114,7 @@ def test_examples_are_valid_commands():
 
 
 @pytest.mark.parametrize(
-    ("argv", "wanted"),
+    ("argv", "expected"),
     [
         (["--help"], "Start:"),
         (["help"], "Start:"),
@@ -128,11 +128,11 @@ def test_examples_are_valid_commands():
         (["recipes", "--help"], "funmatch recipes pet37-fast"),
     ],
 )
-def test_help_can_be_called_in_several_ways(capsys, argv, wanted):
+def test_help_can_be_called_in_several_ways(capsys, argv, expected):
     with pytest.raises(SystemExit) as end:
         parse(argv)
     assert end.value.code == 0
-    assert wanted in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
 
 
 def test_colour_only_on_a_terminal(monkeypatch):

@@ -113,9 +113,9 @@ def test_every_bound_is_enforced(table):
     """For every option with bounds, a value beyond them is a problem and a value at them is not."""
     for name, opt in table.opts():
         kind = table.model_fields[name].annotation
-        whole = float not in _types(kind)
+        is_integer = float not in _types(kind)
         wrap = (lambda value: (value,)) if get_origin(kind) is tuple else (lambda value: value)
-        step = 1 if whole else 1e-3
+        step = 1 if is_integer else 1e-3
         options = table.model_construct()
         for bad, good in (
             (None if opt.at_least is None else opt.at_least - step, opt.at_least),

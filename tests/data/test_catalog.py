@@ -320,9 +320,9 @@ def test_names_with_quotes_and_markup_are_shown_unchanged(tmp_path, funmatch):
             paint(tmp_path / "p" / "train" / name / f"{k} [bold].png", 10 * i + k)
     found = json.loads(funmatch("data", "p", "--json").stdout)
     assert sorted(found["classes"]) == sorted(names)
-    shown = funmatch("data", "p").stdout
-    assert names[0] in shown
-    assert names[2] in shown
+    output = funmatch("data", "p").stdout
+    assert names[0] in output
+    assert names[2] in output
     assert Path(tmp_path / "p-sheet.png").stat().st_size > 1000
 
 
@@ -370,14 +370,14 @@ def test_archives_are_downloaded_checked_and_unpacked(home, server, tmp_path, mo
 
 def test_archives_already_in_the_folder_are_used(home, tmp_path, monkeypatch):
     root = write_pets(tmp_path / "made", each=4)
-    place = home / "oxford-iiit-pet"
-    place.mkdir(parents=True)
+    folder = home / "oxford-iiit-pet"
+    folder.mkdir(parents=True)
     resources = []
     for name in ("images", "annotations"):
-        with tarfile.open(place / f"{name}.tar.gz", "w:gz") as file:
+        with tarfile.open(folder / f"{name}.tar.gz", "w:gz") as file:
             file.add(root / name, name)
-        digest = hashlib.md5((place / f"{name}.tar.gz").read_bytes()).hexdigest()
+        digest = hashlib.md5((folder / f"{name}.tar.gz").read_bytes()).hexdigest()
         resources.append((f"file:///nowhere/{name}.tar.gz", digest))
     monkeypatch.setattr(torchvision.datasets.OxfordIIITPet, "_RESOURCES", tuple(resources))
     assert len(open_named("pet37").splits["test"]) == 12
-    assert (place / "images.tar.gz").is_file()
+    assert (folder / "images.tar.gz").is_file()

@@ -147,10 +147,10 @@ def test_decoded_box_equals_the_box_of_the_decoded_image(options, decoder):
     if decoder == "torchcodec":
         needs_torchcodec()
     image = encoded(photograph(117, 183), "JPEG", **options)
-    whole = decode(image, decoder=decoder)
+    complete = decode(image, decoder=decoder)
     for box in [(0, 0, 183, 117), (0, 0, 1, 1), (3, 5, 17, 100), (100, 50, 83, 67), (90, 0, 92, 10), (180, 116, 1, 1)]:
         top, left, height, width = box
-        expected = whole[top : top + height, left : left + width]
+        expected = complete[top : top + height, left : left + width]
         assert np.array_equal(decode(image, decoder=decoder, box=box), expected)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -97,20 +97,20 @@ def test_crop_kernel_that_fails_or_differs_is_not_used(monkeypatch):
         lambda grid, _: (torch.from_numpy(grid.corners), torch.from_numpy(grid.axes).float()),
     )
     monkeypatch.setattr(
-        torch, "arange", lambda *given, real=torch.arange, **more: real(*given, **more | {"device": CPU})
+        torch, "arange", lambda *args, original=torch.arange, **options: original(*args, **options | {"device": CPU})
     )
     kernels = pytest.importorskip("funmatch.ops.native.triton_crops")
     monkeypatch.setattr(kernels, "sample", resample.sample_by_gather)
     assert device_store.fastest_crop_kernel(flat) == (resample.sample_by_gather, "")
-    monkeypatch.setattr(kernels, "sample", lambda *given: resample.sample_by_gather(*given) + 0.1)
+    monkeypatch.setattr(kernels, "sample", lambda *args: resample.sample_by_gather(*args) + 0.1)
     assert "its results differ" in device_store.fastest_crop_kernel(flat)[1]
 
     def fails(*_):
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(kernels, "sample", fails)
-    cut, note = device_store.fastest_crop_kernel(flat)
-    assert cut is resample.sample_by_gather
+    kernel, note = device_store.fastest_crop_kernel(flat)
+    assert kernel is resample.sample_by_gather
     assert "does not work on this device (no compiler)" in note
 
 

@@ -62,9 +62,9 @@ def test_split_depends_on_content_and_seed_only(tmp_path):
     assert {name: len(split) for name, split in first.splits.items()} == {"train": 54, "val": 6}
     moved = tmp_path / "elsewhere"
     for i, path in enumerate(sorted(root.rglob("*.png"))):  # other names, order and times
-        place = moved / path.parent.name / f"{hash((i, 7)) % 10**9}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
+        target = moved / path.parent.name / f"{hash((i, 7)) % 10**9}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
     assert contents(open_cache(str(moved), tenth)) == contents(first)
     other = open_cache(str(root), ReadOptions(split_spec=SplitSpec({"val": Fraction(1, 10)}, seed=1)))
     assert contents(other)["val"] != contents(first)["val"]
@@ -99,10 +99,10 @@ def test_impossible_splits_are_rejected(tmp_path, images):
 def test_leak_between_splits_is_a_warning(images, funmatch):
     shutil.copy(images / "train" / "ant" / "0.jpg", images / "test" / "bee" / "same.jpg")
     shutil.copy(images / "train" / "ant" / "0.jpg", images / "train" / "ant" / "again.jpg")
-    done = funmatch("prepare", images)
-    assert "WARNING: 1 images are both in train and test of images" in done.stderr
-    assert "LEAK: 1 images are both in train and test:" in done.stdout
-    assert "train/ant/0.jpg = test/bee/same.jpg" in done.stdout
+    result = funmatch("prepare", images)
+    assert "WARNING: 1 images are both in train and test of images" in result.stderr
+    assert "LEAK: 1 images are both in train and test:" in result.stdout
+    assert "train/ant/0.jpg = test/bee/same.jpg" in result.stdout
     found = json.loads(funmatch("prepare", images, "--json").stdout)
     assert found["leaks"]["train and test"]["pictures"] == 1
     assert found["repeated"] == 1
@@ -313,9 +313,9 @@ def test_validation_images_are_held_out_from_labelled_ones(tmp_path):
 def test_same_image_with_two_labels_is_a_warning(tmp_path, funmatch):
     classes_folder(tmp_path / "p", 3)
     shutil.copy(tmp_path / "p" / "ant" / "000.png", tmp_path / "p" / "bee" / "copy.png")
-    done = funmatch("data", "p")
-    assert "WARNING: 2 images of p are the same with different labels, e.g. ant/000.png = bee/copy.png" in done.stderr
-    assert "CONTRADICTION" in done.stdout
+    result = funmatch("data", "p")
+    assert "WARNING: 2 images of p are the same with different labels, e.g. ant/000.png = bee/copy.png" in result.stderr
+    assert "CONTRADICTION" in result.stdout
 
 
 def test_file_names_that_are_not_utf8(tmp_path, funmatch):

@@ -195,9 +195,9 @@ def test_fingerprint_covers_settings_that_are_not_weights():
             self.tau, self.num_classes = tau, 2
 
     card = models.Card("cooled", 8, 1.0, (0.0,) * 3, (1.0,) * 3, None)
-    several = [vit(num_heads=3), vit(num_heads=6), vit(num_heads=3, global_pool="avg")]
-    several += [models.Classifier(WithTemperature(tau), card) for tau in (1, 4)]
-    digests = list(map(models.function_of, several))
+    classifiers = [vit(num_heads=3), vit(num_heads=6), vit(num_heads=3, global_pool="avg")]
+    classifiers += [models.Classifier(WithTemperature(tau), card) for tau in (1, 4)]
+    digests = list(map(models.function_of, classifiers))
     assert len(set(digests)) == 5
     in_training_mode = vit(num_heads=3).train()
     assert models.function_of(in_training_mode) == digests[0] == models.function_of(in_training_mode.eval())

@@ -433,7 +433,7 @@ def test_weights_of_unusable_types_are_rejected():
 
 def test_empty_and_unexpandable_names_are_rejected(funmatch):
     argv = ["--data", "fashion-mini", "--teacher", "", "--student", "resnet10t", "--steps", "1", "--out", "r"]
-    done = funmatch("distill", *argv, check=2)
-    assert "teacher is empty" in done.stderr
-    done = funmatch("evaluate", "~nosuchuser/x", "--data", "fashion-mini", check=2)
-    assert "user name that does not exist" in done.stderr
+    result = funmatch("distill", *argv, check=2)
+    assert "teacher is empty" in result.stderr
+    result = funmatch("evaluate", "~nosuchuser/x", "--data", "fashion-mini", check=2)
+    assert "user name that does not exist" in result.stderr

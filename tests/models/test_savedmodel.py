@@ -544,8 +544,8 @@ def models_from_tensorflow(tmp_path_factory):
     def make(*words: str) -> Path:
         folder = tmp_path_factory.mktemp("made") / "m"
         command = [sys.executable, "-W", "ignore", str(script), str(folder), *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
         return folder
 
     return make
@@ -613,9 +613,12 @@ def test_bundles_written_by_tensorflow_are_read(tmp_path):
     names = list(tensors)
     parts = [str(tmp_path / f"part{i}") for i in range(3)]
     for i, part in enumerate(parts):
-        mine = names[i::3]
+        own_names = names[i::3]
         tf.raw_ops.SaveV2(
-            prefix=part, tensor_names=mine, shape_and_slices=[""] * len(mine), tensors=[tensors[name] for name in mine]
+            prefix=part,
+            tensor_names=own_names,
+            shape_and_slices=[""] * len(own_names),
+            tensors=[tensors[name] for name in own_names],
         )
     tf.raw_ops.MergeV2Checkpoints(
         checkpoint_prefixes=parts, destination_prefix=str(tmp_path / "whole"), delete_old_dirs=False

@@ -103,5 +103,5 @@ def test_triton_kernel_equals_the_gather(flat, tmp_path):
     torch.save({"flat": flat, "grids": grids}, tmp_path / "grids.pt")
     # A process of its own: Triton reads TRITON_INTERPRET when it is imported.
     argv = [sys.executable, "-W", "ignore", "-c", INTERPRETED, str(tmp_path / "grids.pt")]
-    done = subprocess.run(argv, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.stdout == "6 equal\n", done.stderr
+    result = subprocess.run(argv, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.stdout == "6 equal\n", result.stderr

@@ -66,8 +66,8 @@ print(plain, own)
 
 @GLIBC
 def test_freed_memory_causes_no_page_faults_again():
-    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
-    plain, own = map(int, done.stdout.split())
+    result = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    plain, own = map(int, result.stdout.split())
     page = resource.getpagesize()
     assert plain * page > 10**7, "without it, all memory faults in again"
     assert own < plain / 10

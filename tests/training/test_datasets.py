@@ -100,9 +100,9 @@ def test_numbered_classes_are_taken_in_the_teachers_order(tmp_path):
     mini = open_dataset("fashion-mini")
     records = [frame(example(mini.read("test", i), int(mini.splits["test"].labels[i]))) for i in range(0, 2000, 100)]
     (tmp_path / "test.tfrecord").write_bytes(b"".join(records))
-    figures = funmatch.evaluate("fashion-mini-teacher", data=f"tfrecord:{tmp_path}/test.tfrecord")
-    assert figures["pictures"] == 20
-    assert figures["top1"] > 0.7
+    metrics = funmatch.evaluate("fashion-mini-teacher", data=f"tfrecord:{tmp_path}/test.tfrecord")
+    assert metrics["pictures"] == 20
+    assert metrics["top1"] > 0.7
 
 
 @pytest.mark.parametrize("way", ["resident", "streaming"])

@@ -261,10 +261,10 @@ def test_non_finite_loss_stops_the_run_and_keeps_valid_checkpoints(tmp_path, mon
     original_loss = distill.distillation_loss
     calls = []
 
-    def nan_after_six_calls(*given):
+    def nan_after_six_calls(*args):
         calls.append(1)
         factor = float("nan") if len(calls) > 6 else 1.0
-        return {name: loss * factor for name, loss in original_loss(*given).items()}
+        return {name: loss * factor for name, loss in original_loss(*args).items()}
 
     monkeypatch.setattr(distill, "distillation_loss", nan_after_six_calls)
     with pytest.raises(InputError, match="no longer finite at step 8"):

@@ -45,7 +45,7 @@ def test_students_together_equal_students_alone_with_one_teacher_pass(tmp_path, 
     teacher_calls: list[int] = []
     forward = TeacherEnsemble.forward
     monkeypatch.setattr(
-        TeacherEnsemble, "forward", lambda self, *given: (teacher_calls.append(1), forward(self, *given))[1]
+        TeacherEnsemble, "forward", lambda self, *args: (teacher_calls.append(1), forward(self, *args))[1]
     )
     both = funmatch.distill_several(**OPTIONS, **more, students=STUDENTS, out=tmp_path / "both")
     calls_together = len(teacher_calls)

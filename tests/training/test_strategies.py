@@ -175,8 +175,8 @@ def test_cutmix_and_randaugment_change_the_shared_view(split, each, a):
             for piece, _ in batch.pieces(3)
         ]
         assert torch.equal(torch.cat(pieces), student)
-    cut = np.mean([float((batch.cutmix_boxes[:, 2:].prod(-1) > 0).float().mean()) for batch in batches])
-    assert cut > 0.85 if a == 0 else 0.2 < cut < 0.8
+    cut_share = np.mean([float((batch.cutmix_boxes[:, 2:].prod(-1) > 0).float().mean()) for batch in batches])
+    assert cut_share > 0.85 if a == 0 else 0.2 < cut_share < 0.8
 
 
 def student_of(outcome) -> dict[str, torch.Tensor]:
@@ -192,9 +192,9 @@ def test_same_ic_with_mixup_equals_funmatch(tmp_path):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains(tmp_path, strategy):
-    more = {"teacher_crops": 8} if strategy == "fix/ic_ens" else {}
+    extra = {"teacher_crops": 8} if strategy == "fix/ic_ens" else {}
     outcome = funmatch.distill(
-        out=tmp_path / "run", steps=40, lr=8e-3, strategy=strategy, eval_every=20, **more, **MINI
+        out=tmp_path / "run", steps=40, lr=8e-3, strategy=strategy, eval_every=20, **extra, **MINI
     )
     lines = list(map(json.loads, (outcome.folder / "metrics.jsonl").read_text().splitlines()))
     first, last = (next(e for e in lines if e["event"] == "views" and e["step"] == step) for step in (20, 40))
@@ -240,8 +240,8 @@ def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatc
         Frozen, "forward", lambda self, views: (batch_sizes.append(len(views)), original(self, views))[1]
     )
     crops = 20 if strategy == "fix/ic_ens" else 1
-    more = {"teacher_crops": 20} if crops > 1 else {}
-    options = MINI | {"strategy": strategy, "steps": 5, "eval_every": 100, **more}
+    extra = {"teacher_crops": 20} if crops > 1 else {}
+    options = MINI | {"strategy": strategy, "steps": 5, "eval_every": 100, **extra}
     outcome = funmatch.distill(out=tmp_path / "run", **options)
     split = open_cache(FEW).splits["train"]
     (folder,) = (tmp_path / "cache" / "answers").iterdir()
@@ -276,11 +276,11 @@ def test_interrupted_logits_of_a_fixed_teacher_are_resumed(tmp_path, monkeypatch
     options = MINI | {"strategy": "fix/ic_ens", "teacher_crops": 10, "steps": 2}
     original, done = fixed._predict_part, []
 
-    def interrupted(source, teachers, images, *rest):
+    def interrupted(source, teachers, images, *later_parts):
         if len(done) == 7:
             raise KeyboardInterrupt
         done.append(images.start)
-        return original(source, teachers, images, *rest)
+        return original(source, teachers, images, *later_parts)
 
     monkeypatch.setattr(fixed, "_predict_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -291,17 +291,17 @@ def test_interrupted_logits_of_a_fixed_teacher_are_resumed(tmp_path, monkeypatch
     # Another live process holds the next part: it is skipped, and computed once its lock is released.
     lock = fixed.try_lock_file(folder / "part-000000070.lock")
     assert lock
-    rest: list[int] = []
+    later_parts: list[int] = []
 
-    def counting(source, teachers, images, *more):
-        rest.append(images.start)
-        if len(rest) == 12:
+    def counting(source, teachers, images, *extra):
+        later_parts.append(images.start)
+        if len(later_parts) == 12:
             lock.close()
-        return original(source, teachers, images, *more)
+        return original(source, teachers, images, *extra)
 
     monkeypatch.setattr(fixed, "_predict_part", counting)
     funmatch.distill(out=tmp_path / "run", **options)
-    assert rest == [*range(80, 200, 10), 70]
+    assert later_parts == [*range(80, 200, 10), 70]
     complete = np.load(folder / "answers.npy")
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "fresh"))
     monkeypatch.setattr(fixed, "_predict_part", original)
