@@ -141,12 +141,14 @@ def _write_splits(
     bad: NamedBadImages = []
     # Hyphens separate the numbers in a shard's name, and other signs are special in globs and shells.
     stem = re.sub(r"[^A-Za-z0-9.]+", "_", dataset.name).strip("_") or "pictures"
-    for split, rows, known in by_split(dataset, scanned):
+    for split, rows, scan_reasons in by_split(dataset, scanned):
         listing = dataset.splits[split]
-        bad += [(split, i, listing.names[i], reason) for i, reason in sorted(known.items())]
+        bad += [(split, i, listing.names[i], reason) for i, reason in sorted(scan_reasons.items())]
         # Shuffled, since readers of shards shuffle only nearby records; always alike, so that an interrupted export
         # can keep the shards that it has.
-        order = [int(i) for i in shuffle_positions(0, np.arange(len(listing)), len(listing)) if int(i) not in known]
+        order = [
+            int(i) for i in shuffle_positions(0, np.arange(len(listing)), len(listing)) if int(i) not in scan_reasons
+        ]
         (folder / split).mkdir(exist_ok=True)
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         for number, group in enumerate(track(groups, len(groups), f"writing {split}")):

@@ -186,17 +186,17 @@ def savedmodel_origin(folder: Path, kwargs: dict[str, Any], inputs: Inputs | Non
     """Returns the origin of a BiT network that Keras saved; its mean and std are given, or those of its graph."""
     saved = open_savedmodel(folder)
     # The user's `inputs` first: a graph shows what it does itself, not what was done to images before it.
-    given = inputs or saved.inputs
-    if given is None:
+    used = inputs or saved.inputs
+    if used is None:
         raise InputError(
             f"{folder} is a BiT network, but the images that it was trained on are unknown: {saved.why}; give their "
             f"range with `funmatch import {folder} --inputs 0..1` (as they are) or `-1..1` (if it rescales them itself)"
         )
     notes = saved.notes
-    if given != saved.inputs and not saved.is_plain:
+    if used != saved.inputs and not saved.is_plain:
         notes += (f"using the given --inputs, though {saved.why or f'its graph has mean and std {saved.inputs}'}",)
     origin = _bit_origin(
-        str(folder), *bit.assemble(saved.arrays, str(folder)), kwargs, {"mean": given[0], "std": given[1]}
+        str(folder), *bit.assemble(saved.arrays, str(folder)), kwargs, {"mean": used[0], "std": used[1]}
     )
     return replace(origin, notes=notes)
 

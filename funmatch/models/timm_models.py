@@ -70,8 +70,8 @@ def create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool = Fals
             "weights, or, for a student from scratch, the name without a tag"
         ) from error
     except Exception as error:  # constructors fail in as many ways as they can be called wrongly
-        given = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
-        raise InputError(f"timm cannot build {architecture} with {given}: {first_line(error)}") from error
+        arguments = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
+        raise InputError(f"timm cannot build {architecture} with {arguments}: {first_line(error)}") from error
 
 
 def create_empty(architecture: str, kwargs: dict[str, Any]) -> nn.Module:

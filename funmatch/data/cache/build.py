@@ -141,8 +141,8 @@ def _fill(partial: Path, dataset: Dataset, scanned: Scan, options: CacheOptions,
     """Appends every image to `<split>.pixels` and its row to `<split>.rows`, from where an earlier attempt stopped."""
     partial.mkdir(exist_ok=True)
     bad: BadImages = []
-    for split, rows, known in by_split(dataset, scanned):
-        reasons = _fill_split(partial, dataset, split, rows["digest"].tolist(), known, options, way, track)
+    for split, rows, scan_reasons in by_split(dataset, scanned):
+        reasons = _fill_split(partial, dataset, split, rows["digest"].tolist(), scan_reasons, options, way, track)
         bad += [(split, i, reason) for i, reason in sorted(reasons.items())]
     return bad
 
@@ -152,7 +152,7 @@ def _fill_split(
     dataset: Dataset,
     split: str,
     digests: list[bytes],
-    known: dict[int, str],
+    scan_reasons: dict[int, str],
     options: CacheOptions,
     way: str,
     track: Track,
@@ -165,8 +165,8 @@ def _fill_split(
 
     def encode(i: int) -> tuple[tuple[int, int], bytes, str]:
         # A row without bytes stands for it, so that rows keep the numbers of the listing until `_finish`.
-        if i in known:
-            return (0, 0), b"", known[i]
+        if i in scan_reasons:
+            return (0, 0), b"", scan_reasons[i]
         encoded = read_again(dataset, split, i, digests[i])
         try:
             image = decode(encoded, cap=options.cap, decoder=options.decoder, max_pixels=options.max_pixels)

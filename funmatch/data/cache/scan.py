@@ -204,10 +204,10 @@ def fingerprint_files(paths: Iterable[str | bytes]) -> str:
         try:
             status = os.stat(path)
             # ctime and inode as well: rsync, tar and cp -p set mtime back to that of the original.
-            known: tuple[Any, ...] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+            state: tuple[Any, ...] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         except OSError as error:
-            known = (error.errno,)  # it is reported when it is read
-        digest.update(repr((path, *known)).encode())
+            state = (error.errno,)  # it is reported when it is read
+        digest.update(repr((path, *state)).encode())
     return digest.hexdigest()
 
 

@@ -48,16 +48,16 @@ def flowers102(root: Path) -> Dataset:
     from scipy.io import loadmat
     from torchvision.datasets import Flowers102
 
-    found: dict[str, Any] = {}
+    matrices: dict[str, Any] = {}
     for file in ("imagelabels.mat", "setid.mat"):
         try:
-            found |= loadmat(str(root / file))
+            matrices |= loadmat(str(root / file))
         except Exception as error:  # SciPy raises many types: missing, cut off, another format
             raise InputError(f"cannot read {root / file}: {first_line(error)}") from None
     try:
         # MATLAB counts from 1: labels, and below the images too.
-        labels = found["labels"].ravel().astype(int) - 1
-        ids = {split: found[key].ravel().astype(int) for split, key in _FLOWER_SPLITS.items()}
+        labels = matrices["labels"].ravel().astype(int) - 1
+        ids = {split: matrices[key].ravel().astype(int) for split, key in _FLOWER_SPLITS.items()}
         images = {
             split: [(f"jpg/image_{i:05}.jpg", int(labels[i - 1])) for i in numbers] for split, numbers in ids.items()
         }
@@ -105,8 +105,8 @@ def sun397(root: Path) -> Dataset:
         }
         extra, spec = [str(path) for path in lists.values()], None
     else:
-        found = [f.relative_to(root).as_posix() for name in places for f in sorted((root / name).glob("sun_*.jpg"))]
-        files, extra, spec = {"train": found}, [], SUN_SPLIT
+        unsplit = [f.relative_to(root).as_posix() for name in places for f in sorted((root / name).glob("sun_*.jpg"))]
+        files, extra, spec = {"train": unsplit}, [], SUN_SPLIT
     try:
         images = {split: [(file, places[file.rpartition("/")[0]]) for file in each] for split, each in files.items()}
     except KeyError as error:

@@ -29,18 +29,18 @@ def shard_paths(pattern: str, endings: str) -> list[Path]:
     if os.path.isdir(expanded):
         # Escaped: brackets in the folder's own name are not a pattern.
         inside = glob.glob(os.path.join(glob.escape(expanded), "**", "*"), recursive=True)
-        found = [path for path in inside if re.search(endings, os.path.basename(path))]
+        files = [path for path in inside if re.search(endings, os.path.basename(path))]
     elif os.path.isfile(expanded):
-        found = [expanded]
+        files = [expanded]
     else:
         # Braces spell out names, so each must exist; glob itself would silently skip the missing ones.
         globs = list(_expand_braces(expanded))
         missing = [each for each in globs if not glob.has_magic(each) and not os.path.isfile(each)]
         if missing:
             raise InputError(f"{pattern}: {len(missing)} of {len(globs)} shards are missing, e.g. {missing[0]}")
-        found = [path for each in globs for path in glob.glob(each, recursive=True)]
+        files = [path for each in globs for path in glob.glob(each, recursive=True)]
     # Sorted, since an image's number, and with it all that is drawn for it, depends on the order.
-    paths = sorted({Path(path) for path in found if os.path.isfile(path)})
+    paths = sorted({Path(path) for path in files if os.path.isfile(path)})
     if not paths:
         raise InputError(f"no shard matches {pattern}; expected a file, a folder, or a pattern like 'data/*/*.tfrec'")
     # Such a pattern may deliberately select a part of a set.
@@ -101,7 +101,7 @@ def watched_folders(pattern: str, paths: Sequence[Path]) -> set[Path]:
     parts = Path(os.path.expanduser(pattern)).parts
     magic = next((i for i, part in enumerate(parts) if glob.has_magic(part) or "{" in part), len(parts))
     top = Path(*parts[:magic])
-    found = {path.parent for path in paths} | ({top} if top.is_dir() else set())
+    folders = {path.parent for path in paths} | ({top} if top.is_dir() else set())
     if top.is_dir() and (magic == len(parts) or "**" in parts):
-        found |= {path for path in top.rglob("*") if path.is_dir()}
-    return found
+        folders |= {path for path in top.rglob("*") if path.is_dir()}
+    return folders

@@ -45,7 +45,7 @@ def _list_tar(path: Path, options: ReadOptions) -> list[Record]:
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise DamagedRecord("ends without a tar's closing block; it is cut off")
             endings = (options.image_feature or ";".join(ending[1:] for ending in EXTENSIONS)).split(";")
-            found = []
+            shard_records = []
             for key, files in samples.items():
                 image = next((files[ending] for ending in files if ending in endings), None)
                 if image is None:
@@ -54,8 +54,8 @@ def _list_tar(path: Path, options: ReadOptions) -> list[Record]:
                         "dot); pass --image-feature"
                     )
                 label = _label(tar, key, files, options)
-                found.append(Record(image.offset_data, image.size, label, image.name))
-            return found
+                shard_records.append(Record(image.offset_data, image.size, label, image.name))
+            return shard_records
     except tarfile.TarError as error:
         raise DamagedRecord(f"is not a complete tar ({error}); a compressed one must be unpacked first") from None
 
