@@ -248,6 +248,7 @@ def _finish(
     meta = {
         "format": FORMAT, "content": content, "way": way, "cap": options.cap, "decoder": options.decoder,
         "classes": dataset.classes, "splits": list(dataset.splits), "sizes": sizes, "bad": bad,
+        # Not of the pixels: each image has its own checksum in the index.
         "checks": {name: checksum(partial / name) for name in sizes if name.endswith(".npy")},
     }  # fmt: skip
     write_atomically(partial / "meta.json", json.dumps(meta))

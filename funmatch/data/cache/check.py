@@ -1,4 +1,4 @@
-"""Reads a finished cache back, and tells whether it is whole; what is damaged is built again from the data set."""
+"""Reads a finished cache back and checks that it is whole; a damaged one is built again from the data set."""
 
 import zlib
 from pathlib import Path
@@ -34,6 +34,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     path = folder / "meta.json"
     meta = read_record(path, SHAPE, FORMAT, "set FUNMATCH_CACHE to another folder")
+    # Exactly these: a file that the list lacks would pass unchecked, and one too many would be looked for in vain.
     files = {f"{split}.{part}" for split in meta["splits"] for part in PARTS}
     whole = meta["splits"] and meta["cap"] > 0
     if meta[FORMAT_KEY] != FORMAT or not whole or meta["sizes"].keys() != files:
@@ -57,6 +58,7 @@ def read_index(folder: Path, split: str, meta: dict[str, Any]) -> tuple[np.ndarr
     for path in paths:
         if meta.get("checks", {}).get(path.name) not in (None, checksum(path)):
             raise Damaged(f"{path} is damaged")
+    # Types and shapes first, since `_fits` reads the columns by their names.
     sound = rows.dtype == INDEX and digests.dtype == DIGEST and rows.ndim == 1 and rows.shape == digests.shape
     if not sound or not _fits(rows, meta["sizes"][f"{split}.pixels"], meta):
         raise Damaged(f"{folder / f'{split}.index.npy'} is damaged")
@@ -64,16 +66,16 @@ def read_index(folder: Path, split: str, meta: dict[str, Any]) -> tuple[np.ndarr
 
 
 def checksum(path: Path) -> int:
-    """The CRC-32 of a file."""
-    found = 0
+    """Returns the CRC-32 of a file."""
+    crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            found = zlib.crc32(block, found)
-    return found
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _fits(rows: np.ndarray, size: int, meta: dict[str, Any]) -> bool:
-    """Whether the images fill a file of pixels of a size, one after the other, and have labels among the classes."""
+    """Returns whether the images fill `size` bytes of pixels without gaps, and have labels among the classes."""
     length, height, width = (rows[name].astype(np.int64) for name in ("length", "height", "width"))
     ends = np.cumsum(length)
     good = (length > 0) & (rows["offset"] == ends - length) & (height > 0) & (width > 0)
@@ -81,11 +83,12 @@ def _fits(rows: np.ndarray, size: int, meta: dict[str, Any]) -> bool:
     if meta["way"] == "resident":
         # 3 · height · width of damaged numbers may go beyond 64 bits, and then is of the wrong sign or size.
         good &= (height * width <= length) & (3 * height * width == length)
+    # A slice, which an empty index has too: its images end at byte 0.
     return bool(good.all()) and int(ends[-1:].sum()) == size
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a cache exists with every file at its full size, and with indices that can be used.
+    """Returns whether a cache exists with every file at its full size, and with indices that can be used.
 
     Raises:
         NewerFormat: a newer version wrote it.

@@ -111,8 +111,8 @@ def open_cache(
     # Without on_bad: both values mean the same cache, and differ only in whether bad images are an error below.
     parts = FORMAT, [resolve_spec(spec) for spec in specs], options, replace(cache_options, on_bad="")
     ledger = home / "known" / _digest(*parts)
-    known = None if refresh else _load_entry(ledger)
-    if known is None:
+    entry = None if refresh else _load_entry(ledger)
+    if entry is None:
         listed = open_dataset(specs, options, track)
         watched = _watched_paths(listed)
         # Before anything is read: a file that changes during the scan then differs from its entry the next time.
@@ -120,11 +120,11 @@ def open_cache(
         dataset, scanned = scan_dataset(listed, cache_options, track, refresh=refresh)
         folder = build(dataset, scanned, cache_options, home, track, log, check=refresh)
         # Last, so that an entry never names a cache that is still being built.
-        known = _store_entry(ledger, folder, dataset, scanned, watched, stamp)
-    cache = _open_known(known, cache_options)
+        entry = _store_entry(ledger, folder, dataset, scanned, watched, stamp)
+    cache = _open_entry(entry, cache_options)
     bad = cache.summary["unreadable"]
     if bad and cache_options.on_bad == "stop":
-        raise unreadable(known["called"], bad, home)
+        raise unreadable(entry["called"], bad, home)
     # On every opening, not only after building: each run's own log shows what is wrong with its data.
     for line in list_complaints(cache):
         log(line)
@@ -162,9 +162,9 @@ def list_complaints(cache: Cache) -> list[str]:
     return lines
 
 
-def _open_known(known: dict[str, Any], cache_options: CacheOptions) -> Cache:
+def _open_entry(entry: dict[str, Any], cache_options: CacheOptions) -> Cache:
     """Opens the cache of a ledger entry."""
-    folder = Path(known["folder"])
+    folder = Path(entry["folder"])
     meta = read_meta(folder)
     splits = {}
     for name in meta["splits"]:
@@ -173,8 +173,8 @@ def _open_known(known: dict[str, Any], cache_options: CacheOptions) -> Cache:
         store = Resident(path) if resident else Streaming(path, meta["cap"], meta["decoder"], cache_options.max_pixels)
         index, digests = read_index(folder, name, meta)
         splits[name] = CachedSplit(name, index, store, digests)
-    classes, name, unnamed = tuple(meta["classes"]), known["name"], known["unnamed"]
-    return Cache(meta["content"], name, classes, splits, unnamed, meta["way"], folder, known["found"])
+    classes, name, unnamed = tuple(meta["classes"]), entry["name"], entry["unnamed"]
+    return Cache(meta["content"], name, classes, splits, unnamed, meta["way"], folder, entry["found"])
 
 
 def _digest(*parts: object) -> str:
@@ -190,12 +190,12 @@ def _load_entry(ledger: Path) -> dict[str, Any] | None:
     """Reads a ledger entry; None if there is none, a watched file has changed, or its cache is incomplete."""
     try:
         with open(ledger, "rb") as file:
-            known = parse_json(file.readline(), ENTRY)
-            pairs = [*known["found"]["leaks"].values(), known["found"]["contradictory"]]
-            same = fingerprint_files(_read_paths(file)) == known["stamp"]
+            entry = parse_json(file.readline(), ENTRY)
+            pairs = [*entry["found"]["leaks"].values(), entry["found"]["contradictory"]]
+            same = fingerprint_files(_read_paths(file)) == entry["stamp"]
             same &= all(each["examples"] or not each["pictures"] for each in pairs)
         # Users delete caches to make room.
-        return known if same and is_complete(Path(known["folder"])) else None
+        return entry if same and is_complete(Path(entry["folder"])) else None
     # A damaged entry is as good as none: the data set is listed again, which also says what is wrong with its cache.
     except (OSError, ValueError):
         return None
@@ -234,7 +234,7 @@ def _store_entry(
     about = summary(dataset, scanned, {(split, i) for split, i, _ in bad})
     unreadable = [[dataset.splits[split].names[i], reason] for split, i, reason in bad]
     # Keys as version 0.1.0 wrote them.
-    known = {
+    entry = {
         "folder": str(folder),
         "stamp": stamp,
         "name": dataset.name,
@@ -244,5 +244,5 @@ def _store_entry(
     }
     ledger.parent.mkdir(parents=True, exist_ok=True)
     # The first line is read alone; paths follow with zeros between them, since a path may contain a line break.
-    write_atomically(ledger, json.dumps(known) + "\n" + "\0".join(watched))
-    return known
+    write_atomically(ledger, json.dumps(entry) + "\n" + "\0".join(watched))
+    return entry
