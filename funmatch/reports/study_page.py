@@ -118,19 +118,22 @@ def provenance(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple
     for result in results:
         facts, metrics = result["facts"], result["figures"]
         # Of every run, since a study may be resumed on another machine or with other versions.
-        values.setdefault("machine", []).append(facts["machine"])
-        values.setdefault("versions", []).append(", ".join(f"{name} {v}" for name, v in facts["versions"].items()))
-        images = ", ".join(f"{count:,} {split}" for split, count in facts["pictures"].items())
-        values.setdefault("images", []).append(f"{', '.join(result['knobs']['data'])}: {images}")
-        values.setdefault("student", []).append(f"{result['knobs']['student']}, {facts['parameters']:,} parameters")
-        if result["knobs"].get("teacher"):
-            top1 = "" if metrics["teacher_top1"] is None else f", top-1 {100 * metrics['teacher_top1']:.2f} %"
-            values.setdefault("teacher", []).append(" + ".join(Path(n).name for n in result["knobs"]["teacher"]) + top1)
-    # Each once: runs mostly share machine and images, and where they do not, the page must say so.
+        knobs = result["knobs"]
+        teacher, top1 = knobs.get("teacher") or [], metrics.get("teacher_top1")
+        values.setdefault("machine", []).append(facts.get("machine") or "–")
+        versions = (facts.get("versions") or {}).items()
+        values.setdefault("versions", []).append(", ".join(f"{name} {v}" for name, v in versions))
+        images = ", ".join(f"{count:,} {split}" for split, count in (facts.get("pictures") or {}).items())
+        values.setdefault("images", []).append(f"{', '.join(knobs.get('data', []))}: {images}")
+        values.setdefault("student", []).append(f"{knobs.get('student')}, {facts.get('parameters') or 0:,} parameters")
+        if teacher:
+            share = "" if top1 is None else f", top-1 {100 * top1:.2f} %"
+            names = [teacher] if isinstance(teacher, str) else teacher
+            values.setdefault("teacher", []).append(" + ".join(Path(name).name for name in names) + share)
     lines = [(name, "; ".join(dict.fromkeys(each))) for name, each in values.items()]
     seconds = sum(result["figures"]["seconds"] for result in results)
     seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
-    started = [("command", command.read_text().strip())] if command.is_file() else []
+    started = [("command", command.read_text(errors="replace").strip())] if command.is_file() else []
     hours = f"{seconds / 3600:.1f} hours of training ({timedelta(seconds=round(seconds))}), {len(results)} runs"
     return [*started, *lines, ("seeds", seeds), ("time", hours)]
 

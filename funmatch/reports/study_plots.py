@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from funmatch.reports.html import to_svg
 from funmatch.reports.run_plots import COLORS, GREY, STYLE
+from funmatch.runtime.json_files import LARGEST
 
 Results = Sequence[Mapping[str, Any]]
 SHARES = ("top1", "top5", "agreement", "agreement5", "balanced")
@@ -103,6 +104,7 @@ def _curves(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
         own = [each["curves"].get(event, {}) for each in group]
         # Training on labels has the event, but no agreement in it.
         own = [each for each in own if any(v is not None for v in each.get(value, ()))]
+        own = [each for each in own if len(each.get("step", ())) == len(each[value])]
         if not own:
             continue
         steps = np.array(max((each["step"] for each in own), key=len), float)
@@ -155,7 +157,7 @@ def _against(axes: Axes, results: Results, figure: Mapping[str, Any]) -> bool:
         for each in group:
             # `asked` is what the study file sets, e.g. epochs; `knobs` is resolved, e.g. to steps.
             place, metric = each["asked"].get(option, each["knobs"].get(option)), value_of(each, value)
-            if metric is not None and isinstance(place, int | float):
+            if metric is not None and isinstance(place, int | float) and abs(place) < LARGEST:
                 points.setdefault(place, []).append(metric)
         if points:
             at = sorted(points)

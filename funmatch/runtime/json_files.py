@@ -15,8 +15,8 @@ from funmatch.errors import InputError, first_line
 
 Shape = Any
 """A type, a union of types, a set of words, `list[type]`, `dict[str, type]`, `[shape]` of a list's items, a tuple of
-shapes of as many items, or a dict of shapes by key: a key that ends with `?` may be missing, and `{EACH: shape}` is of
-all values."""
+shapes of as many items, or a dict of shapes by key: a key that ends with `?` may be missing, and EACH is all
+keys that are not named."""
 EACH = "*"
 FORMAT = "format"
 RUN_RECORD = "config.json"
@@ -93,7 +93,7 @@ def read_record(path: Path, shape: dict[str, Shape], number: int, advice: str, *
         raise NewerFormat(newer(path.parent, found, number, advice))
     allowed = {name.removesuffix("?") for name in shape} | {FORMAT}
     extra = sorted(record.keys() - allowed) if closed else []
-    problem = f"unknown key {_short(extra[0])}" if extra else misfit(record, shape | {f"{FORMAT}?": int})
+    problem = f"unknown key {_name(extra[0])}" if extra else misfit(record, shape | {f"{FORMAT}?": int})
     if problem or found < 1:
         raise Damaged(f"{path} is damaged ({problem or f'format {found}'})")
     return record
@@ -109,22 +109,17 @@ def newer(what: object, found: int, number: int, advice: str) -> str:
 
 def misfit(value: Any, shape: Shape, where: str = "it") -> str | None:
     """Describes the first part of a value that does not have its shape; returns None if all parts have."""
-    if get_origin(shape) is dict or (isinstance(shape, dict) and EACH in shape):
+    if isinstance(shape, dict) or get_origin(shape) is dict:
         if not isinstance(value, dict):
             return f"{where} is not an object"
-        inner = shape[EACH] if isinstance(shape, dict) else get_args(shape)[1]
-        return next((problem for key, each in value.items() if (problem := misfit(each, inner, _short(key)))), None)
-    if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return f"{where} is not an object"
-        for key, inner in shape.items():
-            name = key.removesuffix("?")
-            if name not in value:
-                if name == key:
-                    return f"{name!r} is missing"
-            elif problem := misfit(value[name], inner, repr(name)):
-                return problem
-        return None
+        named = shape if isinstance(shape, dict) else {EACH: get_args(shape)[1]}
+        for key in named:
+            if not key.endswith("?") and key not in (EACH, *value):
+                return f"{key!r} is missing"
+        inner = {key.removesuffix("?"): each for key, each in named.items() if key != EACH}
+        rest = named.get(EACH, Any)
+        found = (misfit(each, inner.get(key, rest), _name(key)) for key, each in value.items())
+        return next((problem for problem in found if problem), None)
     if isinstance(shape, tuple):
         if not isinstance(value, list) or len(value) != len(shape):
             return f"{where} is not a list of {len(shape)}"
@@ -169,6 +164,11 @@ def _is_too_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def _name(key: str) -> str:
+    """A key, or its beginning, for a message."""
+    return repr(key if len(key) <= 40 else f"{key[:40]}…")
 
 
 def _short(value: Any) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from funmatch.commands.study.spec import RunSpec
 from funmatch.runtime.files import write_atomically
+from funmatch.runtime.json_files import EACH, NewerFormat, newer, parse_json
 from funmatch.runtime.json_files import FORMAT as FORMAT_KEY
-from funmatch.runtime.json_files import NewerFormat, newer, parse_json
 from funmatch.runtime.log import info
 from funmatch.training.run import folder as run_folder
 
@@ -17,8 +17,13 @@ FORMAT = 1
 """Of a line; version 0.1.0 wrote no number, which is read as 1."""
 FILE = "results.jsonl"
 SHAPE = {
-    "place": str, "name": str, "group": str, "seed": int, "verb": str, "shown?": bool, "asked": dict, "knobs": dict,
-    "facts": dict, "figures": dict[str, float | None], "curves": dict[str, dict[str, list]],
+    "place": str, "name": str, "group": str, "seed": int, "verb": str, "shown?": bool, "asked": dict,
+    "knobs": {"data?": list[str], "student?": str | None, "teacher?": list[str] | str | None},
+    "facts": {
+        "machine?": str | None, "versions?": dict[str, str] | None, "pictures?": dict[str, int] | None,
+        "parameters?": int | None,
+    },
+    "figures": {"seconds": float, EACH: float | None}, "curves": dict[str, dict[str, list[float | None]]],
 }  # fmt: skip
 POINTS = 200
 """Points of a curve that are kept, at most."""

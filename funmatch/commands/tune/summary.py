@@ -14,7 +14,7 @@ from funmatch.commands.tune.space import Value
 from funmatch.config import Evaluate, Group, recipes
 from funmatch.config.data import VALIDATION_SHARE
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.json_files import Damaged, read_json, read_record
+from funmatch.runtime.json_files import EACH, LARGEST, Damaged, read_json, read_record
 from funmatch.runtime.log import info
 from funmatch.training import evaluate
 from funmatch.training.run import folder as run_folder
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # Optuna is an extra
 
 FILE = "result.json"
 NUMBER = float | None
+TEST = {"pictures", "top1", "top1_spread", "agreement", "agreement_spread"}
 TRIAL = {
     "number": int, "state": str, "knobs": dict[str, Any], "value": NUMBER, "spread": NUMBER, "seconds": NUMBER,
     "metric": str | None, "error": str | None, "runs": list[str],
@@ -32,7 +33,8 @@ TRIAL = {
 SHAPE = {
     "study": str, "verb": str, "recipe": str | None, "score": str | None, "trials": [TRIAL], "best": int | None,
     "value": NUMBER, "spread": NUMBER, "knobs": dict[str, Any] | None, "best_run": str | None,
-    "space": dict[str, dict], "sampler": str, "executions": int, "said": bool,
+    "space": {EACH: {"choices": list, "low": float, "high": float, "log": bool}}, "sampler": str, "executions": int,
+    "said": bool,
     "importance": dict[str, NUMBER] | None, "command": str | None, "cut": str | None,
     "test": dict[str, NUMBER] | None, "tested": list[int], "seen": dict[str, int],
 }  # fmt: skip
@@ -47,7 +49,33 @@ def read_summary(folder: Path) -> dict[str, Any]:
         NewerFormat: a newer version wrote it.
         Damaged: it is not the summary of a search.
     """
-    return read_record(folder / FILE, SHAPE, FORMAT, "choose another --out")
+    found = read_record(folder / FILE, SHAPE, FORMAT, "choose another --out")
+    if not _is_consistent(found):
+        raise Damaged(f"{folder / FILE} is damaged (its parts contradict each other)")
+    return found
+
+
+def _is_consistent(found: Mapping[str, Any]) -> bool:
+    """Whether the parts of a summary fit each other: the best trial is one of them, and all values lie in the space."""
+    numbers = {trial["number"] for trial in found["trials"]}
+    complete = [trial for trial in found["trials"] if trial["value"] is not None]
+    wanted = ("value", "knobs", "best_run", "command")
+    is_known = found["best"] in numbers and found["score"] in ("top1", "agreement")
+    has_best = is_known and all(found[name] is not None for name in wanted)
+    has_test = found["test"] is None or found["test"].keys() >= TEST
+    inside = all(
+        _is_inside(span, trial["knobs"].get(name)) for trial in complete for name, span in found["space"].items()
+    )
+    return (found["best"] is None or has_best) and has_test and inside
+
+
+def _is_inside(span: Mapping[str, Any], value: Any) -> bool:
+    if span["choices"]:
+        return value in span["choices"]
+    numbers = (span["low"], value, span["high"])
+    if not all(isinstance(one, int | float) and abs(one) < LARGEST for one in numbers):
+        return False
+    return span["low"] <= value <= span["high"] and (span["low"] > 0 or not span["log"])
 
 
 def finish_summary(spec: SearchSpec) -> dict[str, Any] | None:

@@ -36,7 +36,7 @@ FACTS = {
     "pictures?": dict[str, int], "classes?": list[str], "parameters?": int, "overridden?": dict[str, list],
     "machine?": str, "versions?": dict[str, str],
 }  # fmt: skip
-SHAPE = RUN_SHAPE | {"knobs": {"steps?": int}, "facts": FACTS}
+SHAPE = RUN_SHAPE | {"knobs": {"steps?": int, "teacher?": list[str] | str | None}, "facts": FACTS}
 SCORES = dict.fromkeys(("top1", "agreement", "kl", "ece", "top5?", "agreement5?", "balanced?"), float | None)
 RESULT = SCORES | {
     "step": int, "seconds": float, "split": str, "pictures": int, "parameters": int, "best_step?": int | None,
