@@ -13,7 +13,7 @@ from make_images import paint
 
 # Before torch is imported: tests run side by side, one thread each, and sums in one order give the same bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name of the Hub must fail at once instead of reaching for the network
 
 
 @pytest.fixture(autouse=True)

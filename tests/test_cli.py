@@ -134,7 +134,7 @@ def test_progress_goes_to_stderr_without_escape_codes(funmatch, tmp_path):
 
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, funmatch, funmatch.cli; assert 'torch' not in sys.modules and 'timm' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)  # a fresh interpreter: this one has torch loaded
 
 
 def test_non_finite_numbers_are_reported_with_other_problems(tmp_path, funmatch):

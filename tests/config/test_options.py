@@ -207,6 +207,7 @@ def test_no_list_of_option_names_outside_config():
 
 
 def test_config_imports_no_heavy_library():
+    # A fresh interpreter, because this one has loaded these libraries for other tests.
     code = "import sys, funmatch.config; print(*sorted(sys.modules))"
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

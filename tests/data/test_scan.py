@@ -249,7 +249,7 @@ def test_killed_prepare_resumes(tmp_path):
     for _ in range(40):
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=killed)
         try:
-            process.wait(timeout=rng.uniform(0.3, 1.5))
+            process.wait(timeout=rng.uniform(0.3, 1.5))  # kills while importing, scanning and decoding
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)

@@ -66,6 +66,7 @@ print(plain, own)
 
 @GLIBC
 def test_freed_memory_causes_no_page_faults_again():
+    # A process of its own: here, other tests' allocations would add faults, and leave freed memory to reuse.
     result = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
     plain, own = map(int, result.stdout.split())
     page = resource.getpagesize()

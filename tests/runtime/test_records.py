@@ -185,6 +185,7 @@ def test_error_names_the_process_that_holds_the_lock(tmp_path):
         "with folder.opened({'options': {}}, lambda then, now: []):\n"
         "    print('ready', flush=True); sys.stdin.read()\n"
     )
+    # Another process, because its PID is part of the message.
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -22,6 +22,7 @@ from funmatch.training.teachers import loading
 from funmatch.training.teachers.source import SharedCache
 from funmatch.training.trainer import Trainer
 
+# Without compilation and on one thread, so that each student is bitwise comparable.
 OPTIONS = {
     "data": FEW, "teacher": "fashion-mini-teacher", "side": 32, "batch": 16, "eval_every": 4,
     "save_every": 3, "log_every": 2, "steps": 10, "threads": 1, "compile": "off",

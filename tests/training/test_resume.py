@@ -19,6 +19,7 @@ import funmatch.training.run.folder
 from funmatch.errors import InputError
 from funmatch.training.run import checkpoint
 
+# With dropout and stochastic depth, whose masks a resumed run must draw too; no checkpoint falls on an evaluation.
 ARGV = [
     "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--batch", "16",
     "--student", "resnet10t", "--student-kwargs", "channels=8,16,16,24", "stem_width=8", "drop_rate=0.2",
