@@ -14,9 +14,10 @@ from funmatch.models.bit import OTHER_SIZES
 from funmatch.models.classifier import check_side, timm_config
 from funmatch.models.download import PAPER_FILES
 from funmatch.models.flops import gflop
-from funmatch.models.load import NAMED, load
+from funmatch.models.load import load
+from funmatch.models.names import NAMED, check_architecture
 from funmatch.models.save import save
-from funmatch.models.timm_models import check_architecture, create_empty, pretrained_config
+from funmatch.models.timm_models import create_empty, pretrained_config
 from funmatch.reports.result import Result
 from funmatch.runtime.files import cache_home, write_folder_atomically
 from funmatch.runtime.log import ProgressBar, info_notes, print_table

@@ -15,6 +15,7 @@ from funmatch.models import custom
 from funmatch.models.classifier import Classifier
 from funmatch.models.flops import gflop
 from funmatch.models.inference.frozen import Frozen, InferenceMode
+from funmatch.models.names import is_function
 from funmatch.models.timm_models import create, create_empty
 from funmatch.ops.optim import hyperrule
 from funmatch.reports.result import Result
@@ -102,7 +103,7 @@ def costs(recipe: Recipe, config: Recipes) -> dict[str, Any]:
 def network(name: str, classes: int, *, counted: bool = False) -> nn.Module:
     """Builds the architecture that a recipe names with arbitrary weights, or without weights to count FLOPs."""
     # `bit:` has a colon too, as the functions of modules have.
-    if custom.is_function(name) and not name.startswith("bit:"):
+    if is_function(name) and not name.startswith("bit:"):
         return custom.call_function(name, {}, classes)
     if name.startswith("bit:"):
         name = f"resnetv2_{name.removeprefix('bit:R').partition('_')[0]}_bit"

@@ -1,5 +1,6 @@
 """Runs a command by its name and writes its page, for the command line, Python and notebooks."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -95,8 +96,12 @@ def run_verb(
     """
     verb = find_verb(name)
     options.check()  # here, for all commands, from wherever they are called
+    load_function("commands.preflight:check")(name, options)
     if is_dry_run(options):
         return load_function(DRY_RUN.run)(options, modules or {}, sources or {})
+    # Before the import that takes seconds, or a person would wait for the first word.
+    if name in TAUGHT and "torch" not in sys.modules:
+        load_function("runtime.log:info")(f"{name}: loading PyTorch and timm …")
     run = load_function(verb.run)
     # Only commands that name models take modules.
     found = run(options, modules) if modules else run(options)
@@ -107,11 +112,14 @@ def run_students(
     options: config.Distill, students: Sequence[str], sources: Mapping[str, str] | None = None
 ) -> list[Result]:
     """Distils several students of the same teacher side by side, and writes the page of each."""
-    from funmatch.training import distill_many
-
     # Before they are split: a problem is reported once and not for every student.
     options.check()
+    load_function("commands.preflight:check_students")(options, students)
+    from funmatch.training import distill_many
+
     each = distill_many.split_by_student(options, students)
+    for one in each:
+        load_function("commands.preflight:check")("distill", one)
     if is_dry_run(options):
         return [run_verb("distill", one, sources=sources) for one in each]
     metrics = distill_many.run(each)["runs"]

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from funmatch.config.data import Images
 from funmatch.config.distill import Distill, Teaching
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, like
 from funmatch.config.train import Train
 from funmatch.config.values import Names, Pairs
@@ -24,13 +24,15 @@ class Evaluate(Images, Teaching, Machine):
 
     model: Annotated[
         str,
-        Opt(group=Group.STUDENT, changes=Changes.STUDENT, positional=True, essential=True, content="student",
-            metavar="MODEL"),
+        Opt(group=Group.STUDENT, changes=Changes.STUDENT, positional=True, essential=True, refers=Refers.MODEL,
+            content="student", metavar="MODEL"),
     ]  # fmt: skip
     """Run folder, or any model that `distill --teacher` takes."""
     weights: Annotated[
-        Path | None, Opt(group=Group.STUDENT, changes=Changes.STUDENT, content="student", usual="none", essential=True)
-    ] = None
+        Path | None,
+        Opt(group=Group.STUDENT, changes=Changes.STUDENT, refers=Refers.WEIGHTS, content="student", usual="none",
+            essential=True),
+    ] = None  # fmt: skip
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name."""
     model_kwargs: Annotated[
         Pairs, Opt(group=Group.STUDENT, changes=Changes.STUDENT, usual="none", metavar="KEY=VALUE …")

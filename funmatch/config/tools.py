@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.data import Images
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, Options, like
 from funmatch.config.train import Train
 from funmatch.config.values import Names
@@ -142,11 +142,19 @@ class Import(Options):
         "funmatch import savedmodel:teacher --out models/teacher --class-file classes.txt",
     )
 
-    model: Annotated[str, Opt(group=Group.STUDENT, changes=STUDENT, positional=True, essential=True, metavar="MODEL")]
+    model: Annotated[
+        str,
+        Opt(
+            group=Group.STUDENT, changes=STUDENT, positional=True, essential=True, refers=Refers.MODEL, metavar="MODEL"
+        ),
+    ]
     """Folder of a SavedModel, or any model that `distill --teacher` takes."""
     out: Annotated[Path, like(Train, "out")]
     """Folder to write: model.safetensors and config.json in timm's layout."""
-    weights: Annotated[Path | None, Opt(group=Group.STUDENT, changes=STUDENT, usual="none", essential=True)] = None
+    weights: Annotated[
+        Path | None,
+        Opt(group=Group.STUDENT, changes=STUDENT, refers=Refers.WEIGHTS, usual="none", essential=True),
+    ] = None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name."""
     inputs: Annotated[
         Literal["auto", "0..1", "-1..1", "imagenet"], Opt(group=Group.STUDENT, changes=STUDENT, essential=True)

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
-import torch
 from PIL import Image
 
 from funmatch.errors import InputError
@@ -187,6 +186,9 @@ def pick_decoder(name: str) -> str:
 
 def torchcodec_decode(encoded: bytes) -> np.ndarray:
     """Decodes a JPEG with torchcodec to (height, width, 3) uint8."""
+    # Here, since this module also tells what an image is, and that must not wait for torch.
+    import torch
+
     # A copy, since torch warns about memory that it must not write to.
     return _torchcodec()(torch.frombuffer(bytearray(encoded), dtype=torch.uint8)).permute(1, 2, 0).numpy()
 

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
 
-GIVEN = "python:"
-"""Prefix of the name of a module that was given from Python, for records of runs."""
-
 
 @dataclass(frozen=True)
 class Card:

@@ -11,16 +11,11 @@ import torch
 from torch import nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.models.classifier import GIVEN, Card, Classifier, timm_config
+from funmatch.models.classifier import Card, Classifier, timm_config
+from funmatch.models.names import GIVEN, is_function
 
 DEFAULT_SIDE = 224
 """Image size in pixels of a network that does not state its own."""
-
-
-def is_function(name: str) -> bool:
-    """Returns whether a name has the form `package.module:function`."""
-    module, colon, function = name.partition(":")
-    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def call_function(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.Module:

@@ -4,13 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import nn
 
 from funmatch.errors import InputError
 from funmatch.models import bit, custom, timm_models
 from funmatch.models.classifier import Card, Classifier
-from funmatch.models.origins import HUB, LOCAL, NAMED, OWN_CARDS, Origin, find_origin
+from funmatch.models.names import (
+    GIVEN,
+    HUB,
+    LOCAL,
+    NAMED,
+    OWN_CARDS,
+    check_architecture,
+    is_function,
+    is_timm_name,
+)
+from funmatch.models.origins import Origin, find_origin
 from funmatch.models.tensorflow.preprocessing import Inputs
 from funmatch.models.weights import fill
 
@@ -48,21 +57,21 @@ def load(
     if isinstance(name, nn.Module):
         if kwargs or weights:
             raise InputError(f"a module is used as it is; leave out {weights or ', '.join(options)}")
-        return custom.wrap_module(custom.GIVEN + type(name).__name__, name, side)
+        return custom.wrap_module(GIVEN + type(name).__name__, name, side)
     # Here, since `_with_head` drops `num_classes` and would take the data's number without a word.
     if classes is not None and kwargs.get("num_classes", classes) != classes:
         raise InputError(f"{name}: num_classes={kwargs['num_classes']} conflicts with the data's {classes} classes")
     # Before functions and timm: with `weights`, names of both kinds have an origin.
     if origin := find_origin(name, kwargs, weights=weights, side=side, inputs=inputs):
         return _from_origin(name, origin, classes, side)
-    if custom.is_function(name):
+    if is_function(name):
         return custom.wrap_module(name, custom.call_function(name, kwargs, classes), side, kwargs)
     return _from_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained)
 
 
 def _from_origin(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:
     """Builds the network of an origin for views of a side, and fills it with the weights."""
-    if custom.is_function(origin.architecture):
+    if is_function(origin.architecture):
         net = custom.call_function(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
         net = net.net if isinstance(net, Classifier) else net
     else:
@@ -74,7 +83,7 @@ def _from_origin(name: str, origin: Origin, classes: int | None, side: int | Non
     # After filling: fitting a transformer to another side resamples its position embedding.
     kwargs = origin.kwargs | (timm_models.for_side(net, side) if side else {})
     classifier = _with_head(net, timm_models.card_of(name, net, origin.card), kwargs, classes)
-    classifier.function = origin.architecture if custom.is_function(origin.architecture) else None
+    classifier.function = origin.architecture if is_function(origin.architecture) else None
     classifier.notes = origin.notes
     return classifier
 
@@ -88,7 +97,12 @@ def _from_timm(
         # The user's arguments last: they may change those of our own names.
         own, kwargs = own[0], {**own[1], **kwargs}
     is_hub = own.startswith(HUB)
-    architecture = own if is_hub else timm_models.check_architecture(own, name, tuple(NAMED))
+    architecture = own if is_hub else check_architecture(own, name)
+    notes: tuple[str, ...] = ()
+    if architecture.partition(".")[0] != own.partition(".")[0]:
+        notes = (f"timm calls {own} {architecture} now",)
+        # Without a tag a name means the architecture; timm's earlier names had their weights' names in them.
+        architecture = architecture if pretrained else architecture.partition(".")[0]
     # Built for the side, without resampling; whether a network of the Hub has a fixed input shows only afterwards.
     may_fit = not is_hub and side and "img_size" not in kwargs
     if may_fit and timm_models.pretrained_config(architecture).get("fixed_input_size"):
@@ -104,7 +118,9 @@ def _from_timm(
     # timm serves the published BiT weights, but builds the network with another eps; see `bit.with_published_eps`.
     if has_weights and "_bit" in (cfg.get("architecture") or "") and (cfg.get("tag") or "").startswith("goog"):
         bit.with_published_eps(net)
-    return _with_head(net, timm_models.card_of(name, net, OWN_CARDS.get(name, {})), kwargs, classes)
+    classifier = _with_head(net, timm_models.card_of(name, net, OWN_CARDS.get(name, {})), kwargs, classes)
+    classifier.notes = notes
+    return classifier
 
 
 def _with_head(net: nn.Module, card: Card, kwargs: dict[str, Any], classes: int | None) -> Classifier:
@@ -120,4 +136,4 @@ def _with_head(net: nn.Module, card: Card, kwargs: dict[str, Any], classes: int 
 def brings_weights(name: str) -> bool:
     """Returns whether a name alone means weights, too."""
     own = NAMED.get(name, name)
-    return isinstance(own, str) and not timm.is_model(own) and not custom.is_function(own)
+    return isinstance(own, str) and not is_timm_name(own) and not is_function(own)

@@ -4,29 +4,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import Tensor
 
 from funmatch.errors import InputError, first_line
 from funmatch.models import bit, custom, timm_models
 from funmatch.models.download import PAPER_FILES, paper_file
+from funmatch.models.names import (
+    BIT,
+    GIVEN,
+    HUB,
+    LOCAL,
+    NAMED,
+    OWN_CARDS,
+    SAVEDMODEL,
+    check_architecture,
+    is_function,
+    is_timm_name,
+    no_model_at,
+)
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
 from funmatch.models.weights import Lazily, read_state
 from funmatch.runtime import records
 from funmatch.runtime.json_files import parse_json
 
-EMBEDDED = Path(__file__).parent.parent / "embedded"
-NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
-    "fashion-mini-teacher": f"local-dir:{EMBEDDED / 'fashion-mini-teacher'}",
-    "fashion-mini-student": ("resnet10t", {"channels": (16, 20, 20, 16), "stem_width": 8}),
-}
-"""Our own model names: a folder with weights, or an architecture and the arguments of its constructor."""
-
-OWN_CARDS = {"fashion-mini-student": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
-"""Input of our own architectures, where timm's default of 224 pixels makes no sense."""
-
-SAVEDMODEL, BIT, HUB, LOCAL = "savedmodel:", "bit:", "hf-hub:", "local-dir:"
 CONFIG_KEYS = ("input_size", "crop_pct", "mean", "std")
 MODEL = {"architecture": str, "model_args?": dict, "funmatch?": dict, "pretrained_cfg?": dict}
 """What the `config.json` of a model holds in timm's layout; `timm_models.card_of` checks the rest."""
@@ -69,13 +70,13 @@ def find_origin(
     # First, since an .npz is always BiT's, whatever kind of name it comes with.
     if weights and weights.suffix == ".npz":
         return _npz_origin(weights, kwargs, expected=name)
-    if weights and custom.is_function(name):
+    if weights and is_function(name):
         return _function_origin(name, weights, kwargs, side)
     if weights:
         return _state_origin(name, weights, kwargs)
     if name.startswith(SAVEDMODEL):
         return savedmodel_origin(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs)
-    if name.startswith(custom.GIVEN):
+    if name.startswith(GIVEN):
         raise InputError(f"{name} was given from Python as a module; give it again from there")
     if name.startswith(BIT):
         path = paper_file(name.removeprefix(BIT))
@@ -86,8 +87,6 @@ def find_origin(
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return _npz_origin(path, kwargs)
-    if path.suffix in (".pt", ".pth", ".safetensors", ".bin") and path.is_file():
-        raise InputError(f"{name} holds only weights; pass the name of its architecture, and the file as its weights")
     own = NAMED.get(name, name)
     folder = model_folder(own) if isinstance(own, str) else None
     return _folder_origin(folder, kwargs) if folder else None
@@ -96,16 +95,11 @@ def find_origin(
 def model_folder(name: str) -> Path | None:
     """Returns the folder with `config.json` and `model.safetensors` that a name means; None if it means none."""
     # A timm name wins over a folder of the same name in the working directory; ./name means the folder.
-    if timm.is_model(name.partition(".")[0]):
+    if name.startswith(HUB) or is_function(name) or is_timm_name(name):
         return None
     path = Path(name.removeprefix(LOCAL)).expanduser()
     if not path.is_dir():
-        if name.startswith(LOCAL) or ("/" in name and not name.startswith(HUB)):
-            raise InputError(
-                f"{path} is missing; expected the folder of a run or of a model, or {HUB}user/model for a timm model "
-                "on the Hugging Face Hub"
-            )
-        return None
+        raise no_model_at(name, path, LOCAL if name.startswith(LOCAL) else "")
     for folder in (path / "student", path):
         if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
             return folder
@@ -128,12 +122,12 @@ def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
     kwargs = config.get("model_args", {}) | kwargs
     architecture, card = config["architecture"], {"top1": config.get("funmatch", {}).get("top1")}
     weights = folder / "model.safetensors"
-    if architecture.startswith(custom.GIVEN):
+    if architecture.startswith(GIVEN):
         raise InputError(f"{folder} has the weights of a module that was given from Python; load them from there")
     if architecture == bit.OTHER_SIZES:
         return Origin(str(folder), architecture, read_state(weights), kwargs, card | _read_card(path))
     # A file that was downloaded must not decide which code runs, so the user has to name the function.
-    if custom.is_function(architecture):
+    if is_function(architecture):
         raise InputError(
             f"{folder} is a network made by the function {architecture}; if you trust that code, name it yourself: "
             f"{architecture}, with the weights {weights}"
@@ -210,7 +204,7 @@ def _bit_origin(
     card: dict[str, Any],
     expected: str | None = None,
 ) -> Origin:
-    if expected is not None and timm_models.check_architecture(expected, expected).partition(".")[0] != architecture:
+    if expected is not None and check_architecture(expected, expected).partition(".")[0] != architecture:
         raise InputError(f"{where} has weights of {architecture}, not of {expected}")
     if "head.fc.bias" not in state:
         raise InputError(f"{where} has no head/bias, so it is not a classifier; expected a checkpoint with its head")
@@ -227,10 +221,10 @@ def _state_origin(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
     own = NAMED.get(name, name)
     if isinstance(own, tuple):
         own, kwargs = own[0], {**own[1], **kwargs}
-    if not timm.is_model(own.partition(".")[0]) and (":" in name or "/" in name or Path(name).exists()):
+    if not is_timm_name(own) and (":" in name or "/" in name or Path(name).exists()):
         raise InputError(f"{name} has its own weights; leave out {path}")
     # With its tag, though the tag's weights are not used: it says what images such weights were trained on.
-    architecture = timm_models.check_architecture(own, name, tuple(NAMED))
+    architecture = check_architecture(own, name)
     state = read_state(path)
     heads = timm_models.pretrained_config(architecture).get("classifier")
     if not heads:

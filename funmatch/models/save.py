@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from funmatch.models.bit import OTHER_SIZES, rescale_for_timm
-from funmatch.models.classifier import GIVEN, Card, Classifier, timm_config, to_memory_format
+from funmatch.models.classifier import Card, Classifier, timm_config, to_memory_format
+from funmatch.models.names import GIVEN
 from funmatch.runtime.json_files import read_json
 
 # Entries of timm's configuration that describe the architecture's published weights, and would be wrong for ours.

@@ -34,25 +34,6 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
-def check_architecture(architecture: str, name: str, others: tuple[str, ...] = ()) -> str:
-    """Returns the architecture if timm has it and its tag.
-
-    Args:
-        architecture: timm's name, with or without a tag.
-        name: as the user gave it, for the message.
-        others: names that are known beside timm's.
-
-    Raises:
-        InputError: timm does not have it; near names are listed.
-    """
-    base, _, tag = architecture.partition(".")
-    if not timm.is_model(base):
-        raise unknown("model", name, [*others, *timm.list_models()], hint="`funmatch models PATTERN` lists them")
-    if tag and architecture not in (tagged := timm.list_pretrained(f"{base}.*")):
-        raise unknown("pretrained tag", name, tagged)
-    return architecture
-
-
 def create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
     """Calls `timm.create_model`, and turns its errors into messages.
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import timm
 import torch
 
 from funmatch.config import Distill, Finetune, Train
@@ -18,7 +17,7 @@ from funmatch.data.readers.open import resolve_spec
 from funmatch.errors import InputError
 from funmatch.models.class_map import SAME_NAMES
 from funmatch.models.classifier import Classifier
-from funmatch.models.load import NAMED
+from funmatch.models.names import LOCAL, NAMED, SAVEDMODEL, is_timm_name
 from funmatch.ops.optim import factory, hyperrule
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.log import info
@@ -118,12 +117,12 @@ def absolute_paths(config: Train) -> dict[str, Any]:
 
 def _absolute_name(name: str) -> str:
     """Returns the name of a model; made absolute if it is a path."""
-    prefix = next((prefix for prefix in ("savedmodel:", "local-dir:") if name.startswith(prefix)), "")
+    prefix = next((prefix for prefix in (SAVEDMODEL, LOCAL) if name.startswith(prefix)), "")
     path = Path(name.removeprefix(prefix)).expanduser()
     # A folder may have a timm model's name; the name then means the model, as it does when it is loaded.
-    if name in NAMED or timm.is_model(name.partition(".")[0]) or not path.exists():
+    if name in NAMED or is_timm_name(name) or not path.exists():
         return name
-    return f"{prefix.replace('local-dir:', '')}{path.resolve()}"
+    return f"{prefix.replace(LOCAL, '')}{path.resolve()}"
 
 
 ABSOLUTE: dict[Refers, Callable[[str], str]] = {

@@ -108,14 +108,19 @@ def _open_one(spec: str, options: ReadOptions, track: Track) -> Dataset:
     # First the catalog: a folder of the same name is meant by ./name only.
     if spec in CATALOG:
         return open_named(spec, options.data_dir)
+    check_spec(spec)
+    prefix, location = _parse(spec)
+    # Before looking at the disk: a folder that is called hf:x is meant by ./hf:x only.
+    return READERS[prefix].open(location, options, track) if prefix else _open_folder(spec, options, track)
+
+
+def check_spec(spec: str) -> None:
+    """Raises `InputError` for a spec that names nothing, without reading what it names."""
     prefix, location = _parse(spec)
     if prefix and not location:
         raise InputError(f"{spec} has no location; expected {prefix}:{READERS[prefix].location}")
-    # Before looking at the disk: a folder that is called hf:x is meant by ./hf:x only.
-    if prefix:
-        return READERS[prefix].open(location, options, track)
-    if Path(spec).expanduser().exists():
-        return _open_folder(spec, options, track)
+    if spec in CATALOG or prefix or Path(spec).expanduser().exists():
+        return
     if "/" in spec or spec.startswith((".", "~")):
         raise InputError(f"there is no folder {spec}; expected a folder of images, or one of: {', '.join(CATALOG)}")
     others = ", ".join(f"{name}:{reader.location}" for name, reader in READERS.items())

@@ -28,7 +28,6 @@ from funmatch.runtime.json_files import Damaged, read_record
 from funmatch.runtime.log import info
 from funmatch.training.run.state import FORMAT, NEWER, TrainState, read_state
 
-FOLDER = "checkpoints"
 STEP, BEST, STABLE = "step", "best", "stable"
 KEPT = 2
 STATE = "state.json"

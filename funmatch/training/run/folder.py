@@ -12,14 +12,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from funmatch.config import TAUGHT, UNCOMPARED
+from funmatch.config.metadata import Group
+from funmatch.config.options import Options
 from funmatch.errors import InputError
-from funmatch.runtime import distributed, env
+from funmatch.runtime import env
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.json_files import Damaged, read_record
 from funmatch.runtime.records import RUN_RECORD, RUN_SHAPE, RecordFolder, list_differences
-from funmatch.training.run import checkpoint
 from funmatch.training.run.metrics_log import FORM, MetricsLog
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that holds its checkpoints."""
 FORMAT = 1
 """Of run folders: the number in their `config.json`. Version 0.1.0 wrote none, which is read as 1."""
 COMPARED_FACTS = {
@@ -87,7 +90,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / checkpoint.FOLDER
+        return self.folder / CHECKPOINTS
 
     @property
     def student(self) -> Path:
@@ -130,7 +133,7 @@ def looks_like_run(path: Path) -> bool:
 
 def is_needless(path: Path) -> bool:
     """Whether a file is part of a checkpoint of a finished run: most of what it holds, and nothing reads it again."""
-    return any(each.name == checkpoint.FOLDER and (each.parent / "result.json").is_file() for each in path.parents)
+    return any(each.name == CHECKPOINTS and (each.parent / "result.json").is_file() for each in path.parents)
 
 
 def find_run(folder: Path) -> Run:
@@ -190,6 +193,8 @@ def open_run(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, 
     Raises:
         InputError: the folder holds something else, a run with other options, or one that another process is using.
     """
+    from funmatch.runtime import distributed  # here, since whoever only looks at a run must not wait for torch
+
     run = Run(folder.expanduser())
     if not env.is_main_process():
         distributed.barrier()
@@ -208,6 +213,26 @@ def check_place(folder: Path) -> None:
     record.check_place()
     if record.has_begun:
         record.read()  # a damaged or newer one is refused now and not after an hour of decoding
+
+
+def early_differences(folder: Path, verb: str, options: Options) -> list[str]:
+    """The differences from the run in a folder that show before any default is resolved, a line each.
+
+    Only numbers and words that a person has set, and that a record holds as they are set.
+    """
+    stored, table = Run(folder.expanduser()).config, type(options)
+    requested = {}
+    for name in options.model_fields_set & (table.model_fields.keys() - UNCOMPARED):
+        value, opt = getattr(options, name), table.opt(name)
+        is_plain = isinstance(value, int | float | str) and not isinstance(value, bool) and value != "auto"
+        # What is the machine's, or names something by its place, is compared by what it turns out to be.
+        is_open = opt.refers or opt.content or opt.group is Group.MACHINE
+        # How much longer such a run may become is decided with the schedule.
+        is_open = is_open or (opt.extends and stored["knobs"].get("schedule") == "wsd")
+        if is_plain and not is_open and stored["knobs"].get(name) is not None:
+            requested[name] = value
+    now = {"verb": verb, "knobs": {**stored["knobs"], **requested}, "facts": stored["facts"]}
+    return _compare(stored, now)
 
 
 def _compare(then: dict[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,110 @@
+"""Refuses a command for what can be known within a second: paths, names and places, before torch is imported."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from funmatch.config import TAUGHT, Distill
+from funmatch.config.metadata import Refers
+from funmatch.config.options import Options, listed
+from funmatch.data.readers.open import check_spec
+from funmatch.errors import InputError
+from funmatch.models.names import check_model_name
+from funmatch.training.run import folder as run_folder
+
+
+def check(verb: str, options: Options) -> None:
+    """Raises one `InputError` that holds every problem that neither torch nor the data are needed to find.
+
+    Args:
+        verb: the command, or that whose runs are searched or planned.
+        options: its table, whose own checks have passed.
+    """
+    _refuse([*_problems_of_names(options), *_problems_of_place(verb, options)])
+
+
+def check_students(options: Distill, students: Sequence[str]) -> None:
+    """The same for several students, each of which gets a folder in that of the options."""
+    each = [options.model_copy(update={"student": student}) for student in students]
+    # They share all but the student, so most problems would come once for each.
+    _refuse([*dict.fromkeys(problem for one in each for problem in _problems_of_names(one))])
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise InputError(listed(problems))
+
+
+def _problems_of_names(options: Options) -> Iterator[str]:
+    """Yields what is wrong with the models, images and files that options name."""
+    for name, opt in type(options).opts():
+        if opt.refers is None:
+            continue
+        test = CHECKS[opt.refers]
+        yield from filter(None, (_message(test, value) for value in _each(getattr(options, name))))
+
+
+def _each(value: Any) -> Iterable[str]:
+    values = value if isinstance(value, tuple) else (value,)
+    return (str(each) for each in values if each is not None)
+
+
+def _message(test: Callable[[str], None], value: str) -> str | None:
+    try:
+        test(value)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _check_weights(value: str) -> None:
+    # The word for a teacher that brings its own weights.
+    if value.lower() != "none" and not Path(value).expanduser().is_file():
+        raise InputError(f"no weights file {value}")
+
+
+CHECKS: dict[Refers, Callable[[str], None]] = {
+    Refers.DATA: check_spec,
+    Refers.MODEL: check_model_name,
+    Refers.WEIGHTS: _check_weights,
+    # Read where they are used, within the first second; a folder of these may also be made only by the run.
+    Refers.CLASS_MAP: lambda _value: None,
+    Refers.FILE: lambda _value: None,
+}
+
+
+def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
+    """Yields why a run cannot be written where `out` says, or is another one than the run that is there."""
+    # A search's folder holds a record of its own, which it checks itself.
+    if verb not in TAUGHT or not isinstance(options, TAUGHT[verb]):
+        return
+    out = options.out.expanduser()
+    if problem := _unwritable(out):
+        yield problem
+        return
+    try:
+        run_folder.check_place(out)
+        stored = run_folder.options_of(out)
+        if stored:
+            run_folder.Run(out).record.refuse(run_folder.early_differences(out, verb, options))
+    except InputError as error:
+        yield str(error)
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Says why a folder cannot be created or written; None where it can."""
+    place = folder
+    # A name that is too long, or not of this system, is refused with words of its own where the folder is made.
+    with suppress(OSError):
+        while not place.exists() and place != place.parent:
+            place = place.parent
+    if place.exists() and not place.is_dir():
+        return f"cannot create --out {folder}: {place} is a file; choose another folder"
+    try:
+        # Tried, since rights alone do not tell of read-only disks and of the system's own folders. It has no name.
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return f"cannot write to --out {folder}: {error.strerror} in {place}; choose another folder, or change that"
