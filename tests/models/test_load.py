@@ -56,7 +56,7 @@ def test_options_are_read_as_python_values():
         ("resnetv2_50x1_bitt", "did you mean 'resnetv2_50x1_bit'"),
         ("fashion-mini-techer", "did you mean 'fashion-mini-teacher'"),
         ("resnetv2_50x1_bit.goog_in21", "did you mean .*'resnetv2_50x1_bit.goog_in21k'"),
-        ("some/where", "missing"),
+        ("some/where", "no folder some/where.*hf-hub:some/where"),
         ("local-dir:nowhere", "missing"),
     ],
 )
