@@ -38,6 +38,9 @@ class Lazily(Mapping[str, Value]):
             raise KeyError(name)
         return self.read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names  # that of Mapping would read the value
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

@@ -3,6 +3,7 @@
 from io import BytesIO
 
 from jinja2 import Environment, PackageLoader, Template, select_autoescape
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 
@@ -15,9 +16,13 @@ def load_template(name: str) -> Template:
 
 def to_svg(figure: Figure) -> str:
     """The text of an SVG element; call it inside the figure's style context, which decides how text is written."""
-    text = BytesIO()
+    canvas, text = FigureCanvasSVG(figure), BytesIO()
+    # Laid out here and then no more: `savefig` would draw the whole figure once more to lay it out.
+    if layout := figure.get_layout_engine():
+        layout.execute(figure)
+        figure.set_layout_engine("none")
     # Without date and creator, the same figure is the same text.
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    canvas.print_svg(text, metadata={"Date": None, "Creator": None})
     svg = text.getvalue().decode()
     # HTML takes the element alone, without the XML declaration and the document type before it.
     return svg[svg.index("<svg") :]
