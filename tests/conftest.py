@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, TextIOWrapper
@@ -22,6 +23,37 @@ def cache_home(tmp_path_factory, monkeypatch) -> Path:
     home = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("FUNMATCH_CACHE", str(home))
     return home
+
+
+@pytest.fixture(scope="session")
+def drawn_curves() -> dict[tuple, str]:
+    """The plots that `curves_drawn_once` has drawn."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def curves_drawn_once(request, monkeypatch, drawn_curves):
+    """Draws the curves of a run's page once for all runs that recorded the same kinds of events and metrics.
+
+    Drawing takes a third of a processor's time for a run of a few steps. Tests of pages draw all of them.
+    """
+    run_plots = sys.modules.get("funmatch.reports.run_plots")  # imported with the first run, which draws its own
+    if run_plots is None or request.path.parent.name == "reports":
+        return
+    draw = run_plots.plot
+
+    def contents(run) -> tuple[int, frozenset]:
+        records = run.metrics.read()
+        names = {(each["event"], *(name for name, value in each.items() if value is not None)) for each in records}
+        return len(run_plots.extend.earlier_ends(run)), frozenset(names)
+
+    def plot(found, panel):
+        key = panel, *map(contents, found)
+        if key not in drawn_curves:
+            drawn_curves[key] = draw(found, panel)
+        return drawn_curves[key]
+
+    monkeypatch.setattr(run_plots, "plot", plot)
 
 
 @pytest.fixture(name="images")

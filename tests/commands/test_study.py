@@ -250,11 +250,22 @@ def comparable_results(folder: Path) -> list[dict]:
     return listed
 
 
-def test_study_runs_once_and_its_page_needs_only_the_results(tmp_path):
-    name = write_study(tmp_path, TINY)
-    outcome = funmatch.study(name, out=tmp_path / "out", jobs=2)
-    folder = tmp_path / "out"
-    assert (outcome["runs"], outcome["finished"], outcome["failed"]) == (10, 10, {})
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory) -> Path:
+    """The folder of a finished study, beside its file `tiny.toml`; every test leaves it as it is."""
+    text = TINY.replace("seeds = [0, 1]", "seeds = [1]").replace('"same/ic"\n', '"same/ic"\nseeds = [0, 1]\n', 1)
+    own = 'teacher = "run:labels"\nallow_weak_teacher = true\nsave_every = 2\n'
+    text = text.replace('student = "run:labels"\n', f'student = "run:labels"\n{own}')
+    folder = tmp_path_factory.mktemp("studied")
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("FUNMATCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        outcome = funmatch.study(write_study(folder, text), out=folder / "whole", jobs=2)
+    assert (outcome["runs"], outcome["finished"], outcome["failed"]) == (6, 6, {})
+    return folder / "whole"
+
+
+def test_study_runs_once_and_its_page_needs_only_the_results(studied, tmp_path):
+    name, folder = str(studied.parent / "tiny.toml"), studied
     results = study_results.results(folder)
     assert [each["place"] for each in results] == [
         entry.place for entry in study_files.load_spec(Study.checked(name=name)).entries
@@ -274,9 +285,10 @@ def test_study_runs_once_and_its_page_needs_only_the_results(tmp_path):
 
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
     again = funmatch.study(name, out=folder, jobs=2)
-    assert again["finished"] == 10
+    assert again["finished"] == 6
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
 
+    folder = shutil.copytree(studied, tmp_path / "out")
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", "").replace(
@@ -442,32 +454,17 @@ def test_damaged_and_missing_runs_are_repeated(tmp_path):
     assert [each["place"] for each in study_results.results(tmp_path / "out")] == ["same-ic-seed-0"]
 
 
-def test_moved_study_resumes(tmp_path):
-    text = f"""
-title = "Moved"
-{COMMON}
-save_every = 2
-
-[[run]]
-name = "labels"
-verb = "train"
-
-[[run]]
-name = "distilled"
-teacher = "run:labels"
-allow_weak_teacher = true
-student = "run:labels"
-"""
-    name = write_study(tmp_path, text)
-    funmatch.study(name, out=tmp_path / "whole", jobs=1)
-    run = tmp_path / "whole" / "runs" / "distilled-seed-0"
-    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
-    (tmp_path / "moved" / "runs" / "distilled-seed-0" / "result.json").unlink()
-    (tmp_path / "whole").rename(tmp_path / "gone")
-    assert funmatch.study(name, out=tmp_path / "moved", jobs=1)["finished"] == 2
-    assert comparable_results(tmp_path / "moved") == comparable_results(tmp_path / "gone")
+def test_moved_study_resumes(studied, tmp_path):
+    name, folder = str(studied.parent / "tiny.toml"), shutil.copytree(studied, tmp_path / "moved")
+    (folder / "runs" / "from-labels-seed-1" / "result.json").unlink()
+    gone = studied.rename(studied.parent / "gone")
+    try:
+        assert funmatch.study(name, out=folder, jobs=1)["finished"] == 6
+    finally:
+        gone.rename(studied)
+    assert comparable_results(folder) == comparable_results(studied)
     # Only places may differ after a move, so another teacher under another path is a difference.
-    options = run_folder.find_run(tmp_path / "gone" / "runs" / run.name).config
+    options = run_folder.find_run(studied / "runs" / "from-labels-seed-1").config
     other = options | {"facts": options["facts"] | {"teacher": "another"}}
     other["knobs"] = other["knobs"] | {"teacher": ["/elsewhere/labels"]}
     assert len(run_folder.differences(options, other)) == 2

@@ -30,7 +30,7 @@ from funmatch.training.run import folder as run_folder
 TINY = {
     "data": FEW,
     "student": "fashion-mini-student",
-    "batch": 8,
+    "batch": 32,
     "steps": 4,
     "eval_every": 2,
     "threads": 1,
@@ -197,9 +197,11 @@ def test_search_reports_its_trials_and_repeats_nothing(tmp_path, capsys):
 def test_trials_share_the_teachers_logits(tmp_path, capsys):
     options = {
         "data": (FEW,), "teacher": ("fashion-mini-teacher",), "student": "fashion-mini-student", "steps": 4,
-        "batch": 8, "eval_every": 2, "trials": 2, "executions": 2, "threads": 1,
+        "batch": 32, "eval_every": 2, "trials": 2, "threads": 1,
     }  # fmt: skip
-    funmatch.tune("distill", **options, space=["lr=1e-3,1e-2", "temperature=1,2"], out=tmp_path / "shared")
+    funmatch.tune(
+        "distill", **options, executions=2, space=["lr=1e-3,1e-2", "temperature=1,2"], out=tmp_path / "shared"
+    )
     output = capsys.readouterr().err
     assert output.count("recording the teacher's logits of 4 steps") == 2, "once a seed"
     assert output.count("replaying the teacher's logits of 4 steps") == 2

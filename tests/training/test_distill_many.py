@@ -24,7 +24,7 @@ from funmatch.training.trainer import Trainer
 
 # Without compilation and on one thread, so that each student is bitwise comparable.
 OPTIONS = {
-    "data": FEW, "teacher": "fashion-mini-teacher", "side": 32, "batch": 16, "eval_every": 4,
+    "data": FEW, "teacher": "fashion-mini-teacher", "side": 32, "batch": 32, "eval_every": 4,
     "save_every": 3, "log_every": 2, "steps": 10, "threads": 1, "compile": "off",
 }  # fmt: skip
 STUDENTS = ["fashion-mini-student", "test_resnet"]

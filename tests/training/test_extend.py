@@ -24,8 +24,8 @@ from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
 
 OPTIONS = {
-    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
-    "threads": 1, "schedule": "wsd", "log_every": 3, "eval_every": 6, "save_every": 5, "ema": 0.9,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 32,
+    "threads": 1, "schedule": "wsd", "log_every": 3, "eval_every": 10, "save_every": 5, "ema": 0.9,
 }  # fmt: skip
 # No length is a multiple of log_every or eval_every, so each run ends between two regular records.
 SHORT, LONG = {"steps": 20, "cooldown_steps": 6}, {"steps": 34, "cooldown_steps": 9}

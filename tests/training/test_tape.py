@@ -29,7 +29,7 @@ from funmatch.training.teachers.tape import Layout
 
 OPTIONS = {
     "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "steps": 14,
-    "batch": 8, "threads": 1, "log_every": 2, "eval_every": 6, "save_every": 5, "lr": 0.01,
+    "batch": 32, "threads": 1, "log_every": 2, "eval_every": 6, "save_every": 5, "lr": 0.01,
 }  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_holes_are_not_damage(tmp_path):
     [
         {},
         {"teacher_ahead": True},
-        {"micro_batch": 3},
+        {"micro_batch": 12},
         {"strategy": "ind/ic"},
         {"mixup_mode": "image", "cutmix": 1.0, "randaugment": (1, 5)},
         {"tape_top": 3, "temperature": 2.0},
@@ -266,7 +266,7 @@ def recorded(tmp_path_factory):
     ("change", "message"),
     [
         ({"seed": 1}, "seed: 0 on the tape, 1 now"),
-        ({"batch": 4}, "batch: 8 on the tape, 4 now"),
+        ({"batch": 4}, "batch: 32 on the tape, 4 now"),
         ({"mixup_mode": "image"}, "mixup: "),
         ({"strategy": "same/ic"}, "mixup: "),
         ({"strategy": "same/rc"}, "crop: inception on the tape, mild now"),
@@ -348,21 +348,21 @@ def test_folders_without_a_valid_tape_are_rejected(recorded, tmp_path):
 
 
 def test_rows_of_another_tape_are_not_read(recorded, tmp_path):
-    other = open_new_tape(tmp_path / "other", Layout(8, 10), seed=1)
+    other = open_new_tape(tmp_path / "other", Layout(32, 10), seed=1)
     for step in range(14):
-        other.write(step, 0, *other.layout.packed(random_logits(8, 10, step)))
+        other.write(step, 0, *other.layout.packed(random_logits(32, 10, step)))
     shutil.copytree(recorded / "tape", tmp_path / "tape")
     shutil.copy(tmp_path / "other" / "answers.bin", tmp_path / "tape")
     found = tape.find_tape(tmp_path / "tape")
-    assert found.counts() == (0, 112, [])
-    assert found.read(0, 0, 8) is None
+    assert found.counts() == (0, 448, [])
+    assert found.read(0, 0, 32) is None
     header = json.loads((tmp_path / "other" / "tape.json").read_text())
     del header["check"]  # as on older tapes
     (tmp_path / "other" / "tape.json").write_text(json.dumps(header))
-    older = open_new_tape(tmp_path / "older", Layout(8, 10), seed=1)
+    older = open_new_tape(tmp_path / "older", Layout(32, 10), seed=1)
     older.header.pop("check")
-    older.write(0, 0, *older.layout.packed(random_logits(8, 10)))
-    assert older.read(0, 0, 8) is not None
+    older.write(0, 0, *older.layout.packed(random_logits(32, 10)))
+    assert older.read(0, 0, 32) is not None
 
 
 @pytest.mark.parametrize("full", ["stop", "go-on"])
@@ -395,13 +395,13 @@ def test_full_disk_stops_or_ends_recording(tmp_path, monkeypatch, full):
 
 def test_too_little_disk_space_is_reported_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"the tape of 14 steps needs 2\.7 kB more in .* where 1\.0 kB are free"):
+    with pytest.raises(InputError, match=r"the tape of 14 steps needs 10\.8 kB more in .* where 1\.0 kB are free"):
         funmatch.distill(out=tmp_path / "run", tape=tmp_path / "tape", **OPTIONS)
 
 
 def test_second_run_reads_a_tape_that_is_being_recorded(tmp_path, recorded):
     """One run records; the other reads what is there and computes the rest with the teacher."""
-    layout = Layout(8, 10)
+    layout = Layout(32, 10)
     shutil.copytree(recorded / "tape", tmp_path / "tape")
     lock = try_lock_file(tmp_path / "tape" / ".lock")
     longer = OPTIONS | {"steps": 20}
@@ -416,7 +416,7 @@ def test_tape_command_checks_rows_against_the_teacher(recorded, tmp_path, capsys
     shutil.copytree(recorded / "tape", tmp_path / "tape")
     found = tape_command.run(TapeOptions.checked(folder=tmp_path / "tape", recompute=3))
     metrics = found.metrics
-    assert (metrics["steps"], metrics["rows"], metrics["damaged"], metrics["recomputed"]) == (14, 112, 0, 3)
+    assert (metrics["steps"], metrics["rows"], metrics["damaged"], metrics["recomputed"]) == (14, 448, 0, 3)
     assert metrics["kl"] < 1e-6
     assert metrics["agreement"] == 1
     tape_command.show(found)
@@ -425,7 +425,7 @@ def test_tape_command_checks_rows_against_the_teacher(recorded, tmp_path, capsys
     found = tape.find_tape(tmp_path / "tape")
     found = replace(found, recording=True, _file=None)
     for step in range(14):
-        found.write(step, 0, *found.layout.packed(random_logits(8, 10, step)))
+        found.write(step, 0, *found.layout.packed(random_logits(32, 10, step)))
     with pytest.raises(WorkFailed, match="the teacher's logits now differ from those in"):
         tape_command.show(tape_command.run(TapeOptions.checked(folder=tmp_path / "tape", recompute=2)))
     content = bytearray((tmp_path / "tape" / "answers.bin").read_bytes())
