@@ -16,7 +16,7 @@ from funmatch.models.classifier import Classifier
 from funmatch.models.flops import gflop
 from funmatch.models.inference.frozen import Frozen, InferenceMode
 from funmatch.models.names import is_function
-from funmatch.models.timm_models import create, create_empty
+from funmatch.models.timm_models import create, create_meta
 from funmatch.ops.optim import hyperrule
 from funmatch.reports.result import Result
 from funmatch.runtime import devices
@@ -108,7 +108,7 @@ def network(name: str, classes: int, *, counted: bool = False) -> nn.Module:
     if name.startswith("bit:"):
         name = f"resnetv2_{name.removeprefix('bit:R').partition('_')[0]}_bit"
     # Counting needs no weights, of which a BiT R152x2 has nearly a gigabyte.
-    build = create_empty if counted else create
+    build = create_meta if counted else create
     return build(RUN_ARCHITECTURE if name.startswith("runs/") else name.partition(".")[0], {"num_classes": classes})
 
 

@@ -46,7 +46,7 @@ VERBS: dict[str, Verb] = {
     "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show"),
     "data": Verb(config.Data, "commands.data:run", "commands.prepare:show"),
     "models": Verb(config.Models, "commands.models:list_models", "commands.models:show_models"),
-    "import": Verb(config.Import, "commands.models:import_model", "commands.models:show_imported"),
+    "import": Verb(config.Import, "commands.import_model:import_model", "commands.import_model:show_imported"),
     "recipes": Verb(config.Recipes, "commands.recipes:run", "commands.recipes:show"),
     "plan": Verb(config.Plan, "commands.plan:run", "commands.plan:show", subjects=TAUGHT),
     "tune": Verb(config.Search, "commands.tune.run:run", "commands.tune.run:show", subjects=SEARCHED),

@@ -198,6 +198,8 @@ class Models(Options):
     """Part of a name, or a pattern with * and ?."""
     side: Annotated[int | None, like(Train, "side", group=Group.STUDENT, usual="each model's own")] = None
     """Image size for which GFLOP are counted, in pixels."""
+    figures: Annotated[bool, Opt(group=Group.STUDENT, changes=PLACE)] = False
+    """Count the parameters and GFLOP of each model, also where many match; it takes about a second each."""
 
 
 class Recipes(Machine):

@@ -27,7 +27,7 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz")
 """Endings of files that hold weights alone."""
 FOREIGN = {".onnx": "ONNX", ".h5": "Keras", ".keras": "Keras", ".tflite": "TensorFlow Lite", ".pb": "TensorFlow"}
 """Endings of models of other libraries."""
-TIMM_SHAPE = {"models": [str], "tagged": [str], "renamed": dict[str, str]}
+TIMM_SHAPE = {"models": [str], "tagged": [str], "renamed": dict[str, str], "sizes": dict[str, list]}
 
 
 def is_function(name: str) -> bool:
@@ -38,12 +38,13 @@ def is_function(name: str) -> bool:
 
 @cache
 def timm_names() -> dict[str, Any]:
-    """Returns timm's `models`, those with `tagged` weights, and `renamed`: its earlier names and what they are now.
+    """Returns timm's `models`, those with `tagged` weights, `renamed`: its earlier names and what they are now, and the
+    `sizes` of all: image size in pixels and number of classes.
 
     They are kept in the cache: importing timm for them takes seconds.
     """
     version = importlib.metadata.version("timm")
-    kept = Measurement("timm", f"names of timm {version}", "the names of timm's models")
+    kept = Measurement("timm", f"names and sizes of timm {version}", "the names of timm's models")
     if (names := kept.read(TIMM_SHAPE)) is None:
         import timm
         from timm.models import _registry
@@ -56,7 +57,9 @@ def timm_names() -> dict[str, Any]:
             if new
         }
         models = [name for name in timm.list_models() if name not in renamed]
-        names = {"models": models, "tagged": tagged, "renamed": renamed}
+        cards = {name: timm.get_pretrained_cfg(name) for name in (*models, *tagged)}
+        sizes = {name: [card.input_size[-1], card.num_classes] for name, card in cards.items() if card}
+        names = {"models": models, "tagged": tagged, "renamed": renamed, "sizes": sizes}
         kept.write(names)
     return names
 

@@ -55,6 +55,16 @@ def create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool = Fals
         raise InputError(f"timm cannot build {architecture} with {arguments}: {first_line(error)}") from error
 
 
+def create_meta(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Builds a network on the device `meta`: its layers and sizes, without any memory for numbers, to be counted.
+
+    Raises:
+        InputError: the constructor fails, or computes with numbers, of which this device has none.
+    """
+    with torch.device("meta"):
+        return create(architecture, kwargs)
+
+
 def create_empty(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
     """Builds a network without weights, and without memory for them where its constructor allows that.
 

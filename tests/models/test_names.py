@@ -18,11 +18,12 @@ from test_distill import MINI, TEACHER
 
 import funmatch
 from funmatch.cli import merge_repeated
-from funmatch.commands import models
+from funmatch.commands import import_model, models
 from funmatch.config import Distill, Import, Models, Report
 from funmatch.errors import InputError
 from funmatch.models import download
 from funmatch.models.load import load
+from funmatch.models.timm_models import create_meta
 
 MODULE = """
 import torch
@@ -247,7 +248,7 @@ def test_import_writes_a_folder_that_loads_with_equal_logits(tmp_path):
     weights = random_bit(50, 1)
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
     (tmp_path / "names.txt").write_text("\n".join("abcde"))
-    found = models.import_model(
+    found = import_model.import_model(
         Import(model="w.npz", out=tmp_path / "out", side=128, crop_fraction=0.8, class_file=Path("names.txt"))
     ).metrics
     assert (found["classes"], found["side"], found["mean"]) == (5, 128, [0.5] * 3)
@@ -256,12 +257,12 @@ def test_import_writes_a_folder_that_loads_with_equal_logits(tmp_path):
     with torch.inference_mode():
         assert_same(model, reference(weights, images()))
     with pytest.raises(InputError, match="exists; choose another"):
-        models.import_model(Import(model="w.npz", out=tmp_path / "out"))
-    imported = models.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1")).metrics
+        import_model.import_model(Import(model="w.npz", out=tmp_path / "out"))
+    imported = import_model.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1")).metrics
     assert (imported["mean"], imported["std"]) == ([0.0] * 3, [1.0] * 3)
     (tmp_path / "names.txt").write_text("a\nb")
     with pytest.raises(InputError, match="2 distinct names, but the network has 5 classes"):
-        models.import_model(Import(model="w.npz", out=tmp_path / "third", class_file=Path("names.txt")))
+        import_model.import_model(Import(model="w.npz", out=tmp_path / "third", class_file=Path("names.txt")))
     assert not (tmp_path / "third").exists()
 
 
@@ -278,6 +279,27 @@ def test_models_are_listed_with_their_cost():
     assert "bit:R152x2_T_pet128" in models.match_names("pet128")
     with pytest.raises(InputError, match="did you mean"):
         models.list_models(Models(pattern="resnetv3"))
+
+
+def test_many_names_are_listed_at_once_and_figures_take_no_memory(monkeypatch):
+    """A pattern that matched a network of 4.4 billion parameters once built it, in 12 GB."""
+    from funmatch.models import flops
+
+    with monkeypatch.context() as changed:
+        changed.setattr(flops, "gflop", None)  # nothing is counted
+        listed = models.list_models(Models(pattern="resnet*")).metrics
+    assert len(listed["models"]) > models.FEW
+    assert not listed["counted"]
+    assert {each["name"]: each for each in listed["models"]}["resnet50"] == {
+        "name": "resnet50", "parameters": None, "gflop": None, "side": 224, "classes": 1000,
+        "source": f"timm, {len(timm.list_pretrained('resnet50.*'))} with weights",
+    }  # fmt: skip
+    sizes = {name: (each.input_size[-1], each.num_classes) for name in timm.list_pretrained("vit_*")
+             if (each := timm.get_pretrained_cfg(name))}  # fmt: skip
+    assert {name: models._size(name) for name in sizes} == sizes
+    (largest,) = models.list_models(Models(pattern="eva02_enormous_patch14_clip_224")).metrics["models"]
+    assert largest["parameters"] == 4_350_556_928
+    assert all(parameter.is_meta for parameter in create_meta("eva02_enormous_patch14_clip_224", {}).parameters())
 
 
 def test_repeated_options_are_merged():

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 
-from funmatch.commands import models
+from funmatch.commands import import_model
 from funmatch.config import Import
 from funmatch.data.formats.protobuf import write_fields, write_varint
 from funmatch.errors import InputError
@@ -577,7 +577,7 @@ def test_logits_equal_tensorflows(make_model, capsys):
     assert len(variants) == 27
     differences = {variant: difference(folder / variant) for variant in variants}
     assert max(differences.values()) < 1e-4, differences
-    models.import_model(Import(model=f"{folder}/hub-softmax", out=folder / "ours"))
+    import_model.import_model(Import(model=f"{folder}/hub-softmax", out=folder / "ours"))
     output = capsys.readouterr().err
     assert "the original model applies Softmax" in output
     assert "timm has no network of this size; only funmatch can load this folder" in output
@@ -589,7 +589,7 @@ def test_r50x1_is_imported_and_loads_in_timm(make_model):
     folder = make_model(*form, "--ways", "student")
     assert load(f"savedmodel:{folder}/student").count_parameters() == 23_576_165
     assert difference(folder / "student") < 1e-4
-    found = models.import_model(Import(model=f"{folder}/student", out=folder / "ours", side=128)).metrics
+    found = import_model.import_model(Import(model=f"{folder}/student", out=folder / "ours", side=128)).metrics
     assert (found["architecture"], found["mean"], found["std"]) == ("resnetv2_50x1_bit", [0.0] * 3, [1.0] * 3)
     net = timm.create_model(f"local-dir:{folder}/ours", pretrained=True).eval()
     with np.load(folder / "student.npz") as arrays, torch.inference_mode():

@@ -1,0 +1,84 @@
+"""Imports checkpoints of any kind as folders that timm can load."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from funmatch.config import Import
+from funmatch.errors import InputError
+from funmatch.models.bit import OTHER_SIZES
+from funmatch.models.classifier import check_side, timm_config
+from funmatch.models.load import load
+from funmatch.models.save import save
+from funmatch.reports.result import Result
+from funmatch.runtime.files import write_folder_atomically
+from funmatch.runtime.log import info_notes, print_table
+
+INPUTS = {
+    "0..1": ((0.0,) * 3, (1.0,) * 3),
+    "-1..1": ((0.5,) * 3, (0.5,) * 3),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Mean and standard deviation of input normalisations, for images in [0, 1]."""
+
+
+def import_model(config: Import) -> Result:
+    """Writes a model as a folder in timm's layout.
+
+    Returns:
+        `out`, `model`, `architecture`, `parameters`, `classes`, `side`, `mean`, `std`.
+
+    Raises:
+        InputError: the model cannot be loaded, or the folder is not empty.
+    """
+    out = config.out.expanduser()
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"{out} exists; choose another --out")
+    path = Path(config.model).expanduser()
+    # A folder of TensorFlow needs no prefix here; as a teacher it does.
+    name = f"savedmodel:{config.model}" if (path / "saved_model.pb").is_file() else config.model
+    inputs = INPUTS.get(config.inputs)
+    model = load(name, weights=config.weights, pretrained=True, inputs=inputs)
+    card = replace(model.card, mean=inputs[0], std=inputs[1]) if inputs else model.card
+    card = replace(card, side=config.side or card.side, crop_fraction=config.crop_fraction or card.crop_fraction)
+    if config.class_file:
+        card = replace(card, classes=_class_names(config.class_file.expanduser(), model.num_classes))
+    check_side(model, card.side)  # before anything is written
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with write_folder_atomically(out) as partial:
+        save(model, partial, card=card, about={"imported": config.model, "top1": card.top1})
+    info_notes(config.model, model.notes)
+    if model.function == OTHER_SIZES:
+        info_notes(str(out), ["timm has no network of this size; only funmatch can load this folder"])
+    metrics = {
+        "out": str(out),
+        "model": config.model,
+        "architecture": timm_config(model.net).get("architecture"),
+        "parameters": model.count_parameters(),
+        "classes": model.num_classes,
+        "side": card.side,
+        "mean": list(card.mean),
+        "std": list(card.std),
+    }
+    return Result(out, metrics)
+
+
+def show_imported(result: Result) -> None:
+    """Prints the imported model and how to use it."""
+    imported = result.metrics
+    rows = [[name, f"{value:,}" if isinstance(value, int) else str(value)] for name, value in imported.items()]
+    print_table(f"imported {imported['model']}", ["", "value"], rows)
+    print(f"use it with --teacher {imported['out']} or --student {imported['out']}")
+
+
+def _class_names(path: Path, count: int) -> tuple[str, ...]:
+    try:
+        # Empty lines are left out, as editors leave one at the end.
+        names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the class names in {path}: {error}") from error
+    # Equal names would join two classes wherever classes are matched by name.
+    if len(names) != count or len(set(names)) != count:
+        raise InputError(
+            f"{path} has {len(set(names))} distinct names, but the network has {count} classes; give one name per line"
+        )
+    return names
