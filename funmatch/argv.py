@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
+from funmatch.commands.neighbours import option_hint
 from funmatch.config import SEARCHED, Distill, recipes
 from funmatch.config.help import asks_for_help, default_of, flags_of, metavar
 from funmatch.config.options import Options
@@ -222,7 +223,13 @@ def flag_problems(words: list[str], table: type[Options], name: str, found: Coll
     # A minus before a digit begins a value.
     flags = dict.fromkeys(word.partition("=")[0] for word in words if word[:1] == "-" and not word[1:2].isdigit())
     known = [flag for each in table.model_fields for flag in flags_of(table, each)]
-    problems = [str(unknown("option", flag, known)) for flag in flags if not _option_of(flag, table)]
+    unknowns = [flag for flag in flags if not _option_of(flag, table)]
+    # Where we know what is meant, names that are near in letters would mislead.
+    hints = {flag: option_hint(flag) for flag in unknowns}
+    problems = [
+        f"unknown option {flag!r}; {hints[flag]}" if hints[flag] else str(unknown("option", flag, known))
+        for flag in unknowns
+    ]
     required = [each for each, field in table.model_fields.items() if field.is_required() and each not in found]
     if required:
         # The long flags come last, and the aliases after the option's own.

@@ -7,7 +7,10 @@ import pytest
 
 from funmatch.argv import merge_repeated, split_students
 from funmatch.cli import parse, read_command
+from funmatch.commands import neighbours
+from funmatch.commands.verbs import TABLES
 from funmatch.config import Distill, Report
+from funmatch.config.help import flags_of
 from funmatch.config.recipes import find
 from funmatch.errors import InputError
 
@@ -80,6 +83,12 @@ def test_invalid_values_are_reported(capsys, arguments, message):
         ([*BASE, "--tacher", "t"], "unknown option '--tacher'; did you mean '--teacher'"),
         (["distill", "--out", "o", "--lrr=3"], "2 problems:\n  unknown option '--lrr'; did you mean '--lr'"),
         (["distill", "--out", "o"], "distill needs --student, --data, --teacher; see `funmatch distill --help`"),
+        ([*BASE, "--wandb"], "unknown option '--wandb'; every metric is in metrics.jsonl"),
+        ([*BASE, "--gpus", "2"], "torchrun --nproc-per-node N"),
+        ([*BASE, "--resume"], "the same command resumes"),
+        ([*BASE, "--max_hours=8"], "saves first, and the same command resumes it"),
+        (["validate", "runs/x"], "unknown command 'validate'; here it is `funmatch evaluate`"),
+        (["infer", "runs/x"], "timm.create_model('local-dir:RUN/student', pretrained=True)"),
         (["evaluate"], "evaluate needs MODEL; see `funmatch evaluate --help`"),
         (["tune", "distill", "--spac", "x"], "unknown option '--spac'; did you mean '--space'"),
         (["distill", "pet37-fast", "--batch-sise", "2"], "unknown option '--batch-sise'; did you mean '--batch-size'"),
@@ -97,3 +106,17 @@ def test_options_override_a_recipe_under_any_name():
     assert recipe.table(batch_size=16, img_size=32).batch == 16
     assert parse(["distill", "pet37-fast", "--model", "mine"]).student == "mine"
     assert "epochs" not in recipe.over(["steps"])
+
+
+def test_words_of_other_tools_are_not_ours():
+    """A word that becomes one of ours must leave the list, and each sentence names options that exist."""
+    every = {
+        flag.lstrip("-") for table in TABLES.values() for name in table.model_fields for flag in flags_of(table, name)
+    }
+    for sentence, theirs in neighbours.OPTIONS.items():
+        assert not set(theirs) & {*Distill.words(), *(word.replace("_", "-") for word in Distill.words())}
+        assert {word.lstrip("-") for word in re.findall(r"--[a-z][a-z-]*", sentence)} <= {*every, "nproc-per-node"}
+    assert (
+        not {word for theirs in neighbours.COMMANDS.values() for word in (*theirs, *neighbours.USE_IT)} & TABLES.keys()
+    )
+    assert neighbours.COMMANDS.keys() <= TABLES.keys()

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from funmatch import config
+from funmatch.commands.neighbours import command_hint
 from funmatch.config import SEARCHED, TAUGHT
 from funmatch.config.options import Options
-from funmatch.errors import unknown
+from funmatch.errors import InputError, unknown
 from funmatch.reports.result import Result
 
 
@@ -74,7 +75,8 @@ def find_verb(name: str) -> Verb:
         InputError: there is no such command.
     """
     if name not in VERBS:
-        raise unknown("command", name, VERBS)
+        hint = command_hint(name)
+        raise InputError(f"unknown command {name!r}; {hint}") if hint else unknown("command", name, VERBS)
     return VERBS[name]
 
 

@@ -1,0 +1,62 @@
+"""Answers the words of other tools with ours."""
+
+COMMANDS = {
+    "evaluate": ("val", "validate", "validation", "test", "eval", "score"),
+    "train": ("fit", "run"),
+    "distill": ("distil", "kd", "teach"),
+    "finetune": ("fine-tune", "fine_tune", "transfer"),
+    "tune": ("sweep", "search", "hpo", "optimize"),
+    "models": ("list", "list-models", "zoo"),
+    "data": ("dataset", "datasets", "check"),
+    "plan": ("estimate", "dry-run"),
+    "prepare": ("download", "cache"),
+    "import": ("convert",),
+}
+"""Our commands, and what other tools call them."""
+USE_IT = ("infer", "inference", "predict", "classify", "export", "serve", "deploy")
+"""Commands of other tools for what timm does with a student."""
+TIMM = "a student is a folder that timm loads: timm.create_model('local-dir:RUN/student', pretrained=True)"
+OPTIONS = {
+    "every metric is in metrics.jsonl of the run folder, which any tracker can read": (
+        "wandb", "log-wandb", "tensorboard", "logger", "tracker", "report-to", "mlflow",
+    ),
+    "start one process for each GPU with torchrun --nproc-per-node N, or choose one with --device cuda:1": (
+        "gpus", "gpu", "num-gpus", "ngpus", "devices", "nproc", "nproc-per-node", "world-size", "num-processes",
+    ),
+    "the same command resumes from the newest checkpoint in --out; --student-weights FILE starts from weights": (
+        "resume", "auto-resume", "resume-from", "resume-from-checkpoint", "checkpoint", "ckpt", "ckpt-path",
+        "initial-checkpoint",
+    ),
+    "a run that is stopped by Ctrl-C or SIGTERM saves first, and the same command resumes it: timeout 8h funmatch …": (
+        "max-hours", "max-time", "time-limit", "timeout",
+    ),
+    "use --precision bf16, fp16 or fp32": ("amp", "fp16", "bf16", "half", "mixed-precision", "amp-dtype"),
+    "name published weights by their tag, e.g. --student resnet18.a1_in1k": ("pretrained",),
+    "use --warmup-steps": ("warmup-epochs", "warmup-lr", "warmup"),
+    "use --weight-decay": ("wd",),
+    "use --schedule": ("sched", "lr-scheduler", "scheduler"),
+    "use --out FOLDER": ("output", "output-dir", "save-dir", "project", "experiment", "name", "exp-name"),
+    "use --data": ("data-path", "train-dir", "train-data", "dataset", "root"),
+    "use --val 10%, or --eval-data for other images": ("val-dir", "val-data", "val-split", "validation-split"),
+    "the number of classes is that of the data, or of the teacher": ("num-classes",),
+    "use --workers": ("num-workers", "dataloader-num-workers"),
+    "use --label-weight W, for (1 − W) · distance + W · cross-entropy on labels": ("alpha", "kd-weight", "ce-weight"),
+    "use --temperature": ("tau", "kd-temperature"),
+    "use --micro-batch, the images in a pass": ("gradient-accumulation-steps", "grad-accum-steps", "accumulate"),
+    "progress and messages go to standard error, results to standard output": ("quiet", "verbose", "q", "v"),
+}  # fmt: skip
+"""What to do here, and the options of other tools for it."""
+
+
+def command_hint(word: str) -> str:
+    """Returns a sentence about another tool's command; empty where it is not known."""
+    for ours, theirs in COMMANDS.items():
+        if word.lower() in theirs:
+            return f"here it is `funmatch {ours}`"
+    return TIMM if word.lower() in USE_IT else ""
+
+
+def option_hint(flag: str) -> str:
+    """Returns a sentence about another tool's option; empty where it is not known."""
+    name = flag.lstrip("-").replace("_", "-").lower()
+    return next((ours for ours, theirs in OPTIONS.items() if name in theirs), "")
