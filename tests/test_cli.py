@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from make_images import paint
+from make_images import FEW, paint
 
 from funmatch.training.run import checkpoint
 
 TEACHER = "fashion-mini-teacher"
-MINI = ("--data", "fashion-mini", "--student", "fashion-mini-student", "--batch", "16")
+MINI = ("--data", FEW, "--student", "fashion-mini-student", "--batch", "16")
 
 
 def test_help_explains_every_option(funmatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from make_images import FEW
 
 import funmatch as package
 from funmatch.cli import main, read_command
@@ -279,7 +280,7 @@ def test_dry_run_reports_the_run_and_writes_nothing(funmatch, folder):
 
 def test_run_repeated_from_its_config_json_gives_equal_weights(funmatch, folder):
     """config.json of a run repeats it in another folder with equal weights."""
-    funmatch("distill", "--config", "run.toml", "--out", "first", "--threads", "1")
+    funmatch("distill", "--config", "run.toml", "--data", FEW, "--out", "first", "--threads", "1")
     funmatch("distill", "--config", "first/config.json", "--out", "again")
     first, second = (Path(name, "student", "model.safetensors").read_bytes() for name in ("first", "again"))
     assert first == second

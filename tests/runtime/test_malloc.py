@@ -50,8 +50,8 @@ from funmatch.runtime import malloc
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        kept = [torch.zeros(10_000_000) for _ in range(10)]
+    for _ in range(4):
+        kept = [torch.zeros(10_000_000) for _ in range(3)]
         del kept
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 

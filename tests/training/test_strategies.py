@@ -239,8 +239,8 @@ def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatc
     monkeypatch.setattr(
         Frozen, "forward", lambda self, views: (batch_sizes.append(len(views)), original(self, views))[1]
     )
-    crops = 20 if strategy == "fix/ic_ens" else 1
-    extra = {"teacher_crops": 20} if crops > 1 else {}
+    crops = 8 if strategy == "fix/ic_ens" else 1
+    extra = {"teacher_crops": 8} if crops > 1 else {}
     options = MINI | {"strategy": strategy, "steps": 5, "eval_every": 100, **extra}
     outcome = funmatch.distill(out=tmp_path / "run", **options)
     split = open_cache(FEW).splits["train"]
@@ -264,7 +264,7 @@ def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatc
     for name, tensor in student_of(outcome).items():
         assert torch.equal(tensor, student_of(repeated)[name])
     changed = options | (
-        {"teacher_crops": 21} if crops > 1 else {"strategy": "fix/cc" if strategy == "fix/rs" else "fix/rs"}
+        {"teacher_crops": 9} if crops > 1 else {"strategy": "fix/cc" if strategy == "fix/rs" else "fix/rs"}
     )
     funmatch.distill(out=tmp_path / "other", **changed)
     assert len(list((tmp_path / "cache" / "answers").iterdir())) == 2, "other views are cached separately"
@@ -272,8 +272,8 @@ def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatc
 
 def test_interrupted_logits_of_a_fixed_teacher_are_resumed(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fixed, "PART", 100)
-    options = MINI | {"strategy": "fix/ic_ens", "teacher_crops": 10, "steps": 2}
+    monkeypatch.setattr(fixed, "PART", 40)
+    options = MINI | {"strategy": "fix/ic_ens", "teacher_crops": 4, "steps": 2}
     original, done = fixed._predict_part, []
 
     def interrupted(source, teachers, images, *later_parts):
