@@ -191,7 +191,7 @@ def test_teacher_of_more_classes_is_mapped_or_used_without_labels(tmp_path, imag
     """A teacher of five classes in another order is mapped to three; without labels the student gets all five."""
     torch.manual_seed(0)
     teacher = funmatch.load("resnet10t", options=("channels=(8,8,16,16)", "stem_width=8"), classes=5, pretrained=False)
-    common = {**TINY, "batch": 8, "steps": 2, "teacher": teacher, "allow_weak_teacher": True}
+    common = {**TINY, "batch": 32, "steps": 2, "teacher": teacher, "allow_weak_teacher": True}
     with pytest.raises(InputError, match=r"has 5 outputs, but .* has 3 classes .*classes same-names"):
         funmatch.distill(data=images, out=tmp_path / "refused", **common)
     assert not (tmp_path / "refused").exists()
@@ -240,7 +240,7 @@ def test_teachers_with_classes_in_another_order_are_rejected(tmp_path):
         "student": "fashion-mini-student",
         "side": 32,
         "steps": 1,
-        "batch": 4,
+        "batch": 32,
     }
     with pytest.raises(InputError, match="are not the same in order"):
         funmatch.distill(out=tmp_path / "run", teacher=[first, second], **options)
@@ -259,7 +259,7 @@ def test_class_names_of_teachers_are_compared(tmp_path):
         save(funmatch.load("fashion-mini-teacher"), tmp_path / name, card=card, about={})
     for i in range(4):
         paint(tmp_path / "pictures" / f"{i}.png", i)
-    options = {"student": "fashion-mini-student", "steps": 1, "batch": 4}
+    options = {"student": "fashion-mini-student", "steps": 1, "batch": 32}
     teachers = [tmp_path / name for name in folders]
     with pytest.raises(funmatch.InputError, match="not the same in order"):
         funmatch.distill(tmp_path / "pictures", teachers, out=tmp_path / "run", **options)
@@ -267,7 +267,7 @@ def test_class_names_of_teachers_are_compared(tmp_path):
 
 
 SHORTEST = {
-    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "steps": 1, "batch": 4,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "steps": 1, "batch": 32,
 }  # fmt: skip
 
 
