@@ -4,7 +4,7 @@
 are kept. `checkpoints/best-<n>/` holds the student alone, where it scored best on validation. `checkpoints/stable-<n>/`
 is that of a step before the learning rate cools down, from which a run can be extended.
 
-No other module knows these names; `state.py` knows what `state.json` holds.
+No other module uses these names; `state.py` defines what `state.json` holds.
 """
 
 import json
@@ -36,17 +36,17 @@ WAITING = 2
 """Checkpoints that may wait to be written: each is a copy of the student and its optimizer in memory."""
 
 Files = Mapping[str, Mapping[str, Tensor]]
-"""Tensors by the file that they lie in."""
+"""Tensors by file and name."""
 
 
 def tensors_of(student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None) -> Files:
-    """What is saved of a student, its optimizer, and the average of its weights: as they are, not copied."""
+    """Returns what a checkpoint saves of a student, its optimizer and its averaged weights; the tensors, not copies."""
     files = {**student_tensors(student), OPTIMIZER: optimizer_state_dict(student, optimizer)}
     return files if average is None else files | {AVERAGE: average.state_dict()}
 
 
 def student_tensors(student: nn.Module) -> Files:
-    """What is saved of a student alone: as it is, not copied."""
+    """Returns what is saved of a student alone; the tensors, not copies."""
     return {STUDENT: student.state_dict()}
 
 
@@ -58,6 +58,7 @@ def save(folder: Path, tensors: Files, state: TrainState) -> None:
         tensors: of `tensors_of`.
         state: the rest; its `best_step` says which best is kept.
     """
+    # Before any is removed: a kill in between leaves one too many, never none.
     _write(folder / _name(STEP, state.step), tensors, asdict(state))
     for old in _named(folder, STEP)[:-KEPT]:
         shutil.rmtree(old)
@@ -69,8 +70,9 @@ def save(folder: Path, tensors: Files, state: TrainState) -> None:
 
 
 def keep_stable(folder: Path, step: int) -> None:
-    """Keeps the checkpoint of a step for good, in the place of any that was kept before."""
+    """Keeps a copy of the checkpoint of a step for good, and removes the one kept before."""
     kept = folder / _name(STABLE, step)
+    # The new one first, so that the run can be extended at any moment.
     if not kept.is_dir():
         with write_folder_atomically(kept) as partial:
             shutil.copytree(folder / _name(STEP, step), partial, dirs_exist_ok=True)
@@ -81,28 +83,29 @@ def keep_stable(folder: Path, step: int) -> None:
 
 def go_back(folder: Path, step: int) -> None:
     """Removes the checkpoints of later steps; a run resumes from the newest of the others."""
+    # A stable one stays, even if it is damaged: `keep_stable` removes it when it has another.
     for path in (*_named(folder, STEP), *_named(folder, BEST)):
         if not 0 <= step_of(path) <= step:
             remove(path)
 
 
 def can_go_back(folder: Path, step: int) -> bool:
-    """Whether there is a checkpoint of a step."""
+    """Returns whether there is a checkpoint of a step."""
     return any((folder / _name(kind, step)).is_dir() for kind in (STABLE, STEP))
 
 
 def is_beyond(folder: Path, step: int) -> bool:
-    """Whether there is a checkpoint of a later step."""
+    """Returns whether there is a checkpoint of a later step."""
     return any(step_of(path) > step for path in _named(folder, STEP))
 
 
 def save_best(folder: Path, step: int, tensors: Files, metrics: dict[str, Any]) -> None:
-    """Keeps a student that scores better on validation than any before."""
+    """Writes a student that scores better on validation than any before."""
     _write(folder / _name(BEST, step), tensors, {"step": step, **metrics})
 
 
 def load_best(folder: Path, step: int, student: nn.Module) -> None:
-    """Puts the student that `save_best` kept at a step into the network.
+    """Loads the student that `save_best` wrote at a step into the network.
 
     Raises:
         InputError: it is gone or damaged.
@@ -121,10 +124,10 @@ def load_best(folder: Path, step: int, student: nn.Module) -> None:
 def restore(
     folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
 ) -> TrainState | None:
-    """Puts the newest checkpoint into the student, its optimizer and the average of its weights.
+    """Loads the newest checkpoint into the student, its optimizer and its averaged weights.
 
     Returns:
-        what was given to `save` as `state`; None where there is no checkpoint.
+        the `state` that `save` got; None if there is no checkpoint.
 
     Raises:
         InputError: a newer version wrote one, or there are checkpoints, but none can be read. (A damaged newest one
@@ -137,8 +140,10 @@ def restore(
         try:
             state = _restore(checkpoint, student, optimizer, average)
         except Exception as error:  # damaged files raise nearly anything, from safetensors to the optimizer
+            # Not damage: falling back would remove this checkpoint, which is sound.
             if is_out_of_memory(error):
                 raise
+            # Whatever it has loaded so far is replaced: the one before holds the same tensors.
             info(f"{checkpoint} is damaged ({first_line(error)}); falling back to the checkpoint before it")
         else:
             go_back(folder, state.step)  # later steps will be taken again
@@ -149,29 +154,30 @@ def restore(
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder; -1 where its name has none."""
+    """Returns the step of a checkpoint's folder; -1 if its name has none."""
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
 class CheckpointWriter:
-    """Writes one thing after another in a thread of its own.
+    """Writes checkpoints in a background thread, in the order in which they are submitted.
 
-    What fails is raised where the next thing is submitted, or at the end; nothing more is written after it.
+    The error of a failed write is raised at the next submit, or at the end; nothing is written after it.
     """
 
     def __init__(self) -> None:
+        # A single thread: a write removes older checkpoints or copies one, so the order matters.
         self.pool = ThreadPoolExecutor(1, "checkpoints")
         self.waiting: deque[Future[None]] = deque()
         self.failed = False
 
     def submit(self, write: Callable[[], object]) -> None:
-        """Has something written; waits where too much waits already."""
+        """Queues a function that writes; waits while `WAITING` others are queued."""
         self._await(WAITING - 1)
         self.waiting.append(self.pool.submit(self._write, write))
 
     def flush(self) -> None:
-        """Waits until all is written."""
+        """Waits until everything is written."""
         self._await(0)
 
     def _write(self, write: Callable[[], object]) -> None:
@@ -185,6 +191,7 @@ class CheckpointWriter:
 
     def _await(self, most: int) -> None:
         while self.waiting and (len(self.waiting) > most or self.waiting[0].done()):
+            # Those that are done too: `result` raises their error, so a full disk ends the run soon.
             self.waiting.popleft().result()
 
     def __enter__(self) -> "CheckpointWriter":
@@ -192,16 +199,18 @@ class CheckpointWriter:
 
     def __exit__(self, kind: Any, *_: object) -> None:
         self.pool.shutdown()  # waits
+        # After an error of the block that one is raised, not a write's.
         if kind is None:
             self.flush()
 
 
 def _name(kind: str, step: int) -> str:
+    # Padded with zeros, so that names sort by step; published runs have such names.
     return f"{kind}-{step:09}"
 
 
 def _named(folder: Path, kind: str) -> list[Path]:
-    """The folders of one kind, the earliest step first."""
+    """Returns the folders of one kind, the earliest step first."""
     return sorted(folder.glob(f"{kind}-*"))
 
 
@@ -222,7 +231,7 @@ def _check_formats(checkpoints: list[Path]) -> None:
 
 
 def _best_step(checkpoint: Path) -> int | None:
-    """The step of the best student when a checkpoint was written, None where it is damaged."""
+    """Returns the step of the best student when a checkpoint was written; None if it is damaged."""
     try:
         return read_state(checkpoint / STATE).best_step
     except (OSError, Damaged):
@@ -233,6 +242,7 @@ def _restore(
     checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
 ) -> TrainState:
     state = read_state(checkpoint / STATE)
+    # A copy under another name would resume from a step that its weights are not of.
     if state.step != step_of(checkpoint):
         raise Damaged(f"{STATE} says step {state.step}")
     student.load_state_dict(load_file(checkpoint / STUDENT))
@@ -243,8 +253,9 @@ def _restore(
 
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors can write them: in one piece, and none sharing its memory with another."""
+    """Returns tensors as safetensors can write them: contiguous, and none sharing its memory with another."""
     dense, taken = {}, set()
+    # Only tied weights are cloned: a copy of everything would double the memory that a checkpoint needs.
     for name, tensor in tensors.items():
         dense[name] = tensor.detach().contiguous()
         if tensor.data_ptr() in taken and dense[name].data_ptr() == tensor.data_ptr():

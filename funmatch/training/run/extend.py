@@ -25,22 +25,22 @@ STUDENTS = ("student", "student-ema")
 
 
 def stable_step(options: Mapping[str, Any]) -> int | None:
-    """The step at which a run's cool-down begins; None where its schedule is another."""
+    """Returns the step at which a run's cool-down begins, or None if its schedule is not wsd."""
     if options.get("schedule") != "wsd":
         return None
     return options["steps"] - schedules.cooldown_length(options["steps"], options["cooldown_steps"])
 
 
 def warmup_of(folder: Path) -> int | None:
-    """The warm-up of the run in a folder, if it can be extended: it keeps that, whatever a longer run's default."""
+    """Returns the warm-up, in steps, of the run in a folder if it can be extended, else None."""
     options = run_folder.options_of(folder)
     return options.get("warmup_steps") if options.get("schedule") == "wsd" else None
 
 
 def extend(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Makes a run longer if all that is requested otherwise is its length; else leaves it as it is.
+    """Makes a run longer if only its length differs from what is requested; else leaves it as it is.
 
-    Whenever this is interrupted, the same command does the rest, and the old command still ends as it did.
+    If this is interrupted, the same command does the rest, and the old command still ends as it did.
 
     Raises:
         InputError: the run is longer than requested, its cool-down began too late or too early for that, or another
@@ -52,6 +52,7 @@ def extend(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, An
     then, now = run.config, run_folder.record_of(verb, options, facts)
     before, after = then["knobs"], now["knobs"]
     old, new = stable_step(before), stable_step(after)
+    # The length and what follows from it take the old values here; any other difference is refused as in any run.
     length = TAUGHT[verb].where(lambda opt: opt.extends)
     alike = now | {"knobs": after | {name: before.get(name) for name in length}}
     if old is None or new is None or before["steps"] == after["steps"] or run_folder.differences(then, alike):
@@ -67,7 +68,12 @@ def extend(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, An
 
 
 def _check(run: run_folder.Run, before: int, after: int, old: int, new: int) -> None:
-    """Raises `InputError` unless a run can become so long: `old` and `new` are the steps where the cool-downs begin."""
+    """Raises `InputError` unless a run can be extended.
+
+    Args:
+        before, after: lengths of the run, steps.
+        old, new: steps at which the cool-downs begin.
+    """
     if after < before:
         places = [each.folder for each in earlier_ends(run) if each.folder.name.endswith(f"-{after:09}")]
         also = f"; its end at step {after:,} is kept in {places[0]}" if places else ""
@@ -77,6 +83,7 @@ def _check(run: run_folder.Run, before: int, after: int, old: int, new: int) -> 
             f"{run.folder}: a run of {after:,} steps would cool down from step {new:,}, before the {old:,} at which "
             f"this one did; pass --cooldown-steps {after - old} or less"
         )
+    # A run that has not reached its cool-down, or cools down from step 0, needs no earlier checkpoint.
     cooled = checkpoint.is_beyond(run.checkpoints, old) or (run.result or {"step": 0})["step"] > old > 0
     if cooled and old and not checkpoint.can_go_back(run.checkpoints, old):
         raise InputError(
@@ -86,9 +93,10 @@ def _check(run: run_folder.Run, before: int, after: int, old: int, new: int) -> 
 
 
 def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
-    """Keeps the end that a run of this length came to, if it did, and takes the run back to a step before it."""
+    """Keeps the end of a run of this length if it is finished, and takes the run back to a step before the end."""
     result = run.result
     if result is not None:
+        # Copied whole before anything is removed, so that a kill loses nothing of this end.
         place = run.folder / "ends" / _name(result["step"], length)
         if not (place / "result.json").is_file():
             with write_folder_atomically(place) as partial:
@@ -98,7 +106,7 @@ def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
                 lines = [json.dumps(each) + "\n" for each in run.metrics.read() if each["step"] > step]
                 (partial / "metrics.jsonl").write_text("".join(lines))
                 (partial / "result.json").write_text(json.dumps(result | {"run": str(place)}, indent=2))
-    # The result first: without it the run counts as unfinished, and whatever of the rest is missing is written again.
+    # The result first: without it the run counts as unfinished, and what is removed after it is written again.
     for name in ("result.json", "report.html"):
         (run.folder / name).unlink(missing_ok=True)
     checkpoint.go_back(run.checkpoints, step)
@@ -109,11 +117,12 @@ def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
 
 
 def earlier_ends(run: run_folder.Run) -> list[run_folder.Run]:
-    """The earlier ends of a run that was extended, the first one first; each has a result and records of its own."""
+    """Returns the earlier ends of a run that was extended, shortest first; each has its own result and records."""
     ends = map(run_folder.Run, sorted((run.folder / "ends").glob("step-*")))
     return [end for end in ends if end.result is not None]
 
 
 def _name(step: int, length: int) -> str:
-    """The name of an end: a run that early stopping ended may come to the same step at several lengths."""
+    """Returns the name of an end."""
+    # With the length where early stopping ended the run: it may stop at the same step with another length.
     return f"step-{step:09}" if step == length else f"step-{step:09}-of-{length:09}"

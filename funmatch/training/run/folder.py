@@ -1,4 +1,4 @@
-"""Keeps a run in a folder: what was requested of it, what it logged, what came of it."""
+"""Keeps a run in a folder: its options and facts, its metrics, its result."""
 
 import json
 import math
@@ -19,12 +19,12 @@ from funmatch.runtime import env
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.json_files import Damaged, read_record
 from funmatch.runtime.records import RUN_RECORD, RUN_SHAPE, RecordFolder, list_differences
-from funmatch.training.run.metrics_log import FORM, MetricsLog
+from funmatch.training.run.metrics_log import RECORDED_MODE, MetricsLog
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds its checkpoints."""
 FORMAT = 1
-"""Of run folders: the number in their `config.json`. Version 0.1.0 wrote none, which is read as 1."""
+"""Format number of run folders, in their `config.json`. Version 0.1.0 wrote none, which is read as 1."""
 COMPARED_FACTS = {
     "data": "the data's content",
     "teacher": "the teacher's content",
@@ -35,7 +35,7 @@ COMPARED_FACTS = {
 """Facts that are compared when a run is resumed."""
 FACTS = {
     **{f"{name}?": str | None for name in COMPARED_FACTS},
-    "views?": str, "answers?": str, "teacher_forms?": [{"form": FORM, "beside_fp32?": dict}],
+    "views?": str, "answers?": str, "teacher_forms?": [{"form": RECORDED_MODE, "beside_fp32?": dict}],
     "pictures?": dict[str, int], "classes?": list[str], "parameters?": int, "overridden?": dict[str, list],
     "machine?": str, "versions?": dict[str, str],
 }  # fmt: skip
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def record(self) -> RecordFolder:
-        """The folder as one with a record."""
+        """The folder, as one that has a record."""
         return RecordFolder(self.folder, RUN_RECORD, "run", SHAPE, number=FORMAT, closed=True)
 
     @property
@@ -97,23 +97,25 @@ class Run:
         return self.folder / "student"
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Records that the run is over: the last thing that is written, so that whatever is missing is made again."""
+        """Writes `result.json`, by which the run counts as finished."""
+        # Last of all: whatever a kill left out before it is made again when the run resumes.
         write_atomically(self.folder / "result.json", json.dumps(finite(metrics), indent=2))
 
 
 def _misfit_of_options(config: dict[str, Any]) -> str | None:
-    """Names an option in a record whose value is not of its type; None where all are.
+    """Describes an option in a record whose value is not of its type; returns None if all are.
 
-    Bounds are left alone: a value that was allowed when the run began stays readable.
+    Bounds are not checked: a value that was allowed when the run began stays readable.
     """
     table = TAUGHT.get(config["verb"])
     if table is None:
         return f"'verb' is {config['verb'][:40]!r}"
-    known = {name: value for name, value in config["knobs"].items() if name in table.model_fields}
+    # Options that are gone are left out: a run of an earlier version may have had more.
+    options = {name: value for name, value in config["knobs"].items() if name in table.model_fields}
     # Strictly, since what is read is used as it stands; and as options are given, for the items of lists.
     checks: list[Callable[[], object]] = [
-        lambda: table.model_validate_json(json.dumps(known), strict=True),
-        lambda: table.model_validate(known),
+        lambda: table.model_validate_json(json.dumps(options), strict=True),
+        lambda: table.model_validate(options),
     ]
     for check in checks:
         try:
@@ -127,17 +129,17 @@ def _misfit_of_options(config: dict[str, Any]) -> str | None:
 
 
 def looks_like_run(path: Path) -> bool:
-    """Whether a folder is that of a run, even if its record is damaged."""
+    """Returns whether a folder is that of a run, even if its record is damaged."""
     return Run(path).checkpoints.is_dir() or Run(path).metrics.path.is_file()
 
 
 def is_needless(path: Path) -> bool:
-    """Whether a file is part of a checkpoint of a finished run: most of what it holds, and nothing reads it again."""
+    """Returns whether a file belongs to a checkpoint of a finished run, which nothing reads again."""
     return any(each.name == CHECKPOINTS and (each.parent / "result.json").is_file() for each in path.parents)
 
 
 def find_run(folder: Path) -> Run:
-    """The run in a folder, or an `InputError` that says what is there instead."""
+    """Returns the run in a folder; raises `InputError` with near folders if it is none."""
     run = Run(folder.expanduser())
     if not run.folder.is_dir():
         raise InputError(f"no run folder {run.folder}")
@@ -150,7 +152,7 @@ def find_run(folder: Path) -> Run:
 
 
 def provenance_if_same(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of the run in a folder, if the same is requested of it; else nothing."""
+    """Returns the facts of the run in a folder if it has the same record, else an empty dict."""
     run = Run(folder.expanduser())
     if not run.record.has_begun:
         return {}
@@ -159,24 +161,25 @@ def provenance_if_same(folder: Path, verb: str, options: dict[str, Any], facts: 
 
 
 def options_of(folder: Path) -> dict[str, Any]:
-    """The options with which the run in a folder began; nothing where there is none."""
+    """Returns the options of the run in a folder; empty if there is none."""
     run = Run(folder.expanduser())
     return run.config["knobs"] if run.record.has_begun else {}
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
-    """The facts that were found when the run in a folder began; nothing where there is none."""
+    """Returns the facts that the run in a folder recorded when it began; empty if there is none."""
     run = Run(folder.expanduser())
     return run.config["facts"] if run.record.has_begun else {}
 
 
 def result_if_same(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of the run in a folder, if it is over and the same is requested of it."""
+    """Returns the metrics of the run in a folder if it is finished and has the same record, else None."""
     return Run(folder.expanduser()).result if provenance_if_same(folder, verb, options, facts) else None
 
 
 def record_of(verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` holds of a run."""
+    """Returns what `config.json` holds of a run."""
+    # As it reads back, tuples as lists: so it can be compared with the file.
     return json.loads(json.dumps({"verb": verb, "knobs": options, "facts": facts}, default=str))
 
 
@@ -187,8 +190,8 @@ def open_run(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, 
     Of several processes the main one does so, and holds the lock; the others wait for it.
 
     Args:
-        options: resolved.
-        facts: `data` and `teacher` fingerprints, compared; whatever else, kept.
+        options: the resolved options.
+        facts: those of `COMPARED_FACTS` are compared with the record, all are kept in it.
 
     Raises:
         InputError: the folder holds something else, a run with other options, or one that another process is using.
@@ -197,6 +200,7 @@ def open_run(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, 
 
     run = Run(folder.expanduser())
     if not env.is_main_process():
+        # The main process comes to its own barrier, below, only with the record written and the lock held.
         distributed.barrier()
         if not run.record.has_begun:
             raise InputError(f"process {env.rank()} does not see {folder}; --out must lie where all processes see it")
@@ -236,35 +240,36 @@ def early_differences(folder: Path, verb: str, options: Options) -> list[str]:
 
 
 def _compare(then: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The lines of a refusal, with what would help."""
+    """Returns `differences` with a hint where the length of the run cannot change."""
     hint = "" if now["knobs"].get("schedule") == "wsd" else " (only runs of --schedule wsd can be extended)"
     return [f"{line}{hint}" if line.startswith("steps:") else line for line in differences(then, now)]
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two records of a run do not agree on, a line each.
+    """Lists what differs between two records of a run, a line each.
 
-    A run that is older than an option was trained with what is its default now; an option that is gone decides nothing.
+    A run from before an option counts as trained with its default; an option that is gone is not compared.
     """
     table = TAUGHT.get(now["verb"])
     defaults = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
-    known = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
+    names = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
     # An option may name another folder or file when the fact says that its content is the same.
     places = {name: opt.content for name, opt in table.opts() if opt.content} if table else {}
-    known = known - UNCOMPARED - {name for name, fact in places.items() if _moved(name, fact, then, now)}
-    before = {name: then["knobs"].get(name, defaults.get(name)) for name in known}
-    found += list_differences(before, {name: now["knobs"].get(name) for name in known}, "in the run")
-    # A fact that a run is too young to have, or too old, is compared only if versions of that time had it.
+    names = names - UNCOMPARED - {name for name, fact in places.items() if _moved(name, fact, then, now)}
+    before = {name: then["knobs"].get(name, defaults.get(name)) for name in names}
+    found += list_differences(before, {name: now["knobs"].get(name) for name in names}, "in the run")
+    # A fact that later versions added is compared only with runs that recorded it.
     facts = {"data", "teacher", "student", "rounded"} | (COMPARED_FACTS.keys() & then["facts"].keys())
     earlier, later = ({name: one["facts"].get(name) for name in facts} for one in (then, now))
     return found + list_differences(earlier, later, "in the run", COMPARED_FACTS)
 
 
 def _moved(name: str, fact: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether an option names two places with the same content."""
+    """Returns whether an option names two places with the same content."""
     before, after = then["facts"].get(fact), now["facts"].get(fact)
     values = [each for one in (then, now) for each in _as_list(one["knobs"].get(name))]
+    # Only what lies somewhere can move: another of timm's names is another model, even with equal weights.
     return after is not None and before == after and all(os.sep in value for value in values)
 
 
@@ -274,7 +279,7 @@ def _as_list(value: Any) -> list[str]:
 
 
 def finite(value: Any) -> Any:
-    """The same metrics with None for what is not a finite number, which JSON cannot hold."""
+    """Returns the same metrics with None for numbers that are not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

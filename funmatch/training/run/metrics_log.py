@@ -11,18 +11,18 @@ from funmatch.runtime.files import disk_errors, write_atomically
 from funmatch.runtime.json_files import misfit, parse_json
 from funmatch.runtime.log import info
 
-FORM = {
+RECORDED_MODE = {
     "folded?": bool, "precision?": {"fp32", "bf16", "fp16"}, "layout?": {"channels_last", "contiguous"},
     "compiled?": bool, "native?": bool,
 }  # fmt: skip
-"""A teacher's inference mode as it is recorded; older ones lack what is younger."""
+"""Shape of a recorded inference mode of a teacher; earlier versions did not have all of its keys."""
 SPLIT = {"split": str}
 EVENTS: dict[str, dict[str, Any]] = {
     "step": {"loss": float},
     "eval": SPLIT, "ema": SPLIT, "views": {},
-    "teacher": SPLIT | {"teacher": str, "form?": FORM, "beside_fp32?": {"kl": float, "agreement": float}},
+    "teacher": SPLIT | {"teacher": str, "form?": RECORDED_MODE, "beside_fp32?": {"kl": float, "agreement": float}},
 }  # fmt: skip
-"""What a record of an event holds besides numbers."""
+"""Keys of an event's record whose values are not numbers."""
 
 
 class MetricsLog:
@@ -32,36 +32,39 @@ class MetricsLog:
         self.path = path
 
     def write(self, event: str, step: int, **metrics: Any) -> None:
-        """Adds a record, whole or not at all as far as a reader is concerned."""
+        """Appends a record; readers see it whole or not at all."""
         if not env.is_main_process():
             return
         line = json.dumps({"event": event, "step": step, **metrics})
+        # Closed after each line, so that a kill loses at most the line that is being written, which `read` skips.
         with disk_errors(self.path), open(self.path, "a") as file:
             file.write(line + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a line that is damaged, as by a kill in the middle of it, is left out."""
+        """Returns all records, without damaged lines, such as one that a kill cut short."""
         return [record for record in self._records() if record is not None]
 
     def count_damaged(self) -> int:
-        """Counts the lines that are damaged and left out. The last one may just be being written."""
+        """Counts the damaged lines, except an unfinished last one, which may be being written."""
         return list(self._records()).count(None)
 
     def warn_of_damage(self) -> None:
-        """Says how many lines are damaged and left out."""
+        """Reports the number of damaged lines, which are left out."""
         if count := self.count_damaged():
             info(f"{self.path}: {count:,} damaged lines are left out")
 
     def truncate(self, step: int) -> None:
-        """Drops the records after `step`, whose steps will be taken again."""
+        """Removes the records after `step`, whose steps will be taken again."""
         if not env.is_main_process():
             return
         self.warn_of_damage()
         kept = [record for record in self.read() if record["step"] <= step]
+        # Rewritten even if nothing is removed: the next record would be appended to a line that a kill cut short.
         write_atomically(self.path, "".join(json.dumps(record) + os.linesep for record in kept))
 
     def _records(self) -> Iterator[dict[str, Any] | None]:
-        """The record of each line, None where it is damaged; none of an unfinished last line that is."""
+        """Yields the record of each line, None where it is damaged; nothing for an unfinished last line."""
+        # Bytes that are not UTF-8 damage their own line, and must not make the whole file unreadable.
         lines = self.path.read_text(errors="replace").split("\n") if self.path.is_file() else []
         for number, line in enumerate(lines, 1):
             record = _parse(line)
@@ -70,14 +73,14 @@ class MetricsLog:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """The record in a line; None where it is not one."""
+    """Returns the record in a line, or None if it is not one."""
     try:
         record = parse_json(line, {"event": str, "step": int})
     except ValueError:
         return None
     known = EVENTS.get(record["event"])
     if known is None:
-        return record  # of a later version: nothing reads it
+        return record  # an event of a later version, which nothing here reads
     named = {name.removesuffix("?") for name in known} | {"event"}
     numbers = {name: value for name, value in record.items() if name not in named}
     return None if misfit(record, known) or misfit(numbers, dict[str, float | None]) else record

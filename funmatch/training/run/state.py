@@ -1,4 +1,4 @@
-"""Holds where a run stands besides its tensors, and the losses of the steps since its last record."""
+"""Holds the progress of a run besides its tensors, and the losses of the steps since its last record."""
 
 import math
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ from funmatch.runtime import transfers
 from funmatch.runtime.json_files import read_record
 
 FORMAT = 1
-"""Of checkpoints: the number in their `state.json`. Version 0.1.0 wrote none, which is read as 1."""
+"""Format number of checkpoints, in their `state.json`. Version 0.1.0 wrote none, which is read as 1."""
 
 
 @dataclass
 class TrainState:
-    """Where a run stands besides its tensors: what `state.json` of a checkpoint holds.
+    """The progress of a run besides its tensors: what `state.json` of a checkpoint holds.
 
     Attributes:
         step: updates done.
-        seconds: duration of the training so far, in all processes of the run's history.
+        seconds: duration of the training so far, summed over the times that the run was started.
         best_step: the step whose student scored best on validation, None before the first evaluation.
         best_score: its score.
         since_best: evaluations since then.
@@ -32,10 +32,11 @@ class TrainState:
         scaler: of the gradient scaler, where there is one.
     """
 
+    # Each field needs a default: the state that an earlier version wrote lacks the newer fields.
     step: int = 0
     seconds: float = 0.0
     best_step: int | None = None
-    best_score: float = -1.0
+    best_score: float = -1.0  # below an accuracy of 0; JSON has no −∞
     since_best: int = 0
     window: list[float] = field(default_factory=list)
     window_parts: dict[str, list[float]] = field(default_factory=dict)
@@ -55,6 +56,7 @@ def read_state(path: Path) -> TrainState:
         Damaged: it is not JSON, has a key that no state has, or a value of another type.
     """
     found = read_record(path, STATE_SHAPE, FORMAT, NEWER, closed=True)
+    # Without the format number, which belongs to the file.
     return TrainState(**{name: value for name, value in found.items() if f"{name}?" in STATE_SHAPE})
 
 
@@ -64,12 +66,12 @@ Losses = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class LossRecord:
-    """The losses of some steps.
+    """The mean losses of the steps since the record before.
 
     Attributes:
         step: updates done.
-        losses: the mean of each since the record before, by name.
-        steps: that were taken since, in this process.
+        losses: the mean of each, by name.
+        steps: number of these steps that this process took.
     """
 
     step: int
@@ -78,40 +80,49 @@ class LossRecord:
 
 
 class LossMeter:
-    """Collects the losses of each step; fetches them at one step and gives their record when they have arrived."""
+    """Collects the losses of each step, fetches them at one step, and returns their record when they have arrived."""
 
     def __init__(self, window: Mapping[str, list[float]], device: torch.device) -> None:
         """Continues from the losses that a checkpoint kept, by name."""
         self.new = {name: [torch.tensor(loss, device=device) for loss in losses] for name, losses in window.items()}
+        # They count in the mean but not in the rate, since this process did not take their steps.
         self.from_before = self.count
         self.fetching: tuple[int, int, list[str], transfers.HostCopy] | None = None
 
     @property
     def count(self) -> int:
-        """Steps that no record holds yet."""
+        """Number of steps that are in no record yet."""
         return len(next(iter(self.new.values()), []))
 
     def add(self, losses: Losses) -> None:
+        # As tensors: `item` would make the host wait for the device in every step.
         for name, loss in losses.items():
             self.new.setdefault(name, []).append(loss)
 
     def start_fetch(self, step: int) -> None:
-        """Begins to fetch the losses until this step; none must be on their way."""
+        """Starts to fetch the losses up to this step; no other fetch may be under way."""
         assert self.fetching is None
+        # Stacked on the device: one copy for each name, not one for each step.
         copy = transfers.copy_to_host(*(torch.stack(losses) for losses in self.new.values()))
         self.fetching = step, self.count - self.from_before, list(self.new), copy
         self.new, self.from_before = {}, 0
 
     def take_record(self, *, wait: bool) -> LossRecord | None:
-        """The record that was fetched, if it has arrived or is waited for; `InputError` where a loss is not finite."""
+        """Returns the record that was fetched, or None if it has not arrived and `wait` is off.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
         if self.fetching is None or not (wait or self.fetching[-1].arrived):
             return None
         (step, steps, names, copy), self.fetching = self.fetching, None
         arrived = {name: _finite(losses.tolist(), step) for name, losses in zip(names, copy.wait(), strict=True)}
+        # `fsum` rounds once, however many steps a record covers.
         return LossRecord(step, {name: math.fsum(each) / len(each) for name, each in arrived.items()}, steps)
 
     def window(self, step: int) -> dict[str, list[float]]:
-        """The losses that no record holds yet, by name; waits for the device."""
+        """Returns the losses that are in no record yet, by name; waits for the device."""
+        # Checked here too: they go into a checkpoint, and a run that resumes from a NaN stays at NaN.
         return {name: _finite(torch.stack(losses).tolist(), step) for name, losses in self.new.items()}
 
 
@@ -122,7 +133,7 @@ def _finite(losses: list[float], step: int) -> list[float]:
 
 
 def not_finite(what: str, step: int) -> InputError:
-    """Says of a run that it cannot recover, before anything of it is saved."""
+    """Returns the error of a run that cannot recover; it is raised before anything of it is saved."""
     return InputError(
         f"{what} no longer finite at step {step}; the checkpoints are from before. Try a lower --lr, a longer "
         "--warmup-steps, or --precision fp32, with another --out"

@@ -26,14 +26,14 @@ from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors
 from funmatch.runtime.json_files import Damaged
 from funmatch.runtime.records import RecordFolder, list_differences
-from funmatch.training.run.metrics_log import FORM
+from funmatch.training.run.metrics_log import RECORDED_MODE
 
 FORMAT = 1
 HEADER, ANSWERS = "tape.json", "answers.bin"
 HEADER_SHAPE = {
     "layout": {"batch": int, "classes": int, "top": int | None, "temperature": float},
     "asked": {"seed": int, "batch": int, "side": int, "crop": str},
-    "device": str, "forms": [{"form": FORM}], "run": {"teacher": list[str], "data": list[str]}, "check?": int,
+    "device": str, "forms": [{"form": RECORDED_MODE}], "run": {"teacher": list[str], "data": list[str]}, "check?": int,
 }  # fmt: skip
 """`asked` is the key of what the logits depend on; `check` is missing on tapes that are older than it."""
 ROWS_AT_ONCE = 1 << 16
