@@ -30,7 +30,7 @@ class Evaluator:
             return
         split = self.setup.evaluation.validation
         modes = self.setup.provenance["teacher_forms"]
-        # The recorded mode stands beside the scores: they are those of this arithmetic.
+        # With the recorded mode: the scores are those of this arithmetic.
         for member, own, mode in zip(teachers.members, logits.members, modes, strict=True):
             scores = run_folder.finite(scoring.score(own, split))
             yield {"teacher": member.name, "split": split.name, **scores, **mode}
@@ -41,6 +41,7 @@ class Evaluator:
     def student_now(self, step: int) -> dict[str, dict[str, Any]]:
         """Evaluates the student; returns records by event: `eval`, `ema` (average), `views` (training views)."""
         split, view = self.setup.evaluation.validation, self.setup.evaluation.view
+        # `eval` comes first and is always there: the trainer picks the best student by it.
         records = {"eval": scoring.score(scoring.predict(self.student, split, view), split, self.teacher_logits)}
         if self.ema:
             average = scoring.predict(self.ema.model, split, view)
@@ -97,7 +98,7 @@ class Evaluator:
             return self.setup.class_names
         # Numbers as names would be worse than the teacher's real ones.
         if teachers and (cache.unnamed or not cache.classes):
-            known = [member.frozen.classifier.card.classes for member in teachers.members]
+            names = [member.frozen.classifier.card.classes for member in teachers.members]
             # The first that has names: the others have the same classes, perhaps under other names.
-            return next(filter(None, known), None)
+            return next(filter(None, names), None)
         return cache.classes or None

@@ -42,6 +42,7 @@ class LoopOptions:
 
     def lr_at(self, step: int) -> float:
         """Returns the learning rate of the update that leads from `step` to `step` + 1."""
+        # Of the step before the update: the first update of a warm-up from 0 is made with a rate of 0.
         return self.lr * self.factor(step)
 
 
@@ -104,7 +105,7 @@ def fit(
                 # Outside autocast, as PyTorch advises: each operation's gradient has the type of its forward pass.
                 with timed("backward"):
                     scaler.scale(losses["loss"]).backward()
-                pieces.append({name: loss.detach() for name, loss in losses.items()})
+                pieces.append({name: loss.detach() for name, loss in losses.items()})  # else it keeps its activations
             total = {name: torch.stack([each[name] for each in pieces]).sum() for name in pieces[0]}
             with timed("optimizer"):
                 # Before unscaling, so that a gradient that overflowed on one process is seen by all.

@@ -31,6 +31,7 @@ class Objective:
         teacher_logits: the teachers' logits of the validation split; on the main process only.
     """
 
+    # Fields and not a subclass of the trainer: training on labels, fine-tuning and distilling share one loop.
     loss: Callable[[Batch], Losses]
     batches: Batches
     ahead: Callable[[Batch], Batch] | None = None

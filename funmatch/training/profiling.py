@@ -120,7 +120,7 @@ def step_times(watch: StepTimer, total: float, steps: int) -> dict[str, Any]:
         total: seconds of all steps.
 
     Returns:
-        milliseconds a step: `step_ms`, `parts_ms` of the loop (they add up to it) and `beside_ms` of other threads.
+        milliseconds per step: `step_ms`, `parts_ms` of the loop, which add up to it, and `beside_ms` of other threads.
     """
     loop = {name: 1e3 * seconds / steps for name, seconds in watch.seconds.items()}
     # What no timer covers, so that the parts add up to the step.

@@ -64,6 +64,7 @@ class Trainer:
         self.clock, self.away = time.monotonic(), 0.0
         self.notes: dict[str, str] = {}
         net, optimizer, average = self.student.classifier.net, self.student.optimizer, self.student.average_net
+        # One process first: it removes what a kill left half-written, and the others must not read that.
         state = distributed.main_process_first(lambda: checkpoint.restore(run.checkpoints, net, optimizer, average))
         if state:
             self.state = state
@@ -112,12 +113,13 @@ class Trainer:
         if self.early_stop_due:
             return
         with (
+            # Outermost: batches and profile are closed before it measures how much memory a step needs.
             oom.explain_out_of_memory(objective.batches, loop, student, optimizer, objective.loss),
             self.writer,
             closing(batches),
             profile_training(setup, objective.teachers, self.run.folder) as profiled,
         ):
-            self.clock = time.monotonic()
+            self.clock = time.monotonic()  # set-up and compilation are not training
             for step, losses in fit(loop, student, optimizer, self.scaler, batches, objective.loss, start):
                 # Agreed by all processes: one that stopped alone would leave the others waiting for its gradients.
                 stop = distributed.all_reduce_max(caught[0] if caught else 0)
@@ -145,10 +147,12 @@ class Trainer:
         last = step == self.setup.loop.steps
         evaluated = last or step % config.eval_every == 0
         saved = last or step % config.save_every == 0 or step == self.stable or saving
+        # Waits before a checkpoint: a loss that is not finite must stop the run while the last good one is there.
         with timed("logging"):
             self.log(due=last or step % config.log_every == 0, wait=evaluated or saved)
         if evaluated or saved:
             self.check_weights()  # before anything of a ruined student is saved
+        # Before `save`: the checkpoint holds the best score, and the count for early stopping.
         if evaluated and env.is_main_process():
             self.evaluate()
         stopping = self.early_stop_due if evaluated else False
@@ -158,13 +162,14 @@ class Trainer:
         if saved or stopping:
             self.save()
         if step == self.stable:
-            self.keep_stable()
+            self.keep_stable()  # after `save`, whose checkpoint the writer then copies
         return stopping
 
     @property
     def early_stop_due(self) -> bool:
         """Whether validation has not improved for as many evaluations as `patience` allows."""
         patience = self.setup.config.patience
+        # The maximum over processes: the main one alone evaluates and counts, and all must stop at the same step.
         return patience is not None and distributed.all_reduce_max(self.state.since_best) >= patience
 
     def log(self, *, due: bool, wait: bool) -> None:
@@ -185,6 +190,7 @@ class Trainer:
         record = self.losses.take_record(wait=wait)
         if record is None:
             return
+        # − 1: a record's step counts the updates done, and the rate is that of the last of them.
         now, lr = time.monotonic(), self.setup.loop.lr_at(record.step - 1)
         # Evaluations and checkpoints are not training: the rate leaves them out, the duration does not.
         rate = record.steps * self.setup.config.batch / (now - self.clock - self.away)
@@ -195,7 +201,8 @@ class Trainer:
 
     def check_weights(self) -> None:
         """Raises `InputError` if a weight is not finite."""
-        # The loss alone does not show it: an update can overflow after a finite loss.
+        # The loss alone does not show it: an update can overflow after a finite loss. Stacked, so that the host waits
+        # for the device once, not for each tensor.
         finite = [tensor.isfinite().all() for tensor in self.student.classifier.parameters()]
         if not torch.stack(finite).all():
             raise not_finite("the student's weights are", self.state.step)
@@ -214,6 +221,7 @@ class Trainer:
         if score is not None and score > state.best_score and self.setup.evaluation.validation.name != "test":
             state.best_step, state.best_score, state.since_best = state.step, score, 0
             self.save_best({name: value for name, value in records["eval"].items() if name != "split"})
+        # After saving the best: it may raise, to end the trial early.
         if self.setup.inputs.trial and score is not None:
             self.setup.inputs.trial.report(state.step, score)
         self.away += time.monotonic() - began
@@ -245,11 +253,12 @@ class Trainer:
     def flush(self) -> None:
         """Waits until all checkpoints are written, on every process."""
         self.writer.flush()
+        # A process that exits first makes the launcher stop the others, and the main one may still be writing.
         distributed.barrier()
 
     def finish(self) -> dict[str, Any]:
         """Evaluates the finished student, exports it, and records that the run is over."""
-        self.writer.flush()
+        self.writer.flush()  # the best student may still be being written
         self.state.seconds += time.monotonic() - self.clock
         if self.setup.config.keep == "best" and self.state.best_step is not None:
             checkpoint.load_best(self.run.checkpoints, self.state.best_step, self.student.classifier.net)

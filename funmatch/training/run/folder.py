@@ -220,9 +220,9 @@ def check_place(folder: Path) -> None:
 
 
 def early_differences(folder: Path, verb: str, options: Options) -> list[str]:
-    """The differences from the run in a folder that show before any default is resolved, a line each.
+    """Lists what differs from the run in a folder before any default is resolved, a line each.
 
-    Only numbers and words that a person has set, and that a record holds as they are set.
+    Only numbers and words that the user has set, and that a record holds as they are set.
     """
     stored, table = Run(folder.expanduser()).config, type(options)
     requested = {}
