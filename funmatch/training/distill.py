@@ -57,7 +57,7 @@ class Distillation:
         teachers: the frozen teachers.
         table: a fixed teacher's logits of each training image, (images, classes); None for other teachers.
         source: where the teachers' logits of a batch come from.
-        batches: the training batches, with these logits where they are known beforehand.
+        batches: the training batches, with these logits where a tape or the table holds them.
         teacher_logits: the teachers' on the validation split; None on all processes but the main one.
     """
 
@@ -79,6 +79,7 @@ class Distillation:
 
     def logits(self, batch: Batch, *, record: bool = False) -> tuple[Tensor, Tensor]:
         """Computes the student's and the teachers' logits of a batch, (n, classes) each."""
+        # Recorded for training only: the views scored at the end are those of steps beyond the run's tape.
         teacher_views, student_view = views_by_side(batch, self.setup.loader.teacher_sides)
         with timed("student"):
             student_logits = self.setup.student.classifier(student_view)
@@ -118,13 +119,14 @@ def distillation_loss(student: Tensor, teacher: Tensor, batch: Batch, config: Di
     """
     logits, target = student, teacher
     if config.tape_top is not None:
+        # A tape reads back the classes that it dropped as equally likely; folded into one, that is not distilled.
         logits, target = fold_dropped_classes(student, teacher, config.tape_top, config.temperature)
     if config.standardise:
         logits, target = standardize_logits(student), standardize_logits(teacher)
     per_image = distance(
         config.distance, logits, target, config.temperature, squared=config.t_squared, smoothing=config.label_smoothing
     )
-    if not config.label_weight:
+    if not config.label_weight:  # images may have no labels then
         loss = per_image.mean()
         return {"loss": loss, "distance": loss.detach()}
     labels = mix_labels(batch.labels, batch.own_weight, student.shape[-1], config.label_smoothing)
@@ -138,6 +140,7 @@ def open_inputs(
 ) -> tuple[Cache, list[loading.LoadedTeacher]]:
     """Opens the images of a run and loads its teachers."""
     cache = open_data(config, trial)
+    # One process first: it downloads the weights, and the others find them on the disk.
     loaded = distributed.main_process_first(lambda: loading.load_teachers(config, cache, config.side, given or {}))
     return cache, loaded
 
@@ -177,18 +180,18 @@ def build_distill_setup(
 def prepare(
     setup: DistillSetup,
     loaded: list[loading.LoadedTeacher],
-    beside: Distillation | None = None,
+    other: Distillation | None = None,
     shared: tuple[SharedCache, SharedCache] | None = None,
 ) -> Generator[Distillation]:
     """Freezes and checks the teachers, and opens the tape where there is one.
 
     Args:
         loaded: the teachers; the list is emptied once they are frozen, since the plain ones need not be kept.
-        beside: the distillation of another student, whose teachers and views are used again.
+        other: the distillation of another student, whose teachers and views are used again.
         shared: caches of batches and of logits for students that are trained side by side.
     """
-    if beside:
-        setup, teachers, table, logits = _teachers_of(beside, setup)
+    if other:
+        setup, teachers, table, logits = _teachers_of(other, setup)
     else:
         setup, teachers, table, logits = _freeze_teachers(setup, loaded)
     loaded.clear()
@@ -212,10 +215,11 @@ def _freeze_teachers(setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher
     """Freezes the teachers in the fastest mode that keeps their outputs, or in the mode that a run or tape recorded."""
     config = setup.config
     with recording.lock_beginning(config):
+        # The run's own modes before the tape's: its first steps were trained in them.
         modes = recorded_modes(setup) or recording.recorded_modes(config, setup.loop.device)
         setup, teachers, first = freeze_for_run(setup, loaded, modes)
         if config.tape:
-            recording.begin_tape(setup, teachers)
+            recording.begin_tape(setup, teachers)  # under the lock: the next run finds these modes on the tape
     if config.tape_top is not None and env.is_main_process():
         recording.report_dropped_mass(teachers(first, config.temperature), config)
     logits = _check_on_validation(teachers, setup) if env.is_main_process() else None
@@ -280,7 +284,7 @@ def _check_on_validation(teachers: TeacherEnsemble, setup: DistillSetup) -> Teac
 def _fit_to_teachers(cache: Cache, loaded: Sequence[loading.LoadedTeacher], config: Distill) -> tuple[Cache, Distill]:
     """Returns the images and options, unlabelled if all images are for training and not of the teachers' classes.
 
-    Distillation needs no labels, and works with images of other things (section 5 of the paper); but the images that
+    Distillation needs no labels, and works with images of other classes (section 5 of the paper); but the images that
     the student is evaluated on must be of the teachers' classes.
     """
     try:

@@ -115,6 +115,7 @@ def _pick_split(cache: Cache, name: str) -> CachedSplit:
     Raises:
         InputError: there is none of this name.
     """
+    # Test first: the best weights may have been chosen on the validation images.
     if name == "auto":
         return cache.splits.get("test") or cache.splits.get("val") or cache.splits["train"]
     name = SPLIT_NAMES.get(name, name)

@@ -147,6 +147,7 @@ def arithmetic(setup: TrainSetup[Any], teachers: TeacherEnsemble | None) -> dict
 
 def _teacher_gflop(teachers: TeacherEnsemble) -> float | None:
     """Returns the GFLOP of all teachers for one image; None where one cannot be counted."""
+    # All or nothing: a part of the arithmetic would look like a low share of the peak.
     each = [gflop(member.frozen.classifier.net, member.side) for member in teachers.members]
     return None if None in each else sum(gflops for gflops in each if gflops is not None)
 

@@ -72,7 +72,7 @@ def eval_view(config: Train, device: torch.device) -> EvalView:
 def central_batches(
     split: CachedSplit, side: int, short_side: int, batch: int, *, squash: bool = False, workers: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A split once through in order, as evaluation sees it.
+    """Yields the images of a split once, in order, as evaluation sees them.
 
     Args:
         side: of the views, pixels.
@@ -173,6 +173,7 @@ def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = No
 
 def validation_split(cache: Cache) -> CachedSplit:
     """Returns the split for evaluations during a run: validation, else test, else some of the training images."""
+    # Test images may be watched, but nothing is chosen by them: `Trainer.evaluate` finds no best student on them.
     for name in ("val", "test"):
         if name in cache.splits:
             return cache.splits[name]

@@ -207,6 +207,7 @@ def build_setup(
 def _check_fits(config: Train, cache: Cache) -> None:
     """Raises `InputError` if the options do not fit the data or the number of processes."""
     world_size = env.world_size()
+    # Shares must be equal: gradients are averaged over processes, each with the same weight.
     if config.batch % world_size:
         raise InputError(
             f"batch ({config.batch}) must be a multiple of {world_size}, the number of processes that share it"
@@ -232,7 +233,8 @@ def build_student(config: Train, classifier: Classifier, device: torch.device) -
     """
     classifier = sync_across_processes(classifier.to(device), device)
     assert config.lr is not None
-    # After the move, since the optimizer refers to these very parameters.
+    # After the move, since the optimizer refers to these very parameters, and the average is a copy of them on the same
+    # device.
     optimizer = factory.create_optimizer(
         config.optimizer, classifier.net, config.lr, config.weight_decay,
         momentum=config.momentum, momentum_dtype=config.momentum_dtype,
@@ -254,11 +256,12 @@ def run_record(setup: TrainSetup[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {setup.loop.device}",
         "versions": {"funmatch": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
+    # As JSON: what is compared with the file must have its types.
     return setup.config.model_dump(mode="json"), facts
 
 
 def finished_result(setup: TrainSetup[Any]) -> dict[str, Any] | None:
-    """Returns the result of the run if it is finished with the same options; extends it first if it shall be longer."""
+    """Returns the result of the run if it is finished with the same options; extends it first if it is to be longer."""
     out, verb = setup.config.out, setup.inputs.verb
     # The main process alone writes; the others must not look before it has.
     distributed.main_process_first(lambda: env.is_main_process() and extend.extend(out, verb, *run_record(setup)))
@@ -272,5 +275,5 @@ def recorded_modes(setup: TrainSetup[Any]) -> list[dict[str, Any]] | None:
     """Returns the inference modes of the teachers of a run that resumes, or None."""
     out, verb = setup.config.out, setup.inputs.verb
     # Read by one process: the others might see the folder before or after it changes.
-    known = distributed.broadcast_from_main(lambda: run_folder.provenance_if_same(out, verb, *run_record(setup)))
-    return known.get("teacher_forms")
+    recorded = distributed.broadcast_from_main(lambda: run_folder.provenance_if_same(out, verb, *run_record(setup)))
+    return recorded.get("teacher_forms")

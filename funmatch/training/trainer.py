@@ -264,5 +264,6 @@ class Trainer:
             checkpoint.load_best(self.run.checkpoints, self.state.best_step, self.student.classifier.net)
         result = self.evaluator.result(self.state, self.run.folder)
         self.evaluator.export(result, self.run.folder)
+        # After the export: a run with a result counts as finished, and its student is not written again.
         self.run.finish(result)
         return run_folder.finite(result)

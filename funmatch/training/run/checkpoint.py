@@ -116,6 +116,7 @@ def load_best(folder: Path, step: int, student: nn.Module) -> None:
     except Exception as error:  # damaged files raise nearly anything, from safetensors to torch
         if is_out_of_memory(error):
             raise
+        # An error, not the last weights instead: the result names the best step as the one it is of.
         raise InputError(
             f"{path} is gone or damaged ({first_line(error)}); pass --keep last with another --out"
         ) from None

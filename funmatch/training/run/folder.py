@@ -144,6 +144,7 @@ def find_run(folder: Path) -> Run:
     if not run.folder.is_dir():
         raise InputError(f"no run folder {run.folder}")
     if not run.record.has_begun:
+        # An exported student has a config.json too, timm's, but is no run.
         inside = sorted(path.parent for path in run.folder.glob(f"*/{RUN_RECORD}") if path.parent.name != "student")
         hint = f"; did you mean {', '.join(map(str, inside[:3]))}?" if inside else ""
         raise InputError(f"{run.folder} is not a run folder: it has no {RUN_RECORD} of a run{hint}")

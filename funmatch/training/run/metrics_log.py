@@ -78,9 +78,10 @@ def _parse(line: str) -> dict[str, Any] | None:
         record = parse_json(line, {"event": str, "step": int})
     except ValueError:
         return None
-    known = EVENTS.get(record["event"])
-    if known is None:
+    shape = EVENTS.get(record["event"])
+    if shape is None:
         return record  # an event of a later version, which nothing here reads
-    named = {name.removesuffix("?") for name in known} | {"event"}
+    # All other values are numbers, or None for a metric that was not finite.
+    named = {name.removesuffix("?") for name in shape} | {"event"}
     numbers = {name: value for name, value in record.items() if name not in named}
-    return None if misfit(record, known) or misfit(numbers, dict[str, float | None]) else record
+    return None if misfit(record, shape) or misfit(numbers, dict[str, float | None]) else record

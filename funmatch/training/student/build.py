@@ -56,6 +56,7 @@ def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, g
     """
     # Initial weights are drawn on the CPU, whose generator gives the same numbers on every machine.
     devices.seed_networks(config.seed, 0, torch.device("cpu"))
+    # A copy: training must not change the module that the caller holds.
     student = load(
         copy.deepcopy(given.get(config.student, config.student)),
         weights=config.student_weights,
@@ -100,5 +101,6 @@ def sync_across_processes(student: Classifier, device: torch.device) -> Classifi
 
 
 def _constructor_options(config: Train) -> tuple[str, ...]:
+    # `is not None`: a rate of 0 turns off what a network drops by default.
     rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
     return (*config.student_kwargs, *(f"{name}={rate}" for name, rate in rates.items() if rate is not None))

@@ -16,7 +16,7 @@ def export_student(
     """Writes a student with the view that it was evaluated with and the names of its classes.
 
     Args:
-        about: what is kept beside it, such as `top1` on the split that the finished run was evaluated on, in [0, 1].
+        about: facts that are saved with it, such as `top1` in [0, 1] on the split that the run was evaluated on.
     """
     # The view of evaluation goes into the card, so that whoever loads the student sees images as the run did.
     card = replace(student.card, side=view.side, crop_fraction=view.side / view.short_side, classes=class_names)

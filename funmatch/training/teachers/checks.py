@@ -47,6 +47,7 @@ def member_view(member: EnsembleMember, view: scoring.EvalView) -> scoring.EvalV
     """Returns the preprocessing of evaluation for a teacher: the student's, at the teacher's own image size."""
     if member.side == view.side:
         return view
+    # The student's resize belongs to its own image size: at another one the crop would have other proportions.
     return replace(
         view, side=member.side, short_side=scoring.default_eval_resize(member.side, member.frozen.classifier.card)
     )

@@ -30,7 +30,7 @@ from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import COMPARED_IMAGES, LoadedTeacher
 
 PART = 1024
-"""Views that are predicted between two writes to the disk, about."""
+"""Approximate number of views that are predicted between two writes to the disk."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class FixedViews:
         Args:
             image: its number in the split.
             which: of its `crops` views.
-            sides: sizes at which each view is wanted, pixels.
+            sides: sizes at which each view is returned, pixels.
 
         Returns:
             (n, 3, side, side) float32 in [0, 1], by side.
@@ -177,7 +177,7 @@ def _compute(
     setup: TrainSetup[Distill],
     shape: tuple[int, ...],
 ) -> None:
-    """Computes part after part, leaving out those that other processes are computing, until all are there."""
+    """Computes the parts that no other process is computing until all are there, then joins them."""
     count = len(source.split)
     # Parts are equal in views, not in images, so that a killed process loses the same time.
     size = max(1, PART // source.crops)
@@ -218,10 +218,10 @@ def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None
         if whole.is_file():
             return
         arrays = [_read(path, (len(images), *shape[1:])) for path, images in parts.items()]
-        sound = [array for array in arrays if array is not None]
-        # Otherwise a part was damaged, or removed by a faster process: the caller looks again.
-        if len(sound) == len(parts):
-            write_array(whole, np.concatenate(sound))
+        undamaged = [array for array in arrays if array is not None]
+        # Otherwise a part was damaged, or removed by a faster process: the caller tries again.
+        if len(undamaged) == len(parts):
+            write_array(whole, np.concatenate(undamaged))
 
 
 @torch.inference_mode()

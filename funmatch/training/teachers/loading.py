@@ -85,7 +85,7 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
 
     Args:
         cache: the data, for its class names.
-        side: the student's image size, if it is known: the default of the teachers'.
+        side: the student's image size, which is the default of the teachers'; None if it is not resolved yet.
         given: modules from Python, by the names that stand for them.
 
     Raises:
@@ -113,6 +113,7 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         # Notes of the first load only; it is loaded again, silently, for each mode that is tried.
         info_notes(name, classifier.notes)
         class_map = map_classes(classifier, wanted, config.classes) if wanted and config.classes else None
+        # Before freezing, which folds and casts the weights: the digest is that of the weights as loaded.
         digest = fingerprint(classifier.net)
         # Another map is another teacher: its logits stand for other classes.
         if class_map:
@@ -210,7 +211,7 @@ def freeze_fastest(
 
 
 def mode_of(form: Mapping[str, Any]) -> InferenceMode:
-    """Returns a recorded inference mode; what this version does not know of is left out."""
+    """Returns a recorded inference mode, without fields that only later versions have."""
     return InferenceMode(**{name: value for name, value in form.items() if f"{name}?" in MODE_SHAPE})
 
 
@@ -218,7 +219,7 @@ def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tupl
     precisions = devices.teacher_precisions(config.teacher_precision, sample.device)
     allowed = AllowedModes(precisions, config.compiles, _uses_native_norms(teacher, sample, config))
     measured = _measurement(teacher, sample, allowed)
-    frozen, tried = freeze(teacher.load_again, sample, replace(allowed, first=_known_mode(measured, allowed)))
+    frozen, tried = freeze(teacher.load_again, sample, replace(allowed, first=_measured_mode(measured, allowed)))
     # Every rejected mode is reported, so that a slow teacher can be explained.
     for check in tried[:-1]:
         info(f"teacher {teacher.name}: rejected {check}")
@@ -231,7 +232,7 @@ def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tupl
         )
     else:
         info(f"teacher {teacher.name}: using {chosen}")
-    # Also where it was known: a mode that failed this time is replaced.
+    # Even if it was measured before: a mode that failed this time is replaced.
     measured.write(asdict(chosen.mode))
     return frozen, {
         "form": asdict(chosen.mode),
@@ -259,10 +260,11 @@ def _measurement(teacher: LoadedTeacher, sample: Tensor, allowed: AllowedModes) 
     return Measurement("forms", key, "this teacher")
 
 
-def _known_mode(measured: Measurement, allowed: AllowedModes) -> InferenceMode | None:
+def _measured_mode(measured: Measurement, allowed: AllowedModes) -> InferenceMode | None:
     """Returns the mode chosen on this machine before, if it is valid: equal runs must compute alike."""
-    known = measured.read(MODE_SHAPE)
-    if not known:
+    record = measured.read(MODE_SHAPE)
+    if not record:
         return None
-    mode = mode_of(known)
+    mode = mode_of(record)
+    # Another --teacher-precision or --compile may not allow what was the fastest then.
     return mode if mode.is_allowed(allowed) else None

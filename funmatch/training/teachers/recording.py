@@ -50,7 +50,7 @@ def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:
     """Returns the options of a distillation that may differ between runs that share a tape.
 
     Args:
-        knobs: options of `config.Distill`, as far as they are given.
+        knobs: options of `config.Distill`; those left out have their defaults.
     """
     own = {*Distill.model_fields} - options_changing(Distill, Changes.VIEWS | Changes.TEACHER | Changes.DATA)
     if knobs.get("side"):
@@ -64,7 +64,8 @@ def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:
 
 
 def shared_by(knobs: Mapping[str, Any]) -> str | None:
-    """Returns a digest that distillations have in common exactly if they can share a tape; None for no sharing."""
+    """Returns a digest that is the same for distillations that can share a tape; None where nothing is shared."""
+    # A run with --tape records there, and the logits of fixed teachers are cached by image.
     if knobs.get("tape") or knobs.get("tape_top") or STRATEGIES[knobs.get("strategy", "funmatch")].fixed:
         return None
     own = own_of_the_student(knobs)
@@ -121,6 +122,7 @@ def begin_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Tape:
     # The layout depends on the student's classes, which equal the teacher's by now.
     place, layout = setup.config.tape, layout_of(setup)
     assert place is not None
+    # The main process writes the header, the others then compare theirs with it.
     return distributed.main_process_first(
         lambda: tape.open_tape(place, layout, tape_key(setup, teachers), _about(setup))
     )
@@ -158,7 +160,7 @@ def _report_beginning(run_tape: Tape, steps: int, full: Literal["stop", "go-on"]
 
     Without room on the disk it raises `InputError`, or turns recording off where `full` says so.
     """
-    size, have = run_tape.layout.bytes_of(steps), run_tape.size
+    size, recorded = run_tape.layout.bytes_of(steps), run_tape.size
     if not run_tape.recording:
         info(
             f"tape {run_tape.folder}: another run is recording this tape; reading what it has written so far and as it "
@@ -174,8 +176,8 @@ def _report_beginning(run_tape: Tape, steps: int, full: Literal["stop", "go-on"]
         run_tape.recording = False
         info(f"WARNING: {error}; continuing without recording")
         return
-    if have < size:
-        done = f", {format_bytes(have)} of it recorded before" if have else ""
+    if recorded < size:
+        done = f", {format_bytes(recorded)} of it recorded before" if recorded else ""
         info(f"tape {run_tape.folder}: recording the teacher's logits of {steps:,} steps ({format_bytes(size)}{done})")
     else:
         info(f"tape {run_tape.folder}: replaying the teacher's logits of {steps:,} steps ({format_bytes(size)})")
@@ -184,12 +186,12 @@ def _report_beginning(run_tape: Tape, steps: int, full: Literal["stop", "go-on"]
 def _check_space(run_tape: Tape, steps: int) -> None:
     """Raises `InputError` unless the disk has room for all that will be recorded."""
     # Blocks, not the file's length: rows that are not written yet may be holes, which take no space.
-    have = run_tape.path.stat().st_blocks * 512 if run_tape.path.is_file() else 0
-    wanted = run_tape.layout.bytes_of(steps) - have
+    recorded = run_tape.path.stat().st_blocks * 512 if run_tape.path.is_file() else 0
+    needed = run_tape.layout.bytes_of(steps) - recorded
     free = shutil.disk_usage(run_tape.folder).free
-    if wanted > free:
+    if needed > free:
         raise InputError(
-            f"the tape of {steps:,} steps needs {format_bytes(wanted)} more in {run_tape.folder}, where "
+            f"the tape of {steps:,} steps needs {format_bytes(needed)} more in {run_tape.folder}, where "
             f"{format_bytes(free)} are free; choose another --tape, keep fewer classes (--tape-top), or omit --tape"
         )
 
@@ -211,6 +213,7 @@ def report_dropped_mass(logits: Tensor, config: Distill) -> None:
 
 def _about(setup: DistillSetup) -> dict[str, Any]:
     """Returns what a tape's header holds besides its key: how to show it, and how to compute it again."""
+    # Not compared: another run may add rows on another device, or with another version of PyTorch.
     return {
         "device": setup.loop.device.type,
         "forms": setup.provenance["teacher_forms"],
@@ -220,4 +223,5 @@ def _about(setup: DistillSetup) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str | None:
+    # Tapes hold it in their key, so another spelling would make recorded ones unusable.
     return hashlib.blake2b(repr(value).encode(), digest_size=12).hexdigest() if any(value) else None

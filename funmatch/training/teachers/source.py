@@ -89,7 +89,7 @@ class SharedCache:
     """Keeps the most recent results of expensive calls, for several threads that need the same ones.
 
     Args:
-        size: how many results are kept; the oldest makes way.
+        size: number of results kept; the oldest is dropped.
     """
 
     def __init__(self, size: int) -> None:
@@ -102,10 +102,10 @@ class SharedCache:
 
         Args:
             key: identifies the result.
-            compute: called without arguments if the result is missing. Threads that ask meanwhile wait for it.
+            compute: called without arguments if the result is missing. Threads that need it meanwhile wait for it.
 
         Raises:
-            whatever `compute` raises, in every thread that asked for this key.
+            whatever `compute` raises, in every thread that waits for this key.
         """
         mine: Future[T] = Future()
         # Only the bookkeeping is under the lock; results of different keys are computed at the same time.
@@ -178,6 +178,7 @@ class Taped:
 
     def _write_all_but(self, latest: int) -> None:
         while len(self.waiting) > latest:
+            # The oldest first: its copy has most likely arrived, so waiting for it stalls nothing.
             step, first_row, copy = self.waiting.popleft()
             half, *classes = copy.wait()
             self.write(step, first_row, half, classes[0] if classes else None)
@@ -200,11 +201,11 @@ class Taped:
 
 @dataclass(frozen=True)
 class DistillLoader:
-    """Loads training batches, with the teacher's logits where these are known beforehand.
+    """Loads training batches, with the teacher's logits where the source has them without views.
 
     Attributes:
         loader: makes the views.
-        source: looked up first; the teacher's views are made only where it finds nothing.
+        source: the first to be looked up; the teacher's views are made only where it finds nothing.
         shared: keeps batches for other students that are trained side by side on the same views.
     """
 
@@ -227,4 +228,5 @@ class DistillLoader:
 
     def unsharded(self) -> "DistillLoader":
         """Returns a loader of whole global batches, whatever the number of processes."""
+        # With the same cache: its keys hold rank and world size, so whole batches and slices do not mix.
         return replace(self, loader=self.loader.unsharded())

@@ -37,7 +37,7 @@ HEADER_SHAPE = {
 }  # fmt: skip
 """`asked` is the key of what the logits depend on; `check` is missing on tapes that are older than it."""
 ROWS_AT_ONCE = 1 << 16
-"""Rows that are read at a time when a whole tape is."""
+"""Rows that are read at a time when a whole tape is read."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def row(self) -> np.dtype:
-        """Logits in half precision, the classes that they are of where not all are kept, a checksum."""
+        """Type of a row: logits in half precision, their classes if not all are kept, and a checksum."""
         picks = [] if self.top is None else [("picks", "<u2" if self.classes <= 1 << 16 else "<u4", (self.top,))]
         return np.dtype([("logits", "<f2", (self.kept,)), *picks, ("check", "<u4")])
 
@@ -69,15 +69,15 @@ class Layout:
 
     @property
     def is_possible(self) -> bool:
-        """Whether such rows can be read: a damaged header may say anything."""
+        """Whether such rows can be read; a damaged header may hold any numbers."""
         return self.batch > 0 and 0 < (self.top or 1) <= self.classes and self.temperature > 0
 
     def bytes_of(self, steps: int) -> int:
-        """Size of a tape of so many steps."""
+        """Returns the size of a tape of this many steps, bytes."""
         return steps * self.batch * self.row.itemsize
 
     def packed(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits (n, classes) as a row stores them: (n, kept) in fp16, and their classes, (n, top), if not all."""
+        """Returns logits (n, classes) as rows store them: (n, kept) in fp16; with `top` also the classes, (n, top)."""
         logits, picks = logits.detach().float(), None
         if self.top is not None:
             first, picks = logits.topk(self.top)
@@ -87,10 +87,11 @@ class Layout:
         return logits.half(), picks
 
     def unpacked(self, half: Tensor, picks: Tensor | None) -> Tensor:
-        """Logits (n, classes) float32 from what a row stores; the mass of the rest is shared out evenly."""
+        """Returns logits (n, classes) float32 of what rows store; the mass of the rest is spread evenly."""
         logits = half.float()
         if self.top is None or picks is None:
             return logits
+        # In the log domain: the rest's mass divided by its number of classes.
         each = logits[:, -1:] - self.temperature * math.log(self.classes - self.top)
         return each.expand(-1, self.classes).scatter(1, picks, logits[:, :-1])
 
@@ -98,9 +99,8 @@ class Layout:
 def fold_dropped_classes(student: Tensor, teacher: Tensor, top: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Folds both logits, (n, classes), into the teacher's first `top` classes and the rest as one: (n, top + 1).
 
-    At the temperature the last has the probability of all the rest, so that a distance compares what is known of the
-    probabilities. KL is then at most the whole KL: it lacks how the student shares out the rest, which weighs as much
-    as the teacher gives to the rest.
+    At the temperature the last has the probability of all the rest, so that a distance compares only what the tape
+    holds. KL is then at most the whole KL: it lacks how the student spreads the rest, weighted by the teacher's mass.
     """
     picks = teacher.topk(top).indices
 
@@ -113,7 +113,7 @@ def fold_dropped_classes(student: Tensor, teacher: Tensor, top: int, temperature
 
 
 def dropped_mass(logits: Tensor, top: int, temperature: float) -> float:
-    """Mean probability that logits, (n, classes), give to all but their first `top` classes."""
+    """Returns the mean probability that logits, (n, classes), give to all but their first `top` classes."""
     return 1 - (logits.float() / temperature).softmax(-1).topk(top).values.sum(-1).mean().item()
 
 
@@ -150,17 +150,17 @@ class Tape:
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def read(self, step: int, first: int, count: int) -> Tensor | None:
-        """Logits of some rows of a step, (count, classes) float32; None unless all of them are there, undamaged.
+        """Returns logits of some rows of a step, (count, classes) float32; None unless all are there and undamaged.
 
         Args:
             first: place of the first row in the global batch.
         """
         start = step * self.layout.batch + first
         rows = self._rows(start, count)
-        if len(rows) < count or not self._sound(rows, start).all():
+        if len(rows) < count or not self._undamaged(rows, start).all():
             return None
         picks = None if self.layout.top is None else torch.from_numpy(rows["picks"].astype(np.int64))
-        return self.layout.unpacked(torch.from_numpy(rows["logits"].copy()), picks)
+        return self.layout.unpacked(torch.from_numpy(rows["logits"].copy()), picks)  # not read-only
 
     def write(self, step: int, first: int, half: Tensor, picks: Tensor | None) -> None:
         """Writes the logits of some rows of a step, as the layout packs them.
@@ -186,24 +186,24 @@ class Tape:
                 content, place = content[written:], place + written
 
     def counts(self) -> tuple[int, int, list[range]]:
-        """Undamaged rows, damaged rows, and ranges of the steps that are there whole."""
-        batch, there, damaged = self.layout.batch, 0, 0
+        """Returns the numbers of undamaged and of damaged rows, and the ranges of complete steps."""
+        batch, found, damaged = self.layout.batch, 0, 0
         whole: list[range] = []
         for start, rows in self.all_rows():
-            sound = self._sound(rows, start)
-            written = np.frombuffer(rows.tobytes(), np.uint8).reshape(len(rows), -1).any(1)
-            there, damaged = there + int(sound.sum()), damaged + int((written & ~sound).sum())
-            steps = sound[: len(sound) // batch * batch].reshape(-1, batch).all(1)
+            undamaged = self._undamaged(rows, start)
+            written = np.frombuffer(rows.tobytes(), np.uint8).reshape(len(rows), -1).any(1)  # holes are 0
+            found, damaged = found + int(undamaged.sum()), damaged + int((written & ~undamaged).sum())
+            steps = undamaged[: len(undamaged) // batch * batch].reshape(-1, batch).all(1)
             for step in (start // batch + np.flatnonzero(steps)).tolist():
                 if whole and whole[-1].stop == step:
                     whole[-1] = range(whole[-1].start, step + 1)
                 else:
                     whole.append(range(step, step + 1))
-        return there, damaged, whole
+        return found, damaged, whole
 
     def all_rows(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All rows, some whole steps at a time, and the place of the first."""
-        some = max(1, ROWS_AT_ONCE // self.layout.batch) * self.layout.batch
+        """Yields all rows, several steps at a time, each with the place of the first."""
+        some = max(1, ROWS_AT_ONCE // self.layout.batch) * self.layout.batch  # whole steps, for `counts`
         total = self.size // self.layout.row.itemsize
         for start in range(0, total, some):
             yield start, self._rows(start, min(some, total - start))
@@ -216,33 +216,34 @@ class Tape:
     def _handle(self) -> int:
         with self._opening:  # several threads make batches
             if self._file is None:
-                flags = os.O_RDWR | os.O_CREAT if self.recording else os.O_RDONLY
+                flags = os.O_RDWR | os.O_CREAT if self.recording else os.O_RDONLY  # a shared disk may be read-only
                 self._file = os.open(self.path, flags, 0o644)
             return self._file
 
     def _rows(self, start: int, count: int) -> np.ndarray:
-        """Rows as they lie there; fewer where the file ends. The rest of a row that was cut off is left out."""
+        """Returns rows as they are on the disk, fewer at the end of the file, and no row that was cut off."""
         size = self.layout.row.itemsize
         if not self.recording and not self.path.is_file():
             return np.empty(0, self.layout.row)
         content = os.pread(self._handle(), count * size, start * size)
         return np.frombuffer(content, self.layout.row, len(content) // size)
 
-    def _sound(self, rows: np.ndarray, start: int) -> np.ndarray:
+    def _undamaged(self, rows: np.ndarray, start: int) -> np.ndarray:
         return rows["check"] == _checks(rows, start, self.header_check)
 
 
 def _check_of(header: Mapping[str, Any]) -> int:
-    """Checksum of the parts of a header that its rows depend on."""
+    """Returns the checksum of the parts of a header that its rows depend on."""
+    # All rows of a tape include it, so its spelling must stay as it is.
     return zlib.crc32(json.dumps([header["layout"], header["asked"]], sort_keys=True).encode())
 
 
 def _checks(rows: np.ndarray, start: int, header_check: int) -> np.ndarray:
-    """Checksum of each row with its tape and its place, so that rows of another tape or place do not pass for it."""
+    """Returns checksums of rows with their tape and place, so that rows of another tape or place fail them."""
     size = rows.dtype.itemsize
     content = memoryview(rows.tobytes())
     found = (
-        zlib.crc32(
+        zlib.crc32(  # of all but the checksum itself, at the end
             content[at * size : (at + 1) * size - 4], zlib.crc32((start + at).to_bytes(8, "little"), header_check)
         )
         for at in range(len(rows))
@@ -251,26 +252,26 @@ def _checks(rows: np.ndarray, start: int, header_check: int) -> np.ndarray:
 
 
 def record_folder(folder: Path) -> RecordFolder:
-    """The folder of a tape, begun or not."""
+    """Returns the folder of a tape, whether it has begun or not."""
     return RecordFolder(
         folder.expanduser(), HEADER, "tape", HEADER_SHAPE, number=FORMAT, option="--tape", lock_name=".lock"
     )
 
 
 def open_tape(folder: Path, layout: Layout, key: Mapping[str, Any], about: Mapping[str, Any]) -> Tape:
-    """The tape in a folder, or a new one there.
+    """Opens the tape in a folder, or begins one there.
 
     Args:
         key: what its logits depend on: images, draws, views, teachers.
-        about: what else is kept of its beginning.
+        about: what else its header records.
 
     Raises:
         InputError: the folder holds something else, or a tape with another key.
     """
     (place := record_folder(folder)).check_place()
     place.folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: getattr(layout, name) for name in ("batch", "classes", "top", "temperature")}
-    header = json.loads(json.dumps({"layout": kept, "asked": dict(key), **about}, default=str))
+    rows = {name: getattr(layout, name) for name in ("batch", "classes", "top", "temperature")}
+    header = json.loads(json.dumps({"layout": rows, "asked": dict(key), **about}, default=str))  # as read back
     place.begin(
         header | {"check": _check_of(header)},
         lambda then, now: list_differences(then["asked"], now["asked"], "on the tape", {"pictures": "images"}),
@@ -279,7 +280,7 @@ def open_tape(folder: Path, layout: Layout, key: Mapping[str, Any], about: Mappi
 
 
 def find_tape(folder: Path) -> Tape:
-    """The tape in a folder.
+    """Opens the tape in a folder.
 
     Raises:
         InputError: there is none, its header is damaged, or of a newer format.
