@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -54,7 +55,7 @@ def make_images(folder: Path, count: int) -> None:
 
 def distil(folder: Path, strategy: str, steps: int, options: argparse.Namespace, name: str) -> Path:
     """Distil with the given strategy and return the run folder."""
-    more = {"teacher_crops": 4} if strategy == "fix/ic_ens" else {}
+    more: dict[str, Any] = {"teacher_crops": 4} if strategy == "fix/ic_ens" else {}
     return funmatch.distill(
         data=str(folder / "images"), teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
         student=options.student, side=options.side, batch=options.batch, steps=steps, strategy=strategy,

@@ -67,7 +67,7 @@ def test_all_problems_are_reported_at_once_in_python_terms():
         assert message in str(error.value)
     with pytest.raises(InputError) as error:
         funmatch.train(data="fashion-mini", student="resnet10t", out="o")
-    assert "steps or epochs" in str(error.value)
+    assert "steps=… or epochs=…" in str(error.value)
     assert "--" not in str(error.value)
 
 
@@ -108,13 +108,20 @@ def test_outcome_gives_metrics_files_and_repr(tmp_path):
     assert run.page.is_file()
     assert run.student == tmp_path / "run" / "student"
     assert (run.student / "model.safetensors").is_file()
+    student = run.student()
+    assert not student.training
+    assert repr(student).replace("/student", "") == repr(funmatch.load(run))
+    assert "\n" not in repr(student)
+    assert f"{run.metrics['parameters']:,} parameters, 32 × 32 pixels, 10 classes" in repr(student)
     assert (run.top1, run.agreement, run.kl) == tuple(run.metrics[name] for name in ("top1", "agreement", "kl"))
     assert repr(run).startswith(f"Outcome('{tmp_path}/run', top1=0.")
     assert "step=2" in repr(run)
     assert "\n" not in repr(run)
     for text in ("top1", "report.html", "<table>"):
         assert text in run._repr_html_()
-    assert funmatch.evaluate(run.folder)["top1"] == pytest.approx(run.top1)
+    assert run._repr_html_().count("<tr>") <= 10
+    assert "color" not in run._repr_html_()
+    assert funmatch.evaluate(run)["top1"] == pytest.approx(run.top1)
 
 
 def test_results_without_a_run():

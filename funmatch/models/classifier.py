@@ -99,6 +99,11 @@ class Classifier(nn.Module):
         output = net(self.normalize(views))
         return getattr(output, "logits", output)
 
+    def __repr__(self) -> str:
+        """One line, since a notebook shows it; `print(classifier.net)` shows the layers."""
+        size = f"{self.count_parameters():,} parameters, {self.card.side} × {self.card.side} pixels"
+        return f"Classifier({self.card.name}: {size}, {self.num_classes:,} classes)"
+
     def count_parameters(self) -> int:
         """Returns the number of parameters."""
         return sum(parameter.numel() for parameter in self.net.parameters())

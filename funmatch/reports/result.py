@@ -2,13 +2,24 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from funmatch.reports.display import html_table
+
+if TYPE_CHECKING:  # importing torch takes seconds, and a result can be looked at without it
+    from funmatch.models.classifier import Classifier
+
+    PlainPath = Path
+else:
+    # `Path` itself cannot have subclasses before Python 3.12; that of this system can.
+    PlainPath = type(Path())
 
 # Of all commands' metrics the few that fit on a line.
 HEADLINES = ("top1", "agreement", "kl", "value", "best", "trials", "runs", "finished", "step")
 """Metrics in the one-line summary, in this order, if present."""
+
+GLANCE = (*HEADLINES, "split", "seconds")
+"""Metrics in the table of a notebook; of commands without any of these, all."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,14 +48,32 @@ class Result:
         parts += [f"{name}={_plain(value)}" for name, value in known.items() if isinstance(value, int | float)]
         return f"{type(self).__name__}({', '.join(parts)})"
 
+    # Inline colours are left out: those of the notebook's theme fit it, light or dark.
     def _repr_html_(self) -> str:
         rows = [["folder", str(self.folder)]] if self.folder else []
         # Lists and tables are left out: a cell is for a glance, and `metrics` has them.
-        rows += [
-            [name, _plain(value)] for name, value in self.metrics.items() if isinstance(value, str | int | float | None)
-        ]
+        plain = {name: value for name, value in self.metrics.items() if isinstance(value, str | int | float | None)}
+        few = {name: plain[name] for name in GLANCE if name in plain}
+        rows += [[name, _plain(value)] for name, value in (few or plain).items()]
         rows += [["report", str(self.page)]] if self.page else []
         return html_table(["", ""], rows)
+
+
+class StudentFolder(PlainPath):
+    """The folder of a trained student, which is loaded when it is called: `run.student()`."""
+
+    # Python 3.11 keeps paths without a dictionary, and so does this.
+    __slots__ = ()
+
+    def __call__(self) -> "Classifier":
+        """Loads the student, in evaluation mode: images (n, 3, side, side) in [0, 1] to logits (n, classes).
+
+        Raises:
+            InputError: the folder is gone or damaged.
+        """
+        from funmatch.models.load import load
+
+        return load(str(self)).eval()
 
 
 class _Finished(Result):
@@ -77,9 +106,9 @@ class Outcome(_Finished):
     """
 
     @property
-    def student(self) -> Path:
-        """The folder of the student; `timm.create_model(f"local-dir:{student}", pretrained=True)` loads it."""
-        return self.folder / "student"
+    def student(self) -> StudentFolder:
+        """The folder of the student, in timm's layout; `run.student()` loads it as a classifier."""
+        return StudentFolder(self.folder / "student")
 
     @property
     def top1(self) -> float | None:

@@ -25,6 +25,7 @@ from funmatch.runtime.log import info
 from funmatch.training import datasets, scoring
 from funmatch.training.defaults import resolve_defaults, warn_of_late_steps
 from funmatch.training.loop import LoopOptions, loop_options
+from funmatch.training.objective import ON_EVENT, OnEvent
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.scoring import Evaluation
@@ -56,6 +57,7 @@ class RunInputs(Generic[Options]):
         cache: the images.
         provenance: facts that `config.json` records, besides those that `run_record` adds.
         trial: the search that the run is part of, or None.
+        on_event: called on the main process with each record of the run's metrics, or None.
     """
 
     verb: str
@@ -63,6 +65,7 @@ class RunInputs(Generic[Options]):
     cache: Cache
     provenance: dict[str, Any]
     trial: Trial | None = None
+    on_event: OnEvent | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def build_setup(
     # From the recorded fact, not from what is available now.
     spec = view_spec(config, native=facts["views"] == acceleration.NATIVE)
     return TrainSetup(
-        RunInputs(verb, config, cache, facts, trial),
+        RunInputs(verb, config, cache, facts, trial, given.get(ON_EVENT)),
         build_student(config, classifier, device),
         evaluation,
         loop_options(config, device),

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +20,8 @@ from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.chunks import even_chunks
 from funmatch.runtime.log import info, info_notes
 
-Modules = dict[str, nn.Module]
-"""Modules that were given from Python, by the names that stand for them."""
+Modules = dict[str, Any]
+"""Objects that were given from Python, by the names that stand for them in the options: modules and functions."""
 
 
 @dataclass(frozen=True)

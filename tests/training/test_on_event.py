@@ -1,0 +1,61 @@
+"""`on_event`: which records it receives, in resumed runs too, and what happens when it fails."""
+
+import json
+
+import pytest
+
+import funmatch
+from funmatch.errors import InputError
+
+CALL = {
+    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student",
+    "batch": 32, "threads": 1, "eval_every": 2, "log_every": 1, "save_every": 100, "compile": "off",
+}  # fmt: skip
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_record_is_passed_on_also_after_a_failure_that_ends_the_run(tmp_path):
+    received = []
+
+    def keep(event, step, values):
+        received.append({"event": event, "step": step, **values})
+        values.clear()  # what it does with its copy changes no record
+
+    whole = funmatch.distill(**CALL, out=tmp_path / "whole", steps=4, on_event=keep)
+    assert received == records_of(whole.folder)
+    assert [(each["event"], each["step"]) for each in received][:2] == [("teacher", 0), ("step", 1)]
+
+    def fail(event, step, _values):
+        if (event, step) == ("step", 2):
+            raise RuntimeError("no more disk")
+
+    with pytest.raises(RuntimeError, match="no more disk") as error:
+        funmatch.distill(**CALL, out=tmp_path / "cut", steps=4, on_event=fail)
+    assert "saved step 3 of 4" in error.value.__notes__[0]
+    received.clear()
+    resumed = funmatch.distill(**CALL, out=tmp_path / "cut", steps=4, on_event=keep)
+    assert received == [each for each in records_of(resumed.folder) if each["step"] > 3]
+    assert [each["step"] for each in received if each["event"] == "step"] == [4]
+    student = [(each / "student" / "model.safetensors").read_bytes() for each in (whole.folder, resumed.folder)]
+    assert student[0] == student[1]
+
+
+def test_a_failure_at_the_last_step_leaves_a_run_that_only_has_to_be_finished(tmp_path):
+    def fail(event, _step, _values):
+        if event == "views":
+            raise ValueError("at the end")
+
+    call = {**CALL, "eval_every": 100}
+    with pytest.raises(ValueError, match="at the end") as error:
+        funmatch.distill(**call, out=tmp_path / "run", steps=2, on_event=fail)
+    assert "saved all 2 steps" in error.value.__notes__[0]
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert funmatch.distill(**call, out=tmp_path / "run", steps=2).metrics["step"] == 2
+
+
+def test_what_is_not_a_function_is_refused(tmp_path):
+    with pytest.raises(InputError, match="on_event: wanted a function"):
+        funmatch.train("fashion-mini", "fashion-mini-student", tmp_path / "o", steps=1, on_event="print")
