@@ -9,7 +9,8 @@ COMMANDS = {
     "models": ("list", "list-models", "zoo"),
     "data": ("dataset", "datasets", "check"),
     "plan": ("estimate", "dry-run"),
-    "prepare": ("download", "cache"),
+    "prepare": ("download",),
+    "cache": ("clean", "clear", "gc"),
     "import": ("convert",),
 }
 """Our commands, and what other tools call them."""

@@ -46,6 +46,7 @@ VERBS: dict[str, Verb] = {
     "config": Verb(config.Config, "commands.config:run", "commands.config:show"),
     "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show"),
     "data": Verb(config.Data, "commands.data:run", "commands.prepare:show"),
+    "cache": Verb(config.Cache, "commands.cache:run", "commands.cache:show"),
     "models": Verb(config.Models, "commands.models:list_models", "commands.models:show_models"),
     "import": Verb(config.Import, "commands.import_model:import_model", "commands.import_model:show_imported"),
     "recipes": Verb(config.Recipes, "commands.recipes:run", "commands.recipes:show"),

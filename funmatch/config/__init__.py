@@ -1,6 +1,6 @@
 """Declares all options: one frozen table per command, with each option described where it is declared."""
 
-from funmatch.config.data import Data, Images, Named, Prepare
+from funmatch.config.data import Cache, Data, Images, Named, Prepare
 from funmatch.config.distill import TAUGHT, Distill, Teaching
 from funmatch.config.evaluate import Evaluate
 from funmatch.config.metadata import Changes, Group, Opt
@@ -19,7 +19,7 @@ UNCOMPARED = frozenset(name for table in TAUGHT.values() for name in table.where
 """The options that a run may have otherwise when it resumes."""
 
 __all__ = [
-    "SEARCHED", "TAUGHT", "UNCOMPARED", "Changes", "Config", "Data", "Demo", "Distill", "Evaluate", "Finetune",
+    "SEARCHED", "TAUGHT", "UNCOMPARED", "Cache", "Changes", "Config", "Data", "Demo", "Distill", "Evaluate", "Finetune",
     "Group", "Images", "Import", "Machine", "Models", "Named", "Opt", "Options", "Pictures", "Plan", "Precision",
     "Prepare", "Recipes", "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Study",
     "Tape", "Teaching", "Train", "Words", "options_changing",

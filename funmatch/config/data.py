@@ -125,3 +125,23 @@ class Data(Named):
         Path | None, Opt(group=Group.OUTPUT, changes=PLACE, usual="NAME-sheet.png in this folder", essential=True)
     ] = None
     """Image file (PNG) for the sheet of samples."""
+
+
+class Cache(Options):
+    """Show what the cache holds, with its size and last use, and clear what nobody needs."""
+
+    verbs: ClassVar[str] = "Data"
+    examples: ClassVar[tuple[str, ...]] = (
+        "funmatch cache",
+        "funmatch cache --missing",
+        "funmatch cache --older-than 30",
+    )
+
+    missing: Annotated[bool, Opt(group=Group.DATA, changes=PLACE, essential=True)] = False
+    """Remove what was decoded from images that are gone."""
+    older_than: Annotated[
+        float | None, Opt(group=Group.DATA, changes=PLACE, at_least=0, usual="nothing", essential=True, metavar="DAYS")
+    ] = None
+    """Remove what was not used for this many days; with --missing, of that only."""
+    everything: Annotated[bool, Opt(group=Group.DATA, changes=PLACE, flag="all", essential=True)] = False
+    """Remove everything; it is made again when it is needed, and weights are downloaded again."""

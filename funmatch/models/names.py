@@ -120,7 +120,8 @@ def check_model_name(name: str, *, weights: bool = False) -> None:
     # A timm name wins over a folder of the same name in the working directory; ./name means the folder.
     if not prefix and is_timm_name(name):
         check_architecture(name, name)
-    elif not path.exists() or (path.is_file() and not prefix):
+    # A published BiT checkpoint is the one file that says what its architecture is.
+    elif not path.exists() or (path.is_file() and not prefix and path.suffix != ".npz"):
         raise no_model_at(name, path, prefix, weights=weights)
 
 

@@ -133,3 +133,5 @@ def test_what_a_name_leads_to_is_said(tmp_path, monkeypatch, name, message):
     Path("resnet18").mkdir()
     check_model_name("resnet18")  # timm's, though there is such a folder
     check_model_name("./resnet18")
+    Path("bit.npz").touch()
+    check_model_name("bit.npz")

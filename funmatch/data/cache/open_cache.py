@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -192,16 +193,21 @@ def _load_entry(ledger: Path) -> dict[str, Any] | None:
         with open(ledger, "rb") as file:
             entry = parse_json(file.readline(), ENTRY)
             pairs = [*entry["found"]["leaks"].values(), entry["found"]["contradictory"]]
-            same = fingerprint_files(_read_paths(file)) == entry["stamp"]
+            same = fingerprint_files(read_paths(file)) == entry["stamp"]
             same &= all(each["examples"] or not each["pictures"] for each in pairs)
         # Users delete caches to make room.
-        return entry if same and is_complete(Path(entry["folder"])) else None
+        if not same or not is_complete(Path(entry["folder"])):
+            return None
     # A damaged entry is as good as none: the data set is listed again, which also says what is wrong with its cache.
     except (OSError, ValueError):
         return None
+    # `funmatch cache` tells by this when a data set was last used; a cache that is shared may be read only.
+    with suppress(OSError):
+        os.utime(ledger)
+    return entry
 
 
-def _read_paths(file: IO[bytes]) -> Iterator[bytes]:
+def read_paths(file: IO[bytes]) -> Iterator[bytes]:
     """Yields the paths in a file, separated by zero bytes, without holding all of them in memory."""
     rest = b""
     while block := file.read(1 << 16):
