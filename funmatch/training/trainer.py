@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from funmatch.data.loader import Batch, prefetch
 from funmatch.runtime import devices, distributed, env, signals, transfers
 from funmatch.runtime.log import ProgressBar, info
@@ -23,7 +21,7 @@ from funmatch.training.profiling import profile_training
 from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.checkpoint import CheckpointWriter
-from funmatch.training.run.state import LossMeter, TrainState, not_finite
+from funmatch.training.run.state import LossMeter, TrainState, check_weights
 from funmatch.training.setup import TrainSetup, run_record
 from funmatch.training.student.acceleration import accelerate_student
 
@@ -173,7 +171,7 @@ class Trainer:
         with timed("logging"):
             self.log(due=last or step % config.log_every == 0, wait=evaluated or saved)
         if evaluated or saved:
-            self.check_weights()  # before anything of a ruined student is saved
+            check_weights(self.student.classifier, step)  # before anything of a ruined student is saved
         # Before `save`: the checkpoint holds the best score, and the count for early stopping.
         if evaluated and env.is_main_process():
             self.evaluate()
@@ -233,14 +231,6 @@ class Trainer:
         except Exception as error:  # the user's code can raise anything
             # Kept, not raised: as after Ctrl-C, all processes save first, between two steps.
             self.failure = error
-
-    def check_weights(self) -> None:
-        """Raises `InputError` if a weight is not finite."""
-        # The loss alone does not show it: an update can overflow after a finite loss. Stacked, so that the host waits
-        # for the device once, not for each tensor.
-        finite = [tensor.isfinite().all() for tensor in self.student.classifier.parameters()]
-        if not torch.stack(finite).all():
-            raise not_finite("the student's weights are", self.state.step)
 
     def evaluate(self) -> None:
         """Evaluates the student on the validation split, and saves it if it is the best so far."""

@@ -98,15 +98,15 @@ def test_killed_and_stopped_students_resume_equally(tmp_path):
 
 
 def test_failed_student_does_not_stop_the_others(tmp_path, monkeypatch):
-    check = Trainer.check_weights
+    after_step = Trainer.after_step
 
-    def broken(self):
+    def broken(self, *arguments, **options):
         if self.setup.config.student == "test_resnet":
             with torch.no_grad():
                 next(self.student.classifier.parameters()).fill_(torch.nan)
-        check(self)
+        return after_step(self, *arguments, **options)
 
-    monkeypatch.setattr(Trainer, "check_weights", broken)
+    monkeypatch.setattr(Trainer, "after_step", broken)
     with pytest.raises(InputError, match=r"1 of 2 students failed:\n.*test_resnet: .*no longer finite"):
         funmatch.distill_several(**OPTIONS, students=["test_resnet", STUDENTS[0]], out=tmp_path / "x")
     assert (tmp_path / "x" / STUDENTS[0] / "result.json").is_file()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funmatch.errors import InputError
 from funmatch.runtime import transfers
@@ -130,6 +130,14 @@ def _finite(losses: list[float], step: int) -> list[float]:
     if not all(map(math.isfinite, losses)):
         raise not_finite("the loss is", step)
     return losses
+
+
+def check_weights(student: nn.Module, step: int) -> None:
+    """Raises `InputError` if a weight of the student is not finite after a step."""
+    # The loss alone does not show it: an update can overflow after a finite loss. Stacked, so that the host waits for
+    # the device once, not for each tensor.
+    if not torch.stack([tensor.isfinite().all() for tensor in student.parameters()]).all():
+        raise not_finite("the student's weights are", step)
 
 
 def not_finite(what: str, step: int) -> InputError:
