@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from funmatch.config import Prepare
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.dataset import NAMED_AT_MOST
@@ -37,10 +39,25 @@ def run(config: Prepare) -> Result:
 
 
 def summarize(cache: Cache, data: tuple[str, ...]) -> dict[str, Any]:
-    """Summarises a data set: the result of its scan, with `name`, `data`, `way`, `folder` and `gigabytes`."""
+    """Summarises a data set: the result of its scan, its place and size, and `class_sizes`."""
     size = sum(path.stat().st_size for path in cache.folder.iterdir())
     place = {"name": cache.name, "data": list(data), "way": cache.way, "folder": str(cache.folder)}
-    return place | {"gigabytes": round(size / 1e9, 6)} | cache.summary
+    return place | {"gigabytes": round(size / 1e9, 6), "class_sizes": class_sizes(cache)} | cache.summary
+
+
+def class_sizes(cache: Cache) -> dict[str, dict[str, Any]]:
+    """Returns the smallest and the largest class of each labelled split, as [name, images], and their ratio."""
+    sizes = {}
+    for name, split in cache.splits.items():
+        if not split.labelled or len(cache.classes) < 2:
+            continue
+        counts = np.bincount(split.labels(slice(None)).numpy(), minlength=len(cache.classes))
+        # Classes without an image are told elsewhere; a ratio to nothing would say nothing.
+        present = np.flatnonzero(counts)
+        low, high = (int(present[pick(counts[present])]) for pick in (np.argmin, np.argmax))
+        ends = {"smallest": [cache.classes[low], int(counts[low])], "largest": [cache.classes[high], int(counts[high])]}
+        sizes[name] = ends | {"ratio": round(float(counts[high] / counts[low]), 2)}
+    return sizes
 
 
 def show(result: Result) -> None:
@@ -76,6 +93,12 @@ def _describe(summary: dict[str, Any]) -> list[str]:
     if classes := summary["classes"]:
         more = f", … ({len(classes)} in all)" if len(classes) > LISTED else ""
         lines.append(f"classes: {', '.join(classes[:LISTED])}{more}")
+    for split, sizes in summary.get("class_sizes", {}).items():
+        (low, fewest), (high, most) = sizes["smallest"], sizes["largest"]
+        counts = (
+            f"{fewest:,} each" if fewest == most else f"{fewest:,} ({low}) … {most:,} ({high}), 1 : {sizes['ratio']:g}"
+        )
+        lines.append(f"images per class of {split}: {counts}")
     for name in ("short_side", "long_side"):
         low, middle, high = summary[name]
         lines.append(f"{name.replace('_', ' ')}: {low} … {high} pixels, median {middle}")

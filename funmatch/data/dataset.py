@@ -7,6 +7,7 @@ splits, and a function that reads one encoded image on demand.
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,11 +19,6 @@ from PIL import Image
 from funmatch.errors import InputError
 
 ORDER = ("train", "val", "test")
-SPLIT_NAMES = {
-    "train": "train", "training": "train", "trn": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 UNLABELLED = -1
 NAMED_AT_MOST = 200
 """Files that an error lists one by one."""
@@ -148,11 +144,6 @@ def parse_share(text: str) -> Fraction | int:
     raise InputError(f"{text!r} is not a valid share of the training images; expected 10%, 0.1, or a number of images")
 
 
-def find_split(words: Sequence[str]) -> str | None:
-    """Returns the split that the first matching word names, or None."""
-    return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)
-
-
 def sort_splits(splits: dict[str, SplitListing]) -> dict[str, SplitListing]:
     """Orders splits as train, val, test."""
     # Always in one order, which is part of the cache's key.
@@ -172,14 +163,22 @@ def check_classes(names: Sequence[str], where: object) -> tuple[str, ...]:
     """Returns the class names as a tuple.
 
     Raises:
-        InputError: two names are equal or differ only in case.
+        InputError: two names are equal, or differ only in case, in spaces at their ends, or in how accents are encoded.
     """
     first: dict[str, str] = {}
     for name in names:
-        # Case alone is always a mistake: file systems of other machines would merge the two folders.
-        other = first.setdefault(name.casefold(), name)
-        if other != name:
+        # Always a mistake: file systems of other machines would merge the two folders, and people read them as one.
+        other = first.setdefault(unicodedata.normalize("NFC", name.casefold().strip()), name)
+        if other == name:
+            continue
+        if other.casefold() == name.casefold():
             raise InputError(f"{where}: the classes {other!r} and {name!r} differ only in case; merge them")
+        if other.strip() != name.strip():
+            raise InputError(
+                f"{where}: the classes {other!a} and {name!a} are the same letters in two encodings (macOS writes "
+                "accents as characters of their own); merge them"
+            )
+        raise InputError(f"{where}: the classes {other!r} and {name!r} differ only in spaces; merge them")
     if len(first) != len(names):
         raise InputError(f"{where}: the same class is listed twice")
     return tuple(names)

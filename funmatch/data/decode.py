@@ -23,6 +23,13 @@ EXTENSIONS = {
 KINDS = ("greyscale", "palette", "transparent", "CMYK", "16-bit", "turned by EXIF", "animated", "floating-point")
 DECODERS = ("pillow", "torchcodec")
 MAX_PIXELS = 178_956_970  # above this, Pillow suspects a decompression bomb
+CONTENTS = {
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull)",
+    b"<!doctype html": "a web page", b"<html": "a web page", b"<svg": "an SVG", b"<?xml": "XML", b"%pdf": "a PDF",
+    b"pk\x03\x04": "a zip file", b"ftyphei": "HEIC, which must be converted first",
+    b"ftypmif1": "HEIC, which must be converted first", b"ftyp": "a video",
+}  # fmt: skip
+"""What files are by their first bytes in lower case, or by those from the fifth on."""
 
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -207,12 +214,19 @@ def _open_image(encoded: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(BytesIO(encoded), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise ValueError("not an image") from None
+        raise ValueError("not an image" + _content(encoded)) from None
     width, height = image.size
     # By the header: when the pixels are there, it is too late.
     if width * height > max_pixels:
         raise ValueError(f"{width:,} × {height:,} pixels are more than --max-pixels {max_pixels:,}")
     return image
+
+
+def _content(encoded: bytes) -> str:
+    """Returns what a file that is not an image is by its first bytes, as a clause; empty where they do not tell."""
+    start = encoded[:64].lstrip().lower()
+    found = next((kind for mark, kind in CONTENTS.items() if start.startswith(mark) or start[4:].startswith(mark)), "")
+    return f" but {found}" if found else ""
 
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:

@@ -40,8 +40,7 @@ def open_data_set(config: Images, data: tuple[str, ...], *, refresh: bool = Fals
         data: names of the sources that are joined.
         refresh: read every file again, and check the cache.
     """
-    cache = open_cache(data, read_options(config), cache_options(config), track=track, log=info, refresh=refresh)
-    return cache.without_labels() if config.unlabelled else cache
+    return open_cache(data, read_options(config), cache_options(config), track=track, log=info, refresh=refresh)
 
 
 def open_run_data(config: Train) -> Cache:

@@ -10,7 +10,7 @@ from torch import Tensor
 from funmatch.config import Changes, Evaluate
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.dataset import SPLIT_NAMES
+from funmatch.data.readers.split_names import SPLIT_NAMES
 from funmatch.errors import InputError, unknown
 from funmatch.models.class_map import map_classes
 from funmatch.models.classifier import Classifier, check_side

@@ -270,6 +270,9 @@ def test_classes_without_training_images_are_noted(images, tmp_path):
     assert open_folder(images).notes == ()
     paint(images / "test" / "dog" / "0.png", 1)
     (images / "train" / "eel").mkdir()
-    assert open_folder(images).notes == (f"{images} has no training images of 2 of 5 classes, e.g. dog",)
+    assert open_folder(images).notes == (
+        f"WARNING: {images} has no training images of 1 of 5 classes, which only test has: dog",
+        f"{images}: 1 of 5 classes have no images in any split: eel",
+    )
     paint(tmp_path / "one" / "train" / "ant" / "0.png", 1)
     assert "has a single class, ant" in open_folder(tmp_path / "one").notes[0]

@@ -38,6 +38,10 @@ NAMES_IN_DIGESTS = {
 """Names as version 0.1.0 wrote them into digests: the same options keep the same digest, so that no data set is listed
 again only because a class or a field was renamed."""
 
+READING = 2
+"""Number of how sources are read: raised where the same files give other splits or classes than before, so that they
+are listed again. The cache's own key is that of its content, and does not depend on it."""
+
 MAX_WATCHED = 100_000
 PAIRS = {"pictures": int, "examples": [(str, str)]}
 ENTRY = {
@@ -79,7 +83,11 @@ class Cache:
     def without_labels(self) -> "Cache":
         """Returns the same images without labels."""
         splits = {name: split.without_labels() for name, split in self.splits.items()}
-        return replace(self, classes=(), unnamed=False, splits=splits)
+        # The summary too, which commands print: it must not tell of classes that are not used.
+        unlabelled = {"labelled": False, "classes": 0}
+        about = {name: split | unlabelled for name, split in self.summary["splits"].items()}
+        summary = self.summary | {"splits": about, "classes": [], "contradictory": {"pictures": 0, "examples": []}}
+        return replace(self, classes=(), unnamed=False, splits=splits, summary=summary)
 
 
 def open_cache(
@@ -110,7 +118,7 @@ def open_cache(
     # Before the digest: `auto` stands for two decoders, whose pixels differ a little.
     cache_options = replace(cache_options, decoder=pick_decoder(cache_options.decoder), home=home)
     # Without on_bad: both values mean the same cache, and differ only in whether bad images are an error below.
-    parts = FORMAT, [resolve_spec(spec) for spec in specs], options, replace(cache_options, on_bad="")
+    parts = FORMAT, READING, [resolve_spec(spec) for spec in specs], options, replace(cache_options, on_bad="")
     ledger = home / "known" / _digest(*parts)
     entry = None if refresh else _load_entry(ledger)
     if entry is None:
@@ -123,6 +131,8 @@ def open_cache(
         # Last, so that an entry never names a cache that is still being built.
         entry = _store_entry(ledger, folder, dataset, scanned, watched, stamp)
     cache = _open_entry(entry, cache_options)
+    # Before the complaints: labels that contradict each other do not matter then.
+    cache = cache.without_labels() if options.unlabelled else cache
     bad = cache.summary["unreadable"]
     if bad and cache_options.on_bad == "stop":
         raise unreadable(entry["called"], bad, home)
@@ -149,7 +159,8 @@ def scan_dataset(
 
 def list_complaints(cache: Cache) -> list[str]:
     """Returns what a user should know before trusting a data set, one line each."""
-    lines = [f"note: {note}" for note in cache.summary["notes"]]
+    # Readers mark what is loud themselves.
+    lines = [note if note.startswith("WARNING: ") else f"note: {note}" for note in cache.summary["notes"]]
     for pair, leak in cache.summary["leaks"].items():
         one, other = leak["examples"][0]
         lines.append(f"WARNING: {leak['pictures']:,} images are both in {pair} of {cache.name}, e.g. {one} = {other}")

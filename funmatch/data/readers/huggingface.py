@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from funmatch.data.dataset import (
-    SPLIT_NAMES,
     UNLABELLED,
     Dataset,
     ReadOptions,
@@ -19,6 +18,7 @@ from funmatch.data.dataset import (
     sort_splits,
     untracked,
 )
+from funmatch.data.readers.split_names import SPLIT_NAMES
 from funmatch.errors import InputError, first_line
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow"}

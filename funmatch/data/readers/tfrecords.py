@@ -24,13 +24,13 @@ from funmatch.data.dataset import (  # fmt: skip
     ReadOptions,
     SplitListing,
     Track,
-    find_split,
     read_class_file,
     sort_splits,
     untracked,
 )
 from funmatch.data.formats.tfrecord import DamagedRecord, Features, is_gzip, parse_example, records
 from funmatch.data.readers.shard_paths import is_noted_unlabelled, shard_paths, watched_folders
+from funmatch.data.readers.split_names import find_split
 from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors
 
