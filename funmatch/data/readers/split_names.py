@@ -84,7 +84,8 @@ def assign_splits(names: Sequence[str], has_images: Callable[[str], bool], where
     # Beside a validation split, "evaluation" is the final one (Food-11); alone, it is what is evaluated on.
     of_eval = "test" if "val" in taken and "test" not in taken else "val"
     splits: dict[str, str] = {}
-    for split, name in found:
+    # Beside both, nobody but the user knows what it is: it stays a folder beside the splits.
+    for split, name in [each for each in found if each[0] != "eval" or not {"val", "test"} <= taken]:
         split = of_eval if split == "eval" else split
         if split in splits:
             raise InputError(f"{where} has both {splits[split]}/ and {name}/ for one split; keep one")
