@@ -2,18 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from funmatch.data.loader import Batch, Batches
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.training.loop import Losses
-
-OnEvent = Callable[[str, int, dict[str, Any]], object]
-"""Called with each record of `metrics.jsonl`: event, step, values."""
-ON_EVENT = "on_event"
-"""The name under which it is among the objects that were given from Python."""
 
 
 @dataclass(frozen=True)

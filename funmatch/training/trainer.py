@@ -21,6 +21,7 @@ from funmatch.training.profiling import profile_training
 from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.checkpoint import CheckpointWriter
+from funmatch.training.run.recorder import Recorder
 from funmatch.training.run.state import LossMeter, TrainState, check_weights
 from funmatch.training.setup import TrainSetup, run_record
 from funmatch.training.student.acceleration import accelerate_student
@@ -53,7 +54,7 @@ class Trainer:
     Attributes:
         state: the run's progress, as checkpoints hold it.
         notes: latest loss and evaluation, for the progress bar.
-        failure: what the user's `on_event` raised; the run is saved after the next step, and it is raised then.
+        records: writes records of metrics; if the user's `on_event` fails, the run ends after the next step.
     """
 
     def __init__(self, setup: TrainSetup[Any], run: run_folder.Run, objective: Objective) -> None:
@@ -66,7 +67,7 @@ class Trainer:
         self.writer = CheckpointWriter()
         self.clock, self.away = time.monotonic(), 0.0
         self.notes: dict[str, str] = {}
-        self.failure: Exception | None = None
+        self.records = Recorder(run.metrics, setup.inputs.on_event)
         net, optimizer, average = self.student.classifier.net, self.student.optimizer, self.student.average_net
         # One process first: it removes what a kill left half-written, and the others must not read that.
         state = distributed.main_process_first(lambda: checkpoint.restore(run.checkpoints, net, optimizer, average))
@@ -84,7 +85,7 @@ class Trainer:
         run.metrics.truncate(self.state.step or -1)
         if not self.state.step:
             for record in self.evaluator.teachers():
-                self.record("teacher", 0, record)
+                self.records.write("teacher", 0, record)
 
     def run_to_end(self) -> None:
         """Takes all remaining steps."""
@@ -126,7 +127,7 @@ class Trainer:
             self.clock = time.monotonic()  # set-up and compilation are not training
             for step, losses in fit(loop, student, optimizer, self.scaler, batches, objective.loss, start):
                 # Agreed by all processes: one that stopped alone would leave the others waiting for its gradients.
-                stop = distributed.all_reduce_max(caught[0] if caught else FAILED * bool(self.failure))
+                stop = distributed.all_reduce_max(caught[0] if caught else FAILED * bool(self.records.failure))
                 ended = self.after_step(step, losses, saving=stop > 0)
                 profiled()
                 yield step
@@ -135,23 +136,13 @@ class Trainer:
                 if stop and step < loop.steps:
                     self.flush()
                     saved = f"saved step {step} of {loop.steps} in {self.run.folder}"
-                    self.raise_failure(saved)
+                    self.records.raise_failure(saved)
                     # Processes without the failure end as by a signal.
                     raise signals.Interrupted(
                         stop if stop != FAILED else signal.SIGTERM, f"{saved}; run the same command again to resume"
                     )
         # The last step's records: all is saved, but the run is not finished yet.
-        self.raise_failure(f"saved all {loop.steps} steps in {self.run.folder}")
-
-    def raise_failure(self, saved: str) -> None:
-        """Raises what the user's `on_event` raised, if it did.
-
-        Args:
-            saved: what of the run is saved, for a note below the traceback.
-        """
-        if self.failure:
-            self.failure.add_note(f"funmatch: on_event failed; {saved}; make the same call again to resume")
-            raise self.failure
+        self.records.raise_failure(f"saved all {loop.steps} steps in {self.run.folder}")
 
     def after_step(self, step: int, losses: Losses, *, saving: bool) -> bool:
         """Logs, evaluates and saves what is due after a step; returns whether early stopping is due.
@@ -215,29 +206,16 @@ class Trainer:
         # Evaluations and checkpoints are not training: the rate leaves them out, the duration does not.
         rate = record.steps * self.setup.config.batch / (now - self.clock - self.away)
         self.state.seconds += now - self.clock
-        self.record("step", record.step, {**record.losses, "lr": lr, "images_per_second": rate})
+        self.records.write("step", record.step, {**record.losses, "lr": lr, "images_per_second": rate})
         self.notes["loss"] = f"loss {record.losses['loss']:.4f}, {rate:,.0f} images/s"
         self.clock, self.away = now, 0.0
-
-    def record(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Writes a record into `metrics.jsonl`, and passes it to the user's `on_event`, on the main process."""
-        self.run.metrics.write(event, step, **values)
-        on_event = self.setup.inputs.on_event
-        if on_event is None or self.failure or not env.is_main_process():
-            return
-        try:
-            # A copy, since the user may keep it or change it.
-            on_event(event, step, dict(values))
-        except Exception as error:  # the user's code can raise anything
-            # Kept, not raised: as after Ctrl-C, all processes save first, between two steps.
-            self.failure = error
 
     def evaluate(self) -> None:
         """Evaluates the student on the validation split, and saves it if it is the best so far."""
         state, began = self.state, time.monotonic()
         records = self.evaluator.student_now(state.step)
         for event, record in records.items():
-            self.record(event, state.step, record)
+            self.records.write(event, state.step, record)
         name = "agreement" if records["eval"]["top1"] is None else "top1"
         score = records["eval"][name]
         self.notes["eval"] = f"{name} {percent(score)}"
