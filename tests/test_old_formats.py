@@ -208,3 +208,16 @@ def test_old_logits_of_a_fixed_teacher_are_used(tmp_path, old_cache):
     before = contents(old_cache / "cache" / "answers")
     funmatch.distill(**OPTIONS, strategy="fix/rs", steps=2, out=tmp_path / "run")
     assert contents(old_cache / "cache" / "answers") == before
+
+
+def test_a_comparison_leaves_the_pages_of_its_runs_alone(funmatch, old_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(old_run, other)
+    for folder in (old_run, other):
+        (folder / "report.html").write_text("its own")
+    done = funmatch("report", old_run, other)
+    assert done.stdout.strip() == "comparison.html"
+    assert "its own" not in (tmp_path / "comparison.html").read_text()
+    assert [(folder / "report.html").read_text() for folder in (old_run, other)] == ["its own"] * 2
+    assert funmatch("report", other).stdout.strip() == str(other / "report.html")
+    assert (other / "report.html").read_text() != "its own"

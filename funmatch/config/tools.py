@@ -25,8 +25,9 @@ class Report(Options):
     """Run folders."""
     out: Annotated[
         Path | None,
-        Opt(group=Group.OUTPUT, changes=PLACE, essential=True, usual="report.html in the first run's folder"),
-    ] = None
+        Opt(group=Group.OUTPUT, changes=PLACE, essential=True,
+            usual="report.html in the run's folder; of several runs comparison.html here"),
+    ] = None  # fmt: skip
     """File for the page."""
     # A view is a function of (seed, step), so any step can be drawn, also one that the run has not reached.
     view_step: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=0, at_most=10**12, essential=True)] = 0

@@ -53,7 +53,9 @@ def write_page(config: Report) -> Path:
         InputError: a folder is not a run.
     """
     found = [run_folder.find_run(folder) for folder in config.runs]
-    path = config.out.expanduser() if config.out else found[0].folder / "report.html"
+    # A comparison is not the page of its first run, which that run has written.
+    own = found[0].folder / "report.html" if len(found) == 1 else Path("comparison.html")
+    path = config.out.expanduser() if config.out else own
     # Before anything is drawn, which takes seconds.
     if path.is_dir() or not path.parent.is_dir():
         reason = "it is a folder" if path.is_dir() else "its folder does not exist"
