@@ -29,7 +29,7 @@ from funmatch.training.teachers.tape import Layout
 
 OPTIONS = {
     "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "steps": 14,
-    "batch": 32, "threads": 1, "log_every": 2, "eval_every": 6, "save_every": 5, "lr": 0.01,
+    "batch": 32, "threads": 1, "log_every": 2, "eval_every": 7, "save_every": 5, "lr": 0.01,
 }  # fmt: skip
 
 
