@@ -1,31 +1,19 @@
 """Renders runs as one offline HTML page: metrics, training curves, the views of a step, and the configuration."""
 
-import base64
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from funmatch.config import TAUGHT, Report
-from funmatch.config.choices import STRATEGIES
-from funmatch.data.loader import Loader
+from funmatch.config import Report
 from funmatch.errors import InputError
-from funmatch.ops import mixing
-from funmatch.reports import run_plots
+from funmatch.reports import run_plots, run_views
 from funmatch.reports.html import load_template
 from funmatch.reports.result import Result
 from funmatch.runtime import env
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.text import duration, percent
-from funmatch.training import datasets, setup
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import loading
-
-SHOWN_VIEWS = 12
-THUMBNAIL = 96
 
 
 def run(config: Report) -> Result:
@@ -61,7 +49,7 @@ def write_page(config: Report) -> Path:
         reason = "it is a folder" if path.is_dir() else "its folder does not exist"
         raise InputError(f"cannot write the page {path}: {reason}; choose another --out")
     page = load_template("report.html")
-    sheets = [sheet for each in found if (sheet := views_sheet(each, config.view_step))]
+    sheets = [sheet for each in found if (sheet := run_views.views_sheet(each, config.view_step))]
     distilled = [each for each in found if each.config["verb"] == "distill"]
     student = ("best " * (len(distilled or found) > 1)) + ("distilled student" if distilled else "student")
     # A comparison is about distillation: a run on labels beside it is the baseline, also where it is better.
@@ -247,44 +235,6 @@ def overridden_options(run: run_folder.Run) -> list[list[str]]:
 
 def _format_option(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
-    """Draws the teacher's and the student's views of a step; None if the data set is gone or has changed."""
-    config = run.config
-    options = config["knobs"]
-    try:
-        # Not `checked`, which may refuse options that an earlier version took.
-        table = TAUGHT[config["verb"]](**options)
-        cache = datasets.open_run_data(table)
-    # A page outlives its data: without views it still has everything else.
-    except (InputError, OSError, ValueError, KeyError):
-        return None
-    # Views are functions of the seed, the step and the images: other images would show views that never were.
-    if cache.key != config["facts"]["data"]:
-        return None
-    strategy = STRATEGIES[options["strategy"]] if "strategy" in options else None
-    # At the student's size: both rows of a sheet must be equally wide.
-    sides = (options["side"],) if strategy and not strategy.fixed else ()
-    batch = Loader(cache.splits["train"], setup.view_spec(table), teacher_sides=sides).batch_at(step)
-    shown, student = mixing.mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
-    rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in (*shown, student)]
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    image = Image.fromarray((sheet * 255).round().astype(np.uint8))
-    # Whole factors and nearest neighbours, so that each pixel of a view is still to be seen.
-    enlarge = max(1, THUMBNAIL // options["side"])
-    image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
-    png = BytesIO()
-    image.save(png, "PNG")
-    return {
-        "name": run.folder.resolve().name,
-        "step": step,
-        # One per image cannot be written beside the sheet.
-        "lam": batch.lam if isinstance(batch.lam, float) else None,
-        "strategy": options.get("strategy", "training on labels"),
-        "rows": ["teacher", "student"][-len(rows) :],
-        "png": base64.b64encode(png.getvalue()).decode(),
-    }
 
 
 def flat(config: dict[str, Any]) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from funmatch.config import Report
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
 from funmatch.ops.view_spec import ViewSpec
-from funmatch.reports import run_page
+from funmatch.reports import run_page, run_views
 from funmatch.runtime.text import percent
 from funmatch.training.run import folder as run_folder
 
@@ -70,7 +70,7 @@ def test_page_shows_runs_curves_and_configuration(runs, tmp_path):
 
 
 def test_contact_sheet_shows_the_views_of_the_step(runs):
-    sheet = run_page.views_sheet(run_folder.find_run(runs[1]), 4)
+    sheet = run_views.views_sheet(run_folder.find_run(runs[1]), 4)
     assert sheet["rows"] == ["teacher", "student"]
     split = open_cache(FEW).splits["train"]
     batch = Loader(split, ViewSpec(0, 16, 32)).batch_at(4)
