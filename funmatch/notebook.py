@@ -271,7 +271,7 @@ def searched(folder: Path) -> Shown:
 
 def views(folder: Path, step: int = 0) -> Shown:
     """Shows the views of a step: the teacher's in the upper row, the student's in the lower one."""
-    sheet = run_page.views_sheet(run_folder.find_run(folder), step)
+    sheet = run_views.views_sheet(run_folder.find_run(folder), step)
     if sheet is None:
         raise InputError(f"the images of {folder} have been moved or changed, so its views cannot be shown")
     both = f" ({sheet['strategy']}): teacher above, student below" if "teacher" in sheet["rows"] else ""
