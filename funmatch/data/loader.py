@@ -30,7 +30,7 @@ from funmatch.runtime.timing import timed
 
 T = TypeVar("T")
 Lookup = Callable[[int, int, np.ndarray], Tensor | None]
-"""Teacher logits that are known beforehand: (step, first row, image of each row) to (rows, classes), or None."""
+"""Looks up teacher logits that need no views: (step, first row, image of each row) to (rows, classes), or None."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Batch:
             global batch, its MixUp and CutMix partner.
         labels: (1 + n,) int64, -1 for no label.
         lam: MixUp weight of the image itself, in [0, 1]: one, or one per image, (n,) float32.
-        teacher_logits: (n, classes), where they are known without asking the teacher; else None.
+        teacher_logits: (n, classes) where they were looked up or computed ahead; else None.
         teacher_crops: one for each of the loader's `teacher_sides`, shaped as `crops`; None stands for `crops`, so
-            that the teacher is given the very same pixels as the student.
+            that the teacher sees the very same pixels as the student.
         cutmix_boxes: (1 or n, 4) float32 as `mixing.cutmix` takes them, or None.
         step: the step.
         first_row: place of row 1 in the global batch.
@@ -60,7 +60,7 @@ class Batch:
     first_row: int = 0
 
     def __len__(self) -> int:
-        """Images of which there are views: n."""
+        """Number of images of which there are views: n."""
         return len(self.labels) - 1
 
     @property
@@ -69,7 +69,7 @@ class Batch:
         return own_weight(self.lam, self.cutmix_boxes, self.crops.shape[-1])
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same batch with every tensor changed."""
+        """Returns the batch with a function applied to each tensor."""
 
         def changed(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else change(tensor)
@@ -85,11 +85,12 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
+        """Returns the batch on a device."""
+        # Without waiting, which has an effect for pinned memory only; the device's own queue keeps the order.
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self, device: torch.device) -> "Batch":
-        """The batch in pinned memory, which an accelerator copies asynchronously; the batch itself on a CPU.
+        """Returns the batch in pinned memory, which an accelerator copies asynchronously; on a CPU the batch itself.
 
         Args:
             device: the accelerator that will read it.
@@ -116,13 +117,13 @@ class Batch:
                 teacher_logits=None if self.teacher_logits is None else self.teacher_logits[rows],
                 teacher_crops=tuple(None if each is None else each[with_predecessor] for each in self.teacher_crops),
                 cutmix_boxes=boxes if boxes is None or len(boxes) == 1 else boxes[rows],
-                first_row=self.first_row + start,
+                first_row=self.first_row + start,  # a tape stores the piece's logits at this place
             )
             yield piece, (stop - start) / len(self)
 
 
 class Batches(Protocol):
-    """Training batches by step: those of a `Loader`, or of one with a teacher."""
+    """Training batches by step: a `Loader`'s, or those of a loader with teacher logits."""
 
     @property
     def size(self) -> int:
@@ -132,7 +133,7 @@ class Batches(Protocol):
     def batch_at(self, step: int) -> Batch: ...
 
     def unsharded(self) -> "Batches":
-        """The same batches whole, as one process alone would see them."""
+        """Returns the same batches whole, as a single process would see them."""
         ...
 
 
@@ -143,7 +144,7 @@ class Loader:
     Attributes:
         split: the images.
         spec: what decides the views.
-        rank, world_size: which of how many equal slices of the global batch is ours.
+        rank, world_size: this process's slice of the global batch, and the number of slices.
         teacher_sides: image sizes at which teachers are shown crops, pixels.
     """
 
@@ -161,7 +162,8 @@ class Loader:
         return replace(self, rank=0, world_size=1)
 
     def sample(self, step: int) -> StepSample:
-        """The draws of the whole global batch."""
+        """Draws the choices of the whole global batch."""
+        # Whole in every process: the draws must not depend on the number of processes.
         spec = self.spec
         boxes = box_sampler(spec.crop, min_area=spec.min_area, side=spec.side, resize=spec.resize)
         return sample_step(
@@ -170,35 +172,38 @@ class Loader:
         )  # fmt: skip
 
     def batch_at(self, step: int, lookup: Lookup | None = None) -> Batch:
-        """The batch of a step: the same whenever, wherever and in whichever order it is asked for.
+        """Returns the batch of a step: the same in any process, at any time and in any order of calls.
 
         Args:
-            lookup: asked first for the teacher's logits; where it knows them, no crops are cut for the teacher.
+            lookup: called first for the teacher's logits; where it returns them, no crops are cut for the teacher.
         """
         drawn = self.sample(step)
-        # One row more than ours: the predecessor of our first, its partner in MixUp and CutMix.
+        # One row more than ours: the predecessor of our first, its partner in MixUp and CutMix. That of the global
+        # batch's first row is its last, hence the remainder.
         rows = np.arange(self.rank * self.size - 1, (self.rank + 1) * self.size) % self.spec.batch
         indices = drawn.indices[rows]
         first_row = self.rank * self.size
-        known = lookup(step, first_row, indices[1:]) if lookup else None
-        crops, teacher_crops = self._crops(step, drawn, rows, () if known is not None else self.teacher_sides)
+        logits = lookup(step, first_row, indices[1:]) if lookup else None
+        crops, teacher_crops = self._crops(step, drawn, rows, () if logits is not None else self.teacher_sides)
         lam, boxes = self._mixing(step, drawn.lam, rows[1:])
-        return Batch(crops, self.split.labels(indices), lam, known, teacher_crops, boxes, step, first_row)
+        return Batch(crops, self.split.labels(indices), lam, logits, teacher_crops, boxes, step, first_row)
 
     def _crops(
         self, step: int, drawn: StepSample, rows: np.ndarray, teacher_sides: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The student's crops, and the teacher's at each side (None for the student's own)."""
+        """Returns the student's crops, and the teacher's at each side (None for the student's own)."""
         spec, indices = self.spec, drawn.indices[rows]
         others = () if spec.own_teacher_view else tuple(side for side in teacher_sides if side != spec.side)
         # All sides are cut at once, so that an image is decoded once.
         cut = self._cut(indices, drawn.boxes[rows], drawn.flips[rows], (spec.side, *others))
         if spec.randaugment:
+            # Drawn for the global batch, then sliced, as all draws; the same at every size of an image.
             ops, strengths = randaugment.draw_operations(
                 step_generator(spec.seed, step, RANDAUGMENT_STREAM), spec.batch, *spec.randaugment
             )
             cut = [randaugment.apply_operations(each, ops[rows], strengths[rows]) for each in cut]
         by_side: dict[int, Tensor | None] = dict(zip((spec.side, *others), cut, strict=True))
+        # None rather than the crops: they are mixed once then, and teacher and student get the same tensor.
         by_side[spec.side] = None
         if drawn.teacher_view and teacher_sides:
             boxes, flips = (each[rows] for each in drawn.teacher_view)
@@ -206,7 +211,7 @@ class Loader:
         return cut[0], tuple(by_side[side] for side in teacher_sides)
 
     def _mixing(self, step: int, lam: float | np.ndarray, rows: np.ndarray) -> tuple[float | Tensor, Tensor | None]:
-        """λ of MixUp and boxes of CutMix for our rows of the global batch."""
+        """Returns λ of MixUp and boxes of CutMix for our rows of the global batch."""
         spec, boxes = self.spec, None
         if spec.cutmix:
             rng, each = step_generator(spec.seed, step, CUTMIX_STREAM), spec.mixup.per_image
@@ -217,13 +222,14 @@ class Loader:
         return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), boxes
 
     def _cut(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sides: tuple[int, ...]) -> list[Tensor]:
-        """Crops of images, (rows, 3, side, side) at each side, cut on the device where the pixels lie."""
+        """Returns crops of images, (rows, 3, side, side) at each side, cut on the device that holds the pixels."""
         from_image, native = self.spec.crop not in MILD, self.spec.native
         if isinstance(self.split.store, DeviceStore):
             return self.split.store.crops(self.split.index[indices], boxes, flips, sides, alone=from_image)
         if from_image:
             images, boxes = self.split.read_boxes(indices, boxes)
             return [crop_resize_flip(images, boxes, flips, side, native=native) for side in sides]
+        # Whole images: mild crops blend in pixels beyond the box.
         images = self.split.images(indices)
         return [crop_of_resized_flip(images, boxes, flips, side, native=native) for side in sides]
 
@@ -231,11 +237,11 @@ class Loader:
 def prefetch(
     batches: Batches, start: int, stop: int, *, workers: int = 1, finish: Callable[[Batch], Batch] | None = None
 ) -> Generator[Batch]:
-    """The batches of steps `start` … `stop` − 1 in order, made ahead by threads.
+    """Yields the batches of steps `start` … `stop` − 1 in order, made ahead by threads.
 
     Args:
-        workers: threads; each keeps to one core, beside those that the model uses.
-        finish: what else is done to a batch in its thread, such as a copy into pinned memory.
+        workers: number of threads; each uses one core.
+        finish: applied to each batch in its thread, e.g. a copy into pinned memory.
     """
 
     def make(step: int) -> Batch:

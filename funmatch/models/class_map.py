@@ -30,6 +30,7 @@ def class_names(classifier: Classifier) -> list[tuple[str, ...]] | None:
     for index in range(classifier.num_classes):
         # Synonyms are separated by commas: "tench, Tinca tinca".
         words = info.index_to_description(index).split(",")
+        # Each once: a name that a class has twice would count as two classes of that name.
         names.append(tuple(dict.fromkeys([info.index_to_label_name(index), *(word.strip() for word in words)])))
     return names
 
@@ -94,7 +95,8 @@ class _ClassLookup:
         self.name, self.count = classifier.card.name, classifier.num_classes
         names = class_names(classifier) or []
         self.exact = _indices_by_name(names)
-        # In a table of its own, so that names which differ in case only stay apart if they are written exactly.
+        # In a table of its own, so that names which differ in case only stay apart if they are written exactly. A
+        # set for each class, so that two spellings of its name do not count as two classes.
         self.loose = _indices_by_name({_normalize(name) for name in each} for each in names)
 
     def index(self, wanted: str | int) -> int:
@@ -103,6 +105,7 @@ class _ClassLookup:
             if not 0 <= wanted < self.count:
                 raise InputError(f"{self.name} has no class {wanted}; its classes are 0 … {self.count - 1}")
             return wanted
+        # Before the look-up, whose message would list no names.
         if not self.exact:
             raise InputError(
                 f"{self.name} does not know the names of its {self.count} classes; pass a map.json with their numbers"

@@ -17,7 +17,7 @@ class EnsembleMember:
     """One teacher of an ensemble.
 
     Attributes:
-        frozen: the teacher.
+        frozen: the network, in its inference mode.
         side: image size of its views, pixels.
         weight: its weight; those of all members sum to 1.
         class_map: its classes for each of the student's, or None if they are the same in the same order.
@@ -140,4 +140,5 @@ class TeacherEnsemble(nn.Module):
 
     def count_parameters(self) -> int:
         """Returns the number of parameters of all members."""
+        # `size` was counted at first: folding removes parameters.
         return sum(member.frozen.size for member in self.members)

@@ -95,7 +95,7 @@ def crop_of_resized_flip(
 
 def _use_kernel(images: list[Tensor]) -> bool:
     """Returns whether the native kernel is worth its call (an image is not small) and available."""
-    # The sizes first: asking for the kernel compiles it on first use, which small data sets need not pay for.
+    # The sizes first: the check of the kernel compiles it on first use, which small data sets need not pay for.
     large = any(image.shape[0] * image.shape[1] > MAX_BATCHED_PIXELS for image in images)
     return large and not resample.why_unavailable()
 

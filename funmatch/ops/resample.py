@@ -109,13 +109,13 @@ def central_grid(starts: np.ndarray, sizes: Sizes, short_side: int, side: int, *
         side: of the views, pixels.
         squash: resize both sides to `short_side`.
     """
-    given = np.stack([*sizes], 1).astype(np.float64)
+    original = np.stack([*sizes], 1).astype(np.float64)
     if squash:
-        resized = np.full_like(given, short_side)
+        resized = np.full_like(original, short_side)
     else:
         # rint rounds halves to even, as Python's `round` does in `crops.central_view`.
-        resized = np.maximum(side, np.rint(given * (short_side / given.min(1))[:, None]))
-    scale = given / resized
+        resized = np.maximum(side, np.rint(original * (short_side / original.min(1))[:, None]))
+    scale = original / resized
     corner = (resized - side) // 2 * scale
     return resize_then_crop(starts, sizes, np.concatenate([corner, side * scale], 1), side)
 

@@ -23,9 +23,9 @@ def read_options(config: Images) -> ReadOptions:
     spec = SplitSpec({} if config.val is None else {"val": parse_share(config.val)}, config.val_seed)
     # By name, so that an option of a new reader is a field of `ReadOptions` and of `config.Images`, and nothing here.
     names = {field.name for field in fields(ReadOptions)} & set(Images.model_fields)
-    given = {name: getattr(config, name) for name in names}
+    values = {name: getattr(config, name) for name in names}
     # Without --val a seed alone still counts: the data set's own share is then cut by another seed.
-    return ReadOptions(**given, split_spec=spec if config.val is not None or config.val_seed else None)
+    return ReadOptions(**values, split_spec=spec if config.val is not None or config.val_seed else None)
 
 
 def cache_options(config: Images) -> CacheOptions:
@@ -130,11 +130,11 @@ def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> 
         return open_data_set(config, config.data), config.data, config.data
     if not knobs:
         raise InputError(f"no images to evaluate on: {config.model} is not a run, so pass --data")
-    # What was given here replaces the run's own: its data may have moved since.
-    given = {
+    # Options of this command replace the run's own: its data may have moved since.
+    overrides = {
         name: getattr(config, name)
         for name, field in Images.model_fields.items()
         if name != "as_json" and getattr(config, name) != field.default
     }
-    run = TAUGHT[verb].model_validate(knobs | given)
+    run = TAUGHT[verb].model_validate(knobs | overrides)
     return open_run_data(run), run.data, run.eval_data or run.data

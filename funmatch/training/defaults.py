@@ -72,8 +72,8 @@ def _device_gb(config: Train, device: torch.device) -> float:
     """Returns the GB of pixels that may lie on the device."""
     # A resumed run keeps its value, even on another device: crops on the device round differently from the CPU's.
     before = distributed.broadcast_from_main(lambda: run_folder.options_of(config.out)).get("device_gb")
-    given = before if config.device_gb is None else config.device_gb
-    return round(PIXEL_SHARE * devices.device_memory(device) / 1e9, 1) if given is None else given
+    chosen = before if config.device_gb is None else config.device_gb
+    return round(PIXEL_SHARE * devices.device_memory(device) / 1e9, 1) if chosen is None else chosen
 
 
 def _default_mixup(config: Train) -> float:

@@ -29,10 +29,10 @@ def split_by_student(config: Distill, students: Sequence[str]) -> list[Distill]:
     # The last part of a path is not unique, and two runs in one folder would refuse each other.
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"two students have the name {', '.join(twice)}; each needs a folder of its own")
-    # Both name one thing only: a trace of one network, weights of one architecture.
-    given = {"--profile": config.profile, "--student-weights": config.student_weights}
-    if alone := " and ".join(name for name, value in given.items() if value):
-        raise InputError(f"{alone} works with one --student only")
+    # Both belong to a single student: a trace of one network, weights of one architecture.
+    single = {"--profile": config.profile, "--student-weights": config.student_weights}
+    if names_set := " and ".join(name for name, value in single.items() if value):
+        raise InputError(f"{names_set} works with one --student only")
     return [
         config.model_copy(update={"student": student, "out": config.out / name})
         for student, name in zip(students, names, strict=True)

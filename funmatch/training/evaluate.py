@@ -47,8 +47,8 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     model = _load_model(config, given).to(device)
     verb = trained.config["verb"] if trained else ""
     cache, training_data, evaluation_data = datasets.open_evaluation_data(config, verb, knobs)
-    parameters, wanted = model.count_parameters(), loading.wanted_classes(config, cache)
-    class_map = map_classes(model, wanted, config.classes) if wanted and config.classes else None
+    parameters, classes = model.count_parameters(), loading.wanted_classes(config, cache)
+    class_map = map_classes(model, classes, config.classes) if classes and config.classes else None
     if class_map is None:
         scoring.check_classes(model, cache, trust_order=config.trust_class_order)
     split = _pick_split(cache, config.split)

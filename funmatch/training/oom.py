@@ -1,4 +1,4 @@
-"""Explains an out-of-memory error: measures which micro-batch would fit, and says so."""
+"""Explains an out-of-memory error: measures which micro-batch would fit, and names it in the message."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager

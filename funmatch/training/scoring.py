@@ -105,7 +105,7 @@ def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
         (n, classes) float32 on the CPU.
     """
     model.eval()
-    # Copies to the host run beside the next forward pass; they are awaited only at the end.
+    # Copies to the host overlap with the next forward pass; only at the end are they waited for.
     logits = []
     shape = view.side, view.short_side, view.batch
     for views, _ in central_batches(split, *shape, squash=view.squash, workers=devices.spare_threads()):
@@ -150,10 +150,10 @@ def score_training_views(
         results.append((logits.float().cpu(), teacher_logits.float().cpu(), labels.cpu()))
     logits, teacher_logits, labels = map(torch.cat, zip(*results, strict=True))
     # One image without a label makes accuracies unknown, rather than those of a subset.
-    known = labels if bool((labels >= 0).all()) else None
-    scores = metrics.summarize(metrics.per_image(logits, known, teacher_logits))
-    right = None if known is None else (teacher_logits.argmax(-1) == known).double().mean().item()
-    return scores | {"teacher_top1": right, "views": len(logits)}
+    true_labels = labels if bool((labels >= 0).all()) else None
+    scores = metrics.summarize(metrics.per_image(logits, true_labels, teacher_logits))
+    top1 = None if true_labels is None else (teacher_logits.argmax(-1) == true_labels).double().mean().item()
+    return scores | {"teacher_top1": top1, "views": len(logits)}
 
 
 def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:

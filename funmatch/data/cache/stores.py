@@ -61,6 +61,7 @@ class Resident:
     def image(self, row: Row, box: Box | None = None) -> Tensor:
         """Returns a view of the mapped file."""
         offset, length, height, width, *_ = row
+        # Without a lock: if two threads lose an addition, pages are released a little later.
         self.mapped += length + READ_AROUND
         if self.mapped > RELEASE_AFTER:
             self.mapped = 0
@@ -95,6 +96,7 @@ class Streaming:
         object.__setattr__(self, "file", os.open(self.path, os.O_RDONLY))
 
     def __del__(self) -> None:
+        # There is no handle if opening failed.
         if (file := getattr(self, "file", None)) is not None:
             os.close(file)
 
@@ -106,6 +108,7 @@ class Streaming:
         """
         offset, length, _, _, _, crc = row
         encoded = os.pread(self.file, length, offset)
+        # At each use: decoders read many damaged JPEGs without an error, as other pixels.
         if zlib.crc32(encoded) != crc:
             raise InputError(
                 f"{self.path} is damaged; run `funmatch prepare` with the same data and options to rebuild it"
@@ -144,7 +147,7 @@ class CachedSplit:
         return [self.store.image(row) for row in self.index[indices].tolist()]
 
     def read_boxes(self, indices, boxes: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
-        """Reads boxes of images; of large encoded images no more is decoded.
+        """Reads boxes of images; of large encoded images only the box is decoded.
 
         Args:
             indices: of the images, (n,).
@@ -154,6 +157,7 @@ class CachedSplit:
             images, whole or boxes of them, and the boxes relative to what is returned.
         """
         rows = self.index[indices].tolist()
+        # All whole if any is small: images of one size are then cropped together.
         if not self.store.decodes or any(height * width <= SMALL for _, _, height, width, _, _ in rows):
             return [self.store.image(row) for row in rows], boxes
         inside = boxes.copy()

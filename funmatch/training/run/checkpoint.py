@@ -63,21 +63,21 @@ def save(folder: Path, tensors: Files, state: TrainState) -> None:
     for old in _named(folder, STEP)[:-KEPT]:
         shutil.rmtree(old)
     # A run that is extended returns to the stable checkpoint, whose best student must still be there.
-    wanted = {state.best_step, *map(_best_step, _named(folder, STABLE))}
+    in_use = {state.best_step, *map(_best_step, _named(folder, STABLE))}
     for best in _named(folder, BEST):
-        if step_of(best) not in wanted:
+        if step_of(best) not in in_use:
             shutil.rmtree(best)
 
 
 def keep_stable(folder: Path, step: int) -> None:
     """Keeps a copy of the checkpoint of a step for good, and removes the one kept before."""
-    kept = folder / _name(STABLE, step)
+    stable = folder / _name(STABLE, step)
     # The new one first, so that the run can be extended at any moment.
-    if not kept.is_dir():
-        with write_folder_atomically(kept) as partial:
+    if not stable.is_dir():
+        with write_folder_atomically(stable) as partial:
             shutil.copytree(folder / _name(STEP, step), partial, dirs_exist_ok=True)
     for older in _named(folder, STABLE):
-        if older != kept:
+        if older != stable:
             shutil.rmtree(older)
 
 
@@ -141,7 +141,7 @@ def restore(
         try:
             state = _restore(checkpoint, student, optimizer, average)
         except Exception as error:  # damaged files raise nearly anything, from safetensors to the optimizer
-            # Not damage: falling back would remove this checkpoint, which is sound.
+            # Not damage: falling back would remove this checkpoint, which is undamaged.
             if is_out_of_memory(error):
                 raise
             # Whatever it has loaded so far is replaced: the one before holds the same tensors.

@@ -83,7 +83,7 @@ class LossMeter:
     """Collects the losses of each step, fetches them at one step, and returns their record when they have arrived."""
 
     def __init__(self, window: Mapping[str, list[float]], device: torch.device) -> None:
-        """Continues from the losses that a checkpoint kept, by name."""
+        """Continues from the losses of a checkpoint, by name."""
         self.new = {name: [torch.tensor(loss, device=device) for loss in losses] for name, losses in window.items()}
         # They count in the mean but not in the rate, since this process did not take their steps.
         self.from_before = self.count

@@ -130,8 +130,8 @@ def known_step_seconds(student: Classifier, side: int, images: int, *, native: b
     key = repr((repr(student.net), side, images, native, devices.machine_signature(torch.device("cpu"))))
     measured = Measurement("steps", key, "this student")
     # At least a nanosecond, since a damaged record must not divide by zero.
-    if known := measured.read({"fp32": float, "bf16": float}):
-        return {name: max(float(known[name]), 1e-9) for name in ("fp32", "bf16")}
+    if record := measured.read({"fp32": float, "bf16": float}):
+        return {name: max(float(record[name]), 1e-9) for name in ("fp32", "bf16")}
     seconds = measure_step_seconds(student, side, images, native=native)
     measured.write(seconds)
     return seconds
@@ -175,8 +175,8 @@ def _step_seconds(student: Classifier, views: Tensor, device: torch.device, name
 
 def uses_native_kernels(student: Classifier, config: Train, device: torch.device) -> bool:
     """Returns whether native kernels are to compute part of a student during training; they may be unavailable."""
-    wanted = config.compile == "native" and device.type == "cpu"
-    return wanted and student.count_parameters() >= SMALL_NETWORK and gains_from_native(student.net)
+    requested = config.compile == "native" and device.type == "cpu"
+    return requested and student.count_parameters() >= SMALL_NETWORK and gains_from_native(student.net)
 
 
 def accelerate_student(student: Classifier, loop: LoopOptions, config: Train, side: int) -> None:

@@ -91,7 +91,7 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
     Raises:
         InputError: one cannot be loaded, lacks a class, or has another number of classes than the first.
     """
-    wanted = wanted_classes(config, cache)
+    classes = wanted_classes(config, cache)
     names = config.teacher
     # One size may stand for all teachers, hence the remainder below.
     sides = config.teacher_side or (None,)
@@ -112,7 +112,7 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         classifier = load_one()
         # Notes of the first load only; it is loaded again, silently, for each mode that is tried.
         info_notes(name, classifier.notes)
-        class_map = map_classes(classifier, wanted, config.classes) if wanted and config.classes else None
+        class_map = map_classes(classifier, classes, config.classes) if classes and config.classes else None
         # Before freezing, which folds and casts the weights: the digest is that of the weights as loaded.
         digest = fingerprint(classifier.net)
         # Another map is another teacher: its logits stand for other classes.
