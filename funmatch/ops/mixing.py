@@ -114,6 +114,7 @@ def cutmix(views: Tensor, boxes: Tensor, own: Tensor | None = None) -> Tensor:
         (n, ..., height, width): x[i − 1] in the box, x[i] elsewhere.
     """
     height, width = views.shape[-2:]
+    # Rounded by the same function as in `kept_fraction`, whose weights must be those of the pixels that are filled.
     rows, columns = _inside(boxes[:, 0], boxes[:, 2], height), _inside(boxes[:, 1], boxes[:, 3], width)
     # A mask rather than slices: boxes differ between images, and their numbers never leave the device.
     box = rows[:, :, None] & columns[:, None, :]
@@ -137,7 +138,7 @@ def kept_fraction(boxes: Tensor, side: int) -> Tensor:
 
 
 def _inside(start: Tensor, length: Tensor, side: int) -> Tensor:
-    """Tells which pixels along a side lie between a box's edges, rounded to pixels.
+    """Returns which pixels along a side lie between a box's edges, rounded to pixels.
 
     Args:
         start, length: of the boxes, (k,), fractions of the side.

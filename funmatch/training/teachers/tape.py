@@ -270,8 +270,8 @@ def open_tape(folder: Path, layout: Layout, key: Mapping[str, Any], about: Mappi
     """
     (place := record_folder(folder)).check_place()
     place.folder.mkdir(parents=True, exist_ok=True)
-    rows = {name: getattr(layout, name) for name in ("batch", "classes", "top", "temperature")}
-    header = json.loads(json.dumps({"layout": rows, "asked": dict(key), **about}, default=str))  # as read back
+    spec = {name: getattr(layout, name) for name in ("batch", "classes", "top", "temperature")}
+    header = json.loads(json.dumps({"layout": spec, "asked": dict(key), **about}, default=str))  # as read back
     place.begin(
         header | {"check": _check_of(header)},
         lambda then, now: list_differences(then["asked"], now["asked"], "on the tape", {"pictures": "images"}),
