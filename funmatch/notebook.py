@@ -28,7 +28,7 @@ from funmatch.commands.verbs import run_verb
 from funmatch.config import Data, Evaluate, Recipes
 from funmatch.data.readers import catalog
 from funmatch.errors import InputError
-from funmatch.reports import run_page, tune_page, tune_plots
+from funmatch.reports import run_page, run_views, tune_page, tune_plots
 from funmatch.reports.display import Shown, html_panels, html_table, show_message, show_table
 from funmatch.reports.result import Result
 from funmatch.reports.run_plots import build_panels as plotted
