@@ -38,7 +38,8 @@ def test_version_is_printed(funmatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("distil",), "did you mean 'distill'"),
+        (("distil",), "here it is `funmatch distill`"),
+        (("distilll",), "did you mean 'distill'"),
         (("distill", *MINI, "--tacher", "x", "--out", "o"), "--teacher"),
         (("distill", *MINI, "--teacher", "x", "--steps", "5", "--out", "o", "--precision", "fp8"), "'fp32', 'bf16'"),
         (("distill", *MINI, "--teacher", "x", "--out", "o"), "either --steps or --epochs"),

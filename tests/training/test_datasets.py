@@ -28,7 +28,7 @@ def test_images_of_other_classes_are_used_without_labels(tmp_path, capfd):
 
 
 def test_other_classes_with_a_validation_split_are_an_error(images, tmp_path):
-    with pytest.raises(InputError, match=r"10 outputs, but images has 3 classes .*unlabelled, or .*eval_data"):
+    with pytest.raises(InputError, match=r"10 outputs, but images has 3 classes .*unlabelled=True, or .*eval_data"):
         funmatch.distill(data=images, out=tmp_path / "run", **DISTILL)
     run = funmatch.distill(data=images, out=tmp_path / "run", unlabelled=True, **DISTILL)
     assert run.top1 is None
