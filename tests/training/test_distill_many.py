@@ -147,8 +147,9 @@ def test_students_that_cannot_share_views_are_rejected(tmp_path):
         options = OPTIONS | {"students": STUDENTS, "out": tmp_path / "x"} | more
         return funmatch.distill_several(**options)
 
+    (tmp_path / "a" / "test_resnet").mkdir(parents=True)
     with pytest.raises(InputError, match="two students have the name test_resnet"):
-        distill_both(students=["test_resnet", "a/test_resnet"])
+        distill_both(students=["test_resnet", str(tmp_path / "a" / "test_resnet")])
     with pytest.raises(InputError, match="would see different views: side 32 and 160"):
         distill_both(side=None)
     with pytest.raises(InputError, match="profile works with one student only"):
