@@ -49,7 +49,7 @@ def start_worker(out: Path, options: argparse.Namespace, core: int) -> subproces
         )
 
 
-def lengths(options: argparse.Namespace) -> dict[str, int]:
+def lengths(options: argparse.Namespace) -> dict[str, Any]:
     return {"steps": options.steps, "eval_every": max(1, options.steps // 5), "save_every": max(1, options.steps // 5)}
 
 

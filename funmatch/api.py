@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from funmatch.commands.python.arguments import given, model_name, pairs, read_call, run_call, space_words
 from funmatch.commands.python.messages import python_words
+from funmatch.commands.python.signatures import with_options
 from funmatch.commands.verbs import TABLES, run_students
-from funmatch.config import SEARCHED, TAUGHT, Distill, Finetune, Options, Train, recipes
-from funmatch.config.help import essential_lines
+from funmatch.config import SEARCHED, TAUGHT, Distill, Finetune, Train, recipes
 from funmatch.errors import InputError, unknown
 from funmatch.reports.result import Outcome, Result, Tuned
 
@@ -26,32 +26,16 @@ Images: TypeAlias = str | Path | Sequence[str | Path]
 
 
 # `Union`, since `|` does not take a class by its name.
-Model: TypeAlias = Union[str, Path, "nn.Module"]
-"""A model named as on the command line, or a module: a `Classifier`, a timm model, or any module that maps images
-(n, 3, side, side) in [0, 1] to logits (n, classes)."""
+Model: TypeAlias = Union[str, Path, "nn.Module", Result]
+"""A model named as on the command line, a finished run, or a module: a `Classifier`, a timm model, or any module that
+maps images (n, 3, side, side) in [0, 1] to logits (n, classes)."""
 
 
 OnEvent: TypeAlias = Callable[[str, int, dict[str, Any]], object]
 """Called with event, step and values of each record that a run adds to its `metrics.jsonl`."""
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _with_options(table: type[Options], verb: str) -> Callable[[Function], Function]:
-    """Appends the options that matter most with their descriptions to a function's docstring."""
-
-    def add(function: Function) -> Function:
-        # Without the function's own arguments, which its docstring explains.
-        listed = "\n".join(f"        {line}" for line in essential_lines(table, function.__annotations__))
-        more = f"all: `funmatch {verb} --help-all`, `funmatch.config.{table.__name__}`"
-        function.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n    Options that matter most ({more}):\n{listed}\n"
-        return function
-
-    return add
-
-
-@_with_options(Distill, "distill")
+@with_options(Distill, "distill")
 def distill(
     data: Images | None = None,
     teacher: Model | Sequence[Model] | None = None,
@@ -78,11 +62,21 @@ def distill(
 
     Raises:
         funmatch.InputError: an argument or an input is invalid; the message names it and what to do.
+
+    Examples:
+        >>> run = funmatch.distill(
+        ...     "fashion-mini", "fashion-mini-teacher", "fashion-mini-student", "runs/first", steps=2, temperature=2.0
+        ... )
+        >>> run.metrics["step"], run.report.name
+        (2, 'report.html')
+        >>> run.student()
+        Classifier(runs/first/student: 26,888 parameters, 32 × 32 pixels, 10 classes)
     """
     named = {"data": data, "teacher": teacher, "student": student, "out": out}
     return _train("distill", Distill, given(named) | options, on_event)
 
 
+@with_options(Distill, "distill")
 def distill_several(
     data: Images, teacher: str | Sequence[str], students: Sequence[str], out: str | Path, **options: Any
 ) -> list[Outcome]:
@@ -94,7 +88,17 @@ def distill_several(
 
     Raises:
         funmatch.InputError: as for `distill`; or a student failed, while the others finished.
+
+    Examples:
+        >>> runs = funmatch.distill_several(
+        ...     "fashion-mini", "fashion-mini-teacher", ["fashion-mini-student", "test_byobnet"], "runs/both",
+        ...     steps=2, side=32,
+        ... )
+        >>> [run.folder.name for run in runs]
+        ['fashion-mini-student', 'test_byobnet']
     """
+    if isinstance(students, str) or not students:
+        raise InputError(f"students: wanted a list of names, got {students!r}")
     # The first student stands for all while the options are checked.
     named = {"data": data, "teacher": teacher, "student": students[0], "out": out}
     with python_words(Distill):
@@ -104,7 +108,7 @@ def distill_several(
     return [Outcome(each.folder, each.metrics, each.page) for each in found]
 
 
-@_with_options(Train, "train")
+@with_options(Train, "train")
 def train(
     data: Images | None = None,
     student: Model | None = None,
@@ -113,11 +117,16 @@ def train(
     on_event: OnEvent | None = None,
     **options: Any,
 ) -> Outcome:
-    """Trains a network on labels alone, with the views and the loop of `distill`; takes its options."""
+    """Trains a network on labels alone, with the views and the loop of `distill`; takes its options.
+
+    Examples:
+        >>> funmatch.train("fashion-mini", "fashion-mini-student", "runs/labels", steps=2).metrics["split"]
+        'test'
+    """
     return _train("train", Train, given({"data": data, "student": student, "out": out}) | options, on_event)
 
 
-@_with_options(Finetune, "finetune")
+@with_options(Finetune, "finetune")
 def finetune(
     data: Images | None = None,
     model: Model | None = None,
@@ -126,26 +135,47 @@ def finetune(
     on_event: OnEvent | None = None,
     **options: Any,
 ) -> Outcome:
-    """Trains a network with pretrained weights on labels by BiT-HyperRule; takes the options of `train`."""
+    """Trains a network with pretrained weights on labels by BiT-HyperRule; takes the options of `train`.
+
+    Examples:
+        >>> run = funmatch.finetune("fashion-mini", "fashion-mini-teacher", "runs/tuned", steps=2, batch=16, side=32)
+        >>> run.metrics["step"]
+        2
+    """
     return _train("finetune", Finetune, given({"data": data, "model": model, "out": out}) | options, on_event)
 
 
+@with_options(Distill, "distill")
 def recipe(name: str, *, on_event: OnEvent | None = None, **options: Any) -> Outcome:
-    """Runs a published recipe, such as `pet37-fast`; options override those of the recipe."""
-    verb = recipes.find(name).verb
+    """Runs a published recipe, such as `pet37-fast`; options override those of the recipe.
+
+    Examples:
+        >>> run = funmatch.recipe(
+        ...     "pet37-fast", data="fashion-mini", teacher="fashion-mini-teacher", student="fashion-mini-student",
+        ...     out="runs/recipe", steps=2, side=32, resize=None, eval_resize=None, dry_run=True,
+        ... )
+        >>> run.metrics["options"]["steps"]
+        {'value': 2, 'source': 'Python'}
+    """
+    verb = recipes.find(f"{name}").verb
     return _train(verb, TAUGHT[verb], options | {"recipe": name}, on_event)
 
 
-@_with_options(TABLES["prepare"], "prepare")
+@with_options(TABLES["prepare"], "prepare")
 def prepare(data: Images | None = None, **options: Any) -> dict[str, Any]:
     """Downloads, checks and decodes images, or writes them as shards.
 
     Returns:
         `splits`, `classes`, `kinds`, `leaks`, `unreadable`, …, and for shards `shards`, their paths.
+
+    Examples:
+        >>> funmatch.prepare("fashion-mini")["splits"]["val"]
+        {'pictures': 500, 'labelled': True, 'classes': 10}
     """
     return run_call("prepare", TABLES["prepare"], given({"data": data}) | options).to_json()
 
 
+@with_options(SEARCHED["distill"], "tune distill")
 def tune(
     what: str, out: str | Path | None = None, *, space: Mapping[str, Any] | Sequence[str] = (), **options: Any
 ) -> Tuned:
@@ -160,16 +190,24 @@ def tune(
     Raises:
         funmatch.InputError: an argument or an input is invalid; the message names it and what to do.
         funmatch.errors.WorkFailed: all trials failed.
+
+    Examples:
+        >>> search = funmatch.tune(
+        ...     "train", "runs/search", space={"lr": [1e-3, 3e-3]}, trials=1, data="fashion-mini",
+        ...     student="fashion-mini-student", steps=2,
+        ... )
+        >>> sorted(search.knobs)
+        ['lr']
     """
     if what not in SEARCHED and what not in recipes.RECIPES:
-        raise unknown("command or recipe", what, [*SEARCHED, *recipes.RECIPES])
+        raise unknown("command or recipe", f"{what}", [*SEARCHED, *recipes.RECIPES])
     named = {"out": out, "space": space_words(space), "recipe": None if what in SEARCHED else what}
     verb = what if what in SEARCHED else recipes.RECIPES[what].verb
     found = run_call("tune", SEARCHED[verb], options | given(named), subject=verb)
     return Tuned(found.folder, found.metrics, found.page)
 
 
-@_with_options(TABLES["study"], "study")
+@with_options(TABLES["study"], "study")
 def study(name: str | Path | None = None, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Runs a table of runs with several seeds, and plots their results.
 
@@ -183,22 +221,31 @@ def study(name: str | Path | None = None, out: str | Path | None = None, **optio
     Raises:
         funmatch.InputError: all problems of the file.
         funmatch.errors.WorkFailed: runs failed.
+
+    Examples:
+        >>> sorted(funmatch.study())[:2]
+        ['consistency', 'init']
     """
     return run_call("study", TABLES["study"], given({"name": name, "out": out}) | options).to_json()
 
 
-@_with_options(TABLES["evaluate"], "evaluate")
+@with_options(TABLES["evaluate"], "evaluate")
 def evaluate(model: Model | None = None, **options: Any) -> dict[str, Any]:
     """Evaluates a run or a model on a split.
 
     Returns:
         `top1`, `top5`, `agreement`, `kl`, `ece`, `split`, `pictures`, `parameters`, `step`, `run`, …
+
+    Examples:
+        >>> metrics = funmatch.evaluate("fashion-mini-teacher", data="fashion-mini", split="val")
+        >>> metrics["pictures"], metrics["top1"] > 0.8
+        (500, True)
     """
     return run_call("evaluate", TABLES["evaluate"], given({"model": model}) | options).to_json()
 
 
 def load(
-    model: Model | Result,
+    model: Model,
     *,
     weights: str | Path | None = None,
     options: Mapping[str, Any] | Sequence[str] = (),
@@ -220,6 +267,11 @@ def load(
 
     Raises:
         funmatch.InputError: there is no such model, or weights do not fit.
+
+    Examples:
+        >>> teacher = funmatch.load("fashion-mini-teacher")
+        >>> teacher.eval()(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
     from funmatch.models import load as models
 

@@ -1,0 +1,673 @@
+"""Types of `funmatch.api`. Written by `python scripts/write_stubs.py`; change the tables of `funmatch.config`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
+
+from torch import nn
+
+from funmatch.models.classifier import Classifier
+from funmatch.reports.result import Outcome as Outcome
+from funmatch.reports.result import Result as Result
+from funmatch.reports.result import Tuned as Tuned
+
+Images: TypeAlias = str | Path | Sequence[str | Path]
+Model: TypeAlias = str | Path | nn.Module | Result
+Models: TypeAlias = Model | Sequence[Model]
+Names: TypeAlias = str | Path | Sequence[str | Path]
+KeyValues: TypeAlias = Mapping[str, Any] | str | Sequence[str]
+OnEvent: TypeAlias = Callable[[str, int, dict[str, Any]], object]
+
+class TrainOptions(TypedDict, total=False):
+    """Options of `funmatch.train`."""
+
+    device: str
+    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
+    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    steps: int | None
+    """Length of the run in steps (updates of the weights). Give this or epochs. (default: by epochs=…)"""
+    epochs: float | None
+    """Length of the run in passes over the training images. Function matching gains from thousands. (default: by
+    steps=…)"""
+    batch: int
+    """Images per step. May be more than the data set has. (default: 128)"""
+    batch_size: int
+    """The same as batch."""
+    micro_batch: int | None
+    """Images per forward pass of the student (gradient accumulation), to need less memory. Crops and λ stay the same;
+    only BatchNorm statistics change. (default: the whole batch)"""
+    label_smoothing: float
+    """Share of each label that is spread over all classes, where labels are used. (default: 0)"""
+    patience: int | None
+    """Early stopping: end the run after this many evaluations on the validation split without an improvement. (default:
+    no early stopping)"""
+    keep: Literal["last", "best"]
+    """Student to evaluate and save at the end: the last one, or the best on the validation split. (default: last)"""
+    seed: int
+    """Seed of the student's first weights and of every random choice. (default: 0)"""
+    eval_every: int
+    """Steps between evaluations on the validation split. (default: 500)"""
+    save_every: int
+    """Steps between checkpoints. (default: 500)"""
+    log_every: int
+    """Steps between records of the loss. (default: 50)"""
+    compile: Literal["auto", "off", "native", "on", "max"]
+    """How to speed the networks up; results stay equal up to rounding. on: compile them, which takes a minute or two;
+    max: try more kernels for longer. native: on a CPU, use funmatch's own kernels for GroupNorm and standardised
+    convolutions. auto: native on a CPU; elsewhere on, for larger networks in runs of 2,000 steps or more. (default:
+    auto)"""
+    threads: int | None
+    """CPU cores that the networks use. Tiny networks are faster on one. (default: all cores)"""
+    workers: int | None
+    """Threads that make views ahead of the networks. (default: one fewer than there are cores, at most 8)"""
+    device_gb: float | None
+    """Most gigabytes of decoded images that an accelerator keeps in its memory, to cut views itself. (default: a
+    quarter of its memory)"""
+    profile: bool
+    """Profile the first steps, part by part, and save a trace of some of them in the run folder."""
+    optimizer: str
+    """Optimizer: adamw, sgd, lamb, lars, muon, shampoo, soap, or any of timm's. (default: adamw)"""
+    opt: str
+    """The same as optimizer."""
+    optimizer_kwargs: KeyValues
+    """Arguments for the optimizer, e.g. eps=1e-6 or, for Shampoo, block_size=128 graft_type=rmsprop. (default: none)"""
+    momentum: float | None
+    """Momentum, or AdamW's first beta, of optimizers that have one. (default: 0.9; for muon 0.95)"""
+    momentum_dtype: Literal["fp32", "bf16"]
+    """Data type in which AdamW stores the mean of its gradients; the paper's code uses bf16. (default: fp32)"""
+    lr: float | None
+    """Learning rate at the top of the schedule. (default: 0.003)"""
+    schedule: Literal["cosine", "linear", "quadratic", "wsd", "staircase", "constant"]
+    """Learning rate after the linear warm-up: falling to 0 along half a cosine, a line or a parabola; constant until it
+    falls over the last cooldown_steps (wsd); falling at decay_steps (staircase); or constant. (default: cosine)"""
+    cooldown_steps: int | None
+    """wsd: number of steps at the end of the run over which the learning rate falls to 0. (default: a fifth of the
+    run)"""
+    cooldown_shape: Literal["sqrt", "linear"]
+    """wsd: how it falls, as 1 − √t or along a line. (default: sqrt)"""
+    decay_steps: int | Sequence[int]
+    """staircase: the steps at which the learning rate falls. (default: none)"""
+    decay_factors: float | Sequence[float]
+    """staircase: the learning rate after each of these steps, as a share of lr. (default: 0.1, 0.01, …)"""
+    weight_decay: float
+    """Weight decay, decoupled from the learning rate: the share of each kernel that one step removes at the top of the
+    schedule. (In torch's AdamW this would be weight_decay / lr.) Biases and norm layers do not decay. (default:
+    0.0001)"""
+    warmup_steps: int | None
+    """Number of steps over which the learning rate rises from 0. (default: 1,500, but at most 1/10 of the run)"""
+    clip_norm: float | None
+    """Clip gradients to this global norm; None never clips. (default: 1)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: the student's own)"""
+    img_size: int | None
+    """The same as side."""
+    eval_resize: int | None
+    """For evaluation, resize the shorter side to this many pixels, then crop the central square of side. (default: the
+    student's own; at another side, 32 more than it, at most a quarter more)"""
+    crop_min_area: float
+    """Smallest share of an image's area that an Inception crop covers. (default: 0.05)"""
+    crop: Literal["inception", "mild", "squash", "whole"] | None
+    """How an image becomes a training view. inception: a crop of random size and place. mild: a random square of side,
+    after resizing the shorter side to resize. squash: the same, after resizing the whole image to a square. whole: all
+    of the image, never mirrored. (default: inception)"""
+    resize: int | None
+    """Length of the image's shorter side before a mild crop, in pixels. (default: eval_resize)"""
+    mixup: float | None
+    """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off. (default: 1)"""
+    mixup_mode: Literal["batch", "image"]
+    """Draw one λ (and one CutMix box) per batch, or one per image. (default: batch)"""
+    mixup_max: bool
+    """Use max(λ, 1 − λ), so that no image weighs less than the one it is mixed with. (default: on)"""
+    mixup_lam: float | None
+    """Fixed λ of MixUp, in [0, 1]: the share of the image itself. (default: drawn at every step)"""
+    cutmix: float
+    """CutMix (not in the paper): draw λ from Beta(a, a) with this a; 0 is off. With MixUp, one of the two is chosen at
+    random per batch. (default: 0)"""
+    randaugment: Sequence[int] | None
+    """RandAugment (not in the paper) of the shared view: operations per image, and their magnitude from 0 to 30, e.g. 2
+    9. (default: off)"""
+    student_weights: str | Path | None
+    """File to start from (.safetensors, .pt or BiT .npz), for a student given by its timm name. (default: none)"""
+    weights: str | Path | None
+    """The same as student_weights."""
+    student_kwargs: KeyValues
+    """Arguments for timm's constructor, e.g. channels=16,32,64,128. (default: none)"""
+    model_kwargs: KeyValues
+    """The same as student_kwargs."""
+    drop_rate: float | None
+    """Dropout rate before the student's head (timm's drop_rate). (default: the network's own)"""
+    drop_path: float | None
+    """Stochastic-depth rate of the student (timm's drop_path_rate). (default: the network's own)"""
+    ema: float | None
+    """Decay of the weights' exponential moving average (EMA), e.g. 0.9999; the average is evaluated and saved beside
+    the student. (default: off)"""
+    freeze_until: str | None
+    """Freeze everything before this module of the student, e.g. stages.3 or head. (default: nothing is frozen)"""
+    grad_checkpointing: bool
+    """Recompute activations in the backward pass, to need less memory. BatchNorm's running averages are updated
+    twice."""
+    val: float | str | None
+    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
+    the images' content and on val_seed. (default: none)"""
+    val_seed: int
+    """Seed of the validation split. (default: 0)"""
+    unlabelled: bool
+    """Ignore labels, whatever the folders are called."""
+    image_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
+    names)"""
+    label_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. (default: one
+    of the usual names)"""
+    first_label: int
+    """In shards: the number of the first class. (default: 0)"""
+    class_file: str | Path | None
+    """In shards and tables: a text file with one class name per line. (default: names in the data)"""
+    follow_links: bool
+    """Follow symbolic links that lead out of a folder."""
+    data_dir: str | Path | None
+    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
+    folder in the user's cache)"""
+    cap: int
+    """Images whose shorter side is longer than this, in pixels, are scaled down to it. (default: 512)"""
+    decoder: Literal["auto", "pillow", "torchcodec"]
+    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: auto)"""
+    pixels: Literal["auto", "resident", "streaming"]
+    """resident: decode once into the cache. streaming: keep images encoded and decode them a step ahead, in threads.
+    auto is resident up to resident_gb. (default: auto)"""
+    resident_gb: float
+    """With pixels="auto": the most gigabytes of decoded pixels that are stored in the cache. (default: 32)"""
+    max_pixels: int
+    """Larger images are rejected as decompression bombs. (default: 178956970)"""
+    on_bad: Literal["stop", "skip"]
+    """When images cannot be decoded: stop and list all of them, or skip them. (default: stop)"""
+    eval_data: Names
+    """Other images to evaluate on: their validation and test splits, or all of them as a test split. (default: those of
+    data)"""
+    dry_run: bool
+    """Print the options as they would be used, where each value comes from, the images, the parameters and the length;
+    train nothing and write no run folder."""
+
+class FinetuneOptions(TrainOptions, total=False):
+    """Options of `funmatch.finetune`."""
+
+    steps: int | None
+    """Length of the run in steps (updates of the weights). (default: 500, 10,000 or 20,000, by the number of training
+    images)"""
+    epochs: float | None
+    """Length of the run in passes over the training images, instead of steps. (default: by steps=…)"""
+    batch: int
+    """Images per step. May be more than the data set has. (default: 512)"""
+    keep: Literal["last", "best"]
+    """Network to evaluate and save at the end: the last one, or the best on the validation split. (default: best)"""
+    eval_every: int
+    """Steps between evaluations on the validation split. Where there is none, a tenth of the training images is held
+    out for it. (default: 100)"""
+    optimizer: str
+    """Optimizer: sgd, adamw, lamb, lars, muon, shampoo, soap, or any of timm's. (default: sgd)"""
+    lr: float | None
+    """Learning rate at the top of the schedule. (default: 0.003 × batch / 512 for sgd, 0.0001 for others)"""
+    schedule: Literal["cosine", "linear", "quadratic", "wsd", "staircase", "constant"]
+    """Learning rate after the warm-up: falling at decay_steps (staircase); falling to 0 along half a cosine, a line or
+    a parabola; constant until it falls over the last cooldown_steps (wsd); or constant. (default: staircase)"""
+    decay_steps: int | Sequence[int]
+    """staircase: the steps at which the learning rate falls. (default: at 40, 60 and 80 % of 500 steps, at 30, 60 and
+    90 % of more)"""
+    weight_decay: float
+    """Weight decay, decoupled from the learning rate: the share of each kernel that one step removes at the top of the
+    schedule. (default: 0)"""
+    warmup_steps: int | None
+    """Number of steps over which the learning rate rises from 0. (default: 100 for fewer than 20,000 training images,
+    else 500)"""
+    clip_norm: float | None
+    """Clip gradients to this global norm; None never clips. (default: never)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: 128 for images of fewer than 96 × 96 pixels, else
+    480)"""
+    crop: Literal["inception", "mild", "squash", "whole"] | None
+    """How an image becomes a training view. mild: a random square of side, after resizing the shorter side to resize.
+    squash: the same, after resizing the whole image to a square. whole: all of the image. inception: a crop of random
+    size and place. (default: mild)"""
+    resize: int | None
+    """Length of the image's shorter side before a mild crop, in pixels. (default: 160 for side=128, 512 for 480, and in
+    proportion)"""
+    mixup: float | None
+    """MixUp: draw λ from Beta(a, a) with this a; 0 turns MixUp off. (default: 0.1 from 20,000 training images on, else
+    0)"""
+    weights: str | Path | None
+    """File to start from (.safetensors, .pt or BiT .npz), for a network given by its timm name. (default: none)"""
+    student_weights: str | Path | None
+    """The same as weights."""
+
+class DistillOptions(TrainOptions, total=False):
+    """Options of `funmatch.distill`."""
+
+    teacher_weights: Names
+    """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
+    brings its own. Its head decides the classes. (default: none)"""
+    teacher_kwargs: KeyValues
+    """Arguments for the teacher's constructor; with several teachers, for each of them. (default: none)"""
+    teacher_side: int | Sequence[int]
+    """Image size of the teacher's views in pixels, one for all teachers or one each. The same crop is sampled at each
+    size. (default: the student's)"""
+    teacher_share: float | Sequence[float]
+    """Weights of several teachers in their mean, one each. (default: equal)"""
+    combine: Literal["mean-logits", "mean-probabilities"]
+    """How several teachers become one: the mean of their logits, or of their probabilities at the temperature.
+    (default: mean-logits)"""
+    classes: str | None
+    """For a teacher with other classes than the data: same-names matches classes by name; a file map.json holds {"our
+    class": "the teacher's", …}, by name, by number, or a list of these. (default: the teacher's classes)"""
+    trust_class_order: bool
+    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, assuming the
+    same order."""
+    crop: Literal["inception", "mild", "squash", "whole"] | None
+    """The student's crop. Strategies with mild crops (*/rc, fix/cc) also take squash: random squares of the whole image
+    resized to a square. (default: the strategy's)"""
+    mixup: float | None
+    """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off. (default: 1 for funmatch, else 0)"""
+    teacher_precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the frozen teacher; auto is the fastest whose outputs for the first batch equal those in
+    fp32. (default: auto)"""
+    teacher_batch: int | None
+    """Images per forward pass of the teacher, to need less memory. (default: as many as the student)"""
+    strategy: Literal["fix/rs", "fix/cc", "fix/ic_ens", "ind/rc", "ind/ic", "same/rc", "same/ic", "funmatch"]
+    """Views of teacher and student. funmatch: one shared Inception crop, mixed. same/ic, same/rc: one shared Inception
+    or mild random crop. ind/ic, ind/rc: independent crops. fix/rs, fix/cc, fix/ic_ens: the teacher always gets the
+    whole image, its centre, or many Inception crops, whose mean output counts; the student gets the whole image, mild
+    random or Inception crops. (default: funmatch)"""
+    teacher_crops: int
+    """fix/ic_ens: Inception crops of each image over which the teacher's probabilities are averaged beforehand.
+    (default: 1000)"""
+    distance: Literal[
+        "kl", "reverse-kl", "js", "dist", "hard", "l2", "euclidean", "log-softmax-l2", "log-softmax-euclidean"
+    ]
+    """Loss between the outputs of student and teacher. Of probabilities at the temperature: kl, reverse-kl, js
+    (Jensen–Shannon), dist (Huang et al., 2022). Of logits: l2, euclidean, log-softmax-l2, log-softmax-euclidean. hard:
+    cross-entropy on the teacher's top class. (default: kl)"""
+    loss: Literal[
+        "kl", "reverse-kl", "js", "dist", "hard", "l2", "euclidean", "log-softmax-l2", "log-softmax-euclidean"
+    ]
+    """The same as distance."""
+    standardise: bool
+    """Standardise each image's logits to mean 0 and deviation 1 before the distance (Sun et al., 2024)."""
+    label_weight: float
+    """Share of the loss that is cross-entropy on the images' labels, mixed as the views are; function matching uses
+    none. (default: 0)"""
+    temperature: float
+    """Temperature: both networks' logits are divided by it before the softmax. (default: 1)"""
+    t_squared: bool
+    """Multiply the distance by the square of the temperature, so that the temperature does not scale gradients.
+    (default: on)"""
+    teacher_ahead: bool
+    """Run the teacher in the threads that make views: faster for small networks on a CPU."""
+    allow_weak_teacher: bool
+    """Continue with a teacher that is near chance on the labelled validation images."""
+    tape: str | Path | None
+    """Folder for a tape: the teacher's logits for every view, in half precision. The first run records it; later runs
+    with the same images, seed, batch, views and teacher read it instead of running the teacher. (default: none)"""
+    tape_top: int | None
+    """Store only the teacher's top K classes on the tape, and the mass of all others as one number. (default: all)"""
+    tape_full: Literal["stop", "go-on"]
+    """When the disk becomes full while a tape is recorded: stop the run, or continue without recording. (default:
+    stop)"""
+
+class RecipeOptions(DistillOptions, total=False):
+    """Options of `funmatch.recipe`."""
+
+    student: Model
+    """Network to train: a timm name, with random weights or, with its tag, its published ones; a folder or file with
+    weights, as for a teacher; or fashion-mini-student. For another number of classes it gets a new head of zeros. Give
+    student=… several times to train several students in one process."""
+    model: Model
+    """The same as student."""
+    data: Names
+    """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
+    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
+    joined."""
+    teacher: Models
+    """Network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
+    path.npz or bit:R152x2_T_pet128, savedmodel:path, package.module:function, or fashion-mini-teacher."""
+    out: str | Path
+    """Run folder. The same command again resumes from its newest checkpoint."""
+    config: str | Path | None
+    """File of options: .toml (`funmatch config` writes a template), .yaml, or the config.json of a run. Options on the
+    command line override it; paths in it are relative to the current folder. (default: none)"""
+
+class TuneOptions(DistillOptions, total=False):
+    """Options of `funmatch.tune`."""
+
+    trials: int | None
+    """Number of configurations to try. (default: 20, or all of a grid)"""
+    executions: int
+    """Runs of each configuration, with the seeds seed, seed + 1, …; their mean counts. (default: 1)"""
+    sampler: Literal["random", "grid", "tpe"]
+    """How configurations are chosen. random. grid: every combination of listed values once, in random order. tpe: learn
+    from finished trials (with several processes, the order in which they finish then matters). (default: random)"""
+    sampler_seed: int
+    """Seed of the sampler. (default: 0)"""
+    pruner: Literal["none", "asha", "hyperband"]
+    """Whether trials that fall behind are stopped early. In distillation the leader after a short time is often not the
+    leader after a long one, so none is the default. (default: none)"""
+    storage: str | None
+    """Where Optuna stores the search: a journal file, or the URL of a database (sqlite:///study.db,
+    postgresql+psycopg://…). (default: journal.log in out)"""
+    study_name: str | None
+    """Name of the search in the storage. (default: the name of the folder out)"""
+    tapes: bool
+    """Let trials share the teacher's logits (`distill --tape`), where the searched options do not change its views.
+    (default: on)"""
+    student: Model
+    """Network to train: a timm name, with random weights or, with its tag, its published ones; a folder or file with
+    weights, as for a teacher; or fashion-mini-student. For another number of classes it gets a new head of zeros. Give
+    student=… several times to train several students in one process."""
+    model: Model
+    """The same as student."""
+    data: Names
+    """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
+    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
+    joined."""
+    teacher: Models
+    """Network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
+    path.npz or bit:R152x2_T_pet128, savedmodel:path, package.module:function, or fashion-mini-teacher."""
+    config: str | Path | None
+    """File of options: .toml (`funmatch config` writes a template), .yaml, or the config.json of a run. Options on the
+    command line override it; paths in it are relative to the current folder. (default: none)"""
+    recipe: str | None
+    """Published recipe (`funmatch recipes` lists them), also given as the first word: it sets every option; options on
+    the command line override it. (default: none)"""
+
+class PrepareOptions(TypedDict, total=False):
+    """Options of `funmatch.prepare`."""
+
+    val: float | str | None
+    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
+    the images' content and on val_seed. (default: none)"""
+    val_seed: int
+    """Seed of the validation split. (default: 0)"""
+    unlabelled: bool
+    """Ignore labels, whatever the folders are called."""
+    image_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
+    names)"""
+    label_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. (default: one
+    of the usual names)"""
+    first_label: int
+    """In shards: the number of the first class. (default: 0)"""
+    class_file: str | Path | None
+    """In shards and tables: a text file with one class name per line. (default: names in the data)"""
+    follow_links: bool
+    """Follow symbolic links that lead out of a folder."""
+    data_dir: str | Path | None
+    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
+    folder in the user's cache)"""
+    cap: int
+    """Images whose shorter side is longer than this, in pixels, are scaled down to it. (default: 512)"""
+    decoder: Literal["auto", "pillow", "torchcodec"]
+    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: auto)"""
+    pixels: Literal["auto", "resident", "streaming"]
+    """resident: decode once into the cache. streaming: keep images encoded and decode them a step ahead, in threads.
+    auto is resident up to resident_gb. (default: auto)"""
+    resident_gb: float
+    """With pixels="auto": the most gigabytes of decoded pixels that are stored in the cache. (default: 32)"""
+    max_pixels: int
+    """Larger images are rejected as decompression bombs. (default: 178956970)"""
+    on_bad: Literal["stop", "skip"]
+    """When images cannot be decoded: stop and list all of them, or skip them. (default: stop)"""
+    to: Literal["cache", "tfrecord"]
+    """cache: decode for the runs of this program. tfrecord: write shards of tf.train.Example into out. (default:
+    cache)"""
+    out: str | Path | None
+    """Folder for the shards. (default: none)"""
+    side: int | None
+    """Resize the images of the shards to a square of this many pixels a side. (default: each image's own size)"""
+    img_size: int | None
+    """The same as side."""
+    shard_size: int
+    """Images per shard. (default: 128)"""
+
+class EvaluateOptions(TypedDict, total=False):
+    """Options of `funmatch.evaluate`."""
+
+    device: str
+    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
+    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    teacher_weights: Names
+    """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
+    brings its own. Its head decides the classes. (default: none)"""
+    teacher_kwargs: KeyValues
+    """Arguments for the teacher's constructor; with several teachers, for each of them. (default: none)"""
+    teacher_side: int | Sequence[int]
+    """Image size of the teacher's views in pixels, one for all teachers or one each. The same crop is sampled at each
+    size. (default: the student's)"""
+    teacher_share: float | Sequence[float]
+    """Weights of several teachers in their mean, one each. (default: equal)"""
+    combine: Literal["mean-logits", "mean-probabilities"]
+    """How several teachers become one: the mean of their logits, or of their probabilities at the temperature.
+    (default: mean-logits)"""
+    classes: str | None
+    """For a teacher with other classes than the data: same-names matches classes by name; a file map.json holds {"our
+    class": "the teacher's", …}, by name, by number, or a list of these. (default: the teacher's classes)"""
+    trust_class_order: bool
+    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, assuming the
+    same order."""
+    val: float | str | None
+    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
+    the images' content and on val_seed. (default: none)"""
+    val_seed: int
+    """Seed of the validation split. (default: 0)"""
+    unlabelled: bool
+    """Ignore labels, whatever the folders are called."""
+    image_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
+    names)"""
+    label_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. (default: one
+    of the usual names)"""
+    first_label: int
+    """In shards: the number of the first class. (default: 0)"""
+    class_file: str | Path | None
+    """In shards and tables: a text file with one class name per line. (default: names in the data)"""
+    follow_links: bool
+    """Follow symbolic links that lead out of a folder."""
+    data_dir: str | Path | None
+    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
+    folder in the user's cache)"""
+    cap: int
+    """Images whose shorter side is longer than this, in pixels, are scaled down to it. (default: 512)"""
+    decoder: Literal["auto", "pillow", "torchcodec"]
+    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: auto)"""
+    pixels: Literal["auto", "resident", "streaming"]
+    """resident: decode once into the cache. streaming: keep images encoded and decode them a step ahead, in threads.
+    auto is resident up to resident_gb. (default: auto)"""
+    resident_gb: float
+    """With pixels="auto": the most gigabytes of decoded pixels that are stored in the cache. (default: 32)"""
+    max_pixels: int
+    """Larger images are rejected as decompression bombs. (default: 178956970)"""
+    on_bad: Literal["stop", "skip"]
+    """When images cannot be decoded: stop and list all of them, or skip them. (default: stop)"""
+    weights: str | Path | None
+    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
+    model_kwargs: KeyValues
+    """Arguments for timm's constructor. (default: none)"""
+    data: Names
+    """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
+    hf:NAME. Several are joined. (default: the run's)"""
+    split: str
+    """Split to evaluate on; auto is test, else val, else train. (default: auto)"""
+    teacher: Models
+    """Teacher to compare with, or several, as `distill --teacher` takes them. (default: the run's)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
+    img_size: int | None
+    """The same as side."""
+    eval_resize: int | None
+    """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
+    batch: int
+    """Images per forward pass. (default: 128)"""
+    batch_size: int
+    """The same as batch."""
+
+class StudyOptions(TypedDict, total=False):
+    """Options of `funmatch.study`."""
+
+    config: str | Path | None
+    """File of options: .toml (`funmatch config` writes a template), .yaml, or the config.json of a run. Options on the
+    command line override it; paths in it are relative to the current folder. (default: none)"""
+    seeds: int | Sequence[int]
+    """Seeds of each run. (default: those of the file)"""
+    jobs: int | None
+    """Runs at a time. (default: one per core, or one where there is an accelerator)"""
+    only: Names
+    """Carry out only the runs with these names; * and ? stand for anything. (default: all runs)"""
+    set: Names
+    """Options that override the file's for all runs, e.g. epochs=10; after a run's name and a dot, for that run.
+    (default: none)"""
+    tapes: bool
+    """Let runs that show the same teacher the same views share its logits (`distill --tape`). (default: on)"""
+    draw: bool
+    """Only redraw the page from results.jsonl."""
+
+@overload
+def distill(
+    data: Images,
+    teacher: Models,
+    student: Model,
+    out: str | Path,
+    *,
+    config: str | Path | None = None,
+    recipe: str | None = None,
+    on_event: OnEvent | None = None,
+    **options: Unpack[DistillOptions],
+) -> Outcome: ...
+@overload
+def distill(
+    data: Images | None = None,
+    teacher: Models | None = None,
+    student: Model | None = None,
+    out: str | Path | None = None,
+    *,
+    config: str | Path,
+    recipe: str | None = None,
+    on_event: OnEvent | None = None,
+    **options: Unpack[DistillOptions],
+) -> Outcome: ...
+@overload
+def distill(
+    data: Images | None = None,
+    teacher: Models | None = None,
+    student: Model | None = None,
+    out: str | Path | None = None,
+    *,
+    recipe: str,
+    config: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    **options: Unpack[DistillOptions],
+) -> Outcome: ...
+def distill_several(
+    data: Images, teacher: Names, students: Sequence[str], out: str | Path, **options: Unpack[DistillOptions]
+) -> list[Outcome]: ...
+@overload
+def train(
+    data: Images,
+    student: Model,
+    out: str | Path,
+    *,
+    config: str | Path | None = None,
+    recipe: str | None = None,
+    on_event: OnEvent | None = None,
+    **options: Unpack[TrainOptions],
+) -> Outcome: ...
+@overload
+def train(
+    data: Images | None = None,
+    student: Model | None = None,
+    out: str | Path | None = None,
+    *,
+    config: str | Path,
+    recipe: str | None = None,
+    on_event: OnEvent | None = None,
+    **options: Unpack[TrainOptions],
+) -> Outcome: ...
+@overload
+def train(
+    data: Images | None = None,
+    student: Model | None = None,
+    out: str | Path | None = None,
+    *,
+    recipe: str,
+    config: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    **options: Unpack[TrainOptions],
+) -> Outcome: ...
+@overload
+def finetune(
+    data: Images,
+    model: Model,
+    out: str | Path,
+    *,
+    config: str | Path | None = None,
+    recipe: str | None = None,
+    on_event: OnEvent | None = None,
+    **options: Unpack[FinetuneOptions],
+) -> Outcome: ...
+@overload
+def finetune(
+    data: Images | None = None,
+    model: Model | None = None,
+    out: str | Path | None = None,
+    *,
+    config: str | Path,
+    recipe: str | None = None,
+    on_event: OnEvent | None = None,
+    **options: Unpack[FinetuneOptions],
+) -> Outcome: ...
+@overload
+def finetune(
+    data: Images | None = None,
+    model: Model | None = None,
+    out: str | Path | None = None,
+    *,
+    recipe: str,
+    config: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    **options: Unpack[FinetuneOptions],
+) -> Outcome: ...
+def recipe(name: str, *, on_event: OnEvent | None = None, **options: Unpack[RecipeOptions]) -> Outcome: ...
+@overload
+def prepare(data: Images, *, config: str | Path | None = None, **options: Unpack[PrepareOptions]) -> dict[str, Any]: ...
+@overload
+def prepare(data: Images | None = None, *, config: str | Path, **options: Unpack[PrepareOptions]) -> dict[str, Any]: ...
+def tune(
+    what: str,
+    out: str | Path | None = None,
+    *,
+    space: Mapping[str, Any] | Sequence[str] = (),
+    **options: Unpack[TuneOptions],
+) -> Tuned: ...
+def study(
+    name: str | Path | None = None, out: str | Path | None = None, **options: Unpack[StudyOptions]
+) -> dict[str, Any]: ...
+@overload
+def evaluate(
+    model: Model, *, config: str | Path | None = None, **options: Unpack[EvaluateOptions]
+) -> dict[str, Any]: ...
+@overload
+def evaluate(
+    model: Model | None = None, *, config: str | Path, **options: Unpack[EvaluateOptions]
+) -> dict[str, Any]: ...
+def load(
+    model: Model,
+    *,
+    weights: str | Path | None = None,
+    options: Mapping[str, Any] | Sequence[str] = (),
+    classes: int | None = None,
+    side: int | None = None,
+    pretrained: bool = True,
+    inputs: Any = None,
+) -> Classifier: ...
