@@ -222,6 +222,16 @@ def _open_image(encoded: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
+def value_range(encoded: bytes) -> tuple[float, float]:
+    """Returns the smallest and the largest stored value of an image of more than 8 bits, NaN and infinity left out."""
+    with _open_image(encoded, MAX_PIXELS) as image:
+        # Pillow keeps the upper 8 of 16 bits of a colour PNG.
+        scale = 1 if image.mode == "F" or image.mode.startswith("I") else 257
+        values = np.asarray(image, np.float64)
+    values = values[np.isfinite(values)] * scale
+    return (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
+
+
 def _content(encoded: bytes) -> str:
     """Returns what a file that is not an image is by its first bytes, as a clause; empty where they do not tell."""
     start = encoded[:64].lstrip().lower()

@@ -22,7 +22,7 @@ from funmatch.data.decode import decode, header
 from funmatch.data.formats.tfrecord import DamagedRecord, example, frame, records
 from funmatch.data.readers.open import open_dataset
 from funmatch.data.readers.shard_paths import NOTE
-from funmatch.data.readers.tfrecords import CLASS_FILES
+from funmatch.data.readers.shards import CLASS_FILES
 from funmatch.errors import InputError
 from funmatch.ops.sampling import shuffle_positions
 from funmatch.runtime.files import cache_home, disk_errors, file_lock, write_atomically

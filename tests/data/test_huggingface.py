@@ -106,3 +106,39 @@ def test_error_without_a_network_names_the_data_set(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"hf:user/nothing cannot be loaded: .*with a network, or downloaded before"):
         open_dataset("hf:user/nothing")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            ["https://example.org/0.jpg"] * 4,
+            r"holds addresses, e\.g\. https://example\.org/0\.jpg; download the images",
+        ),
+        (["data:image/png;base64,AAAA"] * 4, "holds images in base64"),
+        (["QUJD" * 100] * 4, "holds images in base64"),
+        (["0.jpg"] * 4, "holds names of files, e.g. '0.jpg', which are not there"),
+        ([[{"bytes": b"x", "path": None}]] * 4, "holds lists of images; write one image a row"),
+        ([list(range(784))] * 4, "holds flat lists of 784 numbers"),
+        ([None] * 4, "is empty"),
+    ],
+)
+def test_columns_without_images_are_named_in_one_line(tmp_path, values, message):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"image": values, "label": [0, 1, 0, 1]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=f"the column 'image' {message}") as error:
+        open_dataset(f"hf:{tmp_path}/a.parquet")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Downcasting")
+def test_pixels_in_nested_lists_are_images(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    pixels = [[[8 * i + j for j in range(8)] for i in range(8)]] * 2
+    bytes_of_rows = pyarrow.array(pixels, type=pyarrow.list_(pyarrow.list_(pyarrow.uint8())))
+    parquet.write_table(pyarrow.table({"image": bytes_of_rows, "label": [0, 1]}), tmp_path / "a.parquet")
+    assert open_cache(f"hf:{tmp_path}/a.parquet").splits["train"].image(0).shape == (8, 8, 3)

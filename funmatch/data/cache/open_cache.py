@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from funmatch.data.cache.bit_depth import depth_notes
 from funmatch.data.cache.build import CacheOptions, build, unreadable
 from funmatch.data.cache.check import FORMAT, is_complete, read_index, read_meta
 from funmatch.data.cache.scan import Scan, fingerprint_files, scan, summary
@@ -245,7 +246,7 @@ def _store_entry(
 ) -> dict[str, Any]:
     """Writes a ledger entry: the watched files, and names of this data set, since a cache knows only its content."""
     bad = read_meta(folder)["bad"]
-    notes = dataset.notes
+    notes = (*dataset.notes, *depth_notes(dataset, scanned))
     if len(dataset.watched) > MAX_WATCHED:
         notes += (f"{dataset.name} has many files: only `funmatch prepare` is sure to notice a change inside one",)
     about = summary(dataset, scanned, {(split, i) for split, i, _ in bad})

@@ -1,6 +1,7 @@
 """Lists data sets of the Hugging Face Hub, or their files on disk, through the library `datasets`."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from funmatch.errors import InputError, first_line
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+LOOKED_AT = 100  # rows whose first image tells what a column holds
 LABELS = ("label", "labels", "class", "cls", "fine_label", "category")
 
 
@@ -61,6 +63,8 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
             raise
         classes, unnamed = (), False
         splits = {name: _split(spec, name, table, None, ()) for name, table in tables.items()}
+    for table in tables.values():
+        _check_images(table, spec, image)
     encoded = {name: _encoded(datasets, table, spec, image) for name, table in tables.items()}
 
     def read(split: str, index: int) -> bytes:
@@ -122,6 +126,38 @@ def _load(datasets: Any, spec: str) -> Any:
             f"hf:{spec} cannot be loaded: {first_line(error)}; expected a data set of the Hub (with a network, or "
             "downloaded before), a .parquet or .arrow file, or a folder of them"
         ) from None
+
+
+def _check_images(table: Any, spec: str, image: str) -> None:
+    """Raises `InputError` where the first value of the column of images is something else."""
+    # As stored: the library's own features would already fetch or decode it.
+    column = table.with_format("arrow")[:LOOKED_AT][image].to_pylist()
+    value = next((each for each in column if each is not None), None)
+    where = f"hf:{spec}: the column {image!r}"
+    if isinstance(value, dict) and value.get("bytes") is None:
+        value = value.get("path")
+    if value is None:
+        # A few empty ones are told one by one, by name.
+        problem = "is empty" if len(column) == len(table) else ""
+    elif isinstance(value, list):
+        # Lists of rows of numbers are pixels, which the library encodes; a flat list has lost its height and width.
+        first = next(iter(value), None)
+        if isinstance(first, list):
+            problem = ""
+        elif isinstance(first, int | float):
+            problem = f"holds flat lists of {len(value)} numbers; encode each as PNG or JPEG"
+        else:
+            problem = "holds lists of images; write one image a row"
+    elif not isinstance(value, str):
+        problem = ""  # the library's own error is clear
+    elif re.match(r"(https?|s3|gs|ftp)://", value):
+        problem = f"holds addresses, e.g. {value[:80]}; download the images first"
+    elif value.startswith("data:") or (len(value) > 200 and re.fullmatch(r"[A-Za-z0-9+/=\s]+", value)):
+        problem = "holds images in base64; write their bytes instead"
+    else:
+        problem = "" if os.path.exists(value) else f"holds names of files, e.g. {value[:80]!r}, which are not there"
+    if problem:
+        raise InputError(f"{where} {problem}")
 
 
 def _encoded(datasets: Any, table: Any, spec: str, image: str) -> Any:
