@@ -50,11 +50,12 @@ class Teaching(Options):
         str | None,
         Opt(group=Group.TEACHER, changes=TEACHER, refers=Refers.CLASS_MAP, usual="the teacher's classes"),
     ] = None
-    """For a teacher with other classes than the data: same-names matches classes by name; a file map.json holds
-    {"our class": "the teacher's", …}, by name, by number, or a list of these."""
+    """For a teacher with other classes than the data: same-names matches classes by name; by-number sorts classes that
+    are numbers by value, 2 before 10; a file map.json holds {"our class": "the teacher's", …}, by name, by number, or a
+    list of these."""
     trust_class_order: Annotated[bool, Opt(group=Group.TEACHER, changes=TEACHER, searchable=False)] = False
-    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, assuming the
-    same order."""
+    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
+    that it seems to have in another order, assuming the same order."""
 
     def problems(self) -> list[str]:
         # The field is declared by the tables that use this one, each with its own default and help.

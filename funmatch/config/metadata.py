@@ -44,7 +44,7 @@ class Refers(Enum):
     DATA = "images"
     MODEL = "a model"
     WEIGHTS = "a file of weights, or none"
-    CLASS_MAP = "a file of a class map, or same-names"
+    CLASS_MAP = "a file of a class map, same-names, or by-number"
     FILE = "a file or folder"
 
 

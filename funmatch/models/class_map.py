@@ -1,5 +1,6 @@
 """Maps the classes of the data to a teacher's, which may be more, in another order, or under other names."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from funmatch.models.classifier import Classifier
 from funmatch.runtime.json_files import parse_json
 
 SAME_NAMES = "same-names"
+BY_NUMBER = "by-number"
+RULES = (SAME_NAMES, BY_NUMBER)
+"""Ways to map classes that need no file."""
+
 ClassMap = tuple[tuple[int, ...], ...]
 """For each class of the data the indices of the teacher's classes that it stands for."""
 
@@ -68,11 +73,14 @@ def map_classes(classifier: Classifier, classes: Sequence[str], rule: str) -> Cl
     Args:
         classifier: the teacher.
         classes: names of the data's classes, in order.
-        rule: `SAME_NAMES`, or the path of a class map (see `read_class_map`) that has each of them.
+        rule: `SAME_NAMES`; `BY_NUMBER`, the order of the numbers in their names (2 before 10); or the path of a class
+            map (see `read_class_map`) that has each of them.
 
     Raises:
         InputError: a class is not found, or is not the only one of its name.
     """
+    if rule == BY_NUMBER:
+        return _map_by_number(classifier, classes)
     if rule == SAME_NAMES:
         mapped: dict[str, list[str | int]] = {name: [name] for name in classes}
     else:
@@ -86,6 +94,33 @@ def map_classes(classifier: Classifier, classes: Sequence[str], rule: str) -> Cl
             raise unknown(f"class in {rule}", extra[0], classes)
     lookup = _ClassLookup(classifier)
     return tuple(tuple(lookup.index(one) for one in mapped[name]) for name in classes)
+
+
+def number_order(classes: Sequence[str]) -> list[int] | None:
+    """Returns the position of each class by the number in its name, None where they are not numbered.
+
+    Numbered are `0`, `1`, `10` and `class 1`, `class 10`: names that differ in one number only.
+    """
+    found = [re.fullmatch(r"(\D*)(\d+)(\D*)", name) for name in classes]
+    numbers = [int(match[2]) for match in found if match]
+    around = {(match[1], match[3]) for match in found if match}
+    # "01" and "1" would share a place.
+    if len(numbers) < len(classes) or len(around) != 1 or len(set(numbers)) < len(numbers):
+        return None
+    position = {number: i for i, number in enumerate(sorted(numbers))}
+    return [position[number] for number in numbers]
+
+
+def _map_by_number(classifier: Classifier, classes: Sequence[str]) -> ClassMap:
+    order = number_order(classes)
+    if order is None:
+        raise InputError(f"--classes {BY_NUMBER} needs classes that are numbers, not {', '.join(classes[:5])}")
+    if classifier.num_classes != len(classes):
+        raise InputError(
+            f"{classifier.card.name} has {classifier.num_classes} outputs, but the data has {len(classes)} classes: "
+            f"--classes {BY_NUMBER} needs as many; pass a map.json"
+        )
+    return tuple((position,) for position in order)
 
 
 class _ClassLookup:

@@ -15,7 +15,7 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.decode import pick_decoder
 from funmatch.data.readers.open import resolve_spec
 from funmatch.errors import InputError
-from funmatch.models.class_map import SAME_NAMES
+from funmatch.models.class_map import RULES
 from funmatch.models.classifier import Classifier
 from funmatch.models.names import LOCAL, NAMED, SAVEDMODEL, is_timm_name
 from funmatch.ops.optim import factory, hyperrule
@@ -131,7 +131,7 @@ ABSOLUTE: dict[Refers, Callable[[str], str]] = {
     # A link to weights or to a class map is resolved: the record holds what was read. One to images may be moved to
     # others on purpose.
     Refers.WEIGHTS: lambda path: path if path.lower() == "none" else str(Path(path).expanduser().resolve()),
-    Refers.CLASS_MAP: lambda path: path if path == SAME_NAMES else str(Path(path).expanduser().resolve()),
+    Refers.CLASS_MAP: lambda path: path if path in RULES else str(Path(path).expanduser().resolve()),
     Refers.FILE: lambda path: str(Path(path).expanduser().absolute()),
 }
 """How each kind of name becomes independent of the working directory."""

@@ -277,7 +277,7 @@ def _check_on_validation(teachers: TeacherEnsemble, setup: DistillSetup) -> Teac
     """Predicts the teachers' logits of the validation split; raises `InputError` if they are near chance."""
     split = setup.evaluation.validation
     combined, members = checks.predict(teachers, split, setup.evaluation.view)
-    checks.check_teachers(teachers, combined, members, split, setup.config)
+    checks.check_teachers(teachers, combined, members, split, setup.cache.classes, setup.config)
     return TeacherLogits(combined, members)
 
 

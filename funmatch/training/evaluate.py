@@ -58,6 +58,8 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     # Mapped classes are evaluated alone, as a teacher's would be.
     member = EnsembleMember(Frozen(model), view.side, class_map=class_map) if class_map else None
     logits = scoring.predict(checks.MemberLogits(member) if member else model, split, view)
+    if class_map is None:
+        scoring.check_number_order(model.card, cache.classes, logits, split, trust_order=config.trust_class_order)
     teacher_logits = _predict_teachers(teachers, split, view, logits.shape[-1], config.model) if teachers else None
     metrics = scoring.score(logits, split, teacher_logits)
     metrics.pop("balanced")  # only the check of teachers needs it; the result's keys are public

@@ -1,5 +1,6 @@
 """Evaluates classifiers: predicts the images of a split, and scores the predictions."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,13 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import Batch, Batches, prefetch_map
 from funmatch.errors import InputError
+from funmatch.models.class_map import BY_NUMBER, number_order
 from funmatch.models.classifier import Card, Classifier
 from funmatch.ops import metrics
 from funmatch.ops.crops import central_view
 from funmatch.runtime import devices, env, transfers
+from funmatch.runtime.log import info
+from funmatch.runtime.text import percent
 
 TRAIN_IMAGES_FOR_VALIDATION = 1000
 """Training images that stand in for a validation split, at most."""
@@ -226,6 +230,43 @@ def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None
         raise InputError(
             f"{name} and {cache.name} list different classes: {_first_few(pairs)}; pass --classes same-names or "
             "--classes map.json if the order or the names differ, or --trust-class-order if only the names do"
+        )
+
+
+def check_number_order(
+    card: Card, classes: Sequence[str], logits: Tensor, split: CachedSplit, *, trust_order: bool
+) -> None:
+    """Reports whether a classifier without class names has classes that are numbers in another order than the data.
+
+    Folders are sorted as text, 10 before 2; a classifier that was trained elsewhere may count. Both orders agree on
+    about twice as many images as chance would give, so the check for chance does not see it.
+
+    Args:
+        classes: names of the data's classes.
+        logits: of the split, (n, classes), without a class map.
+        trust_order: only warns.
+
+    Raises:
+        InputError: the images clearly fit the order of the numbers better.
+    """
+    order = number_order(classes)
+    if order is None or order == sorted(order) or card.classes or not split.labelled or logits.shape[-1] != len(order):
+        return
+    labels, predicted = split.labels(slice(None)), logits.argmax(-1)
+    here, there = predicted == labels, predicted == torch.tensor(order)[labels]
+    fits = (
+        f"{card.name} has top-1 {percent(here.double().mean().item())} with the classes in this order "
+        f"({_first_few(classes)}), and {percent(there.double().mean().item())} in the order of the numbers"
+    )
+    # McNemar's test: only images that one of the orders alone has right tell the two apart.
+    better, worse = int((there & ~here).sum()), int((here & ~there).sum())
+    if better - worse <= 2 * math.sqrt(better + worse) or better <= 2 * worse:
+        info(f"note: the classes of the data are numbers sorted as text; {fits}")
+    elif trust_order:
+        info(f"WARNING: {fits}; --trust-class-order keeps the order of the data")
+    else:
+        raise InputError(
+            f"{fits}. Pass --classes {BY_NUMBER} for the order of the numbers, or --trust-class-order to keep this one"
         )
 
 

@@ -1,6 +1,7 @@
 """Checks that teachers are usable: their logits are finite, above chance, and as good as their card says."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -54,16 +55,23 @@ def member_view(member: EnsembleMember, view: scoring.EvalView) -> scoring.EvalV
 
 
 def check_teachers(
-    teachers: TeacherEnsemble, combined: Tensor, each: list[Tensor], split: CachedSplit, config: Distill
+    teachers: TeacherEnsemble,
+    combined: Tensor,
+    each: list[Tensor],
+    split: CachedSplit,
+    classes: Sequence[str],
+    config: Distill,
 ) -> None:
     """Reports the accuracy of the teachers, and refuses those near chance: nearly always a wrong head.
 
     Args:
         combined: logits of the split as `predict` returns them, (n, classes).
         each: those of each teacher.
+        classes: names of the data's classes.
 
     Raises:
-        InputError: logits are not finite, or near chance without `allow_weak_teacher`.
+        InputError: logits are not finite, fit another order of the classes better, or are near chance without
+            `allow_weak_teacher`.
     """
     members = [*zip(teachers.members, each, strict=True)]
     for member, logits in [*members, *([(None, combined)] if len(members) > 1 else [])]:
@@ -82,6 +90,9 @@ def check_teachers(
                 f"WARNING: teacher {name} has top-1 {percent(metrics['top1'])} here, but its card says "
                 f"{percent(on_card)}; check the images, the order of the classes and the image size (--teacher-side)"
             )
+        if member and member.class_map is None:
+            card = member.frozen.classifier.card
+            scoring.check_number_order(card, classes, logits, split, trust_order=config.trust_class_order)
         # Balanced accuracy, since a constant prediction has a high top-1 where one class is frequent.
         check_above_chance(name, metrics["balanced"], logits, split, config)
 

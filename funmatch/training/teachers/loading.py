@@ -13,7 +13,7 @@ from torch import Tensor
 from funmatch.config import Distill, Evaluate
 from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
-from funmatch.models.class_map import SAME_NAMES, ClassMap, map_classes, read_class_map
+from funmatch.models.class_map import RULES, ClassMap, map_classes, read_class_map
 from funmatch.models.classifier import Classifier, check_side, fingerprint, function_of
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.models.inference.frozen import SMALL_NETWORK, AllowedModes, Frozen, InferenceMode, freeze
@@ -75,8 +75,8 @@ def wanted_classes(config: Distill | Evaluate, cache: Cache) -> tuple[str, ...] 
         return None
     if cache.classes and not cache.unnamed:
         return cache.classes
-    if config.classes == SAME_NAMES:
-        raise InputError(f"{cache.name} has no class names for --classes {SAME_NAMES} to match; pass a map.json")
+    if config.classes in RULES:
+        raise InputError(f"{cache.name} has no class names for --classes {config.classes} to match; pass a map.json")
     return tuple(read_class_map(Path(config.classes)))
 
 
