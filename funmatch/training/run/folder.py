@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def open_run(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, 
             raise InputError(f"process {env.rank()} does not see {folder}; --out must lie where all processes see it")
         yield run
         return
-    with run.record.opened(record_of(verb, options, facts), _compare):
+    with run.record.opened(record_of(verb, options, facts), partial(_compare, run.folder)):
         distributed.barrier()
         yield run
 
@@ -237,13 +238,25 @@ def early_differences(folder: Path, verb: str, options: Options) -> list[str]:
         if is_plain and not is_open and stored["knobs"].get(name) is not None:
             requested[name] = value
     now = {"verb": verb, "knobs": {**stored["knobs"], **requested}, "facts": stored["facts"]}
-    return _compare(stored, now)
+    return _compare(folder, stored, now)
 
 
-def _compare(then: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns `differences` with a hint where the length of the run cannot change."""
-    hint = "" if now["knobs"].get("schedule") == "wsd" else " (only runs of --schedule wsd can be extended)"
-    return [f"{line}{hint}" if line.startswith("steps:") else line for line in differences(then, now)]
+def _compare(folder: Path, then: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns `differences`, and what to do instead where the length of the run cannot change."""
+    found = differences(then, now)
+    steps = [one["knobs"].get("steps") or 0 for one in (then, now)]
+    if steps[0] == steps[1] or now["knobs"].get("schedule") == "wsd":
+        return found
+    hint = " (only runs of --schedule wsd can be extended)"
+    found = [f"{line}{hint}" if line.startswith("steps:") else line for line in found]
+    weights = folder / "student" / "model.safetensors"
+    # Its learning rate has fallen to nothing, so more steps would be another run in any case.
+    if steps[1] > steps[0] and weights.is_file():
+        found.append(
+            f"to train it longer, start from its student in another folder, with --student-weights {weights}, or begin "
+            "again with --schedule wsd, whose runs can be extended"
+        )
+    return found
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
