@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from funmatch.commands.neighbours import option_hint
+from funmatch.commands.common.neighbours import option_hint
 from funmatch.config import SEARCHED, Distill, recipes
 from funmatch.config.help import asks_for_help, default_of, flags_of, metavar
 from funmatch.config.options import Options

@@ -24,7 +24,7 @@ from funmatch.argv import (
     split_subject,
     values_of,
 )
-from funmatch.commands import completion
+from funmatch.commands.common import completion
 from funmatch.commands.verbs import TABLES, find_verb, run_students, run_verb, show
 from funmatch.config import TAUGHT, Distill, help
 from funmatch.config.options import Options, listed

@@ -7,7 +7,7 @@ import pytest
 
 from funmatch.argv import merge_repeated, split_students
 from funmatch.cli import parse, read_command
-from funmatch.commands import neighbours
+from funmatch.commands.common import neighbours
 from funmatch.commands.verbs import TABLES
 from funmatch.config import Distill, Report
 from funmatch.config.help import flags_of

@@ -121,11 +121,11 @@ def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict
     Args:
         began: `time.monotonic()` at the start of the process.
     """
-    config, course = setup.config, setup.loop
+    config, loop = setup.config, setup.loop
     # So that the peak below is that of a run, not of what building it has left.
-    devices.empty_cache(course.device)
+    devices.empty_cache(loop.device)
     # As the run does, before its first step: compiled networks are what is measured.
-    accelerate_student(setup.student.classifier, course, config, config.side or 0)
+    accelerate_student(setup.student.classifier, loop, config, config.side or 0)
     begin = time.monotonic() - began
     step = seconds_a_step(setup, objective)
     evaluation, end = seconds_to_evaluate(setup, objective)
@@ -136,7 +136,7 @@ def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict
     seconds = sum(whole.values())
     return {
         "run": str(config.out),
-        "steps": course.steps,
+        "steps": loop.steps,
         "step_ms": 1e3 * step,
         "images_per_second": config.batch / step,
         "seconds": seconds,
@@ -145,37 +145,37 @@ def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict
         "gflop": gflop,
         "of_peak": None if gflop is None else gflop / step / used["peak_gflops"],
         # On a CPU, the peak of this process; Linux counts it in units of 1,024 bytes.
-        "memory_bytes": devices.peak_memory(course.device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory_bytes": devices.peak_memory(loop.device) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "disk_bytes": {
             "pictures": sum(path.stat().st_size for path in setup.cache.folder.rglob("*") if path.is_file()),
             "run": checkpoint.KEPT * size + 2 * parameter_bytes(setup),
             "tape": tape_bytes(setup),
         },
-        "device": str(course.device),
-        "precision": course.precision,
+        "device": str(loop.device),
+        "precision": loop.precision,
         "compile": config.compile,
     }
 
 
 def seconds_a_step(setup: TrainSetup[Any], objective: Objective) -> float:
     """Measures the mean duration of a step over `TIMED` steps of the run, with views prepared in parallel."""
-    course, student = setup.loop, setup.student
-    steps = min(course.steps, WARM + TIMED)
-    finish = objective.ahead or partial(Batch.pin_memory, device=course.device)
+    loop, student = setup.loop, setup.student
+    steps = min(loop.steps, WARM + TIMED)
+    finish = objective.ahead or partial(Batch.pin_memory, device=loop.device)
     batches = prefetch(objective.batches, 0, steps, workers=setup.workers, finish=finish)
-    scaler = devices.loss_scaler(course.device, course.precision)
+    scaler = devices.loss_scaler(loop.device, loop.precision)
     # At least one step is measured, also of a run that is shorter than the warm-up.
     warm, start = min(WARM, steps - 1), time.perf_counter()
     # The threads of `prefetch` would otherwise go on making views while evaluation is measured.
     with closing(batches):
-        for number, _ in fit(course, student.classifier, student.optimizer, scaler, batches, objective.loss):
+        for number, _ in fit(loop, student.classifier, student.optimizer, scaler, batches, objective.loss):
             if student.ema:
                 student.ema.update(student.classifier, number)
             # Kernels run asynchronously on a GPU: without waiting, warm-up steps would end inside the measured time.
             if number == warm:
-                devices.synchronize(course.device)
+                devices.synchronize(loop.device)
                 start = time.perf_counter()
-        devices.synchronize(course.device)
+        devices.synchronize(loop.device)
     return (time.perf_counter() - start) / (steps - warm)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from funmatch import config
-from funmatch.commands.neighbours import command_hint
-from funmatch.config import SEARCHED, TAUGHT
+from funmatch.commands.common.neighbours import command_hint
+from funmatch.config import SEARCHED, TAUGHT, tools
 from funmatch.config.options import Options
 from funmatch.errors import InputError, unknown
 from funmatch.reports.result import Result
@@ -38,26 +38,26 @@ class Verb:
 RUN_PAGE, RUN_TABLE = "reports.run_page:write_if_finished", "reports.tables:show"
 
 VERBS: dict[str, Verb] = {
-    "demo": Verb(config.Demo, "commands.demo:run", "commands.demo:show"),
+    "demo": Verb(tools.Demo, "commands.demo:run", "commands.demo:show"),
     "finetune": Verb(config.Finetune, "training.finetune:run", RUN_TABLE, page=RUN_PAGE),
     "distill": Verb(config.Distill, "training.distill:run", RUN_TABLE, page=RUN_PAGE),
     "train": Verb(config.Train, "training.train:run", RUN_TABLE, page=RUN_PAGE),
     "evaluate": Verb(config.Evaluate, "training.evaluate:run", RUN_TABLE),
-    "config": Verb(config.Config, "commands.config:run", "commands.config:show"),
+    "config": Verb(tools.Config, "commands.config:run", "commands.config:show"),
     "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show"),
     "data": Verb(config.Data, "commands.data:run", "commands.prepare:show"),
     "cache": Verb(config.Cache, "commands.cache:run", "commands.cache:show"),
-    "models": Verb(config.Models, "commands.models:list_models", "commands.models:show_models"),
-    "import": Verb(config.Import, "commands.import_model:import_model", "commands.import_model:show_imported"),
-    "recipes": Verb(config.Recipes, "commands.recipes:run", "commands.recipes:show"),
-    "plan": Verb(config.Plan, "commands.plan:run", "commands.plan:show", subjects=TAUGHT),
+    "models": Verb(tools.Models, "commands.models:list_models", "commands.models:show_models"),
+    "import": Verb(tools.Import, "commands.import_model:import_model", "commands.import_model:show_imported"),
+    "recipes": Verb(tools.Recipes, "commands.recipes:run", "commands.recipes:show"),
+    "plan": Verb(tools.Plan, "commands.plan:run", "commands.plan:show", subjects=TAUGHT),
     "tune": Verb(config.Search, "commands.tune.run:run", "commands.tune.run:show", subjects=SEARCHED),
-    "study": Verb(config.Study, "commands.study.run:run", "commands.study.run:show"),
-    "tape": Verb(config.Tape, "commands.tape:run", "commands.tape:show"),
-    "report": Verb(config.Report, "reports.run_page:run", "reports.run_page:show"),
+    "study": Verb(tools.Study, "commands.study.run:run", "commands.study.run:show"),
+    "tape": Verb(tools.Tape, "commands.tape:run", "commands.tape:show"),
+    "report": Verb(tools.Report, "reports.run_page:run", "reports.run_page:show"),
 }
-"""Every command, in the order of `funmatch --help`. A new one needs a table in `config`, a file and a row here."""
-DRY_RUN = Verb(config.Train, "commands.dry_run:run", "commands.dry_run:show")
+"""Every command, in the order of `funmatch --help`. A new one: its table in `config.tools`, its file, its row here."""
+DRY_RUN = Verb(config.Train, "commands.common.dry_run:run", "commands.common.dry_run:show")
 """Takes the place of a command under `--dry-run`."""
 TABLES: dict[str, type[Options]] = {name: verb.table for name, verb in VERBS.items()}
 """The options of each command."""
@@ -99,7 +99,7 @@ def run_verb(
     """
     verb = find_verb(name)
     options.check()  # here, for all commands, from wherever they are called
-    load_function("commands.preflight:check")(name, options)
+    load_function("commands.common.preflight:check")(name, options)
     if is_dry_run(options):
         return load_function(DRY_RUN.run)(options, modules or {}, sources or {})
     # Before the import that takes seconds, or a person would wait for the first word.
@@ -117,12 +117,12 @@ def run_students(
     """Distils several students of the same teacher side by side, and writes the page of each."""
     # Before they are split: a problem is reported once and not for every student.
     options.check()
-    load_function("commands.preflight:check_students")(options, students)
+    load_function("commands.common.preflight:check_students")(options, students)
     from funmatch.training import distill_many
 
     each = distill_many.split_by_student(options, students)
     for one in each:
-        load_function("commands.preflight:check")("distill", one)
+        load_function("commands.common.preflight:check")("distill", one)
     if is_dry_run(options):
         return [run_verb("distill", one, sources=sources) for one in each]
     metrics = distill_many.run(each)["runs"]

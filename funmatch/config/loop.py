@@ -74,7 +74,7 @@ class Loop(Machine):
     """Length of the run in steps (updates of the weights). Give this or --epochs."""
     epochs: Annotated[
         float | None,
-        # A run's record holds the steps that these epochs come to.
+        # Not compared, since the record of a run holds the number of steps instead.
         Opt(group=Group.LOOP, changes=STUDENT, above=0, at_most=10**9, essential=True, compared=False,
             replaces=("steps",), usual="by --steps"),
     ] = None  # fmt: skip
@@ -86,7 +86,7 @@ class Loop(Machine):
             aliases=("-b", "--batch-size")),
     ] = 128  # fmt: skip
     """Images per step. May be more than the data set has."""
-    # Not ARITHMETIC alone: BatchNorm normalises each piece by its own statistics.
+    # STUDENT, though pieces add up to the same gradient: BatchNorm normalises each piece by its own statistics.
     micro_batch: Annotated[int | None, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, usual="the whole batch")] = (
         None
     )

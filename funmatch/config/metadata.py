@@ -96,7 +96,8 @@ class Opt:
     @property
     def is_searchable(self) -> bool:
         """Whether a search may try several values: they make students that differ, and are evaluated alike."""
-        # What decides the images or where they lie would be evaluated otherwise, and rounding is not worth a trial.
+        # Options of DATA change the images that trials are compared on, PLACE changes no figure, and a difference in
+        # rounding is not worth a trial.
         fixed = self.changes & (Changes.PLACE | Changes.ARITHMETIC | Changes.DATA)
         return not fixed if self.searchable is None else self.searchable
 

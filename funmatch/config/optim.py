@@ -1,6 +1,6 @@
 """Options for the optimizer and the learning-rate schedule."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.options import Options
@@ -9,7 +9,7 @@ from funmatch.config.values import Pairs
 STUDENT = Changes.STUDENT
 LR = 3e-3
 """Learning rate at the top of the schedule."""
-ADAMW_LR = 1e-4
+FINETUNE_LR = 1e-4
 """The same for fine-tuning with another optimizer than SGD, for which BiT-HyperRule has one."""
 WARMUP_STEPS, WARMUP_SHARE = 1500, 10
 """Length of the warm-up, at most one of so many parts of the run."""
@@ -81,6 +81,11 @@ class Optimizer(Options):
     """Number of steps over which the learning rate rises from 0."""
     clip_norm: Annotated[float | None, Opt(group=Group.OPTIMIZER, changes=STUDENT, above=0, usual="never")] = 1.0
     """Clip gradients to this global norm; None never clips."""
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """The options that `ops.optim.factory.create_optimizer` takes by their names, besides rate and decay."""
+        return {"momentum": self.momentum, "momentum_dtype": self.momentum_dtype}
 
     def problems(self) -> list[str]:
         steps, factors, found = self.decay_steps, self.decay_factors, []

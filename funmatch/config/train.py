@@ -9,7 +9,7 @@ from funmatch.config.choices import Crop
 from funmatch.config.data import Images
 from funmatch.config.loop import Loop, Student
 from funmatch.config.metadata import Changes, Group, Opt, Refers
-from funmatch.config.optim import ADAMW_LR, Optimizer, Schedule
+from funmatch.config.optim import FINETUNE_LR, Optimizer, Schedule
 from funmatch.config.options import like
 from funmatch.config.values import Names
 from funmatch.config.views import Views
@@ -105,7 +105,9 @@ class Finetune(Train):
     """MixUp: draw λ from Beta(a, a) with this a; 0 turns MixUp off."""
     optimizer: Annotated[str, like(Train, "optimizer")] = "sgd"
     """Optimizer: sgd, adamw, lamb, lars, muon, shampoo, soap, or any of timm's."""
-    lr: Annotated[float | None, like(Train, "lr", usual=f"0.003 × batch / 512 for sgd, {ADAMW_LR:g} for others")] = None
+    lr: Annotated[float | None, like(Train, "lr", usual=f"0.003 × batch / 512 for sgd, {FINETUNE_LR:g} for others")] = (
+        None
+    )
     """Learning rate at the top of the schedule."""
     schedule: Annotated[Schedule, like(Train, "schedule")] = "staircase"
     """Learning rate after the warm-up: falling at --decay-steps (staircase); falling to 0 along half a cosine, a line

@@ -164,8 +164,8 @@ def mixup(views: Tensor, lam: float | Tensor) -> Tensor:
     Returns:
         (n, ...), λ·x[i] + (1 − λ)·x[i − 1].
     """
-    # Rolled by one, as in the paper's code, an image's partner has another partner; reversing the batch, as is often
-    # done, mixes the same two images twice.
+    # With the image before it, as in the paper's code: each pair is mixed once. The reversed batch, as is often used,
+    # mixes the same two images twice.
     if isinstance(lam, Tensor):
         return torch.lerp(views[:-1], views[1:], lam.view(-1, *[1] * (views.ndim - 1)))
     # Without a copy if nothing is mixed.

@@ -44,7 +44,7 @@ def list_differences(
     """
     return [
         f"{(names or {}).get(name, name)}: {then.get(name)} {where}, {now.get(name)} now"
-        # A missing value counts as None: a record that is older than an option agrees with the option left out.
+        # A missing value counts as None: a record from before an option agrees with a command that leaves it out.
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     ]

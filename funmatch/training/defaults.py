@@ -10,7 +10,7 @@ import torch
 from funmatch.config import Distill, Finetune, Train
 from funmatch.config.choices import STRATEGIES
 from funmatch.config.metadata import Refers
-from funmatch.config.optim import ADAMW_LR, LR, WARMUP_SHARE, WARMUP_STEPS
+from funmatch.config.optim import FINETUNE_LR, LR, WARMUP_SHARE, WARMUP_STEPS
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.decode import pick_decoder
 from funmatch.data.readers.open import resolve_spec
@@ -149,12 +149,12 @@ def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
     steps = config.steps
     if config.epochs is not None:
         steps = max(1, round(config.epochs * count / config.batch))
-    # AdamW has a rate of its own: the rule's was made for SGD.
     ruled: dict[str, Any] = {
         "side": config.side or fitting,
         # `is None`, not `or`: 0 turns MixUp off.
         "mixup": hyperrule.mixup(count) if config.mixup is None else config.mixup,
-        "lr": config.lr or (hyperrule.lr(config.batch) if config.optimizer == "sgd" else ADAMW_LR),
+        # The rule's rate was made for SGD.
+        "lr": config.lr or (hyperrule.lr(config.batch) if config.optimizer == "sgd" else FINETUNE_LR),
         "steps": steps or hyperrule.steps(count),
         "epochs": None,
     }

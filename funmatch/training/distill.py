@@ -16,9 +16,8 @@ from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.distances import cross_entropy, distance, mix_labels, standardize_logits
 from funmatch.ops.mixing import mix_views
 from funmatch.runtime import distributed, env
-from funmatch.runtime.log import info
 from funmatch.runtime.timing import timed
-from funmatch.training import scoring, trainer
+from funmatch.training import trainer
 from funmatch.training.loop import Losses
 from funmatch.training.objective import Objective, TeacherLogits
 from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data, recorded_modes
@@ -38,7 +37,9 @@ def run(config: Distill, given: Modules | None = None, trial: Trial | None = Non
         trial: the search that the run is part of, if any.
     """
     if DISTANCES[config.distance].couples_batch and env.world_size() > 1:
-        raise InputError("distance dist compares the images of a batch with each other, so one process must see all")
+        raise InputError(
+            f"distance {config.distance} compares the images of a batch with each other, so one process must see all"
+        )
     with distributed.process_group(config.device):
         cache, loaded = open_inputs(config, given, trial)
         setup = build_distill_setup(config, cache, loaded, given, trial)
@@ -154,7 +155,7 @@ def build_distill_setup(
 ) -> DistillSetup:
     """Builds the run, except for its teachers, which `prepare` freezes."""
     requested = config
-    cache, config = _fit_to_teachers(cache, loaded, config)
+    cache, config = checks.fit_to_teachers(cache, loaded, config)
     if config.label_weight and not cache.splits["train"].labelled:
         raise InputError(
             f"label_weight ({config.label_weight}) needs labels, but some training images of {cache.name} have none"
@@ -222,7 +223,7 @@ def _freeze_teachers(setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher
             recording.begin_tape(setup, teachers)  # under the lock: the next run finds these modes on the tape
     if config.tape_top is not None and env.is_main_process():
         recording.report_dropped_mass(teachers(first, config.temperature), config)
-    logits = _check_on_validation(teachers, setup) if env.is_main_process() else None
+    logits = checks.check_on_validation(teachers, setup) if env.is_main_process() else None
     if not STRATEGIES[config.strategy].fixed:
         return setup, teachers, None, logits
     name, table = fixed.compute_fixed_logits(setup, teachers)
@@ -245,7 +246,7 @@ def _teachers_of(other: Distillation, setup: DistillSetup) -> Prepared:
     }
     setup, logits = setup.with_provenance(**same), other.teacher_logits
     if other.setup.evaluation.view != setup.evaluation.view and logits is not None:
-        logits = _check_on_validation(other.teachers, setup)  # each student's view decides how images are cut
+        logits = checks.check_on_validation(other.teachers, setup)  # each student's view decides how images are cut
     return setup, other.teachers, other.table, logits
 
 
@@ -271,29 +272,3 @@ def freeze_for_run(
         modes = distributed.broadcast_from_main(lambda: modes)
         teachers, modes = loading.freeze_fastest(placed, first, setup.config, modes)
     return setup.with_provenance(teacher_forms=modes), teachers, first
-
-
-def _check_on_validation(teachers: TeacherEnsemble, setup: DistillSetup) -> TeacherLogits:
-    """Predicts the teachers' logits of the validation split; raises `InputError` if they are near chance."""
-    split = setup.evaluation.validation
-    combined, members = checks.predict(teachers, split, setup.evaluation.view)
-    checks.check_teachers(teachers, combined, members, split, setup.cache.classes, setup.config)
-    return TeacherLogits(combined, members)
-
-
-def _fit_to_teachers(cache: Cache, loaded: Sequence[loading.LoadedTeacher], config: Distill) -> tuple[Cache, Distill]:
-    """Returns the images and options, unlabelled if all images are for training and not of the teachers' classes.
-
-    Distillation needs no labels, and works with images of other classes (section 5 of the paper); but the images that
-    the student is evaluated on must be of the teachers' classes.
-    """
-    try:
-        for teacher in loaded:
-            if teacher.class_map is None:
-                scoring.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
-    except InputError:
-        if config.eval_data or (set(cache.splits) != {"train"} and not config.val):
-            raise
-        info(f"{cache.name}: its classes are not the teacher's; using its images without labels")
-        return cache.without_labels(), config.model_copy(update={"unlabelled": True})
-    return cache, config

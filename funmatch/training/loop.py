@@ -13,7 +13,8 @@ from funmatch.runtime import devices, distributed, env, malloc
 from funmatch.runtime.timing import timed
 
 Losses = Mapping[str, Tensor]
-"""Scalars by name: `loss`, which is minimised, and the parts that it consists of (`distance`, `label_loss`)."""
+"""Scalars by name: `loss`, which is minimised, and the parts that it consists of (`distance`, `label_loss`); the same
+names in every step."""
 
 
 @dataclass(frozen=True)

@@ -240,8 +240,8 @@ def build_student(config: Train, classifier: Classifier, device: torch.device) -
     # device.
     optimizer = factory.create_optimizer(
         config.optimizer, classifier.net, config.lr, config.weight_decay,
-        momentum=config.momentum, momentum_dtype=config.momentum_dtype,
-        options=parse_options(config.optimizer_kwargs), sharded_map=distributed.sharded_map,
+        options=parse_options(config.optimizer_kwargs), **config.optimizer_arguments,
+        sharded_map=distributed.sharded_map,
     )  # fmt: skip
     return Student(classifier, optimizer, EMA(classifier, config.ema) if config.ema is not None else None)
 

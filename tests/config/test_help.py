@@ -153,7 +153,7 @@ def _plain(monkeypatch) -> str:
 
 def test_defaults_in_words_match_the_code():
     """Where a rule sets a default, the help describes it in words, which must stay in step with the code."""
-    from funmatch.config.optim import ADAMW_LR, LR
+    from funmatch.config.optim import FINETUNE_LR, LR
     from funmatch.ops.optim import hyperrule
     from funmatch.ops.optim.factory import resolve_momentum
     from funmatch.ops.optim.schedules import cooldown_length
@@ -176,7 +176,7 @@ def test_defaults_in_words_match_the_code():
     assert 1 <= spare_threads() <= 8
     lengths = [f"{hyperrule.steps(images):,}" for images in (100, 100_000, 1_000_000)]
     assert usual_words(Finetune, "steps").startswith("{}, {} or {}".format(*lengths))
-    assert usual_words(Finetune, "lr") == f"{hyperrule.lr(512)} × batch / 512 for sgd, {ADAMW_LR:g} for others"
+    assert usual_words(Finetune, "lr") == f"{hyperrule.lr(512)} × batch / 512 for sgd, {FINETUNE_LR:g} for others"
     assert usual_words(Finetune, "mixup") == f"{hyperrule.mixup(20_000)} from 20,000 training images on, else 0"
     assert usual_words(Finetune, "side") == (
         f"{hyperrule.sides(95 * 96)[1]} for images of fewer than 96 × 96 pixels, else {hyperrule.sides(96 * 96)[1]}"

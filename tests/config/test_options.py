@@ -9,12 +9,13 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 
 from funmatch import config
-from funmatch.config import SEARCHED, TAUGHT, Changes, Distill, Evaluate, Finetune, Train, options_changing
+from funmatch.config import SEARCHED, TAUGHT, Changes, Distill, Evaluate, Finetune, Train, options_changing, tools
 from funmatch.config.metadata import Group, Opt
 from funmatch.config.options import Machine, Options, alternatives, like, listed, replaced_by
 from funmatch.errors import InputError
 
-TABLES = [each for each in vars(config).values() if isinstance(each, type) and issubclass(each, Options)]
+EVERY = [*vars(config).values(), *vars(tools).values()]
+TABLES = [*dict.fromkeys(each for each in EVERY if isinstance(each, type) and issubclass(each, Options))]
 PACKAGE = Path(config.__file__).parent.parent
 BASE: dict[str, Any] = {"data": "d", "teacher": "t", "student": "s", "out": "o", "steps": 3}
 

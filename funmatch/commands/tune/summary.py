@@ -152,7 +152,7 @@ def test_metrics(spec: SearchSpec, best: dict[str, Any] | None, modules: Modules
         images, this one and those that were best before there were more trials.
     """
     before: list[int] = []
-    # Of the file before: a search that is extended may have tested another trial, and that stays known.
+    # From the summary before this one: an extended search may have tested another trial first, and that must be told.
     with suppress(OSError, Damaged):
         before = read_json(spec.folder / FILE, {"tested": list[int]})["tested"]
     if best is None or not spec.tested:

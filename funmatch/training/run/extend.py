@@ -18,7 +18,7 @@ from funmatch.errors import InputError
 from funmatch.ops.optim import schedules
 from funmatch.runtime.files import remove, write_folder_atomically
 from funmatch.runtime.log import info
-from funmatch.training.run import checkpoint
+from funmatch.training.run import checkpoint, compare
 from funmatch.training.run import folder as run_folder
 
 STUDENTS = ("student", "student-ema")
@@ -55,7 +55,7 @@ def extend(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, An
     # The length and what follows from it take the old values here; any other difference is refused as in any run.
     length = TAUGHT[verb].where(lambda opt: opt.extends)
     alike = now | {"knobs": after | {name: before.get(name) for name in length}}
-    if old is None or new is None or before["steps"] == after["steps"] or run_folder.differences(then, alike):
+    if old is None or new is None or before["steps"] == after["steps"] or compare.differences(then, alike):
         return
     # Both locks: the record is replaced below, and with it the file whose lock says that the run is in use.
     with run.record.beginning(), run.record.lock():

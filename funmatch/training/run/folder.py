@@ -2,8 +2,7 @@
 
 import json
 import math
-import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,30 +11,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from funmatch.config import TAUGHT, UNCOMPARED
-from funmatch.config.metadata import Group
-from funmatch.config.options import Options
+from funmatch.config import TAUGHT
 from funmatch.errors import InputError
 from funmatch.runtime import env
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.json_files import Damaged, read_record
-from funmatch.runtime.records import RUN_RECORD, RUN_SHAPE, RecordFolder, list_differences
+from funmatch.runtime.records import RUN_RECORD, RUN_SHAPE, RecordFolder
+from funmatch.training.run import compare
 from funmatch.training.run.metrics_log import RECORDED_MODE, MetricsLog
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds its checkpoints."""
 FORMAT = 1
 """Format number of run folders, in their `config.json`. Version 0.1.0 wrote none, which is read as 1."""
-COMPARED_FACTS = {
-    "data": "the data's content",
-    "teacher": "the teacher's content",
-    "student": "the student's content",
-    "teacher_function": "the teacher's normalisation or architecture",
-    "rounded": "the teacher's answers, as --tape rounds them",
-}
-"""Facts that are compared when a run is resumed."""
 FACTS = {
-    **{f"{name}?": str | None for name in COMPARED_FACTS},
+    **{f"{name}?": str | None for name in compare.COMPARED_FACTS},
     "views?": str, "answers?": str, "teacher_forms?": [{"form": RECORDED_MODE, "beside_fp32?": dict}],
     "pictures?": dict[str, int], "classes?": list[str], "parameters?": int, "overridden?": dict[str, list],
     "machine?": str, "versions?": dict[str, str],
@@ -159,7 +149,7 @@ def provenance_if_same(folder: Path, verb: str, options: dict[str, Any], facts: 
     if not run.record.has_begun:
         return {}
     config = run.config
-    return {} if differences(config, record_of(verb, options, facts)) else config["facts"]
+    return {} if compare.differences(config, record_of(verb, options, facts)) else config["facts"]
 
 
 def options_of(folder: Path) -> dict[str, Any]:
@@ -193,7 +183,7 @@ def open_run(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, 
 
     Args:
         options: the resolved options.
-        facts: those of `COMPARED_FACTS` are compared with the record, all are kept in it.
+        facts: those of `compare.COMPARED_FACTS` are compared with the record, all are kept in it.
 
     Raises:
         InputError: the folder holds something else, a run with other options, or one that another process is using.
@@ -208,7 +198,7 @@ def open_run(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, 
             raise InputError(f"process {env.rank()} does not see {folder}; --out must lie where all processes see it")
         yield run
         return
-    with run.record.opened(record_of(verb, options, facts), partial(_compare, run.folder)):
+    with run.record.opened(record_of(verb, options, facts), partial(compare.compare, run.folder)):
         distributed.barrier()
         yield run
 
@@ -219,77 +209,6 @@ def check_place(folder: Path) -> None:
     record.check_place()
     if record.has_begun:
         record.read()  # a damaged or newer one is refused now and not after an hour of decoding
-
-
-def early_differences(folder: Path, verb: str, options: Options) -> list[str]:
-    """Lists what differs from the run in a folder before any default is resolved, a line each.
-
-    Only numbers and words that the user has set, and that a record holds as they are set.
-    """
-    stored, table = Run(folder.expanduser()).config, type(options)
-    requested = {}
-    for name in options.model_fields_set & (table.model_fields.keys() - UNCOMPARED):
-        value, opt = getattr(options, name), table.opt(name)
-        is_plain = isinstance(value, int | float | str) and not isinstance(value, bool) and value != "auto"
-        # What is the machine's, or names something by its place, is compared by what it turns out to be.
-        is_open = opt.refers or opt.content or opt.group is Group.MACHINE
-        # How much longer such a run may become is decided with the schedule.
-        is_open = is_open or (opt.extends and stored["knobs"].get("schedule") == "wsd")
-        if is_plain and not is_open and stored["knobs"].get(name) is not None:
-            requested[name] = value
-    now = {"verb": verb, "knobs": {**stored["knobs"], **requested}, "facts": stored["facts"]}
-    return _compare(folder, stored, now)
-
-
-def _compare(folder: Path, then: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns `differences`, and what to do instead where the length of the run cannot change."""
-    found = differences(then, now)
-    steps = [one["knobs"].get("steps") or 0 for one in (then, now)]
-    if steps[0] == steps[1] or now["knobs"].get("schedule") == "wsd":
-        return found
-    hint = " (only runs of --schedule wsd can be extended)"
-    found = [f"{line}{hint}" if line.startswith("steps:") else line for line in found]
-    weights = folder / "student" / "model.safetensors"
-    # Its learning rate has fallen to nothing, so more steps would be another run in any case.
-    if steps[1] > steps[0] and weights.is_file():
-        found.append(
-            f"to train it longer, start from its student in another folder, with --student-weights {weights}, or begin "
-            "again with --schedule wsd, whose runs can be extended"
-        )
-    return found
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lists what differs between two records of a run, a line each.
-
-    A run from before an option counts as trained with its default; an option that is gone is not compared.
-    """
-    table = TAUGHT.get(now["verb"])
-    defaults = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
-    found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
-    names = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
-    # An option may name another folder or file when the fact says that its content is the same.
-    places = {name: opt.content for name, opt in table.opts() if opt.content} if table else {}
-    names = names - UNCOMPARED - {name for name, fact in places.items() if _moved(name, fact, then, now)}
-    before = {name: then["knobs"].get(name, defaults.get(name)) for name in names}
-    found += list_differences(before, {name: now["knobs"].get(name) for name in names}, "in the run")
-    # A fact that later versions added is compared only with runs that recorded it.
-    facts = {"data", "teacher", "student", "rounded"} | (COMPARED_FACTS.keys() & then["facts"].keys())
-    earlier, later = ({name: one["facts"].get(name) for name in facts} for one in (then, now))
-    return found + list_differences(earlier, later, "in the run", COMPARED_FACTS)
-
-
-def _moved(name: str, fact: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Returns whether an option names two places with the same content."""
-    before, after = then["facts"].get(fact), now["facts"].get(fact)
-    values = [each for one in (then, now) for each in _as_list(one["knobs"].get(name))]
-    # Only what lies somewhere can move: another of timm's names is another model, even with equal weights.
-    return after is not None and before == after and all(os.sep in value for value in values)
-
-
-def _as_list(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [str(each) for each in values if each is not None]
 
 
 def finite(value: Any) -> Any:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from funmatch.errors import InputError
 from funmatch.runtime import transfers
 from funmatch.runtime.json_files import read_record
+from funmatch.training.loop import Losses
 
 FORMAT = 1
 """Format number of checkpoints, in their `state.json`. Version 0.1.0 wrote none, which is read as 1."""
@@ -58,10 +59,6 @@ def read_state(path: Path) -> TrainState:
     found = read_record(path, STATE_SHAPE, FORMAT, NEWER, closed=True)
     # Without the format number, which belongs to the file.
     return TrainState(**{name: value for name, value in found.items() if f"{name}?" in STATE_SHAPE})
-
-
-Losses = Mapping[str, Tensor]
-"""Scalars by name, `loss` among them; every step has the same names."""
 
 
 @dataclass(frozen=True)

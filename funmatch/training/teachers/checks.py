@@ -1,4 +1,4 @@
-"""Checks that teachers are usable: their logits are finite, above chance, and as good as their card says."""
+"""Checks that teachers fit the data and are usable: finite logits, above chance, as good as their card says."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,16 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from funmatch.config import Distill
+from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import InputError
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.training import scoring
+from funmatch.training.objective import TeacherLogits
+from funmatch.training.setup import TrainSetup
+from funmatch.training.teachers.loading import LoadedTeacher
 
 BELOW_CARD_WARNING = 0.1
 """Accuracy below the card's from which a warning is given."""
@@ -124,3 +128,29 @@ def chance_threshold(classes: int, images: int) -> float:
     chance = 1 / classes
     deviation = math.sqrt(chance * (1 - chance) / images)
     return min(chance + max(2 * deviation, min(chance, 0.1) * (1 - chance)), (1 + chance) / 2)
+
+
+def check_on_validation(teachers: TeacherEnsemble, setup: TrainSetup[Distill]) -> TeacherLogits:
+    """Predicts the teachers' logits of the validation split; raises `InputError` if they are near chance."""
+    split = setup.evaluation.validation
+    combined, members = predict(teachers, split, setup.evaluation.view)
+    check_teachers(teachers, combined, members, split, setup.cache.classes, setup.config)
+    return TeacherLogits(combined, members)
+
+
+def fit_to_teachers(cache: Cache, loaded: Sequence[LoadedTeacher], config: Distill) -> tuple[Cache, Distill]:
+    """Returns the images and options, unlabelled if all images are for training and not of the teachers' classes.
+
+    Distillation needs no labels, and works with images of other classes (section 5 of the paper); but the images that
+    the student is evaluated on must be of the teachers' classes.
+    """
+    try:
+        for teacher in loaded:
+            if teacher.class_map is None:
+                scoring.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
+    except InputError:
+        if config.eval_data or (set(cache.splits) != {"train"} and not config.val):
+            raise
+        info(f"{cache.name}: its classes are not the teacher's; using its images without labels")
+        return cache.without_labels(), config.model_copy(update={"unlabelled": True})
+    return cache, config

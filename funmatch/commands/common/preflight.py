@@ -12,6 +12,7 @@ from funmatch.config.options import Options, listed
 from funmatch.data.readers.open import check_spec
 from funmatch.errors import InputError
 from funmatch.models.names import check_model_name
+from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
 
 
@@ -88,7 +89,8 @@ def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
         run_folder.check_place(out)
         stored = run_folder.options_of(out)
         if stored:
-            run_folder.Run(out).record.refuse(run_folder.early_differences(out, verb, options))
+            run = run_folder.Run(out)
+            run.record.refuse(compare.early_differences(out, run.config, verb, options))
     except InputError as error:
         yield str(error)
 
