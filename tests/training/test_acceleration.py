@@ -97,7 +97,7 @@ class LimitedMemory(nn.Module):
 @pytest.mark.parametrize(("batch", "micro", "fits"), [(32, None, 8), (20, None, 5), (64, 16, 8)])
 def test_out_of_memory_error_names_the_micro_batch_that_fits(tmp_path, batch, micro, fits):
     options = TINY | {"batch": batch, "side": 32, "steps": 2, "student": LimitedMemory()}
-    with pytest.raises(InputError, match=rf"with {micro or batch} images at once; micro_batch {fits} fits \(tried"):
+    with pytest.raises(InputError, match=rf"with {micro or batch} images at once; micro_batch={fits} fits \(tried"):
         funmatch.distill(**options, micro_batch=micro, out=tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/step-*")), "no checkpoint is written"
     done = funmatch.distill(**options, micro_batch=fits, out=tmp_path / "other")

@@ -164,7 +164,7 @@ def _longer_config(folder: Path, length: dict) -> tuple[str, dict, dict]:
     ("length", "message"),
     [
         ({"steps": 10}, "can be made longer, not 10"),
-        ({"steps": 22, "cooldown_steps": 12}, "would cool down from step 10, before the 14 .* pass cooldown_steps 8"),
+        ({"steps": 22, "cooldown_steps": 12}, "would cool down from step 10, before the 14 .* pass cooldown_steps=8"),
         ({"steps": 30, "lr": 1e-2}, "steps: 20 in the run, 30 now"),
         ({"steps": 30, "warmup_steps": 5}, "warmup_steps: 2 in the run, 5 now"),
     ],
@@ -202,7 +202,7 @@ def test_error_names_the_kept_end_of_a_shorter_run(tmp_path, finished_run):
 def test_other_schedules_cannot_be_extended(tmp_path):
     options = OPTIONS | {"schedule": "cosine"}
     folder = funmatch.distill(out=tmp_path / "run", **options, steps=6).folder
-    with pytest.raises(InputError, match="only runs of schedule wsd can be extended"):
+    with pytest.raises(InputError, match='only runs of schedule="wsd" can be extended'):
         funmatch.distill(out=folder, **options, steps=8)
 
 

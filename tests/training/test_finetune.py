@@ -271,7 +271,7 @@ def test_patience_stops_a_run_early(tmp_path):
     (run.folder / "result.json").unlink()  # as if killed between the last step and the result
     assert finetune(tmp_path / "run", **options).figures["step"] == run.figures["step"]
     assert (run.folder / "metrics.jsonl").read_text() == before
-    with pytest.raises(InputError, match="val 10%"):
+    with pytest.raises(InputError, match='pass val="10%"'):
         funmatch.train(
             _images_without_validation(tmp_path), MODEL, tmp_path / "no", **{**TINY, "steps": 2, "patience": 1}
         )
@@ -309,7 +309,7 @@ def test_head_starts_at_zero_unless_its_classes_are_known(tmp_path):
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"momentum": 1.5}, "momentum"),
         ({"momentum_dtype": "bf16"}, "belongs to optimizer adamw, not sgd"),
-        ({"cooldown_steps": 5}, "belong to schedule wsd, not staircase"),
+        ({"cooldown_steps": 5}, 'belong to schedule="wsd", not staircase'),
         ({"optimizer": "shampo"}, "did you mean 'shampoo'"),
         ({"optimizer": "kron"}, "cannot be used: it draws"),
         ({"micro_batch": 0}, "micro_batch"),

@@ -29,19 +29,19 @@ def early_differences(folder: Path, stored: dict[str, Any], verb: str, options: 
         folder, stored: of the run, and its record.
         verb, options: as requested.
     """
-    table = type(options)
-    requested = {}
+    table, requested = type(options), {}
     for name in options.model_fields_set & (table.model_fields.keys() - UNCOMPARED):
         value, opt = getattr(options, name), table.opt(name)
         is_plain = isinstance(value, int | float | str) and not isinstance(value, bool) and value != "auto"
         # What is the machine's, or names something by its place, is compared by what it turns out to be.
         is_open = opt.refers or opt.content or opt.group is Group.MACHINE
-        # How much longer such a run may become is decided with the schedule.
-        is_open = is_open or (opt.extends and stored["knobs"].get("schedule") == "wsd")
         if is_plain and not is_open and stored["knobs"].get(name) is not None:
             requested[name] = value
+    # How much longer such a run may become is decided with the schedule; alone it is no difference.
+    longer = {name for name in requested if table.opt(name).extends and stored["knobs"].get("schedule") == "wsd"}
     now = {"verb": verb, "knobs": {**stored["knobs"], **requested}, "facts": stored["facts"]}
-    return compare(folder, stored, now)
+    kept = {name: stored["knobs"][name] for name in longer}
+    return compare(folder, stored, now) if differences(stored, now | {"knobs": now["knobs"] | kept}) else []
 
 
 def compare(folder: Path, then: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
