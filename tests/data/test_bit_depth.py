@@ -1,5 +1,8 @@
 """Warnings about images of more than 8 bits that do not use their range."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +28,23 @@ def test_twelve_bits_in_sixteen_are_a_warning(tmp_path):
     assert "the largest value seen is 4,095 of 65,535, so pixels are read as 0 … 15 of 255" in line
     assert not warnings_of(tmp_path / "b", ramp(0, 40_000, np.uint16), ramp(0, 3000, np.uint16))
     assert not warnings_of(tmp_path / "c", ramp(0, 100, np.uint8))
+
+
+def test_twelve_bits_in_colour_png(tmp_path):
+    """Pillow reads 16-bit colour as 8 bits, so the file is written here by hand."""
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    rows = b"".join(b"\0" + struct.pack(">24H", *range(4000, 4072, 3)) for _ in range(8))
+    head = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(png)
+    lines = []
+    open_cache(str(tmp_path / "a"), log=lines.append)
+    assert any("16-bit images use little of their range" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -255,3 +255,66 @@ def test_sizes_of_classes_are_shown(tmp_path, funmatch):
     shown = funmatch("data", tmp_path / "p").stdout
     assert "images per class of train: 2 (dog) … 6 (cat), 1 : 3" in shown
     assert "images per class of val: 2 each" in shown
+
+
+def test_copies_and_parts_among_classes(tmp_path):
+    """Kaggle's flowers hold flowers/ once more among the classes; its k-fold sets have folders of classes in fold1/."""
+    with pytest.raises(InputError, match="the folder flowers holds a copy of the classes beside it"):
+        open_folder(grow(tmp_path / "flowers", "daisy", "rose", "flowers/daisy", "flowers/rose"))
+    found = open_folder(grow(tmp_path / "folds", "fold1/cat", "fold1/dog", "fold2/cat", "fold2/dog"))
+    assert "fold1/cat, are not read as classes" in found.notes[0]
+    assert found.notes[1].startswith("WARNING: ")
+    assert "fold1, fold2 look like parts" in found.notes[1]
+    found = open_folder(grow(tmp_path / "copy", "cat", "cat - Copy", "dog"))
+    assert found.notes[0].endswith("classes that look like copies of others: cat - Copy")
+
+
+def test_a_validation_split_without_class_folders_is_noted(tmp_path):
+    """ImageNet's validation images come without folders."""
+    found = open_folder(grow(tmp_path, "train/cat", "train/dog", "val"))
+    assert found.notes == (f"{tmp_path}: val without class folders: unlabelled",)
+
+
+def test_file_names_with_the_backslashes_of_windows(tmp_path):
+    grow(tmp_path, ".")
+    for path in list(tmp_path.glob("*.png")):
+        path.rename(tmp_path / f"train\\cat\\{path.name}")
+    assert open_folder(tmp_path).notes[0].startswith("WARNING: ")
+
+
+def test_only_what_lies_in_the_folder_is_watched(tmp_path):
+    found = open_folder(grow(tmp_path / "p", "archive/train/a", "archive/train/b"))
+    assert all(path.startswith(str(tmp_path / "p")) for path in found.watched)
+    assert str(tmp_path / "p" / "archive") in found.watched
+
+
+def test_splits_that_are_given_one_by_one(tmp_path):
+    root = grow(tmp_path / "p", "train/a", "train/b", "val/a", "val/b")
+    joined = open_dataset([str(root / "train"), str(root / "val")])
+    assert "are joined, and all their images are for training" in joined.notes[0]
+    assert joined.notes[0].startswith("WARNING: ")
+    assert open_dataset(str(root / "train")).notes[0].endswith("also has val")
+    assert open_dataset(str(root)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("https://example.org/pets.zip", "is an address, not a folder; download and unpack it"),
+        ("file:///data/pets", "pass /data/pets$"),
+        ("microsoft/cats_vs_dogs", "pass hf:microsoft/cats_vs_dogs"),
+    ],
+)
+def test_specs_that_are_no_folder(spec, message):
+    with pytest.raises(InputError, match=message):
+        open_dataset(spec)
+
+
+def test_options_of_shards_are_said_not_to_apply_to_folders(tmp_path):
+    found = open_dataset(str(grow(tmp_path, "a", "b")), ReadOptions(label_feature="x", first_label=1))
+    assert "--label-feature, --first-label does not apply to it" in found.notes[0]
+
+
+def test_a_reader_of_shards_given_a_folder_of_images(tmp_path):
+    with pytest.raises(InputError, match="leave out the prefix"):
+        open_dataset(f"wds:{grow(tmp_path, 'a', 'b')}")

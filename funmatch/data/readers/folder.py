@@ -8,12 +8,12 @@ import numpy as np
 
 from funmatch.data.dataset import UNLABELLED, Dataset, SplitListing, check_classes, read_file, sort_splits
 from funmatch.data.readers import not_images
+from funmatch.data.readers.class_notes import class_notes, first_of, folders_in_classes
 from funmatch.data.readers.folder_listing import FolderListing
 from funmatch.data.readers.layout import Layout, check_not_masks, find_layout
 from funmatch.errors import InputError
 
 EXPECTED = "expected <split>/<class>/*.jpg, <class>/*.jpg, or a folder of unlabelled images"
-NAMED = 5  # classes that a note names
 
 
 def open_folder(
@@ -47,13 +47,16 @@ def open_folder(
         return _without_splits(root, listing, layout, recommend_reader)
     # Where it looked through folders, a new one beside them would change what is read.
     if layout.notes:
-        listing.watched += sorted({str(p) for f in layout.splits.values() for p in (root / f).parents if p != root})
+        listing.watched += sorted(
+            {str(root / p) for f in layout.splits.values() for p in Path(f).parents} - {str(root)}
+        )
     # Of all splits together: a class that one split lacks must not move the numbers of the others.
     classes = tuple(sorted({name for names in layout.classes.values() for name in names}))
     splits = {
         split: _list_split(listing, layout.splits[split], layout.classes[split], classes) for split in layout.splits
     }
     notes = [*layout.notes, *not_images.notes_about_boxes(listing, layout.splits, classes)]
+    notes += folders_in_classes(listing, list(layout.splits.values()), classes)
     return _dataset(root, listing, classes, sort_splits(splits), notes)
 
 
@@ -81,9 +84,9 @@ def _without_splits(
     # In the order of `classes`, which is that of the names below.
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(inside[name]) for name in classes])
     splits = {"train": SplitListing([name for c in classes for name in inside[c]], labels)}
-    notes = list(layout.notes)
+    notes = [*layout.notes, *folders_in_classes(listing, [top], classes)]
     if empty := [folder for folder in folders if folder not in inside]:
-        notes.append(f"{root}: folders without images are no classes: {_first(empty)}")
+        notes.append(f"{root}: folders without images are no classes: {first_of(empty)}")
     return _dataset(root, listing, classes, splits, notes)
 
 
@@ -97,40 +100,11 @@ def _dataset(
     def read(split: str, index: int) -> bytes:
         return read_file(os.path.join(listing.root, splits[split].names[index]))
 
-    notes = [*notes, *listing.notes(), *_class_notes(root, classes, splits)]
+    notes = [*notes, *listing.notes(), *class_notes(root, classes, splits)]
     if not classes:
         notes += listing.table_notes()
         notes += not_images.note_about_names(listing, next(iter(splits.values())).names)
     return Dataset(root.resolve().name, classes, splits, read, listing.watched, notes=tuple(notes), location=str(root))
-
-
-def _class_notes(root: Path, classes: tuple[str, ...], splits: dict[str, SplitListing]) -> list[str]:
-    """Returns notes about classes that cannot be learned from these folders."""
-    if len(classes) == 1:
-        return [f"{root} has a single class, {classes[0]}, so accuracy on it means nothing"]
-    train = splits.get("train")
-    if train is None or not train.labelled:
-        return []
-    counts = {
-        name: np.bincount(split.labels, minlength=len(classes)) for name, split in splits.items() if split.labelled
-    }
-    absent = np.flatnonzero(counts["train"] == 0)
-    elsewhere = [i for i in absent if any(count[i] for count in counts.values())]
-    empty = [classes[i] for i in absent if i not in elsewhere]
-    notes = []
-    if elsewhere:
-        where = ", ".join(name for name, count in counts.items() if count[elsewhere].any())
-        notes.append(
-            f"WARNING: {root} has no training images of {len(elsewhere)} of {len(classes)} classes, which only {where} "
-            f"has: {_first([classes[i] for i in elsewhere])}"
-        )
-    if empty:
-        notes.append(f"{root}: {len(empty)} of {len(classes)} classes have no images in any split: {_first(empty)}")
-    return notes
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f", … ({len(names)} in all)" if len(names) > NAMED else "")
 
 
 def _list_split(listing: FolderListing, folder: str, inner: Sequence[str], classes: tuple[str, ...]) -> SplitListing:

@@ -10,7 +10,7 @@ from funmatch.errors import InputError
 
 BESIDE_IMAGES = {".txt", ".md", ".json", ".csv", ".html", ".ini", ".db", ".mat", ".xml"}
 """Endings of files that usually lie beside images and are skipped without a note."""
-TABLES = {".csv", ".tsv"}
+TABLES = {".csv", ".tsv", ".jsonl"}
 LEFTOVERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "#recycle"}
 """Folders that macOS, Windows, Linux and network storage add, with previews or deleted images in them."""
 
@@ -24,12 +24,14 @@ class FolderListing:
         follow_links: whether symbolic links may lead out of it.
         watched: folders and images, for `Dataset.watched`.
         skipped: files that are not images, relative to the root.
+        nested: folders inside those whose images were listed, relative to the root.
     """
 
     root: str
     follow_links: bool = False
     watched: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    nested: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # The root may be a link itself; what lies where it leads counts as inside.
@@ -84,6 +86,7 @@ class FolderListing:
                     if entry.is_dir():
                         if deep and self._is_folder(entry):
                             waiting.append(prefix + entry.name)
+                            self.nested.append(prefix + entry.name)
                     elif not _is_image(entry):
                         self.skipped.append(prefix + entry.name)
                     elif self._allowed(entry):

@@ -114,6 +114,8 @@ def _load(datasets: Any, spec: str) -> Any:
             return datasets.load_from_disk(str(path))
         if path.is_dir():
             return datasets.load_dataset(str(path))
+        if path.is_file():
+            raise InputError(f"hf:{spec} is a file; expected {' or '.join(FORMATS)}, or a folder of such files")
         if spec.startswith((".", "~", os.sep)):
             # Not to the Hub, where such a name would end in an error about the network.
             raise InputError(f"hf: {spec} is missing")

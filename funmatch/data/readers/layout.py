@@ -61,6 +61,9 @@ def find_layout(listing: FolderListing) -> Layout:
         labels = {split: " (unlabelled)" if any(classes.values()) and not classes[split] else "" for split in classes}
         taken = ", ".join(f"{splits[split]} as {split}{labels[split]}" for split in ORDER if split in splits)
         layout = replace(layout, notes=(f"{listing.root}: read {taken}",))
+    elif flat := [splits[split] for split in layout.classes if any(classes.values()) and not classes[split]]:
+        # ImageNet's validation images are published so.
+        layout = replace(layout, notes=(f"{listing.root}: {', '.join(flat)} without class folders: unlabelled",))
     return _without_strange_classes(listing, layout)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from funmatch.data.decode import EXTENSIONS
 from funmatch.data.readers.folder_listing import BESIDE_IMAGES, TABLES, FolderListing, ending
+from funmatch.data.readers.split_names import says_split
 
 ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar", ".gz", ".bz2", ".xz")
 SHEETS = TABLES | {".xls", ".xlsx"}
@@ -77,7 +78,7 @@ def notes_about_boxes(listing: FolderListing, splits: dict[str, str], classes: t
                 shown = os.path.join(folder, entry.name)
                 if entry.is_dir() and entry.name.lower() in {"labels", "annotations"}:
                     found.append(f"{shown}/")
-                elif folder == "" and splits != {"train": ""} and ending(entry.name) in TABLES:
+                elif folder == "" and _may_hold_labels(entry.name, tables_too=splits != {"train": ""}):
                     tables.append(shown)
     notes = []
     # Names such as train.csv first; a sample_submission.csv has no labels.
@@ -89,8 +90,20 @@ def notes_about_boxes(listing: FolderListing, splits: dict[str, str], classes: t
     return notes
 
 
+def _may_hold_labels(name: str, *, tables_too: bool) -> bool:
+    """Returns whether a file may list labels; tables among unlabelled images have a note of their own."""
+    stem, kind = os.path.splitext(name.lower())
+    listed = kind == ".txt" and (says_split(stem) is not None or "label" in stem or "annotation" in stem)
+    return listed or (tables_too and kind in TABLES)
+
+
 def note_about_names(listing: FolderListing, names: Sequence[str]) -> list[str]:
-    """Returns a note where unlabelled images seem to be named by their classes: `cat.0.jpg`, `dog_12.jpg`."""
+    """Returns a note where unlabelled images seem to be named by their classes, or by folders that were lost."""
+    if all("\\" in name for name in names):
+        return [
+            f"WARNING: {listing.root}: names such as {names[0]} hold folders, which unpacking lost; unpack it with unar "
+            "or 7z"
+        ]
     some = [os.path.basename(name) for name in names[:: len(names) // 1000 + 1]]
     found = [re.fullmatch(r"([^\W\d_]{2,})[ ._-]*\(?\d+\)?\.\w+", name) for name in some]
     counts = Counter(match[1] for match in found if match)

@@ -4,6 +4,7 @@ A new kind of source takes a module with a function like `open_tfrecords`, and a
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -13,6 +14,7 @@ from funmatch.data.dataset import Dataset, ReadOptions, SplitSpec, Track, join_d
 from funmatch.data.readers.catalog import CATALOG, open_named
 from funmatch.data.readers.folder import open_folder
 from funmatch.data.readers.huggingface import open_hub, resolve_if_local
+from funmatch.data.readers.split_names import SPLIT_NAMES
 from funmatch.data.readers.tfrecords import open_tfrecords
 from funmatch.data.readers.webdataset import open_tars
 from funmatch.errors import InputError, unknown
@@ -41,10 +43,20 @@ class Reader:
     files: tuple[str, ...] = ()
 
 
+OF_SHARDS = ("image_feature", "label_feature", "first_label", "class_file")
+"""Options that folders do not have."""
+
+
 def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:  # noqa: ARG001
-    return open_folder(
+    folder = open_folder(
         Path(location).expanduser(), follow_links=options.follow_links, recommend_reader=recommend_reader
     )
+    unused = [
+        f"--{name.replace('_', '-')}" for name in OF_SHARDS if getattr(options, name) != getattr(ReadOptions, name)
+    ]
+    # A note only: another source of the same command may need the option.
+    note = f"{location} is a folder: {', '.join(unused)} does not apply to it; labels come from folder names"
+    return replace(folder, notes=(*folder.notes, note)) if unused else folder
 
 
 READERS: dict[str, Reader] = {
@@ -68,7 +80,10 @@ def open_dataset(specs: str | Sequence[str], options: ReadOptions | None = None,
         InputError: a data set is missing or unusable.
     """
     options = options or ReadOptions()
-    datasets = [_open_one(spec, options, track) for spec in ([specs] if isinstance(specs, str) else specs)]
+    specs = [specs] if isinstance(specs, str) else specs
+    datasets = [_open_one(spec, options, track) for spec in specs]
+    notes = _notes_about_splits(specs)
+    datasets[0] = replace(datasets[0], notes=(*notes, *datasets[0].notes))
     # After joining: a share is meant of all training images together.
     return _with_requested_split(join_datasets(datasets), options.split_spec)
 
@@ -121,10 +136,43 @@ def check_spec(spec: str) -> None:
         raise InputError(f"{spec} has no location; expected {prefix}:{READERS[prefix].location}")
     if spec in CATALOG or prefix or Path(spec).expanduser().exists():
         return
+    if address := re.match(r"(\w+)://", spec):
+        advice = (
+            f"pass {spec[len('file://') :]}" if address[1] == "file" else "download and unpack it, and pass the folder"
+        )
+        raise InputError(f"{spec} is an address, not a folder; {advice}")
+    if re.fullmatch(r"[\w-]+/[\w.-]+", spec):
+        raise InputError(f"there is no folder {spec}; for a data set of the Hugging Face Hub, pass hf:{spec}")
     if "/" in spec or spec.startswith((".", "~")):
         raise InputError(f"there is no folder {spec}; expected a folder of images, or one of: {', '.join(CATALOG)}")
     others = ", ".join(f"{name}:{reader.location}" for name, reader in READERS.items())
     raise unknown("data set", spec, CATALOG, hint=f"there is no folder {spec!r} here; other sources: {others}")
+
+
+def _notes_about_splits(specs: Sequence[str]) -> list[str]:
+    """Returns notes where splits of one folder are given one by one: `pets/train pets/val`, or `pets/train` alone."""
+    folders = [folder.resolve() for spec in specs if spec not in CATALOG and (folder := local_folder(spec))]
+    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
+    given = ", ".join(specs)
+    if len(set(splits.values())) > 1:
+        return [
+            f"WARNING: {given} are joined, and all their images are for training; pass the folder that holds the "
+            "splits, or evaluation images as --eval-data"
+        ]
+    for folder in splits:
+        beside = [
+            path.name for path in _subfolders_of(folder.parent) if path.name.lower() in SPLIT_NAMES and path != folder
+        ]
+        if beside:
+            return [f"{given}: only this folder is read; {folder.parent} also has {', '.join(sorted(beside))}"]
+    return []
+
+
+def _subfolders_of(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()]
+    except OSError:
+        return []  # the folder above need not be readable
 
 
 def _with_requested_split(dataset: Dataset, spec: SplitSpec | None) -> Dataset:

@@ -42,7 +42,10 @@ def shard_paths(pattern: str, endings: str) -> list[Path]:
     # Sorted, since an image's number, and with it all that is drawn for it, depends on the order.
     paths = sorted({Path(path) for path in files if os.path.isfile(path)})
     if not paths:
-        raise InputError(f"no shard matches {pattern}; expected a file, a folder, or a pattern like 'data/*/*.tfrec'")
+        hint = "; for a folder of images, leave out the prefix" if os.path.isdir(expanded) else ""
+        raise InputError(
+            f"no shard matches {pattern}; expected a file, a folder, or a pattern like 'data/*/*.tfrec'{hint}"
+        )
     # Such a pattern may deliberately select a part of a set.
     if os.path.isdir(expanded) or not set("{[?") & set(pattern):
         _check_complete(paths)
