@@ -101,7 +101,7 @@ def note_about_names(listing: FolderListing, names: Sequence[str]) -> list[str]:
     """Returns a note where unlabelled images seem to be named by their classes, or by folders that were lost."""
     if all("\\" in name for name in names):
         return [
-            f"WARNING: {listing.root}: names such as {names[0]} hold folders, which unpacking lost; unpack it with unar "
+            f"WARNING: {listing.root}: names such as {names[0]} hold folders, lost in unpacking; unpack it with unar "
             "or 7z"
         ]
     some = [os.path.basename(name) for name in names[:: len(names) // 1000 + 1]]
