@@ -58,7 +58,8 @@ def distill(
             {"loss": 0.7, …}), by the main process alone; also in a run that resumes, from there on. What it raises
             ends the run as Ctrl-C does, after a checkpoint, and is raised again.
         **options: any other option of the command, e.g. `steps=3000, student_kwargs={"channels": [16, 32]}`;
-            `config="run.toml"` reads a file, which may also hold the arguments above.
+            `config="run.toml"` reads a file, which may also hold the arguments above. `distance`, `augment` and
+            `optimizer` take functions: see docs/python.md.
 
     Raises:
         funmatch.InputError: an argument or an input is invalid; the message names it and what to do.

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
-from torch import nn
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from funmatch.models.classifier import Classifier
 from funmatch.reports.result import Outcome as Outcome
@@ -17,6 +18,9 @@ Models: TypeAlias = Model | Sequence[Model]
 Names: TypeAlias = str | Path | Sequence[str | Path]
 KeyValues: TypeAlias = Mapping[str, Any] | str | Sequence[str]
 OnEvent: TypeAlias = Callable[[str, int, dict[str, Any]], object]
+Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Augment: TypeAlias = Callable[[Tensor, Generator], Tensor]
+CreateOptimizer: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
 
 class TrainOptions(TypedDict, total=False):
     """Options of `funmatch.train`."""
@@ -67,9 +71,10 @@ class TrainOptions(TypedDict, total=False):
     quarter of its memory)"""
     profile: bool
     """Profile the first steps, part by part, and save a trace of some of them in the run folder."""
-    optimizer: str
-    """Optimizer: adamw, sgd, lamb, lars, muon, shampoo, soap, or any of timm's. (default: adamw)"""
-    opt: str
+    optimizer: str | CreateOptimizer
+    """Optimizer: adamw, sgd, lamb, lars, muon, shampoo, soap, any of timm's, or package.module:function of the list of
+    parameters. (default: adamw)"""
+    opt: str | CreateOptimizer
     """The same as optimizer."""
     optimizer_kwargs: KeyValues
     """Arguments for the optimizer, e.g. eps=1e-6 or, for Shampoo, block_size=128 graft_type=rmsprop. (default: none)"""
@@ -128,6 +133,10 @@ class TrainOptions(TypedDict, total=False):
     randaugment: Sequence[int] | None
     """RandAugment (not in the paper) of the shared view: operations per image, and their magnitude from 0 to 30, e.g. 2
     9. (default: off)"""
+    augment: str | Augment | None
+    """Augmentation of your own: package.module:function of the crops, (n, 3, side, side) in [0, 1], and a
+    torch.Generator, that gives crops of the same shape. It is applied before MixUp to the crops of student and teacher.
+    (default: none)"""
     student_weights: str | Path | None
     """File to start from (.safetensors, .pt or BiT .npz), for a student given by its timm name. (default: none)"""
     weights: str | Path | None
@@ -205,7 +214,7 @@ class FinetuneOptions(TrainOptions, total=False):
     eval_every: int
     """Steps between evaluations on the validation split. Where there is none, a tenth of the training images is held
     out for it. (default: 100)"""
-    optimizer: str
+    optimizer: str | CreateOptimizer
     """Optimizer: sgd, adamw, lamb, lars, muon, shampoo, soap, or any of timm's. (default: sgd)"""
     lr: float | None
     """Learning rate at the top of the schedule. (default: 0.003 × batch / 512 for sgd, 0.0001 for others)"""
@@ -258,11 +267,12 @@ class DistillOptions(TrainOptions, total=False):
     """How several teachers become one: the mean of their logits, or of their probabilities at the temperature.
     (default: mean-logits)"""
     classes: str | None
-    """For a teacher with other classes than the data: same-names matches classes by name; a file map.json holds {"our
-    class": "the teacher's", …}, by name, by number, or a list of these. (default: the teacher's classes)"""
+    """For a teacher with other classes than the data: same-names matches classes by name; by-number sorts classes that
+    are numbers by value, 2 before 10; a file map.json holds {"our class": "the teacher's", …}, by name, by number, or a
+    list of these. (default: the teacher's classes)"""
     trust_class_order: bool
-    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, assuming the
-    same order."""
+    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
+    that it seems to have in another order, assuming the same order."""
     crop: Literal["inception", "mild", "squash", "whole"] | None
     """The student's crop. Strategies with mild crops (*/rc, fix/cc) also take squash: random squares of the whole image
     resized to a square. (default: the strategy's)"""
@@ -281,15 +291,18 @@ class DistillOptions(TrainOptions, total=False):
     teacher_crops: int
     """fix/ic_ens: Inception crops of each image over which the teacher's probabilities are averaged beforehand.
     (default: 1000)"""
-    distance: Literal[
-        "kl", "reverse-kl", "js", "dist", "hard", "l2", "euclidean", "log-softmax-l2", "log-softmax-euclidean"
-    ]
+    distance: (
+        Literal["kl", "reverse-kl", "js", "dist", "hard", "l2", "euclidean", "log-softmax-l2", "log-softmax-euclidean"]
+        | Distance
+    )
     """Loss between the outputs of student and teacher. Of probabilities at the temperature: kl, reverse-kl, js
     (Jensen–Shannon), dist (Huang et al., 2022). Of logits: l2, euclidean, log-softmax-l2, log-softmax-euclidean. hard:
-    cross-entropy on the teacher's top class. (default: kl)"""
-    loss: Literal[
-        "kl", "reverse-kl", "js", "dist", "hard", "l2", "euclidean", "log-softmax-l2", "log-softmax-euclidean"
-    ]
+    cross-entropy on the teacher's top class. Or package.module:function of both logits, (n, classes) each, that gives
+    one number an image. (default: kl)"""
+    loss: (
+        Literal["kl", "reverse-kl", "js", "dist", "hard", "l2", "euclidean", "log-softmax-l2", "log-softmax-euclidean"]
+        | Distance
+    )
     """The same as distance."""
     standardise: bool
     """Standardise each image's logits to mean 0 and deviation 1 before the distance (Sun et al., 2024)."""
@@ -451,11 +464,12 @@ class EvaluateOptions(TypedDict, total=False):
     """How several teachers become one: the mean of their logits, or of their probabilities at the temperature.
     (default: mean-logits)"""
     classes: str | None
-    """For a teacher with other classes than the data: same-names matches classes by name; a file map.json holds {"our
-    class": "the teacher's", …}, by name, by number, or a list of these. (default: the teacher's classes)"""
+    """For a teacher with other classes than the data: same-names matches classes by name; by-number sorts classes that
+    are numbers by value, 2 before 10; a file map.json holds {"our class": "the teacher's", …}, by name, by number, or a
+    list of these. (default: the teacher's classes)"""
     trust_class_order: bool
-    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, assuming the
-    same order."""
+    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
+    that it seems to have in another order, assuming the same order."""
     val: float | str | None
     """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
     the images' content and on val_seed. (default: none)"""

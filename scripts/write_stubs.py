@@ -28,7 +28,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
-from torch import nn
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from funmatch.models.classifier import Classifier
 from funmatch.reports.result import Outcome as Outcome
@@ -41,6 +42,9 @@ Models: TypeAlias = Model | Sequence[Model]
 Names: TypeAlias = str | Path | Sequence[str | Path]
 KeyValues: TypeAlias = Mapping[str, Any] | str | Sequence[str]
 OnEvent: TypeAlias = Callable[[str, int, dict[str, Any]], object]
+Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Augment: TypeAlias = Callable[[Tensor, Generator], Tensor]
+CreateOptimizer: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
 '''
 LAST = """
 def load(
@@ -61,6 +65,8 @@ BY_NAME = {
     "distance": f"Literal[{', '.join(repr(name) for name in DISTANCES)}]",
 }
 """Options that any text is declared for, since the message for a wrong one lists near names."""
+FUNCTION_TYPES = {"distance": "Distance", "augment": "Augment", "optimizer": "CreateOptimizer"}
+"""Types of the functions that options take in the place of a name."""
 WIDTH = 120
 APART = ("config", "recipe")
 """Options that stand for others: where one is given, required arguments may be missing."""
@@ -187,6 +193,8 @@ def type_of(table: type[Options], name: str) -> str:
     if kind.several and found in ("int", "float", PATH):
         several = f"Sequence[{found}]"
         found = several if kind.count else f"{found} | {several}"
+    if opt.function:
+        found = f"{found} | {FUNCTION_TYPES[name]}"
     return f"{found} | None" if kind.optional else found
 
 
@@ -215,6 +223,8 @@ def literal(start: str, kind: str) -> str:
     if len(start) + len(kind) <= WIDTH:
         return start + kind
     choices, rest = kind.removeprefix("Literal[").split("]")
+    if rest:
+        return f"{start}(\n        Literal[{choices}]\n        {rest.strip()}\n    )"
     inside = ", ".join(choices.split(", "))
     if len(inside) + 8 <= WIDTH:
         return f"{start}Literal[\n        {inside}\n    ]{rest}"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from funmatch.runtime.functions import is_function_name
+
 Crop = Literal["inception", "mild", "squash", "whole"]
 """How an image becomes a view: an Inception crop; a random square of the resized image (aspect ratio kept, or the
 whole image squashed to a square); or the whole image resized, never mirrored."""
@@ -91,3 +93,8 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
     }
 )
 """The distances between the outputs of student and teacher, by name."""
+
+
+def find_distance(name: str) -> Distance | None:
+    """Returns the row of a distance, None where there is none; a user's function takes all logits of each image."""
+    return Distance() if is_function_name(name) else DISTANCES.get(name)

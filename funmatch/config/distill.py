@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from funmatch.config.choices import DISTANCES, STRATEGIES, Crop, Strategy
+from funmatch.config.choices import DISTANCES, STRATEGIES, Crop, Strategy, find_distance
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Options, like
 from funmatch.config.train import Finetune, Train
@@ -117,11 +117,12 @@ class Distill(Train, Teaching):
     mixup: Annotated[float | None, like(Train, "mixup", usual="1 for funmatch, else 0")] = None
     """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off."""
     distance: Annotated[
-        str, Opt(group=Group.LOOP, changes=STUDENT, aliases=("--loss",), metavar="|".join(DISTANCES))
+        str, Opt(group=Group.LOOP, changes=STUDENT, aliases=("--loss",), metavar="|".join(DISTANCES), function=True)
     ] = "kl"
     """Loss between the outputs of student and teacher. Of probabilities at the temperature: kl, reverse-kl, js
     (Jensen–Shannon), dist (Huang et al., 2022). Of logits: l2, euclidean, log-softmax-l2, log-softmax-euclidean. hard:
-    cross-entropy on the teacher's top class."""
+    cross-entropy on the teacher's top class. Or package.module:function of both logits, (n, classes) each, that gives
+    one number an image."""
     standardise: Annotated[bool, Opt(group=Group.LOOP, changes=STUDENT)] = False
     """Standardise each image's logits to mean 0 and deviation 1 before the distance (Sun et al., 2024)."""
     label_weight: Annotated[float, Opt(group=Group.LOOP, changes=STUDENT, at_least=0, at_most=1)] = 0.0
@@ -188,6 +189,11 @@ class Distill(Train, Teaching):
                 f"mixup ({self.mixup}) needs a teacher that gets the mixed images, but the teacher of {self.strategy} "
                 "is fixed: its outputs are for each image alone. Omit --mixup, or use a strategy of same/ or ind/"
             )
+        if row.fixed and self.augment:
+            found.append(
+                f"augment changes the views of both networks, but the teacher of {self.strategy} gets a fixed one; "
+                "use a strategy of same/ or ind/, or funmatch"
+            )
         if row.teacher != "same":
             found += [
                 f"{name} changes the view that both share, but in {self.strategy} the teacher gets another; use a "
@@ -210,7 +216,7 @@ class Distill(Train, Teaching):
 
     def _distance_problems(self) -> list[str]:
         """A distance that is unknown, or options that it has no use for."""
-        distance = DISTANCES.get(self.distance)
+        distance = find_distance(self.distance)
         if distance is None:
             return [str(unknown("distance", self.distance, DISTANCES))]
         found = []
@@ -241,7 +247,7 @@ class Distill(Train, Teaching):
 
     def _tape_problems(self) -> list[str]:
         """A tape of outputs that are stored anyway, or of too few for the distance."""
-        found, distance = [], DISTANCES.get(self.distance)
+        found, distance = [], find_distance(self.distance)
         if self.tape is None:
             found += [f"{name} belongs to --tape" for name in ("tape_top", "tape_full") if self.moved(name)]
         elif self.teacher_is_fixed:

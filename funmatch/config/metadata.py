@@ -70,6 +70,7 @@ class Opt:
         aliases: other flags for it.
         positional: whether its value stands without a flag.
         metavar: what stands for its value in `--help`; None decides by its type.
+        function: whether its value may be a function of the user, package.module:function.
     """
 
     group: Group
@@ -92,6 +93,7 @@ class Opt:
     aliases: tuple[str, ...] = ()
     positional: bool = False
     metavar: str | None = None
+    function: bool = False
 
     @property
     def is_searchable(self) -> bool:

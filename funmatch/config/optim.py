@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.options import Options
 from funmatch.config.values import Pairs
+from funmatch.runtime.functions import is_function_name
 
 STUDENT = Changes.STUDENT
 LR = 3e-3
@@ -22,10 +23,11 @@ class Optimizer(Options):
     # Replaces the options below: a recipe's arguments and momentum do not fit another optimizer.
     optimizer: Annotated[
         str,
-        Opt(group=Group.OPTIMIZER, changes=STUDENT, aliases=("--opt",), metavar="NAME",
+        Opt(group=Group.OPTIMIZER, changes=STUDENT, aliases=("--opt",), metavar="NAME", function=True,
             replaces=("optimizer_kwargs", "momentum", "momentum_dtype")),
     ] = "adamw"  # fmt: skip
-    """Optimizer: adamw, sgd, lamb, lars, muon, shampoo, soap, or any of timm's."""
+    """Optimizer: adamw, sgd, lamb, lars, muon, shampoo, soap, any of timm's, or package.module:function of the list of
+    parameters."""
     optimizer_kwargs: Annotated[
         Pairs, Opt(group=Group.OPTIMIZER, changes=STUDENT, usual="none", metavar="KEY=VALUE …")
     ] = ()
@@ -88,7 +90,7 @@ class Optimizer(Options):
         return {"momentum": self.momentum, "momentum_dtype": self.momentum_dtype}
 
     def problems(self) -> list[str]:
-        steps, factors, found = self.decay_steps, self.decay_factors, []
+        steps, factors, found = self.decay_steps, self.decay_factors, self._function_problems()
         # With a rule, the steps of the staircase follow from the number of images, which is not known yet.
         if self.schedule == "staircase" and not steps and not self.by_rule:
             found.append("a staircase needs --decay-steps, e.g. --decay-steps 200 300 400")
@@ -108,3 +110,16 @@ class Optimizer(Options):
         if list(steps) != sorted(set(steps)) or (steps and steps[0] < 1):
             found.append(f"decay_steps must rise from 1 on, got {', '.join(map(str, steps))}")
         return found + super().problems()
+
+    def _function_problems(self) -> list[str]:
+        """Options that a user's function decides itself, and the one that it does not."""
+        if not is_function_name(self.optimizer):
+            return []
+        # 0 is what such a run records.
+        idle = {name: self.moved(name) for name in ("optimizer_kwargs", "momentum")}
+        idle["weight_decay"] = self.moved("weight_decay") and self.weight_decay != 0
+        found = [f"{name} belongs to optimizers by name; {self.optimizer} sets its own" for name in idle if idle[name]]
+        # Required: the schedule would otherwise replace the optimizer's own rate by our default without a word.
+        if self.lr is None:
+            found.append(f"optimizer {self.optimizer} needs --lr, which the schedule sets in all of its groups")
+        return found

@@ -103,7 +103,8 @@ class Options(BaseModel):
                 problems.append(f"{name} is set twice, once as {word}; set it once")
             # Before pydantic, which would turn "4" into 4 and True into 1.0.
             elif problem := type_problem(cls.model_fields[name], value):
-                problems.append(f"{name}: {problem}")
+                wanted = problem.replace("a string", "a string or a function", 1) if cls.opt(name).function else problem
+                problems.append(f"{name}: {wanted}")
             else:
                 values[name] = normalised(cls.model_fields[name], value)
         # From the words, not from `values`: an option whose value is wrong is not missing as well.

@@ -59,6 +59,15 @@ class Views(Options):
     """RandAugment (not in the paper) of the shared view: operations per image, and their magnitude from 0 to 30, e.g.
     2 9."""
 
+    # Not searchable: the functions of a search would all have to be importable by name.
+    augment: Annotated[
+        str | None,
+        Opt(group=Group.VIEWS, changes=VIEWS, usual="none", metavar="MODULE:FUNCTION", function=True, searchable=False),
+    ] = None
+    """Augmentation of your own: package.module:function of the crops, (n, 3, side, side) in [0, 1], and a
+    torch.Generator, that gives crops of the same shape. It is applied before MixUp to the crops of student and
+    teacher."""
+
     @property
     def cropped(self) -> Crop:
         """How images become training views."""

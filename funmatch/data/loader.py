@@ -14,6 +14,7 @@ from torch import Tensor
 from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops import randaugment
+from funmatch.ops.augment import augment_crops
 from funmatch.ops.crops import crop_of_resized_flip, crop_resize_flip
 from funmatch.ops.mixing import draw_cutmix_boxes, own_weight
 from funmatch.ops.sampling import (
@@ -192,6 +193,22 @@ class Loader:
         self, step: int, drawn: StepSample, rows: np.ndarray, teacher_sides: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Returns the student's crops, and the teacher's at each side (None for the student's own)."""
+        spec, own = self.spec, self.spec.own_teacher_view
+        if spec.augment is None:
+            return self._crops_of(step, drawn, rows, teacher_sides)
+        # Of the whole global batch, of which we take our rows: a function may draw for a batch as it likes.
+        crops, others = self._crops_of(step, drawn, np.arange(-1, spec.batch) % spec.batch, teacher_sides)
+        ours = slice(self.rank * self.size, (self.rank + 1) * self.size + 1)
+        changed = [
+            None if each is None else augment_crops(spec.augment, each, spec.seed, step, teachers_own=own)[ours]
+            for each in others
+        ]
+        return augment_crops(spec.augment, crops, spec.seed, step)[ours], tuple(changed)
+
+    def _crops_of(
+        self, step: int, drawn: StepSample, rows: np.ndarray, teacher_sides: tuple[int, ...]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Cuts the crops of some rows of the global batch, before an augmentation of the user; returns the same."""
         spec, indices = self.spec, drawn.indices[rows]
         others = () if spec.own_teacher_view else tuple(side for side in teacher_sides if side != spec.side)
         # All sides are cut at once, so that an image is decoded once.

@@ -1,6 +1,5 @@
 """Wraps networks that are not timm's: the result of a function in the user's code, or a module passed from Python."""
 
-import importlib
 import inspect
 import sys
 from contextlib import redirect_stdout
@@ -13,6 +12,7 @@ from torch import nn
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Card, Classifier, timm_config
 from funmatch.models.names import GIVEN, is_function
+from funmatch.runtime.functions import import_function
 
 DEFAULT_SIDE = 224
 """Image size in pixels of a network that does not state its own."""
@@ -29,26 +29,13 @@ def call_function(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.
     Raises:
         InputError: there is no such function, it fails, or it returns something else.
     """
-    module, _, function = name.partition(":")
-    # The installed command has its own folder in front, not the current one, as `python script.py` would.
-    sys.path.insert(0, "")
-    try:
-        # Here and below, since standard output is for results, which scripts parse.
-        with redirect_stdout(sys.stderr):
-            build = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise InputError(f"cannot import {module} for the model {name}: {first_line(error)}") from error
-    except AttributeError as error:
-        raise InputError(f"module {module} has no {function}; expected package.module:function") from error
-    except Exception as error:  # the user's code can raise anything
-        raise InputError(f"{module} fails when it is imported: {first_line(error)}") from error
-    finally:
-        sys.path.remove("")
+    build = import_function(name, "model")
     try:
         takes = inspect.signature(build).parameters
         if classes is not None and ("num_classes" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())):
             # In front of the user's own arguments, which may name another number.
             kwargs = {"num_classes": classes, **kwargs}
+        # Standard output is for results, which scripts parse.
         with redirect_stdout(sys.stderr):
             net = build(**kwargs)
     except Exception as error:

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funmatch.errors import InputError
+from funmatch.runtime.functions import find_function, is_function_name
+
 Distance = Callable[[Tensor, Tensor, float], Tensor]
 NEARLY_CONSTANT = 1e-3
 """Norm of a row less its mean, as a fraction of the row's norm, below which the row counts as constant."""
@@ -171,7 +174,7 @@ def distance(
     """Computes the distance of a name.
 
     Args:
-        name: a key of `TEMPERED` or `PLAIN`.
+        name: a key of `TEMPERED` or `PLAIN`, or the name of a user's function of two logits.
         student_logits, teacher_logits: (n, classes).
         temperature: T > 0, for `TEMPERED`.
         squared: multiply those by T².
@@ -180,6 +183,8 @@ def distance(
     Returns:
         (n,) float32.
     """
+    if is_function_name(name):
+        return _call_function(name, student_logits, teacher_logits)
     # By itself, since it alone has label smoothing.
     if name == "hard":
         return hard(student_logits, teacher_logits, smoothing)
@@ -187,6 +192,16 @@ def distance(
         return PLAIN[name](student_logits, teacher_logits)
     result = TEMPERED[name](student_logits, teacher_logits, temperature)
     return result if squared else result / temperature**2
+
+
+def _call_function(name: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Computes the distance of a user's function; raises `InputError` unless it returns one number an image."""
+    # float32, as for our own distances: a function need not know of autocast.
+    result = find_function(name, "distance")(student_logits.float(), teacher_logits.float())
+    found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+    if found != (len(student_logits),):
+        raise InputError(f"distance {name} returned {found}, expected one number an image, ({len(student_logits)},)")
+    return result
 
 
 def cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from funmatch.config.choices import STRATEGIES
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.ops import mixing
+from funmatch.runtime.functions import find_function
 from funmatch.training import datasets, setup
 from funmatch.training.run import folder as run_folder
 
@@ -27,6 +28,9 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
         # Not `checked`, which may refuse options that an earlier version took.
         table = TAUGHT[config["verb"]](**options)
         cache = datasets.open_run_data(table)
+        # A function of a program that has ended cannot be called.
+        if table.augment:
+            find_function(table.augment, "augment")
     # A page outlives its data: without views it still has everything else.
     except (InputError, OSError, ValueError, KeyError):
         return None

@@ -20,6 +20,7 @@ from funmatch.models.classifier import Classifier
 from funmatch.models.names import LOCAL, NAMED, SAVEDMODEL, is_timm_name
 from funmatch.ops.optim import factory, hyperrule
 from funmatch.runtime import devices, distributed, env
+from funmatch.runtime.functions import is_function_name
 from funmatch.runtime.log import info
 from funmatch.training import scoring
 from funmatch.training.run import folder as run_folder
@@ -56,7 +57,7 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
         "eval_resize": resize,
         "mixup": _default_mixup(config) if config.mixup is None else config.mixup,
         "lr": config.lr or LR,
-        "momentum": factory.resolve_momentum(config.optimizer, config.momentum),
+        **_optimizer_options(config),
         "warmup_steps": min(WARMUP_STEPS, steps // WARMUP_SHARE)
         if config.warmup_steps is None
         else config.warmup_steps,
@@ -86,6 +87,13 @@ def _train_resize(config: Train, side: int, eval_resize: int) -> int | None:
     if config.cropped not in ("mild", "squash"):
         return None
     return config.resize or (eval_resize if eval_resize > side else scoring.enlarged_side(side))
+
+
+def _optimizer_options(config: Train) -> dict[str, Any]:
+    # A function of the user has a momentum and a weight decay of its own.
+    if is_function_name(config.optimizer):
+        return {"momentum": None, "weight_decay": 0.0}
+    return {"momentum": factory.resolve_momentum(config.optimizer, config.momentum)}
 
 
 def warn_of_late_steps(config: Train) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from funmatch.config import Distill
-from funmatch.config.choices import DISTANCES, STRATEGIES
+from funmatch.config.choices import STRATEGIES, find_distance
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.errors import InputError
@@ -36,7 +36,7 @@ def run(config: Distill, given: Modules | None = None, trial: Trial | None = Non
         given: modules from Python, by the names that stand for them.
         trial: the search that the run is part of, if any.
     """
-    if DISTANCES[config.distance].couples_batch and env.world_size() > 1:
+    if (row := find_distance(config.distance)) and row.couples_batch and env.world_size() > 1:
         raise InputError(
             f"distance {config.distance} compares the images of a batch with each other, so one process must see all"
         )

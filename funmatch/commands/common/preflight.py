@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from funmatch.config.options import Options, listed
 from funmatch.data.readers.open import check_spec
 from funmatch.errors import InputError
 from funmatch.models.names import check_model_name
+from funmatch.runtime.functions import find_function, is_function_name
 from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
 
@@ -41,6 +43,9 @@ def _refuse(problems: list[str]) -> None:
 def _problems_of_names(options: Options) -> Iterator[str]:
     """Yields what is wrong with the models, images and files that options name."""
     for name, opt in type(options).opts():
+        value = getattr(options, name)
+        if opt.function and value is not None and is_function_name(value):
+            yield from filter(None, [_message(partial(find_function, purpose=name), value)])
         if opt.refers is None:
             continue
         test = CHECKS[opt.refers]
@@ -52,7 +57,7 @@ def _each(value: Any) -> Iterable[str]:
     return (str(each) for each in values if each is not None)
 
 
-def _message(test: Callable[[str], None], value: str) -> str | None:
+def _message(test: Callable[[str], object], value: str) -> str | None:
     try:
         test(value)
     except InputError as error:

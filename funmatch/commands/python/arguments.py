@@ -13,6 +13,7 @@ from funmatch.config.options import Options
 from funmatch.config.sources.layers import PYTHON, layers_below
 from funmatch.errors import InputError
 from funmatch.reports.result import Result
+from funmatch.runtime.functions import register
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ def read_call(verb: str, table: type[Options], arguments: Mapping[str, Any]) -> 
         InputError: every problem of the arguments.
     """
     objects: dict[str, Any] = {}
-    values = {word: _named(value, objects) for word, value in arguments.items()}
+    values = {
+        # A function is recorded by its name, under which this process then knows it.
+        word: register(value) if _is_function(table, word, value) else _named(value, objects)
+        for word, value in arguments.items()
+    }
     # Before the table's own check, whose message would show the value in full, such as a state dict.
     for word, value in values.items():
         _check_model(table, word, value)
@@ -132,6 +137,12 @@ def _named(value: Any, objects: dict[str, Any]) -> Any:
         name += f"-{len(objects)}"
     objects[name] = value
     return name
+
+
+def _is_function(table: type[Options], word: str, value: Any) -> bool:
+    """Returns whether an option that takes functions is given one."""
+    name = table.field_of(word)
+    return name is not None and table.opt(name).function and callable(value)
 
 
 def _check_model(table: type[Options], word: str, value: Any) -> None:

@@ -21,6 +21,7 @@ from funmatch.errors import InputError, first_line, unknown
 from funmatch.ops.optim.shampoo import Shampoo
 from funmatch.ops.optim.shampoo_blocks import ShardedMap, map_locally
 from funmatch.ops.optim.updates import decayed_parameters
+from funmatch.runtime.functions import find_function, is_function_name
 
 Groups = list[dict[str, Any]]
 TWICE = "it differentiates the gradient once more, which the training loop does not prepare"
@@ -42,6 +43,8 @@ def check_optimizer_name(name: str) -> None:
     Raises:
         InputError: it has not, or cannot.
     """
+    if is_function_name(name):
+        return
     if name in REFUSED:
         raise InputError(f"optimizer {name} cannot be used: {REFUSED[name]}")
     if name not in list_optimizers():
@@ -73,7 +76,7 @@ def create_optimizer(
     """Creates the optimizer of a name for a model's trainable parameters.
 
     Args:
-        name: one of `list_optimizers()`.
+        name: one of `list_optimizers()`, or that of a user's function, which decides all but the schedule.
         model: its parameters with `requires_grad` are trained.
         lr: learning rate at the peak of the schedule, > 0.
         weight_decay: share of a kernel that is lost in a step at the peak of the schedule.
@@ -85,6 +88,8 @@ def create_optimizer(
     Raises:
         InputError: there is no such optimizer or option, or a library that it needs is missing.
     """
+    if is_function_name(name):
+        return call_function(name, model)
     momentum = resolve_momentum(name, momentum)
     if momentum_dtype != "fp32" and name != "adamw":
         raise InputError(f"momentum_dtype {momentum_dtype} belongs to optimizer adamw, not {name}")
@@ -98,6 +103,29 @@ def create_optimizer(
         return _create(name, model, lr, weight_decay, momentum, {**own, **options})
     except (TypeError, ValueError, ImportError, AssertionError) as error:  # timm asserts that its libraries are present
         raise InputError(f"optimizer {name}: {error}") from None
+
+
+def call_function(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """Creates the optimizer of a user's function for a model's trainable parameters.
+
+    Args:
+        name: of the function: a list of parameters to an optimizer, which decays weights itself.
+
+    Raises:
+        InputError: it fails, or returns something else.
+    """
+    function = find_function(name, "optimizer")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        optimizer = function(parameters)
+    except Exception as error:  # the user's code can raise anything
+        raise InputError(f"optimizer {name} fails: {first_line(error)}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"optimizer {name} returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if held - {*map(id, parameters)}:
+        raise InputError(f"optimizer {name} holds other parameters than those it was given")
+    return optimizer
 
 
 def _create(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funmatch.errors import InputError, first_line
 from funmatch.runtime.json_files import parse_json
 
 EXTERNAL = {"params", "lr"}
@@ -78,7 +79,12 @@ def _encode(name: str, value: Any, device: torch.device) -> dict[str, Tensor]:
         return [outline(each) for each in value] if isinstance(value, list | tuple) else value
 
     # As bytes in a tensor, since safetensors holds nothing but tensors.
-    encoded = json.dumps(outline(value)).encode()
+    try:
+        encoded = json.dumps(outline(value)).encode()
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the optimizer's {name} cannot be saved ({first_line(error)}); expected tensors, numbers, strings or lists"
+        ) from None
     return {f"{name}|json": torch.tensor(list(encoded), dtype=torch.uint8)} | {
         f"{name}|{i}": tensor for i, tensor in enumerate(inside)
     }

@@ -1,0 +1,85 @@
+"""Names functions of the user as `package.module:function`, and finds them by these names.
+
+A record of a run holds the name. A function that was given from Python is found in the process that was given it, even
+if it cannot be imported, as those of notebooks; elsewhere it is imported.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import reduce
+from typing import Any
+
+from funmatch.errors import InputError, first_line
+
+_FOUND: dict[str, Callable[..., Any]] = {}
+"""Functions by name: those given from Python, and those imported."""
+
+
+def is_function_name(name: str) -> bool:
+    """Returns whether a name is that of a function, importable or not, rather than one of our own names."""
+    return ":" in name
+
+
+def register(function: Callable[..., Any]) -> str:
+    """Makes a function known to this process; returns its name."""
+    name = name_of(function)
+    # The newest counts: a cell of a notebook that is run again defines the function anew.
+    _FOUND[name] = function
+    return name
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Returns `module:qualname`; with brackets, and so not importable, for what holds values besides its code."""
+    if isinstance(function, functools.partial):
+        return f"functools:partial({name_of(function.func)})"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    bound = inspect.ismethod(function) and not inspect.isclass(function.__self__)
+    return f"{named.__module__}:{named.__qualname__}{'()' if bound or named is not function else ''}"
+
+
+def find_function(name: str, purpose: str) -> Callable[..., Any]:
+    """Finds a function by its name.
+
+    Args:
+        purpose: the option that names it, for messages.
+
+    Raises:
+        InputError: it was not given to this process, and cannot be imported.
+    """
+    if name not in _FOUND:
+        module, _, function = name.partition(":")
+        if module == "__main__" or not all(part.isidentifier() for part in function.split(".")):
+            raise InputError(
+                f"{purpose} {name} is a function of the Python program that began the run, and cannot be imported; "
+                f"pass the function itself from there: {purpose}=…"
+            )
+        _FOUND[name] = import_function(name, purpose)
+    return _FOUND[name]
+
+
+def import_function(name: str, purpose: str) -> Callable[..., Any]:
+    """Imports a function; modules in the current folder are found too.
+
+    Raises:
+        InputError: there is no such function, or its module fails.
+    """
+    module, _, function = name.partition(":")
+    # The installed command has its own folder in front, not the current one, as `python script.py` would.
+    sys.path.insert(0, "")
+    try:
+        # Standard output is for results, which scripts parse.
+        with redirect_stdout(sys.stderr):
+            found: Any = importlib.import_module(module)
+            return reduce(getattr, function.split("."), found)
+    except ImportError as error:
+        raise InputError(f"cannot import {module} for the {purpose} {name}: {first_line(error)}") from error
+    except AttributeError as error:
+        raise InputError(f"module {module} has no {function}; expected package.module:function") from error
+    except Exception as error:  # the user's code can raise anything
+        raise InputError(f"{module} fails when it is imported: {first_line(error)}") from error
+    finally:
+        sys.path.remove("")
