@@ -142,3 +142,14 @@ def test_pixels_in_nested_lists_are_images(tmp_path):
     bytes_of_rows = pyarrow.array(pixels, type=pyarrow.list_(pyarrow.list_(pyarrow.uint8())))
     parquet.write_table(pyarrow.table({"image": bytes_of_rows, "label": [0, 1]}), tmp_path / "a.parquet")
     assert open_cache(f"hf:{tmp_path}/a.parquet").splits["train"].image(0).shape == (8, 8, 3)
+
+
+def test_splits_under_other_names(tmp_path):
+    train, _ = table(tmp_path)
+    test, _ = table(tmp_path, 4, first=50)
+    datasets.DatasetDict(train=train, test=test, unlabeled=test).save_to_disk(tmp_path / "a")
+    found = open_dataset(f"hf:{tmp_path}/a")
+    assert list(found.splits) == ["train", "test"]
+    assert found.notes[0].endswith("splits that are not read: unlabeled")
+    datasets.DatasetDict(train2017=train, val2017=test).save_to_disk(tmp_path / "b")
+    assert list(open_dataset(f"hf:{tmp_path}/b").splits) == ["train", "val"]

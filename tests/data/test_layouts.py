@@ -318,3 +318,9 @@ def test_options_of_shards_are_said_not_to_apply_to_folders(tmp_path):
 def test_a_reader_of_shards_given_a_folder_of_images(tmp_path):
     with pytest.raises(InputError, match="leave out the prefix"):
         open_dataset(f"wds:{grow(tmp_path, 'a', 'b')}")
+
+
+def test_a_single_folder_of_test_images_is_no_split(tmp_path):
+    assert list(open_folder(grow(tmp_path / "a", "test_images")).splits) == ["train"]
+    with pytest.raises(InputError, match="has images in birds beside the splits test_images"):
+        open_folder(grow(tmp_path / "b", "test_images", "birds"))

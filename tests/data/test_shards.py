@@ -102,3 +102,13 @@ def test_unlabelled_never_fails_for_want_of_a_label(tmp_path, jpegs):
     with pytest.raises(InputError, match="expected a number"):
         open_dataset(spec)
     assert not open_dataset(spec, UNLABELLED).splits["train"].labelled
+
+
+def test_splits_of_shards_under_other_names(tmp_path, jpegs):
+    for i, name in enumerate(("train2017-000.tar", "val2017-000.tar", "TestSet/000.tar")):
+        write_tar(tmp_path / "w" / name, {"a.jpg": jpegs[i]})
+    found = open_dataset(f"wds:{tmp_path}/w")
+    assert list(found.splits) == ["train", "val", "test"]
+    assert found.notes[0].endswith("read TestSet as test, train2017 as train, val2017 as val")
+    # One folder of such a name alone is no split.
+    assert list(open_dataset(f"wds:{tmp_path}/w/TestSet").splits) == ["train"]

@@ -19,7 +19,7 @@ from funmatch.data.dataset import (
     sort_splits,
     untracked,
 )
-from funmatch.data.readers.split_names import SPLIT_NAMES
+from funmatch.data.readers.split_names import SPLIT_NAMES, says_split
 from funmatch.errors import InputError, first_line
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -50,7 +50,8 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
         import datasets
     except ImportError:
         raise InputError("hf: needs the library datasets; pip install 'funmatch[hf]'") from None
-    tables = _tables(_load(datasets, spec), spec)
+    loaded = _by_split(_load(datasets, spec))
+    tables = _tables(loaded, spec)
     first = next(iter(tables.values()))
     image = _image_column(datasets, first, spec, options)
     label = _label_column(datasets, first, spec, options)
@@ -63,8 +64,6 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
             raise
         classes, unnamed = (), False
         splits = {name: _split(spec, name, table, None, ()) for name, table in tables.items()}
-    for table in tables.values():
-        _check_images(table, spec, image)
     encoded = {name: _encoded(datasets, table, spec, image) for name, table in tables.items()}
 
     def read(split: str, index: int) -> bytes:
@@ -81,16 +80,24 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
     # The class names too: with another file, or the same one edited, the data set is another.
     watched += [str(options.class_file)] if options.class_file else []
     name = Path(spec.partition(":")[0]).stem if watched else spec
-    return Dataset(name, classes, sort_splits(splits), read, watched, unnamed=unnamed, location=spec)
+    unread = [name for name, table in loaded.items() if all(table is not each for each in tables.values())]
+    notes = (f"hf:{spec}: splits that are not read: {', '.join(unread)}",) if unread else ()
+    return Dataset(name, classes, sort_splits(splits), read, watched, unnamed=unnamed, notes=notes, location=spec)
 
 
-def _tables(loaded: Any, spec: str) -> dict[str, Any]:
+def _by_split(loaded: Any) -> dict[str, Any]:
+    """Returns the tables of a data set by the library's names of their splits."""
+    return loaded if isinstance(loaded, dict) else {str(getattr(loaded, "split", None) or "train"): loaded}
+
+
+def _tables(loaded: dict[str, Any], spec: str) -> dict[str, Any]:
     """Returns the tables of a data set by our names of their splits."""
-    if not isinstance(loaded, dict):
-        loaded = {str(getattr(loaded, "split", None) or "train"): loaded}
     tables: dict[str, Any] = {}
+    # Names such as train2017 count only where no split has a plain name, which then is the one that is meant.
+    plain = any(name.lower() in SPLIT_NAMES for name in loaded)
     for name, table in loaded.items():
-        split = SPLIT_NAMES.get(name.lower())
+        said = SPLIT_NAMES.get(name.lower()) if plain else says_split(name)
+        split = "val" if said == "eval" else said
         if split in tables:
             raise InputError(f"hf:{spec} has two splits for {split}")
         if split:
@@ -164,6 +171,7 @@ def _check_images(table: Any, spec: str, image: str) -> None:
 
 def _encoded(datasets: Any, table: Any, spec: str, image: str) -> Any:
     """Returns a table of the image column alone, with images as bytes."""
+    _check_images(table, spec, image)
     # decode=False: the library would decode images itself, without our handling of EXIF, palettes and transparency.
     try:
         return table.select_columns([image]).cast_column(image, datasets.Image(decode=False))

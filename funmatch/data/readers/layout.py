@@ -183,6 +183,8 @@ def _without_strange_classes(listing: FolderListing, layout: Layout) -> Layout:
                 f"WARNING: {listing.path(layout.splits[split])} has images only in {_first(present)}, which "
                 f"{listing.path(layout.splits['train'])} lacks; this split is taken as unlabelled"
             )
+    if len(notes) > len(layout.notes) and "val" not in classes and not classes["test"]:
+        notes[-1] += "; --val 10% holds out training images to evaluate on"
     return replace(layout, classes=classes, notes=tuple(notes))
 
 

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from funmatch.data.readers.split_names import find_split, says_split
 from funmatch.errors import InputError
 from funmatch.runtime.json_files import Damaged, Shape, read_json
 
@@ -50,6 +51,24 @@ def shard_paths(pattern: str, endings: str) -> list[Path]:
     if os.path.isdir(expanded) or not set("{[?") & set(pattern):
         _check_complete(paths)
     return paths
+
+
+def splits_of(paths: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """Returns the split of each shard by the names of its file and its folder, train without one; and notes."""
+    splits, read_as = [], {}
+    for path in paths:
+        # The file's name before its folder's: a folder "dev" may hold shards of train and val.
+        words = [*re.split(r"[-_.]", path.name), path.parent.name]
+        split = find_split(words[:-1]) or find_split(words[-1:])
+        said = next(((word, found) for word in words if not split and (found := says_split(word))), None)
+        if said:
+            split = read_as[said[0]] = "val" if said[1] == "eval" else said[1]
+        splits.append(split or "train")
+    # All shards of one folder test_data are what somebody has, not what is held out from training.
+    if read_as and len(set(splits)) == 1:
+        return ["train"] * len(splits), []
+    taken = ", ".join(f"{word} as {split}" for word, split in sorted(read_as.items()))
+    return splits, [f"read {taken}"] if taken else []
 
 
 def _check_complete(paths: Sequence[Path]) -> None:

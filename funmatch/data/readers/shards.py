@@ -25,7 +25,7 @@ from funmatch.data.dataset import (
     sort_splits,
 )
 from funmatch.data.formats.tfrecord import DamagedRecord, is_gzip
-from funmatch.data.readers.shard_paths import watched_folders
+from funmatch.data.readers.shard_paths import splits_of, watched_folders
 from funmatch.data.readers.split_names import find_split
 from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors
@@ -98,11 +98,13 @@ def open_shards(
         track: shows progress.
     """
     oddities = Oddities()
-    shards = _list_shards(paths, list_shard, oddities, track)
+    of_paths, read_as = splits_of(paths)
+    shards = _list_shards(paths, of_paths, list_shard, oddities, track)
     for split, images in shards.items():
         if not images:
             raise InputError(f"{pattern}: the shards of {split} have no images; add some, or remove this split")
-    notes = [*_check_unlabelled(pattern, shards, oddities, options), *oddities.notes(pattern)]
+    notes = [f"{pattern}: {each}" for each in read_as]
+    notes += [*_check_unlabelled(pattern, shards, oddities, options), *oddities.notes(pattern)]
     classes, class_file = _classes(paths, shards, options)
     splits = {split: _split(images, classes, options) for split, images in shards.items()}
     # With --unlabelled, labels may have been too odd to use.
@@ -124,7 +126,11 @@ def open_shards(
 
 
 def _list_shards(
-    paths: list[Path], list_shard: Callable[[Path, Oddities], list[Record]], oddities: Oddities, track: Track
+    paths: list[Path],
+    splits: list[str],
+    list_shard: Callable[[Path, Oddities], list[Record]],
+    oddities: Oddities,
+    track: Track,
 ) -> dict[str, list[tuple[Path, Record]]]:
     """Returns the records of all shards by split, with the shard of each."""
 
@@ -139,9 +145,7 @@ def _list_shards(
         listed = list(track(pool.map(attempt, paths), len(paths), "listing shards"))
     _raise_problems([found for found in listed if isinstance(found, str)], len(paths))
     shards: dict[str, list[tuple[Path, Record]]] = {}
-    for path, found in zip(paths, listed, strict=True):
-        # The file's name before its folder's: a folder "dev" may hold shards of train and val.
-        split = find_split(re.split(r"[-_.]", path.name)) or find_split([path.parent.name]) or "train"
+    for path, split, found in zip(paths, splits, listed, strict=True):
         shards.setdefault(split, []).extend((path, record) for record in found if not isinstance(record, str))
     return shards
 

@@ -80,6 +80,9 @@ def assign_splits(names: Sequence[str], has_images: Callable[[str], bool], where
               and has_images(name)]  # fmt: skip
     if not found:
         found = _with_common_rest(names, has_images, where)
+    # One folder test_images alone is what somebody has, not what is held out from training.
+    if len(found) == 1 and found[0][1].lower() not in SPLIT_NAMES and found[0][0] != "train":
+        found = found if any(has_images(name) for name in names if name != found[0][1]) else []
     taken = {split for split, _ in found}
     # Beside a validation split, "evaluation" is the final one (Food-11); alone, it is what is evaluated on.
     of_eval = "test" if "val" in taken and "test" not in taken else "val"
