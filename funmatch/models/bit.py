@@ -19,6 +19,7 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
+from funmatch.models.checkpoints import signatures
 from funmatch.models.weights import Lazily
 
 # This path is written into the `config.json` of saved models, so `network` must stay in `funmatch.models.bit`.
@@ -72,6 +73,8 @@ def read_npz(path: Path) -> tuple[str, dict[str, Any], Lazily[Tensor]]:
     except FileNotFoundError:
         raise InputError(f"there is no weights file {path}") from None
     except Exception as error:  # a damaged zip fails in many ways
+        if what := signatures.describe(path):
+            raise InputError(f"{path} is not an .npz file, but {what}") from None
         raise InputError(f"{path} is not an .npz file, or is damaged: {first_line(error)}") from error
 
     def read(name: str) -> np.ndarray:

@@ -73,7 +73,7 @@ class Classifier(nn.Module):
         self.compiled_net: Callable[[Tensor], Any] | None = None
         self.notes: tuple[str, ...] = ()
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
-        self.net = to_memory_format(net, torch.channels_last)
+        self.net = with_safe_layouts(to_memory_format(net, torch.channels_last))
         self.card = card
         # Not persistent: the card is saved as configuration, and state dicts keep the network's own names.
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1), persistent=False)
@@ -122,6 +122,28 @@ def to_memory_format(net: nn.Module, layout: torch.memory_format) -> nn.Module:
         if tensor.ndim == 4 and not tensor.is_meta:
             tensor.data = tensor.data.contiguous(memory_format=layout)
     return net
+
+
+def with_safe_layouts(net: nn.Module) -> nn.Module:
+    """Gives some convolutions their input in the plain layout in training on the CPU, and returns the network.
+
+    oneDNN, in torch 2.14 on CPUs with AVX-512, writes outside its memory in the backward pass of a 1 × 1 convolution of
+    stride 2 with 3 to 8 input channels, if these come last: first layers of RepVGG, MobileOne and FastViT.
+    """
+    for conv in net.modules():
+        if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or max(conv.stride) == 1:
+            continue
+        # Not twice, if a network is wrapped again.
+        if 3 <= conv.in_channels <= 8 and _in_plain_layout not in conv._forward_pre_hooks.values():
+            conv.register_forward_pre_hook(_in_plain_layout)
+    return net
+
+
+def _in_plain_layout(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # Forward passes alone are safe, and stay as fast and as exact as they were.
+    if torch.is_grad_enabled() and inputs[0].device.type == "cpu":
+        return (inputs[0].contiguous(), *inputs[1:])
+    return inputs
 
 
 def fingerprint(model: nn.Module) -> str:

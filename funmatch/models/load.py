@@ -8,6 +8,8 @@ from torch import nn
 
 from funmatch.errors import InputError
 from funmatch.models import bit, custom, timm_models
+from funmatch.models.checkpoints.checkpoint import Checkpoint
+from funmatch.models.checkpoints.fitting import Wanted, fit
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.names import (
     GIVEN,
@@ -40,7 +42,8 @@ def load(
         name: a timm name, with or without a tag; `hf-hub:user/model`; `local-dir:path`, or the folder of a model or of
             a run; a BiT checkpoint `path.npz`, or `bit:` and one of `download.PAPER_FILES`; `savedmodel:path` of a BiT
             network; `package.module:function`; one of `NAMED`; or a module.
-        weights: a `.safetensors`, `.pt` or `.npz` file for a timm name; its head decides the number of classes.
+        weights: a file of safetensors or `torch.save`, or `.npz`, for a timm name; its head decides the number of
+            classes.
         options: `key=value` arguments of the constructor.
         classes: number of classes of a student: pretrained weights with another number get a new head of zeros. None
             keeps the head.
@@ -62,7 +65,7 @@ def load(
     if classes is not None and kwargs.get("num_classes", classes) != classes:
         raise InputError(f"{name}: num_classes={kwargs['num_classes']} conflicts with the data's {classes} classes")
     # Before functions and timm: with `weights`, names of both kinds have an origin.
-    if origin := find_origin(name, kwargs, weights=weights, side=side, inputs=inputs):
+    if origin := find_origin(name, kwargs, weights=weights, side=side, inputs=inputs, classes=classes):
         return _from_origin(name, origin, classes, side)
     if is_function(name):
         return custom.wrap_module(name, custom.call_function(name, kwargs, classes), side, kwargs)
@@ -78,13 +81,18 @@ def _from_origin(name: str, origin: Origin, classes: int | None, side: int | Non
         net = timm_models.create_empty(origin.architecture, origin.kwargs)
     if origin.published:
         bit.with_published_eps(net)
-    if origin.weights is not None:
-        fill(net, origin.weights, origin.architecture.removeprefix(LOCAL), origin.where)
+    weights, notes, what = origin.weights, origin.notes, origin.architecture.removeprefix(LOCAL)
+    if isinstance(weights, Checkpoint):
+        shapes = {key: tuple(tensor.shape) for key, tensor in net.state_dict(keep_vars=True).items()}
+        found = fit(weights, Wanted(what, shapes))
+        weights, notes = found.state, notes + found.notes
+    if weights is not None:
+        fill(net, weights, what, origin.where)
     # After filling: fitting a transformer to another side resamples its position embedding.
     kwargs = origin.kwargs | (timm_models.for_side(net, side) if side else {})
     classifier = _with_head(net, timm_models.card_of(name, net, origin.card), kwargs, classes)
     classifier.function = origin.architecture if is_function(origin.architecture) else None
-    classifier.notes = origin.notes
+    classifier.notes = notes
     return classifier
 
 

@@ -23,7 +23,7 @@ OWN_CARDS = {"fashion-mini-student": {"input_size": (3, 32, 32), "crop_pct": 1.0
 SAVEDMODEL, BIT, HUB, LOCAL = "savedmodel:", "bit:", "hf-hub:", "local-dir:"
 GIVEN = "python:"
 """Prefix of the name of a module that was given from Python, for records of runs."""
-WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz")
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".th", ".npz")
 """Endings of files that hold weights alone."""
 FOREIGN = {".onnx": "ONNX", ".h5": "Keras", ".keras": "Keras", ".tflite": "TensorFlow Lite", ".pb": "TensorFlow"}
 """Endings of models of other libraries."""

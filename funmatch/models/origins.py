@@ -8,6 +8,8 @@ from torch import Tensor
 
 from funmatch.errors import InputError, first_line
 from funmatch.models import bit, custom, timm_models
+from funmatch.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, weights_in
+from funmatch.models.checkpoints.fitting import fit
 from funmatch.models.download import PAPER_FILES, paper_file
 from funmatch.models.names import (
     BIT,
@@ -24,7 +26,7 @@ from funmatch.models.names import (
 )
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
-from funmatch.models.weights import Lazily, read_state
+from funmatch.models.weights import Lazily
 from funmatch.runtime import records
 from funmatch.runtime.json_files import parse_json
 
@@ -42,7 +44,8 @@ class Origin:
     Attributes:
         where: path or name, for messages.
         architecture: timm's name, `local-dir:folder`, or `package.module:function`.
-        weights: by the network's own names; None where timm has them, or there are none.
+        weights: by the network's own names, or a file that has them under some; None where timm has them, or there are
+            none.
         kwargs: arguments of the constructor.
         card: entries that override timm's `pretrained_cfg`.
         published: whether this is a BiT network with the eps of the published checkpoints.
@@ -51,7 +54,7 @@ class Origin:
 
     where: str
     architecture: str
-    weights: Lazily[Tensor] | None = None
+    weights: Lazily[Tensor] | Checkpoint | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     published: bool = False
@@ -59,12 +62,18 @@ class Origin:
 
 
 def find_origin(
-    name: str, kwargs: dict[str, Any], *, weights: Path | None, side: int | None, inputs: Inputs | None
+    name: str,
+    kwargs: dict[str, Any],
+    *,
+    weights: Path | None,
+    side: int | None,
+    inputs: Inputs | None,
+    classes: int | None = None,
 ) -> Origin | None:
     """Returns the origin of a model whose weights are files; None where timm or the user's own code brings them.
 
     Args:
-        name, weights, side, inputs: see `load`.
+        name, weights, side, inputs, classes: see `load`.
         kwargs: arguments of the constructor.
     """
     # First, since an .npz is always BiT's, whatever kind of name it comes with.
@@ -73,7 +82,7 @@ def find_origin(
     if weights and is_function(name):
         return _function_origin(name, weights, kwargs, side)
     if weights:
-        return _state_origin(name, weights, kwargs)
+        return _state_origin(name, weights, kwargs, classes)
     if name.startswith(SAVEDMODEL):
         return savedmodel_origin(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs)
     if name.startswith(GIVEN):
@@ -93,7 +102,7 @@ def find_origin(
 
 
 def model_folder(name: str) -> Path | None:
-    """Returns the folder with `config.json` and `model.safetensors` that a name means; None if it means none."""
+    """Returns the folder with `config.json` and weights that a name means; None if it means none."""
     # A timm name wins over a folder of the same name in the working directory; ./name means the folder.
     if name.startswith(HUB) or is_function(name) or is_timm_name(name):
         return None
@@ -101,7 +110,7 @@ def model_folder(name: str) -> Path | None:
     if not path.is_dir():
         raise no_model_at(name, path, LOCAL if name.startswith(LOCAL) else "")
     for folder in (path / "student", path):
-        if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
+        if weights_in(folder) and (folder / "config.json").is_file():
             return folder
     if records.is_run(path):
         raise InputError(
@@ -109,6 +118,8 @@ def model_folder(name: str) -> Path | None:
         )
     if (path / "saved_model.pb").is_file():
         raise InputError(f"{path} is a SavedModel of Keras; pass {SAVEDMODEL}{path}")
+    if found := weights_in(path):
+        raise InputError(f"{path} has no config.json; pass the name of its architecture, and {found} as its weights")
     raise InputError(f"{path} is neither a run nor a model: it has no config.json with model.safetensors")
 
 
@@ -121,30 +132,32 @@ def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
         raise InputError(_bad_config(path, error)) from None
     kwargs = config.get("model_args", {}) | kwargs
     architecture, card = config["architecture"], {"top1": config.get("funmatch", {}).get("top1")}
-    weights = folder / "model.safetensors"
+    weights = weights_in(folder) or folder / "model.safetensors"
     if architecture.startswith(GIVEN):
         raise InputError(f"{folder} has the weights of a module that was given from Python; load them from there")
     if architecture == bit.OTHER_SIZES:
-        return Origin(str(folder), architecture, read_state(weights), kwargs, card | _read_card(path))
+        return Origin(str(folder), architecture, open_checkpoint(weights), kwargs, card | _read_card(path))
     # A file that was downloaded must not decide which code runs, so the user has to name the function.
     if is_function(architecture):
         raise InputError(
             f"{folder} is a network made by the function {architecture}; if you trust that code, name it yourself: "
             f"{architecture}, with the weights {weights}"
         )
-    return Origin(str(folder), f"{LOCAL}{folder}", read_state(weights), kwargs, card)
+    return Origin(str(folder), f"{LOCAL}{folder}", open_checkpoint(weights), kwargs, card)
 
 
 def _bad_config(path: Path, error: Exception) -> str:
     """Returns the message for a `config.json` that is not in timm's layout."""
     try:
-        foreign = "model_type" in parse_json(path.read_bytes(), dict)
+        config = parse_json(path.read_bytes(), dict)
     except ValueError:
-        foreign = False
-    if foreign:
+        config = {}
+    if "model_type" in config or "architectures" in config:
+        classes = config.get("architectures") or config.get("model_type")
+        name = classes[0] if isinstance(classes, list) and classes else classes
         return (
-            f"{path} is a model of the transformers library, and only timm's layout is read; load it in a function of "
-            "your own and pass package.module:function"
+            f"{path.parent} is a model of the transformers library ({name}), and only timm's layout is read; load it "
+            "in a function of your own and pass package.module:function"
         )
     return f"{path} is not the configuration of a model ({first_line(error)})"
 
@@ -156,7 +169,7 @@ def _function_origin(name: str, path: Path, kwargs: dict[str, Any], side: int | 
     card = _read_card(config) if config.is_file() else {}
     side = side or custom.DEFAULT_SIDE
     plain = {"input_size": (3, side, side), "mean": AS_GIVEN[0], "std": AS_GIVEN[1]}
-    return Origin(str(path), name, read_state(path), card.pop("model_args", {}) | kwargs, plain | card)
+    return Origin(str(path), name, open_checkpoint(path), card.pop("model_args", {}) | kwargs, plain | card)
 
 
 def _read_card(path: Path) -> dict[str, Any]:
@@ -216,7 +229,7 @@ def _bit_origin(
     return Origin(where, architecture, state, kwargs, known | card, published=True)
 
 
-def _state_origin(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
+def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | None) -> Origin:
     """Returns the origin of a state dict for a timm name; its head decides the number of classes."""
     own = NAMED.get(name, name)
     if isinstance(own, tuple):
@@ -225,13 +238,13 @@ def _state_origin(name: str, path: Path, kwargs: dict[str, Any]) -> Origin:
         raise InputError(f"{name} has its own weights; leave out {path}")
     # With its tag, though the tag's weights are not used: it says what images such weights were trained on.
     architecture = check_architecture(own, name)
-    state = read_state(path)
-    heads = timm_models.pretrained_config(architecture).get("classifier")
-    if not heads:
+    checkpoint = open_checkpoint(path)
+    wanted = timm_models.wanted_by(architecture, kwargs, classes)
+    if not wanted.head:
         raise InputError(f"{architecture} is not a classifier, so {path} cannot be its weights")
+    found = fit(checkpoint, wanted)
     # Distilled transformers have two heads, of the same number of classes.
-    head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
-    if head not in state or state[head].ndim == 0:
-        raise InputError(f"{path} has no {head}, the head of {architecture}; is it of another architecture?")
-    kwargs = {"num_classes": state[head].shape[0], **kwargs}
-    return Origin(str(path), architecture, state, kwargs, OWN_CARDS.get(name, {}))
+    head = found.state.get(f"{wanted.heads[0]}.weight")
+    if head is not None and head.ndim:
+        kwargs = {"num_classes": head.shape[0], **kwargs}
+    return Origin(str(path), architecture, found.state, kwargs, OWN_CARDS.get(name, {}), notes=found.notes)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from funmatch.errors import InputError, first_line, unknown
+from funmatch.models.checkpoints.fitting import Wanted
 from funmatch.models.classifier import Card, Classifier, timm_config
 
 LEAST_FRACTION, LARGEST_SIDE = 0.05, 1 << 14
@@ -71,15 +72,38 @@ def create_empty(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
     Its weights are to come from `weights.fill`: a large network is then in memory once, not twice, and no time is spent
     on random weights that are thrown away.
     """
-    try:
-        with torch.device("meta"):
-            net = timm.create_model(architecture, **kwargs)
-    except Exception:  # some constructors compute with values, which a device without memory does not have
+    net = _on_meta(architecture, kwargs)
+    if net is None:
         return create(architecture, kwargs)
     # Buffers outside the state dict (a transformer's rotary tables) would never be filled: build such as usual.
     filled = net.state_dict(keep_vars=True)
     tensors = [*net.named_parameters(), *net.named_buffers()]
     return net if all(name in filled for name, _ in tensors) else create(architecture, kwargs)
+
+
+def _on_meta(architecture: str, kwargs: dict[str, Any]) -> nn.Module | None:
+    """Builds a network without memory for its tensors; None if its constructor does not allow that."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(architecture, **kwargs)
+    except Exception:  # some constructors compute with values, which a device without memory does not have
+        return None
+
+
+def wanted_by(architecture: str, kwargs: dict[str, Any], classes: int | None) -> Wanted:
+    """Returns what a network needs of a file of weights.
+
+    Args:
+        classes: of a student, which may start from weights without a head; None for a network that must classify.
+    """
+    # Some networks are features alone by default, so a number of classes is given in any case.
+    kwargs = {"num_classes": classes or 2, **kwargs}
+    # Without an effect on the random numbers that later networks are drawn from.
+    with torch.random.fork_rng(devices=[]):
+        net = _on_meta(architecture, kwargs) or create(architecture, kwargs)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict(keep_vars=True).items()}
+    heads = pretrained_config(architecture).get("classifier") or ()
+    return Wanted(architecture, shapes, (heads,) if isinstance(heads, str) else tuple(heads), classes is not None)
 
 
 def pretrained_config(architecture: str) -> dict[str, Any]:

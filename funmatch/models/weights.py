@@ -1,19 +1,15 @@
-"""Reads files of weights one tensor at a time, and fills networks with them completely."""
+"""Fills networks with weights completely, one tensor at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from funmatch.errors import InputError, first_line
+from funmatch.errors import InputError
 
 Value = TypeVar("Value")
 
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which trainers save a state dict
-PREFIXES = ("module.", "_orig_mod.")  # before every name, from DistributedDataParallel and torch.compile
 COUNTER = "num_batches_tracked"  # of BatchNorm: older files lack it, and nothing depends on it
 MAX_PROBLEMS = 5  # that a message lists
 
@@ -46,44 +42,6 @@ class Lazily(Mapping[str, Value]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def read_state(path: Path) -> Lazily[Tensor]:
-    """Reads the state dict of a `.safetensors` or `.pt` file.
-
-    Raises:
-        InputError: the file is missing or holds something else.
-    """
-    if not path.is_file():
-        raise InputError(f"there is no weights file {path}{': it is a folder' if path.is_dir() else ''}")
-    # weights_only: other pickles run code, and weights are files that people download.
-    try:
-        state = _safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # each format fails in many ways of its own
-        problem = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{path} is not a state dict in .safetensors or .pt format ({problem})") from error
-    if path.suffix == ".safetensors":
-        return state
-    while isinstance(state, dict) and (inner := next((key for key in WRAPPERS if key in state), None)):
-        state = state[inner]
-    valid = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not valid or not state:
-        raise InputError(f"{path} is not a state dict; expected a dict of tensors by name")
-    # Repeatedly: a compiled network inside DistributedDataParallel has both prefixes.
-    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    tensors: dict[str, Tensor] = dict(state)
-    return Lazily(tensors, tensors.__getitem__, tensors.pop)
-
-
-def _safetensors(path: Path) -> Lazily[Tensor]:
-    def read(name: str) -> Tensor:
-        # Opened for each tensor, because pages of a mapped file count as memory until the file is closed.
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name).clone()
-
-    with safe_open(path, "pt") as file:
-        return Lazily(file.keys(), read)
 
 
 def fill(net: nn.Module, weights: Lazily[Tensor], what: str, where: str) -> None:

@@ -118,7 +118,7 @@ def test_weights_that_do_not_fit_are_rejected(tmp_path, state):
     assert_refused(lambda s: s.update(extra=torch.zeros(1)), "extra is not of this model")
     assert_refused(lambda s: s.update({"bn1.bias": torch.zeros(3)}), r"has shape \(3,\)")
     assert_refused(lambda s: s.update({"bn1.bias": torch.full((8,), float("nan"))}), "not finite")
-    assert_refused(lambda s: s.pop("fc.weight"), "another architecture")
+    assert_refused(lambda s: s.pop("fc.weight"), "fc.weight is missing")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
