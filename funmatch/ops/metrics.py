@@ -1,5 +1,7 @@
 """Computes a classifier's metrics: accuracy, agreement with the teacher, and calibration."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -81,3 +83,16 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS)
     gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
     gap.index_add_(0, which, correct.double() - confidence.double())
     return (gap.abs().sum() / len(confidence)).item()
+
+
+def has_diverged(kl: float | None, classes: int) -> bool:
+    """Returns whether a student is further from its teacher than knowing nothing could be.
+
+    The KL divergence of a uniform guess from any teacher is at most log(classes); twice that is left to a student that
+    has only begun.
+
+    Args:
+        kl: KL(teacher ‖ student) in nats, the mean over images; None where it is not known, or not finite.
+        classes: number of classes.
+    """
+    return kl is not None and kl > 2 * math.log(max(classes, 2))

@@ -5,12 +5,13 @@ from typing import Any
 
 from funmatch.config import Report
 from funmatch.errors import InputError
+from funmatch.ops.metrics import has_diverged
 from funmatch.reports import run_plots, run_views
 from funmatch.reports.html import load_template
 from funmatch.reports.result import Result
 from funmatch.runtime import env
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.text import duration, percent
+from funmatch.runtime.text import duration, number, percent
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import loading
@@ -103,7 +104,8 @@ def row(run: run_folder.Run) -> list[str]:
     records = run.metrics.read()
     options = config["knobs"]
     step = result.get("step") or max((record["step"] for record in records), default=0)
-    teacher = result.get("teacher") or {}
+    teacher, kl = result.get("teacher") or {}, result.get("kl")
+    diverged = has_diverged(kl, len(config["facts"].get("classes", ())))
     return [
         run.folder.resolve().name,
         " + ".join(Path(name).name for name in _several(options.get("teacher"))) or "labels",
@@ -112,8 +114,8 @@ def row(run: run_folder.Run) -> list[str]:
         percent(teacher.get("top1")),
         percent(result.get("agreement")),
         percent(result.get("agreement5")),
-        _number(result.get("kl")),
-        _number(result.get("ece")),
+        f"{number(kl, 3)}{', diverged' if diverged else ''}",
+        number(result.get("ece"), 3),
         f"{parameters:,}" if (parameters := config["facts"].get("parameters")) is not None else "–",
         str(result.get("split", "–")),
         duration(result["seconds"]) if result else "–",
@@ -147,8 +149,8 @@ def _format_metrics(metrics: dict[str, Any]) -> dict[str, str]:
         "top-1": percent(metrics["top1"]),
         "agree@1": percent(metrics["agreement"]),
         "agree@5": percent(metrics.get("agreement5")),
-        "KL": _number(metrics["kl"]),
-        "ECE": _number(metrics["ece"]),
+        "KL": number(metrics["kl"], 3),
+        "ECE": number(metrics["ece"], 3),
     }
 
 
@@ -173,7 +175,7 @@ def agreement_rows(run: run_folder.Run) -> list[list[str]]:
         own = last[event]
         shares = [own.get("top1"), teacher_top1, own.get("agreement"), own.get("agreement5")]
         rows.append(
-            [name, f"{own['step']:,}", images, *map(percent, shares), _number(own.get("kl")), _number(distance)]
+            [name, f"{own['step']:,}", images, *map(percent, shares), number(own.get("kl"), 3), number(distance, 3)]
         )
     return rows
 
@@ -246,7 +248,3 @@ def flat(config: dict[str, Any]) -> list[tuple[str, str]]:
 def _several(names: str | list[str] | None) -> list[str]:
     # Runs of earlier versions recorded a single teacher as a string.
     return [names] if isinstance(names, str) else names or []
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from funmatch.reports.result import Result
 from funmatch.runtime.log import print_table
-from funmatch.runtime.text import percent
+from funmatch.runtime.text import number, percent
 
 
 def show(result: Result) -> None:
@@ -12,9 +12,6 @@ def show(result: Result) -> None:
     metrics = result.metrics
     # A model that was evaluated by its name has no folder.
     name = Path(metrics["model"]) if "model" in metrics else result.folder
-
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.4f}"
 
     teacher = metrics.get("teacher")
     rows = [

@@ -14,6 +14,14 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """Formats a metric: 0.12345 becomes `0.1235`, 4e34 `4.00e+34`, None a dash."""
+    if value is None:
+        return "–"
+    # A diverged run's KL has forty digits, none of which says anything.
+    return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.2e}"
+
+
 def format_bytes(count: int) -> str:
     """Formats a number of bytes in kB, MB or GB (powers of 1000)."""
     # Powers of 1000, as disks and networks count; memory in GiB differs by 7 %.

@@ -223,6 +223,7 @@ def _freeze_teachers(setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher
             recording.begin_tape(setup, teachers)  # under the lock: the next run finds these modes on the tape
     if config.tape_top is not None and env.is_main_process():
         recording.report_dropped_mass(teachers(first, config.temperature), config)
+    checks.note_sizes(setup.student.classifier, teachers)
     logits = checks.check_on_validation(teachers, setup) if env.is_main_process() else None
     if not STRATEGIES[config.strategy].fixed:
         return setup, teachers, None, logits

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.models.classifier import Classifier
+from funmatch.ops.metrics import has_diverged
+from funmatch.runtime.log import info
+from funmatch.runtime.text import number
 from funmatch.training import scoring
 from funmatch.training.objective import Objective
 from funmatch.training.run import folder as run_folder
@@ -76,6 +79,11 @@ class Evaluator:
         if teachers and teacher_logits is not None:
             top1 = scoring.score(teacher_logits, split)["top1"]
             result["teacher"] = {"name": teachers.name, "parameters": teachers.count_parameters(), "top1": top1}
+        if has_diverged(scores["kl"], self.student.num_classes):
+            info(
+                "WARNING: the run has diverged: the student is further from its teacher than a uniform guess "
+                f"(KL {number(scores['kl'])}); try a lower --lr or a longer --warmup-steps, with another --out"
+            )
         if self.ema:
             average = scoring.predict(self.ema.model, split, view)
             result["ema"] = scoring.score(average, split, teacher_logits)

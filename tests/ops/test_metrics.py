@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from funmatch.ops.metrics import calibration_error, per_image, summarize
+from funmatch.ops.metrics import calibration_error, has_diverged, per_image, summarize
 
 
 def test_accuracy_agreement_and_kl_equal_hand_computed_values():
@@ -54,3 +54,12 @@ def test_calibration_error_equals_its_definition():
     assert found == pytest.approx(expected, abs=1e-9)
     assert calibration_error(torch.ones(4), torch.ones(4)) == 0
     assert math.isclose(calibration_error(torch.full((4,), 0.9), torch.tensor([1, 1, 0, 0])), 0.4, abs_tol=1e-6)
+
+
+def test_a_student_that_is_further_from_its_teacher_than_a_guess_has_diverged():
+    teacher = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
+    uniform = summarize(per_image(torch.zeros(2, 3), teacher_logits=teacher))["kl"]
+    wrong = summarize(per_image(-100 * teacher, teacher_logits=teacher))["kl"]
+    assert not has_diverged(uniform, 3)
+    assert has_diverged(wrong, 3)
+    assert not has_diverged(None, 3)

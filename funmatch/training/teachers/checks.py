@@ -10,6 +10,7 @@ from funmatch.config import Distill
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import InputError
+from funmatch.models.classifier import Classifier
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
@@ -154,3 +155,10 @@ def fit_to_teachers(cache: Cache, loaded: Sequence[LoadedTeacher], config: Disti
         info(f"{cache.name}: its classes are not the teacher's; using its images without labels")
         return cache.without_labels(), config.model_copy(update={"unlabelled": True})
     return cache, config
+
+
+def note_sizes(student: Classifier, teachers: TeacherEnsemble) -> None:
+    """Prints a note if the student is no smaller than its teachers: it works, but is rarely what was meant."""
+    own, other = student.count_parameters(), teachers.count_parameters()
+    if own >= other:
+        info(f"note: the student ({own:,} parameters) is not smaller than its teacher ({other:,})")
