@@ -91,7 +91,9 @@ def assign_splits(names: Sequence[str], has_images: Callable[[str], bool], where
     for split, name in [each for each in found if each[0] != "eval" or not {"val", "test"} <= taken]:
         split = of_eval if split == "eval" else split
         if split in splits:
-            raise InputError(f"{where} has both {splits[split]}/ and {name}/ for one split; keep one")
+            raise InputError(
+                f"{where} has both {splits[split]}/ and {name}/ for one split; keep one, or put their images together"
+            )
         splits[split] = name
     return splits
 
