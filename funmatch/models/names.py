@@ -1,6 +1,7 @@
 """Tells what the name of a model means, and refuses wrong names before any heavy library is imported."""
 
 import importlib.metadata
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -139,6 +140,8 @@ def no_model_at(name: str, path: Path, prefix: str = "", *, weights: bool = Fals
             if suffix in WEIGHTS
             else f"{name} is a file; expected the folder of a run or of a model, or a timm name"
         )
+    if page := re.match(r"(?:https?://)?huggingface\.co/([^/]+/[^/]+)", name):
+        return InputError(f"{name} is the page of a model; pass {HUB}{page[1]} if it is timm's")
     parts = name.split("/")
     if not prefix and len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~"):
         return InputError(

@@ -247,4 +247,6 @@ def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | 
     head = found.state.get(f"{wanted.heads[0]}.weight")
     if head is not None and head.ndim:
         kwargs = {"num_classes": head.shape[0], **kwargs}
-    return Origin(str(path), architecture, found.state, kwargs, OWN_CARDS.get(name, {}), notes=found.notes)
+    renamed = architecture.partition(".")[0] != own.partition(".")[0]
+    notes = (f"timm calls {own} {architecture} now",) if renamed else ()
+    return Origin(str(path), architecture, found.state, kwargs, OWN_CARDS.get(name, {}), notes=notes + found.notes)

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import datetime
 import gzip
 import io
@@ -364,3 +365,37 @@ def test_folders_of_other_libraries(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"\(ViTForImageClassification\).*package\.module:function"):
         load(str(folder))
+
+
+def test_weights_of_a_network_of_ones_own_are_found_under_a_prefix(tmp_path, monkeypatch):
+    (tmp_path / "own_network.py").write_text(
+        "import timm\ndef make(): return timm.create_model('test_resnet', num_classes=2)"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": under("model.") | {"loss.weight": torch.ones(2)}}, "w.ckpt")
+    model = load("own_network:make", weights=tmp_path / "w.ckpt")
+    assert_equal(model.net, STATE)
+    assert "loss.weight" in model.notes[0]
+
+
+def test_damaged_files_end_in_our_own_error(tmp_path):
+    random = np.random.default_rng(0)
+    for new in (True, False):
+        content = torch_bytes(_use_new_zipfile_serialization=new)
+        for _ in range(40):
+            damaged = bytearray(content)
+            for place in random.integers(0, 12_000, 3):
+                damaged[place] ^= 1 << random.integers(8)
+            (tmp_path / "w").write_bytes(damaged)
+            # A flipped bit of a weight shows nowhere; anything else but this error would be a traceback.
+            with contextlib.suppress(InputError):
+                load(ARCHITECTURE, weights=tmp_path / "w")
+
+
+def test_earlier_names_and_addresses_are_answered_with_present_ones(tmp_path):
+    state = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    model = load("vit_tiny_patch16_224_in21k", weights=tmp_path / "w.pth", options=("depth=1",))
+    assert "timm calls vit_tiny_patch16_224_in21k vit_tiny_patch16_224" in model.notes[0]
+    with pytest.raises(InputError, match=r"pass hf-hub:timm/resnet18\.a1_in1k"):
+        load("https://huggingface.co/timm/resnet18.a1_in1k/tree/main")
