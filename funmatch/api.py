@@ -278,9 +278,10 @@ def load(
 
     name = model_name(model)
     file = None if weights is None else Path(weights)
-    return models.load(
-        name, weights=file, options=pairs(options), classes=classes, side=side, pretrained=pretrained, inputs=inputs
-    )
+    with python_words(TABLES["evaluate"]):
+        return models.load(
+            name, weights=file, options=pairs(options), classes=classes, side=side, pretrained=pretrained, inputs=inputs
+        )
 
 
 def _train(verb: str, table: type[Train], arguments: Mapping[str, Any], on_event: OnEvent | None) -> Outcome:

@@ -48,6 +48,12 @@ def test_functions_of_every_verb_can_be_imported():
         ({"temprature": 2.0}, "unknown option 'temprature'; did you mean 'temperature'"),
         ({"batchsize": 2}, "'batch_size'"),
         ({"batch": 2, "batch_size": 2}, "batch is set twice, once as batch_size"),
+        ({"lr": "0.003"}, "lr: wanted a number, got '0.003' (a string)"),
+        ({"mixup": "yes"}, "mixup: wanted a number, got 'yes' (a string)"),
+        ({"val": True}, "val: wanted a number or a string, got True"),
+        ({"out": ""}, "out: wanted a path, got '' (a string)"),
+        ({"out": None}, "out is missing; pass out=…"),
+        ({"augment": "mine"}, "augment 'mine' is not the name of a function; expected package.module:function"),
         ({"student": object()}, "student: a model is a name or a torch.nn.Module, got object"),
         ({"student": nn.Linear}, "student: a model is a name or a torch.nn.Module, got type"),
     ],
@@ -58,6 +64,25 @@ def test_wrong_types_and_names_are_rejected(options, message, tmp_path):
         funmatch.distill(**arguments)
     assert message in str(error.value)
     assert not (tmp_path / "o").exists()
+
+
+def test_wrong_arguments_that_are_no_options_are_rejected():
+    for call, message in (
+        (lambda: funmatch.load(3), "a model is a name or a torch.nn.Module, got int"),
+        (
+            lambda: funmatch.load("resnet10t", options=3),
+            'options: wanted a dictionary such as {"drop_rate": 0.1}, got 3',
+        ),
+        (lambda: funmatch.tune("train", space=3), "space: wanted a dictionary"),
+        (
+            lambda: funmatch.distill_several("d", "t", "resnet10t", "o"),
+            "students: wanted a list of names, got 'resnet10t'",
+        ),
+        (lambda: funmatch.evaluate(), "model is missing; pass model=…"),
+    ):
+        with pytest.raises(InputError) as error:
+            call()
+        assert message in str(error.value)
 
 
 def test_all_problems_are_reported_at_once_in_python_terms():
@@ -80,6 +105,7 @@ def test_command_line_names_and_numpy_types_are_accepted(tmp_path):
     assert (options["batch"]["value"], options["side"]["value"], options["lr"]["value"]) == (16, 32, 0.1)
     assert options["student"] == {"value": "resnet10t", "source": "Python"}
     assert options["clip_norm"] == {"value": None, "source": "Python"}
+    assert Train.checked(data="d", student="s", out="o", steps=1, unlabelled=np.True_, lr=1).unlabelled is True
     assert dry_run.folder is None
     assert dry_run.top1 is None
     assert not (tmp_path / "o").exists()
@@ -139,5 +165,9 @@ def test_results_without_a_run():
 def test_python_values_become_command_line_values():
     table = Train.checked(data="d", student="s", out="o", steps=1, student_kwargs={"channels": [1, 2]})
     assert table.student_kwargs == ("channels=[1, 2]",)
+    own = Train.checked(
+        data="d", student="s", out="o", steps=1, student_kwargs={"channels": [np.int64(1), np.str_("a")]}
+    )
+    assert own.student_kwargs == ("channels=[1, 'a']",)
     assert Distill.checked(data=["a", Path("b")], teacher="t", student=Path("s"), out="o", steps=1).data == ("a", "b")
     assert Evaluate.checked(model="m", teacher=None).teacher == ()

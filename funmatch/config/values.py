@@ -33,7 +33,7 @@ def _as_tuple(value: Any) -> Any:
 
 def _as_pairs(value: Any) -> Any:
     if isinstance(value, dict):
-        value = [f"{key}={option!r}" for key, option in value.items()]
+        value = [f"{key}={native(option)!r}" for key, option in value.items()]
     value = [value] if isinstance(value, str) else value
     return tuple(map(_canonical, value)) if isinstance(value, list | tuple) else value
 
@@ -88,9 +88,11 @@ class Kind:
         """The kind in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        # In the order of the table, not of the set, so that a message is the same in every process.
         words = MANY if self.several else ONE
-        named = " or ".join(words[each] for each in words if each in self.types)
+        # A whole number is a number.
+        types = self.types - {int} if float in self.types else self.types
+        # In the order of the table, not of the set, so that a message is the same in every process.
+        named = " or ".join(words[each] for each in words if each in types)
         if not self.several:
             return named
         return f"{self.count} {named}" if self.count else f"a list of {named}"
@@ -110,7 +112,7 @@ class Kind:
 
     def _is_one(self, value: Any) -> bool:
         # Before numbers: True is an integer to Python.
-        if isinstance(value, bool):
+        if is_truth(value):
             return bool in self.types
         # The abstract classes: NumPy's int64 and float32 are neither `int` nor `float`.
         if isinstance(value, Integral):
@@ -118,9 +120,30 @@ class Kind:
         if isinstance(value, Real):
             return float in self.types
         if isinstance(value, str):
-            return value in self.choices or bool(self.types & {str, Path})
+            # An empty path would be the current folder.
+            is_path = self.types == {Path} and value != ""
+            return value in self.choices or is_path or str in self.types
         # A name may be a path, of images or of a model.
         return isinstance(value, Path) and bool(self.types & {str, Path})
+
+
+def is_truth(value: Any) -> bool:
+    """Whether a value is a truth value, Python's or NumPy's."""
+    # By the name of its type, which NumPy 2 has changed: this module does without NumPy.
+    kind = type(value)
+    return isinstance(value, bool) or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
+
+
+def native(value: Any) -> Any:
+    """A value with Python's own numbers, truth values and strings in the place of NumPy's."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(native, value)) if type(value) in (list, tuple) else value
+    # Truth values first: `int` would turn them into 0 and 1.
+    if is_truth(value):
+        return bool(value)
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return f"{value}" if isinstance(value, str) else value
 
 
 def kind_of(field: FieldInfo) -> Kind:
@@ -182,8 +205,5 @@ def _plain(values: list[Any] | tuple[Any, ...]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, Path):
             yield str(value)
-        # Truth values first: `int` would turn them into 0 and 1.
-        elif isinstance(value, bool) or not isinstance(value, Real):
-            yield value
         else:
-            yield int(value) if isinstance(value, Integral) else float(value)
+            yield native(value)

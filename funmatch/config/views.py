@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from funmatch.config.choices import Crop
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.options import Options
+from funmatch.runtime.functions import is_function_name
 
 VIEWS = Changes.VIEWS
 
@@ -96,6 +97,8 @@ class Views(Options):
         if self.resize and self.cropped not in ("mild", "squash"):
             found.append(f"resize belongs to mild crops (--crop mild or squash), not to {self.cropped} ones")
         # Every table ends with `super()`: without it the checks of the bases after it would be left out.
+        if self.augment is not None and not is_function_name(self.augment):
+            found.append(f"augment {self.augment!r} is not the name of a function; expected package.module:function")
         return found + self._mixing_problems() + super().problems()
 
     def _mixing_problems(self) -> list[str]:

@@ -11,6 +11,7 @@ from funmatch.commands.python.messages import python_name, python_words
 from funmatch.commands.verbs import run_verb
 from funmatch.config.options import Options
 from funmatch.config.sources.layers import PYTHON, layers_below
+from funmatch.config.values import native
 from funmatch.errors import InputError
 from funmatch.reports.result import Result
 from funmatch.runtime.functions import register
@@ -90,7 +91,7 @@ def space_words(space: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...] | N
     """
     if isinstance(space, Mapping):
         space = [f"{name}={_joined(values)}" for name, values in space.items()]
-    if isinstance(space, str) or not all(isinstance(each, str) for each in space):
+    if not isinstance(space, list | tuple) or not all(isinstance(each, str) for each in space):
         raise InputError(f'space: wanted a dictionary such as {{"lr": "log:1e-5..3e-3"}}, got {space!r}')
     # None, not (): an empty space leaves that of a recipe or a file in place.
     return tuple(space) or None
@@ -112,7 +113,11 @@ def model_name(model: Any) -> Any:
 
 def pairs(options: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
     """Returns arguments of a constructor as the command line writes them, `key=value` each."""
-    return tuple(f"{key}={value!r}" for key, value in options.items()) if isinstance(options, Mapping) else (*options,)
+    if isinstance(options, Mapping):
+        return tuple(f"{key}={native(value)!r}" for key, value in options.items())
+    if not isinstance(options, list | tuple) or not all(isinstance(each, str) for each in options):
+        raise InputError(f'options: wanted a dictionary such as {{"drop_rate": 0.1}}, got {options!r}')
+    return (*options,)
 
 
 def _joined(values: Any) -> str:
