@@ -142,7 +142,10 @@ class Trainer:
                         stop if stop != FAILED else signal.SIGTERM, f"{saved}; run the same command again to resume"
                     )
         # The last step's records: all is saved, but the run is not finished yet.
-        self.records.raise_failure(f"saved all {loop.steps} steps in {self.run.folder}")
+        if distributed.all_reduce_max(FAILED * bool(self.records.failure)):
+            saved = f"saved all {loop.steps} steps in {self.run.folder}"
+            self.records.raise_failure(saved)
+            raise signals.Interrupted(signal.SIGTERM, f"{saved}; run the same command again to finish it")
 
     def after_step(self, step: int, losses: Losses, *, saving: bool) -> bool:
         """Logs, evaluates and saves what is due after a step; returns whether early stopping is due.

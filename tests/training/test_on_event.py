@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_processes import assert_near, start, wait_for_all
 
 import funmatch
 from funmatch.errors import InputError
@@ -59,3 +60,46 @@ def test_a_failure_at_the_last_step_leaves_a_run_that_only_has_to_be_finished(tm
 def test_what_is_not_a_function_is_refused(tmp_path):
     with pytest.raises(InputError, match="on_event: wanted a function"):
         funmatch.train("fashion-mini", "fashion-mini-student", tmp_path / "o", steps=1, on_event="print")
+
+
+SCRIPT = """
+import sys
+import torch
+import funmatch
+
+def distance(student, teacher):
+    return (student - teacher).square().sum(-1)
+
+def darker(crops, generator):
+    return crops * torch.rand(len(crops), 1, 1, 1, generator=generator)
+
+def optimizer(parameters):
+    return torch.optim.SGD(parameters, momentum=0.9)
+
+def event(event, step, _values):
+    print("event", event, step)
+    if (event, str(step)) == tuple(sys.argv[2:]):
+        raise RuntimeError("enough")
+
+network = {"channels": [8, 16, 16, 24], "stem_width": 8, "norm_layer": "groupnorm1"}
+funmatch.distill(
+    "fashion-mini", "fashion-mini-teacher", "resnet10t", sys.argv[1], student_kwargs=network, side=28, steps=6,
+    batch=16, lr=0.001, teacher_precision="fp32", device="cpu", log_every=1, distance=distance, augment=darker,
+    optimizer=optimizer, on_event=event,
+)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_and_call_it_once(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    one, two = tmp_path / "one", tmp_path / "two"
+    wait_for_all(start(tmp_path / "script.py", one))
+    # After a step, and after the last one.
+    for failing, saved in ((("step", "2"), "saved step 3 of 6"), (("views", "6"), "saved all 6 steps")):
+        outputs = wait_for_all(start(tmp_path / "script.py", two, *failing, world=2), code=1)
+        assert all(saved in output for output in outputs)
+    main, other = wait_for_all(start(tmp_path / "script.py", two, world=2))
+    assert "event" not in main + other, "the run only had to be finished"
+    # The user's functions gave the student of one process, too.
+    assert_near(one, two)
