@@ -79,10 +79,10 @@ def test_stub_has_every_function_with_its_arguments():
 
 RIGHT = """\
 from pathlib import Path
+from typing import assert_type
 
 import numpy as np
 import torch
-from typing_extensions import assert_type
 
 import funmatch
 
@@ -97,6 +97,17 @@ funmatch.evaluate(run, split="val", teacher=["t", "u"])
 funmatch.tune("distill", "o", space={"lr": [1e-3]}, trials=2, data="d", teacher="t", student="s", steps=1)
 funmatch.recipe("pet37-fast", data="d", out=Path("o"))
 funmatch.prepare("d", val=0.1, to="tfrecord")
+
+
+def distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (student - teacher).abs().sum(-1)
+
+
+def augment(crops: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return crops * torch.rand(len(crops), 1, 1, 1, generator=generator)
+
+
+funmatch.distill("d", "t", "s", "o", steps=4, distance=distance, augment=augment, optimizer=torch.optim.RAdam, lr=1)
 assert_type(funmatch.load(run), funmatch.Classifier)
 """
 WRONG = {
@@ -114,6 +125,8 @@ WRONG = {
     'funmatch.finetune("d", out="o")': "model",
     "funmatch.evaluate()": "model",
     'funmatch.evaluate("m", steps=3)': "steps",
+    'funmatch.distill("d", "t", "s", "o", distance=len)': "distance",
+    'funmatch.train("d", "s", "o", augment=3)': "augment",
     'funmatch.train("d", "s", "o").accuracy': "accuracy",
 }
 
