@@ -34,6 +34,7 @@ def test_wrong_names_and_places_need_no_torch(tmp_path):
         "unknown model 'restnet18'; did you mean 'resnet18'": [*RUN, "--student", "restnet18", *END],
         "there is no folder ./nopics": [*RUN, "--data", "./nopics", *END],
         "file is a file; choose another folder": [*RUN, "--steps", "2", "--out", "file/run"],
+        "file exists and is not a run": [*RUN, *END[:-1], "file"],
         "other exists and is not a run": [*RUN, "--steps", "2", "--out", "other"],
         "unknown model 'nowhere'": ["evaluate", "nowhere", "--data", "fashion-mini"],
         "pass hf-hub:google/vit": ["evaluate", "google/vit", "--data", "fashion-mini"],

@@ -107,6 +107,8 @@ def _unwritable(folder: Path) -> str | None:
     with suppress(OSError):
         while not place.exists() and place != place.parent:
             place = place.parent
+    if place == folder and not folder.is_dir():
+        return None  # a file of this name: the check of the place names it
     if place.exists() and not place.is_dir():
         return f"cannot create --out {folder}: {place} is a file; choose another folder"
     try:
