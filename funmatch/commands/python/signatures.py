@@ -5,7 +5,7 @@ from collections.abc import Callable
 from inspect import Parameter
 from typing import Any, TypeVar
 
-from funmatch.commands.python.messages import python_name
+from funmatch.commands.python.messages import in_python, python_name
 from funmatch.config.help import essential_lines
 from funmatch.config.options import Options
 
@@ -20,7 +20,7 @@ def with_options(table: type[Options], verb: str) -> Callable[[Function], Functi
     def add(function: Function) -> Function:
         signature = inspect.signature(function)
         # Without the function's own arguments, which its docstring explains.
-        listed = "\n".join(f"        {line}" for line in essential_lines(table, signature.parameters))
+        listed = "\n".join(f"        {in_python(line, table)}" for line in essential_lines(table, signature.parameters))
         more = f"all: `funmatch {verb} --help-all`, `funmatch.config.{table.__name__}`"
         function.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n    Options that matter most ({more}):\n{listed}\n"
         # Read by IPython and by `help`; editors and type checkers read `api.pyi`.
