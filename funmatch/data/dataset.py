@@ -103,6 +103,10 @@ class Dataset:
         return [(name, i) for name, split in self.splits.items() for i in range(len(split))]
 
 
+OF_SHARDS = {"only": "shards and tables"}
+"""Marks the options that folders do not have."""
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """Options for reading a data set. The fields that `config.Images` has too are filled from there by their names.
@@ -122,10 +126,10 @@ class ReadOptions:
     split_spec: SplitSpec | None = None
     unlabelled: bool = False
     follow_links: bool = False
-    image_feature: str | None = None
-    label_feature: str | None = None
-    first_label: int = 0
-    class_file: Path | None = None
+    image_feature: str | None = field(default=None, metadata=OF_SHARDS)
+    label_feature: str | None = field(default=None, metadata=OF_SHARDS)
+    first_label: int = field(default=0, metadata=OF_SHARDS)
+    class_file: Path | None = field(default=None, metadata=OF_SHARDS)
 
 
 def parse_share(text: str) -> Fraction | int:

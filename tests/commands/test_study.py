@@ -21,6 +21,7 @@ from funmatch.config import Study
 from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError, WorkFailed
 from funmatch.reports import study_page, study_plots
+from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import recording
 
@@ -467,7 +468,7 @@ def test_moved_study_resumes(studied, tmp_path):
     options = run_folder.find_run(studied / "runs" / "from-labels-seed-1").config
     other = options | {"facts": options["facts"] | {"teacher": "another"}}
     other["knobs"] = other["knobs"] | {"teacher": ["/elsewhere/labels"]}
-    assert len(run_folder.differences(options, other)) == 2
+    assert len(compare.differences(options, other)) == 2
 
 
 def test_long_curves_are_thinned_but_keep_the_last_point():

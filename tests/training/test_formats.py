@@ -19,7 +19,7 @@ from funmatch.errors import InputError
 from funmatch.models import class_map, origins
 from funmatch.reports import run_page, study_page, tune_page
 from funmatch.runtime.json_files import Damaged, parse_json
-from funmatch.training.run import checkpoint, state
+from funmatch.training.run import checkpoint, compare, state
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import tape
 
@@ -234,7 +234,7 @@ def attack(path: Path, read: Callable[[], object], tries: int = 120) -> None:
 def test_damaged_run_is_shown_or_refused(old_run, name):
     def show() -> None:
         run = run_folder.find_run(old_run)
-        run_folder.differences(run.config, run_folder.record_of("distill", {"steps": 8}, {"data": "x"}))
+        compare.differences(run.config, run_folder.record_of("distill", {"steps": 8}, {"data": "x"}))
         run.metrics.count_damaged()
         for part in (run_page.rows, run_page.teachers, run_page.agreement_rows, run_page.evaluation_counts):
             part(run)

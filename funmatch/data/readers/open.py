@@ -6,11 +6,11 @@ A new kind of source takes a module with a function like `open_tfrecords`, and a
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from funmatch.data.dataset import Dataset, ReadOptions, SplitSpec, Track, join_datasets, untracked
+from funmatch.data.dataset import OF_SHARDS, Dataset, ReadOptions, SplitSpec, Track, join_datasets, untracked
 from funmatch.data.readers.catalog import CATALOG, open_named
 from funmatch.data.readers.folder import open_folder
 from funmatch.data.readers.huggingface import open_hub, resolve_if_local
@@ -43,17 +43,13 @@ class Reader:
     files: tuple[str, ...] = ()
 
 
-OF_SHARDS = ("image_feature", "label_feature", "first_label", "class_file")
-"""Options that folders do not have."""
-
-
 def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:  # noqa: ARG001
     folder = open_folder(
         Path(location).expanduser(), follow_links=options.follow_links, recommend_reader=recommend_reader
     )
-    unused = [
-        f"--{name.replace('_', '-')}" for name in OF_SHARDS if getattr(options, name) != getattr(ReadOptions, name)
-    ]
+    moved = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    of_shards = {field.name for field in fields(options) if field.metadata == OF_SHARDS}
+    unused = [f"--{name.replace('_', '-')}" for name in moved if name in of_shards]
     # A note only: another source of the same command may need the option.
     note = f"{location} is a folder: {', '.join(unused)} does not apply to it; labels come from folder names"
     return replace(folder, notes=(*folder.notes, note)) if unused else folder
