@@ -1,26 +1,27 @@
 """Knowledge distillation by function matching: a small image classifier becomes the same function as a big one."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from funmatch.api import (
-    Outcome,
-    Tuned,
-    distill,
-    distill_several,
-    evaluate,
-    finetune,
-    load,
-    prepare,
-    recipe,
-    study,
-    train,
-    tune,
-)
 from funmatch.errors import InputError
 from funmatch.version import __version__
 
 # For type checkers and editors, which do not run `__getattr__`.
 if TYPE_CHECKING:
+    from funmatch.api import (
+        Outcome,
+        Tuned,
+        distill,
+        distill_several,
+        evaluate,
+        finetune,
+        load,
+        prepare,
+        recipe,
+        study,
+        train,
+        tune,
+    )
     from funmatch.models.classifier import Card, Classifier
 
 __all__ = [
@@ -31,9 +32,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`Card` and `Classifier` need torch, whose import takes seconds; so they are imported on first use."""
-    if name in ("Card", "Classifier"):
-        from funmatch.models import classifier
+    """Imports a public name on first use: some need torch, and a command line needs none of the functions."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "models.classifier" if name in ("Card", "Classifier") else "api"
+    value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value  # found at once from here on
+    return value
 
-        return getattr(classifier, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    """Names what `__getattr__` imports, too, so that it is completed."""
+    return sorted({*globals(), *__all__})

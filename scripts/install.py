@@ -101,7 +101,18 @@ def floors(project: Path) -> list[tuple[str, str]]:
 
 def pip(arguments: tuple[str, ...], constraints: Path | None, log: Path, progress: Progress) -> int:
     """Runs `pip install` with its output to the log and to `progress`; returns the exit code."""
-    command = [sys.executable, "-m", "pip", "install", "--progress-bar", "off", "--no-input", *arguments]
+    # Without bytecode: Python compiles what it imports, and most of 5 GB is never imported.
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--progress-bar",
+        "off",
+        "--no-input",
+        "--no-compile",
+        *arguments,
+    ]
     command += ["--constraint", str(constraints)] if constraints else ["--upgrade", "--upgrade-strategy", "eager"]
     with (
         log.open("a") as file,
