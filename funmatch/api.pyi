@@ -22,7 +22,46 @@ Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Augment: TypeAlias = Callable[[Tensor, Generator], Tensor]
 CreateOptimizer: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
 
-class TrainOptions(TypedDict, total=False):
+class ImagesOptions(TypedDict, total=False):
+    """Options for how images are read."""
+
+    val: float | str | None
+    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
+    the images' content and on val_seed. (default: none)"""
+    val_seed: int
+    """Seed of the validation split. (default: 0)"""
+    unlabelled: bool
+    """Ignore labels, whatever the folders are called."""
+    image_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
+    names)"""
+    label_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. (default: one
+    of the usual names)"""
+    first_label: int
+    """In shards: the number of the first class. (default: 0)"""
+    class_file: str | Path | None
+    """In shards and tables: a text file with one class name per line. (default: names in the data)"""
+    follow_links: bool
+    """Follow symbolic links that lead out of a folder."""
+    data_dir: str | Path | None
+    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
+    folder in the user's cache)"""
+    cap: int
+    """Images whose shorter side is longer than this, in pixels, are scaled down to it. (default: 512)"""
+    decoder: Literal["auto", "pillow", "torchcodec"]
+    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: auto)"""
+    pixels: Literal["auto", "resident", "streaming"]
+    """resident: decode once into the cache. streaming: keep images encoded and decode them a step ahead, in threads.
+    auto is resident up to resident_gb. (default: auto)"""
+    resident_gb: float
+    """With pixels="auto": the most gigabytes of decoded pixels that are stored in the cache. (default: 32)"""
+    max_pixels: int
+    """Larger images are rejected as decompression bombs. (default: 178956970)"""
+    on_bad: Literal["stop", "skip"]
+    """When images cannot be decoded: stop and list all of them, or skip them. (default: stop)"""
+
+class TrainOptions(ImagesOptions, total=False):
     """Options of `funmatch.train`."""
 
     device: str
@@ -157,41 +196,6 @@ class TrainOptions(TypedDict, total=False):
     grad_checkpointing: bool
     """Recompute activations in the backward pass, to need less memory. BatchNorm's running averages are updated
     twice."""
-    val: float | str | None
-    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
-    the images' content and on val_seed. (default: none)"""
-    val_seed: int
-    """Seed of the validation split. (default: 0)"""
-    unlabelled: bool
-    """Ignore labels, whatever the folders are called."""
-    image_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
-    names)"""
-    label_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. (default: one
-    of the usual names)"""
-    first_label: int
-    """In shards: the number of the first class. (default: 0)"""
-    class_file: str | Path | None
-    """In shards and tables: a text file with one class name per line. (default: names in the data)"""
-    follow_links: bool
-    """Follow symbolic links that lead out of a folder."""
-    data_dir: str | Path | None
-    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
-    folder in the user's cache)"""
-    cap: int
-    """Images whose shorter side is longer than this, in pixels, are scaled down to it. (default: 512)"""
-    decoder: Literal["auto", "pillow", "torchcodec"]
-    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: auto)"""
-    pixels: Literal["auto", "resident", "streaming"]
-    """resident: decode once into the cache. streaming: keep images encoded and decode them a step ahead, in threads.
-    auto is resident up to resident_gb. (default: auto)"""
-    resident_gb: float
-    """With pixels="auto": the most gigabytes of decoded pixels that are stored in the cache. (default: 32)"""
-    max_pixels: int
-    """Larger images are rejected as decompression bombs. (default: 178956970)"""
-    on_bad: Literal["stop", "skip"]
-    """When images cannot be decoded: stop and list all of them, or skip them. (default: stop)"""
     eval_data: Names
     """Other images to evaluate on: their validation and test splits, or all of them as a test split. (default: those of
     data)"""
@@ -283,7 +287,7 @@ class DistillOptions(TrainOptions, total=False):
     fp32. (default: auto)"""
     teacher_batch: int | None
     """Images per forward pass of the teacher, to need less memory. (default: as many as the student)"""
-    strategy: Literal["fix/rs", "fix/cc", "fix/ic_ens", "ind/rc", "ind/ic", "same/rc", "same/ic", "funmatch"]
+    strategy: Literal["funmatch", "same/ic", "same/rc", "ind/ic", "ind/rc", "fix/ic_ens", "fix/cc", "fix/rs"]
     """Views of teacher and student. funmatch: one shared Inception crop, mixed. same/ic, same/rc: one shared Inception
     or mild random crop. ind/ic, ind/rc: independent crops. fix/rs, fix/cc, fix/ic_ens: the teacher always gets the
     whole image, its centre, or many Inception crops, whose mean output counts; the student gets the whole image, mild
@@ -364,7 +368,7 @@ class TuneOptions(DistillOptions, total=False):
     pruner: Literal["none", "asha", "hyperband"]
     """Whether trials that fall behind are stopped early. In distillation the leader after a short time is often not the
     leader after a long one, so none is the default. (default: none)"""
-    storage: str | None
+    storage: Literal["PATH", "URL"] | None
     """Where Optuna stores the search: a journal file, or the URL of a database (sqlite:///study.db,
     postgresql+psycopg://…). (default: journal.log in out)"""
     study_name: str | None
@@ -392,44 +396,9 @@ class TuneOptions(DistillOptions, total=False):
     """Published recipe (`funmatch recipes` lists them), also given as the first word: it sets every option; options on
     the command line override it. (default: none)"""
 
-class PrepareOptions(TypedDict, total=False):
+class PrepareOptions(ImagesOptions, total=False):
     """Options of `funmatch.prepare`."""
 
-    val: float | str | None
-    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
-    the images' content and on val_seed. (default: none)"""
-    val_seed: int
-    """Seed of the validation split. (default: 0)"""
-    unlabelled: bool
-    """Ignore labels, whatever the folders are called."""
-    image_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
-    names)"""
-    label_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. (default: one
-    of the usual names)"""
-    first_label: int
-    """In shards: the number of the first class. (default: 0)"""
-    class_file: str | Path | None
-    """In shards and tables: a text file with one class name per line. (default: names in the data)"""
-    follow_links: bool
-    """Follow symbolic links that lead out of a folder."""
-    data_dir: str | Path | None
-    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
-    folder in the user's cache)"""
-    cap: int
-    """Images whose shorter side is longer than this, in pixels, are scaled down to it. (default: 512)"""
-    decoder: Literal["auto", "pillow", "torchcodec"]
-    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: auto)"""
-    pixels: Literal["auto", "resident", "streaming"]
-    """resident: decode once into the cache. streaming: keep images encoded and decode them a step ahead, in threads.
-    auto is resident up to resident_gb. (default: auto)"""
-    resident_gb: float
-    """With pixels="auto": the most gigabytes of decoded pixels that are stored in the cache. (default: 32)"""
-    max_pixels: int
-    """Larger images are rejected as decompression bombs. (default: 178956970)"""
-    on_bad: Literal["stop", "skip"]
-    """When images cannot be decoded: stop and list all of them, or skip them. (default: stop)"""
     to: Literal["cache", "tfrecord"]
     """cache: decode for the runs of this program. tfrecord: write shards of tf.train.Example into out. (default:
     cache)"""
@@ -442,7 +411,7 @@ class PrepareOptions(TypedDict, total=False):
     shard_size: int
     """Images per shard. (default: 128)"""
 
-class EvaluateOptions(TypedDict, total=False):
+class EvaluateOptions(ImagesOptions, total=False):
     """Options of `funmatch.evaluate`."""
 
     device: str
@@ -470,41 +439,6 @@ class EvaluateOptions(TypedDict, total=False):
     trust_class_order: bool
     """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
     that it seems to have in another order, assuming the same order."""
-    val: float | str | None
-    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
-    the images' content and on val_seed. (default: none)"""
-    val_seed: int
-    """Seed of the validation split. (default: 0)"""
-    unlabelled: bool
-    """Ignore labels, whatever the folders are called."""
-    image_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
-    names)"""
-    label_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. (default: one
-    of the usual names)"""
-    first_label: int
-    """In shards: the number of the first class. (default: 0)"""
-    class_file: str | Path | None
-    """In shards and tables: a text file with one class name per line. (default: names in the data)"""
-    follow_links: bool
-    """Follow symbolic links that lead out of a folder."""
-    data_dir: str | Path | None
-    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
-    folder in the user's cache)"""
-    cap: int
-    """Images whose shorter side is longer than this, in pixels, are scaled down to it. (default: 512)"""
-    decoder: Literal["auto", "pillow", "torchcodec"]
-    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: auto)"""
-    pixels: Literal["auto", "resident", "streaming"]
-    """resident: decode once into the cache. streaming: keep images encoded and decode them a step ahead, in threads.
-    auto is resident up to resident_gb. (default: auto)"""
-    resident_gb: float
-    """With pixels="auto": the most gigabytes of decoded pixels that are stored in the cache. (default: 32)"""
-    max_pixels: int
-    """Larger images are rejected as decompression bombs. (default: 178956970)"""
-    on_bad: Literal["stop", "skip"]
-    """When images cannot be decoded: stop and list all of them, or skip them. (default: stop)"""
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
@@ -512,7 +446,7 @@ class EvaluateOptions(TypedDict, total=False):
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
     hf:NAME. Several are joined. (default: the run's)"""
-    split: str
+    split: Literal["auto", "train", "val", "test"]
     """Split to evaluate on; auto is test, else val, else train. (default: auto)"""
     teacher: Models
     """Teacher to compare with, or several, as `distill --teacher` takes them. (default: the run's)"""

@@ -6,16 +6,17 @@ The options come from the tables of `funmatch.config`: names, other names, types
 the file with the tables.
 """
 
+import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from funmatch.api import load
 from funmatch.commands.python.messages import in_python
 from funmatch.commands.python.signatures import option_names
 from funmatch.commands.verbs import TABLES
-from funmatch.config import Distill, Finetune, Options, SearchDistill, Train
-from funmatch.config.choices import DISTANCES, STRATEGIES
+from funmatch.config import Distill, Finetune, Images, Options, SearchDistill, Train
 from funmatch.config.help import default_of
 from funmatch.config.metadata import Refers
 from funmatch.config.values import kind_of
@@ -46,25 +47,8 @@ Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Augment: TypeAlias = Callable[[Tensor, Generator], Tensor]
 CreateOptimizer: TypeAlias = Callable[[list[nn.Parameter]], Optimizer]
 '''
-LAST = """
-def load(
-    model: Model,
-    *,
-    weights: str | Path | None = None,
-    options: Mapping[str, Any] | Sequence[str] = (),
-    classes: int | None = None,
-    side: int | None = None,
-    pretrained: bool = True,
-    inputs: Any = None,
-) -> Classifier: ...
-"""
 ONE = {bool: "bool", int: "int", float: "float", Path: "str | Path", str: "str"}
 """Types of single values; a whole number may stand for any number, as type checkers know."""
-BY_NAME = {
-    "strategy": f"Literal[{', '.join(repr(name) for name in STRATEGIES)}]",
-    "distance": f"Literal[{', '.join(repr(name) for name in DISTANCES)}]",
-}
-"""Options that any text is declared for, since the message for a wrong one lists near names."""
 FUNCTION_TYPES = {"distance": "Distance", "augment": "Augment", "optimizer": "CreateOptimizer"}
 """Types of the functions that options take in the place of a name."""
 WIDTH = 120
@@ -124,26 +108,43 @@ FUNCTIONS = [
 
 def stub() -> str:
     """Returns the text of the stub."""
-    return "\n".join([HEADER, *classes(), *(line for each in FUNCTIONS for line in signatures(each)), LAST.lstrip()])
+    return "\n".join([HEADER, *classes(), *(line for each in FUNCTIONS for line in signatures(each)), load_signature()])
+
+
+def load_signature() -> str:
+    """Returns the signature of `funmatch.load`, which takes no options of a table: as it is written there."""
+    parameters = list(inspect.signature(load).parameters.values())
+    lines = [f"{each.name}: {each.annotation}" for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    lines += ["*", *(f"{p.name}: {p.annotation} = {p.default!r}" for p in parameters if p.kind is p.KEYWORD_ONLY)]
+    one_each = "".join(f"    {line},\n" for line in lines)
+    return f"def load(\n{one_each}) -> Classifier: ...\n"
 
 
 def classes() -> Iterator[str]:
     """Yields a class of options for each function, without the arguments that the function names itself."""
+    images = keys(Images, {*APART})
+    yield from options_class("ImagesOptions", "TypedDict, total=False", "Options for how images are read.", images)
     shared = keys(Train, {"data", "student", "out", *APART})
-    yield from options_class("TrainOptions", "TypedDict, total=False", "train", shared)
+    yield from options_class("TrainOptions", "ImagesOptions, total=False", of("train"), changed(shared, images))
     finetune, distill = (keys(table, {"data", "student", "out", "teacher", *APART}) for table in (Finetune, Distill))
-    yield from options_class("FinetuneOptions", "TrainOptions, total=False", "finetune", changed(finetune, shared))
-    yield from options_class("DistillOptions", "TrainOptions, total=False", "distill", changed(distill, shared))
+    yield from options_class("FinetuneOptions", "TrainOptions, total=False", of("finetune"), changed(finetune, shared))
+    yield from options_class("DistillOptions", "TrainOptions, total=False", of("distill"), changed(distill, shared))
     # A recipe or a search may be of any of the three commands.
     places = keys(Distill, {*Distill.model_fields} - {"data", "student", "teacher"}, all_names=True)
     out, config = keys(Distill, {*Distill.model_fields} - {"out"}), keys(Distill, {*Distill.model_fields} - {"config"})
-    yield from options_class("RecipeOptions", "DistillOptions, total=False", "recipe", places | out | config)
+    yield from options_class("RecipeOptions", "DistillOptions, total=False", of("recipe"), places | out | config)
     search = keys(SearchDistill, {*Distill.model_fields, "space"}) | places
     recipe = keys(Distill, {*Distill.model_fields} - {"recipe"})
-    yield from options_class("TuneOptions", "DistillOptions, total=False", "tune", search | config | recipe)
+    yield from options_class("TuneOptions", "DistillOptions, total=False", of("tune"), search | config | recipe)
     for verb, named in (("prepare", {"data", "config"}), ("evaluate", {"model", "config"}), ("study", {"name", "out"})):
-        own = keys(TABLES[verb], named)
-        yield from options_class(f"{verb.title()}Options", "TypedDict, total=False", verb, own)
+        own, base = keys(TABLES[verb], named), "TypedDict"
+        if issubclass(TABLES[verb], Images):
+            own, base = changed(own, images), "ImagesOptions"
+        yield from options_class(f"{verb.title()}Options", f"{base}, total=False", of(verb), own)
+
+
+def of(verb: str) -> str:
+    return f"Options of `funmatch.{verb}`."
 
 
 Keys = dict[str, tuple[str, str]]
@@ -180,10 +181,8 @@ def type_of(table: type[Options], name: str) -> str:
         found = "Models" if kind.several else "Model"
     elif kind.pairs:
         found = "KeyValues"
-    elif name in BY_NAME:
-        found = BY_NAME[name]
-    elif kind.choices:
-        found = f"Literal[{', '.join(map(repr, kind.choices))}]"
+    elif choices := kind.choices or named_choices(opt.metavar):
+        found = f"Literal[{', '.join(map(repr, choices))}]"
     elif kind.several and kind.types == {str}:
         found = "Names"
     else:
@@ -198,6 +197,14 @@ def type_of(table: type[Options], name: str) -> str:
     return f"{found} | None" if kind.optional else found
 
 
+def named_choices(metavar: str | None) -> list[str]:
+    """Returns the words that stand for a value in `--help`, of options that are declared for any text.
+
+    So that the message for a wrong one lists near names.
+    """
+    return metavar.split("|") if metavar and "|" in metavar else []
+
+
 def sentence(table: type[Options], name: str) -> str:
     """Returns what an option sets, and its default."""
     text = " ".join((table.model_fields[name].description or "").split())
@@ -205,10 +212,10 @@ def sentence(table: type[Options], name: str) -> str:
     return in_python(f"{text} ({note})" if note and note != "required" else text, table)
 
 
-def options_class(name: str, bases: str, verb: str, found: Keys) -> Iterator[str]:
+def options_class(name: str, bases: str, about: str, found: Keys) -> Iterator[str]:
     """Yields a class of options."""
     yield f"class {name}({bases}):"
-    yield f'    """Options of `funmatch.{verb}`."""\n'
+    yield f'    """{about}"""\n'
     for key, (kind, text) in found.items():
         yield literal(f"    {key}: ", kind)
         quoted = text.replace("\\", "\\\\")

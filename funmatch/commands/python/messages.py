@@ -4,7 +4,6 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from funmatch.config.choices import DISTANCES, STRATEGIES
 from funmatch.config.options import Options
 from funmatch.config.values import kind_of
 from funmatch.errors import InputError
@@ -112,7 +111,5 @@ def _value(rest: str, choices: set[str]) -> tuple[str | None, int]:
 
 def _listed(table: type[Options], name: str) -> set[str]:
     """The values that an option of any text is known to take."""
-    special = {"distance": DISTANCES, "strategy": STRATEGIES, "device": ["cpu"], "label_feature": ["none"]}.get(
-        name, []
-    )
+    special = {"device": ["cpu"], "label_feature": ["none"]}.get(name, [])
     return {*special, *(table.opt(name).metavar or "").split("|")} - {""}
