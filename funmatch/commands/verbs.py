@@ -99,7 +99,9 @@ def run_verb(
     """
     verb = find_verb(name)
     options.check()  # here, for all commands, from wherever they are called
-    load_function("commands.common.preflight:check")(name, options)
+    # Only where something is named or written: the readers of data take a moment to import.
+    if type(options).where(lambda opt: opt.refers is not None or opt.function):
+        load_function("commands.common.preflight:check")(name, options)
     if is_dry_run(options):
         return load_function(DRY_RUN.run)(options, modules or {}, sources or {})
     # Before the import that takes seconds, or a person would wait for the first word.

@@ -49,7 +49,7 @@ def _problems_of_names(options: Options) -> Iterator[str]:
         if opt.refers is None:
             continue
         test = CHECKS[opt.refers]
-        yield from filter(None, (_message(test, value) for value in _each(getattr(options, name))))
+        yield from filter(None, (_message(test, each) for each in _each(value)))
 
 
 def _each(value: Any) -> Iterable[str]:
@@ -92,9 +92,8 @@ def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
         return
     try:
         run_folder.check_place(out)
-        stored = run_folder.options_of(out)
-        if stored:
-            run = run_folder.Run(out)
+        run = run_folder.Run(out)
+        if run.record.has_begun:
             run.record.refuse(compare.early_differences(out, run.config, verb, options))
     except InputError as error:
         yield str(error)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from funmatch.data.cache.open_cache import ENTRY, read_paths
+from funmatch.data.cache.ledger import ENTRY, read_paths
 from funmatch.runtime.files import remove
 from funmatch.runtime.json_files import parse_json
 

@@ -11,15 +11,16 @@ files to look at, so that a data set is opened without listing it again.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from funmatch.data.cache.bit_depth import depth_notes
 from funmatch.data.cache.build import CacheOptions, build, unreadable
 from funmatch.data.cache.check import FORMAT, is_complete, read_index, read_meta
+from funmatch.data.cache.ledger import ENTRY, read_paths
 from funmatch.data.cache.scan import Scan, fingerprint_files, scan, summary
 from funmatch.data.cache.splits import apply_split
 from funmatch.data.cache.stores import CachedSplit, Resident, Streaming
@@ -28,7 +29,7 @@ from funmatch.data.decode import pick_decoder
 from funmatch.data.readers.catalog import data_home
 from funmatch.data.readers.open import open_dataset, resolve_spec
 from funmatch.runtime.files import cache_home, write_atomically
-from funmatch.runtime.json_files import EACH, parse_json
+from funmatch.runtime.json_files import parse_json
 
 NAMES_IN_DIGESTS = {
     "ReadOptions(": "Reading(",
@@ -44,17 +45,6 @@ READING = 2
 are listed again. The cache's own key is that of its content, and does not depend on it."""
 
 MAX_WATCHED = 100_000
-PAIRS = {"pictures": int, "examples": [(str, str)]}
-ENTRY = {
-    "folder": str, "stamp": str, "name": str, "called": str, "unnamed": bool,
-    "found": {
-        "splits": {EACH: {"pictures": int, "labelled": bool, "classes": int}}, "classes": list[str],
-        "published": dict[str, int], "kinds": dict[str, int], "short_side": (int, int, int),
-        "long_side": (int, int, int), "bytes": int, "leaks": {EACH: PAIRS}, "repeated": int,
-        "contradictory": PAIRS, "unreadable": [(str, str)], "notes": list[str],
-    },
-}  # fmt: skip
-"""What the first line of a ledger entry holds: `found` is `Cache.summary`."""
 
 
 @dataclass(frozen=True)
@@ -217,15 +207,6 @@ def _load_entry(ledger: Path) -> dict[str, Any] | None:
     with suppress(OSError):
         os.utime(ledger)
     return entry
-
-
-def read_paths(file: IO[bytes]) -> Iterator[bytes]:
-    """Yields the paths in a file, separated by zero bytes, without holding all of them in memory."""
-    rest = b""
-    while block := file.read(1 << 16):
-        *paths, rest = (rest + block).split(b"\0")
-        yield from paths
-    yield rest
 
 
 def _watched_paths(dataset: Dataset) -> list[str]:
