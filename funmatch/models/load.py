@@ -20,6 +20,8 @@ from funmatch.models.names import (
     check_architecture,
     is_function,
     is_timm_name,
+    own_architecture,
+    renaming_note,
 )
 from funmatch.models.origins import Origin, find_origin
 from funmatch.models.tensorflow.preprocessing import Inputs
@@ -100,15 +102,10 @@ def _from_timm(
     name: str, kwargs: dict[str, Any], *, classes: int | None, side: int | None, pretrained: bool
 ) -> Classifier:
     """Has timm build a network, with its published weights where the name means these."""
-    own = NAMED.get(name, name)
-    if isinstance(own, tuple):
-        # The user's arguments last: they may change those of our own names.
-        own, kwargs = own[0], {**own[1], **kwargs}
+    own, kwargs = own_architecture(name, kwargs)
     is_hub = own.startswith(HUB)
     architecture = own if is_hub else check_architecture(own, name)
-    notes: tuple[str, ...] = ()
-    if architecture.partition(".")[0] != own.partition(".")[0]:
-        notes = (f"timm calls {own} {architecture} now",)
+    if notes := renaming_note(own, architecture):
         # Without a tag a name means the architecture; timm's earlier names had their weights' names in them.
         architecture = architecture if pretrained else architecture.partition(".")[0]
     # Built for the side, without resampling; whether a network of the Hub has a fixed input shows only afterwards.

@@ -83,10 +83,27 @@ def check_architecture(architecture: str, name: str) -> str:
     names, now = timm_names(), current_name(architecture)
     base, _, tag = now.partition(".")
     if base not in names["models"] and not _is_registered(base):
-        raise unknown("model", name, [*NAMED, *names["models"]], hint="`funmatch models PATTERN` lists them")
+        raise _unknown_model(name)
     if tag and now not in names["tagged"] and not _is_registered(now, "is_model_pretrained"):
         raise unknown("pretrained tag", name, [each for each in names["tagged"] if each.startswith(f"{base}.")])
     return now
+
+
+def _unknown_model(name: str) -> InputError:
+    return unknown("model", name, [*NAMED, *timm_names()["models"]], hint="`funmatch models PATTERN` lists them")
+
+
+def own_architecture(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns what one of our own names stands for, and the constructor's arguments; any other name as it is."""
+    own = NAMED.get(name, name)
+    # The user's arguments last: they may change those of our own names.
+    return (own[0], {**own[1], **kwargs}) if isinstance(own, tuple) else (own, kwargs)
+
+
+def renaming_note(name: str, architecture: str) -> tuple[str, ...]:
+    """Returns a note where timm calls the architecture of a name otherwise now; nothing where it does not."""
+    renamed = architecture.partition(".")[0] != name.partition(".")[0]
+    return (f"timm calls {name} {architecture} now",) if renamed else ()
 
 
 def _is_registered(name: str, test: str = "is_model") -> bool:
@@ -100,11 +117,8 @@ def is_timm_name(name: str) -> bool:
     return base in timm_names()["models"] or _is_registered(base)
 
 
-def check_model_name(name: str, *, weights: bool = False) -> None:
+def check_model_name(name: str) -> None:
     """Refuses the name of a model that cannot be one, by what is known without building any.
-
-    Args:
-        weights: a file of weights is given, so the name is that of an architecture.
 
     Raises:
         InputError: there is no such model, file or folder.
@@ -123,10 +137,10 @@ def check_model_name(name: str, *, weights: bool = False) -> None:
         check_architecture(name, name)
     # A published BiT checkpoint is the one file that says what its architecture is.
     elif not path.exists() or (path.is_file() and not prefix and path.suffix != ".npz"):
-        raise no_model_at(name, path, prefix, weights=weights)
+        raise no_model_at(name, path, prefix)
 
 
-def no_model_at(name: str, path: Path, prefix: str = "", *, weights: bool = False) -> InputError:
+def no_model_at(name: str, path: Path, prefix: str = "") -> InputError:
     """Builds the error for a name that leads to no model: what there is at its path, and what was probably meant."""
     suffix = path.suffix.lower()
     if suffix in FOREIGN:
@@ -153,6 +167,4 @@ def no_model_at(name: str, path: Path, prefix: str = "", *, weights: bool = Fals
             f"{path} is missing; expected the folder of a run or of a model, or {HUB}user/model for a timm model on "
             "the Hugging Face Hub"
         )
-    known = [*NAMED, *timm_names()["models"]]
-    hint = "give the architecture of these weights" if weights else "`funmatch models PATTERN` lists them"
-    return unknown("model", name, known, hint=hint)
+    return _unknown_model(name)

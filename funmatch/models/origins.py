@@ -23,6 +23,8 @@ from funmatch.models.names import (
     is_function,
     is_timm_name,
     no_model_at,
+    own_architecture,
+    renaming_note,
 )
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
@@ -231,9 +233,7 @@ def _bit_origin(
 
 def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | None) -> Origin:
     """Returns the origin of a state dict for a timm name; its head decides the number of classes."""
-    own = NAMED.get(name, name)
-    if isinstance(own, tuple):
-        own, kwargs = own[0], {**own[1], **kwargs}
+    own, kwargs = own_architecture(name, kwargs)
     if not is_timm_name(own) and (":" in name or "/" in name or Path(name).exists()):
         raise InputError(f"{name} has its own weights; leave out {path}")
     # With its tag, though the tag's weights are not used: it says what images such weights were trained on.
@@ -247,6 +247,5 @@ def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | 
     head = found.state.get(f"{wanted.heads[0]}.weight")
     if head is not None and head.ndim:
         kwargs = {"num_classes": head.shape[0], **kwargs}
-    renamed = architecture.partition(".")[0] != own.partition(".")[0]
-    notes = (f"timm calls {own} {architecture} now",) if renamed else ()
-    return Origin(str(path), architecture, found.state, kwargs, OWN_CARDS.get(name, {}), notes=notes + found.notes)
+    notes = renaming_note(own, architecture) + found.notes
+    return Origin(str(path), architecture, found.state, kwargs, OWN_CARDS.get(name, {}), notes=notes)

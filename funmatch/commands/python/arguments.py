@@ -9,6 +9,7 @@ from typing import Any
 
 from funmatch.commands.python.messages import python_name, python_words
 from funmatch.commands.verbs import run_verb
+from funmatch.config.metadata import Refers
 from funmatch.config.options import Options
 from funmatch.config.sources.layers import PYTHON, layers_below
 from funmatch.config.values import native
@@ -153,8 +154,7 @@ def _is_function(table: type[Options], word: str, value: Any) -> bool:
 def _check_model(table: type[Options], word: str, value: Any) -> None:
     """Raises `InputError` if the value of a model option is neither a name nor a module."""
     name = table.field_of(word)
-    # By what stands for its value in `--help`: options that name models have MODEL there.
-    if name and (table.opt(name).metavar or "").startswith("MODEL"):
+    if name and table.opt(name).refers is Refers.MODEL:
         for each in value if isinstance(value, list) else [value]:
             if not isinstance(each, str | Path):
                 said = python_name(table, name) if word == name else word

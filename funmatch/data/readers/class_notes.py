@@ -15,9 +15,9 @@ PART = re.compile(r"(fold|part|batch|chunk|shard|subset|split)s?[ _-]*\d+", re.I
 COPY = re.compile(r"(.+?)( - copy| copy|[ _]?\(\d+\))( \(\d+\))?", re.IGNORECASE)
 
 
-def first_of(names: Sequence[str]) -> str:
-    """Returns the first names of a list for a message."""
-    return ", ".join(names[:NAMED]) + (f", … ({len(names)} in all)" if len(names) > NAMED else "")
+def first_of(names: Sequence[str], counted: str = "in all") -> str:
+    """Returns the first names of a list for a message, and how many there are: "… (12 in all)"."""
+    return ", ".join(names[:NAMED]) + (f", … ({len(names)} {counted})" if len(names) > NAMED else "")
 
 
 def class_notes(root: Path, classes: tuple[str, ...], splits: dict[str, SplitListing]) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from funmatch.data.dataset import ORDER, check_classes
+from funmatch.data.readers.class_notes import first_of
 from funmatch.data.readers.folder_listing import FolderListing
 from funmatch.data.readers.split_names import SPLIT_NAMES, assign_splits, is_container, says_split
 from funmatch.errors import InputError
@@ -180,13 +181,9 @@ def _without_strange_classes(listing: FolderListing, layout: Layout) -> Layout:
         if present and not set(present) & set(train):
             classes[split] = []
             notes.append(
-                f"WARNING: {listing.path(layout.splits[split])} has images only in {_first(present)}, which "
-                f"{listing.path(layout.splits['train'])} lacks; this split is taken as unlabelled"
+                f"WARNING: {listing.path(layout.splits[split])} has images only in {first_of(present, 'folders')}, "
+                f"which {listing.path(layout.splits['train'])} lacks; this split is taken as unlabelled"
             )
     if len(notes) > len(layout.notes) and "val" not in classes and not classes["test"]:
         notes[-1] += "; --val 10% holds out training images to evaluate on"
     return replace(layout, classes=classes, notes=tuple(notes))
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f", … ({len(names)} folders)" if len(names) > 5 else "")

@@ -1,6 +1,5 @@
 """Opens a file of weights, whatever its trainer put around them, and lists the tensors in it."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor
 from funmatch.errors import InputError, first_line
 from funmatch.models.checkpoints import signatures, torch_files
 from funmatch.models.checkpoints.pickled import Described
+from funmatch.runtime.json_files import parse_json
 
 MAX_DEPTH = 3  # of dicts around a state dict
 INDEX = ".index.json"
@@ -116,7 +116,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
 def _open_index(path: Path) -> Checkpoint:
     """Opens the files of weights that an index names; they are in its folder."""
-    places = json.loads(path.read_text())["weight_map"]
+    places = parse_json(path.read_bytes(), {"weight_map": dict[str, str]})["weight_map"]
     # A name, not a path: an index must not lead out of its folder.
     shards = {name: open_checkpoint(path.parent / Path(name).name) for name in dict.fromkeys(places.values())}
     entries = {name: shards[shard].entries[name] for name, shard in places.items() if name in shards[shard].entries}
