@@ -23,14 +23,15 @@ COMPARED_FACTS = {
 def early_differences(folder: Path, stored: dict[str, Any], verb: str, options: Options) -> list[str]:
     """Lists what differs from a run before any default is resolved, a line each.
 
-    Only numbers and words that the user has set, and that a record holds as they are set.
+    Only numbers and words that are not at their defaults: a record holds them as they are set.
 
     Args:
         folder, stored: of the run, and its record.
         verb, options: as requested.
     """
     table, requested = type(options), {}
-    for name in options.model_fields_set & (table.model_fields.keys() - UNCOMPARED):
+    # Defaults are left to the full comparison: some are resolved to other values.
+    for name in filter(options.moved, table.model_fields.keys() - UNCOMPARED):
         value, opt = getattr(options, name), table.opt(name)
         is_plain = isinstance(value, int | float | str) and not isinstance(value, bool) and value != "auto"
         # What is the machine's, or names something by its place, is compared by what it turns out to be.
