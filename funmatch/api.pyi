@@ -90,12 +90,15 @@ class TrainOptions(ImagesOptions, total=False):
     """Student to evaluate and save at the end: the last one, or the best on the validation split. (default: last)"""
     seed: int
     """Seed of the student's first weights and of every random choice. (default: 0)"""
-    eval_every: int
-    """Steps between evaluations on the validation split. (default: 500)"""
-    save_every: int
-    """Steps between checkpoints. (default: 500)"""
-    log_every: int
-    """Steps between records of the loss. (default: 50)"""
+    eval_every: int | None
+    """Steps between evaluations on the validation split. (default: a tenth of the run, at most 500; more where the
+    validation split is large)"""
+    eval_first: int | None
+    """Step of an early evaluation besides those of eval_every. (default: 2 % of the run; none with eval_every)"""
+    save_every: int | None
+    """Steps between checkpoints. (default: a tenth of the run, at most 500)"""
+    log_every: int | None
+    """Steps between records of the loss. (default: a fiftieth of the run, at most 50)"""
     compile: Literal["auto", "off", "native", "on", "max"]
     """How to speed the networks up; results stay equal up to rounding. on: compile them, which takes a minute or two;
     max: try more kernels for longer. native: on a CPU, use funmatch's own kernels for GroupNorm and standardised
@@ -215,9 +218,9 @@ class FinetuneOptions(TrainOptions, total=False):
     """Images per step. May be more than the data set has. (default: 512)"""
     keep: Literal["last", "best"]
     """Network to evaluate and save at the end: the last one, or the best on the validation split. (default: best)"""
-    eval_every: int
+    eval_every: int | None
     """Steps between evaluations on the validation split. Where there is none, a tenth of the training images is held
-    out for it. (default: 100)"""
+    out for it. (default: a tenth of the run, at most 100; more where the validation split is large)"""
     optimizer: str | CreateOptimizer
     """Optimizer: sgd, adamw, lamb, lars, muon, shampoo, soap, or any of timm's. (default: sgd)"""
     lr: float | None

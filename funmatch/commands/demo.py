@@ -37,8 +37,6 @@ def run(config: Demo) -> Result:
     # The teacher's evaluation too, so that all three figures are of one machine and precision.
     machine = {"device": config.device, "precision": config.precision}
     shared = SHARED | machine | {"steps": config.steps, "seed": config.seed}
-    # A dozen points make a curve, whatever the number of steps.
-    shared |= {"eval_every": max(1, config.steps // 12), "save_every": max(1, config.steps // 6)}
     info("1/3  evaluating the teacher on 2,000 test images")
     teacher = evaluate.run(Evaluate.checked(model="fashion-mini-teacher", data="fashion-mini", split="test", **machine))
     info(f"     top-1 {percent(teacher['top1'])}")

@@ -25,7 +25,7 @@ from funmatch.runtime.text import duration, format_bytes, percent
 from funmatch.training import distill, finetune, profiling, scoring, train
 from funmatch.training.loop import fit
 from funmatch.training.objective import Objective
-from funmatch.training.run import checkpoint
+from funmatch.training.run import checkpoint, intervals
 from funmatch.training.run.state import TrainState
 from funmatch.training.setup import TrainSetup
 from funmatch.training.student.acceleration import accelerate_student
@@ -65,9 +65,8 @@ class Parts:
         return {
             "begin": self.begin,
             "steps": steps * self.step,
-            # The last evaluation comes at the end of the run, also where the length is not a multiple.
-            "evaluations": (steps // config.eval_every + (steps % config.eval_every > 0)) * self.evaluation,
-            "checkpoints": (steps // config.save_every + (steps % config.save_every > 0)) * self.save,
+            "evaluations": intervals.evaluations_until(config, steps) * self.evaluation,
+            "checkpoints": intervals.saves_of(config) * self.save,
             "end": self.end,
         }
 

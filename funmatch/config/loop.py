@@ -109,13 +109,43 @@ class Loop(Machine):
             recipe=False, study=False),
     ] = 0  # fmt: skip
     """Seed of the student's first weights and of every random choice."""
-    # It decides at which steps --keep best and --patience look, so a resumed run must have the same value.
-    eval_every: Annotated[int, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False)] = 500
+    # STUDENT: it decides at which steps --keep best and --patience look.
+    eval_every: Annotated[
+        int | None,
+        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False, keeps=True,
+            usual="a tenth of the run, at most 500; more where the validation split is large", metavar="STEPS"),
+    ] = None  # fmt: skip
     """Steps between evaluations on the validation split."""
+    eval_first: Annotated[
+        int | None,
+        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False, keeps=True,
+            usual="2 % of the run; none with --eval-every", metavar="STEP"),
+    ] = None  # fmt: skip
+    """Step of an early evaluation besides those of --eval-every."""
     # PLACE, since a step is a function of (seed, step): where a run was saved changes no figure.
-    save_every: Annotated[int, Opt(group=Group.LOOP, changes=PLACE, at_least=1)] = 500
+    save_every: Annotated[
+        int | None,
+        Opt(
+            group=Group.LOOP,
+            changes=PLACE,
+            at_least=1,
+            keeps=True,
+            usual="a tenth of the run, at most 500",
+            metavar="STEPS",
+        ),
+    ] = None
     """Steps between checkpoints."""
-    log_every: Annotated[int, Opt(group=Group.LOOP, changes=PLACE, at_least=1)] = 50
+    log_every: Annotated[
+        int | None,
+        Opt(
+            group=Group.LOOP,
+            changes=PLACE,
+            at_least=1,
+            keeps=True,
+            usual="a fiftieth of the run, at most 50",
+            metavar="STEPS",
+        ),
+    ] = None
     """Steps between records of the loss."""
     compile: Annotated[
         Literal["auto", "off", "native", "on", "max"],
@@ -139,7 +169,7 @@ class Loop(Machine):
     device_gb: Annotated[
         float | None,
         # A run that resumes keeps the value it began with, unless another is given: its views' rounding depends on it.
-        Opt(group=Group.MACHINE, changes=PLACE | Changes.VIEWS | ARITHMETIC, at_least=0, compared=False,
+        Opt(group=Group.MACHINE, changes=PLACE | Changes.VIEWS | ARITHMETIC, at_least=0, compared=False, keeps=True,
             usual="a quarter of its memory", metavar="GB"),
     ] = None  # fmt: skip
     """Most gigabytes of decoded images that an accelerator keeps in its memory, to cut views itself."""

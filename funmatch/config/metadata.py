@@ -64,6 +64,7 @@ class Opt:
         recipe: whether a recipe decides it; None decides by `changes`.
         study: whether a study file may set it.
         extends: whether a finished run may be resumed with another value, to make it longer.
+        keeps: whether a run that resumes, or is extended, keeps its recorded value where none is given.
         refers: what its value, or each of its values, names; None for what a record holds whole.
         content: the fact of a run's record that holds the content of the files it names.
         flag: its name on the command line, where this is not the field's.
@@ -87,6 +88,7 @@ class Opt:
     recipe: bool | None = None
     study: bool = True
     extends: bool = False
+    keeps: bool = False
     refers: Refers | None = None
     content: str | None = None
     flag: str | None = None

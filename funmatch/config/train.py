@@ -126,7 +126,14 @@ class Finetune(Train):
     """Number of steps over which the learning rate rises from 0."""
     clip_norm: Annotated[float | None, like(Train, "clip_norm")] = None
     """Clip gradients to this global norm; None never clips."""
-    eval_every: Annotated[int, like(Train, "eval_every")] = 100
+    eval_every: Annotated[
+        int | None,
+        like(
+            Train,
+            "eval_every",
+            usual="a tenth of the run, at most 100; more where the validation split is large",
+        ),
+    ] = None
     """Steps between evaluations on the validation split. Where there is none, a tenth of the training images is held
     out for it."""
     keep: Annotated[Literal["last", "best"], like(Train, "keep")] = "best"

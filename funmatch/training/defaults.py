@@ -24,9 +24,12 @@ from funmatch.runtime.functions import is_function_name
 from funmatch.runtime.log import info
 from funmatch.training import scoring
 from funmatch.training.run import folder as run_folder
+from funmatch.training.run import intervals
 from funmatch.training.student import acceleration
 
 Options = TypeVar("Options", bound=Train)
+FINETUNE_EVAL_CAP = 100
+"""Most steps between two evaluations of `finetune`, which chooses the best of its students by them."""
 PIXEL_SHARE = 1 / 4
 """Share of an accelerator's memory that pixels may take."""
 
@@ -46,6 +49,8 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
     if resize < side:
         raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
     steps = config.steps or max(1, round((config.epochs or 0) * len(cache.splits["train"]) / config.batch))
+    # Of the run that resumes, if there is one. Read by one process: others might see the folder before it changes.
+    before = distributed.broadcast_from_main(lambda: run_folder.options_of(config.out))
     resolved = {
         **absolute_paths(config),
         "steps": steps,
@@ -62,18 +67,38 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
         if config.warmup_steps is None
         else config.warmup_steps,
         "device": str(device) if env.world_size() == 1 else device.type,  # the index differs between processes
-        "device_gb": _device_gb(config, device),
+        "device_gb": _device_gb(config, device, before),
+        **_intervals(config, steps, len(scoring.validation_split(cache)), before),
         **acceleration.resolve_auto(config, steps, side, student, device),
         "decoder": pick_decoder(config.decoder),
     }
     return config.model_copy(update=resolved)
 
 
-def _device_gb(config: Train, device: torch.device) -> float:
+def _intervals(config: Train, steps: int, images: int, before: dict[str, Any]) -> dict[str, int | None]:
+    """Returns at which steps the run logs, evaluates and saves; those that are not given come from its length.
+
+    Args:
+        steps: the length of the run.
+        images: number of images that an evaluation looks at.
+        before: the options of the run that resumes; empty if it begins.
+    """
+    eval_cap = FINETUNE_EVAL_CAP if isinstance(config, Finetune) else intervals.EVAL_CAP
+    usual: dict[str, int | None] = {**intervals.default_intervals(steps, config.batch, images, eval_cap)}
+    # Whoever says how often a run is evaluated gets that and no more.
+    if config.eval_every is not None:
+        usual["eval_first"] = None
+    # A run goes on as it began, also where it is extended, and where an earlier version had other intervals.
+    if before:
+        usual |= {"eval_first": None} | {name: before[name] for name in usual if name in before}
+    given = {name: getattr(config, name) for name in usual}
+    return {name: usual[name] if given[name] is None else given[name] for name in usual}
+
+
+def _device_gb(config: Train, device: torch.device, before: dict[str, Any]) -> float:
     """Returns the GB of pixels that may lie on the device."""
     # A resumed run keeps its value, even on another device: crops on the device round differently from the CPU's.
-    before = distributed.broadcast_from_main(lambda: run_folder.options_of(config.out)).get("device_gb")
-    chosen = before if config.device_gb is None else config.device_gb
+    chosen = before.get("device_gb") if config.device_gb is None else config.device_gb
     return round(PIXEL_SHARE * devices.device_memory(device) / 1e9, 1) if chosen is None else chosen
 
 

@@ -41,7 +41,7 @@ class Trial:
     """A run as part of a search: it leaves the test images alone, and reports its progress.
 
     Attributes:
-        report: called with the step and the score of each evaluation; what it raises ends the run.
+        report: called with the number of each evaluation, from 1, and its score; what it raises ends the run.
     """
 
     report: Callable[[int, float], None]

@@ -18,7 +18,7 @@ from funmatch.training.evaluator import Evaluator
 from funmatch.training.loop import Losses, fit
 from funmatch.training.objective import Objective
 from funmatch.training.profiling import profile_training
-from funmatch.training.run import checkpoint, extend
+from funmatch.training.run import checkpoint, extend, intervals
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.checkpoint import CheckpointWriter
 from funmatch.training.run.recorder import Recorder
@@ -153,17 +153,15 @@ class Trainer:
         Args:
             saving: save now, since the run is being interrupted.
         """
-        config = self.setup.config
         self.state.step = step
         self.losses.add(losses)
         if self.student.ema:
             self.student.ema.update(self.student.classifier, step)
-        last = step == self.setup.loop.steps
-        evaluated = last or step % config.eval_every == 0
-        saved = last or step % config.save_every == 0 or step == self.stable or saving
+        due = intervals.due_at(self.setup.config, step)
+        evaluated, saved = due.evaluated, due.saved or step == self.stable or saving
         # Waits before a checkpoint: a loss that is not finite must stop the run while the last good one is there.
         with timed("logging"):
-            self.log(due=last or step % config.log_every == 0, wait=evaluated or saved)
+            self.log(due=due.logged, wait=evaluated or saved)
         if evaluated or saved:
             check_weights(self.student.classifier, step)  # before anything of a ruined student is saved
         # Before `save`: the checkpoint holds the best score, and the count for early stopping.
@@ -229,7 +227,7 @@ class Trainer:
             self.save_best({name: value for name, value in records["eval"].items() if name != "split"})
         # After saving the best: it may raise, to end the trial early.
         if self.setup.inputs.trial and score is not None:
-            self.setup.inputs.trial.report(state.step, score)
+            self.setup.inputs.trial.report(intervals.evaluations_until(self.setup.config, state.step), score)
         self.away += time.monotonic() - began
 
     def save_best(self, scores: dict[str, Any]) -> None:

@@ -141,8 +141,16 @@ def read_spec(config: Search) -> SearchSpec:
     place = record_folder(found.folder)
     place.check_place()
     if place.has_begun:
-        place.read()  # a damaged or newer one is refused before images are read
+        # A damaged or newer one is refused before images are read.
+        found = replace(found, base=_with_earlier_intervals(base, place.read()["knobs"]))
     return with_validation(found)
+
+
+def _with_earlier_intervals(base: Train, recorded: Mapping[str, Any]) -> Train:
+    """The options with the intervals of a search that an earlier version began: its trials are compared by them."""
+    names = type(base).where(lambda opt: opt.keeps)
+    names = {name for name in names if getattr(base, name) is None and recorded.get(name) is not None}
+    return base.model_copy(update={name: recorded[name] for name in names})
 
 
 def _words(config: Search, base: Train) -> list[str]:

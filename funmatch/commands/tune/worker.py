@@ -5,7 +5,6 @@ ends. So a trial that is running in the storage but not locked was abandoned, an
 """
 
 import gc
-import math
 import shutil
 import statistics
 import time
@@ -24,6 +23,7 @@ from funmatch.runtime import text
 from funmatch.runtime.files import file_lock, try_lock_file
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
+from funmatch.training.run import intervals
 from funmatch.training.setup import Trial
 from funmatch.training.teachers.loading import Modules
 
@@ -93,7 +93,10 @@ def open_study(spec: SearchSpec) -> "optuna.Study":
     from funmatch.commands.tune import optuna_storage
 
     sampler = optuna_storage.SeededSampler(spec.search.sampler, spec.search.sampler_seed, spec.space, spec.first)
-    evaluations = math.ceil((spec.base.steps or 0) / spec.base.eval_every)
+    base = spec.base
+    # Without --eval-every their number depends on the length of each trial, and on its batch.
+    known = base.steps is not None and base.eval_every is not None
+    evaluations = intervals.evaluations_until(base, base.steps or 0) if known else 0
     pruner = optuna_storage.pruner_of(spec.search.pruner, evaluations)
     # Before the folder is written: a wrong URL leaves nothing behind.
     if optuna_storage.is_url(spec.place):
@@ -201,7 +204,9 @@ def run_trial(trial: "optuna.Trial", study: "optuna.Study", spec: SearchSpec, mo
             which = f", execution {execution + 1} of {spec.search.executions}" if spec.search.executions > 1 else ""
             info(f"trial {number} of {spec.trials}{which}: {values}")
             # Only the first execution reports: a pruner compares one curve a trial.
-            reporter = Trial(lambda step, score, first=not execution: _report(trial, spec, step, score, first=first))
+            reporter = Trial(
+                lambda number, score, first=not execution: _report(trial, spec, number, score, first=first)
+            )
             train = load_function(VERBS[spec.verb].run)
             result = train(spec.run(number, execution, chosen), modules, reporter)
             scores.append(float(result["best_score"]))
@@ -242,10 +247,12 @@ def fail(trial: "optuna.Trial", study: "optuna.Study", error: Exception) -> None
     info(f"trial {trial.number} failed: {reason}")
 
 
-def _report(trial: "optuna.Trial", spec: SearchSpec, step: int, score: float, *, first: bool) -> None:
-    """Reports the score of a trial's first execution, and ends the trial if the pruner decides so."""
-    # By evaluations, the unit of the pruners' resources; rounded up, since the last one may come early.
-    number = math.ceil(step / spec.base.eval_every)
+def _report(trial: "optuna.Trial", spec: SearchSpec, number: int, score: float, *, first: bool) -> None:
+    """Reports the score of a trial's first execution, and ends the trial if the pruner decides so.
+
+    Args:
+        number: of the evaluation, the unit of the pruners' resources.
+    """
     if not first:
         return
     frozen = trial.study.get_trials(deepcopy=False)[trial.number]
