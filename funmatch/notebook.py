@@ -28,7 +28,7 @@ from funmatch.commands.verbs import run_verb
 from funmatch.config import Data, Evaluate, Recipes
 from funmatch.data.readers import catalog
 from funmatch.errors import InputError
-from funmatch.reports import run_page, run_views, tune_page, tune_plots
+from funmatch.reports import run_tables, run_views, tune_page, tune_plots
 from funmatch.reports.display import Shown, html_panels, html_table, show_message, show_table
 from funmatch.reports.result import Result
 from funmatch.reports.run_plots import build_panels as plotted
@@ -239,8 +239,8 @@ def about(recipe: str, *, measure: bool = True) -> None:
 
 def figures(*folders: Path) -> Shown:
     """Shows the metrics of runs, one row each, with dashes for what an unfinished run lacks."""
-    rows = [line for folder in folders for line in run_page.rows(run_folder.find_run(folder))]
-    return show_table(run_page.COLUMNS, rows)
+    rows = [line for folder in folders for line in run_tables.rows(run_folder.find_run(folder))]
+    return show_table(run_tables.COLUMNS, rows)
 
 
 def curves(*folders: Path) -> Shown:

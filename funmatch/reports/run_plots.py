@@ -2,28 +2,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from funmatch.reports.html import to_svg
+from funmatch.ops.optim import schedules
+from funmatch.reports.html import COLORS, GREY, STYLE, to_svg
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 
-STYLE = {
-    # Text stays text, so that a page can be searched; a fixed salt makes the same curves the same bytes.
-    "svg.fonttype": "none",
-    "svg.hashsalt": "funmatch",
-    "font.family": ["sans-serif"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
-COLORS = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#bf3989", "#57606a", "#0a7d91", "#9a6700")
-GREY = "#57606a"
+SIZE = 4.4, 2.7
+"""Width and height of a plot without its legend, inches: about its size on a page, so that its text stays legible."""
+ROW = 0.17
+"""Height of a row of the legend, inches."""
+LONGEST = 40
+"""Characters of a legend's entry; longer names would not fit the width."""
+FEW = 3
+"""Fewer points than this have markers, and axes that do not zoom in on them."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Panel:
         label: title of the y axis.
         scale: factor by which values are multiplied.
         views: whether to draw the same metric on training views too.
+        from_zero: whether the y axis begins at 0.
     """
 
     heading: str
@@ -44,17 +43,19 @@ class Panel:
     label: str
     scale: float = 1.0
     views: bool = False
+    from_zero: bool = False
 
 
 ACCURACY = Panel("Accuracy during training", "eval", "top1", "top-1 (%)", 100.0)
 AGREEMENT = Panel("Agreement with the teacher", "eval", "agreement", "agreement (%)", 100.0, views=True)
 KL = Panel("KL from the teacher", "eval", "kl", "KL (nats)", views=True)
 LOSS = Panel("Loss on training views", "step", "loss", "loss")
-OTHERS = (
-    LOSS,
-    Panel("Learning rate", "step", "lr", "learning rate"),
-    Panel("Throughput", "step", "images_per_second", "images/s"),
-)
+LR = Panel("Learning rate", "step", "lr", "learning rate", from_zero=True)
+OTHERS = (LOSS, LR, Panel("Throughput", "step", "images_per_second", "images/s", from_zero=True))
+LR_POINTS = 200
+"""Points of the learning rate's line."""
+Points = tuple[list[int], list[float]]
+"""Steps and values of a line."""
 
 
 def build_panels(found: list[run_folder.Run]) -> list[tuple[str, str]]:
@@ -77,7 +78,7 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
     """
     with matplotlib.rc_context(STYLE):
         # Not pyplot, which keeps global state and may look for a display.
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         # By value: runs with the same teacher share one line and one entry of the legend.
         teachers: dict[float, str] = {}
@@ -90,36 +91,97 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
             axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=_literal(f"teacher {_short(teacher)}"))
         axes.set_xlabel("step")
         axes.set_ylabel(panel.label)
-        # matplotlib warns of a legend without entries.
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best", fontsize=8)
+        _limits(axes, panel)
+        _legend(figure, axes)
         return to_svg(figure)
+
+
+def _limits(axes: Axes, panel: Panel) -> None:
+    """Sets limits that begin at step 0 and do not enlarge small differences, or a single point, to a whole plot."""
+    # The teacher's horizontal line has no steps: its x are fractions of the axes.
+    drawn = [line for line in axes.lines if line.get_transform() == axes.transData]
+    steps = [x for line in drawn for x in np.asarray(line.get_xdata(), float)]
+    values = [y for line in axes.lines for y in np.asarray(line.get_ydata(), float)]
+    if not steps:
+        return
+    axes.set_xlim(0, 1.02 * max(steps))
+    if panel.scale == 100.0:
+        # Ten points at least: differences of tenths are noise, and look like jumps on an axis of their own.
+        low, high = min(values), max(values)
+        spare = max(0.05 * (high - low), 5 - (high - low) / 2)
+        axes.set_ylim(max(0.0, low - spare), min(100.0, high + spare))
+        return
+    positive = sorted(value for value in values if value > 0)
+    # A run that diverges would press all others into the axis.
+    if positive and positive[-1] > 1e3 * positive[len(positive) // 2]:
+        axes.set_yscale("log")
+    elif panel.from_zero or len(values) < FEW:
+        axes.set_ylim(min(0.0, *values), 1.05 * max(values) or 1.0)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Puts the legend below the plot, where it hides no curve, and makes the figure taller by its rows."""
+    handles, labels = axes.get_legend_handles_labels()
+    # matplotlib warns of a legend without entries.
+    if not handles:
+        return
+    columns = 1 if max(map(len, labels)) > LONGEST // 2 else 2
+    figure.set_figheight(SIZE[1] + ROW * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _lines(axes: Axes, run: run_folder.Run, panel: Panel, color: str) -> None:
     """Draws all lines of one run."""
     # Resolved, since the name of `.` is empty.
     name = run.folder.resolve().name
-    # A line through one point is invisible, and through two it hides how few they are.
-    marker = "o" if len(_points(run, panel.event, panel)[0]) < 3 else None
-    points = _points(run, panel.event, panel)
-    # A run without this metric, as training on labels has no agreement, stays out of the legend.
-    axes.plot(*points, color=color, label=_literal(name) if points[0] else None, linewidth=1.6, marker=marker)
+    points = _planned_lr(run) if panel.name == "lr" else _points(run, panel.event, panel)
+    _line(axes, points, name, color=color, linewidth=1.6)
     # Thin and without labels: they are parts of the same run.
     for end in extend.earlier_ends(run):
-        axes.plot(*_points(end, panel.event, panel), color=color, linewidth=0.9, marker=marker)
-    beside = [("ema", ":", "EMA weights")] if panel.event == "eval" else []
-    beside += [("views", "-.", "training views")] if panel.views else []
-    for event, style, about in beside:
-        if points := _points(run, event, panel):
-            label = _literal(f"{name}, {about}") if points[0] else None
-            axes.plot(*points, color=color, linestyle=style, linewidth=1.6, label=label)
+        _line(axes, _points(end, panel.event, panel), None, color=color, linewidth=0.9)
+    beside = [("ema", ":", "s", "EMA weights")] if panel.event == "eval" else []
+    beside += [("views", "-.", "D", "training views")] if panel.views else []
+    for event, style, marker, about in beside:
+        look = {"color": color, "linestyle": style, "linewidth": 1.6, "marker": marker, "markerfacecolor": "none"}
+        _line(axes, _points(run, event, panel), f"{name}, {about}", **look)
 
 
-def _points(run: run_folder.Run, event: str, panel: Panel) -> tuple[list[int], list[float]]:
+def _line(axes: Axes, points: Points, name: str | None, **look: Any) -> None:
+    """Draws a line, if it has points: a run without this metric, as agreement without a teacher, has no entry."""
+    steps, values = points
+    if not steps:
+        return
+    # A line through one point is invisible, and through two it hides how few they are.
+    look["marker"] = look.get("marker", "o") if len(steps) < FEW else None
+    # matplotlib leaves out of the legend what begins with an underscore, as its own names of lines do.
+    label = "_end" if name is None else _literal(name)
+    axes.plot(steps, values, label=label, **look)
+
+
+def _points(run: run_folder.Run, event: str, panel: Panel) -> Points:
     """Returns the steps and values of an event's records."""
     known = [each for each in run.metrics.read() if each["event"] == event and each.get(panel.name) is not None]
     return [each["step"] for each in known], [panel.scale * each[panel.name] for each in known]
+
+
+def _planned_lr(run: run_folder.Run) -> Points:
+    """Returns the learning rate of every update so far, from its schedule: the log may hold no step of the warm-up."""
+    options = run.config["knobs"]
+    recorded = _points(run, "step", LR)
+    # Records of earlier versions may lack what the schedule needs.
+    if not recorded[0] or not all(options.get(name) is not None for name in ("lr", "schedule", "steps")):
+        return recorded
+    last = max(recorded[0])
+    warmup, decay = options.get("warmup_steps") or 0, options.get("decay_steps") or []
+    # Where the schedule has corners, so that they are not cut off.
+    corners = {step for each in (warmup, *decay) for step in (each - 1, each) if 0 <= step < last}
+    steps = sorted({*corners, *(round(i * (last - 1) / LR_POINTS) for i in range(LR_POINTS + 1))})
+    more = options.get("decay_factors") or (), options.get("cooldown_steps"), options.get("cooldown_shape") or "sqrt"
+    # + 1: a record's step counts the updates done, and the rate is that of the last of them.
+    return [step + 1 for step in steps], [
+        options["lr"] * schedules.factor(options["schedule"], step, options["steps"], warmup, decay, *more)
+        for step in steps
+    ]
 
 
 def _short(teachers: str) -> str:
@@ -127,6 +189,8 @@ def _short(teachers: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Escapes text that matplotlib would hide (leading underscore) or typeset (dollar signs)."""
+    """Shortens text to the legend's width, and escapes what matplotlib would hide (_) or typeset (dollar signs)."""
+    # The middle goes: names of runs often differ at their ends.
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2 - 1]}…{text[-LONGEST // 2 :]}"
     # A space without width: matplotlib leaves labels that begin with an underscore out of the legend.
     return "\u200b" + text.encode(errors="replace").decode().replace("$", r"\$")

@@ -13,6 +13,7 @@ from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.ops import mixing
 from funmatch.runtime.functions import find_function
+from funmatch.runtime.text import percent
 from funmatch.training import datasets, setup
 from funmatch.training.run import folder as run_folder
 
@@ -54,8 +55,17 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
         "name": run.folder.resolve().name,
         "step": step,
         # One per image cannot be written beside the sheet.
-        "lam": batch.lam if isinstance(batch.lam, float) else None,
+        "lam": (lam := batch.lam if isinstance(batch.lam, float) else None),
         "strategy": options.get("strategy", "training on labels"),
-        "rows": ["teacher", "student"][-len(rows) :],
+        "rows": (names := ["teacher", "student"][-len(rows) :]),
+        "caption": _caption(names, lam),
         "png": base64.b64encode(png.getvalue()).decode(),
     }
+
+
+def _caption(rows: list[str], lam: float | None) -> str:
+    """Describes a sheet: whose input each row is, and how its images are mixed."""
+    which = "the teacher's input above, the student's below" if len(rows) > 1 else "the student's input"
+    # 1 is an image that is not mixed.
+    mixed = "" if lam is None or lam == 1 else f". MixUp: {percent(lam)} of each image, the rest of the one before it"
+    return f"{which}{mixed}."

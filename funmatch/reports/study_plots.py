@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from funmatch.reports.html import to_svg
-from funmatch.reports.run_plots import COLORS, GREY, STYLE
+from funmatch.reports.html import COLORS, GREY, STYLE, to_svg
 from funmatch.runtime.json_files import LARGEST
 
 Results = Sequence[Mapping[str, Any]]

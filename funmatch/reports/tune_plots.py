@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from funmatch.reports.html import to_svg
-from funmatch.reports.run_plots import COLORS, STYLE
+from funmatch.reports.html import COLORS, STYLE, to_svg
 from funmatch.runtime.text import format_value
 
 BEST = COLORS[1]
@@ -64,8 +63,8 @@ def _parallel(figure: Figure, trials: Trials, result: Result) -> None:
         # All trials may have the same value.
         heights.append((trial["value"] - low) / ((high - low) or 1.0))
         best = trial["number"] == result["best"]
-        # Not to 1: the yellow end of viridis can hardly be seen on white.
-        color = BEST if best else SHADES(0.9 * heights[-1])
+        # Neither end of viridis: yellow can hardly be seen on white, nor dark violet on a dark page.
+        color = BEST if best else SHADES(0.25 + 0.6 * heights[-1])
         axes.plot(range(len(heights)), heights, color=color, linewidth=2.4 if best else 1.1, alpha=1 if best else 0.7)
     for place, name in enumerate(space):
         for height, word in _marks(space[name]):

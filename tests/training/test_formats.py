@@ -17,7 +17,7 @@ from funmatch.data.cache import check
 from funmatch.data.cache.open_cache import ENTRY
 from funmatch.errors import InputError
 from funmatch.models import class_map, origins
-from funmatch.reports import run_page, study_page, tune_page
+from funmatch.reports import run_tables, study_page, tune_page
 from funmatch.runtime.json_files import Damaged, parse_json
 from funmatch.training.run import checkpoint, compare, state
 from funmatch.training.run import folder as run_folder
@@ -236,9 +236,9 @@ def test_damaged_run_is_shown_or_refused(old_run, name):
         run = run_folder.find_run(old_run)
         compare.differences(run.config, run_folder.record_of("distill", {"steps": 8}, {"data": "x"}))
         run.metrics.count_damaged()
-        for part in (run_page.rows, run_page.teachers, run_page.agreement_rows, run_page.evaluation_counts):
+        for part in (run_tables.rows, run_tables.teachers, run_tables.agreement_rows, run_tables.evaluation_counts):
             part(run)
-        json.dumps([run_page.overridden_options(run), run_page.flat(run.config)]).encode()
+        json.dumps([run_tables.overridden_options(run), run_tables.flat(run.config)]).encode()
 
     attack(old_run / name, show)
 
