@@ -101,7 +101,7 @@ def spread(values: list[float]) -> dict[str, float]:
 @contextmanager
 def prepared(config: Distill, networks: dict[str, torch.nn.Module]) -> Generator[distill.Distillation]:
     """A distillation that is ready to train."""
-    cache, loaded = distill.open_inputs(config, networks)
+    cache, config, loaded = distill.open_inputs(config, networks)
     with distill.prepare(distill.build_distill_setup(config, cache, loaded, networks), loaded) as distillation:
         yield distillation
 

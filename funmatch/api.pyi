@@ -26,8 +26,8 @@ class ImagesOptions(TypedDict, total=False):
     """Options for how images are read."""
 
     val: float | str | None
-    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
-    the images' content and on val_seed. (default: none)"""
+    """Hold out this much of the training images for validation: 10%, a number of images, or none. The choice depends
+    only on the images' content and on val_seed. (default: the data's own split)"""
     val_seed: int
     """Seed of the validation split. (default: 0)"""
     unlabelled: bool
@@ -199,6 +199,10 @@ class TrainOptions(ImagesOptions, total=False):
     grad_checkpointing: bool
     """Recompute activations in the backward pass, to need less memory. BatchNorm's running averages are updated
     twice."""
+    val: float | str | None
+    """Hold out this much of the training images for validation: 10%, or a number of images; none trains on all of them.
+    The choice depends only on the images' content and on val_seed. (default: the data's own split, or 10% where it has
+    none)"""
     eval_data: Names
     """Other images to evaluate on: their validation and test splits, or all of them as a test split. (default: those of
     data)"""

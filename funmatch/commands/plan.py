@@ -104,8 +104,8 @@ def build_ready(config: Train) -> Generator[Ready]:
         # A tape that does not exist yet would be created, and an estimate must not write anything.
         if config.tape and not (config.tape.expanduser() / HEADER).is_file():
             config = config.model_copy(update={"tape": None, "tape_full": "stop"})
-        cache, loaded = distill.open_inputs(config)
-        with distill.prepare(distill.build_distill_setup(config, cache, loaded), loaded) as distillation:
+        cache, resolved, loaded = distill.open_inputs(config)
+        with distill.prepare(distill.build_distill_setup(resolved, cache, loaded), loaded) as distillation:
             yield distillation.setup, distillation.objective
         return
     setup: TrainSetup[Any] = (

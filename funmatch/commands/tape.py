@@ -14,8 +14,8 @@ from funmatch.reports.result import Result
 from funmatch.runtime import devices
 from funmatch.runtime.log import ProgressBar, print_table
 from funmatch.runtime.text import format_bytes, percent
-from funmatch.training import distill
-from funmatch.training.teachers import tape
+from funmatch.training import datasets, distill
+from funmatch.training.teachers import loading, tape
 from funmatch.training.teachers.tape import Tape
 
 CLOSE_KL = 1e-3
@@ -108,7 +108,9 @@ def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
     recorded_options = {name: value for name, value in found.header["run"].items() if name in Distill.model_fields}
     # Only options of this version: a tape of an earlier one may have others.
     settings = Distill.checked(**recorded_options | {"tape": None, "tape_top": None})
-    cache, loaded = distill.open_inputs(settings)
+    # As recorded: nothing is held out that the tape's views were drawn from.
+    cache = datasets.open_run_data(settings)
+    loaded = loading.load_teachers(settings, cache, settings.side, {})
     setup = distill.build_distill_setup(settings, cache, loaded)
     device = setup.loop.device
     # The recorded inference mode holds for its device only; another kind of device chooses its own.

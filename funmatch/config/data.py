@@ -9,16 +9,20 @@ from funmatch.config.values import Names, Share
 
 DATA, PLACE = Changes.DATA, Changes.PLACE
 VALIDATION_SHARE = "10%"
-"""Share of the training images held out for validation, where a command needs such a split and the data has none."""
+"""Share of the training images that runs hold out for validation where the data has no such split."""
+NO_VALIDATION = "none"
+"""Value of --val by which a run trains on all training images."""
 
 
 class Images(Options):
     """How images are read and stored."""
 
     # Text, since 10% and 10, a number of images, are both valid.
-    val: Annotated[Share, Opt(group=Group.DATA, changes=DATA, usual="none", essential=True, metavar="SHARE")] = None
-    """Hold out this much of the training images for validation: 10%, or a number of images. The choice depends only on
-    the images' content and on --val-seed."""
+    val: Annotated[
+        Share, Opt(group=Group.DATA, changes=DATA, usual="the data's own split", essential=True, metavar="SHARE")
+    ] = None
+    """Hold out this much of the training images for validation: 10%, a number of images, or none. The choice depends
+    only on the images' content and on --val-seed."""
     val_seed: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=0, at_most=2**62)] = 0
     """Seed of the validation split."""
     unlabelled: Annotated[bool, Opt(group=Group.DATA, changes=DATA)] = False

@@ -6,12 +6,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from funmatch.config.choices import Crop
-from funmatch.config.data import Images
+from funmatch.config.data import NO_VALIDATION, VALIDATION_SHARE, Images
 from funmatch.config.loop import Loop, Student
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.optim import FINETUNE_LR, Optimizer, Schedule
 from funmatch.config.options import like
-from funmatch.config.values import Names
+from funmatch.config.values import Names, Share
 from funmatch.config.views import Views
 
 
@@ -42,6 +42,11 @@ class Train(Images, Student, Views, Optimizer, Loop):
             metavar="DATA …"),
     ] = ()  # fmt: skip
     """Other images to evaluate on: their validation and test splits, or all of them as a test split."""
+    val: Annotated[
+        Share, like(Images, "val", usual=f"the data's own split, or {VALIDATION_SHARE} where it has none")
+    ] = None
+    """Hold out this much of the training images for validation: 10%, or a number of images; none trains on all of them.
+    The choice depends only on the images' content and on --val-seed."""
     out: Annotated[Path, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False, essential=True, metavar="FOLDER")]
     """Run folder. The same command again resumes from its newest checkpoint."""
     # PLACE: a run is compared by the options that the recipe sets, not by its name.
@@ -57,7 +62,7 @@ class Train(Images, Student, Views, Optimizer, Loop):
     def problems(self) -> list[str]:
         found = [] if self.data else ["give the training images by --data"]
         # Refused, since the images that are held out would be trained on by nobody and evaluated by nobody.
-        if self.val is not None and self.eval_data:
+        if self.val not in (None, NO_VALIDATION) and self.eval_data:
             found.append("--val holds out images of --data, but --eval-data is evaluated on; give one of them")
         return found + super().problems()
 

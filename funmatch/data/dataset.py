@@ -133,11 +133,13 @@ class ReadOptions:
 
 
 def parse_share(text: str) -> Fraction | int:
-    """Parses the size of a split: `10%` or `0.1` to 1/10, `500` to a number of images.
+    """Parses the size of a split: `10%` or `0.1` to 1/10, `500` to a number of images, `none` to 0.
 
     Raises:
-        InputError: the text is neither.
+        InputError: the text is none of these.
     """
+    if text == "none":
+        return 0
     if re.fullmatch(r"[1-9]\d{0,11}", text):
         return int(text)
     if re.fullmatch(r"\d{1,3}(\.\d{1,9})?%?", text):
@@ -145,7 +147,9 @@ def parse_share(text: str) -> Fraction | int:
         share = Fraction(text.rstrip("%")) / (100 if text.endswith("%") else 1)
         if 0 < share < 1:
             return share
-    raise InputError(f"{text!r} is not a valid share of the training images; expected 10%, 0.1, or a number of images")
+    raise InputError(
+        f"{text!r} is not a valid share of the training images; expected 10%, 0.1, a number of images, or none"
+    )
 
 
 def sort_splits(splits: dict[str, SplitListing]) -> dict[str, SplitListing]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from funmatch.config import Report
+from funmatch.data.readers.split_names import describe_images
 from funmatch.errors import InputError
 from funmatch.reports import run_plots, run_tables, run_views
 from funmatch.reports.html import load_template
@@ -110,7 +111,8 @@ def _sentence(run: run_folder.Run) -> str:
     begin, result = f"A student {_trained(run)}", run.result
     if not result:
         return f"{begin}."
-    images, teacher = f"on {result['pictures']:,} {result['split']} images", (result.get("teacher") or {}).get("top1")
+    images = f"on {describe_images(result['pictures'], result['split'], result.get('held_out_of'))}"
+    teacher = (result.get("teacher") or {}).get("top1")
     compared = "" if teacher is None else f" (its teacher: {percent(teacher)})"
     parts = [f"{percent(result['top1'])} top-1 accuracy {images}{compared}"] if result["top1"] is not None else []
     if result["agreement"] is not None:

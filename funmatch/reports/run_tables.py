@@ -6,8 +6,10 @@ from typing import Any
 
 from funmatch.config import TAUGHT
 from funmatch.config.metadata import Changes, Group
+from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.ops.metrics import has_diverged
 from funmatch.runtime.text import duration, number, percent
+from funmatch.training import scoring
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import loading
@@ -32,7 +34,7 @@ def row(run: run_folder.Run) -> list[str]:
         percent(metrics.get("agreement5")),
         f"{number(metrics.get('kl'), 3)}{', diverged' if diverged(run) else ''}",
         number(metrics.get("ece"), 3),
-        str(metrics.get("split", "–")) if result or not metrics else f"{metrics['split']}, step {metrics['step']:,}",
+        _split_of(metrics) if result or not metrics else f"{metrics['split']}, step {metrics['step']:,}",
         f"{parameters:,}" if (parameters := run.config["facts"].get("parameters")) is not None else "–",
         " + ".join(Path(name).name for name in _several(options.get("teacher"))) or "labels",
         f"{step:,}" if result else f"{step:,} of {steps:,}",
@@ -140,6 +142,12 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
 EVALUATION_COLUMNS = ("run", "split", "images", "during training", "at the end", "used to select")
 
 
+def _split_of(metrics: dict[str, Any]) -> str:
+    """Formats the split of a result, with the number of training images that it was held out of."""
+    of = metrics.get("held_out_of")
+    return f"{metrics['split']}, {metrics['pictures']:,} of {of:,} training images" if of else metrics.get("split", "–")
+
+
 def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
     """Counts a run's evaluations of each split, and names what was selected by them (`EVALUATION_COLUMNS`)."""
     evaluations = [record["split"] for record in run.metrics.read() if record["event"] == "eval"]
@@ -148,14 +156,16 @@ def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
     # Only what had a consequence: with --keep last the best checkpoint is not the student that is exported.
     choices = ["exported student"] if options.get("keep") == "best" else []
     choices += ["early stopping"] if options.get("patience") else []
+    counts = run.config["facts"].get("pictures", {})
+    counts = counts | {TRAINING_IMAGES: min(counts.get("train", 0), scoring.TRAIN_IMAGES_FOR_VALIDATION)}
     return [
         [
             run.folder.resolve().name,
             name,
-            f"{run.config['facts'].get('pictures', {}).get(name, 0):,}",
+            f"{counts.get(name, 0):,}",
             str(evaluations.count(name)),
             "once" if name == result.get("split") else "–",
-            (", ".join(choices) if name in evaluations and name != "test" else "") or "nothing",
+            (", ".join(choices) if name in evaluations and name not in ("test", TRAINING_IMAGES) else "") or "nothing",
         ]
         for name in names
     ]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from funmatch.data.readers.split_names import describe_images
 from funmatch.reports.result import Result
 from funmatch.runtime.log import print_table
 from funmatch.runtime.text import number, percent
@@ -26,6 +27,7 @@ def show(result: Result) -> None:
     # A distilled run has its teacher's metrics; `evaluate` has only the name, and training on labels has neither.
     if isinstance(teacher, dict):
         rows.insert(1, ["teacher's top-1", percent(teacher["top1"])])
-    print_table(f"{name} on {metrics['pictures']:,} images of {metrics['split']}", ["metric", "value"], rows)
+    images = describe_images(metrics["pictures"], metrics["split"], metrics.get("held_out_of"))
+    print_table(f"{name} on {images}", ["metric", "value"], rows)
     if result.page:
         print(f"report: {result.page}")

@@ -1,19 +1,23 @@
 """Opens the data sets of a configuration, and moves their pixels to the device where they fit."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from funmatch.config import TAUGHT, Evaluate, Images, Train, Words
+from funmatch.config import TAUGHT, Evaluate, Finetune, Images, Train, Words
+from funmatch.config.data import NO_VALIDATION, VALIDATION_SHARE
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import Cache, open_cache
+from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime.log import info, track
 
+Options = TypeVar("Options", bound=Train)
 EVALUATED = ("val", "test")
 """Splits that `eval_data` provides."""
 
@@ -33,26 +37,32 @@ def cache_options(config: Images) -> CacheOptions:
     return CacheOptions(config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad)
 
 
-def open_data_set(config: Images, data: tuple[str, ...], *, refresh: bool = False) -> Cache:
+def open_data_set(
+    config: Images, data: tuple[str, ...], *, refresh: bool = False, log: Callable[[str], None] = info
+) -> Cache:
     """Opens a data set, which is decoded into the cache the first time.
 
     Args:
         data: names of the sources that are joined.
         refresh: read every file again, and check the cache.
+        log: prints a line.
     """
-    return open_cache(data, read_options(config), cache_options(config), track=track, log=info, refresh=refresh)
+    return open_cache(data, read_options(config), cache_options(config), track=track, log=log, refresh=refresh)
 
 
-def open_run_data(config: Train) -> Cache:
+def open_run_data(config: Train, log: Callable[[str], None] = info) -> Cache:
     """Opens the images of a run: a training split, and splits for evaluation, which may be of another data set.
 
     The classes are those of the evaluation images. So with `eval_data`, the labels of the training images are dropped
     unless they are of the same classes.
 
+    Args:
+        log: prints a line.
+
     Raises:
         InputError: there is no training split.
     """
-    training = open_data_set(config, config.data)
+    training = open_data_set(config, config.data, log=log)
     if not config.eval_data:
         return training
     # `unlabelled` is about the training images; without labels there would be no accuracy to evaluate.
@@ -79,6 +89,75 @@ def open_run_data(config: Train) -> Cache:
         unnamed=evaluation.unnamed,
         splits={"train": train, **splits},
     )
+
+
+def open_with_validation(config: Options, *, began_without: bool = False) -> tuple[Cache, Options]:
+    """Opens the images of a run, and holds some of the training images out where there is no validation split.
+
+    This is the rule of all commands that train: the test images are looked at once, at the end, so what is watched and
+    chosen by during training must be other images.
+
+    Args:
+        began_without: whether the run began, in a version without this rule, with neither.
+
+    Returns:
+        the images, and the options with what `val` and `keep` turned out to be.
+    """
+    if config.val not in (None, NO_VALIDATION):
+        return open_run_data(config), config
+    log = _once(info)
+    cache = open_run_data(config, log)
+    # None in the record says that the data has a validation split, or that there was no rule yet.
+    if "val" in cache.splits or began_without or "train" not in cache.splits:
+        # Such a fine-tuning, with --eval-data, kept the final weights.
+        last = isinstance(config, Finetune) and "val" not in cache.splits
+        return cache, config.model_copy(update={"val": None} | ({"keep": "last"} if last else {}))
+    if config.val is None and not config.eval_data:
+        count, held_out = len(cache.splits["train"]), config.model_copy(update={"val": VALIDATION_SHARE})
+        cache = open_run_data(held_out, log)
+        info(
+            f"{cache.name} has no validation split: holding out {VALIDATION_SHARE} of the training images "
+            f"({len(cache.splits['val']):,} of {count:,}); --val sets how many, --val none trains on all"
+        )
+        return cache, held_out
+    without = f"{' '.join(config.eval_data)} has no validation split" if config.eval_data else "--val none"
+    last = "and evaluated on test once, at the end" if "test" in cache.splits else "and there is no test split either"
+    info(
+        f"WARNING: {without}: nothing is held out, so the model is watched on images that it is trained on, {last}; "
+        "the final weights are kept"
+    )
+    # By training images the best weights cannot be told.
+    return cache, config.model_copy(update={"val": NO_VALIDATION, "keep": "last"})
+
+
+def _once(log: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns a function that prints each line once, for data that is opened twice."""
+    printed: set[str] = set()
+
+    def print_new(line: str) -> None:
+        if line not in printed:
+            printed.add(line)
+            log(line)
+
+    return print_new
+
+
+def about_images(split: CachedSplit, cache: Cache, val: str | None) -> dict[str, Any]:
+    """Returns what a result says of the images that it is of.
+
+    Args:
+        split: the images.
+        cache: those of the run.
+        val: the resolved option.
+
+    Returns:
+        `split`, `pictures` (their number), and `held_out_of`, the number of training images that a validation split was
+        held out of.
+    """
+    about = {"split": split.name, "pictures": len(split)}
+    if split.name != "val" or val in (None, NO_VALIDATION):
+        return about
+    return about | {"held_out_of": len(cache.splits["train"]) + len(cache.splits["val"])}
 
 
 def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) -> Cache:

@@ -68,7 +68,7 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
         else config.warmup_steps,
         "device": str(device) if env.world_size() == 1 else device.type,  # the index differs between processes
         "device_gb": _device_gb(config, device, before),
-        **_intervals(config, steps, len(scoring.validation_split(cache)), before),
+        **_intervals(config, steps, len(scoring.validation_split(cache, config.val)), before),
         **acceleration.resolve_auto(config, steps, side, student, device),
         "decoder": pick_decoder(config.decoder),
     }

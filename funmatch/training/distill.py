@@ -41,8 +41,8 @@ def run(config: Distill, given: Modules | None = None, trial: Trial | None = Non
             f"distance {config.distance} compares the images of a batch with each other, so one process must see all"
         )
     with distributed.process_group(config.device):
-        cache, loaded = open_inputs(config, given, trial)
-        setup = build_distill_setup(config, cache, loaded, given, trial)
+        cache, resolved, loaded = open_inputs(config, given, trial)
+        setup = build_distill_setup(resolved, cache, loaded, given, trial, requested=config)
         if result := finished_result(setup):
             return result
         with prepare(setup, loaded) as distillation:
@@ -138,12 +138,12 @@ def distillation_loss(student: Tensor, teacher: Tensor, batch: Batch, config: Di
 
 def open_inputs(
     config: Distill, given: Modules | None = None, trial: Trial | None = None
-) -> tuple[Cache, list[loading.LoadedTeacher]]:
-    """Opens the images of a run and loads its teachers."""
-    cache = open_data(config, trial)
+) -> tuple[Cache, Distill, list[loading.LoadedTeacher]]:
+    """Opens the images of a run, with the options that say what was held out of them, and loads its teachers."""
+    cache, config = open_data(config, trial)
     # One process first: it downloads the weights, and the others find them on the disk.
     loaded = distributed.main_process_first(lambda: loading.load_teachers(config, cache, config.side, given or {}))
-    return cache, loaded
+    return cache, config, loaded
 
 
 def build_distill_setup(
@@ -152,9 +152,10 @@ def build_distill_setup(
     loaded: Sequence[loading.LoadedTeacher],
     given: Modules | None = None,
     trial: Trial | None = None,
+    requested: Distill | None = None,
 ) -> DistillSetup:
     """Builds the run, except for its teachers, which `prepare` freezes."""
-    requested = config
+    requested = requested or config
     cache, config = checks.fit_to_teachers(cache, loaded, config)
     if config.label_weight and not cache.splits["train"].labelled:
         raise InputError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.config import Distill
+from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
 from funmatch.runtime import distributed, env, signals
 from funmatch.runtime.log import ProgressBar, info
@@ -75,11 +76,13 @@ def _build_setups(
 ) -> tuple[list[DistillSetup], list[LoadedTeacher]]:
     """Builds the runs that are not finished, and loads their teachers; adds the others' results to `metrics`."""
     # Images and teachers are loaded once: the configurations differ in student and folder alone.
-    cache, loaded = distill.open_inputs(configs[0])
+    cache, first, loaded = distill.open_inputs(configs[0])
+    _check_same_images(configs, cache, first)
     setups: list[DistillSetup] = []
     for config in configs:
         run_folder.check_place(config.out)
-        setup = distill.build_distill_setup(config, cache, loaded)
+        resolved = config.model_copy(update={"val": first.val, "keep": first.keep})
+        setup = distill.build_distill_setup(resolved, cache, loaded, requested=config)
         if result := finished_result(setup):
             metrics[str(config.out)] = result
             continue
@@ -88,6 +91,19 @@ def _build_setups(
             check_same_views(setups[0], setup)
         setups.append(setup)
     return setups, loaded
+
+
+def _check_same_images(configs: Sequence[Distill], cache: Cache, first: Distill) -> None:
+    """Raises `InputError` if some of the runs began without validation images, and others would hold some out.
+
+    Args:
+        cache, first: the images and the options of the first run.
+    """
+    own_split = first.val is None and "val" in cache.splits
+    began = {config.out.name: run_folder.began_without_validation(config.out) for config in configs}
+    if len(set(began.values())) > 1 and not own_split:
+        listed = ", ".join(name for name, without in began.items() if without)
+        raise InputError(f"{listed} began without a validation split, which the other runs have; resume it alone")
 
 
 def _begin(setups: Sequence[DistillSetup], loaded: list[LoadedTeacher], stack: ExitStack) -> dict[str, Trainer]:

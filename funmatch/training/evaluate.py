@@ -65,8 +65,7 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     metrics.pop("balanced")  # only the check of teachers needs it; the result's keys are public
     result = (trained.result or {}) if trained else {}
     return run_folder.finite(metrics) | {
-        "split": split.name,
-        "pictures": len(split),
+        **datasets.about_images(split, cache, config.val or (None if config.data else knobs.get("val"))),
         "parameters": parameters,
         "step": result.get("step"),
         "run": str(trained.folder) if trained else None,

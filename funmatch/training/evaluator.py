@@ -8,7 +8,7 @@ from funmatch.models.classifier import Classifier
 from funmatch.ops.metrics import has_diverged
 from funmatch.runtime.log import info
 from funmatch.runtime.text import number
-from funmatch.training import scoring
+from funmatch.training import datasets, scoring
 from funmatch.training.objective import Objective
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.state import TrainState
@@ -67,8 +67,7 @@ class Evaluator:
             teacher_logits, _ = checks.predict(teachers, split, view)
         scores = scoring.score(scoring.predict(self.student, split, view), split, teacher_logits)
         result: dict[str, Any] = scores | {
-            "split": split.name,
-            "pictures": len(split),
+            **datasets.about_images(split, self.setup.cache, self.setup.config.val),
             "step": state.step,
             "best_step": state.best_step,
             "best_score": state.best_score if state.best_step is not None else None,

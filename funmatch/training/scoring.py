@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import Batch, Batches, prefetch_map
+from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.errors import InputError
 from funmatch.models.class_map import BY_NUMBER, number_order
 from funmatch.models.classifier import Card, Classifier
@@ -175,21 +176,26 @@ def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = No
     return metrics.summarize(metrics.per_image(logits, labels, teacher_logits))
 
 
-def validation_split(cache: Cache) -> CachedSplit:
-    """Returns the split for evaluations during a run: validation, else test, else some of the training images."""
-    # Test images may be watched, but nothing is chosen by them: `Trainer.evaluate` finds no best student on them.
-    for name in ("val", "test"):
+def validation_split(cache: Cache, val: str | None) -> CachedSplit:
+    """Returns the split for evaluations during a run: validation, else some of the training images.
+
+    Args:
+        val: the resolved option. None without a validation split is a run of an earlier version, which is watched as it
+            began: on the test images, where there are some.
+    """
+    # Nothing is chosen by test images, nor by training images: `Trainer.evaluate` finds no best student on them.
+    for name in ("val", "test") if val is None else ("val",):
         if name in cache.splits:
             return cache.splits[name]
     train = cache.splits["train"]
     # Evenly spread, since images of one class often lie side by side.
     some = np.linspace(0, len(train) - 1, min(len(train), TRAIN_IMAGES_FOR_VALIDATION)).astype(int)
-    return train.subset(some)
+    return replace(train.subset(some), name="train" if val is None else TRAINING_IMAGES)
 
 
-def test_split(cache: Cache) -> CachedSplit:
+def test_split(cache: Cache, val: str | None) -> CachedSplit:
     """Returns the split for the finished student: test, else the validation split."""
-    return cache.splits.get("test") or validation_split(cache)
+    return cache.splits.get("test") or validation_split(cache, val)
 
 
 def default_eval_resize(side: int, card: Card) -> int:

@@ -134,11 +134,11 @@ def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
     )
 
 
-def open_data(config: Train, trial: Trial | None = None) -> Cache:
+def open_data(config: Options, trial: Trial | None = None) -> tuple[Cache, Options]:
     """Opens the images of a run; decodes them into the cache the first time.
 
     Returns:
-        the images; for a trial without their test split.
+        the images, for a trial without their test split; and the options, which say what was held out for validation.
 
     Raises:
         InputError: there is no training split, or an option is wrong.
@@ -148,15 +148,17 @@ def open_data(config: Train, trial: Trial | None = None) -> Cache:
     parse_options(config.optimizer_kwargs)
     run_folder.check_place(config.out)
     # One process fills the cache; the others then read it.
-    cache = distributed.main_process_first(lambda: datasets.open_run_data(config))
+    began = distributed.broadcast_from_main(lambda: run_folder.began_without_validation(config.out))
+    cache, config = distributed.main_process_first(lambda: datasets.open_with_validation(config, began_without=began))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())
     info(f"{cache.name}: {counts}; {cache.way} in {cache.folder}")
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no training split; its splits: {', '.join(cache.splits)}")
     # A search must not choose options by test images, so its trials do not get any.
     if trial:
-        return replace(cache, splits={name: split for name, split in cache.splits.items() if name != "test"})
-    return cache
+        splits = {name: split for name, split in cache.splits.items() if name != "test"}
+        return replace(cache, splits=splits), config
+    return cache, config
 
 
 def build_setup(
@@ -195,7 +197,9 @@ def build_setup(
     cache = datasets.move_data_to_device(cache, device, config.device_gb or 0)
     warn_of_late_steps(config)
     evaluation = Evaluation(
-        scoring.validation_split(cache), scoring.test_split(cache), scoring.eval_view(config, device)
+        scoring.validation_split(cache, config.val),
+        scoring.test_split(cache, config.val),
+        scoring.eval_view(config, device),
     )
     # From the recorded fact, not from what is available now.
     spec = view_spec(config, native=facts["views"] == acceleration.NATIVE)
@@ -217,7 +221,9 @@ def _check_fits(config: Train, cache: Cache) -> None:
             f"batch ({config.batch}) must be a multiple of {world_size}, the number of processes that share it"
         )
     if config.patience and "val" not in cache.splits:
-        raise InputError(f"patience needs images for validation, and {cache.name} has none; pass --val 10%")
+        raise InputError(
+            f"patience needs images for validation, and {cache.name} has none; leave out --patience, or pass --val 10%"
+        )
 
 
 def _with_earlier_warmup(config: Options, requested: Train) -> Options:

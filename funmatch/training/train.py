@@ -36,8 +36,10 @@ def run_on_labels(setup: TrainSetup[Any]) -> dict[str, Any]:
 
 def build_train_setup(config: Train, given: Modules | None = None, trial: Trial | None = None) -> TrainSetup[Train]:
     """Builds the run, and checks that its images have labels."""
-    cache = check_labels(config, open_data(config, trial))
-    return build_setup("train", config, cache, num_classes=len(cache.classes), given=given, trial=trial)
+    cache, resolved = open_data(config, trial)
+    check_labels(resolved, cache)
+    classes = len(cache.classes)
+    return build_setup("train", resolved, cache, num_classes=classes, given=given, requested=config, trial=trial)
 
 
 def label_objective(setup: TrainSetup[Any]) -> Objective:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from funmatch.data.loader import Batch, prefetch
+from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.runtime import devices, distributed, env, signals, transfers
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import percent
@@ -220,9 +221,10 @@ class Trainer:
         name = "agreement" if records["eval"]["top1"] is None else "top1"
         score = records["eval"][name]
         self.notes["eval"] = f"{name} {percent(score)}"
-        # Test images are never chosen on, so without a validation split there is no best.
+        # Never chosen on test images, nor on training images: without a validation split there is no best.
         state.since_best += 1
-        if score is not None and score > state.best_score and self.setup.evaluation.validation.name != "test":
+        others = self.setup.evaluation.validation.name in ("test", TRAINING_IMAGES)
+        if score is not None and score > state.best_score and not others:
             state.best_step, state.best_score, state.since_best = state.step, score, 0
             self.save_best({name: value for name, value in records["eval"].items() if name != "split"})
         # After saving the best: it may raise, to end the trial early.

@@ -422,7 +422,10 @@ def test_without_a_validation_split_training_images_are_held_out(tmp_path, capsy
     assert run_folder.find_run(tuned.best_run).config["knobs"]["val"] == "10%"
     assert tuned.figures["seen"] == {"val": 4}
     assert tuned.figures["test"]["pictures"] == 6
-    assert "--val" not in tuned.figures["command"], "the full run trains on all training images"
+    assert "--val" not in tuned.figures["command"]
+    full = funmatch.train(**TINY | {"data": data}, out=tmp_path / "full")
+    facts = [run_folder.find_run(folder).config["facts"]["data"] for folder in (tuned.best_run, full.folder)]
+    assert facts[0] == facts[1], "the full run holds out the images that the search chose by"
     assert "10% of the training images were held out" in tuned.report.read_text()
 
 

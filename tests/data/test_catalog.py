@@ -56,6 +56,7 @@ def test_pets_equal_torchvisions(home):
     cache = open_cache("pet37")
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 27, "val": 3, "test": 30}
     assert len(open_cache("pet37", ReadOptions(split_spec=SplitSpec({"val": 9}))).splits["val"]) == 9
+    assert "val" not in open_cache("pet37", ReadOptions(split_spec=SplitSpec({"val": 0}))).splits, "--val none"
 
 
 def write_flowers(home: Path) -> Path:

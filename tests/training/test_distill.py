@@ -144,7 +144,7 @@ def test_distillation_needs_no_labels(tmp_path, images):
     run = funmatch.distill(flat, TEACHER, "fashion-mini-student", tmp_path / "run", steps=4, batch=8)
     assert run.top1 is None
     assert 0 <= run.agreement <= 1
-    assert run.figures["split"] == "train"
+    assert (run.figures["split"], run.figures["pictures"]) == ("val", 1)
     assert run.figures["kl"] >= 0
     with pytest.raises(InputError, match="no labels"):
         funmatch.train(flat, "fashion-mini-student", tmp_path / "labels", steps=4)

@@ -271,10 +271,9 @@ def test_patience_stops_a_run_early(tmp_path):
     (run.folder / "result.json").unlink()  # as if killed between the last step and the result
     assert finetune(tmp_path / "run", **options).figures["step"] == run.figures["step"]
     assert (run.folder / "metrics.jsonl").read_text() == before
+    options = {**TINY, "steps": 2, "patience": 1, "val": "none"}
     with pytest.raises(InputError, match='pass val="10%"'):
-        funmatch.train(
-            _images_without_validation(tmp_path), MODEL, tmp_path / "no", **{**TINY, "steps": 2, "patience": 1}
-        )
+        funmatch.train(_images_without_validation(tmp_path), MODEL, tmp_path / "no", **options)
 
 
 def _images_without_validation(folder: Path) -> Path:

@@ -72,11 +72,11 @@ def test_a_batch_passes_few_files(tmp_path, strategy):
 
     for number in range(20):  # large enough for the native kernel
         paint(tmp_path / "images" / "train" / "ant" / f"{number}.png", number, (80 + number, 90))
-    config = Distill(
+    options = Distill(
         data=str(tmp_path / "images"), teacher=("fashion-mini-teacher",), student="fashion-mini-student", steps=3,
         strategy=strategy, batch=BATCH, out=tmp_path / "run",
     )  # fmt: skip
-    cache, loaded = distill.open_inputs(config)
+    cache, config, loaded = distill.open_inputs(options)
     setup = distill.build_distill_setup(config, cache, loaded)
     with distill.prepare(setup, loaded) as distillation:
         student, scaler = setup.student, devices.loss_scaler(CPU, "fp32")

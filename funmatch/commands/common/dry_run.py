@@ -49,8 +49,8 @@ def _ready(config: Train, modules: Modules) -> tuple[TrainSetup[Any], list[int]]
     """The run, made ready, and the parameters of its teachers."""
     # The kinds of runs before their base class: each of them is a `Train` too.
     if isinstance(config, Distill):
-        cache, loaded = distill.open_inputs(config, modules)
-        setup = distill.build_distill_setup(config, cache, loaded, modules)
+        cache, resolved, loaded = distill.open_inputs(config, modules)
+        setup = distill.build_distill_setup(resolved, cache, loaded, modules, requested=config)
         return setup, [one.classifier.count_parameters() for one in loaded]
     if isinstance(config, Finetune):
         return finetune.build_finetune_setup(config, modules), []

@@ -10,7 +10,7 @@ from typing import Any
 from funmatch.commands.tune import space as search_space
 from funmatch.commands.tune.space import Space, Value
 from funmatch.config import SEARCHED, TAUGHT, UNCOMPARED, Search, Train, recipes
-from funmatch.config.data import VALIDATION_SHARE
+from funmatch.config.data import NO_VALIDATION
 from funmatch.config.optim import LR
 from funmatch.config.search import TRIALS
 from funmatch.errors import InputError
@@ -171,25 +171,20 @@ def with_validation(spec: SearchSpec) -> SearchSpec:
         InputError: there are none, and none can be held out.
     """
     base = spec.base
-    cache = datasets.open_run_data(base)
+    if base.val == NO_VALIDATION:
+        raise InputError("--val none leaves no images to choose by; leave it out")
+    # `val` is part of the configuration from here on, so that every trial holds out the same images.
+    cache, resolved = datasets.open_with_validation(base)
     if "train" not in cache.splits:
         raise InputError(f"{cache.name} has no split train to train on; it has: {', '.join(cache.splits)}")
-    tested, cut = "test" in cache.splits, "val" not in cache.splits
-    if cut and base.eval_data:
+    if "val" not in cache.splits:
         raise InputError(
             f"--eval-data {' '.join(base.eval_data)} has no split val, and a search must not choose by test images; "
             "give images with a split val"
         )
-    if cut:
-        info(
-            f"{cache.name} has no validation split: holding out {VALIDATION_SHARE} of the training images (--val sets "
-            "how many)"
-        )
-        # Part of the configuration from here on, so that every trial holds out the same images.
-        base = base.model_copy(update={"val": VALIDATION_SHARE})
-        cache = datasets.open_run_data(base)
+    cut, tested = resolved.val != base.val, "test" in cache.splits
     # The key of the images, to refuse a resumed search on others.
-    return replace(spec, base=base, cut=cut, tested=tested, data=cache.key)
+    return replace(spec, base=resolved, cut=cut, tested=tested, data=cache.key)
 
 
 def record_folder(folder: Path) -> RecordFolder:

@@ -186,12 +186,13 @@ def evaluation_counts(spec: SearchSpec, trials: int) -> dict[str, int]:
 
 
 def command(spec: SearchSpec, chosen: Mapping[str, Value]) -> str:
-    """The command that trains with these values in full: for a recipe's own length, on all training images."""
+    """The command that trains with these values in full: for a recipe's own length, without early stopping."""
     base, recipe = spec.base, recipes.find(spec.base.recipe) if spec.base.recipe else None
     plain: dict[str, Any] = {name: field.default for name, field in type(base).model_fields.items()}
     plain |= dict(recipe.over({})) if recipe else {}
     printed = type(base).where(lambda opt: opt.group is Group.OUTPUT and not opt.study)
-    # No early stopping, and no images held out by the search: the final run trains on all of them, to its end.
+    # No early stopping: the final run trains to its end. Where the search held images out by default, that run holds
+    # out the same ones, without an option.
     omitted = {*printed, "recipe", "patience"} | ({"val"} if spec.cut else set())
     # Searches of a recipe are usually shorter than it; the final run has the recipe's own length.
     if recipe and {"steps", "epochs"} & recipe.knobs.keys() and not {"steps", "epochs"} & chosen.keys():

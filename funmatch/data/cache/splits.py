@@ -10,12 +10,12 @@ from funmatch.data.cache.scan import Scan
 from funmatch.data.dataset import ORDER, Dataset, SplitListing
 from funmatch.errors import InputError
 
+LEFT_OUT = len(ORDER)
+"""Stands for no split among the numbers of `choose_splits`, which otherwise are places in `ORDER`."""
+
 
 def apply_split(dataset: Dataset, scanned: Scan) -> tuple[Dataset, Scan]:
     """Holds out splits from the training images as `dataset.split_spec` says.
-
-    Images are ranked by a keyed digest of their content; the first share becomes test, if it is requested, the next
-    validation. Names and folders do not matter, and images of the same content stay in one split.
 
     Returns:
         the data set with all splits made, and its scan in the same order.
@@ -23,41 +23,73 @@ def apply_split(dataset: Dataset, scanned: Scan) -> tuple[Dataset, Scan]:
     Raises:
         InputError: a split would be empty.
     """
-    if dataset.split_spec is None:
+    numbers = choose_splits(dataset, scanned)
+    if numbers is None:
         return dataset, scanned
-    count = len(dataset.splits["train"])
-    start = sum(len(split) for name, split in list(dataset.splits.items())[: list(dataset.splits).index("train")])
-    content = scanned.rows["digest"][start : start + count]
-    ranks = _ranks(content.tolist(), dataset.split_spec.seed)
+    if copies := int((numbers == LEFT_OUT).sum()):
+        note = f"{dataset.name}: {copies:,} unlabelled copies of held-out images are left out of training"
+        dataset = replace(dataset, notes=(*dataset.notes, note))
+    start = _start_of_training(dataset)
+    return _rearrange(dataset, scanned, {ORDER[k]: np.flatnonzero(numbers == k) + start for k in _present(numbers)})
+
+
+def choose_splits(dataset: Dataset, scanned: Scan) -> np.ndarray | None:
+    """Chooses a split for each training image, by content and seed alone.
+
+    Images are ranked by a keyed digest of their content; the first share becomes test, if it is requested, the next
+    validation. Names and folders do not matter, and images of the same content stay in one split.
+
+    Returns:
+        (n,) uint8, places in `ORDER` or `LEFT_OUT`; None if nothing is to be held out.
+
+    Raises:
+        InputError: a split would be empty.
+    """
+    spec = dataset.split_spec
+    if spec is None:
+        return None
+    train = dataset.splits["train"]
+    count, start = len(train), _start_of_training(dataset)
+    ranks = _ranks(scanned.rows["digest"][start : start + count].tolist(), spec.seed)
     # Stable: copies of one image have equal ranks, and stay in the order of the listing.
     order = np.argsort(ranks, kind="stable")
-    labelled = dataset.splits["train"].labels >= 0
+    labelled = train.labels >= 0
     # Labelled images first, since evaluation needs labels; shares then count only those.
     if labelled.any() and not labelled.all():
         order = np.concatenate([order[labelled[order]], order[~labelled[order]]])
         count = int(labelled.sum())
-    chosen: dict[str, np.ndarray] = {}
+    numbers = np.full(len(train), ORDER.index("train"), np.uint8)
     begin = 0
     # Test first, so that another share for validation leaves the test images the same.
     for name in ("test", "val"):
-        if share := dataset.split_spec.shares.get(name):
-            end = begin + (int(share * count) if isinstance(share, Fraction) else share)
+        if share := spec.shares.get(name):
+            # At least one image: a tenth of nine would be none.
+            end = begin + (max(1, int(share * count)) if isinstance(share, Fraction) else share)
             # Copies of the last image have its rank; left behind, they would leak into training.
             while begin < end < count and ranks[order[end]] == ranks[order[end - 1]]:
                 end += 1
-            chosen[name] = np.sort(order[begin:end]) + start
+            numbers[order[begin:end]] = ORDER.index(name)
             begin = end
-    rest = order[begin:]
     # Unlabelled images were sorted behind all labelled ones, so there may be copies of held-out images among them.
-    copies = np.isin(ranks[rest], ranks[order[:begin]])
-    chosen["train"] = np.sort(rest[~copies]) + start
-    if copies.any():
-        note = f"{dataset.name}: {copies.sum():,} unlabelled copies of held-out images are left out of training"
-        dataset = replace(dataset, notes=(*dataset.notes, note))
-    for name, positions in chosen.items():
-        if not len(positions):
-            raise InputError(f"{dataset.name}: of {count} training images, the split leaves none for {name}")
-    return _rearrange(dataset, scanned, chosen)
+    rest = order[begin:]
+    numbers[rest[np.isin(ranks[rest], ranks[order[:begin]])]] = LEFT_OUT
+    for name in ("train", *(name for name, share in spec.shares.items() if share)):
+        if not (numbers == ORDER.index(name)).any():
+            raise InputError(
+                f"{dataset.name}: of {count} training images, the split leaves none for {name}; hold out fewer, or "
+                "pass --val none"
+            )
+    return numbers
+
+
+def _present(numbers: np.ndarray) -> list[int]:
+    return [k for k in range(len(ORDER)) if (numbers == k).any()]
+
+
+def _start_of_training(dataset: Dataset) -> int:
+    """Returns the place of the first training image in the order of `Dataset.jobs`."""
+    names = list(dataset.splits)
+    return sum(len(dataset.splits[name]) for name in names[: names.index("train")])
 
 
 def _ranks(digests: list[bytes], seed: int) -> np.ndarray:

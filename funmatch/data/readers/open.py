@@ -178,10 +178,12 @@ def _with_requested_split(dataset: Dataset, spec: SplitSpec | None) -> Dataset:
     if not spec.shares:  # --val-seed alone: the catalog's shares, another selection
         own = dataset.split_spec
         return replace(dataset, split_spec=SplitSpec(own.shares, spec.seed)) if own else dataset
-    if "val" in dataset.splits:
+    if "val" in dataset.splits and any(spec.shares.values()):
         raise InputError(f"{dataset.name} has its own validation split; leave out --val")
-    if "train" not in dataset.splits:
+    if "train" not in dataset.splits and any(spec.shares.values()):
         raise InputError(f"{dataset.name} has no training images to hold out --val from")
     # Merged, so that the catalog's share for testing stays when the user chooses another for validation.
     own = dataset.split_spec.shares if dataset.split_spec else {}
-    return replace(dataset, split_spec=SplitSpec({**own, **spec.shares}, spec.seed))
+    # A share of 0 is --val none, which takes the catalog's own validation split away, too.
+    shares = {name: share for name, share in {**own, **spec.shares}.items() if share}
+    return replace(dataset, split_spec=SplitSpec(shares, spec.seed) if shares else None)

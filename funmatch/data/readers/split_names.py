@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 
 from funmatch.errors import InputError
 
+TRAINING_IMAGES = "training images"
+"""Name of a split of images that a model is trained on and evaluated on all the same, so that its metrics are nowhere
+taken for those of other images."""
 SPLIT_NAMES = {
     "train": "train", "training": "train", "trn": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -118,3 +121,15 @@ def _with_common_rest(names: Sequence[str], has_images: Callable[[str], bool], w
                 "as <split>/<class>/, such as train/cat/"
             )
     return []
+
+
+def describe_images(count: int, split: str, held_out_of: int | None = None) -> str:
+    """Returns the number of images and their split in words, for messages.
+
+    Args:
+        held_out_of: number of training images that the split was held out of, None for a split of the data's own.
+    """
+    if split == TRAINING_IMAGES:
+        return f"{count:,} {split}"
+    more = f", held out of {held_out_of:,}" if held_out_of else ""
+    return f"{count:,} images of {split}{more}"

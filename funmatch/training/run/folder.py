@@ -33,8 +33,9 @@ FACTS = {
 SHAPE = RUN_SHAPE | {"knobs": {"steps?": int, "teacher?": list[str] | str | None}, "facts": FACTS}
 SCORES = dict.fromkeys(("top1", "agreement", "kl", "ece", "top5?", "agreement5?", "balanced?"), float | None)
 RESULT = SCORES | {
-    "step": int, "seconds": float, "split": str, "pictures": int, "parameters": int, "best_step?": int | None,
-    "best_score?": float | None, "ema?": SCORES, "teacher?": {"name": str, "top1": float | None},
+    "step": int, "seconds": float, "split": str, "pictures": int, "held_out_of?": int, "parameters": int,
+    "best_step?": int | None, "best_score?": float | None, "ema?": SCORES,
+    "teacher?": {"name": str, "top1": float | None},
 }  # fmt: skip
 """What `result.json` holds, if it is undamaged."""
 
@@ -156,6 +157,15 @@ def options_of(folder: Path) -> dict[str, Any]:
     """Returns the options of the run in a folder; empty if there is none."""
     run = Run(folder.expanduser())
     return run.config["knobs"] if run.record.has_begun else {}
+
+
+def began_without_validation(folder: Path) -> bool:
+    """Returns whether a folder holds a run that has no `val`: nothing is held out for it when it resumes.
+
+    Either its data has a validation split, or it is of a version that held nothing out unless that was requested.
+    """
+    options = options_of(folder)
+    return bool(options) and options.get("val") is None
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:

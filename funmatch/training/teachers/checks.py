@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from funmatch.config import Distill
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.readers.split_names import describe_images
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
@@ -88,7 +89,7 @@ def check_teachers(
         # Without labels there is no accuracy to check.
         if metrics["balanced"] is None or metrics["top1"] is None:
             continue
-        info(f"teacher {name}: top-1 {percent(metrics['top1'])} on {len(split)} images of {split.name}")
+        info(f"teacher {name}: top-1 {percent(metrics['top1'])} on {describe_images(len(split), split.name)}")
         on_card = member.frozen.classifier.card.top1 if member else None
         if on_card is not None and metrics["top1"] < on_card - BELOW_CARD_WARNING:
             info(
@@ -150,7 +151,9 @@ def fit_to_teachers(cache: Cache, loaded: Sequence[LoadedTeacher], config: Disti
             if teacher.class_map is None:
                 scoring.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
     except InputError:
-        if config.eval_data or (set(cache.splits) != {"train"} and not config.val):
+        # A validation split that was held out has the same classes as the training images.
+        published = cache.splits.keys() - {"train"} - ({"val"} if config.val else set())
+        if config.eval_data or published:
             raise
         info(f"{cache.name}: its classes are not the teacher's; using its images without labels")
         return cache.without_labels(), config.model_copy(update={"unlabelled": True})
