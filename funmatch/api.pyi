@@ -111,6 +111,8 @@ class TrainOptions(ImagesOptions, total=False):
     device_gb: float | None
     """Most gigabytes of decoded images that an accelerator keeps in its memory, to cut views itself. (default: a
     quarter of its memory)"""
+    allow_rounding: bool
+    """Resume although this changes results by rounding, e.g. with another value of threads."""
     profile: bool
     """Profile the first steps, part by part, and save a trace of some of them in the run folder."""
     optimizer: str | CreateOptimizer

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from funmatch.config.metadata import Changes, Group, Opt, Refers
+from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
 from funmatch.config.options import Options
 from funmatch.config.values import Names, Share
 
@@ -40,10 +40,10 @@ class Images(Options):
     # A run compares its images by their content, so what leads to the same images may differ when it resumes.
     class_file: Annotated[
         Path | None,
-        Opt(group=Group.DATA, changes=DATA, refers=Refers.FILE, compared=False, usual="names in the data"),
+        Opt(group=Group.DATA, changes=DATA, refers=Refers.FILE, resume=OnResume.UNCOMPARED, usual="names in the data"),
     ] = None
     """In shards and tables: a text file with one class name per line."""
-    follow_links: Annotated[bool, Opt(group=Group.DATA, changes=DATA, compared=False)] = False
+    follow_links: Annotated[bool, Opt(group=Group.DATA, changes=DATA, resume=OnResume.UNCOMPARED)] = False
     """Follow symbolic links that lead out of a folder."""
     # PLACE: the same data set in another folder is the same data.
     data_dir: Annotated[
@@ -68,7 +68,7 @@ class Images(Options):
     max_pixels: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1)] = 178_956_970
     """Larger images are rejected as decompression bombs."""
     # Not compared: images are compared by their content, and those skipped are missing in it.
-    on_bad: Annotated[Literal["stop", "skip"], Opt(group=Group.DATA, changes=DATA, compared=False)] = "stop"
+    on_bad: Annotated[Literal["stop", "skip"], Opt(group=Group.DATA, changes=DATA, resume=OnResume.UNCOMPARED)] = "stop"
     """When images cannot be decoded: stop and list all of them, or skip them."""
 
 
@@ -76,7 +76,15 @@ class Named(Images):
     """Images that are given without a flag."""
 
     data: Annotated[
-        Names, Opt(group=Group.DATA, changes=DATA, compared=False, essential=True, positional=True, metavar="DATA …")
+        Names,
+        Opt(
+            group=Group.DATA,
+            changes=DATA,
+            resume=OnResume.UNCOMPARED,
+            essential=True,
+            positional=True,
+            metavar="DATA …",
+        ),
     ]
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
     hf:NAME. Several are joined."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.choices import DISTANCES, STRATEGIES, Crop, Strategy, find_distance
-from funmatch.config.metadata import Changes, Group, Opt, Refers
+from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
 from funmatch.config.options import Options, like
 from funmatch.config.train import Finetune, Train
 from funmatch.config.values import Integers, Names, Numbers, Pairs, Precision
@@ -144,7 +144,7 @@ class Distill(Train, Teaching):
         Path | None,
         # Its rounding is compared by what the record says of it.
         Opt(group=Group.TEACHER, changes=Changes.PLACE | TEACHER | Changes.ARITHMETIC, refers=Refers.FILE,
-            compared=False, usual="none", metavar="FOLDER"),
+            resume=OnResume.UNCOMPARED, usual="none", metavar="FOLDER"),
     ] = None  # fmt: skip
     """Folder for a tape: the teacher's logits for every view, in half precision. The first run records it; later runs
     with the same images, seed, batch, views and teacher read it instead of running the teacher."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from funmatch.config.metadata import Changes, Group, Opt, Refers
+from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
 from funmatch.config.options import Machine, Options
 from funmatch.config.values import Pairs
 
@@ -75,7 +75,7 @@ class Loop(Machine):
     epochs: Annotated[
         float | None,
         # Not compared, since the record of a run holds the number of steps instead.
-        Opt(group=Group.LOOP, changes=STUDENT, above=0, at_most=10**9, essential=True, compared=False,
+        Opt(group=Group.LOOP, changes=STUDENT, above=0, at_most=10**9, essential=True, resume=OnResume.UNCOMPARED,
             replaces=("steps",), usual="by --steps"),
     ] = None  # fmt: skip
     """Length of the run in passes over the training images. Function matching gains from thousands."""
@@ -112,49 +112,38 @@ class Loop(Machine):
     # STUDENT: it decides at which steps --keep best and --patience look.
     eval_every: Annotated[
         int | None,
-        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False, keeps=True,
+        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False, resume=OnResume.FREE, keeps=True,
             usual="a tenth of the run, at most 500; more where the validation split is large", metavar="STEPS"),
     ] = None  # fmt: skip
     """Steps between evaluations on the validation split."""
     eval_first: Annotated[
         int | None,
-        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False, keeps=True,
+        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False, resume=OnResume.FREE, keeps=True,
             usual="2 % of the run; none with --eval-every", metavar="STEP"),
     ] = None  # fmt: skip
     """Step of an early evaluation besides those of --eval-every."""
     # PLACE, since a step is a function of (seed, step): where a run was saved changes no figure.
     save_every: Annotated[
         int | None,
-        Opt(
-            group=Group.LOOP,
-            changes=PLACE,
-            at_least=1,
-            keeps=True,
-            usual="a tenth of the run, at most 500",
-            metavar="STEPS",
-        ),
-    ] = None
+        Opt(group=Group.LOOP, changes=PLACE, at_least=1, resume=OnResume.FREE, keeps=True,
+            usual="a tenth of the run, at most 500", metavar="STEPS"),
+    ] = None  # fmt: skip
     """Steps between checkpoints."""
     log_every: Annotated[
         int | None,
-        Opt(
-            group=Group.LOOP,
-            changes=PLACE,
-            at_least=1,
-            keeps=True,
-            usual="a fiftieth of the run, at most 50",
-            metavar="STEPS",
-        ),
-    ] = None
+        Opt(group=Group.LOOP, changes=PLACE, at_least=1, resume=OnResume.FREE, keeps=True,
+            usual="a fiftieth of the run, at most 50", metavar="STEPS"),
+    ] = None  # fmt: skip
     """Steps between records of the loss."""
     compile: Annotated[
         Literal["auto", "off", "native", "on", "max"],
-        Opt(group=Group.MACHINE, changes=STUDENT | Changes.TEACHER | ARITHMETIC),
+        # ROUNDING, since all of them compute the same; a run that resumes keeps what auto became.
+        Opt(group=Group.MACHINE, changes=STUDENT | Changes.TEACHER | ARITHMETIC, resume=OnResume.ROUNDING),
     ] = "auto"
     """How to speed the networks up; results stay equal up to rounding. on: compile them, which takes a minute or two;
     max: try more kernels for longer. native: on a CPU, use funmatch's own kernels for GroupNorm and standardised
     convolutions. auto: native on a CPU; elsewhere on, for larger networks in runs of 2,000 steps or more."""
-    # Another number of threads sums in another order, so a run that resumes must have the same to be bit-identical.
+    # Another number of threads sums in another order, so a run that resumes needs the same to be bit-identical.
     threads: Annotated[
         int | None, Opt(group=Group.MACHINE, changes=ARITHMETIC, at_least=1, at_most=1024, usual="all cores")
     ] = None
@@ -162,17 +151,19 @@ class Loop(Machine):
     # PLACE, since a batch does not depend on the thread that makes it.
     workers: Annotated[
         int | None,
-        Opt(group=Group.MACHINE, changes=PLACE, at_least=1, at_most=256, aliases=("-j",),
+        Opt(group=Group.MACHINE, changes=PLACE, at_least=1, at_most=256, resume=OnResume.FREE, aliases=("-j",),
             usual="one fewer than there are cores, at most 8"),
     ] = None  # fmt: skip
     """Threads that make views ahead of the networks."""
     device_gb: Annotated[
         float | None,
         # A run that resumes keeps the value it began with, unless another is given: its views' rounding depends on it.
-        Opt(group=Group.MACHINE, changes=PLACE | Changes.VIEWS | ARITHMETIC, at_least=0, compared=False, keeps=True,
-            usual="a quarter of its memory", metavar="GB"),
+        Opt(group=Group.MACHINE, changes=PLACE | Changes.VIEWS | ARITHMETIC, at_least=0, keeps=True,
+            resume=OnResume.UNCOMPARED, usual="a quarter of its memory", metavar="GB"),
     ] = None  # fmt: skip
     """Most gigabytes of decoded images that an accelerator keeps in its memory, to cut views itself."""
+    allow_rounding: Annotated[bool, Opt(group=Group.MACHINE, changes=PLACE)] = False
+    """Resume although this changes results by rounding, e.g. with another value of --threads."""
     profile: Annotated[bool, Opt(group=Group.OUTPUT, changes=PLACE)] = False
     """Profile the first steps, part by part, and save a trace of some of them in the run folder."""
 

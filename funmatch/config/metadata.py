@@ -23,6 +23,16 @@ class Changes(Flag):
     """The images or their labels."""
 
 
+class OnResume(Enum):
+    """What becomes of another value of an option when a run resumes."""
+
+    UNCOMPARED = "not compared: it says where things lie or what is printed, or its content is compared instead"
+    FREE = "accepted and recorded: no step of the training depends on it"
+    ROUNDING = "accepted with --allow-rounding, and recorded: results stay equal up to rounding"
+    DEVICE = "ROUNDING between devices of one type, RESULT between types"
+    RESULT = "refused: it would be another run"
+
+
 class Group(Enum):
     """The headings of `--help`, in their order."""
 
@@ -60,7 +70,7 @@ class Opt:
         essential: whether `--help` shows it among the options that matter most.
         replaces: options of a recipe that are dropped when the user sets this one.
         searchable: whether `funmatch tune` may search it; None decides by `changes`.
-        compared: whether a run that resumes must have the same value; None decides by `changes`.
+        resume: what becomes of another value when a run resumes; None decides by `changes`.
         recipe: whether a recipe decides it; None decides by `changes`.
         study: whether a study file may set it.
         extends: whether a finished run may be resumed with another value, to make it longer.
@@ -84,7 +94,7 @@ class Opt:
     essential: bool = False
     replaces: tuple[str, ...] = ()
     searchable: bool | None = None
-    compared: bool | None = None
+    resume: OnResume | None = None
     recipe: bool | None = None
     study: bool = True
     extends: bool = False
@@ -106,10 +116,18 @@ class Opt:
         return not fixed if self.searchable is None else self.searchable
 
     @property
-    def is_compared(self) -> bool:
-        """Whether a run can only be resumed with the same value."""
+    def on_resume(self) -> OnResume:
+        """What becomes of another value when a run resumes."""
+        if self.resume is not None:
+            return self.resume
         # An option that changes PLACE and anything else is compared, unless it says otherwise itself.
-        return self.changes != Changes.PLACE if self.compared is None else self.compared
+        usual = {Changes.PLACE: OnResume.UNCOMPARED, Changes.ARITHMETIC: OnResume.ROUNDING}
+        return usual.get(self.changes, OnResume.RESULT)
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether another value makes another run."""
+        return self.on_resume not in (OnResume.UNCOMPARED, OnResume.FREE)
 
     @property
     def in_recipe(self) -> bool:

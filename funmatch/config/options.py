@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, OnResume, Opt
 from funmatch.config.values import Precision, normalised, type_problem
 from funmatch.errors import InputError, unknown
 
@@ -167,6 +167,8 @@ class Machine(Options):
         Opt(
             group=Group.MACHINE,
             changes=Changes.STUDENT | Changes.VIEWS | Changes.TEACHER | Changes.ARITHMETIC,
+            # Its index is recorded where a single process trains, and so differs with their number.
+            resume=OnResume.DEVICE,
             metavar="DEVICE",
         ),
     ] = "auto"

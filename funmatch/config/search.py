@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.distill import Distill
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, OnResume, Opt
 from funmatch.config.options import Options, like
 from funmatch.config.train import Finetune, Train
 
@@ -30,7 +30,7 @@ class Search(Options):
     # Words as on the command line, not a mapping; `funmatch.tune` writes one out.
     space: Annotated[
         tuple[str, ...],
-        Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, compared=False, essential=True,
+        Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, resume=OnResume.UNCOMPARED, essential=True,
             usual="the recipe's", metavar="OPTION=VALUES …"),
     ] = ()  # fmt: skip
     """Options to search and their values: lr=log:1e-5..3e-3 drop_rate=0..0.5 temperature=1,2,5,10. It replaces the
@@ -38,8 +38,8 @@ class Search(Options):
     # Neither the space, which is recorded apart, nor the number of trials, which may grow, is compared on resuming.
     trials: Annotated[
         int | None,
-        Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, compared=False, essential=True, at_least=1,
-            at_most=10**6, usual=f"{TRIALS}, or all of a grid", extends=True),
+        Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, resume=OnResume.UNCOMPARED, essential=True,
+            at_least=1, at_most=10**6, usual=f"{TRIALS}, or all of a grid", extends=True),
     ] = None  # fmt: skip
     """Number of configurations to try."""
     executions: Annotated[int, Opt(group=Group.SEARCH, changes=STUDENT, searchable=False, at_least=1, at_most=1000)] = 1

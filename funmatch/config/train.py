@@ -8,7 +8,7 @@ from pydantic import Field
 from funmatch.config.choices import Crop
 from funmatch.config.data import NO_VALIDATION, VALIDATION_SHARE, Images
 from funmatch.config.loop import Loop, Student
-from funmatch.config.metadata import Changes, Group, Opt, Refers
+from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
 from funmatch.config.optim import FINETUNE_LR, Optimizer, Schedule
 from funmatch.config.options import like
 from funmatch.config.values import Names, Share
@@ -28,7 +28,12 @@ class Train(Images, Student, Views, Optimizer, Loop):
     data: Annotated[
         Names,
         Opt(
-            group=Group.DATA, changes=Changes.DATA, refers=Refers.DATA, compared=False, essential=True, metavar="DATA …"
+            group=Group.DATA,
+            changes=Changes.DATA,
+            refers=Refers.DATA,
+            resume=OnResume.UNCOMPARED,
+            essential=True,
+            metavar="DATA …",
         ),
     ]
     """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
@@ -37,7 +42,7 @@ class Train(Images, Student, Views, Optimizer, Loop):
     # Not DATA: the teacher's views are of --data alone, so runs that are evaluated on other images may share a tape.
     eval_data: Annotated[
         Names,
-        Opt(group=Group.DATA, changes=Changes.STUDENT, refers=Refers.DATA, compared=False, searchable=False,
+        Opt(group=Group.DATA, changes=Changes.STUDENT, refers=Refers.DATA, resume=OnResume.UNCOMPARED, searchable=False,
             usual="those of --data",
             metavar="DATA …"),
     ] = ()  # fmt: skip

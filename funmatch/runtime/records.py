@@ -4,6 +4,7 @@ The record is a JSON file with a format number (1 where it has none: the first v
 """
 
 import json
+import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -195,7 +196,7 @@ class RecordFolder:
 
     def try_lock(self) -> IO[str] | None:
         """Returns an open file that marks the folder as used until it is closed; None if another process uses it."""
-        return try_lock_file(self.folder / (self.lock_name or self.path.name))
+        return try_lock_file(self._lock_path)
 
     @property
     def in_use(self) -> bool:
@@ -208,6 +209,21 @@ class RecordFolder:
             held.close()
         return held is None
 
+    def check_free(self) -> None:
+        """Raises `InputError` if another process is using the folder, as far as the system lists locks."""
+        # In this order: looking at the list disturbs nobody, while taking the lock could stop one that begins now.
+        if lock_owner(self._lock_path) not in (None, os.getpid()) and self.in_use:
+            raise self._in_use_error()
+
+    def _in_use_error(self) -> InputError:
+        owner = lock_owner(self._lock_path)
+        process = f"another process (PID {owner})" if owner else "another process"
+        return InputError(f"{process} is using {self.folder}; wait for it or choose another {self.option}")
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.folder / (self.lock_name or self.path.name)
+
     @contextmanager
     def lock(self) -> Generator[None]:
         """Marks the folder as used by this process while the block runs.
@@ -217,17 +233,22 @@ class RecordFolder:
         """
         held = self.try_lock()
         if held is None:
-            owner = lock_owner(self.folder / (self.lock_name or self.path.name))
-            process = f"another process (PID {owner})" if owner else "another process"
-            raise InputError(f"{process} is using {self.folder}; wait for it or choose another {self.option}")
+            raise self._in_use_error()
         with held:
             yield
 
     @contextmanager
     def opened(
-        self, record: Mapping[str, Any], compare: Callable[[dict[str, Any], Mapping[str, Any]], list[str]]
+        self,
+        record: Mapping[str, Any],
+        compare: Callable[[dict[str, Any], Mapping[str, Any]], list[str]],
+        update: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any] | None] | None = None,
     ) -> Generator[dict[str, Any]]:
         """Begins or resumes, and yields the record; the lock is held while the block runs.
+
+        Args:
+            record, compare: as for `begin`.
+            update: returns the record to write in place of the stored one when this resumes, or None to leave it.
 
         Raises:
             InputError: the folder holds something else, other options, or another process uses it.
@@ -236,6 +257,12 @@ class RecordFolder:
         with ExitStack() as stack:
             with self.beginning():
                 stored = self.begin(record, compare)
+                if update:
+                    # Under the record's own lock too: another process may be using the folder.
+                    with self.lock():
+                        if (changed := update(stored, record)) is not None:
+                            self.write(changed)
+                            stored = changed
                 # Before the folder's own lock is released, so that no other process gets in between.
                 stack.enter_context(self.lock())
             # Only under the lock: otherwise these files may be those that another process is writing.

@@ -140,3 +140,25 @@ def test_what_a_name_leads_to_is_said(tmp_path, monkeypatch, name, message):
     check_model_name("./resnet18")
     Path("bit.npz").touch()
     check_model_name("bit.npz")
+
+
+def test_a_run_in_use_is_refused_before_anything_is_loaded(funmatch, finished_run, tmp_path):
+    options = {"data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
+    finished_run(tmp_path / "run", **options, steps=2, batch=8)
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('ready', flush=True); sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run" / "config.json"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdout
+    assert other.stdout.readline() == "ready\n"
+    words = [*RUN, "--steps", "2", "--batch", "8", "--out", tmp_path / "run"]
+    if Path("/proc/locks").is_file():
+        done = funmatch(*words, check=2)
+        assert f"another process (PID {other.pid}) is using {tmp_path / 'run'}; wait for it or choose" in done.stderr
+        assert "loading" not in done.stderr
+    other.communicate()
+    assert "nothing to do" in funmatch(*words).stderr

@@ -139,8 +139,8 @@ def test_options_by_what_they_change():
     assert {"lr", "steps", "optimizer", "distance", "out", "precision"} <= own
     assert not own & {"seed", "batch", "side", "crop", "teacher", "data", "val", "cap", "decoder", "student", "compile"}
     uncompared = Distill.where(lambda opt: not opt.is_compared)
-    assert {"out", "epochs", "data", "workers", "log_every", "save_every", "tape"} <= uncompared
-    assert not uncompared & {"lr", "steps", "seed", "threads", "eval_every", "teacher", "val", "compile"}
+    assert {"out", "epochs", "data", "workers", "log_every", "eval_every", "save_every", "tape"} <= uncompared
+    assert not uncompared & {"lr", "steps", "seed", "threads", "teacher", "val", "compile"}
     searchable = Distill.where(lambda opt: opt.is_searchable)
     assert {"lr", "steps", "epochs", "temperature", "side", "student", "drop_rate", "batch"} <= searchable
     assert not searchable & {

@@ -13,6 +13,7 @@ from funmatch.config.options import Options, listed
 from funmatch.data.readers.open import check_spec
 from funmatch.errors import InputError
 from funmatch.models.names import check_model_name
+from funmatch.runtime import env
 from funmatch.runtime.functions import find_function, is_function_name
 from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
@@ -94,6 +95,9 @@ def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
         run_folder.check_place(out)
         run = run_folder.Run(out)
         if run.record.has_begun:
+            # The main process alone: of several, the others may come here when it has begun.
+            if env.is_main_process():
+                run.record.check_free()
             run.record.refuse(compare.early_differences(out, run.config, verb, options))
     except InputError as error:
         yield str(error)

@@ -4,7 +4,7 @@
 are kept. `checkpoints/best-<n>/` holds the student alone, where it scored best on validation. `checkpoints/stable-<n>/`
 is that of a step before the learning rate cools down, from which a run can be extended.
 
-No other module uses these names; `state.py` defines what `state.json` holds.
+`places.py` has these names; `state.py` defines what `state.json` holds.
 """
 
 import json
@@ -26,9 +26,9 @@ from funmatch.runtime.files import remove, remove_partials, write_folder_atomica
 from funmatch.runtime.json_files import FORMAT as FORMAT_KEY
 from funmatch.runtime.json_files import Damaged, read_record
 from funmatch.runtime.log import info
+from funmatch.training.run.places import BEST, STABLE, STEP, list_places, name_of, step_of
 from funmatch.training.run.state import FORMAT, NEWER, TrainState, read_state
 
-STEP, BEST, STABLE = "step", "best", "stable"
 KEPT = 2
 STATE = "state.json"
 STUDENT, OPTIMIZER, AVERAGE = "student.safetensors", "optimizer.safetensors", "average.safetensors"
@@ -59,24 +59,24 @@ def save(folder: Path, tensors: Files, state: TrainState) -> None:
         state: the rest; its `best_step` says which best is kept.
     """
     # Before any is removed: a kill in between leaves one too many, never none.
-    _write(folder / _name(STEP, state.step), tensors, asdict(state))
-    for old in _named(folder, STEP)[:-KEPT]:
+    _write(folder / name_of(STEP, state.step), tensors, asdict(state))
+    for old in list_places(folder, STEP)[:-KEPT]:
         shutil.rmtree(old)
     # A run that is extended returns to the stable checkpoint, whose best student must still be there.
-    in_use = {state.best_step, *map(_best_step, _named(folder, STABLE))}
-    for best in _named(folder, BEST):
+    in_use = {state.best_step, *map(_best_step, list_places(folder, STABLE))}
+    for best in list_places(folder, BEST):
         if step_of(best) not in in_use:
             shutil.rmtree(best)
 
 
 def keep_stable(folder: Path, step: int) -> None:
     """Keeps a copy of the checkpoint of a step for good, and removes the one kept before."""
-    stable = folder / _name(STABLE, step)
+    stable = folder / name_of(STABLE, step)
     # The new one first, so that the run can be extended at any moment.
     if not stable.is_dir():
         with write_folder_atomically(stable) as partial:
-            shutil.copytree(folder / _name(STEP, step), partial, dirs_exist_ok=True)
-    for older in _named(folder, STABLE):
+            shutil.copytree(folder / name_of(STEP, step), partial, dirs_exist_ok=True)
+    for older in list_places(folder, STABLE):
         if older != stable:
             shutil.rmtree(older)
 
@@ -84,24 +84,24 @@ def keep_stable(folder: Path, step: int) -> None:
 def go_back(folder: Path, step: int) -> None:
     """Removes the checkpoints of later steps; a run resumes from the newest of the others."""
     # A stable one stays, even if it is damaged: `keep_stable` removes it when it has another.
-    for path in (*_named(folder, STEP), *_named(folder, BEST)):
+    for path in (*list_places(folder, STEP), *list_places(folder, BEST)):
         if not 0 <= step_of(path) <= step:
             remove(path)
 
 
 def can_go_back(folder: Path, step: int) -> bool:
     """Returns whether there is a checkpoint of a step."""
-    return any((folder / _name(kind, step)).is_dir() for kind in (STABLE, STEP))
+    return any((folder / name_of(kind, step)).is_dir() for kind in (STABLE, STEP))
 
 
 def is_beyond(folder: Path, step: int) -> bool:
     """Returns whether there is a checkpoint of a later step."""
-    return any(step_of(path) > step for path in _named(folder, STEP))
+    return any(step_of(path) > step for path in list_places(folder, STEP))
 
 
 def save_best(folder: Path, step: int, tensors: Files, metrics: dict[str, Any]) -> None:
     """Writes a student that scores better on validation than any before."""
-    _write(folder / _name(BEST, step), tensors, {"step": step, **metrics})
+    _write(folder / name_of(BEST, step), tensors, {"step": step, **metrics})
 
 
 def load_best(folder: Path, step: int, student: nn.Module) -> None:
@@ -110,7 +110,7 @@ def load_best(folder: Path, step: int, student: nn.Module) -> None:
     Raises:
         InputError: it is gone or damaged.
     """
-    path = folder / _name(BEST, step) / STUDENT
+    path = folder / name_of(BEST, step) / STUDENT
     try:
         student.load_state_dict(load_file(path))
     except Exception as error:  # damaged files raise nearly anything, from safetensors to torch
@@ -134,8 +134,8 @@ def restore(
         InputError: a newer version wrote one, or there are checkpoints, but none can be read. (A damaged newest one
             falls back to the one before.)
     """
-    found = sorted([*_named(folder, STEP), *_named(folder, STABLE)], key=step_of, reverse=True)
-    _check_formats([*found, *_named(folder, BEST)])  # before anything is removed
+    found = sorted([*list_places(folder, STEP), *list_places(folder, STABLE)], key=step_of, reverse=True)
+    _check_formats([*found, *list_places(folder, BEST)])  # before anything is removed
     remove_partials(folder)
     for checkpoint in found:
         try:
@@ -152,12 +152,6 @@ def restore(
     if found:
         raise InputError(f"no checkpoint in {folder} can be read; begin again with another --out")
     return None
-
-
-def step_of(path: Path) -> int:
-    """Returns the step of a checkpoint's folder; -1 if its name has none."""
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
 
 
 class CheckpointWriter:
@@ -203,16 +197,6 @@ class CheckpointWriter:
         # After an error of the block that one is raised, not a write's.
         if kind is None:
             self.flush()
-
-
-def _name(kind: str, step: int) -> str:
-    # Padded with zeros, so that names sort by step; published runs have such names.
-    return f"{kind}-{step:09}"
-
-
-def _named(folder: Path, kind: str) -> list[Path]:
-    """Returns the folders of one kind, the earliest step first."""
-    return sorted(folder.glob(f"{kind}-*"))
 
 
 def _write(place: Path, tensors: Files, state: dict[str, Any]) -> None:

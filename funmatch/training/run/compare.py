@@ -1,15 +1,17 @@
 """Compares what is requested of a run with the record of the run that is in its folder."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from funmatch.config import TAUGHT, UNCOMPARED
-from funmatch.config.metadata import Group
+from funmatch.config.metadata import Changes, Group, OnResume, Opt
 from funmatch.config.options import Options
 from funmatch.runtime.records import list_differences
 
+ALLOW = "allow_rounding"
 COMPARED_FACTS = {
     "data": "the data's content",
     "teacher": "the teacher's content",
@@ -18,6 +20,7 @@ COMPARED_FACTS = {
     "rounded": "the teacher's answers, as --tape rounds them",
 }
 """Facts that are compared when a run is resumed."""
+IN_RUN = "in the run"
 
 
 def early_differences(folder: Path, stored: dict[str, Any], verb: str, options: Options) -> list[str]:
@@ -35,11 +38,12 @@ def early_differences(folder: Path, stored: dict[str, Any], verb: str, options: 
         value, opt = getattr(options, name), table.opt(name)
         is_plain = isinstance(value, int | float | str) and not isinstance(value, bool) and value != "auto"
         # What is the machine's, or names something by its place, is compared by what it turns out to be.
-        is_open = opt.refers or opt.content or opt.group is Group.MACHINE
+        is_open = opt.refers or opt.content or (opt.group is Group.MACHINE and opt.on_resume is not OnResume.ROUNDING)
         if is_plain and not is_open and stored["knobs"].get(name) is not None:
             requested[name] = value
     # How much longer such a run may become is decided with the schedule; alone it is no difference.
     longer = {name for name in requested if table.opt(name).extends and stored["knobs"].get("schedule") == "wsd"}
+    requested |= {ALLOW: getattr(options, ALLOW)}
     now = {"verb": verb, "knobs": {**stored["knobs"], **requested}, "facts": stored["facts"]}
     kept = {name: stored["knobs"][name] for name in longer}
     return compare(folder, stored, now) if differences(stored, now | {"knobs": now["knobs"] | kept}) else []
@@ -76,11 +80,68 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     places = {name: opt.content for name, opt in table.opts() if opt.content} if table else {}
     names = names - UNCOMPARED - {name for name, fact in places.items() if _moved(name, fact, then, now)}
     before = {name: then["knobs"].get(name, defaults.get(name)) for name in names}
-    found += list_differences(before, {name: now["knobs"].get(name) for name in names}, "in the run")
+    after = {name: now["knobs"].get(name) for name in names}
+    rounded = {name for name in names if table and _only_rounds(table.opt(name), before[name], after[name])}
+    found += list_differences(_pick(before, names - rounded), _pick(after, names - rounded), IN_RUN)
+    if not now["knobs"].get(ALLOW):
+        lines = list_differences(_pick(before, rounded), _pick(after, rounded), IN_RUN)
+        found += [
+            f"{line} (this changes results by rounding; pass --allow-rounding to resume with it)" for line in lines
+        ]
     # A fact that later versions added is compared only with runs that recorded it.
     facts = {"data", "teacher", "student", "rounded"} | (COMPARED_FACTS.keys() & then["facts"].keys())
     earlier, later = ({name: one["facts"].get(name) for name in facts} for one in (then, now))
-    return found + list_differences(earlier, later, "in the run", COMPARED_FACTS)
+    return found + list_differences(earlier, later, IN_RUN, COMPARED_FACTS)
+
+
+@dataclass(frozen=True)
+class Change:
+    """An option that has another value from a step on.
+
+    Attributes:
+        effect: what that changes, for messages; empty for nothing.
+    """
+
+    option: str
+    before: Any
+    after: Any
+    effect: str = ""
+
+    def __str__(self) -> str:
+        before, after = ("the default" if value is None else value for value in (self.before, self.after))
+        return f"{self.option} from {before} to {after}" + (f" ({self.effect})" if self.effect else "")
+
+
+def accepted_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Lists the options with other values with which a run may resume, of two records without `differences`."""
+    knobs, found = now["knobs"], []
+    # To choose by other evaluations is to choose another student, though it is trained alike.
+    chosen = knobs.get("keep") == "best" or knobs.get("patience")
+    table = TAUGHT[now["verb"]]
+    for name, opt in table.opts():
+        before = then["knobs"].get(name, table.model_fields[name].get_default())
+        after = knobs.get(name)
+        if before == after or opt.on_resume is OnResume.UNCOMPARED:
+            continue
+        if opt.on_resume is OnResume.FREE:
+            judged = chosen and Changes.STUDENT in opt.changes
+            found.append(
+                Change(name, before, after, "--keep best and --patience go by other evaluations" * bool(judged))
+            )
+        elif _only_rounds(opt, before, after):
+            found.append(Change(name, before, after, "changes results by rounding"))
+    return found
+
+
+def _only_rounds(opt: Opt, before: Any, after: Any) -> bool:
+    """Returns whether another value of an option changes the results of a run by rounding only."""
+    if opt.on_resume is OnResume.DEVICE:
+        return str(before).partition(":")[0] == str(after).partition(":")[0]
+    return opt.on_resume is OnResume.ROUNDING
+
+
+def _pick(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: options[name] for name in names}
 
 
 def _moved(name: str, fact: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

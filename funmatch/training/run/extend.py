@@ -62,7 +62,8 @@ def extend(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, An
         _check(run, before["steps"], after["steps"], old, new)
         _branch_off(run, old, before["steps"])
         # Last: until here the old command ends as it did, and this one begins again.
-        run.record.write(then | {"knobs": after})
+        # Its length alone: what else may have other values is recorded when the run resumes.
+        run.record.write(then | {"knobs": before | {name: after[name] for name in length}})
     lengths = f"from {before['steps']:,} to {after['steps']:,} steps"
     info(f"{run.folder}: extended {lengths}; its warm-up stays {after['warmup_steps']:,} steps long")
 

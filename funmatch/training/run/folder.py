@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,11 @@ from funmatch.errors import InputError
 from funmatch.runtime import env
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.json_files import Damaged, read_record
+from funmatch.runtime.log import info
 from funmatch.runtime.records import RUN_RECORD, RUN_SHAPE, RecordFolder
 from funmatch.training.run import compare
 from funmatch.training.run.metrics_log import RECORDED_MODE, MetricsLog
+from funmatch.training.run.places import saved_step
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds its checkpoints."""
@@ -28,6 +30,7 @@ FACTS = {
     **{f"{name}?": str | None for name in compare.COMPARED_FACTS},
     "views?": str, "answers?": str, "teacher_forms?": [{"form": RECORDED_MODE, "beside_fp32?": dict}],
     "pictures?": dict[str, int], "classes?": list[str], "parameters?": int, "overridden?": dict[str, list],
+    "changes?": [{"step": int, "option": str, "from": Any, "to": Any}],
     "machine?": str, "versions?": dict[str, str],
 }  # fmt: skip
 SHAPE = RUN_SHAPE | {"knobs": {"steps?": int, "teacher?": list[str] | str | None}, "facts": FACTS}
@@ -87,6 +90,24 @@ class Run:
     @property
     def student(self) -> Path:
         return self.folder / "student"
+
+    def with_changes(self, then: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns the record of the run that resumes with other values of options that it may change; None for none.
+
+        Its facts say which, and from which step on.
+        """
+        changes = compare.accepted_changes(then, now)
+        if not changes:
+            return None
+        step = saved_step(self.checkpoints)
+        info(f"{self.folder}: from step {step} on, {', '.join(map(str, changes))}")
+        # By the old names of the record's parts, which stay.
+        knobs = then["knobs"] | {each.option: each.after for each in changes}
+        lines = [{"step": step, "option": each.option, "from": each.before, "to": each.after} for each in changes]
+        return then | {
+            "knobs": knobs,
+            "facts": then["facts"] | {"changes": [*then["facts"].get("changes", []), *lines]},
+        }
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Writes `result.json`, by which the run counts as finished."""
@@ -208,7 +229,7 @@ def open_run(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, 
             raise InputError(f"process {env.rank()} does not see {folder}; --out must lie where all processes see it")
         yield run
         return
-    with run.record.opened(record_of(verb, options, facts), partial(compare.compare, run.folder)):
+    with run.record.opened(record_of(verb, options, facts), partial(compare.compare, run.folder), run.with_changes):
         distributed.barrier()
         yield run
 
