@@ -40,7 +40,7 @@ def run(config: Prepare) -> Result:
 
 def summarize(cache: Cache, data: tuple[str, ...]) -> dict[str, Any]:
     """Summarises a data set: the result of its scan, its place and size, and `class_sizes`."""
-    size = sum(path.stat().st_size for path in cache.folder.iterdir())
+    size = sum(path.stat().st_size for path in cache.folder.rglob("*") if path.is_file())
     place = {"name": cache.name, "data": list(data), "way": cache.way, "folder": str(cache.folder)}
     return place | {"gigabytes": round(size / 1e9, 6), "class_sizes": class_sizes(cache)} | cache.summary
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from funmatch.data.cache.ledger import ENTRY, read_paths
+from funmatch.data.cache.ledger import ENTRY, folder_of, read_paths
 from funmatch.runtime.files import remove
 from funmatch.runtime.json_files import parse_json
 
@@ -63,7 +63,7 @@ def _data_sets(home: Path) -> Iterator[Item]:
             continue  # it leads to nothing, and opening its data set replaces it
         # A name of the Hub has no files to watch, and cannot be found missing.
         gone = any(map(len, watched)) and not any(map(os.path.exists, watched))
-        entries.setdefault(Path(entry["folder"]).name, []).append((ledger, entry["called"], gone))
+        entries.setdefault(folder_of(Path(entry["folder"])).name, []).append((ledger, entry["called"], gone))
     for meta in sorted(home.glob("*/meta.json")):
         folder = meta.parent
         known = entries.get(folder.name, [])

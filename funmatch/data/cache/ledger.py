@@ -1,6 +1,7 @@
 """What an entry of the ledger holds (see `open_cache`), for all who read it, torch or none."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from funmatch.runtime.json_files import EACH
@@ -16,6 +17,18 @@ ENTRY = {
     },
 }  # fmt: skip
 """What the first line of a ledger entry holds: `found` is `Cache.summary`."""
+
+
+CUTS, CUT = "cuts", ".cut"
+"""Folder of a cache, and ending of the files in it, that say which training images are held out (see `cuts`).
+
+An entry's `folder` is such a file where some are. To an earlier version, which would train on all images, it is no
+cache, so it builds one of its own."""
+
+
+def folder_of(place: Path) -> Path:
+    """Returns the folder of the cache that an entry's `folder` names."""
+    return place.parent.parent if place.suffix == CUT else place
 
 
 def read_paths(file: IO[bytes]) -> Iterator[bytes]:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.data.cache.bit_depth import depth_notes
-from funmatch.data.cache.build import CacheOptions, build, unreadable
+from funmatch.data.cache.build import CacheOptions, unreadable
 from funmatch.data.cache.check import FORMAT, is_complete, read_index, read_meta
-from funmatch.data.cache.ledger import ENTRY, read_paths
+from funmatch.data.cache.cuts import Built, apply_cut, build_splits, read_cut
+from funmatch.data.cache.ledger import ENTRY, folder_of, read_paths
 from funmatch.data.cache.scan import Scan, fingerprint_files, scan, summary
-from funmatch.data.cache.splits import apply_split
+from funmatch.data.cache.splits import apply_split, choose_splits
 from funmatch.data.cache.stores import CachedSplit, Resident, Streaming
 from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import pick_decoder
@@ -117,10 +118,9 @@ def open_cache(
         watched = _watched_paths(listed)
         # Before anything is read: a file that changes during the scan then differs from its entry the next time.
         stamp = fingerprint_files(watched)
-        dataset, scanned = scan_dataset(listed, cache_options, track, refresh=refresh)
-        folder = build(dataset, scanned, cache_options, home, track, log, check=refresh)
+        built = build_splits(listed, cache_options, track, log, refresh=refresh)
         # Last, so that an entry never names a cache that is still being built.
-        entry = _store_entry(ledger, folder, dataset, scanned, watched, stamp)
+        entry = _store_entry(ledger, built, watched, stamp)
     cache = _open_entry(entry, cache_options)
     # Before the complaints: labels that contradict each other do not matter then.
     cache = cache.without_labels() if options.unlabelled else cache
@@ -139,13 +139,11 @@ def _absolute(options: ReadOptions) -> ReadOptions:
     return replace(options, data_dir=data_home(options.data_dir).absolute(), class_file=file)
 
 
-def scan_dataset(
-    dataset: Dataset, cache_options: CacheOptions, track: Track, *, refresh: bool = False
-) -> tuple[Dataset, Scan]:
+def scan_dataset(dataset: Dataset, cache_options: CacheOptions, track: Track) -> tuple[Dataset, Scan]:
     """Reads every image of a data set once, and makes its splits."""
     home = cache_options.home or cache_home()
-    scanned = scan(dataset, home, track, max_pixels=cache_options.max_pixels, refresh=refresh)
-    return apply_split(dataset, scanned)
+    scanned = scan(dataset, home, track, max_pixels=cache_options.max_pixels)
+    return apply_split(dataset, scanned, choose_splits(dataset, scanned))
 
 
 def list_complaints(cache: Cache) -> list[str]:
@@ -167,17 +165,20 @@ def list_complaints(cache: Cache) -> list[str]:
 
 def _open_entry(entry: dict[str, Any], cache_options: CacheOptions) -> Cache:
     """Opens the cache of a ledger entry."""
-    folder = Path(entry["folder"])
+    place = Path(entry["folder"])
+    folder = folder_of(place)
     meta = read_meta(folder)
-    splits = {}
+    key, splits = meta["content"], {}
     for name in meta["splits"]:
         path = folder / f"{name}.pixels"
         resident = meta["way"] == "resident"
         store = Resident(path) if resident else Streaming(path, meta["cap"], meta["decoder"], cache_options.max_pixels)
         index, digests = read_index(folder, name, meta)
         splits[name] = CachedSplit(name, index, store, digests)
+    if place != folder:
+        key, splits = place.stem, apply_cut(splits, read_cut(place, len(splits["train"])))
     classes, name, unnamed = tuple(meta["classes"]), entry["name"], entry["unnamed"]
-    return Cache(meta["content"], name, classes, splits, unnamed, meta["way"], folder, entry["found"])
+    return Cache(key, name, classes, splits, unnamed, meta["way"], folder, entry["found"])
 
 
 def _digest(*parts: object) -> str:
@@ -198,7 +199,7 @@ def _load_entry(ledger: Path) -> dict[str, Any] | None:
             same = fingerprint_files(read_paths(file)) == entry["stamp"]
             same &= all(each["examples"] or not each["pictures"] for each in pairs)
         # Users delete caches to make room.
-        if not same or not is_complete(Path(entry["folder"])):
+        if not same or not _is_there(Path(entry["folder"])):
             return None
     # A damaged entry is as good as none: the data set is listed again, which also says what is wrong with its cache.
     except (OSError, ValueError):
@@ -207,6 +208,16 @@ def _load_entry(ledger: Path) -> dict[str, Any] | None:
     with suppress(OSError):
         os.utime(ledger)
     return entry
+
+
+def _is_there(place: Path) -> bool:
+    """Returns whether what an entry leads to can be used."""
+    folder = folder_of(place)
+    if not is_complete(folder):
+        return False
+    if place != folder:
+        read_cut(place, len(read_index(folder, "train", read_meta(folder))[0]))  # raises where it is missing or damaged
+    return True
 
 
 def _watched_paths(dataset: Dataset) -> list[str]:
@@ -222,11 +233,9 @@ def _watched_paths(dataset: Dataset) -> list[str]:
     return sorted({os.path.dirname(path) for path in watched}) + watched[:: len(watched) // MAX_WATCHED * 10]
 
 
-def _store_entry(
-    ledger: Path, folder: Path, dataset: Dataset, scanned: Scan, watched: list[str], stamp: str
-) -> dict[str, Any]:
+def _store_entry(ledger: Path, built: Built, watched: list[str], stamp: str) -> dict[str, Any]:
     """Writes a ledger entry: the watched files, and names of this data set, since a cache knows only its content."""
-    bad = read_meta(folder)["bad"]
+    dataset, scanned, bad = built.dataset, built.scanned, built.bad
     notes = (*dataset.notes, *depth_notes(dataset, scanned))
     if len(dataset.watched) > MAX_WATCHED:
         notes += (f"{dataset.name} has many files: only `funmatch prepare` is sure to notice a change inside one",)
@@ -234,7 +243,7 @@ def _store_entry(
     unreadable = [[dataset.splits[split].names[i], reason] for split, i, reason in bad]
     # Keys as version 0.1.0 wrote them.
     entry = {
-        "folder": str(folder),
+        "folder": str(built.place),
         "stamp": stamp,
         "name": dataset.name,
         "called": dataset.display_name,

@@ -14,16 +14,16 @@ LEFT_OUT = len(ORDER)
 """Stands for no split among the numbers of `choose_splits`, which otherwise are places in `ORDER`."""
 
 
-def apply_split(dataset: Dataset, scanned: Scan) -> tuple[Dataset, Scan]:
-    """Holds out splits from the training images as `dataset.split_spec` says.
+def apply_split(dataset: Dataset, scanned: Scan, numbers: np.ndarray | None) -> tuple[Dataset, Scan]:
+    """Holds out splits from the training images.
+
+    Args:
+        dataset, scanned: the data set and its scan.
+        numbers: as `choose_splits` returns them.
 
     Returns:
         the data set with all splits made, and its scan in the same order.
-
-    Raises:
-        InputError: a split would be empty.
     """
-    numbers = choose_splits(dataset, scanned)
     if numbers is None:
         return dataset, scanned
     if copies := int((numbers == LEFT_OUT).sum()):
