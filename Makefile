@@ -61,9 +61,9 @@ pins:
 	@test -x .venv-pins/bin/uv || { $(PYTHON) -m venv .venv-pins && .venv-pins/bin/python -m pip install -qq uv packaging; }
 	.venv-pins/bin/python scripts/pins.py $(WORDS)
 
-# The notebooks, from the texts beside them.
+# The notebooks, from the texts beside them, with the outputs of a run.
 notebooks: $(VENV)/installed-test
-	$(BIN)/python scripts/notebooks.py
+	$(BIN)/python scripts/notebooks.py --run
 
 clean:
 	rm -rf .venv .venv-floors .venv-newest .venv-pins

@@ -8,22 +8,48 @@
 #
 # Only validation images select; the test images are evaluated once, with the best trial.
 #
-# It needs an accelerator. **After a session has ended, run the notebook again to resume**; an interrupted trial
-# resumes from its last checkpoint.
+# With other images than the embedded ones it needs an accelerator. **After a session has ended, run the notebook again
+# to resume**; an interrupted trial resumes from its last checkpoint.
 
 # %% [markdown]
-# On Kaggle or Colab, install funmatch first: remove the `#` and enter the path of its repository, cloned or among the
-# inputs. On Colab, mount Google Drive, so that runs outlast the session. On Kaggle, add the output of the earlier
-# session to the notebook's inputs.
+# On Kaggle and Colab, the next cell installs funmatch from `SOURCE`. On Colab, mount Google Drive, so that runs outlast
+# the session. On Kaggle, add the output of the earlier session to the notebook's inputs.
+
+# %% tags=["install"]
+# Does nothing where funmatch can be imported. pip keeps the host's PyTorch and timm if they are recent enough.
+SOURCE = ""  # a clone or a wheel of funmatch, by its path or URL; empty: the clone that this notebook is in
+PACKAGE = "funmatch[tune]"
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+if not all(importlib.util.find_spec(name) for name in ("funmatch", "torch", "timm", "optuna")):
+    clones = [str(each) for each in (Path.cwd(), *Path.cwd().parents) if (each / "funmatch" / "api.py").is_file()]
+    if not (source := SOURCE or "".join(clones[:1])):
+        raise ModuleNotFoundError(
+            f"{PACKAGE} is not installed, and this notebook is not in a clone of its repository: set SOURCE above to "
+            "the path of a clone or of a wheel, or to a URL (https://….whl, git+https://…), and run this cell again"
+        )
+    url = source if "://" in source else Path(source).expanduser().resolve().as_uri()
+    command = [sys.executable, "-m", "pip", "install", "-q", f"{PACKAGE} @ {url}"]
+    if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+        raise RuntimeError(f"pip could not install {PACKAGE} from {url}:\n{done.stderr}")
+    importlib.invalidate_caches()
 
 # %%
-# # %pip install -q "PATH_OF_FUNMATCH[tune]"
+# from google.colab import drive; drive.mount("/content/drive")  # remove the first # on Colab
 
-# %%
-# from google.colab import drive; drive.mount("/content/drive")
+# %% [markdown]
+# ## Which images?
+#
+# `fashion-mini`, 2,700 small images, is part of funmatch: with it, every cell runs in minutes on a CPU and without a
+# network. `pet37`, `flowers102` and `food101` are downloaded. For images of your own, enter a folder of
+# `<split>/<class>/…` or `<class>/…`, such as `"/kaggle/input/flowers"`; without a `val` folder, a tenth of the training
+# images is held out. Their runs use the recipes of Pet37; `OPTIONS` overrides them.
 
 # %% tags=["parameters"]
-DATA = "pet37"  # or "flowers102", "food101"
+DATA = "fashion-mini"  # embedded, minutes on a CPU; or "pet37", "flowers102", "food101", or a folder of your own
 TEACHER = "tf-teacher-{}"  # the recipe; or "teacher-{}-r101x3", "teacher-{}", which search lr=log:3e-4..3e-2
 SPACE = {}  # added to the recipe's search space, e.g. {"lr": "log:1e-5..3e-3", "weight_decay": "0,1e-5,1e-4"}
 TRIALS = 3  # learning rates to try
@@ -48,10 +74,10 @@ notebook.bring_runs(place)
 # call shares the work.
 
 # %%
-study = place.runs / f"tune-teacher-{DATA}"
+study = place.runs / f"tune-teacher-{place.name}"
 search = {"space": SPACE, "trials": TRIALS, "executions": EXECUTIONS, "patience": PATIENCE}
 with place.session():
-    funmatch.tune(TEACHER.format(DATA), out=study, data_dir=place.data, **search, **OPTIONS)
+    funmatch.tune(TEACHER.format(place.recipes), out=study, **search, **place.teacher | OPTIONS)
 
 # %% [markdown]
 # ## Results
@@ -61,6 +87,9 @@ with place.session():
 
 # %%
 notebook.searched(study)
+
+# %%
+notebook.search_plots(study)
 
 # %% [markdown]
 # To distil from the best run, set `TEACHER = "tune-teacher-{}"` in notebook 4.

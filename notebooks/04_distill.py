@@ -10,21 +10,49 @@
 # | [the paper](https://arxiv.org/abs/2106.05237), table 4 | 91.03 | 82.75 | 88.01 |
 # | [FunMatch-Distillation](https://github.com/sayakpaul/FunMatch-Distillation) | 90.92 | 81.3 | 86 |
 #
-# It needs an accelerator. **After a session has ended, run the notebook again to resume.**
+# With other images than the embedded ones it needs an accelerator. **After a session has ended, run the notebook again
+# to resume.**
 
 # %% [markdown]
-# On Kaggle or Colab, install funmatch first: remove the `#` and enter the path of its repository, cloned or among the
-# inputs. On Colab, mount Google Drive, so that runs outlast the session. On Kaggle, add the outputs of notebook 2 and
-# of the earlier session to the notebook's inputs.
+# On Kaggle and Colab, the next cell installs funmatch from `SOURCE`. On Colab, mount Google Drive, so that runs outlast
+# the session. On Kaggle, add the outputs of notebook 2 and of the earlier session to the
+# notebook's inputs.
+
+# %% tags=["install"]
+# Does nothing where funmatch can be imported. pip keeps the host's PyTorch and timm if they are recent enough.
+SOURCE = ""  # a clone or a wheel of funmatch, by its path or URL; empty: the clone that this notebook is in
+PACKAGE = "funmatch"
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+if not all(importlib.util.find_spec(name) for name in ("funmatch", "torch", "timm")):
+    clones = [str(each) for each in (Path.cwd(), *Path.cwd().parents) if (each / "funmatch" / "api.py").is_file()]
+    if not (source := SOURCE or "".join(clones[:1])):
+        raise ModuleNotFoundError(
+            f"{PACKAGE} is not installed, and this notebook is not in a clone of its repository: set SOURCE above to "
+            "the path of a clone or of a wheel, or to a URL (https://….whl, git+https://…), and run this cell again"
+        )
+    url = source if "://" in source else Path(source).expanduser().resolve().as_uri()
+    command = [sys.executable, "-m", "pip", "install", "-q", f"{PACKAGE} @ {url}"]
+    if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+        raise RuntimeError(f"pip could not install {PACKAGE} from {url}:\n{done.stderr}")
+    importlib.invalidate_caches()
 
 # %%
-# # %pip install -q PATH_OF_FUNMATCH
+# from google.colab import drive; drive.mount("/content/drive")  # remove the first # on Colab
 
-# %%
-# from google.colab import drive; drive.mount("/content/drive")
+# %% [markdown]
+# ## Which images?
+#
+# `fashion-mini`, 2,700 small images, is part of funmatch: with it, every cell runs in minutes on a CPU and without a
+# network. `pet37`, `flowers102` and `food101` are downloaded. For images of your own, enter a folder of
+# `<split>/<class>/…` or `<class>/…`, such as `"/kaggle/input/flowers"`; without a `val` folder, a tenth of the training
+# images is held out. Their runs use the recipes of Pet37; `OPTIONS` overrides them.
 
 # %% tags=["parameters"]
-DATA = "pet37"  # or "flowers102", "food101"
+DATA = "fashion-mini"  # embedded, minutes on a CPU; or "pet37", "flowers102", "food101", or a folder of your own
 TEACHER = "tf-teacher-{}"  # a run of notebook 2, or the search of notebook 3: "tune-teacher-{}"
 STUDENTS = {"pet37": "tf-pet37-300", "flowers102": "tf-flowers102-1000", "food101": "tf-food101-100"}
 OPTIONS = {}  # override the recipe, e.g. {"epochs": 1000, "micro_batch": 128}
@@ -49,8 +77,9 @@ notebook.bring_runs(place)
 # them.
 
 # %%
-recipe = STUDENTS[DATA]
-notebook.about(recipe, measure=MEASURE)
+recipe = STUDENTS[place.recipes]
+options = place.student | OPTIONS
+notebook.about(recipe, options, measure=MEASURE)
 
 # %% [markdown]
 # ## The run
@@ -59,10 +88,10 @@ notebook.about(recipe, measure=MEASURE)
 # ends, the run saves and stops.
 
 # %%
-teacher = place.run(TEACHER.format(DATA))
-student = place.runs / recipe
+teacher = place.run(TEACHER.format(place.name))
+student = place.runs / recipe.replace(place.recipes, place.name)
 with place.session():
-    funmatch.recipe(recipe, out=student, teacher=teacher, data_dir=place.data, **OPTIONS)
+    funmatch.recipe(recipe, out=student, teacher=teacher, **options)
 
 # %% [markdown]
 # ## The views of teacher and student

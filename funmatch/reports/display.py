@@ -1,4 +1,4 @@
-"""Renders tables and plots for notebooks: HTML there, plain text elsewhere."""
+"""Renders tables for notebooks: HTML there, plain text elsewhere."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +40,3 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in columns)
     lines = ["".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) for row in rows]
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def html_panels(panels: Sequence[tuple[str, str]]) -> str:
-    """Lays out plots, each (heading, SVG), side by side where the width allows."""
-    each = "".join(
-        f"<figure style='margin:0'><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in panels
-    )
-    # A grid by the browser, which knows the width of the cell; a figure of all plots would be scaled down as a whole.
-    return f"<div style='display:grid;grid-template-columns:repeat(auto-fit,minmax(26em,1fr));gap:1em'>{each}</div>"

@@ -8,9 +8,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from funmatch.ops.optim import schedules
 from funmatch.reports.html import COLORS, GREY, STYLE, to_svg
+from funmatch.reports.images import tiled, to_image
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 
@@ -60,10 +62,19 @@ Points = tuple[list[int], list[float]]
 
 def build_panels(found: list[run_folder.Run]) -> list[tuple[str, str]]:
     """Plots accuracy, agreement with the teacher, loss, learning rate and throughput; returns (heading, SVG) each."""
+    return [(panel.heading, plot(found, panel)) for panel in _panels(found)]
+
+
+def _panels(found: list[run_folder.Run]) -> list[Panel]:
     known = {name for run in found for each in run.metrics.read() if each["event"] == "eval" for name in _given(each)}
     # Without labels there is no accuracy, and without a teacher no agreement: no empty plots.
-    evaluations = [panel for panel in (ACCURACY, AGREEMENT, KL) if panel.name in known]
-    return [(panel.heading, plot(found, panel)) for panel in (*evaluations, *OTHERS)]
+    return [panel for panel in (ACCURACY, AGREEMENT, KL) if panel.name in known] + [*OTHERS]
+
+
+def draw_sheet(found: list[run_folder.Run]) -> Image.Image:
+    """Draws the plots of `build_panels` as one image, for notebooks."""
+    with matplotlib.rc_context(STYLE):
+        return tiled([to_image(_figure(found, panel), panel.heading) for panel in _panels(found)], columns=3)
 
 
 def _given(record: dict) -> set[str]:
@@ -77,23 +88,27 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
     weights, dash-dotted lines for training views, and a dashed line for each teacher.
     """
     with matplotlib.rc_context(STYLE):
-        # Not pyplot, which keeps global state and may look for a display.
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
-        # By value: runs with the same teacher share one line and one entry of the legend.
-        teachers: dict[float, str] = {}
-        for each, color in zip(found, COLORS * (len(found) // len(COLORS) + 1), strict=False):
-            _lines(axes, each, panel, color)
-            starts = [r for r in each.metrics.read() if r["event"] == "teacher" and r.get(panel.name) is not None]
-            if panel.name == "top1":
-                teachers |= {panel.scale * r[panel.name]: r["teacher"] for r in starts}
-        for value, teacher in teachers.items():
-            axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=_literal(f"teacher {_short(teacher)}"))
-        axes.set_xlabel("step")
-        axes.set_ylabel(panel.label)
-        _limits(axes, panel)
-        _legend(figure, axes)
-        return to_svg(figure)
+        return to_svg(_figure(found, panel))
+
+
+def _figure(found: list[run_folder.Run], panel: Panel) -> Figure:
+    # Not pyplot, which keeps global state and may look for a display.
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    # By value: runs with the same teacher share one line and one entry of the legend.
+    teachers: dict[float, str] = {}
+    for each, color in zip(found, COLORS * (len(found) // len(COLORS) + 1), strict=False):
+        _lines(axes, each, panel, color)
+        starts = [r for r in each.metrics.read() if r["event"] == "teacher" and r.get(panel.name) is not None]
+        if panel.name == "top1":
+            teachers |= {panel.scale * r[panel.name]: r["teacher"] for r in starts}
+    for value, teacher in teachers.items():
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=_literal(f"teacher {_short(teacher)}"))
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.label)
+    _limits(axes, panel)
+    _legend(figure, axes)
+    return figure
 
 
 def _limits(axes: Axes, panel: Panel) -> None:

@@ -1,7 +1,7 @@
 """Plots a hyperparameter search: parallel coordinates, slices, importance of options."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import matplotlib
@@ -9,8 +9,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from PIL import Image
 
 from funmatch.reports.html import COLORS, STYLE, to_svg
+from funmatch.reports.images import tiled, to_image
 from funmatch.runtime.text import format_value
 
 BEST = COLORS[1]
@@ -21,35 +23,37 @@ Trials = list[dict[str, Any]]
 
 def draw_plots(result: Result) -> list[tuple[str, str]]:
     """Plots the finished trials; returns (heading, SVG) of each plot, or nothing for fewer than two trials."""
+    with matplotlib.rc_context(STYLE):
+        return [(heading, to_svg(figure)) for heading, figure in _figures(result)]
+
+
+def draw_sheet(result: Result) -> Image.Image | None:
+    """Draws the plots of `draw_plots` as one image, for notebooks; None for fewer than two trials."""
+    with matplotlib.rc_context(STYLE):
+        images = [to_image(figure, heading) for heading, figure in _figures(result)]
+    return tiled(images, columns=1) if images else None
+
+
+def _figures(result: Result) -> Iterator[tuple[str, Figure]]:
+    """Yields heading and figure of each plot; call it inside the style's context."""
     complete = [trial for trial in result["trials"] if trial["value"] is not None]
     # A plot of one trial compares nothing.
     if len(complete) < 2:
-        return []
+        return
     # In proportion to the options, so that their labels do not overlap.
     wide = max(6.4, 2.4 * len(result["space"]) + 1.6)
-    found = [
-        (
-            "Parallel coordinates: one line per trial, the best in orange",
-            _draw_svg(_parallel, complete, result, (wide, 3.6)),
-        ),
-        (
-            "Slices: one dot per trial, with the standard deviation over its executions",
-            _draw_svg(_slices, complete, result, (wide, 3.0)),
-        ),
+    plots: list[tuple[str, Callable[..., None], tuple[float, float]]] = [
+        ("Parallel coordinates: one line per trial, the best in orange", _parallel, (wide, 3.6)),
+        ("Slices: one dot per trial, with the standard deviation over its executions", _slices, (wide, 3.0)),
     ]
     # Too few trials have no importance.
     if result["importance"]:
-        heading = "Importance of each option for the score (PED-ANOVA)"
-        found.append((heading, _draw_svg(_bars, complete, result, (6.4, 0.6 + 0.4 * len(result["importance"])))))
-    return found
-
-
-def _draw_svg(draw: Callable[[Figure, Trials, Result], None], trials: Trials, result: Result, size: tuple) -> str:
-    """Draws a plot; returns the text of an SVG element."""
-    with matplotlib.rc_context(STYLE):
+        size = (6.4, 0.6 + 0.4 * len(result["importance"]))
+        plots.append(("Importance of each option for the score (PED-ANOVA)", _bars, size))
+    for heading, draw, size in plots:
         figure = Figure(figsize=size, layout="constrained")
-        draw(figure, trials, result)
-        return to_svg(figure)
+        draw(figure, complete, result)
+        yield heading, figure
 
 
 def _parallel(figure: Figure, trials: Trials, result: Result) -> None:

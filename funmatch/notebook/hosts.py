@@ -1,4 +1,4 @@
-"""Supports notebooks: paths on Kaggle and Colab, stopping before a session ends, and tables and plots for cells.
+"""Finds the folders of a notebook on Kaggle, Colab and elsewhere, and stops before a hosted session ends.
 
 Hosted sessions end. The same call resumes a run as long as its folder exists, so `place` finds a folder that outlasts
 the session, `bring_runs` copies runs of an earlier session, and `Place.session` stops in time to save.
@@ -12,30 +12,17 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from html import escape
-from io import BytesIO
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from PIL import Image
-
-from funmatch.commands import data as data_command
-from funmatch.commands import prepare, recipes
 from funmatch.commands.tune import summary
-from funmatch.commands.verbs import run_verb
-from funmatch.config import Data, Evaluate, Recipes
 from funmatch.data.readers import catalog
 from funmatch.errors import InputError
-from funmatch.reports import run_tables, run_views, tune_page, tune_plots
-from funmatch.reports.display import Shown, html_panels, html_table, show_message, show_table
-from funmatch.reports.result import Result
-from funmatch.reports.run_plots import build_panels as plotted
+from funmatch.notebook.choices import Choice, choose
+from funmatch.reports.display import html_table
 from funmatch.runtime.json_files import read_json
 from funmatch.runtime.log import info
-from funmatch.runtime.text import percent
-from funmatch.training import datasets
 from funmatch.training.run import folder as run_folder
 
 KAGGLE, COLAB = Path("/kaggle"), Path("/content")
@@ -52,19 +39,46 @@ LEVELS = 5
 
 @dataclass(frozen=True)
 class Place:
-    """The environment of a notebook.
+    """The environment of a notebook, and its images.
 
     Attributes:
         host: kaggle, colab or local.
         data: the folder of data sets, or the data set found among the notebook's inputs.
         work: the folder for output, which outlasts the session if the host has such a folder.
         hours: maximum length of the session; None for no limit.
+        choice: the images, the recipes for them and the names of their runs.
     """
 
     host: Literal["kaggle", "colab", "local"]
     data: Path
     work: Path
     hours: float | None = None
+    choice: Choice = field(default_factory=lambda: choose("pet37"), repr=False)
+
+    @property
+    def name(self) -> str:
+        """The name of the images in those of runs: a data set's, or that of the folder."""
+        return self.choice.name
+
+    @property
+    def recipes(self) -> str:
+        """The data set whose recipes are used: the chosen one, or pet37."""
+        return self.choice.recipes
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """Options that say which images: of `prepare`, `samples`, `evaluate` and the runs."""
+        return {"data": self.choice.data, "data_dir": self.data, **self.choice.images}
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """Options of the teacher's runs that replace those of its recipe."""
+        return self.images | self.choice.teacher
+
+    @property
+    def student(self) -> dict[str, Any]:
+        """Options of the student's run that replace those of its recipe."""
+        return self.images | self.choice.student
 
     @property
     def runs(self) -> Path:
@@ -127,7 +141,8 @@ class Place:
     def _repr_html_(self) -> str:
         # For the user to check: on a wrong host, runs would lie where the end of the session deletes them.
         hours = "no limit" if self.hours is None else f"{self.hours:g} hours"
-        rows = [["host", self.host], ["data", str(self.data)], ["runs", str(self.runs)], ["session limit", hours]]
+        own = self.choice.data if self.choice.is_own else f"{self.choice.data} in {self.data}"
+        rows = [["host", self.host], ["images", own], ["runs", str(self.runs)], ["session limit", hours]]
         return html_table(["", ""], rows)
 
 
@@ -139,22 +154,25 @@ def place(data: str) -> Place:
     folder, and data sets have their usual place.
 
     Args:
-        data: the data set's name in the catalog.
+        data: the data set's name in the catalog, a folder of images of your own, or another source of `--data`.
+
+    Raises:
+        InputError: there are no images in the folder.
     """
-    host, home = host_of_this(), catalog.data_home().absolute()
+    host, home, choice = host_of_this(), catalog.data_home().absolute(), choose(data)
     if host == "kaggle":
         # Used in place: inputs are read-only, and a copy would fill the working folder.
         found = catalog.found_under(data, KAGGLE / "input", LEVELS) if data in catalog.CATALOG else None
-        return Place(host, found or home, KAGGLE / "working", HOURS[host])
+        return Place(host, found or home, KAGGLE / "working", HOURS[host], choice)
     if host == "colab":
         if not DRIVE.is_dir():
             info(
                 f"WARNING: Google Drive is not mounted, so everything in {COLAB} is lost when the session ends; "
                 "mount it: from google.colab import drive; drive.mount('/content/drive')"
             )
-        return Place(host, home, DRIVE / "funmatch" if DRIVE.is_dir() else COLAB, HOURS[host])
+        return Place(host, home, DRIVE / "funmatch" if DRIVE.is_dir() else COLAB, HOURS[host], choice)
     # Absolute, since a later cell may change the folder.
-    return Place(host, home, Path.cwd())
+    return Place(host, home, Path.cwd(), choice=choice)
 
 
 def host_of_this() -> Literal["kaggle", "colab", "local"]:
@@ -215,80 +233,3 @@ def _copy(source: Path, target: Path) -> None:
             # A report is rewritten if it is older than the result beside it.
             os.utime(copied, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
     partial.rename(target)
-
-
-def facts(found: dict[str, Any]) -> None:
-    """Shows the summary that `funmatch.prepare` returned."""
-    prepare.show(Result(None, found))
-
-
-def samples(data: str, **options: Any) -> Image.Image:
-    """Draws a contact sheet with samples of each class; takes the options of `funmatch.config.Data`."""
-    config = Data.checked(data=data, **options)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "sheet.png"
-        data_command.draw(datasets.open_data_set(config, config.data), path)
-        # From memory: Pillow reads lazily, and the file is deleted on return.
-        return Image.open(BytesIO(path.read_bytes()))
-
-
-def about(recipe: str, *, measure: bool = True) -> None:
-    """Shows a recipe: its complete command, its published accuracy, and its estimated hours on this machine."""
-    recipes.show(recipes.run(Recipes(name=recipe, measure=measure)))
-
-
-def figures(*folders: Path) -> Shown:
-    """Shows the metrics of runs, one row each, with dashes for what an unfinished run lacks."""
-    rows = [line for folder in folders for line in run_tables.rows(run_folder.find_run(folder))]
-    return show_table(run_tables.COLUMNS, rows)
-
-
-def curves(*folders: Path) -> Shown:
-    """Plots accuracy, loss, learning rate and throughput of runs against the step; unfinished runs too."""
-    panels = plotted([run_folder.find_run(folder) for folder in folders])
-    return Shown(html_panels(panels), f"curves of {', '.join(folder.name for folder in folders)}")
-
-
-def searched(folder: Path) -> Shown:
-    """Shows the results of a search: trials, the best one's metrics, plots, and the evaluations per split."""
-    try:
-        result = summary.read_summary(folder)
-    # Only a missing file: a damaged one is an error that the user must see.
-    except OSError:
-        return show_message(f"{folder} is not finished, so no trial is selected yet: rerun this notebook to resume")
-    columns, rows = tune_page.columns(result), tune_page.trial_rows(result)
-    best = [[name, value, spread] for name, value, spread in tune_page.best_rows(result)]
-    trials, counts = show_table(columns, rows), tune_page.evaluation_counts(result)
-    html = [
-        trials.html,
-        html_table(["best trial", "", "std"], best),
-        html_table(tune_page.EVALUATION_COLUMNS, counts),
-        html_panels(tune_plots.draw_plots(result)),
-        f"<p>Command to train with these values:</p><pre>{escape(result['command'] or '–')}</pre>",
-    ]
-    return Shown("".join(html), trials.text)
-
-
-def views(folder: Path, step: int = 0) -> Shown:
-    """Shows the views of a step: the teacher's in the upper row, the student's in the lower one."""
-    sheet = run_views.views_sheet(run_folder.find_run(folder), step)
-    if sheet is None:
-        raise InputError(f"the images of {folder} have been moved or changed, so its views cannot be shown")
-    both = f" ({sheet['strategy']}): teacher above, student below" if "teacher" in sheet["rows"] else ""
-    caption = f"Step {step}, λ = {sheet['lam']:.2f}{both}"
-    image = f"<img style='max-width:100%' src='data:image/png;base64,{sheet['png']}' alt=''>"
-    return Shown(f"<figure style='margin:0'>{image}<figcaption>{escape(caption)}</figcaption></figure>", caption)
-
-
-def judged(folder: Path, **options: Any) -> Shown:
-    """Shows the metrics of a finished run on a split; takes the options of `funmatch.config.Evaluate`."""
-    run = run_folder.find_run(folder)
-    # A message, not an error: a session that ended early must not stop the cells that follow.
-    if run.result is None:
-        return show_message(f"{folder} is not finished, so it cannot be evaluated yet: rerun this notebook to resume")
-    found = run_verb("evaluate", Evaluate.checked(model=folder, **options)).metrics
-    columns = ["split", "images", "top-1", "top-5", "agreement", "KL", "ECE"]
-    numbers = ["–" if found[name] is None else f"{found[name]:.3f}" for name in ("kl", "ece")]
-    shares = [percent(found[name]) for name in ("top1", "top5", "agreement")]
-    rows = [[found["split"], f"{found['pictures']:,}", *shares, *numbers]]
-    return show_table(columns, rows)
