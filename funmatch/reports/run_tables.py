@@ -12,6 +12,7 @@ from funmatch.runtime.text import duration, number, percent
 from funmatch.training import scoring
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
+from funmatch.training.run.places import saved_step
 from funmatch.training.teachers import loading
 
 COLUMNS = (
@@ -44,7 +45,9 @@ def row(run: run_folder.Run) -> list[str]:
 
 def steps_of(run: run_folder.Run) -> tuple[int, int]:
     """Returns how many steps of a run are recorded, and how many it is to have."""
-    step = (run.result or {}).get("step") or max((record["step"] for record in run.metrics.read()), default=0)
+    # Also from the checkpoints: the losses since the last record are in none yet when a run is stopped.
+    recorded = max((record["step"] for record in run.metrics.read()), default=0)
+    step = (run.result or {}).get("step") or max(recorded, saved_step(run.checkpoints))
     return step, run.config["knobs"].get("steps") or step
 
 

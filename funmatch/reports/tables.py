@@ -5,7 +5,7 @@ from pathlib import Path
 from funmatch.data.readers.split_names import describe_images
 from funmatch.reports.result import Result
 from funmatch.runtime.log import print_table
-from funmatch.runtime.text import number, percent
+from funmatch.runtime.text import duration, number, percent
 
 
 def show(result: Result) -> None:
@@ -24,6 +24,9 @@ def show(result: Result) -> None:
         ["expected calibration error", number(metrics["ece"])],
         ["parameters", f"{metrics['parameters']:,}"],
     ]
+    # Of a run, over all the times that it was started.
+    if metrics.get("seconds") is not None:
+        rows.append(["time", duration(metrics["seconds"])])
     # A distilled run has its teacher's metrics; `evaluate` has only the name, and training on labels has neither.
     if isinstance(teacher, dict):
         rows.insert(1, ["teacher's top-1", percent(teacher["top1"])])

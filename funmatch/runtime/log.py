@@ -1,7 +1,7 @@
 """Prints messages, progress and tables: progress and messages to standard error, results to standard output."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from funmatch.runtime import env
-from funmatch.runtime.text import duration
+from funmatch.runtime.text import duration, format_rate
 
 T = TypeVar("T")
 
@@ -61,6 +61,7 @@ class ProgressBar:
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self.label, self.total, self.first = label, total, done
         self.started = self.last_line = time.monotonic()
+        self.noted = False
         self.display: Any = None  # handle of the line in a notebook
         self.columns = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
@@ -78,17 +79,27 @@ class ProgressBar:
         if err.is_terminal:
             self.columns.stop()
 
-    def update(self, done: int, note: str = "") -> None:
-        """Shows that `done` units are finished; `note` stands beside the bar, or in the next plain line."""
+    def update(self, done: int, note: str | Callable[[], str] = "") -> None:
+        """Shows that `done` units are finished.
+
+        Args:
+            note: what stands beside the bar or in the plain line; a function is called only when that is drawn, since
+                it may wait for a device.
+        """
         now = time.monotonic()
-        rate = (done - self.first) / (now - self.started)
+        rate = (done - self.first) / max(now - self.started, 1e-9)
+        noted = note if callable(note) else lambda: note
         if err.is_terminal:
-            self.columns.update(self.task, completed=done, note=f"{rate:,.0f}/s {note}")
+            # rich draws ten times a second; the note may be a second old, but the first step has one.
+            if now - self.last_line >= LIVE_LINE_SECONDS or not self.noted:
+                self.last_line, self.noted = now, True
+                self.columns.update(self.task, note=f"{format_rate(rate)} {noted()}")
+            self.columns.update(self.task, completed=done)
         elif now - self.last_line >= (LIVE_LINE_SECONDS if err.is_jupyter else PLAIN_LINE_SECONDS):
             # From the last line, not the last update: steps may be far shorter or longer than the interval.
             self.last_line = now
             left = (self.total - done) / rate if rate else 0.0
-            self.line(f"{self.label} {done}/{self.total} {note} {rate:.1f}/s, {duration(left)} left")
+            self.line(f"{self.label} {done}/{self.total} {noted()} {format_rate(rate)}, {duration(left)} left")
 
     def line(self, text: str) -> None:
         """Prints a plain line; in a notebook it replaces the line before."""

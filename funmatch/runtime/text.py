@@ -9,6 +9,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_rate(rate: float) -> str:
+    """Formats a number per second: 0.123 becomes `0.12/s`, 12.3 `12/s`."""
+    # A large network takes seconds for a step, which `0/s` would not tell from one that hangs.
+    digits = 0 if rate >= 10 else 1 if rate >= 1 else 2
+    return f"{rate:,.{digits}f}/s"
+
+
 def percent(share: float | None) -> str:
     """Formats a fraction in percent: 0.8312 becomes `83.1 %`, None a dash."""
     return "–" if share is None else f"{100 * share:.1f} %"

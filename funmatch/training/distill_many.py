@@ -159,8 +159,11 @@ def step_together(training: dict[str, Trainer], metrics: dict[str, Any]) -> dict
                 info(f"{name} failed: {error}")
                 failed[name] = error
             # Losses only: the evaluations of several students do not fit on a line.
-            notes = [trainer.notes.get("loss", "").partition(",")[0] for trainer in training.values()]
-            bar.update(sum(trainer.state.step for trainer in training.values()), "; ".join(filter(None, notes)))
+            trainers = training.values()
+            bar.update(
+                sum(trainer.state.step for trainer in trainers),
+                lambda trainers=trainers: "; ".join(filter(None, (trainer.loss_note() for trainer in trainers))),
+            )
     if interrupted:
         raise signals.Interrupted(interrupted.number, "all students are saved; run the same command again to resume")
     return failed

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from funmatch.data.loader import Batch, prefetch
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.runtime import devices, distributed, env, signals, transfers
@@ -54,7 +56,8 @@ class Trainer:
 
     Attributes:
         state: the run's progress, as checkpoints hold it.
-        notes: latest loss and evaluation, for the progress bar.
+        latest: loss of the latest step, on its device; None before the first.
+        notes: latest rate and evaluation, for the progress bar.
         records: writes records of metrics; if the user's `on_event` fails, the run ends after the next step.
     """
 
@@ -67,6 +70,7 @@ class Trainer:
         self.state = TrainState()
         self.writer = CheckpointWriter()
         self.clock, self.away = time.monotonic(), 0.0
+        self.latest: Tensor | None = None
         self.notes: dict[str, str] = {}
         self.records = Recorder(run.metrics, setup.inputs.on_event)
         net, optimizer, average = self.student.classifier.net, self.student.optimizer, self.student.average_net
@@ -96,7 +100,15 @@ class Trainer:
             signals.catch_signals() as caught,
         ):
             for step in self.steps(caught):
-                bar.update(step, " ".join(self.notes.values()))
+                bar.update(step, self.note)
+
+    def loss_note(self) -> str:
+        """Formats the loss of the latest step, for which the host waits for the device."""
+        return "" if self.latest is None else f"loss {self.latest.item():.4f}"
+
+    def note(self) -> str:
+        """Returns what stands beside the progress bar."""
+        return ", ".join(each for each in (self.loss_note(), *self.notes.values()) if each)
 
     def compile(self) -> None:
         """Sets up compilation or native kernels, if there are steps left."""
@@ -156,6 +168,7 @@ class Trainer:
         """
         self.state.step = step
         self.losses.add(losses)
+        self.latest = losses["loss"]
         if self.student.ema:
             self.student.ema.update(self.student.classifier, step)
         due = intervals.due_at(self.setup.config, step)
@@ -209,7 +222,7 @@ class Trainer:
         rate = record.steps * self.setup.config.batch / (now - self.clock - self.away)
         self.state.seconds += now - self.clock
         self.records.write("step", record.step, {**record.losses, "lr": lr, "images_per_second": rate})
-        self.notes["loss"] = f"loss {record.losses['loss']:.4f}, {rate:,.0f} images/s"
+        self.notes["rate"] = f"{rate:,.0f} images/s"
         self.clock, self.away = now, 0.0
 
     def evaluate(self) -> None:
@@ -245,6 +258,8 @@ class Trainer:
         # Losses that no record holds yet are saved, so that a resumed run logs the same means as an uninterrupted one.
         parts = self.losses.window(self.state.step)
         state = replace(self.state, window=parts.pop("loss", []), window_parts=parts)
+        # Up to now, not up to the last record: else a run that is resumed often would have taken no time.
+        state.seconds += began - self.clock
         if env.is_main_process():
             net, average = self.student.classifier.net, self.student.average_net
             tensors = transfers.snapshot(checkpoint.tensors_of(net, self.student.optimizer, average))

@@ -102,6 +102,9 @@ def test_page_of_an_unfinished_run_says_where_it_stands(runs):
     assert row["steps"] == "6 of 24"
     assert row["split"] == "val, step 6"
     assert row["top-1"] == percent(latest["top1"])
+    # Stopped between two records of the loss: how far it came stands in the name of its checkpoint.
+    (runs[0] / "checkpoints" / "step-000000010").mkdir()
+    assert "is not finished: 10 of 24 steps" in page_of(runs[0])
 
 
 def test_page_warns_of_a_diverged_run(runs):

@@ -12,6 +12,7 @@ import funmatch
 from funmatch.config import TAUGHT, Train
 from funmatch.config.metadata import OnResume
 from funmatch.errors import InputError
+from funmatch.reports import tables
 from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
 
@@ -25,8 +26,8 @@ class Stop(Exception):
     pass
 
 
-def stop_at_4(event: str, step: int, _values: dict) -> None:
-    if event == "step" and step == 4:
+def stop_at_4(_event: str, step: int, _values: dict) -> None:
+    if step == 4:
         raise Stop
 
 
@@ -119,3 +120,17 @@ def test_what_an_option_means_on_resume_stands_with_the_option():
     assert of(OnResume.ROUNDING) == {"threads", "compile", "teacher_batch", "teacher_ahead"}
     assert of(OnResume.DEVICE) == {"device"}
     assert {"lr", "steps", "precision", "teacher_precision", "teacher"} <= of(OnResume.RESULT)
+
+
+def test_time_adds_up_over_all_starts(tmp_path, capsys):
+    folder = stopped_run(tmp_path / "run", log_every=8, save_every=4)
+    state = max((folder / "checkpoints").glob("step-*")) / "state.json"
+    saved = json.loads(state.read_text())
+    assert saved["seconds"] > 0, "no loss was recorded yet"
+    state.write_text(json.dumps(saved | {"seconds": 3600.0}))
+    run = funmatch.train(out=folder, **MINI | {"log_every": 8, "save_every": 4})
+    assert 3600 < run.metrics["seconds"] < 3700
+    assert json.loads((folder / "result.json").read_text())["seconds"] == run.metrics["seconds"]
+    tables.show(run)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " time " in line]
+    assert "1:00:0" in line
