@@ -5,8 +5,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 from rich.text import Text
 
 from funmatch.runtime import env
@@ -49,6 +58,13 @@ def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
             bar.update(done)
 
 
+class NoteColumn(ProgressColumn):
+    """Shows the note, cut where the terminal is narrow: the other columns, with the time left, keep their width."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
 class ProgressBar:
     """Shows the progress of one piece of work, with its rate and the time left.
 
@@ -64,8 +80,8 @@ class ProgressBar:
         self.noted = False
         self.display: Any = None  # handle of the line in a notebook
         self.columns = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err,
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            NoteColumn(table_column=Column(no_wrap=False)), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err,
         )  # fmt: skip
         self.task = self.columns.add_task(label, total=total, completed=done, note="")
 

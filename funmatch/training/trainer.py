@@ -57,7 +57,7 @@ class Trainer:
     Attributes:
         state: the run's progress, as checkpoints hold it.
         latest: loss of the latest step, on its device; None before the first.
-        notes: latest rate and evaluation, for the progress bar.
+        notes: latest evaluation, for the progress bar.
         records: writes records of metrics; if the user's `on_event` fails, the run ends after the next step.
     """
 
@@ -222,7 +222,6 @@ class Trainer:
         rate = record.steps * self.setup.config.batch / (now - self.clock - self.away)
         self.state.seconds += now - self.clock
         self.records.write("step", record.step, {**record.losses, "lr": lr, "images_per_second": rate})
-        self.notes["rate"] = f"{rate:,.0f} images/s"
         self.clock, self.away = now, 0.0
 
     def evaluate(self) -> None:

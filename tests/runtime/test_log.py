@@ -1,6 +1,9 @@
 """The progress bar asks for what it shows only when it draws."""
 
+import re
+
 import pytest
+from rich.console import Console
 
 from funmatch.runtime import log
 from funmatch.runtime.text import format_rate
@@ -46,3 +49,18 @@ def test_bar_on_a_terminal_has_a_note_from_the_first_step_on(clock, monkeypatch)
 
 def test_slow_steps_have_a_rate():
     assert [format_rate(rate) for rate in (0.123, 2.34, 1234.5)] == ["0.12/s", "2.3/s", "1,234/s"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_time_left_is_shown_on_a_narrow_terminal(clock, monkeypatch, width):
+    monkeypatch.setattr(log, "err", Console(width=width, force_terminal=True))
+    bar = log.ProgressBar("finetune", 1000)
+    for step in range(1, 31):
+        clock[0] = float(step)
+        bar.update(step, lambda: "loss 1.2345, top1 12.3 % and more than this")
+    with log.err.capture() as shown:
+        log.err.print(bar.columns)
+    (line,) = re.sub(r"\x1b\[[0-9;]*m", "", shown.get()).splitlines()
+    assert "30/1000" in line
+    assert ("1.0/s loss 1.23" if width > 60 else "1.0/s lo") in line
+    assert re.search(r"\d+:\d\d:\d\d left (-:--:--|\d+:\d\d:\d\d)$", line), line
