@@ -81,7 +81,8 @@ class ProgressBar:
         self.display: Any = None  # handle of the line in a notebook
         self.columns = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            NoteColumn(table_column=Column(no_wrap=False)), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err,
+            NoteColumn(table_column=Column(no_wrap=False)), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), console=err,
         )  # fmt: skip
         self.task = self.columns.add_task(label, total=total, completed=done, note="")
 
