@@ -21,7 +21,7 @@ from funmatch.training.evaluator import Evaluator
 from funmatch.training.loop import Losses, fit
 from funmatch.training.objective import Objective
 from funmatch.training.profiling import profile_training
-from funmatch.training.run import checkpoint, extend, intervals
+from funmatch.training.run import checkpoint, extend, intervals, longer
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.checkpoint import CheckpointWriter
 from funmatch.training.run.recorder import Recorder
@@ -286,4 +286,9 @@ class Trainer:
         self.evaluator.export(result, self.run.folder)
         # After the export: a run with a result counts as finished, and its student is not written again.
         self.run.finish(result)
+        # A trial of a search is as long as the others.
+        if not self.setup.inputs.trial:
+            evaluations = [each for each in self.run.metrics.read() if each["event"] == "eval"]
+            if said := longer.note(self.run.folder, self.run.config, evaluations, self.stable):
+                info(said)
         return run_folder.finite(result)

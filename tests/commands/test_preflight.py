@@ -72,8 +72,9 @@ def test_another_run_is_refused_before_anything_is_loaded(funmatch, finished_run
     finished_run(tmp_path / "run", **options, steps=2, batch=8)
     done = funmatch(*RUN, "--steps", "2", "--batch", "8", *words, "--out", tmp_path / "run", check=2)
     assert message in done.stderr
+    run = tmp_path / "run"
     longer = (
-        f"with --student-weights {tmp_path / 'run' / 'student' / 'model.safetensors'}, or begin again with --schedule"
+        f"  funmatch distill --config {run}/config.json --student {run} --schedule wsd --steps 7 --out {run}-longer"
     )
     assert (longer in done.stderr) == ("--steps" in words)
     assert "loading" not in done.stderr

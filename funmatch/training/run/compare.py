@@ -10,6 +10,7 @@ from funmatch.config import TAUGHT, UNCOMPARED
 from funmatch.config.metadata import Changes, Group, OnResume, Opt
 from funmatch.config.options import Options
 from funmatch.runtime.records import list_differences
+from funmatch.training.run import longer
 
 ALLOW = "allow_rounding"
 COMPARED_FACTS = {
@@ -60,10 +61,11 @@ def compare(folder: Path, then: dict[str, Any], now: Mapping[str, Any]) -> list[
     weights = folder / "student" / "model.safetensors"
     # Its learning rate has fallen to nothing, so more steps would be another run in any case.
     if steps[1] > steps[0] and weights.is_file():
-        found.append(
-            f"to train it longer, start from its student in another folder, with --student-weights {weights}, or begin "
-            "again with --schedule wsd, whose runs can be extended"
-        )
+        lines = longer.ways(folder, then["verb"], then["knobs"], steps[1]) or [
+            f"start from its student in another folder, with --student-weights {weights}, or begin again with "
+            "--schedule wsd, whose runs can be extended"
+        ]
+        found += [f"to train it longer, {lines[0]}", *lines[1:]]
     return found
 
 
