@@ -208,6 +208,12 @@ class TrainOptions(ImagesOptions, total=False):
     eval_data: Names
     """Other images to evaluate on: their validation and test splits, or all of them as a test split. (default: those of
     data)"""
+    sampling: Literal["shuffled", "balanced"]
+    """Order of the training images. shuffled: each once an epoch. balanced: all classes equally often, the images of a
+    class each once before any comes again; for train and finetune. (default: shuffled)"""
+    class_weights: Literal["none", "balanced"]
+    """Weights of the classes in the loss. balanced: inversely proportional to their numbers of training images, 1 in
+    the mean over the images; for train and finetune. (default: none)"""
     dry_run: bool
     """Print the options as they would be used, where each value comes from, the images, the parameters and the length;
     train nothing and write no run folder."""

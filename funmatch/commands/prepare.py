@@ -14,6 +14,8 @@ from funmatch.runtime.log import out, print_table, track
 from funmatch.training import datasets
 
 LISTED = 20
+UNEQUAL = 5
+"""Images of the largest class for one of the smallest, from which the remedies are named."""
 
 
 def run(config: Prepare) -> Result:
@@ -99,6 +101,11 @@ def _describe(summary: dict[str, Any]) -> list[str]:
             f"{fewest:,} each" if fewest == most else f"{fewest:,} ({low}) … {most:,} ({high}), 1 : {sizes['ratio']:g}"
         )
         lines.append(f"images per class of {split}: {counts}")
+        if split == "train" and sizes["ratio"] >= UNEQUAL:
+            lines.append(
+                "the classes are unequal: train and finetune count them equally with --class-weights balanced (in the "
+                "loss) or --sampling balanced (in the batches)"
+            )
     for name in ("short_side", "long_side"):
         low, middle, high = summary[name]
         lines.append(f"{name.replace('_', ' ')}: {low} … {high} pixels, median {middle}")

@@ -176,6 +176,13 @@ class Distill(Train, Teaching):
     def problems(self) -> list[str]:
         found = [] if self.teacher else ["give the network to match by --teacher"]
         found += self._strategy_problems() + self._distance_problems() + self._tape_problems()
+        # Refused, not ignored: the teacher's outputs say of each image what it is worth, whatever its class.
+        found += [
+            f"--{name.replace('_', '-')} {getattr(self, name)} is for training on labels (train, finetune); distill "
+            "matches the teacher on all images alike"
+            for name in ("sampling", "class_weights")
+            if self.moved(name)
+        ]
         return found + super().problems()
 
     def _strategy_problems(self) -> list[str]:

@@ -52,6 +52,15 @@ class Train(Images, Student, Views, Optimizer, Loop):
     ] = None
     """Hold out this much of the training images for validation: 10%, or a number of images; none trains on all of them.
     The choice depends only on the images' content and on --val-seed."""
+    # VIEWS too: the images of a step are others.
+    sampling: Annotated[
+        Literal["shuffled", "balanced"], Opt(group=Group.LOOP, changes=Changes.STUDENT | Changes.VIEWS)
+    ] = "shuffled"
+    """Order of the training images. shuffled: each once an epoch. balanced: all classes equally often, the images of a
+    class each once before any comes again; for train and finetune."""
+    class_weights: Annotated[Literal["none", "balanced"], Opt(group=Group.LOOP, changes=Changes.STUDENT)] = "none"
+    """Weights of the classes in the loss. balanced: inversely proportional to their numbers of training images, 1 in
+    the mean over the images; for train and finetune."""
     out: Annotated[Path, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False, essential=True, metavar="FOLDER")]
     """Run folder. The same command again resumes from its newest checkpoint."""
     # PLACE: a run is compared by the options that the recipe sets, not by its name.

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
@@ -13,18 +14,11 @@ from torch import Tensor
 
 from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.ops import randaugment
+from funmatch.ops import randaugment, sampling
 from funmatch.ops.augment import augment_crops
 from funmatch.ops.crops import crop_of_resized_flip, crop_resize_flip
 from funmatch.ops.mixing import draw_cutmix_boxes, own_weight
-from funmatch.ops.sampling import (
-    CUTMIX_STREAM,
-    RANDAUGMENT_STREAM,
-    StepSample,
-    box_sampler,
-    sample_step,
-    step_generator,
-)
+from funmatch.ops.order import BalancedOrder, Order
 from funmatch.ops.view_spec import MILD, ViewSpec
 from funmatch.runtime.chunks import even_chunks
 from funmatch.runtime.timing import timed
@@ -162,14 +156,20 @@ class Loader:
     def unsharded(self) -> "Loader":
         return replace(self, rank=0, world_size=1)
 
-    def sample(self, step: int) -> StepSample:
+    @cached_property
+    def order(self) -> Order | None:
+        """The order of the images, None for the shuffled one; sorted by class once, not at every step."""
+        return BalancedOrder(self.split.index["label"]) if self.spec.sampling == "balanced" else None
+
+    def sample(self, step: int) -> sampling.StepSample:
         """Draws the choices of the whole global batch."""
         # Whole in every process: the draws must not depend on the number of processes.
         spec = self.spec
-        boxes = box_sampler(spec.crop, min_area=spec.min_area, side=spec.side, resize=spec.resize)
-        return sample_step(
+        boxes = sampling.box_sampler(spec.crop, min_area=spec.min_area, side=spec.side, resize=spec.resize)
+        return sampling.sample_step(
             spec.seed, step, spec.batch, len(self.split), self.split.sizes,
-            boxes=boxes, mixing=spec.mixup, flip=spec.crop != "whole", teacher_view=spec.own_teacher_view,
+            boxes=boxes, mixing=spec.mixup, order=self.order, flip=spec.crop != "whole",
+            teacher_view=spec.own_teacher_view,
         )  # fmt: skip
 
     def batch_at(self, step: int, lookup: Lookup | None = None) -> Batch:
@@ -190,7 +190,7 @@ class Loader:
         return Batch(crops, self.split.labels(indices), lam, logits, teacher_crops, boxes, step, first_row)
 
     def _crops(
-        self, step: int, drawn: StepSample, rows: np.ndarray, teacher_sides: tuple[int, ...]
+        self, step: int, drawn: sampling.StepSample, rows: np.ndarray, teacher_sides: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Returns the student's crops, and the teacher's at each side (None for the student's own)."""
         spec, own = self.spec, self.spec.own_teacher_view
@@ -206,7 +206,7 @@ class Loader:
         return augment_crops(spec.augment, crops, spec.seed, step)[ours], tuple(changed)
 
     def _crops_of(
-        self, step: int, drawn: StepSample, rows: np.ndarray, teacher_sides: tuple[int, ...]
+        self, step: int, drawn: sampling.StepSample, rows: np.ndarray, teacher_sides: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Cuts the crops of some rows of the global batch, before an augmentation of the user; returns the same."""
         spec, indices = self.spec, drawn.indices[rows]
@@ -216,7 +216,7 @@ class Loader:
         if spec.randaugment:
             # Drawn for the global batch, then sliced, as all draws; the same at every size of an image.
             ops, strengths = randaugment.draw_operations(
-                step_generator(spec.seed, step, RANDAUGMENT_STREAM), spec.batch, *spec.randaugment
+                sampling.step_generator(spec.seed, step, sampling.RANDAUGMENT_STREAM), spec.batch, *spec.randaugment
             )
             cut = [randaugment.apply_operations(each, ops[rows], strengths[rows]) for each in cut]
         by_side: dict[int, Tensor | None] = dict(zip((spec.side, *others), cut, strict=True))
@@ -231,7 +231,7 @@ class Loader:
         """Returns λ of MixUp and boxes of CutMix for our rows of the global batch."""
         spec, boxes = self.spec, None
         if spec.cutmix:
-            rng, each = step_generator(spec.seed, step, CUTMIX_STREAM), spec.mixup.per_image
+            rng, each = sampling.step_generator(spec.seed, step, sampling.CUTMIX_STREAM), spec.mixup.per_image
             drawn, lam = draw_cutmix_boxes(
                 rng, spec.batch, spec.cutmix, lam, per_image=each, with_mixup=spec.mixup.a > 0
             )

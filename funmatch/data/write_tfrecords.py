@@ -24,7 +24,7 @@ from funmatch.data.readers.open import open_dataset
 from funmatch.data.readers.shard_paths import NOTE
 from funmatch.data.readers.shards import CLASS_FILES
 from funmatch.errors import InputError
-from funmatch.ops.sampling import shuffle_positions
+from funmatch.ops.order import shuffle_positions
 from funmatch.runtime.files import cache_home, disk_errors, file_lock, write_atomically
 from funmatch.runtime.json_files import Damaged, read_json
 

@@ -236,3 +236,34 @@ def mix_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: flo
     # As the pixels are mixed: λ is the share of the image itself, the rest is its predecessor's.
     share = lam[:, None] if isinstance(lam, Tensor) else lam
     return share * one_hot[1:] + (1 - share) * one_hot[:-1]
+
+
+def balanced_weights(labels: Tensor, classes: int) -> Tensor:
+    """Computes weights of classes that are inversely proportional to their numbers of images, as scikit-learn does.
+
+    images / (classes that occur · images of the class), so that the mean over the images is 1.
+
+    Args:
+        labels: of the training images, (n,) int64.
+        classes: number of classes.
+
+    Returns:
+        (classes,) float32; 0 for a class without images, whose weight is never used.
+    """
+    counts = torch.bincount(labels, minlength=classes).double()
+    weights = len(labels) / (int((counts > 0).sum()) * counts.clamp(min=1))
+    return torch.where(counts > 0, weights, 0.0).float()
+
+
+def mix_weights(labels: Tensor, lam: float | Tensor, weights: Tensor) -> Tensor:
+    """Computes the weight of each mixed label: the sum of its classes' weights, each times the share of the class.
+
+    Args:
+        labels, lam: as of `mix_labels`.
+        weights: of the classes, (classes,).
+
+    Returns:
+        (n,) float32.
+    """
+    each = weights[labels]
+    return lam * each[1:] + (1 - lam) * each[:-1]

@@ -7,11 +7,11 @@ and no generator state to save: a run that is stopped and resumed, on one proces
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from funmatch.ops.mixing import MixupOptions
+from funmatch.ops.order import Order, shuffle_positions
 
 SAMPLING_VERSION = 1
 """Version of all that is drawn here; logits that were computed for another version's views do not fit these."""
@@ -72,6 +72,7 @@ def sample_step(
     *,
     boxes: BoxSampler | None = None,
     mixing: MixupOptions | None = None,
+    order: Order | None = None,
     flip: bool = True,
     teacher_view: bool = False,
 ) -> StepSample:
@@ -85,6 +86,7 @@ def sample_step(
         sizes: maps indices (n,) to heights and widths, (n,) each, in pixels.
         boxes: draws the crops; `sample_inception_boxes` if None.
         mixing: how MixUp's λ is drawn; `MixupOptions()` if None.
+        order: of the images; `shuffle_positions` if None.
         flip: mirror half of the views.
         teacher_view: draw the teacher's view for itself, from the same distribution.
     """
@@ -98,7 +100,8 @@ def sample_step(
         else float(mixing.lam_at(uniform))
     )
     # Positions run on over epochs: a batch may span two of them, and no image is dropped at the end of one.
-    indices = shuffle_positions(seed, np.arange(step * batch, (step + 1) * batch, dtype=np.int64), count)
+    positions = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
+    indices = order(seed, positions) if order else shuffle_positions(seed, positions, count)
     heights, widths = sizes(indices)
 
     def sample_view(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -234,66 +237,3 @@ def _try_boxes(
     top = (u_top * np.maximum(image_h - h, 0)).astype(np.int64)
     left = (u_left * np.maximum(image_w - w, 0)).astype(np.int64)
     return np.stack([top, left, h, w], axis=1), fits
-
-
-def shuffle_positions(seed: int, positions: np.ndarray, count: int) -> np.ndarray:
-    """Returns the image at each position of an endless sequence of epochs, each epoch in a new order.
-
-    Position p lies in epoch p // count. Within an epoch the order is a keyed permutation that is *computed*: a Feistel
-    network on the smallest square grid that holds `count`, applied until the result is below `count` (cycle walking;
-    Black & Rogaway, "Ciphers with arbitrary finite domains", 2002). So no order is stored, no epoch begins with a
-    pause, and any step can be computed directly, whatever the number of images.
-
-    Args:
-        seed: the run's seed.
-        positions: (n,) int64, counted from 0.
-        count: images in the split, at least 1.
-
-    Returns:
-        (n,) int64 in [0, count).
-    """
-    # int64 throughout: a run of 30,000 epochs of ImageNet has more positions than 32 bits can count.
-    positions = np.asarray(positions, np.int64)
-    epochs, places = positions // count, positions % count
-    side = int(np.ceil(np.sqrt(count)))
-    # The seed is mixed before the epoch is added: seed 0, epoch 1 must not be seed 1, epoch 0. Negative seeds and those
-    # of more than 64 bits, are taken modulo 2⁶⁴.
-    keys = _mix64(epochs.astype(np.uint64) + _mix64(np.uint64(seed % 2**64)))
-    result = _feistel(places, keys, side)
-    # side² < count + 2·√count + 1, so few results lie outside, and the loop ends after a few turns.
-    outside = np.flatnonzero(result >= count)
-    while outside.size:
-        result[outside] = _feistel(result[outside], keys[outside], side)
-        outside = outside[result[outside] >= count]
-    return result
-
-
-def _feistel(places: np.ndarray, keys: np.ndarray, side: int, rounds: int = 8) -> np.ndarray:
-    """Permutes [0, side²) by a keyed Feistel network.
-
-    Args:
-        places: (n,) int64 in [0, side²).
-        keys: (n,) uint64.
-        side: of the grid.
-        rounds: of the network; part of what decides the order.
-    """
-    # Addition modulo `side` instead of the usual XOR, since `side` is not a power of two.
-    left, right = places // side, places % side
-    for number in range(rounds):
-        scrambled = _mix64(right.astype(np.uint64) ^ (keys + np.uint64(number << 48)))
-        left, right = right, (left + (scrambled % np.uint64(side)).astype(np.int64)) % side
-    return left * side + right
-
-
-def _mix64(x: Any) -> Any:
-    """Applies SplitMix64's finalizer (Steele, Lea & Flood, 2014): 64 bits in, 64 well-mixed bits out.
-
-    Args:
-        x: uint64, a scalar or (n,).
-    """
-    # Products modulo 2⁶⁴ are meant; numpy warns of them for scalars.
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))

@@ -31,6 +31,7 @@ class ViewSpec:
         mixup: how MixUp's λ is drawn.
         cutmix: a of Beta(a, a), from which CutMix's λ is drawn; 0 turns CutMix off.
         randaugment: (operations per image, magnitude), or None.
+        sampling: order of the images: shuffled, or balanced (`order.BalancedOrder`).
         augment: the user's function that augments crops, by its name, or None.
         own_teacher_view: whether the teacher is shown crops drawn independently of the student's.
         native: whether the native CPU kernel cuts the crops, which rounds otherwise than torch.
@@ -46,7 +47,8 @@ class ViewSpec:
     mixup: MixupOptions = MixupOptions()  # noqa: RUF009  (frozen)
     cutmix: float = 0.0
     randaugment: tuple[int, int] | None = None
-    # Part of the key only where there is one: tapes of runs without it stay what they are.
+    # Both part of the key only where they are set: tapes of runs without them stay what they are.
+    sampling: str = field(default="shuffled", metadata={"key": None})
     augment: str | None = field(default=None, metadata={"key": None})
     own_teacher_view: bool = field(default=False, metadata={"key": "teacher_sees"})
     # A tape stores logits in fp16: the kernel's rounding of a crop (below 1e-5) is not worth running the teacher again.
@@ -61,6 +63,7 @@ class ViewSpec:
         lam = self.mixup
         # None where this crop ignores an option: specs that show the same views must have the same key.
         found |= {"augment": self.augment} if self.augment else {}
+        found |= {"sampling": self.sampling} if self.sampling != "shuffled" else {}
         return found | {
             "mixup": [lam.a, lam.per_image, lam.take_max, lam.lam],
             "resize": self.resize if self.crop in MILD else None,

@@ -128,6 +128,7 @@ def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
         mixup=MixupOptions(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
         cutmix=config.cutmix,
         randaugment=config.randaugment,
+        sampling=config.sampling,
         augment=config.augment,
         own_teacher_view=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
         native=native,

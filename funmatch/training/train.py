@@ -6,7 +6,7 @@ from funmatch.config import Train
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.errors import InputError
-from funmatch.ops.distances import cross_entropy, mix_labels
+from funmatch.ops.distances import balanced_weights, cross_entropy, mix_labels, mix_weights
 from funmatch.ops.mixing import mix_views
 from funmatch.runtime import distributed
 from funmatch.runtime.timing import timed
@@ -45,6 +45,10 @@ def build_train_setup(config: Train, given: Modules | None = None, trial: Trial 
 def label_objective(setup: TrainSetup[Any]) -> Objective:
     """Returns the objective: cross-entropy with labels that are mixed as their views are."""
     config, student, num_classes = setup.config, setup.student.classifier, len(setup.cache.classes)
+    class_weights = None
+    if config.class_weights == "balanced":
+        labels = setup.cache.splits["train"].labels(slice(None))
+        class_weights = balanced_weights(labels, num_classes).to(setup.loop.device)
 
     def loss(batch: Batch) -> Losses:
         _, view = mix_views(batch.crops, (), batch.lam, batch.cutmix_boxes)
@@ -52,7 +56,11 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
         labels = mix_labels(batch.labels, batch.own_weight, num_classes, config.label_smoothing)
         with timed("student"):
             logits = student(view)
-        return {"loss": cross_entropy(logits, labels).mean()}
+        each = cross_entropy(logits, labels)
+        if class_weights is not None:
+            each = each * mix_weights(batch.labels, batch.own_weight, class_weights)
+        # Over the images, not over their weights: pieces of a batch and processes then add up to the same gradient.
+        return {"loss": each.mean()}
 
     return Objective(loss, setup.loader)
 

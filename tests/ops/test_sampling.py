@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funmatch.ops.sampling import sample_inception_boxes, sample_step, shuffle_positions, step_generator
+from funmatch.ops.order import BalancedOrder, shuffle_positions
+from funmatch.ops.sampling import sample_inception_boxes, sample_step, step_generator
 
 # Deciles of 200,000 boxes of TensorFlow 2.21's `tf.image.sample_distorted_bounding_box` (aspect 3/4 … 4/3, area
 # 5 … 100 %, 100 attempts): the box's share of the image's area, its aspect, its centre as a share of the sides.
@@ -114,6 +115,46 @@ def test_orders_are_uniform_and_differ_between_epochs_and_seeds():
     off_diagonal = pairs[~np.eye(count, dtype=bool).ravel()]
     assert ((off_diagonal - expected) ** 2 / expected).sum() < 76, "41 degrees of freedom, p < 0.001"
     assert not np.array_equal(shuffle_positions(1, np.arange(50), 50), shuffle_positions(2, np.arange(50), 50))
+
+
+def test_order_is_that_of_earlier_versions():
+    """Runs resume with it: the numbers were written by version 0.1.0."""
+    assert shuffle_positions(3, np.arange(12), 7).tolist() == [4, 6, 3, 0, 5, 1, 2, 5, 6, 4, 1, 0]
+    assert shuffle_positions(2**70 + 1, np.arange(10**12, 10**12 + 4), 1000).tolist() == [959, 459, 863, 38]
+
+
+def labels_of(counts: list[int]) -> np.ndarray:
+    """Labels of a split whose classes are not in order; class 1 has no images if its count is 0."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return labels[np.argsort(np.random.default_rng(0).random(len(labels)))]
+
+
+@pytest.mark.parametrize("counts", [[100, 5, 1], [7], [3, 0, 40], [8, 8, 8, 8]])
+def test_a_balanced_order_shows_classes_equally_often_and_images_of_a_class_in_turn(counts):
+    labels, present = labels_of(counts), np.flatnonzero(counts)
+    order, rounds = BalancedOrder(labels), 3 * max(counts)
+    images = order(5, np.arange(rounds * len(present)))
+    shown = labels[images].reshape(rounds, len(present))
+    assert (np.sort(shown, axis=1) == present).all(), "every class once in each round"
+    for label in present:
+        own = images[labels[images] == label]
+        for epoch in range(len(own) // counts[label]):
+            part = own[epoch * counts[label] : (epoch + 1) * counts[label]]
+            assert sorted(part) == np.flatnonzero(labels == label).tolist(), "each image once an epoch of the class"
+
+
+def test_a_balanced_order_is_a_function_of_seed_and_position_and_uniform():
+    labels = labels_of([30, 3, 30])
+    order = BalancedOrder(labels)
+    whole = order(7, np.arange(900))
+    assert np.array_equal(np.concatenate([order(7, np.arange(i, i + 9)) for i in range(0, 900, 9)]), whole)
+    assert not np.array_equal(order(8, np.arange(900)), whole)
+    first = labels[order(0, np.arange(0, 60_000, 3))]
+    counts = np.bincount(first, minlength=3)
+    assert ((counts - 20_000 / 3) ** 2 / (20_000 / 3)).sum() < 13.8, "2 degrees of freedom, p = 0.001"
+    # Classes of equal size are not shuffled alike: MixUp would then mix the same pairs in every epoch.
+    own = [np.searchsorted(np.flatnonzero(labels == label), whole[labels[whole] == label]) for label in (0, 2)]
+    assert (own[0] == own[1]).mean() < 0.2
 
 
 def test_distant_positions_of_a_large_data_set_need_no_memory():

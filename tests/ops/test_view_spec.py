@@ -18,6 +18,7 @@ OTHERS = {
     "mixup": MixupOptions(a=0.2),
     "cutmix": 1.0,
     "randaugment": (2, 9),
+    "sampling": "balanced",
     "augment": "module:function",
     "own_teacher_view": True,
     "version": SAMPLING_VERSION + 1,

@@ -99,6 +99,12 @@ def test_two_processes_train_the_same_student_as_one(tmp_path, argv, share):
 
 
 @pytest.mark.slow
+def test_two_processes_show_and_weigh_classes_as_one(tmp_path):
+    argv = ["train", *ARGV, *PLAIN, "--sampling", "balanced", "--class-weights", "balanced", "--side", "28"]
+    assert_near(run(tmp_path / "one", *argv), run(tmp_path / "two", *argv, world=2))
+
+
+@pytest.mark.slow
 def test_two_processes_share_shampoos_root_computations(tmp_path):
     argv = [*DISTILL, *PLAIN, "--side", "28", "--optimizer", "shampoo", "--lr", "0.1", "--optimizer-kwargs"]
     argv += ["block_size=16", "start_preconditioning_step=2"]

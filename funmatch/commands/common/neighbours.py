@@ -43,6 +43,8 @@ OPTIONS = {
     "use --workers": ("num-workers", "dataloader-num-workers"),
     "use --label-weight W, for (1 − W) · distance + W · cross-entropy on labels": ("alpha", "kd-weight", "ce-weight"),
     "use --temperature": ("tau", "kd-temperature"),
+    "use --sampling balanced": ("sampler", "balanced-sampler", "weighted-sampler", "balanced-sampling", "oversample"),
+    "use --class-weights balanced": ("class-weight", "weighted-loss", "pos-weight", "balanced-loss"),
     "use --micro-batch, the images in a pass": ("gradient-accumulation-steps", "grad-accum-steps", "accumulate"),
     "progress and messages go to standard error, results to standard output": ("quiet", "verbose", "q", "v"),
 }  # fmt: skip
