@@ -99,6 +99,8 @@ def _spec_of_numbers(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
         if optional and [word.lower() for word in words] == ["none"]:
             return None
         if every != "*" and len(words) != fixed:
+            if fixed == 1:
+                raise ValueError(f"takes one number, got {' '.join(words)}; run the command once for each")
             raise ValueError(f"wanted {fixed} numbers, got {len(words)}: {' '.join(words)}")
         values = tuple(_number(word, elements[0]) for word in words)
         return values if several else values[0]

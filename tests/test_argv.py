@@ -62,6 +62,7 @@ def test_arguments_are_parsed_to_values():
         ("--lr 3e-3,1e-3", "--lr: wanted a number, got '3e-3,1e-3'; `funmatch tune … --space` tries several values"),
         ("--batch 1.5", "--batch: wanted a whole number, got '1.5'"),
         ("--randaugment 2", "--randaugment: wanted 2 numbers, got 1: 2"),
+        ("--side 96 128", "--side: takes one number, got 96 128; run the command once for each"),
         ("--decay-steps 2 x", "--decay-steps: wanted a whole number, got 'x'"),
         ("--crop big", "'inception', 'mild', 'squash', 'whole'"),
     ],

@@ -25,7 +25,7 @@ def import_model(config: Import) -> Result:
     """Writes a model as a folder in timm's layout.
 
     Returns:
-        `out`, `model`, `architecture`, `parameters`, `classes`, `side`, `mean`, `std`.
+        `out`, `model`, `architecture`, `parameters`, `classes`, `side`, `side_known`, `mean`, `std`.
 
     Raises:
         InputError: the model cannot be loaded, or the folder is not empty.
@@ -40,13 +40,15 @@ def import_model(config: Import) -> Result:
     model = load(name, weights=config.weights, pretrained=True, inputs=inputs)
     card = replace(model.card, mean=inputs[0], std=inputs[1]) if inputs else model.card
     card = replace(card, side=config.side or card.side, crop_fraction=config.crop_fraction or card.crop_fraction)
+    card = replace(card, side_known=card.side_known or config.side is not None)
     if config.class_file:
         card = replace(card, classes=_class_names(config.class_file.expanduser(), model.num_classes))
     check_side(model, card.side)  # before anything is written
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_folder_atomically(out) as partial:
-        save(model, partial, card=card, about={"imported": config.model, "top1": card.top1})
-    info_notes(config.model, model.notes)
+        about = {"imported": config.model, "top1": card.top1} | ({} if card.side_known else {"side_known": False})
+        save(model, partial, card=card, about=about)
+    info_notes(config.model, [*model.notes, *card.side_notes])
     if model.function == OTHER_SIZES:
         info_notes(str(out), ["timm has no network of this size; only funmatch can load this folder"])
     metrics = {
@@ -56,6 +58,7 @@ def import_model(config: Import) -> Result:
         "parameters": model.count_parameters(),
         "classes": model.num_classes,
         "side": card.side,
+        "side_known": card.side_known,
         "mean": list(card.mean),
         "std": list(card.std),
     }
@@ -65,7 +68,9 @@ def import_model(config: Import) -> Result:
 def show_imported(result: Result) -> None:
     """Prints the imported model and how to use it."""
     imported = result.metrics
-    rows = [[name, f"{value:,}" if isinstance(value, int) else str(value)] for name, value in imported.items()]
+    # A size that is not known is said in a sentence.
+    facts = {name: value for name, value in imported.items() if name != "side_known"}
+    rows = [[name, f"{value:,}" if isinstance(value, int) else str(value)] for name, value in facts.items()]
     print_table(f"imported {imported['model']}", ["", "value"], rows)
     print(f"use it with --teacher {imported['out']} or --student {imported['out']}")
 

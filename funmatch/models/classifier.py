@@ -24,6 +24,7 @@ class Card:
         classes: class names, or None where they are unknown.
         top1: accuracy when it was saved, in [0, 1], or None where it is unknown.
         squash: whether evaluation resizes images to a square regardless of their aspect (timm's crop_mode).
+        side_known: whether `side` comes with the weights; else it is timm's default for the architecture.
     """
 
     name: str
@@ -34,6 +35,14 @@ class Card:
     classes: tuple[str, ...] | None = None
     top1: float | None = None
     squash: bool = False
+    side_known: bool = True
+
+    @property
+    def side_notes(self) -> list[str]:
+        """A note where the image size is a guess, else nothing."""
+        if self.side_known:
+            return []
+        return [f"image size {self.side} is timm's default, not known from the file; set it with --side N"]
 
 
 class Classifier(nn.Module):

@@ -92,7 +92,8 @@ def _from_origin(name: str, origin: Origin, classes: int | None, side: int | Non
         fill(net, weights, what, origin.where)
     # After filling: fitting a transformer to another side resamples its position embedding.
     kwargs = origin.kwargs | (timm_models.for_side(net, side) if side else {})
-    classifier = _with_head(net, timm_models.card_of(name, net, origin.card), kwargs, classes)
+    card = replace(timm_models.card_of(name, net, origin.card), side_known=origin.side_known)
+    classifier = _with_head(net, card, kwargs, classes)
     classifier.function = origin.architecture if is_function(origin.architecture) else None
     classifier.notes = notes
     return classifier

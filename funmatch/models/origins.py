@@ -52,6 +52,7 @@ class Origin:
         card: entries that override timm's `pretrained_cfg`.
         published: whether this is a BiT network with the eps of the published checkpoints.
         notes: sentences that a user should know.
+        side_known: whether the image size in `card`, or else in timm's configuration, is that of these weights.
     """
 
     where: str
@@ -61,6 +62,7 @@ class Origin:
     card: dict[str, Any] = field(default_factory=dict)
     published: bool = False
     notes: tuple[str, ...] = ()
+    side_known: bool = True
 
 
 def find_origin(
@@ -145,7 +147,9 @@ def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
             f"{folder} is a network made by the function {architecture}; if you trust that code, name it yourself: "
             f"{architecture}, with the weights {weights}"
         )
-    return Origin(str(folder), f"{LOCAL}{folder}", open_checkpoint(weights), kwargs, card)
+    # An import of a file that did not say it (`funmatch import`).
+    known = config.get("funmatch", {}).get("side_known") is not False
+    return Origin(str(folder), f"{LOCAL}{folder}", open_checkpoint(weights), kwargs, card, side_known=known)
 
 
 def _bad_config(path: Path, error: Exception) -> str:
@@ -228,7 +232,8 @@ def _bit_origin(
     # Networks of other sizes have no entry in timm; their input is that of every BiT network.
     usual = timm_models.pretrained_config("resnetv2_50x1_bit")
     known = {key: usual[key] for key in CONFIG_KEYS} if size else {}
-    return Origin(where, architecture, state, kwargs, known | card, published=True)
+    sided = "input_size" in card
+    return Origin(where, architecture, state, kwargs, known | card, published=True, side_known=sided)
 
 
 def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | None) -> Origin:
@@ -248,4 +253,7 @@ def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | 
     if head is not None and head.ndim:
         kwargs = {"num_classes": head.shape[0], **kwargs}
     notes = renaming_note(own, architecture) + found.notes
-    return Origin(str(path), architecture, found.state, kwargs, OWN_CARDS.get(name, {}), notes=notes)
+    card = OWN_CARDS.get(name, {})
+    # A tag names published weights, and so their image size.
+    known = bool(card) or "." in own
+    return Origin(str(path), architecture, found.state, kwargs, card, notes=notes, side_known=known)

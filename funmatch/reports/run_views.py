@@ -28,7 +28,7 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
     try:
         # Not `checked`, which may refuse options that an earlier version took.
         table = TAUGHT[config["verb"]](**options)
-        cache = datasets.open_run_data(table)
+        cache = datasets.open_run_data(table, log=lambda _: None)
         # A function of a program that has ended cannot be called.
         if table.augment:
             find_function(table.augment, "augment")

@@ -14,6 +14,7 @@ from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import Cache, open_cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
+from funmatch.data.readers.class_notes import first_of
 from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime.log import info, track
 
@@ -104,7 +105,7 @@ def open_with_validation(config: Options, *, began_without: bool = False) -> tup
         the images, and the options with what `val` and `keep` turned out to be.
     """
     if config.val not in (None, NO_VALIDATION):
-        return open_run_data(config), config
+        return _warn_of_classes(open_run_data(config)), config
     log = _once(info)
     cache = open_run_data(config, log)
     # None in the record says that the data has a validation split, or that there was no rule yet.
@@ -119,7 +120,7 @@ def open_with_validation(config: Options, *, began_without: bool = False) -> tup
             f"{cache.name} has no validation split: holding out {VALIDATION_SHARE} of the training images "
             f"({len(cache.splits['val']):,} of {count:,}); --val sets how many, --val none trains on all"
         )
-        return cache, held_out
+        return _warn_of_classes(cache), held_out
     without = f"{' '.join(config.eval_data)} has no validation split" if config.eval_data else "--val none"
     last = "and evaluated on test once, at the end" if "test" in cache.splits else "and there is no test split either"
     info(
@@ -128,6 +129,17 @@ def open_with_validation(config: Options, *, began_without: bool = False) -> tup
     )
     # By training images the best weights cannot be told.
     return cache, config.model_copy(update={"val": NO_VALIDATION, "keep": "last"})
+
+
+def _warn_of_classes(cache: Cache) -> Cache:
+    """Returns the images; warns of classes of which all images were held out."""
+    train, val = (cache.splits[name].labels(slice(None)).unique().tolist() for name in ("train", "val"))
+    if lost := [cache.classes[label] for label in val if label >= 0 and label not in train]:
+        info(
+            f"WARNING: all images of {first_of(lost)} were held out, so the model never sees one; pass another "
+            "--val-seed, a smaller --val, or more images"
+        )
+    return cache
 
 
 def _once(log: Callable[[str], None]) -> Callable[[str], None]:

@@ -97,6 +97,12 @@ def _find_run(name: str) -> run_folder.Run | None:
 def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, device: torch.device) -> scoring.EvalView:
     """Returns the preprocessing: as given, else as in the run, else as the model's card says."""
     side = config.side or knobs.get("side") or model.card.side
+    if not (config.side or knobs.get("side")) and (notes := model.card.side_notes):
+        data = " ".join(["--data", *config.data]) if config.data else ""
+        info_notes(config.model, notes)
+        info(
+            f"to compare sizes: for s in 128 160 224 {side}; do funmatch evaluate {config.model} {data} --side $s; done"
+        )
     # The run's resize belongs to its image size: at another one, the proportions of the crop would change.
     same_side = side == knobs.get("side")
     recorded = knobs.get("eval_resize") if same_side else None

@@ -66,7 +66,7 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
 
 
 def check_labels(config: Train, cache: Cache) -> Cache:
-    """Returns the images, or raises `InputError` if some training images have no labels."""
+    """Returns the images, or raises `InputError` if some training images have no labels, or all have the same."""
     # Before the student is built: the check costs nothing.
     if not cache.splits["train"].labelled:
         labels = cache.splits["train"].labels(slice(None))
@@ -75,5 +75,12 @@ def check_labels(config: Train, cache: Cache) -> Cache:
         other = " (its classes are not those of --eval-data)" if config.eval_data else ""
         raise InputError(
             f"{missing}{other}; training on labels needs train/<class>/*.jpg, distillation needs no labels"
+        )
+    # Any network is right about all of them at once, which would look like a perfect one.
+    present = cache.splits["train"].labels(slice(None)).unique().tolist()
+    if len(present) < 2:
+        raise InputError(
+            f"all {len(cache.splits['train']):,} training images of {cache.name} are of one class, "
+            f"{cache.classes[present[0]]}; training on labels needs at least two"
         )
     return cache

@@ -266,6 +266,14 @@ def test_label_tables_are_reported_as_not_read(tmp_path):
         open_dataset(str(tmp_path / "p" / "labels.csv"))
 
 
+def test_classes_that_a_split_lacks_are_noted(images):
+    for path in (images / "test" / "bee").iterdir():
+        path.unlink()
+    assert open_folder(images).notes == (
+        f"{images}: test has no images of 1 of 3 classes, about which its metrics say nothing: bee",
+    )
+
+
 def test_classes_without_training_images_are_noted(images, tmp_path):
     assert open_folder(images).notes == ()
     paint(images / "test" / "dog" / "0.png", 1)

@@ -140,3 +140,24 @@ def test_classes_of_a_test_split_that_the_teacher_lacks_are_an_error_as_before(t
     data = write_images(tmp_path / "images", train=10, test=3)
     with pytest.raises(InputError, match="10 outputs, but images has 2 classes"):
         funmatch.distill(data=data, teacher="fashion-mini-teacher", out=tmp_path / "run", **TINY)
+
+
+@pytest.mark.parametrize("verb", ["train", "finetune"])
+def test_a_single_class_is_an_error(verb, tmp_path):
+    data = write_images(tmp_path / "images", train=8)
+    for path in (data / "train" / "bee").iterdir():
+        path.unlink()
+    # A folder of a class without images does not make two classes to tell apart.
+    with pytest.raises(InputError, match=r"all 7 training images of images are of one class, ant; .* at least two"):
+        getattr(funmatch, verb)(data=data, out=tmp_path / "run", **TINY)
+
+
+def test_a_class_that_is_held_out_whole_is_a_warning(tmp_path, capfd):
+    data = write_images(tmp_path / "images", train=10)
+    (data / "train" / "bee").rename(data / "train" / "cat")
+    paint(data / "train" / "bee" / "0.png", 9)
+    for seed in range(40):
+        funmatch.train(data=data, val="20%", val_seed=seed, out=tmp_path / "run", dry_run=True, **TINY)
+        if "WARNING: all images of bee were held out" in capfd.readouterr().err:
+            return
+    raise AssertionError("no seed held the image out")

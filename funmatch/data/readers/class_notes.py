@@ -52,6 +52,13 @@ def _absent(root: Path, classes: tuple[str, ...], splits: dict[str, SplitListing
             f"WARNING: {root} has no training images of {len(elsewhere)} of {len(classes)} classes, which only {where} "
             f"has: {first_of([classes[i] for i in elsewhere])}"
         )
+    # Unless it is a split of a few classes on purpose, its metrics are taken for those of all.
+    for name, count in counts.items():
+        if unseen := [classes[i] for i in np.flatnonzero((counts["train"] > 0) & (count == 0))]:
+            notes.append(
+                f"{root}: {name} has no images of {len(unseen)} of {len(classes)} classes, about which its metrics say "
+                f"nothing: {first_of(unseen)}"
+            )
     if empty:
         notes.append(f"{root}: {len(empty)} of {len(classes)} classes have no images in any split: {first_of(empty)}")
     return notes

@@ -65,7 +65,7 @@ def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, g
         classes=num_classes,
         side=config.side,
     )
-    info_notes(config.student, student.notes)
+    info_notes(config.student, [*student.notes, *([] if config.side else student.card.side_notes)])
     if student.num_classes != num_classes:
         raise InputError(
             f"student {config.student} has {student.num_classes} outputs, but {num_classes} classes are needed"

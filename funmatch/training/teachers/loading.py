@@ -111,7 +111,11 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
 
         classifier = load_one()
         # Notes of the first load only; it is loaded again, silently, for each mode that is tried.
-        info_notes(name, classifier.notes)
+        unknown = (
+            "its image size is not known from the file, so its views have the student's; set it with --teacher-side N"
+        )
+        guessed = not (classifier.card.side_known or config.teacher_side)
+        info_notes(name, [*classifier.notes, *([unknown] if guessed else [])])
         class_map = map_classes(classifier, classes, config.classes) if classes and config.classes else None
         # Before freezing, which folds and casts the weights: the digest is that of the weights as loaded.
         digest = fingerprint(classifier.net)
