@@ -106,7 +106,7 @@ def test_full_disk_is_reported_and_leaves_no_partial_checkpoint(funmatch, tmp_pa
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save(tensors, path)
 
-    argv = ["train", *MINI, "--steps", "6", "--save-every", "2", "--out", str(tmp_path / "run")]
+    argv = ["train", *MINI, "--steps", "6", "--save-every", "2", "--eval-every", "6", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", disk_full)
         result = funmatch(*argv, check=2)

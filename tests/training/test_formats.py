@@ -98,7 +98,14 @@ def test_unknown_key_of_a_run_is_named(old_run, funmatch):
 
 
 def test_newer_checkpoint_is_refused_and_an_unknown_key_is_damage(tmp_path, funmatch, finished_run):
-    words = {"data": "fashion-mini", "student": "fashion-mini-student", "steps": 2, "batch": 8, "eval_every": 2}
+    words = {
+        "data": "fashion-mini",
+        "student": "fashion-mini-student",
+        "steps": 2,
+        "batch": 8,
+        "eval_every": 2,
+        "save_every": 2,
+    }
     run = finished_run(tmp_path / "run", "train", device="cpu", compile="off", **words)
     command = ["train", "--device", "cpu", "--compile", "off", "--out", run.folder]
     command += [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", value)]

@@ -83,7 +83,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     names = names - UNCOMPARED - {name for name, fact in places.items() if _moved(name, fact, then, now)}
     before = {name: then["knobs"].get(name, defaults.get(name)) for name in names}
     after = {name: now["knobs"].get(name) for name in names}
-    rounded = {name for name in names if table and _only_rounds(table.opt(name), before[name], after[name])}
+    # A record may hold an option that is gone, which no table describes.
+    meanings = {name: opt for name, opt in table.opts() if name in names} if table else {}
+    rounded = {name for name, opt in meanings.items() if _only_rounds(opt, before[name], after[name])}
     found += list_differences(_pick(before, names - rounded), _pick(after, names - rounded), IN_RUN)
     if not now["knobs"].get(ALLOW):
         lines = list_differences(_pick(before, rounded), _pick(after, rounded), IN_RUN)
