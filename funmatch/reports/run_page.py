@@ -127,7 +127,7 @@ def notes(run: run_folder.Run) -> list[str]:
     found = []
     if not run.result:
         done = f"{name} is not finished: {step:,} of {steps:,} steps ({percent(step / max(steps, 1))})."
-        last = run_tables.latest_evaluation(run)
+        last = run_tables.latest_record(run, "eval")
         found.append(f"{done} Its metrics are those of step {last['step']:,} on {last['split']}." if last else done)
     elif step < steps:
         found.append(f"{name} was stopped early, after {step:,} of {steps:,} steps.")

@@ -24,13 +24,14 @@ COLUMNS = (
 def row(run: run_folder.Run) -> list[str]:
     """Formats the metrics of a run in the order of `COLUMNS`: of an unfinished run those of its latest evaluation."""
     options, result = run.config["knobs"], run.result
-    metrics = result or latest_evaluation(run)
+    metrics = result or latest_record(run, "eval")
     step, steps = steps_of(run)
-    teacher = metrics.get("teacher")
+    # Without a result, the teacher's accuracy is that on the same validation images, from before the first step.
+    teacher = (metrics.get("teacher") or {}) if result else latest_record(run, "teacher")
     return [
         run.folder.resolve().name,
         percent(metrics.get("top1")),
-        percent(teacher["top1"]) if isinstance(teacher, dict) else "–",
+        percent(teacher.get("top1")),
         percent(metrics.get("agreement")),
         percent(metrics.get("agreement5")),
         f"{number(metrics.get('kl'), 3)}{', diverged' if diverged(run) else ''}",
@@ -51,14 +52,14 @@ def steps_of(run: run_folder.Run) -> tuple[int, int]:
     return step, run.config["knobs"].get("steps") or step
 
 
-def latest_evaluation(run: run_folder.Run) -> dict[str, Any]:
-    """Returns the record of a run's latest evaluation, or an empty one."""
-    return next((record for record in reversed(run.metrics.read()) if record["event"] == "eval"), {})
+def latest_record(run: run_folder.Run, event: str) -> dict[str, Any]:
+    """Returns the last record of an event of a run, or an empty one."""
+    return next((record for record in reversed(run.metrics.read()) if record["event"] == event), {})
 
 
 def diverged(run: run_folder.Run) -> bool:
     """Returns whether a run's student is further from its teacher than a uniform guess."""
-    kl = (run.result or latest_evaluation(run)).get("kl")
+    kl = (run.result or latest_record(run, "eval")).get("kl")
     return has_diverged(kl, len(run.config["facts"].get("classes", ())))
 
 

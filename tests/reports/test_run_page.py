@@ -105,6 +105,11 @@ def test_page_of_an_unfinished_run_says_where_it_stands(runs):
     # Stopped between two records of the loss: how far it came stands in the name of its checkpoint.
     (runs[0] / "checkpoints" / "step-000000010").mkdir()
     assert "is not finished: 10 of 24 steps" in page_of(runs[0])
+    assert row["teacher top-1"] == "–"
+    (runs[1] / "result.json").unlink()
+    unfinished = run_folder.find_run(runs[1])
+    starts = next(each for each in unfinished.metrics.read() if each["event"] == "teacher")
+    assert run_tables.row(unfinished)[run_tables.COLUMNS.index("teacher top-1")] == percent(starts["top1"])
 
 
 def test_page_warns_of_a_diverged_run(runs):
