@@ -223,7 +223,7 @@ def flag_problems(words: list[str], table: type[Options], name: str, found: Coll
         found: the options that the words, a file or a recipe set.
     """
     # A minus before a digit begins a value.
-    flags = dict.fromkeys(word.partition("=")[0] for word in words if word[:1] == "-" and not word[1:2].isdigit())
+    flags = dict.fromkeys(word.partition("=")[0] for word in words if word[:1] == "-" and not word[1:2].isdecimal())
     known = [flag for each in table.model_fields for flag in flags_of(table, each)]
     unknowns = [flag for flag in flags if not _option_of(flag, table)]
     # Where we know what is meant, names that are near in letters would mislead.

@@ -1,6 +1,7 @@
 """Images that are held out for validation share the decoded images of the whole training split."""
 
 import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -126,6 +127,25 @@ def test_a_choice_of_unreadable_images_alone_is_an_error(images, options, monkey
     monkeypatch.setattr(cuts, "choose_splits", lambda *_: numbers)
     with pytest.raises(InputError, match=r"(?s)1 unreadable images in images.*train/ant/05\.png"):
         open_cache(str(images), held_out(1), skipping)
+
+
+def test_room_that_an_interrupted_build_has_taken_is_not_wanted_again(images, options, monkeypatch):
+    finish = build._finish
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "_finish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(str(images), cache_options=options)
+    monkeypatch.setattr(build, "_finish", finish)
+    # All images are there already; not one of them would fit a second time.
+    usage = shutil.disk_usage(options.home)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=build.FREE_BYTES))
+    assert len(open_cache(str(images), cache_options=options).splits["train"]) == 40
+    (images / "train" / "ant" / "new.png").write_bytes((images / "train" / "bee" / "00.png").read_bytes())
+    with pytest.raises(InputError, match="more than it may take"):
+        open_cache(str(images), cache_options=options)
 
 
 def test_a_choice_is_part_of_the_caches_item(images, options):

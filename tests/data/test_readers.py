@@ -233,6 +233,15 @@ def test_links_that_are_broken_circular_or_lead_outside(tmp_path):
         open_cache(str(tmp_path / "p"))
 
 
+def test_folders_that_link_to_each_other_are_read_once_from_each(tmp_path):
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
+        paint(tmp_path / "p" / "deep" / name / "0.png", ord(name))
+        (tmp_path / "p" / "deep" / name / "next").symlink_to(os.path.join("..", other))
+    names = open_folder(tmp_path / "p").splits["train"].names
+    assert len(names) == 9, "three images, each found by three ways; not until the system refuses so many links"
+    assert "deep/a/next/next/0.png" in names
+
+
 def test_a_new_reader_needs_one_row_only(tmp_path, images, monkeypatch):
     """Messages, absolute specs and suggestions follow from the row alone."""
 

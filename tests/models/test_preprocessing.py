@@ -282,6 +282,15 @@ def test_nested_and_circular_functions_end(preprocessing):
     assert time.perf_counter() - started < 20
 
 
+@pytest.mark.parametrize("output", ["²", "x", "-1", "1234567"])
+def test_a_number_of_an_output_that_is_none_is_damage(preprocessing, output):
+    # "²".isdigit() is true, and int("²") fails.
+    inner = function("f", ["x"], {"y": "x"}, [])
+    nodes = [call("c", "f", "x"), *network(f"c:output:{output}")]
+    with pytest.raises(InputError, match="its graph has no c:output:"):
+        preprocessing(model(nodes, functions=[inner]))
+
+
 def test_missing_and_damaged_graphs(preprocessing):
     assert preprocessing(b"").why == "its saved_model.pb holds no graph"
     assert preprocessing(number(1, 1) + write_fields(2, b"")).why == "its graph serves no function"

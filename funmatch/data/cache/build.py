@@ -83,10 +83,10 @@ def build(
             return folder
         if folder.exists():
             log(f"{folder} is damaged on the disk; rebuilding it")
-        _check_space(home, size, dataset.name, way)
+        partial = folder.with_name(f"{folder.name}.partial")
+        _check_space(home, size, partial, dataset.name, way)
         stored = "decoded once" if way == "resident" else "packed as they are and decoded in every step"
         log(f"{dataset.name}: {way}: {len(dataset.jobs()):,} images, {stored}; {size / 1e9:.2g} GB in {home}")
-        partial = folder.with_name(f"{folder.name}.partial")
         with disk_errors(home):
             bad = _fill(partial, dataset, scanned, options, way, track)
             lost = {name: sum(split == name for split, *_ in bad) for name in dataset.splits}
@@ -127,8 +127,9 @@ def choose_way(scanned: Scan, options: CacheOptions) -> tuple[str, int]:
     return way, decoded if way == "resident" else int(rows["length"].sum())
 
 
-def _check_space(home: Path, size: int, name: str, way: str) -> None:
-    free = shutil.disk_usage(home).free
+def _check_space(home: Path, size: int, partial: Path, name: str, way: str) -> None:
+    """Raises `InputError` unless the disk has room for a cache, beside what an interrupted build has left of it."""
+    free = shutil.disk_usage(home).free + sum(path.stat().st_size for path in partial.glob("*.pixels"))
     if size + FREE_BYTES > free:
         other = ", or pass --pixels streaming, which stores them as they are" if way == "resident" else ""
         raise InputError(

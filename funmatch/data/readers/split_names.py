@@ -54,7 +54,7 @@ def split_word(name: str, table: dict[str, str] = WORDS) -> tuple[str, str] | No
     splits = [word for word in words if word in table]
     if len(splits) != 1:
         return None
-    rest = [word for word in words if word != splits[0] and word not in FILLERS and not word.isdigit()]
+    rest = [word for word in words if word != splits[0] and word not in FILLERS and not word.isdecimal()]
     return table[splits[0]], " ".join(rest)
 
 

@@ -167,7 +167,7 @@ class Graph:
             # The output's own name, between the two, is left out: operations that matter here name a single output.
             number = rest[-1] if rest else "0"
             # The length too, since Python refuses to convert thousands of digits.
-            if node is None or not number.isdigit() or len(number) > 6:
+            if node is None or not (number.isascii() and number.isdecimal()) or len(number) > 6:
                 raise Damaged(f"its graph has no {name}")
             if node.op in CALLS:
                 call = self._enter_call(call, node_name)

@@ -221,7 +221,7 @@ def _leaves(graph: Graph, top: int) -> list[tuple[str, str]]:
         for edge, child in graph[i].children.items():
             node = graph[child]
             # By key, since Keras 3 refers to one variable twice, as kernel and as _kernel.
-            if node.name is not None and not edge.isdigit():
+            if node.name is not None and not edge.isdecimal():
                 leaves |= dict.fromkeys(node.keys, edge.lstrip("_"))
     return [(leaf, key) for key, leaf in leaves.items()]
 
