@@ -29,7 +29,8 @@ NETWORKS = {"teacher", "student", "backward", "optimizer"}
 
 def command_lines(folder: Path) -> dict[str, list[str]]:
     """The command line of each run."""
-    photos = ["--data", f"{folder}/images", "--unlabelled", "--allow-weak-teacher", "--log-every", "5"]
+    photos = ["--data", f"{folder}/images", "--val", "none", "--unlabelled", "--allow-weak-teacher"]
+    photos += ["--log-every", "5"]
     return {
         "embedded": [
             "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student",

@@ -57,7 +57,7 @@ def distil(folder: Path, strategy: str, steps: int, options: argparse.Namespace,
     """Distil with the given strategy and return the run folder."""
     more: dict[str, Any] = {"strategy": strategy} | ({"teacher_crops": 4} if strategy == "fix/ic_ens" else {})
     return funmatch.distill(
-        data=str(folder / "images"), teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
+        data=str(folder / "images"), val="none", teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
         student=options.student, side=options.side, batch=options.batch, steps=steps,
         out=folder / "runs" / name, log_every=1, eval_every=10**6, save_every=10**6, device=options.device,
         teacher_precision="fp32", precision="fp32", allow_weak_teacher=True, **more,

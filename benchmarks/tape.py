@@ -26,7 +26,7 @@ import funmatch
 def distil(folder: Path, name: str, options: argparse.Namespace, **more) -> Path:
     """Distil with the given options and return the run folder."""
     return funmatch.distill(
-        data=str(folder / "images"), teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
+        data=str(folder / "images"), val="none", teacher=options.teacher, teacher_weights=str(folder / "teacher.pt"),
         student=options.student, side=options.side, batch=options.batch, steps=options.steps + 3, unlabelled=True,
         out=folder / "runs" / name, log_every=1, eval_every=10**6, save_every=10**6, allow_weak_teacher=True,
         precision=options.precision, teacher_precision=options.precision, compile=options.compile, **more,

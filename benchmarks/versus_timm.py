@@ -119,7 +119,7 @@ def our_turn(folder: Path, options: argparse.Namespace, more: list[str], out: Pa
         *("--student", options.student, "--side", options.side, "--batch", options.batch, "--allow-weak-teacher"),
         *("--temperature", options.temperature, "--optimizer", "adamw", "--lr", "1e-3", "--weight-decay", "1e-4"),
         *("--clip-norm", "1", "--steps", LONG, "--log-every", 1, "--eval-every", LONG, "--save-every", LONG),
-        *("--out", out, "--unlabelled", "--mixup", "1", *more),
+        *("--out", out, "--val", "none", "--unlabelled", "--mixup", "1", *more),
     ]
     log = out.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)

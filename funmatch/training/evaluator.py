@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.models.classifier import Classifier
 from funmatch.ops.metrics import has_diverged
 from funmatch.runtime.log import info
@@ -90,9 +91,11 @@ class Evaluator:
 
     def export(self, result: dict[str, Any], folder: Path) -> None:
         """Exports the student, and the average of its weights."""
+        # A teacher's card is compared with its accuracy elsewhere, for which that on training images is no measure.
+        known = result["split"] != TRAINING_IMAGES
         if self.ema:
-            self._export(self.ema.model, folder / "student-ema", result["ema"]["top1"])
-        self._export(self.student, folder / "student", result["top1"])
+            self._export(self.ema.model, folder / "student-ema", result["ema"]["top1"] if known else None)
+        self._export(self.student, folder / "student", result["top1"] if known else None)
 
     def _export(self, student: Classifier, folder: Path, top1: float | None) -> None:
         about: dict[str, object] = {"verb": self.setup.inputs.verb, "top1": top1}

@@ -66,6 +66,8 @@ def test_metrics_of_training_images_have_that_name(test, tmp_path, capfd):
     assert run.figures["best_step"] is None, "training images cannot tell which weights are best"
     knobs = run_folder.find_run(run.folder).config["knobs"]
     assert (knobs["val"], knobs["keep"]) == ("none", "last")
+    card = json.loads((run.student / "config.json").read_text())["funmatch"]
+    assert card["top1"] == (run.top1 if test else None), "a card promises what holds for other images"
     page = run.page.read_text()
     assert "training images" in page
     assert "best checkpoint" not in page
