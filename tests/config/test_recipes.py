@@ -78,7 +78,7 @@ def test_run_records_its_changes_from_the_recipe(funmatch, tmp_path):
     assert changed["decay_steps"] == [[200, 300, 400], [2]]
     assert not {"lr", "eval_resize", "out", "threads", "crop"} & changed.keys()
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Changes from the recipe" in page
+    assert "Options that differ from the recipe" in page
     assert "tf-teacher-pet37" in page
     again = funmatch("finetune", "tf-teacher-pet37", *options, "--out", "run")
     assert "nothing to do" in again.stderr
