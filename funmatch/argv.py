@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from funmatch.commands.common.neighbours import option_hint
+from funmatch.commands.common.words import number, value_problems
 from funmatch.config import SEARCHED, Distill, recipes
 from funmatch.config.help import asks_for_help, default_of, flags_of, metavar
 from funmatch.config.options import Options
@@ -102,7 +103,7 @@ def _spec_of_numbers(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
             if fixed == 1:
                 raise ValueError(f"takes one number, got {' '.join(words)}; run the command once for each")
             raise ValueError(f"wanted {fixed} numbers, got {len(words)}: {' '.join(words)}")
-        values = tuple(_number(word, elements[0]) for word in words)
+        values = tuple(number(word, elements[0]) for word in words)
         return values if several else values[0]
 
     return PrimitiveConstructorSpec(
@@ -130,14 +131,6 @@ def _spec_of_choices(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
         str_from_instance=lambda value: [str(value)],
         choices=(*choices, "None"),
     )
-
-
-def _number(word: str, kind: type[int] | type[float]) -> float:
-    try:
-        return kind(word)
-    except ValueError:
-        hint = "; `funmatch tune … --space` tries several values" if "," in word else ""
-        raise ValueError(f"wanted a {'whole ' if kind is int else ''}number, got {word!r}{hint}") from None
 
 
 def split_students(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -213,7 +206,7 @@ def _option_of(word: str, table: type[Options]) -> str | None:
 
 
 def flag_problems(words: list[str], table: type[Options], name: str, found: Collection[str]) -> list[str]:
-    """Names unknown flags, and the options that must be set and are not.
+    """Names unknown flags, values that do not fit, and the options that must be set and are not.
 
     The parser would name them too, in a box around the help of each; and these mistakes need no parser, which takes
     longer to import than everything else.
@@ -232,11 +225,16 @@ def flag_problems(words: list[str], table: type[Options], name: str, found: Coll
         f"unknown option {flag!r}; {hints[flag]}" if hints[flag] else str(unknown("option", flag, known))
         for flag in unknowns
     ]
+    problems += value_problems(words, table)
     required = [each for each, field in table.model_fields.items() if field.is_required() and each not in found]
     if required:
         # The long flags come last, and the aliases after the option's own.
         flags_each = [[flag for flag in flags_of(table, each) if flag.startswith("--")] for each in required]
-        wanted = [(long or [metavar(table, each)])[0] for long, each in zip(flags_each, required, strict=True)]
+        # A positional value must come first: after an option it would be a value of that.
+        wanted = [
+            (long or [f"{metavar(table, each)} as its first word"])[0]
+            for long, each in zip(flags_each, required, strict=True)
+        ]
         problems.append(f"{name} needs {', '.join(wanted)}; see `funmatch {name} --help`")
     return problems
 

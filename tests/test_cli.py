@@ -41,10 +41,10 @@ def test_version_is_printed(funmatch):
         (("distil",), "here it is `funmatch distill`"),
         (("distilll",), "did you mean 'distill'"),
         (("distill", *MINI, "--tacher", "x", "--out", "o"), "--teacher"),
-        (("distill", *MINI, "--teacher", "x", "--steps", "5", "--out", "o", "--precision", "fp8"), "'fp32', 'bf16'"),
+        (("distill", *MINI, "--teacher", "x", "--steps", "5", "--out", "o", "--precision", "fp8"), "value 'fp8'"),
         (("distill", *MINI, "--teacher", "x", "--out", "o"), "either --steps or --epochs"),
         (("distill", *MINI, "--teacher", "fashion-mini-teecher", "--steps", "5", "--out", "o"), TEACHER),
-        (("distill", *MINI, "--teacher", TEACHER, "--steps", "5", "--out", "o", "--device", "gpu"), "available: cpu"),
+        (("distill", *MINI, "--teacher", TEACHER, "--steps", "5", "--out", "o", "--device", "tpu"), "available: cpu"),
         (("train", *MINI[2:], "--data", "nowhere/at/all", "--steps", "5", "--out", "o"), "no folder nowhere/at/all"),
         (("train", *MINI, "--lr", "0", "--steps", "0", "--out", "o"), "at least 1, got 0 lr must be above 0"),
         (("train", *MINI, "--steps", "1", "--out", "o", "--student-kwargs", "chanels=3"), "chanels"),
@@ -73,6 +73,9 @@ def test_json_output_is_one_object(funmatch, tmp_path):
     assert "finished" in again.stderr
     evaluated = json.loads(funmatch("evaluate", tmp_path / "run", "--json").stdout)
     assert evaluated["top1"] == pytest.approx(metrics["top1"])
+    assert evaluated["teacher_top1"] == pytest.approx(metrics["teacher"]["top1"])
+    assert "teacher's top-1" in funmatch("evaluate", tmp_path / "run").stdout
+    assert "teacher's top-1" not in funmatch("evaluate", "fashion-mini-teacher", "--data", "fashion-mini").stdout
     reported = json.loads(funmatch("report", tmp_path / "run", "--json").stdout)
     assert reported["report"] == str(tmp_path / "run" / "report.html")
 

@@ -76,6 +76,8 @@ def find_verb(name: str) -> Verb:
         InputError: there is no such command.
     """
     if name not in VERBS:
+        if name.startswith("-") and config.Distill.field_of(name):
+            raise InputError(f"{name!r} is an option; the command comes first: funmatch distill {name} …")
         hint = command_hint(name)
         raise InputError(f"unknown command {name!r}; {hint}") if hint else unknown("command", name, VERBS)
     return VERBS[name]

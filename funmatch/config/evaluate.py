@@ -54,3 +54,10 @@ class Evaluate(Images, Teaching, Machine):
     """Length of the image's shorter side before the central crop, in pixels."""
     batch: Annotated[int, like(Train, "batch")] = 128
     """Images per forward pass."""
+
+    def problems(self) -> list[str]:
+        found = []
+        # Silently ignored otherwise, and the model's published weights looked for.
+        if self.teacher_weights and not self.teacher:
+            found = ["teacher_weights belong to --teacher; for the weights of the model itself, pass --weights"]
+        return found + super().problems()

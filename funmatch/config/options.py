@@ -177,6 +177,15 @@ class Machine(Options):
     """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
     others; on a CPU fp32, or bf16 where the student trains clearly faster in it."""
 
+    def problems(self) -> list[str]:
+        kind, _, index = self.device.lower().partition(":")
+        # Other tools' names. What the machine has is known with torch only, seconds later.
+        if kind in ("gpu", "nvidia", "rocm", "hip") or kind.isdecimal():
+            number = kind if kind.isdecimal() else index
+            device = f"--device cuda{f':{number}' if number else ''}"
+            return [f"unknown device {self.device!r}; for a GPU of NVIDIA or AMD pass {device}"]
+        return super().problems()
+
 
 def like(table: type[Options], name: str, **others: Any) -> Opt:
     """The description of an option of another table, with some of it changed."""

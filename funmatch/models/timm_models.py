@@ -47,13 +47,24 @@ def create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool = Fals
         return timm.create_model(architecture, pretrained=pretrained, **kwargs)
     # First: errors of the network and of the Hub are OSErrors, whichever library raises them.
     except OSError as error:
-        raise InputError(
-            f"cannot download the weights of {architecture} ({first_line(error)}); without a network, pass a file of "
-            "weights, or, for a student from scratch, the name without a tag"
-        ) from error
+        raise InputError(_offline(architecture, error)) from error
     except Exception as error:  # constructors fail in as many ways as they can be called wrongly
         arguments = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
         raise InputError(f"timm cannot build {architecture} with {arguments}: {first_line(error)}") from error
+
+
+def _offline(architecture: str, error: OSError) -> str:
+    """Says that weights cannot be downloaded, and what to do without a network."""
+    reason = first_line(error)
+    # The Hub's own sentence is three lines long, and asks for a connection that a cluster may not have.
+    if "local cache" in reason or "offline" in reason.lower():
+        reason = "the Hugging Face Hub cannot be reached, and they are not in its cache on this machine"
+    name, _, tag = architecture.partition(".")
+    scratch = f"; a student can also start from random weights, as {name}" if tag and ":" not in name else ""
+    return (
+        f"cannot download the weights of {architecture}: {reason}; without a network, pass a file of weights "
+        f"(--teacher-weights, --student-weights; evaluate and import: --weights){scratch}"
+    )
 
 
 def create_meta(architecture: str, kwargs: dict[str, Any]) -> nn.Module:

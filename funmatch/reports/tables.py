@@ -27,9 +27,10 @@ def show(result: Result) -> None:
     # Of a run, over all the times that it was started.
     if metrics.get("seconds") is not None:
         rows.append(["time", duration(metrics["seconds"])])
-    # A distilled run has its teacher's metrics; `evaluate` has only the name, and training on labels has neither.
-    if isinstance(teacher, dict):
-        rows.insert(1, ["teacher's top-1", percent(teacher["top1"])])
+    # A distilled run has its teacher's metrics, `evaluate` this one; training on labels has neither.
+    top1 = teacher["top1"] if isinstance(teacher, dict) else metrics.get("teacher_top1")
+    if teacher:
+        rows.insert(1, ["teacher's top-1", percent(top1)])
     images = describe_images(metrics["pictures"], metrics["split"], metrics.get("held_out_of"))
     print_table(f"{name} on {images}", ["metric", "value"], rows)
     if result.page:

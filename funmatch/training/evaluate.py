@@ -1,6 +1,7 @@
 """Evaluates a model or a run: accuracy, calibration, and agreement with its teachers."""
 
 import copy
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
         given: modules from Python, by the names that stand for them.
 
     Returns:
-        `top1`, `top5`, `agreement`, `kl`, `ece` (None where unknown), `split`, `pictures`, `parameters`, `step` and
-        `run` (None for a model that is not a run), `model`, `data`, `teacher`.
+        `top1`, `top5`, `agreement`, `kl`, `ece`, `teacher_top1` (None where unknown), `split`, `pictures`,
+        `parameters`, `step` and `run` (None for a model that is not a run), `model`, `data`, `teacher`.
 
     Raises:
         InputError: the model, its images or its teachers cannot be loaded, or do not fit each other.
@@ -63,15 +64,15 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     teacher_logits = _predict_teachers(teachers, split, view, logits.shape[-1], config.model) if teachers else None
     metrics = scoring.score(logits, split, teacher_logits)
     metrics.pop("balanced")  # only the check of teachers needs it; the result's keys are public
-    result = (trained.result or {}) if trained else {}
     return run_folder.finite(metrics) | {
         **datasets.about_images(split, cache, config.val or (None if config.data else knobs.get("val"))),
         "parameters": parameters,
-        "step": result.get("step"),
+        "step": (trained.result or {}).get("step") if trained else None,
         "run": str(trained.folder) if trained else None,
         "model": config.model,
         "data": list(training_data if split.name == "train" else evaluation_data),
         "teacher": teachers.name if teachers else None,
+        "teacher_top1": None if teacher_logits is None else scoring.score(teacher_logits, split)["top1"],
     }
 
 
@@ -98,11 +99,11 @@ def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, devic
     """Returns the preprocessing: as given, else as in the run, else as the model's card says."""
     side = config.side or knobs.get("side") or model.card.side
     if not (config.side or knobs.get("side")) and (notes := model.card.side_notes):
-        data = " ".join(["--data", *config.data]) if config.data else ""
+        words = [config.model, *(["--weights", str(config.weights)] if config.weights else [])]
+        words += ["--data", *config.data] if config.data else []
         info_notes(config.model, notes)
-        info(
-            f"to compare sizes: for s in 128 160 224 {side}; do funmatch evaluate {config.model} {data} --side $s; done"
-        )
+        sizes = " ".join(map(str, sorted({128, 160, 224, side})))
+        info(f"to compare sizes: for s in {sizes}; do funmatch evaluate {shlex.join(words)} --side $s; done")
     # The run's resize belongs to its image size: at another one, the proportions of the crop would change.
     same_side = side == knobs.get("side")
     recorded = knobs.get("eval_resize") if same_side else None

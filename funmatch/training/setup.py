@@ -147,6 +147,7 @@ def open_data(config: Options, trial: Trial | None = None) -> tuple[Cache, Optio
     # What is cheap to check comes first: a misspelt optimizer must not fail after an hour of decoding.
     factory.check_optimizer_name(config.optimizer)
     parse_options(config.optimizer_kwargs)
+    devices.pick_device(config.device)
     run_folder.check_place(config.out)
     # One process fills the cache; the others then read it.
     began = distributed.broadcast_from_main(lambda: run_folder.began_without_validation(config.out))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funmatch.data.loader import Batch, prefetch
 from funmatch.data.readers.split_names import TRAINING_IMAGES
+from funmatch.ops.metrics import has_diverged
 from funmatch.runtime import devices, distributed, env, signals, transfers
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import percent
@@ -286,8 +287,8 @@ class Trainer:
         self.evaluator.export(result, self.run.folder)
         # After the export: a run with a result counts as finished, and its student is not written again.
         self.run.finish(result)
-        # A trial of a search is as long as the others.
-        if not self.setup.inputs.trial:
+        # A trial of a search is as long as the others, and a run that diverged needs another learning rate, not time.
+        if not self.setup.inputs.trial and not has_diverged(result["kl"], self.evaluator.student.num_classes):
             evaluations = [each for each in self.run.metrics.read() if each["event"] == "eval"]
             if said := longer.note(self.run.folder, self.run.config, evaluations, self.stable):
                 info(said)

@@ -28,6 +28,8 @@ def test_wrong_names_and_places_need_no_torch(tmp_path):
     names.timm_names()  # kept in the cache, which the process below shares
     (tmp_path / "file").touch()
     (tmp_path / "other").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "other" / "mine.txt").touch()
     commands = {
         "no weights file nope.pt": [*RUN, *END, "--student-weights", "nope.pt"],
@@ -39,6 +41,13 @@ def test_wrong_names_and_places_need_no_torch(tmp_path):
         "unknown model 'nowhere'": ["evaluate", "nowhere", "--data", "fashion-mini"],
         "pass hf-hub:google/vit": ["evaluate", "google/vit", "--data", "fashion-mini"],
         "cannot write to --out /proc/run": [*RUN, "--steps", "2", "--out", "/proc/run"],
+        "empty is empty; expected <split>/<class>/*.jpg": [*RUN, "--data", "empty", *END],
+        "text.pt is a text file, not weights; it begins with 'hello'": [*RUN, *END, "--student-weights", "text.pt"],
+        "unknown device 'gpu'; for a GPU of NVIDIA or AMD pass --device cuda": [*RUN, *END, "--device", "gpu"],
+        "unknown device '1'; for a GPU of NVIDIA or AMD pass --device cuda:1": [*RUN, *END, "--device", "1"],
+        "for the weights of the model itself, pass --weights": [
+            "evaluate", "resnet18", "--data", "fashion-mini", "--teacher-weights", "text.pt",
+        ],
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", ALONE, json.dumps(list(commands.values()))],
@@ -47,7 +56,7 @@ def test_wrong_names_and_places_need_no_torch(tmp_path):
     assert done.stdout.splitlines() == ["2 False False"] * len(commands)
     for message in commands:
         assert message in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "other", "text.pt"]
 
 
 def test_all_problems_come_at_once(funmatch):

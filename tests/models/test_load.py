@@ -12,7 +12,7 @@ from funmatch.models import classifier as models
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.models.save import save
-from funmatch.models.timm_models import parse_options
+from funmatch.models.timm_models import create, parse_options
 
 SMALL = ("channels=(8,8,16,16)", "stem_width=8")
 
@@ -141,6 +141,17 @@ def test_loading_runs_no_pickled_code(tmp_path, capsys):
     with pytest.raises(InputError, match="not a state dict"):
         load("resnet10t", weights=tmp_path / "w.pt")
     assert "unpickled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "scratch"), [("resnet18.a1_in1k", True), ("hf-hub:timm/x.y", False)])
+def test_weights_that_cannot_be_downloaded(name, scratch, monkeypatch):
+    def create_model(*_, **__):
+        raise OSError("we cannot find the requested files in the local cache. Please check your connection")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(InputError, match=r"the Hugging Face Hub cannot be reached.*--teacher-weights") as error:
+        create(name, {}, pretrained=True)
+    assert ("start from random weights, as resnet18" in str(error.value)) == scratch
 
 
 def test_unsupported_side_is_rejected():

@@ -35,6 +35,8 @@ def test_import_says_and_records_it(weights, tmp_path, images, funmatch):
     first = funmatch(*evaluated)
     assert f"guessed: {NOTE}" in first.stderr
     assert f"for s in 128 160 224 256; do funmatch evaluate guessed --data {images} --side $s; done" in first.stderr
+    named = funmatch("evaluate", ARCHITECTURE, "--weights", weights, "--data", images, "--batch", 4).stderr
+    assert f"do funmatch evaluate {ARCHITECTURE} --weights {weights} --data {images} --side $s; done" in named
     assert "timm's default" not in funmatch(*evaluated, "--side", 64).stderr
     assert "timm's default" not in funmatch("evaluate", "given", "--data", images).stderr
 

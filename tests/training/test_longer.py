@@ -57,6 +57,14 @@ def always_improving(monkeypatch):
 
 
 @pytest.mark.usefixtures("improving")
+def test_a_run_that_diverged_is_not_told_to_go_on(funmatch):
+    words = ["distill", *RUN[:-1], "1000", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
+    done = funmatch(*words, "--clip-norm", "none", "--out", "run").stderr
+    assert "the run has diverged" in done
+    assert "still improving" not in done
+
+
+@pytest.mark.usefixtures("improving")
 @pytest.mark.parametrize("words", [
     ["train", "--student", "fashion-mini-student"],
     ["finetune", "--model", "fashion-mini-student"],

@@ -16,6 +16,8 @@ COMMANDS = {
 """Our commands, and what other tools call them."""
 USE_IT = ("infer", "inference", "predict", "classify", "export", "serve", "deploy")
 """Commands of other tools for what timm does with a student."""
+COMPLETION = ("install-completion", "show-completion", "completion", "tyro-print-completion")
+COMPLETE = 'completion of the shell: eval "$(funmatch --print-completion bash)" (or zsh, fish)'
 TIMM = "a student is a folder that timm loads: timm.create_model('local-dir:RUN/student', pretrained=True)"
 OPTIONS = {
     "every metric is in metrics.jsonl of the run folder, which any tracker can read": (
@@ -46,6 +48,16 @@ OPTIONS = {
     "use --sampling balanced": ("sampler", "balanced-sampler", "weighted-sampler", "balanced-sampling", "oversample"),
     "use --class-weights balanced": ("class-weight", "weighted-loss", "pos-weight", "balanced-loss"),
     "use --micro-batch, the images in a pass": ("gradient-accumulation-steps", "grad-accum-steps", "accumulate"),
+    COMPLETE: COMPLETION,
+    "metrics are of all images; for those of a class, predict each image with the student, which timm loads": (
+        "per-class", "confusion", "confusion-matrix",
+    ),
+    "an image has one class here; several classes of one image are not supported": (
+        "multi-label", "multilabel", "bce", "bce-loss",
+    ),
+    "RUN/student is in the format of timm's models on the Hub: hf upload USER/NAME RUN/student": (
+        "push-to-hub", "hub-model-id", "publish",
+    ),
     "progress and messages go to standard error, results to standard output": ("quiet", "verbose", "q", "v"),
 }  # fmt: skip
 """What to do here, and the options of other tools for it."""
@@ -56,6 +68,8 @@ def command_hint(word: str) -> str:
     for ours, theirs in COMMANDS.items():
         if word.lower() in theirs:
             return f"here it is `funmatch {ours}`"
+    if word.lower().lstrip("-") in COMPLETION:
+        return COMPLETE
     return TIMM if word.lower() in USE_IT else ""
 
 

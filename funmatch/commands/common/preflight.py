@@ -1,6 +1,7 @@
 """Refuses a command for what can be known within a second: paths, names and places, before torch is imported."""
 
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,6 +13,7 @@ from funmatch.config.metadata import Refers
 from funmatch.config.options import Options, listed
 from funmatch.data.readers.open import check_spec
 from funmatch.errors import InputError
+from funmatch.models.checkpoints import signatures
 from funmatch.models.names import check_model_name
 from funmatch.runtime import env
 from funmatch.runtime.functions import find_function, is_function_name
@@ -67,9 +69,15 @@ def _message(test: Callable[[str], object], value: str) -> str | None:
 
 
 def _check_weights(value: str) -> None:
+    path = Path(value).expanduser()
     # The word for a teacher that brings its own weights.
-    if value.lower() != "none" and not Path(value).expanduser().is_file():
+    if value.lower() == "none":
+        return
+    if not path.is_file():
         raise InputError(f"no weights file {value}")
+    # Zip archives, which PyTorch and NumPy write, and lists of several files are left to the reader.
+    if path.suffix != ".json" and not zipfile.is_zipfile(path) and (what := signatures.describe(path)):
+        raise InputError(f"{path} is {what}")
 
 
 CHECKS: dict[Refers, Callable[[str], None]] = {
@@ -119,4 +127,5 @@ def _unwritable(folder: Path) -> str | None:
         with tempfile.TemporaryFile(dir=place):
             return None
     except OSError as error:
-        return f"cannot write to --out {folder}: {error.strerror} in {place}; choose another folder, or change that"
+        reason = f"{error.strerror} in {place}"
+        return f"cannot write to --out {folder}: {reason}; choose another folder, or make this one writable"

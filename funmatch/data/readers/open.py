@@ -12,7 +12,7 @@ from pathlib import Path
 
 from funmatch.data.dataset import OF_SHARDS, Dataset, ReadOptions, SplitSpec, Track, join_datasets, untracked
 from funmatch.data.readers.catalog import CATALOG, open_named
-from funmatch.data.readers.folder import open_folder
+from funmatch.data.readers.folder import EXPECTED, open_folder
 from funmatch.data.readers.huggingface import open_hub, resolve_if_local
 from funmatch.data.readers.split_names import SPLIT_NAMES
 from funmatch.data.readers.tfrecords import open_tfrecords
@@ -130,7 +130,13 @@ def check_spec(spec: str) -> None:
     prefix, location = _parse(spec)
     if prefix and not location:
         raise InputError(f"{spec} has no location; expected {prefix}:{READERS[prefix].location}")
-    if spec in CATALOG or prefix or Path(spec).expanduser().exists():
+    path = Path(spec).expanduser()
+    if spec in CATALOG or prefix or path.exists():
+        # One look, since a folder of images may hold a million files; the reader finds those without any image.
+        if not prefix and spec not in CATALOG and path.is_dir() and os.access(path, os.R_OK | os.X_OK):
+            with os.scandir(path) as entries:
+                if next(entries, None) is None:
+                    raise InputError(f"{spec} is empty; {EXPECTED}")
         return
     if address := re.match(r"(\w+)://", spec):
         advice = (
