@@ -143,7 +143,7 @@ class Bench:
             flat = torch.from_numpy(rng.integers(0, 256, int(lengths.sum()), dtype=np.uint8))
             boxes = box_sampler("inception")(rng, *shape[: self.batch].T)
             flips = rng.random(self.batch) < 0.5
-            grid = resample.crop_then_resize(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
+            grid = grids.crop_then_resize(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
             grid = grid.flipped(flips, self.side)
             corners, axes = torch.from_numpy(grid.corners), torch.from_numpy(grid.axes)
             expected = resample.sample_by_gather(flat, corners, axes, self.side)

@@ -10,6 +10,9 @@ from funmatch.runtime.functions import is_function_name
 Crop = Literal["inception", "mild", "squash", "whole"]
 """How an image becomes a view: an Inception crop; a random square of the resized image (aspect ratio kept, or the
 whole image squashed to a square); or the whole image resized, never mirrored."""
+Resample = Literal["antialias", "bicubic", "tf"]
+"""How images are resized: bilinear with antialias (the default of PyTorch's and timm's transforms), bicubic with
+antialias, or bilinear without antialias (`tf.image.resize`, as in the paper's code)."""
 TeacherInput = Literal["same", "own", "whole", "central", "ensemble"]
 
 

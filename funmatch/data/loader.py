@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
@@ -240,15 +240,21 @@ class Loader:
 
     def _cut(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sides: tuple[int, ...]) -> list[Tensor]:
         """Returns crops of images, (rows, 3, side, side) at each side, cut on the device that holds the pixels."""
-        from_image, native = self.spec.crop not in MILD, self.spec.native
+        from_image = self.spec.crop not in MILD
         if isinstance(self.split.store, DeviceStore):
-            return self.split.store.crops(self.split.index[indices], boxes, flips, sides, alone=from_image)
+            rows, method = self.split.index[indices], self.spec.resample
+            return self.split.store.crops(rows, boxes, flips, sides, alone=from_image, method=method)
+        cut = partial(
+            crop_resize_flip if from_image else crop_of_resized_flip,
+            native=self.spec.native,
+            method=self.spec.resample,
+        )
         if from_image:
             images, boxes = self.split.read_boxes(indices, boxes)
-            return [crop_resize_flip(images, boxes, flips, side, native=native) for side in sides]
-        # Whole images: mild crops blend in pixels beyond the box.
-        images = self.split.images(indices)
-        return [crop_of_resized_flip(images, boxes, flips, side, native=native) for side in sides]
+        else:
+            # Whole images: mild crops blend in pixels beyond the box.
+            images = self.split.images(indices)
+        return [cut(images, boxes, flips, side) for side in sides]
 
 
 def prefetch(

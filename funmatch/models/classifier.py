@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,18 @@ class Card:
         if self.side_known:
             return []
         return [f"image size {self.side} is timm's default, not known from the file; set it with --side N"]
+
+
+def crop_fraction(side: int, short_side: int) -> float:
+    """Returns the fraction from which timm computes the short side: floor(side / fraction).
+
+    Args:
+        side: of the central crop, pixels.
+        short_side: of the resized image, pixels.
+    """
+    fraction = side / short_side
+    # Division and its inverse are rounded: without the next smaller number, timm would resize to a pixel less.
+    return fraction if math.floor(side / fraction) == short_side else math.nextafter(fraction, 0)
 
 
 class Classifier(nn.Module):

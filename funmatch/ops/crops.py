@@ -1,29 +1,40 @@
 """Crops, resizes and flips images into views, on the CPU.
 
-Bilinear without antialias throughout, as in the paper's code. `ops.resample` opens with the table of which code runs
-when; here are the two that need nothing but torch.
+How images are resized is an argument; the paper's code does so without antialias ("tf"). `ops.resample` opens with the
+table of which code runs when; here are the two that need nothing but torch.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funmatch.ops import resample
+from funmatch.config.choices import Resample
+from funmatch.ops import grids, resample
 
 MAX_BATCHED_PIXELS = 64 * 64
 """Images of one size up to this many pixels are resampled together: below it, calls cost more than arithmetic."""
+GridMaker = Callable[[np.ndarray, np.ndarray, np.ndarray, int], grids.SamplingGrid]
+"""Signature of `grids.crop_then_resize`."""
 STRIP_ASPECT = 4
 """Aspect ratio above which an image is not resized whole for its central view."""
 
 
 def crop_resize_flip(
-    images: list[Tensor], boxes: np.ndarray, flips: np.ndarray, side: int, *, native: bool = True
+    images: list[Tensor],
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    side: int,
+    *,
+    native: bool = True,
+    method: Resample = "tf",
 ) -> Tensor:
     """Cuts a box out of each image, resizes it to a square and mirrors some.
 
-    The crop is cut first and resized alone, so no pixel beyond its edge is read, with half-pixel centres and
-    without antialias: what `tf.image.resize(crop, (side, side))` gives.
+    The crop is cut first and resized alone, so no pixel beyond its edge is read, with half-pixel centres: what
+    `tf.image.resize(crop, (side, side))` gives.
 
     Args:
         images: n tensors (height, width, 3) of uint8, of any sizes.
@@ -31,6 +42,7 @@ def crop_resize_flip(
         flips: (n,) bool, mirrored left to right.
         side: of the views, pixels.
         native: use the native CPU kernel if it is available.
+        method: how crops are resized.
 
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
@@ -38,13 +50,16 @@ def crop_resize_flip(
     # First of all, even with a compiler: for CIFAR-sized images the calls cost more than the arithmetic.
     shape = images[0].shape
     if shape[0] * shape[1] <= MAX_BATCHED_PIXELS and all(image.shape == shape for image in images):
-        return _crop_batched(torch.stack(images), boxes, flips, side)
+        return _crop_batched(torch.stack(images), boxes, flips, side, method)
     if native and _use_kernel(images):
         return resample.sample(
             images,
-            lambda starts, sizes: resample.crop_then_resize(starts, sizes, boxes, side).flipped(flips, side),
+            lambda starts, sizes: grids.crop_then_resize(starts, sizes, boxes, side).flipped(flips, side),
             side,
+            method,
         )
+    if method != "tf":
+        return _one_by_one(images, boxes, flips, side, method, grids.crop_then_resize)
     # Divided straight into the batch's memory: stacking the views would copy them once more.
     views = torch.empty(len(images), 3, side, side, memory_format=torch.channels_last)
     for view, image, (top, left, height, width), flip in zip(
@@ -57,7 +72,13 @@ def crop_resize_flip(
 
 
 def crop_of_resized_flip(
-    images: list[Tensor], boxes: np.ndarray, flips: np.ndarray, side: int, *, native: bool = True
+    images: list[Tensor],
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    side: int,
+    *,
+    native: bool = True,
+    method: Resample = "tf",
 ) -> Tensor:
     """Resizes each image, cuts a box out of the result, and mirrors some.
 
@@ -70,6 +91,7 @@ def crop_of_resized_flip(
         flips: (n,) bool, mirrored left to right.
         side: of the views, pixels.
         native: use the native CPU kernel if it is available.
+        method: how crops are resized.
 
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
@@ -77,9 +99,12 @@ def crop_of_resized_flip(
     if native and _use_kernel(images):
         return resample.sample(
             images,
-            lambda starts, sizes: resample.resize_then_crop(starts, sizes, boxes, side).flipped(flips, side),
+            lambda starts, sizes: grids.resize_then_crop(starts, sizes, boxes, side).flipped(flips, side),
             side,
+            method,
         )
+    if method != "tf":
+        return _one_by_one(images, boxes, flips, side, method, grids.resize_then_crop)
     # Only the box's pixels are interpolated: resizing the whole image would compute those that are cut away.
     views = torch.empty(len(images), 3, side, side, memory_format=torch.channels_last)
     for view, image, (top, left, height, width), flip in zip(
@@ -90,6 +115,18 @@ def crop_of_resized_flip(
         first, second, share = _neighbours(left, width, image.shape[1], side)
         sampled = torch.lerp(rows[:, first], rows[:, second], share[:, None]).permute(2, 0, 1)
         torch.div(sampled.flip(-1) if flip else sampled, 255, out=view)
+    return views
+
+
+def _one_by_one(
+    images: list[Tensor], boxes: np.ndarray, flips: np.ndarray, side: int, method: Resample, make_grid: GridMaker
+) -> Tensor:
+    """Computes views with antialias by torch."""
+    views = torch.empty(len(images), 3, side, side, memory_format=torch.channels_last)
+    for i, image in enumerate(images):
+        grid = make_grid(np.zeros(1, np.int64), np.array([image.shape[:2]]).T, boxes[i : i + 1], side)
+        flat = image.contiguous().flatten()
+        views[i] = resample.sample_by_torch(flat, grid.flipped(flips[i : i + 1], side), side, method)[0]
     return views
 
 
@@ -117,7 +154,7 @@ def _neighbours(start: float, length: float, size: int, side: int) -> tuple[Tens
     return first, (first + 1).clamp(max=size - 1), (place - first).float()
 
 
-def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = False) -> Tensor:
+def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = False, method: Resample = "tf") -> Tensor:
     """Makes the evaluation view of an image: its short side resized, then a central square.
 
     Args:
@@ -125,14 +162,15 @@ def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = Fa
         short_side: short side of the resized image, pixels, at least `side`.
         side: of the view, pixels.
         squash: resize both sides to `short_side`, without regard to the image's aspect.
+        method: how the image is resized. With antialias, the view is that of timm's evaluation transform.
 
     Returns:
         (3, side, side) float32 in [0, 1].
     """
-    if _use_kernel([image]):
-        return resample.sample(
-            [image], lambda starts, sizes: resample.central_grid(starts, sizes, short_side, side, squash=squash), side
-        )[0]
+    if method != "tf" or _use_kernel([image]):
+        sizes = np.array([image.shape[:2]]).T
+        box = grids.central_boxes(sizes, short_side, side, squash=squash, method=method)
+        return crop_of_resized_flip([image], box, np.array([False]), side, method=method)[0]
     height, width = image.shape[:2]
     if squash:
         corner = (short_side - side) // 2
@@ -168,32 +206,40 @@ def _central_of_strip(image: Tensor, scale: float, side: int) -> Tensor:
     return down @ image[rows, columns].permute(2, 0, 1).float() @ across.T
 
 
-def _crop_batched(images: Tensor, boxes: np.ndarray, flips: np.ndarray, side: int) -> Tensor:
+def _crop_batched(images: Tensor, boxes: np.ndarray, flips: np.ndarray, side: int, method: Resample) -> Tensor:
     """Computes `crop_resize_flip` by two matrix products, since bilinear resampling is separable.
 
     Args:
         images: (n, height, width, 3) uint8; other arguments as of `crop_resize_flip`.
     """
     top, left, height, width = boxes.T
-    rows = torch.from_numpy(_weights(top, height, images.shape[1], side))
-    columns = _weights(left, width, images.shape[2], side)
+    rows = torch.from_numpy(_weights(top, height, images.shape[1], side, method))
+    columns = _weights(left, width, images.shape[2], side, method)
     # Mirrored in the weights, which are smaller than the views.
     columns = torch.from_numpy(np.where(flips[:, None, None], columns[:, ::-1], columns))
     planes = images.permute(0, 3, 1, 2).float().div_(255)
-    return (rows[:, None] @ planes @ columns[:, None].mT).contiguous(memory_format=torch.channels_last)
+    views = rows[:, None] @ planes @ columns[:, None].mT
+    # A cubic overshoots at edges; bytes, which other libraries compute with, would be cut off there.
+    views = views.clamp_(0, 1) if method == "bicubic" else views
+    return views.contiguous(memory_format=torch.channels_last)
 
 
-def _weights(start: np.ndarray, length: np.ndarray, size: int, side: int) -> np.ndarray:
+def _weights(start: np.ndarray, length: np.ndarray, size: int, side: int, method: Resample) -> np.ndarray:
     """Computes the weight of each pixel of an image in each pixel of its view, along one axis.
 
     Args:
         start, length: of the boxes, (n,) pixels.
         size: of the images.
         side: of the views.
+        method: how crops are resized.
 
     Returns:
         (n, side, size) float32; each row sums to 1.
     """
+    if method != "tf":
+        step = length / side
+        axes = np.stack([start + 0.5 * step - 0.5, step, start, start + length - 1], 1)
+        return resample.filter_weights(axes, np.arange(size), side, method)
     centres = (np.arange(side) + 0.5) * (length[:, None] / side) - 0.5
     centres = start[:, None] + np.clip(centres, 0, length[:, None] - 1)  # beyond the crop's edge, the edge is repeated
     # float32 from here on: these are n · side · size numbers, and below 64 its steps are less than 10⁻⁵ of a pixel.

@@ -7,6 +7,7 @@ of that kind: whether students can share crops, whether a tape belongs to a run,
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from funmatch.config.choices import Resample
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.sampling import SAMPLING_VERSION
 
@@ -28,6 +29,7 @@ class ViewSpec:
         min_area: smallest share of an image that an Inception crop covers, in (0, 1].
         crop: how an image becomes a view; see `sampling.box_sampler`.
         resize: short side from which a mild crop is cut, pixels; 0 for other crops.
+        resample: how crops are resized.
         mixup: how MixUp's λ is drawn.
         cutmix: a of Beta(a, a), from which CutMix's λ is drawn; 0 turns CutMix off.
         randaugment: (operations per image, magnitude), or None.
@@ -44,6 +46,8 @@ class ViewSpec:
     min_area: float = 0.05
     crop: str = "inception"
     resize: int = 0
+    # Part of the key only where it is not "tf", as in all runs before there was a choice.
+    resample: Resample = field(default="tf", metadata={"key": None})
     mixup: MixupOptions = MixupOptions()  # noqa: RUF009  (frozen)
     cutmix: float = 0.0
     randaugment: tuple[int, int] | None = None
@@ -64,6 +68,7 @@ class ViewSpec:
         # None where this crop ignores an option: specs that show the same views must have the same key.
         found |= {"augment": self.augment} if self.augment else {}
         found |= {"sampling": self.sampling} if self.sampling != "shuffled" else {}
+        found |= {"resample": self.resample} if self.resample != "tf" else {}
         return found | {
             "mixup": [lam.a, lam.per_image, lam.take_max, lam.lam],
             "resize": self.resize if self.crop in MILD else None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funmatch.config import Train
+from funmatch.config.choices import Resample
 from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
@@ -40,6 +41,7 @@ class EvalView:
         device: where the networks are.
         precision: arithmetic of autocast: fp32, bf16 or fp16.
         squash: whether both sides are resized to `short_side`, which changes the aspect ratio.
+        resample: how images are resized.
     """
 
     side: int
@@ -48,6 +50,7 @@ class EvalView:
     device: torch.device
     precision: str
     squash: bool = False
+    resample: Resample = "tf"
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,20 @@ def eval_view(config: Train, device: torch.device) -> EvalView:
     assert config.eval_resize
     # Without gradients a whole batch usually fits even where training needs pieces.
     batch = config.batch // env.world_size()
-    return EvalView(config.side, config.eval_resize, batch, device, config.precision, config.crop == "squash")
+    assert config.eval_resample
+    squash = config.crop == "squash"
+    return EvalView(config.side, config.eval_resize, batch, device, config.precision, squash, config.eval_resample)
 
 
 def central_batches(
-    split: CachedSplit, side: int, short_side: int, batch: int, *, squash: bool = False, workers: int = 1
+    split: CachedSplit,
+    side: int,
+    short_side: int,
+    batch: int,
+    *,
+    squash: bool = False,
+    method: Resample = "tf",
+    workers: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the images of a split once, in order, as evaluation sees them.
 
@@ -84,6 +96,7 @@ def central_batches(
         short_side: to which images are resized before the central square is cut, pixels.
         batch: images at a time.
         squash: resize both sides to `short_side`.
+        method: how images are resized.
         workers: threads that decode ahead, where images have to be decoded.
 
     Yields:
@@ -93,9 +106,10 @@ def central_batches(
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
         if isinstance(split.store, DeviceStore):
-            return split.store.central(split.index[indices], short_side, side, squash=squash), split.labels(indices)
+            views = split.store.central(split.index[indices], short_side, side, squash=squash, method=method)
+            return views, split.labels(indices)
         images = split.images(indices)
-        views = torch.stack([central_view(image, short_side, side, squash=squash) for image in images])
+        views = torch.stack([central_view(image, short_side, side, squash=squash, method=method) for image in images])
         return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
 
     count = -(-len(split) // batch)
@@ -113,7 +127,8 @@ def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
     # Copies to the host overlap with the next forward pass; only at the end are they waited for.
     logits = []
     shape = view.side, view.short_side, view.batch
-    for views, _ in central_batches(split, *shape, squash=view.squash, workers=devices.spare_threads()):
+    how = {"squash": view.squash, "method": view.resample}
+    for views, _ in central_batches(split, *shape, **how, workers=devices.spare_threads()):
         with devices.autocast(view.device, view.precision):
             logits.append(transfers.copy_to_host(model(transfers.to_device(views, view.device)).float()))
     return torch.cat([each.wait()[0] for each in logits])

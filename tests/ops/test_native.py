@@ -300,17 +300,24 @@ def test_failing_and_miscompiling_compilers_are_reported(tmp_path, monkeypatch):
     assert library.why_unavailable() == f"{failing} cannot compile the kernels: no such instruction"
     assert not list((tmp_path / "cache").rglob("*.so"))
     clear_caches()
-    wrong = tmp_path / "wrong.cpp"
-    source = library.SOURCE.read_text()
-    wrong.write_text(source.replace("value * value", "value"))
+    norms_source, views_source = (source.read_text() for source in library.SOURCES)
+    wrong = tmp_path / "norms.cpp", tmp_path / "views.cpp"
     monkeypatch.delenv("CXX")
-    monkeypatch.setattr(library, "SOURCE", wrong)
+    monkeypatch.setattr(library, "SOURCES", wrong)
+    wrong[0].write_text(norms_source.replace("value * value", "value"))
+    wrong[1].write_text(views_source)
     assert "the compiled kernels compute wrong values" in norms.why_unavailable()
     assert resample.why_unavailable() == ""
-    clear_caches()
-    wrong.write_text(source.replace("* down", "* 2"))
-    assert "the compiled kernel computes wrong values" in resample.why_unavailable()
-    assert norms.why_unavailable() == ""
+    wrong[0].write_text(norms_source)
+    for line, fault in (
+        ("* down", "* 2"),
+        ("1.5 * d - 2.5", "1.5 * d - 2"),
+        ("red += weight[t]", "red += 1.1f * weight[t]"),
+    ):
+        clear_caches()
+        wrong[1].write_text(views_source.replace(line, fault))
+        assert "the compiled kernel computes wrong values" in resample.why_unavailable()
+        assert norms.why_unavailable() == ""
 
 
 def test_library_is_built_once(tmp_path, monkeypatch):

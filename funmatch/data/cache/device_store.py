@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funmatch.config.choices import Resample
 from funmatch.data.cache.stores import CachedSplit, Resident, Row
 from funmatch.data.decode import Box
 from funmatch.errors import first_line
-from funmatch.ops import resample
+from funmatch.ops import grids, resample
 
 CHUNK = 64 << 20  # bytes copied at once
 CLOSE = 1 / 255  # one step of an 8-bit pixel
@@ -24,8 +25,8 @@ CLOSE = 1 / 255  # one step of an 8-bit pixel
 _STORES: WeakValueDictionary = WeakValueDictionary()
 _LOCK = Lock()
 
-CropKernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""Signature of `resample.sample_by_gather`."""
+CropKernel = Callable[[Tensor, grids.SamplingGrid, int, Resample], Tensor]
+"""Signature of `resample.sample_by_torch`."""
 
 
 class DeviceStore:
@@ -63,7 +64,14 @@ class DeviceStore:
         return self.host.image(row, box)
 
     def crops(
-        self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sides: tuple[int, ...], *, alone: bool
+        self,
+        rows: np.ndarray,
+        boxes: np.ndarray,
+        flips: np.ndarray,
+        sides: tuple[int, ...],
+        *,
+        alone: bool,
+        method: Resample,
     ) -> list[Tensor]:
         """Cuts crops of images on the device, (n, 3, side, side) at each of several sides.
 
@@ -72,38 +80,31 @@ class DeviceStore:
             boxes, flips: see `ops.crops`.
             sides: of the crops, pixels.
             alone: whether boxes are cut before they are resized, rather than after.
+            method: how images are resized.
         """
-        grid_of = resample.crop_then_resize if alone else resample.resize_then_crop
-        return [self._sample(grid_of(*self._places(rows), boxes, side).flipped(flips, side), side) for side in sides]
+        grid_of = grids.crop_then_resize if alone else grids.resize_then_crop
+        places = self._places(rows)
+        return [self._sample(grid_of(*places, boxes, side).flipped(flips, side), side, method) for side in sides]
 
-    def central(self, rows: np.ndarray, short_side: int, side: int, *, squash: bool) -> Tensor:
+    def central(self, rows: np.ndarray, short_side: int, side: int, *, squash: bool, method: Resample) -> Tensor:
         """Cuts evaluation views on the device, (n, 3, side, side)."""
-        return self._sample(resample.central_grid(*self._places(rows), short_side, side, squash=squash), side)
+        grid = grids.central_grid(*self._places(rows), short_side, side, squash=squash, method=method)
+        return self._sample(grid, side, method)
 
     def _places(self, rows: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
         # np.unique has sorted the offsets.
         starts = self.starts[np.searchsorted(self.offsets, rows["offset"])]
         return starts, (rows["height"], rows["width"])
 
-    def _sample(self, grid: resample.SamplingGrid, side: int) -> Tensor:
+    def _sample(self, grid: grids.SamplingGrid, side: int, method: Resample) -> Tensor:
         with _current_device(self.flat.device):
-            corners, axes = _move_grid(grid, self.flat.device)
-            return self.cut(self.flat, corners, axes, side)
+            return self.cut(self.flat, grid, side, method)
 
 
 def _current_device(device: torch.device) -> AbstractContextManager:
     """Makes a device the current one of this thread."""
     # Triton launches kernels on the current device, and every new thread starts with the machine's first one.
     return nullcontext() if device.index is None else torch.accelerator.device_index(device.index)
-
-
-def _move_grid(grid: resample.SamplingGrid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Copies a sampling grid to a device."""
-    corners, axes = torch.from_numpy(grid.corners), torch.from_numpy(grid.axes).float()
-    if device.type == "cpu":
-        return corners, axes
-    # Pinned, or the copies would wait for the device in spite of non_blocking.
-    return corners.pin_memory().to(device, non_blocking=True), axes.pin_memory().to(device, non_blocking=True)
 
 
 def move_to_device(split: CachedSplit, device: torch.device) -> tuple[CachedSplit, str]:
@@ -133,20 +134,20 @@ def fastest_crop_kernel(flat: Tensor) -> tuple[CropKernel, str]:
         the function, and a warning where the kernel does not work; "" where it does, and on the CPU, which has none.
     """
     if flat.device.type == "cpu":
-        return resample.sample_by_gather, ""
+        return resample.sample_by_torch, ""
     # A kernel can compile and still compute nonsense on a new device, so its result is compared on a tiny image.
-    grid = resample.crop_then_resize(np.zeros(1, np.int64), (np.array([2]), np.array([3])), np.array([[0, 1, 2, 2]]), 5)
+    grid = grids.crop_then_resize(np.zeros(1, np.int64), (np.array([2]), np.array([3])), np.array([[0, 1, 2, 2]]), 5)
     probe = torch.arange(0, 180, 10, dtype=torch.uint8, device=flat.device)
-    corners, axes = _move_grid(grid, flat.device)
     try:
         from funmatch.ops.native.triton_crops import sample
 
-        if (sample(probe, corners, axes, 5) - resample.sample_by_gather(probe, corners, axes, 5)).abs().max() < CLOSE:
+        cases = [(probe, grid, 5, method) for method in resample.FILTERS]
+        if all((sample(*case) - resample.sample_by_torch(*case)).abs().max() < CLOSE for case in cases):
             return sample, ""
         why = "its results differ"
     except Exception as error:  # compilers fail in as many ways as machines can be set up
         why = first_line(error)
     return (
-        resample.sample_by_gather,
+        resample.sample_by_torch,
         f"the kernel that cuts crops does not work on this device ({why}); falling back to slower indexing",
     )

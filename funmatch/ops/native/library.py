@@ -1,4 +1,4 @@
-"""Compiles `kernels.cpp` on first use and loads it: CPU code for what torch reads from memory several times.
+"""Compiles the C++ kernels on first use and loads them: CPU code for what torch reads from memory several times.
 
 Callers compare a kernel with torch before they use it, and fall back to torch where it is unavailable.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from funmatch.errors import first_line
 from funmatch.runtime.files import cache_home
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("norms.cpp", "views.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 # The fastest first. Compilers prefer 256-bit vectors even where the processor has 512; some know neither flag.
 CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class NormShape(ctypes.Structure):
-    """The `Shape` of `kernels.cpp`: the same fields in the same order."""
+    """The `Shape` of `norms.cpp`: the same fields in the same order."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "groups")),
@@ -39,7 +39,7 @@ class NormShape(ctypes.Structure):
 POINTER, COUNT, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # Without declared types ctypes passes integers as 32 bits, which would cut addresses short.
 SIGNATURES = {
-    "sample_views": [*[POINTER] * 3, COUNT, COUNT],
+    "sample_views": [*[POINTER] * 3, COUNT, COUNT, ctypes.c_int],
     **{
         f"{name}_{dtype}": arguments
         for dtype in DTYPES
@@ -111,7 +111,7 @@ def _build() -> Path:
     # By its answer, not its path: an upgraded compiler has the same path.
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
     # Everything that decides the machine code: a home folder may be shared by machines with different processors.
-    key = (SOURCE.read_bytes(), FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
+    key = ([source.read_bytes() for source in SOURCES], FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
     path = cache_home() / "kernels" / f"{hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()}.so"
     if path.is_file():
         return path
@@ -120,7 +120,7 @@ def _build() -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         compiled, stderr = Path(folder) / path.name, ""
         for flags in CPU_FLAGS:
-            command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(compiled)]
+            command = [compiler, *FLAGS, *flags, *map(str, SOURCES), "-o", str(compiled)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
             if done.returncode == 0:
                 # Synced before the rename, or a power loss could leave a library of zeros under the final name.

@@ -1,9 +1,13 @@
-"""Samples all views of a batch on an accelerator by one Triton kernel: `resample.sample_by_gather`, compiled."""
+"""Samples all views of a batch on an accelerator by one Triton kernel: `resample.sample_by_torch`, compiled."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from funmatch.config.choices import Resample
+from funmatch.ops.grids import SamplingGrid
+from funmatch.ops.resample import FILTERS, count_taps, move_grid
 
 BLOCK = 1024
 
@@ -35,7 +39,52 @@ def _read(flat, axes, pixel, row_bytes, row, column, channel, inside):
 
 
 @triton.jit
-def _sample(flat, corners, axes, views, side, BLOCK: tl.constexpr):
+def _weight(distance, CUBIC: tl.constexpr):
+    """Computes `resample._filter`."""
+    distance = tl.abs(distance)
+    if CUBIC:
+        near = (1.5 * distance - 2.5) * distance * distance + 1
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        return tl.where(distance < 1, near, tl.where(distance < 2, far, 0.0))
+    return tl.maximum(1 - distance, 0.0)
+
+
+@triton.jit
+def _place(axis, i, RADIUS: tl.constexpr):
+    """Computes where a filter is centred along an axis, its width and its first pixel."""
+    width = tl.maximum(tl.abs(tl.load(axis + 1)), 1.0)
+    place = tl.load(axis) + i * tl.load(axis + 1)
+    place = tl.minimum(tl.maximum(place, tl.load(axis + 2) - 0.5), tl.load(axis + 3) + 0.5)
+    return place, width, tl.floor(place - RADIUS * width)
+
+
+@triton.jit
+def _filter(flat, axes, pixel, row_bytes, row, column, channel, inside, taps, RADIUS: tl.constexpr):
+    """Computes the mean of an image around a pixel of its view, weighted by a filter."""
+    y, height, top = _place(axes, row, RADIUS)
+    x, width, left = _place(axes + 4, column, RADIUS)
+    highest, lowest = tl.load(axes + 2), tl.load(axes + 3)
+    leftmost, rightmost = tl.load(axes + 6), tl.load(axes + 7)
+    total, weights = tl.zeros_like(y), tl.zeros_like(y)
+    for i in range(taps):
+        line = top + i
+        down = tl.where((line >= highest) & (line <= lowest), _weight((line - y) / height, RADIUS == 2), 0.0)
+        line = tl.minimum(tl.maximum(line, highest), lowest)
+        start = pixel + line.to(tl.int64) * row_bytes + channel
+        for j in range(taps):
+            place = left + j
+            across = _weight((place - x) / width, RADIUS == 2)
+            weight = tl.where((place >= leftmost) & (place <= rightmost), across, 0.0) * down
+            place = tl.minimum(tl.maximum(place, leftmost), rightmost)
+            value = tl.load(flat + start + place.to(tl.int64) * 3, mask=inside & (weight != 0), other=0)
+            total += weight * value.to(tl.float32)
+            weights += weight
+    # A cubic overshoots at edges; bytes, which other libraries compute with, would be cut off there.
+    return tl.minimum(tl.maximum(total / weights, 0.0), 255.0)
+
+
+@triton.jit
+def _sample(flat, corners, axes, views, side, taps, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
     """Computes `BLOCK` neighbouring values of one view; the grid is (views, blocks)."""
     image = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -46,23 +95,29 @@ def _sample(flat, corners, axes, views, side, BLOCK: tl.constexpr):
     column = (place // 3) % side
     row = place // (3 * side)
     pixel, row_bytes = tl.load(corners + 2 * image), tl.load(corners + 2 * image + 1)
-    value = _read(flat, axes + 8 * image, pixel, row_bytes, row, column, channel, inside)
+    if RADIUS == 0:
+        value = _read(flat, axes + 8 * image, pixel, row_bytes, row, column, channel, inside)
+    else:
+        value = _filter(flat, axes + 8 * image, pixel, row_bytes, row, column, channel, inside, taps, RADIUS)
     tl.store(views + image.to(tl.int64) * values + place, value / 255, mask=inside)
 
 
-def sample(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
+def sample(flat: Tensor, grid: SamplingGrid, side: int, method: Resample = "tf") -> Tensor:
     """Samples views on an accelerator.
 
     Args:
         flat: uint8, the images one after another, each (height, width, 3).
-        corners, axes: of a `resample.SamplingGrid`, on the device of `flat`; the axes in float32.
+        grid: where they are read; its corners are offsets in `flat`.
         side: of the views, pixels.
+        method: how images are resized.
 
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
-    # Views are the grid's first axis, which may have 2³¹ blocks; the second is limited to 65,535.
+    corners, axes = move_grid(grid, flat.device)
     views = torch.empty(len(corners), side, side, 3, device=flat.device)
-    grid = len(corners), triton.cdiv(3 * side * side, BLOCK)
-    _sample[grid](flat, corners, axes, views, side, BLOCK=BLOCK)  # pyrefly: ignore[bad-argument-type]
+    # Views are the first axis of blocks, which may have 2³¹ of them; the second is limited to 65,535.
+    blocks = len(corners), triton.cdiv(3 * side * side, BLOCK)
+    arguments = flat, corners, axes.float(), views, side, count_taps(grid, method)
+    _sample[blocks](*arguments, RADIUS=FILTERS[method], BLOCK=BLOCK)  # pyrefly: ignore
     return views.permute(0, 3, 1, 2)

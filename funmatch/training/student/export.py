@@ -4,7 +4,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-from funmatch.models.classifier import Classifier
+from funmatch.models.classifier import Classifier, crop_fraction
 from funmatch.models.save import save
 from funmatch.runtime.files import write_folder_atomically
 from funmatch.training.scoring import EvalView
@@ -19,7 +19,9 @@ def export_student(
         about: facts that are saved with it, such as `top1` in [0, 1] on the split that the run was evaluated on.
     """
     # The view of evaluation goes into the card, so that whoever loads the student sees images as the run did.
-    card = replace(student.card, side=view.side, crop_fraction=view.side / view.short_side, classes=class_names)
+    card = replace(
+        student.card, side=view.side, crop_fraction=crop_fraction(view.side, view.short_side), classes=class_names
+    )
     with write_folder_atomically(folder) as partial:
         # A copy: the caller's student stays on its device.
         portable = copy.deepcopy(student).cpu()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funmatch.config import Distill
-from funmatch.config.choices import STRATEGIES
+from funmatch.config.choices import STRATEGIES, Resample
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import prefetch_map
 from funmatch.errors import InputError
@@ -45,6 +45,7 @@ class FixedViews:
         resize: short side before the student's mild crops, pixels; the central view has the same proportions.
         squash: whether mild crops are cut from the whole image resized to a square.
         min_area: least share of the image in the ensemble's Inception crops.
+        resample: how images are resized.
     """
 
     split: CachedSplit
@@ -54,6 +55,7 @@ class FixedViews:
     resize: int
     squash: bool
     min_area: float
+    resample: Resample = "tf"
 
     def views(self, image: int, which: slice, sides: Sequence[int]) -> dict[int, Tensor]:
         """Crops some of the views of an image; half of an ensemble's are mirrored, as training views are.
@@ -69,7 +71,8 @@ class FixedViews:
         pixels = self.split.image(image)
         if self.kind == "central":
             shapes = {side: round(self.resize * side / self.side) for side in sides}
-            return {side: central_view(pixels, short, side, squash=self.squash)[None] for side, short in shapes.items()}
+            how = {"squash": self.squash, "method": self.resample}
+            return {side: central_view(pixels, short, side, **how)[None] for side, short in shapes.items()}
         size = np.full(self.crops, pixels.shape[0]), np.full(self.crops, pixels.shape[1])
         # Seeded by the image alone, not by the run, so that all students share one cache entry.
         rng = step_generator(0, image, ENSEMBLE_STREAM)
@@ -83,7 +86,7 @@ class FixedViews:
         patches = [pixels[top : top + height, left : left + width] for top, left, height, width in boxes.tolist()]
         # The patch begins at its own corner.
         boxes[:, :2] = 0
-        return {side: crop_resize_flip(patches, boxes, flips, side) for side in sides}
+        return {side: crop_resize_flip(patches, boxes, flips, side, method=self.resample) for side in sides}
 
 
 def fixed_views(setup: TrainSetup[Distill]) -> FixedViews:
@@ -100,6 +103,7 @@ def fixed_views(setup: TrainSetup[Distill]) -> FixedViews:
         config.resize or 0,
         config.crop == "squash",
         config.crop_min_area,
+        config.resample or "tf",
     )
 
 
@@ -135,6 +139,8 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
         "central": [source.resize / source.side, source.squash] if source.kind == "central" else None,
         "min_area": source.min_area if source.kind == "ensemble" else None,
     }
+    # Only where it is not "tf": views from before there was a choice keep their digest.
+    key |= {"resample": source.resample} if source.resample != "tf" else {}
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
     folder = cache_home() / "answers" / digest
     shape = (len(source.split), len(teachers.members), setup.student.classifier.num_classes)

@@ -1,6 +1,6 @@
-// Samples views and computes GroupNorm and weight standardization on the CPU, in as few passes over memory as possible.
+// Computes GroupNorm and weight standardization on the CPU, in as few passes over memory as possible.
 //
-// Images lie in memory with their channels last, so inner loops run over neighbouring values, with a sum for each
+// Activations lie in memory with their channels last, so inner loops run over neighbouring values, with a sum for each
 // channel: compilers turn these loops into the widest vector instructions there are. Each image (or filter) is summed by
 // a single thread in a fixed order, so results do not depend on the number of threads.
 //
@@ -267,64 +267,6 @@ void standardize_backward(const T* dy, const float* w, float* dw, const float* m
     }
 }
 
-// Where the pixels of a view are read along one axis: at clip(start + i · step, least, most), between two neighbours.
-// float64, as in `resample.SamplingGrid`, whose rows of eight numbers are copied into two of these.
-struct Axis {
-    double start, step, least, most;
-    double at(int64_t i) const {
-        const double place = start + static_cast<double>(i) * step;
-        return place < least ? least : (place > most ? most : place);
-    }
-};
-
-// Samples a view, (side, side, 3) in [0, 1], of an image of bytes. Each row of the view takes two passes: two rows of the
-// image are blended over the columns that are needed, where neighbours make full vectors; then the columns are.
-void sample_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side) {
-    const int64_t values = 3 * side;
-    std::vector<int32_t> near(values), far(values);
-    std::vector<float> share(values);
-    int32_t leftmost = INT32_MAX, rightmost = INT32_MIN;
-    // The columns' neighbours and weights are the same for all rows, so they are computed once, for each channel.
-    for (int64_t i = 0; i < side; ++i) {
-        const double place = columns.at(i), left = std::floor(place), right = std::fmin(left + 1, columns.most);
-        for (int64_t channel = 0; channel < 3; ++channel) {
-            near[3 * i + channel] = static_cast<int32_t>(left);
-            far[3 * i + channel] = static_cast<int32_t>(right);
-            share[3 * i + channel] = static_cast<float>(place - left);
-        }
-        // A mirrored view runs from right to left, so the extremes may be at either end.
-        leftmost = std::min(leftmost, near[3 * i]);
-        rightmost = std::max(rightmost, far[3 * i]);
-    }
-    for (int64_t k = 0; k < values; ++k) {
-        near[k] = 3 * (near[k] - leftmost) + static_cast<int32_t>(k % 3);
-        far[k] = 3 * (far[k] - leftmost) + static_cast<int32_t>(k % 3);
-    }
-    const int64_t length = 3 * (static_cast<int64_t>(rightmost) - leftmost + 1);
-    std::vector<float> between(length);
-    const int32_t* __restrict before = near.data();
-    const int32_t* __restrict after = far.data();
-    const float* __restrict part = share.data();
-    float* __restrict row = between.data();
-    for (int64_t i = 0; i < side; ++i) {
-        const double place = rows.at(i), above = std::floor(place), below = std::fmin(above + 1, rows.most);
-        const uint8_t* __restrict upper = image + static_cast<int64_t>(above) * row_bytes + 3 * leftmost;
-        const uint8_t* __restrict lower = image + static_cast<int64_t>(below) * row_bytes + 3 * leftmost;
-        const float down = static_cast<float>(place - above);
-#pragma omp simd
-        for (int64_t k = 0; k < length; ++k) {
-            const float value = upper[k];
-            row[k] = value + (static_cast<float>(lower[k]) - value) * down;
-        }
-        float* __restrict to = view + i * values;
-#pragma omp simd
-        for (int64_t k = 0; k < values; ++k) {
-            const float value = row[before[k]];
-            to[k] = (value + (row[after[k]] - value) * part[k]) / 255.0f;
-        }
-    }
-}
-
 }  // namespace
 
 // One entry point for each dtype, in C so that ctypes finds it by name; `library.SIGNATURES` lists the arguments.
@@ -349,17 +291,6 @@ void sample_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const
     }
 
 extern "C" {
-// Samples n views. `corners` holds for each the address of the pixel that coordinates are counted from and the bytes of
-// a row, `axes` the eight numbers of its rows and columns. One thread: batches are prepared by several already.
-void sample_views(const int64_t* corners, const double* axes, float* views, int64_t n, int64_t side) {
-    for (int64_t i = 0; i < n; ++i) {
-        Axis both[2];
-        std::memcpy(both, axes + 8 * i, sizeof both);
-        sample_view(reinterpret_cast<const uint8_t*>(corners[2 * i]), corners[2 * i + 1], both[0], both[1],
-                    views + i * 3 * side * side, side);
-    }
-}
-
 KERNELS(float, float32)
 KERNELS(bfloat16, bfloat16)
 }

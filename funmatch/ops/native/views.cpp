@@ -1,0 +1,164 @@
+// Samples views of images on the CPU: crops, resizes and mirrors in one pass over the pixels that are needed.
+//
+// `__restrict` is needed for vector instructions: without it a compiler must assume that a write changes what is read next.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+// Where the pixels of a view are read along one axis: at clip(start + i · step, least, most), between two neighbours.
+// float64, as in `grids.SamplingGrid`, whose rows of eight numbers are copied into two of these.
+struct Axis {
+    double start, step, least, most;
+    double at(int64_t i) const {
+        const double place = start + static_cast<double>(i) * step;
+        return place < least ? least : (place > most ? most : place);
+    }
+};
+
+// Samples a view, (side, side, 3) in [0, 1], of an image of bytes without antialias. Each row of the view takes two passes: two rows of the
+// image are blended over the columns that are needed, where neighbours make full vectors; then the columns are.
+void sample_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side) {
+    const int64_t values = 3 * side;
+    std::vector<int32_t> near(values), far(values);
+    std::vector<float> share(values);
+    int32_t leftmost = INT32_MAX, rightmost = INT32_MIN;
+    // The columns' neighbours and weights are the same for all rows, so they are computed once, for each channel.
+    for (int64_t i = 0; i < side; ++i) {
+        const double place = columns.at(i), left = std::floor(place), right = std::fmin(left + 1, columns.most);
+        for (int64_t channel = 0; channel < 3; ++channel) {
+            near[3 * i + channel] = static_cast<int32_t>(left);
+            far[3 * i + channel] = static_cast<int32_t>(right);
+            share[3 * i + channel] = static_cast<float>(place - left);
+        }
+        // A mirrored view runs from right to left, so the extremes may be at either end.
+        leftmost = std::min(leftmost, near[3 * i]);
+        rightmost = std::max(rightmost, far[3 * i]);
+    }
+    for (int64_t k = 0; k < values; ++k) {
+        near[k] = 3 * (near[k] - leftmost) + static_cast<int32_t>(k % 3);
+        far[k] = 3 * (far[k] - leftmost) + static_cast<int32_t>(k % 3);
+    }
+    const int64_t length = 3 * (static_cast<int64_t>(rightmost) - leftmost + 1);
+    std::vector<float> between(length);
+    const int32_t* __restrict before = near.data();
+    const int32_t* __restrict after = far.data();
+    const float* __restrict part = share.data();
+    float* __restrict row = between.data();
+    for (int64_t i = 0; i < side; ++i) {
+        const double place = rows.at(i), above = std::floor(place), below = std::fmin(above + 1, rows.most);
+        const uint8_t* __restrict upper = image + static_cast<int64_t>(above) * row_bytes + 3 * leftmost;
+        const uint8_t* __restrict lower = image + static_cast<int64_t>(below) * row_bytes + 3 * leftmost;
+        const float down = static_cast<float>(place - above);
+#pragma omp simd
+        for (int64_t k = 0; k < length; ++k) {
+            const float value = upper[k];
+            row[k] = value + (static_cast<float>(lower[k]) - value) * down;
+        }
+        float* __restrict to = view + i * values;
+#pragma omp simd
+        for (int64_t k = 0; k < values; ++k) {
+            const float value = row[before[k]];
+            to[k] = (value + (row[after[k]] - value) * part[k]) / 255.0f;
+        }
+    }
+}
+
+// The filters with antialias, by their number in `resample.FILTERS`: the weight of a pixel by its distance from the place,
+// in units of the filter's width; 0 from the radius on.
+struct Filter {
+    bool cubic;
+    double radius() const { return cubic ? 2 : 1; }
+    double operator()(double distance) const {
+        const double d = std::fabs(distance);
+        if (!cubic) return d < 1 ? 1 - d : 0;
+        // Keys' cubic with a = -1/2, as in Pillow.
+        if (d < 1) return (1.5 * d - 2.5) * d * d + 1;
+        return d < 2 ? ((-0.5 * d + 2.5) * d - 4) * d + 2 : 0;
+    }
+};
+
+// The pixels along one axis whose weighted mean each pixel of a view is: `taps` weights each, from pixel `first` on.
+struct Taps {
+    int64_t taps;
+    std::vector<int64_t> first;
+    std::vector<float> weights;
+
+    Taps(const Axis& axis, int64_t side, const Filter filter) : first(side) {
+        // The filter is as wide as a pixel of the view, but no narrower than one of the image.
+        const double width = std::max(1.0, std::fabs(axis.step)), radius = width * filter.radius();
+        taps = std::min(2 * static_cast<int64_t>(std::ceil(radius)) + 1, static_cast<int64_t>(axis.most - axis.least) + 1);
+        weights.assign(side * taps, 0.0f);
+        std::vector<double> exact(taps);
+        for (int64_t i = 0; i < side; ++i) {
+            // Not clipped to pixels' centres: beyond the edge there is no pixel, so those inside share the weight.
+            const double place = std::min(std::max(axis.start + static_cast<double>(i) * axis.step, axis.least - 0.5), axis.most + 0.5);
+            // All taps lie inside the image; those that the filter does not reach have the weight 0.
+            const double start = std::min(std::max(std::floor(place - radius), axis.least), axis.most - static_cast<double>(taps) + 1);
+            first[i] = static_cast<int64_t>(start);
+            double sum = 0;
+            for (int64_t t = 0; t < taps; ++t) sum += exact[t] = filter((start + static_cast<double>(t) - place) / width);
+            for (int64_t t = 0; t < taps; ++t) weights[i * taps + t] = static_cast<float>(exact[t] / sum);
+        }
+    }
+};
+
+// Samples a view, (side, side, 3) in [0, 1], with antialias. For each row of the view, rows of the image are summed over the
+// columns that are needed, where neighbours make full vectors; then the columns are.
+void filter_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side,
+                 const Filter filter) {
+    const Taps down(rows, side, filter), across(columns, side, filter);
+    const auto [least, most] = std::minmax_element(across.first.begin(), across.first.end());
+    const int64_t leftmost = *least, length = 3 * (*most - leftmost + across.taps);
+    std::vector<float> between(length);
+    float* __restrict row = between.data();
+    for (int64_t i = 0; i < side; ++i) {
+        std::fill(between.begin(), between.end(), 0.0f);
+        for (int64_t t = 0; t < down.taps; ++t) {
+            const float weight = down.weights[i * down.taps + t];
+            if (weight == 0) continue;
+            const uint8_t* __restrict from = image + (down.first[i] + t) * row_bytes + 3 * leftmost;
+#pragma omp simd
+            for (int64_t k = 0; k < length; ++k) row[k] += weight * static_cast<float>(from[k]);
+        }
+        float* to = view + i * 3 * side;
+        for (int64_t j = 0; j < side; ++j) {
+            const float* weight = across.weights.data() + j * across.taps;
+            const float* from = row + 3 * (across.first[j] - leftmost);
+            float red = 0, green = 0, blue = 0;
+            for (int64_t t = 0; t < across.taps; ++t) {
+                red += weight[t] * from[3 * t];
+                green += weight[t] * from[3 * t + 1];
+                blue += weight[t] * from[3 * t + 2];
+            }
+            // A cubic overshoots at edges; bytes, which other libraries compute with, would be cut off there.
+            to[3 * j] = std::min(std::max(red, 0.0f), 255.0f) / 255.0f;
+            to[3 * j + 1] = std::min(std::max(green, 0.0f), 255.0f) / 255.0f;
+            to[3 * j + 2] = std::min(std::max(blue, 0.0f), 255.0f) / 255.0f;
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+// Samples n views. `corners` holds for each the address of the pixel that coordinates are counted from and the bytes of
+// a row, `axes` the eight numbers of its rows and columns; `filter` is a number of `resample.FILTERS`. One thread: batches
+// are prepared by several already.
+void sample_views(const int64_t* corners, const double* axes, float* views, int64_t n, int64_t side, int filter) {
+    for (int64_t i = 0; i < n; ++i) {
+        Axis both[2];
+        std::memcpy(both, axes + 8 * i, sizeof both);
+        const uint8_t* image = reinterpret_cast<const uint8_t*>(corners[2 * i]);
+        float* view = views + i * 3 * side * side;
+        if (filter == 0)
+            sample_view(image, corners[2 * i + 1], both[0], both[1], view, side);
+        else
+            filter_view(image, corners[2 * i + 1], both[0], both[1], view, side, Filter{filter == 2});
+    }
+}
+}
