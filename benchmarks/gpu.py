@@ -42,8 +42,9 @@ from torch import nn
 
 from funmatch.config import Distill
 from funmatch.data.cache.device_store import fastest_crop_kernel
-from funmatch.data.loader import Batch, prefetch
-from funmatch.ops import resample
+from funmatch.data.loader import Batch
+from funmatch.data.prefetch import prefetch
+from funmatch.ops import grids, resample
 from funmatch.ops.sampling import box_sampler
 from funmatch.runtime import devices
 from funmatch.training import distill, profiling
@@ -145,20 +146,20 @@ class Bench:
             flips = rng.random(self.batch) < 0.5
             grid = grids.crop_then_resize(starts[: self.batch], shape[: self.batch].T, boxes, self.side)
             grid = grid.flipped(flips, self.side)
-            corners, axes = torch.from_numpy(grid.corners), torch.from_numpy(grid.axes)
-            expected = resample.sample_by_gather(flat, corners, axes, self.side)
-            on_device, corners, axes = flat.to(self.device), corners.to(self.device), axes.to(self.device)
+            on_device = flat.to(self.device)
             sample, note = fastest_crop_kernel(on_device)
-            found = sample(on_device, corners, axes, self.side).cpu()
-            kernels = {
-                "kernel" if sample is not resample.sample_by_gather else "indexing (no kernel)": sample,
-                "indexing": resample.sample_by_gather,
+            works = {
+                f"{name}, {method}": partial(kernel, on_device, grid, self.side, method)
+                for name, kernel in (("kernel", sample), ("torch", resample.sample_by_torch))
+                for method in resample.FILTERS
             }
-            works = {name: partial(kernel, on_device, corners, axes, self.side) for name, kernel in kernels.items()}
+            found = sample(on_device, grid, self.side, "tf").cpu()
+            expected = resample.sample_by_torch(flat, grid, self.side, "tf")
             times = {
                 name: [1e3 * seconds(work, self.device, 20) for _ in range(ROUNDS)] for name, work in works.items()
             }
             if sizes == "one":
+                axes = torch.from_numpy(grid.axes).to(self.device)
                 times["matrices"] = [1e3 * self.by_matrices(on_device, axes, boxes) for _ in range(ROUNDS)]
             bytes_written = found.numel() * found.element_size()
             self.say(

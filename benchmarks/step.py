@@ -27,7 +27,8 @@ from PIL import Image
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.loader import Batch, Loader, prefetch
+from funmatch.data.loader import Batch, Loader
+from funmatch.data.prefetch import prefetch
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.ops.distances import kl

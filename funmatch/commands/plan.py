@@ -15,7 +15,8 @@ import torch
 from funmatch.config import Distill, Finetune, Train
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.loader import Batch, prefetch
+from funmatch.data.loader import Batch
+from funmatch.data.prefetch import prefetch
 from funmatch.errors import InputError
 from funmatch.reports import run_page  # noqa: F401  (a run draws a page at its end, so the time of this import is part of the estimate)
 from funmatch.reports.result import Result

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+from funmatch.config.choices import Resample
 from funmatch.config.data import Images
 from funmatch.config.distill import Distill, Teaching
 from funmatch.config.metadata import Changes, Group, Opt, Refers
@@ -52,6 +53,8 @@ class Evaluate(Images, Teaching, Machine):
     """Image size: side of the square views, in pixels."""
     eval_resize: Annotated[int | None, like(Train, "eval_resize", usual="the run's or the model's own")] = None
     """Length of the image's shorter side before the central crop, in pixels."""
+    eval_resample: Annotated[Resample | None, like(Train, "eval_resample", usual="the run's or the model's own")] = None
+    """How images are resized: antialias, bicubic, or tf (bilinear without antialias)."""
     batch: Annotated[int, like(Train, "batch")] = 128
     """Images per forward pass."""
 

@@ -81,6 +81,7 @@ class Opt:
         aliases: other flags for it.
         positional: whether its value stands without a flag.
         metavar: what stands for its value in `--help`; None decides by its type.
+        before: what runs did that were recorded before the option existed; None: its default.
         function: whether its value may be a function of the user, package.module:function.
     """
 
@@ -105,6 +106,7 @@ class Opt:
     aliases: tuple[str, ...] = ()
     positional: bool = False
     metavar: str | None = None
+    before: Any = None
     function: bool = False
 
     @property

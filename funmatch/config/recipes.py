@@ -125,7 +125,9 @@ def options(verb: str, values: Mapping[str, Any]) -> Iterator[str]:
 DATA = {"pet37": "pet", "flowers102": "flowers", "food101": "food", "sun397": "sun"}
 """Data sets of the paper, and their names in its files."""
 TEACHER_TOP1 = {"flowers102": 97.82, "pet37": 91.03, "food101": 86.24, "sun397": 74.22}
-STUDENT = {"student": "resnetv2_50x1_bit", "side": 128, "eval_resize": 160}
+# Both codes resize without antialias.
+TF_RESIZE = {"resample": "tf"}
+STUDENT = {"student": "resnetv2_50x1_bit", "side": 128, "eval_resize": 160, **TF_RESIZE}
 
 # data, name, epochs, lr, weight decay, temperature, top-1 of the student: table 4 of the paper
 ROWS = (
@@ -167,7 +169,7 @@ def _teachers() -> Iterator[Recipe]:
         for name, network in ((f"teacher-{data}", "152x2"), (f"teacher-{data}-r101x3", "101x3")):
             values = {
                 "data": (data,), "student": f"resnetv2_{network}_bit.goog_in21k", "side": 128, "resize": 160,
-                "out": Path(f"runs/{name}"), "batch": 512, "micro_batch": 64,
+                "out": Path(f"runs/{name}"), "batch": 512, "micro_batch": 64, **TF_RESIZE,
             }  # fmt: skip
             note = "With micro-batches of 64 images it fits in 16 GB; --grad-checkpointing halves that again."
             # The published accuracies are those of the paper's own network.
@@ -178,6 +180,7 @@ def _teachers() -> Iterator[Recipe]:
 IMAGENET_TEACHER = "resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k"
 IMAGENET = {
     "data": ("imagenet",), "batch": 4096, "lr": 0.03, "weight_decay": 3e-4, "temperature": 1.0, "warmup_steps": 5000,
+    **TF_RESIZE,
 }  # fmt: skip
 # name, options, epochs to top-1 of the student on the validation images
 IMAGENET_ROWS = (
@@ -234,7 +237,7 @@ def _earlier() -> Iterator[Recipe]:
             # 128 / 0.875: that project evaluated the central 0.875 of an image.
             "eval_resize": 146, "out": Path(f"runs/tf-teacher-{data}"), "batch": 512, "micro_batch": 64, "lr": 8e-5,
             "steps": 450, "warmup_steps": 0, "decay_steps": (200, 300, 400), "decay_factors": (0.1, 1e-3, 1e-4),
-            "mixup": 0.0, "eval_every": 10,
+            "mixup": 0.0, "eval_every": 10, **TF_RESIZE,
         }  # fmt: skip
         note = "Evaluated on the central 0.875 of the image, squashed to 128 pixels. Its lr is 1e-5 per TPU core."
         space = {"lr": "3e-3,1e-4,1e-5,5e-5"}

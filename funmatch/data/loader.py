@@ -1,12 +1,10 @@
-"""Makes training batches as a pure function of the step, and prepares them ahead in threads."""
+"""Makes training batches as a pure function of the step."""
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,9 +19,7 @@ from funmatch.ops.mixing import draw_cutmix_boxes, own_weight
 from funmatch.ops.order import BalancedOrder, Order
 from funmatch.ops.view_spec import MILD, ViewSpec
 from funmatch.runtime.chunks import even_chunks
-from funmatch.runtime.timing import timed
 
-T = TypeVar("T")
 Lookup = Callable[[int, int, np.ndarray], Tensor | None]
 """Looks up teacher logits that need no views: (step, first row, image of each row) to (rows, classes), or None."""
 
@@ -255,48 +251,3 @@ class Loader:
             # Whole images: mild crops blend in pixels beyond the box.
             images = self.split.images(indices)
         return [cut(images, boxes, flips, side) for side in sides]
-
-
-def prefetch(
-    batches: Batches, start: int, stop: int, *, workers: int = 1, finish: Callable[[Batch], Batch] | None = None
-) -> Generator[Batch]:
-    """Yields the batches of steps `start` … `stop` − 1 in order, made ahead by threads.
-
-    Args:
-        workers: number of threads; each uses one core.
-        finish: applied to each batch in its thread, e.g. a copy into pinned memory.
-    """
-
-    def make(step: int) -> Batch:
-        with timed("views"):
-            batch = batches.batch_at(step)
-            return finish(batch) if finish else batch
-
-    return prefetch_map(make, start, stop, workers)
-
-
-def prefetch_map(compute: Callable[[int], T], start: int, stop: int, workers: int) -> Generator[T]:
-    """Yields `compute(start)` … `compute(stop − 1)` in order, computed ahead by threads.
-
-    Args:
-        compute: called with a step's number, in any thread and order; it must not depend on earlier calls.
-        start, stop: range of the steps.
-        workers: number of threads; up to twice as many results wait in memory.
-    """
-    pending: deque[Future[T]] = deque()
-    # One torch thread in each worker: the workers are the parallelism, more threads than cores slow each other down.
-    pool = ThreadPoolExecutor(workers, "views", initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        for step in range(start, stop):
-            if not pending:
-                pending.extend(pool.submit(compute, s) for s in range(step, min(step + 2 * workers, stop)))
-            with timed("waiting for views"):
-                result = pending.popleft().result()
-            # Submitted before the result is handed over, so that the threads work while the caller uses it.
-            following = step + 2 * workers
-            if following < stop:
-                pending.append(pool.submit(compute, following))
-            yield result
-    finally:
-        # Without waiting: after Ctrl-C nobody needs the batches that are under way.
-        pool.shutdown(wait=False, cancel_futures=True)

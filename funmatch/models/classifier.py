@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funmatch.config.choices import Resample
 from funmatch.errors import InputError, first_line
 
 
@@ -26,6 +27,7 @@ class Card:
         top1: accuracy when it was saved, in [0, 1], or None where it is unknown.
         squash: whether evaluation resizes images to a square regardless of their aspect (timm's crop_mode).
         side_known: whether `side` comes with the weights; else it is timm's default for the architecture.
+        resample: how evaluation resizes images.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Card:
     top1: float | None = None
     squash: bool = False
     side_known: bool = True
+    resample: Resample = "antialias"
 
     @property
     def side_notes(self) -> list[str]:

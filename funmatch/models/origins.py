@@ -127,6 +127,13 @@ def model_folder(name: str) -> Path | None:
     raise InputError(f"{path} is neither a run nor a model: it has no config.json with model.safetensors")
 
 
+def _own_entries(own: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the card takes from our part of a `config.json`."""
+    # Students were evaluated without antialias before there was a choice.
+    before = "tf" if "verb" in own else None
+    return {"top1": own.get("top1"), "resample": own.get("eval_resample") or before}
+
+
 def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
     """Returns the origin of a folder in timm's layout."""
     path = folder / "config.json"
@@ -135,7 +142,7 @@ def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
     except ValueError as error:
         raise InputError(_bad_config(path, error)) from None
     kwargs = config.get("model_args", {}) | kwargs
-    architecture, card = config["architecture"], {"top1": config.get("funmatch", {}).get("top1")}
+    architecture, card = config["architecture"], _own_entries(config.get("funmatch", {}))
     weights = weights_in(folder) or folder / "model.safetensors"
     if architecture.startswith(GIVEN):
         raise InputError(f"{folder} has the weights of a module that was given from Python; load them from there")

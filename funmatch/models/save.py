@@ -97,14 +97,15 @@ def _write_config(
         "input_size": [len(card.mean), card.side, card.side],
         "crop_pct": card.crop_fraction,
         "crop_mode": "squash" if card.squash else "center",
-        "interpolation": "bilinear",  # ours; timm's entry may say bicubic
+        # timm's transform always resizes with antialias; `funmatch.eval_resample` says where the run did not.
+        "interpolation": "bicubic" if card.resample == "bicubic" else "bilinear",
         "mean": list(card.mean),
         "std": list(card.std),
     }
     if card.classes:
         config["label_names"] = list(card.classes)
     config["model_args"] = config.get("model_args", {}) | classifier.options
-    config["funmatch"] = about
+    config["funmatch"] = about | {"eval_resample": card.resample}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -4,7 +4,7 @@ import ast
 import math
 import socket
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import huggingface_hub
@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from funmatch.config.choices import Resample
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.checkpoints.fitting import Wanted
 from funmatch.models.classifier import Card, Classifier, timm_config
@@ -155,10 +156,12 @@ def card_of(name: str, net: nn.Module, overrides: dict[str, Any]) -> Card:
         names, side, fraction = cfg.get("label_names"), cfg["input_size"][-1], cfg.get("crop_pct") or 1.0
         classes = tuple(map(str, names)) if names else None
         card = Card(name, side, fraction, mean, std, classes, cfg.get("top1"))
-        card = replace(card, squash=cfg.get("crop_mode") == "squash")
+        resample = cfg.get("resample") or ("bicubic" if cfg.get("interpolation") == "bicubic" else "antialias")
+        card = replace(card, squash=cfg.get("crop_mode") == "squash", resample=resample)
         top1 = 0.0 if card.top1 is None else card.top1
         count = vars(net).get("num_classes") or len(classes or ())
         valid = LEAST_FRACTION <= fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
+        valid = valid and resample in get_args(Resample)
         valid = valid and isinstance(side, int) and 1 <= side <= LARGEST_SIDE and all(map(math.isfinite, mean + std))
         if valid and len(mean) == channels and (classes is None or len(classes) == count):
             return card

@@ -72,7 +72,7 @@ def move_grid(grid: SamplingGrid, device: torch.device) -> tuple[Tensor, Tensor]
     if device.type == "cpu":
         return corners, axes
     # Pinned, or the copies would wait for the device in spite of non_blocking.
-    return tuple(each.pin_memory().to(device, non_blocking=True) for each in (corners, axes.float()))
+    return corners.pin_memory().to(device, non_blocking=True), axes.float().pin_memory().to(device, non_blocking=True)
 
 
 def _gather(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from funmatch.config import Distill, Finetune, Train
-from funmatch.config.choices import STRATEGIES
+from funmatch.config.choices import STRATEGIES, Resample
 from funmatch.config.metadata import Refers
 from funmatch.config.optim import FINETUNE_LR, LR, WARMUP_SHARE, WARMUP_STEPS
 from funmatch.data.cache.open_cache import Cache
@@ -30,6 +30,8 @@ from funmatch.training.student import acceleration
 Options = TypeVar("Options", bound=Train)
 FINETUNE_EVAL_CAP = 100
 """Most steps between two evaluations of `finetune`, which chooses the best of its students by them."""
+RESAMPLE: Resample = "antialias"
+"""Default of `resample`; measured in docs/resampling.md. With it, timm's transform gives the run's figures."""
 PIXEL_SHARE = 1 / 4
 """Share of an accelerator's memory that pixels may take."""
 
@@ -60,6 +62,7 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
         "crop": config.cropped,
         "resize": _train_resize(config, side, resize),
         "eval_resize": resize,
+        **_resampling(config, before),
         "mixup": _default_mixup(config) if config.mixup is None else config.mixup,
         "lr": config.lr or LR,
         **_optimizer_options(config),
@@ -93,6 +96,21 @@ def _intervals(config: Train, steps: int, images: int, before: dict[str, Any]) -
         usual |= {"eval_first": None} | {name: before[name] for name in usual if name in before}
     given = {name: getattr(config, name) for name in usual}
     return {name: usual[name] if given[name] is None else given[name] for name in usual}
+
+
+def _resampling(config: Train, before: dict[str, Any]) -> dict[str, Resample]:
+    """Returns how training and evaluation views are resized.
+
+    Args:
+        before: the options of the run that resumes; empty if it begins.
+    """
+    # A run goes on as it began, which was without antialias before there was a choice.
+    usual = (before.get("resample") or "tf") if before else RESAMPLE
+    resample = config.resample or usual
+    return {
+        "resample": resample,
+        "eval_resample": config.eval_resample or before.get("eval_resample") or resample,
+    }
 
 
 def _device_gb(config: Train, device: torch.device, before: dict[str, Any]) -> float:

@@ -114,7 +114,10 @@ def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, devic
     # Without a run, the card says whether images are squashed.
     squash = knobs["crop"] == "squash" if "crop" in knobs else model.card.squash
     precision = devices.resolve_precision(config.precision, device)
-    return scoring.EvalView(side, resize, config.batch, device, precision, squash)
+    # Runs were evaluated without antialias before there was a choice.
+    of_run = knobs.get("eval_resample") or ("tf" if knobs else None)
+    resample = config.eval_resample or of_run or model.card.resample
+    return scoring.EvalView(side, resize, config.batch, device, precision, squash, resample)
 
 
 def _pick_split(cache: Cache, name: str) -> CachedSplit:

@@ -1,6 +1,7 @@
 """Evaluates the student and the teachers of a run, and exports the finished student."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,10 @@ class Evaluator:
                 "WARNING: the run has diverged: the student is further from its teacher than a uniform guess "
                 f"(KL {number(scores['kl'])}); try a lower --lr or a longer --warmup-steps, with another --out"
             )
+        if view.resample == "tf" and scores["top1"] is not None:
+            # What whoever loads the student with timm will see: its transform always resizes with antialias.
+            antialiased = scoring.predict(self.student, split, replace(view, resample="antialias"))
+            result["top1_antialias"] = scoring.score(antialiased, split)["top1"]
         if self.ema:
             average = scoring.predict(self.ema.model, split, view)
             result["ema"] = scoring.score(average, split, teacher_logits)

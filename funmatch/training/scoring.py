@@ -13,7 +13,8 @@ from funmatch.config.choices import Resample
 from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.loader import Batch, Batches, prefetch_map
+from funmatch.data.loader import Batch, Batches
+from funmatch.data.prefetch import prefetch_map
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.errors import InputError
 from funmatch.models.class_map import BY_NUMBER, number_order

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from funmatch.data.loader import Batch, prefetch
+from funmatch.data.loader import Batch
+from funmatch.data.prefetch import prefetch
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.ops.metrics import has_diverged
 from funmatch.runtime import devices, distributed, env, signals, transfers

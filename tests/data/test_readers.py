@@ -14,7 +14,8 @@ from funmatch.data.cache import build
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.decode import decode
-from funmatch.data.loader import Loader, prefetch
+from funmatch.data.loader import Loader
+from funmatch.data.prefetch import prefetch
 from funmatch.data.readers.folder import open_folder
 from funmatch.data.readers.open import READERS, Reader, local_folder, open_dataset, resolve_spec
 from funmatch.errors import InputError

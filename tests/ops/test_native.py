@@ -310,7 +310,7 @@ def test_failing_and_miscompiling_compilers_are_reported(tmp_path, monkeypatch):
     assert resample.why_unavailable() == ""
     wrong[0].write_text(norms_source)
     for line, fault in (
-        ("* down", "* 2"),
+        ("* down;", "* 2;"),
         ("1.5 * d - 2.5", "1.5 * d - 2"),
         ("red += weight[t]", "red += 1.1f * weight[t]"),
     ):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import funmatch
 from funmatch.config import Distill
-from funmatch.data.loader import Batch, prefetch
+from funmatch.data.loader import Batch
+from funmatch.data.prefetch import prefetch
 from funmatch.ops.sampling import StepSample
 from funmatch.runtime import devices
 from funmatch.training import distill

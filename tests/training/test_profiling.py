@@ -7,7 +7,7 @@ import pytest
 from make_images import FEW
 
 import funmatch
-from funmatch.data.loader import prefetch_map
+from funmatch.data.prefetch import prefetch_map
 from funmatch.runtime import timing
 from funmatch.training import profiling
 

@@ -72,10 +72,12 @@ def compare(folder: Path, then: dict[str, Any], now: Mapping[str, Any]) -> list[
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lists what differs between two records of a run, a line each.
 
-    A run from before an option counts as trained with its default; an option that is gone is not compared.
+    A run from before an option counts as trained with its default, or with what was done then; an option that is gone
+    is not compared.
     """
     table = TAUGHT.get(now["verb"])
     defaults = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
+    defaults |= {name: opt.before for name, opt in table.opts() if opt.before is not None} if table else {}
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
     names = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
     # An option may name another folder or file when the fact says that its content is the same.

@@ -37,7 +37,7 @@ SHAPE = RUN_SHAPE | {"knobs": {"steps?": int, "teacher?": list[str] | str | None
 SCORES = dict.fromkeys(("top1", "agreement", "kl", "ece", "top5?", "agreement5?", "balanced?"), float | None)
 RESULT = SCORES | {
     "step": int, "seconds": float, "split": str, "pictures": int, "held_out_of?": int, "parameters": int,
-    "best_step?": int | None, "best_score?": float | None, "ema?": SCORES,
+    "best_step?": int | None, "best_score?": float | None, "top1_antialias?": float | None, "ema?": SCORES,
     "teacher?": {"name": str, "top1": float | None},
 }  # fmt: skip
 """What `result.json` holds, if it is undamaged."""

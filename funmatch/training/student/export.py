@@ -19,9 +19,8 @@ def export_student(
         about: facts that are saved with it, such as `top1` in [0, 1] on the split that the run was evaluated on.
     """
     # The view of evaluation goes into the card, so that whoever loads the student sees images as the run did.
-    card = replace(
-        student.card, side=view.side, crop_fraction=crop_fraction(view.side, view.short_side), classes=class_names
-    )
+    fraction = crop_fraction(view.side, view.short_side)
+    card = replace(student.card, side=view.side, crop_fraction=fraction, classes=class_names, resample=view.resample)
     with write_folder_atomically(folder) as partial:
         # A copy: the caller's student stays on its device.
         portable = copy.deepcopy(student).cpu()

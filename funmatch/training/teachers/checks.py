@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import Tensor, nn
 
 from funmatch.config import Distill
+from funmatch.config.choices import Resample
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.readers.split_names import describe_images
@@ -17,9 +19,12 @@ from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.training import scoring
 from funmatch.training.objective import TeacherLogits
+from funmatch.training.run import folder as run_folder
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import LoadedTeacher
 
+RESAMPLED_IMAGES = 500
+"""Images on which teachers are evaluated with the other way of resizing, at most."""
 BELOW_CARD_WARNING = 0.1
 """Accuracy below the card's from which a warning is given."""
 
@@ -137,7 +142,42 @@ def check_on_validation(teachers: TeacherEnsemble, setup: TrainSetup[Distill]) -
     split = setup.evaluation.validation
     combined, members = predict(teachers, split, setup.evaluation.view)
     check_teachers(teachers, combined, members, split, setup.cache.classes, setup.config)
+    if not run_folder.options_of(setup.config.out):
+        compare_resampling(teachers, members, split, setup.evaluation.view)
     return TeacherLogits(combined, members)
+
+
+def compare_resampling(
+    teachers: TeacherEnsemble, logits: list[Tensor], split: CachedSplit, view: scoring.EvalView
+) -> None:
+    """Reports the teachers that are clearly better where images are resized the other way.
+
+    Networks are sensitive to how their images were resized: some lose points without antialias, some with it.
+
+    Args:
+        logits: of the split, one for each teacher, as the view shows the images.
+    """
+    heights, widths = split.sizes(np.arange(len(split)))
+    # Smaller images are enlarged, and there antialias changes nothing.
+    larger = np.flatnonzero(np.minimum(heights, widths) > view.short_side)
+    # Evenly spread, since images of one class often lie side by side.
+    some = larger[np.linspace(0, len(larger) - 1, min(len(larger), RESAMPLED_IMAGES)).astype(int)]
+    if not split.labelled or not len(some):
+        return
+    other: Resample = "antialias" if view.resample == "tf" else "tf"
+    subset = split.subset(some)
+    _, others = predict(teachers, subset, replace(view, resample=other))
+    labels = subset.labels(slice(None))
+    for member, here, there in zip(teachers.members, logits, others, strict=True):
+        now, then = here[some].argmax(-1) == labels, there.argmax(-1) == labels
+        better, worse = int((then & ~now).sum()), int((now & ~then).sum())
+        # McNemar's test: only images that it has right one way alone tell the two apart.
+        if better - worse > 2 * math.sqrt(better + worse):
+            info(
+                f"note: teacher {member.name} has top-1 {percent(then.double().mean().item())} with --resample "
+                f"{other}, {percent(now.double().mean().item())} with {view.resample}, on {len(some)} images of "
+                f"{split.name}; --resample {other} shows it images as it knows them"
+            )
 
 
 def fit_to_teachers(cache: Cache, loaded: Sequence[LoadedTeacher], config: Distill) -> tuple[Cache, Distill]:

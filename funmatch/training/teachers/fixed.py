@@ -18,7 +18,7 @@ from torch import Tensor
 from funmatch.config import Distill
 from funmatch.config.choices import STRATEGIES, Resample
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.data.loader import prefetch_map
+from funmatch.data.prefetch import prefetch_map
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
