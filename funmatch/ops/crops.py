@@ -213,14 +213,15 @@ def _crop_batched(images: Tensor, boxes: np.ndarray, flips: np.ndarray, side: in
         images: (n, height, width, 3) uint8; other arguments as of `crop_resize_flip`.
     """
     top, left, height, width = boxes.T
-    rows = torch.from_numpy(_weights(top, height, images.shape[1], side, method))
+    rows = _weights(top, height, images.shape[1], side, method)
     columns = _weights(left, width, images.shape[2], side, method)
     # Mirrored in the weights, which are smaller than the views.
-    columns = torch.from_numpy(np.where(flips[:, None, None], columns[:, ::-1], columns))
-    planes = images.permute(0, 3, 1, 2).float().div_(255)
-    views = rows[:, None] @ planes @ columns[:, None].mT
-    # A cubic overshoots at edges; bytes, which other libraries compute with, would be cut off there.
-    views = views.clamp_(0, 1) if method == "bicubic" else views
+    columns = np.where(flips[:, None, None], columns[:, ::-1], columns)
+    planes = images.permute(0, 3, 1, 2)
+    if method == "tf":
+        views = torch.from_numpy(rows)[:, None] @ planes.float().div_(255) @ torch.from_numpy(columns)[:, None].mT
+    else:
+        views = resample.apply_filter(planes, rows[:, None], columns[:, None])
     return views.contiguous(memory_format=torch.channels_last)
 
 
@@ -234,7 +235,7 @@ def _weights(start: np.ndarray, length: np.ndarray, size: int, side: int, method
         method: how crops are resized.
 
     Returns:
-        (n, side, size) float32; each row sums to 1.
+        (n, side, size); each row sums to 1.
     """
     if method != "tf":
         step = length / side

@@ -1,7 +1,7 @@
 """Samples many views at once: by the native CPU kernel or, on any device, by torch.
 
-Five codes resample crops, each by three methods (`config.choices.Resample`). They agree to 0.01 of a grey level; tests
-compare them.
+Five codes resample crops, each by three methods (`config.choices.Resample`). They agree to 0.01 of a grey level;
+where views are rounded to bytes, in all but a few values on accelerators. Tests compare them.
 
 | code                                   | runs for                                                    |
 |----------------------------------------|-------------------------------------------------------------|
@@ -16,7 +16,8 @@ Their last bits differ, so a run records whether the native kernel cut its views
 
 Without antialias, pixel i of a view is read at clip(start + i · step, least, most) of its grid, between two neighbours.
 With it, it is the mean of all pixels from least to most, weighted by a filter that is centred at start + i · step and
-as wide as the step (but no narrower than a pixel), as in Pillow.
+as wide as the step (but no narrower than a pixel), rounded to bytes after each axis: the pixels of Pillow, and so those
+of torchvision's and timm's transforms.
 """
 
 import itertools
@@ -35,6 +36,8 @@ from funmatch.ops.native import library
 # A four-hundredth of a grey level: the compiler may fuse a product and a sum, which rounds once less.
 TOLERANCE = 1e-5
 """Largest difference, in [0, 1], of the compiled kernel from torch."""
+PRECISION = 22
+"""Binary digits of a filter's weights, as in Pillow."""
 FILTERS: dict[Resample, int] = {"tf": 0, "antialias": 1, "bicubic": 2}
 """Numbers of the methods in the kernels; also the radius of their filters, in units of a filter's width."""
 
@@ -57,13 +60,33 @@ def sample_by_torch(flat: Tensor, grid: SamplingGrid, side: int, method: Resampl
     for view, (corner, row_bytes), axes in zip(views, grid.corners.tolist(), grid.axes, strict=True):
         (top, bottom), (left, right) = axes[:, 2:].astype(int).tolist()
         shape = bottom - top + 1, right - left + 1, 3
-        pixels = flat.as_strided(shape, (row_bytes, 3, 1), corner + top * row_bytes + 3 * left)
-        # Resampling is separable: two products with matrices of weights.
-        down = filter_weights(axes[:1], np.arange(top, bottom + 1), side, method)
-        across = filter_weights(axes[1:], np.arange(left, right + 1), side, method)
-        down, across = (torch.from_numpy(each[0]).to(flat.device) for each in (down, across))
-        torch.div((down @ pixels.permute(2, 0, 1).float() @ across.T).clamp_(0, 255), 255, out=view)
+        first = flat.storage_offset() + corner + top * row_bytes + 3 * left
+        pixels = flat.as_strided(shape, (row_bytes, 3, 1), first)
+        (down,) = filter_weights(axes[:1], np.arange(top, bottom + 1), side, method)
+        (across,) = filter_weights(axes[1:], np.arange(left, right + 1), side, method)
+        view.copy_(apply_filter(pixels.permute(2, 0, 1), down, across))
     return views
+
+
+def apply_filter(planes: Tensor, down: np.ndarray, across: np.ndarray) -> Tensor:
+    """Resizes images with antialias, to the byte as Pillow does: first their rows, then their columns.
+
+    Args:
+        planes: (…, height, width) uint8.
+        down, across: `filter_weights` of the rows and of the columns, (…, side, height) and (…, side, width).
+
+    Returns:
+        (…, side, side) float32 in [0, 1].
+    """
+
+    # Sums of whole numbers of 2⁻²², which are exact in float64; not every device has it.
+    dtype = torch.float32 if planes.device.type == "mps" else torch.float64
+    rows, columns = (torch.from_numpy(each).to(planes.device, dtype) for each in (down, across))
+
+    def to_byte(values: Tensor) -> Tensor:
+        return values.add_(0.5).floor_().clamp_(0, 255)
+
+    return (to_byte(rows @ to_byte(planes.to(dtype) @ columns.mT)) / 255).float()
 
 
 def move_grid(grid: SamplingGrid, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -109,7 +132,7 @@ def filter_weights(axes: np.ndarray, pixels: np.ndarray, side: int, method: Resa
         method: antialias or bicubic.
 
     Returns:
-        (n, side, p) float32; each row sums to 1 if `pixels` are all from least to most.
+        (n, side, p) float64, whole numbers of 2⁻²²; each row sums to about 1 if `pixels` are all from least to most.
     """
     start, step, least, most = (each[:, None] for each in np.asarray(axes, np.float64).T)
     # Beyond the edge there is no pixel, and those inside share the weight.
@@ -117,7 +140,9 @@ def filter_weights(axes: np.ndarray, pixels: np.ndarray, side: int, method: Resa
     # As wide as the step, which covers the image without gaps, but no narrower than a pixel.
     weights = _filter((pixels - places[:, :, None]) / np.maximum(np.abs(step), 1)[:, :, None], method)
     weights = np.where((pixels >= least[:, :, None]) & (pixels <= most[:, :, None]), weights, 0)
-    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+    # In Pillow's precision, so that sums are exact and rounded alike.
+    shares = weights / weights.sum(-1, keepdims=True) * 2**PRECISION
+    return np.trunc(shares + np.copysign(0.5, shares)) / 2**PRECISION
 
 
 def _filter(distance: np.ndarray, method: Resample) -> np.ndarray:
@@ -127,7 +152,7 @@ def _filter(distance: np.ndarray, method: Resample) -> np.ndarray:
         return np.maximum(1 - distance, 0)
     # Keys' cubic with a = −1/2, as in Pillow.
     near = (1.5 * distance - 2.5) * distance**2 + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
     return np.where(distance < 1, near, np.where(distance < 2, far, 0))
 
 

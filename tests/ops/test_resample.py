@@ -23,8 +23,10 @@ CLOSE = 0.01 / 255
 
 @pytest.fixture(name="images", scope="module")
 def noise():
-    rng = np.random.default_rng(0)
-    return [torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+    # One after another in one block of memory, as in the cache.
+    block = torch.from_numpy(np.random.default_rng(0).integers(0, 256, int(3 * SIZES.prod(1).sum()), dtype=np.uint8))
+    parts = block.split((3 * SIZES.prod(1)).tolist())
+    return [part.view(*size, 3) for part, size in zip(parts, SIZES.tolist(), strict=True)]
 
 
 @pytest.fixture(name="flat", scope="module")
@@ -83,26 +85,20 @@ def test_gathered_evaluation_views_equal_single_ones(images, flat, squash, metho
     torch.testing.assert_close(resample.sample_by_torch(flat, grid, 32, method), expected, atol=CLOSE, rtol=0)
 
 
-def soft(images):
-    """Images whose cubics overshoot nowhere: Pillow cuts those off after each of its two passes."""
-    return [image // 2 + 64 for image in images]
-
-
 PILLOW = {"antialias": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("method", PILLOW)
 def test_antialiased_crops_are_those_of_pillow(images, method, native):
-    images = soft(images)
     boxes, flips = sample_crops("inception", 24)
     found = crop_resize_flip(images, boxes, flips, 24, native=native, method=method)
     for view, image, (top, left, height, width), flip in zip(found, images, boxes, flips, strict=True):
         crop = Image.fromarray(image[top : top + height, left : left + width].numpy())
-        expected = np.asarray(crop.resize((24, 24), PILLOW[method]))
+        # Rows first: which of the two passes comes first depends on the version of Pillow.
+        expected = np.asarray(crop.resize((24, int(height)), PILLOW[method]).resize((24, 24), PILLOW[method]))
         expected = expected[:, ::-1] if flip else expected
-        # Pillow rounds to bytes after each of its two passes.
-        assert np.abs(view.permute(1, 2, 0).numpy() * 255 - expected).max() <= 1.6
+        assert np.array_equal((view * 255).round().permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("method", PILLOW)
@@ -114,10 +110,11 @@ def test_antialiased_evaluation_views_are_those_of_timms_transform(images, metho
         (3, side, side), interpolation=interpolation, crop_mode=mode, crop_pct=crop_fraction(side, short_side),
         mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
     )  # fmt: skip
-    for image in soft(images):
+    for image in images:
         found = central_view(image, short_side, side, squash=mode == "squash", method=method)
         expected = transform(Image.fromarray(image.numpy()))
-        assert (found - expected).abs().max() * 255 <= 1.6, image.shape
+        # Where the aspect changes, newer versions of Pillow resize columns first if that is cheaper.
+        torch.testing.assert_close(found, expected, atol=CLOSE if mode == "center" else 0.05, rtol=0)
 
 
 @pytest.mark.parametrize("side", range(1, 700, 3))
@@ -140,7 +137,10 @@ saved = torch.load(sys.argv[1], weights_only=True)
 for corners, axes, *how, expected in saved["cases"]:
     found = sample(saved["flat"], SamplingGrid(corners.numpy(), axes.numpy()), *how)
     assert found.is_contiguous(memory_format=torch.channels_last), found.stride()
-    torch.testing.assert_close(found, expected, atol=0.02 / 255, rtol=0)
+    difference = (found - expected).abs() * 255
+    # With antialias, a sum in float32 may fall on the other side of the edge between two bytes.
+    assert difference.max() < (0.02 if how[1] == "tf" else 1.01)
+    assert (difference > 0.02).double().mean() < 0.03
 print(len(saved["cases"]), "equal")
 """
 

@@ -50,6 +50,12 @@ def _weight(distance, CUBIC: tl.constexpr):
 
 
 @triton.jit
+def _to_byte(value):
+    """Rounds to a byte, as Pillow does after each of its two passes."""
+    return tl.floor(tl.minimum(tl.maximum(value, 0.0), 255.0) + 0.5)
+
+
+@triton.jit
 def _place(axis, i, RADIUS: tl.constexpr):
     """Computes where a filter is centred along an axis, its width and its first pixel."""
     width = tl.maximum(tl.abs(tl.load(axis + 1)), 1.0)
@@ -65,22 +71,25 @@ def _filter(flat, axes, pixel, row_bytes, row, column, channel, inside, taps, RA
     x, width, left = _place(axes + 4, column, RADIUS)
     highest, lowest = tl.load(axes + 2), tl.load(axes + 3)
     leftmost, rightmost = tl.load(axes + 6), tl.load(axes + 7)
-    total, weights = tl.zeros_like(y), tl.zeros_like(y)
+    total, height_sum = tl.zeros_like(y), tl.zeros_like(y)
     for i in range(taps):
         line = top + i
         down = tl.where((line >= highest) & (line <= lowest), _weight((line - y) / height, RADIUS == 2), 0.0)
         line = tl.minimum(tl.maximum(line, highest), lowest)
         start = pixel + line.to(tl.int64) * row_bytes + channel
+        across_sum, width_sum = tl.zeros_like(y), tl.zeros_like(y)
         for j in range(taps):
             place = left + j
             across = _weight((place - x) / width, RADIUS == 2)
-            weight = tl.where((place >= leftmost) & (place <= rightmost), across, 0.0) * down
+            across = tl.where((place >= leftmost) & (place <= rightmost), across, 0.0)
             place = tl.minimum(tl.maximum(place, leftmost), rightmost)
-            value = tl.load(flat + start + place.to(tl.int64) * 3, mask=inside & (weight != 0), other=0)
-            total += weight * value.to(tl.float32)
-            weights += weight
-    # A cubic overshoots at edges; bytes, which other libraries compute with, would be cut off there.
-    return tl.minimum(tl.maximum(total / weights, 0.0), 255.0)
+            used = inside & (across != 0) & (down != 0)
+            value = tl.load(flat + start + place.to(tl.int64) * 3, mask=used, other=0)
+            across_sum += across * value.to(tl.float32)
+            width_sum += across
+        total += down * _to_byte(across_sum / width_sum)
+        height_sum += down
+    return _to_byte(total / height_sum)
 
 
 @triton.jit

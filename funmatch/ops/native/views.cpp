@@ -78,21 +78,27 @@ struct Filter {
         if (!cubic) return d < 1 ? 1 - d : 0;
         // Keys' cubic with a = -1/2, as in Pillow.
         if (d < 1) return (1.5 * d - 2.5) * d * d + 1;
-        return d < 2 ? ((-0.5 * d + 2.5) * d - 4) * d + 2 : 0;
+        return d < 2 ? (((d - 5) * d + 8) * d - 4) * -0.5 : 0;
     }
 };
+
+// Weights are whole numbers of 2^-22, as in Pillow, so that sums are exact and rounded alike. Where `resample.PRECISION`
+// is applied in Python, its value must be the same.
+constexpr int PRECISION = 22;
+
+inline int32_t to_byte(int32_t sum) { return std::min(std::max((sum + (1 << (PRECISION - 1))) >> PRECISION, 0), 255); }
 
 // The pixels along one axis whose weighted mean each pixel of a view is: `taps` weights each, from pixel `first` on.
 struct Taps {
     int64_t taps;
     std::vector<int64_t> first;
-    std::vector<float> weights;
+    std::vector<int32_t> weights;
 
     Taps(const Axis& axis, int64_t side, const Filter filter) : first(side) {
         // The filter is as wide as a pixel of the view, but no narrower than one of the image.
         const double width = std::max(1.0, std::fabs(axis.step)), radius = width * filter.radius();
         taps = std::min(2 * static_cast<int64_t>(std::ceil(radius)) + 1, static_cast<int64_t>(axis.most - axis.least) + 1);
-        weights.assign(side * taps, 0.0f);
+        weights.assign(side * taps, 0);
         std::vector<double> exact(taps);
         for (int64_t i = 0; i < side; ++i) {
             // Not clipped to pixels' centres: beyond the edge there is no pixel, so those inside share the weight.
@@ -102,44 +108,50 @@ struct Taps {
             first[i] = static_cast<int64_t>(start);
             double sum = 0;
             for (int64_t t = 0; t < taps; ++t) sum += exact[t] = filter((start + static_cast<double>(t) - place) / width);
-            for (int64_t t = 0; t < taps; ++t) weights[i * taps + t] = static_cast<float>(exact[t] / sum);
+            for (int64_t t = 0; t < taps; ++t) {
+                const double share = exact[t] / sum * (1 << PRECISION);
+                weights[i * taps + t] = static_cast<int32_t>(share < 0 ? share - 0.5 : share + 0.5);
+            }
         }
     }
 };
 
-// Samples a view, (side, side, 3) in [0, 1], with antialias. For each row of the view, rows of the image are summed over the
-// columns that are needed, where neighbours make full vectors; then the columns are.
+// Samples a view, (side, side, 3) in [0, 1], with antialias: the bytes of Pillow. The rows that are needed are shortened
+// first, and summed then, with rounding after both.
 void filter_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side,
                  const Filter filter) {
     const Taps down(rows, side, filter), across(columns, side, filter);
-    const auto [least, most] = std::minmax_element(across.first.begin(), across.first.end());
-    const int64_t leftmost = *least, length = 3 * (*most - leftmost + across.taps);
-    std::vector<float> between(length);
-    float* __restrict row = between.data();
-    for (int64_t i = 0; i < side; ++i) {
-        std::fill(between.begin(), between.end(), 0.0f);
-        for (int64_t t = 0; t < down.taps; ++t) {
-            const float weight = down.weights[i * down.taps + t];
-            if (weight == 0) continue;
-            const uint8_t* __restrict from = image + (down.first[i] + t) * row_bytes + 3 * leftmost;
-#pragma omp simd
-            for (int64_t k = 0; k < length; ++k) row[k] += weight * static_cast<float>(from[k]);
-        }
-        float* to = view + i * 3 * side;
+    const auto [top, bottom] = std::minmax_element(down.first.begin(), down.first.end());
+    const int64_t first = *top, count = *bottom - first + down.taps, values = 3 * side;
+    std::vector<int32_t> lines(count * values), sums(values);
+    for (int64_t r = 0; r < count; ++r) {
+        int32_t* to = lines.data() + r * values;
         for (int64_t j = 0; j < side; ++j) {
-            const float* weight = across.weights.data() + j * across.taps;
-            const float* from = row + 3 * (across.first[j] - leftmost);
-            float red = 0, green = 0, blue = 0;
+            const int32_t* weight = across.weights.data() + j * across.taps;
+            const uint8_t* from = image + (first + r) * row_bytes + 3 * across.first[j];
+            int32_t red = 0, green = 0, blue = 0;
             for (int64_t t = 0; t < across.taps; ++t) {
                 red += weight[t] * from[3 * t];
                 green += weight[t] * from[3 * t + 1];
                 blue += weight[t] * from[3 * t + 2];
             }
-            // A cubic overshoots at edges; bytes, which other libraries compute with, would be cut off there.
-            to[3 * j] = std::min(std::max(red, 0.0f), 255.0f) / 255.0f;
-            to[3 * j + 1] = std::min(std::max(green, 0.0f), 255.0f) / 255.0f;
-            to[3 * j + 2] = std::min(std::max(blue, 0.0f), 255.0f) / 255.0f;
+            to[3 * j] = to_byte(red);
+            to[3 * j + 1] = to_byte(green);
+            to[3 * j + 2] = to_byte(blue);
         }
+    }
+    int32_t* __restrict sum = sums.data();
+    for (int64_t i = 0; i < side; ++i) {
+        std::fill(sums.begin(), sums.end(), 0);
+        for (int64_t t = 0; t < down.taps; ++t) {
+            const int32_t weight = down.weights[i * down.taps + t];
+            const int32_t* __restrict from = lines.data() + (down.first[i] - first + t) * values;
+#pragma omp simd
+            for (int64_t k = 0; k < values; ++k) sum[k] += weight * from[k];
+        }
+        float* __restrict to = view + i * values;
+#pragma omp simd
+        for (int64_t k = 0; k < values; ++k) to[k] = static_cast<float>(to_byte(sum[k])) / 255.0f;
     }
 }
 

@@ -1,0 +1,88 @@
+"""How views are resized: a student answers through timm's own transform as the run reports, and records say how."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from make_images import EMBEDDED, TILE
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+import funmatch
+from funmatch.training.run import folder as run_folder
+
+CLASSES = json.loads((EMBEDDED / "classes.json").read_text())
+SIDE = 24
+
+
+def write_enlarged(folder: Path) -> Path:
+    """Writes the embedded training and test images as photographs are: larger than the views, of many shapes."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        sheet = np.asarray(Image.open(EMBEDDED / f"{split}.png"))
+        tiles = sheet.reshape(sheet.shape[0] // TILE, TILE, -1, TILE).swapaxes(1, 2).reshape(-1, TILE, TILE)
+        for name, group in zip(CLASSES, np.split(tiles, 10), strict=True):
+            (folder / split / name).mkdir(parents=True)
+            for i, tile in enumerate(group):
+                size = rng.integers(40, 100, 2)
+                image = np.asarray(Image.fromarray(tile).resize((int(size[1]), int(size[0])), Image.Resampling.BICUBIC))
+                # Detail that a view without antialias reads one pixel of, and one with it the mean.
+                image = np.clip(image[..., None] + rng.normal(0, 40, (*image.shape, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(image).save(folder / split / name / f"{i:03}.png", compress_level=1)
+    return folder
+
+
+@pytest.fixture(name="photos", scope="module")
+def enlarged_images(tmp_path_factory):
+    return write_enlarged(tmp_path_factory.mktemp("photos") / "images")
+
+
+def train(photos, out, **options):
+    return funmatch.train(
+        data=str(photos), student="resnet10t", student_kwargs=("stem_width=8", "channels=8,16,32,64"), side=SIDE,
+        steps=30, batch=32, lr=0.01, val="10%", compile="off", device="cpu", out=out, **options,
+    )  # fmt: skip
+
+
+def right_through_timm(student: Path, photos: Path) -> int:
+    """Number of the test images that a student has right, loaded and shown to it by timm alone."""
+    model = timm.create_model(f"local-dir:{student}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    views, labels = [], []
+    for label, name in enumerate(sorted(CLASSES)):
+        for path in sorted((photos / "test" / name).iterdir()):
+            views.append(transform(Image.open(path).convert("RGB")))
+            labels.append(label)
+    with torch.inference_mode():
+        return int((model(torch.stack(views)).argmax(-1) == torch.tensor(labels)).sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"eval_resample": "bicubic", "eval_resize": 27}, {"resample": "tf"}])
+def test_timms_transform_gives_the_top1_that_the_run_reports(photos, tmp_path, options):
+    result = train(photos, tmp_path / "run", **options).metrics
+    assert result["pictures"] == 2000
+    assert result["top1"] > 0.25
+    # Without antialias there is no such transform, and the run reports what timm's gives besides its own figure.
+    reported = result["top1_antialias"] if "resample" in options else result["top1"]
+    assert abs(right_through_timm(tmp_path / "run" / "student", photos) - 2000 * reported) <= 2
+    again = funmatch.evaluate(tmp_path / "run" / "student", data=str(photos), batch=500)
+    assert again["top1"] == pytest.approx(result["top1"], abs=1e-3), "the card says how the student was evaluated"
+
+
+def test_a_run_from_before_the_choice_goes_on_without_antialias(photos, tmp_path):
+    out = tmp_path / "run"
+    first = train(photos, out, resample="tf").metrics
+    path = out / "config.json"
+    record = json.loads(path.read_text())
+    assert (record["knobs"]["resample"], record["knobs"]["eval_resample"]) == ("tf", "tf")
+    for name in ("resample", "eval_resample"):
+        del record["knobs"][name]
+    path.write_text(json.dumps(record))
+    (out / "result.json").unlink()
+    assert train(photos, out).metrics["top1"] == first["top1"], "resumed with the default, it is evaluated as it was"
+    with pytest.raises(funmatch.InputError, match="resample: tf in the run, antialias"):
+        train(photos, out, resample="antialias")
+    assert run_folder.find_run(out).config["knobs"].get("resample") is None, "the record stays as it was"
