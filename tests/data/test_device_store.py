@@ -92,17 +92,12 @@ def test_crop_kernel_that_fails_or_differs_is_not_used(monkeypatch):
         10, dtype=torch.uint8, device="meta"
     )  # stands for an accelerator: the check runs on any device but the CPU
     monkeypatch.setattr(
-        device_store,
-        "_move_grid",
-        lambda grid, _: (torch.from_numpy(grid.corners), torch.from_numpy(grid.axes).float()),
-    )
-    monkeypatch.setattr(
         torch, "arange", lambda *args, original=torch.arange, **options: original(*args, **options | {"device": CPU})
     )
     kernels = pytest.importorskip("funmatch.ops.native.triton_crops")
-    monkeypatch.setattr(kernels, "sample", resample.sample_by_gather)
-    assert device_store.fastest_crop_kernel(flat) == (resample.sample_by_gather, "")
-    monkeypatch.setattr(kernels, "sample", lambda *args: resample.sample_by_gather(*args) + 0.1)
+    monkeypatch.setattr(kernels, "sample", resample.sample_by_torch)
+    assert device_store.fastest_crop_kernel(flat) == (resample.sample_by_torch, "")
+    monkeypatch.setattr(kernels, "sample", lambda *args: resample.sample_by_torch(*args) + 0.1)
     assert "its results differ" in device_store.fastest_crop_kernel(flat)[1]
 
     def fails(*_):
@@ -110,7 +105,7 @@ def test_crop_kernel_that_fails_or_differs_is_not_used(monkeypatch):
 
     monkeypatch.setattr(kernels, "sample", fails)
     kernel, note = device_store.fastest_crop_kernel(flat)
-    assert kernel is resample.sample_by_gather
+    assert kernel is resample.sample_by_torch
     assert "does not work on this device (no compiler)" in note
 
 

@@ -15,6 +15,7 @@ OTHERS = {
     "side": 48,
     "min_area": 0.2,
     "crop": "whole",
+    "resample": "antialias",
     "mixup": MixupOptions(a=0.2),
     "cutmix": 1.0,
     "randaugment": (2, 9),
