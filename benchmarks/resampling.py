@@ -5,8 +5,8 @@
 CIFAR-10 (folder of train/<class> and test/<class>) is shown at 16 and 24 pixels, cuts of photographs at 64 and 128:
 `--photos` holds large ones, at any depth, of which each is a class; training cuts come from its left half, test cuts
 from its right half. A teacher is trained on labels with one method; students are distilled from it with each method,
-with several seeds and equally many steps, and evaluated by each. Also: the teacher on evaluation views and on training views
-by each method, and the time that a view takes on one core, in turns. Prints Markdown.
+with several seeds and equally many steps, and evaluated by each. Also: the teacher on evaluation and training views by
+each method, and the time that a view takes on one core, in turns. Prints Markdown.
 """
 
 import argparse
