@@ -2,7 +2,7 @@
 
     python benchmarks/resampling.py --cifar FOLDER --photos FOLDER [--steps 600] [--seeds 3] [--out runs/resampling]
 
-CIFAR-10 (folder of train/<class> and test/<class>) is shown at 16 and 24 pixels, cuts of photographs at 64 and 128:
+CIFAR-10 (folder of train/<class> and test/<class>) is shown at 16 and 24 pixels, cuts of photographs at 64 and 96:
 `--photos` holds large ones, at any depth, of which each is a class; training cuts come from its left half, test cuts
 from its right half. A teacher is trained on labels with one method; students are distilled from it with each method,
 with several seeds and equally many steps, and evaluated by each. Also: the teacher on evaluation and training views by
@@ -35,7 +35,7 @@ from funmatch.ops.sampling import box_sampler
 from funmatch.ops.view_spec import ViewSpec
 
 METHODS: tuple[Resample, ...] = ("antialias", "tf")
-TEACHER = {"student": "resnet10t", "student_kwargs": ("channels=32,64,128,256", "stem_width=24")}
+TEACHER = {"student": "resnet10t", "student_kwargs": ("channels=16,32,64,128", "stem_width=16")}
 STUDENT = {"student": "resnet10t", "student_kwargs": ("channels=8,16,32,64", "stem_width=8")}
 ROUNDS = 5
 
@@ -87,7 +87,7 @@ def on_training_views(teacher: Path, data: str, side: int, method: Resample) -> 
 def compare(name: str, data: str, side: int, taught: Resample, options: argparse.Namespace) -> Iterator[str]:
     """Rows of the table for one data set, image size and method of the teacher's training."""
     common = {
-        "data": data, "side": side, "val": "none", "batch": 64, "lr": 0.004, "steps": options.steps, "compile": "off",
+        "data": data, "side": side, "val": "none", "batch": 32, "lr": 0.004, "steps": options.steps, "compile": "off",
         "eval_every": options.steps, "device": "cpu",
     }  # fmt: skip
     folder = options.out / f"{name}-{side}-{taught}"
@@ -160,9 +160,9 @@ def main() -> None:
         photos = largest_of_each(options.photos)
         cuts = options.out / "photographs"
         data = str(cuts if cuts.is_dir() else write_cuts(photos, cuts))
-        tasks += [("photographs", data, *how) for how in ((64, "antialias"), (64, "tf"), (128, "antialias"))]
+        tasks += [("photographs", data, *how) for how in ((64, "antialias"), (64, "tf"), (96, "antialias"))]
     if options.cifar:
-        tasks += [("CIFAR-10", str(options.cifar), *how) for how in ((16, "antialias"), (24, "antialias"), (16, "tf"))]
+        tasks += [("CIFAR-10", str(options.cifar), *how) for how in ((16, "antialias"), (16, "tf"), (24, "antialias"))]
     for task in tasks:
         for line in compare(*task, options):
             print(line, flush=True)
