@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -86,12 +87,12 @@ def on_training_views(teacher: Path, data: str, side: int, method: Resample) -> 
 
 def compare(name: str, data: str, side: int, taught: Resample, options: argparse.Namespace) -> Iterator[str]:
     """Rows of the table for one data set, image size and method of the teacher's training."""
-    common = {
+    common: dict[str, Any] = {
         "data": data, "side": side, "val": "none", "batch": 32, "lr": 0.004, "steps": options.steps, "compile": "off",
         "eval_every": options.steps, "device": "cpu",
     }  # fmt: skip
     folder = options.out / f"{name}-{side}-{taught}"
-    how = common | TEACHER | {"steps": 3 * options.steps, "resample": taught}
+    how: dict[str, Any] = common | TEACHER | {"steps": 3 * options.steps, "resample": taught}
     teacher = funmatch.train(**how, out=folder / "teacher").folder
     shown = {method: funmatch.evaluate(teacher, eval_resample=method)["top1"] for method in METHODS}
     views = {method: on_training_views(teacher / "student", data, side, method) for method in METHODS}
@@ -101,9 +102,9 @@ def compare(name: str, data: str, side: int, taught: Resample, options: argparse
         found: dict[str, list[float]] = {each: [] for each in METHODS}
         for seed in range(options.seeds):
             out = folder / f"{method}-{seed}"
-            funmatch.distill(
-                **common | STUDENT, teacher=teacher, resample=method, seed=seed, out=out, allow_weak_teacher=True
-            )
+            how = common | STUDENT | {"teacher": teacher, "resample": method, "seed": seed, "allow_weak_teacher": True}
+            options_of_run: dict[str, Any] = how
+            funmatch.distill(**options_of_run, out=out)
             for each in METHODS:
                 found[each].append(funmatch.evaluate(out, eval_resample=each)["top1"])
         yield row(name, side, taught, f"students trained with {method}", [found[each] for each in METHODS])
@@ -160,9 +161,10 @@ def main() -> None:
         photos = largest_of_each(options.photos)
         cuts = options.out / "photographs"
         data = str(cuts if cuts.is_dir() else write_cuts(photos, cuts))
-        tasks += [("photographs", data, *how) for how in ((64, "antialias"), (64, "tf"), (96, "antialias"))]
+        tasks += [("photographs", data, 64, each) for each in METHODS] + [("photographs", data, 96, "antialias")]
     if options.cifar:
-        tasks += [("CIFAR-10", str(options.cifar), *how) for how in ((16, "antialias"), (16, "tf"), (24, "antialias"))]
+        data = str(options.cifar)
+        tasks += [("CIFAR-10", data, 16, each) for each in METHODS] + [("CIFAR-10", data, 24, "antialias")]
     for task in tasks:
         for line in compare(*task, options):
             print(line, flush=True)

@@ -4,15 +4,27 @@ Two runs with equal specs and equal images have the same views at every step. So
 of that kind: whether students can share crops, whether a tape belongs to a run, whether kept logits are still valid.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from funmatch.config.choices import Resample
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.sampling import SAMPLING_VERSION
+from funmatch.runtime.records import list_differences
 
 MILD = ("mild", "squash")
 """Crops that are cut out of a resized image."""
+
+
+def complete_key(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored key with what it leaves out: how views are resized, where that is without antialias."""
+    return {"resample": "tf", **stored}
+
+
+def list_key_differences(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
+    """Lists in which options two keys differ, a line each; `where` says where the first is stored."""
+    return list_differences(complete_key(then), complete_key(now), where, {"pictures": "images"})
 
 
 @dataclass(frozen=True)

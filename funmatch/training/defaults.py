@@ -19,6 +19,7 @@ from funmatch.models.class_map import RULES
 from funmatch.models.classifier import Classifier
 from funmatch.models.names import LOCAL, NAMED, SAVEDMODEL, is_timm_name
 from funmatch.ops.optim import factory, hyperrule
+from funmatch.ops.view_spec import complete_key
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.functions import is_function_name
 from funmatch.runtime.log import info
@@ -26,12 +27,13 @@ from funmatch.training import scoring
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run import intervals
 from funmatch.training.student import acceleration
+from funmatch.training.teachers import tape
 
 Options = TypeVar("Options", bound=Train)
 FINETUNE_EVAL_CAP = 100
 """Most steps between two evaluations of `finetune`, which chooses the best of its students by them."""
 RESAMPLE: Resample = "antialias"
-"""Default of `resample`; measured in docs/resampling.md. With it, timm's transform gives the run's figures."""
+"""Default of `resample`; measured in benchmarks/results/resampling-cpu.md. With it, timm's transform gives a run's figures."""
 PIXEL_SHARE = 1 / 4
 """Share of an accelerator's memory that pixels may take."""
 
@@ -104,8 +106,12 @@ def _resampling(config: Train, before: dict[str, Any]) -> dict[str, Resample]:
     Args:
         before: the options of the run that resumes; empty if it begins.
     """
-    # A run goes on as it began, which was without antialias before there was a choice.
-    usual = (before.get("resample") or "tf") if before else RESAMPLE
+    usual = RESAMPLE
+    if before:
+        # A run goes on as it began, which was without antialias before there was a choice.
+        usual = before.get("resample") or "tf"
+    elif isinstance(config, Distill) and config.tape and (place := tape.record_folder(config.tape)).has_begun:
+        usual = complete_key(place.read()["asked"])["resample"]
     resample = config.resample or usual
     return {
         "resample": resample,

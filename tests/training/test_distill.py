@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 from make_images import FEW, paint
+from PIL import Image
 from safetensors.torch import load_file
+from torchvision.transforms import functional
 
 import funmatch
 from funmatch.config import Distill, Train
@@ -66,13 +68,15 @@ def test_metrics_equal_those_computed_with_timm_alone(finished):
     assert metrics["split"] == "test"
     assert metrics["step"] == 12
     split = open_cache("fashion-mini").splits["test"]
-    views = torch.stack([split.image(i) for i in range(len(split))]).permute(0, 3, 1, 2).float() / 255
+    images = [Image.fromarray(split.image(i).numpy()) for i in range(len(split))]
 
     def probabilities(folder):
         net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         cfg = net.pretrained_cfg
         side = cfg["input_size"][-1]
-        resized = torch.nn.functional.interpolate(views, (side, side), mode="bilinear")
+        resized = torch.stack(
+            [functional.to_tensor(image.resize((side, side), Image.Resampling.BILINEAR)) for image in images]
+        )
         mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         with torch.no_grad():
             return net((resized - mean) / std).double().softmax(-1)

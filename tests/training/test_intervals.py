@@ -36,8 +36,9 @@ def test_intervals_scale_down_with_the_run_and_have_a_longest(steps, log, evalua
 
 
 def test_evaluations_do_not_take_longer_than_training():
-    # 10,000 images are evaluated in the time in which at least 3,334 are trained on: 27 steps of 128.
-    assert default_intervals(60, 128, 10_000)["eval_every"] == 27
+    # 10,000 images are evaluated in about the time in which 1,000 are trained on: 8 steps of 128.
+    assert default_intervals(60, 128, 10_000)["eval_every"] == 8
+    assert default_intervals(100, 128, 10_000)["eval_every"] == 10
     assert default_intervals(6000, 128, 10_000)["eval_every"] == 500
     # The longest interval holds for any number of images.
     assert default_intervals(60, 1, 10**6)["eval_every"] == 500

@@ -10,8 +10,8 @@ LOG_CAP, EVAL_CAP, SAVE_CAP = 50, 500, 500
 """Longest intervals that come from the length of a run, in steps."""
 EARLY_SHARE = 0.02
 """Share of the run after which it is evaluated for the first time."""
-PASSES = 3
-"""Forward passes that training on an image takes at least as long as: one forward, and backward twice as much."""
+PASSES = 10
+"""Forward passes of the student that training on an image is taken to cost: three of its own, and the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def default_intervals(steps: int, batch: int, images: int, eval_cap: int = EVAL_
         images: number of images that an evaluation looks at.
         eval_cap: most steps between two evaluations.
     """
-    # Evaluations must not take longer than the training between them: a few steps for each of 50,000 images would.
+    # Evaluations should not take longer than the training between them: a few steps for each of 50,000 images would.
     fair = -(-images // (PASSES * batch))
     eval_every = _clamp(max(steps // EVALUATIONS, fair), eval_cap)
     return {

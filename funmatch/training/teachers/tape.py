@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from funmatch.errors import InputError
+from funmatch.ops.view_spec import list_key_differences
 from funmatch.runtime.files import disk_errors
 from funmatch.runtime.json_files import Damaged
-from funmatch.runtime.records import RecordFolder, list_differences
+from funmatch.runtime.records import RecordFolder
 from funmatch.training.run.metrics_log import RECORDED_MODE
 
 FORMAT = 1
@@ -274,7 +275,7 @@ def open_tape(folder: Path, layout: Layout, key: Mapping[str, Any], about: Mappi
     header = json.loads(json.dumps({"layout": spec, "asked": dict(key), **about}, default=str))  # as read back
     place.begin(
         header | {"check": _check_of(header)},
-        lambda then, now: list_differences(then["asked"], now["asked"], "on the tape", {"pictures": "images"}),
+        lambda then, now: list_key_differences(then["asked"], now["asked"], "on the tape"),
     )
     return find_tape(folder)
 
