@@ -33,7 +33,7 @@ Options = TypeVar("Options", bound=Train)
 FINETUNE_EVAL_CAP = 100
 """Most steps between two evaluations of `finetune`, which chooses the best of its students by them."""
 RESAMPLE: Resample = "antialias"
-"""Default of `resample`; measured in benchmarks/results/resampling-cpu.md. With it, timm's transform gives a run's figures."""
+"""Default of `resample`, by which timm's transform gives a run's figures (benchmarks/results/resampling-cpu.md)."""
 PIXEL_SHARE = 1 / 4
 """Share of an accelerator's memory that pixels may take."""
 
