@@ -163,6 +163,12 @@ class TrainOptions(ImagesOptions, total=False):
     of the image, never mirrored. (default: inception)"""
     resize: int | None
     """Length of the image's shorter side before a mild crop, in pixels. (default: eval_resize)"""
+    resample: Literal["antialias", "bicubic", "tf"] | None
+    """How training views are resized. antialias: bilinear with antialias. bicubic: with antialias, too. tf: bilinear
+    without antialias, as tf.image.resize and the paper's code. (default: antialias)"""
+    eval_resample: Literal["antialias", "bicubic", "tf"] | None
+    """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures.
+    (default: resample)"""
     mixup: float | None
     """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off. (default: 1)"""
     mixup_mode: Literal["batch", "image"]
@@ -471,6 +477,9 @@ class EvaluateOptions(ImagesOptions, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
+    eval_resample: Literal["antialias", "bicubic", "tf"] | None
+    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
     batch_size: int
