@@ -47,6 +47,8 @@ def test_functions_of_every_verb_can_be_imported():
         ({"randaugment": 9}, "randaugment: wanted 2 whole numbers, got 9"),
         ({"temprature": 2.0}, "unknown option 'temprature'; did you mean 'temperature'"),
         ({"batchsize": 2}, "'batch_size'"),
+        ({"callback": print, "max_hours": 2}, "on_event=FUNCTION is called with each record"),
+        ({"warmup_epochs": 2}, "unknown option 'warmup_epochs'; use warmup_steps=…"),
         ({"batch": 2, "batch_size": 2}, "batch is set twice, once as batch_size"),
         ({"lr": "0.003"}, "lr: wanted a number, got '0.003' (a string)"),
         ({"mixup": "yes"}, "mixup: wanted a number, got 'yes' (a string)"),

@@ -80,7 +80,7 @@ class ProgressBar:
         self.noted = False
         self.display: Any = None  # handle of the line in a notebook
         self.columns = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(),
             NoteColumn(table_column=Column(no_wrap=False)), TimeElapsedColumn(), TextColumn("left"),
             TimeRemainingColumn(), console=err,
         )  # fmt: skip
@@ -107,10 +107,11 @@ class ProgressBar:
         rate = (done - self.first) / max(now - self.started, 1e-9)
         noted = note if callable(note) else lambda: note
         if err.is_terminal:
+            # The loss before the rate, since a narrow terminal cuts the end.
             # rich draws ten times a second; the note may be a second old, but the first step has one.
             if now - self.last_line >= LIVE_LINE_SECONDS or not self.noted:
                 self.last_line, self.noted = now, True
-                self.columns.update(self.task, note=f"{format_rate(rate)} {noted()}")
+                self.columns.update(self.task, note=f"{noted()} {format_rate(rate)}".lstrip())
             self.columns.update(self.task, completed=done)
         elif now - self.last_line >= (LIVE_LINE_SECONDS if err.is_jupyter else PLAIN_LINE_SECONDS):
             # From the last line, not the last update: steps may be far shorter or longer than the interval.

@@ -44,11 +44,15 @@ def list_differences(
         names: names for messages of values whose keys say too little.
     """
     return [
-        f"{(names or {}).get(name, name)}: {then.get(name)} {where}, {now.get(name)} now"
+        f"{(names or {}).get(name, name)}: {_shown(then.get(name))} {where}, {_shown(now.get(name))} now"
         # A missing value counts as None: a record from before an option agrees with a command that leaves it out.
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     ]
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def test_bar_on_a_terminal_has_a_note_from_the_first_step_on(clock, monkeypatch)
         bar.update(step, lambda: asked.append(clock[0]) or "loss 1")
     assert len(asked) == 3
     assert asked[0] == 0.1
-    assert bar.columns.tasks[0].fields["note"].endswith("/s loss 1")
+    assert bar.columns.tasks[0].fields["note"].startswith("loss 1 ")
     assert bar.columns.tasks[0].completed == 30
 
 
@@ -62,5 +62,5 @@ def test_time_left_is_shown_on_a_narrow_terminal(clock, monkeypatch, width):
         log.err.print(bar.columns)
     (line,) = re.sub(r"\x1b\[[0-9;]*m", "", shown.get()).splitlines()
     assert "30/1000" in line
-    assert ("1.0/s loss 1.23" if width > 60 else "1.0/s lo") in line
+    assert ("loss 1.2345, top1 12.3" if width > 60 else "loss 1") in line
     assert re.search(r"\d+:\d\d:\d\d left (-:--:--|\d+:\d\d:\d\d)$", line), line

@@ -118,7 +118,8 @@ def test_folder_is_created_once_and_compared_when_reopened(tmp_path):
     ):
         pass
     assert str(error.value) == (
-        f"{folder.folder} holds a job with other options:\n  ema: None in the job, 0.9 now\n  lr: 1 in the job, 2 now\n"
+        f"{folder.folder} holds a job with other options:\n"
+        "  ema: not set in the job, 0.9 now\n  lr: 1 in the job, 2 now\n"
         "choose another --out, or pass the job's own values"
     )
     assert folder.path.read_bytes() == before

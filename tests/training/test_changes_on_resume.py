@@ -94,6 +94,10 @@ def test_rounding_is_refused_before_torch_is_imported(tmp_path):
     options = Train.checked(out=folder, **MINI | {"threads": 2})
     (line,) = compare.early_differences(folder, record_of(folder), "train", options)
     assert line.startswith("threads: 1 in the run, 2 now (")
+    record = record_of(folder)
+    record["knobs"]["threads"] = None  # all cores, which another number may differ from
+    (line,) = compare.early_differences(folder, record, "train", options)
+    assert line.startswith("threads: not set in the run, 2 now (")
     assert not compare.early_differences(
         folder, record_of(folder), "train", options.model_copy(update={"allow_rounding": True})
     )

@@ -274,7 +274,7 @@ def recorded(tmp_path_factory):
         ({"crop_min_area": 0.3}, "min_area: 0.05 on the tape, 0.3 now"),
         ({"side": 40}, "side: 32 on the tape, 40 now"),
         ({"data": (FEW, FEW)}, "images: "),
-        ({"tape_top": 3}, "top: None on the tape, 3 now"),
+        ({"tape_top": 3}, "top: not set on the tape, 3 now"),
         ({"teacher_precision": "fp32"}, "teacher_precision: auto on the tape, fp32 now"),
     ],
 )
@@ -318,7 +318,7 @@ def test_contradictory_tape_options_are_rejected(tmp_path, change, message):
 
 def test_run_that_started_without_a_tape_cannot_resume_with_one(recorded, tmp_path, finished_run):
     finished_run(tmp_path / "run", **OPTIONS)
-    with pytest.raises(InputError, match="the teacher's answers, as tape rounds them: None in the run, fp16 now"):
+    with pytest.raises(InputError, match="the teacher's outputs, as tape rounds them: not set in the run, fp16 now"):
         funmatch.distill(out=tmp_path / "run", tape=recorded / "tape", **OPTIONS)
     shutil.copytree(recorded, tmp_path / "moved")
     funmatch.distill(out=tmp_path / "moved" / "run", tape=tmp_path / "moved" / "tape", **OPTIONS)

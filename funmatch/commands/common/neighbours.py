@@ -49,6 +49,9 @@ OPTIONS = {
     "use --class-weights balanced": ("class-weight", "weighted-loss", "pos-weight", "balanced-loss"),
     "use --micro-batch, the images in a pass": ("gradient-accumulation-steps", "grad-accum-steps", "accumulate"),
     COMPLETE: COMPLETION,
+    "from Python, on_event=FUNCTION is called with each record of metrics.jsonl in the run folder": (
+        "callback", "callbacks", "hook", "hooks",
+    ),
     "metrics are of all images; for those of a class, predict each image with the student, which timm loads": (
         "per-class", "confusion", "confusion-matrix",
     ),

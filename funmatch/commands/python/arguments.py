@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from funmatch.commands.common.neighbours import option_hint
 from funmatch.commands.python.messages import python_name, python_words
 from funmatch.commands.verbs import run_verb
 from funmatch.config.metadata import Refers
-from funmatch.config.options import Options
+from funmatch.config.options import Options, listed
 from funmatch.config.sources.layers import PYTHON, layers_below
 from funmatch.config.values import native
 from funmatch.errors import InputError
@@ -69,7 +70,10 @@ def read_call(verb: str, table: type[Options], arguments: Mapping[str, Any]) -> 
     # Before the table's own check, whose message would show the value in full, such as a state dict.
     for word, value in values.items():
         _check_model(table, word, value)
-    # Unknown words stay, for `checked` to report them with all other problems.
+    hints = {word: option_hint(word) for word in values if table.field_of(word) is None}
+    if found := [f"unknown option {word!r}; {hint}" for word, hint in hints.items() if hint]:
+        raise InputError(listed(found))
+    # Other unknown words stay, for `checked` to report them with all other problems.
     names = {table.field_of(word) or word for word in values}
     config, recipe = values.get("config"), values.get("recipe")
     # Of another type they are wrong, which `checked` says.

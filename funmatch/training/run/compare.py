@@ -18,7 +18,7 @@ COMPARED_FACTS = {
     "teacher": "the teacher's content",
     "student": "the student's content",
     "teacher_function": "the teacher's normalisation or architecture",
-    "rounded": "the teacher's answers, as --tape rounds them",
+    "rounded": "the teacher's outputs, as --tape rounds them",
 }
 """Facts that are compared when a run is resumed."""
 IN_RUN = "in the run"
@@ -40,7 +40,9 @@ def early_differences(folder: Path, stored: dict[str, Any], verb: str, options: 
         is_plain = isinstance(value, int | float | str) and not isinstance(value, bool) and value != "auto"
         # What is the machine's, or names something by its place, is compared by what it turns out to be.
         is_open = opt.refers or opt.content or (opt.group is Group.MACHINE and opt.on_resume is not OnResume.ROUNDING)
-        if is_plain and not is_open and stored["knobs"].get(name) is not None:
+        # A default that was left open, such as all cores, stays None in a record unless it is resolved there.
+        stays_open = name == "threads" and name in stored["knobs"]
+        if is_plain and not is_open and (stays_open or stored["knobs"].get(name) is not None):
             requested[name] = value
     # How much longer such a run may become is decided with the schedule; alone it is no difference.
     longer = {name for name in requested if table.opt(name).extends and stored["knobs"].get("schedule") == "wsd"}
