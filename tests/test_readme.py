@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_bit import as_second_layout, random_bit
 
 from funmatch.cli import parse
@@ -142,10 +143,37 @@ def edited_config(written: Path, images: Path) -> str:
     return "".join(f"{name} = {json.dumps(value)}\n" for name, value in (options | small).items())
 
 
+SMALL = {
+    "resnetv2_101x1_bit.goog_in21k": "resnet10t --model-kwargs channels=8,8,16,16 stem_width=8 --steps 2",
+    "--teacher runs/teacher": "--teacher runs/teacher --allow-weak-teacher",
+    "--student resnetv2_50x1_bit": "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8",
+    "--side 128": "--side 32",
+    "--epochs 1000": "--epochs 1",
+}
+"""What makes the README's commands short: small networks, few steps."""
+
+
+def test_the_readmes_lines_work_in_their_order(images, tmp_path, funmatch, capsys, monkeypatch):
+    """From a folder of images to a class name: six commands, and the lines of Python that use the student."""
+    monkeypatch.chdir(tmp_path)
+    lines = lines_with("funmatch", PAGES[:1])
+    assert [line.split()[1] for line in lines] == ["data", "finetune", "distill", "train", "evaluate", "report"]
+    for line in lines:
+        for old, new in ({"~/images": str(images)} | SMALL).items():
+            line = line.replace(old, new)
+        done = funmatch(*arguments(line)[0])
+        assert done.returncode == 0, done.stderr
+    assert Path("comparison.html").is_file()
+    Image.new("RGB", (50, 40), "red").save("photo.jpg")
+    (code,) = blocks("python", PAGES[:1])
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.strip() in ("ant", "bee", "cat")
+
+
 @pytest.mark.slow
 def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
     """Every command, with a small network in place of BiT, few epochs, and a teacher from `train`."""
-    tiny_student = "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8"
     np.savez(tmp_path / "bit.npz", **as_second_layout(random_bit(50, 1)))
     replacements = {
         "--student resnetv2_50x1_bit --student mobilenetv3_large_100": "--student resnet10t --student resnet14t "
@@ -154,8 +182,7 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "--trials 20": "--trials 2",
         "recipes pet37-fast": "recipes flowers102-fast --no-measure",
         "distill pet37-fast": "recipes sun397-fast --no-measure",
-        "resnetv2_101x1_bit.goog_in21k": "resnet10t --model-kwargs channels=8,8,16,16 stem_width=8 --steps 2",
-        "--teacher runs/teacher": "--teacher runs/teacher --allow-weak-teacher",
+        **{name: SMALL[name] for name in ("resnetv2_101x1_bit.goog_in21k", "--teacher runs/teacher")},
         "pets_teacher_savedmodel": f"{tmp_path}/bit.npz",
         "--teacher runs/a --teacher runs/b": "--teacher runs/labels --teacher runs/labels --allow-weak-teacher",
         "--teacher-side 224 384": "--teacher-side 32 48",
@@ -164,9 +191,7 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "~/any-photos": f"{images}/train",
         "pet37": str(images),
         "pets.safetensors": "teacher.safetensors",
-        "--student resnetv2_50x1_bit": tiny_student,
-        "--side 128": "--side 32",
-        "--epochs 1000": "--epochs 1",
+        **{name: SMALL[name] for name in ("--student resnetv2_50x1_bit", "--side 128", "--epochs 1000")},
         "--epochs 3000": "--epochs 3",
         "study consistency": "study consistency --set steps=2 --only same/ic --seeds 0",
         "--teacher resnetv2_101x1_bit": "--teacher resnet10t --teacher-kwargs channels=8,8,16,16 stem_width=8 "
