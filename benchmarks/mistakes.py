@@ -24,7 +24,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 TARGET = 1.0
-"""Seconds in which a mistake is to be answered that needs neither PyTorch nor images: the median of all of these."""
+"""Seconds in which a mistake is to be answered that needs neither PyTorch nor images: the median over such mistakes."""
 DATA, SIZES, END = "--data images", "--side 32 --batch 16", "--steps 4 --out runs/new"
 TEACHER, STUDENT = "--teacher runs/teacher", "--student resnet10t"
 RUN = f"distill {DATA} {TEACHER} {STUDENT} {SIZES}"
@@ -109,8 +109,8 @@ def run(words: str, folder: Path) -> tuple[float, subprocess.CompletedProcess[st
     return time.perf_counter() - began, result
 
 
-def measure(mistakes: dict[str, str], rounds: int, folder: Path) -> Iterator[tuple[str, list[float]]]:
-    """Yields a row of the table for each mistake, and its seconds; one round before the others is not counted."""
+def measure(mistakes: dict[str, str], rounds: int, folder: Path) -> Iterator[tuple[str, float]]:
+    """Yields a row of the table for each mistake, and its median seconds; one more round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in mistakes}
     answers = {}
     for number in range(rounds + 1):
@@ -123,7 +123,7 @@ def measure(mistakes: dict[str, str], rounds: int, folder: Path) -> Iterator[tup
     for name, each in seconds.items():
         answer = answers[name].removeprefix("funmatch: ").replace("|", "\\|").replace(str(folder), "…")
         span = f"{statistics.median(each):.2f} ({min(each):.2f} … {max(each):.2f})"
-        yield f"| {name} | 2 | {span} | {answer} |", each
+        yield f"| {name} | 2 | {span} | {answer} |", statistics.median(each)
 
 
 def main() -> None:
@@ -138,17 +138,20 @@ def main() -> None:
         for words in (train, f"{STARTED} --allow-weak-teacher"):
             if (made := run(words, folder)[1]).returncode:
                 raise SystemExit(made.stderr)
+        every: list[float] = []
         for title, group in (("Neither PyTorch nor images are needed", EARLY), ("PyTorch or images are needed", LATE)):
             chosen = {name: words for name, words in group.items() if options.only in name}
             if not chosen:
                 continue
             print(f"## {title}\n\n| mistake | exit code | seconds | first line of the answer |\n|---|---|---|---|")
-            every = []
-            for row, seconds in measure(chosen, options.rounds, folder):
+            medians = []
+            for row, median in measure(chosen, options.rounds, folder):
                 print(row, flush=True)
-                every += seconds
-            print(f"\nMedian of all {len(chosen)}: {statistics.median(every):.2f} s", end="")
-            print(f" (target: at most {TARGET} s)\n" if group is EARLY else "\n", flush=True)
+                medians.append(median)
+            target = f" (target: at most {TARGET} s)" if group is EARLY else ""
+            print(f"\nMedian of these {len(chosen)}: {statistics.median(medians):.2f} s{target}\n", flush=True)
+            every += medians
+        print(f"Median of all {len(every)}: {statistics.median(every):.2f} s")
 
 
 if __name__ == "__main__":
