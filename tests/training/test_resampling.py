@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import funmatch
+from funmatch.data.cache.stores import INDEX, CachedSplit
+from funmatch.training import scoring
 from funmatch.training.run import folder as run_folder
+from funmatch.training.teachers import checks
 
 CLASSES = json.loads((EMBEDDED / "classes.json").read_text())
 SIDE = 24
@@ -86,3 +91,36 @@ def test_a_run_from_before_the_choice_goes_on_without_antialias(photos, tmp_path
     with pytest.raises(funmatch.InputError, match="resample: tf in the run, antialias"):
         train(photos, out, resample="antialias")
     assert run_folder.find_run(out).config["knobs"].get("resample") is None, "the record stays as it was"
+
+
+def split_of(sizes: list[tuple[int, int]]) -> CachedSplit:
+    index = np.zeros(len(sizes), INDEX)
+    index["height"], index["width"] = zip(*sizes, strict=True)
+    index["label"] = np.arange(len(sizes)) % 4
+    store: Any = None
+    return CachedSplit("val", index, store, np.zeros((len(sizes), 16), np.uint8))
+
+
+@pytest.mark.parametrize(("gained", "size", "said"), [(30, 200, True), (2, 200, False), (30, 40, False)])
+def test_a_teacher_that_is_clearly_better_resized_the_other_way_is_named(monkeypatch, capsys, gained, size, said):
+    split = split_of([(size, size)] * 200)
+    labels = split.labels(slice(None))
+    answers = torch.nn.functional.one_hot(labels, 4).float()
+    # Without antialias it has some images wrong that it has right with it, and two the other way round.
+    here, there = answers.clone(), answers.clone()
+    here[:gained] = -here[:gained]
+    there[-2:] = -there[-2:]
+    shown: list[tuple[int, str]] = []
+
+    def predict(_, some, view):
+        shown.append((len(some), view.resample))
+        return there, [there]
+
+    monkeypatch.setattr(checks, "predict", predict)
+    teachers: Any = SimpleNamespace(members=[SimpleNamespace(name="its-name")])
+    view = scoring.EvalView(32, 40, 8, torch.device("cpu"), "fp32", resample="tf")
+    checks.compare_resampling(teachers, [here], split, view)
+    # Images that are enlarged look the same both ways.
+    assert shown == ([(200, "antialias")] if size > 40 else [])
+    found = "its-name has top-1 99.0 % with --resample antialias, 85.0 % with tf" in capsys.readouterr().err
+    assert found == said
