@@ -164,11 +164,11 @@ class TrainOptions(ImagesOptions, total=False):
     resize: int | None
     """Length of the image's shorter side before a mild crop, in pixels. (default: eval_resize)"""
     resample: Literal["antialias", "bicubic", "tf"] | None
-    """How training views are resized. antialias: bilinear with antialias. bicubic: with antialias, too. tf: bilinear
-    without antialias, as tf.image.resize and the paper's code. (default: antialias)"""
+    """How training views are resized. tf: bilinear without antialias, as tf.image.resize and the paper's code.
+    antialias: bilinear with antialias. bicubic: with antialias, too. (default: tf)"""
     eval_resample: Literal["antialias", "bicubic", "tf"] | None
     """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures.
-    (default: resample)"""
+    (default: antialias)"""
     mixup: float | None
     """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off. (default: 1)"""
     mixup_mode: Literal["batch", "image"]

@@ -176,8 +176,7 @@ def test_old_tape_is_replayed_and_extended(tmp_path, old_tape):
     logits, longer = (old_tape / "answers.bin").read_bytes(), STEPS + 2
     options = OPTIONS | {"steps": longer, "eval_every": longer}
     with teacher_batches() as with_teacher:
-        recorded = funmatch.distill(**options, resample="tf", tape=tmp_path / "new_tape", out=tmp_path / "recorded")
-    # By itself, a run shows what the tape's teacher was shown, which was resized without antialias.
+        recorded = funmatch.distill(**options, tape=tmp_path / "new_tape", out=tmp_path / "recorded")
     with teacher_batches() as with_tape:
         replayed = funmatch.distill(**options, tape=old_tape, out=tmp_path / "replayed")
     assert len(with_teacher) - len(with_tape) >= STEPS, (
@@ -209,7 +208,7 @@ def test_old_cache_is_used(tmp_path, old_cache, pixels):
 @pytest.mark.usefixtures("same_libraries")
 def test_old_logits_of_a_fixed_teacher_are_used(tmp_path, old_cache):
     before = contents(old_cache / "cache" / "answers")
-    funmatch.distill(**OPTIONS, strategy="fix/rs", resample="tf", steps=2, out=tmp_path / "run")
+    funmatch.distill(**OPTIONS, strategy="fix/rs", steps=2, out=tmp_path / "run")
     assert contents(old_cache / "cache" / "answers") == before
 
 

@@ -126,7 +126,7 @@ DATA = {"pet37": "pet", "flowers102": "flowers", "food101": "food", "sun397": "s
 """Data sets of the paper, and their names in its files."""
 TEACHER_TOP1 = {"flowers102": 97.82, "pet37": 91.03, "food101": 86.24, "sun397": 74.22}
 # Both codes resize without antialias.
-TF_RESIZE = {"resample": "tf"}
+TF_RESIZE = {"resample": "tf", "eval_resample": "tf"}
 STUDENT = {"student": "resnetv2_50x1_bit", "side": 128, "eval_resize": 160, **TF_RESIZE}
 
 # data, name, epochs, lr, weight decay, temperature, top-1 of the student: table 4 of the paper

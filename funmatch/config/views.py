@@ -36,12 +36,12 @@ class Views(Options):
         int | None, Opt(group=Group.VIEWS, changes=VIEWS, at_least=1, at_most=10**4, usual="--eval-resize")
     ] = None
     """Length of the image's shorter side before a mild crop, in pixels."""
-    resample: Annotated[Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="antialias", before="tf")] = None
-    """How training views are resized. antialias: bilinear with antialias. bicubic: with antialias, too. tf: bilinear
-    without antialias, as tf.image.resize and the paper's code."""
-    eval_resample: Annotated[
-        Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="--resample", before="tf")
-    ] = None
+    resample: Annotated[Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="tf", before="tf")] = None
+    """How training views are resized. tf: bilinear without antialias, as tf.image.resize and the paper's code.
+    antialias: bilinear with antialias. bicubic: with antialias, too."""
+    eval_resample: Annotated[Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="antialias", before="tf")] = (
+        None
+    )
     """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures."""
     # None, not 1: a strategy or BiT-HyperRule has a default of its own.
     mixup: Annotated[

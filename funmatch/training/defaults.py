@@ -32,8 +32,10 @@ from funmatch.training.teachers import tape
 Options = TypeVar("Options", bound=Train)
 FINETUNE_EVAL_CAP = 100
 """Most steps between two evaluations of `finetune`, which chooses the best of its students by them."""
-RESAMPLE: Resample = "antialias"
-"""Default of `resample`, by which timm's transform gives a run's figures (benchmarks/results/resampling-cpu.md)."""
+RESAMPLE: Resample = "tf"
+EVAL_RESAMPLE: Resample = "antialias"
+"""How training and evaluation views are resized by default. Trained without antialias, students become as good, and
+views are made faster; evaluated with it, most are better, as timm's transform shows (results/resampling-cpu.md)."""
 PIXEL_SHARE = 1 / 4
 """Share of an accelerator's memory that pixels may take."""
 
@@ -106,17 +108,13 @@ def _resampling(config: Train, before: dict[str, Any]) -> dict[str, Resample]:
     Args:
         before: the options of the run that resumes; empty if it begins.
     """
-    usual = RESAMPLE
+    usual, eval_usual = RESAMPLE, EVAL_RESAMPLE
     if before:
         # A run goes on as it began, which was without antialias before there was a choice.
-        usual = before.get("resample") or "tf"
+        usual, eval_usual = (before.get(name) or "tf" for name in ("resample", "eval_resample"))
     elif isinstance(config, Distill) and config.tape and (place := tape.record_folder(config.tape)).has_begun:
         usual = complete_key(place.read()["asked"])["resample"]
-    resample = config.resample or usual
-    return {
-        "resample": resample,
-        "eval_resample": config.eval_resample or before.get("eval_resample") or resample,
-    }
+    return {"resample": config.resample or usual, "eval_resample": config.eval_resample or eval_usual}
 
 
 def _device_gb(config: Train, device: torch.device, before: dict[str, Any]) -> float:

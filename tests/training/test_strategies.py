@@ -241,7 +241,7 @@ def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatc
     )
     crops = 8 if strategy == "fix/ic_ens" else 1
     extra = {"teacher_crops": 8} if crops > 1 else {}
-    options = MINI | {"strategy": strategy, "steps": 5, "eval_every": 100, "resample": "tf", **extra}
+    options = MINI | {"strategy": strategy, "steps": 5, "eval_every": 100, **extra}
     outcome = funmatch.distill(out=tmp_path / "run", **options)
     split = open_cache(FEW).splits["train"]
     (folder,) = (tmp_path / "cache" / "answers").iterdir()

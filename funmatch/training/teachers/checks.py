@@ -143,19 +143,21 @@ def check_on_validation(teachers: TeacherEnsemble, setup: TrainSetup[Distill]) -
     combined, members = predict(teachers, split, setup.evaluation.view)
     check_teachers(teachers, combined, members, split, setup.cache.classes, setup.config)
     if not run_folder.options_of(setup.config.out):
-        compare_resampling(teachers, members, split, setup.evaluation.view)
+        training = setup.config.resample or "tf"
+        compare_resampling(teachers, members, split, setup.evaluation.view, training)
     return TeacherLogits(combined, members)
 
 
 def compare_resampling(
-    teachers: TeacherEnsemble, logits: list[Tensor], split: CachedSplit, view: scoring.EvalView
+    teachers: TeacherEnsemble, logits: list[Tensor], split: CachedSplit, view: scoring.EvalView, training: Resample
 ) -> None:
-    """Reports the teachers that are clearly better where images are resized the other way.
+    """Reports teachers that are clearly better with or without antialias, where views are not resized so.
 
     Networks are sensitive to how their images were resized: some lose points without antialias, some with it.
 
     Args:
         logits: of the split, one for each teacher, as the view shows the images.
+        training: how training views are resized.
     """
     heights, widths = split.sizes(np.arange(len(split)))
     # Smaller images are enlarged, and there antialias changes nothing.
@@ -169,14 +171,17 @@ def compare_resampling(
     _, others = predict(teachers, subset, replace(view, resample=other))
     labels = subset.labels(slice(None))
     for member, here, there in zip(teachers.members, logits, others, strict=True):
-        now, then = here[some].argmax(-1) == labels, there.argmax(-1) == labels
-        better, worse = int((then & ~now).sum()), int((now & ~then).sum())
+        right = {view.resample: here[some].argmax(-1) == labels, other: there.argmax(-1) == labels}
+        better, worse = sorted(right, key=lambda method: int(right[method].sum()), reverse=True)
+        gained, lost = int((right[better] & ~right[worse]).sum()), int((right[worse] & ~right[better]).sum())
+        flags = {"--resample": training, "--eval-resample": view.resample}
+        change = " ".join(f"{flag} {better}" for flag, method in flags.items() if method == worse)
         # McNemar's test: only images that it has right one way alone tell the two apart.
-        if better - worse > 2 * math.sqrt(better + worse):
+        if change and gained - lost > 2 * math.sqrt(gained + lost):
+            top1 = {method: percent(found.double().mean().item()) for method, found in right.items()}
             info(
-                f"note: teacher {member.name} has top-1 {percent(then.double().mean().item())} with --resample "
-                f"{other}, {percent(now.double().mean().item())} with {view.resample}, on {len(some)} images of "
-                f"{split.name}; --resample {other} shows it images as it knows them"
+                f"note: teacher {member.name} has top-1 {top1[better]} on images resized by {better}, {top1[worse]} by "
+                f"{worse} ({len(some)} images of {split.name}); {change} shows them as it knows them"
             )
 
 
