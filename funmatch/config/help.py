@@ -40,21 +40,24 @@ def overview(tables: Mapping[str, type[Options]]) -> str:
     return "\n".join([*lines, "", *_wrapped(last)])
 
 
-def help_of(verb: str, table: type[Options], *, everything: bool = False, usage: str = "") -> str:
+def help_of(
+    verb: str, table: type[Options], *, everything: bool = False, usage: str = "", about: type[Options] | None = None
+) -> str:
     """The help of one command: its usage, examples, and the options that matter most, or all of them.
 
     Args:
         verb: the words that begin the command, "distill" or "tune distill".
         everything: whether all options are listed, by group.
         usage: what the usage shows in the place of `verb`, "distill [RECIPE]".
+        about: the table whose sentence and examples are shown, if not the options' own.
     """
-    shown = _sorted(table)
+    shown, about = _sorted(table), about or table
     # A second page would hide too few options to be worth another command.
     everything = everything or len(shown) <= FEW
-    lines = [*_usage(usage or verb, table), "", *_wrapped(_summary(table))]
-    if table.examples:
-        lines += ["", _bold("Examples:" if len(table.examples) > 1 else "Example:")]
-        lines += [line for example in table.examples for line in _command(example, "  ")]
+    lines = [*_usage(usage or verb, table), "", *_wrapped(_summary(about))]
+    if about.examples:
+        lines += ["", _bold("Examples:" if len(about.examples) > 1 else "Example:")]
+        lines += [line for example in about.examples for line in _command(example, "  ")]
     if everything:
         for heading, names in grouped(table):
             lines += ["", _bold(f"{heading}:")]
@@ -65,7 +68,9 @@ def help_of(verb: str, table: type[Options], *, everything: bool = False, usage:
     # The sort is stable: within required and other options the groups' order stays.
     essential.sort(key=lambda item: not table.model_fields[item[0]].is_required())
     lines += [line for name, opt in essential for line in _option(table, name, opt)]
-    return "\n".join([*lines, "", f"`funmatch {verb} --help-all` shows all {len(shown)} options."])
+    groups = ", ".join(heading for heading, _ in grouped(table))
+    rest = f"`funmatch {verb} --help-all` shows all {len(shown)} options, by group: {groups}."
+    return "\n".join([*lines, "", *_wrapped(rest)])
 
 
 def grouped(table: type[Options]) -> list[tuple[str, list[str]]]:

@@ -118,7 +118,10 @@ class Plan(Options):
     """Forecast the time, memory and disk space that a run takes on this machine."""
 
     verbs: ClassVar[str] = "Science"
-    examples: ClassVar[tuple[str, ...]] = ("funmatch plan distill pet37-fast",)
+    examples: ClassVar[tuple[str, ...]] = (
+        "funmatch plan distill --data ~/images --teacher runs/teacher --student resnet18 --epochs 99 --out runs/student",
+        "funmatch plan pet37-fast",
+    )
 
 
 class Tape(Options):

@@ -5,7 +5,7 @@ from pathlib import Path
 from funmatch.data.readers.split_names import describe_images
 from funmatch.reports.result import Result
 from funmatch.runtime.log import print_table
-from funmatch.runtime.text import duration, number, percent
+from funmatch.runtime.text import MISSING, duration, number, percent
 
 
 def show(result: Result) -> None:
@@ -17,6 +17,7 @@ def show(result: Result) -> None:
     teacher = metrics.get("teacher")
     rows = [
         ["top-1", percent(metrics["top1"])],
+        ["top-1 through timm's transform", percent(metrics.get("top1_antialias"))],
         ["top-5", percent(metrics["top5"])],
         ["agreement with the teacher", percent(metrics["agreement"])],
         ["teacher's class in the student's top 5", percent(metrics["agreement5"])],
@@ -31,6 +32,8 @@ def show(result: Result) -> None:
     top1 = teacher["top1"] if isinstance(teacher, dict) else metrics.get("teacher_top1")
     if teacher:
         rows.insert(1, ["teacher's top-1", percent(top1)])
+    # Without a teacher, or without labels, there is nothing to say of some.
+    rows = [row for row in rows if row[1] != MISSING]
     images = describe_images(metrics["pictures"], metrics["split"], metrics.get("held_out_of"))
     print_table(f"{name} on {images}", ["metric", "value"], rows)
     if result.page:

@@ -1,5 +1,8 @@
 """Formats durations, fractions, sizes and option values for tables and messages."""
 
+MISSING = "–"
+"""Stands for a value that there is not."""
+
 
 def duration(seconds: float) -> str:
     """Formats seconds as minutes or hours: 75 becomes `1:15`, 3700 becomes `1:01:40`."""
@@ -18,13 +21,13 @@ def format_rate(rate: float) -> str:
 
 def percent(share: float | None) -> str:
     """Formats a fraction in percent: 0.8312 becomes `83.1 %`, None a dash."""
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return MISSING if share is None else f"{100 * share:.1f} %"
 
 
 def number(value: float | None, digits: int = 4) -> str:
     """Formats a metric: 0.12345 becomes `0.1235`, 4e34 `4.00e+34`, None a dash."""
     if value is None:
-        return "–"
+        return MISSING
     # A diverged run's KL has forty digits, none of which says anything.
     return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.2e}"
 

@@ -39,7 +39,9 @@ def test_help_shows_the_most_important_options_first(columns):
     assert usage.startswith("Usage: funmatch distill [RECIPE] --data DATA …")
     for needed in ("--student MODEL", "--teacher MODEL …", "--out FOLDER"):
         assert needed in usage
-    assert f"`funmatch distill --help-all` shows all {len(Distill.model_fields)} options." in text
+    last = " ".join(text.split("\n\n")[-1].split())
+    assert f"`funmatch distill --help-all` shows all {len(Distill.model_fields)} options, by group: Data," in last
+    assert all(heading in last for heading, _ in help.grouped(Distill))
     first = re.findall(r"^  (-[^ ]*(?:, -[^ ]*)*)", text, re.M)
     assert 8 <= len(first) <= 13, first
     assert [each.split(",")[0] for each in first[:4]] == ["--data", "--student", "--teacher", "--out"]
