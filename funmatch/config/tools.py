@@ -119,7 +119,7 @@ class Plan(Options):
 
     verbs: ClassVar[str] = "Science"
     examples: ClassVar[tuple[str, ...]] = (
-        "funmatch plan distill --data ~/images --teacher runs/teacher --student resnet18 --epochs 99 --out runs/student",
+        "funmatch plan distill --data ~/images --teacher runs/teacher --student resnet18 --epochs 99 --out runs/first",
         "funmatch plan pet37-fast",
     )
 
