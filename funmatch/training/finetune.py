@@ -4,6 +4,7 @@ from typing import Any
 
 from funmatch.config import Finetune
 from funmatch.runtime import distributed
+from funmatch.runtime.log import info
 from funmatch.training.defaults import apply_hyperrule
 from funmatch.training.setup import TrainSetup, Trial, build_setup, open_data
 from funmatch.training.student.build import Modules
@@ -28,5 +29,11 @@ def build_finetune_setup(
     cache, options = open_data(config, trial)
     ruled = apply_hyperrule(options, check_labels(options, cache))
     ruled.check()  # the rule may contradict what was given
+    if options.lr is None and options.optimizer == "sgd":
+        # In proportion to the batch, so small where the batch is: the first thing to change if little is learnt.
+        info(
+            f"learning rate {ruled.lr:g} for {ruled.steps:,} steps (BiT-HyperRule: 0.003 × batch {ruled.batch} / 512); "
+            "if accuracy stays low, set a larger --lr or more --steps"
+        )
     classes = len(cache.classes)
     return build_setup("finetune", ruled, cache, num_classes=classes, given=given, requested=config, trial=trial)

@@ -241,8 +241,8 @@ def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None
         raise InputError(
             f"{name} has {model.num_classes} outputs, but {cache.name} has {len(classes)} classes "
             f"({_first_few(classes)}). If the model knows them among others, pass --classes same-names or --classes "
-            "map.json. To train on images of other things, pass --unlabelled, or images of the teacher's classes "
-            "as --eval-data"
+            "map.json. If it shall learn them, fine-tune it first (`funmatch finetune --model …`). To train on images "
+            "of other things, pass --unlabelled, or images of the teacher's classes as --eval-data"
         )
     # Equal numbers of classes in another order would give a low accuracy and no error.
     named = model.card.classes or ()

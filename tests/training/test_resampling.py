@@ -47,9 +47,10 @@ def enlarged_images(tmp_path_factory):
 
 
 def train(photos, out, **options):
+    options = {"steps": 30} | options
     return funmatch.train(
         data=str(photos), student="resnet10t", student_kwargs=("stem_width=8", "channels=8,16,32,64"), side=SIDE,
-        steps=30, batch=32, lr=0.01, val="10%", compile="off", device="cpu", out=out, **options,
+        batch=32, lr=0.01, val="10%", compile="off", device="cpu", out=out, **options,
     )  # fmt: skip
 
 
@@ -129,3 +130,23 @@ def test_a_teacher_that_is_clearly_better_resized_the_other_way_is_named(monkeyp
     assert ("--resample antialias --eval-resample antialias shows them as it knows them" in text) == said
     checks.compare_resampling(teachers, [there], split, replace(view, resample="antialias"), "antialias")
     assert not capsys.readouterr().err, "views are resized as it knows them already"
+
+
+def test_a_teacher_that_is_shown_other_views_than_its_card_says_is_said_to_be(photos, tmp_path, capsys):
+    train(photos, tmp_path / "teacher", steps=2)
+    capsys.readouterr()
+    funmatch.distill(
+        data=str(photos), teacher=tmp_path / "teacher", student="resnet10t", student_kwargs=("stem_width=8",),
+        side=SIDE, eval_resize=48, steps=1, batch=8, val="10%", compile="off", device="cpu", allow_weak_teacher=True,
+        out=tmp_path / "run",
+    )  # fmt: skip
+    found = capsys.readouterr().err
+    assert "(resized to 48 pixels before the crop, as for the student; its own card says 30)" in found
+
+
+def test_finetune_says_the_rate_that_the_rule_gives_a_batch(photos, tmp_path, capsys):
+    funmatch.finetune(
+        data=str(photos), model="resnet10t", model_kwargs=("stem_width=8", "channels=8,16,32,64"), side=SIDE, steps=2,
+        batch=64, val="10%", compile="off", device="cpu", out=tmp_path / "run",
+    )  # fmt: skip
+    assert "learning rate 0.000375 for 2 steps (BiT-HyperRule: 0.003 × batch 64 / 512)" in capsys.readouterr().err

@@ -72,6 +72,7 @@ def check_teachers(
     split: CachedSplit,
     classes: Sequence[str],
     config: Distill,
+    view: scoring.EvalView,
 ) -> None:
     """Reports the accuracy of the teachers, and refuses those near chance: nearly always a wrong head.
 
@@ -79,6 +80,7 @@ def check_teachers(
         combined: logits of the split as `predict` returns them, (n, classes).
         each: those of each teacher.
         classes: names of the data's classes.
+        view: the preprocessing of evaluation for the student.
 
     Raises:
         InputError: logits are not finite, fit another order of the classes better, or are near chance without
@@ -94,7 +96,8 @@ def check_teachers(
         # Without labels there is no accuracy to check.
         if metrics["balanced"] is None or metrics["top1"] is None:
             continue
-        info(f"teacher {name}: top-1 {percent(metrics['top1'])} on {describe_images(len(split), split.name)}")
+        shown = _shown_as(member, view) if member else ""
+        info(f"teacher {name}: top-1 {percent(metrics['top1'])} on {describe_images(len(split), split.name)}{shown}")
         on_card = member.frozen.classifier.card.top1 if member else None
         if on_card is not None and metrics["top1"] < on_card - BELOW_CARD_WARNING:
             info(
@@ -106,6 +109,15 @@ def check_teachers(
             scoring.check_number_order(card, classes, logits, split, trust_order=config.trust_class_order)
         # Balanced accuracy, since a constant prediction has a high top-1 where one class is frequent.
         check_above_chance(name, metrics["balanced"], logits, split, config)
+
+
+def _shown_as(member: EnsembleMember, view: scoring.EvalView) -> str:
+    """Returns, as a clause, that a teacher is shown other views than its card says: its accuracy alone may differ."""
+    shown, own = member_view(member, view), member.frozen.classifier.card
+    usual = scoring.default_eval_resize(shown.side, own)
+    if shown.short_side == usual:
+        return ""
+    return f" (resized to {shown.short_side} pixels before the crop, as for the student; its own card says {usual})"
 
 
 def check_above_chance(name: str, accuracy: float, logits: Tensor, split: CachedSplit, config: Distill) -> None:
@@ -141,7 +153,7 @@ def check_on_validation(teachers: TeacherEnsemble, setup: TrainSetup[Distill]) -
     """Predicts the teachers' logits of the validation split; raises `InputError` if they are near chance."""
     split = setup.evaluation.validation
     combined, members = predict(teachers, split, setup.evaluation.view)
-    check_teachers(teachers, combined, members, split, setup.cache.classes, setup.config)
+    check_teachers(teachers, combined, members, split, setup.cache.classes, setup.config, setup.evaluation.view)
     if not run_folder.options_of(setup.config.out):
         training = setup.config.resample or "tf"
         compare_resampling(teachers, members, split, setup.evaluation.view, training)
