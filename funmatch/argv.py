@@ -220,7 +220,7 @@ def flag_problems(words: list[str], table: type[Options], name: str, found: Coll
     known = [flag for each in table.model_fields for flag in flags_of(table, each)]
     unknowns = [flag for flag in flags if not _option_of(flag, table)]
     # Where we know what is meant, names that are near in letters would mislead.
-    hints = {flag: option_hint(flag) for flag in unknowns}
+    hints = {flag: option_hint(flag, table) for flag in unknowns}
     problems = [
         f"unknown option {flag!r}; {hints[flag]}" if hints[flag] else str(unknown("option", flag, known))
         for flag in unknowns

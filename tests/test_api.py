@@ -49,6 +49,7 @@ def test_functions_of_every_verb_can_be_imported():
         ({"batchsize": 2}, "'batch_size'"),
         ({"callback": print, "max_hours": 2}, "on_event=FUNCTION is called with each record"),
         ({"warmup_epochs": 2}, "unknown option 'warmup_epochs'; use warmup_steps=…"),
+        ({"learning_rate": 1.0, "arch": "s"}, "unknown option 'arch'; use student=…"),
         ({"batch": 2, "batch_size": 2}, "batch is set twice, once as batch_size"),
         ({"lr": "0.003"}, "lr: wanted a number, got '0.003' (a string)"),
         ({"mixup": "yes"}, "mixup: wanted a number, got 'yes' (a string)"),

@@ -91,6 +91,12 @@ def test_words_after_a_value_can_be_the_commands_own():
         (["distill", "--out", "o", "--lrr=3"], "2 problems:\n  unknown option '--lrr'; did you mean '--lr'"),
         (["distill", "--out", "o"], "distill needs --student, --data, --teacher; see `funmatch distill --help`"),
         ([*BASE, "--wandb"], "unknown option '--wandb'; every metric is in metrics.jsonl"),
+        ([*BASE, "--image-size", "64"], "unknown option '--image-size'; use --side"),
+        ([*BASE, "--learning-rate", "1"], "unknown option '--learning-rate'; use --lr"),
+        ([*BASE, "--temp", "2"], "unknown option '--temp'; use --temperature"),
+        (["train", "--arch", "resnet18"], "unknown option '--arch'; use --student"),
+        (["finetune", "--arch", "resnet18"], "unknown option '--arch'; use --model"),
+        (["evaluate", "--arch", "resnet18"], "unknown option '--arch'; give MODEL as the first word"),
         ([*BASE, "--gpus", "2"], "torchrun --nproc-per-node N"),
         ([*BASE, "--resume"], "the same command resumes"),
         ([*BASE, "--max_hours=8"], "saves first, and the same command resumes it"),
@@ -137,3 +143,4 @@ def test_words_of_other_tools_are_not_ours():
         not {word for theirs in neighbours.COMMANDS.values() for word in (*theirs, *neighbours.USE_IT)} & TABLES.keys()
     )
     assert neighbours.COMMANDS.keys() <= TABLES.keys()
+    assert not neighbours.option_hint("--wd", Evaluate), "it has no such option"

@@ -125,7 +125,7 @@ def test_unreadable_images_are_reported(funmatch, tmp_path):
             paint(tmp_path / "p" / split / name / "1.png", 1)
     (tmp_path / "p" / "train" / "a" / "1.png").write_bytes(b"PNG?")
     result = funmatch("train", "--data", tmp_path / "p", *MINI[2:], "--steps", "1", "--out", "o", check=2)
-    assert "1 unreadable images" in result.stderr
+    assert "1 unreadable image in p (" in result.stderr
     assert "train/a/1.png: not an image" in result.stderr
     assert not (tmp_path / "o").exists()
 

@@ -1,5 +1,6 @@
 """Lists the models that can be named; their parameters and operations are counted without building them."""
 
+import sys
 import warnings
 from fnmatch import fnmatch
 from typing import Any
@@ -10,7 +11,7 @@ from funmatch.models.download import PAPER_FILES
 from funmatch.models.names import NAMED, check_architecture, timm_names
 from funmatch.reports.result import Result
 from funmatch.runtime.files import cache_home
-from funmatch.runtime.log import ProgressBar
+from funmatch.runtime.log import ProgressBar, info_loading
 
 BIT = [f"resnetv2_{size}_bit" for size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")]
 GROUPS = {**dict.fromkeys(NAMED, "bundled"), **{f"bit:{name}": "BiT weights file" for name in PAPER_FILES}}
@@ -31,6 +32,9 @@ def list_models(config: Models) -> Result:
     """
     names = match_names(config.pattern)
     counted = config.figures or config.side is not None or len(names) <= FEW
+    # Names alone are listed at once, without either.
+    if counted and "torch" not in sys.modules:
+        info_loading("models", "PyTorch and timm")
     found = []
     # timm's warnings about single models would break the list.
     with ProgressBar("models", len(names), 0) as bar, warnings.catch_warnings(action="ignore"):

@@ -26,6 +26,7 @@ class Verb:
         show: prints the `Result` for people.
         page: takes the run folder and returns the path of its page, for commands that write one and return metrics.
         subjects: for a command that is followed by another (`tune distill`): the table for each.
+        loads: the libraries that importing `run` loads and that take seconds; empty where there are none.
     """
 
     table: type[Options]
@@ -33,6 +34,7 @@ class Verb:
     show: str
     page: str | None = None
     subjects: Mapping[str, type[Options]] = field(default_factory=dict)
+    loads: str = "PyTorch and timm"
 
 
 RUN_PAGE, RUN_TABLE = "reports.run_page:write_if_finished", "reports.tables:show"
@@ -43,11 +45,11 @@ VERBS: dict[str, Verb] = {
     "distill": Verb(config.Distill, "training.distill:run", RUN_TABLE, page=RUN_PAGE),
     "train": Verb(config.Train, "training.train:run", RUN_TABLE, page=RUN_PAGE),
     "evaluate": Verb(config.Evaluate, "training.evaluate:run", RUN_TABLE),
-    "config": Verb(tools.Config, "commands.config:run", "commands.config:show"),
-    "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show"),
-    "data": Verb(config.Data, "commands.data:run", "commands.prepare:show"),
-    "cache": Verb(config.Cache, "commands.cache:run", "commands.cache:show"),
-    "models": Verb(tools.Models, "commands.models:list_models", "commands.models:show_models"),
+    "config": Verb(tools.Config, "commands.config:run", "commands.config:show", loads=""),
+    "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show", loads="PyTorch"),
+    "data": Verb(config.Data, "commands.data:run", "commands.prepare:show", loads="PyTorch"),
+    "cache": Verb(config.Cache, "commands.cache:run", "commands.cache:show", loads=""),
+    "models": Verb(tools.Models, "commands.models:list_models", "commands.models:show_models", loads=""),
     "import": Verb(tools.Import, "commands.import_model:import_model", "commands.import_model:show_imported"),
     "recipes": Verb(tools.Recipes, "commands.recipes:run", "commands.recipes:show"),
     "plan": Verb(tools.Plan, "commands.plan:run", "commands.plan:show", subjects=TAUGHT),
@@ -104,11 +106,9 @@ def run_verb(
     # Only where something is named or written: the readers of data take a moment to import.
     if type(options).where(lambda opt: opt.refers is not None or opt.function):
         load_function("commands.common.preflight:check")(name, options)
+    _announce(name)
     if is_dry_run(options):
         return load_function(DRY_RUN.run)(options, modules or {}, sources or {})
-    # Before the import that takes seconds, or a person would wait for the first word.
-    if name in TAUGHT and "torch" not in sys.modules:
-        load_function("runtime.log:info")(f"{name}: loading PyTorch and timm …")
     run = load_function(verb.run)
     # Only commands that name models take modules.
     found = run(options, modules) if modules else run(options)
@@ -122,6 +122,7 @@ def run_students(
     # Before they are split: a problem is reported once and not for every student.
     options.check()
     load_function("commands.common.preflight:check_students")(options, students)
+    _announce("distill")
     from funmatch.training import distill_many
 
     each = distill_many.split_by_student(options, students)
@@ -131,6 +132,12 @@ def run_students(
         return [run_verb("distill", one, sources=sources) for one in each]
     metrics = distill_many.run(each)["runs"]
     return [_with_page(VERBS["distill"], found, one) for found, one in zip(metrics, each, strict=True)]
+
+
+def _announce(name: str) -> None:
+    """Says what is loaded, before the import that takes seconds, or a person would wait for the first word."""
+    if VERBS[name].loads and "torch" not in sys.modules:
+        load_function("runtime.log:info_loading")(name, VERBS[name].loads)
 
 
 def is_dry_run(options: Options) -> bool:

@@ -95,8 +95,8 @@ class Dataset:
 
     @property
     def display_name(self) -> str:
-        """Name and location, for messages."""
-        return f"{self.name} ({self.location})" if self.location else self.name
+        """Name and location, for messages; once where they are the same, as of a folder in the current one."""
+        return f"{self.name} ({self.location})" if self.location not in ("", self.name) else self.name
 
     def jobs(self) -> list[tuple[str, int]]:
         """Every image as (split, index), in order."""

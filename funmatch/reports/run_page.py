@@ -103,12 +103,15 @@ def _with_teacher(run: run_folder.Run) -> str:
 
 def _trained(run: run_folder.Run) -> str:
     teacher = dict(zip(run_tables.COLUMNS, run_tables.row(run), strict=True))["trained on"]
-    return f"distilled from {teacher}" if run.config["verb"] == "distill" else "trained on labels"
+    labels = "fine-tuned on labels" if run.config["verb"] == "finetune" else "trained on labels"
+    return f"distilled from {teacher}" if run.config["verb"] == "distill" else labels
 
 
 def _sentence(run: run_folder.Run) -> str:
     """Describes one run: how it was trained, and the metrics of its student."""
-    begin, result = f"A student {_trained(run)}", run.result
+    # What finetune trains is a teacher as a rule.
+    what = "model" if run.config["verb"] == "finetune" else "student"
+    begin, result = f"A {what} {_trained(run)}", run.result
     if not result:
         return f"{begin}."
     images = f"on {describe_images(result['pictures'], result['split'], result.get('held_out_of'))}"

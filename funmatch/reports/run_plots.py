@@ -103,7 +103,7 @@ def _figure(found: list[run_folder.Run], panel: Panel) -> Figure:
         if panel.name == "top1":
             teachers |= {panel.scale * r[panel.name]: r["teacher"] for r in starts}
     for value, teacher in teachers.items():
-        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=_literal(f"teacher {_short(teacher)}"))
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=_literal(_called(teacher)))
     axes.set_xlabel("step")
     axes.set_ylabel(panel.label)
     _limits(axes, panel)
@@ -201,6 +201,12 @@ def _planned_lr(run: run_folder.Run) -> Points:
 
 def _short(teachers: str) -> str:
     return " + ".join(Path(name).name for name in teachers.split(" + "))
+
+
+def _called(teachers: str) -> str:
+    # A teacher's run is often called `teacher` itself.
+    name = _short(teachers)
+    return name if name.lower().startswith("teacher") else f"teacher {name}"
 
 
 def _literal(text: str) -> str:

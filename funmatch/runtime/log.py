@@ -37,6 +37,11 @@ def info(message: str) -> None:
     err.print(message)
 
 
+def info_loading(command: str, libraries: str) -> None:
+    """Says that a command loads libraries that take seconds to import."""
+    info(f"{command}: loading {libraries} …")
+
+
 def info_notes(model: str, notes: Iterable[str]) -> None:
     """Prints the notes on a model that was loaded, one a line."""
     for note in notes:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from funmatch.data.readers.split_names import TRAINING_IMAGES
+from funmatch.data.readers.split_names import TRAINING_IMAGES, describe_images
 from funmatch.models.classifier import Classifier
 from funmatch.ops.metrics import has_diverged
 from funmatch.runtime.log import info
@@ -63,13 +63,17 @@ class Evaluator:
     def result(self, state: TrainState, folder: Path) -> dict[str, Any]:
         """Evaluates the finished student; returns what `result.json` holds."""
         split, view, teachers = self.setup.evaluation.test, self.setup.evaluation.view, self.objective.teachers
+        about = datasets.about_images(split, self.setup.cache, self.setup.config.val)
+        # The trials of a search are many, and its own progress tells of them.
+        if not self.setup.inputs.trial:
+            info(f"evaluating {describe_images(about['pictures'], about['split'], about.get('held_out_of'))} …")
         # The teachers' logits of the validation split were computed at the start; reuse them if that is also the test.
         teacher_logits = self.teacher_logits
         if teachers and split.name != self.setup.evaluation.validation.name:
             teacher_logits, _ = checks.predict(teachers, split, view)
         scores = scoring.score(scoring.predict(self.student, split, view), split, teacher_logits)
         result: dict[str, Any] = scores | {
-            **datasets.about_images(split, self.setup.cache, self.setup.config.val),
+            **about,
             "step": state.step,
             "best_step": state.best_step,
             "best_score": state.best_score if state.best_step is not None else None,

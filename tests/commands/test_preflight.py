@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 import funmatch as package
+from funmatch.commands import models, verbs
+from funmatch.config import Models
 from funmatch.models import names
 from funmatch.models.names import check_architecture, check_model_name, current_name
+from funmatch.reports.result import Result
 
 RUN = ["distill", "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
 END = ["--steps", "2", "--out", "o"]
@@ -57,6 +60,40 @@ def test_wrong_names_and_places_need_no_torch(tmp_path):
     for message in commands:
         assert message in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "other", "text.pt"]
+
+
+@pytest.mark.parametrize("name", verbs.VERBS)
+def test_what_is_loaded_is_said_before_it_is(name, monkeypatch, capsys):
+    def load(function):
+        if function == verbs.VERBS[name].run:
+            said.append(capsys.readouterr())
+            return lambda _options: Result(None, {})
+        return verbs_load(function)
+
+    said, verbs_load = [], verbs.load_function
+    monkeypatch.setattr(verbs, "load_function", load)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    verbs.run_verb(name, Models.checked())
+    silent = name in ("config", "cache", "models")
+    libraries = "PyTorch" if name in ("data", "prepare") else "PyTorch and timm"
+    assert said[0].err == ("" if silent else f"{name}: loading {libraries} …\n")
+    assert said[0].out == ""
+
+
+def test_what_says_nothing_loads_nothing_that_takes_seconds():
+    silent = [verb.run for verb in verbs.VERBS.values() if not verb.loads]
+    lines = "import sys; from funmatch.commands.verbs import load_function"
+    lines += f"; [load_function(each) for each in {silent}]; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", lines], check=True)
+
+
+def test_models_with_figures_say_what_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(models, "_figures", lambda *_: dict.fromkeys(("parameters", "gflop")))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    models.list_models(Models.checked(pattern="fashion-mini-teacher"))
+    assert "models: loading PyTorch and timm …" in capsys.readouterr().err
+    models.list_models(Models.checked(pattern="resnet"))
+    assert "loading" not in capsys.readouterr().err
 
 
 def test_all_problems_come_at_once(funmatch):

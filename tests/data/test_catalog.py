@@ -112,7 +112,7 @@ def test_food_equals_torchvisions(home):
         "test": 20,
     }
     (root / "images" / "waffles" / "3.jpg").unlink()
-    with pytest.raises(InputError, match=r"1 unreadable images in food101.*\n.*waffles/3\.jpg: No such file"):
+    with pytest.raises(InputError, match=r"1 unreadable image in food101.*\n.*waffles/3\.jpg: No such file"):
         open_cache("food101")
 
 

@@ -125,7 +125,7 @@ def test_a_choice_of_unreadable_images_alone_is_an_error(images, options, monkey
     numbers = np.zeros(40, np.uint8)
     numbers[5] = ORDER.index("val")
     monkeypatch.setattr(cuts, "choose_splits", lambda *_: numbers)
-    with pytest.raises(InputError, match=r"(?s)1 unreadable images in images.*train/ant/05\.png"):
+    with pytest.raises(InputError, match=r"(?s)1 unreadable image in images.*train/ant/05\.png"):
         open_cache(str(images), held_out(1), skipping)
 
 

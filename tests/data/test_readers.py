@@ -230,7 +230,7 @@ def test_links_that_are_broken_circular_or_lead_outside(tmp_path):
     with pytest.raises(InputError, match=r"p2/beside is a link that leads out of .*--follow-links"):
         open_folder(tmp_path / "p2")
     (tmp_path / "p" / "b.png").symlink_to(tmp_path / "p" / "nowhere.png")
-    with pytest.raises(InputError, match=r"1 unreadable images.*\n.*b\.png: No such file"):
+    with pytest.raises(InputError, match=r"1 unreadable image in .*\n.*b\.png: No such file"):
         open_cache(str(tmp_path / "p"))
 
 

@@ -132,6 +132,14 @@ def test_unreadable_images_can_be_skipped(images, funmatch):
         open_cache(str(images))
 
 
+def test_one_unreadable_image_and_the_name_of_its_folder_are_said_once(tmp_path, monkeypatch):
+    paint(tmp_path / "bad" / "1.png", 1)
+    (tmp_path / "bad" / "0.jpg").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^1 unreadable image in bad; fix or remove it, or"):
+        open_cache("bad")
+
+
 def test_long_list_of_unreadable_images_is_written_to_a_file(tmp_path):
     for i in range(300):
         (tmp_path / "p").mkdir(exist_ok=True)

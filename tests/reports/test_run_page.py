@@ -132,9 +132,25 @@ def test_lead_of_a_comparison_names_the_best_run_and_the_next(runs):
         "(trained on labels) has 25.0 %."
     )
     assert "A student distilled from fashion-mini-teacher: 75.0 % top-1 accuracy on" in run_page.lead(found[1:])
+    config = json.loads((runs[0] / "config.json").read_text())
+    (runs[0] / "config.json").write_text(json.dumps(config | {"verb": "finetune"}))
+    assert run_page.lead([run_folder.find_run(runs[0])]).startswith("A model fine-tuned on labels: 25.0 % top-1")
+    (runs[0] / "config.json").write_text(json.dumps(config))
     result = json.loads((runs[0] / "result.json").read_text())
     (runs[0] / "result.json").write_text(json.dumps(result | {"split": "val"}))
     assert run_page.lead(found).endswith("evaluated on different images: do not compare them.")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("runs/teacher", "teacher"), ("runs/bit", "teacher bit"), ("teacher-pets", "teacher-pets")]
+)
+def test_legend_says_teacher_once(runs, name, label, monkeypatch):
+    found, records = run_folder.find_run(runs[1]), []
+    for each in found.metrics.read():
+        records.append(each | ({"teacher": name} if each["event"] == "teacher" else {}))
+    monkeypatch.setattr(type(found.metrics), "read", lambda _self: records)
+    (legend,) = run_plots._figure([found], run_plots.ACCURACY).legends
+    assert label in [text.get_text().strip("\u200b") for text in legend.get_texts()]
 
 
 def test_page_fits_a_phone_and_a_dark_screen(runs, tmp_path):

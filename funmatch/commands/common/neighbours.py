@@ -1,5 +1,10 @@
 """Answers the words of other tools with ours."""
 
+import re
+
+from funmatch.config.help import flags_of, metavar
+from funmatch.config.options import Options
+
 COMMANDS = {
     "evaluate": ("val", "validate", "validation", "test", "eval", "score"),
     "train": ("fit", "run"),
@@ -36,15 +41,21 @@ OPTIONS = {
     "use --precision bf16, fp16 or fp32": ("amp", "fp16", "bf16", "half", "mixed-precision", "amp-dtype"),
     "name published weights by their tag, e.g. --student resnet18.a1_in1k": ("pretrained",),
     "use --warmup-steps": ("warmup-epochs", "warmup-lr", "warmup"),
+    "use --student": ("arch", "architecture", "model-name", "student-model"),
+    "use --lr": ("learning-rate", "base-lr"),
+    "use --side": ("image-size", "input-size", "res", "resolution", "crop-size"),
+    "use --epochs": ("num-epochs", "num-train-epochs", "max-epochs"),
+    "use --steps": ("max-steps", "num-steps", "total-steps", "iterations"),
+    "use --batch": ("bs",),
     "use --weight-decay": ("wd",),
     "use --schedule": ("sched", "lr-scheduler", "scheduler"),
-    "use --out FOLDER": ("output", "output-dir", "save-dir", "project", "experiment", "name", "exp-name"),
+    "use --out FOLDER": ("output", "output-dir", "save-dir", "out-dir", "project", "experiment", "name", "exp-name"),
     "use --data": ("data-path", "train-dir", "train-data", "dataset", "root"),
     "use --val 10%, or --eval-data for other images": ("val-dir", "val-data", "val-split", "validation-split"),
     "the number of classes is that of the data, or of the teacher": ("num-classes",),
     "use --workers": ("num-workers", "dataloader-num-workers"),
     "use --label-weight W, for (1 − W) · distance + W · cross-entropy on labels": ("alpha", "kd-weight", "ce-weight"),
-    "use --temperature": ("tau", "kd-temperature"),
+    "use --temperature": ("tau", "temp", "kd-temperature"),
     "use --sampling balanced": ("sampler", "balanced-sampler", "weighted-sampler", "balanced-sampling", "oversample"),
     "use --class-weights balanced": ("class-weight", "weighted-loss", "pos-weight", "balanced-loss"),
     "use --micro-batch, the images in a pass": ("gradient-accumulation-steps", "grad-accum-steps", "accumulate"),
@@ -76,7 +87,23 @@ def command_hint(word: str) -> str:
     return TIMM if word.lower() in USE_IT else ""
 
 
-def option_hint(flag: str) -> str:
-    """Returns a sentence about another tool's option; empty where it is not known."""
+def option_hint(flag: str, table: type[Options]) -> str:
+    """Returns a sentence about another tool's option; empty where it is not known, or the command has none for it."""
     name = flag.lstrip("-").replace("_", "-").lower()
-    return next((ours for ours, theirs in OPTIONS.items() if name in theirs), "")
+    hint = next((ours for ours, theirs in OPTIONS.items() if name in theirs), "")
+    return _in_words_of(table, hint) if hint.startswith("use --") else hint
+
+
+def _in_words_of(table: type[Options], hint: str) -> str:
+    """Returns a hint `use --option …` with the command's own name for it; empty where it has no such option."""
+    flag = re.findall(r"--[a-z-]+", hint)[0]
+    field = table.field_of(flag)
+    # `finetune` calls the student a model, and for `evaluate` it is what `model` is for them.
+    if field is None and flag == "--student":
+        field = table.field_of("--model")
+    if field is None:
+        return ""
+    if table.opt(field).positional:
+        return f"give {metavar(table, field)} as the first word"
+    own = next(each for each in flags_of(table, field) if each.startswith("--"))
+    return hint.replace(flag, own, 1)

@@ -70,7 +70,7 @@ def read_call(verb: str, table: type[Options], arguments: Mapping[str, Any]) -> 
     # Before the table's own check, whose message would show the value in full, such as a state dict.
     for word, value in values.items():
         _check_model(table, word, value)
-    hints = {word: option_hint(word) for word in values if table.field_of(word) is None}
+    hints = {word: option_hint(word, table) for word in values if table.field_of(word) is None}
     if found := [f"unknown option {word!r}; {hint}" for word, hint in hints.items() if hint]:
         raise InputError(listed(found))
     # Other unknown words stay, for `checked` to report them with all other problems.

@@ -265,4 +265,5 @@ def unreadable(name: str, bad: Sequence[Sequence[str]], home: Path) -> InputErro
         # Names may hold bytes that are not UTF-8.
         write_atomically(listed, "".join(line.encode(errors="replace").decode() + "\n" for line in lines))
         text += f"\n  … and {len(lines) - NAMED_AT_MOST} more, all in {listed}"
-    return InputError(f"{len(lines)} unreadable images in {name}; fix or remove them, or pass --on-bad skip:\n  {text}")
+    found, them = ("1 unreadable image", "it") if len(lines) == 1 else (f"{len(lines):,} unreadable images", "them")
+    return InputError(f"{found} in {name}; fix or remove {them}, or pass --on-bad skip:\n  {text}")

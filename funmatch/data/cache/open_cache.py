@@ -159,7 +159,8 @@ def list_complaints(cache: Cache) -> list[str]:
             f"WARNING: {count:,} images of {cache.name} are the same with different labels, e.g. {one} = {other}"
         )
     if bad := cache.summary["unreadable"]:
-        lines.append(f"WARNING: skipped {len(bad):,} unreadable images of {cache.name}, e.g. {': '.join(bad[0])}")
+        found = "1 unreadable image" if len(bad) == 1 else f"{len(bad):,} unreadable images"
+        lines.append(f"WARNING: skipped {found} of {cache.name}, e.g. {': '.join(bad[0])}")
     return lines
 
 
