@@ -9,6 +9,7 @@ from typing import Any
 
 from funmatch.errors import InputError, unknown
 from funmatch.models.download import PAPER_FILES
+from funmatch.runtime.log import info
 from funmatch.runtime.measured import Measurement
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -47,6 +48,8 @@ def timm_names() -> dict[str, Any]:
     version = importlib.metadata.version("timm")
     kept = Measurement("timm", f"names and sizes of timm {version}", "the names of timm's models")
     if (names := kept.read(TIMM_SHAPE)) is None:
+        if "timm" not in sys.modules:
+            info("listing the names of timm's models, which takes some seconds the first time …")
         import timm
         from timm.models import _registry
 

@@ -88,6 +88,8 @@ def test_what_says_nothing_loads_nothing_that_takes_seconds():
 
 
 def test_models_with_figures_say_what_is_loaded(monkeypatch, capsys):
+    names.timm_names()  # of an empty cache they would be listed first, which loads timm and says so
+    capsys.readouterr()
     monkeypatch.setattr(models, "_figures", lambda *_: dict.fromkeys(("parameters", "gflop")))
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     models.list_models(Models.checked(pattern="fashion-mini-teacher"))
