@@ -197,9 +197,11 @@ def settings(found: list[run_folder.Run]) -> list[list[str]]:
         values = [_format_option(each[name]) if name in each else "–" for each in options]
         table = next(table for run in found if name in (table := TAUGHT[run.config["verb"]]).model_fields)
         default = table.model_fields[name].get_default()
-        usual = table.opt(name).usual if default in (None, ()) else default
+        usual = _format_option(table.opt(name).usual if default in (None, ()) else default)
         required = table.model_fields[name].is_required()
-        rows.append([name, *values, "–" if required else _format_option(usual)])
+        # A default that was resolved to its usual value is one.
+        if required or set(values) != {usual}:
+            rows.append([name, *values, "–" if required else usual])
     return rows
 
 

@@ -66,6 +66,7 @@ class Evaluator:
         about = datasets.about_images(split, self.setup.cache, self.setup.config.val)
         # The trials of a search are many, and its own progress tells of them.
         if not self.setup.inputs.trial:
+            self._say_kept(state)
             info(f"evaluating {describe_images(about['pictures'], about['split'], about.get('held_out_of'))} …")
         # The teachers' logits of the validation split were computed at the start; reuse them if that is also the test.
         teacher_logits = self.teacher_logits
@@ -97,6 +98,19 @@ class Evaluator:
             average = scoring.predict(self.ema.model, split, view)
             result["ema"] = scoring.score(average, split, teacher_logits)
         return result
+
+    def _say_kept(self, state: TrainState) -> None:
+        """Says which student is kept, and warns of one that was hardly trained: few images choose at random."""
+        validation, config = self.setup.evaluation.validation, self.setup.config
+        if config.keep != "best" or state.best_step is None:
+            return
+        images = describe_images(len(validation), validation.name)
+        info(f"kept the student of step {state.best_step:,} of {state.step:,}, the best on {images}")
+        if state.best_step <= (config.warmup_steps or 0) < state.step:
+            info(
+                "WARNING: this step is in the warm-up: hold out more images (--val), evaluate less often "
+                "(--eval-every), or keep the last student (--keep last)"
+            )
 
     def export(self, result: dict[str, Any], folder: Path) -> None:
         """Exports the student, and the average of its weights."""

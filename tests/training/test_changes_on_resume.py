@@ -138,3 +138,19 @@ def test_time_adds_up_over_all_starts(tmp_path, capsys):
     tables.show(run)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " time " in line]
     assert "1:00:0" in line
+
+
+def test_a_finished_run_has_nothing_to_round(tmp_path):
+    options = {**MINI, "steps": 4, "eval_every": 4, "out": tmp_path / "run"}
+    first = funmatch.train(**options | {"threads": 1}).figures
+    assert funmatch.train(**options | {"threads": None}).figures == first, "nothing is computed again"
+    assert funmatch.train(**options | {"threads": 2}).figures == first
+
+
+def test_the_kept_student_is_named(tmp_path, capsys):
+    run = funmatch.train(
+        **{**MINI, "steps": 6, "eval_every": 2, "keep": "best", "out": tmp_path / "run"}, warmup_steps=4
+    )
+    best, text = run.figures["best_step"], capsys.readouterr().err
+    assert f"kept the student of step {best} of 6, the best on 60 images of val" in text
+    assert ("WARNING: this step is in the warm-up" in text) == (best <= 4)

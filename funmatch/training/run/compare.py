@@ -46,7 +46,9 @@ def early_differences(folder: Path, stored: dict[str, Any], verb: str, options: 
             requested[name] = value
     # How much longer such a run may become is decided with the schedule; alone it is no difference.
     longer = {name for name in requested if table.opt(name).extends and stored["knobs"].get("schedule") == "wsd"}
-    requested |= {ALLOW: getattr(options, ALLOW)}
+    # A finished run computes nothing more, so what would change its rounding does not matter.
+    finished = (folder / "result.json").is_file() and not longer
+    requested |= {ALLOW: getattr(options, ALLOW) or finished}
     now = {"verb": verb, "knobs": {**stored["knobs"], **requested}, "facts": stored["facts"]}
     kept = {name: stored["knobs"][name] for name in longer}
     return compare(folder, stored, now) if differences(stored, now | {"knobs": now["knobs"] | kept}) else []
