@@ -455,6 +455,7 @@ def test_damaged_and_missing_runs_are_repeated(tmp_path):
     assert [each["place"] for each in study_results.results(tmp_path / "out")] == ["same-ic-seed-0"]
 
 
+@pytest.mark.slow
 def test_moved_study_resumes(studied, tmp_path):
     name, folder = str(studied.parent / "tiny.toml"), shutil.copytree(studied, tmp_path / "moved")
     (folder / "runs" / "from-labels-seed-1" / "result.json").unlink()

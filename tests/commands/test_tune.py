@@ -194,6 +194,7 @@ def test_search_reports_its_trials_and_repeats_nothing(tmp_path, capsys):
     assert loaded.best_value == result["value"], "Optuna's own tools read the journal"
 
 
+@pytest.mark.slow
 def test_trials_share_the_teachers_logits(tmp_path, capsys):
     options = {
         "data": (FEW,), "teacher": ("fashion-mini-teacher",), "student": "fashion-mini-student", "steps": 4,

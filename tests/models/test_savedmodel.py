@@ -506,6 +506,7 @@ def test_keras_export_is_read_in_its_own_order_only(tmp_path):
         open_savedmodel(export(tmp_path / "before", before))
 
 
+@pytest.mark.slow
 def test_damaged_object_graph_never_crashes_the_reader(tmp_path):
     """Bytes are changed before the checksums are computed, so the checksums do not catch the damage."""
     rng = np.random.default_rng(0)

@@ -64,6 +64,7 @@ def test_invalid_json_is_damaged(tmp_path, text):
         read_json(path, dict)
 
 
+@pytest.mark.slow
 def test_mutated_files_are_read_or_damaged(tmp_path):
     """Changed bytes and values raise only the documented errors, and whatever is read has the expected types."""
     rng, path, text = random.Random(0), tmp_path / "job.json", json.dumps(VALID).encode()

@@ -132,6 +132,7 @@ def test_changed_images_and_a_changed_teacher_are_refused(images, tmp_path):
         funmatch.distill(**options)
 
 
+@pytest.mark.slow
 def test_training_on_labels_reduces_the_loss(tmp_path):
     trained = funmatch.train(out=tmp_path / "run", steps=200, mixup=0.0, **{**FULL, "batch": 32})
     assert trained.top1 > 0.4  # chance is 0.1; 200 steps reach clearly more

@@ -120,6 +120,7 @@ def test_unfinished_run_can_be_extended(tmp_path, long, monkeypatch):
         assert not (folder / "ends").exists(), "the shorter run had not finished"
 
 
+@pytest.mark.slow
 def test_interrupted_extension_loses_nothing(tmp_path, long, monkeypatch, finished_run):
     first = finished_run(tmp_path / "short", **OPTIONS, **SHORT).folder
     before = state_of(first)

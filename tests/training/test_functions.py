@@ -47,6 +47,7 @@ def assert_same(one, two):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_distance_gets_logits_and_trains_as_the_built_in_one(tmp_path):
     own = funmatch.distill(**CALL, out=tmp_path / "own", distance=same_as_kl)
     assert_same(own, funmatch.distill(**CALL, out=tmp_path / "kl"))
@@ -59,6 +60,7 @@ def test_a_distance_gets_logits_and_trains_as_the_built_in_one(tmp_path):
         funmatch.distill(**CALL, out=own.folder)
 
 
+@pytest.mark.slow
 def test_a_run_with_functions_resumes_bitwise(tmp_path):
     own = {"augment": darker, "optimizer": momentum_sgd, "distance": same_as_kl, "lr": 0.01}
     whole = funmatch.distill(**CALL, **own, out=tmp_path / "whole")

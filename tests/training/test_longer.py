@@ -67,8 +67,10 @@ def test_a_run_that_diverged_is_not_told_to_go_on(funmatch):
 @pytest.mark.usefixtures("improving")
 @pytest.mark.parametrize("words", [
     ["train", "--student", "fashion-mini-student"],
-    ["finetune", "--model", "fashion-mini-student"],
-    ["distill", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"],
+    pytest.param(["finetune", "--model", "fashion-mini-student"], marks=pytest.mark.slow),
+    pytest.param(
+        ["distill", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"], marks=pytest.mark.slow
+    ),
 ], ids=lambda words: words[0])  # fmt: skip
 def test_commands_work_when_pasted(tmp_path, funmatch, words):
     said = funmatch(*words, *RUN, "--out", "my runs/one").stderr

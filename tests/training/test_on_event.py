@@ -18,6 +18,7 @@ def records_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_record_is_passed_on_also_after_a_failure_that_ends_the_run(tmp_path):
     received = []
 

@@ -65,6 +65,7 @@ def test_profile_reports_parts_of_the_first_steps(tmp_path, capfd, monkeypatch, 
     assert (run.folder / weights).read_bytes() == (plain.folder / weights).read_bytes(), "profiling changes no bit"
 
 
+@pytest.mark.slow
 def test_run_too_short_for_a_profile_is_reported(tmp_path, capsys):
     funmatch.distill(**TINY, steps=3, profile=True, out=tmp_path / "run")
     assert "--profile needs more than 5 steps, but the run took only 3" in capsys.readouterr().err
