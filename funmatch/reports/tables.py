@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from funmatch.data.readers.split_names import describe_images
-from funmatch.reports.result import Result
+from funmatch.reports.result import Outcome, Result
 from funmatch.runtime.log import print_table
 from funmatch.runtime.text import MISSING, duration, number, percent
 
@@ -36,5 +36,7 @@ def show(result: Result) -> None:
     rows = [row for row in rows if row[1] != MISSING]
     images = describe_images(metrics["pictures"], metrics["split"], metrics.get("held_out_of"))
     print_table(f"{name} on {images}", ["metric", "value"], rows)
+    if isinstance(result, Outcome) and result.student.is_dir():
+        print(f"model: {result.student}")
     if result.page:
         print(f"report: {result.page}")

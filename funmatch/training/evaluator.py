@@ -105,11 +105,11 @@ class Evaluator:
         if config.keep != "best" or state.best_step is None:
             return
         images = describe_images(len(validation), validation.name)
-        info(f"kept the student of step {state.best_step:,} of {state.step:,}, the best on {images}")
+        info(f"kept the weights of step {state.best_step:,} of {state.step:,}, the best on {images}")
         if state.best_step <= (config.warmup_steps or 0) < state.step:
             info(
                 "WARNING: this step is in the warm-up: hold out more images (--val), evaluate less often "
-                "(--eval-every), or keep the last student (--keep last)"
+                "(--eval-every), or keep the last weights (--keep last)"
             )
 
     def export(self, result: dict[str, Any], folder: Path) -> None:
