@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class MetricsLog:
 
     def count_damaged(self) -> int:
         """Counts the damaged lines, except an unfinished last one, which may be being written."""
-        return list(self._records()).count(None)
+        return self._records().count(None)
 
     def warn_of_damage(self) -> None:
         """Reports the number of damaged lines, which are left out."""
@@ -62,14 +62,22 @@ class MetricsLog:
         # Rewritten even if nothing is removed: the next record would be appended to a line that a kill cut short.
         write_atomically(self.path, "".join(json.dumps(record) + os.linesep for record in kept))
 
-    def _records(self) -> Iterator[dict[str, Any] | None]:
-        """Yields the record of each line, None where it is damaged; nothing for an unfinished last line."""
-        # Bytes that are not UTF-8 damage their own line, and must not make the whole file unreadable.
-        lines = self.path.read_text(errors="replace").split("\n") if self.path.is_file() else []
-        for number, line in enumerate(lines, 1):
-            record = _parse(line)
-            if record is not None or (line and number < len(lines)):
-                yield record
+    def _records(self) -> tuple[dict[str, Any] | None, ...]:
+        """Returns the record of each line, None where it is damaged; nothing for an unfinished last line."""
+        if not self.path.is_file():
+            return ()
+        stat = self.path.stat()
+        return _parse_file(self.path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+# A page looks at the records of a run some thirty times, and a long run has many.
+@lru_cache(maxsize=16)
+def _parse_file(path: Path, _state: tuple[int, ...]) -> tuple[dict[str, Any] | None, ...]:
+    """Parses a file in a state of it, by which it is known again."""
+    # Bytes that are not UTF-8 damage their own line, and must not make the whole file unreadable.
+    lines = path.read_text(errors="replace").split("\n")
+    records = [(_parse(line), line and number < len(lines)) for number, line in enumerate(lines, 1)]
+    return tuple(record for record, complete in records if record is not None or complete)
 
 
 def _parse(line: str) -> dict[str, Any] | None:
