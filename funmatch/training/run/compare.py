@@ -45,12 +45,12 @@ def early_differences(folder: Path, stored: dict[str, Any], verb: str, options: 
         if is_plain and not is_open and (stays_open or stored["knobs"].get(name) is not None):
             requested[name] = value
     # How much longer such a run may become is decided with the schedule; alone it is no difference.
-    longer = {name for name in requested if table.opt(name).extends and stored["knobs"].get("schedule") == "wsd"}
+    extended = {name for name in requested if table.opt(name).extends and stored["knobs"].get("schedule") == "wsd"}
     # A finished run computes nothing more, so what would change its rounding does not matter.
-    finished = (folder / "result.json").is_file() and not longer
+    finished = (folder / "result.json").is_file() and not extended
     requested |= {ALLOW: getattr(options, ALLOW) or finished}
     now = {"verb": verb, "knobs": {**stored["knobs"], **requested}, "facts": stored["facts"]}
-    kept = {name: stored["knobs"][name] for name in longer}
+    kept = {name: stored["knobs"][name] for name in extended}
     return compare(folder, stored, now) if differences(stored, now | {"knobs": now["knobs"] | kept}) else []
 
 
@@ -80,14 +80,13 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     is not compared.
     """
     table = TAUGHT.get(now["verb"])
-    defaults = {name: field.get_default() for name, field in table.model_fields.items()} if table else {}
-    defaults |= {name: opt.before for name, opt in table.opts() if opt.before is not None} if table else {}
     found = [] if then["verb"] == now["verb"] else [f"it is a run of {then['verb']}, not {now['verb']}"]
     names = now["knobs"].keys() if table else then["knobs"].keys() | now["knobs"].keys()
     # An option may name another folder or file when the fact says that its content is the same.
     places = {name: opt.content for name, opt in table.opts() if opt.content} if table else {}
     names = names - UNCOMPARED - {name for name, fact in places.items() if _moved(name, fact, then, now)}
-    before = {name: then["knobs"].get(name, defaults.get(name)) for name in names}
+    earlier = _recorded(then, table)
+    before = {name: earlier.get(name) for name in names}
     after = {name: now["knobs"].get(name) for name in names}
     # A record may hold an option that is gone, which no table describes.
     meanings = {name: opt for name, opt in table.opts() if name in names} if table else {}
@@ -102,6 +101,15 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     facts = {"data", "teacher", "student", "rounded"} | (COMPARED_FACTS.keys() & then["facts"].keys())
     earlier, later = ({name: one["facts"].get(name) for name in facts} for one in (then, now))
     return found + list_differences(earlier, later, IN_RUN, COMPARED_FACTS)
+
+
+def _recorded(record: Mapping[str, Any], table: type[Options] | None) -> dict[str, Any]:
+    """Returns the options of a record, with what was done where it is from before an option."""
+    if table is None:
+        return {**record["knobs"]}
+    usual = {name: field.get_default() for name, field in table.model_fields.items()}
+    done = {name: opt.before for name, opt in table.opts() if opt.before is not None}
+    return {**usual, **done, **record["knobs"]}
 
 
 @dataclass(frozen=True)
@@ -128,9 +136,9 @@ def accepted_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Ch
     # To choose by other evaluations is to choose another student, though it is trained alike.
     chosen = knobs.get("keep") == "best" or knobs.get("patience")
     table = TAUGHT[now["verb"]]
+    earlier = _recorded(then, table)
     for name, opt in table.opts():
-        before = then["knobs"].get(name, table.model_fields[name].get_default())
-        after = knobs.get(name)
+        before, after = earlier.get(name), knobs.get(name)
         if before == after or opt.on_resume is OnResume.UNCOMPARED:
             continue
         if opt.on_resume is OnResume.FREE:
