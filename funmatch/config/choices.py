@@ -13,6 +13,8 @@ whole image squashed to a square); or the whole image resized, never mirrored.""
 Resample = Literal["antialias", "bicubic", "tf"]
 """How images are resized: bilinear with antialias (the default of PyTorch's and timm's transforms), bicubic with
 antialias, or bilinear without antialias (`tf.image.resize`, as in the paper's code)."""
+RESAMPLED_BEFORE: Resample = "tf"
+"""How images were resized by runs, tapes and students that do not say it: there was no choice yet."""
 TeacherInput = Literal["same", "own", "whole", "central", "ensemble"]
 
 

@@ -2,12 +2,16 @@
 
 from typing import Annotated, Literal
 
-from funmatch.config.choices import Crop, Resample
+from funmatch.config.choices import RESAMPLED_BEFORE, Crop, Resample
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.options import Options
 from funmatch.runtime.functions import is_function_name
 
 VIEWS = Changes.VIEWS
+RESAMPLE: Resample = "tf"
+EVAL_RESAMPLE: Resample = "antialias"
+"""How training and evaluation views are resized by default. Trained without antialias, students become as good, and
+views are made faster; evaluated with it, most are better, as timm's transform shows (results/resampling-cpu.md)."""
 
 
 class Views(Options):
@@ -36,12 +40,14 @@ class Views(Options):
         int | None, Opt(group=Group.VIEWS, changes=VIEWS, at_least=1, at_most=10**4, usual="--eval-resize")
     ] = None
     """Length of the image's shorter side before a mild crop, in pixels."""
-    resample: Annotated[Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="tf", before="tf")] = None
+    resample: Annotated[
+        Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual=RESAMPLE, before=RESAMPLED_BEFORE)
+    ] = None
     """How training views are resized. tf: bilinear without antialias, as tf.image.resize and the paper's code.
     antialias: bilinear with antialias. bicubic: with antialias, too."""
-    eval_resample: Annotated[Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="antialias", before="tf")] = (
-        None
-    )
+    eval_resample: Annotated[
+        Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual=EVAL_RESAMPLE, before=RESAMPLED_BEFORE)
+    ] = None
     """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures."""
     # None, not 1: a strategy or BiT-HyperRule has a default of its own.
     mixup: Annotated[
@@ -80,6 +86,11 @@ class Views(Options):
     def cropped(self) -> Crop:
         """How images become training views."""
         return self.crop or "inception"
+
+    @property
+    def resampled(self) -> Resample:
+        """How training views are resized."""
+        return self.resample or RESAMPLE
 
     @property
     def mixes(self) -> bool:

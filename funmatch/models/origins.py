@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from funmatch.config.choices import RESAMPLED_BEFORE
 from funmatch.errors import InputError, first_line
 from funmatch.models import bit, custom, timm_models
 from funmatch.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, weights_in
@@ -130,7 +131,7 @@ def model_folder(name: str) -> Path | None:
 def _own_entries(own: dict[str, Any]) -> dict[str, Any]:
     """Returns what the card takes from our part of a `config.json`."""
     # Students were evaluated without antialias before there was a choice.
-    before = "tf" if "verb" in own else None
+    before = RESAMPLED_BEFORE if "verb" in own else None
     return {"top1": own.get("top1"), "resample": own.get("eval_resample") or before}
 
 

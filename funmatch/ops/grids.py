@@ -17,7 +17,7 @@ Sizes = tuple[np.ndarray, np.ndarray] | np.ndarray
 
 @dataclass(frozen=True)
 class SamplingGrid:
-    """Where the pixels of n views are read, and how many are averaged.
+    """Where the pixels of n views are read.
 
     Attributes:
         corners: (n, 2) int64: the address of the pixel that coordinates are counted from (an address in memory, or an

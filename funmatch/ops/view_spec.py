@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from funmatch.config.choices import Resample
+from funmatch.config.choices import RESAMPLED_BEFORE, Resample
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.sampling import SAMPLING_VERSION
 from funmatch.runtime.records import list_differences
@@ -18,8 +18,8 @@ MILD = ("mild", "squash")
 
 
 def complete_key(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stored key with what it leaves out: how views are resized, where that is without antialias."""
-    return {"resample": "tf", **stored}
+    """Returns a stored key with what it leaves out: how views are resized, where there was no choice yet."""
+    return {"resample": RESAMPLED_BEFORE, **stored}
 
 
 def list_key_differences(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
@@ -58,7 +58,7 @@ class ViewSpec:
     min_area: float = 0.05
     crop: str = "inception"
     resize: int = 0
-    # Part of the key only where it is not "tf", as in all runs before there was a choice.
+    # Part of the key only where it is not that of all runs before there was a choice.
     resample: Resample = field(default="tf", metadata={"key": None})
     mixup: MixupOptions = MixupOptions()  # noqa: RUF009  (frozen)
     cutmix: float = 0.0
@@ -80,7 +80,7 @@ class ViewSpec:
         # None where this crop ignores an option: specs that show the same views must have the same key.
         found |= {"augment": self.augment} if self.augment else {}
         found |= {"sampling": self.sampling} if self.sampling != "shuffled" else {}
-        found |= {"resample": self.resample} if self.resample != "tf" else {}
+        found |= {"resample": self.resample} if self.resample != RESAMPLED_BEFORE else {}
         return found | {
             "mixup": [lam.a, lam.per_image, lam.take_max, lam.lam],
             "resize": self.resize if self.crop in MILD else None,

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from funmatch.config import Distill, Finetune, Train
-from funmatch.config.choices import STRATEGIES, Resample
+from funmatch.config.choices import RESAMPLED_BEFORE, STRATEGIES, Resample
 from funmatch.config.metadata import Refers
 from funmatch.config.optim import FINETUNE_LR, LR, WARMUP_SHARE, WARMUP_STEPS
+from funmatch.config.views import EVAL_RESAMPLE, RESAMPLE
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.decode import pick_decoder
 from funmatch.data.readers.open import resolve_spec
@@ -32,10 +33,6 @@ from funmatch.training.teachers import tape
 Options = TypeVar("Options", bound=Train)
 FINETUNE_EVAL_CAP = 100
 """Most steps between two evaluations of `finetune`, which chooses the best of its students by them."""
-RESAMPLE: Resample = "tf"
-EVAL_RESAMPLE: Resample = "antialias"
-"""How training and evaluation views are resized by default. Trained without antialias, students become as good, and
-views are made faster; evaluated with it, most are better, as timm's transform shows (results/resampling-cpu.md)."""
 PIXEL_SHARE = 1 / 4
 """Share of an accelerator's memory that pixels may take."""
 
@@ -111,7 +108,7 @@ def _resampling(config: Train, before: dict[str, Any]) -> dict[str, Resample]:
     usual, eval_usual = RESAMPLE, EVAL_RESAMPLE
     if before:
         # A run goes on as it began, which was without antialias before there was a choice.
-        usual, eval_usual = (before.get(name) or "tf" for name in ("resample", "eval_resample"))
+        usual, eval_usual = (before.get(name) or RESAMPLED_BEFORE for name in ("resample", "eval_resample"))
     elif isinstance(config, Distill) and config.tape and (place := tape.record_folder(config.tape)).has_begun:
         usual = complete_key(place.read()["asked"])["resample"]
     return {"resample": config.resample or usual, "eval_resample": config.eval_resample or eval_usual}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funmatch.config import Changes, Evaluate
+from funmatch.config.choices import RESAMPLED_BEFORE
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.readers.split_names import SPLIT_NAMES
@@ -115,7 +116,7 @@ def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, devic
     squash = knobs["crop"] == "squash" if "crop" in knobs else model.card.squash
     precision = devices.resolve_precision(config.precision, device)
     # Runs were evaluated without antialias before there was a choice.
-    of_run = knobs.get("eval_resample") or ("tf" if knobs else None)
+    of_run = knobs.get("eval_resample") or (RESAMPLED_BEFORE if knobs else None)
     resample = config.eval_resample or of_run or model.card.resample
     return scoring.EvalView(side, resize, config.batch, device, precision, squash, resample)
 

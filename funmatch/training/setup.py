@@ -125,7 +125,7 @@ def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
         min_area=config.crop_min_area,
         crop=config.cropped,
         resize=config.resize or 0,
-        resample=config.resample or "tf",
+        resample=config.resampled,
         mixup=MixupOptions(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
         cutmix=config.cutmix,
         randaugment=config.randaugment,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funmatch.config import Distill
-from funmatch.config.choices import STRATEGIES, Resample
+from funmatch.config.choices import RESAMPLED_BEFORE, STRATEGIES, Resample
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.prefetch import prefetch_map
 from funmatch.errors import InputError
@@ -103,7 +103,7 @@ def fixed_views(setup: TrainSetup[Distill]) -> FixedViews:
         config.resize or 0,
         config.crop == "squash",
         config.crop_min_area,
-        config.resample or "tf",
+        config.resampled,
     )
 
 
@@ -139,8 +139,8 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
         "central": [source.resize / source.side, source.squash] if source.kind == "central" else None,
         "min_area": source.min_area if source.kind == "ensemble" else None,
     }
-    # Only where it is not "tf": views from before there was a choice keep their digest.
-    key |= {"resample": source.resample} if source.resample != "tf" else {}
+    # Views from before there was a choice keep their digest.
+    key |= {"resample": source.resample} if source.resample != RESAMPLED_BEFORE else {}
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
     folder = cache_home() / "answers" / digest
     shape = (len(source.split), len(teachers.members), setup.student.classifier.num_classes)
