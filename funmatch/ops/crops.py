@@ -5,6 +5,7 @@ table of which code runs when; here are the two that need nothing but torch.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from funmatch.ops import grids, resample
 
 MAX_BATCHED_PIXELS = 64 * 64
 """Images of one size up to this many pixels are resampled together: below it, calls cost more than arithmetic."""
-GridMaker = Callable[[np.ndarray, np.ndarray, np.ndarray, int], grids.SamplingGrid]
+GridMaker = Callable[[np.ndarray, grids.Sizes, np.ndarray, int], grids.SamplingGrid]
 """Signature of `grids.crop_then_resize`."""
 STRIP_ASPECT = 4
 """Aspect ratio above which an image is not resized whole for its central view."""
@@ -51,24 +52,7 @@ def crop_resize_flip(
     shape = images[0].shape
     if shape[0] * shape[1] <= MAX_BATCHED_PIXELS and all(image.shape == shape for image in images):
         return _crop_batched(torch.stack(images), boxes, flips, side, method)
-    if native and _use_kernel(images):
-        return resample.sample(
-            images,
-            lambda starts, sizes: grids.crop_then_resize(starts, sizes, boxes, side).flipped(flips, side),
-            side,
-            method,
-        )
-    if method != "tf":
-        return _one_by_one(images, boxes, flips, side, method, grids.crop_then_resize)
-    # Divided straight into the batch's memory: stacking the views would copy them once more.
-    views = torch.empty(len(images), 3, side, side, memory_format=torch.channels_last)
-    for view, image, (top, left, height, width), flip in zip(
-        views, images, boxes.tolist(), flips.tolist(), strict=True
-    ):
-        # Sliced before it is resized: resizing the image and slicing then would blend in pixels beyond the crop's edge.
-        resized = _resize(image[top : top + height, left : left + width], side, side)
-        torch.div(resized.flip(-1) if flip else resized, 255, out=view)
-    return views
+    return _cut(images, boxes, flips, side, grids.crop_then_resize, _resize_crop, native=native, method=method)
 
 
 def crop_of_resized_flip(
@@ -96,38 +80,61 @@ def crop_of_resized_flip(
     Returns:
         (n, 3, side, side) float32 in [0, 1], in `channels_last` memory.
     """
-    if native and _use_kernel(images):
-        return resample.sample(
-            images,
-            lambda starts, sizes: grids.resize_then_crop(starts, sizes, boxes, side).flipped(flips, side),
-            side,
-            method,
-        )
-    if method != "tf":
-        return _one_by_one(images, boxes, flips, side, method, grids.resize_then_crop)
-    # Only the box's pixels are interpolated: resizing the whole image would compute those that are cut away.
-    views = torch.empty(len(images), 3, side, side, memory_format=torch.channels_last)
-    for view, image, (top, left, height, width), flip in zip(
-        views, images, boxes.tolist(), flips.tolist(), strict=True
-    ):
-        first, second, share = _neighbours(top, height, image.shape[0], side)
-        rows = torch.lerp(image[first].float(), image[second].float(), share[:, None, None])
-        first, second, share = _neighbours(left, width, image.shape[1], side)
-        sampled = torch.lerp(rows[:, first], rows[:, second], share[:, None]).permute(2, 0, 1)
-        torch.div(sampled.flip(-1) if flip else sampled, 255, out=view)
-    return views
+    return _cut(images, boxes, flips, side, grids.resize_then_crop, _crop_resized, native=native, method=method)
 
 
-def _one_by_one(
-    images: list[Tensor], boxes: np.ndarray, flips: np.ndarray, side: int, method: Resample, make_grid: GridMaker
+def _cut(
+    images: list[Tensor],
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    side: int,
+    make_grid: GridMaker,
+    interpolate: Callable[[Tensor, list[Any], int], Tensor],
+    *,
+    native: bool,
+    method: Resample,
 ) -> Tensor:
-    """Computes views with antialias by torch."""
+    """Computes views by the native kernel where it serves, else one by one by torch.
+
+    Args:
+        images, boxes, flips, side, native, method: as of `crop_resize_flip`.
+        make_grid: describes the views.
+        interpolate: computes one of them without antialias, from the image, its box and the side, not mirrored,
+            (3, side, side) float32 in [0, 255].
+    """
+
+    def grid_of(starts: np.ndarray, sizes: grids.Sizes, which: slice = slice(None)) -> grids.SamplingGrid:
+        return make_grid(starts, sizes, boxes[which], side).flipped(flips[which], side)
+
+    if native and _use_kernel(images):
+        return resample.sample(images, grid_of, side, method)
     views = torch.empty(len(images), 3, side, side, memory_format=torch.channels_last)
-    for i, image in enumerate(images):
-        grid = make_grid(np.zeros(1, np.int64), np.array([image.shape[:2]]).T, boxes[i : i + 1], side)
-        flat = image.contiguous().flatten()
-        views[i] = resample.sample_by_torch(flat, grid.flipped(flips[i : i + 1], side), side, method)[0]
+    for i, (view, image, flip) in enumerate(zip(views, images, flips.tolist(), strict=True)):
+        if method == "tf":
+            sampled = interpolate(image, boxes[i].tolist(), side)
+            # Divided straight into the batch's memory: stacking the views would copy them once more.
+            torch.div(sampled.flip(-1) if flip else sampled, 255, out=view)
+        else:
+            grid = grid_of(np.zeros(1, np.int64), np.array([image.shape[:2]]).T, slice(i, i + 1))
+            view.copy_(resample.sample_by_torch(image.contiguous().flatten(), grid, side, method)[0])
     return views
+
+
+def _resize_crop(image: Tensor, box: list[int], side: int) -> Tensor:
+    """Resizes a box of an image to a square, (3, side, side) float32 in [0, 255]."""
+    top, left, height, width = box
+    # Sliced before it is resized: resizing the image and slicing then would blend in pixels beyond the crop's edge.
+    return _resize(image[top : top + height, left : left + width], side, side)
+
+
+def _crop_resized(image: Tensor, box: list[float], side: int) -> Tensor:
+    """Computes a box of a resized image, (3, side, side) float32 in [0, 255]."""
+    top, left, height, width = box
+    # Only the box's pixels are interpolated: resizing the whole image would compute those that are cut away.
+    first, second, share = _neighbours(top, height, image.shape[0], side)
+    rows = torch.lerp(image[first].float(), image[second].float(), share[:, None, None])
+    first, second, share = _neighbours(left, width, image.shape[1], side)
+    return torch.lerp(rows[:, first], rows[:, second], share[:, None]).permute(2, 0, 1)
 
 
 def _use_kernel(images: list[Tensor]) -> bool:
