@@ -96,3 +96,17 @@ def has_diverged(kl: float | None, classes: int) -> bool:
         classes: number of classes.
     """
     return kl is not None and kl > 2 * math.log(max(classes, 2))
+
+
+def alone_right(first: Tensor, second: Tensor) -> tuple[int, int]:
+    """Counts the images that one of two predictions alone has right; both tell which they have right, (n,) bool."""
+    return int((first & ~second).sum()), int((second & ~first).sum())
+
+
+def is_clearly_better(gained: int, lost: int) -> bool:
+    """Returns whether the first of two predictions is better by more than two standard deviations (McNemar's test).
+
+    Args:
+        gained, lost: as of `alone_right`: only these images tell the two apart.
+    """
+    return gained - lost > 2 * math.sqrt(gained + lost)

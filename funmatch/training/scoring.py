@@ -1,6 +1,5 @@
 """Evaluates classifiers: predicts the images of a split, and scores the predictions."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -204,9 +203,13 @@ def validation_split(cache: Cache, val: str | None) -> CachedSplit:
         if name in cache.splits:
             return cache.splits[name]
     train = cache.splits["train"]
-    # Evenly spread, since images of one class often lie side by side.
-    some = np.linspace(0, len(train) - 1, min(len(train), TRAIN_IMAGES_FOR_VALIDATION)).astype(int)
-    return replace(train.subset(some), name="train" if val is None else TRAINING_IMAGES)
+    some = train.subset(evenly_spread(len(train), TRAIN_IMAGES_FOR_VALIDATION))
+    return replace(some, name="train" if val is None else TRAINING_IMAGES)
+
+
+def evenly_spread(count: int, most: int) -> np.ndarray:
+    """Returns places of at most so many of a number of images: evenly spread, since those of a class lie together."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int)
 
 
 def test_split(cache: Cache, val: str | None) -> CachedSplit:
@@ -280,9 +283,8 @@ def check_number_order(
         f"{card.name} has top-1 {percent(here.double().mean().item())} with the classes in this order "
         f"({_first_few(classes)}), and {percent(there.double().mean().item())} in the order of the numbers"
     )
-    # McNemar's test: only images that one of the orders alone has right tell the two apart.
-    better, worse = int((there & ~here).sum()), int((here & ~there).sum())
-    if better - worse <= 2 * math.sqrt(better + worse) or better <= 2 * worse:
+    better, worse = metrics.alone_right(there, here)
+    if not metrics.is_clearly_better(better, worse) or better <= 2 * worse:
         info(f"note: the classes of the data are numbers sorted as text; {fits}")
     elif trust_order:
         info(f"WARNING: {fits}; --trust-class-order keeps the order of the data")

@@ -15,6 +15,7 @@ from funmatch.data.readers.split_names import describe_images
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
+from funmatch.ops.metrics import alone_right, is_clearly_better
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.training import scoring
@@ -155,8 +156,7 @@ def check_on_validation(teachers: TeacherEnsemble, setup: TrainSetup[Distill]) -
     combined, members = predict(teachers, split, setup.evaluation.view)
     check_teachers(teachers, combined, members, split, setup.cache.classes, setup.config, setup.evaluation.view)
     if not run_folder.options_of(setup.config.out):
-        training = setup.config.resample or "tf"
-        compare_resampling(teachers, members, split, setup.evaluation.view, training)
+        compare_resampling(teachers, members, split, setup.evaluation.view, setup.config.resampled)
     return TeacherLogits(combined, members)
 
 
@@ -174,8 +174,7 @@ def compare_resampling(
     heights, widths = split.sizes(np.arange(len(split)))
     # Smaller images are enlarged, and there antialias changes nothing.
     larger = np.flatnonzero(np.minimum(heights, widths) > view.short_side)
-    # Evenly spread, since images of one class often lie side by side.
-    some = larger[np.linspace(0, len(larger) - 1, min(len(larger), RESAMPLED_IMAGES)).astype(int)]
+    some = larger[scoring.evenly_spread(len(larger), RESAMPLED_IMAGES)]
     if not split.labelled or not len(some):
         return
     other: Resample = "antialias" if view.resample == "tf" else "tf"
@@ -185,11 +184,9 @@ def compare_resampling(
     for member, here, there in zip(teachers.members, logits, others, strict=True):
         right = {view.resample: here[some].argmax(-1) == labels, other: there.argmax(-1) == labels}
         better, worse = sorted(right, key=lambda method: int(right[method].sum()), reverse=True)
-        gained, lost = int((right[better] & ~right[worse]).sum()), int((right[worse] & ~right[better]).sum())
         flags = {"--resample": training, "--eval-resample": view.resample}
         change = " ".join(f"{flag} {better}" for flag, method in flags.items() if method == worse)
-        # McNemar's test: only images that it has right one way alone tell the two apart.
-        if change and gained - lost > 2 * math.sqrt(gained + lost):
+        if change and is_clearly_better(*alone_right(right[better], right[worse])):
             top1 = {method: percent(found.double().mean().item()) for method, found in right.items()}
             info(
                 f"note: teacher {member.name} has top-1 {top1[better]} on images resized by {better}, {top1[worse]} by "
