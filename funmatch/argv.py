@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from funmatch.commands.common.neighbours import option_hint
-from funmatch.commands.common.words import number, value_problems
+from funmatch.commands.common.words import count_problem, number, value_problems
 from funmatch.config import SEARCHED, Distill, recipes
 from funmatch.config.help import asks_for_help, default_of, flags_of, metavar
 from funmatch.config.options import Options
@@ -99,10 +99,8 @@ def _spec_of_numbers(kind: Any) -> "PrimitiveConstructorSpec[Any] | None":
     def read(words: list[str]) -> Any:
         if optional and [word.lower() for word in words] == ["none"]:
             return None
-        if every != "*" and len(words) != fixed:
-            if fixed == 1:
-                raise ValueError(f"takes one number, got {' '.join(words)}; run the command once for each")
-            raise ValueError(f"wanted {fixed} numbers, got {len(words)}: {' '.join(words)}")
+        if every != "*" and (problem := count_problem(words, fixed)):
+            raise ValueError(problem)
         values = tuple(number(word, elements[0]) for word in words)
         return values if several else values[0]
 

@@ -68,8 +68,8 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
 def check_labels(config: Train, cache: Cache) -> Cache:
     """Returns the images, or raises `InputError` if some training images have no labels, or all have the same."""
     # Before the student is built: the check costs nothing.
+    labels = cache.splits["train"].labels(slice(None))
     if not cache.splits["train"].labelled:
-        labels = cache.splits["train"].labels(slice(None))
         missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training images of {cache.name} have no labels"
         # Labels were dropped when the data was opened, so the cause is named here.
         other = " (its classes are not those of --eval-data)" if config.eval_data else ""
@@ -77,10 +77,10 @@ def check_labels(config: Train, cache: Cache) -> Cache:
             f"{missing}{other}; training on labels needs train/<class>/*.jpg, distillation needs no labels"
         )
     # Any network is right about all of them at once, which would look like a perfect one.
-    present = cache.splits["train"].labels(slice(None)).unique().tolist()
+    present = labels.unique().tolist()
     if len(present) < 2:
         raise InputError(
-            f"all {len(cache.splits['train']):,} training images of {cache.name} are of one class, "
+            f"all {len(labels):,} training images of {cache.name} are of one class, "
             f"{cache.classes[present[0]]}; training on labels needs at least two"
         )
     return cache

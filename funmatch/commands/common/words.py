@@ -37,6 +37,15 @@ def number(word: str, kind: type[int] | type[float]) -> float:
         raise ValueError(f"wanted a {'whole ' if kind is int else ''}number, got {word!r}{hint}") from None
 
 
+def count_problem(words: Sequence[str], count: int) -> str | None:
+    """Returns what is wrong with words where an option takes a number of numbers; None if there are so many."""
+    if len(words) == count:
+        return None
+    if count == 1:
+        return f"takes one number, got {' '.join(words)}; run the command once for each"
+    return f"wanted {count} numbers, got {len(words)}: {' '.join(words)}"
+
+
 def _options(words: Sequence[str], table: type[Options]) -> Iterator[tuple[str, str, list[str]]]:
     """Yields each option as it was typed: its flag, its field, and the words after it."""
     flag, name, values = "", None, list[str]()
@@ -64,14 +73,13 @@ def _problem(table: type[Options], name: str, kind: Kind, values: list[str]) -> 
         return None
     if kind.choices:
         return None if values[0] in kind.choices else str(unknown("value", values[0], kind.choices))
-    if kind.count and len(values) != kind.count:
-        return f"wanted {kind.count} numbers, got {len(values)}: {' '.join(values)}"
     # What follows one value may be the command's own words, as in `evaluate --side 96 runs/s`.
-    several = kind.several or not positional
-    if not kind.several and not positional and len(values) > 1:
-        return f"takes one number, got {' '.join(values)}; run the command once for each"
+    values = values if kind.several or not positional else values[:1]
+    count = kind.count if kind.several else 1
+    if count and (problem := count_problem(values, count)):
+        return problem
     try:
-        for each in values if several else values[:1]:
+        for each in values:
             number(each, float if float in kind.types else int)
     except ValueError as error:
         return str(error)
