@@ -8,7 +8,7 @@ from funmatch.reports import run_page, run_plots
 from funmatch.reports.result import Result
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.log import info, print_table
-from funmatch.runtime.text import duration, percent
+from funmatch.runtime.text import MISSING, duration, percent
 from funmatch.training import distill, evaluate, train
 from funmatch.training.run import folder as run_folder
 
@@ -84,4 +84,4 @@ def show(result: Result) -> None:
 
 def _seconds(metrics: dict[str, Any]) -> str:
     # The teacher was not trained here.
-    return duration(metrics["seconds"]) if "seconds" in metrics else "–"
+    return duration(metrics["seconds"]) if "seconds" in metrics else MISSING

@@ -1,6 +1,5 @@
 """Lists the models that can be named; their parameters and operations are counted without building them."""
 
-import sys
 import warnings
 from fnmatch import fnmatch
 from typing import Any
@@ -33,7 +32,7 @@ def list_models(config: Models) -> Result:
     names = match_names(config.pattern)
     counted = config.figures or config.side is not None or len(names) <= FEW
     # Names alone are listed at once, without either.
-    if counted and "torch" not in sys.modules:
+    if counted:
         info_loading("models", "PyTorch and timm")
     found = []
     # timm's warnings about single models would break the list.

@@ -1,6 +1,5 @@
 """Runs a command by its name and writes its page, for the command line, Python and notebooks."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -136,7 +135,7 @@ def run_students(
 
 def _announce(name: str) -> None:
     """Says what is loaded, before the import that takes seconds, or a person would wait for the first word."""
-    if VERBS[name].loads and "torch" not in sys.modules:
+    if VERBS[name].loads:
         load_function("runtime.log:info_loading")(name, VERBS[name].loads)
 
 

@@ -21,7 +21,7 @@ from funmatch.reports import run_plots, run_tables, run_views, tune_page, tune_p
 from funmatch.reports.display import Shown, html_table, show_message, show_table
 from funmatch.reports.images import captioned
 from funmatch.reports.result import Result
-from funmatch.runtime.text import percent
+from funmatch.runtime.text import number, percent
 from funmatch.training import datasets
 from funmatch.training.run import folder as run_folder
 
@@ -118,7 +118,7 @@ def judged(folder: Path, **options: Any) -> Shown:
         return show_message(f"{folder} is not finished, so it cannot be evaluated yet: rerun this notebook to resume")
     found = run_verb("evaluate", Evaluate.checked(model=folder, **options)).metrics
     columns = ["split", "images", "top-1", "top-5", "agreement", "KL", "ECE"]
-    numbers = ["–" if found[name] is None else f"{found[name]:.3f}" for name in ("kl", "ece")]
+    numbers = [number(found[name], 3) for name in ("kl", "ece")]
     shares = [percent(found[name]) for name in ("top1", "top5", "agreement")]
     rows = [[found["split"], f"{found['pictures']:,}", *shares, *numbers]]
     return show_table(columns, rows)

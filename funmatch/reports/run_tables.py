@@ -8,7 +8,7 @@ from funmatch.config import TAUGHT
 from funmatch.config.metadata import Changes, Group
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.ops.metrics import has_diverged
-from funmatch.runtime.text import duration, number, percent
+from funmatch.runtime.text import MISSING, duration, number, percent
 from funmatch.training import scoring
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
@@ -37,10 +37,10 @@ def row(run: run_folder.Run) -> list[str]:
         f"{number(metrics.get('kl'), 3)}{', diverged' if diverged(run) else ''}",
         number(metrics.get("ece"), 3),
         _split_of(metrics) if result or not metrics else f"{metrics['split']}, step {metrics['step']:,}",
-        f"{parameters:,}" if (parameters := run.config["facts"].get("parameters")) is not None else "–",
+        f"{parameters:,}" if (parameters := run.config["facts"].get("parameters")) is not None else MISSING,
         " + ".join(Path(name).name for name in _several(options.get("teacher"))) or "labels",
         f"{step:,}" if result else f"{step:,} of {steps:,}",
-        duration(result["seconds"]) if result else "–",
+        duration(result["seconds"]) if result else MISSING,
     ]
 
 
@@ -135,9 +135,9 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
                 " + ".join(Path(name).name for name in record["teacher"].split(" + ")),
                 percent(record.get("top1")),
                 record["split"],
-                str(loading.mode_of(record["form"])) if record.get("form") else "–",
+                str(loading.mode_of(record["form"])) if record.get("form") else MISSING,
                 # Rounding can make a KL of nearly equal outputs slightly negative.
-                f"{max(0.0, beside['kl']):.1e}" if beside else "–",
+                f"{max(0.0, beside['kl']):.1e}" if beside else MISSING,
                 percent(beside.get("agreement")),
             ])  # fmt: skip
     return found
@@ -149,7 +149,11 @@ EVALUATION_COLUMNS = ("run", "split", "images", "during training", "at the end",
 def _split_of(metrics: dict[str, Any]) -> str:
     """Formats the split of a result, with the number of training images that it was held out of."""
     of = metrics.get("held_out_of")
-    return f"{metrics['split']}, {metrics['pictures']:,} of {of:,} training images" if of else metrics.get("split", "–")
+    return (
+        f"{metrics['split']}, {metrics['pictures']:,} of {of:,} training images"
+        if of
+        else metrics.get("split", MISSING)
+    )
 
 
 def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
@@ -168,7 +172,7 @@ def evaluation_counts(run: run_folder.Run) -> list[list[str]]:
             name,
             f"{counts.get(name, 0):,}",
             str(evaluations.count(name)),
-            "once" if name == result.get("split") else "–",
+            "once" if name == result.get("split") else MISSING,
             (", ".join(choices) if name in evaluations and name not in ("test", TRAINING_IMAGES) else "") or "nothing",
         ]
         for name in names
@@ -180,7 +184,7 @@ def overridden_options(run: run_folder.Run) -> list[list[str]]:
     options, others = run.config["knobs"], run.config["facts"].get("overridden", {})
     changes = [(name, *map(_format_option, values)) for name, values in others.items()]
     if options.get("recipe") and not changes:
-        changes = [("none", "–", "–")]
+        changes = [("none", MISSING, MISSING)]
     return [[run.folder.resolve().name, str(options.get("recipe")), *change] for change in changes]
 
 
@@ -194,14 +198,14 @@ def settings(found: list[run_folder.Run]) -> list[list[str]]:
     for name in names:
         options = [run.config["knobs"] for run in found]
         # A run on labels has no teacher, rather than none.
-        values = [_format_option(each[name]) if name in each else "–" for each in options]
+        values = [_format_option(each[name]) if name in each else MISSING for each in options]
         table = next(table for run in found if name in (table := TAUGHT[run.config["verb"]]).model_fields)
         default = table.model_fields[name].get_default()
         usual = _format_option(table.opt(name).usual if default in (None, ()) else default)
         required = table.model_fields[name].is_required()
         # A default that was resolved to its usual value is one.
         if required or set(values) != {usual}:
-            rows.append([name, *values, "–" if required else usual])
+            rows.append([name, *values, MISSING if required else usual])
     return rows
 
 

@@ -11,7 +11,7 @@ from funmatch.reports import study_plots
 from funmatch.reports.html import load_template
 from funmatch.reports.study_plots import by, spread, value_of
 from funmatch.runtime.files import write_atomically
-from funmatch.runtime.text import duration
+from funmatch.runtime.text import MISSING, duration
 
 COLUMNS = ("top1", "agreement", "kl", "views_kl", "loss")
 """Final metrics in the table."""
@@ -102,7 +102,7 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _mean_and_spread(group: Sequence[Mapping[str, Any]], name: str) -> str:
     values = [value for each in group if (value := value_of(each, name)) is not None]
     if not values:
-        return "–"
+        return MISSING
     mean, sign = float(np.mean(values)), " %" if study_plots.is_share(name) else ""
     # Close students differ in the third digit of a KL; a converged one has a KL below 0.01.
     digits = 2 if sign else 3 if abs(mean) >= 0.01 else 5
@@ -120,7 +120,7 @@ def provenance(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[tuple
         # Of every run, since a study may be resumed on another machine or with other versions.
         knobs = result["knobs"]
         teacher, top1 = knobs.get("teacher") or [], metrics.get("teacher_top1")
-        values.setdefault("machine", []).append(facts.get("machine") or "–")
+        values.setdefault("machine", []).append(facts.get("machine") or MISSING)
         versions = (facts.get("versions") or {}).items()
         values.setdefault("versions", []).append(", ".join(f"{name} {v}" for name, v in versions))
         images = ", ".join(f"{count:,} {split}" for split, count in (facts.get("pictures") or {}).items())

@@ -6,7 +6,7 @@ from typing import Any
 
 from funmatch.reports import tune_plots
 from funmatch.reports.html import load_template
-from funmatch.runtime.text import duration, format_value, percent
+from funmatch.runtime.text import MISSING, duration, format_value, percent
 
 NAMES = {"top1": "top-1", "agreement": "agreement"}
 EVALUATION_COLUMNS = ("split", "during training", "at the end", "used to select")
@@ -70,7 +70,7 @@ def trial_rows(result: Mapping[str, Any]) -> list[list[str]]:
             *(format_value(value) for value in trial["knobs"].values()),
             percent(trial["value"]),
             percent(trial["spread"]),
-            duration(trial["seconds"]) if trial["seconds"] is not None else "–",
+            duration(trial["seconds"]) if trial["seconds"] is not None else MISSING,
             _note(trial, result),
         ]
         for trial in ordered
@@ -91,8 +91,8 @@ def best_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if result["best"] is None:
         return []
     name, test = NAMES[result["score"]], result["test"]
-    lines = [("trial", str(result["best"]), "–")]
-    lines += [(option, format_value(value), "–") for option, value in result["knobs"].items()]
+    lines = [("trial", str(result["best"]), MISSING)]
+    lines += [(option, format_value(value), MISSING) for option, value in result["knobs"].items()]
     lines.append((f"{name} on validation (used to select)", percent(result["value"]), percent(result["spread"])))
     # What a search gained is the difference to the settings that it began with.
     if result["said"] and result["best"] != 0:
@@ -124,7 +124,7 @@ def _selection_note(result: Mapping[str, Any]) -> str:
 def evaluation_counts(result: Mapping[str, Any]) -> list[list[str]]:
     """How often students were evaluated on each split, and what was selected by the results (`EVALUATION_COLUMNS`)."""
     rows = [
-        [name, f"{count:,}", "–", "best checkpoint of each run, best trial" if name == "val" else "nothing"]
+        [name, f"{count:,}", MISSING, "best checkpoint of each run, best trial" if name == "val" else "nothing"]
         for name, count in result["seen"].items()
     ]
     if result["tested"]:

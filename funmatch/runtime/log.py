@@ -1,5 +1,6 @@
 """Prints messages, progress and tables: progress and messages to standard error, results to standard output."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -38,8 +39,9 @@ def info(message: str) -> None:
 
 
 def info_loading(command: str, libraries: str) -> None:
-    """Says that a command loads libraries that take seconds to import."""
-    info(f"{command}: loading {libraries} …")
+    """Says that a command loads libraries that take seconds to import, PyTorch among them; nothing if it is there."""
+    if "torch" not in sys.modules:
+        info(f"{command}: loading {libraries} …")
 
 
 def info_notes(model: str, notes: Iterable[str]) -> None:

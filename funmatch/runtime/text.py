@@ -19,6 +19,11 @@ def format_rate(rate: float) -> str:
     return f"{rate:,.{digits}f}/s"
 
 
+def counted(count: int, noun: str) -> str:
+    """Formats a number of things, named in the singular: `1 image`, `1,200 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def percent(share: float | None) -> str:
     """Formats a fraction in percent: 0.8312 becomes `83.1 %`, None a dash."""
     return MISSING if share is None else f"{100 * share:.1f} %"

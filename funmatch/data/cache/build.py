@@ -19,6 +19,7 @@ from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
 from funmatch.data.decode import MAX_PIXELS, decode
 from funmatch.errors import InputError
 from funmatch.runtime.files import disk_errors, file_lock, write_atomically
+from funmatch.runtime.text import counted
 
 FREE_BYTES = 256 << 20  # left free on the disk beside a cache
 
@@ -265,5 +266,5 @@ def unreadable(name: str, bad: Sequence[Sequence[str]], home: Path) -> InputErro
         # Names may hold bytes that are not UTF-8.
         write_atomically(listed, "".join(line.encode(errors="replace").decode() + "\n" for line in lines))
         text += f"\n  … and {len(lines) - NAMED_AT_MOST} more, all in {listed}"
-    found, them = ("1 unreadable image", "it") if len(lines) == 1 else (f"{len(lines):,} unreadable images", "them")
+    found, them = counted(len(lines), "unreadable image"), "it" if len(lines) == 1 else "them"
     return InputError(f"{found} in {name}; fix or remove {them}, or pass --on-bad skip:\n  {text}")

@@ -31,6 +31,7 @@ from funmatch.data.readers.catalog import data_home
 from funmatch.data.readers.open import open_dataset, resolve_spec
 from funmatch.runtime.files import cache_home, write_atomically
 from funmatch.runtime.json_files import parse_json
+from funmatch.runtime.text import counted
 
 NAMES_IN_DIGESTS = {
     "ReadOptions(": "Reading(",
@@ -159,7 +160,7 @@ def list_complaints(cache: Cache) -> list[str]:
             f"WARNING: {count:,} images of {cache.name} are the same with different labels, e.g. {one} = {other}"
         )
     if bad := cache.summary["unreadable"]:
-        found = "1 unreadable image" if len(bad) == 1 else f"{len(bad):,} unreadable images"
+        found = counted(len(bad), "unreadable image")
         lines.append(f"WARNING: skipped {found} of {cache.name}, e.g. {': '.join(bad[0])}")
     return lines
 
