@@ -102,9 +102,8 @@ def _with_teacher(run: run_folder.Run) -> str:
 
 
 def _trained(run: run_folder.Run) -> str:
-    teacher = dict(zip(run_tables.COLUMNS, run_tables.row(run), strict=True))["trained on"]
     labels = "fine-tuned on labels" if run.config["verb"] == "finetune" else "trained on labels"
-    return f"distilled from {teacher}" if run.config["verb"] == "distill" else labels
+    return f"distilled from {run_tables.teacher_names(run)}" if run.config["verb"] == "distill" else labels
 
 
 def _sentence(run: run_folder.Run) -> str:

@@ -1,7 +1,6 @@
 """Plots the training curves of runs as SVG: metrics against the step."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -13,6 +12,7 @@ from PIL import Image
 from funmatch.ops.optim import schedules
 from funmatch.reports.html import COLORS, GREY, STYLE, to_svg
 from funmatch.reports.images import tiled, to_image
+from funmatch.reports.run_tables import short_names
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 
@@ -199,13 +199,9 @@ def _planned_lr(run: run_folder.Run) -> Points:
     ]
 
 
-def _short(teachers: str) -> str:
-    return " + ".join(Path(name).name for name in teachers.split(" + "))
-
-
 def _called(teachers: str) -> str:
     # A teacher's run is often called `teacher` itself.
-    name = _short(teachers)
+    name = short_names(teachers.split(" + "))
     return name if name.lower().startswith("teacher") else f"teacher {name}"
 
 

@@ -1,6 +1,7 @@
 """Formats what runs recorded as rows of tables: metrics, teachers, agreement, evaluations and options."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ COLUMNS = (
 
 def row(run: run_folder.Run) -> list[str]:
     """Formats the metrics of a run in the order of `COLUMNS`: of an unfinished run those of its latest evaluation."""
-    options, result = run.config["knobs"], run.result
+    result = run.result
     metrics = result or latest_record(run, "eval")
     step, steps = steps_of(run)
     # Without a result, the teacher's accuracy is that on the same validation images, from before the first step.
@@ -38,10 +39,22 @@ def row(run: run_folder.Run) -> list[str]:
         number(metrics.get("ece"), 3),
         _split_of(metrics) if result or not metrics else f"{metrics['split']}, step {metrics['step']:,}",
         f"{parameters:,}" if (parameters := run.config["facts"].get("parameters")) is not None else MISSING,
-        " + ".join(Path(name).name for name in _several(options.get("teacher"))) or "labels",
+        teacher_names(run) or "labels",
         f"{step:,}" if result else f"{step:,} of {steps:,}",
         duration(result["seconds"]) if result else MISSING,
     ]
+
+
+def teacher_names(run: run_folder.Run) -> str:
+    """Returns the names of a run's teachers; an empty string for none."""
+    names = run.config["knobs"].get("teacher")
+    # Runs of earlier versions recorded a single teacher as a string.
+    return short_names([names] if isinstance(names, str) else names or [])
+
+
+def short_names(teachers: Iterable[str]) -> str:
+    """Joins the names of teachers, of folders the last part."""
+    return " + ".join(Path(name).name for name in teachers)
 
 
 def steps_of(run: run_folder.Run) -> tuple[int, int]:
@@ -132,7 +145,7 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
             beside = record.get("beside_fp32") or {}
             found.append([
                 run.folder.resolve().name,
-                " + ".join(Path(name).name for name in record["teacher"].split(" + ")),
+                short_names(record["teacher"].split(" + ")),
                 percent(record.get("top1")),
                 record["split"],
                 str(loading.mode_of(record["form"])) if record.get("form") else MISSING,
@@ -237,8 +250,3 @@ def flat(config: dict[str, Any]) -> list[tuple[str, str]]:
     """Flattens a run's configuration to (name, value) pairs."""
     values = {"command": config["verb"], **config["knobs"], **{f"facts: {k}": v for k, v in config["facts"].items()}}
     return [(name, _format_option(value)) for name, value in values.items()]
-
-
-def _several(names: str | list[str] | None) -> list[str]:
-    # Runs of earlier versions recorded a single teacher as a string.
-    return [names] if isinstance(names, str) else names or []
