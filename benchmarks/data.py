@@ -79,7 +79,7 @@ def photographs(options: argparse.Namespace) -> list[Image.Image]:
     """Large photographs to crop images from."""
     if options.photos:
         return [Image.open(path).convert("RGB") for path in sorted(Path(options.photos).iterdir())]
-    from sklearn.datasets import load_sample_images  # pyrefly: ignore[missing-import]
+    from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(array) for array in load_sample_images().images]
 

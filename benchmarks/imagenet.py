@@ -20,7 +20,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images  # pyrefly: ignore[missing-import]
+from sklearn.datasets import load_sample_images
 
 import funmatch
 from funmatch.reports import run_plots

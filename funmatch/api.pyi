@@ -440,6 +440,23 @@ class EvaluateOptions(ImagesOptions, total=False):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
     others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    weights: str | Path | None
+    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
+    model_kwargs: KeyValues
+    """Arguments for timm's constructor. (default: none)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
+    img_size: int | None
+    """The same as side."""
+    eval_resize: int | None
+    """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
+    eval_resample: Literal["antialias", "bicubic", "tf"] | None
+    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    model's own)"""
+    batch: int
+    """Images per forward pass. (default: 128)"""
+    batch_size: int
+    """The same as batch."""
     teacher_weights: Names
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""
@@ -460,10 +477,6 @@ class EvaluateOptions(ImagesOptions, total=False):
     trust_class_order: bool
     """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
     that it seems to have in another order, assuming the same order."""
-    weights: str | Path | None
-    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
-    model_kwargs: KeyValues
-    """Arguments for timm's constructor. (default: none)"""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
     hf:NAME. Several are joined. (default: the run's)"""
@@ -471,19 +484,6 @@ class EvaluateOptions(ImagesOptions, total=False):
     """Split to evaluate on; auto is test, else val, else train. (default: auto)"""
     teacher: Models
     """Teacher to compare with, or several, as `distill --teacher` takes them. (default: the run's)"""
-    side: int | None
-    """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
-    img_size: int | None
-    """The same as side."""
-    eval_resize: int | None
-    """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "tf"] | None
-    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
-    model's own)"""
-    batch: int
-    """Images per forward pass. (default: 128)"""
-    batch_size: int
-    """The same as batch."""
 
 class StudyOptions(TypedDict, total=False):
     """Options of `funmatch.study`."""

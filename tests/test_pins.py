@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = ("fast", "hf", "notebooks", "soap", "tune")
+TESTED = ("fast", "hf", "notebooks", "openvino", "ship", "soap", "tune")
 
 
 def name_of(requirement: Requirement) -> str:
@@ -31,6 +31,7 @@ def test_tools_are_pinned_exactly_and_equally():
     tools = [Requirement(each) for each in EXTRAS["test"] if not each.startswith("funmatch[")]
     assert {tool.name for tool in tools} == {
         "pytest", "pytest-xdist", "hypothesis", "ruff", "pyrefly", "jupytext", "nbclient",
+        "torchmetrics", "netcal", "scikit-learn",
     }  # fmt: skip
     for tool in tools:
         assert re.fullmatch(r"==[\d.]+", str(tool.specifier)), tool

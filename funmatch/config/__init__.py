@@ -2,7 +2,7 @@
 
 from funmatch.config.data import Cache, Data, Images, Named, Prepare
 from funmatch.config.distill import TAUGHT, Distill, Teaching
-from funmatch.config.evaluate import Evaluate
+from funmatch.config.finished.evaluate import Evaluate
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.optim import Schedule
 from funmatch.config.options import Machine, Options, options_changing

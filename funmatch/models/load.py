@@ -37,6 +37,7 @@ def load(
     side: int | None = None,
     pretrained: bool = False,
     inputs: Inputs | None = None,
+    empty: bool = False,
 ) -> Classifier:
     """Loads or builds a classifier.
 
@@ -53,6 +54,7 @@ def load(
         pretrained: whether a bare timm name means its pretrained weights.
         inputs: mean and standard deviation, for images in [0, 1], of the images that a SavedModel was trained on; None
             takes those of its graph.
+        empty: whether the caller fills in the weights: those that a timm name means are then not fetched.
 
     Raises:
         InputError: the name is unknown (near names are listed), weights do not fit, or a folder has no model.
@@ -71,7 +73,7 @@ def load(
         return _from_origin(name, origin, classes, side)
     if is_function(name):
         return custom.wrap_module(name, custom.call_function(name, kwargs, classes), side, kwargs)
-    return _from_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained)
+    return _from_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained, empty=empty)
 
 
 def _from_origin(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:
@@ -100,7 +102,7 @@ def _from_origin(name: str, origin: Origin, classes: int | None, side: int | Non
 
 
 def _from_timm(
-    name: str, kwargs: dict[str, Any], *, classes: int | None, side: int | None, pretrained: bool
+    name: str, kwargs: dict[str, Any], *, classes: int | None, side: int | None, pretrained: bool, empty: bool
 ) -> Classifier:
     """Has timm build a network, with its published weights where the name means these."""
     own, kwargs = own_architecture(name, kwargs)
@@ -117,7 +119,7 @@ def _from_timm(
     # Pretrained weights keep their own head first: `_with_head` decides whether it can stay.
     if classes is not None and not has_weights:
         kwargs["num_classes"] = classes
-    net = timm_models.create(architecture, kwargs, pretrained=has_weights)
+    net = timm_models.create(architecture, kwargs, pretrained=has_weights and not empty)
     if not isinstance(vars(net).get("num_classes"), int):
         raise InputError(f"{name} with these options is not a classifier")
     cfg = vars(net)["pretrained_cfg"]

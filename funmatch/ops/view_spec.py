@@ -1,4 +1,4 @@
-"""Holds, as one value, everything that decides the training views of a run.
+"""Holds, as one value each, everything that decides the training views of a run, and its evaluation views.
 
 Two runs with equal specs and equal images have the same views at every step. So one object answers all questions
 of that kind: whether students can share crops, whether a tape belongs to a run, whether kept logits are still valid.
@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from torch import Tensor
+
 from funmatch.config.choices import RESAMPLED_BEFORE, Resample
+from funmatch.ops.crops import central_view
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.sampling import SAMPLING_VERSION
 from funmatch.runtime.records import list_differences
@@ -25,6 +28,32 @@ def complete_key(stored: Mapping[str, Any]) -> dict[str, Any]:
 def list_key_differences(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
     """Lists in which options two keys differ, a line each; `where` says where the first is stored."""
     return list_differences(complete_key(then), complete_key(now), where, {"pictures": "images"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the view of evaluation: resized, and a central square of it cut out.
+
+    Attributes:
+        side: of the view, pixels.
+        short_side: of the resized image, pixels, at least `side`.
+        squash: whether both sides are resized to `short_side`, which changes the aspect ratio.
+        resample: how images are resized.
+    """
+
+    side: int
+    short_side: int
+    squash: bool = False
+    resample: Resample = "tf"
+
+    def view(self, image: Tensor) -> Tensor:
+        """Returns the view of an image, (3, side, side) float32 in [0, 1]; the image is (height, width, 3) uint8."""
+        return central_view(image, self.short_side, self.side, squash=self.squash, method=self.resample)
+
+    def __str__(self) -> str:
+        how = {"tf": "bilinear without antialias", "antialias": "bilinear", "bicubic": "bicubic"}[self.resample]
+        what = "both sides" if self.squash else "the short side"
+        return f"{what} resized to {self.short_side} pixels ({how}), then the central {self.side} × {self.side}"
 
 
 @dataclass(frozen=True)

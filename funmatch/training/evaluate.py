@@ -1,28 +1,23 @@
 """Evaluates a model or a run: accuracy, calibration, and agreement with its teachers."""
 
-import copy
-import shlex
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from funmatch.config import Changes, Evaluate
-from funmatch.config.choices import RESAMPLED_BEFORE
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.readers.split_names import SPLIT_NAMES
 from funmatch.errors import InputError, unknown
 from funmatch.models.class_map import map_classes
-from funmatch.models.classifier import Classifier, check_side
+from funmatch.models.classifier import check_side
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.models.inference.frozen import Frozen
-from funmatch.models.load import load
 from funmatch.runtime import devices
-from funmatch.runtime.log import info, info_notes
+from funmatch.runtime.log import info
 from funmatch.training import datasets, scoring
 from funmatch.training.run import folder as run_folder
+from funmatch.training.student.trained_model import TrainedModel, info_side, open_trained_model
 from funmatch.training.teachers import checks, loading
 
 
@@ -43,19 +38,17 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     given = given or {}
     # Before loading, so that a wrong --device does not cost a download.
     device = devices.pick_device(config.device)
-    trained = _find_run(config.model)
-    # A folder of a run says how its student sees images; other models have only their card.
-    knobs: dict[str, Any] = trained.config["knobs"] if trained else {}
-    model = _load_model(config, given).to(device)
-    verb = trained.config["verb"] if trained else ""
+    trained = _open_model(config, given)
+    knobs, model = dict(trained.knobs), trained.classifier.to(device)
+    verb = trained.run.config["verb"] if trained.run else ""
     cache, training_data, evaluation_data = datasets.open_evaluation_data(config, verb, knobs)
     parameters, classes = model.count_parameters(), loading.wanted_classes(config, cache)
     class_map = map_classes(model, classes, config.classes) if classes and config.classes else None
     if class_map is None:
         scoring.check_classes(model, cache, trust_order=config.trust_class_order)
     split = _pick_split(cache, config.split)
-    view = _eval_view(config, knobs, model, device)
-    check_side(model, view.side)
+    precision = devices.resolve_precision(config.precision, device)
+    view = scoring.eval_view_of(trained.preprocessing, config.batch, device, precision)
     teachers = _load_teachers(config, knobs, cache, view.side, given)
     # Mapped classes are evaluated alone, as a teacher's would be.
     member = EnsembleMember(Frozen(model), view.side, class_map=class_map) if class_map else None
@@ -68,8 +61,8 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     return run_folder.finite(metrics) | {
         **datasets.about_images(split, cache, config.val or (None if config.data else knobs.get("val"))),
         "parameters": parameters,
-        "step": (trained.result or {}).get("step") if trained else None,
-        "run": str(trained.folder) if trained else None,
+        "step": trained.step,
+        "run": str(trained.run.folder) if trained.run else None,
         "model": config.model,
         "data": list(training_data if split.name == "train" else evaluation_data),
         "teacher": teachers.name if teachers else None,
@@ -77,48 +70,15 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     }
 
 
-def _load_model(config: Evaluate, given: loading.Modules) -> Classifier:
-    # A copy: loading may change the module's head or side, and the caller still owns it.
-    model = load(
-        copy.deepcopy(given.get(config.model, config.model)),
-        weights=config.weights,
-        options=config.model_kwargs,
-        pretrained=True,
-        side=config.side,
-    )
-    info_notes(config.model, model.notes)
-    return model
-
-
-def _find_run(name: str) -> run_folder.Run | None:
-    """Returns the run that a model's name is the folder of, if it is one."""
-    path = Path(name.removeprefix("local-dir:")).expanduser()
-    return run_folder.find_run(path) if run_folder.looks_like_run(path) else None
-
-
-def _eval_view(config: Evaluate, knobs: dict[str, Any], model: Classifier, device: torch.device) -> scoring.EvalView:
-    """Returns the preprocessing: as given, else as in the run, else as the model's card says."""
-    side = config.side or knobs.get("side") or model.card.side
-    if not (config.side or knobs.get("side")) and (notes := model.card.side_notes):
-        words = [config.model, *(["--weights", str(config.weights)] if config.weights else [])]
-        words += ["--data", *config.data] if config.data else []
-        info_notes(config.model, notes)
-        sizes = " ".join(map(str, sorted({128, 160, 224, side})))
-        info(f"to compare sizes: for s in {sizes}; do funmatch evaluate {shlex.join(words)} --side $s; done")
-    # The run's resize belongs to its image size: at another one, the proportions of the crop would change.
-    same_side = side == knobs.get("side")
-    recorded = knobs.get("eval_resize") if same_side else None
-    resize = config.eval_resize or recorded or scoring.default_eval_resize(side, model.card)
-    # The crop would be larger than the image.
-    if resize < side:
-        raise InputError(f"eval_resize ({resize}) must be at least side ({side})")
-    # Without a run, the card says whether images are squashed.
-    squash = knobs["crop"] == "squash" if "crop" in knobs else model.card.squash
-    precision = devices.resolve_precision(config.precision, device)
-    # Runs were evaluated without antialias before there was a choice.
-    of_run = knobs.get("eval_resample") or (RESAMPLED_BEFORE if knobs else None)
-    resample = config.eval_resample or of_run or model.card.resample
-    return scoring.EvalView(side, resize, config.batch, device, precision, squash, resample)
+def _open_model(config: Evaluate, given: loading.Modules) -> TrainedModel:
+    trained = open_trained_model(
+        config.model, weights=config.weights, model_kwargs=config.model_kwargs, side=config.side,
+        eval_resize=config.eval_resize, eval_resample=config.eval_resample, given=given,
+    )  # fmt: skip
+    if not (config.side or trained.knobs.get("side")):
+        words = ["--weights", str(config.weights)] if config.weights else []
+        info_side(trained.classifier, [config.model, *words, *(["--data", *config.data] if config.data else [])])
+    return trained
 
 
 def _pick_split(cache: Cache, name: str) -> CachedSplit:

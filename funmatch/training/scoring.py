@@ -20,6 +20,7 @@ from funmatch.models.class_map import BY_NUMBER, number_order
 from funmatch.models.classifier import Card, Classifier
 from funmatch.ops import metrics
 from funmatch.ops.crops import central_view
+from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices, env, transfers
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
@@ -30,27 +31,19 @@ VIEWS = 256
 """Training views that a student is scored on, rounded up to whole batches."""
 
 
-@dataclass(frozen=True)
-class EvalView:
+@dataclass(frozen=True, kw_only=True)
+class EvalView(Preprocessing):
     """The preprocessing of evaluation, and where it computes.
 
     Attributes:
-        side: image size, pixels.
-        short_side: size of the short side before the central crop, pixels.
         batch: images per forward pass.
         device: where the networks are.
         precision: arithmetic of autocast: fp32, bf16 or fp16.
-        squash: whether both sides are resized to `short_side`, which changes the aspect ratio.
-        resample: how images are resized.
     """
 
-    side: int
-    short_side: int
     batch: int
     device: torch.device
     precision: str
-    squash: bool = False
-    resample: Resample = "tf"
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,15 @@ def eval_view(config: Train, device: torch.device) -> EvalView:
     # Without gradients a whole batch usually fits even where training needs pieces.
     batch = config.batch // env.world_size()
     assert config.eval_resample
-    squash = config.crop == "squash"
-    return EvalView(config.side, config.eval_resize, batch, device, config.precision, squash, config.eval_resample)
+    return EvalView(
+        side=config.side, short_side=config.eval_resize, squash=config.crop == "squash",
+        resample=config.eval_resample, batch=batch, device=device, precision=config.precision,
+    )  # fmt: skip
+
+
+def eval_view_of(how: Preprocessing, batch: int, device: torch.device, precision: str) -> EvalView:
+    """Returns how a preprocessing is evaluated, in batches on a device."""
+    return EvalView(**vars(how), batch=batch, device=device, precision=precision)
 
 
 def central_batches(

@@ -121,7 +121,7 @@ def test_a_teacher_that_is_clearly_better_resized_the_other_way_is_named(monkeyp
 
     monkeypatch.setattr(checks, "predict", predict)
     teachers: Any = SimpleNamespace(members=[SimpleNamespace(name="its-name")])
-    view = scoring.EvalView(32, 40, 8, torch.device("cpu"), "fp32", resample="tf")
+    view = scoring.EvalView(side=32, short_side=40, batch=8, device=torch.device("cpu"), precision="fp32")
     checks.compare_resampling(teachers, [here], split, view, "tf")
     # Images that are enlarged look the same both ways.
     assert shown == ([(200, "antialias")] if size > 40 else [])

@@ -474,7 +474,7 @@ def test_score_of_training_views_does_not_depend_on_processes(split):
         pooled = F.adaptive_avg_pool2d(batch.crops[1:], 1).flatten(1)
         return pooled, pooled.flip(-1)
 
-    view = scoring.EvalView(12, 12, 4, torch.device("cpu"), "fp32")
+    view = scoring.EvalView(side=12, short_side=12, batch=4, device=torch.device("cpu"), precision="fp32")
     net = torch.nn.Identity()
     one = scoring.score_training_views(both, net, Loader(split, ViewSpec(1, 8, 12)), 3, view)
     two = scoring.score_training_views(both, net, Loader(split, ViewSpec(1, 8, 12), 1, 2), 3, view)

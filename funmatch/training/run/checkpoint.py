@@ -122,6 +122,28 @@ def load_best(folder: Path, step: int, student: nn.Module) -> None:
         ) from None
 
 
+def newest_student(folder: Path) -> tuple[dict[str, Tensor], int]:
+    """Reads the student of the newest checkpoint that can be read, and changes nothing.
+
+    Returns:
+        its tensors by name, on the CPU, and their step.
+
+    Raises:
+        InputError: a newer version wrote one, or there is none that can be read.
+    """
+    found = _newest_first(folder)
+    _check_formats(found)
+    for place in found:
+        try:
+            return load_file(place / STUDENT), read_state(place / STATE).step
+        except Exception as error:  # damaged files raise nearly anything
+            if is_out_of_memory(error):
+                raise
+            info(f"{place} is damaged ({first_line(error)}); falling back to the checkpoint before it")
+    what = "no checkpoint in it can be read" if found else "it has no checkpoint yet"
+    raise InputError(f"the run {folder.parent} is not finished, and {what}; start its command again to resume it")
+
+
 def restore(
     folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
 ) -> TrainState | None:
@@ -134,7 +156,7 @@ def restore(
         InputError: a newer version wrote one, or there are checkpoints, but none can be read. (A damaged newest one
             falls back to the one before.)
     """
-    found = sorted([*list_places(folder, STEP), *list_places(folder, STABLE)], key=step_of, reverse=True)
+    found = _newest_first(folder)
     _check_formats([*found, *list_places(folder, BEST)])  # before anything is removed
     remove_partials(folder)
     for checkpoint in found:
@@ -204,6 +226,11 @@ def _write(place: Path, tensors: Files, state: dict[str, Any]) -> None:
         for name, each in tensors.items():
             save_file(_dense(each), partial / name)
         (partial / STATE).write_text(json.dumps({FORMAT_KEY: FORMAT, **state}))
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Returns the checkpoints from which a run can resume."""
+    return sorted([*list_places(folder, STEP), *list_places(folder, STABLE)], key=step_of, reverse=True)
 
 
 def _check_formats(checkpoints: list[Path]) -> None:

@@ -19,6 +19,7 @@ from funmatch.ops.optim.updates import EMA
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.chunks import even_chunks
 from funmatch.runtime.log import info, info_notes
+from funmatch.training.student.trained_model import constructor_options
 
 Modules = dict[str, Any]
 """Objects that were given from Python, by the names that stand for them in the options: modules and functions."""
@@ -61,7 +62,7 @@ def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, g
     student = load(
         copy.deepcopy(given.get(config.student, config.student)),
         weights=config.student_weights,
-        options=_constructor_options(config),
+        options=constructor_options(config),
         classes=num_classes,
         side=config.side,
     )
@@ -99,9 +100,3 @@ def sync_across_processes(student: Classifier, device: torch.device) -> Classifi
     distributed.broadcast_(list(student.state_dict().values()))
     student.net = sync_batchnorm(student.net, device)
     return student
-
-
-def _constructor_options(config: Train) -> tuple[str, ...]:
-    # `is not None`: a rate of 0 turns off what a network drops by default.
-    rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
-    return (*config.student_kwargs, *(f"{name}={rate}" for name, rate in rates.items() if rate is not None))

@@ -1,0 +1,43 @@
+"""The options that all commands for a finished run or a model share: its weights, and how it sees images."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from funmatch.config.choices import Resample
+from funmatch.config.metadata import Changes, Group, Opt, Refers
+from funmatch.config.options import Machine, like
+from funmatch.config.train import Train
+from funmatch.config.values import Pairs
+
+MODEL = Opt(
+    group=Group.STUDENT, changes=Changes.STUDENT, positional=True, essential=True, refers=Refers.MODEL,
+    content="student", metavar="MODEL",
+)  # fmt: skip
+"""A run folder or a model, the first word of such a command."""
+
+
+# No `Views`: there are no random crops, so of the options of views it takes only the two sizes, below.
+class FinishedModel(Machine):
+    """The weights and the preprocessing of a model that is evaluated or used."""
+
+    headings: ClassVar[dict[Group, str]] = {Group.STUDENT: "Model"}
+
+    weights: Annotated[
+        Path | None,
+        Opt(group=Group.STUDENT, changes=Changes.STUDENT, refers=Refers.WEIGHTS, content="student", usual="none",
+            essential=True),
+    ] = None  # fmt: skip
+    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name."""
+    model_kwargs: Annotated[
+        Pairs, Opt(group=Group.STUDENT, changes=Changes.STUDENT, usual="none", metavar="KEY=VALUE …")
+    ] = ()
+    """Arguments for timm's constructor."""
+    # Optional: a run knows its own, and only a named model may need them.
+    side: Annotated[int | None, like(Train, "side", usual="the run's or the model's own")] = None
+    """Image size: side of the square views, in pixels."""
+    eval_resize: Annotated[int | None, like(Train, "eval_resize", usual="the run's or the model's own")] = None
+    """Length of the image's shorter side before the central crop, in pixels."""
+    eval_resample: Annotated[Resample | None, like(Train, "eval_resample", usual="the run's or the model's own")] = None
+    """How images are resized: antialias, bicubic, or tf (bilinear without antialias)."""
+    batch: Annotated[int, like(Train, "batch")] = 128
+    """Images per forward pass."""
