@@ -457,6 +457,9 @@ class EvaluateOptions(ImagesOptions, total=False):
     """Images per forward pass. (default: 128)"""
     batch_size: int
     """The same as batch."""
+    data: Names
+    """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
+    hf:NAME. Several are joined. (default: the run's)"""
     teacher_weights: Names
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""
@@ -477,9 +480,6 @@ class EvaluateOptions(ImagesOptions, total=False):
     trust_class_order: bool
     """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
     that it seems to have in another order, assuming the same order."""
-    data: Names
-    """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME. Several are joined. (default: the run's)"""
     split: Literal["auto", "train", "val", "test"]
     """Split to evaluate on; auto is test, else val, else train. (default: auto)"""
     teacher: Models

@@ -44,6 +44,7 @@ VERBS: dict[str, Verb] = {
     "distill": Verb(config.Distill, "training.distill:run", RUN_TABLE, page=RUN_PAGE),
     "train": Verb(config.Train, "training.train:run", RUN_TABLE, page=RUN_PAGE),
     "evaluate": Verb(config.Evaluate, "training.evaluate:run", RUN_TABLE),
+    "export": Verb(config.Export, "commands.export:run", "commands.export:show"),
     "config": Verb(tools.Config, "commands.config:run", "commands.config:show", loads=""),
     "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show", loads="PyTorch"),
     "data": Verb(config.Data, "commands.data:run", "commands.prepare:show", loads="PyTorch"),

@@ -1,14 +1,15 @@
 """Opens the data sets of a configuration, and moves their pixels to the device where they fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from funmatch.config import TAUGHT, Evaluate, Finetune, Images, Train, Words
+from funmatch.config import TAUGHT, Finetune, Images, Train, Words
 from funmatch.config.data import NO_VALIDATION, VALIDATION_SHARE
+from funmatch.config.finished.model import WithImages
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import Cache, open_cache
@@ -208,8 +209,14 @@ def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) ->
     return replace(cache, splits=splits)
 
 
-def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> tuple[Cache, Words, Words]:
+def open_evaluation_data(
+    config: WithImages, model: str, verb: str, knobs: Mapping[str, Any]
+) -> tuple[Cache, Words, Words]:
     """Opens the images to evaluate on: as given, or those of the run with this verb and these options.
+
+    Args:
+        model: its name, for messages.
+        verb, knobs: of the run; empty where there is none.
 
     Returns:
         the images, and the names of the run's training and evaluation data.
@@ -220,12 +227,12 @@ def open_evaluation_data(config: Evaluate, verb: str, knobs: dict[str, Any]) -> 
     if config.data:
         return open_data_set(config, config.data), config.data, config.data
     if not knobs:
-        raise InputError(f"no images to evaluate on: {config.model} is not a run, so pass --data")
+        raise InputError(f"no images to evaluate on: {model} is not a run, so pass --data")
     # Options of this command replace the run's own: its data may have moved since.
     overrides = {
         name: getattr(config, name)
         for name, field in Images.model_fields.items()
         if name != "as_json" and getattr(config, name) != field.default
     }
-    run = TAUGHT[verb].model_validate(knobs | overrides)
+    run = TAUGHT[verb].model_validate({**knobs, **overrides})
     return open_run_data(run), run.data, run.eval_data or run.data

@@ -41,7 +41,7 @@ def run(config: Evaluate, given: loading.Modules | None = None) -> dict[str, Any
     trained = _open_model(config, given)
     knobs, model = dict(trained.knobs), trained.classifier.to(device)
     verb = trained.run.config["verb"] if trained.run else ""
-    cache, training_data, evaluation_data = datasets.open_evaluation_data(config, verb, knobs)
+    cache, training_data, evaluation_data = datasets.open_evaluation_data(config, config.model, verb, knobs)
     parameters, classes = model.count_parameters(), loading.wanted_classes(config, cache)
     class_map = map_classes(model, classes, config.classes) if classes and config.classes else None
     if class_map is None:

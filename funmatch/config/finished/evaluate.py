@@ -2,16 +2,14 @@
 
 from typing import Annotated, ClassVar
 
-from funmatch.config.data import Images
 from funmatch.config.distill import Distill, Teaching
-from funmatch.config.finished.model import MODEL, FinishedModel
+from funmatch.config.finished.model import MODEL, WithImages
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.options import like
-from funmatch.config.train import Train
 from funmatch.config.values import Names
 
 
-class Evaluate(Images, Teaching, FinishedModel):
+class Evaluate(Teaching, WithImages):
     """Evaluate a run or a model: accuracy, calibration, and agreement with a teacher."""
 
     verbs: ClassVar[str] = "Start"
@@ -22,10 +20,6 @@ class Evaluate(Images, Teaching, FinishedModel):
 
     model: Annotated[str, MODEL]
     """Run folder, or any model that `distill --teacher` takes."""
-    # Optional, as are teacher and sizes: a run knows its own, and only a named model needs them.
-    data: Annotated[Names, like(Train, "data", usual="the run's")] = ()
-    """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME. Several are joined."""
     split: Annotated[
         str, Opt(group=Group.DATA, changes=Changes.DATA, essential=True, metavar="auto|train|val|test")
     ] = "auto"

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from funmatch.config.choices import Resample
+from funmatch.config.data import Images
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, like
 from funmatch.config.train import Train
-from funmatch.config.values import Pairs
+from funmatch.config.values import Names, Pairs
 
 MODEL = Opt(
     group=Group.STUDENT, changes=Changes.STUDENT, positional=True, essential=True, refers=Refers.MODEL,
@@ -41,3 +42,12 @@ class FinishedModel(Machine):
     """How images are resized: antialias, bicubic, or tf (bilinear without antialias)."""
     batch: Annotated[int, like(Train, "batch")] = 128
     """Images per forward pass."""
+
+
+class WithImages(Images, FinishedModel):
+    """The images that a model is evaluated on, or that what is made of it is checked on."""
+
+    # Optional: a run knows its own.
+    data: Annotated[Names, like(Train, "data", usual="the run's")] = ()
+    """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
+    hf:NAME. Several are joined."""

@@ -1,0 +1,47 @@
+"""Exports a model for other runtimes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from funmatch.config import Export
+from funmatch.reports.result import Result
+from funmatch.runtime.log import print_table
+from funmatch.runtime.text import percent
+from funmatch.shipping.export import export
+from funmatch.training.student.trained_model import open_trained_model
+
+
+def run(config: Export, given: Mapping[str, Any] | None = None) -> Result:
+    """Exports a model in one or several formats.
+
+    Args:
+        given: modules from Python, by the names that stand for them.
+
+    Returns:
+        as of `export.export`.
+
+    Raises:
+        InputError: the model cannot be loaded or exported, or an export differs from PyTorch.
+    """
+    config.check()
+    model = open_trained_model(
+        config.model, weights=config.weights, model_kwargs=config.model_kwargs, side=config.side,
+        eval_resize=config.eval_resize, eval_resample=config.eval_resample, given=given,
+    )  # fmt: skip
+    export.place_of(config, model)  # before anything is computed
+    return Result(metrics=export.export(config, model, export.images_for(config, model)))
+
+
+def show(result: Result) -> None:
+    """Prints a row for each file."""
+    found = result.metrics
+    rows = [
+        [
+            name, f"{each['bytes'] / 1e6:.2f}",
+            f"{each['max_relative']:.1e}" if "max_relative" in each else "not checked",
+            percent(each["same_top1"]) if "same_top1" in each else "–",
+        ]
+        for name, each in found["formats"].items()
+    ]  # fmt: skip
+    print_table(found["out"], ["format", "size (MB)", "difference from PyTorch", "same top-1"], rows)
+    print("beside them: labels.txt, preprocessing.json, and example.py, which needs no funmatch")

@@ -1,0 +1,147 @@
+"""Exports a model in several formats, and checks each in its own runtime."""
+
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from funmatch.config import Export
+from funmatch.errors import InputError
+from funmatch.runtime.files import write_folder_atomically
+from funmatch.runtime.log import info, track
+from funmatch.shipping.export import sidecars
+from funmatch.shipping.export.formats import FORMATS, Job
+from funmatch.shipping.export.network import ExportNet
+from funmatch.shipping.export.verify import compare, refuse_unless_equal
+from funmatch.shipping.real_images import RealImages, choose_images
+from funmatch.shipping.runtimes import Runtime
+from funmatch.training.student.trained_model import TrainedModel
+
+
+def export(config: Export, model: TrainedModel, images: RealImages | None) -> dict[str, Any]:
+    """Writes a folder with a model in each of the formats.
+
+    Args:
+        config: the options.
+        model: the model.
+        images: to compare on; None compares nothing.
+
+    Returns:
+        `out`, `model`, `run`, and by format in `formats`: `file` in it, `bytes`, and the figures of `verify.Comparison`.
+
+    Raises:
+        InputError: the folder exists, a network cannot be exported, or a file differs from PyTorch.
+    """
+    out = place_of(config, model)
+    net = ExportNet(model.classifier, uint8=config.input == "uint8", probabilities=config.probabilities)
+    about = sidecars.describe(
+        model, uint8=net.uint8, probabilities=net.probabilities, fixed_batch=config.fixed_batch
+    )  # fmt: skip
+    job = Job(model, net, about, config.opset, config.fixed_batch)
+    reference = _reference(job, images) if images else None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    with write_folder_atomically(out) as partial:
+        for name in dict.fromkeys(config.format):
+            info(f"export: writing {name} …")
+            FORMATS[name].write(job, partial)
+            figures = _check(name, job, partial, images, reference) if images and reference is not None else {}
+            found[name] = {"file": FORMATS[name].file, "bytes": _size(partial, name), **figures}
+        name = next((FORMATS[each].file for each in ("onnx", "openvino", "torch-export") if each in found), None)
+        sidecars.write_sidecars(partial, about, name)
+        if images:
+            record = {"formats": found, **_circumstances(images)}
+            (partial / sidecars.VERIFICATION).write_text(json.dumps(record, indent=2))
+    return {"out": str(out), "model": model.name, "run": str(model.run.folder) if model.run else None, "formats": found}
+
+
+def place_of(config: Export, model: TrainedModel) -> Path:
+    """Returns the folder to write, by default inside the run's.
+
+    Raises:
+        InputError: it exists and must not be replaced, or there is no run whose folder it could be in.
+    """
+    if config.out is None and model.run is None:
+        raise InputError(f"{config.model} is not a run, so pass --out, the folder for the files")
+    out = config.out.expanduser() if config.out else model.run.folder / "export" if model.run else Path()
+    if out.is_file():
+        raise InputError(f"{out} is a file; choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        if not config.overwrite:
+            raise InputError(f"{out} exists; pass --overwrite to replace it, or another --out")
+        # Whatever else is in a folder is not ours to remove.
+        if not (out / sidecars.PREPROCESSING).is_file():
+            raise InputError(f"{out} is not an export, so it is not replaced; choose another --out")
+    return out
+
+
+def images_for(config: Export, model: TrainedModel) -> RealImages | None:
+    """Returns the images to compare on: validation, else training; None with --no-verify.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not config.verify:
+        return None
+    if model.run is None and not config.data:
+        raise InputError(
+            f"no images to check the export on: {config.model} is not a run, so pass --data, or --no-verify"
+        )
+    return choose_images(config, model, config.images, ("val", "train", "test"))
+
+
+def _reference(job: Job, images: RealImages) -> np.ndarray:
+    """Computes the outputs of PyTorch, with the classifier as it is: neither folded nor traced."""
+    outputs = []
+    with torch.inference_mode():
+        for batch in _tracked(job, images, "PyTorch"):
+            views = torch.from_numpy(batch).float() / 255 if job.net.uint8 else torch.from_numpy(batch)
+            logits = job.model.classifier(views).float()
+            outputs.append((logits.softmax(-1) if job.net.probabilities else logits).numpy())
+    return np.concatenate(outputs)
+
+
+def _check(name: str, job: Job, folder: Path, images: RealImages, reference: np.ndarray) -> dict[str, Any]:
+    """Compares a file in its runtime with PyTorch; returns the figures."""
+    runtime = FORMATS[name].open(job, folder)
+    outputs = np.concatenate([_compute(runtime, batch) for batch in _tracked(job, images, runtime.name)])
+    expected = reference
+    # timm's format has neither probabilities nor uint8: it is the network alone.
+    if name == "timm" and job.net.probabilities:
+        outputs = torch.from_numpy(outputs).softmax(-1).numpy()
+    comparison = compare(expected, outputs)
+    refuse_unless_equal(name, comparison, expected, outputs, job.model.class_names)
+    return {"runtime": runtime.name, **comparison.to_json()}
+
+
+def _compute(runtime: Runtime, batch: np.ndarray) -> np.ndarray:
+    wanted = runtime.dtype == np.uint8
+    if batch.dtype == np.uint8 and not wanted:
+        batch = batch.astype(np.float32) / 255
+    return runtime(batch)
+
+
+def _tracked(job: Job, images: RealImages, label: str) -> Iterator[np.ndarray]:
+    count = -(-len(images) // images.batch)
+    return iter(track(images.batches(uint8=job.net.uint8), count, f"checking in {label}"))
+
+
+def _size(folder: Path, name: str) -> int:
+    """Returns the bytes of a format's files: OpenVINO and large ONNX files have their weights beside them."""
+    file = folder / FORMATS[name].file
+    files = file.rglob("*") if file.is_dir() else folder.glob(f"{file.stem}.*")
+    if name == "openvino" or file.is_dir():
+        return sum(path.stat().st_size for path in files if path.suffix in (".xml", ".bin", ".safetensors", ".json"))
+    return sum(path.stat().st_size for path in (file, *folder.glob(f"{file.name}.data")))
+
+
+def _circumstances(images: RealImages) -> dict[str, Any]:
+    return {
+        "images": {"split": images.split.name, "count": len(images)},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": platform.machine(),
+    }

@@ -1,0 +1,130 @@
+"""Writes a model in each of the formats, and opens it in its runtime."""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from funmatch.errors import InputError
+from funmatch.models.classifier import crop_fraction
+from funmatch.models.save import save
+from funmatch.shipping.export.network import ExportNet, explain_failure, trace
+from funmatch.shipping.export.onnx_file import write_onnx
+from funmatch.shipping.export.sidecars import as_metadata
+from funmatch.shipping.runtimes import Runtime, open_runtime, require
+from funmatch.training.student.trained_model import TrainedModel
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is exported.
+
+    Attributes:
+        model: the model.
+        net: its network for other runtimes.
+        about: of `sidecars.describe`, which formats keep as metadata.
+        opset: version of ONNX's operators.
+        fixed_batch: number of images that the files take at a time; None: any.
+    """
+
+    model: TrainedModel
+    net: ExportNet
+    about: dict[str, Any]
+    opset: int
+    fixed_batch: int | None
+
+    @cached_property
+    def program(self) -> torch.export.ExportedProgram:
+        """The network's operations, recorded once for all formats."""
+        return trace(self.net, self.model.preprocessing.side, self.fixed_batch)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table of formats.
+
+    Attributes:
+        file: name of the model's file.
+        write: writes it into a folder.
+        open: opens what was written there.
+    """
+
+    file: str
+    write: Callable[[Job, Path], None]
+    open: Callable[[Job, Path], Runtime]
+
+
+def _write_onnx(job: Job, folder: Path) -> None:
+    write_onnx(job.net, job.program, folder / "model.onnx", opset=job.opset, metadata=as_metadata(job.about))
+
+
+def _write_torch_export(job: Job, folder: Path) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        torch.export.save(job.program, folder / "model.pt2", extra_files={"about.json": json.dumps(job.about)})
+
+
+def _write_openvino(job: Job, folder: Path) -> None:
+    openvino = require("openvino")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            model = openvino.convert_model(job.program)
+    except Exception as error:  # types of its own, for operators that it lacks
+        name = job.net.classifier.card.name
+        raise explain_failure(error, name, "try --format onnx, which OpenVINO reads, too") from error
+    (given,), (output,) = model.inputs, model.outputs
+    given.get_tensor().set_names({"images"})
+    output.get_tensor().set_names({str(job.about["output"])})
+    for key, text in as_metadata(job.about).items():
+        model.set_rt_info(text, ["funmatch", key])
+    # In full precision: by itself it rounds the weights to 16 bits.
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+
+
+def _write_timm(job: Job, folder: Path) -> None:
+    model, how = job.model, job.model.preprocessing
+    classifier = copy.deepcopy(model.classifier)  # saving may scale its kernels
+    fraction = crop_fraction(how.side, how.short_side)
+    card = replace(
+        classifier.card, side=how.side, crop_fraction=fraction, classes=classifier.card.classes, squash=how.squash,
+        resample=how.resample,
+    )  # fmt: skip
+    (folder / "timm").mkdir()
+    save(classifier, folder / "timm", card=card, about={"top1": card.top1, "source": job.about["source"]})
+
+
+def _open_timm(job: Job, folder: Path) -> Runtime:
+    import timm
+
+    place = folder / "timm"
+    if job.model.classifier.function:
+        raise InputError(f"{job.model.name} is not a network of timm, which cannot load it; choose other formats")
+    net = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
+    mean, std = (np.array(each, np.float32).reshape(-1, 1, 1) for each in
+                 (job.model.classifier.card.mean, job.model.classifier.card.std))  # fmt: skip
+
+    @torch.inference_mode()
+    def compute(images: np.ndarray) -> np.ndarray:
+        views = images.mean(1, keepdims=True) if len(mean) == 1 else images
+        return net(torch.from_numpy((views - mean) / std)).float().numpy()
+
+    return Runtime(f"timm {timm.__version__}", place, compute, None, np.dtype(np.float32))
+
+
+def _open_file(name: str) -> Callable[[Job, Path], Runtime]:
+    return lambda _job, folder: open_runtime(folder / name)
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format("model.onnx", _write_onnx, _open_file("model.onnx")),
+    "torch-export": Format("model.pt2", _write_torch_export, _open_file("model.pt2")),
+    "openvino": Format("model.xml", _write_openvino, _open_file("model.xml")),
+    "timm": Format("timm", _write_timm, _open_timm),
+}
+"""The formats of `funmatch export`; a new one is a row here, and a word of its option."""
