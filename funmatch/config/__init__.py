@@ -22,6 +22,6 @@ UNCOMPARED = frozenset(name for table in TAUGHT.values() for name in table.where
 __all__ = [
     "SEARCHED", "TAUGHT", "UNCOMPARED", "Cache", "Changes", "Config", "Data", "Demo", "Distill", "Evaluate", "Export",
     "Finetune", "Group", "Images", "Import", "Machine", "Models", "Named", "Opt", "Options", "Pictures", "Plan",
-    "Precision", "Prepare", "Recipes", "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Study",
-    "Tape", "Teaching", "Train", "Words", "options_changing",
+    "Precision", "Prepare", "Recipes", "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain",
+    "Study", "Tape", "Teaching", "Train", "Words", "options_changing",
 ]  # fmt: skip

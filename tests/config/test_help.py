@@ -98,7 +98,7 @@ def test_every_option_shows_a_default_or_is_a_switch(verb):
 def test_overview_groups_the_commands(columns):
     text = overview(TABLES)
     assert [line[:-1] for line in text.splitlines() if re.fullmatch(r"\w+:", line)] == [
-        "Start", "Data", "Models", "Science",
+        "Start", "Use", "Data", "Models", "Science",
     ]  # fmt: skip
     start = text.partition("Start:")[2].partition("\n\n")[0]
     assert re.findall(r"^  (\w+)", start, re.M) == ["demo", "finetune", "distill", "train", "evaluate", "config"]

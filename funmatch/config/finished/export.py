@@ -17,7 +17,7 @@ class Export(WithImages):
     verbs: ClassVar[str] = "Use"
     examples: ClassVar[tuple[str, ...]] = (
         "funmatch export runs/student --format onnx",
-        "funmatch export runs/student --format onnx openvino --quantize 8 --out exported",
+        "funmatch export runs/student --format onnx openvino --out exported",
     )
 
     model: Annotated[str, MODEL]

@@ -31,7 +31,7 @@ def export(config: Export, model: TrainedModel, images: RealImages | None) -> di
         images: to compare on; None compares nothing.
 
     Returns:
-        `out`, `model`, `run`, and by format in `formats`: `file` in it, `bytes`, and the figures of `verify.Comparison`.
+        `out`, `model`, `run`, and `formats`: by format `file`, `bytes`, and the figures of `verify.Comparison`.
 
     Raises:
         InputError: the folder exists, a network cannot be exported, or a file differs from PyTorch.
