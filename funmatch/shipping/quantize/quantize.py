@@ -1,0 +1,198 @@
+"""Quantises an exported ONNX model to INT8 or fp16, within a limit of what it may lose."""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from funmatch.errors import InputError, WorkFailed
+from funmatch.runtime.files import write_atomically
+from funmatch.runtime.log import info
+from funmatch.runtime.text import counted
+from funmatch.shipping.quantize import gate as gates
+from funmatch.shipping.quantize.gate import Gate, Sensitivity
+from funmatch.shipping.quantize.graph import Graph, prepare
+from funmatch.shipping.quantize.half import write_half
+from funmatch.shipping.quantize.scores import Array, Images, Score, compare, latency, score
+from funmatch.shipping.quantize.static import METHODS, Ranges, calibrate, write_int8
+from funmatch.shipping.runtimes import require
+
+FEWEST = 16
+"""Images for calibration at least: of fewer, the ranges would be those of these images."""
+SHOWN = 5
+"""Layers named in a message."""
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """A quantised model, and what it lost and gained.
+
+    Attributes:
+        path: of the model.
+        bits: 8 or 16.
+        method: how ranges of activations were chosen (minmax, percentile, entropy); None for 16 bits.
+        methods: of each method tried, agreement with the teacher (or the fp32 model) on the images for calibration.
+        fp32: names of the layers that stayed in fp32.
+        layers: number of layers with weights.
+        before, after: scores of the fp32 and the quantised model.
+        drop: percentage points lost: of accuracy, or without labels of agreement with the fp32 model.
+        max_drop: the limit for it.
+        sensitivity: of each layer, the most sensitive first; empty where it was not measured.
+    """
+
+    path: Path
+    bits: int
+    method: str | None
+    methods: dict[str, float]
+    fp32: tuple[str, ...]
+    layers: int
+    before: Score
+    after: Score
+    drop: float
+    max_drop: float
+    sensitivity: tuple[Sensitivity, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything as JSON values."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("before", "after", "sensitivity")}
+        return plain | {
+            "path": str(self.path), "fp32": list(self.fp32), "before": vars(self.before), "after": vars(self.after),
+            "sensitivity": [vars(each) for each in self.sensitivity],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class How:
+    """How a model is quantised.
+
+    Attributes:
+        bits: 8 for INT8, or 16 for fp16.
+        max_drop: what may be lost, in percentage points: of accuracy, or without labels of agreement with the fp32
+            model. Sensitive layers stay in fp32 until it holds.
+        sensitivity: measure the sensitivity of every layer also where no layer has to stay in fp32.
+        advice: sentence about what to do where the limit cannot be kept, such as the command that trains for INT8.
+        threads: of the runtime; None: its own choice.
+    """
+
+    bits: int = 8
+    max_drop: float = 1.0
+    sensitivity: bool = False
+    advice: str = ""
+    threads: int | None = None
+
+
+def quantize_onnx(source: Path, target: Path, calibration: Images, validation: Images, how: How) -> QuantizeResult:
+    """Quantises a model, and writes it if it loses no more than allowed.
+
+    Args:
+        source: an fp32 .onnx file, whose input is (n, 3, side, side).
+        target: the file to write; it must not exist.
+        calibration: images by which ranges are chosen; no labels are used. By agreement with their teacher's outputs,
+            or with the fp32 model's where there are none, the best of three ways to choose ranges is kept.
+        validation: images by which the loss is measured: their labels, or else agreement with the fp32 model.
+
+    Raises:
+        InputError: a library is missing, the target exists, there are too few images, or the model has no layer to
+            quantise.
+        WorkFailed: the limit cannot be kept; nothing is written.
+    """
+    _check(target, calibration, how.bits)
+    with tempfile.TemporaryDirectory(prefix="funmatch-quantize-") as name:
+        folder = Path(name)
+        before, plain = score(source, validation, threads=how.threads)
+        gate = Gate(validation, before, plain, how.max_drop, how.threads)
+        work = folder / "quantized.onnx"
+        if how.bits == 16:
+            write_half(source, work)
+            found = Found(after=gate.score(work))
+        else:
+            found = _int8(source, folder, work, calibration, gate, sensitivity=how.sensitivity)
+        drop = gate.drop(found.after)
+        if not gate.holds(found.after):
+            raise WorkFailed(_missed(drop, gate, found, how))
+        # One image: what a student is for is to answer quickly.
+        first = next(iter(validation.batches))[:1]
+        scores = [_with_latency(*each, first, how.threads) for each in ((source, before), (work, found.after))]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, work.read_bytes())
+    facts = {name: value for name, value in vars(found).items() if name != "after"}
+    return QuantizeResult(
+        target, how.bits, before=scores[0], after=scores[1], drop=drop, max_drop=how.max_drop, **facts
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found out about a quantised model: attributes of `QuantizeResult`."""
+
+    after: Score
+    method: str | None = None
+    methods: dict[str, float] = field(default_factory=dict)
+    layers: int = 0
+    fp32: tuple[str, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
+
+
+def _check(target: Path, calibration: Images, bits: int) -> None:
+    """Raises `InputError` for what would fail after minutes of work."""
+    for name in ("onnx", "onnxruntime"):
+        require(name)
+    if bits not in (8, 16):
+        raise InputError(f"models are quantised to 8 or 16 bits, not {bits}")
+    if target.exists():
+        raise InputError(f"{target} exists already; choose another file, or remove it")
+    count = sum(map(len, calibration.batches))
+    if bits == 8 and count < FEWEST:
+        raise InputError(
+            f"{counted(count, 'image')} for calibration, but at least {FEWEST} are needed to know the ranges of "
+            "activations; pass a larger --calibration, or data with more images"
+        )
+
+
+def _int8(source: Path, folder: Path, work: Path, calibration: Images, gate: Gate, *, sensitivity: bool) -> Found:
+    """Writes the INT8 model with the best ranges, and as many layers in fp32 as the gate needs."""
+    graph = prepare(source, folder)
+    ranges, methods = _best_ranges(graph, calibration, folder, gate.threads)
+    write_int8(graph, ranges, work)
+    after, fp32, found = gate.score(work), (), ()
+    if sensitivity or not gate.holds(after):
+        found = gates.measure_sensitivity(graph, ranges, calibration, folder, threads=gate.threads)
+    if not gate.holds(after):
+        info(f"INT8 loses {gate.drop(after):.2f} points, more than {gate.max_drop:g}; keeping layers in fp32")
+        fp32, after = gates.keep_layers(graph, ranges, [each.layer for each in found], gate, work)
+    return Found(after, ranges.method, methods, len(graph.layers), fp32, found)
+
+
+def _best_ranges(graph: Graph, images: Images, folder: Path, threads: int | None) -> tuple[Ranges, dict[str, float]]:
+    """Tries every way to choose ranges; returns the best on the images for calibration, and the agreement of each."""
+    _, plain = score(graph.path, images, threads=threads)
+    reference = plain if images.teacher is None else images.teacher
+    path, found = folder / "method.onnx", []
+    for method in METHODS:
+        ranges = calibrate(graph, method, images.batches, folder)
+        write_int8(graph, ranges, path)
+        _, logits = score(path, images, plain, threads=threads)
+        # KL where equal shares agree: of few images many ways have the same.
+        column = compare(logits, reference)
+        found.append(((column["agreement"], -column["kl"]), ranges))
+        info(f"ranges by {method}: agreement {100 * column['agreement']:.2f} % on the images for calibration")
+    _, best = max(found, key=lambda each: each[0])
+    return best, {ranges.method: key[0] for key, ranges in found}
+
+
+def _with_latency(path: Path, each: Score, batch: Array, threads: int | None) -> Score:
+    return Score(**vars(each) | {"milliseconds": latency(path, batch, threads=threads)})
+
+
+def _missed(drop: float, gate: Gate, found: Found, how: How) -> str:
+    """Describes a limit that cannot be kept."""
+    what = "accuracy" if gate.before.top1 is not None else "agreement with the fp32 model"
+    name = "fp16" if how.bits == 16 else "INT8"
+    kept = f", even with {counted(len(found.fp32), 'layer')} of {found.layers} in fp32" if found.fp32 else ""
+    worst = ", ".join(each.layer for each in found.sensitivity[:SHOWN])
+    layers = f". The most sensitive layers: {worst}" if worst else ""
+    hint = f". {how.advice}" if how.advice else ""
+    return (
+        f"{name} loses {drop:.2f} points of {what} on the validation images{kept}; --max-drop allows "
+        f"{how.max_drop:g}{layers}{hint}. Or pass a larger --max-drop. Nothing was written"
+    )

@@ -1,0 +1,108 @@
+"""Measures an ONNX model: accuracy, agreement, size, and latency."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from funmatch.ops import metrics
+from funmatch.shipping.runtimes import Runtime, open_runtime
+
+SECONDS, WARM, RUNS = 1.5, 3, 200
+"""Time for measuring latency; passes before that do not count; and passes at most."""
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Images:
+    """Views of images, and what is known of them.
+
+    Attributes:
+        batches: (n, 3, side, side) arrays of float32 in [0, 1] each; iterated several times.
+        labels: (images,) class numbers, −1 for none; None where no image has one.
+        teacher: (images, classes) logits of the teacher; None where there is none.
+    """
+
+    batches: Iterable[Array]
+    labels: Array | None = None
+    teacher: Array | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good, large and fast a model is.
+
+    Attributes:
+        top1: accuracy, in [0, 1]; None without labels.
+        agreement: share of the images whose first class is the teacher's; None without a teacher.
+        same: share of the images whose first class is that of the fp32 model.
+        kl: KL(fp32 model ‖ this model), the mean over images in nats.
+        bytes: size of the file.
+        milliseconds: median latency for one image; None where it was not measured.
+    """
+
+    top1: float | None
+    agreement: float | None
+    same: float
+    kl: float
+    bytes: int
+    milliseconds: float | None = None
+
+
+def logits_of(runtime: Runtime, batches: Iterable[Array]) -> Array:
+    """Returns the outputs of all batches, (images, classes)."""
+    return np.concatenate([runtime(as_input(runtime, batch)) for batch in batches])
+
+
+def as_input(runtime: Runtime, batch: Array) -> Array:
+    """Returns views in [0, 1] as a model takes them, which may be as bytes."""
+    return np.round(batch * 255).astype(np.uint8) if runtime.dtype == np.uint8 else batch
+
+
+def score(path: Path, images: Images, plain: Array | None = None, *, threads: int | None = None) -> tuple[Score, Array]:
+    """Scores a model.
+
+    Args:
+        plain: logits of the fp32 model for these images; None for the fp32 model itself.
+        threads: of the runtime; None: its own choice.
+
+    Returns:
+        the score, without the latency; and the logits, (images, classes).
+    """
+    logits = logits_of(open_runtime(path, threads), images.batches)
+    reference = logits if plain is None else plain
+    column = compare(logits, reference)
+    top1 = None
+    if images.labels is not None and (images.labels >= 0).all():
+        top1 = float((logits.argmax(-1) == images.labels).mean())
+    agreement = None
+    if images.teacher is not None:
+        agreement = float((logits.argmax(-1) == images.teacher.argmax(-1)).mean())
+    return Score(top1, agreement, column["agreement"], column["kl"], path.stat().st_size), logits
+
+
+def compare(logits: Array, reference: Array) -> dict[str, float]:
+    """Returns `agreement` and `kl` (nats, of the reference from the logits), means over images; (n, classes) each."""
+    columns = metrics.per_image(torch.from_numpy(logits), None, torch.from_numpy(reference))
+    return {name: float(columns[name].double().mean()) for name in ("agreement", "kl")}
+
+
+def latency(path: Path, batch: Array, *, threads: int | None = None, seconds: float = SECONDS) -> float:
+    """Measures the median time of a forward pass, in milliseconds.
+
+    Args:
+        batch: the images of one pass, (n, 3, side, side) in [0, 1].
+    """
+    runtime = open_runtime(path, threads)
+    views, times = as_input(runtime, batch), []
+    for _ in range(WARM):
+        runtime(views)
+    until = time.perf_counter() + seconds
+    while not times or (time.perf_counter() < until and len(times) < RUNS):
+        began = time.perf_counter()
+        runtime(views)
+        times.append(time.perf_counter() - began)
+    return 1000 * float(np.median(times))

@@ -1,0 +1,112 @@
+"""Quantises a prepared ONNX graph to INT8 by ONNX Runtime's static quantisation, with ranges from calibration."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from funmatch.shipping.quantize.graph import Graph, quiet
+from funmatch.shipping.quantize.scores import as_input
+from funmatch.shipping.runtimes import open_runtime, require
+
+METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
+"""Ways to choose the range of an activation, with ONNX Runtime's names for them."""
+HISTOGRAM_IMAGES = 32
+"""Images of the ways that keep histograms of all activations, which take long and much memory."""
+EXTRA = {
+    "WeightSymmetric": True,
+    "ActivationSymmetric": False,
+    # These give fp32 out of INT8 in one kernel, so what is between them need not be rounded once more.
+    "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+}
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Ranges of the activations of a graph.
+
+    Attributes:
+        method: how they were chosen, of `METHODS`.
+        tensors: as ONNX Runtime's calibration gives them.
+    """
+
+    method: str
+    tensors: Any
+
+
+def calibrate(graph: Graph, method: str, batches: Iterable[np.ndarray], folder: Path) -> Ranges:
+    """Chooses the range of each activation by the images of the batches.
+
+    Args:
+        method: of `METHODS`.
+        batches: (n, 3, side, side) in [0, 1] each.
+        folder: for a temporary model.
+    """
+    tools = require("onnxruntime.quantization")
+    runtime = open_runtime(graph.path)
+    with quiet():
+        calibrator = tools.create_calibrator(
+            graph.path, list(graph.operations), augmented_model_path=str(folder / f"{method}.onnx"),
+            calibrate_method=getattr(tools.CalibrationMethod, METHODS[method]),
+        )  # fmt: skip
+        name = calibrator.infer_session.get_inputs()[0].name
+        # One batch at a time: the histograms keep all activations of what they get at once.
+        for batch in batches if method == "minmax" else _first(batches, HISTOGRAM_IMAGES):
+            calibrator.collect_data(_reader(tools, name, as_input(runtime, batch)))
+        return Ranges(method, calibrator.compute_data())
+
+
+def _first(batches: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """Yields the first images of batches, in pieces of 16 at most."""
+    for batch in batches:
+        for start in range(0, len(batch), 16):
+            piece = batch[start : start + min(16, count)]
+            yield piece
+            count -= len(piece)
+            if count <= 0:
+                return
+
+
+def _reader(tools: Any, name: str, batch: np.ndarray) -> Any:
+    """Returns ONNX Runtime's reader of a single batch."""
+
+    class Reader(tools.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter([{name: batch}])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    return Reader()
+
+
+def write_int8(graph: Graph, ranges: Ranges, path: Path, *, fp32: Iterable[str] = (), only: str | None = None) -> None:
+    """Writes a graph with INT8 weights (one scale per output channel) and 8-bit activations.
+
+    Args:
+        fp32: nodes that stay in fp32.
+        only: the only node that is quantised; None: all but those in `fp32`.
+    """
+    onnx, tools = require("onnx"), require("onnxruntime.quantization")
+    quantizer = require("onnxruntime.quantization.qdq_quantizer").QDQQuantizer(
+        onnx.load(str(graph.path)),
+        per_channel=True,
+        # Full range: 7 bits are for processors without VNNI, whose sums of 16 bits could overflow.
+        reduce_range=False,
+        # Of these types ONNX Runtime's kernels for x86 are the fastest.
+        weight_qType=tools.QuantType.QInt8, activation_qType=tools.QuantType.QUInt8,
+        tensors_range=ranges.tensors,
+        nodes_to_quantize=[only] if only else [],
+        # The products around a softmax lose most, and have no weights that would become smaller.
+        nodes_to_exclude=[*fp32, *graph.products],
+        op_types_to_quantize=list(graph.operations),
+        extra_options=EXTRA,
+    )  # fmt: skip
+    with quiet():
+        quantizer.quantize_model()
+    model = quantizer.model.model
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, graph.metadata)
+    onnx.save(model, str(path))
