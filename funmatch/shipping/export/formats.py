@@ -15,7 +15,7 @@ import torch
 from funmatch.errors import InputError
 from funmatch.models.classifier import crop_fraction
 from funmatch.models.save import save
-from funmatch.shipping.export.network import ExportNet, explain_failure, trace
+from funmatch.shipping.export.network import ExportNet, explain_failure, trace, with_plain_attention
 from funmatch.shipping.export.onnx_file import write_onnx
 from funmatch.shipping.export.sidecars import as_metadata
 from funmatch.shipping.runtimes import Runtime, open_runtime, require
@@ -42,8 +42,14 @@ class Job:
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The network's operations, recorded once for all formats."""
+        """The network's operations, recorded once for all formats of PyTorch and OpenVINO."""
         return trace(self.net, self.model.preprocessing.side, self.fixed_batch)
+
+    @cached_property
+    def program_for_onnx(self) -> torch.export.ExportedProgram:
+        """The network's operations without fused attention."""
+        plain = with_plain_attention(self.net)
+        return self.program if plain is self.net else trace(plain, self.model.preprocessing.side, self.fixed_batch)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Format:
 
 
 def _write_onnx(job: Job, folder: Path) -> None:
-    write_onnx(job.net, job.program, folder / "model.onnx", opset=job.opset, metadata=as_metadata(job.about))
+    write_onnx(job.net, job.program_for_onnx, folder / "model.onnx", opset=job.opset, metadata=as_metadata(job.about))
 
 
 def _write_torch_export(job: Job, folder: Path) -> None:

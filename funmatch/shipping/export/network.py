@@ -37,6 +37,19 @@ class ExportNet(nn.Module):
         return logits.softmax(-1) if self.probabilities else logits
 
 
+def with_plain_attention(net: ExportNet) -> ExportNet:
+    """Returns a network whose attention is matrix products and a softmax, in place of one fused operation.
+
+    ONNX has no such operation that all runtimes know, and torch's replacement for it has other strides, on which the
+    `view` of some networks fails.
+    """
+    fused = [name for name, module in net.named_modules() if getattr(module, "fused_attn", False)]
+    plain = copy.deepcopy(net) if fused else net
+    for name in fused:
+        plain.get_submodule(name).fused_attn = False  # pyrefly: ignore  # timm's switch
+    return plain
+
+
 def trace(net: ExportNet, side: int, fixed_batch: int | None = None) -> torch.export.ExportedProgram:
     """Records the operations of a network.
 
