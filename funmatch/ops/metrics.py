@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from funmatch.ops.calibration import calibration_error
 from funmatch.ops.distances import kl
 
-ECE_BINS = 15
 METRICS = ("top1", "top5", "agreement", "agreement5", "kl", "ece", "balanced")
 
 
@@ -62,27 +62,41 @@ def summarize(columns: dict[str, Tensor]) -> dict[str, float | None]:
     return metrics
 
 
-def calibration_error(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS) -> float:
-    """Computes the expected calibration error: Σ over bins of |accuracy − confidence|, weighted by the bins' shares.
-
-    The bins have equal width and are closed on the right (Guo et al., "On calibration of modern neural networks",
-    2017, equation 3).
+def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Counts images by label (rows) and predicted class (columns).
 
     Args:
-        confidence: (n,) in [0, 1], the probability of the first class.
-        correct: (n,) 0 or 1.
-        bins: number of bins.
+        predicted, labels: (n,) int64.
+        classes: number of classes.
 
     Returns:
-        the error, in [0, 1].
+        (classes, classes) int64.
     """
-    # float64 edges: in float32 confidences of exactly k/15 would fall to either side.
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=confidence.device)
-    which = torch.bucketize(confidence.double(), edges[1:-1])
-    # Sums instead of means in each bin: n · share · |accuracy − confidence| is the absolute value of their difference.
-    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    gap.index_add_(0, which, correct.double() - confidence.double())
-    return (gap.abs().sum() / len(confidence)).item()
+    return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
+
+
+def largest_confusions(matrix: Tensor, most: int) -> list[tuple[int, int, int]]:
+    """Returns the wrong pairs of a confusion matrix with the most images: label, predicted class, images."""
+    wrong = matrix.clone().fill_diagonal_(0).flatten()
+    # Stable: of equal counts the first classes come first, on every machine.
+    places = wrong.argsort(descending=True, stable=True)[:most].tolist()
+    return [(*divmod(place, len(matrix)), count) for place in places if (count := int(wrong[place]))]
+
+
+def class_means(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Returns the mean of the values of each class's images, (classes,) float64; NaN for a class without images."""
+    sums = torch.bincount(labels, values.double(), minlength=classes)
+    return sums / torch.bincount(labels, minlength=classes)
+
+
+def macro_f1(matrix: Tensor) -> float:
+    """Computes the mean F1 score over the classes that occur as label or prediction; one that is never right has 0.
+
+    Args:
+        matrix: of `confusion`.
+    """
+    right, present = matrix.diagonal().double(), matrix.sum(0) + matrix.sum(1)
+    return (2 * right / present)[present > 0].mean().item()
 
 
 def has_diverged(kl: float | None, classes: int) -> bool:

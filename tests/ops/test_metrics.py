@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from funmatch.ops.metrics import calibration_error, has_diverged, per_image, summarize
+from funmatch.ops.calibration import calibration_error
+from funmatch.ops.metrics import (
+    class_means,
+    confusion,
+    has_diverged,
+    largest_confusions,
+    macro_f1,
+    per_image,
+    summarize,
+)
 
 
 def test_accuracy_agreement_and_kl_equal_hand_computed_values():
@@ -63,3 +72,25 @@ def test_a_student_that_is_further_from_its_teacher_than_a_guess_has_diverged():
     assert not has_diverged(uniform, 3)
     assert has_diverged(wrong, 3)
     assert not has_diverged(None, 3)
+
+
+def test_confusions_and_class_figures_equal_those_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(0)
+    labels, predicted = torch.randint(6, (2, 200), generator=generator)
+    labels[labels == 3] = 2  # a class without images
+    matrix = confusion(predicted, labels, 7)
+    assert matrix.numpy() == pytest.approx(sklearn.confusion_matrix(labels, predicted, labels=range(7)))
+    recalls = class_means((predicted == labels).float(), labels, 7)
+    present = matrix.sum(1) > 0
+    expected = sklearn.recall_score(labels, predicted, labels=range(7), average=None, zero_division=0)
+    assert recalls[present].numpy() == pytest.approx(expected[present.numpy()])
+    assert recalls[~present].isnan().all()
+    assert macro_f1(matrix) == pytest.approx(sklearn.f1_score(labels, predicted, average="macro", zero_division=0))
+
+
+def test_largest_confusions_leave_out_what_is_right_and_what_never_happens():
+    matrix = torch.tensor([[9, 2, 0], [5, 1, 0], [2, 0, 0]])
+    assert largest_confusions(matrix, 10) == [(1, 0, 5), (0, 1, 2), (2, 0, 2)]
+    assert largest_confusions(matrix, 1) == [(1, 0, 5)]
+    assert largest_confusions(torch.eye(3, dtype=torch.long), 3) == []

@@ -1,0 +1,93 @@
+"""Measures embeddings by how well simple classifiers do on them: nearest neighbours, and a linear probe."""
+
+import torch
+from torch import Tensor
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+"""Neighbours and temperature of the protocol of DINO (Caron et al., 2021, appendix F)."""
+ROWS = 256
+"""Images whose neighbours are searched at a time."""
+RIDGES = tuple(10.0**exponent for exponent in range(-6, 5))
+"""Strengths of the L2 penalty that are tried, relative to the mean variance of an embedding's dimensions."""
+
+
+def nearest_neighbours(
+    train: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = NEIGHBOURS, temperature: float = TEMPERATURE
+) -> Tensor:
+    """Classifies by a weighted vote of the nearest training images.
+
+    Each of the k neighbours of the largest cosine similarity s votes exp(s / temperature) for its class.
+
+    Args:
+        train: embeddings (n, d) of training images, and their `labels` (n,) int64.
+        queries: embeddings (m, d).
+        classes: number of classes.
+        k: neighbours; all where there are fewer.
+        temperature: the smaller, the more the nearest count.
+
+    Returns:
+        votes (m, classes) float32.
+    """
+    train, queries = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (train, queries))
+    votes = torch.zeros(len(queries), classes)
+    for start in range(0, len(queries), ROWS):
+        similarity, places = (queries[start : start + ROWS] @ train.T).topk(min(k, len(train)))
+        votes[start : start + ROWS].scatter_add_(1, labels[places], (similarity / temperature).exp())
+    return votes
+
+
+def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[float, ...]) -> list[Tensor]:
+    """Fits linear probes by least squares to one-hot targets, with an L2 penalty on all weights but the bias.
+
+    Solved in closed form, in float64, from one eigendecomposition for all strengths: that of the covariance of the
+    features, whose condition the penalty bounds.
+
+    Args:
+        features: (n, d).
+        labels: (n,) int64.
+        classes: number of classes.
+        strengths: penalties; each is multiplied by the mean variance of the features, so that their scale cancels.
+
+    Returns:
+        for each strength, weights (d + 1, classes) float64; the last row is the bias.
+    """
+    features = features.double()
+    center = features.mean(0)
+    centered = features - center
+    shares = torch.bincount(labels, minlength=classes).double() / len(labels)
+    # Σ over images of (feature − mean) · target is a sum over each class's images, since targets are one-hot.
+    cross = torch.zeros(classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, centered).T / len(labels)
+    values, vectors = torch.linalg.eigh(centered.T @ centered / len(labels))
+    scale = values.clamp(min=0).mean().clamp(min=1e-300)
+    rotated = vectors.T @ cross
+    found = []
+    for strength in strengths:
+        weights = vectors @ (rotated / (values.clamp(min=0) + strength * scale)[:, None])
+        found.append(torch.cat([weights, (shares - center @ weights)[None]]))
+    return found
+
+
+def apply_probe(features: Tensor, weights: Tensor) -> Tensor:
+    """Returns scores (n, classes) float64 of features (n, d) by a probe of `fit_ridge`."""
+    return features.double() @ weights[:-1] + weights[-1]
+
+
+def linear_probe(train: Tensor, labels: Tensor, queries: Tensor, classes: int) -> tuple[Tensor, float]:
+    """Classifies by a linear probe, whose penalty is chosen on a fifth of the training images.
+
+    Args:
+        train, labels, queries, classes: as of `nearest_neighbours`.
+
+    Returns:
+        scores (m, classes) float64, and the strength chosen from `RIDGES`.
+    """
+    # Every fifth: images of a class lie together, so each part has some of every class.
+    held_out = torch.arange(len(train)) % 5 == 4
+    if not held_out.any():
+        return apply_probe(queries, fit_ridge(train, labels, classes, (RIDGES[0],))[0]), RIDGES[0]
+    probes = fit_ridge(train[~held_out], labels[~held_out], classes, RIDGES)
+    right = [(apply_probe(train[held_out], each).argmax(-1) == labels[held_out]).double().mean() for each in probes]
+    # Of equals the strongest penalty: it is the simplest.
+    best = max(range(len(RIDGES)), key=lambda i: (right[i], i))
+    return apply_probe(queries, fit_ridge(train, labels, classes, (RIDGES[best],))[0]), RIDGES[best]
