@@ -480,10 +480,25 @@ class EvaluateOptions(ImagesOptions, total=False):
     trust_class_order: bool
     """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
     that it seems to have in another order, assuming the same order."""
+    others: Models
+    """More models, each compared with the first on the same images. (default: none)"""
     split: Literal["auto", "train", "val", "test"]
     """Split to evaluate on; auto is test, else val, else train. (default: auto)"""
     teacher: Models
     """Teacher to compare with, or several, as `distill --teacher` takes them. (default: the run's)"""
+    tta: Literal["none", "flip"]
+    """Test-time augmentation: flip averages the logits of each image and its mirror image, also the teacher's.
+    (default: none)"""
+    corruptions: Names
+    """Evaluate on corrupted images, too, at severities 1 to 5: all, or some of noise, blur, brightness, darkness,
+    contrast, saturation, jpeg, solarize, posterize, elastic, pixelate. (default: none)"""
+    corruption_images: int
+    """Images that are corrupted, at most; they are spread evenly over the split. (default: 2000)"""
+    embedding: bool
+    """Measure the model's features, too: nearest neighbours and a linear probe, from the training images to the
+    evaluated ones. Models without classes (num_classes=0) are measured by these alone."""
+    seed: int
+    """Seed of the corruptions and of the bootstrap intervals. (default: 0)"""
 
 class StudyOptions(TypedDict, total=False):
     """Options of `funmatch.study`."""

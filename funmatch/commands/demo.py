@@ -9,7 +9,8 @@ from funmatch.reports.result import Result
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import MISSING, duration, percent
-from funmatch.training import distill, evaluate, train
+from funmatch.training import distill, train
+from funmatch.training.evaluation import evaluate
 from funmatch.training.run import folder as run_folder
 
 SHARED = {

@@ -103,3 +103,10 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
 def find_distance(name: str) -> Distance | None:
     """Returns the row of a distance, None where there is none; a user's function takes all logits of each image."""
     return Distance() if is_function_name(name) else DISTANCES.get(name)
+
+
+CORRUPTIONS = (
+    "noise", "blur", "brightness", "darkness", "contrast", "saturation", "jpeg", "solarize", "posterize", "elastic",
+    "pixelate",
+)  # fmt: skip
+"""Names of `ops/corruptions.py`, for checks before torch is loaded."""

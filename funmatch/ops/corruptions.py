@@ -5,7 +5,8 @@ whose own files they are not: accuracies compare between models evaluated here, 
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
@@ -84,26 +85,34 @@ the root of the side; factors of brightness, contrast and saturation; JPEG quali
 channel; mean shift (elastic) and size (pixelate), as shares of the side."""
 
 
-def corrupt(views: Tensor, name: str, severity: int, numbers: Sequence[int], seed: int = 0) -> Tensor:
-    """Corrupts views.
+@dataclass(frozen=True)
+class Damage:
+    """One corruption of views.
 
-    Each is a function of its own number and the seed alone: batches of another size, and other models, see the same.
-
-    Args:
-        views: (n, 3, side, side) float32 in [0, 1], on the CPU.
+    Attributes:
         name: a key of `CORRUPTIONS`.
         severity: 1 to 5.
-        numbers: of the images, (n,).
         seed: of noise and displacements.
-
-    Returns:
-        new views of the same shape, in [0, 1].
     """
-    function, strengths = CORRUPTIONS[name]
-    corrupted = torch.empty_like(views)
-    # torchvision draws from the global generator, whose state is put back.
-    with torch.random.fork_rng(devices=[]):
-        for place, number in enumerate(numbers):
-            torch.manual_seed(zlib.crc32(f"{seed} {name} {number}".encode()))
-            corrupted[place] = function(views[place], strengths[severity - 1])
-    return corrupted
+
+    name: str
+    severity: int
+    seed: int = 0
+
+    def apply(self, views: Tensor, first: int = 0) -> Tensor:
+        """Corrupts views (n, 3, side, side) in [0, 1]; returns new ones of the same shape, on the CPU.
+
+        Each is a function of its own number and the seed alone: batches of another size, and other models, see the
+        same.
+
+        Args:
+            first: number of the first view.
+        """
+        function, strengths = CORRUPTIONS[self.name]
+        corrupted = torch.empty_like(views, device="cpu")
+        # torchvision draws from the global generator, whose state is put back.
+        with torch.random.fork_rng(devices=[]):
+            for place, view in enumerate(views.cpu()):
+                torch.manual_seed(zlib.crc32(f"{self.seed} {self.name} {first + place}".encode()))
+                corrupted[place] = function(view, strengths[self.severity - 1])
+        return corrupted

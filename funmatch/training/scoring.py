@@ -1,6 +1,6 @@
 """Evaluates classifiers: predicts the images of a split, and scores the predictions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,15 +15,12 @@ from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import Batch, Batches
 from funmatch.data.prefetch import prefetch_map
 from funmatch.data.readers.split_names import TRAINING_IMAGES
-from funmatch.errors import InputError
-from funmatch.models.class_map import BY_NUMBER, number_order
-from funmatch.models.classifier import Card, Classifier
+from funmatch.models.classifier import Card
 from funmatch.ops import metrics
+from funmatch.ops.corruptions import Damage
 from funmatch.ops.crops import central_view
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices, env, transfers
-from funmatch.runtime.log import info
-from funmatch.runtime.text import percent
 
 TRAIN_IMAGES_FOR_VALIDATION = 1000
 """Training images that stand in for a validation split, at most."""
@@ -39,11 +36,15 @@ class EvalView(Preprocessing):
         batch: images per forward pass.
         device: where the networks are.
         precision: arithmetic of autocast: fp32, bf16 or fp16.
+        flip: whether logits are the mean of those of the view and of its mirror image.
+        damage: how views are corrupted; None for the images as they are.
     """
 
     batch: int
     device: torch.device
     precision: str
+    flip: bool = False
+    damage: Damage | None = None
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,13 @@ def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
     logits = []
     shape = view.side, view.short_side, view.batch
     how = {"squash": view.squash, "method": view.resample}
-    for views, _ in central_batches(split, *shape, **how, workers=devices.spare_threads()):
+    for number, (views, _) in enumerate(central_batches(split, *shape, **how, workers=devices.spare_threads())):
+        shown = view.damage.apply(views, number * view.batch) if view.damage else views
         with devices.autocast(view.device, view.precision):
-            logits.append(transfers.copy_to_host(model(transfers.to_device(views, view.device)).float()))
+            found = model(on_device := transfers.to_device(shown, view.device)).float()
+            if view.flip:
+                found = (found + model(on_device.flip(-1)).float()) / 2
+            logits.append(transfers.copy_to_host(found))
     return torch.cat([each.wait()[0] for each in logits])
 
 
@@ -229,70 +234,3 @@ def enlarged_side(side: int) -> int:
     Small views get at most a quarter more.
     """
     return min(side + 32, side * 5 // 4)
-
-
-def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None:
-    """Raises `InputError` unless the classes of a classifier are those of the data, in the same order."""
-    # Without classes there is nothing that could differ.
-    if not cache.classes:
-        return
-    name, classes = model.card.name, cache.classes
-    # Classes without names are the labels that occur; the model may know more.
-    if cache.unnamed and model.num_classes >= len(classes):
-        return
-    if model.num_classes != len(classes):
-        raise InputError(
-            f"{name} has {model.num_classes} outputs, but {cache.name} has {len(classes)} classes "
-            f"({_first_few(classes)}). If the model knows them among others, pass --classes same-names or --classes "
-            "map.json. If it shall learn them, fine-tune it first (`funmatch finetune --model …`). To train on images "
-            "of other things, pass --unlabelled, or images of the teacher's classes as --eval-data"
-        )
-    # Equal numbers of classes in another order would give a low accuracy and no error.
-    named = model.card.classes or ()
-    if len(named) == len(classes) and named != classes and not trust_order:
-        # Only those that differ: of a thousand classes, the equal ones are no help.
-        pairs = [f"{a} ≠ {b}" for a, b in zip(named, classes, strict=True) if a != b]
-        raise InputError(
-            f"{name} and {cache.name} list different classes: {_first_few(pairs)}; pass --classes same-names or "
-            "--classes map.json if the order or the names differ, or --trust-class-order if only the names do"
-        )
-
-
-def check_number_order(
-    card: Card, classes: Sequence[str], logits: Tensor, split: CachedSplit, *, trust_order: bool
-) -> None:
-    """Reports whether a classifier without class names has classes that are numbers in another order than the data.
-
-    Folders are sorted as text, 10 before 2; a classifier that was trained elsewhere may count. Both orders agree on
-    about twice as many images as chance would give, so the check for chance does not see it.
-
-    Args:
-        classes: names of the data's classes.
-        logits: of the split, (n, classes), without a class map.
-        trust_order: only warns.
-
-    Raises:
-        InputError: the images clearly fit the order of the numbers better.
-    """
-    order = number_order(classes)
-    if order is None or order == sorted(order) or card.classes or not split.labelled or logits.shape[-1] != len(order):
-        return
-    labels, predicted = split.labels(slice(None)), logits.argmax(-1)
-    here, there = predicted == labels, predicted == torch.tensor(order)[labels]
-    fits = (
-        f"{card.name} has top-1 {percent(here.double().mean().item())} with the classes in this order "
-        f"({_first_few(classes)}), and {percent(there.double().mean().item())} in the order of the numbers"
-    )
-    better, worse = metrics.alone_right(there, here)
-    if not metrics.is_clearly_better(better, worse) or better <= 2 * worse:
-        info(f"note: the classes of the data are numbers sorted as text; {fits}")
-    elif trust_order:
-        info(f"WARNING: {fits}; --trust-class-order keeps the order of the data")
-    else:
-        raise InputError(
-            f"{fits}. Pass --classes {BY_NUMBER} for the order of the numbers, or --trust-class-order to keep this one"
-        )
-
-
-def _first_few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

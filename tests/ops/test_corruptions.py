@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funmatch.ops.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from funmatch.ops.corruptions import CORRUPTIONS, SEVERITIES, Damage
 
 
 def smooth_views(count=6, side=32):
@@ -14,7 +14,7 @@ def smooth_views(count=6, side=32):
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_corruption_grows_with_severity(name):
     views = smooth_views()
-    distances = [(corrupt(views, name, each, range(6)) - views).abs().mean().item() for each in SEVERITIES]
+    distances = [(Damage(name, each).apply(views) - views).abs().mean().item() for each in SEVERITIES]
     assert distances[0] > 0
     # Saturation is taken away first, then exaggerated.
     assert distances == sorted(distances) or name == "saturation"
@@ -25,7 +25,7 @@ def test_corruption_grows_with_severity(name):
 def test_corrupted_views_keep_shape_and_range(name, side):
     views = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     for severity in SEVERITIES:
-        corrupted = corrupt(views, name, severity, [0, 1])
+        corrupted = Damage(name, severity).apply(views)
         assert corrupted.shape == views.shape
         assert corrupted.min() >= 0
         assert corrupted.max() <= 1
@@ -34,15 +34,15 @@ def test_corrupted_views_keep_shape_and_range(name, side):
 @pytest.mark.parametrize("name", ["noise", "elastic"])
 def test_corruption_depends_on_the_image_and_the_seed_not_on_the_batch(name):
     views = smooth_views()
-    whole = corrupt(views, name, 3, range(6))
-    assert torch.equal(corrupt(views[2:4], name, 3, [2, 3]), whole[2:4])
-    assert not torch.equal(corrupt(views, name, 3, range(6), seed=1), whole)
-    assert not torch.equal(corrupt(views[:1].expand(2, -1, -1, -1), name, 3, [0, 1])[0], whole[1])
+    whole = Damage(name, 3).apply(views)
+    assert torch.equal(Damage(name, 3).apply(views[2:4], 2), whole[2:4])
+    assert not torch.equal(Damage(name, 3, seed=1).apply(views), whole)
+    assert not torch.equal(Damage(name, 3).apply(views[:1].expand(2, -1, -1, -1))[0], whole[1])
 
 
 def test_corrupting_leaves_the_generator_of_torch_as_it_was():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    corrupt(smooth_views(), "noise", 2, range(6))
+    Damage("noise", 2).apply(smooth_views())
     assert torch.equal(torch.rand(3), expected)

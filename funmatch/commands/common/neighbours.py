@@ -63,7 +63,7 @@ OPTIONS = {
     "from Python, on_event=FUNCTION is called with each record of metrics.jsonl in the run folder": (
         "callback", "callbacks", "hook", "hooks",
     ),
-    "metrics are of all images; for those of a class, predict each image with the student, which timm loads": (
+    "evaluate gives the metrics of each class and the confusions; --json prints all of them": (
         "per-class", "confusion", "confusion-matrix",
     ),
     "an image has one class here; several classes of one image are not supported": (

@@ -16,7 +16,7 @@ from funmatch.config.data import VALIDATION_SHARE
 from funmatch.runtime.files import write_atomically
 from funmatch.runtime.json_files import EACH, LARGEST, Damaged, read_json, read_record
 from funmatch.runtime.log import info
-from funmatch.training import evaluate
+from funmatch.training.evaluation import evaluate
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers.loading import Modules
 

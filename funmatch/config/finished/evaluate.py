@@ -1,12 +1,15 @@
 """The table of evaluate."""
 
-from typing import Annotated, ClassVar
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
 
+from funmatch.config.choices import CORRUPTIONS
 from funmatch.config.distill import Distill, Teaching
 from funmatch.config.finished.model import MODEL, WithImages
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.options import like
 from funmatch.config.values import Names
+from funmatch.errors import unknown
 
 
 class Evaluate(Teaching, WithImages):
@@ -20,16 +23,40 @@ class Evaluate(Teaching, WithImages):
 
     model: Annotated[str, MODEL]
     """Run folder, or any model that `distill --teacher` takes."""
+    others: Annotated[Names, replace(MODEL, usual="none", metavar="MODEL …")] = ()
+    """More models, each compared with the first on the same images."""
     split: Annotated[
         str, Opt(group=Group.DATA, changes=Changes.DATA, essential=True, metavar="auto|train|val|test")
     ] = "auto"
     """Split to evaluate on; auto is test, else val, else train."""
     teacher: Annotated[Names, like(Distill, "teacher", usual="the run's")] = ()
     """Teacher to compare with, or several, as `distill --teacher` takes them."""
+    tta: Annotated[Literal["none", "flip"], Opt(group=Group.VIEWS, changes=Changes.STUDENT)] = "none"
+    """Test-time augmentation: flip averages the logits of each image and its mirror image, also the teacher's."""
+    corruptions: Annotated[
+        Names,
+        Opt(group=Group.VIEWS, changes=Changes.STUDENT, usual="none", metavar="NAME …", essential=True),
+    ] = ()
+    """Evaluate on corrupted images, too, at severities 1 to 5: all, or some of noise, blur, brightness, darkness,
+    contrast, saturation, jpeg, solarize, posterize, elastic, pixelate."""
+    corruption_images: Annotated[int, Opt(group=Group.VIEWS, changes=Changes.STUDENT, at_least=1)] = 2000
+    """Images that are corrupted, at most; they are spread evenly over the split."""
+    embedding: Annotated[bool, Opt(group=Group.STUDENT, changes=Changes.STUDENT)] = False
+    """Measure the model's features, too: nearest neighbours and a linear probe, from the training images to the
+    evaluated ones. Models without classes (num_classes=0) are measured by these alone."""
+    seed: Annotated[int, Opt(group=Group.MACHINE, changes=Changes.ARITHMETIC, at_least=0, at_most=2**62)] = 0
+    """Seed of the corruptions and of the bootstrap intervals."""
 
     def problems(self) -> list[str]:
         found = []
         # Silently ignored otherwise, and the model's published weights looked for.
         if self.teacher_weights and not self.teacher:
             found = ["teacher_weights belong to --teacher; for the weights of the model itself, pass --weights"]
+        found += [
+            str(unknown("corruption", name, CORRUPTIONS))
+            for name in self.corruptions
+            if name not in ("all", *CORRUPTIONS)
+        ]
+        if len({self.model, *self.others}) <= len(self.others):
+            found.append("a model is given twice; name each once")
         return found + super().problems()

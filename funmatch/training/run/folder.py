@@ -248,4 +248,6 @@ def finite(value: Any) -> Any:
     """Returns the same metrics with None for numbers that are not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

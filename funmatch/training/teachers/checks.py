@@ -18,7 +18,7 @@ from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.ops.metrics import alone_right, is_clearly_better
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
-from funmatch.training import scoring
+from funmatch.training import class_order, scoring
 from funmatch.training.objective import TeacherLogits
 from funmatch.training.run import folder as run_folder
 from funmatch.training.setup import TrainSetup
@@ -107,7 +107,7 @@ def check_teachers(
             )
         if member and member.class_map is None:
             card = member.frozen.classifier.card
-            scoring.check_number_order(card, classes, logits, split, trust_order=config.trust_class_order)
+            class_order.check_number_order(card, classes, logits, split, trust_order=config.trust_class_order)
         # Balanced accuracy, since a constant prediction has a high top-1 where one class is frequent.
         check_above_chance(name, metrics["balanced"], logits, split, config)
 
@@ -203,7 +203,7 @@ def fit_to_teachers(cache: Cache, loaded: Sequence[LoadedTeacher], config: Disti
     try:
         for teacher in loaded:
             if teacher.class_map is None:
-                scoring.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
+                class_order.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
     except InputError:
         # A validation split that was held out has the same classes as the training images.
         published = cache.splits.keys() - {"train"} - ({"val"} if config.val else set())

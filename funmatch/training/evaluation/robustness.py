@@ -1,0 +1,69 @@
+"""Measures accuracy and agreement on corrupted images."""
+
+from typing import Any
+
+from torch import Tensor
+
+from funmatch.config import Evaluate
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.ops.corruptions import CORRUPTIONS, SEVERITIES, Damage
+from funmatch.runtime.log import track
+from funmatch.training import scoring
+from funmatch.training.evaluation.subject import Opened
+
+CLEAN = "clean"
+
+
+def measure(opened: Opened, config: Evaluate) -> dict[str, Any]:
+    """Measures each model and the teacher on corrupted images, which are the same for all.
+
+    Returns:
+        `images`, `seed`, `kinds`, and `models`: for each, and for the teacher as `teacher`, its top-1 accuracy (None
+        without labels) and agreement with the teacher by corruption, five numbers each, and their `mean`, also relative
+        to `clean`.
+    """
+    split = opened.split
+    if len(split) > config.corruption_images:
+        split = split.subset(scoring.evenly_spread(len(split), config.corruption_images))
+    labels = split.labels(slice(None)) if split.labelled else None
+    kinds = [*CORRUPTIONS] if "all" in config.corruptions else [*dict.fromkeys(config.corruptions)]
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    jobs = [(CLEAN, 0), *((kind, severity) for kind in kinds for severity in SEVERITIES)]
+    for kind, severity in track(jobs, len(jobs), "corrupting"):
+        damage = None if kind == CLEAN else Damage(kind, severity, config.seed)
+        for name, values in _measure_one(opened, split, labels, damage).items():
+            found.setdefault(name, {}).setdefault(kind, []).append(values)
+    models = {name: _summarize(values) for name, values in found.items()}
+    return {"images": len(split), "seed": config.seed, "kinds": kinds, "models": models}
+
+
+def _measure_one(
+    opened: Opened, split: CachedSplit, labels: Tensor | None, damage: Damage | None
+) -> dict[str, dict[str, float]]:
+    """Returns the metrics of each model on one kind of images."""
+    found: dict[str, dict[str, float]] = {}
+    first = None
+    if opened.teachers:
+        first = opened.teachers.predict(split, damage).argmax(-1)
+        found["teacher"] = {} if labels is None else {"top1": (first == labels).double().mean().item()}
+    for subject in opened.subjects:
+        own = subject.predict(split, damage).argmax(-1)
+        values = {} if labels is None else {"top1": (own == labels).double().mean().item()}
+        found[subject.name] = values | ({} if first is None else {"agreement": (own == first).double().mean().item()})
+    return found
+
+
+def _summarize(values: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Gathers a model's metrics by corruption, and averages them."""
+    clean = values[CLEAN][0]
+    found: dict[str, Any] = {}
+    for metric in clean:
+        by_kind = {kind: [each[metric] for each in rows] for kind, rows in values.items() if kind != CLEAN}
+        all_values = [value for rows in by_kind.values() for value in rows]
+        found[metric] = {
+            "clean": clean[metric],
+            "mean": sum(all_values) / len(all_values),
+            "by_severity": [sum(rows[i] for rows in by_kind.values()) / len(by_kind) for i in range(len(SEVERITIES))],
+            "by_kind": by_kind,
+        }
+    return found

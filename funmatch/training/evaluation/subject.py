@@ -1,0 +1,216 @@
+"""Opens what is evaluated: models with their preprocessing, the images, and the teachers to compare with."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funmatch.config import Changes, Evaluate
+from funmatch.data.cache.open_cache import Cache
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.readers.split_names import SPLIT_NAMES
+from funmatch.errors import InputError, unknown
+from funmatch.models.class_map import map_classes
+from funmatch.models.classifier import check_side
+from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
+from funmatch.models.inference.features import is_headless
+from funmatch.models.inference.frozen import Frozen
+from funmatch.ops.corruptions import Damage
+from funmatch.runtime import devices
+from funmatch.runtime.log import info
+from funmatch.training import class_order, datasets, scoring
+from funmatch.training.student.trained_model import TrainedModel, info_side, open_trained_model
+from funmatch.training.teachers import checks, loading
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network that is evaluated: a model, or the teachers.
+
+    Attributes:
+        name: as the user gave it.
+        network: gives logits of the data's classes; or an ensemble, whose members see images at their own sizes.
+        view: the preprocessing.
+        parameters: number of parameters.
+        trained: the model that was opened; None for teachers.
+        mapped: whether its classes are mapped to the data's.
+    """
+
+    name: str
+    network: nn.Module
+    view: scoring.EvalView
+    parameters: int
+    trained: TrainedModel | None = None
+    mapped: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name in messages."""
+        return self.name if self.trained else f"teacher {self.name}"
+
+    def predict(self, split: CachedSplit, damage: Damage | None = None) -> Tensor:
+        """Predicts the logits of a split, (n, classes) float32 on the CPU.
+
+        Raises:
+            InputError: they are not finite.
+        """
+        view = replace(self.view, damage=damage)
+        if isinstance(self.network, TeacherEnsemble):
+            logits, _ = checks.predict(self.network, split, view)
+        else:
+            logits = scoring.predict(self.network, split, view)
+        check_finite(self.label, logits, split)
+        return logits
+
+
+def check_finite(name: str, logits: Tensor, split: CachedSplit) -> None:
+    """Raises `InputError` unless all logits give probabilities: −∞ stands for 0, but a row needs a finite number."""
+    # NaN fails both comparisons: it would count as a class of its own, and no metric would show it.
+    valid = (logits < torch.inf).all(-1) & (logits.amax(-1) > -torch.inf)
+    if bad := int((~valid).sum()):
+        raise InputError(
+            f"{name} has outputs that are not finite for {bad:,} of {len(split):,} images of {split.name}; its weights "
+            "are damaged, or the run has diverged"
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Everything that an evaluation needs.
+
+    Attributes:
+        subjects: the model, and those that it is compared with.
+        teachers: its teachers, or None.
+        cache: the images.
+        split: those to evaluate on.
+        data: the names of their sources.
+        val: what the images' validation split was held out by; None where the data has one of its own, or none.
+    """
+
+    subjects: list[Subject]
+    teachers: Subject | None
+    cache: Cache
+    split: CachedSplit
+    data: tuple[str, ...]
+    val: str | None
+
+
+def open_all(config: Evaluate, given: loading.Modules) -> Opened:
+    """Opens models, images and teachers, and checks that their classes fit.
+
+    Raises:
+        InputError: one cannot be opened, or their classes differ.
+    """
+    # Before loading, so that a wrong --device does not cost a download.
+    device = devices.pick_device(config.device)
+    models = [_open_model(config, name, given) for name in (config.model, *config.others)]
+    knobs, run = dict(models[0].knobs), models[0].run
+    cache, training, evaluation = datasets.open_evaluation_data(
+        config, config.model, run.config["verb"] if run else "", knobs
+    )
+    split = pick_split(cache, config.split)
+    subjects = [_subject(config, each, cache, device) for each in models]
+    view = subjects[0].view
+    return Opened(
+        subjects,
+        _open_teachers(config, knobs, cache, view, given),
+        cache,
+        split,
+        training if split.name == "train" else evaluation,
+        config.val or (None if config.data else knobs.get("val")),
+    )
+
+
+def _open_model(config: Evaluate, name: str, given: loading.Modules) -> TrainedModel:
+    # The options that describe one model describe the first; --side is for all.
+    weights, arguments = (config.weights, config.model_kwargs) if name == config.model else (None, ())
+    trained = open_trained_model(
+        name, weights=weights, model_kwargs=arguments, side=config.side, eval_resize=config.eval_resize,
+        eval_resample=config.eval_resample, given=given,
+    )  # fmt: skip
+    if not (config.side or trained.knobs.get("side")):
+        words = ["--weights", str(weights)] if weights else []
+        info_side(trained.classifier, [name, *words, *(["--data", *config.data] if config.data else [])])
+    return trained
+
+
+def _subject(config: Evaluate, trained: TrainedModel, cache: Cache, device: torch.device) -> Subject:
+    """Returns a model as it is predicted, with its classes mapped to the data's where that is requested."""
+    model = trained.classifier.to(device)
+    parameters, classes = model.count_parameters(), loading.wanted_classes(config, cache)
+    class_map = map_classes(model, classes, config.classes) if classes and config.classes else None
+    # A headless model has embeddings, and no classes that could differ.
+    if class_map is None and not is_headless(trained.classifier):
+        class_order.check_classes(model, cache, trust_order=config.trust_class_order)
+    precision = devices.resolve_precision(config.precision, device)
+    view = scoring.eval_view_of(trained.preprocessing, config.batch, device, precision)
+    view = replace(view, flip=config.tta == "flip")
+    # Mapped classes are evaluated alone, as a teacher's would be.
+    member = EnsembleMember(Frozen(model), view.side, class_map=class_map) if class_map else None
+    network = checks.MemberLogits(member) if member else model
+    return Subject(trained.name, network, view, parameters, trained, class_map is not None)
+
+
+def pick_split(cache: Cache, name: str) -> CachedSplit:
+    """Returns the named split; `auto` is test, else validation, else training.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    # Test first: the best weights may have been chosen on the validation images.
+    if name == "auto":
+        return cache.splits.get("test") or cache.splits.get("val") or cache.splits["train"]
+    name = SPLIT_NAMES.get(name, name)
+    if name not in cache.splits:
+        raise unknown("split", name, cache.splits)
+    return cache.splits[name]
+
+
+def _open_teachers(
+    config: Evaluate, knobs: dict[str, Any], cache: Cache, view: scoring.EvalView, given: loading.Modules
+) -> Subject | None:
+    teachers = _load_teachers(config, knobs, cache, view.side, given)
+    if teachers is None:
+        return None
+    # Before predicting: a wrong image size is then an error by name, not one from inside a layer.
+    for member in teachers.members:
+        check_side(member.frozen.classifier, member.side)
+    return Subject(teachers.name, teachers.to(view.device), view, teachers.count_parameters())
+
+
+def _load_teachers(
+    config: Evaluate, knobs: dict[str, Any], cache: Cache, side: int, given: loading.Modules
+) -> TeacherEnsemble | None:
+    """Returns the teachers to compare with: as given, else the run's; None where there are none, or no longer."""
+    if config.teacher:
+        return loading.ensemble_fp32(loading.load_teachers(config, cache, side, given), config.combine)
+    if not knobs.get("teacher"):
+        return None
+    # Those options of the run that say which function its teachers are.
+    of_teachers = Evaluate.where(lambda opt: opt.changes == Changes.TEACHER)
+    of_run = Evaluate(model=config.model, **{name: knobs[name] for name in of_teachers if name in knobs})
+    try:
+        return loading.ensemble_fp32(loading.load_teachers(of_run, cache, side, given), of_run.combine)
+    except InputError as error:
+        # A teacher may have been moved since; accuracy needs none.
+        info(f"evaluating without the run's teacher: {error}")
+        return None
+
+
+def check_same_classes(first: Subject, other: Subject, counts: tuple[int, int]) -> None:
+    """Raises `InputError` unless two networks have as many outputs, and the same class names as far as they have any.
+
+    Args:
+        counts: their numbers of outputs.
+    """
+    if counts[0] != counts[1]:
+        raise InputError(
+            f"{other.label} has {counts[1]} outputs, but {first.label} has {counts[0]}; pass --classes to map them"
+        )
+    names = [each.trained.classifier.card.classes for each in (first, other) if each.trained and not each.mapped]
+    if len(names) == 2 and names[0] and names[1] and names[0] != names[1]:
+        raise InputError(
+            f"{first.name} and {other.name} have different classes, so their predictions cannot be compared; pass "
+            "images whose classes are those of both, or --classes to map them"
+        )
