@@ -191,6 +191,7 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "~/any-photos": f"{images}/train",
         "pet37": str(images),
         "pets.safetensors": "teacher.safetensors",
+        "benchmark runs/first": "benchmark runs/first --max-seconds 1 --no-memory",
         **{name: SMALL[name] for name in ("--student resnetv2_50x1_bit", "--side 128", "--epochs 1000")},
         "--epochs 3000": "--epochs 3",
         "study consistency": "study consistency --set steps=2 --only same/ic --seeds 0",

@@ -50,6 +50,7 @@ VERBS: dict[str, Verb] = {
     "data": Verb(config.Data, "commands.data:run", "commands.prepare:show", loads="PyTorch"),
     "cache": Verb(config.Cache, "commands.cache:run", "commands.cache:show", loads=""),
     "models": Verb(tools.Models, "commands.models:list_models", "commands.models:show_models", loads=""),
+    "benchmark": Verb(config.Benchmark, "commands.benchmark:run", "commands.benchmark:show"),
     "import": Verb(tools.Import, "commands.import_model:import_model", "commands.import_model:show_imported"),
     "recipes": Verb(tools.Recipes, "commands.recipes:run", "commands.recipes:show"),
     "plan": Verb(tools.Plan, "commands.plan:run", "commands.plan:show", subjects=TAUGHT),

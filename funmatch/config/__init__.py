@@ -2,6 +2,7 @@
 
 from funmatch.config.data import Cache, Data, Images, Named, Prepare
 from funmatch.config.distill import TAUGHT, Distill, Teaching
+from funmatch.config.finished.benchmark import Benchmark
 from funmatch.config.finished.evaluate import Evaluate
 from funmatch.config.finished.export import Export
 from funmatch.config.metadata import Changes, Group, Opt
@@ -20,8 +21,8 @@ UNCOMPARED = frozenset(name for table in TAUGHT.values() for name in table.where
 """The options that a run may have otherwise when it resumes."""
 
 __all__ = [
-    "SEARCHED", "TAUGHT", "UNCOMPARED", "Cache", "Changes", "Config", "Data", "Demo", "Distill", "Evaluate", "Export",
-    "Finetune", "Group", "Images", "Import", "Machine", "Models", "Named", "Opt", "Options", "Pictures", "Plan",
-    "Precision", "Prepare", "Recipes", "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain",
-    "Study", "Tape", "Teaching", "Train", "Words", "options_changing",
+    "SEARCHED", "TAUGHT", "UNCOMPARED", "Benchmark", "Cache", "Changes", "Config", "Data", "Demo", "Distill",
+    "Evaluate", "Export", "Finetune", "Group", "Images", "Import", "Machine", "Models", "Named", "Opt", "Options",
+    "Pictures", "Plan", "Precision", "Prepare", "Recipes", "Report", "Schedule", "Search", "SearchDistill",
+    "SearchFinetune", "SearchTrain", "Study", "Tape", "Teaching", "Train", "Words", "options_changing",
 ]  # fmt: skip

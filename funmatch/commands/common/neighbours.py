@@ -17,6 +17,7 @@ COMMANDS = {
     "prepare": ("download",),
     "cache": ("clean", "clear", "gc"),
     "import": ("convert",),
+    "benchmark": ("bench", "speed", "latency", "throughput"),
 }
 """Our commands, and what other tools call them."""
 USE_IT = ("infer", "inference", "predict", "classify", "export", "serve", "deploy")

@@ -114,7 +114,7 @@ def open_all(config: Evaluate, given: loading.Modules) -> Opened:
     view = subjects[0].view
     return Opened(
         subjects,
-        _open_teachers(config, knobs, cache, view, given),
+        open_teachers(config, knobs, cache, view, given),
         cache,
         split,
         training if split.name == "train" else evaluation,
@@ -167,9 +167,15 @@ def pick_split(cache: Cache, name: str) -> CachedSplit:
     return cache.splits[name]
 
 
-def _open_teachers(
+def open_teachers(
     config: Evaluate, knobs: dict[str, Any], cache: Cache, view: scoring.EvalView, given: loading.Modules
 ) -> Subject | None:
+    """Opens the teachers to compare with: as given, else the run's; None where there are none, or no longer.
+
+    Args:
+        knobs: of the run; empty where there is none.
+        view: the preprocessing of the model that is compared with them.
+    """
     teachers = _load_teachers(config, knobs, cache, view.side, given)
     if teachers is None:
         return None

@@ -1,0 +1,42 @@
+"""The command benchmark: measures models in several formats, prints tables and writes a page."""
+
+from funmatch.config.finished.benchmark import Benchmark
+from funmatch.errors import InputError
+from funmatch.reports import benchmark_page
+from funmatch.reports.result import Result
+from funmatch.runtime.log import info, print_table
+from funmatch.shipping.benchmark.measure import measure
+from funmatch.training.student.build import Modules
+
+
+def run(options: Benchmark, given: Modules | None = None) -> Result:
+    """Measures the models; writes the page where one is wanted.
+
+    Raises:
+        InputError: as of `measure`; or the page or its plot exists.
+    """
+    page = options.report.expanduser() if options.report else None
+    # Before minutes of measuring.
+    for path in (page, page.with_suffix(".svg")) if page else ():
+        if path.exists():
+            raise InputError(f"{path} exists; remove it, or choose another --report")
+    metrics = measure(options, given)
+    return Result(None, metrics, benchmark_page.write_page(page, metrics) if page else None)
+
+
+def show(result: Result) -> None:
+    """Prints what was measured, where and how, and its two tables."""
+    metrics = result.metrics
+    for name, value in benchmark_page.about(metrics):
+        print(f"{name}: {value}")
+    # A table for each model: names of models and formats together would not fit a narrow terminal.
+    for model in dict.fromkeys(each["model"] for each in metrics["results"]):
+        rows = [each for each in metrics["results"] if each["model"] == model]
+        name = benchmark_page.format_of
+        print_table(model or "files", [*benchmark_page.COLUMNS], benchmark_page.rows(rows, name))
+        if found := benchmark_page.details(rows, name):
+            print_table("times of one image (ms), best batch, peak memory", [*benchmark_page.DETAILS], found)
+    for line in benchmark_page.reasons(metrics["results"]):
+        info(line)
+    if result.page:
+        print(f"report: {result.page}")
