@@ -499,6 +499,15 @@ class EvaluateOptions(ImagesOptions, total=False):
     evaluated ones. Models without classes (num_classes=0) are measured by these alone."""
     seed: int
     """Seed of the corruptions and of the bootstrap intervals. (default: 0)"""
+    per_image: str | Path | None
+    """CSV file for a line per image: its name, label, predicted class, probability, and the teacher's. (default:
+    none)"""
+    report: str | Path | None
+    """HTML page with plots, the metrics of each class, and the images on which model and teacher differ most; none for
+    no page. Models that are no runs, and several models, have a page only where this names one. (default:
+    evaluation.html in the run's folder)"""
+    overwrite: bool
+    """Replace the files of per_image and report if they exist."""
 
 class StudyOptions(TypedDict, total=False):
     """Options of `funmatch.study`."""

@@ -43,7 +43,7 @@ VERBS: dict[str, Verb] = {
     "finetune": Verb(config.Finetune, "training.finetune:run", RUN_TABLE, page=RUN_PAGE),
     "distill": Verb(config.Distill, "training.distill:run", RUN_TABLE, page=RUN_PAGE),
     "train": Verb(config.Train, "training.train:run", RUN_TABLE, page=RUN_PAGE),
-    "evaluate": Verb(config.Evaluate, "training.evaluation.evaluate:run", "reports.evaluation.terminal:show"),
+    "evaluate": Verb(config.Evaluate, "reports.evaluation.page:run", "reports.evaluation.terminal:show"),
     "config": Verb(tools.Config, "commands.config:run", "commands.config:show", loads=""),
     "export": Verb(config.Export, "commands.export:run", "commands.export:show"),
     "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show", loads="PyTorch"),

@@ -14,6 +14,8 @@ GREY = COLORS[5]
 """Colour of references, such as the teacher."""
 VARIABLES = {INK: "ink", PAPER: "paper", GRID: "line"} | {color: f"c{i}" for i, color in enumerate(COLORS)}
 """The variable of `templates/style.html` that stands for each colour on a page."""
+LONGEST = 40
+"""Characters of a legend's entry; longer names would not fit the width."""
 STYLE = {
     # Text stays text, so that a page can be searched; a fixed salt makes the same curves the same bytes.
     "svg.fonttype": "none",
@@ -72,3 +74,12 @@ def to_svg(figure: Figure) -> str:
     svg = text.getvalue().decode()
     # HTML takes the element alone, without the XML declaration and the document type before it.
     return svg[svg.index("<svg") :]
+
+
+def plain_label(text: str, longest: int = LONGEST) -> str:
+    """Shortens text for a plot, on one line, and escapes what matplotlib would hide (_) or typeset (dollar signs)."""
+    text = " ".join(text.split())
+    # The middle goes: names of runs often differ at their ends.
+    text = text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-longest // 2 :]}"
+    # A space without width: matplotlib leaves labels that begin with an underscore out of the legend.
+    return "\u200b" + text.encode(errors="replace").decode().replace("$", r"\$")

@@ -52,12 +52,12 @@ def write_page(config: Report) -> Path:
         raise InputError(f"cannot write the page {path}: {reason}; choose another --out")
     for log in (each.metrics for each in found):
         log.warn_of_damage()
-    write_atomically(path, _render(found, config.view_step))
+    write_atomically(path, _render(found, config.view_step, path.absolute().parent))
     return path
 
 
-def _render(found: list[run_folder.Run], view_step: int) -> str:
-    """Renders the page of runs as HTML."""
+def _render(found: list[run_folder.Run], view_step: int, place: Path) -> str:
+    """Renders the page of runs as HTML; `place` is the folder that it is written to."""
     each_of = {
         "rows": run_tables.rows,
         "teachers": run_tables.teachers,
@@ -74,6 +74,8 @@ def _render(found: list[run_folder.Run], view_step: int) -> str:
         settings=run_tables.settings(found),
         names=names,
         curves=run_plots.build_panels(found),
+        # Only beside it: a link out of the folder would break when the page is moved.
+        evaluation=run_folder.EVALUATION if len(found) == 1 and (place / run_folder.EVALUATION).is_file() else None,
         sheets=[sheet for each in found if (sheet := run_views.views_sheet(each, view_step))],
         configs=[(name, run_tables.flat(each.config)) for name, each in zip(names, found, strict=True)],
         **{name: [line for each in found for line in lines_of(each)] for name, lines_of in each_of.items()},

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from funmatch.ops.optim import schedules
-from funmatch.reports.html import COLORS, GREY, STYLE, to_svg
+from funmatch.reports.html import COLORS, GREY, LONGEST, STYLE, plain_label, to_svg
 from funmatch.reports.images import tiled, to_image
 from funmatch.reports.run_tables import short_names
 from funmatch.training.run import extend
@@ -20,8 +20,6 @@ SIZE = 4.4, 2.7
 """Width and height of a plot without its legend, inches: about its size on a page, so that its text stays legible."""
 ROW = 0.17
 """Height of a row of the legend, inches."""
-LONGEST = 40
-"""Characters of a legend's entry; longer names would not fit the width."""
 FEW = 3
 """Fewer points than this have markers, and axes that do not zoom in on them."""
 
@@ -103,7 +101,7 @@ def _figure(found: list[run_folder.Run], panel: Panel) -> Figure:
         if panel.name == "top1":
             teachers |= {panel.scale * r[panel.name]: r["teacher"] for r in starts}
     for value, teacher in teachers.items():
-        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=_literal(_called(teacher)))
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=plain_label(_called(teacher)))
     axes.set_xlabel("step")
     axes.set_ylabel(panel.label)
     _limits(axes, panel)
@@ -169,7 +167,7 @@ def _line(axes: Axes, points: Points, name: str | None, **look: Any) -> None:
     # A line through one point is invisible, and through two it hides how few they are.
     look["marker"] = look.get("marker", "o") if len(steps) < FEW else None
     # matplotlib leaves out of the legend what begins with an underscore, as its own names of lines do.
-    label = "_end" if name is None else _literal(name)
+    label = "_end" if name is None else plain_label(name)
     axes.plot(steps, values, label=label, **look)
 
 
@@ -203,11 +201,3 @@ def _called(teachers: str) -> str:
     # A teacher's run is often called `teacher` itself.
     name = short_names(teachers.split(" + "))
     return name if name.lower().startswith("teacher") else f"teacher {name}"
-
-
-def _literal(text: str) -> str:
-    """Shortens text to the legend's width, and escapes what matplotlib would hide (_) or typeset (dollar signs)."""
-    # The middle goes: names of runs often differ at their ends.
-    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2 - 1]}…{text[-LONGEST // 2 :]}"
-    # A space without width: matplotlib leaves labels that begin with an underscore out of the legend.
-    return "\u200b" + text.encode(errors="replace").decode().replace("$", r"\$")

@@ -12,6 +12,7 @@ from funmatch.config.data import NO_VALIDATION, VALIDATION_SHARE
 from funmatch.config.finished.model import WithImages
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
+from funmatch.data.cache.names import image_names
 from funmatch.data.cache.open_cache import Cache, open_cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
@@ -228,11 +229,32 @@ def open_evaluation_data(
         return open_data_set(config, config.data), config.data, config.data
     if not knobs:
         raise InputError(f"no images to evaluate on: {model} is not a run, so pass --data")
-    # Options of this command replace the run's own: its data may have moved since.
+    run = run_images(config, verb, knobs)
+    return open_run_data(run), run.data, run.eval_data or run.data
+
+
+def run_images(config: WithImages, verb: str, knobs: Mapping[str, Any]) -> Train:
+    """Returns the options of a run with those of a command for finished models that replace them."""
+    # Its data may have moved since.
     overrides = {
         name: getattr(config, name)
         for name, field in Images.model_fields.items()
         if name != "as_json" and getattr(config, name) != field.default
     }
-    run = TAUGHT[verb].model_validate({**knobs, **overrides})
-    return open_run_data(run), run.data, run.eval_data or run.data
+    return TAUGHT[verb].model_validate({**knobs, **overrides})
+
+
+def name_images(config: WithImages, verb: str, knobs: Mapping[str, Any], split: CachedSplit) -> list[str]:
+    """Returns the name of each image of a split that `open_evaluation_data` opened.
+
+    Raises:
+        InputError: the images are gone.
+    """
+    if config.data:
+        images, data = config, config.data
+    else:
+        images = run_images(config, verb, knobs)
+        data = images.data if split.name == "train" else images.eval_data or images.data
+        # As they were opened: `unlabelled` is about the training images.
+        images = images.model_copy(update={"unlabelled": False}) if data == images.eval_data else images
+    return image_names(data, read_options(images), cache_options(images), split, track=track)

@@ -1,12 +1,13 @@
 """The table of evaluate."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.choices import CORRUPTIONS
 from funmatch.config.distill import Distill, Teaching
 from funmatch.config.finished.model import MODEL, WithImages
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import like
 from funmatch.config.values import Names
 from funmatch.errors import unknown
@@ -46,6 +47,22 @@ class Evaluate(Teaching, WithImages):
     evaluated ones. Models without classes (num_classes=0) are measured by these alone."""
     seed: Annotated[int, Opt(group=Group.MACHINE, changes=Changes.ARITHMETIC, at_least=0, at_most=2**62)] = 0
     """Seed of the corruptions and of the bootstrap intervals."""
+
+    per_image: Annotated[
+        Path | None,
+        Opt(group=Group.OUTPUT, changes=Changes.PLACE, refers=Refers.FILE, usual="none", essential=True,
+            metavar="FILE"),
+    ] = None  # fmt: skip
+    """CSV file for a line per image: its name, label, predicted class, probability, and the teacher's."""
+    report: Annotated[
+        Path | None,
+        Opt(group=Group.OUTPUT, changes=Changes.PLACE, refers=Refers.FILE, essential=True, metavar="FILE",
+            usual="evaluation.html in the run's folder"),
+    ] = None  # fmt: skip
+    """HTML page with plots, the metrics of each class, and the images on which model and teacher differ most; none for
+    no page. Models that are no runs, and several models, have a page only where this names one."""
+    overwrite: Annotated[bool, Opt(group=Group.OUTPUT, changes=Changes.PLACE)] = False
+    """Replace the files of --per-image and --report if they exist."""
 
     def problems(self) -> list[str]:
         found = []

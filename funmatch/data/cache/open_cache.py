@@ -105,7 +105,7 @@ def open_cache(
     Raises:
         InputError: some images are unreadable; all of them are listed.
     """
-    options, cache_options = _absolute(options or ReadOptions()), cache_options or CacheOptions()
+    options, cache_options = absolute(options or ReadOptions()), cache_options or CacheOptions()
     specs = [specs] if isinstance(specs, str) else list(specs)
     home = cache_options.home or cache_home()
     # Before the digest: `auto` stands for two decoders, whose pixels differ a little.
@@ -134,7 +134,7 @@ def open_cache(
     return cache
 
 
-def _absolute(options: ReadOptions) -> ReadOptions:
+def absolute(options: ReadOptions) -> ReadOptions:
     """Makes paths absolute, so that the digest means the same in another folder or with another FUNMATCH_DATA."""
     file = options.class_file and options.class_file.expanduser().absolute()
     return replace(options, data_dir=data_home(options.data_dir).absolute(), class_file=file)

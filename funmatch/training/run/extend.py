@@ -108,7 +108,7 @@ def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
                 (partial / "metrics.jsonl").write_text("".join(lines))
                 (partial / "result.json").write_text(json.dumps(result | {"run": str(place)}, indent=2))
     # The result first: without it the run counts as unfinished, and what is removed after it is written again.
-    for name in ("result.json", "report.html"):
+    for name in ("result.json", "report.html", run_folder.EVALUATION):
         (run.folder / name).unlink(missing_ok=True)
     checkpoint.go_back(run.checkpoints, step)
     for name in STUDENTS:

@@ -41,6 +41,8 @@ RESULT = SCORES | {
     "teacher?": {"name": str, "top1": float | None},
 }  # fmt: skip
 """What `result.json` holds, if it is undamaged."""
+EVALUATION = "evaluation.html"
+"""The page that `funmatch evaluate` writes into a run's folder."""
 
 
 @dataclass(frozen=True)
