@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from funmatch.commands.common.neighbours import option_hint
@@ -10,6 +11,7 @@ from funmatch.commands.common.words import count_problem, number, value_problems
 from funmatch.config import SEARCHED, Distill, recipes
 from funmatch.config.help import asks_for_help, default_of, flags_of, metavar
 from funmatch.config.options import Options
+from funmatch.config.sources.continued import names_run
 from funmatch.errors import InputError, unknown
 
 if TYPE_CHECKING:  # the parser takes a tenth of a second to import, which help and versions need not wait for
@@ -180,6 +182,17 @@ def split_recipe(words: list[str]) -> tuple[list[str], str | None]:
     if len(set(names)) > 1:
         raise InputError(f"two recipes are given, {' and '.join(names)}; give only one")
     return left, names[0] if names else None
+
+
+def split_first(words: list[str], verb: str) -> tuple[list[str], str | None, Path | None]:
+    """Removes the first word if it is a recipe, or for `distill` the folder of a run from which it goes on.
+
+    Returns:
+        the remaining arguments, the recipe, and the run.
+    """
+    if verb == "distill" and words and not words[0].startswith("-") and names_run(words[0]):
+        return words[1:], None, Path(words[0])
+    return *split_recipe(words), None
 
 
 def values_of(flag: str, words: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from funmatch.argv import (
     given_options,
     merge_repeated,
     parse_options,
-    split_recipe,
+    split_first,
     split_students,
     split_subject,
     values_of,
@@ -124,7 +124,8 @@ def read_command(arguments: list[str]) -> Command:
     if known.subjects:
         words, subject = split_subject(words, verb)
         table = known.subjects[subject]
-    usage = f"{verb} COMMAND|RECIPE" if known.subjects else f"{verb} [RECIPE]" if verb in TAUGHT else verb
+    first = " [RECIPE|RUN]" if verb == "distill" else " [RECIPE]" if verb in TAUGHT else ""
+    usage = f"{verb} COMMAND|RECIPE" if known.subjects else f"{verb}{first}"
     name = verb if verb == subject else f"{verb} {subject}"
     # Before the parser, which would report other mistakes instead of helping with them.
     if help.asks_for_help(words):
@@ -133,14 +134,14 @@ def read_command(arguments: list[str]) -> Command:
         print(help.help_of(name, table, everything="--help-all" in words, usage=usage, about=about))
         sys.exit(0)
     words, students = split_students(words) if verb == "distill" else (words, ())
-    words, recipe = split_recipe(merge_repeated(words, table)) if subject in TAUGHT else (words, None)
+    words, recipe, run = split_first(merge_repeated(words, table), verb) if subject in TAUGHT else (words, None, None)
     names, files = given_options(words, table), values_of("--config", words)
     # The last of several files, as the parser takes the last of any option.
-    layers = layers_below(table, subject, names, Path(files[-1]) if files else None, recipe)
+    layers = layers_below(table, subject, names, Path(files[-1]) if files else None, recipe, run)
     if problems := flag_problems(words, table, name, {*names, *layers.values}):
         raise InputError(listed(problems))
-    # None without a file or a recipe: the parser then takes the table's own defaults.
-    default = default_table(table, layers.values) if files or recipe else None
+    # None without a file, a recipe or a run: the parser then takes the table's own defaults.
+    default = default_table(table, layers.values) if files or recipe or run else None
     options = parse_options(words, table, f"funmatch {usage}", default, show=env.is_main_process())
     sources = {name: layers.source_of(name, names, COMMAND_LINE) for name in table.model_fields}
     return Command(verb, options, students if len(students) > 1 else (), sources)

@@ -57,6 +57,13 @@ class Student(Options):
         str | None, Opt(group=Group.STUDENT, changes=STUDENT, usual="nothing is frozen", metavar="MODULE")
     ] = None
     """Freeze everything before this module of the student, e.g. stages.3 or head."""
+    # Not searched: a student in fp32 and one that is rounded are no rivals.
+    quantize: Annotated[
+        int | None,
+        Opt(group=Group.STUDENT, changes=STUDENT, at_least=8, at_most=8, searchable=False, usual="off", metavar="8"),
+    ] = None
+    """Train for 8 bits: round weights and inputs of convolutions and linear layers in training and evaluation. The
+    saved student is a plain one, which keeps its accuracy when it is exported with --quantize 8."""
     grad_checkpointing: Annotated[bool, Opt(group=Group.STUDENT, changes=STUDENT)] = False
     """Recompute activations in the backward pass, to need less memory. BatchNorm's running averages are updated
     twice."""

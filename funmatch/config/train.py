@@ -78,6 +78,12 @@ class Train(Images, Student, Views, Optimizer, Loop):
         # Refused, since the images that are held out would be trained on by nobody and evaluated by nobody.
         if self.val not in (None, NO_VALIDATION) and self.eval_data:
             found.append("--val holds out images of --data, but --eval-data is evaluated on; give one of them")
+        # The first ranges are infinite, of which no average can be made.
+        if self.quantize and self.ema is not None:
+            found.append("--quantize does not go with --ema, whose average of weights is not what was rounded; omit it")
+        # Rounding looks into each layer, which a compiled network and our kernels pass by.
+        if self.quantize and self.compile not in ("auto", "off"):
+            found.append(f"--quantize does not go with --compile {self.compile}; omit it")
         return found + super().problems()
 
 

@@ -31,6 +31,7 @@ from funmatch.training.run.recorder import ON_EVENT, OnEvent
 from funmatch.training.scoring import Evaluation
 from funmatch.training.student import acceleration
 from funmatch.training.student.build import Modules, Student, build_classifier, init_digest, sync_across_processes
+from funmatch.training.student.quantization import quantize_layers
 from funmatch.version import __version__
 
 Options = TypeVar("Options", bound=Train)
@@ -223,6 +224,9 @@ def _check_fits(config: Train, cache: Cache) -> None:
         raise InputError(
             f"batch ({config.batch}) must be a multiple of {world_size}, the number of processes that share it"
         )
+    if config.quantize and world_size > 1:
+        # Each process would have ranges of its own, and a checkpoint holds those of one.
+        raise InputError("quantize trains in a single process; start it without torchrun")
     if config.patience and "val" not in cache.splits:
         raise InputError(
             f"patience needs images for validation, and {cache.name} has none; leave out --patience, or pass --val 10%"
@@ -244,6 +248,9 @@ def build_student(config: Train, classifier: Classifier, device: torch.device) -
     Args:
         config: the resolved options.
     """
+    # After its content was recorded, which is that of the plain network.
+    if config.quantize:
+        quantize_layers(classifier.net)
     classifier = sync_across_processes(classifier.to(device), device)
     assert config.lr is not None
     # After the move, since the optimizer refers to these very parameters, and the average is a copy of them on the same

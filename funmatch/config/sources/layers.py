@@ -7,6 +7,7 @@ from typing import Any
 
 from funmatch.config import TAUGHT, recipes
 from funmatch.config.options import Options, replaced_by
+from funmatch.config.sources.continued import continued_options
 from funmatch.config.sources.files import read_options
 from funmatch.errors import InputError
 
@@ -36,7 +37,12 @@ class Layers:
 
 
 def layers_below(
-    table: type[Options], verb: str, names: Collection[str], config: Path | None = None, recipe: str | None = None
+    table: type[Options],
+    verb: str,
+    names: Collection[str],
+    config: Path | None = None,
+    recipe: str | None = None,
+    run: Path | None = None,
 ) -> Layers:
     """What the file and the recipe set below what the user sets.
 
@@ -45,9 +51,10 @@ def layers_below(
         names: the options that the user sets.
         config: the file that the user names.
         recipe: the recipe that the user names.
+        run: the finished run from which a distillation goes on.
 
     Raises:
-        InputError: the file cannot be used, the recipe does not exist, or the file follows another recipe.
+        InputError: the file or the run cannot be used, the recipe does not exist, or the file follows another recipe.
     """
     own = read_options(config, table, verb) if config else {}
     # Taken out: a recipe is a layer of its own, not an option that a file sets.
@@ -59,6 +66,9 @@ def layers_below(
     own = {name: value for name, value in own.items() if name not in dropped}
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    if run:
+        values |= continued_options(run, {*names, *own})
+        sources |= dict.fromkeys(values, f"the run {run}")
     if recipe := recipe or named:
         chosen = recipes.find(recipe, verb)
         # A file's options replace a recipe's as the user's do: only one of the two is left.

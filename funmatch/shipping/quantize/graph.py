@@ -30,11 +30,13 @@ class Layer:
         name: of the module in the network, e.g. `layer1.0.conv1`.
         node: name of the operation in the graph.
         weights: number of its weights.
+        tensor: name of its input.
     """
 
     name: str
     node: str
     weights: int
+    tensor: str
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _layers(model: Any, modules: dict[str, str]) -> tuple[Layer, ...]:
             name = name.removeprefix("net.")
             # Two operations of a module, or of tied weights: the second is named by its node.
             name = node.name if not name or name in found else name
-            found[name] = Layer(name, node.name, sizes[weight])
+            found[name] = Layer(name, node.name, sizes[weight], node.input[0])
     return tuple(found.values())
 
 

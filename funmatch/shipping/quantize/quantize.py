@@ -1,6 +1,7 @@
 """Quantises an exported ONNX model to INT8 or fp16, within a limit of what it may lose."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from funmatch.shipping.quantize.gate import Gate, Sensitivity
 from funmatch.shipping.quantize.graph import Graph, prepare
 from funmatch.shipping.quantize.half import write_half
 from funmatch.shipping.quantize.scores import Array, Images, Score, compare, latency, score
-from funmatch.shipping.quantize.static import METHODS, Ranges, calibrate, write_int8
+from funmatch.shipping.quantize.static import METHODS, TRAINED, Ranges, calibrate, with_trained, write_int8
 from funmatch.shipping.runtimes import require
 
 FEWEST = 16
@@ -30,7 +31,7 @@ class QuantizeResult:
     Attributes:
         path: of the model.
         bits: 8 or 16.
-        method: how ranges of activations were chosen (minmax, percentile, entropy); None for 16 bits.
+        method: how ranges of activations were chosen (minmax, percentile, entropy, trained); None for 16 bits.
         methods: of each method tried, agreement with the teacher (or the fp32 model) on the images for calibration.
         fp32: names of the layers that stayed in fp32.
         layers: number of layers with weights.
@@ -72,6 +73,8 @@ class How:
         sensitivity: measure the sensitivity of every layer also where no layer has to stay in fp32.
         advice: sentence about what to do where the limit cannot be kept, such as the command that trains for INT8.
         threads: of the runtime; None: its own choice.
+        trained: ranges of the inputs of layers, by the layers' names, from training for INT8; empty where there was
+            none. They are tried beside those by calibration.
     """
 
     bits: int = 8
@@ -79,6 +82,7 @@ class How:
     sensitivity: bool = False
     advice: str = ""
     threads: int | None = None
+    trained: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def quantize_onnx(source: Path, target: Path, calibration: Images, validation: Images, how: How) -> QuantizeResult:
@@ -106,7 +110,7 @@ def quantize_onnx(source: Path, target: Path, calibration: Images, validation: I
             write_half(source, work)
             found = Found(after=gate.score(work))
         else:
-            found = _int8(source, folder, work, calibration, gate, sensitivity=how.sensitivity)
+            found = _int8(source, folder, work, calibration, gate, how)
         drop = gate.drop(found.after)
         if not gate.holds(found.after):
             raise WorkFailed(_missed(drop, gate, found, how))
@@ -149,13 +153,13 @@ def _check(target: Path, calibration: Images, bits: int) -> None:
         )
 
 
-def _int8(source: Path, folder: Path, work: Path, calibration: Images, gate: Gate, *, sensitivity: bool) -> Found:
+def _int8(source: Path, folder: Path, work: Path, calibration: Images, gate: Gate, how: How) -> Found:
     """Writes the INT8 model with the best ranges, and as many layers in fp32 as the gate needs."""
     graph = prepare(source, folder)
-    ranges, methods = _best_ranges(graph, calibration, folder, gate.threads)
+    ranges, methods = _best_ranges(graph, calibration, folder, how)
     write_int8(graph, ranges, work)
     after, fp32, found = gate.score(work), (), ()
-    if sensitivity or not gate.holds(after):
+    if how.sensitivity or not gate.holds(after):
         found = gates.measure_sensitivity(graph, ranges, calibration, folder, threads=gate.threads)
     if not gate.holds(after):
         info(f"INT8 loses {gate.drop(after):.2f} points, more than {gate.max_drop:g}; keeping layers in fp32")
@@ -163,15 +167,17 @@ def _int8(source: Path, folder: Path, work: Path, calibration: Images, gate: Gat
     return Found(after, ranges.method, methods, len(graph.layers), fp32, found)
 
 
-def _best_ranges(graph: Graph, images: Images, folder: Path, threads: int | None) -> tuple[Ranges, dict[str, float]]:
+def _best_ranges(graph: Graph, images: Images, folder: Path, how: How) -> tuple[Ranges, dict[str, float]]:
     """Tries every way to choose ranges; returns the best on the images for calibration, and the agreement of each."""
-    _, plain = score(graph.path, images, threads=threads)
+    _, plain = score(graph.path, images, threads=how.threads)
     reference = plain if images.teacher is None else images.teacher
     path, found = folder / "method.onnx", []
-    for method in METHODS:
-        ranges = calibrate(graph, method, images.batches, folder)
+    tried = {method: calibrate(graph, method, images.batches, folder) for method in METHODS}
+    if how.trained:
+        tried[TRAINED] = with_trained(graph, tried["minmax"], how.trained)
+    for method, ranges in tried.items():
         write_int8(graph, ranges, path)
-        _, logits = score(path, images, plain, threads=threads)
+        _, logits = score(path, images, plain, threads=how.threads)
         # KL where equal shares agree: of few images many ways have the same.
         column = compare(logits, reference)
         found.append(((column["agreement"], -column["kl"]), ranges))

@@ -1,6 +1,7 @@
 """Quantises a prepared ONNX graph to INT8 by ONNX Runtime's static quantisation, with ranges from calibration."""
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from funmatch.shipping.runtimes import open_runtime, require
 
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 """Ways to choose the range of an activation, with ONNX Runtime's names for them."""
+TRAINED = "trained"
+"""Ranges that quantisation-aware training found; those of other activations are as by minmax."""
 HISTOGRAM_IMAGES = 32
 """Images of the ways that keep histograms of all activations, which take long and much memory."""
 EXTRA = {
@@ -56,6 +59,19 @@ def calibrate(graph: Graph, method: str, batches: Iterable[np.ndarray], folder: 
         for batch in batches if method == "minmax" else _first(batches, HISTOGRAM_IMAGES):
             calibrator.collect_data(_reader(tools, name, as_input(runtime, batch)))
         return Ranges(method, calibrator.compute_data())
+
+
+def with_trained(graph: Graph, ranges: Ranges, trained: Mapping[str, tuple[float, float]]) -> Ranges:
+    """Returns ranges with those that training found for the inputs of layers, by the layers' names in the network."""
+    data = require("onnxruntime.quantization.calibrate").TensorData
+    tensors = copy.deepcopy(ranges.tensors)
+    for layer in graph.layers:
+        # The exporter's names may have more modules before the network's own.
+        found = next((each for name, each in trained.items() if f".{layer.name}".endswith(f".{name}")), None)
+        if found and layer.tensor in tensors:
+            low, high = (np.array(value, np.float32) for value in found)
+            tensors[layer.tensor] = data(lowest=low, highest=high)
+    return Ranges(TRAINED, tensors)
 
 
 def _first(batches: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:

@@ -46,6 +46,10 @@ def resolve_auto(config: Train, steps: int, side: int, student: Classifier, devi
     Returns:
         the options that were `auto`, with their values.
     """
+    # Rounding looks into each layer, which a compiled network and our kernels would pass by.
+    if config.quantize:
+        plain = {"compile": "off", "precision": "fp32"}
+        return {name: value for name, value in plain.items() if getattr(config, name) == "auto"}
     before = distributed.broadcast_from_main(lambda: run_folder.options_of(config.out))
     resolved: dict[str, str] = {}
     if config.compile == "auto":

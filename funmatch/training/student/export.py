@@ -8,6 +8,7 @@ from funmatch.models.classifier import Classifier, crop_fraction
 from funmatch.models.save import save
 from funmatch.runtime.files import write_folder_atomically
 from funmatch.training.scoring import EvalView
+from funmatch.training.student.quantization import strip_quantization
 
 
 def export_student(
@@ -24,4 +25,6 @@ def export_student(
     with write_folder_atomically(folder) as partial:
         # A copy: the caller's student stays on its device.
         portable = copy.deepcopy(student).cpu()
-        save(portable, partial, card=card, about=about)
+        # A plain network, which anyone can load; the ranges are for the export to INT8.
+        ranges = strip_quantization(portable.net)
+        save(portable, partial, card=card, about=about | ({"ranges": ranges} if ranges else {}))

@@ -20,6 +20,7 @@ from funmatch.runtime.log import info, info_notes
 from funmatch.training import scoring
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
+from funmatch.training.student.quantization import CHILD
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def _from_checkpoint(run: run_folder.Run, side: int | None) -> tuple[Classifier,
     """Builds the student of a run that is not finished, with the weights of its newest checkpoint, and their step."""
     knobs, facts = run.config["knobs"], run.config["facts"]
     tensors, step = checkpoint.newest_student(run.checkpoints)
+    # As a finished student: plain, without the rounding of a run that trains for INT8.
+    tensors = {name: tensor for name, tensor in tensors.items() if f".{CHILD}." not in name}
     names = tuple(facts.get("classes") or ())
 
     def build(classes: int | None) -> Classifier:

@@ -1,0 +1,70 @@
+"""Reads the options with which training goes on from a finished run: `funmatch distill RUN --quantize 8`."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from funmatch.config import TAUGHT, recipes
+from funmatch.config.distill import Distill
+from funmatch.config.metadata import Group
+from funmatch.config.options import replaced_by
+from funmatch.config.sources.files import read_options
+from funmatch.errors import InputError
+from funmatch.runtime.json_files import RUN_FORMAT, RUN_RECORD, RUN_SHAPE, read_record
+
+SHORTER, GENTLER = 10, 10
+"""How many times shorter such a run is by default, and how many times smaller its learning rate."""
+# The length and what follows from it, and what made the student that now brings its own weights.
+FIRST = (
+    "recipe", "steps", "epochs", "lr", "warmup_steps", "cooldown_steps", "decay_steps", "decay_factors", "schedule",
+    "eval_every", "eval_first", "save_every", "log_every", "patience", "student_weights", "student_kwargs", "ema",
+    "precision", "compile", "quantize", "sampling", "class_weights", "profile", "allow_rounding",
+)  # fmt: skip
+"""Options that a run which goes on from another does not take from it."""
+SIZES = ("side", "eval_resize", "eval_resample", "resample")
+"""Options of the views that are taken from a run without a teacher; the others are those of function matching."""
+
+
+def names_run(word: str) -> bool:
+    """Returns whether the first word of `distill` names a run, and not a recipe: it is a path."""
+    return word not in recipes.RECIPES and ("/" in word or "\\" in word or Path(word).expanduser().is_dir())
+
+
+def continued_options(folder: Path, names: Collection[str]) -> dict[str, Any]:
+    """Returns the options of a distillation that goes on from the student of a finished run.
+
+    Data, views, teachers and all else are the run's; a run without a teacher becomes its own. By default it is a tenth
+    as long, and its learning rate a tenth of the run's, falling along half a cosine.
+
+    Args:
+        names: the options that the user sets.
+
+    Raises:
+        InputError: the folder is not a finished run, or `quantize` is not among the names.
+    """
+    path = folder.expanduser()
+    if not (path / RUN_RECORD).is_file():
+        raise InputError(f"there is no run in {folder}; `funmatch distill RUN --quantize 8` takes the folder of one")
+    record = read_record(path / RUN_RECORD, RUN_SHAPE, RUN_FORMAT, "choose another run")
+    if "quantize" not in names:
+        raise InputError(
+            f"{folder} is a run; pass --quantize 8 to train its student further for INT8, or --student {folder} with "
+            "--data and --teacher to train it anew"
+        )
+    if not (path / "student").is_dir():
+        raise InputError(f"the run in {folder} is not finished; finish it first, so that it has a student")
+    verb = record["verb"]
+    run = read_options(path / RUN_RECORD, TAUGHT[verb], verb)
+    found = {name: value for name, value in run.items() if name in Distill.model_fields and name not in FIRST}
+    teacher: dict[str, Any] = {}
+    if verb != "distill":
+        # A network that was trained on labels is matched as it is in fp32: no labels are used here.
+        teacher = {"teacher": (str(folder),)}
+        views = Distill.where(lambda opt: opt.group is Group.VIEWS) - {*SIZES}
+        found = {name: value for name, value in found.items() if name not in views}
+    length = {"steps": max(1, (run.get("steps") or SHORTER) // SHORTER)}
+    values = found | teacher | length | {
+        "student": str(folder), "lr": (run.get("lr") or 0.0) / GENTLER or None, "schedule": "cosine",
+    }  # fmt: skip
+    dropped = {*names, *replaced_by(Distill, names)}
+    return {name: value for name, value in values.items() if name not in dropped}
