@@ -27,11 +27,12 @@ NETWORKS = (
     "resnet18", "resnet50", "resnet50d", "seresnet50", "resnetv2_50x1_bit", "resnetv2_50d_gn", "nf_resnet50",
     "regnety_004", "densenet121", "inception_v3", "efficientnet_b0", "tf_efficientnet_lite0",
     "tf_efficientnetv2_b0", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100",
-    "mobilenetv4_conv_small", "mnasnet_100", "ghostnet_100", "repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9",
-    "convnext_atto", "convnextv2_atto", "inception_next_atto", "vit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "maxvit_pico_rw_256", "coatnet_pico_rw_224", "mixer_s32_224", "poolformer_s12",
-    "edgenext_xx_small", "mobilevit_xxs", "levit_128s", "xcit_nano_12_p16_224", "eva02_tiny_patch14_224",
-    "tiny_vit_5m_224", "efficientvit_b0", "pvt_v2_b0", "starnet_s1", "mambaout_femto",
+    "mobilenetv4_conv_small", "mnasnet_100", "ghostnet_100", "repvgg_a0", "mobileone_s0", "fastvit_t8",
+    "repvit_m0_9", "convnext_atto", "convnextv2_atto", "inception_next_atto", "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "maxvit_pico_rw_256",
+    "coatnet_pico_rw_224", "mixer_s32_224", "poolformer_s12", "edgenext_xx_small", "mobilevit_xxs", "levit_128s",
+    "xcit_nano_12_p16_224", "eva02_tiny_patch14_224", "tiny_vit_5m_224", "efficientvit_b0", "pvt_v2_b0",
+    "starnet_s1", "mambaout_femto",
 )  # fmt: skip
 CLASSES = 12
 
@@ -80,7 +81,7 @@ def one(name: str, data: Path, out: Path, formats: list[str]) -> str:
 
     import funmatch
     from funmatch.config import Export
-    from funmatch.models.classifier import Card, Classifier
+    from funmatch.models.classifier import Card, Classifier, timm_config
     from funmatch.models.save import save
     from funmatch.shipping.export import export
     from funmatch.shipping.runtimes import open_runtime
@@ -89,7 +90,7 @@ def one(name: str, data: Path, out: Path, formats: list[str]) -> str:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     net = timm.create_model(name, num_classes=CLASSES)
-    config = net.pretrained_cfg
+    config = timm_config(net)
     side = config["input_size"][-1]
     files = sorted((data / "train").rglob("*.jpg"))[:: max(1, len(list((data / "train").rglob("*.jpg"))) // 96)]
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
@@ -163,7 +164,7 @@ def main() -> None:
         print(one(options.one, data, options.out, options.formats), flush=True)
         return
     if not data.is_dir():
-        from resampling import largest_of_each, write_cuts
+        from benchmarks.resampling import largest_of_each, write_cuts
 
         write_cuts(largest_of_each(options.photos)[:CLASSES], data, train=6, test=6)
         (data / "test").rename(data / "val")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ import torch
 from funmatch.errors import InputError
 from funmatch.models.classifier import crop_fraction
 from funmatch.models.save import save
-from funmatch.shipping.export.network import ExportNet, explain_failure, trace, with_plain_attention
+from funmatch.shipping.export.network import ExportNet, explain_failure, quiet, trace, with_plain_attention
 from funmatch.shipping.export.onnx_file import write_onnx
 from funmatch.shipping.export.sidecars import as_metadata
 from funmatch.shipping.runtimes import Runtime, open_runtime, require
@@ -72,18 +71,21 @@ def _write_onnx(job: Job, folder: Path) -> None:
 
 
 def _write_torch_export(job: Job, folder: Path) -> None:
-    with warnings.catch_warnings(action="ignore"):
+    with quiet():
         torch.export.save(job.program, folder / "model.pt2", extra_files={"about.json": json.dumps(job.about)})
 
 
 def _write_openvino(job: Job, folder: Path) -> None:
-    openvino = require("openvino")
+    openvino, program = require("openvino"), job.program
     try:
-        with warnings.catch_warnings(action="ignore"):
-            model = openvino.convert_model(job.program)
+        with quiet():
+            model = openvino.convert_model(program)
     except Exception as error:  # types of its own, for operators that it lacks
         name = job.net.classifier.card.name
-        raise explain_failure(error, name, "try --format onnx, which OpenVINO reads, too") from error
+        raise explain_failure(error, program, name, "try --format onnx, which OpenVINO reads, too") from error
+    # By itself it leaves every size open.
+    side = job.model.preprocessing.side
+    model.reshape([job.fixed_batch or -1, 3, side, side])
     (given,), (output,) = model.inputs, model.outputs
     given.get_tensor().set_names({"images"})
     output.get_tensor().set_names({str(job.about["output"])})

@@ -1,15 +1,20 @@
 """Prepares a classifier for other runtimes: plain convolutions, and normalisation as part of the network."""
 
+import contextlib
 import copy
+import io
+import logging
 import re
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from funmatch.errors import InputError, first_line
+from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier, to_memory_format
 from funmatch.models.inference.fold import fold
 
@@ -62,36 +67,80 @@ def trace(net: ExportNet, side: int, fixed_batch: int | None = None) -> torch.ex
         InputError: its code cannot be recorded; the message says where.
     """
     example = torch.zeros(fixed_batch or 2, 3, side, side, dtype=torch.uint8 if net.uint8 else torch.float32)
-    name = net.classifier.card.name
     try:
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        with quiet(), torch.no_grad():
             # Not strict: bytecode need not be analysed, which fails on more of timm's networks.
             shapes = None if fixed_batch else ({0: torch.export.Dim("batch", min=1)},)
             return torch.export.export(net, (example,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # code that is recorded can fail in any way
-        advice = "" if fixed_batch else "; try --fixed-batch 1"
-        raise InputError(f"the code of {name} cannot be exported: {_reason(error)}{advice}") from error
+        advice = "it depends on the values of an image" if "data-dependent" in str(error) else ""
+        advice = advice or ("" if fixed_batch else "try --fixed-batch 1")
+        raise InputError(
+            f"the code of {net.classifier.card.name} cannot be exported{_place_in_code(error)}: {_reason(error)}"
+            f"{advice and f'; {advice}'}"
+        ) from error
 
 
-def explain_failure(error: Exception, name: str, advice: str) -> InputError:
-    """Says which operator of a network a format does not have, where it stands, and what to try."""
-    text = str(error)
-    operators = sorted(set(re.findall(r"aten\.[a-z_0-9]+(?:\.\w+)?", text)))
-    what = f"the operator {operators[0]} of {name}" if len(operators) == 1 else f"{name} ({', '.join(operators[:3])})"
-    where = re.findall(r'File "[^"]*?([\w]+/[\w]+\.py)", line (\d+), in (\w+)', text)
-    place = f", in {where[-1][2]} ({where[-1][0]}:{where[-1][1]})," if where else ""
-    subject = what if operators else name
-    return InputError(f"{subject}{place} cannot be exported: {_reason(error)}; {advice}")
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Keeps the progress, warnings and graphs that exporters print off the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        logging.disable(level)
 
 
-def module_of(node_meta: Mapping[str, Any]) -> str:
-    """Returns the module that an operation belongs to, by its name in the network; empty where it is unknown."""
-    stack = node_meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    return path.removeprefix("classifier.").removeprefix("net.")
+def explain_failure(error: Exception, program: torch.export.ExportedProgram, name: str, advice: str) -> InputError:
+    """Says which operator of a network a format does not have, where it stands, and what to try.
+
+    Args:
+        error: of the exporter.
+        program: what was exported.
+        name: of the network.
+        advice: what to try.
+    """
+    causes = list(_causes(error))
+    named = re.findall(r"(?:aten|prims)[.:]+([a-z_0-9]+)", " ".join(map(str, causes)))
+    used = [node for node in program.graph.nodes if node.op == "call_function" and "." in str(node.target)]
+    # Messages also quote operators that can be exported, so the first counts. The exporter may have replaced the
+    # network's operator by one of a shorter name: special_bessel_j0 by bessel_j0.
+    for operator in dict.fromkeys(named):
+        node = next((each for each in used if str(each.target).split(".")[1].endswith(operator)), None)
+        if node is not None:
+            where = f" in {module_of(node.meta)}" if module_of(node.meta) else ""
+            return InputError(f"the operator {node.target}{where} of {name} cannot be exported; {advice}")
+    return InputError(f"{name} cannot be exported: {_reason(causes[-1])}; {advice}")
 
 
-def _reason(error: Exception) -> str:
+def module_of(meta: Mapping[str, Any]) -> str:
+    """Returns the module that an operation belongs to, by its name in the network; empty where that is unknown."""
+    stack = list((meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path.removeprefix("classifier").removeprefix(".").removeprefix("net").removeprefix(".")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, and those that it comes from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _place_in_code(error: Exception) -> str:
+    """Returns the line of the network's own code at which an error arose, as a clause; empty where there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [each for each in frames if not re.search(r"/(torch|funmatch)/", each.filename)]
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].line})" if own else ""
+
+
+def _reason(error: BaseException) -> str:
     # torch's messages are pages long; their first line with words tells most.
     lines = [line.strip() for line in str(error).splitlines() if re.search(r"[a-z]{3}", line)]
-    return lines[0][:300] if lines else first_line(error)
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,16 +1,12 @@
 """Writes a network as an ONNX file."""
 
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from funmatch.shipping.export.network import ExportNet, explain_failure
+from funmatch.shipping.export.network import ExportNet, explain_failure, quiet
 from funmatch.shipping.runtimes import require
 
 INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
@@ -37,14 +33,14 @@ def write_onnx(
     require("onnx")
     require("onnxscript")
     try:
-        with _quiet():
+        with quiet():
             exported: Any = torch.onnx.export(
                 program, dynamo=True, opset_version=opset, input_names=[INPUT], verbose=False,
                 output_names=[PROBABILITIES if net.probabilities else LOGITS],
             )  # fmt: skip
     except Exception as error:  # the exporter has a dozen types of its own
         advice = "try another --opset, or --format torch-export"
-        raise explain_failure(error, net.classifier.card.name, advice) from error
+        raise explain_failure(error, program, net.classifier.card.name, advice) from error
     model = exported.model
     for node in model.graph:
         # Paths of this machine, a page for each operation.
@@ -53,15 +49,3 @@ def write_onnx(
     model.metadata_props.update(metadata)
     size = sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
     exported.save(path, external_data=size > LARGE)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keeps the exporter's progress off the terminal."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
