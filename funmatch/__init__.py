@@ -13,9 +13,11 @@ if TYPE_CHECKING:
         Tuned,
         distill,
         distill_several,
+        embed,
         evaluate,
         finetune,
         load,
+        predict,
         prepare,
         recipe,
         study,
@@ -23,19 +25,27 @@ if TYPE_CHECKING:
         tune,
     )
     from funmatch.models.classifier import Card, Classifier
+    from funmatch.reports.predictions import Prediction, Predictions
 
 __all__ = [
-    "Card", "Classifier", "InputError", "Outcome", "Tuned", "__version__",
-    "distill", "distill_several", "evaluate", "finetune",
-    "load", "prepare", "recipe", "study", "train", "tune",
+    "Card", "Classifier", "InputError", "Outcome", "Prediction", "Predictions", "Tuned", "__version__",
+    "distill", "distill_several", "embed", "evaluate", "finetune",
+    "load", "predict", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
+
+
+ELSEWHERE = {
+    **dict.fromkeys(("Card", "Classifier"), "models.classifier"),
+    **dict.fromkeys(("Prediction", "Predictions"), "reports.predictions"),
+}
+"""Modules of the public names that are not in `funmatch.api`."""
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name on first use: some need torch, and a command line needs none of the functions."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "models.classifier" if name in ("Card", "Classifier") else "api"
+    module = ELSEWHERE.get(name, "api")
     value = getattr(import_module(f"{__name__}.{module}"), name)
     globals()[name] = value  # found at once from here on
     return value

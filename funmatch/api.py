@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import Any, TypeAlias
 
-from funmatch.commands.python.arguments import given, model_name, pairs, read_call, run_call, space_words
+from funmatch.commands.python.arguments import given, read_call, run_call, space_words
+from funmatch.commands.python.finished import Model, embed, evaluate, load, predict
 from funmatch.commands.python.messages import python_words
 from funmatch.commands.python.signatures import with_options
 from funmatch.commands.verbs import TABLES, run_students
@@ -15,20 +16,13 @@ from funmatch.config import SEARCHED, TAUGHT, Distill, Finetune, Train, recipes
 from funmatch.errors import InputError, unknown
 from funmatch.reports.result import Outcome, Result, Tuned
 
-if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
-    from torch import nn
-
-    from funmatch.models.classifier import Classifier
-
+__all__ = [
+    "Images", "Model", "OnEvent", "Outcome", "Result", "Tuned", "distill", "distill_several", "embed", "evaluate",
+    "finetune", "load", "predict", "prepare", "recipe", "study", "train", "tune",
+]  # fmt: skip
 
 Images: TypeAlias = str | Path | Sequence[str | Path]
 """One or several data sets, named as on the command line."""
-
-
-# `Union`, since `|` does not take a class by its name.
-Model: TypeAlias = Union[str, Path, "nn.Module", Result]
-"""A model named as on the command line, a finished run, or a module: a `Classifier`, a timm model, or any module that
-maps images (n, 3, side, side) in [0, 1] to logits (n, classes)."""
 
 
 OnEvent: TypeAlias = Callable[[str, int, dict[str, Any]], object]
@@ -228,60 +222,6 @@ def study(name: str | Path | None = None, out: str | Path | None = None, **optio
         ['consistency', 'init']
     """
     return run_call("study", TABLES["study"], given({"name": name, "out": out}) | options).to_json()
-
-
-@with_options(TABLES["evaluate"], "evaluate")
-def evaluate(model: Model | None = None, **options: Any) -> dict[str, Any]:
-    """Evaluates a run or a model on a split.
-
-    Returns:
-        `top1`, `top5`, `agreement`, `kl`, `ece`, `split`, `pictures`, `parameters`, `step`, `run`, …
-
-    Examples:
-        >>> metrics = funmatch.evaluate("fashion-mini-teacher", data="fashion-mini", split="val")
-        >>> metrics["pictures"], metrics["top1"] > 0.8
-        (500, True)
-    """
-    return run_call("evaluate", TABLES["evaluate"], given({"model": model}) | options).to_json()
-
-
-def load(
-    model: Model,
-    *,
-    weights: str | Path | None = None,
-    options: Mapping[str, Any] | Sequence[str] = (),
-    classes: int | None = None,
-    side: int | None = None,
-    pretrained: bool = True,
-    inputs: Any = None,
-) -> Classifier:
-    """Loads a classifier: a `torch.nn.Module` that maps images (n, 3, side, side) in [0, 1] to logits (n, classes).
-
-    Args:
-        model: any model name, a module, a run folder, or a finished run.
-        weights: a file of weights for a timm name.
-        options: arguments of the constructor, `{"channels": [16, 32]}`.
-        classes: number of classes; weights with another number get a new head of zeros. None keeps the head.
-        side: of the views, pixels, for networks with a fixed input.
-        pretrained: whether a bare timm name means its pretrained weights.
-        inputs: mean and standard deviation of the images that a SavedModel was trained on.
-
-    Raises:
-        funmatch.InputError: there is no such model, or weights do not fit.
-
-    Examples:
-        >>> teacher = funmatch.load("fashion-mini-teacher")
-        >>> teacher.eval()(torch.zeros(1, 3, 32, 32)).shape
-        torch.Size([1, 10])
-    """
-    from funmatch.models import load as models
-
-    name = model_name(model)
-    file = None if weights is None else Path(weights)
-    with python_words(TABLES["evaluate"]):
-        return models.load(
-            name, weights=file, options=pairs(options), classes=classes, side=side, pretrained=pretrained, inputs=inputs
-        )
 
 
 def _train(verb: str, table: type[Train], arguments: Mapping[str, Any], on_event: OnEvent | None) -> Outcome:

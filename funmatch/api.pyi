@@ -1,19 +1,23 @@
 """Types of `funmatch.api`. Written by `python scripts/write_stubs.py`; change the tables of `funmatch.config`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
+import numpy as np
+from PIL.Image import Image as Picture
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from funmatch.models.classifier import Classifier
+from funmatch.reports.predictions import Prediction, Predictions
 from funmatch.reports.result import Outcome as Outcome
 from funmatch.reports.result import Result as Result
 from funmatch.reports.result import Tuned as Tuned
 
 Images: TypeAlias = str | Path | Sequence[str | Path]
 Model: TypeAlias = str | Path | nn.Module | Result
+AnyImage: TypeAlias = str | Path | Picture | np.ndarray | Tensor
 Models: TypeAlias = Model | Sequence[Model]
 Names: TypeAlias = str | Path | Sequence[str | Path]
 KeyValues: TypeAlias = Mapping[str, Any] | str | Sequence[str]
@@ -532,6 +536,114 @@ class StudyOptions(TypedDict, total=False):
     draw: bool
     """Only redraw the page from results.jsonl."""
 
+class EmbedOptions(TypedDict, total=False):
+    """Options of `funmatch.embed`."""
+
+    config: str | Path | None
+    """File of options: .toml (`funmatch config` writes a template), .yaml, or the config.json of a run. Options on the
+    command line override it; paths in it are relative to the current folder. (default: none)"""
+    device: str
+    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
+    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    weights: str | Path | None
+    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
+    model_kwargs: KeyValues
+    """Arguments for timm's constructor. (default: none)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
+    img_size: int | None
+    """The same as side."""
+    eval_resize: int | None
+    """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
+    eval_resample: Literal["antialias", "bicubic", "tf"] | None
+    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    model's own)"""
+    batch: int
+    """Images per forward pass. (default: 128)"""
+    batch_size: int
+    """The same as batch."""
+    split: Literal["auto", "train", "val", "test", "all"] | None
+    """Split of data sets that have several; auto is test, else val, else train. (default: auto, and of a folder all
+    images)"""
+    cap: int | None
+    """Images whose shorter side is longer than this, in pixels, are scaled down to it first, as `evaluate` does.
+    (default: the run's, or 512)"""
+    decoder: Literal["auto", "pillow", "torchcodec"] | None
+    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: the run's, or auto)"""
+    max_pixels: int | None
+    """Larger images are rejected as decompression bombs. (default: the run's, or 178,956,970)"""
+    image_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
+    names)"""
+    data_dir: str | Path | None
+    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
+    folder in the user's cache)"""
+
+class PredictOptions(TypedDict, total=False):
+    """Options of `funmatch.predict`."""
+
+    config: str | Path | None
+    """File of options: .toml (`funmatch config` writes a template), .yaml, or the config.json of a run. Options on the
+    command line override it; paths in it are relative to the current folder. (default: none)"""
+    device: str
+    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
+    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    weights: str | Path | None
+    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
+    model_kwargs: KeyValues
+    """Arguments for timm's constructor. (default: none)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
+    img_size: int | None
+    """The same as side."""
+    eval_resize: int | None
+    """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
+    eval_resample: Literal["antialias", "bicubic", "tf"] | None
+    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    model's own)"""
+    batch: int
+    """Images per forward pass. (default: 128)"""
+    batch_size: int
+    """The same as batch."""
+    split: Literal["auto", "train", "val", "test", "all"] | None
+    """Split of data sets that have several; auto is test, else val, else train. (default: auto, and of a folder all
+    images)"""
+    cap: int | None
+    """Images whose shorter side is longer than this, in pixels, are scaled down to it first, as `evaluate` does.
+    (default: the run's, or 512)"""
+    decoder: Literal["auto", "pillow", "torchcodec"] | None
+    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: the run's, or auto)"""
+    max_pixels: int | None
+    """Larger images are rejected as decompression bombs. (default: the run's, or 178,956,970)"""
+    image_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
+    names)"""
+    data_dir: str | Path | None
+    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
+    folder in the user's cache)"""
+    topk: int
+    """Number of classes to list for each image, the most probable first. (default: 5)"""
+    threshold: float
+    """List only classes of at least this probability; an image without one keeps its row, with an empty class.
+    (default: 0)"""
+    teacher: Model | None
+    """A model whose class and probability stand beside, with agreement and KL divergence, in nats. It sees each image
+    by its own preprocessing. (default: none)"""
+    teacher_weights: str | Path | None
+    """File with the teacher's weights, for a teacher given by its timm name. (default: none)"""
+    teacher_side: int | None
+    """Image size of the teacher, in pixels. (default: the teacher's own)"""
+    classes: str | None
+    """For a teacher with other classes: same-names matches classes by name; by-number sorts classes that are numbers by
+    value; a file map.json holds {"our class": "the teacher's", …}, by name, by number, or a list of these. (default:
+    the same as the model's)"""
+    trust_class_order: bool
+    """Compare with a teacher whose class names differ, assuming the same order."""
+
 @overload
 def distill(
     data: Images,
@@ -660,6 +772,13 @@ def evaluate(
 def evaluate(
     model: Model | None = None, *, config: str | Path, **options: Unpack[EvaluateOptions]
 ) -> dict[str, Any]: ...
+@overload
+def predict(model: Model, images: Picture, **options: Unpack[PredictOptions]) -> Prediction: ...
+@overload
+def predict(model: Model, images: str | Path | np.ndarray | Tensor, **options: Unpack[PredictOptions]) -> Any: ...
+@overload
+def predict(model: Model, images: Iterable[AnyImage], **options: Unpack[PredictOptions]) -> Predictions: ...
+def embed(model: Model, images: AnyImage | Iterable[AnyImage], **options: Unpack[EmbedOptions]) -> np.ndarray: ...
 def load(
     model: Model,
     *,

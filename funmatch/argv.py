@@ -226,8 +226,9 @@ def flag_problems(words: list[str], table: type[Options], name: str, found: Coll
         name: of the command.
         found: the options that the words, a file or a recipe set.
     """
-    # A minus before a digit begins a value.
-    flags = dict.fromkeys(word.partition("=")[0] for word in words if word[:1] == "-" and not word[1:2].isdecimal())
+    # A minus before a digit begins a value, and one alone is standard input.
+    signed = (word for word in words if word[:1] == "-" and word != "-" and not word[1:2].isdecimal())
+    flags = dict.fromkeys(word.partition("=")[0] for word in signed)
     known = [flag for each in table.model_fields for flag in flags_of(table, each)]
     unknowns = [flag for flag in flags if not _option_of(flag, table)]
     # Where we know what is meant, names that are near in letters would mislead.
@@ -239,13 +240,15 @@ def flag_problems(words: list[str], table: type[Options], name: str, found: Coll
     problems += value_problems(words, table)
     required = [each for each, field in table.model_fields.items() if field.is_required() and each not in found]
     if required:
+        # Words that stand without a flag must come first: after an option they would be values of that.
+        first = [each for each in required if table.opt(each).positional]
+        words_of = (
+            f"{' '.join(metavar(table, each) for each in first)} as its first word{'s' if len(first) > 1 else ''}"
+        )
         # The long flags come last, and the aliases after the option's own.
-        flags_each = [[flag for flag in flags_of(table, each) if flag.startswith("--")] for each in required]
-        # A positional value must come first: after an option it would be a value of that.
-        wanted = [
-            (long or [f"{metavar(table, each)} as its first word"])[0]
-            for long, each in zip(flags_each, required, strict=True)
-        ]
+        flags_each = [flags_of(table, each) for each in required if each not in first]
+        long = [next(flag for flag in each if flag.startswith("--")) for each in flags_each]
+        wanted = [*([words_of] if first else []), *long]
         problems.append(f"{name} needs {', '.join(wanted)}; see `funmatch {name} --help`")
     return problems
 

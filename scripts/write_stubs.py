@@ -16,7 +16,16 @@ from funmatch.api import load
 from funmatch.commands.python.messages import in_python
 from funmatch.commands.python.signatures import option_names
 from funmatch.commands.verbs import TABLES
-from funmatch.config import Distill, Finetune, Images, Options, SearchDistill, Train
+from funmatch.config import (
+    Distill,
+    Finetune,
+    ImageOptions,
+    Images,
+    Options,
+    PredictionOptions,
+    SearchDistill,
+    Train,
+)
 from funmatch.config.help import default_of
 from funmatch.config.metadata import Refers
 from funmatch.config.values import kind_of
@@ -25,20 +34,24 @@ STUB = Path(__file__).parent.parent / "funmatch" / "api.pyi"
 HEADER = '''\
 """Types of `funmatch.api`. Written by `python scripts/write_stubs.py`; change the tables of `funmatch.config`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
+import numpy as np
+from PIL.Image import Image as Picture
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from funmatch.models.classifier import Classifier
+from funmatch.reports.predictions import Prediction, Predictions
 from funmatch.reports.result import Outcome as Outcome
 from funmatch.reports.result import Result as Result
 from funmatch.reports.result import Tuned as Tuned
 
 Images: TypeAlias = str | Path | Sequence[str | Path]
 Model: TypeAlias = str | Path | nn.Module | Result
+AnyImage: TypeAlias = str | Path | Picture | np.ndarray | Tensor
 Models: TypeAlias = Model | Sequence[Model]
 Names: TypeAlias = str | Path | Sequence[str | Path]
 KeyValues: TypeAlias = Mapping[str, Any] | str | Sequence[str]
@@ -103,6 +116,17 @@ FUNCTIONS = [
     ),
     Function("study", "dict[str, Any]", {}, "StudyOptions", {"name": PATH, "out": PATH}, apart=()),
     Function("evaluate", "dict[str, Any]", {"model": "Model"}, "EvaluateOptions", apart=("config",)),
+    # One image or several: of a path, an array or a tensor, only its content tells.
+    *(
+        Function("predict", returns, {"model": "Model", "images": images}, "PredictOptions", apart=())
+        for images, returns in (
+            ("Picture", "Prediction"), ("str | Path | np.ndarray | Tensor", "Any"),
+            ("Iterable[AnyImage]", "Predictions"),
+        )
+    ),
+    Function(
+        "embed", "np.ndarray", {"model": "Model", "images": "AnyImage | Iterable[AnyImage]"}, "EmbedOptions", apart=()
+    ),
 ]  # fmt: skip
 
 
@@ -136,9 +160,13 @@ def classes() -> Iterator[str]:
     search = keys(SearchDistill, {*Distill.model_fields, "space"}) | places
     recipe = keys(Distill, {*Distill.model_fields} - {"recipe"})
     yield from options_class("TuneOptions", "DistillOptions, total=False", of("tune"), search | config | recipe)
-    for verb, named in (("prepare", {"data", "config"}), ("evaluate", {"model", "config"}), ("study", {"name", "out"})):
-        own, base = keys(TABLES[verb], named), "TypedDict"
-        if issubclass(TABLES[verb], Images):
+    for verb, table, named in (
+        ("prepare", TABLES["prepare"], {"data", "config"}), ("evaluate", TABLES["evaluate"], {"model", "config"}),
+        ("study", TABLES["study"], {"name", "out"}), ("embed", ImageOptions, {"model"}),
+        ("predict", PredictionOptions, {"model"}),
+    ):  # fmt: skip
+        own, base = keys(table, named), "TypedDict"
+        if issubclass(table, Images):
             own, base = changed(own, images), "ImagesOptions"
         yield from options_class(f"{verb.title()}Options", f"{base}, total=False", of(verb), own)
 
@@ -255,7 +283,7 @@ def signatures(function: Function) -> Iterator[str]:
         ]
         lines += ["*", *named] if named else []
         lines.append(f"**options: Unpack[{function.options}]")
-        if len(chosen) > 1:
+        if len(chosen) > 1 or [each.name for each in FUNCTIONS].count(function.name) > 1:
             yield "@overload"
         inline = f"def {function.name}({', '.join(lines)}) -> {function.returns}: ..."
         if len(inline) <= WIDTH:

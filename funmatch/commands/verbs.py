@@ -44,6 +44,8 @@ VERBS: dict[str, Verb] = {
     "distill": Verb(config.Distill, "training.distill:run", RUN_TABLE, page=RUN_PAGE),
     "train": Verb(config.Train, "training.train:run", RUN_TABLE, page=RUN_PAGE),
     "evaluate": Verb(config.Evaluate, "reports.evaluation.page:run", "reports.evaluation.terminal:show"),
+    "predict": Verb(config.Predict, "commands.predict:run", "commands.predict:show"),
+    "embed": Verb(config.Embed, "commands.embed:run", "commands.embed:show"),
     "config": Verb(tools.Config, "commands.config:run", "commands.config:show", loads=""),
     "export": Verb(config.Export, "commands.export:run", "commands.export:show"),
     "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show", loads="PyTorch"),

@@ -5,6 +5,7 @@ from funmatch.config.distill import TAUGHT, Distill, Teaching
 from funmatch.config.finished.benchmark import Benchmark
 from funmatch.config.finished.evaluate import Evaluate
 from funmatch.config.finished.export import Export
+from funmatch.config.finished.predict import Embed, ImageOptions, Predict, PredictionOptions
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.optim import Schedule
 from funmatch.config.options import Machine, Options, options_changing
@@ -21,8 +22,9 @@ UNCOMPARED = frozenset(name for table in TAUGHT.values() for name in table.where
 """The options that a run may have otherwise when it resumes."""
 
 __all__ = [
-    "SEARCHED", "TAUGHT", "UNCOMPARED", "Benchmark", "Cache", "Changes", "Config", "Data", "Demo", "Distill",
-    "Evaluate", "Export", "Finetune", "Group", "Images", "Import", "Machine", "Models", "Named", "Opt", "Options",
-    "Pictures", "Plan", "Precision", "Prepare", "Recipes", "Report", "Schedule", "Search", "SearchDistill",
-    "SearchFinetune", "SearchTrain", "Study", "Tape", "Teaching", "Train", "Words", "options_changing",
+    "SEARCHED", "TAUGHT", "UNCOMPARED", "Benchmark", "Cache", "Changes", "Config", "Data", "Demo", "Distill", "Embed",
+    "Evaluate", "Export", "Finetune", "Group", "ImageOptions", "Images", "Import", "Machine", "Models", "Named", "Opt",
+    "Options", "Pictures", "Plan", "Precision", "Predict", "PredictionOptions", "Prepare", "Recipes", "Report",
+    "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Study", "Tape", "Teaching", "Train",
+    "Words", "options_changing",
 ]  # fmt: skip

@@ -66,7 +66,7 @@ def help_of(
     lines += ["", _bold("Options that matter most:")]
     essential = [(name, opt) for name, opt in shown if opt.essential or table.model_fields[name].is_required()]
     # The sort is stable: within required and other options the groups' order stays.
-    essential.sort(key=lambda item: not table.model_fields[item[0]].is_required())
+    essential.sort(key=lambda item: (_place(table, item[0]), not table.model_fields[item[0]].is_required()))
     lines += [line for name, opt in essential for line in _option(table, name, opt)]
     groups = ", ".join(heading for heading, _ in grouped(table))
     rest = f"`funmatch {verb} --help-all` shows all {len(shown)} options, by group: {groups}."
@@ -175,10 +175,16 @@ def _sorted(table: type[Options]) -> list[tuple[str, Opt]]:
     return sorted(table.opts(), key=rank)
 
 
+def _place(table: type[Options], name: str) -> int:
+    """Returns which word of the command an option is, if its value stands without a flag; others come after these."""
+    names = [each for each, opt in table.opts() if opt.positional]
+    return names.index(name) if name in names else len(names)
+
+
 def _usage(verb: str, table: type[Options]) -> list[str]:
     needed = [(name, opt) for name, opt in _sorted(table) if table.model_fields[name].is_required() or opt.positional]
     # Values without a flag first, as they are typed.
-    needed.sort(key=lambda item: not item[1].positional)
+    needed.sort(key=lambda item: _place(table, item[0]))
     words = []
     for name, opt in needed:
         word = metavar(table, name) if opt.positional else f"{_flag(name, opt)} {metavar(table, name)}"

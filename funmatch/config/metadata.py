@@ -52,6 +52,7 @@ class Refers(Enum):
     """What the value of an option names, outside the record of a run."""
 
     DATA = "images"
+    IMAGES = "image files, folders, patterns, or -"
     MODEL = "a model"
     WEIGHTS = "a file of weights, or none"
     CLASS_MAP = "a file of a class map, same-names, or by-number"

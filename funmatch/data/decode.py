@@ -135,12 +135,30 @@ def decode(
             return _decode_box(image, box)
         if image.format == "JPEG" and min(image.size) >= 4 * min(size):
             image.draft(image.mode, (2 * size[0], 2 * size[1]))
-        image.load()
-        upright = _rgb(image)
+        return _crop(_pixels(image, size, turn), box)
+
+
+def decode_opened(image: Image.Image, cap: int | None = None) -> np.ndarray:
+    """Returns the pixels of an image that Pillow has opened or made, as `decode` gives them, (height, width, 3) uint8.
+
+    Args:
+        image: stays as it is.
+        cap: longest short side, pixels.
+    """
+    image.load()
+    # Pillow has already rotated a TIFF while loading it.
+    turn = None if image.format == "TIFF" else UPRIGHT.get(_orientation(image))
+    return _pixels(image, cap_size(image.size, cap), turn)
+
+
+def _pixels(image: Image.Image, size: tuple[int, int], turn: Image.Transpose | None) -> np.ndarray:
+    """Returns the pixels of an image in RGB, scaled to a size (before it is turned), and turned."""
+    image.load()
+    upright = _rgb(image)
     if upright.size != size:
         upright = upright.resize(size, Image.Resampling.BILINEAR)
     # Resize before rotating: the caps were computed for the stored size, and fewer pixels move.
-    return _crop(np.asarray(upright if turn is None else upright.transpose(turn)), box)
+    return np.asarray(upright if turn is None else upright.transpose(turn))
 
 
 def _crop(image: np.ndarray, box: Box | None) -> np.ndarray:

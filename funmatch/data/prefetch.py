@@ -1,8 +1,9 @@
 """Prepares batches ahead in threads."""
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from funmatch.data.loader import Batch, Batches
 from funmatch.runtime.timing import timed
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -32,26 +34,28 @@ def prefetch(
 
 
 def prefetch_map(compute: Callable[[int], T], start: int, stop: int, workers: int) -> Generator[T]:
-    """Yields `compute(start)` … `compute(stop − 1)` in order, computed ahead by threads.
+    """Yields `compute(start)` … `compute(stop − 1)` in order, computed ahead by threads; see `prefetch_items`."""
+    return prefetch_items(compute, range(start, stop), workers)
+
+
+def prefetch_items(compute: Callable[[S], T], items: Iterable[S], workers: int) -> Generator[T]:
+    """Yields `compute(item)` of each item in order, computed ahead by threads.
 
     Args:
-        compute: called with a step's number, in any thread and order; it must not depend on earlier calls.
-        start, stop: range of the steps.
+        compute: called in any thread and order; it must not depend on earlier calls.
+        items: of any number; taken one by one in the caller's thread.
         workers: number of threads; up to twice as many results wait in memory.
     """
-    pending: deque[Future[T]] = deque()
+    waiting, pending = iter(items), deque[Future[T]]()
     # One torch thread in each worker: the workers are the parallelism, more threads than cores slow each other down.
     pool = ThreadPoolExecutor(workers, "views", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for step in range(start, stop):
-            if not pending:
-                pending.extend(pool.submit(compute, s) for s in range(step, min(step + 2 * workers, stop)))
+        pending.extend(pool.submit(compute, item) for item in islice(waiting, 2 * workers))
+        while pending:
             with timed("waiting for views"):
                 result = pending.popleft().result()
             # Submitted before the result is handed over, so that the threads work while the caller uses it.
-            following = step + 2 * workers
-            if following < stop:
-                pending.append(pool.submit(compute, following))
+            pending.extend(pool.submit(compute, item) for item in islice(waiting, 1))
             yield result
     finally:
         # Without waiting: after Ctrl-C nobody needs the batches that are under way.

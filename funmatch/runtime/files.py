@@ -42,13 +42,28 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """
     # surrogateescape: a text may hold file names whose bytes are not valid UTF-8.
     encoded = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-    # A name of its own each time, so that two processes that write the same file do not share a partial one.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+    with open_atomically(path) as file:
+        file.write(encoded)
+
+
+@contextmanager
+def open_atomically(path: Path) -> Generator[IO[bytes]]:
+    """Yields a file under a temporary name in the same folder, and renames it when the block succeeds.
+
+    Args:
+        path: the final name. If the block fails, a file that already has it stays.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    # A name of its own each time, so that two processes that write the same file do not share a partial one. Cut, since
+    # the longest names that a system allows have no room for more.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:48]}.", suffix=PARTIAL, dir=path.parent)
     partial = Path(name)
     try:
-        with disk_errors(path), open(handle, "wb") as file:
+        with disk_errors(path), open(handle, "w+b") as file:
             os.fchmod(handle, 0o644)  # mkstemp makes files that only their owner can read
-            file.write(encoded)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power loss leaves an empty file under the right name
         partial.replace(path)

@@ -77,11 +77,11 @@ class ProgressBar:
 
     Args:
         label: name of the work.
-        total: its length in units, e.g. steps.
+        total: its length in units, e.g. steps; None where it is not known.
         done: units finished before, as in a resumed run; they do not count for the rate.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0) -> None:
+    def __init__(self, label: str, total: int | None, done: int = 0) -> None:
         self.label, self.total, self.first = label, total, done
         self.started = self.last_line = time.monotonic()
         self.noted = False
@@ -123,6 +123,9 @@ class ProgressBar:
         elif now - self.last_line >= (LIVE_LINE_SECONDS if err.is_jupyter else PLAIN_LINE_SECONDS):
             # From the last line, not the last update: steps may be far shorter or longer than the interval.
             self.last_line = now
+            if self.total is None:
+                self.line(f"{self.label} {done} {noted()} {format_rate(rate)}")
+                return
             left = (self.total - done) / rate if rate else 0.0
             self.line(f"{self.label} {done}/{self.total} {noted()} {format_rate(rate)}, {duration(left)} left")
 

@@ -17,10 +17,12 @@ COMMANDS = {
     "prepare": ("download",),
     "cache": ("clean", "clear", "gc"),
     "import": ("convert",),
+    "predict": ("infer", "inference", "classify", "label"),
+    "embed": ("features", "extract", "embeddings"),
     "benchmark": ("bench", "speed", "latency", "throughput"),
 }
 """Our commands, and what other tools call them."""
-USE_IT = ("infer", "inference", "predict", "classify", "export", "serve", "deploy")
+USE_IT = ("serve", "deploy")
 """Commands of other tools for what timm does with a student."""
 COMPLETION = ("install-completion", "show-completion", "completion", "tyro-print-completion")
 COMPLETE = 'completion of the shell: eval "$(funmatch --print-completion bash)" (or zsh, fish)'

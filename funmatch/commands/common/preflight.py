@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from funmatch.config import TAUGHT, Distill
+from funmatch.config import TAUGHT, Distill, Predict
+from funmatch.config.finished.predict import ImageFiles
 from funmatch.config.metadata import Refers
 from funmatch.config.options import Options, listed
 from funmatch.data.readers.open import check_spec
@@ -17,6 +18,8 @@ from funmatch.models.checkpoints import signatures
 from funmatch.models.names import check_model_name
 from funmatch.runtime import env
 from funmatch.runtime.functions import find_function, is_function_name
+from funmatch.shipping import tables
+from funmatch.shipping.sources.find import check_path
 from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
 
@@ -82,6 +85,7 @@ def _check_weights(value: str) -> None:
 
 CHECKS: dict[Refers, Callable[[str], None]] = {
     Refers.DATA: check_spec,
+    Refers.IMAGES: check_path,
     Refers.MODEL: check_model_name,
     Refers.WEIGHTS: _check_weights,
     # Read where they are used, within the first second; a folder of these may also be made only by the run.
@@ -92,6 +96,9 @@ CHECKS: dict[Refers, Callable[[str], None]] = {
 
 def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
     """Yields why a run cannot be written where `out` says, or is another one than the run that is there."""
+    if isinstance(options, ImageFiles):
+        yield from _problems_of_file(options)
+        return
     # A search's folder holds a record of its own, which it checks itself.
     if verb not in TAUGHT or not isinstance(options, TAUGHT[verb]):
         return
@@ -109,6 +116,15 @@ def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
             run.record.refuse(compare.early_differences(out, run.config, verb, options))
     except InputError as error:
         yield str(error)
+
+
+def _problems_of_file(options: ImageFiles) -> Iterator[str]:
+    """Yields why rows cannot be written to the file of `out`, or not in their format."""
+    out = options.out.expanduser() if options.out else None
+    tests: list[Callable[[str], object]] = [lambda _: tables.check_out(out, overwrite=options.overwrite)]
+    if isinstance(options, Predict):
+        tests.append(lambda _: tables.pick_format(options.format, out))
+    yield from filter(None, (_message(test, "") for test in tests))
 
 
 def _unwritable(folder: Path) -> str | None:

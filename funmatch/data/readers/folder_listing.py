@@ -115,7 +115,7 @@ class FolderListing:
         """Returns whether an entry is a folder that may hold images."""
         if entry.name[0] == "." or not entry.is_dir() or entry.name.lower() in LEFTOVERS:
             return False
-        return self._allowed(entry) and not _is_cycle(entry, self.root)
+        return self._allowed(entry) and not is_cycle(entry.path, self.root)
 
     def _allowed(self, entry: os.DirEntry) -> bool:
         """Returns True unless an entry is a link that leads out of the root, which raises an `InputError`."""
@@ -142,16 +142,16 @@ def _is_image(entry: os.DirEntry) -> bool:
     return entry.name[0] != "." and ending(entry.name) in EXTENSIONS and not entry.is_dir()
 
 
-def _is_cycle(entry: os.DirEntry, root: Path | str) -> bool:
+def is_cycle(folder: str, root: Path | str) -> bool:
     """Returns whether a folder is a link to one of the folders on the way to it, or to one that contains such a folder.
 
     Args:
         root: where the way begins.
     """
     # First the cheap question: resolving paths asks the disk about each of their folders.
-    if not entry.is_symlink():
+    if not os.path.islink(folder):
         return False
-    target, folder = Path(os.path.realpath(entry.path)), Path(entry.path).parent
+    target, above = Path(os.path.realpath(folder)), Path(folder).parent
     # All folders on the way, not only the last: of two that link to each other, neither contains the other.
-    way = [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+    way = [above, *(parent for parent in above.parents if parent.is_relative_to(root))]
     return any(Path(os.path.realpath(each)).is_relative_to(target) for each in way)

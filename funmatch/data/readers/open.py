@@ -84,6 +84,11 @@ def open_dataset(specs: str | Sequence[str], options: ReadOptions | None = None,
     return _with_requested_split(join_datasets(datasets), options.split_spec)
 
 
+def is_source(spec: str) -> bool:
+    """Returns whether a spec names its kind, by a name of the catalog or a prefix, and is not just a path."""
+    return spec in CATALOG or bool(_parse(spec)[0])
+
+
 def resolve_spec(spec: str) -> str:
     """Makes a spec independent of the working directory, so that records of runs can be used from anywhere."""
     if spec in CATALOG:

@@ -1,0 +1,145 @@
+"""Opens a model, and perhaps a teacher beside it, and predicts the classes of images in batches."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funmatch.config import ImageOptions, PredictionOptions
+from funmatch.errors import InputError
+from funmatch.models.class_map import ClassMap, class_names, map_classes
+from funmatch.models.classifier import Classifier
+from funmatch.models.ensemble import select_classes
+from funmatch.ops import metrics
+from funmatch.runtime import devices
+from funmatch.shipping.inference import Answers, Image, Network, answer, decoding_of, ready
+from funmatch.training.student.trained_model import TrainedModel, info_side, open_trained_model
+
+
+@dataclass(frozen=True)
+class PredictedBatch:
+    """What models predict for a batch of images.
+
+    Attributes:
+        answers: the images, and what was computed.
+        probabilities: (readable, classes) float32.
+        teacher: probabilities of the teacher, likewise, or None.
+        columns: for each readable image `agreement` and `kl`, (readable,); empty without a teacher.
+    """
+
+    answers: Answers
+    probabilities: Tensor
+    teacher: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model, and perhaps a teacher beside it, that predict images.
+
+    Attributes:
+        trained: the model.
+        networks: the model's, and the teacher's.
+        classes: a name for each class.
+        class_map: the teacher's classes for the model's, or None where they are the same.
+        config: options.
+        device: where the networks are.
+    """
+
+    trained: TrainedModel
+    networks: Sequence[Network]
+    classes: Sequence[str]
+    class_map: ClassMap | None
+    config: PredictionOptions
+    device: torch.device
+
+    def predict(self, images: Iterable[Image]) -> Iterator[PredictedBatch]:
+        """Yields the predictions of images, in batches and in order."""
+        how = decoding_of(self.config, self.trained)
+        for each in answer(self.networks, images, how, self.config.batch, self.device):
+            # Without an image that can be read there are no outputs.
+            if not each.outputs:
+                yield PredictedBatch(each, torch.empty(0, len(self.classes)))
+                continue
+            logits, *others = each.outputs
+            if not others:
+                yield PredictedBatch(each, logits.softmax(-1))
+                continue
+            teacher = select_classes(others[0], self.class_map)
+            compared = metrics.per_image(logits, None, teacher)
+            yield PredictedBatch(each, logits.softmax(-1), teacher.softmax(-1), compared)
+
+
+def open_predictor(config: PredictionOptions, given: Mapping[str, Any] | None = None) -> Predictor:
+    """Opens the model of a configuration, and its teacher.
+
+    Args:
+        given: modules from Python, by the names that stand for them.
+
+    Raises:
+        InputError: one cannot be loaded, or their classes differ.
+    """
+    # Before loading, so that a wrong --device does not cost a download.
+    device = devices.pick_device(config.device)
+    precision = devices.resolve_precision(config.precision, device)
+    trained = open_model(config, given)
+    networks, class_map = [], None
+    if config.teacher is not None:
+        teacher = open_trained_model(
+            config.teacher, weights=config.teacher_weights, side=config.teacher_side, given=given
+        )
+        class_map = _map_teacher(trained, teacher, config)
+        networks = [ready(teacher, device, precision)]
+    networks = [ready(trained, device, precision), *networks]
+    return Predictor(trained, networks, output_names(trained.classifier), class_map, config, device)
+
+
+def open_model(config: ImageOptions, given: Mapping[str, Any] | None = None) -> TrainedModel:
+    """Opens the model of a configuration."""
+    trained = open_trained_model(
+        config.model, weights=config.weights, model_kwargs=config.model_kwargs, side=config.side,
+        eval_resize=config.eval_resize, eval_resample=config.eval_resample, given=given,
+    )  # fmt: skip
+    if not (config.side or trained.knobs.get("side")):
+        info_side(trained.classifier, [config.model])
+    return trained
+
+
+def output_names(classifier: Classifier) -> Sequence[str]:
+    """Returns a name for each class: its own; ImageNet's word for it; else its number."""
+    if classifier.card.classes:
+        return classifier.card.classes
+    known = class_names(classifier)
+    if known is None:
+        return [str(index) for index in range(classifier.num_classes)]
+    words = [names[1] if len(names) > 1 else names[0] for names in known]
+    # Two of ImageNet's classes are called crane, and two maillot.
+    return [
+        word if words.count(word) == 1 else f"{word} ({names[0]})" for word, names in zip(words, known, strict=True)
+    ]
+
+
+def _map_teacher(trained: TrainedModel, teacher: TrainedModel, config: PredictionOptions) -> ClassMap | None:
+    """Returns the teacher's classes for each of the model's; None where they are the same in the same order.
+
+    Raises:
+        InputError: they differ, and no option says how they correspond.
+    """
+    names, others = trained.classifier.card.classes, teacher.classifier.card.classes
+    if config.classes is not None:
+        return map_classes(teacher.classifier, output_names(trained.classifier), config.classes)
+    advice = "pass --classes same-names or --classes map.json"
+    if trained.classifier.num_classes != teacher.classifier.num_classes:
+        raise InputError(
+            f"teacher {teacher.name} has {teacher.classifier.num_classes} classes, but {trained.name} has "
+            f"{trained.classifier.num_classes}; {advice} to map them"
+        )
+    if names and others and names != others and not config.trust_class_order:
+        one, other = next((a, b) for a, b in zip(names, others, strict=True) if a != b)
+        raise InputError(
+            f"{trained.name} and its teacher {teacher.name} list different classes ({one} ≠ {other}, …); {advice} if "
+            "the order or the names differ, or --trust-class-order if only the names do"
+        )
+    return None
