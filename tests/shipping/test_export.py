@@ -240,6 +240,24 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(folder, photos, tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_module_from_which_on_a_file_differs_is_named(folder, photos, tmp_path, monkeypatch):
+    write, touched = formats.FORMATS["onnx"].write, "stem.conv3"
+
+    def write_wrong(job: formats.Job, place: Path) -> None:
+        write(job, place)
+        model = onnx.load(place / "model.onnx")
+        (kernel,) = (each for each in model.graph.initializer if each.name.endswith(f"{touched}.weight"))
+        kernel.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(kernel) * 1.5, kernel.name))
+        onnx.save(model, place / "model.onnx")
+
+    wrong = formats.Format("model.onnx", write_wrong, formats.FORMATS["onnx"].open)
+    monkeypatch.setitem(formats.FORMATS, "onnx", wrong)
+    options = Export(model=str(folder), data=(str(photos),), unlabelled=True, out=tmp_path / "out", batch=3)
+    model = open_trained_model(str(folder))
+    with pytest.raises(funmatch.InputError, match=rf"the first module that differs is {touched} \(Conv2d\). Nothing"):
+        export.export(options, model, export.images_for(options, model))
+
+
 def test_comparison_counts_ties_and_not_a_number():
     reference = np.array([[1.0, 1.0 - 1e-6, 0], [3, 1, 0], [5, 2, 0]])
     near = reference + np.array([[-1e-6, 1e-6, 0], [0, 0, 0], [0, 0, 0]])

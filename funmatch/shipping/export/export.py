@@ -15,8 +15,9 @@ from funmatch.runtime.files import write_folder_atomically
 from funmatch.runtime.log import info, track
 from funmatch.shipping.export import sidecars
 from funmatch.shipping.export.formats import FORMATS, Job
+from funmatch.shipping.export.locate import first_difference
 from funmatch.shipping.export.network import ExportNet
-from funmatch.shipping.export.verify import compare, refuse_unless_equal
+from funmatch.shipping.export.verify import Comparison, compare, refuse_unless_equal
 from funmatch.shipping.real_images import RealImages, choose_images
 from funmatch.shipping.runtimes import Runtime
 from funmatch.training.student.trained_model import TrainedModel
@@ -114,8 +115,19 @@ def _check(name: str, job: Job, folder: Path, images: RealImages, reference: np.
     if name == "timm" and job.net.probabilities:
         outputs = torch.from_numpy(outputs).softmax(-1).numpy()
     comparison = compare(expected, outputs)
-    refuse_unless_equal(name, comparison, expected, outputs, job.model.class_names)
+    where = _where(job, folder, images, comparison) if name == "onnx" and not comparison.agrees else ""
+    refuse_unless_equal(name, comparison, expected, outputs, job.model.class_names, where)
     return {"runtime": runtime.name, **comparison.to_json()}
+
+
+def _where(job: Job, folder: Path, images: RealImages, comparison: Comparison) -> str:
+    """Returns where in the network an ONNX file begins to differ, as a clause."""
+    batch = next(
+        each for i, each in enumerate(images.batches(uint8=job.net.uint8)) if comparison.row // images.batch == i
+    )
+    row = comparison.row % images.batch
+    one = np.repeat(batch[row : row + 1], job.fixed_batch or 1, axis=0)
+    return first_difference(job.net, folder / FORMATS["onnx"].file, one)
 
 
 def _compute(runtime: Runtime, batch: np.ndarray) -> np.ndarray:

@@ -38,6 +38,11 @@ class Comparison:
         """Whether the model is the same function, up to rounding in fp32."""
         return self.max_relative <= MAX_RELATIVE and not self.others
 
+    @property
+    def row(self) -> int:
+        """Index of the image that shows best how the model differs."""
+        return self.others[0] if self.others else self.worst
+
     def to_json(self) -> dict[str, Any]:
         """The figures for `verify.json`."""
         figures = asdict(self)
@@ -81,7 +86,7 @@ def refuse_unless_equal(
     """
     if comparison.agrees:
         return
-    row = comparison.others[0] if comparison.others else comparison.worst
+    row = comparison.row
     first, second = int(reference[row].argmax()), int(found[row].argmax())
     raise InputError(
         f"the {what} export differs from PyTorch: on {comparison.images:,} images outputs differ by up to "
