@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         distill_several,
         embed,
         evaluate,
+        export,
         finetune,
         load,
         predict,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Card", "Classifier", "InputError", "Outcome", "Prediction", "Predictions", "Tuned", "__version__",
-    "distill", "distill_several", "embed", "evaluate", "finetune",
+    "distill", "distill_several", "embed", "evaluate", "export", "finetune",
     "load", "predict", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
 

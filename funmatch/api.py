@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from funmatch.commands.python.arguments import given, read_call, run_call, space_words
-from funmatch.commands.python.finished import Model, embed, evaluate, load, predict
+from funmatch.commands.python.finished import Model, embed, evaluate, export, load, predict
 from funmatch.commands.python.messages import python_words
 from funmatch.commands.python.signatures import with_options
 from funmatch.commands.verbs import TABLES, run_students
@@ -18,7 +18,7 @@ from funmatch.reports.result import Outcome, Result, Tuned
 
 __all__ = [
     "Images", "Model", "OnEvent", "Outcome", "Result", "Tuned", "distill", "distill_several", "embed", "evaluate",
-    "finetune", "load", "predict", "prepare", "recipe", "study", "train", "tune",
+    "export", "finetune", "load", "predict", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
 
 Images: TypeAlias = str | Path | Sequence[str | Path]

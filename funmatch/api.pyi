@@ -516,6 +516,56 @@ class EvaluateOptions(ImagesOptions, total=False):
     overwrite: bool
     """Replace the files of per_image and report if they exist."""
 
+class ExportOptions(ImagesOptions, total=False):
+    """Options of `funmatch.export`."""
+
+    device: str
+    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
+    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    weights: str | Path | None
+    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
+    model_kwargs: KeyValues
+    """Arguments for timm's constructor. (default: none)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
+    img_size: int | None
+    """The same as side."""
+    eval_resize: int | None
+    """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
+    eval_resample: Literal["antialias", "bicubic", "tf"] | None
+    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    model's own)"""
+    batch: int
+    """Images per forward pass. (default: 128)"""
+    batch_size: int
+    """The same as batch."""
+    data: Names
+    """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
+    hf:NAME. Several are joined. (default: the run's)"""
+    format: Literal["onnx", "torch-export", "openvino", "timm …"]
+    """Formats to write, one or several: onnx, torch-export (.pt2), openvino (.xml), timm. (default: onnx)"""
+    overwrite: bool
+    """Replace the folder if it exists."""
+    opset: int
+    """Version of ONNX's operators. (default: 18)"""
+    dynamic: bool
+    """Take any number of images at a time."""
+    fixed_batch: int | None
+    """Take exactly N images at a time, as compilers for some devices need. (default: any number of images)"""
+    input: Literal["float", "uint8"]
+    """What the model takes, as (n, 3, side, side): float, RGB in [0, 1], or uint8, RGB in 0 … 255. The normalisation is
+    part of the model. (default: float)"""
+    logits: bool
+    """Return logits."""
+    probabilities: bool
+    """Return probabilities."""
+    verify: bool
+    """Compare each file in its own runtime with PyTorch, on real images. (default: on)"""
+    images: int
+    """Images to compare on at most: of the validation split, else of the training images. (default: 500)"""
+
 class StudyOptions(TypedDict, total=False):
     """Options of `funmatch.study`."""
 
@@ -771,6 +821,14 @@ def evaluate(
 @overload
 def evaluate(
     model: Model | None = None, *, config: str | Path, **options: Unpack[EvaluateOptions]
+) -> dict[str, Any]: ...
+@overload
+def export(
+    model: Model, out: str | Path | None = None, *, config: str | Path | None = None, **options: Unpack[ExportOptions]
+) -> dict[str, Any]: ...
+@overload
+def export(
+    model: Model | None = None, out: str | Path | None = None, *, config: str | Path, **options: Unpack[ExportOptions]
 ) -> dict[str, Any]: ...
 @overload
 def predict(model: Model, images: Picture, **options: Unpack[PredictOptions]) -> Prediction: ...

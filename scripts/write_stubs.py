@@ -116,6 +116,9 @@ FUNCTIONS = [
     ),
     Function("study", "dict[str, Any]", {}, "StudyOptions", {"name": PATH, "out": PATH}, apart=()),
     Function("evaluate", "dict[str, Any]", {"model": "Model"}, "EvaluateOptions", apart=("config",)),
+    Function(
+        "export", "dict[str, Any]", {"model": "Model"}, "ExportOptions", {"out": PATH}, apart=("config",)
+    ),
     # One image or several: of a path, an array or a tensor, only its content tells.
     *(
         Function("predict", returns, {"model": "Model", "images": images}, "PredictOptions", apart=())
@@ -162,6 +165,7 @@ def classes() -> Iterator[str]:
     yield from options_class("TuneOptions", "DistillOptions, total=False", of("tune"), search | config | recipe)
     for verb, table, named in (
         ("prepare", TABLES["prepare"], {"data", "config"}), ("evaluate", TABLES["evaluate"], {"model", "config"}),
+        ("export", TABLES["export"], {"model", "out", "config"}),
         ("study", TABLES["study"], {"name", "out"}), ("embed", ImageOptions, {"model"}),
         ("predict", PredictionOptions, {"model"}),
     ):  # fmt: skip

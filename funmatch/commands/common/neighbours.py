@@ -19,10 +19,11 @@ COMMANDS = {
     "import": ("convert",),
     "predict": ("infer", "inference", "classify", "label"),
     "embed": ("features", "extract", "embeddings"),
+    "export": ("onnx", "to-onnx", "quantize", "deploy"),
     "benchmark": ("bench", "speed", "latency", "throughput"),
 }
 """Our commands, and what other tools call them."""
-USE_IT = ("serve", "deploy")
+USE_IT = ("serve",)
 """Commands of other tools for what timm does with a student."""
 COMPLETION = ("install-completion", "show-completion", "completion", "tyro-print-completion")
 COMPLETE = 'completion of the shell: eval "$(funmatch --print-completion bash)" (or zsh, fish)'

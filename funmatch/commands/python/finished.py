@@ -1,4 +1,4 @@
-"""The functions for a finished run or a model: evaluate, predict, embed, load."""
+"""The functions for a finished run or a model: evaluate, export, predict, embed, load."""
 
 # Annotations stay text, so that they may name torch's classes, which are not imported.
 from __future__ import annotations
@@ -42,6 +42,26 @@ def evaluate(model: Model | None = None, **options: Any) -> dict[str, Any]:
         (500, True)
     """
     return run_call("evaluate", TABLES["evaluate"], given({"model": model}) | options).to_json()
+
+
+@with_options(TABLES["export"], "export")
+def export(model: Model | None = None, out: str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Writes a model for other runtimes, each file compared with PyTorch in its own.
+
+    Args:
+        out: the folder to write; None: `export` in the run's.
+
+    Returns:
+        `out`, `model`, `run`, and `formats`: by format `file`, `bytes`, `max_relative`, `same_top1`, …
+
+    Examples:
+        >>> found = funmatch.export(
+        ...     "fashion-mini-teacher", "exported", data="fashion-mini", format=["torch-export"], images=8
+        ... )
+        >>> found["formats"]["torch-export"]["max_relative"] < 1e-4
+        True
+    """
+    return run_call("export", TABLES["export"], given({"model": model, "out": out}) | options).to_json()
 
 
 @with_options(PredictionOptions, "predict")
