@@ -65,7 +65,21 @@ def test_calibration_error_equals_that_of_netcal(logits, labels):
     assert calibration_error(confidence, torch.tensor(correct)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_confidences_on_an_edge_are_in_the_bin_below_unlike_in_torchmetrics():
+def test_confidences_on_an_edge_are_in_the_bin_above_in_other_libraries():
+    """The only difference of the three: which of two bins has a confidence of exactly k / 15."""
+    netcal = pytest.importorskip("netcal.metrics")
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    # Edges of 4 bins are exact in binary; together with 0.6 the lower edge's bin has another mean.
+    confidence, correct = torch.tensor([0.5, 0.6, 0.3], dtype=torch.float64), torch.tensor([1, 0, 0])
+    below = (abs(0.5 - 1 + 0.3) + 0.6) / 3
+    above = (abs(0.5 + 0.6 - 1) + 0.3) / 3
+    assert calibration_error(confidence, correct, 4) == pytest.approx(below)
+    assert binary_calibration_error(confidence, correct, n_bins=4, norm="l1").item() == pytest.approx(above)
+    assert netcal.ECE(4).measure(confidence.numpy(), correct.numpy()) == pytest.approx(above)
+
+
+def test_edges_belong_to_the_bin_below_and_the_ends_to_the_first_and_the_last():
     edge = torch.tensor([1 / 15, 2 / 15], dtype=torch.float64)
     bins = reliability(edge, torch.ones(2))
     assert [each.images for each in bins[:3]] == [1, 1, 0]

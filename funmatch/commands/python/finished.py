@@ -31,10 +31,11 @@ maps images (n, 3, side, side) in [0, 1] to logits (n, classes)."""
 
 @with_options(TABLES["evaluate"], "evaluate")
 def evaluate(model: Model | None = None, **options: Any) -> dict[str, Any]:
-    """Evaluates a run or a model on a split.
+    """Evaluates a run or a model on a split, or several (`others=[…]`) on the same images.
 
     Returns:
-        `top1`, `top5`, `agreement`, `kl`, `ece`, `split`, `pictures`, `parameters`, `step`, `run`, …
+        `top1`, `top5`, `agreement`, `kl`, `ece`, `split`, `pictures`, `parameters`, `step`, `run`, …; see
+        docs/evaluation.md.
 
     Examples:
         >>> metrics = funmatch.evaluate("fashion-mini-teacher", data="fashion-mini", split="val")

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
-from funmatch.models.timm_models import head_names
 
 
 def is_headless(classifier: Classifier) -> bool:
@@ -17,49 +16,54 @@ def is_headless(classifier: Classifier) -> bool:
 class Features(nn.Module):
     """A classifier without its last layer: (n, 3, side, side) in [0, 1] to features (n, dimensions) float32.
 
+    They are timm's pooled features before the head; of other networks, what the last linear layer gets; of a network
+    without classes, its outputs.
+
     Args:
         classifier: stays as it is.
-
-    Raises:
-        InputError: it is not known which layer is its last.
     """
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier
-        net: Any = classifier.net
-        # timm's own way, which knows of norms and activations between features and head.
-        self.by_timm = hasattr(net, "forward_features") and hasattr(net, "forward_head")
-        self.head = None if self.by_timm or is_headless(classifier) else _last_layer(classifier)
 
     def forward(self, views: Tensor) -> Tensor:
-        classifier: Any = self.classifier
+        """Computes features.
+
+        Raises:
+            InputError: the network has no such layer.
+        """
+        classifier, net = self.classifier, self._net()
         if is_headless(classifier):
-            return classifier(views).flatten(1).float()
-        if self.by_timm:
-            net = classifier.net
-            return (
-                net.forward_head(net.forward_features(classifier.normalize(views)), pre_logits=True).flatten(1).float()
-            )
-        found: list[Tensor] = []
-        assert self.head is not None
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+            found = classifier(views)
+        elif callable(getattr(net, "forward_features", None)) and callable(getattr(net, "forward_head", None)):
+            # timm: the same as the whole forward pass, without the last layer.
+            found = net.forward_head(net.forward_features(classifier.normalize(views)), pre_logits=True)
+        else:
+            found = self._before_last_linear(views)
+        return found.flatten(1).float()
+
+    def _net(self) -> Any:
+        return self.classifier.net
+
+    def _before_last_linear(self, views: Tensor) -> Tensor:
+        seen: list[tuple[nn.Linear, Tensor]] = []
+
+        def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, nn.Linear)
+            seen[:] = [(module, given[0])]  # the last one stays, whatever the order of the modules is
+
+        layers = [module for module in self.classifier.net.modules() if isinstance(module, nn.Linear)]
+        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         try:
-            classifier(views)
+            self.classifier(views)
         finally:
-            hook.remove()
-        return found[-1].flatten(1).float()
-
-
-def _last_layer(classifier: Classifier) -> nn.Module:
-    """Returns the layer that gives the logits: as timm names it, else the last linear one."""
-    names = head_names(classifier.net)
-    if len(names) == 1:
-        return classifier.net.get_submodule(names[0])
-    linear = [module for module in classifier.net.modules() if isinstance(module, nn.Linear)]
-    if not linear or linear[-1].out_features != classifier.num_classes:
-        raise InputError(
-            f"{classifier.card.name} has no last linear layer, so its features are not known; build it without classes "
-            "(--model-kwargs num_classes=0)"
-        )
-    return linear[-1]
+            for hook in hooks:
+                hook.remove()
+        # Another layer, such as one of attention, is followed by more than the classes.
+        if not seen or seen[0][0].out_features != self.classifier.num_classes or seen[0][1].ndim != 2:
+            raise InputError(
+                f"{self.classifier.card.name} has no features to measure: it is not a timm network, and its last layer "
+                f"is not a torch.nn.Linear with {self.classifier.num_classes} outputs for rows of features"
+            )
+        return seen[0][1]

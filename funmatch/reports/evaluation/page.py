@@ -48,8 +48,6 @@ def run(config: Evaluate, given: Modules | None = None) -> Result:
     metrics = dict(found.metrics)
     images = _names(config, found) if (page or config.per_image) and found.scores else []
     if config.per_image:
-        if found.scores is None:
-            raise InputError(f"{config.model} has no classes, so there is nothing to write with --per-image")
         path = config.per_image.expanduser()
         per_image.write(path, found, images)
         metrics["per_image"] = str(path)

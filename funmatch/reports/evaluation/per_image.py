@@ -1,78 +1,67 @@
 """Writes what models say of each image as CSV."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from funmatch.runtime.files import write_atomically
+from funmatch.shipping.tables import Column, open_table
 from funmatch.training.evaluation.evaluate import Evaluation
 from funmatch.training.evaluation.figures import Scores
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""First characters of a cell that spreadsheets may run as a formula."""
+ROWS = 4096
+"""Lines that are written at a time."""
+Cells = tuple[str, type[str] | type[float] | type[bool], Sequence[Any]]
+"""Name, type and cells of a column."""
 
 
 def write(path: Path, found: Evaluation, images: Sequence[str]) -> None:
-    """Writes a line per image: UTF-8, all text quoted, numbers as the shortest text that gives them back.
-
-    Text that begins as a formula gets an apostrophe before it, which spreadsheets do not show.
+    """Writes a line per image, as `funmatch predict` writes its own: no cell is a formula, and no name breaks a line.
 
     Args:
         path: the file, which appears when it is complete.
         images: names of the images.
     """
     assert found.scores
-    columns = dict(_columns(found, images))
-    text = io.StringIO()
-    # All text is quoted: before Python 3.13 a carriage return alone is not, and readers would end the line at it.
-    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    writer.writerow(map(harmless, columns))
-    writer.writerows(zip(*columns.values(), strict=True))
-    # Bytes of names that are not UTF-8 are written as \udcNN, so that the file can be read.
-    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
+    cells = [*_columns(found, images)]
+    names = [name for name, _, _ in cells]
+    lines = zip(*(values for *_, values in cells), strict=True)
+    with open_table(path, "csv", [Column(name, kind) for name, kind, _ in cells]) as table:
+        while some := [dict(zip(names, line, strict=True)) for line in islice(lines, ROWS)]:
+            table.write(some)
 
 
-def harmless(text: str) -> str:
-    """Returns text that no spreadsheet runs as a formula."""
-    return f"'{text}" if text.startswith(FORMULA) else text
-
-
-def _columns(found: Evaluation, images: Sequence[str]) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Yields name and cells of each column."""
-    scores = found.scores
+def _columns(found: Evaluation, images: Sequence[str]) -> Iterator[Cells]:
+    """Yields the columns."""
+    scores, names = found.scores, found.names
     assert scores
-    safe = [harmless(name) for name in found.names]
-    yield "image", [harmless(name) for name in images]
+    yield "image", str, images
     if scores.labels is not None:
-        yield "label", [safe[label] for label in scores.labels.tolist()]
-    yield from _of_model(scores, safe, "")
+        yield "label", str, [names[label] for label in scores.labels.tolist()]
+    for name, kind, values in _of_model(scores, names):
+        yield name, kind, values
     if "teacher" in scores.columns:
-        yield "teacher", [safe[first] for first in scores.columns["teacher"].tolist()]
-        yield "teacher_confidence", _numbers(scores, "teacher_confidence")
+        yield "teacher", str, [names[first] for first in scores.columns["teacher"].tolist()]
+        yield "teacher_confidence", float, scores.columns["teacher_confidence"].tolist()
         if "teacher_top1" in scores.columns:
-            yield "teacher_correct", _truths(scores, "teacher_top1")
-        yield "agreement", _truths(scores, "agreement")
-        yield "kl", _numbers(scores, "kl")
+            yield "teacher_correct", bool, _truths(scores, "teacher_top1")
+        yield "agreement", bool, _truths(scores, "agreement")
+        yield "kl", float, scores.columns["kl"].tolist()
     for each, subject in zip(found.others, found.opened.subjects[1:], strict=True):
-        yield from _of_model(each, safe, f"{subject.name}: ")
+        for name, kind, values in _of_model(each, names):
+            # The name behind, so that no head of a column begins as a formula.
+            yield f"{name} of {subject.name}", kind, values
 
 
-def _of_model(scores: Scores, names: Sequence[str], prefix: str) -> Iterator[tuple[str, Sequence[Any]]]:
-    yield f"{prefix}predicted", [names[first] for first in scores.columns["predicted"].tolist()]
-    yield f"{prefix}confidence", _numbers(scores, "confidence")
+def _of_model(scores: Scores, names: Sequence[str]) -> Iterator[Cells]:
+    yield "predicted", str, [names[first] for first in scores.columns["predicted"].tolist()]
+    yield "confidence", float, scores.columns["confidence"].tolist()
     if scores.labels is not None:
-        yield f"{prefix}correct", _truths(scores, "top1")
-        yield f"{prefix}correct_in_5", _truths(scores, "top5")
-        yield f"{prefix}nll", _numbers(scores, "nll")
-    yield f"{prefix}entropy", _numbers(scores, "entropy")
+        yield "correct", bool, _truths(scores, "top1")
+        yield "correct_in_5", bool, _truths(scores, "top5")
+        yield "nll", float, scores.columns["nll"].tolist()
+    yield "entropy", float, scores.columns["entropy"].tolist()
 
 
-def _numbers(scores: Scores, name: str) -> list[float]:
-    # Eight digits: these are float32 numbers, whose further ones say nothing.
-    return [float(f"{value:.8g}") for value in scores.columns[name].tolist()]
-
-
-def _truths(scores: Scores, name: str) -> list[str]:
-    return ["true" if value else "false" for value in scores.columns[name].tolist()]
+def _truths(scores: Scores, name: str) -> list[bool]:
+    return (scores.columns[name] > 0).tolist()

@@ -108,9 +108,8 @@ CORRUPTION_COLUMNS = ("corruption", *map(str, SEVERITIES), "mean", "agree@1")
 
 def corruption_rows(values: Metrics) -> list[list[str]]:
     """Formats a model's top-1 accuracy on corrupted images by severity, and its agreement (`CORRUPTION_COLUMNS`)."""
-    agreement = values.get("agreement")
-    # Without labels there is agreement alone.
-    shown = values.get("top1") or values["agreement"]
+    # Without labels there is agreement alone, which is then the value itself.
+    shown, agreement = (values["top1"], values.get("agreement")) if "top1" in values else (values["agreement"], None)
     agreed = {kind: percent(_mean(shares)) for kind, shares in agreement["by_kind"].items()} if agreement else {}
     rows = [["none", *[MISSING] * len(SEVERITIES), percent(shown["clean"]), percent((agreement or {}).get("clean"))]]
     for kind, shares in shown["by_kind"].items():
@@ -123,7 +122,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-COMPARISON_COLUMNS = ("model", "top-1", "difference", "95 % interval", "p", "agree@1", "KL", "NLL", "ECE")
+COMPARISON_COLUMNS = ("model", "top-1", "difference", "p", "KL", "agree@1", "NLL", "ECE")
 
 
 def comparison_rows(metrics: Metrics) -> list[list[str]]:
@@ -137,11 +136,10 @@ def _comparison_row(metrics: Metrics) -> list[str]:
     return [
         short_name(metrics["model"]),
         percent(metrics["top1"]),
-        signed(top1),
-        points(top1),
+        MISSING if top1 is None else f"{signed(top1)} ({points(top1)})",
         p_value(difference.get("p")),
-        percent(metrics["agreement"]),
         number(metrics["kl"], 3),
+        percent(metrics["agreement"]),
         number(metrics.get("nll"), 3),
         number(metrics["ece"], 3),
     ]

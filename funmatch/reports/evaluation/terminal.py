@@ -12,6 +12,9 @@ from funmatch.runtime.log import print_table
 FEW_CLASSES = 20
 """Classes up to which all are printed; of more only those that differ most from the teacher."""
 
+NARROW = 5
+"""Columns of a comparison that fit a terminal of 80 characters."""
+
 
 def show(result: Result) -> None:
     """Prints the metrics of an evaluation."""
@@ -61,8 +64,9 @@ def _show_comparison(metrics: Mapping[str, Any]) -> None:
         for each in metrics["others"]:
             print_table(each["model"], *_used(rows.METRIC_COLUMNS, rows.metric_rows(each)))
         return
-    title = "Differences from the first model, in percentage points of top-1; p by McNemar's test"
-    print_table(title, *_used(rows.COMPARISON_COLUMNS, rows.comparison_rows(metrics)))
+    title = "Differences from the first model in points of top-1; p by McNemar's test"
+    found = [row[:NARROW] for row in rows.comparison_rows(metrics)]
+    print_table(title, *_used(rows.COMPARISON_COLUMNS[:NARROW], found))
 
 
 def _used(columns: Sequence[str], found: list[list[str]]) -> tuple[list[str], list[list[str]]]:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from funmatch.config import Evaluate
+from funmatch.errors import InputError
 from funmatch.models.inference.features import is_headless
 from funmatch.training import class_order, datasets
 from funmatch.training.evaluation import embedding, figures, robustness
@@ -64,10 +65,14 @@ def evaluate(config: Evaluate, given: Modules | None = None) -> Evaluation:
     config.check()
     opened = open_all(config, given or {})
     first, *others = opened.subjects
+    headless = [each.name for each in opened.subjects if _has_no_classes(each)]
+    # Before anything is predicted, which may take minutes.
+    if headless and config.per_image:
+        raise InputError(f"{headless[0]} has no classes, so there is nothing to write with --per-image")
     embedded = {}
-    if config.embedding or any(map(_has_no_classes, opened.subjects)):
+    if config.embedding or headless:
         embedded = {each.name: embedding.measure(each, opened.cache, opened.split) for each in opened.subjects}
-    if any(map(_has_no_classes, opened.subjects)):
+    if headless:
         metrics, *rest = (
             _about(each, opened) | NO_CLASSES | {"embedding": embedded[each.name]} for each in opened.subjects
         )

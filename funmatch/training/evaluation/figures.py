@@ -12,6 +12,8 @@ from funmatch.ops.intervals import mcnemar as mcnemar_p
 from funmatch.ops.intervals import paired_bootstrap, wilson
 from funmatch.training.run.folder import finite
 
+ROWS = 1024
+"""Images whose columns are computed at a time: the probabilities of 50,000 images of 1,000 classes are 200 MB."""
 PAIRS = 10
 """Confused pairs, and classes that differ most from the teacher's, that a result lists."""
 SHARES = ("top1", "top5", "agreement", "agreement5")
@@ -47,6 +49,16 @@ class Scores:
 
 def score(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None = None) -> Scores:
     """Computes the columns of `Scores`."""
+    parts = [
+        _columns(logits[rows], *(None if each is None else each[rows] for each in (labels, teacher_logits)))
+        for rows in (slice(start, start + ROWS) for start in range(0, max(len(logits), 1), ROWS))
+    ]
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Scores(logits, labels, columns)
+
+
+def _columns(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+    """Computes the columns of some images."""
     columns = metrics.per_image(logits, labels, teacher_logits)
     columns |= {"predicted": logits.argmax(-1), "entropy": calibration.entropy(logits)}
     if labels is not None:
@@ -57,7 +69,7 @@ def score(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None =
         columns |= {"teacher": first, "teacher_confidence": confidence}
         if labels is not None:
             columns["teacher_top1"] = (first == labels).float()
-    return Scores(logits, labels, columns)
+    return columns
 
 
 def figures(scores: Scores) -> dict[str, Any]:

@@ -18,9 +18,9 @@ def measure(opened: Opened, config: Evaluate) -> dict[str, Any]:
     """Measures each model and the teacher on corrupted images, which are the same for all.
 
     Returns:
-        `images`, `seed`, `kinds`, and `models`: for each, and for the teacher as `teacher`, its top-1 accuracy (None
-        without labels) and agreement with the teacher by corruption, five numbers each, and their `mean`, also relative
-        to `clean`.
+        `images`, `seed`, `kinds`, and `models`: for each by its name, and for the teacher as `teacher`, `top1` (with
+        labels) and `agreement` (with a teacher), each with `by_kind`, five numbers a corruption, their means
+        `by_severity` and `mean`, and `clean`, that of the same images as they are.
     """
     split = opened.split
     if len(split) > config.corruption_images:
