@@ -191,6 +191,19 @@ def test_the_example_sees_images_as_evaluation_does(resample, squash, uint8, tmp
         assert (difference > 0.51).mean() < 0.3, path.name
 
 
+@pytest.mark.parametrize("name", ["model.xml", "model.pt2"])
+def test_examples_of_other_formats_give_the_same_probability(name, exported, photos, tmp_path):
+    about = json.loads((exported / "preprocessing.json").read_text())
+    (tmp_path / "example.py").write_text(sidecars.example(about, name))
+    for each in ("preprocessing.json", name, "model.bin"):
+        (tmp_path / each).write_bytes((exported / each).read_bytes())
+    photo = str(photos / "val/a/3.jpg")
+    commands = [[sys.executable, "-I", str(place / "example.py"), photo] for place in (tmp_path, exported)]
+    found, expected = (subprocess.run(each, capture_output=True, text=True, check=True).stdout for each in commands)
+    assert found == expected
+    assert "%)" in found
+
+
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2"])
 def test_every_example_is_ten_to_thirty_lines_of_python(suffix):
     about = {
