@@ -1,5 +1,7 @@
 """The command benchmark: measures models in several formats, prints tables and writes a page."""
 
+from collections.abc import Sequence
+
 from funmatch.config.finished.benchmark import Benchmark
 from funmatch.errors import InputError
 from funmatch.reports import benchmark_page
@@ -33,10 +35,16 @@ def show(result: Result) -> None:
     for model in dict.fromkeys(each["model"] for each in metrics["results"]):
         rows = [each for each in metrics["results"] if each["model"] == model]
         name = benchmark_page.format_of
-        print_table(model or "files", [*benchmark_page.COLUMNS], benchmark_page.rows(rows, name))
+        print_table(model or "files", _narrow(benchmark_page.COLUMNS), benchmark_page.rows(rows, name))
         if found := benchmark_page.details(rows, name):
-            print_table("times of one image (ms), best batch, peak memory", [*benchmark_page.DETAILS], found)
+            title = "times of one image (ms), best batch, peak memory (MB)"
+            print_table(title, _narrow(benchmark_page.DETAILS), found)
     for line in benchmark_page.reasons(metrics["results"]):
         info(line)
     if result.page:
         print(f"report: {result.page}")
+
+
+def _narrow(columns: Sequence[str]) -> list[str]:
+    """Shortens the columns' titles, so that a row fits 80 characters."""
+    return [{"size (MB)": "MB", "memory (MB)": "MB"}.get(each, each) for each in columns]

@@ -92,7 +92,7 @@ def about_model(model: Mapping[str, Any]) -> str:
     """Describes a model: its name, parameters, operations, and the step of its weights."""
     step = "" if model["step"] is None else f", step {model['step']:,}"
     work = f"{_digits(model['gflop'])} GFLOP at {model['side']} × {model['side']} pixels"
-    return f"{model['name']}{step}: {model['parameters']:,} parameters, {work}"
+    return f"{model['name']}{step}, {model['parameters']:,} parameters, {work}"
 
 
 def write_page(path: Path, metrics: Mapping[str, Any]) -> Path:
@@ -257,7 +257,7 @@ def _legend(figure: Figure, points: Results) -> None:
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e6:g} MB" if count >= 1e5 else f"{count / 1e3:g} kB"
+    return f"{count / 1e6:g} MB" if count >= 1e6 else f"{count / 1e3:g} kB"
 
 
 def _digits(value: float | None) -> str:

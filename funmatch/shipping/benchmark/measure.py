@@ -187,11 +187,12 @@ def _time(candidates: Sequence[Candidate], options: Benchmark) -> None:
     series = [part for each in ready for part in dict.fromkeys((each.latency, each.throughput)) if part]
     # Half of a format's time for each of its two measurements.
     limit, target = options.max_seconds / 2, options.largest_spread
-    with ProgressBar("timing", round(limit * len(series))) as bar:
+    seconds = round(limit * len(series))
+    with ProgressBar("timing", seconds) as bar:
 
         def report(rounds: int) -> None:
             settled = sum(each.is_settled(target) for each in series)
-            spent = min(round(sum(each.spent for each in series)), bar.total)
+            spent = min(round(sum(each.spent for each in series)), seconds)
             bar.update(spent, f"round {rounds}, {settled} of {len(series)} within {percent(target)}")
 
         time_rounds(series, target, limit, after_round=report)
