@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from funmatch.config.finished.benchmark import Benchmark
-from funmatch.errors import InputError
 from funmatch.reports import benchmark_page
 from funmatch.reports.result import Result
 from funmatch.runtime.log import info, print_table
@@ -15,15 +14,11 @@ def run(options: Benchmark, given: Modules | None = None) -> Result:
     """Measures the models; writes the page where one is wanted.
 
     Raises:
-        InputError: as of `measure`; or the page or its plot exists.
+        InputError: as of `measure`.
     """
-    page = options.report.expanduser() if options.report else None
-    # Before minutes of measuring.
-    for path in (page, page.with_suffix(".svg")) if page else ():
-        if path.exists():
-            raise InputError(f"{path} exists; remove it, or choose another --report")
     metrics = measure(options, given)
-    return Result(None, metrics, benchmark_page.write_page(page, metrics) if page else None)
+    page = benchmark_page.write_page(options.report.expanduser(), metrics) if options.report else None
+    return Result(None, metrics, page)
 
 
 def show(result: Result) -> None:

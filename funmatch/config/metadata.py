@@ -54,6 +54,7 @@ class Refers(Enum):
     DATA = "images"
     IMAGES = "image files, folders, patterns, or -"
     MODEL = "a model"
+    MEASURED = "a model, an exported file, or none"
     WEIGHTS = "a file of weights, or none"
     CLASS_MAP = "a file of a class map, same-names, or by-number"
     FILE = "a file or folder"

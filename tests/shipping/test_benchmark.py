@@ -20,6 +20,8 @@ from funmatch.reports import benchmark_page
 from funmatch.shipping.benchmark import candidates, formats, memory
 from funmatch.shipping.benchmark.formats import FORMATS, Format
 from funmatch.shipping.export import formats as export_formats
+from funmatch.shipping.export.formats import Job
+from funmatch.shipping.export.network import ExportNet
 from funmatch.training.student.trained_model import open_trained_model
 
 QUICK = {"max_seconds": 0.5, "spread": "90%", "images": 50, "batches": (1, 8), "memory": False, "threads": 1}
@@ -152,7 +154,8 @@ def test_command_line_refuses_what_cannot_be_used(funmatch, tmp_path, run):
     (tmp_path / "page.html").write_text("")
     done = funmatch("benchmark", run, "--report", "page.html", check=2)
     assert "page.html exists; remove it, or choose another --report" in done.stderr
-    done = funmatch("benchmark", "model.onnx", "--side", 32, check=2)
+    done = funmatch("benchmark", "runs/nowhere", "model.onnx", "--side", 32, check=2)
+    assert "runs/nowhere" in done.stderr
     assert "there is no file model.onnx" in done.stderr
     torch.save(timm.create_model("test_byobnet").state_dict(), tmp_path / "weights.pt")
     teacher = "--teacher", "test_byobnet", "--teacher-weights", "weights.pt"
@@ -191,6 +194,16 @@ def test_file_alone_is_seen_as_its_export_says(run, tmp_path):
     with pytest.raises(InputError, match=r"the image size of .*model\.onnx is not known"):
         measure(out / "model.onnx")
     assert measure(out / "model.onnx", side=32)["results"][0]["top1"] is None
+
+
+def test_file_that_takes_bytes_gets_them(run, tmp_path):
+    model = open_trained_model(str(run))
+    job = Job(model, ExportNet(model.classifier, uint8=True), {}, 18, None)
+    export_formats.FORMATS["onnx"].write(job, tmp_path)
+    eager, file = measure(run, tmp_path / "model.onnx", formats="eager", teacher="none", memory=True)["results"]
+    assert file["status"] == "ok", file["reason"]
+    assert file["top1"] == pytest.approx(eager["top1"], abs=0.05)
+    assert file["memory_bytes"] > 1e5
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.config import TAUGHT, Distill, Predict
+from funmatch.config.finished.benchmark import EXPORTED, NO_TEACHER, Benchmark
 from funmatch.config.finished.predict import ImageFiles
 from funmatch.config.metadata import Refers
 from funmatch.config.options import Options, listed
@@ -83,10 +84,19 @@ def _check_weights(value: str) -> None:
         raise InputError(f"{path} is {what}")
 
 
+def _check_measured(value: str) -> None:
+    if Path(value).suffix.lower() in EXPORTED:
+        if not Path(value).expanduser().is_file():
+            raise InputError(f"there is no file {value}")
+    elif value != NO_TEACHER:
+        check_model_name(value)
+
+
 CHECKS: dict[Refers, Callable[[str], None]] = {
     Refers.DATA: check_spec,
     Refers.IMAGES: check_path,
     Refers.MODEL: check_model_name,
+    Refers.MEASURED: _check_measured,
     Refers.WEIGHTS: _check_weights,
     # Read where they are used, within the first second; a folder of these may also be made only by the run.
     Refers.CLASS_MAP: lambda _value: None,
@@ -99,6 +109,8 @@ def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
     if isinstance(options, ImageFiles):
         yield from _problems_of_file(options)
         return
+    if isinstance(options, Benchmark):
+        yield from _problems_of_report(options)
     # A search's folder holds a record of its own, which it checks itself.
     if verb not in TAUGHT or not isinstance(options, TAUGHT[verb]):
         return
@@ -125,6 +137,15 @@ def _problems_of_file(options: ImageFiles) -> Iterator[str]:
     if isinstance(options, Predict):
         tests.append(lambda _: tables.pick_format(options.format, out))
     yield from filter(None, (_message(test, "") for test in tests))
+
+
+def _problems_of_report(options: Benchmark) -> Iterator[str]:
+    """Yields why a page cannot be written where `report` says, or its plot beside it."""
+    if options.report:
+        page = options.report.expanduser()
+        for path in (page, page.with_suffix(".svg")):
+            if path.exists():
+                yield f"{path} exists; remove it, or choose another --report"
 
 
 def _unwritable(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from funmatch.config.distill import Distill, Teaching
 from funmatch.config.finished.evaluate import Evaluate
 from funmatch.config.finished.model import WithImages
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import like
 from funmatch.config.values import Integers, Names, Share
 from funmatch.errors import unknown
@@ -15,7 +15,7 @@ from funmatch.errors import unknown
 PLACE = Changes.PLACE
 FORMATS = ("eager", "compiled", "onnx", "onnx-int8", "openvino")
 """Formats of a model that are measured, in the order of tables."""
-FILES = (".onnx", ".xml", ".pt2")
+EXPORTED = (".onnx", ".xml", ".pt2")
 """Endings of files that a runtime opens: ONNX, OpenVINO, torch.export."""
 NO_TEACHER = "none"
 """Value of --teacher by which a run is measured without its teacher."""
@@ -30,13 +30,13 @@ class Benchmark(WithImages, Teaching):
         "funmatch benchmark runs/student student.onnx --threads 1 --formats eager,onnx",
     )
 
-    # Not `refers`: its check knows no files of runtimes. Each name is looked up before anything is measured.
     models: Annotated[
         Names,
-        Opt(group=Group.STUDENT, changes=Changes.STUDENT, positional=True, essential=True, metavar="MODEL …"),
-    ]
+        Opt(group=Group.STUDENT, changes=Changes.STUDENT, positional=True, essential=True, refers=Refers.MEASURED,
+            metavar="MODEL …"),
+    ]  # fmt: skip
     """Run folders, any models that `distill --teacher` takes, or files of runtimes (.onnx, OpenVINO's .xml, .pt2)."""
-    teacher: Annotated[Names, like(Distill, "teacher", usual="the run's", replaces=(), refers=None)] = ()
+    teacher: Annotated[Names, like(Distill, "teacher", usual="the run's", replaces=(), refers=Refers.MEASURED)] = ()
     """Teachers to measure beside the models and to compare their outputs with; none measures no teacher."""
     split: Annotated[str, like(Evaluate, "split")] = "auto"
     """Split for top-1 and agreement; auto is test, else val, else train."""
@@ -81,7 +81,7 @@ class Benchmark(WithImages, Teaching):
     @property
     def files(self) -> tuple[str, ...]:
         """Those of the models that are files of a runtime."""
-        return tuple(each for each in self.models if Path(each).suffix.lower() in FILES)
+        return tuple(each for each in self.models if Path(each).suffix.lower() in EXPORTED)
 
     def problems(self) -> list[str]:
         found = [] if self.models else ["give a run folder, a model, or a file (.onnx, .xml, .pt2)"]

@@ -73,7 +73,8 @@ class Candidate:
         assert self.prepared
         side, predict = self.subject.preprocessing.side, self.prepared.predict
         # Noise, not zeros: zeros are a special case for some kernels. The same for all formats.
-        views = np.random.default_rng(0).random((images, 3, side, side), np.float32)
+        # Converted here: whoever passes bytes has them.
+        views = self.prepared.as_input(np.random.default_rng(0).random((images, 3, side, side), np.float32))
         return lambda: predict(views)
 
 

@@ -28,7 +28,7 @@ from funmatch.shipping.runtimes import open_runtime
 from funmatch.training.student.trained_model import TrainedModel
 
 Predictor = Callable[[np.ndarray], np.ndarray]
-"""Maps images (n, 3, side, side) float32 in [0, 1] to logits (n, classes) float32, and returns when they are there."""
+"""Maps images (n, 3, side, side) to logits (n, classes) float32, and returns when they are there."""
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 """Modules that write and run ONNX files."""
 CALIBRATION_IMAGES, CALIBRATED_AT_ONCE = 128, 32
@@ -98,16 +98,22 @@ class Prepared:
     """A format that is ready to compute.
 
     Attributes:
-        predict: computes logits.
+        predict: computes logits of what `as_input` returns.
         paths: its files; empty for PyTorch, whose weights are in memory.
         file_bytes: size of its files.
         device: where it computes.
+        takes_bytes: whether it takes images as bytes, as cameras and decoders give them, and not in [0, 1].
     """
 
     predict: Predictor
     paths: tuple[Path, ...]
     file_bytes: int
     device: str
+    takes_bytes: bool = False
+
+    def as_input(self, images: np.ndarray) -> np.ndarray:
+        """Returns images (n, 3, side, side) float32 in [0, 1] as the format takes them."""
+        return np.round(images * 255).astype(np.uint8) if self.takes_bytes else images
 
 
 def _torch_predictor(network: Callable[[Tensor], Tensor], machine: Machine) -> Predictor:
@@ -163,10 +169,7 @@ def open_file(subject: Subject, machine: Machine) -> Prepared:
 def _open_runtime(path: Path, machine: Machine) -> Prepared:
     files = (path, *companions(path))
     runtime = open_runtime(path, machine.threads)
-    # A file may take bytes, as cameras and decoders give them.
-    whole = runtime.dtype == np.uint8
-    predict = (lambda images: runtime((images * 255).round().astype(np.uint8))) if whole else runtime
-    return Prepared(predict, files, sum(each.stat().st_size for each in files), "cpu")
+    return Prepared(runtime, files, sum(each.stat().st_size for each in files), "cpu", runtime.dtype == np.uint8)
 
 
 def companions(path: Path) -> list[Path]:

@@ -113,8 +113,6 @@ def _subjects(
 def _subject_of_file(options: Benchmark, name: str, first: Preprocessing | None, folder: Path) -> Subject:
     """Returns a file of a runtime; it sees images as its export says, else as the first model."""
     path = Path(name).expanduser()
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
     how = preprocessing_beside(path) or first
     if how is None and options.side:
         how = Preprocessing(side=options.side, short_side=options.eval_resize or options.side)

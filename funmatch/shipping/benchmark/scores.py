@@ -173,5 +173,5 @@ def _predict(candidate: Candidate, views: np.ndarray) -> np.ndarray:
         part = views[start : start + size]
         # The last one is filled up: `torch.compile` would compile another size anew.
         filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-        parts.append(candidate.prepared.predict(filled)[: len(part)])
+        parts.append(candidate.prepared.predict(candidate.prepared.as_input(filled))[: len(part)])
     return np.concatenate(parts)
