@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from funmatch.api import (
         Outcome,
         Tuned,
+        benchmark,
         distill,
         distill_several,
         embed,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Card", "Classifier", "InputError", "Outcome", "Prediction", "Predictions", "Tuned", "__version__",
-    "distill", "distill_several", "embed", "evaluate", "export", "finetune",
+    "benchmark", "distill", "distill_several", "embed", "evaluate", "export", "finetune",
     "load", "predict", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from funmatch.commands.python.arguments import given, read_call, run_call, space_words
-from funmatch.commands.python.finished import Model, embed, evaluate, export, load, predict
+from funmatch.commands.python.finished import Model, benchmark, embed, evaluate, export, load, predict
 from funmatch.commands.python.messages import python_words
 from funmatch.commands.python.signatures import with_options
 from funmatch.commands.verbs import TABLES, run_students
@@ -17,8 +17,8 @@ from funmatch.errors import InputError, unknown
 from funmatch.reports.result import Outcome, Result, Tuned
 
 __all__ = [
-    "Images", "Model", "OnEvent", "Outcome", "Result", "Tuned", "distill", "distill_several", "embed", "evaluate",
-    "export", "finetune", "load", "predict", "prepare", "recipe", "study", "train", "tune",
+    "Images", "Model", "OnEvent", "Outcome", "Result", "Tuned", "benchmark", "distill", "distill_several", "embed",
+    "evaluate", "export", "finetune", "load", "predict", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
 
 Images: TypeAlias = str | Path | Sequence[str | Path]

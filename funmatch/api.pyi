@@ -566,6 +566,80 @@ class ExportOptions(ImagesOptions, total=False):
     images: int
     """Images to compare on at most: of the validation split, else of the training images. (default: 500)"""
 
+class BenchmarkOptions(ImagesOptions, total=False):
+    """Options of `funmatch.benchmark`."""
+
+    teacher_weights: Names
+    """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
+    brings its own. Its head decides the classes. (default: none)"""
+    teacher_kwargs: KeyValues
+    """Arguments for the teacher's constructor; with several teachers, for each of them. (default: none)"""
+    teacher_side: int | Sequence[int]
+    """Image size of the teacher's views in pixels, one for all teachers or one each. The same crop is sampled at each
+    size. (default: the student's)"""
+    teacher_share: float | Sequence[float]
+    """Weights of several teachers in their mean, one each. (default: equal)"""
+    combine: Literal["mean-logits", "mean-probabilities"]
+    """How several teachers become one: the mean of their logits, or of their probabilities at the temperature.
+    (default: mean-logits)"""
+    classes: str | None
+    """For a teacher with other classes than the data: same-names matches classes by name; by-number sorts classes that
+    are numbers by value, 2 before 10; a file map.json holds {"our class": "the teacher's", …}, by name, by number, or a
+    list of these. (default: the teacher's classes)"""
+    trust_class_order: bool
+    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
+    that it seems to have in another order, assuming the same order."""
+    device: str
+    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
+    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    weights: str | Path | None
+    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
+    model_kwargs: KeyValues
+    """Arguments for timm's constructor. (default: none)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
+    img_size: int | None
+    """The same as side."""
+    eval_resize: int | None
+    """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
+    eval_resample: Literal["antialias", "bicubic", "tf"] | None
+    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    model's own)"""
+    batch: int
+    """Images per forward pass. (default: 128)"""
+    batch_size: int
+    """The same as batch."""
+    data: Names
+    """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
+    hf:NAME. Several are joined. (default: the run's)"""
+    teacher: Names
+    """Teachers to measure beside the models and to compare their outputs with; none measures no teacher. (default: the
+    run's)"""
+    split: Literal["auto", "train", "val", "test"]
+    """Split for top-1 and agreement; auto is test, else val, else train. (default: auto)"""
+    images: int
+    """Images for top-1 and agreement, at most; evenly spread over the split. (default: 500)"""
+    formats: Names
+    """Formats to measure, separated by commas. Without it, those that are not installed are skipped. (default: eager
+    compiled onnx onnx-int8 openvino)"""
+    threads: int | None
+    """Threads of every runtime. (default: the cores that this process may use)"""
+    batches: int | Sequence[int]
+    """Batch sizes of which the one with the most images per second is taken for the throughput. (default: 1 8 32
+    128)"""
+    spread: float | str | None
+    """Time in rounds until the interquartile range of their medians is at most this share of the median, e.g. 5% or
+    0.05. (default: 5%)"""
+    max_seconds: float
+    """Time for each format, at most, whatever the spread is. (default: 20)"""
+    memory: bool
+    """Measure the peak memory of each format, in a process of its own, which takes some seconds. (default: on)"""
+    report: str | Path | None
+    """Page to write, with a plot of accuracy against latency; the plot is also written beside it, as .svg. (default:
+    none)"""
+
 class StudyOptions(TypedDict, total=False):
     """Options of `funmatch.study`."""
 
@@ -829,6 +903,14 @@ def export(
 @overload
 def export(
     model: Model | None = None, out: str | Path | None = None, *, config: str | Path, **options: Unpack[ExportOptions]
+) -> dict[str, Any]: ...
+@overload
+def benchmark(
+    models: Model | Sequence[Model], *, config: str | Path | None = None, **options: Unpack[BenchmarkOptions]
+) -> dict[str, Any]: ...
+@overload
+def benchmark(
+    models: Model | Sequence[Model] | None = None, *, config: str | Path, **options: Unpack[BenchmarkOptions]
 ) -> dict[str, Any]: ...
 @overload
 def predict(model: Model, images: Picture, **options: Unpack[PredictOptions]) -> Prediction: ...

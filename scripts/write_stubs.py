@@ -119,6 +119,9 @@ FUNCTIONS = [
     Function(
         "export", "dict[str, Any]", {"model": "Model"}, "ExportOptions", {"out": PATH}, apart=("config",)
     ),
+    Function(
+        "benchmark", "dict[str, Any]", {"models": "Model | Sequence[Model]"}, "BenchmarkOptions", apart=("config",)
+    ),
     # One image or several: of a path, an array or a tensor, only its content tells.
     *(
         Function("predict", returns, {"model": "Model", "images": images}, "PredictOptions", apart=())
@@ -166,6 +169,7 @@ def classes() -> Iterator[str]:
     for verb, table, named in (
         ("prepare", TABLES["prepare"], {"data", "config"}), ("evaluate", TABLES["evaluate"], {"model", "config"}),
         ("export", TABLES["export"], {"model", "out", "config"}),
+        ("benchmark", TABLES["benchmark"], {"models", "config"}),
         ("study", TABLES["study"], {"name", "out"}), ("embed", ImageOptions, {"model"}),
         ("predict", PredictionOptions, {"model"}),
     ):  # fmt: skip

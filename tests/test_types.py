@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import funmatch
-from funmatch.config import Distill, Evaluate, Export, Finetune, Prepare, SearchDistill, Study, Train
+from funmatch.config import Benchmark, Distill, Evaluate, Export, Finetune, Prepare, SearchDistill, Study, Train
 
 ROOT = Path(__file__).parent.parent
 STUB = ROOT / "funmatch" / "api.pyi"
@@ -41,7 +41,8 @@ def keys_of(name: str) -> dict[str, str]:
     ("name", "table"),
     [
         ("TrainOptions", Train), ("FinetuneOptions", Finetune), ("DistillOptions", Distill),
-        ("EvaluateOptions", Evaluate), ("ExportOptions", Export), ("PrepareOptions", Prepare), ("StudyOptions", Study),
+        ("BenchmarkOptions", Benchmark), ("EvaluateOptions", Evaluate), ("ExportOptions", Export),
+        ("PrepareOptions", Prepare), ("StudyOptions", Study),
         ("TuneOptions", SearchDistill),
     ],
 )  # fmt: skip

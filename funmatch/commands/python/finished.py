@@ -1,4 +1,4 @@
-"""The functions for a finished run or a model: evaluate, export, predict, embed, load."""
+"""The functions for a finished run or a model: evaluate, export, benchmark, predict, embed, load."""
 
 # Annotations stay text, so that they may name torch's classes, which are not imported.
 from __future__ import annotations
@@ -63,6 +63,29 @@ def export(model: Model | None = None, out: str | Path | None = None, **options:
         True
     """
     return run_call("export", TABLES["export"], given({"model": model, "out": out}) | options).to_json()
+
+
+@with_options(TABLES["benchmark"], "benchmark")
+def benchmark(models: Model | Sequence[Model] | None = None, **options: Any) -> dict[str, Any]:
+    """Measures size, latency, throughput, memory and accuracy of models in every format, beside their teacher.
+
+    Args:
+        models: one model or several, or exported files (`.onnx`, OpenVINO's `.xml`, `.pt2`). The memory of a module is
+            unknown, since another process cannot load it.
+
+    Returns:
+        `machine`, `versions`, `threads`, `images`, `models`, …, and `results`, a row for each format of each model:
+        `status`, `bytes`, `top1`, `agreement`, `ms`, `ms_p90`, `ms_p99`, `images_per_second`, `batch`,
+        `memory_bytes`, …; None stands for what was not measured.
+
+    Examples:
+        >>> found = funmatch.benchmark(
+        ...     "fashion-mini-teacher", data="fashion-mini", formats="eager", images=100, memory=False, spread="90%"
+        ... )
+        >>> [(each["format"], each["status"], each["ms"] > 0) for each in found["results"]]
+        [('eager', 'ok', True)]
+    """
+    return run_call("benchmark", TABLES["benchmark"], given({"models": models}) | options).to_json()
 
 
 @with_options(PredictionOptions, "predict")
