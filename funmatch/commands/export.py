@@ -10,6 +10,9 @@ from funmatch.runtime.text import percent
 from funmatch.shipping.export import export
 from funmatch.training.student.trained_model import open_trained_model
 
+SHOWN = 5
+"""Most sensitive layers that are printed."""
+
 
 def run(config: Export, given: Mapping[str, Any] | None = None) -> Result:
     """Exports a model in one or several formats.
@@ -44,4 +47,28 @@ def show(result: Result) -> None:
         for name, each in found["formats"].items()
     ]  # fmt: skip
     print_table(found["out"], ["format", "size (MB)", "difference from PyTorch", "same top-1"], rows)
+    if found.get("quantized"):
+        _show_smaller(found["quantized"])
     print("beside them: labels.txt, preprocessing.json, and example.py, which needs no funmatch")
+
+
+def _show_smaller(found: Mapping[str, Any]) -> None:
+    """Prints what the quantised file loses and gains."""
+    before, after = found["before"], found["after"]
+    shares = {"accuracy": "top1", "agreement with the teacher": "agreement", "agreement with fp32": "same"}
+    rows = [
+        [text, *(percent(each[name]) for each in (before, after))]
+        for text, name in shares.items()
+        if after[name] is not None
+    ]
+    rows += [
+        ["size (MB)", *(f"{each['bytes'] / 1e6:.2f}" for each in (before, after))],
+        ["one image (ms)", *(f"{each['milliseconds']:.2f}" for each in (before, after))],
+    ]
+    print_table(f"{found['file']}, on {found['images']:,} images of {found['split']}", ["", "fp32", "quantised"], rows)
+    if found["method"]:
+        print(f"ranges by {found['method']}, from {found['calibration']:,} images of {found['calibrated_on']}")
+    if found["fp32"]:
+        print(f"in fp32: {len(found['fp32'])} of {found['layers']} layers: {', '.join(found['fp32'])}")
+    for each in found["sensitivity"][:SHOWN]:
+        print(f"most sensitive: {each['layer']} (KL {each['kl']:.1e} if only it is quantised)")

@@ -51,6 +51,19 @@ class Export(WithImages):
     """Compare each file in its own runtime with PyTorch, on real images."""
     images: Annotated[int, Opt(group=Group.DATA, changes=PLACE, at_least=1, essential=True, metavar="N")] = 500
     """Images to compare on at most: of the validation split, else of the training images."""
+    quantize: Annotated[
+        int | None, Opt(group=Group.OUTPUT, changes=PLACE, at_least=8, at_most=16, essential=True, usual="off",
+                        metavar="8|16")
+    ] = None  # fmt: skip
+    """Also write a smaller ONNX file: 8 for integers of 8 bits, 16 for half precision. Layers that lose most stay in
+    fp32."""
+    max_drop: Annotated[float, Opt(group=Group.OUTPUT, changes=PLACE, at_least=0, at_most=100, essential=True)] = 1.0
+    """What the smaller file may lose, in percentage points: of accuracy on the validation images, or without labels of
+    agreement with fp32."""
+    calibration: Annotated[int, Opt(group=Group.DATA, changes=PLACE, at_least=1, metavar="N")] = 512
+    """Training images by which the ranges of 8 bits are chosen; their labels are not used."""
+    sensitivity: Annotated[bool, Opt(group=Group.OUTPUT, changes=PLACE)] = False
+    """Measure how much each layer loses with 8 bits, also where none has to stay in fp32."""
 
     def problems(self) -> list[str]:
         found = [f"unknown format {each!r}; known: {', '.join(FORMATS)}" for each in self.format if each not in FORMATS]
@@ -62,4 +75,16 @@ class Export(WithImages):
             found.append("--logits and --probabilities exclude each other")
         if self.input == "uint8" and set(self.format) == {"timm"}:
             found.append("--input uint8 does not apply to timm's format, which takes normalised images")
+        if self.quantize not in (None, 8, 16):
+            found.append(f"--quantize takes 8 or 16, not {self.quantize}")
+        if self.quantize and "onnx" not in self.format:
+            found.append("--quantize makes an ONNX file smaller; add onnx to --format")
+        if self.quantize and self.fixed_batch:
+            found.append("--quantize does not go with --fixed-batch; omit it")
+        if not self.quantize:
+            found += [
+                f"--{name.replace('_', '-')} belongs to --quantize"
+                for name in ("max_drop", "calibration", "sensitivity")
+                if self.moved(name)
+            ]
         return found + super().problems()

@@ -17,6 +17,7 @@ from funmatch.shipping.export import sidecars
 from funmatch.shipping.export.formats import FORMATS, Job
 from funmatch.shipping.export.locate import first_difference
 from funmatch.shipping.export.network import ExportNet
+from funmatch.shipping.export.smaller import write_smaller
 from funmatch.shipping.export.verify import Comparison, compare, refuse_unless_equal
 from funmatch.shipping.real_images import RealImages, choose_images
 from funmatch.shipping.runtimes import Runtime
@@ -32,7 +33,8 @@ def export(config: Export, model: TrainedModel, images: RealImages | None) -> di
         images: to compare on; None compares nothing.
 
     Returns:
-        `out`, `model`, `run`, and `formats`: by format `file`, `bytes`, and the figures of `verify.Comparison`.
+        `out`, `model`, `run`, `formats`: by format `file`, `bytes`, and the figures of `verify.Comparison`; and
+        `quantized`: as of `write_smaller`, or None.
 
     Raises:
         InputError: the folder exists, a network cannot be exported, or a file differs from PyTorch.
@@ -52,12 +54,14 @@ def export(config: Export, model: TrainedModel, images: RealImages | None) -> di
             FORMATS[name].write(job, partial)
             figures = _check(name, job, partial, images, reference) if images and reference is not None else {}
             found[name] = {"file": FORMATS[name].file, "bytes": _size(partial, name), **figures}
+        smaller = write_smaller(config, model, partial / FORMATS["onnx"].file) if config.quantize else None
         name = next((FORMATS[each].file for each in ("onnx", "openvino", "torch-export") if each in found), None)
         sidecars.write_sidecars(partial, about, name)
         if images:
             record = {"formats": found, **_circumstances(images)}
             (partial / sidecars.VERIFICATION).write_text(json.dumps(record, indent=2))
-    return {"out": str(out), "model": model.name, "run": str(model.run.folder) if model.run else None, "formats": found}
+    run = str(model.run.folder) if model.run else None
+    return {"out": str(out), "model": model.name, "run": run, "formats": found, "quantized": smaller}
 
 
 def place_of(config: Export, model: TrainedModel) -> Path:

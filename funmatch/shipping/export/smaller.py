@@ -1,0 +1,116 @@
+"""Quantises the ONNX file of an export, on images of the run, and records what that changes."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from funmatch.config import Evaluate, Export
+from funmatch.runtime.log import info
+from funmatch.shipping.quantize.quantize import How, quantize_onnx
+from funmatch.shipping.quantize.scores import Images
+from funmatch.shipping.real_images import RealImages, choose_images
+from funmatch.training import datasets, scoring
+from funmatch.training.evaluation.subject import open_teachers
+from funmatch.training.student.trained_model import TrainedModel
+
+FILES = {8: "model-int8.onnx", 16: "model-fp16.onnx"}
+REPORT = "quantize.json"
+MEASURED = 2000
+"""Images at most by which the loss of accuracy is measured: 1 point is 20 of them."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """Batches that can be iterated several times, without being kept in memory."""
+
+    make: Callable[[], Iterator[np.ndarray]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.make()
+
+
+def write_smaller(config: Export, model: TrainedModel, source: Path) -> dict[str, Any]:
+    """Writes the quantised model and its report beside an ONNX file.
+
+    Args:
+        config: the options, with `quantize`.
+        source: the ONNX file.
+
+    Returns:
+        what the report holds: `QuantizeResult.to_json`.
+
+    Raises:
+        InputError: there are no images, or too few, or the model has no layer to quantise.
+        WorkFailed: it loses more than allowed.
+    """
+    bits = config.quantize or 8
+    calibration = choose_images(config, model, config.calibration, ("train", "val", "test"))
+    validation = choose_images(config, model, MEASURED, ("val", "test", "train"))
+    info(
+        f"export: quantising to {bits} bits, calibrated on {len(calibration):,} images of {calibration.split.name}, "
+        f"measured on {len(validation):,} of {validation.split.name} …"
+    )
+    how = How(
+        bits=bits, max_drop=config.max_drop, sensitivity=config.sensitivity, advice=_advice(config, model),
+        trained=_trained_ranges(model),
+    )  # fmt: skip
+    teacher = _teacher_logits(config, model, [calibration, validation])
+    result = quantize_onnx(
+        source,
+        source.with_name(FILES[bits]),
+        Images(Again(calibration.batches), teacher=teacher[0]),
+        Images(Again(validation.batches), _labels(validation, model), teacher[1]),
+        how,
+    )
+    found = result.to_json() | {
+        "file": result.path.name, "calibration": len(calibration), "calibrated_on": calibration.split.name,
+        "images": len(validation), "split": validation.split.name,
+    }  # fmt: skip
+    del found["path"]  # of a folder that is renamed
+    (source.parent / REPORT).write_text(json.dumps(found, indent=2))
+    return found
+
+
+def _labels(images: RealImages, model: TrainedModel) -> np.ndarray | None:
+    """Returns the labels of images where they are the model's classes, else None."""
+    # Other data than the run's may have other classes, and then no accuracy.
+    if not images.split.labelled or model.run is None:
+        return None
+    return images.split.labels(np.arange(len(images))).numpy()
+
+
+def _teacher_logits(config: Export, model: TrainedModel, images: list[RealImages]) -> list[np.ndarray | None]:
+    """Returns the teacher's logits of each set of images; None for each where there is no teacher."""
+    if model.run is None or not model.knobs.get("teacher"):
+        return [None for _ in images]
+    options = Evaluate(model=config.model)
+    cache, _, _ = datasets.open_evaluation_data(config, model.name, model.run.config["verb"], model.knobs)
+    view = scoring.eval_view_of(model.preprocessing, config.batch, torch.device("cpu"), "fp32")
+    teachers = open_teachers(options, dict(model.knobs), cache, view, {})
+    # A run whose teacher was moved is compared with itself in fp32.
+    return [teachers.predict(each.split).numpy() if teachers else None for each in images]
+
+
+def _trained_ranges(model: TrainedModel) -> dict[str, tuple[float, float]]:
+    """Returns the ranges that a run which trained for 8 bits found for its layers; empty for any other."""
+    if model.run is None or not (model.run.student / "config.json").is_file():
+        return {}
+    about = json.loads((model.run.student / "config.json").read_text()).get("funmatch", {})
+    return {name: (low, high) for name, (low, high) in about.get("ranges", {}).items()}
+
+
+def _advice(config: Export, model: TrainedModel) -> str:
+    """Returns how to train the model for 8 bits; empty where it is not a run, or was trained so already."""
+    if model.run is None or config.quantize != 8:
+        return ""
+    if model.knobs.get("quantize"):
+        return "Train it longer, with another --out and --epochs"
+    folder = model.run.folder
+    command = shlex.join(["funmatch", "distill", str(folder), "--quantize", "8", "--out", f"{folder}-int8"])
+    return f"Train it for 8 bits: {command}"
