@@ -565,6 +565,16 @@ class ExportOptions(ImagesOptions, total=False):
     """Compare each file in its own runtime with PyTorch, on real images. (default: on)"""
     images: int
     """Images to compare on at most: of the validation split, else of the training images. (default: 500)"""
+    quantize: Literal["8", "16"] | None
+    """Also write a smaller ONNX file: 8 for integers of 8 bits, 16 for half precision. Layers that lose most stay in
+    fp32. (default: off)"""
+    max_drop: float
+    """What the smaller file may lose, in percentage points: of accuracy on the validation images, or without labels of
+    agreement with fp32. (default: 1)"""
+    calibration: int
+    """Training images by which the ranges of 8 bits are chosen; their labels are not used. (default: 512)"""
+    sensitivity: bool
+    """Measure how much each layer loses with 8 bits, also where none has to stay in fp32."""
 
 class BenchmarkOptions(ImagesOptions, total=False):
     """Options of `funmatch.benchmark`."""
