@@ -1,9 +1,13 @@
 """Writes a model in each of the formats, and opens it in its runtime."""
 
 import copy
+import io
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from errno import ENOSPC
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,15 @@ import torch
 from funmatch.errors import InputError
 from funmatch.models.classifier import crop_fraction
 from funmatch.models.save import save
+from funmatch.runtime.files import write_atomically
 from funmatch.shipping.export.network import ExportNet, explain_failure, quiet, trace, with_plain_attention
 from funmatch.shipping.export.onnx_file import write_onnx
 from funmatch.shipping.export.sidecars import as_metadata
 from funmatch.shipping.runtimes import Runtime, open_runtime, require
 from funmatch.training.student.trained_model import TrainedModel
+
+ALMOST_FULL = 1 << 20
+"""Free bytes of a disk below which a library's failure to write is taken for a full one."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,11 @@ def _write_onnx(job: Job, folder: Path) -> None:
 
 
 def _write_torch_export(job: Job, folder: Path) -> None:
+    # Through memory: on a full disk, torch's own writer aborts the process.
+    file = io.BytesIO()
     with quiet():
-        torch.export.save(job.program, folder / "model.pt2", extra_files={"about.json": json.dumps(job.about)})
+        torch.export.save(job.program, file, extra_files={"about.json": json.dumps(job.about)})
+    write_atomically(folder / "model.pt2", file.getbuffer())
 
 
 def _write_openvino(job: Job, folder: Path) -> None:
@@ -92,7 +103,12 @@ def _write_openvino(job: Job, folder: Path) -> None:
     for key, text in as_metadata(job.about).items():
         model.set_rt_info(text, ["funmatch", key])
     # In full precision: by itself it rounds the weights to 16 bits.
-    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    try:
+        openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    except RuntimeError as error:  # "iostream error", whatever the cause
+        if shutil.disk_usage(folder).free < ALMOST_FULL:
+            raise OSError(ENOSPC, os.strerror(ENOSPC), str(folder)) from error
+        raise
 
 
 def _write_timm(job: Job, folder: Path) -> None:
