@@ -20,15 +20,16 @@ def per_image(logits: Tensor, labels: Tensor | None = None, teacher_logits: Tens
         teacher_logits: (n, classes), or None without a teacher.
 
     Returns:
-        columns of (n,) float32: `confidence`; with labels `label`, `top1` and `top5`; with a teacher `agreement` and
-        `agreement5` (the teacher's first class is the student's first, or one of its first five) and `kl`
-        (KL(teacher ‖ student) at T = 1, in nats).
+        columns of (n,) float32: `confidence`, and `predicted`, the first class, int64; with labels `label`, `top1` and
+        `top5`; with a teacher `agreement` and `agreement5` (the teacher's first class is the student's first, or one of
+        its first five) and `kl` (KL(teacher ‖ student) at T = 1, in nats).
     """
     # float32: sixteen bits make ties among the first classes, and which of them topk takes is then a matter of chance.
     logits = logits.float()
     ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     # Concatenated over batches before they are averaged: a mean of batches' means would favour the last, smaller one.
-    columns = {"confidence": logits.softmax(-1).amax(-1)}
+    # The predicted class by the same call as `top1`: of tied classes, argmax may take another.
+    columns = {"confidence": logits.softmax(-1).amax(-1), "predicted": ranked[:, 0]}
     if labels is not None:
         hits = (ranked == labels[:, None]).float()
         columns |= {"label": labels.float(), "top1": hits[:, 0], "top5": hits.sum(-1)}

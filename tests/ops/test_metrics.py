@@ -94,3 +94,23 @@ def test_largest_confusions_leave_out_what_is_right_and_what_never_happens():
     assert largest_confusions(matrix, 10) == [(1, 0, 5), (0, 1, 2), (2, 0, 2)]
     assert largest_confusions(matrix, 1) == [(1, 0, 5)]
     assert largest_confusions(torch.eye(3, dtype=torch.long), 3) == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_accuracies_equal_those_of_torchmetrics(scale):
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = scale * torch.randn(300, 9, generator=generator), torch.randint(9, (300,), generator=generator)
+    metrics = summarize(per_image(logits, labels))
+    for name, options in (("top1", {}), ("top5", {"top_k": 5}), ("balanced", {"average": "macro"})):
+        wanted = torchmetrics.multiclass_accuracy(logits, labels, 9, **({"average": "micro"} | options))
+        assert metrics[name] == pytest.approx(wanted.item(), abs=1e-6)
+    wanted = torchmetrics.multiclass_calibration_error(logits.double(), labels, 9, n_bins=15, norm="l1")
+    # In other libraries a confidence of exactly 1 is in a bin of its own, or in the last one; the sum is the same.
+    assert metrics["ece"] == pytest.approx(wanted.item(), abs=1e-6)
+
+
+def test_predicted_class_is_that_which_top1_counts_where_classes_are_tied():
+    logits, labels = torch.zeros(40, 7), torch.arange(40) % 7
+    columns = per_image(logits, labels)
+    assert torch.equal(columns["predicted"] == labels, columns["top1"] > 0)

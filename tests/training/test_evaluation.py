@@ -219,10 +219,9 @@ def test_corrupted_images_are_the_same_for_every_model_and_batch(data):
     assert one == other
     assert one["kinds"] == ["noise", "posterize"]
     assert one["images"] == 21
-    model, teacher = (values for name, values in one["models"].items())
+    ((_, model),), teacher = one["models"].items(), one["teacher"]
     # The teacher is the same network: on the same pixels it must say the same.
     assert model["top1"] == teacher["top1"]
-    assert {*one["models"]} >= {"teacher"}
     assert found_in(data, corruptions=["noise"], seed=4, teacher=classifier())["corruptions"] != one
     assert all(len(values) == 5 for values in model["top1"]["by_kind"].values())
 
@@ -262,3 +261,19 @@ def test_a_model_without_classes_is_measured_by_its_features_alone(data):
 def test_options_that_contradict_each_other_are_refused():
     with pytest.raises(InputError, match="a model is given twice"):
         Evaluate.checked(model="a", others=["b", "a"])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_image_of_one_class_can_be_evaluated(tmp_path, count):
+    for split, images in (("train", 2), ("test", count)):
+        for i in range(images):
+            paint_class(tmp_path / "images" / split / "only" / f"{i}.png", 0, i)
+    metrics = funmatch.evaluate(
+        classifier(1), data=tmp_path / "images", side=16, teacher=classifier(1), report=tmp_path / "page.html",
+        per_image=tmp_path / "all.csv", corruptions=["noise"], others=[classifier(1, seed=1)],
+    )  # fmt: skip
+    assert metrics["top1"] == metrics["agreement"] == 1.0
+    assert metrics["ece"] == metrics["kl"] == metrics["nll"] == metrics["brier"] == 0
+    assert metrics["temperature"] is None, "with one class, every temperature gives the same"
+    assert metrics["intervals"]["top1"][1] == 1.0
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == count + 1

@@ -26,6 +26,8 @@ from funmatch.training.student.trained_model import find_run
 from funmatch.training.teachers.loading import Modules
 
 NO_PAGE = "none"
+LISTED_AGAIN = 100_000
+"""Images of a data set up to which the page of a run has their names, unless it is requested."""
 THUMBNAIL = 128
 """Side of an image on the page, pixels: larger ones are reduced, smaller ones enlarged by a whole factor."""
 
@@ -46,7 +48,9 @@ def run(config: Evaluate, given: Modules | None = None) -> Result:
             _check_place(option, path.expanduser(), overwrite=config.overwrite)
     found = evaluate(config, given)
     metrics = dict(found.metrics)
-    images = _names(config, found) if (page or config.per_image) and found.scores else []
+    # Listing a large data set again takes longer than a page is worth that nobody asked for.
+    few = sum(map(len, found.opened.cache.splits.values())) <= LISTED_AGAIN
+    images = _names(config, found) if found.scores and (config.per_image or (page and (config.report or few))) else []
     if config.per_image:
         path = config.per_image.expanduser()
         per_image.write(path, found, images)
@@ -111,7 +115,7 @@ def render(found: Evaluation, metrics: Mapping[str, Any]) -> str:
     if found.scores and found.scores.labels is not None:
         columns = found.scores.columns
         matrix = metric_ops.confusion(columns["predicted"], found.scores.labels, found.scores.classes).numpy()
-    corruptions = metrics.get("corruptions") or {}
+    corruptions = metrics.get("corruptions")
     images = describe_images(metrics["pictures"], metrics["split"], metrics.get("held_out_of"))
     classes = _by_difference(metrics)
     return load_template("evaluation.html").render(
@@ -125,9 +129,9 @@ def render(found: Evaluation, metrics: Mapping[str, Any]) -> str:
         classes=rows.used_columns(rows.CLASS_COLUMNS, rows.class_rows(classes)),
         labelled=found.scores is not None and found.scores.labels is not None,
         confusions=rows.confusion_rows(metrics),
-        corruptions=[(rows.short_name(name), rows.used_columns(rows.CORRUPTION_COLUMNS, rows.corruption_rows(values)))
-                     for name, values in corruptions.get("models", {}).items() if values],
-        corrupted=corruptions.get("images"),
+        corruptions=[(name, rows.used_columns(rows.CORRUPTION_COLUMNS, rows.corruption_rows(values)))
+                     for name, values in rows.corrupted_models(corruptions)],
+        corrupted=corruptions and corruptions["images"],
         comparison=_comparison(metrics),
         about=[(name, _text(metrics.get(name))) for name in ("model", "run", "step", "teacher", "data", "split")],
     )  # fmt: skip
@@ -170,7 +174,13 @@ def _shots(found: Evaluation, metrics: Mapping[str, Any]) -> list[dict[str, Any]
         parts = [f"label: {each['label']}"] if "label" in each else []
         parts += [f"model: {each['predicted']} ({percent(each['confidence'])})"]
         parts += [f"teacher: {each['teacher']} ({percent(each['teacher_confidence'])})", f"KL {number(each['kl'], 2)}"]
-        shots.append({"png": _png(view.permute(1, 2, 0).numpy()), "name": each.get("image", ""), "lines": parts})
+        shots.append(
+            {
+                "png": _png(view.permute(1, 2, 0).numpy()),
+                "name": each.get("image", f"image {each['number']}"),
+                "lines": parts,
+            }
+        )
     return shots
 
 

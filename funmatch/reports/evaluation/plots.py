@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from funmatch.ops.corruptions import SEVERITIES
-from funmatch.reports.evaluation.rows import short_name
+from funmatch.reports.evaluation import rows
 from funmatch.reports.html import COLORS, GREY, INK, STYLE, plain_label, to_svg
 
 SIZE = 4.4, 3.3
@@ -102,9 +102,9 @@ def _severities(corruptions: Metrics) -> Figure:
 def _each_corruption(corruptions: Metrics) -> Figure:
     kinds = corruptions["kinds"]
     columns = min(4, len(kinds))
-    rows = -(-len(kinds) // columns)
-    figure = Figure(figsize=(2.4 * columns + 0.6, 1.9 * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    lines = -(-len(kinds) // columns)
+    figure = Figure(figsize=(2.4 * columns + 0.6, 1.9 * lines + 0.5), layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, kind in zip(grid, kinds, strict=False):
         for name, values, look in _models(corruptions):
             shares = [100 * each for each in (values["clean"], *values["by_kind"][kind])]
@@ -120,18 +120,18 @@ def _each_corruption(corruptions: Metrics) -> Figure:
 
 
 def _models(corruptions: Metrics) -> Iterator[tuple[str, Metrics, dict[str, Any]]]:
-    """Yields label, values and look of each model's line; a teacher is a dashed grey one."""
-    metric = "top1" if any("top1" in values for values in corruptions["models"].values()) else "agreement"
-    colors = iter(COLORS * 4)
-    for name, values in corruptions["models"].items():
-        if metric in values:
-            is_teacher = name == "teacher"
-            look = {"color": GREY, "linestyle": "--"} if is_teacher else {"color": next(colors), "marker": "o"}
-            yield plain_label(short_name(name)), values[metric], look | {"linewidth": 1.5, "markersize": 3}
+    """Yields label, values and look of each model's line; the teacher's is dashed and grey."""
+    models = [*rows.corrupted_models(corruptions)]
+    colors = iter(COLORS * (len(models) // len(COLORS) + 1))
+    for number, (name, values) in enumerate(models):
+        is_teacher = bool(corruptions["teacher"]) and number == len(models) - 1
+        look = {"color": GREY, "linestyle": "--"} if is_teacher else {"color": next(colors), "marker": "o"}
+        shown = values.get("top1") or values["agreement"]
+        yield plain_label(name), shown, look | {"linewidth": 1.5, "markersize": 3}
 
 
 def _metric_of(corruptions: Metrics) -> str:
-    labelled = any("top1" in values for values in corruptions["models"].values())
+    labelled = any("top1" in values for _, values in rows.corrupted_models(corruptions))
     return "top-1 (%)" if labelled else "agreement (%)"
 
 

@@ -1,6 +1,6 @@
 """Formats the metrics of an evaluation as rows of tables, for the terminal and for pages."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,15 @@ def confusion_rows(metrics: Metrics) -> list[list[str]]:
     """Formats the most frequent confusions (`CONFUSION_COLUMNS`)."""
     pairs = (metrics.get("confusions") or {}).get("pairs", ())
     return [[pair["label"], pair["predicted"], f"{pair['images']:,}"] for pair in pairs]
+
+
+def corrupted_models(corruptions: Metrics | None) -> Iterator[tuple[str, Metrics]]:
+    """Yields name and metrics on corrupted images of each model, then of the teacher, as far as there are some."""
+    corruptions = corruptions or {"models": {}, "teacher": None}
+    for name, values in (*corruptions["models"].items(), ("teacher", corruptions["teacher"])):
+        # Without labels there is nothing to say of the teacher alone.
+        if values:
+            yield short_name(name), values
 
 
 CORRUPTION_COLUMNS = ("corruption", *map(str, SEVERITIES), "mean", "agree@1")

@@ -52,11 +52,10 @@ def _show_classes(metrics: Mapping[str, Any]) -> None:
 
 
 def _show_corruptions(corruptions: Mapping[str, Any] | None) -> None:
-    for name, values in (corruptions or {"models": {}})["models"].items():
+    for name, values in rows.corrupted_models(corruptions):
         metric = "top-1" if "top1" in values else "agreement with the teacher"
-        title = f"{rows.short_name(name)}: {metric} on corrupted images, severities 1 to 5"
-        if values:
-            print_table(title, *_used(rows.CORRUPTION_COLUMNS, rows.corruption_rows(values)))
+        title = f"{name}: {metric} on corrupted images, severities 1 to 5"
+        print_table(title, *_used(rows.CORRUPTION_COLUMNS, rows.corruption_rows(values)))
 
 
 def _show_comparison(metrics: Mapping[str, Any]) -> None:

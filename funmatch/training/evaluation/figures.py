@@ -29,7 +29,7 @@ class Scores:
     Attributes:
         logits: (n, classes).
         labels: (n,) int64, or None without labels.
-        columns: (n,) each: those of `metrics.per_image`; `predicted` and `entropy`; with labels those of
+        columns: (n,) each: those of `metrics.per_image`; `entropy`; with labels those of
             `calibration.proper_scores`; with a teacher `teacher` and `teacher_confidence`, its first class and that
             class's probability, and with labels too `teacher_top1`.
     """
@@ -60,13 +60,14 @@ def score(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None =
 def _columns(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None) -> dict[str, Tensor]:
     """Computes the columns of some images."""
     columns = metrics.per_image(logits, labels, teacher_logits)
-    columns |= {"predicted": logits.argmax(-1), "entropy": calibration.entropy(logits)}
+    columns["entropy"] = calibration.entropy(logits)
     if labels is not None:
         # Of `confidence` that of `per_image` stays, by which runs recorded their calibration error.
         columns = calibration.proper_scores(logits, labels) | columns
     if teacher_logits is not None:
-        confidence, first = teacher_logits.softmax(-1).max(-1)
-        columns |= {"teacher": first, "teacher_confidence": confidence}
+        # Of the logits, as for `agreement`: probabilities near 1 are rounded to ties.
+        first = teacher_logits.argmax(-1)
+        columns |= {"teacher": first, "teacher_confidence": teacher_logits.softmax(-1).amax(-1)}
         if labels is not None:
             columns["teacher_top1"] = (first == labels).float()
     return columns

@@ -18,34 +18,36 @@ def measure(opened: Opened, config: Evaluate) -> dict[str, Any]:
     """Measures each model and the teacher on corrupted images, which are the same for all.
 
     Returns:
-        `images`, `seed`, `kinds`, and `models`: for each by its name, and for the teacher as `teacher`, `top1` (with
-        labels) and `agreement` (with a teacher), each with `by_kind`, five numbers a corruption, their means
-        `by_severity` and `mean`, and `clean`, that of the same images as they are.
+        `images`, `seed`, `kinds`; `models`: for each by its name `top1` (with labels) and `agreement` (with a teacher),
+        each with `by_kind`, five numbers a corruption, their means `by_severity` and `mean`, and `clean`, that of the
+        same images as they are; and `teacher`, the same of the teacher, or None.
     """
     split = opened.split
     if len(split) > config.corruption_images:
         split = split.subset(scoring.evenly_spread(len(split), config.corruption_images))
     labels = split.labels(slice(None)) if split.labelled else None
     kinds = [*CORRUPTIONS] if "all" in config.corruptions else [*dict.fromkeys(config.corruptions)]
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    # By name; the teacher, which may have the name of a model, under None.
+    found: dict[str | None, dict[str, list[dict[str, float]]]] = {}
     jobs = [(CLEAN, 0), *((kind, severity) for kind in kinds for severity in SEVERITIES)]
     for kind, severity in track(jobs, len(jobs), "corrupting"):
         damage = None if kind == CLEAN else Damage(kind, severity, config.seed)
         for name, values in _measure_one(opened, split, labels, damage).items():
             found.setdefault(name, {}).setdefault(kind, []).append(values)
-    models = {name: _summarize(values) for name, values in found.items()}
-    return {"images": len(split), "seed": config.seed, "kinds": kinds, "models": models}
+    summaries = {name: _summarize(values) for name, values in found.items()}
+    teacher = summaries.pop(None, None)
+    return {"images": len(split), "seed": config.seed, "kinds": kinds, "models": summaries, "teacher": teacher}
 
 
 def _measure_one(
     opened: Opened, split: CachedSplit, labels: Tensor | None, damage: Damage | None
-) -> dict[str, dict[str, float]]:
-    """Returns the metrics of each model on one kind of images."""
-    found: dict[str, dict[str, float]] = {}
+) -> dict[str | None, dict[str, float]]:
+    """Returns the metrics of each model, and of the teacher under None, on one kind of images."""
+    found: dict[str | None, dict[str, float]] = {}
     first = None
     if opened.teachers:
         first = opened.teachers.predict(split, damage).argmax(-1)
-        found["teacher"] = {} if labels is None else {"top1": (first == labels).double().mean().item()}
+        found[None] = {} if labels is None else {"top1": (first == labels).double().mean().item()}
     for subject in opened.subjects:
         own = subject.predict(split, damage).argmax(-1)
         values = {} if labels is None else {"top1": (own == labels).double().mean().item()}
