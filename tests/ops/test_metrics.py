@@ -86,14 +86,18 @@ def test_confusions_and_class_figures_equal_those_of_scikit_learn():
     expected = sklearn.recall_score(labels, predicted, labels=range(7), average=None, zero_division=0)
     assert recalls[present].numpy() == pytest.approx(expected[present.numpy()])
     assert recalls[~present].isnan().all()
-    assert macro_f1(matrix) == pytest.approx(sklearn.f1_score(labels, predicted, average="macro", zero_division=0))
+    assert macro_f1(predicted, labels, 7) == pytest.approx(
+        sklearn.f1_score(labels, predicted, average="macro", zero_division=0)
+    )
 
 
 def test_largest_confusions_leave_out_what_is_right_and_what_never_happens():
     matrix = torch.tensor([[9, 2, 0], [5, 1, 0], [2, 0, 0]])
-    assert largest_confusions(matrix, 10) == [(1, 0, 5), (0, 1, 2), (2, 0, 2)]
-    assert largest_confusions(matrix, 1) == [(1, 0, 5)]
-    assert largest_confusions(torch.eye(3, dtype=torch.long), 3) == []
+    labels, predicted = matrix.nonzero().repeat_interleave(matrix[matrix > 0], 0).T
+    assert largest_confusions(predicted, labels, 10) == [(1, 0, 5), (0, 1, 2), (2, 0, 2)]
+    assert largest_confusions(predicted, labels, 1) == [(1, 0, 5)]
+    assert largest_confusions(labels, labels, 3) == []
+    assert torch.equal(confusion(predicted, labels, 3), matrix)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])

@@ -28,6 +28,8 @@ from funmatch.training.teachers.loading import Modules
 NO_PAGE = "none"
 LISTED_AGAIN = 100_000
 """Images of a data set up to which the page of a run has their names, unless it is requested."""
+DRAWN_CLASSES = 2000
+"""Classes up to which the confusion matrix is drawn: of more, no cell is as large as a pixel."""
 THUMBNAIL = 128
 """Side of an image on the page, pixels: larger ones are reduced, smaller ones enlarged by a whole factor."""
 
@@ -112,7 +114,7 @@ def render(found: Evaluation, metrics: Mapping[str, Any]) -> str:
     from funmatch.reports.evaluation import plots
 
     matrix = None
-    if found.scores and found.scores.labels is not None:
+    if found.scores and found.scores.labels is not None and found.scores.classes <= DRAWN_CLASSES:
         columns = found.scores.columns
         matrix = metric_ops.confusion(columns["predicted"], found.scores.labels, found.scores.classes).numpy()
     corruptions = metrics.get("corruptions")

@@ -70,7 +70,7 @@ def _reliability(metrics: Metrics) -> Figure:
         axes.scatter(confidence, accuracy, sizes, color=color)
     _percent_axes(axes, "confidence (%)", "accuracy (%)")
     axes.set(xlim=(0, 102), ylim=(0, 102))
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="best")
     return figure
 
 
@@ -95,7 +95,7 @@ def _severities(corruptions: Metrics) -> Figure:
         shown += shares
     _percent_axes(axes, "severity (0: as they are)", _metric_of(corruptions))
     _zoom(axes, shown)
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, loc="best")
     return figure
 
 
@@ -161,7 +161,8 @@ def _confusions(matrix: np.ndarray, names: tuple[str, ...]) -> Figure:
         pixels[..., :3] = to_rgb(COLORS[1])
         pixels[np.arange(count), np.arange(count), :3] = to_rgb(COLORS[0])
         pixels[..., 3] = shares**0.4
-        axes.imshow(pixels, interpolation="nearest")
+        # All pixels, for the browser to scale: nearest neighbours would drop some of a thousand classes.
+        axes.imshow(pixels, interpolation="none")
     axes.set_aspect("equal")
     axes.set(xlabel="predicted", ylabel="label")
     return figure

@@ -102,8 +102,7 @@ def class_balanced(scores: Scores) -> dict[str, float | None] | None:
         means = metrics.class_means(scores.columns[name], scores.labels, scores.classes)
         # A class without images has no mean.
         found[name] = means[~means.isnan()].mean().item()
-    matrix = metrics.confusion(scores.columns["predicted"], scores.labels, scores.classes)
-    return found | {"f1": metrics.macro_f1(matrix)}
+    return found | {"f1": metrics.macro_f1(scores.columns["predicted"], scores.labels, scores.classes)}
 
 
 def class_rows(scores: Scores, names: Sequence[str]) -> list[dict[str, Any]] | None:
@@ -140,11 +139,12 @@ def confusions(scores: Scores, names: Sequence[str]) -> dict[str, Any] | None:
     """Returns the largest confused `pairs` and, of few classes, the `matrix`, rows by label; None without labels."""
     if scores.labels is None:
         return None
-    matrix = metrics.confusion(scores.columns["predicted"], scores.labels, scores.classes)
-    pairs = metrics.largest_confusions(matrix, PAIRS)
+    predicted = scores.columns["predicted"]
+    pairs = metrics.largest_confusions(predicted, scores.labels, PAIRS)
+    is_small = scores.classes <= LARGEST_MATRIX
     return {
         "pairs": [{"label": names[a], "predicted": names[b], "images": count} for a, b, count in pairs],
-        "matrix": matrix.tolist() if len(matrix) <= LARGEST_MATRIX else None,
+        "matrix": metrics.confusion(predicted, scores.labels, scores.classes).tolist() if is_small else None,
     }
 
 
