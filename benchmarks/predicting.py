@@ -4,7 +4,8 @@
 
 The photographs of a folder (any large JPEGs or PNGs) are scaled to 500 × 375 and saved as JPEGs of quality 90 in a
 temporary folder. Rates: the network alone on a batch that lies in memory, then `predict` from the files, in turns, so
-that a machine that slows down slows both. Memory: the peak of processes that predict 1,000 to 100,000 files (links to
+that a machine that slows down slows both; and the network's share of the CPU time of `predict`, which is the ratio that
+other processes do not disturb. Memory: the peak of processes that predict 1,000 to 100,000 files (links to
 smaller copies) by a small network. Start: from the start of Python to the first row, and of a process that only imports
 torch and timm.
 """
@@ -26,6 +27,7 @@ from funmatch.config import Predict
 from funmatch.runtime import devices
 from funmatch.shipping import predict
 from funmatch.shipping.inference import ready
+from funmatch.shipping.predictor import open_predictor
 from funmatch.training.student.trained_model import open_trained_model
 
 SIZE = 500, 375
@@ -61,6 +63,13 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def busy(work: Callable[[], object]) -> float:
+    """Returns the seconds of all cores that this process's threads take."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
 def rates(model: str, folder: Path, turns: int) -> None:
     """Prints the rates of the network alone and of `predict`, and their ratio in each turn."""
     device = torch.device("cpu")
@@ -75,14 +84,19 @@ def rates(model: str, folder: Path, turns: int) -> None:
             for _ in range(FILES // BATCH):
                 network.outputs(views)
 
-    network_alone()
-    alone, whole, ratios = [], [], []
-    for _ in range(turns):
-        alone.append(FILES / timed(network_alone))
+    def from_files() -> None:
         # Its own clock, which begins when the model is loaded.
         whole.append(FILES / predict.run(config)["seconds"])
+
+    network_alone()
+    alone, whole, ratios, shares = [], list[float](), [], []
+    for _ in range(turns):
+        network_seconds = busy(lambda: alone.append(FILES / timed(network_alone)))
+        loading = busy(lambda: open_predictor(config))
+        shares.append(network_seconds / (busy(from_files) - loading))
         ratios.append(whole[-1] / alone[-1])
-    print(f"| {model}, {side} px | {spread(alone)} | {spread(whole)} | {spread(ratios)} |", flush=True)
+    cells = [f"{model}, {side} px", *map(spread, (alone, whole, ratios, shares))]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def decoding(folder: Path) -> None:
@@ -153,7 +167,14 @@ def main() -> None:
             start(Path(name) / "photos", options.turns)
         if "rate" in options.parts:
             decoding(Path(name) / "photos")
-            print("| model | network alone, images/s | predict, images/s | ratio |\n|---|---|---|---|")
+            heads = [
+                "model",
+                "network alone, images/s",
+                "predict, images/s",
+                "ratio",
+                "share of CPU time",
+            ]
+            print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
             for model in options.model:
                 rates(model, Path(name) / "photos", options.turns)
         if "memory" in options.parts:

@@ -124,7 +124,7 @@ class ProgressBar:
             # From the last line, not the last update: steps may be far shorter or longer than the interval.
             self.last_line = now
             if self.total is None:
-                self.line(f"{self.label} {done} {noted()} {format_rate(rate)}")
+                self.line(" ".join(filter(None, (self.label, str(done), noted(), format_rate(rate)))))
                 return
             left = (self.total - done) / rate if rate else 0.0
             self.line(f"{self.label} {done}/{self.total} {noted()} {format_rate(rate)}, {duration(left)} left")

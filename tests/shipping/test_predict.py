@@ -143,6 +143,11 @@ def test_a_list_on_standard_input_may_name_missing_files(images, funmatch, monke
         assert [row["error"] for row in rows] == ["", "No such file or directory", ""]
 
 
+def test_an_empty_list_is_a_mistake(funmatch, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert "the list of paths on standard input is empty" in funmatch("predict", TEACHER, "-", check=2).stderr
+
+
 def test_a_data_set_gives_the_images_of_a_split_as_evaluate_does(funmatch):
     done = funmatch("predict", TEACHER, "fashion-mini", "--format", "jsonl", "--topk", "1")
     found = [json.loads(line) for line in done.stdout.splitlines()]

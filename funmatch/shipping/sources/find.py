@@ -99,7 +99,7 @@ def check_missing(path: str) -> None:
 def _find(path: str, options: ReadOptions, split: str | None, track: Track) -> ImageStream:
     check_path(path)
     if path == LIST:
-        return ImageStream(read_list(sys.stdin), None)
+        return ImageStream(_started(read_list(sys.stdin), lambda: "the list of paths on standard input is empty"), None)
     place = os.path.expanduser(path)
     if is_source(path) or (split is not None and os.path.isdir(place)):
         return _of_dataset(path, options, split or "auto", track)
