@@ -6,7 +6,7 @@ from funmatch.config.help import flags_of, metavar
 from funmatch.config.options import Options
 
 COMMANDS = {
-    "evaluate": ("val", "validate", "validation", "test", "eval", "score"),
+    "evaluate": ("val", "validate", "validation", "test", "eval", "score", "compare"),
     "train": ("fit", "run"),
     "distill": ("distil", "kd", "teach"),
     "finetune": ("fine-tune", "fine_tune", "transfer"),

@@ -70,7 +70,7 @@ class Evaluate(Teaching, WithImages):
         if self.teacher_weights and not self.teacher:
             found = ["teacher_weights belong to --teacher; for the weights of the model itself, pass --weights"]
         found += [
-            str(unknown("corruption", name, CORRUPTIONS))
+            str(unknown("corruption", name, ("all", *CORRUPTIONS)))
             for name in self.corruptions
             if name not in ("all", *CORRUPTIONS)
         ]
