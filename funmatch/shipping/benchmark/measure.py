@@ -86,7 +86,7 @@ def _subjects(
     options: Benchmark, models: Sequence[TrainedModel], images: EvaluationImages | None, folder: Path
 ) -> list[Subject]:
     """Returns what is measured: the models, their teachers, and files of runtimes, which see images as the first."""
-    labels = _labels([each.name for each in models], "student")
+    labels = _labels([each.name for each in models], "student" if any(each.run for each in models) else "model")
     maps = images.class_maps if images else (None,) * len(models)
     training = images.training if images else None
     found = [
