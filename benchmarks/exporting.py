@@ -166,7 +166,7 @@ def main() -> None:
     if not data.is_dir():
         from benchmarks.resampling import largest_of_each, write_cuts
 
-        write_cuts(largest_of_each(options.photos)[:CLASSES], data, train=6, test=6)
+        write_cuts(largest_of_each(options.photos)[:CLASSES], data, train=4, test=4)
         (data / "test").rename(data / "val")
     print(f"| network | side | top-1 | {' | '.join(options.formats)} | time |")
     print("|---" * (4 + len(options.formats)) + "|")
