@@ -25,6 +25,7 @@ from PIL import Image
 
 from funmatch.config import Predict
 from funmatch.runtime import devices
+from funmatch.runtime.malloc import keep_freed_memory
 from funmatch.shipping import predict
 from funmatch.shipping.inference import ready
 from funmatch.shipping.predictor import open_predictor
@@ -80,7 +81,8 @@ def rates(model: str, folder: Path, turns: int) -> None:
     config = Predict(model=model, paths=(str(folder),), out=Path(os.devnull), format="csv", batch=BATCH)
 
     def network_alone() -> None:
-        with torch.inference_mode():
+        # As in `predict`, for a fair comparison.
+        with torch.inference_mode(), keep_freed_memory(device):
             for _ in range(FILES // BATCH):
                 network.outputs(views)
 
