@@ -1,8 +1,8 @@
 """Measures a step on an accelerator: views, whole runs, timm's components, and what waits for what.
 
-    python benchmarks/gpu.py [--only crops numbers pairs timm waits] [--out results.jsonl]
+    python benchmarks/gpu.py [--only crops numbers pairs timm waits students] [--out results.jsonl]
 
-Five parts, each a few minutes on a large GPU:
+Six parts, each a few minutes on a large GPU:
 
 crops    views of a batch by the kernel, by indexing and (images of one size) by two matrix products, compared with
          those of the CPU: the greatest difference, and milliseconds.
@@ -12,6 +12,7 @@ pairs    images/s of distillation as in a run (JPEGs decoded into the cache, ima
 timm     timm's components on the same pairs: its task with AMP and compile on prepared tensors, and end to end with
          its loader from JPEGs.
 waits    how often a run's steps make the CPU wait for the accelerator, and where.
+students latency and throughput of the students, compiled or not, and JPEGs that `predict` classifies in a second.
 
 All results are also written as lines of JSON. `--device cpu --quick` runs everything in a minute on small networks, as
 a check.
@@ -40,6 +41,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import funmatch
 from funmatch.config import Distill
 from funmatch.data.cache.device_store import fastest_crop_kernel
 from funmatch.data.loader import Batch
@@ -340,9 +342,26 @@ class Bench:
         )
         self.say("waits", steps=19, waits=sum(found.values()), where=dict(found))
 
+    def students(self) -> None:
+        images = str(self.folder / "images")
+        for name in dict.fromkeys(student for _, student in self.pairs):
+            model, common = network(name, 1).eval(), {"device": self.options.device, "side": self.side}
+            quick: dict[str, Any] = {"spread": "90%", "max_seconds": 2.0} if self.options.quick else {}
+            found = funmatch.benchmark(
+                model, data=images, formats=["eager", "compiled"], batches=[1, self.batch], images=64, memory=False,
+                **common, **quick,
+            )  # fmt: skip
+            for each in found["results"]:
+                kept = ("format", "status", "ms", "ms_p99", "images_per_second", "batch")
+                self.say("students", student=name, **{key: each[key] for key in kept})
+            paths = sorted((self.folder / "images").rglob("*.jpg"))
+            began = time.perf_counter()
+            funmatch.predict(model, paths, batch=self.batch, **common)
+            self.say("students", student=name, predict=len(paths) / (time.perf_counter() - began), of="JPEGs a second")
+
 
 def main() -> None:
-    parts = ("crops", "numbers", "pairs", "timm", "waits")
+    parts = ("crops", "numbers", "pairs", "timm", "waits", "students")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
     parser.add_argument("--device", default="auto")
