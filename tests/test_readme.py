@@ -76,7 +76,7 @@ def config_files(tmp_path, monkeypatch) -> None:
     """A current folder with the configuration files that commands name, since parsing reads them."""
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text(CONFIG)
-    Path("runs/first").mkdir(parents=True)
+    Path("runs/first/student").mkdir(parents=True)  # a finished run
     shutil.copy(ROOT / "tests" / "fixtures" / "old_run" / "config.json", "runs/first")
 
 

@@ -20,6 +20,8 @@ from funmatch.shipping.runtimes import require
 
 FEWEST = 16
 """Images for calibration at least: of fewer, the ranges would be those of these images."""
+MARGIN = 0.01
+"""By how much ranges from training must agree better with the teacher than those by calibration, to be kept."""
 SHOWN = 5
 """Layers named in a message."""
 
@@ -171,7 +173,7 @@ def _best_ranges(graph: Graph, images: Images, folder: Path, how: How) -> tuple[
     """Tries every way to choose ranges; returns the best on the images for calibration, and the agreement of each."""
     _, plain = score(graph.path, images, threads=how.threads)
     reference = plain if images.teacher is None else images.teacher
-    path, found = folder / "method.onnx", []
+    path, found, methods = folder / "method.onnx", [], {}
     tried = {method: calibrate(graph, method, images.batches, folder) for method in METHODS}
     if how.trained:
         tried[TRAINED] = with_trained(graph, tried["minmax"], how.trained)
@@ -180,10 +182,13 @@ def _best_ranges(graph: Graph, images: Images, folder: Path, how: How) -> tuple[
         _, logits = score(path, images, plain, threads=how.threads)
         # KL where equal shares agree: of few images many ways have the same.
         column = compare(logits, reference)
-        found.append(((column["agreement"], -column["kl"]), ranges))
+        # fp32 between the layers costs speed, which a difference of a few images is not worth.
+        margin = 0.0 if ranges.outputs else MARGIN
+        found.append(((column["agreement"] - margin, -column["kl"]), ranges))
+        methods[method] = column["agreement"]
         info(f"ranges by {method}: agreement {100 * column['agreement']:.2f} % on the images for calibration")
     _, best = max(found, key=lambda each: each[0])
-    return best, {ranges.method: key[0] for key, ranges in found}
+    return best, methods
 
 
 def _with_latency(path: Path, each: Score, batch: Array, threads: int | None) -> Score:

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from funmatch.shipping.quantize.graph import Graph, quiet
+from funmatch.shipping.quantize.graph import LAYERS, Graph, quiet
 from funmatch.shipping.quantize.scores import as_input
 from funmatch.shipping.runtimes import open_runtime, require
 
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 """Ways to choose the range of an activation, with ONNX Runtime's names for them."""
 TRAINED = "trained"
-"""Ranges that quantisation-aware training found; those of other activations are as by minmax."""
+"""Ranges that quantisation-aware training found."""
 HISTOGRAM_PIXELS = 16 * 224 * 224
 """Pixels for the ways that keep all activations of what they get in memory: 16 images of 224 × 224."""
 OPTIONS = {"percentile": {"percentile": 99.99}, "entropy": {"num_bins": 1024}}
@@ -36,10 +36,12 @@ class Ranges:
     Attributes:
         method: how they were chosen, of `METHODS`.
         tensors: as ONNX Runtime's calibration gives them.
+        outputs: whether what convolutions give, and what is between them, is 8 bits too; else only inputs of layers.
     """
 
     method: str
     tensors: Any
+    outputs: bool = True
 
 
 def calibrate(graph: Graph, method: str, batches: Iterable[np.ndarray], folder: Path) -> Ranges:
@@ -74,7 +76,8 @@ def with_trained(graph: Graph, ranges: Ranges, trained: Mapping[str, tuple[float
         if found and layer.tensor in tensors:
             low, high = (np.array(value, np.float32) for value in found)
             tensors[layer.tensor] = data(lowest=low, highest=high)
-    return Ranges(TRAINED, tensors)
+    # Training rounded the inputs alone: outputs, e.g. those before a hard swish, may have no range that fits 8 bits.
+    return Ranges(TRAINED, tensors, outputs=False)
 
 
 def _first(batches: Iterable[np.ndarray], pixels: int) -> np.ndarray:
@@ -121,12 +124,16 @@ def write_int8(graph: Graph, ranges: Ranges, path: Path, *, fp32: Iterable[str] 
         nodes_to_quantize=[only] if only else [],
         # The products around a softmax lose most, and have no weights that would become smaller.
         nodes_to_exclude=[*fp32, *graph.products],
-        op_types_to_quantize=list(graph.operations),
-        extra_options=EXTRA,
+        op_types_to_quantize=list(graph.operations if ranges.outputs else LAYERS),
+        extra_options=EXTRA if ranges.outputs else EXTRA | {"OpTypesToExcludeOutputQuantization": list(LAYERS)},
     )  # fmt: skip
     with quiet():
         quantizer.quantize_model()
     model = quantizer.model.model
+    # Shapes and the exporter's notes on each operation, which nothing reads any more.
+    del model.graph.value_info[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, graph.metadata)
     onnx.save(model, str(path))
