@@ -54,6 +54,17 @@ def of_export(found: dict[str, Any], _folder: Path) -> str:
     )
 
 
+def of_quantization(found: dict[str, Any], _folder: Path) -> str:
+    each = found["quantized"]
+    before, after = each["before"], each["after"]
+    what = "top1" if after.get("top1") is not None else "agreement"
+    return (
+        f"{what} {percent(before[what])} → {percent(after[what])} on {each['images']:,} images of {each['split']}, "
+        f"{format_bytes(before['bytes'])} → {format_bytes(after['bytes'])}, {len(each['fp32'])} of {each['layers']} "
+        f"layers in fp32, ranges by {each['method']}"
+    )
+
+
 def of_files(_found: dict[str, Any], folder: Path) -> str:
     return ", ".join(f"{each.name} {format_bytes(each.stat().st_size)}" for each in sorted(folder.iterdir()))
 
@@ -95,7 +106,7 @@ ROWS = (
     Row("embed", "embed {run} {images} --out {out}/features.npy --json", of_files),
     Row("evaluate", "evaluate {run} --json", of_evaluation),
     Row("export", "export {run} --format onnx openvino torch-export timm --out {out}/exported --json", of_export),
-    Row("quantize", "export {run} --format onnx --int8 --out {out}/int8 --json", of_files, "int8"),
+    Row("quantize", "export {run} --format onnx --quantize 8 --out {out}/int8 --json", of_quantization, "quantize"),
     Row(
         "benchmark",
         "benchmark {run} --threads {threads} --images {count} --report {out}/benchmark.html --json",

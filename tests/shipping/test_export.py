@@ -271,6 +271,34 @@ def test_the_module_from_which_on_a_file_differs_is_named(folder, photos, tmp_pa
         export.export(options, model, export.images_for(options, model))
 
 
+class Cancelling(nn.Module):
+    """A network whose outputs are small differences of large numbers, so that fp32 rounds them visibly."""
+
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 256, 3, bias=False)
+        self.fc = nn.Linear(256, 3)
+        with torch.no_grad():
+            kernel = torch.randn(128, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+            self.conv.weight.copy_(torch.cat([1e3 * kernel, 1e3 * kernel + 1e-2 * kernel.flip(0)]))
+            head = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+            self.fc.weight.copy_(torch.cat([head, -head], 1))
+
+    def forward(self, images):
+        return self.fc(self.conv(images).mean((2, 3)))
+
+
+def test_a_network_that_amplifies_rounding_is_judged_by_its_own(photos, tmp_path):
+    model = open_trained_model("python:x", side=24, given={"python:x": Cancelling()})
+    options = Export(model="python:x", data=(str(photos),), unlabelled=True, out=tmp_path / "out")
+    found = export.export(options, model, export.images_for(options, model))["formats"]["onnx"]
+    assert found["max_relative"] > verify.MAX_RELATIVE
+    assert found["rounding"] > verify.MAX_RELATIVE / verify.ROUNDINGS
+    assert found["max_relative"] <= verify.ROUNDINGS * found["rounding"]
+
+
 def test_comparison_counts_ties_and_not_a_number():
     reference = np.array([[1.0, 1.0 - 1e-6, 0], [3, 1, 0], [5, 2, 0]])
     near = reference + np.array([[-1e-6, 1e-6, 0], [0, 0, 0], [0, 0, 0]])
