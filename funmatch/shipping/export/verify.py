@@ -98,10 +98,11 @@ def refuse_unless_equal(
         return
     row = comparison.row
     first, second = int(reference[row].argmax()), int(found[row].argmax())
+    mine, theirs = number(float(reference[row, first])), number(float(found[row, second]))
     raise InputError(
         f"the {what} export differs from PyTorch: on {comparison.images:,} images outputs differ by up to "
         f"{comparison.max_relative:.1e} of the largest (allowed {comparison.allowed:.0e}), and "
-        f"{len(comparison.others):,} have another class; e.g. image {row}: {names[first]} ({number(float(reference[row, first]))}) in PyTorch, "
-        f"{names[second]} ({number(float(found[row, second]))}) in {what}{where and f'; {where}'}. Nothing was "
-        "written; try another --opset or --format, or keep the file anyway with --no-verify"
+        f"{len(comparison.others):,} have another class; e.g. image {row}: {names[first]} ({mine}) in PyTorch, "
+        f"{names[second]} ({theirs}) in {what}{where and f'; {where}'}. Nothing was written; try another --opset or "
+        "--format, or keep the file anyway with --no-verify"
     )
