@@ -163,6 +163,7 @@ def test_command_line_refuses_what_cannot_be_used(funmatch, tmp_path, run):
     assert "1000 outputs, but" in done.stderr
 
 
+@pytest.mark.slow
 def test_file_is_measured_beside_a_run(run, tmp_path, funmatch):
     path = tmp_path / "mine.onnx"
     export_formats.FORMATS["onnx"].write(formats.make_job(open_trained_model(str(run))), tmp_path)
@@ -196,6 +197,7 @@ def test_file_alone_is_seen_as_its_export_says(run, tmp_path):
     assert measure(out / "model.onnx", side=32)["results"][0]["top1"] is None
 
 
+@pytest.mark.slow
 def test_file_that_takes_bytes_gets_them(run, tmp_path):
     model = open_trained_model(str(run))
     job = Job(model, ExportNet(model.classifier, uint8=True), {}, 18, None)

@@ -191,7 +191,7 @@ def test_the_example_sees_images_as_evaluation_does(resample, squash, uint8, tmp
         assert (difference > 0.51).mean() < 0.3, path.name
 
 
-@pytest.mark.parametrize("name", ["model.xml", "model.pt2"])
+@pytest.mark.parametrize("name", ["model.xml", pytest.param("model.pt2", marks=pytest.mark.slow)])
 def test_examples_of_other_formats_give_the_same_probability(name, exported, photos, tmp_path):
     about = json.loads((exported / "preprocessing.json").read_text())
     (tmp_path / "example.py").write_text(sidecars.example(about, name))

@@ -74,6 +74,7 @@ def test_options_that_do_not_fit_together(run, tmp_path, options, said):
         funmatch.export(run, out=tmp_path / "e", **options)
 
 
+@pytest.mark.slow
 def test_ranges_that_training_found_are_tried_too(run, tmp_path):
     from funmatch.cli import parse
 
