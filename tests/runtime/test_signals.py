@@ -31,6 +31,15 @@ def test_both_signals_at_once_are_one_request(capsys):
     assert [signal.getsignal(number) for number in BOTH] == before
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """Python's own handler, also in a process that was started in the background, where Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_second_ctrl_c_acts_at_once():
     with signals.catch_signals() as caught:
         signal.raise_signal(signal.SIGINT)
