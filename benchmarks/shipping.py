@@ -1,7 +1,7 @@
 """Runs each command that uses a finished run, several times, and writes time, memory and figures as Markdown.
 
     funmatch demo                          # the first of the two default runs
-    python benchmarks/shipping.py runs/demo-7000-steps-seed-0/distilled runs/real [--rounds 3] [--threads 1]
+    python benchmarks/shipping.py runs/demo-7000-steps-seed-0/funmatch runs/real [--rounds 3] [--threads 1]
         [--images 500] [--only predict benchmark] [--out benchmarks/results/shipping-cpu.md]
 
 Each command is a process of its own, so its start-up (Python, PyTorch, timm) counts. The commands take turns: a round
