@@ -1,5 +1,6 @@
 """Networks of all families are the same function in ONNX Runtime as in PyTorch, from images of real sizes."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,23 @@ def test_onnx_is_the_same_function(name: str, tmp_path: Path):
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
             module.momentum = 1.0  # running statistics are those of these images
+    for module in net.modules():
+        # Heads that begin with zeros, or nearly so, would make every network the same function.
+        if isinstance(module, nn.Linear) and module.out_features == 12:
+            nn.init.normal_(module.weight, std=0.1)
     with torch.no_grad():
         net.train()((images - mean) / std)
         expected = net.eval()((images - mean) / std).numpy()
+        exact = copy.deepcopy(net).double()((images.double() - mean) / std).numpy()
+    # PyTorch's own error: random weights of several branches amplify every rounding.
+    rounding = float((np.abs(expected - exact).max(1) / np.abs(exact).max(1)).max())
     card = Card(name, side, config["crop_pct"], config["mean"], config["std"])
     given = {"python:net": Classifier(net, card, num_classes=12)}
     model = open_trained_model("python:net", given=given)
     export.export(Export(model="python:net", out=tmp_path / "out", verify=False), model, None)
     found = open_runtime(tmp_path / "out/model.onnx")(images.numpy())
     comparison = verify.compare(expected, found)
-    assert comparison.max_relative <= verify.MAX_RELATIVE
+    assert comparison.max_relative <= max(verify.MAX_RELATIVE, verify.ROUNDINGS * rounding)
     assert comparison.others == ()
     # Outputs of a network that is not trained are near to each other: what counts is that they depend on the image.
     assert np.ptp(expected, axis=0).max() > 1e-3
