@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from funmatch.config import Train
-from funmatch.config.choices import Resample
 from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
@@ -18,7 +17,6 @@ from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.models.classifier import Card
 from funmatch.ops import metrics
 from funmatch.ops.corruptions import Damage
-from funmatch.ops.crops import central_view
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices, env, transfers
 
@@ -81,23 +79,13 @@ def eval_view_of(how: Preprocessing, batch: int, device: torch.device, precision
 
 
 def central_batches(
-    split: CachedSplit,
-    side: int,
-    short_side: int,
-    batch: int,
-    *,
-    squash: bool = False,
-    method: Resample = "tf",
-    workers: int = 1,
+    split: CachedSplit, how: Preprocessing, batch: int, *, workers: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the images of a split once, in order, as evaluation sees them.
 
     Args:
-        side: of the views, pixels.
-        short_side: to which images are resized before the central square is cut, pixels.
+        how: from an image to its view.
         batch: images at a time.
-        squash: resize both sides to `short_side`.
-        method: how images are resized.
         workers: threads that decode ahead, where images have to be decoded.
 
     Yields:
@@ -107,10 +95,9 @@ def central_batches(
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
         if isinstance(split.store, DeviceStore):
-            views = split.store.central(split.index[indices], short_side, side, squash=squash, method=method)
-            return views, split.labels(indices)
-        images = split.images(indices)
-        views = torch.stack([central_view(image, short_side, side, squash=squash, method=method) for image in images])
+            shape = {"squash": how.squash, "method": how.resample}
+            return split.store.central(split.index[indices], how.short_side, how.side, **shape), split.labels(indices)
+        views = torch.stack([how.view(image) for image in split.images(indices)])
         return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
 
     count = -(-len(split) // batch)
@@ -127,9 +114,8 @@ def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
     model.eval()
     # Copies to the host overlap with the next forward pass; only at the end are they waited for.
     logits = []
-    shape = view.side, view.short_side, view.batch
-    how = {"squash": view.squash, "method": view.resample}
-    for number, (views, _) in enumerate(central_batches(split, *shape, **how, workers=devices.spare_threads())):
+    batches = central_batches(split, view, view.batch, workers=devices.spare_threads())
+    for number, (views, _) in enumerate(batches):
         shown = view.damage.apply(views, number * view.batch) if view.damage else views
         with devices.autocast(view.device, view.precision):
             found = model(on_device := transfers.to_device(shown, view.device)).float()

@@ -16,7 +16,7 @@ from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
 from funmatch.ops import resample
-from funmatch.ops.view_spec import ViewSpec
+from funmatch.ops.view_spec import Preprocessing, ViewSpec
 from funmatch.training import datasets as training_datasets
 from funmatch.training.run.checkpoint import CheckpointWriter
 from funmatch.training.run.folder import Run
@@ -55,9 +55,9 @@ def test_batches_from_the_device_equal_those_from_the_host(cache, crop):
 def test_evaluation_views_are_equal_for_any_subset(cache, squash):
     host = cache.splits["val"]
     on_device, _ = move_to_device(host, CPU)
-    some = np.array([5, 0, 0, 3])
+    some, how = np.array([5, 0, 0, 3]), Preprocessing(side=24, short_side=30, squash=squash)
     for one, other in ((host, on_device), (host.subset(some), on_device.subset(some))):
-        views = [torch.cat([v for v, _ in central_batches(split, 24, 30, 3, squash=squash)]) for split in (one, other)]
+        views = [torch.cat([v for v, _ in central_batches(split, how, 3)]) for split in (one, other)]
         torch.testing.assert_close(views[1], views[0], atol=CLOSE, rtol=0)
 
 

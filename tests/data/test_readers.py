@@ -20,7 +20,7 @@ from funmatch.data.readers.folder import open_folder
 from funmatch.data.readers.open import READERS, Reader, local_folder, open_dataset, resolve_spec
 from funmatch.errors import InputError
 from funmatch.ops.crops import crop_resize_flip
-from funmatch.ops.view_spec import ViewSpec
+from funmatch.ops.view_spec import Preprocessing, ViewSpec
 from funmatch.training.scoring import central_batches
 
 
@@ -201,7 +201,7 @@ def test_error_in_a_prefetch_thread_reaches_the_caller(loader, monkeypatch):
 
 
 def test_evaluation_sees_every_image_once_in_order(loader):
-    batches = list(central_batches(loader.split, 12, 15, 4))
+    batches = list(central_batches(loader.split, Preprocessing(side=12, short_side=15), 4))
     assert [len(views) for views, _ in batches] == [4, 4, 4, 3]
     assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 5 + [1] * 5 + [2] * 5
 

@@ -25,7 +25,7 @@ from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.loader import Loader
 from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
-from funmatch.ops.view_spec import ViewSpec
+from funmatch.ops.view_spec import Preprocessing, ViewSpec
 from funmatch.training.scoring import central_batches
 
 
@@ -166,8 +166,9 @@ def test_resident_and_streaming_give_equal_batches(tmp_path, way):
             Loader(each, ViewSpec(3, 16, 32)).batch_at(step).crops for each in (split, reference.splits["train"])
         ]
         assert torch.equal(*batches)
+    how = Preprocessing(side=32, short_side=36)
     views = [
-        torch.cat([view for view, _ in central_batches(each.splits["train"], 32, 36, 5)]) for each in (cache, reference)
+        torch.cat([view for view, _ in central_batches(each.splits["train"], how, 5)]) for each in (cache, reference)
     ]
     assert torch.equal(*views)
 

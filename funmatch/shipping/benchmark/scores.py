@@ -123,10 +123,7 @@ def score(candidates: Sequence[Candidate], images: EvaluationImages, after: Call
     """
     how = candidates[0].subject.preprocessing
     found: dict[int, list[np.ndarray]] = {number: [] for number in range(len(candidates))}
-    batches = scoring.central_batches(
-        images.split, how.side, how.short_side, AT_ONCE, squash=how.squash, method=how.resample,
-        workers=devices.spare_threads(),
-    )  # fmt: skip
+    batches = scoring.central_batches(images.split, how, AT_ONCE, workers=devices.spare_threads())
     done = 0
     for views, _ in batches:
         array = np.ascontiguousarray(views.numpy())
