@@ -8,15 +8,15 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from funmatch.config import Embed, ImageOptions
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Classifier
+from funmatch.models.inference.features import Features
 from funmatch.runtime import devices
 from funmatch.shipping import tables
 from funmatch.shipping.counter import Counter
-from funmatch.shipping.inference import Answers, Image, Network, Outputs, answer, decoding_of, ready
+from funmatch.shipping.inference import Answers, Image, Network, answer, decoding_of, ready
 from funmatch.shipping.predictor import open_model
 from funmatch.shipping.sources.find import open_images
 from funmatch.shipping.sources.given import read_given
@@ -105,49 +105,9 @@ def _open(config: ImageOptions, given: Mapping[str, Any] | None) -> _Embedder:
     return _Embedder(trained, network, size, config, device)
 
 
-def features_of(classifier: Classifier) -> Outputs:
-    """Returns the function that computes a classifier's features, (n, features), of views (n, 3, side, side).
-
-    They are timm's pooled features before the head; of other networks, what the last linear layer gets.
-
-    Raises:
-        InputError: the function does, where the network has no such layer.
-    """
-    net: Any = classifier.net
-    if callable(getattr(net, "forward_features", None)) and callable(getattr(net, "forward_head", None)):
-
-        def pooled(views: Tensor) -> Tensor:
-            # timm: the same as the whole forward pass, without the last layer.
-            return net.forward_head(net.forward_features(classifier.normalize(views)), pre_logits=True).flatten(1)
-
-        return pooled
-    return _before_last_linear(classifier)
-
-
-def _before_last_linear(classifier: Classifier) -> Outputs:
-    def inputs(views: Tensor) -> Tensor:
-        seen: list[tuple[nn.Linear, Tensor]] = []
-
-        def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, nn.Linear)
-            seen[:] = [(module, given[0])]  # the last one stays, whatever the order of the modules is
-
-        layers = [module for module in classifier.net.modules() if isinstance(module, nn.Linear)]
-        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-        try:
-            classifier(views)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        # Another layer, such as one of attention, is followed by more than the classes.
-        if not seen or seen[0][0].out_features != classifier.num_classes or seen[0][1].ndim != 2:
-            raise InputError(
-                f"{classifier.card.name} has no features to write: it is not a timm network, and its last layer is not "
-                f"a torch.nn.Linear with {classifier.num_classes} outputs for rows of features"
-            )
-        return seen[0][1]
-
-    return inputs
+def features_of(classifier: Classifier) -> Features:
+    """Returns what computes a classifier's features, (n, features), of views (n, 3, side, side)."""
+    return Features(classifier, "write")
 
 
 @torch.inference_mode()

@@ -21,11 +21,12 @@ class Features(nn.Module):
 
     Args:
         classifier: stays as it is.
+        purpose: what they are computed for, in the message where a network has none.
     """
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, purpose: str = "measure") -> None:
         super().__init__()
-        self.classifier = classifier
+        self.classifier, self.purpose = classifier, purpose
 
     def forward(self, views: Tensor) -> Tensor:
         """Computes features.
@@ -63,7 +64,7 @@ class Features(nn.Module):
         # Another layer, such as one of attention, is followed by more than the classes.
         if not seen or seen[0][0].out_features != self.classifier.num_classes or seen[0][1].ndim != 2:
             raise InputError(
-                f"{self.classifier.card.name} has no features to measure: it is not a timm network, and its last layer "
-                f"is not a torch.nn.Linear with {self.classifier.num_classes} outputs for rows of features"
+                f"{self.classifier.card.name} has no features to {self.purpose}: it is not a timm network, and its "
+                f"last layer is not a torch.nn.Linear with {self.classifier.num_classes} outputs for rows of features"
             )
         return seen[0][1]
