@@ -116,7 +116,7 @@ def one(name: str, data: Path, out: Path, formats: list[str]) -> str:
             model=str(folder / "model"), format=(format_name,), out=folder / format_name, data=(str(data),), batch=32
         )
         try:
-            result = export.export(options, model, export.images_for(options, model))["formats"][format_name]
+            result = export.export(options, model, export.data_for(options, model))["formats"][format_name]
         except funmatch.InputError as error:
             cells.append(f"fails: {str(error)[:160]}")
             continue

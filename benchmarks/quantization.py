@@ -25,14 +25,11 @@ from funmatch.config import Export
 from funmatch.errors import WorkFailed
 from funmatch.models.load import load
 from funmatch.ops.view_spec import Preprocessing
-from funmatch.shipping.export.export import Job
-from funmatch.shipping.export.formats import FORMATS
-from funmatch.shipping.export.network import ExportNet
-from funmatch.shipping.export.sidecars import describe
-from funmatch.shipping.export.smaller import FILES, REPORT, Again
+from funmatch.shipping.export.formats import FORMATS, make_job
+from funmatch.shipping.export.smaller import FILES, REPORT
 from funmatch.shipping.quantize.quantize import How, quantize_onnx
 from funmatch.shipping.quantize.scores import Images, latency, score
-from funmatch.shipping.real_images import choose_images
+from funmatch.shipping.real_images import open_real_data
 from funmatch.training.student.trained_model import TrainedModel, open_trained_model
 
 ALL = 10**9
@@ -41,8 +38,8 @@ ALL = 10**9
 def test_images(run: Path) -> Images:
     """All test images of a run, with their labels."""
     options = Export.checked(model=str(run))
-    images = choose_images(options, open_trained_model(str(run)), ALL, ("test",))
-    return Images(Again(images.batches), images.split.labels(np.arange(len(images))).numpy())
+    images = open_real_data(options, open_trained_model(str(run))).choose(ALL, "test")
+    return Images(images, images.split.labels(np.arange(len(images))).numpy())
 
 
 def exported(run: Path, out: Path, **options: Any) -> dict[str, Any] | str:
@@ -101,8 +98,7 @@ def written(name: str, folder: Path) -> tuple[Path, int]:
     side = classifier.card.side
     how = Preprocessing(side=side, short_side=side, squash=False, resample="antialias")
     model = TrainedModel(name, classifier, how)
-    about = describe(model, uint8=False, probabilities=False, fixed_batch=None)
-    FORMATS["onnx"].write(Job(model, ExportNet(classifier), about, 18, None), folder)
+    FORMATS["onnx"].write(make_job(model), folder)
     return folder / FORMATS["onnx"].file, side
 
 

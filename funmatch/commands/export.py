@@ -8,7 +8,7 @@ from funmatch.reports.result import Result
 from funmatch.runtime.log import print_table
 from funmatch.runtime.text import percent
 from funmatch.shipping.export import export
-from funmatch.training.student.trained_model import open_trained_model
+from funmatch.training.student.trained_model import open_described_model
 
 SHOWN = 5
 """Most sensitive layers that are printed."""
@@ -27,12 +27,9 @@ def run(config: Export, given: Mapping[str, Any] | None = None) -> Result:
         InputError: the model cannot be loaded or exported, or an export differs from PyTorch.
     """
     config.check()
-    model = open_trained_model(
-        config.model, weights=config.weights, model_kwargs=config.model_kwargs, side=config.side,
-        eval_resize=config.eval_resize, eval_resample=config.eval_resample, given=given,
-    )  # fmt: skip
+    model = open_described_model(config, config.model, given)
     export.place_of(config, model)  # before anything is computed
-    return Result(metrics=export.export(config, model, export.images_for(config, model)))
+    return Result(metrics=export.export(config, model, export.data_for(config, model)))
 
 
 def show(result: Result) -> None:

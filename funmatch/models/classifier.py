@@ -134,6 +134,11 @@ class Classifier(nn.Module):
         return sum(parameter.numel() for parameter in self.net.parameters())
 
 
+def weight_bytes(net: nn.Module) -> int:
+    """Returns the size of a network's weights and buffers, bytes: that of its safetensors file without the header."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+
+
 def timm_config(net: nn.Module) -> Mapping[str, Any]:
     """Returns timm's configuration of a network that it built; empty for any other."""
     config: Any = getattr(net, "pretrained_cfg", None)

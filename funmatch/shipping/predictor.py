@@ -15,7 +15,7 @@ from funmatch.models.ensemble import select_classes
 from funmatch.ops import metrics
 from funmatch.runtime import devices
 from funmatch.shipping.inference import Answers, Image, Network, answer, decoding_of, ready
-from funmatch.training.student.trained_model import TrainedModel, info_side, open_trained_model
+from funmatch.training.student.trained_model import TrainedModel, info_side, open_described_model, open_trained_model
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ def open_predictor(config: PredictionOptions, given: Mapping[str, Any] | None = 
 
 def open_model(config: ImageOptions, given: Mapping[str, Any] | None = None) -> TrainedModel:
     """Opens the model of a configuration."""
-    trained = open_trained_model(
-        config.model, weights=config.weights, model_kwargs=config.model_kwargs, side=config.side,
-        eval_resize=config.eval_resize, eval_resample=config.eval_resample, given=given,
-    )  # fmt: skip
+    trained = open_described_model(config, config.model, given)
     if not (config.side or trained.knobs.get("side")):
         info_side(trained.classifier, [config.model])
     return trained

@@ -16,6 +16,17 @@ EXTRAS = {"onnx": "ship", "onnxscript": "ship", "onnxruntime": "ship", "torchao"
 Array = np.ndarray
 
 
+def to_bytes(images: Array) -> Array:
+    """Returns images in [0, 1] as uint8, 0 … 255."""
+    return np.round(images * 255).astype(np.uint8)
+
+
+def model_files(path: Path) -> list[Path]:
+    """Returns a model's file, and those beside it that hold its weights: OpenVINO's, and those of large ONNX files."""
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    return [path, *([beside] if beside.is_file() else [])]
+
+
 @dataclass(frozen=True)
 class Runtime:
     """An exported model that is ready to compute.
@@ -33,6 +44,10 @@ class Runtime:
     compute: Callable[[Array], Array]
     batch: int | None
     dtype: np.dtype[Any]
+
+    def as_input(self, images: Array) -> Array:
+        """Returns images (n, 3, side, side) in [0, 1] as the model takes them, which may be as bytes."""
+        return to_bytes(images) if self.dtype == np.uint8 else images
 
     def __call__(self, images: Array) -> Array:
         """Computes the outputs of (n, 3, side, side) images, of any number."""

@@ -224,7 +224,7 @@ def test_uint8_probabilities_and_a_fixed_batch(folder, photos, tmp_path):
         model=str(folder), data=(str(photos),), unlabelled=True, out=out, input="uint8", probabilities=True,
         fixed_batch=4, format=("onnx", "torch-export", "openvino"),
     )  # fmt: skip
-    found = export.export(options, model, export.images_for(options, model))
+    found = export.export(options, model, export.data_for(options, model))
     images = (views(7) * 255).round().astype(np.uint8)
     logits = torch.from_numpy(by_timm(folder, images.astype(np.float32) / 255))
     for each in found["formats"].values():
@@ -249,7 +249,7 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(folder, photos, tm
     options = Export(model=str(folder), data=(str(photos),), unlabelled=True, out=tmp_path / "out")
     model = open_trained_model(str(folder))
     with pytest.raises(funmatch.InputError, match=r"the onnx export differs .* \d have another class; e.g. image \d: "):
-        export.export(options, model, export.images_for(options, model))
+        export.export(options, model, export.data_for(options, model))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,7 +268,7 @@ def test_the_module_from_which_on_a_file_differs_is_named(folder, photos, tmp_pa
     options = Export(model=str(folder), data=(str(photos),), unlabelled=True, out=tmp_path / "out", batch=3)
     model = open_trained_model(str(folder))
     with pytest.raises(funmatch.InputError, match=rf"the first module that differs is {touched} \(Conv2d\). Nothing"):
-        export.export(options, model, export.images_for(options, model))
+        export.export(options, model, export.data_for(options, model))
 
 
 class Cancelling(nn.Module):
@@ -293,7 +293,7 @@ class Cancelling(nn.Module):
 def test_a_network_that_amplifies_rounding_is_judged_by_its_own(photos, tmp_path):
     model = open_trained_model("python:x", side=24, given={"python:x": Cancelling()})
     options = Export(model="python:x", data=(str(photos),), unlabelled=True, out=tmp_path / "out")
-    found = export.export(options, model, export.images_for(options, model))["formats"]["onnx"]
+    found = export.export(options, model, export.data_for(options, model))["formats"]["onnx"]
     assert found["max_relative"] > verify.MAX_RELATIVE
     assert found["rounding"] > verify.MAX_RELATIVE / verify.ROUNDINGS
     assert found["max_relative"] <= verify.ROUNDINGS * found["rounding"]
@@ -433,7 +433,7 @@ def test_a_run_is_exported_into_its_own_folder_and_says_what_it_is_of(tmp_path):
     model = open_trained_model(str(run.folder))
     assert isinstance(model, TrainedModel)
     config = Export(model=str(run.folder), images=20)
-    found = export.export(config, model, export.images_for(config, model))
+    found = export.export(config, model, export.data_for(config, model))
     about = json.loads((run.folder / "export/preprocessing.json").read_text())
     assert about["source"]["step"] == 2
     assert about["source"]["data"] == ["fashion-mini"]

@@ -10,21 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.config import Export
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import InputError
 from funmatch.models.class_map import ClassMap
+from funmatch.models.classifier import Classifier, weight_bytes
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices
 from funmatch.runtime.json_files import Damaged, read_json
 from funmatch.shipping.export import formats as export_formats
 from funmatch.shipping.export import sidecars
-from funmatch.shipping.export.formats import Job
-from funmatch.shipping.export.network import ExportNet
+from funmatch.shipping.export.formats import Job, make_job
 from funmatch.shipping.quantize.quantize import How, quantize_onnx
 from funmatch.shipping.quantize.scores import Images
 from funmatch.shipping.real_images import RealImages
-from funmatch.shipping.runtimes import open_runtime
+from funmatch.shipping.runtimes import model_files, open_runtime
 from funmatch.training.student.trained_model import TrainedModel
 
 Predictor = Callable[[np.ndarray], np.ndarray]
@@ -102,18 +101,15 @@ class Prepared:
         paths: its files; empty for PyTorch, whose weights are in memory.
         file_bytes: size of its files.
         device: where it computes.
-        takes_bytes: whether it takes images as bytes, as cameras and decoders give them, and not in [0, 1].
+        as_input: returns images (n, 3, side, side) float32 in [0, 1] as the format takes them: some take bytes, as
+            cameras and decoders give them.
     """
 
     predict: Predictor
     paths: tuple[Path, ...]
     file_bytes: int
     device: str
-    takes_bytes: bool = False
-
-    def as_input(self, images: np.ndarray) -> np.ndarray:
-        """Returns images (n, 3, side, side) float32 in [0, 1] as the format takes them."""
-        return np.round(images * 255).astype(np.uint8) if self.takes_bytes else images
+    as_input: Callable[[np.ndarray], np.ndarray] = lambda images: images
 
 
 def _torch_predictor(network: Callable[[Tensor], Tensor], machine: Machine) -> Predictor:
@@ -128,9 +124,13 @@ def _torch_predictor(network: Callable[[Tensor], Tensor], machine: Machine) -> P
     return predict
 
 
+def _in_torch(network: Callable[[Tensor], Tensor], classifier: Classifier, machine: Machine) -> Prepared:
+    return Prepared(_torch_predictor(network, machine), (), weight_bytes(classifier.net), str(machine.device))
+
+
 def _prepare_eager(subject: Subject, machine: Machine) -> Prepared:
     classifier = subject.trained.classifier.to(machine.device)
-    return Prepared(_torch_predictor(classifier, machine), (), weight_bytes(subject.trained), str(machine.device))
+    return _in_torch(classifier, classifier, machine)
 
 
 def _prepare_compiled(subject: Subject, machine: Machine) -> Prepared:
@@ -138,7 +138,7 @@ def _prepare_compiled(subject: Subject, machine: Machine) -> Prepared:
     # Freezing folds BatchNorm and lets the compiler lay out kernels for this machine. For each size of batches anew:
     # kernels for any size are slower.
     compiled = torch.compile(classifier, dynamic=False, options={"freezing": True})
-    return Prepared(_torch_predictor(compiled, machine), (), weight_bytes(subject.trained), str(machine.device))
+    return _in_torch(compiled, classifier, machine)
 
 
 def _prepare_onnx(subject: Subject, machine: Machine) -> Prepared:
@@ -149,7 +149,7 @@ def _prepare_int8(subject: Subject, machine: Machine) -> Prepared:
     if subject.training_images is None:
         raise InputError("INT8 needs images by which it chooses the ranges of activations; pass --data")
     real = RealImages(subject.training_images, subject.trained, CALIBRATED_AT_ONCE)
-    images = Images(list(real.batches()))
+    images = Images(list(real))
     # No limit: what INT8 loses is what the benchmark is to show.
     how = How(max_drop=100.0, threads=machine.threads)
     return _open_runtime(quantize_onnx(subject.onnx, subject.folder / "int8.onnx", images, images, how).path, machine)
@@ -167,15 +167,9 @@ def open_file(subject: Subject, machine: Machine) -> Prepared:
 
 
 def _open_runtime(path: Path, machine: Machine) -> Prepared:
-    files = (path, *companions(path))
+    files = model_files(path)
     runtime = open_runtime(path, machine.threads)
-    return Prepared(runtime, files, sum(each.stat().st_size for each in files), "cpu", runtime.dtype == np.uint8)
-
-
-def companions(path: Path) -> list[Path]:
-    """Returns the files beside a model's that hold its weights."""
-    beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else [path.with_name(f"{path.name}.data")]
-    return [each for each in beside if each.is_file()]
+    return Prepared(runtime, tuple(files), sum(each.stat().st_size for each in files), "cpu", runtime.as_input)
 
 
 def preprocessing_beside(path: Path) -> Preprocessing | None:
@@ -185,18 +179,6 @@ def preprocessing_beside(path: Path) -> Preprocessing | None:
         return Preprocessing(**{each.name: about[each.name] for each in fields(Preprocessing)})
     except (OSError, Damaged, KeyError):
         return None
-
-
-def weight_bytes(model: TrainedModel) -> int:
-    """Returns the size of a model's weights and buffers, bytes: that of its safetensors file without the header."""
-    return sum(each.numel() * each.element_size() for each in model.classifier.net.state_dict().values())
-
-
-def make_job(model: TrainedModel) -> Job:
-    """Returns a model as `funmatch export` writes it, with its defaults: logits of [0, 1] images, of any number."""
-    net = ExportNet(model.classifier)
-    about = sidecars.describe(model, uint8=False, probabilities=False, fixed_batch=None)
-    return Job(model, net, about, Export.model_fields["opset"].default, None)
 
 
 @dataclass(frozen=True)

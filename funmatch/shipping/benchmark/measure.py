@@ -27,7 +27,7 @@ from funmatch.shipping.export.sidecars import PREPROCESSING
 from funmatch.shipping.runtimes import require
 from funmatch.training import scoring
 from funmatch.training.student.build import Modules
-from funmatch.training.student.trained_model import TrainedModel, open_trained_model
+from funmatch.training.student.trained_model import TrainedModel, open_described_model
 from funmatch.training.teachers import checks
 
 TAIL_CALLS = 200
@@ -56,7 +56,7 @@ def measure(options: Benchmark, given: Modules | None = None) -> dict[str, Any]:
     device = devices.pick_device(options.device)
     machine = Machine(device, devices.resolve_precision(options.precision, device), options.threads or cores())
     with _threads_of_torch(machine.threads), TemporaryDirectory() as folder:
-        models = [_open(options, name, given) for name in options.models if name not in options.files]
+        models = [open_described_model(options, name, given) for name in options.models if name not in options.files]
         images = open_images(options, models, machine, given)
         subjects = _subjects(options, models, images, Path(folder))
         candidates = [
@@ -73,13 +73,6 @@ def measure(options: Benchmark, given: Modules | None = None) -> dict[str, Any]:
         if not any(each.status == OK for each in candidates):
             raise InputError(f"no format could be measured: {'; '.join(f'{c.key}: {c.reason}' for c in candidates)}")
         return build_result(options, machine, images, subjects, candidates)
-
-
-def _open(options: Benchmark, name: str, given: Modules) -> TrainedModel:
-    return open_trained_model(
-        name, weights=options.weights, model_kwargs=options.model_kwargs, side=options.side,
-        eval_resize=options.eval_resize, eval_resample=options.eval_resample, given=given,
-    )  # fmt: skip
 
 
 def _subjects(

@@ -56,8 +56,6 @@ def peak_of(job: dict[str, Any]) -> int:
     before = _resident_now()
     predict = prepare()
     image = np.random.default_rng(0).random((1, 3, job["side"], job["side"]), np.float32)
-    if getattr(predict, "dtype", None) == np.uint8:
-        image = np.round(image * 255).astype(np.uint8)
     for _ in range(CALLS):
         predict(image)
     # Of an accelerator, what it allocated: the host's memory then says little.
@@ -75,7 +73,12 @@ def _load_runtime(job: dict[str, Any]) -> Loaded:
     # Only the runtime that is needed: another one's libraries would be counted as memory of neither.
     for module in {".onnx": ("onnxruntime",), ".xml": ("openvino",), ".pt2": ("torch",)}.get(path.suffix, ()):
         require(module)
-    return lambda: open_runtime(path, job["threads"]), lambda: 0
+
+    def prepare() -> Callable:
+        runtime = open_runtime(path, job["threads"])
+        return lambda image: runtime(runtime.as_input(image))
+
+    return prepare, lambda: 0
 
 
 def _load_torch(job: dict[str, Any]) -> Loaded:

@@ -16,23 +16,22 @@ from funmatch.errors import InputError
 from funmatch.runtime.files import write_folder_atomically
 from funmatch.runtime.log import info, track
 from funmatch.shipping.export import sidecars
-from funmatch.shipping.export.formats import FORMATS, Job
+from funmatch.shipping.export.formats import FORMATS, Job, make_job
 from funmatch.shipping.export.locate import first_difference
-from funmatch.shipping.export.network import ExportNet
 from funmatch.shipping.export.smaller import write_smaller
 from funmatch.shipping.export.verify import Comparison, compare, refuse_unless_equal
-from funmatch.shipping.real_images import RealImages, choose_images
-from funmatch.shipping.runtimes import Runtime
+from funmatch.shipping.real_images import RealData, RealImages, open_real_data
+from funmatch.shipping.runtimes import Runtime, model_files
 from funmatch.training.student.trained_model import TrainedModel
 
 
-def export(config: Export, model: TrainedModel, images: RealImages | None) -> dict[str, Any]:
+def export(config: Export, model: TrainedModel, data: RealData | None) -> dict[str, Any]:
     """Writes a folder with a model in each of the formats.
 
     Args:
         config: the options.
         model: the model.
-        images: to compare on; None compares nothing.
+        data: images to compare on, and by which a smaller model is calibrated; None where neither is wanted.
 
     Returns:
         `out`, `model`, `run`, `formats`: by format `file`, `bytes`, and the figures of `verify.Comparison`; and
@@ -42,11 +41,11 @@ def export(config: Export, model: TrainedModel, images: RealImages | None) -> di
         InputError: the folder exists, a network cannot be exported, or a file differs from PyTorch.
     """
     out = place_of(config, model)
-    net = ExportNet(model.classifier, uint8=config.input == "uint8", probabilities=config.probabilities)
-    about = sidecars.describe(
-        model, uint8=net.uint8, probabilities=net.probabilities, fixed_batch=config.fixed_batch
+    job = make_job(
+        model, uint8=config.input == "uint8", probabilities=config.probabilities, opset=config.opset,
+        fixed_batch=config.fixed_batch,
     )  # fmt: skip
-    job = Job(model, net, about, config.opset, config.fixed_batch)
+    images = data.choose(config.images, "val", "train", "test") if data and config.verify else None
     reference = _reference(job, images) if images else None
     out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
@@ -56,9 +55,9 @@ def export(config: Export, model: TrainedModel, images: RealImages | None) -> di
             FORMATS[name].write(job, partial)
             figures = _check(name, job, partial, images, reference) if images and reference is not None else {}
             found[name] = {"file": FORMATS[name].file, "bytes": _size(partial, name), **figures}
-        smaller = write_smaller(config, model, partial / FORMATS["onnx"].file) if config.quantize else None
+        smaller = write_smaller(config, data, partial / FORMATS["onnx"].file) if data and config.quantize else None
         name = next((FORMATS[each].file for each in ("onnx", "openvino", "torch-export") if each in found), None)
-        sidecars.write_sidecars(partial, about, name)
+        sidecars.write_sidecars(partial, job.about, name)
         if images:
             record = {"formats": found, **_circumstances(images)}
             (partial / sidecars.VERIFICATION).write_text(json.dumps(record, indent=2))
@@ -86,19 +85,19 @@ def place_of(config: Export, model: TrainedModel) -> Path:
     return out
 
 
-def images_for(config: Export, model: TrainedModel) -> RealImages | None:
-    """Returns the images to compare on: validation, else training; None with --no-verify.
+def data_for(config: Export, model: TrainedModel) -> RealData | None:
+    """Opens the images to compare on and to calibrate by; None where neither is wanted.
 
     Raises:
         InputError: there are none.
     """
-    if not config.verify:
+    if not config.verify and not config.quantize:
         return None
-    if model.run is None and not config.data:
+    if config.verify and model.run is None and not config.data:
         raise InputError(
             f"no images to check the export on: {config.model} is not a run, so pass --data, or --no-verify"
         )
-    return choose_images(config, model, config.images, ("val", "train", "test"))
+    return open_real_data(config, model)
 
 
 def _reference(job: Job, images: RealImages) -> np.ndarray:
@@ -136,9 +135,7 @@ def _where(job: Job, folder: Path, images: RealImages, comparison: Comparison) -
 
 def _image(images: RealImages, comparison: Comparison, *, uint8: bool) -> np.ndarray:
     """Returns the image that shows best how a file differs, as a batch."""
-    batch = next(each for i, each in enumerate(images.batches(uint8=uint8)) if i == comparison.row // images.batch)
-    row = comparison.row % images.batch
-    return batch[row : row + 1]
+    return next(replace(images, split=images.split.subset(np.array([comparison.row]))).batches(uint8=uint8))
 
 
 @torch.inference_mode()
@@ -168,11 +165,9 @@ def _tracked(job: Job, images: RealImages, label: str) -> Iterator[np.ndarray]:
 
 def _size(folder: Path, name: str) -> int:
     """Returns the bytes of a format's files: OpenVINO and large ONNX files have their weights beside them."""
-    file = folder / FORMATS[name].file
-    files = file.rglob("*") if file.is_dir() else folder.glob(f"{file.stem}.*")
-    if name == "openvino" or file.is_dir():
-        return sum(path.stat().st_size for path in files if path.suffix in (".xml", ".bin", ".safetensors", ".json"))
-    return sum(path.stat().st_size for path in (file, *folder.glob(f"{file.name}.data")))
+    path = folder / FORMATS[name].file
+    files = path.iterdir() if path.is_dir() else model_files(path)
+    return sum(each.stat().st_size for each in files)
 
 
 def _circumstances(images: RealImages) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from funmatch.config import Export
 from funmatch.errors import InputError
 from funmatch.models.classifier import crop_fraction
 from funmatch.models.save import save
 from funmatch.runtime.files import write_atomically
+from funmatch.shipping.export import sidecars
 from funmatch.shipping.export.network import ExportNet, explain_failure, quiet, trace, with_plain_attention
 from funmatch.shipping.export.onnx_file import write_onnx
-from funmatch.shipping.export.sidecars import as_metadata
 from funmatch.shipping.runtimes import Runtime, open_runtime, require
 from funmatch.training.student.trained_model import TrainedModel
 
@@ -59,6 +60,25 @@ class Job:
         return self.program if plain is self.net else trace(plain, self.model.preprocessing.side, self.fixed_batch)
 
 
+def make_job(
+    model: TrainedModel,
+    *,
+    uint8: bool = False,
+    probabilities: bool = False,
+    opset: int = Export.model_fields["opset"].default,
+    fixed_batch: int | None = None,
+) -> Job:
+    """Returns a model as it is exported, by default to logits of [0, 1] images, of any number.
+
+    Args:
+        uint8, probabilities: of `ExportNet`.
+        opset, fixed_batch: of `Job`.
+    """
+    net = ExportNet(model.classifier, uint8=uint8, probabilities=probabilities)
+    about = sidecars.describe(model, uint8=uint8, probabilities=probabilities, fixed_batch=fixed_batch)
+    return Job(model, net, about, opset, fixed_batch)
+
+
 @dataclass(frozen=True)
 class Format:
     """A row of the table of formats.
@@ -75,7 +95,8 @@ class Format:
 
 
 def _write_onnx(job: Job, folder: Path) -> None:
-    write_onnx(job.net, job.program_for_onnx, folder / "model.onnx", opset=job.opset, metadata=as_metadata(job.about))
+    metadata = sidecars.as_metadata(job.about)
+    write_onnx(job.net, job.program_for_onnx, folder / "model.onnx", opset=job.opset, metadata=metadata)
 
 
 def _write_torch_export(job: Job, folder: Path) -> None:
@@ -100,7 +121,7 @@ def _write_openvino(job: Job, folder: Path) -> None:
     (given,), (output,) = model.inputs, model.outputs
     given.get_tensor().set_names({"images"})
     output.get_tensor().set_names({str(job.about["output"])})
-    for key, text in as_metadata(job.about).items():
+    for key, text in sidecars.as_metadata(job.about).items():
         model.set_rt_info(text, ["funmatch", key])
     # In full precision: by itself it rounds the weights to 16 bits.
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from funmatch.models.classifier import weight_bytes
 from funmatch.shipping.export.network import ExportNet, explain_failure, quiet
 from funmatch.shipping.runtimes import require
 
@@ -47,5 +48,4 @@ def write_onnx(
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     model.producer_name = "funmatch"
     model.metadata_props.update(metadata)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
-    exported.save(path, external_data=size > LARGE)
+    exported.save(path, external_data=weight_bytes(net) > LARGE)

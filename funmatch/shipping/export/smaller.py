@@ -2,8 +2,6 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ from funmatch.config import Evaluate, Export
 from funmatch.runtime.log import info
 from funmatch.shipping.quantize.quantize import How, quantize_onnx
 from funmatch.shipping.quantize.scores import Images
-from funmatch.shipping.real_images import RealImages, choose_images
-from funmatch.training import datasets, scoring
+from funmatch.shipping.real_images import RealData, RealImages
+from funmatch.training import scoring
 from funmatch.training.evaluation.subject import open_teachers
 from funmatch.training.student.trained_model import TrainedModel
 
@@ -25,33 +23,24 @@ MEASURED = 2000
 """Images at most by which the loss of accuracy is measured: 1 point is 20 of them."""
 
 
-@dataclass(frozen=True)
-class Again:
-    """Batches that can be iterated several times, without being kept in memory."""
-
-    make: Callable[[], Iterator[np.ndarray]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self.make()
-
-
-def write_smaller(config: Export, model: TrainedModel, source: Path) -> dict[str, Any]:
+def write_smaller(config: Export, data: RealData, source: Path) -> dict[str, Any]:
     """Writes the quantised model and its report beside an ONNX file.
 
     Args:
         config: the options, with `quantize`.
+        data: images of the model.
         source: the ONNX file.
 
     Returns:
         what the report holds: `QuantizeResult.to_json`.
 
     Raises:
-        InputError: there are no images, or too few, or the model has no layer to quantise.
+        InputError: there are too few images, or the model has no layer to quantise.
         WorkFailed: it loses more than allowed.
     """
-    bits = config.quantize or 8
-    calibration = choose_images(config, model, config.calibration, ("train", "val", "test"))
-    validation = choose_images(config, model, MEASURED, ("val", "test", "train"))
+    bits, model = config.quantize or 8, data.model
+    calibration = data.choose(config.calibration, "train", "val", "test")
+    validation = data.choose(MEASURED, "val", "test", "train")
     info(
         f"export: quantising to {bits} bits, calibrated on {len(calibration):,} images of {calibration.split.name}, "
         f"measured on {len(validation):,} of {validation.split.name} …"
@@ -60,12 +49,12 @@ def write_smaller(config: Export, model: TrainedModel, source: Path) -> dict[str
         bits=bits, max_drop=config.max_drop, sensitivity=config.sensitivity, advice=_advice(config, model),
         trained=_trained_ranges(model),
     )  # fmt: skip
-    teacher = _teacher_logits(config, model, [calibration, validation])
+    teacher = _teacher_logits(config, data, [calibration, validation])
     result = quantize_onnx(
         source,
         source.with_name(FILES[bits]),
-        Images(Again(calibration.batches), teacher=teacher[0]),
-        Images(Again(validation.batches), _labels(validation, model), teacher[1]),
+        Images(calibration, teacher=teacher[0]),
+        Images(validation, _labels(validation, model), teacher[1]),
         how,
     )
     found = result.to_json() | {
@@ -85,14 +74,14 @@ def _labels(images: RealImages, model: TrainedModel) -> np.ndarray | None:
     return images.split.labels(np.arange(len(images))).numpy()
 
 
-def _teacher_logits(config: Export, model: TrainedModel, images: list[RealImages]) -> list[np.ndarray | None]:
+def _teacher_logits(config: Export, data: RealData, images: list[RealImages]) -> list[np.ndarray | None]:
     """Returns the teacher's logits of each set of images; None for each where there is no teacher."""
-    if model.run is None or not model.knobs.get("teacher"):
+    model = data.model
+    if not model.knobs.get("teacher"):
         return [None for _ in images]
     options = Evaluate(model=config.model)
-    cache, _, _ = datasets.open_evaluation_data(config, model.name, model.run.config["verb"], model.knobs)
     view = scoring.eval_view_of(model.preprocessing, config.batch, torch.device("cpu"), "fp32")
-    teachers = open_teachers(options, dict(model.knobs), cache, view, {})
+    teachers = open_teachers(options, dict(model.knobs), data.cache, view, {})
     # A run whose teacher was moved is compared with itself in fp32.
     return [teachers.predict(each.split).numpy() if teachers else None for each in images]
 

@@ -54,12 +54,7 @@ class Score:
 
 def logits_of(runtime: Runtime, batches: Iterable[Array]) -> Array:
     """Returns the outputs of all batches, (images, classes)."""
-    return np.concatenate([runtime(as_input(runtime, batch)) for batch in batches])
-
-
-def as_input(runtime: Runtime, batch: Array) -> Array:
-    """Returns views in [0, 1] as a model takes them, which may be as bytes."""
-    return np.round(batch * 255).astype(np.uint8) if runtime.dtype == np.uint8 else batch
+    return np.concatenate([runtime(runtime.as_input(batch)) for batch in batches])
 
 
 def score(path: Path, images: Images, plain: Array | None = None, *, threads: int | None = None) -> tuple[Score, Array]:
@@ -97,7 +92,7 @@ def latency(path: Path, batch: Array, *, threads: int | None = None, seconds: fl
         batch: the images of one pass, (n, 3, side, side) in [0, 1].
     """
     runtime = open_runtime(path, threads)
-    views, times = as_input(runtime, batch), []
+    views, times = runtime.as_input(batch), []
     for _ in range(WARM):
         runtime(views)
     until = time.perf_counter() + seconds

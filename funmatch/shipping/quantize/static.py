@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from funmatch.shipping.quantize.graph import LAYERS, Graph, quiet
-from funmatch.shipping.quantize.scores import as_input
 from funmatch.shipping.runtimes import open_runtime, require
 
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
@@ -62,7 +61,7 @@ def calibrate(graph: Graph, method: str, batches: Iterable[np.ndarray], folder: 
         name = calibrator.infer_session.get_inputs()[0].name
         # One histogram of all: one that later images widen gets more bins, without limit where a few values are large.
         for batch in batches if method == "minmax" else [_first(batches, HISTOGRAM_PIXELS)]:
-            calibrator.collect_data(_reader(tools, name, as_input(runtime, batch)))
+            calibrator.collect_data(_reader(tools, name, runtime.as_input(batch)))
         return Ranges(method, calibrator.compute_data())
 
 

@@ -20,7 +20,7 @@ from funmatch.ops.corruptions import Damage
 from funmatch.runtime import devices
 from funmatch.runtime.log import info
 from funmatch.training import class_order, datasets, scoring
-from funmatch.training.student.trained_model import TrainedModel, info_side, open_trained_model
+from funmatch.training.student.trained_model import TrainedModel, info_side, open_described_model
 from funmatch.training.teachers import checks, loading
 
 
@@ -124,13 +124,10 @@ def open_all(config: Evaluate, given: loading.Modules) -> Opened:
 
 def _open_model(config: Evaluate, name: str, given: loading.Modules) -> TrainedModel:
     # The options that describe one model describe the first; --side is for all.
-    weights, arguments = (config.weights, config.model_kwargs) if name == config.model else (None, ())
-    trained = open_trained_model(
-        name, weights=weights, model_kwargs=arguments, side=config.side, eval_resize=config.eval_resize,
-        eval_resample=config.eval_resample, given=given,
-    )  # fmt: skip
+    own = config if name == config.model else config.model_copy(update={"weights": None, "model_kwargs": ()})
+    trained = open_described_model(own, name, given)
     if not (config.side or trained.knobs.get("side")):
-        words = ["--weights", str(weights)] if weights else []
+        words = ["--weights", str(own.weights)] if own.weights else []
         info_side(trained.classifier, [name, *words, *(["--data", *config.data] if config.data else [])])
     return trained
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from funmatch.config import Train
 from funmatch.config.choices import RESAMPLED_BEFORE, Resample
+from funmatch.config.finished.model import FinishedModel
 from funmatch.errors import InputError
 from funmatch.models import timm_models
 from funmatch.models.classifier import Classifier, check_side
@@ -89,6 +90,14 @@ def open_trained_model(
     preprocessing = _preprocessing(model, knobs, side, eval_resize, eval_resample)
     check_side(model, preprocessing.side)
     return TrainedModel(name, model.eval(), preprocessing, run, step, knobs)
+
+
+def open_described_model(config: FinishedModel, name: str, given: Mapping[str, Any] | None = None) -> TrainedModel:
+    """Opens a model as the options of a command describe it; arguments and errors as of `open_trained_model`."""
+    return open_trained_model(
+        name, weights=config.weights, model_kwargs=config.model_kwargs, side=config.side,
+        eval_resize=config.eval_resize, eval_resample=config.eval_resample, given=given,
+    )  # fmt: skip
 
 
 def find_run(name: str) -> run_folder.Run | None:
