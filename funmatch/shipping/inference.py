@@ -27,7 +27,6 @@ from funmatch.training.student.trained_model import TrainedModel
 
 FIRST_BATCH = 8
 """Images of the first batch, at most, so that the first rows come early."""
-CAP = 512
 OF_THE_MACHINE = {EMFILE, ENFILE, ENOMEM}
 """Errors that say nothing about an image."""
 TOLERANCE = 1e-3
@@ -90,7 +89,7 @@ def decoding_of(config: ImageOptions, trained: TrainedModel) -> Decoding:
     knobs = trained.knobs
     # The run's own values: with another cap, large images would be other pixels than when it was evaluated.
     return Decoding(
-        cap=config.cap or knobs.get("cap") or CAP,
+        cap=config.cap or trained.cap,
         decoder=pick_decoder(config.decoder or knobs.get("decoder") or "auto"),
         max_pixels=config.max_pixels or knobs.get("max_pixels") or MAX_PIXELS,
     )

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from funmatch.config import ImageOptions, PredictionOptions
 from funmatch.errors import InputError
-from funmatch.models.class_map import ClassMap, class_names, map_classes
-from funmatch.models.classifier import Classifier
+from funmatch.models.class_map import ClassMap, map_classes
 from funmatch.models.ensemble import select_classes
 from funmatch.ops import metrics
 from funmatch.runtime import devices
@@ -93,7 +92,7 @@ def open_predictor(config: PredictionOptions, given: Mapping[str, Any] | None = 
         class_map = _map_teacher(trained, teacher, config)
         networks = [ready(teacher, device, precision)]
     networks = [ready(trained, device, precision), *networks]
-    return Predictor(trained, networks, output_names(trained.classifier), class_map, config, device)
+    return Predictor(trained, networks, trained.class_names, class_map, config, device)
 
 
 def open_model(config: ImageOptions, given: Mapping[str, Any] | None = None) -> TrainedModel:
@@ -104,20 +103,6 @@ def open_model(config: ImageOptions, given: Mapping[str, Any] | None = None) -> 
     return trained
 
 
-def output_names(classifier: Classifier) -> Sequence[str]:
-    """Returns a name for each class: its own; ImageNet's word for it; else its number."""
-    if classifier.card.classes:
-        return classifier.card.classes
-    known = class_names(classifier)
-    if known is None:
-        return [str(index) for index in range(classifier.num_classes)]
-    words = [names[1] if len(names) > 1 else names[0] for names in known]
-    # Two of ImageNet's classes are called crane, and two maillot.
-    return [
-        word if words.count(word) == 1 else f"{word} ({names[0]})" for word, names in zip(words, known, strict=True)
-    ]
-
-
 def _map_teacher(trained: TrainedModel, teacher: TrainedModel, config: PredictionOptions) -> ClassMap | None:
     """Returns the teacher's classes for each of the model's; None where they are the same in the same order.
 
@@ -126,7 +111,7 @@ def _map_teacher(trained: TrainedModel, teacher: TrainedModel, config: Predictio
     """
     names, others = trained.classifier.card.classes, teacher.classifier.card.classes
     if config.classes is not None:
-        return map_classes(teacher.classifier, output_names(trained.classifier), config.classes)
+        return map_classes(teacher.classifier, trained.class_names, config.classes)
     advice = "pass --classes same-names or --classes map.json"
     if trained.classifier.num_classes != teacher.classifier.num_classes:
         raise InputError(

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -139,11 +140,11 @@ def best_of(exported: Path, path: str) -> str:
         return NAMES[int(model.classifier(model.preprocessing.view(image)[None]).argmax())]
 
 
-def example(tmp_path: Path, how: Preprocessing, *, uint8: bool = False) -> ModuleType:
+def example(tmp_path: Path, how: Preprocessing, cap: int = 512, *, uint8: bool = False) -> ModuleType:
     """The module that an example of this preprocessing is."""
     about = {
         "input": {"shape": ["n", 3, how.side, how.side], "type": "uint8" if uint8 else "float32"},
-        "preprocessing": vars(how), "output": "logits",
+        "preprocessing": {"largest_short_side": cap, **vars(how)}, "output": "logits",
     }  # fmt: skip
     (tmp_path / "example.py").write_text(sidecars.example(about, "model.onnx"))
     spec = importlib.util.spec_from_file_location("example", tmp_path / "example.py")
@@ -204,11 +205,27 @@ def test_examples_of_other_formats_give_the_same_probability(name, exported, pho
     assert "%)" in found
 
 
+def test_the_example_scales_large_images_down_as_the_run_did(folder, tmp_path):
+    model = open_trained_model(str(folder))
+    assert model.cap == 512
+    run = replace(model, knobs={"cap": 96})
+    about = sidecars.describe(run, uint8=False, probabilities=False, fixed_batch=None)
+    assert about["preprocessing"]["largest_short_side"] == 96
+    preprocess = example(tmp_path, run.preprocessing, run.cap).preprocess
+    path = write_images(tmp_path)[2]
+    view = run.preprocessing.view(torch.from_numpy(decode(path.read_bytes(), cap=96).copy())).numpy()
+    assert np.abs(preprocess(path) - view).max() < 1e-5
+    larger = run.preprocessing.view(torch.from_numpy(decode(path.read_bytes(), cap=512).copy())).numpy()
+    assert np.abs(larger - view).max() > 1e-3
+
+
 @pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2"])
 def test_every_example_is_ten_to_thirty_lines_of_python(suffix):
     about = {
         "input": {"shape": [4, 3, 8, 8], "type": "uint8"}, "output": "probabilities",
-        "preprocessing": {"side": 8, "short_side": 10, "squash": False, "resample": "antialias"},
+        "preprocessing": {
+            "largest_short_side": 512, "side": 8, "short_side": 10, "squash": False, "resample": "antialias",
+        },
     }  # fmt: skip
     text = sidecars.example(about, f"model{suffix}")
     compile(text, "example.py", "exec")

@@ -15,8 +15,6 @@ LABELS, PREPROCESSING, EXAMPLE, VERIFICATION = "labels.txt", "preprocessing.json
 TEMPLATE = "example.py.jinja"
 LIBRARIES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
 """The library that opens a model, by the ending of its file."""
-CAP = 512
-"""Short side in pixels to which larger images are scaled first, as by the cache that evaluations read."""
 
 
 def describe(model: TrainedModel, *, uint8: bool, probabilities: bool, fixed_batch: int | None) -> dict[str, Any]:
@@ -37,7 +35,7 @@ def describe(model: TrainedModel, *, uint8: bool, probabilities: bool, fixed_bat
             "type": "uint8" if uint8 else "float32", "range": [0, 255] if uint8 else [0, 1], "order": "NCHW, RGB",
         },
         "output": "probabilities" if probabilities else "logits",
-        "preprocessing": {"largest_short_side": CAP, **asdict(how)},
+        "preprocessing": {"largest_short_side": model.cap, **asdict(how)},
         "normalization": {"mean": list(card.mean), "std": list(card.std), "where": "inside the model"},
         "source": {
             "model": model.name, "run": str(model.run.folder) if model.run else None, "step": model.step,
@@ -77,7 +75,8 @@ def example(about: dict[str, Any], name: str) -> str:
     how, batch = about["preprocessing"], about["input"]["shape"][0]
     template = Environment(keep_trailing_newline=True).from_string((Path(__file__).parent / TEMPLATE).read_text())
     return template.render(
-        library=LIBRARIES[Path(name).suffix], file=name, side=how["side"], short_side=how["short_side"], cap=CAP,
-        squash=how["squash"], resample=how["resample"], uint8=about["input"]["type"] == "uint8",
-        probabilities=about["output"] == "probabilities", fixed_batch=None if batch == "n" else batch,
+        library=LIBRARIES[Path(name).suffix], file=name, side=how["side"], short_side=how["short_side"],
+        cap=how["largest_short_side"], squash=how["squash"], resample=how["resample"],
+        uint8=about["input"]["type"] == "uint8", probabilities=about["output"] == "probabilities",
+        fixed_batch=None if batch == "n" else batch,
     )  # fmt: skip

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from funmatch.config import Train
+from funmatch.config import Images, Train
 from funmatch.config.choices import RESAMPLED_BEFORE, Resample
 from funmatch.config.finished.model import FinishedModel
 from funmatch.errors import InputError
 from funmatch.models import timm_models
+from funmatch.models.class_map import class_names
 from funmatch.models.classifier import Classifier, check_side
 from funmatch.models.load import load
 from funmatch.ops.view_spec import Preprocessing
@@ -46,8 +47,22 @@ class TrainedModel:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """A name for each output; numbers where they have no names."""
-        return self.classifier.card.classes or tuple(map(str, range(self.classifier.num_classes)))
+        """A name for each output: its own; ImageNet's word for it; else its number."""
+        if self.classifier.card.classes:
+            return self.classifier.card.classes
+        known = class_names(self.classifier)
+        if known is None:
+            return tuple(map(str, range(self.classifier.num_classes)))
+        words = [names[1] if len(names) > 1 else names[0] for names in known]
+        # Two of ImageNet's classes are called crane, and two maillot.
+        return tuple(
+            word if words.count(word) == 1 else f"{word} ({names[0]})" for word, names in zip(words, known, strict=True)
+        )
+
+    @property
+    def cap(self) -> int:
+        """Short side in pixels to which larger images are scaled first: as when the run was evaluated."""
+        return self.knobs.get("cap") or Images.model_fields["cap"].default
 
 
 def open_trained_model(
