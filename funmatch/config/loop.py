@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
+from funmatch.config.metadata import Changes, Group, Inherit, OnResume, Opt, Refers
 from funmatch.config.options import Machine, Options
 from funmatch.config.values import Pairs
 
@@ -26,6 +26,7 @@ class Student(Options):
         Opt(
             group=Group.STUDENT,
             changes=STUDENT,
+            inherit=Inherit.NEVER,
             refers=Refers.WEIGHTS,
             content="student",
             usual="none",
@@ -35,7 +36,14 @@ class Student(Options):
     """File to start from (.safetensors, .pt or BiT .npz), for a student given by its timm name."""
     student_kwargs: Annotated[
         Pairs,
-        Opt(group=Group.STUDENT, changes=STUDENT, usual="none", aliases=("--model-kwargs",), metavar="KEY=VALUE …"),
+        Opt(
+            group=Group.STUDENT,
+            changes=STUDENT,
+            inherit=Inherit.NEVER,
+            usual="none",
+            aliases=("--model-kwargs",),
+            metavar="KEY=VALUE …",
+        ),
     ] = ()
     """Arguments for timm's constructor, e.g. channels=16,32,64,128."""
     drop_rate: Annotated[
@@ -49,7 +57,16 @@ class Student(Options):
     """Stochastic-depth rate of the student (timm's drop_path_rate)."""
     # Below 1: with a decay of 1 the average would stay at the first weights.
     ema: Annotated[
-        float | None, Opt(group=Group.STUDENT, changes=STUDENT, at_least=0, below=1, usual="off", metavar="DECAY")
+        float | None,
+        Opt(
+            group=Group.STUDENT,
+            changes=STUDENT,
+            inherit=Inherit.NEVER,
+            at_least=0,
+            below=1,
+            usual="off",
+            metavar="DECAY",
+        ),
     ] = None
     """Decay of the weights' exponential moving average (EMA), e.g. 0.9999; the average is evaluated and saved beside
     the student."""
@@ -60,7 +77,16 @@ class Student(Options):
     # Not searched: a student in fp32 and one that is rounded are no rivals.
     quantize: Annotated[
         int | None,
-        Opt(group=Group.STUDENT, changes=STUDENT, at_least=8, at_most=8, searchable=False, usual="off", metavar="8"),
+        Opt(
+            group=Group.STUDENT,
+            changes=STUDENT,
+            inherit=Inherit.NEVER,
+            at_least=8,
+            at_most=8,
+            searchable=False,
+            usual="off",
+            metavar="8",
+        ),
     ] = None
     """Train for 8 bits: round weights and inputs of convolutions and linear layers in training and evaluation. The
     saved student is a plain one, which keeps its accuracy when it is exported with --quantize 8."""
@@ -75,15 +101,15 @@ class Loop(Machine):
     # Each of steps and epochs replaces the other, so that a command line with one overrides a recipe with the other.
     steps: Annotated[
         int | None,
-        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, at_most=10**12, essential=True, extends=True,
-            replaces=("epochs",), usual="by --epochs"),
+        Opt(group=Group.LOOP, changes=STUDENT, inherit=Inherit.NEVER, at_least=1, at_most=10**12, essential=True,
+            extends=True, replaces=("epochs",), usual="by --epochs"),
     ] = None  # fmt: skip
     """Length of the run in steps (updates of the weights). Give this or --epochs."""
     epochs: Annotated[
         float | None,
         # Not compared, since the record of a run holds the number of steps instead.
-        Opt(group=Group.LOOP, changes=STUDENT, above=0, at_most=10**9, essential=True, resume=OnResume.UNCOMPARED,
-            replaces=("steps",), usual="by --steps"),
+        Opt(group=Group.LOOP, changes=STUDENT, inherit=Inherit.NEVER, above=0, at_most=10**9, essential=True,
+            resume=OnResume.UNCOMPARED, replaces=("steps",), usual="by --steps"),
     ] = None  # fmt: skip
     """Length of the run in passes over the training images. Function matching gains from thousands."""
     # VIEWS, since all images and crops of a step are drawn for its batch as a whole.
@@ -102,9 +128,9 @@ class Loop(Machine):
     # Below 1: at 1 nothing of the label would be left.
     label_smoothing: Annotated[float, Opt(group=Group.LOOP, changes=STUDENT, at_least=0, below=1)] = 0.0
     """Share of each label that is spread over all classes, where labels are used."""
-    patience: Annotated[int | None, Opt(group=Group.LOOP, changes=STUDENT, at_least=1, usual="no early stopping")] = (
-        None
-    )
+    patience: Annotated[
+        int | None, Opt(group=Group.LOOP, changes=STUDENT, inherit=Inherit.NEVER, at_least=1, usual="no early stopping")
+    ] = None
     """Early stopping: end the run after this many evaluations on the validation split without an improvement."""
     # last, so that the validation split selects nothing that is evaluated at the end unless somebody wants that.
     keep: Annotated[Literal["last", "best"], Opt(group=Group.LOOP, changes=STUDENT)] = "last"
@@ -119,33 +145,39 @@ class Loop(Machine):
     # STUDENT: it decides at which steps --keep best and --patience look.
     eval_every: Annotated[
         int | None,
-        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False, resume=OnResume.FREE, keeps=True,
-            usual="a tenth of the run, at most 500; more where the validation split is large", metavar="STEPS"),
+        Opt(group=Group.LOOP, changes=STUDENT, inherit=Inherit.NEVER, at_least=1, searchable=False,
+            resume=OnResume.FREE, keeps=True, metavar="STEPS",
+            usual="a tenth of the run, at most 500; more where the validation split is large"),
     ] = None  # fmt: skip
     """Steps between evaluations on the validation split."""
     eval_first: Annotated[
         int | None,
-        Opt(group=Group.LOOP, changes=STUDENT, at_least=1, searchable=False, resume=OnResume.FREE, keeps=True,
-            usual="2 % of the run; none with --eval-every", metavar="STEP"),
+        Opt(group=Group.LOOP, changes=STUDENT, inherit=Inherit.NEVER, at_least=1, searchable=False,
+            resume=OnResume.FREE, keeps=True, usual="2 % of the run; none with --eval-every", metavar="STEP"),
     ] = None  # fmt: skip
     """Step of an early evaluation besides those of --eval-every."""
     # PLACE, since a step is a function of (seed, step): where a run was saved changes no figure.
     save_every: Annotated[
         int | None,
-        Opt(group=Group.LOOP, changes=PLACE, at_least=1, resume=OnResume.FREE, keeps=True,
+        Opt(group=Group.LOOP, changes=PLACE, inherit=Inherit.NEVER, at_least=1, resume=OnResume.FREE, keeps=True,
             usual="a tenth of the run, at most 500", metavar="STEPS"),
     ] = None  # fmt: skip
     """Steps between checkpoints."""
     log_every: Annotated[
         int | None,
-        Opt(group=Group.LOOP, changes=PLACE, at_least=1, resume=OnResume.FREE, keeps=True,
+        Opt(group=Group.LOOP, changes=PLACE, inherit=Inherit.NEVER, at_least=1, resume=OnResume.FREE, keeps=True,
             usual="a fiftieth of the run, at most 50", metavar="STEPS"),
     ] = None  # fmt: skip
     """Steps between records of the loss."""
     compile: Annotated[
         Literal["auto", "off", "native", "on", "max"],
         # ROUNDING, since all of them compute the same; a run that resumes keeps what auto became.
-        Opt(group=Group.MACHINE, changes=STUDENT | Changes.TEACHER | ARITHMETIC, resume=OnResume.ROUNDING),
+        Opt(
+            group=Group.MACHINE,
+            changes=STUDENT | Changes.TEACHER | ARITHMETIC,
+            inherit=Inherit.NEVER,
+            resume=OnResume.ROUNDING,
+        ),
     ] = "auto"
     """How to speed the networks up; results stay equal up to rounding. on: compile them, which takes a minute or two;
     max: try more kernels for longer. native: on a CPU, use funmatch's own kernels for GroupNorm and standardised
@@ -169,9 +201,9 @@ class Loop(Machine):
             resume=OnResume.UNCOMPARED, usual="a quarter of its memory", metavar="GB"),
     ] = None  # fmt: skip
     """Most gigabytes of decoded images that an accelerator keeps in its memory, to cut views itself."""
-    allow_rounding: Annotated[bool, Opt(group=Group.MACHINE, changes=PLACE)] = False
+    allow_rounding: Annotated[bool, Opt(group=Group.MACHINE, changes=PLACE, inherit=Inherit.NEVER)] = False
     """Resume although this changes results by rounding, e.g. with another value of --threads."""
-    profile: Annotated[bool, Opt(group=Group.OUTPUT, changes=PLACE)] = False
+    profile: Annotated[bool, Opt(group=Group.OUTPUT, changes=PLACE, inherit=Inherit.NEVER)] = False
     """Profile the first steps, part by part, and save a trace of some of them in the run folder."""
 
     @property

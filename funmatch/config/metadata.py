@@ -33,6 +33,14 @@ class OnResume(Enum):
     RESULT = "refused: it would be another run"
 
 
+class Inherit(Enum):
+    """Whether a run that goes on from the student of another (`distill RUN --quantize 8`) has the value of that run."""
+
+    ALWAYS = "the value of the other run"
+    WITH_TEACHER = "that of a run with a teacher; views for labels are not those of function matching"
+    NEVER = "its own: the length and what follows from it, and what made the student that now brings its own weights"
+
+
 class Group(Enum):
     """The headings of `--help`, in their order."""
 
@@ -77,6 +85,7 @@ class Opt:
         study: whether a study file may set it.
         extends: whether a finished run may be resumed with another value, to make it longer.
         keeps: whether a run that resumes, or is extended, keeps its recorded value where none is given.
+        inherit: whether a run that goes on from another has its value; None decides by `group`.
         refers: what its value, or each of its values, names; None for what a record holds whole.
         content: the fact of a run's record that holds the content of the files it names.
         flag: its name on the command line, where this is not the field's.
@@ -102,6 +111,7 @@ class Opt:
     study: bool = True
     extends: bool = False
     keeps: bool = False
+    inherit: Inherit | None = None
     refers: Refers | None = None
     content: str | None = None
     flag: str | None = None
@@ -127,6 +137,13 @@ class Opt:
         # An option that changes PLACE and anything else is compared, unless it says otherwise itself.
         usual = {Changes.PLACE: OnResume.UNCOMPARED, Changes.ARITHMETIC: OnResume.ROUNDING}
         return usual.get(self.changes, OnResume.RESULT)
+
+    @property
+    def inherited(self) -> Inherit:
+        """Whether a run that goes on from another has its value."""
+        if self.inherit is not None:
+            return self.inherit
+        return Inherit.WITH_TEACHER if self.group is Group.VIEWS else Inherit.ALWAYS
 
     @property
     def is_compared(self) -> bool:

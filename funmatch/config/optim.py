@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Inherit, Opt
 from funmatch.config.options import Options
 from funmatch.config.values import Pairs
 from funmatch.runtime.functions import is_function_name
@@ -40,13 +40,17 @@ class Optimizer(Options):
     momentum_dtype: Annotated[Literal["fp32", "bf16"], Opt(group=Group.OPTIMIZER, changes=STUDENT)] = "fp32"
     """Data type in which AdamW stores the mean of its gradients; the paper's code uses bf16."""
     # None, since BiT-HyperRule has a default of its own, by optimizer and batch.
-    lr: Annotated[float | None, Opt(group=Group.OPTIMIZER, changes=STUDENT, above=0, usual=LR, essential=True)] = None
+    lr: Annotated[
+        float | None,
+        Opt(group=Group.OPTIMIZER, changes=STUDENT, inherit=Inherit.NEVER, above=0, usual=LR, essential=True),
+    ] = None
     """Learning rate at the top of the schedule."""
     schedule: Annotated[
         Schedule,
         Opt(
             group=Group.OPTIMIZER,
             changes=STUDENT,
+            inherit=Inherit.NEVER,
             replaces=("decay_steps", "decay_factors", "cooldown_steps", "cooldown_shape"),
         ),
     ] = "cosine"
@@ -55,19 +59,40 @@ class Optimizer(Options):
     # Extends: a longer wsd run has a cool-down of its own.
     cooldown_steps: Annotated[
         int | None,
-        Opt(group=Group.OPTIMIZER, changes=STUDENT, at_least=0, usual="a fifth of the run", extends=True),
+        Opt(
+            group=Group.OPTIMIZER,
+            changes=STUDENT,
+            inherit=Inherit.NEVER,
+            at_least=0,
+            usual="a fifth of the run",
+            extends=True,
+        ),
     ] = None
     """wsd: number of steps at the end of the run over which the learning rate falls to 0."""
     cooldown_shape: Annotated[Literal["sqrt", "linear"], Opt(group=Group.OPTIMIZER, changes=STUDENT)] = "sqrt"
     """wsd: how it falls, as 1 − √t or along a line."""
     decay_steps: Annotated[
         tuple[int, ...],
-        Opt(group=Group.OPTIMIZER, changes=STUDENT, usual="none", replaces=("decay_factors",), metavar="STEP …"),
+        Opt(
+            group=Group.OPTIMIZER,
+            changes=STUDENT,
+            inherit=Inherit.NEVER,
+            usual="none",
+            replaces=("decay_factors",),
+            metavar="STEP …",
+        ),
     ] = ()
     """staircase: the steps at which the learning rate falls."""
     decay_factors: Annotated[
         tuple[float, ...],
-        Opt(group=Group.OPTIMIZER, changes=STUDENT, at_least=0, usual="0.1, 0.01, …", metavar="FACTOR …"),
+        Opt(
+            group=Group.OPTIMIZER,
+            changes=STUDENT,
+            inherit=Inherit.NEVER,
+            at_least=0,
+            usual="0.1, 0.01, …",
+            metavar="FACTOR …",
+        ),
     ] = ()
     """staircase: the learning rate after each of these steps, as a share of --lr."""
     # Independent of lr, so that a search over lr does not move it, too (Loshchilov and Hutter, 2019).
@@ -77,7 +102,7 @@ class Optimizer(Options):
     # A longer run of a wsd schedule keeps the warm-up that it began with: see training/run/extend.py.
     warmup_steps: Annotated[
         int | None,
-        Opt(group=Group.OPTIMIZER, changes=STUDENT, at_least=0,
+        Opt(group=Group.OPTIMIZER, changes=STUDENT, inherit=Inherit.NEVER, at_least=0,
             usual=f"{WARMUP_STEPS:,}, but at most 1/{WARMUP_SHARE} of the run"),
     ] = None  # fmt: skip
     """Number of steps over which the learning rate rises from 0."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from funmatch.config.metadata import Changes, Group, OnResume, Opt
+from funmatch.config.metadata import Changes, Group, Inherit, OnResume, Opt
 from funmatch.config.values import Precision, normalised, type_problem
 from funmatch.errors import InputError, unknown
 
@@ -173,7 +173,9 @@ class Machine(Options):
         ),
     ] = "auto"
     """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu)."""
-    precision: Annotated[Precision, Opt(group=Group.MACHINE, changes=Changes.STUDENT | Changes.ARITHMETIC)] = "auto"
+    precision: Annotated[
+        Precision, Opt(group=Group.MACHINE, changes=Changes.STUDENT | Changes.ARITHMETIC, inherit=Inherit.NEVER)
+    ] = "auto"
     """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
     others; on a CPU fp32, or bf16 where the student trains clearly faster in it."""
 

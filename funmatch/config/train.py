@@ -8,7 +8,7 @@ from pydantic import Field
 from funmatch.config.choices import Crop
 from funmatch.config.data import NO_VALIDATION, VALIDATION_SHARE, Images
 from funmatch.config.loop import Loop, Student
-from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
+from funmatch.config.metadata import Changes, Group, Inherit, OnResume, Opt, Refers
 from funmatch.config.optim import FINETUNE_LR, Optimizer, Schedule
 from funmatch.config.options import like
 from funmatch.config.values import Names, Share
@@ -54,17 +54,22 @@ class Train(Images, Student, Views, Optimizer, Loop):
     The choice depends only on the images' content and on --val-seed."""
     # VIEWS too: the images of a step are others.
     sampling: Annotated[
-        Literal["shuffled", "balanced"], Opt(group=Group.LOOP, changes=Changes.STUDENT | Changes.VIEWS)
+        Literal["shuffled", "balanced"],
+        Opt(group=Group.LOOP, changes=Changes.STUDENT | Changes.VIEWS, inherit=Inherit.NEVER),
     ] = "shuffled"
     """Order of the training images. shuffled: each once an epoch. balanced: all classes equally often, the images of a
     class each once before any comes again; for train and finetune."""
-    class_weights: Annotated[Literal["none", "balanced"], Opt(group=Group.LOOP, changes=Changes.STUDENT)] = "none"
+    class_weights: Annotated[
+        Literal["none", "balanced"], Opt(group=Group.LOOP, changes=Changes.STUDENT, inherit=Inherit.NEVER)
+    ] = "none"
     """Weights of the classes in the loss. balanced: inversely proportional to their numbers of training images, 1 in
     the mean over the images; for train and finetune."""
     out: Annotated[Path, Opt(group=Group.OUTPUT, changes=Changes.PLACE, study=False, essential=True, metavar="FOLDER")]
     """Run folder. The same command again resumes from its newest checkpoint."""
     # PLACE: a run is compared by the options that the recipe sets, not by its name.
-    recipe: Annotated[str | None, Opt(group=Group.OUTPUT, changes=Changes.PLACE, usual="none", metavar="NAME")] = None
+    recipe: Annotated[
+        str | None, Opt(group=Group.OUTPUT, changes=Changes.PLACE, inherit=Inherit.NEVER, usual="none", metavar="NAME")
+    ] = None
     """Published recipe (`funmatch recipes` lists them), also given as the first word: it sets every option; options on
     the command line override it."""
 

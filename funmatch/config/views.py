@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from funmatch.config.choices import RESAMPLED_BEFORE, Crop, Resample
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, Inherit, Opt
 from funmatch.config.options import Options
 from funmatch.runtime.functions import is_function_name
 
@@ -20,13 +20,13 @@ class Views(Options):
     # None, since pretrained networks have a size of their own.
     side: Annotated[
         int | None,
-        Opt(group=Group.VIEWS, changes=VIEWS, at_least=1, at_most=10**4, aliases=("--img-size",), essential=True,
-            usual="the student's own"),
+        Opt(group=Group.VIEWS, changes=VIEWS, inherit=Inherit.ALWAYS, at_least=1, at_most=10**4,
+            aliases=("--img-size",), essential=True, usual="the student's own"),
     ] = None  # fmt: skip
     """Image size: side of the square views, in pixels."""
     eval_resize: Annotated[
         int | None,
-        Opt(group=Group.VIEWS, changes=VIEWS, at_least=1, at_most=10**4,
+        Opt(group=Group.VIEWS, changes=VIEWS, inherit=Inherit.ALWAYS, at_least=1, at_most=10**4,
             usual="the student's own; at another --side, 32 more than it, at most a quarter more"),
     ] = None  # fmt: skip
     """For evaluation, resize the shorter side to this many pixels, then crop the central square of --side."""
@@ -41,12 +41,14 @@ class Views(Options):
     ] = None
     """Length of the image's shorter side before a mild crop, in pixels."""
     resample: Annotated[
-        Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual=RESAMPLE, before=RESAMPLED_BEFORE)
+        Resample | None,
+        Opt(group=Group.VIEWS, changes=VIEWS, inherit=Inherit.ALWAYS, usual=RESAMPLE, before=RESAMPLED_BEFORE),
     ] = None
     """How training views are resized. tf: bilinear without antialias, as tf.image.resize and the paper's code.
     antialias: bilinear with antialias. bicubic: with antialias, too."""
     eval_resample: Annotated[
-        Resample | None, Opt(group=Group.VIEWS, changes=VIEWS, usual=EVAL_RESAMPLE, before=RESAMPLED_BEFORE)
+        Resample | None,
+        Opt(group=Group.VIEWS, changes=VIEWS, inherit=Inherit.ALWAYS, usual=EVAL_RESAMPLE, before=RESAMPLED_BEFORE),
     ] = None
     """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures."""
     # None, not 1: a strategy or BiT-HyperRule has a default of its own.

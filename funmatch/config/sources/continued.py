@@ -6,7 +6,7 @@ from typing import Any
 
 from funmatch.config import TAUGHT, recipes
 from funmatch.config.distill import Distill
-from funmatch.config.metadata import Group
+from funmatch.config.metadata import Inherit
 from funmatch.config.options import replaced_by
 from funmatch.config.sources.files import read_options
 from funmatch.errors import InputError
@@ -14,15 +14,6 @@ from funmatch.runtime.json_files import RUN_FORMAT, RUN_RECORD, RUN_SHAPE, read_
 
 SHORTER, GENTLER = 10, 10
 """How many times shorter such a run is by default, and how many times smaller its learning rate."""
-# The length and what follows from it, and what made the student that now brings its own weights.
-FIRST = (
-    "recipe", "steps", "epochs", "lr", "warmup_steps", "cooldown_steps", "decay_steps", "decay_factors", "schedule",
-    "eval_every", "eval_first", "save_every", "log_every", "patience", "student_weights", "student_kwargs", "ema",
-    "precision", "compile", "quantize", "sampling", "class_weights", "profile", "allow_rounding",
-)  # fmt: skip
-"""Options that a run which goes on from another does not take from it."""
-SIZES = ("side", "eval_resize", "eval_resample", "resample")
-"""Options of the views that are taken from a run without a teacher; the others are those of function matching."""
 
 
 def names_run(word: str) -> bool:
@@ -55,13 +46,11 @@ def continued_options(folder: Path, names: Collection[str]) -> dict[str, Any]:
         raise InputError(f"the run in {folder} is not finished; finish it first, so that it has a student")
     verb = record["verb"]
     run = read_options(path / RUN_RECORD, TAUGHT[verb], verb)
-    found = {name: value for name, value in run.items() if name in Distill.model_fields and name not in FIRST}
-    teacher: dict[str, Any] = {}
-    if verb != "distill":
-        # A network that was trained on labels is matched as it is in fp32: no labels are used here.
-        teacher = {"teacher": (str(folder),)}
-        views = Distill.where(lambda opt: opt.group is Group.VIEWS) - {*SIZES}
-        found = {name: value for name, value in found.items() if name not in views}
+    inherited = {Inherit.ALWAYS, Inherit.WITH_TEACHER} if verb == "distill" else {Inherit.ALWAYS}
+    names_of_run = Distill.where(lambda opt: opt.inherited in inherited)
+    found = {name: value for name, value in run.items() if name in names_of_run}
+    # A network that was trained on labels is matched as it is in fp32: no labels are used here.
+    teacher = {} if verb == "distill" else {"teacher": (str(folder),)}
     length = {"steps": max(1, (run.get("steps") or SHORTER) // SHORTER)}
     values = found | teacher | length | {
         "student": str(folder), "lr": (run.get("lr") or 0.0) / GENTLER or None, "schedule": "cosine",
