@@ -34,7 +34,8 @@ from funmatch.config import Evaluate
 from funmatch.runtime.text import counted, format_bytes, percent
 from funmatch.shipping.benchmark.formats import Machine
 from funmatch.shipping.benchmark.result import describe_machine
-from funmatch.training import datasets, scoring
+from funmatch.training import datasets
+from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.subject import pick_split
 from funmatch.training.student.trained_model import open_trained_model
 

@@ -5,7 +5,7 @@ from typing import Any
 from funmatch.config import Cache
 from funmatch.data.cache.inventory import Item, list_items, remove_item
 from funmatch.reports.result import Result
-from funmatch.runtime.files import cache_home
+from funmatch.runtime.disk.files import cache_home
 from funmatch.runtime.log import print_table
 from funmatch.runtime.text import format_bytes
 

@@ -16,7 +16,7 @@ from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.readers.open import local_folder
 from funmatch.errors import InputError
 from funmatch.reports.result import Result
-from funmatch.runtime.files import disk_errors
+from funmatch.runtime.disk.files import disk_errors
 from funmatch.training import datasets
 
 TILE = 1.5  # inches

@@ -6,7 +6,7 @@ from typing import Any
 from funmatch.config import Demo, Distill, Evaluate, Report, Train
 from funmatch.reports import run_page, run_plots
 from funmatch.reports.result import Result
-from funmatch.runtime.files import write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import MISSING, duration, percent
 from funmatch.training import distill, train

@@ -10,7 +10,7 @@ from funmatch.models.classifier import check_side, timm_config
 from funmatch.models.load import load
 from funmatch.models.save import save
 from funmatch.reports.result import Result
-from funmatch.runtime.files import write_folder_atomically
+from funmatch.runtime.disk.files import write_folder_atomically
 from funmatch.runtime.log import info_notes, print_table
 
 INPUTS = {

@@ -9,7 +9,7 @@ from funmatch.errors import InputError, unknown
 from funmatch.models.download import PAPER_FILES
 from funmatch.models.names import NAMED, check_architecture, timm_names
 from funmatch.reports.result import Result
-from funmatch.runtime.files import cache_home
+from funmatch.runtime.disk.files import cache_home
 from funmatch.runtime.log import ProgressBar, info_loading
 
 BIT = [f"resnetv2_{size}_bit" for size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")]

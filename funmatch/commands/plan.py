@@ -23,7 +23,8 @@ from funmatch.reports.result import Result
 from funmatch.runtime import devices, env, transfers
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import duration, format_bytes, percent
-from funmatch.training import distill, finetune, profiling, scoring, train
+from funmatch.training import distill, finetune, profiling, train
+from funmatch.training.evaluation import scoring
 from funmatch.training.loop import fit
 from funmatch.training.objective import Objective
 from funmatch.training.run import checkpoint, intervals

@@ -25,8 +25,8 @@ from funmatch.data.readers.shard_paths import NOTE
 from funmatch.data.readers.shards import CLASS_FILES
 from funmatch.errors import InputError
 from funmatch.ops.order import shuffle_positions
-from funmatch.runtime.files import cache_home, disk_errors, file_lock, write_atomically
-from funmatch.runtime.json_files import Damaged, read_json
+from funmatch.runtime.disk.files import cache_home, disk_errors, file_lock, write_atomically
+from funmatch.runtime.disk.json_files import Damaged, read_json
 
 QUALITY = 95
 CLASS_FILE = CLASS_FILES[0]

@@ -9,7 +9,7 @@ from timm.data.imagenet_info import infer_imagenet_subset
 
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.classifier import Classifier
-from funmatch.runtime.json_files import parse_json
+from funmatch.runtime.disk.json_files import parse_json
 
 SAME_NAMES = "same-names"
 BY_NUMBER = "by-number"

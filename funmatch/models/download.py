@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 
 from funmatch.errors import InputError, first_line, unknown
-from funmatch.runtime.files import cache_home, disk_errors
+from funmatch.runtime.disk.files import cache_home, disk_errors
 
 BASE_URL = "https://storage.googleapis.com/bit_models/distill"
 PAPER_FILES = {

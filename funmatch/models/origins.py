@@ -30,8 +30,8 @@ from funmatch.models.names import (
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
 from funmatch.models.weights import Lazily
-from funmatch.runtime import records
-from funmatch.runtime.json_files import parse_json
+from funmatch.runtime.disk import records
+from funmatch.runtime.disk.json_files import parse_json
 
 CONFIG_KEYS = ("input_size", "crop_pct", "mean", "std")
 MODEL = {"architecture": str, "model_args?": dict, "funmatch?": dict, "pretrained_cfg?": dict}

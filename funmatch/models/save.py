@@ -13,7 +13,7 @@ from torch import nn
 from funmatch.models.bit import OTHER_SIZES, rescale_for_timm
 from funmatch.models.classifier import Card, Classifier, timm_config, to_memory_format
 from funmatch.models.names import GIVEN
-from funmatch.runtime.json_files import read_json
+from funmatch.runtime.disk.json_files import read_json
 
 # Entries of timm's configuration that describe the architecture's published weights, and would be wrong for ours.
 ABOUT_OTHER_WEIGHTS = (

@@ -21,7 +21,7 @@ from funmatch.data.readers import catalog
 from funmatch.errors import InputError
 from funmatch.notebook.choices import Choice, choose
 from funmatch.reports.display import html_table
-from funmatch.runtime.json_files import read_json
+from funmatch.runtime.disk.json_files import read_json
 from funmatch.runtime.log import info
 from funmatch.training.run import folder as run_folder
 

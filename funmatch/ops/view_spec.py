@@ -14,7 +14,7 @@ from funmatch.config.choices import RESAMPLED_BEFORE, Resample
 from funmatch.ops.crops import central_view
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.sampling import SAMPLING_VERSION
-from funmatch.runtime.records import list_differences
+from funmatch.runtime.disk.records import list_differences
 
 MILD = ("mild", "squash")
 """Crops that are cut out of a resized image."""

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from funmatch.reports.html import COLORS, GREY, INK, STYLE, load_template, to_svg
-from funmatch.runtime.files import write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.text import MISSING, percent
 
 COLUMNS = ("format", "status", "size (MB)", "top-1", "agreement", "ms/image", "images/s")

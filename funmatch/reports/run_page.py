@@ -9,7 +9,7 @@ from funmatch.reports import run_plots, run_tables, run_views
 from funmatch.reports.html import load_template
 from funmatch.reports.result import Result
 from funmatch.runtime import env
-from funmatch.runtime.files import write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.text import percent
 from funmatch.training.run import folder as run_folder
 

@@ -10,7 +10,7 @@ from funmatch.config.metadata import Changes, Group
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.ops.metrics import has_diverged
 from funmatch.runtime.text import MISSING, duration, number, percent
-from funmatch.training import scoring
+from funmatch.training.evaluation import scoring
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.places import saved_step

@@ -10,7 +10,7 @@ import numpy as np
 from funmatch.reports import study_plots
 from funmatch.reports.html import load_template
 from funmatch.reports.study_plots import by, spread, value_of
-from funmatch.runtime.files import write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.text import MISSING, duration
 
 COLUMNS = ("top1", "agreement", "kl", "views_kl", "loss")

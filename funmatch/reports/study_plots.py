@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from funmatch.reports.html import COLORS, GREY, STYLE, to_svg
-from funmatch.runtime.json_files import LARGEST
+from funmatch.runtime.disk.json_files import LARGEST
 
 Results = Sequence[Mapping[str, Any]]
 SHARES = ("top1", "top5", "agreement", "agreement5", "balanced")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from funmatch.runtime.files import cache_home, write_atomically
-from funmatch.runtime.json_files import Damaged, Shape, read_json
+from funmatch.runtime.disk.files import cache_home, write_atomically
+from funmatch.runtime.disk.json_files import Damaged, Shape, read_json
 from funmatch.runtime.log import info
 
 

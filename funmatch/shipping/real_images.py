@@ -10,7 +10,8 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.runtime import devices
 from funmatch.shipping.runtimes import to_bytes
-from funmatch.training import datasets, scoring
+from funmatch.training import datasets
+from funmatch.training.evaluation import scoring
 from funmatch.training.student.trained_model import TrainedModel
 
 

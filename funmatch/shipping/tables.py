@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from funmatch.errors import InputError
-from funmatch.runtime.files import disk_errors, open_atomically
+from funmatch.runtime.disk.files import disk_errors, open_atomically
 
 ENDINGS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 """Format of a file by the ending of its name."""

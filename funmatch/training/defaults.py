@@ -24,7 +24,7 @@ from funmatch.ops.view_spec import complete_key
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.functions import is_function_name
 from funmatch.runtime.log import info
-from funmatch.training import scoring
+from funmatch.training.evaluation import scoring
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run import intervals
 from funmatch.training.student import acceleration

@@ -11,8 +11,9 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
 from funmatch.runtime import distributed, env, signals
 from funmatch.runtime.log import ProgressBar, info
-from funmatch.training import distill, scoring
+from funmatch.training import distill
 from funmatch.training.distill import Distillation, DistillSetup
+from funmatch.training.evaluation import scoring
 from funmatch.training.run import folder as run_folder
 from funmatch.training.setup import finished_result, run_record
 from funmatch.training.teachers.loading import LoadedTeacher

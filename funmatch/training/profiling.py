@@ -13,7 +13,7 @@ from torch.profiler import profile, record_function
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.flops import gflop
 from funmatch.runtime import devices, env
-from funmatch.runtime.files import write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.timing import StepTimer
 from funmatch.training.setup import TrainSetup

@@ -22,13 +22,14 @@ from funmatch.ops.optim.updates import EMA
 from funmatch.ops.view_spec import ViewSpec
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.log import info
-from funmatch.training import datasets, scoring
+from funmatch.training import datasets
 from funmatch.training.defaults import resolve_defaults, warn_of_late_steps
+from funmatch.training.evaluation import scoring
+from funmatch.training.evaluation.scoring import Evaluation
 from funmatch.training.loop import LoopOptions, loop_options
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.recorder import ON_EVENT, OnEvent
-from funmatch.training.scoring import Evaluation
 from funmatch.training.student import acceleration
 from funmatch.training.student.build import Modules, Student, build_classifier, init_digest, sync_across_processes
 from funmatch.training.student.quantization import quantize_layers

@@ -19,7 +19,7 @@ from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import percent
 from funmatch.runtime.timing import timed
 from funmatch.training import oom
-from funmatch.training.evaluator import Evaluator
+from funmatch.training.evaluation.evaluator import Evaluator
 from funmatch.training.loop import Losses, fit
 from funmatch.training.objective import Objective
 from funmatch.training.profiling import profile_training

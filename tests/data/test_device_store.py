@@ -18,9 +18,9 @@ from funmatch.data.loader import Loader
 from funmatch.ops import resample
 from funmatch.ops.view_spec import Preprocessing, ViewSpec
 from funmatch.training import datasets as training_datasets
+from funmatch.training.evaluation.scoring import central_batches
 from funmatch.training.run.checkpoint import CheckpointWriter
 from funmatch.training.run.folder import Run
-from funmatch.training.scoring import central_batches
 
 CPU = torch.device("cpu")
 CLOSE = 0.01 / 255  # the gather sums in another order than the host's resampling

@@ -21,7 +21,7 @@ from funmatch.data.readers.open import READERS, Reader, local_folder, open_datas
 from funmatch.errors import InputError
 from funmatch.ops.crops import crop_resize_flip
 from funmatch.ops.view_spec import Preprocessing, ViewSpec
-from funmatch.training.scoring import central_batches
+from funmatch.training.evaluation.scoring import central_batches
 
 
 def test_folder_gives_splits_classes_and_labels(images):

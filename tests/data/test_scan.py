@@ -26,7 +26,7 @@ from funmatch.data.loader import Loader
 from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
 from funmatch.ops.view_spec import Preprocessing, ViewSpec
-from funmatch.training.scoring import central_batches
+from funmatch.training.evaluation.scoring import central_batches
 
 
 def classes_folder(root, count=30, classes=("ant", "bee")):

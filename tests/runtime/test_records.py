@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from funmatch.errors import InputError
-from funmatch.runtime import files, json_files, records
-from funmatch.runtime.json_files import Damaged, NewerFormat, parse_json, read_json, read_record
+from funmatch.runtime.disk import files, json_files, records
+from funmatch.runtime.disk.json_files import Damaged, NewerFormat, parse_json, read_json, read_record
+from funmatch.runtime.disk.records import RecordFolder
 from funmatch.runtime.measured import Measurement
-from funmatch.runtime.records import RecordFolder
 
 SHAPE = {"verb": str, "options": {"lr": float, "steps?": int | None}, "classes": list[str], "rows?": [{"n": int}]}
 VALID = {"verb": "train", "options": {"lr": 1, "steps": None}, "classes": ["cat"], "rows": [{"n": 1}, {"n": 2}]}
@@ -182,7 +182,7 @@ def test_failed_creation_leaves_no_folder(tmp_path, when):
 def test_error_names_the_process_that_holds_the_lock(tmp_path):
     folder = record_folder(tmp_path)
     code = (
-        "import sys, pathlib; from funmatch.runtime.records import RecordFolder\n"
+        "import sys, pathlib; from funmatch.runtime.disk.records import RecordFolder\n"
         "folder = RecordFolder(pathlib.Path(sys.argv[1]), 'job.json', 'job', {'options': dict})\n"
         "with folder.opened({'options': {}}, lambda then, now: []):\n"
         "    print('ready', flush=True); sys.stdin.read()\n"

@@ -18,7 +18,8 @@ from PIL import Image
 import funmatch as api
 from funmatch.config import Evaluate
 from funmatch.runtime import devices
-from funmatch.training import datasets, scoring
+from funmatch.training import datasets
+from funmatch.training.evaluation import scoring
 from funmatch.training.student.trained_model import open_trained_model
 
 TINY = {"student": "resnet10t", "student_kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8}, "side": 32, "batch": 8}

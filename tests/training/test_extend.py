@@ -19,7 +19,7 @@ import funmatch
 from funmatch.config import Report
 from funmatch.errors import InputError
 from funmatch.reports import run_page
-from funmatch.runtime import records as run_records
+from funmatch.runtime.disk import records as run_records
 from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
 

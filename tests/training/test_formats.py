@@ -18,7 +18,7 @@ from funmatch.data.cache.open_cache import ENTRY
 from funmatch.errors import InputError
 from funmatch.models import class_map, origins
 from funmatch.reports import run_tables, study_page, tune_page
-from funmatch.runtime.json_files import Damaged, parse_json
+from funmatch.runtime.disk.json_files import Damaged, parse_json
 from funmatch.training.run import checkpoint, compare, state
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import tape

@@ -10,7 +10,7 @@ from funmatch.data.cache.open_cache import open_cache
 from funmatch.errors import InputError
 from funmatch.models.class_map import map_classes, number_order
 from funmatch.models.classifier import Card, Classifier
-from funmatch.training.class_order import check_number_order
+from funmatch.training.evaluation.class_order import check_number_order
 
 CLASSES = 12
 

@@ -16,7 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import funmatch
 from funmatch.data.cache.stores import INDEX, CachedSplit
-from funmatch.training import scoring
+from funmatch.training.evaluation import scoring
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import checks
 

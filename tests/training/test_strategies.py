@@ -32,7 +32,8 @@ from funmatch.ops.sampling import (
     step_generator,
 )
 from funmatch.ops.view_spec import ViewSpec
-from funmatch.training import distill, scoring
+from funmatch.training import distill
+from funmatch.training.evaluation import scoring
 from funmatch.training.teachers import fixed
 from funmatch.training.teachers.source import DistillLoader, Fixed
 

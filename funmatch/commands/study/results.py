@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.commands.study.spec import RunSpec
-from funmatch.runtime.files import write_atomically
-from funmatch.runtime.json_files import EACH, NewerFormat, newer, parse_json
-from funmatch.runtime.json_files import FORMAT as FORMAT_KEY
+from funmatch.runtime.disk.files import write_atomically
+from funmatch.runtime.disk.json_files import EACH, NewerFormat, newer, parse_json
+from funmatch.runtime.disk.json_files import FORMAT as FORMAT_KEY
 from funmatch.runtime.log import info
 from funmatch.training.run import folder as run_folder
 

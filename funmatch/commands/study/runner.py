@@ -23,10 +23,10 @@ from funmatch.commands.study.spec import RunSpec, StudySpec
 from funmatch.config import Study, recipes
 from funmatch.errors import InputError, WorkFailed
 from funmatch.runtime import devices, signals
-from funmatch.runtime.files import write_atomically
-from funmatch.runtime.json_files import Damaged
+from funmatch.runtime.disk.files import write_atomically
+from funmatch.runtime.disk.json_files import Damaged
+from funmatch.runtime.disk.records import RecordFolder, list_differences
 from funmatch.runtime.log import ProgressBar, info
-from funmatch.runtime.records import RecordFolder, list_differences
 from funmatch.runtime.text import duration, percent
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import recording

@@ -25,7 +25,7 @@ from sqlalchemy.pool import NullPool
 
 from funmatch.commands.tune.space import Space, Value, combinations
 from funmatch.errors import InputError, first_line
-from funmatch.runtime.files import try_lock_file
+from funmatch.runtime.disk.files import try_lock_file
 
 PATIENCE_SECONDS = 20.0
 """Time to wait for a storage that is locked by another process."""

@@ -9,7 +9,7 @@ from funmatch.config import Search
 from funmatch.errors import WorkFailed
 from funmatch.reports import run_page, tune_page
 from funmatch.reports.result import Result
-from funmatch.runtime.files import write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.log import print_table
 from funmatch.training.teachers.loading import Modules
 

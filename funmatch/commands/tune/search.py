@@ -14,8 +14,8 @@ from funmatch.config.data import NO_VALIDATION
 from funmatch.config.optim import LR
 from funmatch.config.search import TRIALS
 from funmatch.errors import InputError
+from funmatch.runtime.disk.records import RecordFolder, list_differences
 from funmatch.runtime.log import info
-from funmatch.runtime.records import RecordFolder, list_differences
 from funmatch.training import datasets
 from funmatch.training.teachers import recording
 from funmatch.version import __version__

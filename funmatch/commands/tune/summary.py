@@ -13,8 +13,8 @@ from funmatch.commands.tune.search import FORMAT, SearchSpec
 from funmatch.commands.tune.space import Value
 from funmatch.config import Evaluate, Group, recipes
 from funmatch.config.data import VALIDATION_SHARE
-from funmatch.runtime.files import write_atomically
-from funmatch.runtime.json_files import EACH, LARGEST, Damaged, read_json, read_record
+from funmatch.runtime.disk.files import write_atomically
+from funmatch.runtime.disk.json_files import EACH, LARGEST, Damaged, read_json, read_record
 from funmatch.runtime.log import info
 from funmatch.training.evaluation import evaluate
 from funmatch.training.run import folder as run_folder

@@ -20,7 +20,7 @@ from funmatch.commands.verbs import VERBS, load_function
 from funmatch.config import Search
 from funmatch.errors import InputError, first_line
 from funmatch.runtime import text
-from funmatch.runtime.files import file_lock, try_lock_file
+from funmatch.runtime.disk.files import file_lock, try_lock_file
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.training.run import intervals

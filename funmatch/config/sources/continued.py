@@ -10,7 +10,7 @@ from funmatch.config.metadata import Inherit
 from funmatch.config.options import replaced_by
 from funmatch.config.sources.files import read_options
 from funmatch.errors import InputError
-from funmatch.runtime.json_files import RUN_FORMAT, RUN_RECORD, RUN_SHAPE, read_record
+from funmatch.runtime.disk.json_files import RUN_FORMAT, RUN_RECORD, RUN_SHAPE, read_record
 
 SHORTER, GENTLER = 10, 10
 """How many times shorter such a run is by default, and how many times smaller its learning rate."""

@@ -10,7 +10,7 @@ from typing import Any
 from funmatch.config.options import Options, listed
 from funmatch.config.values import converted, kind_of, normalised, type_problem
 from funmatch.errors import InputError, first_line, unknown
-from funmatch.runtime.json_files import RUN_FORMAT, RUN_RECORD, RUN_SHAPE, Damaged, parse_json, read_record
+from funmatch.runtime.disk.json_files import RUN_FORMAT, RUN_RECORD, RUN_SHAPE, Damaged, parse_json, read_record
 
 NOT_OF_A_RUN = ("out", "as_json")
 """What the record of a run does not pass on: the same run again needs a folder of its own."""

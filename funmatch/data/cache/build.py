@@ -18,7 +18,7 @@ from funmatch.data.cache.stores import INDEX
 from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
 from funmatch.data.decode import MAX_PIXELS, decode
 from funmatch.errors import InputError
-from funmatch.runtime.files import disk_errors, file_lock, write_atomically
+from funmatch.runtime.disk.files import disk_errors, file_lock, write_atomically
 from funmatch.runtime.text import counted
 
 FREE_BYTES = 256 << 20  # left free on the disk beside a cache

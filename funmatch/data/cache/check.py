@@ -8,9 +8,9 @@ import numpy as np
 
 from funmatch.data.cache.stores import INDEX
 from funmatch.data.dataset import Track
-from funmatch.runtime.files import read_array
-from funmatch.runtime.json_files import FORMAT as FORMAT_KEY
-from funmatch.runtime.json_files import Damaged, NewerFormat, read_record
+from funmatch.runtime.disk.files import read_array
+from funmatch.runtime.disk.json_files import FORMAT as FORMAT_KEY
+from funmatch.runtime.disk.json_files import Damaged, NewerFormat, read_record
 
 FORMAT = 4
 """Of a cache: the number in its `meta.json`, and part of its name."""

@@ -18,8 +18,8 @@ from funmatch.data.cache.scan import Scan, scan
 from funmatch.data.cache.splits import LEFT_OUT, apply_split, choose_splits
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.dataset import ORDER, Dataset, Track
-from funmatch.runtime.files import cache_home, write_atomically
-from funmatch.runtime.json_files import Damaged
+from funmatch.runtime.disk.files import cache_home, write_atomically
+from funmatch.runtime.disk.json_files import Damaged
 
 
 def write_cut(folder: Path, key: str, numbers: np.ndarray) -> Path:

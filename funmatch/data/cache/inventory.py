@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from funmatch.data.cache.ledger import ENTRY, folder_of, read_paths
-from funmatch.runtime.files import remove
-from funmatch.runtime.json_files import parse_json
+from funmatch.runtime.disk.files import remove
+from funmatch.runtime.disk.json_files import parse_json
 
 SAMPLE = 20
 """Watched files of a data set that are looked for: if none of them is there, the data set is gone."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from funmatch.runtime.json_files import EACH
+from funmatch.runtime.disk.json_files import EACH
 
 PAIRS = {"pictures": int, "examples": [(str, str)]}
 ENTRY = {

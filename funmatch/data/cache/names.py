@@ -9,7 +9,7 @@ from funmatch.data.cache.scan import by_split, scan
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.dataset import ReadOptions, Track, untracked
 from funmatch.data.readers.open import open_dataset
-from funmatch.runtime.files import cache_home
+from funmatch.runtime.disk.files import cache_home
 
 
 def image_names(

@@ -29,8 +29,8 @@ from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import pick_decoder
 from funmatch.data.readers.catalog import data_home
 from funmatch.data.readers.open import open_dataset, resolve_spec
-from funmatch.runtime.files import cache_home, write_atomically
-from funmatch.runtime.json_files import parse_json
+from funmatch.runtime.disk.files import cache_home, write_atomically
+from funmatch.runtime.disk.json_files import parse_json
 from funmatch.runtime.text import counted
 
 NAMES_IN_DIGESTS = {

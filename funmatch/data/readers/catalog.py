@@ -13,7 +13,7 @@ from pathlib import Path
 from funmatch.data.dataset import Dataset, mosaic
 from funmatch.data.readers import published
 from funmatch.errors import InputError, first_line
-from funmatch.runtime.files import disk_errors, user_cache
+from funmatch.runtime.disk.files import disk_errors, user_cache
 
 EMBEDDED = Path(__file__).parent.parent.parent / "embedded"
 SECONDS_OF_SILENCE = 30.0

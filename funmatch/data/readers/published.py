@@ -13,7 +13,7 @@ import numpy as np
 from funmatch.data.dataset import Dataset, SplitListing, SplitSpec, check_classes, encode_pnm, read_file, sort_splits
 from funmatch.data.readers.folder import open_folder
 from funmatch.errors import InputError, first_line
-from funmatch.runtime.json_files import parse_json
+from funmatch.runtime.disk.json_files import parse_json
 
 TENTH = SplitSpec({"val": Fraction(1, 10)})
 # SUN397 has no official splits. TensorFlow Datasets drew 70, 10 and 20 %, as the paper uses them; its lists are read

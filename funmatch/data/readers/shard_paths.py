@@ -10,7 +10,7 @@ from typing import Any
 
 from funmatch.data.readers.split_names import find_split, says_split
 from funmatch.errors import InputError
-from funmatch.runtime.json_files import Damaged, Shape, read_json
+from funmatch.runtime.disk.json_files import Damaged, Shape, read_json
 
 NOTE = "funmatch.json"
 """File that `funmatch prepare --to tfrecord` writes beside its shards; among other things, it lists their names."""

@@ -28,7 +28,7 @@ from funmatch.data.formats.tfrecord import DamagedRecord, is_gzip
 from funmatch.data.readers.shard_paths import splits_of, watched_folders
 from funmatch.data.readers.split_names import find_split
 from funmatch.errors import InputError
-from funmatch.runtime.files import disk_errors
+from funmatch.runtime.disk.files import disk_errors
 
 CLASS_FILES = ("class.labels.txt", "label.labels.txt", "labels.txt", "classes.txt", "class_names.txt")
 MAX_UNPACKED = 64  # GZIP shards that are unpacked at a time; each takes a file handle

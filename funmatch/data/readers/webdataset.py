@@ -8,7 +8,7 @@ from funmatch.data.decode import EXTENSIONS
 from funmatch.data.formats.tfrecord import DamagedRecord
 from funmatch.data.readers.shard_paths import shard_paths
 from funmatch.data.readers.shards import Oddities, Record, open_shards, parse_label
-from funmatch.runtime.json_files import parse_json
+from funmatch.runtime.disk.json_files import parse_json
 
 JSON_LABELS = ("label", "cls", "class_id", "class")
 """Names of the label in a sample's JSON, tried in this order."""

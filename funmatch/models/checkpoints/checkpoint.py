@@ -13,7 +13,7 @@ from torch import Tensor
 from funmatch.errors import InputError, first_line
 from funmatch.models.checkpoints import signatures, torch_files
 from funmatch.models.checkpoints.pickled import Described
-from funmatch.runtime.json_files import parse_json
+from funmatch.runtime.disk.json_files import parse_json
 
 MAX_DEPTH = 3  # of dicts around a state dict
 INDEX = ".index.json"

@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any
 
 from funmatch.errors import first_line
-from funmatch.runtime.files import cache_home
+from funmatch.runtime.disk.files import cache_home
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("norms.cpp", "views.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")

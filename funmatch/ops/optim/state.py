@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
-from funmatch.runtime.json_files import parse_json
+from funmatch.runtime.disk.json_files import parse_json
 
 EXTERNAL = {"params", "lr"}
 """Entries of a group that come from its construction and from the schedule, not from its state."""

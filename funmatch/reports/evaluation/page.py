@@ -16,7 +16,7 @@ from funmatch.ops import metrics as metric_ops
 from funmatch.reports.evaluation import per_image, rows
 from funmatch.reports.html import load_template
 from funmatch.reports.result import Result
-from funmatch.runtime.files import write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.log import info
 from funmatch.runtime.text import number, percent
 from funmatch.training import datasets

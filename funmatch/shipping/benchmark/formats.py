@@ -16,7 +16,7 @@ from funmatch.models.class_map import ClassMap
 from funmatch.models.classifier import Classifier, weight_bytes
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices
-from funmatch.runtime.json_files import Damaged, read_json
+from funmatch.runtime.disk.json_files import Damaged, read_json
 from funmatch.shipping.export import formats as export_formats
 from funmatch.shipping.export import sidecars
 from funmatch.shipping.export.formats import Job, make_job

@@ -25,7 +25,7 @@ from funmatch.shipping.benchmark.scores import EvaluationImages, open_images, sc
 from funmatch.shipping.benchmark.timing import Probe, Series, probe_batches, time_rounds
 from funmatch.shipping.export.sidecars import PREPROCESSING
 from funmatch.shipping.runtimes import require
-from funmatch.training import scoring
+from funmatch.training.evaluation import scoring
 from funmatch.training.student.build import Modules
 from funmatch.training.student.trained_model import TrainedModel, open_described_model
 from funmatch.training.teachers import checks

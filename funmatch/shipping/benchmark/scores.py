@@ -18,8 +18,8 @@ from funmatch.models.ensemble import TeacherEnsemble, select_classes
 from funmatch.runtime import devices
 from funmatch.shipping.benchmark.candidates import Candidate
 from funmatch.shipping.benchmark.formats import CALIBRATION_IMAGES, Machine
-from funmatch.training import class_order, datasets, scoring
-from funmatch.training.evaluation import subject
+from funmatch.training import datasets
+from funmatch.training.evaluation import class_order, scoring, subject
 from funmatch.training.student.build import Modules
 from funmatch.training.student.trained_model import TrainedModel
 from funmatch.training.teachers import loading

@@ -13,7 +13,7 @@ import torch
 
 from funmatch.config import Export
 from funmatch.errors import InputError
-from funmatch.runtime.files import write_folder_atomically
+from funmatch.runtime.disk.files import write_folder_atomically
 from funmatch.runtime.log import info, track
 from funmatch.shipping.export import sidecars
 from funmatch.shipping.export.formats import FORMATS, Job, make_job

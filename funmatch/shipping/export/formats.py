@@ -19,7 +19,7 @@ from funmatch.config import Export
 from funmatch.errors import InputError
 from funmatch.models.classifier import crop_fraction
 from funmatch.models.save import save
-from funmatch.runtime.files import write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.shipping.export import sidecars
 from funmatch.shipping.export.network import ExportNet, explain_failure, quiet, trace, with_plain_attention
 from funmatch.shipping.export.onnx_file import write_onnx

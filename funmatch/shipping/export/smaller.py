@@ -13,7 +13,7 @@ from funmatch.runtime.log import info
 from funmatch.shipping.quantize.quantize import How, quantize_onnx
 from funmatch.shipping.quantize.scores import Images
 from funmatch.shipping.real_images import RealData, RealImages
-from funmatch.training import scoring
+from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.subject import open_teachers
 from funmatch.training.student.trained_model import TrainedModel
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.errors import InputError, WorkFailed
-from funmatch.runtime.files import write_atomically
+from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.log import info
 from funmatch.runtime.text import counted
 from funmatch.shipping.quantize import gate as gates

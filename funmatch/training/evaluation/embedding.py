@@ -11,7 +11,7 @@ from funmatch.models.inference.features import Features
 from funmatch.ops import embeddings
 from funmatch.ops.intervals import wilson
 from funmatch.runtime.log import info
-from funmatch.training import scoring
+from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.subject import Subject, check_finite
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from funmatch.config import Evaluate
 from funmatch.errors import InputError
 from funmatch.models.inference.features import is_headless
-from funmatch.training import class_order, datasets
-from funmatch.training.evaluation import embedding, figures, robustness
+from funmatch.training import datasets
+from funmatch.training.evaluation import class_order, embedding, figures, robustness
 from funmatch.training.evaluation.figures import Scores
 from funmatch.training.evaluation.scaling import scale_temperature
 from funmatch.training.evaluation.subject import Opened, Subject, check_same_classes, open_all

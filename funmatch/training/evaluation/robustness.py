@@ -8,7 +8,7 @@ from funmatch.config import Evaluate
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops.corruptions import CORRUPTIONS, SEVERITIES, Damage
 from funmatch.runtime.log import track
-from funmatch.training import scoring
+from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.subject import Opened
 
 CLEAN = "clean"

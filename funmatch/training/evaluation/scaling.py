@@ -8,7 +8,7 @@ from torch import Tensor
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.readers.split_names import describe_images
 from funmatch.ops import calibration
-from funmatch.training import scoring
+from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.figures import Scores
 from funmatch.training.evaluation.subject import Opened, Subject
 

@@ -19,7 +19,8 @@ from funmatch.models.inference.frozen import Frozen
 from funmatch.ops.corruptions import Damage
 from funmatch.runtime import devices
 from funmatch.runtime.log import info
-from funmatch.training import class_order, datasets, scoring
+from funmatch.training import datasets
+from funmatch.training.evaluation import class_order, scoring
 from funmatch.training.student.trained_model import TrainedModel, info_side, open_described_model
 from funmatch.training.teachers import checks, loading
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line, is_out_of_memory
 from funmatch.ops.optim.state import load_optimizer_state_, optimizer_state_dict
-from funmatch.runtime.files import remove, remove_partials, write_folder_atomically
-from funmatch.runtime.json_files import FORMAT as FORMAT_KEY
-from funmatch.runtime.json_files import Damaged, read_record
+from funmatch.runtime.disk.files import remove, remove_partials, write_folder_atomically
+from funmatch.runtime.disk.json_files import FORMAT as FORMAT_KEY
+from funmatch.runtime.disk.json_files import Damaged, read_record
 from funmatch.runtime.log import info
 from funmatch.training.run.places import BEST, STABLE, STEP, list_places, name_of, step_of
 from funmatch.training.run.state import FORMAT, NEWER, TrainState, read_state

@@ -9,7 +9,7 @@ from typing import Any
 from funmatch.config import TAUGHT, UNCOMPARED
 from funmatch.config.metadata import Changes, Group, OnResume, Opt
 from funmatch.config.options import Options
-from funmatch.runtime.records import list_differences
+from funmatch.runtime.disk.records import list_differences
 from funmatch.training.run import longer
 
 ALLOW = "allow_rounding"

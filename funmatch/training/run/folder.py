@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from funmatch.config import TAUGHT
 from funmatch.errors import InputError
 from funmatch.runtime import env
-from funmatch.runtime.files import write_atomically
-from funmatch.runtime.json_files import Damaged, read_record
+from funmatch.runtime.disk.files import write_atomically
+from funmatch.runtime.disk.json_files import Damaged, read_record
+from funmatch.runtime.disk.records import RUN_RECORD, RUN_SHAPE, RecordFolder
 from funmatch.runtime.log import info
-from funmatch.runtime.records import RUN_RECORD, RUN_SHAPE, RecordFolder
 from funmatch.training.run import compare
 from funmatch.training.run.metrics_log import RECORDED_MODE, MetricsLog
 from funmatch.training.run.places import saved_step

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.runtime import env
-from funmatch.runtime.files import disk_errors, write_atomically
-from funmatch.runtime.json_files import misfit, parse_json
+from funmatch.runtime.disk.files import disk_errors, write_atomically
+from funmatch.runtime.disk.json_files import misfit, parse_json
 from funmatch.runtime.log import info
 
 RECORDED_MODE = {

@@ -11,7 +11,7 @@ from torch import nn
 
 from funmatch.errors import InputError
 from funmatch.runtime import transfers
-from funmatch.runtime.json_files import read_record
+from funmatch.runtime.disk.json_files import read_record
 from funmatch.training.loop import Losses
 
 FORMAT = 1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from funmatch.models.classifier import Classifier, crop_fraction
 from funmatch.models.save import save
-from funmatch.runtime.files import write_folder_atomically
-from funmatch.training.scoring import EvalView
+from funmatch.runtime.disk.files import write_folder_atomically
+from funmatch.training.evaluation.scoring import EvalView
 from funmatch.training.student.quantization import strip_quantization
 
 

@@ -19,7 +19,7 @@ from funmatch.models.classifier import Classifier, check_side
 from funmatch.models.load import load
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime.log import info, info_notes
-from funmatch.training import scoring
+from funmatch.training.evaluation import scoring
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
 from funmatch.training.student.quantization import CHILD

@@ -18,7 +18,7 @@ from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.ops.metrics import alone_right, is_clearly_better
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
-from funmatch.training import class_order, scoring
+from funmatch.training.evaluation import class_order, scoring
 from funmatch.training.objective import TeacherLogits
 from funmatch.training.run import folder as run_folder
 from funmatch.training.setup import TrainSetup

@@ -24,7 +24,7 @@ from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
 from funmatch.runtime import devices
-from funmatch.runtime.files import cache_home, read_array, try_lock_file, write_array
+from funmatch.runtime.disk.files import cache_home, read_array, try_lock_file, write_array
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import COMPARED_IMAGES, LoadedTeacher

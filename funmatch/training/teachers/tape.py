@@ -24,9 +24,9 @@ from torch import Tensor
 
 from funmatch.errors import InputError
 from funmatch.ops.view_spec import list_key_differences
-from funmatch.runtime.files import disk_errors
-from funmatch.runtime.json_files import Damaged
-from funmatch.runtime.records import RecordFolder
+from funmatch.runtime.disk.files import disk_errors
+from funmatch.runtime.disk.json_files import Damaged
+from funmatch.runtime.disk.records import RecordFolder
 from funmatch.training.run.metrics_log import RECORDED_MODE
 
 FORMAT = 1

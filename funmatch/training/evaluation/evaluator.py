@@ -10,7 +10,8 @@ from funmatch.models.classifier import Classifier
 from funmatch.ops.metrics import has_diverged
 from funmatch.runtime.log import info
 from funmatch.runtime.text import number
-from funmatch.training import datasets, scoring
+from funmatch.training import datasets
+from funmatch.training.evaluation import scoring
 from funmatch.training.objective import Objective
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.state import TrainState

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from funmatch.errors import InputError
-from funmatch.runtime.files import (
+from funmatch.runtime.disk.files import (
     PARTIAL,
     file_lock,
     lock_owner,
@@ -21,7 +21,7 @@ from funmatch.runtime.files import (
     try_lock_file,
     write_atomically,
 )
-from funmatch.runtime.json_files import FORMAT, RUN_RECORD, RUN_SHAPE, Damaged, Shape, read_json, read_record
+from funmatch.runtime.disk.json_files import FORMAT, RUN_RECORD, RUN_SHAPE, Damaged, Shape, read_json, read_record
 
 
 def is_run(folder: Path) -> bool:
