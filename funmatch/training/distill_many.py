@@ -163,7 +163,7 @@ def step_together(training: dict[str, Trainer], metrics: dict[str, Any]) -> dict
             trainers = training.values()
             bar.update(
                 sum(trainer.state.step for trainer in trainers),
-                lambda trainers=trainers: "; ".join(filter(None, (trainer.loss_note() for trainer in trainers))),
+                lambda trainers=trainers: "; ".join(filter(None, (trainer.losses.note for trainer in trainers))),
             )
     if interrupted:
         raise signals.Interrupted(interrupted.number, "all students are saved; run the same command again to resume")

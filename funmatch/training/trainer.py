@@ -1,14 +1,10 @@
 """Trains a run to its end: drives the training loop, logs, evaluates, and writes checkpoints."""
 
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from funmatch.data.loader import Batch
 from funmatch.data.prefetch import prefetch
@@ -26,8 +22,9 @@ from funmatch.training.profiling import profile_training
 from funmatch.training.run import checkpoint, extend, intervals, longer
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.checkpoint import CheckpointWriter
+from funmatch.training.run.loss_log import LossLog
 from funmatch.training.run.recorder import Recorder
-from funmatch.training.run.state import LossMeter, TrainState, check_weights
+from funmatch.training.run.state import TrainState, check_weights
 from funmatch.training.setup import TrainSetup, run_record
 from funmatch.training.student.acceleration import accelerate_student
 
@@ -58,7 +55,6 @@ class Trainer:
 
     Attributes:
         state: the run's progress, as checkpoints hold it.
-        latest: loss of the latest step, on its device; None before the first.
         notes: latest evaluation, for the progress bar.
         records: writes records of metrics; if the user's `on_event` fails, the run ends after the next step.
     """
@@ -71,8 +67,6 @@ class Trainer:
         self.scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
         self.state = TrainState()
         self.writer = CheckpointWriter()
-        self.clock, self.away = time.monotonic(), 0.0
-        self.latest: Tensor | None = None
         self.notes: dict[str, str] = {}
         self.records = Recorder(run.metrics, setup.inputs.on_event)
         net, optimizer, average = self.student.classifier.net, self.student.optimizer, self.student.average_net
@@ -82,8 +76,7 @@ class Trainer:
             self.state = state
             self.scaler.load_state_dict(self.state.scaler)
             info(f"{run.folder}: resuming from step {self.state.step} of {setup.loop.steps}")
-        window = {"loss": self.state.window, **self.state.window_parts} if self.state.window else {}
-        self.losses = LossMeter(window, setup.loop.device)
+        self.losses = LossLog(self.state, self.records, setup.loop, setup.config.batch)
         self.stable = extend.stable_step(setup.config.model_dump())
         # A process killed between saving this step and keeping it did only the first.
         if self.state.step and self.state.step == self.stable:
@@ -104,13 +97,9 @@ class Trainer:
             for step in self.steps(caught):
                 bar.update(step, self.note)
 
-    def loss_note(self) -> str:
-        """Formats the loss of the latest step, for which the host waits for the device."""
-        return "" if self.latest is None else f"loss {self.latest.item():.4f}"
-
     def note(self) -> str:
         """Returns what stands beside the progress bar."""
-        return ", ".join(each for each in (self.loss_note(), *self.notes.values()) if each)
+        return ", ".join(each for each in (self.losses.note, *self.notes.values()) if each)
 
     def compile(self) -> None:
         """Sets up compilation or native kernels, if there are steps left."""
@@ -139,7 +128,7 @@ class Trainer:
             closing(batches),
             profile_training(setup, objective.teachers, self.run.folder) as profiled,
         ):
-            self.clock = time.monotonic()  # set-up and compilation are not training
+            self.losses.start_clock()  # set-up and compilation are not training
             for step, losses in fit(loop, student, optimizer, self.scaler, batches, objective.loss, start):
                 # Agreed by all processes: one that stopped alone would leave the others waiting for its gradients.
                 stop = distributed.all_reduce_max(caught[0] if caught else FAILED * bool(self.records.failure))
@@ -170,23 +159,23 @@ class Trainer:
         """
         self.state.step = step
         self.losses.add(losses)
-        self.latest = losses["loss"]
         if self.student.ema:
             self.student.ema.update(self.student.classifier, step)
         due = intervals.due_at(self.setup.config, step)
         evaluated, saved = due.evaluated, due.saved or step == self.stable or saving
         # Waits before a checkpoint: a loss that is not finite must stop the run while the last good one is there.
         with timed("logging"):
-            self.log(due=due.logged, wait=evaluated or saved)
+            self.losses.write(due=due.logged, wait=evaluated or saved)
         if evaluated or saved:
             check_weights(self.student.classifier, step)  # before anything of a ruined student is saved
         # Before `save`: the checkpoint holds the best score, and the count for early stopping.
         if evaluated and env.is_main_process():
-            self.evaluate()
+            with self.losses.paused():
+                self.evaluate()
         stopping = self.early_stop_due if evaluated else False
         if stopping:
             # The steps since the last record would otherwise be logged nowhere.
-            self.log(due=True, wait=True)
+            self.losses.write(due=True, wait=True)
         if saved or stopping:
             self.save()
         if step == self.stable:
@@ -200,35 +189,9 @@ class Trainer:
         # The maximum over processes: the main one alone evaluates and counts, and all must stop at the same step.
         return patience is not None and distributed.all_reduce_max(self.state.since_best) >= patience
 
-    def log(self, *, due: bool, wait: bool) -> None:
-        """Logs the mean losses since the last record.
-
-        Args:
-            due: start to fetch the losses from the device; they are logged when they have arrived.
-            wait: wait for losses that are being fetched, and log them now.
-        """
-        # Fetched losses are logged at a later step, so that the device never waits for the host.
-        if due and self.losses.count:
-            self._write_record(wait=True)
-            self.losses.start_fetch(self.state.step)
-            self.state.window, self.state.window_parts = [], {}
-        self._write_record(wait=wait)
-
-    def _write_record(self, *, wait: bool) -> None:
-        record = self.losses.take_record(wait=wait)
-        if record is None:
-            return
-        # − 1: a record's step counts the updates done, and the rate is that of the last of them.
-        now, lr = time.monotonic(), self.setup.loop.lr_at(record.step - 1)
-        # Evaluations and checkpoints are not training: the rate leaves them out, the duration does not.
-        rate = record.steps * self.setup.config.batch / (now - self.clock - self.away)
-        self.state.seconds += now - self.clock
-        self.records.write("step", record.step, {**record.losses, "lr": lr, "images_per_second": rate})
-        self.clock, self.away = now, 0.0
-
     def evaluate(self) -> None:
         """Evaluates the student on the validation split, and saves it if it is the best so far."""
-        state, began = self.state, time.monotonic()
+        state = self.state
         records = self.evaluator.student_now(state.step)
         for event, record in records.items():
             self.records.write(event, state.step, record)
@@ -244,7 +207,6 @@ class Trainer:
         # After saving the best: it may raise, to end the trial early.
         if self.setup.inputs.trial and score is not None:
             self.setup.inputs.trial.report(intervals.evaluations_until(self.setup.config, state.step), score)
-        self.away += time.monotonic() - began
 
     def save_best(self, scores: dict[str, Any]) -> None:
         """Submits the student to the writer as the best on validation."""
@@ -254,18 +216,13 @@ class Trainer:
 
     def save(self) -> None:
         """Submits a checkpoint to the writer."""
-        began = time.monotonic()
-        self.state.scaler = self.scaler.state_dict()
-        # Losses that no record holds yet are saved, so that a resumed run logs the same means as an uninterrupted one.
-        parts = self.losses.window(self.state.step)
-        state = replace(self.state, window=parts.pop("loss", []), window_parts=parts)
-        # Up to now, not up to the last record: else a run that is resumed often would have taken no time.
-        state.seconds += began - self.clock
-        if env.is_main_process():
-            net, average = self.student.classifier.net, self.student.average_net
-            tensors = transfers.snapshot(checkpoint.tensors_of(net, self.student.optimizer, average))
-            self.writer.submit(lambda: checkpoint.save(self.run.checkpoints, tensors, state))
-        self.away += time.monotonic() - began
+        with self.losses.paused():
+            self.state.scaler = self.scaler.state_dict()
+            state = self.losses.state_to_save()
+            if env.is_main_process():
+                net, average = self.student.classifier.net, self.student.average_net
+                tensors = transfers.snapshot(checkpoint.tensors_of(net, self.student.optimizer, average))
+                self.writer.submit(lambda: checkpoint.save(self.run.checkpoints, tensors, state))
 
     def keep_stable(self) -> None:
         """Protects the checkpoint of this step, from which the run can be extended."""
@@ -281,7 +238,7 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         """Evaluates the finished student, exports it, and records that the run is over."""
         self.writer.flush()  # the best student may still be being written
-        self.state.seconds += time.monotonic() - self.clock
+        self.losses.stop_clock()
         if self.setup.config.keep == "best" and self.state.best_step is not None:
             checkpoint.load_best(self.run.checkpoints, self.state.best_step, self.student.classifier.net)
         result = self.evaluator.result(self.state, self.run.folder)
