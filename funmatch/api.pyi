@@ -94,6 +94,12 @@ class TrainOptions(ImagesOptions, total=False):
     """Student to evaluate and save at the end: the last one, or the best on the validation split. (default: last)"""
     seed: int
     """Seed of the student's first weights and of every random choice. (default: 0)"""
+    on_nonfinite: Literal["stop", "skip", "rewind"]
+    """What to do when a loss or gradient is not finite. skip: leave out the update; rewind: return to the weights of
+    the newest checkpoint, and leave out the steps since then. Both cost a wait for the accelerator in every step.
+    (default: stop)"""
+    max_nonfinite: int
+    """How many times steps may be left out by on_nonfinite=…; the run stops after that. (default: 10)"""
     eval_every: int | None
     """Steps between evaluations on the validation split. (default: a tenth of the run, at most 500; more where the
     validation split is large)"""

@@ -142,6 +142,17 @@ class Loop(Machine):
             recipe=False, study=False),
     ] = 0  # fmt: skip
     """Seed of the student's first weights and of every random choice."""
+    # FREE: as long as everything is finite no step depends on it, and a run that stopped may go on with another value.
+    on_nonfinite: Annotated[
+        Literal["stop", "skip", "rewind"],
+        Opt(group=Group.LOOP, changes=STUDENT, searchable=False, resume=OnResume.FREE),
+    ] = "stop"
+    """What to do when a loss or gradient is not finite. skip: leave out the update; rewind: return to the weights of
+    the newest checkpoint, and leave out the steps since then. Both cost a wait for the accelerator in every step."""
+    max_nonfinite: Annotated[
+        int, Opt(group=Group.LOOP, changes=STUDENT, at_least=0, searchable=False, resume=OnResume.FREE, metavar="TIMES")
+    ] = 10
+    """How many times steps may be left out by --on-nonfinite; the run stops after that."""
     # STUDENT: it decides at which steps --keep best and --patience look.
     eval_every: Annotated[
         int | None,

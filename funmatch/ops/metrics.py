@@ -125,6 +125,25 @@ def has_diverged(kl: float | None, classes: int) -> bool:
     return kl is not None and kl > 2 * math.log(max(classes, 2))
 
 
+def constant_share(classes: Tensor) -> float:
+    """Returns the share of images that the best constant prediction has right: that of the most frequent class.
+
+    Args:
+        classes: the right class of each image, (n,) int64.
+    """
+    return (torch.bincount(classes).max() / len(classes)).item()
+
+
+def is_guess(share: float, constant: float, images: int) -> bool:
+    """Returns whether a share of right images is within two standard deviations of that of a constant prediction.
+
+    Args:
+        share, constant: of the classifier and of `constant_share`, in [0, 1].
+        images: number of images.
+    """
+    return share <= constant + 2 * math.sqrt(constant * (1 - constant) / images)
+
+
 def alone_right(first: Tensor, second: Tensor) -> tuple[int, int]:
     """Counts the images that one of two predictions alone has right; both tell which they have right, (n,) bool."""
     return int((first & ~second).sum()), int((second & ~first).sum())

@@ -135,11 +135,8 @@ def notes(run: run_folder.Run) -> list[str]:
         found.append(f"{done} Its metrics are those of step {last['step']:,} on {last['split']}." if last else done)
     elif step < steps:
         found.append(f"{name} was stopped early, after {step:,} of {steps:,} steps.")
-    if run_tables.diverged(run):
-        found.append(
-            f"{name} has diverged: its student is further from its teacher than a uniform guess. Try a lower lr or a "
-            "longer warmup_steps."
-        )
+    if problem := run_tables.failure(run):
+        found.append(f"{name} {problem}. Try another lr, a longer warmup_steps or more steps.")
     if count := run.metrics.count_damaged():
         found.append(f"{count:,} damaged lines of metrics.jsonl in {name} were left out.")
     return found

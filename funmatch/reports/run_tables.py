@@ -11,6 +11,7 @@ from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.ops.metrics import has_diverged
 from funmatch.runtime.text import MISSING, duration, number, percent
 from funmatch.training.evaluation import scoring
+from funmatch.training.evaluation.outcome import describe_failure
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.places import saved_step
@@ -74,6 +75,11 @@ def diverged(run: run_folder.Run) -> bool:
     """Returns whether a run's student is further from its teacher than a uniform guess."""
     kl = (run.result or latest_record(run, "eval")).get("kl")
     return has_diverged(kl, len(run.config["facts"].get("classes", ())))
+
+
+def failure(run: run_folder.Run) -> str | None:
+    """Says in what way a run has failed to train its student; returns None for one that has not."""
+    return describe_failure(run.result or latest_record(run, "eval"), len(run.config["facts"].get("classes", ())))
 
 
 def rows(run: run_folder.Run) -> list[list[str]]:

@@ -244,6 +244,15 @@ def run_images(config: WithImages, verb: str, knobs: Mapping[str, Any]) -> Train
     return TAUGHT[verb].model_validate({**knobs, **overrides})
 
 
+def name_training_images(config: Train, split: CachedSplit) -> list[str]:
+    """Returns the name of each image of a run's training split.
+
+    Raises:
+        InputError: the images are gone.
+    """
+    return image_names(config.data, read_options(config), cache_options(config), split)
+
+
 def name_images(config: WithImages, verb: str, knobs: Mapping[str, Any], split: CachedSplit) -> list[str]:
     """Returns the name of each image of a split that `open_evaluation_data` opened.
 

@@ -1,6 +1,6 @@
 """Runs the training loop: batches in, (step, losses) out; the caller decides the loss, and when to log and save."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,7 @@ def fit(
     batches: Iterable[Batch],
     loss_of: Callable[[Batch], Losses],
     start: int = 0,
+    left_out: list[int] | None = None,
 ) -> Iterator[tuple[int, Losses]]:
     """Updates the student once per batch.
 
@@ -85,6 +86,8 @@ def fit(
         loss_of: maps a batch on the student's device to its mean losses, of which `loss` is minimised. With several
             processes each has an equal share of the batch.
         start: updates already done.
+        left_out: the number of each step is appended whose loss or gradient is not finite, and its update is left out:
+            the student stays as it was. Costs a wait for the device in every step. None: nothing is checked.
 
     Yields:
         updates done, and the losses of the last one, still on the device so that nothing waits for them.
@@ -98,24 +101,67 @@ def fit(
             devices.seed_networks(options.seed, step, options.device, env.rank())
             set_lr(optimizer, options.lr, options.factor(step))
             optimizer.zero_grad(set_to_none=True)
-            pieces = []
-            for piece, share in batch.to(options.device).pieces(options.micro_batch):
-                with timed("mixing and distance"), devices.autocast(options.device, options.precision):
-                    # Weighted by size: the pieces' gradients then add up to the whole batch's.
-                    losses = {name: loss * share for name, loss in loss_of(piece).items()}
-                # Outside autocast, as PyTorch advises: each operation's gradient has the type of its forward pass.
-                with timed("backward"):
-                    scaler.scale(losses["loss"]).backward()
-                pieces.append({name: loss.detach() for name, loss in losses.items()})  # else it keeps its activations
-            total = {name: torch.stack([each[name] for each in pieces]).sum() for name in pieces[0]}
+            statistics = None if left_out is None else [buffer.clone() for buffer in student.buffers()]
+            total = compute_gradients(options, batch.to(options.device), scaler, loss_of)
             with timed("optimizer"):
-                # Before unscaling, so that a gradient that overflowed on one process is seen by all.
-                gradients = [each.grad for each in parameters if each.grad is not None]
-                distributed.all_reduce_mean_([*total.values(), *gradients])
-                scaler.unscale_(optimizer)
-                # After unscaling: the limit is of true gradients, of all together as in the paper's code.
-                if options.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
+                if not _update(options, parameters, optimizer, scaler, total, check=left_out is not None):
+                    assert left_out is not None
+                    assert statistics is not None
+                    # BatchNorm has already averaged in what the forward pass gave.
+                    torch._foreach_copy_([*student.buffers()], statistics)
+                    left_out.append(step + 1)
             yield step + 1, total
+
+
+def compute_gradients(
+    options: LoopOptions, batch: Batch, scaler: torch.amp.GradScaler, loss_of: Callable[[Batch], Losses]
+) -> dict[str, Tensor]:
+    """Computes the losses of a batch on the device, and adds their gradients, scaled, to the parameters'.
+
+    Returns:
+        the losses, of this process's images.
+    """
+    pieces = []
+    for piece, share in batch.pieces(options.micro_batch):
+        with timed("mixing and distance"), devices.autocast(options.device, options.precision):
+            # Weighted by size: the pieces' gradients then add up to the whole batch's.
+            losses = {name: loss * share for name, loss in loss_of(piece).items()}
+        # Outside autocast, as PyTorch advises: each operation's gradient has the type of its forward pass.
+        with timed("backward"):
+            scaler.scale(losses["loss"]).backward()
+        pieces.append({name: loss.detach() for name, loss in losses.items()})  # else it keeps its activations
+    return {name: torch.stack([each[name] for each in pieces]).sum() for name in pieces[0]}
+
+
+def _update(
+    options: LoopOptions, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, losses: Losses, *, check: bool,
+) -> bool:  # fmt: skip
+    """Updates the parameters by their gradients, averaged over processes as the losses are.
+
+    Args:
+        check: leave the update out where the losses or gradients are not finite.
+
+    Returns:
+        whether the parameters were updated.
+    """
+    # Before unscaling, so that a gradient that overflowed on one process is seen by all.
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    distributed.all_reduce_mean_([*losses.values(), *gradients])
+    scaler.unscale_(optimizer)
+    # After unscaling: the limit is of true gradients, of all together as in the paper's code.
+    if options.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+    # The gradients of fp16 overflow now and then by design: the scaler leaves out such an update itself.
+    checked = [*losses.values(), *(() if scaler.is_enabled() else gradients)] if check else []
+    updated = not checked or all_finite(checked)
+    if updated:
+        scaler.step(optimizer)
+    scaler.update()
+    return updated
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Returns whether all values of all tensors are finite."""
+    # Stacked, so that the host waits for the device once, not for each tensor.
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())

@@ -4,24 +4,24 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from funmatch.data.loader import Batch
 from funmatch.data.prefetch import prefetch
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.ops.metrics import has_diverged
-from funmatch.runtime import devices, distributed, env, signals, transfers
+from funmatch.runtime import devices, distributed, env, signals
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import percent
 from funmatch.runtime.timing import timed
-from funmatch.training import oom
+from funmatch.training import nonfinite, oom
 from funmatch.training.evaluation.evaluator import Evaluator
 from funmatch.training.loop import Losses, fit
 from funmatch.training.objective import Objective
 from funmatch.training.profiling import profile_training
-from funmatch.training.run import checkpoint, extend, intervals, longer
+from funmatch.training.run import extend, intervals, longer
 from funmatch.training.run import folder as run_folder
-from funmatch.training.run.checkpoint import CheckpointWriter
+from funmatch.training.run.checkpoints import Checkpoints
 from funmatch.training.run.loss_log import LossLog
 from funmatch.training.run.recorder import Recorder
 from funmatch.training.run.state import TrainState, check_weights
@@ -66,21 +66,17 @@ class Trainer:
         self.evaluator = Evaluator(setup, objective)
         self.scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
         self.state = TrainState()
-        self.writer = CheckpointWriter()
+        self.checkpoints = Checkpoints(run.checkpoints, self.student, self.scaler)
         self.notes: dict[str, str] = {}
         self.records = Recorder(run.metrics, setup.inputs.on_event)
-        net, optimizer, average = self.student.classifier.net, self.student.optimizer, self.student.average_net
-        # One process first: it removes what a kill left half-written, and the others must not read that.
-        state = distributed.main_process_first(lambda: checkpoint.restore(run.checkpoints, net, optimizer, average))
-        if state:
+        if state := self.checkpoints.restore():
             self.state = state
-            self.scaler.load_state_dict(self.state.scaler)
             info(f"{run.folder}: resuming from step {self.state.step} of {setup.loop.steps}")
         self.losses = LossLog(self.state, self.records, setup.loop, setup.config.batch)
         self.stable = extend.stable_step(setup.config.model_dump())
         # A process killed between saving this step and keeping it did only the first.
         if self.state.step and self.state.step == self.stable:
-            self.keep_stable()
+            self.checkpoints.keep_stable(self.state.step)
         # What was logged after the checkpoint will be logged again.
         run.metrics.truncate(self.state.step or -1)
         if not self.state.step:
@@ -124,50 +120,88 @@ class Trainer:
         with (
             # Outermost: batches and profile are closed before it measures how much memory a step needs.
             oom.explain_out_of_memory(objective.batches, loop, student, optimizer, objective.loss),
-            self.writer,
+            nonfinite.explained(setup, objective, self.run),
+            self.checkpoints.writer,
             closing(batches),
             profile_training(setup, objective.teachers, self.run.folder) as profiled,
         ):
             self.losses.start_clock()  # set-up and compilation are not training
-            for step, losses in fit(loop, student, optimizer, self.scaler, batches, objective.loss, start):
+            left_out: list[int] | None = None if setup.config.on_nonfinite == "stop" else []
+            if setup.config.on_nonfinite == "rewind" and not start:
+                self.save()  # the first weights, to which the run may have to return
+            for step, losses in fit(loop, student, optimizer, self.scaler, batches, objective.loss, start, left_out):
                 # Agreed by all processes: one that stopped alone would leave the others waiting for its gradients.
                 stop = distributed.all_reduce_max(caught[0] if caught else FAILED * bool(self.records.failure))
-                ended = self.after_step(step, losses, saving=stop > 0)
+                if left_out:
+                    self.leave_out(left_out.pop())
+                else:
+                    self.add_step(step, losses)
+                ended = self.after_step(step, saving=stop > 0)
                 profiled()
                 yield step
                 if ended:
                     break
                 if stop and step < loop.steps:
-                    self.flush()
-                    saved = f"saved step {step} of {loop.steps} in {self.run.folder}"
-                    self.records.raise_failure(saved)
-                    # Processes without the failure end as by a signal.
-                    raise signals.Interrupted(
-                        stop if stop != FAILED else signal.SIGTERM, f"{saved}; run the same command again to resume"
-                    )
+                    self.checkpoints.flush()
+                    self.interrupt(stop, f"saved step {step} of {loop.steps} in {self.run.folder}", "to resume")
         # The last step's records: all is saved, but the run is not finished yet.
         if distributed.all_reduce_max(FAILED * bool(self.records.failure)):
-            saved = f"saved all {loop.steps} steps in {self.run.folder}"
-            self.records.raise_failure(saved)
-            raise signals.Interrupted(signal.SIGTERM, f"{saved}; run the same command again to finish it")
+            self.interrupt(FAILED, f"saved all {loop.steps} steps in {self.run.folder}", "to finish it")
 
-    def after_step(self, step: int, losses: Losses, *, saving: bool) -> bool:
+    def interrupt(self, stop: int, saved: str, purpose: str) -> NoReturn:
+        """Ends the run before its end, after saving: raises the failure of `on_event`, else `Interrupted`.
+
+        Args:
+            stop: the signal's number, or `FAILED`.
+            saved: what is saved.
+            purpose: of the same command, run again.
+        """
+        self.records.raise_failure(saved)
+        # Processes without the failure end as by a signal.
+        number = signal.SIGTERM if stop == FAILED else stop
+        raise signals.Interrupted(number, f"{saved}; run the same command again {purpose}")
+
+    def add_step(self, step: int, losses: Losses) -> None:
+        """Adds an update to the run's progress."""
+        self.state.step = step
+        self.losses.add(losses)
+        if self.student.ema:
+            self.student.ema.update(self.student.classifier, step)
+
+    def leave_out(self, step: int) -> None:
+        """Passes over a step whose loss or gradient was not finite, or over all steps since the newest checkpoint.
+
+        The steps that follow are those of any run: they depend on the seed and their number alone.
+        """
+        action, first, left_out = self.setup.config.on_nonfinite, step, self.state.left_out + 1
+        nonfinite.check_budget(self.setup, step, left_out)
+        if action == "rewind":
+            self.losses.stop_clock()
+            seconds = self.state.seconds
+            self.checkpoints.flush()
+            self.state = self.checkpoints.restore() or self.state
+            first, self.state.seconds = self.state.step + 1, seconds
+            self.run.metrics.truncate(self.state.step)
+            self.losses = LossLog(self.state, self.records, self.setup.loop, self.setup.config.batch)
+        self.state.step, self.state.left_out = step, left_out
+        nonfinite.warn_left_out(self.setup, first, step, left_out)
+        self.records.write("nonfinite", step, {"action": action, "first": first, "lr": self.setup.loop.lr_at(step - 1)})
+
+    def after_step(self, step: int, *, saving: bool) -> bool:
         """Logs, evaluates and saves what is due after a step; returns whether early stopping is due.
 
         Args:
             saving: save now, since the run is being interrupted.
         """
-        self.state.step = step
-        self.losses.add(losses)
-        if self.student.ema:
-            self.student.ema.update(self.student.classifier, step)
         due = intervals.due_at(self.setup.config, step)
         evaluated, saved = due.evaluated, due.saved or step == self.stable or saving
         # Waits before a checkpoint: a loss that is not finite must stop the run while the last good one is there.
         with timed("logging"):
             self.losses.write(due=due.logged, wait=evaluated or saved)
         if evaluated or saved:
-            check_weights(self.student.classifier, step)  # before anything of a ruined student is saved
+            # Before anything of a ruined student is saved; the losses first, which say at which step it began.
+            self.losses.check_finite()
+            check_weights(self.student.classifier, step)
         # Before `save`: the checkpoint holds the best score, and the count for early stopping.
         if evaluated and env.is_main_process():
             with self.losses.paused():
@@ -179,7 +213,7 @@ class Trainer:
         if saved or stopping:
             self.save()
         if step == self.stable:
-            self.keep_stable()  # after `save`, whose checkpoint the writer then copies
+            self.checkpoints.keep_stable(step)  # after `save`, whose checkpoint the writer then copies
         return stopping
 
     @property
@@ -203,44 +237,24 @@ class Trainer:
         others = self.setup.evaluation.validation.name in ("test", TRAINING_IMAGES)
         if score is not None and score > state.best_score and not others:
             state.best_step, state.best_score, state.since_best = state.step, score, 0
-            self.save_best({name: value for name, value in records["eval"].items() if name != "split"})
+            scores = {name: value for name, value in records["eval"].items() if name != "split"}
+            self.checkpoints.save_best(state.step, scores)
         # After saving the best: it may raise, to end the trial early.
         if self.setup.inputs.trial and score is not None:
             self.setup.inputs.trial.report(intervals.evaluations_until(self.setup.config, state.step), score)
 
-    def save_best(self, scores: dict[str, Any]) -> None:
-        """Submits the student to the writer as the best on validation."""
-        # A snapshot, since the next step changes the weights while the writer still works.
-        tensors = transfers.snapshot(checkpoint.student_tensors(self.student.classifier.net))
-        self.writer.submit(partial(checkpoint.save_best, self.run.checkpoints, self.state.step, tensors, scores))
-
     def save(self) -> None:
-        """Submits a checkpoint to the writer."""
+        """Saves a checkpoint of this step."""
         with self.losses.paused():
             self.state.scaler = self.scaler.state_dict()
-            state = self.losses.state_to_save()
-            if env.is_main_process():
-                net, average = self.student.classifier.net, self.student.average_net
-                tensors = transfers.snapshot(checkpoint.tensors_of(net, self.student.optimizer, average))
-                self.writer.submit(lambda: checkpoint.save(self.run.checkpoints, tensors, state))
-
-    def keep_stable(self) -> None:
-        """Protects the checkpoint of this step, from which the run can be extended."""
-        if env.is_main_process():
-            self.writer.submit(partial(checkpoint.keep_stable, self.run.checkpoints, self.state.step))
-
-    def flush(self) -> None:
-        """Waits until all checkpoints are written, on every process."""
-        self.writer.flush()
-        # A process that exits first makes the launcher stop the others, and the main one may still be writing.
-        distributed.barrier()
+            self.checkpoints.save(self.losses.state_to_save())
 
     def finish(self) -> dict[str, Any]:
         """Evaluates the finished student, exports it, and records that the run is over."""
-        self.writer.flush()  # the best student may still be being written
+        self.checkpoints.writer.flush()  # the best student may still be being written
         self.losses.stop_clock()
         if self.setup.config.keep == "best" and self.state.best_step is not None:
-            checkpoint.load_best(self.run.checkpoints, self.state.best_step, self.student.classifier.net)
+            self.checkpoints.load_best(self.state.best_step)
         result = self.evaluator.result(self.state, self.run.folder)
         self.evaluator.export(result, self.run.folder)
         # After the export: a run with a result counts as finished, and its student is not written again.

@@ -19,7 +19,7 @@ from funmatch.ops import resample
 from funmatch.ops.view_spec import Preprocessing, ViewSpec
 from funmatch.training import datasets as training_datasets
 from funmatch.training.evaluation.scoring import central_batches
-from funmatch.training.run.checkpoint import CheckpointWriter
+from funmatch.training.run.checkpoints import CheckpointWriter
 from funmatch.training.run.folder import Run
 
 CPU = torch.device("cpu")

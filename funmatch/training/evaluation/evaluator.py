@@ -7,11 +7,10 @@ from typing import Any
 
 from funmatch.data.readers.split_names import TRAINING_IMAGES, describe_images
 from funmatch.models.classifier import Classifier
-from funmatch.ops.metrics import has_diverged
 from funmatch.runtime.log import info
-from funmatch.runtime.text import number
 from funmatch.training import datasets
 from funmatch.training.evaluation import scoring
+from funmatch.training.evaluation.outcome import describe_failure, guessing
 from funmatch.training.objective import Objective
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.state import TrainState
@@ -73,9 +72,11 @@ class Evaluator:
         teacher_logits = self.teacher_logits
         if teachers and split.name != self.setup.evaluation.validation.name:
             teacher_logits, _ = checks.predict(teachers, split, view)
-        scores = scoring.score(scoring.predict(self.student, split, view), split, teacher_logits)
+        logits = scoring.predict(self.student, split, view)
+        scores = scoring.score(logits, split, teacher_logits)
         result: dict[str, Any] = scores | {
             **about,
+            **guessing(logits, split, teacher_logits),
             "step": state.step,
             "best_step": state.best_step,
             "best_score": state.best_score if state.best_step is not None else None,
@@ -86,11 +87,9 @@ class Evaluator:
         if teachers and teacher_logits is not None:
             top1 = scoring.score(teacher_logits, split)["top1"]
             result["teacher"] = {"name": teachers.name, "parameters": teachers.count_parameters(), "top1": top1}
-        if has_diverged(scores["kl"], self.student.num_classes):
-            info(
-                "WARNING: the run has diverged: the student is further from its teacher than a uniform guess "
-                f"(KL {number(scores['kl'])}); try a lower --lr or a longer --warmup-steps, with another --out"
-            )
+        if problem := describe_failure(result, self.student.num_classes):
+            advice = "try another --lr, a longer --warmup-steps or more steps, with another --out"
+            info(f"WARNING: the run {problem}; {advice}")
         if view.resample == "tf" and scores["top1"] is not None:
             # What whoever loads the student with timm will see: its transform always resizes with antialias.
             antialiased = scoring.predict(self.student, split, replace(view, resample="antialias"))

@@ -9,9 +9,7 @@ is that of a step before the learning rate cools down, from which a run can be e
 
 import json
 import shutil
-from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,6 @@ from funmatch.training.run.state import FORMAT, NEWER, TrainState, read_state
 KEPT = 2
 STATE = "state.json"
 STUDENT, OPTIMIZER, AVERAGE = "student.safetensors", "optimizer.safetensors", "average.safetensors"
-WAITING = 2
-"""Checkpoints that may wait to be written: each is a copy of the student and its optimizer in memory."""
-
 Files = Mapping[str, Mapping[str, Tensor]]
 """Tensors by file and name."""
 
@@ -174,51 +169,6 @@ def restore(
     if found:
         raise InputError(f"no checkpoint in {folder} can be read; begin again with another --out")
     return None
-
-
-class CheckpointWriter:
-    """Writes checkpoints in a background thread, in the order in which they are submitted.
-
-    The error of a failed write is raised at the next submit, or at the end; nothing is written after it.
-    """
-
-    def __init__(self) -> None:
-        # A single thread: a write removes older checkpoints or copies one, so the order matters.
-        self.pool = ThreadPoolExecutor(1, "checkpoints")
-        self.waiting: deque[Future[None]] = deque()
-        self.failed = False
-
-    def submit(self, write: Callable[[], object]) -> None:
-        """Queues a function that writes; waits while `WAITING` others are queued."""
-        self._await(WAITING - 1)
-        self.waiting.append(self.pool.submit(self._write, write))
-
-    def flush(self) -> None:
-        """Waits until everything is written."""
-        self._await(0)
-
-    def _write(self, write: Callable[[], object]) -> None:
-        if self.failed:  # a later checkpoint may rely on what was not written
-            return
-        try:
-            write()
-        except BaseException:
-            self.failed = True
-            raise
-
-    def _await(self, most: int) -> None:
-        while self.waiting and (len(self.waiting) > most or self.waiting[0].done()):
-            # Those that are done too: `result` raises their error, so a full disk ends the run soon.
-            self.waiting.popleft().result()
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        self.pool.shutdown()  # waits
-        # After an error of the block that one is raised, not a write's.
-        if kind is None:
-            self.flush()
 
 
 def _write(place: Path, tensors: Files, state: dict[str, Any]) -> None:

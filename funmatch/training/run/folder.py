@@ -38,7 +38,7 @@ SCORES = dict.fromkeys(("top1", "agreement", "kl", "ece", "top5?", "agreement5?"
 RESULT = SCORES | {
     "step": int, "seconds": float, "split": str, "pictures": int, "held_out_of?": int, "parameters": int,
     "best_step?": int | None, "best_score?": float | None, "top1_antialias?": float | None, "ema?": SCORES,
-    "teacher?": {"name": str, "top1": float | None},
+    "teacher?": {"name": str, "top1": float | None}, "predicted_classes?": int, "constant?": float,
 }  # fmt: skip
 """What `result.json` holds, if it is undamaged."""
 EVALUATION = "evaluation.html"

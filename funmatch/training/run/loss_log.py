@@ -12,7 +12,7 @@ from torch import Tensor
 from funmatch.runtime import transfers
 from funmatch.training.loop import LoopOptions, Losses
 from funmatch.training.run.recorder import Recorder
-from funmatch.training.run.state import TrainState, not_finite
+from funmatch.training.run.state import NotFinite, TrainState
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,26 @@ class LossMeter:
         """Returns the record that was fetched, or None if it has not arrived and `wait` is off.
 
         Raises:
-            InputError: a loss is not finite.
+            NotFinite: a loss is not finite.
         """
         if self.fetching is None or not (wait or self.fetching[-1].arrived):
             return None
         (step, steps, names, copy), self.fetching = self.fetching, None
-        arrived = {name: _finite(losses.tolist(), step) for name, losses in zip(names, copy.wait(), strict=True)}
+        arrived = {name: _check_finite(each.tolist(), step) for name, each in zip(names, copy.wait(), strict=True)}
         # `fsum` rounds once, however many steps a record covers.
         return LossRecord(step, {name: math.fsum(each) / len(each) for name, each in arrived.items()}, steps)
 
     def window(self, step: int) -> dict[str, list[float]]:
         """Returns the losses that are in no record yet, by name; waits for the device."""
         # Checked here too: they go into a checkpoint, and a run that resumes from a NaN stays at NaN.
-        return {name: _finite(torch.stack(losses).tolist(), step) for name, losses in self.new.items()}
+        return {name: _check_finite(torch.stack(losses).tolist(), step) for name, losses in self.new.items()}
 
 
-def _finite(losses: list[float], step: int) -> list[float]:
-    if not all(map(math.isfinite, losses)):
-        raise not_finite("the loss is", step)
+def _check_finite(losses: list[float], step: int) -> list[float]:
+    """Returns the losses of the steps up to this one; raises `NotFinite` with the first step whose loss is not."""
+    for number, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise NotFinite("the loss is", step - len(losses) + 1 + number)
     return losses
 
 
@@ -156,6 +158,10 @@ class LossLog:
         self.state.seconds += now - self.clock
         self.records.write("step", record.step, {**record.losses, "lr": lr, "images_per_second": rate})
         self.clock, self.away = now, 0.0
+
+    def check_finite(self) -> None:
+        """Raises `NotFinite` if a loss that no record holds yet is not finite; waits for the device."""
+        self.meter.window(self.state.step)
 
     def state_to_save(self) -> TrainState:
         """Returns the run's progress with the losses that no record holds yet and the duration up to now.

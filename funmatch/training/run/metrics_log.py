@@ -20,6 +20,7 @@ SPLIT = {"split": str}
 EVENTS: dict[str, dict[str, Any]] = {
     "step": {"loss": float},
     "eval": SPLIT, "ema": SPLIT, "views": {},
+    "nonfinite": {"action": {"skip", "rewind"}},
     "teacher": SPLIT | {"teacher": str, "form?": RECORDED_MODE, "beside_fp32?": {"kl": float, "agreement": float}},
 }  # fmt: skip
 """Keys of an event's record whose values are not numbers."""

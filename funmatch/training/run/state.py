@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from funmatch.errors import InputError
 from funmatch.runtime.disk.json_files import read_record
+from funmatch.training.loop import all_finite
 
 FORMAT = 1
 """Format number of checkpoints, in their `state.json`. Version 0.1.0 wrote none, which is read as 1."""
@@ -27,6 +27,7 @@ class TrainState:
         window: the losses of the steps since the last record.
         window_parts: the parts of these losses, by name.
         scaler: of the gradient scaler, where there is one.
+        left_out: updates that were left out so far, since a loss or gradient was not finite.
     """
 
     # Each field needs a default: the state that an earlier version wrote lacks the newer fields.
@@ -38,6 +39,7 @@ class TrainState:
     window: list[float] = field(default_factory=list)
     window_parts: dict[str, list[float]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    left_out: int = 0
 
 
 STATE_SHAPE = {f"{each.name}?": each.type for each in fields(TrainState)} | {"step": int}
@@ -57,17 +59,20 @@ def read_state(path: Path) -> TrainState:
     return TrainState(**{name: value for name, value in found.items() if f"{name}?" in STATE_SHAPE})
 
 
+class NotFinite(InputError):
+    """A loss, or a weight of the student, is not finite after a step; raised before anything of it is saved.
+
+    Attributes:
+        step: the step.
+    """
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(f"{what} no longer finite at step {step:,}")
+        self.step = step
+
+
 def check_weights(student: nn.Module, step: int) -> None:
-    """Raises `InputError` if a weight of the student is not finite after a step."""
-    # The loss alone does not show it: an update can overflow after a finite loss. Stacked, so that the host waits for
-    # the device once, not for each tensor.
-    if not torch.stack([tensor.isfinite().all() for tensor in student.parameters()]).all():
-        raise not_finite("the student's weights are", step)
-
-
-def not_finite(what: str, step: int) -> InputError:
-    """Returns the error of a run that cannot recover; it is raised before anything of it is saved."""
-    return InputError(
-        f"{what} no longer finite at step {step}; the checkpoints are from before. Try a lower --lr, a longer "
-        "--warmup-steps, or --precision fp32, with another --out"
-    )
+    """Raises `NotFinite` if a weight of the student is not finite after a step."""
+    # The loss alone does not show it: an update can overflow after a finite loss.
+    if not all_finite(student.parameters()):
+        raise NotFinite("the student's weights are", step)

@@ -93,6 +93,7 @@ def check_teachers(
         # Before anything else: a NaN compares false with every threshold, and would pass.
         if not logits.isfinite().all():
             raise InputError(f"teacher {name} has outputs that are not finite; its weights are damaged")
+        check_not_constant(name, logits, split, config)
         metrics = scoring.score(logits, split)
         # Without labels there is no accuracy to check.
         if metrics["balanced"] is None or metrics["top1"] is None:
@@ -119,6 +120,23 @@ def _shown_as(member: EnsembleMember, view: scoring.EvalView) -> str:
     if shown.short_side == usual:
         return ""
     return f" (resized to {shown.short_side} pixels before the crop, as for the student; its own card says {usual})"
+
+
+def check_not_constant(name: str, logits: Tensor, split: CachedSplit, config: Distill) -> None:
+    """Raises `InputError` for a teacher that gives all images the same probabilities, unless it is allowed.
+
+    It needs no labels: such a teacher is a constant function, usually one whose head was never trained.
+
+    Args:
+        logits: (n, classes).
+    """
+    probabilities = logits.double().softmax(-1)
+    # Up to rounding, which differs with an image's place in its batch.
+    if len(logits) > 1 and not config.allow_weak_teacher and (probabilities - probabilities[0]).abs().max() < 1e-6:
+        raise InputError(
+            f"teacher {name} gives all {len(split):,} images of {split.name} the same probabilities; usually its head "
+            "was never trained. Pass --allow-weak-teacher to use it nevertheless"
+        )
 
 
 def check_above_chance(name: str, accuracy: float, logits: Tensor, split: CachedSplit, config: Distill) -> None:

@@ -1,0 +1,53 @@
+"""Tells runs that have trained a student from those that diverged, collapsed or learnt nothing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from funmatch.data.cache.stores import CachedSplit
+from funmatch.ops.metrics import constant_share, has_diverged, is_guess
+from funmatch.runtime.text import number, percent
+
+
+def guessing(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None) -> dict[str, Any]:
+    """Measures what tells a student that has learnt something from one that guesses.
+
+    Args:
+        logits: the student's, (n, classes).
+        teacher_logits: (n, classes), or None: the labels are right then.
+
+    Returns:
+        `predicted_classes`, the number of classes that the student gives to any image, and `constant`, the accuracy or
+        agreement of the best constant prediction; empty where there is neither teacher nor label.
+    """
+    if teacher_logits is None and not split.labelled:
+        return {}
+    right = split.labels(slice(None)) if teacher_logits is None else teacher_logits.argmax(-1)
+    return {"predicted_classes": len(logits.argmax(-1).unique()), "constant": constant_share(right)}
+
+
+def describe_failure(metrics: Mapping[str, Any], classes: int) -> str | None:
+    """Says in what way a run has failed to train its student; returns None for one that has not.
+
+    Args:
+        metrics: what `result.json` holds, or the record of an evaluation; an earlier version had less in them.
+        classes: number of classes.
+    """
+    if has_diverged(metrics.get("kl"), classes):
+        return (
+            f"has diverged: its student is further from its teacher than a uniform guess (KL {number(metrics['kl'])})"
+        )
+    constant, images = metrics.get("constant"), metrics.get("pictures")
+    share = metrics.get("top1") if metrics.get("agreement") is None else metrics["agreement"]
+    # Where all images have the same right class, a constant prediction is no failure.
+    if constant is None or share is None or not images or constant == 1:
+        return None
+    if metrics["predicted_classes"] == 1:
+        return "has collapsed: its student gives all images the same class"
+    if is_guess(share, constant, images):
+        return (
+            f"has not trained its student: {percent(share)} are right, and one class for all images would have "
+            f"{percent(constant)}"
+        )
+    return None
