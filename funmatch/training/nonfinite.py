@@ -81,15 +81,14 @@ def _remedy(setup: TrainSetup[Any], objective: Objective, run: Run, step: int) -
     """Says which checkpoint is the newest, who is to blame, and what to try."""
     saved = saved_step(run.checkpoints)
     kept = f"the newest checkpoint is of step {saved:,}" if saved else "no checkpoint has been written yet"
-    replay = f"funmatch replay {run.folder} --step {step} shows where it begins"
     if blamed := _bad_teacher_images(setup, objective, step):
         return (
             f"{kept}. The teacher's logits are not finite for {_listed(blamed)}: try --teacher-precision fp32 or "
-            f"another teacher, with another --out, or the same command with --on-nonfinite skip. {replay}"
+            f"another teacher, with another --out, or the same command with --on-nonfinite skip"
         )
     return (
         f"{kept}. Try a lower --lr, a longer --warmup-steps, or --precision fp32, with another --out; or the same "
-        f"command with --on-nonfinite skip. {replay}"
+        f"command with --on-nonfinite skip"
     )
 
 
