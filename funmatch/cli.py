@@ -32,12 +32,14 @@ from funmatch.config.sources.layers import COMMAND_LINE, layers_below
 from funmatch.errors import InputError, WorkFailed, is_out_of_memory
 from funmatch.runtime import env
 from funmatch.runtime.env import reported_elsewhere
+from funmatch.runtime.functions import allow_words
 from funmatch.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 after success, 1 after a failure, 2 for invalid input, 128 + n after signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    allow_words(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names can be any bytes

@@ -9,6 +9,7 @@ from typing import Any
 
 from funmatch.errors import InputError, unknown
 from funmatch.models.download import PAPER_FILES
+from funmatch.runtime.functions import check_allowed
 from funmatch.runtime.log import info
 from funmatch.runtime.measured import Measurement
 
@@ -132,7 +133,10 @@ def check_model_name(name: str) -> None:
             raise unknown("file of the paper", name.removeprefix(BIT), PAPER_FILES)
         return
     prefix = next((prefix for prefix in (SAVEDMODEL, LOCAL) if name.startswith(prefix)), "")
-    if name in NAMED or name.startswith((GIVEN, HUB)) or (is_function(name) and not prefix):
+    if is_function(name) and not prefix and not name.startswith((GIVEN, HUB)):
+        check_allowed(name, "model")
+        return
+    if name in NAMED or name.startswith((GIVEN, HUB)):
         return
     path = Path(name.removeprefix(prefix)).expanduser()
     # A timm name wins over a folder of the same name in the working directory; ./name means the folder.

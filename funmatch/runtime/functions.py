@@ -2,13 +2,18 @@
 
 A record of a run holds the name. A function that was given from Python is found in the process that was given it, even
 if it cannot be imported, as those of notebooks; elsewhere it is imported.
+
+A module is imported only for a name that a person gave: on the command line, from Python, or in an environment
+variable. A file never decides which code runs, whoever wrote it: `subprocess:getoutput` is a function's name, too.
 """
 
 import functools
 import importlib
 import inspect
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from functools import reduce
 from typing import Any
@@ -17,6 +22,57 @@ from funmatch.errors import InputError, first_line
 
 _FOUND: dict[str, Callable[..., Any]] = {}
 """Functions by name: those given from Python, and those imported."""
+
+
+ALLOWED = "FUNMATCH_ALLOW_FUNCTIONS"
+"""Environment variable with names of functions that may be called, separated by commas; child processes inherit it."""
+ONLY_ALLOWED = "FUNMATCH_ONLY_ALLOWED_FUNCTIONS"
+"""Environment variable that, if it is set, lets the words of the command line allow nothing: a file wrote them."""
+OWN = "funmatch.models.bit:network"
+"""A function of ours that builds a network, which saved models name as their architecture."""
+NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+
+
+def allow(given: object) -> None:
+    """Allows the functions that a person named: those in a word, or in the items of a list or dictionary."""
+    if isinstance(given, str):
+        # Within a word, too: `--teacher=package.module:function`, `--space distance=kl,package.module:function`.
+        names = {*_allowed(), *NAME.findall(given)}
+        os.environ[ALLOWED] = ",".join(sorted(names))
+    elif isinstance(given, Mapping):
+        allow([*given.values()])
+    elif isinstance(given, Iterable) and not isinstance(given, bytes):
+        for each in given:
+            if isinstance(each, str | Mapping | list | tuple):
+                allow(each)
+
+
+def allow_words(words: Iterable[str]) -> None:
+    """Allows the functions that are named on the command line, unless another process wrote it from a file."""
+    if not os.environ.get(ONLY_ALLOWED):
+        allow([*words])
+
+
+def environment_for_words_of_a_file() -> dict[str, str]:
+    """Returns the environment for a process whose command line comes from a file: its words allow no function."""
+    return {**os.environ, ONLY_ALLOWED: "1"}
+
+
+def check_allowed(name: str, purpose: str) -> None:
+    """Raises `InputError` unless a person gave the name of a function, as opposed to a file.
+
+    Args:
+        purpose: the option that names it, for messages.
+    """
+    if name != OWN and name not in _FOUND and name not in _allowed():
+        raise InputError(
+            f"{purpose} {name} is a function that a file names, and a file must not decide which code runs; if you "
+            f"trust it, name it yourself: {ALLOWED}={name}"
+        )
+
+
+def _allowed() -> list[str]:
+    return [name for name in os.environ.get(ALLOWED, "").split(",") if name]
 
 
 def is_function_name(name: str) -> bool:
@@ -65,8 +121,9 @@ def import_function(name: str, purpose: str) -> Callable[..., Any]:
     """Imports a function; modules in the current folder are found too.
 
     Raises:
-        InputError: there is no such function, or its module fails.
+        InputError: a file names it, there is no such function, or its module fails.
     """
+    check_allowed(name, purpose)
     module, _, function = name.partition(":")
     # The installed command has its own folder in front, not the current one, as `python script.py` would.
     sys.path.insert(0, "")

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save, save_file
 from timm.models import save_for_hf
 
+import funmatch
 from funmatch.errors import InputError
 from funmatch.models.checkpoints.checkpoint import open_checkpoint
 from funmatch.models.checkpoints.pickled import read_pickle
@@ -373,7 +374,7 @@ def test_weights_of_a_network_of_ones_own_are_found_under_a_prefix(tmp_path, mon
     )
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": under("model.") | {"loss.weight": torch.ones(2)}}, "w.ckpt")
-    model = load("own_network:make", weights=tmp_path / "w.ckpt")
+    model = funmatch.load("own_network:make", weights=tmp_path / "w.ckpt")
     assert_equal(model.net, STATE)
     assert "loss.weight" in model.notes[0]
 

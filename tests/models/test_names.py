@@ -67,11 +67,11 @@ def user_module(tmp_path, monkeypatch):
 
 
 def test_model_from_a_users_function(module):
-    model = load(f"{module}:small", options=("width=12",), classes=3, side=20)
+    model = funmatch.load(f"{module}:small", options=("width=12",), classes=3, side=20)
     assert (model.num_classes, model.card.side, model.count_parameters()) == (3, 20, 12 * 27 + 12 + 3 * 12 + 3)
     views = torch.rand(2, 3, 20, 20)
     assert torch.equal(model(views), model.net(views)), "a plain module gets views in [0, 1]"
-    other = load(f"{module}:normalised")
+    other = funmatch.load(f"{module}:normalised")
     assert (other.card.classes, other.card.side, other.num_classes) == (("a", "b"), 16, 2)
     assert torch.equal(other(views), other.net((views - 0.5) / 0.25))
 
@@ -88,14 +88,14 @@ def test_model_from_a_users_function(module):
 )
 def test_functions_that_return_no_classifier_are_rejected(module, name, message):
     with pytest.raises(InputError, match=message):
-        load(name.replace("MODULE", module))
+        funmatch.load(name.replace("MODULE", module))
 
 
 def test_user_student_is_trained_saved_and_reloaded(module):
     run = funmatch.distill(student=f"{module}:small", teacher=TEACHER, out="run", side=32, steps=3, **_mini())
     assert run.figures["parameters"] == 8 * 27 + 8 + 10 * 8 + 10
     weights = Path("run/student/model.safetensors")
-    reloaded = load(f"{module}:small", weights=weights)
+    reloaded = funmatch.load(f"{module}:small", weights=weights)
     assert (reloaded.num_classes, reloaded.card.side) == (10, 32)
     state = load_file(weights)
     assert all(torch.equal(state[name], tensor) for name, tensor in reloaded.net.state_dict().items())

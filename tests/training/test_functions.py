@@ -111,6 +111,7 @@ def test_a_function_that_is_not_at_hand_is_refused_with_a_sentence(tmp_path, mon
         funmatch.distill(**CALL, out=tmp_path / "o", augment="nowhere:f")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_losses.py").write_text("def one(student, teacher):\n    return (student - teacher).abs().sum(-1)\n")
+    functions.allow("my_losses:one")
     assert functions.find_function("my_losses:one", "distance")(torch.ones(2, 3), torch.zeros(2, 3)).tolist() == [3, 3]
 
 

@@ -16,9 +16,9 @@ from funmatch.config.options import Options, listed
 from funmatch.data.readers.open import check_spec
 from funmatch.errors import InputError
 from funmatch.models.checkpoints import signatures
-from funmatch.models.names import check_model_name
+from funmatch.models.names import BIT, HUB, LOCAL, SAVEDMODEL, check_model_name
 from funmatch.runtime import env
-from funmatch.runtime.functions import find_function, is_function_name
+from funmatch.runtime.functions import NAME, check_allowed, find_function, is_function_name
 from funmatch.shipping import tables
 from funmatch.shipping.sources.find import check_path
 from funmatch.training.run import compare
@@ -33,6 +33,20 @@ def check(verb: str, options: Options) -> None:
         options: its table, whose own checks have passed.
     """
     _refuse([*_problems_of_names(options), *_problems_of_place(verb, options)])
+
+
+def function_problems(options: Options, *, reference: str) -> Iterator[str]:
+    """Yields the functions that options name, but no person.
+
+    Args:
+        reference: prefix of models that are runs of the same study.
+    """
+    prefixes = (reference, SAVEDMODEL, BIT, HUB, LOCAL)
+    for name, opt in type(options).opts():
+        names = [value for value in _each(getattr(options, name)) if opt.function or opt.refers is Refers.MODEL]
+        for value in names:
+            if NAME.fullmatch(value) and not value.startswith(prefixes):
+                yield from filter(None, [_message(partial(check_allowed, purpose=name), value)])
 
 
 def check_students(options: Distill, students: Sequence[str]) -> None:

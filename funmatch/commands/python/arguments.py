@@ -16,7 +16,7 @@ from funmatch.config.sources.layers import PYTHON, layers_below
 from funmatch.config.values import native
 from funmatch.errors import InputError
 from funmatch.reports.result import Result
-from funmatch.runtime.functions import register
+from funmatch.runtime.functions import allow, register
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def read_call(verb: str, table: type[Options], arguments: Mapping[str, Any]) -> 
     Raises:
         InputError: every problem of the arguments.
     """
+    allow(dict(arguments))
     objects: dict[str, Any] = {}
     values = {
         # A function is recorded by its name, under which this process then knows it.

@@ -14,6 +14,7 @@ from funmatch.commands.verbs import TABLES, load_function
 from funmatch.config import ImageOptions, PredictionOptions
 from funmatch.errors import InputError
 from funmatch.reports.result import Result
+from funmatch.runtime.functions import allow
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most words on a command line need none
     import numpy as np
@@ -173,6 +174,7 @@ def load(
     from funmatch.models import load as models
 
     name = model_name(model)
+    allow(name)
     file = None if weights is None else Path(weights)
     with python_words(TABLES["evaluate"]):
         return models.load(

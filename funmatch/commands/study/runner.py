@@ -22,7 +22,7 @@ from funmatch.commands.study.results import result_of, results, write_results
 from funmatch.commands.study.spec import RunSpec, StudySpec
 from funmatch.config import Study, recipes
 from funmatch.errors import InputError, WorkFailed
-from funmatch.runtime import devices, signals
+from funmatch.runtime import devices, functions, signals
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.disk.json_files import Damaged
 from funmatch.runtime.disk.records import RecordFolder, list_differences
@@ -256,7 +256,7 @@ def _started(series: StudyRunner, entry: RunSpec) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={"OMP_NUM_THREADS": str(cores), **os.environ},
+            env={"OMP_NUM_THREADS": str(cores), **functions.environment_for_words_of_a_file()},
             start_new_session=True,  # else Ctrl-C would reach them as well as us, and a second signal ends at once
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )

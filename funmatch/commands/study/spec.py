@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from funmatch.commands.common.preflight import function_problems
 from funmatch.commands.study.figure_spec import problems as figure_problems
 from funmatch.config import TAUGHT
 from funmatch.config.options import replaced_by
@@ -218,6 +219,7 @@ def _problems(entries: list[RunSpec], common: dict[str, Any], overrides: dict[st
         try:
             # The study sets folder and seed of each run; any valid ones do for checking.
             table = TAUGHT[entry.verb].checked(**values, out="out", seed=0)
+            found += [f"{entry.name}: {problem}" for problem in function_problems(table, reference=REFERENCE)]
             values = {option: getattr(table, option) for option in values}
         except InputError as error:
             found.append(f"{entry.name}: {error}")
