@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     )
     from funmatch.models.classifier import Card, Classifier
     from funmatch.reports.predictions import Prediction, Predictions
+    from funmatch.runtime.signals import Interrupted
+    from funmatch.runtime.time_limit import TimeLimitReached
 
 __all__ = [
-    "Card", "Classifier", "InputError", "Outcome", "Prediction", "Predictions", "Tuned", "__version__",
+    "Card", "Classifier", "InputError", "Interrupted", "Outcome", "Prediction", "Predictions", "TimeLimitReached",
+    "Tuned", "__version__",
     "benchmark", "distill", "distill_several", "embed", "evaluate", "export", "finetune",
     "load", "predict", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
@@ -39,6 +42,8 @@ __all__ = [
 ELSEWHERE = {
     **dict.fromkeys(("Card", "Classifier"), "models.classifier"),
     **dict.fromkeys(("Prediction", "Predictions"), "reports.predictions"),
+    "Interrupted": "runtime.signals",
+    "TimeLimitReached": "runtime.time_limit",
 }
 """Modules of the public names that are not in `funmatch.api`."""
 

@@ -1,6 +1,16 @@
-"""`python -m funmatch`."""
+"""The program `funmatch`, also as `python -m funmatch`."""
 
-from funmatch.cli import main
+from funmatch.runtime.signals import exit_on_signals
+
+
+def main() -> None:
+    """Runs the command line."""
+    # Before the imports of the command line, which take a moment.
+    exit_on_signals()
+    from funmatch import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

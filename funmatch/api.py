@@ -15,6 +15,7 @@ from funmatch.commands.verbs import TABLES, run_students
 from funmatch.config import SEARCHED, TAUGHT, Distill, Finetune, Train, recipes
 from funmatch.errors import InputError, unknown
 from funmatch.reports.result import Outcome, Result, Tuned
+from funmatch.runtime.time_limit import counted_from_here
 
 __all__ = [
     "Images", "Model", "OnEvent", "Outcome", "Result", "Tuned", "benchmark", "distill", "distill_several", "embed",
@@ -57,6 +58,8 @@ def distill(
 
     Raises:
         funmatch.InputError: an argument or an input is invalid; the message names it and what to do.
+        funmatch.Interrupted: a signal such as Ctrl-C stopped the run, which is saved; a `KeyboardInterrupt`.
+        funmatch.TimeLimitReached: the run stopped shortly before `time_limit`, and is saved; an `Interrupted`.
 
     Examples:
         >>> run = funmatch.distill(
@@ -96,7 +99,7 @@ def distill_several(
         raise InputError(f"students: wanted a list of names, got {students!r}")
     # The first student stands for all while the options are checked.
     named = {"data": data, "teacher": teacher, "student": students[0], "out": out}
-    with python_words(Distill):
+    with python_words(Distill), counted_from_here():
         call = read_call("distill", Distill, named | options)
         assert isinstance(call.options, Distill)
         found = run_students(call.options, students, call.sources)

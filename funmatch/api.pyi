@@ -109,6 +109,14 @@ class TrainOptions(ImagesOptions, total=False):
     """Steps between checkpoints. (default: a tenth of the run, at most 500)"""
     log_every: int | None
     """Steps between records of the loss. (default: a fiftieth of the run, at most 50)"""
+    time_limit: float | str | None
+    """Time from the start of the program after which the run has saved and stopped: 8h30m, 510m, 30600 (seconds) or
+    1-06:00:00. The same command resumes it. (default: none; in a Slurm job, its end)"""
+    max_time: float | str | None
+    """The same as time_limit."""
+    save_signals: Names
+    """Signals after which the run saves and continues: usr1, usr2. Otherwise they stop it, as SIGTERM does. (default:
+    none)"""
     compile: Literal["auto", "off", "native", "on", "max"]
     """How to speed the networks up; results stay equal up to rounding. on: compile them, which takes a minute or two;
     max: try more kernels for longer. native: on a CPU, use funmatch's own kernels for GroupNorm and standardised
@@ -666,6 +674,11 @@ class StudyOptions(TypedDict, total=False):
     """Seeds of each run. (default: those of the file)"""
     jobs: int | None
     """Runs at a time. (default: one per core, or one where there is an accelerator)"""
+    time_limit: float | str | None
+    """Time from the start of the program after which all runs have saved and stopped: 8h30m, 510m, 30600 (seconds) or
+    1-06:00:00. The same command resumes the study. (default: none; in a Slurm job, its end)"""
+    max_time: float | str | None
+    """The same as time_limit."""
     only: Names
     """Carry out only the runs with these names; * and ? stand for anything. (default: all runs)"""
     set: Names

@@ -30,14 +30,20 @@ from funmatch.config import TAUGHT, Distill, help
 from funmatch.config.options import Options, listed
 from funmatch.config.sources.layers import COMMAND_LINE, layers_below
 from funmatch.errors import InputError, WorkFailed, is_out_of_memory
-from funmatch.runtime import env
+from funmatch.runtime import env, signals
 from funmatch.runtime.env import reported_elsewhere
 from funmatch.runtime.functions import allow_words
 from funmatch.version import __version__
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command and exits: 0 after success, 1 after a failure, 2 for invalid input, 128 + n after signal n."""
+    """Runs one command and exits: 0 after success, 1 after a failure, 2 for invalid input, 128 + n after signal n.
+
+    Args:
+        arguments: those of the command; None: of this program, whose signals are then handled.
+    """
+    if arguments is None:
+        signals.exit_on_signals()
     arguments = sys.argv[1:] if arguments is None else arguments
     allow_words(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -58,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as stopped:
         _tell(stopped, str(stopped) or "stopped")
         # Our own `Interrupted` knows its signal; a plain KeyboardInterrupt comes from Ctrl-C.
-        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
+        sys.exit(getattr(stopped, "exit_code", 128 + signal.SIGINT))
     except BrokenPipeError:
         # As Python's documentation advises: flushing at exit would raise the error once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

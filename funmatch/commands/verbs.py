@@ -12,6 +12,7 @@ from funmatch.config import SEARCHED, TAUGHT, tools
 from funmatch.config.options import Options
 from funmatch.errors import InputError, unknown
 from funmatch.reports.result import Result
+from funmatch.runtime import signals
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def run_verb(
     if is_dry_run(options):
         return load_function(DRY_RUN.run)(options, modules or {}, sources or {})
     run = load_function(verb.run)
+    signals.raise_on_signals(options.save_signals if isinstance(options, config.Train) else ())
     # Only commands that name models take modules.
     found = run(options, modules) if modules else run(options)
     return found if isinstance(found, Result) else _with_page(verb, found, options)
@@ -128,6 +130,7 @@ def run_students(
     _announce("distill")
     from funmatch.training import distill_many
 
+    signals.raise_on_signals(options.save_signals)
     each = distill_many.split_by_student(options, students)
     for one in each:
         load_function("commands.common.preflight:check")("distill", one)

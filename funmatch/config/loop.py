@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 
 from funmatch.config.metadata import Changes, Group, Inherit, OnResume, Opt, Refers
 from funmatch.config.options import Machine, Options
-from funmatch.config.values import Pairs
+from funmatch.config.values import Duration, Names, Pairs, duration_problems
 
 STUDENT, PLACE, ARITHMETIC = Changes.STUDENT, Changes.PLACE, Changes.ARITHMETIC
+SAVE_SIGNALS = ("usr1", "usr2")
+"""What `--save-signals` may name: signals without a meaning of their own."""
 
 
 class Student(Options):
@@ -180,6 +182,18 @@ class Loop(Machine):
             usual="a fiftieth of the run, at most 50", metavar="STEPS"),
     ] = None  # fmt: skip
     """Steps between records of the loss."""
+    time_limit: Annotated[
+        Duration,
+        Opt(group=Group.LOOP, changes=PLACE, inherit=Inherit.NEVER, study=False, usual="none; in a Slurm job, its end",
+            aliases=("--max-time",), metavar="DURATION"),
+    ] = None  # fmt: skip
+    """Time from the start of the program after which the run has saved and stopped: 8h30m, 510m, 30600 (seconds) or
+    1-06:00:00. The same command resumes it."""
+    save_signals: Annotated[
+        Names,
+        Opt(group=Group.LOOP, changes=PLACE, inherit=Inherit.NEVER, study=False, usual="none", metavar="SIGNAL …"),
+    ] = ()  # fmt: skip
+    """Signals after which the run saves and continues: usr1, usr2. Otherwise they stop it, as SIGTERM does."""
     compile: Annotated[
         Literal["auto", "off", "native", "on", "max"],
         # ROUNDING, since all of them compute the same; a run that resumes keeps what auto became.
@@ -230,4 +244,6 @@ class Loop(Machine):
         # BiT-HyperRule knows a length, but only when the images have been counted.
         if self.steps is None and self.epochs is None and not self.by_rule:
             found.append("give the length by either --steps or --epochs, e.g. --epochs 1000")
-        return found + super().problems()
+        if unknown := [name for name in self.save_signals if name.lower() not in SAVE_SIGNALS]:
+            found.append(f"save_signals must be of {', '.join(SAVE_SIGNALS)}, got {', '.join(unknown)}")
+        return found + duration_problems("time_limit", self.time_limit) + super().problems()

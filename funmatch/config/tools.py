@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.data import Images
+from funmatch.config.loop import Loop
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, Options, like
 from funmatch.config.train import Train
-from funmatch.config.values import Names
+from funmatch.config.values import Duration, Names, duration_problems
 
 PLACE, STUDENT = Changes.PLACE, Changes.STUDENT
 
@@ -81,6 +82,9 @@ class Study(Options):
             usual="one per core, or one where there is an accelerator"),
     ] = None  # fmt: skip
     """Runs at a time."""
+    time_limit: Annotated[Duration, like(Loop, "time_limit", group=Group.MACHINE)] = None
+    """Time from the start of the program after which all runs have saved and stopped: 8h30m, 510m, 30600 (seconds) or
+    1-06:00:00. The same command resumes the study."""
     only: Annotated[
         tuple[str, ...], Opt(group=Group.STUDY, changes=PLACE, usual="all runs", metavar="NAME …", essential=True)
     ] = ()
@@ -95,6 +99,9 @@ class Study(Options):
     """Let runs that show the same teacher the same views share its logits (`distill --tape`)."""
     draw: Annotated[bool, Opt(group=Group.OUTPUT, changes=PLACE)] = False
     """Only redraw the page from results.jsonl."""
+
+    def problems(self) -> list[str]:
+        return duration_problems("time_limit", self.time_limit) + super().problems()
 
 
 class Config(Options):

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BeforeValidator, TypeAdapter
 from pydantic.fields import FieldInfo
 
+from funmatch.runtime.text import parse_seconds
+
 
 def _as_text(value: Any) -> Any:
     # Python and TOML write a share as a number, the command line as text; as text both compare equal.
@@ -51,6 +53,8 @@ def _canonical(option: Any) -> Any:
 
 Share = Annotated[str | None, BeforeValidator(_as_text)]
 """`10%`, `0.1` or a number of images."""
+Duration = Annotated[str | None, BeforeValidator(_as_text)]
+"""`8h30m`, `12:00:00` or a number of seconds."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 """One name or path, or several."""
 Pairs = Annotated[tuple[str, ...], BeforeValidator(_as_pairs)]
@@ -61,6 +65,16 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 ONE = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "a string"}
 MANY = {bool: "truth values", int: "whole numbers", float: "numbers", Path: "paths", str: "strings"}
+
+
+def duration_problems(name: str, value: str | None) -> list[str]:
+    """What is wrong with a duration, as a list of one sentence or none."""
+    try:
+        if value is not None and not 0 < parse_seconds(value) < float("inf"):
+            return [f"{name} must be longer than 0 seconds, got {value}"]
+    except ValueError as error:
+        return [f"{name}: {error}"]
+    return []
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
 """Formats durations, fractions, sizes and option values for tables and messages."""
 
+import re
+
 MISSING = "–"
 """Stands for a value that there is not."""
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+"""Seconds of the units of durations."""
 
 
 def duration(seconds: float) -> str:
@@ -10,6 +14,27 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def parse_seconds(text: str) -> float:
+    """Parses a duration: 8h30m, 510m, 30600 (seconds), or as Slurm writes it, 12:00:00, 1-06 or 1-06:00:00.
+
+    Raises:
+        ValueError: it is none.
+    """
+    word = text.strip().lower()
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?", word):
+        return float(word)
+    if word and (parts := re.fullmatch(r"(?:([0-9.]+)d)?(?:([0-9.]+)h)?(?:([0-9.]+)m)?(?:([0-9.]+)s)?", word)):
+        return sum(float(part or 0) * unit for part, unit in zip(parts.groups(), UNITS.values(), strict=True))
+    # 8:30 alone is refused: to Slurm it is minutes and seconds, to most people hours and minutes.
+    if parts := re.fullmatch(r"([0-9]+)-([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", word) or re.fullmatch(
+        r"()([0-9]+):([0-9]+):([0-9]+)", word
+    ):
+        return sum(float(part or 0) * unit for part, unit in zip(parts.groups(), UNITS.values(), strict=True))
+    raise ValueError(
+        f"{text!r} is not a duration; write e.g. 8h30m, 510m, 30600 (seconds) or 1-06:00:00 (days-hours:minutes…)"
+    )
 
 
 def format_rate(rate: float) -> str:

@@ -53,7 +53,7 @@ def run(configs: Sequence[Distill]) -> dict[str, Any]:
         `runs`: the metrics of each.
 
     Raises:
-        Interrupted: by Ctrl-C or SIGTERM, after all have saved.
+        Interrupted: by a signal, or shortly before the time limit, after all have saved.
         InputError: their views would differ, or one of them failed; the others finished.
     """
     if env.world_size() > 1:
@@ -139,8 +139,9 @@ def step_together(training: dict[str, Trainer], metrics: dict[str, Any]) -> dict
     interrupted: signals.Interrupted | None = None
     total = sum(trainer.setup.loop.steps for trainer in training.values())
     start = sum(trainer.state.step for trainer in training.values())
-    with ProgressBar(f"distill {len(training)}", total, start) as bar, signals.catch_signals() as caught:
-        steps = {name: trainer.steps(caught) for name, trainer in training.items()}
+    saving = {name for trainer in training.values() for name in trainer.setup.config.save_signals}
+    with ProgressBar(f"distill {len(training)}", total, start) as bar, signals.catch_signals(saving) as requests:
+        steps = {name: trainer.steps(requests) for name, trainer in training.items()}
         # The student furthest behind is next: those at the same step then find its batch in the shared cache.
         waiting = [(trainer.state.step, number, name) for number, (name, trainer) in enumerate(training.items())]
         heapq.heapify(waiting)
@@ -166,7 +167,8 @@ def step_together(training: dict[str, Trainer], metrics: dict[str, Any]) -> dict
                 lambda trainers=trainers: "; ".join(filter(None, (trainer.losses.note for trainer in trainers))),
             )
     if interrupted:
-        raise signals.Interrupted(interrupted.number, "all students are saved; run the same command again to resume")
+        message = "all students are saved; run the same command again to resume"
+        raise interrupted.with_message(message)
     return failed
 
 

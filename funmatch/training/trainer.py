@@ -1,20 +1,19 @@
 """Trains a run to its end: drives the training loop, logs, evaluates, and writes checkpoints."""
 
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from funmatch.data.loader import Batch
 from funmatch.data.prefetch import prefetch
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.ops.metrics import has_diverged
-from funmatch.runtime import devices, distributed, env, signals
+from funmatch.runtime import devices, distributed, env, signals, time_limit
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import percent
 from funmatch.runtime.timing import timed
-from funmatch.training import nonfinite, oom
+from funmatch.training import nonfinite, oom, stopping
 from funmatch.training.evaluation.evaluator import Evaluator
 from funmatch.training.loop import Losses, fit
 from funmatch.training.objective import Objective
@@ -28,9 +27,6 @@ from funmatch.training.run.state import TrainState, check_weights
 from funmatch.training.setup import TrainSetup, run_record
 from funmatch.training.student.acceleration import accelerate_student
 
-FAILED = 1 << 16
-"""Stands among signals' numbers for an `on_event` that failed; larger than any of them."""
-
 
 def run_training(setup: TrainSetup[Any], objective: Objective) -> dict[str, Any]:
     """Trains a run from its newest checkpoint to its end.
@@ -40,7 +36,7 @@ def run_training(setup: TrainSetup[Any], objective: Objective) -> dict[str, Any]
 
     Raises:
         InputError: the folder holds another run, or the loss is not finite any more.
-        Interrupted: by Ctrl-C or SIGTERM, after saving.
+        Interrupted: by a signal, or shortly before the time limit, after saving.
     """
     options, facts = run_record(setup)
     with run_folder.open_run(setup.config.out, setup.inputs.verb, options, facts) as run:
@@ -73,6 +69,8 @@ class Trainer:
             self.state = state
             info(f"{run.folder}: resuming from step {self.state.step} of {setup.loop.steps}")
         self.losses = LossLog(self.state, self.records, setup.loop, setup.config.batch)
+        limit = time_limit.find_limit(setup.config.time_limit)
+        self.stopping = stopping.Stopping(limit, self.records, self.checkpoints.writer)
         self.stable = extend.stable_step(setup.config.model_dump())
         # A process killed between saving this step and keeping it did only the first.
         if self.state.step and self.state.step == self.stable:
@@ -88,9 +86,9 @@ class Trainer:
         self.compile()
         with (
             ProgressBar(self.setup.inputs.verb, self.setup.loop.steps, self.state.step) as bar,
-            signals.catch_signals() as caught,
+            signals.catch_signals(self.setup.config.save_signals) as requests,
         ):
-            for step in self.steps(caught):
+            for step in self.steps(requests):
                 bar.update(step, self.note)
 
     def note(self) -> str:
@@ -103,11 +101,11 @@ class Trainer:
         if self.state.step < loop.steps:
             accelerate_student(self.student.classifier, loop, config, config.side or 0)
 
-    def steps(self, caught: Sequence[int]) -> Iterator[int]:
+    def steps(self, requests: signals.Requests) -> Iterator[int]:
         """Takes one step per iteration, and yields its number.
 
         Args:
-            caught: signals that have arrived; after one the run is saved, and `Interrupted` raised.
+            requests: what signals ask for; where they ask to stop, the run is saved, and `Interrupted` raised.
         """
         setup, loop, objective = self.setup, self.setup.loop, self.objective
         student, optimizer = self.student.classifier, self.student.optimizer
@@ -126,40 +124,27 @@ class Trainer:
             profile_training(setup, objective.teachers, self.run.folder) as profiled,
         ):
             self.losses.start_clock()  # set-up and compilation are not training
+            self.stopping.begin(requests)
             left_out: list[int] | None = None if setup.config.on_nonfinite == "stop" else []
             if setup.config.on_nonfinite == "rewind" and not start:
                 self.save()  # the first weights, to which the run may have to return
             for step, losses in fit(loop, student, optimizer, self.scaler, batches, objective.loss, start, left_out):
-                # Agreed by all processes: one that stopped alone would leave the others waiting for its gradients.
-                stop = distributed.all_reduce_max(caught[0] if caught else FAILED * bool(self.records.failure))
+                reason = self.stopping.agree(evaluates_next=intervals.due_at(setup.config, step + 1).evaluated)
                 if left_out:
                     self.leave_out(left_out.pop())
                 else:
                     self.add_step(step, losses)
-                ended = self.after_step(step, saving=stop > 0)
+                ended = self.after_step(step, saving=reason != stopping.GO_ON)
                 profiled()
                 yield step
                 if ended:
                     break
-                if stop and step < loop.steps:
+                if reason > stopping.SAVE and step < loop.steps:
                     self.checkpoints.flush()
-                    self.interrupt(stop, f"saved step {step} of {loop.steps} in {self.run.folder}", "to resume")
+                    self.stopping.interrupt(reason, step, loop.steps, self.run.folder)
         # The last step's records: all is saved, but the run is not finished yet.
-        if distributed.all_reduce_max(FAILED * bool(self.records.failure)):
-            self.interrupt(FAILED, f"saved all {loop.steps} steps in {self.run.folder}", "to finish it")
-
-    def interrupt(self, stop: int, saved: str, purpose: str) -> NoReturn:
-        """Ends the run before its end, after saving: raises the failure of `on_event`, else `Interrupted`.
-
-        Args:
-            stop: the signal's number, or `FAILED`.
-            saved: what is saved.
-            purpose: of the same command, run again.
-        """
-        self.records.raise_failure(saved)
-        # Processes without the failure end as by a signal.
-        number = signal.SIGTERM if stop == FAILED else stop
-        raise signals.Interrupted(number, f"{saved}; run the same command again {purpose}")
+        if distributed.all_reduce_max(stopping.FAILED * bool(self.records.failure)):
+            self.stopping.interrupt(stopping.FAILED, loop.steps, loop.steps, self.run.folder)
 
     def add_step(self, step: int, losses: Losses) -> None:
         """Adds an update to the run's progress."""
@@ -204,7 +189,7 @@ class Trainer:
             check_weights(self.student.classifier, step)
         # Before `save`: the checkpoint holds the best score, and the count for early stopping.
         if evaluated and env.is_main_process():
-            with self.losses.paused():
+            with self.losses.paused(), self.stopping.evaluating():
                 self.evaluate()
         stopping = self.early_stop_due if evaluated else False
         if stopping:
@@ -245,7 +230,7 @@ class Trainer:
 
     def save(self) -> None:
         """Saves a checkpoint of this step."""
-        with self.losses.paused():
+        with self.losses.paused(), self.stopping.pausing():
             self.state.scaler = self.scaler.state_dict()
             self.checkpoints.save(self.losses.state_to_save())
 

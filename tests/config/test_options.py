@@ -154,7 +154,9 @@ def test_options_by_what_they_change():
         "trust_class_order",
     }
     assert Train.where(lambda opt: opt.extends) == {"steps", "cooldown_steps"}
-    assert Train.where(lambda opt: not opt.study) == {"out", "seed", "as_json", "config", "dry_run"}
+    assert Train.where(lambda opt: not opt.study) == {
+        "out", "seed", "as_json", "config", "dry_run", "time_limit", "save_signals",
+    }  # fmt: skip
 
 
 def test_recipe_settings_that_an_option_replaces():

@@ -39,9 +39,7 @@ OPTIONS = {
         "resume", "auto-resume", "resume-from", "resume-from-checkpoint", "checkpoint", "ckpt", "ckpt-path",
         "initial-checkpoint",
     ),
-    "a run that is stopped by Ctrl-C or SIGTERM saves first, and the same command resumes it: timeout 8h funmatch …": (
-        "max-hours", "max-time", "time-limit", "timeout",
-    ),
+    "use --time-limit 8h; the run saves first, and the same command resumes it": ("max-hours", "timeout"),
     "use --precision bf16, fp16 or fp32": ("amp", "fp16", "bf16", "half", "mixed-precision", "amp-dtype"),
     "name published weights by their tag, e.g. --student resnet18.a1_in1k": ("pretrained",),
     "use --warmup-steps": ("warmup-epochs", "warmup-lr", "warmup"),

@@ -17,6 +17,7 @@ from funmatch.config.values import native
 from funmatch.errors import InputError
 from funmatch.reports.result import Result
 from funmatch.runtime.functions import allow, register
+from funmatch.runtime.time_limit import counted_from_here
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def run_call(
         subject: the command whose runs a search makes, and whose files and recipes it takes.
         objects: more objects for the command, by the names that it looks for.
     """
-    with python_words(table):
+    with python_words(table), counted_from_here():
         call = read_call(subject or verb, table, arguments)
         return run_verb(verb, call.options, {**call.objects, **(objects or {})}, call.sources)
 

@@ -12,14 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from funmatch.commands.study import files as study_files
 from funmatch.commands.study import spec
 from funmatch.commands.study.results import result_of, results, write_results
-from funmatch.commands.study.spec import RunSpec, StudySpec
+from funmatch.commands.study.series import StudyRunner
+from funmatch.commands.study.spec import RunSpec
 from funmatch.config import Study, recipes
 from funmatch.errors import InputError, WorkFailed
 from funmatch.runtime import devices, functions, signals
@@ -28,6 +28,7 @@ from funmatch.runtime.disk.json_files import Damaged
 from funmatch.runtime.disk.records import RecordFolder, list_differences
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import duration, percent
+from funmatch.runtime.time_limit import TimeLimitReached, find_limit
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import recording
 
@@ -35,51 +36,6 @@ FORMAT = 1
 """Of `plan.json`; version 0.1.0 wrote no number, which is read as 1."""
 POLL_SECONDS = 0.2
 """Between two looks at the runs."""
-
-
-@dataclass
-class StudyRunner:
-    """A study under way.
-
-    Attributes:
-        plan: its runs.
-        folder: the folder of the study.
-        jobs: number of runs at a time.
-        tapes: stored teachers' logits that several runs share, by the places of the runs.
-        at_work: processes, and the runs that they carry out.
-        failed: places of runs that ended without a result, and why.
-    """
-
-    plan: StudySpec
-    folder: Path
-    jobs: int
-    tapes: Mapping[str, Path] = field(default_factory=dict)
-    at_work: dict[subprocess.Popen, RunSpec] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def at(self, entry: RunSpec) -> Path:
-        """A run's folder."""
-        return self.folder / "runs" / entry.place
-
-    def done(self, entry: RunSpec) -> bool:
-        """Whether a run is over; a damaged result is computed again from its last checkpoint."""
-        return run_folder.Run(self.at(entry)).result is not None
-
-    def waiting(self) -> list[RunSpec]:
-        """Runs that are neither over nor at work."""
-        busy = {entry.place for entry in self.at_work.values()} | self.failed.keys()
-        return [entry for entry in self.plan.entries if entry.place not in busy and not self.done(entry)]
-
-    def ready(self) -> list[RunSpec]:
-        """Waiting runs that can begin: what they need is there, and no other process is using them, such as one that a
-        killed study left behind. Sorted by seed, so that a study which is stopped half-way can be compared."""
-        done = {entry.place for entry in self.plan.entries if self.done(entry)}
-        able = [
-            each
-            for each in self.waiting()
-            if done.issuperset(each.needs) and not run_folder.Run(self.at(each)).record.in_use
-        ]
-        return sorted(able, key=lambda entry: entry.seed)
 
 
 def run(config: Study) -> dict[str, Any]:
@@ -90,14 +46,13 @@ def run(config: Study) -> dict[str, Any]:
 
     Raises:
         InputError: the file is wrong, or the folder holds runs with other options.
-        Interrupted: by Ctrl-C or SIGTERM; the runs have saved.
+        Interrupted: by a signal, or shortly before the time limit; the runs have saved.
     """
     plan = study_files.load_spec(config)
     folder = (config.out or default_folder(config)).expanduser().resolve()
     # A process each, on its share of the cores; an accelerator has memory for one.
-    series = StudyRunner(
-        plan, folder, config.jobs or (os.cpu_count() or 1 if devices.pick_device("auto").type == "cpu" else 1)
-    )
+    jobs = config.jobs or (os.cpu_count() or 1 if devices.pick_device("auto").type == "cpu" else 1)
+    series = StudyRunner(plan, folder, jobs, limit=find_limit(config.time_limit))
     place = record_folder(folder)
     place.check_place()
     with ExitStack() as stack:
@@ -225,9 +180,10 @@ def _carry_out(series: StudyRunner) -> None:
     finished = total - len(series.waiting())
     if finished:
         info(f"{finished} of {total} runs are finished already")
-    with ProgressBar("study", total, finished) as bar, signals.catch_signals() as caught:
+    series.limit.announce()
+    with ProgressBar("study", total, finished) as bar, signals.catch_signals() as requests:
         while series.at_work or series.waiting():
-            for entry in series.ready()[: series.jobs - len(series.at_work)]:
+            for entry in [] if series.out_of_time else series.ready()[: series.jobs - len(series.at_work)]:
                 series.at_work[_started(series, entry)] = entry
             for process in [each for each in series.at_work if each.poll() is not None]:
                 _ended(series, series.at_work.pop(process), process.returncode)
@@ -235,9 +191,11 @@ def _carry_out(series: StudyRunner) -> None:
             _skip_what_needs_failed_runs(series)
             over = total - len(series.waiting()) - len(series.at_work)
             bar.update(over, ", ".join(f"{each.name} ({each.seed})" for each in series.at_work.values()))
-            if caught:
-                saved = f"{over} of {total} runs are over, the others saved in {series.folder}"
-                raise signals.Interrupted(caught[0], f"{saved}; run the same command again to resume")
+            saved = f"{over} of {total} runs are over, the others saved in {series.folder}"
+            if requests.stop:
+                raise signals.Interrupted(requests.stop, f"{saved}; run the same command again to resume")
+            if series.out_of_time and not series.at_work and series.waiting():
+                raise TimeLimitReached(series.limit.sentence(saved))
             time.sleep(POLL_SECONDS)
 
 
@@ -248,6 +206,10 @@ def _started(series: StudyRunner, entry: RunSpec) -> subprocess.Popen:
     place = ["--seed", str(entry.seed), "--out", str(series.at(entry))]
     if shared := series.tapes.get(entry.place):
         place += ["--tape", str(shared), "--tape-full", "go-on"]
+    if series.limit.end < float("inf"):
+        # Counted from the start of its own process; the margin is left to this one.
+        place += ["--time-limit", f"{max(1, series.limit.left):.0f}"]
+    series.began[entry.place] = time.monotonic()
     # Runs side by side would otherwise each use all cores, and wait for each other.
     cores = max(1, (os.cpu_count() or 1) // series.jobs)
     with open(series.folder / "logs" / f"{entry.place}.log", "a") as log:
@@ -275,6 +237,10 @@ def _ended(series: StudyRunner, entry: RunSpec, code: int) -> None:
         result = run_folder.find_run(series.at(entry)).result or {}
         figure = f"top-1 {percent(result['top1'])}" if result["top1"] is not None else f"KL {result['kl']:.3f}"
         info(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
+        series.started.add(time.monotonic() - series.began[entry.place], result["seconds"])
+        return
+    if code == 0:
+        series.stopped += 1  # a run without a result has succeeded in stopping in time
         return
     lines = (series.folder / "logs" / f"{entry.place}.log").read_text(errors="replace").splitlines()
     # Our own last message; else the end of the output, without the frames of the parser's boxes.

@@ -19,10 +19,11 @@ from funmatch.commands.tune.space import Value
 from funmatch.commands.verbs import VERBS, load_function
 from funmatch.config import Search
 from funmatch.errors import InputError, first_line
-from funmatch.runtime import text
+from funmatch.runtime import text, time_limit
 from funmatch.runtime.disk.files import file_lock, try_lock_file
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
+from funmatch.runtime.time_limit import StartTime
 from funmatch.training.run import intervals
 from funmatch.training.setup import Trial
 from funmatch.training.teachers.loading import Modules
@@ -52,7 +53,7 @@ def run(config: Search, modules: Modules | None = None) -> dict[str, Any]:
 
     Raises:
         InputError: an option is invalid, or the storage cannot be used.
-        Stopped: by Ctrl-C or SIGTERM, after saving.
+        Interrupted: by a signal, or shortly before the time limit, after saving.
     """
     try:
         from funmatch.commands.tune import optuna_storage
@@ -125,8 +126,11 @@ def open_study(spec: SearchSpec) -> "optuna.Study":
 
 def work(study: "optuna.Study", spec: SearchSpec, modules: Modules) -> None:
     """Runs trials until none is left to begin or resume, and waits for those of other workers."""
-    waiting = False
+    waiting, limit, started = False, time_limit.find_limit(spec.base.time_limit), StartTime()
     while True:
+        # Before a trial is taken: one that could not take a step would be begun for nothing.
+        ended = sum(each.state.name in ENDED for each in study.get_trials(deepcopy=False))
+        limit.check_left(started.seconds, f"{ended} of {spec.trials} trials are over in {spec.folder}")
         found, others = next_trial(study, spec)
         if found is None:
             # Trials of other workers are waited for: one of them may be killed, and its trial is then taken up here.
@@ -141,7 +145,7 @@ def work(study: "optuna.Study", spec: SearchSpec, modules: Modules) -> None:
         trial, lock = found
         waiting = False
         with lock:
-            run_trial(trial, study, spec, modules)
+            run_trial(trial, study, spec, modules, started)
         # Now, since networks in reference cycles would stay in memory beside those of the next trial.
         gc.collect()
         gc.freeze()  # what has outlived a trial need not be looked through after the next
@@ -188,7 +192,9 @@ def hold_trial(spec: SearchSpec, number: int) -> IO[str] | None:
     return try_lock_file(folder / ".lock")
 
 
-def run_trial(trial: "optuna.Trial", study: "optuna.Study", spec: SearchSpec, modules: Modules) -> None:
+def run_trial(
+    trial: "optuna.Trial", study: "optuna.Study", spec: SearchSpec, modules: Modules, started: StartTime
+) -> None:
     """Runs all executions of a trial, and records how it ended.
 
     An error fails this trial only, except errors of the disk, which end the worker.
@@ -208,7 +214,9 @@ def run_trial(trial: "optuna.Trial", study: "optuna.Study", spec: SearchSpec, mo
                 lambda number, score, first=not execution: _report(trial, spec, number, score, first=first)
             )
             train = load_function(VERBS[spec.verb].run)
+            began = time.monotonic()
             result = train(spec.run(number, execution, chosen), modules, reporter)
+            started.add(time.monotonic() - began, result["seconds"])
             scores.append(float(result["best_score"]))
             seconds += result["seconds"]
             # Without labels there is no top-1, and the search selects by agreement.

@@ -1,5 +1,6 @@
 """Writes the checkpoints of a run in the background, and restores the newest one."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,9 @@ class CheckpointWriter:
     """Writes checkpoints in a background thread, in the order in which they are submitted.
 
     The error of a failed write is raised at the next submit, or at the end; nothing is written after it.
+
+    Attributes:
+        seconds: of the slowest write; None before the first.
     """
 
     def __init__(self) -> None:
@@ -29,6 +33,7 @@ class CheckpointWriter:
         self.pool = ThreadPoolExecutor(1, "checkpoints")
         self.waiting: deque[Future[None]] = deque()
         self.failed = False
+        self.seconds: float | None = None
 
     def submit(self, write: Callable[[], object]) -> None:
         """Queues a function that writes; waits while `WAITING` others are queued."""
@@ -42,11 +47,13 @@ class CheckpointWriter:
     def _write(self, write: Callable[[], object]) -> None:
         if self.failed:  # a later checkpoint may rely on what was not written
             return
+        began = time.monotonic()
         try:
             write()
         except BaseException:
             self.failed = True
             raise
+        self.seconds = max(self.seconds or 0.0, time.monotonic() - began)
 
     def _await(self, most: int) -> None:
         while self.waiting and (len(self.waiting) > most or self.waiting[0].done()):
