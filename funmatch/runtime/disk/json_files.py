@@ -2,11 +2,16 @@
 
 A file of ours that does not have its shape is `Damaged`, and its reader decides whether that is an error or whether
 there is something else to use. One with a newer format number is always refused.
+
+Records carry the checksum of their other values (`seal`), which `read_record` compares: a flipped bit leaves most JSON
+valid. Records of earlier versions have none, and are read as they are.
 """
 
 import json
 import math
 import re
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -23,6 +28,10 @@ RUN_RECORD = "config.json"
 """The record of a run's folder: packages that know no runs recognise one by it."""
 RUN_FORMAT = 1
 RUN_SHAPE = {"verb": str, "knobs": dict[str, Any], "facts": dict[str, Any]}
+CHECKSUM = "checksum"
+"""The key of a record's checksum. Its meaning is that of `checksum_of` in records of every format."""
+CRC = "crc32:"
+"""With what the value of a checksum begins."""
 DEEPEST = 64
 """Levels of lists and objects in a file of ours, at most; far below what overflows a recursive function's stack."""
 LARGEST = 2**63
@@ -81,12 +90,16 @@ def read_record(path: Path, shape: dict[str, Shape], number: int, advice: str, *
         advice: what to do about a newer one.
         closed: whether keys that the shape does not name are damage.
 
+    Returns:
+        the record, without its checksum.
+
     Raises:
         OSError: it is missing or cannot be read.
         NewerFormat: a newer version wrote it.
-        Damaged: it is not JSON, or has another shape.
+        Damaged: it is not JSON, has another shape, or does not match its checksum.
     """
-    record = read_json(path, dict[str, Any])
+    # The checksum first: a flipped bit in the format number must not pass for a newer format.
+    record = unseal(read_json(path, dict[str, Any]), path)
     # Before its shape, which a newer version may have changed.
     found = record.get(FORMAT, 1)
     if isinstance(found, int) and found > number:
@@ -97,6 +110,32 @@ def read_record(path: Path, shape: dict[str, Shape], number: int, advice: str, *
     if problem or found < 1:
         raise Damaged(f"{path} is damaged ({problem or f'format {found}'})")
     return record
+
+
+def checksum_of(record: Mapping[str, Any]) -> str:
+    """Returns the checksum of a record's values, whatever the order of its keys and the space between them."""
+    text = json.dumps({key: value for key, value in record.items() if key != CHECKSUM}, sort_keys=True)
+    return f"{CRC}{zlib.crc32(text.encode()):08x}"
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record of JSON's values with its checksum."""
+    return {**record, CHECKSUM: checksum_of(record)}
+
+
+def unseal(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns a record without its checksum; one that has none, as those of earlier versions, as it is.
+
+    Raises:
+        Damaged: it does not match its checksum.
+    """
+    # By its value, too: a flipped bit in the key must not make the record one without a checksum.
+    marks = [key for key, value in record.items() if key == CHECKSUM or (isinstance(value, str) and CRC in value[:8])]
+    if marks and record.get(CHECKSUM) != checksum_of(record):
+        raise Damaged(
+            f"{path} is damaged (its values do not match its checksum; if you changed them, remove its {CHECKSUM!r})"
+        )
+    return {key: value for key, value in record.items() if key != CHECKSUM}
 
 
 def newer(what: object, found: int, number: int, advice: str) -> str:
