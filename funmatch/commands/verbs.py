@@ -52,13 +52,18 @@ VERBS: dict[str, Verb] = {
     "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show", loads="PyTorch"),
     "data": Verb(config.Data, "commands.data:run", "commands.prepare:show", loads="PyTorch"),
     "cache": Verb(config.Cache, "commands.cache:run", "commands.cache:show", loads=""),
-    "models": Verb(tools.Models, "commands.models:list_models", "commands.models:show_models", loads=""),
+    "models": Verb(
+        tools.Models, "commands.networks.models:list_models", "commands.networks.models:show_models", loads=""
+    ),
     "benchmark": Verb(config.Benchmark, "commands.benchmark:run", "commands.benchmark:show"),
-    "import": Verb(tools.Import, "commands.import_model:import_model", "commands.import_model:show_imported"),
+    "import": Verb(
+        tools.Import, "commands.networks.import_model:import_model", "commands.networks.import_model:show_imported"
+    ),
     "recipes": Verb(tools.Recipes, "commands.recipes:run", "commands.recipes:show"),
     "plan": Verb(tools.Plan, "commands.plan:run", "commands.plan:show", subjects=TAUGHT),
     "tune": Verb(config.Search, "commands.tune.run:run", "commands.tune.run:show", subjects=SEARCHED),
     "study": Verb(tools.Study, "commands.study.run:run", "commands.study.run:show"),
+    "replay": Verb(tools.Replay, "commands.replay:run", "commands.replay:show"),
     "tape": Verb(tools.Tape, "commands.tape:run", "commands.tape:show"),
     "report": Verb(tools.Report, "reports.run_page:run", "reports.run_page:show"),
 }

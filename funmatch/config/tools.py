@@ -39,6 +39,20 @@ class Report(Options):
         return ([] if self.runs else ["give at least one run folder"]) + super().problems()
 
 
+class Replay(Options):
+    """Take a step of a run again, and show where its loss or gradients are not finite."""
+
+    verbs: ClassVar[str] = "Science"
+    examples: ClassVar[tuple[str, ...]] = ("funmatch replay runs/first --step 1200",)
+
+    folder: Annotated[
+        Path, Opt(group=Group.OUTPUT, changes=PLACE, positional=True, essential=True, refers=Refers.FILE, metavar="RUN")
+    ]
+    """Folder of the run, which is not changed."""
+    step: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=1, at_most=10**12, essential=True)]
+    """Number of the step. It is reached from the newest checkpoint before it."""
+
+
 class Demo(Machine):
     """See it work in minutes: a small student learns from labels, then from a teacher."""
 

@@ -80,15 +80,16 @@ def _listed(names: Sequence[str]) -> str:
 def _remedy(setup: TrainSetup[Any], objective: Objective, run: Run, step: int) -> str:
     """Says which checkpoint is the newest, who is to blame, and what to try."""
     saved = saved_step(run.checkpoints)
+    replay = f"funmatch replay {run.folder} --step {step} shows where it begins"
     kept = f"the newest checkpoint is of step {saved:,}" if saved else "no checkpoint has been written yet"
     if blamed := _bad_teacher_images(setup, objective, step):
         return (
             f"{kept}. The teacher's logits are not finite for {_listed(blamed)}: try --teacher-precision fp32 or "
-            f"another teacher, with another --out, or the same command with --on-nonfinite skip"
+            f"another teacher, with another --out, or the same command with --on-nonfinite skip. {replay}"
         )
     return (
         f"{kept}. Try a lower --lr, a longer --warmup-steps, or --precision fp32, with another --out; or the same "
-        f"command with --on-nonfinite skip"
+        f"command with --on-nonfinite skip. {replay}"
     )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import funmatch as package
-from funmatch.commands import models, verbs
+from funmatch.commands import verbs
+from funmatch.commands.networks import models
 from funmatch.config import Models
 from funmatch.models import names
 from funmatch.models.names import check_architecture, check_model_name, current_name

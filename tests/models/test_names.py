@@ -18,7 +18,7 @@ from test_distill import MINI, TEACHER
 
 import funmatch
 from funmatch.cli import merge_repeated
-from funmatch.commands import import_model, models
+from funmatch.commands.networks import import_model, models
 from funmatch.config import Distill, Import, Models, Report
 from funmatch.errors import InputError
 from funmatch.models import download

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 
-from funmatch.commands import import_model
+from funmatch.commands.networks import import_model
 from funmatch.config import Import
 from funmatch.data.formats.protobuf import write_fields, write_varint
 from funmatch.errors import InputError

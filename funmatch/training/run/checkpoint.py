@@ -171,6 +171,24 @@ def restore(
     return None
 
 
+def load_before(folder: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
+    """Loads the newest checkpoint before a step into the student and its optimizer, and changes nothing on the disk.
+
+    Returns:
+        its state; None if there is none that can be read.
+    """
+    found = [place for place in _newest_first(folder) if step_of(place) < step]
+    _check_formats(found)
+    for place in found:
+        try:
+            return _restore(place, student, optimizer, None)
+        except Exception as error:  # damaged files raise nearly anything
+            if is_out_of_memory(error):
+                raise
+            info(f"{place} is damaged ({first_line(error)}); falling back to the checkpoint before it")
+    return None
+
+
 def _write(place: Path, tensors: Files, state: dict[str, Any]) -> None:
     with write_folder_atomically(place) as partial:
         for name, each in tensors.items():
