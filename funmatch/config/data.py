@@ -66,7 +66,11 @@ class Images(Options):
     """With --pixels auto: the most gigabytes of decoded pixels that are stored in the cache."""
     # Pillow's own limit: it refuses images of more than twice its MAX_IMAGE_PIXELS.
     max_pixels: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1)] = 178_956_970
-    """Larger images are rejected as decompression bombs."""
+    """Larger images are rejected as decompression bombs. Those of more than 32,000,000 pixels are decoded one at a
+    time."""
+    # Not compared, as on_bad.
+    max_scans: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1, resume=OnResume.UNCOMPARED)] = 100
+    """JPEGs of more progressive scans are rejected: each scan takes the time of a whole image."""
     # Not compared: images are compared by their content, and those skipped are missing in it.
     on_bad: Annotated[Literal["stop", "skip"], Opt(group=Group.DATA, changes=DATA, resume=OnResume.UNCOMPARED)] = "stop"
     """When images cannot be decoded: stop and list all of them, or skip them."""

@@ -1,6 +1,5 @@
 """Decodes images into the pixels that a viewer would show: upright, RGB, transparency over white."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -9,7 +8,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from funmatch.errors import InputError
+from funmatch.data.limits import DEFAULT_LIMITS, Limits, decoding, has_memory
+from funmatch.errors import InputError, is_out_of_memory
 
 # Only real image formats: Pillow would also start an interpreter for PostScript. Some builds of Pillow lack a few.
 Image.init()
@@ -22,7 +22,6 @@ EXTENSIONS = {
 # Stored scans hold one bit for each, in this order: a new kind goes to the end.
 KINDS = ("greyscale", "palette", "transparent", "CMYK", "16-bit", "turned by EXIF", "animated", "floating-point")
 DECODERS = ("pillow", "torchcodec")
-MAX_PIXELS = 178_956_970  # above this, Pillow suspects a decompression bomb
 CONTENTS = {
     b"version https://git-lfs": "a pointer of Git LFS (git lfs pull)",
     b"<!doctype html": "a web page", b"<html": "a web page", b"<svg": "an SVG", b"<?xml": "XML", b"%pdf": "a PDF",
@@ -42,7 +41,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# The limit is ours, see `_open_image`: Pillow's would only warn up to twice its value.
+# The limit is ours, see `Limits`: Pillow's would only warn up to twice its value.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -60,13 +59,13 @@ class Header:
     kinds: int
 
 
-def header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+def header(encoded: bytes, limits: Limits = DEFAULT_LIMITS) -> Header:
     """Reads the header of an image without decoding its pixels.
 
     Raises:
-        ValueError: it is not an image, or larger than `max_pixels`.
+        ValueError: it is not an image, or beyond the limits.
     """
-    with _open_image(encoded, max_pixels) as image:
+    with _open_image(encoded, limits) as image:
         width, height = _stored_size(image)
         orientation = _orientation(image)
         # Pillow reads 16-bit RGB PNGs as 8-bit, so the bit depth comes from the file itself (byte 24, in IHDR).
@@ -96,7 +95,7 @@ def decode(
     *,
     cap: int | None = None,
     decoder: str = "pillow",
-    max_pixels: int = MAX_PIXELS,
+    limits: Limits = DEFAULT_LIMITS,
     box: Box | None = None,
 ) -> np.ndarray:
     """Decodes an image.
@@ -110,7 +109,7 @@ def decode(
             least four times this size is first decoded at 1/2, 1/4 or 1/8, which leaves it at least twice as large as
             needed: a few times faster, and on photographs within 1/255 on average of a full decode.
         decoder: `pillow`, or `torchcodec` for RGB JPEGs, where the two differ by at most 2/255.
-        max_pixels: larger images are rejected as decompression bombs.
+        limits: images beyond them are rejected; large ones are decoded one at a time.
         box: part of the (upright, scaled) image to return. Rows of a JPEG below it are not decoded, so damage there
             goes unnoticed.
 
@@ -118,9 +117,10 @@ def decode(
         (height, width, 3) uint8.
 
     Raises:
+        OutOfMemory: there is too little memory.
         Exception: it cannot be decoded; decoders raise many types.
     """
-    with _open_image(encoded, max_pixels) as image:
+    with _open_image(encoded, limits) as image, decoding(image.size):
         turn = UPRIGHT.get(_orientation(image))
         if image.format == "TIFF":
             image.load()
@@ -129,8 +129,12 @@ def decode(
         plain = image.format == "JPEG" and image.mode == "RGB" and image.size == size and turn is None
         if plain and decoder == "torchcodec":
             # Damaged files fall through to Pillow, whose error message is clearer.
-            with suppress(RuntimeError):
+            try:
                 return _crop(torchcodec_decode(encoded), box)
+            except RuntimeError as error:
+                # Without memory Pillow could succeed, with slightly other pixels.
+                if is_out_of_memory(error):
+                    raise
         if plain and box:
             return _decode_box(image, box)
         if image.format == "JPEG" and min(image.size) >= 4 * min(size):
@@ -176,8 +180,12 @@ def _decode_box(image: Image.Image, box: Box) -> np.ndarray:
     if top + height < image.height and len(tiles) == 1 and hasattr(tiles[0], "_replace"):
         image.tile = [tiles[0]._replace(extents=(0, 0, image.width, top + height))]  # pyrefly: ignore
         # libjpeg complains about the rows that we left out, after all the rows of the box are there.
-        with suppress(OSError):
+        try:
             image.load()
+        except OSError:
+            # Without memory it complains in the same words, and the rows of the box are not there.
+            if not has_memory(image.width * image.height):
+                raise
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
@@ -226,23 +234,20 @@ def _torchcodec():
     return decode_image
 
 
-def _open_image(encoded: bytes, max_pixels: int) -> Image.Image:
+def _open_image(encoded: bytes, limits: Limits) -> Image.Image:
     if not encoded:
         raise ValueError("the file is empty")
     try:
         image = Image.open(BytesIO(encoded), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise ValueError("not an image" + _content(encoded)) from None
-    width, height = image.size
-    # By the header: when the pixels are there, it is too late.
-    if width * height > max_pixels:
-        raise ValueError(f"{width:,} × {height:,} pixels are more than --max-pixels {max_pixels:,}")
+    limits.check(encoded, image.format, image.size)
     return image
 
 
 def value_range(encoded: bytes) -> tuple[float, float]:
     """Returns the smallest and the largest stored value of an image of more than 8 bits, NaN and infinity left out."""
-    with _open_image(encoded, MAX_PIXELS) as image:
+    with _open_image(encoded, DEFAULT_LIMITS) as image, decoding(image.size):
         # Pillow keeps the upper 8 of 16 bits of a colour PNG.
         scale = 1 if image.mode == "F" or image.mode.startswith("I") else 257
         values = np.asarray(image, np.float64)
@@ -270,6 +275,8 @@ def _orientation(image: Image.Image) -> int:
         return 1  # otherwise Pillow would decode the whole image in search of EXIF
     try:
         return image.getexif().get(ORIENTATION, 1)
+    except MemoryError:  # the image would be stored unturned, for good
+        raise
     except Exception:  # damaged EXIF is common, and not a reason to lose the image
         return 1
 

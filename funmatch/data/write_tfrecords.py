@@ -20,6 +20,7 @@ from funmatch.data.cache.scan import Scan, by_split, content_digest, fingerprint
 from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import decode, header
 from funmatch.data.formats.tfrecord import DamagedRecord, example, frame, records
+from funmatch.data.limits import is_of_machine
 from funmatch.data.readers.open import open_dataset
 from funmatch.data.readers.shard_paths import NOTE
 from funmatch.data.readers.shards import CLASS_FILES
@@ -243,6 +244,8 @@ def _write_shard(
         try:
             image = jpeg(encoded, side, cache_options)
         except Exception as error:  # decoders raise many types
+            if is_of_machine(error):
+                raise
             return reason_of(error)
         label = int(dataset.splits[split].labels[i])
         return frame(example(image, label if label >= 0 else None))
@@ -270,11 +273,11 @@ def _is_intact(shard: Path) -> bool:
 
 def jpeg(encoded: bytes, side: int | None, cache_options: CacheOptions) -> bytes:
     """Returns an image as a JPEG: its own bytes where possible, else decoded, resized and encoded again."""
-    if side is None and encoded[:3] == JPEG_MAGIC and not header(encoded, cache_options.max_pixels).kinds:
+    if side is None and encoded[:3] == JPEG_MAGIC and not header(encoded, cache_options.limits).kinds:
         # Decoded only as a check: a truncated JPEG has a valid header.
-        decode(encoded, decoder=cache_options.decoder, max_pixels=cache_options.max_pixels)
+        decode(encoded, decoder=cache_options.decoder, limits=cache_options.limits)
         return encoded
-    image = Image.fromarray(decode(encoded, decoder=cache_options.decoder, max_pixels=cache_options.max_pixels))
+    image = Image.fromarray(decode(encoded, decoder=cache_options.decoder, limits=cache_options.limits))
     if side is not None:
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     file = BytesIO()

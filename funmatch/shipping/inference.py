@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from errno import EMFILE, ENFILE, ENOMEM
 from itertools import chain, islice, repeat
 from typing import Protocol
 
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from funmatch.config import ImageOptions
 from funmatch.data.cache.scan import reason_of
-from funmatch.data.decode import MAX_PIXELS, pick_decoder
+from funmatch.data.decode import pick_decoder
+from funmatch.data.limits import MAX_PIXELS, MAX_SCANS, Limits, is_of_machine
 from funmatch.data.prefetch import prefetch_items
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference.frozen import Frozen, InferenceMode
@@ -27,8 +27,6 @@ from funmatch.training.student.trained_model import TrainedModel
 
 FIRST_BATCH = 8
 """Images of the first batch, at most, so that the first rows come early."""
-OF_THE_MACHINE = {EMFILE, ENFILE, ENOMEM}
-"""Errors that say nothing about an image."""
 TOLERANCE = 1e-3
 """Largest difference of a folded network's outputs from the plain one's, relative to the largest of them."""
 
@@ -91,7 +89,10 @@ def decoding_of(config: ImageOptions, trained: TrainedModel) -> Decoding:
     return Decoding(
         cap=config.cap or trained.cap,
         decoder=pick_decoder(config.decoder or knobs.get("decoder") or "auto"),
-        max_pixels=config.max_pixels or knobs.get("max_pixels") or MAX_PIXELS,
+        limits=Limits(
+            config.max_pixels or knobs.get("max_pixels") or MAX_PIXELS,
+            config.max_scans or knobs.get("max_scans") or MAX_SCANS,
+        ),
     )
 
 
@@ -170,7 +171,7 @@ def _prepare(chunk: list[Image], preprocessings: Sequence[Preprocessing], how: D
             tensor = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
             views = [each.view(tensor) for each in preprocessings]
         except Exception as error:  # decoders raise many types
-            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OF_THE_MACHINE):
+            if is_of_machine(error):
                 raise
             reasons.append(reason_of(error))
             continue

@@ -37,7 +37,10 @@ def read_options(config: Images) -> ReadOptions:
 
 def cache_options(config: Images) -> CacheOptions:
     """Returns how decoded images are cached, as configured."""
-    return CacheOptions(config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad)
+    return CacheOptions(
+        config.cap, config.decoder, config.pixels, config.resident_gb, config.max_pixels, config.on_bad,
+        max_scans=config.max_scans,
+    )  # fmt: skip
 
 
 def open_data_set(

@@ -8,6 +8,7 @@ from PIL import Image
 
 from funmatch.data import decode as decoding
 from funmatch.data.decode import KINDS, decode, header, pick_decoder
+from funmatch.data.limits import Limits
 from funmatch.errors import InputError
 
 
@@ -106,9 +107,9 @@ def test_damaged_exif_does_not_stop_decoding(damage):
 def test_too_many_pixels_and_non_images_are_rejected():
     flat = encoded(Image.new("1", (5000, 4000)))
     with pytest.raises(ValueError, match=r"5,000 × 4,000 pixels are more than --max-pixels 1,000,000"):
-        decode(flat, max_pixels=10**6)
+        decode(flat, limits=Limits(pixels=10**6))
     with pytest.raises(ValueError, match="5,000 × 4,000"):
-        header(flat, max_pixels=10**6)
+        header(flat, limits=Limits(pixels=10**6))
     assert header(flat).width == 5000
     for content in (b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\xff\xd8\xff"):
         with pytest.raises(ValueError, match=r"not an image|empty"):

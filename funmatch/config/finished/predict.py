@@ -30,7 +30,10 @@ class ImageOptions(FinishedModel):
     ] = None
     """JPEG decoder; auto is torchcodec where it is installed, else Pillow."""
     max_pixels: Annotated[int | None, like(Images, "max_pixels", usual="the run's, or 178,956,970")] = None
-    """Larger images are rejected as decompression bombs."""
+    """Larger images are rejected as decompression bombs. Those of more than 32,000,000 pixels are decoded one at a
+    time."""
+    max_scans: Annotated[int | None, like(Images, "max_scans", usual="the run's, or 100")] = None
+    """JPEGs of more progressive scans are rejected: each scan takes the time of a whole image."""
     image_feature: Annotated[str | None, like(Images, "image_feature")] = None
     """In shards and tables: the feature, file ending or column that holds the image."""
     data_dir: Annotated[Path | None, like(Images, "data_dir")] = None

@@ -16,7 +16,8 @@ from funmatch.data.cache.check import FORMAT, checksum, is_complete, is_intact
 from funmatch.data.cache.scan import Scan, by_split, chunks, content_digest, keep_reasons, reason_of, recover_rows
 from funmatch.data.cache.stores import INDEX
 from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
-from funmatch.data.decode import MAX_PIXELS, decode
+from funmatch.data.decode import decode
+from funmatch.data.limits import ALONE, MAX_PIXELS, MAX_SCANS, Limits, OutOfMemory
 from funmatch.errors import InputError
 from funmatch.runtime.disk.files import disk_errors, file_lock, write_atomically
 from funmatch.runtime.text import counted
@@ -40,6 +41,7 @@ class CacheOptions:
         max_pixels: larger images count as unreadable.
         on_bad: `stop` with an error at unreadable images, or `skip` them.
         home: folder of all caches; None is `files.cache_home()`.
+        max_scans: JPEGs of more scans count as unreadable.
     """
 
     cap: int = 512
@@ -49,6 +51,12 @@ class CacheOptions:
     max_pixels: int = MAX_PIXELS
     on_bad: str = "stop"
     home: Path | None = None
+    max_scans: int = MAX_SCANS
+
+    @property
+    def limits(self) -> Limits:
+        """Limits of single images."""
+        return Limits(self.max_pixels, self.max_scans)
 
 
 def build(
@@ -170,11 +178,9 @@ def _fill_split(
         if i in scan_reasons:
             return (0, 0), b"", scan_reasons[i]
         encoded = read_again(dataset, split, i, digests[i])
-        try:
-            image = decode(encoded, cap=options.cap, decoder=options.decoder, max_pixels=options.max_pixels)
-        except Exception as error:  # decoders raise many types; each is reported with the file's name
-            # Never empty: an empty reason stands for a good image.
-            return (0, 0), b"", reason_of(error) or "unreadable"
+        image = decode_or_reason(listing.names[i], encoded, options)
+        if isinstance(image, str):
+            return (0, 0), b"", image
         return (image.shape[0], image.shape[1]), image.tobytes() if way == "resident" else encoded, ""
 
     # Those beyond the last valid row are written again below.
@@ -196,6 +202,27 @@ def _fill_split(
             index.flush()
             done += len(chunk)
     return keep_reasons(reasons, done)
+
+
+def decode_or_reason(name: str, encoded: bytes, options: CacheOptions) -> np.ndarray | str:
+    """Decodes an image to (height, width, 3) uint8, or returns why that is impossible.
+
+    Raises:
+        OutOfMemory: there is too little memory. Such an image is good; recorded as unreadable, it would be missing
+            for good.
+    """
+    try:
+        try:
+            return decode(encoded, cap=options.cap, decoder=options.decoder, limits=options.limits)
+        except Exception:
+            # Again, while no large image takes memory: a lack of it that has passed meanwhile looks like damage.
+            with ALONE:
+                return decode(encoded, cap=options.cap, decoder=options.decoder, limits=options.limits)
+    except Exception as error:  # decoders raise many types; each is reported with the file's name
+        if isinstance(error, OutOfMemory | MemoryError):
+            raise OutOfMemory(f"{name}: {reason_of(error)}") from None
+        # Never empty: an empty reason stands for a good image.
+        return reason_of(error) or "unreadable"
 
 
 def read_again(dataset: Dataset, split: str, i: int, digest: bytes) -> bytes:

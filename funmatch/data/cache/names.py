@@ -32,7 +32,7 @@ def image_names(
         InputError: the data set is gone.
     """
     listed = open_dataset([*specs], absolute(options), track)
-    scanned = scan(listed, cache_options.home or cache_home(), track, max_pixels=cache_options.max_pixels)
+    scanned = scan(listed, cache_options.home or cache_home(), track, limits=cache_options.limits)
     names: dict[bytes, deque[str]] = defaultdict(deque)
     # Those of the split first: a copy in another split has another name.
     for name, rows, _ in sorted(by_split(listed, scanned), key=lambda each: each[0] != split.name):

@@ -27,6 +27,7 @@ from funmatch.data.cache.splits import apply_split, choose_splits
 from funmatch.data.cache.stores import CachedSplit, Resident, Streaming
 from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import pick_decoder
+from funmatch.data.limits import MAX_SCANS
 from funmatch.data.readers.catalog import data_home
 from funmatch.data.readers.open import open_dataset, resolve_spec
 from funmatch.runtime.disk.files import cache_home, write_atomically
@@ -38,6 +39,8 @@ NAMES_IN_DIGESTS = {
     "CacheOptions(": "Keeping(",
     "SplitSpec(": "Cut(",
     "split_spec=": "cut=",
+    # An option that came later, where it has its default.
+    f", max_scans={MAX_SCANS}": "",
 }
 """Names as version 0.1.0 wrote them into digests: the same options keep the same digest, so that no data set is listed
 again only because a class or a field was renamed."""
@@ -143,7 +146,7 @@ def absolute(options: ReadOptions) -> ReadOptions:
 def scan_dataset(dataset: Dataset, cache_options: CacheOptions, track: Track) -> tuple[Dataset, Scan]:
     """Reads every image of a data set once, and makes its splits."""
     home = cache_options.home or cache_home()
-    scanned = scan(dataset, home, track, max_pixels=cache_options.max_pixels)
+    scanned = scan(dataset, home, track, limits=cache_options.limits)
     return apply_split(dataset, scanned, choose_splits(dataset, scanned))
 
 

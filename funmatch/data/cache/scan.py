@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from errno import EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from funmatch.data.dataset import UNLABELLED, Dataset, Track, untracked
-from funmatch.data.decode import KINDS, MAX_PIXELS, header
+from funmatch.data.decode import KINDS, header
+from funmatch.data.limits import DEFAULT_LIMITS, MAX_SCANS, Limits, is_of_machine
 from funmatch.runtime.disk.files import disk_errors, file_lock, write_atomically
 from funmatch.runtime.disk.json_files import parse_json
 
@@ -28,8 +28,6 @@ ROW = np.dtype(
 )
 CHUNK = 256  # images between two writes: what an interruption loses at most
 EXAMPLES = 20
-MACHINE_ERRORS = {ENOSPC, EDQUOT, EMFILE, ENFILE, EIO, ENOMEM}
-"""Errors of the machine, which say nothing about an image: it must not be recorded as unreadable."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Scan:
 
 
 def scan(
-    dataset: Dataset, home: Path, track: Track = untracked, *, max_pixels: int = MAX_PIXELS, refresh: bool = False
+    dataset: Dataset, home: Path, track: Track = untracked, *, limits: Limits = DEFAULT_LIMITS, refresh: bool = False
 ) -> Scan:
     """Reads every image, or the stored result of an earlier scan of the same files.
 
@@ -54,17 +52,18 @@ def scan(
         dataset: the data set.
         home: folder of all caches.
         track: shows progress.
-        max_pixels: larger images count as unreadable.
+        limits: images beyond them count as unreadable.
         refresh: reads again although nothing seems to have changed; an interrupted scan is resumed all the same.
     """
-    # With the limit: another one makes other images unreadable.
-    name = f"{fingerprint(dataset)}-{max_pixels}-{FORMAT}"
+    # With the limits: others make other images unreadable. Without scans as earlier versions named it.
+    scans = "" if limits.scans == MAX_SCANS else f"-{limits.scans}"
+    name = f"{fingerprint(dataset)}-{limits.pixels}{scans}-{FORMAT}"
     folder = home / "surveys"  # the folder's name since version 0.1.0
     folder.mkdir(parents=True, exist_ok=True)
     whole, partial, reasons = (folder / f"{name}{end}" for end in (".rows", ".partial", ".reasons"))
 
     def scan_job(job: tuple[str, int]) -> tuple[tuple, str | None]:
-        return _scan_image(dataset, job[0], job[1], max_pixels)
+        return _scan_image(dataset, job[0], job[1], limits)
 
     with file_lock(folder / f"{name}.lock"), disk_errors(folder):
         jobs = dataset.jobs()
@@ -110,19 +109,21 @@ def content_digest(encoded: bytes) -> bytes:
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
-def _scan_image(dataset: Dataset, split: str, i: int, max_pixels: int) -> tuple[tuple, str | None]:
+def _scan_image(dataset: Dataset, split: str, i: int, limits: Limits) -> tuple[tuple, str | None]:
     try:
         encoded = dataset.read(split, i)
         digest = content_digest(encoded)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+        if is_of_machine(error):
             raise
         # The error stands for the content, so that the cache's key changes once the image is readable.
         return (content_digest(repr(error).encode()), 0, 0, 0, 0, True), reason_of(error)
     try:
         # An OSError is the image's own from here on: its bytes are in memory.
-        head = header(encoded, max_pixels)
+        head = header(encoded, limits)
     except Exception as error:  # decoders raise many types
+        if isinstance(error, MemoryError):
+            raise
         return (digest, len(encoded), 0, 0, 0, True), reason_of(error)
     return (digest, len(encoded), head.height, head.width, head.kinds, False), None
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.data.decode import MAX_PIXELS, Box, decode
+from funmatch.data.decode import Box, decode
+from funmatch.data.limits import MAX_PIXELS, Limits
 from funmatch.errors import InputError
 
 INDEX = np.dtype(
@@ -113,7 +114,9 @@ class Streaming:
             raise InputError(
                 f"{self.path} is damaged; run `funmatch prepare` with the same data and options to rebuild it"
             )
-        pixels = decode(encoded, cap=self.cap, decoder=self.decoder, max_pixels=self.max_pixels, box=box)
+        # Without counting scans, which takes a part of the time of decoding: they were counted when it was stored.
+        limits = Limits(self.max_pixels, scans=0)
+        pixels = decode(encoded, cap=self.cap, decoder=self.decoder, limits=limits, box=box)
         if not pixels.flags.writeable:
             pixels = pixels.copy()  # torch warns about read-only memory
         return torch.from_numpy(pixels)

@@ -12,7 +12,8 @@ from typing import IO
 import numpy as np
 
 from funmatch.data.dataset import read_file
-from funmatch.data.decode import EXTENSIONS, MAX_PIXELS, decode
+from funmatch.data.decode import EXTENSIONS, decode
+from funmatch.data.limits import DEFAULT_LIMITS, Limits
 from funmatch.data.readers.folder_listing import LEFTOVERS, ending, is_cycle
 from funmatch.errors import InputError
 
@@ -29,12 +30,12 @@ class Decoding:
     Attributes:
         cap: longest short side, pixels; larger images are scaled down to it.
         decoder: pillow or torchcodec.
-        max_pixels: larger images are rejected.
+        limits: images beyond them are rejected.
     """
 
     cap: int
     decoder: str = "pillow"
-    max_pixels: int = MAX_PIXELS
+    limits: Limits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ImageFile:
 
     def pixels(self, how: Decoding) -> np.ndarray:
         """Decodes it to (height, width, 3) uint8."""
-        return decode(self.read(), cap=how.cap, decoder=how.decoder, max_pixels=how.max_pixels)
+        return decode(self.read(), cap=how.cap, decoder=how.decoder, limits=how.limits)
 
 
 def one_file(path: str) -> ImageFile:

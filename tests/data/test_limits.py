@@ -1,0 +1,154 @@
+"""Images beyond the limits are refused before they are decoded, and a lack of memory is never an image's fault."""
+
+import threading
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from funmatch.data import decode as decode_module
+from funmatch.data import limits
+from funmatch.data.cache.build import CacheOptions
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.decode import decode, header
+from funmatch.data.limits import Limits, OutOfMemory, count_scans
+from funmatch.errors import InputError
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    file = BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def with_scans(copies: int) -> bytes:
+    """Returns a progressive JPEG whose last scan is repeated."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    jpeg = encoded(Image.fromarray(noise), "JPEG", progressive=True)
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last] + jpeg[last:-2] * copies + jpeg[-2:]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            noise = np.random.default_rng((ord(name), i)).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("fail", ["convert", "load", "libjpeg"])
+def test_too_little_memory_is_an_error_and_is_not_recorded(images, tmp_path, monkeypatch, fail):
+    expected = open_cache(str(images), cache_options=CacheOptions(home=tmp_path / "fresh"))
+
+    def convert(self, *_):
+        if self.size == (9, 8):
+            raise MemoryError
+
+    def load(_):
+        raise OSError("out of memory error when reading image file")  # Pillow's own words
+
+    def broken(_):
+        raise OSError("broken data stream when reading image file")  # what libjpeg says then
+
+    options = CacheOptions(home=tmp_path / "cache", on_bad="skip")
+    with monkeypatch.context() as patch:
+        if fail == "convert":
+            patch.setattr(Image.Image, "convert", convert)
+        else:
+            patch.setattr("PIL.PngImagePlugin.PngImageFile.load", load if fail == "load" else broken)
+            patch.setattr(limits, "has_memory", lambda _: fail == "load")
+        with pytest.raises(OutOfMemory, match=r"a/0\.png: too little memory to decode 9 × 8 pixels") as raised:
+            open_cache(str(images), cache_options=options)
+    assert isinstance(raised.value, InputError)
+    found = open_cache(str(images), cache_options=options)
+    assert found.key == expected.key
+    assert len(found.splits["train"]) == 6
+    assert not found.summary["unreadable"]
+
+
+def test_a_lack_of_memory_while_reading_is_not_recorded(images, tmp_path, monkeypatch):
+    options = CacheOptions(home=tmp_path / "cache", on_bad="skip")
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module.Image, "open", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            open_cache(str(images), cache_options=options)
+    assert len(open_cache(str(images), cache_options=options).splits["train"]) == 6
+
+
+def test_a_lack_of_memory_that_passes_is_not_damage(images, tmp_path, monkeypatch):
+    whole = decode_module.decode
+    failed = set()
+
+    def once(data, **options):
+        if data not in failed:
+            failed.add(data)
+            raise OSError("broken data stream when reading image file")
+        return whole(data, **options)
+
+    monkeypatch.setattr("funmatch.data.cache.build.decode", once)
+    found = open_cache(str(images), cache_options=CacheOptions(home=tmp_path / "cache"))
+    assert len(found.splits["train"]) == 6
+    assert len(failed) == 6
+
+
+def test_scans_are_limited_before_decoding(images, tmp_path):
+    ordinary, many = with_scans(1), with_scans(3000)
+    scans = ordinary.count(b"\xff\xda")
+    assert count_scans(ordinary, 10**6) == scans
+    assert count_scans(many, 10**6) == scans + 2999
+    assert count_scans(encoded(Image.new("RGB", (9, 9)), "JPEG"), 10**6) == 1
+    with pytest.raises(ValueError, match=r"a JPEG of 101 scans or more, which is more than --max-scans 100"):
+        header(many)
+    with pytest.raises(ValueError, match="--max-scans 6"):
+        decode(with_scans(6), limits=Limits(scans=6))
+    assert decode(with_scans(6), limits=Limits(scans=scans + 5)).shape == (16, 16, 3)
+    # What follows the image counts for nothing, nor do markers inside of segments.
+    thumbnail = b"\xff\xe1" + (402).to_bytes(2, "big") + b"\xff\xda" * 200
+    stuffed = ordinary[:2] + thumbnail + ordinary[2:] + b"\xff\xda" * 500
+    assert count_scans(stuffed, 10**6) == scans
+    np.testing.assert_array_equal(decode(stuffed), decode(ordinary))
+    (images / "a" / "slow.jpg").write_bytes(many)
+    with pytest.raises(InputError, match=r"a/slow\.jpg: a JPEG of 101 scans or more"):
+        open_cache(str(images), cache_options=CacheOptions(home=tmp_path / "cache"))
+    # Another limit is looked at anew.
+    raised = CacheOptions(home=tmp_path / "cache", max_scans=5000)
+    assert len(open_cache(str(images), cache_options=raised).splits["train"]) == 7
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 7))
+def test_counting_scans_ends_in_damaged_files(cut):
+    jpeg = with_scans(2)
+    assert count_scans(jpeg[:cut], 10) <= 10
+    assert count_scans(b"\xff" * 1000 + jpeg[cut:], 10) <= 11
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(limits, "LARGE", 100)
+    inside, most = 0, 0
+    pixels = decode_module._pixels
+    both = threading.Barrier(2)
+
+    def counted(*args):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        threading.Event().wait(0.02)
+        inside -= 1
+        return pixels(*args)
+
+    monkeypatch.setattr(decode_module, "_pixels", counted)
+    png = encoded(Image.new("RGB", (20, 20)), "PNG")
+
+    def work():
+        both.wait()
+        decode(png)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert most == 1
