@@ -61,7 +61,10 @@ class ImagesOptions(TypedDict, total=False):
     resident_gb: float
     """With pixels="auto": the most gigabytes of decoded pixels that are stored in the cache. (default: 32)"""
     max_pixels: int
-    """Larger images are rejected as decompression bombs. (default: 178956970)"""
+    """Larger images are rejected as decompression bombs. Those of more than 32,000,000 pixels are decoded one at a
+    time. (default: 178956970)"""
+    max_scans: int
+    """JPEGs of more progressive scans are rejected: each scan takes the time of a whole image. (default: 100)"""
     on_bad: Literal["stop", "skip"]
     """When images cannot be decoded: stop and list all of them, or skip them. (default: stop)"""
 
@@ -726,7 +729,11 @@ class EmbedOptions(TypedDict, total=False):
     decoder: Literal["auto", "pillow", "torchcodec"] | None
     """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: the run's, or auto)"""
     max_pixels: int | None
-    """Larger images are rejected as decompression bombs. (default: the run's, or 178,956,970)"""
+    """Larger images are rejected as decompression bombs. Those of more than 32,000,000 pixels are decoded one at a
+    time. (default: the run's, or 178,956,970)"""
+    max_scans: int | None
+    """JPEGs of more progressive scans are rejected: each scan takes the time of a whole image. (default: the run's, or
+    100)"""
     image_feature: str | None
     """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
     names)"""
@@ -771,7 +778,11 @@ class PredictOptions(TypedDict, total=False):
     decoder: Literal["auto", "pillow", "torchcodec"] | None
     """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: the run's, or auto)"""
     max_pixels: int | None
-    """Larger images are rejected as decompression bombs. (default: the run's, or 178,956,970)"""
+    """Larger images are rejected as decompression bombs. Those of more than 32,000,000 pixels are decoded one at a
+    time. (default: the run's, or 178,956,970)"""
+    max_scans: int | None
+    """JPEGs of more progressive scans are rejected: each scan takes the time of a whole image. (default: the run's, or
+    100)"""
     image_feature: str | None
     """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
     names)"""
