@@ -47,9 +47,10 @@ def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> In
     return InputError("; ".join(parts))
 
 
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or its class name if the message is empty."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message that is not blank, or the error's class name if there is none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -63,6 +63,8 @@ def _show_smaller(found: Mapping[str, Any]) -> None:
         ["one image (ms)", *(f"{each['milliseconds']:.2f}" for each in (before, after))],
     ]
     print_table(f"{found['file']}, on {found['images']:,} images of {found['split']}", ["", "fp32", "quantised"], rows)
+    low, high = found["drop_interval"]
+    print(f"lost: {found['drop']:.2f} points (95 % interval {low:.2f} … {high:.2f}); at most {found['max_drop']:g}")
     if found["method"]:
         print(f"ranges by {found['method']}, from {found['calibration']:,} images of {found['calibrated_on']}")
     if found["fp32"]:

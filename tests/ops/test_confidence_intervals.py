@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from funmatch.ops.intervals import mcnemar, paired_bootstrap, wilson
+from funmatch.ops.intervals import mcnemar, paired_bootstrap, paired_difference, wilson
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 1), (1, 1), (0, 20), (20, 20), (7, 20), (81, 100), (49_999, 50_000)])
@@ -17,6 +17,21 @@ def test_wilson_intervals_equal_those_of_scipy(hits, count):
 
 def test_no_images_have_no_interval():
     assert wilson(0.0, 0) is None
+
+
+@pytest.mark.parametrize(("gained", "lost", "count"), [(0, 0, 70), (3, 9, 72), (5, 0, 40)])
+def test_paired_intervals_hold_what_they_promise(gained, lost, count):
+    """The variance by hand, of all images and one half in each of the four cases."""
+    values = torch.tensor([1.0] * gained + [-1.0] * lost + [0.0] * (count - gained - lost), dtype=torch.float64)
+    weights = torch.ones(len(values), dtype=torch.float64)
+    values = torch.cat([values, torch.tensor([1.0, -1.0, 0.0, 0.0], dtype=torch.float64)])
+    weights = torch.cat([weights, torch.full((4,), 0.5, dtype=torch.float64)])
+    mean = (weights * values).sum() / weights.sum()
+    variance = (weights * (values - mean) ** 2).sum() / weights.sum()
+    half = 1.959964 * (variance / weights.sum()).sqrt()
+    assert paired_difference(gained, lost, count) == pytest.approx(
+        ((mean - half).item(), (mean + half).item()), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(

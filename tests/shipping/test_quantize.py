@@ -163,6 +163,39 @@ def test_a_limit_that_cannot_be_kept_names_layers_and_the_way_out_and_writes_not
     assert not list(tmp_path.iterdir())
 
 
+def test_the_interval_of_the_loss_is_that_of_paired_images(models, images, tmp_path):
+    """Reckoned by Agresti and Min's formula from the two models' outputs."""
+    net, path = models["hard"]
+    known = labelled(net, images)
+    assert known.labels is not None
+    known.labels[::3] = (known.labels[::3] + 1) % CLASSES  # so that images are gained, too
+    result = quantize_onnx(path, tmp_path / "q.onnx", images, known, How(max_drop=100))
+    plain, small = (logits_of(open_runtime(each), images.batches) for each in (path, result.path))
+    lost = np.array([before == label != after for before, after, label in
+                     zip(plain.argmax(-1), small.argmax(-1), known.labels, strict=True)])  # fmt: skip
+    gained = np.array([after == label != before for before, after, label in
+                       zip(plain.argmax(-1), small.argmax(-1), known.labels, strict=True)])  # fmt: skip
+    assert lost.sum() > 0 and gained.sum() > 0  # noqa: PT018
+    assert (result.after.lost, result.after.gained, result.after.images) == (lost.sum(), gained.sum(), len(lost))
+    # Half an image in each of four cases: the variance of −1, 0 and 1.
+    values = np.concatenate([np.ones(lost.sum()), -np.ones(gained.sum())])
+    total = len(lost) + 2
+    mean, square = values.sum() / total, (len(values) + 1) / total
+    half = 1.959964 * np.sqrt((square - mean**2) / total)
+    assert result.drop_interval == pytest.approx((100 * (mean - half), 100 * (mean + half)), abs=1e-4)
+
+
+@pytest.mark.parametrize(("limit", "warns"), [(1, True), (5, False)])
+def test_a_limit_that_few_images_cannot_tell_is_warned_of(models, images, tmp_path, capsys, limit, warns):
+    _, path = models["plain"]
+    result = quantize_onnx(path, tmp_path / "q.onnx", images, images, How(bits=16, max_drop=limit))
+    assert result.drop == 0
+    # All of 64 images keep their class: Wilson's upper bound of the share that does not is z² / (n + z²).
+    assert result.drop_interval == pytest.approx((0, 100 * 1.959964**2 / (64 + 1.959964**2)), abs=1e-4)
+    text = capsys.readouterr()
+    assert (f"too few images for --max-drop {limit}" in text.out + text.err) is warns
+
+
 def test_half_precision_runs_on_a_cpu_with_the_same_inputs_and_outputs(models, images, tmp_path):
     net, path = models["plain"]
     result = quantize_onnx(path, tmp_path / "h.onnx", images, labelled(net, images), How(bits=16))

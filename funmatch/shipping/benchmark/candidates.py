@@ -52,7 +52,7 @@ class Candidate:
 
     def fail(self, error: BaseException, status: str = FAILED) -> None:
         """Notes why it could not be measured."""
-        self.status, self.reason, self.prepared = status, first_line_of(error), None
+        self.status, self.reason, self.prepared = status, first_line(error), None
 
     def prepare(self, machine: Machine) -> None:
         """Makes it ready to compute; the status says where that fails."""
@@ -76,9 +76,3 @@ class Candidate:
         # Converted here: whoever passes bytes has them.
         views = self.prepared.as_input(np.random.default_rng(0).random((images, 3, side, side), np.float32))
         return lambda: predict(views)
-
-
-def first_line_of(error: BaseException) -> str:
-    """Returns the first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next(filter(None, lines), type(error).__name__) if not isinstance(error, InputError) else first_line(error)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from funmatch.config import Evaluate, Export
+from funmatch.runtime.disk.json_files import EACH, read_json
 from funmatch.runtime.log import info
 from funmatch.shipping.quantize.quantize import How, quantize_onnx
 from funmatch.shipping.quantize.scores import Images
@@ -19,6 +20,8 @@ from funmatch.training.student.trained_model import TrainedModel
 
 FILES = {8: "model-int8.onnx", 16: "model-fp16.onnx"}
 REPORT = "quantize.json"
+RANGES = {"funmatch?": {"ranges?": {EACH: (float, float)}, EACH: Any}, EACH: Any}
+"""The part of a student's `config.json` that is read here."""
 MEASURED = 2000
 """Images at most by which the loss of accuracy is measured: 1 point is 20 of them."""
 
@@ -90,8 +93,8 @@ def _trained_ranges(model: TrainedModel) -> dict[str, tuple[float, float]]:
     """Returns the ranges that a run which trained for 8 bits found for its layers; empty for any other."""
     if model.run is None or not (model.run.student / "config.json").is_file():
         return {}
-    about = json.loads((model.run.student / "config.json").read_text()).get("funmatch", {})
-    return {name: (low, high) for name, (low, high) in about.get("ranges", {}).items()}
+    about = read_json(model.run.student / "config.json", RANGES)
+    return {name: (low, high) for name, (low, high) in about.get("funmatch", {}).get("ranges", {}).items()}
 
 
 def _advice(config: Export, model: TrainedModel) -> str:

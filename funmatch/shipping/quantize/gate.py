@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from funmatch.ops.intervals import paired_difference, wilson
 from funmatch.runtime.log import info, track
 from funmatch.shipping.quantize.graph import Graph
 from funmatch.shipping.quantize.scores import Array, Images, Score, compare, logits_of, score
@@ -56,6 +57,20 @@ class Gate:
         if self.before.top1 is None or after.top1 is None:
             return 100 * (1 - after.same)
         return 100 * (self.before.top1 - after.top1)
+
+    def interval(self, after: Score) -> tuple[float, float]:
+        """Returns the 95 % interval of `drop`, in percentage points: of what other images like these would lose."""
+        if self.before.top1 is None or after.gained is None or after.lost is None:
+            low, high = wilson(1 - after.same, after.images) or (0.0, 1.0)
+        else:
+            # Of the same images: what both have right or wrong says nothing about the difference.
+            low, high = paired_difference(after.lost, after.gained, after.images)
+        return 100 * low, 100 * high
+
+    def is_too_coarse(self, after: Score) -> bool:
+        """Returns whether chance alone moves `drop` by more than it may be: the images are too few for the limit."""
+        low, high = self.interval(after)
+        return (high - low) / 2 > self.max_drop
 
     def holds(self, after: Score) -> bool:
         # A hundredth of an image: differences of equal counts must not fail by rounding.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.errors import InputError, WorkFailed
+from funmatch.ops.intervals import wilson
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.log import info
 from funmatch.runtime.text import counted
@@ -39,6 +40,7 @@ class QuantizeResult:
         layers: number of layers with weights.
         before, after: scores of the fp32 and the quantised model.
         drop: percentage points lost: of accuracy, or without labels of agreement with the fp32 model.
+        drop_interval: its 95 % interval.
         max_drop: the limit for it.
         sensitivity: of each layer, the most sensitive first; empty where it was not measured.
     """
@@ -52,6 +54,7 @@ class QuantizeResult:
     before: Score
     after: Score
     drop: float
+    drop_interval: tuple[float, float]
     max_drop: float
     sensitivity: tuple[Sensitivity, ...]
 
@@ -59,7 +62,8 @@ class QuantizeResult:
         """Returns everything as JSON values."""
         plain = {name: value for name, value in vars(self).items() if name not in ("before", "after", "sensitivity")}
         return plain | {
-            "path": str(self.path), "fp32": list(self.fp32), "before": vars(self.before), "after": vars(self.after),
+            "path": str(self.path), "fp32": list(self.fp32), "drop_interval": list(self.drop_interval),
+            "before": vars(self.before), "after": vars(self.after),
             "sensitivity": [vars(each) for each in self.sensitivity],
         }  # fmt: skip
 
@@ -115,7 +119,9 @@ def quantize_onnx(source: Path, target: Path, calibration: Images, validation: I
             found = _int8(source, folder, work, calibration, gate, how)
         drop = gate.drop(found.after)
         if not gate.holds(found.after):
-            raise WorkFailed(_missed(drop, gate, found, how))
+            raise WorkFailed(_missed(gate, found, how))
+        if gate.is_too_coarse(found.after):
+            info(_too_few(gate, found.after))
         # One image: what a student is for is to answer quickly.
         first = next(iter(validation.batches))[:1]
         scores = [_with_latency(*each, first, how.threads) for each in ((source, before), (work, found.after))]
@@ -123,8 +129,9 @@ def quantize_onnx(source: Path, target: Path, calibration: Images, validation: I
         write_atomically(target, work.read_bytes())
     facts = {name: value for name, value in vars(found).items() if name != "after"}
     return QuantizeResult(
-        target, how.bits, before=scores[0], after=scores[1], drop=drop, max_drop=how.max_drop, **facts
-    )
+        target, how.bits, before=scores[0], after=scores[1], drop=drop, drop_interval=gate.interval(found.after),
+        max_drop=how.max_drop, **facts,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,15 +202,35 @@ def _with_latency(path: Path, each: Score, batch: Array, threads: int | None) ->
     return Score(**vars(each) | {"milliseconds": latency(path, batch, threads=threads)})
 
 
-def _missed(drop: float, gate: Gate, found: Found, how: How) -> str:
-    """Describes a limit that cannot be kept."""
+def _loss(gate: Gate, after: Score) -> str:
+    """Says what a model loses, and how well the images tell it."""
     what = "accuracy" if gate.before.top1 is not None else "agreement with the fp32 model"
+    low, high = gate.interval(after)
+    return (
+        f"{gate.drop(after):.2f} points of {what} on {counted(after.images, 'validation image')} "
+        f"(95 % interval {low:.2f} … {high:.2f})"
+    )
+
+
+def _too_few(gate: Gate, after: Score) -> str:
+    """Describes a limit that holds on images that are too few for it, with what else they tell."""
+    low, high = wilson(after.same, after.images) or (0.0, 1.0)
+    # The first class changes more often than accuracy does, and of few images it is the better known of the two.
+    same = f"{100 * after.same:.1f} % of them keep their first class (95 % interval {100 * low:.1f} … {100 * high:.1f})"
+    return (
+        f"WARNING: too few images for --max-drop {gate.max_drop:g}: it loses {_loss(gate, after)}; {same}. Evaluate "
+        "it on more images, or pass other --data to the export"
+    )
+
+
+def _missed(gate: Gate, found: Found, how: How) -> str:
+    """Describes a limit that cannot be kept."""
     name = "fp16" if how.bits == 16 else "INT8"
     kept = f", even with {counted(len(found.fp32), 'layer')} of {found.layers} in fp32" if found.fp32 else ""
     worst = ", ".join(each.layer for each in found.sensitivity[:SHOWN])
     layers = f". The most sensitive layers: {worst}" if worst else ""
     hint = f". {how.advice}" if how.advice else ""
     return (
-        f"{name} loses {drop:.2f} points of {what} on the validation images{kept}; --max-drop allows "
+        f"{name} loses {_loss(gate, found.after)}{kept}; --max-drop allows "
         f"{how.max_drop:g}{layers}{hint}. Or pass a larger --max-drop. Nothing was written"
     )

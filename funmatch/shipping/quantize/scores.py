@@ -40,6 +40,8 @@ class Score:
         agreement: share of the images whose first class is the teacher's; None without a teacher.
         same: share of the images whose first class is that of the fp32 model.
         kl: KL(fp32 model ‖ this model), the mean over images in nats.
+        images: number of images.
+        gained, lost: images that this model, and the fp32 model, alone has right; None without labels.
         bytes: size of the file.
         milliseconds: median latency for one image; None where it was not measured.
     """
@@ -48,6 +50,9 @@ class Score:
     agreement: float | None
     same: float
     kl: float
+    images: int
+    gained: int | None
+    lost: int | None
     bytes: int
     milliseconds: float | None = None
 
@@ -70,13 +75,15 @@ def score(path: Path, images: Images, plain: Array | None = None, *, threads: in
     logits = logits_of(open_runtime(path, threads), images.batches)
     reference = logits if plain is None else plain
     column = compare(logits, reference)
-    top1 = None
+    top1 = gained = lost = None
     if images.labels is not None and (images.labels >= 0).all():
-        top1 = float((logits.argmax(-1) == images.labels).mean())
+        right, before = (each.argmax(-1) == images.labels for each in (logits, reference))
+        top1, gained, lost = float(right.mean()), int((right & ~before).sum()), int((before & ~right).sum())
     agreement = None
     if images.teacher is not None:
         agreement = float((logits.argmax(-1) == images.teacher.argmax(-1)).mean())
-    return Score(top1, agreement, column["agreement"], column["kl"], path.stat().st_size), logits
+    same, kl, count = column["agreement"], column["kl"], len(logits)
+    return Score(top1, agreement, same, kl, count, gained, lost, path.stat().st_size), logits
 
 
 def compare(logits: Array, reference: Array) -> dict[str, float]:
