@@ -38,7 +38,7 @@ def wilson(share: float, count: int, z: float = Z95) -> tuple[float, float] | No
 
 
 def paired_difference(gained: int, lost: int, count: int, z: float = Z95) -> tuple[float, float]:
-    """Computes the interval of the difference of two classifiers' accuracies on the same images (Agresti and Min, 2005).
+    """Computes the interval of the difference of two accuracies on the same images (Agresti and Min, 2005).
 
     Half an image is added to each of the four cases, so that the interval has a width where both are right alike.
 
