@@ -29,7 +29,7 @@ from funmatch.commands.verbs import TABLES, find_verb, run_students, run_verb, s
 from funmatch.config import TAUGHT, Distill, help
 from funmatch.config.options import Options, listed
 from funmatch.config.sources.layers import COMMAND_LINE, layers_below
-from funmatch.errors import InputError, WorkFailed, is_out_of_memory
+from funmatch.errors import InputError, WorkFailed, is_out_of_memory, printable
 from funmatch.runtime import env, signals
 from funmatch.runtime.env import reported_elsewhere
 from funmatch.runtime.functions import allow_words
@@ -163,7 +163,7 @@ def _fail(error: Exception, message: str) -> None:
 def _tell(error: BaseException, message: str) -> None:
     """Prints why the program ends, unless another process of the run prints it."""
     if not reported_elsewhere(error):
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
 
 
 def _where(error: OSError) -> str:

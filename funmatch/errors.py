@@ -1,7 +1,14 @@
 """Defines the errors that users see: what was expected, what was given, where, and what to do next."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+UNSAFE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\U000e0000-\U000e007f]"
+)
+"""Characters that move a terminal's cursor, colour it, or are invisible; among them the marks of right-to-left text."""
 
 
 class InputError(ValueError):
@@ -10,7 +17,7 @@ class InputError(ValueError):
     # IPython looks for a method of this name before it formats a traceback.
     def _render_traceback_(self) -> list[str]:
         """Returns what a notebook shows in place of a traceback: the message alone."""
-        return [f"funmatch: {self}"]
+        return [f"funmatch: {printable(str(self))}"]
 
 
 class WorkFailed(Exception):
@@ -45,6 +52,14 @@ def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> In
     if hint:
         parts.append(hint)
     return InputError("; ".join(parts))
+
+
+def printable(text: str) -> str:
+    """Returns a text with escapes in place of what would act on a terminal: names of files and classes are data.
+
+    Line breaks and tabs stay, since messages of ours have them.
+    """
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def first_line(error: BaseException) -> str:

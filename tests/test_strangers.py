@@ -4,13 +4,16 @@ import json
 import shutil
 
 import pytest
+from make_images import paint
 
 import funmatch
+from funmatch import errors
 from funmatch.cli import main
 from funmatch.commands.tape import run as inspect_tape
 from funmatch.config import Distill, Tape
+from funmatch.data.cache import open_cache
 from funmatch.errors import InputError
-from funmatch.runtime import functions
+from funmatch.runtime import functions, log
 
 TEACHER, STUDENT = "fashion-mini-teacher", "fashion-mini-student"
 COMMAND = "subprocess:getoutput"
@@ -111,3 +114,51 @@ def test_functions_that_a_person_names_are_called(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="a file must not decide"):
         functions.check_allowed("other:g", "teacher")
     assert Distill.checked(data="d", teacher="other:g", student="s", out="o", steps=1).teacher == ("other:g",)
+
+
+def test_a_report_opens_no_data_that_was_not_opened_before(stranger, images, cache_home, monkeypatch):
+    record = json.loads((stranger / "config.json").read_text())
+    record["knobs"] |= {"teacher": [TEACHER], "teacher_kwargs": []}
+    (stranger / "config.json").write_text(json.dumps(record))
+    assert call("report", stranger, "--view-step", "0") == 0, "which opens the data"
+
+    def opened(*_):
+        raise AssertionError("a report must not open what a record names")
+
+    monkeypatch.setattr(open_cache, "open_dataset", opened)
+    before = sorted(cache_home.rglob("*"))
+    for data in (str(images), "hf:some/name"):
+        record["knobs"]["data"] = [data]
+        (stranger / "config.json").write_text(json.dumps(record))
+        assert call("report", stranger) == 0
+        assert "data:image/png" not in (stranger / "report.html").read_text()
+    assert sorted(cache_home.rglob("*")) == before
+    # Images that were opened here before are drawn, unless a batch of them is too large.
+    for side, drawn in ((32, True), (10**9, False)):
+        record["knobs"] |= {"data": ["fashion-mini"], "side": side}
+        (stranger / "config.json").write_text(json.dumps(record))
+        assert call("report", stranger) == 0
+        assert ("data:image/png" in (stranger / "report.html").read_text()) == drawn
+
+
+def test_names_from_files_are_escaped_on_the_terminal(tmp_path, capsys):
+    for i, name in enumerate(("\x1b[31mred\x07", "\u202edlog\u200b", "two\nlines")):
+        paint(tmp_path / "images" / "train" / name / "0.png", i)
+    assert call("prepare", tmp_path / "images") == 0
+    assert call("evaluate", "e\x1b[31mvil\u200f") == 2
+    assert call("evaluate", stranger_name := f"{tmp_path}/\u202e\x9b1m.npz") == 2
+    found = capsys.readouterr()
+    assert not set(found.out + found.err) & set("\x1b\x07\x9b\u202e\u200b\u200f")
+    assert r"\x1b[31mred\x07" in found.out
+    assert r"e\x1b[31mvil\u200f" in found.err
+    assert stranger_name not in found.err
+
+
+def test_a_table_keeps_its_rows(capsys):
+    log.print_table("a\nb", ["name", "value"], [["one\ntwo\x1b[2J", "1"]])
+    assert r"one\ntwo\x1b[2J" in capsys.readouterr().out
+
+
+def test_ordinary_text_is_printed_as_it_is():
+    text = "Bär, naïve, 猫, кот, قطة, 1 × 2 – “x”\n\tindented 🐈"
+    assert errors.printable(text) == text

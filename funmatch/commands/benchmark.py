@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from funmatch.config.finished.benchmark import Benchmark
 from funmatch.reports import benchmark_page
 from funmatch.reports.result import Result
-from funmatch.runtime.log import info, print_table
+from funmatch.runtime.log import info, print_line, print_table
 from funmatch.shipping.benchmark.measure import measure
 from funmatch.training.student.build import Modules
 
@@ -25,7 +25,7 @@ def show(result: Result) -> None:
     """Prints what was measured, where and how, and its two tables."""
     metrics = result.metrics
     for name, value in benchmark_page.about(metrics):
-        print(f"{name}: {value}")
+        print_line(f"{name}: {value}")
     # A table for each model: names of models and formats together would not fit a narrow terminal.
     for model in dict.fromkeys(each["model"] for each in metrics["results"]):
         rows = [each for each in metrics["results"] if each["model"] == model]
@@ -37,7 +37,7 @@ def show(result: Result) -> None:
     for line in benchmark_page.reasons(metrics["results"]):
         info(line)
     if result.page:
-        print(f"report: {result.page}")
+        print_line(f"report: {result.page}")
 
 
 def _narrow(columns: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from funmatch.config import Cache
 from funmatch.data.cache.inventory import Item, list_items, remove_item
 from funmatch.reports.result import Result
 from funmatch.runtime.disk.files import cache_home
-from funmatch.runtime.log import print_table
+from funmatch.runtime.log import print_line, print_table
 from funmatch.runtime.text import format_bytes
 
 
@@ -56,8 +56,8 @@ def show(result: Result) -> None:
     ]
     if rows:
         print_table(f"cache in {found['folder']}", ["what", "size", "last used", ""], rows)
-    print(f"{format_bytes(found['bytes'])} in {found['folder']}")
+    print_line(f"{format_bytes(found['bytes'])} in {found['folder']}")
     if found["freed"]:
-        print(f"removed {format_bytes(found['freed'])}")
+        print_line(f"removed {format_bytes(found['freed'])}")
     elif any(each["missing"] for each in found["items"]):
-        print("`funmatch cache --missing` removes what was made from images that are gone")
+        print_line("`funmatch cache --missing` removes what was made from images that are gone")

@@ -7,7 +7,7 @@ from funmatch.config import Demo, Distill, Evaluate, Report, Train
 from funmatch.reports import run_page, run_plots
 from funmatch.reports.result import Result
 from funmatch.runtime.disk.files import write_atomically
-from funmatch.runtime.log import info, print_table
+from funmatch.runtime.log import info, print_line, print_table
 from funmatch.runtime.text import MISSING, duration, percent
 from funmatch.training import distill, train
 from funmatch.training.evaluation import evaluate
@@ -80,7 +80,7 @@ def show(result: Result) -> None:
         ["", "top-1", "agreement", "parameters", "time"],
         rows,
     )
-    print(f"report: {result.page}")
+    print_line(f"report: {result.page}")
 
 
 def _seconds(metrics: dict[str, Any]) -> str:

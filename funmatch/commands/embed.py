@@ -5,6 +5,7 @@ from typing import Any
 
 from funmatch.config import Embed
 from funmatch.reports.result import Result
+from funmatch.runtime.log import print_line
 from funmatch.shipping import embed
 
 
@@ -16,6 +17,6 @@ def run(config: Embed, given: Mapping[str, Any] | None = None) -> Result:
 def show(result: Result) -> None:
     """Prints where the features are."""
     found = result.metrics
-    print(f"features: {found['out']}, {found['images']:,} × {found['features']:,}")
+    print_line(f"features: {found['out']}, {found['images']:,} × {found['features']:,}")
     if found["paths"]:
-        print(f"paths: {found['paths']}")
+        print_line(f"paths: {found['paths']}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from funmatch.config import Export
 from funmatch.reports.result import Result
-from funmatch.runtime.log import print_table
+from funmatch.runtime.log import print_line, print_table
 from funmatch.runtime.text import percent
 from funmatch.shipping.export import export
 from funmatch.training.student.trained_model import open_described_model
@@ -46,7 +46,7 @@ def show(result: Result) -> None:
     print_table(found["out"], ["format", "size (MB)", "difference from PyTorch", "same top-1"], rows)
     if found.get("quantized"):
         _show_smaller(found["quantized"])
-    print("beside them: labels.txt, preprocessing.json, and example.py, which needs no funmatch")
+    print_line("beside them: labels.txt, preprocessing.json, and example.py, which needs no funmatch")
 
 
 def _show_smaller(found: Mapping[str, Any]) -> None:
@@ -66,8 +66,8 @@ def _show_smaller(found: Mapping[str, Any]) -> None:
     low, high = found["drop_interval"]
     print(f"lost: {found['drop']:.2f} points (95 % interval {low:.2f} … {high:.2f}); at most {found['max_drop']:g}")
     if found["method"]:
-        print(f"ranges by {found['method']}, from {found['calibration']:,} images of {found['calibrated_on']}")
+        print_line(f"ranges by {found['method']}, from {found['calibration']:,} images of {found['calibrated_on']}")
     if found["fp32"]:
-        print(f"in fp32: {len(found['fp32'])} of {found['layers']} layers: {', '.join(found['fp32'])}")
+        print_line(f"in fp32: {len(found['fp32'])} of {found['layers']} layers: {', '.join(found['fp32'])}")
     for each in found["sensitivity"][:SHOWN]:
-        print(f"most sensitive: {each['layer']} (KL {each['kl']:.1e} if only it is quantised)")
+        print_line(f"most sensitive: {each['layer']} (KL {each['kl']:.1e} if only it is quantised)")

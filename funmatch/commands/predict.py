@@ -6,6 +6,7 @@ from typing import Any
 
 from funmatch.config import Predict
 from funmatch.reports.result import Result
+from funmatch.runtime.log import print_line
 from funmatch.runtime.text import number, percent
 from funmatch.shipping import predict
 
@@ -21,5 +22,5 @@ def show(result: Result) -> None:
     if found["out"] is None:
         return
     if found["agreement"] is not None:
-        print(f"agreement with {found['teacher']}: {percent(found['agreement'])}, KL {number(found['kl'])} nats")
-    print(f"rows: {Path(found['out'])}")
+        print_line(f"agreement with {found['teacher']}: {percent(found['agreement'])}, KL {number(found['kl'])} nats")
+    print_line(f"rows: {Path(found['out'])}")

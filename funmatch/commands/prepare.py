@@ -9,6 +9,7 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.dataset import NAMED_AT_MOST
 from funmatch.data.readers.catalog import CATALOG
 from funmatch.data.write_tfrecords import write_shards
+from funmatch.errors import printable
 from funmatch.reports.result import Result
 from funmatch.runtime.log import out, print_table, track
 from funmatch.training import datasets
@@ -86,7 +87,7 @@ def show(result: Result) -> None:
     print_table(summary["name"], columns, [row[: len(columns)] for row in rows])
     for line in _describe(summary):
         # Soft, so that paths are not cut into lines.
-        out.print(line, soft_wrap=True)
+        out.print(printable(line), soft_wrap=True)
 
 
 def _describe(summary: dict[str, Any]) -> list[str]:

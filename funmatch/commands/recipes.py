@@ -20,7 +20,7 @@ from funmatch.models.timm_models import create, create_meta
 from funmatch.ops.optim import hyperrule
 from funmatch.reports.result import Result
 from funmatch.runtime import devices
-from funmatch.runtime.log import info, print_table
+from funmatch.runtime.log import info, print_line, print_table
 from funmatch.runtime.text import percent
 
 SECONDS = 8.0  # measuring time for each network, approximately
@@ -166,11 +166,11 @@ def show(result: Result) -> None:
     if len(found) > 1:
         # By hand, not as a table by rich, which would wrap commands that are to be copied.
         width = max(len(each["command"]) for each in found)
-        print(f"{'command':<{width}}   top-1  teacher  published by")
+        print_line(f"{'command':<{width}}   top-1  teacher  published by")
         for each in found:
             tops = f"{percent(each['top1']):>7}  {percent(each['teacher_top1']):>7}"
-            print(f"{each['command']:<{width}} {tops}  {each['source']}")
-        print("`funmatch recipes NAME` shows one recipe in full and estimates its duration on this machine")
+            print_line(f"{each['command']:<{width}} {tops}  {each['source']}")
+        print_line("`funmatch recipes NAME` shows one recipe in full and estimates its duration on this machine")
         return
     one = found[0]
     gigas = [one["gflop"]["student"], *one["gflop"]["teachers"]]
@@ -188,4 +188,4 @@ def show(result: Result) -> None:
     if one["note"]:
         rows.append(["note", one["note"]])
     print_table(one["command"], ["", ""], rows)
-    print(f"full command:\n  {one['words']}")
+    print_line(f"full command:\n  {one['words']}")

@@ -31,8 +31,12 @@ class Report(Options):
     ] = None  # fmt: skip
     """File for the page."""
     # A view is a function of (seed, step), so any step can be drawn, also one that the run has not reached.
-    view_step: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=0, at_most=10**12, essential=True)] = 0
-    """Step whose views are shown."""
+    view_step: Annotated[
+        int | None,
+        Opt(group=Group.OUTPUT, changes=PLACE, at_least=0, at_most=10**12, essential=True,
+            usual="0, if the data set was opened on this machine before"),
+    ] = None  # fmt: skip
+    """Step whose views are shown; the data set that the run names is then opened, and downloaded if need be."""
 
     def problems(self) -> list[str]:
         # An empty list is a value too: a file or Python may set one, though `runs` is required.

@@ -21,6 +21,7 @@ from funmatch.reports import run_plots, run_tables, run_views, tune_page, tune_p
 from funmatch.reports.display import Shown, html_table, show_message, show_table
 from funmatch.reports.images import captioned
 from funmatch.reports.result import Result
+from funmatch.runtime.log import print_line
 from funmatch.runtime.text import number, percent
 from funmatch.training import datasets
 from funmatch.training.run import folder as run_folder
@@ -58,7 +59,7 @@ def about(recipe: str, options: Mapping[str, Any] | None = None, *, measure: boo
     }
     recipes.show(recipes.run(Recipes(name=recipe, measure=measure and "student" not in values)))
     if values:
-        print("replaced here:\n  " + ", ".join(f"{name}={value!r}" for name, value in values.items()))
+        print_line("replaced here:\n  " + ", ".join(f"{name}={value!r}" for name, value in values.items()))
 
 
 def figures(*folders: Path) -> Shown:

@@ -10,6 +10,7 @@ from funmatch.reports.html import load_template
 from funmatch.reports.result import Result
 from funmatch.runtime import env
 from funmatch.runtime.disk.files import write_atomically
+from funmatch.runtime.log import print_line
 from funmatch.runtime.text import percent
 from funmatch.training.run import folder as run_folder
 
@@ -33,7 +34,7 @@ def run(config: Report) -> Result:
 
 def show(result: Result) -> None:
     """Prints the path of the page."""
-    print(result.page)
+    print_line(str(result.page))
 
 
 def write_page(config: Report) -> Path:
@@ -56,7 +57,7 @@ def write_page(config: Report) -> Path:
     return path
 
 
-def _render(found: list[run_folder.Run], view_step: int, place: Path) -> str:
+def _render(found: list[run_folder.Run], view_step: int | None, place: Path) -> str:
     """Renders the page of runs as HTML; `place` is the folder that it is written to."""
     each_of = {
         "rows": run_tables.rows,
@@ -151,4 +152,5 @@ def write_if_finished(folder: Path) -> Path:
     # An extended run has a newer result than the page of its earlier end.
     if page.is_file() and page.stat().st_mtime >= result.stat().st_mtime:
         return page
-    return write_page(Report(runs=(folder,)))
+    # The user named its data in the same command, so it may be opened.
+    return write_page(Report(runs=(folder,), view_step=0))

@@ -19,16 +19,24 @@ from funmatch.training.run import folder as run_folder
 
 SHOWN_VIEWS = 12
 THUMBNAIL = 96
+MOST_PIXELS = 2**28
+"""Pixels of a batch of which views are drawn, at most: a record may name any image size. 2 ** 28 take 3 GB."""
 
 
-def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
-    """Draws the teacher's and the student's views of a step; None if the data set is gone or has changed."""
+def views_sheet(run: run_folder.Run, step: int | None) -> dict[str, Any] | None:
+    """Draws the teacher's and the student's views of a step; None if the data set is gone or has changed.
+
+    Args:
+        step: None: of the first step, but only if the data set was opened on this machine before. The run may be a
+            stranger's, and nobody asked for its data.
+    """
     config = run.config
     options = config["knobs"]
     try:
         # Not `checked`, which may refuse options that an earlier version took.
         table = TAUGHT[config["verb"]](**options)
-        cache = datasets.open_run_data(table, log=lambda _: None)
+        open_set = datasets.open_known_data_set if step is None else datasets.open_data_set
+        cache = datasets.open_run_data(table, log=lambda _: None, open_set=open_set)
         # A function of a program that has ended cannot be called.
         if table.augment:
             find_function(table.augment, "augment")
@@ -38,6 +46,9 @@ def views_sheet(run: run_folder.Run, step: int) -> dict[str, Any] | None:
     # Views are functions of the seed, the step and the images: other images would show views that never were.
     if cache.key != config["facts"]["data"]:
         return None
+    if options["batch"] * options["side"] ** 2 > MOST_PIXELS:
+        return None
+    step = step or 0
     strategy = STRATEGIES[options["strategy"]] if "strategy" in options else None
     # At the student's size: both rows of a sheet must be equally wide.
     sides = (options["side"],) if strategy and not strategy.fixed else ()

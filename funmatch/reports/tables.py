@@ -4,7 +4,7 @@ from pathlib import Path
 
 from funmatch.data.readers.split_names import describe_images
 from funmatch.reports.result import Outcome, Result
-from funmatch.runtime.log import print_table
+from funmatch.runtime.log import print_line, print_table
 from funmatch.runtime.text import MISSING, duration, number, percent
 
 
@@ -37,6 +37,6 @@ def show(result: Result) -> None:
     images = describe_images(metrics["pictures"], metrics["split"], metrics.get("held_out_of"))
     print_table(f"{name} on {images}", ["metric", "value"], rows)
     if isinstance(result, Outcome) and result.student.is_dir():
-        print(f"model: {result.student}")
+        print_line(f"model: {result.student}")
     if result.page:
-        print(f"report: {result.page}")
+        print_line(f"report: {result.page}")

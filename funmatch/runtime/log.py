@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from funmatch.errors import printable
 from funmatch.runtime import env
 from funmatch.runtime.text import duration, format_rate
 
@@ -35,7 +36,12 @@ out = Console(highlight=False, markup=False, emoji=False, quiet=not env.is_main_
 
 def info(message: str) -> None:
     """Prints a message to standard error."""
-    err.print(message)
+    err.print(printable(message))
+
+
+def print_line(text: str) -> None:
+    """Prints a line of a command's result to standard output; what would act on a terminal is escaped."""
+    print(printable(text))
 
 
 def info_loading(command: str, libraries: str) -> None:
@@ -82,7 +88,7 @@ class ProgressBar:
     """
 
     def __init__(self, label: str, total: int | None, done: int = 0) -> None:
-        self.label, self.total, self.first = label, total, done
+        self.label, self.total, self.first = _cell(label), total, done
         self.started = self.last_line = time.monotonic()
         self.noted = False
         self.display: Any = None  # handle of the line in a notebook
@@ -91,7 +97,7 @@ class ProgressBar:
             NoteColumn(table_column=Column(no_wrap=False)), TimeElapsedColumn(), TextColumn("left"),
             TimeRemainingColumn(), console=err,
         )  # fmt: skip
-        self.task = self.columns.add_task(label, total=total, completed=done, note="")
+        self.task = self.columns.add_task(self.label, total=total, completed=done, note="")
 
     def __enter__(self) -> "ProgressBar":
         # Elsewhere rich would print nothing until the end, or control codes into a log file.
@@ -118,7 +124,7 @@ class ProgressBar:
             # rich draws ten times a second; the note may be a second old, but the first step has one.
             if now - self.last_line >= LIVE_LINE_SECONDS or not self.noted:
                 self.last_line, self.noted = now, True
-                self.columns.update(self.task, note=f"{noted()} {format_rate(rate)}".lstrip())
+                self.columns.update(self.task, note=_cell(f"{noted()} {format_rate(rate)}".lstrip()))
             self.columns.update(self.task, completed=done)
         elif now - self.last_line >= (LIVE_LINE_SECONDS if err.is_jupyter else PLAIN_LINE_SECONDS):
             # From the last line, not the last update: steps may be far shorter or longer than the interval.
@@ -139,9 +145,9 @@ class ProgressBar:
 
         # As plain text through `display`, since a rich progress bar leaves one HTML block for each refresh.
         if self.display is None:
-            self.display = display({"text/plain": text}, raw=True, display_id=True)
+            self.display = display({"text/plain": printable(text)}, raw=True, display_id=True)
         else:
-            self.display.update({"text/plain": text}, raw=True)
+            self.display.update({"text/plain": printable(text)}, raw=True)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -152,9 +158,14 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         columns: heads of the columns.
         rows: the cells, as many in each row as there are columns.
     """
-    grid = Table(title=Text(title), title_justify="left")
+    grid = Table(title=Text(_cell(title)), title_justify="left")
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right")
+        grid.add_column(_cell(column), justify="left" if i == 0 else "right")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(_cell, row))
     out.print(grid)
+
+
+def _cell(text: str) -> str:
+    # A line break in a name would look like another row.
+    return printable(text).replace("\n", "\\n")

@@ -13,7 +13,7 @@ from funmatch.config.finished.model import WithImages
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.names import image_names
-from funmatch.data.cache.open_cache import Cache, open_cache
+from funmatch.data.cache.open_cache import Cache, open_cache, open_known_cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.readers.class_notes import first_of
@@ -56,7 +56,21 @@ def open_data_set(
     return open_cache(data, read_options(config), cache_options(config), track=track, log=log, refresh=refresh)
 
 
-def open_run_data(config: Train, log: Callable[[str], None] = info) -> Cache:
+def open_known_data_set(config: Images, data: tuple[str, ...], *, log: Callable[[str], None] = info) -> Cache:  # noqa: ARG001
+    """Opens a data set that was opened on this machine before, and neither lists, decodes nor downloads any.
+
+    Raises:
+        InputError: it was not.
+    """
+    cache = open_known_cache(data, read_options(config), cache_options(config))
+    if cache is None:
+        raise InputError(f"{' '.join(data)} has not been opened on this machine, or has changed since")
+    return cache
+
+
+def open_run_data(
+    config: Train, log: Callable[[str], None] = info, open_set: Callable[..., Cache] = open_data_set
+) -> Cache:
     """Opens the images of a run: a training split, and splits for evaluation, which may be of another data set.
 
     The classes are those of the evaluation images. So with `eval_data`, the labels of the training images are dropped
@@ -64,16 +78,17 @@ def open_run_data(config: Train, log: Callable[[str], None] = info) -> Cache:
 
     Args:
         log: prints a line.
+        open_set: opens one of the two data sets: `open_data_set`, or `open_known_data_set`.
 
     Raises:
         InputError: there is no training split.
     """
-    training = open_data_set(config, config.data, log=log)
+    training = open_set(config, config.data, log=log)
     if not config.eval_data:
         return training
     # `unlabelled` is about the training images; without labels there would be no accuracy to evaluate.
     labelled = config.model_copy(update={"unlabelled": False})
-    evaluation = open_data_set(labelled, config.eval_data)
+    evaluation = open_set(labelled, config.eval_data)
     splits = {name: evaluation.splits[name] for name in EVALUATED if name in evaluation.splits}
     # A folder without splits is evaluated on whole.
     if not splits:

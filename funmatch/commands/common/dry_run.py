@@ -6,7 +6,7 @@ from typing import Any
 from funmatch.config import Distill, Finetune, Group, Train
 from funmatch.config.sources.layers import DEFAULT
 from funmatch.reports.result import Result
-from funmatch.runtime.log import print_table
+from funmatch.runtime.log import print_line, print_table
 from funmatch.training import distill, finetune, train
 from funmatch.training.setup import TrainSetup
 from funmatch.training.student.build import Modules
@@ -78,11 +78,11 @@ def show(result: Result, table: type[Train]) -> None:
     rows = [[name, _written(options[name]["value"]), options[name]["source"]] for name in names]
     print_table(f"{metrics['run']}, as it would run", ["option", "value", "from"], rows)
     splits = ", ".join(f"{count:,} {name}" for name, count in metrics["splits"].items())
-    print(f"images: {splits}; {metrics['classes']:,} classes")
+    print_line(f"images: {splits}; {metrics['classes']:,} classes")
     teachers = "".join(f", teacher {count:,}" for count in metrics["parameters"]["teachers"])
-    print(f"parameters: student {metrics['parameters']['student']:,}{teachers}")
-    print(f"length: {metrics['steps']:,} steps, {metrics['epochs']:,.4g} epochs")
-    print("nothing was trained or written; without --dry-run the run begins")
+    print_line(f"parameters: student {metrics['parameters']['student']:,}{teachers}")
+    print_line(f"length: {metrics['steps']:,} steps, {metrics['epochs']:,.4g} epochs")
+    print_line("nothing was trained or written; without --dry-run the run begins")
 
 
 def _written(value: Any) -> str:

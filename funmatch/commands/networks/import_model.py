@@ -11,7 +11,7 @@ from funmatch.models.load import load
 from funmatch.models.save import save
 from funmatch.reports.result import Result
 from funmatch.runtime.disk.files import write_folder_atomically
-from funmatch.runtime.log import info_notes, print_table
+from funmatch.runtime.log import info_notes, print_line, print_table
 
 INPUTS = {
     "0..1": ((0.0,) * 3, (1.0,) * 3),
@@ -72,7 +72,7 @@ def show_imported(result: Result) -> None:
     facts = {name: value for name, value in imported.items() if name != "side_known"}
     rows = [[name, f"{value:,}" if isinstance(value, int) else str(value)] for name, value in facts.items()]
     print_table(f"imported {imported['model']}", ["", "value"], rows)
-    print(f"use it with --teacher {imported['out']} or --student {imported['out']}")
+    print_line(f"use it with --teacher {imported['out']} or --student {imported['out']}")
 
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from funmatch.models.download import PAPER_FILES
 from funmatch.models.names import NAMED, check_architecture, timm_names
 from funmatch.reports.result import Result
 from funmatch.runtime.disk.files import cache_home
-from funmatch.runtime.log import ProgressBar, info_loading
+from funmatch.runtime.log import ProgressBar, info_loading, print_line
 
 BIT = [f"resnetv2_{size}_bit" for size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")]
 GROUPS = {**dict.fromkeys(NAMED, "bundled"), **{f"bit:{name}": "BiT weights file" for name in PAPER_FILES}}
@@ -54,16 +54,16 @@ def show_models(result: Result) -> None:
     # By hand, not as a table by rich, which would cut names that are to be copied.
     width = max(len(each["name"]) for each in models)
     costs = f"  {'parameters':>13}  {'GFLOP':>7}" if counted else ""
-    print(f"{'name':<{width}}{costs}  {'size':>4}  {'classes':>7}  source")
+    print_line(f"{'name':<{width}}{costs}  {'size':>4}  {'classes':>7}  source")
     for each in models:
         parameters, gflop = each["parameters"], each["gflop"]
         cells = [f"{parameters:>13,}" if parameters else f"{'–':>13}", f"{gflop:>7.3g}" if gflop else f"{'–':>7}"]
         cells = [*(cells if counted else ()), f"{each['side']:>4}", f"{each['classes']:>7,}", each["source"]]
-        print("  ".join([f"{each['name']:<{width}}", *cells]))
+        print_line("  ".join([f"{each['name']:<{width}}", *cells]))
     if not counted:
-        print(f"{len(models):,} models; --figures counts the parameters and operations of each")
+        print_line(f"{len(models):,} models; --figures counts the parameters and operations of each")
     if more:
-        print(f"and {more:,} more timm models; search them by name, e.g. funmatch models mobilenetv3")
+        print_line(f"and {more:,} more timm models; search them by name, e.g. funmatch models mobilenetv3")
 
 
 def match_names(pattern: str) -> list[str]:

@@ -11,7 +11,7 @@ from funmatch.config import Study
 from funmatch.errors import InputError
 from funmatch.reports import study_page
 from funmatch.reports.result import Result
-from funmatch.runtime.log import print_table
+from funmatch.runtime.log import print_line, print_table
 
 
 def read(folder: Path) -> tuple[StudySpec, list[dict[str, Any]]]:
@@ -30,7 +30,7 @@ def show(result: Result) -> None:
     plan, results = read(result.folder)
     results = study_page.visible(results)
     print_table(plan.title, list(study_page.columns(results)), study_page.rows(results))
-    print(f"report: {result.page}")
+    print_line(f"report: {result.page}")
 
 
 def run(config: Study) -> Result:
@@ -69,4 +69,4 @@ def list_studies() -> dict[str, str]:
 
 def show_studies(found: dict[str, str]) -> None:
     print_table("studies", ["name", "about"], [[name, title] for name, title in found.items()])
-    print("funmatch study NAME runs one; NAME may also be a file of your own (.toml)")
+    print_line("funmatch study NAME runs one; NAME may also be a file of your own (.toml)")

@@ -10,7 +10,7 @@ from funmatch.errors import WorkFailed
 from funmatch.reports import run_page, tune_page
 from funmatch.reports.result import Result
 from funmatch.runtime.disk.files import write_atomically
-from funmatch.runtime.log import print_table
+from funmatch.runtime.log import print_line, print_table
 from funmatch.training.teachers.loading import Modules
 
 SHOWN = 20
@@ -59,9 +59,11 @@ def show(found: Result) -> None:
         f"{Path(result['study']).name}: {tune_page.lead(result)}{more}", list(tune_page.columns(result)), rows[:SHOWN]
     )
     for name, value, spread in tune_page.best_rows(result):
-        print(f"{name}: {value}{f' ± {spread}' if spread != '–' else ''}")
+        print_line(f"{name}: {value}{f' ± {spread}' if spread != '–' else ''}")
     if result["importance"]:
-        print("importance: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["importance"].items()))
-    print(f"best run: {result['best_run']}")
-    print(f"in full: {result['command']}")
-    print(f"report: {found.page}")
+        print_line(
+            "importance: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in result["importance"].items())
+        )
+    print_line(f"best run: {result['best_run']}")
+    print_line(f"in full: {result['command']}")
+    print_line(f"report: {found.page}")

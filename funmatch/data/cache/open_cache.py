@@ -108,14 +108,8 @@ def open_cache(
     Raises:
         InputError: some images are unreadable; all of them are listed.
     """
-    options, cache_options = absolute(options or ReadOptions()), cache_options or CacheOptions()
     specs = [specs] if isinstance(specs, str) else list(specs)
-    home = cache_options.home or cache_home()
-    # Before the digest: `auto` stands for two decoders, whose pixels differ a little.
-    cache_options = replace(cache_options, decoder=pick_decoder(cache_options.decoder), home=home)
-    # Without on_bad: both values mean the same cache, and differ only in whether bad images are an error below.
-    parts = FORMAT, READING, [resolve_spec(spec) for spec in specs], options, replace(cache_options, on_bad="")
-    ledger = home / "known" / _digest(*parts)
+    ledger, options, cache_options = _ledger(specs, options or ReadOptions(), cache_options or CacheOptions())
     entry = None if refresh else _load_entry(ledger)
     if entry is None:
         listed = open_dataset(specs, options, track)
@@ -130,11 +124,36 @@ def open_cache(
     cache = cache.without_labels() if options.unlabelled else cache
     bad = cache.summary["unreadable"]
     if bad and cache_options.on_bad == "stop":
-        raise unreadable(entry["called"], bad, home)
+        raise unreadable(entry["called"], bad, ledger.parent.parent)
     # On every opening, not only after building: each run's own log shows what is wrong with its data.
     for line in list_complaints(cache):
         log(line)
     return cache
+
+
+def open_known_cache(specs: Sequence[str], options: ReadOptions, cache_options: CacheOptions) -> Cache | None:
+    """Opens images that were opened on this machine before, by the same specs and options; None if they were not.
+
+    Nothing is listed, decoded or downloaded: for specs that a file names, which may be a stranger's.
+    """
+    ledger, options, cache_options = _ledger(specs, options, cache_options)
+    entry = _load_entry(ledger)
+    if entry is None:
+        return None
+    cache = _open_entry(entry, cache_options)
+    return cache.without_labels() if options.unlabelled else cache
+
+
+def _ledger(
+    specs: Sequence[str], options: ReadOptions, cache_options: CacheOptions
+) -> tuple[Path, ReadOptions, CacheOptions]:
+    """Returns the path of the ledger entry of specs and options, and the options as they count."""
+    options, home = absolute(options), cache_options.home or cache_home()
+    # Before the digest: `auto` stands for two decoders, whose pixels differ a little.
+    cache_options = replace(cache_options, decoder=pick_decoder(cache_options.decoder), home=home)
+    # Without on_bad: both values mean the same cache, and differ only in whether bad images are an error.
+    parts = FORMAT, READING, [resolve_spec(spec) for spec in specs], options, replace(cache_options, on_bad="")
+    return home / "known" / _digest(*parts), options, cache_options
 
 
 def absolute(options: ReadOptions) -> ReadOptions:

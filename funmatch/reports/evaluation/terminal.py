@@ -7,7 +7,7 @@ from typing import Any
 from funmatch.data.readers.split_names import describe_images
 from funmatch.reports.evaluation import rows
 from funmatch.reports.result import Result
-from funmatch.runtime.log import print_table
+from funmatch.runtime.log import print_line, print_table
 
 FEW_CLASSES = 20
 """Classes up to which all are printed; of more only those that differ most from the teacher."""
@@ -23,9 +23,9 @@ def show(result: Result) -> None:
     found = rows.metric_rows(metrics)
     print_table(f"{Path(metrics['model'])} on {images}", *_used(rows.METRIC_COLUMNS, found))
     if metrics.get("temperature_from"):
-        print(f"temperature fitted on {metrics['temperature_from']}")
+        print_line(f"temperature fitted on {metrics['temperature_from']}")
     if (difference := metrics.get("teacher_difference")) and difference.get("p") is not None:
-        print(
+        print_line(
             f"difference from the teacher's top-1: {rows.signed(difference['top1'])} points "
             f"({rows.points(difference['top1'])}); p by McNemar's test: {rows.p_value(difference['p'])}"
         )
@@ -37,7 +37,7 @@ def show(result: Result) -> None:
         _show_comparison(metrics)
     for name in ("per_image", "report"):
         if path := (str(result.page) if result.page else None) if name == "report" else metrics.get(name):
-            print(f"{name.replace('_', ' ')}: {path}")
+            print_line(f"{name.replace('_', ' ')}: {path}")
 
 
 def _show_classes(metrics: Mapping[str, Any]) -> None:
