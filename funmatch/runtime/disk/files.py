@@ -58,8 +58,9 @@ def open_atomically(path: Path) -> Generator[IO[bytes]]:
     """
     # A name of its own each time, so that two processes that write the same file do not share a partial one. Cut, since
     # the longest names that a system allows have no room for more.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:48]}.", suffix=PARTIAL, dir=path.parent)
-    partial = Path(name)
+    prefix = f".{path.name[:48]}."
+    _remove_abandoned(path.parent, prefix)
+    handle, partial = _create_partial(path.parent, prefix)
     try:
         with disk_errors(path), open(handle, "w+b") as file:
             os.fchmod(handle, 0o644)  # mkstemp makes files that only their owner can read
@@ -70,6 +71,32 @@ def open_atomically(path: Path) -> Generator[IO[bytes]]:
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _create_partial(folder: Path, prefix: str) -> tuple[int, Path]:
+    """Creates a file under a temporary name, locked as long as it is open; returns its handle and its path."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=PARTIAL, dir=folder)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # another process has taken it for abandoned before it was locked
+        except OSError:
+            return handle, Path(name)  # some mounted drives have no locks
+        if _is_at(handle, Path(name)):
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Removes what killed processes left half-written of a file: that on which no process holds a lock."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if not (entry.name.startswith(prefix) and entry.name.endswith(PARTIAL) and entry.is_file()):
+                continue
+            with suppress(OSError), open(entry.path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(entry.path)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
