@@ -117,6 +117,9 @@ class TrainOptions(ImagesOptions, total=False):
     1-06:00:00. The same command resumes it. (default: none; in a Slurm job, its end)"""
     max_time: float | str | None
     """The same as time_limit."""
+    hang_timeout: float | str
+    """With several processes, end the run when one of them has not answered for so long, because it was stopped or its
+    machine is gone. A process that works, for however long, answers. (default: 10m)"""
     save_signals: Names
     """Signals after which the run saves and continues: usr1, usr2. Otherwise they stop it, as SIGTERM does. (default:
     none)"""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from funmatch.config.metadata import Changes, Group, Inherit, OnResume, Opt, Refers
 from funmatch.config.options import Machine, Options
-from funmatch.config.values import Duration, Names, Pairs, duration_problems
+from funmatch.config.values import Duration, Names, Pairs, Timeout, duration_problems
 
 STUDENT, PLACE, ARITHMETIC = Changes.STUDENT, Changes.PLACE, Changes.ARITHMETIC
 SAVE_SIGNALS = ("usr1", "usr2")
@@ -189,6 +189,12 @@ class Loop(Machine):
     ] = None  # fmt: skip
     """Time from the start of the program after which the run has saved and stopped: 8h30m, 510m, 30600 (seconds) or
     1-06:00:00. The same command resumes it."""
+    hang_timeout: Annotated[
+        Timeout,
+        Opt(group=Group.MACHINE, changes=PLACE, inherit=Inherit.NEVER, study=False, metavar="DURATION"),
+    ] = "10m"
+    """With several processes, end the run when one of them has not answered for so long, because it was stopped or its
+    machine is gone. A process that works, for however long, answers."""
     save_signals: Annotated[
         Names,
         Opt(group=Group.LOOP, changes=PLACE, inherit=Inherit.NEVER, study=False, usual="none", metavar="SIGNAL …"),
@@ -246,4 +252,8 @@ class Loop(Machine):
             found.append("give the length by either --steps or --epochs, e.g. --epochs 1000")
         if unknown := [name for name in self.save_signals if name.lower() not in SAVE_SIGNALS]:
             found.append(f"save_signals must be of {', '.join(SAVE_SIGNALS)}, got {', '.join(unknown)}")
-        return found + duration_problems("time_limit", self.time_limit) + super().problems()
+        return found + self._duration_problems() + super().problems()
+
+    def _duration_problems(self) -> list[str]:
+        both = ("time_limit", "hang_timeout")
+        return [problem for name in both for problem in duration_problems(name, getattr(self, name))]

@@ -53,8 +53,10 @@ def _canonical(option: Any) -> Any:
 
 Share = Annotated[str | None, BeforeValidator(_as_text)]
 """`10%`, `0.1` or a number of images."""
+Timeout = Annotated[str, BeforeValidator(_as_text)]
+"""A duration: `8h30m`, `12:00:00` or a number of seconds."""
 Duration = Annotated[str | None, BeforeValidator(_as_text)]
-"""`8h30m`, `12:00:00` or a number of seconds."""
+"""The same, or None."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 """One name or path, or several."""
 Pairs = Annotated[tuple[str, ...], BeforeValidator(_as_pairs)]

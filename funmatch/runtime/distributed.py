@@ -15,17 +15,20 @@ from funmatch.errors import InputError
 from funmatch.runtime import env
 from funmatch.runtime.devices import pick_device
 from funmatch.runtime.env import mark_reported
+from funmatch.runtime.heartbeat import beating
+from funmatch.runtime.text import parse_seconds
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(days=30)
-"""How long processes wait for each other. One may take hours to index ImageNet; one that ends is noticed at once."""
+"""How long processes wait for each other. One may take hours to index ImageNet; one that ends or hangs is noticed."""
+HANG_TIMEOUT = "10m"
 # Number of the process groups that this process has joined, one after another.
 _groups_joined = count()
 
 
 @contextmanager
-def process_group(device_name: str) -> Generator[None]:
+def process_group(device_name: str, hang_timeout: str = HANG_TIMEOUT) -> Generator[None]:
     """Joins the processes that torchrun started while the block runs; does nothing in a single process.
 
     If the block fails in one process, it fails in all: a process that waits for one that has ended gets an
@@ -33,6 +36,7 @@ def process_group(device_name: str) -> Generator[None]:
 
     Args:
         device_name: the device as the user gave it.
+        hang_timeout: time after which a process that does not answer ends the run, such as 10m.
 
     Raises:
         InputError: torch.distributed is initialised already, or another process has ended.
@@ -44,22 +48,25 @@ def process_group(device_name: str) -> Generator[None]:
     if dist.is_initialized():
         raise InputError("torch.distributed is initialized already; funmatch joins the processes by itself")
     store = _rendezvous_store()
-    try:
-        _init_process_group(store, pick_device(device_name))
-        yield
-        # Without it a process that is finished could leave while another still needs it.
-        barrier()
-    except BaseException as error:
-        # gloo reports a lost peer as a plain RuntimeError, NCCL as a DistError.
-        lost_peer = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
-        reported = InputError("another process of this run has ended") if lost_peer else error
-        mark_reported(reported, elsewhere=not _first_to_report(store))
-        if lost_peer:
-            raise reported from error
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with beating(store, parse_seconds(hang_timeout)) as heart:
+        try:
+            _init_process_group(store, pick_device(device_name))
+            yield
+            # Without it a process that is finished could leave while another still needs it.
+            barrier()
+        except BaseException as error:
+            # gloo reports a lost peer as a plain RuntimeError, NCCL as a DistError.
+            lost_peer = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+            # Before the first process is found out, since a peer that failed by itself says so meanwhile.
+            reported = InputError(heart.find_ended()) if lost_peer else error
+            # A process that was killed together with the store has reported nothing.
+            mark_reported(reported, elsewhere=not (heart.lost or _first_to_report(store)))
+            if lost_peer:
+                raise reported from error
+            raise
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _rendezvous_store() -> dist.Store:

@@ -40,7 +40,7 @@ def run(config: Distill, given: Modules | None = None, trial: Trial | None = Non
         raise InputError(
             f"distance {config.distance} compares the images of a batch with each other, so one process must see all"
         )
-    with distributed.process_group(config.device):
+    with distributed.process_group(config.device, config.hang_timeout):
         cache, resolved, loaded = open_inputs(config, given, trial)
         setup = build_distill_setup(resolved, cache, loaded, given, trial, requested=config)
         if result := finished_result(setup):

@@ -24,7 +24,7 @@ def run(config: Train, given: Modules | None = None, trial: Trial | None = None)
         given: modules from Python, by the names that stand for them.
         trial: the search that the run is part of, if any.
     """
-    with distributed.process_group(config.device):
+    with distributed.process_group(config.device, config.hang_timeout):
         return run_on_labels(build_train_setup(config, given, trial))
 
 

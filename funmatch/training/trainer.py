@@ -9,7 +9,7 @@ from funmatch.data.loader import Batch
 from funmatch.data.prefetch import prefetch
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.ops.metrics import has_diverged
-from funmatch.runtime import devices, distributed, env, signals, time_limit
+from funmatch.runtime import devices, distributed, env, heartbeat, signals, time_limit
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import percent
 from funmatch.runtime.timing import timed
@@ -149,6 +149,7 @@ class Trainer:
     def add_step(self, step: int, losses: Losses) -> None:
         """Adds an update to the run's progress."""
         self.state.step = step
+        heartbeat.note_step(step)
         self.losses.add(losses)
         if self.student.ema:
             self.student.ema.update(self.student.classifier, step)

@@ -155,7 +155,7 @@ def test_options_by_what_they_change():
     }
     assert Train.where(lambda opt: opt.extends) == {"steps", "cooldown_steps"}
     assert Train.where(lambda opt: not opt.study) == {
-        "out", "seed", "as_json", "config", "dry_run", "time_limit", "save_signals",
+        "out", "seed", "as_json", "config", "dry_run", "time_limit", "save_signals", "hang_timeout",
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Several processes train the same student as one process, and start, stop and fail together."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -341,3 +342,79 @@ def test_two_processes_extend_a_run(tmp_path):
     extended = run(tmp_path / "run", *argv, "--steps", "18", world=2)
     assert_near(long, extended, 1e-12)
     assert (extended / "ends" / "step-000000012" / "result.json").is_file()
+
+
+LONG = ["train", *ARGV, *BATCHNORM, "--steps", "100000", "--save-every", "5", "--eval-every", "100000", "--side", "28"]
+
+
+def wait_for_steps(folder: Path, processes: list[subprocess.Popen]) -> None:
+    """Returns when a run has saved its first steps."""
+    while not list((folder / "checkpoints").glob("step-*")):
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_named_with_its_step(tmp_path, rank):
+    processes = start("-m", "funmatch", *LONG, "--out", tmp_path, world=2)
+    wait_for_steps(tmp_path, processes)
+    processes[rank].kill()
+    began = time.monotonic()
+    _, err = processes[1 - rank].communicate(timeout=30)
+    assert time.monotonic() - began < 30
+    assert processes[1 - rank].returncode == 2
+    assert re.search(rf"^funmatch: rank {rank} has ended; its last step was [1-9][0-9]*$", err, re.M), err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_is_named_with_its_step(tmp_path, rank):
+    """Rank 0 holds the store, so that nobody can ask it for the heartbeats while it is stopped."""
+    processes = start("-m", "funmatch", *LONG, "--out", tmp_path, "--hang-timeout", "6s", world=2)
+    wait_for_steps(tmp_path, processes)
+    processes[rank].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        _, err = processes[1 - rank].communicate(timeout=30)
+    finally:
+        processes[rank].kill()
+    assert 5 < time.monotonic() - began < 20
+    assert processes[1 - rank].returncode == 1
+    said = rf"^funmatch: rank {rank} has not answered for \d+ s; its last step was [1-9][0-9]*;"
+    assert re.search(said, err, re.M), err
+
+
+@pytest.mark.slow
+def test_processes_agree_after_100_steps(tmp_path):
+    """1, 2 and 3 processes in fp32. SGD, since Adam divides small gradients by their size and so amplifies rounding."""
+    argv = [*DISTILL, *PLAIN, "--side", "28", "--batch", "12", "--steps", "100", "--optimizer", "sgd", "--lr", "0.01"]
+    argv += ["--eval-every", "50", "--log-every", "50", "--threads", "1"]
+    one, two, three = (run(tmp_path / str(world), *argv, world=world) for world in (1, 2, 3))
+    assert_near(one, two)
+    assert_near(one, three)
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path):
+    """Two torchrun agents, of one process each, stand for two machines."""
+    port, argv = str(free_port()), [*DISTILL, *PLAIN, "--side", "28"]
+    nodes = [
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node",
+         "1", "--master-addr", "127.0.0.1", "--master-port", port, "-m", "funmatch", *argv, "--out", tmp_path / "two"]
+        for node in (0, 1)
+    ]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    wait_for_all([subprocess.Popen(node, **pipes) for node in nodes])
+    assert_near(run(tmp_path / "one", *argv), tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_one_process_that_hears_a_signal_stops_all_under_torchrun(tmp_path):
+    argv = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    agent = start(*argv, "--master-port", str(free_port()), "-m", "funmatch", *LONG, "--out", tmp_path)[0]
+    wait_for_steps(tmp_path, [agent])
+    agent.send_signal(signal.SIGHUP)  # which the agent passes on
+    _, err = agent.communicate(timeout=60)
+    assert re.search(r"^saved step \d+ of 100000", err, re.M), err
+    assert not list(tmp_path.rglob("*.partial"))
