@@ -361,6 +361,7 @@ def test_a_killed_process_is_named_with_its_step(tmp_path, rank):
     wait_for_steps(tmp_path, processes)
     processes[rank].kill()
     began = time.monotonic()
+    processes[rank].communicate()
     _, err = processes[1 - rank].communicate(timeout=30)
     assert time.monotonic() - began < 30
     assert processes[1 - rank].returncode == 2
@@ -379,6 +380,7 @@ def test_a_stopped_process_is_named_with_its_step(tmp_path, rank):
         _, err = processes[1 - rank].communicate(timeout=30)
     finally:
         processes[rank].kill()
+        processes[rank].communicate()
     assert 5 < time.monotonic() - began < 20
     assert processes[1 - rank].returncode == 1
     said = rf"^funmatch: rank {rank} has not answered for \d+ s; its last step was [1-9][0-9]*;"
