@@ -2,6 +2,7 @@
 
 import copy
 import os
+import random
 import stat
 from pathlib import Path
 
@@ -323,8 +324,52 @@ def test_failing_and_miscompiling_compilers_are_reported(tmp_path, monkeypatch):
 def test_library_is_built_once(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
     assert library.why_unavailable() == ""
-    (built,) = Path(tmp_path, "kernels").iterdir()
+    (built,) = Path(tmp_path, "kernels").glob("*.so")
     before = os.stat(built).st_mtime_ns
     clear_caches()
     assert library.why_unavailable() == ""
     assert os.stat(built).st_mtime_ns == before
+
+
+def test_a_library_that_is_damaged_or_that_others_can_write_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    assert library.why_unavailable() == ""
+    (built,) = (tmp_path / "cache" / "kernels").glob("*.so")
+    whole = built.read_bytes()
+    copy_of = tmp_path / "cache" / "kernels" / "copy.so"
+    copy_of.write_bytes(whole)
+    copy_of.chmod(0o644)
+    library._digest_of(copy_of).write_text(library._digest_of(built).read_text())
+    assert library._is_intact(copy_of)
+    for seed in range(100):
+        damaged = bytearray(whole)
+        bit = random.Random(seed).randrange(8 * len(whole))
+        damaged[bit // 8] ^= 1 << bit % 8
+        copy_of.write_bytes(damaged)
+        assert not library._is_intact(copy_of), bit
+    copy_of.write_bytes(whole)
+    for mode in (0o664, 0o646):
+        copy_of.chmod(mode)
+        assert not library._is_intact(copy_of)
+    # A new file: this process has the other one mapped.
+    built.unlink()
+    built.write_bytes(bytes(damaged))
+    clear_caches()
+    assert library.why_unavailable() == ""
+    assert built.read_bytes() != bytes(damaged)
+    assert library._is_intact(built)
+
+
+def test_kernels_lie_elsewhere_if_the_cache_is_of_somebody_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "shared"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    shared = tmp_path / "shared" / "kernels"
+    shared.mkdir(parents=True, mode=0o777)
+    shared.chmod(0o777)
+    assert library._folder() == shared
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o755, "one of this user's is closed to others"
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    if shared.stat().st_uid != 0:
+        assert library._folder() == tmp_path / "own" / "funmatch" / "kernels"
+    monkeypatch.setattr(library, "_is_ours", lambda _: False)
+    assert library._folder() == tmp_path / "own" / "funmatch" / "kernels"

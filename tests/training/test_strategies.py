@@ -246,7 +246,13 @@ def test_fixed_teachers_logits_are_computed_once_and_cached(tmp_path, monkeypatc
     outcome = funmatch.distill(out=tmp_path / "run", **options)
     split = open_cache(FEW).splits["train"]
     (folder,) = (tmp_path / "cache" / "answers").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "answers.lock", "answers.npy"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [
+        "about.json",
+        "answers.crc32",
+        "answers.lock",
+        "answers.npy",
+    ]
     found = torch.from_numpy(np.load(folder / "answers.npy"))
     assert found.shape == (200, 1, 10)
     some = range(0, 200, 17)
@@ -452,7 +458,8 @@ def test_damaged_logits_are_recomputed(tmp_path, monkeypatch):
     complete = funmatch.distill(out=tmp_path / "run", **options)
     (folder,) = (tmp_path / "cache" / "answers").iterdir()
     content = (folder / "answers.npy").read_bytes()
-    for number, damage in enumerate((content[:3000], b"", b"no array")):
+    flipped = content[:3001] + bytes([content[3001] ^ 8]) + content[3002:]
+    for number, damage in enumerate((content[:3000], b"no array", flipped)):
         (folder / "answers.npy").write_bytes(damage)
         (folder / "part-000000050.npy").write_bytes(damage)
         repeated = funmatch.distill(out=tmp_path / f"again-{number}", **options)

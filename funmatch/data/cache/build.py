@@ -20,6 +20,7 @@ from funmatch.data.decode import decode
 from funmatch.data.limits import ALONE, MAX_PIXELS, MAX_SCANS, Limits, OutOfMemory
 from funmatch.errors import InputError
 from funmatch.runtime.disk.files import disk_errors, file_lock, write_atomically
+from funmatch.runtime.disk.json_files import seal
 from funmatch.runtime.text import counted
 
 FREE_BYTES = 256 << 20  # left free on the disk beside a cache
@@ -280,7 +281,7 @@ def _finish(
         # Not of the pixels: each image has its own checksum in the index.
         "checks": {name: checksum(partial / name) for name in sizes if name.endswith(".npy")},
     }  # fmt: skip
-    write_atomically(partial / "meta.json", json.dumps(meta))
+    write_atomically(partial / "meta.json", json.dumps(seal(meta)))
 
 
 def unreadable(name: str, bad: Sequence[Sequence[str]], home: Path) -> InputError:

@@ -196,8 +196,9 @@ def _open_entry(entry: dict[str, Any], cache_options: CacheOptions) -> Cache:
     for name in meta["splits"]:
         path = folder / f"{name}.pixels"
         resident = meta["way"] == "resident"
-        store = Resident(path) if resident else Streaming(path, meta["cap"], meta["decoder"], cache_options.max_pixels)
         index, digests = read_index(folder, name, meta)
+        cap, decoder = meta["cap"], meta["decoder"]
+        store = Resident(path, index) if resident else Streaming(path, cap, decoder, cache_options.max_pixels)
         splits[name] = CachedSplit(name, index, store, digests)
     if place != folder:
         key, splits = place.stem, apply_cut(splits, read_cut(place, len(splits["train"])))

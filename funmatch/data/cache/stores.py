@@ -37,6 +37,10 @@ class Store(Protocol):
     decodes: ClassVar[bool]
     """Whether every access decodes an image."""
 
+    def verify(self, rows: np.ndarray) -> None:
+        """Raises `InputError` if the bytes of these images, rows of `INDEX`, are not what was written."""
+        ...
+
     def image(self, row: Row, box: Box | None = None) -> Tensor:
         """Returns an image or a box of it, (height, width, 3) uint8."""
         ...
@@ -47,17 +51,53 @@ class Resident:
 
     Mapped pages are released every 32 MB: they stay in the system's cache, but no longer count as this process's
     memory, which would otherwise appear to grow to the size of the data.
+
+    Each image is compared with its checksum once, when it is first used. What a disk or a memory damages after that, in
+    the same process, goes unnoticed.
     """
 
     decodes: ClassVar[bool] = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, index: np.ndarray) -> None:
+        """Maps the file.
+
+        Args:
+            path: of the file.
+            index: of all its images, in their order in the file.
+        """
         self.path = path
-        with open(path, "rb") as file:
-            # Copy on write only because torch warns about read-only memory; nothing writes to it.
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.file = os.open(path, os.O_RDONLY)
+        # Copy on write only because torch warns about read-only memory; nothing writes to it.
+        self.map = mmap.mmap(self.file, 0, access=mmap.ACCESS_COPY)
         self.pixels = torch.frombuffer(self.map, dtype=torch.uint8)
         self.mapped = 0
+        # A copy: `searchsorted` would make one of the mapped column at each call.
+        self.offsets = np.array(index["offset"])
+        self.verified = np.zeros(len(index), bool)
+        self.all_verified = False
+
+    def __del__(self) -> None:
+        # There is no handle if opening failed.
+        if (file := getattr(self, "file", None)) is not None:
+            os.close(file)
+
+    def verify(self, rows: np.ndarray) -> None:
+        # Each time: touching pages beyond the end of a file that was cut kills the process without a word. A cut
+        # between this and the use of the pixels still does.
+        if os.fstat(self.file).st_size < len(self.map):
+            raise damaged(self.path)
+        if self.all_verified:
+            return
+        numbers = np.searchsorted(self.offsets, rows["offset"])
+        pending = ~self.verified[numbers]
+        for number, row in zip(numbers[pending].tolist(), rows[pending].tolist(), strict=True):
+            offset, length, *_, crc = row
+            if zlib.crc32(memoryview(self.map)[offset : offset + length]) != crc:
+                raise damaged(self.path)
+            # Without a lock: if two threads come here at once, both compare the image.
+            self.verified[number] = True
+        if pending.any():
+            self.all_verified = bool(self.verified.all())
 
     def image(self, row: Row, box: Box | None = None) -> Tensor:
         """Returns a view of the mapped file."""
@@ -73,6 +113,11 @@ class Resident:
             return image
         top, left, height, width = box
         return image[top : top + height, left : left + width]
+
+
+def damaged(path: Path) -> InputError:
+    """Returns the error about pixels that are not what was written."""
+    return InputError(f"{path} is damaged; run `funmatch prepare` with the same data and options to rebuild it")
 
 
 @dataclass(frozen=True)
@@ -101,6 +146,9 @@ class Streaming:
         if (file := getattr(self, "file", None)) is not None:
             os.close(file)
 
+    def verify(self, rows: np.ndarray) -> None:
+        """Does nothing: each image is verified when it is decoded."""
+
     def image(self, row: Row, box: Box | None = None) -> Tensor:
         """Decodes an image or a box of it.
 
@@ -111,9 +159,7 @@ class Streaming:
         encoded = os.pread(self.file, length, offset)
         # At each use: decoders read many damaged JPEGs without an error, as other pixels.
         if zlib.crc32(encoded) != crc:
-            raise InputError(
-                f"{self.path} is damaged; run `funmatch prepare` with the same data and options to rebuild it"
-            )
+            raise damaged(self.path)
         # Without counting scans, which takes a part of the time of decoding: they were counted when it was stored.
         limits = Limits(self.max_pixels, scans=0)
         pixels = decode(encoded, cap=self.cap, decoder=self.decoder, limits=limits, box=box)
@@ -147,7 +193,9 @@ class CachedSplit:
 
     def images(self, indices) -> list[Tensor]:
         """Returns images, each (height, width, 3) uint8."""
-        return [self.store.image(row) for row in self.index[indices].tolist()]
+        rows = self.index[indices]
+        self.store.verify(rows)
+        return [self.store.image(row) for row in rows.tolist()]
 
     def read_boxes(self, indices, boxes: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
         """Reads boxes of images; of large encoded images only the box is decoded.
@@ -159,6 +207,7 @@ class CachedSplit:
         Returns:
             images, whole or boxes of them, and the boxes relative to what is returned.
         """
+        self.store.verify(self.index[indices])
         rows = self.index[indices].tolist()
         # All whole if any is small: images of one size are then cropped together.
         if not self.store.decodes or any(height * width <= SMALL for _, _, height, width, _, _ in rows):

@@ -47,7 +47,10 @@ def _list_tar(path: Path, options: ReadOptions, oddities: Oddities) -> list[Reco
                 if lacking:
                     oddities.unlabelled.setdefault(path, lacking)
                 shard_records.append(Record(image.offset_data, image.size, label, image.name))
-    except tarfile.TarError as error:
+    # tarfile passes on what it meets in headers that were made to mislead it: sizes that are no numbers, or too large.
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        if isinstance(error, DamagedRecord):
+            raise
         raise DamagedRecord(f"is not a complete tar ({error}); a compressed one must be unpacked first") from None
     # Some are common: downloads that failed, a README. All of them mean that images are called otherwise.
     if without and not shard_records:

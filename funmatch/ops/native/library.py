@@ -8,15 +8,17 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from funmatch.errors import first_line
-from funmatch.runtime.disk.files import cache_home
+from funmatch.runtime.disk.files import cache_home, user_cache, write_atomically
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("norms.cpp", "views.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
@@ -112,10 +114,15 @@ def _build() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
     # Everything that decides the machine code: a home folder may be shared by machines with different processors.
     key = ([source.read_bytes() for source in SOURCES], FLAGS, CPU_FLAGS, version, platform.machine(), _processor())
-    path = cache_home() / "kernels" / f"{hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()}.so"
-    if path.is_file():
+    path = _folder() / f"{hashlib.blake2b(repr(key).encode(), digest_size=12).hexdigest()}.so"
+    if _is_ours(path.parent) and _is_intact(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if not _is_ours(path.parent):
+        raise OSError(
+            f"others can write to {path.parent}, and could put code there; make it yours (chmod go-w), or set "
+            "FUNMATCH_CACHE to a folder of your own"
+        )
     # Compiled beside its place and renamed: other processes never load half a library.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         compiled, stderr = Path(folder) / path.name, ""
@@ -126,10 +133,52 @@ def _build() -> Path:
                 # Synced before the rename, or a power loss could leave a library of zeros under the final name.
                 with open(compiled, "rb") as file:
                     os.fsync(file.fileno())
+                digest = hashlib.blake2b(compiled.read_bytes()).hexdigest()
+                os.chmod(compiled, 0o644)  # whatever the umask is: what others can write is never loaded
+                # The library last, so that one with a digest is never looked for in vain.
+                write_atomically(_digest_of(path), digest)
                 compiled.replace(path)
                 return path
             stderr = done.stderr
     raise OSError(f"{compiler} cannot compile the kernels: {first_line(Exception(stderr))}")
+
+
+def _folder() -> Path:
+    """Returns the folder of the libraries: in the cache, or in the user's own where others can write to that one."""
+    folder = cache_home() / "kernels"
+    with suppress(OSError):  # a cache that is shared may be read only
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid():
+            # Earlier versions left it writable for the group, where the umask allowed that.
+            folder.chmod(folder.stat().st_mode & ~0o022)
+    return folder if _is_ours(folder) else user_cache() / "kernels"
+
+
+def _digest_of(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.digest")
+
+
+def _is_ours(path: Path) -> bool:
+    """Returns whether a file or folder is of this user or of root, and nobody else may write to it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_intact(path: Path) -> bool:
+    """Returns whether a library is what was compiled: a flipped bit in it computes other numbers, or ends the process.
+
+    A library that an earlier version compiled has no digest, and is compiled once more.
+    """
+    digest = _digest_of(path)
+    try:
+        # The digest finds damage; it is the permissions that keep other people's code out.
+        same = digest.read_text() == hashlib.blake2b(path.read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return same and _is_ours(path) and _is_ours(digest)
 
 
 def _processor() -> str:

@@ -5,8 +5,10 @@ parts to the others.
 """
 
 import hashlib
+import io
 import json
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +26,14 @@ from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
 from funmatch.runtime import devices
-from funmatch.runtime.disk.files import cache_home, read_array, try_lock_file, write_array
+from funmatch.runtime.disk.checksums import crc_of_file
+from funmatch.runtime.disk.files import cache_home, read_array, try_lock_file, write_atomically
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import COMPARED_IMAGES, LoadedTeacher
 
 PART = 1024
+SUM = ".crc32"  # ending of the file beside an array that holds its checksum
 """Approximate number of views that are predicted between two writes to the disk."""
 
 
@@ -163,7 +167,10 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """Reads an array; returns None where it is missing, or damaged, and then removes it."""
     try:
         array = read_array(path, "c")
-        if array.shape == shape and array.dtype == np.float32:
+        sum_file = path.with_suffix(SUM)
+        # Logits of an earlier version have no checksum, and are believed.
+        intact = not sum_file.exists() or sum_file.read_bytes() == f"{crc_of_file(path):08x}".encode()
+        if intact and array.shape == shape and array.dtype == np.float32:
             return array
     except FileNotFoundError:
         return None
@@ -172,7 +179,17 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     info(f"{path} is damaged; computing it again")
     # Removed, so that other processes compute it again instead of waiting for it.
     path.unlink(missing_ok=True)
+    path.with_suffix(SUM).unlink(missing_ok=True)
     return None
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    """Writes an array and its checksum."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    # The checksum first: the array's appearance tells other processes that both are there.
+    write_atomically(path.with_suffix(SUM), f"{zlib.crc32(file.getbuffer()):08x}")
+    write_atomically(path, file.getbuffer())
 
 
 def _compute(
@@ -207,7 +224,7 @@ def _compute(
             with lock:
                 # Between the listing and the lock, another process may have finished the part, or joined them all.
                 if not path.is_file() and not whole.is_file():
-                    write_array(path, _predict_part(source, teachers, parts[path], sides, setup))
+                    _write(path, _predict_part(source, teachers, parts[path], sides, setup))
     # Also parts of earlier, killed processes, and locks.
     for leftover in folder.glob("part-*"):
         leftover.unlink(missing_ok=True)
@@ -227,7 +244,7 @@ def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None
         undamaged = [array for array in arrays if array is not None]
         # Otherwise a part was damaged, or removed by a faster process: the caller tries again.
         if len(undamaged) == len(parts):
-            write_array(whole, np.concatenate(undamaged))
+            _write(whole, np.concatenate(undamaged))
 
 
 @torch.inference_mode()
