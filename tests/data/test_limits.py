@@ -1,5 +1,6 @@
 """Images beyond the limits are refused before they are decoded, and a lack of memory is never an image's fault."""
 
+import tarfile
 import threading
 from io import BytesIO
 from pathlib import Path
@@ -152,3 +153,35 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert most == 1
+
+
+SPARSE = (
+    {},
+    {"GNU_sparse_size": "x"},
+    {"GNU_sparse_map": "1,2,x"},
+    {"GNU_sparse_major": "1", "GNU_sparse_minor": "0"},
+)
+
+
+def pax(**fields: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo("1.jpg")
+    member.pax_headers = {name.replace("_", "."): value for name, value in fields.items()}
+    return member
+
+
+@pytest.mark.parametrize("cls", [b"9" * 40, b"-" + b"9" * 40, b"9" * 5000, b"7", b"x"])
+@pytest.mark.parametrize("fields", SPARSE)
+def test_hostile_tars_are_one_message(tmp_path, fields, cls):
+    image = encoded(Image.new("RGB", (4, 4)), "JPEG")
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = pax(**fields)
+        member.size = len(image)
+        tar.addfile(member, BytesIO(image))
+        label = tarfile.TarInfo("1.cls")
+        label.size = len(cls)
+        tar.addfile(label, BytesIO(cls))
+    if not fields and cls == b"7":
+        assert len(open_cache(f"wds:{tmp_path}/x.tar", cache_options=CacheOptions(home=tmp_path / "c")).classes) == 8
+        return
+    with pytest.raises(InputError, match=r"x\.tar"):
+        open_cache(f"wds:{tmp_path}/x.tar", cache_options=CacheOptions(home=tmp_path / "c"))

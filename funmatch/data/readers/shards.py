@@ -54,9 +54,13 @@ class Record:
 def parse_label(text: bytes, where: str) -> int:
     """Parses a label that is written as text."""
     try:
-        return int(text)
+        label = int(text)
     except ValueError:
         raise DamagedRecord(f"{where} is {text[:40]!r}; expected a number") from None
+    # Beyond this, numbers of classes overflow the arrays that hold them.
+    if abs(label) >= 1 << 62:
+        raise DamagedRecord(f"{where} is {text[:40]!r}, too large for the number of a class")
+    return label
 
 
 @dataclass
