@@ -32,7 +32,7 @@ def problems(figure: dict[str, Any]) -> list[str]:
     """Lists the problems of a plot in a study file, one sentence each."""
     kind = figure.get("kind")
     # Alone: without a kind no other key can be checked.
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         return [str(unknown("kind", str(kind), KINDS))]
     allowed = {"kind", "title", "log", *KINDS[kind]}
     found = [f"{kind} needs {key}" for key in KINDS[kind] if not isinstance(figure.get(key), str)]

@@ -57,8 +57,9 @@ def _describe_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
-        return "incomplete: its end is missing; download or copy it again"
+    # Damage in a zip's directory also shows as names that are no text, or as a version that nobody wrote.
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return "damaged or incomplete; download or copy it again"
     if any(name.endswith(".weights.h5") for name in names):
         return KERAS
     if any(name.endswith(".npy") for name in names):

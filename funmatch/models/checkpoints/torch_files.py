@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.errors import InputError
+from funmatch.errors import InputError, first_line
 from funmatch.models.checkpoints.pickled import Described, Global, read_pickle
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first object in files of the old format
@@ -184,13 +184,16 @@ def _read(what: str, path: Path, stored: Stored, place: Callable[[BinaryIO, str]
 
 def _place_in_zip(path: Path, places: dict[str, zipfile.ZipInfo], file: BinaryIO, key: str) -> tuple[int, int] | bytes:
     """Returns where a storage lies in the file, or its content if that is compressed."""
-    info = places[key]
-    if info.compress_type != zipfile.ZIP_STORED:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(info)
-    # Not by `ZipFile.open`: torch can be told to leave out the checksums that it compares.
-    file.seek(info.header_offset)
-    name, extra = struct.unpack("<26xHH", file.read(30))
+    try:
+        info = places[key]
+        if info.compress_type != zipfile.ZIP_STORED:
+            with zipfile.ZipFile(path) as archive:
+                return archive.read(info)
+        # Not by `ZipFile.open`: torch can be told to leave out the checksums that it compares.
+        file.seek(info.header_offset)
+        name, extra = struct.unpack("<26xHH", file.read(30))
+    except Exception as error:  # a damaged zip fails in many ways
+        raise InputError(f"{path} is damaged ({first_line(error)}); download or copy it again") from None
     return info.header_offset + 30 + name + extra, info.file_size
 
 
