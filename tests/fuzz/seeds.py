@@ -15,6 +15,7 @@ from PIL import Image
 
 from funmatch.commands.study.files import BUILT_IN
 from funmatch.data.formats.tfrecord import example, frame
+from funmatch.models.bit import STEM, layout
 
 Change = Callable[[bytes], bytes]
 FIELDS = ((0, 100), (100, 8), (124, 12), (136, 12), (156, 1), (157, 100), (257, 8), (345, 155))
@@ -89,14 +90,15 @@ def odd_tar(rng: random.Random) -> bytes:
 
 
 def npz(change: Change = unchanged) -> bytes:
-    """A file of numpy's arrays under names of a BiT network; the header of one is changed."""
+    """Small arrays under the names of a BiT-R50x1; the bytes of three of them, those that are read, are changed."""
     file = io.BytesIO()
-    names = ("resnet/root_block/standardized_conv2d/kernel", "resnet/head/conv2d/kernel", "resnet/group_norm/gamma")
     with zipfile.ZipFile(file, "w") as archive:
-        for i, name in enumerate(names):
+        for name in layout((3, 4, 6, 3), 64, 2):
+            shape = (7, 7, 3, 64) if name == STEM else (1, 1, 2, 2) if name.endswith("kernel") else (2,)
             array = io.BytesIO()
-            np.save(array, np.ones((7, 7, 3, 64) if i == 0 else (8,), np.float32)[..., :2])
-            archive.writestr(f"{name}.npy", change(array.getvalue()) if i == 0 else array.getvalue())
+            np.save(array, np.ones(shape, np.float32))
+            read = name == STEM or name.startswith("group_norm")
+            archive.writestr(f"resnet/{name}.npy", change(array.getvalue()) if read else array.getvalue())
     return file.getvalue()
 
 
