@@ -117,7 +117,7 @@ def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, dict[st
             f"of four blocks, and channels in {GROUPS} groups"
         )
     keys = {timm_name(name): published for name, published in names.items()}
-    state = Lazily(keys, lambda key: as_torch(key, arrays[keys[key]]))
+    state = Lazily(keys, lambda key: as_torch(key, arrays[keys[key]], where))
     depth = DEPTHS.get(units)
     if depth and stem[-1] / 64 in WIDTHS[depth]:
         return f"resnetv2_{depth}x{stem[-1] // 64}_bit", {}, state
@@ -225,7 +225,7 @@ def timm_name(name: str) -> str:
     return f"{block}.{kind.format('abc'.index(parts[3]) + 1)}" if kind else name
 
 
-def as_torch(key: str, array: np.ndarray) -> Tensor:
+def as_torch(key: str, array: np.ndarray, where: str) -> Tensor:
     """Converts an array to timm's tensor: kernels (height, width, in, out) to (out, in, height, width), others to (n,).
 
     Kernels are views with another order of axes, not copies, so that a large network is not in memory twice.
@@ -234,14 +234,15 @@ def as_torch(key: str, array: np.ndarray) -> Tensor:
     if array.dtype == "V2":
         array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if array.dtype.kind not in "fiu":
-        raise InputError(f"{key} has {array.dtype}, expected numbers")
+        raise InputError(f"{where}: {key} has {array.dtype}, expected numbers")
     if key == "head.fc.weight" and array.ndim == 2:
         array = array[None, None]
     array = array.transpose(3, 2, 0, 1) if array.ndim == 4 and key.endswith("weight") else array
     if ("norm" in key or key.endswith("bias")) and array.size == max(array.shape, default=0):
         array = array.reshape(-1)  # some files have extra axes of one element
     # Copied only where torch would warn about read-only memory.
-    return torch.from_numpy(array.astype(np.float32, copy=not array.flags.writeable))
+    # As an array again: numpy turns what has no axes into plain numbers on the way.
+    return torch.from_numpy(np.asarray(array.astype(np.float32, copy=not np.asarray(array).flags.writeable)))
 
 
 def with_published_eps(net: nn.Module) -> nn.Module:

@@ -1,12 +1,15 @@
 """Loads the model that a name means as a classifier on [0, 1] images."""
 
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from funmatch.errors import InputError
+from funmatch.errors import InputError, is_out_of_memory
 from funmatch.models import bit, custom, timm_models
 from funmatch.models.checkpoints.checkpoint import Checkpoint
 from funmatch.models.checkpoints.fitting import Wanted, fit
@@ -68,12 +71,30 @@ def load(
     # Here, since `_with_head` drops `num_classes` and would take the data's number without a word.
     if classes is not None and kwargs.get("num_classes", classes) != classes:
         raise InputError(f"{name}: num_classes={kwargs['num_classes']} conflicts with the data's {classes} classes")
-    # Before functions and timm: with `weights`, names of both kinds have an origin.
-    if origin := find_origin(name, kwargs, weights=weights, side=side, inputs=inputs, classes=classes):
-        return _from_origin(name, origin, classes, side)
-    if is_function(name):
-        return custom.wrap_module(name, custom.call_function(name, kwargs, classes), side, kwargs)
-    return _from_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained, empty=empty)
+    with _memory_for(name):
+        # Before functions and timm: with `weights`, names of both kinds have an origin.
+        if origin := find_origin(name, kwargs, weights=weights, side=side, inputs=inputs, classes=classes):
+            return _from_origin(name, origin, classes, side)
+        if is_function(name):
+            return custom.wrap_module(name, custom.call_function(name, kwargs, classes), side, kwargs)
+        return _from_timm(name, kwargs, classes=classes, side=side, pretrained=pretrained, empty=empty)
+
+
+@contextmanager
+def _memory_for(name: str) -> Generator[None]:
+    """Says which network there is too little memory for, if the block fails for that reason."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Often no lack of memory, but a configuration that asks for a billion classes.
+        tried = re.search(r"allocate (\d+) bytes", str(error))
+        size = f", one tensor of which takes {int(tried[1]) / 1e9:,.1f} GB" if tried else ""
+        raise InputError(
+            f"too little memory for the weights of {name}{size}; check the number of classes and the sizes in its "
+            "configuration and options, or choose a smaller network"
+        ) from error
 
 
 def _from_origin(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:

@@ -236,7 +236,10 @@ def _bit_origin(
     if "head.fc.bias" not in state:
         raise InputError(f"{where} has no head/bias, so it is not a classifier; expected a checkpoint with its head")
     # By the bias: tensors are read on access, and the kernel may have gigabytes.
-    kwargs = {"num_classes": len(state["head.fc.bias"]), **size, **kwargs}
+    bias = state["head.fc.bias"]
+    if bias.ndim != 1 or not len(bias):
+        raise InputError(f"{where}: head/bias has shape {tuple(bias.shape)}, expected one number a class")
+    kwargs = {"num_classes": len(bias), **size, **kwargs}
     # Networks of other sizes have no entry in timm; their input is that of every BiT network.
     usual = timm_models.pretrained_config("resnetv2_50x1_bit")
     known = {key: usual[key] for key in CONFIG_KEYS} if size else {}

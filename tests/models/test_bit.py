@@ -1,6 +1,11 @@
 """BiT checkpoints: both published layouts against a forward pass written out with torch's functions alone."""
 
+import io
+import random
 import re
+import struct
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from funmatch.errors import InputError
+from funmatch.models import bit
 from funmatch.models.bit import PUBLISHED_EPS, TIMM_EPS, rescale_for_timm
 from funmatch.models.load import load
+from funmatch.models.origins import find_origin
 from funmatch.models.save import save
+from funmatch.models.weights import Lazily
 
 CLASSES = 5
 UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -259,6 +267,74 @@ def test_flipped_byte_is_rejected(tmp_path, weights):
     path.write_bytes(content)
     with pytest.raises(InputError, match="cannot be read"):
         load(str(path))
+
+
+HEADERS = [
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (8,",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (8,), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (), }",
+    "{'descr': '|V2', 'fortran_order': False, 'shape': (), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (0,), }",
+    "{'descr': '<U9', 'fortran_order': False, 'shape': (8,), }",
+    "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (8,), }",
+    "[" * 5000,
+    *("no array", ""),
+]
+"""Headers of arrays that no BiT network has; the last two stand for members that are no arrays."""
+
+
+def with_header(header: str) -> bytes:
+    """Returns a `.npy` file of 64 zero bytes of content."""
+    if header in ("no array", ""):
+        return header.encode()
+    return np.lib.format.magic(1, 0) + struct.pack("<H", len(header) + 1) + header.encode() + b"\n" + bytes(64)
+
+
+def read_all(path: Path) -> None:
+    origin = find_origin(str(path), {}, weights=None, side=None, inputs=None)
+    assert origin
+    assert isinstance(origin.weights, Lazily)
+    for name in origin.weights:
+        assert isinstance(origin.weights[name], torch.Tensor)
+
+
+def test_damaged_arrays_in_a_file_are_one_message(tmp_path):
+    # Arrays that are read to find out what the file holds are whole; the others have one number.
+    shapes, needed = bit.layout((3, 4, 6, 3), 64, 8), (bit.STEM, "head/bias", "group_norm/gamma")
+    members = {}
+    for name, shape in shapes.items():
+        file = io.BytesIO()
+        np.save(file, np.zeros(shape if name in needed else 1, np.float32))
+        members[name] = file.getvalue()
+    path = tmp_path / "w.npz"
+
+    def attempt(damaged: str, content: bytes) -> str:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, whole in members.items():
+                archive.writestr(f"{name}.npy", content if name == damaged else whole)
+        try:
+            read_all(path)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    assert not attempt("", b"")
+    for header in HEADERS:
+        assert str(path) in attempt("head/bias", with_header(header)), header
+        assert str(path) in attempt(bit.STEM, with_header(header)), header
+    refused = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        name = rng.choice(needed)
+        content = bytearray(members[name])
+        for _ in range(rng.randint(1, 3)):
+            content[rng.randrange(128)] = rng.randrange(256)
+        message = attempt(name, bytes(content))
+        assert not message or str(path) in message
+        refused += bool(message)
+    assert refused > 100
 
 
 def test_timms_bit_weights_get_the_published_eps(monkeypatch):

@@ -1,5 +1,6 @@
 """Loading models by name and weights, errors for what does not fit, and saved students that timm alone loads."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -212,3 +213,14 @@ def test_fingerprint_covers_settings_that_are_not_weights():
     assert len(set(digests)) == 5
     in_training_mode = vit(num_heads=3).train()
     assert models.function_of(in_training_mode) == digests[0] == models.function_of(in_training_mode.eval())
+
+
+def test_too_many_classes_in_a_configuration_are_named(tmp_path):
+    model = load("resnet10t", classes=3, options=("channels=(4, 4, 4, 4)", "stem_width=4"))
+    save(model, tmp_path / "model", card=model.card, about={})
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["model_args"]["num_classes"] = 10**13
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"too little memory .*/model, .* 160,000\.0 GB; check the number of classes"):
+        load(str(tmp_path / "model"))
