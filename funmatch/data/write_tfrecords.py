@@ -26,8 +26,9 @@ from funmatch.data.readers.shard_paths import NOTE
 from funmatch.data.readers.shards import CLASS_FILES
 from funmatch.errors import InputError
 from funmatch.ops.order import shuffle_positions
-from funmatch.runtime.disk.files import cache_home, disk_errors, file_lock, write_atomically
+from funmatch.runtime.disk.files import cache_home, disk_errors, write_atomically
 from funmatch.runtime.disk.json_files import Damaged, read_json
+from funmatch.runtime.disk.locks import file_lock
 
 QUALITY = 95
 CLASS_FILE = CLASS_FILES[0]

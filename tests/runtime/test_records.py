@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from funmatch.errors import InputError
-from funmatch.runtime.disk import files, json_files, records
+from funmatch.runtime.disk import files, json_files, locks, records
 from funmatch.runtime.disk.json_files import Damaged, NewerFormat, parse_json, read_json, read_record
 from funmatch.runtime.disk.records import RecordFolder
 from funmatch.runtime.measured import Measurement
@@ -202,7 +202,7 @@ def test_error_names_the_process_that_holds_the_lock(tmp_path):
     assert other.wait() == 0
     other.stdout.close()
     with folder.opened({"options": {}}, differences):
-        assert files.lock_owner(folder.path) in (os.getpid(), None)
+        assert locks.lock_owner(folder.path) in (os.getpid(), None)
 
 
 def test_folder_behind_a_link_is_replaced_and_the_link_kept(tmp_path):

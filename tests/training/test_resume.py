@@ -74,8 +74,9 @@ def test_kills_at_random_times_change_no_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_a_checkpoint_before_exit(tmp_path, number):
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "USR1", "USR2", "XCPU"])
+def test_signals_save_a_checkpoint_before_exit(tmp_path, name):
+    number = signal.Signals[f"SIG{name}"]
     finish_run(tmp_path / "whole")
     process = start_run(tmp_path / "stopped")
     while not newest_step(tmp_path / "stopped") and process.poll() is None:

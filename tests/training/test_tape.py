@@ -22,7 +22,7 @@ from funmatch.commands import tape as tape_command
 from funmatch.config import Tape as TapeOptions
 from funmatch.errors import InputError, WorkFailed
 from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.runtime.disk.files import try_lock_file
+from funmatch.runtime.disk.locks import try_lock_file
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import tape
 from funmatch.training.teachers.tape import Layout

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import optuna
@@ -25,7 +25,7 @@ from sqlalchemy.pool import NullPool
 
 from funmatch.commands.tune.space import Space, Value, combinations
 from funmatch.errors import InputError, first_line
-from funmatch.runtime.disk.files import try_lock_file
+from funmatch.runtime.disk.locks import FileLock, try_lock_file
 
 PATIENCE_SECONDS = 20.0
 """Time to wait for a storage that is locked by another process."""
@@ -40,7 +40,7 @@ class Lock:
 
     def __init__(self, journal: Path) -> None:
         self.journal = journal
-        self.held: IO[str] | None = None
+        self.held: FileLock | None = None
 
     def acquire(self) -> bool:
         # Not the wall clock, which may be set while we wait.

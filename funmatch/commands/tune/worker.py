@@ -9,7 +9,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,7 @@ from funmatch.commands.verbs import VERBS, load_function
 from funmatch.config import Search
 from funmatch.errors import InputError, first_line
 from funmatch.runtime import text, time_limit
-from funmatch.runtime.disk.files import file_lock, try_lock_file
+from funmatch.runtime.disk.locks import FileLock, file_lock, try_lock_file
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.runtime.time_limit import StartTime
@@ -154,7 +154,7 @@ def work(study: "optuna.Study", spec: SearchSpec, modules: Modules) -> None:
             torch.accelerator.empty_cache()
 
 
-def next_trial(study: "optuna.Study", spec: SearchSpec) -> tuple[tuple["optuna.Trial", IO[str]] | None, list[int]]:
+def next_trial(study: "optuna.Study", spec: SearchSpec) -> tuple[tuple["optuna.Trial", FileLock] | None, list[int]]:
     """A trial to run, with its lock: an abandoned one, else a new one; and those that other workers run."""
     from funmatch.commands.tune import optuna_storage
 
@@ -184,7 +184,7 @@ def next_trial(study: "optuna.Study", spec: SearchSpec) -> tuple[tuple["optuna.T
         return (trial, lock), others
 
 
-def hold_trial(spec: SearchSpec, number: int) -> IO[str] | None:
+def hold_trial(spec: SearchSpec, number: int) -> FileLock | None:
     """The lock of a trial, None where another worker has it."""
     folder = spec.trial_folder(number)
     # The lock needs the folder, before the run makes its own inside.

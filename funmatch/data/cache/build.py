@@ -19,8 +19,9 @@ from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
 from funmatch.data.decode import decode
 from funmatch.data.limits import ALONE, MAX_PIXELS, MAX_SCANS, Limits, OutOfMemory
 from funmatch.errors import InputError
-from funmatch.runtime.disk.files import disk_errors, file_lock, write_atomically
+from funmatch.runtime.disk.files import disk_errors, write_atomically
 from funmatch.runtime.disk.json_files import seal
+from funmatch.runtime.disk.locks import file_lock
 from funmatch.runtime.text import counted
 
 FREE_BYTES = 256 << 20  # left free on the disk beside a cache

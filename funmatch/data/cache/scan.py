@@ -18,8 +18,9 @@ import numpy as np
 from funmatch.data.dataset import UNLABELLED, Dataset, Track, untracked
 from funmatch.data.decode import KINDS, header
 from funmatch.data.limits import DEFAULT_LIMITS, MAX_SCANS, Limits, is_of_machine
-from funmatch.runtime.disk.files import disk_errors, file_lock, write_atomically
+from funmatch.runtime.disk.files import disk_errors, write_atomically
 from funmatch.runtime.disk.json_files import parse_json
+from funmatch.runtime.disk.locks import file_lock
 
 FORMAT = 3
 # V16, since numpy cuts zeros off the end of an S16, and a digest may end with some.

@@ -1,4 +1,4 @@
-"""Writes files and folders that are complete or absent, and locks them against other processes."""
+"""Writes files and folders that are complete or absent."""
 
 import fcntl
 import io
@@ -13,6 +13,8 @@ from typing import IO, Literal
 
 import numpy as np
 from safetensors import SafetensorError
+
+from funmatch.runtime.disk.locks import is_at
 
 PARTIAL = ".partial"
 """Suffix of files and folders being written; a process that is killed leaves them behind."""
@@ -83,7 +85,7 @@ def _create_partial(folder: Path, prefix: str) -> tuple[int, Path]:
             pass  # another process has taken it for abandoned before it was locked
         except OSError:
             return handle, Path(name)  # some mounted drives have no locks
-        if _is_at(handle, Path(name)):
+        if is_at(handle, Path(name)):
             return handle, Path(name)
         os.close(handle)
 
@@ -200,66 +202,3 @@ def disk_errors(path: Path) -> Generator[None]:
         if error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-
-
-def try_lock_file(path: Path) -> IO[str] | None:
-    """Locks a file for this process, without waiting.
-
-    Args:
-        path: the file, created if missing.
-
-    Returns:
-        the open file, which holds the lock until it is closed or the process ends; None if another process holds it.
-    """
-    while True:
-        # Opened for reading only: a finished run may lie on a drive that cannot be written.
-        file = open(os.open(path, os.O_RDONLY | os.O_CREAT, 0o644))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        except OSError:
-            return file  # some mounted drives have no locks; a run there is better than none
-        if _is_at(file.fileno(), path):
-            return file
-        file.close()  # replaced between opening and locking: the lock would be on a file that no other process opens
-
-
-def lock_owner(path: Path) -> int | None:
-    """Returns the id of the process that holds a file's lock, or None where the system does not list locks."""
-    try:
-        wanted = os.stat(path).st_ino
-        for line in Path("/proc/locks").read_text().splitlines():
-            words = line.split()  # 1: FLOCK ADVISORY WRITE <process> <device>:<inode> …
-            # A process in another container is listed as 0, and there is no sense in naming it.
-            if words[1] == "FLOCK" and int(words[5].rpartition(":")[2]) == wanted and int(words[4]) > 0:
-                return int(words[4])
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
-
-
-@contextmanager
-def file_lock(path: Path) -> Generator[None]:
-    """Holds a lock while the block runs, and waits for it while another process holds it.
-
-    Args:
-        path: a folder, or the lock's own file, created if missing.
-    """
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with suppress(OSError):  # some mounted drives have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        # The file stays: removing it would let a waiting process lock the old one while a third creates it anew.
-        os.close(handle)
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Returns whether an open file is still the one under a path."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False

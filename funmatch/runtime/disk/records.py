@@ -6,22 +6,20 @@ The record is a JSON file with a format number (1 where it has none: the first v
 import json
 import os
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from funmatch.errors import InputError
 from funmatch.runtime.disk.files import (
     PARTIAL,
-    file_lock,
-    lock_owner,
     remove,
     remove_partials,
-    try_lock_file,
     write_atomically,
 )
 from funmatch.runtime.disk.json_files import FORMAT, RUN_RECORD, RUN_SHAPE, Damaged, Shape, read_json, read_record
+from funmatch.runtime.disk.locks import FileLock, describe_owner, file_lock, lock_owner, try_lock_file
 
 
 def is_run(folder: Path) -> bool:
@@ -196,10 +194,11 @@ class RecordFolder:
         if created and all(map(_is_leftover, self.folder.iterdir())):
             for path in self.folder.iterdir():
                 remove(path)
-            self.folder.rmdir()
+            with suppress(OSError):  # on a drive without locks another process may have begun here meanwhile
+                self.folder.rmdir()
 
-    def try_lock(self) -> IO[str] | None:
-        """Returns an open file that marks the folder as used until it is closed; None if another process uses it."""
+    def try_lock(self) -> FileLock | None:
+        """Returns a lock that marks the folder as used until it is closed; None if another process uses it."""
         return try_lock_file(self._lock_path)
 
     @property
@@ -220,8 +219,7 @@ class RecordFolder:
             raise self._in_use_error()
 
     def _in_use_error(self) -> InputError:
-        owner = lock_owner(self._lock_path)
-        process = f"another process (PID {owner})" if owner else "another process"
+        process = describe_owner(self._lock_path)
         return InputError(f"{process} is using {self.folder}; wait for it or choose another {self.option}")
 
     @property

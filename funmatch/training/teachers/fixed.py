@@ -27,7 +27,8 @@ from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
 from funmatch.runtime import devices
 from funmatch.runtime.disk.checksums import crc_of_file
-from funmatch.runtime.disk.files import cache_home, read_array, try_lock_file, write_atomically
+from funmatch.runtime.disk.files import cache_home, read_array, write_atomically
+from funmatch.runtime.disk.locks import try_lock_file
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import COMPARED_IMAGES, LoadedTeacher
