@@ -1,5 +1,6 @@
 """A flipped bit or a cut file of a cache is noticed before it matters."""
 
+import json
 import os
 import random
 from pathlib import Path
@@ -66,6 +67,54 @@ def test_flipped_bits_of_the_index_are_told_and_mended(images, tmp_path, name):
         told = []
         assert content_of(open_cache(str(images), cache_options=options, log=told.append)) == expected
         assert any("is damaged on the disk; rebuilding it" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("known/*", "listing the data set again"),
+        ("surveys/*.rows", "reading the images again"),
+        ("surveys/*.reasons", "reading the images again"),
+        ("surveys/*.check", "reading the images again"),
+    ],
+)
+def test_flipped_bits_of_the_ledger_and_of_scans_are_told_and_mended(images, tmp_path, pattern, words):
+    (images / "a" / "9.png").write_bytes(b"no image")
+    options = CacheOptions(home=tmp_path / "cache", way="resident", on_bad="skip")
+    first = open_cache(str(images), cache_options=options)
+    (path,) = (tmp_path / "cache").glob(pattern)
+    whole = path.read_bytes()
+    line = whole.find(b"\n") if pattern == "known/*" else len(whole)
+    for seed in range(50 if pattern == "known/*" else 15):
+        bit = random.Random(seed).randrange(8 * line)
+        path.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+        if pattern != "known/*":
+            # A known data set is opened without its scan.
+            next((tmp_path / "cache" / "known").iterdir()).unlink()
+        told = []
+        again = open_cache(str(images), cache_options=options, log=told.append)
+        assert content_of(again) == content_of(first)
+        assert again.summary == first.summary
+        assert any(words in each for each in told), (seed, told)
+        assert path.read_bytes() == whole
+
+
+def test_ledger_entries_and_scans_without_checksums_are_read(images, tmp_path):
+    options = CacheOptions(home=tmp_path / "cache", way="resident")
+    first = open_cache(str(images), cache_options=options)
+    (check,) = (tmp_path / "cache" / "surveys").glob("*.check")
+    check.unlink()
+    (ledger,) = (tmp_path / "cache" / "known").iterdir()
+    line, rest = ledger.read_bytes().split(b"\n", 1)
+    entry = json.loads(line)
+    del entry["checksum"]
+    ledger.write_bytes(json.dumps(entry).encode() + b"\n" + rest)
+    told = []
+    assert content_of(open_cache(str(images), cache_options=options, log=told.append)) == content_of(first)
+    ledger.unlink()
+    assert content_of(open_cache(str(images), cache_options=options, log=told.append)) == content_of(first)
+    assert not [each for each in told if "damaged" in each]
+    assert check.exists()
 
 
 def test_a_pixels_file_that_is_cut_under_a_process_is_an_error(images, tmp_path):

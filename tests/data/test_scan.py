@@ -16,7 +16,7 @@ import pytest
 import torch
 from make_images import paint
 
-from funmatch.data.cache import build
+from funmatch.data.cache import build, resumable
 from funmatch.data.cache import open_cache as caches
 from funmatch.data.cache import scan as scans
 from funmatch.data.cache.build import CacheOptions
@@ -222,7 +222,7 @@ def test_damaged_streaming_cache_is_an_error(images, tmp_path):
 
 
 def test_interrupted_scan_resumes(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(scans, "CHUNK", 5)
+    monkeypatch.setattr(resumable, "CHUNK", 5)
     source = open_dataset(str(images))
     (images / "train" / "bee" / "0.jpg").write_bytes(b"")
     source = open_dataset(str(images))
@@ -310,9 +310,9 @@ def test_image_that_changes_while_decoding_is_an_error(images, monkeypatch, chan
 def test_partial_line_of_reasons_is_dropped(tmp_path):
     path = tmp_path / "reasons"
     path.write_text('[0, "a"]\n[3, "b"]\n[4, "c')
-    assert scans.keep_reasons(path, 4) == {0: "a", 3: "b"}
+    assert resumable.keep_reasons(path, 4) == {0: "a", 3: "b"}
     path.write_text(path.read_text() + "x" * 5 + '[2, "d"]\n')
-    assert scans.keep_reasons(path, 3) == {0: "a"}
+    assert resumable.keep_reasons(path, 3) == {0: "a"}
 
 
 def test_validation_images_are_held_out_from_labelled_ones(tmp_path):

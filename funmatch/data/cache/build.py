@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from funmatch.data.cache.check import FORMAT, checksum, is_complete, is_intact
-from funmatch.data.cache.scan import Scan, by_split, chunks, content_digest, keep_reasons, reason_of, recover_rows
+from funmatch.data.cache.resumable import chunks, keep_reasons, recover_rows
+from funmatch.data.cache.scan import Scan, by_split, content_digest, reason_of
 from funmatch.data.cache.stores import INDEX
 from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
 from funmatch.data.decode import decode

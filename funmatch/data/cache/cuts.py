@@ -101,7 +101,7 @@ def build_splits(
 ) -> Built:
     """Reads every image of a data set and builds its cache, of all training images, whatever is held out of them."""
     home = options.home or cache_home()
-    whole = scan(listed, home, track, limits=options.limits, refresh=refresh)
+    whole = scan(listed, home, track, log, limits=options.limits, refresh=refresh)
     numbers = choose_splits(listed, whole)
     dataset, scanned = apply_split(listed, whole, numbers)
     key = content_key(dataset, scanned, options)

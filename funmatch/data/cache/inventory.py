@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from funmatch.data.cache.ledger import ENTRY, folder_of, read_paths
+from funmatch.data.cache.ledger import folder_of, read_entry, read_paths
 from funmatch.runtime.disk.files import remove
-from funmatch.runtime.disk.json_files import parse_json
 
 SAMPLE = 20
 """Watched files of a data set that are looked for: if none of them is there, the data set is gone."""
@@ -57,7 +56,7 @@ def _data_sets(home: Path) -> Iterator[Item]:
     for ledger in sorted((home / "known").glob("*")):
         try:
             with open(ledger, "rb") as file:
-                entry = parse_json(file.readline(), ENTRY)
+                entry = read_entry(file, ledger)
                 watched = [path for path, _ in zip(read_paths(file), range(SAMPLE), strict=False)]
         except (OSError, ValueError):
             continue  # it leads to nothing, and opening its data set replaces it

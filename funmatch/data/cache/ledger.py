@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from funmatch.runtime.disk.json_files import EACH
+from funmatch.runtime.disk.json_files import EACH, Damaged, misfit, parse_json, unseal
 
 PAIRS = {"pictures": int, "examples": [(str, str)]}
 ENTRY = {
@@ -29,6 +29,28 @@ cache, so it builds one of its own."""
 def folder_of(place: Path) -> Path:
     """Returns the folder of the cache that an entry's `folder` names."""
     return place.parent.parent if place.suffix == CUT else place
+
+
+def read_entry(file: IO[bytes], path: Path) -> dict[str, Any]:
+    """Reads the first line of a ledger entry; those of earlier versions have no checksum.
+
+    Args:
+        file: the entry, opened; it is left at the first watched path.
+        path: of the entry, for messages.
+
+    Raises:
+        Damaged: it does not hold what it should, or does not match its checksum.
+    """
+    try:
+        entry = unseal(parse_json(file.readline(), dict[str, Any]), path)
+        problem = misfit(entry, ENTRY)
+    except Damaged:
+        raise
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise Damaged(f"{path} is damaged ({problem})")
+    return entry
 
 
 def read_paths(file: IO[bytes]) -> Iterator[bytes]:

@@ -21,7 +21,7 @@ from funmatch.data.cache.bit_depth import depth_notes
 from funmatch.data.cache.build import CacheOptions, unreadable
 from funmatch.data.cache.check import FORMAT, is_complete, read_index, read_meta
 from funmatch.data.cache.cuts import Built, apply_cut, build_splits, read_cut
-from funmatch.data.cache.ledger import ENTRY, folder_of, read_paths
+from funmatch.data.cache.ledger import folder_of, read_entry, read_paths
 from funmatch.data.cache.scan import Scan, fingerprint_files, scan, summary
 from funmatch.data.cache.splits import apply_split, choose_splits
 from funmatch.data.cache.stores import CachedSplit, Resident, Streaming
@@ -31,7 +31,7 @@ from funmatch.data.limits import MAX_SCANS
 from funmatch.data.readers.catalog import data_home
 from funmatch.data.readers.open import open_dataset, resolve_spec
 from funmatch.runtime.disk.files import cache_home, write_atomically
-from funmatch.runtime.disk.json_files import parse_json
+from funmatch.runtime.disk.json_files import Damaged, seal
 from funmatch.runtime.text import counted
 
 NAMES_IN_DIGESTS = {
@@ -110,7 +110,7 @@ def open_cache(
     """
     specs = [specs] if isinstance(specs, str) else list(specs)
     ledger, options, cache_options = _ledger(specs, options or ReadOptions(), cache_options or CacheOptions())
-    entry = None if refresh else _load_entry(ledger)
+    entry = None if refresh else _load_entry(ledger, log)
     if entry is None:
         listed = open_dataset(specs, options, track)
         watched = _watched_paths(listed)
@@ -215,11 +215,11 @@ def _digest(*parts: object) -> str:
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _load_entry(ledger: Path) -> dict[str, Any] | None:
+def _load_entry(ledger: Path, log: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
     """Reads a ledger entry; None if there is none, a watched file has changed, or its cache is incomplete."""
     try:
         with open(ledger, "rb") as file:
-            entry = parse_json(file.readline(), ENTRY)
+            entry = read_entry(file, ledger)
             pairs = [*entry["found"]["leaks"].values(), entry["found"]["contradictory"]]
             same = fingerprint_files(read_paths(file)) == entry["stamp"]
             same &= all(each["examples"] or not each["pictures"] for each in pairs)
@@ -227,6 +227,9 @@ def _load_entry(ledger: Path) -> dict[str, Any] | None:
         if not same or not _is_there(Path(entry["folder"])):
             return None
     # A damaged entry is as good as none: the data set is listed again, which also says what is wrong with its cache.
+    except Damaged as error:
+        log(f"{error}; listing the data set again")
+        return None
     except (OSError, ValueError):
         return None
     # `funmatch cache` tells by this when a data set was last used; a cache that is shared may be read only.
@@ -277,5 +280,5 @@ def _store_entry(ledger: Path, built: Built, watched: list[str], stamp: str) -> 
     }
     ledger.parent.mkdir(parents=True, exist_ok=True)
     # The first line is read alone; paths follow with zeros between them, since a path may contain a line break.
-    write_atomically(ledger, json.dumps(entry) + "\n" + "\0".join(watched))
+    write_atomically(ledger, json.dumps(seal(entry)) + "\n" + "\0".join(watched))
     return entry

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from funmatch.data.cache.resumable import are_intact, chunks, keep_reasons, recover_rows, write_check
 from funmatch.data.dataset import UNLABELLED, Dataset, Track, untracked
 from funmatch.data.decode import KINDS, header
 from funmatch.data.limits import DEFAULT_LIMITS, MAX_SCANS, Limits, is_of_machine
-from funmatch.runtime.disk.files import disk_errors, write_atomically
-from funmatch.runtime.disk.json_files import parse_json
+from funmatch.runtime.disk.files import disk_errors
 from funmatch.runtime.disk.locks import file_lock
 
 FORMAT = 3
@@ -27,7 +26,6 @@ FORMAT = 3
 ROW = np.dtype(
     [("digest", "V16"), ("length", "<i8"), ("height", "<i4"), ("width", "<i4"), ("kinds", "<u2"), ("bad", "?")]
 )
-CHUNK = 256  # images between two writes: what an interruption loses at most
 EXAMPLES = 20
 
 
@@ -45,7 +43,13 @@ class Scan:
 
 
 def scan(
-    dataset: Dataset, home: Path, track: Track = untracked, *, limits: Limits = DEFAULT_LIMITS, refresh: bool = False
+    dataset: Dataset,
+    home: Path,
+    track: Track = untracked,
+    log: Callable[[str], None] = lambda _: None,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    refresh: bool = False,
 ) -> Scan:
     """Reads every image, or the stored result of an earlier scan of the same files.
 
@@ -53,6 +57,7 @@ def scan(
         dataset: the data set.
         home: folder of all caches.
         track: shows progress.
+        log: prints a line where the stored result is damaged.
         limits: images beyond them count as unreadable.
         refresh: reads again although nothing seems to have changed; an interrupted scan is resumed all the same.
     """
@@ -61,14 +66,21 @@ def scan(
     name = f"{fingerprint(dataset)}-{limits.pixels}{scans}-{FORMAT}"
     folder = home / "surveys"  # the folder's name since version 0.1.0
     folder.mkdir(parents=True, exist_ok=True)
-    whole, partial, reasons = (folder / f"{name}{end}" for end in (".rows", ".partial", ".reasons"))
+    whole, partial, reasons, check = (folder / f"{name}{end}" for end in (".rows", ".partial", ".reasons", ".check"))
 
     def scan_job(job: tuple[str, int]) -> tuple[tuple, str | None]:
         return _scan_image(dataset, job[0], job[1], limits)
 
     with file_lock(folder / f"{name}.lock"), disk_errors(folder):
         jobs = dataset.jobs()
-        if refresh or (whole.exists() and whole.stat().st_size != len(jobs) * ROW.itemsize):
+        if whole.exists() and not (
+            whole.stat().st_size == len(jobs) * ROW.itemsize and are_intact((whole, reasons), check)
+        ):
+            log(f"{whole} is damaged on the disk; reading the images again")
+            refresh = True
+        if refresh:
+            # Without its checksums, an interrupted scan is taken for one of an earlier version, not for a damaged one.
+            check.unlink(missing_ok=True)
             whole.unlink(missing_ok=True)
         if not whole.exists():
             done = len(recover_rows(partial, ROW))
@@ -91,7 +103,10 @@ def scan(
             partial.replace(whole)
         # Still under the lock: a process with `refresh` removes this file.
         all_rows = np.fromfile(whole, ROW)
-        return Scan(all_rows, keep_reasons(reasons, len(all_rows)))
+        found = Scan(all_rows, keep_reasons(reasons, len(all_rows)))
+        if not check.exists():
+            write_check((whole, reasons), check)
+        return found
 
 
 def by_split(dataset: Dataset, scanned: Scan) -> Iterator[tuple[str, np.ndarray, dict[int, str]]]:
@@ -134,58 +149,6 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def recover_rows(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Reads the complete rows of a file, and truncates the part of a row that a killed process left."""
-    if not path.exists():
-        return np.zeros(0, dtype)
-    whole = path.stat().st_size // dtype.itemsize
-    os.truncate(path, whole * dtype.itemsize)
-    return np.fromfile(path, dtype)
-
-
-def keep_reasons(path: Path, done: int) -> dict[int, str]:
-    """Reads the reasons for the first `done` images, and removes what a killed process left of others."""
-    valid: dict[int, str] = {}
-    if path.exists():
-        for line in path.read_text(errors="replace").split("\n"):
-            try:
-                i, reason = parse_json(line, (int, str))
-            except ValueError:
-                continue
-            if 0 <= i < done:
-                valid[i] = reason
-    write_atomically(path, "".join(json.dumps(each) + "\n" for each in valid.items()))
-    return valid
-
-
-def chunks(jobs: list, function: Callable, track: Track, done: int, what: str) -> Iterator[list]:
-    """Maps a function over jobs in threads, and yields the results in order, a chunk at a time.
-
-    Args:
-        jobs: arguments, one each.
-        function: of one argument.
-        track: shows progress.
-        done: jobs that were finished before, where the progress bar starts.
-        what: description of the work.
-    """
-    total = done + len(jobs)
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-
-        def one_by_one():
-            yield from (None for _ in range(done))  # the bar starts where the work was left
-            # Chunks, because Executor.map submits all jobs at once, and their results would pile up in memory.
-            for start in range(0, len(jobs), CHUNK):
-                yield from pool.map(function, jobs[start : start + CHUNK])
-
-        chunk: list = []
-        for i, result in enumerate(track(one_by_one(), total, what), 1):
-            if i > done:
-                chunk.append(result)
-            if chunk and (len(chunk) == CHUNK or i == total):
-                yield chunk
-                chunk = []
 
 
 def fingerprint(dataset: Dataset) -> str:
