@@ -43,12 +43,11 @@ def read_entry(file: IO[bytes], path: Path) -> dict[str, Any]:
     """
     try:
         entry = unseal(parse_json(file.readline(), dict[str, Any]), path)
-        problem = misfit(entry, ENTRY)
     except Damaged:
         raise
     except ValueError as error:
-        problem = str(error)
-    if problem:
+        raise Damaged(f"{path} is damaged ({error})") from None
+    if problem := misfit(entry, ENTRY):
         raise Damaged(f"{path} is damaged ({problem})")
     return entry
 

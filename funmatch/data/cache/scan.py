@@ -68,14 +68,9 @@ def scan(
     folder.mkdir(parents=True, exist_ok=True)
     whole, partial, reasons, check = (folder / f"{name}{end}" for end in (".rows", ".partial", ".reasons", ".check"))
 
-    def scan_job(job: tuple[str, int]) -> tuple[tuple, str | None]:
-        return _scan_image(dataset, job[0], job[1], limits)
-
     with file_lock(folder / f"{name}.lock"), disk_errors(folder):
-        jobs = dataset.jobs()
-        if whole.exists() and not (
-            whole.stat().st_size == len(jobs) * ROW.itemsize and are_intact((whole, reasons), check)
-        ):
+        size = len(dataset.jobs()) * ROW.itemsize
+        if whole.exists() and not (whole.stat().st_size == size and are_intact((whole, reasons), check)):
             log(f"{whole} is damaged on the disk; reading the images again")
             refresh = True
         if refresh:
@@ -83,23 +78,7 @@ def scan(
             check.unlink(missing_ok=True)
             whole.unlink(missing_ok=True)
         if not whole.exists():
-            done = len(recover_rows(partial, ROW))
-            if done > len(jobs):
-                partial.unlink()
-                done = 0
-            # Reasons of rows that were lost are written again with their rows.
-            keep_reasons(reasons, done)
-            with open(partial, "ab") as rows, open(reasons, "a") as reason_file:
-                for chunk in chunks(jobs[done:], scan_job, track, done, "reading"):
-                    new_rows = np.array([row for row, _ in chunk], ROW)
-                    for i, (_, reason) in enumerate(chunk, done):
-                        if reason:
-                            reason_file.write(json.dumps([i, reason]) + "\n")
-                    # Reasons first, so that a row with "bad" set always has one.
-                    reason_file.flush()
-                    rows.write(new_rows.tobytes())
-                    rows.flush()
-                    done += len(chunk)
+            _read_all(dataset, limits, partial, reasons, track)
             partial.replace(whole)
         # Still under the lock: a process with `refresh` removes this file.
         all_rows = np.fromfile(whole, ROW)
@@ -107,6 +86,32 @@ def scan(
         if not check.exists():
             write_check((whole, reasons), check)
         return found
+
+
+def _read_all(dataset: Dataset, limits: Limits, partial: Path, reasons: Path, track: Track) -> None:
+    """Reads every image that is not in `partial` yet, and writes rows and reasons as they come."""
+    jobs = dataset.jobs()
+
+    def scan_job(job: tuple[str, int]) -> tuple[tuple, str | None]:
+        return _scan_image(dataset, job[0], job[1], limits)
+
+    done = len(recover_rows(partial, ROW))
+    if done > len(jobs):
+        partial.unlink()
+        done = 0
+    # Reasons of rows that were lost are written again with their rows.
+    keep_reasons(reasons, done)
+    with open(partial, "ab") as rows, open(reasons, "a") as reason_file:
+        for chunk in chunks(jobs[done:], scan_job, track, done, "reading"):
+            new_rows = np.array([row for row, _ in chunk], ROW)
+            for i, (_, reason) in enumerate(chunk, done):
+                if reason:
+                    reason_file.write(json.dumps([i, reason]) + "\n")
+            # Reasons first, so that a row with "bad" set always has one.
+            reason_file.flush()
+            rows.write(new_rows.tobytes())
+            rows.flush()
+            done += len(chunk)
 
 
 def by_split(dataset: Dataset, scanned: Scan) -> Iterator[tuple[str, np.ndarray, dict[int, str]]]:
