@@ -93,6 +93,9 @@ def fit(
         updates done, and the losses of the last one, still on the device so that nothing waits for them.
     """
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    # Whatever mode it is in: buffers of a checkpoint may say that layers do not observe their inputs, as they do not
+    # while the student is evaluated.
+    student.train()
     with malloc.keep_freed_memory(options.device):
         for step, batch in enumerate(batches, start):
             if not student.training:  # the caller may have evaluated it

@@ -17,15 +17,9 @@ TEACHER = "fashion-mini-teacher"
 
 
 @pytest.fixture
-def model(images, tmp_path, finished_run):
+def model(tiny_run):
     """The folder of a finished run on the painted images."""
-    tiny = {
-        "student": "resnet10t",
-        "student_kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8},
-        "side": 32,
-        "batch": 8,
-    }
-    return finished_run(tmp_path / "run", "train", data=str(images), steps=3, device="cpu", **tiny).folder
+    return tiny_run.folder
 
 
 def timms_features(run, paths) -> np.ndarray:

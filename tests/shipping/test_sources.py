@@ -178,14 +178,8 @@ def test_results_are_lists_with_labels_scores_and_probabilities(images):
     assert list(api.predict(TEACHER, [])) == []
 
 
-def test_the_model_may_be_a_module_a_run_or_a_folder(images, tmp_path, finished_run):
-    tiny = {
-        "student": "resnet10t",
-        "student_kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8},
-        "side": 32,
-        "batch": 8,
-    }
-    run = finished_run(tmp_path / "run", "train", data=str(images), steps=3, device="cpu", **tiny)
+def test_the_model_may_be_a_module_a_run_or_a_folder(images, tiny_run):
+    run = tiny_run
     photo = Image.open(images / "test" / "bee" / "0.jpg")
     student = run.student()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}

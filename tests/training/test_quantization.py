@@ -1,7 +1,9 @@
 """Training for INT8: what layers compute, resuming, plain students, and the options taken from a run."""
 
 import json
+import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -193,6 +195,44 @@ def test_its_student_is_a_plain_network_with_ranges_beside_it(run, tmp_path):
     layers = [name for name, each in net.named_modules() if isinstance(each, nn.Conv2d | nn.Linear)]
     assert list(ranges) == layers
     assert all(low < high for low, high in ranges.values())
+
+
+@pytest.mark.parametrize("verb", ["train", "finetune"])
+def test_training_on_labels_rounds_too(tmp_path, verb):
+    options = {"out": tmp_path / "q", "steps": 4, "quantize": 8, "batch": 16, "eval_every": 4, "threads": 1}
+    if verb == "train":
+        result = funmatch.train("fashion-mini", **SMALL | options)
+    else:
+        result = funmatch.finetune("fashion-mini", "fashion-mini-teacher", **options)
+    net = timm.create_model(f"local-dir:{tmp_path / 'q' / 'student'}", pretrained=True)
+    ranges = json.loads((tmp_path / "q" / "student" / "config.json").read_text())["funmatch"]["ranges"]
+    assert list(ranges) == [name for name, each in net.named_modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    assert result.figures["parameters"] == sum(each.numel() for each in net.parameters())
+    saved = load_file(max((tmp_path / "q" / "checkpoints").glob("step-*")) / "student.safetensors")
+    assert any("fake_quantize" in name or "observer" in name for name in saved)
+
+
+@pytest.mark.slow
+def test_kills_change_no_bit(run, tmp_path):
+    more = ("--steps", "120", "--save-every", "10", "--eval-every", "40", "--val", "none")
+
+    def command(name: str) -> subprocess.Popen:
+        argv = [sys.executable, "-m", "funmatch", *words(run, tmp_path / name, *more)]
+        return subprocess.Popen(argv, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    assert command("whole").wait() == 0
+    for number in range(3):
+        process, checkpoints = command("killed"), tmp_path / "killed" / "checkpoints"
+        # Once it has come further than before, so that each kill is another one.
+        while process.poll() is None and len([*checkpoints.glob(f"step-*{number + 2}0")]) == 0:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    assert command("killed").wait() == 0
+    for file in ("student.safetensors", "optimizer.safetensors"):
+        places = (tmp_path / name / "checkpoints" / "step-000000120" / file for name in ("whole", "killed"))
+        one, other = map(load_file, places)
+        assert [name for name, tensor in one.items() if not torch.equal(tensor, other[name])] == []
 
 
 def test_an_unfinished_run_can_be_used_as_a_plain_network(run, tmp_path):
