@@ -12,6 +12,7 @@ from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
 
 datasets = pytest.importorskip("datasets")
+pq = pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,26 @@ def test_missing_and_damaged_files_are_rejected(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(InputError, match="no column of images, but: text"):
         open_dataset(f"hf:{tmp_path}/b.parquet")
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_paths_in_tables_are_opened_inside_the_data_alone(tmp_path, form):
+    folder, outside = tmp_path / "set", paint(tmp_path / "other" / "secret.jpg", 0)
+    inside = paint(folder / "images" / "0.jpg", 1)
+    (folder / "link.jpg").symlink_to(outside)
+    paths = [str(inside), str(outside), str(folder / ".." / "other" / "secret.jpg"), str(folder / "link.jpg")]
+    rows = {"image": [{"bytes": None, "path": path} for path in paths], "label": [0] * 4}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant"])})
+    (folder / "train").mkdir()
+    table = folder / "train.parquet"
+    pq.write_table(datasets.Dataset.from_dict(rows, features=features).data.table, table)
+    if form == "folder":
+        (tmp_path / "links").symlink_to(folder)
+    source = open_dataset(f"hf:{table if form == 'file' else tmp_path / 'links' / 'train.parquet'}")
+    assert source.read("train", 0) == inside.read_bytes()
+    for i in (1, 2, 3):
+        with pytest.raises(ValueError, match=r"the table names '.*', which is outside .*set; move the images into it"):
+            source.read("train", i)
 
 
 def test_error_without_a_network_names_the_data_set(monkeypatch):

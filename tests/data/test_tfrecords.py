@@ -4,7 +4,9 @@ import gzip
 import io
 import json
 import shutil
+import struct
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import google_crc32c
@@ -16,7 +18,8 @@ from PIL import Image
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions
 from funmatch.data.decode import decode
-from funmatch.data.formats import crc32c
+from funmatch.data.formats import crc32c, tfrecord
+from funmatch.data.formats.crc32c import masked_crc32c
 from funmatch.data.formats.tfrecord import example, frame, parse_example, records
 from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError
@@ -114,6 +117,39 @@ def test_wrong_record_count_and_damaged_gzip_are_found(shard):
         shard.write_bytes(damaged)
         with pytest.raises(InputError, match=r"record \d: "):
             open_dataset(f"tfrecord:{shard}")
+
+
+def peak_of_reading(path: Path) -> tuple[str, int]:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError) as error:
+            open_dataset(f"tfrecord:{path}")
+        return str(error.value), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_gzip_shards_that_expand_without_end_are_refused_before_they_take_memory(tmp_path, monkeypatch):
+    head = struct.pack("<Q", 1 << 29)
+    path = tmp_path / "train-0.tfrecord"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(head + struct.pack("<I", masked_crc32c(head)) + bytes(1 << 22))
+    message, peak = peak_of_reading(path)
+    assert "record 0: its length of 536,870,912 bytes is more than the 268,435,456" in message
+    assert peak < 16 << 20
+    # Many small records instead of a large one.
+    monkeypatch.setattr(tfrecord, "EXPANDS_FREELY", 1 << 20)
+    path.write_bytes(gzip.compress(frame(example(bytes(1 << 16), 0)) * 40))
+    assert "record 16: the shard expands to more than 100 times its" in peak_of_reading(path)[0]
+
+
+def test_record_longer_than_its_file_is_refused(tmp_path):
+    head = struct.pack("<Q", 1 << 30)
+    path = tmp_path / "train-0.tfrecord"
+    path.write_bytes(head + struct.pack("<I", masked_crc32c(head)) + bytes(100))
+    message, peak = peak_of_reading(path)
+    assert "record 0: the shard ends in the middle of it" in message
+    assert peak < 16 << 20
 
 
 def test_all_bad_shards_are_named_at_once(tmp_path):

@@ -17,6 +17,10 @@ from funmatch.data.formats.protobuf import Damaged, parts, varint, write_fields,
 
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_LENGTH = 1 << 31  # a protocol buffer is at most 2 GiB
+MAX_UNPACKED_RECORD = 1 << 28
+"""Bytes of a record in a GZIP shard, at most: it may take a thousandth of that in the file."""
+MAX_EXPANSION, EXPANDS_FREELY = 100, 1 << 30
+"""Times its own size, and bytes, above both of which a GZIP shard may not expand."""
 
 Span = tuple[int, int]
 Features = dict[str, list[Span] | list[int] | None]
@@ -43,11 +47,13 @@ def records(path: Path) -> Iterator[tuple[int, bytes]]:
         DamagedRecord: names the record, counted from 0.
     """
     # By content: shards are compressed under the same names as plain ones.
-    with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
+    packed, size = is_gzip(path), path.stat().st_size
+    largest = max(MAX_EXPANSION * size, EXPANDS_FREELY)
+    with gzip.open(path) if packed else open(path, "rb") as file:
         number, at = 0, 0
         while True:
             try:
-                payload = _next_record(file)
+                payload = _next_record(file, None if packed else size - at)
             except DamagedRecord as error:
                 raise DamagedRecord(f"record {number}: {error}") from None
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -57,9 +63,20 @@ def records(path: Path) -> Iterator[tuple[int, bytes]]:
             yield at + 12, payload  # behind the length and its checksum
             at += 16 + len(payload)  # 12 bytes before the payload, 4 behind it
             number += 1
+            if packed and at > largest:
+                raise DamagedRecord(
+                    f"record {number}: the shard expands to more than {MAX_EXPANSION} times its {size:,} bytes; if "
+                    "that is right, unpack it with gunzip"
+                )
 
 
-def _next_record(file: BinaryIO | gzip.GzipFile) -> bytes | None:
+def _next_record(file: BinaryIO | gzip.GzipFile, left: int | None) -> bytes | None:
+    """Reads a record; None at the end.
+
+    Args:
+        file: the shard.
+        left: bytes to its end; None in a GZIP stream, whose end is unknown.
+    """
     head = file.read(12)
     if not head:
         return None
@@ -72,6 +89,15 @@ def _next_record(file: BinaryIO | gzip.GzipFile) -> bytes | None:
     # A checksum may be right by chance, or on purpose.
     if length > MAX_LENGTH:
         raise DamagedRecord(f"its length of {length:,} bytes is impossible")
+    # Before it is read: two megabytes of GZIP can hold two gigabytes of zeros.
+    if left is None and length > MAX_UNPACKED_RECORD:
+        raise DamagedRecord(
+            f"its length of {length:,} bytes is more than the {MAX_UNPACKED_RECORD:,} that a record in a GZIP "
+            "shard may have; if that is right, unpack the shard with gunzip"
+        )
+    # Python takes memory for all of it, whether or not the file has as much.
+    if left is not None and length > left:
+        raise DamagedRecord("the shard ends in the middle of it")
     payload = file.read(length)
     tail = file.read(4)
     if len(payload) < length or len(tail) < 4:

@@ -66,12 +66,14 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
         splits = {name: _split(spec, name, table, None, ()) for name, table in tables.items()}
     encoded = {name: _encoded(datasets, table, spec, image) for name, table in tables.items()}
 
+    inside = _allowed_folders(datasets, spec)
+
     def read(split: str, index: int) -> bytes:
         row = encoded[split][int(index)][image]
         if not row or not (row["bytes"] or row["path"]):
             raise ValueError("there is no image")
         # Tables hold the bytes; folders of images hold paths alone.
-        return row["bytes"] or read_file(row["path"])
+        return row["bytes"] or _read_inside(row["path"], inside)
 
     watched = sorted({file["filename"] for table in tables.values() for file in table.cache_files})
     # `cache_files` are the library's own copies, which do not change when the original files do.
@@ -83,6 +85,30 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
     unread = [name for name, table in loaded.items() if all(table is not each for each in tables.values())]
     notes = (f"hf:{spec}: splits that are not read: {', '.join(unread)}",) if unread else ()
     return Dataset(name, classes, sort_splits(splits), read, watched, unnamed=unnamed, notes=notes, location=spec)
+
+
+def _allowed_folders(datasets: Any, spec: str) -> tuple[str, ...]:
+    """Returns the folders in which a table may name files: the data set's own, and where the library puts downloads."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    local = Path(spec).expanduser()
+    own = [local if local.is_dir() else local.parent] if local.exists() else []
+    # Where the library unpacks archives, of folders on disk, too.
+    downloads = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    return tuple(os.path.realpath(each) for each in (*own, *downloads))
+
+
+def _read_inside(path: str, folders: tuple[str, ...]) -> bytes:
+    """Reads a file that a table names; a table from elsewhere must not make us read other files of this machine.
+
+    Raises:
+        ValueError: it lies outside the folders, by its name or by a link.
+    """
+    # Links are followed first, of the folders above, too.
+    real = os.path.realpath(path)
+    if not any(os.path.commonpath((real, folder)) == folder for folder in folders):
+        raise ValueError(f"the table names {path[:200]!r}, which is outside {folders[0]}; move the images into it")
+    return read_file(real)
 
 
 def _by_split(loaded: Any) -> dict[str, Any]:
