@@ -75,16 +75,21 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
         # Tables hold the bytes; folders of images hold paths alone.
         return row["bytes"] or _read_inside(row["path"], inside)
 
+    watched = _watched(tables, spec, options)
+    name = Path(spec.partition(":")[0]).stem if watched else spec
+    unread = [name for name, table in loaded.items() if all(table is not each for each in tables.values())]
+    notes = (f"hf:{spec}: splits that are not read: {', '.join(unread)}",) if unread else ()
+    return Dataset(name, classes, sort_splits(splits), read, watched, unnamed=unnamed, notes=notes, location=spec)
+
+
+def _watched(tables: dict[str, Any], spec: str, options: ReadOptions) -> list[str]:
+    """Returns the files and folders whose changes make another data set."""
     watched = sorted({file["filename"] for table in tables.values() for file in table.cache_files})
     # `cache_files` are the library's own copies, which do not change when the original files do.
     local = Path(spec).expanduser()
     watched += [str(local), *sorted(str(path) for path in local.rglob("*"))] if local.exists() else []
     # The class names too: with another file, or the same one edited, the data set is another.
-    watched += [str(options.class_file)] if options.class_file else []
-    name = Path(spec.partition(":")[0]).stem if watched else spec
-    unread = [name for name, table in loaded.items() if all(table is not each for each in tables.values())]
-    notes = (f"hf:{spec}: splits that are not read: {', '.join(unread)}",) if unread else ()
-    return Dataset(name, classes, sort_splits(splits), read, watched, unnamed=unnamed, notes=notes, location=spec)
+    return watched + ([str(options.class_file)] if options.class_file else [])
 
 
 def _allowed_folders(datasets: Any, spec: str) -> tuple[str, ...]:
