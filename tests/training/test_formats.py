@@ -14,7 +14,7 @@ from funmatch.commands.study import results as study_results
 from funmatch.commands.study.spec import RunSpec, parse, read_spec
 from funmatch.commands.tune import summary
 from funmatch.data.cache import check
-from funmatch.data.cache.open_cache import ENTRY
+from funmatch.data.cache.ledger import ENTRY
 from funmatch.errors import InputError
 from funmatch.models import class_map, origins
 from funmatch.reports import run_tables, study_page, tune_page
