@@ -14,6 +14,7 @@ from funmatch.config import Distill, Tape
 from funmatch.data.cache import open_cache
 from funmatch.errors import InputError
 from funmatch.runtime import functions, log
+from funmatch.runtime.disk.json_files import seal
 
 TEACHER, STUDENT = "fashion-mini-teacher", "fashion-mini-student"
 COMMAND = "subprocess:getoutput"
@@ -43,7 +44,7 @@ def stranger(run, tmp_path, monkeypatch):
 def poison(path, key, mark):
     record = json.loads(path.read_text())
     record[key] |= {"teacher": [COMMAND], "teacher_kwargs": [f"cmd=id > {mark}"]}
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(seal(record)))
 
 
 def call(*words):

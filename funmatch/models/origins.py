@@ -31,7 +31,8 @@ from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
 from funmatch.models.weights import Lazily
 from funmatch.runtime.disk import records
-from funmatch.runtime.disk.json_files import parse_json
+from funmatch.runtime.disk.checksums import MANIFEST, verify_folder
+from funmatch.runtime.disk.json_files import Damaged, parse_json
 
 CONFIG_KEYS = ("input_size", "crop_pct", "mean", "std")
 MODEL = {"architecture": str, "model_args?": dict, "funmatch?": dict, "pretrained_cfg?": dict}
@@ -138,6 +139,7 @@ def _own_entries(own: dict[str, Any]) -> dict[str, Any]:
 def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
     """Returns the origin of a folder in timm's layout."""
     path = folder / "config.json"
+    verify_model(folder)
     try:
         config = parse_json(path.read_bytes(), MODEL)
     except ValueError as error:
@@ -158,6 +160,15 @@ def _folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
     # An import of a file that did not say it (`funmatch import`).
     known = config.get("funmatch", {}).get("side_known") is not False
     return Origin(str(folder), f"{LOCAL}{folder}", open_checkpoint(weights), kwargs, card, side_known=known)
+
+
+def verify_model(folder: Path) -> None:
+    """Raises `InputError` if the files of a model's folder are not those that were written; see `verify_folder`."""
+    try:
+        verify_folder(folder)
+    except Damaged as error:
+        mend = "start the command of its run again" if records.is_run(folder.parent) else "copy the folder again"
+        raise InputError(f"{error}; {mend}, or remove {folder / MANIFEST} if you changed it yourself") from None
 
 
 def _bad_config(path: Path, error: Exception) -> str:

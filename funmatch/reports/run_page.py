@@ -13,6 +13,7 @@ from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.log import print_line
 from funmatch.runtime.text import percent
 from funmatch.training.run import folder as run_folder
+from funmatch.training.run.damage import has_changed_log
 
 MANY = 4
 """From this many runs on, the title counts them."""
@@ -140,6 +141,8 @@ def notes(run: run_folder.Run) -> list[str]:
         found.append(f"{name} {problem}. Try another lr, a longer warmup_steps or more steps.")
     if count := run.metrics.count_damaged():
         found.append(f"{count:,} damaged lines of metrics.jsonl in {name} were left out.")
+    if has_changed_log(run):
+        found.append(f"metrics.jsonl in {name} was damaged or changed; the curves may lack records or show wrong ones.")
     return found
 
 

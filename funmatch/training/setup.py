@@ -27,7 +27,7 @@ from funmatch.training.defaults import resolve_defaults, warn_of_late_steps
 from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.scoring import Evaluation
 from funmatch.training.loop import LoopOptions, loop_options
-from funmatch.training.run import extend
+from funmatch.training.run import damage, extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.recorder import ON_EVENT, OnEvent
 from funmatch.training.student import acceleration
@@ -286,7 +286,7 @@ def finished_result(setup: TrainSetup[Any]) -> dict[str, Any] | None:
     out, verb = setup.config.out, setup.inputs.verb
     # The main process alone writes; the others must not look before it has.
     distributed.main_process_first(lambda: env.is_main_process() and extend.extend(out, verb, *run_record(setup)))
-    result = distributed.broadcast_from_main(lambda: run_folder.result_if_same(out, verb, *run_record(setup)))
+    result = distributed.broadcast_from_main(lambda: damage.result_if_same(out, verb, *run_record(setup)))
     if result:
         info(f"{out} is finished at step {result['step']}; nothing to do")
     return result

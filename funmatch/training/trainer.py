@@ -62,7 +62,8 @@ class Trainer:
         self.evaluator = Evaluator(setup, objective)
         self.scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
         self.state = TrainState()
-        self.checkpoints = Checkpoints(run.checkpoints, self.student, self.scaler)
+        best = setup.config.keep == "best"
+        self.checkpoints = Checkpoints(run.checkpoints, self.student, self.scaler, needs_best=best)
         self.notes: dict[str, str] = {}
         self.records = Recorder(run.metrics, setup.inputs.on_event)
         if state := self.checkpoints.restore():
@@ -75,6 +76,9 @@ class Trainer:
         # A process killed between saving this step and keeping it did only the first.
         if self.state.step and self.state.step == self.stable:
             self.checkpoints.keep_stable(self.state.step)
+        if env.is_main_process() and run.metrics.has_changed(self.state.log_bytes, self.state.log_crc):
+            info(f"WARNING: {run.metrics.path} was damaged or changed; its records may be missing or wrong")
+            self.state.log_damaged = True
         # What was logged after the checkpoint will be logged again.
         run.metrics.truncate(self.state.step or -1)
         if not self.state.step:
@@ -233,6 +237,7 @@ class Trainer:
         """Saves a checkpoint of this step."""
         with self.losses.paused(), self.stopping.pausing():
             self.state.scaler = self.scaler.state_dict()
+            self.state.log_bytes, self.state.log_crc = self.run.metrics.digest()
             self.checkpoints.save(self.losses.state_to_save())
 
     def finish(self) -> dict[str, Any]:

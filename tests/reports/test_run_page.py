@@ -18,6 +18,7 @@ from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
 from funmatch.ops.view_spec import ViewSpec
 from funmatch.reports import html, run_page, run_plots, run_tables, run_views
+from funmatch.runtime.disk.json_files import seal
 from funmatch.runtime.text import percent
 from funmatch.training.run import folder as run_folder
 
@@ -94,7 +95,7 @@ def test_page_of_an_unfinished_run_says_where_it_stands(runs):
     """Its metrics are those of its latest evaluation."""
     (runs[0] / "result.json").unlink()
     config = json.loads((runs[0] / "config.json").read_text())
-    (runs[0] / "config.json").write_text(json.dumps(config | {"knobs": config["knobs"] | {"steps": 24}}))
+    (runs[0] / "config.json").write_text(json.dumps(seal(config | {"knobs": config["knobs"] | {"steps": 24}})))
     page = page_of(runs[0])
     assert "is not finished: 6 of 24 steps (25.0\N{NO-BREAK SPACE}%). Its metrics are those of step 6 on val." in page
     row = dict(zip(run_tables.COLUMNS, run_tables.row(run_folder.find_run(runs[0])), strict=True))
@@ -114,7 +115,7 @@ def test_page_of_an_unfinished_run_says_where_it_stands(runs):
 
 def test_page_warns_of_a_diverged_run(runs):
     result = json.loads((runs[1] / "result.json").read_text())
-    (runs[1] / "result.json").write_text(json.dumps(result | {"kl": 40094978554082739036017261828636672.0}))
+    (runs[1] / "result.json").write_text(json.dumps(seal(result | {"kl": 40094978554082739036017261828636672.0})))
     page = page_of(runs[1])
     assert "4.01e+34, diverged" in page
     assert "has diverged: its student is further from its teacher than a uniform guess" in page
@@ -125,7 +126,7 @@ def test_lead_of_a_comparison_names_the_best_run_and_the_next(runs):
     """Of the runs whose students are shown, not of the first."""
     for folder, top1 in zip(runs, (0.25, 0.75), strict=True):
         result = json.loads((folder / "result.json").read_text())
-        (folder / "result.json").write_text(json.dumps(result | {"top1": top1}))
+        (folder / "result.json").write_text(json.dumps(seal(result | {"top1": top1})))
     found = [run_folder.find_run(folder) for folder in runs]
     assert run_page.lead(found) == (
         "student_$x$ (distilled from fashion-mini-teacher) has the highest top-1 accuracy, 75.0 %; labels & <b> "
@@ -133,11 +134,11 @@ def test_lead_of_a_comparison_names_the_best_run_and_the_next(runs):
     )
     assert "A student distilled from fashion-mini-teacher: 75.0 % top-1 accuracy on" in run_page.lead(found[1:])
     config = json.loads((runs[0] / "config.json").read_text())
-    (runs[0] / "config.json").write_text(json.dumps(config | {"verb": "finetune"}))
+    (runs[0] / "config.json").write_text(json.dumps(seal(config | {"verb": "finetune"})))
     assert run_page.lead([run_folder.find_run(runs[0])]).startswith("A model fine-tuned on labels: 25.0 % top-1")
-    (runs[0] / "config.json").write_text(json.dumps(config))
+    (runs[0] / "config.json").write_text(json.dumps(seal(config)))
     result = json.loads((runs[0] / "result.json").read_text())
-    (runs[0] / "result.json").write_text(json.dumps(result | {"split": "val"}))
+    (runs[0] / "result.json").write_text(json.dumps(seal(result | {"split": "val"})))
     assert run_page.lead(found).endswith("evaluated on different images: do not compare them.")
 
 
@@ -194,7 +195,7 @@ def test_selection_is_what_had_a_consequence(runs):
     assert {row[-1] for row in run_tables.evaluation_counts(found)} == {"nothing"}
     config = json.loads((runs[0] / "config.json").read_text())
     config["knobs"] |= {"keep": "best", "patience": 3}
-    (runs[0] / "config.json").write_text(json.dumps(config))
+    (runs[0] / "config.json").write_text(json.dumps(seal(config)))
     by_split = {row[1]: row[-1] for row in run_tables.evaluation_counts(found)}
     assert by_split == {"val": "exported student, early stopping", "test": "nothing"}
 

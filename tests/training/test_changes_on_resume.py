@@ -13,6 +13,7 @@ from funmatch.config import TAUGHT, Train
 from funmatch.config.metadata import OnResume
 from funmatch.errors import InputError
 from funmatch.reports import tables
+from funmatch.runtime.disk.json_files import seal
 from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
 
@@ -131,7 +132,8 @@ def test_time_adds_up_over_all_starts(tmp_path, capsys):
     state = max((folder / "checkpoints").glob("step-*")) / "state.json"
     saved = json.loads(state.read_text())
     assert saved["seconds"] > 0, "no loss was recorded yet"
-    state.write_text(json.dumps(saved | {"seconds": 3600.0}))
+    state.with_name("checksums.json").unlink()
+    state.write_text(json.dumps(seal(saved | {"seconds": 3600.0})))
     run = funmatch.train(out=folder, **MINI | {"log_every": 8, "save_every": 4})
     assert 3600 < run.metrics["seconds"] < 3700
     assert json.loads((folder / "result.json").read_text())["seconds"] == run.metrics["seconds"]

@@ -17,6 +17,7 @@ import funmatch
 from funmatch.argv import split_students
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
+from funmatch.runtime.disk.json_files import seal
 from funmatch.training import distill_many
 from funmatch.training.teachers import loading
 from funmatch.training.teachers.source import SharedCache
@@ -120,7 +121,7 @@ def test_students_with_other_crop_kernels_are_refused(tmp_path):
     kernel = config["facts"]["views"]
     config["facts"]["views"] = "native" if kernel == "torch" else "torch"
     config["knobs"]["steps"] = OPTIONS["steps"]
-    record.write_text(json.dumps(config))
+    record.write_text(json.dumps(seal(config)))
     (record.parent / "result.json").unlink()
     with pytest.raises(InputError, match=r"would see different views: native (True and False|False and True)"):
         funmatch.distill_several(**OPTIONS, students=STUDENTS, out=tmp_path / "both")

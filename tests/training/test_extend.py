@@ -76,7 +76,7 @@ def test_extended_run_equals_uninterrupted_long_run(tmp_path, long, finished_run
     assert_same_runs(folder, long)
     end = folder / "ends" / "step-000000020"
     kept_result = json.loads((end / "result.json").read_text())
-    assert kept_result | {"run": metrics["run"]} == metrics
+    assert {**kept_result, "run": metrics["run"], "checksum": None} == {**metrics, "checksum": None}
     for name, tensor in load_file(end / "student" / "model.safetensors").items():
         assert torch.equal(tensor, student[name])
     assert (end / "student-ema" / "model.safetensors").is_file()

@@ -18,7 +18,7 @@ from funmatch.data.cache.ledger import ENTRY
 from funmatch.errors import InputError
 from funmatch.models import class_map, origins
 from funmatch.reports import run_tables, study_page, tune_page
-from funmatch.runtime.disk.json_files import Damaged, parse_json
+from funmatch.runtime.disk.json_files import Damaged, parse_json, seal
 from funmatch.training.run import checkpoint, compare, state
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import tape
@@ -75,7 +75,8 @@ def old_cache(tmp_path, monkeypatch) -> Path:
 
 def renumber(path: Path, **changes: Any) -> None:
     """Gives a record the format of a version yet to come, or other changes."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | (changes or {"format": 99})))
+    (path.parent / "checksums.json").unlink(missing_ok=True)
+    path.write_text(json.dumps(seal(json.loads(path.read_text()) | (changes or {"format": 99}))))
 
 
 def assert_refused(done: Any, words: str = NEWER) -> None:
@@ -166,7 +167,7 @@ def test_newer_search_is_refused(tmp_path, funmatch, name):
     record = {
         "verb": "train", "knobs": {}, "space": {}, "search": {}, "storage": "s", "name": "n", "data": "d", "id": "i",
     }  # fmt: skip
-    (folder / "study.json").write_text(json.dumps(record))
+    (folder / "study.json").write_text(json.dumps(seal(record)))
     (folder / "result.json").write_text(json.dumps(SUMMARY))
     renumber(folder / name)
     options = ("--data", "fashion-mini", "--student", "fashion-mini-student", "--steps", "1")

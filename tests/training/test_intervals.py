@@ -8,6 +8,7 @@ from make_images import FEW
 
 import funmatch
 from funmatch.config import Train
+from funmatch.runtime.disk.json_files import seal
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.intervals import default_intervals, due_at, evaluations_until, saves_of
 
@@ -83,7 +84,7 @@ def test_run_of_an_earlier_version_goes_on_as_it_began(tmp_path):
     folder = funmatch.train(**call, eval_every=500, log_every=50, save_every=500).folder
     record = json.loads((folder / "config.json").read_text())
     del record["knobs"]["eval_first"]
-    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "config.json").write_text(json.dumps(seal(record)))
     # Extended, with none of them given.
     funmatch.train(**call | {"steps": 16})
     assert steps_of(folder, "eval") == [16]

@@ -16,6 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import funmatch
 from funmatch.data.cache.stores import INDEX, CachedSplit
+from funmatch.runtime.disk.json_files import seal
 from funmatch.training.evaluation import scoring
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import checks
@@ -87,7 +88,7 @@ def test_a_run_from_before_the_choice_goes_on_without_antialias(photos, tmp_path
     assert (record["knobs"]["resample"], record["knobs"]["eval_resample"]) == ("tf", "tf")
     for name in ("resample", "eval_resample"):
         del record["knobs"][name]
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(seal(record)))
     (out / "result.json").unlink()
     assert train(photos, out).metrics["top1"] == first["top1"], "resumed with the default, it is evaluated as it was"
     with pytest.raises(funmatch.InputError, match="eval_resample: tf in the run, antialias"):

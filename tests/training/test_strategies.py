@@ -32,6 +32,7 @@ from funmatch.ops.sampling import (
     step_generator,
 )
 from funmatch.ops.view_spec import ViewSpec
+from funmatch.runtime.disk.json_files import seal
 from funmatch.training import distill
 from funmatch.training.evaluation import scoring
 from funmatch.training.teachers import fixed
@@ -429,7 +430,7 @@ def test_run_recorded_before_an_option_existed_resumes(tmp_path):
     config = json.loads(record.read_text())
     for name in ("mixup_mode", "mixup_max", "t_squared", "label_weight", "distance", "teacher_crops"):
         del config["knobs"][name]
-    record.write_text(json.dumps(config))
+    record.write_text(json.dumps(seal(config)))
     assert funmatch.distill(out=tmp_path / "run", steps=2, **MINI).figures["step"] == 2
     with pytest.raises(InputError, match="distance: kl in the run, l2 now"):
         funmatch.distill(out=tmp_path / "run", steps=2, distance="l2", **MINI)
@@ -444,6 +445,7 @@ def test_changed_normalisation_is_another_teacher(tmp_path, monkeypatch):
     card = json.loads((teacher / "config.json").read_text())
     card["pretrained_cfg"]["mean"] = [0.9] * 3
     (teacher / "config.json").write_text(json.dumps(card))
+    (teacher / "checksums.json").unlink()
     with pytest.raises(InputError, match="the teacher's normalisation or architecture"):
         funmatch.distill(out=tmp_path / "a", steps=2, **options)
     funmatch.distill(out=tmp_path / "b", steps=2, **options)
@@ -501,7 +503,7 @@ def test_run_with_a_removed_option_resumes(tmp_path):
     record = outcome.folder / "config.json"
     config = json.loads(record.read_text())
     config["knobs"]["strategy"] = "funmatch"
-    record.write_text(json.dumps(config))
+    record.write_text(json.dumps(seal(config)))
     assert funmatch.train(out=tmp_path / "run", steps=2, **options).figures["step"] == 2
 
 

@@ -22,6 +22,7 @@ from funmatch.commands import tape as tape_command
 from funmatch.config import Tape as TapeOptions
 from funmatch.errors import InputError, WorkFailed
 from funmatch.models.ensemble import TeacherEnsemble
+from funmatch.runtime.disk.json_files import seal
 from funmatch.runtime.disk.locks import try_lock_file
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import tape
@@ -339,10 +340,10 @@ def test_folders_without_a_valid_tape_are_rejected(recorded, tmp_path):
             funmatch.distill(out=tmp_path / "run", tape=tmp_path / "tape", **OPTIONS)
     valid = json.loads((recorded / "tape" / "tape.json").read_text())
     for part, name in (("layout", "batch"), ("layout", "classes"), ("asked", "seed")):
-        header.write_text(json.dumps(valid | {part: valid[part] | {name: valid[part][name] + 1}}))
+        header.write_text(json.dumps(seal(valid | {part: valid[part] | {name: valid[part][name] + 1}})))
         with pytest.raises(InputError, match="damaged"):
             tape.find_tape(tmp_path / "tape")
-    header.write_text(json.dumps(json.loads((recorded / "tape" / "tape.json").read_text()) | {"format": 99}))
+    header.write_text(json.dumps(seal(json.loads((recorded / "tape" / "tape.json").read_text()) | {"format": 99})))
     with pytest.raises(InputError, match="format 99"):
         tape.find_tape(tmp_path / "tape")
 
@@ -358,7 +359,7 @@ def test_rows_of_another_tape_are_not_read(recorded, tmp_path):
     assert found.read(0, 0, 32) is None
     header = json.loads((tmp_path / "other" / "tape.json").read_text())
     del header["check"]  # as on older tapes
-    (tmp_path / "other" / "tape.json").write_text(json.dumps(header))
+    (tmp_path / "other" / "tape.json").write_text(json.dumps(seal(header)))
     older = open_new_tape(tmp_path / "older", Layout(32, 10), seed=1)
     older.header.pop("check")
     older.write(0, 0, *older.layout.packed(random_logits(32, 10)))

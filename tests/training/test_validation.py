@@ -7,6 +7,7 @@ from make_images import paint
 
 import funmatch
 from funmatch.errors import InputError
+from funmatch.runtime.disk.json_files import seal
 from funmatch.training.run import folder as run_folder
 
 TINY = {"student": "fashion-mini-student", "steps": 4, "batch": 16, "eval_every": 2, "side": 16, "threads": 1}
@@ -86,7 +87,7 @@ def earlier_run(folder):
     """Change a run to one of the version before the rule, which held nothing out and recorded no `val`."""
     config = json.loads((folder / "config.json").read_text())
     config["knobs"]["val"] = None
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(seal(config)))
     (folder / "result.json").unlink()
 
 

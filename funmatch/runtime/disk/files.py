@@ -141,10 +141,15 @@ def sync_folder(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a file, a link, or a folder with its contents; does nothing if the path does not exist."""
     # A link to a folder is removed itself; `rmtree` refuses links, and what they point to is not ours.
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    if not path.name.endswith(PARTIAL):
+        # Renamed first: what a kill leaves of the folder must not pass for all of it, and is cleared by its name.
+        half = path.with_name(f".{path.name}.old{PARTIAL}")
+        remove(half)
+        path = path.rename(half)
+    shutil.rmtree(path)
 
 
 def remove_partials(folder: Path) -> None:

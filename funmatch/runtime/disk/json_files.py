@@ -119,8 +119,10 @@ def checksum_of(record: Mapping[str, Any]) -> str:
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record of JSON's values with its checksum."""
-    return {**record, CHECKSUM: checksum_of(record)}
+    """Returns a record as it reads back from JSON, with its checksum."""
+    # Read back first: JSON has no keys but text and no tuples, and the checksum is that of what a reader gets.
+    plain = json.loads(json.dumps(record))
+    return {**plain, CHECKSUM: checksum_of(plain)}
 
 
 def unseal(record: dict[str, Any], path: Path) -> dict[str, Any]:

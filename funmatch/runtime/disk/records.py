@@ -18,7 +18,16 @@ from funmatch.runtime.disk.files import (
     remove_partials,
     write_atomically,
 )
-from funmatch.runtime.disk.json_files import FORMAT, RUN_RECORD, RUN_SHAPE, Damaged, Shape, read_json, read_record
+from funmatch.runtime.disk.json_files import (
+    FORMAT,
+    RUN_RECORD,
+    RUN_SHAPE,
+    Damaged,
+    Shape,
+    read_json,
+    read_record,
+    seal,
+)
 from funmatch.runtime.disk.locks import FileLock, describe_owner, file_lock, lock_owner, try_lock_file
 
 
@@ -99,12 +108,15 @@ class RecordFolder:
         try:
             return read_record(self.path, self.shape, self.number, f"choose another {self.option}", closed=self.closed)
         except Damaged as error:
-            raise Damaged(f"{error}: it is not the record of a {self.noun}; choose another {self.option}") from None
+            raise Damaged(
+                f"{error}; restore it from a copy, or choose another {self.option} for the {self.noun}"
+            ) from None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes the record with its format number."""
+        """Writes the record with its format number and its checksum."""
         # Named twice: once to be the file's first key, once so that a number inside the record cannot replace ours.
-        write_atomically(self.path, json.dumps({FORMAT: self.number, **record} | {FORMAT: self.number}, indent=1))
+        sealed = seal({FORMAT: self.number, **record} | {FORMAT: self.number})
+        write_atomically(self.path, json.dumps(sealed, indent=1))
 
     def check_place(self) -> None:
         """Raises `InputError` unless this may begin or resume here: the folder is new, empty, or holds the marker."""

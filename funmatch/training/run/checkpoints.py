@@ -77,15 +77,20 @@ class Checkpoints:
         writer: the thread that writes; entered by the trainer.
     """
 
-    def __init__(self, folder: Path, student: Student, scaler: torch.amp.GradScaler) -> None:
-        self.folder, self.student, self.scaler = folder, student, scaler
+    def __init__(
+        self, folder: Path, student: Student, scaler: torch.amp.GradScaler, *, needs_best: bool = False
+    ) -> None:
+        """Opens the checkpoints in a folder; `needs_best` is that of `checkpoint.restore`."""
+        self.folder, self.student, self.scaler, self.needs_best = folder, student, scaler, needs_best
         self.writer = CheckpointWriter()
 
     def restore(self) -> TrainState | None:
         """Loads the newest checkpoint into the student, its optimizer and the scaler; returns None if there is none."""
         net, optimizer, average = self.student.classifier.net, self.student.optimizer, self.student.average_net
         # One process first: it removes what a kill left half-written, and the others must not read that.
-        state = distributed.main_process_first(lambda: checkpoint.restore(self.folder, net, optimizer, average))
+        state = distributed.main_process_first(
+            lambda: checkpoint.restore(self.folder, net, optimizer, average, needs_best=self.needs_best)
+        )
         if state:
             self.scaler.load_state_dict(state.scaler)
         return state

@@ -17,11 +17,11 @@ from funmatch.config import TAUGHT
 from funmatch.errors import InputError
 from funmatch.ops.optim import schedules
 from funmatch.runtime.disk.files import remove, write_folder_atomically
+from funmatch.runtime.disk.json_files import seal
 from funmatch.runtime.log import info
 from funmatch.training.run import checkpoint, compare
 from funmatch.training.run import folder as run_folder
-
-STUDENTS = ("student", "student-ema")
+from funmatch.training.run.damage import describe_damage
 
 
 def stable_step(options: Mapping[str, Any]) -> int | None:
@@ -60,6 +60,9 @@ def extend(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, An
     # Both locks: the record is replaced below, and with it the file whose lock says that the run is in use.
     with run.record.beginning(), run.record.lock():
         _check(run, before["steps"], after["steps"], old, new)
+        # Else a damaged end would be kept as it is, or not at all.
+        if damage := describe_damage(run):
+            raise InputError(f"{damage}; start the command of {before['steps']:,} steps again first, which mends it")
         _branch_off(run, old, before["steps"])
         # Last: until here the old command ends as it did, and this one begins again.
         # Its length alone: what else may have other values is recorded when the run resumes.
@@ -101,17 +104,17 @@ def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
         place = run.folder / "ends" / _name(result["step"], length)
         if not (place / "result.json").is_file():
             with write_folder_atomically(place) as partial:
-                for name in STUDENTS:
+                for name in run_folder.STUDENTS:
                     if (run.folder / name).is_dir():
                         shutil.copytree(run.folder / name, partial / name)
                 lines = [json.dumps(each) + "\n" for each in run.metrics.read() if each["step"] > step]
                 (partial / "metrics.jsonl").write_text("".join(lines))
-                (partial / "result.json").write_text(json.dumps(result | {"run": str(place)}, indent=2))
+                (partial / "result.json").write_text(json.dumps(seal(result | {"run": str(place)}), indent=2))
     # The result first: without it the run counts as unfinished, and what is removed after it is written again.
     for name in ("result.json", "report.html", run_folder.EVALUATION):
         (run.folder / name).unlink(missing_ok=True)
     checkpoint.go_back(run.checkpoints, step)
-    for name in STUDENTS:
+    for name in run_folder.STUDENTS:
         folder = run.folder / name
         for path in [*folder.iterdir()] if folder.is_symlink() else [folder]:  # a link to another disk stays
             remove(path)

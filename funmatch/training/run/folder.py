@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from funmatch.config import TAUGHT
 from funmatch.errors import InputError
 from funmatch.runtime import env
-from funmatch.runtime.disk.files import write_atomically
-from funmatch.runtime.disk.json_files import Damaged, read_record
+from funmatch.runtime.disk.files import remove_partials, write_atomically
+from funmatch.runtime.disk.json_files import Damaged, read_record, seal
 from funmatch.runtime.disk.records import RUN_RECORD, RUN_SHAPE, RecordFolder
 from funmatch.runtime.log import info
 from funmatch.training.run import compare
@@ -35,6 +35,7 @@ FACTS = {
 }  # fmt: skip
 SHAPE = RUN_SHAPE | {"knobs": {"steps?": int, "teacher?": list[str] | str | None}, "facts": FACTS}
 SCORES = dict.fromkeys(("top1", "agreement", "kl", "ece", "top5?", "agreement5?", "balanced?"), float | None)
+RESULT_FILE = "result.json"
 RESULT = SCORES | {
     "step": int, "seconds": float, "split": str, "pictures": int, "held_out_of?": int, "parameters": int,
     "best_step?": int | None, "best_score?": float | None, "top1_antialias?": float | None, "ema?": SCORES,
@@ -43,6 +44,8 @@ RESULT = SCORES | {
 """What `result.json` holds, if it is undamaged."""
 EVALUATION = "evaluation.html"
 """The page that `funmatch evaluate` writes into a run's folder."""
+STUDENTS = ("student", "student-ema")
+"""The folders of a finished run's students."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The metrics of a finished run, None before; `NewerFormat` if a newer version wrote them."""
         try:
-            return read_record(self.folder / "result.json", RESULT, FORMAT, "choose another --out")
+            return read_record(self.folder / RESULT_FILE, RESULT, FORMAT, "choose another --out")
         except (OSError, Damaged):
             return None  # a damaged result is computed again from the last checkpoint
 
@@ -114,7 +117,7 @@ class Run:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Writes `result.json`, by which the run counts as finished."""
         # Last of all: whatever a kill left out before it is made again when the run resumes.
-        write_atomically(self.folder / "result.json", json.dumps(finite(metrics), indent=2))
+        write_atomically(self.folder / RESULT_FILE, json.dumps(seal(finite(metrics)), indent=2))
 
 
 def _misfit_of_options(config: dict[str, Any]) -> str | None:
@@ -164,6 +167,8 @@ def find_run(folder: Path) -> Run:
         hint = f"; did you mean {', '.join(map(str, inside[:3]))}?" if inside else ""
         raise InputError(f"{run.folder} is not a run folder: it has no {RUN_RECORD} of a run{hint}")
     _ = run.config  # raises where it is damaged
+    if run.result is None and (run.folder / RESULT_FILE).is_file():
+        info(f"WARNING: {run.folder / RESULT_FILE} is damaged; start the command of the run again, which mends it")
     return run
 
 
@@ -197,13 +202,6 @@ def provenance_of(folder: Path) -> dict[str, Any]:
     return run.config["facts"] if run.record.has_begun else {}
 
 
-def result_if_same(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the metrics of the run in a folder if it is finished and has the same record, else None."""
-    # Nothing more is computed, so what would change its rounding does not matter.
-    same = provenance_if_same(folder, verb, options | {compare.ALLOW: True}, facts)
-    return Run(folder.expanduser()).result if same else None
-
-
 def record_of(verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """Returns what `config.json` holds of a run."""
     # As it reads back, tuples as lists: so it can be compared with the file.
@@ -234,6 +232,7 @@ def open_run(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, 
         yield run
         return
     with run.record.opened(record_of(verb, options, facts), partial(compare.compare, run.folder), run.with_changes):
+        remove_partials(run.folder / "ends")
         distributed.barrier()
         yield run
 

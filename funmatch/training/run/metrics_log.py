@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,18 @@ class MetricsLog:
         """Reports the number of damaged lines, which are left out."""
         if count := self.count_damaged():
             info(f"{self.path}: {count:,} damaged lines are left out")
+
+    def digest(self) -> tuple[int, int]:
+        """Returns the length of the file in bytes, and its CRC-32; 0 and 0 where it is missing."""
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        return len(content), zlib.crc32(content)
+
+    def has_changed(self, length: int | None, crc: int | None) -> bool:
+        """Returns whether the file no longer begins as it did when it had this length and CRC-32; None: unknown."""
+        if length is None:
+            return False
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        return len(content) < length or zlib.crc32(content[:length]) != crc
 
     def truncate(self, step: int) -> None:
         """Removes the records after `step`, whose steps will be taken again."""

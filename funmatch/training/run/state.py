@@ -28,6 +28,8 @@ class TrainState:
         window_parts: the parts of these losses, by name.
         scaler: of the gradient scaler, where there is one.
         left_out: updates that were left out so far, since a loss or gradient was not finite.
+        log_bytes, log_crc: length and CRC-32 of `metrics.jsonl` when this was saved; None in earlier versions.
+        log_damaged: whether it had been damaged or changed before that.
     """
 
     # Each field needs a default: the state that an earlier version wrote lacks the newer fields.
@@ -40,6 +42,9 @@ class TrainState:
     window_parts: dict[str, list[float]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     left_out: int = 0
+    log_bytes: int | None = None
+    log_crc: int | None = None
+    log_damaged: bool = False
 
 
 STATE_SHAPE = {f"{each.name}?": each.type for each in fields(TrainState)} | {"step": int}

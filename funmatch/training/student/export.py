@@ -6,6 +6,7 @@ from pathlib import Path
 
 from funmatch.models.classifier import Classifier, crop_fraction
 from funmatch.models.save import save
+from funmatch.runtime.disk.checksums import write_manifest
 from funmatch.runtime.disk.files import write_folder_atomically
 from funmatch.training.evaluation.scoring import EvalView
 from funmatch.training.student.quantization import strip_quantization
@@ -28,3 +29,4 @@ def export_student(
         # A plain network, which anyone can load; the ranges are for the export to INT8.
         ranges = strip_quantization(portable.net)
         save(portable, partial, card=card, about=about | ({"ranges": ranges} if ranges else {}))
+        write_manifest(partial)

@@ -1,0 +1,61 @@
+"""Finds damage in the end of a run, and whether it can be written again from the last checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from funmatch.errors import InputError
+from funmatch.runtime.disk.checksums import verify_folder
+from funmatch.runtime.disk.json_files import Damaged, NewerFormat, read_record
+from funmatch.runtime.log import info
+from funmatch.training.run import compare
+from funmatch.training.run import folder as run_folder
+from funmatch.training.run.places import STEP, name_of, saved_step
+
+LOG_STATE = {"log_bytes?": int | None, "log_crc?": int | None, "log_damaged?": bool}
+"""What a checkpoint's `state.json` says of `metrics.jsonl`."""
+
+
+def describe_damage(run: run_folder.Run) -> str | None:
+    """Describes what is damaged of a run's end: its result or a student; returns None if all is as written."""
+    result = run.folder / run_folder.RESULT_FILE
+    if run.result is None and result.is_file():
+        return f"{result} is damaged"
+    for name in run_folder.STUDENTS:
+        try:
+            verify_folder(run.folder / name)
+        except Damaged as error:
+            return str(error)
+    return None
+
+
+def has_changed_log(run: run_folder.Run) -> bool:
+    """Returns whether `metrics.jsonl` is not as the newest checkpoint says, as far as that can be read."""
+    name = name_of(STEP, saved_step(run.checkpoints))
+    try:
+        state = read_record(run.checkpoints / name / "state.json", LOG_STATE, run_folder.FORMAT, "choose another --out")
+    except (OSError, Damaged, NewerFormat):
+        return False  # what resumes or evaluates the run will say so
+    return state.get("log_damaged", False) or run.metrics.has_changed(state.get("log_bytes"), state.get("log_crc"))
+
+
+def result_if_same(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the metrics of the run in a folder if it is finished, undamaged, and has the same record, else None.
+
+    Raises:
+        InputError: its end is damaged, and there is no checkpoint to write it from again.
+    """
+    # Nothing more is computed, so what would change its rounding does not matter.
+    if not run_folder.provenance_if_same(folder, verb, options | {compare.ALLOW: True}, facts):
+        return None
+    run = run_folder.Run(folder.expanduser())
+    if has_changed_log(run):
+        info(f"WARNING: {run.metrics.path} was damaged or changed; its records may be missing or wrong")
+    damage = describe_damage(run)
+    if damage is None:
+        return run.result
+    # Without its last checkpoint the whole run would be repeated.
+    step = saved_step(run.checkpoints)
+    if not step or step < (run.result or {"step": step})["step"]:
+        raise InputError(f"{damage}, and the last checkpoint, which could mend it, is gone; choose another --out")
+    info(f"WARNING: {damage}; the end of {run.folder} is written again from its last checkpoint")
+    return None
