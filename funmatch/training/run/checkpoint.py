@@ -191,14 +191,12 @@ def load_before(folder: Path, step: int, student: nn.Module, optimizer: torch.op
     """
     found = [place for place in _newest_first(folder) if step_of(place) < step]
     _check_formats(found)
-    for place in found:
-        try:
-            return _restore(place, student, optimizer, None)
-        except Exception as error:  # damaged files raise nearly anything
-            if is_out_of_memory(error):
-                raise
-            info(f"{place} is damaged ({first_line(error)}); falling back to the checkpoint before it")
-    return None
+
+    def read(checkpoint: Path, state: TrainState) -> TrainState:
+        _load_into(checkpoint, student, optimizer, None)
+        return state
+
+    return _first_undamaged(found, read)
 
 
 def _write(place: Path, tensors: Files, state: dict[str, Any]) -> None:
