@@ -69,6 +69,7 @@ def test_a_job_that_was_suspended_as_a_whole_continues(store, clock, capsys):
         (f"8 57 elsewhere {NOBODY}", "rank 1 has ended; its last step was 57"),
         (f"ended 57 {socket.gethostname()} {os.getpid()}", "another process of this run has ended"),
     ],
+    ids=["no such process", "on another machine", "has said so"],
 )
 def test_a_process_that_has_ended_is_named(store, clock, beat, said):
     heart = Heartbeat(store, 120)
