@@ -43,6 +43,14 @@ def write_pets(home: Path, breeds=("Abyssinian", "american_bulldog", "Birman"), 
     return root
 
 
+def test_lists_that_name_files_elsewhere_are_refused(home):
+    root = write_pets(home)
+    path = root / "annotations" / "test.txt"
+    path.write_text(path.read_text() + "Birman/../../../../secret_1 1 1 1\n")
+    with pytest.raises(InputError, match=r"oxford-iiit-pet lists 'images/.*secret_1\.jpg', which is outside it"):
+        open_named("pet37")
+
+
 def test_pets_equal_torchvisions(home):
     write_pets(home)
     source = open_named("pet37")

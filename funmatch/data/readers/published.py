@@ -179,6 +179,9 @@ def _from_files(
             raise InputError(f"{root}: a label of {split} is outside the {len(classes)} classes")
         splits[split] = SplitListing([file for file, _ in rows], labels)
     files = [file for rows in images.values() for file, _ in rows]
+    # The lists may come from somebody else, and must not make us read other files of this machine.
+    if leading_out := [file for file in files if file.startswith("/") or ".." in file.split("/")]:
+        raise InputError(f"{root} lists {leading_out[0][:200]!r}, which is outside it")
     folders = {Path(file).parent.as_posix() for file in files}
     all_watched = [str(root / file) for file in (*watched, *sorted(folders), *files)]
 
