@@ -120,7 +120,7 @@ def test_functions_that_a_person_names_are_called(tmp_path, monkeypatch):
 def test_a_report_opens_no_data_that_was_not_opened_before(stranger, images, cache_home, monkeypatch):
     record = json.loads((stranger / "config.json").read_text())
     record["knobs"] |= {"teacher": [TEACHER], "teacher_kwargs": []}
-    (stranger / "config.json").write_text(json.dumps(record))
+    (stranger / "config.json").write_text(json.dumps(seal(record)))
     assert call("report", stranger, "--view-step", "0") == 0, "which opens the data"
 
     def opened(*_):
@@ -130,14 +130,14 @@ def test_a_report_opens_no_data_that_was_not_opened_before(stranger, images, cac
     before = sorted(cache_home.rglob("*"))
     for data in (str(images), "hf:some/name"):
         record["knobs"]["data"] = [data]
-        (stranger / "config.json").write_text(json.dumps(record))
+        (stranger / "config.json").write_text(json.dumps(seal(record)))
         assert call("report", stranger) == 0
         assert "data:image/png" not in (stranger / "report.html").read_text()
     assert sorted(cache_home.rglob("*")) == before
     # Images that were opened here before are drawn, unless a batch of them is too large.
     for side, drawn in ((32, True), (10**9, False)):
         record["knobs"] |= {"data": ["fashion-mini"], "side": side}
-        (stranger / "config.json").write_text(json.dumps(record))
+        (stranger / "config.json").write_text(json.dumps(seal(record)))
         assert call("report", stranger) == 0
         assert ("data:image/png" in (stranger / "report.html").read_text()) == drawn
 

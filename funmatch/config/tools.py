@@ -53,7 +53,11 @@ class Replay(Options):
         Path, Opt(group=Group.OUTPUT, changes=PLACE, positional=True, essential=True, refers=Refers.FILE, metavar="RUN")
     ]
     """Folder of the run, which is not changed."""
-    step: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=1, at_most=10**12, essential=True)]
+    step: Annotated[
+        int | None,
+        Opt(group=Group.OUTPUT, changes=PLACE, at_least=1, at_most=10**12, essential=True,
+            usual="the one after the newest checkpoint"),
+    ] = None  # fmt: skip
     """Number of the step. It is reached from the newest checkpoint before it."""
 
 

@@ -59,8 +59,8 @@ def process_group(device_name: str, hang_timeout: str = HANG_TIMEOUT) -> Generat
             lost_peer = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
             # Before the first process is found out, since a peer that failed by itself says so meanwhile.
             reported = InputError(heart.find_ended()) if lost_peer else error
-            # A process that was killed together with the store has reported nothing.
-            mark_reported(reported, elsewhere=not (heart.lost or _first_to_report(store)))
+            # A process that was killed together with the store has reported nothing; one that failed by itself has.
+            mark_reported(reported, elsewhere=not ((lost_peer and heart.lost) or _first_to_report(store)))
             if lost_peer:
                 raise reported from error
             raise

@@ -19,6 +19,7 @@ from funmatch.training.loop import compute_gradients, fit, set_lr
 from funmatch.training.objective import Objective
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
+from funmatch.training.run.places import saved_step
 from funmatch.training.setup import TrainSetup
 from funmatch.training.student.acceleration import accelerate_student
 
@@ -53,12 +54,12 @@ class Replayed:
     images: list[dict[str, Any]]
 
 
-def replay(folder: Path, step: int) -> Replayed:
+def replay(folder: Path, step: int | None = None) -> Replayed:
     """Takes the steps from the newest checkpoint before a step up to it, as the run does, and looks into the last.
 
     Args:
         folder: of the run, which is only read.
-        step: number of the update, from 1.
+        step: number of the update, from 1; None for the one after the newest checkpoint.
 
     Raises:
         InputError: the run has no such step, or its data or teacher have changed.
@@ -66,6 +67,7 @@ def replay(folder: Path, step: int) -> Replayed:
     if env.world_size() > 1:
         raise InputError("replay takes the steps in a single process; start it without torchrun")
     run = run_folder.find_run(folder)
+    step = saved_step(run.checkpoints) + 1 if step is None else step
     with recorded_objective(run) as (setup, objective):
         if step > setup.loop.steps:
             raise InputError(f"{run.folder} has {setup.loop.steps:,} steps, and no step {step:,}")

@@ -121,7 +121,9 @@ def test_what_an_option_means_on_resume_stands_with_the_option():
     def of(meaning: OnResume) -> frozenset[str]:
         return table.where(lambda opt: opt.on_resume is meaning)
 
-    assert of(OnResume.FREE) == {"eval_every", "eval_first", "save_every", "log_every", "workers"}
+    assert of(OnResume.FREE) == {
+        "eval_every", "eval_first", "save_every", "log_every", "workers", "on_nonfinite", "max_nonfinite",
+    }  # fmt: skip
     assert of(OnResume.ROUNDING) == {"threads", "compile", "teacher_batch", "teacher_ahead"}
     assert of(OnResume.DEVICE) == {"device"}
     assert {"lr", "steps", "precision", "teacher_precision", "teacher"} <= of(OnResume.RESULT)

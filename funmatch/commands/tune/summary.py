@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from funmatch.commands.tune import space as search_space
 from funmatch.commands.tune.search import FORMAT, SearchSpec
 from funmatch.commands.tune.space import Value
-from funmatch.config import Evaluate, Group, recipes
+from funmatch.config import Evaluate, recipes
 from funmatch.config.data import VALIDATION_SHARE
+from funmatch.config.metadata import Changes
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.disk.json_files import EACH, LARGEST, Damaged, read_json, read_record
 from funmatch.runtime.log import info
@@ -190,7 +191,7 @@ def command(spec: SearchSpec, chosen: Mapping[str, Value]) -> str:
     base, recipe = spec.base, recipes.find(spec.base.recipe) if spec.base.recipe else None
     plain: dict[str, Any] = {name: field.default for name, field in type(base).model_fields.items()}
     plain |= dict(recipe.over({})) if recipe else {}
-    printed = type(base).where(lambda opt: opt.group is Group.OUTPUT and not opt.study)
+    printed = type(base).where(lambda opt: opt.changes == Changes.PLACE and not opt.study)
     # No early stopping: the final run trains to its end. Where the search held images out by default, that run holds
     # out the same ones, without an option.
     omitted = {*printed, "recipe", "patience"} | ({"val"} if spec.cut else set())

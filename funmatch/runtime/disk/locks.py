@@ -52,6 +52,11 @@ class FileLock:
             self.mark.unlink(missing_ok=True)
         self.file.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the lock has been released."""
+        return self.file.closed
+
     def __enter__(self) -> "FileLock":
         return self
 
