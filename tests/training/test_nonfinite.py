@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_distill import MINI, TEACHER
 from torch import Tensor, nn
 
 import funmatch
@@ -20,10 +21,7 @@ CPU = torch.device("cpu")
 ORIGINAL = distill.distillation_loss
 BAD = 7
 """The step whose loss is not finite."""
-RUN = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
-    "steps": 10, "save_every": 4, "log_every": 20, "eval_every": 20, "ema": 0.9,
-}  # fmt: skip
+RUN = MINI | {"teacher": TEACHER, "steps": 10, "save_every": 4, "log_every": 20, "eval_every": 20, "ema": 0.9}
 
 
 @pytest.fixture
@@ -77,7 +75,7 @@ def test_a_run_that_stops_names_step_rate_images_checkpoint_and_command(tmp_path
     message = str(error.value)
     assert f"the loss is no longer finite at step {BAD} (learning rate 0.00" in message
     assert message.count("train/") == 3
-    assert "and 5 others" in message
+    assert "and 13 others" in message
     assert "the newest checkpoint is of step 4" in message
     # The same command, told to leave such steps out, goes on from there.
     run = funmatch.distill(out=tmp_path / "run", on_nonfinite="skip", **RUN)

@@ -3,13 +3,13 @@
 import pytest
 import timm
 import torch
+from test_distill import MINI, TEACHER
 
 import funmatch
 from funmatch.errors import InputError
 from funmatch.training.evaluation.outcome import describe_failure
 
-RUN = {"data": "fashion-mini", "student": "fashion-mini-student", "batch": 8, "steps": 3}
-TEACHER = "fashion-mini-teacher"
+RUN = MINI | {"steps": 3}
 
 
 def test_a_run_that_learns_nothing_says_so_at_its_end_and_on_its_page(tmp_path, capsys):
