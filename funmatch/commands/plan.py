@@ -3,8 +3,7 @@
 import resource
 import tempfile
 import time
-from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 
-from funmatch.config import Distill, Finetune, Train
+from funmatch.commands.common.ready import build, prepared
+from funmatch.config import Distill, Train
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import Batch
@@ -23,7 +23,7 @@ from funmatch.reports.result import Result
 from funmatch.runtime import devices, env, transfers
 from funmatch.runtime.log import info, print_table
 from funmatch.runtime.text import duration, format_bytes, percent
-from funmatch.training import distill, finetune, profiling, train
+from funmatch.training import profiling
 from funmatch.training.evaluation import scoring
 from funmatch.training.loop import fit
 from funmatch.training.objective import Objective
@@ -38,9 +38,6 @@ WARM, TIMED = 3, 20
 """Warm-up steps, and steps that are measured."""
 MEASURED_IMAGES = 512
 """Maximum number of images on which evaluation is measured."""
-
-Ready = tuple[TrainSetup[Any], Objective]
-"""A run that is set up: its setup and its objective."""
 
 
 @dataclass(frozen=True)
@@ -93,27 +90,17 @@ def measure(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
     if env.world_size() > 1:
         raise InputError("plan runs in a single process; start it without torchrun")
     began = time.monotonic() - loading
-    with build_ready(config) as (setup, objective):
+    with prepared(*build(without_new_tape(config))) as (setup, objective):
         steps = setup.loop.steps
         info(f"measuring {min(steps, WARM + TIMED)} steps of {steps:,} on {setup.loop.device}")
         return forecast(setup, objective, began)
 
 
-@contextmanager
-def build_ready(config: Train) -> Generator[Ready]:
-    """Sets a run up as its command does, but without a run folder."""
-    if isinstance(config, Distill):
-        # A tape that does not exist yet would be created, and an estimate must not write anything.
-        if config.tape and not (config.tape.expanduser() / HEADER).is_file():
-            config = config.model_copy(update={"tape": None, "tape_full": "stop"})
-        cache, resolved, loaded = distill.open_inputs(config)
-        with distill.prepare(distill.build_distill_setup(resolved, cache, loaded), loaded) as distillation:
-            yield distillation.setup, distillation.objective
-        return
-    setup: TrainSetup[Any] = (
-        finetune.build_finetune_setup(config) if isinstance(config, Finetune) else train.build_train_setup(config)
-    )
-    yield setup, train.label_objective(setup)
+def without_new_tape(config: Train) -> Train:
+    """Returns the options without a tape that would have to be created: an estimate writes nothing."""
+    if isinstance(config, Distill) and config.tape and not (config.tape.expanduser() / HEADER).is_file():
+        return config.model_copy(update={"tape": None, "tape_full": "stop"})
+    return config
 
 
 def forecast(setup: TrainSetup[Any], objective: Objective, began: float) -> dict[str, Any]:

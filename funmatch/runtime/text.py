@@ -1,6 +1,7 @@
 """Formats durations, fractions, sizes and option values for tables and messages."""
 
 import re
+from collections.abc import Sequence
 
 MISSING = "–"
 """Stands for a value that there is not."""
@@ -14,6 +15,12 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Lists the first names, and says how many others there are."""
+    others = len(names) - most
+    return ", ".join(names[:most]) + (f" and {others:,} others" if others > 0 else "")
 
 
 def parse_seconds(text: str) -> float:

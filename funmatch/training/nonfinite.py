@@ -10,6 +10,7 @@ import torch
 from funmatch.errors import InputError
 from funmatch.runtime import devices
 from funmatch.runtime.log import info
+from funmatch.runtime.text import listed
 from funmatch.training import datasets
 from funmatch.training.objective import Objective
 from funmatch.training.run.folder import Run, saved_step
@@ -30,7 +31,10 @@ def explained(setup: TrainSetup[Any], objective: Objective, run: Run) -> Generat
     else:
         return
     # Not within `except`: the second error would otherwise be shown as one that arose while the first was handled.
-    raise InputError(f"{reason} ({describe_step(setup, reason.step)}); {_remedy(setup, objective, run, reason.step)}")
+    names = image_names(setup, reason.step)
+    raise InputError(
+        f"{reason} ({_describe(setup, reason.step, names)}); {_remedy(setup, objective, run, reason.step, names)}"
+    )
 
 
 def check_budget(setup: TrainSetup[Any], step: int, left_out: int) -> None:
@@ -49,14 +53,15 @@ def warn_left_out(setup: TrainSetup[Any], first: int, step: int, left_out: int) 
     """
     passed = f"step {step:,}" if first == step else f"steps {first:,} to {step:,}"
     info(
-        f"WARNING: a loss or gradient is not finite at step {step:,} ({describe_step(setup, step)}); {passed} left "
-        f"out, {left_out} of at most {setup.config.max_nonfinite} times"
+        f"WARNING: a loss or gradient is not finite at step {step:,} "
+        f"({_describe(setup, step, image_names(setup, step))}); {passed} left out, {left_out} of at most "
+        f"{setup.config.max_nonfinite} times"
     )
 
 
-def describe_step(setup: TrainSetup[Any], step: int) -> str:
+def _describe(setup: TrainSetup[Any], step: int, names: Sequence[str]) -> str:
     """Names the learning rate and the images of a step."""
-    return f"learning rate {setup.loop.lr_at(step - 1):.3g}; {_listed(image_names(setup, step))}"
+    return f"learning rate {setup.loop.lr_at(step - 1):.3g}; images {listed(names, NAMED)}"
 
 
 def image_names(setup: TrainSetup[Any], step: int) -> list[str]:
@@ -72,20 +77,15 @@ def image_names(setup: TrainSetup[Any], step: int) -> list[str]:
     return [names[index] for index in indices]
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown, others = ", ".join(names[:NAMED]), len(names) - NAMED
-    return f"images {shown}" + (f" and {others:,} others" if others > 0 else "")
-
-
-def _remedy(setup: TrainSetup[Any], objective: Objective, run: Run, step: int) -> str:
+def _remedy(setup: TrainSetup[Any], objective: Objective, run: Run, step: int, names: Sequence[str]) -> str:
     """Says which checkpoint is the newest, who is to blame, and what to try."""
     saved = saved_step(run.checkpoints)
     replay = f"funmatch replay {run.folder} --step {step} shows where it begins"
     kept = f"the newest checkpoint is of step {saved:,}" if saved else "no checkpoint has been written yet"
-    if blamed := _bad_teacher_images(setup, objective, step):
+    if blamed := [names[row] for row in _bad_teacher_rows(setup, objective, step)]:
         return (
-            f"{kept}. The teacher's logits are not finite for {_listed(blamed)}: try --teacher-precision fp32 or "
-            f"another teacher, with another --out, or the same command with --on-nonfinite skip. {replay}"
+            f"{kept}. The teacher's logits are not finite for images {listed(blamed, NAMED)}: try "
+            f"--teacher-precision fp32 or another teacher, with another --out, or the same command with --on-nonfinite skip. {replay}"
         )
     return (
         f"{kept}. Try a lower --lr, a longer --warmup-steps, or --precision fp32, with another --out; or the same "
@@ -94,14 +94,12 @@ def _remedy(setup: TrainSetup[Any], objective: Objective, run: Run, step: int) -
 
 
 @torch.inference_mode()
-def _bad_teacher_images(setup: TrainSetup[Any], objective: Objective, step: int) -> list[str]:
-    """Names the images of this process for which the teachers' logits of a step are not finite."""
+def _bad_teacher_rows(setup: TrainSetup[Any], objective: Objective, step: int) -> list[int]:
+    """Returns this process's places in the batch of a step for which the teachers' logits are not finite."""
     if objective.logits is None:
         return []
     batch = objective.batches.batch_at(step - 1).to(setup.loop.device)
     with devices.autocast(setup.loop.device, setup.loop.precision):
         # The student's are those of its weights now: of the teachers', which do not change, they say nothing.
         _, teacher = objective.logits(batch)
-    bad = np.flatnonzero(~teacher.isfinite().all(-1).cpu().numpy()) + batch.first_row
-    names = image_names(setup, step)
-    return [names[row] for row in bad]
+    return (np.flatnonzero(~teacher.isfinite().all(-1).cpu().numpy()) + batch.first_row).tolist()

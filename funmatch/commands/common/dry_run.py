@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from funmatch.config import Distill, Finetune, Group, Train
+from funmatch.commands.common.ready import build
+from funmatch.config import Group, Train
 from funmatch.config.sources.layers import DEFAULT
 from funmatch.reports.result import Result
 from funmatch.runtime.log import print_line, print_table
-from funmatch.training import distill, finetune, train
-from funmatch.training.setup import TrainSetup
 from funmatch.training.student.build import Modules
 
 
@@ -27,7 +26,8 @@ def run(config: Train, modules: Modules, sources: Mapping[str, str]) -> Result:
         InputError: whatever is wrong with the run that can be known before it begins.
     """
     # Made ready in full, not only parsed: defaults that depend on images and networks are known only then.
-    setup, teachers = _ready(config, modules)
+    setup, loaded = build(config, modules)
+    teachers = [one.classifier.count_parameters() for one in loaded]
     images = len(setup.cache.splits["train"])
     return Result(
         None,
@@ -43,18 +43,6 @@ def run(config: Train, modules: Modules, sources: Mapping[str, str]) -> Result:
             "epochs": setup.loop.steps * setup.config.batch / images,
         },
     )
-
-
-def _ready(config: Train, modules: Modules) -> tuple[TrainSetup[Any], list[int]]:
-    """The run, made ready, and the parameters of its teachers."""
-    # The kinds of runs before their base class: each of them is a `Train` too.
-    if isinstance(config, Distill):
-        cache, resolved, loaded = distill.open_inputs(config, modules)
-        setup = distill.build_distill_setup(resolved, cache, loaded, modules, requested=config)
-        return setup, [one.classifier.count_parameters() for one in loaded]
-    if isinstance(config, Finetune):
-        return finetune.build_finetune_setup(config, modules), []
-    return train.build_train_setup(config, modules), []
 
 
 def _options(config: Train, resolved: Train, sources: Mapping[str, str]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import funmatch
 from funmatch.cli import main
+from funmatch.commands.replay import replay
 from funmatch.errors import InputError
 from funmatch.training import distill
-from funmatch.training.replay import replay
 
 RUN = MINI | {"steps": 10, "save_every": 4, "log_every": 1, "eval_every": 20}
 
