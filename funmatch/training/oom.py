@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from funmatch.data.loader import Batch, Batches
 from funmatch.errors import InputError, is_out_of_memory
 from funmatch.runtime import devices, env
-from funmatch.training.loop import LoopOptions, Losses
+from funmatch.training.loop import LoopOptions, Losses, compute_gradients
 
 SAVERS = "--micro-batch (pieces of a batch for the student), --teacher-batch (for the teacher), --grad-checkpointing"
 """Options that save memory."""
@@ -86,10 +87,8 @@ def find_fitting_size(
         if not optimizer.state:
             reserved = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
         # A whole batch, since its pieces differ in size.
-        for piece, share in batches.batch_at(0).to(loop.device).pieces(size):
-            with devices.autocast(loop.device, loop.precision):
-                loss = loss_of(piece)["loss"] * share
-            loss.backward()
+        scaler = devices.loss_scaler(loop.device, loop.precision)
+        compute_gradients(replace(loop, micro_batch=size), batches.batch_at(0).to(loop.device), scaler, loss_of)
         # Kernels run asynchronously, so an allocation may fail only here.
         devices.synchronize(loop.device)
     except Exception as error:

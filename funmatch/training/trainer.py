@@ -77,7 +77,7 @@ class Trainer:
         if self.state.step and self.state.step == self.stable:
             self.checkpoints.keep_stable(self.state.step)
         if env.is_main_process() and run.metrics.has_changed(self.state.log_bytes, self.state.log_crc):
-            info(f"WARNING: {run.metrics.path} was damaged or changed; its records may be missing or wrong")
+            run.metrics.warn_of_change()
             self.state.log_damaged = True
         # What was logged after the checkpoint will be logged again.
         run.metrics.truncate(self.state.step or -1)

@@ -101,12 +101,19 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
                 os.unlink(entry.path)
 
 
+def array_bytes(array: np.ndarray) -> memoryview:
+    """Returns an array as a `.npy` file holds it.
+
+    It is written from memory: if numpy itself fails to write a file, its error does not say why (a full disk).
+    """
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getbuffer()
+
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an array as `.npy`, completely or not at all."""
-    file = io.BytesIO()
-    # Through memory: if numpy itself fails to write a file, its error does not say why (a full disk).
-    np.save(file, array, allow_pickle=False)
-    write_atomically(path, file.getbuffer())
+    write_atomically(path, array_bytes(array))
 
 
 def read_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> np.ndarray:

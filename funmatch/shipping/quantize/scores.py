@@ -77,8 +77,8 @@ def score(path: Path, images: Images, plain: Array | None = None, *, threads: in
     column = compare(logits, reference)
     top1 = gained = lost = None
     if images.labels is not None and (images.labels >= 0).all():
-        right, before = (each.argmax(-1) == images.labels for each in (logits, reference))
-        top1, gained, lost = float(right.mean()), int((right & ~before).sum()), int((before & ~right).sum())
+        right, before = (torch.from_numpy(each.argmax(-1) == images.labels) for each in (logits, reference))
+        top1, (gained, lost) = right.double().mean().item(), metrics.alone_right(right, before)
     agreement = None
     if images.teacher is not None:
         agreement = float((logits.argmax(-1) == images.teacher.argmax(-1)).mean())

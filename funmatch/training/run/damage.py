@@ -5,14 +5,13 @@ from typing import Any
 
 from funmatch.errors import InputError
 from funmatch.runtime.disk.checksums import verify_folder
-from funmatch.runtime.disk.json_files import Damaged, NewerFormat, read_record
+from funmatch.runtime.disk.json_files import Damaged, NewerFormat
 from funmatch.runtime.log import info
 from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
+from funmatch.training.run.checkpoint import STATE
 from funmatch.training.run.places import STEP, name_of, saved_step
-
-LOG_STATE = {"log_bytes?": int | None, "log_crc?": int | None, "log_damaged?": bool}
-"""What a checkpoint's `state.json` says of `metrics.jsonl`."""
+from funmatch.training.run.state import read_state
 
 
 def describe_damage(run: run_folder.Run) -> str | None:
@@ -30,12 +29,11 @@ def describe_damage(run: run_folder.Run) -> str | None:
 
 def has_changed_log(run: run_folder.Run) -> bool:
     """Returns whether `metrics.jsonl` is not as the newest checkpoint says, as far as that can be read."""
-    name = name_of(STEP, saved_step(run.checkpoints))
     try:
-        state = read_record(run.checkpoints / name / "state.json", LOG_STATE, run_folder.FORMAT, "choose another --out")
+        state = read_state(run.checkpoints / name_of(STEP, saved_step(run.checkpoints)) / STATE)
     except (OSError, Damaged, NewerFormat):
         return False  # what resumes or evaluates the run will say so
-    return state.get("log_damaged", False) or run.metrics.has_changed(state.get("log_bytes"), state.get("log_crc"))
+    return state.log_damaged or run.metrics.has_changed(state.log_bytes, state.log_crc)
 
 
 def result_if_same(folder: Path, verb: str, options: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
@@ -49,7 +47,7 @@ def result_if_same(folder: Path, verb: str, options: dict[str, Any], facts: dict
         return None
     run = run_folder.Run(folder.expanduser())
     if has_changed_log(run):
-        info(f"WARNING: {run.metrics.path} was damaged or changed; its records may be missing or wrong")
+        run.metrics.warn_of_change()
     damage = describe_damage(run)
     if damage is None:
         return run.result

@@ -17,7 +17,6 @@ from funmatch.config import TAUGHT
 from funmatch.errors import InputError
 from funmatch.ops.optim import schedules
 from funmatch.runtime.disk.files import remove, write_folder_atomically
-from funmatch.runtime.disk.json_files import seal
 from funmatch.runtime.log import info
 from funmatch.training.run import checkpoint, compare
 from funmatch.training.run import folder as run_folder
@@ -109,7 +108,7 @@ def _branch_off(run: run_folder.Run, step: int, length: int) -> None:
                         shutil.copytree(run.folder / name, partial / name)
                 lines = [json.dumps(each) + "\n" for each in run.metrics.read() if each["step"] > step]
                 (partial / "metrics.jsonl").write_text("".join(lines))
-                (partial / "result.json").write_text(json.dumps(seal(result | {"run": str(place)}), indent=2))
+                run_folder.Run(partial).finish(result | {"run": str(place)})
     # The result first: without it the run counts as unfinished, and what is removed after it is written again.
     for name in ("result.json", "report.html", run_folder.EVALUATION):
         (run.folder / name).unlink(missing_ok=True)

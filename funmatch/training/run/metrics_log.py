@@ -67,6 +67,10 @@ class MetricsLog:
         content = self.path.read_bytes() if self.path.is_file() else b""
         return len(content) < length or zlib.crc32(content[:length]) != crc
 
+    def warn_of_change(self) -> None:
+        """Says that the file is not as a checkpoint says."""
+        info(f"WARNING: {self.path} was damaged or changed; its records may be missing or wrong")
+
     def truncate(self, step: int) -> None:
         """Removes the records after `step`, whose steps will be taken again."""
         if not env.is_main_process():

@@ -5,7 +5,6 @@ parts to the others.
 """
 
 import hashlib
-import io
 import json
 import time
 import zlib
@@ -27,7 +26,7 @@ from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
 from funmatch.runtime import devices
 from funmatch.runtime.disk.checksums import crc_of_file
-from funmatch.runtime.disk.files import cache_home, read_array, write_atomically
+from funmatch.runtime.disk.files import array_bytes, cache_home, read_array, write_atomically
 from funmatch.runtime.disk.locks import try_lock_file
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.training.setup import TrainSetup
@@ -186,11 +185,10 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _write(path: Path, array: np.ndarray) -> None:
     """Writes an array and its checksum."""
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
+    content = array_bytes(array)
     # The checksum first: the array's appearance tells other processes that both are there.
-    write_atomically(path.with_suffix(SUM), f"{zlib.crc32(file.getbuffer()):08x}")
-    write_atomically(path, file.getbuffer())
+    write_atomically(path.with_suffix(SUM), f"{zlib.crc32(content):08x}")
+    write_atomically(path, content)
 
 
 def _compute(
