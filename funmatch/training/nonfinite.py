@@ -85,7 +85,8 @@ def _remedy(setup: TrainSetup[Any], objective: Objective, run: Run, step: int, n
     if blamed := [names[row] for row in _bad_teacher_rows(setup, objective, step)]:
         return (
             f"{kept}. The teacher's logits are not finite for images {listed(blamed, NAMED)}: try "
-            f"--teacher-precision fp32 or another teacher, with another --out, or the same command with --on-nonfinite skip. {replay}"
+            f"--teacher-precision fp32 or another teacher, with another --out, or the same command "
+            f"with --on-nonfinite skip. {replay}"
         )
     return (
         f"{kept}. Try a lower --lr, a longer --warmup-steps, or --precision fp32, with another --out; or the same "
