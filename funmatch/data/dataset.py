@@ -80,6 +80,7 @@ class Dataset:
         published_counts: images in each split as published; empty for data that is not in the catalog.
         notes: sentences about what may surprise a user in how the data was read.
         location: path, pattern or Hub name, for messages.
+        lacking: why no image has a label although each should have one; empty where that is not so.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Dataset:
     published_counts: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     location: str = ""
+    lacking: str = ""
 
     @property
     def display_name(self) -> str:

@@ -20,10 +20,10 @@ from funmatch.data.cache.scan import Scan, by_split, content_digest, fingerprint
 from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import decode, header
 from funmatch.data.formats.tfrecord import DamagedRecord, example, frame, records
+from funmatch.data.labels import CLASS_FILES
 from funmatch.data.limits import is_of_machine
 from funmatch.data.readers.open import open_dataset
 from funmatch.data.readers.shard_paths import NOTE
-from funmatch.data.readers.shards import CLASS_FILES
 from funmatch.errors import InputError
 from funmatch.ops.order import shuffle_positions
 from funmatch.runtime.disk.files import cache_home, disk_errors, write_atomically

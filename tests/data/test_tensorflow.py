@@ -54,7 +54,7 @@ def write_shard(tf, path: Path, records: list[bytes], compression: str = "") -> 
             file.write(record)
 
 
-@pytest.mark.parametrize("compression", ["", "GZIP"])
+@pytest.mark.parametrize("compression", ["", "GZIP", "ZLIB"])
 def test_shards_written_by_tensorflow_are_read(tf, tmp_path, compression):
     rng = np.random.default_rng(0)
     images = [encode_image(tf, i) for i in range(12)]

@@ -5,40 +5,35 @@ CRC-32C of the payload (4). A payload is a `tf.train.Example`, a protocol buffer
 is a map entry of name (1) and `Feature` (2), which is one of a list of bytes (1), floats (2) or integers (3).
 """
 
-import gzip
 import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from funmatch.data.formats.crc32c import masked_crc32c
-from funmatch.data.formats.protobuf import Damaged, parts, varint, write_fields, write_varint
+import numpy as np
 
-GZIP_MAGIC = b"\x1f\x8b"
+from funmatch.data.formats.compressed import DAMAGED, compression_of, open_shard
+from funmatch.data.formats.crc32c import masked_crc32c
+from funmatch.data.formats.protobuf import BYTES, FIXED32, Damaged, fields, parts, varint, write_fields, write_varint
+
 MAX_LENGTH = 1 << 31  # a protocol buffer is at most 2 GiB
 MAX_UNPACKED_RECORD = 1 << 28
-"""Bytes of a record in a GZIP shard, at most: it may take a thousandth of that in the file."""
+"""Bytes of a record in a compressed shard, at most: it may take a thousandth of that in the file."""
 MAX_EXPANSION, EXPANDS_FREELY = 100, 1 << 30
-"""Times its own size, and bytes, above both of which a GZIP shard may not expand."""
+"""Times its own size, and bytes, above both of which a compressed shard may not expand."""
+PLAIN = "if that is right, write the shard without compression"
 
 Span = tuple[int, int]
-Features = dict[str, list[Span] | list[int] | None]
-"""Features by name: bounds of each value of a list of bytes, integers, or None for floats."""
+Features = dict[str, list[Span] | list[int] | np.ndarray]
+"""Features by name: bounds of each value of a list of bytes, integers, or floats as an array."""
 
 
 class DamagedRecord(ValueError):
     """Raised for a record that contradicts its checksums or its format."""
 
 
-def is_gzip(path: Path) -> bool:
-    """Returns whether a file is GZIP, whatever its name."""
-    with open(path, "rb") as file:
-        return file.read(2) == GZIP_MAGIC
-
-
 def records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Reads the records of a shard, plain or GZIP, and verifies every checksum.
+    """Reads the records of a shard, plain, GZIP or ZLIB, and verifies every checksum.
 
     Yields:
         the offset of the payload in the decompressed shard, and the payload.
@@ -47,17 +42,17 @@ def records(path: Path) -> Iterator[tuple[int, bytes]]:
         DamagedRecord: names the record, counted from 0.
     """
     # By content: shards are compressed under the same names as plain ones.
-    packed, size = is_gzip(path), path.stat().st_size
+    packed, size = compression_of(path), path.stat().st_size
     largest = max(MAX_EXPANSION * size, EXPANDS_FREELY)
-    with gzip.open(path) if packed else open(path, "rb") as file:
+    with open_shard(path, packed) as file:
         number, at = 0, 0
         while True:
             try:
                 payload = _next_record(file, None if packed else size - at)
             except DamagedRecord as error:
                 raise DamagedRecord(f"record {number}: {error}") from None
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise DamagedRecord(f"record {number}: the GZIP stream is damaged ({error})") from None
+            except DAMAGED as error:
+                raise DamagedRecord(f"record {number}: the {packed} stream is damaged ({error})") from None
             if payload is None:
                 return
             yield at + 12, payload  # behind the length and its checksum
@@ -65,17 +60,16 @@ def records(path: Path) -> Iterator[tuple[int, bytes]]:
             number += 1
             if packed and at > largest:
                 raise DamagedRecord(
-                    f"record {number}: the shard expands to more than {MAX_EXPANSION} times its {size:,} bytes; if "
-                    "that is right, unpack it with gunzip"
+                    f"record {number}: the shard expands to more than {MAX_EXPANSION} times its {size:,} bytes; {PLAIN}"
                 )
 
 
-def _next_record(file: BinaryIO | gzip.GzipFile, left: int | None) -> bytes | None:
+def _next_record(file: BinaryIO, left: int | None) -> bytes | None:
     """Reads a record; None at the end.
 
     Args:
         file: the shard.
-        left: bytes to its end; None in a GZIP stream, whose end is unknown.
+        left: bytes to its end; None in a compressed one, whose end is unknown.
     """
     head = file.read(12)
     if not head:
@@ -89,11 +83,11 @@ def _next_record(file: BinaryIO | gzip.GzipFile, left: int | None) -> bytes | No
     # A checksum may be right by chance, or on purpose.
     if length > MAX_LENGTH:
         raise DamagedRecord(f"its length of {length:,} bytes is impossible")
-    # Before it is read: two megabytes of GZIP can hold two gigabytes of zeros.
+    # Before it is read: two compressed megabytes can hold two gigabytes of zeros.
     if left is None and length > MAX_UNPACKED_RECORD:
         raise DamagedRecord(
-            f"its length of {length:,} bytes is more than the {MAX_UNPACKED_RECORD:,} that a record in a GZIP "
-            "shard may have; if that is right, unpack the shard with gunzip"
+            f"its length of {length:,} bytes is more than the {MAX_UNPACKED_RECORD:,} that a record in a compressed "
+            f"shard may have; {PLAIN}"
         )
     # Python takes memory for all of it, whether or not the file has as much.
     if left is not None and length > left:
@@ -145,11 +139,12 @@ def _features(payload: bytes) -> Features:
     return features
 
 
-def _values(payload: bytes, start: int, stop: int) -> list[Span] | list[int] | None:
+def _values(payload: bytes, start: int, stop: int) -> list[Span] | list[int] | np.ndarray:
     """Reads the values of a `Feature`."""
     # Bounds of byte strings instead of copies: images are read in place later.
     spans: list[Span] = []
     numbers: list[int] = []
+    floats: list[np.ndarray] = []
     kind = 0
     # A `Feature` is of one kind; of several the last one counts, as the format says.
     for kind, a, b in parts(payload, start, stop):
@@ -157,7 +152,11 @@ def _values(payload: bytes, start: int, stop: int) -> list[Span] | list[int] | N
             spans += [(c, d) for _, c, d in parts(payload, a, b)]
         elif kind == 3:
             numbers += _integers(payload, a, b)
-    return spans if kind == 1 else numbers if kind == 3 else None
+        elif kind == 2:
+            floats += _floats(payload, a, b)
+    if kind == 2:
+        return np.concatenate(floats) if floats else np.zeros(0, "<f4")
+    return numbers if kind == 3 else spans
 
 
 def _integers(payload: bytes, start: int, stop: int) -> list[int]:
@@ -181,6 +180,15 @@ def _integers(payload: bytes, start: int, stop: int) -> list[int]:
             raise Damaged("a list of numbers holds something else")
     # Two's complement: -1, "no label", is written as 2⁶⁴ − 1.
     return [value - (1 << 64) if value >= 1 << 63 else value for value in numbers]
+
+
+def _floats(payload: bytes, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Reads a `FloatList`."""
+    # TensorFlow packs the numbers into one field, other writers may repeat the field; both are four bytes a number.
+    for number, wire, a, b in fields(payload, start, stop):
+        if number != 1 or wire not in (BYTES, FIXED32) or (b - a) % 4:
+            raise Damaged("a list of floats holds something else")
+        yield np.frombuffer(payload, "<f4", (b - a) // 4, a)
 
 
 def example(image: bytes, label: int | None) -> bytes:

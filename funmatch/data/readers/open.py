@@ -78,7 +78,7 @@ def open_dataset(specs: str | Sequence[str], options: ReadOptions | None = None,
     options = options or ReadOptions()
     specs = [specs] if isinstance(specs, str) else specs
     datasets = [_open_one(spec, options, track) for spec in specs]
-    notes = _notes_about_splits(specs)
+    notes = [*_notes_about_splits(specs), *_notes_about_labels(datasets)]
     datasets[0] = replace(datasets[0], notes=(*notes, *datasets[0].notes))
     # After joining: a share is meant of all training images together.
     return _with_requested_split(join_datasets(datasets), options.split_spec)
@@ -173,6 +173,23 @@ def _notes_about_splits(specs: Sequence[str]) -> list[str]:
         if beside:
             return [f"{given}: only this folder is read; {folder.parent} also has {', '.join(sorted(beside))}"]
     return []
+
+
+def _notes_about_labels(datasets: Sequence[Dataset]) -> list[str]:
+    """Returns notes about sources without any label, whose splits are unlabelled beside those of others.
+
+    Raises:
+        InputError: such a source is alone, or adds to a split that has labels: a feature's name is likely a mistake.
+    """
+    labelled = {name for dataset in datasets for name, split in dataset.splits.items() if split.labelled}
+    notes = []
+    for dataset in datasets:
+        if dataset.lacking and (not labelled or labelled & set(dataset.splits)):
+            raise InputError(dataset.lacking)
+        if dataset.lacking:
+            splits = " and ".join(dataset.splits)
+            notes.append(f"{dataset.location}: no record has a label, so {splits} is taken as unlabelled")
+    return notes
 
 
 def _subfolders_of(folder: Path) -> list[Path]:

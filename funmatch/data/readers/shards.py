@@ -1,10 +1,9 @@
 """Lists shards of any kind in parallel, and reads images in place: what TFRecords and WebDataset share."""
 
-import gzip
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,18 +20,17 @@ from funmatch.data.dataset import (
     ReadOptions,
     SplitListing,
     Track,
-    read_class_file,
     sort_splits,
 )
-from funmatch.data.formats.tfrecord import DamagedRecord, is_gzip
+from funmatch.data.formats.compressed import compression_of, open_shard
+from funmatch.data.formats.tfrecord import DamagedRecord
+from funmatch.data.labels import Classes, Label, class_files, find_classes, folders_of
 from funmatch.data.readers.shard_paths import splits_of, watched_folders
 from funmatch.data.readers.split_names import find_split
 from funmatch.errors import InputError
 from funmatch.runtime.disk.files import disk_errors
 
-CLASS_FILES = ("class.labels.txt", "label.labels.txt", "labels.txt", "classes.txt", "class_names.txt")
-MAX_UNPACKED = 64  # GZIP shards that are unpacked at a time; each takes a file handle
-MAX_CLASSES = 1_000_000
+MAX_UNPACKED = 64  # compressed shards that are unpacked at a time; each takes a file handle
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,48 +39,53 @@ class Record:
 
     Attributes:
         start, length: position of its bytes in the (decompressed) shard.
-        label: number of its class in the shard, or `UNLABELLED`.
+        label: number or name of its class in the shard, or `UNLABELLED`.
         number: of the record, or name of the tar's member, for messages.
     """
 
     start: int
     length: int
-    label: int
+    label: Label
     number: int | str
-
-
-def parse_label(text: bytes, where: str) -> int:
-    """Parses a label that is written as text."""
-    try:
-        label = int(text)
-    except ValueError:
-        raise DamagedRecord(f"{where} is {text[:40]!r}; expected a number") from None
-    # Beyond this, numbers of classes overflow the arrays that hold them.
-    if abs(label) >= 1 << 62:
-        raise DamagedRecord(f"{where} is {text[:40]!r}, too large for the number of a class")
-    return label
 
 
 @dataclass
 class Oddities:
-    """What listing shards found that is no damage by itself; filled by several threads.
+    """What listing shards found beside images and labels; filled by several threads.
 
     Attributes:
         unlabelled: by shard, why its first record without a label has none, as an error would say it.
         without_image: names of samples that have no image.
+        features: names of all features in the records.
+        taken: features that were read, as `image` and as `label`.
+        passed_over: features that could have been read instead.
     """
 
     unlabelled: dict[Path, str] = field(default_factory=dict)
     without_image: list[str] = field(default_factory=list)
+    features: set[str] = field(default_factory=set)
+    taken: dict[str, set[str]] = field(default_factory=lambda: {"image": set(), "label": set()})
+    passed_over: dict[str, set[str]] = field(default_factory=lambda: {"image": set(), "label": set()})
+
+    def take(self, kind: str, name: str, others: Iterable[str]) -> None:
+        """Notes which feature of a record was read as `image` or `label`, and the others that could have been."""
+        self.taken[kind].add(name)
+        self.passed_over[kind].update(others)
 
     def notes(self, pattern: str) -> list[str]:
-        """Returns a note about samples without image."""
-        if not self.without_image:
-            return []
-        # The first by name: threads finish in any order.
-        return [
-            f"{pattern}: skipped {len(self.without_image):,} samples without an image, e.g. {min(self.without_image)}"
-        ]
+        """Returns notes about features that were chosen among several, and about samples without an image."""
+        notes = []
+        for kind, names in self.taken.items():
+            read = " or ".join(sorted(names))
+            if others := ", ".join(sorted(self.passed_over[kind] - names)):
+                notes.append(f"{pattern}: the {kind} is read from {read}, not {others}; choose with --{kind}-feature")
+            elif len(names) > 1:
+                notes.append(f"{pattern}: records have the {kind} in {read}; choose one with --{kind}-feature")
+        if self.without_image:
+            count = f"{len(self.without_image):,} samples without an image"
+            # The first by name: threads finish in any order.
+            notes.append(f"{pattern}: skipped {count}, e.g. {min(self.without_image)}")
+        return notes
 
 
 def open_shards(
@@ -108,11 +111,12 @@ def open_shards(
         if not images:
             raise InputError(f"{pattern}: the shards of {split} have no images; add some, or remove this split")
     notes = [f"{pattern}: {each}" for each in read_as]
-    notes += [*_check_unlabelled(pattern, shards, oddities, options), *oddities.notes(pattern)]
-    classes, class_file = _classes(paths, shards, options)
+    unlabelled, lacking = _check_unlabelled(pattern, shards, oddities, options)
+    classes = _find_classes(pattern, paths, shards, oddities, options)
+    notes += [*unlabelled, *oddities.notes(pattern), *([] if options.unlabelled else classes.notes)]
     splits = {split: _split(images, classes, options) for split, images in shards.items()}
     # With --unlabelled, labels may have been too odd to use.
-    classes = classes if any(split.labelled for split in splits.values()) else ()
+    names = classes.names if any(split.labelled for split in splits.values()) else ()
     shard_reader = _shard_reader()
 
     def read(split: str, index: int) -> bytes:
@@ -120,13 +124,30 @@ def open_shards(
         return shard_reader(path)(record.start, record.length)
 
     # Class files that do not exist yet are watched too: adding one changes the class names.
-    around = {folder / name for path in paths for folder in (path.parent, path.parent.parent) for name in CLASS_FILES}
-    watched = sorted({*map(str, paths), *map(str, around), *map(str, watched_folders(pattern, paths))} | class_file)
-    unnamed = bool(classes) and not class_file
+    around = class_files(folders_of(paths), oddities.taken["label"])
+    watched = {*map(str, paths), *map(str, around), *map(str, watched_folders(pattern, paths))}
+    watched |= {str(classes.file)} if classes.file else set()
     return Dataset(
-        _name(paths, pattern), classes, sort_splits(splits), read, watched,
-        unnamed=unnamed, notes=tuple(notes), location=pattern,
+        _name(paths, pattern), names, sort_splits(splits), read, sorted(watched), location=pattern, lacking=lacking,
+        unnamed=bool(names) and classes.unnamed, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _find_classes(
+    pattern: str,
+    paths: list[Path],
+    shards: dict[str, list[tuple[Path, Record]]],
+    oddities: Oddities,
+    options: ReadOptions,
+) -> Classes:
+    labels = [record.label for images in shards.values() for _, record in images]
+    try:
+        return find_classes(pattern, labels, folders_of(paths), oddities.taken["label"], oddities.features, options)
+    except InputError:
+        # With --unlabelled, labels that cannot be classes do not matter.
+        if not options.unlabelled:
+            raise
+        return Classes(positions={})
 
 
 def _list_shards(
@@ -147,30 +168,30 @@ def _list_shards(
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         listed = list(track(pool.map(attempt, paths), len(paths), "listing shards"))
-    _raise_problems([found for found in listed if isinstance(found, str)], len(paths))
+    if problems := [found for found in listed if isinstance(found, str)]:
+        raise InputError(_describe_problems(problems, len(paths)))
     shards: dict[str, list[tuple[Path, Record]]] = {}
     for path, split, found in zip(paths, splits, listed, strict=True):
         shards.setdefault(split, []).extend((path, record) for record in found if not isinstance(record, str))
     return shards
 
 
-def _raise_problems(problems: list[str], shards: int) -> None:
-    if not problems:
-        return
+def _describe_problems(problems: list[str], shards: int) -> str:
     more = [f"… and {len(problems) - NAMED_AT_MOST} more"] if len(problems) > NAMED_AT_MOST else []
     lines = "\n  ".join(problems[:NAMED_AT_MOST] + more)
-    raise InputError(f"{len(problems)} of {shards} shards are unusable:\n  {lines}")
+    return f"{len(problems)} of {shards} shards are unusable:\n  {lines}"
 
 
 def _check_unlabelled(
     pattern: str, shards: dict[str, list[tuple[Path, Record]]], oddities: Oddities, options: ReadOptions
-) -> list[str]:
+) -> tuple[list[str], str]:
     """Returns notes about splits in which no record has a label though those of others have one.
 
-    Test splits of competitions are published so. Where no split has a label, the feature's name is likely a mistake.
+    Test splits of competitions are published so. Where no split has a label, the feature's name is likely a mistake,
+    unless other sources have the labels: then why there is none is returned, too.
 
     Raises:
-        InputError: labels are missing inside a split, or everywhere.
+        InputError: labels are missing inside a split.
     """
     labelled = {split for split, images in shards.items() if any(record.label != UNLABELLED for _, record in images)}
     problems, notes = [], []
@@ -182,20 +203,25 @@ def _check_unlabelled(
             notes.append(f"{pattern}: no label in the shards of {split}, which is taken as unlabelled")
         else:
             problems += [f"{path}: {reason}" for path, reason in lacking.items()]
-    _raise_problems(problems, len({path for images in shards.values() for path, _ in images}))
-    return notes
+    if not problems:
+        return notes, ""
+    problem = _describe_problems(problems, len({path for images in shards.values() for path, _ in images}))
+    if labelled:
+        raise InputError(problem)
+    return notes, problem
 
 
 def _shard_reader() -> Callable[[Path], Callable[[int, int], bytes]]:
     """Returns a function from a shard's path to a reader of (start, length) in its decompressed content."""
     lock = Lock()
-    gzipped = lru_cache(maxsize=None)(is_gzip)
+    compression = lru_cache(maxsize=None)(compression_of)
     unpacked = lru_cache(maxsize=MAX_UNPACKED)(UnpackedShard)
 
     def reader(path: Path) -> Callable[[int, int], bytes]:
         # lru_cache alone would let two threads unpack the same shard at once.
         with lock:
-            plain = unpacked(path) if gzipped(path) else None
+            packed = compression(path)
+            plain = unpacked(path, packed) if packed else None
 
         def read(start: int, length: int) -> bytes:
             if plain:
@@ -211,16 +237,16 @@ def _shard_reader() -> Callable[[Path], Callable[[int, int], bytes]]:
 
 
 class UnpackedShard:
-    """Decompressed content of a GZIP shard in an unnamed temporary file, which vanishes with this object.
+    """Decompressed content of a compressed shard in an unnamed temporary file, which vanishes with this object.
 
     Attributes:
         file: handle of the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, compression: str) -> None:
         folder = Path(gettempdir())
-        with disk_errors(folder), TemporaryFile(dir=folder) as plain, gzip.open(path) as gzipped:
-            shutil.copyfileobj(gzipped, plain)
+        with disk_errors(folder), TemporaryFile(dir=folder) as plain, open_shard(path, compression) as packed:
+            shutil.copyfileobj(packed, plain)
             plain.flush()
             # A second handle keeps the content when `with` closes the first; an unnamed file ends with its handles.
             self.file = os.dup(plain.fileno())
@@ -231,40 +257,13 @@ class UnpackedShard:
             os.close(self.file)
 
 
-def _classes(
-    paths: Sequence[Path], shards: dict[str, list[tuple[Path, Record]]], options: ReadOptions
-) -> tuple[tuple[str, ...], set[str]]:
-    """Returns the class names and the file that they are from; without a file, classes are named by their numbers."""
-    labels = [record.label for images in shards.values() for _, record in images]
-    if max(labels) == UNLABELLED:
-        return (), set()
-    folders = list(dict.fromkeys(folder for path in paths for folder in (path.parent, path.parent.parent)))
-    candidates = (folder / name for folder in folders for name in CLASS_FILES)
-    file = options.class_file or next((path for path in candidates if path.is_file()), None)
-    if file:
-        return read_class_file(file.expanduser()), {str(file)}
-    count = max(labels) - options.first_label + 1
-    # A hash or an identifier read as a label would otherwise ask for as many class names.
-    if count > MAX_CLASSES and options.unlabelled:
-        return (), set()
-    if count > MAX_CLASSES:
-        raise InputError(
-            f"label {max(labels):,} is too large for the number of a class; pass --label-feature none to ignore labels"
-        )
-    return tuple(map(str, range(count))), set()
-
-
-def _split(images: list[tuple[Path, Record]], classes: tuple[str, ...], options: ReadOptions) -> SplitListing:
+def _split(images: list[tuple[Path, Record]], classes: Classes, options: ReadOptions) -> SplitListing:
     """Lists a split, and checks that its labels are within the classes."""
     names = [f"{path}, record {record.number}" for path, record in images]
-    # 64 bits until they are checked: in 32 a hash could wrap around to a valid label.
-    labels = np.array([record.label for _, record in images], np.int64)
-    if (labels == UNLABELLED).all():
-        return SplitListing(names, labels.astype(np.int32))
-    labels -= options.first_label
-    outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    labels = classes.indices([record.label for _, record in images], options.first_label)
+    outside = np.flatnonzero((labels < 0) | (labels >= len(classes.names)))
     # With --unlabelled, labels that are missing or unusable do not matter.
-    if len(outside) and options.unlabelled:
+    if (labels == UNLABELLED).all() or (len(outside) and options.unlabelled):
         return SplitListing(names, np.full(len(names), UNLABELLED, np.int32))
     if len(outside):
         name, first = names[outside[0]], images[outside[0]][1].label
@@ -273,9 +272,13 @@ def _split(images: list[tuple[Path, Record]], classes: tuple[str, ...], options:
             raise InputError(
                 f"{name}: there is no label, though others have one {such}; pass --label-feature none to ignore labels"
             )
+        if classes.positions is not None:
+            raise InputError(
+                f"{name}: {str(first)!r} is not among the {len(classes.names)} names in {classes.file} {such}; add it"
+            )
         # Labels that end at the number of classes are most likely counted from 1.
-        hint = "; if the first class has number 1, pass --first-label 1" if first == len(classes) else ""
-        raise InputError(f"{name}: label {first} is outside the {len(classes)} classes {such}{hint}")
+        hint = "; if the first class has number 1, pass --first-label 1" if first == len(classes.names) else ""
+        raise InputError(f"{name}: label {first} is outside the {len(classes.names)} classes {such}{hint}")
     return SplitListing(names, labels.astype(np.int32))
 
 

@@ -4,10 +4,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from funmatch.data.dataset import UNLABELLED, Dataset, ReadOptions, Track, untracked
-from funmatch.data.formats.tfrecord import DamagedRecord, Features, parse_example, records
+from funmatch.data.formats.tfrecord import DamagedRecord, Features, Span, parse_example, records
+from funmatch.data.labels import Label, parse_label, whole_number
 from funmatch.data.readers.shard_paths import is_noted_unlabelled, shard_paths
-from funmatch.data.readers.shards import Oddities, Record, open_shards, parse_label
+from funmatch.data.readers.shards import Oddities, Record, open_shards
 
 # Feature names of an image and its class, tried in this order: of the earlier project, of TensorFlow Datasets, of
 # TensorFlow's ImageNet scripts, and WebDataset's endings.
@@ -33,13 +36,17 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
         shard_records = []
         for number, (start, payload) in enumerate(records(path)):
             try:
-                (a, b), label, lacking = _image_and_label(parse_example(payload), payload, options)
+                features = parse_example(payload)
+                oddities.features.update(features)
+                image, label = _choose_features(features, options, oddities)
+                a, b = _image_span(features, image)
+                value, lacking = _label(features, payload, label, options)
             except DamagedRecord as error:
                 raise DamagedRecord(f"record {number}: {error}") from None
             if lacking:
                 # No error yet: a whole split may be published without labels.
                 oddities.unlabelled.setdefault(path, f"record {number}: {lacking}")
-            shard_records.append(Record(start + a, b - a, label, number))
+            shard_records.append(Record(start + a, b - a, value, number))
         if (counted := COUNTED.search(path.name)) and int(counted[2]) != len(shard_records):
             raise DamagedRecord(f"has {len(shard_records)} records, but its name says {int(counted[2])}")
         return shard_records
@@ -47,35 +54,66 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
     return open_shards(pattern, paths, list_shard, options, track)
 
 
-def _image_and_label(features: Features, payload: bytes, options: ReadOptions) -> tuple[tuple[int, int], int, str]:
-    """Returns the bounds of the image in the payload, its label, and what to say if there should be one."""
+def _choose_features(features: Features, options: ReadOptions, oddities: Oddities) -> tuple[str, str]:
+    """Returns the names of the features that hold the image and the label; the record may lack both."""
     # As pairs: `image` alone does not say whether its label is `class` or `label`.
     pairs = [(options.image_feature or image, options.label_feature or label) for image, label in FEATURES]
     with_image = [pair for pair in pairs if pair[0] in features]
     image, label = next(
         (pair for pair in with_image if pair[1] in features or pair[1] == "none"), (with_image or pairs)[0]
     )
-    present = ", ".join(sorted(features))
+    for kind, name, usual in zip(("image", "label"), (image, label), zip(*pairs, strict=True), strict=True):
+        if name in features:
+            oddities.take(kind, name, {each for each in usual if each in features and each != name})
+    return image, label
+
+
+def _image_span(features: Features, image: str) -> Span:
+    """Returns the bounds of the image in a record."""
     if image not in features:
-        raise DamagedRecord(f"has no feature {image!r}, but: {present}; pass --image-feature")
-    spans, numbers = features[image], features.get(label)
-    if not spans or not isinstance(spans[0], tuple):
+        raise DamagedRecord(f"has no feature {image!r}, but: {', '.join(sorted(features))}; pass --image-feature")
+    values = features[image]
+    first = values[0] if len(values) else None
+    if first is None:
         raise DamagedRecord(f"feature {image!r} has no image; expected encoded bytes")
+    if not isinstance(first, tuple):
+        raise DamagedRecord(
+            f"feature {image!r} holds {len(values):,} numbers, not an encoded image; write each image as JPEG or PNG"
+        )
+    # The first of several would train on a part of the data without a word.
+    if len(values) > 1:
+        raise DamagedRecord(
+            f"feature {image!r} holds {len(values)} images; write a record for each, or pass another --image-feature"
+        )
+    return first
+
+
+def _label(features: Features, payload: bytes, label: str, options: ReadOptions) -> tuple[Label, str]:
+    """Returns the label of a record, and what to say if it should have one."""
     if label == "none":
-        return spans[0], UNLABELLED, ""
+        return UNLABELLED, ""
     if label not in features:
-        lacking = f"has no feature {label!r}, but: {present}; pass --label-feature or --unlabelled"
-        return spans[0], UNLABELLED, lacking
+        present = ", ".join(sorted(features))
+        return UNLABELLED, f"has no feature {label!r}, but: {present}; pass --label-feature or --unlabelled"
+    values = features[label]
+    # An empty text too: test splits are published so.
+    if not len(values) or (
+        isinstance(values[0], tuple) and len(values) == 1 and not payload[slice(*values[0])].strip()
+    ):
+        return UNLABELLED, f"feature {label!r} is empty; pass another --label-feature, or --unlabelled"
     try:
-        return spans[0], _parse_numbers(numbers, payload, label), ""
+        return _parse_value(values, payload, f"feature {label!r}"), ""
     except DamagedRecord:
         if not options.unlabelled:
             raise
-        return spans[0], UNLABELLED, ""
+        return UNLABELLED, ""
 
 
-def _parse_numbers(numbers: list | None, payload: bytes, label: str) -> int:
-    if not numbers or len(numbers) > 1:
-        raise DamagedRecord(f"feature {label!r} has {len(numbers or [])} values; expected one label")
-    value = numbers[0]
-    return value if isinstance(value, int) else parse_label(payload[slice(*value)], f"feature {label!r}")
+def _parse_value(values: list | np.ndarray, payload: bytes, where: str) -> Label:
+    if len(values) > 1:
+        raise DamagedRecord(
+            f"{where} has {len(values):,} values; expected one label (of one-hot vectors, write the position of the 1)"
+        )
+    if isinstance(values, np.ndarray):
+        return whole_number(float(values[0]), where)
+    return values[0] if isinstance(values[0], int) else parse_label(payload[slice(*values[0])], where)

@@ -6,8 +6,9 @@ from pathlib import Path
 from funmatch.data.dataset import UNLABELLED, Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import EXTENSIONS
 from funmatch.data.formats.tfrecord import DamagedRecord
+from funmatch.data.labels import Label, parse_label
 from funmatch.data.readers.shard_paths import shard_paths
-from funmatch.data.readers.shards import Oddities, Record, open_shards, parse_label
+from funmatch.data.readers.shards import Oddities, Record, open_shards
 from funmatch.runtime.disk.json_files import parse_json
 
 JSON_LABELS = ("label", "cls", "class_id", "class")
@@ -39,11 +40,15 @@ def _list_tar(path: Path, options: ReadOptions, oddities: Oddities) -> list[Reco
             endings = (options.image_feature or ";".join(ending[1:] for ending in EXTENSIONS)).split(";")
             shard_records, without = [], []
             for key, files in samples.items():
-                image = next((files[ending] for ending in files if ending in endings), None)
-                if image is None:
+                oddities.features.update(files)
+                images = [ending for ending in files if ending in endings]
+                if not images:
                     without.append(key)
                     continue
-                label, lacking = _label(tar, key, files, options)
+                image = files[images[0]]
+                if len(images) > 1:
+                    oddities.take("image", images[0], images[1:])
+                label, lacking = _label(tar, key, files, options, oddities)
                 if lacking:
                     oddities.unlabelled.setdefault(path, lacking)
                 shard_records.append(Record(image.offset_data, image.size, label, image.name))
@@ -81,13 +86,16 @@ def _list_samples(tar: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]
     return samples
 
 
-def _label(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], options: ReadOptions) -> tuple[int, str]:
+def _label(
+    tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], options: ReadOptions, oddities: Oddities
+) -> tuple[Label, str]:
     """Returns the label of a sample, and what to say if it should have one."""
     ending = options.label_feature or next((name for name in ("cls", "json") if name in files), None)
     if ending is None or ending == "none":
         return UNLABELLED, ""
     if ending not in files:
         return UNLABELLED, f"sample {key!r} has no .{ending}, but: {', '.join(sorted(files))}"
+    oddities.take("label", ending, ())
     content = tar.extractfile(files[ending]).read()  # pyrefly: ignore[missing-attribute]
     try:
         if ending.endswith("json"):
@@ -99,12 +107,14 @@ def _label(tar: tarfile.TarFile, key: str, files: dict[str, tarfile.TarInfo], op
         return UNLABELLED, ""
 
 
-def _json_label(content: bytes, name: str, *, required: bool) -> tuple[int, str]:
+def _json_label(content: bytes, name: str, *, required: bool) -> tuple[Label, str]:
     try:
         fields = parse_json(content, dict)
     except ValueError:
         raise DamagedRecord(f'{name} is not a JSON object with "label" or "cls"') from None
     value = next((fields[each] for each in JSON_LABELS if fields.get(each) is not None), None)
-    if value is not None:
-        return parse_label(str(value).encode(), name), ""
-    return UNLABELLED, f"{name} has none of {', '.join(JSON_LABELS)}, but: {', '.join(fields)}" if required else ""
+    if value is None:
+        return UNLABELLED, f"{name} has none of {', '.join(JSON_LABELS)}, but: {', '.join(fields)}" if required else ""
+    if not isinstance(value, int | float | str):
+        raise DamagedRecord(f"the label in {name} is {str(value)[:40]}; expected a number, or the name of a class")
+    return parse_label(str(value).encode(), name), ""
