@@ -35,6 +35,9 @@ KEPT = {
     "student": "student-fitted",
     "keras3": "keras3",
     "keras3-export": "keras3-export",
+    "keras2.keras": "student-normalized-255.keras",
+    "keras3.keras": "keras3-resized-255.keras",
+    "hub.h5": "hub-functional.h5",
 }
 READ = {"f", "value", "dtype", "DstT", "strides", "padding", "explicit_paddings", "data_format"}  # of attributes
 WITH_GRAPH = ("module",)
@@ -273,7 +276,7 @@ def hub_model(way: str, folder: Path, args: argparse.Namespace) -> Any:
     layer = hub.KerasLayer(str(folder / "module"), trainable=True)
     if way.startswith(("hub-sequential", "hub-softmax")):
         model = keras2.Sequential([layer, head])
-    elif way == "hub-functional":
+    elif way.startswith("hub-functional"):
         inputs = keras2.Input((None, None, 3))
         model = keras2.Model(inputs, head(layer(inputs)))
     else:
@@ -324,6 +327,19 @@ WAYS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, str], Any]]] = {
     "student-fitted": (lambda net: fitted(net, keras2.optimizers.Adam(0.0)), lambda net, to: net.save(to)),
     "student-low": (lambda net: fitted(net, keras2.optimizers.legacy.Adam(0.0)), tf.saved_model.save),
     "student-export": (lambda net: net, export),
+    "hub-functional.h5": (lambda net: net, lambda net, to: net.save(to)),
+    "student.keras": (lambda net: net, lambda net, to: net.save(to)),
+    "student-normalized-255.keras": (
+        lambda net: behind(net, normalization(keras2, 255)),
+        lambda net, to: net.save(to),
+    ),
+    "keras3-fitted.keras": (lambda net: fitted(net, keras3.optimizers.Adam(0.0)), lambda net, to: net.save(to)),
+    "keras3-resized-255.keras": (
+        lambda net: behind(net, keras3.layers.Resizing(64, 64), keras3.layers.Rescaling(1 / 127.5, -1.0)),
+        lambda net, to: net.save(to),
+    ),
+    "keras3-rescaled.h5": (lambda net: behind(net, lambda x: x * 2 - 1), lambda net, to: net.save(to)),
+    "keras3.weights.h5": (lambda net: net, lambda net, to: net.save_weights(to)),
     "keras3": (lambda net: net, tf.saved_model.save),
     "keras3-fitted": (lambda net: fitted(net, keras3.optimizers.Adam(0.0)), tf.saved_model.save),
     "keras3-export": (lambda net: net, export),
@@ -349,7 +365,7 @@ def make(way: str, folder: Path, args: argparse.Namespace) -> None:
     save(model, str(folder))
     x = images(args.side)
     shown = x * np.float32(255) if "255" in way else x
-    np.savez(folder.with_suffix(".npz"), images=x, logits=np.asarray(model(shown)))
+    np.savez(folder.with_name(f"{folder.name}.npz"), images=x, logits=np.asarray(model(shown)))
 
 
 def pruned(content: bytes) -> bytes:
@@ -385,7 +401,7 @@ def pruned(content: bytes) -> bytes:
 
 
 def strip(folder: Path) -> None:
-    """Removes all files that are not read, except the one that marks a SavedModel."""
+    """Removes all files of a SavedModel that are not read, except the one that marks it."""
     path = folder / "saved_model.pb"
     path.write_bytes(pruned(path.read_bytes()) if folder.name in WITH_GRAPH else b"")
     for path in folder.iterdir():
@@ -412,9 +428,10 @@ def main() -> None:
         return
     work = COMMITTED.with_name("savedmodels.partial")
     for name, way in KEPT.items():
-        args.units = [1, 1, 1, 1] if name in WITH_GRAPH else [2, 1, 1, 1]
+        args.units = [1, 1, 1, 1] if name in WITH_GRAPH or "." in name else [2, 1, 1, 1]
         make(way, work / name, args)
-        strip(work / name)
+        if (work / name).is_dir():
+            strip(work / name)
         shutil.rmtree(COMMITTED / name, ignore_errors=True)
         shutil.move(work / name, COMMITTED / name)
     shutil.rmtree(work)

@@ -167,7 +167,7 @@ class Tape(Options):
 
 
 class Import(Options):
-    """Convert a checkpoint (Keras SavedModel, BiT .npz, any named model) into a folder that timm loads."""
+    """Convert a checkpoint (Keras SavedModel or file, BiT .npz, any named model) into a folder that timm loads."""
 
     verbs: ClassVar[str] = "Models"
     headings: ClassVar[dict[Group, str]] = {Group.STUDENT: "Model"}
@@ -181,7 +181,7 @@ class Import(Options):
             group=Group.STUDENT, changes=STUDENT, positional=True, essential=True, refers=Refers.MODEL, metavar="MODEL"
         ),
     ]
-    """Folder of a SavedModel, or any model that `distill --teacher` takes."""
+    """Folder of a SavedModel, file of Keras, or any model that `distill --teacher` takes."""
     out: Annotated[Path, like(Train, "out")]
     """Folder to write: model.safetensors and config.json in timm's layout."""
     weights: Annotated[
@@ -193,8 +193,8 @@ class Import(Options):
         Literal["auto", "0..1", "-1..1", "imagenet"], Opt(group=Group.STUDENT, changes=STUDENT, essential=True)
     ] = "auto"
     """Range or normalisation of the images the network was trained on, where the checkpoint does not say. auto: -1..1
-    for BiT files; for SavedModels what their graph does to images (hub modules: -1..1), or 0..1 where it does nothing;
-    else timm's."""
+    for BiT files; for SavedModels and files of Keras what their graph does to images (hub modules: -1..1), or 0..1
+    where it does nothing; else timm's."""
     # In the group of the model: here it is a fact about a network, and not a choice about views.
     side: Annotated[
         int | None,

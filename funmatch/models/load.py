@@ -46,8 +46,9 @@ def load(
 
     Args:
         name: a timm name, with or without a tag; `hf-hub:user/model`; `local-dir:path`, or the folder of a model or of
-            a run; a BiT checkpoint `path.npz`, or `bit:` and one of `download.PAPER_FILES`; `savedmodel:path` of a BiT
-            network; `package.module:function`; one of `NAMED`; or a module.
+            a run; a BiT checkpoint `path.npz`, or `bit:` and one of `download.PAPER_FILES`; `savedmodel:path`, or
+            a file of Keras, `.keras` or `.h5`, of a BiT network; `package.module:function`; one of `NAMED`; or a
+            module.
         weights: a file of safetensors or `torch.save`, or `.npz`, for a timm name; its head decides the number of
             classes.
         options: `key=value` arguments of the constructor.

@@ -28,7 +28,9 @@ GIVEN = "python:"
 """Prefix of the name of a module that was given from Python, for records of runs."""
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".th", ".npz")
 """Endings of files that hold weights alone."""
-FOREIGN = {".onnx": "ONNX", ".h5": "Keras", ".keras": "Keras", ".tflite": "TensorFlow Lite", ".pb": "TensorFlow"}
+KERAS = (".keras", ".h5", ".hdf5")
+"""Endings of the files of Keras, from which BiT networks are read."""
+FOREIGN = {".onnx": "ONNX", ".tflite": "TensorFlow Lite", ".pb": "TensorFlow"}
 """Endings of models of other libraries."""
 TIMM_SHAPE = {"models": [str], "tagged": [str], "renamed": dict[str, str], "sizes": dict[str, list]}
 
@@ -142,8 +144,8 @@ def check_model_name(name: str) -> None:
     # A timm name wins over a folder of the same name in the working directory; ./name means the folder.
     if not prefix and is_timm_name(name):
         check_architecture(name, name)
-    # A published BiT checkpoint is the one file that says what its architecture is.
-    elif not path.exists() or (path.is_file() and not prefix and path.suffix != ".npz"):
+    # Published BiT checkpoints and files of Keras are the files that say what their architecture is.
+    elif not path.exists() or (path.is_file() and prefix != SAVEDMODEL and path.suffix.lower() not in (".npz", *KERAS)):
         raise no_model_at(name, path, prefix)
 
 
@@ -153,7 +155,7 @@ def no_model_at(name: str, path: Path, prefix: str = "") -> InputError:
     if suffix in FOREIGN:
         return InputError(
             f"{name} is a model of {FOREIGN[suffix]}, which cannot be loaded; expected a timm name, a folder of timm's "
-            f"layout, {SAVEDMODEL}FOLDER of a BiT network, or package.module:function"
+            f"layout, {SAVEDMODEL}FOLDER or a file of Keras of a BiT network, or package.module:function"
         )
     if path.is_file():
         return InputError(
@@ -169,6 +171,8 @@ def no_model_at(name: str, path: Path, prefix: str = "") -> InputError:
             f"there is no folder {name}; for a timm model on the Hugging Face Hub, pass {HUB}{name}, and for a "
             "local one the folder of a run or of a model"
         )
+    if suffix in KERAS:
+        return InputError(f"{path} is missing; expected a file of Keras with a BiT network")
     if prefix or "/" in name or suffix in WEIGHTS:
         return InputError(
             f"{path} is missing; expected the folder of a run or of a model, or {HUB}user/model for a timm model on "

@@ -12,10 +12,12 @@ from funmatch.models import bit, custom, timm_models
 from funmatch.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, weights_in
 from funmatch.models.checkpoints.fitting import fit
 from funmatch.models.download import PAPER_FILES, paper_file
+from funmatch.models.keras.network import open_keras
 from funmatch.models.names import (
     BIT,
     GIVEN,
     HUB,
+    KERAS,
     LOCAL,
     NAMED,
     OWN_CARDS,
@@ -85,12 +87,14 @@ def find_origin(
     # First, since an .npz is always BiT's, whatever kind of name it comes with.
     if weights and weights.suffix == ".npz":
         return _npz_origin(weights, kwargs, expected=name)
+    if weights and weights.suffix.lower() in KERAS:
+        return keras_origin(weights, kwargs, inputs, expected=name)
     if weights and is_function(name):
         return _function_origin(name, weights, kwargs, side)
     if weights:
         return _state_origin(name, weights, kwargs, classes)
     if name.startswith(SAVEDMODEL):
-        return savedmodel_origin(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs)
+        return keras_origin(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs)
     if name.startswith(GIVEN):
         raise InputError(f"{name} was given from Python as a module; give it again from there")
     if name.startswith(BIT):
@@ -102,6 +106,8 @@ def find_origin(
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return _npz_origin(path, kwargs)
+    if path.suffix.lower() in KERAS and path.is_file():
+        return keras_origin(path, kwargs, inputs)
     own = NAMED.get(name, name)
     folder = model_folder(own) if isinstance(own, str) else None
     return _folder_origin(folder, kwargs) if folder else None
@@ -214,23 +220,29 @@ def _npz_origin(
     return _bit_origin(str(path), *bit.read_npz(path), kwargs, card or {}, expected)
 
 
-def savedmodel_origin(folder: Path, kwargs: dict[str, Any], inputs: Inputs | None) -> Origin:
-    """Returns the origin of a BiT network that Keras saved; its mean and std are given, or those of its graph."""
-    saved = open_savedmodel(folder)
+def keras_origin(path: Path, kwargs: dict[str, Any], inputs: Inputs | None, expected: str | None = None) -> Origin:
+    """Returns the origin of a BiT network that Keras saved as a SavedModel or a file.
+
+    Args:
+        path: of the folder or file.
+        kwargs: arguments of the constructor.
+        inputs: its mean and std; None takes those of its graph.
+        expected: the architecture that it must have; None takes any.
+    """
+    saved = open_keras(path) if path.is_file() else open_savedmodel(path)
     # The user's `inputs` first: a graph shows what it does itself, not what was done to images before it.
     used = inputs or saved.inputs
     if used is None:
         raise InputError(
-            f"{folder} is a BiT network, but the images that it was trained on are unknown: {saved.why}; give their "
-            f"range with `funmatch import {folder} --inputs 0..1` (as they are) or `-1..1` (if it rescales them itself)"
+            f"{path} is a BiT network, but the images that it was trained on are unknown: {saved.why}; give their "
+            f"range with `funmatch import {path} --inputs 0..1` (as they are) or `-1..1` (if it rescales them itself)"
         )
     notes = saved.notes
     if used != saved.inputs and not saved.is_plain:
         notes += (f"using the given --inputs, though {saved.why or f'its graph has mean and std {saved.inputs}'}",)
-    origin = _bit_origin(
-        str(folder), *bit.assemble(saved.arrays, str(folder)), kwargs, {"mean": used[0], "std": used[1]}
-    )
-    return replace(origin, notes=notes)
+    card: dict[str, Any] = {"mean": used[0], "std": used[1]}
+    card |= {"input_size": (3, saved.side, saved.side)} if saved.side else {}
+    return replace(_bit_origin(str(path), *bit.assemble(saved.arrays, str(path)), kwargs, card, expected), notes=notes)
 
 
 def _bit_origin(

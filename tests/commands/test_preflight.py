@@ -171,7 +171,7 @@ def test_an_earlier_name_builds_the_network(pretrained, monkeypatch):
     [
         ("w.pth", "holds only weights; pass the name of its architecture"),
         ("model.onnx", "is a model of ONNX, which cannot be loaded"),
-        ("net.keras", "is a model of Keras"),
+        ("net.keras", "is missing; expected a file of Keras"),
         ("./nowhere", "is missing; expected the folder of a run or of a model"),
         ("timm/resnet18.a1_in1k", "pass hf-hub:timm/resnet18.a1_in1k"),
         ("bit:R50x9", "unknown file of the paper 'R50x9'"),

@@ -1,5 +1,6 @@
 """The readers that are fuzzed: for each, undamaged files and what reads them."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from funmatch.errors import InputError
 from funmatch.models import bit
 from funmatch.models.checkpoints.checkpoint import open_checkpoint
 from funmatch.models.class_map import read_class_map
+from funmatch.models.keras import network
 from funmatch.models.load import load
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
 from funmatch.reports import run_page, run_tables
@@ -107,6 +109,36 @@ def savedmodel(folder: Path) -> Case:
                 _ = found.arrays[name]
         finally:
             path.write_bytes(files[path])
+
+    return run
+
+
+def keras_config(folder: Path) -> Case:
+    """Changes what a file of Keras says about its layers, and looks for the network."""
+    file, config = network.open_parts(TESTS / "models" / "savedmodels" / "keras3.keras")
+    whole = json.dumps(config).encode()
+
+    def run(rng: random.Random) -> None:
+        found = network.find_network(file, network.parse_config(folder, mutate_json(whole, rng)))
+        _ = found.arrays["head/bias"]
+
+    return run
+
+
+def keras_file(folder: Path) -> Case:
+    """Damages a file of Keras, of either format; checksums of a zip show nearly all damage, HDF5 has none."""
+    files = [TESTS / "models" / "savedmodels" / name for name in ("hub.h5", "keras3.keras")]
+
+    def run(rng: random.Random) -> None:
+        source = files[rng.random() < 0.2]
+        damaged = bytearray(mutate_bytes(source.read_bytes(), rng) if rng.random() < 0.5 else source.read_bytes())
+        for _ in range(
+            rng.choice((0, 1, 10)) if damaged else 0
+        ):  # at the beginning are the descriptions, further back the values
+            damaged[rng.randrange(min(len(damaged), 20_000))] = rng.randrange(256)
+        found = network.open_keras(_begin(folder / source.name, bytes(damaged)))
+        for name in found.arrays:
+            _ = found.arrays[name]
 
     return run
 
@@ -250,6 +282,8 @@ TARGETS = (
     Target("safetensors", lambda folder: _made(folder / "x.safetensors", _odd_safetensors, _read_weights)),
     Target("pickle", lambda folder: _file(_begin(folder / "x.pt", seeds.torch_file()), mutate_bytes, _read_weights)),
     Target("savedmodel", savedmodel, is_fast=False),
+    Target("keras-config", keras_config),
+    Target("keras-file", keras_file, is_fast=False),
     Target("class-map", lambda folder: _file(_begin(folder / "map.json", MAP), mutate_json, read_class_map)),
     Target("labels", lambda folder: _file(_begin(folder / "x.txt", b"ant\nbee\ncat\n"), mutate_bytes, read_class_file)),
     Target("run-record", lambda folder: _run("config.json", mutate_json, folder)),

@@ -5,7 +5,7 @@ import pytest
 from .harness import fuzz
 from .targets import TARGETS
 
-CASES = {"pages": 2, "model-config": 4, "savedmodel": 6, "command-line": 4}
+CASES = {"pages": 2, "model-config": 4, "savedmodel": 6, "keras-file": 4, "command-line": 4}
 """Cases of the slow targets; the others have 25."""
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from funmatch.data.formats.protobuf import write_fields, write_varint
 from funmatch.errors import InputError
-from funmatch.models.origins import savedmodel_origin
+from funmatch.models.origins import keras_origin
 from funmatch.models.tensorflow.bundle import Bundle, Entry
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, after_head, input_preprocessing
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
@@ -331,13 +331,13 @@ def test_damage_never_crashes_the_reader(copy):
 
 def test_given_inputs_override_the_graph_and_are_noted(copy, monkeypatch):
     monkeypatch.setattr("funmatch.models.bit.GROUPS", 2)  # the committed network is too narrow for BiT's 32
-    input_fields = savedmodel_origin(copy, {}, HALF)
+    input_fields = keras_origin(copy, {}, HALF)
     assert (input_fields.card["mean"], input_fields.card["std"]) == HALF
     assert "using the given --inputs, though its graph has mean and std ((0.485," in input_fields.notes[0]
-    from_graph = savedmodel_origin(copy, {}, None)
+    from_graph = keras_origin(copy, {}, None)
     assert (from_graph.card["mean"], from_graph.card["std"], from_graph.notes) == (*IMAGENET, ())
-    assert savedmodel_origin(copy, {}, IMAGENET).notes == ()
+    assert keras_origin(copy, {}, IMAGENET).notes == ()
     (copy / "saved_model.pb").write_bytes(b"")
     with pytest.raises(InputError, match=r"images that it was trained on are unknown: its saved_model\.pb holds no"):
-        savedmodel_origin(copy, {}, None)
-    assert "holds no graph" in savedmodel_origin(copy, {}, HALF).notes[0]
+        keras_origin(copy, {}, None)
+    assert "holds no graph" in keras_origin(copy, {}, HALF).notes[0]

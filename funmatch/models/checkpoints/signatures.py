@@ -6,7 +6,7 @@ from pathlib import Path
 
 LFS = "a pointer of Git LFS, not the weights themselves; fetch them with `git lfs pull`"
 PAGE = "a web page, not the weights; download the file itself (on the Hugging Face Hub: /resolve/ instead of /blob/)"
-KERAS = "a model of Keras; only BiT networks of TensorFlow can be imported, from the folder of a SavedModel"
+KERAS = "a file of Keras, from which BiT networks are read; name it .keras or .h5, and pass it as the model itself"
 PACKED = "packed with {}; unpack it first"
 
 BEGINNINGS: tuple[tuple[bytes, str], ...] = (

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from funmatch.data.formats.protobuf import Damaged, number
+from funmatch.data.formats.protobuf import Damaged, messages, number, parse
 from funmatch.errors import InputError
 from funmatch.models.tensorflow.bundle import BFLOAT16, DTYPES, Bundle, read
 from funmatch.models.tensorflow.graph import Graph, Output
-from funmatch.models.tensorflow.nodes import MAX_VALUES, Node, Unclear, attribute, constant
+from funmatch.models.tensorflow.nodes import MAX_VALUES, Node, Unclear, attribute, constant, inner
 
 MAX_DEPTH = 150  # operations in a row; below Python's own limit of recursion
 RESIZES = {"ResizeBilinear", "ResizeBicubic", "ResizeNearestNeighbor", "ResizeArea", "ScaleAndTranslate"}
+MAX_SIDE = 1 << 14  # pixels
 PLACEHOLDERS = {"Placeholder", "PlaceholderWithDefault"}
 
 FLOATS = {kind for kind, dtype in DTYPES.items() if dtype.kind == "f"} | {BFLOAT16}
@@ -70,12 +71,15 @@ class GraphEvaluator:
         graph, bundle: the graph and the values of its variables.
         values: those computed so far.
         inputs: placeholders that were met.
+        size: height and width, in pixels, of the last resizing before the network, or of the images that alone the
+            graph takes; None where it takes any.
     """
 
     def __init__(self, graph: Graph, bundle: Bundle) -> None:
         self.graph, self.bundle = graph, bundle
         self.values: dict[Output, AffineImage | np.ndarray] = {}
         self.inputs: set[Output] = set()
+        self.size: tuple[int, int] | None = None
 
     def evaluate(self, output: Output, depth: int = 0) -> AffineImage | np.ndarray:
         """Returns the value of an output.
@@ -111,6 +115,8 @@ class GraphEvaluator:
         if node.op in RESIZES and into:
             # Resizing does not change the range of values, unless zeros of a border are mixed in.
             # Only the first input is followed: the size is often computed from the images' shape, which is not affine.
+            # First, since operations are followed from the network back to the images: the last resizing counts.
+            self.size = self.size or self._size(into[1:2])
             return _unpadded(self.evaluate(into[0], depth), output, node)
         # All of these have a single output, number 0; another number means a different operation of the same name.
         if output.number or node.op not in {*OF_CONSTANTS, "Pad", "PadV2"}:
@@ -129,7 +135,22 @@ class GraphEvaluator:
         if len(self.inputs) > 1:
             raise Unclear("its graph has other inputs than images")
         kind = number(attribute(node, "dtype"), 6)
+        # Field 7 of an AttrValue is a shape; open axes are -1.
+        axes = [number(parse(axis), 1) for axis in messages(inner(attribute(node, "shape"), 7), 2)]
+        if len(axes) == 4 and all(0 < n < MAX_SIDE for n in axes[1:3]):
+            self.size = self.size or (axes[1], axes[2])
         return AffineImage(np.ones(3), np.zeros(3), is_integer=kind in INTEGERS)
+
+    def _size(self, outputs: list[Output]) -> tuple[int, int] | None:
+        """Returns the height and the width that a resizing asks for, if these are constants."""
+        for output in outputs:
+            try:
+                sizes = constant(self.graph.node(output)).reshape(-1).tolist()
+            except (Unclear, Damaged, ValueError):
+                return None
+            if len(sizes) == 2 and all(0 < n < MAX_SIDE and n == int(n) for n in sizes):
+                return int(sizes[0]), int(sizes[1])
+        return None
 
     def _variable(self, output: Output) -> np.ndarray:
         # Several keys are copies of one variable, so any will do; `min`, so that it is always the same one.

@@ -4,6 +4,7 @@ The graph is followed from the first convolution back to the images. `scale · i
 corresponds to a mean and a standard deviation; other operations do not.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Preprocessing:
         used: keys of all variables that the output is computed from; None where that is unknown.
         before: keys of those that are used before the first kernel.
         is_missing: whether there is no graph at all.
+        size: height and width of the images that the graph makes of its input, or of those that alone it takes, pixels;
+            None where it takes any, and leaves them as they are.
         graph: the graph itself.
     """
 
@@ -53,6 +56,7 @@ class Preprocessing:
     used: frozenset[str] | None = None
     before: frozenset[str] = frozenset()
     is_missing: bool = False
+    size: tuple[int, int] | None = None
     graph: Graph | None = field(default=None, repr=False)
 
 
@@ -91,11 +95,13 @@ def _trace_input(preprocessing: Preprocessing, graph: Graph, bundle: Bundle) -> 
     preprocessing = replace(preprocessing, stem=frozenset(stem))
     images = graph.inputs(convolution)[:1]
     try:
-        image = GraphEvaluator(graph, bundle).evaluate(images[0])
+        evaluator = GraphEvaluator(graph, bundle)
+        image = evaluator.evaluate(images[0])
+        preprocessing = replace(preprocessing, size=evaluator.size)
         if not isinstance(image, AffineImage):
             raise Unclear("its graph gives the network no images")
         _check_border(graph.node(convolution), image)
-        inputs, is_plain = _as_inputs(image)
+        inputs, is_plain = as_inputs(image)
     except Unclear as error:
         return replace(preprocessing, why=str(error))
     # `before`: variables that scale the images are part of `inputs` now, and must not count as left-over weights.
@@ -126,7 +132,7 @@ def _check_border(convolution: Node, image: AffineImage) -> None:
         )
 
 
-def _as_inputs(image: AffineImage) -> tuple[Inputs, bool]:
+def as_inputs(image: AffineImage) -> tuple[Inputs, bool]:
     """Returns mean and standard deviation for images in [0, 1], and whether images are passed on unchanged.
 
     Whether the graph takes images in [0, 1] or in 0 … 255 is inferred from its result: zero must be inside the range of
@@ -190,22 +196,44 @@ def after_head(preprocessing: Preprocessing, kernel: str, bias: str, where: str)
             _operations_after_head(preprocessing.graph, output, kernel, bias) for output in preprocessing.graph.outputs
         ]
     except UnexpectedOperation as error:
-        raise InputError(
-            f"{where} applies {error} to the input of its head, which no BiT network does; make it a part of the head, "
-            "or leave it out, and save the model again"
-        ) from None
+        raise unexpected(str(error), where) from None
     except Unclear as error:
         return (f"unknown what the original model does to the logits of its head, as {error}",)
     # A graph may return probabilities beside logits; the output that is nearest to the head is the one to report.
     ops = min((ops for ops in chains if ops is not None), key=len, default=None)
     if ops is None:
         return ("the original model's output is not that of its head, whose logits are used here",)
-    applied = ", ".join(reversed(ops))
+    return applied(ops[::-1])
+
+
+def applied(operations: Sequence[str]) -> tuple[str, ...]:
+    """Returns a note about what a model does to its logits, in order; none where it leaves them as they are."""
+    if not operations:
+        return ()
     return (
-        (f"the original model applies {applied} to the logits of its head; they are used unchanged here",)
-        if ops
-        else ()
+        f"the original model applies {', '.join(operations)} to the logits of its head; they are used unchanged here",
     )
+
+
+def unexpected(operation: str, where: str) -> InputError:
+    """Builds the error for a model that changes the features before they reach its head."""
+    return InputError(
+        f"{where} applies {operation} to the input of its head, which no BiT network does; make it a part of the head, "
+        "or leave it out, and save the model again"
+    )
+
+
+def sided(size: tuple[int, int]) -> tuple[int | None, tuple[str, ...]]:
+    """Returns the image size of a model that makes images of a size itself, or takes no others, and notes about it.
+
+    Args:
+        size: height and width, pixels.
+    """
+    height, width = size
+    shape = f"{height} × {width} pixels"
+    if height == width:
+        return height, (f"the original model is for images of {shape}, which is used as its image size",)
+    return None, (f"the original model is for images of {shape}; here images are square, so pass --side",)
 
 
 def _operations_after_head(graph: Graph, output: Output, kernel: str, bias: str) -> list[str] | None:

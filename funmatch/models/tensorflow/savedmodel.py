@@ -11,7 +11,7 @@ What happens to images before the first kernel is read from the graph of operati
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,25 +22,24 @@ from funmatch.data.formats.protobuf import Damaged
 from funmatch.errors import InputError
 from funmatch.models.bit import STEM, layout
 from funmatch.models.tensorflow.bundle import Bundle, open_bundle, read, read_strings
-from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs, after_head, input_preprocessing
+from funmatch.models.tensorflow.identify import (
+    PLACES,
+    SAVE_AGAIN,
+    UNIT,
+    by_full_names,
+    check_shapes,
+    check_unique,
+    no_network,
+    some,
+)
+from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs, after_head, input_preprocessing, sided
 from funmatch.models.weights import Lazily
 
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
-BODY = re.compile(
-    rf"{STEM}|(block[1-4]/unit\d\d/[abc]/)?group_norm/(gamma|beta)"
-    r"|block[1-4]/unit\d\d/([abc]|a/proj)/standardized_conv2d/kernel"
-)
-NUMBERED = r"(standardized_conv2d|group_norm)_\d+/"
 NETWORK = {"_root", "_blocks", "_pre_head", "_head"}
-UNIT = {"_unit_a": "a", "_unit_a_conv": "a", "_unit_b": "b", "_unit_c": "c", "_proj": "a/proj"}
-"""Attributes of `bit_tf2.models.ResnetV2` and of its units, these with the names of their variables."""
-
-PLACES = {"gamma": "group_norm/gamma", "beta": "group_norm/beta", "kernel": "standardized_conv2d/kernel"}
 
 # Attributes that lead to the state of training, and to second references to what a model holds anyway.
 TRAINING_STATE = {"optimizer", "_optimizer", "keras_api", "metrics", "_metrics", "compiled_metrics", "_all_variables"}
-
-SAVE_AGAIN = "in TensorFlow, load the model and save that network alone with tf.saved_model.save(network, folder)"
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class Savedmodel:
         is_plain: whether its graph passes images on unchanged, so that it may have been trained on any range.
         why: reason why inputs are unknown.
         notes: sentences that a user should know.
+        side: of the images that the model itself makes of its input, or that alone it takes, pixels; None: any.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -81,6 +81,7 @@ class Savedmodel:
     is_plain: bool = False
     why: str = ""
     notes: tuple[str, ...] = ()
+    side: int | None = None
 
 
 def open_savedmodel(folder: Path) -> Savedmodel:
@@ -104,17 +105,18 @@ def open_savedmodel(folder: Path) -> Savedmodel:
         ignored |= set(bundle.entries) - preprocessing.used  # the output does not depend on these
     weights = {key: name for key, name in _variables(graph, bundle, folder).items() if key not in ignored}
     is_alone, keys = _network_keys(graph, bundle, weights, str(folder))
-    shapes = _check_shapes(keys, bundle, str(folder))
+    shapes = check_shapes(keys, bundle.entries, str(folder))
     # Weights left over mean that the model computes something else, which we would silently leave out.
     if left := {key for key, entry in bundle.entries.items() if entry.is_weight} - ignored - set(keys.values()):
-        raise InputError(f"{folder} holds more than a BiT network: {_some(left)}; {SAVE_AGAIN}")
+        raise InputError(f"{folder} holds more than a BiT network: {some(left)}; {SAVE_AGAIN}")
     arrays = Lazily(keys, lambda name: read(bundle, keys[name]).reshape(shapes[name]))
     if preprocessing.is_missing and is_alone:  # there is nothing around it that could change images
         return Savedmodel(arrays, AS_GIVEN, is_plain=True)
     if preprocessing.stem and keys[STEM] not in preprocessing.stem:
         return Savedmodel(arrays, None, why="its graph uses another network")
-    notes = after_head(preprocessing, keys["head/kernel"], keys["head/bias"], str(folder))
-    return Savedmodel(arrays, preprocessing.inputs, preprocessing.is_plain, preprocessing.why, notes)
+    side, notes = sided(preprocessing.size) if preprocessing.size else (None, ())
+    notes += after_head(preprocessing, keys["head/kernel"], keys["head/bias"], str(folder))
+    return Savedmodel(arrays, preprocessing.inputs, preprocessing.is_plain, preprocessing.why, notes, side)
 
 
 def _read_graph(message: bytes) -> Graph:
@@ -175,15 +177,9 @@ def _network_keys(graph: Graph, bundle: Bundle, weights: dict[str, str], where: 
     # In a module of the Hub (`_func`), such an object is not the whole network; names identify that one.
     if nets and not any("_func" in node.children for node in graph):
         return nets[0] is graph[0], _by_attributes(graph, nets[0], where)
-    names = {key: re.sub(NUMBERED, r"\1/", name.removesuffix(":0")) for key, name in weights.items()}
-    prefixes = {name.removesuffix(STEM) for name in names.values() if f"/{name}".endswith(f"/{STEM}")}
-    if any(f"{prefix}block1/unit01/a/{PLACES['kernel']}" in names.values() for prefix in prefixes):
-        if len(prefixes) > 1:
-            raise InputError(
-                f"{where} holds {len(prefixes)} BiT networks, {_some(prefixes)}; expected one: {SAVE_AGAIN}"
-            )
-        return False, _by_names(names, prefixes.pop(), bundle, where)
-    return False, _by_order(graph, bundle, names, where)
+    if keys := by_full_names(weights, bundle.entries, where):
+        return False, keys
+    return False, _by_order(graph, bundle, weights, where)
 
 
 def _by_attributes(graph: Graph, net: Node, where: str) -> dict[str, str]:
@@ -198,7 +194,7 @@ def _by_attributes(graph: Graph, net: Node, where: str) -> dict[str, str]:
             parts = [(part, leaf) for edge, part in UNIT.items() if edge in unit for leaf in _leaves(graph, unit[edge])]
             pairs += [(f"block{b}/unit{u:02}/{part}/{PLACES.get(leaf, leaf)}", key) for part, (leaf, key) in parts]
     pairs += [(f"head/{leaf}", key) for leaf, key in _leaves(graph, net.children["_head"])]
-    return _check_unique(pairs, where)
+    return check_unique(pairs, where)
 
 
 def _stack(graph: Graph, top: int) -> list[int]:
@@ -226,19 +222,6 @@ def _leaves(graph: Graph, top: int) -> list[tuple[str, str]]:
     return [(leaf, key) for key, leaf in leaves.items()]
 
 
-def _by_names(names: dict[str, str], prefix: str, bundle: Bundle, where: str) -> dict[str, str]:
-    """Identifies the variables of a network by their full names, and those of its head by their ranks."""
-    # The head is a layer of the user's own, with any name.
-    body = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
-    body = {key: name for key, name in body.items() if BODY.fullmatch(name)}
-    rest = {key: name for key, name in names.items() if key not in body}
-    pairs = [(name, key) for key, name in body.items()]
-    for leaf, ranks in (("kernel", (2, 4)), ("bias", (1,))):
-        of_head = [key for key, name in rest.items() if name.split("/")[-1] == leaf]
-        pairs += [(f"head/{leaf}", key) for key in of_head if len(bundle.entries[key].shape) in ranks]
-    return _check_unique(pairs, where)
-
-
 def _by_order(graph: Graph, bundle: Bundle, names: dict[str, str], where: str) -> dict[str, str]:
     """Identifies the variables of a Keras export, a list in the order of the model's layers."""
     children = graph[0].children
@@ -253,43 +236,4 @@ def _by_order(graph: Graph, bundle: Bundle, names: dict[str, str], where: str) -
         parts = [(name.split("/")[-1], shape) for name, shape in expected.items()]
         if parts == [(names[key].split("/")[-1], shape) for key, shape in zip(listed, shapes, strict=True)]:
             return dict(zip(expected, listed, strict=True))
-    raise InputError(
-        f"{where} has no recognizable BiT network; its variables are {_some(names.values())}; expected a module of "
-        f"TensorFlow Hub with a Dense head, or a bit_tf2.models.ResnetV2; if it is one, {SAVE_AGAIN}"
-    )
-
-
-def _check_unique(pairs: list[tuple[str, str]], where: str) -> dict[str, str]:
-    """Returns the keys by name, or raises `InputError` if two variables have the same name."""
-    keys: dict[str, str] = {}
-    for name, key in pairs:
-        if name in keys:
-            raise InputError(f"{where} holds two variables for {name}: {keys[name]} and {key}; {SAVE_AGAIN}")
-        keys[name] = key
-    return keys
-
-
-def _check_shapes(keys: dict[str, str], bundle: Bundle, where: str) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes by name, or raises `InputError` unless they are those of a complete BiT network."""
-    entries = {name: bundle.entries[key] for name, key in keys.items()}
-    positions = [(int(m[1]), int(m[2])) for name in keys if (m := re.match(r"block(\d)/unit(\d+)/", name))]
-    units = tuple(max((unit for block, unit in positions if block == b), default=1) for b in (1, 2, 3, 4))
-    width, classes = (entries[name].shape[-1:] if name in entries else () for name in (STEM, "head/bias"))
-    expected = layout(units, *width or (64,), *classes or (1,))
-    problems = [f"{name} is missing" for name in expected if name not in keys]
-    problems += [f"{key} has no counterpart in BiT" for name, key in keys.items() if name not in expected]
-    for name, entry in entries.items():
-        # Axes of one element do not matter: some heads are convolutions, some norms have four axes.
-        if name in expected and [n for n in entry.shape if n != 1] != [n for n in expected[name] if n != 1]:
-            problems.append(f"{name} has shape {entry.shape}, expected {expected[name]}")
-        elif not entry.is_weight:
-            problems.append(f"{name} is not of floats")
-    if problems:
-        raise InputError(f"{where} is not a complete BiT network: {_some(problems)}; {SAVE_AGAIN}")
-    return expected
-
-
-def _some(words: Iterable[str]) -> str:
-    """Lists the first few of some words, sorted."""
-    first, *rest = sorted(words) or ["none"]
-    return ", ".join([first, *rest[:3]]) + (f" … and {len(rest) - 3} more" if len(rest) > 3 else "")
+    raise no_network(where, names.values())
