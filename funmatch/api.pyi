@@ -453,9 +453,16 @@ class PrepareOptions(ImagesOptions, total=False):
     out: str | Path | None
     """Folder for the shards. (default: none)"""
     side: int | None
-    """Resize the images of the shards to a square of this many pixels a side. (default: each image's own size)"""
+    """Resize the images of the shards to this many pixels a side: to a square, unless fit="keep". (default: each
+    image's own size)"""
     img_size: int | None
     """The same as side."""
+    fit: Literal["squash", "keep"]
+    """How side treats the aspect. squash: make every image a square, as the earlier TensorFlow project did with 384.
+    keep: make the shorter side that long and keep the aspect. (default: squash)"""
+    resample: Literal["antialias", "bicubic", "tf"]
+    """How side resizes. antialias: bilinear with antialias, as Pillow. bicubic: bicubic with antialias. tf: bilinear
+    without antialias, as tf.image.resize and so the earlier TensorFlow project. (default: antialias)"""
     shard_size: int
     """Images per shard. (default: 128)"""
 

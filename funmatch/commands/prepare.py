@@ -8,10 +8,11 @@ from funmatch.config import Prepare
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.dataset import NAMED_AT_MOST
 from funmatch.data.readers.catalog import CATALOG
+from funmatch.data.shard_images import Resizing
 from funmatch.data.write_tfrecords import write_shards
 from funmatch.errors import printable
 from funmatch.reports.result import Result
-from funmatch.runtime.log import out, print_table, track
+from funmatch.runtime.log import info, out, print_table, track
 from funmatch.training import datasets
 
 LISTED = 20
@@ -32,10 +33,13 @@ def run(config: Prepare) -> Result:
             datasets.read_options(config),
             datasets.cache_options(config),
             config.out.expanduser(),
-            side=config.side,
+            resizing=Resizing(config.side, config.fit, config.resample) if config.side else None,
             size=config.shard_size,
             track=track,
         )  # fmt: skip
+        # Caches say theirs when they are opened.
+        for note in shards["notes"]:
+            info(note if note.startswith("WARNING: ") else f"note: {note}")
         return Result(config.out.expanduser(), shards)
     # Read again, although it may be cached: this command is how users look at files that they have changed.
     return Result(None, summarize(datasets.open_data_set(config, config.data, refresh=True), config.data))

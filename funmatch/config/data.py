@@ -117,7 +117,13 @@ class Prepare(Named):
         Opt(group=Group.OUTPUT, changes=DATA, at_least=1, at_most=16384, usual="each image's own size",
             aliases=("--img-size",)),
     ] = None  # fmt: skip
-    """Resize the images of the shards to a square of this many pixels a side."""
+    """Resize the images of the shards to this many pixels a side: to a square, unless --fit keep."""
+    fit: Annotated[Literal["squash", "keep"], Opt(group=Group.OUTPUT, changes=DATA)] = "squash"
+    """How --side treats the aspect. squash: make every image a square, as the earlier TensorFlow project did with
+    384. keep: make the shorter side that long and keep the aspect."""
+    resample: Annotated[Literal["antialias", "bicubic", "tf"], Opt(group=Group.OUTPUT, changes=DATA)] = "antialias"
+    """How --side resizes. antialias: bilinear with antialias, as Pillow. bicubic: bicubic with antialias. tf:
+    bilinear without antialias, as tf.image.resize and so the earlier TensorFlow project."""
     shard_size: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=1, at_most=10**6)] = 128
     """Images per shard."""
 
@@ -128,6 +134,8 @@ class Prepare(Named):
         # Refused, not ignored: somebody who gives them expects a folder of shards.
         if self.to == "cache" and (self.out or self.side):
             found.append("--out and --side belong to --to tfrecord")
+        if not self.side and (self.fit != "squash" or self.resample != "antialias"):
+            found.append("--fit and --resample say how --side resizes the images of shards; pass --side too")
         return found + super().problems()
 
 

@@ -7,32 +7,33 @@ import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from funmatch.data.cache.build import CacheOptions, read_again, unreadable
 from funmatch.data.cache.open_cache import scan_dataset
 from funmatch.data.cache.scan import Scan, by_split, content_digest, fingerprint, reason_of, summary
-from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
-from funmatch.data.decode import decode, header
+from funmatch.data.dataset import UNLABELLED, Dataset, ReadOptions, Track, untracked
 from funmatch.data.formats.tfrecord import DamagedRecord, example, frame, records
 from funmatch.data.labels import CLASS_FILES
 from funmatch.data.limits import is_of_machine
 from funmatch.data.readers.open import open_dataset
 from funmatch.data.readers.shard_paths import NOTE
+from funmatch.data.shard_images import Resizing, jpeg
 from funmatch.errors import InputError
 from funmatch.ops.order import shuffle_positions
 from funmatch.runtime.disk.files import cache_home, disk_errors, write_atomically
 from funmatch.runtime.disk.json_files import Damaged, read_json
 from funmatch.runtime.disk.locks import file_lock
 
-QUALITY = 95
 CLASS_FILE = CLASS_FILES[0]
-JPEG_MAGIC = b"\xff\xd8\xff"
+FOLDERS = {"val": "validation"}
+"""Names of splits in shards where they differ from ours: those that notebooks of the earlier project look for."""
+FORMAT = 2
+"""Version of these names in the note; without one, shards for validation lie in `val/`, where they are still read."""
 
 NamedBadImages = list[tuple[str, int, str, str]]
 """Split, index, name and reason of images that cannot be decoded."""
@@ -44,21 +45,23 @@ def write_shards(
     cache_options: CacheOptions,
     folder: Path,
     *,
-    side: int | None = None,
+    resizing: Resizing | None = None,
     size: int = 128,
     track: Track = untracked,
 ) -> dict[str, Any]:
     """Writes a data set as shards `<split>/<split>_<name>-<shard>-<count>.tfrec`, each complete or absent.
+
+    Splits are called train, validation and test.
 
     A record is a `tf.train.Example` of `image` (JPEG of quality 95 without chroma subsampling) and `class` (int64;
     absent where nothing is labelled), in random order. Complete shards of an interrupted attempt are kept.
 
     Args:
         data: specs of the data sets to write.
-        options, cache_options: of the latter only the decoder, the limits, and `on_bad` matter.
+        options, cache_options: of the latter only the decoder, the limits, and `on_bad` matter. With `unlabelled`,
+            records have no `class`.
         folder: for the shards, the class names (`class.labels.txt`) and a description (`funmatch.json`).
-        side: images are resized to this square (bilinear, antialiased), pixels; None keeps their size, and the very
-            bytes of upright RGB JPEGs.
+        resizing: of the images; None keeps their size, and the very bytes of upright RGB JPEGs.
         size: images per shard.
         track: shows progress.
 
@@ -71,23 +74,36 @@ def write_shards(
     home = cache_options.home or cache_home()
     folder = Path(os.path.realpath(folder))  # the finished folder cannot be renamed to a link
     dataset, scanned = scan_dataset(open_dataset(data, options, track), cache_options, track)
+    dataset = _without_labels(dataset) if options.unlabelled else dataset
     _check_labels(dataset)
-    description = {
-        "name": dataset.name,
-        "labelled": bool(dataset.classes),
-        "side": side,
-        "shard_size": size,
-        "content": fingerprint_of(dataset, scanned),
-    }
+    description = _describe(dataset, scanned, resizing, size)
     # The lock lies with the caches, since the folder itself does not exist until it is complete.
     with file_lock(home / f"shards-{hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()}.lock"):
         done = _finished_shards(folder, description, dataset)
-        written, bad = done or _write_folder(folder, description, dataset, scanned, cache_options, track)
+        written, bad = done or _write_folder(folder, description, dataset, scanned, resizing, cache_options, track)
     if bad and cache_options.on_bad == "stop":
         raise unreadable(dataset.display_name, [(name, reason) for _, _, name, reason in bad], home)
     written_paths = [str(folder / path) for path in written]
     place = {"name": dataset.name, "data": list(data), "folder": str(folder), "shards": written_paths}
-    return place | _summarize(dataset, scanned, bad)
+    old = f"{folder} is of an earlier version, with validation shards in val/; for validation/, choose another --out"
+    notes = (*dataset.notes, *([old] if any(path.startswith("val/") for path in written) else []))
+    return place | _summarize(replace(dataset, notes=notes), scanned, bad)
+
+
+def _describe(dataset: Dataset, scanned: Scan, resizing: Resizing | None, size: int) -> dict[str, Any]:
+    """Describes shards as their note does, by which those of an earlier attempt are recognised."""
+    description = {
+        "name": dataset.name,
+        "labelled": bool(dataset.classes),
+        "side": resizing and resizing.side,
+        "shard_size": size,
+        "content": fingerprint_of(dataset, scanned),
+        "format": FORMAT,
+    }
+    # Only where they are chosen: notes of earlier versions do not name them.
+    if resizing and (resizing.fit, resizing.resample) != (Resizing.fit, Resizing.resample):
+        description |= {"fit": resizing.fit, "resample": resizing.resample}
+    return description
 
 
 def _write_folder(
@@ -95,14 +111,15 @@ def _write_folder(
     description: dict[str, Any],
     dataset: Dataset,
     scanned: Scan,
+    resizing: Resizing | None,
     cache_options: CacheOptions,
     track: Track,
 ) -> tuple[list[str], NamedBadImages]:
     """Writes into a folder beside the final one, and renames it once all images are there that should be."""
-    side, size = description["side"], description["shard_size"]
+    size = description["shard_size"]
     with disk_errors(folder):
         partial = _begin(folder, dataset, description)
-        written, bad = _write_splits(partial, dataset, scanned, cache_options, side, size, track)
+        written, bad = _write_splits(partial, dataset, scanned, resizing, cache_options, size, track)
         # Otherwise the attempt stays: the same command with --on-bad skip goes on from there.
         if not bad or cache_options.on_bad == "skip":
             write_atomically(partial / NOTE, json.dumps(description | {"shards": written, "unreadable": bad}))
@@ -114,6 +131,13 @@ def _write_folder(
 def _summarize(dataset: Dataset, scanned: Scan, bad: NamedBadImages) -> dict[str, Any]:
     counts = summary(dataset, scanned, {(split, i) for split, i, *_ in bad})
     return counts | {"unreadable": [[name, reason] for _, _, name, reason in bad], "notes": dataset.notes}
+
+
+def _without_labels(dataset: Dataset) -> Dataset:
+    splits = {
+        name: replace(split, labels=np.full_like(split.labels, UNLABELLED)) for name, split in dataset.splits.items()
+    }
+    return replace(dataset, classes=(), unnamed=False, splits=splits)
 
 
 def _check_labels(dataset: Dataset) -> None:
@@ -133,8 +157,8 @@ def _write_splits(
     folder: Path,
     dataset: Dataset,
     scanned: Scan,
+    resizing: Resizing | None,
     cache_options: CacheOptions,
-    side: int | None,
     size: int,
     track: Track,
 ) -> tuple[list[str], NamedBadImages]:
@@ -151,11 +175,12 @@ def _write_splits(
         order = [
             int(i) for i in shuffle_positions(0, np.arange(len(listing)), len(listing)) if int(i) not in scan_reasons
         ]
-        (folder / split).mkdir(exist_ok=True)
+        place = folder / FOLDERS.get(split, split)
+        place.mkdir(exist_ok=True)
         groups = [order[at : at + size] for at in range(0, len(order), size)]
         for number, group in enumerate(track(groups, len(groups), f"writing {split}")):
-            where = folder / split / f"{split}_{stem}-{number:02d}"
-            path, failed = _write_shard(where, dataset, split, group, rows["digest"], side, cache_options)
+            where = place / f"{place.name}_{stem}-{number:02d}"
+            path, failed = _write_shard(where, dataset, split, group, rows["digest"], resizing, cache_options)
             written += [path.relative_to(folder).as_posix()] if path else []
             bad += failed
     return written, bad
@@ -181,8 +206,10 @@ def _finished_shards(
     note = _read_note(folder)
     if note is None:
         return None
+    # Notes of earlier versions lack `format`; what they describe is the same but for the name of a folder.
+    found = {"format": FORMAT} | {key: note.get(key) for key in {**description, "fit": 0, "resample": 0} if key in note}
     # Only a finished folder lists its shards.
-    if {key: note.get(key) for key in description} != description or "shards" not in note:
+    if found != description or "shards" not in note:
         raise InputError(f"{folder} holds shards of other images or of another format; choose another --out")
     damaged = [name for name in note["shards"] if not _is_intact(folder / name)]
     if damaged:
@@ -230,7 +257,7 @@ def _write_shard(
     split: str,
     group: list[int],
     digests: np.ndarray,
-    side: int | None,
+    resizing: Resizing | None,
     cache_options: CacheOptions,
 ) -> tuple[Path | None, NamedBadImages]:
     """Writes `<where>-<count>.tfrec`, unless an interrupted attempt has; returns its path and the unreadable images."""
@@ -243,7 +270,7 @@ def _write_shard(
         # Outside `try`: a file that has changed since the scan ends the export, whatever is wrong with it now.
         encoded = read_again(dataset, split, i, digests[i].tobytes())
         try:
-            image = jpeg(encoded, side, cache_options)
+            image = jpeg(encoded, resizing, cache_options)
         except Exception as error:  # decoders raise many types
             if is_of_machine(error):
                 raise
@@ -270,18 +297,3 @@ def _is_intact(shard: Path) -> bool:
         return sum(1 for _ in records(shard)) == int(shard.stem.rpartition("-")[2])
     except (DamagedRecord, OSError):
         return False
-
-
-def jpeg(encoded: bytes, side: int | None, cache_options: CacheOptions) -> bytes:
-    """Returns an image as a JPEG: its own bytes where possible, else decoded, resized and encoded again."""
-    if side is None and encoded[:3] == JPEG_MAGIC and not header(encoded, cache_options.limits).kinds:
-        # Decoded only as a check: a truncated JPEG has a valid header.
-        decode(encoded, decoder=cache_options.decoder, limits=cache_options.limits)
-        return encoded
-    image = Image.fromarray(decode(encoded, decoder=cache_options.decoder, limits=cache_options.limits))
-    if side is not None:
-        image = image.resize((side, side), Image.Resampling.BILINEAR)
-    file = BytesIO()
-    # No chroma subsampling: it would halve the resolution of colour in images that are small already.
-    image.save(file, "JPEG", quality=QUALITY, subsampling=0)
-    return file.getvalue()

@@ -203,7 +203,7 @@ def build_setup(
     warn_of_late_steps(config)
     evaluation = Evaluation(
         scoring.validation_split(cache, config.val),
-        scoring.test_split(cache, config.val),
+        scoring.test_split(cache, config.val, with_teacher=isinstance(config, Distill)),
         scoring.eval_view(config, device),
     )
     # From the recorded fact, not from what is available now.

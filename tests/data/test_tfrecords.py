@@ -196,7 +196,7 @@ def test_written_shards_hold_the_resized_images(images, funmatch, tmp_path):
     funmatch("prepare", images, "--to", "tfrecord", "--side", "16", "--shard-size", "4", "--out", "shards")
     names = sorted(path.relative_to(tmp_path / "shards").as_posix() for path in tmp_path.glob("shards/*/*"))
     assert names[:2] == ["test/test_images-00-4.tfrec", "test/test_images-01-4.tfrec"]
-    assert names[-1] == "val/val_images-02-1.tfrec"
+    assert names[-1] == "validation/validation_images-02-1.tfrec"
     source = open_dataset(f"tfrecord:{tmp_path / 'shards'}")
     assert source.classes == ("ant", "bee", "cat")
     original = open_dataset(str(images))

@@ -6,8 +6,10 @@ import pytest
 from make_images import paint
 
 import funmatch
+from funmatch.data.cache.open_cache import open_cache
 from funmatch.errors import InputError
 from funmatch.runtime.disk.json_files import seal
+from funmatch.training.evaluation import scoring, subject
 from funmatch.training.run import folder as run_folder
 
 TINY = {"student": "fashion-mini-student", "steps": 4, "batch": 16, "eval_every": 2, "side": 16, "threads": 1}
@@ -164,3 +166,19 @@ def test_a_class_that_is_held_out_whole_is_a_warning(tmp_path, capfd):
         if "WARNING: all images of bee were held out" in capfd.readouterr().err:
             return
     raise AssertionError("no seed held the image out")
+
+
+def test_test_images_without_labels_measure_agreement_alone(tmp_path, capfd):
+    data = write_images(tmp_path / "images", train=6, val=4)
+    for i in range(3):
+        paint(data / "test" / f"{i}.png", 5000 + i)
+    run = funmatch.train(data=data, out=tmp_path / "run", **TINY)
+    assert (run.figures["split"], run.figures["pictures"]) == ("val", 8)
+    assert run.figures["top1"] is not None
+    assert "test has no labels, so the figures are of val" in capfd.readouterr().err
+    cache = open_cache(str(data))
+    for with_teacher, name in ((False, "val"), (True, "test")):
+        chosen = scoring.test_split(cache, None, with_teacher=with_teacher)
+        assert chosen.name == subject.pick_split(cache, "auto", with_teacher=with_teacher).name == name
+    assert "so only agreement is measured there" in scoring.describe_unlabelled_test(cache, chosen)
+    assert not scoring.describe_unlabelled_test(cache.without_labels(), chosen), "nothing else could be measured"

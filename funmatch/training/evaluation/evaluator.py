@@ -67,6 +67,8 @@ class Evaluator:
         # The trials of a search are many, and its own progress tells of them.
         if not self.setup.inputs.trial:
             self._say_kept(state)
+            if note := scoring.describe_unlabelled_test(self.setup.cache, split):
+                info(note)
             info(f"evaluating {describe_images(about['pictures'], about['split'], about.get('held_out_of'))} …")
         # The teachers' logits of the validation split were computed at the start; reuse them if that is also the test.
         teacher_logits = self.teacher_logits

@@ -203,9 +203,30 @@ def evenly_spread(count: int, most: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, most)).astype(int)
 
 
-def test_split(cache: Cache, val: str | None) -> CachedSplit:
-    """Returns the split for the finished student: test, else the validation split."""
-    return cache.splits.get("test") or validation_split(cache, val)
+def test_split(cache: Cache, val: str | None, *, with_teacher: bool) -> CachedSplit:
+    """Returns the split for the finished student: test, else the validation split.
+
+    Args:
+        val: the resolved option.
+        with_teacher: whether answers are compared with a teacher's, for which images need no labels.
+    """
+    test, validation = cache.splits.get("test"), validation_split(cache, val)
+    # Test images without labels, as competitions publish them, measure nothing but agreement.
+    return test if test and (test.labelled or with_teacher or not validation.labelled) else validation
+
+
+def describe_unlabelled_test(cache: Cache, split: CachedSplit) -> str:
+    """Returns a note where the test images have no labels but others have; empty otherwise.
+
+    Args:
+        split: that is evaluated on.
+    """
+    test, others = cache.splits.get("test"), [each.labelled for name, each in cache.splits.items() if name != "test"]
+    if test is None or test.labelled or not any(others):
+        return ""
+    if split.name != test.name:
+        return f"note: test has no labels, so the figures are of {split.name}; predict gives the answers for test"
+    return "note: test has no labels, so only agreement is measured there; for accuracy, use evaluate --split val"
 
 
 def default_eval_resize(side: int, card: Card) -> int:

@@ -110,12 +110,14 @@ def open_all(config: Evaluate, given: loading.Modules) -> Opened:
     cache, training, evaluation = datasets.open_evaluation_data(
         config, config.model, run.config["verb"] if run else "", knobs
     )
-    split = pick_split(cache, config.split)
     subjects = [_subject(config, each, cache, device) for each in models]
-    view = subjects[0].view
+    teachers = open_teachers(config, knobs, cache, subjects[0].view, given)
+    split = pick_split(cache, config.split, with_teacher=teachers is not None)
+    if config.split == "auto" and (note := scoring.describe_unlabelled_test(cache, split)):
+        info(note)
     return Opened(
         subjects,
-        open_teachers(config, knobs, cache, view, given),
+        teachers,
         cache,
         split,
         training if split.name == "train" else evaluation,
@@ -150,15 +152,22 @@ def _subject(config: Evaluate, trained: TrainedModel, cache: Cache, device: torc
     return Subject(trained.name, network, view, parameters, trained, class_map is not None)
 
 
-def pick_split(cache: Cache, name: str) -> CachedSplit:
+def pick_split(cache: Cache, name: str, *, with_teacher: bool = True) -> CachedSplit:
     """Returns the named split; `auto` is test, else validation, else training.
+
+    Args:
+        name: of the split, or `auto`.
+        with_teacher: whether a teacher's answers are compared with; without one, `auto` needs labels.
 
     Raises:
         InputError: there is none of this name.
     """
     # Test first: the best weights may have been chosen on the validation images.
     if name == "auto":
-        return cache.splits.get("test") or cache.splits.get("val") or cache.splits["train"]
+        splits = [cache.splits[name] for name in ("test", "val", "train") if name in cache.splits]
+        # Not the training images, which would look better than they are.
+        measured = [split for split in splits if with_teacher or (split.labelled and split.name != "train")]
+        return (measured or splits)[0]
     name = SPLIT_NAMES.get(name, name)
     if name not in cache.splits:
         raise unknown("split", name, cache.splits)
