@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.data import Images
+from funmatch.config.finished.model import FinishedModel
 from funmatch.config.loop import Loop
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, Options, like
 from funmatch.config.train import Train
-from funmatch.config.values import Duration, Names, duration_problems
+from funmatch.config.values import Duration, Names, Pairs, duration_problems
 
 PLACE, STUDENT = Changes.PLACE, Changes.STUDENT
 
@@ -189,6 +190,9 @@ class Import(Options):
         Opt(group=Group.STUDENT, changes=STUDENT, refers=Refers.WEIGHTS, usual="none", essential=True),
     ] = None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name."""
+    model_kwargs: Annotated[Pairs, like(FinishedModel, "model_kwargs")] = ()
+    """Arguments for timm's constructor; for a BiT .npz also pool_padding=zeros or -inf, the padding of its first
+    max-pool."""
     inputs: Annotated[
         Literal["auto", "0..1", "-1..1", "imagenet"], Opt(group=Group.STUDENT, changes=STUDENT, essential=True)
     ] = "auto"

@@ -3,6 +3,9 @@
 The older layout calls a kernel `resnet/block1/unit01/a/standardized_conv2d/kernel` (sometimes `standardized_conv2d_7`),
 big_vision's own `block1/unit01/conv1/kernel`, often under `params/`. The canonical names are the first, without
 `resnet/`.
+
+The layout also says which code trained the network, and so how its first max-pool is padded: TensorFlow's code pads
+with zeros, as timm does, big_vision's with −∞. The weights fit both, and the logits differ by some percent.
 """
 
 import re
@@ -23,8 +26,15 @@ from funmatch.models.checkpoints import signatures
 from funmatch.models.weights import Lazily
 
 # This path is written into the `config.json` of saved models, so `network` must stay in `funmatch.models.bit`.
-OTHER_SIZES = "funmatch.models.bit:network"
-"""Architecture of a BiT network whose size is none of timm's."""
+OWN = "funmatch.models.bit:network"
+"""Architecture of a BiT network that timm cannot build: of another size, or with another padding."""
+
+STEM_TYPES = {"zeros": "fixed", "-inf": ""}
+"""Paddings of the first max-pool, and the `stem_type` of timm's `ResNetV2` that has them."""
+WRITERS = {"zeros": "TensorFlow's code", "-inf": "big_vision"}
+"""Code that pads so."""
+PADDING = "pool_padding"
+"""Argument of `network` that chooses one of them; accepted for every `.npz` file."""
 
 PUBLISHED_EPS, TIMM_EPS = 1e-10, 1e-8
 """eps of the weight standardisation in BiT networks: as published, and as timm builds them."""
@@ -55,11 +65,12 @@ RENAMED = (
 )
 
 
-def read_npz(path: Path) -> tuple[str, dict[str, Any], Lazily[Tensor]]:
+def read_npz(path: Path) -> tuple[str, dict[str, Any], Lazily[Tensor], str]:
     """Opens a published BiT checkpoint; arrays are read on access.
 
     Returns:
-        architecture, arguments of its constructor, and its state (see `assemble`).
+        architecture, arguments of its constructor, its state (see `assemble`), and the padding of its first max-pool in
+        the code that wrote such files, one of `STEM_TYPES`.
 
     Raises:
         InputError: it is not an `.npz` file, or of another network.
@@ -88,10 +99,11 @@ def read_npz(path: Path) -> tuple[str, dict[str, Any], Lazily[Tensor]]:
 
     architecture, size, state = assemble(Lazily(names, read), str(path))
     # Published files have known sizes only; any other size means that a unit is missing from the file.
-    if architecture == OTHER_SIZES:
+    if architecture == OWN:
         known = ", ".join(f"R{depth}x{width}" for depth, widths in WIDTHS.items() for width in widths)
         raise InputError(f"{path} is a network with {size['units']} units in its blocks; expected one of {known}")
-    return architecture, size, state
+    by_big_vision = any("conv_root/" in name for name in names)
+    return architecture, size, state, "-inf" if by_big_vision else "zeros"
 
 
 def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, dict[str, Any], Lazily[Tensor]]:
@@ -102,7 +114,7 @@ def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, dict[st
         where: source of the arrays, for messages.
 
     Returns:
-        timm's name of the network, such as `resnetv2_101x3_bit`, or `OTHER_SIZES`; arguments of its constructor beside
+        timm's name of the network, such as `resnetv2_101x3_bit`, or `OWN`; arguments of its constructor beside
         `num_classes`; and its state by timm's names, with all variables, so that missing and extra ones are noticed.
 
     Raises:
@@ -121,7 +133,7 @@ def assemble(arrays: Mapping[str, np.ndarray], where: str) -> tuple[str, dict[st
     depth = DEPTHS.get(units)
     if depth and stem[-1] / 64 in WIDTHS[depth]:
         return f"resnetv2_{depth}x{stem[-1] // 64}_bit", {}, state
-    return OTHER_SIZES, {"units": units, "width": stem[-1]}, state
+    return OWN, {"units": units, "width": stem[-1]}, state
 
 
 def layout(units: tuple[int, ...], width: int, classes: int) -> dict[str, tuple[int, ...]]:
@@ -151,22 +163,34 @@ def layout(units: tuple[int, ...], width: int, classes: int) -> dict[str, tuple[
     return shapes | {"head/kernel": (into, classes), "head/bias": (classes,)}
 
 
-def network(units: Sequence[int], width: int, num_classes: int) -> nn.Module:
-    """Builds a BiT network of any size.
+def size_of(architecture: str) -> dict[str, Any]:
+    """Returns the arguments with which `network` builds one of timm's BiT networks, e.g. `resnetv2_101x3_bit`."""
+    depth, width = map(int, architecture.removeprefix("resnetv2_").removesuffix("_bit").split("x"))
+    (units,) = (units for units, each in DEPTHS.items() if each == depth)
+    return {"units": units, "width": 64 * width}
+
+
+def network(
+    units: Sequence[int], width: int, num_classes: int, pool_padding: str = "zeros", **options: Any
+) -> nn.Module:
+    """Builds a BiT network of any size, with either padding.
 
     Args:
         units: in each of the four blocks.
         width: channels of the stem, in 32 groups; 64 in an R50x1.
         num_classes: outputs of the head.
+        pool_padding: of the first max-pool, `zeros` or `-inf`.
+        options: further arguments of timm's `ResNetV2`, e.g. `drop_path_rate`.
     """
-    # Saved models name this function as their architecture (`OTHER_SIZES`), so it must keep its name and arguments.
+    # Saved models name this function as their architecture (`OWN`), so it must keep its name and arguments.
     return ResNetV2(
         layers=list(units),
         channels=tuple(4 * width << block for block in range(4)),
         stem_chs=width,
         num_classes=num_classes,
-        stem_type="fixed",
+        stem_type=STEM_TYPES[pool_padding],
         conv_layer=partial(StdConv2d, eps=TIMM_EPS),
+        **options,
     )
 
 

@@ -73,6 +73,8 @@ class Classifier(nn.Module):
         frozen_modules: modules of the network that are not trained and stay in eval mode.
         compiled_net: the network compiled for training, or None.
         notes: sentences that a user should know.
+        alternatives: options of its constructor (`key=value`) with which the same file is another network, where the
+            file does not decide between them.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Classifier(nn.Module):
         self.frozen_modules: tuple[str, ...] = ()
         self.compiled_net: Callable[[Tensor], Any] | None = None
         self.notes: tuple[str, ...] = ()
+        self.alternatives: tuple[str, ...] = ()
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
         self.net = with_safe_layouts(to_memory_format(net, torch.channels_last))
         self.card = card

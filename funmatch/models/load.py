@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from funmatch.errors import InputError, is_out_of_memory
@@ -26,7 +27,8 @@ from funmatch.models.names import (
     own_architecture,
     renaming_note,
 )
-from funmatch.models.origins import Origin, find_origin
+from funmatch.models.origins.find import find_origin
+from funmatch.models.origins.origin import Origin
 from funmatch.models.tensorflow.preprocessing import Inputs
 from funmatch.models.weights import fill
 
@@ -101,7 +103,9 @@ def _memory_for(name: str) -> Generator[None]:
 def _from_origin(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:
     """Builds the network of an origin for views of a side, and fills it with the weights."""
     if is_function(origin.architecture):
-        net = custom.call_function(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
+        # Ours needs no memory before its weights come (`weights.fill`); a user's function may compute with its weights.
+        with torch.device("meta") if origin.architecture == bit.OWN else nullcontext():
+            net = custom.call_function(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
         net = net.net if isinstance(net, Classifier) else net
     else:
         net = timm_models.create_empty(origin.architecture, origin.kwargs)
@@ -119,7 +123,7 @@ def _from_origin(name: str, origin: Origin, classes: int | None, side: int | Non
     card = replace(timm_models.card_of(name, net, origin.card), side_known=origin.side_known)
     classifier = _with_head(net, card, kwargs, classes)
     classifier.function = origin.architecture if is_function(origin.architecture) else None
-    classifier.notes = notes
+    classifier.notes, classifier.alternatives = notes, origin.alternatives
     return classifier
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.errors import InputError, unknown
-from funmatch.models.download import PAPER_FILES
+from funmatch.models.origins.download import PAPER_FILES
 from funmatch.runtime.functions import check_allowed
 from funmatch.runtime.log import info
 from funmatch.runtime.measured import Measurement

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from funmatch.models.bit import OTHER_SIZES, rescale_for_timm
+from funmatch.models import bit
 from funmatch.models.classifier import Card, Classifier, timm_config, to_memory_format
 from funmatch.models.names import GIVEN
 from funmatch.runtime.disk.json_files import read_json
@@ -48,8 +48,8 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
         for file in folder.iterdir():  # what the attempt with timm left
             file.unlink()
         # `bit.network` builds with timm's eps, whether this network came from there or from a published file.
-        if classifier.function == OTHER_SIZES:
-            rescale_for_timm(classifier.net)
+        if classifier.function == bit.OWN:
+            bit.rescale_for_timm(classifier.net)
         save_file(classifier.net.state_dict(), folder / "model.safetensors")
         architecture = classifier.function or classifier.card.name
         config = {"architecture": architecture, "num_classes": classifier.num_classes, "pretrained_cfg": {}}
@@ -65,7 +65,7 @@ def _save_with_timm(classifier: Classifier, folder: Path, card: Card, about: dic
     given = classifier.card.name.startswith(GIVEN)
     # Copied before scaling, so that a failed attempt leaves the network as it was.
     before = copy.deepcopy(net) if given else net
-    rescale_for_timm(net)
+    bit.rescale_for_timm(net)
     try:
         timm.models.save_for_hf(net, str(folder), safe_serialization=True)
         (folder / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read

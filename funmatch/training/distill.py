@@ -22,7 +22,7 @@ from funmatch.training.loop import Losses
 from funmatch.training.objective import Objective, TeacherLogits
 from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data, recorded_modes
 from funmatch.training.student.build import Modules
-from funmatch.training.teachers import checks, fixed, loading, recording
+from funmatch.training.teachers import checks, fixed, loading, readings, recording
 from funmatch.training.teachers.source import DistillLoader, Fixed, Live, Shared, SharedCache, Taped, TeacherSource
 from funmatch.training.teachers.tape import fold_dropped_classes
 
@@ -149,12 +149,16 @@ def open_inputs(
 def build_distill_setup(
     config: Distill,
     cache: Cache,
-    loaded: Sequence[loading.LoadedTeacher],
+    loaded: list[loading.LoadedTeacher],
     given: Modules | None = None,
     trial: Trial | None = None,
     requested: Distill | None = None,
 ) -> DistillSetup:
-    """Builds the run, except for its teachers, which `prepare` freezes."""
+    """Builds the run, except for its teachers, which `prepare` freezes.
+
+    Args:
+        loaded: the teachers; replaced where their file can be read in two ways, and the other one is clearly better.
+    """
     requested = requested or config
     cache, config = checks.fit_to_teachers(cache, loaded, config)
     if config.label_weight and not cache.splits["train"].labelled:
@@ -166,7 +170,9 @@ def build_distill_setup(
         "distill", config, cache, num_classes=num_classes, given=given, requested=requested, trial=trial
     )
     sides = tuple(teacher.side or setup.evaluation.view.side for teacher in loaded)
-    config = setup.config.model_copy(update={"teacher_side": sides})
+    # Recorded, so that whatever reads the run's options reads the same teacher.
+    kwargs = readings.settle(loaded, setup)
+    config = setup.config.model_copy(update={"teacher_side": sides, "teacher_kwargs": kwargs})
     # Fixed teachers see their own views, once for all, so batches bring none.
     shown = () if STRATEGIES[config.strategy].fixed else tuple(sorted(set(sides)))
     setup = replace(

@@ -1,6 +1,7 @@
 """BiT checkpoints: both published layouts against a forward pass written out with torch's functions alone."""
 
 import io
+import math
 import random
 import re
 import struct
@@ -13,11 +14,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from funmatch.commands.networks.import_model import import_model
+from funmatch.config import Import
 from funmatch.errors import InputError
 from funmatch.models import bit
 from funmatch.models.bit import PUBLISHED_EPS, TIMM_EPS, rescale_for_timm
 from funmatch.models.load import load
-from funmatch.models.origins import find_origin
+from funmatch.models.origins.find import find_origin
 from funmatch.models.save import save
 from funmatch.models.weights import Lazily
 
@@ -89,8 +92,11 @@ def as_second_layout(weights: dict[str, np.ndarray], prefix: str = "") -> dict[s
     return changed
 
 
-def reference(weights: dict[str, np.ndarray], images: torch.Tensor) -> torch.Tensor:
-    """Logits of [0, 1] images: the network as section 4 of its paper and its published code describe it."""
+def reference(weights: dict[str, np.ndarray], images: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
+    """Logits of [0, 1] images: the network as section 4 of its paper and its published code describe it.
+
+    Its first max-pool is padded with zeros in TensorFlow's code, with −∞ in big_vision, whose layout is the second.
+    """
 
     def conv(x, name, stride=1):
         kernel = torch.from_numpy(weights[f"{name}/kernel"].astype(np.float64))
@@ -103,7 +109,7 @@ def reference(weights: dict[str, np.ndarray], images: torch.Tensor) -> torch.Ten
         return F.relu(F.group_norm(x, 32, gamma, beta, 1e-5))
 
     x = conv(images * 2 - 1, "root_block/standardized_conv2d", 2)
-    x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2)
+    x = F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=padding), 3, 2)
     units = sorted({name.rsplit("/", 3)[0] for name in weights if "/c/" in name})
     for unit in units:
         ahead = norm(x, f"{unit}/a/group_norm")
@@ -134,9 +140,13 @@ def r50_weights() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(name="expected", scope="module")
-def r50_logits(weights) -> torch.Tensor:
+def r50_logits(weights) -> dict[str, torch.Tensor]:
+    """Logits by the padding of the first max-pool."""
     with torch.inference_mode():
-        return reference(weights, images())
+        found = {"zeros": reference(weights, images()), "-inf": reference(weights, images(), -math.inf)}
+    # Otherwise the tests below would pass with either.
+    assert (found["zeros"] - found["-inf"]).abs().max() > 0.01 * found["zeros"].abs().max()
+    return found
 
 
 LAYOUTS = {
@@ -154,8 +164,41 @@ def test_both_layouts_give_the_published_logits(tmp_path, weights, expected, lay
     np.savez(path, **LAYOUTS[layout](weights))
     model = load(str(path))
     assert (model.num_classes, model.card.mean, model.card.std) == (CLASSES, (0.5,) * 3, (0.5,) * 3)
-    assert_same(model, expected)
-    assert_same(load("resnetv2_50x1_bit", weights=path), expected)
+    usual, other = ("-inf", "zeros") if "second" in layout else ("zeros", "-inf")
+    assert_same(model, expected[usual])
+    assert model.alternatives == (f"pool_padding={other}",)
+    assert f"padded with {usual}, as by" in model.notes[0]
+    assert_same(load("resnetv2_50x1_bit", weights=path), expected[usual])
+    asked = load(str(path), options=(f"pool_padding={other}",))
+    assert_same(asked, expected[other])
+    assert (asked.alternatives, asked.notes) == ((), ())
+
+
+def test_network_with_the_padding_of_big_vision_is_saved_and_loads_again(tmp_path, weights, expected, capsys):
+    path, out = tmp_path / "w.npz", tmp_path / "out"
+    np.savez(path, **as_second_layout(weights))
+    import_model(Import(model=str(path), out=out))
+    shown = capsys.readouterr().err
+    assert "padded with -inf, as by big_vision, whose layout the file has" in shown
+    assert "timm has no network with this padding; only funmatch can load this folder" in shown
+    assert_same(load(str(out)), expected["-inf"])
+    # What is saved again, and what gets another head, keeps it.
+    (tmp_path / "again").mkdir()
+    model = load(str(out), classes=3)
+    save(model, tmp_path / "again", card=model.card, about={})
+    again = load(str(tmp_path / "again"))
+    assert (again.num_classes, again.options["pool_padding"]) == (3, "-inf")
+    kept = load(str(out))
+    with torch.inference_mode():
+        assert torch.equal(again.net.forward_features(images()), kept.net.forward_features(images()))
+
+
+def test_padding_is_an_option_of_npz_files_alone(tmp_path, weights):
+    np.savez(tmp_path / "w.npz", **weights)
+    with pytest.raises(InputError, match="pool_padding is 'ones', expected zeros or -inf"):
+        load(str(tmp_path / "w.npz"), options=("pool_padding=ones",))
+    with pytest.raises(InputError, match=r"an option of BiT's \.npz files"):
+        load("resnet18", options=("pool_padding=zeros",))
 
 
 @pytest.mark.slow
@@ -163,11 +206,12 @@ def test_both_layouts_give_the_published_logits(tmp_path, weights, expected, lay
 def test_all_published_sizes_give_the_published_logits(tmp_path, depth, width):
     weights = random_bit(depth, width)
     with torch.inference_mode():
-        expected = reference(weights, images(32))
+        expected = {padding: reference(weights, images(32), float(padding)) for padding in ("0", "-inf")}
     np.savez(tmp_path / "w.npz", **as_second_layout(weights))
-    model = load(str(tmp_path / "w.npz"))
+    assert_same(load(str(tmp_path / "w.npz")), expected["-inf"], 32)
+    model = load(str(tmp_path / "w.npz"), options=("pool_padding=zeros",))
     assert model.net.pretrained_cfg["architecture"] == f"resnetv2_{depth}x{width}_bit"
-    assert_same(model, expected, 32)
+    assert_same(model, expected["0"], 32)
 
 
 def test_small_kernels_need_the_published_eps(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -21,8 +22,8 @@ from funmatch.cli import merge_repeated
 from funmatch.commands.networks import import_model, models
 from funmatch.config import Distill, Import, Models, Report
 from funmatch.errors import InputError
-from funmatch.models import download
 from funmatch.models.load import load
+from funmatch.models.origins import download
 from funmatch.models.timm_models import create_meta
 from funmatch.runtime.disk.checksums import MANIFEST
 
@@ -219,7 +220,7 @@ def test_published_file_is_downloaded_once_and_checked(tmp_path):
     model = load("bit:R50x1_160")
     assert (model.card.side, model.card.crop_fraction) == (160, 160 / 192)
     with torch.inference_mode():
-        assert_same(model, reference(weights, images()))
+        assert_same(model, reference(weights, images(), -math.inf))
     FileServer.content = b""
     load("bit:R50x1_160")
     assert not list((tmp_path / "cache").rglob("*.partial"))
@@ -256,7 +257,7 @@ def test_import_writes_a_folder_that_loads_with_equal_logits(tmp_path):
     model = load(str(tmp_path / "out"))
     assert (model.card.side, model.card.crop_fraction, model.card.classes) == (128, 0.8, tuple("abcde"))
     with torch.inference_mode():
-        assert_same(model, reference(weights, images()))
+        assert_same(model, reference(weights, images(), -math.inf))
     with pytest.raises(InputError, match="exists; choose another"):
         import_model.import_model(Import(model="w.npz", out=tmp_path / "out"))
     imported = import_model.import_model(Import(model="w.npz", out=tmp_path / "other", inputs="0..1")).metrics

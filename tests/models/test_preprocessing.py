@@ -11,7 +11,7 @@ import pytest
 
 from funmatch.data.formats.protobuf import write_fields, write_varint
 from funmatch.errors import InputError
-from funmatch.models.origins import keras_origin
+from funmatch.models.origins.bit_files import keras_origin
 from funmatch.models.tensorflow.bundle import Bundle, Entry
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, after_head, input_preprocessing
 from funmatch.models.tensorflow.savedmodel import open_savedmodel

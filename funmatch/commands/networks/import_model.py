@@ -5,7 +5,7 @@ from pathlib import Path
 
 from funmatch.config import Import
 from funmatch.errors import InputError
-from funmatch.models.bit import OTHER_SIZES
+from funmatch.models import bit
 from funmatch.models.classifier import check_side, timm_config
 from funmatch.models.load import load
 from funmatch.models.save import save
@@ -37,7 +37,7 @@ def import_model(config: Import) -> Result:
     # A folder of TensorFlow needs no prefix here; as a teacher it does.
     name = f"savedmodel:{config.model}" if (path / "saved_model.pb").is_file() else config.model
     inputs = INPUTS.get(config.inputs)
-    model = load(name, weights=config.weights, pretrained=True, inputs=inputs)
+    model = load(name, weights=config.weights, options=config.model_kwargs, pretrained=True, inputs=inputs)
     card = replace(model.card, mean=inputs[0], std=inputs[1]) if inputs else model.card
     card = replace(card, side=config.side or card.side, crop_fraction=config.crop_fraction or card.crop_fraction)
     card = replace(card, side_known=card.side_known or config.side is not None)
@@ -49,12 +49,13 @@ def import_model(config: Import) -> Result:
         about = {"imported": config.model, "top1": card.top1} | ({} if card.side_known else {"side_known": False})
         save(model, partial, card=card, about=about)
     info_notes(config.model, [*model.notes, *card.side_notes])
-    if model.function == OTHER_SIZES:
-        info_notes(str(out), ["timm has no network of this size; only funmatch can load this folder"])
+    if model.function == bit.OWN:
+        reason = "with this padding" if model.options.get(bit.PADDING) == "-inf" else "of this size"
+        info_notes(str(out), [f"timm has no network {reason}; only funmatch can load this folder"])
     metrics = {
         "out": str(out),
         "model": config.model,
-        "architecture": timm_config(model.net).get("architecture"),
+        "architecture": timm_config(model.net).get("architecture") or model.function,
         "parameters": model.count_parameters(),
         "classes": model.num_classes,
         "side": card.side,

@@ -6,8 +6,8 @@ from typing import Any
 
 from funmatch.config import Models
 from funmatch.errors import InputError, unknown
-from funmatch.models.download import PAPER_FILES
 from funmatch.models.names import NAMED, check_architecture, timm_names
+from funmatch.models.origins.download import PAPER_FILES
 from funmatch.reports.result import Result
 from funmatch.runtime.disk.files import cache_home
 from funmatch.runtime.log import ProgressBar, info_loading, print_line

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class LoadedTeacher:
     """A teacher as it was loaded: fp32, not frozen yet.
 
     Attributes:
-        load_again: loads it anew; freezing changes a network for good.
+        load_again: loads it anew, with further options of its constructor; freezing changes a network for good.
         classifier: the network.
         digest: of its weights and of the mapped classes.
         function: digest of everything else that decides its outputs: architecture and normalisation.
@@ -45,7 +46,7 @@ class LoadedTeacher:
         share: its weight in the ensemble; all weights add up to 1.
     """
 
-    load_again: Callable[[], Classifier]
+    load_again: Callable[..., Classifier]
     classifier: Classifier
     digest: str
     function: str
@@ -99,15 +100,16 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
     files = config.teacher_weights or ("none",) * len(names)
     teachers = []
     for number, (name, file, share) in enumerate(zip(names, files, shares, strict=True)):
-        own_side = sides[number % len(sides)]
+        own_side = sides[number % len(sides)] or side
 
         # Defaults bind the loop's variables now: the function is called again after the loop.
-        def load_one(name: str = name, file: str = file, own_side: int | None = own_side or side) -> Classifier:
+        def load_one(*more: str, name: str = name, file: str = file, side: int | None = own_side) -> Classifier:
             weights = None if file.lower() == "none" else Path(file)
             if name in given:
                 # A copy, since freezing folds and casts the weights that the caller still owns.
-                return load(copy.deepcopy(given[name]), side=own_side)
-            return load(name, weights=weights, options=config.teacher_kwargs, pretrained=True, side=own_side)
+                return load(copy.deepcopy(given[name]), side=side)
+            options = config.teacher_kwargs + more
+            return load(name, weights=weights, options=options, pretrained=True, side=side)
 
         classifier = load_one()
         # Notes of the first load only; it is loaded again, silently, for each mode that is tried.
@@ -122,12 +124,19 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         # Another map is another teacher: its logits stand for other classes.
         if class_map:
             digest += "-" + hashlib.blake2b(json.dumps(class_map).encode(), digest_size=8).hexdigest()
-        function, view_side = function_of(classifier), own_side or side or 0
+        function, view_side = function_of(classifier), own_side or 0
         teachers.append(
             LoadedTeacher(load_one, classifier, digest, function, class_map, view_side, share / sum(shares))
         )
     _check_same_classes(teachers, trust_order=config.trust_class_order)
     return teachers
+
+
+def read_again(teacher: LoadedTeacher, option: str) -> LoadedTeacher:
+    """Returns a teacher with a further option of its constructor."""
+    again = partial(teacher.load_again, option)
+    classifier = again()
+    return replace(teacher, load_again=again, classifier=classifier, function=function_of(classifier))
 
 
 def _check_same_classes(teachers: Sequence[LoadedTeacher], *, trust_order: bool) -> None:
@@ -161,10 +170,11 @@ def provenance(teachers: Sequence[LoadedTeacher]) -> dict[str, str]:
 
 def ensemble_fp32(teachers: Sequence[LoadedTeacher], combine: str) -> TeacherEnsemble:
     """Returns the teachers as they were loaded, in plain fp32."""
-    return TeacherEnsemble([_member(teacher, Frozen(teacher.classifier)) for teacher in teachers], combine)
+    return TeacherEnsemble([member(teacher, Frozen(teacher.classifier)) for teacher in teachers], combine)
 
 
-def _member(teacher: LoadedTeacher, frozen: Frozen) -> EnsembleMember:
+def member(teacher: LoadedTeacher, frozen: Frozen) -> EnsembleMember:
+    """Returns a teacher as a member of an ensemble."""
     return EnsembleMember(frozen, teacher.side, teacher.share, teacher.class_map)
 
 
@@ -210,7 +220,7 @@ def freeze_fastest(
         else:
             frozen, record = _freeze_one(teacher, sample, config)
         records.append(record)
-        members.append(_member(teacher, frozen))
+        members.append(member(teacher, frozen))
     return TeacherEnsemble(members, config.combine, config.teacher_batch), records
 
 

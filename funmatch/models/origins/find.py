@@ -1,0 +1,97 @@
+"""Finds where a model's weights come from: a run, a folder, a file, a published checkpoint or a SavedModel."""
+
+from pathlib import Path
+from typing import Any
+
+from funmatch.errors import InputError
+from funmatch.models import bit, timm_models
+from funmatch.models.checkpoints.checkpoint import open_checkpoint
+from funmatch.models.checkpoints.fitting import fit
+from funmatch.models.names import (
+    BIT,
+    GIVEN,
+    KERAS,
+    NAMED,
+    OWN_CARDS,
+    SAVEDMODEL,
+    check_architecture,
+    is_function,
+    is_timm_name,
+    own_architecture,
+    renaming_note,
+)
+from funmatch.models.origins.bit_files import keras_origin, npz_origin
+from funmatch.models.origins.download import PAPER_FILES, paper_file
+from funmatch.models.origins.folders import folder_origin, function_origin, model_folder
+from funmatch.models.origins.origin import Origin
+from funmatch.models.tensorflow.preprocessing import Inputs
+
+
+def find_origin(
+    name: str,
+    kwargs: dict[str, Any],
+    *,
+    weights: Path | None,
+    side: int | None,
+    inputs: Inputs | None,
+    classes: int | None = None,
+) -> Origin | None:
+    """Returns the origin of a model whose weights are files; None where timm or the user's own code brings them.
+
+    Args:
+        name, weights, side, inputs, classes: see `load`.
+        kwargs: arguments of the constructor.
+    """
+    is_npz = name.startswith(BIT) or ".npz" in (Path(name).suffix, weights and weights.suffix)
+    if bit.PADDING in kwargs and not (is_npz or is_function(name)):
+        raise InputError(f"{name}: {bit.PADDING} is an option of BiT's .npz files; leave it out")
+    # First, since an .npz is always BiT's, whatever kind of name it comes with.
+    if weights and weights.suffix == ".npz":
+        return npz_origin(weights, kwargs, expected=name)
+    if weights and weights.suffix.lower() in KERAS:
+        return keras_origin(weights, kwargs, inputs, expected=name)
+    if weights and is_function(name):
+        return function_origin(name, weights, kwargs, side)
+    if weights:
+        return _state_origin(name, weights, kwargs, classes)
+    if name.startswith(SAVEDMODEL):
+        return keras_origin(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs)
+    if name.startswith(GIVEN):
+        raise InputError(f"{name} was given from Python as a module; give it again from there")
+    if name.startswith(BIT):
+        path = paper_file(name.removeprefix(BIT))
+        paper_side, _ = PAPER_FILES[name.removeprefix(BIT)]
+        # The paper evaluates crops of 128 pixels out of 160, and 224 out of 256: 32 more (section 4.1).
+        card = {"input_size": (3, paper_side, paper_side), "crop_pct": paper_side / (paper_side + 32)}
+        return npz_origin(path, kwargs, card)
+    path = Path(name).expanduser()
+    if path.suffix == ".npz":
+        return npz_origin(path, kwargs)
+    if path.suffix.lower() in KERAS and path.is_file():
+        return keras_origin(path, kwargs, inputs)
+    own = NAMED.get(name, name)
+    folder = model_folder(own) if isinstance(own, str) else None
+    return folder_origin(folder, kwargs) if folder else None
+
+
+def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | None) -> Origin:
+    """Returns the origin of a state dict for a timm name; its head decides the number of classes."""
+    own, kwargs = own_architecture(name, kwargs)
+    if not is_timm_name(own) and (":" in name or "/" in name or Path(name).exists()):
+        raise InputError(f"{name} has its own weights; leave out {path}")
+    # With its tag, though the tag's weights are not used: it says what images such weights were trained on.
+    architecture = check_architecture(own, name)
+    checkpoint = open_checkpoint(path)
+    wanted = timm_models.wanted_by(architecture, kwargs, classes)
+    if not wanted.head:
+        raise InputError(f"{architecture} is not a classifier, so {path} cannot be its weights")
+    found = fit(checkpoint, wanted)
+    # Distilled transformers have two heads, of the same number of classes.
+    head = found.state.get(f"{wanted.heads[0]}.weight")
+    if head is not None and head.ndim:
+        kwargs = {"num_classes": head.shape[0], **kwargs}
+    notes = renaming_note(own, architecture) + found.notes
+    card = OWN_CARDS.get(name, {})
+    # A tag names published weights, and so their image size.
+    known = bool(card) or "." in own
+    return Origin(str(path), architecture, found.state, kwargs, card, notes=notes, side_known=known)
