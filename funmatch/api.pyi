@@ -43,7 +43,7 @@ class ImagesOptions(TypedDict, total=False):
     """In shards and tables: the feature, file ending or column that holds the class; none for no labels. (default: one
     of the usual names)"""
     first_label: int
-    """In shards: the number of the first class. (default: 0)"""
+    """In shards and tables: the number of the first class, where classes are numbers. (default: 0)"""
     class_file: str | Path | None
     """In shards and tables: a text file with one class name per line. (default: names in the data)"""
     follow_links: bool

@@ -36,7 +36,7 @@ class Images(Options):
     ] = None
     """In shards and tables: the feature, file ending or column that holds the class; none for no labels."""
     first_label: Annotated[int, Opt(group=Group.DATA, changes=DATA)] = 0
-    """In shards: the number of the first class."""
+    """In shards and tables: the number of the first class, where classes are numbers."""
     # A run compares its images by their content, so what leads to the same images may differ when it resumes.
     class_file: Annotated[
         Path | None,

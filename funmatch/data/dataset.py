@@ -120,7 +120,7 @@ class ReadOptions:
         follow_links: whether symbolic links may lead out of a folder.
         image_feature, label_feature: their names in shards and tables; None tries the usual names, "none" reads no
             labels.
-        first_label: number of the first class in shards.
+        first_label: number of the first class, where shards and tables have numbers.
         class_file: file of class names, one a line.
     """
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -148,7 +148,8 @@ def find_classes(
     classes = read_class_file(file) if file else _numbered(labels, options)
     if names:
         return Classes(classes, file, positions={name: i for i, name in enumerate(classes)}, notes=tuple(notes))
-    notes += _empty_first(f"{where}:" if file else f"WARNING: {where}:", labels, classes, options)
+    lowest = min(label for label in labels if isinstance(label, int) and label != UNLABELLED)
+    notes += notes_about_first(where if file else f"WARNING: {where}", lowest, classes, options.first_label)
     return Classes(classes, file, unnamed=not file, notes=tuple(notes))
 
 
@@ -224,17 +225,24 @@ def _by_name(
     return Classes(tuple(names), positions={name: i for i, name in enumerate(names)}, notes=(*notes, note))
 
 
-def _empty_first(where: str, labels: Sequence[Label], classes: tuple[str, ...], options: ReadOptions) -> Iterator[str]:
-    """Yields a note where the first classes have no images, as where labels count from 1."""
-    lowest = min(label for label in labels if isinstance(label, int) and label != UNLABELLED)
-    empty = lowest - options.first_label
+def notes_about_first(where: str, lowest: int, classes: tuple[str, ...], first_label: int) -> list[str]:
+    """Returns a note where the first classes have no images, as where labels count from 1.
+
+    Args:
+        where: names the source in messages.
+        lowest: number that the first class with images has.
+        classes: class names.
+        first_label: number of the first class.
+    """
+    empty = lowest - first_label
     # Labels outside the classes are an error, which says more.
-    if 0 < empty < len(classes):
-        which = f"class {classes[0]!r}" if empty == 1 else f"the first {empty:,}"
-        yield (
-            f"{where} the smallest label is {lowest}, so {which} of {len(classes):,} classes has no images; if the "
-            f"first class has number {lowest}, pass --first-label {lowest}"
-        )
+    if not 0 < empty < len(classes):
+        return []
+    which = f"class {classes[0]!r}" if empty == 1 else f"the first {empty:,}"
+    return [
+        f"{where}: the smallest label is {lowest}, so {which} of {len(classes):,} classes has no images; if the first "
+        f"class has number {lowest}, pass --first-label {lowest}"
+    ]
 
 
 def folders_of(paths: Iterable[str | os.PathLike]) -> list[Path]:

@@ -174,3 +174,47 @@ def test_splits_under_other_names(tmp_path):
     assert found.notes[0].endswith("splits that are not read: unlabeled")
     datasets.DatasetDict(train2017=train, val2017=test).save_to_disk(tmp_path / "b")
     assert list(open_dataset(f"hf:{tmp_path}/b").splits) == ["train", "val"]
+
+
+@pytest.mark.parametrize(("values", "expected"), [([0.0, 2.0, 1.0], [0, 2, 1]), ([3, 1, 2], [2, 0, 1])])
+def test_whole_floats_and_the_number_of_the_first_class(tmp_path, values, expected):
+    rows, _ = table(tmp_path, 3)
+    rows.remove_columns("label").add_column("label", values).to_parquet(tmp_path / "a.parquet")
+    spec, first = f"hf:{tmp_path}/a.parquet", min(values)
+    source = open_dataset(spec, ReadOptions(first_label=int(first)))
+    assert (source.classes, source.unnamed, source.notes) == (("0", "1", "2"), True, ())
+    assert source.splits["train"].labels.tolist() == expected
+    notes = open_dataset(spec).notes
+    assert [note.rpartition("; ")[2] for note in notes] == (
+        ["if the first class has number 1, pass --first-label 1"] if first else []
+    )
+
+
+def test_floats_that_are_no_numbers_of_classes(tmp_path):
+    rows, _ = table(tmp_path, 2)
+    rows.remove_columns("label").add_column("label", [1.0, 0.5]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"train\[1\]: label 0\.5 is outside the 2 classes"):
+        open_dataset(f"hf:{tmp_path}/a.parquet")
+
+
+def test_a_table_without_labels_joins_labelled_ones(tmp_path):
+    train, _ = table(tmp_path, kind=[0, 1] * 3)
+    test, _ = table(tmp_path, 2, first=60)
+    datasets.DatasetDict(train=train).save_to_disk(tmp_path / "a")
+    datasets.DatasetDict(test=test.remove_columns("label")).save_to_disk(tmp_path / "b")
+    by_kind = ReadOptions(label_feature="kind")
+    joined = open_dataset([f"hf:{tmp_path}/a", f"hf:{tmp_path}/b"], by_kind)
+    assert (joined.splits["train"].labelled, joined.splits["test"].labelled) == (True, False)
+    assert joined.notes == (f"{tmp_path}/b: no record has a label, so test is taken as unlabelled",)
+    with pytest.raises(InputError, match="has no column 'kind', but: image"):
+        open_dataset(f"hf:{tmp_path}/b", by_kind)
+
+
+def test_one_of_several_columns_of_images_is_told(tmp_path):
+    _, images = table(tmp_path, 2)
+    rows = {name: [{"bytes": each, "path": None} for each in images] for name in ("photo", "mask")}
+    features = datasets.Features({name: datasets.Image() for name in rows})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    source = open_dataset(f"hf:{tmp_path}/a.parquet")
+    assert source.read("train", 1) == images[1]
+    assert "the image is read from photo, not mask; choose with --image-feature" in source.notes[0]

@@ -262,3 +262,11 @@ def test_lengths_that_begin_as_compressed_files_do(tmp_path, jpegs, length):
     assert open_dataset(spec).read("train", 0) == image
     (tmp_path / "train" / "train-0.tfrec").write_bytes(gzip.compress(shard))
     assert compression_of(tmp_path / "train" / "train-0.tfrec") == "GZIP"
+
+
+def test_notes_about_classes_are_not_said_of_unlabelled_images(tmp_path):
+    for i in range(3):
+        paint(tmp_path / "p" / "train" / f"c{i}" / "0.png", i)
+    paint(tmp_path / "p" / "val" / "c0" / "0.png", 9)
+    assert "val has no images of 2 of 3 classes" in open_dataset(str(tmp_path / "p")).notes[0]
+    assert open_dataset(str(tmp_path / "p"), ReadOptions(unlabelled=True)).notes == ()

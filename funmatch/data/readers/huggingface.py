@@ -5,27 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from funmatch.data.dataset import (
-    UNLABELLED,
-    Dataset,
-    ReadOptions,
-    SplitListing,
-    Track,
-    check_classes,
-    read_class_file,
-    read_file,
-    sort_splits,
-    untracked,
-)
+from funmatch.data.dataset import Dataset, ReadOptions, Track, read_file, sort_splits, untracked
 from funmatch.data.readers.split_names import SPLIT_NAMES, says_split
+from funmatch.data.readers.table_labels import read_labels
 from funmatch.errors import InputError, first_line
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
-INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 LOOKED_AT = 100  # rows whose first image tells what a column holds
-LABELS = ("label", "labels", "class", "cls", "fine_label", "category")
 
 
 def resolve_if_local(spec: str) -> str:
@@ -52,18 +38,8 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
         raise InputError("hf: needs the library datasets; pip install 'funmatch[hf]'") from None
     loaded = _by_split(_load(datasets, spec))
     tables = _tables(loaded, spec)
-    first = next(iter(tables.values()))
-    image = _image_column(datasets, first, spec, options)
-    label = _label_column(datasets, first, spec, options)
-    try:
-        classes, unnamed = _classes(datasets, tables, label, options)
-        splits = {name: _split(spec, name, table, label, classes) for name, table in tables.items()}
-    except InputError:
-        # With --unlabelled, labels that are unusable do not matter.
-        if not options.unlabelled:
-            raise
-        classes, unnamed = (), False
-        splits = {name: _split(spec, name, table, None, ()) for name, table in tables.items()}
+    image, notes = _image_column(datasets, next(iter(tables.values())).features, spec, options)
+    labels = read_labels(datasets, f"hf:{spec}", tables, options)
     encoded = {name: _encoded(datasets, table, spec, image) for name, table in tables.items()}
 
     inside = _allowed_folders(datasets, spec)
@@ -78,8 +54,11 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
     watched = _watched(tables, spec, options)
     name = Path(spec.partition(":")[0]).stem if watched else spec
     unread = [name for name, table in loaded.items() if all(table is not each for each in tables.values())]
-    notes = (f"hf:{spec}: splits that are not read: {', '.join(unread)}",) if unread else ()
-    return Dataset(name, classes, sort_splits(splits), read, watched, unnamed=unnamed, notes=notes, location=spec)
+    notes += [f"hf:{spec}: splits that are not read: {', '.join(unread)}"] if unread else []
+    return Dataset(
+        name, labels.classes, sort_splits(labels.splits), read, watched, location=spec, lacking=labels.lacking,
+        unnamed=labels.unnamed, notes=(*notes, *labels.notes),
+    )  # fmt: skip
 
 
 def _watched(tables: dict[str, Any], spec: str, options: ReadOptions) -> list[str]:
@@ -210,74 +189,16 @@ def _encoded(datasets: Any, table: Any, spec: str, image: str) -> Any:
         raise InputError(f"hf:{spec}: the column {image!r} has no images ({first_line(error)})") from None
 
 
-def _image_column(datasets: Any, table: Any, spec: str, options: ReadOptions) -> str:
-    columns = table.features
+def _image_column(datasets: Any, columns: dict[str, Any], spec: str, options: ReadOptions) -> tuple[str, list[str]]:
+    """Returns the column of images, and a note where there are several."""
     if options.image_feature:
         if options.image_feature not in columns:
             raise InputError(f"hf:{spec} has no column {options.image_feature!r}, but: {', '.join(columns)}")
-        return options.image_feature
+        return options.image_feature, []
     candidates = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
     candidates += [name for name in ("image", "img", "jpg") if name in columns and name not in candidates]
     if not candidates:
         raise InputError(f"hf:{spec} has no column of images, but: {', '.join(columns)}; pass --image-feature")
-    return candidates[0]
-
-
-def _label_column(datasets: Any, table: Any, spec: str, options: ReadOptions) -> str | None:
-    columns = table.features
-    if options.label_feature == "none":
-        return None
-    if options.label_feature:
-        if options.label_feature not in columns:
-            raise InputError(f"hf:{spec} has no column {options.label_feature!r}, but: {', '.join(columns)}")
-        return options.label_feature
-    candidates = [name for name, feature in columns.items() if isinstance(feature, datasets.ClassLabel)]
-    if len(candidates) > 1:
-        raise InputError(f"hf:{spec} has several labels: {', '.join(candidates)}; choose one with --label-feature")
-    return next(iter(candidates + [name for name in LABELS if name in columns]), None)
-
-
-def _classes(
-    datasets: Any, tables: dict[str, Any], label: str | None, options: ReadOptions
-) -> tuple[tuple[str, ...], bool]:
-    """Returns the class names, and whether they are only numbers."""
-    if label is None:
-        return (), False
-    if options.class_file:
-        return read_class_file(options.class_file.expanduser()), False
-    feature = next(iter(tables.values())).features[label]
-    if not isinstance(feature, datasets.ClassLabel) and getattr(feature, "dtype", "") not in INTEGERS | {
-        "string",
-        "large_string",
-    }:
-        raise InputError(f"hf: the column {label!r} has no labels but {feature}; choose another with --label-feature")
-    if isinstance(feature, datasets.ClassLabel):
-        return check_classes(feature.names, "hf"), False
-    values = {value for table in tables.values() if label in table.features for value in table.unique(label)} - {None}
-    if all(isinstance(value, str) for value in values):
-        return check_classes(sorted(values), "hf"), False
-    highest = max(values, default=-1)
-    # A hash or an identifier read as a label would ask for as many class names.
-    if highest > 1_000_000:
-        raise InputError(f"hf: the column {label!r} has {highest:,}, too large for the number of a class")
-    return tuple(map(str, range(highest + 1))), True
-
-
-def _split(spec: str, name: str, table: Any, label: str | None, classes: tuple[str, ...]) -> SplitListing:
-    names = [f"hf:{spec} {name}[{i}]" for i in range(len(table))]
-    # Test splits are often published without the column.
-    if label is None or label not in table.features:
-        return SplitListing(names, np.full(len(table), UNLABELLED, np.int32))
-    # [:], since newer versions of the library return a column that reads lazily.
-    values = table[label][:]
-    positions = {name: i for i, name in enumerate(classes)}
-    # A missing value is -2, an error. -1 in every row is the Hub's way of saying that a test split has no labels.
-    numbers = [value if isinstance(value, int) else positions.get(value, -2) for value in values]
-    labels = np.array(numbers, np.int64)
-    if not (labels == UNLABELLED).all() and (labels.min() < 0 or labels.max() >= len(classes)):
-        wrong = int(np.flatnonzero((labels < 0) | (labels >= len(classes)))[0])
-        raise InputError(
-            f"{names[wrong]}: label {values[wrong]!r} is outside the {len(classes)} classes; pass --unlabelled to "
-            "ignore labels"
-        )
-    return SplitListing(names, labels.astype(np.int32))
+    first, *others = candidates
+    note = f"hf:{spec}: the image is read from {first}, not {', '.join(others)}; choose with --image-feature"
+    return first, [note] if others else []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from funmatch.data.dataset import OF_SHARDS, Dataset, ReadOptions, SplitSpec, Track, join_datasets, untracked
 from funmatch.data.readers.catalog import CATALOG, open_named
+from funmatch.data.readers.class_notes import class_notes
 from funmatch.data.readers.folder import EXPECTED, open_folder
 from funmatch.data.readers.huggingface import open_hub, resolve_if_local
 from funmatch.data.readers.split_names import SPLIT_NAMES
@@ -44,9 +45,12 @@ class Reader:
 
 
 def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:  # noqa: ARG001
-    folder = open_folder(
-        Path(location).expanduser(), follow_links=options.follow_links, recommend_reader=recommend_reader
-    )
+    root = Path(location).expanduser()
+    folder = open_folder(root, follow_links=options.follow_links, recommend_reader=recommend_reader)
+    if options.unlabelled:
+        # Classes that are not used need no words.
+        about_classes = class_notes(root, folder.classes, folder.splits)
+        folder = replace(folder, notes=tuple(note for note in folder.notes if note not in about_classes))
     moved = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
     of_shards = {field.name for field in fields(options) if field.metadata == OF_SHARDS}
     unused = [f"--{name.replace('_', '-')}" for name in moved if name in of_shards]
