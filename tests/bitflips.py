@@ -79,8 +79,9 @@ def attack(whole: Path, place: Path, file: Path, bit: int, options: dict, *, fin
     """Flips a bit in a copy of a run and repeats its command.
 
     Returns:
-        what happened, and what was said: `mended` (said, and the students equal those of the undamaged run), `refused`,
-        `harmless` (nothing said, nothing changed), `silent` (nothing said, but changed) or `traceback`.
+        what happened, and what was said: `mended` (said, and the students equal those of the undamaged run), `said`
+        (the best student is lost, and the run ends with another), `refused`, `harmless` (nothing said, nothing
+        changed), `silent` (nothing said, but changed) or `traceback`.
     """
     shutil.copytree(whole, place)
     if not finished:
@@ -90,7 +91,8 @@ def attack(whole: Path, place: Path, file: Path, bit: int, options: dict, *, fin
     if outcome == "ok":
         equal = same_students(whole, place)
         noticed = "WARNING" in said or "damaged" in said
-        outcome = ("mended" if noticed else "harmless") if equal else "silent"
+        lost = "no undamaged checkpoint has its best student" in said
+        outcome = ("mended" if noticed else "harmless") if equal else "said" if lost else "silent"
     shutil.rmtree(place)
     return outcome, said
 

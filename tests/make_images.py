@@ -21,7 +21,7 @@ def paint(path: Path, seed: int, size=(24, 20)) -> Path:
     return path
 
 
-def write_few(evaluation_images: int = 6) -> str:
+def write_few(evaluation_images: int = 6, training_images: int | None = None) -> str:
     """Write the embedded training images and a few images per class of val and test; return the folder.
 
     Evaluating student and teacher on all 2,500 images of val and test would take most of the time of a short run.
@@ -33,7 +33,7 @@ def write_few(evaluation_images: int = 6) -> str:
         tiles = sheet.reshape(sheet.shape[0] // TILE, TILE, -1, TILE).swapaxes(1, 2).reshape(-1, TILE, TILE)
         for name, group in zip(json.loads((EMBEDDED / "classes.json").read_text()), np.split(tiles, 10), strict=True):
             (folder / split / name).mkdir(parents=True)
-            for i, tile in enumerate(group[: None if split == "train" else evaluation_images]):
+            for i, tile in enumerate(group[: training_images if split == "train" else evaluation_images]):
                 Image.fromarray(tile).save(folder / split / name / f"{i:02}.png")
     return str(folder)
 

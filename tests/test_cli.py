@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from make_images import FEW, paint
 
-from funmatch.training.run import checkpoint
+from funmatch.training.run import tensor_files
 
 TEACHER = "fashion-mini-teacher"
 MINI = ("--data", FEW, "--student", "fashion-mini-student", "--batch", "16")
@@ -101,7 +101,7 @@ def test_demo_compares_labels_and_distillation(funmatch, tmp_path):
 
 def test_full_disk_is_reported_and_leaves_no_partial_checkpoint(funmatch, tmp_path, monkeypatch):
     """The disk is full in the middle of the second checkpoint."""
-    save = checkpoint.save_file
+    save = tensor_files.save_file
 
     def disk_full(tensors, path):
         if "step-000000004" in str(path):
@@ -111,7 +111,7 @@ def test_full_disk_is_reported_and_leaves_no_partial_checkpoint(funmatch, tmp_pa
 
     argv = ["train", *MINI, "--steps", "6", "--save-every", "2", "--eval-every", "6", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", disk_full)
+        patch.setattr(tensor_files, "save_file", disk_full)
         result = funmatch(*argv, check=2)
     assert "disk is full" in result.stderr
     assert "Traceback" not in result.stderr

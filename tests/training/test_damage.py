@@ -13,7 +13,7 @@ import funmatch
 from funmatch.config import Report
 from funmatch.errors import InputError
 from funmatch.reports.run_page import write_page
-from funmatch.runtime.disk.checksums import MANIFEST
+from funmatch.runtime.disk.checksums import MANIFEST, write_manifest
 from funmatch.runtime.disk.json_files import seal
 from funmatch.training.run import folder as run_folder
 
@@ -187,3 +187,38 @@ def check_flips(tmp_path: Path, whole: Path, count: int) -> None:
     for file, bit, finished in tries(whole, count, seed=1):
         outcome, said = attack(whole, tmp_path / "try", file, bit, OPTIONS, finished=finished)
         assert outcome not in ("silent", "traceback"), (file, bit, finished, said)
+
+
+def best_of(folder: Path) -> Path:
+    (best,) = (folder / "checkpoints").glob("best-*")
+    return best
+
+
+def test_a_damaged_best_student_is_copied_from_the_checkpoint_of_its_step(tmp_path, whole):
+    best = best_of(whole)
+    kept = whole / "checkpoints" / f"step-{best.name.rpartition('-')[2]}"
+    if not kept.exists():  # the best came between two saves; any checkpoint of its step serves
+        shutil.copytree(whole / NEWEST, kept)
+        shutil.copy(best / "student.safetensors", kept)
+        write_manifest(kept)
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    make_unfinished(folder)
+    flip(best_of(folder) / "student.safetensors", 8 * 20_000 + 3)
+    outcome, said = repeat(folder, OPTIONS)
+    assert (outcome, "it is copied from" in said) == ("ok", True), said
+    assert same_students(whole, folder)
+
+
+def test_a_run_goes_on_without_a_best_student_that_nothing_can_find_again(tmp_path, whole):
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    make_unfinished(folder)
+    best = best_of(folder)
+    for place in (folder / "checkpoints").glob(f"step-{best.name.rpartition('-')[2]}"):
+        shutil.rmtree(place)
+    flip(best / "student.safetensors", 8 * 20_000 + 3)
+    longer = OPTIONS | {"steps": OPTIONS["steps"]}
+    outcome, said = repeat(folder, longer)
+    assert outcome == "ok", said
+    assert "no undamaged checkpoint has its best student" in said
+    assert run_folder.Run(folder).result["step"] == OPTIONS["steps"]
+    assert "WARNING" not in repeat(folder, longer)[1]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import funmatch
 import funmatch.training.run.folder
 from funmatch.errors import InputError
-from funmatch.training.run import checkpoint
+from funmatch.training.run import tensor_files
 
 # With dropout and stochastic depth, whose masks a resumed run must draw too; no checkpoint falls on an evaluation.
 ARGV = [
@@ -110,7 +110,7 @@ def test_power_loss_while_writing_changes_no_bit(tmp_path, monkeypatch, finished
     if moment == "finish":
         monkeypatch.setattr("timm.models.save_for_hf", lose_power)
     else:
-        original_save = checkpoint.save_file
+        original_save = tensor_files.save_file
 
         def truncate_and_lose_power(tensors, path):
             saved.append(path)
@@ -120,7 +120,7 @@ def test_power_loss_while_writing_changes_no_bit(tmp_path, monkeypatch, finished
                     file.truncate(100)
                 raise PowerLoss
 
-        monkeypatch.setattr(checkpoint, "save_file", truncate_and_lose_power)
+        monkeypatch.setattr(tensor_files, "save_file", truncate_and_lose_power)
     with pytest.raises(PowerLoss):
         funmatch.distill(out=tmp_path / "run", **options)
     monkeypatch.undo()

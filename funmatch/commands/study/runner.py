@@ -151,12 +151,13 @@ def _begin(series: StudyRunner, config: Study) -> None:
             lines = list_differences(before.get(name, options), options, "in the study")
             differences += [f"{name}: {line}" for line in lines]
     place.refuse(differences, ", or remove the folders of these runs")
-    for name in ("runs", "logs"):
-        (series.folder / name).mkdir(exist_ok=True)
     command = ["funmatch", "study", config.name]
     command += [word for name, value in _given(config) for word in (f"--{name}", *map(str, value))]
+    # First of all: without it the folder would not pass for a study's at the next start.
     write_atomically(series.folder / "study.toml", series.plan.text)
     place.write(before | now)
+    for name in ("runs", "logs"):
+        (series.folder / name).mkdir(exist_ok=True)
     write_atomically(series.folder / "command.txt", shlex.join(command) + "\n")
 
 

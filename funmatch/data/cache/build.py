@@ -7,7 +7,6 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from funmatch.data.dataset import NAMED_AT_MOST, Dataset, Track
 from funmatch.data.decode import decode
 from funmatch.data.limits import ALONE, MAX_PIXELS, MAX_SCANS, Limits, OutOfMemory
 from funmatch.errors import InputError
-from funmatch.runtime.disk.files import disk_errors, write_atomically
+from funmatch.runtime.disk.files import array_bytes, disk_errors, remove_partials, write_atomically
 from funmatch.runtime.disk.json_files import seal
 from funmatch.runtime.disk.locks import file_lock
 from funmatch.runtime.text import counted
@@ -266,16 +265,14 @@ def _finish(
         rows = np.fromfile(partial / f"{split}.rows", INDEX)
         good = rows["length"] > 0
         for name, array in (("index", rows[good]), ("digest", scan_rows["digest"][good])):
-            # Through memory: where np.save fails to write to a file, its error does not say why (a full disk).
-            encoded = BytesIO()
-            np.save(encoded, array)
-            (partial / f"{split}.{name}.npy").write_bytes(encoded.getvalue())
+            (partial / f"{split}.{name}.npy").write_bytes(array_bytes(array))
         for temporary in ("rows", "reasons"):
             (partial / f"{split}.{temporary}").unlink()
         # Before meta.json, by which a cache counts as complete.
         with open(partial / f"{split}.pixels", "rb") as written:
             os.fsync(written.fileno())
-    # Without meta.json, which an interrupted attempt may have left here.
+    # Without meta.json, whole or half-written, which an interrupted attempt may have left here.
+    remove_partials(partial)
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.name != "meta.json"}
     meta = {
         "format": FORMAT, "content": content, "way": way, "cap": options.cap, "decoder": options.decoder,

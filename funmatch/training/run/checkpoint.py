@@ -8,33 +8,28 @@ is that of a step before the learning rate cools down, from which a run can be e
 is verified before anything of it is used; checkpoints of earlier versions have none.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line, is_out_of_memory
 from funmatch.ops.optim.state import load_optimizer_state_, optimizer_state_dict
-from funmatch.runtime.disk.checksums import verify_folder, write_manifest
+from funmatch.runtime.disk.checksums import verify_folder
 from funmatch.runtime.disk.files import remove, remove_partials, write_folder_atomically
-from funmatch.runtime.disk.json_files import FORMAT as FORMAT_KEY
-from funmatch.runtime.disk.json_files import Damaged, read_record, seal
+from funmatch.runtime.disk.json_files import Damaged, read_record
 from funmatch.runtime.log import info
 from funmatch.training.loop import all_finite
 from funmatch.training.run.places import BEST, STABLE, STEP, list_places, name_of, step_of
 from funmatch.training.run.state import FORMAT, NEWER, TrainState, read_state
+from funmatch.training.run.tensor_files import STATE, Files, is_whole, load_tensors, write_place
 
 KEPT = 2
-STATE = "state.json"
 STUDENT, OPTIMIZER, AVERAGE = "student.safetensors", "optimizer.safetensors", "average.safetensors"
-Files = Mapping[str, Mapping[str, Tensor]]
-"""Tensors by file and name."""
 T = TypeVar("T")
 
 
@@ -58,7 +53,7 @@ def save(folder: Path, tensors: Files, state: TrainState) -> None:
         state: the rest; its `best_step` says which best is kept.
     """
     # Before any is removed: a kill in between leaves one too many, never none.
-    _write(folder / name_of(STEP, state.step), tensors, asdict(state))
+    write_place(folder / name_of(STEP, state.step), tensors, asdict(state))
     for old in list_places(folder, STEP)[:-KEPT]:
         remove(old)
     # A run that is extended or falls back returns to an earlier checkpoint, whose best student must still be there.
@@ -72,7 +67,7 @@ def keep_stable(folder: Path, step: int) -> None:
     """Keeps a copy of the checkpoint of a step for good, and removes the one kept before."""
     stable = folder / name_of(STABLE, step)
     # The new one first, so that the run can be extended at any moment.
-    if not _is_whole(stable):
+    if not is_whole(stable):
         with write_folder_atomically(stable) as partial:
             shutil.copytree(folder / name_of(STEP, step), partial, dirs_exist_ok=True)
     for older in list_places(folder, STABLE):
@@ -90,7 +85,7 @@ def go_back(folder: Path, step: int) -> None:
 
 def can_go_back(folder: Path, step: int) -> bool:
     """Returns whether there is an undamaged checkpoint of a step."""
-    return any(_is_whole(folder / name_of(kind, step)) for kind in (STABLE, STEP))
+    return any(is_whole(folder / name_of(kind, step)) for kind in (STABLE, STEP))
 
 
 def is_beyond(folder: Path, step: int) -> bool:
@@ -100,7 +95,7 @@ def is_beyond(folder: Path, step: int) -> bool:
 
 def save_best(folder: Path, step: int, tensors: Files, metrics: dict[str, Any]) -> None:
     """Writes a student that scores better on validation than any before."""
-    _write(folder / name_of(BEST, step), tensors, {"step": step, **metrics})
+    write_place(folder / name_of(BEST, step), tensors, {"step": step, **metrics})
 
 
 def load_best(folder: Path, step: int, student: nn.Module) -> None:
@@ -112,14 +107,13 @@ def load_best(folder: Path, step: int, student: nn.Module) -> None:
     path = folder / name_of(BEST, step) / STUDENT
     try:
         verify_folder(path.parent)
-        student.load_state_dict(_load(path))
+        student.load_state_dict(load_tensors(path))
     except Exception as error:  # damaged files raise nearly anything, from safetensors to torch
         if is_out_of_memory(error):
             raise
-        # An error, not the last weights instead: the result names the best step as the one it is of.
-        raise InputError(
-            f"{path} is gone or damaged ({first_line(error)}); pass --keep last with another --out"
-        ) from None
+        # An error, not the last weights instead: the result names the best step as the one it is of. At its next start
+        # `restore` knows better.
+        raise InputError(f"{path} is gone or damaged ({first_line(error)}); start the same command again") from None
 
 
 def newest_student(folder: Path) -> tuple[dict[str, Tensor], int]:
@@ -133,7 +127,7 @@ def newest_student(folder: Path) -> tuple[dict[str, Tensor], int]:
     """
     found = _newest_first(folder)
     _check_formats(found)
-    if newest := _first_undamaged(found, lambda place, state: (_load(place / STUDENT), state.step)):
+    if newest := _first_undamaged(found, lambda place, state: (load_tensors(place / STUDENT), state.step)):
         return newest
     what = "no checkpoint in it can be read" if found else "it has no checkpoint yet"
     raise InputError(f"the run {folder.parent} is not finished, and {what}; start its command again to resume it")
@@ -150,8 +144,9 @@ def restore(
     """Loads the newest checkpoint into the student, its optimizer and its averaged weights.
 
     Args:
-        needs_best: whether the run will end with the student that scored best. A checkpoint whose best student is
-            damaged then counts as damaged, since steps from the one before may find it again.
+        needs_best: whether the run will end with the student that scored best. Where that one is damaged and cannot be
+            copied from the checkpoint of its step, an earlier checkpoint with an undamaged one is used, since the steps
+            from there find it again; without any, the newest is, and the best of the steps after it is kept.
 
     Returns:
         the `state` that `save` got; None if there is no checkpoint.
@@ -165,22 +160,55 @@ def restore(
     remove_partials(folder)
 
     def read(checkpoint: Path, state: TrainState) -> TrainState:
-        if needs_best and state.best_step is not None:
-            best = folder / name_of(BEST, state.best_step)
-            verify_folder(best)
-            # Earlier versions removed the best student of the checkpoint before; its steps may find a better one.
-            if best.is_dir():
-                _load(best / STUDENT)
         # Whatever a damaged one has loaded is replaced: the one before holds the same tensors.
         _load_into(checkpoint, student, optimizer, average)
         return state
 
-    if state := _first_undamaged(found, read):
+    def read_with_best(checkpoint: Path, state: TrainState) -> TrainState:
+        if state.best_step is not None:
+            _check_best(folder, state.best_step)
+        return read(checkpoint, state)
+
+    state = _first_undamaged(found, read_with_best if needs_best else read)
+    if state is None and needs_best:
+        state = _first_undamaged(found, read)
+        if state:
+            info(
+                f"WARNING: no undamaged checkpoint has its best student, that of step {state.best_step:,}; the run "
+                f"resumes from step {state.step:,}, and keeps the best of the steps after it, or the last"
+            )
+            state = replace(state, best_step=None, best_score=TrainState.best_score, since_best=0)
+    if state:
         go_back(folder, state.step)  # later steps will be taken again
         return state
     if found:
         raise InputError(f"no checkpoint in {folder} can be read; begin again with another --out")
     return None
+
+
+def _check_best(folder: Path, step: int) -> None:
+    """Raises an error if the best student, that of a step, is gone or damaged, and not to be had from elsewhere."""
+    place, *others = (folder / name_of(kind, step) for kind in (BEST, STEP, STABLE))
+    if _student_in(place):
+        return
+    # The checkpoint of the same step has the same student.
+    for other in others:
+        if tensors := _student_in(other):
+            info(f"WARNING: {place} is gone or damaged; it is copied from {other}")
+            write_place(place, {STUDENT: tensors}, {"step": step})
+            return
+    raise Damaged(f"{place} is gone or damaged")
+
+
+def _student_in(place: Path) -> dict[str, Tensor] | None:
+    """Returns the student of a checkpoint; None where it is gone or damaged."""
+    try:
+        verify_folder(place)
+        return load_tensors(place / STUDENT)
+    except Exception as error:  # damaged files raise nearly anything, from safetensors to torch
+        if is_out_of_memory(error):
+            raise
+        return None
 
 
 def load_before(folder: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
@@ -197,14 +225,6 @@ def load_before(folder: Path, step: int, student: nn.Module, optimizer: torch.op
         return state
 
     return _first_undamaged(found, read)
-
-
-def _write(place: Path, tensors: Files, state: dict[str, Any]) -> None:
-    with write_folder_atomically(place) as partial:
-        for name, each in tensors.items():
-            save_file(_dense(each), partial / name)
-        (partial / STATE).write_text(json.dumps(seal({FORMAT_KEY: FORMAT, **state})))
-        write_manifest(partial)
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -252,45 +272,14 @@ def _first_undamaged(places: list[Path], read: Callable[[Path, TrainState], T]) 
     return None
 
 
-def _is_whole(place: Path) -> bool:
-    """Returns whether there is a checkpoint whose files match their checksums."""
-    try:
-        verify_folder(place)
-    except (OSError, Damaged):
-        return False
-    return place.is_dir()
-
-
 def _load_into(
     checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
 ) -> None:
-    student.load_state_dict(_load(checkpoint / STUDENT))
+    student.load_state_dict(load_tensors(checkpoint / STUDENT))
     if average is not None:
-        average.load_state_dict(_load(checkpoint / AVERAGE))
-    load_optimizer_state_(student, optimizer, _load(checkpoint / OPTIMIZER))
+        average.load_state_dict(load_tensors(checkpoint / AVERAGE))
+    load_optimizer_state_(student, optimizer, load_tensors(checkpoint / OPTIMIZER))
     # None such is saved. (An optimizer may rightly hold infinities, a large gradient squared.)
     for name, net in ((STUDENT, student), (AVERAGE, average)):
         if net is not None and not all_finite(net.parameters()):
             raise Damaged(f"{name} has weights that are not finite")
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    """Reads a file of tensors; raises `Damaged` if one has a NaN, which no checkpoint is saved with."""
-    tensors = load_file(path)
-    # Checksums find this too, but checkpoints of earlier versions have none.
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise Damaged(f"{name} in {path.name} has a NaN")
-    return tensors
-
-
-def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors as safetensors can write them: contiguous, and none sharing its memory with another."""
-    dense, taken = {}, set()
-    # Only tied weights are cloned: a copy of everything would double the memory that a checkpoint needs.
-    for name, tensor in tensors.items():
-        dense[name] = tensor.detach().contiguous()
-        if tensor.data_ptr() in taken and dense[name].data_ptr() == tensor.data_ptr():
-            dense[name] = dense[name].clone()
-        taken.add(tensor.data_ptr())
-    return dense
