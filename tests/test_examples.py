@@ -10,7 +10,13 @@ import funmatch
 FUNCTIONS = [name for name in funmatch.__all__ if name[0].islower() and name[0] != "_"]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+SLOW = ("benchmark", "distill_several", "finetune", "tune")
+"""Functions whose examples take seconds."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FUNCTIONS]
+)
 def test_examples_give_what_they_show(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "tune":

@@ -14,6 +14,7 @@ from timm.models.resnet import ResNet
 
 import funmatch
 from funmatch import cli
+from funmatch.training.evaluation import scoring
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OPTIONS = {
@@ -63,6 +64,19 @@ def old_cache(tmp_path, monkeypatch) -> Path:
     folder = Path(shutil.copytree(FIXTURES / "old_cache", tmp_path / "old_cache"))
     monkeypatch.setenv("FUNMATCH_CACHE", str(folder / "cache"))
     return folder
+
+
+@pytest.fixture
+def few_evaluated(monkeypatch) -> None:
+    """Evaluates 50 images of the embedded set: on all 2,500, these tests would do little else."""
+    for name in ("validation_split", "test_split"):
+        whole = getattr(scoring, name)
+
+        def some(*arguments, whole=whole):
+            split = whole(*arguments)
+            return split.subset(scoring.evenly_spread(len(split), 50))
+
+        monkeypatch.setattr(scoring, name, some)
 
 
 @contextmanager
@@ -137,7 +151,7 @@ def test_old_run_can_be_reported(old_run, capsys):
     assert "old_run" in (old_run / "report.html").read_text()
 
 
-@pytest.mark.usefixtures("same_libraries")
+@pytest.mark.usefixtures("same_libraries", "few_evaluated")
 @pytest.mark.parametrize("lost_steps", [0, 2], ids=["only the result", "two steps"])
 def test_old_run_resumes_from_its_checkpoint(old_run, lost_steps):
     """From step 8 only the student is exported, bitwise equal; from step 6 two steps are trained again."""
@@ -152,7 +166,7 @@ def test_old_run_resumes_from_its_checkpoint(old_run, lost_steps):
     assert [line["step"] for line in lines_until(old_run, STEPS) if line["event"] == "step"] == [2, 4, 6, 8]
 
 
-@pytest.mark.usefixtures("same_libraries")
+@pytest.mark.usefixtures("same_libraries", "few_evaluated")
 def test_old_run_can_be_extended(old_run):
     longer = funmatch.distill(**RUN, steps=12, out=old_run)
     assert longer.figures["step"] == 12
@@ -171,7 +185,7 @@ def test_old_tape_can_be_inspected(old_tape, capsys):
     assert (metrics["steps"], metrics["rows"], metrics["damaged"]) == (STEPS, STEPS * OPTIONS["batch"], 0)
 
 
-@pytest.mark.usefixtures("same_libraries")
+@pytest.mark.usefixtures("same_libraries", "few_evaluated")
 def test_old_tape_is_replayed_and_extended(tmp_path, old_tape):
     logits, longer = (old_tape / "answers.bin").read_bytes(), STEPS + 2
     options = OPTIONS | {"steps": longer, "eval_every": longer}
@@ -205,7 +219,7 @@ def test_old_cache_is_used(tmp_path, old_cache, pixels):
     assert len(list((old_cache / "cache").glob(f"*-{pixels}"))) == 1
 
 
-@pytest.mark.usefixtures("same_libraries")
+@pytest.mark.usefixtures("same_libraries", "few_evaluated")
 def test_old_logits_of_a_fixed_teacher_are_used(tmp_path, old_cache):
     before = contents(old_cache / "cache" / "answers")
     funmatch.distill(**OPTIONS, strategy="fix/rs", steps=2, out=tmp_path / "run")

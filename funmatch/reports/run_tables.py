@@ -212,13 +212,14 @@ def settings(found: list[run_folder.Run]) -> list[list[str]]:
 
     Left out is what changes no result but by rounding: places of files, and how the machine computes.
     """
-    names = list(dict.fromkeys(name for run in found for name in _changed_options(run)))
+    configs = [run.config for run in found]
+    options = [config["knobs"] for config in configs]
+    names = list(dict.fromkeys(name for config in configs for name in _changed_options(config)))
     rows = []
     for name in names:
-        options = [run.config["knobs"] for run in found]
         # A run on labels has no teacher, rather than none.
         values = [_format_option(each[name]) if name in each else MISSING for each in options]
-        table = next(table for run in found if name in (table := TAUGHT[run.config["verb"]]).model_fields)
+        table = next(table for config in configs if name in (table := TAUGHT[config["verb"]]).model_fields)
         default = table.model_fields[name].get_default()
         usual = _format_option(table.opt(name).usual if default in (None, ()) else default)
         required = table.model_fields[name].is_required()
@@ -228,9 +229,9 @@ def settings(found: list[run_folder.Run]) -> list[list[str]]:
     return rows
 
 
-def _changed_options(run: run_folder.Run) -> list[str]:
-    """Names the options of a run that are not at their defaults, those first that matter most."""
-    table, options = TAUGHT[run.config["verb"]], run.config["knobs"]
+def _changed_options(config: dict[str, Any]) -> list[str]:
+    """Names the options of a run's configuration that are not at their defaults, those first that matter most."""
+    table, options = TAUGHT[config["verb"]], config["knobs"]
     changed = []
     for name, opt in table.opts():
         place = opt.changes in (Changes.PLACE, Changes.ARITHMETIC) or opt.group is Group.MACHINE

@@ -8,12 +8,16 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TextIO
 
 import pytest
 from make_images import FEW
 
 import funmatch
+from funmatch import cli
 from funmatch.commands.study import files as study_files
 from funmatch.commands.study import results as study_results
 from funmatch.commands.study import runner, spec
@@ -251,6 +255,20 @@ def comparable_results(folder: Path) -> list[dict]:
     return listed
 
 
+class HereAndNow:
+    """Stands for the process of a run, which it carries out in this one, without loading libraries for each run."""
+
+    def __init__(self, words: list[str], *, stdout: TextIO, **_):
+        assert words[:3] == [sys.executable, "-m", "funmatch"]
+        self.words, self.returncode = words[3:], None
+        with redirect_stdout(stdout), redirect_stderr(stdout), pytest.raises(SystemExit) as end:
+            cli.main(self.words)
+        self.returncode = end.value.code
+
+    def poll(self) -> int:
+        return self.returncode
+
+
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory) -> Path:
     """The folder of a finished study, beside its file `tiny.toml`; every test leaves it as it is."""
@@ -260,6 +278,7 @@ def studied(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("studied")
     with pytest.MonkeyPatch.context() as changed:
         changed.setenv("FUNMATCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        changed.setattr(runner, "subprocess", SimpleNamespace(Popen=HereAndNow, DEVNULL=subprocess.DEVNULL))
         outcome = funmatch.study(write_study(folder, text), out=folder / "whole", jobs=2)
     assert (outcome["runs"], outcome["finished"], outcome["failed"]) == (6, 6, {})
     return folder / "whole"

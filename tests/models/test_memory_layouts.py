@@ -14,9 +14,10 @@ CARD = Card("small", 32, 1.0, (0.0,) * 3, (1.0,) * 3)
 TRAINING = """
 import torch
 from funmatch.models.classifier import Card, Classifier
-from funmatch.models.load import load
 
 if {name!r}:
+    from funmatch.models.load import load
+
     student = load({name!r}, classes=2).train()
 else:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 48, 1, stride=2), torch.nn.ReLU(), torch.nn.Flatten())

@@ -398,7 +398,7 @@ def test_class_count_comes_from_the_actual_head():
 def test_evaluation_does_not_change_a_module():
     model = funmatch.load(TEACHER).train()
     name = model.card.name
-    funmatch.evaluate(model, data="fashion-mini", split="val")
+    funmatch.evaluate(model, data=FEW, split="val")
     assert model.training
     assert model.card.name == name
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -430,8 +430,8 @@ def test_tied_weights_are_saved():
         {"mean": [0.5], "std": [0.5]},
     ],
 )  # fmt: skip
-def test_invalid_cards_are_rejected(change):
-    funmatch.distill(teacher=TEACHER, out="run", steps=1, **MINI)
+def test_invalid_cards_are_rejected(finished_run, change):
+    finished_run(Path("run"), teacher=TEACHER, steps=1, **MINI)
     path = Path("run/student/config.json")
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"pretrained_cfg": config["pretrained_cfg"] | change}))

@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import shutil
 import stat
 from pathlib import Path
 
@@ -143,7 +144,14 @@ def gradients(net: nn.Module, views: torch.Tensor) -> tuple[torch.Tensor, dict[s
 
 
 @pytest.mark.parametrize(
-    "name", ["resnetv2_50x1_bit", "resnetv2_50d_gn", "vit_small_r26_s32_224", "poolformer_s12", "test_resnet"]
+    "name",
+    [
+        pytest.param("resnetv2_50x1_bit", marks=pytest.mark.slow),
+        "resnetv2_50d_gn",
+        pytest.param("vit_small_r26_s32_224", marks=pytest.mark.slow),
+        pytest.param("poolformer_s12", marks=pytest.mark.slow),
+        "test_resnet",
+    ],
 )
 def test_network_with_native_kernels_computes_the_same_function(name):
     kwargs = {"img_size": 64} if name.startswith("vit") else {}
@@ -266,9 +274,17 @@ def test_kernel_check_ignores_torchs_default_dtype():
         torch.set_default_dtype(before)
 
 
-def test_damaged_library_is_rebuilt(tmp_path, monkeypatch):
-    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path))
+def use_copy_of_kernels(cache: Path, monkeypatch) -> Path:
+    """Uses another cache, with the kernels that the session has built; returns their file."""
     built = library._build()
+    shutil.copytree(built.parent, cache / "kernels")
+    monkeypatch.setenv("FUNMATCH_CACHE", str(cache))
+    return cache / "kernels" / built.name
+
+
+def test_damaged_library_is_rebuilt(tmp_path, monkeypatch):
+    built = use_copy_of_kernels(tmp_path, monkeypatch)
+    assert library._build() == built
     content = built.read_bytes()
     built.write_bytes(content[:100])
     assert library.why_unavailable() == ""
@@ -292,7 +308,7 @@ def test_outlier_costs_group_norm_no_precision():
     assert (norms.group_norm(x, weight, bias, 4, 1e-5) - truth).abs().max() <= max(1.5 * theirs, 2e-5)
 
 
-def test_failing_and_miscompiling_compilers_are_reported(tmp_path, monkeypatch):
+def test_failing_compilers_are_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     failing = tmp_path / "failing"
     failing.write_text("#!/bin/sh\necho 'no such instruction' >&2; exit 1\n")
@@ -300,25 +316,39 @@ def test_failing_and_miscompiling_compilers_are_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(failing))
     assert library.why_unavailable() == f"{failing} cannot compile the kernels: no such instruction"
     assert not list((tmp_path / "cache").rglob("*.so"))
-    clear_caches()
-    norms_source, views_source = (source.read_text() for source in library.SOURCES)
+
+
+def miscompile(tmp_path: Path, monkeypatch, norms_faults: dict[str, str], views_faults: dict[str, str]) -> None:
+    """Builds the kernels, in a cache of their own, from sources in which lines are replaced by faults."""
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
     wrong = tmp_path / "norms.cpp", tmp_path / "views.cpp"
-    monkeypatch.delenv("CXX")
+    for path, source, faults in zip(wrong, library.SOURCES, (norms_faults, views_faults), strict=True):
+        text = source.read_text()
+        for line, fault in faults.items():
+            assert line in text
+            text = text.replace(line, fault)
+        path.write_text(text)
     monkeypatch.setattr(library, "SOURCES", wrong)
-    wrong[0].write_text(norms_source.replace("value * value", "value"))
-    wrong[1].write_text(views_source)
+
+
+def test_miscompiled_norms_are_reported_and_leave_the_views_alone(tmp_path, monkeypatch):
+    miscompile(tmp_path, monkeypatch, {"value * value": "value"}, {})
     assert "the compiled kernels compute wrong values" in norms.why_unavailable()
     assert resample.why_unavailable() == ""
-    wrong[0].write_text(norms_source)
-    for line, fault in (
-        ("* down;", "* 2;"),
-        ("1.5 * d - 2.5", "1.5 * d - 2"),
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        pytest.param("* down;", "* 2;", marks=pytest.mark.slow),
+        pytest.param("1.5 * d - 2.5", "1.5 * d - 2", marks=pytest.mark.slow),
         ("red += weight[t]", "red += 1.1f * weight[t]"),
-    ):
-        clear_caches()
-        wrong[1].write_text(views_source.replace(line, fault))
-        assert "the compiled kernel computes wrong values" in resample.why_unavailable()
-        assert norms.why_unavailable() == ""
+    ],
+)
+def test_miscompiled_views_are_reported_and_leave_the_norms_alone(tmp_path, monkeypatch, line, fault):
+    miscompile(tmp_path, monkeypatch, {}, {line: fault})
+    assert "the compiled kernel computes wrong values" in resample.why_unavailable()
+    assert norms.why_unavailable() == ""
 
 
 def test_library_is_built_once(tmp_path, monkeypatch):
@@ -332,9 +362,8 @@ def test_library_is_built_once(tmp_path, monkeypatch):
 
 
 def test_a_library_that_is_damaged_or_that_others_can_write_is_not_loaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    built = use_copy_of_kernels(tmp_path / "cache", monkeypatch)
     assert library.why_unavailable() == ""
-    (built,) = (tmp_path / "cache" / "kernels").glob("*.so")
     whole = built.read_bytes()
     copy_of = tmp_path / "cache" / "kernels" / "copy.so"
     copy_of.write_bytes(whole)

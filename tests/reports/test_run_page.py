@@ -44,7 +44,7 @@ def test_page_loads_nothing_from_the_network(runs, tmp_path):
 def test_page_shows_several_teachers_and_the_ema(tmp_path):
     teacher = "fashion-mini-teacher"
     run = funmatch.distill(
-        "fashion-mini", [teacher, teacher], "fashion-mini-student", tmp_path / "run",
+        FEW, [teacher, teacher], "fashion-mini-student", tmp_path / "run",
         steps=4, batch=16, eval_every=2, ema=0.9, teacher_side=[32, 48],
     )  # fmt: skip
     page = run.report.read_text()
@@ -52,7 +52,7 @@ def test_page_shows_several_teachers_and_the_ema(tmp_path):
     assert page.count("folded, fp32, channels last") == 2
     lines = run_tables.teachers(run_folder.find_run(run.folder))
     assert [line[1] for line in lines] == [teacher, teacher, f"{teacher} + {teacher}"]
-    assert float(lines[0][2].removesuffix(" %")) > 85
+    assert float(lines[0][2].removesuffix(" %")) == pytest.approx(85, abs=2)  # one image is 1.7 %
     average = run_tables.rows(run_folder.find_run(run.folder))[1]
     assert average[1] == f"{100 * run.figures['ema']['top1']:.1f} %"
 

@@ -25,7 +25,7 @@ from funmatch.training.trainer import Trainer
 
 # Without compilation and on one thread, so that each student is bitwise comparable.
 OPTIONS = {
-    "data": FEW, "teacher": "fashion-mini-teacher", "side": 32, "batch": 32, "eval_every": 4,
+    "data": FEW, "teacher": "fashion-mini-teacher", "side": 32, "batch": 8, "eval_every": 4,
     "save_every": 3, "log_every": 2, "steps": 10, "threads": 1, "compile": "off",
 }  # fmt: skip
 STUDENTS = ["fashion-mini-student", "test_resnet"]
@@ -42,7 +42,14 @@ def records_of(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines_of_the_run]
 
 
-@pytest.mark.parametrize("more", [{}, {"teacher_ahead": True, "mixup_mode": "image"}, {"strategy": "ind/rc"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"teacher_ahead": True, "mixup_mode": "image"},
+        pytest.param({"strategy": "ind/rc"}, marks=pytest.mark.slow),
+    ],
+)
 def test_students_together_equal_students_alone_with_one_teacher_pass(tmp_path, monkeypatch, more):
     teacher_calls: list[int] = []
     forward = TeacherEnsemble.forward

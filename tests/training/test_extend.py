@@ -24,7 +24,7 @@ from funmatch.training.run import checkpoint, extend
 from funmatch.training.run import folder as run_folder
 
 OPTIONS = {
-    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 32,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
     "threads": 1, "schedule": "wsd", "log_every": 3, "eval_every": 10, "save_every": 5, "ema": 0.9,
 }  # fmt: skip
 # No length is a multiple of log_every or eval_every, so each run ends between two regular records.
@@ -101,23 +101,24 @@ def test_extended_run_equals_uninterrupted_long_run(tmp_path, long, finished_run
     assert (folder / "result.json").stat().st_mtime_ns == stamp
 
 
-def test_unfinished_run_can_be_extended(tmp_path, long, monkeypatch):
-    for stop in (8, 17):  # before and in its cool-down
-        folder = tmp_path / f"stopped-{stop}"
-        original = checkpoint.save
+@pytest.mark.parametrize(
+    "stop", [pytest.param(8, marks=pytest.mark.slow), 17], ids=["before its cool-down", "in its cool-down"]
+)
+def test_unfinished_run_can_be_extended(tmp_path, long, monkeypatch, stop):
+    folder, original = tmp_path / "stopped", checkpoint.save
 
-        def save_and_stop(target, tensors, state, stop=stop, original=original):
-            original(target, tensors, state)
-            if state.step >= stop:
-                raise KeyboardInterrupt
+    def save_and_stop(target, tensors, state):
+        original(target, tensors, state)
+        if state.step >= stop:
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(checkpoint, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            funmatch.distill(out=folder, **OPTIONS, **SHORT)
-        monkeypatch.setattr(checkpoint, "save", original)
-        assert funmatch.distill(out=folder, **OPTIONS, **LONG).figures["step"] == 34
-        assert_same_runs(folder, long)
-        assert not (folder / "ends").exists(), "the shorter run had not finished"
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        funmatch.distill(out=folder, **OPTIONS, **SHORT)
+    monkeypatch.setattr(checkpoint, "save", original)
+    assert funmatch.distill(out=folder, **OPTIONS, **LONG).figures["step"] == 34
+    assert_same_runs(folder, long)
+    assert not (folder / "ends").exists(), "the shorter run had not finished"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_images import FEW
 
 from funmatch.commands.study import results as study_results
 from funmatch.commands.study.spec import RunSpec, parse, read_spec
@@ -100,7 +101,7 @@ def test_unknown_key_of_a_run_is_named(old_run, funmatch):
 
 def test_newer_checkpoint_is_refused_and_an_unknown_key_is_damage(tmp_path, funmatch, finished_run):
     words = {
-        "data": "fashion-mini",
+        "data": FEW,
         "student": "fashion-mini-student",
         "steps": 2,
         "batch": 8,

@@ -152,6 +152,7 @@ def test_run_under_torchrun(tmp_path):
     assert len(records(tmp_path / "run", "step")) == 12
 
 
+@pytest.mark.slow
 def test_indivisible_batch_is_reported_once(tmp_path):
     argv = ["train", *ARGV, *BATCHNORM, "--batch", "15", "--out", tmp_path / "run"]
     outputs = wait_for_all(start("-m", "funmatch", *argv, world=2), 2)

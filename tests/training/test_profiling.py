@@ -43,7 +43,7 @@ def test_other_threads_are_timed_apart_and_only_while_profiling():
     assert "late" not in timer.seconds
 
 
-@pytest.mark.parametrize("verb", ["distill", "train"])
+@pytest.mark.parametrize("verb", [pytest.param("distill", marks=pytest.mark.slow), "train"])
 def test_profile_reports_parts_of_the_first_steps(tmp_path, capfd, monkeypatch, verb):
     monkeypatch.setattr(profiling, "PEAK_SECONDS", 0.05)
     options = {name: value for name, value in TINY.items() if verb == "distill" or name != "teacher"}

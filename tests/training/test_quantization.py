@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from make_images import FEW
 from safetensors.torch import load_file
 from torch import nn
 
@@ -131,7 +132,7 @@ def test_the_exported_int8_model_agrees_with_the_rounded_network(tmp_path, build
 @pytest.fixture(scope="module", name="run")
 def finished_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "plain"
-    funmatch.distill("fashion-mini", "fashion-mini-teacher", out=out, steps=40, seed=3, **SMALL)
+    funmatch.distill(FEW, "fashion-mini-teacher", out=out, steps=40, seed=3, **SMALL)
     return out
 
 
@@ -154,7 +155,7 @@ def test_options_are_the_runs_but_shorter_and_gentler(run, tmp_path):
 
 
 def test_a_run_without_a_teacher_becomes_its_own(tmp_path):
-    funmatch.train("fashion-mini", out=tmp_path / "labels", steps=2, **SMALL)
+    funmatch.train(FEW, out=tmp_path / "labels", steps=2, **SMALL)
     config = parse(words(tmp_path / "labels", tmp_path / "q"))
     assert config.teacher == (config.student,) == (str(tmp_path / "labels"),)
 
@@ -201,9 +202,9 @@ def test_its_student_is_a_plain_network_with_ranges_beside_it(run, tmp_path):
 def test_training_on_labels_rounds_too(tmp_path, verb):
     options = {"out": tmp_path / "q", "steps": 4, "quantize": 8, "batch": 16, "eval_every": 4, "threads": 1}
     if verb == "train":
-        result = funmatch.train("fashion-mini", **SMALL | options)
+        result = funmatch.train(FEW, **SMALL | options)
     else:
-        result = funmatch.finetune("fashion-mini", "fashion-mini-teacher", **options)
+        result = funmatch.finetune(FEW, "fashion-mini-teacher", **options)
     net = timm.create_model(f"local-dir:{tmp_path / 'q' / 'student'}", pretrained=True)
     ranges = json.loads((tmp_path / "q" / "student" / "config.json").read_text())["funmatch"]["ranges"]
     assert list(ranges) == [name for name, each in net.named_modules() if isinstance(each, nn.Conv2d | nn.Linear)]

@@ -33,7 +33,7 @@ def write_enlarged(folder: Path) -> Path:
         tiles = sheet.reshape(sheet.shape[0] // TILE, TILE, -1, TILE).swapaxes(1, 2).reshape(-1, TILE, TILE)
         for name, group in zip(CLASSES, np.split(tiles, 10), strict=True):
             (folder / split / name).mkdir(parents=True)
-            for i, tile in enumerate(group):
+            for i, tile in enumerate(group[:40]):  # a test set of 400 images
                 size = rng.integers(40, 100, 2)
                 image = np.asarray(Image.fromarray(tile).resize((int(size[1]), int(size[0])), Image.Resampling.BICUBIC))
                 # Detail that a view without antialias reads one pixel of, and one with it the mean.
@@ -71,11 +71,11 @@ def right_through_timm(student: Path, photos: Path) -> int:
 @pytest.mark.parametrize("options", [{}, {"eval_resample": "bicubic", "eval_resize": 27}, {"eval_resample": "tf"}])
 def test_timms_transform_gives_the_top1_that_the_run_reports(photos, tmp_path, options):
     result = train(photos, tmp_path / "run", **options).metrics
-    assert result["pictures"] == 2000
+    assert result["pictures"] == 400
     assert result["top1"] > 0.25
     # Without antialias there is no such transform, and the run reports what timm's gives besides its own figure.
     reported = result.get("top1_antialias", result["top1"])
-    assert abs(right_through_timm(tmp_path / "run" / "student", photos) - 2000 * reported) <= 2
+    assert abs(right_through_timm(tmp_path / "run" / "student", photos) - 400 * reported) <= 1
     again = funmatch.evaluate(tmp_path / "run" / "student", data=str(photos), batch=500)
     assert again["top1"] == pytest.approx(result["top1"], abs=1e-3), "the card says how the student was evaluated"
 

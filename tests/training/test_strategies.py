@@ -192,8 +192,15 @@ def test_same_ic_with_mixup_equals_funmatch(tmp_path):
         assert torch.equal(tensor, student_of(other)[name]), name
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_trains(tmp_path, strategy):
+TRAINED = ("funmatch", "fix/ic_ens")
+"""The others train in the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "strategy", [name if name in TRAINED else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
+)
+def test_every_strategy_trains(tmp_path, monkeypatch, strategy):
+    monkeypatch.setattr(scoring, "VIEWS", 256)
     extra = {"teacher_crops": 8} if strategy == "fix/ic_ens" else {}
     outcome = funmatch.distill(
         out=tmp_path / "run", steps=40, lr=8e-3, strategy=strategy, eval_every=20, **extra, **MINI
@@ -344,7 +351,10 @@ def test_distillation_loss_equals_its_equation():
     assert losses.keys() == {"loss", "distance"}
 
 
-@pytest.mark.parametrize("name", DISTANCES)
+# A second one, since that is not the default; the others train in the slow tests.
+@pytest.mark.parametrize(
+    "name", [name if name == "dist" else pytest.param(name, marks=pytest.mark.slow) for name in DISTANCES]
+)
 def test_every_distance_trains_and_is_recorded(tmp_path, name):
     outcome = funmatch.distill(out=tmp_path / "run", steps=3, distance=name, **MINI)
     assert json.loads((outcome.folder / "config.json").read_text())["knobs"]["distance"] == name
@@ -479,7 +489,9 @@ def test_squashed_and_central_fixed_views_differ(split):
     assert not torch.equal(plain, squashed)
 
 
-def test_score_of_training_views_does_not_depend_on_processes(split):
+def test_score_of_training_views_does_not_depend_on_processes(monkeypatch, split):
+    monkeypatch.setattr(scoring, "VIEWS", 256)
+
     def both(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = F.adaptive_avg_pool2d(batch.crops[1:], 1).flatten(1)
         return pooled, pooled.flip(-1)
