@@ -140,7 +140,7 @@ def write_images(run: str, folder: Path, count: int) -> None:
     model = open_trained_model(run)
     assert model.run
     cache, _, _ = datasets.open_evaluation_data(Evaluate(model=run), run, model.run.config["verb"], model.knobs)
-    split = pick_split(cache, "auto")
+    split = pick_split(cache, "auto", with_teacher=True)
     folder.mkdir(parents=True)
     for place in scoring.evenly_spread(len(split), count):
         Image.fromarray(split.image(int(place)).numpy()).save(folder / f"{place:06}.png")

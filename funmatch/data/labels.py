@@ -146,11 +146,28 @@ def find_classes(
     if not file and names:
         return _by_name(where, names, labels, label_features, notes)
     classes = read_class_file(file) if file else _numbered(labels, options)
+    plain, first = _split_numbers(classes)
     if names:
-        return Classes(classes, file, positions={name: i for i, name in enumerate(classes)}, notes=tuple(notes))
-    lowest = min(label for label in labels if isinstance(label, int) and label != UNLABELLED)
-    notes += notes_about_first(where if file else f"WARNING: {where}", lowest, classes, options.first_label)
+        return Classes(plain, file, positions={name: i for i, name in enumerate(plain)}, notes=tuple(notes))
+    if first is None:
+        lowest = min(label for label in labels if isinstance(label, int) and label != UNLABELLED)
+        notes += notes_about_first(where if file else f"WARNING: {where}", lowest, classes, options.first_label)
+    elif first != options.first_label:
+        raise InputError(f"{file} numbers its classes from {first}; pass --first-label {first}")
+    # With their numbers, as runs have recorded such names.
     return Classes(classes, file, unnamed=not file, notes=tuple(notes))
+
+
+def _split_numbers(names: tuple[str, ...]) -> tuple[tuple[str, ...], int | None]:
+    """Splits lines such as `0:daisy`, as TF-slim writes them, into names and the number of the first class.
+
+    The names as they are, and None, where the lines are not numbered one by one.
+    """
+    parts = [re.fullmatch(r"(\d{1,7}):\s*(\S.*)", name) for name in names]
+    found = [(int(part[1]), part[2]) for part in parts if part]
+    if len(found) < len(names) or [number for number, _ in found] != list(range(found[0][0], found[0][0] + len(names))):
+        return names, None
+    return tuple(name for _, name in found), found[0][0]
 
 
 def _choose_file(

@@ -270,3 +270,23 @@ def test_notes_about_classes_are_not_said_of_unlabelled_images(tmp_path):
     paint(tmp_path / "p" / "val" / "c0" / "0.png", 9)
     assert "val has no images of 2 of 3 classes" in open_dataset(str(tmp_path / "p")).notes[0]
     assert open_dataset(str(tmp_path / "p"), ReadOptions(unlabelled=True)).notes == ()
+
+
+def test_numbered_lines_of_a_class_file(tmp_path, jpegs):
+    rows = [
+        record(image=each, **{"class": 1 + i % 2, "text": b"ab"[i % 2 : i % 2 + 1]}) for i, each in enumerate(jpegs)
+    ]
+    spec, file = write(tmp_path, rows), tmp_path / "labels.txt"
+    file.write_text("0:background\n1:a\n2:b\n")
+    found = open_dataset(spec)
+    assert (found.classes, found.notes) == (("0:background", "1:a", "2:b"), ())
+    assert found.splits["train"].labels.tolist() == [1, 2] * 3
+    with pytest.raises(InputError, match=r"labels.txt numbers its classes from 0; pass --first-label 0"):
+        open_dataset(spec, ReadOptions(first_label=1))
+    by_name = open_dataset(spec, ReadOptions(label_feature="text"))
+    assert by_name.classes == ("background", "a", "b")
+    assert by_name.splits["train"].labels.tolist() == [1, 2] * 3
+    file.write_text("1:a\n2:b\n")
+    with pytest.raises(InputError, match=r"labels.txt numbers its classes from 1; pass --first-label 1"):
+        open_dataset(spec)
+    assert open_dataset(spec, ReadOptions(first_label=1)).splits["train"].labels.tolist() == [0, 1] * 3

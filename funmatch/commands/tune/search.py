@@ -40,7 +40,7 @@ class SearchSpec:
         folder: the folder of the search.
         trials: number of trials, those that exist already among them.
         cut: whether validation images were held out of the training images by default.
-        tested: whether there are test images.
+        tested: whether there are test images that can be evaluated.
         data: key of the images' content.
     """
 
@@ -182,7 +182,9 @@ def with_validation(spec: SearchSpec) -> SearchSpec:
             f"--eval-data {' '.join(base.eval_data)} has no split val, and a search must not choose by test images; "
             "give images with a split val"
         )
-    cut, tested = resolved.val != base.val, "test" in cache.splits
+    cut, test = resolved.val != base.val, cache.splits.get("test")
+    # Without labels, only a teacher's answers can be compared with.
+    tested = test is not None and (test.labelled or spec.verb == "distill")
     # The key of the images, to refuse a resumed search on others.
     return replace(spec, base=resolved, cut=cut, tested=tested, data=cache.key)
 

@@ -69,7 +69,8 @@ def open_images(
     name = first.name if first else options.models[0]
     config = _as_evaluation(options, name)
     cache, _, _ = datasets.open_evaluation_data(options, name, verb, knobs)
-    split = subject.pick_split(cache, options.split)
+    with_teacher = options.teacher != (NO_TEACHER,) and bool(options.teacher or knobs.get("teacher"))
+    split = subject.pick_split(cache, options.split, with_teacher=with_teacher)
     some = split.subset(scoring.evenly_spread(len(split), options.images))
     # Before anything is timed. Other classes would give an accuracy near chance, and no error.
     maps = tuple(_class_map(each, cache, config) for each in models)

@@ -152,7 +152,7 @@ def _subject(config: Evaluate, trained: TrainedModel, cache: Cache, device: torc
     return Subject(trained.name, network, view, parameters, trained, class_map is not None)
 
 
-def pick_split(cache: Cache, name: str, *, with_teacher: bool = True) -> CachedSplit:
+def pick_split(cache: Cache, name: str, *, with_teacher: bool) -> CachedSplit:
     """Returns the named split; `auto` is test, else validation, else training.
 
     Args:
