@@ -1,5 +1,6 @@
 """Defines the errors that users see: what was expected, what was given, where, and what to do next."""
 
+import hashlib
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,6 +10,16 @@ UNSAFE = re.compile(
     r"\U000e0000-\U000e007f]"
 )
 """Characters that move a terminal's cursor, colour it, or are invisible; among them the marks of right-to-left text."""
+ADDRESS = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://([^\s/?#'\"<>]*)([^\s?#'\"<>]*)(\?[^\s#'\"<>]*)?")
+"""Scheme, authority, path and query of an address within a text."""
+SECRET = re.compile(
+    r"x-(amz|goog|oss|cos|ms|obs)-.*|sig|se|sp|sv|sr|st|spr|ske?|sks|skt|skv|skoid|sktid|.*signature.*|expires|policy|"
+    r"key|key-pair-id|.*access_?key_?id|googleaccessid|pwd|.*(token|secret|passw|credential|auth|api[_-]?key|session).*",
+    re.IGNORECASE,
+)
+"""Names of parameters that sign an address or give rights."""
+LONG = 40
+"""Characters from which a parameter's value is taken for a key, whatever it is called."""
 
 
 class InputError(ValueError):
@@ -59,7 +70,38 @@ def printable(text: str) -> str:
 
     Line breaks and tabs stay, since messages of ours have them.
     """
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), hide_secrets(text))
+
+
+def hide_secrets(text: str) -> str:
+    """Returns a text with the addresses in it as they may be shown and recorded.
+
+    User names and passwords are left out, and so are parameters that sign an address. Long values, which may be keys,
+    become a short digest, so that two addresses stay two. Hidden once, a text stays as it is.
+    """
+    return ADDRESS.sub(_hide, text) if "://" in text else text
+
+
+def _hide(found: re.Match[str]) -> str:
+    scheme, authority, path, query = found.groups()
+    of_web = scheme.lower() in ("http", "https")
+    user, at, host = authority.rpartition("@")
+    name, colon, _ = user.partition(":")
+    # Of databases, the user's name alone is kept; of web servers it may be a token.
+    kept = f"{name}@" if at and not of_web and not (colon and not name) else ""
+    if not at and not re.fullmatch(r"(\[[0-9a-fA-F:.]*\]|[^:]*)(:[0-9]*)?", host):
+        # A password with a slash in it: where it ends cannot be known, so all is left out.
+        return f"{scheme}://…"
+    if not query or not of_web:
+        return f"{scheme}://{kept}{host}{path}{query or ''}"
+    shown = []
+    for each in query[1:].split("&"):
+        word, equals, value = each.partition("=")
+        if SECRET.fullmatch(word):
+            continue
+        long = len(value) >= LONG
+        shown.append(f"{word}{equals}{hashlib.blake2b(value.encode(), digest_size=4).hexdigest() if long else value}")
+    return f"{scheme}://{kept}{host}{path}{'?' if shown else ''}{'&'.join(shown)}"
 
 
 def first_line(error: BaseException) -> str:

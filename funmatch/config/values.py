@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BeforeValidator, TypeAdapter
 from pydantic.fields import FieldInfo
 
+from funmatch.errors import hide_secrets
 from funmatch.runtime.text import parse_seconds
 
 
@@ -26,7 +27,8 @@ def _as_names(value: Any) -> Any:
     # A single name stands for a list of one, which pydantic alone would refuse.
     if value is None or isinstance(value, str | Path):
         value = () if value is None else (value,)
-    return tuple(map(str, value)) if isinstance(value, list | tuple) else value
+    # Of an address only what may be recorded: how it was given with a password, `runtime.addresses` knows.
+    return tuple(hide_secrets(str(each)) for each in value) if isinstance(value, list | tuple) else value
 
 
 def _as_tuple(value: Any) -> Any:

@@ -19,6 +19,7 @@ from functools import reduce
 from typing import Any
 
 from funmatch.errors import InputError, first_line
+from funmatch.runtime import addresses
 
 _FOUND: dict[str, Callable[..., Any]] = {}
 """Functions by name: those given from Python, and those imported."""
@@ -34,10 +35,11 @@ NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
 def allow(given: object) -> None:
-    """Allows the functions that a person named: those in a word, or in the items of a list or dictionary."""
+    """Allows what a person named: functions and addresses in a word, or in the items of a list or dictionary."""
     if isinstance(given, str):
-        # Within a word, too: `--teacher=package.module:function`, `--space distance=kl,package.module:function`.
-        names = {*_allowed(), *NAME.findall(given)}
+        # Within a word, too: `--teacher=package.module:function`, `--space distance=kl,package.module:function`. Not
+        # in an address, where they are a user and a password.
+        names = {*_allowed(), *NAME.findall(addresses.allow(given))}
         os.environ[ALLOWED] = ",".join(sorted(names))
     elif isinstance(given, Mapping):
         allow([*given.values()])
@@ -48,13 +50,13 @@ def allow(given: object) -> None:
 
 
 def allow_words(words: Iterable[str]) -> None:
-    """Allows the functions that are named on the command line, unless another process wrote it from a file."""
+    """Allows functions and addresses that the command line names, unless another process wrote it from a file."""
     if not os.environ.get(ONLY_ALLOWED):
         allow([*words])
 
 
 def environment_for_words_of_a_file() -> dict[str, str]:
-    """Returns the environment for a process whose command line comes from a file: its words allow no function."""
+    """Returns the environment for a process whose command line comes from a file: its words allow nothing."""
     return {**os.environ, ONLY_ALLOWED: "1"}
 
 

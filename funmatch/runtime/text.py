@@ -1,7 +1,8 @@
-"""Formats durations, fractions, sizes and option values for tables and messages."""
+"""Formats durations, fractions, sizes and option values for tables and messages, and spells out patterns."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 MISSING = "–"
 """Stands for a value that there is not."""
@@ -83,3 +84,20 @@ def format_value(value: str | float | bool | None) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "none" if value is None else f"{value}"
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Spells out `a-{000..002}.tar` and `{train,val}.tar`, as WebDataset does."""
+    # Odd pieces are the insides of braces.
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices = []
+    for piece in pieces[1::2]:
+        ends = re.fullmatch(r"(\d+)\.\.(\d+)", piece)
+        if ends:
+            # Padded with zeros only where the first number is, as in a shell.
+            width = len(ends[1]) if ends[1].startswith("0") else 0
+            choices.append([f"{i:0{width}}" for i in range(int(ends[1]), int(ends[2]) + 1)])
+        else:
+            choices.append(piece.split(","))
+    for chosen in product(*choices):
+        yield "".join(a + b for a, b in zip(pieces[::2], [*chosen, ""], strict=True))

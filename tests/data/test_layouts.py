@@ -300,7 +300,8 @@ def test_splits_that_are_given_one_by_one(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("https://example.org/pets.zip", "is an address, not a folder; download and unpack it"),
+        ("https://example.org/pets", "web servers have no listing of a folder's files; pass an archive"),
+        ("ftp://example.org/pets.zip", "is an address of another kind; expected one of gs://"),
         ("file:///data/pets", "pass /data/pets$"),
         ("microsoft/cats_vs_dogs", "pass hf:microsoft/cats_vs_dogs"),
     ],

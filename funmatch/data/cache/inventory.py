@@ -15,6 +15,7 @@ OTHERS = {
     "weights": "downloaded weights",
     "answers": "logits of fixed teachers",
     "kernels": "compiled kernels",
+    "remote": "downloaded images",
 }
 """Folders of other things that can be made or fetched again."""
 

@@ -29,7 +29,8 @@ from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import pick_decoder
 from funmatch.data.limits import MAX_SCANS
 from funmatch.data.readers.catalog import data_home
-from funmatch.data.readers.open import open_dataset, resolve_spec
+from funmatch.data.readers.open import known_copies, open_dataset, resolve_spec, update_copies
+from funmatch.data.remote.fetch import CHECKED_SECONDS
 from funmatch.runtime.disk.files import cache_home, write_atomically
 from funmatch.runtime.disk.json_files import Damaged, seal
 from funmatch.runtime.text import counted
@@ -109,6 +110,8 @@ def open_cache(
         InputError: some images are unreadable; all of them are listed.
     """
     specs = [specs] if isinstance(specs, str) else list(specs)
+    # First, since a change at a server changes the files that the entry tells to look at.
+    update_copies(specs, track, at_most=CHECKED_SECONDS, refresh=refresh)
     ledger, options, cache_options = _ledger(specs, options or ReadOptions(), cache_options or CacheOptions())
     entry = None if refresh else _load_entry(ledger, log)
     if entry is None:
@@ -153,6 +156,9 @@ def _ledger(
     cache_options = replace(cache_options, decoder=pick_decoder(cache_options.decoder), home=home)
     # Without on_bad: both values mean the same cache, and differ only in whether bad images are an error.
     parts = FORMAT, READING, [resolve_spec(spec) for spec in specs], options, replace(cache_options, on_bad="")
+    # A shard that is gone from a bucket has left no trace in the files that are looked at.
+    if copies := known_copies(specs):
+        parts = (*parts, copies)
     return home / "known" / _digest(*parts), options, cache_options
 
 

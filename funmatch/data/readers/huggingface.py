@@ -2,13 +2,16 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from funmatch.data.dataset import Dataset, ReadOptions, Track, read_file, sort_splits, untracked
+from funmatch.data.readers.shard_paths import splits_of
 from funmatch.data.readers.split_names import SPLIT_NAMES, says_split
 from funmatch.data.readers.table_labels import read_labels
-from funmatch.errors import InputError, first_line
+from funmatch.data.remote.fetch import fetch_if_remote
+from funmatch.errors import InputError, first_line, hide_secrets
 
 FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 LOOKED_AT = 100  # rows whose first image tells what a column holds
@@ -20,14 +23,14 @@ def resolve_if_local(spec: str) -> str:
     return path if os.path.exists(path) else spec
 
 
-def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Dataset:  # noqa: ARG001
+def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Dataset:
     """Lists a data set that has a column of images.
 
     Args:
-        spec: `user/name`, `user/name:config`, a parquet or arrow file, a folder of such files, or one that
-            `save_to_disk` wrote.
+        spec: `user/name`, `user/name:config`, a parquet or arrow file, a folder of such files, one that `save_to_disk`
+            wrote, or the address of any of these, or of several files.
         options: for columns and class names.
-        track: not used; the library shows its own progress.
+        track: shows the progress of downloads; the library shows its own besides.
 
     Raises:
         InputError: the library is missing, there is no such data set, or it has no images.
@@ -36,7 +39,9 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
         import datasets
     except ImportError:
         raise InputError("hf: needs the library datasets; pip install 'funmatch[hf]'") from None
-    loaded = _by_split(_load(datasets, spec))
+    address = spec
+    spec, files = fetch_if_remote(spec, track)
+    loaded = _by_split(_load(datasets, spec, files))
     tables = _tables(loaded, spec)
     image, notes = _image_column(datasets, next(iter(tables.values())).features, spec, options)
     labels = read_labels(datasets, f"hf:{spec}", tables, options)
@@ -51,12 +56,12 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
         # Tables hold the bytes; folders of images hold paths alone.
         return row["bytes"] or _read_inside(row["path"], inside)
 
-    watched = _watched(tables, spec, options)
-    name = Path(spec.partition(":")[0]).stem if watched else spec
+    watched = [*_watched(tables, spec, options), *map(str, files)]
+    name, shown = Path(spec.partition(":")[0]).stem if watched else spec, hide_secrets(address)
     unread = [name for name, table in loaded.items() if all(table is not each for each in tables.values())]
     notes += [f"hf:{spec}: splits that are not read: {', '.join(unread)}"] if unread else []
     return Dataset(
-        name, labels.classes, sort_splits(labels.splits), read, watched, location=spec, lacking=labels.lacking,
+        name, labels.classes, sort_splits(labels.splits), read, watched, location=shown, lacking=labels.lacking,
         unnamed=labels.unnamed, notes=(*notes, *labels.notes),
     )  # fmt: skip
 
@@ -120,10 +125,15 @@ def _tables(loaded: dict[str, Any], spec: str) -> dict[str, Any]:
     return tables
 
 
-def _load(datasets: Any, spec: str) -> Any:
-    """Loads whatever a spec names: a `datasets.Dataset`, or a dict of them by split."""
+def _load(datasets: Any, spec: str, files: Sequence[Path] = ()) -> Any:
+    """Loads whatever a spec names, or several files of one kind: a `datasets.Dataset`, or a dict of them by split."""
     path = Path(spec).expanduser()
     try:
+        if files:
+            named: dict[str, list[str]] = {}
+            for file, split in zip(files, splits_of(files)[0], strict=True):
+                named.setdefault(split, []).append(str(file))
+            return datasets.load_dataset(FORMATS.get(files[0].suffix, files[0].suffix), data_files=named)
         if path.is_file() and path.suffix in FORMATS:
             return datasets.load_dataset(FORMATS[path.suffix], data_files={"train": str(path)})
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):

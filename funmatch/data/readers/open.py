@@ -15,10 +15,16 @@ from funmatch.data.readers.catalog import CATALOG, open_named
 from funmatch.data.readers.class_notes import class_notes
 from funmatch.data.readers.folder import EXPECTED, open_folder
 from funmatch.data.readers.huggingface import open_hub, resolve_if_local
+from funmatch.data.readers.shard_paths import shards_of
 from funmatch.data.readers.split_names import SPLIT_NAMES
-from funmatch.data.readers.tfrecords import open_tfrecords
+from funmatch.data.readers.tfrecords import ENDINGS, open_tfrecords
+from funmatch.data.readers.webdataset import ENDINGS as TARS
 from funmatch.data.readers.webdataset import open_tars
-from funmatch.errors import InputError, unknown
+from funmatch.data.remote.archives import is_archive
+from funmatch.data.remote.fetch import AS_FOLDER, EVERYTHING, fetch, known_files
+from funmatch.data.remote.objects import Wanted
+from funmatch.errors import InputError, hide_secrets, unknown
+from funmatch.runtime.addresses import check_scheme, is_address
 
 
 def absolute_path(location: str) -> str:
@@ -36,33 +42,40 @@ class Reader:
         resolve: makes a location independent of the working directory.
         files: glob patterns of the files that it reads. Where such files are given without the prefix, the message
             recommends it.
+        remote: which files of an address it needs.
     """
 
     open: Callable[[str, ReadOptions, Track], Dataset]
     location: str
     resolve: Callable[[str], str] = absolute_path
     files: tuple[str, ...] = ()
+    remote: Wanted = EVERYTHING
 
 
-def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:  # noqa: ARG001
-    root = Path(location).expanduser()
-    folder = open_folder(root, follow_links=options.follow_links, recommend_reader=recommend_reader)
+def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:
+    path, shown = Path(location).expanduser(), location
+    if is_address(location):
+        path, shown = fetch(location, AS_FOLDER, track).folder, hide_secrets(location)
+        if path.is_file():
+            raise InputError(f"{shown} is a file; expected a folder of images, or an archive of one")
+    folder = open_folder(path, follow_links=options.follow_links, recommend_reader=recommend_reader)
+    folder = replace(folder, location=shown) if is_address(location) else folder
     if options.unlabelled:
         # Classes that are not used need no words.
-        about_classes = class_notes(root, folder.classes, folder.splits)
+        about_classes = class_notes(path, folder.classes, folder.splits)
         folder = replace(folder, notes=tuple(note for note in folder.notes if note not in about_classes))
     moved = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
     of_shards = {field.name for field in fields(options) if field.metadata == OF_SHARDS}
     unused = [f"--{name.replace('_', '-')}" for name in moved if name in of_shards]
     # A note only: another source of the same command may need the option.
-    note = f"{location} is a folder: {', '.join(unused)} does not apply to it; labels come from folder names"
+    note = f"{shown} is a folder: {', '.join(unused)} does not apply to it; labels come from folder names"
     return replace(folder, notes=(*folder.notes, note)) if unused else folder
 
 
 READERS: dict[str, Reader] = {
-    "folder": Reader(_open_folder, "PATH"),
-    "tfrecord": Reader(open_tfrecords, "PATTERN", files=("*.tfrec*",)),
-    "wds": Reader(open_tars, "PATTERN", files=("*.tar",)),
+    "folder": Reader(_open_folder, "PATH", remote=AS_FOLDER),
+    "tfrecord": Reader(open_tfrecords, "PATTERN", files=("*.tfrec*",), remote=shards_of(ENDINGS)),
+    "wds": Reader(open_tars, "PATTERN", files=("*.tar",), remote=shards_of(TARS)),
     "hf": Reader(open_hub, "NAME", resolve=resolve_if_local, files=("*.parquet", "*.arrow")),
 }
 
@@ -88,6 +101,34 @@ def open_dataset(specs: str | Sequence[str], options: ReadOptions | None = None,
     return _with_requested_split(join_datasets(datasets), options.split_spec)
 
 
+def update_copies(specs: Sequence[str], track: Track, *, at_most: float, refresh: bool = False) -> None:
+    """Downloads what specs name by an address, as far as it is missing here or has changed there.
+
+    Args:
+        specs: as for `open_dataset`.
+        track: shows progress.
+        at_most: seconds since this process has asked a server; after more it asks again.
+        refresh: compares copies with their checksums.
+
+    Raises:
+        InputError: something is gone, or may not be read.
+    """
+    for prefix, location in _remote(specs):
+        _check_address(prefix, location)
+        fetch(location, READERS[prefix].remote, track, at_most=at_most, refresh=refresh)
+
+
+def known_copies(specs: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns the files that each address of specs named the last time, without contacting a server."""
+    return [known_files(location, READERS[prefix].remote) for prefix, location in _remote(specs)]
+
+
+def _remote(specs: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the addresses in specs, each with the prefix of its reader."""
+    parsed = [_parse(spec) for spec in specs if spec not in CATALOG]
+    return [(prefix or "folder", location) for prefix, location in parsed if is_address(location)]
+
+
 def is_source(spec: str) -> bool:
     """Returns whether a spec names its kind, by a name of the catalog or a prefix, and is not just a path."""
     return spec in CATALOG or bool(_parse(spec)[0])
@@ -98,6 +139,8 @@ def resolve_spec(spec: str) -> str:
     if spec in CATALOG:
         return spec
     prefix, location = _parse(spec)
+    if is_address(location):
+        return hide_secrets(spec)
     return f"{prefix}:{READERS[prefix].resolve(location)}" if prefix else absolute_path(spec)
 
 
@@ -120,6 +163,8 @@ def recommend_reader(path: Path) -> str:
 def _parse(spec: str) -> tuple[str, str]:
     """Splits a spec into a prefix of `READERS`, empty where it has none, and the location."""
     prefix, colon, location = spec.partition(":")
+    if is_address(spec):
+        return "", spec  # hf://… is an address, too
     # Known prefixes only: paths may contain colons.
     return (prefix, location) if colon and prefix in READERS else ("", spec)
 
@@ -139,6 +184,9 @@ def check_spec(spec: str) -> None:
     prefix, location = _parse(spec)
     if prefix and not location:
         raise InputError(f"{spec} has no location; expected {prefix}:{READERS[prefix].location}")
+    if is_address(location):
+        _check_address(prefix, location)
+        return
     path = Path(spec).expanduser()
     if spec in CATALOG or prefix or path.exists():
         # One look, since a folder of images may hold a million files; the reader finds those without any image.
@@ -147,17 +195,40 @@ def check_spec(spec: str) -> None:
                 if next(entries, None) is None:
                     raise InputError(f"{spec} is empty; {EXPECTED}")
         return
-    if address := re.match(r"(\w+)://", spec):
-        advice = (
-            f"pass {spec[len('file://') :]}" if address[1] == "file" else "download and unpack it, and pass the folder"
-        )
-        raise InputError(f"{spec} is an address, not a folder; {advice}")
+    if re.match(r"\w+://", spec):
+        check_scheme(spec)
     if re.fullmatch(r"[\w-]+/[\w.-]+", spec):
         raise InputError(f"there is no folder {spec}; for a data set of the Hugging Face Hub, pass hf:{spec}")
     if "/" in spec or spec.startswith((".", "~")):
         raise InputError(f"there is no folder {spec}; expected a folder of images, or one of: {', '.join(CATALOG)}")
     others = ", ".join(f"{name}:{reader.location}" for name, reader in READERS.items())
     raise unknown("data set", spec, CATALOG, hint=f"there is no folder {spec!r} here; other sources: {others}")
+
+
+def _check_address(prefix: str, address: str) -> None:
+    """Raises `InputError` for an address that can be no folder of images, without contacting its server."""
+    if prefix not in ("", "folder"):
+        return
+    shown = hide_secrets(address)
+    place = shown.partition("://")[2]
+    place = place.partition("?")[0] if address.startswith("http") else place
+    name = place.rstrip("/").rpartition("/")[2]
+    if is_archive(name) and not set("*{[") & set(place):
+        return
+    for word, reader in READERS.items():
+        if any(fnmatch(name, pattern) for pattern in reader.files):
+            raise InputError(f"{shown} is not a folder of images; pass {word}:{shown}")
+    if set("*{[") & set(place):
+        raise InputError(f"{shown} is a pattern; name the kind of its files: {_words(shown)}")
+    if address.startswith("http"):
+        raise InputError(
+            f"{shown}: web servers have no listing of a folder's files; pass an archive of it (.zip, .tar, .tar.gz), "
+            f"or shards: {_words('https://…')}"
+        )
+
+
+def _words(address: str) -> str:
+    return ", ".join(f"{word}:{address}" for word, reader in READERS.items() if reader.files)
 
 
 def _notes_about_splits(specs: Sequence[str]) -> list[str]:

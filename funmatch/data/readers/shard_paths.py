@@ -3,29 +3,43 @@
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from funmatch.data.dataset import Track, untracked
 from funmatch.data.readers.split_names import find_split, says_split
-from funmatch.errors import InputError
+from funmatch.data.remote.fetch import fetch
+from funmatch.data.remote.objects import Wanted
+from funmatch.errors import InputError, hide_secrets
+from funmatch.runtime.addresses import is_address
 from funmatch.runtime.disk.json_files import Damaged, Shape, read_json
+from funmatch.runtime.text import expand_braces
 
 NOTE = "funmatch.json"
 """File that `funmatch prepare --to tfrecord` writes beside its shards; among other things, it lists their names."""
+BESIDE = rf"(^|[._-])(labels|classes|class_names)\.txt$|^{re.escape(NOTE)}$"
+"""Names of files that are read besides shards."""
 
 
-def shard_paths(pattern: str, endings: str) -> list[Path]:
+def shards_of(endings: str) -> Wanted:
+    """Returns which files of an address are needed: shards, by the endings of their names, and what is read besides."""
+    return Wanted(endings, BESIDE)
+
+
+def shard_paths(pattern: str, endings: str, track: Track = untracked) -> list[Path]:
     """Finds the files that a pattern matches: a file, a folder (at any depth), or a glob with `*` and `{a..b}`.
 
     Args:
-        pattern: of the shards.
+        pattern: of the shards; files of an address are downloaded.
         endings: regular expression for the names of shards in a folder.
+        track: shows the progress of a download.
 
     Raises:
         InputError: no file matches, or a numbered set is incomplete.
     """
+    if is_address(pattern):
+        return _fetch_shards(pattern, endings, track)
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
         # Escaped: brackets in the folder's own name are not a pattern.
@@ -35,7 +49,7 @@ def shard_paths(pattern: str, endings: str) -> list[Path]:
         files = [expanded]
     else:
         # Braces spell out names, so each must exist; glob itself would silently skip the missing ones.
-        globs = list(_expand_braces(expanded))
+        globs = list(expand_braces(expanded))
         missing = [each for each in globs if not glob.has_magic(each) and not os.path.isfile(each)]
         if missing:
             raise InputError(f"{pattern}: {len(missing)} of {len(globs)} shards are missing, e.g. {missing[0]}")
@@ -51,6 +65,16 @@ def shard_paths(pattern: str, endings: str) -> list[Path]:
     if os.path.isdir(expanded) or not set("{[?") & set(pattern):
         _check_complete(paths)
     return paths
+
+
+def _fetch_shards(address: str, endings: str, track: Track) -> list[Path]:
+    found = fetch(address, shards_of(endings), track)
+    if not found.files:
+        raise InputError(f"no shard is in {hide_secrets(address)}; for a folder of images, leave out the prefix")
+    if found.is_folder or not set("{[?") & set(address):
+        # The note lists shards of all splits; a pattern may be of one, and the others have no copy here.
+        _check_complete([*found.files], noted=found.is_folder)
+    return [*found.files]
 
 
 def splits_of(paths: Sequence[Path]) -> tuple[list[str], list[str]]:
@@ -71,13 +95,13 @@ def splits_of(paths: Sequence[Path]) -> tuple[list[str], list[str]]:
     return splits, [f"read {taken}"] if taken else []
 
 
-def _check_complete(paths: Sequence[Path]) -> None:
+def _check_complete(paths: Sequence[Path], *, noted: bool = True) -> None:
     """Raises `InputError` where shards of a set are missing, by names like `x-00002-of-00004` or by our own note."""
     sets: dict[tuple[Path, str, int], set[int]] = {}
     for path in paths:
         if found := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(.*)", path.name):
             sets.setdefault((path.parent, found[1], int(found[3])), set()).add(int(found[2]))
-    for note in {note for path in paths if (note := path.parent.parent / NOTE).is_file()}:
+    for note in {note for path in paths if noted and (note := path.parent.parent / NOTE).is_file()}:
         names = _read_note(note, {"shards": list[str]})["shards"]
         missing = [name for name in names if not os.path.isfile(note.parent / name)]
         if missing:
@@ -100,25 +124,10 @@ def _read_note(note: Path, shape: Shape) -> dict[str, Any]:
         raise InputError(f"{note} is damaged, or its shards are unfinished; prepare them again") from None
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
-    """Spells out `a-{000..002}.tar` and `{train,val}.tar`, as WebDataset does."""
-    # Odd pieces are the insides of braces.
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    choices = []
-    for piece in pieces[1::2]:
-        ends = re.fullmatch(r"(\d+)\.\.(\d+)", piece)
-        if ends:
-            # Padded with zeros only where the first number is, as in a shell.
-            width = len(ends[1]) if ends[1].startswith("0") else 0
-            choices.append([f"{i:0{width}}" for i in range(int(ends[1]), int(ends[2]) + 1)])
-        else:
-            choices.append(piece.split(","))
-    for chosen in product(*choices):
-        yield "".join(a + b for a, b in zip(pieces[::2], [*chosen, ""], strict=True))
-
-
 def watched_folders(pattern: str, paths: Sequence[Path]) -> set[Path]:
     """Returns the folders in which a new shard of this pattern could appear."""
+    if is_address(pattern):
+        return {path.parent for path in paths}  # what is new at its server is looked up there
     # A folder's time of change tells of a new file in it, but not of one deeper down: hence all that `**` searches.
     parts = Path(os.path.expanduser(pattern)).parts
     magic = next((i for i, part in enumerate(parts) if glob.has_magic(part) or "{" in part), len(parts))

@@ -15,6 +15,7 @@ from funmatch.data.readers.shards import Oddities, Record, open_shards
 # Feature names of an image and its class, tried in this order: of the earlier project, of TensorFlow Datasets, of
 # TensorFlow's ImageNet scripts, and WebDataset's endings.
 FEATURES = (("image", "class"), ("image", "label"), ("image/encoded", "image/class/label"), ("jpg", "cls"))
+ENDINGS = r"\.tfrec(ord)?s?([-.]|$)|-\d{5}-of-\d{5}$"
 COUNTED = re.compile(r"-(\d+)-(\d+)\.tfrec$")  # <split>_<name>-<shard>-<count>.tfrec
 
 
@@ -27,7 +28,7 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
     Raises:
         InputError: lists every damaged shard with the record.
     """
-    paths = shard_paths(pattern, r"\.tfrec(ord)?s?([-.]|$)|-\d{5}-of-\d{5}$")
+    paths = shard_paths(pattern, ENDINGS, track)
     # Our own unlabelled shards have no feature `class`, which elsewhere would be an error.
     if is_noted_unlabelled(paths):
         options = replace(options, unlabelled=True)

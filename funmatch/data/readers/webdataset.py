@@ -11,6 +11,7 @@ from funmatch.data.readers.shard_paths import shard_paths
 from funmatch.data.readers.shards import Oddities, Record, open_shards
 from funmatch.runtime.disk.json_files import parse_json
 
+ENDINGS = r"\.tar$"
 JSON_LABELS = ("label", "cls", "class_id", "class")
 """Names of the label in a sample's JSON, tried in this order."""
 
@@ -24,7 +25,7 @@ def open_tars(pattern: str, options: ReadOptions, track: Track = untracked) -> D
     Raises:
         InputError: lists every damaged shard, and every member with a path that leads outside.
     """
-    paths = shard_paths(pattern, r"\.tar$")
+    paths = shard_paths(pattern, ENDINGS, track)
     return open_shards(pattern, paths, lambda path, oddities: _list_tar(path, options, oddities), options, track)
 
 

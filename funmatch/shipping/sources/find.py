@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,9 @@ from funmatch.data.decode import EXTENSIONS
 from funmatch.data.readers.folder_listing import ending
 from funmatch.data.readers.open import check_spec, is_source, open_dataset, recommend_reader
 from funmatch.data.readers.split_names import SPLIT_NAMES
-from funmatch.errors import InputError, unknown
+from funmatch.data.remote.fetch import AS_FOLDER, EVERYTHING, fetch
+from funmatch.errors import InputError, hide_secrets, unknown
+from funmatch.runtime.addresses import check_scheme, is_address
 from funmatch.runtime.log import info, track
 from funmatch.shipping.sources.files import MAGIC, ImageFile, match_pattern, one_file, read_list, walk_folder
 
@@ -69,8 +71,10 @@ def check_path(path: str) -> None:
     """Raises `InputError` for a path that names nothing, without opening data sets."""
     if path == LIST:
         return
-    if is_source(path):
+    if is_source(path) or (is_address(path) and not _names_images(path)):
         check_spec(path)
+        return
+    if is_address(path):
         return
     place = os.path.expanduser(path)
     if os.path.lexists(place):
@@ -84,13 +88,15 @@ def check_path(path: str) -> None:
 def names_several(path: str) -> bool:
     """Returns whether a path is that of a folder, a pattern or a data set, rather than of one file."""
     place = os.path.expanduser(path)
+    if is_address(path):
+        return not _names_images(path) or bool(set("*{[") & set(path))
     return is_source(path) or os.path.isdir(place) or (bool(MAGIC.search(path)) and not os.path.lexists(place))
 
 
 def check_missing(path: str) -> None:
     """Raises the `InputError` for a path that does not exist."""
-    if address := re.match(r"(\w+)://", path):
-        raise InputError(f"{path} is an {address[1]} address; download the images, and pass their files or folder")
+    if re.match(r"\w+://", path):
+        check_scheme(path)
     raise InputError(
         f"no file or folder {path}; for many paths, pass a pattern in quotes ('photos/**/*.jpg'), or a list"
     )
@@ -101,13 +107,34 @@ def _find(path: str, options: ReadOptions, split: str | None, track: Track) -> I
     if path == LIST:
         return ImageStream(_started(read_list(sys.stdin), lambda: "the list of paths on standard input is empty"), None)
     place = os.path.expanduser(path)
-    if is_source(path) or (split is not None and os.path.isdir(place)):
+    if is_address(path) and (_names_images(path) or split is None):
+        return _of_address(path, track)
+    if is_source(path) or is_address(path) or (split is not None and os.path.isdir(place)):
         return _of_dataset(path, options, split or "auto", track)
     if os.path.isdir(place):
         return ImageStream(_started(walk_folder(place), lambda: _no_images(path, place)), None)
     if os.path.lexists(place):
         return ImageStream(iter([one_file(place)]), 1)
     return ImageStream(_started(match_pattern(place), lambda: f"no image matches {path}"), None)
+
+
+def _names_images(address: str) -> bool:
+    """Returns whether an address names images one by one or by a pattern, by the ending of its last part."""
+    return ending(hide_secrets(address).partition("?")[0]) in EXTENSIONS
+
+
+def _of_address(address: str, track: Track) -> ImageStream:
+    """Finds the images of a folder, a pattern or a file on a server, which are named by their addresses."""
+    if _names_images(address):
+        found = fetch(address, EVERYTHING, track)
+        images = [replace(one_file(str(path)), path=name) for path, name in zip(found.files, found.names, strict=True)]
+        return ImageStream(iter(images), len(images))
+    found = fetch(address, AS_FOLDER, track)
+    folder, shown = str(found.folder), hide_secrets(address).rstrip("/")
+    if not found.folder.is_dir():
+        raise InputError(f"{shown} is not an image; expected an image, a folder of images, or an archive of one")
+    named = (replace(image, path=shown + image.path.removeprefix(folder)) for image in walk_folder(folder))
+    return ImageStream(_started(named, lambda: _no_images(shown, folder)), None)
 
 
 def _started(images: Iterator[ImageFile], complaint: Callable[[], str]) -> Iterator[ImageFile]:

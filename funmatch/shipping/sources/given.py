@@ -13,6 +13,7 @@ from torch import Tensor
 from funmatch.config import ImageOptions
 from funmatch.data.decode import decode_opened
 from funmatch.errors import InputError
+from funmatch.runtime.addresses import is_address
 from funmatch.shipping import inference
 from funmatch.shipping.sources.files import Decoding, one_file
 from funmatch.shipping.sources.find import names_several, open_images
@@ -73,7 +74,7 @@ def read_given(images: Any, config: ImageOptions) -> Iterator[inference.Image]:
         raise InputError(f"images: {WANTED}; got {type(images).__name__}")
     for number, value in enumerate(images):
         if isinstance(value, str | Path):
-            named = names_several(str(value))
+            named = names_several(str(value)) or is_address(str(value))
             yield from open_images(config, (str(value),)).images if named else [one_file(os.path.expanduser(value))]
         elif isinstance(value, Image.Image):
             yield GivenImage(value, str(getattr(value, "filename", "") or ""))

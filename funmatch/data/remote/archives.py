@@ -1,0 +1,114 @@
+"""Unpacks downloaded archives into the cache, once, and nothing outside it."""
+
+import stat
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from funmatch.data.remote.objects import place_of
+from funmatch.errors import InputError, first_line
+from funmatch.runtime.disk.files import disk_errors, remove
+from funmatch.runtime.disk.locks import file_lock
+
+ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+MOST_TIMES = 100
+"""Times its own size that an archive may hold; the same as of GZIP shards."""
+MOST_AT_LEAST = 1 << 30
+BLOCK = 1 << 20
+
+
+def is_archive(name: str) -> bool:
+    """Returns whether a file's name is that of an archive of files."""
+    return name.lower().endswith(ENDINGS)
+
+
+def unpack(path: Path, into: Path, shown: str) -> Path:
+    """Returns the folder with the files of an archive, and unpacks them if that has not been done.
+
+    Args:
+        path: of the archive.
+        into: folder for the folder; its name tells this version of the archive from others.
+        shown: name of the archive for messages.
+
+    Raises:
+        InputError: it is damaged, holds links or names that lead outside, or far more than its size.
+    """
+    # The longest: x.tar.gz is x.
+    ending = max((each for each in ENDINGS if path.name.lower().endswith(each)), key=len)
+    folder = into / (path.name[: -len(ending)] or "files")
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(into.with_name(f"{into.name}.lock")):
+        if folder.is_dir():
+            return folder
+        partial = into.with_name(f"{into.name}.partial")
+        remove(partial)
+        try:
+            with disk_errors(into):
+                _extract(path, partial / folder.name, shown)
+                # Others of this archive are of earlier versions.
+                for other in into.parent.glob(f"{into.name.partition('.')[0]}.*"):
+                    if other != partial and other.suffix != ".lock":
+                        remove(other)
+                partial.rename(into)
+        finally:
+            remove(partial)
+    return folder
+
+
+def _extract(path: Path, folder: Path, shown: str) -> None:
+    left = max(MOST_AT_LEAST, MOST_TIMES * path.stat().st_size)
+    folder.mkdir(parents=True)
+    try:
+        for name, file in _members(path, shown):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "xb") as written:
+                while block := file.read(BLOCK):
+                    left -= len(block)
+                    if left < 0:
+                        raise InputError(
+                            f"{shown} holds more than {MOST_TIMES} times its own size; unpack it yourself, and pass "
+                            "the folder"
+                        )
+                    written.write(block)
+    except FileExistsError as error:
+        raise InputError(f"{shown} holds {Path(str(error.filename)).name!r} twice; unpack it yourself") from None
+    except InputError:
+        raise
+    # Decompressors raise types of their own for damaged input, and OSError without a number.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise InputError(f"{shown} is not a complete archive ({first_line(error)}); pass another address") from None
+
+
+def _members(path: Path, shown: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yields the name and the content of each file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for one in archive.infolist():
+                linked = stat.S_ISLNK(one.external_attr >> 16)
+                if one.is_dir() and not linked:
+                    continue
+                with archive.open(_checked(one, one.filename, shown, linked=linked)) as file:
+                    yield one.filename, file
+        return
+    with tarfile.open(path, "r:*") as tar:
+        for member in tar:
+            if member.isdir():
+                continue
+            name = member.name.removeprefix("./")
+            _checked(member, name, shown, linked=not member.isfile())
+            file = tar.extractfile(member)
+            if file:
+                yield name, file
+
+
+def _checked(member: Any, name: str, shown: str, *, linked: bool) -> Any:
+    if linked or place_of(name) is None:
+        raise InputError(
+            f"{shown} holds {name[:200]!r}, which is a link or leads outside; unpack it yourself, and pass the folder"
+        )
+    return member
