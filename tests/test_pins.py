@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = ("fast", "hf", "notebooks", "openvino", "ship", "soap", "tune")
+TESTED = ("fast", "gs", "hf", "notebooks", "openvino", "s3", "ship", "soap", "tune")
 
 
 def name_of(requirement: Requirement) -> str:

@@ -200,6 +200,7 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "--teacher-side 224 384": "--teacher-side 32 48",
         "--side 160": "--side 32",
         "~/images": str(images),
+        "gs://my-bucket/images": str(images),
         "~/any-photos": f"{images}/train",
         "pet37": str(images),
         "pets.safetensors": "teacher.safetensors",

@@ -91,7 +91,7 @@ class Named(Images):
         ),
     ]
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME. Several are joined."""
+    hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined."""
 
     def problems(self) -> list[str]:
         # An empty list is a value too: a file or Python may set one, though `data` is required.

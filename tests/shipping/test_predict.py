@@ -210,7 +210,7 @@ def test_an_unfinished_run_is_predicted_by_its_newest_checkpoint(run, images, fu
         (["there.png", "--json"], "pass --out FILE"),
         (["there.png", "--classes", "same-names"], "--classes belongs to --teacher"),
         (["shards"], "pass tfrecord:"),
-        (["https://example.org/a.jpg"], "is an https address"),
+        (["https://example.org/photos"], "web servers have no listing of a folder's files"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused_in_a_sentence(words, message, tmp_path, funmatch):

@@ -48,7 +48,7 @@ class ImageFiles(ImageOptions):
         Opt(group=Group.DATA, changes=DATA, positional=True, essential=True, refers=Refers.IMAGES, metavar="PATH …"),
     ]
     """Images: files, folders, patterns in quotes ('photos/**/*.jpg'), data sets (a name of the catalog, tfrecord:…,
-    wds:…, hf:…), or - for a list of paths on standard input."""
+    wds:…, hf:…), addresses (gs://, s3://, hf://, https://), or - for a list of paths on standard input."""
     # Each command says where its rows go otherwise.
     out: Annotated[Path | None, Opt(group=Group.OUTPUT, changes=PLACE, essential=True, usual="none")] = None
     """File for the rows."""

@@ -65,8 +65,9 @@ class BucketFiles:
         if size is None:
             raise InputError(f"{found.shown}: its size is unknown, so a copy that breaks off would pass for whole")
         while start < size:
-            bounds = start, min(size, start + BLOCK)
-            block = self._tried(found.address, lambda bounds=bounds: self.files.cat_file(found.address, *bounds))
+            # By name: s3fs has another order of arguments.
+            bounds = {"start": start, "end": min(size, start + BLOCK)}
+            block = self._tried(found.address, lambda bounds=bounds: self.files.cat_file(found.address, **bounds))
             if not block:
                 raise Changed  # it is shorter than it was
             start += len(block)
