@@ -390,8 +390,8 @@ class RecipeOptions(DistillOptions, total=False):
     """The same as student."""
     data: Names
     """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
-    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
-    joined."""
+    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME; or any of these
+    at an address (gs://, s3://, hf://, https://). Several are joined."""
     teacher: Models
     """Network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
     path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, package.module:function, or fashion-mini-teacher."""
@@ -432,8 +432,8 @@ class TuneOptions(DistillOptions, total=False):
     """The same as student."""
     data: Names
     """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
-    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME. Several are
-    joined."""
+    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME; or any of these
+    at an address (gs://, s3://, hf://, https://). Several are joined."""
     teacher: Models
     """Network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
     path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, package.module:function, or fashion-mini-teacher."""
@@ -493,7 +493,7 @@ class EvaluateOptions(ImagesOptions, total=False):
     """The same as batch."""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME. Several are joined. (default: the run's)"""
+    hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the run's)"""
     teacher_weights: Names
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""
@@ -570,7 +570,7 @@ class ExportOptions(ImagesOptions, total=False):
     """The same as batch."""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME. Several are joined. (default: the run's)"""
+    hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the run's)"""
     format: Literal["onnx", "torch-export", "openvino", "timm …"]
     """Formats to write, one or several: onnx, torch-export (.pt2), openvino (.xml), timm. (default: onnx)"""
     overwrite: bool
@@ -650,7 +650,7 @@ class BenchmarkOptions(ImagesOptions, total=False):
     """The same as batch."""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME. Several are joined. (default: the run's)"""
+    hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the run's)"""
     teacher: Names
     """Teachers to measure beside the models and to compare their outputs with; none measures no teacher. (default: the
     run's)"""
