@@ -96,7 +96,7 @@ def test_a_shard_is_the_same_data_as_on_this_machine_and_a_second_time_only_look
     assert len(web_files.requests) == 3
 
 
-def test_several_shards_by_braces(web_files: WebServer, tmp_path, jpegs):
+def test_several_shards_by_braces(web_files: WebServer, tmp_path, jpegs, monkeypatch):
     for i in range(3):
         web_files.files[f"/s/train-{i:03}.tar"] = tar_of(tmp_path, jpegs[2 * i : 2 * i + 2])
     cache = opened(f"wds:{web_files.address}/s/train-{{000..002}}.tar")
@@ -110,6 +110,23 @@ def test_several_shards_by_braces(web_files: WebServer, tmp_path, jpegs):
     ask_again()
     with pytest.raises(InputError, match=r"train-001\.tar: there is no such file \(404 .*FUNMATCH_OFFLINE=1"):
         opened(f"wds:{web_files.address}/s/train-{{000..002}}.tar")
+    # Two changed, and the second of them cannot be read: half of an update is no data set.
+    web_files.files["/s/train-000.tar"] = web_files.files["/s/train-001.tar"] = tar_of(tmp_path, jpegs[:3])
+
+    def refuse_the_second(_path):
+        if web_files.bytes_asked():
+            web_files.statuses["/s/train-001.tar"] = 403
+
+    web_files.on_request = refuse_the_second
+    monkeypatch.setattr(fetch, "AT_ONCE", 1)
+    web_files.requests.clear()
+    with pytest.raises(InputError, match="refuses it") as refused:
+        opened(f"wds:{web_files.address}/s/train-{{000..002}}.tar")
+    assert "FUNMATCH_OFFLINE" not in str(refused.value)
+    monkeypatch.setenv(addresses.OFFLINE, "1")
+    with pytest.raises(InputError, match="there is no whole copy"):
+        opened(f"wds:{web_files.address}/s/train-{{000..002}}.tar")
+    monkeypatch.delenv(addresses.OFFLINE)
     with pytest.raises(InputError, match="web servers have no listing of their files; name each"):
         opened(f"wds:{web_files.address}/s/*.tar")
 
@@ -255,6 +272,9 @@ def test_errors_of_servers_name_the_address_and_what_to_do(web_files: WebServer,
         opened("wds:http://127.0.0.1:9/train.tar")
     web_files.lengths = web_files.ranges = True
     web_files.files["/%2e%2e/%2e%2e/train.tar"] = b"x"
+    for wrong in ("http://host:99999/a.tar", "http:///a.tar", "http://[::1/a.tar", "http://host:x/a.tar"):
+        with pytest.raises(InputError, match="is not a valid address"):
+            opened(f"wds:{wrong}")
     with pytest.raises(InputError, match="names no file"):
         opened(f"wds:{web_files.address}/%2e%2e/%2e%2e/train.tar")
 

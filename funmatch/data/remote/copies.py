@@ -27,7 +27,7 @@ FOLDER = "remote"
 """Of all copies, in the cache."""
 STATE = ".state"
 FORMAT = 1
-LISTING = {"address": str, "checked": float, "places": list[str]}
+LISTING = {"address": str, "checked": float, "files": dict[str, int]}
 RECORD = {
     "place": str, "size": int | None, "etag": str, "modified": str, "bytes": int, "crc": int, "time": int,
 }  # fmt: skip
@@ -38,11 +38,11 @@ class Listing:
     """What an address named when it was looked up.
 
     Attributes:
-        places: of its files in the tree, sorted.
+        files: CRC-32 of its files by their places in the tree, sorted.
         checked: when, in seconds since the epoch.
     """
 
-    places: tuple[str, ...]
+    files: dict[str, int]
     checked: float
 
     @property
@@ -144,21 +144,26 @@ class Tree:
             record = read_record(path, LISTING, FORMAT, f"remove {path}")
         except (OSError, Damaged):
             return None
-        return Listing(tuple(record["places"]), record["checked"])
+        return Listing(record["files"], record["checked"])
 
     def store_listing(self, address: str, wanted: Wanted, places: Sequence[str]) -> Listing:
         """Records what an address names."""
-        path, listing = self._listing_path(address, wanted), Listing(tuple(sorted(places)), time.time())
+        path = self._listing_path(address, wanted)
+        listing = Listing({place: self.records[place]["crc"] for place in sorted(places)}, time.time())
         record = {"format": FORMAT, "address": hide_secrets(address), "checked": listing.checked}
         # A cache that is shared may be read only.
         with suppress(PermissionError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(seal(record | {"places": list(listing.places)})))
+            write_atomically(path, json.dumps(seal(record | {"files": listing.files})))
+            os.utime(self.root)  # `funmatch cache` tells by this when it was last used
         return listing
 
     def is_whole(self, listing: Listing | None) -> bool:
-        """Returns whether every file of a listing is there."""
-        return listing is not None and all(map(self.has, listing.places))
+        """Returns whether every file of a listing is there, as it was then."""
+        # Of an update that broke off, some files are new: together with the old ones they are no data set.
+        return listing is not None and all(
+            self.has(place) and self.records[place]["crc"] == crc for place, crc in listing.files.items()
+        )
 
     def remove_others(self, folder: Path, places: Iterable[str]) -> None:
         """Removes the copies in a folder that are none of these: what is gone from a bucket is no longer data."""

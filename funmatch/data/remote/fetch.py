@@ -7,9 +7,9 @@ if it is whole. An address that only a file names is never contacted: its copy i
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -107,11 +107,11 @@ def fetch_if_remote(spec: str, track: Track = untracked) -> tuple[str, tuple[Pat
 def known_files(address: str, wanted: Wanted) -> tuple[str, ...]:
     """Returns the files that an address named when it was last looked up, without contacting its server."""
     listing = Tree(address).listing(address, wanted)
-    return listing.places if listing else ()
+    return tuple(listing.files) if listing else ()
 
 
 def _fetched(address: str, tree: Tree, wanted: Wanted, listing: Listing) -> Fetched:
-    places = [place for place in listing.places if not wanted.is_beside(place.rpartition("/")[2])]
+    places = [place for place in listing.files if not wanted.is_beside(place.rpartition("/")[2])]
     files, names = tuple(map(tree.path, places)), tuple(f"{tree.scheme}://{place}" for place in places)
     if wanted.unpacked and len(files) == 1 and archives.is_archive(files[0].name):
         place = places[0]
@@ -139,7 +139,7 @@ def _bring_up_to_date(
 ) -> Listing:
     shown, given = hide_secrets(address), addresses.given_address(address)
     copy = known if known and tree.is_whole(known) else None
-    if refresh and known and copy and (damaged := [place for place in known.places if not tree.is_intact(place)]):
+    if refresh and known and copy and (damaged := [place for place in known.files if not tree.is_intact(place)]):
         info(f"{shown}: {counted(len(damaged), 'file')} damaged on the disk; downloading again")
         for place in damaged:
             tree.forget(place)
@@ -204,8 +204,10 @@ def _download_missing(shown: str, tree: Tree, source: Source, found: Sequence[Re
         info(f"{shown}: downloading {counted(len(missing), 'file')}, {_amount(size)}, to {tree.root}")
         units = -(-size // UNIT)
         label = f"downloading {shown.rpartition('/')[2] or shown} (MB)"
-        for _ in track(_download_all(tree, source, missing, units), units, label):
-            pass
+        # Closed at once if the user stops the program, or its threads would download all that is left.
+        with closing(_download_all(tree, source, missing, units)) as steps:
+            for _ in track(steps, units, label):
+                pass
 
 
 @contextmanager
@@ -236,7 +238,7 @@ def _check_space(shown: str, tree: Tree, missing: Sequence[RemoteObject], size: 
         )
 
 
-def _download_all(tree: Tree, source: Source, missing: Sequence[RemoteObject], units: int) -> Iterator[None]:
+def _download_all(tree: Tree, source: Source, missing: Sequence[RemoteObject], units: int) -> Generator[None]:
     """Downloads files in threads; yields once for each unit of bytes."""
     stop, events = Event(), SimpleQueue()
 

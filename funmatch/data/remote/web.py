@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from funmatch.data.remote.objects import Changed, RemoteObject, Unreachable, Wanted, place_of
 from funmatch.errors import InputError, first_line, hide_secrets
@@ -37,6 +37,8 @@ class WebFiles:
 
     def find(self, address: str, wanted: Wanted) -> list[RemoteObject]:  # noqa: ARG002
         addresses = list(expand_braces(address))
+        for each in addresses:
+            _check(each)
         if any("*" in urlsplit(each).path or urlsplit(each).path.endswith("/") for each in addresses):
             raise InputError(
                 f"{hide_secrets(address)}: web servers have no listing of their files; name each, as in "
@@ -81,6 +83,17 @@ class WebFiles:
                     "whole; download it yourself, and pass the file"
                 )
             return found
+
+
+def _check(address: str) -> None:
+    """Raises `InputError` for an address that names no server."""
+    try:
+        parts = urlsplit(address)
+        if parts.hostname and (parts.port is None or parts.port > 0):
+            return
+    except ValueError:
+        pass  # a port that is no number, brackets that do not match
+    raise InputError(f"{hide_secrets(address)} is not a valid address; expected https://host/path")
 
 
 def _describe(address: str, response: Any) -> RemoteObject:
@@ -203,7 +216,7 @@ def _credentials(address: str) -> tuple[str, dict[str, str]]:
     """
     parts = urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
-    plain = urlunsplit(parts._replace(netloc=host, fragment="", path=parts.path.replace(" ", "%20")))
+    plain = urlunsplit(parts._replace(netloc=host, fragment="", path=quote(parts.path, "/%:@!$&'()*+,;=~")))
     if at:
         return plain, _basic(unquote(user))
     if parts.hostname == HUB and parts.scheme == "https":
