@@ -4,8 +4,7 @@ import os
 import urllib.request
 
 import pytest
-from make_images import paint
-from test_remote import ask_again, opened, tar_of
+from test_remote import ask_again, jpeg_files, opened, tar_of  # noqa: F401
 
 from funmatch.data.readers.open import open_dataset
 from funmatch.data.remote import buckets, download, fetch
@@ -49,11 +48,6 @@ def ask_anew(s3fs):
     buckets._open.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
     fetch._checked.clear()
-
-
-@pytest.fixture(name="jpegs")
-def jpeg_files(tmp_path):
-    return [paint(tmp_path / "raw" / f"{i}.jpg", i).read_bytes() for i in range(6)]
 
 
 def test_folders_shards_and_changes(s3, tmp_path, jpegs):

@@ -86,13 +86,13 @@ def respond(server: WebServer, handler: BaseHTTPRequestHandler) -> None:
 
 
 @contextmanager
-def serve() -> Iterator[WebServer]:
-    """Runs a server at a free port."""
+def serve(respond_otherwise: Callable[[BaseHTTPRequestHandler], None] | None = None) -> Iterator[WebServer]:
+    """Runs a server at a free port; another function may respond in its place."""
     about = WebServer()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            respond(about, self)
+            respond_otherwise(self) if respond_otherwise else respond(about, self)
 
         def log_message(self, *_: object) -> None:
             pass
