@@ -137,9 +137,7 @@ def read_command(arguments: list[str]) -> Command:
     name = verb if verb == subject else f"{verb} {subject}"
     # Before the parser, which would report other mistakes instead of helping with them.
     if help.asks_for_help(words):
-        # `plan` takes a command's options, but is about something else.
-        about = known.table if known.subjects is TAUGHT else None
-        print(help.help_of(name, table, everything="--help-all" in words, usage=usage, about=about))
+        print(help.help_of(name, table, everything="--help-all" in words, usage=usage))
         sys.exit(0)
     words, students = split_students(words) if verb == "distill" else (words, ())
     words, recipe, run = split_first(merge_repeated(words, table), verb) if subject in TAUGHT else (words, None, None)

@@ -73,12 +73,20 @@ options = place.teacher | OPTIONS
 notebook.about(recipe, options, measure=MEASURE)
 
 # %% [markdown]
+# ## What the run will do
+#
+# Its learning rate by step, the crops that it draws of these images, and its first views.
+
+# %%
+teacher = place.runs / TEACHER.format(place.name)
+notebook.planned(recipe, out=teacher, **options)
+
+# %% [markdown]
 # ## The run
 #
 # The checkpoint with the best validation accuracy is kept. Shortly before the session ends, the run saves and stops.
 
 # %%
-teacher = place.runs / TEACHER.format(place.name)
 with place.session():
     funmatch.recipe(recipe, out=teacher, **options)
 

@@ -82,14 +82,23 @@ options = place.student | OPTIONS
 notebook.about(recipe, options, measure=MEASURE)
 
 # %% [markdown]
+# ## What the run will do
+#
+# Its learning rate by step, with warm-up and weight decay; the weights that MixUp draws; the crops of these images; and
+# the first views.
+
+# %%
+teacher = place.run(TEACHER.format(place.name))
+student = place.runs / recipe.replace(place.recipes, place.name)
+notebook.planned(recipe, out=student, teacher=teacher, **options)
+
+# %% [markdown]
 # ## The run
 #
 # First the teacher is evaluated on the validation images; near chance, it is an error. Shortly before the session
 # ends, the run saves and stops.
 
 # %%
-teacher = place.run(TEACHER.format(place.name))
-student = place.runs / recipe.replace(place.recipes, place.name)
 with place.session():
     funmatch.recipe(recipe, out=student, teacher=teacher, **options)
 

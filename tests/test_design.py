@@ -125,3 +125,48 @@ def test_no_accelerator_is_hard_coded_and_no_pickle_is_used():
             "pickle",
             "joblib",
         }
+
+
+def test_training_step_names_no_kind_of_accelerator():
+    """The step, and all that it imports, runs on whatever `torch.accelerator` offers; one module may know the kinds."""
+    step, new = set(), {"funmatch.training.loop", "funmatch.training.distill", "funmatch.training.trainer"}
+    while new:
+        step |= new
+        new = {name for module in new for name in imports(MODULES[module]) & MODULES.keys()} - step
+    # The parts of a step: batches, mixing, networks, distance, optimizer.
+    parts = {"data.loader", "ops.mixing", "models.classifier", "ops.distances", "ops.optim.factory", "runtime.devices"}
+    assert {f"funmatch.{part}" for part in parts} <= step
+    for module in sorted(step - {"funmatch.runtime.devices"}):
+        found = {name for node in ast.walk(ast.parse(MODULES[module].read_text())) for name in words_of(node)}
+        assert not found & CUDA_WORDS, module
+
+
+CUDA_WORDS = {"cuda", "is_cuda", "cudnn", "nccl"}
+
+
+def words_of(node: ast.AST) -> set[str]:
+    """The names in a node of code, and the word with which a device string begins (`cuda:1`)."""
+    if isinstance(node, ast.Attribute):
+        return {node.attr}
+    if isinstance(node, ast.Name):
+        return {node.id}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+        return {part for module in modules for part in module.split(".")}
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return {node.value.partition(":")[0]}
+    return set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.cuda.synchronize()",
+        "x.cuda()",
+        "from torch.cuda import Stream",
+        "import torch.backends.cudnn",
+        "'cuda:0'",
+    ],
+)
+def test_names_of_cuda_are_found(code):
+    assert {name for node in ast.walk(ast.parse(code)) for name in words_of(node)} & CUDA_WORDS

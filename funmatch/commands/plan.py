@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from funmatch.commands.common.ready import build, prepared
-from funmatch.config import Distill, Train
+from funmatch.config import Distill, Plan, Train
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import Batch
 from funmatch.data.prefetch import prefetch
 from funmatch.errors import InputError
 from funmatch.reports import run_page  # noqa: F401  (a run draws a page at its end, so the time of this import is part of the estimate)
+from funmatch.reports.plan import picture
 from funmatch.reports.result import Result
 from funmatch.runtime import devices, env, transfers
 from funmatch.runtime.log import info, print_table
@@ -72,28 +73,38 @@ class Parts:
 
 def run(config: Train) -> Result:
     """Estimates a run; see `measure`. This process's start-up time counts, since the run will need it too."""
-    return Result(None, measure(config, loading=env.seconds_since_start()))
+    plot = config.plot if isinstance(config, Plan) else None
+    return Result(None, measure(config, loading=env.seconds_since_start(), plot=plot))
 
 
-def measure(config: Train, *, loading: float = 0.0) -> dict[str, Any]:
+def measure(config: Train, *, loading: float = 0.0, plot: Path | None = None) -> dict[str, Any]:
     """Sets a run up, trains a few steps, and discards them.
 
     Args:
         loading: start-up time of this process in seconds, which the run will need too.
+        plot: file or folder in which the run is drawn.
 
     Returns:
         `seconds` (of the whole run, and its `parts`), `hours`, `steps`, `step_ms`, `images_per_second`, `gflop` (of one
         step, by part), `of_peak` (share of the device's measured peak), `memory_bytes` (peak),
-        `disk_bytes` (`pictures`, `run`, `tape`), `device`, `precision`, `compile`.
+        `disk_bytes` (`pictures`, `run`, `tape`), `device`, `precision`, `compile`;
+        `plot` (paths of the pictures), if they were drawn.
     """
     # Here too, since Python calls this without the command line.
     if env.world_size() > 1:
         raise InputError("plan runs in a single process; start it without torchrun")
     began = time.monotonic() - loading
     with prepared(*build(without_new_tape(config))) as (setup, objective):
+        drawing = time.monotonic()
+        # Before anything is measured, which takes long for large networks.
+        drawn = {"plot": [str(path) for path in picture.write(setup, plot)]} if plot else {}
+        for path in drawn.get("plot", ()):
+            info(f"drew {path}")
+        # The time of drawing is not part of the run's start-up.
+        began += time.monotonic() - drawing
         steps = setup.loop.steps
         info(f"measuring {min(steps, WARM + TIMED)} steps of {steps:,} on {setup.loop.device}")
-        return forecast(setup, objective, began)
+        return forecast(setup, objective, began) | drawn
 
 
 def without_new_tape(config: Train) -> Train:

@@ -8,7 +8,7 @@ from typing import Any
 
 from funmatch import config
 from funmatch.commands.common.neighbours import command_hint
-from funmatch.config import SEARCHED, TAUGHT, tools
+from funmatch.config import SEARCHED, tools
 from funmatch.config.options import Options
 from funmatch.errors import InputError, unknown
 from funmatch.reports.result import Result
@@ -60,7 +60,7 @@ VERBS: dict[str, Verb] = {
         tools.Import, "commands.networks.import_model:import_model", "commands.networks.import_model:show_imported"
     ),
     "recipes": Verb(tools.Recipes, "commands.recipes:run", "commands.recipes:show"),
-    "plan": Verb(tools.Plan, "commands.plan:run", "commands.plan:show", subjects=TAUGHT),
+    "plan": Verb(config.Plan, "commands.plan:run", "commands.plan:show", subjects=config.PLANNED),
     "tune": Verb(config.Search, "commands.tune.run:run", "commands.tune.run:show", subjects=SEARCHED),
     "study": Verb(tools.Study, "commands.study.run:run", "commands.study.run:show"),
     "replay": Verb(tools.Replay, "commands.replay:run", "commands.replay:show"),

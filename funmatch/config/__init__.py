@@ -9,8 +9,8 @@ from funmatch.config.finished.predict import Embed, ImageOptions, Predict, Predi
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.optim import Schedule
 from funmatch.config.options import Machine, Options, options_changing
-from funmatch.config.search import SEARCHED, Search, SearchDistill, SearchFinetune, SearchTrain
-from funmatch.config.tools import Config, Demo, Import, Models, Plan, Recipes, Report, Study, Tape
+from funmatch.config.search import PLANNED, SEARCHED, Plan, Search, SearchDistill, SearchFinetune, SearchTrain
+from funmatch.config.tools import Config, Demo, Import, Models, Recipes, Report, Study, Tape
 from funmatch.config.train import Finetune, Train
 from funmatch.config.values import Precision
 
@@ -22,9 +22,9 @@ UNCOMPARED = frozenset(name for table in TAUGHT.values() for name in table.where
 """The options that a run may have otherwise when it resumes."""
 
 __all__ = [
-    "SEARCHED", "TAUGHT", "UNCOMPARED", "Benchmark", "Cache", "Changes", "Config", "Data", "Demo", "Distill", "Embed",
-    "Evaluate", "Export", "Finetune", "Group", "ImageOptions", "Images", "Import", "Machine", "Models", "Named", "Opt",
-    "Options", "Pictures", "Plan", "Precision", "Predict", "PredictionOptions", "Prepare", "Recipes", "Report",
-    "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Study", "Tape", "Teaching", "Train",
-    "Words", "options_changing",
+    "PLANNED", "SEARCHED", "TAUGHT", "UNCOMPARED", "Benchmark", "Cache", "Changes", "Config", "Data", "Demo", "Distill",
+    "Embed", "Evaluate", "Export", "Finetune", "Group", "ImageOptions", "Images", "Import", "Machine", "Models",
+    "Named", "Opt", "Options", "Pictures", "Plan", "Precision", "Predict", "PredictionOptions", "Prepare", "Recipes",
+    "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Study", "Tape", "Teaching",
+    "Train", "Words", "options_changing",
 ]  # fmt: skip

@@ -40,24 +40,21 @@ def overview(tables: Mapping[str, type[Options]]) -> str:
     return "\n".join([*lines, "", *_wrapped(last)])
 
 
-def help_of(
-    verb: str, table: type[Options], *, everything: bool = False, usage: str = "", about: type[Options] | None = None
-) -> str:
+def help_of(verb: str, table: type[Options], *, everything: bool = False, usage: str = "") -> str:
     """The help of one command: its usage, examples, and the options that matter most, or all of them.
 
     Args:
         verb: the words that begin the command, "distill" or "tune distill".
         everything: whether all options are listed, by group.
         usage: what the usage shows in the place of `verb`, "distill [RECIPE]".
-        about: the table whose sentence and examples are shown, if not the options' own.
     """
-    shown, about = _sorted(table), about or table
+    shown = _sorted(table)
     # A second page would hide too few options to be worth another command.
     everything = everything or len(shown) <= FEW
-    lines = [*_usage(usage or verb, table), "", *_wrapped(_summary(about))]
-    if about.examples:
-        lines += ["", _bold("Examples:" if len(about.examples) > 1 else "Example:")]
-        lines += [line for example in about.examples for line in _command(example, "  ")]
+    lines = [*_usage(usage or verb, table), "", *_wrapped(_summary(table))]
+    if table.examples:
+        lines += ["", _bold("Examples:" if len(table.examples) > 1 else "Example:")]
+        lines += [line for example in table.examples for line in _command(example, "  ")]
     if everything:
         for heading, names in grouped(table):
             lines += ["", _bold(f"{heading}:")]

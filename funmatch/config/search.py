@@ -1,7 +1,9 @@
-"""The tables of tune: options of a search beside those of the runs that it makes."""
+"""The tables of tune and plan: options of a search, or of a forecast, beside those of the runs."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from funmatch.config.distill import Distill
 from funmatch.config.metadata import Changes, Group, OnResume, Opt
@@ -11,6 +13,8 @@ from funmatch.config.train import Finetune, Train
 STUDENT, PLACE = Changes.STUDENT, Changes.PLACE
 TRIALS = 20
 """Trials of a search that is not a grid."""
+PICTURES = (".png", ".svg")
+"""Endings of files that `plan --plot` writes."""
 
 
 class Search(Options):
@@ -87,3 +91,49 @@ class SearchDistill(Search, Distill):
 
 SEARCHED: dict[str, type[Search]] = {"train": SearchTrain, "finetune": SearchFinetune, "distill": SearchDistill}
 """The tables of a search among the runs of a command."""
+
+
+class Plan(Options):
+    """Forecast the time, memory and disk space that a run takes on this machine."""
+
+    verbs: ClassVar[str] = "Science"
+    examples: ClassVar[tuple[str, ...]] = (
+        "funmatch plan distill --data ~/images --teacher runs/teacher --student resnet18 --epochs 99 --out runs/first",
+        "funmatch plan pet37-fast --plot pet37-fast.png",
+    )
+
+    # Excluded from records, which are of runs: a plan makes none.
+    plot: Annotated[
+        Path | None,
+        Opt(group=Group.OUTPUT, changes=PLACE, study=False, essential=True, usual="none", metavar="FILE|FOLDER"),
+        Field(exclude=True),
+    ] = None
+    """Also draw the run before it begins: learning rate and weight decay, MixUp's weights, areas and aspects of the
+    crops, and the first views. A .png or .svg file, or a folder for a file of each."""
+
+    def problems(self) -> list[str]:
+        found = []
+        place = self.plot.expanduser() if self.plot else Path()
+        # A name without an ending is a folder to be made; one with a dot, as v1.2, must be there to be taken for one.
+        if not place.is_dir() and (place.suffix.lower() not in PICTURES if place.suffix else place.exists()):
+            found.append(f"--plot {self.plot} is neither a .png nor a .svg file; name one of these, or a folder")
+        if self.plot and getattr(self, "dry_run", False):
+            found.append("--plot does not go with --dry-run, which writes nothing; omit one of them")
+        return found + super().problems()
+
+
+# `Plan` first: its sentence and examples are shown.
+class PlanTrain(Plan, Train):
+    """Forecast the time, memory and disk space that `funmatch train` takes on this machine."""
+
+
+class PlanFinetune(Plan, Finetune):
+    """Forecast the time, memory and disk space that `funmatch finetune` takes on this machine."""
+
+
+class PlanDistill(Plan, Distill):
+    """Forecast the time, memory and disk space that `funmatch distill` takes on this machine."""
+
+
+PLANNED: dict[str, type[Plan]] = {"train": PlanTrain, "finetune": PlanFinetune, "distill": PlanDistill}
+"""The tables of plan, by the command that is planned."""

@@ -1,4 +1,4 @@
-"""The tables of the commands around runs: demo, report, study, plan, tape, import, models, recipes."""
+"""The tables of the commands around runs: demo, report, study, tape, import, models, recipes."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -141,17 +141,6 @@ class Config(Options):
 
     def problems(self) -> list[str]:
         return ([] if self.command else ["give the command whose options the file shall hold"]) + super().problems()
-
-
-# Empty: it stands in the list of commands, and the options are those of the command that follows (`Verb.subjects`).
-class Plan(Options):
-    """Forecast the time, memory and disk space that a run takes on this machine."""
-
-    verbs: ClassVar[str] = "Science"
-    examples: ClassVar[tuple[str, ...]] = (
-        "funmatch plan distill --data ~/images --teacher runs/teacher --student resnet18 --epochs 99 --out runs/first",
-        "funmatch plan pet37-fast",
-    )
 
 
 class Tape(Options):

@@ -182,7 +182,7 @@ class Loader:
         first_row = self.rank * self.size
         logits = lookup(step, first_row, indices[1:]) if lookup else None
         crops, teacher_crops = self._crops(step, drawn, rows, () if logits is not None else self.teacher_sides)
-        lam, boxes = self._mixing(step, drawn.lam, rows[1:])
+        lam, boxes = self.mixing(step, drawn.lam, rows[1:])
         return Batch(crops, self.split.labels(indices), lam, logits, teacher_crops, boxes, step, first_row)
 
     def _crops(
@@ -223,8 +223,8 @@ class Loader:
             by_side = dict(zip(teacher_sides, self._cut(indices, boxes, flips, teacher_sides), strict=True))
         return cut[0], tuple(by_side[side] for side in teacher_sides)
 
-    def _mixing(self, step: int, lam: float | np.ndarray, rows: np.ndarray) -> tuple[float | Tensor, Tensor | None]:
-        """Returns λ of MixUp and boxes of CutMix for our rows of the global batch."""
+    def mixing(self, step: int, lam: float | np.ndarray, rows: np.ndarray) -> tuple[float | Tensor, Tensor | None]:
+        """Returns λ of MixUp and boxes of CutMix for some rows of the global batch; λ as `sample` has drawn it."""
         spec, boxes = self.spec, None
         if spec.cutmix:
             rng, each = sampling.step_generator(spec.seed, step, sampling.CUTMIX_STREAM), spec.mixup.per_image

@@ -12,14 +12,18 @@ from PIL import Image
 
 from funmatch.commands import data as data_command
 from funmatch.commands import prepare, recipes
+from funmatch.commands.common.ready import build
+from funmatch.commands.plan import without_new_tape
+from funmatch.commands.python.arguments import read_call
 from funmatch.commands.tune import summary
 from funmatch.commands.verbs import run_verb
-from funmatch.config import Data, Evaluate, Recipes
+from funmatch.config import TAUGHT, Data, Evaluate, Recipes, Train
 from funmatch.config.recipes import RECIPES
 from funmatch.errors import InputError
 from funmatch.reports import run_plots, run_tables, run_views, tune_page, tune_plots
 from funmatch.reports.display import Shown, html_table, show_message, show_table
 from funmatch.reports.images import captioned
+from funmatch.reports.plan import picture
 from funmatch.reports.result import Result
 from funmatch.runtime.log import print_line
 from funmatch.runtime.text import number, percent
@@ -60,6 +64,20 @@ def about(recipe: str, options: Mapping[str, Any] | None = None, *, measure: boo
     recipes.show(recipes.run(Recipes(name=recipe, measure=measure and "student" not in values)))
     if values:
         print_line("replaced here:\n  " + ", ".join(f"{name}={value!r}" for name, value in values.items()))
+
+
+def planned(recipe: str, **options: Any) -> Image.Image:
+    """Draws a run of a recipe before it begins: schedule, MixUp's weights, crops, and the first views.
+
+    Args:
+        recipe: its name.
+        **options: those of the run, as `funmatch.recipe` takes them.
+    """
+    verb = RECIPES[recipe].verb
+    call = read_call(verb, TAUGHT[verb], options | {"recipe": recipe})
+    assert isinstance(call.options, Train)
+    setup, _ = build(without_new_tape(call.options), call.objects)
+    return picture.draw(setup)
 
 
 def figures(*folders: Path) -> Shown:

@@ -1,5 +1,6 @@
 """Plots the training curves of runs as SVG: metrics against the step."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,15 +187,20 @@ def _planned_lr(run: run_folder.Run) -> Points:
         return recorded
     last = max(recorded[0])
     warmup, decay = options.get("warmup_steps") or 0, options.get("decay_steps") or []
-    # Where the schedule has corners, so that they are not cut off.
-    corners = {step for each in (warmup, *decay) for step in (each - 1, each) if 0 <= step < last}
-    steps = sorted({*corners, *(round(i * (last - 1) / LR_POINTS) for i in range(LR_POINTS + 1))})
+    steps = drawn_steps(last - 1, (warmup, *decay))
     more = options.get("decay_factors") or (), options.get("cooldown_steps"), options.get("cooldown_shape") or "sqrt"
     # + 1: a record's step counts the updates done, and the rate is that of the last of them.
     return [step + 1 for step in steps], [
         options["lr"] * schedules.factor(options["schedule"], step, options["steps"], warmup, decay, *more)
         for step in steps
     ]
+
+
+def drawn_steps(last: int, corners: Iterable[int]) -> list[int]:
+    """Returns the steps from 0 to `last` at which a schedule is drawn: evenly spaced ones, and those at its corners."""
+    # Both sides of a corner, so that it is not cut off.
+    beside = {step for each in corners for step in (each - 1, each) if 0 <= step <= last}
+    return sorted({*beside, *(round(i * last / LR_POINTS) for i in range(LR_POINTS + 1))})
 
 
 def _called(teachers: str) -> str:

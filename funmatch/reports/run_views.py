@@ -4,21 +4,18 @@ import base64
 from io import BytesIO
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from funmatch.config import TAUGHT
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.ops import mixing
+from funmatch.reports.images import stacked, views_image
 from funmatch.runtime.functions import find_function
 from funmatch.runtime.text import percent
 from funmatch.training import datasets, setup
 from funmatch.training.run import folder as run_folder
 
 SHOWN_VIEWS = 12
-THUMBNAIL = 96
 MOST_PIXELS = 2**28
 """Pixels of a batch of which views are drawn, at most: a record may name any image size. 2 ** 28 take 3 GB."""
 
@@ -54,13 +51,8 @@ def views_sheet(run: run_folder.Run, step: int | None) -> dict[str, Any] | None:
     sides = (options["side"],) if strategy and not strategy.fixed else ()
     batch = Loader(cache.splits["train"], setup.view_spec(table), teacher_sides=sides).batch_at(step)
     shown, student = mixing.mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
-    rows = [view[:SHOWN_VIEWS].permute(0, 2, 3, 1).numpy() for view in (*shown, student)]
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    image = Image.fromarray((sheet * 255).round().astype(np.uint8))
-    # Whole factors and nearest neighbours, so that each pixel of a view is still to be seen.
-    enlarge = max(1, THUMBNAIL // options["side"])
-    image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
-    png = BytesIO()
+    rows = [views_image(views[:SHOWN_VIEWS], SHOWN_VIEWS) for views in (*shown, student)]
+    image, png = stacked(rows), BytesIO()
     image.save(png, "PNG")
     return {
         "name": run.folder.resolve().name,

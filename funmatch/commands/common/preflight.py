@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from funmatch.config import TAUGHT, Distill, Predict
+from funmatch.config import TAUGHT, Distill, Plan, Predict
 from funmatch.config.finished.benchmark import EXPORTED, NO_TEACHER, Benchmark
 from funmatch.config.finished.predict import ImageFiles
 from funmatch.config.metadata import Refers
@@ -125,6 +125,12 @@ def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
         return
     if isinstance(options, Benchmark):
         yield from _problems_of_report(options)
+    if isinstance(options, Plan) and options.plot:
+        place = options.plot.expanduser()
+        folder = place.parent if place.suffix and not place.is_dir() else place
+        if folder.exists() and not folder.is_dir():
+            yield f"cannot write --plot {options.plot}: {folder} is a file; choose another place"
+        yield from filter(None, [_unwritable(folder, "--plot")])
     # A search's folder holds a record of its own, which it checks itself.
     if verb not in TAUGHT or not isinstance(options, TAUGHT[verb]):
         return
@@ -162,8 +168,8 @@ def _problems_of_report(options: Benchmark) -> Iterator[str]:
                 yield f"{path} exists; remove it, or choose another --report"
 
 
-def _unwritable(folder: Path) -> str | None:
-    """Says why a folder cannot be created or written; None where it can."""
+def _unwritable(folder: Path, option: str = "--out") -> str | None:
+    """Says why the folder of an option cannot be created or written; None where it can."""
     place = folder
     # A name that is too long, or not of this system, is refused with words of its own where the folder is made.
     with suppress(OSError):
@@ -172,11 +178,11 @@ def _unwritable(folder: Path) -> str | None:
     if place == folder and not folder.is_dir():
         return None  # a file of this name: the check of the place names it
     if place.exists() and not place.is_dir():
-        return f"cannot create --out {folder}: {place} is a file; choose another folder"
+        return f"cannot create {option} {folder}: {place} is a file; choose another folder"
     try:
         # Tried, since rights alone do not tell of read-only disks and of the system's own folders. It has no name.
         with tempfile.TemporaryFile(dir=place):
             return None
     except OSError as error:
         reason = f"{error.strerror} in {place}"
-        return f"cannot write to --out {folder}: {reason}; choose another folder, or make this one writable"
+        return f"cannot write to {option} {folder}: {reason}; choose another folder, or make this one writable"
