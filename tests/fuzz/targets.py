@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -255,6 +256,11 @@ def _tfrecord(folder: Path) -> Case:
     return _file(_begin(folder / "train.tfrecord", seeds.records(seeds.unchanged)), mutate_bytes, _read_shard)
 
 
+def _zlib(folder: Path) -> Case:
+    shard = zlib.compress(seeds.records(seeds.unchanged))
+    return _file(_begin(folder / "train.tfrecord", shard), mutate_bytes, _read_shard)
+
+
 def _records(folder: Path) -> Case:
     def make(rng: random.Random) -> bytes:
         return seeds.records(lambda payload: mutate_bytes(payload, rng))
@@ -274,6 +280,7 @@ def _results(folder: Path) -> Case:
 MAP = b'{"cat": "tabby", "dog": ["n02085620", 152], "ant": 3}'
 TARGETS = (
     Target("tfrecord", _tfrecord),
+    Target("tfrecord-zlib", _zlib),
     Target("tfrecord-contents", _records),
     Target("tar", lambda folder: _file(_begin(folder / "train.tar", seeds.tar()), mutate_bytes, _read_shard)),
     Target("tar-headers", lambda folder: _made(folder / "train.tar", seeds.odd_tar, _read_shard)),
