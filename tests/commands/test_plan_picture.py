@@ -87,6 +87,7 @@ def test_teachers_views_are_shown_where_they_are_other_pixels():
     assert [each.views.shape[-1] for each in sides] == [32, 48]
     setup = prepared(strategy="fix/rs")
     _, fixed = views.first_views(setup)
+    assert fixed.caption == "the teacher's at 32 pixels: the whole image, the same in every step"
     # 28 pixels to 32 without a crop or a mirror: the whole image, of the images that the student sees.
     images = setup.loader.split.images(setup.loader.sample(0).indices[:16])
     whole = torch.stack([each.permute(2, 0, 1).float() for each in images]) / 255

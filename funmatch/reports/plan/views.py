@@ -21,9 +21,9 @@ WIDEST = 1200
 """Pixels up to which a row has more than four views."""
 MARGIN = 6
 TEACHER = {
-    "whole": "the teacher's: the whole image, the same in every step",
-    "central": "the teacher's: a central crop, the same in every step",
-    "ensemble": "the teacher's: one of the {crops:,} crops whose mean output counts, the same in every step",
+    "whole": "the teacher's at {side} pixels: the whole image, the same in every step",
+    "central": "the teacher's at {side} pixels: a central crop, the same in every step",
+    "ensemble": "the teacher's at {side} pixels: one of {crops:,} crops whose outputs are averaged, always the same",
 }
 
 
@@ -55,8 +55,11 @@ def first_views(setup: TrainSetup[Distill]) -> list[Views]:
         source, sides = fixed_views(setup), sorted(set(setup.config.teacher_side))
         images = loader.sample(0).indices[: min(len(batch), SHOWN)].tolist()
         each = [source.views(image, slice(1), sides) for image in images]
-        caption = TEACHER[source.kind].format(crops=source.crops)
-        return found + [Views(caption, torch.cat([views[side] for views in each])) for side in sides]
+        about = TEACHER[source.kind]
+        return found + [
+            Views(about.format(side=side, crops=source.crops), torch.cat([views[side] for views in each]))
+            for side in sides
+        ]
     about = "crops of its own" if row.teacher == "own" else "the same crops"
     return found + [
         Views(f"the teacher's at {side} pixels: {about}", views[:SHOWN])
