@@ -5,6 +5,8 @@ import hashlib
 import io
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -496,6 +498,42 @@ def test_no_address_is_contacted_because_a_file_names_it(web_files: WebServer, t
     assert web_files.requests == []
 
 
+def test_damage_in_what_is_known_of_copies_costs_a_download_at_most(web_files: WebServer, tmp_path, jpegs):
+    web_files.files["/train.tar"] = tar_of(tmp_path, jpegs)
+    spec = f"wds:{web_files.address}/train.tar"
+    key = opened(spec).key
+    state = next((tmp_path / "cache/remote").glob("*/.state"))
+    for path in (state / "files.jsonl", *(state / "listings").iterdir()):
+        content = path.read_bytes()
+        for damaged in (b"", b"\x00" * 9, content[: len(content) // 2], content.replace(b":", b";", 1), b"[" * 10**5):
+            path.write_bytes(damaged)
+            ask_again()
+            assert opened(spec).key == key
+    assert len(web_files.bytes_asked()) <= 11
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_continues(web_files: WebServer):
+    web_files.files["/big.bin"] = content = os.urandom(20 << 20)
+    address = f"{web_files.address}/big.bin"
+    code = f"""
+import os
+from funmatch.data.remote import download, fetch
+from funmatch.runtime import addresses
+addresses.allow({address!r})
+keep = download._keep
+def keep_and_die(*arguments):
+    keep(*arguments)
+    os.kill(os.getpid(), 9)
+download._keep = keep_and_die
+fetch.fetch({address!r}, fetch.EVERYTHING)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    addresses.allow(address)
+    assert fetch.fetch(address, fetch.EVERYTHING).files[0].read_bytes() == content
+    assert web_files.bytes_asked() == ["", f"bytes={8 << 20}-"]
+
+
 def test_two_at_once_download_once(web_files: WebServer, tmp_path, jpegs):
     web_files.files["/train.tar"] = tar_of(tmp_path, jpegs)
     address = f"{web_files.address}/train.tar"
@@ -594,3 +632,59 @@ def test_names_that_no_disk_can_hold():
     source = buckets.BucketFiles("memory")
     with pytest.raises(InputError, match="cannot be a file's on this machine"):
         source._describe("memory://b/w", {"name": "/b/w/../../0.tar", "size": 1})
+
+
+@pytest.mark.slow
+def test_a_run_on_a_server_with_a_login_and_a_strangers_copy_of_it(web_files: WebServer, tmp_path, jpegs, capsys):
+    """What is recorded has no secrets; the run resumes and is evaluated without them, elsewhere it stops."""
+    for name, labels in (("train", (0, 1, 0, 1, 0, 1)), ("val", (1, 0, 1, 0, 1, 0))):
+        web_files.files[f"/{name}.tar"] = tar_of(tmp_path, jpegs if name == "train" else jpegs[::-1], labels)
+    web_files.logins["/train.tar"] = "Basic " + base64.b64encode(b"me:hunter2").decode()
+    address = web_files.address.replace("://", "://me:hunter2@")
+    out = tmp_path / "run"
+    words = ["train", "--data", f"wds:{address}/{{train,val}}.tar?token=topsecret", "--student", "resnet10t"]
+    words += ["--side", "32", "--steps", "2", "--batch", "2", "--out", str(out), "--device", "cpu"]
+
+    def run(*words):
+        ask_again()
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, words)])
+        return ended.value.code, capsys.readouterr()
+
+    said = []
+    for each in (words, words, ("evaluate", out, "--json"), ("report", out)):
+        code, printed_text = run(*each)
+        assert code == 0, printed_text.err
+        said += [printed_text.out, printed_text.err]
+        addresses.os.environ[addresses.ALLOWED] = ""
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    for secret in ("hunter2", "topsecret"):
+        assert secret not in "".join(said)
+        assert secret.encode() not in kept
+    assert f"wds:{web_files.address}/{{train,val}}.tar" in (out / "config.json").read_text()
+    assert "nothing to do" in "".join(said)
+    # On another machine there is no copy.
+    web_files.requests.clear()
+    addresses.os.environ["FUNMATCH_CACHE"] = str(tmp_path / "other")
+    code, printed_text = run("evaluate", out)
+    assert (code, web_files.requests) == (2, [])
+    assert "is an address that a file names" in printed_text.err
+
+
+def test_a_study_names_the_address_before_it_begins(web_files: WebServer, monkeypatch):
+    from funmatch.commands.study.spec import parse
+
+    text = f"""title = "t"
+[common]
+data = "wds:{web_files.address}/train.tar"
+student = "resnet10t"
+steps = 1
+[[run]]
+name = "one"
+verb = "train"
+"""
+    with pytest.raises(InputError, match=r"one: http://127.*is an address that a file names"):
+        parse(text, "study.toml")
+    monkeypatch.setenv(addresses.ALLOWED, f"https://host/other.tar\n{web_files.address}/train.tar")
+    assert len(parse(text, "study.toml").entries) == 1
+    assert web_files.requests == []

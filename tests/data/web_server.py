@@ -94,6 +94,8 @@ def serve(respond_otherwise: Callable[[BaseHTTPRequestHandler], None] | None = N
         def do_GET(self) -> None:
             respond_otherwise(self) if respond_otherwise else respond(about, self)
 
+        do_POST = do_HEAD = do_GET
+
         def log_message(self, *_: object) -> None:
             pass
 

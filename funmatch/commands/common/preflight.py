@@ -13,7 +13,7 @@ from funmatch.config.finished.benchmark import EXPORTED, NO_TEACHER, Benchmark
 from funmatch.config.finished.predict import ImageFiles
 from funmatch.config.metadata import Refers
 from funmatch.config.options import Options, listed
-from funmatch.data.readers.open import check_spec
+from funmatch.data.readers.open import check_named, check_spec
 from funmatch.errors import InputError
 from funmatch.models.checkpoints import signatures
 from funmatch.models.names import BIT, HUB, LOCAL, SAVEDMODEL, check_model_name
@@ -36,7 +36,7 @@ def check(verb: str, options: Options) -> None:
 
 
 def function_problems(options: Options, *, reference: str) -> Iterator[str]:
-    """Yields the functions that options name, but no person.
+    """Yields the functions and addresses that options name, but no person.
 
     Args:
         reference: prefix of models that are runs of the same study.
@@ -44,6 +44,8 @@ def function_problems(options: Options, *, reference: str) -> Iterator[str]:
     prefixes = (reference, SAVEDMODEL, BIT, HUB, LOCAL)
     for name, opt in type(options).opts():
         names = [value for value in _each(getattr(options, name)) if opt.function or opt.refers is Refers.MODEL]
+        if opt.refers is Refers.DATA:
+            yield from filter(None, (_message(check_named, value) for value in _each(getattr(options, name))))
         for value in names:
             if NAME.fullmatch(value) and not value.startswith(prefixes):
                 yield from filter(None, [_message(partial(check_allowed, purpose=name), value)])

@@ -20,8 +20,8 @@ from funmatch.data.readers.split_names import SPLIT_NAMES
 from funmatch.data.readers.tfrecords import ENDINGS, open_tfrecords
 from funmatch.data.readers.webdataset import ENDINGS as TARS
 from funmatch.data.readers.webdataset import open_tars
+from funmatch.data.remote import fetch
 from funmatch.data.remote.archives import is_archive
-from funmatch.data.remote.fetch import AS_FOLDER, EVERYTHING, fetch, known_files
 from funmatch.data.remote.objects import Wanted
 from funmatch.errors import InputError, hide_secrets, unknown
 from funmatch.runtime.addresses import check_scheme, is_address
@@ -49,13 +49,13 @@ class Reader:
     location: str
     resolve: Callable[[str], str] = absolute_path
     files: tuple[str, ...] = ()
-    remote: Wanted = EVERYTHING
+    remote: Wanted = fetch.EVERYTHING
 
 
 def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:
     path, shown = Path(location).expanduser(), location
     if is_address(location):
-        path, shown = fetch(location, AS_FOLDER, track).folder, hide_secrets(location)
+        path, shown = fetch.fetch(location, fetch.AS_FOLDER, track).folder, hide_secrets(location)
         if path.is_file():
             raise InputError(f"{shown} is a file; expected a folder of images, or an archive of one")
     folder = open_folder(path, follow_links=options.follow_links, recommend_reader=recommend_reader)
@@ -73,7 +73,7 @@ def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:
 
 
 READERS: dict[str, Reader] = {
-    "folder": Reader(_open_folder, "PATH", remote=AS_FOLDER),
+    "folder": Reader(_open_folder, "PATH", remote=fetch.AS_FOLDER),
     "tfrecord": Reader(open_tfrecords, "PATTERN", files=("*.tfrec*",), remote=shards_of(ENDINGS)),
     "wds": Reader(open_tars, "PATTERN", files=("*.tar",), remote=shards_of(TARS)),
     "hf": Reader(open_hub, "NAME", resolve=resolve_if_local, files=("*.parquet", "*.arrow")),
@@ -115,12 +115,18 @@ def update_copies(specs: Sequence[str], track: Track, *, at_most: float, refresh
     """
     for prefix, location in _remote(specs):
         _check_address(prefix, location)
-        fetch(location, READERS[prefix].remote, track, at_most=at_most, refresh=refresh)
+        fetch.fetch(location, READERS[prefix].remote, track, at_most=at_most, refresh=refresh)
+
+
+def check_named(spec: str) -> None:
+    """Raises `InputError` for a spec with an address that only a file names, and of which there is no whole copy."""
+    for prefix, location in _remote([spec]):
+        fetch.check_named(location, READERS[prefix].remote)
 
 
 def known_copies(specs: Sequence[str]) -> list[tuple[str, ...]]:
     """Returns the files that each address of specs named the last time, without contacting a server."""
-    return [known_files(location, READERS[prefix].remote) for prefix, location in _remote(specs)]
+    return [fetch.known_files(location, READERS[prefix].remote) for prefix, location in _remote(specs)]
 
 
 def _remote(specs: Sequence[str]) -> list[tuple[str, str]]:
@@ -186,6 +192,7 @@ def check_spec(spec: str) -> None:
         raise InputError(f"{spec} has no location; expected {prefix}:{READERS[prefix].location}")
     if is_address(location):
         _check_address(prefix, location)
+        check_named(spec)
         return
     path = Path(spec).expanduser()
     if spec in CATALOG or prefix or path.exists():

@@ -104,6 +104,13 @@ def fetch_if_remote(spec: str, track: Track = untracked) -> tuple[str, tuple[Pat
     return str(copies.folder if copies.is_folder or files else copies.files[0]), files
 
 
+def check_named(address: str, wanted: Wanted) -> None:
+    """Raises `InputError` for an address that only a file names, and of which there is no whole copy."""
+    given, tree = addresses.given_address(address), Tree(address)
+    if given is None and not tree.is_whole(tree.listing(address, wanted)):
+        raise InputError(_advice(hide_secrets(address), given))
+
+
 def known_files(address: str, wanted: Wanted) -> tuple[str, ...]:
     """Returns the files that an address named when it was last looked up, without contacting its server."""
     listing = Tree(address).listing(address, wanted)
