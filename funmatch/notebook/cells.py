@@ -25,6 +25,7 @@ from funmatch.reports.display import Shown, html_table, show_message, show_table
 from funmatch.reports.images import captioned
 from funmatch.reports.plan import picture
 from funmatch.reports.result import Result
+from funmatch.runtime.addresses import allow
 from funmatch.runtime.log import print_line
 from funmatch.runtime.text import number, percent
 from funmatch.training import datasets
@@ -38,6 +39,7 @@ def facts(found: dict[str, Any]) -> None:
 
 def samples(data: str, **options: Any) -> Image.Image:
     """Draws a contact sheet with samples of each class; takes the options of `funmatch.config.Data`."""
+    allow(data)
     config = Data.checked(data=data, **options)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "sheet.png"

@@ -8,6 +8,7 @@ from typing import Any
 from funmatch.config.data import VALIDATION_SHARE
 from funmatch.data.readers.catalog import CATALOG
 from funmatch.data.readers.open import open_dataset, resolve_spec
+from funmatch.runtime.addresses import allow
 
 EMBEDDED = "fashion-mini"
 WITH_RECIPES = ("pet37", "flowers102", "food101")
@@ -64,6 +65,7 @@ def choose(data: str | Path) -> Choice:
         return Choice(data, data, WITH_RECIPES[0], teacher=EMBEDDED_TEACHER, student=EMBEDDED_STUDENT, side=32)
     if data in CATALOG:
         return Choice(data, data, data if data in WITH_RECIPES else WITH_RECIPES[0])
+    allow(data)
     # Absolute, since a later cell may change the folder.
     spec = resolve_spec(data)
     # In every notebook the same images: the student must not be validated on images that its teacher was trained on.

@@ -37,6 +37,9 @@ def allow(word: str) -> str:
     found = _ADDRESS.search(word)
     if not found:
         return word
+    # As it is recorded, an address says nothing of a password that was given with it before.
+    if hide_secrets(found[0]) == found[0] and given_address(found[0]):
+        return word[: found.start()]
     # The newest first: of one address with two signatures, the last one given counts.
     known = [found[0], *(each for each in _allowed() if each != found[0])]
     os.environ[ALLOWED] = "\n".join(known)

@@ -451,6 +451,8 @@ def test_what_is_shown_and_recorded_of_an_address_has_no_secrets():
     assert hide_secrets("postgresql+psycopg://me:pw@host/db?x=1") == "postgresql+psycopg://me@host/db?x=1"
     addresses.allow(f"--data={given}")
     assert addresses.given_address(hide_secrets(given).partition("wds:")[2]) == given.partition("wds:")[2]
+    addresses.allow(hide_secrets(given))
+    assert "p%40ss" in str(addresses.given_address(hide_secrets(given).partition("wds:")[2]))
     # A user and a password are no function.
     assert functions._allowed() == []
     functions.allow([given, "mod:f"])
@@ -574,6 +576,14 @@ def test_predict_takes_images_of_servers(web_files: WebServer, memory, jpegs):
         assert {image.path: image.read() for image in found} == {name: jpegs[i] for name, i in images.items()}
     assert not names_several(f"{web_files.address}/a/0.jpg")
     assert names_several("memory://b/x/*.jpg")
+    from funmatch.config import PredictionOptions
+    from funmatch.shipping.sources.given import is_single, read_given
+
+    os.environ[addresses.ALLOWED] = ""
+    (image,) = read_given([f"{web_files.address}/a/0.jpg"], PredictionOptions(model="x"))
+    assert image.path == f"{web_files.address}/a/0.jpg"
+    assert is_single(image.path)
+    assert not is_single("memory://b/x")
     with pytest.raises(InputError, match="web servers have no listing"):
         check_path(f"{web_files.address}/photos/")
 

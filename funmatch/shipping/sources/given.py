@@ -13,7 +13,7 @@ from torch import Tensor
 from funmatch.config import ImageOptions
 from funmatch.data.decode import decode_opened
 from funmatch.errors import InputError
-from funmatch.runtime.addresses import is_address
+from funmatch.runtime.addresses import allow, is_address
 from funmatch.shipping import inference
 from funmatch.shipping.sources.files import Decoding, one_file
 from funmatch.shipping.sources.find import names_several, open_images
@@ -49,7 +49,8 @@ class GivenImage:
 def is_single(images: Any) -> bool:
     """Returns whether what was given is one image rather than several."""
     if isinstance(images, str | Path):
-        return not names_several(str(images)) and os.path.isfile(os.path.expanduser(images))
+        single = os.path.isfile(os.path.expanduser(images)) or is_address(str(images))
+        return single and not names_several(str(images))
     return isinstance(images, Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim in (2, 3))
 
 
@@ -65,6 +66,7 @@ def read_given(images: Any, config: ImageOptions) -> Iterator[inference.Image]:
         InputError: something given is not an image.
     """
     if isinstance(images, str | Path):
+        allow(str(images))
         # Alone, a path that names nothing is an error; in a list it is an image that cannot be read.
         yield from open_images(config, (str(images),)).images
         return
@@ -74,6 +76,7 @@ def read_given(images: Any, config: ImageOptions) -> Iterator[inference.Image]:
         raise InputError(f"images: {WANTED}; got {type(images).__name__}")
     for number, value in enumerate(images):
         if isinstance(value, str | Path):
+            allow(str(value))
             named = names_several(str(value)) or is_address(str(value))
             yield from open_images(config, (str(value),)).images if named else [one_file(os.path.expanduser(value))]
         elif isinstance(value, Image.Image):
