@@ -218,3 +218,21 @@ def test_one_of_several_columns_of_images_is_told(tmp_path):
     source = open_dataset(f"hf:{tmp_path}/a.parquet")
     assert source.read("train", 1) == images[1]
     assert "the image is read from photo, not mask; choose with --image-feature" in source.notes[0]
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_an_empty_column_of_a_split_is_no_label(tmp_path, empty):
+    train, _ = table(tmp_path, 4)
+    test, _ = table(tmp_path, 2, first=70)
+    text = {"feature": datasets.Value("string")}
+    named = train.remove_columns("label").add_column("label", ["b", "a"] * 2, **text)
+    bare = test.remove_columns("label").add_column("label", [empty] * 2, **text)
+    datasets.DatasetDict(train=named, test=bare).save_to_disk(tmp_path / "a")
+    found = open_dataset(f"hf:{tmp_path}/a")
+    assert found.classes == ("a", "b")
+    assert [split.labels.tolist() for split in found.splits.values()] == [[1, 0] * 2, [-1, -1]]
+    datasets.DatasetDict(test=bare).save_to_disk(tmp_path / "b")
+    with pytest.raises(InputError, match="the column 'label' is empty; pass another --label-feature, or --unlabelled"):
+        open_dataset(f"hf:{tmp_path}/b")
+    assert not open_dataset(f"hf:{tmp_path}/b", ReadOptions(unlabelled=True)).classes
+    assert not open_dataset([f"hf:{tmp_path}/a", f"hf:{tmp_path}/b"]).splits["test"].labelled

@@ -290,3 +290,15 @@ def test_numbered_lines_of_a_class_file(tmp_path, jpegs):
     with pytest.raises(InputError, match=r"labels.txt numbers its classes from 1; pass --first-label 1"):
         open_dataset(spec)
     assert open_dataset(spec, ReadOptions(first_label=1)).splits["train"].labels.tolist() == [0, 1] * 3
+
+
+def test_empty_labels_of_a_whole_split_are_none(tmp_path, jpegs):
+    pairs = {"train": [b"1", b"0"], "test": [b" ", b""]}
+    for split, labels in pairs.items():
+        files = {f"{i}.{end}": data for i in range(2) for end, data in (("jpg", jpegs[i]), ("cls", labels[i]))}
+        write_tar(tmp_path / "w" / f"{split}-0.tar", files)
+    found = open_dataset(f"wds:{tmp_path}/w")
+    assert [split.labels.tolist() for split in found.splits.values()] == [[1, 0], [-1, -1]]
+    write_tar(tmp_path / "w" / "test-0.tar", {"0.jpg": jpegs[0], "0.cls": b"", "1.jpg": jpegs[1], "1.cls": b"1"})
+    with pytest.raises(InputError, match=r"test-0\.tar: 0\.cls is empty; pass another --label-feature, or --unlabelled"):
+        open_dataset(f"wds:{tmp_path}/w")

@@ -53,11 +53,18 @@ def read_labels(datasets: Any, where: str, tables: Mapping[str, Any], options: R
     if label not in columns:
         # No error yet: another source may have the labels.
         return unlabelled(f"{where} has no column {label!r}, but: {', '.join(columns)}; pass another --label-feature")
+    # As test splits are published.
+    labelled = {split: table for split, table in tables.items() if not _is_empty(table, label)}
+    if not labelled:
+        return unlabelled(f"{where}: the column {label!r} is empty; pass another --label-feature, or --unlabelled")
     try:
-        classes, unnamed = _classes(datasets, where, tables, columns[label], label, options)
+        classes, unnamed = _classes(datasets, where, labelled, columns[label], label, options)
         # The numbers of a `ClassLabel` are those of its names.
         first = 0 if isinstance(columns[label], datasets.ClassLabel) else options.first_label
-        splits = {split: _split(where, split, table, label, classes, first) for split, table in tables.items()}
+        splits = {
+            split: _split(where, split, table, label if split in labelled else None, classes, first)
+            for split, table in tables.items()
+        }
     except InputError:
         # With --unlabelled, labels that are unusable do not matter.
         if not options.unlabelled:
@@ -90,7 +97,7 @@ def _classes(
         raise InputError(
             f"{where}: the column {label!r} has no labels but {feature}; choose another with --label-feature"
         )
-    values = {value for table in tables.values() if label in table.features for value in table.unique(label)} - {None}
+    values = {value for table in tables.values() for value in table.unique(label)} - {None}
     if all(isinstance(value, str) for value in values):
         return check_classes(sorted(values), where), False
     # Others are named below, with their row.
@@ -99,6 +106,14 @@ def _classes(
     if highest > MAX_CLASSES:
         raise InputError(f"{where}: the column {label!r} has {highest:,}, too large for the number of a class")
     return tuple(map(str, range(highest + 1 - options.first_label))), True
+
+
+def _is_empty(table: Any, label: str) -> bool:
+    """Returns whether no row of a table has anything in a column, or the table has no such column."""
+    # Only numbers and texts: unique values of other types are not defined.
+    if label in table.features and getattr(table.features[label], "dtype", "") in NUMBERS | TEXTS:
+        return set(table.unique(label)) <= {None, ""}
+    return label not in table.features
 
 
 def _whole(value: Any) -> int | None:
@@ -112,7 +127,7 @@ def _split(
     where: str, name: str, table: Any, label: str | None, classes: tuple[str, ...], first_label: int
 ) -> SplitListing:
     names = [f"{where} {name}[{i}]" for i in range(len(table))]
-    if label is None or label not in table.features:
+    if label is None:
         return SplitListing(names, np.full(len(table), UNLABELLED, np.int32))
     # [:], since newer versions of the library return a column that reads lazily.
     values = table[label][:]

@@ -95,9 +95,13 @@ def _label(
     if ending is None or ending == "none":
         return UNLABELLED, ""
     if ending not in files:
-        return UNLABELLED, f"sample {key!r} has no .{ending}, but: {', '.join(sorted(files))}"
+        present = ", ".join(sorted(files))
+        return UNLABELLED, f"sample {key!r} has no .{ending}, but: {present}; pass --label-feature or --unlabelled"
     oddities.take("label", ending, ())
     content = tar.extractfile(files[ending]).read()  # pyrefly: ignore[missing-attribute]
+    # Test splits are published so.
+    if not content.strip():
+        return UNLABELLED, f"{files[ending].name} is empty; pass another --label-feature, or --unlabelled"
     try:
         if ending.endswith("json"):
             return _json_label(content, files[ending].name, required=options.label_feature is not None)
@@ -113,7 +117,7 @@ def _json_label(content: bytes, name: str, *, required: bool) -> tuple[Label, st
         fields = parse_json(content, dict)
     except ValueError:
         raise DamagedRecord(f'{name} is not a JSON object with "label" or "cls"') from None
-    value = next((fields[each] for each in JSON_LABELS if fields.get(each) is not None), None)
+    value = next((fields[each] for each in JSON_LABELS if fields.get(each) not in (None, "")), None)
     if value is None:
         return UNLABELLED, f"{name} has none of {', '.join(JSON_LABELS)}, but: {', '.join(fields)}" if required else ""
     if not isinstance(value, int | float | str):
