@@ -417,6 +417,20 @@ def test_an_archive_is_unpacked_to_a_folder_of_images(web_files: WebServer, tmp_
     assert len([*(tmp_path / "cache").rglob("unpacked/*.*/pets")]) == 1
 
 
+def test_messages_about_an_archive_name_its_address(web_files: WebServer, tmp_path, jpegs):
+    web_files.files["/train.tar"] = tar_of(tmp_path, jpegs)
+    address = f"{web_files.address}/train.tar"
+    notes = opened(address).summary["notes"]
+    assert f"{address}: read as an archive of a folder; if it is a WebDataset shard, pass wds:{address}" in notes
+    assert any(note.startswith(f"skipped 6 files in {address}, e.g. 0.cls") for note in notes)
+    web_files.files["/two.zip"] = archive(
+        "zip", {"x/y.jpg": jpegs[0], "x/c/1.jpg": jpegs[1], "train/a/z.jpg": jpegs[2]}
+    )
+    with pytest.raises(InputError) as raised:
+        opened(f"{web_files.address}/two.zip")
+    assert str(raised.value).startswith(f"{web_files.address}/two.zip has images in x beside the splits train")
+
+
 def test_archives_cannot_write_elsewhere_and_have_limits(web_files: WebServer, tmp_path, jpegs, monkeypatch):
     outside = archive("zip", {"../../x.jpg": jpegs[0]})
     link = io.BytesIO()

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +19,7 @@ def first_of(names: Sequence[str], counted: str = "in all") -> str:
     return ", ".join(names[:NAMED]) + (f", … ({len(names)} {counted})" if len(names) > NAMED else "")
 
 
-def class_notes(root: Path, classes: tuple[str, ...], splits: dict[str, SplitListing]) -> list[str]:
+def class_notes(root: object, classes: tuple[str, ...], splits: dict[str, SplitListing]) -> list[str]:
     """Returns notes about classes that cannot be learned from these folders, or are no classes by their names."""
     if len(classes) == 1:
         return [f"{root} has a single class, {classes[0]}, so accuracy on it means nothing"]
@@ -35,7 +34,7 @@ def class_notes(root: Path, classes: tuple[str, ...], splits: dict[str, SplitLis
     return notes + _absent(root, classes, splits)
 
 
-def _absent(root: Path, classes: tuple[str, ...], splits: dict[str, SplitListing]) -> list[str]:
+def _absent(root: object, classes: tuple[str, ...], splits: dict[str, SplitListing]) -> list[str]:
     train = splits.get("train")
     if train is None or not train.labelled:
         return []

@@ -2,16 +2,18 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from funmatch.data.dataset import UNLABELLED, Dataset, SplitListing, check_classes, read_file, sort_splits
+from funmatch.data.dataset import UNLABELLED, Dataset, SplitListing, Track, check_classes, read_file, sort_splits
 from funmatch.data.readers import not_images
 from funmatch.data.readers.class_notes import class_notes, first_of, folders_in_classes
 from funmatch.data.readers.folder_listing import FolderListing
 from funmatch.data.readers.layout import Layout, check_not_masks, find_layout
-from funmatch.errors import InputError
+from funmatch.data.remote.fetch import AS_FOLDER, fetch
+from funmatch.errors import InputError, hide_secrets
 
 EXPECTED = "expected <split>/<class>/*.jpg, <class>/*.jpg, or a folder of unlabelled images"
 
@@ -58,6 +60,32 @@ def open_folder(
     notes = [*layout.notes, *not_images.notes_about_boxes(listing, layout.splits, classes)]
     notes += folders_in_classes(listing, list(layout.splits.values()), classes)
     return _dataset(root, listing, classes, sort_splits(splits), notes)
+
+
+def open_remote_folder(
+    address: str, track: Track, *, follow_links: bool, recommend_reader: Callable[[Path], str]
+) -> Dataset:
+    """Lists a folder of images on a server, or in an archive there, from its copy on this machine.
+
+    Args:
+        address: of a folder of a bucket, or of an archive.
+        track: shows the progress of a download.
+        follow_links, recommend_reader: as for `open_folder`.
+
+    Raises:
+        InputError: it cannot be read, or as for `open_folder`; the message has the address in place of the copy's path.
+    """
+    root, shown = fetch(address, AS_FOLDER, track).folder, hide_secrets(address)
+    if root.is_file():
+        raise InputError(f"{shown} is a file; expected a folder of images, or an archive of one")
+    try:
+        found = open_folder(root, follow_links=follow_links, recommend_reader=recommend_reader)
+    except InputError as error:
+        raise InputError(str(error).replace(str(root), shown)) from None
+    notes = [note.replace(str(root), shown) for note in found.notes]
+    if shown.endswith(".tar") and not found.classes:
+        notes.append(f"{shown}: read as an archive of a folder; if it is a WebDataset shard, pass wds:{shown}")
+    return replace(found, location=shown, notes=tuple(notes))
 
 
 def _without_splits(

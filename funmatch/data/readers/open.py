@@ -13,7 +13,7 @@ from pathlib import Path
 from funmatch.data.dataset import OF_SHARDS, Dataset, ReadOptions, SplitSpec, Track, join_datasets, untracked
 from funmatch.data.readers.catalog import CATALOG, open_named
 from funmatch.data.readers.class_notes import class_notes
-from funmatch.data.readers.folder import EXPECTED, open_folder
+from funmatch.data.readers.folder import EXPECTED, open_folder, open_remote_folder
 from funmatch.data.readers.huggingface import open_hub, resolve_if_local
 from funmatch.data.readers.shard_paths import shards_of
 from funmatch.data.readers.split_names import SPLIT_NAMES
@@ -53,16 +53,15 @@ class Reader:
 
 
 def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:
-    path, shown = Path(location).expanduser(), location
+    shown, links = hide_secrets(location), options.follow_links
     if is_address(location):
-        path, shown = fetch.fetch(location, fetch.AS_FOLDER, track).folder, hide_secrets(location)
-        if path.is_file():
-            raise InputError(f"{shown} is a file; expected a folder of images, or an archive of one")
-    folder = open_folder(path, follow_links=options.follow_links, recommend_reader=recommend_reader)
-    folder = replace(folder, location=shown) if is_address(location) else folder
+        folder = open_remote_folder(location, track, follow_links=links, recommend_reader=recommend_reader)
+    else:
+        path = Path(location).expanduser()
+        folder = open_folder(path, follow_links=links, recommend_reader=recommend_reader)
     if options.unlabelled:
         # Classes that are not used need no words.
-        about_classes = class_notes(path, folder.classes, folder.splits)
+        about_classes = class_notes(folder.location, folder.classes, folder.splits)
         folder = replace(folder, notes=tuple(note for note in folder.notes if note not in about_classes))
     moved = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
     of_shards = {field.name for field in fields(options) if field.metadata == OF_SHARDS}
