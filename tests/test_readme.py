@@ -191,6 +191,7 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "--student-kwargs channels=8,8,16,16 stem_width=8",
         "funmatch demo": "funmatch demo --steps 20",
         "--step 1200": "--step 1",
+        "keras savedmodel tflite": "torch-export",  # without TensorFlow, which the slow tests of exports need
         "--trials 20": "--trials 2",
         "recipes pet37-fast": "recipes flowers102-fast --no-measure",
         "distill pet37-fast": "recipes sun397-fast --no-measure",

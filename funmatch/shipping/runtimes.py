@@ -11,7 +11,7 @@ import numpy as np
 from funmatch.errors import InputError, first_line
 
 EXTRAS = {"onnx": "ship", "onnxscript": "ship", "onnxruntime": "ship", "torchao": "ship", "pyarrow": "ship",
-          "openvino": "openvino"}  # fmt: skip
+          "openvino": "openvino", "tensorflow": "tensorflow", "keras": "tensorflow"}  # fmt: skip
 """The extra of this package that installs a library."""
 Array = np.ndarray
 

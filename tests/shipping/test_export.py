@@ -219,15 +219,15 @@ def test_the_example_scales_large_images_down_as_the_run_did(folder, tmp_path):
     assert np.abs(larger - view).max() > 1e-3
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".xml", ".pt2"])
-def test_every_example_is_ten_to_thirty_lines_of_python(suffix):
+@pytest.mark.parametrize("name", ["model.onnx", "model.xml", "model.pt2", "model.keras", "model.tflite", "savedmodel"])
+def test_every_example_is_ten_to_thirty_lines_of_python(name):
     about = {
         "input": {"shape": [4, 3, 8, 8], "type": "uint8"}, "output": "probabilities",
         "preprocessing": {
             "largest_short_side": 512, "side": 8, "short_side": 10, "squash": False, "resample": "antialias",
         },
     }  # fmt: skip
-    text = sidecars.example(about, f"model{suffix}")
+    text = sidecars.example(about, name)
     compile(text, "example.py", "exec")
     assert "funmatch" not in text.partition('"""')[2].partition('"""')[2]
     assert "repeat(4, 0)" in text

@@ -8,7 +8,7 @@ from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.values import Names
 
 PLACE = Changes.PLACE
-FORMATS = ("onnx", "torch-export", "openvino", "timm")
+FORMATS = ("onnx", "torch-export", "openvino", "timm", "keras", "savedmodel", "tflite")
 
 
 class Export(WithImages):
@@ -23,9 +23,10 @@ class Export(WithImages):
     model: Annotated[str, MODEL]
     """Run folder, or any model that `distill --teacher` takes."""
     format: Annotated[
-        Names, Opt(group=Group.OUTPUT, changes=PLACE, essential=True, metavar="onnx|torch-export|openvino|timm …")
+        Names, Opt(group=Group.OUTPUT, changes=PLACE, essential=True, metavar="onnx|torch-export|openvino|timm|keras …")
     ] = ("onnx",)
-    """Formats to write, one or several: onnx, torch-export (.pt2), openvino (.xml), timm."""
+    """Formats to write, one or several: onnx, torch-export (.pt2), openvino (.xml), timm; of BiT networks also keras
+    (.keras), savedmodel, tflite."""
     out: Annotated[
         Path | None, Opt(group=Group.OUTPUT, changes=PLACE, essential=True, usual="export in the run's folder")
     ] = None

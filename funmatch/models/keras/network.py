@@ -20,12 +20,20 @@ from typing import Any
 import numpy as np
 
 from funmatch.errors import InputError, first_line
-from funmatch.models.bit import PUBLISHED_EPS, STEM
+from funmatch.models.bit import STEM
 from funmatch.models.checkpoints import signatures
 from funmatch.models.keras.config import CONTAINERS, Layer, layer_names
 from funmatch.models.keras.hdf5 import SIGNATURE, Hdf5File, open_hdf5
 from funmatch.models.keras.layers import HUB, Front, read_back, read_front
-from funmatch.models.tensorflow.identify import SAVE_AGAIN, UNIT, by_full_names, check_shapes, no_network, some
+from funmatch.models.tensorflow.identify import (
+    SAVE_AGAIN,
+    UNIT,
+    by_full_names,
+    check_shapes,
+    no_network,
+    some,
+    unfolded,
+)
 from funmatch.models.tensorflow.nodes import Unclear
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, BORDER, Inputs, applied, as_inputs, sided, unexpected
 from funmatch.models.tensorflow.savedmodel import Savedmodel
@@ -34,8 +42,6 @@ from funmatch.runtime.disk.json_files import parse_json
 
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 MAX_CONFIG = 1 << 26  # bytes; that of an R152 has one million
-FOLDED = 1e-3
-"""How far the mean of a standardised kernel may be from 0, and its variance above 1."""
 PIECE = 1 << 24  # bytes read and checked at once
 TRAINING_STATE = {"optimizer", "optimizer_weights", "metrics", "_metrics", "compile_metrics", "_compile_metrics"}
 POOLED = {"Flatten", "Reshape", "GlobalAveragePooling2D"}  # layers that leave pooled features as they are
@@ -48,11 +54,6 @@ UNITS = re.compile(
 )
 ROOT = re.compile(NET + r"(?:layers/sequential|_root)(?:/layers/[a-z0-9_]+)?")
 PRE_HEAD = re.compile(NET + r"(?:layers|_pre_head)/group_norm[a-z0-9_]*")
-JOINED = re.compile(
-    r"(?<![a-z0-9])(root_block|block[1-4]|unit\d\d|[abc]|proj|head)_"
-    r"(?=unit\d\d|[abc]_(?:proj_)?(?:standardized|group)|proj_stand|standardized_conv2d|group_norm|dense)"
-)
-"""Parts of published names that are joined by _, as Keras 3 allows no / in the names of layers."""
 
 
 def open_keras(path: Path) -> Savedmodel:
@@ -102,7 +103,7 @@ def find_network(file: Hdf5File, config: dict[str, Any] | None) -> Savedmodel:
 
     def read(name: str) -> np.ndarray:
         array = file.read(keys[name]).reshape(shapes[name])
-        return _unfolded(array, f"{where}: {name}") if is_plain_conv and "standardized" in name else array
+        return unfolded(array, f"{where}: {name}") if is_plain_conv and "standardized" in name else array
 
     return Savedmodel(Lazily(keys, read), inputs, is_plain, why, notes, side)
 
@@ -185,7 +186,7 @@ def _names(file: Hdf5File) -> dict[str, str]:
             # Before the name of a variable is the group of its layer.
             parts = path.removeprefix("model_weights/").removesuffix(":0").split("/")
             name = "/".join(parts[1:] if len(parts) > 2 else parts)
-        names[path] = re.sub(r"head/dense(_\d+)?/", "head/", JOINED.sub(r"\1/", name))
+        names[path] = name
     return names
 
 
@@ -262,19 +263,3 @@ def _refusal(where: str, file: Hdf5File, config: Mapping[str, Any] | None, names
             "folder), and pass savedmodel:folder"
         )
     return no_network(where, [*names.values(), *(layer_names(config) if config else ())])
-
-
-def _unfolded(kernel: np.ndarray, what: str) -> np.ndarray:
-    """Returns a kernel that is this one once it is standardised.
-
-    Raises:
-        InputError: no kernel is, since this one has another mean or a larger variance.
-    """
-    exact = kernel.astype(np.float64)
-    mean, variance = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
-    if not (np.abs(mean) <= FOLDED).all() or not (variance <= 1 + FOLDED).all():
-        raise InputError(f"{what} is not standardised, so this is a ResNetV2 of another kind than BiT")
-    # w / √(σ² + eps) has the variance σ² / (σ² + eps): with the published eps, small kernels stay small.
-    short = np.maximum(1 - variance, 0)
-    scale = np.where(short > 1e-5, np.sqrt(PUBLISHED_EPS / np.maximum(short, 1e-30)), 1.0)
-    return (exact * scale).astype(np.float32)

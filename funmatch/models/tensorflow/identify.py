@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+import numpy as np
+
 from funmatch.errors import InputError
-from funmatch.models.bit import STEM, layout
+from funmatch.models.bit import PUBLISHED_EPS, STEM, layout
 
 BODY = re.compile(
     rf"{STEM}|(block[1-4]/unit\d\d/[abc]/)?group_norm/(gamma|beta)"
@@ -37,6 +39,14 @@ OTHERS = (
 )
 """Layers that the networks of Keras Applications have, the first pattern that is found, and the network."""
 
+JOINED = re.compile(
+    r"(?<![a-z0-9])(root_block|block[1-4]|unit\d\d|[abc]|proj|head)_"
+    r"(?=unit\d\d|[abc]_(?:proj_)?(?:standardized|group)|proj_stand|standardized_conv2d|group_norm|dense)"
+)
+"""Parts of published names that are joined by _, as Keras 3 allows no / in the names of layers."""
+FOLDED = 1e-3
+"""How far the mean of a standardised kernel may be from 0, and its variance above 1."""
+
 
 class Variable(Protocol):
     """A variable in a file, not read yet."""
@@ -66,7 +76,8 @@ def by_full_names(weights: Mapping[str, str], variables: Mapping[str, Variable],
     Raises:
         InputError: there are two such networks, or two variables of one name.
     """
-    names = {key: re.sub(NUMBERED, r"\1/", name.removesuffix(":0")) for key, name in weights.items()}
+    names = {key: JOINED.sub(r"\1/", name.removesuffix(":0")) for key, name in weights.items()}
+    names = {key: re.sub(NUMBERED, r"\1/", name) for key, name in names.items()}
     prefixes = {name.removesuffix(STEM) for name in names.values() if f"/{name}".endswith(f"/{STEM}")}
     if not any(f"{prefix}block1/unit01/a/{PLACES['kernel']}" in names.values() for prefix in prefixes):
         return None
@@ -153,3 +164,19 @@ def some(words: Iterable[str]) -> str:
     """Lists the first few of some words, sorted."""
     first, *rest = sorted(words) or ["none"]
     return ", ".join([first, *rest[:3]]) + (f" … and {len(rest) - 3} more" if len(rest) > 3 else "")
+
+
+def unfolded(kernel: np.ndarray, what: str) -> np.ndarray:
+    """Returns a kernel that is this one once it is standardised.
+
+    Raises:
+        InputError: no kernel is, since this one has another mean or a larger variance.
+    """
+    exact = kernel.astype(np.float64)
+    mean, variance = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    if not (np.abs(mean) <= FOLDED).all() or not (variance <= 1 + FOLDED).all():
+        raise InputError(f"{what} is not standardised, so this is a ResNetV2 of another kind than BiT")
+    # w / √(σ² + eps) has the variance σ² / (σ² + eps): with the published eps, small kernels stay small.
+    short = np.maximum(1 - variance, 0)
+    scale = np.where(short > 1e-5, np.sqrt(PUBLISHED_EPS / np.maximum(short, 1e-30)), 1.0)
+    return (exact * scale).astype(np.float32)

@@ -46,6 +46,7 @@ class Preprocessing:
         is_missing: whether there is no graph at all.
         size: height and width of the images that the graph makes of its input, or of those that alone it takes, pixels;
             None where it takes any, and leaves them as they are.
+        is_folded: whether the first convolution takes a variable as its kernel, and not one that is standardised first.
         graph: the graph itself.
     """
 
@@ -57,6 +58,7 @@ class Preprocessing:
     before: frozenset[str] = frozenset()
     is_missing: bool = False
     size: tuple[int, int] | None = None
+    is_folded: bool = False
     graph: Graph | None = field(default=None, repr=False)
 
 
@@ -92,11 +94,12 @@ def _trace_input(preprocessing: Preprocessing, graph: Graph, bundle: Bundle) -> 
         return replace(preprocessing, why=f"its graph uses a first kernel of BiT {len(first)} times")
     convolution, stem = first[0]
     # Returned even if the rest is unclear: `open_savedmodel` compares it with the network that it has found.
-    preprocessing = replace(preprocessing, stem=frozenset(stem))
-    images = graph.inputs(convolution)[:1]
+    images, *kernel = graph.inputs(convolution)
+    is_folded = any(graph.node(each).op == "VarHandleOp" for each in kernel)
+    preprocessing = replace(preprocessing, stem=frozenset(stem), is_folded=is_folded)
     try:
         evaluator = GraphEvaluator(graph, bundle)
-        image = evaluator.evaluate(images[0])
+        image = evaluator.evaluate(images)
         preprocessing = replace(preprocessing, size=evaluator.size)
         if not isinstance(image, AffineImage):
             raise Unclear("its graph gives the network no images")
@@ -105,7 +108,7 @@ def _trace_input(preprocessing: Preprocessing, graph: Graph, bundle: Bundle) -> 
     except Unclear as error:
         return replace(preprocessing, why=str(error))
     # `before`: variables that scale the images are part of `inputs` now, and must not count as left-over weights.
-    return replace(preprocessing, inputs=inputs, is_plain=is_plain, before=_keys(graph, images))
+    return replace(preprocessing, inputs=inputs, is_plain=is_plain, before=_keys(graph, [images]))
 
 
 def _keys(graph: Graph, outputs: list[Output]) -> frozenset[str]:

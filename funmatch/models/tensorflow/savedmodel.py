@@ -31,6 +31,7 @@ from funmatch.models.tensorflow.identify import (
     check_unique,
     no_network,
     some,
+    unfolded,
 )
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs, after_head, input_preprocessing, sided
 from funmatch.models.weights import Lazily
@@ -109,7 +110,13 @@ def open_savedmodel(folder: Path) -> Savedmodel:
     # Weights left over mean that the model computes something else, which we would silently leave out.
     if left := {key for key, entry in bundle.entries.items() if entry.is_weight} - ignored - set(keys.values()):
         raise InputError(f"{folder} holds more than a BiT network: {some(left)}; {SAVE_AGAIN}")
-    arrays = Lazily(keys, lambda name: read(bundle, keys[name]).reshape(shapes[name]))
+
+    def read_array(name: str) -> np.ndarray:
+        array = read(bundle, keys[name]).reshape(shapes[name])
+        is_plain = preprocessing.is_folded and "standardized" in name
+        return unfolded(array, f"{folder}: {name}") if is_plain else array
+
+    arrays = Lazily(keys, read_array)
     if preprocessing.is_missing and is_alone:  # there is nothing around it that could change images
         return Savedmodel(arrays, AS_GIVEN, is_plain=True)
     if preprocessing.stem and keys[STEM] not in preprocessing.stem:

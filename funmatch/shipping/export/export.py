@@ -56,8 +56,10 @@ def export(config: Export, model: TrainedModel, data: RealData | None) -> dict[s
             figures = _check(name, job, partial, images, reference) if images and reference is not None else {}
             found[name] = {"file": FORMATS[name].file, "bytes": _size(partial, name), **figures}
         smaller = write_smaller(config, data, partial / FORMATS["onnx"].file) if data and config.quantize else None
-        name = next((FORMATS[each].file for each in ("onnx", "openvino", "torch-export") if each in found), None)
-        sidecars.write_sidecars(partial, job.about, name)
+        shown = ("onnx", "openvino", "torch-export", "keras", "savedmodel", "tflite")
+        name = next((FORMATS[each].file for each in shown if each in found), None)
+        about = sidecars.with_tensorflow(job.about, [each["file"] for each in found.values()])
+        sidecars.write_sidecars(partial, about, name)
         if images:
             record = {"formats": found, **_circumstances(images)}
             (partial / sidecars.VERIFICATION).write_text(json.dumps(record, indent=2))
@@ -166,7 +168,7 @@ def _tracked(job: Job, images: RealImages, label: str) -> Iterator[np.ndarray]:
 def _size(folder: Path, name: str) -> int:
     """Returns the bytes of a format's files: OpenVINO and large ONNX files have their weights beside them."""
     path = folder / FORMATS[name].file
-    files = path.iterdir() if path.is_dir() else model_files(path)
+    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else model_files(path)
     return sum(each.stat().st_size for each in files)
 
 

@@ -20,7 +20,7 @@ from funmatch.errors import InputError
 from funmatch.models.classifier import crop_fraction
 from funmatch.models.save import save
 from funmatch.runtime.disk.files import write_atomically
-from funmatch.shipping.export import sidecars
+from funmatch.shipping.export import sidecars, tensorflow
 from funmatch.shipping.export.network import ExportNet, explain_failure, quiet, trace, with_plain_attention
 from funmatch.shipping.export.onnx_file import write_onnx
 from funmatch.shipping.runtimes import Runtime, open_runtime, require
@@ -52,6 +52,11 @@ class Job:
     def program(self) -> torch.export.ExportedProgram:
         """The network's operations, recorded once for all formats of PyTorch and OpenVINO."""
         return trace(self.net, self.model.preprocessing.side, self.fixed_batch)
+
+    @cached_property
+    def keras_model(self) -> Any:
+        """The network in layers of Keras, for all formats of TensorFlow."""
+        return tensorflow.build(self.net, self.model.preprocessing.side, self.fixed_batch)
 
     @cached_property
     def program_for_onnx(self) -> torch.export.ExportedProgram:
@@ -166,10 +171,20 @@ def _open_file(name: str) -> Callable[[Job, Path], Runtime]:
     return lambda _job, folder: open_runtime(folder / name)
 
 
+def _for_tensorflow(name: str) -> Format:
+    def write(job: Job, folder: Path) -> None:
+        tensorflow.write(name, lambda: job.keras_model, folder)
+
+    return Format(name, write, lambda _job, folder: tensorflow.open_written(folder / name))
+
+
 FORMATS: dict[str, Format] = {
     "onnx": Format("model.onnx", _write_onnx, _open_file("model.onnx")),
     "torch-export": Format("model.pt2", _write_torch_export, _open_file("model.pt2")),
     "openvino": Format("model.xml", _write_openvino, _open_file("model.xml")),
     "timm": Format("timm", _write_timm, _open_timm),
+    "keras": _for_tensorflow(tensorflow.KERAS),
+    "savedmodel": _for_tensorflow(tensorflow.SAVEDMODEL),
+    "tflite": _for_tensorflow(tensorflow.TFLITE),
 }
 """The formats of `funmatch export`; a new one is a row here, and a word of its option."""

@@ -1,6 +1,7 @@
 """Writes what stands beside an exported model: class names, preprocessing, and an example that needs no funmatch."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ from funmatch.version import __version__
 
 LABELS, PREPROCESSING, EXAMPLE, VERIFICATION = "labels.txt", "preprocessing.json", "example.py", "verify.json"
 TEMPLATE = "example.py.jinja"
-LIBRARIES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
-"""The library that opens a model, by the ending of its file."""
+LIBRARIES = {
+    ".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch", ".keras": "keras", ".tflite": "tensorflow",
+    "": "tensorflow",
+}  # fmt: skip
+"""The library that opens a model, by the ending of its file; a SavedModel has none."""
+OF_TENSORFLOW = ("keras", "tensorflow")
+"""Libraries whose models take images as (n, height, width, 3)."""
 
 
 def describe(model: TrainedModel, *, uint8: bool, probabilities: bool, fixed_batch: int | None) -> dict[str, Any]:
@@ -42,6 +48,21 @@ def describe(model: TrainedModel, *, uint8: bool, probabilities: bool, fixed_bat
             "data": data, "licence_of_data": licences or "not known", "funmatch": __version__,
         },
     }  # fmt: skip
+
+
+def with_tensorflow(about: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Returns a description that also says what the models of TensorFlow take.
+
+    Args:
+        about: of `describe`.
+        names: of all files that were written.
+    """
+    are_of_tensorflow = [LIBRARIES.get(Path(name).suffix) in OF_TENSORFLOW for name in names if name != "timm"]
+    batch, channels, *size = about["input"]["shape"]
+    given = about["input"] | {"shape": [batch, *size, channels], "order": "NHWC, RGB"}
+    if are_of_tensorflow and all(are_of_tensorflow):
+        return about | {"input": given}
+    return about | ({"input_of_tensorflow": given} if any(are_of_tensorflow) else {})
 
 
 def as_metadata(about: dict[str, Any]) -> dict[str, str]:
@@ -72,10 +93,11 @@ def example(about: dict[str, Any], name: str) -> str:
         about: of `describe`.
         name: of the model's file.
     """
+    library = LIBRARIES[Path(name).suffix]
     how, batch = about["preprocessing"], about["input"]["shape"][0]
     template = Environment(keep_trailing_newline=True).from_string((Path(__file__).parent / TEMPLATE).read_text())
     return template.render(
-        library=LIBRARIES[Path(name).suffix], file=name, side=how["side"], short_side=how["short_side"],
+        library=library, nhwc=library in OF_TENSORFLOW, file=name, side=how["side"], short_side=how["short_side"],
         cap=how["largest_short_side"], squash=how["squash"], resample=how["resample"],
         uint8=about["input"]["type"] == "uint8", probabilities=about["output"] == "probabilities",
         fixed_batch=None if batch == "n" else batch,
