@@ -571,8 +571,9 @@ class ExportOptions(ImagesOptions, total=False):
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
     hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the run's)"""
-    format: Literal["onnx", "torch-export", "openvino", "timm …"]
-    """Formats to write, one or several: onnx, torch-export (.pt2), openvino (.xml), timm. (default: onnx)"""
+    format: Literal["onnx", "torch-export", "openvino", "timm", "keras …"]
+    """Formats to write, one or several: onnx, torch-export (.pt2), openvino (.xml), timm; of BiT networks also keras
+    (.keras), savedmodel, tflite. (default: onnx)"""
     overwrite: bool
     """Replace the folder if it exists."""
     opset: int

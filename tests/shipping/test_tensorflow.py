@@ -29,10 +29,10 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
 FORMATS = ("keras", "savedmodel", "tflite")
 
 
-def small_bit() -> nn.Module:
+def small_bit(padding: str = "zeros") -> nn.Module:
     """A BiT network with random values everywhere, and with kernels that are zero or tiny, as training leaves some."""
     generator = torch.Generator().manual_seed(0)
-    net = bit.network((2, 1, 1, 1), 32, len(CLASSES))
+    net = bit.network((2, 1, 1, 1), 32, len(CLASSES), padding)
     with torch.no_grad():
         for parameter in net.parameters():
             scale = 0.05 if parameter.ndim == 4 else 0.3
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card = Card("bit", SIDE, SIDE / 80, MEAN, STD, CLASSES)
     place = tmp_path_factory.mktemp("models") / "bit"
     place.mkdir()
-    classifier = Classifier(small_bit(), card, {"units": (2, 1, 1, 1), "width": 32}, 4, bit.OTHER_SIZES)
+    classifier = Classifier(small_bit(), card, {"units": (2, 1, 1, 1), "width": 32}, 4, bit.OWN)
     save(classifier, place, card=card, about={})
     return place
 
@@ -138,6 +138,27 @@ def test_bytes_probabilities_and_a_fixed_batch(folder, tmp_path):
         runtime = formats.FORMATS[name].open(job, tmp_path)
         assert (runtime.batch, runtime.dtype) == (2, np.uint8)
         assert np.abs(runtime(views) - logits.softmax(-1).numpy()).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("needs_tensorflow")
+@pytest.mark.filterwarnings("ignore")
+def test_padding_of_big_vision_is_written_and_read(tmp_path):
+    classifier = Classifier(small_bit("-inf"), Card("bit", SIDE, 1.0, MEAN, STD), {}, len(CLASSES))
+    views = np.random.default_rng(0).random((3, 3, SIDE, SIDE), np.float32)
+    with torch.inference_mode():
+        expected = classifier.eval()(torch.from_numpy(views)).numpy()
+        zeros = Classifier(small_bit(), classifier.card, {}, 4).eval()(torch.from_numpy(views)).numpy()
+    assert np.abs(zeros - expected).max() > 3e-3 * np.abs(expected).max()
+    model = tensorflow.build(ExportNet(classifier), SIDE, None)
+    for name in tensorflow.FILES:
+        tensorflow.write(name, lambda: model, tmp_path)
+        given = tensorflow.open_written(tmp_path / name)(views)
+        assert np.abs(given - expected).max() < 1e-4 * np.abs(expected).max(), name
+        if name != tensorflow.TFLITE:
+            again = load(f"savedmodel:{tmp_path / name}").eval()
+            with torch.inference_mode():
+                assert np.abs(again(torch.from_numpy(views)).numpy() - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from funmatch.models.tensorflow.nodes import Unclear
 
 CONTAINERS = {"Functional", "Model", "Sequential"}
 MOST = 4096  # layers of a model
+LOW = -1e30
+"""A padding below it is below all activations, as -inf is."""
 MAX_DEPTH = 20  # of models in models
 
 
@@ -38,16 +40,21 @@ class Layer:
         return self.name in parts or any(re.sub(r"_\d+$", "", part) == snake for part in parts)
 
 
+def is_container(row: Mapping[str, Any]) -> bool:
+    """Returns whether a description is of a model of layers, in place of a layer."""
+    return isinstance(row.get("class_name"), str) and row["class_name"] in CONTAINERS
+
+
 def chain(config: Mapping[str, Any], depth: int) -> Iterator[Layer]:
     """Yields the layers from the input on, up to the first that has several inputs or several users."""
     inner = config.get("config")
-    if config.get("class_name") not in CONTAINERS or not isinstance(inner, dict) or depth > MAX_DEPTH:
+    if not is_container(config) or not isinstance(inner, dict) or depth > MAX_DEPTH:
         return
     rows = _rows(inner.get("layers"))
     if config["class_name"] != "Sequential":
         rows = _in_order(rows)
     for row in rows:
-        if row.get("class_name") in CONTAINERS:
+        if is_container(row):
             yield from chain(row, depth + 1)
         else:
             yield _layer(row)
@@ -58,13 +65,22 @@ def layer_names(config: Mapping[str, Any]) -> list[str]:
     return [layer.name for layer in all_layers(config, 0)]
 
 
+def pool_padding(config: Mapping[str, Any] | None) -> str:
+    """Returns the padding of a BiT network's max-pool, one of `bit.STEM_TYPES`: zeros but where a layer has -inf."""
+    pads = [layer for layer in all_layers(config or {}, 0) if layer.kind == "Pad"]
+    # The operation of Keras 3; the layer `ZeroPadding2D` has no value.
+    values = [*(value for layer in pads for value in layer.values)]
+    values += [plain_numbers(layer.config.get("constant_values")) for layer in pads]
+    return "-inf" if any(value is not None and value.min() < LOW for value in values) else "zeros"
+
+
 def all_layers(config: Mapping[str, Any], depth: int) -> Iterator[Layer]:
     """Yields all layers in the order of the file, in which each comes after those that it uses."""
     inner = config.get("config")
-    if config.get("class_name") not in CONTAINERS or not isinstance(inner, dict) or depth > MAX_DEPTH:
+    if not is_container(config) or not isinstance(inner, dict) or depth > MAX_DEPTH:
         return
     for row in _rows(inner.get("layers")):
-        yield from all_layers(row, depth + 1) if row.get("class_name") in CONTAINERS else [_layer(row)]
+        yield from all_layers(row, depth + 1) if is_container(row) else [_layer(row)]
 
 
 def _rows(layers: Any) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ import numpy as np
 from funmatch.errors import InputError, first_line
 from funmatch.models.bit import STEM
 from funmatch.models.checkpoints import signatures
-from funmatch.models.keras.config import CONTAINERS, Layer, layer_names
+from funmatch.models.keras.config import Layer, is_container, layer_names, pool_padding
 from funmatch.models.keras.hdf5 import SIGNATURE, Hdf5File, open_hdf5
 from funmatch.models.keras.layers import HUB, Front, read_back, read_front
 from funmatch.models.tensorflow.identify import (
@@ -105,7 +105,7 @@ def find_network(file: Hdf5File, config: dict[str, Any] | None) -> Savedmodel:
         array = file.read(keys[name]).reshape(shapes[name])
         return unfolded(array, f"{where}: {name}") if is_plain_conv and "standardized" in name else array
 
-    return Savedmodel(Lazily(keys, read), inputs, is_plain, why, notes, side)
+    return Savedmodel(Lazily(keys, read), inputs, is_plain, why, notes, side, pool_padding(config))
 
 
 def open_parts(path: Path) -> tuple[Hdf5File, dict[str, Any] | None]:
@@ -212,7 +212,7 @@ def _front(file: Hdf5File, config: Mapping[str, Any] | None, stem: str) -> tuple
     Raises:
         Unclear: the file does not show it.
     """
-    if config is None or config["class_name"] not in CONTAINERS:
+    if config is None or not is_container(config):
         found = ROOT.fullmatch(stem.rpartition("/vars/")[0])
         if (found and not found["net"]) or stem.removeprefix("model_weights/").startswith("root_block/"):
             return None, set()

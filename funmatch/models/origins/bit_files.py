@@ -26,15 +26,7 @@ def npz_origin(
     padding, kwargs = asked or usual, {key: value for key, value in kwargs.items() if key != bit.PADDING}
     if padding not in bit.STEM_TYPES:
         raise InputError(f"{bit.PADDING} is {padding!r}, expected {' or '.join(bit.STEM_TYPES)}")
-    origin = _bit_origin(str(path), architecture, size, state, kwargs, card or {}, expected)
-    if padding == "-inf":
-        cfg = timm_models.pretrained_config(architecture)
-        origin = replace(
-            origin,
-            architecture=bit.OWN,
-            kwargs=bit.size_of(architecture) | {bit.PADDING: padding} | origin.kwargs,
-            card={key: cfg[key] for key in CONFIG_KEYS} | origin.card,
-        )
+    origin = _with_padding(_bit_origin(str(path), architecture, size, state, kwargs, card or {}, expected), padding)
     if asked:
         return origin
     other = next(each for each in bit.STEM_TYPES if each != usual)
@@ -64,7 +56,23 @@ def keras_origin(path: Path, kwargs: dict[str, Any], inputs: Inputs | None, expe
         notes += (f"using the given --inputs, though {saved.why or f'its graph has mean and std {saved.inputs}'}",)
     card: dict[str, Any] = {"mean": used[0], "std": used[1]}
     card |= {"input_size": (3, saved.side, saved.side)} if saved.side else {}
-    return replace(_bit_origin(str(path), *bit.assemble(saved.arrays, str(path)), kwargs, card, expected), notes=notes)
+    origin = _bit_origin(str(path), *bit.assemble(saved.arrays, str(path)), kwargs, card, expected)
+    return _with_padding(replace(origin, notes=notes), saved.pool_padding)
+
+
+def _with_padding(origin: Origin, padding: str) -> Origin:
+    """Returns an origin whose network pads its first max-pool so, one of `bit.STEM_TYPES`."""
+    if padding == "zeros":
+        return origin
+    if origin.architecture == bit.OWN:
+        return replace(origin, kwargs={bit.PADDING: padding} | origin.kwargs)
+    cfg = timm_models.pretrained_config(origin.architecture)
+    return replace(
+        origin,
+        architecture=bit.OWN,
+        kwargs=bit.size_of(origin.architecture) | {bit.PADDING: padding} | origin.kwargs,
+        card={key: cfg[key] for key in CONFIG_KEYS} | origin.card,
+    )
 
 
 def _bit_origin(

@@ -15,12 +15,14 @@ from funmatch.errors import InputError
 from funmatch.models.tensorflow.affine import AffineImage, GraphEvaluator
 from funmatch.models.tensorflow.bundle import Bundle
 from funmatch.models.tensorflow.graph import Graph, Output, open_graph
-from funmatch.models.tensorflow.nodes import Missing, Node, Unclear, attribute, numbers
+from funmatch.models.tensorflow.nodes import Missing, Node, Unclear, attribute, constant, numbers
 
 Inputs = tuple[tuple[float, ...], tuple[float, ...]]
 AS_GIVEN: Inputs = (0.0,) * 3, (1.0,) * 3
 """Mean and standard deviation for images in [0, 1], by channel; and those that leave such images as they are."""
 
+LOW = -1e30
+"""A padding below it is below all activations, as -inf is."""
 BORDER = 3  # pixels of zeros around the images at BiT's first convolution
 PRODUCTS = {"MatMul", "Conv2D", "BatchMatMulV2", "Einsum"}
 SUMS = {"Add", "AddV2", "BiasAdd"}
@@ -224,6 +226,16 @@ def unexpected(operation: str, where: str) -> InputError:
         f"{where} applies {operation} to the input of its head, which no BiT network does; make it a part of the head, "
         "or leave it out, and save the model again"
     )
+
+
+def pool_padding(graph: Graph) -> str:
+    """Returns the padding of a BiT network's max-pool, one of `bit.STEM_TYPES`; zeros unless its graph has -inf."""
+    try:
+        pads = [graph.inputs(each)[0] for each in graph.before(graph.outputs) if graph.node(each).op == "MaxPool"]
+        values = [constant(graph.node(graph.inputs(pad)[2])) for pad in pads if graph.node(pad).op == "PadV2"]
+    except (Unclear, Damaged, IndexError):
+        return "zeros"
+    return "-inf" if any(float(value.min(initial=0)) < LOW for value in values) else "zeros"
 
 
 def sided(size: tuple[int, int]) -> tuple[int | None, tuple[str, ...]]:

@@ -33,7 +33,14 @@ from funmatch.models.tensorflow.identify import (
     some,
     unfolded,
 )
-from funmatch.models.tensorflow.preprocessing import AS_GIVEN, Inputs, after_head, input_preprocessing, sided
+from funmatch.models.tensorflow.preprocessing import (
+    AS_GIVEN,
+    Inputs,
+    after_head,
+    input_preprocessing,
+    pool_padding,
+    sided,
+)
 from funmatch.models.weights import Lazily
 
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
@@ -75,6 +82,7 @@ class Savedmodel:
         why: reason why inputs are unknown.
         notes: sentences that a user should know.
         side: of the images that the model itself makes of its input, or that alone it takes, pixels; None: any.
+        pool_padding: of its first max-pool, one of `bit.STEM_TYPES`.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -83,6 +91,7 @@ class Savedmodel:
     why: str = ""
     notes: tuple[str, ...] = ()
     side: int | None = None
+    pool_padding: str = "zeros"
 
 
 def open_savedmodel(folder: Path) -> Savedmodel:
@@ -123,7 +132,8 @@ def open_savedmodel(folder: Path) -> Savedmodel:
         return Savedmodel(arrays, None, why="its graph uses another network")
     side, notes = sided(preprocessing.size) if preprocessing.size else (None, ())
     notes += after_head(preprocessing, keys["head/kernel"], keys["head/bias"], str(folder))
-    return Savedmodel(arrays, preprocessing.inputs, preprocessing.is_plain, preprocessing.why, notes, side)
+    padding = pool_padding(preprocessing.graph) if preprocessing.graph else "zeros"
+    return Savedmodel(arrays, preprocessing.inputs, preprocessing.is_plain, preprocessing.why, notes, side, padding)
 
 
 def _read_graph(message: bytes) -> Graph:

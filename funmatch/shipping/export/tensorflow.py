@@ -1,7 +1,7 @@
 """Writes BiT networks for TensorFlow, from plain layers of Keras, and opens what was written.
 
 The model takes images as TensorFlow's programs hold them, (n, height, width, 3) in [0, 1] or uint8. No code of its own
-is needed to load it. Its layers have the names of the published checkpoints, with _ for /, so that it can be read again.
+is needed to load it. Its layers have the names of the published checkpoints, with _ for /, by which it is read again.
 """
 
 import os
@@ -205,7 +205,10 @@ def write(name: str, build_model: Callable[[], Any], folder: Path) -> None:
             if name == KERAS:
                 model.save(folder / name)
             elif name == SAVEDMODEL:
-                model.export(str(folder / name), verbose=False)
+                # By itself it would leave the number of images open.
+                (given,) = model.inputs
+                spec = require("keras").InputSpec(shape=tuple(given.shape), dtype=given.dtype, name="images")
+                model.export(str(folder / name), verbose=False, input_signature=[spec])
             else:
                 converter = require("tensorflow").lite.TFLiteConverter.from_keras_model(model)
                 write_atomically(folder / name, converter.convert())
