@@ -55,7 +55,7 @@ TIMED = {
     "seconds", "images_per_second", "run", "checksum", "measured", "date", "started", "machine", "log_bytes", "log_crc",
 }  # fmt: skip
 """Keys of values that differ between two runs of the same command."""
-DRAWN = (".html", ".svg", ".log", ".sqlite3", ".db", ".txt")
+DRAWN = (".html", ".svg", ".log", ".sqlite3", ".db", ".txt", ".md")
 """Endings of files that hold times; that they are there is enough."""
 
 
@@ -98,8 +98,6 @@ def tune(folder: Path, _shared: Path) -> list[list[str]]:
         "lr=1e-3,3e-3",
         "--trials",
         "2",
-        "--jobs",
-        "1",
         "--out",
         str(folder / "search"),
     ]

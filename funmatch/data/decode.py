@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from funmatch.data.limits import DEFAULT_LIMITS, Limits, decoding, has_memory
+from funmatch.data.limits import DEFAULT_LIMITS, Limits, check_memory, decoding, has_memory
 from funmatch.errors import InputError, is_out_of_memory
 
 # Only real image formats: Pillow would also start an interpreter for PostScript. Some builds of Pillow lack a few.
@@ -157,6 +157,7 @@ def decode_opened(image: Image.Image, cap: int | None = None) -> np.ndarray:
 
 def _pixels(image: Image.Image, size: tuple[int, int], turn: Image.Transpose | None) -> np.ndarray:
     """Returns the pixels of an image in RGB, scaled to a size (before it is turned), and turned."""
+    check_memory(image.size)
     image.load()
     upright = _rgb(image)
     if upright.size != size:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from funmatch.config.choices import Resample
+from funmatch.data.labels import MAX_CLASSES
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.checkpoints.fitting import Wanted
 from funmatch.models.classifier import Card, Classifier, timm_config
@@ -33,6 +34,9 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
             parsed[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             parsed[key] = value  # a word, such as act_layer=gelu
+    # Else the message would be about memory, or the machine would run out of it.
+    if isinstance(count := parsed.get("num_classes"), int) and count > MAX_CLASSES:
+        raise InputError(f"num_classes={count} is more than the {MAX_CLASSES:,} classes that a network may have")
     return parsed
 
 

@@ -4,13 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from funmatch.reports.html import COLORS, GREY, INK, STYLE, load_template, to_svg
+from funmatch.reports.html import COLORS, GREY, INK, drawing, load_template, to_svg
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.text import MISSING, percent
 
@@ -123,7 +122,7 @@ def draw(results: Results) -> str:
     points = [each for each in results if each["status"] == "ok" and each["top1"] is not None]
     if not points:
         return ""
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=SIZE)
         axes = figure.subplots()
         left, right, bottom, top = FRAME

@@ -1,8 +1,12 @@
 """Turns figures into SVG text, and loads the templates of pages."""
 
 import re
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from io import BytesIO
 
+import matplotlib
 from jinja2 import Environment, PackageLoader, Template, select_autoescape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -31,6 +35,15 @@ STYLE = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }
 """matplotlib's settings for all plots."""
+
+
+@contextmanager
+def drawing() -> Generator[None]:
+    """Gives the figures of the block the style of all plots."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # The page's reader has fonts for letters of names that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def load_template(name: str) -> Template:

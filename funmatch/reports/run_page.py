@@ -1,5 +1,6 @@
 """Renders runs as one offline HTML page: metrics, training curves, the views of a step, and the configuration."""
 
+import tempfile
 from pathlib import Path
 
 from funmatch.config import Report
@@ -52,6 +53,12 @@ def write_page(config: Report) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         reason = "it is a folder" if path.is_dir() else "its folder does not exist"
         raise InputError(f"cannot write the page {path}: {reason}; choose another --out")
+    try:
+        # Tried, since rights alone do not tell of read-only disks. It has no name.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write the page {path}: {error.strerror}; pass --out FILE elsewhere") from None
     for log in (each.metrics for each in found):
         log.warn_of_damage()
     write_atomically(path, _render(found, config.view_step, path.absolute().parent))

@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from funmatch.ops.optim import schedules
-from funmatch.reports.html import COLORS, GREY, LONGEST, STYLE, plain_label, to_svg
+from funmatch.reports.html import COLORS, GREY, LONGEST, drawing, plain_label, to_svg
 from funmatch.reports.images import tiled, to_image
 from funmatch.reports.run_tables import short_names
 from funmatch.training.run import extend
@@ -72,7 +71,7 @@ def _panels(found: list[run_folder.Run]) -> list[Panel]:
 
 def draw_sheet(found: list[run_folder.Run]) -> Image.Image:
     """Draws the plots of `build_panels` as one image, for notebooks."""
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         return tiled([to_image(_figure(found, panel), panel.heading) for panel in _panels(found)], columns=3)
 
 
@@ -86,7 +85,7 @@ def plot(found: list[run_folder.Run], panel: Panel) -> str:
     One line per run; thin lines for the cool-downs of earlier ends of an extended run, dotted lines for the EMA
     weights, dash-dotted lines for training views, and a dashed line for each teacher.
     """
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         return to_svg(_figure(found, panel))
 
 

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from funmatch.reports.html import COLORS, GREY, STYLE, to_svg
+from funmatch.reports.html import COLORS, GREY, drawing, to_svg
 from funmatch.runtime.disk.json_files import LARGEST
 
 Results = Sequence[Mapping[str, Any]]
@@ -35,7 +34,7 @@ def is_share(name: str) -> bool:
 def draw_svg(figure: Mapping[str, Any], results: Results) -> str:
     """Draws a plot; returns the text of an SVG element, or '' if no run has its metric."""
     kinds: dict[str, Callable[..., bool]] = {"curves": _curves, "ends": _ends, "against": _against, "scatter": _scatter}
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         sheet = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = sheet.subplots()
         if not kinds[figure["kind"]](axes, results, figure):

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import matplotlib
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
 
-from funmatch.reports.html import COLORS, STYLE, to_svg
+from funmatch.reports.html import COLORS, drawing, to_svg
 from funmatch.reports.images import tiled, to_image
 from funmatch.runtime.text import format_value
 
@@ -23,13 +22,13 @@ Trials = list[dict[str, Any]]
 
 def draw_plots(result: Result) -> list[tuple[str, str]]:
     """Plots the finished trials; returns (heading, SVG) of each plot, or nothing for fewer than two trials."""
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         return [(heading, to_svg(figure)) for heading, figure in _figures(result)]
 
 
 def draw_sheet(result: Result) -> Image.Image | None:
     """Draws the plots of `draw_plots` as one image, for notebooks; None for fewer than two trials."""
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         images = [to_image(figure, heading) for heading, figure in _figures(result)]
     return tiled(images, columns=1) if images else None
 

@@ -132,8 +132,9 @@ class ProgressBar:
             if self.total is None:
                 self.line(" ".join(filter(None, (self.label, str(done), noted(), format_rate(rate)))))
                 return
-            left = (self.total - done) / rate if rate else 0.0
-            self.line(f"{self.label} {done}/{self.total} {noted()} {format_rate(rate)}, {duration(left)} left")
+            # Before the first is done nothing is known of rate and time left.
+            ahead = f"{format_rate(rate)}, {duration((self.total - done) / rate)} left" if rate else ""
+            self.line(" ".join(filter(None, (self.label, f"{done}/{self.total}", noted(), ahead))))
 
     def line(self, text: str) -> None:
         """Prints a plain line; in a notebook it replaces the line before."""

@@ -212,3 +212,10 @@ def test_a_run_in_use_is_refused_before_anything_is_loaded(funmatch, finished_ru
         assert "loading" not in done.stderr
     other.communicate()
     assert "nothing to do" in funmatch(*words).stderr
+
+
+def test_a_link_to_nothing_is_no_place_for_a_run(funmatch, tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    words = ["--data", "fashion-mini", "--student", "fashion-mini-student", "--steps", "1", "--out", tmp_path / "run"]
+    said = " ".join(funmatch("train", *words, check=2).stderr.split())
+    assert f"it is a link to {tmp_path / 'gone'}, which does not exist" in said

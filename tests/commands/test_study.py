@@ -11,7 +11,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 import pytest
 from make_images import FEW
@@ -25,6 +25,7 @@ from funmatch.config import Study
 from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError, WorkFailed
 from funmatch.reports import study_page, study_plots
+from funmatch.runtime import time_limit
 from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import recording
@@ -502,3 +503,35 @@ def test_long_curves_are_thinned_but_keep_the_last_point():
 def test_lines_of_a_plot_look_different():
     styles = [tuple(map(str, study_plots.look_of(number).values())) for number in range(24)]
     assert len(set(styles)) == 24
+
+
+class TimedOut:
+    """Stands for the process of a run that has saved shortly before its time limit."""
+
+    words: ClassVar[list[list[str]]] = []
+    returncode = 0
+
+    def __init__(self, words, **_):
+        self.words.append(words)
+
+    def poll(self):
+        return self.returncode
+
+    terminate = wait = poll
+
+
+def test_time_limit_is_passed_down_and_the_study_says_how_to_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.subprocess, "Popen", TimedOut)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(time_limit, "_began", time.monotonic())
+    TimedOut.words.clear()
+    with pytest.raises(
+        time_limit.TimeLimitReached, match=r"0 of 5 runs are over, .* run the same command again"
+    ) as raised:
+        funmatch.study(
+            write_study(tmp_path, TINY.replace("[0, 1]", "[0]")), out=tmp_path / "out", jobs=1, time_limit="1h"
+        )
+    assert raised.value.exit_code == 0
+    (words,) = TimedOut.words  # after one run had to stop, no other was begun
+    left = int(words[words.index("--time-limit") + 1])
+    assert 3000 < left < 3600

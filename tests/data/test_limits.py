@@ -2,6 +2,7 @@
 
 import tarfile
 import threading
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -185,3 +186,46 @@ def test_hostile_tars_are_one_message(tmp_path, fields, cls):
         return
     with pytest.raises(InputError, match=r"x\.tar"):
         open_cache(f"wds:{tmp_path}/x.tar", cache_options=CacheOptions(home=tmp_path / "c"))
+
+
+def test_a_large_image_needs_memory_that_the_machine_has(monkeypatch):
+    image = encoded(Image.new("RGB", (60, 40)), "PNG")
+    monkeypatch.setattr(limits, "LARGE", 1000)
+    monkeypatch.setattr(limits, "available_memory", lambda: 4 * 60 * 40)
+    assert decode(image).shape == (40, 60, 3)
+    monkeypatch.setattr(limits, "available_memory", lambda: 4 * 60 * 40 - 1)
+    with pytest.raises(OutOfMemory, match=r"60 × 40 pixels, which take up to .* GB, and 9.6e-06 GB are available"):
+        decode(image)
+    # A JPEG that is decoded at an eighth of its size takes a sixty-fourth.
+    assert decode(encoded(Image.new("RGB", (320, 240)), "JPEG"), cap=10).shape[0] == 10
+
+
+def test_what_is_available_is_the_least_of_machine_and_container(monkeypatch, tmp_path):
+    assert limits.available_memory() > 1 << 20
+    for name, text in (("memory.max", "5000\n"), ("memory.current", "4000\n"), ("memory.stat", "inactive_file 700\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(limits, "CONTAINERS", (tmp_path, tmp_path / "none"))
+    assert limits.available_memory() == 1700
+
+
+def test_images_wait_while_too_many_pixels_are_being_decoded(monkeypatch):
+    room, most, lock, together = limits.Room(), [0], threading.Lock(), [0]
+    monkeypatch.setattr(room, "most", lambda: 250)
+
+    def work():
+        with room.taken(100):
+            with lock:
+                together[0] += 1
+                most[0] = max(most[0], together[0])
+            time.sleep(0.01)
+            with lock:
+                together[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most[0], room.used) == (2, 0)
+    with room.taken(1000):  # alone, one of any size
+        assert room.used == 1000

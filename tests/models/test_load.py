@@ -14,6 +14,7 @@ from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.models.save import save
 from funmatch.models.timm_models import create, parse_options
+from funmatch.runtime.disk.checksums import write_manifest
 
 SMALL = ("channels=(8,8,16,16)", "stem_width=8")
 
@@ -224,3 +225,25 @@ def test_too_many_classes_in_a_configuration_are_named(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"too little memory .*/model, .* 160,000\.0 GB; check the number of classes"):
         load(str(tmp_path / "model"))
+
+
+def test_too_many_classes_in_an_option_are_named():
+    with pytest.raises(InputError, match="num_classes=1000000000 is more than the 1,000,000 classes"):
+        load("resnet18", options=("num_classes=1000000000",))
+
+
+def test_a_damaged_file_of_weights_in_a_folder_of_ours_is_refused(tmp_path):
+    model = load("resnet10t", classes=3, options=("channels=(4, 4, 4, 4)", "stem_width=4"))
+    save(model, tmp_path / "model", card=model.card, about={})
+    write_manifest(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    options = {"options": ("channels=(4, 4, 4, 4)", "stem_width=4")}
+    load("resnet10t", weights=path, **options)
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"model.safetensors does not match its checksum.*; copy the folder again"):
+        load("resnet10t", weights=path, **options)
+    # Other files of the folder are not what is used.
+    path.rename(copied := path.with_name("own.safetensors"))
+    load("resnet10t", weights=copied, **options)

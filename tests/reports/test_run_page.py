@@ -1,5 +1,6 @@
 """The page of runs: needs no network, shows metrics, curves, configuration and the views of a step."""
 
+import errno
 import json
 import re
 import xml.dom.minidom
@@ -10,12 +11,14 @@ from io import BytesIO
 import numpy as np
 import pytest
 from make_images import FEW
+from matplotlib.figure import Figure
 from PIL import Image
 
 import funmatch
 from funmatch.config import Report
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.loader import Loader
+from funmatch.errors import InputError
 from funmatch.ops.view_spec import ViewSpec
 from funmatch.reports import html, run_page, run_plots, run_tables, run_views
 from funmatch.runtime.disk.json_files import seal
@@ -230,3 +233,21 @@ def test_page_compares_agreement_on_training_views_and_held_out_images(runs):
     assert held_out[4] == percent(last["teacher"]["top1"])
     assert held_out[7] == f"{last['eval']['kl']:.3f}"
     assert run_tables.agreement_rows(run_folder.find_run(runs[0])) == [], "labels have no teacher"
+
+
+def test_names_in_scripts_that_the_font_lacks_are_drawn_without_a_warning():
+    with html.drawing():
+        figure = Figure()
+        figure.suptitle("日本語")
+        assert "日本語" in html.to_svg(figure)
+
+
+def test_a_page_that_cannot_be_written_is_said_before_anything_is_drawn(finished_run, tmp_path, monkeypatch):
+    run = finished_run(tmp_path / "run", data=FEW, student="fashion-mini-student", steps=1, verb="train", batch=8)
+
+    def read_only(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("funmatch.reports.run_page.tempfile.TemporaryFile", read_only)
+    with pytest.raises(InputError, match=r"report.html: Read-only file system; pass --out FILE elsewhere"):
+        run_page.write_page(Report(runs=(run.folder,)))

@@ -1,10 +1,13 @@
 """Files that are complete or absent, whatever processes that were killed have left."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
+import time
 
-from funmatch.runtime.disk.files import PARTIAL, open_atomically, write_atomically
+from funmatch.runtime.disk.files import ABANDONED_SECONDS, PARTIAL, open_atomically, write_atomically
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_file(tmp_path):
@@ -29,3 +32,17 @@ def test_what_another_writes_at_the_same_time_is_left_alone(tmp_path):
         assert (tmp_path / "a").read_bytes() == b"two"
     assert (tmp_path / "a").read_bytes() == b"one"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_without_locks_only_what_nobody_has_changed_for_a_day_is_removed(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    old, young, other = (tmp_path / f".{name}.partial" for name in ("a.json.old", "a.json.young", "b.json.old"))
+    for path in (old, young, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (time.time() - ABANDONED_SECONDS - 60,) * 2)
+    write_atomically(tmp_path / "a.json", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", young.name, other.name}

@@ -64,3 +64,15 @@ def test_time_left_is_shown_on_a_narrow_terminal(clock, monkeypatch, width):
     assert "30/1000" in line
     assert ("loss 1.2345, top1 12.3" if width > 60 else "loss 1") in line
     assert re.search(r"\d+:\d\d:\d\d left (-:--:--|\d+:\d\d:\d\d)$", line), line
+
+
+def test_before_the_first_is_done_no_time_left_is_claimed(clock, capsys):
+    with log.ProgressBar("study", 9, 3) as bar:
+        clock[0] = 11.0
+        bar.update(3, "first (0)")
+        clock[0] = 22.0
+        bar.update(4, "second (0)")
+    assert capsys.readouterr().err.splitlines() == [
+        "study 3/9 first (0)",
+        "study 4/9 second (0) 0.05/s, 1:50 left",
+    ]

@@ -172,6 +172,8 @@ def _problems_of_report(options: Benchmark) -> Iterator[str]:
 
 def _unwritable(folder: Path, option: str = "--out") -> str | None:
     """Says why the folder of an option cannot be created or written; None where it can."""
+    if folder.is_symlink() and not folder.exists():
+        return f"cannot create {option} {folder}: it is a link to {folder.readlink()}, which does not exist; make that"
     place = folder
     # A name that is too long, or not of this system, is refused with words of its own where the folder is made.
     with suppress(OSError):

@@ -4,7 +4,6 @@ import ctypes
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from funmatch.commands.study.spec import RunSpec
 from funmatch.config import Study, recipes
 from funmatch.errors import InputError, WorkFailed
 from funmatch.runtime import devices, functions, signals
-from funmatch.runtime.disk.files import write_atomically
+from funmatch.runtime.disk.files import remove, remove_partials, write_atomically
 from funmatch.runtime.disk.json_files import Damaged
 from funmatch.runtime.disk.records import RecordFolder, list_differences
 from funmatch.runtime.log import ProgressBar, info
@@ -115,8 +114,7 @@ def _remove_needless(series: StudyRunner) -> None:
     """Removes tapes whose runs are over."""
     wanted = {series.tapes.get(entry.place) for entry in (*series.waiting(), *series.at_work.values())}
     for folder in set(series.tapes.values()) - wanted:
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        remove(folder)
 
 
 def default_folder(config: Study) -> Path:
@@ -182,6 +180,9 @@ def _carry_out(series: StudyRunner) -> None:
     if finished:
         info(f"{finished} of {total} runs are finished already")
     series.limit.announce()
+    # What a kill has left: of a tape that was being removed, and tapes whose last run had just ended.
+    remove_partials(series.folder / "tapes")
+    _remove_needless(series)
     with ProgressBar("study", total, finished) as bar, signals.catch_signals() as requests:
         while series.at_work or series.waiting():
             for entry in [] if series.out_of_time else series.ready()[: series.jobs - len(series.at_work)]:

@@ -67,6 +67,8 @@ def run(config: Search, modules: Modules | None = None) -> dict[str, Any]:
     if result := summary.finish_summary(spec):
         # Also of a finished search: the options may not be those that it was carried out with.
         search.begin_search(spec.folder, search.record_of(spec, optuna_storage.display_url(spec.place)))
+        # A kill may have come between the result and this.
+        shutil.rmtree(spec.tapes, ignore_errors=True)
         info(f"{spec.folder} is finished after {len(result['trials'])} trials; nothing to do")
         return result
     with optuna_storage.working_trials(spec.place):

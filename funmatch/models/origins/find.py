@@ -22,7 +22,7 @@ from funmatch.models.names import (
 )
 from funmatch.models.origins.bit_files import keras_origin, npz_origin
 from funmatch.models.origins.download import PAPER_FILES, paper_file
-from funmatch.models.origins.folders import folder_origin, function_origin, model_folder
+from funmatch.models.origins.folders import folder_origin, function_origin, model_folder, verify_weights
 from funmatch.models.origins.origin import Origin
 from funmatch.models.tensorflow.preprocessing import Inputs
 
@@ -81,6 +81,7 @@ def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | 
         raise InputError(f"{name} has its own weights; leave out {path}")
     # With its tag, though the tag's weights are not used: it says what images such weights were trained on.
     architecture = check_architecture(own, name)
+    verify_weights(path)
     checkpoint = open_checkpoint(path)
     wanted = timm_models.wanted_by(architecture, kwargs, classes)
     if not wanted.head:

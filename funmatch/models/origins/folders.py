@@ -77,8 +77,17 @@ def folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
 
 def verify_model(folder: Path) -> None:
     """Raises `InputError` if the files of a model's folder are not those that were written; see `verify_folder`."""
+    _verify(folder, None)
+
+
+def verify_weights(path: Path) -> None:
+    """Raises `InputError` if a file of weights in a folder of ours, as a student's, is not as it was written."""
+    _verify(path.parent, path.name)
+
+
+def _verify(folder: Path, only: str | None) -> None:
     try:
-        verify_folder(folder)
+        verify_folder(folder, only)
     except Damaged as error:
         mend = "start the command of its run again" if records.is_run(folder.parent) else "copy the folder again"
         raise InputError(f"{error}; {mend}, or remove {folder / MANIFEST} if you changed it yourself") from None
@@ -107,6 +116,7 @@ def function_origin(name: str, path: Path, kwargs: dict[str, Any], side: int | N
     card = _read_card(config) if config.is_file() else {}
     side = side or custom.DEFAULT_SIDE
     plain = {"input_size": (3, side, side), "mean": AS_GIVEN[0], "std": AS_GIVEN[1]}
+    verify_weights(path)
     return Origin(str(path), name, open_checkpoint(path), card.pop("model_args", {}) | kwargs, plain | card)
 
 

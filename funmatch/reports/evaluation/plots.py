@@ -1,10 +1,8 @@
 """Plots an evaluation as SVG: reliability, selective accuracy, confusions, and accuracy on corrupted images."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -13,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from funmatch.ops.corruptions import SEVERITIES
 from funmatch.reports.evaluation import rows
-from funmatch.reports.html import COLORS, GREY, INK, STYLE, plain_label, to_svg
+from funmatch.reports.html import COLORS, GREY, INK, drawing, plain_label, to_svg
 
 SIZE = 4.4, 3.3
 """Width and height of a plot, inches: about its size on a page."""
@@ -33,9 +31,7 @@ def draw_all(metrics: Metrics, matrix: np.ndarray | None, names: tuple[str, ...]
     Returns:
         heading, SVG, and whether the plot is wide, of each.
     """
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # The page's reader has fonts for letters that matplotlib's own font lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with drawing():
         return [(heading, to_svg(figure), wide) for heading, figure, wide in _figures(metrics, matrix, names)]
 
 

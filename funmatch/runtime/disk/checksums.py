@@ -44,8 +44,12 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(seal({FORMAT: MANIFEST_FORMAT, "files": files}), indent=1))
 
 
-def verify_folder(folder: Path) -> None:
+def verify_folder(folder: Path, only: str | None = None) -> None:
     """Compares the files of a folder with its manifest; files that the manifest does not list may be anything.
+
+    Args:
+        folder: where there is no manifest, nothing is compared.
+        only: the name of a file, to compare this one alone.
 
     Raises:
         Damaged: a file is missing or differs, or the manifest itself is damaged. The message ends without an action.
@@ -59,6 +63,8 @@ def verify_folder(folder: Path) -> None:
     except FileNotFoundError:
         return
     for name, expected in listed.items():
+        if only not in (None, name):
+            continue
         # A name alone: a manifest from elsewhere must not make us read other folders.
         path = folder / Path(name).name
         try:

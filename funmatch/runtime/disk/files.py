@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ from funmatch.runtime.disk.locks import is_at
 
 PARTIAL = ".partial"
 """Suffix of files and folders being written; a process that is killed leaves them behind."""
+ABANDONED_SECONDS = 86_400.0
+"""Time since a half-written file changed, on a drive without locks, after which nobody is taken to be writing it."""
 
 
 def user_cache() -> Path:
@@ -91,14 +94,27 @@ def _create_partial(folder: Path, prefix: str) -> tuple[int, Path]:
 
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:
-    """Removes what killed processes left half-written of a file: that on which no process holds a lock."""
+    """Removes what killed processes left half-written of a file: that which no process is writing."""
     with suppress(OSError):
         for entry in os.scandir(folder):
             if not (entry.name.startswith(prefix) and entry.name.endswith(PARTIAL) and entry.is_file()):
                 continue
             with suppress(OSError), open(entry.path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(entry.path)
+                if _is_abandoned(file):
+                    os.unlink(entry.path)
+
+
+def _is_abandoned(file: IO[bytes]) -> bool:
+    """Returns whether no process is writing a half-written file any more."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # On a drive without locks only its age tells. A file that is wrongly removed would end a run; one that stays
+        # takes room for a day.
+        return time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_SECONDS
+    return True
 
 
 def array_bytes(array: np.ndarray) -> memoryview:

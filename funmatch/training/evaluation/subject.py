@@ -16,6 +16,7 @@ from funmatch.models.classifier import check_side
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.models.inference.features import is_headless
 from funmatch.models.inference.frozen import Frozen
+from funmatch.models.names import HUB
 from funmatch.ops.corruptions import Damage
 from funmatch.runtime import devices
 from funmatch.runtime.log import info
@@ -203,6 +204,12 @@ def _load_teachers(
     # Those options of the run that say which function its teachers are.
     of_teachers = Evaluate.where(lambda opt: opt.changes == Changes.TEACHER)
     of_run = Evaluate(model=config.model, **{name: knobs[name] for name in of_teachers if name in knobs})
+    # A stranger's run may name any model there, and whoever evaluates it has not typed that name.
+    if hub := [name for name in of_run.teacher or () if name.startswith(HUB)]:
+        info(
+            f"the record of {config.model} names {', '.join(hub)} as its teacher, which is fetched from the Hugging "
+            "Face Hub unless it is on this machine; set HF_HUB_OFFLINE=1 to fetch nothing"
+        )
     try:
         return loading.ensemble_fp32(loading.load_teachers(of_run, cache, side, given), of_run.combine)
     except InputError as error:

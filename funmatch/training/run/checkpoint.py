@@ -54,10 +54,15 @@ def save(folder: Path, tensors: Files, state: TrainState) -> None:
     """
     # Before any is removed: a kill in between leaves one too many, never none.
     write_place(folder / name_of(STEP, state.step), tensors, asdict(state))
+    _remove_old(folder, state.best_step)
+
+
+def _remove_old(folder: Path, best_step: int | None) -> None:
+    """Removes the checkpoints that are no longer needed."""
     for old in list_places(folder, STEP)[:-KEPT]:
         remove(old)
     # A run that is extended or falls back returns to an earlier checkpoint, whose best student must still be there.
-    in_use = {state.best_step, *map(_best_step, _newest_first(folder))}
+    in_use = {best_step, *map(_best_step, _newest_first(folder))}
     for best in list_places(folder, BEST):
         if step_of(best) not in in_use:
             remove(best)
@@ -171,19 +176,26 @@ def restore(
 
     state = _first_undamaged(found, read_with_best if needs_best else read)
     if state is None and needs_best:
-        state = _first_undamaged(found, read)
-        if state:
-            info(
-                f"WARNING: no undamaged checkpoint has its best student, that of step {state.best_step:,}; the run "
-                f"resumes from step {state.step:,}, and keeps the best of the steps after it, or the last"
-            )
-            state = replace(state, best_step=None, best_score=TrainState.best_score, since_best=0)
+        state = _forget_best(_first_undamaged(found, read))
     if state:
         go_back(folder, state.step)  # later steps will be taken again
+        # What a kill after the last save has left: no other save may come to remove it.
+        _remove_old(folder, state.best_step)
         return state
     if found:
         raise InputError(f"no checkpoint in {folder} can be read; begin again with another --out")
     return None
+
+
+def _forget_best(state: TrainState | None) -> TrainState | None:
+    """Returns the state of a run whose best student is lost, and says so."""
+    if state is None:
+        return None
+    info(
+        f"WARNING: no undamaged checkpoint has its best student, that of step {state.best_step:,}; the run resumes "
+        f"from step {state.step:,}, and keeps the best of the steps after it, or the last"
+    )
+    return replace(state, best_step=None, best_score=TrainState.best_score, since_best=0)
 
 
 def _check_best(folder: Path, step: int) -> None:
