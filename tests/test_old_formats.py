@@ -72,8 +72,8 @@ def few_evaluated(monkeypatch) -> None:
     for name in ("validation_split", "test_split"):
         whole = getattr(scoring, name)
 
-        def some(*arguments, whole=whole):
-            split = whole(*arguments)
+        def some(*arguments, whole=whole, **options):
+            split = whole(*arguments, **options)
             return split.subset(scoring.evenly_spread(len(split), 50))
 
         monkeypatch.setattr(scoring, name, some)
