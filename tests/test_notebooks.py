@@ -144,7 +144,7 @@ def test_notebooks_run_in_order_and_a_second_time_repeat_nothing(tmp_path, monke
     for run in ("tf-teacher-pet37", "tf-pet37-300"):
         assert (work / "runs" / run / "result.json").is_file()
     assert "random weights" not in first["02_finetune_teacher"]
-    assert first["04_distill"].count("image/png") == 3, "two views and the curves"
+    assert first["04_distill"].count("image/png") == 4, "the planned run, two views and the curves"
     before = times_of_files(work)
     second = {name: output_text(run_notebook(name, work, **settings[name])) for name in NAMES}
     assert times_of_files(work) == before
