@@ -62,6 +62,15 @@ def tar(members: tuple[tuple[str, bytes], ...] = (), headers: dict[str, str] | N
     return file.getvalue()
 
 
+def zip_of_images() -> bytes:
+    """A zip archive of a folder of images."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in ("cat/1.png", "dog/ü.png", "dog/more/3.png"):
+            packed.writestr(name, png())
+    return file.getvalue()
+
+
 def odd_tar(rng: random.Random) -> bytes:
     """A tar with an odd label, odd PAX headers, or a changed field in a header whose checksum is right."""
     kind = rng.randrange(4)

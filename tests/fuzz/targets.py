@@ -16,6 +16,7 @@ from funmatch.commands.study import results, spec
 from funmatch.config.sources.files import read_options
 from funmatch.data.dataset import read_class_file
 from funmatch.data.readers.open import open_dataset
+from funmatch.data.remote.archives import unpack
 from funmatch.errors import InputError
 from funmatch.models import bit
 from funmatch.models.checkpoints.checkpoint import open_checkpoint
@@ -52,6 +53,11 @@ def _file(path: Path, mutate: Mutation, read: Callable[[Path], object]) -> Case:
         read(path)
 
     return run
+
+
+def _unpack(path: Path) -> None:
+    shutil.rmtree(path.parent / "unpacked", ignore_errors=True)
+    unpack(path, path.parent / "unpacked" / "x.0", "https://host/x")
 
 
 def _made(path: Path, make: Callable[[random.Random], bytes], read: Callable[[Path], object]) -> Case:
@@ -284,6 +290,9 @@ TARGETS = (
     Target("tfrecord-contents", _records),
     Target("tar", lambda folder: _file(_begin(folder / "train.tar", seeds.tar()), mutate_bytes, _read_shard)),
     Target("tar-headers", lambda folder: _made(folder / "train.tar", seeds.odd_tar, _read_shard)),
+    Target("archive", lambda folder: _file(_begin(folder / "x.tar", seeds.tar()), mutate_bytes, _unpack)),
+    Target("archive-zip", lambda folder: _file(_begin(folder / "x.zip", seeds.zip_of_images()), mutate_bytes, _unpack)),
+    Target("archive-headers", lambda folder: _made(folder / "x.tar", seeds.odd_tar, _unpack)),
     Target("npz", lambda folder: _file(_begin(folder / "x.npz", seeds.npz()), mutate_bytes, _read_npz)),
     Target("npz-headers", _npz_headers),
     Target("safetensors", lambda folder: _made(folder / "x.safetensors", _odd_safetensors, _read_weights)),

@@ -1,5 +1,6 @@
 """Unpacks downloaded archives into the cache, once, and nothing outside it."""
 
+import errno
 import stat
 import tarfile
 import zipfile
@@ -17,6 +18,10 @@ MOST_TIMES = 100
 """Times its own size that an archive may hold; the same as of GZIP shards."""
 MOST_AT_LEAST = 1 << 30
 BLOCK = 1 << 20
+SMALLEST = 512
+"""Bytes that a file counts at least: a million empty ones fill a disk, too."""
+OF_ARCHIVE = {errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ}
+"""Errors of files that come from damaged positions and names, not from the disk."""
 
 
 def is_archive(name: str) -> bool:
@@ -58,28 +63,28 @@ def unpack(path: Path, into: Path, shown: str) -> Path:
 
 
 def _extract(path: Path, folder: Path, shown: str) -> None:
-    left = max(MOST_AT_LEAST, MOST_TIMES * path.stat().st_size)
+    most, size = max(MOST_AT_LEAST, MOST_TIMES * path.stat().st_size), 0
     folder.mkdir(parents=True)
     try:
         for name, file in _members(path, shown):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target, "xb") as written:
-                while block := file.read(BLOCK):
-                    left -= len(block)
-                    if left < 0:
-                        raise InputError(
-                            f"{shown} holds more than {MOST_TIMES} times its own size; unpack it yourself, and pass "
-                            "the folder"
-                        )
+                size += SMALLEST
+                while size <= most and (block := file.read(BLOCK)):
                     written.write(block)
+                    size += len(block)
+            if size > most:
+                raise InputError(
+                    f"{shown} holds more than {MOST_TIMES} times its own size; unpack it yourself, and pass the folder"
+                )
     except FileExistsError as error:
         raise InputError(f"{shown} holds {Path(str(error.filename)).name!r} twice; unpack it yourself") from None
     except InputError:
         raise
     # Decompressors raise types of their own for damaged input, and OSError without a number.
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.errno and error.errno not in OF_ARCHIVE:
             raise
         raise InputError(f"{shown} is not a complete archive ({first_line(error)}); pass another address") from None
 
