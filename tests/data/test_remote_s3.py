@@ -1,4 +1,4 @@
-"""Images in buckets of S3, through s3fs and moto's server on this machine."""
+"""Images in buckets of S3, through s3fs and the server of moto on this machine (`pip install "moto[server]"`)."""
 
 import os
 import urllib.request
