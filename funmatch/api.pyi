@@ -181,18 +181,24 @@ class TrainOptions(ImagesOptions, total=False):
     student's own; at another side, 32 more than it, at most a quarter more)"""
     crop_min_area: float
     """Smallest share of an image's area that an Inception crop covers. (default: 0.05)"""
+    crop_ratio: Sequence[float]
+    """Bounds of width / height of an Inception crop. TensorFlow's own end at 1.33, those of torchvision at 4/3.
+    (default: 0.75 1.33333)"""
+    ratio: Sequence[float]
+    """The same as crop_ratio."""
     crop: Literal["inception", "mild", "squash", "whole"] | None
     """How an image becomes a training view. inception: a crop of random size and place. mild: a random square of side,
     after resizing the shorter side to resize. squash: the same, after resizing the whole image to a square. whole: all
     of the image, never mirrored. (default: inception)"""
     resize: int | None
     """Length of the image's shorter side before a mild crop, in pixels. (default: eval_resize)"""
-    resample: Literal["antialias", "bicubic", "tf"] | None
+    resample: Literal["antialias", "bicubic", "area", "tf"] | None
     """How training views are resized. tf: bilinear without antialias, as tf.image.resize and the paper's code.
-    antialias: bilinear with antialias. bicubic: with antialias, too. (default: tf)"""
-    eval_resample: Literal["antialias", "bicubic", "tf"] | None
-    """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures.
-    (default: antialias)"""
+    antialias: bilinear with antialias. bicubic: with antialias, too. area: the mean of each pixel's area. (default:
+    tf)"""
+    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
+    """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures;
+    with area, the paper's code. (default: antialias)"""
     mixup: float | None
     """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off. (default: 1)"""
     mixup_mode: Literal["batch", "image"]
@@ -484,8 +490,8 @@ class EvaluateOptions(ImagesOptions, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "tf"] | None
-    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
+    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
     model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
@@ -561,8 +567,8 @@ class ExportOptions(ImagesOptions, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "tf"] | None
-    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
+    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
     model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
@@ -642,8 +648,8 @@ class BenchmarkOptions(ImagesOptions, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "tf"] | None
-    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
+    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
     model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
@@ -724,8 +730,8 @@ class EmbedOptions(TypedDict, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "tf"] | None
-    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
+    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
     model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""
@@ -773,8 +779,8 @@ class PredictOptions(TypedDict, total=False):
     """The same as side."""
     eval_resize: int | None
     """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
-    eval_resample: Literal["antialias", "bicubic", "tf"] | None
-    """How images are resized: antialias, bicubic, or tf (bilinear without antialias). (default: the run's or the
+    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
+    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
     model's own)"""
     batch: int
     """Images per forward pass. (default: 128)"""

@@ -10,9 +10,12 @@ from funmatch.runtime.functions import is_function_name
 Crop = Literal["inception", "mild", "squash", "whole"]
 """How an image becomes a view: an Inception crop; a random square of the resized image (aspect ratio kept, or the
 whole image squashed to a square); or the whole image resized, never mirrored."""
-Resample = Literal["antialias", "bicubic", "tf"]
+Resample = Literal["antialias", "bicubic", "area", "tf"]
 """How images are resized: bilinear with antialias (the default of PyTorch's and timm's transforms), bicubic with
-antialias, or bilinear without antialias (`tf.image.resize`, as in the paper's code)."""
+antialias, by the mean of each pixel's area (as the paper's code evaluates), or bilinear without antialias
+(`tf.image.resize`, as it trains)."""
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Bounds of width / height of Inception crops, in runs and tapes that do not say them."""
 RESAMPLED_BEFORE: Resample = "tf"
 """How images were resized by runs, tapes and students that do not say it: there was no choice yet."""
 TeacherInput = Literal["same", "own", "whole", "central", "ensemble"]

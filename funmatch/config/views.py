@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from funmatch.config.choices import RESAMPLED_BEFORE, Crop, Resample
+from funmatch.config.choices import CROP_RATIO, RESAMPLED_BEFORE, Crop, Resample
 from funmatch.config.metadata import Changes, Group, Inherit, Opt
 from funmatch.config.options import Options
 from funmatch.runtime.functions import is_function_name
@@ -32,6 +32,11 @@ class Views(Options):
     """For evaluation, resize the shorter side to this many pixels, then crop the central square of --side."""
     crop_min_area: Annotated[float, Opt(group=Group.VIEWS, changes=VIEWS, above=0, at_most=1)] = 0.05
     """Smallest share of an image's area that an Inception crop covers."""
+    crop_ratio: Annotated[
+        tuple[float, float],
+        Opt(group=Group.VIEWS, changes=VIEWS, above=0, at_most=100, aliases=("--ratio",), metavar="LEAST MOST"),
+    ] = CROP_RATIO
+    """Bounds of width / height of an Inception crop. TensorFlow's own end at 1.33, those of torchvision at 4/3."""
     crop: Annotated[Crop | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="inception", replaces=("resize",))] = None
     """How an image becomes a training view. inception: a crop of random size and place. mild: a random square of
     --side, after resizing the shorter side to --resize. squash: the same, after resizing the whole image to a square.
@@ -45,12 +50,13 @@ class Views(Options):
         Opt(group=Group.VIEWS, changes=VIEWS, inherit=Inherit.ALWAYS, usual=RESAMPLE, before=RESAMPLED_BEFORE),
     ] = None
     """How training views are resized. tf: bilinear without antialias, as tf.image.resize and the paper's code.
-    antialias: bilinear with antialias. bicubic: with antialias, too."""
+    antialias: bilinear with antialias. bicubic: with antialias, too. area: the mean of each pixel's area."""
     eval_resample: Annotated[
         Resample | None,
         Opt(group=Group.VIEWS, changes=VIEWS, inherit=Inherit.ALWAYS, usual=EVAL_RESAMPLE, before=RESAMPLED_BEFORE),
     ] = None
-    """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures."""
+    """How images are resized for evaluation. With antialias or bicubic, timm's own transform gives the same figures;
+    with area, the paper's code."""
     # None, not 1: a strategy or BiT-HyperRule has a default of its own.
     mixup: Annotated[
         float | None, Opt(group=Group.VIEWS, changes=VIEWS, at_least=0, at_most=10**3, usual=1.0, metavar="A")
@@ -112,8 +118,10 @@ class Views(Options):
             for name, size in (("eval_resize", self.eval_resize), ("resize", self.resize))
             if self.side and size and size < self.side
         ]
-        if self.moved("crop_min_area") and self.cropped != "inception":
-            found.append(f"crop_min_area belongs to Inception crops, not to {self.cropped} ones")
+        idle = [name for name in ("crop_min_area", "crop_ratio") if self.moved(name) and self.cropped != "inception"]
+        found += [f"{name} belongs to Inception crops, not to {self.cropped} ones" for name in idle]
+        if self.crop_ratio[0] > self.crop_ratio[1]:
+            found.append(f"crop_ratio must be the least and the most, got {' '.join(map(str, self.crop_ratio))}")
         if self.resize and self.cropped not in ("mild", "squash"):
             found.append(f"resize belongs to mild crops (--crop mild or squash), not to {self.cropped} ones")
         # Every table ends with `super()`: without it the checks of the bases after it would be left out.

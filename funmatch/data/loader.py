@@ -161,7 +161,8 @@ class Loader:
         """Draws the choices of the whole global batch."""
         # Whole in every process: the draws must not depend on the number of processes.
         spec = self.spec
-        boxes = sampling.box_sampler(spec.crop, min_area=spec.min_area, side=spec.side, resize=spec.resize)
+        shape = {"min_area": spec.min_area, "ratio": spec.ratio, "side": spec.side, "resize": spec.resize}
+        boxes = sampling.box_sampler(spec.crop, **shape)
         return sampling.sample_step(
             spec.seed, step, spec.batch, len(self.split), self.split.sizes,
             boxes=boxes, mixing=spec.mixup, order=self.order, flip=spec.crop != "whole",

@@ -228,7 +228,7 @@ def _crop_batched(images: Tensor, boxes: np.ndarray, flips: np.ndarray, side: in
     if method == "tf":
         views = torch.from_numpy(rows)[:, None] @ planes.float().div_(255) @ torch.from_numpy(columns)[:, None].mT
     else:
-        views = resample.apply_filter(planes, rows[:, None], columns[:, None])
+        views = resample.apply_filter(planes, rows[:, None], columns[:, None], method)
     return views.contiguous(memory_format=torch.channels_last)
 
 

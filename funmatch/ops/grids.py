@@ -13,6 +13,8 @@ from funmatch.config.choices import Resample
 
 Sizes = tuple[np.ndarray, np.ndarray] | np.ndarray
 """Heights and widths of n images in pixels: two arrays of (n,), or one of (2, n)."""
+TENSORFLOW: tuple[Resample, ...] = ("tf", "area")
+"""Methods of TensorFlow, where lengths are rounded as in the paper's code; the others are Pillow's."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,14 @@ def central_boxes(
     shortest = original.min(1)[:, None]
     if squash:
         resized = np.full_like(original, short_side)
-    elif method == "tf":
+    elif method in TENSORFLOW:
         # The short side's scale for both, rounded each for itself (halves to even), as in big_vision's `resize_small`.
         resized = np.maximum(side, np.rint(original * (short_side / shortest)))
     else:
         # As torchvision's Resize, which timm's transform uses.
         resized = np.floor(short_side * original / shortest)
     # torchvision's CenterCrop rounds halves to even.
-    corner = (resized - side) // 2 if method == "tf" else np.rint((resized - side) / 2)
+    corner = (resized - side) // 2 if method in TENSORFLOW else np.rint((resized - side) / 2)
     scale = original / resized
     return np.concatenate([corner * scale, side * scale], 1)
 

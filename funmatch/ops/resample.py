@@ -1,6 +1,6 @@
 """Samples many views at once: by the native CPU kernel or, on any device, by torch.
 
-Five codes resample crops, each by three methods (`config.choices.Resample`). They agree to 0.01 of a grey level;
+Five codes resample crops, each by four methods (`config.choices.Resample`). They agree to 0.01 of a grey level;
 where views are rounded to bytes, in all but a few values on accelerators. Tests compare them.
 
 | code                                   | runs for                                                    |
@@ -17,7 +17,8 @@ Their last bits differ, so a run records whether the native kernel cut its views
 Without antialias, pixel i of a view is read at clip(start + i · step, least, most) of its grid, between two neighbours.
 With it, it is the mean of all pixels from least to most, weighted by a filter that is centred at start + i · step and
 as wide as the step (but no narrower than a pixel), rounded to bytes after each axis: the pixels of Pillow, and so those
-of torchvision's and timm's transforms.
+of torchvision's and timm's transforms. By area, it is the mean of what lies in the step around that place, each pixel
+with the part that lies in it, not rounded: as `tf.image.resize` computes it.
 """
 
 import itertools
@@ -38,8 +39,8 @@ TOLERANCE = 1e-5
 """Largest difference, in [0, 1], of the compiled kernel from torch."""
 PRECISION = 22
 """Binary digits of a filter's weights, as in Pillow."""
-FILTERS: dict[Resample, int] = {"tf": 0, "antialias": 1, "bicubic": 2}
-"""Numbers of the methods in the kernels; also the radius of their filters, in units of a filter's width."""
+FILTERS: dict[Resample, int] = {"tf": 0, "antialias": 1, "bicubic": 2, "area": 3}
+"""Numbers of the methods in the kernels; with antialias also the radius of their filters, in units of its width."""
 
 
 def sample_by_torch(flat: Tensor, grid: SamplingGrid, side: int, method: Resample = "tf") -> Tensor:
@@ -64,16 +65,17 @@ def sample_by_torch(flat: Tensor, grid: SamplingGrid, side: int, method: Resampl
         pixels = flat.as_strided(shape, (row_bytes, 3, 1), first)
         (down,) = filter_weights(axes[:1], np.arange(top, bottom + 1), side, method)
         (across,) = filter_weights(axes[1:], np.arange(left, right + 1), side, method)
-        view.copy_(apply_filter(pixels.permute(2, 0, 1), down, across))
+        view.copy_(apply_filter(pixels.permute(2, 0, 1), down, across, method))
     return views
 
 
-def apply_filter(planes: Tensor, down: np.ndarray, across: np.ndarray) -> Tensor:
-    """Resizes images with antialias, to the byte as Pillow does: first their rows, then their columns.
+def apply_filter(planes: Tensor, down: np.ndarray, across: np.ndarray, method: Resample) -> Tensor:
+    """Resizes images by a filter, with antialias to the byte as Pillow does: first their rows, then their columns.
 
     Args:
         planes: (…, height, width) uint8.
         down, across: `filter_weights` of the rows and of the columns, (…, side, height) and (…, side, width).
+        method: of the weights.
 
     Returns:
         (…, side, side) float32 in [0, 1].
@@ -83,10 +85,10 @@ def apply_filter(planes: Tensor, down: np.ndarray, across: np.ndarray) -> Tensor
     dtype = torch.float32 if planes.device.type == "mps" else torch.float64
     rows, columns = (torch.from_numpy(each).to(planes.device, dtype) for each in (down, across))
 
-    def to_byte(values: Tensor) -> Tensor:
-        return values.add_(0.5).floor_().clamp_(0, 255)
+    def finish(values: Tensor) -> Tensor:
+        return values if method == "area" else values.add_(0.5).floor_().clamp_(0, 255)
 
-    return (to_byte(rows @ to_byte(planes.to(dtype) @ columns.mT)) / 255).float()
+    return (finish(rows @ finish(planes.to(dtype) @ columns.mT)) / 255).float()
 
 
 def move_grid(grid: SamplingGrid, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -123,31 +125,38 @@ def _gather(flat: Tensor, corners: Tensor, axes: Tensor, side: int) -> Tensor:
 
 
 def filter_weights(axes: np.ndarray, pixels: np.ndarray, side: int, method: Resample) -> np.ndarray:
-    """Computes the weights of pixels in the pixels of views, along one axis, with antialias.
+    """Computes the weights of pixels in the pixels of views, along one axis.
 
     Args:
         axes: (n, 4) start, step, least and most, as of a `SamplingGrid`.
         pixels: (p,) coordinates, counted as those of the axes.
         side: of the views, pixels.
-        method: antialias or bicubic.
+        method: antialias, bicubic or area.
 
     Returns:
-        (n, side, p) float64, whole numbers of 2⁻²²; each row sums to about 1 if `pixels` are all from least to most.
+        (n, side, p) float64, with antialias whole numbers of 2⁻²²; each row sums to about 1 if `pixels` are all from
+        least to most.
     """
     start, step, least, most = (each[:, None] for each in np.asarray(axes, np.float64).T)
     # Beyond the edge there is no pixel, and those inside share the weight.
     places = np.clip(start + np.arange(side) * step, least - 0.5, most + 0.5)
-    # As wide as the step, which covers the image without gaps, but no narrower than a pixel.
-    weights = _filter((pixels - places[:, :, None]) / np.maximum(np.abs(step), 1)[:, :, None], method)
+    weights = _filter(pixels - places[:, :, None], np.abs(step)[:, :, None], method)
     weights = np.where((pixels >= least[:, :, None]) & (pixels <= most[:, :, None]), weights, 0)
+    shares = weights / weights.sum(-1, keepdims=True)
+    if method == "area":
+        return shares
     # In Pillow's precision, so that sums are exact and rounded alike.
-    shares = weights / weights.sum(-1, keepdims=True) * 2**PRECISION
+    shares *= 2**PRECISION
     return np.trunc(shares + np.copysign(0.5, shares)) / 2**PRECISION
 
 
-def _filter(distance: np.ndarray, method: Resample) -> np.ndarray:
-    """Computes a filter at distances from its centre, in units of its width; not normalised."""
-    distance = np.abs(distance)
+def _filter(offset: np.ndarray, step: np.ndarray, method: Resample) -> np.ndarray:
+    """Computes a filter at offsets from its centre, for pixels of a view that are `step` apart; not normalised."""
+    if method == "area":
+        # The part of the pixel that lies in the pixel of the view.
+        return np.maximum(np.minimum(offset + 0.5, step / 2) - np.maximum(offset - 0.5, -step / 2), 0)
+    # As wide as the step, which covers the image without gaps, but no narrower than a pixel.
+    distance = np.abs(offset / np.maximum(step, 1))
     if method == "antialias":
         return np.maximum(1 - distance, 0)
     # Keys' cubic with a = −1/2, as in Pillow.
@@ -159,6 +168,8 @@ def _filter(distance: np.ndarray, method: Resample) -> np.ndarray:
 def count_taps(grid: SamplingGrid, method: Resample) -> int:
     """Returns the largest number of pixels along an axis that make a pixel of a grid's views."""
     widest = max(1.0, float(np.abs(grid.axes[:, :, 1]).max(initial=0)))
+    if method == "area":
+        return math.ceil(widest) + 2
     return 2 if method == "tf" else math.ceil(2 * FILTERS[method] * widest) + 1
 
 

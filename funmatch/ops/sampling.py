@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from funmatch.config.choices import CROP_RATIO
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.order import Order, shuffle_positions
 
@@ -17,7 +18,6 @@ SAMPLING_VERSION = 1
 """Version of all that is drawn here; logits that were computed for another version's views do not fit these."""
 
 
-ASPECT_RANGE = (3 / 4, 4 / 3)
 CROP_TRIES = 100
 
 BoxSampler = Callable[[np.random.Generator, np.ndarray, np.ndarray], np.ndarray]
@@ -120,18 +120,20 @@ def sample_whole_boxes(_rng: np.random.Generator, heights: np.ndarray, widths: n
     return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
 
 
-def box_sampler(crop: str, *, min_area: float = 0.05, side: int = 0, resize: int = 0) -> BoxSampler:
+def box_sampler(
+    crop: str, *, min_area: float = 0.05, ratio: tuple[float, float] = CROP_RATIO, side: int = 0, resize: int = 0
+) -> BoxSampler:
     """Returns the function that draws crops of a kind.
 
     Args:
         crop: inception, mild, squash (mild, with both sides resized) or whole.
-        min_area: least area of Inception crops, as a fraction of the image.
+        min_area, ratio: of Inception crops, as of `sample_inception_boxes`.
         side, resize: of mild crops, as of `sample_mild_boxes`.
     """
     if crop == "whole":
         return sample_whole_boxes
     if crop == "inception":
-        return partial(sample_inception_boxes, min_area=min_area)
+        return partial(sample_inception_boxes, min_area=min_area, ratio=ratio)
     return partial(sample_mild_boxes, side=side, resize=resize, squash=crop == "squash")
 
 
@@ -173,10 +175,11 @@ def sample_inception_boxes(
     *,
     min_area: float = 0.05,
     max_area: float = 1.0,
+    ratio: tuple[float, float] = CROP_RATIO,
 ) -> np.ndarray:
     """Draws Inception crops with the distribution of TensorFlow's `sample_distorted_bounding_box`.
 
-    The aspect ratio is uniform in [3/4, 4/3]; the crop's *height* is uniform between those that give the smallest and
+    The aspect ratio is uniform in `ratio`; the crop's *height* is uniform between those that give the smallest and
     the largest area at that aspect and still fit; the corner is uniform. Up to 100 tries, each with a new aspect, else
     the whole image. (`torchvision`'s `RandomResizedCrop` draws the *area* uniformly, which gives larger crops: about
     0.53 of the image on average, against 0.34 for 375 × 500 pixels.)
@@ -185,37 +188,44 @@ def sample_inception_boxes(
         rng: source of the uniform numbers.
         heights, widths: of the images, (n,) pixels.
         min_area, max_area: bounds of the crop's area, as fractions of the image's, in (0, 1].
+        ratio: bounds of width / height. [0.75, 1.33] is TensorFlow's default, with which the paper's code draws.
 
     Returns:
         (n, 4) int64: top, left, height, width.
     """
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     # One try for all at once; only the few images that it does not fit draw on, all their tries together.
-    boxes, fits = _try_boxes(rng.random((len(heights), 4)), heights, widths, min_area, max_area)
+    boxes, fits = _try_boxes(rng.random((len(heights), 4)), heights, widths, (min_area, max_area), ratio)
     for i in np.flatnonzero(~fits):
         uniforms = rng.random((CROP_TRIES - 1, 4))
         height, width = np.full(CROP_TRIES - 1, heights[i]), np.full(CROP_TRIES - 1, widths[i])
-        tries, ok = _try_boxes(uniforms, height, width, min_area, max_area)
+        tries, ok = _try_boxes(uniforms, height, width, (min_area, max_area), ratio)
         # The first that fits, and the whole image if none does, as in TensorFlow.
         boxes[i] = tries[np.argmax(ok)] if ok.any() else (0, 0, heights[i], widths[i])
     return boxes
 
 
 def _try_boxes(
-    uniforms: np.ndarray, image_h: np.ndarray, image_w: np.ndarray, min_area: float, max_area: float
+    uniforms: np.ndarray,
+    image_h: np.ndarray,
+    image_w: np.ndarray,
+    areas: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tries one Inception crop for each row.
 
     Args:
         uniforms: (n, 4) in [0, 1): for the aspect, the height, the top and the left.
         image_h, image_w: (n,) int64, pixels.
-        min_area, max_area: fractions of the image's area.
+        areas: bounds of the area, as fractions of the image's.
+        ratio: bounds of width / height.
 
     Returns:
         boxes (n, 4) int64, and whether each is valid, (n,) bool.
     """
     u_aspect, u_height, u_top, u_left = uniforms.T
-    aspect = ASPECT_RANGE[0] + u_aspect * (ASPECT_RANGE[1] - ASPECT_RANGE[0])
+    min_area, max_area = areas
+    aspect = ratio[0] + u_aspect * (ratio[1] - ratio[0])
     area = image_h * image_w
     # rint rounds halves to even, as TensorFlow's lrintf does.
     low = np.rint(np.sqrt(min_area * area / aspect)).astype(np.int64)

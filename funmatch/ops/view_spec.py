@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funmatch.config.choices import RESAMPLED_BEFORE, Resample
+from funmatch.config.choices import CROP_RATIO, RESAMPLED_BEFORE, Resample
 from funmatch.ops.crops import central_view
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.sampling import SAMPLING_VERSION
@@ -21,8 +21,8 @@ MILD = ("mild", "squash")
 
 
 def complete_key(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stored key with what it leaves out: how views are resized, where there was no choice yet."""
-    return {"resample": RESAMPLED_BEFORE, **stored}
+    """Returns a stored key with what it leaves out: how images are cropped and resized, where it was no choice."""
+    return {"resample": RESAMPLED_BEFORE, "ratio": [*CROP_RATIO], **stored}
 
 
 def list_key_differences(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
@@ -51,8 +51,9 @@ class Preprocessing:
         return central_view(image, self.short_side, self.side, squash=self.squash, method=self.resample)
 
     def __str__(self) -> str:
-        how = {"tf": "bilinear without antialias", "antialias": "bilinear", "bicubic": "bicubic"}[self.resample]
+        names = {"tf": "bilinear without antialias", "antialias": "bilinear", "bicubic": "bicubic", "area": "by area"}
         what = "both sides" if self.squash else "the short side"
+        how = names[self.resample]
         return f"{what} resized to {self.short_side} pixels ({how}), then the central {self.side} × {self.side}"
 
 
@@ -68,6 +69,7 @@ class ViewSpec:
         batch: images in the *global* batch; may exceed the number of images.
         side: image size of the student's crops, pixels.
         min_area: smallest share of an image that an Inception crop covers, in (0, 1].
+        ratio: bounds of width / height of an Inception crop.
         crop: how an image becomes a view; see `sampling.box_sampler`.
         resize: short side from which a mild crop is cut, pixels; 0 for other crops.
         resample: how crops are resized.
@@ -85,9 +87,10 @@ class ViewSpec:
     batch: int
     side: int
     min_area: float = 0.05
+    # Both part of the key only where they are not those of all runs before there was a choice.
+    ratio: tuple[float, float] = field(default=CROP_RATIO, metadata={"key": None})
     crop: str = "inception"
     resize: int = 0
-    # Part of the key only where it is not that of all runs before there was a choice.
     resample: Resample = field(default="tf", metadata={"key": None})
     mixup: MixupOptions = MixupOptions()  # noqa: RUF009  (frozen)
     cutmix: float = 0.0
@@ -109,6 +112,7 @@ class ViewSpec:
         # None where this crop ignores an option: specs that show the same views must have the same key.
         found |= {"augment": self.augment} if self.augment else {}
         found |= {"sampling": self.sampling} if self.sampling != "shuffled" else {}
+        found |= {"ratio": [*self.ratio]} if self.crop == "inception" and self.ratio != CROP_RATIO else {}
         found |= {"resample": self.resample} if self.resample != RESAMPLED_BEFORE else {}
         return found | {
             "mixup": [lam.a, lam.per_image, lam.take_max, lam.lam],

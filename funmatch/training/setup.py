@@ -125,6 +125,7 @@ def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
         batch=config.batch,
         side=config.side or 0,
         min_area=config.crop_min_area,
+        ratio=config.crop_ratio,
         crop=config.cropped,
         resize=config.resize or 0,
         resample=config.resampled,

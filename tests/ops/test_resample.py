@@ -45,7 +45,7 @@ def sample_crops(crop, side, seed=0):
     return boxes, rng.random(len(SIZES)) < 0.5
 
 
-METHODS = pytest.mark.parametrize("method", ["tf", "antialias", "bicubic"])
+METHODS = pytest.mark.parametrize("method", ["tf", "antialias", "bicubic", "area"])
 
 
 @METHODS
@@ -117,6 +117,26 @@ def test_antialiased_evaluation_views_are_those_of_timms_transform(images, metho
         torch.testing.assert_close(found, expected, atol=CLOSE if mode == "center" else 0.05, rtol=0)
 
 
+def mean_of_areas(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes (h, w, 3) by area: each pixel made of whole smaller ones, of which new pixels are means."""
+    h, w, _ = image.shape
+    fine = image.astype(np.float64).repeat(height, 0).reshape(height, h, w, 3).mean(1)
+    return fine.repeat(width, 1).reshape(height, width, w, 3).mean(2)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("side", "short_side"), [(32, 40), (31, 35), (96, 110)])
+def test_evaluation_views_by_area_are_means_of_areas(images, side, short_side, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(resample, "why_unavailable", lambda: "not now")
+    for image in images:
+        height, width = (max(side, round(each * (short_side / min(image.shape[:2])))) for each in image.shape[:2])
+        top, left = (height - side) // 2, (width - side) // 2
+        expected = mean_of_areas(image.numpy(), height, width)[top : top + side, left : left + side]
+        found = central_view(image, short_side, side, method="area").permute(1, 2, 0).numpy() * 255
+        assert np.abs(found - expected).max() < 0.01
+
+
 @pytest.mark.parametrize("side", range(1, 700, 3))
 def test_timm_takes_the_short_side_from_the_crop_fraction(side):
     for short_side in {side, side + 1, side + 32, side * 5 // 4, side * 8 // 7}:
@@ -139,7 +159,7 @@ for corners, axes, *how, expected in saved["cases"]:
     assert found.is_contiguous(memory_format=torch.channels_last), found.stride()
     difference = (found - expected).abs() * 255
     # With antialias, a sum in float32 may fall on the other side of the edge between two bytes.
-    assert difference.max() < (0.02 if how[1] == "tf" else 1.01)
+    assert difference.max() < (0.02 if how[1] in ("tf", "area") else 1.01)
     assert (difference > 0.02).double().mean() < 0.03
 print(len(saved["cases"]), "equal")
 """
@@ -149,7 +169,8 @@ def test_triton_kernel_equals_torch(flat, tmp_path):
     pytest.importorskip("triton")
     cases = []
     # The interpreter loops in Python, over as many pixels as the largest step reaches: with antialias, small images.
-    for method, count, sides in (("tf", len(SIZES), (1, 7, 32)), ("antialias", 3, (24,)), ("bicubic", 2, (24,))):
+    filters = ("antialias", 3, (24,)), ("bicubic", 2, (24,)), ("area", 2, (24,))
+    for method, count, sides in (("tf", len(SIZES), (1, 7, 32)), *filters):
         crops = [("inception", grids.crop_then_resize), ("mild", grids.resize_then_crop)]
         for side, (crop, make_grid) in itertools.product(sides, crops):
             boxes, flips = (each[:count] for each in sample_crops(crop, side))
@@ -160,4 +181,4 @@ def test_triton_kernel_equals_torch(flat, tmp_path):
     # A process of its own: Triton reads TRITON_INTERPRET when it is imported.
     argv = [sys.executable, "-W", "ignore", "-c", INTERPRETED, str(tmp_path / "cases.pt")]
     result = subprocess.run(argv, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.stdout == "10 equal\n", result.stderr
+    assert result.stdout == "12 equal\n", result.stderr

@@ -39,7 +39,7 @@ class FinishedModel(Machine):
     eval_resize: Annotated[int | None, like(Train, "eval_resize", usual="the run's or the model's own")] = None
     """Length of the image's shorter side before the central crop, in pixels."""
     eval_resample: Annotated[Resample | None, like(Train, "eval_resample", usual="the run's or the model's own")] = None
-    """How images are resized: antialias, bicubic, or tf (bilinear without antialias)."""
+    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias)."""
     batch: Annotated[int, like(Train, "batch")] = 128
     """Images per forward pass."""
 

@@ -39,10 +39,12 @@ def _read(flat, axes, pixel, row_bytes, row, column, channel, inside):
 
 
 @triton.jit
-def _weight(distance, CUBIC: tl.constexpr):
+def _weight(offset, step, METHOD: tl.constexpr):
     """Computes `resample._filter`."""
-    distance = tl.abs(distance)
-    if CUBIC:
+    if METHOD == 3:
+        return tl.maximum(tl.minimum(offset + 0.5, step / 2) - tl.maximum(offset - 0.5, -step / 2), 0.0)
+    distance = tl.abs(offset / tl.maximum(step, 1.0))
+    if METHOD == 2:
         near = (1.5 * distance - 2.5) * distance * distance + 1
         far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
         return tl.where(distance < 1, near, tl.where(distance < 2, far, 0.0))
@@ -50,50 +52,53 @@ def _weight(distance, CUBIC: tl.constexpr):
 
 
 @triton.jit
-def _to_byte(value):
-    """Rounds to a byte, as Pillow does after each of its two passes."""
+def _finish(value, METHOD: tl.constexpr):
+    """Rounds to a byte, as Pillow does after each of its two passes; means of areas are not rounded."""
+    if METHOD == 3:
+        return value
     return tl.floor(tl.minimum(tl.maximum(value, 0.0), 255.0) + 0.5)
 
 
 @triton.jit
-def _place(axis, i, RADIUS: tl.constexpr):
-    """Computes where a filter is centred along an axis, its width and its first pixel."""
-    width = tl.maximum(tl.abs(tl.load(axis + 1)), 1.0)
+def _place(axis, i, METHOD: tl.constexpr):
+    """Computes where a filter is centred along an axis, the step and its first pixel."""
+    step = tl.abs(tl.load(axis + 1))
+    radius = (step + 1) / 2 if METHOD == 3 else METHOD * tl.maximum(step, 1.0)
     place = tl.load(axis) + i * tl.load(axis + 1)
     place = tl.minimum(tl.maximum(place, tl.load(axis + 2) - 0.5), tl.load(axis + 3) + 0.5)
-    return place, width, tl.floor(place - RADIUS * width)
+    return place, step, tl.floor(place - radius)
 
 
 @triton.jit
-def _filter(flat, axes, pixel, row_bytes, row, column, channel, inside, taps, RADIUS: tl.constexpr):
+def _filter(flat, axes, pixel, row_bytes, row, column, channel, inside, taps, METHOD: tl.constexpr):
     """Computes the mean of an image around a pixel of its view, weighted by a filter."""
-    y, height, top = _place(axes, row, RADIUS)
-    x, width, left = _place(axes + 4, column, RADIUS)
+    y, height, top = _place(axes, row, METHOD)
+    x, width, left = _place(axes + 4, column, METHOD)
     highest, lowest = tl.load(axes + 2), tl.load(axes + 3)
     leftmost, rightmost = tl.load(axes + 6), tl.load(axes + 7)
     total, height_sum = tl.zeros_like(y), tl.zeros_like(y)
     for i in range(taps):
         line = top + i
-        down = tl.where((line >= highest) & (line <= lowest), _weight((line - y) / height, RADIUS == 2), 0.0)
+        down = tl.where((line >= highest) & (line <= lowest), _weight(line - y, height, METHOD), 0.0)
         line = tl.minimum(tl.maximum(line, highest), lowest)
         start = pixel + line.to(tl.int64) * row_bytes + channel
         across_sum, width_sum = tl.zeros_like(y), tl.zeros_like(y)
         for j in range(taps):
             place = left + j
-            across = _weight((place - x) / width, RADIUS == 2)
+            across = _weight(place - x, width, METHOD)
             across = tl.where((place >= leftmost) & (place <= rightmost), across, 0.0)
             place = tl.minimum(tl.maximum(place, leftmost), rightmost)
             used = inside & (across != 0) & (down != 0)
             value = tl.load(flat + start + place.to(tl.int64) * 3, mask=used, other=0)
             across_sum += across * value.to(tl.float32)
             width_sum += across
-        total += down * _to_byte(across_sum / width_sum)
+        total += down * _finish(across_sum / width_sum, METHOD)
         height_sum += down
-    return _to_byte(total / height_sum)
+    return _finish(total / height_sum, METHOD)
 
 
 @triton.jit
-def _sample(flat, corners, axes, views, side, taps, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
+def _sample(flat, corners, axes, views, side, taps, METHOD: tl.constexpr, BLOCK: tl.constexpr):
     """Computes `BLOCK` neighbouring values of one view; the grid is (views, blocks)."""
     image = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -104,10 +109,10 @@ def _sample(flat, corners, axes, views, side, taps, RADIUS: tl.constexpr, BLOCK:
     column = (place // 3) % side
     row = place // (3 * side)
     pixel, row_bytes = tl.load(corners + 2 * image), tl.load(corners + 2 * image + 1)
-    if RADIUS == 0:
+    if METHOD == 0:
         value = _read(flat, axes + 8 * image, pixel, row_bytes, row, column, channel, inside)
     else:
-        value = _filter(flat, axes + 8 * image, pixel, row_bytes, row, column, channel, inside, taps, RADIUS)
+        value = _filter(flat, axes + 8 * image, pixel, row_bytes, row, column, channel, inside, taps, METHOD)
     tl.store(views + image.to(tl.int64) * values + place, value / 255, mask=inside)
 
 
@@ -128,5 +133,5 @@ def sample(flat: Tensor, grid: SamplingGrid, side: int, method: Resample = "tf")
     # Views are the first axis of blocks, which may have 2³¹ of them; the second is limited to 65,535.
     blocks = len(corners), triton.cdiv(3 * side * side, BLOCK)
     arguments = flat, corners, axes.float(), views, side, count_taps(grid, method)
-    _sample[blocks](*arguments, RADIUS=FILTERS[method], BLOCK=BLOCK)  # pyrefly: ignore
+    _sample[blocks](*arguments, METHOD=FILTERS[method], BLOCK=BLOCK)  # pyrefly: ignore
     return views.permute(0, 3, 1, 2)

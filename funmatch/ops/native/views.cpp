@@ -68,35 +68,48 @@ void sample_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const
     }
 }
 
-// The filters with antialias, by their number in `resample.FILTERS`: the weight of a pixel by its distance from the place,
-// in units of the filter's width; 0 from the radius on.
+// The filters, by their number in `resample.FILTERS`: the weight of a pixel by its offset from the place, for views whose
+// pixels are `step` pixels of the image apart.
+enum Kind { BILINEAR = 1, BICUBIC = 2, AREA = 3 };
+
 struct Filter {
-    bool cubic;
-    double radius() const { return cubic ? 2 : 1; }
-    double operator()(double distance) const {
-        const double d = std::fabs(distance);
-        if (!cubic) return d < 1 ? 1 - d : 0;
+    Kind kind;
+    // With antialias a filter is as wide as a pixel of the view, but no narrower than one of the image.
+    double width(double step) const { return std::max(1.0, step); }
+    // In pixels of the image; 0 from there on.
+    double radius(double step) const { return kind == AREA ? (step + 1) / 2 : width(step) * (kind == BICUBIC ? 2 : 1); }
+    double operator()(double offset, double step) const {
+        // The part of the pixel that lies in the pixel of the view.
+        if (kind == AREA) return std::max(std::min(offset + 0.5, step / 2) - std::max(offset - 0.5, -step / 2), 0.0);
+        const double d = std::fabs(offset / width(step));
+        if (kind == BILINEAR) return d < 1 ? 1 - d : 0;
         // Keys' cubic with a = -1/2, as in Pillow.
         if (d < 1) return (1.5 * d - 2.5) * d * d + 1;
         return d < 2 ? (((d - 5) * d + 8) * d - 4) * -0.5 : 0;
     }
 };
 
-// Weights are whole numbers of 2^-22, as in Pillow, so that sums are exact and rounded alike. Where `resample.PRECISION`
-// is applied in Python, its value must be the same.
+// With antialias, weights are whole numbers of 2^-22, as in Pillow, so that sums are exact and rounded alike. Where
+// `resample.PRECISION` is applied in Python, its value must be the same. Means of areas are not rounded: as in TensorFlow.
 constexpr int PRECISION = 22;
 
-inline int32_t to_byte(int32_t sum) { return std::min(std::max((sum + (1 << (PRECISION - 1))) >> PRECISION, 0), 255); }
+inline int32_t as_weight(double share, int32_t) {
+    share *= 1 << PRECISION;
+    return static_cast<int32_t>(share < 0 ? share - 0.5 : share + 0.5);
+}
+inline float as_weight(double share, float) { return static_cast<float>(share); }
+inline int32_t finish(int32_t sum) { return std::min(std::max((sum + (1 << (PRECISION - 1))) >> PRECISION, 0), 255); }
+inline float finish(float sum) { return sum; }
 
 // The pixels along one axis whose weighted mean each pixel of a view is: `taps` weights each, from pixel `first` on.
+template <typename Value>
 struct Taps {
     int64_t taps;
     std::vector<int64_t> first;
-    std::vector<int32_t> weights;
+    std::vector<Value> weights;
 
     Taps(const Axis& axis, int64_t side, const Filter filter) : first(side) {
-        // The filter is as wide as a pixel of the view, but no narrower than one of the image.
-        const double width = std::max(1.0, std::fabs(axis.step)), radius = width * filter.radius();
+        const double step = std::fabs(axis.step), radius = filter.radius(step);
         taps = std::min(2 * static_cast<int64_t>(std::ceil(radius)) + 1, static_cast<int64_t>(axis.most - axis.least) + 1);
         weights.assign(side * taps, 0);
         std::vector<double> exact(taps);
@@ -107,51 +120,49 @@ struct Taps {
             const double start = std::min(std::max(std::floor(place - radius), axis.least), axis.most - static_cast<double>(taps) + 1);
             first[i] = static_cast<int64_t>(start);
             double sum = 0;
-            for (int64_t t = 0; t < taps; ++t) sum += exact[t] = filter((start + static_cast<double>(t) - place) / width);
-            for (int64_t t = 0; t < taps; ++t) {
-                const double share = exact[t] / sum * (1 << PRECISION);
-                weights[i * taps + t] = static_cast<int32_t>(share < 0 ? share - 0.5 : share + 0.5);
-            }
+            for (int64_t t = 0; t < taps; ++t) sum += exact[t] = filter(start + static_cast<double>(t) - place, step);
+            for (int64_t t = 0; t < taps; ++t) weights[i * taps + t] = as_weight(exact[t] / sum, Value{});
         }
     }
 };
 
-// Samples a view, (side, side, 3) in [0, 1], with antialias: the bytes of Pillow. The rows that are needed are shortened
-// first, and summed then, with rounding after both.
+// Samples a view, (side, side, 3) in [0, 1], by a filter: with antialias, whole numbers as Value, the bytes of Pillow. The
+// rows that are needed are shortened first, and summed then, with rounding after both.
+template <typename Value>
 void filter_view(const uint8_t* image, int64_t row_bytes, const Axis rows, const Axis columns, float* view, int64_t side,
                  const Filter filter) {
-    const Taps down(rows, side, filter), across(columns, side, filter);
+    const Taps<Value> down(rows, side, filter), across(columns, side, filter);
     const auto [top, bottom] = std::minmax_element(down.first.begin(), down.first.end());
     const int64_t first = *top, count = *bottom - first + down.taps, values = 3 * side;
-    std::vector<int32_t> lines(count * values), sums(values);
+    std::vector<Value> lines(count * values), sums(values);
     for (int64_t r = 0; r < count; ++r) {
-        int32_t* to = lines.data() + r * values;
+        Value* to = lines.data() + r * values;
         for (int64_t j = 0; j < side; ++j) {
-            const int32_t* weight = across.weights.data() + j * across.taps;
+            const Value* weight = across.weights.data() + j * across.taps;
             const uint8_t* from = image + (first + r) * row_bytes + 3 * across.first[j];
-            int32_t red = 0, green = 0, blue = 0;
+            Value red = 0, green = 0, blue = 0;
             for (int64_t t = 0; t < across.taps; ++t) {
                 red += weight[t] * from[3 * t];
                 green += weight[t] * from[3 * t + 1];
                 blue += weight[t] * from[3 * t + 2];
             }
-            to[3 * j] = to_byte(red);
-            to[3 * j + 1] = to_byte(green);
-            to[3 * j + 2] = to_byte(blue);
+            to[3 * j] = finish(red);
+            to[3 * j + 1] = finish(green);
+            to[3 * j + 2] = finish(blue);
         }
     }
-    int32_t* __restrict sum = sums.data();
+    Value* __restrict sum = sums.data();
     for (int64_t i = 0; i < side; ++i) {
-        std::fill(sums.begin(), sums.end(), 0);
+        std::fill(sums.begin(), sums.end(), Value{0});
         for (int64_t t = 0; t < down.taps; ++t) {
-            const int32_t weight = down.weights[i * down.taps + t];
-            const int32_t* __restrict from = lines.data() + (down.first[i] - first + t) * values;
+            const Value weight = down.weights[i * down.taps + t];
+            const Value* __restrict from = lines.data() + (down.first[i] - first + t) * values;
 #pragma omp simd
             for (int64_t k = 0; k < values; ++k) sum[k] += weight * from[k];
         }
         float* __restrict to = view + i * values;
 #pragma omp simd
-        for (int64_t k = 0; k < values; ++k) to[k] = static_cast<float>(to_byte(sum[k])) / 255.0f;
+        for (int64_t k = 0; k < values; ++k) to[k] = static_cast<float>(finish(sum[k])) / 255.0f;
     }
 }
 
@@ -169,8 +180,10 @@ void sample_views(const int64_t* corners, const double* axes, float* views, int6
         float* view = views + i * 3 * side * side;
         if (filter == 0)
             sample_view(image, corners[2 * i + 1], both[0], both[1], view, side);
+        else if (filter == AREA)
+            filter_view<float>(image, corners[2 * i + 1], both[0], both[1], view, side, Filter{AREA});
         else
-            filter_view(image, corners[2 * i + 1], both[0], both[1], view, side, Filter{filter == 2});
+            filter_view<int32_t>(image, corners[2 * i + 1], both[0], both[1], view, side, Filter{static_cast<Kind>(filter)});
     }
 }
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 from funmatch.data.readers.split_names import TRAINING_IMAGES, describe_images
 from funmatch.models.classifier import Classifier
+from funmatch.ops.grids import TENSORFLOW
 from funmatch.runtime.log import info
 from funmatch.training import datasets
 from funmatch.training.evaluation import scoring
@@ -92,7 +93,7 @@ class Evaluator:
         if problem := describe_failure(result, self.student.num_classes):
             advice = "try another --lr, a longer --warmup-steps or more steps, with another --out"
             info(f"WARNING: the run {problem}; {advice}")
-        if view.resample == "tf" and scores["top1"] is not None:
+        if view.resample in TENSORFLOW and scores["top1"] is not None:
             # What whoever loads the student with timm will see: its transform always resizes with antialias.
             antialiased = scoring.predict(self.student, split, replace(view, resample="antialias"))
             result["top1_antialias"] = scoring.score(antialiased, split)["top1"]

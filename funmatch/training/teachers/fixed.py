@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from funmatch.config import Distill
-from funmatch.config.choices import RESAMPLED_BEFORE, STRATEGIES, Resample
+from funmatch.config.choices import CROP_RATIO, RESAMPLED_BEFORE, STRATEGIES, Resample
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.prefetch import prefetch_map
 from funmatch.errors import InputError
@@ -48,7 +48,7 @@ class FixedViews:
         side: image size of the student, pixels.
         resize: short side before the student's mild crops, pixels; the central view has the same proportions.
         squash: whether mild crops are cut from the whole image resized to a square.
-        min_area: least share of the image in the ensemble's Inception crops.
+        min_area, ratio: of the ensemble's Inception crops, as of `sampling.sample_inception_boxes`.
         resample: how images are resized.
     """
 
@@ -59,6 +59,7 @@ class FixedViews:
     resize: int
     squash: bool
     min_area: float
+    ratio: tuple[float, float] = CROP_RATIO
     resample: Resample = "tf"
 
     def views(self, image: int, which: slice, sides: Sequence[int]) -> dict[int, Tensor]:
@@ -84,7 +85,7 @@ class FixedViews:
             boxes, flips = sample_whole_boxes(rng, *size), np.zeros(self.crops, bool)
         else:
             flips = rng.random(self.crops) < 0.5
-            boxes = sample_inception_boxes(rng, *size, min_area=self.min_area)
+            boxes = sample_inception_boxes(rng, *size, min_area=self.min_area, ratio=self.ratio)
         # All boxes are drawn before some are chosen, so that a view does not depend on the batch size.
         boxes, flips = boxes[which], flips[which]
         patches = [pixels[top : top + height, left : left + width] for top, left, height, width in boxes.tolist()]
@@ -107,6 +108,7 @@ def fixed_views(setup: TrainSetup[Distill]) -> FixedViews:
         config.resize or 0,
         config.crop == "squash",
         config.crop_min_area,
+        config.crop_ratio,
         config.resampled,
     )
 
@@ -145,6 +147,7 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
     }
     # Views from before there was a choice keep their digest.
     key |= {"resample": source.resample} if source.resample != RESAMPLED_BEFORE else {}
+    key |= {"ratio": source.ratio} if source.kind == "ensemble" and source.ratio != CROP_RATIO else {}
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
     folder = cache_home() / "answers" / digest
     shape = (len(source.split), len(teachers.members), setup.student.classifier.num_classes)
