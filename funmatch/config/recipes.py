@@ -130,6 +130,7 @@ TF_RESIZE = {"resample": "tf", "eval_resample": "tf"}
 PAPER_RESIZE = {"resample": "tf", "eval_resample": "area"}
 # TensorFlow's default, which the paper's code does not change.
 CROPS = {"crop_ratio": (0.75, 1.33)}
+ADAM = {"momentum_dtype": "bf16"}
 STUDENT = {"student": "resnetv2_50x1_bit", "side": 128}
 
 # data, name, epochs, lr, weight decay, temperature, top-1 of the student: table 4 of the paper
@@ -159,7 +160,7 @@ def _small_data() -> Iterator[Recipe]:
     for data, name, epochs, lr, decay, temperature, top1 in ROWS:
         values = {
             "data": (data,), "teacher": (f"bit:R152x2_T_{DATA[data]}128",), **STUDENT,
-            "eval_resize": 160, **PAPER_RESIZE, **CROPS,
+            "eval_resize": 160, **PAPER_RESIZE, **CROPS, **ADAM,
             "out": Path(f"runs/{data}-{name}"), "epochs": float(epochs), "batch": 512, "lr": lr,
             "weight_decay": decay, "temperature": float(temperature), "warmup_steps": 1500,
         }  # fmt: skip
@@ -184,7 +185,7 @@ def _teachers() -> Iterator[Recipe]:
 IMAGENET_TEACHER = "resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k"
 IMAGENET = {
     "data": ("imagenet",), "batch": 4096, "lr": 0.03, "weight_decay": 3e-4, "temperature": 1.0, "warmup_steps": 5000,
-    **PAPER_RESIZE, **CROPS,
+    **PAPER_RESIZE, **CROPS, **ADAM,
 }  # fmt: skip
 # name, options, epochs to top-1 of the student on the validation images
 IMAGENET_ROWS = (
@@ -225,6 +226,10 @@ EARLIER_ROWS = (
     ("pet37", 1000, 86.0, 90.92),
     ("food101", 100, 76.06, 85.52),
 )
+SHARDS = (
+    "Its images were squashed to 384 x 384 pixels before; "
+    "`funmatch prepare --to tfrecord --side 384 --resample tf` writes such shards."
+)
 FAULTS = (
     "Its settings without its faults: MixUp paired mirrored images, the loss lacked T², gradients were clipped per "
     "variable, and weight decay followed neither the schedule nor the kind of variable."
@@ -241,9 +246,12 @@ def _earlier() -> Iterator[Recipe]:
             # 128 / 0.875: that project evaluated the central 0.875 of an image.
             "eval_resize": 146, "out": Path(f"runs/tf-teacher-{data}"), "batch": 512, "micro_batch": 64, "lr": 8e-5,
             "steps": 450, "warmup_steps": 0, "decay_steps": (200, 300, 400), "decay_factors": (0.1, 1e-3, 1e-4),
-            "mixup": 0.0, "eval_every": 10, **TF_RESIZE,
+            "mixup": 0.0, "eval_every": 10, "keep": "last", **TF_RESIZE,
         }  # fmt: skip
-        note = "Evaluated on the central 0.875 of the image, squashed to 128 pixels. Its lr is 1e-5 per TPU core."
+        note = (
+            "Evaluated on the central 0.875 of the image, squashed to 128 pixels. Its lr is 1e-5 per TPU core, and that "
+            f"project kept the teacher of the last step. {SHARDS}"
+        )
         # Its values for one core, times its eight.
         space = {"lr": "0.024,8e-4,8e-5,4e-4"}
         yield Recipe(f"tf-teacher-{data}", "finetune", values, top1, source=EARLIER, note=note, space=space)
@@ -255,7 +263,7 @@ def _earlier() -> Iterator[Recipe]:
             "out": Path(f"runs/tf-{data}-{epochs}"), "epochs": float(epochs), "batch": 512, "lr": 0.01,
             "weight_decay": 1e-5, "temperature": 2.0, "warmup_steps": 1500,
         }  # fmt: skip
-        yield Recipe(f"tf-{data}-{epochs}", "distill", values, top1, teacher_top1, EARLIER, FAULTS, SPACE)
+        yield Recipe(f"tf-{data}-{epochs}", "distill", values, top1, teacher_top1, EARLIER, f"{FAULTS} {SHARDS}", SPACE)
 
 
 # Teachers first, as in the list that users see: the small data sets' students begin with them.
