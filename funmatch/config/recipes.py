@@ -249,7 +249,7 @@ def _earlier() -> Iterator[Recipe]:
             "mixup": 0.0, "eval_every": 10, "keep": "last", **TF_RESIZE,
         }  # fmt: skip
         note = (
-            "Evaluated on the central 0.875 of the image, squashed to 128 pixels. Its lr is 1e-5 per TPU core, and that "
+            "Evaluated on the central 0.875 of the image, squashed to 128 pixels. Its lr is 1e-5 per TPU core, and the "
             f"project kept the teacher of the last step. {SHARDS}"
         )
         # Its values for one core, times its eight.

@@ -19,8 +19,9 @@ from funmatch.errors import InputError
 from funmatch.models.class_map import RULES
 from funmatch.models.classifier import Classifier
 from funmatch.models.names import LOCAL, NAMED, SAVEDMODEL, is_timm_name
+from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.optim import factory, hyperrule
-from funmatch.ops.view_spec import complete_key
+from funmatch.ops.view_spec import ViewSpec, complete_key
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.functions import is_function_name
 from funmatch.runtime.log import info
@@ -77,6 +78,31 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
         "decoder": pick_decoder(config.decoder),
     }
     return config.model_copy(update=resolved)
+
+
+def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
+    """Returns everything that decides the training views of a resolved configuration.
+
+    Args:
+        native: whether the native CPU kernel crops.
+    """
+    return ViewSpec(
+        seed=config.seed,
+        batch=config.batch,
+        side=config.side or 0,
+        min_area=config.crop_min_area,
+        ratio=config.crop_ratio,
+        crop=config.cropped,
+        resize=config.resize or 0,
+        resample=config.resampled,
+        mixup=MixupOptions(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
+        cutmix=config.cutmix,
+        randaugment=config.randaugment,
+        sampling=config.sampling,
+        augment=config.augment,
+        own_teacher_view=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
+        native=native,
+    )
 
 
 def _intervals(config: Train, steps: int, images: int, before: dict[str, Any]) -> dict[str, int | None]:

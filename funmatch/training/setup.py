@@ -9,21 +9,18 @@ import timm
 import torch
 
 from funmatch.config import Distill, Train, recipes
-from funmatch.config.choices import STRATEGIES
 from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
 from funmatch.models.timm_models import parse_options
-from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.optim import factory
 from funmatch.ops.optim.updates import EMA
-from funmatch.ops.view_spec import ViewSpec
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.log import info
 from funmatch.training import datasets
-from funmatch.training.defaults import resolve_defaults, warn_of_late_steps
+from funmatch.training.defaults import resolve_defaults, view_spec, warn_of_late_steps
 from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.scoring import Evaluation
 from funmatch.training.loop import LoopOptions, loop_options
@@ -112,31 +109,6 @@ class TrainSetup(Generic[Options]):
     def with_provenance(self, **facts: Any) -> Self:
         """Returns the setup with facts added to its provenance."""
         return replace(self, inputs=replace(self.inputs, provenance=self.provenance | facts))
-
-
-def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
-    """Returns everything that decides the training views of a resolved configuration.
-
-    Args:
-        native: whether the native CPU kernel crops.
-    """
-    return ViewSpec(
-        seed=config.seed,
-        batch=config.batch,
-        side=config.side or 0,
-        min_area=config.crop_min_area,
-        ratio=config.crop_ratio,
-        crop=config.cropped,
-        resize=config.resize or 0,
-        resample=config.resampled,
-        mixup=MixupOptions(config.mixup or 0.0, config.mixup_mode == "image", config.mixup_max, config.mixup_lam),
-        cutmix=config.cutmix,
-        randaugment=config.randaugment,
-        sampling=config.sampling,
-        augment=config.augment,
-        own_teacher_view=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
-        native=native,
-    )
 
 
 def open_data(config: Options, trial: Trial | None = None) -> tuple[Cache, Options]:

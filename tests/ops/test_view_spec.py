@@ -14,6 +14,7 @@ OTHERS = {
     "batch": 32,
     "side": 48,
     "min_area": 0.2,
+    "ratio": (0.75, 1.33),
     "crop": "whole",
     "resample": "antialias",
     "mixup": MixupOptions(a=0.2),

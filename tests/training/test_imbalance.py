@@ -14,7 +14,8 @@ from funmatch.config import Train
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.ops.distances import balanced_weights, mix_labels, mix_weights
-from funmatch.training import setup, train
+from funmatch.training import train
+from funmatch.training.defaults import view_spec
 
 COUNTS = {"ant": 12, "bee": 3, "cat": 1}
 TINY = {"student": "fashion-mini-student", "batch": 16, "side": 16, "threads": 1, "val": "none"}
@@ -75,7 +76,7 @@ def test_batches_are_balanced_on_one_process_and_on_two(data, tmp_path):
         halves = [Loader(loader.split, loader.spec, rank, 2).batch_at(step) for rank in (0, 1)]
         assert torch.equal(torch.cat([half.labels[1:] for half in halves]), whole.labels[1:])
         assert torch.equal(torch.cat([half.crops[1:] for half in halves]), whole.crops[1:])
-    assert setup.view_spec(built.config).key()["sampling"] == "balanced"
+    assert view_spec(built.config).key()["sampling"] == "balanced"
 
 
 @pytest.mark.parametrize("verb", ["train", "finetune"])

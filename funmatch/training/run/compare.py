@@ -107,7 +107,9 @@ def _recorded(record: Mapping[str, Any], table: type[Options] | None) -> dict[st
     """Returns the options of a record, with what was done where it is from before an option."""
     if table is None:
         return {**record["knobs"]}
-    usual = {name: field.get_default() for name, field in table.model_fields.items()}
+    defaults = {name: field.get_default() for name, field in table.model_fields.items()}
+    # As a record has them: tuples are lists there.
+    usual = {name: [*value] if isinstance(value, tuple) else value for name, value in defaults.items()}
     done = {name: opt.before for name, opt in table.opts() if opt.before is not None}
     return {**usual, **done, **record["knobs"]}
 
