@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make_images import FEW
 from torch import nn
 
 import funmatch
@@ -130,7 +131,7 @@ def test_recipe_can_be_given_in_three_ways():
 
 
 def test_outcome_gives_metrics_files_and_repr(tmp_path):
-    run = funmatch.train("fashion-mini", "fashion-mini-student", tmp_path / "run", steps=2, batch=16, threads=1)
+    run = funmatch.train(FEW, "fashion-mini-student", tmp_path / "run", steps=2, batch=16, threads=1)
     assert isinstance(run, Outcome)
     assert (run.figures, run.report) == (run.metrics, run.page)
     assert run.page == tmp_path / "run" / "report.html"

@@ -16,6 +16,7 @@ import jupytext
 import nbformat
 import pytest
 import timm
+from make_images import FEW
 from nbclient import NotebookClient
 from PIL import Image
 from safetensors.torch import save_file
@@ -327,7 +328,7 @@ def test_place_on_kaggle_finds_the_data_set_among_its_inputs(hosts, monkeypatch)
     assert notebook.place("flowers102").data == hosts / "data"
 
 
-TINY = {"data": "fashion-mini", "student": "resnet10t", "student_kwargs": NETWORK, "side": 28, "batch": 8, "threads": 1}
+TINY = {"data": FEW, "student": "resnet10t", "student_kwargs": NETWORK, "side": 28, "batch": 8, "threads": 1}
 
 
 def test_runs_of_earlier_sessions_are_copied_and_resumed(hosts, monkeypatch):

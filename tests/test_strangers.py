@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from make_images import paint
+from make_images import FEW, paint
 
 import funmatch
 from funmatch import errors
@@ -28,7 +28,7 @@ def nothing_allowed(monkeypatch):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own") / "run"
-    return funmatch.distill("fashion-mini", TEACHER, STUDENT, folder, steps=2, batch=8, tape=folder.parent / "tape")
+    return funmatch.distill(FEW, TEACHER, STUDENT, folder, steps=2, batch=8, tape=folder.parent / "tape")
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def call(*words):
         ("embed", "stranger", "fashion-mini"),
         pytest.param(("benchmark", "stranger", "--formats", "eager"), marks=pytest.mark.slow),
         ("distill", "stranger", "--quantize", "8", "--out", "new"),
-        ("finetune", "--data", "fashion-mini", "--model", "stranger", "--steps", "1", "--batch", "8", "--out", "tuned"),
+        ("finetune", "--data", FEW, "--model", "stranger", "--steps", "1", "--batch", "8", "--out", "tuned"),
     ],
     ids=" ".join,
 )  # fmt: skip

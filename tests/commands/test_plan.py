@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from make_images import FEW
 
 from funmatch.commands import plan
 from funmatch.commands.plan import Parts
@@ -10,7 +11,7 @@ from funmatch.commands.verbs import run_verb
 from funmatch.config import Distill, Finetune, Train
 from funmatch.errors import InputError
 
-TINY = {"data": ("fashion-mini",), "student": "fashion-mini-student", "threads": 1, "batch": 16}
+TINY = {"data": (FEW,), "student": "fashion-mini-student", "threads": 1, "batch": 16}
 TEACHER = {"teacher": ("fashion-mini-teacher",)}
 
 
@@ -57,7 +58,7 @@ def test_estimated_size_on_disk_matches_the_run(tmp_path):
 
 
 def test_plan_command_prints_json_and_a_table(tmp_path, funmatch):
-    argv = ["plan", "distill", "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student"]
+    argv = ["plan", "distill", "--data", FEW, "--teacher", "fashion-mini-teacher", "--student"]
     argv += ["fashion-mini-student", "--steps", "30", "--batch", "16", "--out", str(tmp_path / "run")]
     assert json.loads(funmatch(*argv, "--json").stdout)["steps"] == 30
     assert "estimate for" in funmatch(*argv).stdout

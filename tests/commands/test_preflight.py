@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_images import FEW
 
 import funmatch as package
 from funmatch.commands import verbs
@@ -15,7 +16,7 @@ from funmatch.models import names
 from funmatch.models.names import check_architecture, check_model_name, current_name
 from funmatch.reports.result import Result
 
-RUN = ["distill", "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
+RUN = ["distill", "--data", FEW, "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student"]
 END = ["--steps", "2", "--out", "o"]
 ALONE = """
 import json, sys
@@ -117,7 +118,7 @@ def test_all_problems_come_at_once(funmatch):
     ],
 )
 def test_another_run_is_refused_before_anything_is_loaded(funmatch, finished_run, tmp_path, words, message):
-    options = {"data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
+    options = {"data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
     finished_run(tmp_path / "run", **options, steps=2, batch=8)
     done = funmatch(*RUN, "--steps", "2", "--batch", "8", *words, "--out", tmp_path / "run", check=2)
     assert message in done.stderr
@@ -130,7 +131,7 @@ def test_another_run_is_refused_before_anything_is_loaded(funmatch, finished_run
 
 
 def test_the_same_run_passes(funmatch, finished_run, tmp_path):
-    options = {"data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
+    options = {"data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
     finished_run(tmp_path / "run", **options, steps=2, batch=8)
     done = funmatch(*RUN, "--steps", "2", "--batch", "8", "--lr", "3e-3", "--side", "32", "--out", tmp_path / "run")
     assert "is finished at step 2" in done.stderr
@@ -193,7 +194,7 @@ def test_what_a_name_leads_to_is_said(tmp_path, monkeypatch, name, message):
 
 
 def test_a_run_in_use_is_refused_before_anything_is_loaded(funmatch, finished_run, tmp_path):
-    options = {"data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
+    options = {"data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
     finished_run(tmp_path / "run", **options, steps=2, batch=8)
     code = (
         "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX)\n"

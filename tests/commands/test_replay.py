@@ -22,8 +22,8 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("step", [1, 4, 7, 10])
-def test_losses_are_those_of_the_run(tmp_path, step):
-    run = funmatch.distill(teacher=TEACHER, out=tmp_path / "run", **RUN)
+def test_losses_are_those_of_the_run(tmp_path, finished_run, step):
+    run = finished_run(tmp_path / "run", teacher=TEACHER, **RUN)
     before = contents(run.folder)
     found = replay(run.folder, step)
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -80,8 +80,8 @@ def test_what_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
     assert "the checkpoint of step 4" in shown
 
 
-def test_bad_steps_and_changed_images_are_refused(tmp_path):
-    run = funmatch.distill(teacher=TEACHER, out=tmp_path / "run", **RUN)
+def test_bad_steps_and_changed_images_are_refused(tmp_path, finished_run):
+    run = finished_run(tmp_path / "run", teacher=TEACHER, **RUN)
     with pytest.raises(InputError, match="has 10 steps, and no step 11"):
         replay(run.folder, 11)
     with pytest.raises(InputError, match="no run folder"):

@@ -30,14 +30,14 @@ from funmatch.training.run import folder as run_folder
 TINY = {
     "data": FEW,
     "student": "fashion-mini-student",
-    "batch": 32,
+    "batch": 8,
     "steps": 4,
     "eval_every": 2,
     "threads": 1,
 }
 DISTILL = TINY | {"teacher": "fashion-mini-teacher"}
 ARGV = [
-    "distill", "--data", "fashion-mini", "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student",
+    "distill", "--data", FEW, "--teacher", "fashion-mini-teacher", "--student", "fashion-mini-student",
     "--batch", "8", "--steps", "4", "--threads", "1",
 ]  # fmt: skip
 LR = {"lr": "log:1e-4..1e-1"}
@@ -198,7 +198,7 @@ def test_search_reports_its_trials_and_repeats_nothing(tmp_path, capsys):
 def test_trials_share_the_teachers_logits(tmp_path, capsys):
     options = {
         "data": (FEW,), "teacher": ("fashion-mini-teacher",), "student": "fashion-mini-student", "steps": 4,
-        "batch": 32, "eval_every": 2, "trials": 2, "threads": 1,
+        "batch": 8, "eval_every": 2, "trials": 2, "threads": 1,
     }  # fmt: skip
     funmatch.tune(
         "distill", **options, executions=2, space=["lr=1e-3,1e-2", "temperature=1,2"], out=tmp_path / "shared"

@@ -6,6 +6,7 @@ import shlex
 import pytest
 import timm
 import torch
+from make_images import FEW
 
 import funmatch
 from funmatch.cli import parse
@@ -15,7 +16,7 @@ from funmatch.config.recipes import RECIPES, find, words
 from funmatch.errors import InputError
 from funmatch.models.groupnorm import mobilenetv3_large_gn
 
-TINY = ["--data", "fashion-mini", "--side", "32", "--batch", "16", "--threads", "1"]
+TINY = ["--data", FEW, "--side", "32", "--batch", "16", "--threads", "1"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -74,7 +75,7 @@ def test_run_records_its_changes_from_the_recipe(funmatch, tmp_path):
     assert config["knobs"]["recipe"] == "tf-teacher-pet37"
     changed = config["facts"]["overridden"]
     assert changed["steps"] == [450, 4]
-    assert changed["data"] == [["pet37"], ["fashion-mini"]]
+    assert changed["data"] == [["pet37"], [FEW]]
     assert changed["decay_steps"] == [[200, 300, 400], [2]]
     assert not {"lr", "eval_resize", "out", "threads", "crop"} & changed.keys()
     page = (tmp_path / "run" / "report.html").read_text()
@@ -86,7 +87,7 @@ def test_run_records_its_changes_from_the_recipe(funmatch, tmp_path):
 
 def test_recipe_from_python(tmp_path):
     run = funmatch.recipe(
-        "pet37-fast", data="fashion-mini", teacher="fashion-mini-teacher", student="fashion-mini-student", side=32,
+        "pet37-fast", data=FEW, teacher="fashion-mini-teacher", student="fashion-mini-student", side=32,
         eval_resize=32, steps=2, batch=8, out=tmp_path / "run",
     )  # fmt: skip
     assert run.figures["step"] == 2

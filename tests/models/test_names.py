@@ -140,7 +140,7 @@ def _mini() -> dict:
 
 
 def test_ema_follows_its_formula_and_is_saved():
-    run = funmatch.distill(teacher=TEACHER, out="run", steps=4, ema=0.5, save_every=1, eval_every=2, **MINI)
+    run = funmatch.distill(teacher=TEACHER, out="run", steps=4, ema=0.5, save_every=1, **MINI | {"eval_every": 2})
     assert set(run.figures["ema"]) >= {"top1", "agreement", "kl"}
     average = load_file("run/student-ema/model.safetensors")
     student = load_file("run/student/model.safetensors")

@@ -8,8 +8,8 @@ import torch
 
 from funmatch.models.load import load
 
-ARCHITECTURE = "efficientnet_b2"
-NOTE = "image size 256 is timm's default, not known from the file; set it with --side N"
+ARCHITECTURE = "test_efficientnet"
+NOTE = "image size 160 is timm's default, not known from the file; set it with --side N"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_import_says_and_records_it(weights, tmp_path, images, funmatch):
     evaluated = ["evaluate", "guessed", "--data", images, "--batch", 4]
     first = funmatch(*evaluated)
     assert f"guessed: {NOTE}" in first.stderr
-    assert f"for s in 128 160 224 256; do funmatch evaluate guessed --data {images} --side $s; done" in first.stderr
+    assert f"for s in 128 160 224; do funmatch evaluate guessed --data {images} --side $s; done" in first.stderr
     named = funmatch("evaluate", ARCHITECTURE, "--weights", weights, "--data", images, "--batch", 4).stderr
     assert f"do funmatch evaluate {ARCHITECTURE} --weights {weights} --data {images} --side $s; done" in named
     assert "timm's default" not in funmatch(*evaluated, "--side", 64).stderr
@@ -58,5 +58,5 @@ def test_a_student_that_starts_from_a_file(weights, images, funmatch):
 
 def test_a_tag_names_weights_whose_size_is_known(weights):
     assert not load(ARCHITECTURE, weights=weights).card.side_known
-    assert load(f"{ARCHITECTURE}.ra_in1k", weights=weights).card.side_known
+    assert load(f"{ARCHITECTURE}.r160_in1k", weights=weights).card.side_known
     assert load("resnet18").card.side_known, "without weights nothing has a size"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from make_images import FEW
 
 from funmatch.commands import benchmark, export
 from funmatch.config import Export
@@ -24,8 +25,8 @@ from funmatch.shipping.export.formats import Job
 from funmatch.shipping.export.network import ExportNet
 from funmatch.training.student.trained_model import open_trained_model
 
-QUICK = {"max_seconds": 0.5, "spread": "90%", "images": 50, "batches": (1, 8), "memory": False, "threads": 1}
-FAST = {"data": "fashion-mini", "student": "fashion-mini-student", "steps": 2}
+QUICK = {"max_seconds": 0.1, "spread": "90%", "images": 50, "batches": (1, 8), "memory": False, "threads": 1}
+FAST = {"data": FEW, "student": "fashion-mini-student", "steps": 2}
 
 
 @pytest.fixture(name="run")
@@ -54,7 +55,7 @@ def test_student_and_teacher_are_measured_in_pytorch_and_onnx(run):
     assert student["bytes"] > 4 * 26_888
     assert all(each["ms"] > 0 and each["images_per_second"] > 0 for each in found["results"])
     assert [each["parameters"] for each in found["models"]] == [26_888, 109_766]
-    assert (found["images"], found["of_images"], found["split"], found["threads"]) == (50, 2000, "test", 1)
+    assert (found["images"], found["of_images"], found["split"], found["threads"]) == (50, 60, "test", 1)
 
 
 def test_json_keys_are_those_documented(run):
@@ -101,7 +102,7 @@ def test_wrong_outputs_show_in_accuracy_and_agreement(monkeypatch):
     table = dict(FORMATS) | {"onnx": Format("ONNX Runtime", _wrong)}
     monkeypatch.setattr(candidates, "FORMATS", table)
     monkeypatch.setattr("funmatch.shipping.benchmark.measure.FORMATS", table)
-    found = measure("fashion-mini-teacher", data="fashion-mini", formats="eager,onnx")["results"]
+    found = measure("fashion-mini-teacher", data=FEW, formats="eager,onnx")["results"]
     assert found[0]["top1"] > 0.8
     assert found[1]["top1"] < 0.2
     assert found[1]["agreement_eager"] < 0.2
@@ -187,7 +188,7 @@ def test_file_is_measured_beside_a_run(run, tmp_path, funmatch):
 def test_file_alone_is_seen_as_its_export_says(run, tmp_path):
     out = tmp_path / "exported"
     export.run(Export.checked(model=str(run), out=str(out), images=20))
-    found = measure(out / "model.onnx", data="fashion-mini")
+    found = measure(out / "model.onnx", data=FEW)
     assert found["models"] == []
     assert [each["status"] for each in found["results"]] == ["ok"]
     assert found["results"][0]["top1"] is not None

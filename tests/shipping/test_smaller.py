@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from make_images import FEW
 
 import funmatch
 from funmatch.errors import InputError, WorkFailed
@@ -17,7 +18,7 @@ NET = {"channels": (8, 16, 16, 24), "stem_width": 8}
 def finished_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "plain"
     funmatch.distill(
-        "fashion-mini", "fashion-mini-teacher", "resnet10t", out, student_kwargs=NET, steps=30, side=28, batch=16,
+        FEW, "fashion-mini-teacher", "resnet10t", out, student_kwargs=NET, steps=30, side=28, batch=16,
         threads=1, optimizer="adamw", lr=0.01,
     )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
 
 MINI = {
-    "data": FEW, "student": "fashion-mini-student", "batch": 32, "steps": 8, "threads": 1, "compile": "off",
+    "data": FEW, "student": "fashion-mini-student", "batch": 8, "steps": 8, "threads": 1, "compile": "off",
     "log_every": 2, "eval_every": 4, "save_every": 2, "workers": 1, "device": "cpu",
 }  # fmt: skip
 

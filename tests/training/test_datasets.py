@@ -8,7 +8,7 @@ from make_images import FEW, paint
 import funmatch
 from funmatch.errors import InputError
 
-TINY = {"student": "fashion-mini-student", "steps": 2, "batch": 32, "threads": 1}
+TINY = {"student": "fashion-mini-student", "steps": 2, "batch": 32, "threads": 1, "eval_every": 2}
 DISTILL = {**TINY, "teacher": "fashion-mini-teacher"}
 
 

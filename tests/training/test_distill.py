@@ -20,7 +20,8 @@ from funmatch.errors import InputError
 from funmatch.training.run.checkpoint import KEPT
 from funmatch.training.teachers.checks import chance_threshold
 
-MINI = {"data": FEW, "student": "fashion-mini-student", "batch": 16}
+MINI = {"data": FEW, "student": "fashion-mini-student", "batch": 16, "eval_every": 100}
+EVALUATED = MINI | {"eval_every": 4}
 TINY = {"student": "resnet10t", "student_kwargs": {"channels": (8, 8, 16, 16), "stem_width": 8}, "side": 32}
 TEACHER = "fashion-mini-teacher"
 
@@ -32,7 +33,7 @@ def records(folder: Path, event: str) -> list[dict]:
 
 @pytest.fixture(name="finished")
 def short_run(tmp_path, finished_run) -> funmatch.Outcome:
-    return finished_run(tmp_path / "run", teacher=TEACHER, steps=12, log_every=4, eval_every=4, save_every=4, **MINI)
+    return finished_run(tmp_path / "run", teacher=TEACHER, steps=12, log_every=4, save_every=4, **EVALUATED)
 
 
 def test_run_folder_has_the_documented_files(finished):
@@ -93,9 +94,7 @@ def test_metrics_equal_those_computed_with_timm_alone(finished):
 
 def test_finished_run_is_not_repeated(finished, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*") if path.name != "report.html"}
-    repeated = funmatch.distill(
-        teacher=TEACHER, out=tmp_path / "run", steps=12, log_every=4, eval_every=4, save_every=4, **MINI
-    )
+    repeated = funmatch.distill(teacher=TEACHER, out=tmp_path / "run", steps=12, log_every=4, save_every=4, **EVALUATED)
     assert repeated.figures == finished.figures
     assert before == {
         path: path.stat().st_mtime_ns for path in finished.folder.rglob("*") if path.name != "report.html"
@@ -106,7 +105,7 @@ def test_other_options_in_the_same_folder_are_refused(finished, tmp_path):
     before = (finished.folder / "config.json").read_text()
     with pytest.raises(InputError) as error:
         funmatch.distill(
-            teacher=TEACHER, out=tmp_path / "run", steps=12, eval_every=4, save_every=4, lr=1e-4, temperature=5, **MINI
+            teacher=TEACHER, out=tmp_path / "run", steps=12, save_every=4, lr=1e-4, temperature=5, **EVALUATED
         )
     assert "lr: 0.003 in the run, 0.0001 now" in str(error.value)
     assert "temperature: 1.0 in the run, 5.0 now" in str(error.value)

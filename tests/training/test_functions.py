@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from make_images import FEW
 from safetensors.torch import load_file
 
 import funmatch
@@ -19,7 +20,7 @@ from funmatch.runtime import functions
 from funmatch.training import datasets
 
 CALL = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 32,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
     "threads": 1, "eval_every": 100, "log_every": 1, "save_every": 100, "compile": "off", "steps": 4,
 }  # fmt: skip
 

@@ -81,7 +81,7 @@ def test_batches_are_balanced_on_one_process_and_on_two(data, tmp_path):
 
 @pytest.mark.parametrize("verb", ["train", "finetune"])
 def test_a_run_resumes_exactly(verb, data, tmp_path):
-    options = TINY | BALANCED | {"steps": 6, "save_every": 3, "data": data}
+    options = TINY | BALANCED | {"steps": 6, "save_every": 3, "eval_every": 6, "data": data}
     whole = getattr(funmatch, verb)(out=tmp_path / "whole", **options)
     shutil.copytree(whole.folder, tmp_path / "resumed")
     (tmp_path / "resumed" / "result.json").unlink()

@@ -3,14 +3,15 @@
 import json
 
 import pytest
+from make_images import FEW
 from test_processes import assert_near, start, wait_for_all
 
 import funmatch
 from funmatch.errors import InputError
 
 CALL = {
-    "data": "fashion-mini", "teacher": "fashion-mini-teacher", "student": "fashion-mini-student",
-    "batch": 32, "threads": 1, "eval_every": 2, "log_every": 1, "save_every": 100, "compile": "off",
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student",
+    "batch": 8, "threads": 1, "eval_every": 2, "log_every": 1, "save_every": 100, "compile": "off",
 }  # fmt: skip
 
 

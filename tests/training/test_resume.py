@@ -104,7 +104,7 @@ def lose_power(*_args, **_kwargs):
 def test_power_loss_while_writing_changes_no_bit(tmp_path, monkeypatch, finished_run, moment):
     """No complete checkpoint is lost, and the resumed run equals an uninterrupted one."""
     options = {"data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student"}
-    options |= {"batch": 32, "steps": 12, "save_every": 4, "eval_every": 6, "log_every": 3}
+    options |= {"batch": 8, "steps": 12, "save_every": 4, "eval_every": 6, "log_every": 3}
     finished_run(tmp_path / "whole", **options)
     saved = []
     if moment == "finish":
@@ -140,7 +140,7 @@ def test_power_loss_while_writing_changes_no_bit(tmp_path, monkeypatch, finished
     ids=["shampoo", "lamb", "bf16"],
 )
 def test_resumed_run_equals_uninterrupted_run_with_other_optimizers(tmp_path, monkeypatch, options):
-    options = {"data": FEW, "student": "fashion-mini-student", "batch": 32, "steps": 8, **options}
+    options = {"data": FEW, "student": "fashion-mini-student", "batch": 8, "steps": 8, **options}
     options |= {"save_every": 3, "eval_every": 4, "log_every": 2}
     funmatch.train(out=tmp_path / "whole", **options)
     monkeypatch.setattr("timm.models.save_for_hf", lose_power)
@@ -183,7 +183,7 @@ def test_partial_last_line_of_metrics_is_dropped(tmp_path):
 @pytest.fixture(name="stopped")
 def run_without_result(tmp_path, finished_run):
     """A run that lacks only its result, and a function that resumes it and compares the student."""
-    options = {"data": FEW, "student": "fashion-mini-student", "batch": 32, "steps": 6, "save_every": 2}
+    options = {"data": FEW, "student": "fashion-mini-student", "batch": 8, "steps": 6, "save_every": 2}
     run = finished_run(tmp_path / "run", "train", **options)
     (run.folder / "result.json").unlink()
     before = load_file(run.folder / "student" / "model.safetensors")
@@ -234,11 +234,11 @@ def test_damaged_config_is_reported(stopped, content):
 def test_partial_file_of_a_killed_start_is_ignored(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.json.abc.partial").write_text("{")
-    funmatch.train("fashion-mini", "fashion-mini-student", tmp_path / "run", steps=1, batch=8)
+    funmatch.train(FEW, "fashion-mini-student", tmp_path / "run", steps=1, batch=8)
 
 
 def test_non_finite_weights_are_never_saved(tmp_path):
     with pytest.raises(InputError, match="weights are no longer finite at step 1"):
-        funmatch.train("fashion-mini", "fashion-mini-student", tmp_path / "run", steps=1, warmup_steps=0, lr=1e38)
+        funmatch.train(FEW, "fashion-mini-student", tmp_path / "run", steps=1, warmup_steps=0, lr=1e38)
     assert not (tmp_path / "run" / "result.json").exists()
     assert not list((tmp_path / "run").rglob("*.safetensors"))

@@ -40,7 +40,7 @@ from funmatch.training.teachers.source import DistillLoader, Fixed
 
 MINI = {
     "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student",
-    "batch": 16, "threads": 1,
+    "batch": 16, "threads": 1, "eval_every": 100,
 }  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def test_every_strategy_trains(tmp_path, monkeypatch, strategy):
     monkeypatch.setattr(scoring, "VIEWS", 256)
     extra = {"teacher_crops": 8} if strategy == "fix/ic_ens" else {}
     outcome = funmatch.distill(
-        out=tmp_path / "run", steps=40, lr=8e-3, strategy=strategy, eval_every=20, **extra, **MINI
+        out=tmp_path / "run", steps=40, lr=8e-3, strategy=strategy, **MINI | extra | {"eval_every": 20}
     )
     lines = list(map(json.loads, (outcome.folder / "metrics.jsonl").read_text().splitlines()))
     first, last = (next(e for e in lines if e["event"] == "views" and e["step"] == step) for step in (20, 40))
