@@ -87,14 +87,14 @@ def test_tables_are_printed_without_json(funmatch, tmp_path):
 
 
 def test_demo_compares_labels_and_distillation(funmatch, tmp_path):
-    result = funmatch("demo", "--steps", "6", "--json", "--out", tmp_path / "demo")
+    result = funmatch("demo", "--steps", "2", "--json", "--out", tmp_path / "demo")
     metrics = json.loads(result.stdout)
     assert {"teacher", "labels", "student", "run", "report"} <= metrics.keys()
     assert metrics["teacher"]["top1"] > 0.87
     assert all(0 <= metrics[name]["top1"] <= 1 for name in ("labels", "student"))
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "labels" in page
-    table = funmatch("demo", "--steps", "6", "--out", tmp_path / "demo").stdout
+    table = funmatch("demo", "--steps", "2", "--out", tmp_path / "demo").stdout
     assert "function matching" in table
     assert "report:" in table
 

@@ -62,12 +62,13 @@ def call(*words):
         ("embed", "stranger", "fashion-mini"),
         pytest.param(("benchmark", "stranger", "--formats", "eager"), marks=pytest.mark.slow),
         ("distill", "stranger", "--quantize", "8", "--out", "new"),
-        ("finetune", "--data", FEW, "--model", "stranger", "--steps", "1", "--batch", "8", "--out", "tuned"),
+        ("finetune", "--data", "FEW", "--model", "stranger", "--steps", "1", "--batch", "8", "--out", "tuned"),
     ],
     ids=" ".join,
 )  # fmt: skip
 @pytest.mark.usefixtures("stranger")
 def test_no_command_calls_the_function_that_a_run_names(tmp_path, words):
+    words = (FEW if word == "FEW" else word for word in words)  # whose path is another in each process
     assert call(*words) in (0, 1, 2)
     assert not (tmp_path / "MARK").exists()
 
