@@ -10,7 +10,7 @@ import funmatch
 FUNCTIONS = [name for name in funmatch.__all__ if name[0].islower() and name[0] != "_"]
 
 
-SLOW = ("benchmark", "distill_several", "finetune", "tune")
+SLOW = ("benchmark", "distill_several", "finetune", "train", "tune")
 """Functions whose examples take seconds."""
 
 

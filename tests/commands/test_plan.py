@@ -15,6 +15,12 @@ TINY = {"data": (FEW,), "student": "fashion-mini-student", "threads": 1, "batch"
 TEACHER = {"teacher": ("fashion-mini-teacher",)}
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch) -> None:
+    """Measures few steps: no test here is of how long they take."""
+    monkeypatch.setattr(plan, "TIMED", 5)
+
+
 def test_parts_of_a_run_add_up_to_its_evaluations_and_checkpoints():
     config = Train(**TINY, steps=1050, eval_every=500, save_every=100, out="x")
     total = Parts(begin=10, step=0.5, evaluation=4, save=2, end=7).of_run(config)
