@@ -138,7 +138,7 @@ def test_a_report_opens_no_data_that_was_not_opened_before(stranger, images, cac
     assert sorted(cache_home.rglob("*")) == before
     # Images that were opened here before are drawn, unless a batch of them is too large.
     for side, drawn in ((32, True), (10**9, False)):
-        record["knobs"] |= {"data": ["fashion-mini"], "side": side}
+        record["knobs"] |= {"data": [FEW], "side": side}
         (stranger / "config.json").write_text(json.dumps(seal(record)))
         assert call("report", stranger) == 0
         assert ("data:image/png" in (stranger / "report.html").read_text()) == drawn
