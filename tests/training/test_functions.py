@@ -20,7 +20,7 @@ from funmatch.runtime import functions
 from funmatch.training import datasets
 
 CALL = {
-    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 8,
+    "data": FEW, "teacher": "fashion-mini-teacher", "student": "fashion-mini-student", "batch": 32,
     "threads": 1, "eval_every": 100, "log_every": 1, "save_every": 100, "compile": "off", "steps": 4,
 }  # fmt: skip
 
