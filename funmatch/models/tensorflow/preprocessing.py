@@ -247,7 +247,8 @@ def sided(size: tuple[int, int]) -> tuple[int | None, tuple[str, ...]]:
     height, width = size
     shape = f"{height} × {width} pixels"
     if height == width:
-        return height, (f"the original model is for images of {shape}, which is used as its image size",)
+        usage = "which is used as its image size unless --side says otherwise"
+        return height, (f"the original model is for images of {shape}, {usage}",)
     return None, (f"the original model is for images of {shape}; here images are square, so pass --side",)
 
 
