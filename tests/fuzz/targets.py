@@ -5,6 +5,7 @@ import random
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from funmatch import config
 from funmatch.argv import parse_options
 from funmatch.commands import tape as tape_command
 from funmatch.commands.study import results, spec
+from funmatch.commands.tune import search
 from funmatch.config.sources.files import read_options
 from funmatch.data.dataset import read_class_file
 from funmatch.data.readers.open import open_dataset
@@ -25,6 +27,7 @@ from funmatch.models.keras import network
 from funmatch.models.load import load
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
 from funmatch.reports import run_page, run_tables
+from funmatch.runtime.disk.checksums import MANIFEST, verify_folder, write_manifest
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.state import read_state
 
@@ -220,6 +223,55 @@ def model_config(folder: Path) -> Case:
     return _file(place / "config.json", mutate_json, lambda path: load(f"local-dir:{path.parent}"))
 
 
+def table_paths(folder: Path) -> Case:
+    """Names odd files in a table of the Hugging Face library, or damages the table."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    table, image = folder / "x.parquet", _begin(folder / "x.png", seeds.png())
+    names = (
+        str(image), "x.png", "../secret.png", "/etc/passwd", "~/x.png", "file:///etc/passwd", "http://127.0.0.1:9/x",
+        f"zip://x.png::{image}", "hf://datasets/a/b/x.png", "", ".", "\x00", "a" * 300, "x\n.png", "C:\\x", str(folder),
+        "/dev/null", "/proc/self/mem",
+    )  # fmt: skip
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = folder / "hub"
+
+    def run(rng: random.Random) -> None:
+        cells = [{"path": rng.choice(names), "bytes": seeds.png() if rng.random() < 0.3 else None} for _ in range(3)]
+        rows = {"image": cells, "label": [0, 1, 0]}
+        parquet.write_table(pyarrow.table(rows, schema=features.arrow_schema), table)
+        if rng.random() < 0.3:
+            table.write_bytes(mutate_bytes(table.read_bytes(), rng))
+        shutil.rmtree(folder / "hub", ignore_errors=True)
+        found = open_dataset(f"hf:{table}")
+        for name, split in found.splits.items():
+            for i in range(len(split)):
+                with suppress(ValueError):  # an image that cannot be read is reported with its reason
+                    found.read(name, i)
+
+    return run
+
+
+def manifest(folder: Path) -> Case:
+    """Damages the checksums of a checkpoint, and compares them."""
+    (folder / "state.json").write_text("{}")
+    write_manifest(folder)
+    return _file(folder / MANIFEST, mutate_json, lambda path: verify_folder(path.parent))
+
+
+def search_record(folder: Path) -> Case:
+    """Damages the record of a search, and reads it."""
+    record = {
+        "format": 1, "verb": "distill", "knobs": {"lr": 0.1}, "space": {"lr": "0.1,0.2"}, "search": {"trials": 2},
+        "storage": "journal.log", "name": "s", "data": "d", "id": "i",
+    }  # fmt: skip
+    path = _begin(folder / "study.json", json.dumps(record).encode())
+    return _file(path, mutate_json, lambda path: search.record_folder(path.parent).read())
+
+
 def command_line(_: Path) -> Case:
     """Gives options of a command odd values."""
 
@@ -310,6 +362,9 @@ TARGETS = (
     Target("study", study),
     Target("study-results", _results),
     Target("model-config", model_config, is_fast=False),
+    Target("table-paths", table_paths, is_fast=False),
+    Target("manifest", manifest),
+    Target("search-record", search_record),
     Target("command-line", command_line, is_fast=False),
     Target("config-file", config_file),
     Target("pages", pages, is_fast=False),
