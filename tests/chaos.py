@@ -52,7 +52,8 @@ steps = 30
 MOST_KILLS = 3
 """Kills of a command before it is left alone, at most."""
 TIMED = {
-    "seconds", "images_per_second", "run", "checksum", "measured", "date", "started", "machine", "log_bytes", "log_crc", "id",
+    "seconds", "images_per_second", "run", "checksum", "measured", "date", "started", "machine", "log_bytes", "log_crc",
+    "id",
 }  # fmt: skip
 """Keys of values that differ between two runs of the same command."""
 DRAWN = (".html", ".svg", ".log", ".sqlite3", ".db", ".txt", ".md")
