@@ -110,7 +110,12 @@ def test_run_has_its_page_in_its_folder_and_its_report_links_it(data, tmp_path):
     before = (out / "evaluation.html").stat().st_mtime_ns
     assert "report" not in funmatch.evaluate(out, report="none")
     assert (out / "evaluation.html").stat().st_mtime_ns == before
+    assert "report" in funmatch.evaluate(out)
+    assert (out / "evaluation.html").stat().st_mtime_ns == before, "the same page is not written again"
+    page = (out / "evaluation.html").read_text()
+    (out / "evaluation.html").write_text("of another evaluation")
     assert "report" in funmatch.evaluate(out), "the run's own page is replaced"
+    assert (out / "evaluation.html").read_text() == page
     write_page(Report(runs=(out,)))
     assert '<a href="evaluation.html">' in (out / "report.html").read_text()
 

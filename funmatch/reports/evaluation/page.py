@@ -99,7 +99,9 @@ def _write(page: Path, config: Evaluate, found: Evaluation, metrics: dict[str, A
     """Writes the page; returns None where a run's folder cannot be written, which was not requested."""
     html = render(found, metrics)
     try:
-        write_atomically(page, html)
+        # An evaluation that is repeated leaves the run as it was.
+        if not page.is_file() or page.read_bytes() != html.encode(errors="surrogateescape"):
+            write_atomically(page, html)
     except OSError as error:
         if config.report:
             raise
