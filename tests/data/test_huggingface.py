@@ -54,6 +54,15 @@ def test_folder_of_parquet_splits_and_saved_dataset_are_read(tmp_path):
     assert [source.read("test", i) for i in range(4)] == test_images
 
 
+def test_each_column_has_its_own_images_in_the_cache(tmp_path):
+    rows, images = table(tmp_path)
+    other = [{"bytes": each, "path": None} for each in reversed(images)]
+    rows.add_column("other", other).to_parquet(tmp_path / "a.parquet")
+    spec = f"hf:{tmp_path}/a.parquet"
+    keys = [open_cache(spec, ReadOptions(image_feature=each)).key for each in (None, "other", "image")]
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_image_and_label_columns_can_be_chosen(tmp_path):
     rows, _ = table(tmp_path, kind=["x", "z", "y"] * 2, number=[3, 1, 2] * 2)
     rows.to_parquet(tmp_path / "a.parquet")

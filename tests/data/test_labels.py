@@ -100,6 +100,13 @@ def test_one_of_several_features_is_told(tmp_path, jpegs):
     assert "the image is read from jpg, not png" in found.notes[0]
 
 
+def test_each_feature_has_its_own_images_in_the_cache(tmp_path, jpegs):
+    pairs = zip(jpegs[:3], jpegs[3:], strict=True)
+    spec = write(tmp_path, [record(image=one, other=two, **{"class": 0}) for one, two in pairs])
+    keys = [open_cache(spec, ReadOptions(image_feature=each)).key for each in (None, "other", "image")]
+    assert keys[0] == keys[2] != keys[1]
+
+
 FLOATS = [0.0, 2.0, 1.0]
 
 

@@ -3,10 +3,11 @@
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from funmatch.data.dataset import Dataset, ReadOptions, Track, read_file, sort_splits, untracked
+from funmatch.data.dataset import Dataset, ReadOptions, SplitListing, Track, read_file, sort_splits, untracked
 from funmatch.data.readers.shard_paths import splits_of
 from funmatch.data.readers.split_names import SPLIT_NAMES, says_split
 from funmatch.data.readers.table_labels import read_labels
@@ -46,7 +47,10 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
     image, notes = _image_column(datasets, next(iter(tables.values())).features, spec, options)
     labels = read_labels(datasets, f"hf:{spec}", tables, options)
     encoded = {name: _encoded(datasets, table, spec, image) for name, table in tables.items()}
-
+    splits = labels.splits
+    if options.image_feature:
+        # Scans are kept by the names of images: with another column, the same row is another image.
+        splits = {split: _named(listing, image) for split, listing in splits.items()}
     inside = _allowed_folders(datasets, spec)
 
     def read(split: str, index: int) -> bytes:
@@ -61,9 +65,13 @@ def open_hub(spec: str, options: ReadOptions, track: Track = untracked) -> Datas
     unread = [name for name, table in loaded.items() if all(table is not each for each in tables.values())]
     notes += [f"hf:{spec}: splits that are not read: {', '.join(unread)}"] if unread else []
     return Dataset(
-        name, labels.classes, sort_splits(labels.splits), read, watched, location=shown, lacking=labels.lacking,
+        name, labels.classes, sort_splits(splits), read, watched, location=shown, lacking=labels.lacking,
         unnamed=labels.unnamed, notes=(*notes, *labels.notes),
     )  # fmt: skip
+
+
+def _named(listing: SplitListing, column: str) -> SplitListing:
+    return replace(listing, names=[f"{name} ({column})" for name in listing.names])
 
 
 def _watched(tables: dict[str, Any], spec: str, options: ReadOptions) -> list[str]:

@@ -47,7 +47,9 @@ def open_tfrecords(pattern: str, options: ReadOptions, track: Track = untracked)
             if lacking:
                 # No error yet: a whole split may be published without labels.
                 oddities.unlabelled.setdefault(path, f"record {number}: {lacking}")
-            shard_records.append(Record(start + a, b - a, value, number))
+            # Scans are kept by the names of images: with another feature, the same record is another image.
+            name = f"{number} ({image})" if options.image_feature else number
+            shard_records.append(Record(start + a, b - a, value, name))
         if (counted := COUNTED.search(path.name)) and int(counted[2]) != len(shard_records):
             raise DamagedRecord(f"has {len(shard_records)} records, but its name says {int(counted[2])}")
         return shard_records
