@@ -44,7 +44,8 @@ WIDTHS = {50: (1, 3), 101: (1, 3), 152: (2, 4)}
 GROUPS = 32  # of GroupNorm
 STEM = "root_block/standardized_conv2d/kernel"
 HEAD = "head/kernel"
-NOT_WEIGHTS = ("opt/", "extra/", "chrono/")  # big_vision's training state, beside `params/`
+# Training state beside the weights, as big_vision and flax save it: the optimizer's copies have the same names.
+STATE = re.compile(r"(^|/)((opt|opt_state|optimizer/state|extra|chrono)/|step$)")
 
 # big_vision's names and the canonical ones, applied in this order.
 RENAMED = (
@@ -204,7 +205,7 @@ def canonical(names: list[str], where: str) -> dict[str, str]:
     roots = [
         name for name in names if re.search(r"(^|/)root_block/(conv_root|standardized_conv2d(_\d+)?)/kernel$", name)
     ]
-    roots = [name for name in roots if not name.startswith(NOT_WEIGHTS)]
+    roots = [name for name in roots if not STATE.search(name)]
     if len(roots) != 1:
         present = f"{', '.join(sorted(names)[:3])}, …" if names else "nothing"
         raise InputError(
@@ -214,7 +215,7 @@ def canonical(names: list[str], where: str) -> dict[str, str]:
     originals: dict[str, str] = {}
     for name in names:
         # The optimizer's state and counters: `fill` would refuse the file for holding more than the network.
-        if prefix.startswith("params/") and name.startswith(NOT_WEIGHTS):
+        if STATE.search(name):
             continue
         inner = name.removeprefix(prefix)
         for pattern, new in RENAMED:

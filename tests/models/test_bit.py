@@ -174,6 +174,23 @@ def test_both_layouts_give_the_published_logits(tmp_path, weights, expected, lay
     assert (asked.alternatives, asked.notes) == ((), ())
 
 
+@pytest.mark.parametrize(
+    ("prefix", "state"),
+    [
+        ("", ("opt/0/mu/{}", "opt/0/count", "extra/step")),
+        ("params/", ("opt/0/mu/{}", "opt/0/nu/{}", "chrono/accum_train_time")),
+        ("model/params/", ("model/opt_state/0/trace/{}", "model/step")),
+        ("optimizer/target/", ("optimizer/state/param_states/{}/momentum", "optimizer/state/step")),
+    ],
+)
+def test_training_state_beside_the_weights_is_left_out(prefix, state):
+    names = ["root_block/conv_root/kernel", "block1/unit01/conv1/kernel", "head/bias"]
+    beside = [each.format(name) for each in state for name in names]
+    assert [*bit.canonical([prefix + each for each in names] + beside, "here").values()] == [
+        prefix + each for each in names
+    ]
+
+
 def test_network_with_the_padding_of_big_vision_is_saved_and_loads_again(tmp_path, weights, expected, capsys):
     path, out = tmp_path / "w.npz", tmp_path / "out"
     np.savez(path, **as_second_layout(weights))

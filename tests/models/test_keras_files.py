@@ -223,6 +223,7 @@ def test_other_networks_of_keras_are_named(kind, tmp_path):
     path = tmp_path / "net.h5"
     path.write_bytes(hdf5_file({name: np.ones((3, 3), np.float32) for name in OTHERS[kind]}))
     message = f"{kind} of Keras, and of such files BiT networks alone" if kind else "no recognizable BiT network"
+    message += ".*write a function that returns it as a torch.nn.Module"
     with pytest.raises(InputError, match=message):
         load(str(path))
 

@@ -16,6 +16,10 @@ BODY = re.compile(
 NUMBERED = r"(standardized_conv2d|group_norm)_\d+/"
 PLACES = {"gamma": "group_norm/gamma", "beta": "group_norm/beta", "kernel": "standardized_conv2d/kernel"}
 SAVE_AGAIN = "in TensorFlow, load the model and save that network alone with tf.saved_model.save(network, folder)"
+OWN_FUNCTION = (
+    "write a function that returns it as a torch.nn.Module, by Keras on PyTorch or from ONNX (docs/models.md, "
+    '"Other networks of Keras"), and pass package.module:function'
+)
 UNIT = {"_unit_a": "a", "_unit_a_conv": "a", "_unit_b": "b", "_unit_c": "c", "_proj": "a/proj"}
 """Attributes of the units of `bit_tf2.models.ResnetV2`, with the names of their variables."""
 
@@ -138,14 +142,11 @@ def no_network(where: str, names: Iterable[str]) -> InputError:
     """
     names = list(names)
     if kind := other_network(names):
-        return InputError(
-            f"{where} is {kind} of Keras, and of such files BiT networks alone are read; write a function that returns "
-            'it as a torch.nn.Module, by Keras on PyTorch or from ONNX (docs/models.md, "Other networks of Keras"), '
-            "and pass package.module:function"
-        )
+        return InputError(f"{where} is {kind} of Keras, and of such files BiT networks alone are read; {OWN_FUNCTION}")
     return InputError(
         f"{where} has no recognizable BiT network; its variables are {some(names)}; expected a module of "
-        f"TensorFlow Hub with a Dense head, or a bit_tf2.models.ResnetV2; if it is one, {SAVE_AGAIN}"
+        f"TensorFlow Hub with a Dense head, or a bit_tf2.models.ResnetV2; if it holds one, {SAVE_AGAIN}; of any other "
+        f"network, {OWN_FUNCTION}"
     )
 
 
