@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 SAY = echo "lint and types: $$lint; tests: $$tests"; [ "$$lint$$tests" = okok ]
 
-.PHONY: demo test test-slow test-floors test-newest lint pins notebooks clean
+.PHONY: demo test test-slow test-floors test-newest parity lint pins notebooks clean
 
 demo: $(VENV)/installed
 	$(BIN)/funmatch demo
@@ -37,6 +37,14 @@ test-newest:
 	@$(MAKE) -s VENV=.venv-newest VERSIONS=newest .venv-newest/installed-test
 	$(PYTEST) -m "not slow"
 
+# Our numbers beside those of TensorFlow, JAX, flax and optax, in an environment of their own; writes the table.
+parity: BIN := .venv-parity/bin
+parity:
+	@$(MAKE) -s VENV=.venv-parity .venv-parity/installed-parity
+	FUNMATCH_PARITY_TABLE=benchmarks/results/parity-cpu.md TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest -m slow \
+	tests/parity tests/models/test_savedmodel.py tests/models/test_keras_files.py tests/data/test_tensorflow.py \
+	tests/shipping/test_tensorflow_export.py
+
 lint: $(VENV)/installed-test
 	@code=0; \
 	$(BIN)/ruff format --check . || code=1; \
@@ -56,6 +64,10 @@ $(VENV)/installed-test: pyproject.toml constraints.txt scripts/install.py | $(VE
 	@$(BIN)/python scripts/install.py --versions $(VERSIONS) --extras test
 	@touch $(VENV)/installed $@
 
+$(VENV)/installed-parity: tests/parity/requirements.txt $(VENV)/installed-test
+	@$(BIN)/python -m pip install -q -r tests/parity/requirements.txt
+	@touch $@
+
 # The newest versions of everything into constraints.txt, and of the tools that check into pyproject.toml.
 pins:
 	@test -x .venv-pins/bin/uv || { $(PYTHON) -m venv .venv-pins && .venv-pins/bin/python -m pip install -qq uv packaging; }
@@ -66,4 +78,4 @@ notebooks: $(VENV)/installed-test
 	$(BIN)/python scripts/notebooks.py --run
 
 clean:
-	rm -rf .venv .venv-floors .venv-newest .venv-pins
+	rm -rf .venv .venv-parity .venv-floors .venv-newest .venv-pins
