@@ -213,6 +213,12 @@ def test_checksums_of_the_server_are_compared(web_files: WebServer, tmp_path, jp
     with pytest.raises(InputError, match=r"arrived damaged \(its (MD5|SHA256) is"):
         opened(f"wds:{web_files.address}/train.tar")
     assert not [*(tmp_path / "cache").rglob("train.tar")]
+    # Of a file that was unpacked on the way, the checksum is that of another one.
+    web_files.more["x-goog-stored-content-encoding"] = "gzip"
+    web_files.more[way] = shape.format(wrong if way == "x-goog-hash" else right)
+    opened(f"wds:{web_files.address}/train.tar")
+    ask_again()
+    web_files.more["x-goog-stored-content-encoding"] = "identity"
     web_files.more[way] = shape.format(right)
     opened(f"wds:{web_files.address}/train.tar")
 
@@ -298,6 +304,22 @@ def test_redirects_are_followed_by_name_and_without_credentials(web_files: WebSe
     ask_again()
     with pytest.raises(InputError, match=r"leads to ftp://elsewhere/train\.tar, which is not encrypted; if you trust"):
         opened(f"wds:{address}/train.tar")
+
+
+def test_redirects_that_lead_to_no_file_are_one_sentence(web_files: WebServer):
+    for path, (place, message) in {
+        "/file.tar": (
+            "file:///etc/passwd?token=abcdef",
+            r"leads to file:///etc/passwd.*, which is not on a web server",
+        ),
+        "/circle.tar": ("/circle.tar", r"in a circle or more than 5 times; the last one leads to /circle\.tar; maybe"),
+        "/nowhere.tar": ("", r"leads elsewhere without saying where \(302 Found\); check it"),
+    }.items():
+        web_files.redirects[path] = place
+        with pytest.raises(InputError, match=message) as raised:
+            opened(f"wds:{web_files.address}{path}")
+        assert "\n" not in str(raised.value)
+        assert "abcdef" not in str(raised.value)
 
 
 def test_a_public_server_may_not_lead_into_this_network(monkeypatch):

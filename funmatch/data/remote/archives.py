@@ -86,7 +86,17 @@ def _extract(path: Path, folder: Path, shown: str) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno and error.errno not in OF_ARCHIVE:
             raise
-        raise InputError(f"{shown} is not a complete archive ({first_line(error)}); pass another address") from None
+        # What tarfile says of a file that no archive begins like is a list of what it has tried.
+        why = "neither a whole zip nor a tar" if isinstance(error, tarfile.ReadError) and _is_none(path) else first_line(error)
+        raise InputError(
+            f"{shown} is not a complete archive ({why}); if a browser downloads one there, pass its address, or unpack "
+            "it yourself and pass the folder"
+        ) from None
+
+
+def _is_none(path: Path) -> bool:
+    """Returns whether a file has no members that could be found, neither as a zip nor as a tar of any compression."""
+    return not (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
 
 
 def _members(path: Path, shown: str) -> Iterator[tuple[str, IO[bytes]]]:

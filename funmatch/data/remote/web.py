@@ -25,6 +25,7 @@ TIMEOUT_SECONDS = 30.0
 """Seconds without a byte after which a connection counts as broken."""
 BLOCK = 1 << 20
 REDIRECTS = 5
+REDIRECTED = (301, 302, 303, 307, 308)
 LOOKUPS = 16
 """Files that are looked up at a time."""
 HUB = "huggingface.co"
@@ -120,8 +121,11 @@ def _describe(address: str, response: Any) -> RemoteObject:
 
 def _digests(headers: http.client.HTTPMessage) -> dict[str, str]:
     """Returns checksums of the whole file; a response of a part says those, too."""
-    # x-goog-hash is Google Cloud Storage's own header; Repr-Digest is the standard's (RFC 9530).
-    lines = [*(headers.get_all("x-goog-hash") or []), headers.get("Repr-Digest", "")]
+    # x-goog-hash is Google Cloud Storage's own header; Repr-Digest is the standard's (RFC 9530). The first is of the
+    # file as it is stored there, and says nothing of one that the server unpacks on the way.
+    stored, sent = (headers.get(f"{each}Content-Encoding", "identity") for each in ("x-goog-stored-", ""))
+    lines = (headers.get_all("x-goog-hash") or []) if stored == sent else []
+    lines = [*lines, headers.get("Repr-Digest", "")]
     announced = [item.strip().partition("=") for line in lines for item in line.split(",")]
     names, found = {"md5": "md5", "sha-256": "sha256"}, {}
     for name, _, value in announced:
@@ -185,7 +189,7 @@ def _open(address: str, headers: dict[str, str]) -> Any:
 
 
 def _refusal(address: str, error: urllib.error.HTTPError) -> Exception:
-    shown, said = hide_secrets(address), f"{error.code} {error.reason}".strip()
+    shown, said = hide_secrets(address), f"{error.code} {first_line(error.reason)}".strip()
     if error.code in (401, 403, 407):
         host = urlsplit(address).hostname
         return InputError(
@@ -194,6 +198,17 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> Exception:
         )
     if error.code in (404, 410):
         return InputError(f"{shown}: there is no such file ({said}); check the address")
+    if error.code in REDIRECTED:
+        place = error.headers.get("Location", "")
+        if not place:
+            return InputError(f"{shown} cannot be read: it leads elsewhere without saying where ({said}); check it")
+        where = f"leads to {hide_secrets(place.partition("?")[0])}"
+        if urlsplit(place).scheme not in ("", "http", "https"):
+            return InputError(f"{shown} {where}, which is not on a web server; pass another address")
+        return InputError(
+            f"{shown} leads from one address to the next, in a circle or more than {REDIRECTS} times; the last one "
+            f"{where}; maybe it needs a login; pass the address of the file itself"
+        )
     if error.code in (408, 425, 429) or error.code >= 500:
         return Unreachable(said)
     return InputError(f"{shown} cannot be read: {said}")
