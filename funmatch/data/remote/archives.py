@@ -87,7 +87,11 @@ def _extract(path: Path, folder: Path, shown: str) -> None:
         if isinstance(error, OSError) and error.errno and error.errno not in OF_ARCHIVE:
             raise
         # What tarfile says of a file that no archive begins like is a list of what it has tried.
-        why = "neither a whole zip nor a tar" if isinstance(error, tarfile.ReadError) and _is_none(path) else first_line(error)
+        why = (
+            "neither a whole zip nor a tar"
+            if isinstance(error, tarfile.ReadError) and _is_none(path)
+            else first_line(error)
+        )
         raise InputError(
             f"{shown} is not a complete archive ({why}); if a browser downloads one there, pass its address, or unpack "
             "it yourself and pass the folder"

@@ -202,7 +202,7 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> Exception:
         place = error.headers.get("Location", "")
         if not place:
             return InputError(f"{shown} cannot be read: it leads elsewhere without saying where ({said}); check it")
-        where = f"leads to {hide_secrets(place.partition("?")[0])}"
+        where = f"leads to {hide_secrets(place.partition('?')[0])}"
         if urlsplit(place).scheme not in ("", "http", "https"):
             return InputError(f"{shown} {where}, which is not on a web server; pass another address")
         return InputError(
