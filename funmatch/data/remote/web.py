@@ -189,7 +189,7 @@ def _open(address: str, headers: dict[str, str]) -> Any:
 
 
 def _refusal(address: str, error: urllib.error.HTTPError) -> Exception:
-    shown, said = hide_secrets(address), f"{error.code} {first_line(error.reason)}".strip()
+    shown, said = hide_secrets(address), f"{error.code} {error.reason}".strip().partition("\n")[0]
     if error.code in (401, 403, 407):
         host = urlsplit(address).hostname
         return InputError(
@@ -201,7 +201,7 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> Exception:
     if error.code in REDIRECTED:
         place = error.headers.get("Location", "")
         if not place:
-            return InputError(f"{shown} cannot be read: it leads elsewhere without saying where ({said}); check it")
+            return InputError(f"{shown} cannot be read: it leads elsewhere without saying where; check it")
         where = f"leads to {hide_secrets(place.partition('?')[0])}"
         if urlsplit(place).scheme not in ("", "http", "https"):
             return InputError(f"{shown} {where}, which is not on a web server; pass another address")
