@@ -19,6 +19,7 @@ from funmatch.config import Import
 from funmatch.errors import InputError
 from funmatch.models import bit
 from funmatch.models.bit import PUBLISHED_EPS, TIMM_EPS, rescale_for_timm
+from funmatch.models.inference.fold import bit_for_timm
 from funmatch.models.load import load
 from funmatch.models.origins.find import find_origin
 from funmatch.models.save import save
@@ -197,8 +198,18 @@ def test_network_with_the_padding_of_big_vision_is_saved_and_loads_again(tmp_pat
     import_model(Import(model=str(path), out=out))
     shown = capsys.readouterr().err
     assert "padded with -inf, as by big_vision, whose layout the file has" in shown
-    assert "timm has no network with this padding; only funmatch can load this folder" in shown
+    assert (
+        "timm has no network with this padding; only funmatch can load this folder (export --format timm folds it)"
+        in shown
+    )
     assert_same(load(str(out)), expected["-inf"])
+    # Folded, it is a network that timm has.
+    folded = bit_for_timm(load(str(out)))
+    (tmp_path / "timm").mkdir()
+    save(folded, tmp_path / "timm", card=folded.card, about={})
+    with torch.inference_mode():
+        found = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()(images() * 2 - 1)
+    assert (found - expected["-inf"]).abs().max() <= 1e-4 * expected["-inf"].abs().max()
     # What is saved again, and what gets another head, keeps it.
     (tmp_path / "again").mkdir()
     model = load(str(out), classes=3)

@@ -51,7 +51,10 @@ def import_model(config: Import) -> Result:
     info_notes(config.model, [*model.notes, *card.side_notes])
     if model.function == bit.OWN:
         reason = "with this padding" if model.options.get(bit.PADDING) == "-inf" else "of this size"
-        info_notes(str(out), [f"timm has no network {reason}; only funmatch can load this folder"])
+        info_notes(
+            str(out),
+            [f"timm has no network {reason}; only funmatch can load this folder (export --format timm folds it)"],
+        )
     metrics = {
         "out": str(out),
         "model": config.model,

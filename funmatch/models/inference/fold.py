@@ -4,6 +4,7 @@ A frozen network's weight standardization gives the same kernel every time, and 
 which the convolution before it can apply itself.
 """
 
+import copy
 import warnings
 from typing import Any
 
@@ -14,6 +15,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.utils.model import reparameterize_model
 from torch import Tensor, fx, nn
+
+from funmatch.models import bit, timm_models
+from funmatch.models.classifier import Classifier
 
 STANDARDIZING = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
@@ -66,6 +70,23 @@ def to_plain_conv(conv: Any) -> nn.Conv2d:
     plain.weight = nn.Parameter(kernel, requires_grad=False)
     plain.bias = conv.bias
     return plain.train(conv.training)
+
+
+def bit_for_timm(classifier: Classifier) -> Classifier:
+    """Returns a BiT network that timm cannot build (`bit.OWN`) as one that it can: its kernels standardised once.
+
+    timm's `resnetv2_50d_gn` has plain convolutions, and takes sizes and stem as arguments.
+    """
+    plain, options = copy.deepcopy(classifier.net), {**classifier.options}
+    for name, conv in [*plain.named_modules()]:
+        if isinstance(conv, StdConv2d):
+            plain.set_submodule(name, to_plain_conv(conv))
+    width, stem = options.pop("width"), bit.STEM_TYPES[options.pop(bit.PADDING, "zeros")]
+    options |= {"layers": [*options.pop("units")], "channels": [4 * width << block for block in range(4)]}
+    options |= {"stem_chs": width, "stem_type": stem, "avg_down": False}
+    net = timm_models.create("resnetv2_50d_gn", {**options, "num_classes": classifier.num_classes})
+    net.load_state_dict(plain.state_dict())
+    return Classifier(net, classifier.card, options, classifier.num_classes)
 
 
 class _Tracer(fx.Tracer):

@@ -17,7 +17,9 @@ import torch
 
 from funmatch.config import Export
 from funmatch.errors import InputError
+from funmatch.models import bit
 from funmatch.models.classifier import crop_fraction
+from funmatch.models.inference.fold import bit_for_timm
 from funmatch.models.save import save
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.shipping.export import sidecars, tensorflow
@@ -140,6 +142,8 @@ def _write_openvino(job: Job, folder: Path) -> None:
 def _write_timm(job: Job, folder: Path) -> None:
     model, how = job.model, job.model.preprocessing
     classifier = copy.deepcopy(model.classifier)  # saving may scale its kernels
+    if classifier.function == bit.OWN:
+        classifier = bit_for_timm(classifier)
     fraction = crop_fraction(how.side, how.short_side)
     card = replace(
         classifier.card, side=how.side, crop_fraction=fraction, classes=classifier.card.classes, squash=how.squash,
@@ -153,7 +157,7 @@ def _open_timm(job: Job, folder: Path) -> Runtime:
     import timm
 
     place = folder / "timm"
-    if job.model.classifier.function:
+    if job.model.classifier.function not in (None, bit.OWN):
         raise InputError(f"{job.model.name} is not a network of timm, which cannot load it; choose other formats")
     net = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
     mean, std = (np.array(each, np.float32).reshape(-1, 1, 1) for each in
