@@ -84,7 +84,9 @@ def test_file_overrides_the_recipe():
     again, _ = read("distill pet37-fast --config r.toml --temperature 3")
     assert again == options
     assert read("distill pet37-fast --config run.toml --out o")[0].student == "fashion-mini-student"
+    # A search beside the run, not in its folder; a plan is that of the run itself.
     assert read("tune distill --config r.toml --space lr=1,2")[0].out == Path("runs/tune-pet37-fast")
+    assert read("plan pet37-fast")[0].out == Path("runs/pet37-fast")
 
 
 def test_all_types_of_values_are_read(tmp_path):

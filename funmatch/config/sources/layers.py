@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from funmatch.config import TAUGHT, recipes
+from funmatch.config import SEARCHED, recipes
 from funmatch.config.options import Options, replaced_by
 from funmatch.config.sources.continued import continued_options
 from funmatch.config.sources.files import read_options
@@ -73,7 +73,7 @@ def layers_below(
         chosen = recipes.find(recipe, verb)
         # A file's options replace a recipe's as the user's do: only one of the two is left.
         values |= chosen.over({*names, *own})
-        if table not in TAUGHT.values() and "out" in values:
+        if table in SEARCHED.values() and "out" in values:
             values["out"] = values["out"].with_name(f"tune-{recipe}")  # the recipe's own is a run's
         sources |= dict.fromkeys(values, f"recipe {recipe}")
     # The file last: it counts more than the recipe.
