@@ -172,7 +172,7 @@ def test_bf16_momentum_equals_its_equation(tmp_path):
         mean = (0.8984375 * m.float()).bfloat16().double() + 0.1 * g.double()
         v = 0.999 * v + 0.001 * g.double() ** 2
         w = w - 0.1 * (mean / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-        m = optimizer.state[model.weight]["exp_avg"]
+        m = optimizer.state[model.weight]["exp_avg"].clone()  # updated in place
         assert m.dtype == torch.bfloat16
         assert torch.equal(m, mean.bfloat16())
         torch.testing.assert_close(model.weight.detach().double(), w, rtol=1e-5, atol=1e-6)

@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line, unknown
+from funmatch.ops.optim.adamw import AdamW
 from funmatch.ops.optim.shampoo import Shampoo
 from funmatch.ops.optim.shampoo_blocks import ShardedMap, map_locally
 from funmatch.ops.optim.updates import decayed_parameters
@@ -202,49 +203,6 @@ def _decay_(
         with torch.no_grad():
             # The schedule has set the group's rate to lr · s, and share is weight_decay / lr: 1 − s · weight_decay.
             torch._foreach_mul_(updated, 1 - optimizer.param_groups[0]["lr"] * share)
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW with the mean of the gradients in bf16, as in the paper's code (optax's `mu_dtype`).
-
-    The stored mean, β₁ and their product are rounded; the gradient's share is added to it in float32.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes one step."""
-        stored: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        for group in self.param_groups:
-            beta = group["betas"][0]
-            rounded = float(torch.tensor(beta, dtype=torch.bfloat16))
-            for parameter in group["params"]:
-                if slots := self.state.get(parameter):
-                    faded = (slots["exp_avg"] * rounded).float()
-                    stored[parameter] = slots["exp_avg"], faded
-                    # Divided by β₁, with which the step will multiply it.
-                    slots["exp_avg"] = faded / beta
-        loss = super().step(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if slots := self.state.get(parameter):
-                    slots["exp_avg"] = self._mean(parameter, 1 - group["betas"][0], *stored.get(parameter, (None, 0.0)))
-        return loss
-
-    def _mean(self, parameter: Tensor, share: float, before: Tensor | None, faded: Tensor | float) -> Tensor:
-        """Returns the mean to store after a step, given the one before and what is left of it.
-
-        Computed again, in optax's own order: a last bit of float32 decides now and then how bf16 is rounded.
-        """
-        if parameter.grad is None:
-            return before if before is not None else self.state[parameter]["exp_avg"].bfloat16()
-        after = (parameter.grad * share + faded).bfloat16()
-        # A step whose fp16 gradients overflowed is none, and changes no mean.
-        overflowed = getattr(self, "found_inf", None)
-        if overflowed is None:
-            return after
-        return torch.where(
-            overflowed.to(after.device) > 0, torch.zeros_like(after) if before is None else before, after
-        )
 
 
 def _adamw(groups: Groups, lr: float, _momentum: float, dtype: str = "fp32", **options: Any) -> torch.optim.Optimizer:
