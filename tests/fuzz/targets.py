@@ -86,7 +86,7 @@ def _read_shard(path: Path) -> None:
 
 
 def _read_npz(path: Path) -> None:
-    _, _, state = bit.read_npz(path)
+    _, _, state, _ = bit.read_npz(path)
     for name in {"stem.conv.weight", "norm.weight", "norm.bias"} & {*state}:
         np.asarray(state[name])
 
