@@ -17,7 +17,9 @@ from funmatch.commands.tune import summary
 from funmatch.data.cache import check
 from funmatch.data.cache.ledger import ENTRY
 from funmatch.errors import InputError
-from funmatch.models import class_map, origins
+from funmatch.models import class_map
+from funmatch.models.origins import folders
+from funmatch.models.origins.find import find_origin
 from funmatch.reports import run_tables, study_page, tune_page
 from funmatch.runtime.disk.json_files import Damaged, parse_json, seal
 from funmatch.training.run import checkpoint, compare, state
@@ -260,8 +262,8 @@ def test_damaged_records_are_refused(tmp_path, old_run, old_cache):
     attack(folder / "tape.json", lambda: tape.find_tape(folder).counts(), 60)
     attack(old_cache / "meta.json", lambda: check.is_complete(old_cache))
     config = old_run / "student" / "config.json"
-    attack(config, lambda: origins.find_origin(str(old_run), {}, weights=None, side=None, inputs=None), 60)
-    attack(config, lambda: origins._read_card(config))
+    attack(config, lambda: find_origin(str(old_run), {}, weights=None, side=None, inputs=None), 60)
+    attack(config, lambda: folders._read_card(config))
     names = tmp_path / "map.json"
     names.write_text('{"cat": "tabby", "dog": ["n02085620", 152]}')
     attack(names, lambda: class_map.read_class_map(names))
