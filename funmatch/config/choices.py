@@ -18,6 +18,10 @@ CROP_RATIO = (3 / 4, 4 / 3)
 """Bounds of width / height of Inception crops, in runs and tapes that do not say them."""
 RESAMPLED_BEFORE: Resample = "tf"
 """How images were resized by runs, tapes and students that do not say it: there was no choice yet."""
+Fit = Literal["squash", "keep"]
+"""How images of shards are resized to a side: to a square, or the shorter side with the aspect kept."""
+ShardResample = Literal["antialias", "bicubic", "tf"]
+"""The methods of `Resample` by which images of shards are resized."""
 TeacherInput = Literal["same", "own", "whole", "central", "ensemble"]
 
 

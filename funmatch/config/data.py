@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from funmatch.config.choices import Fit, ShardResample
 from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
 from funmatch.config.options import Options
 from funmatch.config.values import Names, Share
@@ -118,10 +119,10 @@ class Prepare(Named):
             aliases=("--img-size",)),
     ] = None  # fmt: skip
     """Resize the images of the shards to this many pixels a side: to a square, unless --fit keep."""
-    fit: Annotated[Literal["squash", "keep"], Opt(group=Group.OUTPUT, changes=DATA)] = "squash"
+    fit: Annotated[Fit, Opt(group=Group.OUTPUT, changes=DATA)] = "squash"
     """How --side treats the aspect. squash: make every image a square, as the earlier TensorFlow project did with
     384. keep: make the shorter side that long and keep the aspect."""
-    resample: Annotated[Literal["antialias", "bicubic", "tf"], Opt(group=Group.OUTPUT, changes=DATA)] = "antialias"
+    resample: Annotated[ShardResample, Opt(group=Group.OUTPUT, changes=DATA)] = "antialias"
     """How --side resizes. antialias: bilinear with antialias, as Pillow. bicubic: bicubic with antialias. tf:
     bilinear without antialias, as tf.image.resize and so the earlier TensorFlow project."""
     shard_size: Annotated[int, Opt(group=Group.OUTPUT, changes=PLACE, at_least=1, at_most=10**6)] = 128

@@ -2,20 +2,18 @@
 
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
+from funmatch.config.choices import Fit, ShardResample
 from funmatch.data.cache.build import CacheOptions
 from funmatch.data.decode import decode, header
+from funmatch.ops.crops import resize
 
 QUALITY = 95
 JPEG_MAGIC = b"\xff\xd8\xff"
-
-Fit = Literal["squash", "keep"]
-Method = Literal["antialias", "bicubic", "tf"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Resizing:
 
     side: int
     fit: Fit = "squash"
-    resample: Method = "antialias"
+    resample: ShardResample = "antialias"
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
         """Returns the height and width that an image of this size gets, pixels."""
@@ -50,11 +48,9 @@ class Resizing:
 
 def resize_without_antialias(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes an image, (height, width, 3) uint8, as `tf.image.resize` does by default, rounded to bytes."""
-    # A copy by NumPy: decoders return arrays that are read-only, which torch warns of.
-    planes = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
-    # align_corners=False is TensorFlow's half_pixel_centers.
-    resized = torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", align_corners=False)
-    return resized[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
+    # A copy: decoders return arrays that are read-only, which torch warns of.
+    resized = resize(torch.from_numpy(pixels.copy()), height, width)
+    return resized.permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
 
 
 def jpeg(encoded: bytes, resizing: Resizing | None, cache_options: CacheOptions) -> bytes:

@@ -124,7 +124,7 @@ def _resize_crop(image: Tensor, box: list[int], side: int) -> Tensor:
     """Resizes a box of an image to a square, (3, side, side) float32 in [0, 255]."""
     top, left, height, width = box
     # Sliced before it is resized: resizing the image and slicing then would blend in pixels beyond the crop's edge.
-    return _resize(image[top : top + height, left : left + width], side, side)
+    return resize(image[top : top + height, left : left + width], side, side)
 
 
 def _crop_resized(image: Tensor, box: list[float], side: int) -> Tensor:
@@ -181,7 +181,7 @@ def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = Fa
     height, width = image.shape[:2]
     if squash:
         corner = (short_side - side) // 2
-        return _resize(image, short_side, short_side)[:, corner : corner + side, corner : corner + side] / 255
+        return resize(image, short_side, short_side)[:, corner : corner + side, corner : corner + side] / 255
     # The short side's scale for both, rounded each for itself, as in big_vision's `resize_small`.
     scale = short_side / min(height, width)
     # A strip of 10 × 30,000 pixels, resized whole to 256 on the short side, would take gigabytes.
@@ -189,7 +189,7 @@ def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = Fa
         return _central_of_strip(image, scale, side) / 255
     height, width = max(side, round(height * scale)), max(side, round(width * scale))
     top, left = (height - side) // 2, (width - side) // 2
-    return _resize(image, height, width)[:, top : top + side, left : left + side] / 255
+    return resize(image, height, width)[:, top : top + side, left : left + side] / 255
 
 
 def _central_of_strip(image: Tensor, scale: float, side: int) -> Tensor:
@@ -255,8 +255,8 @@ def _weights(start: np.ndarray, length: np.ndarray, size: int, side: int, method
     return np.maximum(1 - distance, 0, out=distance)
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Resizes (h, w, 3) uint8 to (3, height, width) float32 in [0, 255]."""
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """Resizes (h, w, 3) uint8 to (3, height, width) float32 in [0, 255], as `tf.image.resize` does by default."""
     planes = image.permute(2, 0, 1)[None].float()
     # antialias is off by default, and must stay so: TensorFlow's resize, by which the paper trains, has none.
     return F.interpolate(planes, (height, width), mode="bilinear", align_corners=False)[0]

@@ -11,7 +11,7 @@ from test_shards import write_tar
 
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions
-from funmatch.data.formats import tfrecord
+from funmatch.data.formats import compressed
 from funmatch.data.formats.compressed import compression_of
 from funmatch.data.formats.crc32c import masked_crc32c
 from funmatch.data.formats.tfrecord import example, frame
@@ -250,7 +250,7 @@ def test_zlib_shards_that_expand_without_end_are_refused(tmp_path, monkeypatch):
     bomb = zlib.compress(head + struct.pack("<I", masked_crc32c(head)) + bytes(1 << 22))
     with pytest.raises(InputError, match=r"536,870,912 bytes is more than .* write the shard without compression"):
         open_dataset(write(tmp_path, [bomb]))
-    monkeypatch.setattr(tfrecord, "EXPANDS_FREELY", 1 << 20)
+    monkeypatch.setattr(compressed, "EXPANDS_FREELY", 1 << 20)
     with pytest.raises(InputError, match="record 16: the shard expands to more than 100 times its"):
         open_dataset(write(tmp_path, [zlib.compress(frame(example(bytes(1 << 16), 0)) * 40)]))
 

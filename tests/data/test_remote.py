@@ -460,7 +460,7 @@ def test_archives_cannot_write_elsewhere_and_have_limits(web_files: WebServer, t
         info = tarfile.TarInfo("cat/0.jpg")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         packed.addfile(info)
-    monkeypatch.setattr("funmatch.data.remote.archives.MOST_AT_LEAST", 10**5)
+    monkeypatch.setattr("funmatch.data.formats.compressed.EXPANDS_FREELY", 10**5)
     good = archive("w:gz", {"a/0.jpg": jpegs[0], "b/1.jpg": jpegs[1]})
     for name, content, message in (
         ("outside.zip", outside, "is a link or leads outside"),

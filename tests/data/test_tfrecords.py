@@ -18,7 +18,7 @@ from PIL import Image
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions
 from funmatch.data.decode import decode
-from funmatch.data.formats import crc32c, tfrecord
+from funmatch.data.formats import compressed, crc32c
 from funmatch.data.formats.crc32c import masked_crc32c
 from funmatch.data.formats.tfrecord import example, frame, parse_example, records
 from funmatch.data.readers.open import open_dataset
@@ -138,7 +138,7 @@ def test_gzip_shards_that_expand_without_end_are_refused_before_they_take_memory
     assert "record 0: its length of 536,870,912 bytes is more than the 268,435,456" in message
     assert peak < 16 << 20
     # Many small records instead of a large one.
-    monkeypatch.setattr(tfrecord, "EXPANDS_FREELY", 1 << 20)
+    monkeypatch.setattr(compressed, "EXPANDS_FREELY", 1 << 20)
     path.write_bytes(gzip.compress(frame(example(bytes(1 << 16), 0)) * 40))
     assert "record 16: the shard expands to more than 100 times its" in peak_of_reading(path)[0]
 

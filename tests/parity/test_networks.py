@@ -43,9 +43,7 @@ def forward(
         y = conv(y, kernel(f"{unit}/a/standardized_conv2d"), 1)
         y = conv(activated(y, f"{unit}/b/group_norm"), kernel(f"{unit}/b/standardized_conv2d"), stride)
         x += conv(activated(y, f"{unit}/c/group_norm"), kernel(f"{unit}/c/standardized_conv2d"), 1)
-    features = activated(x, "group_norm").mean((1, 2)) if hasattr(x, "mean") else activated(x, "group_norm").numpy()
-    features = np.asarray(features)
-    features = features.mean((1, 2)) if features.ndim == 4 else features
+    features = np.asarray(activated(x, "group_norm")).mean((1, 2))
     return features @ weights["head/conv2d/kernel"][0, 0] + weights["head/conv2d/bias"]
 
 

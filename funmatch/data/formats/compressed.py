@@ -11,6 +11,8 @@ from funmatch.data.formats.crc32c import masked_crc32c
 
 GZIP_MAGIC = b"\x1f\x8b"
 CHUNK = 1 << 16  # bytes that are read at a time
+MAX_EXPANSION, EXPANDS_FREELY = 100, 1 << 30
+"""Times its own size, and bytes, above both of which a compressed shard or an archive may not expand."""
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 """Raised while a compressed shard is read that is damaged or cut off."""
 
@@ -27,6 +29,11 @@ def compression_of(path: Path) -> str:
     # ZLIB has no magic number: method 8, a window of at most 2¹⁵ bytes, no dictionary, and a sum divisible by 31.
     zlib_like = len(head) > 2 and head[0] & 15 == 8 and head[0] >> 4 < 8 and not head[1] & 32
     return "ZLIB" if zlib_like and int.from_bytes(head[:2], "big") % 31 == 0 else ""
+
+
+def largest_content(size: int) -> int:
+    """Returns the bytes that a compressed file of a size may expand to."""
+    return max(MAX_EXPANSION * size, EXPANDS_FREELY)
 
 
 def open_shard(path: Path, compression: str) -> BinaryIO | Any:

@@ -12,15 +12,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from funmatch.data.formats.compressed import DAMAGED, compression_of, open_shard
+from funmatch.data.formats.compressed import DAMAGED, MAX_EXPANSION, compression_of, largest_content, open_shard
 from funmatch.data.formats.crc32c import masked_crc32c
 from funmatch.data.formats.protobuf import BYTES, FIXED32, Damaged, fields, parts, varint, write_fields, write_varint
 
 MAX_LENGTH = 1 << 31  # a protocol buffer is at most 2 GiB
 MAX_UNPACKED_RECORD = 1 << 28
 """Bytes of a record in a compressed shard, at most: it may take a thousandth of that in the file."""
-MAX_EXPANSION, EXPANDS_FREELY = 100, 1 << 30
-"""Times its own size, and bytes, above both of which a compressed shard may not expand."""
 PLAIN = "if that is right, write the shard without compression"
 
 Span = tuple[int, int]
@@ -43,7 +41,7 @@ def records(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     # By content: shards are compressed under the same names as plain ones.
     packed, size = compression_of(path), path.stat().st_size
-    largest = max(MAX_EXPANSION * size, EXPANDS_FREELY)
+    largest = largest_content(size)
     with open_shard(path, packed) as file:
         number, at = 0, 0
         while True:

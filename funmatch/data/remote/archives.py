@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from funmatch.data.formats.compressed import MAX_EXPANSION, largest_content
 from funmatch.data.remote.objects import place_of
 from funmatch.errors import InputError, first_line
 from funmatch.runtime.disk.files import disk_errors, remove
 from funmatch.runtime.disk.locks import file_lock
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-MOST_TIMES = 100
-"""Times its own size that an archive may hold; the same as of GZIP shards."""
-MOST_AT_LEAST = 1 << 30
 BLOCK = 1 << 20
 SMALLEST = 512
 """Bytes that a file counts at least: a million empty ones fill a disk, too."""
@@ -63,7 +61,7 @@ def unpack(path: Path, into: Path, shown: str) -> Path:
 
 
 def _extract(path: Path, folder: Path, shown: str) -> None:
-    most, size = max(MOST_AT_LEAST, MOST_TIMES * path.stat().st_size), 0
+    most, size = largest_content(path.stat().st_size), 0
     folder.mkdir(parents=True)
     try:
         for name, file in _members(path, shown):
@@ -76,7 +74,8 @@ def _extract(path: Path, folder: Path, shown: str) -> None:
                     size += len(block)
             if size > most:
                 raise InputError(
-                    f"{shown} holds more than {MOST_TIMES} times its own size; unpack it yourself, and pass the folder"
+                    f"{shown} holds more than {MAX_EXPANSION} times its own size; unpack it yourself, and pass the "
+                    "folder"
                 )
     except FileExistsError as error:
         raise InputError(f"{shown} holds {Path(str(error.filename)).name!r} twice; unpack it yourself") from None

@@ -78,8 +78,7 @@ class Tree:
         for line in lines:
             # A line that a killed process left half-written is of a file that is downloaded again.
             with suppress(ValueError, Damaged):
-                record = unseal(parse_json(line, dict[str, Any]), self.state)
-                parse_json(json.dumps(record), RECORD)
+                record = unseal(parse_json(line, RECORD), self.state)
                 found[record["place"]] = record
         return found
 

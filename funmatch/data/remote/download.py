@@ -146,16 +146,13 @@ def _keep(found: RemoteObject, file: IO[bytes], note: Path, done: int) -> int:
 def _resume_point(found: RemoteObject, partial: Path, note: Path) -> int:
     """Returns how many bytes an earlier attempt has left of this very version."""
     try:
-        known = unseal(read_json(note, dict[str, Any]), note)
+        known = unseal(read_json(note, SHAPE), note)
         kept = partial.stat().st_size
     except (OSError, Damaged):
         return 0
     # Without a tag or a time, two versions of one size could be mixed.
     tells = (found.etag or found.modified) and found.size is not None
-    done = known.get("done")
-    if not tells or not isinstance(done, int) or {*SHAPE} - {*known} or not found.is_version(known):
-        return 0
-    return done if 0 <= done <= kept else 0
+    return known["done"] if tells and found.is_version(known) and 0 <= known["done"] <= kept else 0
 
 
 def _verify(found: RemoteObject, partial: Path) -> None:

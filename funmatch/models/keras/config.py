@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from funmatch.models.tensorflow.nodes import Unclear
+from funmatch.models.tensorflow.preprocessing import LOW
 
 CONTAINERS = {"Functional", "Model", "Sequential"}
 MOST = 4096  # layers of a model
-LOW = -1e30
-"""A padding below it is below all activations, as -inf is."""
 MAX_DEPTH = 20  # of models in models
 
 

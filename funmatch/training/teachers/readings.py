@@ -67,12 +67,13 @@ def _is_better(teacher: LoadedTeacher, option: str, setup: TrainSetup[Distill]) 
     some = split.subset(scoring.evenly_spread(len(split), RESAMPLED_IMAGES))
     labels = some.labels(slice(None))
 
-    def right(reading: LoadedTeacher) -> Tensor:
-        member = loading.member(reading, Frozen(reading.classifier.to(device)))
+    def right(*more: str) -> Tensor:
+        # Loaded for this alone: the teacher's own network stays where it is, and as it is.
+        member = loading.member(teacher, Frozen(teacher.load_again(*more).to(device)))
         view = member_view(member, setup.evaluation.view)
         return scoring.predict(MemberLogits(member), some, view).argmax(-1) == labels
 
-    here, there = right(teacher), right(loading.read_again(teacher, option))
+    here, there = right(), right(option)
     better = is_clearly_better(*alone_right(there, here))
     info(
         f"teacher {teacher.name}: top-1 {percent(here.double().mean().item())} on {len(some)} images of {split.name}, "
