@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from funmatch.data.dataset import OF_SHARDS, Dataset, ReadOptions, SplitSpec, Track, join_datasets, untracked
+from funmatch.data.dataset import OF_SHARDS, Dataset, ReadOptions, Track, untracked
+from funmatch.data.join import hold_out, join_datasets, notes_about_labels
 from funmatch.data.readers.catalog import CATALOG, open_named
 from funmatch.data.readers.class_notes import class_notes
 from funmatch.data.readers.folder import EXPECTED, open_folder, open_remote_folder
@@ -94,10 +95,10 @@ def open_dataset(specs: str | Sequence[str], options: ReadOptions | None = None,
     options = options or ReadOptions()
     specs = [specs] if isinstance(specs, str) else specs
     datasets = [_open_one(spec, options, track) for spec in specs]
-    notes = [*_notes_about_splits(specs), *_notes_about_labels(datasets)]
+    notes = [*_notes_about_splits(specs), *notes_about_labels(datasets)]
     datasets[0] = replace(datasets[0], notes=(*notes, *datasets[0].notes))
     # After joining: a share is meant of all training images together.
-    return _with_requested_split(join_datasets(datasets), options.split_spec)
+    return hold_out(join_datasets(datasets), options.split_spec)
 
 
 def update_copies(specs: Sequence[str], track: Track, *, at_most: float, refresh: bool = False) -> None:
@@ -256,43 +257,8 @@ def _notes_about_splits(specs: Sequence[str]) -> list[str]:
     return []
 
 
-def _notes_about_labels(datasets: Sequence[Dataset]) -> list[str]:
-    """Returns notes about sources without any label, whose splits are unlabelled beside those of others.
-
-    Raises:
-        InputError: such a source is alone, or adds to a split that has labels: a feature's name is likely a mistake.
-    """
-    labelled = {name for dataset in datasets for name, split in dataset.splits.items() if split.labelled}
-    notes = []
-    for dataset in datasets:
-        if dataset.lacking and (not labelled or labelled & set(dataset.splits)):
-            raise InputError(dataset.lacking)
-        if dataset.lacking:
-            splits = " and ".join(dataset.splits)
-            notes.append(f"{dataset.location}: no record has a label, so {splits} is taken as unlabelled")
-    return notes
-
-
 def _subfolders_of(folder: Path) -> list[Path]:
     try:
         return [path for path in folder.iterdir() if path.is_dir()]
     except OSError:
         return []  # the folder above need not be readable
-
-
-def _with_requested_split(dataset: Dataset, spec: SplitSpec | None) -> Dataset:
-    """Adds the split that the user requested, which replaces the default one of the catalog."""
-    if spec is None:
-        return dataset
-    if not spec.shares:  # --val-seed alone: the catalog's shares, another selection
-        own = dataset.split_spec
-        return replace(dataset, split_spec=SplitSpec(own.shares, spec.seed)) if own else dataset
-    if "val" in dataset.splits and any(spec.shares.values()):
-        raise InputError(f"{dataset.name} has its own validation split; leave out --val")
-    if "train" not in dataset.splits and any(spec.shares.values()):
-        raise InputError(f"{dataset.name} has no training images to hold out --val from")
-    # Merged, so that the catalog's share for testing stays when the user chooses another for validation.
-    own = dataset.split_spec.shares if dataset.split_spec else {}
-    # A share of 0 is --val none, which takes the catalog's own validation split away, too.
-    shares = {name: share for name, share in {**own, **spec.shares}.items() if share}
-    return replace(dataset, split_spec=SplitSpec(shares, spec.seed) if shares else None)
