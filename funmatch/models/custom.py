@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import nn
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Card, Classifier, timm_config
 from funmatch.models.names import GIVEN, is_function
-from funmatch.runtime.functions import import_function
+from funmatch.models.weights import is_fillable
+from funmatch.runtime.functions import OWN, import_function
 
 DEFAULT_SIDE = 224
 """Image size in pixels of a network that does not state its own."""
@@ -43,6 +44,21 @@ def call_function(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.
     if not isinstance(net, nn.Module):
         raise InputError(f"{name} returned {type(net).__name__}, expected a torch.nn.Module or a funmatch.Classifier")
     return net
+
+
+def build_empty(name: str, kwargs: dict[str, Any], classes: int | None) -> nn.Module:
+    """Calls a function that builds a network whose weights come from a file; arguments and errors as `call_function`.
+
+    Networks of `OWN` get no memory for their weights before these come (`weights.fill`), where their code allows that.
+    """
+    # A user's function may compute with its weights, or know nothing of devices without memory.
+    if name in OWN:
+        with suppress(InputError):
+            with torch.device("meta"):
+                net = call_function(name, kwargs, classes)
+            if is_fillable(net):
+                return net
+    return call_function(name, kwargs, classes)
 
 
 def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, Any] | None = None) -> Classifier:

@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from funmatch.errors import InputError, is_out_of_memory
@@ -103,9 +102,7 @@ def _memory_for(name: str) -> Generator[None]:
 def _from_origin(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:
     """Builds the network of an origin for views of a side, and fills it with the weights."""
     if is_function(origin.architecture):
-        # Ours needs no memory before its weights come (`weights.fill`); a user's function may compute with its weights.
-        with torch.device("meta") if origin.architecture == bit.OWN else nullcontext():
-            net = custom.call_function(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
+        net = custom.build_empty(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
         net = net.net if isinstance(net, Classifier) else net
     else:
         net = timm_models.create_empty(origin.architecture, origin.kwargs)

@@ -17,6 +17,7 @@ from funmatch.data.labels import MAX_CLASSES
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.checkpoints.fitting import Wanted
 from funmatch.models.classifier import Card, Classifier, timm_config
+from funmatch.models.weights import is_fillable
 
 LEAST_FRACTION, LARGEST_SIDE = 0.05, 1 << 14
 """The smallest share of an image, and the largest side in pixels, that the configuration of a model may name."""
@@ -89,12 +90,7 @@ def create_empty(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
     on random weights that are thrown away.
     """
     net = _on_meta(architecture, kwargs)
-    if net is None:
-        return create(architecture, kwargs)
-    # Buffers outside the state dict (a transformer's rotary tables) would never be filled: build such as usual.
-    filled = net.state_dict(keep_vars=True)
-    tensors = [*net.named_parameters(), *net.named_buffers()]
-    return net if all(name in filled for name, _ in tensors) else create(architecture, kwargs)
+    return net if net is not None and is_fillable(net) else create(architecture, kwargs)
 
 
 def _on_meta(architecture: str, kwargs: dict[str, Any]) -> nn.Module | None:

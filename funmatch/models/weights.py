@@ -44,6 +44,13 @@ class Lazily(Mapping[str, Value]):
         return len(self.names)
 
 
+def is_fillable(net: nn.Module) -> bool:
+    """Returns whether the state dict of a network has all its tensors, so that `fill` leaves none without values."""
+    # Buffers outside the state dict (a transformer's rotary tables) are computed by the constructor.
+    filled = net.state_dict(keep_vars=True)
+    return all(name in filled for name, _ in [*net.named_parameters(), *net.named_buffers()])
+
+
 def fill(net: nn.Module, weights: Lazily[Tensor], what: str, where: str) -> None:
     """Copies weights into a network, one tensor at a time.
 

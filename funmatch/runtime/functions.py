@@ -29,8 +29,8 @@ ALLOWED = "FUNMATCH_ALLOW_FUNCTIONS"
 """Environment variable with names of functions that may be called, separated by commas; child processes inherit it."""
 ONLY_ALLOWED = "FUNMATCH_ONLY_ALLOWED_FUNCTIONS"
 """Environment variable that, if it is set, lets the words of the command line allow nothing: a file wrote them."""
-OWN = "funmatch.models.bit:network"
-"""A function of ours that builds a network, which saved models name as their architecture."""
+OWN = ("funmatch.models.bit:network",)
+"""Functions of ours that build networks: saved models name them as their architecture, and no code of others runs."""
 NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 
 
@@ -66,7 +66,7 @@ def check_allowed(name: str, purpose: str) -> None:
     Args:
         purpose: the option that names it, for messages.
     """
-    if name != OWN and name not in _FOUND and name not in _allowed():
+    if name not in OWN and name not in _FOUND and name not in _allowed():
         raise InputError(
             f"{purpose} {name} is a function that a file names, and a file must not decide which code runs; if you "
             f"trust it, name it yourself: {ALLOWED}={name}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from funmatch.config.choices import RESAMPLED_BEFORE
 from funmatch.errors import InputError, first_line
-from funmatch.models import bit, custom
+from funmatch.models import custom
 from funmatch.models.checkpoints.checkpoint import open_checkpoint, weights_in
 from funmatch.models.names import GIVEN, HUB, LOCAL, SAVEDMODEL, is_function, is_timm_name, no_model_at
 from funmatch.models.origins.origin import CONFIG_KEYS, Origin
@@ -62,7 +62,7 @@ def folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
     weights = weights_in(folder) or folder / "model.safetensors"
     if architecture.startswith(GIVEN):
         raise InputError(f"{folder} has the weights of a module that was given from Python; load them from there")
-    if architecture == bit.OWN:
+    if architecture in custom.OWN:
         return Origin(str(folder), architecture, open_checkpoint(weights), kwargs, card | _read_card(path))
     # A file that was downloaded must not decide which code runs, so the user has to name the function.
     if is_function(architecture):
