@@ -312,7 +312,7 @@ def test_damaged_study_file_is_refused():
 
 
 def test_damaged_array_is_computed_again(tmp_path):
-    from funmatch.training.teachers import fixed
+    from funmatch.runtime.disk.parts import read_checked
 
     rng, path = random.Random(0), tmp_path / "answers.npy"
     np.save(path, np.arange(6, dtype=np.float32).reshape(2, 3))
@@ -321,7 +321,7 @@ def test_damaged_array_is_computed_again(tmp_path):
         content = bytearray(sound)
         content[rng.randrange(128)] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
-        found = fixed._read(path, (2, 3))
+        found = read_checked(path, (2, 3))
         assert found is None or found.dtype == np.float32
 
 

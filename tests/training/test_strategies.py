@@ -33,6 +33,7 @@ from funmatch.ops.sampling import (
 )
 from funmatch.ops.view_spec import ViewSpec
 from funmatch.runtime.disk.json_files import seal
+from funmatch.runtime.disk.locks import try_lock_file
 from funmatch.training import distill
 from funmatch.training.evaluation import scoring
 from funmatch.training.teachers import fixed
@@ -304,7 +305,7 @@ def test_interrupted_logits_of_a_fixed_teacher_are_resumed(tmp_path, monkeypatch
     parts = sorted(folder.glob("part-*.npy"))
     assert [int(path.stem.removeprefix("part-")) for path in parts] == done == list(range(0, 70, 10))
     # Another live process holds the next part: it is skipped, and computed once its lock is released.
-    lock = fixed.try_lock_file(folder / "part-000000070.lock")
+    lock = try_lock_file(folder / "part-000000070.lock")
     assert lock
     later_parts: list[int] = []
 

@@ -1,16 +1,12 @@
 """Computes the logits of fixed teachers once per training image, and caches them under a digest of what they depend on.
 
-Processes that need the same logits share the work, a part of the images at a time; a killed process leaves its finished
-parts to the others.
+A part of the images at a time, so that processes share the work; see `runtime.disk.parts`.
 """
 
 import hashlib
 import json
-import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,15 +21,13 @@ from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
 from funmatch.runtime import devices
-from funmatch.runtime.disk.checksums import crc_of_file
-from funmatch.runtime.disk.files import array_bytes, cache_home, read_array, write_atomically
-from funmatch.runtime.disk.locks import try_lock_file
-from funmatch.runtime.log import ProgressBar, info
+from funmatch.runtime.disk.files import cache_home
+from funmatch.runtime.disk.parts import compute_in_parts, read_checked
+from funmatch.runtime.log import info
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers.loading import COMPARED_IMAGES, LoadedTeacher
 
 PART = 1024
-SUM = ".crc32"  # ending of the file beside an array that holds its checksum
 """Approximate number of views that are predicted between two writes to the disk."""
 
 
@@ -150,103 +144,25 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
     key |= {"ratio": source.ratio} if source.kind == "ensemble" and source.ratio != CROP_RATIO else {}
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
     folder = cache_home() / "answers" / digest
+    path = folder / "answers.npy"
     shape = (len(source.split), len(teachers.members), setup.student.classifier.num_classes)
-    if _read(folder / "answers.npy", shape) is None:
+    if read_checked(path, shape) is None:
         folder.mkdir(parents=True, exist_ok=True)
         # For people only: the digest alone decides which entry is used.
         (folder / "about.json").write_text(json.dumps(key, indent=1))
         views = len(source.split) * source.crops * len(teachers.members)
         info(f"fixed teacher: predicting {views:,} views once; logits are cached in {folder}")
-        _compute(folder, source, teachers, sides, setup, shape)
-    table = _read(folder / "answers.npy", shape)
+        # Parts are equal in views, not in images, so that a killed process loses the same time.
+        size = max(1, PART // source.crops)
+        compute_in_parts(
+            path, shape, size, lambda images: _predict_part(source, teachers, images, sides, setup), "teacher"
+        )
+    table = read_checked(path, shape)
     if table is None:
-        raise InputError(f"{folder / 'answers.npy'} was damaged while it was read; run the same command again")
+        raise InputError(f"{path} was damaged while it was read; run the same command again")
     # Each teacher's logits are cached, not the combination: temperature, weights and --combine may change.
     each = torch.from_numpy(table).unbind(1)
     return digest, teachers.combine_logits(each, setup.config.temperature)
-
-
-def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Reads an array; returns None where it is missing, or damaged, and then removes it."""
-    try:
-        array = read_array(path, "c")
-        sum_file = path.with_suffix(SUM)
-        # Logits of an earlier version have no checksum, and are believed.
-        intact = not sum_file.exists() or sum_file.read_bytes() == f"{crc_of_file(path):08x}".encode()
-        if intact and array.shape == shape and array.dtype == np.float32:
-            return array
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        pass
-    info(f"{path} is damaged; computing it again")
-    # Removed, so that other processes compute it again instead of waiting for it.
-    path.unlink(missing_ok=True)
-    path.with_suffix(SUM).unlink(missing_ok=True)
-    return None
-
-
-def _write(path: Path, array: np.ndarray) -> None:
-    """Writes an array and its checksum."""
-    content = array_bytes(array)
-    # The checksum first: the array's appearance tells other processes that both are there.
-    write_atomically(path.with_suffix(SUM), f"{zlib.crc32(content):08x}")
-    write_atomically(path, content)
-
-
-def _compute(
-    folder: Path,
-    source: FixedViews,
-    teachers: TeacherEnsemble,
-    sides: list[int],
-    setup: TrainSetup[Distill],
-    shape: tuple[int, ...],
-) -> None:
-    """Computes the parts that no other process is computing until all are there, then joins them."""
-    count = len(source.split)
-    # Parts are equal in views, not in images, so that a killed process loses the same time.
-    size = max(1, PART // source.crops)
-    parts = {folder / f"part-{start:09}.npy": range(start, min(start + size, count)) for start in range(0, count, size)}
-    # Its appearance ends the loop of every process, also of those that computed nothing.
-    whole = folder / "answers.npy"
-    with ProgressBar("teacher", count) as bar:
-        while not whole.is_file():
-            missing = {path: images for path, images in parts.items() if not path.is_file()}
-            bar.update(count - sum(map(len, missing.values())))
-            if not missing:
-                _join(whole, parts, shape)
-                continue
-            claimed = next(
-                ((path, lock) for path in missing if (lock := try_lock_file(path.with_suffix(".lock")))), None
-            )
-            if claimed is None:
-                time.sleep(0.2)  # all that is missing is being computed by other processes
-                continue
-            path, lock = claimed
-            with lock:
-                # Between the listing and the lock, another process may have finished the part, or joined them all.
-                if not path.is_file() and not whole.is_file():
-                    _write(path, _predict_part(source, teachers, parts[path], sides, setup))
-    # Also parts of earlier, killed processes, and locks.
-    for leftover in folder.glob("part-*"):
-        leftover.unlink(missing_ok=True)
-
-
-def _join(whole: Path, parts: dict[Path, range], shape: tuple[int, ...]) -> None:
-    """Joins the parts, unless another process has done so meanwhile."""
-    # A lock, since two processes that join at once would both read parts that the first then removes.
-    lock = try_lock_file(whole.with_suffix(".lock"))
-    if lock is None:
-        time.sleep(0.2)
-        return
-    with lock:
-        if whole.is_file():
-            return
-        arrays = [_read(path, (len(images), *shape[1:])) for path, images in parts.items()]
-        undamaged = [array for array in arrays if array is not None]
-        # Otherwise a part was damaged, or removed by a faster process: the caller tries again.
-        if len(undamaged) == len(parts):
-            _write(whole, np.concatenate(undamaged))
 
 
 @torch.inference_mode()
