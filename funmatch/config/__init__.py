@@ -1,7 +1,7 @@
 """Declares all options: one frozen table per command, with each option described where it is declared."""
 
 from funmatch.config.data import Cache, Data, Images, Named, Prepare
-from funmatch.config.distill import TAUGHT, Distill, Teaching
+from funmatch.config.distill import TAUGHT, Distill
 from funmatch.config.finished.benchmark import Benchmark
 from funmatch.config.finished.evaluate import Evaluate
 from funmatch.config.finished.export import Export
@@ -10,6 +10,7 @@ from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.optim import Schedule
 from funmatch.config.options import Machine, Options, options_changing
 from funmatch.config.search import PLANNED, SEARCHED, Plan, Search, SearchDistill, SearchFinetune, SearchTrain
+from funmatch.config.teaching import Teaching
 from funmatch.config.tools import Config, Demo, Import, Models, Recipes, Report, Study, Tape
 from funmatch.config.train import Finetune, Train
 from funmatch.config.values import Precision

@@ -1,74 +1,17 @@
-"""The tables of teachers and of distillation."""
+"""The table of distillation."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.choices import DISTANCES, STRATEGIES, Crop, Strategy, find_distance
 from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
-from funmatch.config.options import Options, like
+from funmatch.config.options import like
+from funmatch.config.teaching import Teaching
 from funmatch.config.train import Finetune, Train
-from funmatch.config.values import Integers, Names, Numbers, Pairs, Precision
+from funmatch.config.values import Names, Precision
 from funmatch.errors import unknown
 
 STUDENT, TEACHER = Changes.STUDENT, Changes.TEACHER
-
-
-class Teaching(Options):
-    """The teachers, and how several become one."""
-
-    teacher_weights: Annotated[
-        Names,
-        Opt(
-            group=Group.TEACHER,
-            changes=TEACHER,
-            refers=Refers.WEIGHTS,
-            content="teacher",
-            usual="none",
-            essential=True,
-            metavar="PATH …",
-        ),
-    ] = ()
-    """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
-    brings its own. Its head decides the classes."""
-    teacher_kwargs: Annotated[
-        Pairs, Opt(group=Group.TEACHER, changes=TEACHER, usual="none", metavar="KEY=VALUE …")
-    ] = ()
-    """Arguments for the teacher's constructor; with several teachers, for each of them."""
-    teacher_side: Annotated[
-        Integers,
-        Opt(group=Group.TEACHER, changes=TEACHER, at_least=1, at_most=10**4, usual="the student's"),
-    ] = ()
-    """Image size of the teacher's views in pixels, one for all teachers or one each. The same crop is sampled at each
-    size."""
-    teacher_share: Annotated[Numbers, Opt(group=Group.TEACHER, changes=TEACHER, above=0, usual="equal")] = ()
-    """Weights of several teachers in their mean, one each."""
-    combine: Annotated[Literal["mean-logits", "mean-probabilities"], Opt(group=Group.TEACHER, changes=TEACHER)] = (
-        "mean-logits"
-    )
-    """How several teachers become one: the mean of their logits, or of their probabilities at the temperature."""
-    classes: Annotated[
-        str | None,
-        Opt(group=Group.TEACHER, changes=TEACHER, refers=Refers.CLASS_MAP, usual="the teacher's classes"),
-    ] = None
-    """For a teacher with other classes than the data: same-names matches classes by name; by-number sorts classes that
-    are numbers by value, 2 before 10; a file map.json holds {"our class": "the teacher's", …}, by name, by number, or a
-    list of these."""
-    trust_class_order: Annotated[bool, Opt(group=Group.TEACHER, changes=TEACHER, searchable=False)] = False
-    """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
-    that it seems to have in another order, assuming the same order."""
-
-    def problems(self) -> list[str]:
-        # The field is declared by the tables that use this one, each with its own default and help.
-        found, teachers = [], len(getattr(self, "teacher", ()))
-        for name, values, single in (
-            ("teacher_weights", self.teacher_weights, 0),
-            ("teacher_side", self.teacher_side, 1),
-            ("teacher_share", self.teacher_share, 0),
-        ):
-            # A single side may be for all teachers; a single file or weight would leave open whose it is.
-            if teachers and len(values) not in (0, teachers, single):
-                found.append(f"{name} has {len(values)} values for {teachers} teachers; give one each, in their order")
-        return found + super().problems()
 
 
 class Distill(Train, Teaching):

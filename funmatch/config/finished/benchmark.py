@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from funmatch.config.distill import Distill, Teaching
+from funmatch.config.distill import Distill
 from funmatch.config.finished.evaluate import Evaluate
 from funmatch.config.finished.model import WithImages
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import like
+from funmatch.config.teaching import Teaching
 from funmatch.config.values import Integers, Names, Share
 from funmatch.errors import unknown
 

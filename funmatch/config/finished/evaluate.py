@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from funmatch.config.choices import CORRUPTIONS
-from funmatch.config.distill import Distill, Teaching
+from funmatch.config.distill import Distill
 from funmatch.config.finished.model import MODEL, WithImages
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import like
+from funmatch.config.teaching import Teaching
 from funmatch.config.values import Names
 from funmatch.errors import unknown
 
