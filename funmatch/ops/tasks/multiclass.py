@@ -1,0 +1,57 @@
+"""What `task.Task` needs of classifiers that give an image one class, by a softmax over all."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funmatch.ops import metrics
+
+
+def agreement(logits: Tensor, reference: Tensor, margin: float) -> float:
+    """Returns the share of images whose first class is the reference's, or less probable there by `margin` at most."""
+    probabilities = reference.double().softmax(-1)
+    chosen = probabilities.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
+    return (chosen >= probabilities.amax(-1) - margin).double().mean().item()
+
+
+def mean_probabilities(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
+    """Computes logits whose softmax at the temperature is the weighted mean of the teachers' probabilities.
+
+    The KL divergence from them has the gradient of the weighted mean of the KLs from each teacher, since
+    Σ wᵢ KL(pᵢ ‖ s) and KL(Σ wᵢ pᵢ ‖ s) differ by what does not depend on s. (The authors' code adds up the KLs: n times
+    this.)
+
+    Args:
+        logits: one tensor (n, classes) a teacher.
+        weights: one a teacher, summing to 1.
+        temperature: T > 0.
+    """
+    # In the log domain, where probabilities that float32 cannot hold do not become −∞.
+    logs = [
+        (each / temperature).log_softmax(-1) + torch.tensor(weight).log()
+        for each, weight in zip(logits, weights, strict=True)
+    ]
+    return torch.stack(logs).logsumexp(0) * temperature
+
+
+def mean_over_views(logits: Tensor) -> Tensor:
+    """Returns logits whose softmax is the mean over views: (…, views, classes) to (…, classes), in double precision."""
+    return logits.double().log_softmax(-1).logsumexp(-2) - np.log(logits.shape[-2])
+
+
+def join_classes(logits: Tensor) -> Tensor:
+    """Returns the logit of a class that stands for several, (n, classes) to (n,): their probabilities are added."""
+    return logits.logsumexp(-1)
+
+
+def measure(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None) -> dict[str, float | None]:
+    """Computes the metrics of a split, `metrics.summarize`.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,) int64, or None without labels.
+        teacher_logits: (n, classes), or None without a teacher.
+    """
+    return metrics.summarize(metrics.per_image(logits, labels, teacher_logits))
