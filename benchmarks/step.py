@@ -24,9 +24,9 @@ import timm
 import torch
 from PIL import Image
 
-from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.loader import Batch, Loader
 from funmatch.data.prefetch import prefetch
 from funmatch.models.inference.frozen import Frozen

@@ -38,7 +38,8 @@ class SplitListing:
 
     Attributes:
         names: name of each image in messages, (n,).
-        labels: class index of each image, (n,) int32; `UNLABELLED` where it has none.
+        labels: class index of each image, or the number of its set of classes where the data set has such sets, (n,)
+            int32; `UNLABELLED` where it has none.
     """
 
     names: Sequence[str]
@@ -81,6 +82,9 @@ class Dataset:
         notes: sentences about what may surprise a user in how the data was read.
         location: path, pattern or Hub name, for messages.
         lacking: why no image has a label although each should have one; empty where that is not so.
+        task: `multiclass`, one class an image, or `multilabel`, any number of them.
+        label_sets: of several classes an image, the sets that labels number, (sets, classes) uint8 in {0, 1}; None
+            where labels are classes.
     """
 
     name: str
@@ -94,6 +98,8 @@ class Dataset:
     notes: tuple[str, ...] = ()
     location: str = ""
     lacking: str = ""
+    task: str = "multiclass"
+    label_sets: np.ndarray | None = None
 
     @property
     def display_name(self) -> str:
@@ -122,6 +128,7 @@ class ReadOptions:
             labels.
         first_label: number of the first class, where shards and tables have numbers.
         class_file: file of class names, one a line.
+        task: `multiclass`, one class an image, or `multilabel`, any number of them.
     """
 
     data_dir: Path | None = None
@@ -132,6 +139,7 @@ class ReadOptions:
     label_feature: str | None = field(default=None, metadata=OF_SHARDS)
     first_label: int = field(default=0, metadata=OF_SHARDS)
     class_file: Path | None = field(default=None, metadata=OF_SHARDS)
+    task: str = "multiclass"
 
 
 def parse_share(text: str) -> Fraction | int:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from funmatch.data.dataset import ORDER, UNLABELLED, Dataset, SplitListing, SplitSpec, check_classes
+from funmatch.data.label_sets import number_sets, sets_of
 from funmatch.errors import InputError
 
 
@@ -34,8 +35,8 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
                 for dataset in having
                 for each in dataset.splits[name].names
             ]
-            labels = np.concatenate([_joint_labels(dataset, name, positions) for dataset in having])
-            splits[name] = SplitListing(names, labels)
+            splits[name] = SplitListing(names, np.empty(0, np.int32))
+    splits, sets = _with_labels(datasets, splits, positions)
 
     def read(split: str, index: int) -> bytes:
         # Several threads call it at once, as they do every `read`: it must not keep anything between calls.
@@ -49,7 +50,8 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     watched = [path for dataset in datasets for path in dataset.watched]
     name = " + ".join(dataset.name for dataset in datasets)
     notes = tuple(note for dataset in datasets for note in dataset.notes)
-    return Dataset(name, classes, splits, read, watched, specs[0] if specs else None, unnamed, notes=notes)
+    spec = specs[0] if specs else None
+    return Dataset(name, classes, splits, read, watched, spec, unnamed, notes=notes, label_sets=sets)
 
 
 def _join_classes(datasets: Sequence[Dataset]) -> tuple[tuple[str, ...], bool]:
@@ -64,6 +66,29 @@ def _join_classes(datasets: Sequence[Dataset]) -> tuple[tuple[str, ...], bool]:
     names = {name for dataset in labelled for name in dataset.classes}
     # Numbers by value: as text, 10 comes before 2.
     return tuple(sorted(names, key=int if unnamed else None)), unnamed
+
+
+def _with_labels(
+    datasets: Sequence[Dataset], splits: dict[str, SplitListing], positions: dict[str, int]
+) -> tuple[dict[str, SplitListing], np.ndarray | None]:
+    """Returns the splits with the labels of all data sets, and the sets of classes that they number, if they do."""
+    having = {name: [dataset for dataset in datasets if name in dataset.splits] for name in splits}
+    if all(dataset.label_sets is None for dataset in datasets):
+        labels = {
+            name: np.concatenate([_joint_labels(dataset, name, positions) for dataset in some])
+            for name, some in having.items()
+        }
+        return {name: replace(split, labels=labels[name]) for name, split in splits.items()}, None
+    joint = {
+        name: [
+            None if each is None else tuple(sorted(positions[dataset.classes[i]] for i in each))
+            for dataset in some
+            for each in sets_of(dataset, name)
+        ]
+        for name, some in having.items()
+    }
+    labels, table = number_sets(joint, len(positions))
+    return {name: replace(split, labels=labels[name]) for name, split in splits.items()}, table
 
 
 def _joint_labels(dataset: Dataset, split: str, positions: dict[str, int]) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from funmatch.config.choices import Fit, ShardResample
-from funmatch.data.cache.build import CacheOptions
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.decode import decode, header
 from funmatch.ops.crops import resize
 

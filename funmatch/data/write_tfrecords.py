@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from funmatch.data.cache.build import CacheOptions, read_again, unreadable
+from funmatch.data.cache.build import read_again, unreadable
 from funmatch.data.cache.open_cache import scan_dataset
 from funmatch.data.cache.scan import Scan, by_split, content_digest, fingerprint, reason_of, summary
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import UNLABELLED, Dataset, ReadOptions, Track, untracked
 from funmatch.data.formats.tfrecord import DamagedRecord, example, frame, records
 from funmatch.data.labels import CLASS_FILES

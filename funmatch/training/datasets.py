@@ -10,11 +10,11 @@ import torch
 from funmatch.config import TAUGHT, Finetune, Images, Train, Words
 from funmatch.config.data import NO_VALIDATION, VALIDATION_SHARE
 from funmatch.config.finished.model import WithImages
-from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.names import image_names
 from funmatch.data.cache.open_cache import Cache, open_cache, open_known_cache
 from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.readers.class_notes import first_of
 from funmatch.errors import InputError, is_out_of_memory

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import Cache, open_cache
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.errors import InputError
 
 

@@ -10,10 +10,10 @@ import pytest
 from make_images import paint
 
 from funmatch.data.cache import build, cuts
-from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.check import is_complete
 from funmatch.data.cache.inventory import list_items
 from funmatch.data.cache.open_cache import open_cache, scan_dataset
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import ORDER, ReadOptions, SplitSpec, untracked
 from funmatch.data.readers.open import open_dataset
 from funmatch.errors import InputError

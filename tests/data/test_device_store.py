@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import funmatch
 from funmatch.data.cache import device_store
-from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.loader import Loader
 from funmatch.ops import resample
 from funmatch.ops.view_spec import Preprocessing, ViewSpec

@@ -12,8 +12,8 @@ from PIL import Image
 
 from funmatch.data import decode as decode_module
 from funmatch.data import limits
-from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.decode import decode, header
 from funmatch.data.limits import Limits, OutOfMemory, count_scans
 from funmatch.errors import InputError

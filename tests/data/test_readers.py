@@ -11,8 +11,8 @@ from make_images import paint
 from PIL import Image
 
 from funmatch.data.cache import build
-from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.decode import decode
 from funmatch.data.loader import Loader
 from funmatch.data.prefetch import prefetch

@@ -19,8 +19,8 @@ from make_images import paint
 from funmatch.data.cache import build, resumable
 from funmatch.data.cache import open_cache as caches
 from funmatch.data.cache import scan as scans
-from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.loader import Loader
 from funmatch.data.readers.open import open_dataset

@@ -22,6 +22,8 @@ SHAPE = {
 }  # fmt: skip
 """What `meta.json` holds; older caches have no `checks`, the CRC-32 of each `.npy` file."""
 PARTS = ("pixels", "index.npy", "digest.npy")
+LABEL_SETS = "label-sets.npy"
+"""In a cache of several classes an image: the sets of classes that labels number, (sets, classes) uint8."""
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     # Exactly these: a file that the list lacks would pass unchecked, and one too many would be looked for in vain.
     files = {f"{split}.{part}" for split in meta["splits"] for part in PARTS}
     whole = meta["splits"] and meta["cap"] > 0
-    if meta[FORMAT_KEY] != FORMAT or not whole or meta["sizes"].keys() != files:
+    if meta[FORMAT_KEY] != FORMAT or not whole or meta["sizes"].keys() - {LABEL_SETS} != files:
         raise Damaged(f"{path} is damaged")
     return meta
 
@@ -60,9 +62,31 @@ def read_index(folder: Path, split: str, meta: dict[str, Any]) -> tuple[np.ndarr
             raise Damaged(f"{path} is damaged")
     # Types and shapes first, since `_fits` reads the columns by their names.
     sound = rows.dtype == INDEX and digests.dtype == DIGEST and rows.ndim == 1 and rows.shape == digests.shape
-    if not sound or not _fits(rows, meta["sizes"][f"{split}.pixels"], meta):
+    sets = read_label_sets(folder, meta)
+    labels = len(meta["classes"] if sets is None else sets)
+    if not sound or not _fits(rows, meta["sizes"][f"{split}.pixels"], meta, labels):
         raise Damaged(f"{folder / f'{split}.index.npy'} is damaged")
     return rows, digests
+
+
+def read_label_sets(folder: Path, meta: dict[str, Any]) -> np.ndarray | None:
+    """Reads the sets of classes that labels number, (sets, classes) uint8; None where labels are classes.
+
+    Raises:
+        OSError: they are missing.
+        Damaged: they are not what was written.
+    """
+    if LABEL_SETS not in meta["sizes"]:
+        return None
+    path = folder / LABEL_SETS
+    try:
+        sets = read_array(path)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+    shaped = sets.dtype == np.uint8 and sets.ndim == 2 and sets.shape[1] == len(meta["classes"])
+    if not shaped or (sets > 1).any() or meta.get("checks", {}).get(path.name) != checksum(path):
+        raise Damaged(f"{path} is damaged")
+    return sets
 
 
 def checksum(path: Path) -> int:
@@ -74,12 +98,12 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def _fits(rows: np.ndarray, size: int, meta: dict[str, Any]) -> bool:
-    """Returns whether the images fill `size` bytes of pixels without gaps, and have labels among the classes."""
+def _fits(rows: np.ndarray, size: int, meta: dict[str, Any], labels: int) -> bool:
+    """Returns whether the images fill `size` bytes of pixels without gaps, and have labels below `labels`."""
     length, height, width = (rows[name].astype(np.int64) for name in ("length", "height", "width"))
     ends = np.cumsum(length)
     good = (length > 0) & (rows["offset"] == ends - length) & (height > 0) & (width > 0)
-    good &= (rows["label"] >= -1) & (rows["label"] < len(meta["classes"]))
+    good &= (rows["label"] >= -1) & (rows["label"] < labels)
     if meta["way"] == "resident":
         # 3 · height · width of damaged numbers may go beyond 64 bits, and then is of the wrong sign or size.
         good &= (height * width <= length) & (3 * height * width == length)

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from funmatch.data.cache.build import BadImages, CacheOptions, build, choose_way, content_key, unreadable
+from funmatch.data.cache.build import BadImages, build, unreadable
 from funmatch.data.cache.check import is_complete, read_meta
 from funmatch.data.cache.ledger import CUT, CUTS
 from funmatch.data.cache.scan import Scan, scan
 from funmatch.data.cache.splits import LEFT_OUT, apply_split, choose_splits
 from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.cache.storing import CacheOptions, choose_way, content_key
 from funmatch.data.dataset import ORDER, Dataset, Track
+from funmatch.data.label_sets import join_copies
 from funmatch.runtime.disk.files import cache_home, write_atomically
 from funmatch.runtime.disk.json_files import Damaged
 
@@ -101,7 +103,7 @@ def build_splits(
 ) -> Built:
     """Reads every image of a data set and builds its cache, of all training images, whatever is held out of them."""
     home = options.home or cache_home()
-    whole = scan(listed, home, track, log, limits=options.limits, refresh=refresh)
+    listed, whole = join_copies(listed, scan(listed, home, track, log, limits=options.limits, refresh=refresh))
     numbers = choose_splits(listed, whole)
     dataset, scanned = apply_split(listed, whole, numbers)
     key = content_key(dataset, scanned, options)

@@ -3,10 +3,10 @@
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
-from funmatch.data.cache.build import CacheOptions
 from funmatch.data.cache.open_cache import absolute
 from funmatch.data.cache.scan import by_split, scan
 from funmatch.data.cache.stores import CachedSplit
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import ReadOptions, Track, untracked
 from funmatch.data.readers.open import open_dataset
 from funmatch.runtime.disk.files import cache_home

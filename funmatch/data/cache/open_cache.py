@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.data.cache.bit_depth import depth_notes
-from funmatch.data.cache.build import CacheOptions, unreadable
-from funmatch.data.cache.check import FORMAT, is_complete, read_index, read_meta
+from funmatch.data.cache.build import unreadable
+from funmatch.data.cache.check import FORMAT, is_complete, read_index, read_label_sets, read_meta
 from funmatch.data.cache.cuts import Built, apply_cut, build_splits, read_cut
 from funmatch.data.cache.ledger import folder_of, read_entry, read_paths
 from funmatch.data.cache.scan import Scan, fingerprint_files, scan, summary
 from funmatch.data.cache.splits import apply_split, choose_splits
-from funmatch.data.cache.stores import CachedSplit, Resident, Streaming
+from funmatch.data.cache.stores import CachedSplit, Resident, Streaming, label_table
+from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import pick_decoder
+from funmatch.data.label_sets import join_copies
 from funmatch.data.limits import MAX_SCANS
 from funmatch.data.readers.catalog import data_home
 from funmatch.data.readers.open import known_copies, open_dataset, resolve_spec, update_copies
@@ -40,8 +42,9 @@ NAMES_IN_DIGESTS = {
     "CacheOptions(": "Keeping(",
     "SplitSpec(": "Cut(",
     "split_spec=": "cut=",
-    # An option that came later, where it has its default.
+    # Options that came later, where they have their defaults.
     f", max_scans={MAX_SCANS}": "",
+    ", task='multiclass'": "",
 }
 """Names as version 0.1.0 wrote them into digests: the same options keep the same digest, so that no data set is listed
 again only because a class or a field was renamed."""
@@ -66,6 +69,7 @@ class Cache:
         way: `resident` or `streaming`.
         folder: of the cache.
         summary: see `scan.summary`; also `unreadable`, a list of [name, reason], and `notes`.
+        task: `multiclass`, one class an image, or `multilabel`, any number of them.
     """
 
     key: str
@@ -76,6 +80,7 @@ class Cache:
     way: str
     folder: Path
     summary: dict[str, Any]
+    task: str = "multiclass"
 
     def without_labels(self) -> "Cache":
         """Returns the same images without labels."""
@@ -122,7 +127,7 @@ def open_cache(
         built = build_splits(listed, cache_options, track, log, refresh=refresh)
         # Last, so that an entry never names a cache that is still being built.
         entry = _store_entry(ledger, built, watched, stamp)
-    cache = _open_entry(entry, cache_options)
+    cache = _open_entry(entry, cache_options, options.task)
     # Before the complaints: labels that contradict each other do not matter then.
     cache = cache.without_labels() if options.unlabelled else cache
     bad = cache.summary["unreadable"]
@@ -143,7 +148,7 @@ def open_known_cache(specs: Sequence[str], options: ReadOptions, cache_options: 
     entry = _load_entry(ledger)
     if entry is None:
         return None
-    cache = _open_entry(entry, cache_options)
+    cache = _open_entry(entry, cache_options, options.task)
     return cache.without_labels() if options.unlabelled else cache
 
 
@@ -171,7 +176,7 @@ def absolute(options: ReadOptions) -> ReadOptions:
 def scan_dataset(dataset: Dataset, cache_options: CacheOptions, track: Track) -> tuple[Dataset, Scan]:
     """Reads every image of a data set once, and makes its splits."""
     home = cache_options.home or cache_home()
-    scanned = scan(dataset, home, track, limits=cache_options.limits)
+    dataset, scanned = join_copies(dataset, scan(dataset, home, track, limits=cache_options.limits))
     return apply_split(dataset, scanned, choose_splits(dataset, scanned))
 
 
@@ -193,23 +198,23 @@ def list_complaints(cache: Cache) -> list[str]:
     return lines
 
 
-def _open_entry(entry: dict[str, Any], cache_options: CacheOptions) -> Cache:
+def _open_entry(entry: dict[str, Any], cache_options: CacheOptions, task: str) -> Cache:
     """Opens the cache of a ledger entry."""
     place = Path(entry["folder"])
     folder = folder_of(place)
     meta = read_meta(folder)
-    key, splits = meta["content"], {}
+    key, splits, sets = meta["content"], {}, read_label_sets(folder, meta)
     for name in meta["splits"]:
         path = folder / f"{name}.pixels"
         resident = meta["way"] == "resident"
         index, digests = read_index(folder, name, meta)
         cap, decoder = meta["cap"], meta["decoder"]
         store = Resident(path, index) if resident else Streaming(path, cap, decoder, cache_options.max_pixels)
-        splits[name] = CachedSplit(name, index, store, digests)
+        splits[name] = CachedSplit(name, index, store, digests, task, label_table(sets))
     if place != folder:
         key, splits = place.stem, apply_cut(splits, read_cut(place, len(splits["train"])))
     classes, name, unnamed = tuple(meta["classes"]), entry["name"], entry["unnamed"]
-    return Cache(key, name, classes, splits, unnamed, meta["way"], folder, entry["found"])
+    return Cache(key, name, classes, splits, unnamed, meta["way"], folder, entry["found"], task)
 
 
 def _digest(*parts: object) -> str:

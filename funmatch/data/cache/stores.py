@@ -168,6 +168,18 @@ class Streaming:
         return torch.from_numpy(pixels)
 
 
+def label_table(sets: np.ndarray | None) -> Tensor | None:
+    """Returns what maps labels that number sets of classes to labels of classes: (sets + 1, classes) float32.
+
+    Args:
+        sets: (sets, classes) in {0, 1}; None where labels are classes.
+    """
+    if sets is None:
+        return None
+    # The last row is that of an image without a label, whose number is -1.
+    return torch.cat([torch.from_numpy(sets).float(), torch.full((1, sets.shape[1]), torch.nan)])
+
+
 @dataclass(frozen=True)
 class CachedSplit:
     """Images of one split in a cache.
@@ -177,12 +189,16 @@ class CachedSplit:
         index: one row of `INDEX` an image, mapped.
         store: source of the pixels.
         digests: of the encoded images, (n,) of 16 bytes, mapped.
+        task: `multiclass`, one class an image, or `multilabel`, any number of them.
+        label_table: of `label_table` where the labels of the index number sets of classes; None where they are classes.
     """
 
     name: str
     index: np.ndarray
     store: Store
     digests: np.ndarray
+    task: str = "multiclass"
+    label_table: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -221,8 +237,21 @@ class CachedSplit:
         return self.images([i])[0]
 
     def labels(self, indices) -> Tensor:
-        """Returns labels, (n,) int64; -1 where there is none."""
-        return torch.from_numpy(self.index["label"][indices].astype(np.int64))
+        """Returns labels, (n,) int64; -1 where there is none.
+
+        Of several classes an image (n, classes) float32 in {0, 1}; NaN where there is none but others have some.
+        """
+        numbers = torch.from_numpy(self.index["label"][indices].astype(np.int64))
+        return numbers if self.label_table is None else self.label_table[numbers]
+
+    def class_counts(self, classes: int) -> np.ndarray:
+        """Returns the number of images of each class, (classes,) int64; those without a label are in none."""
+        numbers = self.index["label"][self.index["label"] >= 0]
+        if self.label_table is None:
+            return np.bincount(numbers, minlength=classes)
+        # By sets, since the labels of all images may not fit in memory.
+        counts = torch.from_numpy(np.bincount(numbers, minlength=len(self.label_table) - 1))
+        return (counts.double() @ self.label_table[:-1].double()).long().numpy()
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns heights and widths in pixels, each (n,)."""
@@ -233,7 +262,7 @@ class CachedSplit:
         """Returns the same images without labels."""
         index = np.array(self.index)  # a copy: the mapped file must not change
         index["label"] = -1
-        return replace(self, index=index)
+        return replace(self, index=index, label_table=None)
 
     def subset(self, indices: np.ndarray) -> "CachedSplit":
         """Returns a split of some of the images."""

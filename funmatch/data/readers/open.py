@@ -98,7 +98,7 @@ def open_dataset(specs: str | Sequence[str], options: ReadOptions | None = None,
     notes = [*_notes_about_splits(specs), *notes_about_labels(datasets)]
     datasets[0] = replace(datasets[0], notes=(*notes, *datasets[0].notes))
     # After joining: a share is meant of all training images together.
-    return hold_out(join_datasets(datasets), options.split_spec)
+    return hold_out(replace(join_datasets(datasets), task=options.task), options.split_spec)
 
 
 def update_copies(specs: Sequence[str], track: Track, *, at_most: float, refresh: bool = False) -> None:

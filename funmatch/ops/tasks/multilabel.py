@@ -60,7 +60,7 @@ def distance(
     squared: bool = True,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Computes the distance of a name; arguments as of `distances.distance`, whose distances of logits are these too."""
+    """Computes the distance of a name; arguments as of `distances.distance`, as are the distances of logits."""
     if name not in TEMPERED:
         return distances.distance(name, student_logits, teacher_logits, smoothing=smoothing)
     result = TEMPERED[name](student_logits, teacher_logits, temperature)

@@ -157,8 +157,8 @@ def _of_dataset(spec: str, options: ReadOptions, split: str, track: Track) -> Im
     spec_of_splits = dataset.split_spec
     if spec_of_splits and split != "all" and {*names} & {"train", *spec_of_splits.shares}:
         # Here, since they load torch. What is held out is chosen by content, for which every image is read once.
-        from funmatch.data.cache.build import CacheOptions
         from funmatch.data.cache.open_cache import scan_dataset
+        from funmatch.data.cache.storing import CacheOptions
 
         dataset, _ = scan_dataset(dataset, CacheOptions(), track)
     # Names in a folder are relative to it; those of shards are no paths.
