@@ -222,7 +222,8 @@ class TrainOptions(ImagesOptions, total=False):
     weights: str | Path | None
     """The same as student_weights."""
     student_kwargs: KeyValues
-    """Arguments for timm's constructor, e.g. channels=16,32,64,128. (default: none)"""
+    """Arguments for timm's constructor, e.g. channels=16,32,64,128. weights_key=KEY chooses among several weights in a
+    file, e.g. state_dict_ema. (default: none)"""
     model_kwargs: KeyValues
     """The same as student_kwargs."""
     drop_rate: float | None
@@ -315,7 +316,8 @@ class DistillOptions(TrainOptions, total=False):
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""
     teacher_kwargs: KeyValues
-    """Arguments for the teacher's constructor; with several teachers, for each of them. (default: none)"""
+    """Arguments for the teacher's constructor; with several teachers, for each of them. weights_key=KEY chooses among
+    several weights in a file, e.g. state_dict_ema. (default: none)"""
     teacher_side: int | Sequence[int]
     """Image size of the teacher's views in pixels, one for all teachers or one each. The same crop is sampled at each
     size. (default: the student's)"""
@@ -483,7 +485,8 @@ class EvaluateOptions(ImagesOptions, total=False):
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
-    """Arguments for timm's constructor. (default: none)"""
+    """Arguments for timm's constructor. weights_key=KEY chooses among several weights in a file, e.g. state_dict_ema.
+    (default: none)"""
     side: int | None
     """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
     img_size: int | None
@@ -504,7 +507,8 @@ class EvaluateOptions(ImagesOptions, total=False):
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""
     teacher_kwargs: KeyValues
-    """Arguments for the teacher's constructor; with several teachers, for each of them. (default: none)"""
+    """Arguments for the teacher's constructor; with several teachers, for each of them. weights_key=KEY chooses among
+    several weights in a file, e.g. state_dict_ema. (default: none)"""
     teacher_side: int | Sequence[int]
     """Image size of the teacher's views in pixels, one for all teachers or one each. The same crop is sampled at each
     size. (default: the student's)"""
@@ -560,7 +564,8 @@ class ExportOptions(ImagesOptions, total=False):
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
-    """Arguments for timm's constructor. (default: none)"""
+    """Arguments for timm's constructor. weights_key=KEY chooses among several weights in a file, e.g. state_dict_ema.
+    (default: none)"""
     side: int | None
     """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
     img_size: int | None
@@ -617,7 +622,8 @@ class BenchmarkOptions(ImagesOptions, total=False):
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""
     teacher_kwargs: KeyValues
-    """Arguments for the teacher's constructor; with several teachers, for each of them. (default: none)"""
+    """Arguments for the teacher's constructor; with several teachers, for each of them. weights_key=KEY chooses among
+    several weights in a file, e.g. state_dict_ema. (default: none)"""
     teacher_side: int | Sequence[int]
     """Image size of the teacher's views in pixels, one for all teachers or one each. The same crop is sampled at each
     size. (default: the student's)"""
@@ -641,7 +647,8 @@ class BenchmarkOptions(ImagesOptions, total=False):
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
-    """Arguments for timm's constructor. (default: none)"""
+    """Arguments for timm's constructor. weights_key=KEY chooses among several weights in a file, e.g. state_dict_ema.
+    (default: none)"""
     side: int | None
     """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
     img_size: int | None
@@ -723,7 +730,8 @@ class EmbedOptions(TypedDict, total=False):
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
-    """Arguments for timm's constructor. (default: none)"""
+    """Arguments for timm's constructor. weights_key=KEY chooses among several weights in a file, e.g. state_dict_ema.
+    (default: none)"""
     side: int | None
     """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
     img_size: int | None
@@ -772,7 +780,8 @@ class PredictOptions(TypedDict, total=False):
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
-    """Arguments for timm's constructor. (default: none)"""
+    """Arguments for timm's constructor. weights_key=KEY chooses among several weights in a file, e.g. state_dict_ema.
+    (default: none)"""
     side: int | None
     """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
     img_size: int | None

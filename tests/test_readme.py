@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from make_images import paint
 from PIL import Image
 from test_bit import as_second_layout, random_bit
@@ -186,7 +188,11 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
     np.savez(tmp_path / "bit.npz", **as_second_layout(random_bit(50, 1)))
     for number in range(8):  # calibration needs 16 training images
         paint(images / "train" / "bee" / f"more-{number}.jpg", 50 + number)
+    tiny = timm.create_model("resnet10t", channels=(8, 8, 16, 16), stem_width=8).state_dict()
+    torch.save({"state_dict": tiny, "state_dict_ema": tiny}, tmp_path / "checkpoint.pth.tar")
     replacements = {
+        "import resnet50 --weights checkpoint.pth.tar --model-kwargs": f"import resnet10t --weights "
+        f"{tmp_path}/checkpoint.pth.tar --model-kwargs channels=8,8,16,16 stem_width=8",
         "--student resnetv2_50x1_bit --student mobilenetv3_large_100": "--student resnet10t --student resnet14t "
         "--student-kwargs channels=8,8,16,16 stem_width=8",
         "funmatch demo": "funmatch demo --steps 20",

@@ -47,7 +47,8 @@ class Student(Options):
             metavar="KEY=VALUE …",
         ),
     ] = ()
-    """Arguments for timm's constructor, e.g. channels=16,32,64,128."""
+    """Arguments for timm's constructor, e.g. channels=16,32,64,128. weights_key=KEY chooses among several weights in a
+    file, e.g. state_dict_ema."""
     drop_rate: Annotated[
         float | None, Opt(group=Group.STUDENT, changes=STUDENT, at_least=0, below=1, usual="the network's own")
     ] = None

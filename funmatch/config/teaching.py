@@ -29,7 +29,8 @@ class Teaching(Options):
     teacher_kwargs: Annotated[
         Pairs, Opt(group=Group.TEACHER, changes=TEACHER, usual="none", metavar="KEY=VALUE …")
     ] = ()
-    """Arguments for the teacher's constructor; with several teachers, for each of them."""
+    """Arguments for the teacher's constructor; with several teachers, for each of them. weights_key=KEY chooses among
+    several weights in a file, e.g. state_dict_ema."""
     teacher_side: Annotated[
         Integers,
         Opt(group=Group.TEACHER, changes=TEACHER, at_least=1, at_most=10**4, usual="the student's"),

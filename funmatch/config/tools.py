@@ -181,7 +181,7 @@ class Import(Options):
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name."""
     model_kwargs: Annotated[Pairs, like(FinishedModel, "model_kwargs")] = ()
     """Arguments for timm's constructor; for a BiT .npz also pool_padding=zeros or -inf, the padding of its first
-    max-pool."""
+    max-pool; for a file with several weights also weights_key=KEY, e.g. state_dict_ema."""
     inputs: Annotated[
         Literal["auto", "0..1", "-1..1", "imagenet"], Opt(group=Group.STUDENT, changes=STUDENT, essential=True)
     ] = "auto"

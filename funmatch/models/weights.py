@@ -12,6 +12,7 @@ Value = TypeVar("Value")
 
 COUNTER = "num_batches_tracked"  # of BatchNorm: older files lack it, and nothing depends on it
 MAX_PROBLEMS = 5  # that a message lists
+MAX_NAMES = 5  # of tensors that are missing, and of those that are left over
 
 
 class Lazily(Mapping[str, Value]):
@@ -65,8 +66,10 @@ def fill(net: nn.Module, weights: Lazily[Tensor], what: str, where: str) -> None
     """
     # timm itself is silent about some of these cases, and a student would train from half-random weights.
     expected = net.state_dict(keep_vars=True)
-    problems = [f"{key} is missing" for key in expected if key not in weights and not key.endswith(COUNTER)]
-    problems += [f"{key} is not of this model" for key in weights if key not in expected]
+    missing = [key for key in expected if key not in weights and not key.endswith(COUNTER)]
+    others = [key for key in weights if key not in expected]
+    found = {"missing": missing, "not of this model": others}
+    problems = [f"{_listed(names)} {what}" for what, names in found.items() if names]
     if not problems:
         # All memory first, contents after: alternating, freed memory would be left in pieces too small for the next.
         targets = {key: _allocate(net, key, slot) for key, slot in expected.items()}
@@ -74,6 +77,12 @@ def fill(net: nn.Module, weights: Lazily[Tensor], what: str, where: str) -> None
     if problems:
         more = f" … and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         raise InputError(f"{where} does not fit {what}: {'; '.join(problems[:MAX_PROBLEMS])}{more}")
+
+
+def _listed(names: list[str]) -> str:
+    """Returns the first names of a list, how many more there are, and the verb for them."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{', '.join(names[:MAX_NAMES])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
 def _allocate(net: nn.Module, key: str, slot: Tensor) -> Tensor:
@@ -95,6 +104,9 @@ def _copy(key: str, target: Tensor, weights: Lazily[Tensor]) -> list[str]:
     # `take` frees a tensor once it is copied, so that file and network are not both in memory as a whole.
     tensor = weights.take(key) if key in weights else torch.zeros(target.shape, dtype=target.dtype)
     problems = []
+    # Weights that were rounded to integers mean something only together with their scales.
+    if target.is_floating_point() and not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized):
+        problems.append(f"{key} is of {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers")
     if tensor.shape != target.shape:
         problems.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_complex() or tensor.is_quantized:

@@ -32,7 +32,8 @@ class FinishedModel(Machine):
     model_kwargs: Annotated[
         Pairs, Opt(group=Group.STUDENT, changes=Changes.STUDENT, usual="none", metavar="KEY=VALUE …")
     ] = ()
-    """Arguments for timm's constructor."""
+    """Arguments for timm's constructor. weights_key=KEY chooses among several weights in a file, e.g.
+    state_dict_ema."""
     # Optional: a run knows its own, and only a named model may need them.
     side: Annotated[int | None, like(Train, "side", usual="the run's or the model's own")] = None
     """Image size: side of the square views, in pixels."""

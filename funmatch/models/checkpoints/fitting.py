@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funmatch.errors import InputError
-from funmatch.models.checkpoints.checkpoint import Checkpoint, Entry
+from funmatch.models.checkpoints.checkpoint import KEY, Checkpoint, Entry
 from funmatch.models.checkpoints.torch_files import HOW_TO_SAVE
 from funmatch.models.weights import COUNTER, Lazily
 
@@ -18,7 +18,9 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 BESIDES = ("n_averaged", "total_ops", "total_params")
 """Tensors that tools add to a network: `AveragedModel` and thop."""
 LEAST_SHARE = 0.5  # of a network's names: with fewer, the weights are of another network altogether
-AVERAGED = re.compile(r"(^|[._])ema([._]|$)")
+AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|momentum)([._]|$)")
+"""Keys of weights that are an average of others, over steps or epochs: EMA, SWA, momentum encoders."""
+OPTIONS = "--teacher-kwargs, --student-kwargs or --model-kwargs"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,18 @@ def fit(checkpoint: Checkpoint, wanted: Wanted) -> Found:
     taken = {name: f"{prefix}{name}" for name in wanted.shapes if f"{prefix}{name}" in entries}
     if wanted.head and share == 1 and not any(name in taken for name in wanted.head):
         taken |= _head_elsewhere(entries, prefix, wanted)
-    return _assemble(checkpoint, entries, prefix, taken, wanted, notes)
+    return _assemble(checkpoint, entries, prefix, taken, wanted, notes + _notes_on(checkpoint, entries, taken))
+
+
+def _notes_on(checkpoint: Checkpoint, entries: Mapping[str, Entry], taken: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns notes on what was read that was not simply a state dict of numbers of 32 bits."""
+    notes: tuple[str, ...] = ()
+    if checkpoint.modules:
+        notes += (f"{checkpoint.where} holds a whole module ({checkpoint.modules[0]}); its tensors are read, no code",)
+    types = {entries[key].dtype for key in taken.values()}
+    if narrow := sorted(kind for kind in types if kind.startswith(("float", "bfloat")) and kind != "float32"):
+        notes += (f"{checkpoint.where}: weights of {' and '.join(narrow)}, used as float32",)
+    return notes
 
 
 def _assemble(
@@ -112,12 +125,13 @@ def _assemble(
             "cannot classify; only a student can start from it"
         )
     # Under the same prefix, other names mean another architecture: its weights would fit without being right.
+    drops_head = headless or not wanted.head
     other = {
         key.removeprefix(prefix): key
         for key in rest
         if key.startswith(prefix)
         and key.rpartition(".")[2] not in BESIDES
-        and not (headless and wanted.is_head(key.removeprefix(prefix)))
+        and not (drops_head and wanted.is_head(key.removeprefix(prefix)))
     }
     left = [key.removeprefix(entries[key].home) for key in rest if key not in set(other.values())]
     if left:
@@ -175,14 +189,16 @@ def _choose(
     if len(plain or averaged) > 1:
         names = ", ".join(repr(prefix.rstrip(".")) for prefix in plain or averaged)
         raise InputError(
-            f"{checkpoint.where} has several weights that fit {wanted.what}, under {names}; save those that "
-            "you want in a file of their own"
+            f"{checkpoint.where} has several weights that fit {wanted.what}, under {names}; choose with "
+            f"{KEY}={(plain or averaged)[-1].rstrip('.')} in {OPTIONS}"
         )
+    chosen = (plain or averaged)[0]
+    note = f"{checkpoint.where}: using the weights "
+    note += f"under {chosen.rstrip('.')!r}" if chosen else "that are not averaged"
     if plain and averaged:
-        where = f"under {plain[0].rstrip('.')!r}" if plain[0] else "that are not averaged"
-        note = f"{checkpoint.where}: using the weights {where}, not the EMA weights under {averaged[0].rstrip('.')!r}"
-        return plain[0], (note,)
-    return (plain or averaged)[0], ()
+        other = averaged[0].rstrip(".")
+        note += f", not the EMA weights under {other!r} ({KEY}={other} in {OPTIONS} takes those)"
+    return chosen, (note,) if chosen or averaged else ()
 
 
 def _identity(entries: Mapping[str, Entry], prefix: str, name: str) -> object:
@@ -209,6 +225,10 @@ def _head_elsewhere(entries: Mapping[str, Entry], prefix: str, wanted: Wanted) -
         name: [key for key in beside if f".{key}".endswith(f".{end}") and key not in wanted.shapes]
         for name, end in ends.items()
     }
+    # Averaged weights have a head of their own, in the dict that holds them.
+    home = next(entry.home for key, entry in entries.items() if key.startswith(prefix))
+    near = {name: [key for key in keys if entries[key].home == home] for name, keys in found.items()}
+    found = near if all(near.values()) else found
     if not all(len(keys) == 1 for keys in found.values()):
         return {}
     taken = {name: keys[0] for name, keys in found.items()}
@@ -230,5 +250,6 @@ def _of_another(checkpoint: Checkpoint, wanted: Wanted) -> InputError:
     under = f" under {home.rstrip('.')!r} (the file has the keys {', '.join(checkpoint.keys[:8])})" if home else ""
     return InputError(
         f"{checkpoint.where} does not fit {wanted.what}; is it of another architecture? It has "
-        f"{', '.join(names[:3])}, …{under}; the network has {', '.join([*wanted.shapes][:3])}, …"
+        f"{', '.join(names[:3])}, …{under}; the network has {', '.join([*wanted.shapes][:3])}, …; weights with another "
+        "library's names load in a function of your own, passed as package.module:function"
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from funmatch.errors import InputError
 from funmatch.models import bit, timm_models
-from funmatch.models.checkpoints.checkpoint import open_checkpoint
+from funmatch.models.checkpoints.checkpoint import KEY, open_checkpoint
 from funmatch.models.checkpoints.fitting import fit
 from funmatch.models.names import (
     BIT,
@@ -45,15 +45,20 @@ def find_origin(
     is_npz = name.startswith(BIT) or ".npz" in (Path(name).suffix, weights and weights.suffix)
     if bit.PADDING in kwargs and not (is_npz or is_function(name)):
         raise InputError(f"{name}: {bit.PADDING} is an option of BiT's .npz files; leave it out")
+    key, kwargs = kwargs.get(KEY), {name: value for name, value in kwargs.items() if name != KEY}
+    if key is not None and not (weights and weights.suffix.lower() not in (".npz", *KERAS)):
+        raise InputError(
+            f"{name}: {KEY} chooses among the weights in a file of torch.save or safetensors; leave it out"
+        )
     # First, since an .npz is always BiT's, whatever kind of name it comes with.
     if weights and weights.suffix == ".npz":
         return npz_origin(weights, kwargs, expected=name)
     if weights and weights.suffix.lower() in KERAS:
         return keras_origin(weights, kwargs, inputs, expected=name)
     if weights and is_function(name):
-        return function_origin(name, weights, kwargs, side)
+        return function_origin(name, weights, kwargs, side, key)
     if weights:
-        return _state_origin(name, weights, kwargs, classes)
+        return _state_origin(name, weights, kwargs, classes, key)
     if name.startswith(SAVEDMODEL):
         return keras_origin(Path(name.removeprefix(SAVEDMODEL)).expanduser(), kwargs, inputs)
     if name.startswith(GIVEN):
@@ -74,7 +79,7 @@ def find_origin(
     return folder_origin(folder, kwargs) if folder else None
 
 
-def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | None) -> Origin:
+def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | None, key: Any) -> Origin:
     """Returns the origin of a state dict for a timm name; its head decides the number of classes."""
     own, kwargs = own_architecture(name, kwargs)
     if not is_timm_name(own) and (":" in name or "/" in name or Path(name).exists()):
@@ -82,9 +87,10 @@ def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | 
     # With its tag, though the tag's weights are not used: it says what images such weights were trained on.
     architecture = check_architecture(own, name)
     verify_weights(path)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, key)
     wanted = timm_models.wanted_by(architecture, kwargs, classes)
-    if not wanted.head:
+    # A network without classes takes the features alone; a head in the file is left out.
+    if not wanted.head and kwargs.get("num_classes") != 0:
         raise InputError(f"{architecture} is not a classifier, so {path} cannot be its weights")
     found = fit(checkpoint, wanted)
     # Distilled transformers have two heads, of the same number of classes.

@@ -109,15 +109,15 @@ def _bad_config(path: Path, error: Exception) -> str:
     return f"{path} is not the configuration of a model ({first_line(error)})"
 
 
-def function_origin(name: str, path: Path, kwargs: dict[str, Any], side: int | None) -> Origin:
-    """Returns the origin of weights for a network that the user's function makes."""
+def function_origin(name: str, path: Path, kwargs: dict[str, Any], side: int | None, key: Any) -> Origin:
+    """Returns the origin of weights, those under `key` in a file, for a network that the user's function makes."""
     # A run that trained such a network wrote its card beside the weights.
     config = path.parent / "config.json"
     card = _read_card(config) if config.is_file() else {}
     side = side or custom.DEFAULT_SIDE
     plain = {"input_size": (3, side, side), "mean": AS_GIVEN[0], "std": AS_GIVEN[1]}
     verify_weights(path)
-    return Origin(str(path), name, open_checkpoint(path), card.pop("model_args", {}) | kwargs, plain | card)
+    return Origin(str(path), name, open_checkpoint(path, key), card.pop("model_args", {}) | kwargs, plain | card)
 
 
 def _read_card(path: Path) -> dict[str, Any]:
