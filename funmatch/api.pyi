@@ -37,11 +37,22 @@ class ImagesOptions(TypedDict, total=False):
     unlabelled: bool
     """Ignore labels, whatever the folders are called."""
     image_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
-    names)"""
+    """In shards and tables: the feature, file ending or column that holds the image, or its path. (default: one of the
+    usual names)"""
+    path_column: str | None
+    """The same as image_feature."""
     label_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. (default: one
-    of the usual names)"""
+    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. In tables of
+    paths also several columns of 0 and 1, one for each class: "cat;dog". (default: one of the usual names)"""
+    label_column: str | None
+    """The same as label_feature."""
+    split_column: str | None
+    """In tables of paths: the column that says train, val or test; none for no splits. (default: one of the usual
+    names)"""
+    image_root: str | Path | None
+    """In tables of paths: the folder that paths are relative to. (default: that of the table)"""
+    label_separator: str
+    """In tables of paths: what separates several labels in one cell. (default: ;)"""
     first_label: int
     """In shards and tables: the number of the first class, where classes are numbers. (default: 0)"""
     class_file: str | Path | None
@@ -398,8 +409,8 @@ class RecipeOptions(DistillOptions, total=False):
     """The same as student."""
     data: Names
     """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
-    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME; or any of these
-    at an address (gs://, s3://, hf://, https://). Several are joined."""
+    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME, csv:FILE; or any
+    of these at an address (gs://, s3://, hf://, https://). Several are joined."""
     teacher: Models
     """Network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
     path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, package.module:function, or fashion-mini-teacher."""
@@ -440,8 +451,8 @@ class TuneOptions(DistillOptions, total=False):
     """The same as student."""
     data: Names
     """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
-    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME; or any of these
-    at an address (gs://, s3://, hf://, https://). Several are joined."""
+    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME, csv:FILE; or any
+    of these at an address (gs://, s3://, hf://, https://). Several are joined."""
     teacher: Models
     """Network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
     path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, package.module:function, or fashion-mini-teacher."""
@@ -502,7 +513,8 @@ class EvaluateOptions(ImagesOptions, total=False):
     """The same as batch."""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the run's)"""
+    hf:NAME, csv:FILE; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the
+    run's)"""
     teacher_weights: Names
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""
@@ -581,7 +593,8 @@ class ExportOptions(ImagesOptions, total=False):
     """The same as batch."""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the run's)"""
+    hf:NAME, csv:FILE; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the
+    run's)"""
     format: Literal["onnx", "torch-export", "openvino", "timm", "keras …"]
     """Formats to write, one or several: onnx, torch-export (.pt2), openvino (.xml), timm; of BiT networks also keras
     (.keras), savedmodel, tflite. (default: onnx)"""
@@ -664,7 +677,8 @@ class BenchmarkOptions(ImagesOptions, total=False):
     """The same as batch."""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the run's)"""
+    hf:NAME, csv:FILE; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the
+    run's)"""
     teacher: Names
     """Teachers to measure beside the models and to compare their outputs with; none measures no teacher. (default: the
     run's)"""
@@ -760,8 +774,15 @@ class EmbedOptions(TypedDict, total=False):
     """JPEGs of more progressive scans are rejected: each scan takes the time of a whole image. (default: the run's, or
     100)"""
     image_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
+    """In shards and tables: the feature, file ending or column that holds the image, or its path. (default: one of the
+    usual names)"""
+    path_column: str | None
+    """The same as image_feature."""
+    split_column: str | None
+    """In tables of paths: the column that says train, val or test; none for no splits. (default: one of the usual
     names)"""
+    image_root: str | Path | None
+    """In tables of paths: the folder that paths are relative to. (default: that of the table)"""
     data_dir: str | Path | None
     """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
     folder in the user's cache)"""
@@ -810,8 +831,15 @@ class PredictOptions(TypedDict, total=False):
     """JPEGs of more progressive scans are rejected: each scan takes the time of a whole image. (default: the run's, or
     100)"""
     image_feature: str | None
-    """In shards and tables: the feature, file ending or column that holds the image. (default: one of the usual
+    """In shards and tables: the feature, file ending or column that holds the image, or its path. (default: one of the
+    usual names)"""
+    path_column: str | None
+    """The same as image_feature."""
+    split_column: str | None
+    """In tables of paths: the column that says train, val or test; none for no splits. (default: one of the usual
     names)"""
+    image_root: str | Path | None
+    """In tables of paths: the folder that paths are relative to. (default: that of the table)"""
     data_dir: str | Path | None
     """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
     folder in the user's cache)"""

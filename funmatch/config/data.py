@@ -29,13 +29,37 @@ class Images(Options):
     unlabelled: Annotated[bool, Opt(group=Group.DATA, changes=DATA)] = False
     """Ignore labels, whatever the folders are called."""
     image_feature: Annotated[
-        str | None, Opt(group=Group.DATA, changes=DATA, usual="one of the usual names", metavar="NAME")
+        str | None,
+        Opt(group=Group.DATA, changes=DATA, usual="one of the usual names", metavar="NAME", aliases=("--path-column",)),
     ] = None
-    """In shards and tables: the feature, file ending or column that holds the image."""
+    """In shards and tables: the feature, file ending or column that holds the image, or its path."""
     label_feature: Annotated[
+        str | None,
+        Opt(
+            group=Group.DATA, changes=DATA, usual="one of the usual names", metavar="NAME", aliases=("--label-column",)
+        ),
+    ] = None
+    """In shards and tables: the feature, file ending or column that holds the class; none for no labels. In tables of
+    paths also several columns of 0 and 1, one for each class: "cat;dog"."""
+    split_column: Annotated[
         str | None, Opt(group=Group.DATA, changes=DATA, usual="one of the usual names", metavar="NAME")
     ] = None
-    """In shards and tables: the feature, file ending or column that holds the class; none for no labels."""
+    """In tables of paths: the column that says train, val or test; none for no splits."""
+    # A run compares its images by their content.
+    image_root: Annotated[
+        Path | None,
+        Opt(
+            group=Group.DATA,
+            changes=DATA,
+            refers=Refers.FILE,
+            resume=OnResume.UNCOMPARED,
+            usual="that of the table",
+            metavar="FOLDER",
+        ),
+    ] = None
+    """In tables of paths: the folder that paths are relative to."""
+    label_separator: Annotated[str, Opt(group=Group.DATA, changes=DATA, metavar="TEXT")] = ";"
+    """In tables of paths: what separates several labels in one cell."""
     first_label: Annotated[int, Opt(group=Group.DATA, changes=DATA)] = 0
     """In shards and tables: the number of the first class, where classes are numbers."""
     # A run compares its images by their content, so what leads to the same images may differ when it resumes.
@@ -92,7 +116,7 @@ class Named(Images):
         ),
     ]
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined."""
+    hf:NAME, csv:FILE; or any of these at an address (gs://, s3://, hf://, https://). Several are joined."""
 
     def problems(self) -> list[str]:
         # An empty list is a value too: a file or Python may set one, though `data` is required.

@@ -37,8 +37,8 @@ class Train(Images, Student, Views, Optimizer, Loop):
         ),
     ]
     """Training images: a name (pet37, flowers102, food101, sun397, imagenet, fashion-mnist, cifar10, cifar100,
-    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME; or any of
-    these at an address (gs://, s3://, hf://, https://). Several are joined."""
+    fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME,
+    csv:FILE; or any of these at an address (gs://, s3://, hf://, https://). Several are joined."""
     # Not DATA: the teacher's views are of --data alone, so runs that are evaluated on other images may share a tape.
     eval_data: Annotated[
         Names,

@@ -85,6 +85,7 @@ class Dataset:
         task: `multiclass`, one class an image, or `multilabel`, any number of them.
         label_sets: of several classes an image, the sets that labels number, (sets, classes) uint8 in {0, 1}; None
             where labels are classes.
+        root: folder that the names of images are relative to, where they are paths; empty where it is `location`.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Dataset:
     lacking: str = ""
     task: str = "multiclass"
     label_sets: np.ndarray | None = None
+    root: str = ""
 
     @property
     def display_name(self) -> str:
@@ -129,6 +131,10 @@ class ReadOptions:
         first_label: number of the first class, where shards and tables have numbers.
         class_file: file of class names, one a line.
         task: `multiclass`, one class an image, or `multilabel`, any number of them.
+        split_column: of a table of paths, the column of splits; None tries the usual names, "none" reads none.
+        image_root: folder that the paths in a table are relative to; None is the table's own.
+        label_separator: between several labels in a cell of a table.
+        on_bad: `stop` with an error where a table names files that are not there, or `skip` them.
     """
 
     data_dir: Path | None = None
@@ -140,6 +146,10 @@ class ReadOptions:
     first_label: int = field(default=0, metadata=OF_SHARDS)
     class_file: Path | None = field(default=None, metadata=OF_SHARDS)
     task: str = "multiclass"
+    split_column: str | None = field(default=None, metadata=OF_SHARDS)
+    image_root: Path | None = field(default=None, metadata=OF_SHARDS)
+    label_separator: str = field(default=";", metadata=OF_SHARDS)
+    on_bad: str = "stop"
 
 
 def parse_share(text: str) -> Fraction | int:

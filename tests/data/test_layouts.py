@@ -155,7 +155,7 @@ def test_files_that_are_no_images_are_named(tmp_path, ending, advice, split):
 
 @pytest.mark.parametrize(("file", "message"), [
     ("pets.zip", "is an archive; unpack it"), ("x.tar.gz", "is an archive"), ("one.jpg", "is a single image"),
-    ("train.csv", "a table of labels is not read"), ("labels.xlsx", "a table of labels"), ("a.npz", "a file of arrays"),
+    ("train.csv", "train.csv has zero bytes"), ("labels.xlsx", "a table of labels is not read"), ("a.npz", "of arrays"),
     ("list.txt", "is a file; expected a folder of images"), ("x.tar", "pass wds:"), ("x.parquet", "pass hf:"),
 ])  # fmt: skip
 def test_files_in_place_of_a_folder(tmp_path, file, message):

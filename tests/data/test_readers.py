@@ -272,7 +272,7 @@ def test_label_tables_are_reported_as_not_read(tmp_path):
     assert any(
         "labels.csv is not read; labels come from folder names" in note for note in open_folder(tmp_path / "p").notes
     )
-    with pytest.raises(InputError, match=r"labels\.csv is a file.*a table of labels is not read: put the images into"):
+    with pytest.raises(InputError, match=r"labels\.csv: the first line \(a\.png, cat\) is of an image; put a line"):
         open_dataset(str(tmp_path / "p" / "labels.csv"))
 
 

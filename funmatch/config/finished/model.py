@@ -51,4 +51,4 @@ class WithImages(Images, FinishedModel):
     # Optional: a run knows its own.
     data: Annotated[Names, like(Train, "data", usual="the run's")] = ()
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
-    hf:NAME; or any of these at an address (gs://, s3://, hf://, https://). Several are joined."""
+    hf:NAME, csv:FILE; or any of these at an address (gs://, s3://, hf://, https://). Several are joined."""

@@ -35,7 +35,11 @@ class ImageOptions(FinishedModel):
     max_scans: Annotated[int | None, like(Images, "max_scans", usual="the run's, or 100")] = None
     """JPEGs of more progressive scans are rejected: each scan takes the time of a whole image."""
     image_feature: Annotated[str | None, like(Images, "image_feature")] = None
-    """In shards and tables: the feature, file ending or column that holds the image."""
+    """In shards and tables: the feature, file ending or column that holds the image, or its path."""
+    split_column: Annotated[str | None, like(Images, "split_column")] = None
+    """In tables of paths: the column that says train, val or test; none for no splits."""
+    image_root: Annotated[Path | None, like(Images, "image_root")] = None
+    """In tables of paths: the folder that paths are relative to."""
     data_dir: Annotated[Path | None, like(Images, "data_dir")] = None
     """Folder that holds the catalog's data sets, and into which they are downloaded."""
 

@@ -45,6 +45,7 @@ NAMES_IN_DIGESTS = {
     # Options that came later, where they have their defaults.
     f", max_scans={MAX_SCANS}": "",
     ", task='multiclass'": "",
+    ", split_column=None, image_root=None, label_separator=';', on_bad='stop'": "",
 }
 """Names as version 0.1.0 wrote them into digests: the same options keep the same digest, so that no data set is listed
 again only because a class or a field was renamed."""
@@ -160,7 +161,8 @@ def _ledger(
     # Before the digest: `auto` stands for two decoders, whose pixels differ a little.
     cache_options = replace(cache_options, decoder=pick_decoder(cache_options.decoder), home=home)
     # Without on_bad: both values mean the same cache, and differ only in whether bad images are an error.
-    parts = FORMAT, READING, [resolve_spec(spec) for spec in specs], options, replace(cache_options, on_bad="")
+    reading = replace(options, on_bad="stop")
+    parts = FORMAT, READING, [resolve_spec(spec) for spec in specs], reading, replace(cache_options, on_bad="")
     # A shard that is gone from a bucket has left no trace in the files that are looked at.
     if copies := known_copies(specs):
         parts = (*parts, copies)
@@ -170,7 +172,8 @@ def _ledger(
 def absolute(options: ReadOptions) -> ReadOptions:
     """Makes paths absolute, so that the digest means the same in another folder or with another FUNMATCH_DATA."""
     file = options.class_file and options.class_file.expanduser().absolute()
-    return replace(options, data_dir=data_home(options.data_dir).absolute(), class_file=file)
+    root = options.image_root and options.image_root.expanduser().absolute()
+    return replace(options, data_dir=data_home(options.data_dir).absolute(), class_file=file, image_root=root)
 
 
 def scan_dataset(dataset: Dataset, cache_options: CacheOptions, track: Track) -> tuple[Dataset, Scan]:

@@ -109,7 +109,9 @@ class FolderListing:
         tables = sorted(name for name in self.skipped if ending(name) in TABLES)
         if not tables:
             return []
-        return [f"{self.root}: {tables[0]} is not read; labels come from folder names, <class>/*.jpg"]
+        of_paths = os.path.join(self.root, tables[0])
+        other = f"; if it has a column of paths, pass csv:{of_paths}" if ending(of_paths) != ".jsonl" else ""
+        return [f"{self.root}: {tables[0]} is not read; labels come from folder names, <class>/*.jpg{other}"]
 
     def _is_folder(self, entry: os.DirEntry) -> bool:
         """Returns whether an entry is a folder that may hold images."""

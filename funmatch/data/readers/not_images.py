@@ -35,8 +35,8 @@ def describe_file(path: Path, recommend_reader: Callable[[Path], str]) -> str:
         return f"{path} is a single image; expected a folder of images, such as {path.absolute().parent}"
     if kind in SHEETS:
         return (
-            f"{path} is a file; expected a folder of images; a table of labels is not read: put the images into one "
-            "folder per class"
+            f"{path} is a file; expected a folder of images; a table of labels is not read: save it as CSV with a "
+            "column of paths and pass csv:FILE, or put the images into one folder per class"
         )
     if kind in ARRAYS:
         return f"{path} is a file of arrays or records; write its images as files (.png, .jpg), one folder per class"

@@ -24,6 +24,7 @@ from funmatch.data.readers.webdataset import open_tars
 from funmatch.data.remote import fetch
 from funmatch.data.remote.archives import is_archive
 from funmatch.data.remote.objects import Wanted
+from funmatch.data.tables import manifest
 from funmatch.errors import InputError, hide_secrets, unknown
 from funmatch.runtime.addresses import check_scheme, is_address
 
@@ -44,6 +45,7 @@ class Reader:
         files: glob patterns of the files that it reads. Where such files are given without the prefix, the message
             recommends it.
         remote: which files of an address it needs.
+        single: whether it reads one file, and neither a folder nor a pattern of such files.
     """
 
     open: Callable[[str, ReadOptions, Track], Dataset]
@@ -51,6 +53,7 @@ class Reader:
     resolve: Callable[[str], str] = absolute_path
     files: tuple[str, ...] = ()
     remote: Wanted = fetch.EVERYTHING
+    single: bool = False
 
 
 def _open_folder(location: str, options: ReadOptions, track: Track) -> Dataset:
@@ -77,6 +80,7 @@ READERS: dict[str, Reader] = {
     "tfrecord": Reader(open_tfrecords, "PATTERN", files=("*.tfrec*",), remote=shards_of(ENDINGS)),
     "wds": Reader(open_tars, "PATTERN", files=("*.tar",), remote=shards_of(TARS)),
     "hf": Reader(open_hub, "NAME", resolve=resolve_if_local, files=("*.parquet", "*.arrow")),
+    "csv": Reader(manifest.open_manifest, "FILE", files=manifest.FILES, remote=manifest.REMOTE, single=True),
 }
 
 
@@ -161,8 +165,12 @@ def recommend_reader(path: Path) -> str:
     for prefix, reader in READERS.items():
         for pattern in reader.files:
             # Only up to the first match: a folder may hold a million files.
-            if fnmatch(path.name, pattern) if path.is_file() else next(path.rglob(pattern), None):
-                return f"for {pattern}, pass {prefix}:{path}"
+            if path.is_file():
+                found = path if fnmatch(path.name, pattern) else None
+            else:
+                found = next(path.rglob(pattern), None)
+            if found:
+                return f"for {pattern}, pass {prefix}:{found if reader.single else path}"
     return ""
 
 
@@ -172,7 +180,9 @@ def _parse(spec: str) -> tuple[str, str]:
     if is_address(spec):
         return "", spec  # hf://… is an address, too
     # Known prefixes only: paths may contain colons.
-    return (prefix, location) if colon and prefix in READERS else ("", spec)
+    if colon and prefix in READERS:
+        return prefix, location
+    return ("csv", spec) if manifest.is_manifest(spec) else ("", spec)
 
 
 def _open_one(spec: str, options: ReadOptions, track: Track) -> Dataset:
@@ -235,7 +245,7 @@ def _check_address(prefix: str, address: str) -> None:
 
 
 def _words(address: str) -> str:
-    return ", ".join(f"{word}:{address}" for word, reader in READERS.items() if reader.files)
+    return ", ".join(f"{word}:{address}" for word, reader in READERS.items() if reader.files and not reader.single)
 
 
 def _notes_about_splits(specs: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -63,7 +63,10 @@ def find_images(
 def open_images(config: ImageOptions, paths: Sequence[str]) -> ImageStream:
     """Finds the images of paths, as configured."""
     # Labels are not used, so they need not be there or fit.
-    options = ReadOptions(config.data_dir, unlabelled=True, follow_links=True, image_feature=config.image_feature)
+    names = {field.name for field in fields(ReadOptions)} & set(type(config).model_fields)
+    read = {name: getattr(config, name) for name in names}
+    # A file that is not there gets a row that says so, as one that cannot be decoded.
+    options = ReadOptions(**read, unlabelled=True, follow_links=True, on_bad="skip")
     return find_images(paths, options, config.split)
 
 
@@ -162,7 +165,7 @@ def _of_dataset(spec: str, options: ReadOptions, split: str, track: Track) -> Im
 
         dataset, _ = scan_dataset(dataset, CacheOptions(), track)
     # Names in a folder are relative to it; those of shards are no paths.
-    root, first = os.path.expanduser(dataset.location), dataset.splits[names[0]].names[0]
+    root, first = dataset.root or os.path.expanduser(dataset.location), dataset.splits[names[0]].names[0]
     root = root if os.path.isfile(os.path.join(root, first)) else ""
     images = (
         ImageFile(os.path.join(root, dataset.splits[name].names[i]), partial(dataset.read, name, i))
