@@ -228,6 +228,12 @@ class TrainOptions(ImagesOptions, total=False):
     """Augmentation of your own: package.module:function of the crops, (n, 3, side, side) in [0, 1], and a
     torch.Generator, that gives crops of the same shape. It is applied before MixUp to the crops of student and teacher.
     (default: none)"""
+    policy: Names
+    """View policies, of which each image of a batch draws one: some of mixup, mixup_lam, cutmix, randaugment, crop,
+    crop_min_area and crop_ratio, which replace the run's for it, e.g. "mixup=1" "mixup=0,randaugment=2 9". (default:
+    one for all images)"""
+    policy_share: float | Sequence[float]
+    """Shares of the policies in the images, one each, e.g. 2 1. (default: equal)"""
     student_weights: str | Path | None
     """File to start from (.safetensors, .pt or BiT .npz), for a student given by its timm name. (default: none)"""
     weights: str | Path | None

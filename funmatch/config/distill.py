@@ -1,7 +1,8 @@
 """The table of distillation."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from funmatch.config.choices import DISTANCES, STRATEGIES, Crop, Strategy, find_distance
 from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
@@ -116,6 +117,15 @@ class Distill(Train, Teaching):
         # A strategy without MixUp in its row mixes only if somebody sets it.
         return self.mixup != 0 if self.row is None or self.row.mixup else bool(self.mixup)
 
+    def variant(self, values: dict[str, Any]) -> Self:
+        found = super().variant(values)
+        if self.row is None or found.mixes:
+            return found
+        # Views that a policy does not mix are those of the strategy's row without MixUp.
+        plain = replace(self.row, mixup=0.0)
+        strategy = next((name for name, row in STRATEGIES.items() if row == plain), self.strategy)
+        return found.model_copy(update={"strategy": strategy})
+
     def problems(self) -> list[str]:
         found = [] if self.teacher else ["give the network to match by --teacher"]
         found += self._strategy_problems() + self._distance_problems() + self._tape_problems()
@@ -152,7 +162,7 @@ class Distill(Train, Teaching):
                 if value
             ]
         # Refused, so that the same views have one name in every comparison.
-        if row.mixup and self.mixup == 0:
+        if row.mixup and not self.mixes_some:
             found.append(f"{self.strategy} is same/ic with MixUp; without MixUp (mixup 0) pass --strategy same/ic")
         if self.crop and self.crop not in row.crops:
             others = [name for name, each in STRATEGIES.items() if self.crop in each.crops]

@@ -94,6 +94,7 @@ class Opt:
         metavar: what stands for its value in `--help`; None decides by its type.
         before: what runs did that were recorded before the option existed; None: its default.
         function: whether its value may be a function of the user, package.module:function.
+        policy: whether a view policy may set it, for some of the images.
     """
 
     group: Group
@@ -120,6 +121,7 @@ class Opt:
     metavar: str | None = None
     before: Any = None
     function: bool = False
+    policy: bool = False
 
     @property
     def is_searchable(self) -> bool:

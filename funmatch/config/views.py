@@ -30,14 +30,17 @@ class Views(Options):
             usual="the student's own; at another --side, 32 more than it, at most a quarter more"),
     ] = None  # fmt: skip
     """For evaluation, resize the shorter side to this many pixels, then crop the central square of --side."""
-    crop_min_area: Annotated[float, Opt(group=Group.VIEWS, changes=VIEWS, above=0, at_most=1)] = 0.05
+    crop_min_area: Annotated[float, Opt(group=Group.VIEWS, changes=VIEWS, policy=True, above=0, at_most=1)] = 0.05
     """Smallest share of an image's area that an Inception crop covers."""
     crop_ratio: Annotated[
         tuple[float, float],
-        Opt(group=Group.VIEWS, changes=VIEWS, above=0, at_most=100, aliases=("--ratio",), metavar="LEAST MOST"),
-    ] = CROP_RATIO
+        Opt(group=Group.VIEWS, changes=VIEWS, policy=True, above=0, at_most=100, aliases=("--ratio",),
+            metavar="LEAST MOST"),
+    ] = CROP_RATIO  # fmt: skip
     """Bounds of width / height of an Inception crop. TensorFlow's own end at 1.33, those of torchvision at 4/3."""
-    crop: Annotated[Crop | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="inception", replaces=("resize",))] = None
+    crop: Annotated[
+        Crop | None, Opt(group=Group.VIEWS, changes=VIEWS, policy=True, usual="inception", replaces=("resize",))
+    ] = None
     """How an image becomes a training view. inception: a crop of random size and place. mild: a random square of
     --side, after resizing the shorter side to --resize. squash: the same, after resizing the whole image to a square.
     whole: all of the image, never mirrored."""
@@ -59,7 +62,8 @@ class Views(Options):
     with area, the paper's code."""
     # None, not 1: a strategy or BiT-HyperRule has a default of its own.
     mixup: Annotated[
-        float | None, Opt(group=Group.VIEWS, changes=VIEWS, at_least=0, at_most=10**3, usual=1.0, metavar="A")
+        float | None,
+        Opt(group=Group.VIEWS, changes=VIEWS, policy=True, at_least=0, at_most=10**3, usual=1.0, metavar="A"),
     ] = None
     """MixUp: draw λ from Beta(a, a) with this a. 1 is uniform, 0 turns MixUp off."""
     mixup_mode: Annotated[Literal["batch", "image"], Opt(group=Group.VIEWS, changes=VIEWS)] = "batch"
@@ -68,15 +72,19 @@ class Views(Options):
     """Use max(λ, 1 − λ), so that no image weighs less than the one it is mixed with."""
     mixup_lam: Annotated[
         float | None,
-        Opt(group=Group.VIEWS, changes=VIEWS, at_least=0, at_most=1, usual="drawn at every step", metavar="LAMBDA"),
-    ] = None
+        Opt(group=Group.VIEWS, changes=VIEWS, policy=True, at_least=0, at_most=1, usual="drawn at every step",
+            metavar="LAMBDA"),
+    ] = None  # fmt: skip
     """Fixed λ of MixUp, in [0, 1]: the share of the image itself."""
-    cutmix: Annotated[float, Opt(group=Group.VIEWS, changes=VIEWS, at_least=0, at_most=10**3, metavar="A")] = 0.0
+    cutmix: Annotated[
+        float, Opt(group=Group.VIEWS, changes=VIEWS, policy=True, at_least=0, at_most=10**3, metavar="A")
+    ] = 0.0
     """CutMix (not in the paper): draw λ from Beta(a, a) with this a; 0 is off. With MixUp, one of the two is chosen at
     random per batch."""
     # A pair, so that one without the other cannot be given.
     randaugment: Annotated[
-        tuple[int, int] | None, Opt(group=Group.VIEWS, changes=VIEWS, usual="off", metavar="OPERATIONS MAGNITUDE")
+        tuple[int, int] | None,
+        Opt(group=Group.VIEWS, changes=VIEWS, policy=True, usual="off", metavar="OPERATIONS MAGNITUDE"),
     ] = None
     """RandAugment (not in the paper) of the shared view: operations per image, and their magnitude from 0 to 30, e.g.
     2 9."""
@@ -107,6 +115,12 @@ class Views(Options):
         return self.mixup != 0
 
     @property
+    def mixes_some(self) -> bool:
+        """Whether MixUp is on for some of the images."""
+        # Overridden by tables with policies, which set it image by image.
+        return self.mixes
+
+    @property
     def teacher_is_fixed(self) -> bool:
         """Whether a teacher's output for an image never changes, so that there is nothing to mix."""
         # Overridden by tables with a strategy; here, so that messages about mixing need not know which table it is.
@@ -118,8 +132,7 @@ class Views(Options):
             for name, size in (("eval_resize", self.eval_resize), ("resize", self.resize))
             if self.side and size and size < self.side
         ]
-        idle = [name for name in ("crop_min_area", "crop_ratio") if self.moved(name) and self.cropped != "inception"]
-        found += [f"{name} belongs to Inception crops, not to {self.cropped} ones" for name in idle]
+        found += [f"{name} belongs to Inception crops, not to {self.cropped} ones" for name in self._idle_of_crops()]
         if self.crop_ratio[0] > self.crop_ratio[1]:
             found.append(f"crop_ratio must be the least and the most, got {' '.join(map(str, self.crop_ratio))}")
         if self.resize and self.cropped not in ("mild", "squash"):
@@ -143,10 +156,21 @@ class Views(Options):
                 "randaugment takes a number of operations from 1 on and a magnitude from 0 to 30, e.g. 2 9, got "
                 f"{' '.join(map(str, self.randaugment))}"
             )
-        if not self.mixes:
-            idle = [name for name in ("mixup_mode", "mixup_max", "mixup_lam") if self.moved(name)]
-            if self.cutmix and "mixup_mode" in idle:
-                idle.remove("mixup_mode")  # it decides how CutMix boxes are drawn, too
-            hint = "leave it out" if self.teacher_is_fixed else "pass --mixup 1 too"
-            found += [f"{name} belongs to MixUp, which is off; {hint}" for name in idle]
-        return found
+        hint = "leave it out" if self.teacher_is_fixed else "pass --mixup 1 too"
+        return found + [f"{name} belongs to MixUp, which is off; {hint}" for name in self._idle_of_mixing()]
+
+    def idle(self) -> list[str]:
+        """Options that are set and have no effect, since others turn off what they belong to."""
+        return self._idle_of_crops() + self._idle_of_mixing()
+
+    def _idle_of_crops(self) -> list[str]:
+        if self.cropped == "inception":
+            return []
+        return [name for name in ("crop_min_area", "crop_ratio") if self.moved(name)]
+
+    def _idle_of_mixing(self) -> list[str]:
+        if self.mixes_some:
+            return []
+        idle = [name for name in ("mixup_mode", "mixup_max", "mixup_lam") if self.moved(name)]
+        # The mode decides how CutMix boxes are drawn, too.
+        return [name for name in idle if not (name == "mixup_mode" and self.cutmix)]

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from funmatch.data.cache.device_store import DeviceStore
 from funmatch.data.cache.stores import CachedSplit
-from funmatch.ops import randaugment, sampling
+from funmatch.ops import sampling
 from funmatch.ops.augment import augment_crops
 from funmatch.ops.crops import crop_of_resized_flip, crop_resize_flip
-from funmatch.ops.mixing import draw_cutmix_boxes, own_weight
+from funmatch.ops.mixing import own_weight
+from funmatch.ops.mixtures import policies
 from funmatch.ops.order import BalancedOrder, Order
 from funmatch.ops.view_spec import MILD, ViewSpec
 from funmatch.runtime.chunks import even_chunks
@@ -159,15 +160,18 @@ class Loader:
 
     def sample(self, step: int) -> sampling.StepSample:
         """Draws the choices of the whole global batch."""
+
         # Whole in every process: the draws must not depend on the number of processes.
-        spec = self.spec
-        shape = {"min_area": spec.min_area, "ratio": spec.ratio, "side": spec.side, "resize": spec.resize}
-        boxes = sampling.box_sampler(spec.crop, **shape)
-        return sampling.sample_step(
-            spec.seed, step, spec.batch, len(self.split), self.split.sizes,
-            boxes=boxes, mixing=spec.mixup, order=self.order, flip=spec.crop != "whole",
-            teacher_view=spec.own_teacher_view,
-        )  # fmt: skip
+        def draw(spec: ViewSpec) -> sampling.StepSample:
+            shape = {"min_area": spec.min_area, "ratio": spec.ratio, "side": spec.side, "resize": spec.resize}
+            boxes = sampling.box_sampler(spec.crop, **shape)
+            return sampling.sample_step(
+                spec.seed, step, spec.batch, len(self.split), self.split.sizes,
+                boxes=boxes, mixing=spec.mixup, order=self.order, flip=spec.crop != "whole",
+                teacher_view=spec.own_teacher_view,
+            )  # fmt: skip
+
+        return policies.sample(self.spec, step, draw)
 
     def batch_at(self, step: int, lookup: Lookup | None = None) -> Batch:
         """Returns the batch of a step: the same in any process, at any time and in any order of calls.
@@ -210,12 +214,7 @@ class Loader:
         others = () if spec.own_teacher_view else tuple(side for side in teacher_sides if side != spec.side)
         # All sides are cut at once, so that an image is decoded once.
         cut = self._cut(indices, drawn.boxes[rows], drawn.flips[rows], (spec.side, *others))
-        if spec.randaugment:
-            # Drawn for the global batch, then sliced, as all draws; the same at every size of an image.
-            ops, strengths = randaugment.draw_operations(
-                sampling.step_generator(spec.seed, step, sampling.RANDAUGMENT_STREAM), spec.batch, *spec.randaugment
-            )
-            cut = [randaugment.apply_operations(each, ops[rows], strengths[rows]) for each in cut]
+        cut = policies.augment(spec, step, cut, rows)
         by_side: dict[int, Tensor | None] = dict(zip((spec.side, *others), cut, strict=True))
         # None rather than the crops: they are mixed once then, and teacher and student get the same tensor.
         by_side[spec.side] = None
@@ -226,14 +225,9 @@ class Loader:
 
     def mixing(self, step: int, lam: float | np.ndarray, rows: np.ndarray) -> tuple[float | Tensor, Tensor | None]:
         """Returns λ of MixUp and boxes of CutMix for some rows of the global batch; λ as `sample` has drawn it."""
-        spec, boxes = self.spec, None
-        if spec.cutmix:
-            rng, each = sampling.step_generator(spec.seed, step, sampling.CUTMIX_STREAM), spec.mixup.per_image
-            drawn, lam = draw_cutmix_boxes(
-                rng, spec.batch, spec.cutmix, lam, per_image=each, with_mixup=spec.mixup.a > 0
-            )
-            boxes = torch.from_numpy(drawn[rows] if each else drawn).float()
-        return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), boxes
+        lam, boxes = policies.draw_mixing(self.spec, step, lam)
+        ours = None if boxes is None else torch.from_numpy(boxes if len(boxes) == 1 else boxes[rows]).float()
+        return lam if isinstance(lam, float) else torch.from_numpy(lam[rows]).float(), ours
 
     def _cut(self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sides: tuple[int, ...]) -> list[Tensor]:
         """Returns crops of images, (rows, 3, side, side) at each side, cut on the device that holds the pixels."""

@@ -47,7 +47,7 @@ class StepSample:
 # Independent streams of a step's random numbers, so that turning on one option does not change another's draws. The
 # numbers are part of every run: a stream keeps its number, a new one gets the next.
 STEP_STREAM, TEACHER_STREAM, LAMBDA_STREAM, ENSEMBLE_STREAM, CUTMIX_STREAM, RANDAUGMENT_STREAM = range(6)
-AUGMENT_STREAM = 6
+AUGMENT_STREAM, POLICY_STREAM = 6, 7
 
 
 def step_generator(seed: int, step: int, stream: int = STEP_STREAM) -> np.random.Generator:

@@ -6,6 +6,7 @@ of that kind: whether students can share crops, whether a tape belongs to a run,
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -81,6 +82,8 @@ class ViewSpec:
         own_teacher_view: whether the teacher is shown crops drawn independently of the student's.
         native: whether the native CPU kernel cuts the crops, which rounds otherwise than torch.
         version: version of the draws themselves.
+        policies: shares in the images, whole numbers, and the spec of each view policy; all else in these specs is as
+            here. Without any, all images have this spec.
     """
 
     seed: int
@@ -102,9 +105,17 @@ class ViewSpec:
     # A tape stores logits in fp16: the kernel's rounding of a crop (below 1e-5) is not worth running the teacher again.
     native: bool = field(default=True, metadata={"key": None})
     version: int = field(default=SAMPLING_VERSION, metadata={"key": "draws"})
+    # Part of the key only where there are some.
+    policies: tuple[tuple[int, "ViewSpec"], ...] = field(default=(), metadata={"key": None})
 
     def key(self) -> dict[str, Any]:
         """The spec as JSON values, by the names that tapes store; what does not apply to the crop is None."""
+        if self.policies:
+            # What every policy sets for itself is not of the run, whose own values then decide nothing.
+            keys, shares = [each.key() for _, each in self.policies], [share for share, _ in self.policies]
+            names = [name for name in sorted({*chain(*keys)}) if len({repr(key.get(name)) for key in keys}) > 1]
+            parts = [[share, {name: key.get(name) for name in names}] for share, key in zip(shares, keys, strict=True)]
+            return keys[0] | {"policies": parts}
         # A field without `key` gets its own name; only an explicit None leaves it out.
         named = {each.name: each.metadata.get("key", each.name) for each in fields(self)}
         found = {key: getattr(self, name) for name, key in named.items() if key is not None}
@@ -124,4 +135,6 @@ class ViewSpec:
     def differences(self, other: "ViewSpec") -> dict[str, tuple[Any, Any]]:
         """Fields in which two specs differ, with both values."""
         pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        found = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        # The specs of policies repeat what holds for all images.
+        return {name: pair for name, pair in found.items() if name != "policies" or len(found) == 1}

@@ -9,6 +9,7 @@ from funmatch.config.choices import STRATEGIES
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.ops import mixing
+from funmatch.ops.mixtures.policies import draw_policies, list_images
 from funmatch.reports.images import stacked, views_image
 from funmatch.runtime.functions import find_function
 from funmatch.runtime.text import percent
@@ -50,7 +51,8 @@ def views_sheet(run: run_folder.Run, step: int | None) -> dict[str, Any] | None:
     strategy = STRATEGIES[options["strategy"]] if "strategy" in options else None
     # At the student's size: both rows of a sheet must be equally wide.
     sides = (options["side"],) if strategy and not strategy.fixed else ()
-    batch = Loader(cache.splits["train"], view_spec(table), teacher_sides=sides).batch_at(step)
+    spec = view_spec(table)
+    batch = Loader(cache.splits["train"], spec, teacher_sides=sides).batch_at(step)
     shown, student = mixing.mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
     rows = [views_image(views[:SHOWN_VIEWS], SHOWN_VIEWS) for views in (*shown, student)]
     image, png = stacked(rows), BytesIO()
@@ -62,14 +64,15 @@ def views_sheet(run: run_folder.Run, step: int | None) -> dict[str, Any] | None:
         "lam": (lam := batch.lam if isinstance(batch.lam, float) else None),
         "strategy": options.get("strategy", "training on labels"),
         "rows": (names := ["teacher", "student"][-len(rows) :]),
-        "caption": _caption(names, lam),
+        "caption": _caption(names, lam, list_images(table.policy, draw_policies(spec, step)[:SHOWN_VIEWS])),
         "png": base64.b64encode(png.getvalue()).decode(),
     }
 
 
-def _caption(rows: list[str], lam: float | None) -> str:
-    """Describes a sheet: whose input each row is, and how its images are mixed."""
+def _caption(rows: list[str], lam: float | None, policies: str) -> str:
+    """Describes a sheet: whose input each row is, how its images are mixed, and which has which view policy."""
     which = "the teacher's input above, the student's below" if len(rows) > 1 else "the student's input"
     # 1 is an image that is not mixed.
     mixed = "" if lam is None or lam == 1 else f". MixUp: {percent(lam)} of each image, the rest of the one before it"
-    return f"{which}{mixed}."
+    drawn = f". Policies, from the left: {policies}" if policies else ""
+    return f"{which}{mixed}{drawn}."

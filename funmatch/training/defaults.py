@@ -20,6 +20,7 @@ from funmatch.models.class_map import RULES
 from funmatch.models.classifier import Classifier
 from funmatch.models.names import LOCAL, NAMED, SAVEDMODEL, is_timm_name
 from funmatch.ops.mixing import MixupOptions
+from funmatch.ops.mixtures.shares import whole_shares
 from funmatch.ops.optim import factory, hyperrule
 from funmatch.ops.view_spec import ViewSpec, complete_key
 from funmatch.runtime import devices, distributed, env
@@ -86,6 +87,8 @@ def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
     Args:
         native: whether the native CPU kernel crops.
     """
+    variants = [view_spec(each, native=native) for each in config.variants()]
+    shares = whole_shares(config.policy_share or [1] * len(variants))
     return ViewSpec(
         seed=config.seed,
         batch=config.batch,
@@ -102,6 +105,7 @@ def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
         augment=config.augment,
         own_teacher_view=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
         native=native,
+        policies=tuple(zip(shares, variants, strict=True)),
     )
 
 

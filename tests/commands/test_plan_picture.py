@@ -63,6 +63,7 @@ def prepared(verb="distill", **options):
         ("distill", {}),
         ("distill", {"mixup_mode": "image", "cutmix": 1.0, "randaugment": (2, 9), "seed": 3}),
         ("distill", {"strategy": "ind/rc", "resize": 40, "batch": 19}),
+        ("distill", {"policy": ("mixup=1", "mixup=0,randaugment=2 9"), "seed": 2}),
         ("train", {"mixup": 0.0, "crop": "squash", "resize": 36}),
     ],
 )

@@ -24,6 +24,7 @@ OTHERS = {
     "augment": "module:function",
     "own_teacher_view": True,
     "version": SAMPLING_VERSION + 1,
+    "policies": ((1, SPEC), (1, replace(SPEC, cutmix=1.0))),
 }
 
 

@@ -330,6 +330,7 @@ def test_process_waiting_for_a_failed_one_gets_an_error():
     [
         ["--strategy", "ind/ic", "--mixup", "1", "--mixup-mode", "image"],
         ["--strategy", "fix/ic_ens", "--teacher-crops", "10"],
+        ["--policy", "mixup=1", "mixup=0,randaugment=2 9", "--policy-share", "2", "1"],
         ["--strategy", "same/ic", "--cutmix", "1", "--mixup", "1", "--randaugment", "2", "9", "--distance", "js"],
     ],
 )

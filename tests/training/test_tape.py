@@ -172,11 +172,12 @@ def test_holes_are_not_damage(tmp_path):
         pytest.param({"micro_batch": 12}, marks=pytest.mark.slow),
         pytest.param({"strategy": "ind/ic"}, marks=pytest.mark.slow),
         pytest.param({"mixup_mode": "image", "cutmix": 1.0, "randaugment": (1, 5)}, marks=pytest.mark.slow),
+        pytest.param({"policy": ("cutmix=1", "randaugment=1 5"), "micro_batch": 5}, marks=pytest.mark.slow),
         {"tape_top": 3, "temperature": 2.0},
         {"teacher": ("fashion-mini-teacher", "fashion-mini-teacher"), "teacher_side": (32, 40), "temperature": 2.0,
          "combine": "mean-probabilities"},
     ],
-    ids=["plain", "ahead", "pieces", "own", "mixed", "top", "two"],
+    ids=["plain", "ahead", "pieces", "own", "mixed", "policies", "top", "two"],
 )  # fmt: skip
 def test_replayed_run_equals_the_recorded_run(tmp_path, teacher_calls, more):
     options = OPTIONS | more

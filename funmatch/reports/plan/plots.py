@@ -44,7 +44,8 @@ def build_panels(setup: TrainSetup[Any], draws: Draws) -> list[Panel]:
     steps, config = setup.loop.steps, setup.config
     epochs = steps * config.batch / len(setup.loader.split)
     first = f"first {draws.steps:,} steps" if draws.steps < steps else f"all {steps:,} steps"
-    mixed = [each for each in ("MixUp" * bool(config.mixup), "CutMix" * bool(config.cutmix)) if each]
+    mixing, cutting = _mixes(config)
+    mixed = [each for each in ("MixUp" * mixing, "CutMix" * cutting) if each]
     mean = {name: f"{percent(float(values.mean()))} on average" for name, values in draws.areas.items()}
     return [
         Panel("schedule", f"Schedule: {steps:,} steps, {epochs:,.4g} epochs", _schedule(setup)),
@@ -52,6 +53,12 @@ def build_panels(setup: TrainSetup[Any], draws: Draws) -> list[Panel]:
         Panel("areas", f"Area of the crops, {first}: {mean['student']}", _areas(draws)),
         Panel("aspects", f"Aspect of the crops, {first}", _aspects(draws)),
     ]
+
+
+def _mixes(config: Train) -> tuple[bool, bool]:
+    """Returns whether some images are mixed by MixUp, and whether by CutMix."""
+    variants = config.variants() or [config]
+    return any(bool(each.mixup) for each in variants), any(bool(each.cutmix) for each in variants)
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -93,7 +100,8 @@ def _weights(draws: Draws, config: Train) -> Figure:
     each = "images" if len(draws.weights) > draws.steps else "steps"
     _histogram(axes, {"student": draws.weights}, (0.0, 1.0))
     # CutMix may cover less than 1 − λ, at the border; what is left of the image is its weight.
-    what = "λ: " if config.mixup and not config.cutmix else ""
+    mixing, cutting = _mixes(config)
+    what = "λ: " if mixing and not cutting else ""
     axes.set(xlabel=f"{what}weight of an image in its own view", ylabel=f"share of the {each} (%)")
     return figure
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from funmatch.config import Distill
 from funmatch.config.choices import STRATEGIES
 from funmatch.ops.mixing import mix_views
+from funmatch.ops.mixtures.policies import draw_policies, list_images
 from funmatch.reports.images import captioned, stacked, views_image
 from funmatch.runtime.text import percent
 from funmatch.training.setup import TrainSetup
@@ -76,6 +77,9 @@ def _caption(setup: TrainSetup, lam: float | Tensor) -> str:
         f"; MixUp: {percent(lam)} of each, the rest of the one before it" if isinstance(lam, float) and lam != 1 else ""
     )
     same = isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "same"
+    if config.policy:
+        shown = draw_policies(setup.loader.spec, 0)[:SHOWN]
+        mixed += f"; {list_images(config.policy, shown)}"
     side = config.side or 0
     shared = " and the teacher's" if same and side in setup.loader.teacher_sides else ""
     return f"First views of step 0, {what}{shared}, {side} pixels{mixed}"
