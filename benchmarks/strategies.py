@@ -31,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import funmatch
 from funmatch.config.choices import STRATEGIES
 from funmatch.data.loader import Batch
-from funmatch.models.inference.frozen import Frozen, InferenceMode
+from funmatch.models.inference.frozen import Frozen
+from funmatch.models.inference.modes import InferenceMode
 from funmatch.models.load import load
 from funmatch.ops.distances import kl
 from funmatch.ops.optim.factory import create_optimizer

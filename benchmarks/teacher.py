@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from funmatch.models.flops import gflop
-from funmatch.models.inference.frozen import Frozen, InferenceMode
+from funmatch.models.inference.frozen import Frozen
+from funmatch.models.inference.modes import InferenceMode
 from funmatch.models.load import load
 from funmatch.ops.distances import kl
 from funmatch.runtime import devices

@@ -186,7 +186,7 @@ def seconds_to_evaluate(setup: TrainSetup[Any], objective: Objective) -> tuple[f
     began = time.perf_counter()
     if objective.logits:
         student, view = setup.student.classifier, setup.evaluation.view
-        scoring.score_training_views(objective.logits, student, objective.batches, 0, view)
+        scoring.answer_training_views(objective.logits, student, objective.batches, 0, view)
     views = time.perf_counter() - began
     # The teacher is evaluated on test images only if they are not those of the start.
     at_end = networks + (objective.teachers is not None and test.name != validation.name)
@@ -214,9 +214,7 @@ def seconds_to_save(setup: TrainSetup[Any]) -> tuple[float, int]:
     # On the disk of the run, since disks differ in speed.
     with tempfile.TemporaryDirectory(dir=place, prefix=".funmatch-plan-") as folder:
         began = time.perf_counter()
-        tensors = transfers.snapshot(
-            checkpoint.tensors_of(student.classifier.net, student.optimizer, student.average_net)
-        )
+        tensors = transfers.snapshot(checkpoint.tensors_of(student.classifier.net, student.optimizer, student.others))
         checkpoint.save(Path(folder), tensors, TrainState(step=1))
         took = time.perf_counter() - began
         return took, sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

@@ -14,7 +14,8 @@ from funmatch.data.readers.catalog import CATALOG
 from funmatch.models import custom
 from funmatch.models.classifier import Classifier
 from funmatch.models.flops import gflop
-from funmatch.models.inference.frozen import Frozen, InferenceMode
+from funmatch.models.inference.frozen import Frozen
+from funmatch.models.inference.modes import InferenceMode
 from funmatch.models.names import is_function
 from funmatch.models.timm_models import create, create_meta
 from funmatch.ops.optim import hyperrule

@@ -95,7 +95,7 @@ def replay(folder: Path, step: int | None = None) -> Replayed:
         if step > setup.loop.steps:
             raise InputError(f"{run.folder} has {setup.loop.steps:,} steps, and no step {step:,}")
         net, optimizer = setup.student.classifier.net, setup.student.optimizer
-        state = checkpoint.load_before(run.checkpoints, step, net, optimizer)
+        state = checkpoint.load_before(run.checkpoints, step, net, optimizer, setup.student.others)
         scaler = devices.loss_scaler(setup.loop.device, setup.loop.precision)
         if state:
             scaler.load_state_dict(state.scaler)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from funmatch.config.choices import DISTANCES, STRATEGIES, Crop, Strategy, find_distance
+from funmatch.config.matching import Matching
 from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
 from funmatch.config.options import like
 from funmatch.config.teaching import Teaching
@@ -15,7 +16,7 @@ from funmatch.errors import unknown
 STUDENT, TEACHER = Changes.STUDENT, Changes.TEACHER
 
 
-class Distill(Train, Teaching):
+class Distill(Train, Teaching, Matching):
     """Train a student to match a teacher's outputs; no labels are used."""
 
     examples: ClassVar[tuple[str, ...]] = (

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from funmatch.config.choices import Resample
 from funmatch.errors import InputError, first_line
 
+TRAINING_ONLY = "matching_projector"
+"""Name under which a student's network holds what training alone uses: in checkpoints, and not in finished students."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -71,7 +74,8 @@ class Classifier(nn.Module):
         options: arguments with which its constructor builds it again.
         function: `package.module:function` that makes the network, if it is not timm's.
         frozen_modules: modules of the network that are not trained and stay in eval mode.
-        compiled_net: the network compiled for training, or None.
+        compiled_net: the network compiled for training, with its `readout`; or None.
+        readout: reads what training compares of the network and normalised images, rows (n, width); None for logits.
         notes: sentences that a user should know.
         alternatives: options of its constructor (`key=value`) with which the same file is another network, where the
             file does not decide between them.
@@ -98,6 +102,7 @@ class Classifier(nn.Module):
         self.options, self.function = options or {}, function
         self.frozen_modules: tuple[str, ...] = ()
         self.compiled_net: Callable[[Tensor], Any] | None = None
+        self.readout: Callable[[nn.Module, Tensor], Tensor] | None = None
         self.notes: tuple[str, ...] = ()
         self.alternatives: tuple[str, ...] = ()
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
@@ -122,8 +127,22 @@ class Classifier(nn.Module):
         return (views - self.mean) / self.std
 
     def forward(self, views: Tensor) -> Tensor:
-        # Only in training mode: each other shape of evaluation would be compiled anew.
-        net = self.compiled_net if self.compiled_net and self.training else self.net
+        # What was compiled with a readout gives its rows.
+        return self._answer_by(self.net if self.readout else self._net_in_mode(self.net), views)
+
+    def answers(self, views: Tensor) -> Tensor:
+        """Computes what training compares: rows of `readout`, or logits where there is none."""
+        return self._answer_by(self._net_in_mode(self.answer_net), views)
+
+    def answer_net(self, inputs: Tensor) -> Any:
+        """Computes `answers` of normalised images."""
+        return self.net(inputs) if self.readout is None else self.readout(self.net, inputs)
+
+    def _net_in_mode(self, plain: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        # Compiled only in training mode: each other shape of evaluation would be compiled anew.
+        return self.compiled_net if self.compiled_net and self.training else plain
+
+    def _answer_by(self, net: Callable[[Tensor], Any], views: Tensor) -> Tensor:
         output = net(self.normalize(views))
         return getattr(output, "logits", output)
 
@@ -134,7 +153,14 @@ class Classifier(nn.Module):
 
     def count_parameters(self) -> int:
         """Returns the number of parameters."""
-        return sum(parameter.numel() for parameter in self.net.parameters())
+        named = self.net.named_parameters()
+        return sum(parameter.numel() for name, parameter in named if not name.startswith(TRAINING_ONLY))
+
+
+def strip_training_only(classifier: Classifier) -> None:
+    """Makes a student a plain network again, in place: without what training alone uses."""
+    classifier.readout = None
+    classifier.net._modules.pop(TRAINING_ONLY, None)
 
 
 def weight_bytes(net: nn.Module) -> int:

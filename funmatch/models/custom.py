@@ -97,7 +97,7 @@ def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, A
 
 @torch.no_grad()
 def count_classes(net: nn.Module, card: Card) -> int:
-    """Counts a network's classes by a forward pass of one image of the card's size.
+    """Counts a network's classes by a forward pass of one image of the card's size; 0 for one that says it has none.
 
     Raises:
         InputError: the network fails, or its output is not (1, classes).
@@ -114,4 +114,5 @@ def count_classes(net: nn.Module, card: Card) -> int:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise InputError(f"{card.name} is not a classifier: its output is {getattr(logits, 'shape', type(logits))}")
-    return logits.shape[-1]
+    # Built without classes, its output is features.
+    return 0 if vars(net).get("num_classes") == 0 else logits.shape[-1]

@@ -1,4 +1,4 @@
-"""Combines the logits of several frozen teachers, each with its own image size, normalization and classes."""
+"""Combines the answers of several frozen teachers, each with its own image size, normalization and classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from funmatch.models.class_map import ClassMap
+from funmatch.models.inference.answers import Layout, Readout
 from funmatch.models.inference.frozen import Frozen
 from funmatch.runtime.chunks import even_chunks
 
@@ -32,9 +33,18 @@ class EnsembleMember:
     def name(self) -> str:
         return self.frozen.classifier.card.name
 
-    def logits(self, views: Tensor) -> Tensor:
-        """Computes the logits of the student's classes, (n, classes), of views (n, 3, side, side)."""
-        return select_classes(self.frozen(views), self.class_map)
+    def answers(self, views: Tensor) -> Tensor:
+        """Computes the logits of the student's classes, (n, classes), of views (n, 3, side, side); or rows with them.
+
+        Where the classifier has a readout: [logits | pooled features | tokens], (n, width).
+        """
+        rows, readout = self.frozen(views), self.frozen.classifier.readout
+        if readout is None:
+            return select_classes(rows, self.class_map)
+        assert isinstance(readout, Readout)
+        if not readout.classes or self.class_map is None:
+            return rows
+        return torch.cat([select_classes(rows[:, : readout.classes], self.class_map), rows[:, readout.classes :]], 1)
 
 
 def select_classes(logits: Tensor, class_map: ClassMap | None) -> Tensor:
@@ -96,10 +106,15 @@ class TeacherEnsemble(nn.Module):
         members: the teachers.
         combine: a key of `COMBINE`.
         chunk: most images in a forward pass, or None for no limit.
+        layout: of the rows of answers; None where these are logits alone.
     """
 
     def __init__(
-        self, members: Sequence[EnsembleMember], combine: str = "mean-logits", chunk: int | None = None
+        self,
+        members: Sequence[EnsembleMember],
+        combine: str = "mean-logits",
+        chunk: int | None = None,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         self.members = tuple(members)
@@ -107,36 +122,51 @@ class TeacherEnsemble(nn.Module):
         self.frozen = nn.ModuleList(member.frozen for member in members)
         self.combine = combine
         self.chunk = chunk
+        self.layout = layout
 
     @property
     def name(self) -> str:
         return " + ".join(member.name for member in self.members)
 
     def forward(self, views: Mapping[int, Tensor], temperature: float = 1.0) -> Tensor:
-        """Computes the combined logits.
+        """Computes the combined answers.
 
         Args:
             views: for each image size the views (n, 3, side, side) of the same images.
             temperature: at which probabilities are averaged.
 
         Returns:
-            (n, classes).
+            (n, classes), or (n, width) of the layout.
         """
-        return self.combine_logits(
+        return self.combine_answers(
             [self.forward_chunked(member, views[member.side]) for member in self.members], temperature
         )
 
     def forward_chunked(self, member: EnsembleMember, views: Tensor) -> Tensor:
-        """Computes one member's logits, (n, classes), of views (n, 3, side, side), in even chunks of `chunk` images."""
+        """Computes one member's answers, (n, width), of views (n, 3, side, side), in even chunks of `chunk` images."""
         bounds = even_chunks(len(views), self.chunk)
-        return torch.cat([member.logits(views[start:stop]) for start, stop in pairwise(bounds)])
+        return torch.cat([member.answers(views[start:stop]) for start, stop in pairwise(bounds)])
 
-    def combine_logits(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """Combines the members' logits, (n, classes) each and in their order."""
-        # A single teacher's logits are returned as they are: combining would round them.
-        if len(logits) == 1:
-            return logits[0]
-        return COMBINE[self.combine](logits, [member.weight for member in self.members], temperature)
+    def combine_answers(self, answers: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """Combines the members' answers, (n, width) each and in their order: logits become one, features stand in line.
+
+        Args:
+            answers: logits; or rows of each member's own, with tokens or without.
+            temperature: at which probabilities are averaged.
+        """
+        # A single teacher's answers are returned as they are: combining would round them.
+        if len(answers) == 1:
+            return answers[0]
+        weights = [member.weight for member in self.members]
+        if self.layout is None:
+            return COMBINE[self.combine](answers, weights, temperature)
+        classes = self.layout.classes
+        own = [each[:, :classes] for each in answers]
+        logits = [COMBINE[self.combine](own, weights, temperature)] if classes else []
+        ends = [classes + dimensions for dimensions in self.layout.pooled]
+        pooled = [each[:, classes:end] for each, end in zip(answers, ends, strict=True)]
+        tokens = [each[:, end:] for each, end in zip(answers, ends, strict=True)]
+        return torch.cat([*logits, *pooled, *tokens], 1)
 
     def count_parameters(self) -> int:
         """Returns the number of parameters of all members."""

@@ -53,8 +53,8 @@ def load(
         weights: a file of safetensors or `torch.save`, or `.npz`, for a timm name; its head decides the number of
             classes.
         options: `key=value` arguments of the constructor.
-        classes: number of classes of a student: pretrained weights with another number get a new head of zeros. None
-            keeps the head.
+        classes: number of classes of a student: pretrained weights with another number get a new head of zeros, for 0
+            none. None keeps the head.
         side: of the views, pixels; networks with a fixed input are built for it.
         pretrained: whether a bare timm name means its pretrained weights.
         inputs: mean and standard deviation, for images in [0, 1], of the images that a SavedModel was trained on; None
@@ -161,7 +161,7 @@ def _with_head(net: nn.Module, card: Card, kwargs: dict[str, Any], classes: int 
         # Names and accuracy belong to the old head.
         net, card = timm_models.with_zero_head(net, classes), replace(card, classes=None, top1=None)
     kwargs = {key: value for key, value in kwargs.items() if key != "num_classes"}  # stored separately
-    return Classifier(net, card, kwargs, classes or own_classes)
+    return Classifier(net, card, kwargs, own_classes if classes is None else classes)
 
 
 def brings_weights(name: str) -> bool:

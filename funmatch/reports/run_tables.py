@@ -156,7 +156,7 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
                 record["split"],
                 str(loading.mode_of(record["form"])) if record.get("form") else MISSING,
                 # Rounding can make a KL of nearly equal outputs slightly negative.
-                f"{max(0.0, beside['kl']):.1e}" if beside else MISSING,
+                f"{max(0.0, beside['kl']):.1e}" if beside.get("kl") is not None else MISSING,
                 percent(beside.get("agreement")),
             ])  # fmt: skip
     return found

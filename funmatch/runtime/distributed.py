@@ -166,6 +166,15 @@ def sharded_map(work: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
     return gathered[:total]
 
 
+def all_gather(tensor: Tensor) -> list[Tensor]:
+    """Returns the tensors of all processes by their rank, all of one shape; gradients do not flow back."""
+    if env.world_size() == 1:
+        return [tensor]
+    gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(env.world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return gathered
+
+
 def broadcast_(tensors: Sequence[Tensor]) -> None:
     """Replaces each tensor by the main process's."""
     if env.world_size() > 1:

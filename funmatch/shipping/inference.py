@@ -16,7 +16,8 @@ from funmatch.data.decode import pick_decoder
 from funmatch.data.limits import MAX_PIXELS, MAX_SCANS, Limits, is_of_machine
 from funmatch.data.prefetch import prefetch_items
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference.frozen import Frozen, InferenceMode
+from funmatch.models.inference.frozen import Frozen
+from funmatch.models.inference.modes import InferenceMode
 from funmatch.models.inference.native_layers import native_group_norms
 from funmatch.ops.native import norms
 from funmatch.ops.view_spec import Preprocessing

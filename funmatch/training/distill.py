@@ -13,18 +13,19 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.ops.distances import cross_entropy, distance, mix_labels, standardize_logits
 from funmatch.ops.mixing import mix_views
 from funmatch.runtime import distributed, env
 from funmatch.runtime.timing import timed
 from funmatch.training import trainer
 from funmatch.training.loop import Losses
+from funmatch.training.matching import wiring
+from funmatch.training.matching.logits import distillation_loss
+from funmatch.training.matching.losses import FeatureMatching
 from funmatch.training.objective import Objective, TeacherLogits
 from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data, recorded_modes
 from funmatch.training.student.build import Modules
 from funmatch.training.teachers import checks, fixed, loading, readings, recording
 from funmatch.training.teachers.source import DistillLoader, Fixed, Live, Shared, SharedCache, Taped, TeacherSource
-from funmatch.training.teachers.tape import fold_dropped_classes
 
 DistillSetup = TrainSetup[Distill]
 
@@ -36,10 +37,7 @@ def run(config: Distill, given: Modules | None = None, trial: Trial | None = Non
         given: modules from Python, by the names that stand for them.
         trial: the search that the run is part of, if any.
     """
-    if (row := find_distance(config.distance)) and row.couples_batch and env.world_size() > 1:
-        raise InputError(
-            f"distance {config.distance} compares the images of a batch with each other, so one process must see all"
-        )
+    check_processes(config)
     with distributed.process_group(config.device, config.hang_timeout):
         cache, resolved, loaded = open_inputs(config, given, trial)
         setup = build_distill_setup(resolved, cache, loaded, given, trial, requested=config)
@@ -47,6 +45,14 @@ def run(config: Distill, given: Modules | None = None, trial: Trial | None = Non
             return result
         with prepare(setup, loaded) as distillation:
             return trainer.run_training(distillation.setup, distillation.objective)
+
+
+def check_processes(config: Distill) -> None:
+    """Raises `InputError` where several processes would each compare a part of a batch with itself."""
+    row = find_distance(config.distance)
+    coupled = {f"distance {config.distance}": row and row.couples_batch, **config.coupled_features}
+    if env.world_size() > 1 and (names := [name for name, couples in coupled.items() if couples]):
+        raise InputError(f"{names[0]} compares the images of a batch with each other, so one process must see all")
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Distillation:
         source: where the teachers' logits of a batch come from.
         batches: the training batches, with these logits where a tape or the table holds them.
         teacher_logits: the teachers' on the validation split; None on all processes but the main one.
+        matching: what is matched besides logits, or None. All logits of teachers are then rows of answers.
     """
 
     setup: DistillSetup
@@ -68,22 +75,28 @@ class Distillation:
     source: TeacherSource
     batches: DistillLoader
     teacher_logits: TeacherLogits | None
+    matching: FeatureMatching | None = None
 
     def loss(self, batch: Batch) -> Losses:
         """Computes the losses of a batch: teacher and student see the same views, and the student matches the teacher.
 
         Returns:
-            scalars: `loss`, and its parts `distance`, and `label_loss` where labels have a weight.
+            scalars: `loss`, and its parts `distance`, and `label_loss` where labels have a weight; `features` and
+            `tokens` where these are matched.
         """
-        student_logits, teacher_logits = self.logits(batch, record=True)
-        return distillation_loss(student_logits, teacher_logits, batch, self.setup.config)
+        student, teacher = self.logits(batch, record=True)
+        if self.matching is None:
+            return distillation_loss(student, teacher, batch, self.setup.config)
+        return self.matching.losses(
+            student, teacher, batch, lambda own, target: distillation_loss(own, target, batch, self.setup.config)
+        )
 
     def logits(self, batch: Batch, *, record: bool = False) -> tuple[Tensor, Tensor]:
-        """Computes the student's and the teachers' logits of a batch, (n, classes) each."""
+        """Computes the student's and the teachers' logits of a batch, (n, classes) each, or rows of their answers."""
         # Recorded for training only: the views scored at the end are those of steps beyond the run's tape.
         teacher_views, student_view = views_by_side(batch, self.setup.loader.teacher_sides)
         with timed("student"):
-            student_logits = self.setup.student.classifier(student_view)
+            student_logits = self.setup.student.classifier.answers(student_view)
         if batch.teacher_logits is not None:
             return student_logits, batch.teacher_logits
         return student_logits, self.source.logits(batch, teacher_views, record=record)
@@ -95,11 +108,18 @@ class Distillation:
         teacher_views, _ = views_by_side(batch.to(self.setup.loop.device), self.setup.loader.teacher_sides)
         return replace(batch, teacher_logits=self.source.logits(batch, teacher_views))
 
+    def teacher_answers(self, step: int) -> Tensor:
+        """Returns the teachers' logits of the whole batch of a step, or rows of their answers; records nothing."""
+        batch = self.batches.unsharded().batch_at(step).to(self.setup.loop.device)
+        if batch.teacher_logits is not None:
+            return batch.teacher_logits
+        return self.source.logits(batch, views_by_side(batch, self.setup.loader.teacher_sides)[0], record=False)
+
     @property
     def objective(self) -> Objective:
         """The losses, batches and teachers, as the trainer takes them."""
         ahead = self.add_teacher_logits if self.setup.config.teacher_ahead else None
-        return Objective(self.loss, self.batches, ahead, self.logits, self.teachers, self.teacher_logits)
+        return Objective(self.loss, self.batches, ahead, self.logits, self.teachers, self.teacher_logits, self.matching)
 
 
 def views_by_side(batch: Batch, sides: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
@@ -107,33 +127,6 @@ def views_by_side(batch: Batch, sides: Sequence[int]) -> tuple[dict[int, Tensor]
     teacher_views, student_view = mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
     # A batch that brings its teacher's logits has no teacher crops.
     return dict(zip(sides, teacher_views, strict=True)) if teacher_views else {}, student_view
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, batch: Batch, config: Distill) -> Losses:
-    """Computes (1 − w) · distance + w · cross-entropy on labels, the mean over a batch; w is the label weight.
-
-    Args:
-        student, teacher: logits, (n, classes); the teacher's of all teachers combined.
-
-    Returns:
-        scalars: `loss`, `distance`, and `label_loss` where w > 0.
-    """
-    logits, target = student, teacher
-    if config.tape_top is not None:
-        # A tape reads back the classes that it dropped as equally likely; folded into one, that is not distilled.
-        logits, target = fold_dropped_classes(student, teacher, config.tape_top, config.temperature)
-    if config.standardise:
-        logits, target = standardize_logits(student), standardize_logits(teacher)
-    per_image = distance(
-        config.distance, logits, target, config.temperature, squared=config.t_squared, smoothing=config.label_smoothing
-    )
-    if not config.label_weight:  # images may have no labels then
-        loss = per_image.mean()
-        return {"loss": loss, "distance": loss.detach()}
-    labels = mix_labels(batch.labels, batch.own_weight, student.shape[-1], config.label_smoothing)
-    label_loss = cross_entropy(student, labels)
-    loss = (1 - config.label_weight) * per_image + config.label_weight * label_loss
-    return {"loss": loss.mean(), "distance": per_image.detach().mean(), "label_loss": label_loss.detach().mean()}
 
 
 def open_inputs(
@@ -165,10 +158,10 @@ def build_distill_setup(
         raise InputError(
             f"label_weight ({config.label_weight}) needs labels, but some training images of {cache.name} have none"
         )
-    num_classes = loaded[0].num_classes
     setup = build_setup(
-        "distill", config, cache, num_classes=num_classes, given=given, requested=requested, trial=trial
-    )
+        "distill", config, cache, num_classes=loaded[0].num_classes if config.matches_logits else 0, given=given,
+        requested=requested, trial=trial, prepare=wiring.Preparation(loaded) if config.matches_features else None,
+    )  # fmt: skip
     sides = tuple(teacher.side or setup.evaluation.view.side for teacher in loaded)
     # Recorded, so that whatever reads the run's options reads the same teacher.
     kwargs = readings.settle(loaded, setup)
@@ -211,7 +204,12 @@ def prepare(
     with recording.open_tape(setup, teachers) as tape:
         if tape:
             source = Taped(tape, source, setup.config.tape_full)
-        yield Distillation(setup, teachers, table, source, DistillLoader(setup.loader, source, batches), logits)
+        loader = DistillLoader(setup.loader, source, batches)
+        matching = wiring.matching_of(setup, teachers)
+        distillation = Distillation(setup, teachers, table, source, loader, logits, matching)
+        if matching:
+            wiring.fit_statistics(matching, setup.config.batch, distillation.teacher_answers)
+        yield distillation
         source.flush()
 
 
@@ -266,7 +264,11 @@ def freeze_for_run(
     Args:
         modes: recorded inference modes to use again, or None to choose the fastest.
     """
-    placed = [replace(teacher, side=side) for teacher, side in zip(loaded, setup.config.teacher_side, strict=True)]
+    placed = [
+        wiring.with_readout(replace(teacher, side=side), setup)
+        for teacher, side in zip(loaded, setup.config.teacher_side, strict=True)
+    ]
+    layout = wiring.layout_of(setup)
     if STRATEGIES[setup.config.strategy].fixed:
         first = fixed.first_views(setup, placed)
     else:
@@ -274,9 +276,9 @@ def freeze_for_run(
     first = {side: views.to(setup.loop.device) for side, views in first.items()}
     # The main process chooses; the others must compute the teachers alike.
     if env.is_main_process():
-        teachers, modes = loading.freeze_fastest(placed, first, setup.config, modes)
+        teachers, modes = loading.freeze_fastest(placed, first, setup.config, modes, layout)
         distributed.broadcast_from_main(lambda: modes)
     else:
         modes = distributed.broadcast_from_main(lambda: modes)
-        teachers, modes = loading.freeze_fastest(placed, first, setup.config, modes)
+        teachers, modes = loading.freeze_fastest(placed, first, setup.config, modes, layout)
     return setup.with_provenance(teacher_forms=modes), teachers, first

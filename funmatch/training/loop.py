@@ -167,4 +167,5 @@ def _update(
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Returns whether all values of all tensors are finite."""
     # Stacked, so that the host waits for the device once, not for each tensor.
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+    each = [tensor.isfinite().all() for tensor in tensors]
+    return not each or bool(torch.stack(each).all())

@@ -7,6 +7,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import timm
 import torch
+from torch import nn
 
 from funmatch.config import Distill, Train, recipes
 from funmatch.data.cache.device_store import DeviceStore
@@ -33,6 +34,8 @@ from funmatch.training.student.quantization import quantize_layers
 from funmatch.version import __version__
 
 Options = TypeVar("Options", bound=Train)
+Prepare = Callable[[Classifier, Any], nn.Module]
+"""Prepares a student before its optimizer is made: (network, resolved options) to what its checkpoints hold besides."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def build_setup(
     given: Modules | None = None,
     requested: Train | None = None,
     trial: Trial | None = None,
+    prepare: Prepare | None = None,
 ) -> TrainSetup[Options]:
     """Builds the student and resolves every default that was left open.
 
@@ -157,6 +161,7 @@ def build_setup(
         given: modules from Python, by the names that stand for them.
         requested: the configuration as the user gave it, if `config` is no longer that.
         trial: the search that the run is part of, if any.
+        prepare: called with the network before its optimizer is made.
     """
     # Recipe facts compare with what the user gave, not with what a rule made of it.
     requested, given = requested or config, given or {}
@@ -183,7 +188,7 @@ def build_setup(
     spec = view_spec(config, native=facts["views"] == acceleration.NATIVE)
     return TrainSetup(
         RunInputs(verb, config, cache, facts, trial, given.get(ON_EVENT)),
-        build_student(config, classifier, device),
+        build_student(config, classifier, device, prepare),
         evaluation,
         loop_options(config, device),
         Loader(cache.splits["train"], spec, env.rank(), env.world_size()),
@@ -216,15 +221,20 @@ def _with_earlier_warmup(config: Options, requested: Train) -> Options:
     return config if warmup is None else config.model_copy(update={"warmup_steps": warmup})
 
 
-def build_student(config: Train, classifier: Classifier, device: torch.device) -> Student:
+def build_student(
+    config: Train, classifier: Classifier, device: torch.device, prepare: Prepare | None = None
+) -> Student:
     """Moves the network to its device, makes it equal on all processes, and creates its optimizer.
 
     Args:
         config: the resolved options.
+        prepare: called with the network before its optimizer is made.
     """
     # After its content was recorded, which is that of the plain network.
     if config.quantize:
         quantize_layers(classifier.net)
+    # After that: what it adds is for training alone, and stays exact.
+    memory = prepare(classifier, config) if prepare else None
     classifier = sync_across_processes(classifier.to(device), device)
     assert config.lr is not None
     # After the move, since the optimizer refers to these very parameters, and the average is a copy of them on the same
@@ -234,7 +244,7 @@ def build_student(config: Train, classifier: Classifier, device: torch.device) -
         options=parse_options(config.optimizer_kwargs), **config.optimizer_arguments,
         sharded_map=distributed.sharded_map,
     )  # fmt: skip
-    return Student(classifier, optimizer, EMA(classifier, config.ema) if config.ema is not None else None)
+    return Student(classifier, optimizer, EMA(classifier, config.ema) if config.ema is not None else None, memory)
 
 
 def run_record(setup: TrainSetup[Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,6 +15,7 @@ from funmatch.runtime.text import percent
 from funmatch.runtime.timing import timed
 from funmatch.training import nonfinite, oom, stopping
 from funmatch.training.evaluation.evaluator import Evaluator
+from funmatch.training.evaluation.outcome import deciding_metric
 from funmatch.training.loop import Losses, fit
 from funmatch.training.objective import Objective
 from funmatch.training.profiling import profile_training
@@ -219,7 +220,7 @@ class Trainer:
         records = self.evaluator.student_now(state.step)
         for event, record in records.items():
             self.records.write(event, state.step, record)
-        name = "agreement" if records["eval"]["top1"] is None else "top1"
+        name = deciding_metric(records["eval"])
         score = records["eval"][name]
         self.notes["eval"] = f"{name} {percent(score)}"
         # Never chosen on test images, nor on training images: without a validation split there is no best.

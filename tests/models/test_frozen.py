@@ -13,7 +13,9 @@ from torch import nn
 from funmatch.models.classifier import Card, Classifier
 from funmatch.models.inference import frozen as frozen_models
 from funmatch.models.inference.fold import fold, foldable_batch_norms, to_plain_conv
-from funmatch.models.inference.frozen import PLAIN, AllowedModes, Frozen, InferenceMode, ParityCheck, freeze
+from funmatch.models.inference.frozen import Frozen, freeze
+from funmatch.models.inference.modes import PLAIN, AllowedModes, InferenceMode
+from funmatch.models.inference.parity import ParityCheck, check_parity
 from funmatch.models.load import load
 
 
@@ -192,7 +194,7 @@ def test_failing_fold_falls_back_to_the_plain_teacher(monkeypatch):
 def test_parity_check_equals_its_definition():
     truth = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.9]])
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.9, 1.0]])
-    check = frozen_models.check_parity(InferenceMode(), logits, truth)
+    check = check_parity(InferenceMode(), logits, truth)
     p, q = truth.double().softmax(-1), logits.double().softmax(-1)
     assert check.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     assert check.agreement == pytest.approx(2 / 3)
@@ -200,7 +202,7 @@ def test_parity_check_equals_its_definition():
     assert ParityCheck(InferenceMode(), 9, 1e-3, 0.995).good
     assert not ParityCheck(InferenceMode(), 9, 1.1e-3, 1.0).good
     assert not ParityCheck(InferenceMode(), 9, 0.0, 0.994).good
-    assert not frozen_models.check_parity(InferenceMode(), logits * float("nan"), truth).good
+    assert not check_parity(InferenceMode(), logits * float("nan"), truth).good
 
 
 def test_previously_best_mode_is_tried_first():

@@ -18,7 +18,8 @@ from torch import nn
 
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference import native_layers
-from funmatch.models.inference.frozen import AllowedModes, Frozen, InferenceMode, freeze
+from funmatch.models.inference.frozen import Frozen, freeze
+from funmatch.models.inference.modes import AllowedModes, InferenceMode
 from funmatch.models.load import load
 from funmatch.ops import resample
 from funmatch.ops.crops import crop_resize_flip

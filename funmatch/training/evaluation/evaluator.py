@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.readers.split_names import TRAINING_IMAGES, describe_images
 from funmatch.models.classifier import Classifier
 from funmatch.ops.grids import TENSORFLOW
@@ -12,6 +15,7 @@ from funmatch.runtime.log import info
 from funmatch.training import datasets
 from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.outcome import describe_failure, guessing
+from funmatch.training.matching.evaluation import FeatureEvaluation
 from funmatch.training.objective import Objective
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.state import TrainState
@@ -28,6 +32,8 @@ class Evaluator:
         self.student, self.ema = setup.student.classifier, setup.student.ema
         # On the CPU, where predictions are compared.
         self.teacher_logits = objective.teacher_logits.combined if objective.teacher_logits else None
+        matching, view = objective.matching, setup.evaluation.view
+        self.features = FeatureEvaluation(matching, setup.cache, view) if matching else None
 
     def teachers(self) -> Iterator[dict[str, Any]]:
         """Yields a record of each teacher on the validation split, and of all combined where there are several."""
@@ -38,28 +44,50 @@ class Evaluator:
         modes = self.setup.provenance["teacher_forms"]
         # With the recorded mode: the scores are those of this arithmetic.
         for member, own, mode in zip(teachers.members, logits.members, modes, strict=True):
-            scores = run_folder.finite(scoring.score(own, split))
+            if self.features:
+                view = checks.member_view(member, self.setup.evaluation.view)
+                scores = run_folder.finite(self.features.teacher(member, own, split, view))
+            else:
+                scores = run_folder.finite(scoring.score(own, split))
             yield {"teacher": member.name, "split": split.name, **scores, **mode}
-        if len(teachers.members) > 1:
-            scores = run_folder.finite(scoring.score(logits.combined, split))
+        classes = self.features.layout.classes if self.features else None
+        if len(teachers.members) > 1 and classes != 0:
+            scores = run_folder.finite(scoring.score(logits.combined[:, :classes], split))
             yield {"teacher": teachers.name, "split": split.name, **scores}
 
     def student_now(self, step: int) -> dict[str, dict[str, Any]]:
         """Evaluates the student; returns records by event: `eval`, `ema` (average), `views` (training views)."""
         split, view = self.setup.evaluation.validation, self.setup.evaluation.view
         # `eval` comes first and is always there: the trainer picks the best student by it.
-        records = {"eval": scoring.score(scoring.predict(self.student, split, view), split, self.teacher_logits)}
+        _, scores = self._score(self.student, split, self.teacher_logits)
+        records = {"eval": scores}
         if self.ema:
-            average = scoring.predict(self.ema.model, split, view)
-            records["ema"] = scoring.score(average, split, self.teacher_logits)
+            _, records["ema"] = self._score(self.ema.model, split, self.teacher_logits)
         events = {event: {"split": split.name, **run_folder.finite(scores)} for event, scores in records.items()}
         if self.objective.logits:
             # On views of the steps to come, which the student has not been trained on yet.
-            on_views = scoring.score_training_views(
+            answers = scoring.answer_training_views(
                 self.objective.logits, self.student, self.objective.batches, step, view
             )
-            events["views"] = run_folder.finite(on_views)
+            events["views"] = run_folder.finite(self._score_views(answers))
         return events
+
+    def _score(
+        self, student: Classifier, split: CachedSplit, teacher_logits: Tensor | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Predicts a split; returns the student's logits and its scores."""
+        if self.features and teacher_logits is not None:
+            return self.features.student(student, split, teacher_logits)
+        logits = scoring.predict(student, split, self.setup.evaluation.view)
+        return logits, dict(scoring.score(logits, split, teacher_logits))
+
+    def _score_views(self, answers: scoring.ViewAnswers) -> dict[str, float | None]:
+        if self.features is None:
+            return scoring.score_views(answers)
+        cosine = self.features.cosine(answers.student, answers.teacher).mean().item()
+        classes = self.features.layout.classes
+        scores = scoring.score_views(answers.first(classes)) if classes else {"views": len(answers.student)}
+        return scores | {"cosine": cosine}
 
     def result(self, state: TrainState, folder: Path) -> dict[str, Any]:
         """Evaluates the finished student; returns what `result.json` holds."""
@@ -75,11 +103,12 @@ class Evaluator:
         teacher_logits = self.teacher_logits
         if teachers and split.name != self.setup.evaluation.validation.name:
             teacher_logits, _ = checks.predict(teachers, split, view)
-        logits = scoring.predict(self.student, split, view)
-        scores = scoring.score(logits, split, teacher_logits)
+        logits, scores = self._score(self.student, split, teacher_logits)
+        classes = self.features.layout.classes if self.features else None
+        own_logits = None if teacher_logits is None else teacher_logits[:, :classes]
         result: dict[str, Any] = scores | {
             **about,
-            **guessing(logits, split, teacher_logits),
+            **(guessing(logits, split, own_logits) if classes != 0 else {}),
             "step": state.step,
             "best_step": state.best_step,
             "best_score": state.best_score if state.best_step is not None else None,
@@ -87,8 +116,8 @@ class Evaluator:
             "parameters": self.student.count_parameters(),
             "run": str(folder),
         }
-        if teachers and teacher_logits is not None:
-            top1 = scoring.score(teacher_logits, split)["top1"]
+        if teachers and teacher_logits is not None and own_logits is not None:
+            top1 = scoring.score(own_logits, split)["top1"] if classes != 0 else None
             result["teacher"] = {"name": teachers.name, "parameters": teachers.count_parameters(), "top1": top1}
         if problem := describe_failure(result, self.student.num_classes):
             advice = "try another --lr, a longer --warmup-steps or more steps, with another --out"
@@ -98,8 +127,7 @@ class Evaluator:
             antialiased = scoring.predict(self.student, split, replace(view, resample="antialias"))
             result["top1_antialias"] = scoring.score(antialiased, split)["top1"]
         if self.ema:
-            average = scoring.predict(self.ema.model, split, view)
-            result["ema"] = scoring.score(average, split, teacher_logits)
+            _, result["ema"] = self._score(self.ema.model, split, teacher_logits)
         return result
 
     def _say_kept(self, state: TrainState) -> None:
@@ -130,6 +158,8 @@ class Evaluator:
     def _class_names(self) -> tuple[str, ...] | None:
         """Returns names for the student's outputs: the data's, or the teacher's where the data has none."""
         cache, teachers = self.setup.cache, self.objective.teachers
+        if not self.student.num_classes:
+            return None
         if self.setup.class_names:
             return self.setup.class_names
         # Numbers as names would be worse than the teacher's real ones.

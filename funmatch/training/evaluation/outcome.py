@@ -27,6 +27,16 @@ def guessing(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None) 
     return {"predicted_classes": len(logits.argmax(-1).unique()), "constant": constant_share(right)}
 
 
+def deciding_metric(metrics: Mapping[str, Any]) -> str:
+    """Names the metric by which evaluations of a run are compared: the first that is known, the more the better.
+
+    Accuracy; of features the accuracy of nearest neighbours; without labels the agreement with the teacher; of features
+    the cosine with the teacher's.
+    """
+    names = ("top1", "knn", "agreement", "cosine")
+    return next((name for name in names if metrics.get(name) is not None), "agreement")
+
+
 def describe_failure(metrics: Mapping[str, Any], classes: int) -> str | None:
     """Says in what way a run has failed to train its student; returns None for one that has not.
 

@@ -125,26 +125,38 @@ def predict(model: nn.Module, split: CachedSplit, view: EvalView) -> Tensor:
     return torch.cat([each.wait()[0] for each in logits])
 
 
+@dataclass(frozen=True)
+class ViewAnswers:
+    """Answers to training views.
+
+    Attributes:
+        student, teacher: logits, (n, classes) each, or rows of answers.
+        labels: (n,) int64; the right class of a mixed view is that of the image with more weight, -1 unknown.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+
+    def first(self, classes: int) -> "ViewAnswers":
+        """Returns the logits, which stand in front in rows of answers."""
+        return replace(self, student=self.student[:, :classes], teacher=self.teacher[:, :classes])
+
+
 @torch.inference_mode()
-def score_training_views(
+def answer_training_views(
     logits_of: Callable[[Batch], tuple[Tensor, Tensor]],
     student: nn.Module,
     batches: Batches,
     step: int,
     view: EvalView,
-) -> dict[str, float | None]:
-    """Scores the student against its teachers on *training* views of the next steps, in evaluation mode.
-
-    Agreement that rises here and falls on unseen images means memorising, not function matching.
+) -> ViewAnswers:
+    """Computes what student and teachers answer to *training* views of the next steps, in evaluation mode.
 
     Args:
         logits_of: maps a batch to the student's and the teachers' logits, (n, classes) each.
         batches: the training batches.
         step: the first step whose views are used; as many steps follow as give `VIEWS` views.
-
-    Returns:
-        `metrics.summarize`, `teacher_top1` and the number of `views`. The right class of a mixed view is that of the
-        image with more weight.
     """
     # The trainer switches back to training mode at the next step.
     student.eval()
@@ -159,12 +171,30 @@ def score_training_views(
         # At equal weights the image itself counts.
         labels = torch.where(own >= 0.5, batch.labels[1:], batch.labels[:-1])
         results.append((logits.float().cpu(), teacher_logits.float().cpu(), labels.cpu()))
-    logits, teacher_logits, labels = map(torch.cat, zip(*results, strict=True))
+    return ViewAnswers(*map(torch.cat, zip(*results, strict=True)))
+
+
+def score_views(answers: ViewAnswers) -> dict[str, float | None]:
+    """Scores the student against its teachers on training views.
+
+    Agreement that rises here and falls on unseen images means memorising, not function matching.
+
+    Returns:
+        `metrics.summarize`, `teacher_top1` and the number of `views`.
+    """
+    labels = answers.labels
     # One image without a label makes accuracies unknown, rather than those of a subset.
     true_labels = labels if bool((labels >= 0).all()) else None
-    scores = metrics.summarize(metrics.per_image(logits, true_labels, teacher_logits))
-    top1 = None if true_labels is None else (teacher_logits.argmax(-1) == true_labels).double().mean().item()
-    return scores | {"teacher_top1": top1, "views": len(logits)}
+    scores = metrics.summarize(metrics.per_image(answers.student, true_labels, answers.teacher))
+    top1 = None if true_labels is None else (answers.teacher.argmax(-1) == true_labels).double().mean().item()
+    return scores | {"teacher_top1": top1, "views": len(answers.student)}
+
+
+def score_training_views(
+    logits_of: Callable[[Batch], tuple[Tensor, Tensor]], student: nn.Module, batches: Batches, step: int, view: EvalView
+) -> dict[str, float | None]:
+    """Returns `score_views` of `answer_training_views`."""
+    return score_views(answer_training_views(logits_of, student, batches, step, view))
 
 
 def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:

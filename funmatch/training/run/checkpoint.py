@@ -1,15 +1,16 @@
 """Writes, keeps and restores checkpoints: tensors in safetensors, the rest in JSON, each folder whole or absent.
 
-`checkpoints/step-<n>/` holds the student, its optimizer, the average of its weights and `state.json`; the newest two
-are kept. `checkpoints/best-<n>/` holds the student alone, where it scored best on validation. `checkpoints/stable-<n>/`
-is that of a step before the learning rate cools down, from which a run can be extended.
+`checkpoints/step-<n>/` holds the student, its optimizer, further modules (the average of its weights) and
+`state.json`; the newest two are kept. `checkpoints/best-<n>/` holds the student alone, where it scored best on
+validation. `checkpoints/stable-<n>/` is that of a step before the learning rate cools down, from which a run can be
+extended.
 
 `places.py` has these names; `state.py` defines what `state.json` holds. Each folder has a manifest of checksums, which
 is verified before anything of it is used; checkpoints of earlier versions have none.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,14 +30,16 @@ from funmatch.training.run.state import FORMAT, NEWER, TrainState, read_state
 from funmatch.training.run.tensor_files import STATE, Files, is_whole, load_tensors, write_place
 
 KEPT = 2
-STUDENT, OPTIMIZER, AVERAGE = "student.safetensors", "optimizer.safetensors", "average.safetensors"
+STUDENT, OPTIMIZER = "student.safetensors", "optimizer.safetensors"
+Modules = Mapping[str, nn.Module]
+"""Modules by the file that holds them: the average of the weights, the memory of matched features."""
 T = TypeVar("T")
 
 
-def tensors_of(student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None) -> Files:
-    """Returns what a checkpoint saves of a student, its optimizer and its averaged weights; the tensors, not copies."""
+def tensors_of(student: nn.Module, optimizer: torch.optim.Optimizer, others: Modules | None = None) -> Files:
+    """Returns what a checkpoint saves of a student, its optimizer and further modules; the tensors, not copies."""
     files = {**student_tensors(student), OPTIMIZER: optimizer_state_dict(student, optimizer)}
-    return files if average is None else files | {AVERAGE: average.state_dict()}
+    return files | {file: module.state_dict() for file, module in (others or {}).items()}
 
 
 def student_tensors(student: nn.Module) -> Files:
@@ -142,11 +145,11 @@ def restore(
     folder: Path,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: nn.Module | None = None,
+    others: Modules | None = None,
     *,
     needs_best: bool = False,
 ) -> TrainState | None:
-    """Loads the newest checkpoint into the student, its optimizer and its averaged weights.
+    """Loads the newest checkpoint into the student, its optimizer and further modules.
 
     Args:
         needs_best: whether the run will end with the student that scored best. Where that one is damaged and cannot be
@@ -166,7 +169,7 @@ def restore(
 
     def read(checkpoint: Path, state: TrainState) -> TrainState:
         # Whatever a damaged one has loaded is replaced: the one before holds the same tensors.
-        _load_into(checkpoint, student, optimizer, average)
+        _load_into(checkpoint, student, optimizer, others)
         return state
 
     def read_with_best(checkpoint: Path, state: TrainState) -> TrainState:
@@ -223,8 +226,10 @@ def _student_in(place: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def load_before(folder: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
-    """Loads the newest checkpoint before a step into the student and its optimizer, and changes nothing on the disk.
+def load_before(
+    folder: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimizer, others: Modules | None = None
+) -> TrainState | None:
+    """Loads the newest checkpoint before a step as `restore` does, and changes nothing on the disk.
 
     Returns:
         its state; None if there is none that can be read.
@@ -233,7 +238,7 @@ def load_before(folder: Path, step: int, student: nn.Module, optimizer: torch.op
     _check_formats(found)
 
     def read(checkpoint: Path, state: TrainState) -> TrainState:
-        _load_into(checkpoint, student, optimizer, None)
+        _load_into(checkpoint, student, optimizer, others)
         return state
 
     return _first_undamaged(found, read)
@@ -284,14 +289,10 @@ def _first_undamaged(places: list[Path], read: Callable[[Path, TrainState], T]) 
     return None
 
 
-def _load_into(
-    checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
-) -> None:
-    student.load_state_dict(load_tensors(checkpoint / STUDENT))
-    if average is not None:
-        average.load_state_dict(load_tensors(checkpoint / AVERAGE))
+def _load_into(checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer, others: Modules | None) -> None:
     load_optimizer_state_(student, optimizer, load_tensors(checkpoint / OPTIMIZER))
-    # None such is saved. (An optimizer may rightly hold infinities, a large gradient squared.)
-    for name, net in ((STUDENT, student), (AVERAGE, average)):
-        if net is not None and not all_finite(net.parameters()):
-            raise Damaged(f"{name} has weights that are not finite")
+    for file, module in {STUDENT: student, **(others or {})}.items():
+        module.load_state_dict(load_tensors(checkpoint / file))
+        # None such is saved. (An optimizer may rightly hold infinities, a large gradient squared.)
+        if not all_finite(module.parameters()):
+            raise Damaged(f"{file} has weights that are not finite")

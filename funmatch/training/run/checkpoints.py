@@ -86,10 +86,10 @@ class Checkpoints:
 
     def restore(self) -> TrainState | None:
         """Loads the newest checkpoint into the student, its optimizer and the scaler; returns None if there is none."""
-        net, optimizer, average = self.student.classifier.net, self.student.optimizer, self.student.average_net
+        net, optimizer, others = self.student.classifier.net, self.student.optimizer, self.student.others
         # One process first: it removes what a kill left half-written, and the others must not read that.
         state = distributed.main_process_first(
-            lambda: checkpoint.restore(self.folder, net, optimizer, average, needs_best=self.needs_best)
+            lambda: checkpoint.restore(self.folder, net, optimizer, others, needs_best=self.needs_best)
         )
         if state:
             self.scaler.load_state_dict(state.scaler)
@@ -98,8 +98,8 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Submits a checkpoint to the writer."""
         if env.is_main_process():
-            net, average = self.student.classifier.net, self.student.average_net
-            tensors = transfers.snapshot(checkpoint.tensors_of(net, self.student.optimizer, average))
+            net, others = self.student.classifier.net, self.student.others
+            tensors = transfers.snapshot(checkpoint.tensors_of(net, self.student.optimizer, others))
             self.writer.submit(lambda: checkpoint.save(self.folder, tensors, state))
 
     def save_best(self, step: int, scores: Mapping[str, Any]) -> None:

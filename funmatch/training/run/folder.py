@@ -34,7 +34,9 @@ FACTS = {
     "machine?": str, "versions?": dict[str, str],
 }  # fmt: skip
 SHAPE = RUN_SHAPE | {"knobs": {"steps?": int, "teacher?": list[str] | str | None}, "facts": FACTS}
-SCORES = dict.fromkeys(("top1", "agreement", "kl", "ece", "top5?", "agreement5?", "balanced?"), float | None)
+SCORES = dict.fromkeys(
+    ("top1", "agreement", "kl", "ece", "top5?", "agreement5?", "balanced?", "knn?", "cosine?"), float | None
+)
 RESULT_FILE = "result.json"
 RESULT = SCORES | {
     "step": int, "seconds": float, "split": str, "pictures": int, "held_out_of?": int, "parameters": int,

@@ -22,7 +22,8 @@ EVENTS: dict[str, dict[str, Any]] = {
     "step": {"loss": float},
     "eval": SPLIT, "ema": SPLIT, "views": {},
     "nonfinite": {"action": {"skip", "rewind"}},
-    "teacher": SPLIT | {"teacher": str, "form?": RECORDED_MODE, "beside_fp32?": {"kl": float, "agreement": float}},
+    "teacher": SPLIT
+    | {"teacher": str, "form?": RECORDED_MODE, "beside_fp32?": dict.fromkeys(("kl", "agreement"), float | None)},
 }  # fmt: skip
 """Keys of an event's record whose values are not numbers."""
 

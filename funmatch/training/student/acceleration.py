@@ -209,7 +209,8 @@ def compile_student(student: Classifier, loop: LoopOptions, config: Train, side:
     began, net = time.monotonic(), student.net
     info(f"compiling {config.student}, a minute or two (disable with --compile off)")
     # A closure over the network: state_dict keeps its names, without the prefix of a compiled module.
-    student.compiled_net = torch.compile(lambda views: net(views), dynamic=False, mode=COMPILE_MODES[config.compile])
+    forward = student.answer_net if student.readout else lambda views: net(views)
+    student.compiled_net = torch.compile(forward, dynamic=False, mode=COMPILE_MODES[config.compile])
     try:
         # Every size is tried now, so that a failure comes before the first step.
         for size in sizes:
@@ -236,7 +237,7 @@ def try_step(student: Classifier, loop: LoopOptions, views: Tensor) -> None:
     was_training, states = student.training, _random_states(loop.device)
     try:
         with devices.autocast(loop.device, loop.precision):
-            loss = student.train()(views).float().square().mean()
+            loss = student.train().answers(views).float().square().mean()
         loss.backward()
     finally:
         for name, buffer in student.named_buffers():

@@ -33,16 +33,19 @@ class Student:
         classifier: the network, on its device.
         optimizer: of its trainable parameters.
         ema: exponential moving average of its weights, or None.
+        memory: what matching features keeps of earlier batches, or None.
     """
 
     classifier: Classifier
     optimizer: torch.optim.Optimizer
     ema: EMA[Classifier] | None
+    memory: nn.Module | None = None
 
     @property
-    def average_net(self) -> nn.Module | None:
-        """The network with averaged weights, or None."""
-        return self.ema.model.net if self.ema else None
+    def others(self) -> dict[str, nn.Module]:
+        """What checkpoints hold besides network and optimizer, by file: the averaged weights, and the memory."""
+        average = {"average.safetensors": self.ema.model.net} if self.ema else {}
+        return average | ({"matching.safetensors": self.memory} if self.memory else {})
 
 
 def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, given: Modules) -> Classifier:

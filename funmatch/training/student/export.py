@@ -4,7 +4,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-from funmatch.models.classifier import Classifier, crop_fraction
+from funmatch.models.classifier import Classifier, crop_fraction, strip_training_only
 from funmatch.models.save import save
 from funmatch.runtime.disk.checksums import write_manifest
 from funmatch.runtime.disk.files import write_folder_atomically
@@ -28,5 +28,6 @@ def export_student(
         portable = copy.deepcopy(student).cpu()
         # A plain network, which anyone can load; the ranges are for the export to INT8.
         ranges = strip_quantization(portable.net)
+        strip_training_only(portable)
         save(portable, partial, card=card, about=about | ({"ranges": ranges} if ranges else {}))
         write_manifest(partial)

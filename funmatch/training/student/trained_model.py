@@ -15,7 +15,7 @@ from funmatch.config.finished.model import FinishedModel
 from funmatch.errors import InputError
 from funmatch.models import timm_models
 from funmatch.models.class_map import class_names
-from funmatch.models.classifier import Classifier, check_side
+from funmatch.models.classifier import TRAINING_ONLY, Classifier, check_side
 from funmatch.models.load import load
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime.log import info, info_notes
@@ -160,9 +160,11 @@ def _from_checkpoint(run: run_folder.Run, side: int | None) -> tuple[Classifier,
     """Builds the student of a run that is not finished, with the weights of its newest checkpoint, and their step."""
     knobs, facts = run.config["knobs"], run.config["facts"]
     tensors, step = checkpoint.newest_student(run.checkpoints)
-    # As a finished student: plain, without the rounding of a run that trains for INT8.
-    tensors = {name: tensor for name, tensor in tensors.items() if f".{CHILD}." not in name}
-    names = tuple(facts.get("classes") or ())
+    # As a finished student: plain, without the rounding of a run that trains for INT8, or a projector.
+    extra = (f".{CHILD}.", f"{TRAINING_ONLY}.")
+    tensors = {name: tensor for name, tensor in tensors.items() if not any(each in f".{name}" for each in extra)}
+    headless = "logits" not in knobs.get("match", ("logits",))
+    names = () if headless else tuple(facts.get("classes") or ())
 
     def build(classes: int | None) -> Classifier:
         return load(
@@ -174,8 +176,8 @@ def _from_checkpoint(run: run_folder.Run, side: int | None) -> tuple[Classifier,
             empty=True,
         )
 
-    model = build(len(names) or None)
-    if not names:
+    model = build(0 if headless else len(names) or None)
+    if not names and not headless:
         # Without names, as of a teacher that has none, the weights themselves tell how many classes there are.
         heads = (tensors.get(f"net.{head}.weight") for head in timm_models.head_names(model.net))
         if (head := next((each for each in heads if each is not None), None)) is not None:

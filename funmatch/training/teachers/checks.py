@@ -31,15 +31,20 @@ BELOW_CARD_WARNING = 0.1
 
 
 class MemberLogits(nn.Module):
-    """A teacher as a module that gives the logits of the mapped classes."""
+    """A teacher as a module that gives the logits of the mapped classes.
 
-    def __init__(self, member: EnsembleMember) -> None:
+    Args:
+        member: the teacher.
+        most: how many numbers of its answers are kept; None for all. Tokens are too many for whole splits.
+    """
+
+    def __init__(self, member: EnsembleMember, most: int | None = None) -> None:
         super().__init__()
         # `frozen` is registered as a submodule, so that `.to()` and `.eval()` reach it through the dataclass.
-        self.member, self.frozen = member, member.frozen
+        self.member, self.frozen, self.most = member, member.frozen, most
 
     def forward(self, views: Tensor) -> Tensor:
-        return self.member.logits(views)
+        return self.member.answers(views)[:, : self.most]
 
 
 def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView) -> tuple[Tensor, list[Tensor]]:
@@ -49,11 +54,17 @@ def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalVie
         view: the student's; each teacher sees the images at its own size.
 
     Returns:
-        the combined logits and those of each teacher, (n, classes) float32 on the CPU.
+        the combined logits and those of each teacher, (n, classes) float32 on the CPU; where features are matched,
+            [logits | pooled features].
     """
+    layout, count = teachers.layout, len(teachers.members)
+    most = [None] * count if layout is None else [layout.classes + dimensions for dimensions in layout.pooled]
     # One teacher after the other: each keeps its own image size, and the combination needs only logits.
-    each = [scoring.predict(MemberLogits(member), split, member_view(member, view)) for member in teachers.members]
-    return teachers.combine_logits(each), each
+    each = [
+        scoring.predict(MemberLogits(member, kept), split, member_view(member, view))
+        for member, kept in zip(teachers.members, most, strict=True)
+    ]
+    return teachers.combine_answers(each), each
 
 
 def member_view(member: EnsembleMember, view: scoring.EvalView) -> scoring.EvalView:
@@ -170,12 +181,35 @@ def chance_threshold(classes: int, images: int) -> float:
 
 def check_on_validation(teachers: TeacherEnsemble, setup: TrainSetup[Distill]) -> TeacherLogits:
     """Predicts the teachers' logits of the validation split; raises `InputError` if they are near chance."""
-    split = setup.evaluation.validation
-    combined, members = predict(teachers, split, setup.evaluation.view)
-    check_teachers(teachers, combined, members, split, setup.cache.classes, setup.config, setup.evaluation.view)
-    if not run_folder.options_of(setup.config.out):
-        compare_resampling(teachers, members, split, setup.evaluation.view, setup.config.resampled)
+    split, view, config = setup.evaluation.validation, setup.evaluation.view, setup.config
+    combined, members = predict(teachers, split, view)
+    logits = [combined, *members]
+    if teachers.layout:
+        for member, each in zip(teachers.members, members, strict=True):
+            check_features(member.name, each[:, teachers.layout.classes :], split, config)
+        logits = [each[:, : teachers.layout.classes] for each in logits]
+    if logits[0].shape[1]:
+        check_teachers(teachers, logits[0], logits[1:], split, setup.cache.classes, config, view)
+        if not run_folder.options_of(config.out):
+            compare_resampling(teachers, logits[1:], split, view, config.resampled)
     return TeacherLogits(combined, members)
+
+
+def check_features(name: str, features: Tensor, split: CachedSplit, config: Distill) -> None:
+    """Raises `InputError` for a teacher whose features are not finite, or, unless it is allowed, those of all images.
+
+    Args:
+        features: of a split, (n, d).
+    """
+    if not features.isfinite().all():
+        raise InputError(f"teacher {name} has features that are not finite; its weights are damaged")
+    spread = (features - features[0]).abs().max() / features.abs().max().clamp(min=1e-12)
+    # Up to rounding, which differs with an image's place in its batch.
+    if len(features) > 1 and not config.allow_weak_teacher and spread < 1e-6:
+        raise InputError(
+            f"teacher {name} gives all {len(split):,} images of {split.name} the same features; pass "
+            "--allow-weak-teacher to use it nevertheless"
+        )
 
 
 def compare_resampling(
@@ -197,7 +231,8 @@ def compare_resampling(
         return
     other: Resample = "antialias" if view.resample == "tf" else "tf"
     subset = split.subset(some)
-    _, others = predict(teachers, subset, replace(view, resample=other))
+    _, others = predict(teachers, subset, replace(view, resample=other))  # their logits come first
+    others = [each[:, : logits[0].shape[1]] for each in others]
     labels = subset.labels(slice(None))
     for member, here, there in zip(teachers.members, logits, others, strict=True):
         right = {view.resample: here[some].argmax(-1) == labels, other: there.argmax(-1) == labels}
@@ -220,7 +255,7 @@ def fit_to_teachers(cache: Cache, loaded: Sequence[LoadedTeacher], config: Disti
     """
     try:
         for teacher in loaded:
-            if teacher.class_map is None:
+            if teacher.class_map is None and config.matches_logits:
                 class_order.check_classes(teacher.classifier, cache, trust_order=config.trust_class_order)
     except InputError:
         # A validation split that was held out has the same classes as the training images.

@@ -162,7 +162,7 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
         raise InputError(f"{path} was damaged while it was read; run the same command again")
     # Each teacher's logits are cached, not the combination: temperature, weights and --combine may change.
     each = torch.from_numpy(table).unbind(1)
-    return digest, teachers.combine_logits(each, setup.config.temperature)
+    return digest, teachers.combine_answers(each, setup.config.temperature)
 
 
 @torch.inference_mode()
@@ -188,7 +188,8 @@ def _predict_part(
     device, outputs = setup.loop.device, []
     for host in prefetch_map(load_batch, 0, -(-len(chunks) // chunks_per_batch), devices.spare_threads()):
         views = {side: view.to(device) for side, view in host.items()}
-        outputs.append(torch.stack([member.logits(views[member.side]).float().cpu() for member in teachers.members], 1))
+        each = [member.answers(views[member.side]).float().cpu() for member in teachers.members]
+        outputs.append(torch.stack(each, 1))
     logits = torch.cat(outputs).view(len(images), source.crops, len(teachers.members), -1)
     if source.crops == 1:
         return logits[:, 0].numpy()

@@ -17,7 +17,10 @@ from funmatch.errors import InputError
 from funmatch.models.class_map import RULES, ClassMap, map_classes, read_class_map
 from funmatch.models.classifier import Classifier, check_side, fingerprint, function_of
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
-from funmatch.models.inference.frozen import SMALL_NETWORK, AllowedModes, Frozen, InferenceMode, freeze
+from funmatch.models.inference.answers import Layout
+from funmatch.models.inference.features import is_headless
+from funmatch.models.inference.frozen import SMALL_NETWORK, Frozen, freeze
+from funmatch.models.inference.modes import AllowedModes, InferenceMode
 from funmatch.models.inference.native_layers import native_group_norms
 from funmatch.models.load import load
 from funmatch.ops.native import norms
@@ -90,9 +93,11 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         given: modules from Python, by the names that stand for them.
 
     Raises:
-        InputError: one cannot be loaded, lacks a class, or has another number of classes than the first.
+        InputError: one cannot be loaded, lacks a class, or has another number of classes than the first, or none where
+            logits are matched.
     """
     classes = wanted_classes(config, cache)
+    matches_logits = not isinstance(config, Distill) or config.matches_logits
     names = config.teacher
     # One size may stand for all teachers, hence the remainder below.
     sides = config.teacher_side or (None,)
@@ -118,6 +123,11 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         )
         guessed = not (classifier.card.side_known or config.teacher_side)
         info_notes(name, [*classifier.notes, *([unknown] if guessed else [])])
+        if matches_logits and is_headless(classifier):
+            raise InputError(
+                f"teacher {name} has no classes (num_classes=0), so there are no logits to match; pass --match "
+                "features, or give it a head (funmatch head)"
+            )
         class_map = map_classes(classifier, classes, config.classes) if classes and config.classes else None
         # Before freezing, which folds and casts the weights: the digest is that of the weights as loaded.
         digest = fingerprint(classifier.net)
@@ -128,7 +138,8 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         teachers.append(
             LoadedTeacher(load_one, classifier, digest, function, class_map, view_side, share / sum(shares))
         )
-    _check_same_classes(teachers, trust_order=config.trust_class_order)
+    if matches_logits:
+        _check_same_classes(teachers, trust_order=config.trust_class_order)
     return teachers
 
 
@@ -183,6 +194,7 @@ def freeze_fastest(
     views: dict[int, Tensor],
     config: Distill,
     recorded: list[dict[str, Any]] | None,
+    layout: Layout | None = None,
 ) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
     """Freezes each teacher in the fastest inference mode whose outputs on the first batch match plain fp32.
 
@@ -190,6 +202,7 @@ def freeze_fastest(
         views: of the first batch by side, (n, 3, side, side), on the device.
         recorded: the records that this function returned when the run began, if it resumes. The same modes are used
             again, since other arithmetic would not be bitwise the same.
+        layout: of their answers, where these are more than logits.
 
     Returns:
         the teachers, and a record of each: its mode, and how far its outputs are from plain fp32.
@@ -221,7 +234,7 @@ def freeze_fastest(
             frozen, record = _freeze_one(teacher, sample, config)
         records.append(record)
         members.append(member(teacher, frozen))
-    return TeacherEnsemble(members, config.combine, config.teacher_batch), records
+    return TeacherEnsemble(members, config.combine, config.teacher_batch, layout), records
 
 
 def mode_of(form: Mapping[str, Any]) -> InferenceMode:
@@ -250,7 +263,7 @@ def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tupl
     measured.write(asdict(chosen.mode))
     return frozen, {
         "form": asdict(chosen.mode),
-        "beside_fp32": {"kl": chosen.kl, "agreement": chosen.agreement, "pictures": chosen.images},
+        "beside_fp32": chosen.record | {"pictures": chosen.images},
     }
 
 
@@ -269,7 +282,10 @@ def _uses_native_norms(teacher: LoadedTeacher, sample: Tensor, config: Distill) 
 
 def _measurement(teacher: LoadedTeacher, sample: Tensor, allowed: AllowedModes) -> Measurement:
     """Returns the place where a teacher's fastest mode is remembered, under everything that decides it."""
-    key = repr((teacher.digest, teacher.function, sample.shape, allowed, devices.machine_signature(sample.device)))
+    # With what is read of it where that is more than logits: features may need another mode.
+    read = () if teacher.classifier.readout is None else (teacher.classifier.readout,)
+    machine = devices.machine_signature(sample.device)
+    key = repr((teacher.digest, teacher.function, sample.shape, allowed, machine, *read))
     key = key.replace("AllowedModes(", "Wish(")  # the class's earlier name: measurements made under it stay valid
     return Measurement("forms", key, "this teacher")
 
