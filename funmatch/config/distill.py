@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from funmatch.config.choices import DISTANCES, STRATEGIES, Crop, Strategy, find_distance
-from funmatch.config.matching import Matching
 from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
 from funmatch.config.options import like
+from funmatch.config.teachers.matching import Matching
 from funmatch.config.teaching import Teaching
 from funmatch.config.train import Finetune, Train
 from funmatch.config.values import Names, Precision

@@ -15,7 +15,7 @@ from funmatch.training.evaluation.outcome import describe_failure
 from funmatch.training.run import extend
 from funmatch.training.run import folder as run_folder
 from funmatch.training.run.places import saved_step
-from funmatch.training.teachers import loading
+from funmatch.training.teachers import freezing
 
 COLUMNS = (
     "run", "top-1", "teacher top-1", "agree@1", "agree@5", "KL", "ECE", "split", "parameters", "trained on", "steps",
@@ -154,7 +154,7 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
                 short_names(record["teacher"].split(" + ")),
                 percent(record.get("top1")),
                 record["split"],
-                str(loading.mode_of(record["form"])) if record.get("form") else MISSING,
+                str(freezing.mode_of(record["form"])) if record.get("form") else MISSING,
                 # Rounding can make a KL of nearly equal outputs slightly negative.
                 f"{max(0.0, beside['kl']):.1e}" if beside.get("kl") is not None else MISSING,
                 percent(beside.get("agreement")),

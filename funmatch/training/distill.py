@@ -24,7 +24,7 @@ from funmatch.training.matching.losses import FeatureMatching
 from funmatch.training.objective import Objective, TeacherLogits
 from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data, recorded_modes
 from funmatch.training.student.build import Modules
-from funmatch.training.teachers import checks, fixed, loading, readings, recording
+from funmatch.training.teachers import checks, fixed, freezing, loading, readings, recording
 from funmatch.training.teachers.source import DistillLoader, Fixed, Live, Shared, SharedCache, Taped, TeacherSource
 
 DistillSetup = TrainSetup[Distill]
@@ -276,9 +276,9 @@ def freeze_for_run(
     first = {side: views.to(setup.loop.device) for side, views in first.items()}
     # The main process chooses; the others must compute the teachers alike.
     if env.is_main_process():
-        teachers, modes = loading.freeze_fastest(placed, first, setup.config, modes, layout)
+        teachers, modes = freezing.freeze_fastest(placed, first, setup.config, modes, layout)
         distributed.broadcast_from_main(lambda: modes)
     else:
         modes = distributed.broadcast_from_main(lambda: modes)
-        teachers, modes = loading.freeze_fastest(placed, first, setup.config, modes, layout)
+        teachers, modes = freezing.freeze_fastest(placed, first, setup.config, modes, layout)
     return setup.with_provenance(teacher_forms=modes), teachers, first

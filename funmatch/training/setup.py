@@ -157,7 +157,7 @@ def build_setup(
 
     Args:
         verb: the command.
-        num_classes: outputs of the student.
+        num_classes: outputs of the student; 0 for features.
         given: modules from Python, by the names that stand for them.
         requested: the configuration as the user gave it, if `config` is no longer that.
         trial: the search that the run is part of, if any.
@@ -172,26 +172,30 @@ def build_setup(
         torch.set_num_threads(config.threads)
     # Before defaults: the image size and the arithmetic depend on the network.
     classifier = build_classifier(verb, config, cache, num_classes, given)
+    facts = {"student": init_digest(verb, config, classifier, given)} | recipes.facts(requested)
     # The crop kernel is a fact, not an option: a resumed run must crop as it did, wherever it runs.
-    facts = recipes.facts(requested) | acceleration.crop_kernel(config, cache.splits["train"])
-    facts = {"student": init_digest(verb, config, classifier, given)} | facts
+    facts |= acceleration.crop_kernel(config, cache.splits["train"])
     config = resolve_defaults(_with_earlier_warmup(config, requested), cache, classifier, device)
     # After the defaults, which decide how much of the device's memory pixels may take.
     cache = datasets.move_data_to_device(cache, device, config.device_gb or 0)
     warn_of_late_steps(config)
-    evaluation = Evaluation(
-        scoring.validation_split(cache, config.val),
-        scoring.test_split(cache, config.val, with_teacher=isinstance(config, Distill)),
-        scoring.eval_view(config, device),
-    )
     # From the recorded fact, not from what is available now.
     spec = view_spec(config, native=facts["views"] == acceleration.NATIVE)
     return TrainSetup(
         RunInputs(verb, config, cache, facts, trial, given.get(ON_EVENT)),
         build_student(config, classifier, device, prepare),
-        evaluation,
+        _evaluation(config, cache, device),
         loop_options(config, device),
         Loader(cache.splits["train"], spec, env.rank(), env.world_size()),
+    )
+
+
+def _evaluation(config: Train, cache: Cache, device: torch.device) -> Evaluation:
+    """Returns the splits and the preprocessing of a resolved configuration's evaluations."""
+    return Evaluation(
+        scoring.validation_split(cache, config.val),
+        scoring.test_split(cache, config.val, with_teacher=isinstance(config, Distill)),
+        scoring.eval_view(config, device),
     )
 
 

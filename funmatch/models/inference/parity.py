@@ -78,25 +78,29 @@ def check_parity(mode: InferenceMode, rows: Tensor, reference: Tensor, classes: 
     classes = rows.shape[-1] if classes is None else classes
     found = ParityCheck(mode, len(reference), 0.0, 1.0, has_logits=classes > 0)
     if classes:
-        found = replace(found, **_compare_logits(rows[:, :classes], reference[:, :classes]))
+        divergence, agreement = _compare_logits(rows[:, :classes], reference[:, :classes])
+        found = replace(found, kl=divergence, agreement=agreement)
     if classes < rows.shape[-1]:
-        found = replace(found, **_compare_features(rows[:, classes:], reference[:, classes:]))
+        error, cosine = _compare_features(rows[:, classes:], reference[:, classes:])
+        found = replace(found, error=error, cosine=cosine)
     return found
 
 
-def _compare_logits(logits: Tensor, reference: Tensor) -> dict[str, float]:
+def _compare_logits(logits: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Returns the mean KL divergence and the agreement."""
     # Rounding may leave a KL of zero slightly negative.
     divergence = max(0.0, kl(logits, reference).mean().item()) if logits.isfinite().all() else float("inf")
     probabilities = reference.double().softmax(-1)
     chosen = probabilities.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
-    return {"kl": divergence, "agreement": (chosen >= probabilities.amax(-1) - TIE_MARGIN).double().mean().item()}
+    return divergence, (chosen >= probabilities.amax(-1) - TIE_MARGIN).double().mean().item()
 
 
-def _compare_features(features: Tensor, reference: Tensor) -> dict[str, float]:
+def _compare_features(features: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Returns the mean relative error and the least cosine."""
     if not features.isfinite().all():
-        return {"error": float("inf"), "cosine": -1.0}
+        return float("inf"), -1.0
     one, other = features.double(), reference.double()
     # Features of zeros have neither size nor direction; equal ones count as equal.
     error = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-12)
     cosine = torch.cosine_similarity(one, other, dim=-1).where(error > 0, torch.ones_like(error))
-    return {"error": error.mean().item(), "cosine": cosine.min().item()}
+    return error.mean().item(), cosine.min().item()

@@ -76,8 +76,8 @@ def batch_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def _kl_of_similarities(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    logs = [(similarities / temperature).log_softmax(-1) for similarities in (student, teacher)]
-    return F.kl_div(*logs, reduction="none", log_target=True).sum(-1)
+    own, target = ((similarities / temperature).log_softmax(-1) for similarities in (student, teacher))
+    return F.kl_div(own, target, reduction="none", log_target=True).sum(-1)
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funmatch.config import Distill
-from funmatch.config.matching import RELATIONAL
+from funmatch.config.teachers.matching import RELATIONAL
 from funmatch.data.loader import Batch
 from funmatch.models.inference.answers import Layout, Parts
 from funmatch.ops.features import losses

@@ -25,7 +25,8 @@ from funmatch.runtime.disk.files import cache_home
 from funmatch.runtime.disk.parts import compute_in_parts, read_checked
 from funmatch.runtime.log import info
 from funmatch.training.setup import TrainSetup
-from funmatch.training.teachers.loading import COMPARED_IMAGES, LoadedTeacher
+from funmatch.training.teachers.freezing import COMPARED_IMAGES
+from funmatch.training.teachers.loading import LoadedTeacher
 
 PART = 1024
 """Approximate number of views that are predicted between two writes to the disk."""

@@ -1,38 +1,24 @@
-"""Loads the teachers of a configuration, maps their classes, and freezes each in its fastest inference mode."""
+"""Loads the teachers of a configuration, and maps their classes."""
 
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from funmatch.config import Distill, Evaluate
 from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
 from funmatch.models.class_map import RULES, ClassMap, map_classes, read_class_map
-from funmatch.models.classifier import Classifier, check_side, fingerprint, function_of
+from funmatch.models.classifier import Classifier, fingerprint, function_of
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
-from funmatch.models.inference.answers import Layout
 from funmatch.models.inference.features import is_headless
-from funmatch.models.inference.frozen import SMALL_NETWORK, Frozen, freeze
-from funmatch.models.inference.modes import AllowedModes, InferenceMode
-from funmatch.models.inference.native_layers import native_group_norms
+from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
-from funmatch.ops.native import norms
-from funmatch.runtime import devices
-from funmatch.runtime.log import info, info_notes
-from funmatch.runtime.measured import Measurement
+from funmatch.runtime.log import info_notes
 from funmatch.training.student.build import Modules
-
-COMPARED_IMAGES = 256
-"""Images of the first batch, at most, on which an inference mode is compared with plain fp32."""
-MODE_SHAPE = {f"{field.name}?": field.type for field in fields(InferenceMode)}
-"""Shape of a recorded inference mode; earlier versions did not have all of its fields."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +83,6 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
             logits are matched.
     """
     classes = wanted_classes(config, cache)
-    matches_logits = not isinstance(config, Distill) or config.matches_logits
     names = config.teacher
     # One size may stand for all teachers, hence the remainder below.
     sides = config.teacher_side or (None,)
@@ -118,16 +103,8 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
 
         classifier = load_one()
         # Notes of the first load only; it is loaded again, silently, for each mode that is tried.
-        unknown = (
-            "its image size is not known from the file, so its views have the student's; set it with --teacher-side N"
-        )
-        guessed = not (classifier.card.side_known or config.teacher_side)
-        info_notes(name, [*classifier.notes, *([unknown] if guessed else [])])
-        if matches_logits and is_headless(classifier):
-            raise InputError(
-                f"teacher {name} has no classes (num_classes=0), so there are no logits to match; pass --match "
-                "features, or give it a head (funmatch head)"
-            )
+        _show_notes(name, classifier, config)
+        _check_head(name, classifier, config)
         class_map = map_classes(classifier, classes, config.classes) if classes and config.classes else None
         # Before freezing, which folds and casts the weights: the digest is that of the weights as loaded.
         digest = fingerprint(classifier.net)
@@ -138,9 +115,29 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         teachers.append(
             LoadedTeacher(load_one, classifier, digest, function, class_map, view_side, share / sum(shares))
         )
-    if matches_logits:
+    if _matches_logits(config):
         _check_same_classes(teachers, trust_order=config.trust_class_order)
     return teachers
+
+
+def _show_notes(name: str, classifier: Classifier, config: Distill | Evaluate) -> None:
+    """Prints what a user should know of a teacher."""
+    unknown = "its image size is not known from the file, so its views have the student's; set it with --teacher-side N"
+    guessed = not (classifier.card.side_known or config.teacher_side)
+    info_notes(name, [*classifier.notes, *([unknown] if guessed else [])])
+
+
+def _matches_logits(config: Distill | Evaluate) -> bool:
+    return not isinstance(config, Distill) or config.matches_logits
+
+
+def _check_head(name: str, classifier: Classifier, config: Distill | Evaluate) -> None:
+    """Raises `InputError` for a teacher without classes, where its logits are needed."""
+    if _matches_logits(config) and is_headless(classifier):
+        raise InputError(
+            f"teacher {name} has no classes (num_classes=0), so it has no logits; to distil it pass --match features, "
+            "or give it a head (funmatch head)"
+        )
 
 
 def read_again(teacher: LoadedTeacher, option: str) -> LoadedTeacher:
@@ -187,114 +184,3 @@ def ensemble_fp32(teachers: Sequence[LoadedTeacher], combine: str) -> TeacherEns
 def member(teacher: LoadedTeacher, frozen: Frozen) -> EnsembleMember:
     """Returns a teacher as a member of an ensemble."""
     return EnsembleMember(frozen, teacher.side, teacher.share, teacher.class_map)
-
-
-def freeze_fastest(
-    teachers: Sequence[LoadedTeacher],
-    views: dict[int, Tensor],
-    config: Distill,
-    recorded: list[dict[str, Any]] | None,
-    layout: Layout | None = None,
-) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
-    """Freezes each teacher in the fastest inference mode whose outputs on the first batch match plain fp32.
-
-    Args:
-        views: of the first batch by side, (n, 3, side, side), on the device.
-        recorded: the records that this function returned when the run began, if it resumes. The same modes are used
-            again, since other arithmetic would not be bitwise the same.
-        layout: of their answers, where these are more than logits.
-
-    Returns:
-        the teachers, and a record of each: its mode, and how far its outputs are from plain fp32.
-    """
-    if recorded and len(recorded) != len(teachers):
-        raise InputError(
-            f"the record of this run has the inference modes of {len(recorded)} teachers, not of {len(teachers)}, so "
-            "it is damaged; choose another --out"
-        )
-    records, members = [], []
-    for number, teacher in enumerate(teachers):
-        # A compiled network is specialised to its batch size, so it is compiled for the one that training uses.
-        size = config.teacher_batch if config.compiles else config.teacher_batch or COMPARED_IMAGES
-        sample = views[teacher.side][:size]
-        # Before freezing: after it, a wrong image size would look like a failed inference mode.
-        check_side(teacher.classifier, teacher.side)
-        # Without a check: the run has used this mode from its first step.
-        if recorded:
-            record = recorded[number]
-            mode = mode_of(record["form"])
-            if mode.native and (why := norms.why_unavailable()):
-                info(
-                    f"WARNING: this run was started with native CPU kernels for teacher {teacher.name}, which are "
-                    f"unavailable now ({why}); results will not be bitwise identical"
-                )
-            frozen = Frozen(teacher.load_again().to(sample.device), mode)
-            frozen(sample)  # compiles it for batches of this size, where it is compiled
-        else:
-            frozen, record = _freeze_one(teacher, sample, config)
-        records.append(record)
-        members.append(member(teacher, frozen))
-    return TeacherEnsemble(members, config.combine, config.teacher_batch, layout), records
-
-
-def mode_of(form: Mapping[str, Any]) -> InferenceMode:
-    """Returns a recorded inference mode, without fields that only later versions have."""
-    return InferenceMode(**{name: value for name, value in form.items() if f"{name}?" in MODE_SHAPE})
-
-
-def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
-    precisions = devices.teacher_precisions(config.teacher_precision, sample.device)
-    allowed = AllowedModes(precisions, config.compiles, _uses_native_norms(teacher, sample, config))
-    measured = _measurement(teacher, sample, allowed)
-    frozen, tried = freeze(teacher.load_again, sample, replace(allowed, first=_measured_mode(measured, allowed)))
-    # Every rejected mode is reported, so that a slow teacher can be explained.
-    for check in tried[:-1]:
-        info(f"teacher {teacher.name}: rejected {check}")
-    chosen = tried[-1]
-    # Only a precision that was requested is used in spite of a failed check.
-    if not chosen.good:
-        info(
-            f"WARNING: teacher {teacher.name}: using the requested precision although its outputs differ from fp32: "
-            f"{chosen}"
-        )
-    else:
-        info(f"teacher {teacher.name}: using {chosen}")
-    # Even if it was measured before: a mode that failed this time is replaced.
-    measured.write(asdict(chosen.mode))
-    return frozen, {
-        "form": asdict(chosen.mode),
-        "beside_fp32": chosen.record | {"pictures": chosen.images},
-    }
-
-
-def _uses_native_norms(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> bool:
-    """Returns whether native kernels compute a teacher's GroupNorms: requested, worthwhile and available."""
-    # A small network gains too little to be worth another rounding.
-    large = teacher.classifier.count_parameters() >= SMALL_NETWORK
-    if config.compile != "native" or sample.device.type != "cpu" or not large:
-        return False
-    if not any(native_group_norms(teacher.classifier.net)):
-        return False
-    if why := norms.why_unavailable():
-        info(f"teacher {teacher.name}: native CPU kernels unavailable ({why}); using slower PyTorch kernels")
-    return not why
-
-
-def _measurement(teacher: LoadedTeacher, sample: Tensor, allowed: AllowedModes) -> Measurement:
-    """Returns the place where a teacher's fastest mode is remembered, under everything that decides it."""
-    # With what is read of it where that is more than logits: features may need another mode.
-    read = () if teacher.classifier.readout is None else (teacher.classifier.readout,)
-    machine = devices.machine_signature(sample.device)
-    key = repr((teacher.digest, teacher.function, sample.shape, allowed, machine, *read))
-    key = key.replace("AllowedModes(", "Wish(")  # the class's earlier name: measurements made under it stay valid
-    return Measurement("forms", key, "this teacher")
-
-
-def _measured_mode(measured: Measurement, allowed: AllowedModes) -> InferenceMode | None:
-    """Returns the mode chosen on this machine before, if it is valid: equal runs must compute alike."""
-    record = measured.read(MODE_SHAPE)
-    if not record:
-        return None
-    mode = mode_of(record)
-    # Another --teacher-precision or --compile may not allow what was the fastest then.
-    return mode if mode.is_allowed(allowed) else None

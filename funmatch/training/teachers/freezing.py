@@ -1,0 +1,137 @@
+"""Freezes each teacher in its fastest inference mode, measured once on a machine, or in the one that was recorded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from funmatch.config import Distill
+from funmatch.errors import InputError
+from funmatch.models.classifier import check_side
+from funmatch.models.ensemble import TeacherEnsemble
+from funmatch.models.inference.answers import Layout
+from funmatch.models.inference.frozen import SMALL_NETWORK, Frozen, freeze
+from funmatch.models.inference.modes import AllowedModes, InferenceMode
+from funmatch.models.inference.native_layers import native_group_norms
+from funmatch.ops.native import norms
+from funmatch.runtime import devices
+from funmatch.runtime.log import info
+from funmatch.runtime.measured import Measurement
+from funmatch.training.teachers.loading import LoadedTeacher, member
+
+COMPARED_IMAGES = 256
+"""Images of the first batch, at most, on which an inference mode is compared with plain fp32."""
+MODE_SHAPE = {f"{field.name}?": field.type for field in fields(InferenceMode)}
+"""Shape of a recorded inference mode; earlier versions did not have all of its fields."""
+
+
+def freeze_fastest(
+    teachers: Sequence[LoadedTeacher],
+    views: dict[int, Tensor],
+    config: Distill,
+    recorded: list[dict[str, Any]] | None,
+    layout: Layout | None = None,
+) -> tuple[TeacherEnsemble, list[dict[str, Any]]]:
+    """Freezes each teacher in the fastest inference mode whose outputs on the first batch match plain fp32.
+
+    Args:
+        views: of the first batch by side, (n, 3, side, side), on the device.
+        recorded: the records that this function returned when the run began, if it resumes. The same modes are used
+            again, since other arithmetic would not be bitwise the same.
+        layout: of their answers, where these are more than logits.
+
+    Returns:
+        the teachers, and a record of each: its mode, and how far its outputs are from plain fp32.
+    """
+    if recorded and len(recorded) != len(teachers):
+        raise InputError(
+            f"the record of this run has the inference modes of {len(recorded)} teachers, not of {len(teachers)}, so "
+            "it is damaged; choose another --out"
+        )
+    records, members = [], []
+    for number, teacher in enumerate(teachers):
+        # A compiled network is specialised to its batch size, so it is compiled for the one that training uses.
+        size = config.teacher_batch if config.compiles else config.teacher_batch or COMPARED_IMAGES
+        sample = views[teacher.side][:size]
+        # Before freezing: after it, a wrong image size would look like a failed inference mode.
+        check_side(teacher.classifier, teacher.side)
+        # Without a check: the run has used this mode from its first step.
+        if recorded:
+            record = recorded[number]
+            mode = mode_of(record["form"])
+            if mode.native and (why := norms.why_unavailable()):
+                info(
+                    f"WARNING: this run was started with native CPU kernels for teacher {teacher.name}, which are "
+                    f"unavailable now ({why}); results will not be bitwise identical"
+                )
+            frozen = Frozen(teacher.load_again().to(sample.device), mode)
+            frozen(sample)  # compiles it for batches of this size, where it is compiled
+        else:
+            frozen, record = _freeze_one(teacher, sample, config)
+        records.append(record)
+        members.append(member(teacher, frozen))
+    return TeacherEnsemble(members, config.combine, config.teacher_batch, layout), records
+
+
+def mode_of(form: Mapping[str, Any]) -> InferenceMode:
+    """Returns a recorded inference mode, without fields that only later versions have."""
+    return InferenceMode(**{name: value for name, value in form.items() if f"{name}?" in MODE_SHAPE})
+
+
+def _freeze_one(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> tuple[Frozen, dict[str, Any]]:
+    precisions = devices.teacher_precisions(config.teacher_precision, sample.device)
+    allowed = AllowedModes(precisions, config.compiles, _uses_native_norms(teacher, sample, config))
+    measured = _measurement(teacher, sample, allowed)
+    frozen, tried = freeze(teacher.load_again, sample, replace(allowed, first=_measured_mode(measured, allowed)))
+    # Every rejected mode is reported, so that a slow teacher can be explained.
+    for check in tried[:-1]:
+        info(f"teacher {teacher.name}: rejected {check}")
+    chosen = tried[-1]
+    # Only a precision that was requested is used in spite of a failed check.
+    if not chosen.good:
+        info(
+            f"WARNING: teacher {teacher.name}: using the requested precision although its outputs differ from fp32: "
+            f"{chosen}"
+        )
+    else:
+        info(f"teacher {teacher.name}: using {chosen}")
+    # Even if it was measured before: a mode that failed this time is replaced.
+    measured.write(asdict(chosen.mode))
+    return frozen, {
+        "form": asdict(chosen.mode),
+        "beside_fp32": chosen.record | {"pictures": chosen.images},
+    }
+
+
+def _uses_native_norms(teacher: LoadedTeacher, sample: Tensor, config: Distill) -> bool:
+    """Returns whether native kernels compute a teacher's GroupNorms: requested, worthwhile and available."""
+    # A small network gains too little to be worth another rounding.
+    large = teacher.classifier.count_parameters() >= SMALL_NETWORK
+    if config.compile != "native" or sample.device.type != "cpu" or not large:
+        return False
+    if not any(native_group_norms(teacher.classifier.net)):
+        return False
+    if why := norms.why_unavailable():
+        info(f"teacher {teacher.name}: native CPU kernels unavailable ({why}); using slower PyTorch kernels")
+    return not why
+
+
+def _measurement(teacher: LoadedTeacher, sample: Tensor, allowed: AllowedModes) -> Measurement:
+    """Returns the place where a teacher's fastest mode is remembered, under everything that decides it."""
+    # With what is read of it where that is more than logits: features may need another mode.
+    read = () if teacher.classifier.readout is None else (teacher.classifier.readout,)
+    machine = devices.machine_signature(sample.device)
+    key = repr((teacher.digest, teacher.function, sample.shape, allowed, machine, *read))
+    key = key.replace("AllowedModes(", "Wish(")  # the class's earlier name: measurements made under it stay valid
+    return Measurement("forms", key, "this teacher")
+
+
+def _measured_mode(measured: Measurement, allowed: AllowedModes) -> InferenceMode | None:
+    """Returns the mode chosen on this machine before, if it is valid: equal runs must compute alike."""
+    record = measured.read(MODE_SHAPE)
+    if not record:
+        return None
+    mode = mode_of(record)
+    # Another --teacher-precision or --compile may not allow what was the fastest then.
+    return mode if mode.is_allowed(allowed) else None
