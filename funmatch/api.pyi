@@ -329,6 +329,25 @@ class FinetuneOptions(TrainOptions, total=False):
 class DistillOptions(TrainOptions, total=False):
     """Options of `funmatch.distill`."""
 
+    match: Names
+    """What the student matches: logits; features, those before the head, for which the teacher needs no head, and of
+    which alone the student becomes a backbone without classes; tokens, beside features, the map before pooling.
+    (default: logits)"""
+    match_weights: float | Sequence[float]
+    """Weights of what match lists, in its order; the losses are added up. (default: 1 each)"""
+    feature_loss: Literal["cosine", "l2", "queue-kl", "batch-kl"]
+    """Distances between features, projected to the teacher's width. cosine, l2: of each image. queue-kl: KL of its
+    similarities to the teacher's features of earlier batches (SEED). batch-kl: of those to the other images of its
+    batch, as each network sees them. Several are added up; tokens use cosine and l2. (default: cosine)"""
+    feature_loss_weights: float | Sequence[float]
+    """Weights of what feature_loss lists, in its order. (default: 1 each)"""
+    feature_queue: int
+    """queue-kl: images in the queue, rounded up to whole batches. (default: 4096)"""
+    feature_temperature: float
+    """queue-kl and batch-kl: temperature of the similarities. (default: 0.07)"""
+    standardise_features: Literal["auto", "on", "off"]
+    """Standardise the teacher's features, each dimension to mean 0 and deviation 1 by the first batches; auto: where
+    there are several teachers. (default: auto)"""
     teacher_weights: Names
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""

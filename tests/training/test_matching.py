@@ -90,5 +90,5 @@ def test_resumed_run_is_bitwise_the_same(finished, tmp_path):
 
 def test_a_teacher_without_classes_needs_features(tmp_path):
     net = timm.create_model("resnet10t", num_classes=0, channels=(8, 8, 16, 16))
-    with pytest.raises(InputError, match="no classes.*features.*funmatch head"):
+    with pytest.raises(InputError, match=r"no classes.*features.*funmatch head"):
         funmatch.distill(out=tmp_path / "run", steps=1, **TINY | {"teacher": net})
