@@ -150,6 +150,9 @@ def _read_rows(table: Table, columns: Columns, root: str, labels: RowLabels, spl
 
 
 def _as_path(table: Table, row: int, cell: object) -> str:
+    # Nearly every cell of a million: without a colon it is no address.
+    if isinstance(cell, str) and cell and cell[0] != "~" and ":" not in cell and "\0" not in cell:
+        return cell
     problem = ""
     if not isinstance(cell, str):
         problem = "the path is a list"
@@ -244,9 +247,8 @@ def _number_labels(
     """Returns the labels of each split, and the sets of classes that they number, of several classes an image."""
     sets = {split: [labels.sets[row] for row in rows] for split, rows in chosen.items()}
     if options.task != "multilabel" or not labels.classes:
-        return {
-            s: np.array([each[0] if each else UNLABELLED for each in own], np.int32) for s, own in sets.items()
-        }, None
+        firsts = {split: [each[0] if each else UNLABELLED for each in own] for split, own in sets.items()}
+        return {split: np.array(own, np.int32) for split, own in firsts.items()}, None
     # A row without classes shows none of them, but where no row of the split has any.
     known: dict[str, Sets] = {split: own if any(own) else [None] * len(own) for split, own in sets.items()}
     return number_sets(known, len(labels.classes))
