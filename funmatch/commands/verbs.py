@@ -49,9 +49,9 @@ VERBS: dict[str, Verb] = {
     "embed": Verb(config.Embed, "commands.embed:run", "commands.embed:show"),
     "config": Verb(tools.Config, "commands.config:run", "commands.config:show", loads=""),
     "export": Verb(config.Export, "commands.export:run", "commands.export:show"),
-    "prepare": Verb(config.Prepare, "commands.prepare:run", "commands.prepare:show", loads="PyTorch"),
-    "data": Verb(config.Data, "commands.data:run", "commands.prepare:show", loads="PyTorch"),
-    "cache": Verb(config.Cache, "commands.cache:run", "commands.cache:show", loads=""),
+    "prepare": Verb(config.Prepare, "commands.images.prepare:run", "commands.images.prepare:show", loads="PyTorch"),
+    "data": Verb(config.Data, "commands.images.data:run", "commands.images.prepare:show", loads="PyTorch"),
+    "cache": Verb(config.Cache, "commands.images.cache:run", "commands.images.cache:show", loads=""),
     "models": Verb(
         tools.Models, "commands.networks.models:list_models", "commands.networks.models:show_models", loads=""
     ),

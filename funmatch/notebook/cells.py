@@ -10,9 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from funmatch.commands import data as data_command
-from funmatch.commands import prepare, recipes
+from funmatch.commands import recipes
 from funmatch.commands.common.ready import build
+from funmatch.commands.images import data as data_command
+from funmatch.commands.images import prepare
 from funmatch.commands.plan import without_new_tape
 from funmatch.commands.python.arguments import read_call
 from funmatch.commands.tune import summary

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from funmatch.commands import prepare
+from funmatch.commands.images import prepare
 from funmatch.config import Data
 from funmatch.data.cache.open_cache import Cache, cache_home
 from funmatch.data.cache.stores import CachedSplit
