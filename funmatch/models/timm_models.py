@@ -108,14 +108,19 @@ def wanted_by(architecture: str, kwargs: dict[str, Any], classes: int | None) ->
     Args:
         classes: of a student, which may start from weights without a head; None for a network that must classify.
     """
+    net = for_weights(architecture, kwargs, classes)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict(keep_vars=True).items()}
+    heads = pretrained_config(architecture).get("classifier") or ()
+    return Wanted(architecture, shapes, (heads,) if isinstance(heads, str) else tuple(heads), classes is not None)
+
+
+def for_weights(architecture: str, kwargs: dict[str, Any], classes: int | None) -> nn.Module:
+    """Builds a network, on the device `meta` if it can, for its names and shapes alone."""
     # Some networks are features alone by default, so a number of classes is given in any case.
     kwargs = {"num_classes": classes or 2, **kwargs}
     # Without an effect on the random numbers that later networks are drawn from.
     with torch.random.fork_rng(devices=[]):
-        net = _on_meta(architecture, kwargs) or create(architecture, kwargs)
-    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict(keep_vars=True).items()}
-    heads = pretrained_config(architecture).get("classifier") or ()
-    return Wanted(architecture, shapes, (heads,) if isinstance(heads, str) else tuple(heads), classes is not None)
+        return _on_meta(architecture, kwargs) or create(architecture, kwargs)
 
 
 def pretrained_config(architecture: str) -> dict[str, Any]:

@@ -17,6 +17,11 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch inserts for compiled, sharded and checkpointed modules, anywhere."""
 BESIDES = ("n_averaged", "total_ops", "total_params")
 """Tensors that tools add to a network: `AveragedModel` and thop."""
+AUXILIARY = re.compile(
+    r"(mask_token|decoder\w*|projector|projection(_head)?|predictor|prototypes|queue(_ptr)?|(dino|ibot)_head|"
+    r"criterion|loss(_fn)?)(\.|$)"
+)
+"""Beginnings of names that only training without labels or a loss has, beside a network's own."""
 LEAST_SHARE = 0.5  # of a network's names: with fewer, the weights are of another network altogether
 AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?|momentum)([._]|$)")
 """Keys of weights that are an average of others, over steps or epochs: EMA, SWA, momentum encoders."""
@@ -131,6 +136,7 @@ def _assemble(
         for key in rest
         if key.startswith(prefix)
         and key.rpartition(".")[2] not in BESIDES
+        and not AUXILIARY.match(key.removeprefix(prefix))
         and not (drops_head and wanted.is_head(key.removeprefix(prefix)))
     }
     left = [key.removeprefix(entries[key].home) for key in rest if key not in set(other.values())]

@@ -1,12 +1,13 @@
 """Finds where a model's weights come from: a run, a folder, a file, a published checkpoint or a SavedModel."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from funmatch.errors import InputError
 from funmatch.models import bit, timm_models
 from funmatch.models.checkpoints.checkpoint import KEY, open_checkpoint
-from funmatch.models.checkpoints.fitting import fit
+from funmatch.models.checkpoints.reading import read_weights
 from funmatch.models.names import (
     BIT,
     GIVEN,
@@ -92,13 +93,14 @@ def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | 
     # A network without classes takes the features alone; a head in the file is left out.
     if not wanted.head and kwargs.get("num_classes") != 0:
         raise InputError(f"{architecture} is not a classifier, so {path} cannot be its weights")
-    found = fit(checkpoint, wanted)
+    reading = read_weights(checkpoint, wanted, partial(timm_models.for_weights, architecture, kwargs, classes))
+    found, kwargs = reading.found, {**reading.kwargs, **kwargs}
     # Distilled transformers have two heads, of the same number of classes.
     head = found.state.get(f"{wanted.heads[0]}.weight")
     if head is not None and head.ndim:
         kwargs = {"num_classes": head.shape[0], **kwargs}
     notes = renaming_note(own, architecture) + found.notes
-    card = OWN_CARDS.get(name, {})
+    card = {**reading.card, **OWN_CARDS.get(name, {})}
     # A tag names published weights, and so their image size.
-    known = bool(card) or "." in own
+    known = name in OWN_CARDS or "." in own
     return Origin(str(path), architecture, found.state, kwargs, card, notes=notes, side_known=known)
