@@ -262,6 +262,9 @@ class TrainOptions(ImagesOptions, total=False):
     """Hold out this much of the training images for validation: 10%, or a number of images; none trains on all of them.
     The choice depends only on the images' content and on val_seed. (default: the data's own split, or 10% where it has
     none)"""
+    share: float | Sequence[float]
+    """Shares of the sources of data in each batch, one each, e.g. 2 1: each source has epochs of its own, in which each
+    of its images comes once. (default: by their numbers of images)"""
     eval_data: Names
     """Other images to evaluate on: their validation and test splits, or all of them as a test split. (default: those of
     data)"""

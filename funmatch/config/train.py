@@ -10,13 +10,14 @@ from funmatch.config.data import NO_VALIDATION, VALIDATION_SHARE, Images
 from funmatch.config.loop import Loop, Student
 from funmatch.config.metadata import Changes, Group, Inherit, OnResume, Opt, Refers
 from funmatch.config.mixtures.policies import MixedViews
+from funmatch.config.mixtures.sources import Sources
 from funmatch.config.optim import FINETUNE_LR, Optimizer, Schedule
 from funmatch.config.options import like
 from funmatch.config.values import Names, Share
 
 
 # Options of the last base come first, in `config.json` as in the list of problems.
-class Train(Images, Student, MixedViews, Optimizer, Loop):
+class Train(Sources, Student, MixedViews, Optimizer, Loop):
     """Train a model on labels alone: the baseline, with the views and the loop of distill."""
 
     verbs: ClassVar[str] = "Start"

@@ -40,10 +40,12 @@ class SplitListing:
         names: name of each image in messages, (n,).
         labels: class index of each image, or the number of its set of classes where the data set has such sets, (n,)
             int32; `UNLABELLED` where it has none.
+        sources: number of the data set that each image is from, (n,) int32, where several are joined; ascending.
     """
 
     names: Sequence[str]
     labels: np.ndarray
+    sources: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,6 +53,12 @@ class SplitListing:
     @property
     def labelled(self) -> bool:
         return bool(len(self.labels)) and bool((self.labels != UNLABELLED).all())
+
+    def subset(self, rows: Sequence[int]) -> "SplitListing":
+        """Returns the listing of some of the images."""
+        chosen = np.array(rows, np.int64)
+        sources = None if self.sources is None else self.sources[chosen]
+        return SplitListing([self.names[i] for i in rows], self.labels[chosen], sources)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class Dataset:
         label_sets: of several classes an image, the sets that labels number, (sets, classes) uint8 in {0, 1}; None
             where labels are classes.
         root: folder that the names of images are relative to, where they are paths; empty where it is `location`.
+        joined: number of data sets that this one joins.
     """
 
     name: str
@@ -102,6 +111,7 @@ class Dataset:
     task: str = "multiclass"
     label_sets: np.ndarray | None = None
     root: str = ""
+    joined: int = 1
 
     @property
     def display_name(self) -> str:

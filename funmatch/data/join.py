@@ -1,6 +1,6 @@
 """Joins several data sets into one, and notes which of its images are to be held out."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,7 +35,12 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
                 for dataset in having
                 for each in dataset.splits[name].names
             ]
-            splits[name] = SplitListing(names, np.empty(0, np.int32))
+            sources = [
+                np.full(len(dataset.splits[name]), number, np.int32)
+                for number, dataset in enumerate(datasets)
+                if name in dataset.splits
+            ]
+            splits[name] = SplitListing(names, np.empty(0, np.int32), np.concatenate(sources))
     splits, sets = _with_labels(datasets, splits, positions)
 
     def read(split: str, index: int) -> bytes:
@@ -51,7 +56,9 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     name = " + ".join(dataset.name for dataset in datasets)
     notes = tuple(note for dataset in datasets for note in dataset.notes)
     spec = specs[0] if specs else None
-    return Dataset(name, classes, splits, read, watched, spec, unnamed, notes=notes, label_sets=sets)
+    return Dataset(
+        name, classes, splits, read, watched, spec, unnamed, notes=notes, label_sets=sets, joined=len(datasets)
+    )
 
 
 def _join_classes(datasets: Sequence[Dataset]) -> tuple[tuple[str, ...], bool]:
@@ -96,6 +103,20 @@ def _joint_labels(dataset: Dataset, split: str, positions: dict[str, int]) -> np
     # The last entry stands for `UNLABELLED`: -1 indexes it.
     table = np.array([positions[name] for name in dataset.classes] + [UNLABELLED], np.int32)
     return table[dataset.splits[split].labels]
+
+
+def count_sources(dataset: Dataset, unreadable: Collection[int]) -> list[int]:
+    """Returns how many training images are of each of the data sets that were joined; empty for a single one.
+
+    Args:
+        unreadable: numbers of training images that do not count.
+    """
+    train = dataset.splits.get("train")
+    if train is None or train.sources is None:
+        return []
+    readable = np.ones(len(train), bool)
+    readable[[*unreadable]] = False
+    return np.bincount(train.sources[readable], minlength=dataset.joined).tolist()
 
 
 def notes_about_labels(datasets: Sequence[Dataset]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from funmatch.data.cache.scan import Scan, by_split
-from funmatch.data.dataset import UNLABELLED, Dataset, SplitListing
+from funmatch.data.dataset import UNLABELLED, Dataset
 from funmatch.runtime.text import counted
 
 Sets = Sequence[tuple[int, ...] | None]
@@ -76,7 +76,7 @@ def _of_images(
     labels, table = number_sets(sets, len(dataset.classes))
     jobs, order = dataset.jobs(), np.concatenate([*kept.values()])
     splits = {
-        name: SplitListing([dataset.splits[name].names[jobs[i][1]] for i in positions], labels[name])
+        name: replace(dataset.splits[name].subset([jobs[i][1] for i in positions]), labels=labels[name])
         for name, positions in kept.items()
     }
     joined = len(jobs) - len(order)

@@ -17,7 +17,7 @@ from funmatch.ops.augment import augment_crops
 from funmatch.ops.crops import crop_of_resized_flip, crop_resize_flip
 from funmatch.ops.mixing import own_weight
 from funmatch.ops.mixtures import policies
-from funmatch.ops.order import BalancedOrder, Order
+from funmatch.ops.order import BalancedOrder, Order, SharedOrder
 from funmatch.ops.view_spec import MILD, ViewSpec
 from funmatch.runtime.chunks import even_chunks
 
@@ -156,6 +156,8 @@ class Loader:
     @cached_property
     def order(self) -> Order | None:
         """The order of the images, None for the shuffled one; sorted by class once, not at every step."""
+        if self.spec.sources:
+            return SharedOrder(self.spec.sources, self.spec.batch)
         return BalancedOrder(self.split.index["label"]) if self.spec.sampling == "balanced" else None
 
     def sample(self, step: int) -> sampling.StepSample:

@@ -4,10 +4,12 @@ So no order is stored, no epoch begins with a pause, and a run that is stopped a
 is shown the same images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from funmatch.ops.mixtures.shares import divide
 
 Order = Callable[[int, np.ndarray], np.ndarray]
 """Returns the images, (n,) int64, at some positions, (n,) int64, of the sequence of a seed."""
@@ -57,6 +59,38 @@ class BalancedOrder:
         # A key for each class: classes of equal size would otherwise be shuffled alike, and so paired alike by MixUp.
         keys = _mix64(_mix64(np.uint64(seed % 2**64)) ^ (classes.astype(np.uint64) + np.uint64(1)))
         return self.images[self.starts[classes] + _permute(rounds, keys, counts)]
+
+
+class SharedOrder:
+    """An order in which every batch has images of several sources in fixed shares.
+
+    How many places of a batch a source has is its share, rounded so that what is left over comes in a later batch.
+    Which places these are is shuffled. The images of a source come one after the other, each once before any of them
+    comes again, and then in a new order.
+    """
+
+    def __init__(self, sources: Sequence[tuple[int, int]], batch: int) -> None:
+        """Divides the images.
+
+        Args:
+            sources: share, a whole number, and number of images of each; the images of the first come first.
+            batch: images in the global batch.
+        """
+        self.shares = tuple(share for share, _ in sources)
+        self.counts = np.array([count for _, count in sources], np.int64)
+        self.starts = np.cumsum(self.counts) - self.counts
+        self.batch = batch
+
+    def __call__(self, seed: int, positions: np.ndarray) -> np.ndarray:
+        """Returns the image at each position; see `Order`."""
+        positions, mixed = np.asarray(positions, np.int64), _mix64(np.uint64(seed % 2**64))
+        # A batch is an epoch of its places: in the order of the division, a source would often follow the same one,
+        # and so be mixed with it by MixUp.
+        places = _permute(positions, _mix64(mixed), np.asarray(self.batch, np.int64))
+        sources, numbers = divide(positions // self.batch * self.batch + places, self.shares)
+        # A key for each source, none of them the places': those of equal size would otherwise be shuffled alike.
+        keys = _mix64(mixed ^ (sources.astype(np.uint64) + np.uint64(1)))
+        return self.starts[sources] + _permute(numbers, keys, self.counts[sources])
 
 
 def _permute(positions: np.ndarray, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -84,6 +84,8 @@ class ViewSpec:
         version: version of the draws themselves.
         policies: shares in the images, whole numbers, and the spec of each view policy; all else in these specs is as
             here. Without any, all images have this spec.
+        sources: share, a whole number, and number of images of each source of the training images
+            (`order.SharedOrder`); empty where their numbers decide.
     """
 
     seed: int
@@ -105,8 +107,9 @@ class ViewSpec:
     # A tape stores logits in fp16: the kernel's rounding of a crop (below 1e-5) is not worth running the teacher again.
     native: bool = field(default=True, metadata={"key": None})
     version: int = field(default=SAMPLING_VERSION, metadata={"key": "draws"})
-    # Part of the key only where there are some.
+    # Both part of the key only where there are some.
     policies: tuple[tuple[int, "ViewSpec"], ...] = field(default=(), metadata={"key": None})
+    sources: tuple[tuple[int, int], ...] = field(default=(), metadata={"key": None})
 
     def key(self) -> dict[str, Any]:
         """The spec as JSON values, by the names that tapes store; what does not apply to the crop is None."""
@@ -124,6 +127,7 @@ class ViewSpec:
         found |= {"augment": self.augment} if self.augment else {}
         found |= {"sampling": self.sampling} if self.sampling != "shuffled" else {}
         found |= {"ratio": [*self.ratio]} if self.crop == "inception" and self.ratio != CROP_RATIO else {}
+        found |= {"sources": [[*each] for each in self.sources]} if self.sources else {}
         found |= {"resample": self.resample} if self.resample != RESAMPLED_BEFORE else {}
         return found | {
             "mixup": [lam.a, lam.per_image, lam.take_max, lam.lam],

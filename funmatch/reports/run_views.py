@@ -14,7 +14,7 @@ from funmatch.reports.images import stacked, views_image
 from funmatch.runtime.functions import find_function
 from funmatch.runtime.text import percent
 from funmatch.training import datasets
-from funmatch.training.defaults import view_spec
+from funmatch.training.defaults import source_shares, view_spec
 from funmatch.training.run import folder as run_folder
 
 SHOWN_VIEWS = 12
@@ -51,8 +51,9 @@ def views_sheet(run: run_folder.Run, step: int | None) -> dict[str, Any] | None:
     strategy = STRATEGIES[options["strategy"]] if "strategy" in options else None
     # At the student's size: both rows of a sheet must be equally wide.
     sides = (options["side"],) if strategy and not strategy.fixed else ()
-    spec = view_spec(table)
-    batch = Loader(cache.splits["train"], spec, teacher_sides=sides).batch_at(step)
+    train = cache.splits["train"]
+    spec = view_spec(table, source_shares(table, train))
+    batch = Loader(train, spec, teacher_sides=sides).batch_at(step)
     shown, student = mixing.mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
     rows = [views_image(views[:SHOWN_VIEWS], SHOWN_VIEWS) for views in (*shown, student)]
     image, png = stacked(rows), BytesIO()

@@ -13,6 +13,7 @@ from funmatch.config.metadata import Refers
 from funmatch.config.optim import FINETUNE_LR, LR, WARMUP_SHARE, WARMUP_STEPS
 from funmatch.config.views import EVAL_RESAMPLE, RESAMPLE
 from funmatch.data.cache.open_cache import Cache
+from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.decode import pick_decoder
 from funmatch.data.readers.open import resolve_spec
 from funmatch.errors import InputError
@@ -81,13 +82,14 @@ def resolve_defaults(config: Options, cache: Cache, student: Classifier, device:
     return config.model_copy(update=resolved)
 
 
-def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
+def view_spec(config: Train, sources: tuple[tuple[int, int], ...] = (), *, native: bool = True) -> ViewSpec:
     """Returns everything that decides the training views of a resolved configuration.
 
     Args:
+        sources: of the training images, as of `source_shares`.
         native: whether the native CPU kernel crops.
     """
-    variants = [view_spec(each, native=native) for each in config.variants()]
+    variants = [view_spec(each, sources, native=native) for each in config.variants()]
     shares = whole_shares(config.policy_share or [1] * len(variants))
     return ViewSpec(
         seed=config.seed,
@@ -106,7 +108,22 @@ def view_spec(config: Train, *, native: bool = True) -> ViewSpec:
         own_teacher_view=isinstance(config, Distill) and STRATEGIES[config.strategy].teacher == "own",
         native=native,
         policies=tuple(zip(shares, variants, strict=True)),
+        sources=sources,
     )
+
+
+def source_shares(config: Train, train: CachedSplit) -> tuple[tuple[int, int], ...]:
+    """Returns the share and the number of training images of each source; empty where their numbers decide.
+
+    Raises:
+        InputError: a source with a share has none.
+    """
+    if not config.share:
+        return ()
+    for name, count in zip(config.data, train.sources, strict=True):
+        if not count:
+            raise InputError(f"share gives images of {name} to every batch, but it has no training images")
+    return tuple(zip(whole_shares(config.share), train.sources, strict=True))
 
 
 def _intervals(config: Train, steps: int, images: int, before: dict[str, Any]) -> dict[str, int | None]:

@@ -20,8 +20,9 @@ from funmatch.ops.optim import factory
 from funmatch.ops.optim.updates import EMA
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.log import info
+from funmatch.runtime.text import percent
 from funmatch.training import datasets
-from funmatch.training.defaults import resolve_defaults, view_spec, warn_of_late_steps
+from funmatch.training.defaults import resolve_defaults, source_shares, view_spec, warn_of_late_steps
 from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.scoring import Evaluation
 from funmatch.training.loop import LoopOptions, loop_options
@@ -180,7 +181,8 @@ def build_setup(
     cache = datasets.move_data_to_device(cache, device, config.device_gb or 0)
     warn_of_late_steps(config)
     # From the recorded fact, not from what is available now.
-    spec = view_spec(config, native=facts["views"] == acceleration.NATIVE)
+    sources = source_shares(config, cache.splits["train"])
+    spec = view_spec(config, sources, native=facts["views"] == acceleration.NATIVE)
     return TrainSetup(
         RunInputs(verb, config, cache, facts, trial, given.get(ON_EVENT)),
         build_student(config, classifier, device, prepare),
@@ -202,6 +204,10 @@ def _evaluation(config: Train, cache: Cache, device: torch.device) -> Evaluation
 def _check_fits(config: Train, cache: Cache) -> None:
     """Raises `InputError` if the options do not fit the data or the number of processes."""
     world_size = env.world_size()
+    sources = source_shares(config, cache.splits["train"])
+    total = sum(share for share, _ in sources)
+    for name, (share, count) in zip(config.data, sources, strict=bool(sources)):
+        info(f"{name}: {count:,} training images, {percent(share / total)} of each batch")
     # Shares must be equal: gradients are averaged over processes, each with the same weight.
     if config.batch % world_size:
         raise InputError(

@@ -25,6 +25,7 @@ OTHERS = {
     "own_teacher_view": True,
     "version": SAMPLING_VERSION + 1,
     "policies": ((1, SPEC), (1, replace(SPEC, cutmix=1.0))),
+    "sources": ((2, 10), (1, 7)),
 }
 
 

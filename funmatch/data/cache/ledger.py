@@ -15,8 +15,10 @@ ENTRY = {
         "long_side": (int, int, int), "bytes": int, "leaks": {EACH: PAIRS}, "repeated": int,
         "contradictory": PAIRS, "unreadable": [(str, str)], "notes": list[str],
     },
+    "sources?": list[int],
 }  # fmt: skip
-"""What the first line of a ledger entry holds: `found` is `Cache.summary`."""
+"""What the first line of a ledger entry holds: `found` is `Cache.summary`; `sources`, which entries of earlier versions
+lack, are the numbers of training images of each source, where several are joined."""
 
 
 CUTS, CUT = "cuts", ".cut"

@@ -22,12 +22,13 @@ from funmatch.data.cache.build import unreadable
 from funmatch.data.cache.check import FORMAT, is_complete, read_index, read_label_sets, read_meta
 from funmatch.data.cache.cuts import Built, apply_cut, build_splits, read_cut
 from funmatch.data.cache.ledger import folder_of, read_entry, read_paths
-from funmatch.data.cache.scan import Scan, fingerprint_files, scan, summary
+from funmatch.data.cache.scan import Scan, fingerprint_files, list_complaints, scan, summary
 from funmatch.data.cache.splits import apply_split, choose_splits
 from funmatch.data.cache.stores import CachedSplit, Resident, Streaming, label_table
 from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import Dataset, ReadOptions, Track, untracked
 from funmatch.data.decode import pick_decoder
+from funmatch.data.join import count_sources
 from funmatch.data.label_sets import join_copies
 from funmatch.data.limits import MAX_SCANS
 from funmatch.data.readers.catalog import data_home
@@ -35,7 +36,6 @@ from funmatch.data.readers.open import known_copies, open_dataset, resolve_spec,
 from funmatch.data.remote.fetch import CHECKED_SECONDS
 from funmatch.runtime.disk.files import cache_home, write_atomically
 from funmatch.runtime.disk.json_files import Damaged, seal
-from funmatch.runtime.text import counted
 
 NAMES_IN_DIGESTS = {
     "ReadOptions(": "Reading(",
@@ -120,7 +120,8 @@ def open_cache(
     update_copies(specs, track, at_most=CHECKED_SECONDS, refresh=refresh)
     ledger, options, cache_options = _ledger(specs, options or ReadOptions(), cache_options or CacheOptions())
     entry = None if refresh else _load_entry(ledger, log)
-    if entry is None:
+    # An entry of an earlier version does not say from which of several sources an image is.
+    if entry is None or (len(specs) > 1 and "sources" not in entry):
         listed = open_dataset(specs, options, track)
         watched = _watched_paths(listed)
         # Before anything is read: a file that changes during the scan then differs from its entry the next time.
@@ -135,7 +136,7 @@ def open_cache(
     if bad and cache_options.on_bad == "stop":
         raise unreadable(entry["called"], bad, ledger.parent.parent)
     # On every opening, not only after building: each run's own log shows what is wrong with its data.
-    for line in list_complaints(cache):
+    for line in list_complaints(cache.name, cache.summary):
         log(line)
     return cache
 
@@ -183,24 +184,6 @@ def scan_dataset(dataset: Dataset, cache_options: CacheOptions, track: Track) ->
     return apply_split(dataset, scanned, choose_splits(dataset, scanned))
 
 
-def list_complaints(cache: Cache) -> list[str]:
-    """Returns what a user should know before trusting a data set, one line each."""
-    # Readers mark what is loud themselves.
-    lines = [note if note.startswith("WARNING: ") else f"note: {note}" for note in cache.summary["notes"]]
-    for pair, leak in cache.summary["leaks"].items():
-        one, other = leak["examples"][0]
-        lines.append(f"WARNING: {leak['pictures']:,} images are both in {pair} of {cache.name}, e.g. {one} = {other}")
-    if count := cache.summary["contradictory"]["pictures"]:
-        one, other = cache.summary["contradictory"]["examples"][0]
-        lines.append(
-            f"WARNING: {count:,} images of {cache.name} are the same with different labels, e.g. {one} = {other}"
-        )
-    if bad := cache.summary["unreadable"]:
-        found = counted(len(bad), "unreadable image")
-        lines.append(f"WARNING: skipped {found} of {cache.name}, e.g. {': '.join(bad[0])}")
-    return lines
-
-
 def _open_entry(entry: dict[str, Any], cache_options: CacheOptions, task: str) -> Cache:
     """Opens the cache of a ledger entry."""
     place = Path(entry["folder"])
@@ -216,6 +199,8 @@ def _open_entry(entry: dict[str, Any], cache_options: CacheOptions, task: str) -
         splits[name] = CachedSplit(name, index, store, digests, task, label_table(sets))
     if place != folder:
         key, splits = place.stem, apply_cut(splits, read_cut(place, len(splits["train"])))
+    if "train" in splits and sum(sources := entry.get("sources", [])) == len(splits["train"]):
+        splits["train"] = replace(splits["train"], sources=tuple(sources))
     classes, name, unnamed = tuple(meta["classes"]), entry["name"], entry["unnamed"]
     return Cache(key, name, classes, splits, unnamed, meta["way"], folder, entry["found"], task)
 
@@ -291,6 +276,7 @@ def _store_entry(ledger: Path, built: Built, watched: list[str], stamp: str) -> 
         "called": dataset.display_name,
         "unnamed": dataset.unnamed,
         "found": about | {"unreadable": unreadable, "notes": notes},
+        "sources": count_sources(dataset, {i for split, i, _ in bad if split == "train"}),
     }
     ledger.parent.mkdir(parents=True, exist_ok=True)
     # The first line is read alone; paths follow with zeros between them, since a path may contain a line break.

@@ -20,6 +20,7 @@ from funmatch.data.decode import KINDS, header
 from funmatch.data.limits import DEFAULT_LIMITS, MAX_SCANS, Limits, is_of_machine
 from funmatch.runtime.disk.files import disk_errors
 from funmatch.runtime.disk.locks import file_lock
+from funmatch.runtime.text import counted
 
 FORMAT = 3
 # V16, since numpy cuts zeros off the end of an S16, and a digest may end with some.
@@ -223,6 +224,26 @@ def summary(dataset: Dataset, scanned: Scan, bad: Collection[tuple[str, int]] = 
         "repeated": repeated,
         "contradictory": contradictory,
     }
+
+
+def list_complaints(name: str, found: dict[str, Any]) -> list[str]:
+    """Returns what a user should know before trusting a data set, one line each.
+
+    Args:
+        name: of the data set.
+        found: its `Cache.summary`.
+    """
+    # Readers mark what is loud themselves.
+    lines = [note if note.startswith("WARNING: ") else f"note: {note}" for note in found["notes"]]
+    for pair, leak in found["leaks"].items():
+        one, other = leak["examples"][0]
+        lines.append(f"WARNING: {leak['pictures']:,} images are both in {pair} of {name}, e.g. {one} = {other}")
+    if count := found["contradictory"]["pictures"]:
+        one, other = found["contradictory"]["examples"][0]
+        lines.append(f"WARNING: {count:,} images of {name} are the same with different labels, e.g. {one} = {other}")
+    if bad := found["unreadable"]:
+        lines.append(f"WARNING: skipped {counted(len(bad), 'unreadable image')} of {name}, e.g. {': '.join(bad[0])}")
+    return lines
 
 
 def _find_duplicates(dataset: Dataset, scanned: Scan, usable: np.ndarray) -> tuple[dict[str, Any], int, dict[str, Any]]:

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 
 from funmatch.data.cache.scan import Scan
-from funmatch.data.dataset import ORDER, Dataset, SplitListing
+from funmatch.data.dataset import ORDER, Dataset
 from funmatch.errors import InputError
 
 LEFT_OUT = len(ORDER)
@@ -109,7 +109,11 @@ def _rearrange(dataset: Dataset, scanned: Scan, chosen: dict[str, np.ndarray]) -
             chosen[name] = np.arange(begin, begin + len(split))
         begin += len(split)
     chosen = {name: chosen[name] for name in ORDER if name in chosen}
-    splits = {name: _listing_of(dataset, [jobs[i] for i in positions]) for name, positions in chosen.items()}
+    # What is held out is of one split, as what stays in it.
+    splits = {
+        name: dataset.splits[jobs[positions[0]][0]].subset([jobs[i][1] for i in positions])
+        for name, positions in chosen.items()
+    }
 
     def read(split: str, index: int) -> bytes:
         return dataset.read(*jobs[chosen[split][index]])
@@ -118,8 +122,3 @@ def _rearrange(dataset: Dataset, scanned: Scan, chosen: dict[str, np.ndarray]) -
     new_positions = {int(old): new for new, old in enumerate(order)} if scanned.reasons else {}
     reasons = {new_positions[i]: reason for i, reason in scanned.reasons.items()}
     return replace(dataset, splits=splits, read=read, split_spec=None), Scan(scanned.rows[order], reasons)
-
-
-def _listing_of(dataset: Dataset, jobs: list[tuple[str, int]]) -> SplitListing:
-    names = [dataset.splits[split].names[i] for split, i in jobs]
-    return SplitListing(names, np.array([dataset.splits[split].labels[i] for split, i in jobs], np.int32))

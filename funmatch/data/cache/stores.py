@@ -191,6 +191,8 @@ class CachedSplit:
         digests: of the encoded images, (n,) of 16 bytes, mapped.
         task: `multiclass`, one class an image, or `multilabel`, any number of them.
         label_table: of `label_table` where the labels of the index number sets of classes; None where they are classes.
+        sources: where several data sets were joined to the training images, how many each has, one after another; empty
+            otherwise.
     """
 
     name: str
@@ -199,6 +201,7 @@ class CachedSplit:
     digests: np.ndarray
     task: str = "multiclass"
     label_table: Tensor | None = None
+    sources: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -266,4 +269,4 @@ class CachedSplit:
 
     def subset(self, indices: np.ndarray) -> "CachedSplit":
         """Returns a split of some of the images."""
-        return replace(self, index=self.index[indices], digests=self.digests[indices])
+        return replace(self, index=self.index[indices], digests=self.digests[indices], sources=())
