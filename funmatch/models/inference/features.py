@@ -48,23 +48,41 @@ class Features(nn.Module):
         return self.classifier.net
 
     def _before_last_linear(self, views: Tensor) -> Tensor:
-        seen: list[tuple[nn.Linear, Tensor]] = []
+        return _last_linear(self.classifier, views, self.purpose)[1]
 
-        def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, nn.Linear)
-            seen[:] = [(module, given[0])]  # the last one stays, whatever the order of the modules is
 
-        layers = [module for module in self.classifier.net.modules() if isinstance(module, nn.Linear)]
-        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-        try:
-            self.classifier(views)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        # Another layer, such as one of attention, is followed by more than the classes.
-        if not seen or seen[0][0].out_features != self.classifier.num_classes or seen[0][1].ndim != 2:
-            raise InputError(
-                f"{self.classifier.card.name} has no features to {self.purpose}: it is not a timm network, and its "
-                f"last layer is not a torch.nn.Linear with {self.classifier.num_classes} outputs for rows of features"
-            )
-        return seen[0][1]
+def find_last_linear(classifier: Classifier, views: Tensor, purpose: str = "measure") -> str:
+    """Returns the name of the linear layer that gives a network's logits of views (n, 3, side, side).
+
+    Args:
+        purpose: what its inputs are computed for, in the message where there is none.
+
+    Raises:
+        InputError: there is none.
+    """
+    layer, _ = _last_linear(classifier, views, purpose)
+    return next(name for name, module in classifier.net.named_modules() if module is layer)
+
+
+def _last_linear(classifier: Classifier, views: Tensor, purpose: str) -> tuple[nn.Linear, Tensor]:
+    """Returns the linear layer that gives a network's logits of views, and what it gets: (n, features)."""
+    seen: list[tuple[nn.Linear, Tensor]] = []
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, nn.Linear)
+        seen[:] = [(module, given[0])]  # the last one stays, whatever the order of the modules is
+
+    layers = [module for module in classifier.net.modules() if isinstance(module, nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    try:
+        classifier(views)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Another layer, such as one of attention, is followed by more than the classes.
+    if not seen or seen[0][0].out_features != classifier.num_classes or seen[0][1].ndim != 2:
+        raise InputError(
+            f"{classifier.card.name} has no features to {purpose}: it is not a timm network, and its "
+            f"last layer is not a torch.nn.Linear with {classifier.num_classes} outputs for rows of features"
+        )
+    return seen[0]
