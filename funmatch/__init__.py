@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         finetune,
+        head,
         load,
         predict,
         prepare,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Card", "Classifier", "InputError", "Interrupted", "Outcome", "Prediction", "Predictions", "TimeLimitReached",
     "Tuned", "__version__",
-    "benchmark", "distill", "distill_several", "embed", "evaluate", "export", "finetune",
+    "benchmark", "distill", "distill_several", "embed", "evaluate", "export", "finetune", "head",
     "load", "predict", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
 

@@ -12,14 +12,14 @@ from funmatch.commands.python.finished import Model, benchmark, embed, evaluate,
 from funmatch.commands.python.messages import python_words
 from funmatch.commands.python.signatures import with_options
 from funmatch.commands.verbs import TABLES, run_students
-from funmatch.config import SEARCHED, TAUGHT, Distill, Finetune, Train, recipes
+from funmatch.config import SEARCHED, TAUGHT, Distill, Finetune, Head, Train, recipes
 from funmatch.errors import InputError, unknown
 from funmatch.reports.result import Outcome, Result, Tuned
 from funmatch.runtime.time_limit import counted_from_here
 
 __all__ = [
     "Images", "Model", "OnEvent", "Outcome", "Result", "Tuned", "benchmark", "distill", "distill_several", "embed",
-    "evaluate", "export", "finetune", "load", "predict", "prepare", "recipe", "study", "train", "tune",
+    "evaluate", "export", "finetune", "head", "load", "predict", "prepare", "recipe", "study", "train", "tune",
 ]  # fmt: skip
 
 Images: TypeAlias = str | Path | Sequence[str | Path]
@@ -141,6 +141,33 @@ def finetune(
         2
     """
     return _train("finetune", Finetune, given({"data": data, "model": model, "out": out}) | options, on_event)
+
+
+@with_options(Head, "head")
+def head(
+    data: Images | None = None, model: Model | None = None, out: str | Path | None = None, **options: Any
+) -> Result:
+    """Fits a head to the features of a frozen backbone, which are computed once; the result is a model.
+
+    Args:
+        data: images with labels; as for `distill`.
+        model: the backbone: any model, with a head, which is dropped, or without one.
+        out: the folder of the new model; the same call goes on where it was stopped.
+        **options: `kind="linear"`, `"knn"` or `"means"`, `C=[0.01, 0.1]`, …
+
+    Returns:
+        the folder, which stands for the model as an argument of the other functions, and the metrics: `top1`, `tried`,
+        `chosen`, `kind`, …
+
+    Raises:
+        funmatch.InputError: an argument or an input is invalid; the message names it and what to do.
+
+    Examples:
+        >>> found = funmatch.head("fashion-mini", "fashion-mini-teacher", "runs/head", C=[0.01, 0.1])
+        >>> found.metrics["kind"], sorted(row["value"] for row in found.metrics["tried"])
+        ('linear', [0.01, 0.1])
+    """
+    return run_call("head", Head, given({"data": data, "model": model, "out": out}) | options)
 
 
 @with_options(Distill, "distill")

@@ -593,6 +593,57 @@ class EvaluateOptions(ImagesOptions, total=False):
     overwrite: bool
     """Replace the files of per_image and report if they exist."""
 
+class HeadOptions(ImagesOptions, total=False):
+    """Options of `funmatch.head`."""
+
+    device: str
+    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
+    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    weights: str | Path | None
+    """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
+    model_kwargs: KeyValues
+    """Arguments for timm's constructor. (default: none)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
+    img_size: int | None
+    """The same as side."""
+    eval_resize: int | None
+    """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
+    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
+    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
+    model's own)"""
+    batch: int
+    """Images per forward pass. (default: 128)"""
+    batch_size: int
+    """The same as batch."""
+    val: float | str | None
+    """Hold out this much of the training images, to choose by: 10%, or a number of images; none takes the one strength
+    that is given. The choice depends only on the images' content and on val_seed. (default: the data's own split, or
+    10% where it has none)"""
+    kind: Literal["linear", "knn", "means"]
+    """Head to fit. linear: multinomial logistic regression. knn: the weighted vote of the nearest training images,
+    which become a part of the network. means: the nearest mean of a class. (default: linear)"""
+    C: float | Sequence[float]
+    """Strengths of linear's L2 penalty to try, as scikit-learn's C: the smaller, the stronger. The best on the
+    validation images is taken. (default: 15 from 1e-5 to 100)"""
+    strengths: float | Sequence[float]
+    """The same as C."""
+    standardise: bool
+    """Fit linear to features with mean 0 and deviation 1, as scikit-learn's StandardScaler makes them. The weights that
+    are saved are for the features as they are. (default: on)"""
+    class_weights: Literal["none", "balanced"]
+    """Weights of the classes in linear's loss. balanced: inversely proportional to their numbers of training images.
+    (default: none)"""
+    calibrate: bool
+    """Scale the logits so that the log loss on the validation images is least, which changes no predicted class.
+    (default: on)"""
+    neighbours: int | Sequence[int]
+    """Numbers of knn's neighbours to try. (default: 1 5 10 20 50 100 200)"""
+    distance: Literal["cosine", "euclidean"]
+    """By what the means are near. (default: cosine)"""
+
 class ExportOptions(ImagesOptions, total=False):
     """Options of `funmatch.export`."""
 
@@ -995,6 +1046,19 @@ def finetune(
     on_event: OnEvent | None = None,
     **options: Unpack[FinetuneOptions],
 ) -> Outcome: ...
+@overload
+def head(
+    data: Images, model: Model, out: str | Path, *, config: str | Path | None = None, **options: Unpack[HeadOptions]
+) -> Result: ...
+@overload
+def head(
+    data: Images | None = None,
+    model: Model | None = None,
+    out: str | Path | None = None,
+    *,
+    config: str | Path,
+    **options: Unpack[HeadOptions],
+) -> Result: ...
 def recipe(name: str, *, on_event: OnEvent | None = None, **options: Unpack[RecipeOptions]) -> Outcome: ...
 @overload
 def prepare(data: Images, *, config: str | Path | None = None, **options: Unpack[PrepareOptions]) -> dict[str, Any]: ...

@@ -108,6 +108,7 @@ FUNCTIONS = [
     Function(
         "finetune", "Outcome", {"data": "Images", "model": "Model", "out": PATH}, "FinetuneOptions", keyword=ON_EVENT
     ),
+    Function("head", "Result", {"data": "Images", "model": "Model", "out": PATH}, "HeadOptions", apart=("config",)),
     Function("recipe", "Outcome", {"name": "str"}, "RecipeOptions", keyword=ON_EVENT, apart=()),
     Function("prepare", "dict[str, Any]", {"data": "Images"}, "PrepareOptions", apart=("config",)),
     Function(
@@ -168,6 +169,7 @@ def classes() -> Iterator[str]:
     yield from options_class("TuneOptions", "DistillOptions, total=False", of("tune"), search | config | recipe)
     for verb, table, named in (
         ("prepare", TABLES["prepare"], {"data", "config"}), ("evaluate", TABLES["evaluate"], {"model", "config"}),
+        ("head", TABLES["head"], {"data", "model", "out", "config"}),
         ("export", TABLES["export"], {"model", "out", "config"}),
         ("benchmark", TABLES["benchmark"], {"models", "config"}),
         ("study", TABLES["study"], {"name", "out"}), ("embed", ImageOptions, {"model"}),

@@ -42,6 +42,7 @@ RUN_PAGE, RUN_TABLE = "reports.run_page:write_if_finished", "reports.tables:show
 VERBS: dict[str, Verb] = {
     "demo": Verb(tools.Demo, "commands.demo:run", "commands.demo:show"),
     "finetune": Verb(config.Finetune, "training.finetune:run", RUN_TABLE, page=RUN_PAGE),
+    "head": Verb(config.Head, "commands.networks.head:run", "commands.networks.head:show"),
     "distill": Verb(config.Distill, "training.distill:run", RUN_TABLE, page=RUN_PAGE),
     "train": Verb(config.Train, "training.train:run", RUN_TABLE, page=RUN_PAGE),
     "evaluate": Verb(config.Evaluate, "reports.evaluation.page:run", "reports.evaluation.terminal:show"),

@@ -5,6 +5,7 @@ from funmatch.config.distill import TAUGHT, Distill
 from funmatch.config.finished.benchmark import Benchmark
 from funmatch.config.finished.evaluate import Evaluate
 from funmatch.config.finished.export import Export
+from funmatch.config.finished.head import Head
 from funmatch.config.finished.predict import Embed, ImageOptions, Predict, PredictionOptions
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.optim import Schedule
@@ -24,7 +25,7 @@ UNCOMPARED = frozenset(name for table in TAUGHT.values() for name in table.where
 
 __all__ = [
     "PLANNED", "SEARCHED", "TAUGHT", "UNCOMPARED", "Benchmark", "Cache", "Changes", "Config", "Data", "Demo", "Distill",
-    "Embed", "Evaluate", "Export", "Finetune", "Group", "ImageOptions", "Images", "Import", "Machine", "Models",
+    "Embed", "Evaluate", "Export", "Finetune", "Group", "Head", "ImageOptions", "Images", "Import", "Machine", "Models",
     "Named", "Opt", "Options", "Pictures", "Plan", "Precision", "Predict", "PredictionOptions", "Prepare", "Recipes",
     "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Study", "Tape", "Teaching",
     "Train", "Words", "options_changing",

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from funmatch.config import Embed, ImageOptions
-from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference.features import Features
+from funmatch.models.inference.features import Features, count_features
 from funmatch.runtime import devices
 from funmatch.shipping import tables
 from funmatch.shipping.counter import Counter
@@ -23,6 +22,7 @@ from funmatch.shipping.sources.given import read_given
 from funmatch.shipping.tables import Column
 from funmatch.training.student.trained_model import TrainedModel
 
+PURPOSE = "write"
 HEADER = 128
 """Bytes of the header of an .npy file; numpy wants a multiple of 64."""
 PATHS = (Column("path", str), Column("error", str))
@@ -100,30 +100,14 @@ def _open(config: ImageOptions, given: Mapping[str, Any] | None) -> _Embedder:
     # Before loading, so that a wrong --device does not cost a download.
     device = devices.pick_device(config.device)
     trained = open_model(config, given)
-    size = count_features(trained)
+    size = count_features(trained.classifier, trained.preprocessing.side, PURPOSE)
     network = ready(trained, device, devices.resolve_precision(config.precision, device), features_of)
     return _Embedder(trained, network, size, config, device)
 
 
 def features_of(classifier: Classifier) -> Features:
     """Returns what computes a classifier's features, (n, features), of views (n, 3, side, side)."""
-    return Features(classifier, "write")
-
-
-@torch.inference_mode()
-def count_features(trained: TrainedModel) -> int:
-    """Returns the number of a model's features.
-
-    Raises:
-        InputError: it has none, or its network fails at them.
-    """
-    classifier, side = trained.classifier, trained.preprocessing.side
-    try:
-        return features_of(classifier)(torch.zeros(1, 3, side, side, device=classifier.mean.device)).shape[-1]
-    except InputError:
-        raise
-    except Exception as error:  # a network may have methods of these names for something else
-        raise InputError(f"{classifier.card.name} cannot compute its features: {first_line(error)}") from error
+    return Features(classifier, PURPOSE)
 
 
 def with_gaps(answers: Answers, size: int) -> np.ndarray:

@@ -1,26 +1,25 @@
-"""Opens the data sets of a configuration, and moves their pixels to the device where they fit."""
+"""Opens the data sets of a configuration."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from funmatch.config import TAUGHT, Finetune, Images, Train, Words
 from funmatch.config.data import NO_VALIDATION, VALIDATION_SHARE
 from funmatch.config.finished.model import WithImages
-from funmatch.data.cache.device_store import device_bytes, move_to_device
 from funmatch.data.cache.names import image_names
 from funmatch.data.cache.open_cache import Cache, open_cache, open_known_cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.dataset import ReadOptions, SplitSpec, parse_share
 from funmatch.data.readers.class_notes import first_of
-from funmatch.errors import InputError, is_out_of_memory
+from funmatch.errors import InputError
 from funmatch.runtime.log import info, track
 
 Options = TypeVar("Options", bound=Train)
+Read = TypeVar("Read", bound=Images)
 EVALUATED = ("val", "test")
 """Splits that `eval_data` provides."""
 
@@ -134,12 +133,7 @@ def open_with_validation(config: Options, *, began_without: bool = False) -> tup
         last = isinstance(config, Finetune) and "val" not in cache.splits
         return cache, config.model_copy(update={"val": None} | ({"keep": "last"} if last else {}))
     if config.val is None and not config.eval_data:
-        count, held_out = len(cache.splits["train"]), config.model_copy(update={"val": VALIDATION_SHARE})
-        cache = open_run_data(held_out, log)
-        info(
-            f"{cache.name} has no validation split: holding out {VALIDATION_SHARE} of the training images "
-            f"({len(cache.splits['val']):,} of {count:,}); --val sets how many, --val none trains on all"
-        )
+        cache, held_out = hold_out(config, cache, lambda each: open_run_data(each, log))
         return _warn_of_classes(cache), held_out
     without = f"{' '.join(config.eval_data)} has no validation split" if config.eval_data else "--val none"
     last = "and evaluated on test once, at the end" if "test" in cache.splits else "and there is no test split either"
@@ -149,6 +143,26 @@ def open_with_validation(config: Options, *, began_without: bool = False) -> tup
     )
     # By training images the best weights cannot be told.
     return cache, config.model_copy(update={"val": NO_VALIDATION, "keep": "last"})
+
+
+def hold_out(config: Read, cache: Cache, open_again: Callable[[Read], Cache]) -> tuple[Cache, Read]:
+    """Opens images that have no validation split again, with the usual share of the training images held out for one.
+
+    Args:
+        cache: the images as they are.
+        open_again: opens them with other options.
+
+    Returns:
+        the images, and the options with what `val` turned out to be.
+    """
+    held_out = config.model_copy(update={"val": VALIDATION_SHARE})
+    opened = open_again(held_out)
+    info(
+        f"{opened.name} has no validation split: holding out {VALIDATION_SHARE} of the training images "
+        f"({len(opened.splits['val']):,} of {len(cache.splits['train']):,}); --val sets how many, --val none trains on "
+        "all"
+    )
+    return opened, held_out
 
 
 def _warn_of_classes(cache: Cache) -> Cache:
@@ -190,42 +204,6 @@ def about_images(split: CachedSplit, cache: Cache, val: str | None) -> dict[str,
     if split.name != "val" or val in (None, NO_VALIDATION):
         return about
     return about | {"held_out_of": len(cache.splits["train"]) + len(cache.splits["val"])}
-
-
-def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) -> Cache:
-    """Moves the pixels of the training and validation splits to the device, as far as they are resident and fit.
-
-    Args:
-        gigabytes: device memory that they may take, in 10⁹ bytes.
-
-    Returns:
-        the cache with these splits replaced.
-    """
-    left, splits = int(gigabytes * 1e9), dict(cache.splits)
-    # Training first: every step reads it, validation only now and then.
-    for name in ("train", "val"):
-        split = splits.get(name)
-        # A store that decodes holds files, not pixels.
-        if split is None or split.store.decodes or not left:
-            continue
-        size = device_bytes(split)
-        if size > left:
-            info(f"{name}: {size / 1e9:.1f} GB of pixels stay on the host; --device-gb allows {gigabytes:g}")
-            continue
-        try:
-            # May fail although it should fit: other processes hold memory, and allocators fragment.
-            splits[name], note = move_to_device(split, device)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            info(f"WARNING: {device} has no room for {size / 1e9:.1f} GB of {name} pixels; they stay on the host")
-            continue
-        # Only after the move, so that a split that did not fit leaves its share to the next.
-        left -= size
-        if note:
-            info(f"WARNING: {note}")
-        info(f"{name}: {size / 1e9:.2f} GB of pixels moved to {device}, which crops the views itself")
-    return replace(cache, splits=splits)
 
 
 def open_evaluation_data(

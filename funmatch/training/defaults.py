@@ -11,6 +11,7 @@ from funmatch.config import Distill, Finetune, Train
 from funmatch.config.choices import RESAMPLED_BEFORE, STRATEGIES, Resample
 from funmatch.config.metadata import Refers
 from funmatch.config.optim import FINETUNE_LR, LR, WARMUP_SHARE, WARMUP_STEPS
+from funmatch.config.options import Options as AnyOptions
 from funmatch.config.views import EVAL_RESAMPLE, RESAMPLE
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
@@ -202,7 +203,7 @@ def warn_of_late_steps(config: Train) -> None:
         info(f"WARNING: the cool-down of {cooldown} begins before the warm-up ends; see --cooldown-steps")
 
 
-def absolute_paths(config: Train) -> dict[str, Any]:
+def absolute_paths(config: AnyOptions) -> dict[str, Any]:
     """Returns the options that name files, made absolute, so that a run's record is usable from any directory."""
     found: dict[str, Any] = {}
     for name, opt in type(config).opts():

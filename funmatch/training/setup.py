@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from funmatch.config import Distill, Train, recipes
-from funmatch.data.cache.device_store import DeviceStore
+from funmatch.data.cache.device_store import DeviceStore, move_data_to_device
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Loader
 from funmatch.errors import InputError
@@ -178,7 +178,7 @@ def build_setup(
     facts |= acceleration.crop_kernel(config, cache.splits["train"])
     config = resolve_defaults(_with_earlier_warmup(config, requested), cache, classifier, device)
     # After the defaults, which decide how much of the device's memory pixels may take.
-    cache = datasets.move_data_to_device(cache, device, config.device_gb or 0)
+    cache = move_data_to_device(cache, device, config.device_gb or 0)
     warn_of_late_steps(config)
     # From the recorded fact, not from what is available now.
     sources = source_shares(config, cache.splits["train"])

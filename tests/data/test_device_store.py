@@ -11,13 +11,12 @@ from safetensors.torch import load_file
 
 import funmatch
 from funmatch.data.cache import device_store
-from funmatch.data.cache.device_store import device_bytes, move_to_device
+from funmatch.data.cache.device_store import device_bytes, move_data_to_device, move_to_device
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.cache.storing import CacheOptions
 from funmatch.data.loader import Loader
 from funmatch.ops import resample
 from funmatch.ops.view_spec import Preprocessing, ViewSpec
-from funmatch.training import datasets as training_datasets
 from funmatch.training.evaluation.scoring import central_batches
 from funmatch.training.run.checkpoints import CheckpointWriter
 from funmatch.training.run.folder import Run
@@ -74,7 +73,7 @@ def test_pixels_are_stored_once_on_the_device(cache):
 
 def test_splits_that_do_not_fit_stay_on_the_host(cache, capsys, monkeypatch):
     size = device_bytes(cache.splits["train"])
-    some = training_datasets.move_data_to_device(cache, CPU, (size + 10) / 1e9)
+    some = move_data_to_device(cache, CPU, (size + 10) / 1e9)
     assert some.splits["train"].store is not cache.splits["train"].store
     assert some.splits["val"].store is cache.splits["val"].store
     assert "val: 0.0 GB of pixels stay on the host; --device-gb allows" in capsys.readouterr().err
@@ -82,8 +81,8 @@ def test_splits_that_do_not_fit_stay_on_the_host(cache, capsys, monkeypatch):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr("funmatch.training.datasets.move_to_device", out_of_memory)
-    assert training_datasets.move_data_to_device(cache, CPU, 1).splits == cache.splits
+    monkeypatch.setattr("funmatch.data.cache.device_store.move_to_device", out_of_memory)
+    assert move_data_to_device(cache, CPU, 1).splits == cache.splits
     assert "has no room for" in capsys.readouterr().err
 
 

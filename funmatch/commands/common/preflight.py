@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from funmatch.config import TAUGHT, Distill, Plan, Predict
+from funmatch.config import TAUGHT, Distill, Head, Plan, Predict
 from funmatch.config.finished.benchmark import EXPORTED, NO_TEACHER, Benchmark
 from funmatch.config.finished.predict import ImageFiles
 from funmatch.config.metadata import Refers
@@ -21,6 +21,7 @@ from funmatch.runtime import env
 from funmatch.runtime.functions import NAME, check_allowed, find_function, is_function_name
 from funmatch.shipping import tables
 from funmatch.shipping.sources.find import check_path
+from funmatch.training.heads import folder as head_folder
 from funmatch.training.run import compare
 from funmatch.training.run import folder as run_folder
 
@@ -127,6 +128,9 @@ def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
         return
     if isinstance(options, Benchmark):
         yield from _problems_of_report(options)
+    if isinstance(options, Head):
+        problem = _unwritable(options.out.expanduser())
+        yield from [problem] if problem else filter(None, [_message(_check_head, str(options.out))])
     if isinstance(options, Plan) and options.plot:
         place = options.plot.expanduser()
         folder = place.parent if place.suffix and not place.is_dir() else place
@@ -150,6 +154,14 @@ def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
             run.record.refuse(compare.early_differences(out, run.config, verb, options))
     except InputError as error:
         yield str(error)
+
+
+def _check_head(out: str) -> None:
+    record = head_folder.record_folder(Path(out))
+    record.check_place()
+    if record.has_begun:
+        record.read()  # a damaged or newer one is refused now and not after an hour of decoding
+        record.check_free()
 
 
 def _problems_of_file(options: ImageFiles) -> Iterator[str]:

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from funmatch.config.data import NO_VALIDATION, Images
+from funmatch.config.data import Images
 from funmatch.config.finished.model import MODEL, FinishedModel
-from funmatch.config.metadata import Changes, Group, Opt
+from funmatch.config.metadata import Changes, Group, OnResume, Opt
 from funmatch.config.options import like
 from funmatch.config.train import Train
 from funmatch.config.values import Integers, Names, Numbers, Share
@@ -14,6 +14,8 @@ from funmatch.config.values import Integers, Names, Numbers, Share
 PLACE, STUDENT = Changes.PLACE, Changes.STUDENT
 KINDS = {"linear": ("strengths", "standardise", "class_weights"), "knn": ("neighbours",), "means": ("distance",)}
 """Options that belong to one kind of head."""
+TRIED = {"linear": ("strengths",), "knn": ("neighbours",)}
+"""Options among whose values the validation images choose."""
 STRENGTHS = tuple(round(10 ** (exponent / 2), 9) for exponent in range(-10, 5))
 """Strengths that are tried where none are given: 10⁻⁵ … 100, two a decade."""
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
@@ -22,7 +24,7 @@ NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 class Head(Images, FinishedModel):
     """Fit a head to the features of a frozen backbone, computed once: a teacher in the time of one pass."""
 
-    verbs: ClassVar[str] = "Start"
+    verbs: ClassVar[str] = "Models"
     examples: ClassVar[tuple[str, ...]] = (
         "funmatch head --data ~/images --model resnet50.a1_in1k --out teacher",
         "funmatch head --data ~/images --model resnet50.a1_in1k --kind knn --out neighbours",
@@ -39,11 +41,14 @@ class Head(Images, FinishedModel):
     that is given. The choice depends only on the images' content and on --val-seed."""
     out: Annotated[Path, like(Train, "out")]
     """Folder of the new model. The same command again goes on where it was stopped."""
+    # Rounds alone, as where it is computed: no batch is trained on.
+    batch: Annotated[int, like(Train, "batch", changes=Changes.ARITHMETIC, resume=OnResume.UNCOMPARED)] = 128
+    """Images per forward pass."""
     kind: Annotated[Literal["linear", "knn", "means"], Opt(group=Group.STUDENT, changes=STUDENT, essential=True)] = (
         "linear"
     )
-    """linear: multinomial logistic regression. knn: the weighted vote of the nearest training images, which become a
-    part of the network. means: the nearest mean of a class."""
+    """Head to fit. linear: multinomial logistic regression. knn: the weighted vote of the nearest training images,
+    which become a part of the network. means: the nearest mean of a class."""
     # Called C in scikit-learn, as in the flag.
     strengths: Annotated[
         Numbers,
@@ -57,6 +62,8 @@ class Head(Images, FinishedModel):
     are saved are for the features as they are."""
     class_weights: Annotated[Literal["none", "balanced"], like(Train, "class_weights", group=Group.STUDENT)] = "none"
     """Weights of the classes in linear's loss. balanced: inversely proportional to their numbers of training images."""
+    calibrate: Annotated[bool, Opt(group=Group.STUDENT, changes=STUDENT)] = True
+    """Scale the logits so that the log loss on the validation images is least, which changes no predicted class."""
     neighbours: Annotated[
         Integers,
         Opt(group=Group.STUDENT, changes=STUDENT, at_least=1, usual=" ".join(map(str, NEIGHBOURS)), metavar="K …"),
@@ -71,16 +78,14 @@ class Head(Images, FinishedModel):
             moved = [f"--{type(self).opt(name).flag or name.replace('_', '-')}" for name in names if self.moved(name)]
             if moved and kind != self.kind:
                 found.append(f"{' and '.join(moved)} belong to --kind {kind}, not {self.kind}")
-        if self.val == NO_VALIDATION and len(self.tried) != 1:
-            one = {"linear": "--C", "knn": "--neighbours"}.get(self.kind)
-            found.append(
-                f"--val none leaves no images to choose by; pass one value of {one}, or hold some out with --val 10%"
-                if one
-                else "--val none leaves no images to choose the scale of the logits by; hold some out with --val 10%"
-            )
         if self.unlabelled:
             found.append("--unlabelled leaves no labels to fit a head to")
         return found + super().problems()
+
+    @property
+    def resolved(self) -> dict[str, tuple[float, ...]]:
+        """The option of the kind with the values that are tried, for its record."""
+        return dict.fromkeys(TRIED.get(self.kind, ()), self.tried)
 
     @property
     def tried(self) -> tuple[float, ...]:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from funmatch.config.choices import Resample
+from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit, Resident, Row
 from funmatch.data.decode import Box
-from funmatch.errors import first_line
+from funmatch.errors import first_line, is_out_of_memory
 from funmatch.ops import grids, resample
+from funmatch.runtime.log import info
 
 CHUNK = 64 << 20  # bytes copied at once
 CLOSE = 1 / 255  # one step of an 8-bit pixel
@@ -155,3 +157,39 @@ def fastest_crop_kernel(flat: Tensor) -> tuple[CropKernel, str]:
         resample.sample_by_torch,
         f"the kernel that cuts crops does not work on this device ({why}); falling back to slower indexing",
     )
+
+
+def move_data_to_device(cache: Cache, device: torch.device, gigabytes: float) -> Cache:
+    """Moves the pixels of the training and validation splits to the device, as far as they are resident and fit.
+
+    Args:
+        gigabytes: device memory that they may take, in 10⁹ bytes.
+
+    Returns:
+        the cache with these splits replaced.
+    """
+    left, splits = int(gigabytes * 1e9), dict(cache.splits)
+    # Training first: every step reads it, validation only now and then.
+    for name in ("train", "val"):
+        split = splits.get(name)
+        # A store that decodes holds files, not pixels.
+        if split is None or split.store.decodes or not left:
+            continue
+        size = device_bytes(split)
+        if size > left:
+            info(f"{name}: {size / 1e9:.1f} GB of pixels stay on the host; --device-gb allows {gigabytes:g}")
+            continue
+        try:
+            # May fail although it should fit: other processes hold memory, and allocators fragment.
+            splits[name], note = move_to_device(split, device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            info(f"WARNING: {device} has no room for {size / 1e9:.1f} GB of {name} pixels; they stay on the host")
+            continue
+        # Only after the move, so that a split that did not fit leaves its share to the next.
+        left -= size
+        if note:
+            info(f"WARNING: {note}")
+        info(f"{name}: {size / 1e9:.2f} GB of pixels moved to {device}, which crops the views itself")
+    return replace(cache, splits=splits)

@@ -20,19 +20,19 @@ Layer = nn.Linear | nn.Conv2d
 
 
 @torch.no_grad()
-def put_linear_head(classifier: Classifier, head: LinearHead, names: tuple[str, ...] | None) -> bool:
+def put_linear_head(classifier: Classifier, head: LinearHead, names: tuple[str, ...] | None, side: int) -> bool:
     """Replaces the last layer of a classifier by a linear head for its features, in place.
 
     Args:
         classifier: in evaluation mode, on the CPU; without classes or with others.
         head: for what `Features` computes.
         names: of the classes.
+        side: of views, pixels.
 
     Returns:
         whether its logits now are the head's; if not, its layers are as good as random.
     """
-    shape = len(classifier.card.mean), classifier.card.side, classifier.card.side
-    views = torch.rand(PROBES, 3, *shape[1:], generator=torch.Generator().manual_seed(0))
+    views = torch.rand(PROBES, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
         expected = Features(classifier)(views).double() @ head.weight + head.bias
     except InputError:
@@ -106,9 +106,7 @@ def _ways(layers: list[Layer], features: int) -> Iterator[Way]:
     # CrossViT: a head for each branch, whose features stand side by side.
     if len(layers) > 1 and sum(sizes) == features:
         ends = torch.tensor(sizes).cumsum(0).tolist()
-        yield [
-            (layer, slice(end - size, end)) for layer, size, end in zip(layers, sizes, ends, strict=True)
-        ]
+        yield [(layer, slice(end - size, end)) for layer, size, end in zip(layers, sizes, ends, strict=True)]
 
 
 def _is_split(way: Way) -> bool:

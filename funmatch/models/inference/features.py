@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from funmatch.errors import InputError
+from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Classifier
 
 
@@ -49,6 +50,24 @@ class Features(nn.Module):
 
     def _before_last_linear(self, views: Tensor) -> Tensor:
         return _last_linear(self.classifier, views, self.purpose)[1]
+
+
+@torch.inference_mode()
+def count_features(classifier: Classifier, side: int, purpose: str = "measure") -> int:
+    """Returns the number of a classifier's features for views of a side, pixels.
+
+    Args:
+        purpose: what they are computed for, in the message where there are none.
+
+    Raises:
+        InputError: it has none, or its network fails at them.
+    """
+    try:
+        return Features(classifier, purpose)(torch.zeros(1, 3, side, side, device=classifier.mean.device)).shape[-1]
+    except InputError:
+        raise
+    except Exception as error:  # a network may have methods of these names for something else
+        raise InputError(f"{classifier.card.name} cannot compute its features: {first_line(error)}") from error
 
 
 def find_last_linear(classifier: Classifier, views: Tensor, purpose: str = "measure") -> str:

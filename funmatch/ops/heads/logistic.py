@@ -45,7 +45,7 @@ class Moments:
 
 
 def moments(features: Tensor, *, scale: bool) -> Moments:
-    """Returns the mean of features (n, d) on the CPU, and their standard deviation if they are to be scaled, else ones."""
+    """Returns the mean of features (n, d), and their standard deviation if they are to be scaled, else ones."""
     mean = torch.zeros(features.shape[1], dtype=torch.float64)
     for rows in _blocks(len(features)):
         mean += features[rows].double().sum(0) / len(features)
@@ -75,6 +75,14 @@ class LinearHead:
     bias: Tensor
     steps: int = 0
     converged: bool = True
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Returns the logits of features (n, d), (n, classes) float32."""
+        return torch.addmm(self.bias.float(), features.float(), self.weight.float())
+
+    def scaled(self, factor: float) -> "LinearHead":
+        """Returns the head with logits that are larger by a factor."""
+        return LinearHead(self.weight * factor, self.bias * factor, self.steps, self.converged)
 
     def unscaled(self, by: Moments) -> "LinearHead":
         """Returns the head with the same logits for features as they were before `by` was applied."""

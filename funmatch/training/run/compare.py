@@ -85,7 +85,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     # An option may name another folder or file when the fact says that its content is the same.
     places = {name: opt.content for name, opt in table.opts() if opt.content} if table else {}
     names = names - UNCOMPARED - {name for name, fact in places.items() if _moved(name, fact, then, now)}
-    earlier = _recorded(then, table)
+    earlier = recorded(then, table)
     before = {name: earlier.get(name) for name in names}
     after = {name: now["knobs"].get(name) for name in names}
     # A record may hold an option that is gone, which no table describes.
@@ -103,7 +103,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found + list_differences(earlier, later, IN_RUN, COMPARED_FACTS)
 
 
-def _recorded(record: Mapping[str, Any], table: type[Options] | None) -> dict[str, Any]:
+def recorded(record: Mapping[str, Any], table: type[Options] | None) -> dict[str, Any]:
     """Returns the options of a record, with what was done where it is from before an option."""
     if table is None:
         return {**record["knobs"]}
@@ -138,7 +138,7 @@ def accepted_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Ch
     # To choose by other evaluations is to choose another student, though it is trained alike.
     chosen = knobs.get("keep") == "best" or knobs.get("patience")
     table = TAUGHT[now["verb"]]
-    earlier = _recorded(then, table)
+    earlier = recorded(then, table)
     for name, opt in table.opts():
         before, after = earlier.get(name), knobs.get(name)
         if before == after or opt.on_resume is OnResume.UNCOMPARED:
