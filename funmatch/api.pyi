@@ -604,7 +604,8 @@ class HeadOptions(ImagesOptions, total=False):
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
-    """Arguments for timm's constructor. (default: none)"""
+    """Arguments for timm's constructor. weights_key=KEY chooses among several weights in a file, e.g. state_dict_ema.
+    (default: none)"""
     side: int | None
     """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
     img_size: int | None

@@ -42,7 +42,6 @@ RUN_PAGE, RUN_TABLE = "reports.run_page:write_if_finished", "reports.tables:show
 VERBS: dict[str, Verb] = {
     "demo": Verb(tools.Demo, "commands.demo:run", "commands.demo:show"),
     "finetune": Verb(config.Finetune, "training.finetune:run", RUN_TABLE, page=RUN_PAGE),
-    "head": Verb(config.Head, "commands.networks.head:run", "commands.networks.head:show"),
     "distill": Verb(config.Distill, "training.distill:run", RUN_TABLE, page=RUN_PAGE),
     "train": Verb(config.Train, "training.train:run", RUN_TABLE, page=RUN_PAGE),
     "evaluate": Verb(config.Evaluate, "reports.evaluation.page:run", "reports.evaluation.terminal:show"),
@@ -60,6 +59,7 @@ VERBS: dict[str, Verb] = {
     "import": Verb(
         tools.Import, "commands.networks.import_model:import_model", "commands.networks.import_model:show_imported"
     ),
+    "head": Verb(config.Head, "commands.networks.head:run", "commands.networks.head:show"),
     "recipes": Verb(tools.Recipes, "commands.recipes:run", "commands.recipes:show"),
     "plan": Verb(config.Plan, "commands.plan:run", "commands.plan:show", subjects=config.PLANNED),
     "tune": Verb(config.Search, "commands.tune.run:run", "commands.tune.run:show", subjects=SEARCHED),
