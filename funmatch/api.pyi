@@ -440,8 +440,9 @@ class RecipeOptions(DistillOptions, total=False):
     fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME, csv:FILE; or any
     of these at an address (gs://, s3://, hf://, https://). Several are joined."""
     teacher: Models
-    """Network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
-    path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, package.module:function, or fashion-mini-teacher."""
+    """Network to match, or several: a run folder, a timm name, hf-hub:user/model or the folder of a model (of timm or
+    transformers), a BiT checkpoint path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras,
+    package.module:function, or fashion-mini-teacher."""
     out: str | Path
     """Run folder. The same command again resumes from its newest checkpoint."""
     config: str | Path | None
@@ -482,8 +483,9 @@ class TuneOptions(DistillOptions, total=False):
     fashion-mini), a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN, hf:NAME, csv:FILE; or any
     of these at an address (gs://, s3://, hf://, https://). Several are joined."""
     teacher: Models
-    """Network to match, or several: a run folder, a timm name, hf-hub:user/model, local-dir:path, a BiT checkpoint
-    path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, package.module:function, or fashion-mini-teacher."""
+    """Network to match, or several: a run folder, a timm name, hf-hub:user/model or the folder of a model (of timm or
+    transformers), a BiT checkpoint path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras,
+    package.module:function, or fashion-mini-teacher."""
     config: str | Path | None
     """File of options: .toml (`funmatch config` writes a template), .yaml, or the config.json of a run. Options on the
     command line override it; paths in it are relative to the current folder. (default: none)"""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from funmatch.config.choices import Resample
 from funmatch.errors import InputError, first_line
+from funmatch.models.inference.outputs import logits_of
 
 TRAINING_ONLY = "matching_projector"
 """Name under which a student's network holds what training alone uses: in checkpoints, and not in finished students."""
@@ -31,6 +32,7 @@ class Card:
         squash: whether evaluation resizes images to a square regardless of their aspect (timm's crop_mode).
         side_known: whether `side` comes with the weights; else it is timm's default for the architecture.
         resample: how evaluation resizes images.
+        floor: whether evaluation rounds half a pixel at the corner of its square down, as transformers does.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Card:
     squash: bool = False
     side_known: bool = True
     resample: Resample = "antialias"
+    floor: bool = False
 
     @property
     def side_notes(self) -> list[str]:
@@ -143,8 +146,7 @@ class Classifier(nn.Module):
         return self.compiled_net if self.compiled_net and self.training else plain
 
     def _answer_by(self, net: Callable[[Tensor], Any], views: Tensor) -> Tensor:
-        output = net(self.normalize(views))
-        return getattr(output, "logits", output)
+        return logits_of(net(self.normalize(views)), self.card.name)
 
     def __repr__(self) -> str:
         """One line, since a notebook shows it; `print(classifier.net)` shows the layers."""

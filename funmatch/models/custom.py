@@ -11,6 +11,7 @@ from torch import nn
 
 from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Card, Classifier, timm_config
+from funmatch.models.inference.outputs import logits_of
 from funmatch.models.names import GIVEN, is_function
 from funmatch.models.weights import is_fillable
 from funmatch.runtime.functions import OWN, import_function
@@ -110,9 +111,8 @@ def count_classes(net: nn.Module, card: Card) -> int:
         raise InputError(f"{card.name} cannot take an image of {card.side} pixels: {first_line(error)}") from error
     finally:
         net.train(training)
-    # Networks of Hugging Face return an object that holds the logits.
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        raise InputError(f"{card.name} is not a classifier: its output is {getattr(logits, 'shape', type(logits))}")
+    logits = logits_of(output, card.name)
+    if logits.ndim != 2:
+        raise InputError(f"{card.name} is not a classifier: its output is {logits.shape}")
     # Built without classes, its output is features.
     return 0 if vars(net).get("num_classes") == 0 else logits.shape[-1]

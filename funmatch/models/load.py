@@ -101,7 +101,9 @@ def _memory_for(name: str) -> Generator[None]:
 
 def _from_origin(name: str, origin: Origin, classes: int | None, side: int | None) -> Classifier:
     """Builds the network of an origin for views of a side, and fills it with the weights."""
-    if is_function(origin.architecture):
+    if origin.net is not None:
+        net = origin.net
+    elif is_function(origin.architecture):
         net = custom.build_empty(origin.architecture, origin.kwargs, origin.card.get("num_classes"))
         net = net.net if isinstance(net, Classifier) else net
     else:

@@ -154,8 +154,8 @@ def no_model_at(name: str, path: Path, prefix: str = "") -> InputError:
     suffix = path.suffix.lower()
     if suffix in FOREIGN:
         return InputError(
-            f"{name} is a model of {FOREIGN[suffix]}, which cannot be loaded; expected a timm name, a folder of timm's "
-            f"layout, {SAVEDMODEL}FOLDER or a file of Keras of a BiT network, or package.module:function"
+            f"{name} is a model of {FOREIGN[suffix]}, which cannot be loaded; expected a timm name, a folder of timm "
+            f"or transformers, {SAVEDMODEL}FOLDER or a file of Keras of a BiT network, or package.module:function"
         )
     if path.is_file():
         return InputError(
@@ -164,18 +164,18 @@ def no_model_at(name: str, path: Path, prefix: str = "") -> InputError:
             else f"{name} is a file; expected the folder of a run or of a model, or a timm name"
         )
     if page := re.match(r"(?:https?://)?huggingface\.co/([^/]+/[^/]+)", name):
-        return InputError(f"{name} is the page of a model; pass {HUB}{page[1]} if it is timm's")
+        return InputError(f"{name} is the page of a model; pass {HUB}{page[1]} if it is an image network")
     parts = name.split("/")
     if not prefix and len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~"):
         return InputError(
-            f"there is no folder {name}; for a timm model on the Hugging Face Hub, pass {HUB}{name}, and for a "
+            f"there is no folder {name}; for a model on the Hugging Face Hub, pass {HUB}{name}, and for a "
             "local one the folder of a run or of a model"
         )
     if suffix in KERAS:
         return InputError(f"{path} is missing; expected a file of Keras with a BiT network")
     if prefix or "/" in name or suffix in WEIGHTS:
         return InputError(
-            f"{path} is missing; expected the folder of a run or of a model, or {HUB}user/model for a timm model on "
+            f"{path} is missing; expected the folder of a run or of a model, or {HUB}user/model for a model on "
             "the Hugging Face Hub"
         )
     return _unknown_model(name)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from funmatch.models import bit
 from funmatch.models.classifier import Card, Classifier, timm_config, to_memory_format
 from funmatch.models.names import GIVEN
+from funmatch.models.transformers.folder import save_transformers
+from funmatch.models.transformers.network import TransformersNet
 from funmatch.runtime.disk.json_files import read_json
 
 # Entries of timm's configuration that describe the architecture's published weights, and would be wrong for ours.
@@ -29,7 +32,7 @@ ABOUT_OTHER_WEIGHTS = (
 
 
 def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, Any]) -> None:
-    """Writes `model.safetensors` and `config.json` in timm's own layout.
+    """Writes `model.safetensors` and `config.json` in timm's own layout, or in transformers' for a network of its.
 
     `timm.create_model("local-dir:<folder>", pretrained=True)` then loads the network with the same logits. A network
     that is not timm's, or was changed after timm built it, is written in the same layout for this package alone.
@@ -44,6 +47,10 @@ def save(classifier: Classifier, folder: Path, *, card: Card, about: dict[str, A
     # Files of tensors have no memory layout and no shared tensors.
     to_memory_format(classifier.net, torch.contiguous_format)
     _untie(classifier.net)
+    if isinstance(classifier.net, TransformersNet):
+        config = save_transformers(classifier.net, folder, card)
+        _write_config(config, classifier, folder, replace(card, classes=None), about)
+        return
     if classifier.function or not _save_with_timm(classifier, folder, card, about):
         for file in folder.iterdir():  # what the attempt with timm left
             file.unlink()
@@ -105,7 +112,7 @@ def _write_config(
     if card.classes:
         config["label_names"] = list(card.classes)
     config["model_args"] = config.get("model_args", {}) | classifier.options
-    config["funmatch"] = about | {"eval_resample": card.resample}
+    config["funmatch"] = about | {"eval_resample": card.resample} | ({"eval_floor": True} if card.floor else {})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -48,18 +48,18 @@ def create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool = Fals
         InputError: the constructor fails, or weights cannot be downloaded.
     """
     if pretrained and not architecture.startswith("local-dir:"):
-        _go_offline_if_unreachable()
+        go_offline_if_unreachable()
     try:
         return timm.create_model(architecture, pretrained=pretrained, **kwargs)
     # First: errors of the network and of the Hub are OSErrors, whichever library raises them.
     except OSError as error:
-        raise InputError(_offline(architecture, error)) from error
+        raise InputError(offline_message(architecture, error)) from error
     except Exception as error:  # constructors fail in as many ways as they can be called wrongly
         arguments = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "no options"
         raise InputError(f"timm cannot build {architecture} with {arguments}: {first_line(error)}") from error
 
 
-def _offline(architecture: str, error: OSError) -> str:
+def offline_message(architecture: str, error: OSError) -> str:
     """Says that weights cannot be downloaded, and what to do without a network."""
     reason = first_line(error)
     # The Hub's own sentence is three lines long, and asks for a connection that a cluster may not have.
@@ -138,7 +138,9 @@ def head_names(net: nn.Module) -> tuple[str, ...]:
             head = find()
         except AttributeError:  # folding may have joined it with another module
             return ()
-        return tuple(name for name, module in net.named_modules() if module is head)
+        # A distilled network has two.
+        heads = head if isinstance(head, tuple) else (head,)
+        return tuple(name for name, module in net.named_modules() if any(module is each for each in heads))
     return (heads,) if isinstance(heads, str) else tuple(heads or ())
 
 
@@ -162,7 +164,7 @@ def card_of(name: str, net: nn.Module, overrides: dict[str, Any]) -> Card:
         classes = tuple(map(str, names)) if names else None
         card = Card(name, side, fraction, mean, std, classes, cfg.get("top1"))
         resample = cfg.get("resample") or ("bicubic" if cfg.get("interpolation") == "bicubic" else "antialias")
-        card = replace(card, squash=cfg.get("crop_mode") == "squash", resample=resample)
+        card = replace(card, squash=cfg.get("crop_mode") == "squash", resample=resample, floor=bool(cfg.get("floor")))
         top1 = 0.0 if card.top1 is None else card.top1
         count = vars(net).get("num_classes") or len(classes or ())
         valid = LEAST_FRACTION <= fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
@@ -243,7 +245,7 @@ def freeze_until(student: Classifier, name: str) -> None:
     student.train(student.training)  # puts the frozen modules into eval mode before the first step
 
 
-def _go_offline_if_unreachable() -> None:
+def go_offline_if_unreachable() -> None:
     """Makes the Hub's client use its cache at once where there is no network."""
     # Otherwise the client waits for its timeouts again and again, even for files that it has.
     try:

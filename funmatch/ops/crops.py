@@ -161,7 +161,9 @@ def _neighbours(start: float, length: float, size: int, side: int) -> tuple[Tens
     return first, (first + 1).clamp(max=size - 1), (place - first).float()
 
 
-def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = False, method: Resample = "tf") -> Tensor:
+def central_view(
+    image: Tensor, short_side: int, side: int, *, squash: bool = False, method: Resample = "tf", floor: bool = False
+) -> Tensor:
     """Makes the evaluation view of an image: its short side resized, then a central square.
 
     Args:
@@ -170,13 +172,14 @@ def central_view(image: Tensor, short_side: int, side: int, *, squash: bool = Fa
         side: of the view, pixels.
         squash: resize both sides to `short_side`, without regard to the image's aspect.
         method: how the image is resized. With antialias, the view is that of timm's evaluation transform.
+        floor: whether half a pixel at the square's corner is rounded down, as by transformers.
 
     Returns:
         (3, side, side) float32 in [0, 1].
     """
     if method != "tf" or _use_kernel([image]):
         sizes = np.array([image.shape[:2]]).T
-        box = grids.central_boxes(sizes, short_side, side, squash=squash, method=method)
+        box = grids.central_boxes(sizes, short_side, side, squash=squash, method=method, floor=floor)
         return crop_of_resized_flip([image], box, np.array([False]), side, method=method)[0]
     height, width = image.shape[:2]
     if squash:

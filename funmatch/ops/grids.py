@@ -6,6 +6,7 @@ negative step) and evaluation's views. `ops.resample` computes the pixels.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,7 @@ def resize_then_crop(starts: np.ndarray, sizes: Sizes, boxes: np.ndarray, side: 
 
 
 def central_boxes(
-    sizes: Sizes, short_side: int, side: int, *, squash: bool = False, method: Resample = "tf"
+    sizes: Sizes, short_side: int, side: int, *, squash: bool = False, method: Resample = "tf", floor: bool = False
 ) -> np.ndarray:
     """Returns the boxes of the evaluation views: the short side resized, then a central square.
 
@@ -94,6 +95,7 @@ def central_boxes(
         side: of the views, pixels.
         squash: resize both sides to `short_side`, without regard to the image's aspect.
         method: how images are resized, which decides how lengths are rounded, too.
+        floor: whether half a pixel at the square's corner is rounded down, as by transformers.
 
     Returns:
         (n, 4) pixels of the images, fractional: top, left, height, width.
@@ -109,16 +111,14 @@ def central_boxes(
         # As torchvision's Resize, which timm's transform uses.
         resized = np.floor(short_side * original / shortest)
     # torchvision's CenterCrop rounds halves to even.
-    corner = (resized - side) // 2 if method in TENSORFLOW else np.rint((resized - side) / 2)
+    corner = (resized - side) // 2 if floor or method in TENSORFLOW else np.rint((resized - side) / 2)
     scale = original / resized
     return np.concatenate([corner * scale, side * scale], 1)
 
 
-def central_grid(
-    starts: np.ndarray, sizes: Sizes, short_side: int, side: int, *, squash: bool = False, method: Resample = "tf"
-) -> SamplingGrid:
+def central_grid(starts: np.ndarray, sizes: Sizes, short_side: int, side: int, **how: Any) -> SamplingGrid:
     """Describes the evaluation views, as of `crops.central_view`; arguments as of `central_boxes`."""
-    return resize_then_crop(starts, sizes, central_boxes(sizes, short_side, side, squash=squash, method=method), side)
+    return resize_then_crop(starts, sizes, central_boxes(sizes, short_side, side, **how), side)
 
 
 def _grid(

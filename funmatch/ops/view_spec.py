@@ -40,16 +40,23 @@ class Preprocessing:
         short_side: of the resized image, pixels, at least `side`.
         squash: whether both sides are resized to `short_side`, which changes the aspect ratio.
         resample: how images are resized.
+        floor: whether half a pixel at the square's corner is rounded down, as by transformers.
     """
 
     side: int
     short_side: int
     squash: bool = False
     resample: Resample = "tf"
+    floor: bool = False
 
     def view(self, image: Tensor) -> Tensor:
         """Returns the view of an image, (3, side, side) float32 in [0, 1]; the image is (height, width, 3) uint8."""
-        return central_view(image, self.short_side, self.side, squash=self.squash, method=self.resample)
+        return central_view(image, self.short_side, self.side, **self.shape)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """How images are resized and cut, as arguments of `ops.crops.central_view`."""
+        return {"squash": self.squash, "method": self.resample, "floor": self.floor}
 
     def __str__(self) -> str:
         names = {"tf": "bilinear without antialias", "antialias": "bilinear", "bicubic": "bicubic", "area": "by area"}

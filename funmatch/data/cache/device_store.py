@@ -92,9 +92,9 @@ class DeviceStore:
         places = self._places(rows)
         return [self._sample(grid_of(*places, boxes, side).flipped(flips, side), side, method) for side in sides]
 
-    def central(self, rows: np.ndarray, short_side: int, side: int, *, squash: bool, method: Resample) -> Tensor:
-        """Cuts evaluation views on the device, (n, 3, side, side)."""
-        grid = grids.central_grid(*self._places(rows), short_side, side, squash=squash, method=method)
+    def central(self, rows: np.ndarray, short_side: int, side: int, *, method: Resample, **how: bool) -> Tensor:
+        """Cuts evaluation views on the device, (n, 3, side, side); `how` as of `ops.grids.central_boxes`."""
+        grid = grids.central_grid(*self._places(rows), short_side, side, method=method, **how)
         return self._sample(grid, side, method)
 
     def _places(self, rows: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:

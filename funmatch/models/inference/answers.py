@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
 from funmatch.models.inference.features import is_headless
+from funmatch.models.inference.outputs import logits_of
 from funmatch.ops.features.grids import to_grid
 
 Grid = tuple[int, int]
@@ -154,7 +155,7 @@ def _read_by_hook(net: nn.Module, inputs: Tensor) -> tuple[Tensor | None, Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    output = getattr(output, "logits", output)
+    output = logits_of(output, type(net).__name__)
     if not hooks:
         return None, output.flatten(1), None
     # Another layer, such as one of attention, is followed by more than the classes.

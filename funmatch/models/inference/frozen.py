@@ -14,6 +14,7 @@ from funmatch.models.classifier import Classifier, to_memory_format
 from funmatch.models.inference.fold import fold
 from funmatch.models.inference.modes import DTYPES, LAYOUTS, PLAIN, AllowedModes, InferenceMode
 from funmatch.models.inference.native_layers import PRECISIONS, native_group_norms, use_native_kernels
+from funmatch.models.inference.outputs import logits_of
 from funmatch.models.inference.parity import ParityCheck, check_parity
 from funmatch.models.timm_models import head_names
 from funmatch.ops.native import norms
@@ -76,8 +77,7 @@ class Frozen(nn.Module):
             inputs = self.classifier.normalize(views.float()).to(DTYPES[self.mode.precision])
             inputs = inputs.contiguous(memory_format=LAYOUTS[self.mode.layout])
             output = self.net_for(inputs)(inputs)
-        # Networks of Hugging Face return an object that holds the logits.
-        return getattr(output, "logits", output).float()
+        return logits_of(output, self.classifier.card.name).float()
 
     def net_for(self, inputs: Tensor) -> Callable[[Tensor], Any]:
         """Returns the network, compiled if batches of this shape are."""

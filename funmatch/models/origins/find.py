@@ -11,6 +11,7 @@ from funmatch.models.checkpoints.reading import read_weights
 from funmatch.models.names import (
     BIT,
     GIVEN,
+    HUB,
     KERAS,
     NAMED,
     OWN_CARDS,
@@ -26,6 +27,7 @@ from funmatch.models.origins.download import PAPER_FILES, paper_file
 from funmatch.models.origins.folders import folder_origin, function_origin, model_folder, verify_weights
 from funmatch.models.origins.origin import Origin
 from funmatch.models.tensorflow.preprocessing import Inputs
+from funmatch.models.transformers.hub import hub_folder
 
 
 def find_origin(
@@ -76,8 +78,8 @@ def find_origin(
     if path.suffix.lower() in KERAS and path.is_file():
         return keras_origin(path, kwargs, inputs)
     own = NAMED.get(name, name)
-    folder = model_folder(own) if isinstance(own, str) else None
-    return folder_origin(folder, kwargs) if folder else None
+    folder = (hub_folder(own) if own.startswith(HUB) else model_folder(own)) if isinstance(own, str) else None
+    return folder_origin(folder, kwargs, side) if folder else None
 
 
 def _state_origin(name: str, path: Path, kwargs: dict[str, Any], classes: int | None, key: Any) -> Origin:

@@ -10,6 +10,8 @@ from funmatch.models.checkpoints.checkpoint import open_checkpoint, weights_in
 from funmatch.models.names import GIVEN, HUB, LOCAL, SAVEDMODEL, is_function, is_timm_name, no_model_at
 from funmatch.models.origins.origin import CONFIG_KEYS, Origin
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN
+from funmatch.models.transformers.config import read_entries
+from funmatch.models.transformers.folder import transformers_origin
 from funmatch.runtime.disk import records
 from funmatch.runtime.disk.checksums import MANIFEST, verify_folder
 from funmatch.runtime.disk.json_files import Damaged, parse_json
@@ -46,13 +48,20 @@ def _own_entries(own: dict[str, Any]) -> dict[str, Any]:
     """Returns what the card takes from our part of a `config.json`."""
     # Students were evaluated without antialias before there was a choice.
     before = RESAMPLED_BEFORE if "verb" in own else None
-    return {"top1": own.get("top1"), "resample": own.get("eval_resample") or before}
+    return {"top1": own.get("top1"), "resample": own.get("eval_resample") or before, "floor": own.get("eval_floor")}
 
 
-def folder_origin(folder: Path, kwargs: dict[str, Any]) -> Origin:
-    """Returns the origin of a folder in timm's layout."""
+def folder_origin(folder: Path, kwargs: dict[str, Any], side: int | None = None) -> Origin:
+    """Returns the origin of a folder in timm's layout, or in that of transformers.
+
+    Args:
+        kwargs: arguments of the constructor.
+        side: of the views, pixels, where the user chose it.
+    """
     path = folder / "config.json"
     verify_model(folder)
+    if (entries := read_entries(path)) is not None:
+        return transformers_origin(folder, entries, kwargs, side)
     try:
         config = parse_json(path.read_bytes(), MODEL)
     except ValueError as error:
@@ -95,17 +104,6 @@ def _verify(folder: Path, only: str | None) -> None:
 
 def _bad_config(path: Path, error: Exception) -> str:
     """Returns the message for a `config.json` that is not in timm's layout."""
-    try:
-        config = parse_json(path.read_bytes(), dict)
-    except ValueError:
-        config = {}
-    if "model_type" in config or "architectures" in config:
-        classes = config.get("architectures") or config.get("model_type")
-        name = classes[0] if isinstance(classes, list) and classes else classes
-        return (
-            f"{path.parent} is a model of the transformers library ({name}), and only timm's layout is read; load it "
-            "in a function of your own and pass package.module:function"
-        )
     return f"{path} is not the configuration of a model ({first_line(error)})"
 
 

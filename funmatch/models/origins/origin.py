@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from funmatch.models.checkpoints.checkpoint import Checkpoint
 from funmatch.models.weights import Lazily
@@ -27,6 +27,7 @@ class Origin:
         notes: sentences that a user should know.
         side_known: whether the image size in `card`, or else in timm's configuration, is that of these weights.
         alternatives: see `Classifier`.
+        net: the network itself with its weights, where another library builds it.
     """
 
     where: str
@@ -38,3 +39,4 @@ class Origin:
     notes: tuple[str, ...] = ()
     side_known: bool = True
     alternatives: tuple[str, ...] = ()
+    net: nn.Module | None = None

@@ -176,8 +176,9 @@ def preprocessing_beside(path: Path) -> Preprocessing | None:
     """Returns how a file's model sees images, as `funmatch export` wrote it beside the file; None if it did not."""
     try:
         about = read_json(path.with_name(sidecars.PREPROCESSING), {"preprocessing": dict})["preprocessing"]
-        return Preprocessing(**{each.name: about[each.name] for each in fields(Preprocessing)})
-    except (OSError, Damaged, KeyError):
+        # Exports of earlier versions do not have all fields.
+        return Preprocessing(**{each.name: about[each.name] for each in fields(Preprocessing) if each.name in about})
+    except (OSError, Damaged, TypeError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -95,7 +96,7 @@ def _subjects(
             zip(members, _labels([each.name for each in members], "teacher"), strict=True)
         ):
             shown = checks.member_view(member, view)
-            how = Preprocessing(**{name: getattr(shown, name) for name in ("side", "short_side", "squash", "resample")})
+            how = Preprocessing(**{each.name: getattr(shown, each.name) for each in fields(Preprocessing)})
             model = TrainedModel(member.name, member.frozen.classifier, how)
             place = _folder(folder, f"teacher-{number}")
             found.append(Subject(label, member.name, how, model, None, place, member.class_map, training))

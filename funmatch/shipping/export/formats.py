@@ -147,7 +147,7 @@ def _write_timm(job: Job, folder: Path) -> None:
     fraction = crop_fraction(how.side, how.short_side)
     card = replace(
         classifier.card, side=how.side, crop_fraction=fraction, classes=classifier.card.classes, squash=how.squash,
-        resample=how.resample,
+        resample=how.resample, floor=how.floor,
     )  # fmt: skip
     (folder / "timm").mkdir()
     save(classifier, folder / "timm", card=card, about={"top1": card.top1, "source": job.about["source"]})

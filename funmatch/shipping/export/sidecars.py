@@ -98,7 +98,7 @@ def example(about: dict[str, Any], name: str) -> str:
     template = Environment(keep_trailing_newline=True).from_string((Path(__file__).parent / TEMPLATE).read_text())
     return template.render(
         library=library, nhwc=library in OF_TENSORFLOW, file=name, side=how["side"], short_side=how["short_side"],
-        cap=how["largest_short_side"], squash=how["squash"], resample=how["resample"],
+        cap=how["largest_short_side"], squash=how["squash"], resample=how["resample"], floor=how.get("floor"),
         uint8=about["input"]["type"] == "uint8", probabilities=about["output"] == "probabilities",
         fixed_batch=None if batch == "n" else batch,
     )  # fmt: skip

@@ -95,8 +95,8 @@ def central_batches(
     def make(number: int) -> tuple[Tensor, Tensor]:
         indices = np.arange(number * batch, min((number + 1) * batch, len(split)))
         if isinstance(split.store, DeviceStore):
-            shape = {"squash": how.squash, "method": how.resample}
-            return split.store.central(split.index[indices], how.short_side, how.side, **shape), split.labels(indices)
+            rows = split.index[indices]
+            return split.store.central(rows, how.short_side, how.side, **how.shape), split.labels(indices)
         views = torch.stack([how.view(image) for image in split.images(indices)])
         return views.contiguous(memory_format=torch.channels_last), split.labels(indices)
 

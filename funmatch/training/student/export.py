@@ -22,7 +22,8 @@ def export_student(
     """
     # The view of evaluation goes into the card, so that whoever loads the student sees images as the run did.
     fraction = crop_fraction(view.side, view.short_side)
-    card = replace(student.card, side=view.side, crop_fraction=fraction, classes=class_names, resample=view.resample)
+    seen = {"squash": view.squash, "resample": view.resample, "floor": view.floor}
+    card = replace(student.card, side=view.side, crop_fraction=fraction, classes=class_names, **seen)
     with write_folder_atomically(folder) as partial:
         # A copy: the caller's student stays on its device.
         portable = copy.deepcopy(student).cpu()

@@ -153,7 +153,8 @@ def _preprocessing(
     # Runs were evaluated without antialias before there was a choice.
     of_run = knobs.get("eval_resample") or (RESAMPLED_BEFORE if knobs else None)
     resample = eval_resample or of_run or model.card.resample
-    return Preprocessing(side=side, short_side=short_side, squash=squash, resample=resample)
+    floor = model.card.floor and not knobs
+    return Preprocessing(side=side, short_side=short_side, squash=squash, resample=resample, floor=floor)
 
 
 def _from_checkpoint(run: run_folder.Run, side: int | None) -> tuple[Classifier, int]:
