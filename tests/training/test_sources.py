@@ -98,6 +98,16 @@ def test_without_shares_nothing_changes(pool):
     assert one.order is None
 
 
+def test_the_embedded_pool_has_the_images_of_validation_and_no_labels():
+    pool, whole = open_cache("fashion-mini-pool"), open_cache("fashion-mini")
+    assert (pool.classes, [*pool.splits]) == ((), ["train"])
+    assert not pool.splits["train"].labelled
+    assert pool.splits["train"].digests.tolist() == whole.splits["val"].digests.tolist()
+    joined = open_cache(["fashion-mini", "fashion-mini-pool"]).splits
+    assert {name: len(split) for name, split in joined.items()} == {"train": 700, "val": 500, "test": 2000}
+    assert joined["train"].sources == (200, 500)
+
+
 def test_a_student_learns_from_a_pool_beside_labelled_images(tmp_path, pool, capsys):
     options = {**DISTILL, "data": [FEW, pool], "share": [1, 1], "out": tmp_path / "run", "save_every": 2}
     result = funmatch.distill(**options, tape=tmp_path / "tape")

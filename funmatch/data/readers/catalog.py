@@ -10,7 +10,9 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from funmatch.data.dataset import Dataset, mosaic
+import numpy as np
+
+from funmatch.data.dataset import UNLABELLED, Dataset, SplitListing, mosaic
 from funmatch.data.readers import published
 from funmatch.errors import InputError, first_line
 from funmatch.runtime.disk.files import disk_errors, user_cache
@@ -77,6 +79,14 @@ def fashion_mini(folder: Path) -> Dataset:
     return mosaic(folder, "fashion-mini", tuple(json.loads((folder / "classes.json").read_text())), 28)
 
 
+def fashion_mini_pool(folder: Path) -> Dataset:
+    """Opens the validation images of `fashion_mini` as training images without labels, to try a pool with."""
+    whole = fashion_mini(folder)
+    val = whole.splits["val"]
+    pool = SplitListing(val.names, np.full(len(val), UNLABELLED, np.int32))
+    return replace(whole, classes=(), splits={"train": pool}, read=lambda _, i: whole.read("val", i))
+
+
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 FASHION_FILES = tuple(
@@ -88,6 +98,11 @@ CATALOG: dict[str, CatalogEntry] = {
         "2,700 images of Fashion-MNIST, embedded", fashion_mini, {"train": 200, "val": 500, "test": 2000}, 10,
         "MIT", "Xiao, Rasul & Vollgraf, Fashion-MNIST, arXiv 1708.07747, 2017",
         elsewhere=(str(EMBEDDED / "fashion-mini"),), marks=("train.png",),
+    ),
+    "fashion-mini-pool": CatalogEntry(
+        "The validation images of fashion-mini without labels, as a pool", fashion_mini_pool, {"train": 500}, 10,
+        "MIT", "Xiao, Rasul & Vollgraf, Fashion-MNIST, arXiv 1708.07747, 2017",
+        elsewhere=(str(EMBEDDED / "fashion-mini"),), marks=("val.png",),
     ),
     "pet37": CatalogEntry(
         "The Oxford-IIIT Pet Dataset", published.pet37, {"train": 3312, "val": 368, "test": 3669}, 37,
