@@ -34,6 +34,9 @@ class ImagesOptions(TypedDict, total=False):
     only on the images' content and on val_seed. (default: the data's own split)"""
     val_seed: int
     """Seed of the validation split. (default: 0)"""
+    task: Literal["multiclass", "multilabel"] | None
+    """What labels mean. multiclass: one class an image. multilabel: any number of them, each with a probability of its
+    own; images of the same content in several class folders have all these classes. (default: multiclass)"""
     unlabelled: bool
     """Ignore labels, whatever the folders are called."""
     image_feature: str | None
@@ -541,6 +544,9 @@ class EvaluateOptions(ImagesOptions, total=False):
     """Images per forward pass. (default: 128)"""
     batch_size: int
     """The same as batch."""
+    task: Literal["multiclass", "multilabel"] | None
+    """What labels mean. multiclass: one class an image. multilabel: any number of them, each with a probability of its
+    own. (default: the model's)"""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
     hf:NAME, csv:FILE; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the
@@ -673,6 +679,9 @@ class ExportOptions(ImagesOptions, total=False):
     """Images per forward pass. (default: 128)"""
     batch_size: int
     """The same as batch."""
+    task: Literal["multiclass", "multilabel"] | None
+    """What labels mean. multiclass: one class an image. multilabel: any number of them, each with a probability of its
+    own. (default: the model's)"""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
     hf:NAME, csv:FILE; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the
@@ -757,6 +766,9 @@ class BenchmarkOptions(ImagesOptions, total=False):
     """Images per forward pass. (default: 128)"""
     batch_size: int
     """The same as batch."""
+    task: Literal["multiclass", "multilabel"] | None
+    """What labels mean. multiclass: one class an image. multilabel: any number of them, each with a probability of its
+    own. (default: the model's)"""
     data: Names
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,
     hf:NAME, csv:FILE; or any of these at an address (gs://, s3://, hf://, https://). Several are joined. (default: the

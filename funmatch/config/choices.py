@@ -22,6 +22,8 @@ Fit = Literal["squash", "keep"]
 """How images of shards are resized to a side: to a square, or the shorter side with the aspect kept."""
 ShardResample = Literal["antialias", "bicubic", "tf"]
 """The methods of `Resample` by which images of shards are resized."""
+TaskName = Literal["multiclass", "multilabel"]
+"""What labels and outputs mean: one class an image, or any number of them (`ops.tasks`)."""
 TeacherInput = Literal["same", "own", "whole", "central", "ensemble"]
 
 
@@ -80,6 +82,7 @@ class Distance:
         needs_all_classes: whether it wants all of the teacher's logits.
         needs_top_class: whether only the teacher's top class counts.
         smooths: whether it takes label smoothing.
+        multilabel: whether it compares the outputs of classes that are independent of each other.
     """
 
     tempered: bool = False
@@ -87,19 +90,20 @@ class Distance:
     needs_all_classes: bool = True
     needs_top_class: bool = False
     smooths: bool = False
+    multilabel: bool = False
 
 
 DISTANCES: Mapping[str, Distance] = MappingProxyType(
     {
         # Divergences of probabilities can be computed on top classes and one for the mass of all others.
-        "kl": Distance(tempered=True, needs_all_classes=False),
-        "reverse-kl": Distance(tempered=True, needs_all_classes=False),
+        "kl": Distance(tempered=True, needs_all_classes=False, multilabel=True),
+        "reverse-kl": Distance(tempered=True, needs_all_classes=False, multilabel=True),
         "js": Distance(tempered=True, needs_all_classes=False),
         # DIST correlates each class over the images of a batch, too.
         "dist": Distance(tempered=True, couples_batch=True),
         "hard": Distance(needs_top_class=True, smooths=True),
-        "l2": Distance(),
-        "euclidean": Distance(),
+        "l2": Distance(multilabel=True),
+        "euclidean": Distance(multilabel=True),
         "log-softmax-l2": Distance(),
         "log-softmax-euclidean": Distance(),
     }
@@ -109,7 +113,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
 
 def find_distance(name: str) -> Distance | None:
     """Returns the row of a distance, None where there is none; a user's function takes all logits of each image."""
-    return Distance() if is_function_name(name) else DISTANCES.get(name)
+    return Distance(multilabel=True) if is_function_name(name) else DISTANCES.get(name)
 
 
 CORRUPTIONS = (

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from funmatch.config.choices import Fit, ShardResample
+from funmatch.config.choices import Fit, ShardResample, TaskName
 from funmatch.config.metadata import Changes, Group, OnResume, Opt, Refers
 from funmatch.config.options import Options
 from funmatch.config.values import Names, Share
@@ -26,6 +26,10 @@ class Images(Options):
     only on the images' content and on --val-seed."""
     val_seed: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=0, at_most=2**62)] = 0
     """Seed of the validation split."""
+    # It decides the loss and the metrics too, but all of these follow from what labels mean.
+    task: Annotated[TaskName | None, Opt(group=Group.DATA, changes=DATA)] = "multiclass"
+    """What labels mean. multiclass: one class an image. multilabel: any number of them, each with a probability of its
+    own; images of the same content in several class folders have all these classes."""
     unlabelled: Annotated[bool, Opt(group=Group.DATA, changes=DATA)] = False
     """Ignore labels, whatever the folders are called."""
     image_feature: Annotated[
@@ -156,6 +160,8 @@ class Prepare(Named):
         found = []
         if self.to == "tfrecord" and self.out is None:
             found.append("--to tfrecord needs --out, the folder for the shards")
+        if self.to == "tfrecord" and self.task == "multilabel":
+            found.append("--to tfrecord writes one class an image; omit it with --task multilabel")
         # Refused, not ignored: somebody who gives them expects a folder of shards.
         if self.to == "cache" and (self.out or self.side):
             found.append("--out and --side belong to --to tfrecord")

@@ -189,6 +189,9 @@ class Distill(Train, Teaching, Matching):
                 for name in ("temperature", "t_squared")
                 if self.moved(name)
             ]
+        if self.task == "multilabel" and not distance.multilabel:
+            several = ", ".join(name for name, each in DISTANCES.items() if each.multilabel)
+            found.append(f"distance {self.distance} is for one class an image; with --task multilabel use {several}")
         # A piece as large as the batch is the batch.
         if distance.couples_batch and self.micro_batch and self.micro_batch < self.batch:
             found.append(
@@ -219,6 +222,15 @@ class Distill(Train, Teaching, Matching):
             places = [Path(each).expanduser().absolute() for each in (self.tape, self.out)]
             if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
                 found.append(f"tape {self.tape} and out {self.out} must be apart: each is a folder of its own")
+        # Features are judged by nearest neighbours, which have one class each.
+        if self.task == "multilabel" and not {*self.match} <= {"logits"}:
+            found.append("features are matched with one class an image, or without labels; omit --task multilabel")
+        # The rest as one mass, and the shape of an image's logits, are those of one distribution over all classes.
+        found += [
+            f"{name} is for one class an image; omit it with --task multilabel"
+            for name in ("tape_top", "standardise")
+            if self.task == "multilabel" and self.moved(name)
+        ]
         if self.tape_top is not None and (self.standardise or (distance and distance.needs_all_classes)):
             cause = "standardise" if self.standardise else f"distance {self.distance}"
             found.append(f"{cause} needs all of the teacher's logits, and tape_top keeps some; omit one of them")

@@ -84,6 +84,12 @@ class Train(Sources, Student, MixedViews, Optimizer, Loop):
         # Refused, since the images that are held out would be trained on by nobody and evaluated by nobody.
         if self.val not in (None, NO_VALIDATION) and self.eval_data:
             found.append("--val holds out images of --data, but --eval-data is evaluated on; give one of them")
+        # Both count each image for its one class.
+        found += [
+            f"{name} {getattr(self, name)} is for one class an image; omit it with --task multilabel"
+            for name in ("sampling", "class_weights")
+            if self.task == "multilabel" and self.moved(name)
+        ]
         # The first ranges are infinite, of which no average can be made.
         if self.quantize and self.ema is not None:
             found.append("--quantize does not go with --ema, whose average of weights is not what was rounded; omit it")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from funmatch.config.choices import TaskName
 from funmatch.errors import InputError
 
 ORDER = ("train", "val", "test")
@@ -108,7 +109,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     location: str = ""
     lacking: str = ""
-    task: str = "multiclass"
+    task: TaskName = "multiclass"
     label_sets: np.ndarray | None = None
     root: str = ""
     joined: int = 1
@@ -155,7 +156,7 @@ class ReadOptions:
     label_feature: str | None = field(default=None, metadata=OF_SHARDS)
     first_label: int = field(default=0, metadata=OF_SHARDS)
     class_file: Path | None = field(default=None, metadata=OF_SHARDS)
-    task: str = "multiclass"
+    task: TaskName = "multiclass"
     split_column: str | None = field(default=None, metadata=OF_SHARDS)
     image_root: Path | None = field(default=None, metadata=OF_SHARDS)
     label_separator: str = field(default=";", metadata=OF_SHARDS)

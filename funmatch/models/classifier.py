@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funmatch.config.choices import Resample
+from funmatch.config.choices import Resample, TaskName
 from funmatch.errors import InputError, first_line
 from funmatch.models.inference.outputs import logits_of
 
@@ -33,6 +33,7 @@ class Card:
         side_known: whether `side` comes with the weights; else it is timm's default for the architecture.
         resample: how evaluation resizes images.
         floor: whether evaluation rounds half a pixel at the corner of its square down, as transformers does.
+        task: what its outputs mean, a key of `ops.tasks.task.TASKS`; None where that is unknown.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Card:
     side_known: bool = True
     resample: Resample = "antialias"
     floor: bool = False
+    task: TaskName | None = None
 
     @property
     def side_notes(self) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from funmatch.models.class_map import ClassMap
 from funmatch.models.inference.answers import Layout, Readout
 from funmatch.models.inference.frozen import Frozen
+from funmatch.ops.tasks.task import MULTICLASS, Task, task_of
 from funmatch.runtime.chunks import even_chunks
 
 
@@ -40,20 +41,27 @@ class EnsembleMember:
         """
         rows, readout = self.frozen(views), self.frozen.classifier.readout
         if readout is None:
-            return select_classes(rows, self.class_map)
+            return select_classes(rows, self.class_map, self.task)
         assert isinstance(readout, Readout)
         if not readout.classes or self.class_map is None:
             return rows
-        return torch.cat([select_classes(rows[:, : readout.classes], self.class_map), rows[:, readout.classes :]], 1)
+        logits = select_classes(rows[:, : readout.classes], self.class_map, self.task)
+        return torch.cat([logits, rows[:, readout.classes :]], 1)
+
+    @property
+    def task(self) -> Task:
+        """What its logits mean."""
+        return task_of(self.frozen.classifier.card.task)
 
 
-def select_classes(logits: Tensor, class_map: ClassMap | None) -> Tensor:
+def select_classes(logits: Tensor, class_map: ClassMap | None, task: Task = MULTICLASS) -> Tensor:
     """Selects the logits of the data's classes; the softmax shares out what the teacher gives to others.
 
     Args:
         logits: (n, teacher's classes).
-        class_map: the classes to select, or None for all. Where a class stands for several, their probabilities are
-            added: log Σ exp.
+        class_map: the classes to select, or None for all. Where a class stands for several, they are joined as the
+            task says: of one class an image, their probabilities are added.
+        task: what the logits mean.
 
     Returns:
         (n, data's classes).
@@ -63,40 +71,17 @@ def select_classes(logits: Tensor, class_map: ClassMap | None) -> Tensor:
     # Indexing copies numbers as they are; logsumexp of a single one would round it.
     if all(len(indices) == 1 for indices in class_map):
         return logits[:, [indices[0] for indices in class_map]]
-    return torch.stack([logits[:, list(indices)].logsumexp(-1) for indices in class_map], 1)
+    return torch.stack([task.join_classes(logits[:, list(indices)]) for indices in class_map], 1)
 
 
-def mean_logits(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:  # noqa: ARG001
+def mean_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Computes the weighted mean of the teachers' logits (paper, section 4.2).
 
     Args:
         logits: one tensor (n, classes) a teacher.
         weights: one a teacher, summing to 1.
-        temperature: unused; the mean is the same at any.
     """
     return torch.stack([weight * each for each, weight in zip(logits, weights, strict=True)]).sum(0)
-
-
-def mean_probabilities(logits: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
-    """Computes logits whose softmax at the temperature is the weighted mean of the teachers' probabilities.
-
-    The KL divergence from them has the gradient of the weighted mean of the KLs from each teacher, since
-    Σ wᵢ KL(pᵢ ‖ s) and KL(Σ wᵢ pᵢ ‖ s) differ by what does not depend on s. (The authors' code adds up the KLs: n times
-    this.)
-
-    Args:
-        logits, weights: as of `mean_logits`.
-        temperature: T > 0.
-    """
-    # In the log domain, where probabilities that float32 cannot hold do not become −∞.
-    logs = [
-        (each / temperature).log_softmax(-1) + torch.tensor(weight).log()
-        for each, weight in zip(logits, weights, strict=True)
-    ]
-    return torch.stack(logs).logsumexp(0) * temperature
-
-
-COMBINE = {"mean-logits": mean_logits, "mean-probabilities": mean_probabilities}
 
 
 class TeacherEnsemble(nn.Module):
@@ -104,7 +89,7 @@ class TeacherEnsemble(nn.Module):
 
     Args:
         members: the teachers.
-        combine: a key of `COMBINE`.
+        combine: `mean-logits` or `mean-probabilities`.
         chunk: most images in a forward pass, or None for no limit.
         layout: of the rows of answers; None where these are logits alone.
     """
@@ -127,6 +112,11 @@ class TeacherEnsemble(nn.Module):
     @property
     def name(self) -> str:
         return " + ".join(member.name for member in self.members)
+
+    @property
+    def task(self) -> Task:
+        """What its logits mean, which is the same of all members."""
+        return self.members[0].task
 
     def forward(self, views: Mapping[int, Tensor], temperature: float = 1.0) -> Tensor:
         """Computes the combined answers.
@@ -157,16 +147,21 @@ class TeacherEnsemble(nn.Module):
         # A single teacher's answers are returned as they are: combining would round them.
         if len(answers) == 1:
             return answers[0]
-        weights = [member.weight for member in self.members]
         if self.layout is None:
-            return COMBINE[self.combine](answers, weights, temperature)
+            return self._combine_logits(answers, temperature)
         classes = self.layout.classes
         own = [each[:, :classes] for each in answers]
-        logits = [COMBINE[self.combine](own, weights, temperature)] if classes else []
+        logits = [self._combine_logits(own, temperature)] if classes else []
         ends = [classes + dimensions for dimensions in self.layout.pooled]
         pooled = [each[:, classes:end] for each, end in zip(answers, ends, strict=True)]
         tokens = [each[:, end:] for each, end in zip(answers, ends, strict=True)]
         return torch.cat([*logits, *pooled, *tokens], 1)
+
+    def _combine_logits(self, logits: Sequence[Tensor], temperature: float) -> Tensor:
+        weights = [member.weight for member in self.members]
+        if self.combine == "mean-logits":
+            return mean_logits(logits, weights)
+        return self.task.mean_probabilities(logits, weights, temperature)
 
     def count_parameters(self) -> int:
         """Returns the number of parameters of all members."""

@@ -113,6 +113,8 @@ def _write_config(
         config["label_names"] = list(card.classes)
     config["model_args"] = config.get("model_args", {}) | classifier.options
     config["funmatch"] = about | {"eval_resample": card.resample} | ({"eval_floor": True} if card.floor else {})
+    if card.task == "multilabel":
+        config["funmatch"]["task"] = card.task  # one class an image is what all others give
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from funmatch.config.choices import Resample
+from funmatch.config.choices import Resample, TaskName
 from funmatch.data.labels import MAX_CLASSES
 from funmatch.errors import InputError, first_line, unknown
 from funmatch.models.checkpoints.fitting import Wanted
@@ -165,16 +165,17 @@ def card_of(name: str, net: nn.Module, overrides: dict[str, Any]) -> Card:
         card = Card(name, side, fraction, mean, std, classes, cfg.get("top1"))
         resample = cfg.get("resample") or ("bicubic" if cfg.get("interpolation") == "bicubic" else "antialias")
         card = replace(card, squash=cfg.get("crop_mode") == "squash", resample=resample, floor=bool(cfg.get("floor")))
+        card = replace(card, task=cfg.get("task"))
         top1 = 0.0 if card.top1 is None else card.top1
         count = vars(net).get("num_classes") or len(classes or ())
         valid = LEAST_FRACTION <= fraction <= 1 and 0 <= top1 <= 1 and min(std) > 0 and len(mean) == len(std)
-        valid = valid and resample in get_args(Resample)
+        valid = valid and resample in get_args(Resample) and card.task in (None, *get_args(TaskName))
         valid = valid and isinstance(side, int) and 1 <= side <= LARGEST_SIDE and all(map(math.isfinite, mean + std))
         if valid and len(mean) == channels and (classes is None or len(classes) == count):
             return card
     except (KeyError, TypeError, ValueError, IndexError):
         pass
-    values = {key: cfg.get(key) for key in ("input_size", "crop_pct", "mean", "std", "top1")}
+    values = {key: cfg.get(key) for key in ("input_size", "crop_pct", "mean", "std", "top1", "task")}
     names = cfg.get("label_names") or ()
     named = len(names) if isinstance(names, list | tuple | dict) else repr(names)
     raise InputError(

@@ -21,6 +21,7 @@ from funmatch.commands.verbs import run_verb
 from funmatch.config import TAUGHT, Data, Evaluate, Recipes, Train
 from funmatch.config.recipes import RECIPES
 from funmatch.errors import InputError
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.reports import run_plots, run_tables, run_views, tune_page, tune_plots
 from funmatch.reports.display import Shown, html_table, show_message, show_table
 from funmatch.reports.images import captioned
@@ -139,8 +140,9 @@ def judged(folder: Path, **options: Any) -> Shown:
     if run.result is None:
         return show_message(f"{folder} is not finished, so it cannot be evaluated yet: rerun this notebook to resume")
     found = run_verb("evaluate", Evaluate.checked(model=folder, **options)).metrics
-    columns = ["split", "images", "top-1", "top-5", "agreement", "KL", "ECE"]
+    task = task_of_metrics(found)
+    columns = ["split", "images", task.shown, "top-5", "agreement", "KL", "ECE"]
     numbers = [number(found[name], 3) for name in ("kl", "ece")]
-    shares = [percent(found[name]) for name in ("top1", "top5", "agreement")]
+    shares = [percent(found[name]) for name in (task.score, "top5", "agreement")]
     rows = [[found["split"], f"{found['pictures']:,}", *shares, *numbers]]
     return show_table(columns, rows)

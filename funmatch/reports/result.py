@@ -15,7 +15,7 @@ else:
     PlainPath = type(Path())
 
 # Of all commands' metrics the few that fit on a line.
-HEADLINES = ("top1", "agreement", "kl", "value", "best", "trials", "runs", "finished", "step")
+HEADLINES = ("top1", "map", "agreement", "kl", "value", "best", "trials", "runs", "finished", "step")
 """Metrics in the one-line summary, in this order, if present."""
 
 GLANCE = (*HEADLINES, "split", "seconds")

@@ -6,6 +6,7 @@ from pathlib import Path
 from funmatch.config import Report
 from funmatch.data.readers.split_names import describe_images
 from funmatch.errors import InputError
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.reports import run_plots, run_tables, run_views
 from funmatch.reports.html import load_template
 from funmatch.reports.result import Result
@@ -18,7 +19,7 @@ from funmatch.training.run.damage import has_changed_log
 
 MANY = 4
 """From this many runs on, the title counts them."""
-METRICS = {"top1": "top-1 accuracy", "agreement": "agreement with its teacher"}
+METRICS = {"top1": "top-1 accuracy", "map": "mean average precision", "agreement": "agreement with its teacher"}
 
 
 def run(config: Report) -> Result:
@@ -80,6 +81,7 @@ def _render(found: list[run_folder.Run], view_step: int | None, place: Path) -> 
         title=" and ".join(names) if len(names) < MANY else f"{len(names)} runs",
         lead=lead(found),
         tables=run_tables,
+        found=found,
         settings=run_tables.settings(found),
         names=names,
         curves=run_plots.build_panels(found),
@@ -96,7 +98,8 @@ def lead(found: list[run_folder.Run]) -> str:
     if len(found) == 1:
         return _sentence(found[0])
     finished = [each for each in found if each.result]
-    name = "top1" if all(each.result and each.result["top1"] is not None for each in finished) else "agreement"
+    known = (name for name in METRICS if all((each.result or {}).get(name) is not None for each in finished))
+    name = next(known, "agreement")
     scores = {each: score for each in finished if (score := (each.result or {}).get(name)) is not None}
     if len(scores) < 2:
         return f"A comparison of {len(found)} runs."
@@ -125,9 +128,10 @@ def _sentence(run: run_folder.Run) -> str:
     if not result:
         return f"{begin}."
     images = f"on {describe_images(result['pictures'], result['split'], result.get('held_out_of'))}"
-    teacher = (result.get("teacher") or {}).get("top1")
+    score = task_of_metrics(result).score
+    teacher = (result.get("teacher") or {}).get(score)
     compared = "" if teacher is None else f" (its teacher: {percent(teacher)})"
-    parts = [f"{percent(result['top1'])} top-1 accuracy {images}{compared}"] if result["top1"] is not None else []
+    parts = [f"{percent(result[score])} {METRICS[score]} {images}{compared}"] if result[score] is not None else []
     if result["agreement"] is not None:
         where = "" if parts else f" {images}"
         parts.append(f"{percent(result['agreement'])} agreement with its teacher{where}")

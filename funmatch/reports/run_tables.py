@@ -1,7 +1,7 @@
 """Formats what runs recorded as rows of tables: metrics, teachers, agreement, evaluations and options."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from funmatch.config import TAUGHT
 from funmatch.config.metadata import Changes, Group
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.ops.metrics import has_diverged
+from funmatch.ops.tasks.task import MULTICLASS, task_of, task_of_metrics
 from funmatch.runtime.text import MISSING, duration, number, percent
 from funmatch.training.evaluation import scoring
 from funmatch.training.evaluation.outcome import describe_failure
@@ -27,13 +28,14 @@ def row(run: run_folder.Run) -> list[str]:
     """Formats the metrics of a run in the order of `COLUMNS`: of an unfinished run those of its latest evaluation."""
     result = run.result
     metrics = result or latest_record(run, "eval")
+    score = task_of_metrics(metrics).score
     step, steps = steps_of(run)
     # Without a result, the teacher's accuracy is that on the same validation images, from before the first step.
     teacher = (metrics.get("teacher") or {}) if result else latest_record(run, "teacher")
     return [
         run.folder.resolve().name,
-        percent(metrics.get("top1")),
-        percent(teacher.get("top1")),
+        percent(metrics.get(score)),
+        percent(teacher.get(score)),
         percent(metrics.get("agreement")),
         percent(metrics.get("agreement5")),
         f"{number(metrics.get('kl'), 3)}{', diverged' if diverged(run) else ''}",
@@ -44,6 +46,12 @@ def row(run: run_folder.Run) -> list[str]:
         f"{step:,}" if result else f"{step:,} of {steps:,}",
         duration(result["seconds"]) if result else MISSING,
     ]
+
+
+def headed(columns: Sequence[str], found: Iterable[run_folder.Run]) -> list[str]:
+    """Returns the headings of columns, with the metric by which the runs are judged in place of top-1."""
+    shown = " or ".join(dict.fromkeys(task_of(run.config["knobs"].get("task")).shown for run in found))
+    return [name.replace(MULTICLASS.shown, shown) for name in columns]
 
 
 def teacher_names(run: run_folder.Run) -> str:
@@ -73,8 +81,9 @@ def latest_record(run: run_folder.Run, event: str) -> dict[str, Any]:
 
 def diverged(run: run_folder.Run) -> bool:
     """Returns whether a run's student is further from its teacher than a uniform guess."""
-    kl = (run.result or latest_record(run, "eval")).get("kl")
-    return has_diverged(kl, len(run.config["facts"].get("classes", ())))
+    metrics = run.result or latest_record(run, "eval")
+    outcomes = task_of_metrics(metrics).outcomes(len(run.config["facts"].get("classes", ())))
+    return has_diverged(metrics.get("kl"), outcomes)
 
 
 def failure(run: run_folder.Run) -> str | None:
@@ -106,7 +115,7 @@ def _ema_row(row: list[str], result: dict[str, Any]) -> list[list[str]]:
 def _format_metrics(metrics: dict[str, Any]) -> dict[str, str]:
     """Formats the metrics of a student, by column."""
     return {
-        "top-1": percent(metrics["top1"]),
+        "top-1": percent(metrics[task_of_metrics(metrics).score]),
         "agree@1": percent(metrics["agreement"]),
         "agree@5": percent(metrics.get("agreement5")),
         "KL": number(metrics["kl"], 3),
@@ -126,14 +135,15 @@ def agreement_rows(run: run_folder.Run) -> list[list[str]]:
     last = {each["event"]: each for each in records if each["event"] in ("views", "eval", "step", "teacher")}
     if "views" not in last or "eval" not in last:
         return []
-    name, teacher = run.folder.resolve().name, last.get("teacher", {}).get("top1")
+    score = task_of_metrics(last["eval"]).score
+    name, teacher = run.folder.resolve().name, last.get("teacher", {}).get(score)
     rows = []
-    for event, images, teacher_top1, distance in (
-        ("views", "training views", last["views"].get("teacher_top1"), last.get("step", {}).get("loss")),
+    for event, images, of_teacher, distance in (
+        ("views", "training views", last["views"].get(f"teacher_{score}"), last.get("step", {}).get("loss")),
         ("eval", last["eval"]["split"], teacher, None),
     ):
         own = last[event]
-        shares = [own.get("top1"), teacher_top1, own.get("agreement"), own.get("agreement5")]
+        shares = [own.get(score), of_teacher, own.get("agreement"), own.get("agreement5")]
         rows.append(
             [name, f"{own['step']:,}", images, *map(percent, shares), number(own.get("kl"), 3), number(distance, 3)]
         )
@@ -152,7 +162,7 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
             found.append([
                 run.folder.resolve().name,
                 short_names(record["teacher"].split(" + ")),
-                percent(record.get("top1")),
+                percent(record.get(task_of_metrics(record).score)),
                 record["split"],
                 str(freezing.mode_of(record["form"])) if record.get("form") else MISSING,
                 # Rounding can make a KL of nearly equal outputs slightly negative.

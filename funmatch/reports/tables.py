@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from funmatch.data.readers.split_names import describe_images
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.reports.result import Outcome, Result
 from funmatch.runtime.log import print_line, print_table
 from funmatch.runtime.text import MISSING, duration, number, percent
@@ -14,11 +15,13 @@ def show(result: Result) -> None:
     # A model that was evaluated by its name has no folder.
     name = Path(metrics["model"]) if "model" in metrics else result.folder
 
-    teacher = metrics.get("teacher")
+    teacher, task = metrics.get("teacher"), task_of_metrics(metrics)
     rows = [
-        ["top-1", percent(metrics["top1"])],
-        ["top-1 through timm's transform", percent(metrics.get("top1_antialias"))],
+        [task.shown, percent(metrics[task.score])],
+        [f"{task.shown} through timm's transform", percent(metrics.get(f"{task.score}_antialias"))],
         ["top-5", percent(metrics["top5"])],
+        ["F1 of all decisions (micro)", percent(metrics.get("f1_micro"))],
+        ["mean F1 of the classes (macro)", percent(metrics.get("f1_macro"))],
         ["agreement with the teacher", percent(metrics["agreement"])],
         ["teacher's class in the student's top 5", percent(metrics["agreement5"])],
         ["KL from the teacher (nats)", number(metrics["kl"])],
@@ -29,9 +32,9 @@ def show(result: Result) -> None:
     if metrics.get("seconds") is not None:
         rows.append(["time", duration(metrics["seconds"])])
     # A distilled run has its teacher's metrics, `evaluate` this one; training on labels has neither.
-    top1 = teacher["top1"] if isinstance(teacher, dict) else metrics.get("teacher_top1")
+    own = teacher.get(task.score) if isinstance(teacher, dict) else metrics.get(f"teacher_{task.score}")
     if teacher:
-        rows.insert(1, ["teacher's top-1", percent(top1)])
+        rows.insert(1, [f"teacher's {task.shown}", percent(own)])
     # Without a teacher, or without labels, there is nothing to say of some.
     rows = [row for row in rows if row[1] != MISSING]
     images = describe_images(metrics["pictures"], metrics["split"], metrics.get("held_out_of"))

@@ -8,7 +8,7 @@ from funmatch.reports import tune_plots
 from funmatch.reports.html import load_template
 from funmatch.runtime.text import MISSING, duration, format_value, percent
 
-NAMES = {"top1": "top-1", "agreement": "agreement"}
+NAMES = {"top1": "top-1", "map": "mAP", "agreement": "agreement"}
 EVALUATION_COLUMNS = ("split", "during training", "at the end", "used to select")
 
 
@@ -99,8 +99,8 @@ def best_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         own = result["trials"][0]
         lines.append((f"{name} on validation, your settings (trial 0)", percent(own["value"]), percent(own["spread"])))
     if test:
-        for key, label in (("top1", "top-1"), ("agreement", "agreement with the teacher")):
-            if test[key] is not None:
+        for key, label in (("top1", "top-1"), ("map", "mAP"), ("agreement", "agreement with the teacher")):
+            if test.get(key) is not None:
                 lines.append(
                     (
                         f"{label} on {test['pictures']:,} test images",

@@ -102,5 +102,5 @@ def _compared(predictions: PredictedBatch, classes: Sequence[str]) -> Iterator[d
         values.tolist(), indices.tolist(), agreement.tolist(), kl.tolist(), strict=True
     ):
         yield {
-            "teacher_class": classes[index], "teacher_probability": value, "agreement": bool(agrees), "kl": divergence,
+            "teacher_class": classes[index], "teacher_probability": value, "agreement": agrees == 1, "kl": divergence,
         }  # fmt: skip

@@ -11,7 +11,7 @@ from funmatch.config import ImageOptions, PredictionOptions
 from funmatch.errors import InputError
 from funmatch.models.class_map import ClassMap, map_classes
 from funmatch.models.ensemble import select_classes
-from funmatch.ops import metrics
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import devices
 from funmatch.shipping.inference import Answers, Image, Network, answer, decoding_of, ready
 from funmatch.training.student.trained_model import TrainedModel, info_side, open_described_model, open_trained_model
@@ -63,12 +63,13 @@ class Predictor:
                 yield PredictedBatch(each, torch.empty(0, len(self.classes)))
                 continue
             logits, *others = each.outputs
+            task = task_of(self.trained.classifier.card.task)
             if not others:
-                yield PredictedBatch(each, logits.softmax(-1))
+                yield PredictedBatch(each, task.probabilities(logits))
                 continue
-            teacher = select_classes(others[0], self.class_map)
-            compared = metrics.per_image(logits, None, teacher)
-            yield PredictedBatch(each, logits.softmax(-1), teacher.softmax(-1), compared)
+            teacher = select_classes(others[0], self.class_map, task)
+            compared = task.compare(logits, teacher)
+            yield PredictedBatch(each, task.probabilities(logits), task.probabilities(teacher), compared)
 
 
 def open_predictor(config: PredictionOptions, given: Mapping[str, Any] | None = None) -> Predictor:
@@ -109,6 +110,12 @@ def _map_teacher(trained: TrainedModel, teacher: TrainedModel, config: Predictio
     Raises:
         InputError: they differ, and no option says how they correspond.
     """
+    own, other = (task_of(each.classifier.card.task) for each in (trained, teacher))
+    if own is not other and teacher.classifier.card.task:
+        raise InputError(
+            f"teacher {teacher.name} gives {other.of_model}, but {trained.name} gives {own.of_model}; their "
+            "probabilities cannot be compared"
+        )
     names, others = trained.classifier.card.classes, teacher.classifier.card.classes
     if config.classes is not None:
         return map_classes(teacher.classifier, trained.class_names, config.classes)

@@ -30,6 +30,8 @@ def read_options(config: Images) -> ReadOptions:
     # By name, so that an option of a new reader is a field of `ReadOptions` and of `config.Images`, and nothing here.
     names = {field.name for field in fields(ReadOptions)} & set(Images.model_fields)
     values = {name: getattr(config, name) for name in names}
+    # None where a model says it, and none did.
+    values["task"] = config.task or ReadOptions.task
     # Without --val a seed alone still counts: the data set's own share is then cut by another seed.
     return ReadOptions(**values, split_spec=spec if config.val is not None or config.val_seed else None)
 
@@ -167,8 +169,8 @@ def hold_out(config: Read, cache: Cache, open_again: Callable[[Read], Cache]) ->
 
 def _warn_of_classes(cache: Cache) -> Cache:
     """Returns the images; warns of classes of which all images were held out."""
-    train, val = (cache.splits[name].labels(slice(None)).unique().tolist() for name in ("train", "val"))
-    if lost := [cache.classes[label] for label in val if label >= 0 and label not in train]:
+    train, val = (cache.splits[name].class_counts(len(cache.classes)) for name in ("train", "val"))
+    if lost := [cache.classes[label] for label in np.flatnonzero((val > 0) & (train == 0))]:
         info(
             f"WARNING: all images of {first_of(lost)} were held out, so the model never sees one; pass another "
             "--val-seed, a smaller --val, or more images"
@@ -234,8 +236,8 @@ def run_images(config: WithImages, verb: str, knobs: Mapping[str, Any]) -> Train
     # Its data may have moved since.
     overrides = {
         name: getattr(config, name)
-        for name, field in Images.model_fields.items()
-        if name != "as_json" and getattr(config, name) != field.default
+        for name in Images.model_fields
+        if name != "as_json" and getattr(config, name) != type(config).model_fields[name].default
     }
     return TAUGHT[verb].model_validate({**knobs, **overrides})
 

@@ -24,6 +24,7 @@ from funmatch.models.names import LOCAL, NAMED, SAVEDMODEL, is_timm_name
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.mixtures.shares import whole_shares
 from funmatch.ops.optim import factory, hyperrule
+from funmatch.ops.tasks.task import task_of
 from funmatch.ops.view_spec import ViewSpec, complete_key
 from funmatch.runtime import devices, distributed, env
 from funmatch.runtime.functions import is_function_name
@@ -239,7 +240,7 @@ ABSOLUTE: dict[Refers, Callable[[str], str]] = {
 
 def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
     """Returns the configuration with the options that were not given set by BiT-HyperRule (Kolesnikov et al., 2020)."""
-    train = cache.splits["train"]
+    train, terms = cache.splits["train"], task_of(config.task).loss_terms(len(cache.classes))
     count = len(train)
     # The median, since a few panoramas would move the mean over the rule's threshold.
     heights, widths = train.sizes(np.arange(count))
@@ -253,8 +254,8 @@ def apply_hyperrule(config: Finetune, cache: Cache) -> Finetune:
         "side": config.side or fitting,
         # `is None`, not `or`: 0 turns MixUp off.
         "mixup": hyperrule.mixup(count) if config.mixup is None else config.mixup,
-        # The rule's rate was made for SGD.
-        "lr": config.lr or (hyperrule.lr(config.batch) if config.optimizer == "sgd" else FINETUNE_LR),
+        # The rule's rate was made for SGD, whose steps are in proportion to the loss: to its sum over classes.
+        "lr": config.lr or (hyperrule.lr(config.batch) * terms if config.optimizer == "sgd" else FINETUNE_LR),
         "steps": steps or hyperrule.steps(count),
         "epochs": None,
     }

@@ -3,6 +3,7 @@
 from typing import Any
 
 from funmatch.config import Finetune
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import distributed
 from funmatch.runtime.log import info
 from funmatch.training.defaults import apply_hyperrule
@@ -30,9 +31,11 @@ def build_finetune_setup(
     ruled = apply_hyperrule(options, check_labels(options, cache))
     ruled.check()  # the rule may contradict what was given
     if options.lr is None and options.optimizer == "sgd":
+        terms = task_of(options.task).loss_terms(len(cache.classes))
         # In proportion to the batch, so small where the batch is: the first thing to change if little is learnt.
         info(
-            f"learning rate {ruled.lr:g} for {ruled.steps:,} steps (BiT-HyperRule: 0.003 × batch {ruled.batch} / 512); "
+            f"learning rate {ruled.lr:g} for {ruled.steps:,} steps (BiT-HyperRule: 0.003 × batch {ruled.batch} / 512"
+            f"{'' if terms == 1 else f', times the {terms} classes whose mean the loss is'}); "
             "if accuracy stays low, set a larger --lr or more --steps"
         )
     classes = len(cache.classes)

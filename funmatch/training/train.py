@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import numpy as np
+
 from funmatch.config import Train
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Batch
+from funmatch.data.readers.class_notes import first_of
 from funmatch.errors import InputError
-from funmatch.ops.distances import balanced_weights, cross_entropy, mix_labels, mix_weights
+from funmatch.ops.distances import balanced_weights, mix_weights
 from funmatch.ops.mixing import mix_views
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import distributed
 from funmatch.runtime.timing import timed
 from funmatch.training.loop import Losses
@@ -43,9 +47,9 @@ def build_train_setup(config: Train, given: Modules | None = None, trial: Trial 
 
 
 def label_objective(setup: TrainSetup[Any]) -> Objective:
-    """Returns the objective: cross-entropy with labels that are mixed as their views are."""
+    """Returns the objective: the task's cross-entropy with labels that are mixed as their views are."""
     config, student, num_classes = setup.config, setup.student.classifier, len(setup.cache.classes)
-    class_weights = None
+    task, class_weights = task_of(config.task), None
     if config.class_weights == "balanced":
         labels = setup.cache.splits["train"].labels(slice(None))
         class_weights = balanced_weights(labels, num_classes).to(setup.loop.device)
@@ -53,10 +57,10 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
     def loss(batch: Batch) -> Losses:
         _, view = mix_views(batch.crops, (), batch.lam, batch.cutmix_boxes)
         # Mixed by the area that CutMix really kept, not by the λ that was drawn.
-        labels = mix_labels(batch.labels, batch.own_weight, num_classes, config.label_smoothing)
+        labels = task.mix_labels(batch.labels, batch.own_weight, num_classes, config.label_smoothing)
         with timed("student"):
             logits = student(view)
-        each = cross_entropy(logits, labels)
+        each = task.label_loss(logits, labels)
         if class_weights is not None:
             each = each * mix_weights(batch.labels, batch.own_weight, class_weights)
         # Over the images, not over their weights: pieces of a batch and processes then add up to the same gradient.
@@ -68,19 +72,22 @@ def label_objective(setup: TrainSetup[Any]) -> Objective:
 def check_labels(config: Train, cache: Cache) -> Cache:
     """Returns the images, or raises `InputError` if some training images have no labels, or all have the same."""
     # Before the student is built: the check costs nothing.
-    labels = cache.splits["train"].labels(slice(None))
-    if not cache.splits["train"].labelled:
-        missing = f"{int((labels < 0).sum()):,} of {len(labels):,} training images of {cache.name} have no labels"
+    train = cache.splits["train"]
+    if not train.labelled:
+        count = int((train.index["label"] < 0).sum())
+        missing = f"{count:,} of {len(train):,} training images of {cache.name} have no labels"
         # Labels were dropped when the data was opened, so the cause is named here.
         other = " (its classes are not those of --eval-data)" if config.eval_data else ""
         raise InputError(
             f"{missing}{other}; training on labels needs train/<class>/*.jpg, distillation needs no labels"
         )
     # Any network is right about all of them at once, which would look like a perfect one.
-    present = labels.unique().tolist()
-    if len(present) < 2:
+    counts = train.class_counts(len(cache.classes))
+    if not ((counts > 0) & (counts < len(train))).any():
+        names = [cache.classes[label] for label in np.flatnonzero(counts)]
+        same = f"are of one class, {names[0]}" if len(names) == 1 else f"have the classes {first_of(names)}"
         raise InputError(
-            f"all {len(labels):,} training images of {cache.name} are of one class, "
-            f"{cache.classes[present[0]]}; training on labels needs at least two"
+            f"all {len(train):,} training images of {cache.name} {same}; "
+            "training on labels needs at least two classes, each of some images alone"
         )
     return cache

@@ -252,7 +252,8 @@ class Trainer:
         # After the export: a run with a result counts as finished, and its student is not written again.
         self.run.finish(result)
         # A trial of a search is as long as the others, and a run that diverged needs another learning rate, not time.
-        if not self.setup.inputs.trial and not has_diverged(result["kl"], self.evaluator.student.num_classes):
+        outcomes = self.evaluator.task.outcomes(self.evaluator.student.num_classes)
+        if not self.setup.inputs.trial and not has_diverged(result["kl"], outcomes):
             evaluations = [each for each in self.run.metrics.read() if each["event"] == "eval"]
             if said := longer.note(self.run.folder, self.run.config, evaluations, self.stable):
                 info(said)

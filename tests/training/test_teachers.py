@@ -16,11 +16,12 @@ from funmatch.data.loader import Loader
 from funmatch.errors import InputError
 from funmatch.models.class_map import map_classes, read_class_map
 from funmatch.models.classifier import Card, Classifier
-from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble, mean_logits, mean_probabilities, select_classes
+from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble, mean_logits, select_classes
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.save import save
 from funmatch.ops.crops import crop_resize_flip
 from funmatch.ops.mixing import mixup
+from funmatch.ops.tasks.multiclass import mean_probabilities
 from funmatch.ops.view_spec import ViewSpec
 
 
@@ -48,7 +49,7 @@ def logits(count: int, classes: int = 5) -> list[torch.Tensor]:
 
 def test_mean_logits_equals_its_definition():
     a, b = logits(2)
-    torch.testing.assert_close(mean_logits([a, b], [0.25, 0.75], 2.0), 0.25 * a + 0.75 * b)
+    torch.testing.assert_close(mean_logits([a, b], [0.25, 0.75]), 0.25 * a + 0.75 * b)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

@@ -6,6 +6,7 @@ from typing import Any
 from funmatch.config import TAUGHT
 from funmatch.errors import unknown
 from funmatch.ops import metrics
+from funmatch.ops.tasks import multilabel
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "curves": ("value", "event"),
@@ -14,16 +15,18 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "scatter": ("value", "across"),
 }
 """Kinds of plots, and the keys that each requires."""
+METRICS = (*metrics.METRICS, *multilabel.METRICS)
 CURVES: Mapping[str, tuple[str, ...]] = {
     "step": ("loss", "lr", "images_per_second"),
-    "eval": metrics.METRICS,
-    "ema": metrics.METRICS,
-    "views": (*metrics.METRICS, "teacher_top1"),
+    "eval": METRICS,
+    "ema": METRICS,
+    "views": (*METRICS, "teacher_top1", "teacher_map"),
 }
 """Metrics that a run records during training, by event."""
 ENDS = (
-    *metrics.METRICS, *(f"{each}_{name}" for each in ("views", "ema") for name in metrics.METRICS), "loss", "seconds",
+    *METRICS, *(f"{each}_{name}" for each in ("views", "ema") for name in METRICS), "loss", "seconds",
     "step", "best_step", "best_score", "parameters", "pictures", "teacher_top1", "views_teacher_top1",
+    "teacher_map", "views_teacher_map",
 )  # fmt: skip
 """Final metrics of a run."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.commands.study.spec import RunSpec
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.disk.json_files import EACH, NewerFormat, newer, parse_json
 from funmatch.runtime.disk.json_files import FORMAT as FORMAT_KEY
@@ -70,7 +71,8 @@ def result_of(entry: RunSpec, folder: Path) -> dict[str, Any]:
     done = run_folder.find_run(folder)
     records, result = done.metrics.read(), done.result or {}
     figures = {name: value for name, value in result.items() if isinstance(value, int | float) or value is None}
-    figures["teacher_top1"] = (result.get("teacher") or {}).get("top1")
+    of_teacher = dict.fromkeys(("top1", task_of_metrics(result).score))
+    figures |= {f"teacher_{name}": (result.get("teacher") or {}).get(name) for name in of_teacher}
     losses = [each["loss"] for each in records if each["event"] == "step"]
     figures["loss"] = math.fsum(tail := losses[-max(1, round(LAST * len(losses))) :]) / len(tail) if losses else None
     for event in ("views", "ema"):

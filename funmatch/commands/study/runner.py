@@ -21,6 +21,7 @@ from funmatch.commands.study.series import StudyRunner
 from funmatch.commands.study.spec import RunSpec
 from funmatch.config import Study, recipes
 from funmatch.errors import InputError, WorkFailed
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.runtime import devices, functions, signals
 from funmatch.runtime.disk.files import remove, remove_partials, write_atomically
 from funmatch.runtime.disk.json_files import Damaged
@@ -237,7 +238,9 @@ def _ended(series: StudyRunner, entry: RunSpec, code: int) -> None:
         # Now, not at the end: a study that is killed keeps the results so far.
         record(series)
         result = run_folder.find_run(series.at(entry)).result or {}
-        figure = f"top-1 {percent(result['top1'])}" if result["top1"] is not None else f"KL {result['kl']:.3f}"
+        task = task_of_metrics(result)
+        known = result[task.score] is not None
+        figure = f"{task.shown} {percent(result[task.score])}" if known else f"KL {result['kl']:.3f}"
         info(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
         series.started.add(time.monotonic() - series.began[entry.place], result["seconds"])
         return

@@ -61,7 +61,7 @@ def _is_consistent(found: Mapping[str, Any]) -> bool:
     numbers = {trial["number"] for trial in found["trials"]}
     complete = [trial for trial in found["trials"] if trial["value"] is not None]
     wanted = ("value", "knobs", "best_run", "command")
-    is_known = found["best"] in numbers and found["score"] in ("top1", "agreement")
+    is_known = found["best"] in numbers and found["score"] in ("top1", "map", "agreement")
     has_best = is_known and all(found[name] is not None for name in wanted)
     has_test = found["test"] is None or found["test"].keys() >= TEST
     inside = all(
@@ -167,7 +167,7 @@ def test_metrics(spec: SearchSpec, best: dict[str, Any] | None, modules: Modules
         for folder in best["runs"]
     ]
     means: dict[str, Any] = {"pictures": results[0]["pictures"], "students": len(results)}
-    for name in ("top1", "top5", "agreement", "kl", "ece"):
+    for name in ("top1", "top5", "agreement", "kl", "ece", *(("map",) if "map" in results[0] else ())):
         # Without labels or a teacher some metrics cannot be computed.
         values = [each[name] for each in results if each[name] is not None]
         means[name] = statistics.fmean(values) if values else None

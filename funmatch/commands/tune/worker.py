@@ -19,6 +19,7 @@ from funmatch.commands.tune.space import Value
 from funmatch.commands.verbs import VERBS, load_function
 from funmatch.config import Search
 from funmatch.errors import InputError, first_line
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.runtime import text, time_limit
 from funmatch.runtime.disk.locks import FileLock, file_lock, try_lock_file
 from funmatch.runtime.log import info
@@ -221,8 +222,9 @@ def run_trial(
             started.add(time.monotonic() - began, result["seconds"])
             scores.append(float(result["best_score"]))
             seconds += result["seconds"]
-            # Without labels there is no top-1, and the search selects by agreement.
-            trial.set_user_attr("metric", "top1" if result["top1"] is not None else "agreement")
+            # Without labels there is no top-1 or mAP, and the search selects by agreement.
+            score = task_of_metrics(result).score
+            trial.set_user_attr("metric", score if result[score] is not None else "agreement")
     except Pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         info(f"trial {number} is pruned: others were ahead at this step")

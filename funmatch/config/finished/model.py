@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from funmatch.config.choices import Resample
+from funmatch.config.choices import Resample, TaskName
 from funmatch.config.data import Images
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, like
@@ -48,6 +48,10 @@ class FinishedModel(Machine):
 class WithImages(Images, FinishedModel):
     """The images that a model is evaluated on, or that what is made of it is checked on."""
 
+    # Optional: a student that was trained for several classes an image says so.
+    task: Annotated[TaskName | None, like(Images, "task", usual="the model's")] = None
+    """What labels mean. multiclass: one class an image. multilabel: any number of them, each with a probability of its
+    own."""
     # Optional: a run knows its own.
     data: Annotated[Names, like(Train, "data", usual="the run's")] = ()
     """Images: a name of the catalog, a folder, or a source with its prefix, e.g. tfrecord:PATTERN, wds:PATTERN,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from funmatch.config.choices import TaskName
 from funmatch.data.cache.bit_depth import depth_notes
 from funmatch.data.cache.build import unreadable
 from funmatch.data.cache.check import FORMAT, is_complete, read_index, read_label_sets, read_meta
@@ -81,7 +82,7 @@ class Cache:
     way: str
     folder: Path
     summary: dict[str, Any]
-    task: str = "multiclass"
+    task: TaskName = "multiclass"
 
     def without_labels(self) -> "Cache":
         """Returns the same images without labels."""
@@ -184,7 +185,7 @@ def scan_dataset(dataset: Dataset, cache_options: CacheOptions, track: Track) ->
     return apply_split(dataset, scanned, choose_splits(dataset, scanned))
 
 
-def _open_entry(entry: dict[str, Any], cache_options: CacheOptions, task: str) -> Cache:
+def _open_entry(entry: dict[str, Any], cache_options: CacheOptions, task: TaskName) -> Cache:
     """Opens the cache of a ledger entry."""
     place = Path(entry["folder"])
     folder = folder_of(place)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funmatch.config.choices import TaskName
 from funmatch.data.decode import Box, decode
 from funmatch.data.limits import MAX_PIXELS, Limits
 from funmatch.errors import InputError
@@ -199,7 +200,7 @@ class CachedSplit:
     index: np.ndarray
     store: Store
     digests: np.ndarray
-    task: str = "multiclass"
+    task: TaskName = "multiclass"
     label_table: Tensor | None = None
     sources: tuple[int, ...] = ()
 

@@ -18,6 +18,7 @@ from funmatch.models.inference.outputs import logits_of
 from funmatch.models.inference.parity import ParityCheck, check_parity
 from funmatch.models.timm_models import head_names
 from funmatch.ops.native import norms
+from funmatch.ops.tasks.task import task_of
 
 CHUNK_IMAGES = 64
 TIMED_IMAGES, TIMING_REPEATS = 16, 3
@@ -196,7 +197,7 @@ def try_mode(
     except Exception as error:  # compilers fail in as many ways as machines can be set up
         return None, ParityCheck(mode, len(views), 0.0, 0.0, first_line(error))
     classes = getattr(frozen.classifier.readout, "classes", None)
-    return frozen, check_parity(mode, rows, reference, classes)
+    return frozen, check_parity(mode, rows, reference, classes, task_of(frozen.classifier.card.task))
 
 
 def _seconds(frozen: Frozen, views: Tensor) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from funmatch.models.inference.modes import InferenceMode
-from funmatch.ops.distances import kl
+from funmatch.ops.tasks.task import MULTICLASS, Task
 
 MAX_KL = 1e-3
 """Largest mean KL divergence from the plain teacher, in nats, at which a mode counts as equal."""
@@ -28,7 +28,8 @@ class ParityCheck:
         mode: the mode that was tried.
         images: number of images compared.
         kl: mean of KL(plain ‖ mode) over the images, nats; 0 where no logits are compared.
-        agreement: fraction of images with the same first class, or one that is tied with it (`TIE_MARGIN`).
+        agreement: fraction of images with the same first class, or one that is tied with it (`TIE_MARGIN`); of several
+            classes an image, of decisions.
         failed: why the mode could not be computed, or None.
         error: of features, the mean over the images of ‖mode − plain‖ / ‖plain‖; None where none are compared.
         cosine: of features, the least over the images of their cosine.
@@ -66,11 +67,14 @@ class ParityCheck:
         return found if self.error is None else found | {"error": self.error, "cosine": self.cosine}
 
 
-def check_parity(mode: InferenceMode, rows: Tensor, reference: Tensor, classes: int | None = None) -> ParityCheck:
+def check_parity(
+    mode: InferenceMode, rows: Tensor, reference: Tensor, classes: int | None = None, task: Task = MULTICLASS
+) -> ParityCheck:
     """Compares a mode's answers with the plain teacher's, (n, width) each.
 
     Args:
         classes: how many of their numbers are logits, in front; the others are features. None: all are.
+        task: what logits mean.
     """
     # A teacher that gives NaN does so in any mode; the check of its accuracy reports it.
     if not reference.isfinite().all():
@@ -78,7 +82,7 @@ def check_parity(mode: InferenceMode, rows: Tensor, reference: Tensor, classes: 
     classes = rows.shape[-1] if classes is None else classes
     found = ParityCheck(mode, len(reference), 0.0, 1.0, has_logits=classes > 0)
     if classes:
-        divergence, agreement = _compare_logits(rows[:, :classes], reference[:, :classes])
+        divergence, agreement = _compare_logits(rows[:, :classes], reference[:, :classes], task)
         found = replace(found, kl=divergence, agreement=agreement)
     if classes < rows.shape[-1]:
         error, cosine = _compare_features(rows[:, classes:], reference[:, classes:])
@@ -86,13 +90,11 @@ def check_parity(mode: InferenceMode, rows: Tensor, reference: Tensor, classes: 
     return found
 
 
-def _compare_logits(logits: Tensor, reference: Tensor) -> tuple[float, float]:
+def _compare_logits(logits: Tensor, reference: Tensor, task: Task) -> tuple[float, float]:
     """Returns the mean KL divergence and the agreement."""
     # Rounding may leave a KL of zero slightly negative.
-    divergence = max(0.0, kl(logits, reference).mean().item()) if logits.isfinite().all() else float("inf")
-    probabilities = reference.double().softmax(-1)
-    chosen = probabilities.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
-    return divergence, (chosen >= probabilities.amax(-1) - TIE_MARGIN).double().mean().item()
+    divergence = max(0.0, task.divergence(logits, reference).mean().item()) if logits.isfinite().all() else float("inf")
+    return divergence, task.agreement(logits, reference, TIE_MARGIN)
 
 
 def _compare_features(features: Tensor, reference: Tensor) -> tuple[float, float]:

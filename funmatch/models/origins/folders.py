@@ -18,7 +18,12 @@ from funmatch.runtime.disk.json_files import Damaged, parse_json
 
 MODEL = {"architecture": str, "model_args?": dict, "funmatch?": dict, "pretrained_cfg?": dict}
 """What the `config.json` of a model holds in timm's layout; `timm_models.card_of` checks the rest."""
-CARD = {"pretrained_cfg": dict.fromkeys(CONFIG_KEYS, Any), "num_classes?": int | None, "model_args?": dict | None}
+CARD = {
+    "pretrained_cfg": dict.fromkeys(CONFIG_KEYS, Any),
+    "num_classes?": int | None,
+    "model_args?": dict | None,
+    "funmatch?": dict | None,
+}
 """What the `config.json` of a network that is not timm's holds."""
 
 
@@ -48,7 +53,10 @@ def _own_entries(own: dict[str, Any]) -> dict[str, Any]:
     """Returns what the card takes from our part of a `config.json`."""
     # Students were evaluated without antialias before there was a choice.
     before = RESAMPLED_BEFORE if "verb" in own else None
-    return {"top1": own.get("top1"), "resample": own.get("eval_resample") or before, "floor": own.get("eval_floor")}
+    # What we trained without saying so gives one class an image.
+    task = own.get("task") or ("multiclass" if "verb" in own else None)
+    resample = own.get("eval_resample") or before
+    return {"top1": own.get("top1"), "resample": resample, "floor": own.get("eval_floor"), "task": task}
 
 
 def folder_origin(folder: Path, kwargs: dict[str, Any], side: int | None = None) -> Origin:
@@ -125,4 +133,6 @@ def _read_card(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(_bad_config(path, error)) from None
     card = {key: config["pretrained_cfg"][key] for key in CONFIG_KEYS}
-    return card | {key: config.get(key) for key in ("num_classes", "label_names", "model_args") if config.get(key)}
+    card |= {key: config.get(key) for key in ("num_classes", "label_names", "model_args") if config.get(key)}
+    task = (config.get("funmatch") or {}).get("task")
+    return card | ({"task": task} if task else {})

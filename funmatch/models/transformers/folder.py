@@ -23,6 +23,8 @@ HEAD = "funmatch_head."
 """Prefix of the weights of a head that transformers' own class does not have."""
 POOLER = ("pooler.", "layernorm_after_pooling.")
 LISTED = 5
+PROBLEMS = {"multi_label_classification": "multilabel", "single_label_classification": "multiclass"}
+"""What transformers calls the tasks, in the `problem_type` of a `config.json`."""
 
 
 def transformers_origin(folder: Path, entries: Mapping[str, Any], kwargs: dict[str, Any], side: int | None) -> Origin:
@@ -49,6 +51,7 @@ def transformers_origin(folder: Path, entries: Mapping[str, Any], kwargs: dict[s
     else:
         images = processor.read_images(folder, config, side, kwargs.get(processor.RESAMPLE))
         card, notes, flip = images.card(), images.notes, images.flip
+    card["task"] = card.get("task") or PROBLEMS.get(str(entries.get("problem_type")))
     net = TransformersNet(model, classes=config.num_labels if is_classifier else 0, flip=flip)
     if head:
         net.reset_classifier(len(head["bias"]))
@@ -69,7 +72,8 @@ def _own_card(entries: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, 
         raise InputError(f"pretrained_cfg of {entries.get('model_type')} lacks {', '.join(missing)}")
     about = entries.get("funmatch") or {}
     card = {key: ours[key] for key in (*CONFIG_KEYS, "crop_mode", "interpolation") if key in ours}
-    return card | {"top1": about.get("top1"), "resample": about.get("eval_resample"), "floor": about.get("eval_floor")}
+    card |= {"top1": about.get("top1"), "resample": about.get("eval_resample"), "floor": about.get("eval_floor")}
+    return card | {"task": about.get("task") or ("multiclass" if "verb" in about else None)}
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -168,6 +172,8 @@ def save_transformers(net: TransformersNet, folder: Path, card: Card) -> dict[st
     if net.num_classes:
         config |= {"id2label": {str(number): name for number, name in enumerate(names)}}
         config |= {"label2id": {name: number for number, name in enumerate(names)}}
+    if card.task == "multilabel":
+        config["problem_type"] = "multi_label_classification"  # by which its pipeline takes probabilities
     (folder / processor.FILES[1]).write_text(json.dumps(_processor_config(card, flip=net.flip), indent=2))
     return config | {"pretrained_cfg": {"flip": net.flip}}
 

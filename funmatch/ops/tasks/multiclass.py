@@ -37,13 +37,18 @@ def mean_probabilities(logits: Sequence[Tensor], weights: Sequence[float], tempe
 
 
 def mean_over_views(logits: Tensor) -> Tensor:
-    """Returns logits whose softmax is the mean over views: (…, views, classes) to (…, classes), in double precision."""
-    return logits.double().log_softmax(-1).logsumexp(-2) - np.log(logits.shape[-2])
+    """Returns logits whose softmax is the mean over views, (n, views, …, classes) to (n, …, classes), in float64."""
+    return logits.double().log_softmax(-1).logsumexp(1) - np.log(logits.shape[1])
 
 
 def join_classes(logits: Tensor) -> Tensor:
     """Returns the logit of a class that stands for several, (n, classes) to (n,): their probabilities are added."""
     return logits.logsumexp(-1)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Returns the share of images whose first class is the label, (n,) int64."""
+    return (logits.argmax(-1) == labels).double().mean().item()
 
 
 def measure(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None) -> dict[str, float | None]:

@@ -47,6 +47,8 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     return kl(teacher_logits, student_logits, temperature)
 
 
+METRICS = ("map", "f1_micro", "f1_macro")
+"""Metrics of several classes an image alone."""
 TEMPERED = {"kl": kl, "reverse-kl": reverse_kl}
 """Distances of probabilities at a temperature, which have other forms here than for one class an image."""
 
@@ -125,14 +127,25 @@ def mean_probabilities(logits: Sequence[Tensor], weights: Sequence[float], tempe
 
 
 def mean_over_views(logits: Tensor) -> Tensor:
-    """Returns logits whose σ is the mean over views: (…, views, classes) to (…, classes), in double precision."""
+    """Returns logits whose σ is the mean over views, (n, views, …, classes) to (n, …, classes), in float64."""
     views = logits.double()
-    return F.logsigmoid(views).logsumexp(-2) - F.logsigmoid(-views).logsumexp(-2)
+    return F.logsigmoid(views).logsumexp(1) - F.logsigmoid(-views).logsumexp(1)
 
 
 def join_classes(logits: Tensor) -> Tensor:
     """Returns the logit of a class that stands for several, (n, classes) to (n,): that of the likeliest of them."""
     return logits.amax(-1)
+
+
+def compare(logits: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+    """Returns for each image `agreement`, the share of decisions that are the teacher's, and `kl`, (n,) each."""
+    same = decisions(logits) == decisions(teacher_logits)
+    return {"agreement": same.float().mean(-1), "kl": kl(logits, teacher_logits)}
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float | None:
+    """Returns the mean average precision, of labels (n, classes); None where no image has a class."""
+    return ranking.mean_average_precision(logits.float(), labels)
 
 
 def measure(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None) -> dict[str, float | None]:
@@ -148,10 +161,10 @@ def measure(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None
         decisions at 1/2; `agreement`, the share of decisions that are the teacher's; and `kl`, the mean over images and
         classes, in nats. None stands for what is not known, and for the metrics of one class an image.
     """
-    found: dict[str, float | None] = dict.fromkeys((*metrics.METRICS, "map", "f1_micro", "f1_macro"))
+    found: dict[str, float | None] = dict.fromkeys((*metrics.METRICS, *METRICS))
     if labels is not None:
         micro, macro = ranking.f1_scores(decisions(logits), labels)
-        found |= {"map": ranking.mean_average_precision(logits.float(), labels), "f1_micro": micro, "f1_macro": macro}
+        found |= {"map": accuracy(logits, labels), "f1_micro": micro, "f1_macro": macro}
     if teacher_logits is not None:
         same = decisions(logits) == decisions(teacher_logits)
         found["agreement"] = same.double().mean().item()

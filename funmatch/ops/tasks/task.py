@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from funmatch.ops import distances
+from funmatch.config.choices import TaskName
+from funmatch.ops import distances, metrics
 from funmatch.ops.tasks import multiclass, multilabel
 
-TaskName = Literal["multiclass", "multilabel"]
 Measures = dict[str, float | None]
 
 
@@ -47,7 +47,10 @@ class Task:
         mean_probabilities: combines several teachers' logits by their probabilities at a temperature.
         mean_over_views: combines the logits of an image's views by their probabilities.
         join_classes: maps the logits of several classes to that of one which stands for them.
+        accuracy: maps logits and labels to the metric `score`.
+        compare: maps logits and the teacher's to `agreement` and `kl` of each image, (n,).
         measure: maps logits, labels and the teacher's logits, where there are any, to the metrics of a split.
+        loss_terms: maps the number of classes to the number of terms that a loss is the mean of.
         outcomes: maps the number of classes to that of a probability distribution's outcomes.
     """
 
@@ -64,7 +67,10 @@ class Task:
     mean_probabilities: Callable[[Sequence[Tensor], Sequence[float], float], Tensor]
     mean_over_views: Callable[[Tensor], Tensor]
     join_classes: Callable[[Tensor], Tensor]
+    accuracy: Callable[[Tensor, Tensor], float | None]
+    compare: Callable[[Tensor, Tensor], dict[str, Tensor]]
     measure: Callable[[Tensor, Tensor | None, Tensor | None], Measures]
+    loss_terms: Callable[[int], int]
     outcomes: Callable[[int], int]
 
 
@@ -79,7 +85,10 @@ MULTICLASS = Task(
     mean_probabilities=multiclass.mean_probabilities,
     mean_over_views=multiclass.mean_over_views,
     join_classes=multiclass.join_classes,
+    accuracy=multiclass.accuracy,
+    compare=lambda logits, teacher: metrics.per_image(logits, None, teacher),
     measure=multiclass.measure,
+    loss_terms=lambda classes: 1,  # noqa: ARG005
     outcomes=lambda classes: classes,
 )  # fmt: skip
 MULTILABEL = Task(
@@ -93,11 +102,19 @@ MULTILABEL = Task(
     mean_probabilities=multilabel.mean_probabilities,
     mean_over_views=multilabel.mean_over_views,
     join_classes=multilabel.join_classes,
+    accuracy=multilabel.accuracy,
+    compare=multilabel.compare,
     measure=multilabel.measure,
+    loss_terms=lambda classes: classes,
     # Of each class by itself: it is there or not.
     outcomes=lambda classes: 2,  # noqa: ARG005
 )  # fmt: skip
 TASKS: Mapping[str, Task] = MappingProxyType({each.name: each for each in (MULTICLASS, MULTILABEL)})
+
+
+def task_of_metrics(metrics: Mapping[str, Any]) -> Task:
+    """Returns the task that the metrics of a split are of: only those of several classes an image hold `map`."""
+    return MULTILABEL if MULTILABEL.score in metrics else MULTICLASS
 
 
 def task_of(name: str | None) -> Task:

@@ -131,7 +131,8 @@ def render(found: Evaluation, metrics: Mapping[str, Any]) -> str:
         plots=plots.draw_all(metrics, matrix, found.names),
         shots=_shots(found, metrics),
         classes=rows.used_columns(rows.CLASS_COLUMNS, rows.class_rows(classes)),
-        labelled=found.scores is not None and found.scores.labels is not None,
+        labelled=found.opened.split.labelled,
+        several=found.opened.cache.task == "multilabel",
         confusions=rows.confusion_rows(metrics),
         corruptions=[(name, rows.used_columns(rows.CORRUPTION_COLUMNS, rows.corruption_rows(values)))
                      for name, values in rows.corrupted_models(corruptions)],
@@ -144,7 +145,8 @@ def render(found: Evaluation, metrics: Mapping[str, Any]) -> str:
 def _by_difference(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the classes, those first on which model and teacher differ most, else those with the least accuracy."""
     classes = metrics.get("classes") or []
-    key = "agreement" if any(row.get("agreement") is not None for row in classes) else "top1"
+    keys = ("agreement", "top1", "ap")
+    key = next((key for key in keys if any(row.get(key) is not None for row in classes)), "name")
     return sorted(classes, key=lambda row: 2.0 if row.get(key) is None else row[key])
 
 
@@ -160,8 +162,10 @@ def lead(metrics: Mapping[str, Any], images: str) -> str:
     if metrics["top1"] is not None:
         interval = rows.bounds(metrics["intervals"]["top1"])
         parts.append(f"{percent(metrics['top1'])} top-1 accuracy (95 % interval {interval})")
-    if metrics["teacher_top1"] is not None:
-        parts.append(f"its teacher {percent(metrics['teacher_top1'])}")
+    if metrics.get("map") is not None:
+        parts.append(f"{percent(metrics['map'])} mean average precision")
+    if (of_teacher := metrics.get("teacher_map", metrics["teacher_top1"])) is not None:
+        parts.append(f"its teacher {percent(of_teacher)}")
     if metrics["agreement"] is not None:
         parts.append(f"{percent(metrics['agreement'])} agreement with it")
     if not parts and metrics.get("embedding"):

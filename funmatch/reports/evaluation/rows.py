@@ -21,6 +21,12 @@ def metric_rows(metrics: Metrics) -> list[list[str]]:
     teacher, intervals = metrics.get("of_teacher") or {}, metrics.get("intervals") or {}
     balanced = metrics.get("class_balanced") or {}
     rows = [
+        ["mean average precision (mAP)", percent(metrics.get("map")), ""],
+        ["teacher's mAP", percent(metrics.get("teacher_map")), ""],
+        ["F1 of all decisions (micro)", percent(metrics.get("f1_micro")), ""],
+        ["mean F1 over classes (macro)", percent(metrics.get("f1_macro")), ""],
+        [f"best F1 (micro), from {number(metrics.get('threshold'), 3)} on", percent(metrics.get("f1_best")), ""],
+        ["classes without an image, left out", number_of(metrics.get("without_images")), ""],
         ["top-1", percent(metrics["top1"]), bounds(intervals.get("top1"))],
         ["teacher's top-1", percent(metrics["teacher_top1"]), bounds((teacher.get("intervals") or {}).get("top1"))],
         ["top-5", percent(metrics["top5"]), bounds(intervals.get("top5"))],
@@ -41,6 +47,11 @@ def metric_rows(metrics: Metrics) -> list[list[str]]:
         ["parameters", f"{metrics['parameters']:,}", ""],
     ]  # fmt: skip
     return [[cell if cell != MISSING else "" for cell in row] for row in rows if row[1] != MISSING]
+
+
+def number_of(count: int | None) -> str:
+    """Formats a count that is only worth a row where it is not 0."""
+    return f"{count:,}" if count else MISSING
 
 
 def percent_of(name: str) -> str:
@@ -68,7 +79,9 @@ def embedding_rows(embedding: Metrics | None) -> list[list[str]]:
     ]
 
 
-CLASS_COLUMNS = ("class", "images", "top-1", "interval", "precision", "teacher", "agree@1", "KL")
+CLASS_COLUMNS = (
+    "class", "images", "top-1", "interval", "AP", "teacher AP", "precision", "recall", "F1", "teacher", "agree@1", "KL",
+)  # fmt: skip
 
 
 def class_rows(rows: Iterable[Metrics]) -> list[list[str]]:
@@ -76,10 +89,14 @@ def class_rows(rows: Iterable[Metrics]) -> list[list[str]]:
     return [
         [
             row["name"],
-            f"{row['images']:,}",
+            f"{row['images']:,}" if "images" in row else MISSING,
             percent(row.get("top1")),
             bounds(row.get("interval"), 0) if row.get("top1") is not None else MISSING,
+            percent(row.get("ap")),
+            percent(row.get("teacher_ap")),
             percent(row.get("precision")),
+            percent(row.get("recall")),
+            percent(row.get("f1")),
             percent(row.get("teacher_top1")),
             percent(row.get("agreement")),
             number(row.get("kl"), 3),
@@ -131,7 +148,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-COMPARISON_COLUMNS = ("model", "top-1", "difference", "p", "KL", "agree@1", "NLL", "ECE")
+COMPARISON_COLUMNS = ("model", "top-1", "difference", "p", "KL", "agree@1", "NLL", "ECE", "mAP")
 
 
 def comparison_rows(metrics: Metrics) -> list[list[str]]:
@@ -151,6 +168,7 @@ def _comparison_row(metrics: Metrics) -> list[str]:
         percent(metrics["agreement"]),
         number(metrics.get("nll"), 3),
         number(metrics["ece"], 3),
+        percent(metrics.get("map")),
     ]
 
 

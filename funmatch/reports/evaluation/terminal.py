@@ -64,8 +64,11 @@ def _show_comparison(metrics: Mapping[str, Any]) -> None:
             print_table(each["model"], *_used(rows.METRIC_COLUMNS, rows.metric_rows(each)))
         return
     title = "Differences from the first model in points of top-1; p by McNemar's test"
-    found = [row[:NARROW] for row in rows.comparison_rows(metrics)]
-    print_table(title, *_used(rows.COMPARISON_COLUMNS[:NARROW], found))
+    found = rows.comparison_rows(metrics)
+    if "map" in metrics:
+        print_table("The models on the same images", *_used(rows.COMPARISON_COLUMNS, found))
+        return
+    print_table(title, *_used(rows.COMPARISON_COLUMNS[:NARROW], [row[:NARROW] for row in found]))
 
 
 def _used(columns: Sequence[str], found: list[list[str]]) -> tuple[list[str], list[list[str]]]:

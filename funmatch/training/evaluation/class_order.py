@@ -1,18 +1,40 @@
 """Checks that a classifier's classes are those of the data, in the same order."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from funmatch.config.choices import TaskName
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import InputError
 from funmatch.models.class_map import BY_NUMBER, number_order
 from funmatch.models.classifier import Card, Classifier
 from funmatch.ops import metrics
+from funmatch.ops.tasks.task import TASKS
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
+
+
+def with_task(model: Classifier, task: TaskName, role: str) -> Classifier:
+    """Returns a classifier whose outputs mean what the labels of the data do, and records that where it was unknown.
+
+    Args:
+        role: what the model is for, in messages: `teacher` or `model`.
+
+    Raises:
+        InputError: it was trained for the other task.
+    """
+    own = model.card.task or task
+    if own != task:
+        raise InputError(
+            f"{role} {model.card.name} gives {TASKS[own].of_model}, but the data is read with {TASKS[task].of_model}; "
+            f"pass --task {own}, or another {role}"
+        )
+    model.card = replace(model.card, task=task)
+    return model
 
 
 def check_classes(model: Classifier, cache: Cache, *, trust_order: bool) -> None:
@@ -60,6 +82,8 @@ def check_number_order(
     """
     order = number_order(classes)
     if order is None or order == sorted(order) or card.classes or not split.labelled or logits.shape[-1] != len(order):
+        return
+    if card.task == "multilabel":  # no class of an image comes first
         return
     labels, predicted = split.labels(slice(None)), logits.argmax(-1)
     here, there = predicted == labels, predicted == torch.tensor(order)[labels]

@@ -9,7 +9,7 @@ from funmatch.config import Evaluate
 from funmatch.errors import InputError
 from funmatch.models.inference.features import is_headless
 from funmatch.training import datasets
-from funmatch.training.evaluation import class_order, embedding, figures, robustness
+from funmatch.training.evaluation import class_order, embedding, figures, label_sets, robustness
 from funmatch.training.evaluation.figures import Scores
 from funmatch.training.evaluation.scaling import scale_temperature
 from funmatch.training.evaluation.subject import Opened, Subject, check_same_classes, open_all
@@ -69,6 +69,8 @@ def evaluate(config: Evaluate, given: Modules | None = None) -> Evaluation:
     # Before anything is predicted, which may take minutes.
     if headless and config.per_image:
         raise InputError(f"{headless[0]} has no classes, so there is nothing to write with --per-image")
+    if opened.cache.task == "multilabel":
+        return _evaluate_sets(opened, config, headless)
     embedded = {}
     if config.embedding or headless:
         embedded = {each.name: embedding.measure(each, opened.cache, opened.split) for each in opened.subjects}
@@ -91,6 +93,42 @@ def evaluate(config: Evaluate, given: Modules | None = None) -> Evaluation:
     metrics |= {"corruptions": robustness.measure(opened, config)} if config.corruptions else {}
     metrics |= {"others": found[1:]} if others else {}
     return Evaluation(opened, run_folder.finite(metrics), scores[0], names, scores[1:])
+
+
+def _evaluate_sets(opened: Opened, config: Evaluate, headless: list[str]) -> Evaluation:
+    """Evaluates models that give an image any number of classes.
+
+    Args:
+        headless: names of models without classes.
+
+    Raises:
+        InputError: what was asked for is a measure of one class an image.
+    """
+    asked = [name for name in ("per_image", "corruptions", "embedding") if getattr(config, name)]
+    if asked or headless:
+        what = f"--{asked[0].replace('_', '-')}" if asked else f"evaluation of {headless[0]}, which has no classes,"
+        raise InputError(f"{what} is for one class an image; omit it with --task multilabel")
+    first, *others = opened.subjects
+    labels = opened.split.labels(slice(None)) if opened.split.labelled else None
+    teacher_logits = opened.teachers.predict(opened.split) if opened.teachers else None
+    logits = [each.predict(opened.split) for each in opened.subjects]
+    compared = [*zip(others, logits[1:], strict=True)]
+    if opened.teachers and teacher_logits is not None:
+        compared.append((opened.teachers, teacher_logits))
+    for other, own in compared:
+        check_same_classes(first, other, (logits[0].shape[-1], own.shape[-1]))
+    names = class_names(opened, logits[0].shape[-1])
+    found = [
+        NO_CLASSES | label_sets.figures(own, labels, teacher_logits, names) | _about(each, opened)
+        for each, own in zip(opened.subjects, logits, strict=True)
+    ]
+    metrics = found[0] | {"teacher": None, "teacher_map": None}
+    if opened.teachers and teacher_logits is not None:
+        own = label_sets.figures(teacher_logits, labels, None, names)
+        metrics |= {"teacher": opened.teachers.name, "teacher_map": own["map"]}
+        metrics["of_teacher"] = {name: own[name] for name in ("map", "f1_micro", "f1_macro", "nll", "brier")}
+    metrics |= {"others": found[1:]} if others else {}
+    return Evaluation(opened, run_folder.finite(metrics), None, names)
 
 
 def _has_no_classes(subject: Subject) -> bool:

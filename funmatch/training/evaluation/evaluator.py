@@ -1,6 +1,6 @@
 """Evaluates the student and the teachers of a run, and exports the finished student."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.readers.split_names import TRAINING_IMAGES, describe_images
 from funmatch.models.classifier import Classifier
 from funmatch.ops.grids import TENSORFLOW
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime.log import info
 from funmatch.training import datasets
 from funmatch.training.evaluation import scoring
@@ -30,6 +31,7 @@ class Evaluator:
     def __init__(self, setup: TrainSetup[Any], objective: Objective) -> None:
         self.setup, self.objective = setup, objective
         self.student, self.ema = setup.student.classifier, setup.student.ema
+        self.task = task_of(setup.config.task)
         # On the CPU, where predictions are compared.
         self.teacher_logits = objective.teacher_logits.combined if objective.teacher_logits else None
         matching, view = objective.matching, setup.evaluation.view
@@ -83,7 +85,7 @@ class Evaluator:
 
     def _score_views(self, answers: scoring.ViewAnswers) -> dict[str, float | None]:
         if self.features is None:
-            return scoring.score_views(answers)
+            return scoring.score_views(answers, self.task)
         cosine = self.features.cosine(answers.student, answers.teacher).mean().item()
         classes = self.features.layout.classes
         scores = scoring.score_views(answers.first(classes)) if classes else {"views": len(answers.student)}
@@ -117,15 +119,16 @@ class Evaluator:
             "run": str(folder),
         }
         if teachers and teacher_logits is not None and own_logits is not None:
-            top1 = scoring.score(own_logits, split)["top1"] if classes != 0 else None
-            result["teacher"] = {"name": teachers.name, "parameters": teachers.count_parameters(), "top1": top1}
+            own = scoring.score(own_logits, split) if classes != 0 else {}
+            about_teacher = {name: own.get(name) for name in ("top1", self.task.score)}
+            result["teacher"] = {"name": teachers.name, "parameters": teachers.count_parameters()} | about_teacher
         if problem := describe_failure(result, self.student.num_classes):
             advice = "try another --lr, a longer --warmup-steps or more steps, with another --out"
             info(f"WARNING: the run {problem}; {advice}")
-        if view.resample in TENSORFLOW and scores["top1"] is not None:
+        if view.resample in TENSORFLOW and scores[self.task.score] is not None:
             # What whoever loads the student with timm will see: its transform always resizes with antialias.
             antialiased = scoring.predict(self.student, split, replace(view, resample="antialias"))
-            result["top1_antialias"] = scoring.score(antialiased, split)["top1"]
+            result[f"{self.task.score}_antialias"] = scoring.score(antialiased, split)[self.task.score]
         if self.ema:
             _, result["ema"] = self._score(self.ema.model, split, teacher_logits)
         return result
@@ -148,11 +151,12 @@ class Evaluator:
         # A teacher's card is compared with its accuracy elsewhere, for which that on training images is no measure.
         known = result["split"] != TRAINING_IMAGES
         if self.ema:
-            self._export(self.ema.model, folder / "student-ema", result["ema"]["top1"] if known else None)
-        self._export(self.student, folder / "student", result["top1"] if known else None)
+            self._export(self.ema.model, folder / "student-ema", result["ema"] if known else {})
+        self._export(self.student, folder / "student", result if known else {})
 
-    def _export(self, student: Classifier, folder: Path, top1: float | None) -> None:
-        about: dict[str, object] = {"verb": self.setup.inputs.verb, "top1": top1}
+    def _export(self, student: Classifier, folder: Path, scores: Mapping[str, Any]) -> None:
+        about: dict[str, object] = {"verb": self.setup.inputs.verb}
+        about |= {name: scores.get(name) for name in ("top1", self.task.score)}
         export_student(student, folder, self.setup.evaluation.view, self._class_names(), about)
 
     def _class_names(self) -> tuple[str, ...] | None:

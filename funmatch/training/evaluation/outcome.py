@@ -7,7 +7,26 @@ from torch import Tensor
 
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops.metrics import constant_share, has_diverged, is_guess
+from funmatch.ops.tasks.ranking import random_precision
 from funmatch.runtime.text import number, percent
+
+
+def chance_threshold(chance: float, deviation: float) -> float:
+    """Returns the metric below which a classifier is taken to guess.
+
+    Two standard deviations above chance, or a tenth of the way from chance to 1 (`chance` of the way where that is
+    less), whichever is more; but never more than halfway from chance to 1.
+    """
+    return min(chance + max(2 * deviation, min(chance, 0.1) * (1 - chance)), (1 + chance) / 2)
+
+
+def chance_precision(labels: Tensor) -> float:
+    """Returns the mean average precision below which a classifier is taken to rank images at random.
+
+    Args:
+        labels: (n, classes) in {0, 1}; some image has a class.
+    """
+    return chance_threshold(*random_precision(labels))
 
 
 def guessing(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None) -> dict[str, Any]:
@@ -19,8 +38,12 @@ def guessing(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None) 
 
     Returns:
         `predicted_classes`, the number of classes that the student gives to any image, and `constant`, the accuracy or
-        agreement of the best constant prediction; empty where there is neither teacher nor label.
+        agreement of the best constant prediction; of several classes an image `chance`, the mean average precision up
+        to which it is that of a random ranking; empty where there is neither teacher nor label.
     """
+    if split.task == "multilabel":
+        labels = split.labels(slice(None)) if split.labelled else None
+        return {} if labels is None or not labels.any() else {"chance": chance_precision(labels)}
     if teacher_logits is None and not split.labelled:
         return {}
     right = split.labels(slice(None)) if teacher_logits is None else teacher_logits.argmax(-1)
@@ -30,10 +53,10 @@ def guessing(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None) 
 def deciding_metric(metrics: Mapping[str, Any]) -> str:
     """Names the metric by which evaluations of a run are compared: the first that is known, the more the better.
 
-    Accuracy; of features the accuracy of nearest neighbours; without labels the agreement with the teacher; of features
-    the cosine with the teacher's.
+    Accuracy, of several classes an image the mean average precision; of features the accuracy of nearest neighbours;
+    without labels the agreement with the teacher; of features the cosine with the teacher's.
     """
-    names = ("top1", "knn", "agreement", "cosine")
+    names = ("top1", "map", "knn", "agreement", "cosine")
     return next((name for name in names if metrics.get(name) is not None), "agreement")
 
 
@@ -44,9 +67,14 @@ def describe_failure(metrics: Mapping[str, Any], classes: int) -> str | None:
         metrics: what `result.json` holds, or the record of an evaluation; an earlier version had less in them.
         classes: number of classes.
     """
-    if has_diverged(metrics.get("kl"), classes):
+    if has_diverged(metrics.get("kl"), 2 if "map" in metrics else classes):
         return (
             f"has diverged: its student is further from its teacher than a uniform guess (KL {number(metrics['kl'])})"
+        )
+    if None not in (metrics.get("chance"), metrics.get("map")) and metrics["map"] < metrics["chance"]:
+        return (
+            f"has not trained its student: its mAP is {percent(metrics['map'])}, and that of random rankings up to "
+            f"{percent(metrics['chance'])}"
         )
     constant, images = metrics.get("constant"), metrics.get("pictures")
     share = metrics.get("top1") if metrics.get("agreement") is None else metrics["agreement"]

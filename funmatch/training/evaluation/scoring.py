@@ -15,8 +15,8 @@ from funmatch.data.loader import Batch, Batches
 from funmatch.data.prefetch import prefetch_map
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.models.classifier import Card
-from funmatch.ops import metrics
 from funmatch.ops.corruptions import Damage
+from funmatch.ops.tasks.task import MULTICLASS, Task, task_of
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices, env, transfers
 
@@ -131,7 +131,7 @@ class ViewAnswers:
 
     Attributes:
         student, teacher: logits, (n, classes) each, or rows of answers.
-        labels: (n,) int64; the right class of a mixed view is that of the image with more weight, -1 unknown.
+        labels: as of `CachedSplit.labels`; the right ones of a mixed view are those of the image with more weight.
     """
 
     student: Tensor
@@ -168,26 +168,27 @@ def answer_training_views(
             logits, teacher_logits = logits_of(batch)
         # Row i is mixed with row i − 1, and the batch has one label more than rows.
         own = torch.as_tensor(batch.own_weight, device=view.device)
-        # At equal weights the image itself counts.
+        # At equal weights the image itself counts. An image may have a row of labels.
+        own = own.view(-1, *[1] * (batch.labels.ndim - 1))
         labels = torch.where(own >= 0.5, batch.labels[1:], batch.labels[:-1])
         results.append((logits.float().cpu(), teacher_logits.float().cpu(), labels.cpu()))
     return ViewAnswers(*map(torch.cat, zip(*results, strict=True)))
 
 
-def score_views(answers: ViewAnswers) -> dict[str, float | None]:
+def score_views(answers: ViewAnswers, task: Task = MULTICLASS) -> dict[str, float | None]:
     """Scores the student against its teachers on training views.
 
     Agreement that rises here and falls on unseen images means memorising, not function matching.
 
     Returns:
-        `metrics.summarize`, `teacher_top1` and the number of `views`.
+        `Task.measure`, the teacher's `teacher_top1` (or `teacher_map`), and the number of `views`.
     """
     labels = answers.labels
     # One image without a label makes accuracies unknown, rather than those of a subset.
     true_labels = labels if bool((labels >= 0).all()) else None
-    scores = metrics.summarize(metrics.per_image(answers.student, true_labels, answers.teacher))
-    top1 = None if true_labels is None else (answers.teacher.argmax(-1) == true_labels).double().mean().item()
-    return scores | {"teacher_top1": top1, "views": len(answers.student)}
+    scores = task.measure(answers.student, true_labels, answers.teacher)
+    of_teacher = None if true_labels is None else task.accuracy(answers.teacher, true_labels)
+    return scores | {f"teacher_{task.score}": of_teacher, "views": len(answers.student)}
 
 
 def score_training_views(
@@ -205,11 +206,11 @@ def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = No
         teacher_logits: (n, classes), or None.
 
     Returns:
-        `metrics.summarize`; what needs labels or a teacher is None without them.
+        `Task.measure`; what needs labels or a teacher is None without them.
     """
     # Labels of unlabelled splits are −1, which must not count as a class.
     labels = split.labels(np.arange(len(split))) if split.labelled else None
-    return metrics.summarize(metrics.per_image(logits, labels, teacher_logits))
+    return task_of(split.task).measure(logits, labels, teacher_logits)
 
 
 def validation_split(cache: Cache, val: str | None) -> CachedSplit:

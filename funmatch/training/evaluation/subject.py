@@ -1,12 +1,13 @@
 """Opens what is evaluated: models with their preprocessing, the images, and the teachers to compare with."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from funmatch.config import Changes, Evaluate
+from funmatch.config.finished.model import WithImages
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.readers.split_names import SPLIT_NAMES
@@ -24,6 +25,8 @@ from funmatch.training import datasets
 from funmatch.training.evaluation import class_order, scoring
 from funmatch.training.student.trained_model import TrainedModel, info_side, open_described_model
 from funmatch.training.teachers import checks, loading
+
+AnyImages = TypeVar("AnyImages", bound=WithImages)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def open_all(config: Evaluate, given: loading.Modules) -> Opened:
     # Before loading, so that a wrong --device does not cost a download.
     device = devices.pick_device(config.device)
     models = [_open_model(config, name, given) for name in (config.model, *config.others)]
+    config = with_own_task(config, models[0])
     knobs, run = dict(models[0].knobs), models[0].run
     cache, training, evaluation = datasets.open_evaluation_data(
         config, config.model, run.config["verb"] if run else "", knobs
@@ -126,6 +130,12 @@ def open_all(config: Evaluate, given: loading.Modules) -> Opened:
     )
 
 
+def with_own_task(config: AnyImages, model: TrainedModel) -> AnyImages:
+    """Returns the options with the task that a model was trained for, unless they name one."""
+    task = config.task or model.knobs.get("task") or model.classifier.card.task or "multiclass"
+    return config.model_copy(update={"task": task})
+
+
 def _open_model(config: Evaluate, name: str, given: loading.Modules) -> TrainedModel:
     # The options that describe one model describe the first; --side is for all.
     own = config if name == config.model else config.model_copy(update={"weights": None, "model_kwargs": ()})
@@ -138,7 +148,7 @@ def _open_model(config: Evaluate, name: str, given: loading.Modules) -> TrainedM
 
 def _subject(config: Evaluate, trained: TrainedModel, cache: Cache, device: torch.device) -> Subject:
     """Returns a model as it is predicted, with its classes mapped to the data's where that is requested."""
-    model = trained.classifier.to(device)
+    model = class_order.with_task(trained.classifier.to(device), cache.task, "model")
     parameters, classes = model.count_parameters(), loading.wanted_classes(config, cache)
     class_map = map_classes(model, classes, config.classes) if classes and config.classes else None
     # A headless model has embeddings, and no classes that could differ.

@@ -35,13 +35,17 @@ FACTS = {
 }  # fmt: skip
 SHAPE = RUN_SHAPE | {"knobs": {"steps?": int, "teacher?": list[str] | str | None}, "facts": FACTS}
 SCORES = dict.fromkeys(
-    ("top1", "agreement", "kl", "ece", "top5?", "agreement5?", "balanced?", "knn?", "cosine?"), float | None
-)
+    ("top1", "agreement", "kl", "ece", "top5?", "agreement5?", "balanced?", "knn?", "cosine?", "map?", "f1_micro?",
+     "f1_macro?"),
+    float | None,
+)  # fmt: skip
 RESULT_FILE = "result.json"
 RESULT = SCORES | {
     "step": int, "seconds": float, "split": str, "pictures": int, "held_out_of?": int, "parameters": int,
     "best_step?": int | None, "best_score?": float | None, "top1_antialias?": float | None, "ema?": SCORES,
-    "teacher?": {"name": str, "top1": float | None}, "predicted_classes?": int, "constant?": float,
+    "teacher?": {"name": str, "top1": float | None, "map?": float | None},
+    "predicted_classes?": int, "constant?": float,
+    "chance?": float, "map_antialias?": float | None,
 }  # fmt: skip
 """What `result.json` holds, if it is undamaged."""
 EVALUATION = "evaluation.html"

@@ -21,8 +21,8 @@ def improvement(evaluations: Sequence[Mapping[str, Any]], images: int) -> tuple[
     """Returns by what a run was still improving, if it was.
 
     A run was if its best evaluation of the last fifth is better than the best one before by more than the standard
-    error of a share of so many images, √(p · (1 − p) / n). The measure is top-1 where there are labels, of features
-    that of nearest neighbours, else agreement with the teacher.
+    error of a share of so many images, √(p · (1 − p) / n). The measure is top-1, or mAP, where there are labels, of
+    features that of nearest neighbours, else agreement with the teacher.
 
     Args:
         evaluations: the `eval` records of the run, or of its part with a constant learning rate: a cool-down improves
@@ -33,7 +33,7 @@ def improvement(evaluations: Sequence[Mapping[str, Any]], images: int) -> tuple[
         the name of the measure, its best value before the last fifth and in it; None if the run was not improving, or
         this cannot be known.
     """
-    shares = [name for name in ("top1", "knn") if all(each.get(name) is not None for each in evaluations)]
+    shares = [name for name in ("top1", "map", "knn") if all(each.get(name) is not None for each in evaluations)]
     name = shares[0] if shares else "agreement"
     scores = [(each["step"], each[name]) for each in evaluations if each.get(name) is not None]
     if not scores or not images:

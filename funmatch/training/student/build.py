@@ -1,7 +1,7 @@
 """Builds the student of a run: its network with initial weights, its optimizer, and the average of its weights."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -74,6 +74,8 @@ def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, g
         raise InputError(
             f"student {config.student} has {student.num_classes} outputs, but {num_classes} classes are needed"
         )
+    # Whatever it was trained for before: these are its first weights.
+    student.card = replace(student.card, task=config.task)
     # A zero head starts from equal probabilities, so the first gradients do not reach the pretrained weights.
     if verb == "finetune" and student.card.classes != cache.classes:
         with_zero_head(student.net, num_classes)

@@ -188,7 +188,7 @@ def _from_checkpoint(run: run_folder.Run, side: int | None) -> tuple[Classifier,
     except RuntimeError as error:
         raise InputError(f"the checkpoint of {run.folder} does not fit {knobs['student']}: {error}") from None
     info(f"{run.folder} is not finished: using its newest checkpoint, of step {step:,}")
-    model.card = replace(model.card, name=str(run.folder), classes=names or None, top1=None)
+    model.card = replace(model.card, name=str(run.folder), classes=names or None, top1=None, task=knobs.get("task"))
     return model, step
 
 

@@ -16,9 +16,10 @@ from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.ops.metrics import alone_right, is_clearly_better
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
-from funmatch.training.evaluation import class_order, scoring
+from funmatch.training.evaluation import class_order, outcome, scoring
 from funmatch.training.objective import TeacherLogits
 from funmatch.training.run import folder as run_folder
 from funmatch.training.setup import TrainSetup
@@ -98,7 +99,7 @@ def check_teachers(
         InputError: logits are not finite, fit another order of the classes better, or are near chance without
             `allow_weak_teacher`.
     """
-    members = [*zip(teachers.members, each, strict=True)]
+    members, task = [*zip(teachers.members, each, strict=True)], task_of(config.task)
     for member, logits in [*members, *([(None, combined)] if len(members) > 1 else [])]:
         name = member.name if member else "ensemble"
         # Before anything else: a NaN compares false with every threshold, and would pass.
@@ -107,10 +108,14 @@ def check_teachers(
         check_not_constant(name, logits, split, config)
         metrics = scoring.score(logits, split)
         # Without labels there is no accuracy to check.
-        if metrics["balanced"] is None or metrics["top1"] is None:
+        if metrics[task.score] is None:
             continue
         shown = _shown_as(member, view) if member else ""
-        info(f"teacher {name}: top-1 {percent(metrics['top1'])} on {describe_images(len(split), split.name)}{shown}")
+        score = f"{task.shown} {percent(metrics[task.score])}"
+        info(f"teacher {name}: {score} on {describe_images(len(split), split.name)}{shown}")
+        if metrics["top1"] is None or metrics["balanced"] is None:
+            check_above_random(name, metrics["map"] or 0.0, split, config)
+            continue
         on_card = member.frozen.classifier.card.top1 if member else None
         if on_card is not None and metrics["top1"] < on_card - BELOW_CARD_WARNING:
             info(
@@ -141,7 +146,7 @@ def check_not_constant(name: str, logits: Tensor, split: CachedSplit, config: Di
     Args:
         logits: (n, classes).
     """
-    probabilities = logits.double().softmax(-1)
+    probabilities = task_of(config.task).probabilities(logits.double())
     # Up to rounding, which differs with an image's place in its batch.
     if len(logits) > 1 and not config.allow_weak_teacher and (probabilities - probabilities[0]).abs().max() < 1e-6:
         raise InputError(
@@ -168,15 +173,25 @@ def check_above_chance(name: str, accuracy: float, logits: Tensor, split: Cached
         )
 
 
-def chance_threshold(classes: int, images: int) -> float:
-    """Returns the mean accuracy over classes below which a classifier is taken to guess.
+def check_above_random(name: str, precision: float, split: CachedSplit, config: Distill) -> None:
+    """Raises `InputError` for a teacher that ranks images as chance does, unless `allow_weak_teacher` is set.
 
-    Two standard deviations above chance, or a tenth of the way from chance to 1 (`chance` of the way where that is
-    less), whichever is more; but never more than halfway from chance to 1.
+    Args:
+        precision: mean average precision, in [0, 1], of several classes an image.
     """
+    needed = outcome.chance_precision(split.labels(slice(None)))
+    if precision < needed and not config.allow_weak_teacher:
+        raise InputError(
+            f"teacher {name} is near chance: mAP {percent(precision)} on {split.name}, at least {percent(needed)} "
+            "required, since random rankings have nearly as much. Usually its head belongs to other classes, or its "
+            "normalisation or image size differs (--teacher-side). Pass --allow-weak-teacher to use it nevertheless"
+        )
+
+
+def chance_threshold(classes: int, images: int) -> float:
+    """Returns the mean accuracy over classes below which a classifier is taken to guess."""
     chance = 1 / classes
-    deviation = math.sqrt(chance * (1 - chance) / images)
-    return min(chance + max(2 * deviation, min(chance, 0.1) * (1 - chance)), (1 + chance) / 2)
+    return outcome.chance_threshold(chance, math.sqrt(chance * (1 - chance) / images))
 
 
 def check_on_validation(teachers: TeacherEnsemble, setup: TrainSetup[Distill]) -> TeacherLogits:
@@ -227,7 +242,8 @@ def compare_resampling(
     # Smaller images are enlarged, and there antialias changes nothing.
     larger = np.flatnonzero(np.minimum(heights, widths) > view.short_side)
     some = larger[scoring.evenly_spread(len(larger), RESAMPLED_IMAGES)]
-    if not split.labelled or not len(some):
+    # Of several classes an image, no test tells whether one of two rankings is clearly better.
+    if not split.labelled or not len(some) or split.task == "multilabel":
         return
     other: Resample = "antialias" if view.resample == "tf" else "tf"
     subset = split.subset(some)

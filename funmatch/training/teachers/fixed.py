@@ -20,6 +20,7 @@ from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
+from funmatch.ops.tasks.task import MULTICLASS
 from funmatch.runtime import devices
 from funmatch.runtime.disk.files import cache_home
 from funmatch.runtime.disk.parts import compute_in_parts, read_checked
@@ -143,6 +144,8 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
     # Views from before there was a choice keep their digest.
     key |= {"resample": source.resample} if source.resample != RESAMPLED_BEFORE else {}
     key |= {"ratio": source.ratio} if source.kind == "ensemble" and source.ratio != CROP_RATIO else {}
+    # Of several classes an image, the mean of views is another one.
+    key |= {"task": teachers.task.name} if source.kind == "ensemble" and teachers.task is not MULTICLASS else {}
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
     folder = cache_home() / "answers" / digest
     path = folder / "answers.npy"
@@ -173,8 +176,8 @@ def _predict_part(
     """Predicts each teacher's logits of some images.
 
     Returns:
-        (images, teachers, classes) float32: of one view its logits; of several log Σ softmax(logits) / n, whose softmax
-        is the mean of the views' probabilities.
+        (images, teachers, classes) float32: of one view its logits; of several those whose
+        probabilities are the mean of the views'.
     """
     batch = setup.evaluation.view.batch
     chunks = [(image, start) for image in images for start in range(0, source.crops, batch)]
@@ -195,5 +198,4 @@ def _predict_part(
     if source.crops == 1:
         return logits[:, 0].numpy()
     # In double precision, so that rounding does not add up over many crops.
-    summed = logits.double().log_softmax(-1).logsumexp(1)
-    return (summed - np.log(source.crops)).float().numpy()
+    return teachers.task.mean_over_views(logits).float().numpy()

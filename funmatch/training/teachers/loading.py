@@ -18,6 +18,7 @@ from funmatch.models.inference.features import is_headless
 from funmatch.models.inference.frozen import Frozen
 from funmatch.models.load import load
 from funmatch.runtime.log import info_notes
+from funmatch.training.evaluation.class_order import with_task
 from funmatch.training.student.build import Modules
 
 
@@ -79,8 +80,8 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         given: modules from Python, by the names that stand for them.
 
     Raises:
-        InputError: one cannot be loaded, lacks a class, or has another number of classes than the first, or none where
-            logits are matched.
+        InputError: one cannot be loaded, is for another task, lacks a class, or has another number of classes than the
+            first, or none where logits are matched.
     """
     classes = wanted_classes(config, cache)
     names = config.teacher
@@ -97,9 +98,10 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
             weights = None if file.lower() == "none" else Path(file)
             if name in given:
                 # A copy, since freezing folds and casts the weights that the caller still owns.
-                return load(copy.deepcopy(given[name]), side=side)
+                return with_task(load(copy.deepcopy(given[name]), side=side), cache.task, "teacher")
             options = config.teacher_kwargs + more
-            return load(name, weights=weights, options=options, pretrained=True, side=side)
+            loaded = load(name, weights=weights, options=options, pretrained=True, side=side)
+            return with_task(loaded, cache.task, "teacher")
 
         classifier = load_one()
         # Notes of the first load only; it is loaded again, silently, for each mode that is tried.

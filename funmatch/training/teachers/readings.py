@@ -46,7 +46,7 @@ def settle(loaded: list[LoadedTeacher], setup: TrainSetup[Distill]) -> tuple[str
 def _settled(teacher: LoadedTeacher, option: str, setup: TrainSetup[Distill]) -> bool:
     """Returns whether a teacher is clearly better with an option; measured once for the same weights and images."""
     split = setup.evaluation.validation
-    if not split.labelled:
+    if not split.labelled or split.task == "multilabel":  # both readings are compared by their first classes
         return False
     facts = (teacher.digest, teacher.function, option, setup.cache.key, split.name, len(split), setup.evaluation.view)
     key = repr((*facts, devices.machine_signature(setup.loop.device)))

@@ -13,6 +13,7 @@ from funmatch.config import Changes, Distill, options_changing
 from funmatch.config.choices import STRATEGIES
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
+from funmatch.ops.tasks.task import MULTICLASS
 from funmatch.runtime import distributed, env
 from funmatch.runtime.log import info
 from funmatch.runtime.text import format_bytes, percent
@@ -39,11 +40,18 @@ def tape_key(setup: DistillSetup, teachers: TeacherEnsemble) -> dict[str, Any]:
         "teacher_function": setup.provenance["teacher_function"],
         "teacher_sides": [member.side for member in members],
         "teacher_classes": _digest([member.class_map for member in members]),
-        "combine": [teachers.combine, *(member.weight for member in members)] if several else None,
+        "combine": [_combine_of(teachers), *(member.weight for member in members)] if several else None,
         "teacher_precision": config.teacher_precision,
         "temperature": config.temperature if tempered else None,
         "top": config.tape_top,
     }
+
+
+def _combine_of(teachers: TeacherEnsemble) -> str:
+    """Returns how teachers are combined: means of probabilities are other numbers for another task."""
+    if teachers.combine == "mean-logits" or teachers.task is MULTICLASS:
+        return teachers.combine
+    return f"{teachers.combine}, {teachers.task.name}"
 
 
 def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:

@@ -1,0 +1,262 @@
+"""Runs on images of several classes: training on labels, distilling, judging, and what is refused."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics as sklearn_metrics
+from test_distill import records
+from test_teachers import classifier
+
+import funmatch
+from funmatch.config import Distill, Finetune, Prepare, Train
+from funmatch.data.cache.open_cache import open_cache
+from funmatch.data.dataset import ReadOptions
+from funmatch.errors import InputError
+from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble, select_classes
+from funmatch.models.inference.frozen import Frozen
+from funmatch.ops.tasks.task import MULTILABEL
+from funmatch.training.evaluation import outcome, scoring
+from funmatch.training.teachers import checks
+
+CLASSES = ("bars", "rows", "dots")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A table of images with any of three patterns, also none: 40 to train on, 12 of val and 12 of test."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("patterns")
+    lines = ["path,label,split"]
+    for number in range(64):
+        shown = rng.random(3) < 0.4
+        pixels = rng.integers(0, 60, (12, 12, 3)).astype(np.uint8)
+        pixels[:, 3:6, 0] += (190 * shown[0]).astype(np.uint8)
+        pixels[6:9, :, 1] += (190 * shown[1]).astype(np.uint8)
+        pixels[::3, ::3, 2] += (190 * shown[2]).astype(np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.png")
+        labels = ";".join(name for name, has in zip(CLASSES, shown, strict=True) if has)
+        lines.append(f"{number}.png,{labels},{'train' if number < 40 else 'val' if number < 52 else 'test'}")
+    (root / "images.csv").write_text("\n".join(lines))
+    return root / "images.csv"
+
+
+def options(table, **changes):
+    usual = {
+        "data": str(table), "task": "multilabel", "student": "fashion-mini-student", "side": 32, "batch": 16,
+        "steps": 8, "eval_every": 4, "save_every": 4, "warmup_steps": 0, "lr": 0.01,
+    }  # fmt: skip
+    return usual | changes
+
+
+@pytest.fixture(scope="module")
+def teacher(table, tmp_path_factory):
+    return funmatch.train(out=tmp_path_factory.mktemp("teacher") / "teacher", **options(table, steps=60))
+
+
+@pytest.fixture(scope="module")
+def student(table, teacher, tmp_path_factory):
+    root = tmp_path_factory.mktemp("student")
+    given = options(table, teacher=str(teacher.folder), tape=root / "tape", label_weight=0.25, micro_batch=4)
+    return funmatch.distill(out=root / "student", **given), given
+
+
+def truth(table, split):
+    return open_cache(f"csv:{table}", ReadOptions(task="multilabel")).splits[split].labels(slice(None))
+
+
+def answers(model, table, split):
+    """Logits of a saved student on a split, with torch alone."""
+    images = open_cache(f"csv:{table}", ReadOptions(task="multilabel")).splits[split]
+    view = scoring.EvalView(side=32, short_side=32, squash=False, resample="antialias", batch=64,
+                            device=torch.device("cpu"), precision="fp32")  # fmt: skip
+    return scoring.predict(model, images, view)
+
+
+def test_a_run_is_judged_by_mean_average_precision(teacher, table):
+    logits, labels = answers(teacher.student(), table, "test"), truth(table, "test")
+    assert teacher.metrics["map"] == pytest.approx(
+        sklearn_metrics.average_precision_score(labels, logits, average="macro"), abs=1e-6
+    )
+    assert teacher.metrics["f1_micro"] == pytest.approx(
+        sklearn_metrics.f1_score(labels, logits > 0, average="micro"), abs=1e-6
+    )
+    assert teacher.metrics["map"] > 0.8 > teacher.metrics["chance"]
+    assert teacher.metrics["top1"] is None
+    evaluations = records(teacher.folder, "eval")
+    best = max(evaluations, key=lambda each: (each["map"], -each["step"]))
+    assert teacher.metrics["best_step"] == best["step"]
+    assert teacher.metrics["best_score"] == best["map"]
+    saved = json.loads((teacher.folder / "student" / "config.json").read_text())
+    assert saved["funmatch"]["task"] == "multilabel"
+    assert saved["label_names"] == ["bars", "dots", "rows"]
+    page = teacher.page.read_text()
+    assert "mAP" in page
+    assert "Mean average precision during training" in page
+    assert "top-1" not in page
+
+
+def test_a_student_matches_its_teacher(student, teacher, table):
+    run, _ = student
+    logits, reference = (answers(each.student(), table, "test") for each in (run, teacher))
+    assert run.metrics["agreement"] == pytest.approx(((logits > 0) == (reference > 0)).double().mean().item())
+    assert run.metrics["kl"] == pytest.approx(MULTILABEL.divergence(logits, reference).mean().item(), rel=1e-3)
+    assert run.metrics["teacher"]["map"] == pytest.approx(teacher.metrics["map"], abs=1e-6)
+    (record,) = records(run.folder, "teacher")
+    assert record["map"] == pytest.approx(
+        sklearn_metrics.average_precision_score(truth(table, "val"), answers(teacher.student(), table, "val")), abs=1e-6
+    )
+    views = records(run.folder, "views")[-1]
+    assert 0 < views["map"] <= 1
+    assert 0 < views["teacher_map"] <= 1
+
+
+def test_a_tape_replays_and_a_run_resumes_to_the_bit(student, tmp_path):
+    run, given = student
+    weights = (run.folder / "student" / "model.safetensors").read_bytes()
+    again = funmatch.distill(out=tmp_path / "again", **given)
+    assert (again.folder / "student" / "model.safetensors").read_bytes() == weights
+    (again.folder / "result.json").unlink()
+    for path in (again.folder / "student", again.folder / "checkpoints" / "step-000000008"):
+        shutil.rmtree(path)
+    resumed = funmatch.distill(out=tmp_path / "again", **given)
+    assert (resumed.folder / "student" / "model.safetensors").read_bytes() == weights
+    assert len(records(resumed.folder, "eval")) == 2
+
+
+def test_evaluate_knows_the_task_of_a_run(student, table, tmp_path):
+    run, _ = student
+    found = funmatch.evaluate(run.folder, report=tmp_path / "page.html")
+    labels, logits = truth(table, "test"), answers(run.student(), table, "test")
+    for number, row in enumerate(found["classes"]):
+        assert row["images"] == labels[:, number].sum()
+        assert row["ap"] == pytest.approx(sklearn_metrics.average_precision_score(labels[:, number], logits[:, number]))
+        expected = sklearn_metrics.precision_recall_fscore_support(
+            labels[:, number], logits[:, number] > 0, average="binary", zero_division=0
+        )
+        assert [row["recall"], row["f1"]] == pytest.approx(expected[1:3])
+    assert found["map"] == pytest.approx(np.mean([row["ap"] for row in found["classes"]]))
+    assert found["teacher_map"] == found["of_teacher"]["map"] > 0.8
+    assert "mean average precision" in (tmp_path / "page.html").read_text()
+    with pytest.raises(InputError, match="per_image is for one class an image"):
+        funmatch.evaluate(run.folder, per_image=tmp_path / "rows.csv")
+
+
+def test_predict_gives_each_class_a_probability_of_its_own(student, table, funmatch, tmp_path):
+    run, _ = student
+    out = tmp_path / "rows.csv"
+    funmatch("predict", run.folder, table.parent / "0.png", "--out", out, "--teacher", run.folder)
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    given = {row[f"class{end}"]: float(row[f"probability{end}"]) for end in ("", "_2", "_3")}
+    model = run.student()
+    images = open_cache(f"csv:{table}", ReadOptions(task="multilabel")).splits["train"].images(np.arange(40))
+    first = np.array(Image.open(table.parent / "0.png"))
+    place = next(number for number, pixels in enumerate(images) if np.array_equal(pixels, first))
+    view = answers(model, table, "train")[place]
+    assert [given[name] for name in sorted(CLASSES)] == pytest.approx(view.sigmoid().tolist(), abs=1e-4)
+    assert row["agreement"] == "true"
+    assert float(row["kl"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_models_of_one_task_are_refused_for_the_other(teacher, table, tmp_path):
+    with pytest.raises(
+        InputError, match=r"teacher .* gives any number of classes an image, but .*; pass task=\"multilabel\""
+    ):
+        funmatch.distill(data="fashion-mini", teacher=str(teacher.folder), student="fashion-mini-student", steps=1,
+                         out=tmp_path / "one")  # fmt: skip
+    saved = tmp_path / "single"
+    shutil.copytree(teacher.folder / "student", saved)
+    config = json.loads((saved / "config.json").read_text())
+    del config["funmatch"]["task"]
+    (saved / "config.json").write_text(json.dumps(config))
+    for path in saved.glob("*.json"):
+        if path.name != "config.json":
+            path.unlink()  # the manifest of checksums
+    with pytest.raises(InputError, match=r"gives one class an image, but .* any number of classes an image"):
+        funmatch.distill(out=tmp_path / "two", **options(table, teacher=str(saved)))
+    with pytest.raises(InputError, match="gives any number of classes an image"):
+        funmatch.evaluate(teacher.folder, task="multiclass", data=str(table), unlabelled=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (Train, {"sampling": "balanced"}, "sampling balanced is for one class an image"),
+        (Train, {"class_weights": "balanced"}, "class_weights balanced is for one class an image"),
+        (Distill, {"distance": "hard"}, "with --task multilabel use kl, reverse-kl, l2, euclidean"),
+        (Distill, {"distance": "js"}, "distance js is for one class an image"),
+        (Distill, {"tape": "t", "tape_top": 2}, "tape_top is for one class an image"),
+        (Distill, {"standardise": True}, "standardise is for one class an image"),
+    ],
+)
+def test_options_of_one_class_an_image_are_refused(kind, changes, message):
+    given = {"data": ("d",), "student": "resnet18", "out": "r", "steps": 1, "task": "multilabel"}
+    config = kind(**given | ({"teacher": ("t",)} if kind is Distill else {}) | changes)
+    assert any(message in each for each in config.problems())
+    single = config.model_copy(update={"task": "multiclass"})
+    assert not any(message in each for each in single.problems())
+
+
+def test_shards_hold_one_class_an_image():
+    config = Prepare(data=("d",), task="multilabel", to="tfrecord", out="o")
+    assert config.problems() == ["--to tfrecord writes one class an image; omit it with --task multilabel"]
+
+
+def test_images_that_all_have_the_same_classes_cannot_be_trained_on(table, tmp_path):
+    alike = tmp_path / "alike.csv"
+    alike.write_text("path,bars,dots,rows\n" + "".join(f"{table.parent / f'{i}.png'},1,1,0\n" for i in range(20)))
+    with pytest.raises(InputError, match=r"all 18 training images of alike have the classes bars, dots;"):
+        funmatch.train(out=tmp_path / "run", **options(alike))
+    assert not (tmp_path / "run").exists()
+
+
+def ensemble(combine, *seeds):
+    members = []
+    for seed in seeds:
+        model = classifier(seed=seed)
+        model.card = replace(model.card, task="multilabel")
+        members.append(EnsembleMember(Frozen(model), 8, 1 / len(seeds)))
+    return TeacherEnsemble(members, combine)
+
+
+def test_several_teachers_are_averaged_in_their_own_probabilities():
+    views = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    both = ensemble("mean-probabilities", 0, 1)
+    each = [member.answers(views).sigmoid() for member in both.members]
+    torch.testing.assert_close(both({8: views}).sigmoid(), (each[0] + each[1]) / 2)
+    own = [member.answers(views) for member in both.members]
+    torch.testing.assert_close(ensemble("mean-logits", 0, 1)({8: views}), (own[0] + own[1]) / 2)
+
+
+def test_a_class_that_stands_for_several_is_the_likeliest_of_them():
+    logits = torch.tensor([[1.0, -2.0, 0.5]])
+    assert select_classes(logits, ((1,), (0, 2)), MULTILABEL).tolist() == [[-2.0, 1.0]]
+
+
+def test_teachers_near_chance_are_refused(table):
+    split = open_cache(f"csv:{table}", ReadOptions(task="multilabel")).splits["test"]
+    config = Distill(data=("d",), teacher=("t",), student="s", out="o", steps=1, task="multilabel")
+    needed = outcome.chance_precision(split.labels(slice(None)))
+    assert split.labels(slice(None)).mean() < needed < 0.8
+    checks.check_above_random("good", needed, split, config)
+    with pytest.raises(InputError, match=r"teacher bad is near chance: mAP 10.0 % on test"):
+        checks.check_above_random("bad", 0.1, split, config)
+    checks.check_above_random("bad", 0.1, split, config.model_copy(update={"allow_weak_teacher": True}))
+    with pytest.raises(InputError, match="the same probabilities"):
+        checks.check_not_constant("flat", torch.ones(len(split), 3), split, config)
+    assert outcome.describe_failure({"map": 0.2, "chance": 0.3, "kl": None}, 3)
+    assert outcome.describe_failure({"map": 0.4, "chance": 0.3, "kl": None}, 3) is None
+    assert outcome.describe_failure({"map": 0.4, "kl": 1.5}, 100)  # of two outcomes, not of 100
+
+
+def test_the_rule_for_fine_tuning_is_for_the_sum_over_classes(table):
+    from funmatch.training.defaults import apply_hyperrule
+
+    cache = open_cache(f"csv:{table}", ReadOptions(task="multilabel"))
+    config = Finetune(data=(str(table),), student="resnet18", out="r", task="multilabel")
+    assert apply_hyperrule(config, cache).lr == pytest.approx(3 * 0.003)
+    assert apply_hyperrule(config.model_copy(update={"task": "multiclass"}), cache).lr == pytest.approx(0.003)
