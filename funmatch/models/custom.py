@@ -13,6 +13,8 @@ from funmatch.errors import InputError, first_line
 from funmatch.models.classifier import Card, Classifier, timm_config
 from funmatch.models.inference.outputs import logits_of
 from funmatch.models.names import GIVEN, is_function
+from funmatch.models.transformers.config import is_backbone
+from funmatch.models.transformers.network import TransformersNet
 from funmatch.models.weights import is_fillable
 from funmatch.runtime.functions import OWN, import_function
 
@@ -85,6 +87,8 @@ def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, A
         # Counted even here: the network may have been given another head since it was wrapped.
         net.num_classes = count_classes(net.net, net.card)
         return net
+    if is_backbone(net):
+        net = TransformersNet(net, classes=0)
     cfg = timm_config(net)
     if cfg:
         # timm keeps the three channels' statistics of a network that was built with another number of channels.
@@ -92,7 +96,10 @@ def wrap_module(name: str, net: nn.Module, side: int | None, kwargs: dict[str, A
         mean, std = tuple(cfg["mean"])[:channels], tuple(cfg["std"])[:channels]
         card = Card(name, cfg["input_size"][-1], cfg.get("crop_pct") or 1.0, mean, std)
     else:
-        card = Card(name, side or DEFAULT_SIDE, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        # Networks of transformers say the size that they were built for.
+        own = getattr(getattr(net, "config", None), "image_size", None) or getattr(net, "side", None)
+        own = own if isinstance(own, int) else DEFAULT_SIDE
+        card = Card(name, side or own, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     return Classifier(net, card, kwargs, count_classes(net, card), function)
 
 

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import errors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformer_families import FAMILIES, QUICK, VIT, WHOLE, write, write_net
@@ -18,6 +20,7 @@ from funmatch.models.inference.features import Features, is_headless
 from funmatch.models.inference.frozen import Frozen, InferenceMode
 from funmatch.models.load import load
 from funmatch.models.save import save
+from funmatch.models.transformers import hub
 from funmatch.shipping.sources.files import Decoding, one_file
 from funmatch.training.student.trained_model import open_trained_model
 
@@ -129,6 +132,29 @@ def test_a_frozen_network_computes_the_same(name, tmp_path):
     assert (rounded - expected).abs().max() < 0.05 * expected.abs().max() + 0.02
 
 
+def options_for(folder: Path, images: Path) -> dict:
+    return {"data": str(images), "student": str(folder), "side": 32, "batch": 4, "device": "cpu", "val": "none"}
+
+
+def test_a_student_is_read_by_transformers_and_by_us(tmp_path, images):
+    import transformers
+
+    options = options_for(write("vit", tmp_path / "vit"), images)
+    run = funmatch.train(out=tmp_path / "run", steps=2, **options).folder
+    student, views = load(str(run)).eval(), torch.rand(2, 3, 32, 32)
+    assert student.card.classes == ("ant", "bee", "cat")
+    alone = transformers.AutoModelForImageClassification.from_pretrained(run / "student").eval()
+    assert alone.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+    with torch.no_grad():
+        assert torch.equal(alone(student.normalize(views)).logits, student(views))
+    # The processor that transformers finds beside it shows images as the student saw them.
+    processor = transformers.AutoImageProcessor.from_pretrained(run / "student", backend="pil")
+    image = torch.randint(0, 256, (50, 40, 3), dtype=torch.uint8)
+    expected = student.normalize(open_trained_model(str(run)).preprocessing.view(image))
+    found = processor(images=image.numpy(), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 class PowerLoss(Exception):
     """Stands for a power loss."""
 
@@ -137,26 +163,30 @@ def lose_power(*_):
     raise PowerLoss
 
 
-def test_a_student_is_read_by_transformers_and_resumes_to_the_bit(tmp_path, images, monkeypatch):
-    import transformers
-
-    folder = write("vit", tmp_path / "vit")
-    options = {"data": str(images), "student": str(folder), "side": 32, "batch": 4, "device": "cpu", "val": "none"}
-    run = funmatch.train(out=tmp_path / "run", steps=4, **options).folder
-    student = load(str(run)).eval()
-    assert student.card.classes == ("ant", "bee", "cat")
-    views = torch.rand(2, 3, 32, 32)
-    alone = transformers.AutoModelForImageClassification.from_pretrained(run / "student").eval()
-    assert alone.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
-    with torch.no_grad():
-        assert torch.equal(alone(student.normalize(views)).logits, student(views))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "deit-distilled", "mobilevit", "swin", "dinov2", "levit-distilled"])
+def test_a_student_resumes_to_the_bit(name, tmp_path, images, monkeypatch):
+    options = options_for(write(name, tmp_path / "net"), images)
+    options |= {"save_every": 2, "steps": 4, "side": None}
+    whole = funmatch.train(out=tmp_path / "whole", **options).folder
     monkeypatch.setattr("funmatch.models.save.save_transformers", lose_power)
     with pytest.raises(PowerLoss):
-        funmatch.train(out=tmp_path / "stopped", steps=4, save_every=2, **options)
+        funmatch.train(out=tmp_path / "stopped", **options)
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-4", ignore_errors=True)
-    again = funmatch.train(out=tmp_path / "stopped", steps=4, save_every=2, **options).folder
-    assert fingerprint(load(str(again)).net) == fingerprint(student.net)
+    again = funmatch.train(out=tmp_path / "stopped", **options).folder
+    assert fingerprint(load(str(again)).net) == fingerprint(load(str(whole)).net)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "side"), [("vit", 32), ("resnet", 64), ("mobilevit", 64)])
+def test_a_teacher_is_matched(name, side, tmp_path, images):
+    options = {"data": str(images), "steps": 2, "batch": 4, "device": "cpu"}
+    network = write(name, tmp_path / "net")
+    teacher = funmatch.finetune(model=str(network), out=tmp_path / "teacher", side=side, **options).folder
+    options |= {"student": "fashion-mini-student", "side": 32, "teacher_side": [side], "allow_weak_teacher": True}
+    run = funmatch.distill(teacher=str(teacher), out=tmp_path / "run", **options).folder
+    assert load(str(run)).card.classes == ("ant", "bee", "cat")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +214,9 @@ def test_features_of_networks_without_a_head(name, pooled, tmp_path):
         torch.testing.assert_close(model(views), expected)
         torch.testing.assert_close(Features(model)(views), expected)
         assert any("features are" in note for note in model.notes)
-        assert model.net.patch_tokens(views).shape == (2, 1 if name == "ConvNextModel" else 16, 16)
+        tokens = output.last_hidden_state
+        tokens = tokens.flatten(2).mT if tokens.ndim == 4 else tokens[:, -16:]
+        torch.testing.assert_close(model.net.patch_tokens(model.normalize(views)), tokens)
 
 
 def test_a_network_without_weights_of_its_pooler_gives_its_class_token(tmp_path):
@@ -283,3 +315,96 @@ def test_options_replace_entries_of_the_configuration(tmp_path):
     assert load(str(folder), options=("hidden_dropout_prob=0.25",)).net.model.config.hidden_dropout_prob == 0.25
     with pytest.raises(InputError, match=r"unknown option of a vit network 'hidden_dropout'.*'hidden_dropout_prob'"):
         load(str(folder), options=("hidden_dropout=0.1",))
+
+
+@pytest.mark.parametrize("stem", ["CLIP", "Siglip"])
+def test_networks_for_images_and_texts_give_the_features_that_both_share(stem, tmp_path):
+    import transformers
+
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    more = {"projection_dim": 16} if stem == "CLIP" else {}
+    config = getattr(transformers, f"{stem}Config")(vision_config=VIT | more, text_config=text, **more)
+    net = getattr(transformers, f"{stem}Model")(config).eval()
+    folder = write_net(net, transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), tmp_path)
+    model, views = load(str(folder)).eval(), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = net.get_image_features(pixel_values=model.normalize(views)).pooler_output
+        torch.testing.assert_close(model(views), expected)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"vision_more": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="not of this network: vision_more"):
+        load(str(folder))
+
+
+def test_a_network_that_masks_images_at_random_is_refused(tmp_path):
+    import transformers
+
+    net = transformers.ViTMAEModel(transformers.ViTMAEConfig(**VIT))
+    with pytest.raises(InputError, match="ViTMAEModel masks images at random"):
+        load(str(write_net(net, transformers.ViTImageProcessor(**WHOLE), tmp_path)))
+
+
+def test_modules_from_python():
+    import transformers
+
+    views = torch.rand(2, 3, 32, 32)
+    backbone = transformers.Dinov2Model(transformers.Dinov2Config(**VIT)).eval()
+    classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT, num_labels=4)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(load(backbone).eval()(views), backbone(views).pooler_output)
+        torch.testing.assert_close(load(classifier).eval()(views), classifier(views).logits)
+    assert is_headless(load(backbone))
+    assert load(classifier).num_classes == 4
+
+
+HUB_ERRORS = [
+    ("GatedRepoError", "asks for its conditions to be accepted.*hf auth login"),
+    ("RepositoryNotFoundError", "has no model user/net, or you may not see it"),
+    ("LocalEntryNotFoundError", "cannot download the weights of hf-hub:user/net.*without a network"),
+    ("EntryNotFoundError", r"has no config\.json"),
+    ("HFValidationError", "is not the name of a model on the Hub"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), HUB_ERRORS)
+def test_a_repository_that_cannot_be_had_is_named(name, message, monkeypatch):
+    def fail(*_, **__):
+        kind = getattr(errors, name)
+        raise kind.__new__(kind, "it is not there")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(InputError, match=message):
+        load("hf-hub:user/net")
+
+
+def test_a_repository_is_fetched_by_its_layout(tmp_path, monkeypatch):
+    folder, asked = write("vit", tmp_path / "vit"), []
+
+    def snapshot(repository, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "hf_hub_download", lambda _, file, **__: str(folder / file))
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    model = load("hf-hub:user/net@v2")
+    assert (model.card.name, model.num_classes) == ("hf-hub:user/net@v2", 5)
+    assert asked[0][:2] == ("user/net", "v2")
+    # Neither code nor weights of other libraries.
+    assert not {"*.py", "*", "tf_model.h5"} & set(asked[0][2])
+    (folder / "config.json").write_text('{"architecture": "resnet10t", "pretrained_cfg": {}}')
+    assert hub.hub_folder("hf-hub:user/net") is None
+
+
+def test_without_the_library_its_extra_is_named(tmp_path, monkeypatch):
+    folder = write("vit", tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"pip install 'funmatch\[transformers\]'"):
+        load(str(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "deit-distilled", "swin", "mobilevit", "convnext", "dinov2"])
+def test_networks_are_exported(name, tmp_path, images):
+    folder = write(name, tmp_path / name)
+    found = funmatch.export(model=str(folder), out=tmp_path / "out", format=["onnx"], data=str(images))
+    assert found["formats"]["onnx"]["max_relative"] < 1e-4

@@ -123,6 +123,8 @@ def read(
         InputError: it has no features, or no tokens.
     """
     if not is_in_halves(net):
+        if tokens and callable(parts := getattr(net, "read_parts", None)):
+            return parts(inputs)
         if tokens:
             raise InputError("a network that is not timm's has no tokens to match; leave out --match tokens")
         return _read_by_hook(net, inputs)

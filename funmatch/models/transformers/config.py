@@ -1,6 +1,8 @@
 """Reads the `config.json` of a network of transformers, and finds the class that builds it."""
 
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +79,28 @@ def build_config(folder: Path, entries: Mapping[str, Any], options: Mapping[str,
     return config
 
 
-def network_class(folder: Path, config: Any, entries: Mapping[str, Any]) -> tuple[type, bool]:
-    """Returns the class of a network, and whether it is a classifier; else it is a backbone, and gives features.
+@dataclass(frozen=True)
+class Kind:
+    """What a network of transformers is.
+
+    Attributes:
+        build: its class.
+        config: of the network; of the part for images, where it is for images and texts.
+        classifies: whether it has a head; else its outputs are features.
+        leaves: prefixes of weights that belong to other parts.
+    """
+
+    build: Any
+    config: Any
+    classifies: bool
+    leaves: tuple[str, ...] = ()
+
+
+def kind_of(folder: Path, config: Any, entries: Mapping[str, Any]) -> Kind:
+    """Returns what a network is, by the class that its configuration names.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither an image classifier nor a network for images without a head.
     """
     transformers = transformers_for(str(folder))
     names = entries.get("architectures") or []
@@ -90,16 +109,31 @@ def network_class(folder: Path, config: Any, entries: Mapping[str, Any]) -> tupl
     backbones = _classes(transformers.MODEL_MAPPING, config)
     if name is None:
         # Configurations of long ago do not name their class; only a classifier has names for its outputs.
-        found = classifiers if "id2label" in entries else backbones
-        if found:
-            return found[0], found is classifiers
-    for each in (*classifiers, *backbones):
-        if each.__name__ == name and each.main_input_name == "pixel_values":
-            return each, each in classifiers
+        name = next((each.__name__ for each in (classifiers if "id2label" in entries else backbones)), "")
+    found = getattr(transformers, name, None)
+    if found in classifiers and found.main_input_name == "pixel_values":
+        return Kind(found, config, classifies=True)
+    if found is not None and found.__name__.endswith(("Model", "ModelWithProjection")):
+        if getattr(found, "main_input_name", None) == "pixel_values" and found.config_class is type(config):
+            return Kind(found, config, classifies=False)
+        # Of a network for images and texts, the part for images.
+        stem, part = name.removesuffix("Model"), getattr(config, "vision_config", None)
+        for ending in ("VisionModelWithProjection", "VisionModel"):
+            build = getattr(transformers, stem + ending, None)
+            if build is not None and build.config_class is type(part):
+                return Kind(build, part, classifies=False, leaves=("text_model.", "text_projection.", "logit_"))
     raise InputError(
         f"{folder} is a {name or config.model_type} of transformers; its image classifiers (…ForImageClassification) "
         f"and image networks without a head (…Model) can be loaded; for another, {OWN_FUNCTION}"
     )
+
+
+def is_backbone(net: Any) -> bool:
+    """Returns whether a module is a network of transformers for images without a head."""
+    library = sys.modules.get("transformers")
+    if library is None or not isinstance(net, library.PreTrainedModel) or net.main_input_name != "pixel_values":
+        return False
+    return type(net).__name__.endswith(("Model", "ModelWithProjection"))
 
 
 def _classes(mapping: Any, config: Any) -> tuple[type, ...]:

@@ -14,7 +14,7 @@ from funmatch.models.checkpoints.checkpoint import open_checkpoint, weights_in
 from funmatch.models.classifier import Card
 from funmatch.models.origins.origin import CONFIG_KEYS, Origin
 from funmatch.models.transformers import processor
-from funmatch.models.transformers.config import build_config, class_names, network_class
+from funmatch.models.transformers.config import Kind, build_config, class_names, kind_of
 from funmatch.models.transformers.library import quiet
 from funmatch.models.transformers.network import POOLED, TransformersNet, probe
 from funmatch.runtime.disk.json_files import read_json
@@ -42,17 +42,17 @@ def transformers_origin(folder: Path, entries: Mapping[str, Any], kwargs: dict[s
     """
     options = {key: value for key, value in kwargs.items() if key != processor.RESAMPLE}
     config = build_config(folder, entries, options)
-    kind, is_classifier = network_class(folder, config, entries)
+    kind = kind_of(folder, config, entries)
     state = _read_weights(folder)
     head = {key.removeprefix(HEAD): state.pop(key) for key in [*state] if key.startswith(HEAD)}
-    model = _build(folder, kind, config, state)
+    model = _build(folder, kind, state)
     if ours := entries.get("pretrained_cfg"):
         card, notes, flip = _own_card(entries, ours), (), bool(ours.get("flip"))
     else:
         images = processor.read_images(folder, config, side, kwargs.get(processor.RESAMPLE))
         card, notes, flip = images.card(), images.notes, images.flip
     card["task"] = card.get("task") or PROBLEMS.get(str(entries.get("problem_type")))
-    net = TransformersNet(model, classes=config.num_labels if is_classifier else 0, flip=flip)
+    net = TransformersNet(model, classes=kind.config.num_labels if kind.classifies else 0, flip=flip)
     if head:
         net.reset_classifier(len(head["bias"]))
         net.get_classifier()[0].load_state_dict(head)
@@ -91,45 +91,43 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return {key: each.float() if each.is_floating_point() else each for key, each in read.items()}
 
 
-def _build(folder: Path, kind: type, config: Any, state: dict[str, Tensor]) -> nn.Module:
+def _build(folder: Path, kind: Kind, state: dict[str, Tensor]) -> nn.Module:
     """Builds a network with the weights of a file, all of which it must take.
 
     Raises:
         InputError: weights are missing, left over, of another shape or not finite.
     """
-    model, problems = _try(folder, kind, config, state)
+    model, problems = _try(folder, kind, state)
     # Backbones are published with and without a pooler's weights.
     if problems and all(each.startswith(POOLER) for each in problems["missing"]) and not problems["other"]:
-        model, problems = _try(folder, kind, config, state, add_pooling_layer=False)
+        model, problems = _try(folder, kind, state, add_pooling_layer=False)
     if problems:
         listed = "; ".join(
             f"{what}: {', '.join(each[:LISTED])}{f' and {len(each) - LISTED} more' if len(each) > LISTED else ''}"
             for what, each in (("missing", problems["missing"]), ("not of this network", problems["other"]))
             if each
         )
-        raise InputError(f"the weights of {folder} do not fit {kind.__name__}: {listed}")
+        raise InputError(f"the weights of {folder} do not fit {kind.build.__name__}: {listed}")
     bad = [key for key, each in model.state_dict().items() if each.is_floating_point() and not each.isfinite().all()]
     if bad:
         raise InputError(f"the weights of {folder} have values that are not finite, as in {bad[0]}")
     return model
 
 
-def _try(
-    folder: Path, kind: Any, config: Any, state: dict[str, Tensor], **options: bool
-) -> tuple[nn.Module, dict[str, list[str]]]:
+def _try(folder: Path, kind: Kind, state: dict[str, Tensor], **options: bool) -> tuple[nn.Module, dict[str, list[str]]]:
     """Builds a network, and lists the weights that are missing, and those that are left over or of another shape."""
     try:
         # Transformers renames tensors of earlier versions; files are read by us, and never by it.
         with quiet():
-            model, about = kind.from_pretrained(
-                None, config=config, state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True,
-                attn_implementation="sdpa" if getattr(kind, "_supports_sdpa", False) else "eager",
+            model, about = kind.build.from_pretrained(
+                None, config=kind.config, state_dict={**state}, output_loading_info=True, ignore_mismatched_sizes=True,
+                attn_implementation="sdpa" if getattr(kind.build, "_supports_sdpa", False) else "eager",
                 dtype=torch.float32, **options,
             )  # fmt: skip
     except Exception as error:  # constructors fail in as many ways as configurations can be wrong
-        raise InputError(f"transformers cannot build {folder} as {kind.__name__}: {first_line(error)}") from error
+        raise InputError(f"transformers cannot build {folder} as {kind.build.__name__}: {first_line(error)}") from error
     shapes = [f"{key} {tuple(found)}, expected {tuple(wanted)}" for key, found, wanted in about["mismatched_keys"]]
-    left = sorted(str(key) for key in about["unexpected_keys"])
+    left = sorted(str(key) for key in about["unexpected_keys"] if not str(key).startswith(kind.leaves or "\0"))
     missing = sorted(map(str, about["missing_keys"]))
     return model, {"missing": missing, "other": [*left, *sorted(shapes)]} if missing or left or shapes else {}
 

@@ -1,6 +1,7 @@
 """Makes a network of transformers one that maps normalised images to logits, or to pooled features without a head."""
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -50,15 +51,17 @@ class TransformersNet(nn.Module):
         features = self._pool(output)
         return self.head(features) if self.head is not None else features
 
-    def run(self, images: Tensor, *, fit: bool = True) -> Any:
+    def run(self, images: Tensor, *, fit: bool = True, body: bool = False) -> Any:
         """Returns the outputs of the network itself.
 
         Args:
             images: (n, channels, side, side), normalised.
             fit: whether its position embedding is fitted to images of another size.
+            body: whether its head is left out.
         """
         more = {"interpolate_pos_encoding": True} if fit and self.interpolates and images.shape[-1] != self.side else {}
-        return self.model(images.flip(1) if self.flip else images, **more)
+        net = getattr(self.model, self.model.base_model_prefix, self.model) if body else self.model
+        return net(images.flip(1) if self.flip else images, **more)
 
     def patch_tokens(self, images: Tensor) -> Tensor:
         """Returns features of places, (n, tokens, dimensions): without tokens for the whole image, row by row.
@@ -66,15 +69,34 @@ class TransformersNet(nn.Module):
         Args:
             images: (n, channels, side, side), normalised.
         """
-        body = getattr(self.model, self.model.base_model_prefix, self.model)
-        more = {"interpolate_pos_encoding": True} if self.interpolates and images.shape[-1] != self.side else {}
-        found = body(images.flip(1) if self.flip else images, **more).last_hidden_state
+        return self._places(self.run(images, body=True).last_hidden_state, images).flatten(1, 2)
+
+    def read_parts(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Returns logits or None, pooled features and a map of tokens; arguments and shapes as of `answers.read`.
+
+        Raises:
+            InputError: the network has a head of its own, which hides its features.
+        """
+        if self.pooled is None:
+            raise InputError(
+                f"{type(self.model).__name__} has a head, so its tokens cannot be read beside it; take the network "
+                "without a head (…Model), or leave out --match tokens"
+            )
+        output = self.run(images)
+        features = self._pool(output)
+        logits = self.head(features) if self.head is not None else None
+        return logits, features, self._places(output.last_hidden_state, images)
+
+    def _places(self, found: Tensor, images: Tensor) -> Tensor:
+        """Returns a network's last states as a map, (n, height, width, dimensions)."""
         if found.ndim == 4:
-            return found.flatten(2).transpose(1, 2)
+            return found.permute(0, 2, 3, 1)
         patch = getattr(self.model.config, "patch_size", None)
-        count = (images.shape[-1] // patch) ** 2 if isinstance(patch, int) else found.shape[1]
-        # Class and register tokens come first.
-        return found[:, -count:] if count <= found.shape[1] else found
+        side = images.shape[-1] // patch if isinstance(patch, int) else 0
+        # Deeper layers of some have fewer tokens than patches; class and register tokens come first.
+        if not side or side**2 > found.shape[1]:
+            side = math.isqrt(found.shape[1])
+        return found[:, -(side**2) :].unflatten(1, (side, side))
 
     def _pool(self, output: Any) -> Tensor:
         match self.pooled:
@@ -150,7 +172,9 @@ class TransformersNet(nn.Module):
 def _pooled_output(model: Any) -> str:
     """Returns what stands for a whole image in a network's outputs, a key of `POOLED`; the network is tried once."""
     side = model.config.image_size if isinstance(getattr(model.config, "image_size", None), int) else PROBE_SIDE
-    output = model.eval()(probe(model, side))
+    output, again = (model.eval()(probe(model, side)) for _ in range(2))
+    if not torch.equal(output.last_hidden_state, again.last_hidden_state):
+        raise InputError(f"{type(model).__name__} masks images at random, so it has no features to compare")
     if getattr(output, "image_embeds", None) is not None:
         return "projection"
     if getattr(output, "pooler_output", None) is not None:
