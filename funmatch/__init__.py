@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         predict,
         prepare,
         recipe,
+        select,
         study,
         train,
         tune,
@@ -36,7 +37,7 @@ __all__ = [
     "Card", "Classifier", "InputError", "Interrupted", "Outcome", "Prediction", "Predictions", "TimeLimitReached",
     "Tuned", "__version__",
     "benchmark", "distill", "distill_several", "embed", "evaluate", "export", "finetune", "head",
-    "load", "predict", "prepare", "recipe", "study", "train", "tune",
+    "load", "predict", "prepare", "recipe", "select", "study", "train", "tune",
 ]  # fmt: skip
 
 

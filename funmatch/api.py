@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from funmatch.commands.python.arguments import given, read_call, run_call, space_words
-from funmatch.commands.python.finished import Model, benchmark, embed, evaluate, export, load, predict
+from funmatch.commands.python.finished import Model, benchmark, embed, evaluate, export, load, predict, select
 from funmatch.commands.python.messages import python_words
 from funmatch.commands.python.signatures import with_options
 from funmatch.commands.verbs import TABLES, run_students
@@ -19,7 +19,8 @@ from funmatch.runtime.time_limit import counted_from_here
 
 __all__ = [
     "Images", "Model", "OnEvent", "Outcome", "Result", "Tuned", "benchmark", "distill", "distill_several", "embed",
-    "evaluate", "export", "finetune", "head", "load", "predict", "prepare", "recipe", "study", "train", "tune",
+    "evaluate", "export", "finetune", "head", "load", "predict", "prepare", "recipe", "select", "study", "train",
+    "tune",
 ]  # fmt: skip
 
 Images: TypeAlias = str | Path | Sequence[str | Path]

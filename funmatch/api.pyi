@@ -956,6 +956,74 @@ class PredictOptions(TypedDict, total=False):
     trust_class_order: bool
     """Compare with a teacher whose class names differ, assuming the same order."""
 
+class SelectOptions(TypedDict, total=False):
+    """Options of `funmatch.select`."""
+
+    device: str
+    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
+    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    weights: str | Path | None
+    """File with weights (.safetensors, .pt or BiT .npz), for a teacher given by its timm name. (default: none)"""
+    teacher_weights: str | Path | None
+    """The same as weights."""
+    model_kwargs: KeyValues
+    """Arguments for timm's constructor. weights_key=KEY chooses among several weights in a file, e.g. state_dict_ema.
+    (default: none)"""
+    side: int | None
+    """Image size: side of the square views, in pixels. (default: the run's or the model's own)"""
+    img_size: int | None
+    """The same as side."""
+    eval_resize: int | None
+    """Length of the image's shorter side before the central crop, in pixels. (default: the run's or the model's own)"""
+    eval_resample: Literal["antialias", "bicubic", "area", "tf"] | None
+    """How images are resized: antialias, bicubic, area, or tf (bilinear without antialias). (default: the run's or the
+    model's own)"""
+    batch: int
+    """Images per forward pass. (default: 128)"""
+    batch_size: int
+    """The same as batch."""
+    split: Literal["auto", "train", "val", "test", "all"] | None
+    """Split of data sets that have several; auto is test, else val, else train. (default: auto, and of a folder all
+    images)"""
+    cap: int | None
+    """Images whose shorter side is longer than this, in pixels, are scaled down to it first, as `evaluate` does.
+    (default: the run's, or 512)"""
+    decoder: Literal["auto", "pillow", "torchcodec"] | None
+    """JPEG decoder; auto is torchcodec where it is installed, else Pillow. (default: the run's, or auto)"""
+    max_pixels: int | None
+    """Larger images are rejected as decompression bombs. Those of more than 32,000,000 pixels are decoded one at a
+    time. (default: the run's, or 178,956,970)"""
+    max_scans: int | None
+    """JPEGs of more progressive scans are rejected: each scan takes the time of a whole image. (default: the run's, or
+    100)"""
+    image_feature: str | None
+    """In shards and tables: the feature, file ending or column that holds the image, or its path. (default: one of the
+    usual names)"""
+    path_column: str | None
+    """The same as image_feature."""
+    split_column: str | None
+    """In tables of paths: the column that says train, val or test; none for no splits. (default: one of the usual
+    names)"""
+    image_root: str | Path | None
+    """In tables of paths: the folder that paths are relative to. (default: that of the table)"""
+    data_dir: str | Path | None
+    """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
+    folder in the user's cache)"""
+    per_class: int
+    """Most images of a class."""
+    min_confidence: float
+    """Least probability that the teacher must give to its class. (default: 0)"""
+    without: Names
+    """Images to keep clear of, e.g. those that the student is evaluated on: near copies of them are left out. Of data
+    sets with several splits, these are the validation and test images. (default: none)"""
+    alike: float
+    """How alike two images are if one counts as a near copy of the other: correlation of their grey thumbnails, which
+    may be mirrored or cut by up to a tenth. (default: 0.95)"""
+    overwrite: bool
+    """Replace the file out if it exists."""
+
 @overload
 def distill(
     data: Images,
@@ -1120,6 +1188,24 @@ def predict(model: Model, images: str | Path | np.ndarray | Tensor, **options: U
 @overload
 def predict(model: Model, images: Iterable[AnyImage], **options: Unpack[PredictOptions]) -> Predictions: ...
 def embed(model: Model, images: AnyImage | Iterable[AnyImage], **options: Unpack[EmbedOptions]) -> np.ndarray: ...
+@overload
+def select(
+    pool: Images,
+    teacher: Model,
+    out: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    **options: Unpack[SelectOptions],
+) -> dict[str, Any]: ...
+@overload
+def select(
+    pool: Images | None = None,
+    teacher: Model | None = None,
+    out: str | Path | None = None,
+    *,
+    config: str | Path,
+    **options: Unpack[SelectOptions],
+) -> dict[str, Any]: ...
 def load(
     model: Model,
     *,

@@ -134,6 +134,10 @@ FUNCTIONS = [
     Function(
         "embed", "np.ndarray", {"model": "Model", "images": "AnyImage | Iterable[AnyImage]"}, "EmbedOptions", apart=()
     ),
+    Function(
+        "select", "dict[str, Any]", {"pool": "Images", "teacher": "Model"}, "SelectOptions", {"out": PATH},
+        apart=("config",),
+    ),
 ]  # fmt: skip
 
 
@@ -173,7 +177,7 @@ def classes() -> Iterator[str]:
         ("export", TABLES["export"], {"model", "out", "config"}),
         ("benchmark", TABLES["benchmark"], {"models", "config"}),
         ("study", TABLES["study"], {"name", "out"}), ("embed", ImageOptions, {"model"}),
-        ("predict", PredictionOptions, {"model"}),
+        ("predict", PredictionOptions, {"model"}), ("select", TABLES["select"], {"pool", "teacher", "out", "config"}),
     ):  # fmt: skip
         own, base = keys(table, named), "TypedDict"
         if issubclass(table, Images):

@@ -226,7 +226,7 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         for old, new in replacements.items():
             command = command.replace(old, new)
         # Nothing is trained, so a teacher may be as weak as it is.
-        if command.startswith("funmatch predict"):
+        if command.startswith(("funmatch predict", "funmatch select")):
             command = command.replace(" --allow-weak-teacher", "")
         # Several pages export the same run, each as if it were the first.
         if command.startswith("funmatch export") and "--out" not in command:

@@ -51,6 +51,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb(config.Export, "commands.export:run", "commands.export:show"),
     "prepare": Verb(config.Prepare, "commands.images.prepare:run", "commands.images.prepare:show", loads="PyTorch"),
     "data": Verb(config.Data, "commands.images.data:run", "commands.images.prepare:show", loads="PyTorch"),
+    "select": Verb(config.Select, "commands.images.select:run", "commands.images.select:show"),
     "cache": Verb(config.Cache, "commands.images.cache:run", "commands.images.cache:show", loads=""),
     "models": Verb(
         tools.Models, "commands.networks.models:list_models", "commands.networks.models:show_models", loads=""

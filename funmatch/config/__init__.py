@@ -7,6 +7,7 @@ from funmatch.config.finished.evaluate import Evaluate
 from funmatch.config.finished.export import Export
 from funmatch.config.finished.head import Head
 from funmatch.config.finished.predict import Embed, ImageOptions, Predict, PredictionOptions
+from funmatch.config.finished.select import Select
 from funmatch.config.metadata import Changes, Group, Opt
 from funmatch.config.optim import Schedule
 from funmatch.config.options import Machine, Options, options_changing
@@ -27,6 +28,6 @@ __all__ = [
     "PLANNED", "SEARCHED", "TAUGHT", "UNCOMPARED", "Benchmark", "Cache", "Changes", "Config", "Data", "Demo", "Distill",
     "Embed", "Evaluate", "Export", "Finetune", "Group", "Head", "ImageOptions", "Images", "Import", "Machine", "Models",
     "Named", "Opt", "Options", "Pictures", "Plan", "Precision", "Predict", "PredictionOptions", "Prepare", "Recipes",
-    "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Study", "Tape", "Teaching",
-    "Train", "Words", "options_changing",
+    "Report", "Schedule", "Search", "SearchDistill", "SearchFinetune", "SearchTrain", "Select", "Study", "Tape",
+    "Teaching", "Train", "Words", "options_changing",
 ]  # fmt: skip

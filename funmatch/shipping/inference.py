@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funmatch.config import ImageOptions
+from funmatch.config.finished.predict import ImageReading
 from funmatch.data.cache.scan import reason_of
 from funmatch.data.decode import pick_decoder
 from funmatch.data.limits import MAX_PIXELS, MAX_SCANS, Limits, is_of_machine
@@ -83,7 +83,7 @@ class _Views:
     views: dict[Preprocessing, Tensor]
 
 
-def decoding_of(config: ImageOptions, trained: TrainedModel) -> Decoding:
+def decoding_of(config: ImageReading, trained: TrainedModel) -> Decoding:
     """Returns how images are decoded: as given, else as in the run, else as `evaluate` does."""
     knobs = trained.knobs
     # The run's own values: with another cap, large images would be other pixels than when it was evaluated.

@@ -18,6 +18,7 @@ COMMANDS = {
     "cache": ("clean", "clear", "gc"),
     "import": ("convert",),
     "predict": ("infer", "inference", "classify", "label"),
+    "select": ("choose", "filter", "pseudo-label", "curate"),
     "embed": ("features", "extract", "embeddings"),
     "export": ("onnx", "to-onnx", "quantize", "deploy"),
     "benchmark": ("bench", "speed", "latency", "throughput"),

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from funmatch.config import TAUGHT, Distill, Head, Plan, Predict
+from funmatch.config import TAUGHT, Distill, Head, Plan, Predict, Select
 from funmatch.config.finished.benchmark import EXPORTED, NO_TEACHER, Benchmark
 from funmatch.config.finished.predict import ImageFiles
 from funmatch.config.metadata import Refers
@@ -123,7 +123,7 @@ CHECKS: dict[Refers, Callable[[str], None]] = {
 
 def _problems_of_place(verb: str, options: Options) -> Iterator[str]:
     """Yields why a run cannot be written where `out` says, or is another one than the run that is there."""
-    if isinstance(options, ImageFiles):
+    if isinstance(options, ImageFiles | Select):
         yield from _problems_of_file(options)
         return
     if isinstance(options, Benchmark):
@@ -164,7 +164,7 @@ def _check_head(out: str) -> None:
         record.check_free()
 
 
-def _problems_of_file(options: ImageFiles) -> Iterator[str]:
+def _problems_of_file(options: ImageFiles | Select) -> Iterator[str]:
     """Yields why rows cannot be written to the file of `out`, or not in their format."""
     out = options.out.expanduser() if options.out else None
     tests: list[Callable[[str], object]] = [lambda _: tables.check_out(out, overwrite=options.overwrite)]

@@ -1,4 +1,4 @@
-"""The functions for a finished run or a model: evaluate, export, benchmark, predict, embed, load."""
+"""The functions for a finished run or a model: evaluate, export, benchmark, predict, embed, select, load."""
 
 # Annotations stay text, so that they may name torch's classes, which are not imported.
 from __future__ import annotations
@@ -140,6 +140,28 @@ def embed(model: Model, images: Any, **options: Any) -> np.ndarray:
         call = _finished_call("embed", ImageOptions, given({"model": model}) | options)
         rows, reasons = load_function("shipping.embed:embed_given")(call.options, images, call.objects)
         return _only(rows, images, reasons[0]) if _is_single(images) else rows
+
+
+@with_options(TABLES["select"], "select")
+def select(
+    pool: str | Path | Sequence[str | Path] | None = None,
+    teacher: Model | None = None,
+    out: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Chooses images from an unlabelled pool: for each class those that a teacher is surest of, as a table of paths.
+
+    Args:
+        pool: folders, files, patterns or tables of paths.
+        teacher: a run folder, a finished run, any model name, or a module.
+        out: the table, .csv or .parquet; `data="csv:chosen.csv"` reads it.
+
+    Returns:
+        `images`, `unreadable`, `unsure`, `chosen`, `classes`, `short`, `kept_clear`, `repeated`, `out`, `teacher`,
+        `seconds`.
+    """
+    named = {"pool": pool, "teacher": teacher, "out": out}
+    return run_call("select", TABLES["select"], given(named) | options).to_json()
 
 
 def load(

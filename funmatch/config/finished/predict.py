@@ -13,11 +13,9 @@ from funmatch.config.values import Names
 DATA, PLACE, TEACHER = Changes.DATA, Changes.PLACE, Changes.TEACHER
 
 
-class ImageOptions(FinishedModel):
+class ImageReading(FinishedModel):
     """How the images that a model is used on are read."""
 
-    model: Annotated[str, MODEL]
-    """Run folder, or any model that `distill --teacher` takes."""
     split: Annotated[
         Literal["auto", "train", "val", "test", "all"] | None,
         Opt(group=Group.DATA, changes=DATA, usual="auto, and of a folder all images"),
@@ -42,6 +40,13 @@ class ImageOptions(FinishedModel):
     """In tables of paths: the folder that paths are relative to."""
     data_dir: Annotated[Path | None, like(Images, "data_dir")] = None
     """Folder that holds the catalog's data sets, and into which they are downloaded."""
+
+
+class ImageOptions(ImageReading):
+    """A model, and how the images that it is used on are read."""
+
+    model: Annotated[str, MODEL]
+    """Run folder, or any model that `distill --teacher` takes."""
 
 
 class ImageFiles(ImageOptions):

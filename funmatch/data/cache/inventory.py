@@ -17,6 +17,7 @@ OTHERS = {
     "features": "features for heads",
     "kernels": "compiled kernels",
     "remote": "downloaded images",
+    "selections": "what a teacher said of a pool",
 }
 """Folders of other things that can be made or fetched again."""
 

@@ -108,9 +108,14 @@ def _read_text(path: Path, shown: str) -> Table:
     names = tuple(name.strip() for name in rows[0])
 
     def read(index: int) -> list[Cell]:
-        return [row[index].strip() for row in rows[1:]]
+        return [_without_mark(row[index].strip()) for row in rows[1:]]
 
     return Table(shown, names, lines[1:], "line", read)
+
+
+def _without_mark(cell: str) -> str:
+    """Returns a cell without the apostrophe by which tables keep spreadsheets from running a text as a formula."""
+    return cell[1:] if cell[:1] == "'" and cell[1:2] in ("=", "+", "-", "@") else cell
 
 
 def _decode(content: bytes, shown: str) -> str:

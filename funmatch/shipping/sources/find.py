@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from funmatch.config import ImageOptions
+from funmatch.config.finished.predict import ImageReading
 from funmatch.data.dataset import ORDER, Dataset, ReadOptions, Track
 from funmatch.data.decode import EXTENSIONS
 from funmatch.data.readers.folder_listing import ending
@@ -21,6 +21,9 @@ from funmatch.runtime.addresses import check_scheme, is_address
 from funmatch.runtime.log import info, track
 from funmatch.shipping.sources.files import MAGIC, ImageFile, match_pattern, one_file, read_list, walk_folder
 
+TRAINING, EVALUATION = "training", "evaluation"
+"""Splits of a data set: the one that is trained on, or the only one; validation and test images, or all if there are
+neither."""
 LIST = "-"
 """Stands for a list of paths on standard input."""
 
@@ -47,8 +50,8 @@ def find_images(
         paths: each a file, a folder, a pattern with `*`, `?`, `[…]` or `**`, a data set (`tfrecord:…`, `wds:…`,
             `hf:…`, a name of the catalog), or `-` for a list of paths on standard input.
         options: how data sets are read.
-        split: auto, train, val, test or all, of data sets and folders that have several; None is auto, and takes
-            folders whole.
+        split: auto, train, val, test or all, of data sets and folders that have several; `TRAINING` or `EVALUATION`;
+            None is auto, and takes folders whole, as `TRAINING` does.
         track: shows progress.
 
     Raises:
@@ -60,14 +63,18 @@ def find_images(
     return ImageStream(chain.from_iterable(stream.images for stream in streams), count)
 
 
-def open_images(config: ImageOptions, paths: Sequence[str]) -> ImageStream:
-    """Finds the images of paths, as configured."""
+def open_images(config: ImageReading, paths: Sequence[str], split: str | None = None) -> ImageStream:
+    """Finds the images of paths, as configured.
+
+    Args:
+        split: as of `find_images`, where the configuration has none.
+    """
     # Labels are not used, so they need not be there or fit.
     names = {field.name for field in fields(ReadOptions)} & set(type(config).model_fields)
     read = {name: getattr(config, name) for name in names}
     # A file that is not there gets a row that says so, as one that cannot be decoded.
     options = ReadOptions(**read, unlabelled=True, follow_links=True, on_bad="skip")
-    return find_images(paths, options, config.split)
+    return find_images(paths, options, config.split or split)
 
 
 def check_path(path: str) -> None:
@@ -110,9 +117,9 @@ def _find(path: str, options: ReadOptions, split: str | None, track: Track) -> I
     if path == LIST:
         return ImageStream(_started(read_list(sys.stdin), lambda: "the list of paths on standard input is empty"), None)
     place = os.path.expanduser(path)
-    if is_address(path) and (_names_images(path) or split is None):
+    if is_address(path) and (_names_images(path) or split in (None, TRAINING)):
         return _of_address(path, track)
-    if is_source(path) or is_address(path) or (split is not None and os.path.isdir(place)):
+    if is_source(path) or is_address(path) or (split not in (None, TRAINING) and os.path.isdir(place)):
         return _of_dataset(path, options, split or "auto", track)
     if os.path.isdir(place):
         return ImageStream(_started(walk_folder(place), lambda: _no_images(path, place)), None)
@@ -181,6 +188,10 @@ def _pick_splits(dataset: Dataset, spec: str, split: str) -> list[str]:
     known = [name for name in ORDER if name in dataset.splits or name in held_out]
     if split == "all":
         return [*dataset.splits]
+    if split == TRAINING:
+        return known[:1]
+    if split == EVALUATION:
+        return [name for name in known if name != "train"] or known
     if split == "auto":
         if len(known) > 1:
             info(f"{spec}: the images of {known[-1]}; pass --split for others ({', '.join(known)}, all)")
