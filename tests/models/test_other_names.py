@@ -35,7 +35,8 @@ def assert_same_logits(model, net, side):
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     expected = net(images)
     assert expected.std() > 1e-3
-    assert torch.allclose(model.net.eval()(images), expected, rtol=1e-5, atol=1e-5)
+    # Kernels in another layout sum in another order.
+    assert (model.net.eval()(images) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def convnext():
