@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from funmatch.commands import rank_teachers
 from funmatch.commands.common.ready import build, prepared
 from funmatch.config import Distill, Plan, Train
 from funmatch.config.choices import STRATEGIES
+from funmatch.config.search import PlanDistill
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.loader import Batch
 from funmatch.data.prefetch import prefetch
@@ -73,6 +75,8 @@ class Parts:
 
 def run(config: Train) -> Result:
     """Estimates a run; see `measure`. This process's start-up time counts, since the run will need it too."""
+    if isinstance(config, PlanDistill) and config.teachers:
+        return Result(None, rank_teachers.rank(config))
     plot = config.plot if isinstance(config, Plan) else None
     return Result(None, measure(config, loading=env.seconds_since_start(), plot=plot))
 
@@ -233,8 +237,11 @@ def tape_bytes(setup: TrainSetup[Any]) -> int | None:
 
 
 def show(result: Result) -> None:
-    """Prints the estimate of a run."""
+    """Prints the estimate of a run, or its candidate teachers."""
     estimate = result.metrics
+    if "teachers" in estimate:
+        rank_teachers.show(estimate)
+        return
     parts = estimate["parts"]
     # Parts of less than a second do not matter to an estimate.
     times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)

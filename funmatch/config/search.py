@@ -1,14 +1,15 @@
 """The tables of tune and plan: options of a search, or of a forecast, beside those of the runs."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from funmatch.config.distill import Distill
 from funmatch.config.metadata import Changes, Group, OnResume, Opt
 from funmatch.config.options import Options, like
 from funmatch.config.train import Finetune, Train
+from funmatch.config.values import Names
 
 STUDENT, PLACE = Changes.STUDENT, Changes.PLACE
 TRIALS = 20
@@ -133,6 +134,44 @@ class PlanFinetune(Plan, Finetune):
 
 class PlanDistill(Plan, Distill):
     """Forecast the time, memory and disk space that `funmatch distill` takes on this machine."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "funmatch plan distill --data ~/images --teacher runs/teacher --student resnet18 --epochs 99 --out runs/first",
+        "funmatch plan distill --data ~/images --teachers runs/a runs/b --student resnet18 --epochs 99 --out runs/c",
+    )
+
+    # Not required: candidates stand for it, and are checked as teachers.
+    teacher: Annotated[Names, like(Distill, "teacher")] = ()
+    teachers: Annotated[
+        Names,
+        Opt(group=Group.TEACHER, changes=PLACE, study=False, essential=True, usual="none", metavar="MODEL …",
+            replaces=("teacher", *Distill.opt("teacher").replaces)),
+        Field(exclude=True),
+    ] = ()  # fmt: skip
+    """Rank these candidate teachers instead, from their answers alone: accuracy, entropy, spread of the mean answer
+    over the run's views, cost of an image. Options of teachers are for each of them."""
+    teachers_views: Annotated[
+        int, Opt(group=Group.TEACHER, changes=PLACE, study=False, at_least=20, at_most=10**9), Field(exclude=True)
+    ] = 2560
+    """Training views that each of --teachers is shown."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _load_candidates(cls, values: Any) -> Any:
+        """Has the candidates loaded as the teachers of a run are, and their options checked."""
+        if not isinstance(values, dict) or values.get("teacher"):
+            return values
+        return {**values, "teacher": values.get("teachers") or ()}
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.teachers and self.teacher != self.teachers:
+            found.append("--teachers are the candidates for --teacher; leave out --teacher")
+        if self.teachers and self.teacher_is_fixed:
+            found.append(f"--teachers ranks by the views that teachers see, which --strategy {self.strategy} fixes")
+        if self.teachers and not self.matches_logits:
+            found.append("--teachers ranks by probabilities, which --match features does not use")
+        return found + super().problems()
 
 
 PLANNED: dict[str, type[Plan]] = {"train": PlanTrain, "finetune": PlanFinetune, "distill": PlanDistill}

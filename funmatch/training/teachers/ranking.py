@@ -1,0 +1,115 @@
+"""Compares candidate teachers before a run, from their answers alone."""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funmatch.config import Distill
+from funmatch.data.loader import Batch
+from funmatch.data.prefetch import prefetch
+from funmatch.models.ensemble import TeacherEnsemble
+from funmatch.models.flops import gflop
+from funmatch.runtime import devices
+from funmatch.runtime.log import ProgressBar
+from funmatch.training.distill import views_by_side
+from funmatch.training.evaluation import scoring
+from funmatch.training.objective import TeacherLogits
+from funmatch.training.setup import TrainSetup
+
+GROUPS = 10
+"""Parts of the views over whose mean answers the spread is taken."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A teacher's answers to training views.
+
+    Attributes:
+        probabilities: (views, classes) float32 on the CPU, at temperature 1.
+        seconds: of the forward pass of each batch, for one view.
+    """
+
+    probabilities: Tensor
+    seconds: list[float]
+
+
+def compare(
+    setup: TrainSetup[Distill], teachers: TeacherEnsemble, logits: TeacherLogits, views: int
+) -> list[dict[str, Any]]:
+    """Compares the members of an ensemble.
+
+    Args:
+        setup: the run, whose views they are shown.
+        teachers: the candidates, frozen.
+        logits: theirs on the validation split.
+        views: number of training views that each is shown; the same for all.
+
+    Returns:
+        for each candidate `teacher`, `top1` on the validation images (None without labels), `entropy` of its answers
+        to the views (nats), `spread` of its mean answer, `gflop` (None where it cannot be counted) and `ms` of the
+        forward pass of one view, `parameters`, `side`; the best first: the most accurate, or without labels the one of
+        the smallest spread.
+    """
+    split = setup.evaluation.validation
+    answers = answer_views(setup, teachers, views)
+    found: list[dict[str, Any]] = []
+    for member, own, each in zip(teachers.members, logits.members, answers, strict=True):
+        found.append({
+            "teacher": member.name,
+            "top1": scoring.score(own, split)["top1"],
+            "entropy": float(torch.special.entr(each.probabilities.double()).sum(-1).mean()),
+            "spread": spread_of_mean(each.probabilities),
+            "gflop": gflop(member.frozen.classifier.net, member.side),
+            # Without the first batch, which compiles kernels.
+            "ms": 1e3 * median(each.seconds[1:] or each.seconds),
+            "parameters": member.frozen.size,
+            "side": member.side,
+        })  # fmt: skip
+    return sorted(found, key=lambda row: row["spread"] if row["top1"] is None else -row["top1"])
+
+
+@torch.inference_mode()
+def answer_views(setup: TrainSetup[Distill], teachers: TeacherEnsemble, views: int) -> list[Answers]:
+    """Returns the answers of each member of an ensemble to the first training views of a run."""
+    loader, device = setup.loader, setup.loop.device
+    steps = math.ceil(views / loader.size)
+    probabilities: list[list[Tensor]] = [[] for _ in teachers.members]
+    seconds: list[list[float]] = [[] for _ in teachers.members]
+    finish = partial(Batch.pin_memory, device=device)
+    with ProgressBar("views", steps, 0) as bar:
+        for number, batch in enumerate(prefetch(loader, 0, steps, workers=setup.workers, finish=finish), 1):
+            shown, _ = views_by_side(batch.to(device), loader.teacher_sides)
+            for member, answered, times in zip(teachers.members, probabilities, seconds, strict=True):
+                devices.synchronize(device)
+                began = time.perf_counter()
+                logits = teachers.forward_chunked(member, shown[member.side])
+                # Without it only the launch of kernels would be timed.
+                devices.synchronize(device)
+                times.append((time.perf_counter() - began) / len(logits))
+                answered.append(logits.float().softmax(-1).cpu())
+            bar.update(number, f"{number * loader.size:,}")
+    return [Answers(torch.cat(answered)[:views], times) for answered, times in zip(probabilities, seconds, strict=True)]
+
+
+def spread_of_mean(probabilities: Tensor) -> float:
+    """Computes how much the mean answer to some views differs from that to others ("T. stddev").
+
+    Args:
+        probabilities: (views, classes), in the order of the views.
+
+    Returns:
+        the standard deviation, over `GROUPS` parts of the views, of the mean probability of a class; the mean over
+        classes.
+
+    References:
+        Wang et al., "What Makes a 'Good' Data Augmentation in Knowledge Distillation", NeurIPS 2022, section 3.
+    """
+    size = len(probabilities) // GROUPS
+    means = probabilities[: size * GROUPS].double().view(GROUPS, size, -1).mean(1)
+    return float(means.std(0).mean())
