@@ -22,7 +22,7 @@ from test_bit import as_second_layout, random_bit
 from funmatch.cli import parse
 from funmatch.commands.study.spec import parse as parse_study
 from funmatch.commands.verbs import TABLES
-from funmatch.config import SEARCHED, Distill
+from funmatch.config import PLANNED, SEARCHED, Distill
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -100,7 +100,7 @@ def test_every_option_mentioned_exists(page):
     """Options in inline code that begins with `--` or `funmatch`; other programs have options of their own."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     code = [span for span in re.findall(r"`([^`]+)`", text) if span.startswith(("--", "funmatch "))]
-    tables = [*TABLES.values(), *SEARCHED.values()]
+    tables = [*TABLES.values(), *SEARCHED.values(), *PLANNED.values()]
     for flag in {flag for span in code for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span)}:
         known = flag in SHOW_AND_EXIT or any(table.field_of(flag.replace("--no-", "--")) for table in tables)
         assert known, f"{flag} is not an option"
@@ -203,6 +203,7 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "distill pet37-fast": "recipes sun397-fast --no-measure",
         **{name: SMALL[name] for name in ("resnetv2_101x1_bit.goog_in21k", "--teacher runs/teacher")},
         "pets_teacher_savedmodel": f"{tmp_path}/bit.npz",
+        "--teachers runs/a runs/b": "--teachers runs/labels runs/labels",
         "--teacher runs/a --teacher runs/b": "--teacher runs/labels --teacher runs/labels --allow-weak-teacher",
         "--teacher-side 224 384": "--teacher-side 32 48",
         "--side 160": "--side 32",

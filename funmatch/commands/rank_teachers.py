@@ -49,7 +49,8 @@ def show(ranked: dict[str, Any]) -> None:
         ]
         for row in ranked["teachers"]
     ]
-    headings = ["teacher", f"top-1 on {ranked['split']}", "entropy (nats)", "spread of mean", "GFLOP", "ms an image"]
+    headings = ["teacher", "top-1", "entropy", "spread", "GFLOP", "ms"]
     print_table(f"teachers, shown {ranked['views']:,} views of {ranked['strategy']}", headings, rows)
     order = "accuracy" if labelled else "spread, as there are no labels: a teacher that knows nothing has the smallest"
+    print_line(f"top-1 on {ranked['split']}; entropy in nats; spread of the mean answer; GFLOP and ms an image")
     print_line(f"ordered by {order}; how much these figures predict: docs/distillation.md")
