@@ -354,6 +354,14 @@ class DistillOptions(TrainOptions, total=False):
     standardise_features: Literal["auto", "on", "off"]
     """Standardise the teacher's features, each dimension to mean 0 and deviation 1 by the first batches; auto: where
     there are several teachers. (default: auto)"""
+    classes_from: Literal["FILE", "data"] | None
+    """For networks of image and text (clip:MODEL), the classes that they tell apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the data's own class names. Underscores
+    are read as spaces. (default: none)"""
+    templates: Literal["openai-80", "short", "none", "FILE"] | None
+    """Sentences in which a class name is put, whose embeddings are averaged: the 80 that are usual for ImageNet, the 7
+    of them that do best together, none, or a text file with one a line, {} where the name stands. (default: openai-80;
+    none for descriptions)"""
     teacher_weights: Names
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""
@@ -444,7 +452,7 @@ class RecipeOptions(DistillOptions, total=False):
     of these at an address (gs://, s3://, hf://, https://). Several are joined."""
     teacher: Models
     """Network to match, or several: a run folder, a timm name, hf-hub:user/model or the folder of a model (of timm or
-    transformers), a BiT checkpoint path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras,
+    transformers), a BiT checkpoint path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, clip:MODEL,
     package.module:function, or fashion-mini-teacher."""
     out: str | Path
     """Run folder. The same command again resumes from its newest checkpoint."""
@@ -487,7 +495,7 @@ class TuneOptions(DistillOptions, total=False):
     of these at an address (gs://, s3://, hf://, https://). Several are joined."""
     teacher: Models
     """Network to match, or several: a run folder, a timm name, hf-hub:user/model or the folder of a model (of timm or
-    transformers), a BiT checkpoint path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras,
+    transformers), a BiT checkpoint path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, clip:MODEL,
     package.module:function, or fashion-mini-teacher."""
     config: str | Path | None
     """File of options: .toml (`funmatch config` writes a template), .yaml, or the config.json of a run. Options on the
@@ -526,6 +534,14 @@ class EvaluateOptions(ImagesOptions, total=False):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
     others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    classes_from: Literal["FILE", "data"] | None
+    """For networks of image and text (clip:MODEL), the classes that they tell apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the data's own class names. Underscores
+    are read as spaces. (default: none)"""
+    templates: Literal["openai-80", "short", "none", "FILE"] | None
+    """Sentences in which a class name is put, whose embeddings are averaged: the 80 that are usual for ImageNet, the 7
+    of them that do best together, none, or a text file with one a line, {} where the name stands. (default: openai-80;
+    none for descriptions)"""
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
@@ -609,6 +625,13 @@ class HeadOptions(ImagesOptions, total=False):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
     others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    classes_from: Literal["FILE", "data"] | None
+    """For a network of image and text (clip:MODEL), the classes that it tells apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the class names of the images that it
+    is evaluated on. Without it, its outputs are embeddings. (default: none)"""
+    templates: Literal["openai-80", "short", "none", "FILE"] | None
+    """Sentences in which a class name is put: openai-80, short, none, or a text file with one a line, {} where the name
+    stands. (default: openai-80; none for descriptions)"""
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
@@ -661,6 +684,13 @@ class ExportOptions(ImagesOptions, total=False):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
     others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    classes_from: Literal["FILE", "data"] | None
+    """For a network of image and text (clip:MODEL), the classes that it tells apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the class names of the images that it
+    is evaluated on. Without it, its outputs are embeddings. (default: none)"""
+    templates: Literal["openai-80", "short", "none", "FILE"] | None
+    """Sentences in which a class name is put: openai-80, short, none, or a text file with one a line, {} where the name
+    stands. (default: openai-80; none for descriptions)"""
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
@@ -722,6 +752,18 @@ class ExportOptions(ImagesOptions, total=False):
 class BenchmarkOptions(ImagesOptions, total=False):
     """Options of `funmatch.benchmark`."""
 
+    device: str
+    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
+    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    classes_from: Literal["FILE", "data"] | None
+    """For a network of image and text (clip:MODEL), the classes that it tells apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the class names of the images that it
+    is evaluated on. Without it, its outputs are embeddings. (default: none)"""
+    templates: Literal["openai-80", "short", "none", "FILE"] | None
+    """Sentences in which a class name is put: openai-80, short, none, or a text file with one a line, {} where the name
+    stands. (default: openai-80; none for descriptions)"""
     teacher_weights: Names
     """File with the weights (.safetensors, .pt or BiT .npz) of each teacher given by its timm name; `none` for one that
     brings its own. Its head decides the classes. (default: none)"""
@@ -743,11 +785,6 @@ class BenchmarkOptions(ImagesOptions, total=False):
     trust_class_order: bool
     """Continue although the class names of a teacher (or of the evaluated model) differ from the data's, or are numbers
     that it seems to have in another order, assuming the same order."""
-    device: str
-    """Device to compute on: auto, cpu, or an accelerator by PyTorch's name (cuda, cuda:1, mps, xpu). (default: auto)"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
-    """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
-    others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
@@ -835,6 +872,13 @@ class EmbedOptions(TypedDict, total=False):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
     others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    classes_from: Literal["FILE", "data"] | None
+    """For a network of image and text (clip:MODEL), the classes that it tells apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the class names of the images that it
+    is evaluated on. Without it, its outputs are embeddings. (default: none)"""
+    templates: Literal["openai-80", "short", "none", "FILE"] | None
+    """Sentences in which a class name is put: openai-80, short, none, or a text file with one a line, {} where the name
+    stands. (default: openai-80; none for descriptions)"""
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
@@ -892,6 +936,13 @@ class PredictOptions(TypedDict, total=False):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
     others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    classes_from: Literal["FILE", "data"] | None
+    """For a network of image and text (clip:MODEL), the classes that it tells apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the class names of the images that it
+    is evaluated on. Without it, its outputs are embeddings. (default: none)"""
+    templates: Literal["openai-80", "short", "none", "FILE"] | None
+    """Sentences in which a class name is put: openai-80, short, none, or a text file with one a line, {} where the name
+    stands. (default: openai-80; none for descriptions)"""
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a model given by its timm name. (default: none)"""
     model_kwargs: KeyValues
@@ -964,6 +1015,13 @@ class SelectOptions(TypedDict, total=False):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """Floating-point format of the networks. auto is bf16 on accelerators that support it, fp16 with loss scaling on
     others; on a CPU fp32, or bf16 where the student trains clearly faster in it. (default: auto)"""
+    classes_from: Literal["FILE", "data"] | None
+    """For a network of image and text (clip:MODEL), the classes that it tells apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the class names of the images that it
+    is evaluated on. Without it, its outputs are embeddings. (default: none)"""
+    templates: Literal["openai-80", "short", "none", "FILE"] | None
+    """Sentences in which a class name is put: openai-80, short, none, or a text file with one a line, {} where the name
+    stands. (default: openai-80; none for descriptions)"""
     weights: str | Path | None
     """File with weights (.safetensors, .pt or BiT .npz), for a teacher given by its timm name. (default: none)"""
     teacher_weights: str | Path | None

@@ -18,6 +18,7 @@ import torch
 from make_images import paint
 from PIL import Image
 from test_bit import as_second_layout, random_bit
+from test_clip import VIT, write_open_clip
 
 from funmatch.cli import parse
 from funmatch.commands.study.spec import parse as parse_study
@@ -189,6 +190,7 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
     for number in range(8):  # calibration needs 16 training images
         paint(images / "train" / "bee" / f"more-{number}.jpg", 50 + number)
     tiny = timm.create_model("resnet10t", channels=(8, 8, 16, 16), stem_width=8).state_dict()
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
     torch.save({"state_dict": tiny, "state_dict_ema": tiny}, tmp_path / "checkpoint.pth.tar")
     replacements = {
         "import resnet50 --weights checkpoint.pth.tar --model-kwargs": f"import resnet10t --weights "
@@ -197,6 +199,8 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "--student-kwargs channels=8,8,16,16 stem_width=8",
         "funmatch demo": "funmatch demo --steps 20",
         "--step 1200": "--step 1",
+        "clip:ViT-B-32/laion2b_s34b_b79k": f"clip:{write_open_clip(tmp_path / 'clip', VIT)}",
+        "--classes-from names.txt": f"--classes-from {tmp_path}/names.txt",
         "keras savedmodel tflite": "torch-export",  # without TensorFlow, which the slow tests of exports need
         "--trials 20": "--trials 2",
         "recipes pet37-fast": "recipes flowers102-fast --no-measure",

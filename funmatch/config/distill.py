@@ -33,10 +33,11 @@ class Distill(Train, Teaching, Matching):
         Names,
         Opt(group=Group.TEACHER, changes=TEACHER, essential=True, refers=Refers.MODEL, content="teacher",
             metavar="MODEL …",
-            replaces=("teacher_weights", "teacher_kwargs", "teacher_side", "teacher_share", "classes")),
+            replaces=("teacher_weights", "teacher_kwargs", "teacher_side", "teacher_share", "classes", "classes_from",
+                      "templates")),
     ]  # fmt: skip
     """Network to match, or several: a run folder, a timm name, hf-hub:user/model or the folder of a model (of timm or
-    transformers), a BiT checkpoint path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras,
+    transformers), a BiT checkpoint path.npz or bit:R152x2_T_pet128, savedmodel:path, path.keras, clip:MODEL,
     package.module:function, or fashion-mini-teacher."""
     teacher_precision: Annotated[Precision, Opt(group=Group.TEACHER, changes=TEACHER | Changes.ARITHMETIC)] = "auto"
     """Floating-point format of the frozen teacher; auto is the fastest whose outputs for the first batch equal those in

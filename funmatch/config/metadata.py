@@ -65,6 +65,8 @@ class Refers(Enum):
     MEASURED = "a model, an exported file, or none"
     WEIGHTS = "a file of weights, or none"
     CLASS_MAP = "a file of a class map, same-names, or by-number"
+    CLASS_NAMES = "a file of class names, or data"
+    TEMPLATES = "a file of templates, or the name of a set"
     FILE = "a file or folder"
 
 

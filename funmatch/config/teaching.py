@@ -7,9 +7,48 @@ from funmatch.config.options import Options
 from funmatch.config.values import Integers, Names, Numbers, Pairs
 
 TEACHER = Changes.TEACHER
+CLIP = "clip:"
+"""Prefix of the names of networks of image and text."""
 
 
-class Teaching(Options):
+class ByText(Options):
+    """How class names make a classifier of a network of image and text."""
+
+    classes_from: Annotated[
+        str | None,
+        Opt(group=Group.TEACHER, changes=TEACHER, refers=Refers.CLASS_NAMES, content="teacher", usual="none",
+            metavar="FILE|data"),
+    ] = None  # fmt: skip
+    """For networks of image and text (clip:MODEL), the classes that they tell apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the data's own class names. Underscores
+    are read as spaces."""
+    templates: Annotated[
+        str | None,
+        Opt(group=Group.TEACHER, changes=TEACHER, refers=Refers.TEMPLATES, content="teacher",
+            usual="openai-80; none for descriptions", metavar="openai-80|short|none|FILE"),
+    ] = None  # fmt: skip
+    """Sentences in which a class name is put, whose embeddings are averaged: the 80 that are usual for ImageNet, the 7
+    of them that do best together, none, or a text file with one a line, {} where the name stands."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.classes_from is not None and not self._names_clip():
+            found.append(f"classes_from is for networks of image and text ({CLIP}MODEL), and no model is one")
+        if self.templates is not None and self.classes_from is None:
+            found.append("templates belong to classes_from, which is not given")
+        return found + super().problems()
+
+    def _names_clip(self) -> bool:
+        """Whether any option names a network of image and text."""
+        named = [
+            getattr(self, name) for name in type(self).where(lambda opt: opt.refers in (Refers.MODEL, Refers.MEASURED))
+        ]
+        return any(
+            str(each).startswith(CLIP) for value in named for each in (value if isinstance(value, tuple) else [value])
+        )
+
+
+class Teaching(ByText):
     """The teachers, and how several become one."""
 
     teacher_weights: Annotated[
@@ -56,7 +95,12 @@ class Teaching(Options):
 
     def problems(self) -> list[str]:
         # The field is declared by the tables that use this one, each with its own default and help.
-        found, teachers = [], len(getattr(self, "teacher", ()))
+        names = getattr(self, "teacher", ())
+        found, teachers = [], len(names)
+        # Features are matched without any classes.
+        needed = getattr(self, "matches_logits", True) and self.classes_from is None
+        if needed and (nameless := [name for name in names if name.startswith(CLIP)]):
+            found.append(f"teacher {nameless[0]} knows no classes by itself; name them with --classes-from names.txt")
         for name, values, single in (
             ("teacher_weights", self.teacher_weights, 0),
             ("teacher_side", self.teacher_side, 1),

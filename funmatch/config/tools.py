@@ -8,6 +8,7 @@ from funmatch.config.finished.model import FinishedModel
 from funmatch.config.loop import Loop
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, Options, like
+from funmatch.config.teaching import ByText
 from funmatch.config.train import Train
 from funmatch.config.values import Duration, Names, Pairs, duration_problems
 
@@ -156,7 +157,7 @@ class Tape(Options):
     """Run the teacher again for this many of the steps, and compare."""
 
 
-class Import(Options):
+class Import(ByText):
     """Convert a checkpoint (Keras SavedModel or file, BiT .npz, any named model) into a folder that timm loads."""
 
     verbs: ClassVar[str] = "Models"
@@ -182,6 +183,12 @@ class Import(Options):
     model_kwargs: Annotated[Pairs, like(FinishedModel, "model_kwargs")] = ()
     """Arguments for timm's constructor; for a BiT .npz also pool_padding=zeros or -inf, the padding of its first
     max-pool; for a file with several weights also weights_key=KEY, e.g. state_dict_ema."""
+    classes_from: Annotated[str | None, like(FinishedModel, "classes_from")] = None
+    """For a network of image and text (clip:MODEL), the classes that it tells apart: a text file with a name a line, or
+    a JSON file with a list of names, or {"name": ["description", …], …}. Without it, its outputs are embeddings."""
+    templates: Annotated[str | None, like(FinishedModel, "templates")] = None
+    """Sentences in which a class name is put: openai-80, short, none, or a text file with one a line, {} where the name
+    stands."""
     inputs: Annotated[
         Literal["auto", "0..1", "-1..1", "imagenet"], Opt(group=Group.STUDENT, changes=STUDENT, essential=True)
     ] = "auto"

@@ -84,6 +84,8 @@ class Classifier(nn.Module):
         notes: sentences that a user should know.
         alternatives: options of its constructor (`key=value`) with which the same file is another network, where the
             file does not decide between them.
+        content: digest of what its weights were computed from, where they are computed as it is loaded, since their
+            last bits then depend on the machine; None where they were read.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Classifier(nn.Module):
         self.readout: Callable[[nn.Module, Tensor], Tensor] | None = None
         self.notes: tuple[str, ...] = ()
         self.alternatives: tuple[str, ...] = ()
+        self.content: str | None = None
         self.num_classes: int = vars(net)["num_classes"] if num_classes is None else num_classes
         self.net = with_safe_layouts(to_memory_format(net, torch.channels_last))
         self.card = card

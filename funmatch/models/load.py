@@ -14,6 +14,7 @@ from funmatch.models import bit, custom, timm_models
 from funmatch.models.checkpoints.checkpoint import Checkpoint
 from funmatch.models.checkpoints.fitting import Wanted, fit
 from funmatch.models.classifier import Card, Classifier
+from funmatch.models.clip.class_texts import ClassTexts
 from funmatch.models.names import (
     GIVEN,
     HUB,
@@ -42,24 +43,24 @@ def load(
     pretrained: bool = False,
     inputs: Inputs | None = None,
     empty: bool = False,
+    texts: ClassTexts | None = None,
 ) -> Classifier:
     """Loads or builds a classifier.
 
     Args:
         name: a timm name, with or without a tag; `hf-hub:user/model`; `local-dir:path`, or the folder of a model or of
             a run; a BiT checkpoint `path.npz`, or `bit:` and one of `download.PAPER_FILES`; `savedmodel:path`, or
-            a file of Keras, `.keras` or `.h5`, of a BiT network; `package.module:function`; one of `NAMED`; or a
-            module.
+            a file of Keras, `.keras` or `.h5`, of a BiT network; `clip:MODEL` (`clip.names.parse`);
+            `package.module:function`; one of `NAMED`; or a module.
         weights: a file of safetensors or `torch.save`, or `.npz`, for a timm name; its head decides the number of
             classes.
         options: `key=value` arguments of the constructor.
-        classes: number of classes of a student: pretrained weights with another number get a new head of zeros, for 0
-            none. None keeps the head.
+        classes: of a student: weights with another number get a new head of zeros, for 0 none. None keeps the head.
         side: of the views, pixels; networks with a fixed input are built for it.
         pretrained: whether a bare timm name means its pretrained weights.
-        inputs: mean and standard deviation, for images in [0, 1], of the images that a SavedModel was trained on; None
-            takes those of its graph.
+        inputs: mean and deviation, for images in [0, 1], that a SavedModel was trained with; None: those of its graph.
         empty: whether the caller fills in the weights: those that a timm name means are then not fetched.
+        texts: the classes of a network of image and text; None for its image tower alone.
 
     Raises:
         InputError: the name is unknown (near names are listed), weights do not fit, or a folder has no model.
@@ -75,7 +76,7 @@ def load(
         raise InputError(f"{name}: num_classes={kwargs['num_classes']} conflicts with the data's {classes} classes")
     with _memory_for(name):
         # Before functions and timm: with `weights`, names of both kinds have an origin.
-        if origin := find_origin(name, kwargs, weights=weights, side=side, inputs=inputs, classes=classes):
+        if origin := find_origin(name, kwargs, weights=weights, side=side, inputs=inputs, classes=classes, texts=texts):
             return _from_origin(name, origin, classes, side)
         if is_function(name):
             return custom.wrap_module(name, custom.call_function(name, kwargs, classes), side, kwargs)
@@ -122,7 +123,7 @@ def _from_origin(name: str, origin: Origin, classes: int | None, side: int | Non
     card = replace(timm_models.card_of(name, net, origin.card), side_known=origin.side_known)
     classifier = _with_head(net, card, kwargs, classes)
     classifier.function = origin.architecture if is_function(origin.architecture) else None
-    classifier.notes, classifier.alternatives = notes, origin.alternatives
+    classifier.notes, classifier.alternatives, classifier.content = notes, origin.alternatives, origin.content
     return classifier
 
 

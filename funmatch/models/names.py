@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from funmatch.errors import InputError, unknown
+from funmatch.models.clip import names as clip_names
 from funmatch.models.origins.download import PAPER_FILES
 from funmatch.runtime.functions import check_allowed
 from funmatch.runtime.log import info
@@ -38,7 +39,13 @@ TIMM_SHAPE = {"models": [str], "tagged": [str], "renamed": dict[str, str], "size
 def is_function(name: str) -> bool:
     """Returns whether a name has the form `package.module:function`."""
     module, colon, function = name.partition(":")
-    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    # Else a name of OpenCLIP, such as clip:RN50, would look like one.
+    return (
+        bool(colon)
+        and not clip_names.is_clip(name)
+        and function.isidentifier()
+        and all(part.isidentifier() for part in module.split("."))
+    )
 
 
 @cache
@@ -129,6 +136,9 @@ def check_model_name(name: str) -> None:
     Raises:
         InputError: there is no such model, file or folder.
     """
+    if clip_names.is_clip(name):
+        clip_names.parse(name)
+        return
     # `bit:` and `savedmodel:` first: what follows them may look like a function's name.
     if name.startswith(BIT):
         if name.removeprefix(BIT) not in PAPER_FILES:

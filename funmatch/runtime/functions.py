@@ -29,7 +29,10 @@ ALLOWED = "FUNMATCH_ALLOW_FUNCTIONS"
 """Environment variable with names of functions that may be called, separated by commas; child processes inherit it."""
 ONLY_ALLOWED = "FUNMATCH_ONLY_ALLOWED_FUNCTIONS"
 """Environment variable that, if it is set, lets the words of the command line allow nothing: a file wrote them."""
-OWN = ("funmatch.models.bit:network",)
+OWN = (
+    "funmatch.models.bit:network",
+    "funmatch.models.clip.network:network",
+)
 """Functions of ours that build networks: saved models name them as their architecture, and no code of others runs."""
 NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 

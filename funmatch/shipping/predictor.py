@@ -10,6 +10,7 @@ from torch import Tensor
 from funmatch.config import ImageOptions, PredictionOptions
 from funmatch.errors import InputError
 from funmatch.models.class_map import ClassMap, map_classes
+from funmatch.models.clip.class_texts import class_texts_of
 from funmatch.models.ensemble import select_classes
 from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import devices
@@ -88,8 +89,9 @@ def open_predictor(config: PredictionOptions, given: Mapping[str, Any] | None = 
     networks, class_map = [], None
     if config.teacher is not None:
         teacher = open_trained_model(
-            config.teacher, weights=config.teacher_weights, side=config.teacher_side, given=given
-        )
+            config.teacher, weights=config.teacher_weights, side=config.teacher_side, given=given,
+            texts=class_texts_of(config, [config.teacher]),
+        )  # fmt: skip
         class_map = _map_teacher(trained, teacher, config)
         networks = [ready(teacher, device, precision)]
     networks = [ready(trained, device, precision), *networks]

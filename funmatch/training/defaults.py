@@ -20,6 +20,9 @@ from funmatch.data.readers.open import resolve_spec
 from funmatch.errors import InputError
 from funmatch.models.class_map import RULES
 from funmatch.models.classifier import Classifier
+from funmatch.models.clip.class_texts import OF_DATA
+from funmatch.models.clip.names import absolute, is_clip
+from funmatch.models.clip.templates import NAMED as NAMED_TEMPLATES
 from funmatch.models.names import LOCAL, NAMED, SAVEDMODEL, is_timm_name
 from funmatch.ops.mixing import MixupOptions
 from funmatch.ops.mixtures.shares import whole_shares
@@ -219,6 +222,8 @@ def absolute_paths(config: AnyOptions) -> dict[str, Any]:
 def _absolute_name(name: str) -> str:
     """Returns the name of a model; made absolute if it is a path."""
     prefix = next((prefix for prefix in (SAVEDMODEL, LOCAL) if name.startswith(prefix)), "")
+    if is_clip(name):
+        return absolute(name)
     path = Path(name.removeprefix(prefix)).expanduser()
     # A folder may have a timm model's name; the name then means the model, as it does when it is loaded.
     if name in NAMED or is_timm_name(name) or not path.exists():
@@ -233,6 +238,8 @@ ABSOLUTE: dict[Refers, Callable[[str], str]] = {
     # others on purpose.
     Refers.WEIGHTS: lambda path: path if path.lower() == "none" else str(Path(path).expanduser().resolve()),
     Refers.CLASS_MAP: lambda path: path if path in RULES else str(Path(path).expanduser().resolve()),
+    Refers.CLASS_NAMES: lambda path: path if path == OF_DATA else str(Path(path).expanduser().resolve()),
+    Refers.TEMPLATES: lambda path: path if path in NAMED_TEMPLATES else str(Path(path).expanduser().resolve()),
     Refers.FILE: lambda path: str(Path(path).expanduser().absolute()),
 }
 """How each kind of name becomes independent of the working directory."""

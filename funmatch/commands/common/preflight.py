@@ -13,9 +13,12 @@ from funmatch.config.finished.benchmark import EXPORTED, NO_TEACHER, Benchmark
 from funmatch.config.finished.predict import ImageFiles
 from funmatch.config.metadata import Refers
 from funmatch.config.options import Options, listed
+from funmatch.config.teaching import CLIP
 from funmatch.data.readers.open import check_named, check_spec
 from funmatch.errors import InputError
 from funmatch.models.checkpoints import signatures
+from funmatch.models.clip.class_texts import OF_DATA, read_names
+from funmatch.models.clip.templates import read_templates
 from funmatch.models.names import BIT, HUB, LOCAL, SAVEDMODEL, check_model_name
 from funmatch.runtime import env
 from funmatch.runtime.functions import NAME, check_allowed, find_function, is_function_name
@@ -42,7 +45,7 @@ def function_problems(options: Options, *, reference: str) -> Iterator[str]:
     Args:
         reference: prefix of models that are runs of the same study.
     """
-    prefixes = (reference, SAVEDMODEL, BIT, HUB, LOCAL)
+    prefixes = (reference, SAVEDMODEL, BIT, HUB, LOCAL, CLIP)
     for name, opt in type(options).opts():
         names = [value for value in _each(getattr(options, name)) if opt.function or opt.refers is Refers.MODEL]
         if opt.refers is Refers.DATA:
@@ -109,7 +112,12 @@ def _check_measured(value: str) -> None:
         check_model_name(value)
 
 
-CHECKS: dict[Refers, Callable[[str], None]] = {
+def _check_class_names(value: str) -> None:
+    if value != OF_DATA:
+        read_names(Path(value).expanduser())
+
+
+CHECKS: dict[Refers, Callable[[str], object]] = {
     Refers.DATA: check_spec,
     Refers.IMAGES: check_path,
     Refers.MODEL: check_model_name,
@@ -117,6 +125,8 @@ CHECKS: dict[Refers, Callable[[str], None]] = {
     Refers.WEIGHTS: _check_weights,
     # Read where they are used, within the first second; a folder of these may also be made only by the run.
     Refers.CLASS_MAP: lambda _value: None,
+    Refers.CLASS_NAMES: _check_class_names,
+    Refers.TEMPLATES: read_templates,
     Refers.FILE: lambda _value: None,
 }
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from funmatch.config import Import
 from funmatch.errors import InputError
 from funmatch.models import bit
-from funmatch.models.classifier import check_side, timm_config
+from funmatch.models.classifier import Classifier, check_side, timm_config
+from funmatch.models.clip import network as clip_network
+from funmatch.models.clip.class_texts import class_texts_of
 from funmatch.models.load import load
 from funmatch.models.save import save
 from funmatch.reports.result import Result
@@ -37,7 +39,8 @@ def import_model(config: Import) -> Result:
     # A folder of TensorFlow needs no prefix here; as a teacher it does.
     name = f"savedmodel:{config.model}" if (path / "saved_model.pb").is_file() else config.model
     inputs = INPUTS.get(config.inputs)
-    model = load(name, weights=config.weights, options=config.model_kwargs, pretrained=True, inputs=inputs)
+    texts = class_texts_of(config, [name])
+    model = load(name, weights=config.weights, options=config.model_kwargs, pretrained=True, inputs=inputs, texts=texts)
     card = replace(model.card, mean=inputs[0], std=inputs[1]) if inputs else model.card
     card = replace(card, side=config.side or card.side, crop_fraction=config.crop_fraction or card.crop_fraction)
     card = replace(card, side_known=card.side_known or config.side is not None)
@@ -49,12 +52,7 @@ def import_model(config: Import) -> Result:
         about = {"imported": config.model, "top1": card.top1} | ({} if card.side_known else {"side_known": False})
         save(model, partial, card=card, about=about)
     info_notes(config.model, [*model.notes, *card.side_notes])
-    if model.function == bit.OWN:
-        reason = "with this padding" if model.options.get(bit.PADDING) == "-inf" else "of this size"
-        info_notes(
-            str(out),
-            [f"timm has no network {reason}; only funmatch can load this folder (export --format timm folds it)"],
-        )
+    info_notes(str(out), _notes_of_folder(model))
     metrics = {
         "out": str(out),
         "model": config.model,
@@ -67,6 +65,17 @@ def import_model(config: Import) -> Result:
         "std": list(card.std),
     }
     return Result(out, metrics)
+
+
+def _notes_of_folder(model: Classifier) -> list[str]:
+    """Says where a folder in timm's layout holds a network that timm does not have."""
+    if model.function == bit.OWN:
+        reason = "with this padding" if model.options.get(bit.PADDING) == "-inf" else "of this size"
+        return [f"timm has no network {reason}; only funmatch can load this folder (export --format timm folds it)"]
+    if model.function == clip_network.OWN:
+        needs = "funmatch[clip]" if model.options["tower"]["kind"] == "open_clip" else "funmatch"
+        return [f"only {needs} can load this folder: its embeddings are scaled to length 1 before its head"]
+    return []
 
 
 def show_imported(result: Result) -> None:

@@ -7,6 +7,7 @@ from funmatch.config.choices import Resample, TaskName
 from funmatch.config.data import Images
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import Machine, like
+from funmatch.config.teaching import ByText
 from funmatch.config.train import Train
 from funmatch.config.values import Names, Pairs
 
@@ -18,7 +19,7 @@ MODEL = Opt(
 
 
 # No `Views`: there are no random crops, so of the options of views it takes only the two sizes, below.
-class FinishedModel(Machine):
+class FinishedModel(ByText, Machine):
     """The weights and the preprocessing of a model that is evaluated or used."""
 
     headings: ClassVar[dict[Group, str]] = {Group.STUDENT: "Model"}
@@ -34,6 +35,15 @@ class FinishedModel(Machine):
     ] = ()
     """Arguments for timm's constructor. weights_key=KEY chooses among several weights in a file, e.g.
     state_dict_ema."""
+    classes_from: Annotated[str | None, like(ByText, "classes_from", group=Group.STUDENT, changes=Changes.STUDENT)] = (
+        None
+    )
+    """For a network of image and text (clip:MODEL), the classes that it tells apart: a text file with a name a line; a
+    JSON file with a list of names, or {"name": ["description", …], …}; or data, the class names of the images that it
+    is evaluated on. Without it, its outputs are embeddings."""
+    templates: Annotated[str | None, like(ByText, "templates", group=Group.STUDENT, changes=Changes.STUDENT)] = None
+    """Sentences in which a class name is put: openai-80, short, none, or a text file with one a line, {} where the name
+    stands."""
     # Optional: a run knows its own, and only a named model may need them.
     side: Annotated[int | None, like(Train, "side", usual="the run's or the model's own")] = None
     """Image size: side of the square views, in pixels."""

@@ -10,6 +10,7 @@ from funmatch.errors import InputError
 from funmatch.models import bit, timm_models
 from funmatch.models.keras.network import open_keras
 from funmatch.models.names import check_architecture
+from funmatch.models.origins.download import PAPER_FILES, paper_file
 from funmatch.models.origins.origin import CONFIG_KEYS, Origin
 from funmatch.models.tensorflow.preprocessing import Inputs
 from funmatch.models.tensorflow.savedmodel import open_savedmodel
@@ -32,6 +33,13 @@ def npz_origin(
     other = next(each for each in bit.STEM_TYPES if each != usual)
     why = f"its first max-pool is padded with {usual}, as by {bit.WRITERS[usual]}, whose layout the file has"
     return replace(origin, notes=(why,), alternatives=(f"{bit.PADDING}={other}",))
+
+
+def paper_origin(name: str, kwargs: dict[str, Any]) -> Origin:
+    """Returns the origin of one of the paper's checkpoints, a key of `PAPER_FILES`, downloaded on first use."""
+    path, (side, _) = paper_file(name), PAPER_FILES[name]
+    # The paper evaluates crops of 128 pixels out of 160, and 224 out of 256: 32 more (section 4.1).
+    return npz_origin(path, kwargs, {"input_size": (3, side, side), "crop_pct": side / (side + 32)})
 
 
 def keras_origin(path: Path, kwargs: dict[str, Any], inputs: Inputs | None, expected: str | None = None) -> Origin:

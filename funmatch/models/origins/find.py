@@ -8,6 +8,9 @@ from funmatch.errors import InputError
 from funmatch.models import bit, timm_models
 from funmatch.models.checkpoints.checkpoint import KEY, open_checkpoint
 from funmatch.models.checkpoints.reading import read_weights
+from funmatch.models.clip.class_texts import ClassTexts
+from funmatch.models.clip.names import is_clip
+from funmatch.models.clip.origin import clip_origin
 from funmatch.models.names import (
     BIT,
     GIVEN,
@@ -22,8 +25,7 @@ from funmatch.models.names import (
     own_architecture,
     renaming_note,
 )
-from funmatch.models.origins.bit_files import keras_origin, npz_origin
-from funmatch.models.origins.download import PAPER_FILES, paper_file
+from funmatch.models.origins.bit_files import keras_origin, npz_origin, paper_origin
 from funmatch.models.origins.folders import folder_origin, function_origin, model_folder, verify_weights
 from funmatch.models.origins.origin import Origin
 from funmatch.models.tensorflow.preprocessing import Inputs
@@ -38,13 +40,16 @@ def find_origin(
     side: int | None,
     inputs: Inputs | None,
     classes: int | None = None,
+    texts: ClassTexts | None = None,
 ) -> Origin | None:
     """Returns the origin of a model whose weights are files; None where timm or the user's own code brings them.
 
     Args:
-        name, weights, side, inputs, classes: see `load`.
+        name, weights, side, inputs, classes, texts: see `load`.
         kwargs: arguments of the constructor.
     """
+    if is_clip(name):
+        return clip_origin(name, weights, kwargs, texts)
     is_npz = name.startswith(BIT) or ".npz" in (Path(name).suffix, weights and weights.suffix)
     if bit.PADDING in kwargs and not (is_npz or is_function(name)):
         raise InputError(f"{name}: {bit.PADDING} is an option of BiT's .npz files; leave it out")
@@ -67,11 +72,7 @@ def find_origin(
     if name.startswith(GIVEN):
         raise InputError(f"{name} was given from Python as a module; give it again from there")
     if name.startswith(BIT):
-        path = paper_file(name.removeprefix(BIT))
-        paper_side, _ = PAPER_FILES[name.removeprefix(BIT)]
-        # The paper evaluates crops of 128 pixels out of 160, and 224 out of 256: 32 more (section 4.1).
-        card = {"input_size": (3, paper_side, paper_side), "crop_pct": paper_side / (paper_side + 32)}
-        return npz_origin(path, kwargs, card)
+        return paper_origin(name.removeprefix(BIT), kwargs)
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return npz_origin(path, kwargs)

@@ -132,7 +132,8 @@ def _read_card(path: Path) -> dict[str, Any]:
         config = parse_json(path.read_bytes(), CARD)
     except ValueError as error:
         raise InputError(_bad_config(path, error)) from None
-    card = {key: config["pretrained_cfg"][key] for key in CONFIG_KEYS}
+    # How images were cropped, too; folders that were saved before it was a choice do not say it.
+    card = {key: value for key, value in config["pretrained_cfg"].items() if key in (*CONFIG_KEYS, "crop_mode")}
     card |= {key: config.get(key) for key in ("num_classes", "label_names", "model_args") if config.get(key)}
     task = (config.get("funmatch") or {}).get("task")
     return card | ({"task": task} if task else {})

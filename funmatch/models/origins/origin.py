@@ -28,6 +28,7 @@ class Origin:
         side_known: whether the image size in `card`, or else in timm's configuration, is that of these weights.
         alternatives: see `Classifier`.
         net: the network itself with its weights, where another library builds it.
+        content: see `Classifier`.
     """
 
     where: str
@@ -40,3 +41,4 @@ class Origin:
     side_known: bool = True
     alternatives: tuple[str, ...] = ()
     net: nn.Module | None = None
+    content: str | None = None

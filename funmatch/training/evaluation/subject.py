@@ -14,6 +14,8 @@ from funmatch.data.readers.split_names import SPLIT_NAMES
 from funmatch.errors import InputError, unknown
 from funmatch.models.class_map import map_classes
 from funmatch.models.classifier import check_side
+from funmatch.models.clip.class_texts import OF_DATA, ClassTexts, class_texts_of
+from funmatch.models.clip.names import is_clip, is_fetched
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.models.inference.features import is_headless
 from funmatch.models.inference.frozen import Frozen
@@ -109,12 +111,19 @@ def open_all(config: Evaluate, given: loading.Modules) -> Opened:
     """
     # Before loading, so that a wrong --device does not cost a download.
     device = devices.pick_device(config.device)
-    models = [_open_model(config, name, given) for name in (config.model, *config.others)]
-    config = with_own_task(config, models[0])
-    knobs, run = dict(models[0].knobs), models[0].run
+    names = (config.model, *config.others)
+    # Those that are to tell the data's classes apart come after the data, which alone has their names.
+    later = {name for name in names if is_clip(name) and config.classes_from == OF_DATA}
+    opened = {name: _open_model(config, name, given) for name in names if name not in later}
+    first = opened.get(config.model)
+    config = with_own_task(config, first)
+    knobs, run = (dict(first.knobs), first.run) if first else ({}, None)
     cache, training, evaluation = datasets.open_evaluation_data(
         config, config.model, run.config["verb"] if run else "", knobs
     )
+    texts = class_texts_of(config, later, None if cache.unnamed else cache.classes)
+    opened |= {name: _open_model(config, name, given, texts) for name in names if name in later}
+    models = [opened[name] for name in names]
     subjects = [_subject(config, each, cache, device) for each in models]
     teachers = open_teachers(config, knobs, cache, subjects[0].view, given)
     split = pick_split(cache, config.split, with_teacher=teachers is not None)
@@ -130,16 +139,20 @@ def open_all(config: Evaluate, given: loading.Modules) -> Opened:
     )
 
 
-def with_own_task(config: AnyImages, model: TrainedModel) -> AnyImages:
-    """Returns the options with the task that a model was trained for, unless they name one."""
-    task = config.task or model.knobs.get("task") or model.classifier.card.task or "multiclass"
+def with_own_task(config: AnyImages, model: TrainedModel | None) -> AnyImages:
+    """Returns the options with the task that a model was trained for, unless they name one.
+
+    Args:
+        model: None where its classes are made of names, each image having one.
+    """
+    task = config.task or (model and (model.knobs.get("task") or model.classifier.card.task)) or "multiclass"
     return config.model_copy(update={"task": task})
 
 
-def _open_model(config: Evaluate, name: str, given: loading.Modules) -> TrainedModel:
+def _open_model(config: Evaluate, name: str, given: loading.Modules, texts: ClassTexts | None = None) -> TrainedModel:
     # The options that describe one model describe the first; --side is for all.
     own = config if name == config.model else config.model_copy(update={"weights": None, "model_kwargs": ()})
-    trained = open_described_model(own, name, given)
+    trained = open_described_model(own, name, given, texts)
     if not (config.side or trained.knobs.get("side")):
         words = ["--weights", str(own.weights)] if own.weights else []
         info_side(trained.classifier, [name, *words, *(["--data", *config.data] if config.data else [])])
@@ -215,7 +228,7 @@ def _load_teachers(
     of_teachers = Evaluate.where(lambda opt: opt.changes == Changes.TEACHER)
     of_run = Evaluate(model=config.model, **{name: knobs[name] for name in of_teachers if name in knobs})
     # A stranger's run may name any model there, and whoever evaluates it has not typed that name.
-    if hub := [name for name in of_run.teacher or () if name.startswith(HUB)]:
+    if hub := [name for name in of_run.teacher or () if name.startswith(HUB) or is_fetched(name)]:
         info(
             f"the record of {config.model} names {', '.join(hub)} as its teacher, which is fetched from the Hugging "
             "Face Hub unless it is on this machine; set HF_HUB_OFFLINE=1 to fetch nothing"

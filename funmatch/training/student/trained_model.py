@@ -16,6 +16,7 @@ from funmatch.errors import InputError
 from funmatch.models import timm_models
 from funmatch.models.class_map import class_names
 from funmatch.models.classifier import TRAINING_ONLY, Classifier, check_side
+from funmatch.models.clip.class_texts import ClassTexts, class_texts_of
 from funmatch.models.load import load
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime.log import info, info_notes
@@ -74,6 +75,7 @@ def open_trained_model(
     eval_resize: int | None = None,
     eval_resample: Resample | None = None,
     given: Mapping[str, Any] | None = None,
+    texts: ClassTexts | None = None,
 ) -> TrainedModel:
     """Opens the student of a run, or any other model.
 
@@ -85,6 +87,7 @@ def open_trained_model(
         eval_resize: short side before the central crop, pixels; None: the run's, or the model's own.
         eval_resample: how images are resized; None: as in the run, or as the model's card says.
         given: modules from Python, by the names that stand for them.
+        texts: the classes of a network of image and text.
 
     Raises:
         InputError: there is no such model, it does not take images of this size, or no checkpoint can be read.
@@ -99,7 +102,7 @@ def open_trained_model(
     else:
         # A copy: loading may change the module's head or side, and the caller still owns it.
         module = copy.deepcopy(given.get(name, name))
-        model = load(module, weights=weights, options=model_kwargs, pretrained=True, side=side)
+        model = load(module, weights=weights, options=model_kwargs, pretrained=True, side=side, texts=texts)
         step = (run.result or {}).get("step") if run else None
     info_notes(name, model.notes)
     preprocessing = _preprocessing(model, knobs, side, eval_resize, eval_resample)
@@ -107,11 +110,14 @@ def open_trained_model(
     return TrainedModel(name, model.eval(), preprocessing, run, step, knobs)
 
 
-def open_described_model(config: FinishedModel, name: str, given: Mapping[str, Any] | None = None) -> TrainedModel:
+def open_described_model(
+    config: FinishedModel, name: str, given: Mapping[str, Any] | None = None, texts: ClassTexts | None = None
+) -> TrainedModel:
     """Opens a model as the options of a command describe it; arguments and errors as of `open_trained_model`."""
     return open_trained_model(
         name, weights=config.weights, model_kwargs=config.model_kwargs, side=config.side,
         eval_resize=config.eval_resize, eval_resample=config.eval_resample, given=given,
+        texts=texts or class_texts_of(config, [name]),
     )  # fmt: skip
 
 

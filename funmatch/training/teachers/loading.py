@@ -13,6 +13,7 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.errors import InputError
 from funmatch.models.class_map import RULES, ClassMap, map_classes, read_class_map
 from funmatch.models.classifier import Classifier, fingerprint, function_of
+from funmatch.models.clip.class_texts import class_texts_of
 from funmatch.models.ensemble import EnsembleMember, TeacherEnsemble
 from funmatch.models.inference.features import is_headless
 from funmatch.models.inference.frozen import Frozen
@@ -89,6 +90,7 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
     sides = config.teacher_side or (None,)
     shares = config.teacher_share or (1.0,) * len(names)
     files = config.teacher_weights or ("none",) * len(names)
+    texts = class_texts_of(config, names, None if cache.unnamed else cache.classes)
     teachers = []
     for number, (name, file, share) in enumerate(zip(names, files, shares, strict=True)):
         own_side = sides[number % len(sides)] or side
@@ -100,7 +102,7 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
                 # A copy, since freezing folds and casts the weights that the caller still owns.
                 return with_task(load(copy.deepcopy(given[name]), side=side), cache.task, "teacher")
             options = config.teacher_kwargs + more
-            loaded = load(name, weights=weights, options=options, pretrained=True, side=side)
+            loaded = load(name, weights=weights, options=options, pretrained=True, side=side, texts=texts)
             return with_task(loaded, cache.task, "teacher")
 
         classifier = load_one()
@@ -109,7 +111,7 @@ def load_teachers(config: Distill | Evaluate, cache: Cache, side: int | None, gi
         _check_head(name, classifier, config)
         class_map = map_classes(classifier, classes, config.classes) if classes and config.classes else None
         # Before freezing, which folds and casts the weights: the digest is that of the weights as loaded.
-        digest = fingerprint(classifier.net)
+        digest = classifier.content or fingerprint(classifier.net)
         # Another map is another teacher: its logits stand for other classes.
         if class_map:
             digest += "-" + hashlib.blake2b(json.dumps(class_map).encode(), digest_size=8).hexdigest()
