@@ -284,6 +284,36 @@ def test_folders_that_cannot_be_loaded_are_named(file, entries, message, tmp_pat
         load(str(folder))
 
 
+LEGACY = [
+    ("deit", {"feature_extractor_type": "DeiTFeatureExtractor", "size": 38, "crop_size": 32, "do_center_crop": True}),
+    ("resnet", {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 32, "crop_pct": 0.875}),
+    ("clip", {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32, "do_center_crop": True}),
+    ("vit", {"feature_extractor_type": "ViTFeatureExtractor", "size": 32}),
+]
+
+
+@pytest.mark.parametrize(("name", "entries"), LEGACY, ids=[name for name, _ in LEGACY])
+def test_processors_of_earlier_versions_mean_the_same(name, entries, tmp_path):
+    folder = write(name, tmp_path)
+    expected, path = load(str(folder)).card, folder / "preprocessor_config.json"
+    shared = {"do_normalize": True, "do_resize": True, "image_mean": expected.mean, "image_std": expected.std}
+    shared["resample"] = json.loads(path.read_text())["resample"]
+    path.write_text(json.dumps(shared | entries))
+    assert load(str(folder)).card == expected
+    path.unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": shared | entries}))
+    assert load(str(folder)).card == expected
+
+
+def test_weights_of_earlier_versions_and_of_torch_are_read(tmp_path):
+    folder, views = write("vit", tmp_path), torch.rand(1, 3, 32, 32)
+    expected = load(str(folder)).eval()(views)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({key: tensor.double() for key, tensor in state.items()}, folder / "pytorch_model.bin")
+    torch.testing.assert_close(load(str(folder)).eval()(views), expected)
+
+
 def test_choices_stand_in_for_what_a_processor_does_not_say(tmp_path):
     folder = write("vit", tmp_path)
     edit(folder / "preprocessor_config.json", resample=0)
@@ -400,6 +430,12 @@ def test_without_the_library_its_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"pip install 'funmatch\[transformers\]'"):
         load(str(folder))
+
+
+def test_timm_cannot_read_networks_of_transformers(tmp_path, images):
+    folder = write("vit", tmp_path / "vit")
+    with pytest.raises(InputError, match="is not a network of timm"):
+        funmatch.export(model=str(folder), out=tmp_path / "out", format=["timm"], data=str(images))
 
 
 @pytest.mark.slow

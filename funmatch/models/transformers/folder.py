@@ -56,7 +56,7 @@ def transformers_origin(folder: Path, entries: Mapping[str, Any], kwargs: dict[s
     if head:
         net.reset_classifier(len(head["bias"]))
         net.get_classifier()[0].load_state_dict(head)
-    if net.pooled is not None:
+    if net.pooled is not None and not net.num_classes:
         notes += (f"features are {POOLED[net.pooled]}",)
     if net.num_classes and (names := class_names(model.config)):
         card["label_names"] = names

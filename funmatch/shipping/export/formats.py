@@ -21,6 +21,7 @@ from funmatch.models import bit
 from funmatch.models.classifier import crop_fraction
 from funmatch.models.inference.fold import bit_for_timm
 from funmatch.models.save import save
+from funmatch.models.transformers.network import TransformersNet
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.shipping.export import sidecars, tensorflow
 from funmatch.shipping.export.network import ExportNet, explain_failure, quiet, trace, with_plain_attention
@@ -141,6 +142,8 @@ def _write_openvino(job: Job, folder: Path) -> None:
 
 def _write_timm(job: Job, folder: Path) -> None:
     model, how = job.model, job.model.preprocessing
+    if model.classifier.function not in (None, bit.OWN) or isinstance(model.classifier.net, TransformersNet):
+        raise InputError(f"{model.name} is not a network of timm, which cannot load it; choose other formats")
     classifier = copy.deepcopy(model.classifier)  # saving may scale its kernels
     if classifier.function == bit.OWN:
         classifier = bit_for_timm(classifier)
@@ -157,8 +160,6 @@ def _open_timm(job: Job, folder: Path) -> Runtime:
     import timm
 
     place = folder / "timm"
-    if job.model.classifier.function not in (None, bit.OWN):
-        raise InputError(f"{job.model.name} is not a network of timm, which cannot load it; choose other formats")
     net = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
     mean, std = (np.array(each, np.float32).reshape(-1, 1, 1) for each in
                  (job.model.classifier.card.mean, job.model.classifier.card.std))  # fmt: skip
