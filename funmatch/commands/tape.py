@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from funmatch import config
 from funmatch.config import Distill
 from funmatch.errors import InputError, WorkFailed
+from funmatch.models.inference.answers import Layout
 from funmatch.ops import metrics
 from funmatch.reports.result import Result
 from funmatch.runtime import devices
@@ -20,6 +22,8 @@ from funmatch.training.teachers.tape import Tape
 
 CLOSE_KL = 1e-3
 """KL in nats up to which logits differ only by the rounding of another machine."""
+CLOSE_ERROR = 0.01
+"""Relative error up to which features do."""
 
 
 def run(options: config.Tape) -> Result:
@@ -27,8 +31,9 @@ def run(options: config.Tape) -> Result:
 
     Returns:
         `tape`, `steps` (number of complete ones), `ranges` (the first ten ranges of them), `rows`, `damaged`, `bytes`,
-        `layout`, `asked` (the options of its views), `teacher`, `data`; with `recompute` also `recomputed` (number of
-        steps), `equal` (share of logits), `kl` (nats), `agreement`.
+        `layout`, `asked` (the options of its views), `teacher`, `data`; of features `rounding` (relative error, mean
+        and largest, on the first batch); with `recompute` also `recomputed` (number of
+        steps), `equal` (share of numbers), `kl` (nats), `agreement`, of features `error` (relative, the mean).
 
     Raises:
         InputError: the folder holds no tape, or no complete step to recompute.
@@ -48,6 +53,7 @@ def run(options: config.Tape) -> Result:
         "teacher": found.header["run"]["teacher"],
         "data": found.header["run"]["data"],
     }
+    summary |= {"rounding": found.header["rounding"]} if "rounding" in found.header else {}
     if options.recompute:
         if not whole:
             raise InputError(f"{found.folder} holds no complete step, so no logits can be recomputed")
@@ -64,10 +70,14 @@ def check_sound(summary: dict[str, Any]) -> None:
             f"{summary['damaged']:,} rows of {summary['tape']} are damaged; runs recompute them, "
             "and a run that records to this tape repairs them"
         )
-    if summary.get("kl", 0) > CLOSE_KL:
+    if (summary.get("kl") or 0) > CLOSE_KL:
         raise WorkFailed(
             f"the teacher's logits now differ from those in {summary['tape']}: KL {summary['kl']:.2g} nats, "
             f"agreement {percent(summary['agreement'])}"
+        )
+    if summary.get("error", 0) > CLOSE_ERROR:
+        raise WorkFailed(
+            f"the teacher's features now differ from those in {summary['tape']}: relative error {summary['error']:.2g}"
         )
 
 
@@ -85,18 +95,30 @@ def show(result: Result) -> None:
         if layout["top"] is None
         else f"top {layout['top']} of {layout['classes']:,} classes"
     )
+    parts = views.get("answers")
+    if parts:
+        tokens = f", tokens of {parts['grid'][0]} × {parts['grid'][1]}" if parts["tokens"] else ""
+        width = f"{parts['classes']:,} classes, features of {' + '.join(map(str, parts['pooled']))}{tokens}"
     rows = [
         ["teacher", " + ".join(Path(name).name for name in summary["teacher"])],
         ["images", ", ".join(summary["data"])],
         ["draws", f"seed {views['seed']}, batch {views['batch']}, {views['crop']} crops of {views['side']} px"],
-        ["logits", f"{width}, half precision"],
+        ["answers" if parts else "logits", f"{width}, half precision"],
+        *(
+            [["rounding of features", f"{rounding['mean']:.1e} of their length, at most {rounding['max']:.1e}"]]
+            if (rounding := summary.get("rounding"))
+            else []
+        ),
         ["steps", f"{summary['steps']:,} ({first})" if first else "none"],
         ["rows", f"{summary['rows']:,} sound, {summary['damaged']:,} damaged"],
         ["size", format_bytes(summary["bytes"])],
     ]
     if "recomputed" in summary:
-        comparison = f"{percent(summary['equal'])} of logits equal, KL {summary['kl']:.1e}, agreement"
-        rows.append([f"{summary['recomputed']} steps recomputed", f"{comparison} {percent(summary['agreement'])}"])
+        found = [f"{percent(summary['equal'])} of {'numbers' if parts else 'logits'} equal"]
+        if summary["kl"] is not None:
+            found.append(f"KL {summary['kl']:.1e}, agreement {percent(summary['agreement'])}")
+        found += [f"error of features {summary['error']:.1e}"] if "error" in summary else []
+        rows.append([f"{summary['recomputed']} steps recomputed", ", ".join(found)])
     print_table(summary["tape"], ["", ""], rows)
     # Last: the table is printed also of a tape that is damaged.
     check_sound(summary)
@@ -133,9 +155,17 @@ def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
             recomputed.append(layout.unpacked(*layout.packed(logits)).cpu())
             recorded.append(rows)
             bar.update(number)
-    before, after = torch.cat(recorded), torch.cat(recomputed)
-    summary = metrics.summarize(metrics.per_image(after, None, before))
-    equal = (before == after).double().mean().item()
-    return {
-        "recomputed": len(chosen), "equal": equal, "kl": summary["kl"], "agreement": summary["agreement"],
-    }  # fmt: skip
+    return {"recomputed": len(chosen), **_compared(torch.cat(recorded), torch.cat(recomputed), teachers.layout)}
+
+
+def _compared(before: Tensor, after: Tensor, layout: Layout | None) -> dict[str, Any]:
+    """Compares answers on a tape with the teacher's now, (n, width) each."""
+    classes = layout.classes if layout else before.shape[1]
+    found: dict[str, Any] = {"equal": (before == after).double().mean().item(), "kl": None, "agreement": None}
+    if classes:
+        summary = metrics.summarize(metrics.per_image(after[:, :classes], None, before[:, :classes]))
+        found |= {"kl": summary["kl"], "agreement": summary["agreement"]}
+    if layout:
+        one, other = before[:, classes:].double(), after[:, classes:].double()
+        found["error"] = ((one - other).norm(dim=1) / one.norm(dim=1).clamp(min=1e-12)).mean().item()
+    return found

@@ -225,7 +225,8 @@ def _freeze_teachers(setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher
         modes = recorded_modes(setup) or recording.recorded_modes(config, setup.loop.device)
         setup, teachers, first = freeze_for_run(setup, loaded, modes)
         if config.tape:
-            recording.begin_tape(setup, teachers)  # under the lock: the next run finds these modes on the tape
+            answers = teachers(first, config.temperature) if config.matches_features else None
+            recording.begin_tape(setup, teachers, answers)  # under the lock: the next run finds these modes on the tape
     if config.tape_top is not None and env.is_main_process():
         recording.report_dropped_mass(teachers(first, config.temperature), config)
     checks.note_sizes(setup.student.classifier, teachers)
@@ -240,8 +241,14 @@ def _teachers_of(other: Distillation, setup: DistillSetup) -> Prepared:
     """Returns the teachers of another student's distillation, for this setup.
 
     Raises:
-        InputError: the run was started with its teachers in another inference mode.
+        InputError: the run was started with its teachers in another inference mode, or tokens have another grid.
     """
+    if (layout := wiring.layout_of(setup)) != other.teachers.layout:
+        assert layout
+        raise InputError(
+            f"{setup.config.student} would match tokens on a grid of {layout.grid[0]} × {layout.grid[1]}, and the "
+            "others on another; train them one after the other"
+        )
     modes, recorded = other.setup.provenance["teacher_forms"], recorded_modes(setup)
     if recorded and [each["form"] for each in recorded] != [each["form"] for each in modes]:
         raise InputError(

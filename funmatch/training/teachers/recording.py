@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from funmatch.ops.tasks.task import MULTICLASS
 from funmatch.runtime import distributed, env
 from funmatch.runtime.log import info
 from funmatch.runtime.text import format_bytes, percent
+from funmatch.training.matching import wiring
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers import tape
 from funmatch.training.teachers.tape import Layout, Tape
@@ -44,6 +46,8 @@ def tape_key(setup: DistillSetup, teachers: TeacherEnsemble) -> dict[str, Any]:
         "teacher_precision": config.teacher_precision,
         "temperature": config.temperature if tempered else None,
         "top": config.tape_top,
+        # Of features alone, so that tapes of logits keep their key.
+        **({"answers": asdict(teachers.layout)} if teachers.layout else {}),
     }
 
 
@@ -113,6 +117,8 @@ def layout_of(setup: DistillSetup) -> Layout:
         InputError: `tape_top` leaves no classes to be joined.
     """
     config, classes = setup.config, setup.student.classifier.num_classes
+    if answers := wiring.layout_of(setup):
+        return Layout(config.batch, answers.width)
     if config.tape_top is not None and config.tape_top > classes - 2:
         raise InputError(f"tape_top ({config.tape_top}) must leave some of {classes} classes; omit it to keep all")
     return Layout(config.batch, classes, config.tape_top, config.temperature)
@@ -125,15 +131,28 @@ def rounding(config: Distill) -> str | None:
     return "fp16" if config.tape_top is None else f"fp16, the first {config.tape_top} classes and the rest as one"
 
 
-def begin_tape(setup: DistillSetup, teachers: TeacherEnsemble) -> Tape:
-    """Opens the run's tape, and creates it if there is none yet."""
+def begin_tape(setup: DistillSetup, teachers: TeacherEnsemble, first: Tensor | None = None) -> Tape:
+    """Opens the run's tape, and creates it if there is none yet.
+
+    Args:
+        first: the teachers' answers to the first batch, by which a new tape says how it rounds features.
+    """
     # The layout depends on the student's classes, which equal the teacher's by now.
     place, layout = setup.config.tape, layout_of(setup)
     assert place is not None
+    about = _about(setup)
+    if teachers.layout and first is not None and not tape.record_folder(place).has_begun:
+        about |= {"rounding": rounding_error(first[:, teachers.layout.classes :])}
     # The main process writes the header, the others then compare theirs with it.
-    return distributed.main_process_first(
-        lambda: tape.open_tape(place, layout, tape_key(setup, teachers), _about(setup))
-    )
+    return distributed.main_process_first(lambda: tape.open_tape(place, layout, tape_key(setup, teachers), about))
+
+
+def rounding_error(features: Tensor) -> dict[str, float]:
+    """Measures how half precision rounds features, (n, d): mean and largest relative error of an image's; says it."""
+    error = (features.half().float() - features).norm(dim=1) / features.norm(dim=1).clamp(min=1e-12)
+    found = {"mean": error.mean().item(), "max": error.max().item()}
+    info(f"tape: half precision changes features by {found['mean']:.1e} of their length, by {found['max']:.1e} at most")
+    return found
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Layout:
 
     Attributes:
         batch: views per step.
-        classes: outputs of the teacher.
+        classes: outputs of the teacher; where features are matched, the numbers of its answers.
         top: classes kept of them, the rest as one mass; None keeps all.
         temperature: temperature at which the rest is one mass; without `top` it does not matter.
     """
@@ -171,7 +171,7 @@ class Tape:
             OSError: the disk is full, or fails; all that was written before stays.
         """
         if not half.isfinite().all():
-            raise InputError("a teacher's logits exceed ±65,504, more than a tape can hold; leave --tape out")
+            raise InputError("a teacher's answers exceed ±65,504, more than a tape can hold; leave --tape out")
         rows = np.zeros(len(half), self.layout.row)
         rows["logits"] = half.numpy()
         if picks is not None:
