@@ -50,8 +50,11 @@ ACCURACY = Panel("Accuracy during training", "eval", "top1", "top-1 (%)", 100.0)
 PRECISION = Panel("Mean average precision during training", "eval", "map", "mAP (%)", 100.0)
 AGREEMENT = Panel("Agreement with the teacher", "eval", "agreement", "agreement (%)", 100.0, views=True)
 KL = Panel("KL from the teacher", "eval", "kl", "KL (nats)", views=True)
+NEIGHBOURS = Panel("Nearest neighbours by features", "eval", "knn", "top-1 of 20 neighbours (%)", 100.0)
+COSINE = Panel("Features beside the teacher's", "eval", "cosine", "cosine", views=True)
 LOSS = Panel("Loss on training views", "step", "loss", "loss")
 LR = Panel("Learning rate", "step", "lr", "learning rate", from_zero=True)
+MEASURED = (ACCURACY, PRECISION, NEIGHBOURS, AGREEMENT, KL, COSINE)
 OTHERS = (LOSS, LR, Panel("Throughput", "step", "images_per_second", "images/s", from_zero=True))
 LR_POINTS = 200
 """Points of the learning rate's line."""
@@ -67,7 +70,7 @@ def build_panels(found: list[run_folder.Run]) -> list[tuple[str, str]]:
 def _panels(found: list[run_folder.Run]) -> list[Panel]:
     known = {name for run in found for each in run.metrics.read() if each["event"] == "eval" for name in _given(each)}
     # Without labels there is no accuracy, and without a teacher no agreement: no empty plots.
-    return [panel for panel in (ACCURACY, PRECISION, AGREEMENT, KL) if panel.name in known] + [*OTHERS]
+    return [panel for panel in MEASURED if panel.name in known] + [*OTHERS]
 
 
 def draw_sheet(found: list[run_folder.Run]) -> Image.Image:
@@ -99,7 +102,7 @@ def _figure(found: list[run_folder.Run], panel: Panel) -> Figure:
     for each, color in zip(found, COLORS * (len(found) // len(COLORS) + 1), strict=False):
         _lines(axes, each, panel, color)
         starts = [r for r in each.metrics.read() if r["event"] == "teacher" and r.get(panel.name) is not None]
-        if panel in (ACCURACY, PRECISION):
+        if panel in (ACCURACY, PRECISION, NEIGHBOURS):
             teachers |= {panel.scale * r[panel.name]: r["teacher"] for r in starts}
     for value, teacher in teachers.items():
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=plain_label(_called(teacher)))

@@ -34,8 +34,8 @@ def row(run: run_folder.Run) -> list[str]:
     teacher = (metrics.get("teacher") or {}) if result else latest_record(run, "teacher")
     return [
         run.folder.resolve().name,
-        percent(metrics.get(score)),
-        percent(teacher.get(score)),
+        _accuracy(metrics, score),
+        _accuracy(teacher, score),
         percent(metrics.get("agreement")),
         percent(metrics.get("agreement5")),
         f"{number(metrics.get('kl'), 3)}{', diverged' if diverged(run) else ''}",
@@ -52,6 +52,12 @@ def headed(columns: Sequence[str], found: Iterable[run_folder.Run]) -> list[str]
     """Returns the headings of columns, with the metric by which the runs are judged in place of top-1."""
     shown = " or ".join(dict.fromkeys(task_of(run.config["knobs"].get("task")).shown for run in found))
     return [name.replace(MULTICLASS.shown, shown) for name in columns]
+
+
+def _accuracy(metrics: dict[str, Any], score: str) -> str:
+    """Formats the metric by which a network is judged, or the accuracy of its features where it has no classes."""
+    value, knn = metrics.get(score), metrics.get("knn")
+    return percent(value) if value is not None or knn is None else f"{percent(knn)} (neighbours)"
 
 
 def teacher_names(run: run_folder.Run) -> str:
@@ -115,7 +121,7 @@ def _ema_row(row: list[str], result: dict[str, Any]) -> list[list[str]]:
 def _format_metrics(metrics: dict[str, Any]) -> dict[str, str]:
     """Formats the metrics of a student, by column."""
     return {
-        "top-1": percent(metrics[task_of_metrics(metrics).score]),
+        "top-1": _accuracy(metrics, task_of_metrics(metrics).score),
         "agree@1": percent(metrics["agreement"]),
         "agree@5": percent(metrics.get("agreement5")),
         "KL": number(metrics["kl"], 3),
@@ -162,7 +168,7 @@ def teachers(run: run_folder.Run) -> list[list[str]]:
             found.append([
                 run.folder.resolve().name,
                 short_names(record["teacher"].split(" + ")),
-                percent(record.get(task_of_metrics(record).score)),
+                _accuracy(record, task_of_metrics(record).score),
                 record["split"],
                 str(freezing.mode_of(record["form"])) if record.get("form") else MISSING,
                 # Rounding can make a KL of nearly equal outputs slightly negative.

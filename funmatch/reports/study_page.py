@@ -13,13 +13,13 @@ from funmatch.reports.study_plots import by, spread, value_of
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.text import MISSING, duration
 
-COLUMNS = ("top1", "agreement", "kl", "views_kl", "loss")
+COLUMNS = ("top1", "knn", "agreement", "kl", "views_kl", "loss")
 """Final metrics in the table."""
 LEGEND = (
     "Top-1, agreement with the teacher and KL from it are measured on test images if the data has any. On training "
     "views, KL is measured at T = 1 in evaluation mode, and loss is the mean over the last tenth of the run."
 )
-HEADS = ("top-1", "agreement", "KL", "views: KL", "views: loss")
+HEADS = ("top-1", "neighbours", "agreement", "KL", "views: KL", "views: loss")
 
 
 # A protocol, since `reports` must not import `commands`, which reads study files.

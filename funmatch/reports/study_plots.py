@@ -12,11 +12,12 @@ from funmatch.reports.html import COLORS, GREY, drawing, to_svg
 from funmatch.runtime.disk.json_files import LARGEST
 
 Results = Sequence[Mapping[str, Any]]
-SHARES = ("top1", "top5", "agreement", "agreement5", "balanced")
+SHARES = ("top1", "top5", "agreement", "agreement5", "balanced", "knn")
 NAMES = {
     "top1": "top-1 on test images", "agreement": "agreement with the teacher", "agreement5": "teacher's class in top 5",
     "kl": "KL from the teacher (nats)", "loss": "loss on training views", "views_kl": "KL on training views (nats)",
     "views_agreement": "agreement on training views", "ece": "calibration error", "seconds": "seconds",
+    "knn": "top-1 of 20 nearest neighbours", "cosine": "cosine with the teacher's features",
     "ema_top1": "top-1 of the EMA weights", "steps": "steps", "epochs": "epochs", "temperature": "temperature",
 }  # fmt: skip
 """Axis titles of metrics and options; others are named as they are."""

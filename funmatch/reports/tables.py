@@ -26,6 +26,8 @@ def show(result: Result) -> None:
         ["teacher's class in the student's top 5", percent(metrics["agreement5"])],
         ["KL from the teacher (nats)", number(metrics["kl"])],
         ["expected calibration error", number(metrics["ece"])],
+        ["top-1 by 20 nearest neighbours", percent(metrics.get("knn"))],
+        ["cosine with the teacher's features", number(metrics.get("cosine"))],
         ["parameters", f"{metrics['parameters']:,}"],
     ]
     # Of a run, over all the times that it was started.

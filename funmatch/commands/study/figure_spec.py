@@ -15,16 +15,17 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "scatter": ("value", "across"),
 }
 """Kinds of plots, and the keys that each requires."""
-METRICS = (*metrics.METRICS, *multilabel.METRICS)
+MEASURED = (*metrics.METRICS, *multilabel.METRICS, "knn", "cosine")
+"""Metrics of evaluations; the last two where features are matched."""
 CURVES: Mapping[str, tuple[str, ...]] = {
-    "step": ("loss", "lr", "images_per_second"),
-    "eval": METRICS,
-    "ema": METRICS,
-    "views": (*METRICS, "teacher_top1", "teacher_map"),
+    "step": ("loss", "lr", "images_per_second", "features", "tokens"),
+    "eval": MEASURED,
+    "ema": MEASURED,
+    "views": (*MEASURED, "teacher_top1", "teacher_map"),
 }
 """Metrics that a run records during training, by event."""
 ENDS = (
-    *METRICS, *(f"{each}_{name}" for each in ("views", "ema") for name in METRICS), "loss", "seconds",
+    *MEASURED, *(f"{each}_{name}" for each in ("views", "ema") for name in MEASURED), "loss", "seconds",
     "step", "best_step", "best_score", "parameters", "pictures", "teacher_top1", "views_teacher_top1",
     "teacher_map", "views_teacher_map",
 )  # fmt: skip
