@@ -72,6 +72,7 @@ def test_another_network_gives_what_its_last_layer_gets():
     logits, pooled, _ = answers.read(net, images(), logits=True, tokens=False)
     assert torch.equal(logits, net(images()))
     assert torch.equal(pooled, net.body(images().mean((2, 3))).relu())
+    assert answers.read(net, images(), logits=False, tokens=False)[0] is None
     with pytest.raises(InputError, match="no tokens"):
         answers.read(net, images(), logits=True, tokens=True)
 

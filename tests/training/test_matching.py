@@ -232,8 +232,8 @@ def test_a_tape_of_features_says_how_it_rounds_and_replays(tmp_path):
 def test_two_processes_equal_one(tmp_path):
     words = [
         "distill", "--data", FEW, "--teacher", "fashion-mini-teacher", "--teacher-precision", "fp32", "--batch", "16",
-        "--steps", "6", "--save-every", "6", "--log-every", "1", "--eval-every", "6", "--lr", "0.001", "--device", "cpu",
-        *PLAIN, "--match", "features", "--feature-loss", "l2", "queue-kl", "--feature-queue", "32",
+        "--steps", "6", "--save-every", "6", "--log-every", "1", "--eval-every", "6", "--lr", "0.001", "--device",
+        "cpu", *PLAIN, "--match", "features", "--feature-loss", "l2", "queue-kl", "--feature-queue", "32",
         "--standardise-features", "on",
     ]  # fmt: skip
     one, two = (run(tmp_path / f"{world}", *words, world=world) for world in (1, 2))

@@ -127,7 +127,8 @@ def read(
             return parts(inputs)
         if tokens:
             raise InputError("a network that is not timm's has no tokens to match; leave out --match tokens")
-        return _read_by_hook(net, inputs)
+        found, pooled = _read_by_hook(net, inputs)
+        return found if logits else None, pooled, None
     maps = net.forward_features(inputs)
     # A network without classes has no layer to leave out, and its output is what it was made for.
     headless = vars(net).get("num_classes") == 0
@@ -139,7 +140,7 @@ def read(
     return found, pooled.flatten(1), spatial_map(net, maps) if tokens else None
 
 
-def _read_by_hook(net: nn.Module, inputs: Tensor) -> tuple[Tensor | None, Tensor, None]:
+def _read_by_hook(net: nn.Module, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
     """Reads a network that has no parts of its own: what its last linear layer gets, or its output without a head."""
     seen: list[tuple[nn.Module, Tensor]] = []
     thread = threading.get_ident()
@@ -159,14 +160,14 @@ def _read_by_hook(net: nn.Module, inputs: Tensor) -> tuple[Tensor | None, Tensor
             hook.remove()
     output = logits_of(output, type(net).__name__)
     if not hooks:
-        return None, output.flatten(1), None
+        return None, output.flatten(1)
     # Another layer, such as one of attention, is followed by more than the classes.
     if not seen or seen[0][1].ndim != 2 or getattr(seen[0][0], "out_features", None) != output.shape[-1]:
         raise InputError(
             f"{type(net).__name__} has no features to match: it is not a timm network, and its last layer is not a "
             "torch.nn.Linear for rows of features"
         )
-    return output, seen[0][1], None
+    return output, seen[0][1]
 
 
 def spatial_map(net: Any, maps: Tensor) -> Tensor:

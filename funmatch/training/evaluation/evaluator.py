@@ -88,7 +88,7 @@ class Evaluator:
             return scoring.score_views(answers, self.task)
         cosine = self.features.cosine(answers.student, answers.teacher).mean().item()
         classes = self.features.layout.classes
-        scores = scoring.score_views(answers.first(classes)) if classes else {"views": len(answers.student)}
+        scores = scoring.score_views(answers.first(classes), self.task) if classes else {"views": len(answers.student)}
         return scores | {"cosine": cosine}
 
     def result(self, state: TrainState, folder: Path) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Evaluator:
         if problem := describe_failure(result, self.student.num_classes):
             advice = "try another --lr, a longer --warmup-steps or more steps, with another --out"
             info(f"WARNING: the run {problem}; {advice}")
-        if view.resample in TENSORFLOW and scores[self.task.score] is not None:
+        if view.resample in TENSORFLOW and scores.get(self.task.score) is not None:
             # What whoever loads the student with timm will see: its transform always resizes with antialias.
             antialiased = scoring.predict(self.student, split, replace(view, resample="antialias"))
             result[f"{self.task.score}_antialias"] = scoring.score(antialiased, split)[self.task.score]

@@ -117,6 +117,9 @@ class FeatureEvaluation:
     def bank(self, split: CachedSplit) -> CachedSplit | None:
         """Returns the training images among which a split's neighbours are sought; None where labels are missing."""
         train = self.cache.splits["train"]
+        # Of several classes an image neighbours have no single one to vote for.
+        if self.matching.config.task != "multiclass":
+            return None
         if not (train.labelled and split.labelled and self.cache.classes):
             return None
         most = min(max(LEAST_BANK, NEIGHBOURS_A_CLASS * len(self.cache.classes)), LARGEST_BANK)
