@@ -5,12 +5,13 @@ import csv
 import os
 import re
 import shutil
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import pyarrow
 import pytest
-from make_images import paint
+from make_images import paint, write_few
 from pyarrow import parquet
 
 from funmatch.data.cache.open_cache import open_cache
@@ -191,7 +192,7 @@ REFUSED = {
     "no label": (ONE + "dog.png,\n", {}, r"line 3: there is no label, though other rows of train .*1 such row"),
     "mixed": (ONE + "dog.png,3\n", {}, r"some labels are names, e\.g\. 'x', and 1 are numbers"),
     "no class": (ONE + "dog.png,0.5\n", {}, r"1 label of \S+ cannot be used:\n  line 3: the column 'label' is b'0\.5'"),
-    "outside": (ONE, {"class_file": "xx\nyy\n"}, r"not among the 2 names in \S+:\n  line 2: 'x' \(did you mean 'xx'\?"),
+    "outside": (ONE, {"class_file": "xx\nyy\n"}, r"outside the 2 names in \S+:\n  line 2: 'x' \(did you mean 'xx'\?"),
     "binary": ("path\0\n", {}, r"zero bytes"),
     "one-hot": ("path,a,b\ncat.png,1,0\ndog.png,1,2\n", {"label_feature": "a;b"}, r"line 3: the column 'b'.*has '2'"),
 }  # fmt: skip
@@ -313,6 +314,26 @@ def test_a_table_of_many_rows_is_listed_quickly(pets):
     found = open_dataset(text(pets / "a.csv", "path,label\n" + rows))
     assert np.bincount(found.splits["train"].labels).tolist() == [3, 3, 3, 3, 3, 3, 2]
     assert "19,980 rows that repeat another count once" in " ".join(found.notes)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_table_is_the_run_on_the_same_folders(tmp_path, funmatch):
+    """The same weights, bit by bit, and a run on the folders is known as one on the table."""
+    few = Path(write_few(2, 4))
+    rows = [
+        {"file": str(path), "class": path.parent.name, "subset": path.parent.parent.name}
+        for path in sorted(few.rglob("*.png"), key=lambda path: (path.name, path))
+    ]
+    table = write(tmp_path / "few.csv", rows)
+    words = ("--student", "fashion-mini-student", "--batch", "8", "--steps", "4")
+    for name, data in (("folders", few), ("table", table)):
+        funmatch("train", "--data", data, *words, "--out", name)
+    assert weights(tmp_path / "table") == weights(tmp_path / "folders")
+    assert "finished" in funmatch("train", "--data", table, *words, "--out", "folders").stderr
+
+
+def weights(run: Path) -> bytes:
+    return (run / "student" / "model.safetensors").read_bytes()
 
 
 def test_two_tables_are_joined(pets):

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -195,6 +196,36 @@ def test_a_pool_becomes_a_table_that_runs_read(pool, tmp_path, monkeypatch):
     assert len(open_dataset(f"csv:{tmp_path}/more.parquet").splits["train"]) <= len(rows)
 
 
+def test_an_interrupted_selection_goes_on(pool, tmp_path, monkeypatch):
+    add, calls = Memory.add, []
+
+    def stop_at_the_third(memory, paths, rows):
+        calls.append(len(paths))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        add(memory, paths, rows)
+
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Memory, "add", stop_at_the_third)
+    arguments = {"per_class": 5, "batch": 16}
+    with pytest.raises(KeyboardInterrupt):
+        api.select(pool / "pool", TEACHER, tmp_path / "a.csv", **arguments)
+    assert not (tmp_path / "a.csv").exists()
+    stopped, calls[:] = sum(calls[:2]), []
+    monkeypatch.setattr(Memory, "add", lambda memory, paths, rows: (calls.append(len(paths)), add(memory, paths, rows)))
+    api.select(pool / "pool", TEACHER, tmp_path / "a.csv", **arguments)
+    assert stopped > 0
+    assert sum(calls) == 63 - stopped
+    # As if it had never been interrupted, up to the rounding of batches of other sizes.
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "other"))
+    api.select(pool / "pool", TEACHER, tmp_path / "b.csv", **arguments)
+    one, other = ({row["path"]: row for row in read(tmp_path / name)} for name in ("a.csv", "b.csv"))
+    assert one.keys() == other.keys()
+    for path, row in one.items():
+        assert row["label"] == other[path]["label"]
+        assert float(row["confidence"]) == pytest.approx(float(other[path]["confidence"]), abs=1e-6)
+
+
 def test_what_select_refuses(pool, tmp_path, funmatch):
     (tmp_path / "there.csv").write_text("")
     (tmp_path / "empty").mkdir()
@@ -217,3 +248,7 @@ def test_a_teacher_without_classes_is_refused(pool, tmp_path):
     backbone = timm.create_model("test_resnet", num_classes=0)
     with pytest.raises(InputError, match="has no classes, so it is sure of none; fit some on labelled images"):
         api.select(pool / "pool", backbone, tmp_path / "a.csv", per_class=1)
+    several = api.load(TEACHER)
+    several.card = replace(several.card, task="multilabel")
+    with pytest.raises(InputError, match=r"\(multilabel\), so an image has no surest class"):
+        api.select(pool / "pool", several, tmp_path / "a.csv", per_class=1)

@@ -173,9 +173,7 @@ def _indices(
         source = f"the {len(classes.names):,} " + (f"names in {classes.file}" if classes.file else "classes")
         # Labels that end at the number of classes are most likely counted from 1.
         hint = "; if the first class has number 1, pass --first-label 1" if outside == {len(classes.names)} else ""
-        raise InputError(
-            _listed(table, bad, f"{counted(len(rows), 'label')} of {table.shown} are not among {source}{hint}")
-        )
+        raise InputError(_listed(table, bad, f"{counted(len(rows), 'label')} of {table.shown} outside {source}{hint}"))
     sets = {labels: tuple(sorted(index[label] for label in labels)) for labels in dict.fromkeys(found)}
     return [sets[labels] for labels in found]
 

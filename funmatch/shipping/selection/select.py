@@ -85,6 +85,11 @@ def _open_teacher(config: Select, given: Mapping[str, Any] | None) -> TrainedMod
             f"teacher {config.teacher} has no classes, so it is sure of none; fit some on labelled images with "
             "funmatch head, or pass clip:MODEL with --classes-from"
         )
+    if trained.classifier.card.task == "multilabel":
+        raise InputError(
+            f"teacher {config.teacher} gives every class a probability of its own (multilabel), so an image has no "
+            "surest class; pass a teacher of one class an image"
+        )
     return trained
 
 
