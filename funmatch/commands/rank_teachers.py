@@ -5,6 +5,7 @@ from typing import Any
 from funmatch.commands.common.ready import build, prepared
 from funmatch.config.search import PlanDistill
 from funmatch.errors import InputError
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.runtime import env
 from funmatch.runtime.log import info, print_line, print_table
 from funmatch.runtime.text import percent
@@ -37,11 +38,12 @@ def rank(config: PlanDistill) -> dict[str, Any]:
 
 def show(ranked: dict[str, Any]) -> None:
     """Prints the candidates, the best first, and what the order means."""
-    labelled = ranked["teachers"][0]["top1"] is not None
+    task = task_of_metrics(ranked["teachers"][0])
+    labelled = ranked["teachers"][0][task.score] is not None
     rows = [
         [
             row["teacher"],
-            percent(row["top1"]) if labelled else "no labels",
+            percent(row[task.score]) if labelled else "no labels",
             f"{row['entropy']:.3f}",
             f"{row['spread']:.5f}",
             "–" if row["gflop"] is None else f"{row['gflop']:.3g}",
@@ -49,8 +51,8 @@ def show(ranked: dict[str, Any]) -> None:
         ]
         for row in ranked["teachers"]
     ]
-    headings = ["teacher", "top-1", "entropy", "spread", "GFLOP", "ms"]
+    headings = ["teacher", task.shown, "entropy", "spread", "GFLOP", "ms"]
     print_table(f"teachers, shown {ranked['views']:,} views of {ranked['strategy']}", headings, rows)
     order = "accuracy" if labelled else "spread, as there are no labels: a teacher that knows nothing has the smallest"
-    print_line(f"top-1 on {ranked['split']}; entropy in nats; spread of the mean answer; GFLOP and ms an image")
+    print_line(f"{task.shown} on {ranked['split']}; entropy in nats; spread of the mean answer; GFLOP and ms an image")
     print_line(f"ordered by {order}; how much these figures predict: docs/distillation.md")

@@ -14,7 +14,9 @@ from test_distill import records
 from test_teachers import classifier
 
 import funmatch
+from funmatch.commands import plan
 from funmatch.config import Distill, Finetune, Prepare, Train
+from funmatch.config.search import PlanDistill
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.data.dataset import ReadOptions
 from funmatch.errors import InputError
@@ -260,3 +262,14 @@ def test_the_rule_for_fine_tuning_is_for_the_sum_over_classes(table):
     config = Finetune(data=(str(table),), student="resnet18", out="r", task="multilabel")
     assert apply_hyperrule(config, cache).lr == pytest.approx(3 * 0.003)
     assert apply_hyperrule(config.model_copy(update={"task": "multiclass"}), cache).lr == pytest.approx(0.003)
+
+
+def test_candidate_teachers_are_ranked_by_the_metric_of_the_task(table, teacher, tmp_path, capsys):
+    name = str(teacher.folder)
+    result = plan.run(PlanDistill.checked(**options(table, out=tmp_path / "run", teachers=(name,), teachers_views=32)))
+    (row,) = result.metrics["teachers"]
+    judged = funmatch.evaluate(name, split="val", data=str(table), task="multilabel")
+    assert row["map"] == pytest.approx(judged["map"], abs=1e-6)
+    assert 0 < row["entropy"] < np.log(2)  # of one class, in nats
+    plan.show(result)
+    assert "mAP on val" in capsys.readouterr().out

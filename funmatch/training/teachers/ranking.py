@@ -4,7 +4,6 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from funmatch.data.loader import Batch
 from funmatch.data.prefetch import prefetch
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.flops import gflop
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import devices
 from funmatch.runtime.log import ProgressBar
 from funmatch.training.distill import views_by_side
@@ -31,11 +31,11 @@ class Answers:
     """A teacher's answers to training views.
 
     Attributes:
-        probabilities: (views, classes) float32 on the CPU, at temperature 1.
+        logits: (views, classes) float32 on the CPU.
         seconds: of the forward pass of each batch, for one view.
     """
 
-    probabilities: Tensor
+    logits: Tensor
     seconds: list[float]
 
 
@@ -51,27 +51,30 @@ def compare(
         views: number of training views that each is shown; the same for all.
 
     Returns:
-        for each candidate `teacher`, `top1` on the validation images (None without labels), `entropy` of its answers
-        to the views (nats), `spread` of its mean answer, `gflop` (None where it cannot be counted) and `ms` of the
-        forward pass of one view, `parameters`, `side`; the best first: the most accurate, or without labels the one of
-        the smallest spread.
+        for each candidate `teacher`, `top1` (or the task's metric) on the validation images (None without labels),
+        `entropy` of its answers to the views (nats), `spread` of its mean answer, `gflop` (None where it cannot be
+        counted) and `ms` of the forward pass of one view (that of the fastest batch), `parameters`, `side`; the best
+        first: the most accurate, or without labels the one of the smallest spread.
     """
     split = setup.evaluation.validation
+    task = task_of(split.task)
     answers = answer_views(setup, teachers, views)
     found: list[dict[str, Any]] = []
     for member, own, each in zip(teachers.members, logits.members, answers, strict=True):
+        probabilities = task.probabilities(each.logits)
         found.append({
             "teacher": member.name,
-            "top1": scoring.score(own, split)["top1"],
-            "entropy": float(torch.special.entr(each.probabilities.double()).sum(-1).mean()),
-            "spread": spread_of_mean(each.probabilities),
+            task.score: scoring.score(own, split)[task.score],
+            # The cross-entropy with itself.
+            "entropy": float(task.label_loss(each.logits, probabilities).mean()),
+            "spread": spread_of_mean(probabilities),
             "gflop": gflop(member.frozen.classifier.net, member.side),
-            # Without the first batch, which compiles kernels.
-            "ms": 1e3 * median(each.seconds[1:] or each.seconds),
+            # Others wait for kernels to be compiled, or for other programs.
+            "ms": 1e3 * min(each.seconds),
             "parameters": member.frozen.size,
             "side": member.side,
         })  # fmt: skip
-    return sorted(found, key=lambda row: row["spread"] if row["top1"] is None else -row["top1"])
+    return sorted(found, key=lambda row: row["spread"] if row[task.score] is None else -row[task.score])
 
 
 @torch.inference_mode()
@@ -79,22 +82,22 @@ def answer_views(setup: TrainSetup[Distill], teachers: TeacherEnsemble, views: i
     """Returns the answers of each member of an ensemble to the first training views of a run."""
     loader, device = setup.loader, setup.loop.device
     steps = math.ceil(views / loader.size)
-    probabilities: list[list[Tensor]] = [[] for _ in teachers.members]
+    rows: list[list[Tensor]] = [[] for _ in teachers.members]
     seconds: list[list[float]] = [[] for _ in teachers.members]
     finish = partial(Batch.pin_memory, device=device)
     with ProgressBar("views", steps, 0) as bar:
         for number, batch in enumerate(prefetch(loader, 0, steps, workers=setup.workers, finish=finish), 1):
             shown, _ = views_by_side(batch.to(device), loader.teacher_sides)
-            for member, answered, times in zip(teachers.members, probabilities, seconds, strict=True):
+            for member, answered, times in zip(teachers.members, rows, seconds, strict=True):
                 devices.synchronize(device)
                 began = time.perf_counter()
                 logits = teachers.forward_chunked(member, shown[member.side])
                 # Without it only the launch of kernels would be timed.
                 devices.synchronize(device)
                 times.append((time.perf_counter() - began) / len(logits))
-                answered.append(logits.float().softmax(-1).cpu())
+                answered.append(logits.float().cpu())
             bar.update(number, f"{number * loader.size:,}")
-    return [Answers(torch.cat(answered)[:views], times) for answered, times in zip(probabilities, seconds, strict=True)]
+    return [Answers(torch.cat(answered)[:views], times) for answered, times in zip(rows, seconds, strict=True)]
 
 
 def spread_of_mean(probabilities: Tensor) -> float:
