@@ -304,6 +304,7 @@ KINDS = {
     "students": Kind(one("distill", *TINY, "--student", "fashion-mini-teacher", "--out", "OUT/runs")),
     "tape": Kind(one("distill", *TINY, "--tape", "OUT/tape", "--out", "OUT/run")),
     "fixed": Kind(one("distill", *TINY, "--strategy", "fix/cc", "--out", "OUT/run")),
+    "head": Kind(one("head", "--data", FEWEST, "--model", "fashion-mini-teacher", "--C", "0.1", "--out", "OUT/head")),
     "tune": Kind(one("tune", "distill", *TINY, "--space", "lr=1e-3,3e-3", "--trials", "2", "--out", "OUT/search")),
     "study": Kind(one("study", "IN/study.toml", "--jobs", "1", "--out", "OUT/study"), write_study),
     "prepare": Kind(

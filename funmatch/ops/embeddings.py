@@ -30,11 +30,32 @@ def nearest_neighbours(
         votes (m, classes) float32.
     """
     train, queries = (torch.nn.functional.normalize(each.float(), dim=-1) for each in (train, queries))
-    votes = torch.zeros(len(queries), classes)
-    for start in range(0, len(queries), ROWS):
-        similarity, places = (queries[start : start + ROWS] @ train.T).topk(min(k, len(train)))
-        votes[start : start + ROWS].scatter_add_(1, labels[places], (similarity / temperature).exp())
-    return votes
+    return vote(*find_neighbours(train, labels, queries, k), classes, temperature)
+
+
+def find_neighbours(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Finds the nearest training images.
+
+    Args:
+        train, queries: embeddings of length 1, (n, d) and (m, d).
+        labels: of the training images, (n,) int64.
+        k: neighbours; all where there are fewer.
+
+    Returns:
+        cosine similarities (m, k), the largest first, and the neighbours' labels (m, k).
+    """
+    k = min(k, len(train))
+    found = [(queries[start : start + ROWS] @ train.T).topk(k) for start in range(0, len(queries), ROWS)]
+    if not found:
+        return queries.new_zeros(0, k), labels.new_zeros(0, k)
+    similarity, places = (torch.cat(each) for each in zip(*found, strict=True))
+    return similarity, labels[places]
+
+
+def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float = TEMPERATURE) -> Tensor:
+    """Returns the votes (m, classes) of neighbours, of their similarities and labels, (m, k) each."""
+    votes = similarity.new_zeros(len(similarity), classes)
+    return votes.scatter_add(1, labels, (similarity / temperature).exp())
 
 
 def fit_ridge(features: Tensor, labels: Tensor, classes: int, strengths: tuple[float, ...]) -> list[Tensor]:

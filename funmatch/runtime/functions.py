@@ -32,6 +32,7 @@ ONLY_ALLOWED = "FUNMATCH_ONLY_ALLOWED_FUNCTIONS"
 OWN = (
     "funmatch.models.bit:network",
     "funmatch.models.clip.network:network",
+    "funmatch.models.heads.headed:network",
 )
 """Functions of ours that build networks: saved models name them as their architecture, and no code of others runs."""
 NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,8 +12,13 @@ from safetensors.torch import save_file
 
 import funmatch
 from funmatch.config import Head
+from funmatch.data.cache.open_cache import open_cache
 from funmatch.errors import InputError
+from funmatch.models.inference.features import Features
 from funmatch.models.load import load
+from funmatch.ops.embeddings import nearest_neighbours
+from funmatch.ops.view_spec import Preprocessing
+from funmatch.training.evaluation.scoring import central_batches
 from funmatch.training.heads import features
 from funmatch.training.heads.run import run
 
@@ -133,6 +139,76 @@ def test_backbones_with_another_head_or_none_have_the_same_features(tmp_path):
     assert each[0]["tried"] == each[1]["tried"]
     with pytest.raises(InputError, match=r"the backbone's content: .* in the head"):
         head(tmp_path / "head-0", side=32)
+
+
+def known_features(out):
+    """Features of the training and the test images, and their labels, by the folder of `embed`."""
+    teacher = load("fashion-mini-teacher").eval()
+    cache = open_cache([FEW])
+    found = {}
+    for name in ("train", "test"):
+        split = cache.splits[name]
+        views, labels = next(central_batches(split, Preprocessing(side=32, short_side=32, resample="tf"), len(split)))
+        with torch.no_grad():
+            found[name] = Features(teacher)(views), labels, load(str(out)).eval()(views)
+    return found["train"], found["test"]
+
+
+def test_neighbours_are_a_part_of_the_network(tmp_path):
+    out = tmp_path / "head"
+    found = head(out, C=[], kind="knn", neighbours=[7, 20], calibrate=False)
+    assert [each["value"] for each in found["tried"]] == [7, 20]
+    (train, labels, _), (test, _, logits) = known_features(out)
+    votes = nearest_neighbours(train, labels, test, 10, k=int(found["chosen"]))
+    shares = votes / votes.sum(-1, keepdim=True)
+    torch.testing.assert_close(logits.softmax(-1), 0.999 * shares + 1e-4, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_nearest_means_are_those_of_numpy(tmp_path, distance):
+    out = tmp_path / "head"
+    found = head(out, C=[], kind="means", distance=distance)
+    (train, labels, _), (test, own, logits) = known_features(out)
+    train, test = train.double().numpy(), test.double().numpy()
+    if distance == "cosine":
+        train, test = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (train, test))
+    means = np.stack([train[labels.numpy() == label].mean(0) for label in range(10)])
+    if distance == "cosine":
+        expected = test @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    else:
+        expected = -((test[:, None] - means) ** 2).sum(-1) / 2
+    assert (timm_loads := (distance == "euclidean")) == ("backbone" not in config_of(out)["model_args"])
+    difference = (logits / found["chosen"]).detach().double().numpy() - expected
+    # But for a number that all classes of an image share, which no probability depends on.
+    assert difference - difference.mean(1, keepdims=True) * timm_loads == pytest.approx(0, abs=1e-3)
+    assert found["top1"] == pytest.approx((expected.argmax(1) == own.numpy()).mean())
+
+
+def config_of(out):
+    return json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["linear", "knn", "means"])
+def test_every_command_takes_a_head(tmp_path, funmatch, kind, images):
+    out, options = tmp_path / "head", {"linear": {"C": [0.1]}}.get(kind, {"C": []})
+    top1 = head(out, kind=kind, **options)["top1"]
+    funmatch(
+        "distill", "--data", FEW, "--teacher", out, "--student", "fashion-mini-student", "--steps", 3, "--batch", 8,
+        "--out", tmp_path / "student",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "student" / "result.json").read_text())
+    assert result["teacher"]["top1"] == pytest.approx(top1)
+    funmatch("finetune", "--data", FEW, "--student", out, "--steps", 1, "--batch", 8, "--out", tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned" / "result.json").read_text())["top1"] > top1 - 0.1
+    rows = funmatch("predict", out, images, "--topk", 1).stdout.splitlines()
+    assert len(rows) == 37
+    funmatch("export", out, "--data", FEW, "--format", "onnx", "--out", tmp_path / "onnx")
+    assert (tmp_path / "onnx" / "model.onnx").is_file()
+    if kind == "linear":
+        funmatch("export", out, "--data", FEW, "--format", "timm", "--out", tmp_path / "timm")
+    funmatch("embed", out, images, "--out", tmp_path / "features.npy")
+    assert np.load(tmp_path / "features.npy").shape == (36, 48)
 
 
 def test_what_has_no_labels_or_too_few_classes_is_refused(tmp_path, images):

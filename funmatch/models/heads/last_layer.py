@@ -20,7 +20,7 @@ Layer = nn.Linear | nn.Conv2d
 
 
 @torch.no_grad()
-def put_linear_head(classifier: Classifier, head: LinearHead, names: tuple[str, ...] | None, side: int) -> bool:
+def put_linear(classifier: Classifier, head: LinearHead, names: tuple[str, ...] | None, side: int) -> bool:
     """Replaces the last layer of a classifier by a linear head for its features, in place.
 
     Args:

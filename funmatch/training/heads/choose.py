@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funmatch.config import Head
+from funmatch.models.heads.headed import AnyHead
+from funmatch.models.heads.modules import CosineHead, NeighbourHead, log_shares
 from funmatch.ops.calibration import fit_temperature
 from funmatch.ops.distances import balanced_weights
+from funmatch.ops.embeddings import find_neighbours, vote
 from funmatch.ops.heads.logistic import LinearHead, fit_logistic, moments
+from funmatch.ops.heads.means import class_means, nearest_mean
 from funmatch.runtime.log import ProgressBar, info
-
-AnyHead = LinearHead
-"""What computes logits (n, classes) of features (n, d)."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,33 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A head that was fitted.
+
+    Attributes:
+        value: of the option among whose values the validation images choose; None where there is no such option.
+        head: gives logits (n, classes) of features (n, d) as the backbone computes them.
+        logits: of the validation images; None where there are none.
+    """
+
+    value: float | None
+    head: AnyHead
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
 class FittedHead:
     """The head that was chosen.
 
     Attributes:
-        head: the layer, for features as the backbone computes them.
-        tried: of each that was tried its value, and `top1` and `nll` on the validation images.
-        chosen: the value that was chosen; None where there was nothing to choose.
+        head: gives logits of features as the backbone computes them.
+        tried: of each that was tried its `value`, and `top1` and `nll` on the validation images.
+        chosen: the value that was chosen.
     """
 
     head: AnyHead
     tried: list[dict[str, Any]]
-    chosen: float | None
+    chosen: float
 
 
 def fit_head(config: Head, train: Labelled, val: Labelled | None, classes: int, device: torch.device) -> FittedHead:
@@ -51,21 +67,23 @@ def fit_head(config: Head, train: Labelled, val: Labelled | None, classes: int, 
         val: the validation images; None where one value is given.
         device: on which the fits are computed.
     """
-    heads = FITS[config.kind](config, train, classes, device)
     tried, best, found = [], (-1.0, 0.0), None
-    with ProgressBar(config.kind, len(config.tried)) as bar:
-        for done, (value, head) in enumerate(zip(config.tried, heads, strict=True), 1):
-            if val and config.calibrate:
-                head = head.scaled(_scale(head(val.features), val.labels))
-            row = {"value": value} | (_scores(head, val) if val else {})
-            tried.append(row)
-            score = (row.get("top1", 0.0), -row.get("nll", 0.0))
+    with ProgressBar(config.kind, max(1, len(config.tried))) as bar:
+        for done, fit in enumerate(FITS[config.kind](config, train, val, classes, device), 1):
+            scores, scale = {"top1": 0.0, "nll": 0.0}, 1.0
+            if val and fit.logits is not None:
+                scale = _scale(fit.logits, val.labels) if config.calibrate else 1.0
+                scores = _scores(scale * fit.logits, val.labels)
+            value = scale if fit.value is None else fit.value
+            tried.append({"value": value} | (scores if val else {}))
+            score = (scores["top1"], -scores["nll"])
             if found is None or score > best:
-                best, found = score, (value, head)
-            bar.update(done, f"validation {row['top1']:.1%}" if val else "")
+                best, found = score, (value, scale, fit.head)
+            bar.update(done, f"validation {scores['top1']:.1%}" if val else "")
     assert found
-    _note_edge(config, found[0])
-    return FittedHead(found[1], tried, found[0])
+    value, scale, head = found
+    _note_edge(config, value)
+    return FittedHead(head.scaled(scale), tried, value)
 
 
 def _scale(logits: Tensor, labels: Tensor) -> float:
@@ -82,27 +100,63 @@ def _scale(logits: Tensor, labels: Tensor) -> float:
     return 1.0 if temperature is None else 1 / temperature
 
 
-def _scores(head: AnyHead, val: Labelled) -> dict[str, float]:
-    logits = head(val.features)
-    right = (logits.argmax(-1) == val.labels).double().mean()
-    return {"top1": right.item(), "nll": F.cross_entropy(logits, val.labels).item()}
+def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    right = (logits.argmax(-1) == labels).double().mean()
+    return {"top1": right.item(), "nll": F.cross_entropy(logits, labels).item()}
 
 
-def _fit_linear(config: Head, train: Labelled, classes: int, device: torch.device) -> Iterator[AnyHead]:
-    scale = moments(train.features, scale=config.standardise)
-    features = scale.apply(train.features.to(device))
+Fits = Callable[[Head, Labelled, Labelled | None, int, torch.device], Iterator[Fit]]
+
+
+def _fit_linear(
+    config: Head, train: Labelled, val: Labelled | None, classes: int, device: torch.device
+) -> Iterator[Fit]:
+    """Yields logistic regressions, from the strongest penalty on."""
+    by = moments(train.features, scale=config.standardise)
+    features = by.apply(train.features.to(device))
     weights = balanced_weights(train.labels, classes) if config.class_weights == "balanced" else None
-    for head in fit_logistic(features, train.labels, classes, config.tried, weights):
-        if not head.converged:
-            info(f"WARNING: a fit has not converged in {head.steps:,} steps; leave out the largest of --C")
-        yield head.unscaled(scale)
+    fits = fit_logistic(features, train.labels, classes, config.tried, weights)
+    for value, fitted in zip(config.tried, fits, strict=True):
+        if not fitted.converged:
+            info(f"WARNING: C {value:g} has not converged in {fitted.steps:,} steps; leave it out (--C)")
+        head = fitted.unscaled(by)
+        yield Fit(value, head, head(val.features) if val else None)
 
 
-FITS: dict[str, Callable[[Head, Labelled, int, torch.device], Iterator[AnyHead]]] = {"linear": _fit_linear}
+def _fit_knn(config: Head, train: Labelled, val: Labelled | None, classes: int, device: torch.device) -> Iterator[Fit]:
+    """Yields votes of more and more neighbours."""
+    known = F.normalize(train.features, dim=-1)
+    most, found = int(max(config.tried)), None
+    if val:
+        queries = F.normalize(val.features, dim=-1)
+        found = find_neighbours(known.to(device), train.labels.to(device), queries.to(device), most)
+    for value in map(int, config.tried):
+        head = NeighbourHead(known.shape[1], classes, len(known), value)
+        head.known, head.labels = known, train.labels
+        logits = log_shares(vote(found[0][:, :value], found[1][:, :value], classes)).cpu() if found else None
+        yield Fit(value, head, logits)
+
+
+def _fit_means(
+    config: Head, train: Labelled, val: Labelled | None, classes: int, device: torch.device
+) -> Iterator[Fit]:
+    """Yields the nearest mean, by cosine or by distance."""
+    del device  # one pass over the features
+    if config.distance == "euclidean":
+        head: LinearHead | CosineHead = nearest_mean(train.features, train.labels, classes)
+    else:
+        head = CosineHead(train.features.shape[1], classes)
+        # Of directions: otherwise the images with the longest features would decide.
+        means = class_means(F.normalize(train.features, dim=-1), train.labels, classes)
+        head.means = F.normalize(means, dim=-1).float()
+    yield Fit(None, head, head(val.features) if val else None)
+
+
+FITS: dict[str, Fits] = {"linear": _fit_linear, "knn": _fit_knn, "means": _fit_means}
 
 
 def _note_edge(config: Head, value: float) -> None:
     """Says where the best of several strengths is the smallest or the largest: a better one may lie beyond."""
-    ends = {config.tried[0]: "smallest", config.tried[-1]: "largest"}
-    if config.kind == "linear" and len(ends) > 1 and value in ends:
+    ends = {config.tried[0]: "smallest", config.tried[-1]: "largest"} if config.kind == "linear" else {}
+    if len(ends) > 1 and value in ends:
         info(f"note: the best C, {value:g}, is the {ends[value]} that was tried; a better one may lie beyond (--C)")

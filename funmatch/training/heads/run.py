@@ -3,20 +3,23 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from funmatch.config import Head
 from funmatch.data.cache.open_cache import Cache
 from funmatch.data.readers.class_notes import first_of
 from funmatch.errors import InputError
-from funmatch.models.heads.last_layer import is_close, put_linear_head
+from funmatch.models.classifier import Classifier, timm_config
+from funmatch.models.heads.headed import HEADED, attach, put_behind
+from funmatch.models.heads.last_layer import is_close
 from funmatch.models.load import load
 from funmatch.models.names import LOCAL
 from funmatch.runtime import devices, env
+from funmatch.runtime.functions import OWN
 from funmatch.runtime.log import info
 from funmatch.training import datasets
 from funmatch.training.defaults import absolute_paths
@@ -27,6 +30,7 @@ from funmatch.training.heads.features import FrozenBackbone
 from funmatch.training.student.export import export_student
 from funmatch.training.student.trained_model import TrainedModel, open_described_model
 
+WEIGHTS = "model.safetensors"
 CHECKED = 8
 """Training images on which the model that was written is compared with the head."""
 
@@ -120,7 +124,7 @@ class _Work:
         fitted = fit_head(config, train, splits.get("val"), len(self.cache.classes), self.backbone.view.device)
         fit = time.monotonic() - computed
         scores = self._scores(fitted, splits)
-        self._write(fitted, train.features[:CHECKED], scores["top1"])
+        self._write(fitted, scores["top1"])
         found = scores | {
             "kind": config.kind, "chosen": fitted.chosen, "tried": fitted.tried,
             "train": len(train.labels), "features": train.features.shape[-1], "classes": len(self.cache.classes),
@@ -148,22 +152,40 @@ class _Work:
         scores = scoring.score(fitted.head(splits[name].features), split)
         return scores | datasets.about_images(split, self.cache, self.config.val)
 
-    def _write(self, fitted: FittedHead, features: Tensor, top1: float | None) -> None:
-        """Writes the network with the head, and compares what was written with the head."""
+    def _write(self, fitted: FittedHead, top1: float | None) -> None:
+        """Writes the network with the head."""
         classifier, view = self.trained.classifier.cpu(), self.backbone.view
         out, names = self.config.out.expanduser(), self.cache.classes
         classifier.card = replace(classifier.card, squash=view.squash)
-        if not put_linear_head(classifier, fitted.head, names, view.side):
-            raise InputError(f"{classifier.card.name} has no last layer that can be replaced by a linear one")
         about: dict[str, object] = {"verb": "head", "top1": top1, "backbone": self.config.model}
-        export_student(classifier, out / folder.NEW, view, names, about | {"head": self.config.kind})
-        self._compare(fitted, features)
-        folder.move_out(out)
+        # Behind the network where its constructor cannot make the last layer of this size, which only loading shows.
+        for put in (attach, put_behind):
+            put(classifier, fitted.head, names, view.side)
+            export_student(classifier, out / folder.NEW, view, names, about | {"head": self.config.kind})
+            if self._is_whole(classifier, out / folder.NEW):
+                folder.move_out(out)
+                return
+            if classifier.function == HEADED:
+                break
+        raise InputError(
+            f"{self.config.model} with a head has other logits when it is loaded again; its constructor must build the "
+            "same network each time"
+        )
 
-    def _compare(self, fitted: FittedHead, features: Tensor) -> None:
-        """Raises `InputError` unless the model that was written gives the head's logits of training images."""
+    def _is_whole(self, classifier: Classifier, written: Path) -> bool:
+        """Returns whether the model that was written gives the same logits of training images."""
+        function = classifier.function
+        if not function and not timm_config(classifier.net):
+            return True  # a module from Python: nobody but the program that built it can load it
+        try:
+            # A user's function is named by the user, as no file may name it.
+            if function and function not in OWN:
+                loaded = load(function, weights=written / WEIGHTS)
+            else:
+                loaded = load(f"{LOCAL}{written}")
+        except InputError:
+            return False
         view = replace(self.backbone.view, device=torch.device("cpu"), precision="fp32")
-        written = load(f"{LOCAL}{self.config.out.expanduser() / folder.NEW}")
-        some = self.cache.splits["train"].subset(np.arange(len(features)))
-        if not is_close(scoring.predict(written, some, view), fitted.head(features).double()):
-            raise InputError(f"{self.config.model} with this head is another network when it is loaded again")
+        some = self.cache.splits["train"].subset(np.arange(min(CHECKED, len(self.cache.splits["train"]))))
+        found, expected = (scoring.predict(each, some, view) for each in (loaded, classifier))
+        return is_close(found, expected.double())
