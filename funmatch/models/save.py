@@ -14,8 +14,8 @@ from torch import nn
 from funmatch.models import bit
 from funmatch.models.classifier import Card, Classifier, timm_config, to_memory_format
 from funmatch.models.names import GIVEN
-from funmatch.models.transformers.folder import save_transformers
 from funmatch.models.transformers.network import TransformersNet
+from funmatch.models.transformers.save import save_transformers
 from funmatch.runtime.disk.json_files import read_json
 
 # Entries of timm's configuration that describe the architecture's published weights, and would be wrong for ours.

@@ -59,7 +59,7 @@ def create(architecture: str, kwargs: dict[str, Any], *, pretrained: bool = Fals
         raise InputError(f"timm cannot build {architecture} with {arguments}: {first_line(error)}") from error
 
 
-def offline_message(architecture: str, error: OSError) -> str:
+def offline_message(architecture: str, error: Exception) -> str:
     """Says that weights cannot be downloaded, and what to do without a network."""
     reason = first_line(error)
     # The Hub's own sentence is three lines long, and asks for a connection that a cluster may not have.

@@ -227,15 +227,33 @@ def test_a_network_without_weights_of_its_pooler_gives_its_class_token(tmp_path)
     model, views = load(str(folder)).eval(), torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(views), net(model.normalize(views)).last_hidden_state[:, 0])
-    student = load(str(folder), classes=3).eval()
+
+
+@pytest.mark.parametrize(("stem", "is_own"), [("ConvNext", True), ("Dinov2", False), ("Siglip", False)])
+def test_a_head_on_a_network_that_had_none(stem, is_own, tmp_path):
+    import transformers
+
+    name = "SiglipVision" if stem == "Siglip" else stem
+    config = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]} if stem == "ConvNext" else VIT
+    net = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**config))
+    folder, views = write_net(net, transformers.ViTImageProcessor(**WHOLE), tmp_path / "net"), torch.rand(2, 3, 32, 32)
+    student, features = load(str(folder), classes=3).eval(), load(str(folder)).eval()
     assert student.num_classes == 3
+    assert not student(views).any()
     torch.nn.init.normal_(student.net.head.weight)
-    (tmp_path / "student").mkdir()
-    save(student, tmp_path / "student", card=student.card, about={"verb": "train"})
-    again = load(str(tmp_path / "student")).eval()
+    (out := tmp_path / "student").mkdir()
+    save(student, out, card=student.card, about={"verb": "train"})
+    again = load(str(out)).eval()
     with torch.no_grad():
         assert torch.equal(again(views), student(views))
-        torch.testing.assert_close(Features(again)(views), model(views))
+        torch.testing.assert_close(Features(again)(views), features(views))
+    # Where transformers' classifier is the same function, it reads the folder, too.
+    named = json.loads((out / "config.json").read_text())["architectures"]
+    assert named == [f"{stem}ForImageClassification" if is_own else f"{name}Model"]
+    if is_own:
+        alone = transformers.AutoModelForImageClassification.from_pretrained(out).eval()
+        with torch.no_grad():
+            assert torch.equal(alone(student.normalize(views)).logits, student(views))
 
 
 def test_images_of_another_size_fit_the_position_embedding(tmp_path):

@@ -56,7 +56,7 @@ def import_model(config: Import) -> Result:
     metrics = {
         "out": str(out),
         "model": config.model,
-        "architecture": timm_config(model.net).get("architecture") or model.function,
+        "architecture": timm_config(model.net).get("architecture") or model.function or vars(model.net).get("kind"),
         "parameters": model.count_parameters(),
         "classes": model.num_classes,
         "side": card.side,

@@ -105,13 +105,13 @@ def kind_of(folder: Path, config: Any, entries: Mapping[str, Any]) -> Kind:
     transformers = transformers_for(str(folder))
     names = entries.get("architectures") or []
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    classifiers = _classes(transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, config)
+    classifiers = classifiers_for(config)
     backbones = _classes(transformers.MODEL_MAPPING, config)
     if name is None:
         # Configurations of long ago do not name their class; only a classifier has names for its outputs.
         name = next((each.__name__ for each in (classifiers if "id2label" in entries else backbones)), "")
     found = getattr(transformers, name, None)
-    if found in classifiers and found.main_input_name == "pixel_values":
+    if found is not None and found in classifiers and found.main_input_name == "pixel_values":
         return Kind(found, config, classifies=True)
     if found is not None and found.__name__.endswith(("Model", "ModelWithProjection")):
         if getattr(found, "main_input_name", None) == "pixel_values" and found.config_class is type(config):
@@ -126,6 +126,12 @@ def kind_of(folder: Path, config: Any, entries: Mapping[str, Any]) -> Kind:
         f"{folder} is a {name or config.model_type} of transformers; its image classifiers (…ForImageClassification) "
         f"and image networks without a head (…Model) can be loaded; for another, {OWN_FUNCTION}"
     )
+
+
+def classifiers_for(config: Any) -> tuple[Any, ...]:
+    """Returns the image classifiers that transformers has for a configuration."""
+    transformers = transformers_for(config.model_type)
+    return _classes(transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, config)
 
 
 def is_backbone(net: Any) -> bool:

@@ -1,23 +1,19 @@
-"""Loads networks of transformers from folders as its `save_pretrained` writes them, and saves students so."""
+"""Loads networks of transformers from folders as its `save_pretrained` writes them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
 from funmatch.models.checkpoints.checkpoint import open_checkpoint, weights_in
-from funmatch.models.classifier import Card
 from funmatch.models.origins.origin import CONFIG_KEYS, Origin
 from funmatch.models.transformers import processor
 from funmatch.models.transformers.config import Kind, build_config, class_names, kind_of
 from funmatch.models.transformers.library import quiet
 from funmatch.models.transformers.network import POOLED, TransformersNet, probe
-from funmatch.runtime.disk.json_files import read_json
 
 HEAD = "funmatch_head."
 """Prefix of the weights of a head that transformers' own class does not have."""
@@ -145,47 +141,3 @@ def _check_side(folder: Path, net: TransformersNet, side: int) -> None:
             f"the processor of {folder} makes images of {side} pixels, but its network was built for {net.side} "
             f"({first_line(error)}); choose one with --side"
         ) from None
-
-
-def save_transformers(net: TransformersNet, folder: Path, card: Card) -> dict[str, Any]:
-    """Writes weights, the processor's configuration and `config.json` as transformers loads them.
-
-    Args:
-        net: on the CPU.
-        folder: an empty folder.
-        card: input and class names.
-
-    Returns:
-        the contents of `config.json`, for our own entries to be added.
-    """
-    with quiet():
-        net.model.save_pretrained(str(folder), max_shard_size="1000GB")
-    path = folder / "model.safetensors"
-    if net.head is not None:
-        own = {f"{HEAD}{key}": each.contiguous() for key, each in net.head.state_dict().items()}
-        save_file(load_file(path) | own, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors writes files that only their owner can read
-    config = read_json(folder / "config.json", dict)
-    names = card.classes or [f"LABEL_{number}" for number in range(net.num_classes)]
-    if net.num_classes:
-        config |= {"id2label": {str(number): name for number, name in enumerate(names)}}
-        config |= {"label2id": {name: number for number, name in enumerate(names)}}
-    if card.task == "multilabel":
-        config["problem_type"] = "multi_label_classification"  # by which its pipeline takes probabilities
-    (folder / processor.FILES[1]).write_text(json.dumps(_processor_config(card, flip=net.flip), indent=2))
-    return config | {"pretrained_cfg": {"flip": net.flip}}
-
-
-def _processor_config(card: Card, *, flip: bool) -> dict[str, Any]:
-    """Returns the configuration of a processor that shows images as a card says, up to a pixel at the crop's corner."""
-    short = round(card.side / card.crop_fraction)
-    size = {"height": short, "width": short} if card.squash else {"shortest_edge": short}
-    config = {
-        "image_processor_type": "DeiTImageProcessor" if card.squash else "BitImageProcessor",
-        "do_resize": True, "size": size, "resample": 3 if card.resample == "bicubic" else 2,
-        "do_center_crop": True, "crop_size": {"height": card.side, "width": card.side},
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
-        "do_normalize": True, "image_mean": list(card.mean), "image_std": list(card.std),
-    }  # fmt: skip
-    # MobileViT's processor alone swaps colours, and normalises nothing.
-    return config | ({"image_processor_type": "MobileViTImageProcessor", "do_flip_channel_order": True} if flip else {})

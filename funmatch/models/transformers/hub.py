@@ -50,6 +50,6 @@ def hub_folder(name: str) -> Path | None:
         raise InputError(f"{name} has no {CONFIG}, so it is neither timm's nor transformers'") from error
     except errors.HFValidationError as error:
         raise InputError(f"{name} is not the name of a model on the Hub ({first_line(error)})") from error
-    except OSError as error:
+    except Exception as error:  # clients of the network fail in many ways
         raise InputError(offline_message(name, error)) from error
     raise InputError(f"{name} has no weights in safetensors or pytorch_model.bin")

@@ -29,6 +29,7 @@ class TransformersNet(nn.Module):
         num_classes: number of logits; 0 where outputs are features.
         pooled: key of `POOLED`, of a network without a head of its own.
         flip: whether the network takes blue, green and red in this order.
+        kind: name of its class.
         head: of classes for a network that has none of its own.
         interpolates: whether it can fit its position embedding to images of another size.
         side: of the images that it was built for, pixels; None where any will do.
@@ -37,7 +38,7 @@ class TransformersNet(nn.Module):
     def __init__(self, model: nn.Module, *, classes: int, flip: bool = False) -> None:
         super().__init__()
         self.model: Any = model
-        self.num_classes, self.flip = classes, flip
+        self.num_classes, self.flip, self.kind = classes, flip, type(model).__name__
         self.pooled = None if classes else _pooled_output(self.model)
         self.head: nn.Linear | None = None
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
