@@ -150,6 +150,7 @@ def edited_config(written: Path, images: Path) -> str:
 SMALL = {
     "resnetv2_101x1_bit.goog_in21k": "resnet10t --model-kwargs channels=8,8,16,16 stem_width=8 --steps 2",
     "--teacher runs/teacher": "--teacher runs/teacher --allow-weak-teacher",
+    "--teacher runs/tags": "--teacher runs/tags --allow-weak-teacher",
     "--student resnetv2_50x1_bit": "--student resnet10t --student-kwargs channels=8,8,16,16 stem_width=8",
     "--side 128": "--side 32",
     "--epochs 1000": "--epochs 1",
@@ -205,7 +206,7 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "--trials 20": "--trials 2",
         "recipes pet37-fast": "recipes flowers102-fast --no-measure",
         "distill pet37-fast": "recipes sun397-fast --no-measure",
-        **{name: SMALL[name] for name in ("resnetv2_101x1_bit.goog_in21k", "--teacher runs/teacher")},
+        **{name: SMALL[name] for name in ("resnetv2_101x1_bit.goog_in21k", "--teacher runs/teacher", "--teacher runs/tags")},
         "pets_teacher_savedmodel": f"{tmp_path}/bit.npz",
         "--teachers runs/a runs/b": "--teachers runs/labels runs/labels",
         "--teacher runs/a --teacher runs/b": "--teacher runs/labels --teacher runs/labels --allow-weak-teacher",

@@ -58,7 +58,8 @@ def _sheet_folder(data: tuple[str, ...]) -> Path:
 def choose_images(cache: Cache) -> tuple[CachedSplit, list[int]]:
     """Picks a split and indices of images: a row for each of up to 12 classes, else one image of each of up to 96."""
     split = cache.splits.get("train") or next(iter(cache.splits.values()))
-    labels = split.labels(slice(None)).numpy()
+    # Numbers of classes, or of sets of classes.
+    labels = split.index["label"]
     # Spread over the whole split: the first images may all be of one kind.
     if not split.labelled:
         return split, np.linspace(0, len(split) - 1, min(len(split), MAX_IMAGES)).astype(int).tolist()
@@ -83,7 +84,7 @@ def draw(cache: Cache, path: Path) -> None:
     split, indices = choose_images(cache)
     rows = math.ceil(len(indices) / COLUMNS)
     columns = min(COLUMNS, len(indices))
-    labels = split.labels(indices).tolist()
+    labels = split.classes_of(indices)
     # Class names may hold dollar signs.
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # class names in scripts that the font lacks
@@ -93,11 +94,11 @@ def draw(cache: Cache, path: Path) -> None:
         # All of them, since the last row may have fewer images than columns.
         for axis in axes:
             axis.axis("off")
-        for axis, image, label in zip(axes, split.images(indices), labels, strict=False):
+        for axis, image, own in zip(axes, split.images(indices), labels, strict=False):
             axis.imshow(image.numpy())
-            # -1 is an image without a label.
-            if label >= 0:
-                axis.set_title("\n".join(textwrap.wrap(_printable(cache.classes[label]), 18)[:2]), fontsize=7, pad=2)
+            if own:
+                title = _printable(", ".join(cache.classes[label] for label in own))
+                axis.set_title("\n".join(textwrap.wrap(title, 18)[:2]), fontsize=7, pad=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(path):
             # Without the library's version, so that the same images give the same file.

@@ -58,7 +58,7 @@ def class_sizes(cache: Cache) -> dict[str, dict[str, Any]]:
     for name, split in cache.splits.items():
         if not split.labelled or len(cache.classes) < 2:
             continue
-        counts = np.bincount(split.labels(slice(None)).numpy(), minlength=len(cache.classes))
+        counts = split.class_counts(len(cache.classes))
         # Classes without an image are told elsewhere; a ratio to nothing would say nothing.
         present = np.flatnonzero(counts)
         low, high = (int(present[pick(counts[present])]) for pick in (np.argmin, np.argmax))

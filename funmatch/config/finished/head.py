@@ -78,6 +78,8 @@ class Head(Images, FinishedModel):
             moved = [f"--{type(self).opt(name).flag or name.replace('_', '-')}" for name in names if self.moved(name)]
             if moved and kind != self.kind:
                 found.append(f"{' and '.join(moved)} belong to --kind {kind}, not {self.kind}")
+        if self.task == "multilabel":
+            found.append("a head is fitted to one class an image; for several, train one: finetune --task multilabel")
         if self.unlabelled:
             found.append("--unlabelled leaves no labels to fit a head to")
         return found + super().problems()

@@ -210,7 +210,7 @@ def summary(dataset: Dataset, scanned: Scan, bad: Collection[tuple[str, int]] = 
             name: {
                 "pictures": int(present[name].sum()),
                 "labelled": split.labelled,
-                "classes": len(set(split.labels[present[name]].tolist()) - {-1}),
+                "classes": _count_classes(dataset, split.labels[present[name]]),
             }
             for name, split in dataset.splits.items()
         },
@@ -244,6 +244,12 @@ def list_complaints(name: str, found: dict[str, Any]) -> list[str]:
     if bad := found["unreadable"]:
         lines.append(f"WARNING: skipped {counted(len(bad), 'unreadable image')} of {name}, e.g. {': '.join(bad[0])}")
     return lines
+
+
+def _count_classes(dataset: Dataset, labels: np.ndarray) -> int:
+    """Returns the number of classes that occur in labels."""
+    known = np.unique(labels[labels != UNLABELLED])
+    return len(known) if dataset.label_sets is None else int(dataset.label_sets[known].any(0).sum())
 
 
 def _find_duplicates(dataset: Dataset, scanned: Scan, usable: np.ndarray) -> tuple[dict[str, Any], int, dict[str, Any]]:

@@ -248,6 +248,14 @@ class CachedSplit:
         numbers = torch.from_numpy(self.index["label"][indices].astype(np.int64))
         return numbers if self.label_table is None else self.label_table[numbers]
 
+    def classes_of(self, indices) -> list[list[int]]:
+        """Returns the classes of each image, none where it has no label."""
+        numbers = self.index["label"][indices].tolist()
+        if self.label_table is None:
+            return [[number] if number >= 0 else [] for number in numbers]
+        sets = [torch.nonzero(each == 1).flatten().tolist() for each in self.label_table]
+        return [sets[number] for number in numbers]
+
     def class_counts(self, classes: int) -> np.ndarray:
         """Returns the number of images of each class, (classes,) int64; those without a label are in none."""
         numbers = self.index["label"][self.index["label"] >= 0]

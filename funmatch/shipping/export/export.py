@@ -41,6 +41,11 @@ def export(config: Export, model: TrainedModel, data: RealData | None) -> dict[s
         InputError: the folder exists, a network cannot be exported, or a file differs from PyTorch.
     """
     out = place_of(config, model)
+    if config.quantize and model.classifier.card.task == "multilabel":
+        raise InputError(
+            f"--quantize measures what is lost by the first class of each image, and {model.name} gives any number of "
+            "classes; export it without --quantize"
+        )
     job = make_job(
         model, uint8=config.input == "uint8", probabilities=config.probabilities, opset=config.opset,
         fixed_batch=config.fixed_batch,
@@ -109,7 +114,7 @@ def _reference(job: Job, images: RealImages) -> np.ndarray:
         for batch in _tracked(job, images, "PyTorch"):
             views = torch.from_numpy(batch).float() / 255 if job.net.uint8 else torch.from_numpy(batch)
             logits = job.model.classifier(views).float()
-            outputs.append((logits.softmax(-1) if job.net.probabilities else logits).numpy())
+            outputs.append((job.net.task.probabilities(logits) if job.net.probabilities else logits).numpy())
     return np.concatenate(outputs)
 
 
@@ -120,7 +125,7 @@ def _check(name: str, job: Job, folder: Path, images: RealImages, reference: np.
     expected = reference
     # timm's format has neither probabilities nor uint8: it is the network alone.
     if name == "timm" and job.net.probabilities:
-        outputs = torch.from_numpy(outputs).softmax(-1).numpy()
+        outputs = job.net.task.probabilities(torch.from_numpy(outputs)).numpy()
     comparison = compare(expected, outputs)
     if not comparison.agrees and not comparison.others:
         comparison = replace(comparison, rounding=_rounding(job, _image(images, comparison, uint8=job.net.uint8)))
@@ -149,7 +154,8 @@ def _rounding(job: Job, image: np.ndarray) -> float:
         exact = copy.deepcopy(model).double()(views.double())
     except RuntimeError:  # code that asks for float32
         return 0.0
-    outputs = [each.softmax(-1) if job.net.probabilities else each for each in (model(views).double(), exact)]
+    both = (model(views).double(), exact)
+    outputs = [job.net.task.probabilities(each) if job.net.probabilities else each for each in both]
     return ((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()).item()
 
 

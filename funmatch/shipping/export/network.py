@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier, to_memory_format
 from funmatch.models.inference.fold import fold
+from funmatch.ops.tasks.task import task_of
 
 
 class ExportNet(nn.Module):
@@ -26,6 +27,7 @@ class ExportNet(nn.Module):
         classifier: folded, with its normalisation.
         uint8: whether it takes 0 … 255 in place of [0, 1].
         probabilities: whether it returns probabilities in place of logits.
+        task: what its logits mean.
     """
 
     def __init__(self, classifier: Classifier, *, uint8: bool = False, probabilities: bool = False) -> None:
@@ -33,13 +35,13 @@ class ExportNet(nn.Module):
         # A copy: folding is for good.
         self.classifier = copy.deepcopy(classifier).eval().cpu()
         self.classifier.net = to_memory_format(fold(self.classifier.net), torch.contiguous_format)
-        self.uint8, self.probabilities = uint8, probabilities
+        self.uint8, self.probabilities, self.task = uint8, probabilities, task_of(classifier.card.task)
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         views = images.float() / 255 if self.uint8 else images
         logits = self.classifier(views)
-        return logits.softmax(-1) if self.probabilities else logits
+        return self.task.probabilities(logits) if self.probabilities else logits
 
 
 def with_plain_attention(net: ExportNet) -> ExportNet:

@@ -41,6 +41,7 @@ def describe(model: TrainedModel, *, uint8: bool, probabilities: bool, fixed_bat
             "type": "uint8" if uint8 else "float32", "range": [0, 255] if uint8 else [0, 1], "order": "NCHW, RGB",
         },
         "output": "probabilities" if probabilities else "logits",
+        **({"task": card.task} if card.task == "multilabel" else {}),
         "preprocessing": {"largest_short_side": model.cap, **asdict(how)},
         "normalization": {"mean": list(card.mean), "std": list(card.std), "where": "inside the model"},
         "source": {
@@ -100,5 +101,5 @@ def example(about: dict[str, Any], name: str) -> str:
         library=library, nhwc=library in OF_TENSORFLOW, file=name, side=how["side"], short_side=how["short_side"],
         cap=how["largest_short_side"], squash=how["squash"], resample=how["resample"], floor=how.get("floor"),
         uint8=about["input"]["type"] == "uint8", probabilities=about["output"] == "probabilities",
-        fixed_batch=None if batch == "n" else batch,
+        fixed_batch=None if batch == "n" else batch, several=about.get("task") == "multilabel",
     )  # fmt: skip

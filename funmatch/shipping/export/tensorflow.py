@@ -17,6 +17,7 @@ from timm.models.resnetv2 import PreActBottleneck, ResNetV2
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
+from funmatch.ops.tasks.task import MULTILABEL
 from funmatch.runtime.disk.files import write_atomically
 from funmatch.shipping.export.network import ExportNet, quiet
 from funmatch.shipping.runtimes import Runtime, require
@@ -172,7 +173,10 @@ def build(exported: ExportNet, side: int, fixed_batch: int | None) -> Any:
             f"{card.name} cannot be written for TensorFlow, as {error}; of timm's networks, those of BiT can be "
             "(resnetv2_50x1_bit … resnetv2_152x4_bit); for others try --format onnx"
         ) from None
-    model = keras.Model(images, keras.layers.Softmax()(x) if exported.probabilities else x)
+    if exported.probabilities:
+        sigmoid = exported.task is MULTILABEL
+        x = (keras.layers.Activation("sigmoid") if sigmoid else keras.layers.Softmax())(x)
+    model = keras.Model(images, x)
     # Last, since layers have variables only once they are applied.
     for layer, values in builder.values:
         layer.set_weights(values)
