@@ -19,7 +19,7 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
     """Computes T² · mean over classes of KL(Ber(σ(t / T)) ‖ Ber(σ(s / T))).
 
     The sum over the classes is the KL divergence of the two distributions of label sets, of classes that are
-    independent given the image; Yang et al., "Multi-label knowledge distillation" (ICCV 2023), section 3.2, sum it too.
+    independent given the image; Yang et al., "Multi-label knowledge distillation" (ICCV 2023), sum it too.
 
     Args:
         student_logits, teacher_logits: (n, classes).
