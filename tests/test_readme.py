@@ -206,7 +206,10 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "--trials 20": "--trials 2",
         "recipes pet37-fast": "recipes flowers102-fast --no-measure",
         "distill pet37-fast": "recipes sun397-fast --no-measure",
-        **{name: SMALL[name] for name in ("resnetv2_101x1_bit.goog_in21k", "--teacher runs/teacher", "--teacher runs/tags")},
+        **{
+            name: SMALL[name]
+            for name in ("resnetv2_101x1_bit.goog_in21k", "--teacher runs/teacher", "--teacher runs/tags")
+        },
         "pets_teacher_savedmodel": f"{tmp_path}/bit.npz",
         "--teachers runs/a runs/b": "--teachers runs/labels runs/labels",
         "--teacher runs/a --teacher runs/b": "--teacher runs/labels --teacher runs/labels --allow-weak-teacher",
