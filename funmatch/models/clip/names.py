@@ -76,9 +76,14 @@ def architectures() -> list[str]:
     return sorted(path.stem for folder in folders or () for path in (Path(folder) / "model_configs").glob("*.json"))
 
 
+def has_open_clip() -> bool:
+    """Returns whether OpenCLIP is installed."""
+    return importlib.util.find_spec("open_clip") is not None
+
+
 def require_open_clip(name: str) -> None:
     """Raises `InputError` unless OpenCLIP is installed, which a model needs."""
-    if importlib.util.find_spec("open_clip") is None:
+    if not has_open_clip():
         raise InputError(f"{name} is a model of OpenCLIP, which is not installed: {EXTRA}")
 
 

@@ -9,6 +9,7 @@ from funmatch.models.clip.class_texts import ClassTexts
 from funmatch.models.clip.network import OWN
 from funmatch.models.clip.open_clip_models import load_open_clip
 from funmatch.models.clip.pair import Pair, compare_with_texts
+from funmatch.models.clip.transformers_models import fetch_transformers, load_transformers
 from funmatch.models.origins.origin import Origin
 from funmatch.models.weights import Lazily
 
@@ -51,4 +52,15 @@ def _load(name: str, weights: Path | None) -> Pair:
     model = names.parse(name)
     if weights and (model.tag or not model.architecture):
         raise InputError(f"{name} has its own weights; leave out {weights}")
-    return load_open_clip(name, model, weights)
+    if model.architecture:
+        return load_open_clip(name, model, weights)
+    folder = model.folder or fetch_transformers(name, model.repository)
+    if folder is not None and not _is_of_open_clip(folder):
+        return load_transformers(name, folder)
+    return load_open_clip(name, model, None)
+
+
+def _is_of_open_clip(folder: Path) -> bool:
+    """Returns whether a folder is OpenCLIP's, whose layout goes first where it has both and OpenCLIP is installed."""
+    is_there = (folder / names.OPEN_CLIP_CONFIG).is_file()
+    return is_there and (names.has_open_clip() or not (folder / names.TRANSFORMERS_CONFIG).is_file())

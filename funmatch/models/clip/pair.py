@@ -109,7 +109,21 @@ def _checked_tokens(pair: Pair, texts: ClassTexts) -> list[list[int]]:
             f"{pair.name} reads at most {pair.limit} tokens of a text, but {len(long)} of {len(longest)} classes of "
             f"{texts.source} need more: {listed}{more}. Shorten these names or their templates"
         )
+    _check_apart(pair, texts, tokens)
     return tokens
+
+
+def _check_apart(pair: Pair, texts: ClassTexts, tokens: list[list[int]]) -> None:
+    """Raises `InputError` if two classes are the same to the network: names in other case, or of unknown words."""
+    counts, seen, start = [*map(len, texts.texts)], dict[str, str](), 0
+    for name, count in zip(texts.names, counts, strict=True):
+        read, start = repr(tokens[start : start + count]), start + count
+        if read in seen:
+            raise InputError(
+                f"{pair.name} reads {seen[read]!r} and {name!r} of {texts.source} as the same tokens, so they "
+                "cannot be told apart; name them otherwise, or describe them in a JSON file"
+            )
+        seen[read] = name
 
 
 @torch.inference_mode()

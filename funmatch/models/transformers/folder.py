@@ -39,9 +39,9 @@ def transformers_origin(folder: Path, entries: Mapping[str, Any], kwargs: dict[s
     options = {key: value for key, value in kwargs.items() if key != processor.RESAMPLE}
     config = build_config(folder, entries, options)
     kind = kind_of(folder, config, entries)
-    state = _read_weights(folder)
+    state = read_weights(folder)
     head = {key.removeprefix(HEAD): state.pop(key) for key in [*state] if key.startswith(HEAD)}
-    model = _build(folder, kind, state)
+    model = build_network(folder, kind, state)
     if ours := entries.get("pretrained_cfg"):
         card, notes, flip = _own_card(entries, ours), (), bool(ours.get("flip"))
     else:
@@ -72,7 +72,7 @@ def _own_card(entries: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, 
     return card | {"task": about.get("task") or ("multiclass" if "verb" in about else None)}
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     """Reads the tensors of a folder's weights, and nothing else of these files."""
     path = weights_in(folder)
     if path is None:
@@ -87,7 +87,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return {key: each.float() if each.is_floating_point() else each for key, each in read.items()}
 
 
-def _build(folder: Path, kind: Kind, state: dict[str, Tensor]) -> nn.Module:
+def build_network(folder: Path, kind: Kind, state: dict[str, Tensor]) -> nn.Module:
     """Builds a network with the weights of a file, all of which it must take.
 
     Raises:

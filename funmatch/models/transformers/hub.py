@@ -15,11 +15,12 @@ WEIGHTS = (("model.safetensors", "model.safetensors.index.json", "model-*.safete
 """Patterns of the files of weights; the second only where a repository has none of the first."""
 
 
-def hub_folder(name: str) -> Path | None:
+def hub_folder(name: str, more: tuple[str, ...] = ()) -> Path | None:
     """Returns the folder of a network of transformers on the Hub, fetched once; None if it is in timm's layout.
 
     Args:
         name: `hf-hub:user/model`, with `@revision` after it or without.
+        more: patterns of further files that are fetched.
 
     Raises:
         InputError: there is no such repository, access to it is not granted, or the Hub cannot be reached.
@@ -30,7 +31,7 @@ def hub_folder(name: str) -> Path | None:
         config = Path(hf_hub_download(repository, CONFIG, revision=revision or None))
         if read_entries(config) is None:
             return None
-        files = (CONFIG, *PROCESSOR_FILES)
+        files = (CONFIG, *PROCESSOR_FILES, *more)
         for patterns in WEIGHTS:
             folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*files, *patterns]))
             if any(next(folder.glob(pattern), None) for pattern in patterns):
