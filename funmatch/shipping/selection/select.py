@@ -123,6 +123,7 @@ def _is_readable(image: ImageFile) -> bool:
 def _images_to_avoid(config: Select, how: Decoding) -> tuple[list[str], KeptClear | None]:
     """Returns the paths of images to keep clear of, and what finds near copies of them."""
     if not config.without:
+        info("no --without: images that are in the evaluation images, too, are not left out")
         return [], None
     options = ReadOptions(config.data_dir, unlabelled=True, follow_links=True, on_bad="skip")
     stream = find_images(config.without, options, EVALUATION)
