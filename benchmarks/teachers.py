@@ -205,7 +205,8 @@ def main() -> None:
         "# How much `funmatch plan --teachers` predicts, on the CPU", "",
         f"    python benchmarks/teachers.py --steps {options.steps} --seeds {options.seeds}", "",
         f"Students of {options.steps} steps at batch {COMMON['batch']}, {options.seeds} seeds each, on the bundled "
-        f"images (200 for training, {10 * TESTED:,} for testing); {platform.machine()}, one thread, torch {torch.__version__}, "
+        f"images (200 for training, {10 * TESTED:,} for testing); {platform.machine()}, one thread, "
+        f"torch {torch.__version__}, "
         f"{(time.process_time() - began) / 60:.0f} minutes of CPU.", "",
     ]  # fmt: skip
     options.out.write_text("\n".join([*head, *lines]))

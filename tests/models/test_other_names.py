@@ -87,6 +87,23 @@ def test_what_torchvision_computes_otherwise_is_saved_with_the_student(tmp_path)
     assert not student.net.get_submodule("classifier").weight.any()
 
 
+def test_features_of_torchvision_are_taken_without_a_head(tmp_path):
+    net = with_random_weights(convnext())
+    state, options = net.state_dict(), SMALL["convnext_tiny"][1]
+    headless = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.2.")}
+    net.classifier[2] = nn.Identity()
+    for saved in (state, headless):
+        torch.save(saved, tmp_path / "w.pth")
+        assert_same_logits(
+            load("convnext_tiny", weights=tmp_path / "w.pth", options=(*options, "num_classes=0")), net, 64
+        )
+    with pytest.raises(InputError, match=r"without a head for convnext_tiny \(no head\.fc\.weight"):
+        load("convnext_tiny", weights=tmp_path / "w.pth", options=options)
+    student = load("convnext_tiny", weights=tmp_path / "w.pth", options=options, classes=3)
+    assert torch.equal(student.net.state_dict()["stem.0.weight"], state["features.0.0.weight"])
+    assert "starts at zero" in student.notes[-1]
+
+
 def test_networks_that_pad_otherwise_are_not_filled(tmp_path):
     torch.save(tv.mobilenet_v3_small(num_classes=7).state_dict(), tmp_path / "w.pth")
     for name in ("tf_mobilenetv3_small_100", "mobilenetv3_large_100"):

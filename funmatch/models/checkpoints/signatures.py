@@ -60,6 +60,8 @@ def _describe_zip(path: Path) -> str:
     # Damage in a zip's directory also shows as names that are no text, or as a version that nobody wrote.
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return "damaged or incomplete; download or copy it again"
+    if any(name.endswith("/data.pkl") for name in names):
+        return ""  # of torch.save: what is wrong with it lies deeper
     if any(name.endswith(".weights.h5") for name in names):
         return KERAS
     if any(name.endswith(".npy") for name in names):

@@ -1,7 +1,7 @@
 """Translates torchvision's names of weights to timm's, for networks that compute the same in both libraries."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -100,6 +100,11 @@ def _under(checkpoint: Checkpoint, prefix: str, wanted: Wanted) -> dict[str, Ent
     # Older files lack BatchNorm's counters; and nothing depends on them.
     names = sorted((name for name in entries if not name.endswith((TABLES, COUNTER))), key=_place)
     targets = [name for name in wanted.shapes if not name.endswith(COUNTER)]
+    # The head is last: it may be missing in the file, or in the network, of which the features are wanted.
+    if len(names) < len(targets):
+        targets = [name for name in targets if not wanted.is_head(name)]
+    elif not wanted.head and names[len(targets) :] == [name for name in names if name.startswith(_head_of(names))]:
+        names = names[: len(targets)]
     if len(names) != len(targets):
         return {}
     found: dict[str, Entry] = {}
@@ -111,6 +116,11 @@ def _under(checkpoint: Checkpoint, prefix: str, wanted: Wanted) -> dict[str, Ent
             return {}
         found[f"{prefix}{target}"] = replace(entry, shape=shape, read=partial(_read, entry, shape))
     return found
+
+
+def _head_of(names: Sequence[str]) -> str:
+    """Returns the beginning of the names of the last module."""
+    return f"{names[-1].rpartition('.')[0]}."
 
 
 def _read(entry: Entry, shape: tuple[int, ...]) -> Tensor:
