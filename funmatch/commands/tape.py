@@ -10,8 +10,7 @@ from torch import Tensor
 from funmatch import config
 from funmatch.config import Distill
 from funmatch.errors import InputError, WorkFailed
-from funmatch.models.inference.answers import Layout
-from funmatch.ops import metrics
+from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.reports.result import Result
 from funmatch.runtime import devices
 from funmatch.runtime.log import ProgressBar, print_table
@@ -155,15 +154,16 @@ def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
             recomputed.append(layout.unpacked(*layout.packed(logits)).cpu())
             recorded.append(rows)
             bar.update(number)
-    return {"recomputed": len(chosen), **_compared(torch.cat(recorded), torch.cat(recomputed), teachers.layout)}
+    return {"recomputed": len(chosen), **_compared(torch.cat(recorded), torch.cat(recomputed), teachers)}
 
 
-def _compared(before: Tensor, after: Tensor, layout: Layout | None) -> dict[str, Any]:
+def _compared(before: Tensor, after: Tensor, teachers: TeacherEnsemble) -> dict[str, Any]:
     """Compares answers on a tape with the teacher's now, (n, width) each."""
+    layout = teachers.layout
     classes = layout.classes if layout else before.shape[1]
     found: dict[str, Any] = {"equal": (before == after).double().mean().item(), "kl": None, "agreement": None}
     if classes:
-        summary = metrics.summarize(metrics.per_image(after[:, :classes], None, before[:, :classes]))
+        summary = teachers.task.measure(after[:, :classes], None, before[:, :classes])
         found |= {"kl": summary["kl"], "agreement": summary["agreement"]}
     if layout:
         one, other = before[:, classes:].double(), after[:, classes:].double()

@@ -11,7 +11,7 @@ from funmatch.data.cache.stores import CachedSplit
 from funmatch.runtime import devices
 from funmatch.shipping.runtimes import to_bytes
 from funmatch.training import datasets
-from funmatch.training.evaluation import scoring
+from funmatch.training.evaluation import scoring, subject
 from funmatch.training.student.trained_model import TrainedModel
 
 
@@ -71,5 +71,6 @@ def open_real_data(config: WithImages, model: TrainedModel) -> RealData:
         InputError: there are no images; the message says how to name some.
     """
     verb = model.run.config["verb"] if model.run else ""
+    config = subject.with_own_task(config, model)
     cache, _, _ = datasets.open_evaluation_data(config, model.name, verb, model.knobs)
     return RealData(cache, model, config.batch)

@@ -164,6 +164,31 @@ def test_predict_gives_each_class_a_probability_of_its_own(student, table, funma
     assert float(row["kl"]) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_exports_give_each_class_a_probability_of_its_own(student, tmp_path):
+    run, _ = student
+    out = tmp_path / "export"
+    funmatch.export(run.folder, format="torch-export", probabilities=True, out=out, images=8)
+    about = json.loads((out / "preprocessing.json").read_text())
+    assert (about["task"], about["output"]) == ("multilabel", "probabilities")
+    views = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = torch.export.load(out / "model.pt2").module()(views)
+    torch.testing.assert_close(found, run.student()(views).sigmoid(), atol=1e-4, rtol=1e-3)
+    assert "no class" in (out / "example.py").read_text()
+    with pytest.raises(InputError, match="gives any number of classes; export it without"):
+        funmatch.export(run.folder, quantize=8, out=tmp_path / "small")
+
+
+def test_a_sheet_and_a_summary_count_every_class(table, tmp_path, funmatch):
+    sheet = tmp_path / "sheet.png"
+    found = json.loads(funmatch("data", table, "--task", "multilabel", "--sheet", sheet, "--json").stdout)
+    labels = truth(table, "train")
+    assert found["splits"]["train"] | {"classes": 3} == found["splits"]["train"]
+    low, high = (found["class_sizes"]["train"][name][1] for name in ("smallest", "largest"))
+    assert [low, high] == [labels.sum(0).min(), labels.sum(0).max()]
+    assert sheet.stat().st_size > 1000
+
+
 def test_models_of_one_task_are_refused_for_the_other(teacher, table, tmp_path):
     with pytest.raises(
         InputError, match=r"teacher .* gives any number of classes an image, but .*; pass task=\"multilabel\""

@@ -41,7 +41,7 @@ def clip_origin(name: str, weights: Path | None, kwargs: dict[str, Any], texts: 
     if texts:
         head, digest = compare_with_texts(pair, texts)
         state |= {f"head.{key}": tensor for key, tensor in head.items()}
-        card = card | {"label_names": texts.names, "num_classes": len(texts.names)}
+        card = card | {"label_names": texts.names, "num_classes": len(texts.names), "task": "multiclass"}
         count = len(texts.all_texts)
         notes = (f"{len(texts.names):,} classes by {count:,} texts ({texts.source}), scale {pair.scale:.4g}", *notes)
         notes += (SIGMOID,) if pair.sigmoid else ()

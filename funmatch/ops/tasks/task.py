@@ -43,6 +43,7 @@ class Task:
         label_loss: maps logits and targets to a loss an image, (n,).
         distance: computes the distance of a name between student and teacher, one an image, (n,).
         divergence: maps logits, and the reference's, to the KL divergence of each image in nats, (n,).
+        decisions: maps logits to what is predicted: the first class of each image, or whether each class is.
         agreement: maps logits, the reference's and a margin to the share that decides alike.
         mean_probabilities: combines several teachers' logits by their probabilities at a temperature.
         mean_over_views: combines the logits of an image's views by their probabilities.
@@ -63,6 +64,7 @@ class Task:
     label_loss: Callable[[Tensor, Tensor], Tensor]
     distance: Distance
     divergence: Callable[[Tensor, Tensor], Tensor]
+    decisions: Callable[[Tensor], Tensor]
     agreement: Callable[[Tensor, Tensor, float], float]
     mean_probabilities: Callable[[Sequence[Tensor], Sequence[float], float], Tensor]
     mean_over_views: Callable[[Tensor], Tensor]
@@ -81,6 +83,7 @@ MULTICLASS = Task(
     label_loss=distances.cross_entropy,
     distance=distances.distance,
     divergence=distances.kl,
+    decisions=lambda logits: logits.argmax(-1),
     agreement=multiclass.agreement,
     mean_probabilities=multiclass.mean_probabilities,
     mean_over_views=multiclass.mean_over_views,
@@ -98,6 +101,7 @@ MULTILABEL = Task(
     label_loss=multilabel.cross_entropy,
     distance=multilabel.distance,
     divergence=multilabel.kl,
+    decisions=multilabel.decisions,
     agreement=multilabel.agreement,
     mean_probabilities=multilabel.mean_probabilities,
     mean_over_views=multilabel.mean_over_views,

@@ -15,6 +15,7 @@ from funmatch.data.cache.stores import CachedSplit
 from funmatch.errors import InputError
 from funmatch.models.class_map import ClassMap, map_classes
 from funmatch.models.ensemble import TeacherEnsemble, select_classes
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import devices
 from funmatch.shipping.benchmark.candidates import Candidate
 from funmatch.shipping.benchmark.formats import CALIBRATION_IMAGES, Machine
@@ -67,6 +68,7 @@ def open_images(
         return None
     knobs, verb = (dict(first.knobs), first.run.config["verb"]) if first and first.run else ({}, "")
     name = first.name if first else options.models[0]
+    options = subject.with_own_task(options, first) if first else options
     config = _as_evaluation(options, name)
     cache, _, _ = datasets.open_evaluation_data(options, name, verb, knobs)
     with_teacher = options.teacher != (NO_TEACHER,) and bool(options.teacher or knobs.get("teacher"))
@@ -105,6 +107,7 @@ def _as_evaluation(options: Benchmark, name: str) -> Evaluate:
 
 def _class_map(model: TrainedModel, cache: Cache, config: Evaluate) -> ClassMap | None:
     """Returns a model's outputs for each class of the images, as `--classes` says; None for its own."""
+    class_order.with_task(model.classifier, cache.task, "model")
     wanted = loading.wanted_classes(config, cache)
     if wanted and config.classes:
         return map_classes(model.classifier, wanted, config.classes)
@@ -148,7 +151,8 @@ def score(candidates: Sequence[Candidate], images: EvaluationImages, after: Call
             continue
         eager = logits if each.format == "eager" else eager
         if eager is not None:
-            each.scores["agreement_eager"] = (logits.argmax(-1) == eager.argmax(-1)).double().mean().item()
+            task = task_of(images.split.task)
+            each.scores["agreement_eager"] = (task.decisions(logits) == task.decisions(eager)).double().mean().item()
 
 
 def _scores(logits: Tensor, images: EvaluationImages) -> dict[str, float | None]:
