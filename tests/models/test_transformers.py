@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import errors
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformer_families import FAMILIES, QUICK, VIT, WHOLE, write, write_net
+from transformer_families import FAMILIES, FOUR, HIERA, QUICK, VIT, WHOLE, write, write_net
 
 import funmatch
 from funmatch.errors import InputError
@@ -193,15 +193,16 @@ def test_a_teacher_is_matched(name, side, tmp_path, images):
     ("name", "pooled"),
     [
         ("Dinov2Model", "pooler"), ("ViTModel", "pooler"), ("ConvNextModel", "pooler"), ("ViTMSNModel", "class token"),
-        ("IJepaModel", "mean"), ("CLIPVisionModel", "pooler"), ("SiglipVisionModel", "pooler"),
+        ("IJepaModel", "mean"), ("DINOv3ViTModel", "pooler"), ("HieraModel", "pooler"),
+        ("CLIPVisionModel", "pooler"), ("SiglipVisionModel", "pooler"),
     ],
 )  # fmt: skip
 def test_features_of_networks_without_a_head(name, pooled, tmp_path):
     import transformers
 
-    config = {} if name != "ConvNextModel" else {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+    config = {"ConvNextModel": FOUR, "HieraModel": HIERA | {"image_size": [32, 32]}}.get(name, VIT)
     stem = name.removesuffix("Model")
-    net = getattr(transformers, name)(getattr(transformers, f"{stem}Config")(**(config or VIT))).eval()
+    net = getattr(transformers, name)(getattr(transformers, f"{stem}Config")(**config)).eval()
     folder = write_net(net, transformers.ViTImageProcessor(**WHOLE), tmp_path)
     model, views = load(str(folder)).eval(), torch.rand(2, 3, 32, 32)
     assert is_headless(model)
@@ -234,7 +235,7 @@ def test_a_head_on_a_network_that_had_none(stem, is_own, tmp_path):
     import transformers
 
     name = "SiglipVision" if stem == "Siglip" else stem
-    config = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]} if stem == "ConvNext" else VIT
+    config = FOUR if stem == "ConvNext" else VIT
     net = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**config))
     folder, views = write_net(net, transformers.ViTImageProcessor(**WHOLE), tmp_path / "net"), torch.rand(2, 3, 32, 32)
     student, features = load(str(folder), classes=3).eval(), load(str(folder)).eval()
@@ -462,3 +463,12 @@ def test_networks_are_exported(name, tmp_path, images):
     folder = write(name, tmp_path / name)
     found = funmatch.export(model=str(folder), out=tmp_path / "out", format=["onnx"], data=str(images))
     assert found["formats"]["onnx"]["max_relative"] < 1e-4
+
+
+def test_a_network_that_needs_more_than_images_is_refused(tmp_path):
+    import transformers
+
+    config = transformers.Siglip2VisionConfig(**{key: value for key, value in VIT.items() if key != "image_size"})
+    folder = write_net(transformers.Siglip2VisionModel(config), transformers.Siglip2ImageProcessor(), tmp_path)
+    with pytest.raises(InputError, match="needs more than images: pixel_attention_mask, spatial_shapes"):
+        load(str(folder))

@@ -113,7 +113,7 @@ def write_net(net: torch.nn.Module, processor: Any, folder: Path) -> Path:
     """Writes a network with weights at random, so that all parts of it show in its outputs."""
     for parameter in net.parameters():
         if parameter.ndim > 1:
-            parameter.normal_().mul_(parameter[0].numel() ** -0.5)
+            parameter.normal_().mul_(max(1, parameter[0].numel()) ** -0.5)
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))
     for key, buffer in net.named_buffers():

@@ -1,5 +1,6 @@
 """Reads the `config.json` of a network of transformers, and finds the class that builds it."""
 
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def kind_of(folder: Path, config: Any, entries: Mapping[str, Any]) -> Kind:
         # Configurations of long ago do not name their class; only a classifier has names for its outputs.
         name = next((each.__name__ for each in (classifiers if "id2label" in entries else backbones)), "")
     found = getattr(transformers, name, None)
+    if found is not None and (more := _needs(found)):
+        raise InputError(f"{folder} is a {name} of transformers, which needs more than images: {', '.join(more)}")
     if found is not None and found in classifiers and found.main_input_name == "pixel_values":
         return Kind(found, config, classifies=True)
     if found is not None and found.__name__.endswith(("Model", "ModelWithProjection")):
@@ -126,6 +129,14 @@ def kind_of(folder: Path, config: Any, entries: Mapping[str, Any]) -> Kind:
         f"{folder} is a {name or config.model_type} of transformers; its image classifiers (…ForImageClassification) "
         f"and image networks without a head (…Model) can be loaded; for another, {OWN_FUNCTION}"
     )
+
+
+def _needs(build: Any) -> list[str]:
+    """Returns what a network must be given beside images."""
+    takes = list(inspect.signature(build.forward).parameters.values())[1:]
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [each.name for each in takes if each.default is inspect.Parameter.empty and each.kind in plain]
+    return [name for name in needed if name != build.main_input_name]
 
 
 def classifiers_for(config: Any) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funmatch.errors import InputError
+from funmatch.errors import InputError, first_line
 from funmatch.models.transformers.library import quiet
 
 POOLED = {
@@ -42,8 +42,7 @@ class TransformersNet(nn.Module):
         self.pooled = None if classes else _pooled_output(self.model)
         self.head: nn.Linear | None = None
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
-        size = getattr(self.model.config, "image_size", None)
-        self.side = size if isinstance(size, int) else None
+        self.side = _own_side(self.model.config)
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.run(images)
@@ -58,10 +57,11 @@ class TransformersNet(nn.Module):
         Args:
             images: (n, channels, side, side), normalised.
             fit: whether its position embedding is fitted to images of another size.
-            body: whether its head is left out.
+            body: whether its own head is left out.
         """
         more = {"interpolate_pos_encoding": True} if fit and self.interpolates and images.shape[-1] != self.side else {}
-        net = getattr(self.model, self.model.base_model_prefix, self.model) if body else self.model
+        has_head = body and self.pooled is None
+        net = getattr(self.model, self.model.base_model_prefix) if has_head else self.model
         return net(images.flip(1) if self.flip else images, **more)
 
     def patch_tokens(self, images: Tensor) -> Tensor:
@@ -169,13 +169,28 @@ class TransformersNet(nn.Module):
             self.model.gradient_checkpointing_enable() if enable else self.model.gradient_checkpointing_disable()
 
 
+def _own_side(config: Any) -> int | None:
+    """Returns the side of the images that a network was built for, pixels; None where any will do."""
+    size = getattr(config, "image_size", None)
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    (side,) = sides if len(sides) == 1 else (None,)
+    return side if isinstance(side, int) else None
+
+
 @torch.no_grad()
 def _pooled_output(model: Any) -> str:
-    """Returns what stands for a whole image in a network's outputs, a key of `POOLED`; the network is tried once."""
-    side = model.config.image_size if isinstance(getattr(model.config, "image_size", None), int) else PROBE_SIDE
-    output, again = (model.eval()(probe(model, side)) for _ in range(2))
+    """Returns what stands for a whole image in a network's outputs, a key of `POOLED`; the network is tried.
+
+    Raises:
+        InputError: the network fails, or gives other outputs each time.
+    """
+    side, name = _own_side(model.config) or PROBE_SIDE, type(model).__name__
+    try:
+        output, again = (model.eval()(probe(model, side)) for _ in range(2))
+    except Exception as error:  # networks fail in as many ways as they are built
+        raise InputError(f"{name} cannot take an image of {side} pixels: {first_line(error)}") from error
     if not torch.equal(output.last_hidden_state, again.last_hidden_state):
-        raise InputError(f"{type(model).__name__} masks images at random, so it has no features to compare")
+        raise InputError(f"{name} masks images at random, so it has no features to compare")
     if getattr(output, "image_embeds", None) is not None:
         return "projection"
     if getattr(output, "pooler_output", None) is not None:

@@ -22,8 +22,9 @@ METHODS: dict[int, Resample] = {2: "antialias", 3: "bicubic"}
 """Our names of Pillow's methods, by Pillow's numbers."""
 METHOD_NAMES: dict[str, Resample] = {name: name for name in get_args(Resample)}
 OTHER_METHODS = {0: "nearest neighbour", 1: "Lanczos", 4: "box", 5: "Hamming"}
-LEVELS = 1.5
-"""Largest difference from a processor's pixels, in grey levels: some do not round after resizing."""
+LEVELS = 4
+"""Largest difference from a processor's pixels, in grey levels: some do not round after resizing, or resize columns
+before rows. A crop that is a pixel off makes more."""
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,14 @@ def _geometry(folder: Path, processor: Any, kind: str) -> Preprocessing | str:
     """Returns how a processor resizes and crops, or a clause that says why its images have no size of their own."""
     if not processor.do_resize:
         return "its processor does not resize images"
-    size, crop = _sides(processor.size), None
+    size, crop = _sides(getattr(processor, "size", None)), None
     if getattr(processor, "do_center_crop", False):
         crop = _sides(processor.crop_size)
     short, height = size.get("shortest_edge"), size.get("height")
     # The whole image becomes a square, or its short side is resized and the rest kept in proportion.
     squash = short is None
     if short is None and (height is None or height != size.get("width")):
-        return f"its processor resizes images to {_listed(size)}, which is not a square"
+        return f"its processor resizes images to {_listed(size) or 'no size of their own'}, which is not a square"
     length = side = short or height or 0
     if kind == "ConvNextImageProcessor":
         squash, length = (True, side) if side >= 384 else (False, int(side / processor.crop_pct))
@@ -207,7 +208,7 @@ def _geometry(folder: Path, processor: Any, kind: str) -> Preprocessing | str:
 
 
 def _sides(size: Any) -> dict[str, int]:
-    return {key: int(value) for key, value in dict(size).items() if value is not None}
+    return {key: int(value) for key, value in dict(size or {}).items() if value is not None}
 
 
 def _listed(sizes: dict[str, int]) -> str:
