@@ -8,7 +8,7 @@ from funmatch.reports import tune_plots
 from funmatch.reports.html import load_template
 from funmatch.runtime.text import MISSING, duration, format_value, percent
 
-NAMES = {"top1": "top-1", "map": "mAP", "agreement": "agreement"}
+NAMES = {"top1": "top-1", "map": "mAP", "knn": "neighbours", "agreement": "agreement", "cosine": "cosine"}
 EVALUATION_COLUMNS = ("split", "during training", "at the end", "used to select")
 
 

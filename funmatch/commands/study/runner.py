@@ -29,6 +29,7 @@ from funmatch.runtime.disk.records import RecordFolder, list_differences
 from funmatch.runtime.log import ProgressBar, info
 from funmatch.runtime.text import duration, percent
 from funmatch.runtime.time_limit import TimeLimitReached, find_limit
+from funmatch.training.evaluation.outcome import deciding_metric
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers import recording
 
@@ -239,8 +240,12 @@ def _ended(series: StudyRunner, entry: RunSpec, code: int) -> None:
         record(series)
         result = run_folder.find_run(series.at(entry)).result or {}
         task = task_of_metrics(result)
-        known = result[task.score] is not None
-        figure = f"{task.shown} {percent(result[task.score])}" if known else f"KL {result['kl']:.3f}"
+        if result[task.score] is not None:
+            figure = f"{task.shown} {percent(result[task.score])}"
+        elif result["kl"] is not None:
+            figure = f"KL {result['kl']:.3f}"
+        else:  # of features alone
+            figure = f"{(name := deciding_metric(result))} {percent(result.get(name))}"
         info(f"{entry.name}, seed {entry.seed}: {figure}, {duration(result['seconds'])}")
         series.started.add(time.monotonic() - series.began[entry.place], result["seconds"])
         return

@@ -18,6 +18,7 @@ from funmatch.runtime.disk.files import write_atomically
 from funmatch.runtime.disk.json_files import EACH, LARGEST, Damaged, read_json, read_record
 from funmatch.runtime.log import info
 from funmatch.training.evaluation import evaluate
+from funmatch.training.evaluation.outcome import DECIDING
 from funmatch.training.run import folder as run_folder
 from funmatch.training.teachers.loading import Modules
 
@@ -61,7 +62,7 @@ def _is_consistent(found: Mapping[str, Any]) -> bool:
     numbers = {trial["number"] for trial in found["trials"]}
     complete = [trial for trial in found["trials"] if trial["value"] is not None]
     wanted = ("value", "knobs", "best_run", "command")
-    is_known = found["best"] in numbers and found["score"] in ("top1", "map", "agreement")
+    is_known = found["best"] in numbers and found["score"] in DECIDING
     has_best = is_known and all(found[name] is not None for name in wanted)
     has_test = found["test"] is None or found["test"].keys() >= TEST
     inside = all(

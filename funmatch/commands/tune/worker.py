@@ -19,12 +19,12 @@ from funmatch.commands.tune.space import Value
 from funmatch.commands.verbs import VERBS, load_function
 from funmatch.config import Search
 from funmatch.errors import InputError, first_line
-from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.runtime import text, time_limit
 from funmatch.runtime.disk.locks import FileLock, file_lock, try_lock_file
 from funmatch.runtime.log import info
 from funmatch.runtime.text import percent
 from funmatch.runtime.time_limit import StartTime
+from funmatch.training.evaluation.outcome import deciding_metric
 from funmatch.training.run import intervals
 from funmatch.training.setup import Trial
 from funmatch.training.teachers.loading import Modules
@@ -223,8 +223,7 @@ def run_trial(
             scores.append(float(result["best_score"]))
             seconds += result["seconds"]
             # Without labels there is no top-1 or mAP, and the search selects by agreement.
-            score = task_of_metrics(result).score
-            trial.set_user_attr("metric", score if result[score] is not None else "agreement")
+            trial.set_user_attr("metric", deciding_metric(result))
     except Pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         info(f"trial {number} is pruned: others were ahead at this step")

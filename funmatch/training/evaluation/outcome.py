@@ -29,6 +29,10 @@ def chance_precision(labels: Tensor) -> float:
     return chance_threshold(*random_precision(labels))
 
 
+DECIDING = ("top1", "map", "knn", "agreement", "cosine")
+"""Metrics by which runs are compared; see `deciding_metric`."""
+
+
 def guessing(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None) -> dict[str, Any]:
     """Measures what tells a student that has learnt something from one that guesses.
 
@@ -56,8 +60,7 @@ def deciding_metric(metrics: Mapping[str, Any]) -> str:
     Accuracy, of several classes an image the mean average precision; of features the accuracy of nearest neighbours;
     without labels the agreement with the teacher; of features the cosine with the teacher's.
     """
-    names = ("top1", "map", "knn", "agreement", "cosine")
-    return next((name for name in names if metrics.get(name) is not None), "agreement")
+    return next((name for name in DECIDING if metrics.get(name) is not None), "agreement")
 
 
 def describe_failure(metrics: Mapping[str, Any], classes: int) -> str | None:
