@@ -70,6 +70,10 @@ def build_classifier(verb: str, config: Train, cache: Cache, num_classes: int, g
         side=config.side,
     )
     info_notes(config.student, [*student.notes, *([] if config.side else student.card.side_notes)])
+    if student.num_classes and not num_classes:
+        # A module from Python, or what a function makes, comes with a head.
+        with_zero_head(student.net, 0)
+        student.num_classes = 0
     if student.num_classes != num_classes:
         raise InputError(
             f"student {config.student} has {student.num_classes} outputs, but {num_classes} classes are needed"
