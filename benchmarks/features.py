@@ -80,7 +80,8 @@ def main() -> None:
             device = distillation.setup.loop.device
             ready[name] = (
                 distillation,
-                [distillation.batches.batch_at(step).to(device) for step in range(options.steps)],
+                # Of steps at which a queue is full.
+                [distillation.batches.batch_at(5000 + step).to(device) for step in range(options.steps)],
             )
         for turn in range(options.rounds + 1):
             for name, (distillation, batches) in ready.items():

@@ -257,7 +257,10 @@ def test_students_together_equal_students_alone(tmp_path):
 @pytest.mark.slow
 def test_a_backbone_goes_on_to_be_a_classifier(finished, tmp_path):
     """A headless teacher as a folder makes a backbone, and fine-tuning puts a head on it."""
-    again = funmatch.distill(out=tmp_path / "again", steps=2, **FEATURES | {"teacher": str(finished)})
+    options = FEATURES | {"teacher": str(finished), "student_kwargs": ()}
+    # A module comes with a head, which a backbone has not.
+    student = timm.create_model("resnet10t", num_classes=7, channels=(8, 8, 16, 16), stem_width=8)
+    again = funmatch.distill(out=tmp_path / "again", steps=2, **options | {"student": student})
     assert again.metrics["knn"] is not None
     tuned = funmatch.finetune(
         data=FEW, student=str(again.folder), side=32, batch=16, steps=4, lr=0.01, threads=1, out=tmp_path / "tuned"
