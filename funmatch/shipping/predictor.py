@@ -11,7 +11,9 @@ from funmatch.config import ImageOptions, PredictionOptions
 from funmatch.errors import InputError
 from funmatch.models.class_map import ClassMap, map_classes
 from funmatch.models.clip.class_texts import class_texts_of
+from funmatch.models.clip.names import is_clip
 from funmatch.models.ensemble import select_classes
+from funmatch.models.inference.features import is_headless
 from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import devices
 from funmatch.shipping.inference import Answers, Image, Network, answer, decoding_of, ready
@@ -86,12 +88,14 @@ def open_predictor(config: PredictionOptions, given: Mapping[str, Any] | None = 
     device = devices.pick_device(config.device)
     precision = devices.resolve_precision(config.precision, device)
     trained = open_model(config, given)
+    _check_has_classes(trained)
     networks, class_map = [], None
     if config.teacher is not None:
         teacher = open_trained_model(
             config.teacher, weights=config.teacher_weights, side=config.teacher_side, given=given,
             texts=class_texts_of(config, [config.teacher]),
         )  # fmt: skip
+        _check_has_classes(teacher)
         class_map = _map_teacher(trained, teacher, config)
         networks = [ready(teacher, device, precision)]
     networks = [ready(trained, device, precision), *networks]
@@ -104,6 +108,13 @@ def open_model(config: ImageOptions, given: Mapping[str, Any] | None = None) -> 
     if not (config.side or trained.knobs.get("side")):
         info_side(trained.classifier, [config.model])
     return trained
+
+
+def _check_has_classes(trained: TrainedModel) -> None:
+    """Raises `InputError` for a network without classes, which has nothing to predict."""
+    if is_headless(trained.classifier):
+        name = "name them with --classes-from, or use" if is_clip(trained.name) else "use"
+        raise InputError(f"{trained.name} has no classes to predict, only features; {name} `funmatch embed`")
 
 
 def _map_teacher(trained: TrainedModel, teacher: TrainedModel, config: PredictionOptions) -> ClassMap | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from make_images import paint
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from funmatch.errors import InputError
 from funmatch.models.clip import names, templates
@@ -169,6 +170,8 @@ def test_names_of_open_clip(tmp_path, monkeypatch):
     assert names.parse("clip:hf-hub:user/model") == names.ClipName(repository="user/model")
     assert names.absolute("clip:./RN50") == f"clip:{tmp_path / 'RN50'}"
     assert names.absolute("clip:RN50") == "clip:RN50"
+    with pytest.raises(InputError, match="names no model; expected one of OpenCLIP"):
+        names.parse("clip:")
     with pytest.raises(InputError, match=r"unknown model of OpenCLIP 'ViT-B-31'; did you mean 'ViT-B-32'"):
         names.parse("clip:ViT-B-31/openai")
     with pytest.raises(InputError, match=r"pass clip:hf-hub:openai/clip-vit-base-patch32"):
@@ -206,9 +209,37 @@ def test_a_configuration_that_asks_for_code_is_refused(clip, tmp_path):
         load(f"clip:{tmp_path}")
 
 
+def test_code_of_a_repository_is_not_run(clip, tmp_path):
+    """That of a tokenizer beside the weights, and of a text model of transformers that the configuration names."""
+    folder = tmp_path / "clip"
+    shutil.copytree(clip, folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w').close()\nC = M = T = object\n")
+    code = {"AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}
+    for file in ("config.json", "tokenizer_config.json"):
+        (folder / file).write_text(json.dumps({"model_type": "evil", "auto_map": code}))
+    config = json.loads((clip / "open_clip_config.json").read_text())
+    for entries in ({"hf_tokenizer_name": "x/y"}, {"hf_model_name": str(folder), "hf_tokenizer_name": "x/y"}):
+        changed = {**config["model_cfg"], "text_cfg": config["model_cfg"]["text_cfg"] | entries}
+        (folder / "open_clip_config.json").write_text(json.dumps(config | {"model_cfg": changed}))
+        with pytest.raises(InputError, match="it needs code of its repository, which is never run"):
+            load(f"clip:{folder}", texts=texts_of(NAMES, ("{}",)))
+        assert not (tmp_path / "run").exists()
+
+
 def test_weights_that_are_missing_are_not_random(clip, tmp_path):
     (tmp_path / "open_clip_config.json").write_text((clip / "open_clip_config.json").read_text())
     with pytest.raises(InputError, match=f"cannot load clip:{tmp_path}"):
+        load(f"clip:{tmp_path}")
+    # A part of them, or with objects beside them.
+    tensors = load_file(clip / "open_clip_model.safetensors")
+    save_file(
+        {key: each for key, each in tensors.items() if key != "visual.proj"}, tmp_path / "open_clip_model.safetensors"
+    )
+    with pytest.raises(InputError, match=r'Missing key\(s\) in state_dict: "visual.proj"'):
+        load(f"clip:{tmp_path}")
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    torch.save({"state_dict": tensors, "path": tmp_path}, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(InputError, match="its weights hold more than tensors; where it was made, save"):
         load(f"clip:{tmp_path}")
 
 
@@ -261,3 +292,12 @@ def test_templates_without_a_place_are_refused(tmp_path):
         templates.read_templates("nothing")
     with pytest.raises(InputError, match="pass a file with names"):
         read_class_texts("data", None, None)
+
+
+def test_the_extra_that_is_missing_is_named(clip, monkeypatch):
+    monkeypatch.setattr(names, "has_open_clip", lambda: False)
+    monkeypatch.setattr(names, "architectures", list)
+    with pytest.raises(InputError, match=r"names of OpenCLIP need pip install 'funmatch\[clip\]'"):
+        names.parse("clip:ViT-B-32/openai")
+    with pytest.raises(InputError, match=r"of OpenCLIP, which is not installed: pip install 'funmatch\[clip\]'"):
+        load(f"clip:{clip}")

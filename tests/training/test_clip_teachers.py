@@ -69,5 +69,7 @@ def test_options_that_contradict_each_other(clip, images, tmp_path):
         funmatch.distill(teacher=[clip], templates="short", **options)
     with pytest.raises(InputError, match="cannot read the class names in"):
         funmatch.distill(teacher=[clip], classes_from="missing.txt", **options)
+    with pytest.raises(InputError, match="has no classes to predict, only features; name them with"):
+        funmatch.predict(clip, [images / "test"])
     with pytest.raises(InputError, match="pass a file with names"):
         funmatch.predict(clip, [images / "test"], classes_from="data")

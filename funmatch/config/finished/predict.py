@@ -8,7 +8,6 @@ from funmatch.config.distill import Distill
 from funmatch.config.finished.model import MODEL, FinishedModel
 from funmatch.config.metadata import Changes, Group, Opt, Refers
 from funmatch.config.options import like
-from funmatch.config.teaching import CLIP
 from funmatch.config.values import Names
 
 DATA, PLACE, TEACHER = Changes.DATA, Changes.PLACE, Changes.TEACHER
@@ -107,10 +106,6 @@ class PredictionOptions(ImageOptions):
 
     def problems(self) -> list[str]:
         found = []
-        if self.classes_from is None and any(str(name).startswith(CLIP) for name in (self.model, self.teacher)):
-            found.append(
-                f"a network of image and text ({CLIP}MODEL) knows no classes by itself; name them with classes_from"
-            )
         if self.teacher is None:
             given = [name for name in ("teacher_weights", "teacher_side", "classes") if getattr(self, name) is not None]
             found = [f"--{name.replace('_', '-')} belongs to --teacher, which is not given" for name in given]

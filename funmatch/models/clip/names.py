@@ -47,6 +47,8 @@ def parse(name: str) -> ClipName:
         InputError: there is no such architecture or folder (near names are listed), or OpenCLIP is not installed.
     """
     model = name.removeprefix(CLIP)
+    if not model:
+        raise InputError(f"{name} names no model; expected one of OpenCLIP, {HUB}user/model, or a folder")
     if model.startswith(HUB):
         if repository := model.removeprefix(HUB):
             return ClipName(repository=repository)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funmatch.errors import InputError, first_line, unknown
+from funmatch.errors import InputError, first_line, is_out_of_memory, unknown
+from funmatch.models.checkpoints.torch_files import HOW_TO_SAVE
 from funmatch.models.classifier import fingerprint
 from funmatch.models.clip.convert import open_clip_tower
 from funmatch.models.clip.names import HUB, LOCAL, OPEN_CLIP_CONFIG, ClipName, require_open_clip
@@ -160,9 +161,22 @@ def _plain_errors(name: str) -> Generator[None]:
     except InputError:
         raise
     except Exception as error:  # files and repositories can be wrong in as many ways as there are
-        raise InputError(f"cannot load {name}: {first_line(error)}") from error
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"cannot load {name}: {_reason(error)}") from error
     finally:
         logger.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """Returns in a sentence why a network cannot be loaded."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "custom code" in str(error):
+        return "it needs code of its repository, which is never run"
+    if lines and lines[0].startswith("Weights only load failed"):
+        return f"its weights hold more than tensors; {HOW_TO_SAVE}"
+    # The first line of such a list is its heading.
+    return " ".join(lines[:2]) if "in loading state_dict" in str(error) else first_line(error)
 
 
 @contextmanager
