@@ -151,7 +151,10 @@ def test_study_file_expands_to_runs_with_seeds_and_references(tmp_path):
         (('across = "views_kl"', 'across = "view_kl"'), "figure 4: unknown across 'view_kl'; did you mean 'views_kl'"),
         (('value = "top1"', 'value = "top-1"'), "figure 1: unknown value 'top-1'; did you mean 'top1'"),
         (('knob = "temperature"', 'knob = "temprature"'), "figure 2: unknown knob 'temprature'"),
-        (('value = "loss"', 'value = "kl"'), "figure 3: unknown value 'kl'; known: features, images_per_second, loss, lr, tokens"),
+        (
+            ('value = "loss"', 'value = "kl"'),
+            "figure 3: unknown value 'kl'; known: features, images_per_second, loss, lr, tokens",
+        ),
         (('event = "step"', 'event = "steps"'), "figure 3: unknown event 'steps'; did you mean 'step'"),
         (("seeds = [0, 1]", "seeds = [0, -1]"), "a seed is a whole number"),
         (("each = { temperature = [1.0, 2.0] }", "each = 3"), "each must give a list"),
