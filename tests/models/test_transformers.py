@@ -405,6 +405,11 @@ def test_modules_from_python():
     assert is_headless(load(backbone))
     assert load(classifier).num_classes == 4
 
+    class OwnModel(transformers.ViTForImageClassification):
+        """A class of the user's own, which is called like a network without a head."""
+
+    assert load(OwnModel(classifier.config)).num_classes == 4
+
 
 HUB_ERRORS = [
     ("GatedRepoError", "asks for its conditions to be accepted.*hf auth login"),

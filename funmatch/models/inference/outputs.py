@@ -30,12 +30,12 @@ def logits_of(output: Any, name: str) -> Tensor:
         if len(rows) == 1:
             return rows[0]
     raise InputError(
-        f"{name} returned {_describe(output)}, in which its logits are not known; let it return a tensor (n, classes), "
+        f"{name} returned {describe(output)}, in which its logits are not known; let it return a tensor (n, classes), "
         "or an object that has one as `logits`"
     )
 
 
-def _describe(output: Any) -> str:
+def describe(output: Any) -> str:
     """Lists what an output holds: names and shapes."""
     parts = [f"{name} {_shape(value)}" for name, value in _parts(output)]
     return f"{type(output).__name__} with {', '.join(parts) or 'nothing'}" if parts else type(output).__name__

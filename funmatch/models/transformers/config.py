@@ -150,7 +150,9 @@ def is_backbone(net: Any) -> bool:
     library = sys.modules.get("transformers")
     if library is None or not isinstance(net, library.PreTrainedModel) or net.main_input_name != "pixel_values":
         return False
-    return type(net).__name__.endswith(("Model", "ModelWithProjection"))
+    # Of the library itself: classes of a user's own return what they like.
+    kind = type(net)
+    return kind.__module__.startswith("transformers.") and kind.__name__.endswith(("Model", "ModelWithProjection"))
 
 
 def _classes(mapping: Any, config: Any) -> tuple[type, ...]:

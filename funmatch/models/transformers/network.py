@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
+from funmatch.models.inference.outputs import describe
 from funmatch.models.transformers.library import quiet
 
 POOLED = {
@@ -189,6 +190,8 @@ def _pooled_output(model: Any) -> str:
         output, again = (model.eval()(probe(model, side)) for _ in range(2))
     except Exception as error:  # networks fail in as many ways as they are built
         raise InputError(f"{name} cannot take an image of {side} pixels: {first_line(error)}") from error
+    if not isinstance(getattr(output, "last_hidden_state", None), Tensor):
+        raise InputError(f"{name} returned {describe(output)}, in which its features are not known")
     if not torch.equal(output.last_hidden_state, again.last_hidden_state):
         raise InputError(f"{name} masks images at random, so it has no features to compare")
     if getattr(output, "image_embeds", None) is not None:
