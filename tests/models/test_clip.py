@@ -36,18 +36,29 @@ TOWERS = {
     "mlp": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "mlp", "image_size": 160},
     "attention": VIT | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4},
     "norms": VIT | {"qk_norm": True},
+    "siglip": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
 }  # fmt: skip
 
 
-def write_open_clip(folder: Path, vision: dict, *, quick_gelu: bool = False, **preprocess) -> Path:
+SIGLIP = {"custom_text": True, "init_logit_bias": -10}
+"""What a SigLIP of OpenCLIP has beside its towers."""
+
+
+def write_open_clip(
+    folder: Path, vision: dict, *, quick_gelu: bool = False, more: dict | None = None, **preprocess
+) -> Path:
     """A folder of a random network in OpenCLIP's layout."""
     text = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    model = {"embed_dim": 24, "quick_gelu": quick_gelu, "vision_cfg": vision, "text_cfg": text}
+    if more:
+        text |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+    model = {"embed_dim": 64 if more else 24, "quick_gelu": quick_gelu, "vision_cfg": vision, "text_cfg": text}
+    model |= more or {}
     folder.mkdir(parents=True)
-    config = {"model_cfg": model, "preprocess_cfg": PREPROCESS | preprocess}
+    config = {"model_cfg": {**model}, "preprocess_cfg": PREPROCESS | preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    net = open_clip.CLIP(**{**model, "vision_cfg": vision})
+    build = open_clip.CustomTextCLIP if model.pop("custom_text", False) else open_clip.CLIP
+    net = build(**model)
     for parameter in net.parameters():
         # What starts at 0 or 1 would hide that it is in the wrong place.
         if parameter.ndim == 1:
@@ -104,7 +115,8 @@ QUICK = ("vit", "squash", "mean")
 )
 def test_logits_are_those_of_open_clip(tower, tmp_path, photographs):
     quick, mode = tower == "quick", "squash" if tower == "squash" else "shortest"
-    folder = write_open_clip(tmp_path / "clip", TOWERS[tower], quick_gelu=quick, resize_mode=mode)
+    more = SIGLIP if tower == "siglip" else None
+    folder = write_open_clip(tmp_path / "clip", TOWERS[tower], quick_gelu=quick, more=more, resize_mode=mode)
     expected = reference(folder, photographs, NAMES, open_clip.SIMPLE_IMAGENET_TEMPLATES)
     texts = texts_of(NAMES, templates.SHORT)
     ours = logits_of(f"clip:{folder}", photographs, texts)

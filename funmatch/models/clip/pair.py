@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from funmatch.errors import InputError
 from funmatch.models.clip.class_texts import ClassTexts
 from funmatch.models.clip.convert import Tower
 from funmatch.runtime.disk.files import cache_home, write_atomically
-from funmatch.runtime.log import info
+from funmatch.runtime.log import info, track
 
 CHUNK = 256
 """Texts that are read at a time."""
@@ -132,7 +133,10 @@ def _mean_embeddings(pair: Pair, texts: ClassTexts) -> Tensor:
     every = texts.all_texts
     if len(every) >= SAID:
         info(f"{pair.name}: reading {len(every):,} texts for {len(texts.names):,} classes, which is done once …")
-    parts = [pair.encode(every[start : start + CHUNK]) for start in range(0, len(every), CHUNK)]
+    chunks: Iterable[list[str]] = [every[start : start + CHUNK] for start in range(0, len(every), CHUNK)]
+    if len(every) >= SAID:
+        chunks = track(chunks, math.ceil(len(every) / CHUNK), f"{CHUNK} texts")
+    parts = [pair.encode(chunk) for chunk in chunks]
     embeddings = torch.cat(parts).float().split([*map(len, texts.texts)])
     means = torch.stack([each.mean(0) for each in embeddings])
     if not means.isfinite().all():
