@@ -127,10 +127,15 @@ def _pair(name: str, net: Any, config: dict[str, Any], tokenizer: Any) -> Pair:
     bias = getattr(net, "logit_bias", None)
 
     def encode(texts: list[str]) -> Tensor:
-        return net.encode_text(tokenizer(texts), normalize=True)
+        with _plain_errors(name):
+            return net.encode_text(tokenizer(texts), normalize=True)
+
+    def tokens(texts: Sequence[str]) -> list[list[int]]:
+        with _plain_errors(name):
+            return _tokens(tokenizer, texts)
 
     return Pair(
-        name, tower, card, encode, lambda texts: _tokens(tokenizer, texts), int(tokenizer.context_length),
+        name, tower, card, encode, tokens, int(tokenizer.context_length),
         float(net.logit_scale.detach().exp()), 0.0 if bias is None else float(bias.detach()), bias is not None,
         fingerprint(net) + json.dumps(config, sort_keys=True),
         ("its own preprocessing pads images to squares; here their centre is shown",) if padded else (),

@@ -22,7 +22,8 @@ CHUNK = 256
 """Texts that are read at a time."""
 SAID = 4096
 """Texts from which it is said that they are being read: it may take minutes."""
-LISTED = 3
+LISTED, SHOWN = 3, 60
+"""Classes that a message lists, and characters of a text that it shows, at most."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def _checked_tokens(pair: Pair, texts: ClassTexts) -> list[list[int]]:
         longest[name] = max(longest.get(name, (0, "")), (len(numbers), text))
     long = {name: found for name, found in longest.items() if found[0] > pair.limit}
     if long:
-        listed = "; ".join(f"{name!r} has {count} in {text!r}" for name, (count, text) in [*long.items()][:LISTED])
+        listed = "; ".join(
+            f"{_short(name)} has {count} in {_short(text)}" for name, (count, text) in [*long.items()][:LISTED]
+        )
         more = f"; and {len(long) - LISTED} more" if len(long) > LISTED else ""
         raise InputError(
             f"{pair.name} reads at most {pair.limit} tokens of a text, but {len(long)} of {len(longest)} classes of "
@@ -112,6 +115,11 @@ def _checked_tokens(pair: Pair, texts: ClassTexts) -> list[list[int]]:
         )
     _check_apart(pair, texts, tokens)
     return tokens
+
+
+def _short(text: str) -> str:
+    """Returns a text for a message, cut where it is long."""
+    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…")
 
 
 def _check_apart(pair: Pair, texts: ClassTexts, tokens: list[list[int]]) -> None:
