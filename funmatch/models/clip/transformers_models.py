@@ -42,7 +42,7 @@ def fetch_transformers(name: str, repository: str) -> Path | None:
         try:
             hf_hub_download(repository, OPEN_CLIP_CONFIG)
             return None
-        except (errors.EntryNotFoundError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError):
+        except (errors.EntryNotFoundError, errors.HFValidationError, OSError):
             pass  # not OpenCLIP's, or not there at all, which the next request says in words
     folder = hub_folder(HUB + repository, TOKENIZER)
     if folder is None:
