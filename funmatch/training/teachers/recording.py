@@ -65,8 +65,9 @@ def own_of_the_student(knobs: Mapping[str, Any]) -> set[str]:
         knobs: options of `config.Distill`; those left out have their defaults.
     """
     own = {*Distill.model_fields} - options_changing(Distill, Changes.VIEWS | Changes.TEACHER | Changes.DATA)
-    if knobs.get("side"):
-        own.add("student")  # otherwise the student decides the image size
+    # Otherwise the student decides the image size, or the grid of the tokens.
+    if knobs.get("side") and "tokens" not in (knobs.get("match") or ()):
+        own.add("student")
     # One teacher may come as a string, e.g. from a study's file.
     several = not isinstance(knobs.get("teacher"), str) and len(knobs.get("teacher") or ()) > 1
     if not several or knobs.get("combine", "mean-logits") == "mean-logits":
