@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+import transformer_families
 from torch import nn
 
 from funmatch.errors import InputError
@@ -105,6 +106,28 @@ def test_heads_of_ours_are_loaded_with_their_network(make_head, options, tmp_pat
     assert (again.function, again.num_classes) == (HEADED, 3)
     # What was loaded can be saved again.
     check_saved(again.eval(), views, expected, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("family", "headless"),
+    [
+        ("vit", False),
+        ("vit", True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in transformer_families.FAMILIES if name != "vit"),
+    ],
+)
+def test_networks_of_transformers_are_saved_with_the_head(family, headless, tmp_path):
+    path = transformer_families.write(family, tmp_path / "network")
+    if headless:
+        import transformers
+
+        net = transformers.ViTModel(transformers.ViTConfig(**transformer_families.VIT))
+        processor = transformers.ViTImageProcessor(**transformer_families.WHOLE)
+        path = transformer_families.write_net(net, processor, tmp_path / "headless")
+    classifier, views, expected = attached(load(str(path)))
+    check_saved(classifier, views, expected, tmp_path / "model")
+    with pytest.raises(InputError, match="cannot be built again without its last layer"):
+        attached(load(str(path)), cosines)
 
 
 class Plain(nn.Module):

@@ -56,7 +56,7 @@ class Head(Images, FinishedModel):
             usual="15 from 1e-5 to 100"),
     ] = ()  # fmt: skip
     """Strengths of linear's L2 penalty to try, as scikit-learn's C: the smaller, the stronger. The best on the
-    validation images is taken."""
+    validation images is taken: of those within a standard error of the best accuracy, that of least log loss."""
     standardise: Annotated[bool, Opt(group=Group.STUDENT, changes=STUDENT)] = True
     """Fit linear to features with mean 0 and deviation 1, as scikit-learn's StandardScaler makes them. The weights that
     are saved are for the features as they are."""

@@ -94,9 +94,14 @@ def put_behind(classifier: Classifier, head: AnyHead, names: tuple[str, ...] | N
     expected = own(Features(classifier)(views))
     # As they are built again: with the eps of timm.
     bit.rescale_for_timm(net)
-    architecture, last = timm_config(net).get("architecture"), None
-    if classifier.function or not architecture:
-        architecture, last = classifier.function, find_last_linear(classifier, views)
+    architecture, last = classifier.function or timm_config(net).get("architecture"), None
+    if architecture is None:
+        raise InputError(
+            f"{classifier.card.name} cannot be built again without its last layer; fit a head of --kind linear, or of "
+            "means with --distance euclidean"
+        )
+    if classifier.function:
+        last = find_last_linear(classifier, views)
         net = _without(net, last)
     elif callable(reset := getattr(net, "reset_classifier", None)):
         reset(0)
@@ -109,7 +114,7 @@ def put_behind(classifier: Classifier, head: AnyHead, names: tuple[str, ...] | N
     classifier.net, classifier.function = Headed(net.eval(), own, len(expected[0])), HEADED
     classifier.num_classes = len(expected[0])
     classifier.card = replace(classifier.card, classes=names, top1=None)
-    if architecture is None or not is_close(classifier(views), expected.double()):
+    if not is_close(classifier(views), expected.double()):
         raise InputError(
             f"{classifier.card.name} has no last layer that can be left out, so no head can be put in its place"
         )

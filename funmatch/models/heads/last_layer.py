@@ -82,7 +82,7 @@ def _new_layers(classifier: Classifier, classes: int, views: Tensor) -> list[Lay
         parent = net.get_submodule(name.rpartition(".")[0])
         for norm in parent.children() if parent is not net else ():
             # The new norm before the layer, of LeViT and RepViT, which the features do not pass: it changes nothing.
-            if isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None:
+            if isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None and _is_new(norm):
                 norm.running_var.fill_(1 - norm.eps)
         layers += [
             module
@@ -90,6 +90,12 @@ def _new_layers(classifier: Classifier, classes: int, views: Tensor) -> list[Lay
             if isinstance(module, Layer) and module.weight.shape[0] == classes
         ]
     return layers
+
+
+def _is_new(norm: nn.BatchNorm1d) -> bool:
+    """Returns whether a norm is as it was built; an older one is what the features have passed."""
+    new = nn.BatchNorm1d(norm.num_features, norm.eps).state_dict()
+    return all(torch.equal(value, new[key]) for key, value in norm.state_dict().items() if "num_batches" not in key)
 
 
 Way = list[tuple[Layer, slice]]

@@ -86,10 +86,15 @@ def find_last_linear(classifier: Classifier, views: Tensor, purpose: str = "meas
 def _last_linear(classifier: Classifier, views: Tensor, purpose: str) -> tuple[nn.Linear, Tensor]:
     """Returns the linear layer that gives a network's logits of views, and what it gets: (n, features)."""
     seen: list[tuple[nn.Linear, Tensor]] = []
+    found = find() if callable(find := getattr(classifier.net, "get_classifier", None)) else ()
+    heads = found if isinstance(found, tuple) else ()
 
     def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         assert isinstance(module, nn.Linear)
-        seen[:] = [(module, given[0])]  # the last one stays, whatever the order of the modules is
+        # The last one stays, whatever the order of the modules is; of a distilled network with two heads, both.
+        if not seen or module not in heads or seen[0][0] not in heads:
+            seen.clear()
+        seen.append((module, given[0]))
 
     layers = [module for module in classifier.net.modules() if isinstance(module, nn.Linear)]
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
@@ -104,4 +109,5 @@ def _last_linear(classifier: Classifier, views: Tensor, purpose: str) -> tuple[n
             f"{classifier.card.name} has no features to {purpose}: it is not a timm network, and its "
             f"last layer is not a torch.nn.Linear with {classifier.num_classes} outputs for rows of features"
         )
-    return seen[0]
+    # The mean of its logits counts, and so that of what its heads get.
+    return seen[0][0], torch.stack([each for _, each in seen]).mean(0) if len(seen) > 1 else seen[0][1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-10
+TOLERANCE = 1e-9
 """Nats of the mean loss that the next step may still gain, by the curvature that L-BFGS knows, at the end."""
 MOST_STEPS = 1000
 MEMORY = 10
@@ -22,7 +22,7 @@ SAMPLED = 8
 """Images for each feature, at most, from which the covariance is estimated: it only makes the steps fewer."""
 FLAT = 0.1
 """Share of its first slope that the loss may have along a direction at the end of a step."""
-DOUBLE = 2**24
+DOUBLE = 2**20
 """Numbers up to which features are computed with in double precision."""
 
 
@@ -124,7 +124,8 @@ class _Problem:
     def scores(self, place: Tensor) -> Tensor:
         """Returns features · weights + bias, (n, classes)."""
         place = place.to(self.features.dtype)
-        return torch.addmm(place[-1], self.features, place[:-1])
+        # Classes first: the product of a few long rows takes half the time, or less, of that of a few columns.
+        return (place[:-1].T.contiguous() @ self.features.T).T + place[-1]
 
     def residuals(self, scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yields p − y of some images at a time, (rows, classes): the slope of each one's loss in its scores."""
@@ -137,7 +138,7 @@ class _Problem:
         """Returns the gradient, (d + 1, classes), and the mean of p (1 − p)."""
         found, spread = torch.zeros_like(place), 0.0
         for rows, residuals in self.residuals(scores):
-            found[:-1] += (self.features[rows].T @ residuals).to(found.dtype)
+            found[:-1] += (residuals.T @ self.features[rows]).T.to(found.dtype)
             found[-1] += residuals.sum(0).to(found.dtype)
             # |p − y| (1 − |p − y|) is p (1 − p), whether y is 0 or 1.
             spread += float((residuals.abs() * (1 - residuals.abs()).clamp(min=0)).sum())
@@ -158,10 +159,11 @@ class _Problem:
         # A little more on the diagonal: it must be positive even where features are dependent.
         extra = ridge + 1e-10 * float(curvature.diagonal().mean()) + 1e-30
         curvature.diagonal().add_(extra)
-        factor = torch.linalg.cholesky(curvature)
+        # The inverse itself: a product with it takes a tenth of the time of two triangular solutions.
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(curvature))
 
         def apply(gradient: Tensor) -> Tensor:
-            return torch.cat([torch.cholesky_solve(gradient[:-1], factor), gradient[-1:] / spread])
+            return torch.cat([(gradient[:-1].T.contiguous() @ inverse).T, gradient[-1:] / spread])
 
         return apply
 

@@ -58,32 +58,39 @@ class FittedHead:
 
 
 def fit_head(config: Head, train: Labelled, val: Labelled | None, classes: int, device: torch.device) -> FittedHead:
-    """Fits a head for each value that is tried, and chooses the one with the best accuracy on validation.
+    """Fits a head for each value that is tried, and chooses one by the validation images.
 
-    Of equals that with the lower log loss is taken. Weights are fitted to the training images alone; validation images
-    decide which head it is, and the scale of its logits.
+    Weights are fitted to the training images alone; validation images decide which head it is, and the scale of its
+    logits.
 
     Args:
         val: the validation images; None where one value is given.
         device: on which the fits are computed.
     """
-    tried, best, found = [], (-1.0, 0.0), None
+    tried, found = [], []
     with ProgressBar(config.kind, max(1, len(config.tried))) as bar:
         for done, fit in enumerate(FITS[config.kind](config, train, val, classes, device), 1):
-            scores, scale = {"top1": 0.0, "nll": 0.0}, 1.0
+            scores, scale = {}, 1.0
             if val and fit.logits is not None:
                 scale = _scale(fit.logits, val.labels) if config.calibrate else 1.0
                 scores = _scores(scale * fit.logits, val.labels)
             value = scale if fit.value is None else fit.value
-            tried.append({"value": value} | (scores if val else {}))
-            score = (scores["top1"], -scores["nll"])
-            if found is None or score > best:
-                best, found = score, (value, scale, fit.head)
-            bar.update(done, f"validation {scores['top1']:.1%}" if val else "")
-    assert found
-    value, scale, head = found
+            tried.append({"value": value} | scores)
+            found.append((value, scale, fit.head))
+            bar.update(done, f"validation {scores['top1']:.1%}" if scores else "")
+    value, scale, head = found[_best(tried, len(val.labels)) if val else 0]
     _note_edge(config, value)
     return FittedHead(head.scaled(scale), tried, value)
+
+
+def _best(tried: list[dict[str, Any]], images: int) -> int:
+    """Returns the place of the best: of those within a standard error of the best accuracy, that of least log loss.
+
+    Accuracies that a few images decide would choose among equals by chance, and may choose useless probabilities.
+    """
+    top1 = max(each["top1"] for each in tried)
+    least = top1 - (top1 * (1 - top1) / images) ** 0.5
+    return min((each["nll"], place) for place, each in enumerate(tried) if each["top1"] >= least)[1]
 
 
 def _scale(logits: Tensor, labels: Tensor) -> float:

@@ -17,7 +17,7 @@ from funmatch.models.classifier import Classifier, timm_config
 from funmatch.models.heads.headed import HEADED, attach, put_behind
 from funmatch.models.heads.last_layer import is_close
 from funmatch.models.load import load
-from funmatch.models.names import LOCAL
+from funmatch.models.names import GIVEN, LOCAL
 from funmatch.runtime import devices, env
 from funmatch.runtime.functions import OWN
 from funmatch.runtime.log import info
@@ -175,7 +175,7 @@ class _Work:
     def _is_whole(self, classifier: Classifier, written: Path) -> bool:
         """Returns whether the model that was written gives the same logits of training images."""
         function = classifier.function
-        if not function and not timm_config(classifier.net):
+        if classifier.card.name.startswith(GIVEN) and not timm_config(classifier.net):
             return True  # a module from Python: nobody but the program that built it can load it
         try:
             # A user's function is named by the user, as no file may name it.
