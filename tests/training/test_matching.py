@@ -237,7 +237,8 @@ def test_two_processes_equal_one(tmp_path):
         "--standardise-features", "on",
     ]  # fmt: skip
     one, two = (run(tmp_path / f"{world}", *words, world=world) for world in (1, 2))
-    assert_near(one, two)
+    # A low temperature and Adam magnify rounding in weights that are nearly 0.
+    assert_near(one, two, 1e-4)
     newest = [sorted((out / "checkpoints").glob("step-*"))[-1] for out in (one, two)]
     queues = [load_file(folder / "matching.safetensors") for folder in newest]
     torch.testing.assert_close(queues[0], queues[1])
