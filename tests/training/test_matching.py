@@ -234,11 +234,10 @@ def test_two_processes_equal_one(tmp_path):
         "distill", "--data", FEW, "--teacher", "fashion-mini-teacher", "--teacher-precision", "fp32", "--batch", "16",
         "--steps", "6", "--save-every", "6", "--log-every", "1", "--eval-every", "6", "--lr", "0.001", "--device",
         "cpu", *PLAIN, "--match", "features", "--feature-loss", "l2", "queue-kl", "--feature-queue", "32",
-        "--standardise-features", "on",
+        "--standardise-features", "on", "--optimizer", "sgd",  # Adam magnifies rounding in gradients that are nearly 0
     ]  # fmt: skip
     one, two = (run(tmp_path / f"{world}", *words, world=world) for world in (1, 2))
-    # A low temperature and Adam magnify rounding in weights that are nearly 0.
-    assert_near(one, two, 1e-4)
+    assert_near(one, two)
     newest = [sorted((out / "checkpoints").glob("step-*"))[-1] for out in (one, two)]
     queues = [load_file(folder / "matching.safetensors") for folder in newest]
     torch.testing.assert_close(queues[0], queues[1])
