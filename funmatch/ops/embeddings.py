@@ -54,7 +54,7 @@ def find_neighbours(train: Tensor, labels: Tensor, queries: Tensor, k: int) -> t
 
 def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float = TEMPERATURE) -> Tensor:
     """Returns the votes (m, classes) of neighbours, of their similarities and labels, (m, k) each."""
-    votes = similarity.new_zeros(len(similarity), classes)
+    votes = similarity.new_zeros(similarity.shape[0], classes)
     return votes.scatter_add(1, labels, (similarity / temperature).exp())
 
 

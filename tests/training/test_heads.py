@@ -196,12 +196,15 @@ def test_every_command_takes_a_head(tmp_path, funmatch, kind, images):
     out, options = tmp_path / "head", {"linear": {"C": [0.1]}}.get(kind, {"C": []})
     top1 = head(out, kind=kind, **options)["top1"]
     funmatch(
-        "distill", "--data", FEW, "--teacher", out, "--student", "fashion-mini-student", "--steps", 3, "--batch", 8,
+        "distill", "--data", FEW, "--teacher", out, "--student", "fashion-mini-student", "--steps", 3, "--batch", 8, "--eval-resample", "tf",
         "--out", tmp_path / "student",
     )  # fmt: skip
     result = json.loads((tmp_path / "student" / "result.json").read_text())
     assert result["teacher"]["top1"] == pytest.approx(top1)
-    funmatch("finetune", "--data", FEW, "--student", out, "--steps", 1, "--batch", 8, "--out", tmp_path / "tuned")
+    funmatch(
+        "finetune", "--data", FEW, "--student", out, "--steps", 1, "--batch", 8, "--side", 32, "--resize", 32,
+        "--out", tmp_path / "tuned",
+    )  # fmt: skip
     assert json.loads((tmp_path / "tuned" / "result.json").read_text())["top1"] > top1 - 0.1
     rows = funmatch("predict", out, images, "--topk", 1).stdout.splitlines()
     assert len(rows) == 37
