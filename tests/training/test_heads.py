@@ -196,7 +196,8 @@ def test_every_command_takes_a_head(tmp_path, funmatch, kind, images):
     out, options = tmp_path / "head", {"linear": {"C": [0.1]}}.get(kind, {"C": []})
     top1 = head(out, kind=kind, **options)["top1"]
     funmatch(
-        "distill", "--data", FEW, "--teacher", out, "--student", "fashion-mini-student", "--steps", 3, "--batch", 8, "--eval-resample", "tf",
+        "distill", "--data", FEW, "--teacher", out, "--student", "fashion-mini-student", "--steps", 3, "--batch", 8,
+        "--eval-resample", "tf",
         "--out", tmp_path / "student",
     )  # fmt: skip
     result = json.loads((tmp_path / "student" / "result.json").read_text())
