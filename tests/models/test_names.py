@@ -392,7 +392,9 @@ def test_class_count_comes_from_the_actual_head():
     net.fc = torch.nn.Linear(16, 10)
     assert load(net).num_classes == 10
     features = timm.create_model("resnet10t", num_classes=0, channels=(8, 8, 16, 16))
-    assert load(features).num_classes == 16
+    assert load(features).num_classes == 0
+    features.fc = torch.nn.Linear(16, 10)
+    assert load(features).num_classes == 10
 
 
 def test_evaluation_does_not_change_a_module():

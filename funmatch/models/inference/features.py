@@ -11,7 +11,7 @@ from funmatch.models.classifier import Classifier
 
 def is_headless(classifier: Classifier) -> bool:
     """Returns whether a network was built without classes (num_classes=0), so that its outputs are features."""
-    return vars(classifier.net).get("num_classes") == 0
+    return classifier.num_classes == 0
 
 
 class Features(nn.Module):
