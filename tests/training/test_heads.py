@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import funmatch
 from funmatch.config import Head
+from funmatch.config.finished.head import STRENGTHS
 from funmatch.data.cache.open_cache import open_cache
 from funmatch.errors import InputError
 from funmatch.models.inference.features import Features
@@ -19,7 +20,7 @@ from funmatch.models.load import load
 from funmatch.ops.embeddings import nearest_neighbours
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.training.evaluation.scoring import central_batches
-from funmatch.training.heads import features
+from funmatch.training.heads import choose, features
 from funmatch.training.heads.run import run
 
 MINI = {"data": FEW, "model": "fashion-mini-teacher"}
@@ -67,6 +68,27 @@ def test_result_is_a_model_for_timm_and_for_every_command(tmp_path, funmatch):
 
 
 @pytest.mark.usefixtures("own_cache")
+def test_weaker_penalties_are_left_out_once_they_only_cost_time(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (160,), generator=generator)
+    rows = torch.randn(160, 60, generator=generator) + torch.eye(3, 60)[labels]
+    train, val = (choose.Labelled(rows[part], labels[part]) for part in (slice(80), slice(80, None)))
+
+    def fitted(**options):
+        config = Head.checked(**{**MINI, "out": tmp_path, **options})
+        return choose.fit_head(config, train, val, 3, torch.device("cpu"))
+
+    own, all_of_them = fitted(), fitted(C=[*STRENGTHS])
+    assert len(all_of_them.tried) == len(STRENGTHS)
+    # Neither the last three nor those left out are better, and so the choice is the same.
+    assert 3 < len(own.tried) < len(STRENGTHS)
+    assert own.tried == all_of_them.tried[: len(own.tried)]
+    for name, sign in (("top1", 1), ("nll", -1)):
+        best = max(sign * each[name] for each in all_of_them.tried)
+        assert best == max(sign * each[name] for each in own.tried[:-3])
+    assert own.chosen == all_of_them.chosen
+
+
 def test_same_command_again_does_nothing_and_others_share_the_features(tmp_path, counted, capsys):
     out = tmp_path / "head"
     found = head(out)

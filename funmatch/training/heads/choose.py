@@ -18,6 +18,10 @@ from funmatch.ops.heads.logistic import LinearHead, fit_logistic, moments
 from funmatch.ops.heads.means import class_means, nearest_mean
 from funmatch.runtime.log import ProgressBar, info
 
+PATIENCE = 3
+"""Values that may be no better before the others are left out, where the user gave none: the weaker the penalty, the
+longer the fit."""
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -78,9 +82,20 @@ def fit_head(config: Head, train: Labelled, val: Labelled | None, classes: int, 
             tried.append({"value": value} | scores)
             found.append((value, scale, fit.head))
             bar.update(done, f"validation {scores['top1']:.1%}" if scores else "")
+            if scores and not config.strengths and _is_past_best(tried):
+                break
     value, scale, head = found[_best(tried, len(val.labels)) if val else 0]
     _note_edge(config, value)
     return FittedHead(head.scaled(scale), tried, value)
+
+
+def _is_past_best(tried: list[dict[str, Any]]) -> bool:
+    """Returns whether neither accuracy nor log loss became better by the last values."""
+    earlier, last = tried[:-PATIENCE], tried[-PATIENCE:]
+    return bool(earlier) and (
+        max(each["top1"] for each in last) <= max(each["top1"] for each in earlier)
+        and min(each["nll"] for each in last) >= min(each["nll"] for each in earlier)
+    )
 
 
 def _best(tried: list[dict[str, Any]], images: int) -> int:
