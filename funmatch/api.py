@@ -250,7 +250,7 @@ def study(name: str | Path | None = None, out: str | Path | None = None, **optio
 
     Examples:
         >>> sorted(funmatch.study())[:2]
-        ['consistency', 'init']
+        ['consistency', 'features']
     """
     return run_call("study", TABLES["study"], given({"name": name, "out": out}) | options).to_json()
 

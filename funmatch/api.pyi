@@ -1071,7 +1071,7 @@ class SelectOptions(TypedDict, total=False):
     """Folder that holds the catalog's data sets, and into which they are downloaded. (default: $FUNMATCH_DATA, or a
     folder in the user's cache)"""
     per_class: int
-    """Most images of a class."""
+    """Most images of a class. (default: 500)"""
     min_confidence: float
     """Least probability that the teacher must give to its class. (default: 0)"""
     without: Names

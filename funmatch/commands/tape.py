@@ -16,7 +16,8 @@ from funmatch.runtime import devices
 from funmatch.runtime.log import ProgressBar, print_table
 from funmatch.runtime.text import format_bytes, percent
 from funmatch.training import datasets, distill
-from funmatch.training.teachers import loading, tape
+from funmatch.training.teachers import loading, prepared, tape
+from funmatch.training.teachers.source import views_by_side
 from funmatch.training.teachers.tape import Tape
 
 CLOSE_KL = 1e-3
@@ -136,14 +137,14 @@ def _recomputed(found: Tape, steps: list[int], count: int) -> dict[str, Any]:
     device = setup.loop.device
     # The recorded inference mode holds for its device only; another kind of device chooses its own.
     same = found.header["device"] == device.type
-    setup, teachers, _ = distill.freeze_for_run(setup, loaded, found.header["forms"] if same else None)
+    setup, teachers, _ = prepared.freeze_for_run(setup, loaded, found.header["forms"] if same else None)
     # Spread evenly, since a tape may have been recorded by several runs, on several machines.
     chosen = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(count, len(steps)))})]
     layout, recorded, recomputed = found.layout, [], []
     with ProgressBar("teacher", len(chosen)) as bar:
         for number, step in enumerate(chosen, 1):
             batch = setup.loader.batch_at(step).to(device)
-            views, _ = distill.views_by_side(batch, setup.loader.teacher_sides)
+            views, _ = views_by_side(batch, setup.loader.teacher_sides)
             # The teachers ignore autocast, as in a run: their inference modes alone decide the precision.
             with devices.autocast(device, "fp32"):
                 logits = teachers(views, settings.temperature)

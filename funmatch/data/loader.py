@@ -173,7 +173,7 @@ class Loader:
                 teacher_view=spec.own_teacher_view,
             )  # fmt: skip
 
-        return policies.sample(self.spec, step, draw)
+        return policies.sample(self.spec, step, draw) if self.spec.policies else draw(self.spec)
 
     def batch_at(self, step: int, lookup: Lookup | None = None) -> Batch:
         """Returns the batch of a step: the same in any process, at any time and in any order of calls.
@@ -216,7 +216,8 @@ class Loader:
         others = () if spec.own_teacher_view else tuple(side for side in teacher_sides if side != spec.side)
         # All sides are cut at once, so that an image is decoded once.
         cut = self._cut(indices, drawn.boxes[rows], drawn.flips[rows], (spec.side, *others))
-        cut = policies.augment(spec, step, cut, rows)
+        if spec.policies or spec.randaugment:
+            cut = policies.augment(spec, step, cut, rows)
         by_side: dict[int, Tensor | None] = dict(zip((spec.side, *others), cut, strict=True))
         # None rather than the crops: they are mixed once then, and teacher and student get the same tensor.
         by_side[spec.side] = None

@@ -151,7 +151,8 @@ class Classifier(nn.Module):
         return self.compiled_net if self.compiled_net and self.training else plain
 
     def _answer_by(self, net: Callable[[Tensor], Any], views: Tensor) -> Tensor:
-        return logits_of(net(self.normalize(views)), self.card.name)
+        output = net(self.normalize(views))
+        return output if isinstance(output, Tensor) else logits_of(output, self.card.name)
 
     def __repr__(self) -> str:
         """One line, since a notebook shows it; `print(classifier.net)` shows the layers."""

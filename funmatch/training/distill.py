@@ -1,6 +1,6 @@
 """Function matching: trains a student to be the same function as its teachers, from images alone."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,21 +13,30 @@ from funmatch.data.cache.open_cache import Cache
 from funmatch.data.loader import Batch
 from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
-from funmatch.ops.mixing import mix_views
+from funmatch.ops.distances import standardize_logits
+from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import distributed, env
 from funmatch.runtime.timing import timed
 from funmatch.training import trainer
 from funmatch.training.loop import Losses
 from funmatch.training.matching import wiring
-from funmatch.training.matching.logits import distillation_loss
 from funmatch.training.matching.losses import FeatureMatching
 from funmatch.training.objective import Objective, TeacherLogits
-from funmatch.training.setup import TrainSetup, Trial, build_setup, finished_result, open_data, recorded_modes
+from funmatch.training.setup import Trial, build_setup, finished_result, open_data
 from funmatch.training.student.build import Modules
-from funmatch.training.teachers import checks, fixed, freezing, loading, readings, recording
-from funmatch.training.teachers.source import DistillLoader, Fixed, Live, Shared, SharedCache, Taped, TeacherSource
-
-DistillSetup = TrainSetup[Distill]
+from funmatch.training.teachers import checks, loading, prepared, readings, recording
+from funmatch.training.teachers.prepared import DistillSetup, Prepared
+from funmatch.training.teachers.source import (
+    DistillLoader,
+    Fixed,
+    Live,
+    Shared,
+    SharedCache,
+    Taped,
+    TeacherSource,
+    views_by_side,
+)
+from funmatch.training.teachers.tape import fold_dropped_classes
 
 
 def run(config: Distill, given: Modules | None = None, trial: Trial | None = None) -> dict[str, Any]:
@@ -77,6 +86,11 @@ class Distillation:
     teacher_logits: TeacherLogits | None
     matching: FeatureMatching | None = None
 
+    @property
+    def prepared(self) -> Prepared:
+        """The run with its teachers, as another student's distillation takes them."""
+        return Prepared(self.setup, self.teachers, self.table, self.teacher_logits)
+
     def loss(self, batch: Batch) -> Losses:
         """Computes the losses of a batch: teacher and student see the same views, and the student matches the teacher.
 
@@ -122,11 +136,31 @@ class Distillation:
         return Objective(self.loss, self.batches, ahead, self.logits, self.teachers, self.teacher_logits, self.matching)
 
 
-def views_by_side(batch: Batch, sides: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
-    """Mixes a batch; returns the teachers' views, (n, 3, side, side) by side, and the student's."""
-    teacher_views, student_view = mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
-    # A batch that brings its teacher's logits has no teacher crops.
-    return dict(zip(sides, teacher_views, strict=True)) if teacher_views else {}, student_view
+def distillation_loss(student: Tensor, teacher: Tensor, batch: Batch, config: Distill) -> Losses:
+    """Computes (1 − w) · distance + w · cross-entropy on labels, the mean over a batch; w is the label weight.
+
+    Args:
+        student, teacher: logits, (n, classes); the teacher's of all teachers combined.
+
+    Returns:
+        scalars: `loss`, `distance`, and `label_loss` where w > 0.
+    """
+    logits, target, task = student, teacher, task_of(config.task)
+    if config.tape_top is not None:
+        # A tape reads back the classes that it dropped as equally likely; folded into one, that is not distilled.
+        logits, target = fold_dropped_classes(student, teacher, config.tape_top, config.temperature)
+    if config.standardise:
+        logits, target = standardize_logits(student), standardize_logits(teacher)
+    per_image = task.distance(
+        config.distance, logits, target, config.temperature, squared=config.t_squared, smoothing=config.label_smoothing
+    )
+    if not config.label_weight:  # images may have no labels then
+        loss = per_image.mean()
+        return {"loss": loss, "distance": loss.detach()}
+    labels = task.mix_labels(batch.labels, batch.own_weight, student.shape[-1], config.label_smoothing)
+    label_loss = task.label_loss(student, labels)
+    loss = (1 - config.label_weight) * per_image + config.label_weight * label_loss
+    return {"loss": loss.mean(), "distance": per_image.detach().mean(), "label_loss": label_loss.detach().mean()}
 
 
 def open_inputs(
@@ -191,10 +225,8 @@ def prepare(
         other: the distillation of another student, whose teachers and views are used again.
         shared: caches of batches and of logits for students that are trained side by side.
     """
-    if other:
-        setup, teachers, table, logits = _teachers_of(other, setup)
-    else:
-        setup, teachers, table, logits = _freeze_teachers(setup, loaded)
+    ready = prepared.reuse_teachers(other.prepared, setup) if other else prepared.freeze_teachers(setup, loaded)
+    setup, teachers, table = ready.setup, ready.teachers, ready.table
     loaded.clear()
     batches, logits_cache = shared or (None, None)
     source: TeacherSource = Live(teachers, setup.config.temperature) if table is None else Fixed(table)
@@ -206,86 +238,8 @@ def prepare(
             source = Taped(tape, source, setup.config.tape_full)
         loader = DistillLoader(setup.loader, source, batches)
         matching = wiring.matching_of(setup, teachers)
-        distillation = Distillation(setup, teachers, table, source, loader, logits, matching)
+        distillation = Distillation(setup, teachers, table, source, loader, ready.teacher_logits, matching)
         if matching:
             wiring.fit_statistics(matching, setup.config.batch, distillation.teacher_answers)
         yield distillation
         source.flush()
-
-
-Prepared = tuple[DistillSetup, TeacherEnsemble, Tensor | None, TeacherLogits | None]
-"""A setup, its frozen teachers, the table of fixed teachers' logits, and the logits on the validation split."""
-
-
-def _freeze_teachers(setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher]) -> Prepared:
-    """Freezes the teachers in the fastest mode that keeps their outputs, or in the mode that a run or tape recorded."""
-    config = setup.config
-    with recording.lock_beginning(config):
-        # The run's own modes before the tape's: its first steps were trained in them.
-        modes = recorded_modes(setup) or recording.recorded_modes(config, setup.loop.device)
-        setup, teachers, first = freeze_for_run(setup, loaded, modes)
-        if config.tape:
-            answers = teachers(first, config.temperature) if config.matches_features else None
-            recording.begin_tape(setup, teachers, answers)  # under the lock: the next run finds these modes on the tape
-    if config.tape_top is not None and env.is_main_process():
-        recording.report_dropped_mass(teachers(first, config.temperature), config)
-    checks.note_sizes(setup.student.classifier, teachers)
-    logits = checks.check_on_validation(teachers, setup) if env.is_main_process() else None
-    if not STRATEGIES[config.strategy].fixed:
-        return setup, teachers, None, logits
-    name, table = fixed.compute_fixed_logits(setup, teachers)
-    return setup.with_provenance(answers=name), teachers, table, logits
-
-
-def _teachers_of(other: Distillation, setup: DistillSetup) -> Prepared:
-    """Returns the teachers of another student's distillation, for this setup.
-
-    Raises:
-        InputError: the run was started with its teachers in another inference mode, or tokens have another grid.
-    """
-    if (layout := wiring.layout_of(setup)) != other.teachers.layout:
-        assert layout
-        raise InputError(
-            f"{setup.config.student} would match tokens on a grid of {layout.grid[0]} × {layout.grid[1]}, and the "
-            "others on another; train them one after the other"
-        )
-    modes, recorded = other.setup.provenance["teacher_forms"], recorded_modes(setup)
-    if recorded and [each["form"] for each in recorded] != [each["form"] for each in modes]:
-        raise InputError(
-            f"{setup.config.out} was started with its teacher in another inference mode; resume it without the others"
-        )
-    same = {
-        name: other.setup.provenance[name] for name in ("teacher_forms", "answers") if name in other.setup.provenance
-    }
-    setup, logits = setup.with_provenance(**same), other.teacher_logits
-    if other.setup.evaluation.view != setup.evaluation.view and logits is not None:
-        logits = checks.check_on_validation(other.teachers, setup)  # each student's view decides how images are cut
-    return setup, other.teachers, other.table, logits
-
-
-def freeze_for_run(
-    setup: DistillSetup, loaded: Sequence[loading.LoadedTeacher], modes: list[dict[str, Any]] | None
-) -> tuple[DistillSetup, TeacherEnsemble, dict[int, Tensor]]:
-    """Freezes the teachers; returns the setup that records their modes, the teachers, and the first views by side.
-
-    Args:
-        modes: recorded inference modes to use again, or None to choose the fastest.
-    """
-    placed = [
-        wiring.with_readout(replace(teacher, side=side), setup)
-        for teacher, side in zip(loaded, setup.config.teacher_side, strict=True)
-    ]
-    layout = wiring.layout_of(setup)
-    if STRATEGIES[setup.config.strategy].fixed:
-        first = fixed.first_views(setup, placed)
-    else:
-        first, _ = views_by_side(setup.loader.batch_at(0), setup.loader.teacher_sides)
-    first = {side: views.to(setup.loop.device) for side, views in first.items()}
-    # The main process chooses; the others must compute the teachers alike.
-    if env.is_main_process():
-        teachers, modes = freezing.freeze_fastest(placed, first, setup.config, modes, layout)
-        distributed.broadcast_from_main(lambda: modes)
-    else:
-        modes = distributed.broadcast_from_main(lambda: modes)
-        teachers, modes = freezing.freeze_fastest(placed, first, setup.config, modes, layout)
-    return setup.with_provenance(teacher_forms=modes), teachers, first

@@ -231,7 +231,6 @@ def test_what_select_refuses(pool, tmp_path, funmatch):
     (tmp_path / "empty").mkdir()
     for words, message in (
         ([pool, "--per-class", "0", "--out", "a.csv"], "per_class must be at least 1, got 0"),
-        ([pool, "--out", "a.csv"], "select needs --per-class"),
         ([pool, "--per-class", "1", "--out", "there.csv"], "there.csv exists; pass --overwrite"),
         ([pool, "--per-class", "1", "--out", "a.txt"], "a.txt ends in neither .csv nor .parquet"),
         (["empty", "--per-class", "1", "--out", "a.csv"], "empty has no images"),

@@ -24,7 +24,7 @@ from funmatch.training import oom
 from funmatch.training.run import checkpoint
 from funmatch.training.run import folder as run_folder
 from funmatch.training.student import acceleration
-from funmatch.training.teachers import loading
+from funmatch.training.teachers import freezing
 
 CPU = torch.device("cpu")
 TINY = {
@@ -63,7 +63,7 @@ NATIVE = TINY | {
 def accelerate_small_networks(monkeypatch, tmp_path):
     """Accelerate networks of any size, since those that gain are too large for a test; use a separate cache folder."""
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    for module in (acceleration, loading, frozen):
+    for module in (acceleration, freezing, frozen):
         monkeypatch.setattr(module, "SMALL_NETWORK", 0)
 
 
@@ -309,7 +309,7 @@ def test_ensemble_computes_in_chunks():
         side, share = 32, 1.0
         frozen = nn.Identity()
 
-        def logits(self, views):
+        def answers(self, views):
             assert len(views) <= 3
             return views.mean((2, 3))
 

@@ -159,6 +159,16 @@ def select(
     Returns:
         `images`, `unreadable`, `unsure`, `chosen`, `classes`, `short`, `kept_clear`, `repeated`, `out`, `teacher`,
         `seconds`.
+
+    Raises:
+        funmatch.InputError: there is no such model or image, or the table is there already.
+
+    Examples:
+        >>> from PIL import Image
+        >>> Image.new("RGB", (32, 32), "grey").save("grey.png")
+        >>> found = funmatch.select("grey.png", "fashion-mini-teacher", "chosen.csv", per_class=1)
+        >>> found["images"], found["chosen"]
+        (1, 1)
     """
     named = {"pool": pool, "teacher": teacher, "out": out}
     return run_call("select", TABLES["select"], given(named) | options).to_json()

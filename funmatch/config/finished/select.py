@@ -36,7 +36,7 @@ class Select(ImageReading):
     """Run folder, or any model that `distill --teacher` takes; it gives the classes and the confidence."""
     weights: Annotated[Path | None, like(FinishedModel, "weights", aliases=("--teacher-weights",))] = None
     """File with weights (.safetensors, .pt or BiT .npz), for a teacher given by its timm name."""
-    per_class: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1, essential=True, metavar="N")]
+    per_class: Annotated[int, Opt(group=Group.DATA, changes=DATA, at_least=1, essential=True, metavar="N")] = 500
     """Most images of a class."""
     min_confidence: Annotated[
         float, Opt(group=Group.DATA, changes=DATA, at_least=0, at_most=1, essential=True, metavar="P")

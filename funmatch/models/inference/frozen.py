@@ -78,7 +78,7 @@ class Frozen(nn.Module):
             inputs = self.classifier.normalize(views.float()).to(DTYPES[self.mode.precision])
             inputs = inputs.contiguous(memory_format=LAYOUTS[self.mode.layout])
             output = self.net_for(inputs)(inputs)
-        return logits_of(output, self.classifier.card.name).float()
+        return (output if isinstance(output, Tensor) else logits_of(output, self.classifier.card.name)).float()
 
     def net_for(self, inputs: Tensor) -> Callable[[Tensor], Any]:
         """Returns the network, compiled if batches of this shape are."""

@@ -17,10 +17,10 @@ from funmatch.models.flops import gflop
 from funmatch.ops.tasks.task import task_of
 from funmatch.runtime import devices
 from funmatch.runtime.log import ProgressBar
-from funmatch.training.distill import views_by_side
 from funmatch.training.evaluation import scoring
 from funmatch.training.objective import TeacherLogits
 from funmatch.training.setup import TrainSetup
+from funmatch.training.teachers.source import views_by_side
 
 GROUPS = 10
 """Parts of the views over whose mean answers the spread is taken."""

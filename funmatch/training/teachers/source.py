@@ -1,7 +1,7 @@
 """Provides the teacher's logits of a batch: computed live, from a table, from a tape, or shared between students."""
 
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funmatch.data.loader import Batch, Loader
 from funmatch.models.ensemble import TeacherEnsemble
+from funmatch.ops.mixing import mix_views
 from funmatch.runtime import transfers
 from funmatch.runtime.log import info
 from funmatch.runtime.timing import timed
@@ -23,6 +24,13 @@ BEHIND = 2
 """Steps after which an accelerator's logits are written to a tape: by then they are on the host, and nothing waits."""
 Views = Mapping[int, Tensor]
 """A batch's teacher views, (n, 3, side, side) by their side."""
+
+
+def views_by_side(batch: Batch, sides: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """Mixes a batch; returns the teachers' views, (n, 3, side, side) by side, and the student's."""
+    teacher_views, student_view = mix_views(batch.crops, batch.teacher_crops, batch.lam, batch.cutmix_boxes)
+    # A batch that brings its teacher's logits has no teacher crops.
+    return dict(zip(sides, teacher_views, strict=True)) if teacher_views else {}, student_view
 
 
 class TeacherSource(Protocol):
