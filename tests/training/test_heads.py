@@ -89,6 +89,7 @@ def test_weaker_penalties_are_left_out_once_they_only_cost_time(tmp_path):
     assert own.chosen == all_of_them.chosen
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_same_command_again_does_nothing_and_others_share_the_features(tmp_path, counted, capsys):
     out = tmp_path / "head"
     found = head(out)
