@@ -201,6 +201,9 @@ def test_every_command_runs_on_small_images(images, tmp_path, funmatch):
         "funmatch demo": "funmatch demo --steps 20",
         "--step 1200": "--step 1",
         "clip:ViT-B-32/laion2b_s34b_b79k": f"clip:{write_open_clip(tmp_path / 'clip', VIT)}",
+        "--teacher heads/photos --student resnet18 --epochs 300": "--teacher heads/photos --student resnet10t "
+        "--student-kwargs channels=8,8,16,16 stem_width=8 --side 32 --epochs 1 --allow-weak-teacher",
+        "--model resnet50.a1_in1k": "--model runs/labels",
         "--classes-from names.txt": f"--classes-from {tmp_path}/names.txt",
         "keras savedmodel tflite": "torch-export",  # without TensorFlow, which the slow tests of exports need
         "--trials 20": "--trials 2",
