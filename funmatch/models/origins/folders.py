@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from funmatch.config.choices import RESAMPLED_BEFORE
 from funmatch.errors import InputError, first_line
 from funmatch.models import custom
 from funmatch.models.checkpoints.checkpoint import open_checkpoint, weights_in
 from funmatch.models.names import GIVEN, HUB, LOCAL, SAVEDMODEL, is_function, is_timm_name, no_model_at
-from funmatch.models.origins.origin import CONFIG_KEYS, Origin
+from funmatch.models.origins.origin import CONFIG_KEYS, Origin, own_entries
 from funmatch.models.tensorflow.preprocessing import AS_GIVEN
 from funmatch.models.transformers.config import read_entries
 from funmatch.models.transformers.folder import transformers_origin
@@ -49,16 +48,6 @@ def model_folder(name: str) -> Path | None:
     raise InputError(f"{path} is neither a run nor a model: it has no config.json with model.safetensors")
 
 
-def _own_entries(own: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the card takes from our part of a `config.json`."""
-    # Students were evaluated without antialias before there was a choice.
-    before = RESAMPLED_BEFORE if "verb" in own else None
-    # What we trained without saying so gives one class an image.
-    task = own.get("task") or ("multiclass" if "verb" in own else None)
-    resample = own.get("eval_resample") or before
-    return {"top1": own.get("top1"), "resample": resample, "floor": own.get("eval_floor"), "task": task}
-
-
 def folder_origin(folder: Path, kwargs: dict[str, Any], side: int | None = None) -> Origin:
     """Returns the origin of a folder in timm's layout, or in that of transformers.
 
@@ -75,7 +64,7 @@ def folder_origin(folder: Path, kwargs: dict[str, Any], side: int | None = None)
     except ValueError as error:
         raise InputError(_bad_config(path, error)) from None
     kwargs = config.get("model_args", {}) | kwargs
-    architecture, card = config["architecture"], _own_entries(config.get("funmatch", {}))
+    architecture, card = config["architecture"], own_entries(config.get("funmatch", {}))
     weights = weights_in(folder) or folder / "model.safetensors"
     if architecture.startswith(GIVEN):
         raise InputError(f"{folder} has the weights of a module that was given from Python; load them from there")

@@ -1,10 +1,12 @@
 """Where a network's weights come from, and what is known about it beyond timm."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from funmatch.config.choices import RESAMPLED_BEFORE
 from funmatch.models.checkpoints.checkpoint import Checkpoint
 from funmatch.models.weights import Lazily
 
@@ -42,3 +44,13 @@ class Origin:
     alternatives: tuple[str, ...] = ()
     net: nn.Module | None = None
     content: str | None = None
+
+
+def own_entries(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the card takes from our part of a `config.json`, in timm's layout or in that of transformers."""
+    # Students were evaluated without antialias before there was a choice.
+    before = RESAMPLED_BEFORE if "verb" in own else None
+    # What we trained without saying so gives one class an image.
+    task = own.get("task") or ("multiclass" if "verb" in own else None)
+    resample = own.get("eval_resample") or before
+    return {"top1": own.get("top1"), "resample": resample, "floor": own.get("eval_floor"), "task": task}

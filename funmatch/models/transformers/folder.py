@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError, first_line
 from funmatch.models.checkpoints.checkpoint import open_checkpoint, weights_in
-from funmatch.models.origins.origin import CONFIG_KEYS, Origin
+from funmatch.models.origins.origin import CONFIG_KEYS, Origin, own_entries
 from funmatch.models.transformers import processor
 from funmatch.models.transformers.config import Kind, build_config, class_names, kind_of
 from funmatch.models.transformers.library import quiet
@@ -66,10 +66,8 @@ def _own_card(entries: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, 
     missing = [key for key in CONFIG_KEYS if key not in ours]
     if missing:
         raise InputError(f"pretrained_cfg of {entries.get('model_type')} lacks {', '.join(missing)}")
-    about = entries.get("funmatch") or {}
     card = {key: ours[key] for key in (*CONFIG_KEYS, "crop_mode", "interpolation") if key in ours}
-    card |= {"top1": about.get("top1"), "resample": about.get("eval_resample"), "floor": about.get("eval_floor")}
-    return card | {"task": about.get("task") or ("multiclass" if "verb" in about else None)}
+    return card | own_entries(entries.get("funmatch") or {})
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
