@@ -5,7 +5,6 @@ So an answer stays (n, width), as logits alone are, wherever answers are recorde
 """
 
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError
 from funmatch.models.classifier import Classifier
-from funmatch.models.inference.features import is_headless
+from funmatch.models.inference.features import is_headless, is_in_halves, watch_last_linear
 from funmatch.models.inference.outputs import logits_of
 from funmatch.ops.features.grids import to_grid
 
@@ -100,11 +99,6 @@ class Readout:
         return torch.cat(parts, 1)
 
 
-def is_in_halves(net: nn.Module) -> bool:
-    """Returns whether a network computes features and head apart, as timm's do."""
-    return all(callable(getattr(net, name, None)) for name in ("forward_features", "forward_head"))
-
-
 def read(
     net: Any, inputs: Tensor, *, logits: bool, tokens: bool, head_last: bool = False
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -142,29 +136,15 @@ def read(
 
 def _read_by_hook(net: nn.Module, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
     """Reads a network that has no parts of its own: what its last linear layer gets, or its output without a head."""
-    seen: list[tuple[nn.Module, Tensor]] = []
-    thread = threading.get_ident()
-
-    def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        # Teachers run in several threads at once, and hooks are called in all of them.
-        if threading.get_ident() == thread:
-            seen[:] = [(module, given[0])]
-
-    hooks: list[Any] = []
-    if vars(net).get("num_classes") != 0:
-        hooks = [each.register_forward_pre_hook(keep) for each in net.modules() if isinstance(each, nn.Linear)]
-    try:
-        output = net(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    output = logits_of(output, type(net).__name__)
-    if not hooks:
-        return None, output.flatten(1)
+    name = type(net).__name__
+    if vars(net).get("num_classes") == 0 or not any(isinstance(each, nn.Linear) for each in net.modules()):
+        return None, logits_of(net(inputs), name).flatten(1)
+    output, seen = watch_last_linear(net, lambda: net(inputs))
+    output = logits_of(output, name)
     # Another layer, such as one of attention, is followed by more than the classes.
-    if not seen or seen[0][1].ndim != 2 or getattr(seen[0][0], "out_features", None) != output.shape[-1]:
+    if not seen or seen[0][1].ndim != 2 or seen[0][0].out_features != output.shape[-1]:
         raise InputError(
-            f"{type(net).__name__} has no features to match: it is not a timm network, and its last layer is not a "
+            f"{name} has no features to match: it is not a timm network, and its last layer is not a "
             "torch.nn.Linear for rows of features"
         )
     return output, seen[0][1]

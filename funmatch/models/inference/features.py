@@ -1,5 +1,7 @@
 """Computes the features of a classifier: what its last layer turns into logits."""
 
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,11 @@ from funmatch.models.classifier import Classifier
 def is_headless(classifier: Classifier) -> bool:
     """Returns whether a network was built without classes (num_classes=0), so that its outputs are features."""
     return classifier.num_classes == 0
+
+
+def is_in_halves(net: nn.Module) -> bool:
+    """Returns whether a network computes features and head apart, as timm's do."""
+    return all(callable(getattr(net, name, None)) for name in ("forward_features", "forward_head"))
 
 
 class Features(nn.Module):
@@ -38,7 +45,7 @@ class Features(nn.Module):
         classifier, net = self.classifier, self._net()
         if is_headless(classifier):
             found = classifier(views)
-        elif callable(getattr(net, "forward_features", None)) and callable(getattr(net, "forward_head", None)):
+        elif is_in_halves(net):
             # timm: the same as the whole forward pass, without the last layer.
             found = net.forward_head(net.forward_features(classifier.normalize(views)), pre_logits=True)
         else:
@@ -85,24 +92,9 @@ def find_last_linear(classifier: Classifier, views: Tensor, purpose: str = "meas
 
 def _last_linear(classifier: Classifier, views: Tensor, purpose: str) -> tuple[nn.Linear, Tensor]:
     """Returns the linear layer that gives a network's logits of views, and what it gets: (n, features)."""
-    seen: list[tuple[nn.Linear, Tensor]] = []
     found = find() if callable(find := getattr(classifier.net, "get_classifier", None)) else ()
     heads = found if isinstance(found, tuple) else ()
-
-    def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.Linear)
-        # The last one stays, whatever the order of the modules is; of a distilled network with two heads, both.
-        if not seen or module not in heads or seen[0][0] not in heads:
-            seen.clear()
-        seen.append((module, given[0]))
-
-    layers = [module for module in classifier.net.modules() if isinstance(module, nn.Linear)]
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-    try:
-        classifier(views)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _, seen = watch_last_linear(classifier.net, lambda: classifier(views), heads)
     # Another layer, such as one of attention, is followed by more than the classes.
     if not seen or seen[0][0].out_features != classifier.num_classes or seen[0][1].ndim != 2:
         raise InputError(
@@ -111,3 +103,36 @@ def _last_linear(classifier: Classifier, views: Tensor, purpose: str) -> tuple[n
         )
     # The mean of its logits counts, and so that of what its heads get.
     return seen[0][0], torch.stack([each for _, each in seen]).mean(0) if len(seen) > 1 else seen[0][1]
+
+
+def watch_last_linear(
+    net: nn.Module, run: Callable[[], Any], heads: Sequence[nn.Module] = ()
+) -> tuple[Any, list[tuple[nn.Linear, Tensor]]]:
+    """Runs a network, and sees what its last linear layer gets.
+
+    Args:
+        run: calls the network.
+        heads: of a distilled network, all of which count where one of them is last.
+
+    Returns:
+        what `run` returned; and the last layer with what it got, or several heads; empty where none was called.
+    """
+    seen: list[tuple[nn.Linear, Tensor]] = []
+    thread = threading.get_ident()
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, nn.Linear)
+        # Teachers run in several threads at once, and hooks are called in all of them.
+        if threading.get_ident() != thread:
+            return
+        # The last one stays, whatever the order of the modules is; of a distilled network with two heads, both.
+        if not seen or module not in heads or seen[0][0] not in heads:
+            seen.clear()
+        seen.append((module, given[0]))
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in net.modules() if isinstance(layer, nn.Linear)]
+    try:
+        return run(), seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -12,6 +12,7 @@ from funmatch.models.classifier import TRAINING_ONLY, Classifier
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.models.inference import answers
 from funmatch.models.inference.answers import Layout
+from funmatch.models.inference.features import is_in_halves
 from funmatch.runtime import distributed, env
 from funmatch.training.matching.losses import FeatureMatching
 from funmatch.training.matching.memory import Memory
@@ -57,7 +58,7 @@ class Preparation:
 
 def _measure_student(student: Classifier, side: int, *, tokens: bool) -> tuple[int, int, answers.Grid]:
     """Measures a student's features as `answers.measure` does; raises `InputError` for one that is not timm's."""
-    if not answers.is_in_halves(student.net):
+    if not is_in_halves(student.net):
         raise InputError(
             f"student {student.card.name} is not a timm network, and only their features can be matched; choose one "
             "of timm's, or leave out --match features"
