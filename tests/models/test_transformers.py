@@ -217,7 +217,7 @@ def test_features_of_networks_without_a_head(name, pooled, tmp_path):
         assert any("features are" in note for note in model.notes)
         tokens = output.last_hidden_state
         tokens = tokens.flatten(2).mT if tokens.ndim == 4 else tokens[:, -16:]
-        torch.testing.assert_close(model.net.patch_tokens(model.normalize(views)), tokens)
+        torch.testing.assert_close(model.net.read_parts(model.normalize(views))[2].flatten(1, 2), tokens)
 
 
 def test_a_network_without_weights_of_its_pooler_gives_its_class_token(tmp_path):

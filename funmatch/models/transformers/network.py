@@ -52,26 +52,15 @@ class TransformersNet(nn.Module):
         features = self._pool(output)
         return self.head(features) if self.head is not None else features
 
-    def run(self, images: Tensor, *, fit: bool = True, body: bool = False) -> Any:
+    def run(self, images: Tensor, *, fit: bool = True) -> Any:
         """Returns the outputs of the network itself.
 
         Args:
             images: (n, channels, side, side), normalised.
             fit: whether its position embedding is fitted to images of another size.
-            body: whether its own head is left out.
         """
         more = {"interpolate_pos_encoding": True} if fit and self.interpolates and images.shape[-1] != self.side else {}
-        has_head = body and self.pooled is None
-        net = getattr(self.model, self.model.base_model_prefix) if has_head else self.model
-        return net(images.flip(1) if self.flip else images, **more)
-
-    def patch_tokens(self, images: Tensor) -> Tensor:
-        """Returns features of places, (n, tokens, dimensions): without tokens for the whole image, row by row.
-
-        Args:
-            images: (n, channels, side, side), normalised.
-        """
-        return self._places(self.run(images, body=True).last_hidden_state, images).flatten(1, 2)
+        return self.model(images.flip(1) if self.flip else images, **more)
 
     def read_parts(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Returns logits or None, pooled features and a map of tokens; arguments and shapes as of `answers.read`.
