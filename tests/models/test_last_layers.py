@@ -158,6 +158,22 @@ def test_last_layer_of_another_network_is_replaced(tmp_path):
         load(str(folder))
 
 
+class Returning(Plain):
+    """A network that returns its map of features, too."""
+
+    def forward(self, images):
+        found = self.conv(images).relu()
+        return self.fc(found.mean((2, 3))), found
+
+
+def test_head_is_put_behind_a_network_that_returns_more_than_logits():
+    card = Card("returning", 16, 1.0, (0.0,) * 3, (1.0,) * 3)
+    classifier, views, expected = attached(Classifier(Returning(), card, {}, 4, f"{__name__}:Returning"), cosines)
+    assert classifier.function == HEADED
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(views), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_file_does_not_decide_which_code_a_backbone_runs(tmp_path):
     card = Card("plain", 16, 1.0, (0.0,) * 3, (1.0,) * 3)
     classifier, _, _ = attached(Classifier(Plain(), card, {}, 4, f"{__name__}:plain"), cosines)

@@ -12,6 +12,7 @@ from funmatch.models.classifier import Classifier, timm_config
 from funmatch.models.heads.last_layer import is_close, put_linear
 from funmatch.models.heads.modules import HEADS, LinearLayer, OwnHead
 from funmatch.models.inference.features import Features, find_last_linear
+from funmatch.models.inference.outputs import logits_of
 from funmatch.ops.heads.logistic import LinearHead
 
 HEADED = "funmatch.models.heads.headed:network"
@@ -28,8 +29,7 @@ class Headed(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Computes features (n, d) of normalised images."""
-        found = self.backbone(images)
-        return getattr(found, "logits", found).flatten(1).float()
+        return logits_of(self.backbone(images), type(self.backbone).__name__).flatten(1).float()
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Computes logits of features; with `pre_logits` returns these, as timm's networks do."""
@@ -131,6 +131,5 @@ def _as_module(head: AnyHead) -> OwnHead:
 
 def _without(net: nn.Module, last: str) -> nn.Module:
     """Returns a network with nothing in the place of a layer."""
-    parent, _, name = last.rpartition(".")
-    setattr(net.get_submodule(parent), name, nn.Identity())
+    net.set_submodule(last, nn.Identity())
     return net

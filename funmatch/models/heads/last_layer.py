@@ -70,9 +70,8 @@ def _new_layers(classifier: Classifier, classes: int, views: Tensor) -> list[Lay
         name = find_last_linear(classifier, views)
         own = net.get_submodule(name)
         assert isinstance(own, nn.Linear)
-        parent, _, last = name.rpartition(".")
         layer = nn.Linear(own.in_features, classes, dtype=own.weight.dtype)
-        setattr(net.get_submodule(parent), last, layer)
+        net.set_submodule(name, layer)
         return [layer]
     reset(classes)
     net.eval()
