@@ -24,7 +24,7 @@ NAMED: dict[str, str | tuple[str, dict[str, Any]]] = {
 OWN_CARDS = {"fashion-mini-student": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
 """Input of our own architectures, where timm's default of 224 pixels makes no sense."""
 
-SAVEDMODEL, BIT, HUB, LOCAL = "savedmodel:", "bit:", "hf-hub:", "local-dir:"
+SAVEDMODEL, BIT, HUB, LOCAL = "savedmodel:", "bit:", clip_names.HUB, clip_names.LOCAL
 GIVEN = "python:"
 """Prefix of the name of a module that was given from Python, for records of runs."""
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".th", ".npz")

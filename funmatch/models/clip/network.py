@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from funmatch.errors import InputError
 from funmatch.models import timm_models
+from funmatch.models.clip.names import EXTRA
 from funmatch.models.names import check_architecture
 
 OWN = "funmatch.models.clip.network:network"
@@ -170,9 +171,7 @@ def _open_clip(dimensions: int, side: int, config: dict[str, Any], quick_gelu: b
     try:
         from open_clip.model import CLIPVisionCfg, _build_vision_tower
     except ImportError:
-        raise InputError(
-            "this image tower is one of OpenCLIP, which is not installed: pip install 'funmatch[clip]'"
-        ) from None
+        raise InputError(f"this image tower is one of OpenCLIP, which is not installed: {EXTRA}") from None
     if config.get("timm_model_name"):
         raise InputError("the image tower names a network of timm where one of OpenCLIP is expected")
     wanted: dict[str, Any] = {**config, "image_size": side}
