@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 UNSAFE = re.compile(
@@ -63,6 +63,12 @@ def unknown(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> In
     if hint:
         parts.append(hint)
     return InputError("; ".join(parts))
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """Returns the first names of a list for a message, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def printable(text: str) -> str:

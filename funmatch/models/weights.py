@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from funmatch.errors import InputError
+from funmatch.errors import InputError, some_of
 
 Value = TypeVar("Value")
 
@@ -81,8 +81,7 @@ def fill(net: nn.Module, weights: Lazily[Tensor], what: str, where: str) -> None
 
 def _listed(names: list[str]) -> str:
     """Returns the first names of a list, how many more there are, and the verb for them."""
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return f"{', '.join(names[:MAX_NAMES])}{more} {'is' if len(names) == 1 else 'are'}"
+    return f"{some_of(names, MAX_NAMES)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _allocate(net: nn.Module, key: str, slot: Tensor) -> Tensor:

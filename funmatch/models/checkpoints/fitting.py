@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from funmatch.errors import InputError
+from funmatch.errors import InputError, some_of
 from funmatch.models.checkpoints.checkpoint import KEY, Checkpoint, Entry
 from funmatch.models.checkpoints.torch_files import HOW_TO_SAVE
 from funmatch.models.weights import COUNTER, Lazily
@@ -141,8 +141,7 @@ def _assemble(
     }
     left = [key.removeprefix(entries[key].home) for key in rest if key not in set(other.values())]
     if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        notes += (f"{checkpoint.where}: left out {', '.join(left[:3])}{more}, not part of {wanted.what}",)
+        notes += (f"{checkpoint.where}: left out {some_of(left, 3)}, not part of {wanted.what}",)
     zeros = {}
     if headless:
         zeros = {name: wanted.shapes[name] for name in wanted.head}

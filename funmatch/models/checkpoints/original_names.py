@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from funmatch.errors import some_of
 from funmatch.models.checkpoints.checkpoint import Checkpoint, Entry
 from funmatch.models.checkpoints.fitting import Wanted
 from funmatch.models.checkpoints.torchvision_names import Translated
@@ -50,8 +51,7 @@ def translate(checkpoint: Checkpoint, wanted: Wanted, net: nn.Module) -> Transla
             unused += left
     if not entries:
         return None
-    more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-    left = f"; left out {', '.join(unused[:3])}{more}" if unused else ""
+    left = f"; left out {some_of(unused, 3)}" if unused else ""
     note = f"{checkpoint.where}: its names are the authors', translated as timm does{left}"
     return Translated(replace(checkpoint, entries=entries), note)
 

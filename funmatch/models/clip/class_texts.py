@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from funmatch.config.teaching import ByText
-from funmatch.errors import InputError, first_line
+from funmatch.errors import InputError, first_line, some_of
 from funmatch.models.clip.names import is_clip
 from funmatch.models.clip.templates import PLACE, read_templates
 from funmatch.runtime.disk.json_files import parse_json
@@ -112,10 +112,7 @@ def read_names(path: Path) -> dict[str, tuple[str, ...]]:
     if not found:
         raise InputError(f"{path} is empty; write a class name a line")
     if repeated := [name for name, count in Counter(name for name, _ in found).items() if count > 1]:
-        more = f" and {len(repeated) - 3} more" if len(repeated) > 3 else ""
-        raise InputError(
-            f"{path} has {', '.join(map(repr, repeated[:3]))}{more} more than once; give each class one line"
-        )
+        raise InputError(f"{path} has {some_of([*map(repr, repeated)], 3)} more than once; give each class one line")
     return dict(found)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funmatch.errors import InputError, first_line
+from funmatch.errors import InputError, first_line, some_of
 from funmatch.models.checkpoints.checkpoint import open_checkpoint, weights_in
 from funmatch.models.origins.origin import CONFIG_KEYS, Origin, own_entries
 from funmatch.models.transformers import processor
@@ -97,7 +97,7 @@ def build_network(folder: Path, kind: Kind, state: dict[str, Tensor]) -> nn.Modu
         model, problems = _try(folder, kind, state, add_pooling_layer=False)
     if problems:
         listed = "; ".join(
-            f"{what}: {', '.join(each[:LISTED])}{f' and {len(each) - LISTED} more' if len(each) > LISTED else ''}"
+            f"{what}: {some_of(each, LISTED)}"
             for what, each in (("missing", problems["missing"]), ("not of this network", problems["other"]))
             if each
         )
