@@ -3,6 +3,7 @@
 Both give the same pixels, and neither lets a process's memory grow with the number of images.
 """
 
+import hashlib
 import mmap
 import os
 import zlib
@@ -210,6 +211,12 @@ class CachedSplit:
     @property
     def labelled(self) -> bool:
         return bool((self.index["label"] >= 0).all())
+
+    @property
+    def content(self) -> str:
+        """Digest of all images, in their order."""
+        # Tapes and caches of teachers' logits hold it in their key.
+        return hashlib.blake2b(self.digests.tobytes(), digest_size=16).hexdigest()
 
     def images(self, indices) -> list[Tensor]:
         """Returns images, each (height, width, 3) uint8."""

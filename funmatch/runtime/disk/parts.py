@@ -4,13 +4,16 @@ Processes that need the same array share the work, a part of its rows at a time;
 parts to the others.
 """
 
+import json
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from funmatch.errors import InputError
 from funmatch.runtime.disk.checksums import crc_of_file
 from funmatch.runtime.disk.files import array_bytes, read_array, write_atomically
 from funmatch.runtime.disk.locks import try_lock_file
@@ -41,9 +44,14 @@ def read_checked(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def compute_in_parts(
-    path: Path, shape: tuple[int, ...], size: int, compute: Callable[[range], np.ndarray], label: str
-) -> None:
-    """Computes the parts of an array that no other process is computing until all are there, then joins them.
+    path: Path,
+    shape: tuple[int, ...],
+    size: int,
+    compute: Callable[[range], np.ndarray],
+    label: str,
+    about: Mapping[str, Any],
+) -> np.ndarray:
+    """Computes an array that `read_checked` did not find, and keeps it; returns it.
 
     Args:
         path: of the array.
@@ -51,9 +59,26 @@ def compute_in_parts(
         size: rows of a part.
         compute: returns some of the rows, float32; what it raises leaves the finished parts where they are.
         label: name of the work, beside the progress bar.
+        about: what it is of, JSON values; written to `about.json` beside it.
+
+    Raises:
+        InputError: what was just written cannot be read.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # For people only: the path alone decides which array is used.
+    path.with_name("about.json").write_text(json.dumps(about, indent=1))
+    _compute_parts(path, shape, size, compute, label)
+    found = read_checked(path, shape)
+    if found is None:
+        raise InputError(f"{path} was damaged while it was read; run the same command again")
+    return found
+
+
+def _compute_parts(
+    path: Path, shape: tuple[int, ...], size: int, compute: Callable[[range], np.ndarray], label: str
+) -> None:
+    """Computes the parts that no other process is computing until all are there, then joins them."""
     folder, count = path.parent, shape[0]
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {folder / f"part-{start:09}.npy": range(start, min(start + size, count)) for start in range(0, count, size)}
     with ProgressBar(label, count) as bar:
         # Its appearance ends the loop of every process, also of those that computed nothing.

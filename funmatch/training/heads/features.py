@@ -65,26 +65,22 @@ class FrozenBackbone:
         view = self.view
         key = {
             "data": cache.key,
-            "images": hashlib.blake2b(split.digests.tobytes(), digest_size=16).hexdigest(),
+            "images": split.content,
             "backbone": self.digest,
             "view": [view.side, view.short_side, view.squash, view.resample],
             "precision": view.precision,
         }
         folder = cache_home() / FOLDER / hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()
         path, shape = folder / "features.npy", (len(split), self.size)
-        if read_checked(path, shape) is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            # For people only: the digest alone decides which entry is used.
-            (folder / "about.json").write_text(json.dumps(key | {"model": self.name, "split": split.name}, indent=1))
+        found = read_checked(path, shape)
+        if found is None:
             info(
                 f"{self.name}: computing features of {len(split):,} {split.name} images once; they are kept in {folder}"
             )
-            compute_in_parts(path, shape, PART, lambda rows: self._compute(split, rows), split.name)
+            about = key | {"model": self.name, "split": split.name}
+            found = compute_in_parts(path, shape, PART, lambda rows: self._compute(split, rows), split.name, about)
         else:
             info(f"{self.name}: features of {len(split):,} {split.name} images are those of an earlier start")
-        found = read_checked(path, shape)
-        if found is None:
-            raise InputError(f"{path} was damaged while it was read; run the same command again")
         features = torch.from_numpy(found)
         self._check_finite(features, config, split)
         return features

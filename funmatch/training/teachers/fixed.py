@@ -16,7 +16,6 @@ from funmatch.config import Distill
 from funmatch.config.choices import CROP_RATIO, RESAMPLED_BEFORE, STRATEGIES, Resample
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.data.prefetch import prefetch_map
-from funmatch.errors import InputError
 from funmatch.models.ensemble import TeacherEnsemble
 from funmatch.ops.crops import central_view, crop_resize_flip
 from funmatch.ops.sampling import ENSEMBLE_STREAM, sample_inception_boxes, sample_whole_boxes, step_generator
@@ -131,7 +130,7 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
     # The order and the names of these keys are part of the digest: another spelling would compute everything again.
     key = {
         "data": setup.cache.key,
-        "pictures": hashlib.blake2b(source.split.digests.tobytes(), digest_size=16).hexdigest(),
+        "pictures": source.split.content,
         "teacher": setup.provenance["teacher"],
         "forms": [record["form"] for record in setup.provenance["teacher_forms"]],
         "sides": [member.side for member in teachers.members],
@@ -150,20 +149,15 @@ def compute_fixed_logits(setup: TrainSetup[Distill], teachers: TeacherEnsemble) 
     folder = cache_home() / "answers" / digest
     path = folder / "answers.npy"
     shape = (len(source.split), len(teachers.members), setup.student.classifier.num_classes)
-    if read_checked(path, shape) is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        # For people only: the digest alone decides which entry is used.
-        (folder / "about.json").write_text(json.dumps(key, indent=1))
+    table = read_checked(path, shape)
+    if table is None:
         views = len(source.split) * source.crops * len(teachers.members)
         info(f"fixed teacher: predicting {views:,} views once; logits are cached in {folder}")
         # Parts are equal in views, not in images, so that a killed process loses the same time.
         size = max(1, PART // source.crops)
-        compute_in_parts(
-            path, shape, size, lambda images: _predict_part(source, teachers, images, sides, setup), "teacher"
+        table = compute_in_parts(
+            path, shape, size, lambda images: _predict_part(source, teachers, images, sides, setup), "teacher", key
         )
-    table = read_checked(path, shape)
-    if table is None:
-        raise InputError(f"{path} was damaged while it was read; run the same command again")
     # Each teacher's logits are cached, not the combination: temperature, weights and --combine may change.
     each = torch.from_numpy(table).unbind(1)
     return digest, teachers.combine_answers(each, setup.config.temperature)

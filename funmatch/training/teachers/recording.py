@@ -36,7 +36,7 @@ def tape_key(setup: DistillSetup, teachers: TeacherEnsemble) -> dict[str, Any]:
     # The temperature changes logits only where probabilities are summed: by the tape, or over teachers.
     tempered = config.tape_top or (several and teachers.combine != "mean-logits")
     return {
-        "pictures": hashlib.blake2b(setup.loader.split.digests.tobytes(), digest_size=16).hexdigest(),
+        "pictures": setup.loader.split.content,
         **setup.loader.spec.key(),
         "teacher": setup.provenance["teacher"],
         "teacher_function": setup.provenance["teacher_function"],
