@@ -5,7 +5,7 @@ temperature T. All are computed in float32, whatever the networks compute in.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -170,15 +170,17 @@ def distance(
     *,
     squared: bool = True,
     smoothing: float = 0.0,
+    tempered: Mapping[str, Distance] = TEMPERED,
 ) -> Tensor:
     """Computes the distance of a name.
 
     Args:
-        name: a key of `TEMPERED` or `PLAIN`, or the name of a user's function of two logits.
+        name: a key of `tempered` or `PLAIN`, or the name of a user's function of two logits.
         student_logits, teacher_logits: (n, classes).
-        temperature: T > 0, for `TEMPERED`.
+        temperature: T > 0, for `tempered`.
         squared: multiply those by T².
         smoothing: label smoothing, for `hard`.
+        tempered: distances of probabilities at a temperature, which are the task's.
 
     Returns:
         (n,) float32.
@@ -190,7 +192,7 @@ def distance(
         return hard(student_logits, teacher_logits, smoothing)
     if name in PLAIN:
         return PLAIN[name](student_logits, teacher_logits)
-    result = TEMPERED[name](student_logits, teacher_logits, temperature)
+    result = tempered[name](student_logits, teacher_logits, temperature)
     return result if squared else result / temperature**2
 
 
@@ -233,9 +235,21 @@ def mix_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: flo
     one_hot = F.one_hot(labels, classes).float()
     if smoothing:
         one_hot = (1 - smoothing) * one_hot + smoothing / classes
-    # As the pixels are mixed: λ is the share of the image itself, the rest is its predecessor's.
+    return mix_targets(one_hot, lam)
+
+
+def mix_targets(targets: Tensor, lam: float | Tensor) -> Tensor:
+    """Mixes targets as pixels are mixed: λ is the share of the image itself, the rest is its predecessor's.
+
+    Args:
+        targets: (1 + n, classes); row 0 is row 1's predecessor in the global batch.
+        lam: one number for all or (n,).
+
+    Returns:
+        (n, classes).
+    """
     share = lam[:, None] if isinstance(lam, Tensor) else lam
-    return share * one_hot[1:] + (1 - share) * one_hot[:-1]
+    return share * targets[1:] + (1 - share) * targets[:-1]
 
 
 def balanced_weights(labels: Tensor, classes: int) -> Tensor:

@@ -6,6 +6,7 @@ number of classes, and the distance to a teacher is weighed against labels like 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,22 +52,8 @@ METRICS = ("map", "f1_micro", "f1_macro")
 """Metrics of several classes an image alone."""
 TEMPERED = {"kl": kl, "reverse-kl": reverse_kl}
 """Distances of probabilities at a temperature, which have other forms here than for one class an image."""
-
-
-def distance(
-    name: str,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float = 1.0,
-    *,
-    squared: bool = True,
-    smoothing: float = 0.0,
-) -> Tensor:
-    """Computes the distance of a name; arguments as of `distances.distance`, as are the distances of logits."""
-    if name not in TEMPERED:
-        return distances.distance(name, student_logits, teacher_logits, smoothing=smoothing)
-    result = TEMPERED[name](student_logits, teacher_logits, temperature)
-    return result if squared else result / temperature**2
+distance = partial(distances.distance, tempered=TEMPERED)
+"""Computes the distance of a name, of logits as for one class an image."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -95,8 +82,7 @@ def mix_labels(labels: Tensor, lam: float | Tensor, classes: int, smoothing: flo
         (n, classes) float32, λ·y[i] + (1 − λ)·y[i − 1].
     """
     smooth = (1 - smoothing) * labels + smoothing / 2 if smoothing else labels
-    share = lam[:, None] if isinstance(lam, Tensor) else lam
-    return share * smooth[1:] + (1 - share) * smooth[:-1]
+    return distances.mix_targets(smooth, lam)
 
 
 def decisions(logits: Tensor) -> Tensor:
