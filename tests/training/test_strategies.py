@@ -31,6 +31,7 @@ from funmatch.ops.sampling import (
     sample_step,
     step_generator,
 )
+from funmatch.ops.tasks.task import MULTICLASS
 from funmatch.ops.view_spec import ViewSpec
 from funmatch.runtime.disk.json_files import seal
 from funmatch.runtime.disk.locks import try_lock_file
@@ -499,8 +500,11 @@ def test_score_of_training_views_does_not_depend_on_processes(monkeypatch, split
 
     view = scoring.EvalView(side=12, short_side=12, batch=4, device=torch.device("cpu"), precision="fp32")
     net = torch.nn.Identity()
-    one = scoring.score_training_views(both, net, Loader(split, ViewSpec(1, 8, 12)), 3, view)
-    two = scoring.score_training_views(both, net, Loader(split, ViewSpec(1, 8, 12), 1, 2), 3, view)
+
+    def score(loader: Loader) -> dict[str, float | None]:
+        return scoring.score_views(scoring.answer_training_views(both, net, loader, 3, view), MULTICLASS)
+
+    one, two = score(Loader(split, ViewSpec(1, 8, 12))), score(Loader(split, ViewSpec(1, 8, 12), 1, 2))
     assert one == two
     loader = Loader(split, ViewSpec(1, 8, 12))
     crops = torch.cat([loader.batch_at(step).crops[1:] for step in range(3, 35)]).mean((2, 3))

@@ -8,6 +8,7 @@ from torch import Tensor
 from funmatch.data.cache.stores import CachedSplit
 from funmatch.ops.metrics import constant_share, has_diverged, is_guess
 from funmatch.ops.tasks.ranking import random_precision
+from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.runtime.text import number, percent
 
 
@@ -70,7 +71,7 @@ def describe_failure(metrics: Mapping[str, Any], classes: int) -> str | None:
         metrics: what `result.json` holds, or the record of an evaluation; an earlier version had less in them.
         classes: number of classes.
     """
-    if has_diverged(metrics.get("kl"), 2 if "map" in metrics else classes):
+    if has_diverged(metrics.get("kl"), task_of_metrics(metrics).outcomes(classes)):
         return (
             f"has diverged: its student is further from its teacher than a uniform guess (KL {number(metrics['kl'])})"
         )

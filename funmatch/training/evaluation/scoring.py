@@ -16,7 +16,7 @@ from funmatch.data.prefetch import prefetch_map
 from funmatch.data.readers.split_names import TRAINING_IMAGES
 from funmatch.models.classifier import Card
 from funmatch.ops.corruptions import Damage
-from funmatch.ops.tasks.task import MULTICLASS, Task, task_of
+from funmatch.ops.tasks.task import Task, task_of
 from funmatch.ops.view_spec import Preprocessing
 from funmatch.runtime import devices, env, transfers
 
@@ -175,7 +175,7 @@ def answer_training_views(
     return ViewAnswers(*map(torch.cat, zip(*results, strict=True)))
 
 
-def score_views(answers: ViewAnswers, task: Task = MULTICLASS) -> dict[str, float | None]:
+def score_views(answers: ViewAnswers, task: Task) -> dict[str, float | None]:
     """Scores the student against its teachers on training views.
 
     Agreement that rises here and falls on unseen images means memorising, not function matching.
@@ -189,13 +189,6 @@ def score_views(answers: ViewAnswers, task: Task = MULTICLASS) -> dict[str, floa
     scores = task.measure(answers.student, true_labels, answers.teacher)
     of_teacher = None if true_labels is None else task.accuracy(answers.teacher, true_labels)
     return scores | {f"teacher_{task.score}": of_teacher, "views": len(answers.student)}
-
-
-def score_training_views(
-    logits_of: Callable[[Batch], tuple[Tensor, Tensor]], student: nn.Module, batches: Batches, step: int, view: EvalView
-) -> dict[str, float | None]:
-    """Returns `score_views` of `answer_training_views`."""
-    return score_views(answer_training_views(logits_of, student, batches, step, view))
 
 
 def score(logits: Tensor, split: CachedSplit, teacher_logits: Tensor | None = None) -> dict[str, float | None]:

@@ -172,7 +172,7 @@ def _subject(config: Evaluate, trained: TrainedModel, cache: Cache, device: torc
     view = replace(view, flip=config.tta == "flip")
     # Mapped classes are evaluated alone, as a teacher's would be.
     member = EnsembleMember(Frozen(model), view.side, class_map=class_map) if class_map else None
-    network = checks.MemberLogits(member) if member else model
+    network = checks.MemberAnswers(member) if member else model
     return Subject(trained.name, network, view, parameters, trained, class_map is not None)
 
 

@@ -16,6 +16,7 @@ from funmatch.ops.distances import balanced_weights
 from funmatch.ops.embeddings import find_neighbours, vote
 from funmatch.ops.heads.logistic import LinearHead, fit_logistic, moments
 from funmatch.ops.heads.means import class_means, nearest_mean
+from funmatch.ops.tasks.multiclass import accuracy
 from funmatch.runtime.log import ProgressBar, info
 
 PATIENCE = 3
@@ -123,8 +124,7 @@ def _scale(logits: Tensor, labels: Tensor) -> float:
 
 
 def _scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    right = (logits.argmax(-1) == labels).double().mean()
-    return {"top1": right.item(), "nll": F.cross_entropy(logits, labels).item()}
+    return {"top1": accuracy(logits, labels), "nll": F.cross_entropy(logits, labels).item()}
 
 
 Fits = Callable[[Head, Labelled, Labelled | None, int, torch.device], Iterator[Fit]]

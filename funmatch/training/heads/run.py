@@ -93,7 +93,7 @@ def open_labelled(config: Head) -> tuple[Cache, Head]:
                 f"{missing:,} of {len(split):,} {split.name} images of {cache.name} have no labels, to which a head is "
                 "fitted; sort them into folders of classes, train/<class>/*.jpg"
             )
-    counts = torch.bincount(cache.splits["train"].labels(slice(None)), minlength=len(cache.classes))
+    counts = cache.splits["train"].class_counts(len(cache.classes))
     if len(cache.classes) < 2:
         raise InputError(f"all images of {cache.name} are of one class, {cache.classes[0]}; a head needs at least two")
     if lost := [name for name, count in zip(cache.classes, counts.tolist(), strict=True) if not count]:

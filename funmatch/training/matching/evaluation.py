@@ -14,24 +14,14 @@ from funmatch.models.inference.answers import Layout
 from funmatch.models.inference.features import Features
 from funmatch.ops import embeddings, metrics
 from funmatch.ops.features import losses
+from funmatch.ops.tasks import multiclass
 from funmatch.training.evaluation import scoring
 from funmatch.training.matching.losses import FeatureMatching
 from funmatch.training.matching.projector import WithoutTokens
+from funmatch.training.teachers.checks import MemberAnswers
 
 NEIGHBOURS_A_CLASS, LEAST_BANK, LARGEST_BANK = 10, 1000, 5000
 """Training images whose neighbours vote: so many a class, within these bounds."""
-
-
-class MemberFeatures(nn.Module):
-    """A teacher as a module that gives some of the numbers of its answers."""
-
-    def __init__(self, member: EnsembleMember, which: slice) -> None:
-        super().__init__()
-        # `frozen` is registered as a submodule, so that `.to()` and `.eval()` reach it through the dataclass.
-        self.member, self.frozen, self.which = member, member.frozen, which
-
-    def forward(self, views: Tensor) -> Tensor:
-        return self.member.answers(views)[:, self.which]
 
 
 class FeatureEvaluation:
@@ -79,7 +69,7 @@ class FeatureEvaluation:
             view: its preprocessing.
         """
         classes, end = self.layout.classes, answers.shape[1]
-        network = MemberFeatures(member, slice(classes, end))
+        network = MemberAnswers(member, slice(classes, end))
         neighbours = self.neighbours(network, answers[:, classes:], split, view)
         return self._scores(split, answers[:, :classes]) | {"knn": neighbours}
 
@@ -112,7 +102,7 @@ class FeatureEvaluation:
             return None
         known = scoring.predict(network, bank, view)
         votes = embeddings.nearest_neighbours(known, bank.labels(slice(None)), queries, len(self.cache.classes))
-        return (votes.argmax(-1) == split.labels(slice(None))).double().mean().item()
+        return multiclass.accuracy(votes, split.labels(slice(None)))
 
     def bank(self, split: CachedSplit) -> CachedSplit | None:
         """Returns the training images among which a split's neighbours are sought; None where labels are missing."""

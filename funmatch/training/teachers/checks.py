@@ -31,21 +31,21 @@ BELOW_CARD_WARNING = 0.1
 """Accuracy below the card's from which a warning is given."""
 
 
-class MemberLogits(nn.Module):
-    """A teacher as a module that gives the logits of the mapped classes.
+class MemberAnswers(nn.Module):
+    """A teacher as a module that gives the logits of the mapped classes, or some of the numbers of its answers.
 
     Args:
         member: the teacher.
-        most: how many numbers of its answers are kept; None for all. Tokens are too many for whole splits.
+        which: of the numbers of its answers.
     """
 
-    def __init__(self, member: EnsembleMember, most: int | None = None) -> None:
+    def __init__(self, member: EnsembleMember, which: slice = slice(None)) -> None:
         super().__init__()
         # `frozen` is registered as a submodule, so that `.to()` and `.eval()` reach it through the dataclass.
-        self.member, self.frozen, self.most = member, member.frozen, most
+        self.member, self.frozen, self.which = member, member.frozen, which
 
     def forward(self, views: Tensor) -> Tensor:
-        return self.member.answers(views)[:, : self.most]
+        return self.member.answers(views)[:, self.which]
 
 
 def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalView) -> tuple[Tensor, list[Tensor]]:
@@ -59,10 +59,11 @@ def predict(teachers: TeacherEnsemble, split: CachedSplit, view: scoring.EvalVie
             [logits | pooled features].
     """
     layout, count = teachers.layout, len(teachers.members)
+    # Without tokens, which are too many for whole splits.
     most = [None] * count if layout is None else [layout.classes + dimensions for dimensions in layout.pooled]
     # One teacher after the other: each keeps its own image size, and the combination needs only logits.
     each = [
-        scoring.predict(MemberLogits(member, kept), split, member_view(member, view))
+        scoring.predict(MemberAnswers(member, slice(kept)), split, member_view(member, view))
         for member, kept in zip(teachers.members, most, strict=True)
     ]
     return teachers.combine_answers(each), each

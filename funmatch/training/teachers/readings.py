@@ -16,7 +16,7 @@ from funmatch.runtime.text import percent
 from funmatch.training.evaluation import scoring
 from funmatch.training.setup import TrainSetup
 from funmatch.training.teachers import loading
-from funmatch.training.teachers.checks import RESAMPLED_IMAGES, MemberLogits, member_view
+from funmatch.training.teachers.checks import RESAMPLED_IMAGES, MemberAnswers, member_view
 from funmatch.training.teachers.loading import LoadedTeacher
 
 BETTER = {"better": bool}
@@ -71,7 +71,7 @@ def _is_better(teacher: LoadedTeacher, option: str, setup: TrainSetup[Distill]) 
         # Loaded for this alone: the teacher's own network stays where it is, and as it is.
         member = loading.member(teacher, Frozen(teacher.load_again(*more).to(device)))
         view = member_view(member, setup.evaluation.view)
-        return scoring.predict(MemberLogits(member), some, view).argmax(-1) == labels
+        return scoring.predict(MemberAnswers(member), some, view).argmax(-1) == labels
 
     here, there = right(), right(option)
     better = is_clearly_better(*alone_right(there, here))
