@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from funmatch.data.cache.scan import Scan, by_split
+from funmatch.data.cache.splits import pick_images
 from funmatch.data.dataset import UNLABELLED, Dataset
 from funmatch.runtime.text import counted
 
@@ -66,29 +67,12 @@ def join_copies(dataset: Dataset, scanned: Scan) -> tuple[Dataset, Scan]:
         kept[name] = np.array([first for first, _ in merged.values()]) + begin
         sets[name] = [None if classes is None else tuple(sorted(classes)) for _, classes in merged.values()]
         begin += len(rows)
-    return _of_images(dataset, scanned, kept, sets)
-
-
-def _of_images(
-    dataset: Dataset, scanned: Scan, kept: Mapping[str, np.ndarray], sets: Mapping[str, Sets]
-) -> tuple[Dataset, Scan]:
-    """Returns the images at these positions of `Dataset.jobs`, by split, with these classes."""
     labels, table = number_sets(sets, len(dataset.classes))
-    jobs, order = dataset.jobs(), np.concatenate([*kept.values()])
-    splits = {
-        name: replace(dataset.splits[name].subset([jobs[i][1] for i in positions]), labels=labels[name])
-        for name, positions in kept.items()
-    }
-    joined = len(jobs) - len(order)
+    listed, left = pick_images(dataset, scanned, kept)
+    splits = {name: replace(split, labels=labels[name]) for name, split in listed.splits.items()}
+    joined = len(scanned.rows) - len(left.rows)
     note = (
         f"{dataset.name}: {counted(joined, 'image')} of the same content as others joined with them, with all classes"
     )
-    positions = {int(old): new for new, old in enumerate(order)}
-    reasons = {positions[i]: reason for i, reason in scanned.reasons.items()}
-
-    def read(split: str, index: int) -> bytes:
-        return dataset.read(*jobs[kept[split][index]])
-
     notes = (*dataset.notes, note) if joined else dataset.notes
-    listed = replace(dataset, splits=splits, read=read, label_sets=table, notes=notes)
-    return listed, Scan(scanned.rows[order], reasons)
+    return replace(listed, splits=splits, label_sets=table, notes=notes), left

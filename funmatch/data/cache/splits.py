@@ -1,6 +1,7 @@
 """Holds out splits from the training images, by content and seed alone."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
@@ -30,7 +31,8 @@ def apply_split(dataset: Dataset, scanned: Scan, numbers: np.ndarray | None) -> 
         note = f"{dataset.name}: {copies:,} unlabelled copies of held-out images are left out of training"
         dataset = replace(dataset, notes=(*dataset.notes, note))
     start = _start_of_training(dataset)
-    return _rearrange(dataset, scanned, {ORDER[k]: np.flatnonzero(numbers == k) + start for k in _present(numbers)})
+    chosen = {ORDER[k]: np.flatnonzero(numbers == k) + start for k in _present(numbers)}
+    return pick_images(replace(dataset, split_spec=None), scanned, _with_other_splits(dataset, chosen))
 
 
 def choose_splits(dataset: Dataset, scanned: Scan) -> np.ndarray | None:
@@ -100,16 +102,25 @@ def _ranks(digests: list[bytes], seed: int) -> np.ndarray:
     return np.frombuffer(b"".join(keyed), "<u8")
 
 
-def _rearrange(dataset: Dataset, scanned: Scan, chosen: dict[str, np.ndarray]) -> tuple[Dataset, Scan]:
-    """Returns data set and scan with splits of the images at these positions of the old order."""
-    jobs = dataset.jobs()
+def _with_other_splits(dataset: Dataset, chosen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the positions of the splits that training images were chosen for, and those of all other splits."""
     begin = 0
     for name, split in dataset.splits.items():
         if name != "train":
             chosen[name] = np.arange(begin, begin + len(split))
         begin += len(split)
-    chosen = {name: chosen[name] for name in ORDER if name in chosen}
-    # What is held out is of one split, as what stays in it.
+    return {name: chosen[name] for name in ORDER if name in chosen}
+
+
+def pick_images(dataset: Dataset, scanned: Scan, chosen: Mapping[str, np.ndarray]) -> tuple[Dataset, Scan]:
+    """Returns the data set and its scan with some of the images.
+
+    Args:
+        dataset, scanned: the data set and its scan.
+        chosen: positions in the order of `Dataset.jobs` by new split, each of images of one split; all unreadable
+            images are among them.
+    """
+    jobs = dataset.jobs()
     splits = {
         name: dataset.splits[jobs[positions[0]][0]].subset([jobs[i][1] for i in positions])
         for name, positions in chosen.items()
@@ -121,4 +132,4 @@ def _rearrange(dataset: Dataset, scanned: Scan, chosen: dict[str, np.ndarray]) -
     order = np.concatenate(list(chosen.values()))
     new_positions = {int(old): new for new, old in enumerate(order)} if scanned.reasons else {}
     reasons = {new_positions[i]: reason for i, reason in scanned.reasons.items()}
-    return replace(dataset, splits=splits, read=read, split_spec=None), Scan(scanned.rows[order], reasons)
+    return replace(dataset, splits=splits, read=read), Scan(scanned.rows[order], reasons)
