@@ -44,8 +44,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_index(folder: Path, split: str, meta: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def read_index(
+    folder: Path, split: str, meta: dict[str, Any], sets: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Maps the index of a split and the digests of its images.
+
+    Args:
+        sets: of `read_label_sets`, which splits share.
 
     Raises:
         OSError: they are missing.
@@ -62,7 +67,6 @@ def read_index(folder: Path, split: str, meta: dict[str, Any]) -> tuple[np.ndarr
             raise Damaged(f"{path} is damaged")
     # Types and shapes first, since `_fits` reads the columns by their names.
     sound = rows.dtype == INDEX and digests.dtype == DIGEST and rows.ndim == 1 and rows.shape == digests.shape
-    sets = read_label_sets(folder, meta)
     labels = len(meta["classes"] if sets is None else sets)
     if not sound or not _fits(rows, meta["sizes"][f"{split}.pixels"], meta, labels):
         raise Damaged(f"{folder / f'{split}.index.npy'} is damaged")
@@ -122,8 +126,9 @@ def is_complete(folder: Path) -> bool:
         meta = read_meta(folder)
         if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
             return False
+        sets = read_label_sets(folder, meta)
         for split in meta["splits"]:
-            read_index(folder, split, meta)
+            read_index(folder, split, meta, sets)
     except NewerFormat:
         raise
     except (OSError, Damaged):
@@ -134,8 +139,9 @@ def is_complete(folder: Path) -> bool:
 def is_intact(folder: Path, track: Track) -> bool:
     """Compares every image in a complete cache with its checksum."""
     meta = read_meta(folder)
+    sets = read_label_sets(folder, meta)
     for split in sorted(meta["splits"]):
-        rows, _ = read_index(folder, split, meta)
+        rows, _ = read_index(folder, split, meta, sets)
         with open(folder / f"{split}.pixels", "rb") as file:
             for row in track(rows, len(rows), f"checking {split}"):
                 file.seek(int(row["offset"]))

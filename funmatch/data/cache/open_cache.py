@@ -194,7 +194,7 @@ def _open_entry(entry: dict[str, Any], cache_options: CacheOptions, task: TaskNa
     for name in meta["splits"]:
         path = folder / f"{name}.pixels"
         resident = meta["way"] == "resident"
-        index, digests = read_index(folder, name, meta)
+        index, digests = read_index(folder, name, meta, sets)
         cap, decoder = meta["cap"], meta["decoder"]
         store = Resident(path, index) if resident else Streaming(path, cap, decoder, cache_options.max_pixels)
         splits[name] = CachedSplit(name, index, store, digests, task, label_table(sets))
@@ -244,7 +244,9 @@ def _is_there(place: Path) -> bool:
     if not is_complete(folder):
         return False
     if place != folder:
-        read_cut(place, len(read_index(folder, "train", read_meta(folder))[0]))  # raises where it is missing or damaged
+        # Raises where it is missing or damaged.
+        meta = read_meta(folder)
+        read_cut(place, len(read_index(folder, "train", meta, read_label_sets(folder, meta))[0]))
     return True
 
 

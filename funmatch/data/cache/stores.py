@@ -257,11 +257,10 @@ class CachedSplit:
 
     def classes_of(self, indices) -> list[list[int]]:
         """Returns the classes of each image, none where it has no label."""
-        numbers = self.index["label"][indices].tolist()
+        labels = self.labels(indices)
         if self.label_table is None:
-            return [[number] if number >= 0 else [] for number in numbers]
-        sets = [torch.nonzero(each == 1).flatten().tolist() for each in self.label_table]
-        return [sets[number] for number in numbers]
+            return [[number] if number >= 0 else [] for number in labels.tolist()]
+        return [torch.nonzero(each == 1).flatten().tolist() for each in labels]
 
     def class_counts(self, classes: int) -> np.ndarray:
         """Returns the number of images of each class, (classes,) int64; those without a label are in none."""
