@@ -24,24 +24,23 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     # Two folders may both be called "photos"; then only their paths tell images apart.
     same_name = len({dataset.name for dataset in datasets}) < len(datasets)
     positions = {name: i for i, name in enumerate(classes)}
+    having = {name: found for name in ORDER if (found := [each for each in datasets if name in each.splits])}
+    labels, sets = _join_labels(having, positions)
     images: dict[str, list[tuple[Dataset, int]]] = {}
     splits: dict[str, SplitListing] = {}
-    for name in ORDER:
-        having = [dataset for dataset in datasets if name in dataset.splits]
-        if having:
-            images[name] = [(dataset, i) for dataset in having for i in range(len(dataset.splits[name]))]
-            names = [
-                f"{dataset.location if same_name else dataset.name}/{each}"
-                for dataset in having
-                for each in dataset.splits[name].names
-            ]
-            sources = [
-                np.full(len(dataset.splits[name]), number, np.int32)
-                for number, dataset in enumerate(datasets)
-                if name in dataset.splits
-            ]
-            splits[name] = SplitListing(names, np.empty(0, np.int32), np.concatenate(sources))
-    splits, sets = _with_labels(datasets, splits, positions)
+    for name, some in having.items():
+        images[name] = [(dataset, i) for dataset in some for i in range(len(dataset.splits[name]))]
+        names = [
+            f"{dataset.location if same_name else dataset.name}/{each}"
+            for dataset in some
+            for each in dataset.splits[name].names
+        ]
+        sources = [
+            np.full(len(dataset.splits[name]), number, np.int32)
+            for number, dataset in enumerate(datasets)
+            if name in dataset.splits
+        ]
+        splits[name] = SplitListing(names, labels[name], np.concatenate(sources))
 
     def read(split: str, index: int) -> bytes:
         # Several threads call it at once, as they do every `read`: it must not keep anything between calls.
@@ -75,17 +74,21 @@ def _join_classes(datasets: Sequence[Dataset]) -> tuple[tuple[str, ...], bool]:
     return tuple(sorted(names, key=int if unnamed else None)), unnamed
 
 
-def _with_labels(
-    datasets: Sequence[Dataset], splits: dict[str, SplitListing], positions: dict[str, int]
-) -> tuple[dict[str, SplitListing], np.ndarray | None]:
-    """Returns the splits with the labels of all data sets, and the sets of classes that they number, if they do."""
-    having = {name: [dataset for dataset in datasets if name in dataset.splits] for name in splits}
-    if all(dataset.label_sets is None for dataset in datasets):
+def _join_labels(
+    having: dict[str, list[Dataset]], positions: dict[str, int]
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Returns the labels of all data sets by split, and the sets of classes that they number, if they do.
+
+    Args:
+        having: the data sets that have a split, by its name.
+        positions: of the joint classes, by their names.
+    """
+    if all(dataset.label_sets is None for some in having.values() for dataset in some):
         labels = {
             name: np.concatenate([_joint_labels(dataset, name, positions) for dataset in some])
             for name, some in having.items()
         }
-        return {name: replace(split, labels=labels[name]) for name, split in splits.items()}, None
+        return labels, None
     joint = {
         name: [
             None if each is None else tuple(sorted(positions[dataset.classes[i]] for i in each))
@@ -94,8 +97,7 @@ def _with_labels(
         ]
         for name, some in having.items()
     }
-    labels, table = number_sets(joint, len(positions))
-    return {name: replace(split, labels=labels[name]) for name, split in splits.items()}, table
+    return number_sets(joint, len(positions))
 
 
 def _joint_labels(dataset: Dataset, split: str, positions: dict[str, int]) -> np.ndarray:
