@@ -8,7 +8,7 @@ from funmatch.errors import InputError
 from funmatch.ops.tasks.task import task_of_metrics
 from funmatch.runtime import env
 from funmatch.runtime.log import info, print_line, print_table
-from funmatch.runtime.text import percent
+from funmatch.runtime.text import MISSING, percent
 from funmatch.training.teachers import ranking
 
 
@@ -46,7 +46,7 @@ def show(ranked: dict[str, Any]) -> None:
             percent(row[task.score]) if labelled else "no labels",
             f"{row['entropy']:.3f}",
             f"{row['spread']:.5f}",
-            "–" if row["gflop"] is None else f"{row['gflop']:.3g}",
+            MISSING if row["gflop"] is None else f"{row['gflop']:.3g}",
             f"{row['ms']:,.2f}",
         ]
         for row in ranked["teachers"]
